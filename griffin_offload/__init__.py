@@ -1,0 +1,53 @@
+"""Run language models larger than the device: streamed once per prompt, generated on the device.
+
+Names are imported when they are used, so that `griffin-offload --help` needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from griffin_offload.config import LoadConfig
+    from griffin_offload.errors import BudgetExceeded, DoesNotFit, GriffinError, ModelError, UsageError
+    from griffin_offload.plan import Plan
+    from griffin_offload.runtime.model import GriffinModel
+    from griffin_offload.runtime.report import PrefillReport, RunReport
+    from griffin_offload.weights.feedforward import Layout, register_layout
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BudgetExceeded": "errors",
+    "DoesNotFit": "errors",
+    "GriffinError": "errors",
+    "GriffinModel": "runtime.model",
+    "Layout": "weights.feedforward",
+    "LoadConfig": "config",
+    "ModelError": "errors",
+    "Plan": "plan",
+    "PrefillReport": "runtime.report",
+    "RunReport": "runtime.report",
+    "UsageError": "errors",
+    "register_layout": "weights.feedforward",
+}
+__all__ = [
+    "BudgetExceeded",
+    "DoesNotFit",
+    "GriffinError",
+    "GriffinModel",
+    "Layout",
+    "LoadConfig",
+    "ModelError",
+    "Plan",
+    "PrefillReport",
+    "RunReport",
+    "UsageError",
+    "__version__",
+    "register_layout",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

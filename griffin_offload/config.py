@@ -1,0 +1,97 @@
+"""Every default, once. The Python API and the command line both read them from here.
+
+Shape notation of the whole package: B batch, T tokens, H hidden size, F feed-forward neurons of a layer,
+K kept neurons of a layer, L layers, V vocabulary. GB is 10**9 bytes, GiB is 2**30.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from griffin_offload.errors import UsageError
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Offload = Literal["auto", "ram", "disk"]
+SelectionMethod = Literal["topk", "sample", "topk_sample", "random", "magnitude"]
+BatchStatistic = Literal["sum", "mean"]
+DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+Density = float | Sequence[float]
+
+# Fewer neurons than this were never useful in the paper; the planner refuses instead of going lower.
+MIN_AUTO_DENSITY = 0.25
+# Kept neurons come in multiples of this where F is one: GEMM kernels and quantised groups want it.
+NEURON_MULTIPLE = 64
+# The context that is planned for when nobody says one, and the smallest the planner falls back to.
+MAX_AUTO_CTX = 4096
+MIN_AUTO_CTX = 256
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """How a model is loaded and what it may use. Field names are the API's arguments and the CLI's flags."""
+
+    max_gpu_mem: str | int = "auto"
+    """The device budget: "12GB", "12GiB", "80%", bytes, or "auto" (free memory less a margin)."""
+    max_cpu_mem: str | int | None = None
+    """What the host may hold of the offloaded weights when the device is not the CPU; None: what is free."""
+    device: Device = "auto"
+    density: Density | Literal["auto"] = "auto"
+    """Fraction of FF neurons kept, one number or one per layer; "auto" is the largest that fits."""
+    dtype: DType = "auto"
+    """Precision of the computation; "auto" is the one that is stored."""
+    offload: Offload = "auto"
+    ctx_size: int | None = None
+    """Tokens of prompt and answer that the KV cache is planned for; None: solved, at most MAX_AUTO_CTX."""
+    prompt_tokens: int | None = None
+    """Longest prompt that is planned for; None: the whole context."""
+    batch_size: int = 1
+    """Sequences at once (beams count) that are planned for."""
+    selection: SelectionMethod = "topk"
+    batch_statistic: BatchStatistic = "sum"
+    """How samples share experts: the sum of s^2, or the mean of s^2 / S ("mean"); METHOD: batch > 1."""
+    seed: int = 0
+    ff_chunk_tokens: int | None = None
+    """Tokens that go through a full FF at once: bounds the workspace, not the result. None: by the slot's size."""
+    offline: bool = False
+    always_stream: bool = False
+    """Stream layers that fit whole, too: for tests and measurements of the streamed pass."""
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, get_args(Device))
+        _one_of("offload", self.offload, get_args(Offload))
+        _one_of("selection", self.selection, get_args(SelectionMethod))
+        _one_of("batch_statistic", self.batch_statistic, get_args(BatchStatistic))
+        _one_of("dtype", self.dtype, get_args(DType))
+        check_density(self.density)
+        if self.ctx_size is not None and self.ctx_size < 2:
+            raise UsageError(f"ctx_size is {self.ctx_size}: it has to hold a prompt and an answer, 2 or more")
+        for name in ("ff_chunk_tokens", "batch_size", "prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}: at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `griffin-offload run` generates when not told otherwise; None leaves it to the checkpoint."""
+
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
+
+
+def check_density(density: Density | str) -> None:
+    """Raise UsageError unless `density` is "auto", a number in [0, 1] or a sequence of such numbers."""
+    if isinstance(density, str):
+        if density != "auto":
+            raise UsageError(f"density is {density!r}: give a number from 0 to 1, one per layer, or auto")
+        return
+    for value in density if isinstance(density, Sequence) else (density,):
+        if not 0.0 <= value <= 1.0:
+            raise UsageError(f"density is {value}: it is the fraction of neurons kept, from 0 to 1")

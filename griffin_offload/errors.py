@@ -1,0 +1,52 @@
+"""Every error a user can cause, each with the exit code the command line gives it.
+
+GriffinError                    1  anything that went wrong while running
++-- UsageError                  2  a flag, an argument or a prompt that cannot be used
++-- DoesNotFit                  3  the budget, the context or the memory of this machine is too small
++-- ModelError                  4  the model cannot be used
+    +-- ModelNotFound           4  no such directory, or not in the hub's cache
+    +-- CheckpointError         4  files missing, truncated or contradicting the config
+    +-- UnsupportedModel        4  no known feed-forward layout
+
+Messages are one line: what was found, the numbers, and the remedy after a colon or semicolon.
+"""
+
+
+class GriffinError(Exception):
+    """Base of all errors this package raises for its users."""
+
+    exit_code = 1
+
+
+class UsageError(GriffinError):
+    """A value that cannot be used: the caller has to change it."""
+
+    exit_code = 2
+
+
+class DoesNotFit(GriffinError):
+    """The request needs more bytes than the budget allows; the message names the shortfall by part."""
+
+    exit_code = 3
+
+
+class ModelError(GriffinError):
+    """The model cannot be used."""
+
+    exit_code = 4
+
+
+class ModelNotFound(ModelError):
+    """Neither a directory nor a model id that can be reached."""
+
+
+class CheckpointError(ModelError):
+    """The files of a checkpoint are missing, damaged or contradict its config."""
+
+
+class UnsupportedModel(ModelError):
+    """The model has no feed-forward block of a known layout."""
+
+
+class BudgetExceeded(UserWarning):
+    """Measured memory went past the budget: a bug of ours, never hidden from the user."""

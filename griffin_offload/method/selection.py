@@ -1,0 +1,63 @@
+"""Which neurons are kept: the paper's selection methods, seeded, as sorted indices."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from griffin_offload.config import Density, SelectionMethod
+from griffin_offload.errors import UsageError
+
+
+def neurons_kept(neurons: int, density: float) -> int:
+    """K = int(F * density). The added 1e-9 keeps k / F * F at k where floats would land just below it."""
+    return min(neurons, math.floor(neurons * density + 1e-9))
+
+
+def densities_per_layer(density: Density, layers: int) -> tuple[float, ...]:
+    """One density per layer from a number or a list; UsageError when the list has another length."""
+    if not isinstance(density, Sequence):
+        return (float(density),) * layers
+    if len(density) != layers:
+        raise UsageError(f"{len(density)} densities for {layers} layers: give one number, or one per layer")
+    return tuple(float(value) for value in density)
+
+
+def select_neurons(
+    squared: Tensor, kept: int, method: SelectionMethod, generator: torch.Generator, norms: Tensor | None = None
+) -> Tensor:
+    """Sorted indices [K] of the neurons to keep, on the device of `squared`.
+
+    `squared` is s^2 [F]; `norms` are the static scores of "magnitude" [F]. "sample" draws K without replacement in
+    proportion to s, "topk_sample" keeps the K // 2 largest and draws the rest. `generator` lives on the CPU, so
+    that a seed chooses the same neurons on every device.
+    """
+    if method == "magnitude":
+        if norms is None:
+            raise ValueError("magnitude selection needs the weights' norms")
+        chosen = norms.topk(kept).indices
+    elif method == "random":
+        chosen = torch.randperm(squared.numel(), generator=generator)[:kept]
+    elif method == "sample":
+        chosen = _draw(squared.sqrt().cpu(), kept, generator)
+    elif method == "topk_sample":
+        top = squared.topk(kept // 2).indices.cpu()
+        rest = squared.sqrt().cpu().index_fill(0, top, 0.0)
+        chosen = torch.cat([top, _draw(rest, kept - kept // 2, generator, excluded=top)])
+    else:
+        chosen = squared.topk(kept).indices
+    return chosen.sort().values.to(squared.device)
+
+
+def _draw(s: Tensor, count: int, generator: torch.Generator, excluded: Tensor | None = None) -> Tensor:
+    """`count` indices without replacement in proportion to `s`; neurons that never fired fill up, if they must."""
+    fired = int((s > 0).sum())
+    if count == 0:
+        return torch.empty(0, dtype=torch.long)
+    drawn = torch.multinomial(s, min(count, fired), generator=generator) if fired else s.new_empty(0).long()
+    if drawn.numel() == count:
+        return drawn
+    taken = drawn if excluded is None else torch.cat([drawn, excluded])
+    free = torch.ones_like(s, dtype=torch.bool).index_fill(0, taken, False).nonzero().squeeze(1)
+    return torch.cat([drawn, free[: count - drawn.numel()]])

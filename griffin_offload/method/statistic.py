@@ -1,0 +1,61 @@
+"""The GRIFFIN statistic (arXiv 2404.01365, section 4.2), additive over tokens.
+
+For a layer with FF activations Z, the input of the down projection: s_j^2 = sum_t z_tj^2 / ||z_t||^2. Tokens
+only ever add to it, so chunks, turns and verified tokens are summed, in float32. A token whose row is all zero
+(ReLU) has no direction and contributes nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from griffin_offload.config import BatchStatistic
+
+# Tokens squared at a time: the float32 copy of Z stays small whatever the prompt's length.
+ROWS_AT_ONCE = 128
+# The set chosen from the first three quarters of a prompt is measured on the last quarter.
+_HELD_OUT_SHARE = 0.25
+
+
+def split_tokens(mask: Tensor) -> Tensor:
+    """Which tokens choose and which are held out, as float32 [B, 2, T]; padding (mask 0) is in neither.
+
+    `mask` is [B, T]. Row 0 marks the first three quarters of each sample's own tokens, row 1 the rest. A
+    sample of one token chooses with it and holds nothing out.
+    """
+    valid = mask.bool()
+    rank = valid.cumsum(1)  # 1-based position among the sample's own tokens
+    held_out = (valid.sum(1, keepdim=True) * _HELD_OUT_SHARE).floor()
+    chooses = valid & (rank <= valid.sum(1, keepdim=True) - held_out)
+    return torch.stack([chooses, valid & ~chooses], dim=1).float()
+
+
+def squared_statistic(z: Tensor, weights: Tensor) -> Tensor:
+    """Sum over tokens of weights * z^2 / ||z||^2: float32 [B, G, F] for z [B, T, F] and weights [B, G, T].
+
+    G groups of tokens are summed apart; with 0/1 weights, and G = 1, this is the paper's s^2 per sample.
+    """
+    total = torch.zeros(z.shape[0], weights.shape[1], z.shape[2], device=z.device)
+    for start in range(0, z.shape[1], ROWS_AT_ONCE):
+        squares = z[:, start : start + ROWS_AT_ONCE].float().square_()
+        norms = squares.sum(-1)  # [B, T]
+        scale = torch.where(norms > 0, norms, 1).reciprocal()
+        total.baddbmm_(weights[:, :, start : start + ROWS_AT_ONCE] * scale[:, None, :], squares)
+    return total
+
+
+def shared_score(squared: Tensor, batch_statistic: BatchStatistic) -> Tensor:
+    """One s^2 per neuron [F] for a batch that shares its experts, from s^2 per sample [B, F].
+
+    "sum" adds them, so long prompts weigh more; "mean" averages s_i^2 / S_i, S_i = sum_j s_ij^2 being the
+    number of tokens that contributed, so every sample weighs the same.
+    """
+    if batch_statistic == "sum":
+        return squared.sum(0)
+    tokens = squared.sum(-1, keepdim=True)
+    return (squared / torch.where(tokens > 0, tokens, 1)).mean(0)
+
+
+def share_kept(squared: Tensor, chosen: Tensor) -> Tensor:
+    """Fraction of the distribution s^2 / S that the chosen neurons hold: a scalar tensor, 1 when s is zero."""
+    total = squared.sum()
+    return torch.where(total > 0, squared.index_select(0, chosen).sum() / total, torch.ones_like(total))

@@ -1,0 +1,23 @@
+"""Embeddings that stay on the host: looked up there, only the rows of the tokens at hand are moved."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class HostEmbedding:
+    """Hooks on the stock embedding module, for the life of the model; counts the bytes of the rows it reads."""
+
+    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self.row_bytes = 0
+        module.register_forward_pre_hook(self._to_host)
+        module.register_forward_hook(self._to_device)
+
+    def _to_host(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].to("cpu"), *args[1:])
+
+    def _to_device(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
+        self.row_bytes += rows.nbytes
+        return rows.to(device=self._device, dtype=self._dtype)

@@ -1,0 +1,276 @@
+"""From a checkpoint to a loaded model: plan, map the weights, move the residents, install compact FFs."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from griffin_offload.config import LoadConfig
+from griffin_offload.errors import CheckpointError, DoesNotFit, UsageError
+from griffin_offload.plan import Plan, PlanRequest, make_plan
+from griffin_offload.runtime.embedding import HostEmbedding
+from griffin_offload.runtime.memory import Ledger, choose_device, device_bytes, device_overhead_bytes
+from griffin_offload.runtime.prefill import StreamedLayers
+from griffin_offload.runtime.stream import StreamConfig
+from griffin_offload.units import format_bytes, parse_size
+from griffin_offload.weights.checkpoint import Checkpoint, open_checkpoint
+from griffin_offload.weights.feedforward import FeedForward, find_feed_forwards
+from griffin_offload.weights.self_check import self_check
+from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape
+from griffin_offload.weights.source import MappedWeights, RamWeights, Source, release_pages
+
+# The host keeps this share of its free memory when full weights are put into it.
+_RAM_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """Everything known before a weight is read."""
+
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    shape: ModelShape
+    request: PlanRequest
+
+
+@dataclass
+class Loaded:
+    """A model that is ready for its first prompt."""
+
+    model: Any
+    layers: StreamedLayers
+    ledger: Ledger
+    host_embedding: HostEmbedding | None
+    resident_bytes: int
+    offload: str
+
+
+def examine(model: str | Path, config: LoadConfig) -> Prospect:
+    """Read headers and config of `model`, and turn `config` into a request to the planner."""
+    checkpoint = open_checkpoint(model, offline=config.offline)
+    device = choose_device(config.device)
+    dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    shape = model_shape(build_on_meta(checkpoint.config, dtype))
+    request = PlanRequest(
+        budget_bytes=budget_bytes(config, device),
+        ctx_tokens=config.ctx_size,
+        prompt_tokens=config.prompt_tokens,
+        batch=config.batch_size,
+        density=config.density,
+        overhead_bytes=device_overhead_bytes(device),
+        offloaded_in_budget=device.type == "cpu" and config.offload == "ram",
+        ff_chunk_tokens=config.ff_chunk_tokens,
+        always_stream=config.always_stream,
+        # On the CPU the rows are read in place, so their precision has to be the stored one.
+        host_embeddings=device.type != "cpu" or dtype == checkpoint.dtype,
+    )
+    return Prospect(checkpoint, device, dtype, shape, request)
+
+
+def budget_bytes(config: LoadConfig, device: torch.device) -> int:
+    """The device budget in bytes. On the CPU there is one budget, so only one of the two limits may be given."""
+    limit = config.max_gpu_mem
+    if device.type == "cpu" and config.max_cpu_mem is not None:
+        if limit != "auto":
+            raise UsageError(
+                "on the CPU device there is one budget: give --max-gpu-mem (or its alias --max-mem) alone, "
+                "without --max-cpu-mem"
+            )
+        limit = config.max_cpu_mem
+    free, total = device_bytes(device)
+    return parse_size(limit, total_bytes=total, free_bytes=free)
+
+
+def plan_for(prospect: Prospect) -> Plan:
+    """The plan; DoesNotFit when there is none."""
+    precision = str(prospect.dtype).removeprefix("torch.")
+    return make_plan(prospect.shape, prospect.request, precision)
+
+
+def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
+    """Load the model of `prospect` by `plan`. On failure nothing stays open."""
+    _check_free_memory(prospect, plan)
+    ledger = Ledger(prospect.device, prospect.request.overhead_bytes)
+    _cap_allocator(prospect)
+    model = _map_model(prospect.checkpoint)
+    decoder, blocks = find_feed_forwards(model, len(prospect.shape.layers))
+    self_check(blocks[0])
+    full = {index: blocks[index].current() for index in plan.streamed}
+    offload = _offload_tier(prospect, plan, config)
+    source = _make_source(full, prospect, offload) if full else None
+    compact = {index: _compact(blocks[index], plan.kept[index], prospect) for index in full}
+    for index, parameters in compact.items():
+        blocks[index].install(parameters)
+    host_embedding = _place_residents(model, prospect, plan, compact)
+    layers = StreamedLayers(
+        decoder=decoder,
+        blocks=blocks,
+        compact=compact,
+        kept=plan.kept,
+        source=source,
+        stream=StreamConfig(prospect.device, prospect.dtype, plan.slots),
+        ff_chunk_tokens=plan.ff_chunk_tokens,
+        config=config,
+    )
+    resident = _resident_bytes(model, plan)
+    ledger.hold(residents=resident, offloaded=_offloaded_in_budget(prospect, source))
+    return Loaded(model, layers, ledger, host_embedding, resident, offload)
+
+
+def _check_free_memory(prospect: Prospect, plan: Plan) -> None:
+    free, _ = device_bytes(prospect.device)
+    needed = plan.peak_bytes - plan.parts["overhead"]
+    if needed > free:
+        raise DoesNotFit(
+            f"the plan needs {format_bytes(needed)} but only {format_bytes(free)} of the {prospect.device.type} "
+            "device's memory are free: close other programs or lower --max-gpu-mem"
+        )
+
+
+def _cap_allocator(prospect: Prospect) -> None:
+    # A backstop, not the promise: it covers the caching allocator alone, so the context comes off first.
+    if prospect.device.type == "cuda":
+        budget = prospect.request.budget_bytes - prospect.request.overhead_bytes
+        _, total = device_bytes(prospect.device)
+        torch.cuda.set_per_process_memory_fraction(min(max(budget / total, 0.0), 1.0), prospect.device)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _map_model(checkpoint: Checkpoint) -> Any:
+    """The stock model on the CPU, its parameters views of the mapped files; every parameter must be there."""
+    try:
+        with _quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory,
+                dtype=checkpoint.dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {reason[:300]}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info[problem])
+        if names:
+            raise CheckpointError(
+                f"{checkpoint.directory}: {len(names)} {problem.replace('_', ' ')}, first {names[0]}: the files "
+                "do not match config.json"
+            )
+    return model.eval()
+
+
+def _offload_tier(prospect: Prospect, plan: Plan, config: LoadConfig) -> str:
+    """"ram" or "disk"; DoesNotFit when RAM was asked for and there is too little."""
+    if prospect.device.type == "cpu":
+        return "ram" if config.offload == "ram" else "disk"  # the budget has counted it
+    stored = sum(prospect.shape.layers[i].ff_bytes for i in plan.streamed)
+    free, total = device_bytes(torch.device("cpu"))
+    room = int(free * _RAM_SHARE)
+    if config.max_cpu_mem is not None:
+        room = min(room, parse_size(config.max_cpu_mem, total_bytes=total, free_bytes=free))
+    if config.offload == "auto":
+        return "ram" if stored <= room else "disk"
+    if config.offload == "ram" and stored > room:
+        raise DoesNotFit(
+            f"--offload ram needs {format_bytes(stored)} of host memory and {format_bytes(room)} are allowed: use "
+            "--offload disk or raise --max-cpu-mem"
+        )
+    return config.offload
+
+
+def _evicts(prospect: Prospect) -> bool:
+    """Whether used file pages are dropped from the page cache: when the whole file would not fit beside us."""
+    free, _ = device_bytes(torch.device("cpu"))
+    return prospect.checkpoint.weight_bytes + prospect.request.budget_bytes > free
+
+
+def _make_source(full: dict[int, list[Tensor]], prospect: Prospect, offload: str) -> Source:
+    if offload == "disk":
+        return MappedWeights(full, evict=_evicts(prospect))
+    source = RamWeights(full, prospect.dtype, pin=prospect.device.type == "cuda")
+    for tensors in full.values():
+        release_pages(tensors, evict=_evicts(prospect))
+    return source
+
+
+def _offloaded_in_budget(prospect: Prospect, source: Source | None) -> int:
+    """Host bytes of full weights that count against the budget: on the CPU, those no file backs."""
+    if prospect.device.type != "cpu" or source is None:
+        return 0
+    return source.nbytes if isinstance(source, RamWeights) else source.unmapped_bytes
+
+
+def _compact(block: FeedForward, kept: int, prospect: Prospect) -> list[nn.Parameter]:
+    return [
+        nn.Parameter(torch.empty(shape, dtype=prospect.dtype, device=prospect.device), requires_grad=False)
+        for shape in block.compact_shapes(kept)
+    ]
+
+
+def _place_residents(
+    model: Any, prospect: Prospect, plan: Plan, compact: dict[int, list[nn.Parameter]]
+) -> HostEmbedding | None:
+    """Copy every parameter that still lies in a file into the device's memory; embeddings may stay behind.
+
+    Copies, on the CPU as well: mapped pages can be evicted, and decoding would read them again.
+    """
+    embedding = model.get_input_embeddings()
+    stay = {id(embedding)} if plan.embeddings == "host" else set()
+    copies = {id(parameter): parameter for parameters in compact.values() for parameter in parameters}
+    evict = _evicts(prospect)
+    for module in model.modules():
+        if id(module) in stay:
+            continue
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[name] = _resident(parameter, prospect, copies, evict)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = buffer.to(prospect.device)
+    if not stay:
+        return None
+    return HostEmbedding(embedding, prospect.device, prospect.dtype)
+
+
+def _resident(
+    parameter: nn.Parameter, prospect: Prospect, copies: dict[int, nn.Parameter], evict: bool
+) -> nn.Parameter:
+    if id(parameter) in copies:  # tied weights stay tied
+        return copies[id(parameter)]
+    # Only the stored precision is translated: what transformers keeps in float32 stays so.
+    changed = parameter.dtype == prospect.checkpoint.dtype
+    target = torch.empty(
+        parameter.shape, dtype=prospect.dtype if changed else parameter.dtype, device=prospect.device
+    )
+    target.copy_(parameter.detach())
+    release_pages([parameter.detach()], evict=evict)
+    copy = nn.Parameter(target, requires_grad=False)
+    copies[id(parameter)] = copies[id(copy)] = copy
+    return copy
+
+
+def _resident_bytes(model: Any, plan: Plan) -> int:
+    embedding = model.get_input_embeddings()
+    left_behind = {id(p) for p in embedding.parameters()} if plan.embeddings == "host" else set()
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in left_behind}
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,132 @@
+"""What memory there is, what this process takes of it, and the ledger that a budget is held against."""
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+
+from griffin_offload.errors import UsageError
+
+# A CUDA context with its kernels, where it cannot be measured (several processes on one device).
+CUDA_CONTEXT_BYTES = 700_000_000
+_LARGEST_PLAUSIBLE_CONTEXT_BYTES = 1_500_000_000
+# Kernels that are loaded after the context was measured.
+_CUDA_MARGIN_BYTES = 100_000_000
+# On the CPU: allocator caches, thread stacks and Python objects, beside the ledger, for any model over 1 GB.
+HOST_OVERHEAD_BYTES = 500_000_000
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device meant by "auto", "cuda", "mps" or "cpu"; UsageError when it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        there = ", ".join(kind for kind, is_there in available.items() if is_there)
+        raise UsageError(f"device {name} is not available here: use --device {there}")
+    return torch.device(name)
+
+
+def device_bytes(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of the device; on the CPU, what the process may still take, cgroup limits included."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free), int(total)
+    memory = psutil.virtual_memory()
+    limit, used = _cgroup_limit()
+    if limit is None:
+        return int(memory.available), int(memory.total)
+    return min(int(memory.available), max(limit - used, 0)), min(int(memory.total), limit)
+
+
+def _cgroup_limit() -> tuple[int | None, int]:
+    """(limit, used without page cache) of this process's memory cgroup, v2 or v1; (None, 0) without one."""
+    try:
+        groups = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+        if "memory" in groups:
+            return _read_cgroup(_CGROUP / "memory" / groups["memory"].lstrip("/"), "memory.limit_in_bytes", "rss ")
+        return _read_cgroup(_CGROUP / groups[""].lstrip("/"), "memory.max", "anon ")
+    except (OSError, KeyError, ValueError):
+        return None, 0
+
+
+def _read_cgroup(group: Path, limit_file: str, used_key: str) -> tuple[int | None, int]:
+    limit = (group / limit_file).read_text().strip()
+    if not limit.isdigit() or int(limit) >= psutil.virtual_memory().total:
+        return None, 0
+    lines = (group / "memory.stat").read_text().splitlines()
+    return int(limit), next(int(line.split()[1]) for line in lines if line.startswith(used_key))
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs: what it adds to the machine's load."""
+    try:
+        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+        return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
+
+
+def peak_host_bytes() -> int:
+    """The largest resident set this process ever had, mapped file pages included."""
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_overhead_bytes(device: torch.device) -> int:
+    """What the device's runtime holds beside tensors: the CUDA context with a margin, nothing elsewhere."""
+    if device.type != "cuda":
+        return 0
+    torch.zeros(1, device=device)  # makes the context
+    free, total = torch.cuda.mem_get_info(device)
+    measured = total - free - torch.cuda.memory_reserved(device)
+    plausible = 0 < measured <= _LARGEST_PLAUSIBLE_CONTEXT_BYTES
+    return (measured if plausible else CUDA_CONTEXT_BYTES) + _CUDA_MARGIN_BYTES
+
+
+class Ledger:
+    """Bytes the runtime holds on the device, by part, and the largest sum they ever had.
+
+    On the CPU this is the measure a budget is held against: pages in flight count as slots, activations as the
+    plan counts them for the shapes that really passed. On CUDA the allocator is asked instead, see `peak_bytes`.
+    """
+
+    def __init__(self, device: torch.device, overhead_bytes: int) -> None:
+        self._device = device
+        self._overhead_bytes = overhead_bytes
+        self._parts: dict[str, int] = {}
+        self._peak = 0
+        self._anonymous_start = anonymous_bytes()
+        self._anonymous_peak = self._anonymous_start
+
+    def hold(self, **parts: int) -> None:
+        """Set the bytes of the named parts."""
+        self._parts.update(parts)
+        self._peak = max(self._peak, sum(self._parts.values()))
+
+    def sample_host(self) -> None:
+        """Look at the process's anonymous memory; called where a layer needs most of it."""
+        self._anonymous_peak = max(self._anonymous_peak, anonymous_bytes())
+
+    def start_run(self) -> None:
+        """Measure peaks from here on."""
+        self._peak = sum(self._parts.values())
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of the run: counted on the CPU, asked from the allocator on CUDA, context included."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self._device) + self._overhead_bytes
+        return self._peak
+
+    @property
+    def host_growth_bytes(self) -> int:
+        """Growth of anonymous memory since loading began, at its sampled peak."""
+        return max(self._anonymous_peak - self._anonymous_start, 0)

@@ -1,0 +1,305 @@
+"""`GriffinModel`: a stock transformers model whose prompts are streamed and whose decoding is resident."""
+
+import functools
+import inspect
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig
+
+from griffin_offload.config import LoadConfig, RunConfig
+from griffin_offload.errors import BudgetExceeded, DoesNotFit, GriffinError, UsageError
+from griffin_offload.plan import Plan, Usage, describe_shortfall, logits_bytes, replan_for, workspace_bytes
+from griffin_offload.runtime.load import Loaded, Prospect, examine, load, plan_for
+from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
+from griffin_offload.runtime.prefill import Progress, StreamedPass
+from griffin_offload.runtime.report import PrefillReport, RunReport
+
+# From here on the process's growth is a figure of the model and no longer of the interpreter.
+_LARGE_MODEL_BYTES = 10**9
+
+
+class GriffinModel:
+    """A loaded model. `model` is the stock transformers one and stays usable by itself, in `pipeline` for example:
+    a forward with an empty KV cache is the streamed pass, one with a filled cache is resident.
+
+    Make one with `from_pretrained`.
+    """
+
+    def __init__(self, prospect: Prospect, plan: Plan, loaded: Loaded, load_s: float) -> None:
+        self.model = loaded.model
+        self.plan = plan
+        self.device = prospect.device
+        self.directory: Path = prospect.checkpoint.directory
+        self.last_report: RunReport | None = None
+        """Figures of the last `generate`."""
+        self.last_prefill: PrefillReport | None = None
+        """Figures of the last streamed pass, whoever caused it."""
+        self.progress: Progress | None = None
+        """Called with (layers done, layers in all) while a prompt streams."""
+        self._prospect, self._loaded, self._load_s = prospect, loaded, load_s
+        self._run: _Run | None = None
+        self._stock_forward: Callable[..., Any] = self.model.forward
+        self._signature = inspect.signature(self._stock_forward)
+        self.model.forward = self._wrapped_forward()
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, **options: Any) -> "GriffinModel":
+        """Plan and load a causal language model from a directory or hub id.
+
+        `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, dtype, offload, ctx_size,
+        prompt_tokens, batch_size, selection, batch_statistic, seed, ff_chunk_tokens, offline, always_stream.
+        Raises UsageError, DoesNotFit or ModelError before any weight is read, where that is possible.
+        """
+        start = time.perf_counter()
+        known = LoadConfig.__dataclass_fields__
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise UsageError(f"unknown option {unknown[0]!r}: known are {', '.join(known)}")
+        config = LoadConfig(**options)
+        prospect = examine(model, config)
+        plan = plan_for(prospect)
+        return cls(prospect, plan, load(prospect, plan, config), time.perf_counter() - start)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+
+    @property
+    def selected(self) -> dict[int, Tensor]:
+        """Sorted indices [K] of the neurons the last prompt chose, for each streamed layer."""
+        return dict(self._loaded.layers.selected)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights on the device while decoding."""
+        return self._loaded.resident_bytes
+
+    @property
+    def offload(self) -> str:
+        """Where the full FF weights rest: "ram" or "disk"."""
+        return self._loaded.offload
+
+    def close(self) -> None:
+        """Give back files and pinned memory; the model cannot stream afterwards."""
+        if self._loaded.layers.source is not None:
+            self._loaded.layers.source.close()
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate` on the stock model, with its arguments and its result.
+
+        The prompt is streamed once; every further token is computed from residents. Without any length, up to
+        `RunConfig.max_new_tokens` are generated. Raises UsageError for a prompt that is empty or too long for
+        `plan.context_tokens`, DoesNotFit when the batch or its length needs more than the budget.
+        """
+        inputs = next((kwargs.pop(k) for k in ("inputs", "input_ids") if k in kwargs), inputs)
+        prompt = inputs if inputs is not None else kwargs.get("inputs_embeds")
+        if prompt is None or prompt.shape[1] == 0:
+            raise UsageError("the prompt is empty: give at least one token")
+        kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        if inputs is not None:
+            inputs = inputs.to(self.device)
+        settings = self._settings(prompt, kwargs)
+        self._run = _Run(prompt.shape[1], kwargs.get("attention_mask"))
+        ledger = self._loaded.ledger
+        ledger.start_run()
+        start = time.perf_counter()
+        try:
+            output = self.model.generate(inputs, **kwargs, **settings)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            offset = prompt.shape[1] if inputs is not None else 0
+            self.last_report = self._report(sequences.shape[1] - offset, time.perf_counter() - start)
+        finally:
+            self._run = None
+            ledger.hold(kv_cache=0, workspace=0, logits=0)
+        self._check_promise()
+        return output
+
+    def _settings(self, prompt: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of ours for transformers' generate, after checking the caller's against the plan."""
+        given = kwargs.get("generation_config") or self.model.generation_config
+        if kwargs.get("use_cache", given.use_cache) is False:
+            raise UsageError("use_cache=False cannot work here: decoding reads the prompt's KV cache")
+        if kwargs.get("prefill_chunk_size") is not None:
+            raise UsageError("prefill_chunk_size cannot be set: the prompt is streamed in one pass, see ff_chunk_tokens")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise UsageError("past_key_values has to be empty: transformers would feed it the whole prompt again")
+        settings: dict[str, Any] = {"prefill_chunk_size": None}
+        if "disable_compile" not in kwargs:
+            settings["disable_compile"] = True  # a static cache would compile, anew for every shape
+        if not any(kwargs.get(name) for name in ("max_new_tokens", "max_length")) and not _limits(given):
+            room = self.plan.context_tokens - prompt.shape[1]
+            settings["max_new_tokens"] = max(min(RunConfig.max_new_tokens, room), 1)
+        self._check_fits(prompt, kwargs | settings, given)
+        return settings
+
+    def _check_fits(self, prompt: Tensor, kwargs: dict[str, Any], given: GenerationConfig) -> None:
+        def value(name: str) -> Any:
+            return kwargs.get(name) if kwargs.get(name) is not None else getattr(given, name, None)
+
+        tokens = prompt.shape[1]
+        new = value("max_new_tokens")
+        total = tokens + new if new is not None else max(value("max_length"), tokens + 1)
+        if total > self.plan.context_tokens:
+            raise UsageError(
+                f"a prompt of {tokens} tokens and {total - tokens} new ones are {total}, the context is "
+                f"{self.plan.context_tokens}: shorten one of them or raise --ctx-size (ctx_size)"
+            )
+        batch = prompt.shape[0] * max(value("num_beams") or 1, value("num_return_sequences") or 1)
+        use = Usage(batch, tokens, total)
+        plan = replan_for(self._prospect.shape, self._prospect.request, self.plan, use)
+        if not plan.fits:
+            raise DoesNotFit(
+                describe_shortfall(plan, f"fewer than {batch} sequences at once, or a model loaded with more memory")
+            )
+
+    def _wrapped_forward(self) -> Callable[..., Any]:
+        @functools.wraps(self._stock_forward)  # generate reads its signature
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        return forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward: prefill or decode is decided on the host, never by reading a device tensor."""
+        run = self._run
+        if run is not None and run.prefilled:
+            return self._decode(run, args, kwargs)
+        arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        cache = arguments.get("past_key_values")
+        if run is None and cache is not None and cache.get_seq_length() > 0:
+            if self.last_prefill is None and self.plan.streamed:
+                raise GriffinError("the KV cache is filled but no prompt was streamed yet: no neurons are chosen")
+            return self._stock_forward(*args, **kwargs)
+        return self._prefill(run, arguments, args, kwargs)
+
+    def _prefill(self, run: "_Run | None", arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        tokens = arguments.get("input_ids")
+        tokens = tokens if tokens is not None else arguments["inputs_embeds"]
+        given = run.mask if run is not None and run.mask is not None else arguments.get("attention_mask")
+        mask = _prompt_mask(tokens, given, run.prompt_tokens if run is not None else None)
+        ledger = self._loaded.ledger
+        streamed = StreamedPass(self._loaded.layers, mask, progress=self.progress, at_peak=ledger.sample_host)
+        with streamed:
+            output = self._stock_forward(*args, **kwargs)
+        self.last_prefill = streamed.report()
+        shape, batch = self._prospect.shape, tokens.shape[0]
+        use = Usage(batch, tokens.shape[1], tokens.shape[1])
+        chunk = self.plan.ff_chunk_tokens
+        ledger.hold(
+            kv_cache=_cache_bytes(output.get("past_key_values")),
+            workspace=workspace_bytes(shape, use, tokens.shape[1], chunk, self.plan.kept),
+            logits=logits_bytes(shape, batch),
+            slots=streamed.peak_in_flight_bytes,
+        )
+        ledger.hold(slots=0)
+        if run is not None:
+            run.prefilled, run.batch = True, batch
+            run.fetched_bytes = self._loaded.layers.fetched_bytes
+            run.embedding_bytes = self._embedding_bytes
+            run.cache = output.get("past_key_values")
+        return output
+
+    def _decode(self, run: "_Run", args: Any, kwargs: Any) -> Any:
+        output = self._stock_forward(*args, **kwargs)
+        self._loaded.ledger.sample_host()
+        run.cache = output.get("past_key_values")
+        return output
+
+    @property
+    def _embedding_bytes(self) -> int:
+        return self._loaded.host_embedding.row_bytes if self._loaded.host_embedding else 0
+
+    def _report(self, generated_tokens: int, total_s: float) -> RunReport:
+        run, prefill, ledger = self._run, self.last_prefill, self._loaded.ledger
+        assert run is not None and prefill is not None
+        shape, length = self._prospect.shape, run.prompt_tokens + generated_tokens
+        use = Usage(run.batch, run.prompt_tokens, length)
+        ledger.hold(
+            kv_cache=_cache_bytes(run.cache),
+            workspace=workspace_bytes(shape, use, 1, self.plan.ff_chunk_tokens, self.plan.kept),
+        )
+        return RunReport(
+            prompt_tokens=prefill.prompt_tokens,
+            generated_tokens=generated_tokens,
+            load_s=self._load_s,
+            prefill_s=prefill.seconds,
+            decode_s=max(total_s - prefill.seconds, 0.0),
+            prefill_streamed_bytes=prefill.streamed_bytes,
+            decode_streamed_bytes=self._loaded.layers.fetched_bytes - run.fetched_bytes,
+            decode_embedding_bytes=self._embedding_bytes - run.embedding_bytes,
+            resident_bytes=self.resident_bytes,
+            peak_device_bytes=ledger.peak_bytes,
+            budget_bytes=self.plan.budget_bytes,
+            peak_host_bytes=peak_host_bytes(),
+            host_growth_bytes=ledger.host_growth_bytes,
+            density=self.plan.density,
+            activation_kept=prefill.activation_kept,
+            activation_kept_heldout=prefill.activation_kept_heldout,
+            wait_s=prefill.wait_s,
+            select_s=prefill.select_s,
+        )
+
+    def _check_promise(self) -> None:
+        """Say it aloud when a measured peak went past the budget."""
+        report = self.last_report
+        assert report is not None
+        peaks = {"the ledger": (report.peak_device_bytes, report.budget_bytes)}
+        if self.device.type == "cpu" and self.plan.full_bytes > _LARGE_MODEL_BYTES:
+            allowed = report.budget_bytes + HOST_OVERHEAD_BYTES
+            peaks["the process's growth"] = (report.host_growth_bytes, allowed)
+        for name, (peak, allowed) in peaks.items():
+            if peak > allowed:
+                warnings.warn(f"{name} reached {peak} bytes, {allowed} were allowed", BudgetExceeded, stacklevel=3)
+
+
+class _Run:
+    """The state of one `generate`."""
+
+    def __init__(self, prompt_tokens: int, mask: Tensor | None) -> None:
+        self.prompt_tokens, self.mask = prompt_tokens, mask
+        self.prefilled = False
+        self.batch = 1
+        self.fetched_bytes = 0
+        """What had been fetched when prefill was over: more at the end would be decode's."""
+        self.embedding_bytes = 0
+        self.cache: Any = None
+
+
+def _limits(config: GenerationConfig) -> bool:
+    return config.max_new_tokens is not None or config.max_length is not None
+
+
+def _prompt_mask(tokens: Tensor, given: Any, prompt_tokens: int | None) -> Tensor:
+    """[B, T] with 1 for the prompt's own tokens: not padding, not drafts appended by prompt lookup.
+
+    `given` is the caller's [b, t] mask, repeated for beams; other forms of masks (4-D, per layer) say nothing here.
+    """
+    batch, length = tokens.shape[:2]
+    mask = torch.ones(batch, length, device=tokens.device)
+    if isinstance(given, Tensor) and given.dim() == 2 and batch % given.shape[0] == 0:
+        known = min(given.shape[1], length)
+        mask[:, :known] = given[:, :known].to(mask).repeat_interleave(batch // given.shape[0], dim=0)
+    if prompt_tokens is not None:
+        mask[:, prompt_tokens:] = 0
+    return mask
+
+
+def _cache_bytes(cache: Any) -> int:
+    """Bytes that the KV cache keeps alive; a sliced layer keeps its whole storage."""
+    storages = {}
+    for layer in getattr(cache, "layers", ()):
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

@@ -1,0 +1,228 @@
+"""The streamed pass: the stock model runs over the whole prompt once while each layer visits the device in full.
+
+While layer i is on the device with its full FF, three things happen before its slot is reused: its own forward
+runs over all tokens, the GRIFFIN statistic of its activations is summed, and the chosen neurons are gathered into
+the layer's compact parameters. All of it is done by hooks that live for one pass.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from griffin_offload.config import LoadConfig
+from griffin_offload.method.selection import select_neurons
+from griffin_offload.method.statistic import share_kept, shared_score, split_tokens, squared_statistic
+from griffin_offload.runtime.report import PrefillReport
+from griffin_offload.runtime.stream import LayerStream, StreamConfig
+from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.source import Source
+
+Progress = Callable[[int, int], None]
+"""Called with (layers done, layers in all) after each layer."""
+
+# Below this many tokens the last quarter is too little to measure on.
+SHORT_PROMPT_TOKENS = 16
+_CHUNK_MULTIPLE = 16
+
+
+@dataclass
+class StreamedLayers:
+    """The layers of a loaded model: fixed for its life, but for what each prompt selects."""
+
+    decoder: nn.ModuleList
+    blocks: list[FeedForward]
+    compact: dict[int, list[nn.Parameter]]
+    """Compact parameters of the streamed layers, allocated once and refilled for every prompt."""
+    kept: tuple[int, ...]
+    source: Source | None
+    """None when no layer is streamed."""
+    stream: StreamConfig
+    ff_chunk_tokens: int
+    config: LoadConfig
+    selected: dict[int, Tensor] = field(default_factory=dict)
+    """Sorted indices of the neurons that the last prompt chose, per streamed layer."""
+    norms: dict[int, Tensor] = field(default_factory=dict)
+    """Static scores for "magnitude", computed when a layer passes for the first time."""
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Weight bytes fetched from where the full weights rest, since loading."""
+        return self.source.fetched_bytes if self.source else 0
+
+    def install_compact(self) -> None:
+        """Make every streamed layer's compact parameters its parameters."""
+        for index, parameters in self.compact.items():
+            self.blocks[index].install(parameters)
+
+
+class StreamedPass:
+    """A context manager: inside it, one forward of the stock model is the streamed pass.
+
+    `mask` is [B, T] on the device: 1 for prompt tokens, 0 for padding and for tokens that must not choose.
+    `at_peak` is called where a layer needs most memory.
+    """
+
+    def __init__(
+        self, layers: StreamedLayers, mask: Tensor, *, progress: Progress | None, at_peak: Callable[[], None]
+    ) -> None:
+        self._layers, self._mask = layers, mask
+        self._progress, self._at_peak = progress, at_peak
+        self._halves = split_tokens(mask)
+        self._handles: list[RemovableHandle] = []
+        self._chunked: list[nn.Module] = []
+        self._stream = LayerStream(layers.source, list(layers.compact), layers.stream) if layers.source else None
+        self._fetched_before = layers.fetched_bytes
+        self._squared = torch.empty(0)
+        self._position = 0
+        self._kept_shares: list[Tensor] = []
+        self._held_out_shares: list[Tensor] = []
+        self._select_s = 0.0
+        self._seconds = 0.0
+
+    def __enter__(self) -> "StreamedPass":
+        self._start = time.perf_counter()
+        try:
+            self._begin()
+        except BaseException as error:  # Ctrl-C, too: no hook may stay behind
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def _begin(self) -> None:
+        if self._stream is not None:
+            self._stream.__enter__()
+        for index, (layer, block) in enumerate(zip(self._layers.decoder, self._layers.blocks, strict=True)):
+            self._chunk_tokens(block)
+            if index in self._layers.compact:
+                self._hook_layer(index, layer, block)
+            self._handles.append(layer.register_forward_hook(self._layer_done(index)))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module in self._chunked:
+            del module.forward
+        self._layers.install_compact()
+        if self._stream is not None:
+            self._stream.__exit__(kind, error, trace)
+        self._seconds = time.perf_counter() - self._start
+
+    @property
+    def peak_in_flight_bytes(self) -> int:
+        return self._stream.peak_in_flight_bytes if self._stream else 0
+
+    def report(self) -> PrefillReport:
+        """Figures of the finished pass; waits for the device."""
+        dense = len(self._layers.decoder) - len(self._kept_shares)
+        tokens = self._mask.sum(1)
+        too_short = int(tokens.min()) < SHORT_PROMPT_TOKENS
+        return PrefillReport(
+            prompt_tokens=int(tokens.sum()),
+            seconds=self._seconds,
+            streamed_bytes=self._layers.fetched_bytes - self._fetched_before,
+            wait_s=self._stream.wait_s if self._stream else 0.0,
+            select_s=self._select_s,
+            activation_kept=_mean(self._kept_shares, dense),
+            activation_kept_heldout=None if too_short else _mean(self._held_out_shares, dense),
+        )
+
+    def _hook_layer(self, index: int, layer: nn.Module, block: FeedForward) -> None:
+        self._handles += [
+            layer.register_forward_pre_hook(lambda *_: self._layer_starts(index)),
+            block.down.register_forward_pre_hook(lambda _, args: self._add(block, args[0])),
+            layer.register_forward_hook(lambda *_: self._layer_ends(index)),
+        ]
+
+    def _chunk_tokens(self, block: FeedForward) -> None:
+        if block.inline:
+            return  # written inline: the plan counts it unchunked
+        stock, limit = block.module.forward, self._layers.ff_chunk_tokens
+        block.module.forward = lambda *args: _in_chunks(stock, limit, args)
+        self._chunked.append(block.module)
+
+    def _layer_starts(self, index: int) -> None:
+        assert self._stream is not None
+        block = self._layers.blocks[index]
+        full = self._stream.acquire(index)
+        block.install(full)
+        self._full = full
+        self._squared = torch.zeros(self._halves.shape[0], 2, block.neurons, device=self._halves.device)
+        self._position = 0
+
+    def _add(self, block: FeedForward, z: Tensor) -> None:
+        """Sum the statistic of one chunk; z is [B, T, F], or [B * T, F] where the model flattens (OPT)."""
+        self._at_peak()
+        z = z.detach().reshape(self._halves.shape[0], -1, block.neurons)
+        end = self._position + z.shape[1]
+        self._squared += squared_statistic(z, self._halves[:, :, self._position : end])
+        self._position = end
+
+    @torch.no_grad()
+    def _layer_ends(self, index: int) -> None:
+        assert self._stream is not None
+        start = time.perf_counter()
+        block, compact = self._layers.blocks[index], self._layers.compact[index]
+        chosen = self._select(index)
+        block.gather(self._full, chosen, compact)
+        self._layers.selected[index] = chosen
+        block.install(compact)
+        self._full = []
+        self._stream.release()
+        self._select_s += time.perf_counter() - start
+
+    def _select(self, index: int) -> Tensor:
+        """Choose from the whole prompt; choose from its first part, too, to measure on the rest."""
+        formula = self._layers.config.batch_statistic
+        squared = shared_score(self._squared.sum(1), formula)
+        first, last = (shared_score(self._squared[:, half], formula) for half in (0, 1))
+        chosen = self._choose(index, squared)
+        self._kept_shares.append(share_kept(squared, chosen))
+        self._held_out_shares.append(share_kept(last, self._choose(index, first)))
+        return chosen
+
+    def _choose(self, index: int, squared: Tensor) -> Tensor:
+        config = self._layers.config
+        # One generator a layer: what a layer draws does not depend on which others are streamed.
+        generator = torch.Generator().manual_seed(config.seed * 100_003 + index)
+        norms = None
+        if config.selection == "magnitude":
+            if index not in self._layers.norms:
+                self._layers.norms[index] = self._layers.blocks[index].neuron_norms(self._full)
+            norms = self._layers.norms[index]
+        return select_neurons(squared, self._layers.kept[index], config.selection, generator, norms)
+
+    def _layer_done(self, index: int) -> Callable[..., None]:
+        def done(*_: Any) -> None:
+            if self._progress is not None:
+                self._progress(index + 1, len(self._layers.decoder))
+
+        return done
+
+
+def _in_chunks(forward: Callable[..., Tensor], limit: int, args: tuple[Tensor, ...]) -> Tensor:
+    """`forward` over at most `limit` tokens at a time; all arguments are [B, T, H] and so is the result."""
+    tokens = args[0].shape[1]
+    if tokens <= limit:
+        return forward(*args)
+    # Equal chunks: a short last one would take another path through the GEMM kernels and round differently.
+    chunk = -(-tokens // -(-tokens // limit))
+    if limit >= _CHUNK_MULTIPLE:
+        chunk = min(-(-chunk // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE, limit)
+    output = torch.empty_like(args[0])
+    for start in range(0, tokens, chunk):
+        output[:, start : start + chunk] = forward(*(arg[:, start : start + chunk] for arg in args))
+    return output
+
+
+def _mean(shares: list[Tensor], dense_layers: int) -> float:
+    """Mean over layers; a layer with all its neurons keeps everything."""
+    total = float(torch.stack(shares).sum()) if shares else 0.0
+    return (total + dense_layers) / (len(shares) + dense_layers)

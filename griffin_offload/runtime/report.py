@@ -1,0 +1,77 @@
+"""What a run did, in figures."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from griffin_offload.units import format_bytes
+
+
+@dataclass(frozen=True)
+class PrefillReport:
+    """One streamed pass."""
+
+    prompt_tokens: int
+    seconds: float
+    streamed_bytes: int
+    wait_s: float
+    """Seconds the computation waited for bytes."""
+    select_s: float
+    """Seconds of selecting and gathering (on CUDA: of launching them)."""
+    activation_kept: float
+    """Share of s^2 / S that the chosen neurons hold, mean over layers."""
+    activation_kept_heldout: float | None
+    """The same, chosen on the first 3/4 of the prompt and measured on the last 1/4; None: prompt too short."""
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One `generate`: field names are those of `griffin-offload run --json`."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    load_s: float
+    prefill_s: float
+    decode_s: float
+    prefill_streamed_bytes: int
+    decode_streamed_bytes: int
+    decode_embedding_bytes: int
+    resident_bytes: int
+    peak_device_bytes: int
+    budget_bytes: int
+    peak_host_bytes: int
+    host_growth_bytes: int
+    density: float
+    activation_kept: float
+    activation_kept_heldout: float | None
+    wait_s: float
+    select_s: float
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens after the first (which prefill gives) per second of decode."""
+        return max(self.generated_tokens - 1, 0) / self.decode_s if self.decode_s else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+        }
+
+    def lines(self, device: str) -> list[str]:
+        """The closing block for people."""
+        held_out = self.activation_kept_heldout
+        kept = f"{self.activation_kept:.2f}" if held_out is None else f"{held_out:.2f} held out"
+        rate = self.prefill_streamed_bytes / self.prefill_s if self.prefill_s else 0.0
+        return [
+            f"prefill  {self.prompt_tokens} tok  {self.prefill_s:.2f} s ({self.prefill_tokens_per_s:.0f} tok/s)   "
+            f"streamed {format_bytes(self.prefill_streamed_bytes)} at {format_bytes(rate)}/s",
+            f"decode   {self.generated_tokens} tok  {self.decode_s:.2f} s ({self.decode_tokens_per_s:.1f} tok/s)   "
+            f"streamed {format_bytes(self.decode_streamed_bytes)}   density {self.density:.2f}, "
+            f"activation kept {kept}",
+            f"peak     {device} {format_bytes(self.peak_device_bytes)} of {format_bytes(self.budget_bytes)}   "
+            f"RAM {format_bytes(self.peak_host_bytes)} (process)",
+        ]

@@ -1,0 +1,55 @@
+"""Sizes in words and in bytes: "12GB" is 12e9 bytes, "12GiB" is 12 * 2**30."""
+
+import math
+import re
+
+from griffin_offload.errors import UsageError
+
+_FACTORS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-z%]*)\s*", re.IGNORECASE)
+# "auto" leaves a tenth of the free memory to everybody else.
+_AUTO_SHARE = 0.9
+
+
+def parse_size(text: str | int, *, total_bytes: int | None = None, free_bytes: int | None = None) -> int:
+    """Bytes meant by `text`: a number, "12GB", "12GiB", "80%" of `total_bytes`, or "auto".
+
+    "auto" is `free_bytes` less a margin of a tenth. Raises UsageError for anything else.
+    """
+    if isinstance(text, int):
+        return _positive(text, str(text))
+    if text.strip().lower() == "auto" and free_bytes is not None:
+        return int(free_bytes * _AUTO_SHARE)
+    match = _SIZE.fullmatch(text)
+    number, unit = (float(match[1]), match[2].lower()) if match else (0.0, "?")
+    if unit == "%" and total_bytes is not None and number <= 100:
+        return _positive(int(total_bytes * number / 100), text)
+    if unit not in _FACTORS or not math.isfinite(number):
+        raise UsageError(f"cannot read the size {text!r}: write for example 12GB, 12GiB, 80% or auto")
+    return _positive(int(number * _FACTORS[unit]), text)
+
+
+def _positive(size_bytes: int, text: str) -> int:
+    if size_bytes <= 0:
+        raise UsageError(f"the size {text!r} is {size_bytes} bytes: it has to be more than nothing")
+    return size_bytes
+
+
+def format_bytes(size_bytes: float) -> str:
+    """`size_bytes` for people, in decimal units: "11.2 GB", "640 kB", "0 B"."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(size_bytes) >= factor:
+            number = size_bytes / factor
+            return f"{number:.2f} {unit}" if number < 10 else f"{number:.1f} {unit}"
+    return f"{int(size_bytes)} B"

@@ -1,0 +1,142 @@
+"""A checkpoint on disk in Hugging Face layout: found, its headers read and checked, no weight touched."""
+
+import json
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# What the safetensors library itself accepts as the longest header.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory whose files are whole and whose config transformers knows."""
+
+    directory: Path
+    config: PretrainedConfig
+    dtype: torch.dtype
+    """The stored precision: the one most bytes have."""
+    files: tuple[Path, ...]
+    weight_bytes: int
+
+
+def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
+    """Find the directory or hub id `model` and check its headers. Errors: ModelNotFound, CheckpointError,
+    UnsupportedModel. No weight is read."""
+    directory = _locate(str(model), offline)
+    config = _read_config(directory)
+    headers = {path: _read_header(path) for path in _weight_files(directory)}
+    sizes: Counter[str] = Counter()
+    for header in headers.values():
+        for entry in header.values():
+            sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    if not sizes:
+        raise CheckpointError(f"{directory} holds no tensors")
+    stored = sizes.most_common(1)[0][0]
+    quantised = getattr(config, "quantization_config", None)
+    if stored not in _DTYPES or quantised is not None:
+        raise UnsupportedModel(f"{directory} is quantised ({stored}): only 16, 32 and 64 bit floats are loaded")
+    return Checkpoint(directory, config, _DTYPES[stored], tuple(headers), sum(sizes.values()))
+
+
+def _locate(model: str, offline: bool) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelNotFound(f"{model} is a file: give the checkpoint's directory")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ModelNotFound(f"no directory {model}: give a checkpoint directory or a hub id such as org/name")
+    return _hub_snapshot(model, offline)
+
+
+def _hub_snapshot(model: str, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted, local_files_only=offline))
+    except Exception as error:  # the hub's client raises errors of many libraries
+        where = "the local hub cache" if offline else "this directory or the hub"
+        reason = str(error).strip().split("\n")[0]
+        raise ModelNotFound(f"{model} was not found in {where}: {reason}") from error
+
+
+def _read_config(directory: Path) -> PretrainedConfig:
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{directory / 'config.json'} cannot be read: {_first_line(error)}") from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModel(f"transformers does not know this model: {_first_line(error)}") from error
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of the model; an index, where there is one, decides and has to be complete."""
+    if (directory / _INDEX).is_file():
+        return _indexed_files(directory)
+    if (directory / _SINGLE).is_file():
+        return [directory / _SINGLE]
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{directory} has only pickled weights ({pickles[0]}): they can run code, convert them to safetensors"
+        )
+    raise CheckpointError(f"{directory} has no {_SINGLE} and no {_INDEX}")
+
+
+def _indexed_files(directory: Path) -> list[Path]:
+    try:
+        weight_map: dict[str, str] = json.loads((directory / _INDEX).read_text())["weight_map"]
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory / _INDEX} cannot be read: {_first_line(error)}") from error
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is named by the index but absent: download it again")
+    present = {name for path in files for name in _read_header(path)}
+    lacking = sorted(set(weight_map) - present)
+    if lacking:
+        raise CheckpointError(f"{directory}: the index promises {lacking[0]}, no shard holds it")
+    return files
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """The tensors of one file: name to dtype, shape and offsets. The file's size has to match them."""
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, size_bytes - 8):
+            raise CheckpointError(f"{path} is not a safetensors file, or cut short ({size_bytes} bytes)")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} has an unreadable header: {_first_line(error)}") from error
+    if size_bytes != 8 + length + end:
+        raise CheckpointError(
+            f"{path} has {size_bytes} bytes where its header promises {8 + length + end}: truncated or damaged, "
+            "download it again"
+        )
+    return header

@@ -1,0 +1,153 @@
+"""The sizes of a model, read off its architecture on the meta device: what the planner calculates with."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from griffin_offload.errors import CheckpointError
+from griffin_offload.weights.feedforward import find_feed_forwards
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one decoder layer, bytes in the precision of the computation."""
+
+    neurons: int
+    neuron_bytes: int
+    """Bytes of all FF parameters that belong to one neuron."""
+    attention_bytes: int
+    norm_bytes: int
+    """Norms, biases and whatever else has one axis."""
+    window: int | None
+    """Tokens the KV cache of this layer keeps; None keeps all."""
+
+    @property
+    def ff_bytes(self) -> int:
+        return self.neurons * self.neuron_bytes
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model."""
+
+    layers: tuple[LayerShape, ...]
+    embedding_bytes: int
+    head_bytes: int
+    """0 when the head is tied to the embeddings."""
+    other_bytes: int
+    """Outside the layers: last norm, learned positions, buffers."""
+    item_bytes: int
+    hidden_size: int
+    vocab_size: int
+    attention_width: int
+    """Numbers per token in the queries of one layer."""
+    heads: int
+    kv_width: int
+    """Numbers per token in the keys and values of one layer together."""
+    max_positions: int
+    gated: bool
+    inline_ff: bool
+    """The FF is written in the layer's own forward (OPT): it cannot be chunked."""
+    materialises_scores: bool
+    """Attention builds the full matrix of scores (eager, ALiBi, soft-capped)."""
+
+    @property
+    def tied(self) -> bool:
+        return self.head_bytes == 0
+
+    @property
+    def weight_bytes(self) -> int:
+        layers = sum(layer.ff_bytes + layer.attention_bytes + layer.norm_bytes for layer in self.layers)
+        return layers + self.embedding_bytes + self.head_bytes + self.other_bytes
+
+
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The model of `config` with no storage: every name and shape of it, in well under a second for 70B."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about initialisation and attention, which never happens here
+        try:
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except (ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error
+    return model
+
+
+def model_shape(model: Any) -> ModelShape:
+    """Measure `model`, a transformers causal LM, usually on the meta device. Raises UnsupportedModel."""
+    config = model.config.get_text_config()
+    decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
+    windows = _windows(config)
+    layers = []
+    for layer, block, window in zip(decoder, blocks, windows, strict=True):
+        ff = {id(tensor): tensor for tensor in block.current()}
+        rest = [p for p in layer.parameters() if id(p) not in ff]
+        layers.append(
+            LayerShape(
+                neurons=block.neurons,
+                neuron_bytes=_nbytes(ff.values()) // block.neurons,
+                attention_bytes=_nbytes(p for p in rest if p.dim() > 1),
+                norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
+                window=window,
+            )
+        )
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is None or head.weight is embedding
+    in_layers = {id(t) for layer in decoder for t in (*layer.parameters(), *layer.buffers())}
+    outside = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in in_layers}
+    head_bytes = 0 if tied else _nbytes([head.weight])
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return ModelShape(
+        layers=tuple(layers),
+        embedding_bytes=_nbytes([embedding]),
+        head_bytes=head_bytes,
+        other_bytes=_nbytes(outside.values()) - _nbytes([embedding]) - head_bytes,
+        item_bytes=embedding.element_size(),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        attention_width=heads * head_size,
+        heads=heads,
+        kv_width=2 * _kv_heads(config) * head_size,
+        max_positions=getattr(config, "max_position_embeddings", None) or 2**31,
+        gated=any(block.gated for block in blocks),
+        inline_ff=blocks[0].inline,
+        materialises_scores=_materialises_scores(config),
+    )
+
+
+def _nbytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _windows(config: PretrainedConfig) -> list[int | None]:
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _kv_heads(config: PretrainedConfig) -> int:
+    # Falcon says it in its own words: new decoders group queries, multi-query models share one head.
+    if config.model_type == "falcon":
+        if config.new_decoder_architecture:
+            return int(config.num_kv_heads)
+        return 1 if config.multi_query else int(config.num_attention_heads)
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+_SCORE_TESTS: tuple[Callable[[Any], bool], ...] = (
+    lambda config: getattr(config, "_attn_implementation", None) == "eager",
+    lambda config: config.model_type == "bloom" or bool(getattr(config, "alibi", False)),
+)
+
+
+def _materialises_scores(config: PretrainedConfig) -> bool:
+    return any(test(config) for test in _SCORE_TESTS)
