@@ -92,6 +92,6 @@ def check_density(density: Density | str) -> None:
         if density != "auto":
             raise UsageError(f"density is {density!r}: give a number from 0 to 1, one per layer, or auto")
         return
-    for value in density if isinstance(density, Sequence) else (density,):
+    for value in (density,) if isinstance(density, float | int) else density:
         if not 0.0 <= value <= 1.0:
             raise UsageError(f"density is {value}: it is the fraction of neurons kept, from 0 to 1")

@@ -203,24 +203,32 @@ def logits_bytes(shape: ModelShape, batch: int) -> int:
 
 
 def make_plan(shape: ModelShape, request: PlanRequest, precision: str) -> Plan:
-    """The best plan that fits the budget; DoesNotFit names the shortfall and the remedy.
+    """The best plan that fits the budget; DoesNotFit names the shortfall and the remedy."""
+    plan, remedy = solve(shape, request, precision)
+    if remedy is not None:
+        raise DoesNotFit(describe_shortfall(plan, remedy))
+    return plan
+
+
+def solve(shape: ModelShape, request: PlanRequest, precision: str) -> tuple[Plan, str | None]:
+    """The best plan that fits and None, or the smallest one that does not and what to change.
 
     Best is: everything resident; else the largest density, with a second slot if it costs little, and with the
     embeddings on the host where that keeps more neurons.
     """
-    plans = (best_plan(shape, request, precision, ctx) for ctx in _contexts(shape, request))
-    plan = next((p for p in plans if p.fits), None)
-    if plan is None:
-        raise DoesNotFit(shortfall(shape, request, precision))
-    return plan
+    plan = None
+    for ctx_tokens in _contexts(shape, request):
+        plan = best_plan(shape, request, precision, ctx_tokens)
+        if plan.fits:
+            return plan, None
+    assert plan is not None
+    return plan, remedy_for(shape, request, plan)
 
 
 def _contexts(shape: ModelShape, request: PlanRequest) -> Iterator[int]:
     if request.ctx_tokens is not None:
         if request.ctx_tokens > shape.max_positions:
-            raise UsageError(
-                f"a context of {request.ctx_tokens} tokens is more than the model's {shape.max_positions}"
-            )
+            raise UsageError(f"a context of {request.ctx_tokens} tokens is more than the model's {shape.max_positions}")
         yield request.ctx_tokens
         return
     tokens = min(MAX_AUTO_CTX, shape.max_positions)
@@ -307,9 +315,7 @@ def price(
     precision: str,
 ) -> Plan:
     """The bytes of one combination, whether it fits or not."""
-    streamed = tuple(
-        i for i, layer in enumerate(shape.layers) if request.always_stream or kept[i] < layer.neurons
-    )
+    streamed = tuple(i for i, layer in enumerate(shape.layers) if request.always_stream or kept[i] < layer.neurons)
     slots = min(slots, len(streamed))
     resident = {
         "attention": sum(layer.attention_bytes for layer in shape.layers),
@@ -359,13 +365,6 @@ def replan_for(shape: ModelShape, request: PlanRequest, plan: Plan, use: Usage) 
     return price(shape, request, use, plan.kept, slots, plan.embeddings, plan.precision)
 
 
-def shortfall(shape: ModelShape, request: PlanRequest, precision: str) -> str:
-    """One line: what the smallest plan needs, by part, and what to change."""
-    ctx = list(_contexts(shape, request))[-1]
-    plan = best_plan(shape, request, precision, ctx)
-    return describe_shortfall(plan, remedy_for(shape, request, plan))
-
-
 def describe_shortfall(plan: Plan, remedy: str) -> str:
     """The line a user sees when `plan` does not fit."""
     parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in _by_size(plan.parts))
@@ -393,9 +392,10 @@ def remedy_for(shape: ModelShape, request: PlanRequest, plan: Plan) -> str:
             remedies.append(f"--ctx-size {context}")
             break
         context //= 2
-    if request.offloaded_in_budget and best_plan(
-        shape, replace(request, offloaded_in_budget=False), plan.precision, plan.context_tokens
-    ).fits:
+    if (
+        request.offloaded_in_budget
+        and best_plan(shape, replace(request, offloaded_in_budget=False), plan.precision, plan.context_tokens).fits
+    ):
         remedies.append("--offload disk")
     return " or ".join(remedies)
 

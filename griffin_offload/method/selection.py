@@ -25,7 +25,11 @@ def densities_per_layer(density: Density, layers: int) -> tuple[float, ...]:
 
 
 def select_neurons(
-    squared: Tensor, kept: int, method: SelectionMethod, generator: torch.Generator, norms: Tensor | None = None
+    squared: Tensor,
+    kept: int,
+    method: SelectionMethod,
+    generator: torch.Generator,
+    norms: Tensor | None = None,
 ) -> Tensor:
     """Sorted indices [K] of the neurons to keep, on the device of `squared`.
 

@@ -36,7 +36,7 @@ def squared_statistic(z: Tensor, weights: Tensor) -> Tensor:
     """
     total = torch.zeros(z.shape[0], weights.shape[1], z.shape[2], device=z.device)
     for start in range(0, z.shape[1], ROWS_AT_ONCE):
-        squares = z[:, start : start + ROWS_AT_ONCE].float().square_()
+        squares = z[:, start : start + ROWS_AT_ONCE].to(torch.float32, copy=True).square_()
         norms = squares.sum(-1)  # [B, T]
         scale = torch.where(norms > 0, norms, 1).reciprocal()
         total.baddbmm_(weights[:, :, start : start + ROWS_AT_ONCE] * scale[:, None, :], squares)

@@ -39,6 +39,11 @@ class Prospect:
     shape: ModelShape
     request: PlanRequest
 
+    @property
+    def precision(self) -> str:
+        """The precision of the computation, in words."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 @dataclass
 class Loaded:
@@ -90,8 +95,7 @@ def budget_bytes(config: LoadConfig, device: torch.device) -> int:
 
 def plan_for(prospect: Prospect) -> Plan:
     """The plan; DoesNotFit when there is none."""
-    precision = str(prospect.dtype).removeprefix("torch.")
-    return make_plan(prospect.shape, prospect.request, precision)
+    return make_plan(prospect.shape, prospect.request, prospect.precision)
 
 
 def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
@@ -180,7 +184,7 @@ def _map_model(checkpoint: Checkpoint) -> Any:
 
 
 def _offload_tier(prospect: Prospect, plan: Plan, config: LoadConfig) -> str:
-    """"ram" or "disk"; DoesNotFit when RAM was asked for and there is too little."""
+    """ "ram" or "disk"; DoesNotFit when RAM was asked for and there is too little."""
     if prospect.device.type == "cpu":
         return "ram" if config.offload == "ram" else "disk"  # the budget has counted it
     stored = sum(prospect.shape.layers[i].ff_bytes for i in plan.streamed)
@@ -259,9 +263,7 @@ def _resident(
         return copies[id(parameter)]
     # Only the stored precision is translated: what transformers keeps in float32 stays so.
     changed = parameter.dtype == prospect.checkpoint.dtype
-    target = torch.empty(
-        parameter.shape, dtype=prospect.dtype if changed else parameter.dtype, device=prospect.device
-    )
+    target = torch.empty(parameter.shape, dtype=prospect.dtype if changed else parameter.dtype, device=prospect.device)
     target.copy_(parameter.detach())
     release_pages([parameter.detach()], evict=evict)
     copy = nn.Parameter(target, requires_grad=False)

@@ -129,7 +129,9 @@ class GriffinModel:
         if kwargs.get("use_cache", given.use_cache) is False:
             raise UsageError("use_cache=False cannot work here: decoding reads the prompt's KV cache")
         if kwargs.get("prefill_chunk_size") is not None:
-            raise UsageError("prefill_chunk_size cannot be set: the prompt is streamed in one pass, see ff_chunk_tokens")
+            raise UsageError(
+                "prefill_chunk_size cannot be set: the prompt is streamed in one pass, see ff_chunk_tokens"
+            )
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise UsageError("past_key_values has to be empty: transformers would feed it the whole prompt again")
@@ -221,7 +223,8 @@ class GriffinModel:
 
     def _report(self, generated_tokens: int, total_s: float) -> RunReport:
         run, prefill, ledger = self._run, self.last_prefill, self._loaded.ledger
-        assert run is not None and prefill is not None
+        assert run is not None
+        assert prefill is not None
         shape, length = self._prospect.shape, run.prompt_tokens + generated_tokens
         use = Usage(run.batch, run.prompt_tokens, length)
         ledger.hold(

@@ -218,7 +218,7 @@ def _in_chunks(forward: Callable[..., Tensor], limit: int, args: tuple[Tensor, .
         chunk = min(-(-chunk // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE, limit)
     output = torch.empty_like(args[0])
     for start in range(0, tokens, chunk):
-        output[:, start : start + chunk] = forward(*(arg[:, start : start + chunk] for arg in args))
+        output[:, start : start + chunk] = forward(*(arg[:, start : start + chunk].contiguous() for arg in args))
     return output
 
 

@@ -45,8 +45,7 @@ class _Slots:
         layouts = [self._layout(layer) for layer in layers]
         largest = max(layout.nbytes for layout in layouts)
         self._buffers = [
-            torch.empty(largest, dtype=torch.uint8, device=config.device)
-            for _ in range(min(config.slots, len(layers)))
+            torch.empty(largest, dtype=torch.uint8, device=config.device) for _ in range(min(config.slots, len(layers)))
         ]
         self._cuda = _CudaCopies(config) if config.device.type == "cuda" else None
 

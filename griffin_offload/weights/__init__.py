@@ -1,0 +1,1 @@
+"""Floor 1: what full weights are and where they rest."""

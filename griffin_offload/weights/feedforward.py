@@ -70,9 +70,10 @@ class FeedForward:
         self.down: nn.Module = getattr(module, layout.down)
         self.neurons = _weight(self.down).shape[_neuron_axis(self.down, is_down=True)]
         inputs = [getattr(module, name) for name in layout.inputs]
-        self.parameters = tuple(
-            parameter for projection in inputs for parameter in _input_parameters(projection, self.neurons)
-        ) + (NeuronParameter(self.down, "weight", _neuron_axis(self.down, is_down=True), 1),)
+        self.parameters = (
+            *(parameter for projection in inputs for parameter in _input_parameters(projection, self.neurons)),
+            NeuronParameter(self.down, "weight", _neuron_axis(self.down, is_down=True), 1),
+        )
 
     @property
     def gated(self) -> bool:
@@ -185,9 +186,7 @@ def _block_of(layer: nn.Module, where: str) -> FeedForward:
     found = _matches(layer)
     if len(found) != 1:
         names = ", ".join(dict.fromkeys(name.rsplit(".", 1)[0] for name, _ in layer.named_parameters()))
-        raise UnsupportedModel(
-            f"{where} has {len(found)} FF blocks of a known layout among {names}; {REGISTER_HINT}"
-        )
+        raise UnsupportedModel(f"{where} has {len(found)} FF blocks of a known layout among {names}; {REGISTER_HINT}")
     module, layout = found[0]
     _check_projections(module, layout, where)
     block = FeedForward(module, layout, inline=module is layer)
@@ -211,9 +210,9 @@ def _check_shapes(block: FeedForward, layer: nn.Module, where: str) -> None:
             )
     known = {id(parameter.current) for parameter in block.parameters}
     inside = layer.named_parameters(recurse=False) if block.inline else block.module.named_parameters()
-    for name, parameter in inside:
-        down_bias = parameter is getattr(block.down, "bias", None)
-        if id(parameter) not in known and not down_bias and block.neurons in parameter.shape:
+    known.add(id(getattr(block.down, "bias", None)))
+    for name, tensor in inside:
+        if id(tensor) not in known and block.neurons in tensor.shape:
             raise UnsupportedModel(
                 f"{where}: parameter {name} of size {block.neurons} belongs to the neurons too, in a way no "
                 f"layout describes; {REGISTER_HINT}"

@@ -135,11 +135,10 @@ def _windows(config: PretrainedConfig) -> list[int | None]:
 
 
 def _kv_heads(config: PretrainedConfig) -> int:
-    # Falcon says it in its own words: new decoders group queries, multi-query models share one head.
+    # Falcon says it in its own words; its new decoders group queries but cache every head.
     if config.model_type == "falcon":
-        if config.new_decoder_architecture:
-            return int(config.num_kv_heads)
-        return 1 if config.multi_query else int(config.num_attention_heads)
+        shared = config.multi_query and not config.new_decoder_architecture
+        return 1 if shared else int(config.num_attention_heads)
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 

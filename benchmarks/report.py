@@ -1,0 +1,85 @@
+"""The record of one comparison: where it ran, the table, and the two files."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "griffin-offload")
+PATH_OPTIONS = ("--dir", "--out")
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores and RAM; nothing that names the machine."""
+    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    total = re.search(r"^MemTotal:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)
+    return {
+        "cpu": model[1] if model else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "ram_bytes": int(total[1]) * 1024 if total else None,
+        "kernel": platform.release().split("-")[0],
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command as it can be published: folders by their last name only."""
+    words = ["python", "benchmarks/over_budget.py"]
+    previous = ""
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if previous in PATH_OPTIONS:
+            words.append(Path(argument).name)
+        elif equals and option in PATH_OPTIONS:
+            words.append(f"{option}={Path(value).name}")
+        else:
+            words.append(argument)
+        previous = argument
+    return " ".join(words)
+
+
+def provenance(arguments: Sequence[str]) -> dict[str, Any]:
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command_line(arguments),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def gigabytes(size_bytes: float | None) -> str:
+    return "unknown" if size_bytes is None else f"{size_bytes / 1e9:.2f} GB"
+
+
+def seconds(value_s: float | None) -> str:
+    return "-" if value_s is None else f"{value_s:.0f} s" if value_s >= 100 else f"{value_s:.3g} s"
+
+
+def with_bound(value_s: float, bound_s: float) -> str:
+    return f"{seconds(value_s)} ({bound_s / value_s:.0%} of the ceiling's {seconds(bound_s)})"
+
+
+def table(rows: Sequence[tuple[str, str, str, str]]) -> str:
+    header = ("", "ours", "rival", "rival / ours")
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * 4, *rows)]
+    return "\n".join(lines)
+
+
+def write(folder: Path, name: str, markdown: str, record: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(markdown + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,107 @@
+"""Running the two sides: cold, capped, one after the other, and choosing the rival's best setting."""
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capped_run import Outcome, run_capped
+from disk import checkpoint_files, drop_page_cache
+
+BENCHMARKS = Path(__file__).parent
+RIVAL_SHARES = (0.95, 0.85, 0.7)  # of the budget; the largest that survives is the rival's best
+
+
+@dataclass(frozen=True)
+class Workload:
+    folder: Path
+    prompt_tokens: int
+    cap_bytes: int | None
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a worker is started with; `name` is how the report calls it."""
+
+    name: str
+    worker: str
+    threads: int
+    new_tokens: int
+    options: tuple[str, ...] = ()
+
+
+@dataclass
+class Result:
+    """`figures` is the worker's JSON line, None when it did not survive."""
+
+    side: Side
+    outcome: Outcome
+    figures: dict[str, Any] | None
+    cached_before_bytes: int
+
+    @property
+    def failure(self) -> str:
+        if self.outcome.oom_kills:
+            return "killed by the memory cap"
+        return "timed out" if self.outcome.timed_out else f"exit status {self.outcome.returncode}"
+
+    @property
+    def token_s(self) -> float:
+        return statistics.median(self.figures["token_s"]) if self.figures else float("inf")
+
+
+def run_side(side: Side, work: Workload) -> Result:
+    """One cold run in a process of its own."""
+    command = [sys.executable, str(BENCHMARKS / "worker.py"), side.worker, "--dir", str(work.folder)]
+    command += ["--prompt-tokens", str(work.prompt_tokens), "--new-tokens", str(side.new_tokens)]
+    command += ["--threads", str(side.threads), *side.options]
+    cached_bytes = drop_page_cache(checkpoint_files(work.folder))
+    print(f"running {side.name} ...", file=sys.stderr, flush=True)
+    outcome = run_capped(command, work.cap_bytes, work.timeout_s, _environment(side.threads))
+    figures = json.loads(outcome.stdout.splitlines()[-1]) if outcome.returncode == 0 else None
+    result = Result(side, outcome, figures, cached_bytes)
+    if figures is None:
+        print(f"{side.name}: {result.failure}", file=sys.stderr)
+    return result
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Threads must be known before torch starts; the package is found also when it is not installed."""
+    paths = [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
+def rival_settings(budget_bytes: int, offload_folder: Path, threads: int, new_tokens: int) -> Iterator[Side]:
+    """Ways to run the full model under the cap with stock tools, plainest first."""
+    folder = ("--offload-folder", str(offload_folder))
+    yield Side("transformers, mapped", "mmap", threads, new_tokens)
+    for share in RIVAL_SHARES:
+        ram = ("--ram-share", str(int(share * budget_bytes)))
+        for name, extra in (("", ()), (", share copied", ("--copy-share",))):
+            title = f"accelerate, {share:.0%} in RAM{name}"
+            yield Side(title, "accelerate", threads, new_tokens, ram + folder + extra)
+
+
+def run_rival_trials(settings: Iterable[Side], work: Workload) -> tuple[list[Result], Side | None]:
+    """Try each; of every family only the largest share that survives. The fastest per token wins."""
+    results: list[Result] = []
+    survived: set[tuple[str, bool]] = set()
+    for side in settings:
+        family = (side.worker, "--copy-share" in side.options)
+        if family not in survived:
+            results.append(run_side(side, work))
+            if results[-1].figures:
+                survived.add(family)
+    best = min(results, key=lambda result: result.token_s)
+    return results, best.side if best.figures else None

@@ -1,0 +1,153 @@
+"""One side of `over_budget.py`, in a process of its own: load, generate, print one JSON line.
+
+Both sides are timed by the same instrument, a streamer that notes the clock and the process's own disk reads
+(/proc/self/io, threads included) at every token.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from capped_run import process_status_bytes
+from model_bytes import parse_bytes
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+SEED = 0
+
+
+def disk_read_bytes() -> int:
+    """Bytes this process made the disk deliver; page-cache hits do not count."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["read_bytes"])
+
+
+class Marks(BaseStreamer):
+    """(seconds, bytes read so far) at every call; `generate` hands over the prompt first, then each token."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, int]] = []
+
+    def mark(self) -> None:
+        self.marks.append((time.perf_counter(), disk_read_bytes()))
+
+    def put(self, value: torch.Tensor) -> None:
+        self.mark()
+
+    def end(self) -> None:
+        pass
+
+
+def load_ours(args: argparse.Namespace) -> Any:
+    from griffin_offload import GriffinModel
+
+    return GriffinModel.from_pretrained(
+        args.dir,
+        max_gpu_mem=args.budget,
+        device="cpu",
+        density=args.density,
+        offload="disk",
+        ctx_size=args.prompt_tokens + args.new_tokens,
+    )
+
+
+def load_mmap(args: argparse.Namespace) -> Any:
+    """Plain transformers: mapped weights, the kernel decides what stays."""
+    return AutoModelForCausalLM.from_pretrained(args.dir, dtype="auto")
+
+
+def load_accelerate(args: argparse.Namespace) -> Any:
+    """Disk offload of all beyond the RAM share; safetensors are read in place, without a second copy."""
+    model = AutoModelForCausalLM.from_pretrained(
+        args.dir,
+        dtype="auto",
+        device_map="auto",
+        max_memory={"cpu": parse_bytes(args.ram_share)},
+        offload_folder=args.offload_folder,
+    )
+    if args.copy_share:  # kinder than its default: mapped pages of the share would be evicted again
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
+    return model
+
+
+LOADERS = {"ours": load_ours, "mmap": load_mmap, "accelerate": load_accelerate}
+
+
+def prompt(args: argparse.Namespace) -> torch.Tensor:
+    """[1, T] random ids, the same for every side."""
+    vocabulary = AutoConfig.from_pretrained(args.dir).vocab_size
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(3, vocabulary, (1, args.prompt_tokens), generator=generator)
+
+
+def phase(start: tuple[float, int], end: tuple[float, int]) -> dict[str, float]:
+    return {"s": end[0] - start[0], "read_bytes": end[1] - start[1]}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    ids, marks = prompt(args), Marks()
+    marks.mark()
+    model = LOADERS[args.side](args)
+    marks.mark()
+    before, loaded = marks.marks
+    output = model.generate(
+        input_ids=ids,
+        max_new_tokens=args.new_tokens,
+        min_new_tokens=args.new_tokens,
+        do_sample=False,
+        streamer=marks,
+    )
+    new_tokens = output[0, args.prompt_tokens :].tolist()
+    if len(new_tokens) != args.new_tokens:
+        raise RuntimeError(f"asked for {args.new_tokens} tokens, got {len(new_tokens)}")
+    tokens = marks.marks[-args.new_tokens :]
+    report = getattr(model, "last_report", None)
+    return {
+        "load": phase(before, loaded),
+        "prefill": phase(loaded, tokens[0]),
+        "decode": phase(tokens[0], tokens[-1]),
+        "token_s": [later[0] - earlier[0] for earlier, later in pairwise(tokens)],
+        "tokens": new_tokens,
+        "rss_anon_bytes": process_status_bytes("self", "RssAnon"),
+        "rss_peak_bytes": process_status_bytes("self", "VmHWM"),
+        "offload_folder_bytes": folder_bytes(args.offload_folder),
+        "report": asdict(report) if is_dataclass(report) and not isinstance(report, type) else None,
+    }
+
+
+def folder_bytes(folder: Path | None) -> int:
+    """A second copy of the weights would show here."""
+    if folder is None or not folder.is_dir():
+        return 0
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("side", choices=LOADERS)
+    parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--budget", default="0")
+    parser.add_argument("--density", type=float, default=1.0)
+    parser.add_argument("--ram-share", default="0")
+    parser.add_argument("--copy-share", action="store_true")
+    parser.add_argument("--offload-folder", type=Path)
+    parser.add_argument("--prompt-tokens", type=int, required=True)
+    parser.add_argument("--new-tokens", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(SEED)
+    json.dump(measure(args), sys.stdout, default=str)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The entry point: parse, run one command, turn errors into one line and an exit code."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from griffin_offload import __version__
+from griffin_offload.cli import plan, run
+from griffin_offload.errors import GriffinError
+
+_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; imports no torch."""
+    parser = argparse.ArgumentParser(
+        prog="griffin-offload",
+        description="Run language models larger than the device: each prompt streams the weights once and keeps the "
+        "feed-forward neurons it uses; generation then runs fully on the device.",
+    )
+    parser.add_argument("--version", action="version", version=f"griffin-offload {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (run, plan):
+        command.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 runtime, 2 usage, 3 does not fit, 4 model, 130 Ctrl-C."""
+    parsed = build_parser().parse_args(arguments)
+    # Warnings are news for the user, one line each, not for the author of a Python file.
+    warnings.showwarning = lambda message, *_: print(f"griffin-offload: warning: {message}", file=sys.stderr)
+    try:
+        code: int = parsed.command(parsed)
+        sys.stdout.flush()
+        return code
+    except GriffinError as error:
+        print(f"griffin-offload: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ngriffin-offload: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); let nothing more be written to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,0 +1,81 @@
+"""Flags that several commands share, and how they become a `LoadConfig`."""
+
+import argparse
+import os
+from typing import Any, get_args
+
+from griffin_offload.config import Device, DType, LoadConfig, Offload, SelectionMethod
+from griffin_offload.demo import demo_directory
+from griffin_offload.errors import UsageError
+
+MODEL_VARIABLE = "GRIFFIN_OFFLOAD_MODEL"
+_DEFAULTS = LoadConfig()
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model and everything that `LoadConfig` knows, under the same names."""
+    parser.add_argument(
+        "-m",
+        "--model",
+        default=os.environ.get(MODEL_VARIABLE),
+        help=f"checkpoint directory or hub id (default: ${MODEL_VARIABLE}, else the embedded demo)",
+    )
+    add = parser.add_argument_group("memory").add_argument
+    add("--max-gpu-mem", "--max-mem", default=_DEFAULTS.max_gpu_mem, metavar="SIZE", help=_SIZES)
+    add(
+        "--max-cpu-mem",
+        metavar="SIZE",
+        help="host memory for offloaded weights, when the device is not the CPU",
+    )
+    add("--device", choices=get_args(Device), default=_DEFAULTS.device)
+    add("--offload", choices=get_args(Offload), default=_DEFAULTS.offload, help="where the full weights rest")
+    add("--ctx-size", type=int, metavar="TOKENS", help="context that memory is kept for")
+    add = parser.add_argument_group("method").add_argument
+    add(
+        "--density",
+        default=_DEFAULTS.density,
+        help="fraction of FF neurons kept: auto, 0.5, or one per layer (0.5,0.7)",
+    )
+    add("--selection", choices=get_args(SelectionMethod), default=_DEFAULTS.selection)
+    add("--dtype", choices=get_args(DType), default=_DEFAULTS.dtype, help="precision of the computation")
+    add("--seed", type=int, default=_DEFAULTS.seed, help="seed of sampling, of tokens and of neurons")
+    parser.add_argument("--offline", action="store_true", help="never ask the hub")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("-v", "--verbose", action="store_true", help="the plan, too")
+    loudness.add_argument("-q", "--quiet", action="store_true", help="the text alone")
+
+
+_SIZES = f"device budget: 12GB, 12GiB, 80%% or auto (default: {_DEFAULTS.max_gpu_mem})"
+
+
+def model_of(arguments: argparse.Namespace) -> str:
+    """The model that was asked for, or the demo."""
+    return arguments.model or str(demo_directory())
+
+
+def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for `LoadConfig`."""
+    names = (
+        "max_gpu_mem",
+        "max_cpu_mem",
+        "device",
+        "offload",
+        "ctx_size",
+        "selection",
+        "dtype",
+        "seed",
+        "offline",
+    )
+    return {name: getattr(arguments, name) for name in names} | {"density": parse_density(arguments.density)}
+
+
+def parse_density(text: str) -> Any:
+    """ "auto", a number, or numbers separated by commas; UsageError for anything else."""
+    if text == "auto":
+        return text
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"cannot read the density {text!r}: auto, 0.5, or one number per layer (0.5,0.7)") from None
+    return values if "," in text else values[0]

@@ -1,0 +1,185 @@
+"""`griffin-offload run`: one prompt, one answer."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from griffin_offload.cli.options import add_model_options, load_options, model_of
+from griffin_offload.cli.plan import plan_lines
+from griffin_offload.config import RunConfig
+from griffin_offload.demo import PROMPT
+from griffin_offload.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from griffin_offload.runtime.model import GriffinModel
+
+_DEFAULTS = RunConfig()
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the main parser."""
+    parser = commands.add_parser("run", help="answer one prompt")
+    parser.add_argument("prompt", nargs="?", help="the prompt, or - for standard input (the demo has its own)")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
+    parser.add_argument("--system", metavar="TEXT", help="system message, for models with a chat template")
+    parser.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
+    add = parser.add_argument_group("generation").add_argument
+    add("-n", "--max-new-tokens", type=int, default=_DEFAULTS.max_new_tokens, metavar="N")
+    add("--temperature", type=float, help="0 is greedy (default: the checkpoint's generation config)")
+    add("--top-p", type=float)
+    add("--top-k", type=int)
+    add_model_options(parser)
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate; the text goes to stdout as it comes, the figures to stderr."""
+    text = _prompt_text(arguments)
+    sampling = _sampling(arguments)
+    options = load_options(arguments)
+    from griffin_offload.config import LoadConfig
+    from griffin_offload.weights.checkpoint import open_checkpoint
+
+    LoadConfig(**options)  # a bad flag is reported before any file is looked at
+    directory = open_checkpoint(model_of(arguments), offline=arguments.offline).directory
+    tokens = _tokenize(directory, text, arguments)
+    prompt_tokens = tokens.shape[1]
+    if arguments.ctx_size is None:
+        options["ctx_size"] = prompt_tokens + arguments.max_new_tokens
+    elif prompt_tokens + arguments.max_new_tokens > arguments.ctx_size:
+        raise UsageError(
+            f"a prompt of {prompt_tokens} tokens and {arguments.max_new_tokens} new ones do not fit the context of "
+            f"{arguments.ctx_size}: raise --ctx-size or shorten one of them"
+        )
+    from griffin_offload.runtime.model import GriffinModel
+
+    model = GriffinModel.from_pretrained(directory, **options, prompt_tokens=prompt_tokens)
+    if arguments.verbose:
+        print("\n".join(plan_lines(model.plan)), file=sys.stderr)
+    with _Progress(model, quiet=arguments.quiet or arguments.json):
+        output = _generate(model, tokens, sampling, arguments)
+    _print_result(model, output[0, prompt_tokens:], arguments)
+    return 0
+
+
+def _prompt_text(arguments: argparse.Namespace) -> str:
+    if arguments.prompt is not None and arguments.prompt_file is not None:
+        raise UsageError("two prompts: give either an argument or --prompt-file")
+    if arguments.prompt_file is not None:
+        try:
+            text: str = arguments.prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the prompt from {arguments.prompt_file}: {error}") from error
+    elif arguments.prompt == "-":
+        text = sys.stdin.read()
+    elif arguments.prompt is None and arguments.model is None:
+        text = PROMPT
+    elif arguments.prompt is None:
+        raise UsageError("no prompt: give one as an argument, with --prompt-file, or - for standard input")
+    else:
+        text = arguments.prompt
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    return text
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {arguments.max_new_tokens}: at least 1")
+    if arguments.temperature is not None and arguments.temperature < 0:
+        raise UsageError(f"--temperature is {arguments.temperature}: 0 (greedy) or more")
+    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
+        raise UsageError(f"--top-p is {arguments.top_p}: more than 0 and at most 1")
+    if arguments.top_k is not None and arguments.top_k < 1:
+        raise UsageError(f"--top-k is {arguments.top_k}: at least 1")
+    if arguments.temperature == 0:
+        if arguments.top_p is not None or arguments.top_k is not None:
+            raise UsageError("--temperature 0 is greedy: --top-p and --top-k would do nothing")
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    names = ("temperature", "top_p", "top_k")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return given | ({"do_sample": True} if given else {})
+
+
+def _tokenize(directory: Path, text: str, arguments: argparse.Namespace) -> "Tensor":
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{directory} has no tokenizer that can be loaded: {reason}") from error
+    templated = tokenizer.chat_template is not None and not arguments.raw
+    if arguments.system is not None and not templated:
+        raise UsageError("--system needs a chat template: this model has none, or --raw turned it off")
+    if templated:
+        system = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
+        messages = [*system, {"role": "user", "content": text}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(text, return_tensors="pt")
+    tokens: Tensor = encoded["input_ids"]
+    if tokens.shape[1] == 0:
+        raise UsageError("the prompt is empty: the tokenizer makes no token of it")
+    return tokens
+
+
+class _Progress:
+    """A bar of prefill's layers on stderr, if that is a terminal."""
+
+    def __init__(self, model: "GriffinModel", *, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        layers = len(model.plan.kept)
+        self._bar = tqdm(total=layers, desc="prefill", unit="layer", leave=False, disable=quiet or None)
+        model.progress = self._step
+
+    def _step(self, done: int, layers: int) -> None:
+        self._bar.update(done - self._bar.n)
+        if done == layers:
+            self._bar.close()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _generate(
+    model: "GriffinModel", tokens: "Tensor", sampling: dict[str, Any], arguments: argparse.Namespace
+) -> "Tensor":
+    import torch
+    from transformers import TextStreamer
+
+    torch.manual_seed(arguments.seed)
+    streamer = None
+    if not arguments.json:
+        streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output: Tensor = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=arguments.max_new_tokens,
+        streamer=streamer,
+        **sampling,
+    )
+    return output
+
+
+def _print_result(model: "GriffinModel", generated: "Tensor", arguments: argparse.Namespace) -> None:
+    report = model.last_report
+    assert report is not None
+    if arguments.json:
+        text = model.tokenizer.decode(generated, skip_special_tokens=True)
+        print(json.dumps({"text": text, **report.to_json()}))
+        return
+    if not arguments.quiet:
+        print("\n".join(report.lines(model.device.type.upper())), file=sys.stderr)
+        if report.activation_kept_heldout is None and model.plan.streamed:
+            print("note: the prompt is too short to tell how much of its activation is kept", file=sys.stderr)

@@ -1,0 +1,29 @@
+"""Checkpoints that several tests share, written once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import write_checkpoint, write_tokenizer
+
+torch.set_num_threads(1)
+
+Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """`checkpoints(name, dtype, shards)` is the directory of a tiny checkpoint with a tokenizer."""
+    written: dict[tuple[str, torch.dtype, int], Path] = {}
+
+    def checkpoint(name: str, dtype: torch.dtype = torch.float32, shards: int = 2) -> Path:
+        key = (name, dtype, shards)
+        if key not in written:
+            directory = tmp_path_factory.mktemp(name)
+            write_checkpoint(name, directory, dtype, shards)
+            write_tokenizer(directory)
+            written[key] = directory
+        return written[key]
+
+    return checkpoint
