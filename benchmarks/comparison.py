@@ -99,7 +99,8 @@ class Comparison:
             values.append(found)
             shown = with_bound(found, bound(bounds)) if bound and found else show(found)
             cells.append(shown if summary else "-")
-        ratio = f"{values[1] / values[0]:.2f}" if all(values) else "-"
+        ours, rival = values
+        ratio = f"{rival / ours:.2f}" if ours and rival else "-"
         return title, cells[0], cells[1], ratio
 
     def disk_rate(self, summary: Summary) -> str:

@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from comparison import Comparison, summarise
-from make_checkpoint import SHAPES, make_checkpoint
+from make_checkpoint import SHAPES, make_checkpoint, model_config
 from measured import SideCeilings, measure_ceilings
 from model_bytes import ModelBytes, full_model_bounds, our_bounds, parse_bytes
 from report import provenance, seconds, table, write
 from sides import Result, Side, Workload, rival_settings, run_rival_trials, run_side
 
+DEFAULT_SHAPE = "llama-2-13b"
 TRIAL_PROMPT_TOKENS, TRIAL_NEW_TOKENS = 16, 3
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, required=True, help="checkpoint; made when absent")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-2-13b")
+    parser.add_argument("--shape", choices=SHAPES, help="what to make; an existing checkpoint must have it")
     parser.add_argument("--layers", type=int, help="override the number of layers")
     parser.add_argument("--budget", default="16GB", help="what the runtime may use")
     parser.add_argument("--overhead", default="1GB", help="interpreter and libraries, added to the cap")
@@ -46,8 +47,24 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if min(args.new_tokens, args.rival_tokens) < 2:
         parser.error("at least 2 new tokens: the first belongs to the prompt")
-    args.cap_bytes = parse_bytes(args.cap or args.budget) + (0 if args.cap else parse_bytes(args.overhead))
+    try:
+        args.cap_bytes = parse_bytes(args.cap) if args.cap else parse_bytes(args.budget) + parse_bytes(args.overhead)
+    except ValueError as error:
+        parser.error(str(error))
     return args
+
+
+def prepare_checkpoint(args: argparse.Namespace) -> ModelBytes:
+    """Make it when absent; a checkpoint of another shape than the one asked for is refused."""
+    if not args.dir.exists():
+        make_checkpoint(args.dir, args.shape or DEFAULT_SHAPE, args.layers)
+    model = ModelBytes.of(args.dir)
+    if args.shape:
+        wanted = model_config(args.shape, args.layers)
+        found = (model.hidden, model.feed_forward, model.layers)
+        if found != (wanted.hidden_size, wanted.intermediate_size, wanted.num_hidden_layers):
+            raise SystemExit(f"error: --dir is not of --shape {args.shape}: hidden, FF, layers are {found}")
+    return model
 
 
 @dataclass
@@ -147,9 +164,7 @@ def as_record(result: Result) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     args = parse_arguments(arguments)
-    if not args.dir.exists():
-        make_checkpoint(args.dir, args.shape, args.layers)
-    model = ModelBytes.of(args.dir)
+    model = prepare_checkpoint(args)
     threads = [args.threads] if args.threads else args.thread_choices
     tokens = (args.new_tokens, args.rival_tokens)
     ceilings = measure_ceilings(args.dir, model, threads, args.prompt_tokens, args.density, tokens)

@@ -180,7 +180,7 @@ def _masked_after_prefill(model: PreTrainedModel, down_pattern: str, sets: Seque
 
 def _zero_others(z: Tensor, kept: Tensor) -> Tensor:
     """z [B, T, F] or [B*T, F] with all neurons but `kept` ([K] or [B, K]) set to zero."""
-    rows = kept.reshape(-1, kept.shape[-1])
+    rows = kept if kept.dim() == 2 else kept[None]
     ones = torch.zeros(len(rows), z.shape[-1], dtype=z.dtype, device=z.device)
     ones.scatter_(1, rows.to(z.device), 1)
     samples = len(rows) if len(rows) > 1 else 1

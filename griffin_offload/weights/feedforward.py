@@ -95,7 +95,12 @@ class FeedForward:
                 _declare_features(parameter.owner, tensor)
 
     def compact_shapes(self, kept: int) -> list[list[int]]:
-        """Shapes of the parameters when `kept` neurons are left."""
+        """Shapes of the parameters when `kept` neurons are left.
+
+        Conv1D reshapes by its input's size and cannot have none: a block of them keeps one, which `gather` zeroes.
+        """
+        if isinstance(self.down, Conv1D):
+            kept = max(kept, 1)
         shapes = [list(tensor.shape) for tensor in self.current()]
         for parameter, shape in zip(self.parameters, shapes, strict=True):
             shape[parameter.axis] = kept * parameter.stacked
@@ -105,6 +110,9 @@ class FeedForward:
     def gather(self, full: Sequence[Tensor], chosen: Tensor, out: Sequence[Tensor]) -> None:
         """Write the `chosen` neurons (sorted indices [K]) of `full` into `out`, the compact parameters."""
         for parameter, source, target in zip(self.parameters, full, out, strict=True):
+            if chosen.numel() == 0:
+                target.detach().zero_()
+                continue
             index = chosen
             if parameter.stacked == 2:
                 index = torch.cat([chosen, chosen + self.neurons])

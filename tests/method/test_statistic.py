@@ -1,5 +1,7 @@
 """The statistic against the paper's formula in float64, whatever the chunks, masks and zero rows."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,13 +30,11 @@ def _mask(seed: int, batch: int, tokens: int) -> torch.Tensor:
 @settings(deadline=None, max_examples=60)
 @given(_shapes, st.integers(0, 2**31), st.lists(st.integers(1, 299), max_size=4))
 def test_equals_the_formula_for_any_chunks(shape: tuple[int, int, int], seed: int, cuts: list[int]):
-    batch, tokens, neurons = shape
+    batch, tokens, _ = shape
     z, mask = _activations(seed, *shape), _mask(seed, batch, tokens)
     halves = split_tokens(mask)
     bounds = sorted({0, tokens, *(cut for cut in cuts if cut < tokens)})
-    squared = sum(
-        squared_statistic(z[:, a:b], halves[:, :, a:b]) for a, b in zip(bounds, bounds[1:], strict=False)
-    )
+    squared = sum(squared_statistic(z[:, a:b], halves[:, :, a:b]) for a, b in pairwise(bounds))
     assert isinstance(squared, torch.Tensor)
     expected = statistic_float64(z, mask)
     torch.testing.assert_close(squared.sum(1).sqrt().double(), expected, rtol=2e-6, atol=1e-7)

@@ -1,6 +1,5 @@
 """Every architecture against dense transformers: bit for bit at density 1, against a masked reference below."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,8 +42,8 @@ def _generate(model: GriffinModel, ids: torch.Tensor, mask: torch.Tensor) -> tup
 
 
 @pytest.fixture(params=list(ARCHITECTURES))
-def architecture(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield request.param
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.mark.parametrize("chunk", [None, 16])

@@ -1,0 +1,135 @@
+"""The command line as a fixture, and checkpoints to damage."""
+
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import CHAT_TEMPLATE, write_tokenizer
+
+from griffin_offload.cli.main import main
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """stdout is one line of strict JSON."""
+        assert self.out.count("\n") == 1
+        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+class CommandLine:
+    """`cli(...)` runs `griffin-offload ...` in this process; everything it writes is seen, loggers included."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: object, stdin: str | bytes | None = None) -> Outcome:
+        if stdin is not None:
+            raw = stdin if isinstance(stdin, bytes) else stdin.encode()
+            self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+        for handler in _stream_handlers():  # their stream was bound before capsys began
+            handler.setStream(sys.stderr)
+        self._capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as leaving:  # argparse
+            code = leaving.code
+        return Outcome(code, *self._capsys.readouterr())
+
+    def refuses(self, code: int, words: str, *arguments: object, stdin: str | bytes | None = None) -> str:
+        """The command fails with `code`, nothing on stdout and one line on stderr, which matches `words`."""
+        outcome = self(*arguments, stdin=stdin)
+        assert (outcome.code, outcome.out) == (code, ""), outcome
+        assert re.fullmatch(r"griffin-offload: error: [^\n]+\n", outcome.err), outcome.err
+        assert re.search(words, outcome.err, re.IGNORECASE), outcome.err
+        return outcome.err
+
+    def refuses_usage(self, words: str, *arguments: object) -> None:
+        """argparse refuses: usage lines and an error, exit code 2."""
+        outcome = self(*arguments)
+        assert (outcome.code, outcome.out) == (2, ""), outcome
+        assert outcome.err.startswith("usage: griffin-offload")
+        assert re.search(words, outcome.err.splitlines()[-1]), outcome.err
+        assert ": error: " in outcome.err.splitlines()[-1]
+
+
+def _stream_handlers() -> list[logging.StreamHandler]:
+    handlers = logging.getLogger("transformers").handlers
+    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch):
+    import huggingface_hub.constants
+
+    monkeypatch.delenv("GRIFFIN_OFFLOAD_MODEL", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    streams = [(handler, handler.stream) for handler in _stream_handlers()]
+    yield CommandLine(capsys, monkeypatch)
+    for handler, stream in streams:
+        handler.setStream(stream)
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoints: Callable[..., Path]) -> Path:
+    """A Llama of three layers in several shards, with a tokenizer without chat template."""
+    return checkpoints("llama2")
+
+
+@pytest.fixture(scope="session")
+def chat(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with a chat template."""
+    directory = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(llama, directory)
+    write_tokenizer(directory, CHAT_TEMPLATE)
+    return directory
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    """A copy of `llama` that a test may damage."""
+    return Path(shutil.copytree(llama, tmp_path / "copy"))
+
+
+@pytest.fixture
+def edit() -> Callable[..., None]:
+    """`edit(file, key=value)` changes a JSON file."""
+
+    def edit(file: Path, **changes: object) -> None:
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return edit
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Callable[..., Outcome]:
+    """`process(...)` runs the interpreter with these arguments in a process of its own, offline, with an empty cache."""
+
+    def run(*arguments: object, **variables: str) -> Outcome:
+        environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *(str(argument) for argument in arguments)]
+        done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=60)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run

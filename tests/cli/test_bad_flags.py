@@ -1,0 +1,171 @@
+"""Every flag, prompt and budget that cannot be used: one line, exit code 2 or 3, nothing computed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+PLAN_FLAGS = [
+    ("--max-gpu-mem=12XB", "cannot read the size '12XB'"),
+    ("--max-gpu-mem=", "cannot read the size ''"),
+    ("--max-gpu-mem=-3GB", "cannot read the size '-3GB'"),
+    ("--max-gpu-mem=0", "more than nothing"),
+    ("--max-gpu-mem=0.4", "more than nothing"),
+    ("--max-gpu-mem=0%", "more than nothing"),
+    ("--max-gpu-mem=101%", "cannot read the size"),
+    ("--max-gpu-mem=nan", "cannot read the size"),
+    (f"--max-gpu-mem={'9' * 300}TB", "size"),
+    ("--max-cpu-mem=lots", "cannot read the size 'lots'"),
+    ("--density=-0.1", "density is -0.1"),
+    ("--density=1.5", "density is 1.5"),
+    ("--density=nan", "density is nan"),
+    ("--density=abc", "cannot read the density 'abc'"),
+    ("--density=", "cannot read the density ''"),
+    ("--density=0.5,,0.5", "cannot read the density"),
+    ("--density=0.5,0.5", "2 densities for 3 layers"),
+    ("--density=0.5,0.5,1.5", "density is 1.5"),
+    ("--ctx-size=0", "ctx_size is 0"),
+    ("--ctx-size=-4", "ctx_size is -4"),
+    ("--ctx-size=1", "ctx_size is 1"),
+    ("--ctx-size=513", "513 tokens is more than the model's 512"),
+    ("--seed=99999999999999999999", "seed"),
+    ("--seed=9223372036854775807", "seed"),
+]
+RUN_FLAGS = [
+    ("--max-new-tokens=0", "--max-new-tokens is 0"),
+    ("-n-3", "--max-new-tokens is -3"),
+    ("--max-new-tokens=511", "513 tokens is more than the model's 512"),
+    ("--temperature=-0.1", "--temperature is -0.1"),
+    ("--temperature=nan", "--temperature is nan"),
+    ("--top-p=0", "--top-p is 0"),
+    ("--top-p=1.1", "--top-p is 1.1"),
+    ("--top-p=nan", "--top-p is nan"),
+    ("--top-k=0", "--top-k is 0"),
+    ("--system=be brief", "chat template"),
+]
+MALFORMED = [
+    ("--max-gpu-mem", "-3GB"),
+    ("--ctx-size", "many"),
+    ("--seed", "x"),
+    ("--seed", "1.5"),
+    ("--device", "tpu"),
+    ("--offload", "tape"),
+    ("--dtype", "int8"),
+    ("--selection", "best"),
+    ("--quiet", "--verbose"),
+    ("--no-such-flag",),
+]
+
+
+@pytest.mark.parametrize(("flag", "words"), PLAN_FLAGS)
+def test_flags_of_both_commands(cli, llama: Path, flag: str, words: str):
+    cli.refuses(2, words, "plan", "-m", llama, flag)
+    cli.refuses(2, words, "run", "the cat", "-n", 4, "-m", llama, flag)
+
+
+@pytest.mark.parametrize(("flag", "words"), RUN_FLAGS)
+def test_flags_of_run(cli, llama: Path, flag: str, words: str):
+    cli.refuses(2, words, "run", "the cat", "-m", llama, flag)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"), [("--prompt-tokens=0", "prompt_tokens is 0"), ("--batch-size=-1", "batch_size is -1")]
+)
+def test_flags_of_plan(cli, llama: Path, flag: str, words: str):
+    cli.refuses(2, words, "plan", "-m", llama, flag)
+
+
+@pytest.mark.parametrize("flags", MALFORMED)
+def test_what_argparse_refuses(cli, llama: Path, flags: tuple[str, ...]):
+    cli.refuses_usage("", "run", "the cat", "-m", llama, *flags)
+    cli.refuses_usage("", "plan", "-m", llama, *flags)
+
+
+def test_no_command(cli):
+    cli.refuses_usage("COMMAND")
+    cli.refuses_usage("invalid choice", "dance")
+
+
+def test_a_bad_flag_is_found_before_the_model_is_looked_for(cli):
+    cli.refuses(2, "density", "run", "x", "-m", "/absent", "--density", "2")
+    cli.refuses(2, "--max-new-tokens", "run", "x", "-m", "/absent", "-n", "0")
+
+
+def test_greedy_and_sampling_flags_contradict_each_other(cli, llama: Path):
+    cli.refuses(2, "greedy", "run", "x", "-m", llama, "--temperature", 0, "--top-k", 3)
+    cli.refuses(2, "greedy", "run", "x", "-m", llama, "--temperature", 0, "--top-p", 0.5)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n\t"])
+def test_blank_prompts(cli, llama: Path, tmp_path: Path, prompt: str):
+    file = tmp_path / "prompt"
+    file.write_text(prompt)
+    cli.refuses(2, "prompt is empty", "run", prompt, "-m", llama)
+    cli.refuses(2, "prompt is empty", "run", "-", "-m", llama, stdin=prompt)
+    cli.refuses(2, "prompt is empty", "run", "--prompt-file", file, "-m", llama)
+
+
+def test_two_prompts_and_none(cli, llama: Path, tmp_path: Path):
+    cli.refuses(2, "two prompts", "run", "x", "--prompt-file", tmp_path / "absent", "-m", llama)
+    cli.refuses(2, "two prompts", "run", "-", "--prompt-file", tmp_path / "absent", "-m", llama, stdin="x")
+    cli.refuses(2, "no prompt", "run", "-m", llama)
+    cli.refuses_usage("unrecognized", "run", "one", "two", "-m", llama)
+
+
+def test_prompts_that_cannot_be_read(cli, llama: Path, tmp_path: Path):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for file in (tmp_path / "absent", tmp_path, binary):
+        cli.refuses(2, "cannot read the prompt", "run", "--prompt-file", file, "-m", llama)
+
+
+@pytest.mark.parametrize("stdin", [None, b"caf\xe9"])
+def test_prompts_that_are_not_utf8(cli, llama: Path, stdin: bytes | None):
+    """From a shell, bytes that are not UTF-8 arrive as lone surrogates in the argument."""
+    cli.refuses(2, "prompt", "run", "-" if stdin else "caf\udce9", "-m", llama, stdin=stdin)
+
+
+def test_prompts_longer_than_the_context(cli, llama: Path):
+    long = "the cat " * 300
+    cli.refuses(2, "601 tokens and 4 new ones do not fit", "run", long, "-n", 4, "--ctx-size", 500, "-m", llama)
+    cli.refuses(2, "605 tokens is more than the model's 512", "run", long, "-n", 4, "-m", llama)
+    cli.refuses(2, "2 tokens and 128 new", "run", "the cat", "--ctx-size", 64, "-m", llama)
+
+
+def test_system_message_needs_a_template(cli, chat: Path):
+    cli.refuses(2, "--raw turned it off", "run", "hello", "--system", "be brief", "--raw", "-m", chat)
+
+
+def test_one_budget_on_the_cpu(cli, llama: Path):
+    flags = ("--max-gpu-mem", "1GB", "--max-cpu-mem", "1GB", "--device", "cpu", "-m", llama)
+    cli.refuses(2, "one budget", "plan", *flags)
+    cli.refuses(2, "one budget", "run", "the cat", *flags)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_device_that_is_not_there(cli, llama: Path):
+    cli.refuses(2, "device cuda is not available", "run", "the cat", "--device", "cuda", "-m", llama)
+    cli.refuses(2, "device cuda is not available", "plan", "--device", "cuda", "-m", llama)
+
+
+@pytest.mark.parametrize("budget", ["1", "1kB", "100kB"])
+def test_budget_below_the_minimum(cli, llama: Path, budget: str):
+    words = r"needs [\d.]+ kB, budget .*\(density 0.25, context 6: .*feed forward.*\): try --max-gpu-mem"
+    cli.refuses(3, words, "run", "the cat", "-n", 4, "-m", llama, "--max-gpu-mem", budget)
+    outcome = cli("plan", "-m", llama, "--max-gpu-mem", budget)
+    assert outcome.code == 3
+    assert re.fullmatch(r"griffin-offload: error: needs [^\n]+ try --max-gpu-mem [^\n]+\n", outcome.err)
+    cli.refuses(3, "try --max-gpu-mem", "plan", "-q", "-m", llama, "--max-gpu-mem", budget)
+
+
+def test_no_room_for_offloaded_weights(cli, llama: Path):
+    """On the CPU they count: what fits from disk does not fit from RAM."""
+    flags = ("run", "the cat", "-n", 4, "-m", llama, "--density", 0.5, "--max-gpu-mem", "330kB")
+    assert cli(*flags, "-q").code == 0
+    cli.refuses(3, "offloaded 147.5 kB.* --offload disk", *flags, "--offload", "ram")
+
+
+def test_no_free_memory(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("griffin_offload.runtime.load.device_bytes", lambda device: (100_000, 10**9))
+    cli.refuses(3, "only 100.0 kB .* are free", "run", "the cat", "-n", 4, "-m", llama, "--max-gpu-mem", "1MB")
