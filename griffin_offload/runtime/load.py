@@ -21,9 +21,10 @@ from griffin_offload.runtime.stream import StreamConfig
 from griffin_offload.units import format_bytes, parse_size
 from griffin_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from griffin_offload.weights.feedforward import FeedForward, find_feed_forwards
+from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.self_check import self_check
 from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape
-from griffin_offload.weights.source import MappedWeights, RamWeights, Source, release_pages
+from griffin_offload.weights.source import MappedWeights, RamWeights, Source
 
 # The host keeps this share of its free memory when full weights are put into it.
 _RAM_SHARE = 0.8
@@ -211,10 +212,11 @@ def _evicts(prospect: Prospect) -> bool:
 def _make_source(full: dict[int, list[Tensor]], prospect: Prospect, offload: str) -> Source:
     if offload == "disk":
         return MappedWeights(full, evict=_evicts(prospect))
-    source = RamWeights(full, prospect.dtype, pin=prospect.device.type == "cuda")
-    for tensors in full.values():
-        release_pages(tensors, evict=_evicts(prospect))
-    return source
+    mapped = MappedWeights(full, evict=_evicts(prospect))
+    try:
+        return RamWeights(mapped, list(full), prospect.dtype, pin=prospect.device.type == "cuda")
+    finally:
+        mapped.close()
 
 
 def _offloaded_in_budget(prospect: Prospect, source: Source | None) -> int:
@@ -241,31 +243,34 @@ def _place_residents(
     embedding = model.get_input_embeddings()
     stay = {id(embedding)} if plan.embeddings == "host" else set()
     copies = {id(parameter): parameter for parameters in compact.values() for parameter in parameters}
-    evict = _evicts(prospect)
+    pages = FilePages(list(model.parameters()), evict=_evicts(prospect))
     for module in model.modules():
         if id(module) in stay:
             continue
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                module._parameters[name] = _resident(parameter, prospect, copies, evict)
+                module._parameters[name] = _resident(parameter, prospect, copies, pages)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = buffer.to(prospect.device)
+    pages.close()
     if not stay:
         return None
     return HostEmbedding(embedding, prospect.device, prospect.dtype)
 
 
 def _resident(
-    parameter: nn.Parameter, prospect: Prospect, copies: dict[int, nn.Parameter], evict: bool
+    parameter: nn.Parameter, prospect: Prospect, copies: dict[int, nn.Parameter], pages: FilePages
 ) -> nn.Parameter:
     if id(parameter) in copies:  # tied weights stay tied
         return copies[id(parameter)]
     # Only the stored precision is translated: what transformers keeps in float32 stays so.
     changed = parameter.dtype == prospect.checkpoint.dtype
     target = torch.empty(parameter.shape, dtype=prospect.dtype if changed else parameter.dtype, device=prospect.device)
+    spans = pages.spans([parameter])
+    pages.read(spans)
     target.copy_(parameter.detach())
-    release_pages([parameter.detach()], evict=evict)
+    pages.drop(spans)
     copy = nn.Parameter(target, requires_grad=False)
     copies[id(parameter)] = copies[id(copy)] = copy
     return copy

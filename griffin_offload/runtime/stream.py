@@ -214,8 +214,6 @@ class LayerStream:
         if self._slots is None:
             return _Arrival(layer, tensors, None)
         self._slots.wait_free()
-        if position + 1 < len(self._layers):
-            self._source.announce(self._layers[position + 1])
         arrival = self._slots.fill(position, layer)
         self._source.drop(layer)
         return arrival

@@ -44,8 +44,8 @@ class CommandLine:
         if stdin is not None:
             raw = stdin if isinstance(stdin, bytes) else stdin.encode()
             self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
-        for handler in _stream_handlers():  # their stream was bound before capsys began
-            handler.setStream(sys.stderr)
+        # Its own handler was bound to another stream, before capsys began.
+        self._monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [logging.StreamHandler(sys.stderr)])
         self._capsys.readouterr()
         try:
             code = main([str(argument) for argument in arguments])
@@ -70,11 +70,6 @@ class CommandLine:
         assert ": error: " in outcome.err.splitlines()[-1]
 
 
-def _stream_handlers() -> list[logging.StreamHandler]:
-    handlers = logging.getLogger("transformers").handlers
-    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
-
-
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch):
     import huggingface_hub.constants
@@ -85,10 +80,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    streams = [(handler, handler.stream) for handler in _stream_handlers()]
-    yield CommandLine(capsys, monkeypatch)
-    for handler, stream in streams:
-        handler.setStream(stream)
+    return CommandLine(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +116,7 @@ def edit() -> Callable[..., None]:
 
 @pytest.fixture
 def process(tmp_path: Path) -> Callable[..., Outcome]:
-    """`process(...)` runs the interpreter with these arguments in a process of its own, offline, with an empty cache."""
+    """`process(...)` runs the interpreter in a process of its own, offline and with an empty hub cache."""
 
     def run(*arguments: object, **variables: str) -> Outcome:
         environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -93,7 +93,7 @@ def test_leaving_early_stops_the_reader():
 
 def test_ram_weights_are_copies_in_the_precision_of_the_computation():
     original = {0: [torch.randn(5, 3), torch.randn(7)]}
-    source = RamWeights(original, torch.bfloat16, pin=False)
+    source = RamWeights(MappedWeights(original, evict=False), [0], torch.bfloat16, pin=False)
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(source.fetch(0), original[0], strict=True))
     assert source.fetched_bytes == 22 * 2
     assert source.nbytes >= 22 * 2
@@ -152,7 +152,7 @@ def test_the_disk_is_read_while_streaming_and_never_while_decoding(tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="10MB")
     model = _model(tmp_path)
-    model._loaded.layers.source._evict = True
+    model._loaded.layers.source._pages._evict = True
     model.generate(_ids(), max_new_tokens=2, do_sample=False)  # code and tables are in memory afterwards
     for layer in model.plan.streamed:
         model._loaded.layers.source.drop(layer)

@@ -1,0 +1,138 @@
+"""Pages of mapped files: found from a tensor's address, read ahead, mapped, dropped.
+
+Everything here is advice to the kernel by madvise(2) and posix_fadvise(2). Where the mapping of a tensor cannot be
+found (not Linux, or a tensor that was copied), nothing is advised and the operating system's own paging does the work.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from griffin_offload.errors import GriffinError
+
+_PAGE = mmap.PAGESIZE
+_MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED, _MADV_POPULATE_READ = 1, 3, 4, 22
+# The kernel reads ahead at most the disk's window for one call, however long the range: so ask in steps, and keep
+# some of them in flight (benchmarks/NOTES.md).
+_STEP_BYTES = 8 * 2**20
+_STEPS_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    """One line of /proc/self/maps that belongs to a file."""
+
+    start: int
+    end: int
+    offset: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """Whole pages of one file, mapped at `address`."""
+
+    address: int
+    nbytes: int
+    path: str
+    offset: int
+
+    def steps(self) -> list["Span"]:
+        """The span in pieces that the kernel reads with one request."""
+        return [
+            Span(self.address + at, min(_STEP_BYTES, self.nbytes - at), self.path, self.offset + at)
+            for at in range(0, self.nbytes, _STEP_BYTES)
+        ]
+
+
+class FilePages:
+    """The pages under tensors that are views of mapped files.
+
+    `evict` frees dropped pages from the page cache, too: for models that do not fit it.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], *, evict: bool) -> None:
+        self._evict = evict
+        self._files: dict[str, int] = {}
+        self._mappings = _file_mappings()
+        used = {mapping for tensor in tensors if (mapping := self._mapping_of(tensor)) is not None}
+        self.unmapped_bytes = sum(t.nbytes for t in tensors if self._mappings and self._mapping_of(t) is None)
+        for mapping in used:
+            # What is needed is asked for exactly; guessing around page faults would read other layers, too.
+            _advise(Span(mapping.start, mapping.end - mapping.start, mapping.path, 0), _MADV_RANDOM)
+            if mapping.path not in self._files:
+                self._files[mapping.path] = os.open(mapping.path, os.O_RDONLY)
+
+    def spans(self, tensors: Sequence[Tensor]) -> list[Span]:
+        """The whole pages under `tensors`, neighbours joined first so that the pages they share count, too."""
+        joined: list[tuple[int, int, _Mapping]] = []
+        for tensor in sorted(tensors, key=lambda t: t.data_ptr()):
+            mapping = self._mapping_of(tensor)
+            if mapping is None:
+                continue
+            begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+            if joined and begin - joined[-1][1] in range(_PAGE) and joined[-1][2] == mapping:
+                begin = joined.pop()[0]
+            joined.append((begin, end, mapping))
+        return [span for begin, end, mapping in joined if (span := _inner_pages(begin, end, mapping)).nbytes > 0]
+
+    def read(self, spans: Sequence[Span]) -> None:
+        """Read the spans and map their pages, so that using them takes no page fault; blocks."""
+        steps = [step for span in spans for step in span.steps()]
+        for position, step in enumerate(steps):
+            ahead = position + _STEPS_AHEAD
+            for early in steps[ahead : ahead + 1] if position else steps[: ahead + 1]:
+                _advise(early, _MADV_WILLNEED)
+            _advise(step, _MADV_POPULATE_READ)
+
+    def drop(self, spans: Sequence[Span]) -> None:
+        """Unmap the spans' pages and, when evicting, free them."""
+        for span in spans:
+            _advise(span, _MADV_DONTNEED)
+            if self._evict:
+                # In this order: fadvise skips pages that are still mapped.
+                os.posix_fadvise(self._files[span.path], span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close the files; the mappings are not ours."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _mapping_of(self, tensor: Tensor) -> _Mapping | None:
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return next((m for m in self._mappings if m.start <= begin and end <= m.end), None)
+
+
+def _inner_pages(begin: int, end: int, mapping: _Mapping) -> Span:
+    # Inwards: what lies beside may be in use.
+    first, last = -(-begin // _PAGE) * _PAGE, end // _PAGE * _PAGE
+    return Span(first, last - first, mapping.path, mapping.offset + first - mapping.start)
+
+
+def _file_mappings() -> list[_Mapping]:
+    """The safetensors files mapped into this process; empty if not Linux."""
+    maps = Path("/proc/self/maps")
+    if not sys.platform.startswith("linux") or not maps.is_file():
+        return []
+    found = []
+    for line in maps.read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5].endswith(".safetensors") and os.path.isfile(fields[5]):
+            start, end = (int(bound, 16) for bound in fields[0].split("-"))
+            found.append(_Mapping(start, end, int(fields[2], 16), fields[5]))
+    return found
+
+
+def _advise(span: Span, advice: int) -> None:
+    """madvise(2); advice the kernel does not know is left out. GriffinError when the file cannot be read."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = libc.madvise(ctypes.c_void_p(span.address), ctypes.c_size_t(span.nbytes), advice)
+    if failed and ctypes.get_errno() == errno.EFAULT:
+        raise GriffinError(f"{span.path} cannot be read any more: it was changed, or its disk fails")

@@ -1,0 +1,85 @@
+"""Help without torch, and one home for every default."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from griffin_offload import __version__, config
+from griffin_offload.cli.main import build_parser
+from griffin_offload.config import LoadConfig, RunConfig
+
+# Prints what a command printed, its exit code and the heavy modules it brought in.
+PROBE = """
+import contextlib, io, json, sys
+from griffin_offload.cli.main import main
+text = io.StringIO()
+with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as leaving:
+        code = leaving.code
+heavy = [name for name in ("torch", "transformers", "numpy", "safetensors", "psutil") if name in sys.modules]
+print(json.dumps([code, text.getvalue(), heavy]))
+"""
+# Arguments of the API that have no flag: tests and measurements alone use them, or `generate` has its own.
+WITHOUT_FLAG = {"batch_statistic", "ff_chunk_tokens", "always_stream"}
+OF_PLAN = {"prompt_tokens", "batch_size"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["--version"], ["run", "-n", "0"]]
+)
+def test_help_imports_no_torch(process, arguments: list[str]):
+    outcome = process("-c", PROBE, *arguments)
+    code, text, heavy = json.loads(outcome.out)
+    assert heavy == []
+    assert code == (2 if "-n" in arguments else 0)
+    assert text.startswith({"--version": f"griffin-offload {__version__}"}.get(arguments[-1], ("usage:", "griffin")))
+
+
+def test_help_names_every_command_and_flag(cli):
+    assert {"run", "plan"} <= set(cli("--help").out.split())
+    shared = "--model --max-gpu-mem --max-cpu-mem --device --density --offload --ctx-size --seed --dtype --json -v -q"
+    run = "--prompt-file --system --raw --max-new-tokens -n --temperature --top-p --top-k --selection --offline"
+    words = set(cli("run", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
+    assert set((shared + " " + run).split()) <= words
+    words = set(cli("plan", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
+    assert {*shared.split(), "--prompt-tokens", "--batch-size"} <= words
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_load_defaults_are_those_of_the_dataclass(command: str):
+    parsed = vars(build_parser().parse_args([command]))
+    missing = {field.name for field in dataclasses.fields(LoadConfig)} - set(parsed)
+    assert missing == WITHOUT_FLAG | (OF_PLAN if command == "run" else set())
+    for field in dataclasses.fields(LoadConfig):
+        assert field.name in missing or parsed[field.name] == field.default, field.name
+
+
+def test_run_defaults_are_those_of_the_dataclass():
+    parsed = vars(build_parser().parse_args(["run"]))
+    for field in dataclasses.fields(RunConfig):
+        assert parsed[field.name] == field.default, field.name
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_shown_defaults_and_choices_are_those_of_the_dataclass(cli, command: str):
+    text = " ".join(cli(command, "--help").out.split())
+    assert f"80% or auto (default: {LoadConfig.max_gpu_mem})" in text
+    for name, kind in {
+        "device": config.Device,
+        "offload": config.Offload,
+        "selection": config.SelectionMethod,
+        "dtype": config.DType,
+    }.items():
+        assert f"--{name} {{{','.join(get_args(kind))}}}" in text
+
+
+def test_model_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    assert build_parser().parse_args(["plan"]).model is None
+    monkeypatch.setenv("GRIFFIN_OFFLOAD_MODEL", str(tmp_path))
+    assert build_parser().parse_args(["plan"]).model == str(tmp_path)
+    assert build_parser().parse_args(["plan", "-m", "other"]).model == "other"

@@ -1,0 +1,188 @@
+"""Ctrl-C and failures in the middle of a prompt: nothing is left behind, the next prompt is as good as the first."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCAB
+
+from griffin_offload import GriffinModel
+from griffin_offload.weights.source import MappedWeights, RamWeights
+
+OPTIONS = [
+    {},  # mapped pages are used in place
+    {"offload": "ram"},
+    {"dtype": "bfloat16"},  # another precision: through slots
+    {"selection": "magnitude"},  # keeps norms from one prompt to the next
+    {"ff_chunk_tokens": 16},  # forwards of the FF modules are replaced for the pass
+]
+READER = "griffin-offload-reader"
+
+
+def make(directory: Path, **options: object) -> GriffinModel:
+    defaults = {"device": "cpu", "max_gpu_mem": "10MB", "density": 0.5, "ctx_size": 64}
+    return GriffinModel.from_pretrained(directory, **(defaults | options))
+
+
+def answer(model: GriffinModel) -> torch.Tensor:
+    ids = torch.randint(3, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
+    return model.generate(ids, max_new_tokens=10, do_sample=False)
+
+
+def traces(model: GriffinModel) -> dict[str, Any]:
+    """Everything a prompt could leave behind: hooks, replaced forwards, full weights, threads, descriptors."""
+    modules = {
+        name: (len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+        for name, module in model.model.named_modules()
+    }
+    return {
+        "modules": modules,
+        "parameters": {name: (p.shape, p.data_ptr()) for name, p in model.model.named_parameters()},
+        "threads": [thread.name for thread in threading.enumerate()],
+        "descriptors": sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in open_descriptors()),
+    }
+
+
+def open_descriptors() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
+
+
+def interrupt_after(layer: int) -> Callable[[int, int], None]:
+    def progress(done: int, layers: int) -> None:
+        if done == layer:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", ["llama2", "opt"])
+def test_interrupted_after_a_layer(checkpoints, name: str, options: dict[str, object]):
+    expected, fresh = answer(fresh_model := make(checkpoints(name), **options)), fresh_model.selected
+    model = make(checkpoints(name), **options)
+    before = traces(model)
+    for layer in (1, 2, 3):
+        model.progress = interrupt_after(layer)
+        with pytest.raises(KeyboardInterrupt):
+            answer(model)
+        assert traces(model) == before
+    model.progress = None
+    assert torch.equal(answer(model), expected)
+    assert model.last_report.decode_streamed_bytes == 0
+    assert all(torch.equal(model.selected[layer], fresh[layer]) for layer in fresh)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_failing_reader(checkpoints, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], failing: int):
+    path = checkpoints("llama2")
+    expected = answer(make(path, **options))
+    model = make(path, **options)
+    before = traces(model)
+    source = model._loaded.layers.source
+    fetch = source.fetch
+
+    def broken(layer: int) -> list[torch.Tensor]:
+        if layer == failing:
+            raise OSError("the disk is gone")
+        return fetch(layer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "fetch", broken)
+        with pytest.raises(OSError, match="the disk is gone"):
+            answer(model)
+    assert traces(model) == before
+    assert torch.equal(answer(model), expected)
+
+
+@pytest.mark.parametrize("at", ["_chunk_tokens", "_hook_layer", "_select"])
+def test_interrupted_inside_the_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, at: str):
+    """While hooks are still being placed, and while a layer's neurons are chosen."""
+    path = checkpoints("llama2")
+    expected = answer(make(path))
+    model = make(path)
+    before = traces(model)
+    calls = []
+
+    def interrupted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls.append(at)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        return call
+
+    from griffin_offload.runtime.prefill import StreamedPass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedPass, at, interrupted(getattr(StreamedPass, at)))
+        with pytest.raises(KeyboardInterrupt):
+            answer(model)
+    assert len(calls) == 2
+    assert traces(model) == before
+    assert torch.equal(answer(model), expected)
+
+
+def test_interrupted_while_decoding(checkpoints):
+    path = checkpoints("llama2")
+    expected = answer(make(path))
+    model = make(path)
+    before = traces(model)
+
+    def stop(tokens: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        if tokens.shape[1] == 44:
+            raise KeyboardInterrupt
+        return torch.zeros(1, dtype=torch.bool)
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(torch.full((1, 40), 5), max_new_tokens=10, do_sample=False, stopping_criteria=[stop])
+    assert traces(model) == before
+    assert torch.equal(answer(model), expected)
+
+
+def interrupting(fetch: Callable[..., Any]) -> Callable[..., Any]:
+    """A fetch in whose middle the user presses Ctrl-C: the signal comes while the computation waits."""
+
+    def slow(source: object, layer: int) -> Any:
+        if layer == 1:
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        return fetch(source, layer)
+
+    return slow
+
+
+@pytest.mark.parametrize(("source", "tier"), [(MappedWeights, "disk"), (RamWeights, "ram")])
+@pytest.mark.parametrize("flags", [[], ["-q"], ["--json"]], ids=str)
+def test_ctrl_c_on_the_command_line(cli, llama: Path, monkeypatch: pytest.MonkeyPatch, source, tier, flags):
+    monkeypatch.setattr(source, "fetch", interrupting(source.fetch))
+    outcome = cli("run", "the cat sat", "-m", llama, "--density", 0.5, "--offload", tier, *flags)
+    assert (outcome.code, outcome.out) == (130, "")
+    assert outcome.err == "\ngriffin-offload: interrupted\n"
+    assert READER not in [thread.name for thread in threading.enumerate()]
+
+
+def test_ctrl_c_in_a_process(process, llama: Path):
+    """The whole way: the signal, the exit code, one line, no traceback at the interpreter's end."""
+    program = (
+        "import os, signal, sys, time\n"
+        "from griffin_offload.cli.main import main\n"
+        "from griffin_offload.weights.source import MappedWeights\n"
+        "fetch = MappedWeights.fetch\n"
+        "def slow(self, layer):\n"
+        "    if layer == 1: time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT), time.sleep(0.2)\n"
+        "    return fetch(self, layer)\n"
+        "MappedWeights.fetch = slow\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    outcome = process("-c", program, "run", "the cat sat", "-m", llama, "--density", 0.5)
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "\ngriffin-offload: interrupted\n")

@@ -1,0 +1,166 @@
+"""`griffin-offload plan`: the promise in bytes, exit code 3 when nothing fits, and remedies that work."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny_models import VOCAB
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from griffin_offload.units import format_bytes
+
+KEYS = {
+    *("fits", "density", "precision", "context_tokens", "prompt_tokens", "batch", "budget_bytes", "full_bytes"),
+    *("peak_prefill_bytes", "peak_decode_bytes", "resident_bytes", "streamed_bytes", "slots", "ff_chunk_tokens"),
+    *("embeddings", "parts", "parts_prefill", "parts_decode", "remedy"),
+}
+BUDGETS = ["2kB", "150kB", "180kB", "210kB", "240kB", "300kB", "340kB", "400kB", "470kB", "600kB", "700kB"]
+REMEDY = re.compile(r"(--max-gpu-mem) (\S+)|(--ctx-size) (\d+)|(--density) ([\d.]+) or auto|(--offload) (disk)")
+
+
+def remedies(text: str) -> list[tuple[str, str]]:
+    """Flag and value of each remedy in "try A or B or C"."""
+    found = [(match[match.lastindex - 1], match[match.lastindex]) for match in REMEDY.finditer(text)]
+    left = REMEDY.sub("", text).replace(" or ", "").strip()
+    assert not left, f"a remedy this test does not know: {left}"
+    return found
+
+
+def with_remedy(command: tuple[object, ...], remedy: tuple[str, str]) -> tuple[object, ...]:
+    """The command with the remedy's flag in the place of what the user gave."""
+    flags = list(command)
+    if remedy[0] in flags:
+        at = flags.index(remedy[0])
+        del flags[at : at + 2]
+    return (*flags, *remedy)
+
+
+@pytest.mark.parametrize("budget", ["580kB", "800kB", "1.2MB", "1GB"])
+@pytest.mark.parametrize("flags", [(), ("--density", "0.5"), ("--prompt-tokens", "40"), ("--offload", "ram")])
+def test_json(cli, llama: Path, budget: str, flags: tuple[str, ...]):
+    outcome = cli("plan", "-m", llama, "--max-gpu-mem", budget, "--json", *flags)
+    plan = outcome.json
+    assert set(plan) == KEYS
+    assert outcome.err == ""
+    assert outcome.code == (0 if plan["fits"] else 3)
+    assert plan["fits"] == (plan["remedy"] is None)
+    peaks = {phase: sum(plan[f"parts_{phase}"].values()) for phase in ("prefill", "decode")}
+    assert plan["peak_prefill_bytes"] == peaks["prefill"]
+    assert plan["peak_decode_bytes"] == peaks["decode"]
+    assert sum(plan["parts"].values()) == max(peaks.values())
+    assert plan["fits"] == (max(peaks.values()) <= plan["budget_bytes"])
+    assert plan["budget_bytes"] == int(float(budget[:-2]) * {"kB": 10**3, "MB": 10**6, "GB": 10**9}[budget[-2:]])
+    assert plan["precision"] == "float32"
+    assert 256 <= plan["context_tokens"] <= 512
+    assert plan["full_bytes"] == 279456  # counted from the checkpoint: 32 bytes are rotary frequencies
+
+
+def test_table(cli, llama: Path):
+    flags = ("plan", "-m", llama, "--max-gpu-mem", "800kB")
+    outcome, plan = cli(*flags), cli(*flags, "--json").json
+    assert (outcome.code, outcome.err) == (0, "")
+    rows = {line[:14].strip(): line[14:].split() for line in outcome.out.splitlines()}
+    peaks = (format_bytes(plan[f"peak_{phase}_bytes"]) for phase in ("prefill", "decode"))
+    assert " ".join(rows["peak"]) == " ".join(peaks)
+    assert rows["budget"] == ["800.0", "kB"] * 2
+    for name, size_bytes in plan["parts_prefill"].items():
+        assert not size_bytes or rows[name.replace("_", " ")][:2] == format_bytes(size_bytes).split()
+    assert f"density {plan['density']:.2f}, float32, context {plan['context_tokens']} tokens" in outcome.out
+    assert cli(*flags, "-q").out == ""
+
+
+def test_the_demo_and_the_variable(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
+    demo = cli("plan", "--json").json
+    assert demo["fits"]
+    assert demo["full_bytes"] > 10**6
+    monkeypatch.setenv("GRIFFIN_OFFLOAD_MODEL", str(llama))
+    assert cli("plan", "--json").json["full_bytes"] == 279456
+
+
+def test_a_plan_is_what_run_does(cli, llama: Path):
+    text = "the cat sat on the mat " * 6
+    run = cli("run", text, "-n", 8, "-m", llama, "--max-gpu-mem", "320kB", "--json").json
+    flags = ("--ctx-size", run["prompt_tokens"] + 8, "--prompt-tokens", run["prompt_tokens"])
+    plan = cli("plan", "-m", llama, "--max-gpu-mem", "320kB", "--json", *flags).json
+    assert run["density"] == plan["density"] < 1
+    assert run["resident_bytes"] == plan["resident_bytes"]
+    assert run["prefill_streamed_bytes"] == plan["streamed_bytes"]
+    assert run["peak_device_bytes"] <= max(plan["peak_prefill_bytes"], plan["peak_decode_bytes"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--ctx-size", "512"),
+        ("--ctx-size", "40"),
+        ("--density", "0.9"),
+        ("--density", "0.3,0.9,1", "--ctx-size", "64"),
+        ("--offload", "ram", "--ctx-size", "64"),
+        ("--offload", "ram", "--density", "0.6", "--ctx-size", "64"),
+        ("--prompt-tokens", "30", "--ctx-size", "200"),
+        ("--batch-size", "4"),
+        ("--dtype", "bfloat16"),
+    ],
+    ids=" ".join,
+)
+def test_remedies_of_plan_work_when_followed(cli, llama: Path, flags: tuple[str, ...]):
+    refused = 0
+    for budget in BUDGETS:
+        command = ("plan", "-m", llama, "--json", "--max-gpu-mem", budget, *flags)
+        outcome = cli(*command)
+        assert outcome.code == (0 if outcome.json["fits"] else 3)
+        if outcome.json["fits"]:
+            continue
+        refused += 1
+        offered = remedies(outcome.json["remedy"])
+        assert offered[0][0] == "--max-gpu-mem"
+        for remedy in offered:
+            followed = cli(*with_remedy(command, remedy))
+            assert followed.code == 0, f"{budget}: {remedy} of {outcome.json['remedy']}: {followed}"
+    assert refused
+
+
+def test_density_remedies_are_not_rounded_up(cli, tmp_path: Path):
+    """F = 11008, as in Llama 2 7B: one step of the planner is less than what two decimals can say."""
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=11008, num_hidden_layers=4, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    followed = 0
+    for budget in range(9000, 11000, 100):
+        flags = ("--ctx-size", 64, "--density", 0.98, "--max-gpu-mem", f"{budget}kB")
+        command = ("plan", "-m", tmp_path, "--json", *flags)
+        for remedy in remedies(cli(*command).json["remedy"]):
+            if remedy[0] == "--density":
+                followed += 1
+                assert cli(*with_remedy(command, remedy)).code == 0, f"{budget} kB: {remedy}"
+    assert followed > 10
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--density", "0.9"), ("--offload", "ram", "--density", "0.5"), ("--ctx-size", "200")], ids=" ".join
+)
+def test_remedies_of_run_work_when_followed(cli, llama: Path, flags: tuple[str, ...]):
+    """What run offers must not contradict what run itself asks for: prompt and answer have to fit the context."""
+    refused = 0
+    for budget in BUDGETS[:8]:
+        command = ("run", "the cat sat on the mat " * 6, "-n", 16, "-q", "-m", llama, "--max-gpu-mem", budget, *flags)
+        outcome = cli(*command)
+        if outcome.code == 0:
+            continue
+        refused += 1
+        assert (outcome.code, outcome.out) == (3, "")
+        for remedy in remedies(outcome.err.partition(": try ")[2]):
+            followed = cli(*with_remedy(command, remedy))
+            assert followed.code == 0, f"{budget}: {remedy} of {outcome.err}: {followed}"
+    assert refused
+
+
+def test_the_smallest_budget_is_exact(cli, llama: Path):
+    """The bytes that are said to be needed are enough, one fewer is not."""
+    flags = ("plan", "-m", llama, "--ctx-size", 64, "--json", "--max-gpu-mem")
+    plan = cli(*flags, 1).json
+    needed = max(plan["peak_prefill_bytes"], plan["peak_decode_bytes"])
+    assert cli(*flags, needed).code == 0
+    assert cli(*flags, needed - 1).code == 3

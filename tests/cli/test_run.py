@@ -1,0 +1,190 @@
+"""`griffin-offload run`: the text alone on stdout, figures on stderr, the same tokens as the Python API."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from griffin_offload import GriffinModel
+from griffin_offload.demo import PROMPT, demo_directory
+
+TEXT = "the cat sat on the mat and thought of another river while nothing was left in their boats " * 2
+NEW = 12
+KEYS = {
+    *("text", "prompt_tokens", "generated_tokens", "load_s", "prefill_s", "decode_s", "prefill_tokens_per_s"),
+    *("decode_tokens_per_s", "prefill_streamed_bytes", "decode_streamed_bytes", "decode_embedding_bytes"),
+    *("resident_bytes", "peak_device_bytes", "budget_bytes", "peak_host_bytes", "host_growth_bytes", "density"),
+    *("activation_kept", "activation_kept_heldout", "wait_s", "select_s"),
+}
+FIGURES = (
+    r"prefill  \d+ tok  [\d.]+ s \(\d+ tok/s\)   streamed .+ at .+/s\n"
+    r"decode   12 tok  [\d.]+ s \([\d.]+ tok/s\)   streamed 0 B   density [\d.]+, activation kept [\d.]+ held out\n"
+    r"peak     CPU .+ of .+   RAM .+ \(process\)\n"
+)
+
+
+@pytest.fixture(scope="module")
+def run(llama: Path) -> tuple[object, ...]:
+    """A command whose layers are streamed: the budget holds the residents and a part of the neurons."""
+    return ("run", TEXT, "-n", NEW, "-m", llama, "--max-gpu-mem", "330kB", "--seed", 7)
+
+
+def from_api(directory: Path, text: str, sampling: dict[str, Any]) -> tuple[str, Any]:
+    """The same prompt through the Python API: text and report."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    prompt_tokens = ids.shape[1]
+    model = GriffinModel.from_pretrained(
+        directory, max_gpu_mem="330kB", ctx_size=prompt_tokens + NEW, prompt_tokens=prompt_tokens, seed=7
+    )
+    torch.manual_seed(7)
+    output = model.generate(ids, max_new_tokens=NEW, **sampling)
+    model.close()
+    return tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True), model.last_report
+
+
+def test_text_on_stdout_and_figures_on_stderr(cli, run):
+    outcome = cli(*run)
+    assert outcome.code == 0
+    assert re.fullmatch(FIGURES, outcome.err), outcome.err
+    quiet = cli(*run, "-q")
+    assert (quiet.code, quiet.out, quiet.err) == (0, outcome.out, "")
+    assert outcome.out == cli(*run, "--json").json["text"] + "\n"
+
+
+def test_verbose_adds_the_plan(cli, run):
+    outcome = cli(*run, "-v")
+    table, figures = outcome.err.split("\nprefill  ")
+    assert outcome.out == cli(*run, "-q").out
+    assert re.search(r"^feed forward .* kB", table, re.MULTILINE)
+    assert re.fullmatch(FIGURES, "prefill  " + figures)
+
+
+def test_short_prompts_say_that_nothing_was_held_out(cli, llama: Path):
+    command = ("run", "the cat", "-n", 2, "-m", llama, "--density", 0.5)
+    assert cli(*command).err.splitlines()[-1].startswith("note: the prompt is too short")
+    assert cli(*command, "--json").json["activation_kept_heldout"] is None
+
+
+def test_json_has_exactly_the_documented_keys(cli, run):
+    outcome = cli(*run, "--json")
+    report = outcome.json
+    assert (outcome.code, outcome.err) == (0, "")
+    assert set(report) == KEYS
+    assert report["decode_streamed_bytes"] == 0
+    assert report["prefill_streamed_bytes"] == 3 * 3 * 128 * 32 * 4  # layers, projections, F, H, float32
+    assert report["resident_bytes"] < report["peak_device_bytes"] <= report["budget_bytes"] == 330_000
+    assert (report["prompt_tokens"], report["generated_tokens"]) == (37, NEW)
+    assert 0.25 <= report["density"] < 1
+    assert 0 < report["activation_kept_heldout"] <= report["activation_kept"] <= 1
+    assert report["prefill_tokens_per_s"] == pytest.approx(37 / report["prefill_s"])
+    assert report["decode_tokens_per_s"] == pytest.approx((NEW - 1) / report["decode_s"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sampling"),
+    [
+        ([], {}),
+        (["--temperature", "0"], {"do_sample": False}),
+        (["--temperature", "0.8", "--top-k", "20"], {"do_sample": True, "temperature": 0.8, "top_k": 20}),
+        (["--top-p", "0.9"], {"do_sample": True, "top_p": 0.9}),
+    ],
+)
+def test_the_text_is_that_of_the_api(cli, run, llama: Path, flags: list[str], sampling: dict[str, Any]):
+    text, report = from_api(llama, TEXT, sampling)
+    answer = cli(*run, *flags, "--json").json
+    assert answer["text"] == text
+    for name in ("density", "activation_kept", "peak_device_bytes", "resident_bytes"):
+        assert answer[name] == getattr(report, name)
+
+
+def test_seeds(cli, run):
+    draws = {cli(*run, "-q", "--temperature", 1, "--seed", seed).out for seed in (1, 2, 3)}
+    assert len(draws) == 3
+    assert cli(*run, "-q", "--seed", 2**63 - 1).code == 0  # torch takes it
+
+
+def test_prompts_from_stdin_and_from_a_file(cli, run, tmp_path: Path):
+    expected = cli(*run, "-q").out
+    file = tmp_path / "prompt.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    assert cli("run", "-", *run[2:], "-q", stdin=TEXT).out == expected
+    assert cli("run", "--prompt-file", file, *run[2:], "-q").out == expected
+
+
+def test_a_module_and_a_process(process, cli, run):
+    """`python -m griffin_offload` in a process of its own does what main does."""
+    outcome = process("-m", "griffin_offload", *run)
+    assert outcome.code == 0
+    assert outcome.out == cli(*run, "-q").out
+    assert re.fullmatch(FIGURES, outcome.err), outcome.err
+
+
+def test_chat_template_is_applied_unless_raw(cli, llama: Path, chat: Path):
+    def answer(directory: Path, prompt: str, *flags: str) -> dict[str, Any]:
+        return cli("run", prompt, "-n", NEW, "--json", "-m", directory, *flags).json
+
+    def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+        return all(first[name] == second[name] for name in ("text", "prompt_tokens"))
+
+    assert same(answer(chat, "hello"), answer(llama, "<s><|user|>hello</s><|assistant|>"))
+    both = answer(chat, "hello", "--system", "be kind")
+    assert same(both, answer(llama, "<s><|system|>be kind</s><|user|>hello</s><|assistant|>"))
+    assert same(answer(chat, "hello", "--raw"), answer(llama, "hello"))
+    assert not same(answer(chat, "hello"), answer(llama, "hello"))
+
+
+def test_the_demo_needs_no_flags_and_less_memory_than_its_file(cli):
+    file_bytes = (demo_directory() / "model.safetensors").stat().st_size
+    assert cli("run", "-n", 20, "-q").out.strip()
+    answer = cli("run", "-n", 20, "--json", "--max-gpu-mem", file_bytes * 9 // 10).json
+    assert answer["peak_device_bytes"] <= file_bytes * 9 // 10
+    assert answer["density"] < 1
+    assert answer["text"].strip()
+    assert cli("run", PROMPT, "-n", 20, "-q", "--max-gpu-mem", file_bytes * 9 // 10).out == answer["text"] + "\n"
+
+
+def test_model_variable(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
+    expected = cli("run", TEXT, "-n", NEW, "-q", "-m", llama).out
+    monkeypatch.setenv("GRIFFIN_OFFLOAD_MODEL", str(llama))
+    assert cli("run", TEXT, "-n", NEW, "-q").out == expected
+    cli.refuses(2, "no prompt", "run", "-q")  # the demo's prompt belongs to the demo
+    cli.refuses(4, "/absent", "run", "x", "-m", "/absent")
+    monkeypatch.setenv("GRIFFIN_OFFLOAD_MODEL", "")
+    assert cli("run", "-n", 2, "-q").code == 0  # set to nothing: the demo
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20},
+        {"do_sample": False, "temperature": 0.6, "top_p": 0.9},
+        {"eos_token_id": [2], "pad_token_id": None},
+        {"max_length": 20},
+        {"num_beams": 2},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+@pytest.mark.parametrize("flags", [[], ["--temperature", "0"]], ids=["given", "greedy"])
+def test_generation_configs_in_the_wild_are_quiet(cli, copy: Path, edit: Callable[..., None], settings, flags):
+    """-q is the text alone: advice that transformers logs about a checkpoint's own settings is not."""
+    edit(copy / "generation_config.json", **settings)
+    outcome = cli("run", "the cat", "-n", NEW, "-q", "-m", copy, *flags)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.strip()
+
+
+def test_a_reader_that_goes_away(llama: Path):
+    """`griffin-offload run ... | head -c 1`: no traceback when the pipe is closed."""
+    command = [sys.executable, "-m", "griffin_offload", "run", TEXT, "-n", "100", "-q", "-m", str(llama)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+        error = running.stderr.read().decode()
+    assert error == ""
+    assert running.returncode == 1
