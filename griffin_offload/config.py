@@ -52,6 +52,8 @@ class LoadConfig:
     seed: int = 0
     ff_chunk_tokens: int | None = None
     """Tokens that go through a full FF at once: bounds the workspace, not the result. None: by the slot's size."""
+    threads: int | None = None
+    """Threads that compute on the CPU; None: OMP_NUM_THREADS, else by a short timed trial."""
     offline: bool = False
     always_stream: bool = False
     """Stream layers that fit whole, too: for tests and measurements of the streamed pass."""
@@ -65,7 +67,7 @@ class LoadConfig:
         check_density(self.density)
         if self.ctx_size is not None and self.ctx_size < 2:
             raise UsageError(f"ctx_size is {self.ctx_size}: it has to hold a prompt and an answer, 2 or more")
-        for name in ("ff_chunk_tokens", "batch_size", "prompt_tokens"):
+        for name in ("ff_chunk_tokens", "batch_size", "prompt_tokens", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}: at least 1")

@@ -26,6 +26,7 @@ _SECOND_SLOT_DENSITY = 0.05
 _CHUNK_SHARE_OF_SLOT = 0.25
 _MAX_CHUNK_TOKENS = 512
 _MIN_CHUNK_TOKENS = 16
+_MAX_SCRATCH_BYTES = 16 * 2**20
 _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
 
@@ -51,6 +52,8 @@ class PlanRequest:
     always_stream: bool = False
     host_embeddings: bool = True
     """Whether the embeddings may stay on the host where that helps."""
+    translated: bool = False
+    """Linear layers multiply in float32, block by block (runtime/cpu_linear.py): counted in the workspace."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +155,15 @@ def kv_bytes(shape: ModelShape, batch: int, tokens: int, at_least: int = 0) -> i
     )
 
 
-def workspace_bytes(shape: ModelShape, use: Usage, new_tokens: int, chunk: int, kept: Sequence[int]) -> int:
+def workspace_bytes(shape: ModelShape, request: PlanRequest, use: Usage, new_tokens: int, kept: Sequence[int]) -> int:
     """Activations alive at once while `new_tokens` per sample pass a layer, and the statistic beside them.
 
     An upper estimate by counting: hidden states (residual, normed, two float32 copies in the norm, output),
     queries, keys, values and their rotated copies, then either the attention's masks and scores or one FF chunk.
     """
     tokens, item = use.batch * new_tokens, shape.item_bytes
+    chunk = chunk_tokens(shape, request, use.batch)
+    translation = _translation_bytes(shape, use, new_tokens, chunk) if request.translated else 0
     hidden = tokens * shape.hidden_size * (4 * item + 2 * _FLOAT_BYTES)
     projections = tokens * 2 * (shape.attention_width + shape.kv_width) * item
     ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
@@ -168,10 +173,29 @@ def workspace_bytes(shape: ModelShape, use: Usage, new_tokens: int, chunk: int, 
     statistic = use.batch * neurons * _FLOAT_BYTES * (rows + 8)
     selection = sum(kept) * _INDEX_BYTES
     masks = _score_bytes(shape, use, new_tokens)
-    return hidden + max(projections + masks, activations + statistic) + selection
+    return hidden + max(projections + masks, activations + statistic) + selection + translation
 
 
-def _chunk_tokens(shape: ModelShape, request: PlanRequest, batch: int) -> int:
+def scratch_bytes(shape: ModelShape) -> int:
+    """The float32 scratch that translated linear layers share: small against a slot, and inside a cache."""
+    layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
+    row_bytes = max(shape.hidden_size, layer.neurons) * _FLOAT_BYTES
+    return max(row_bytes, min(layer.ff_bytes // 8, _MAX_SCRATCH_BYTES))
+
+
+def _translation_bytes(shape: ModelShape, use: Usage, new_tokens: int, chunk: int) -> int:
+    """The scratch, the float32 copy of a layer's input, and the float32 output of one block."""
+    tokens, scratch = use.batch * new_tokens, scratch_bytes(shape)
+    if tokens == 1:
+        return scratch
+    neurons = max(layer.neurons for layer in shape.layers)
+    ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
+    widest = max(tokens * max(shape.hidden_size, shape.attention_width), ff_tokens * neurons)
+    return scratch + widest * _FLOAT_BYTES + tokens * scratch // min(shape.hidden_size, neurons)
+
+
+def chunk_tokens(shape: ModelShape, request: PlanRequest, batch: int) -> int:
+    """Tokens of each sequence that pass a full FF at once."""
     if request.ff_chunk_tokens is not None:
         return request.ff_chunk_tokens
     layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
@@ -326,26 +350,25 @@ def price(
     }
     if request.offloaded_in_budget:
         resident["offloaded"] = sum(shape.layers[i].ff_bytes for i in streamed)
-    chunk = _chunk_tokens(shape, request, use.batch)
     common = {"logits": logits_bytes(shape, use.batch), "overhead": request.overhead_bytes}
     prefill = {
         "kv_cache": kv_bytes(shape, use.batch, use.prompt_tokens, at_least=use.prompt_tokens),
         "slots": sum(sorted((shape.layers[i].ff_bytes for i in streamed), reverse=True)[:slots]),
-        "workspace": workspace_bytes(shape, use, use.prompt_tokens, chunk, kept),
+        "workspace": workspace_bytes(shape, request, use, use.prompt_tokens, kept),
     }
     # A dynamic cache grows by copying: one layer's keys exist twice for a moment.
     one_layer = shape.kv_width * shape.item_bytes * use.batch * use.ctx_tokens // 2
     decode = {
         "kv_cache": kv_bytes(shape, use.batch, use.ctx_tokens, at_least=use.prompt_tokens),
         "slots": 0,
-        "workspace": workspace_bytes(shape, use, 1, chunk, kept) + one_layer,
+        "workspace": workspace_bytes(shape, request, use, 1, kept) + one_layer,
     }
     return Plan(
         density=sum(kept) / sum(layer.neurons for layer in shape.layers),
         kept=kept,
         streamed=streamed,
         slots=slots,
-        ff_chunk_tokens=chunk,
+        ff_chunk_tokens=chunk_tokens(shape, request, use.batch),
         embeddings=embeddings,
         precision=precision,
         context_tokens=use.ctx_tokens,

@@ -29,6 +29,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", choices=get_args(Device), default=_DEFAULTS.device)
     add("--offload", choices=get_args(Offload), default=_DEFAULTS.offload, help="where the full weights rest")
+    add("--threads", type=int, metavar="N", help="threads that compute on the CPU (default: by a short trial)")
     add("--ctx-size", type=int, metavar="TOKENS", help="context that memory is kept for")
     add = parser.add_argument_group("method").add_argument
     add(
@@ -56,18 +57,8 @@ def model_of(arguments: argparse.Namespace) -> str:
 
 def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `LoadConfig`."""
-    names = (
-        "max_gpu_mem",
-        "max_cpu_mem",
-        "device",
-        "offload",
-        "ctx_size",
-        "selection",
-        "dtype",
-        "seed",
-        "offline",
-    )
-    return {name: getattr(arguments, name) for name in names} | {"density": parse_density(arguments.density)}
+    given = {name: getattr(arguments, name) for name in LoadConfig.__dataclass_fields__ if hasattr(arguments, name)}
+    return given | {"density": parse_density(arguments.density)}
 
 
 def parse_density(text: str) -> Any:

@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import add_model_options, load_options, model_of
+from griffin_offload.config import LoadConfig
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.units import format_bytes
 
@@ -17,19 +18,16 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("plan", help="show what would fit, before any weight is read")
     add_model_options(parser)
     parser.add_argument("--prompt-tokens", type=int, metavar="TOKENS", help="longest prompt (default: the context)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences at once")
+    parser.add_argument("--batch-size", type=int, default=LoadConfig.batch_size, metavar="N", help="sequences at once")
     parser.set_defaults(command=plan)
 
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
-    from griffin_offload.config import LoadConfig
     from griffin_offload.plan import describe_shortfall, solve
     from griffin_offload.runtime.load import examine
 
-    options = load_options(arguments)
-    config = LoadConfig(**options, prompt_tokens=arguments.prompt_tokens, batch_size=arguments.batch_size)
-    prospect = examine(model_of(arguments), config)
+    prospect = examine(model_of(arguments), LoadConfig(**load_options(arguments)))
     found, remedy = solve(prospect.shape, prospect.request, prospect.precision)
     if arguments.json:
         print(json.dumps(found.to_json(remedy)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import add_model_options, load_options, model_of
 from griffin_offload.cli.plan import plan_lines
-from griffin_offload.config import RunConfig
+from griffin_offload.config import LoadConfig, RunConfig
 from griffin_offload.demo import PROMPT
 from griffin_offload.errors import CheckpointError, UsageError
 
@@ -41,7 +41,6 @@ def run(arguments: argparse.Namespace) -> int:
     text = _prompt_text(arguments)
     sampling = _sampling(arguments)
     options = load_options(arguments)
-    from griffin_offload.config import LoadConfig
     from griffin_offload.weights.checkpoint import open_checkpoint
 
     LoadConfig(**options)  # a bad flag is reported before any file is looked at

@@ -13,11 +13,13 @@ from transformers.utils import logging as transformers_logging
 
 from griffin_offload.config import LoadConfig
 from griffin_offload.errors import CheckpointError, DoesNotFit, UsageError
-from griffin_offload.plan import Plan, PlanRequest, make_plan
+from griffin_offload.plan import Plan, PlanRequest, make_plan, scratch_bytes
+from griffin_offload.runtime.cpu_linear import emulates_halves, translate_linears
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.memory import Ledger, choose_device, device_bytes, device_overhead_bytes
 from griffin_offload.runtime.prefill import StreamedLayers
 from griffin_offload.runtime.stream import StreamConfig
+from griffin_offload.runtime.threads import choose_threads, limited_threads
 from griffin_offload.units import format_bytes, parse_size
 from griffin_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from griffin_offload.weights.feedforward import FeedForward, find_feed_forwards
@@ -56,6 +58,8 @@ class Loaded:
     host_embedding: HostEmbedding | None
     resident_bytes: int
     offload: str
+    threads: int | None
+    """Threads that compute; None where the device is not the CPU."""
 
 
 def examine(model: str | Path, config: LoadConfig) -> Prospect:
@@ -76,6 +80,7 @@ def examine(model: str | Path, config: LoadConfig) -> Prospect:
         always_stream=config.always_stream,
         # On the CPU the rows are read in place, so their precision has to be the stored one.
         host_embeddings=device.type != "cpu" or dtype == checkpoint.dtype,
+        translated=emulates_halves(device, dtype),
     )
     return Prospect(checkpoint, device, dtype, shape, request)
 
@@ -102,6 +107,12 @@ def plan_for(prospect: Prospect) -> Plan:
 def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
     """Load the model of `prospect` by `plan`. On failure nothing stays open."""
     _check_free_memory(prospect, plan)
+    threads = _threads(prospect, config)  # its trial needs memory that the residents will take
+    with limited_threads(threads):
+        return _load(prospect, plan, config, threads)
+
+
+def _load(prospect: Prospect, plan: Plan, config: LoadConfig, threads: int | None) -> Loaded:
     ledger = Ledger(prospect.device, prospect.request.overhead_bytes)
     _cap_allocator(prospect)
     model = _map_model(prospect.checkpoint)
@@ -114,6 +125,8 @@ def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
     for index, parameters in compact.items():
         blocks[index].install(parameters)
     host_embedding = _place_residents(model, prospect, plan, compact)
+    if prospect.request.translated:
+        translate_linears(model, scratch_bytes(prospect.shape))
     layers = StreamedLayers(
         decoder=decoder,
         blocks=blocks,
@@ -126,7 +139,15 @@ def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
     )
     resident = _resident_bytes(model, plan)
     ledger.hold(residents=resident, offloaded=_offloaded_in_budget(prospect, source))
-    return Loaded(model, layers, ledger, host_embedding, resident, offload)
+    return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
+
+
+def _threads(prospect: Prospect, config: LoadConfig) -> int | None:
+    if prospect.device.type != "cpu":
+        return None
+    return config.threads or choose_threads(
+        prospect.shape.hidden_size, prospect.shape.layers[0].neurons, prospect.dtype
+    )
 
 
 def _check_free_memory(prospect: Prospect, plan: Plan) -> None:

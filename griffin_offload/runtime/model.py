@@ -19,6 +19,7 @@ from griffin_offload.runtime.load import Loaded, Prospect, examine, load, plan_f
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
 from griffin_offload.runtime.prefill import Progress, StreamedPass
 from griffin_offload.runtime.report import PrefillReport, RunReport
+from griffin_offload.runtime.threads import limited_threads
 
 # From here on the process's growth is a figure of the model and no longer of the interpreter.
 _LARGE_MODEL_BYTES = 10**9
@@ -53,7 +54,7 @@ class GriffinModel:
         """Plan and load a causal language model from a directory or hub id.
 
         `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, dtype, offload, ctx_size,
-        prompt_tokens, batch_size, selection, batch_statistic, seed, ff_chunk_tokens, offline, always_stream.
+        prompt_tokens, batch_size, selection, batch_statistic, seed, ff_chunk_tokens, threads, offline, always_stream.
         Raises UsageError, DoesNotFit or ModelError before any weight is read, where that is possible.
         """
         start = time.perf_counter()
@@ -111,7 +112,8 @@ class GriffinModel:
         ledger.start_run()
         start = time.perf_counter()
         try:
-            output = self.model.generate(inputs, **kwargs, **settings)
+            with limited_threads(self._loaded.threads):
+                output = self.model.generate(inputs, **kwargs, **settings)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             sequences = output if isinstance(output, Tensor) else output.sequences
@@ -196,10 +198,9 @@ class GriffinModel:
         self.last_prefill = streamed.report()
         shape, batch = self._prospect.shape, tokens.shape[0]
         use = Usage(batch, tokens.shape[1], tokens.shape[1])
-        chunk = self.plan.ff_chunk_tokens
         ledger.hold(
             kv_cache=_cache_bytes(output.get("past_key_values")),
-            workspace=workspace_bytes(shape, use, tokens.shape[1], chunk, self.plan.kept),
+            workspace=workspace_bytes(shape, self._prospect.request, use, tokens.shape[1], self.plan.kept),
             logits=logits_bytes(shape, batch),
             slots=streamed.peak_in_flight_bytes,
         )
@@ -229,7 +230,7 @@ class GriffinModel:
         use = Usage(run.batch, run.prompt_tokens, length)
         ledger.hold(
             kv_cache=_cache_bytes(run.cache),
-            workspace=workspace_bytes(shape, use, 1, self.plan.ff_chunk_tokens, self.plan.kept),
+            workspace=workspace_bytes(shape, self._prospect.request, use, 1, self.plan.kept),
         )
         return RunReport(
             prompt_tokens=prefill.prompt_tokens,

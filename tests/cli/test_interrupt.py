@@ -1,5 +1,6 @@
 """Ctrl-C and failures in the middle of a prompt: nothing is left behind, the next prompt is as good as the first."""
 
+import gc
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ import torch
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
+from griffin_offload.runtime import load
 from griffin_offload.weights.source import MappedWeights, RamWeights
 
 OPTIONS = [
@@ -45,12 +47,14 @@ def traces(model: GriffinModel) -> dict[str, Any]:
         "modules": modules,
         "parameters": {name: (p.shape, p.data_ptr()) for name, p in model.model.named_parameters()},
         "threads": [thread.name for thread in threading.enumerate()],
-        "descriptors": sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in open_descriptors()),
+        "descriptors": descriptors(),
     }
 
 
-def open_descriptors() -> list[str]:
-    return [fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
+def descriptors() -> list[str]:
+    """What every open descriptor of this process leads to."""
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    return sorted(os.readlink(link) for link in links if os.path.lexists(link))
 
 
 def interrupt_after(layer: int) -> Callable[[int, int], None]:
@@ -146,6 +150,31 @@ def test_interrupted_while_decoding(checkpoints):
         model.generate(torch.full((1, 40), 5), max_new_tokens=10, do_sample=False, stopping_criteria=[stop])
     assert traces(model) == before
     assert torch.equal(answer(model), expected)
+
+
+def test_interrupted_while_loading(checkpoints, monkeypatch: pytest.MonkeyPatch):
+    """Nothing stays open when loading fails half-way; the next load works."""
+    path = checkpoints("llama2")
+    expected = answer(make(path))
+    gc.collect()
+    before = descriptors()
+    calls = []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    original = load._resident
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "_resident", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(path)
+    assert len(calls) == 5
+    calls.clear()
+    assert descriptors() == before
+    assert torch.equal(answer(make(path)), expected)
 
 
 def interrupting(fetch: Callable[..., Any]) -> Callable[..., Any]:

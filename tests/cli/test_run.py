@@ -158,6 +158,7 @@ def test_model_variable(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
     cli.refuses(4, "/absent", "run", "x", "-m", "/absent")
     monkeypatch.setenv("GRIFFIN_OFFLOAD_MODEL", "")
     assert cli("run", "-n", 2, "-q").code == 0  # set to nothing: the demo
+    cli.refuses(4, "", "run", "x", "-m", "")  # as in -m "$UNSET": the demo was not asked for
 
 
 @pytest.mark.parametrize(
