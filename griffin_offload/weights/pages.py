@@ -117,14 +117,15 @@ def _inner_pages(begin: int, end: int, mapping: _Mapping) -> Span:
 
 
 def _file_mappings() -> list[_Mapping]:
-    """The safetensors files mapped into this process; empty if not Linux."""
+    """The files mapped into this process; empty if not Linux."""
     maps = Path("/proc/self/maps")
     if not sys.platform.startswith("linux") or not maps.is_file():
         return []
     found = []
     for line in maps.read_text().splitlines():
         fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[5].endswith(".safetensors") and os.path.isfile(fields[5]):
+        # Not by name: in the hub's cache a shard is a link to a file that is called by its hash.
+        if len(fields) == 6 and os.path.isfile(fields[5]):
             start, end = (int(bound, 16) for bound in fields[0].split("-"))
             found.append(_Mapping(start, end, int(fields[2], 16), fields[5]))
     return found
