@@ -65,6 +65,8 @@ class LoadConfig:
         _one_of("batch_statistic", self.batch_statistic, get_args(BatchStatistic))
         _one_of("dtype", self.dtype, get_args(DType))
         check_density(self.density)
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed is {self.seed}: from 0 to 2**63 - 1")
         if self.ctx_size is not None and self.ctx_size < 2:
             raise UsageError(f"ctx_size is {self.ctx_size}: it has to hold a prompt and an answer, 2 or more")
         for name in ("ff_chunk_tokens", "batch_size", "prompt_tokens", "threads"):

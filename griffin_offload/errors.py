@@ -48,5 +48,10 @@ class UnsupportedModel(ModelError):
     """The model has no feed-forward block of a known layout."""
 
 
+def one_line(error: BaseException) -> str:
+    """What another library's `error` says, in one line of bounded length."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
 class BudgetExceeded(UserWarning):
     """Measured memory went past the budget: a bug of ours, never hidden from the user."""

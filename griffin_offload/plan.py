@@ -407,11 +407,11 @@ def remedy_for(shape: ModelShape, request: PlanRequest, plan: Plan) -> str:
     if request.density != "auto":
         automatic = best_plan(shape, replace(request, density="auto"), plan.precision, plan.context_tokens)
         if automatic.fits:
-            remedies.append(f"--density {automatic.density:.2f} or auto")
+            remedies.append(f"--density {math.floor(automatic.density * 100) / 100:.2f} or auto")
     context = plan.context_tokens // 2
-    while context >= 2:
-        smaller = replace(request, prompt_tokens=None)
-        if best_plan(shape, smaller, plan.precision, context).fits:
+    # With a prompt in hand the context is not ours to shorten.
+    while request.prompt_tokens is None and context >= 2:
+        if best_plan(shape, request, plan.precision, context).fits:
             remedies.append(f"--ctx-size {context}")
             break
         context //= 2

@@ -33,11 +33,12 @@ def parse_size(text: str | int, *, total_bytes: int | None = None, free_bytes: i
         return int(free_bytes * _AUTO_SHARE)
     match = _SIZE.fullmatch(text)
     number, unit = (float(match[1]), match[2].lower()) if match else (0.0, "?")
+    bytes_meant = number * _FACTORS.get(unit, 1)
     if unit == "%" and total_bytes is not None and number <= 100:
         return _positive(int(total_bytes * number / 100), text)
-    if unit not in _FACTORS or not math.isfinite(number):
+    if unit not in _FACTORS or not math.isfinite(bytes_meant):
         raise UsageError(f"cannot read the size {text!r}: write for example 12GB, 12GiB, 80% or auto")
-    return _positive(int(number * _FACTORS[unit]), text)
+    return _positive(int(bytes_meant), text)
 
 
 def _positive(size_bytes: int, text: str) -> int:

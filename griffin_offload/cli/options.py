@@ -17,7 +17,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m",
         "--model",
-        default=os.environ.get(MODEL_VARIABLE),
+        default=os.environ.get(MODEL_VARIABLE) or None,
         help=f"checkpoint directory or hub id (default: ${MODEL_VARIABLE}, else the embedded demo)",
     )
     add = parser.add_argument_group("memory").add_argument
@@ -52,7 +52,7 @@ _SIZES = f"device budget: 12GB, 12GiB, 80%% or auto (default: {_DEFAULTS.max_gpu
 
 def model_of(arguments: argparse.Namespace) -> str:
     """The model that was asked for, or the demo."""
-    return arguments.model or str(demo_directory())
+    return str(demo_directory()) if arguments.model is None else arguments.model
 
 
 def load_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from griffin_offload.cli.options import add_model_options, load_options, model_o
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.config import LoadConfig, RunConfig
 from griffin_offload.demo import PROMPT
-from griffin_offload.errors import CheckpointError, UsageError
+from griffin_offload.errors import CheckpointError, UsageError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +75,7 @@ def _prompt_text(arguments: argparse.Namespace) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the prompt from {arguments.prompt_file}: {error}") from error
     elif arguments.prompt == "-":
-        text = sys.stdin.read()
+        text = _standard_input()
     elif arguments.prompt is None and arguments.model is None:
         text = PROMPT
     elif arguments.prompt is None:
@@ -83,13 +84,22 @@ def _prompt_text(arguments: argparse.Namespace) -> str:
         text = arguments.prompt
     if not text.strip():
         raise UsageError("the prompt is empty")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UsageError("the prompt is not UTF-8")
     return text
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompt on standard input is not UTF-8: {error}") from error
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens is {arguments.max_new_tokens}: at least 1")
-    if arguments.temperature is not None and arguments.temperature < 0:
+    if arguments.temperature is not None and not 0 <= arguments.temperature < math.inf:
         raise UsageError(f"--temperature is {arguments.temperature}: 0 (greedy) or more")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         raise UsageError(f"--top-p is {arguments.top_p}: more than 0 and at most 1")
@@ -106,27 +116,32 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _tokenize(directory: Path, text: str, arguments: argparse.Namespace) -> "Tensor":
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # its advice is for programmers; what concerns users is said by us
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{directory} has no tokenizer that can be loaded: {reason}") from error
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers fail in many ways
+        raise CheckpointError(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
     templated = tokenizer.chat_template is not None and not arguments.raw
     if arguments.system is not None and not templated:
         raise UsageError("--system needs a chat template: this model has none, or --raw turned it off")
-    if templated:
-        system = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
-        messages = [*system, {"role": "user", "content": text}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(text, return_tensors="pt")
+    encoded = _templated(tokenizer, text, arguments.system) if templated else tokenizer(text, return_tensors="pt")
     tokens: Tensor = encoded["input_ids"]
     if tokens.shape[1] == 0:
         raise UsageError("the prompt is empty: the tokenizer makes no token of it")
     return tokens
+
+
+def _templated(tokenizer: Any, text: str, system: str | None) -> Any:
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except Exception as error:  # a template is a program of the checkpoint's author
+        raise CheckpointError(f"the model's chat template fails, --raw turns it off: {one_line(error)}") from error
 
 
 class _Progress:
@@ -166,6 +181,7 @@ def _generate(
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=arguments.max_new_tokens,
         streamer=streamer,
+        num_beams=1,  # text is printed as it comes
         **sampling,
     )
     return output

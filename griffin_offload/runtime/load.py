@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from griffin_offload.config import LoadConfig
-from griffin_offload.errors import CheckpointError, DoesNotFit, UsageError
+from griffin_offload.errors import CheckpointError, DoesNotFit, UsageError, one_line
 from griffin_offload.plan import Plan, PlanRequest, make_plan, scratch_bytes
 from griffin_offload.runtime.cpu_linear import emulates_halves, translate_linears
 from griffin_offload.runtime.embedding import HostEmbedding
@@ -108,11 +108,15 @@ def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
     """Load the model of `prospect` by `plan`. On failure nothing stays open."""
     _check_free_memory(prospect, plan)
     threads = _threads(prospect, config)  # its trial needs memory that the residents will take
-    with limited_threads(threads):
-        return _load(prospect, plan, config, threads)
+    with limited_threads(threads), contextlib.ExitStack() as on_failure:
+        loaded = _load(prospect, plan, config, threads, on_failure)
+        on_failure.pop_all()
+    return loaded
 
 
-def _load(prospect: Prospect, plan: Plan, config: LoadConfig, threads: int | None) -> Loaded:
+def _load(
+    prospect: Prospect, plan: Plan, config: LoadConfig, threads: int | None, on_failure: contextlib.ExitStack
+) -> Loaded:
     ledger = Ledger(prospect.device, prospect.request.overhead_bytes)
     _cap_allocator(prospect)
     model = _map_model(prospect.checkpoint)
@@ -121,6 +125,8 @@ def _load(prospect: Prospect, plan: Plan, config: LoadConfig, threads: int | Non
     full = {index: blocks[index].current() for index in plan.streamed}
     offload = _offload_tier(prospect, plan, config)
     source = _make_source(full, prospect, offload) if full else None
+    if source is not None:
+        on_failure.callback(source.close)
     compact = {index: _compact(blocks[index], plan.kept[index], prospect) for index in full}
     for index, parameters in compact.items():
         blocks[index].install(parameters)
@@ -190,17 +196,18 @@ def _map_model(checkpoint: Checkpoint) -> Any:
                 dtype=checkpoint.dtype,
                 use_safetensors=True,
                 local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
             )
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {reason[:300]}") from error
+    except Exception as error:  # each architecture fails in its own way
+        raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {one_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info[problem])
         if names:
             raise CheckpointError(
-                f"{checkpoint.directory}: {len(names)} {problem.replace('_', ' ')}, first {names[0]}: the files "
-                "do not match config.json"
+                f"{checkpoint.directory} does not match its config.json: {len(names)} {problem.replace('_', ' ')}, "
+                f"first {names[0]}"
             )
     return model.eval()
 
@@ -233,11 +240,8 @@ def _evicts(prospect: Prospect) -> bool:
 def _make_source(full: dict[int, list[Tensor]], prospect: Prospect, offload: str) -> Source:
     if offload == "disk":
         return MappedWeights(full, evict=_evicts(prospect))
-    mapped = MappedWeights(full, evict=_evicts(prospect))
-    try:
+    with contextlib.closing(MappedWeights(full, evict=_evicts(prospect))) as mapped:
         return RamWeights(mapped, list(full), prospect.dtype, pin=prospect.device.type == "cuda")
-    finally:
-        mapped.close()
 
 
 def _offloaded_in_budget(prospect: Prospect, source: Source | None) -> int:
@@ -264,7 +268,14 @@ def _place_residents(
     embedding = model.get_input_embeddings()
     stay = {id(embedding)} if plan.embeddings == "host" else set()
     copies = {id(parameter): parameter for parameters in compact.values() for parameter in parameters}
-    pages = FilePages(list(model.parameters()), evict=_evicts(prospect))
+    with contextlib.closing(FilePages(list(model.parameters()), evict=_evicts(prospect))) as pages:
+        _copy_residents(model, prospect, stay, copies, pages)
+    return HostEmbedding(embedding, prospect.device, prospect.dtype) if stay else None
+
+
+def _copy_residents(
+    model: Any, prospect: Prospect, stay: set[int], copies: dict[int, nn.Parameter], pages: FilePages
+) -> None:
     for module in model.modules():
         if id(module) in stay:
             continue
@@ -274,10 +285,6 @@ def _place_residents(
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = buffer.to(prospect.device)
-    pages.close()
-    if not stay:
-        return None
-    return HostEmbedding(embedding, prospect.device, prospect.dtype)
 
 
 def _resident(

@@ -70,7 +70,7 @@ class GriffinModel:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
 
     @property
     def selected(self) -> dict[int, Tensor]:

@@ -191,7 +191,7 @@ class StreamedPass:
     def _choose(self, index: int, squared: Tensor) -> Tensor:
         config = self._layers.config
         # One generator a layer: what a layer draws does not depend on which others are streamed.
-        generator = torch.Generator().manual_seed(config.seed * 100_003 + index)
+        generator = torch.Generator().manual_seed((config.seed * 100_003 + index) % 2**63)
         norms = None
         if config.selection == "magnitude":
             if index not in self._layers.norms:

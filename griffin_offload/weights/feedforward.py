@@ -170,6 +170,8 @@ def _take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
 
 def find_feed_forwards(model: nn.Module, layers: int) -> tuple[nn.ModuleList, list[FeedForward]]:
     """The decoder layers of `model` and the FF block of each; UnsupportedModel names what was found instead."""
+    if layers < 1:
+        raise UnsupportedModel(f"{type(model).__name__} has {layers} decoder layers")
     candidates = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not candidates:
         raise UnsupportedModel(f"{type(model).__name__} has no list of {layers} decoder layers; {REGISTER_HINT}")
@@ -207,6 +209,8 @@ def _check_projections(module: nn.Module, layout: Layout, where: str) -> None:
         projection = getattr(module, name)
         if not isinstance(projection, nn.Linear | Conv1D):
             raise UnsupportedModel(f"{where}: {name} is a {type(projection).__name__}, not a plain linear layer")
+        if projection.weight.numel() == 0:
+            raise UnsupportedModel(f"{where}: {name} is empty")
 
 
 def _check_shapes(block: FeedForward, layer: nn.Module, where: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from griffin_offload.errors import CheckpointError
+from griffin_offload.errors import CheckpointError, one_line
 from griffin_offload.weights.feedforward import find_feed_forwards
 
 
@@ -71,9 +71,9 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about initialisation and attention, which never happens here
         try:
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except (ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
-            reason = str(error).strip().split("\n")[0]
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        except Exception as error:  # each architecture fails in its own way
+            reason = one_line(error)
             raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error
     return model
 

@@ -2,9 +2,7 @@
 
 import gc
 import os
-import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
 from griffin_offload.runtime import load
-from griffin_offload.weights.source import MappedWeights, RamWeights
 
 OPTIONS = [
     {},  # mapped pages are used in place
@@ -24,7 +21,6 @@ OPTIONS = [
     {"selection": "magnitude"},  # keeps norms from one prompt to the next
     {"ff_chunk_tokens": 16},  # forwards of the FF modules are replaced for the pass
 ]
-READER = "griffin-offload-reader"
 
 
 def make(directory: Path, **options: object) -> GriffinModel:
@@ -175,43 +171,3 @@ def test_interrupted_while_loading(checkpoints, monkeypatch: pytest.MonkeyPatch)
     calls.clear()
     assert descriptors() == before
     assert torch.equal(answer(make(path)), expected)
-
-
-def interrupting(fetch: Callable[..., Any]) -> Callable[..., Any]:
-    """A fetch in whose middle the user presses Ctrl-C: the signal comes while the computation waits."""
-
-    def slow(source: object, layer: int) -> Any:
-        if layer == 1:
-            time.sleep(0.1)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)
-        return fetch(source, layer)
-
-    return slow
-
-
-@pytest.mark.parametrize(("source", "tier"), [(MappedWeights, "disk"), (RamWeights, "ram")])
-@pytest.mark.parametrize("flags", [[], ["-q"], ["--json"]], ids=str)
-def test_ctrl_c_on_the_command_line(cli, llama: Path, monkeypatch: pytest.MonkeyPatch, source, tier, flags):
-    monkeypatch.setattr(source, "fetch", interrupting(source.fetch))
-    outcome = cli("run", "the cat sat", "-m", llama, "--density", 0.5, "--offload", tier, *flags)
-    assert (outcome.code, outcome.out) == (130, "")
-    assert outcome.err == "\ngriffin-offload: interrupted\n"
-    assert READER not in [thread.name for thread in threading.enumerate()]
-
-
-def test_ctrl_c_in_a_process(process, llama: Path):
-    """The whole way: the signal, the exit code, one line, no traceback at the interpreter's end."""
-    program = (
-        "import os, signal, sys, time\n"
-        "from griffin_offload.cli.main import main\n"
-        "from griffin_offload.weights.source import MappedWeights\n"
-        "fetch = MappedWeights.fetch\n"
-        "def slow(self, layer):\n"
-        "    if layer == 1: time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT), time.sleep(0.2)\n"
-        "    return fetch(self, layer)\n"
-        "MappedWeights.fetch = slow\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    outcome = process("-c", program, "run", "the cat sat", "-m", llama, "--density", 0.5)
-    assert (outcome.code, outcome.out, outcome.err) == (130, "", "\ngriffin-offload: interrupted\n")
