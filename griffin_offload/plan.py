@@ -251,19 +251,23 @@ def solve(shape: ModelShape, request: PlanRequest, precision: str) -> tuple[Plan
 
 def _contexts(shape: ModelShape, request: PlanRequest) -> Iterator[int]:
     if request.ctx_tokens is not None:
+        if (request.prompt_tokens or 0) > request.ctx_tokens:
+            raise UsageError(f"a prompt of {request.prompt_tokens} tokens exceeds the context of {request.ctx_tokens}")
         if request.ctx_tokens > shape.max_positions:
             raise UsageError(f"a context of {request.ctx_tokens} tokens is more than the model's {shape.max_positions}")
         yield request.ctx_tokens
         return
     tokens = min(MAX_AUTO_CTX, shape.max_positions)
+    if (request.prompt_tokens or 0) > tokens:
+        raise UsageError(f"a prompt of {request.prompt_tokens} tokens exceeds the largest context, {tokens}")
     yield tokens
-    while (tokens := tokens // 2) >= MIN_AUTO_CTX:
+    while (tokens := tokens // 2) >= max(MIN_AUTO_CTX, request.prompt_tokens or 0):
         yield tokens
 
 
 def best_plan(shape: ModelShape, request: PlanRequest, precision: str, ctx_tokens: int) -> Plan:
     """The best plan at `ctx_tokens`; when none fits, the smallest one (its `fits` is False)."""
-    prompt = ctx_tokens if request.prompt_tokens is None else min(request.prompt_tokens, ctx_tokens)
+    prompt = ctx_tokens if request.prompt_tokens is None else request.prompt_tokens
     use = Usage(request.batch, prompt, ctx_tokens)
     best: Plan | None = None
     rungs = list(_rungs(shape, request))

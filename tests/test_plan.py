@@ -72,7 +72,7 @@ def requests(draw: st.DrawFn) -> PlanRequest:
     return PlanRequest(
         budget_bytes=draw(st.integers(10**4, 10**8)),
         ctx_tokens=draw(st.sampled_from([None, 16, 200, 2048])),
-        prompt_tokens=draw(st.sampled_from([None, 1, 100])),
+        prompt_tokens=draw(st.sampled_from([None, 1, 16])),
         batch=draw(st.integers(1, 4)),
         density=draw(st.sampled_from(["auto", 0.0, 0.3, 0.5, 1.0])),
         overhead_bytes=draw(st.sampled_from([0, 10**5])),

@@ -55,6 +55,13 @@ def model_of(arguments: argparse.Namespace) -> str:
     return str(demo_directory()) if arguments.model is None else arguments.model
 
 
+def quiet_libraries() -> None:
+    """Advice that transformers logs is for authors of Python files; what concerns users is said by us."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
 def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `LoadConfig`."""
     given = {name: getattr(arguments, name) for name in LoadConfig.__dataclass_fields__ if hasattr(arguments, name)}

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.options import add_model_options, load_options, model_of
+from griffin_offload.cli.options import add_model_options, load_options, model_of, quiet_libraries
 from griffin_offload.config import LoadConfig
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.units import format_bytes
@@ -27,6 +27,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from griffin_offload.plan import describe_shortfall, solve
     from griffin_offload.runtime.load import examine
 
+    quiet_libraries()
     prospect = examine(model_of(arguments), LoadConfig(**load_options(arguments)))
     found, remedy = solve(prospect.shape, prospect.request, prospect.precision)
     if arguments.json:

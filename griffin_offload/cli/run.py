@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.options import add_model_options, load_options, model_of
+from griffin_offload.cli.options import add_model_options, load_options, model_of, quiet_libraries
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.config import LoadConfig, RunConfig
 from griffin_offload.demo import PROMPT
@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = load_options(arguments)
     from griffin_offload.weights.checkpoint import open_checkpoint
 
+    quiet_libraries()
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     directory = open_checkpoint(model_of(arguments), offline=arguments.offline).directory
     tokens = _tokenize(directory, text, arguments)
@@ -72,7 +73,7 @@ def _prompt_text(arguments: argparse.Namespace) -> str:
     if arguments.prompt_file is not None:
         try:
             text: str = arguments.prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
             raise UsageError(f"cannot read the prompt from {arguments.prompt_file}: {error}") from error
     elif arguments.prompt == "-":
         text = _standard_input()
@@ -116,9 +117,7 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _tokenize(directory: Path, text: str, arguments: argparse.Namespace) -> "Tensor":
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()  # its advice is for programmers; what concerns users is said by us
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers fail in many ways

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 PROMPT = (
-    "Once upon a time, there was a little girl named Lucy. She lived in a small house near the forest with her mother "
-    "and her dog, Max. One day, Lucy and Max went for a walk in the forest. They saw a small bird under a big tree. "
-    "The bird was sad because it had hurt its wing."
+    "One day, a little girl named Sue found a big box in the garden. The box was blue and very heavy. Sue wanted to "
+    "know what was inside, so she asked her brother Ben to help her. Ben and Sue pulled and pulled until the box was open. "
+    "Inside the box, they saw a small toy boat. Sue was very happy. She said,"
 )
 
 

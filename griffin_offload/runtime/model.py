@@ -4,6 +4,7 @@ import functools
 import inspect
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class GriffinModel:
         self._stock_forward: Callable[..., Any] = self.model.forward
         self._signature = inspect.signature(self._stock_forward)
         self.model.forward = self._wrapped_forward()
+        source = loaded.layers.source
+        self._close = weakref.finalize(self, source.close) if source is not None else lambda: None
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> "GriffinModel":
@@ -88,9 +91,8 @@ class GriffinModel:
         return self._loaded.offload
 
     def close(self) -> None:
-        """Give back files and pinned memory; the model cannot stream afterwards."""
-        if self._loaded.layers.source is not None:
-            self._loaded.layers.source.close()
+        """Give back files and pinned memory; the model cannot stream afterwards. Also done when it is collected."""
+        self._close()
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate` on the stock model, with its arguments and its result.
@@ -107,7 +109,7 @@ class GriffinModel:
         if inputs is not None:
             inputs = inputs.to(self.device)
         settings = self._settings(prompt, kwargs)
-        self._run = _Run(prompt.shape[1], kwargs.get("attention_mask"))
+        self._run = _Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"))
         ledger = self._loaded.ledger
         ledger.start_run()
         start = time.perf_counter()
@@ -233,7 +235,7 @@ class GriffinModel:
             workspace=workspace_bytes(shape, self._prospect.request, use, 1, self.plan.kept),
         )
         return RunReport(
-            prompt_tokens=prefill.prompt_tokens,
+            prompt_tokens=prefill.prompt_tokens * run.prompts // run.batch,  # beams repeat each prompt
             generated_tokens=generated_tokens,
             load_s=self._load_s,
             prefill_s=prefill.seconds,
@@ -269,8 +271,8 @@ class GriffinModel:
 class _Run:
     """The state of one `generate`."""
 
-    def __init__(self, prompt_tokens: int, mask: Tensor | None) -> None:
-        self.prompt_tokens, self.mask = prompt_tokens, mask
+    def __init__(self, prompts: int, prompt_tokens: int, mask: Tensor | None) -> None:
+        self.prompts, self.prompt_tokens, self.mask = prompts, prompt_tokens, mask
         self.prefilled = False
         self.batch = 1
         self.fetched_bytes = 0

@@ -203,6 +203,7 @@ class LayerStream:
                 if self._stop:
                     return
                 self._arrivals.put(self._fetch(position, layer))
+            self._arrivals.put(AssertionError("more layers asked for than are streamed"))
         except BaseException as error:
             self._arrivals.put(error)
 

@@ -44,8 +44,10 @@ class CommandLine:
         if stdin is not None:
             raw = stdin if isinstance(stdin, bytes) else stdin.encode()
             self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
-        # Its own handler was bound to another stream, before capsys began.
-        self._monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [logging.StreamHandler(sys.stderr)])
+        # As in a process of its own: no earlier command has made it quiet, and it writes to this stderr.
+        logger = logging.getLogger("transformers")
+        logger.setLevel(logging.WARNING)
+        self._monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(sys.stderr)])
         self._capsys.readouterr()
         try:
             code = main([str(argument) for argument in arguments])
