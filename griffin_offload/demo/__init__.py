@@ -4,8 +4,8 @@ from pathlib import Path
 
 PROMPT = (
     "One day, a little girl named Sue found a big box in the garden. The box was blue and very heavy. Sue wanted to "
-    "know what was inside, so she asked her brother Ben to help her. Ben and Sue pulled and pulled until the box was open. "
-    "Inside the box, they saw a small toy boat. Sue was very happy. She said,"
+    "know what was inside, so she asked her brother Ben to help her. Ben and Sue pulled and pulled until the box was "
+    "open. Inside the box, they saw a small toy boat. Sue was very happy. She said,"
 )
 
 
