@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from griffin_offload.weights.source import MappedWeights, RamWeights, Source
 
 # The host keeps this share of its free memory when full weights are put into it.
 _RAM_SHARE = 0.8
+_COPY_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -276,22 +278,23 @@ def _place_residents(
 def _copy_residents(
     model: Any, prospect: Prospect, stay: set[int], copies: dict[int, nn.Parameter], pages: FilePages
 ) -> None:
-    for module in model.modules():
-        if id(module) in stay:
-            continue
-        for name, parameter in list(module._parameters.items()):
+    """Copy by several threads: most of the time goes into page faults, which the kernel takes in parallel."""
+    modules = [module for module in model.modules() if id(module) not in stay]
+    parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None and id(p) not in copies}
+    with ThreadPoolExecutor(_COPY_THREADS) as pool:
+        done = pool.map(lambda parameter: _resident(parameter, prospect, pages), parameters.values())
+        # By identity, so that tied weights stay tied.
+        copies.update(zip(parameters, done, strict=True))
+    for module in modules:
+        for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = _resident(parameter, prospect, copies, pages)
-        for name, buffer in list(module._buffers.items()):
+                module._parameters[name] = copies[id(parameter)]
+        for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(prospect.device)
 
 
-def _resident(
-    parameter: nn.Parameter, prospect: Prospect, copies: dict[int, nn.Parameter], pages: FilePages
-) -> nn.Parameter:
-    if id(parameter) in copies:  # tied weights stay tied
-        return copies[id(parameter)]
+def _resident(parameter: nn.Parameter, prospect: Prospect, pages: FilePages) -> nn.Parameter:
     # Only the stored precision is translated: what transformers keeps in float32 stays so.
     changed = parameter.dtype == prospect.checkpoint.dtype
     target = torch.empty(parameter.shape, dtype=prospect.dtype if changed else parameter.dtype, device=prospect.device)
@@ -299,9 +302,7 @@ def _resident(
     pages.read(spans)
     target.copy_(parameter.detach())
     pages.drop(spans)
-    copy = nn.Parameter(target, requires_grad=False)
-    copies[id(parameter)] = copies[id(copy)] = copy
-    return copy
+    return nn.Parameter(target, requires_grad=False)
 
 
 def _resident_bytes(model: Any, plan: Plan) -> int:
