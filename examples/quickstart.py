@@ -1,6 +1,6 @@
 """The Python API in one screen: plan, load, generate, look at the figures.
 
-python examples/quickstart.py [MODEL_DIRECTORY [BUDGET]]      without arguments: the embedded demo, in 6.3 MB
+python examples/quickstart.py [MODEL_DIRECTORY [BUDGET]]      without arguments: the embedded demo, in 6.35 MB
 """
 
 import sys
@@ -11,7 +11,7 @@ from griffin_offload.demo import PROMPT, demo_directory
 
 def main() -> None:
     path = sys.argv[1] if len(sys.argv) > 1 else demo_directory()
-    budget = sys.argv[2] if len(sys.argv) > 2 else "6.3MB"
+    budget = sys.argv[2] if len(sys.argv) > 2 else "6.35MB"
     model = GriffinModel.from_pretrained(path, max_gpu_mem=budget, ctx_size=256, prompt_tokens=96)
     print(f"density {model.plan.density:.2f}: {model.resident_bytes} of {model.plan.full_bytes} bytes stay resident")
 

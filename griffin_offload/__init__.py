@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from griffin_offload.config import LoadConfig
     from griffin_offload.errors import BudgetExceeded, DoesNotFit, GriffinError, ModelError, UsageError
-    from griffin_offload.plan import Plan
+    from griffin_offload.pricing import Plan
     from griffin_offload.runtime.model import GriffinModel
     from griffin_offload.runtime.report import PrefillReport, RunReport
     from griffin_offload.weights.feedforward import Layout, register_layout
@@ -24,7 +24,7 @@ _HOMES = {
     "Layout": "weights.feedforward",
     "LoadConfig": "config",
     "ModelError": "errors",
-    "Plan": "plan",
+    "Plan": "pricing",
     "PrefillReport": "runtime.report",
     "RunReport": "runtime.report",
     "UsageError": "errors",

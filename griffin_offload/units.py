@@ -22,13 +22,13 @@ _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-z%]*)\s*", re.IGNORECASE)
 _AUTO_SHARE = 0.9
 
 
-def parse_size(text: str | int, *, total_bytes: int | None = None, free_bytes: int | None = None) -> int:
+def parse_size(text: str | float, *, total_bytes: int | None = None, free_bytes: int | None = None) -> int:
     """Bytes meant by `text`: a number, "12GB", "12GiB", "80%" of `total_bytes`, or "auto".
 
     "auto" is `free_bytes` less a margin of a tenth. Raises UsageError for anything else.
     """
-    if isinstance(text, int):
-        return _positive(text, str(text))
+    if not isinstance(text, str):
+        return _positive(int(text), str(text))
     if text.strip().lower() == "auto" and free_bytes is not None:
         return int(free_bytes * _AUTO_SHARE)
     match = _SIZE.fullmatch(text)

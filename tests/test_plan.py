@@ -10,17 +10,8 @@ from tiny_models import ARCHITECTURES, VOCAB
 from transformers import LlamaConfig
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
-from griffin_offload.plan import (
-    SLOTS,
-    PlanRequest,
-    Usage,
-    best_plan,
-    kv_bytes,
-    make_plan,
-    price,
-    pruned_choices,
-    solve,
-)
+from griffin_offload.plan import SLOTS, best_plan, make_plan, pruned_choices, solve
+from griffin_offload.pricing import PlanRequest, Usage, kv_bytes, price
 from griffin_offload.weights.shape import LayerShape, ModelShape, build_on_meta, model_shape
 
 LLAMA_13B = {
@@ -192,14 +183,15 @@ def test_planned_bytes_are_the_measured_ones(checkpoints, name: str, batch: int)
         prompt_tokens=40,
         batch_size=batch,
     )
-    ids = torch.randint(3, VOCAB, (batch, 40))
-    held: dict[str, int] = {}
+    held: list[dict[str, int]] = []
     ledger = model._loaded.ledger
-    hold, ledger.hold = ledger.hold, lambda **parts: (held.update(parts), hold(**parts))[1]
-    model.model(ids)
+    hold, ledger.hold = ledger.hold, lambda **parts: (held.append(parts), hold(**parts))[1]
+    model.generate(torch.randint(3, VOCAB, (batch, 40)), max_new_tokens=8, do_sample=False)
     assert model.resident_bytes == model.plan.resident_bytes
-    assert held["kv_cache"] == model.plan.prefill_parts["kv_cache"]
-    model.generate(ids, max_new_tokens=8, do_sample=False)
+    prefill = next(parts for parts in held if parts.get("kv_cache"))
+    for part in ("kv_cache", "workspace", "logits", "slots"):
+        assert prefill[part] <= model.plan.prefill_parts[part], part
+    assert prefill["kv_cache"] == model.plan.prefill_parts["kv_cache"]
     assert model.last_report.peak_device_bytes <= model.plan.peak_bytes <= model.plan.budget_bytes
 
 

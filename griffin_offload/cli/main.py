@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from griffin_offload import __version__
 from griffin_offload.cli import plan, run
-from griffin_offload.errors import GriffinError
+from griffin_offload.errors import GriffinError, one_line
 
 _INTERRUPTED = 130
 
@@ -46,3 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`| head`); let nothing more be written to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (OSError, MemoryError) as error:  # the machine's troubles: a full disk, a lost mount
+        print(f"griffin-offload: error: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return GriffinError.exit_code

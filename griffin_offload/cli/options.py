@@ -13,7 +13,7 @@ _DEFAULTS = LoadConfig()
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model and everything that `LoadConfig` knows, under the same names."""
+    """What a plan depends on: the model, the budget, the density, under the names of `LoadConfig`."""
     parser.add_argument(
         "-m",
         "--model",
@@ -29,19 +29,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", choices=get_args(Device), default=_DEFAULTS.device)
     add("--offload", choices=get_args(Offload), default=_DEFAULTS.offload, help="where the full weights rest")
-    add("--threads", type=int, metavar="N", help="threads that compute on the CPU (default: by a short trial)")
     add("--ctx-size", type=int, metavar="TOKENS", help="context that memory is kept for")
-    add = parser.add_argument_group("method").add_argument
     add(
         "--density",
         default=_DEFAULTS.density,
         help="fraction of FF neurons kept: auto, 0.5, or one per layer (0.5,0.7)",
     )
-    add("--selection", choices=get_args(SelectionMethod), default=_DEFAULTS.selection)
     add("--dtype", choices=get_args(DType), default=_DEFAULTS.dtype, help="precision of the computation")
-    add("--seed", type=int, default=_DEFAULTS.seed, help="seed of sampling, of tokens and of neurons")
     parser.add_argument("--offline", action="store_true", help="never ask the hub")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What only matters when a model computes."""
+    add = parser.add_argument_group("method").add_argument
+    add("--selection", choices=get_args(SelectionMethod), default=_DEFAULTS.selection, help="how neurons are chosen")
+    add("--seed", type=int, default=_DEFAULTS.seed, help="seed of sampling, of tokens and of neurons")
+    add("--threads", type=int, metavar="N", help="threads that compute on the CPU (default: by a short trial)")
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-v", "--verbose", action="store_true", help="the plan, too")
     loudness.add_argument("-q", "--quiet", action="store_true", help="the text alone")

@@ -10,7 +10,7 @@ from griffin_offload.errors import DoesNotFit
 from griffin_offload.units import format_bytes
 
 if TYPE_CHECKING:
-    from griffin_offload.plan import Plan
+    from griffin_offload.pricing import Plan
 
 
 def add_parser(commands: Any) -> None:
@@ -19,6 +19,7 @@ def add_parser(commands: Any) -> None:
     add_model_options(parser)
     parser.add_argument("--prompt-tokens", type=int, metavar="TOKENS", help="longest prompt (default: the context)")
     parser.add_argument("--batch-size", type=int, default=LoadConfig.batch_size, metavar="N", help="sequences at once")
+    parser.add_argument("-q", "--quiet", action="store_true", help="the exit code alone")
     parser.set_defaults(command=plan)
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.options import add_model_options, load_options, model_of, quiet_libraries
+from griffin_offload.cli.options import add_model_options, add_run_options, load_options, model_of, quiet_libraries
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.config import LoadConfig, RunConfig
 from griffin_offload.demo import PROMPT
@@ -34,6 +34,7 @@ def add_parser(commands: Any) -> None:
     add("--top-p", type=float)
     add("--top-k", type=int)
     add_model_options(parser)
+    add_run_options(parser)
     parser.set_defaults(command=run)
 
 

@@ -16,11 +16,12 @@ def emulates_halves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this is a CPU that has no instructions for `dtype`, a 16-bit one."""
     if device.type != "cpu" or dtype not in _HALVES:
         return False
+    # Other processors have other ways: only what was measured is replaced.
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False
     if dtype is torch.float16:
         return not torch.cpu._is_amx_fp16_supported()
-    # ARM's and AMD's ways of having them are not asked for by name: only what was measured is replaced.
-    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not capable
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def translate_linears(model: nn.Module, scratch_bytes: int) -> None:

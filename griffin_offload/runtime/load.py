@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from griffin_offload.config import LoadConfig
 from griffin_offload.errors import CheckpointError, DoesNotFit, UsageError, one_line
-from griffin_offload.plan import Plan, PlanRequest, make_plan, scratch_bytes
+from griffin_offload.plan import make_plan
+from griffin_offload.pricing import Plan, PlanRequest, scratch_bytes
 from griffin_offload.runtime.cpu_linear import emulates_halves, translate_linears
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.memory import Ledger, choose_device, device_bytes, device_overhead_bytes
@@ -82,6 +83,9 @@ def examine(model: str | Path, config: LoadConfig) -> Prospect:
         always_stream=config.always_stream,
         # On the CPU the rows are read in place, so their precision has to be the stored one.
         host_embeddings=device.type != "cpu" or dtype == checkpoint.dtype,
+        stored_share=checkpoint.dtype.itemsize / dtype.itemsize
+        if device.type == "cpu" and dtype != checkpoint.dtype
+        else 0.0,
         translated=emulates_halves(device, dtype),
     )
     return Prospect(checkpoint, device, dtype, shape, request)
@@ -216,6 +220,10 @@ def _map_model(checkpoint: Checkpoint) -> Any:
 
 def _offload_tier(prospect: Prospect, plan: Plan, config: LoadConfig) -> str:
     """ "ram" or "disk"; DoesNotFit when RAM was asked for and there is too little."""
+    if config.max_cpu_mem is not None and config.offload == "disk":
+        raise UsageError(
+            "--max-cpu-mem limits what RAM holds, and --offload disk holds nothing there: give one of them"
+        )
     if prospect.device.type == "cpu":
         return "ram" if config.offload == "ram" else "disk"  # the budget has counted it
     stored = sum(prospect.shape.layers[i].ff_bytes for i in plan.streamed)

@@ -1,6 +1,9 @@
 """What memory there is, what this process takes of it, and the ledger that a budget is held against."""
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -11,10 +14,11 @@ from griffin_offload.errors import UsageError
 # A CUDA context with its kernels, where it cannot be measured (several processes on one device).
 CUDA_CONTEXT_BYTES = 700_000_000
 _LARGEST_PLAUSIBLE_CONTEXT_BYTES = 1_500_000_000
-# Kernels that are loaded after the context was measured.
-_CUDA_MARGIN_BYTES = 100_000_000
+# Kernels that are loaded after the context was measured, and the caching allocator's rounding of blocks.
+_CUDA_MARGIN_BYTES = 400_000_000
 # On the CPU: allocator caches, thread stacks and Python objects, beside the ledger, for any model over 1 GB.
 HOST_OVERHEAD_BYTES = 500_000_000
+_SAMPLE_S = 0.01
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -26,7 +30,8 @@ def choose_device(name: str) -> torch.device:
     if not available[name]:
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
         raise UsageError(f"device {name} is not available here: use --device {there}")
-    return torch.device(name)
+    # With its index: torch's memory settings and the reader thread ask for one.
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def device_bytes(device: torch.device) -> tuple[int, int]:
@@ -42,22 +47,29 @@ def device_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def _cgroup_limit() -> tuple[int | None, int]:
-    """(limit, used without page cache) of this process's memory cgroup, v2 or v1; (None, 0) without one."""
+    """(limit, used without page cache) of the tightest memory cgroup we are in, v2 or v1; (None, 0) without one."""
     try:
         groups = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
         if "memory" in groups:
-            return _read_cgroup(_CGROUP / "memory" / groups["memory"].lstrip("/"), "memory.limit_in_bytes", "rss ")
-        return _read_cgroup(_CGROUP / groups[""].lstrip("/"), "memory.max", "anon ")
+            root, own, names = _CGROUP / "memory", groups["memory"], ("memory.limit_in_bytes", "total_rss ")
+        else:
+            root, own, names = _CGROUP, groups[""], ("memory.max", "anon ")
     except (OSError, KeyError, ValueError):
         return None, 0
+    group = root / own.lstrip("/")
+    limits = [found for place in (group, *group.parents) if (found := _read_cgroup(place, *names)) is not None]
+    return min(limits, key=lambda found: found[0] - found[1], default=(None, 0))
 
 
-def _read_cgroup(group: Path, limit_file: str, used_key: str) -> tuple[int | None, int]:
-    limit = (group / limit_file).read_text().strip()
+def _read_cgroup(group: Path, limit_file: str, used_key: str) -> tuple[int, int] | None:
+    try:
+        limit = (group / limit_file).read_text().strip()
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:  # the root has no limit, and above it is no group
+        return None
     if not limit.isdigit() or int(limit) >= psutil.virtual_memory().total:
-        return None, 0
-    lines = (group / "memory.stat").read_text().splitlines()
-    return int(limit), next(int(line.split()[1]) for line in lines if line.startswith(used_key))
+        return None
+    return int(limit), next((int(line.split()[1]) for line in lines if line.startswith(used_key)), 0)
 
 
 def anonymous_bytes() -> int:
@@ -109,15 +121,27 @@ class Ledger:
         self._parts.update(parts)
         self._peak = max(self._peak, sum(self._parts.values()))
 
-    def sample_host(self) -> None:
-        """Look at the process's anonymous memory; called where a layer needs most of it."""
-        self._anonymous_peak = max(self._anonymous_peak, anonymous_bytes())
-
-    def start_run(self) -> None:
-        """Measure peaks from here on."""
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Measure peaks inside: of the parts, and of the process's anonymous memory, sampled by a thread."""
+        self.hold(kv_cache=0, workspace=0, logits=0, slots=0)
         self._peak = sum(self._parts.values())
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._sample, args=(stop,), name="griffin-offload-sampler", daemon=True)
+        try:
+            thread.start()
+            yield
+        finally:
+            stop.set()
+            if thread.ident is not None:
+                thread.join()
+            self.hold(kv_cache=0, workspace=0, logits=0, slots=0)
+
+    def _sample(self, stop: threading.Event) -> None:
+        while not stop.wait(_SAMPLE_S):
+            self._anonymous_peak = max(self._anonymous_peak, anonymous_bytes())
 
     @property
     def peak_bytes(self) -> int:

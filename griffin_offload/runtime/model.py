@@ -1,7 +1,9 @@
 """`GriffinModel`: a stock transformers model whose prompts are streamed and whose decoding is resident."""
 
+import copy
 import functools
 import inspect
+import threading
 import time
 import warnings
 import weakref
@@ -11,17 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, StaticCache
 
 from griffin_offload.config import LoadConfig, RunConfig
-from griffin_offload.errors import BudgetExceeded, DoesNotFit, GriffinError, UsageError
-from griffin_offload.plan import Plan, Usage, describe_shortfall, logits_bytes, replan_for, workspace_bytes
+from griffin_offload.errors import BudgetExceeded, DoesNotFit, GriffinError, UsageError, one_line
+from griffin_offload.plan import as_loaded, describe_shortfall, replan_for
+from griffin_offload.pricing import Plan, Usage, logits_bytes, workspace_bytes
 from griffin_offload.runtime.load import Loaded, Prospect, examine, load, plan_for
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
 from griffin_offload.runtime.prefill import Progress, StreamedPass
 from griffin_offload.runtime.report import PrefillReport, RunReport
 from griffin_offload.runtime.threads import limited_threads
 
+_LIMITS = ("max_new_tokens", "max_length")
 # From here on the process's growth is a figure of the model and no longer of the interpreter.
 _LARGE_MODEL_BYTES = 10**9
 
@@ -50,7 +54,9 @@ class GriffinModel:
         self._signature = inspect.signature(self._stock_forward)
         self.model.forward = self._wrapped_forward()
         source = loaded.layers.source
-        self._close = weakref.finalize(self, source.close) if source is not None else lambda: None
+        self._finalize = weakref.finalize(self, source.close if source is not None else int)
+        self._busy = threading.Lock()
+        self._closed = False
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> "GriffinModel":
@@ -91,8 +97,17 @@ class GriffinModel:
         return self._loaded.offload
 
     def close(self) -> None:
-        """Give back files and pinned memory; the model cannot stream afterwards. Also done when it is collected."""
-        self._close()
+        """Give back files and pinned memory, and the stock model its own forward. Without it, all that waits for the
+        garbage collector, because the model's forward refers to this object."""
+        self._closed = True
+        self.model.__dict__.pop("forward", None)
+        self._finalize()
+
+    def __enter__(self) -> "GriffinModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate` on the stock model, with its arguments and its result.
@@ -103,28 +118,30 @@ class GriffinModel:
         """
         inputs = next((kwargs.pop(k) for k in ("inputs", "input_ids") if k in kwargs), inputs)
         prompt = inputs if inputs is not None else kwargs.get("inputs_embeds")
-        if prompt is None or prompt.shape[1] == 0:
-            raise UsageError("the prompt is empty: give at least one token")
+        if prompt is None or prompt.dim() < 2 or prompt.shape[1] == 0:
+            raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
         kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        if inputs is not None:
-            inputs = inputs.to(self.device)
         settings = self._settings(prompt, kwargs)
-        self._run = _Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"))
-        ledger = self._loaded.ledger
-        ledger.start_run()
-        start = time.perf_counter()
+        if self._closed or not self._busy.acquire(blocking=False):
+            raise GriffinError("this model is closed" if self._closed else "this model is generating already")
+        self.last_report = None
         try:
-            with limited_threads(self._loaded.threads):
-                output = self.model.generate(inputs, **kwargs, **settings)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            sequences = output if isinstance(output, Tensor) else output.sequences
-            offset = prompt.shape[1] if inputs is not None else 0
-            self.last_report = self._report(sequences.shape[1] - offset, time.perf_counter() - start)
+            self._run = run = _Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"))
+            with self._loaded.ledger.measuring(), limited_threads(self._loaded.threads):
+                start = time.perf_counter()
+                output = self.model.generate(None if inputs is None else inputs.to(self.device), **(kwargs | settings))
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                sequences = output if isinstance(output, Tensor) else output.sequences
+                offset = prompt.shape[1] if inputs is not None else 0
+                report = self._report(run, sequences.shape[1] - offset, time.perf_counter() - start)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(f"the device ran out of memory: {one_line(error)}") from error
         finally:
             self._run = None
-            ledger.hold(kv_cache=0, workspace=0, logits=0)
-        self._check_promise()
+            self._busy.release()
+        self.last_report = report
+        self._check_promise(report)
         return output
 
     def _settings(self, prompt: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -136,16 +153,23 @@ class GriffinModel:
             raise UsageError(
                 "prefill_chunk_size cannot be set: the prompt is streamed in one pass, see ff_chunk_tokens"
             )
+        if kwargs.get("assistant_early_exit") is not None:
+            raise UsageError("assistant_early_exit cannot work here: it prefills with the first layers alone")
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise UsageError("past_key_values has to be empty: transformers would feed it the whole prompt again")
         settings: dict[str, Any] = {"prefill_chunk_size": None}
         if "disable_compile" not in kwargs:
             settings["disable_compile"] = True  # a static cache would compile, anew for every shape
-        if not any(kwargs.get(name) for name in ("max_new_tokens", "max_length")) and not _limits(given):
+        if all(kwargs.get(name) is None for name in _LIMITS) and all(getattr(given, name) is None for name in _LIMITS):
             room = self.plan.context_tokens - prompt.shape[1]
             settings["max_new_tokens"] = max(min(RunConfig.max_new_tokens, room), 1)
         self._check_fits(prompt, kwargs | settings, given)
+        if kwargs.get("generation_config") is not None:
+            # transformers wants either a config or arguments.
+            config = copy.deepcopy(given)
+            config.update(**settings)
+            return {"generation_config": config}
         return settings
 
     def _check_fits(self, prompt: Tensor, kwargs: dict[str, Any], given: GenerationConfig) -> None:
@@ -161,12 +185,17 @@ class GriffinModel:
                 f"{self.plan.context_tokens}: shorten one of them or raise --ctx-size (ctx_size)"
             )
         batch = prompt.shape[0] * max(value("num_beams") or 1, value("num_return_sequences") or 1)
-        use = Usage(batch, tokens, total)
+        kept = sum(bool(value(name)) for name in ("output_scores", "output_logits")) * (total - tokens)
+        cache = kwargs.get("past_key_values")
+        static = str(value("cache_implementation")).startswith("static") or isinstance(cache, StaticCache)
+        self._require(Usage(batch, tokens, total, static, 1 + (value("prompt_lookup_num_tokens") or 0), kept))
+
+    def _require(self, use: Usage) -> None:
+        """DoesNotFit unless `use` stays within the budget with the residents as they are."""
         plan = replan_for(self._prospect.shape, self._prospect.request, self.plan, use)
         if not plan.fits:
-            raise DoesNotFit(
-                describe_shortfall(plan, f"fewer than {batch} sequences at once, or a model loaded with more memory")
-            )
+            remedy = f"fewer than {use.batch} sequences at once, shorter ones, or a model loaded with more memory"
+            raise DoesNotFit(describe_shortfall(plan, remedy))
 
     def _wrapped_forward(self) -> Callable[..., Any]:
         @functools.wraps(self._stock_forward)  # generate reads its signature
@@ -179,61 +208,75 @@ class GriffinModel:
         """The model's forward: prefill or decode is decided on the host, never by reading a device tensor."""
         run = self._run
         if run is not None and run.prefilled:
-            return self._decode(run, args, kwargs)
+            output = self._stock_forward(*args, **kwargs)
+            run.cache = _cache_of(output, kwargs)
+            return output
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
         cache = arguments.get("past_key_values")
         if run is None and cache is not None and cache.get_seq_length() > 0:
             if self.last_prefill is None and self.plan.streamed:
-                raise GriffinError("the KV cache is filled but no prompt was streamed yet: no neurons are chosen")
+                raise GriffinError(
+                    "the KV cache is filled but no neurons are chosen: no prompt was streamed to its end"
+                )
             return self._stock_forward(*args, **kwargs)
-        return self._prefill(run, arguments, args, kwargs)
+        if run is not None:
+            output = self._prefill(run, arguments, args, kwargs)
+            run.cache = _cache_of(output, arguments)
+            return output
+        return self._bare_prefill(arguments, args, kwargs)
+
+    def _bare_prefill(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        """A forward that nobody announced: checked against the budget first."""
+        tokens = _tokens_of(arguments)
+        keep = arguments.get("logits_to_keep", 0)
+        positions = keep if isinstance(keep, int) and keep > 0 else tokens.shape[1]
+        self._require(Usage(tokens.shape[0], tokens.shape[1], tokens.shape[1], logit_positions=positions))
+        if self._closed or not self._busy.acquire(blocking=False):
+            raise GriffinError("this model is closed" if self._closed else "this model is generating already")
+        try:
+            with limited_threads(self._loaded.threads):
+                return self._prefill(None, arguments, args, kwargs)
+        finally:
+            self._busy.release()
 
     def _prefill(self, run: "_Run | None", arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
-        tokens = arguments.get("input_ids")
-        tokens = tokens if tokens is not None else arguments["inputs_embeds"]
+        tokens = _tokens_of(arguments)
         given = run.mask if run is not None and run.mask is not None else arguments.get("attention_mask")
         mask = _prompt_mask(tokens, given, run.prompt_tokens if run is not None else None)
-        ledger = self._loaded.ledger
-        streamed = StreamedPass(self._loaded.layers, mask, progress=self.progress, at_peak=ledger.sample_host)
+        self.last_prefill = None  # until this prompt has chosen its neurons, none are
+        streamed = StreamedPass(self._loaded.layers, mask, progress=self.progress)
         with streamed:
             output = self._stock_forward(*args, **kwargs)
+        if streamed.unvisited:
+            raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
         self.last_prefill = streamed.report()
-        shape, batch = self._prospect.shape, tokens.shape[0]
-        use = Usage(batch, tokens.shape[1], tokens.shape[1])
-        ledger.hold(
-            kv_cache=_cache_bytes(output.get("past_key_values")),
-            workspace=workspace_bytes(shape, self._prospect.request, use, tokens.shape[1], self.plan.kept),
-            logits=logits_bytes(shape, batch),
-            slots=streamed.peak_in_flight_bytes,
-        )
-        ledger.hold(slots=0)
         if run is not None:
-            run.prefilled, run.batch = True, batch
-            run.fetched_bytes = self._loaded.layers.fetched_bytes
-            run.embedding_bytes = self._embedding_bytes
-            run.cache = output.get("past_key_values")
+            use = Usage(tokens.shape[0], tokens.shape[1], tokens.shape[1])
+            self._loaded.ledger.hold(
+                kv_cache=_cache_bytes(_cache_of(output, arguments)),
+                slots=streamed.peak_in_flight_bytes,
+                **self._activations(use, tokens.shape[1]),
+            )
+            self._loaded.ledger.hold(slots=0)
+            run.prefilled, run.batch = True, tokens.shape[0]
+            run.fetched_bytes, run.embedding_bytes = self._loaded.layers.fetched_bytes, self._embedding_bytes
         return output
 
-    def _decode(self, run: "_Run", args: Any, kwargs: Any) -> Any:
-        output = self._stock_forward(*args, **kwargs)
-        self._loaded.ledger.sample_host()
-        run.cache = output.get("past_key_values")
-        return output
+    def _activations(self, use: Usage, new_tokens: int) -> dict[str, int]:
+        """Workspace and logits as the plan counts them, for the shapes that really passed."""
+        request = as_loaded(self._prospect.request, self.plan)
+        workspace = workspace_bytes(self._prospect.shape, request, use, new_tokens, self.plan.kept)
+        return {"workspace": workspace, "logits": logits_bytes(self._prospect.shape, use)}
 
     @property
     def _embedding_bytes(self) -> int:
         return self._loaded.host_embedding.row_bytes if self._loaded.host_embedding else 0
 
-    def _report(self, generated_tokens: int, total_s: float) -> RunReport:
-        run, prefill, ledger = self._run, self.last_prefill, self._loaded.ledger
-        assert run is not None
+    def _report(self, run: "_Run", generated_tokens: int, total_s: float) -> RunReport:
+        prefill, ledger = self.last_prefill, self._loaded.ledger
         assert prefill is not None
-        shape, length = self._prospect.shape, run.prompt_tokens + generated_tokens
-        use = Usage(run.batch, run.prompt_tokens, length)
-        ledger.hold(
-            kv_cache=_cache_bytes(run.cache),
-            workspace=workspace_bytes(shape, self._prospect.request, use, 1, self.plan.kept),
-        )
+        use = Usage(run.batch, run.prompt_tokens, run.prompt_tokens + generated_tokens)
+        ledger.hold(kv_cache=_cache_bytes(run.cache), **self._activations(use, 1))
         return RunReport(
             prompt_tokens=prefill.prompt_tokens * run.prompts // run.batch,  # beams repeat each prompt
             generated_tokens=generated_tokens,
@@ -255,10 +298,8 @@ class GriffinModel:
             select_s=prefill.select_s,
         )
 
-    def _check_promise(self) -> None:
+    def _check_promise(self, report: RunReport) -> None:
         """Say it aloud when a measured peak went past the budget."""
-        report = self.last_report
-        assert report is not None
         peaks = {"the ledger": (report.peak_device_bytes, report.budget_bytes)}
         if self.device.type == "cpu" and self.plan.full_bytes > _LARGE_MODEL_BYTES:
             allowed = report.budget_bytes + HOST_OVERHEAD_BYTES
@@ -281,8 +322,16 @@ class _Run:
         self.cache: Any = None
 
 
-def _limits(config: GenerationConfig) -> bool:
-    return config.max_new_tokens is not None or config.max_length is not None
+def _tokens_of(arguments: dict[str, Any]) -> Tensor:
+    """Token ids [B, T], or embeddings [B, T, H] in their place."""
+    tokens = arguments.get("input_ids")
+    found: Tensor = tokens if tokens is not None else arguments["inputs_embeds"]
+    return found
+
+
+def _cache_of(output: Any, arguments: dict[str, Any]) -> Any:
+    cache = arguments.get("past_key_values")
+    return cache if cache is not None else getattr(output, "past_key_values", None)
 
 
 def _prompt_mask(tokens: Tensor, given: Any, prompt_tokens: int | None) -> Tensor:

@@ -8,16 +8,17 @@ the layer's compact parameters. All of it is done by hooks that live for one pas
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from griffin_offload.config import LoadConfig
 from griffin_offload.method.selection import select_neurons
 from griffin_offload.method.statistic import share_kept, shared_score, split_tokens, squared_statistic
+from griffin_offload.pricing import CHUNK_MULTIPLE
 from griffin_offload.runtime.report import PrefillReport
 from griffin_offload.runtime.stream import LayerStream, StreamConfig
 from griffin_offload.weights.feedforward import FeedForward
@@ -28,7 +29,6 @@ Progress = Callable[[int, int], None]
 
 # Below this many tokens the last quarter is too little to measure on.
 SHORT_PROMPT_TOKENS = 16
-_CHUNK_MULTIPLE = 16
 
 
 @dataclass
@@ -55,6 +55,16 @@ class StreamedLayers:
         """Weight bytes fetched from where the full weights rest, since loading."""
         return self.source.fetched_bytes if self.source else 0
 
+    def remove_hooks(self) -> None:
+        """Take every hook and chunked forward of a pass off the model."""
+        modules = [*self.decoder, *(block.down for block in self.blocks)]
+        for hooks in (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+                del hooks[key]
+        for block in self.blocks:
+            if isinstance(block.module.__dict__.get("forward"), _Chunked):
+                del block.module.forward
+
     def install_compact(self) -> None:
         """Make every streamed layer's compact parameters its parameters."""
         for index, parameters in self.compact.items():
@@ -65,17 +75,11 @@ class StreamedPass:
     """A context manager: inside it, one forward of the stock model is the streamed pass.
 
     `mask` is [B, T] on the device: 1 for prompt tokens, 0 for padding and for tokens that must not choose.
-    `at_peak` is called where a layer needs most memory.
     """
 
-    def __init__(
-        self, layers: StreamedLayers, mask: Tensor, *, progress: Progress | None, at_peak: Callable[[], None]
-    ) -> None:
-        self._layers, self._mask = layers, mask
-        self._progress, self._at_peak = progress, at_peak
+    def __init__(self, layers: StreamedLayers, mask: Tensor, *, progress: Progress | None) -> None:
+        self._layers, self._mask, self._progress = layers, mask, progress
         self._halves = split_tokens(mask)
-        self._handles: list[RemovableHandle] = []
-        self._chunked: list[nn.Module] = []
         self._stream = LayerStream(layers.source, list(layers.compact), layers.stream) if layers.source else None
         self._fetched_before = layers.fetched_bytes
         self._squared = torch.empty(0)
@@ -95,25 +99,37 @@ class StreamedPass:
         return self
 
     def _begin(self) -> None:
+        self._layers.remove_hooks()  # of a pass whose end was interrupted
+        self._layers.selected.clear()
         if self._stream is not None:
             self._stream.__enter__()
         for index, (layer, block) in enumerate(zip(self._layers.decoder, self._layers.blocks, strict=True)):
-            self._chunk_tokens(block)
+            if not block.inline:  # an inline one is counted unchunked by the plan
+                block.module.forward = _Chunked(block.module.forward, self._layers.ff_chunk_tokens)
             if index in self._layers.compact:
                 self._hook_layer(index, layer, block)
-            self._handles.append(layer.register_forward_hook(self._layer_done(index)))
+            layer.register_forward_hook(_Hook(partial(self._layer_done, index)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for module in self._chunked:
-            del module.forward
+        try:
+            self._end(kind, error, trace)
+        except KeyboardInterrupt:  # a second Ctrl-C must not leave half of it
+            self._end(kind, error, trace)
+            raise
+        self._seconds = time.perf_counter() - self._start
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._layers.remove_hooks()
         self._layers.install_compact()
         if self._stream is not None:
             self._stream.__exit__(kind, error, trace)
-        self._seconds = time.perf_counter() - self._start
+
+    @property
+    def unvisited(self) -> int:
+        """Streamed layers that the forward did not run: their compact parameters hold nothing."""
+        return len(self._layers.compact) - len(self._kept_shares)
 
     @property
     def peak_in_flight_bytes(self) -> int:
@@ -121,7 +137,7 @@ class StreamedPass:
 
     def report(self) -> PrefillReport:
         """Figures of the finished pass; waits for the device."""
-        dense = len(self._layers.decoder) - len(self._kept_shares)
+        dense = len(self._layers.decoder) - len(self._layers.compact)
         tokens = self._mask.sum(1)
         too_short = int(tokens.min()) < SHORT_PROMPT_TOKENS
         return PrefillReport(
@@ -135,20 +151,11 @@ class StreamedPass:
         )
 
     def _hook_layer(self, index: int, layer: nn.Module, block: FeedForward) -> None:
-        self._handles += [
-            layer.register_forward_pre_hook(lambda *_: self._layer_starts(index)),
-            block.down.register_forward_pre_hook(lambda _, args: self._add(block, args[0])),
-            layer.register_forward_hook(lambda *_: self._layer_ends(index)),
-        ]
+        layer.register_forward_pre_hook(_Hook(partial(self._layer_starts, index)))
+        block.down.register_forward_pre_hook(_Hook(partial(self._add, block)))
+        layer.register_forward_hook(_Hook(partial(self._layer_ends, index)))
 
-    def _chunk_tokens(self, block: FeedForward) -> None:
-        if block.inline:
-            return  # written inline: the plan counts it unchunked
-        stock, limit = block.module.forward, self._layers.ff_chunk_tokens
-        block.module.forward = lambda *args: _in_chunks(stock, limit, args)
-        self._chunked.append(block.module)
-
-    def _layer_starts(self, index: int) -> None:
+    def _layer_starts(self, index: int, *_: Any) -> None:
         assert self._stream is not None
         block = self._layers.blocks[index]
         full = self._stream.acquire(index)
@@ -157,16 +164,15 @@ class StreamedPass:
         self._squared = torch.zeros(self._halves.shape[0], 2, block.neurons, device=self._halves.device)
         self._position = 0
 
-    def _add(self, block: FeedForward, z: Tensor) -> None:
+    def _add(self, block: FeedForward, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Sum the statistic of one chunk; z is [B, T, F], or [B * T, F] where the model flattens (OPT)."""
-        self._at_peak()
-        z = z.detach().reshape(self._halves.shape[0], -1, block.neurons)
+        z = args[0].detach().reshape(self._halves.shape[0], -1, block.neurons)
         end = self._position + z.shape[1]
         self._squared += squared_statistic(z, self._halves[:, :, self._position : end])
         self._position = end
 
     @torch.no_grad()
-    def _layer_ends(self, index: int) -> None:
+    def _layer_ends(self, index: int, *_: Any) -> None:
         assert self._stream is not None
         start = time.perf_counter()
         block, compact = self._layers.blocks[index], self._layers.compact[index]
@@ -199,12 +205,29 @@ class StreamedPass:
             norms = self._layers.norms[index]
         return select_neurons(squared, self._layers.kept[index], config.selection, generator, norms)
 
-    def _layer_done(self, index: int) -> Callable[..., None]:
-        def done(*_: Any) -> None:
-            if self._progress is not None:
-                self._progress(index + 1, len(self._layers.decoder))
+    def _layer_done(self, index: int, *_: Any) -> None:
+        if self._progress is not None:
+            self._progress(index + 1, len(self._layers.decoder))
 
-        return done
+
+class _Hook:
+    """A hook of a pass: known by its type, so that none can stay behind, whenever an interrupt comes."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+
+class _Chunked:
+    """The forward of an FF module during a pass: the stock one, over a chunk of tokens at a time."""
+
+    def __init__(self, forward: Callable[..., Tensor], limit: int) -> None:
+        self._forward, self._limit = forward, limit
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        return _in_chunks(self._forward, self._limit, args)
 
 
 def _in_chunks(forward: Callable[..., Tensor], limit: int, args: tuple[Tensor, ...]) -> Tensor:
@@ -214,8 +237,8 @@ def _in_chunks(forward: Callable[..., Tensor], limit: int, args: tuple[Tensor, .
         return forward(*args)
     # Equal chunks: a short last one would take another path through the GEMM kernels and round differently.
     chunk = -(-tokens // -(-tokens // limit))
-    if limit >= _CHUNK_MULTIPLE:
-        chunk = min(-(-chunk // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE, limit)
+    if limit >= CHUNK_MULTIPLE:
+        chunk = min(-(-chunk // CHUNK_MULTIPLE) * CHUNK_MULTIPLE, limit)
     output = torch.empty_like(args[0])
     for start in range(0, tokens, chunk):
         output[:, start : start + chunk] = forward(*(arg[:, start : start + chunk].contiguous() for arg in args))

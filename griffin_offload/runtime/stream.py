@@ -15,6 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from griffin_offload.errors import GriffinError, one_line
 from griffin_offload.weights.source import FlatLayout, RamWeights, Source
 
 _STAGING_BYTES = 32 * 2**20
@@ -175,6 +176,8 @@ class LayerStream:
         start = time.perf_counter()
         arrival = self._arrivals.get()
         self.wait_s += time.perf_counter() - start
+        if isinstance(arrival, OSError):
+            raise GriffinError(f"layer {layer} cannot be read: {one_line(arrival)}") from arrival
         if isinstance(arrival, BaseException):
             raise arrival
         assert arrival.layer == layer, f"layer {layer} asked for, {arrival.layer} is next"
@@ -207,9 +210,19 @@ class LayerStream:
         except BaseException as error:
             self._arrivals.put(error)
 
+    def _slot_bytes(self, tensors: list[Tensor]) -> int:
+        """Device bytes of a layer on its way; on the CPU the pages it is copied from count, too."""
+        if self._slots is None and isinstance(self._source, RamWeights):
+            return 0  # used where it rests
+        stored = sum(tensor.nbytes for tensor in tensors)
+        if self._slots is None:
+            return stored
+        copied = sum(tensor.numel() for tensor in tensors) * self._config.dtype.itemsize
+        return copied + (stored if self._config.device.type == "cpu" else 0)
+
     def _fetch(self, position: int, layer: int) -> _Arrival:
         tensors = self._source.tensors(layer)
-        self._in_flight[layer] = sum(tensor.numel() for tensor in tensors) * self._config.dtype.itemsize
+        self._in_flight[layer] = self._slot_bytes(tensors)
         self.peak_in_flight_bytes = max(self.peak_in_flight_bytes, sum(list(self._in_flight.values())))
         self._source.fetch(layer)
         if self._slots is None:
@@ -217,4 +230,6 @@ class LayerStream:
         self._slots.wait_free()
         arrival = self._slots.fill(position, layer)
         self._source.drop(layer)
+        if self._config.device.type == "cpu":
+            self._in_flight[layer] -= sum(tensor.nbytes for tensor in tensors)
         return arrival

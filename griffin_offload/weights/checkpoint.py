@@ -65,8 +65,9 @@ def _hub_snapshot(model: str, offline: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    unwanted = ["consolidated*", "*/*"]  # the same weights again, in other layouts
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted, local_files_only=offline))
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=offline))
     except Exception as error:  # the hub's client raises errors of many libraries
         where = "the local hub cache" if offline else "this directory or the hub"
         raise ModelNotFound(f"{model} was not found in {where}: {one_line(error)}") from error
@@ -83,11 +84,11 @@ def _read_config(directory: Path) -> PretrainedConfig:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of the model; an index, where there is one, decides and has to be complete."""
-    if (directory / _INDEX).is_file():
-        return _indexed_files(directory)
+    """The files that transformers will load: the single one, else those of the index, which has to be complete."""
     if (directory / _SINGLE).is_file():
         return [directory / _SINGLE]
+    if (directory / _INDEX).is_file():
+        return _indexed_files(directory)
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -103,6 +104,8 @@ def _indexed_files(directory: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory / _INDEX} cannot be read: {one_line(error)}") from error
     for path in files:
+        if path.parent != directory:
+            raise CheckpointError(f"{directory / _INDEX} names {path}, outside of the checkpoint")
         if not path.is_file():
             raise CheckpointError(f"{path} is named by the index but absent: download it again")
     present = {name for path in files for name in _read_header(path)}

@@ -29,9 +29,9 @@ PLAN_FLAGS = [
     ("--ctx-size=-4", "ctx_size is -4"),
     ("--ctx-size=1", "ctx_size is 1"),
     ("--ctx-size=513", "513 tokens is more than the model's 512"),
-    ("--seed=99999999999999999999", "seed"),
 ]
 RUN_FLAGS = [
+    ("--seed=99999999999999999999", "seed"),
     ("--max-new-tokens=0", "--max-new-tokens is 0"),
     ("-n-3", "--max-new-tokens is -3"),
     ("--max-new-tokens=511", "513 tokens is more than the model's 512"),

@@ -56,13 +56,13 @@ def test_json(cli, llama: Path, budget: str, flags: tuple[str, ...]):
 
 
 def test_table(cli, llama: Path):
-    flags = ("plan", "-m", llama, "--max-gpu-mem", "800kB")
+    flags = ("plan", "-m", llama, "--max-gpu-mem", "850kB")
     outcome, plan = cli(*flags), cli(*flags, "--json").json
     assert (outcome.code, outcome.err) == (0, "")
     rows = {line[:14].strip(): line[14:].split() for line in outcome.out.splitlines()}
     peaks = (format_bytes(plan[f"peak_{phase}_bytes"]) for phase in ("prefill", "decode"))
     assert " ".join(rows["peak"]) == " ".join(peaks)
-    assert rows["budget"] == ["800.0", "kB"] * 2
+    assert rows["budget"] == ["850.0", "kB"] * 2
     for name, size_bytes in plan["parts_prefill"].items():
         assert not size_bytes or rows[name.replace("_", " ")][:2] == format_bytes(size_bytes).split()
     assert f"density {plan['density']:.2f}, float32, context {plan['context_tokens']} tokens" in outcome.out

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import VOCAB
 
-from griffin_offload import GriffinModel
+from griffin_offload import GriffinError, GriffinModel
 from griffin_offload.runtime.stream import LayerStream, StreamConfig
 from griffin_offload.weights.source import MappedWeights, RamWeights
 
@@ -59,7 +59,8 @@ def test_order_content_and_bounds(slots: int, dtype: torch.dtype):
     assert source.fetched == list(layers)
     assert sorted(source.dropped) == list(layers)
     layer_bytes = (32 + 4) * dtype.itemsize
-    assert layer_bytes <= stream.peak_in_flight_bytes <= slots * layer_bytes
+    copied_from = 0 if dtype == torch.float32 else 36 * 4  # pages of the layer that is just being copied
+    assert layer_bytes <= stream.peak_in_flight_bytes <= slots * layer_bytes + copied_from
     assert source.fetched_bytes == 6 * 36 * 4
 
 
@@ -77,7 +78,7 @@ def test_a_failing_reader_is_reported_and_joined():
                 stream.release()
 
     source = Broken({i: [torch.zeros(4)] for i in range(4)})
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(GriffinError, match="layer 2 cannot be read: the disk is gone"):
         run()
     assert not [t for t in threading.enumerate() if t.name == "griffin-offload-reader"]
 
