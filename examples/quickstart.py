@@ -12,11 +12,11 @@ from griffin_offload.demo import PROMPT, demo_directory
 def main() -> None:
     path = sys.argv[1] if len(sys.argv) > 1 else demo_directory()
     budget = sys.argv[2] if len(sys.argv) > 2 else "6.35MB"
-    model = GriffinModel.from_pretrained(path, max_gpu_mem=budget, ctx_size=256, prompt_tokens=96)
+    model = GriffinModel.from_pretrained(path, max_gpu_mem=budget, ctx_size=160, prompt_tokens=80)
     print(f"density {model.plan.density:.2f}: {model.resident_bytes} of {model.plan.full_bytes} bytes stay resident")
 
     tokens = model.tokenizer(PROMPT, return_tensors="pt")
-    output = model.generate(**tokens, max_new_tokens=96, do_sample=False)
+    output = model.generate(**tokens, max_new_tokens=64, do_sample=False)
     print(model.tokenizer.decode(output[0], skip_special_tokens=True))
 
     report = model.last_report
