@@ -1,6 +1,7 @@
 """From a checkpoint to a loaded model: plan, map the weights, move the residents, install compact FFs."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -249,7 +250,11 @@ def _evicts(prospect: Prospect) -> bool:
 
 def _make_source(full: dict[int, list[Tensor]], prospect: Prospect, offload: str) -> Source:
     if offload == "disk":
-        return MappedWeights(full, evict=_evicts(prospect))
+        mapped = MappedWeights(full, evict=_evicts(prospect))
+        if mapped.unmapped_bytes:
+            size = format_bytes(mapped.unmapped_bytes)
+            warnings.warn(f"{size} of the weights were converted while loading and rest in RAM", stacklevel=2)
+        return mapped
     with contextlib.closing(MappedWeights(full, evict=_evicts(prospect))) as mapped:
         return RamWeights(mapped, list(full), prospect.dtype, pin=prospect.device.type == "cuda")
 

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from griffin_offload.errors import UsageError
+from griffin_offload.runtime.threads import Worker
 
 # A CUDA context with its kernels, where it cannot be measured (several processes on one device).
 CUDA_CONTEXT_BYTES = 700_000_000
@@ -129,15 +130,22 @@ class Ledger:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         stop = threading.Event()
-        thread = threading.Thread(target=self._sample, args=(stop,), name="griffin-offload-sampler", daemon=True)
+        sampler = Worker(lambda: self._sample(stop), "griffin-offload-sampler")
+
+        def finish() -> None:
+            stop.set()
+            sampler.join()
+            self.hold(kv_cache=0, workspace=0, logits=0, slots=0)
+
         try:
-            thread.start()
+            sampler.start()
             yield
         finally:
-            stop.set()
-            if thread.ident is not None:
-                thread.join()
-            self.hold(kv_cache=0, workspace=0, logits=0, slots=0)
+            try:
+                finish()
+            except KeyboardInterrupt:  # a second Ctrl-C must not leave the sampler running
+                finish()
+                raise
 
     def _sample(self, stop: threading.Event) -> None:
         while not stop.wait(_SAMPLE_S):

@@ -1,13 +1,13 @@
 """`GriffinModel`: a stock transformers model whose prompts are streamed and whose decoding is resident."""
 
+import contextlib
 import copy
 import functools
 import inspect
-import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class GriffinModel:
         self.model.forward = self._wrapped_forward()
         source = loaded.layers.source
         self._finalize = weakref.finalize(self, source.close if source is not None else int)
-        self._busy = threading.Lock()
+        self._user: dict[str, object] = {}
         self._closed = False
 
     @classmethod
@@ -102,6 +102,8 @@ class GriffinModel:
         self._closed = True
         self.model.__dict__.pop("forward", None)
         self._finalize()
+        if self.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)  # the cap is the process's, not ours
 
     def __enter__(self) -> "GriffinModel":
         return self
@@ -122,14 +124,19 @@ class GriffinModel:
             raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
         kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         settings = self._settings(prompt, kwargs)
-        if self._closed or not self._busy.acquire(blocking=False):
-            raise GriffinError("this model is closed" if self._closed else "this model is generating already")
+        with self._alone():
+            output, report = self._generate(prompt, inputs, kwargs | settings)
+        self.last_report = report
+        self._check_promise(report)
+        return output
+
+    def _generate(self, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[Any, RunReport]:
         self.last_report = None
         try:
             self._run = run = _Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"))
             with self._loaded.ledger.measuring(), limited_threads(self._loaded.threads):
                 start = time.perf_counter()
-                output = self.model.generate(None if inputs is None else inputs.to(self.device), **(kwargs | settings))
+                output = self.model.generate(None if inputs is None else inputs.to(self.device), **kwargs)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 sequences = output if isinstance(output, Tensor) else output.sequences
@@ -139,10 +146,22 @@ class GriffinModel:
             raise DoesNotFit(f"the device ran out of memory: {one_line(error)}") from error
         finally:
             self._run = None
-            self._busy.release()
-        self.last_report = report
-        self._check_promise(report)
-        return output
+        return output, report
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One prompt at a time. A lock could be left taken by a Ctrl-C between taking it and `try`; an entry of a
+        dict, set by one atomic call inside, cannot."""
+        me = object()
+        try:
+            if self._closed:
+                raise GriffinError("this model is closed")
+            if self._user.setdefault("now", me) is not me:
+                raise GriffinError("this model is generating already")
+            yield
+        finally:
+            if self._user.get("now") is me:
+                del self._user["now"]
 
     def _settings(self, prompt: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of ours for transformers' generate, after checking the caller's against the plan."""
@@ -231,13 +250,8 @@ class GriffinModel:
         keep = arguments.get("logits_to_keep", 0)
         positions = keep if isinstance(keep, int) and keep > 0 else tokens.shape[1]
         self._require(Usage(tokens.shape[0], tokens.shape[1], tokens.shape[1], logit_positions=positions))
-        if self._closed or not self._busy.acquire(blocking=False):
-            raise GriffinError("this model is closed" if self._closed else "this model is generating already")
-        try:
-            with limited_threads(self._loaded.threads):
-                return self._prefill(None, arguments, args, kwargs)
-        finally:
-            self._busy.release()
+        with self._alone(), limited_threads(self._loaded.threads):
+            return self._prefill(None, arguments, args, kwargs)
 
     def _prefill(self, run: "_Run | None", arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         tokens = _tokens_of(arguments)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import GriffinError, one_line
+from griffin_offload.runtime.threads import Worker
 from griffin_offload.weights.source import FlatLayout, RamWeights, Source
 
 _STAGING_BYTES = 32 * 2**20
@@ -153,10 +154,10 @@ class LayerStream:
         self._in_flight: dict[int, int] = {}
         self.peak_in_flight_bytes = 0
         self.wait_s = 0.0
-        self._thread = threading.Thread(target=self._read, name="griffin-offload-reader", daemon=True)
+        self._reader = Worker(self._read, "griffin-offload-reader")
 
     def __enter__(self) -> "LayerStream":
-        self._thread.start()
+        self._reader.start()
         return self
 
     def __exit__(
@@ -164,8 +165,7 @@ class LayerStream:
     ) -> None:
         self._stop = True
         self._free.release()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._reader.join()
         for layer in list(self._in_flight):
             self._source.drop(layer)
         if self._slots is not None and self._config.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""How many threads compute on the CPU: chosen by a short timed trial, kept for the time of a run.
+"""Threads: one that works in the background, and how many compute on the CPU, by a short timed trial.
 
 More threads than free cores are worse than one: OpenMP's threads spin while they wait for a descheduled one. And a
 matrix of a small model is done before a second thread has woken up.
@@ -7,6 +7,7 @@ matrix of a small model is done before a second thread has woken up.
 import contextlib
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,8 +15,37 @@ import torch
 
 _TRIAL_BYTES = 32 * 2**20
 _REPEATS = 7
+_START_S = 1.0  # after this long a thread whose start was interrupted never came to be
 # Fewer threads are kept unless more are clearly faster: they leave room for the reader thread and for others.
 _WORTH_IT = 0.9
+
+
+class Worker:
+    """A background thread that can be waited for even when a Ctrl-C came while it was being started.
+
+    `threading.Thread` cannot be joined until its start is complete, and an interrupted start never is.
+    """
+
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        self._target, self._launched, self._finished = target, False, threading.Event()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._launched = True
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the end; whoever calls has told the target to stop."""
+        if self._launched:
+            self._finished.wait(_START_S)
+            if self._thread.ident is not None:
+                self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            self._target()
+        finally:
+            self._finished.set()
 
 
 def choose_threads(inputs: int, outputs: int, dtype: torch.dtype) -> int:

@@ -43,17 +43,24 @@ class RamWeights:
         self.flat: dict[int, Tensor] = {}
         self._pinned: list[Tensor] = []
         self.fetched_bytes = 0
-        for index in layers:
-            tensors = origin.fetch(index)
-            layout = FlatLayout([tensor.shape for tensor in tensors], dtype)
-            buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
-            if pin:
-                self._pin(buffer)
-            views = layout.views(buffer)
-            for view, tensor in zip(views, tensors, strict=True):
-                view.copy_(tensor.detach())
-            self.flat[index], self._layers[index] = buffer, views
-            origin.drop(index)
+        try:
+            for index in layers:
+                self._copy_layer(origin, index, dtype, pin)
+        except BaseException:
+            self.close()
+            raise
+
+    def _copy_layer(self, origin: "MappedWeights", index: int, dtype: torch.dtype, pin: bool) -> None:
+        tensors = origin.fetch(index)
+        layout = FlatLayout([tensor.shape for tensor in tensors], dtype)
+        buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
+        if pin:
+            self._pin(buffer)
+        views = layout.views(buffer)
+        for view, tensor in zip(views, tensors, strict=True):
+            view.copy_(tensor.detach())
+        self.flat[index], self._layers[index] = buffer, views
+        origin.drop(index)
 
     def _pin(self, buffer: Tensor) -> None:
         # Registered, not allocated pinned: torch's pinned allocator rounds up to powers of two.

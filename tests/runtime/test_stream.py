@@ -130,6 +130,21 @@ def test_another_precision_streams_through_slots(checkpoints):
     assert model.last_prefill.streamed_bytes == model.plan.streamed_bytes // 2
 
 
+def test_embeddings_left_on_the_host_are_read_row_by_row(checkpoints):
+    """When the budget is short of the table, its rows are counted, apart from weights, and the tokens stay."""
+    path = checkpoints("mistral")  # its head is not tied
+    roomy = _model(path)
+    tight = _model(path, max_gpu_mem=roomy.plan.peak_bytes - 1000)
+    assert (roomy.plan.embeddings, tight.plan.embeddings) == ("device", "host")
+    expected = roomy.generate(_ids(), max_new_tokens=8, do_sample=False)
+    assert torch.equal(tight.generate(_ids(), max_new_tokens=8, do_sample=False), expected)
+    row_bytes = tight.model.config.hidden_size * 4
+    assert tight.last_report.decode_embedding_bytes == 7 * row_bytes  # the first token comes from prefill
+    assert roomy.last_report.decode_embedding_bytes == 0
+    assert tight.resident_bytes == roomy.resident_bytes - VOCAB * row_bytes
+    assert tight.last_report.decode_streamed_bytes == 0
+
+
 def _read_bytes() -> int:
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
