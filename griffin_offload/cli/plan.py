@@ -57,8 +57,9 @@ def plan_lines(plan: "Plan") -> list[str]:
         f"{kept}, {plan.precision}, context {plan.context_tokens} tokens (prompt {plan.prompt_tokens}), "
         f"embeddings on the {plan.embeddings}"
     )
-    lines.append(
-        f"streams {format_bytes(plan.streamed_bytes)} of {format_bytes(plan.full_bytes)} once per prompt through "
-        f"{plan.slots} slot{'s' if plan.slots != 1 else ''}"
-    )
+    if plan.streamed:
+        lines.append(
+            f"streams {format_bytes(plan.streamed_bytes)} of {format_bytes(plan.full_bytes)} once per prompt through "
+            f"{plan.slots} slot{'s' if plan.slots != 1 else ''}"
+        )
     return lines

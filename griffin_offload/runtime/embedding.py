@@ -12,6 +12,10 @@ class HostEmbedding:
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self.row_bytes = 0
+        # A plain tensor: transformers takes a model's device from its first parameter, and moves inputs there.
+        weight = module._parameters.pop("weight")
+        assert weight is not None
+        module.weight = weight.detach()
         module.register_forward_pre_hook(self._to_host)
         module.register_forward_hook(self._to_device)
 

@@ -150,7 +150,7 @@ def _load(
         ff_chunk_tokens=plan.ff_chunk_tokens,
         config=config,
     )
-    resident = _resident_bytes(model, plan)
+    resident = _resident_bytes(model)
     ledger.hold(residents=resident, offloaded=_offloaded_in_budget(prospect, source))
     return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
 
@@ -318,8 +318,6 @@ def _resident(parameter: nn.Parameter, prospect: Prospect, pages: FilePages) -> 
     return nn.Parameter(target, requires_grad=False)
 
 
-def _resident_bytes(model: Any, plan: Plan) -> int:
-    embedding = model.get_input_embeddings()
-    left_behind = {id(p) for p in embedding.parameters()} if plan.embeddings == "host" else set()
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in left_behind}
-    return sum(tensor.nbytes for tensor in tensors.values())
+def _resident_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers; an embedding that stays on the host is none of them."""
+    return sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())

@@ -65,10 +65,12 @@ class RunReport:
         """The closing block for people."""
         held_out = self.activation_kept_heldout
         kept = f"{self.activation_kept:.2f}" if held_out is None else f"{held_out:.2f} held out"
-        rate = self.prefill_streamed_bytes / self.prefill_s if self.prefill_s else 0.0
+        streamed = format_bytes(self.prefill_streamed_bytes)
+        if self.prefill_streamed_bytes and self.prefill_s:
+            streamed += f" at {format_bytes(self.prefill_streamed_bytes / self.prefill_s)}/s"
         return [
             f"prefill  {self.prompt_tokens} tok  {self.prefill_s:.2f} s ({self.prefill_tokens_per_s:.0f} tok/s)   "
-            f"streamed {format_bytes(self.prefill_streamed_bytes)} at {format_bytes(rate)}/s",
+            f"streamed {streamed}",
             f"decode   {self.generated_tokens} tok  {self.decode_s:.2f} s ({self.decode_tokens_per_s:.1f} tok/s)   "
             f"streamed {format_bytes(self.decode_streamed_bytes)}   density {self.density:.2f}, "
             f"activation kept {kept}",

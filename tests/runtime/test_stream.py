@@ -141,6 +141,7 @@ def test_embeddings_left_on_the_host_are_read_row_by_row(checkpoints):
     row_bytes = tight.model.config.hidden_size * 4
     assert tight.last_report.decode_embedding_bytes == 7 * row_bytes  # the first token comes from prefill
     assert roomy.last_report.decode_embedding_bytes == 0
+    assert tight.model.get_input_embeddings().weight.data_ptr() not in {p.data_ptr() for p in tight.model.parameters()}
     assert tight.resident_bytes == roomy.resident_bytes - VOCAB * row_bytes
     assert tight.last_report.decode_streamed_bytes == 0
 
