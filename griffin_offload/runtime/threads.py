@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-_TRIAL_BYTES = 32 * 2**20
+_TRIAL_BYTES = 128 * 2**20  # more than a cache, where the matrix is: decoding reads memory
+# One thread is done with a matrix of this size before a second one is awake.
+_SMALL_BYTES = 2 * 2**20
 _REPEATS = 7
 _START_S = 1.0  # after this long a thread whose start was interrupted never came to be
 # Fewer threads are kept unless more are clearly faster: they leave room for the reader thread and for others.
@@ -58,24 +60,27 @@ def choose_threads(inputs: int, outputs: int, dtype: torch.dtype) -> int:
     if "OMP_NUM_THREADS" in os.environ or most == 1:
         return most
     rows = max(1, min(outputs, _TRIAL_BYTES // (inputs * dtype.itemsize)))
+    if rows * inputs * dtype.itemsize < _SMALL_BYTES:
+        return 1
     weight, row = torch.ones(rows, inputs, dtype=dtype), torch.ones(inputs, dtype=dtype)
-    best, best_s = 1, _median_s(1, lambda: torch.mv(weight, row))
-    for count in sorted({max(most // 2, 1), most} - {1}):
-        seconds = _median_s(count, lambda: torch.mv(weight, row))
-        if seconds < _WORTH_IT * best_s:
-            best, best_s = count, seconds
+    seconds: dict[int, list[float]] = {count: [] for count in sorted({1, max(most // 2, 1), most})}
+    # In turns, so that a busy moment of the machine falls on all of them.
+    for _ in range(_REPEATS):
+        for count, taken in seconds.items():
+            taken.append(_seconds(count, lambda: torch.mv(weight, row)))
+    best = 1
+    for count, taken in seconds.items():
+        if statistics.median(taken) < _WORTH_IT * statistics.median(seconds[best]):
+            best = count
     return best
 
 
-def _median_s(threads: int, multiply: Callable[[], object]) -> float:
-    seconds = []
+def _seconds(threads: int, multiply: Callable[[], object]) -> float:
     with limited_threads(threads):
+        multiply()  # wakes the threads up
+        start = time.perf_counter()
         multiply()
-        for _ in range(_REPEATS):
-            start = time.perf_counter()
-            multiply()
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        return time.perf_counter() - start
 
 
 @contextlib.contextmanager

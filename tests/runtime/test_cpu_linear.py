@@ -73,4 +73,5 @@ def test_omp_num_threads_decides(monkeypatch: pytest.MonkeyPatch):
         assert choose_threads(64, 64, torch.float32) == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
     with limited_threads(2):
-        assert choose_threads(8, 8, torch.float32) in (1, 2)
+        assert choose_threads(8, 8, torch.float32) == 1  # too small to share
+        assert choose_threads(2048, 2048, torch.float32) in (1, 2)
