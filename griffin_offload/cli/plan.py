@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
     from griffin_offload.plan import describe_shortfall, solve
-    from griffin_offload.runtime.load import examine
+    from griffin_offload.runtime.prospect import examine
 
     quiet_libraries()
     prospect = examine(model_of(arguments), LoadConfig(**load_options(arguments)))

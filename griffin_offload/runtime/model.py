@@ -13,16 +13,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, StaticCache
+from transformers import AutoTokenizer
 
 from griffin_offload.config import LoadConfig, RunConfig
 from griffin_offload.errors import BudgetExceeded, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.plan import as_loaded, describe_shortfall, replan_for
 from griffin_offload.pricing import Plan, Usage, logits_bytes, workspace_bytes
-from griffin_offload.runtime.load import Loaded, Prospect, examine, load, plan_for
+from griffin_offload.runtime.load import Loaded, load
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
 from griffin_offload.runtime.prefill import Progress, StreamedPass
+from griffin_offload.runtime.prospect import Prospect, examine, plan_for
 from griffin_offload.runtime.report import PrefillReport, RunReport
+from griffin_offload.runtime.run import (
+    Run,
+    cache_bytes,
+    cache_of,
+    prompt_mask,
+    refuse_what_cannot_work,
+    tokens_of,
+    usage_of,
+)
 from griffin_offload.runtime.threads import limited_threads
 
 _LIMITS = ("max_new_tokens", "max_length")
@@ -49,7 +59,7 @@ class GriffinModel:
         self.progress: Progress | None = None
         """Called with (layers done, layers in all) while a prompt streams."""
         self._prospect, self._loaded, self._load_s = prospect, loaded, load_s
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._stock_forward: Callable[..., Any] = self.model.forward
         self._signature = inspect.signature(self._stock_forward)
         self.model.forward = self._wrapped_forward()
@@ -127,13 +137,15 @@ class GriffinModel:
         with self._alone():
             output, report = self._generate(prompt, inputs, kwargs | settings)
         self.last_report = report
-        self._check_promise(report)
+        large = self.device.type == "cpu" and self.plan.full_bytes > _LARGE_MODEL_BYTES
+        for broken in report.broken_promises(HOST_OVERHEAD_BYTES if large else None):
+            warnings.warn(broken, BudgetExceeded, stacklevel=2)
         return output
 
     def _generate(self, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[Any, RunReport]:
         self.last_report = None
         try:
-            self._run = run = _Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"))
+            self._run = run = Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"))
             with self._loaded.ledger.measuring(), limited_threads(self._loaded.threads):
                 start = time.perf_counter()
                 output = self.model.generate(None if inputs is None else inputs.to(self.device), **kwargs)
@@ -166,48 +178,27 @@ class GriffinModel:
     def _settings(self, prompt: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of ours for transformers' generate, after checking the caller's against the plan."""
         given = kwargs.get("generation_config") or self.model.generation_config
-        if kwargs.get("use_cache", given.use_cache) is False:
-            raise UsageError("use_cache=False cannot work here: decoding reads the prompt's KV cache")
-        if kwargs.get("prefill_chunk_size") is not None:
-            raise UsageError(
-                "prefill_chunk_size cannot be set: the prompt is streamed in one pass, see ff_chunk_tokens"
-            )
-        if kwargs.get("assistant_early_exit") is not None:
-            raise UsageError("assistant_early_exit cannot work here: it prefills with the first layers alone")
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise UsageError("past_key_values has to be empty: transformers would feed it the whole prompt again")
+        refuse_what_cannot_work(kwargs, given)
         settings: dict[str, Any] = {"prefill_chunk_size": None}
         if "disable_compile" not in kwargs:
             settings["disable_compile"] = True  # a static cache would compile, anew for every shape
         if all(kwargs.get(name) is None for name in _LIMITS) and all(getattr(given, name) is None for name in _LIMITS):
             room = self.plan.context_tokens - prompt.shape[1]
             settings["max_new_tokens"] = max(min(RunConfig.max_new_tokens, room), 1)
-        self._check_fits(prompt, kwargs | settings, given)
+        use = usage_of(prompt, kwargs | settings, given)
+        if use.ctx_tokens > self.plan.context_tokens:
+            new_tokens = use.ctx_tokens - use.prompt_tokens
+            raise UsageError(
+                f"a prompt of {use.prompt_tokens} tokens and {new_tokens} new ones are {use.ctx_tokens}, the context "
+                f"is {self.plan.context_tokens}: shorten one of them or raise --ctx-size (ctx_size)"
+            )
+        self._require(use)
         if kwargs.get("generation_config") is not None:
             # transformers wants either a config or arguments.
             config = copy.deepcopy(given)
             config.update(**settings)
             return {"generation_config": config}
         return settings
-
-    def _check_fits(self, prompt: Tensor, kwargs: dict[str, Any], given: GenerationConfig) -> None:
-        def value(name: str) -> Any:
-            return kwargs.get(name) if kwargs.get(name) is not None else getattr(given, name, None)
-
-        tokens = prompt.shape[1]
-        new = value("max_new_tokens")
-        total = tokens + new if new is not None else max(value("max_length"), tokens + 1)
-        if total > self.plan.context_tokens:
-            raise UsageError(
-                f"a prompt of {tokens} tokens and {total - tokens} new ones are {total}, the context is "
-                f"{self.plan.context_tokens}: shorten one of them or raise --ctx-size (ctx_size)"
-            )
-        batch = prompt.shape[0] * max(value("num_beams") or 1, value("num_return_sequences") or 1)
-        kept = sum(bool(value(name)) for name in ("output_scores", "output_logits")) * (total - tokens)
-        cache = kwargs.get("past_key_values")
-        static = str(value("cache_implementation")).startswith("static") or isinstance(cache, StaticCache)
-        self._require(Usage(batch, tokens, total, static, 1 + (value("prompt_lookup_num_tokens") or 0), kept))
 
     def _require(self, use: Usage) -> None:
         """DoesNotFit unless `use` stays within the budget with the residents as they are."""
@@ -228,7 +219,7 @@ class GriffinModel:
         run = self._run
         if run is not None and run.prefilled:
             output = self._stock_forward(*args, **kwargs)
-            run.cache = _cache_of(output, kwargs)
+            run.cache = cache_of(output, kwargs)
             return output
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
         cache = arguments.get("past_key_values")
@@ -240,23 +231,23 @@ class GriffinModel:
             return self._stock_forward(*args, **kwargs)
         if run is not None:
             output = self._prefill(run, arguments, args, kwargs)
-            run.cache = _cache_of(output, arguments)
+            run.cache = cache_of(output, arguments)
             return output
         return self._bare_prefill(arguments, args, kwargs)
 
     def _bare_prefill(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """A forward that nobody announced: checked against the budget first."""
-        tokens = _tokens_of(arguments)
+        tokens = tokens_of(arguments)
         keep = arguments.get("logits_to_keep", 0)
         positions = keep if isinstance(keep, int) and keep > 0 else tokens.shape[1]
         self._require(Usage(tokens.shape[0], tokens.shape[1], tokens.shape[1], logit_positions=positions))
         with self._alone(), limited_threads(self._loaded.threads):
             return self._prefill(None, arguments, args, kwargs)
 
-    def _prefill(self, run: "_Run | None", arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
-        tokens = _tokens_of(arguments)
+    def _prefill(self, run: "Run | None", arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        tokens = tokens_of(arguments)
         given = run.mask if run is not None and run.mask is not None else arguments.get("attention_mask")
-        mask = _prompt_mask(tokens, given, run.prompt_tokens if run is not None else None)
+        mask = prompt_mask(tokens, given, run.prompt_tokens if run is not None else None)
         self.last_prefill = None  # until this prompt has chosen its neurons, none are
         streamed = StreamedPass(self._loaded.layers, mask, progress=self.progress)
         with streamed:
@@ -267,7 +258,7 @@ class GriffinModel:
         if run is not None:
             use = Usage(tokens.shape[0], tokens.shape[1], tokens.shape[1])
             self._loaded.ledger.hold(
-                kv_cache=_cache_bytes(_cache_of(output, arguments)),
+                kv_cache=cache_bytes(cache_of(output, arguments)),
                 slots=streamed.peak_in_flight_bytes,
                 **self._activations(use, tokens.shape[1]),
             )
@@ -286,11 +277,11 @@ class GriffinModel:
     def _embedding_bytes(self) -> int:
         return self._loaded.host_embedding.row_bytes if self._loaded.host_embedding else 0
 
-    def _report(self, run: "_Run", generated_tokens: int, total_s: float) -> RunReport:
+    def _report(self, run: "Run", generated_tokens: int, total_s: float) -> RunReport:
         prefill, ledger = self.last_prefill, self._loaded.ledger
         assert prefill is not None
         use = Usage(run.batch, run.prompt_tokens, run.prompt_tokens + generated_tokens)
-        ledger.hold(kv_cache=_cache_bytes(run.cache), **self._activations(use, 1))
+        ledger.hold(kv_cache=cache_bytes(run.cache), **self._activations(use, 1))
         return RunReport(
             prompt_tokens=prefill.prompt_tokens * run.prompts // run.batch,  # beams repeat each prompt
             generated_tokens=generated_tokens,
@@ -311,64 +302,3 @@ class GriffinModel:
             wait_s=prefill.wait_s,
             select_s=prefill.select_s,
         )
-
-    def _check_promise(self, report: RunReport) -> None:
-        """Say it aloud when a measured peak went past the budget."""
-        peaks = {"the ledger": (report.peak_device_bytes, report.budget_bytes)}
-        if self.device.type == "cpu" and self.plan.full_bytes > _LARGE_MODEL_BYTES:
-            allowed = report.budget_bytes + HOST_OVERHEAD_BYTES
-            peaks["the process's growth"] = (report.host_growth_bytes, allowed)
-        for name, (peak, allowed) in peaks.items():
-            if peak > allowed:
-                warnings.warn(f"{name} reached {peak} bytes, {allowed} were allowed", BudgetExceeded, stacklevel=3)
-
-
-class _Run:
-    """The state of one `generate`."""
-
-    def __init__(self, prompts: int, prompt_tokens: int, mask: Tensor | None) -> None:
-        self.prompts, self.prompt_tokens, self.mask = prompts, prompt_tokens, mask
-        self.prefilled = False
-        self.batch = 1
-        self.fetched_bytes = 0
-        """What had been fetched when prefill was over: more at the end would be decode's."""
-        self.embedding_bytes = 0
-        self.cache: Any = None
-
-
-def _tokens_of(arguments: dict[str, Any]) -> Tensor:
-    """Token ids [B, T], or embeddings [B, T, H] in their place."""
-    tokens = arguments.get("input_ids")
-    found: Tensor = tokens if tokens is not None else arguments["inputs_embeds"]
-    return found
-
-
-def _cache_of(output: Any, arguments: dict[str, Any]) -> Any:
-    cache = arguments.get("past_key_values")
-    return cache if cache is not None else getattr(output, "past_key_values", None)
-
-
-def _prompt_mask(tokens: Tensor, given: Any, prompt_tokens: int | None) -> Tensor:
-    """[B, T] with 1 for the prompt's own tokens: not padding, not drafts appended by prompt lookup.
-
-    `given` is the caller's [b, t] mask, repeated for beams; other forms of masks (4-D, per layer) say nothing here.
-    """
-    batch, length = tokens.shape[:2]
-    mask = torch.ones(batch, length, device=tokens.device)
-    if isinstance(given, Tensor) and given.dim() == 2 and batch % given.shape[0] == 0:
-        known = min(given.shape[1], length)
-        mask[:, :known] = given[:, :known].to(mask).repeat_interleave(batch // given.shape[0], dim=0)
-    if prompt_tokens is not None:
-        mask[:, prompt_tokens:] = 0
-    return mask
-
-
-def _cache_bytes(cache: Any) -> int:
-    """Bytes that the KV cache keeps alive; a sliced layer keeps its whole storage."""
-    storages = {}
-    for layer in getattr(cache, "layers", ()):
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())

@@ -55,6 +55,18 @@ class RunReport:
         """Tokens after the first (which prefill gives) per second of decode."""
         return max(self.generated_tokens - 1, 0) / self.decode_s if self.decode_s else 0.0
 
+    def broken_promises(self, host_overhead_bytes: int | None) -> list[str]:
+        """Where a measured peak went past what was allowed. The process's growth is judged when an overhead beside
+        the budget is given: for models that are large against the interpreter, on the CPU."""
+        peaks = {"the ledger": (self.peak_device_bytes, self.budget_bytes)}
+        if host_overhead_bytes is not None:
+            peaks["the process's growth"] = (self.host_growth_bytes, self.budget_bytes + host_overhead_bytes)
+        return [
+            f"{name} reached {peak} bytes, {allowed} were allowed"
+            for name, (peak, allowed) in peaks.items()
+            if peak > allowed
+        ]
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {
             "prefill_tokens_per_s": self.prefill_tokens_per_s,

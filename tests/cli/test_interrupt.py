@@ -12,7 +12,7 @@ import torch
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinError, GriffinModel
-from griffin_offload.runtime import load
+from griffin_offload.runtime import residents
 
 OPTIONS = [
     {},  # mapped pages are used in place
@@ -162,9 +162,9 @@ def test_interrupted_while_loading(checkpoints, monkeypatch: pytest.MonkeyPatch)
             raise KeyboardInterrupt
         return original(*arguments)
 
-    original = load._resident
+    original = residents._resident
     with monkeypatch.context() as patch:
-        patch.setattr(load, "_resident", interrupted)
+        patch.setattr(residents, "_resident", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make(path)
     assert len(calls) >= 5  # others were under way in other threads

@@ -8,7 +8,7 @@ from tiny_models import VOCAB
 from torch import nn
 
 from griffin_offload import GriffinModel
-from griffin_offload.runtime import load
+from griffin_offload.runtime import prospect
 from griffin_offload.runtime.cpu_linear import emulates_halves, translate_linears
 from griffin_offload.runtime.threads import choose_threads, limited_threads
 
@@ -53,7 +53,7 @@ def test_a_translated_model_stays_within_rounding(checkpoints, monkeypatch: pyte
     ids = torch.randint(3, VOCAB, (1, 40), generator=torch.Generator().manual_seed(0))
     logits = {}
     for translated in (False, True):
-        monkeypatch.setattr(load, "emulates_halves", lambda *_, on=translated: on)
+        monkeypatch.setattr(prospect, "emulates_halves", lambda *_, on=translated: on)
         model = GriffinModel.from_pretrained(path, device="cpu", max_gpu_mem="100MB", density=0.5, ctx_size=64)
         logits[translated] = model.model(ids).logits.float()
     error = (logits[True] - logits[False]).norm() / logits[False].norm()
