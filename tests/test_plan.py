@@ -73,7 +73,7 @@ def requests(draw: st.DrawFn) -> PlanRequest:
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(shapes(), requests())
 def test_a_plan_never_exceeds_its_budget_and_a_refusal_names_the_numbers(shape: ModelShape, request: PlanRequest):
     plan, remedy = solve(shape, request, "bfloat16")
@@ -87,7 +87,7 @@ def test_a_plan_never_exceeds_its_budget_and_a_refusal_names_the_numbers(shape: 
             make_plan(shape, request, "bfloat16")
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(shapes(), requests())
 def test_no_feasible_density_is_missed(shape: ModelShape, request: PlanRequest):
     """Brute force over every density, slot count and placement; 0.05 may be given up for the second slot."""
@@ -109,7 +109,7 @@ def test_no_feasible_density_is_missed(shape: ModelShape, request: PlanRequest):
         assert max(feasible) < 1 or found.density == 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shapes(), requests())
 def test_the_remedies_help(shape: ModelShape, request: PlanRequest):
     plan, remedy = solve(shape, request, "bfloat16")
@@ -195,7 +195,7 @@ def test_planned_bytes_are_the_measured_ones(checkpoints, name: str, batch: int)
     assert model.last_report.peak_device_bytes <= model.plan.peak_bytes <= model.plan.budget_bytes
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(budget=st.integers(100_000, 700_000), prompt=st.integers(1, 60), new=st.integers(1, 30), batch=st.integers(1, 3))
 def test_measured_peak_stays_within_any_budget(checkpoints, budget: int, prompt: int, new: int, batch: int):
     try:

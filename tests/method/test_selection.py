@@ -17,7 +17,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(neurons=st.integers(1, 200), share=st.floats(0, 1), seed=st.integers(0, 2**31))
 def test_equals_a_direct_implementation(method: str, neurons: int, share: float, seed: int):
     kept = int(neurons * share)

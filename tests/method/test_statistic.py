@@ -27,7 +27,7 @@ def _mask(seed: int, batch: int, tokens: int) -> torch.Tensor:
     return (torch.arange(tokens) >= tokens - lengths).long()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(_shapes, st.integers(0, 2**31), st.lists(st.integers(1, 299), max_size=4))
 def test_equals_the_formula_for_any_chunks(shape: tuple[int, int, int], seed: int, cuts: list[int]):
     batch, tokens, _ = shape

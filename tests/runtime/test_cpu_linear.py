@@ -13,7 +13,7 @@ from griffin_offload.runtime.cpu_linear import emulates_halves, translate_linear
 from griffin_offload.runtime.threads import choose_threads, limited_threads
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     inputs=st.integers(1, 70),
     outputs=st.integers(1, 90),

@@ -25,7 +25,7 @@ def _mapped(path: Path, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: file.get_slice(name)[...] for name in tensors}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(sizes=st.lists(st.integers(1, 5000), min_size=2, max_size=6))
 def test_spans_are_whole_pages_inside_the_tensors(tmp_path_factory, sizes: list[int]):
     path = tmp_path_factory.mktemp("pages") / "a name with spaces.safetensors"
