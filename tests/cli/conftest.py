@@ -123,7 +123,7 @@ def process(tmp_path: Path) -> Callable[..., Outcome]:
     def run(*arguments: object, **variables: str) -> Outcome:
         environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *(str(argument) for argument in arguments)]
-        done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=300)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run
