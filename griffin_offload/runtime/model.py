@@ -225,14 +225,10 @@ class GriffinModel:
         cache = arguments.get("past_key_values")
         if run is None and cache is not None and cache.get_seq_length() > 0:
             if self.last_prefill is None and self.plan.streamed:
-                raise GriffinError(
-                    "the KV cache is filled but no neurons are chosen: no prompt was streamed to its end"
-                )
+                raise GriffinError("the KV cache is filled but no neurons are chosen: no prompt was streamed")
             return self._stock_forward(*args, **kwargs)
         if run is not None:
-            output = self._prefill(run, arguments, args, kwargs)
-            run.cache = cache_of(output, arguments)
-            return output
+            return self._prefill(run, arguments, args, kwargs)
         return self._bare_prefill(arguments, args, kwargs)
 
     def _bare_prefill(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
@@ -249,16 +245,16 @@ class GriffinModel:
         given = run.mask if run is not None and run.mask is not None else arguments.get("attention_mask")
         mask = prompt_mask(tokens, given, run.prompt_tokens if run is not None else None)
         self.last_prefill = None  # until this prompt has chosen its neurons, none are
-        streamed = StreamedPass(self._loaded.layers, mask, progress=self.progress)
-        with streamed:
+        with StreamedPass(self._loaded.layers, mask, progress=self.progress) as streamed:
             output = self._stock_forward(*args, **kwargs)
         if streamed.unvisited:
             raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
         self.last_prefill = streamed.report()
         if run is not None:
             use = Usage(tokens.shape[0], tokens.shape[1], tokens.shape[1])
+            run.cache = cache_of(output, arguments)
             self._loaded.ledger.hold(
-                kv_cache=cache_bytes(cache_of(output, arguments)),
+                kv_cache=cache_bytes(run.cache),
                 slots=streamed.peak_in_flight_bytes,
                 **self._activations(use, tokens.shape[1]),
             )

@@ -69,6 +69,7 @@ def test_an_interrupted_prompt_leaves_no_neurons_to_decode_with(checkpoints):
         _greedy(model, _ids(1))
     model.progress = None
     assert model.last_report is None
+    assert set(model.selected) == {0, 1}  # of the interrupted prompt; the one before it left nothing
     with pytest.raises(GriffinError, match="no neurons are chosen"):
         model.model(_ids()[:, :1], past_key_values=cache)
     assert torch.equal(_greedy(model, _ids()), _greedy(_model(checkpoints), _ids()))
