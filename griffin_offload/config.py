@@ -15,6 +15,8 @@ Offload = Literal["auto", "ram", "disk"]
 SelectionMethod = Literal["topk", "sample", "topk_sample", "random", "magnitude"]
 BatchStatistic = Literal["sum", "mean"]
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+KVBits = Literal[16, 8]
+CacheKind = Literal["ours", "static", "dynamic"]
 Density = float | Sequence[float]
 
 # Fewer neurons than this were never useful in the paper; the planner refuses instead of going lower.
@@ -44,6 +46,8 @@ class LoadConfig:
     """Tokens of prompt and answer that the KV cache is planned for; None: solved, at most MAX_AUTO_CTX."""
     prompt_tokens: int | None = None
     """Longest prompt that is planned for; None: the whole context."""
+    kv_bits: KVBits = 16
+    """8: the KV cache as int8 with a scale per token and head; 16: as it is computed, whatever the precision."""
     batch_size: int = 1
     """Sequences at once (beams count) that are planned for."""
     selection: SelectionMethod = "topk"
@@ -64,6 +68,8 @@ class LoadConfig:
         _one_of("selection", self.selection, get_args(SelectionMethod))
         _one_of("batch_statistic", self.batch_statistic, get_args(BatchStatistic))
         _one_of("dtype", self.dtype, get_args(DType))
+        if self.kv_bits not in get_args(KVBits):
+            raise UsageError(f"kv_bits is {self.kv_bits!r}: choose one of {', '.join(map(str, get_args(KVBits)))}")
         check_density(self.density)
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed is {self.seed}: from 0 to 2**63 - 1")

@@ -60,7 +60,7 @@ def _contexts(shape: ModelShape, request: PlanRequest) -> Iterator[int]:
 def best_plan(shape: ModelShape, request: PlanRequest, precision: str, ctx_tokens: int) -> Plan:
     """The best plan at `ctx_tokens`; when none fits, the smallest one (its `fits` is False)."""
     prompt = ctx_tokens if request.prompt_tokens is None else request.prompt_tokens
-    use = Usage(request.batch, prompt, ctx_tokens)
+    use = Usage(request.batch, prompt, ctx_tokens, request.cache)
     best: Plan | None = None
     rungs = list(_rungs(shape, request))
     for kept_choices, slots, embeddings in rungs:

@@ -1,15 +1,15 @@
 """What things cost in bytes: weights kept, KV cache, slots, activations, logits. Pure arithmetic.
 
-Two moments bind. At the end of prefill the residents, every layer's compact FF, the stream's slots, the prompt's
-KV cache and the workspace of its last chunk are on the device at once; in decode the slots are gone and the KV
-cache is full.
+Two moments bind. At the end of prefill the residents, every layer's compact FF, the stream's slots, the KV cache
+and the workspace of its last chunk are on the device at once; in decode the slots are gone. The KV cache is ours,
+and allocated for the whole context; a caller may bring transformers' growing one, which is full in decode alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from griffin_offload.config import Density
+from griffin_offload.config import CacheKind, Density, KVBits
 from griffin_offload.method.statistic import ROWS_AT_ONCE
 from griffin_offload.weights.shape import ModelShape
 
@@ -21,6 +21,10 @@ _MAX_CHUNK_TOKENS = 512
 _MAX_SCRATCH_BYTES = 16 * 2**20
 _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
+# A layer with a window has room for so many tokens more: they are moved seldom, and some can be rolled back.
+KV_SLACK_TOKENS = 64
+# Tokens of a layer that are moved or quantised at once.
+KV_PIECE_TOKENS = 128
 
 Placement = Literal["device", "host"]
 
@@ -46,6 +50,9 @@ class PlanRequest:
     """Whether the embeddings may stay on the host where that helps."""
     stored_share: float = 0.0
     """On the CPU in another precision than the stored one: pages of the source beside a slot, per byte of it."""
+    kv_bits: KVBits = 16
+    cache: CacheKind = "ours"
+    """The KV cache that `generate` uses when not told otherwise: ours, unless the model's layers need another."""
     translated: bool = False
     """Linear layers multiply in float32, block by block (runtime/cpu_linear.py)."""
 
@@ -68,6 +75,7 @@ class Plan:
     context_tokens: int
     prompt_tokens: int
     batch: int
+    kv_bits: KVBits
     budget_bytes: int
     prefill_parts: dict[str, int]
     decode_parts: dict[str, int]
@@ -111,6 +119,7 @@ class Plan:
             "context_tokens": self.context_tokens,
             "prompt_tokens": self.prompt_tokens,
             "batch": self.batch,
+            "kv_bits": self.kv_bits,
             "budget_bytes": self.budget_bytes,
             "peak_prefill_bytes": self.peak_prefill_bytes,
             "peak_decode_bytes": self.peak_decode_bytes,
@@ -137,22 +146,60 @@ class Usage:
     batch: int
     prompt_tokens: int
     ctx_tokens: int
-    static_cache: bool = False
-    """The KV cache is allocated for the whole context before prefill."""
+    cache: CacheKind = "ours"
+    """"ours" and "static" are allocated for the whole context before decode, "dynamic" grows with every token."""
+    drafts: int = 0
+    """Tokens of prompt lookup that are in the KV cache behind the context before they are rolled back."""
     logit_positions: int = 1
     """Positions per sequence whose logits exist at once: drafts of prompt lookup, all of them in a bare forward."""
     kept_scores: int = 0
     """float32 scores that are kept for the caller (output_scores, output_logits), per sequence."""
 
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that our KV cache is made for."""
+        return self.ctx_tokens + self.drafts
 
-def kv_bytes(shape: ModelShape, batch: int, tokens: int, at_least: int = 0) -> int:
-    """Bytes of the KV cache when `tokens` have passed. Layers with a window keep that many, but never fewer than
-    `at_least`: transformers keeps the whole prompt of such a layer alive until its first decode step."""
-    width = shape.kv_width * shape.item_bytes * batch
-    return sum(
-        width * (tokens if layer.window is None else max(min(tokens, layer.window), min(tokens, at_least)))
-        for layer in shape.layers
-    )
+
+def kv_tokens_kept(window: int | None, ctx_tokens: int) -> int:
+    """Tokens that a layer of our KV cache has room for."""
+    return ctx_tokens if window is None else min(ctx_tokens, window - 1 + KV_SLACK_TOKENS)
+
+
+def kv_bytes(shape: ModelShape, batch: int, ctx_tokens: int, bits: KVBits = 16) -> int:
+    """Bytes of our KV cache, exactly; its scratch with 8 bits is in `kv_workspace_bytes`."""
+    scales = 2 * shape.kv_heads * shape.item_bytes
+    token_bytes = shape.kv_width + scales if bits == 8 else shape.kv_width * shape.item_bytes
+    return batch * token_bytes * sum(kv_tokens_kept(layer.window, ctx_tokens) for layer in shape.layers)
+
+
+def kv_workspace_bytes(shape: ModelShape, batch: int, ctx_tokens: int, bits: KVBits, decoding: bool) -> int:
+    """What our KV cache makes beside itself: a piece of keys that is quantised (as two float32 copies) or moved, and
+    with 8 bits in decode, the scratch, which is one layer's keys and values."""
+    number_bytes = 2 * _FLOAT_BYTES if bits == 8 else shape.item_bytes * decoding
+    piece = batch * shape.kv_width // 2 * min(ctx_tokens, KV_PIECE_TOKENS) * number_bytes
+    largest = max(kv_tokens_kept(layer.window, ctx_tokens) for layer in shape.layers)
+    scratch = batch * shape.kv_width * largest * shape.item_bytes if bits == 8 and decoding else 0
+    return piece + scratch
+
+
+def _stock_kv_bytes(shape: ModelShape, use: Usage, tokens: int) -> int:
+    """Bytes of a KV cache of transformers' when `tokens` have passed. Layers with a window keep that many, but a
+    growing one keeps the whole prompt of such a layer alive until its first decode step."""
+    at_least = min(tokens, use.prompt_tokens) if use.cache == "dynamic" else 0
+    kept = (tokens if layer.window is None else max(min(tokens, layer.window), at_least) for layer in shape.layers)
+    return use.batch * shape.kv_width * shape.item_bytes * sum(kept)
+
+
+def _cache_parts(shape: ModelShape, use: Usage, bits: KVBits, decoding: bool) -> tuple[int, int]:
+    """(bytes of the KV cache, bytes of workspace it needs) at the end of prefill, or of decode."""
+    if use.cache == "ours":
+        beside = kv_workspace_bytes(shape, use.batch, use.cache_tokens, bits, decoding)
+        return kv_bytes(shape, use.batch, use.cache_tokens, bits), beside
+    whole = decoding or use.cache == "static"
+    # A dynamic cache grows by copying: one layer's keys exist twice for a moment.
+    copied = use.batch * shape.kv_width * shape.item_bytes * use.ctx_tokens // 2 if decoding else 0
+    return _stock_kv_bytes(shape, use, use.ctx_tokens if whole else use.prompt_tokens), copied
 
 
 def workspace_bytes(shape: ModelShape, request: PlanRequest, use: Usage, new_tokens: int, kept: Sequence[int]) -> int:
@@ -259,18 +306,17 @@ def price(
     if request.offloaded_in_budget:
         resident["offloaded"] = sum(shape.layers[i].ff_bytes for i in streamed)
     common = {"logits": logits_bytes(shape, use), "overhead": request.overhead_bytes}
-    at_least = 0 if use.static_cache else use.prompt_tokens
+    kv_cache, beside = _cache_parts(shape, use, request.kv_bits, decoding=False)
     prefill = {
-        "kv_cache": kv_bytes(shape, use.batch, use.ctx_tokens if use.static_cache else use.prompt_tokens, at_least),
+        "kv_cache": kv_cache,
         "slots": _slot_bytes(shape, request, streamed, slots),
-        "workspace": workspace_bytes(shape, request, use, use.prompt_tokens, kept),
+        "workspace": workspace_bytes(shape, request, use, use.prompt_tokens, kept) + beside,
     }
-    # A dynamic cache grows by copying: one layer's keys exist twice for a moment.
-    one_layer = shape.kv_width * shape.item_bytes * use.batch * use.ctx_tokens // 2
+    kv_cache, beside = _cache_parts(shape, use, request.kv_bits, decoding=True)
     decode = {
-        "kv_cache": kv_bytes(shape, use.batch, use.ctx_tokens, at_least),
+        "kv_cache": kv_cache,
         "slots": 0,
-        "workspace": workspace_bytes(shape, request, use, 1, kept) + one_layer,
+        "workspace": workspace_bytes(shape, request, use, 1, kept) + beside,
     }
     return Plan(
         density=sum(kept) / sum(layer.neurons for layer in shape.layers),
@@ -283,6 +329,7 @@ def price(
         context_tokens=use.ctx_tokens,
         prompt_tokens=use.prompt_tokens,
         batch=use.batch,
+        kv_bits=request.kv_bits,
         budget_bytes=request.budget_bytes,
         prefill_parts={**resident, **prefill, **common},
         decode_parts={**resident, **decode, **common},

@@ -51,6 +51,7 @@ def shapes(draw: st.DrawFn) -> ModelShape:
         attention_width=hidden,
         heads=4,
         kv_width=2 * hidden,
+        kv_heads=4,
         max_positions=4096,
         gated=gated,
         inline_ff=draw(st.booleans()),

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any, get_args
 
-from griffin_offload.config import Device, DType, LoadConfig, Offload, SelectionMethod
+from griffin_offload.config import Device, DType, KVBits, LoadConfig, Offload, SelectionMethod
 from griffin_offload.demo import demo_directory
 from griffin_offload.errors import UsageError
 
@@ -30,6 +30,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=get_args(Device), default=_DEFAULTS.device)
     add("--offload", choices=get_args(Offload), default=_DEFAULTS.offload, help="where the full weights rest")
     add("--ctx-size", type=int, metavar="TOKENS", help="context that memory is kept for")
+    add("--kv-bits", type=int, choices=get_args(KVBits), default=_DEFAULTS.kv_bits, help="precision of the KV cache")
     add(
         "--density",
         default=_DEFAULTS.density,

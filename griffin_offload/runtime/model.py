@@ -19,6 +19,7 @@ from griffin_offload.config import LoadConfig, RunConfig
 from griffin_offload.errors import BudgetExceeded, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.plan import as_loaded, describe_shortfall, replan_for
 from griffin_offload.pricing import Plan, Usage, logits_bytes, workspace_bytes
+from griffin_offload.runtime.cache import KVCache
 from griffin_offload.runtime.load import Loaded, load
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
 from griffin_offload.runtime.prefill import Progress, StreamedPass
@@ -28,6 +29,7 @@ from griffin_offload.runtime.run import (
     Run,
     cache_bytes,
     cache_of,
+    check_length,
     prompt_mask,
     refuse_what_cannot_work,
     tokens_of,
@@ -73,7 +75,8 @@ class GriffinModel:
         """Plan and load a causal language model from a directory or hub id.
 
         `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, dtype, offload, ctx_size,
-        prompt_tokens, batch_size, selection, batch_statistic, seed, ff_chunk_tokens, threads, offline, always_stream.
+        prompt_tokens, kv_bits, batch_size, selection, batch_statistic, seed, ff_chunk_tokens, threads, offline,
+        always_stream.
         Raises UsageError, DoesNotFit or ModelError before any weight is read, where that is possible.
         """
         start = time.perf_counter()
@@ -185,19 +188,16 @@ class GriffinModel:
         if all(kwargs.get(name) is None for name in _LIMITS) and all(getattr(given, name) is None for name in _LIMITS):
             room = self.plan.context_tokens - prompt.shape[1]
             settings["max_new_tokens"] = max(min(RunConfig.max_new_tokens, room), 1)
-        use = usage_of(prompt, kwargs | settings, given)
-        if use.ctx_tokens > self.plan.context_tokens:
-            new_tokens = use.ctx_tokens - use.prompt_tokens
-            raise UsageError(
-                f"a prompt of {use.prompt_tokens} tokens and {new_tokens} new ones are {use.ctx_tokens}, the context "
-                f"is {self.plan.context_tokens}: shorten one of them or raise --ctx-size (ctx_size)"
-            )
+        use = usage_of(prompt, kwargs | settings, (given, self.model.generation_config), self._prospect)
+        check_length(use, self.plan.context_tokens)
         self._require(use)
+        if use.cache == "ours":
+            config, bits = self.model.config, self.plan.kv_bits
+            settings["past_key_values"] = KVCache(config, ctx_tokens=use.cache_tokens, bits=bits)
         if kwargs.get("generation_config") is not None:
-            # transformers wants either a config or arguments.
+            # transformers wants either a config or arguments; the cache is none of a config's.
             config = copy.deepcopy(given)
-            config.update(**settings)
-            return {"generation_config": config}
+            return {**config.update(**settings), "generation_config": config}
         return settings
 
     def _require(self, use: Usage) -> None:
@@ -236,7 +236,7 @@ class GriffinModel:
         tokens = tokens_of(arguments)
         keep = arguments.get("logits_to_keep", 0)
         positions = keep if isinstance(keep, int) and keep > 0 else tokens.shape[1]
-        self._require(Usage(tokens.shape[0], tokens.shape[1], tokens.shape[1], logit_positions=positions))
+        self._require(Usage(tokens.shape[0], tokens.shape[1], tokens.shape[1], "dynamic", logit_positions=positions))
         with self._alone(), limited_threads(self._loaded.threads):
             return self._prefill(None, arguments, args, kwargs)
 

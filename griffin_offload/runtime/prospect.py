@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from griffin_offload.config import LoadConfig
+from griffin_offload.config import CacheKind, KVBits, LoadConfig
 from griffin_offload.errors import UsageError
 from griffin_offload.plan import make_plan
 from griffin_offload.pricing import Plan, PlanRequest
+from griffin_offload.runtime.cache import can_cache
 from griffin_offload.runtime.cpu_linear import emulates_halves
 from griffin_offload.runtime.memory import choose_device, device_bytes, device_overhead_bytes
 from griffin_offload.units import parse_size
@@ -48,6 +50,8 @@ def examine(model: str | Path, config: LoadConfig) -> Prospect:
         offloaded_in_budget=device.type == "cpu" and config.offload == "ram",
         ff_chunk_tokens=config.ff_chunk_tokens,
         always_stream=config.always_stream,
+        kv_bits=config.kv_bits,
+        cache=_cache_kind(checkpoint.config, config.kv_bits),
         # On the CPU the rows are read in place, so their precision has to be the stored one.
         host_embeddings=device.type != "cpu" or dtype == checkpoint.dtype,
         stored_share=checkpoint.dtype.itemsize / dtype.itemsize
@@ -56,6 +60,14 @@ def examine(model: str | Path, config: LoadConfig) -> Prospect:
         translated=emulates_halves(device, dtype),
     )
     return Prospect(checkpoint, device, dtype, shape, request)
+
+
+def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
+    if can_cache(config):
+        return "ours"
+    if bits != LoadConfig.kv_bits:
+        raise UsageError(f"kv_bits={bits} cannot be used with {config.model_type}: not all its layers are attention")
+    return "dynamic"
 
 
 def budget_bytes(config: LoadConfig, device: torch.device) -> int:

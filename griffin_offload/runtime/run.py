@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StaticCache
 
+from griffin_offload.config import CacheKind
 from griffin_offload.errors import UsageError
-from griffin_offload.pricing import Usage
+from griffin_offload.pricing import KV_SLACK_TOKENS, Usage
+from griffin_offload.runtime.cache import KVCache
+from griffin_offload.runtime.prospect import Prospect
 
 
 class Run:
@@ -51,7 +54,9 @@ def prompt_mask(tokens: Tensor, given: Any, prompt_tokens: int | None) -> Tensor
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes that the KV cache keeps alive; a sliced layer keeps its whole storage."""
+    """Bytes that the KV cache keeps alive; a sliced layer of transformers' keeps its whole storage."""
+    if isinstance(cache, KVCache):
+        return cache.nbytes
     storages = {}
     for layer in getattr(cache, "layers", ()):
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
@@ -74,21 +79,46 @@ def refuse_what_cannot_work(kwargs: dict[str, Any], given: GenerationConfig) -> 
         raise UsageError("past_key_values has to be empty: transformers would feed it the whole prompt again")
 
 
-def usage_of(prompt: Tensor, kwargs: dict[str, Any], given: GenerationConfig) -> Usage:
-    """What a generate with these arguments, and the config behind them, needs of KV cache and workspace."""
+def usage_of(
+    prompt: Tensor, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...], prospect: Prospect
+) -> Usage:
+    """What a generate with these arguments, and the configs behind them, needs of KV cache and workspace."""
 
     def value(name: str) -> Any:
-        return kwargs.get(name) if kwargs.get(name) is not None else getattr(given, name, None)
+        found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in found if value is not None), None)
 
     tokens, new = prompt.shape[1], value("max_new_tokens")
     total = tokens + new if new is not None else max(value("max_length"), tokens + 1)
     kept_scores = sum(bool(value(name)) for name in ("output_scores", "output_logits")) * (total - tokens)
-    static = str(value("cache_implementation")).startswith("static")
+    drafts = value("prompt_lookup_num_tokens") or 0
+    cache = _cache_of_caller(kwargs.get("past_key_values"), value("cache_implementation"))
+    if cache is None and any(layer.window is not None for layer in prospect.shape.layers):
+        # A window of ours rolls back so many tokens; an assistant may draft more.
+        cache = "dynamic" if drafts > KV_SLACK_TOKENS or kwargs.get("assistant_model") is not None else None
     return Usage(
         batch=prompt.shape[0] * max(value("num_beams") or 1, value("num_return_sequences") or 1),
         prompt_tokens=tokens,
         ctx_tokens=total,
-        static_cache=static or isinstance(kwargs.get("past_key_values"), StaticCache),
-        logit_positions=1 + (value("prompt_lookup_num_tokens") or 0),
+        cache=cache or prospect.request.cache,
+        drafts=drafts,
+        logit_positions=1 + drafts,
         kept_scores=kept_scores,
     )
+
+
+def _cache_of_caller(cache: Any, implementation: str | None) -> CacheKind | None:
+    """What kind of KV cache the caller asked for, or None; "hybrid" in a config is what transformers overrides."""
+    if isinstance(cache, StaticCache) or str(implementation).startswith("static"):
+        return "static"
+    return None if cache is None and implementation in (None, "hybrid") else "dynamic"
+
+
+def check_length(use: Usage, context_tokens: int) -> None:
+    """UsageError unless prompt and answer are within the context that was planned."""
+    if use.ctx_tokens > context_tokens:
+        new_tokens = use.ctx_tokens - use.prompt_tokens
+        raise UsageError(
+            f"a prompt of {use.prompt_tokens} tokens and {new_tokens} new ones are {use.ctx_tokens}, the context "
+            f"is {context_tokens}: shorten one of them or raise --ctx-size (ctx_size)"
+        )

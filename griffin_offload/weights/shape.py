@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from griffin_offload.errors import CheckpointError, one_line
 from griffin_offload.weights.feedforward import find_feed_forwards
@@ -49,6 +49,7 @@ class ModelShape:
     heads: int
     kv_width: int
     """Numbers per token in the keys and values of one layer together."""
+    kv_heads: int
     max_positions: int
     gated: bool
     inline_ff: bool
@@ -82,7 +83,7 @@ def model_shape(model: Any) -> ModelShape:
     """Measure `model`, a transformers causal LM, usually on the meta device. Raises UnsupportedModel."""
     config = model.config.get_text_config()
     decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
-    windows = _windows(config)
+    windows = windows_of(config)
     layers = []
     for layer, block, window in zip(decoder, blocks, windows, strict=True):
         ff = {id(tensor): tensor for tensor in block.current()}
@@ -115,6 +116,7 @@ def model_shape(model: Any) -> ModelShape:
         attention_width=heads * head_size,
         heads=heads,
         kv_width=2 * _kv_heads(config) * head_size,
+        kv_heads=_kv_heads(config),
         max_positions=getattr(config, "max_position_embeddings", None) or 2**31,
         gated=any(block.gated for block in blocks),
         inline_ff=blocks[0].inline,
@@ -126,12 +128,9 @@ def _nbytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _windows(config: PretrainedConfig) -> list[int | None]:
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+def windows_of(config: PretrainedConfig) -> list[int | None]:
+    """Per layer the tokens it sees, or None for all, as transformers' own KV cache reads them off the config."""
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
 
 
 def _kv_heads(config: PretrainedConfig) -> int:

@@ -1,0 +1,181 @@
+"""The KV cache: allocated once for the whole context, written in place, in 16 bits or in 8.
+
+transformers' DynamicCache makes a new tensor of a layer's whole past for every token, and its memory grows with
+the answer. Here a layer's keys and values have their final size from the layer's first update on; what attention
+reads are views. Shapes: B batch, T tokens, D size of a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from griffin_offload.config import KVBits
+from griffin_offload.errors import GriffinError
+from griffin_offload.pricing import KV_SLACK_TOKENS, kv_tokens_kept
+from griffin_offload.runtime.kv_store import Int8Store, Scratch, Store
+from griffin_offload.weights.shape import windows_of
+
+_Scratches = tuple[Scratch, Scratch]
+
+
+def can_cache(config: PretrainedConfig) -> bool:
+    """Whether every layer of `config`'s model caches plain attention: all of the past, or a window of it."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return not config.is_encoder_decoder and all(type(layer) in plain for layer in DynamicCache(config=config).layers)
+
+
+class KVCache(Cache):  # type: ignore[misc]
+    """Keys and values of every layer, for a model of which `can_cache` is true.
+
+    A layer holds [B, heads, tokens, D] from its first update on: `ctx_tokens`, or its window and KV_SLACK_TOKENS. With
+    16 `bits` numbers are kept as they come, in the precision of the computation; with 8 as int8 with a scale per
+    token and head, and a layer is dequantised into a scratch of all layers when it is read. More tokens than
+    `ctx_tokens`, or a rollback further than is kept, raise GriffinError.
+    """
+
+    def __init__(self, config: PretrainedConfig, *, ctx_tokens: int, bits: KVBits = 16) -> None:
+        self._scratches = (Scratch(), Scratch())
+        layers = [KVLayer(ctx_tokens, window, bits, self._scratches) for window in windows_of(config)]
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated so far, the scratch included."""
+        return sum(part.nbytes for part in (*self._scratches, *self.layers))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens (transformers counts them below zero): in all layers or none."""
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+
+class KVLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer. The last `_held` of the `_seen` tokens lie at the start of the store, the oldest one first.
+
+    A layer with a window is asked for `window - 1` past tokens. It has KV_SLACK_TOKENS more room: tokens are moved to
+    the start only when that is full, and half of it stays behind then, so that as many can always be rolled back, or
+    an update of up to all of it whole.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, ctx_tokens: int, window: int | None, bits: KVBits, scratches: _Scratches) -> None:
+        super().__init__()
+        self.is_sliding = window is not None
+        self._ctx_tokens, self._window, self._bits, self._scratches = ctx_tokens, window, bits, scratches
+        self._room = kv_tokens_kept(window, ctx_tokens)
+        self._stores: list[Store] = []
+        self._seen = self._held = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(store.nbytes for store in self._stores)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for keys and values like these, [B, heads, T, D] for any T."""
+        both = (key_states, value_states)
+        if self._bits == 16:
+            self._stores = [Store(states, self._room) for states in both]
+        else:
+            pairs = zip(both, self._scratches, strict=True)
+            self._stores = [Int8Store(states, self._room, scratch) for states, scratch in pairs]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append [B, heads, T, D]; return what attention reads: the past that the layer sees, and these tokens.
+
+        The result is valid until the next update: of this layer, and with 8 bits of any layer. The first tokens of
+        a cache, which are the prompt, are returned as they are given, whatever is kept of them.
+        """
+        new = key_states.shape[-2]
+        if self._seen + new > self._ctx_tokens:
+            raise GriffinError(
+                f"the KV cache holds {self._ctx_tokens} tokens, and {new} more than its {self._seen} were given: "
+                "make it with a larger ctx_tokens"
+            )
+        if self._seen == 0 and not (self._stores and self._stores[0].suits(key_states)):
+            self.lazy_initialization(key_states, value_states)
+        past, states = self._past, (key_states, value_states)
+        read: list[Tensor] = list(states) if past == 0 else []
+        if past + new > self._room and past:  # more at once than the slack: beside the store, before it goes
+            old = [store.read(self._held - past, self._held) for store in self._stores]
+            read = [torch.cat(pair, dim=-2) for pair in zip(old, states, strict=True)]
+        self._append(states, past)
+        if not read:
+            read = [store.read(self._held - past - new, self._held) for store in self._stores]
+        return read[0], read[1]
+
+    @property
+    def _past(self) -> int:
+        """Tokens of the past that the next ones see."""
+        return self._seen if self._window is None else min(self._seen, self._window - 1)
+
+    def _append(self, states: tuple[Tensor, Tensor], past: int) -> None:
+        new = states[0].shape[-2]
+        kept = self._held
+        if kept + new > self._room:
+            kept = min(kept, past + KV_SLACK_TOKENS // 2, max(self._room - new, 0))
+        for store, tokens in zip(self._stores, states, strict=True):
+            store.move_to_start(self._held - kept, kept)
+            store.write(kept, tokens[:, :, -self._room :])
+        self._seen += new
+        self._held = min(kept + new, self._room)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length of what `update` will return for `query_length` tokens, and the position of its first one."""
+        return self._past + query_length, self._seen - self._past
+
+    def get_seq_length(self) -> int:
+        """Tokens that have passed."""
+        return self._seen
+
+    def get_max_length(self) -> int:
+        """Tokens that there is room for; of a layer with a window, the window."""
+        return self._window or self._ctx_tokens
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """GriffinError unless `crop` can do it."""
+        removed = -tokens_to_remove
+        if removed < 0:
+            raise GriffinError(
+                f"crop({tokens_to_remove}) of a KV cache: give the tokens to remove as a negative number"
+            )
+        if removed > self._seen:
+            raise GriffinError(f"{removed} tokens cannot be removed from a KV cache of {self._seen}")
+        seen = self._seen - removed
+        visible = seen if self._window is None else min(seen, self._window - 1)
+        if self._held - removed < visible:
+            raise GriffinError(
+                f"{removed} tokens cannot be removed from a layer with a window of {self._window}: before its last "
+                f"{visible + removed} tokens only {self._held} are kept"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens."""
+        self.check_crop(tokens_to_remove)
+        self._seen += tokens_to_remove
+        self._held += tokens_to_remove
+
+    def reset(self) -> None:
+        """Forget every token; the memory stays."""
+        self._seen = self._held = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sample i of the batch becomes sample `beam_idx[i]`, in place."""
+        for store in self._stores:
+            store.reorder(beam_idx, self._held)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sample `repeats` times, one after the other."""
+        for store in self._stores:
+            store.replace(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the samples `indices` of the batch."""
+        for store in self._stores:
+            store.replace(lambda part: part[indices])
