@@ -90,7 +90,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         """Append [B, heads, T, D]; return what attention reads: the past that the layer sees, and these tokens.
 
         The result is valid until the next update: of this layer, and with 8 bits of any layer. The first tokens of
-        a cache, which are the prompt, are returned as they are given, whatever is kept of them.
+        a cache, which are the prompt, are returned as they are given, whatever is kept of them; so are later ones
+        of which more come at once than a layer with a window has room for.
         """
         new = key_states.shape[-2]
         if self._seen + new > self._ctx_tokens:

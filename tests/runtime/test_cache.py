@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCAB
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, Lfm2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, Lfm2Config, LlamaConfig, T5Config
 
 from griffin_offload import DoesNotFit, GriffinError, GriffinModel, UsageError
 from griffin_offload.pricing import kv_bytes
@@ -78,10 +78,13 @@ def test_any_sequence_of_steps_reads_what_a_full_history_says(steps, prompt: int
                 sizes = cache.get_mask_sizes(number, layer)
                 read = cache.update(*new, layer)
                 expected = truth.append(layer, [_int8(states) for states in new] if bits == 8 else new)
-                expected = new if seen == 0 else expected
                 visible = number + (seen if layer else min(seen, WINDOW - 1))
                 assert sizes == (visible, seen + number - visible)
-                assert all(torch.equal(a, b[:, :, -visible:]) for a, b in zip(read, expected, strict=True))
+                expected = [states[:, :, -visible:].clone() for states in expected]
+                if seen == 0 or (layer == 0 and visible > WINDOW - 1 + SLACK):
+                    for states, exact in zip(expected, new, strict=True):
+                        states[:, :, -number:] = exact
+                assert all(torch.equal(*pair) for pair in zip(read, expected, strict=True))
             furthest = max(furthest, seen + number)
         elif kind == "crop":
             number = min(number, max(seen - furthest + ROLLBACK, 0), seen)
@@ -156,7 +159,7 @@ def test_what_cannot_be_done_is_refused_with_numbers_and_changes_nothing():
         cache.crop(3)
     with pytest.raises(GriffinError, match="91 tokens cannot be removed from a KV cache of 90"):
         cache.crop(-91)
-    with pytest.raises(GriffinError, match="80 tokens cannot be removed from a layer with a window of 16.* only 79"):
+    with pytest.raises(GriffinError, match=r"80 tokens cannot be removed from a layer with a window of 16.* only 79"):
         cache.crop(-80)
     assert cache.get_seq_length(0) == cache.get_seq_length(1) == 90
     cache.crop(-64)
@@ -205,12 +208,15 @@ def test_generation_is_the_dense_models_own_far_beyond_its_window(checkpoints, n
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral", "gemma3", "bloom", "gpt2"])
-def test_logits_of_a_padded_batch_are_bit_identical(checkpoints, name: str):
-    path = checkpoints(name)
+def test_logits_of_a_padded_batch_are_those_with_transformers_cache_bit_for_bit(checkpoints, name: str):
     ids, mask = _ids(3)
     settings = {"max_new_tokens": 100, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    expected = AutoModelForCausalLM.from_pretrained(path).generate(ids, attention_mask=mask, **settings)
-    output = _load(path, density=1.0, batch_size=3).generate(ids, attention_mask=mask, **settings)
+    model = _load(checkpoints(name), density=0.5, batch_size=3)
+    output, expected = (
+        model.generate(ids, attention_mask=mask, **settings, **cache)
+        for cache in ({}, {"cache_implementation": "dynamic"})
+    )
+    assert type(expected.past_key_values) is DynamicCache
     assert torch.equal(torch.stack(output.logits), torch.stack(expected.logits))
 
 
@@ -322,22 +328,19 @@ def test_a_callers_own_cache_is_used(checkpoints):
     assert type(cache_of()) is KVCache
 
 
-def test_layers_that_are_not_attention_alone_keep_transformers_cache(tmp_path):
+def test_layers_that_are_not_attention_alone_keep_transformers_cache(checkpoints, monkeypatch: pytest.MonkeyPatch):
+    """No model with such layers has a feed-forward layout that is known today: the way is walked with another."""
     assert all(can_cache(architecture.build().config) for architecture in ARCHITECTURES.values())
-    settings = ARCHITECTURES["lfm2"].settings | {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3}
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCAB, "num_hidden_layers": 3}
-    config = Lfm2Config(**settings, **sizes, max_position_embeddings=512, eos_token_id=None)
-    assert not can_cache(config)
-    torch.manual_seed(0)
-    dense = AutoModelForCausalLM.from_config(config).eval()
-    dense.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="kv_bits=8 cannot be used with lfm2"):
-        _load(tmp_path, kv_bits=8)
-    model = _load(tmp_path, density=1.0)
-    ids = _ids()[0]
-    assert torch.equal(
-        model.generate(ids, max_new_tokens=20, do_sample=False), dense.generate(ids, max_new_tokens=20, do_sample=False)
-    )
+    assert not can_cache(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]))
+    assert not can_cache(T5Config())
+    monkeypatch.setattr("griffin_offload.runtime.prospect.can_cache", lambda config: False)
+    with pytest.raises(UsageError, match="kv_bits=8 cannot be used with llama"):
+        _load(checkpoints("llama3"), kv_bits=8)
+    model = _load(checkpoints("llama3"), ctx_size=72, prompt_tokens=40, density=0.5)
+    output = model.generate(_ids()[0], max_new_tokens=32, do_sample=False, return_dict_in_generate=True)
+    assert type(output.past_key_values) is DynamicCache
+    parts = model.plan.prefill_parts, model.plan.decode_parts
+    assert parts[0]["kv_cache"] * 72 == parts[1]["kv_cache"] * 40
     assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
 
 
