@@ -147,7 +147,7 @@ class Usage:
     prompt_tokens: int
     ctx_tokens: int
     cache: CacheKind = "ours"
-    """"ours" and "static" are allocated for the whole context before decode, "dynamic" grows with every token."""
+    """Allocated for the whole context before decode ("ours", "static"), or growing with every token ("dynamic")."""
     drafts: int = 0
     """Tokens of prompt lookup that are in the KV cache behind the context before they are rolled back."""
     logit_positions: int = 1

@@ -51,6 +51,7 @@ MALFORMED = [
     ("--device", "tpu"),
     ("--offload", "tape"),
     ("--dtype", "int8"),
+    ("--kv-bits", "4"),
     ("--selection", "best"),
     ("--quiet", "--verbose"),
     ("--no-such-flag",),

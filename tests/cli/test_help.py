@@ -43,7 +43,7 @@ def test_help_imports_no_torch(process, arguments: list[str]):
 
 def test_help_names_every_command_and_flag(cli):
     assert {"run", "plan"} <= set(cli("--help").out.split())
-    shared = "--model --max-gpu-mem --max-cpu-mem --device --density --offload --ctx-size --dtype --json -q"
+    shared = "--model --max-gpu-mem --max-cpu-mem --device --density --offload --ctx-size --kv-bits --dtype --json -q"
     run = (
         "--prompt-file --system --raw --max-new-tokens -n --temperature --top-p --top-k --selection --offline --seed -v"
     )

@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from griffin_offload.units import format_bytes
 
 KEYS = {
-    *("fits", "density", "precision", "context_tokens", "prompt_tokens", "batch", "budget_bytes", "full_bytes"),
+    *("fits", "density", "precision", "context_tokens", "prompt_tokens", "batch", "kv_bits"),
     *("peak_prefill_bytes", "peak_decode_bytes", "resident_bytes", "streamed_bytes", "slots", "ff_chunk_tokens"),
-    *("embeddings", "parts", "parts_prefill", "parts_decode", "remedy"),
+    *("budget_bytes", "full_bytes", "embeddings", "parts", "parts_prefill", "parts_decode", "remedy"),
 }
 BUDGETS = ["2kB", "150kB", "180kB", "210kB", "240kB", "300kB", "340kB", "400kB", "470kB", "600kB", "700kB"]
 REMEDY = re.compile(r"(--max-gpu-mem) (\S+)|(--ctx-size) (\d+)|(--density) ([\d.]+) or auto|(--offload) (disk)")
@@ -53,6 +53,16 @@ def test_json(cli, llama: Path, budget: str, flags: tuple[str, ...]):
     assert plan["precision"] == "float32"
     assert 256 <= plan["context_tokens"] <= 512
     assert plan["full_bytes"] == 279456  # counted from the checkpoint: 32 bytes are rotary frequencies
+
+
+def test_eight_bits_of_kv_cache_are_under_a_third_of_float32(cli, llama: Path):
+    """One byte a number and four for the scale of 8 numbers, instead of 32 bytes for these 8."""
+    flags = ("plan", "-m", llama, "--max-gpu-mem", "1GB", "--ctx-size", 512, "--json")
+    plans = [cli(*flags, "--kv-bits", bits).json for bits in (16, 8)]
+    assert [plan["kv_bits"] for plan in plans] == [16, 8]
+    for phase in ("prefill", "decode"):
+        sixteen, eight = (plan[f"parts_{phase}"]["kv_cache"] for plan in plans)
+        assert eight * 32 == sixteen * 12
 
 
 def test_table(cli, llama: Path):

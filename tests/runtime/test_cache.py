@@ -1,10 +1,11 @@
 """The KV cache against transformers' own, number by number and bit by bit, and against the bytes that were planned."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCAB
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, Lfm2Config, LlamaConfig, T5Config
@@ -25,7 +26,8 @@ def _int8(states: torch.Tensor) -> torch.Tensor:
     kept = states.clone()
     for vector in kept.view(-1, states.shape[-1]):
         step = torch.tensor(max(abs(x) for x in vector.tolist()) / 127).to(states.dtype)
-        numbers = [max(-127, min(127, round(x / float(step)))) if step else 0 for x in vector.tolist()]
+        exact = (vector.float() / step.float()).tolist() if step else [0] * len(vector)
+        numbers = [max(-127, min(127, round(x))) for x in exact]
         vector.copy_(torch.tensor(numbers).to(states.dtype) * step)
     return kept
 
@@ -62,10 +64,14 @@ STEPS = st.one_of(
     steps=st.lists(STEPS, max_size=25),
     prompt=LENGTHS,
     bits=st.sampled_from([16, 8]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([1, 1, 5e-6, 0]),  # so small that the steps of float16 round by a third, and to nothing
     seed=st.integers(0, 99),
 )
-def test_any_sequence_of_steps_reads_what_a_full_history_says(steps, prompt: int, bits: int, dtype, seed: int):
+@example(steps=[("update", 9)], prompt=20, bits=8, dtype=torch.float16, scale=5e-6, seed=0)
+def test_any_sequence_of_steps_reads_what_a_full_history_says(
+    steps, prompt: int, bits: int, dtype, scale: float, seed: int
+):
     """A layer with a window is asked for the last window - 1 tokens and the new ones; crops go back at most ROLLBACK
     from the furthest token."""
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +80,8 @@ def test_any_sequence_of_steps_reads_what_a_full_history_says(steps, prompt: int
         seen = truth.tokens()
         if kind == "update":
             for layer in (0, 1):
-                new = [torch.randn(batch, HEADS, number, SIZE, generator=generator).to(dtype) for _ in range(2)]
+                shape = (batch, HEADS, number, SIZE)
+                new = [(scale * torch.randn(shape, generator=generator)).to(dtype) for _ in range(2)]
                 sizes = cache.get_mask_sizes(number, layer)
                 read = cache.update(*new, layer)
                 expected = truth.append(layer, [_int8(states) for states in new] if bits == 8 else new)
@@ -131,10 +138,12 @@ def test_it_answers_as_dynamic_cache_does(prompt: int):
     assert ours.get_max_length() == 1000
 
 
-def _filled(bits: int = 16, tokens: int = 40) -> KVCache:
-    cache = KVCache(ALTERNATING, ctx_tokens=100, bits=bits)
+def _filled(bits: int = 16, tokens: int = 40, kinds: list[str] = ALTERNATING.layer_types) -> KVCache:
+    config = LlamaConfig(num_hidden_layers=2, sliding_window=WINDOW, layer_types=kinds)
+    cache = KVCache(config, ctx_tokens=100, bits=bits)
+    states = torch.randn(1, HEADS, tokens, SIZE)
     for layer in (0, 1):
-        cache.update(torch.randn(1, HEADS, tokens, SIZE), torch.randn(1, HEADS, tokens, SIZE), layer)
+        cache.update(states, states, layer)
     return cache
 
 
@@ -150,8 +159,21 @@ def test_memory_is_fixed_and_written_in_place(bits: int):
     assert len(places) == len(sizes) == 1
 
 
+def test_a_window_can_always_go_back_half_its_slack():
+    """Wherever in its store it stands: a draft made token by token has to be undone."""
+    cache = _filled()
+    for _ in range(59):
+        one = torch.randn(1, HEADS, 1, SIZE)
+        past = [cache.update(one, one, layer)[0] for layer in (0, 1)]
+        undone = copy.deepcopy(cache)
+        undone.crop(-ROLLBACK)
+        read = undone.update(one, one, 0)[0]
+        expected = past[1][:, :, :-ROLLBACK][:, :, -(WINDOW - 1) :]
+        assert torch.equal(read[:, :, :-1], expected)
+
+
 def test_what_cannot_be_done_is_refused_with_numbers_and_changes_nothing():
-    cache = _filled(tokens=90)
+    cache = _filled(tokens=90, kinds=["full_attention", "sliding_attention"])
     more = torch.randn(1, HEADS, 11, SIZE)
     with pytest.raises(GriffinError, match="holds 100 tokens, and 11 more than its 90"):
         cache.update(more, more, 1)
@@ -226,7 +248,11 @@ def test_an_assistant_may_draft(checkpoints, name: str):
     ids = _ids()[0]
     expected = dense.generate(ids, max_new_tokens=30, do_sample=False)
     model = _load(checkpoints(name), density=1.0)
-    assert torch.equal(model.generate(ids, max_new_tokens=30, do_sample=False, assistant_model=dense), expected)
+    settings = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
+    output = model.generate(ids, **settings, assistant_model=dense)
+    assert torch.equal(output.sequences, expected)
+    # How much an assistant drafts is its own affair, and a window of ours rolls back only so far.
+    assert type(output.past_key_values) is (DynamicCache if name == "mistral" else KVCache)
 
 
 def test_drafts_reach_behind_the_context(checkpoints):
@@ -289,6 +315,9 @@ def test_bytes_by_hand(checkpoints):
     }
     for (name, bits), expected in by_hand.items():
         assert _load(checkpoints(name), kv_bits=bits).plan.decode_parts["kv_cache"] == expected
+    sixteen, eight = (_load(checkpoints("llama3"), kv_bits=bits).plan.decode_parts["workspace"] for bits in (16, 8))
+    scratch, piece_moved, piece_quantised = 2 * 2 * 8 * 256 * 4, 2 * 8 * 128 * 4, 2 * 8 * 128 * 8
+    assert eight - sixteen == scratch + piece_quantised - piece_moved
 
 
 @settings(max_examples=20)
