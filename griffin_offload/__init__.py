@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from griffin_offload.pricing import Plan
     from griffin_offload.runtime.model import GriffinModel
     from griffin_offload.runtime.report import PrefillReport, RunReport
-    from griffin_offload.weights.feedforward import Layout, register_layout
+    from griffin_offload.weights.layouts import Layout, register_layout
 
 __version__ = "0.1.0"
 
@@ -21,14 +21,14 @@ _HOMES = {
     "DoesNotFit": "errors",
     "GriffinError": "errors",
     "GriffinModel": "runtime.model",
-    "Layout": "weights.feedforward",
+    "Layout": "weights.layouts",
     "LoadConfig": "config",
     "ModelError": "errors",
     "Plan": "pricing",
     "PrefillReport": "runtime.report",
     "RunReport": "runtime.report",
     "UsageError": "errors",
-    "register_layout": "weights.feedforward",
+    "register_layout": "weights.layouts",
 }
 __all__ = [
     "BudgetExceeded",

@@ -15,12 +15,15 @@ Offload = Literal["auto", "ram", "disk"]
 SelectionMethod = Literal["topk", "sample", "topk_sample", "random", "magnitude"]
 BatchStatistic = Literal["sum", "mean"]
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+Quantize = Literal["auto", "none", "int8", "int4"]
 KVBits = Literal[16, 8]
 CacheKind = Literal["ours", "static", "dynamic"]
 Density = float | Sequence[float]
 
 # Fewer neurons than this were never useful in the paper; the planner refuses instead of going lower.
 MIN_AUTO_DENSITY = 0.25
+# The same when the precision is free, too: fewer bits come before fewer neurons (README: equal bytes).
+MIN_AUTO_DENSITIES = {"none": 1.0, "int8": 0.5, "int4": MIN_AUTO_DENSITY}
 # Kept neurons come in multiples of this where F is one: GEMM kernels and quantised groups want it.
 NEURON_MULTIPLE = 64
 # The context that is planned for when nobody says one, and the smallest the planner falls back to.
@@ -41,6 +44,9 @@ class LoadConfig:
     """Fraction of FF neurons kept, one number or one per layer; "auto" is the largest that fits."""
     dtype: DType = "auto"
     """Precision of the computation; "auto" is the one that is stored."""
+    quantize: Quantize = "auto"
+    """Precision of the resident matrices inside the layers: "none" keeps the stored one, "auto" is the first that fits
+    of none, int8 and int4; a converted checkpoint has one already."""
     offload: Offload = "auto"
     ctx_size: int | None = None
     """Tokens of prompt and answer that the KV cache is planned for; None: solved, at most MAX_AUTO_CTX."""
@@ -67,6 +73,7 @@ class LoadConfig:
         _one_of("offload", self.offload, get_args(Offload))
         _one_of("selection", self.selection, get_args(SelectionMethod))
         _one_of("batch_statistic", self.batch_statistic, get_args(BatchStatistic))
+        _one_of("quantize", self.quantize, get_args(Quantize))
         _one_of("dtype", self.dtype, get_args(DType))
         if self.kv_bits not in get_args(KVBits):
             raise UsageError(f"kv_bits is {self.kv_bits!r}: choose one of {', '.join(map(str, get_args(KVBits)))}")

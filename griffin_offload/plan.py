@@ -1,10 +1,10 @@
 """The plan: sizes and a budget in, a density or a named shortfall out, before any weight is read."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from griffin_offload.config import MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITY, NEURON_MULTIPLE
+from griffin_offload.config import MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITIES, MIN_AUTO_DENSITY, NEURON_MULTIPLE
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.method.selection import densities_per_layer, neurons_kept
 from griffin_offload.pricing import Placement, Plan, PlanRequest, Usage, price
@@ -18,27 +18,56 @@ SLOTS = (2, 1)
 _SECOND_SLOT_DENSITY = 0.05
 
 
-def make_plan(shape: ModelShape, request: PlanRequest, precision: str) -> Plan:
+def make_plan(shapes: Sequence[ModelShape], request: PlanRequest, others: Sequence[ModelShape] = ()) -> Plan:
     """The best plan that fits the budget; DoesNotFit names the shortfall and the remedy."""
-    plan, remedy = solve(shape, request, precision)
+    plan, remedy = solve(shapes, request, others)
     if remedy is not None:
         raise DoesNotFit(describe_shortfall(plan, remedy))
     return plan
 
 
-def solve(shape: ModelShape, request: PlanRequest, precision: str) -> tuple[Plan, str | None]:
+def solve(
+    shapes: Sequence[ModelShape], request: PlanRequest, others: Sequence[ModelShape] = ()
+) -> tuple[Plan, str | None]:
     """The best plan that fits and None, or the smallest one that does not and what to change.
 
-    Best is: everything resident; else the largest density, with a second slot if it costs little, and with the
-    embeddings on the host where that keeps more neurons.
+    `shapes` are the model in the precisions to choose from, best first. Best is the first rung of the ladder that
+    fits: everything resident in 16 bit; in 8; in 8 with the largest density of a half or more; in 4 with the largest.
+    With one precision: everything resident, else the largest density. A second slot is kept if it costs little
+    density, and the embeddings go to the host where that keeps more neurons. `others` are precisions that were not
+    asked for: a remedy.
     """
     plan = None
-    for ctx_tokens in _contexts(shape, request):
-        plan = best_plan(shape, request, precision, ctx_tokens)
-        if plan.fits:
-            return plan, None
+    for ctx_tokens in _contexts(shapes[0], request):
+        for shape, rung in _ladder(shapes, request):
+            plan = best_plan(shape, rung, ctx_tokens)
+            if plan.fits:
+                return plan, None
     assert plan is not None
-    return plan, remedy_for(shape, request, plan)
+    remedy = remedy_for(shapes[-1], request, plan)
+    for shape in others:
+        if best_plan(shape, request, plan.context_tokens).fits:
+            return plan, f"{remedy} or --quantize {shape.precision}"
+    return plan, remedy
+
+
+def _ladder(shapes: Sequence[ModelShape], request: PlanRequest) -> Iterator[tuple[ModelShape, PlanRequest]]:
+    """What to try, best first."""
+    for shape in shapes:
+        if len(shapes) > 1 and request.density == "auto":
+            # A neuron in fewer bits is worth more than none: pruning begins at 8 bit, below a half at 4.
+            lowest = MIN_AUTO_DENSITIES[shape.precision]
+            yield shape, replace(request, density=1.0 if lowest == 1 else "auto", min_density=lowest)
+        else:
+            yield shape, request
+
+
+def alternatives(shapes: Sequence[ModelShape], request: PlanRequest, ctx_tokens: int) -> list[Plan]:
+    """The largest plan of every precision, and its dense one, that fit at `ctx_tokens`."""
+    found = [
+        best_plan(shape, replace(request, density=density), ctx_tokens) for shape in shapes for density in (1.0, "auto")
+    ]
+    return [plan for i, plan in enumerate(found) if plan.fits and plan not in found[:i]]
 
 
 def _contexts(shape: ModelShape, request: PlanRequest) -> Iterator[int]:
@@ -57,14 +86,14 @@ def _contexts(shape: ModelShape, request: PlanRequest) -> Iterator[int]:
         yield tokens
 
 
-def best_plan(shape: ModelShape, request: PlanRequest, precision: str, ctx_tokens: int) -> Plan:
+def best_plan(shape: ModelShape, request: PlanRequest, ctx_tokens: int) -> Plan:
     """The best plan at `ctx_tokens`; when none fits, the smallest one (its `fits` is False)."""
     prompt = ctx_tokens if request.prompt_tokens is None else request.prompt_tokens
     use = Usage(request.batch, prompt, ctx_tokens, request.cache)
     best: Plan | None = None
     rungs = list(_rungs(shape, request))
     for kept_choices, slots, embeddings in rungs:
-        plan = _largest_fitting(shape, request, use, kept_choices, slots, embeddings, precision)
+        plan = _largest_fitting(shape, request, use, kept_choices, slots, embeddings)
         if plan is not None and (best is None or plan.density > best.density + _SECOND_SLOT_DENSITY):
             best = plan
         if best is not None and not best.streamed:
@@ -72,7 +101,7 @@ def best_plan(shape: ModelShape, request: PlanRequest, precision: str, ctx_token
     if best is not None:
         return best
     kept_choices, slots, embeddings = rungs[-1]
-    return price(shape, request, use, kept_choices[0], slots, embeddings, precision)
+    return price(shape, request, use, kept_choices[0], slots, embeddings)
 
 
 _Rung = tuple[list[tuple[int, ...]], int, Placement]
@@ -90,16 +119,16 @@ def _rungs(shape: ModelShape, request: PlanRequest) -> Iterator[_Rung]:
         yield from ((fixed, slots, placement) for slots in SLOTS for placement in placements)
         return
     yield from (([everything], SLOTS[0], placement) for placement in placements)
-    choices = pruned_choices(shape)
+    choices = pruned_choices(shape, request.min_density)
     # Embedding rows are a few kB a token; FF neurons kept instead are worth more than that.
     yield from ((choices, slots, placements[-1]) for slots in SLOTS)
 
 
-def pruned_choices(shape: ModelShape) -> list[tuple[int, ...]]:
+def pruned_choices(shape: ModelShape, min_density: float = MIN_AUTO_DENSITY) -> list[tuple[int, ...]]:
     """Kept neurons per layer for every density the planner considers, ascending, all below 1."""
     widest = max(layer.neurons for layer in shape.layers)
     step = NEURON_MULTIPLE if widest % NEURON_MULTIPLE == 0 and widest >= 4 * NEURON_MULTIPLE else 1
-    lowest = math.ceil(widest * MIN_AUTO_DENSITY / step) * step
+    lowest = math.ceil(widest * min_density / step) * step
     kept_of_widest = range(lowest, widest, step) or [widest]  # one neuron a layer leaves no choice
     return [tuple(neurons_kept(layer.neurons, kept / widest) for layer in shape.layers) for kept in kept_of_widest]
 
@@ -111,13 +140,12 @@ def _largest_fitting(
     choices: list[tuple[int, ...]],
     slots: int,
     embeddings: Placement,
-    precision: str,
 ) -> Plan | None:
     """Bisection: the peak grows with every kept neuron."""
     low, high, best = 0, len(choices) - 1, None
     while low <= high:
         middle = (low + high + 1) // 2
-        plan = price(shape, request, use, choices[middle], slots, embeddings, precision)
+        plan = price(shape, request, use, choices[middle], slots, embeddings)
         if plan.fits:
             best, low = plan, middle + 1
         else:
@@ -127,7 +155,7 @@ def _largest_fitting(
 
 def replan_for(shape: ModelShape, request: PlanRequest, plan: Plan, use: Usage) -> Plan:
     """The same residents under another use (batch, prompt, context); its `fits` says whether it is allowed."""
-    return price(shape, as_loaded(request, plan), use, plan.kept, plan.slots, plan.embeddings, plan.precision)
+    return price(shape, as_loaded(request, plan), use, plan.kept, plan.slots, plan.embeddings)
 
 
 def as_loaded(request: PlanRequest, plan: Plan) -> PlanRequest:
@@ -152,19 +180,19 @@ def remedy_for(shape: ModelShape, request: PlanRequest, plan: Plan) -> str:
     """What to change so that `plan`'s model fits: the budget, always, and a context or density that would do."""
     remedies = [f"--max-gpu-mem {_rounded_up(plan.peak_bytes)}"]
     if request.density != "auto":
-        automatic = best_plan(shape, replace(request, density="auto"), plan.precision, plan.context_tokens)
+        automatic = best_plan(shape, replace(request, density="auto"), plan.context_tokens)
         if automatic.fits:
             remedies.append(f"--density {math.floor(automatic.density * 100) / 100:.2f} or auto")
     context = plan.context_tokens // 2
     # With a prompt in hand the context is not ours to shorten.
     while request.prompt_tokens is None and context >= 2:
-        if best_plan(shape, request, plan.precision, context).fits:
+        if best_plan(shape, request, context).fits:
             remedies.append(f"--ctx-size {context}")
             break
         context //= 2
     if (
         request.offloaded_in_budget
-        and best_plan(shape, replace(request, offloaded_in_budget=False), plan.precision, plan.context_tokens).fits
+        and best_plan(shape, replace(request, offloaded_in_budget=False), plan.context_tokens).fits
     ):
         remedies.append("--offload disk")
     return " or ".join(remedies)

@@ -39,7 +39,14 @@ def shapes(draw: st.DrawFn) -> ModelShape:
     gated = draw(st.booleans())
     return ModelShape(
         layers=tuple(
-            LayerShape(n, (3 if gated else 2) * hidden * item, 4 * hidden * hidden * item, 2 * hidden * item, window)
+            LayerShape(
+                n,
+                (3 if gated else 2) * hidden * item,
+                n * (3 if gated else 2) * hidden * item,
+                4 * hidden * hidden * item,
+                2 * hidden * item,
+                window,
+            )
             for n, window in zip(neurons, windows, strict=True)
         ),
         embedding_bytes=draw(st.integers(1, 10**6)),
@@ -77,7 +84,7 @@ def requests(draw: st.DrawFn) -> PlanRequest:
 @settings(max_examples=150)
 @given(shapes(), requests())
 def test_a_plan_never_exceeds_its_budget_and_a_refusal_names_the_numbers(shape: ModelShape, request: PlanRequest):
-    plan, remedy = solve(shape, request, "bfloat16")
+    plan, remedy = solve([shape], request)
     assert plan.fits == (remedy is None)
     assert all(size >= 0 for size in plan.parts.values())
     assert sum(plan.parts.values()) == plan.peak_bytes == max(plan.peak_prefill_bytes, plan.peak_decode_bytes)
@@ -85,7 +92,7 @@ def test_a_plan_never_exceeds_its_budget_and_a_refusal_names_the_numbers(shape: 
         assert plan.peak_bytes <= request.budget_bytes
     else:
         with pytest.raises(DoesNotFit, match=r"needs .* budget .* try --max-gpu-mem"):
-            make_plan(shape, request, "bfloat16")
+            make_plan([shape], request)
 
 
 @settings(max_examples=150)
@@ -101,9 +108,9 @@ def test_no_feasible_density_is_missed(shape: ModelShape, request: PlanRequest):
         for kept in [*pruned_choices(shape), everything]
         for slots in SLOTS
         for placement in placements
-        if (plan := price(shape, request, use, kept, slots, placement, "bfloat16")).fits
+        if (plan := price(shape, request, use, kept, slots, placement)).fits
     ]
-    found = best_plan(shape, request, "bfloat16", 200)
+    found = best_plan(shape, request, 200)
     assert found.fits == bool(feasible)
     if feasible:
         assert found.density >= max(feasible) - 0.05 - 1e-9
@@ -113,14 +120,14 @@ def test_no_feasible_density_is_missed(shape: ModelShape, request: PlanRequest):
 @settings(max_examples=60)
 @given(shapes(), requests())
 def test_the_remedies_help(shape: ModelShape, request: PlanRequest):
-    plan, remedy = solve(shape, request, "bfloat16")
+    plan, remedy = solve([shape], request)
     if remedy is None:
         return
     more = dataclasses.replace(request, budget_bytes=plan.peak_bytes, ctx_tokens=plan.context_tokens)
-    assert make_plan(shape, more, "bfloat16").fits
+    assert make_plan([shape], more).fits
     if "--ctx-size" in remedy:
         context = int(remedy.split("--ctx-size ")[1].split()[0])
-        assert make_plan(shape, dataclasses.replace(request, ctx_tokens=context, prompt_tokens=None), "x").fits
+        assert make_plan([shape], dataclasses.replace(request, ctx_tokens=context, prompt_tokens=None)).fits
 
 
 def test_llama_2_13b_by_hand():
@@ -129,30 +136,30 @@ def test_llama_2_13b_by_hand():
     assert shape.weight_bytes == pytest.approx(26.03e9, rel=1e-3)
     assert shape.layers[0].ff_bytes == 3 * 5120 * 13824 * 2
     assert kv_bytes(shape, 1, 2048) == 2048 * 40 * 2 * 5120 * 2
-    half = best_plan(shape, PlanRequest(10**12, 2048, density=0.5), "bfloat16", 2048)
+    half = best_plan(shape, PlanRequest(10**12, 2048, density=0.5), 2048)
     assert half.resident_bytes == pytest.approx(17.5e9, rel=5e-3)
     assert half.kept == (6912,) * 40
-    dense = make_plan(shape, PlanRequest(10**12, 2048), "bfloat16")
+    dense = make_plan([shape], PlanRequest(10**12, 2048))
     assert dense.density == 1
     assert dense.streamed_bytes == dense.slots == 0
 
 
 def test_density_is_solved_in_multiples_of_64():
     shape = _shape_of(**LLAMA_13B)
-    plan = make_plan(shape, PlanRequest(16 * 10**9, 1024), "bfloat16")
+    plan = make_plan([shape], PlanRequest(16 * 10**9, 1024))
     assert plan.kept[0] % 64 == 0
     assert 0.25 <= plan.density < 1
     assert plan.embeddings == "host"
     one_more = tuple(k + 64 for k in plan.kept)
-    assert not price(shape, PlanRequest(16 * 10**9), Usage(1, 1024, 1024), one_more, 2, "host", "bfloat16").fits
+    assert not price(shape, PlanRequest(16 * 10**9), Usage(1, 1024, 1024), one_more, 2, "host").fits
 
 
 def test_the_context_is_solved_when_not_given():
     shape = _shape_of(**LLAMA_13B)
-    assert make_plan(shape, PlanRequest(40 * 10**9), "bfloat16").context_tokens == 4096
-    assert make_plan(shape, PlanRequest(int(14.2e9)), "bfloat16").context_tokens < 4096
+    assert make_plan([shape], PlanRequest(40 * 10**9)).context_tokens == 4096
+    assert make_plan([shape], PlanRequest(int(14.2e9))).context_tokens < 4096
     with pytest.raises(UsageError, match="more than the model's 4096"):
-        make_plan(shape, PlanRequest(40 * 10**9, 5000), "bfloat16")
+        make_plan([shape], PlanRequest(40 * 10**9, 5000))
 
 
 def test_planning_70b_from_its_config_alone():
@@ -166,7 +173,7 @@ def test_planning_70b_from_its_config_alone():
         max_position_embeddings=8192,
     )
     shape = model_shape(build_on_meta(config, torch.bfloat16))
-    plan, _ = solve(shape, PlanRequest(80 * 10**9), "bfloat16")
+    plan, _ = solve([shape], PlanRequest(80 * 10**9))
     assert shape.weight_bytes == pytest.approx(141.1e9, rel=1e-3)
     assert plan.fits
 

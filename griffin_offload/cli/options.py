@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any, get_args
 
-from griffin_offload.config import Device, DType, KVBits, LoadConfig, Offload, SelectionMethod
+from griffin_offload.config import Device, DType, KVBits, LoadConfig, Offload, Quantize, SelectionMethod
 from griffin_offload.demo import demo_directory
 from griffin_offload.errors import UsageError
 
@@ -35,6 +35,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--density",
         default=_DEFAULTS.density,
         help="fraction of FF neurons kept: auto, 0.5, or one per layer (0.5,0.7)",
+    )
+    add(
+        "--quantize",
+        choices=get_args(Quantize),
+        default=_DEFAULTS.quantize,
+        help="precision of what stays on the device (default: the first that fits)",
     )
     add("--dtype", choices=get_args(DType), default=_DEFAULTS.dtype, help="precision of the computation")
     parser.add_argument("--offline", action="store_true", help="never ask the hub")

@@ -30,7 +30,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     prospect = examine(model_of(arguments), LoadConfig(**load_options(arguments)))
-    found, remedy = solve(prospect.shape, prospect.request, prospect.precision)
+    found, remedy = solve(prospect.shapes, prospect.request, prospect.others)
     if arguments.json:
         print(json.dumps(found.to_json(remedy)))
         return 0 if remedy is None else DoesNotFit.exit_code

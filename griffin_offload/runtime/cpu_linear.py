@@ -9,6 +9,8 @@ results differ by the order of summation alone. Figures: benchmarks/NOTES.md.
 import torch
 from torch import Tensor, nn
 
+from griffin_offload.weights.matmul import Scratch, multiply
+
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -24,9 +26,8 @@ def emulates_halves(device: torch.device, dtype: torch.dtype) -> bool:
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def translate_linears(model: nn.Module, scratch_bytes: int) -> None:
-    """Give every plain Linear of `model` a forward that multiplies in float32, block by block, sharing one scratch."""
-    scratch = torch.empty(scratch_bytes // torch.float32.itemsize)
+def translate_linears(model: nn.Module, scratch: Scratch) -> None:
+    """Give every plain Linear of `model` a forward that multiplies in float32, block by block."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__dict__["forward"] = _Translated(module, scratch)
@@ -35,7 +36,7 @@ def translate_linears(model: nn.Module, scratch_bytes: int) -> None:
 class _Translated:
     """The forward of one Linear; reads the weight at each call, because compact ones come and go."""
 
-    def __init__(self, linear: nn.Linear, scratch: Tensor) -> None:
+    def __init__(self, linear: nn.Linear, scratch: Scratch) -> None:
         self._linear, self._scratch = linear, scratch
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -45,18 +46,4 @@ class _Translated:
         if x.numel() == x.shape[-1]:
             row = torch.mv(weight, x.reshape(-1)) if bias is None else torch.addmv(bias, weight, x.reshape(-1))
             return row.reshape(*x.shape[:-1], -1)
-        return self._by_blocks(x, weight, bias)
-
-    def _by_blocks(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        outputs, inputs = weight.shape
-        rows = max(self._scratch.numel() // inputs, 1)
-        # A row longer than the scratch (the head of a tiny plan) gets a scratch of its own.
-        scratch = self._scratch if self._scratch.numel() >= inputs else torch.empty(inputs)
-        wide = x.float()
-        output = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
-        for start in range(0, outputs, rows):
-            part = weight[start : start + rows]
-            block = scratch[: part.numel()].view(part.shape).copy_(part)
-            offset = None if bias is None else bias[start : start + rows].float()
-            output[..., start : start + rows] = nn.functional.linear(wide, block, offset)
-        return output
+        return multiply(x.reshape(-1, x.shape[-1]), weight, self._scratch, None, bias).view(*x.shape[:-1], -1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -19,14 +19,19 @@ from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.memory import Ledger, device_bytes
 from griffin_offload.runtime.prefill import StreamedLayers
 from griffin_offload.runtime.prospect import Prospect, evicts
-from griffin_offload.runtime.residents import compact_parameters, place_residents, resident_bytes
+from griffin_offload.runtime.residents import compact_blocks, place_residents, resident_bytes
 from griffin_offload.runtime.stream import StreamConfig
 from griffin_offload.runtime.threads import choose_threads, limited_threads
 from griffin_offload.units import format_bytes, parse_size
 from griffin_offload.weights.checkpoint import Checkpoint
-from griffin_offload.weights.feedforward import find_feed_forwards
+from griffin_offload.weights.converted import map_converted
+from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.layouts import find_feed_forwards
+from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.self_check import self_check
+from griffin_offload.weights.shape import ModelShape
 from griffin_offload.weights.source import MappedWeights, RamWeights, Source
+from griffin_offload.weights.swap import swap_linears
 
 # The host keeps this share of its free memory when full weights are put into it.
 _RAM_SHARE = 0.8
@@ -61,24 +66,22 @@ def _load(
 ) -> Loaded:
     ledger = Ledger(prospect.device, prospect.request.overhead_bytes)
     _cap_allocator(prospect)
-    model = _map_model(prospect.checkpoint)
-    decoder, blocks = find_feed_forwards(model, len(prospect.shape.layers))
-    self_check(blocks[0])
-    full = {index: blocks[index].current() for index in plan.streamed}
+    shape = prospect.shape_of(plan)
+    scratch = _scratch(prospect, shape)
+    model, decoder, blocks = _map_layers(prospect.checkpoint, shape, scratch)
+    full = {index: blocks[index].full() for index in plan.streamed}
     offload = _offload_tier(prospect, plan, config)
     source = _make_source(full, prospect, offload) if full else None
     if source is not None:
         on_failure.callback(source.close)
-    compact = {index: compact_parameters(blocks[index], plan.kept[index], prospect) for index in full}
-    for index, parameters in compact.items():
-        blocks[index].install(parameters)
+    compact = compact_blocks(blocks, full, prospect, plan)
     host_embedding = place_residents(model, prospect, plan, compact)
     if prospect.request.translated:
-        translate_linears(model, scratch_bytes(prospect.shape))
+        translate_linears(model, scratch)
     layers = StreamedLayers(
         decoder=decoder,
         blocks=blocks,
-        compact=compact,
+        compact={index: compact[index] for index in full},
         kept=plan.kept,
         source=source,
         stream=StreamConfig(prospect.device, prospect.dtype, plan.slots),
@@ -88,6 +91,32 @@ def _load(
     resident = resident_bytes(model)
     ledger.hold(residents=resident, offloaded=_offloaded_in_budget(prospect, source))
     return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
+
+
+def _scratch(prospect: Prospect, shape: ModelShape) -> Scratch:
+    """What matrices are multiplied through that are not multiplied as they rest; empty where there are none."""
+    needed = prospect.request.translated or shape.precision != "none"
+    dtype = torch.float32 if prospect.request.translated else prospect.dtype
+    return Scratch(scratch_bytes(shape) if needed else 0, dtype, prospect.device)
+
+
+def _map_layers(
+    checkpoint: Checkpoint, shape: ModelShape, scratch: Scratch
+) -> tuple[Any, nn.ModuleList, list[FeedForward]]:
+    """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
+    converted = checkpoint.precision != "none"
+    model = _map_converted(checkpoint, scratch) if converted else map_model(checkpoint)
+    decoder, blocks = find_feed_forwards(model, len(shape.layers))
+    self_check(blocks[0])
+    if shape.precision != "none" and not converted:
+        swap_linears(decoder, blocks, shape.precision, "none", scratch)
+        decoder, blocks = find_feed_forwards(model, len(shape.layers))
+    return model, decoder, blocks
+
+
+def _map_converted(checkpoint: Checkpoint, scratch: Scratch) -> Any:
+    c = checkpoint
+    return map_converted(c.directory, c.files, c.config, c.dtype, c.precision, scratch)
 
 
 def _threads(prospect: Prospect, config: LoadConfig) -> int | None:
@@ -129,7 +158,7 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _map_model(checkpoint: Checkpoint) -> Any:
+def map_model(checkpoint: Checkpoint) -> Any:
     """The stock model on the CPU, its parameters views of the mapped files; every parameter must be there."""
     try:
         with _quiet_transformers():
@@ -162,7 +191,7 @@ def _offload_tier(prospect: Prospect, plan: Plan, config: LoadConfig) -> str:
         )
     if prospect.device.type == "cpu":
         return "ram" if config.offload == "ram" else "disk"  # the budget has counted it
-    stored = sum(prospect.shape.layers[i].ff_bytes for i in plan.streamed)
+    stored = sum(prospect.shape_of(plan).layers[i].ff_bytes for i in plan.streamed)
     free, total = device_bytes(torch.device("cpu"))
     room = int(free * _RAM_SHARE)
     if config.max_cpu_mem is not None:

@@ -61,6 +61,7 @@ class GriffinModel:
         self.progress: Progress | None = None
         """Called with (layers done, layers in all) while a prompt streams."""
         self._prospect, self._loaded, self._load_s = prospect, loaded, load_s
+        self._shape = prospect.shape_of(plan)
         self._run: Run | None = None
         self._stock_forward: Callable[..., Any] = self.model.forward
         self._signature = inspect.signature(self._stock_forward)
@@ -202,7 +203,7 @@ class GriffinModel:
 
     def _require(self, use: Usage) -> None:
         """DoesNotFit unless `use` stays within the budget with the residents as they are."""
-        plan = replan_for(self._prospect.shape, self._prospect.request, self.plan, use)
+        plan = replan_for(self._shape, self._prospect.request, self.plan, use)
         if not plan.fits:
             remedy = f"fewer than {use.batch} sequences at once, shorter ones, or a model loaded with more memory"
             raise DoesNotFit(describe_shortfall(plan, remedy))
@@ -266,8 +267,8 @@ class GriffinModel:
     def _activations(self, use: Usage, new_tokens: int) -> dict[str, int]:
         """Workspace and logits as the plan counts them, for the shapes that really passed."""
         request = as_loaded(self._prospect.request, self.plan)
-        workspace = workspace_bytes(self._prospect.shape, request, use, new_tokens, self.plan.kept)
-        return {"workspace": workspace, "logits": logits_bytes(self._prospect.shape, use)}
+        workspace = workspace_bytes(self._shape, request, use, new_tokens, self.plan.kept)
+        return {"workspace": workspace, "logits": logits_bytes(self._shape, use)}
 
     @property
     def _embedding_bytes(self) -> int:

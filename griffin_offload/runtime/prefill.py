@@ -68,7 +68,7 @@ class StreamedLayers:
     def install_compact(self) -> None:
         """Make every streamed layer's compact parameters its parameters."""
         for index, parameters in self.compact.items():
-            self.blocks[index].install(parameters)
+            self.blocks[index].install_compact(parameters)
 
 
 class StreamedPass:
@@ -159,7 +159,7 @@ class StreamedPass:
         assert self._stream is not None
         block = self._layers.blocks[index]
         full = self._stream.acquire(index)
-        block.install(full)
+        block.install_full(full)
         self._full = full
         self._squared = torch.zeros(self._halves.shape[0], 2, block.neurons, device=self._halves.device)
         self._position = 0
@@ -179,7 +179,7 @@ class StreamedPass:
         chosen = self._select(index)
         block.gather(self._full, chosen, compact)
         self._layers.selected[index] = chosen
-        block.install(compact)
+        block.install_compact(compact)
         self._full = []
         self._stream.release()
         self._select_s += time.perf_counter() - start

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from griffin_offload.config import CacheKind, KVBits, LoadConfig
-from griffin_offload.errors import UsageError
+from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.plan import make_plan
 from griffin_offload.pricing import Plan, PlanRequest
 from griffin_offload.runtime.cache import can_cache
@@ -15,6 +15,8 @@ from griffin_offload.runtime.cpu_linear import emulates_halves
 from griffin_offload.runtime.memory import choose_device, device_bytes, device_overhead_bytes
 from griffin_offload.units import parse_size
 from griffin_offload.weights.checkpoint import Checkpoint, open_checkpoint
+from griffin_offload.weights.int4_tiles import cpu_block
+from griffin_offload.weights.quantized_linear import PRECISIONS
 from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape
 
 
@@ -25,13 +27,20 @@ class Prospect:
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
-    shape: ModelShape
+    shapes: tuple[ModelShape, ...]
+    """The model in every precision its residents may have, best first."""
+    others: tuple[ModelShape, ...]
+    """In the precisions that `quantize` rules out."""
     request: PlanRequest
 
     @property
-    def precision(self) -> str:
-        """The precision of the computation, in words."""
-        return str(self.dtype).removeprefix("torch.")
+    def shape(self) -> ModelShape:
+        """What does not depend on the precision."""
+        return self.shapes[0]
+
+    def shape_of(self, plan: Plan) -> ModelShape:
+        """The sizes in the precision of `plan`."""
+        return next((shape for shape in self.shapes if shape.precision == plan.precision), self.shapes[0])
 
 
 def examine(model: str | Path, config: LoadConfig) -> Prospect:
@@ -39,7 +48,7 @@ def examine(model: str | Path, config: LoadConfig) -> Prospect:
     checkpoint = open_checkpoint(model, offline=config.offline)
     device = choose_device(config.device)
     dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    shape = model_shape(build_on_meta(checkpoint.config, dtype))
+    shapes, others = _shapes(checkpoint, dtype, device, config)
     request = PlanRequest(
         budget_bytes=budget_bytes(config, device),
         ctx_tokens=config.ctx_size,
@@ -59,7 +68,40 @@ def examine(model: str | Path, config: LoadConfig) -> Prospect:
         else 0.0,
         translated=emulates_halves(device, dtype),
     )
-    return Prospect(checkpoint, device, dtype, shape, request)
+    return Prospect(checkpoint, device, dtype, shapes, others, request)
+
+
+def _shapes(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, config: LoadConfig
+) -> tuple[tuple[ModelShape, ...], tuple[ModelShape, ...]]:
+    """The model in the precisions it may have on the device, and in those that it could have."""
+    stored = checkpoint.precision
+    if stored != "none" and config.quantize not in ("auto", stored):
+        raise UsageError(
+            f"the checkpoint was converted to {stored}, --quantize {config.quantize} needs the original: leave it out"
+        )
+    meta = build_on_meta(checkpoint.config, dtype)
+    allowed: list[ModelShape] = []
+    others: list[ModelShape] = []
+    for precision in PRECISIONS if stored == "none" else (stored,):
+        try:
+            if precision == "int4":
+                _check_int4(device)
+            shape = model_shape(meta, precision, stored)
+        except UnsupportedModel:
+            if precision in (config.quantize, stored):
+                raise
+            continue
+        (allowed if config.quantize in ("auto", precision) else others).append(shape)
+    return tuple(allowed), tuple(others)
+
+
+def _check_int4(device: torch.device) -> None:
+    """UnsupportedModel where torch has no kernel for our int4 tiles."""
+    if device.type == "cpu":
+        cpu_block()
+    elif device.type != "cuda":
+        raise UnsupportedModel(f"int4 is not supported on {device.type}: use int8")
 
 
 def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
@@ -86,7 +128,7 @@ def budget_bytes(config: LoadConfig, device: torch.device) -> int:
 
 def plan_for(prospect: Prospect) -> Plan:
     """The plan; DoesNotFit when there is none."""
-    return make_plan(prospect.shape, prospect.request, prospect.precision)
+    return make_plan(prospect.shapes, prospect.request, prospect.others)
 
 
 def evicts(prospect: Prospect) -> bool:

@@ -5,22 +5,43 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from griffin_offload.pricing import Plan
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.prospect import Prospect, evicts
 from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.gather import gather_outputs
 from griffin_offload.weights.pages import FilePages
+from griffin_offload.weights.quantized_linear import QuantizedLinear, specs
 
 _COPY_THREADS = 4
 
 
-def compact_parameters(block: FeedForward, kept: int, prospect: Prospect) -> list[nn.Parameter]:
-    return [
-        nn.Parameter(torch.empty(shape, dtype=prospect.dtype, device=prospect.device), requires_grad=False)
-        for shape in block.compact_shapes(kept)
-    ]
+def compact_blocks(
+    blocks: list[FeedForward], full: dict[int, list[Tensor]], prospect: Prospect, plan: Plan
+) -> dict[int, list[nn.Parameter]]:
+    """Compact tensors of every layer that has them, installed: streamed layers', to be filled by each prompt, and
+    those of quantised layers that stay whole, filled here. `full` are the streamed layers' full tensors."""
+    compact = {}
+    with contextlib.closing(FilePages([t for block in blocks for t in block.full()], evict=evicts(prospect))) as pages:
+        for index, block in enumerate(blocks):
+            if index not in full and block.precision == "none":
+                continue
+            compact[index] = block.allocate(plan.kept[index], prospect.dtype, prospect.device)
+            if index not in full:
+                _fill_whole(block, compact[index], prospect, pages)
+            block.install_compact(compact[index])
+    return compact
+
+
+def _fill_whole(block: FeedForward, target: list[nn.Parameter], prospect: Prospect, pages: FilePages) -> None:
+    source = block.full()
+    spans = pages.spans(source)
+    pages.read(spans)
+    everything = torch.arange(block.neurons, device=prospect.device)
+    block.gather([tensor.to(prospect.device) for tensor in source], everything, target)
+    pages.drop(spans)
 
 
 def place_residents(
@@ -34,6 +55,12 @@ def place_residents(
     stay = {id(embedding)} if plan.embeddings == "host" else set()
     copies = {id(parameter): parameter for parameters in compact.values() for parameter in parameters}
     with contextlib.closing(FilePages(list(model.parameters()), evict=evicts(prospect))) as pages:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear) and module.form != module.resident_form:
+                _quantize_resident(module, prospect, pages)
+                copies |= {
+                    id(parameter): parameter for parameter in module.parameters() if parameter is not module.bias
+                }
         _copy_residents(model, prospect, stay, copies, pages)
     return HostEmbedding(embedding, prospect.device, prospect.dtype) if stay else None
 
@@ -59,13 +86,31 @@ def _copy_residents(
 
 def _resident(parameter: nn.Parameter, prospect: Prospect, pages: FilePages) -> nn.Parameter:
     # Only the stored precision is translated: what transformers keeps in float32 stays so.
-    changed = parameter.dtype == prospect.checkpoint.dtype
+    changed = parameter.dtype == prospect.checkpoint.dtype and parameter.is_floating_point()
     target = torch.empty(parameter.shape, dtype=prospect.dtype if changed else parameter.dtype, device=prospect.device)
     spans = pages.spans([parameter])
     pages.read(spans)
     target.copy_(parameter.detach())
     pages.drop(spans)
     return nn.Parameter(target, requires_grad=False)
+
+
+def _quantize_resident(module: QuantizedLinear, prospect: Prospect, pages: FilePages) -> None:
+    """Give a matrix outside the FF (attention) its resident form."""
+    full = {name: p.detach() for name, p in module.named_parameters() if name != "bias"}
+    spans = pages.spans(list(full.values()))
+    pages.read(spans)
+    outputs, inputs = module.out_features, module.in_features
+    resident = {
+        name: torch.zeros(shape, dtype=own or prospect.dtype, device=prospect.device)
+        for name, (shape, own) in specs(module.resident_form, outputs, inputs, is_down=False).items()
+    }
+    everything = torch.arange(outputs, device=prospect.device)
+    gather_outputs({name: tensor.to(prospect.device) for name, tensor in full.items()}, everything, 1, resident)
+    pages.drop(spans)
+    for name, tensor in resident.items():
+        setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    module.form = module.resident_form
 
 
 def resident_bytes(model: Any) -> int:

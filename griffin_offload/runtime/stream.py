@@ -17,7 +17,7 @@ from torch import Tensor
 
 from griffin_offload.errors import GriffinError, one_line
 from griffin_offload.runtime.threads import Worker
-from griffin_offload.weights.source import FlatLayout, RamWeights, Source
+from griffin_offload.weights.source import FlatLayout, RamWeights, Source, stream_dtype
 
 _STAGING_BYTES = 32 * 2**20
 _STAGING_BUFFERS = 3
@@ -52,7 +52,7 @@ class _Slots:
         self._cuda = _CudaCopies(config) if config.device.type == "cuda" else None
 
     def _layout(self, layer: int) -> FlatLayout:
-        return FlatLayout([tensor.shape for tensor in self._source.tensors(layer)], self._config.dtype)
+        return FlatLayout(self._source.tensors(layer), self._config.dtype)
 
     def fill(self, position: int, layer: int) -> _Arrival:
         """Copy the layer into the next slot; the caller has made sure that it is free."""
@@ -84,7 +84,6 @@ class _CudaCopies:
     """Asynchronous copies to the device on a side stream, through pinned staging buffers where needed."""
 
     def __init__(self, config: StreamConfig) -> None:
-        self._dtype = config.dtype
         self._stream = torch.cuda.Stream(config.device)
         self._free: queue.SimpleQueue[torch.cuda.Event] = queue.SimpleQueue()
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
@@ -110,11 +109,11 @@ class _CudaCopies:
         """Host copy (and change of precision) into a staging buffer, then its copy to the device, in turn."""
         if not self._staging:
             for _ in range(_STAGING_BUFFERS):
-                buffer = torch.empty(_STAGING_BYTES // self._dtype.itemsize, dtype=self._dtype, pin_memory=True)
+                buffer = torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
                 self._staging.append((buffer, torch.cuda.Event()))
         with torch.cuda.stream(self._stream):
             for view, tensor in pairs:
-                step = _STAGING_BYTES // self._dtype.itemsize
+                step = _STAGING_BYTES // view.element_size()
                 for target, source in zip(
                     view.flatten().split(step), tensor.detach().flatten().split(step), strict=True
                 ):
@@ -125,8 +124,9 @@ class _CudaCopies:
         staging, copied = self._staging[self._turn % _STAGING_BUFFERS]
         self._turn += 1
         copied.synchronize()  # returns at once for an event that was never recorded
-        staging[: source.numel()].copy_(source)
-        target.copy_(staging[: source.numel()], non_blocking=True)
+        staged = staging[: target.nbytes].view(target.dtype)
+        staged.copy_(source)
+        target.copy_(staged, non_blocking=True)
         copied.record()
 
     def _recorded(self) -> torch.cuda.Event:
@@ -144,8 +144,8 @@ class LayerStream:
 
     def __init__(self, source: Source, layers: Sequence[int], config: StreamConfig) -> None:
         self._source, self._layers, self._config = source, list(layers), config
-        stored = source.tensors(self._layers[0])[0]
-        in_place = config.device.type == "cpu" and stored.dtype == config.dtype
+        first = source.tensors(self._layers[0])
+        in_place = config.device.type == "cpu" and all(t.dtype == stream_dtype(t, config.dtype) for t in first)
         self._slots = None if in_place else _Slots(source, self._layers, config)
         self._free = threading.Semaphore(config.slots)
         self._arrivals: queue.SimpleQueue[_Arrival | BaseException] = queue.SimpleQueue()
@@ -217,7 +217,7 @@ class LayerStream:
         stored = sum(tensor.nbytes for tensor in tensors)
         if self._slots is None:
             return stored
-        copied = sum(tensor.numel() for tensor in tensors) * self._config.dtype.itemsize
+        copied = sum(tensor.numel() * stream_dtype(tensor, self._config.dtype).itemsize for tensor in tensors)
         return copied + (stored if self._config.device.type == "cpu" else 0)
 
     def _fetch(self, position: int, layer: int) -> _Arrival:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_line
+from griffin_offload.weights.converted import check_shard, mark_of
+from griffin_offload.weights.quantized_linear import Precision
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -29,6 +31,8 @@ class Checkpoint:
     """The stored precision: the one most bytes have."""
     files: tuple[Path, ...]
     weight_bytes: int
+    precision: Precision = "none"
+    """What its matrices were converted to."""
 
 
 def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
@@ -36,6 +40,7 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     UnsupportedModel. No weight is read."""
     directory = _locate(str(model), offline)
     config = _read_config(directory)
+    mark = mark_of(config, directory)
     headers = {path: _read_header(path) for path in _weight_files(directory)}
     sizes: Counter[str] = Counter()
     for header in headers.values():
@@ -43,11 +48,19 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
             sizes[dtype] += size_bytes
     if not sizes:
         raise CheckpointError(f"{directory} holds no tensors")
-    stored = sizes.most_common(1)[0][0]
-    quantised = getattr(config, "quantization_config", None)
-    if stored not in _DTYPES or quantised is not None:
-        raise UnsupportedModel(f"{directory} is quantised ({stored}): only 16, 32 and 64 bit floats are loaded")
-    return Checkpoint(directory, config, _DTYPES[stored], tuple(headers), sum(sizes.values()))
+    weight_bytes = sum(sizes.values())
+    if mark is not None:
+        for path in headers:
+            check_shard(path, mark)
+        sizes = Counter({name: count for name, count in sizes.items() if name in _DTYPES})
+    stored = max(sizes, key=lambda name: sizes[name], default="no floats")
+    if stored not in _DTYPES or getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(
+            f"{directory} is quantised ({stored}): only 16, 32 and 64 bit floats are loaded, or what griffin-offload "
+            "convert made of them"
+        )
+    precision: Precision = "none" if mark is None else mark.precision
+    return Checkpoint(directory, config, _DTYPES[stored], tuple(headers), weight_bytes, precision)
 
 
 def _locate(model: str, offline: bool) -> Path:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.weights.feedforward import REGISTER_HINT, FeedForward
+from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.layouts import REGISTER_HINT
 
 # Differences are summation order alone; a wrong neuron shows as an error of order one.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -20,40 +21,35 @@ def self_check(block: FeedForward) -> None:
     The block is left as it was. Raises UnsupportedModel when the results differ or when the input of the down
     projection is never seen. A block that is written inline in its layer (OPT) is checked by its projections.
     """
-    full = block.current()
+    full = block.full()
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(block.neurons, generator=generator)[: block.neurons // 2].sort().values
-    weight = full[-1]
+    dtype = next(tensor.dtype for tensor in full if tensor.is_floating_point())
     # Unit rows, scaled so that activations neither vanish nor saturate.
-    x = torch.randn(1, 2, _hidden_size(block), generator=generator).to(weight.dtype)
+    x = torch.randn(1, 2, block.projections[0].hidden, generator=generator).to(dtype)
     forward = _forward(block)
     masked = _masked(block, forward, chosen, x)
-    compact = [torch.empty(shape, dtype=weight.dtype) for shape in block.compact_shapes(chosen.numel())]
+    compact = block.allocate(chosen.numel(), dtype, full[0].device)
     block.gather(full, chosen, compact)
     try:
-        block.install(compact)
+        block.install_compact(compact)
         gathered = forward(x)
     finally:
-        block.install(full)
+        block.install_full(full)
     scale = masked.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     error = ((gathered - masked).abs().max() / scale).item()
-    if not error <= _TOLERANCE[weight.dtype]:
+    if not error <= _TOLERANCE[dtype]:
         raise UnsupportedModel(
             f"self-check failed: the gathered FF of {type(block.module).__name__} differs from the masked one by "
             f"{error:.1e} of its output, so its neurons are not laid out as assumed; {REGISTER_HINT}"
         )
 
 
-def _hidden_size(block: FeedForward) -> int:
-    first = block.parameters[0]
-    return int(first.current.shape[1 - first.axis])
-
-
 def _forward(block: FeedForward) -> Callable[[Tensor], Tensor]:
     """The block as a function of hidden states: its module's forward, or its projections where it is inline."""
     module = block.module
     if block.inline:
-        first = block.parameters[0].owner
+        first = block.projections[0].owner
         return lambda x: block.down(torch.relu(first(x)))
     parameters = inspect.signature(module.forward).parameters.values()
     needed = sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)

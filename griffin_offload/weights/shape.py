@@ -1,5 +1,6 @@
 """The sizes of a model, read off its architecture on the meta device: what the planner calculates with."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,25 +11,36 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from griffin_offload.errors import CheckpointError, one_line
-from griffin_offload.weights.feedforward import find_feed_forwards
+from griffin_offload.weights.feedforward import FeedForward, features, padded_neurons
+from griffin_offload.weights.layouts import find_feed_forwards
+from griffin_offload.weights.quantized_linear import Precision, Spec, resident_form, specs
+from griffin_offload.weights.swap import check_layer, linear_names
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one decoder layer, bytes in the precision of the computation."""
+    """Sizes of one decoder layer: bytes of the precision that residents have, and of the one that is stored."""
 
     neurons: int
     neuron_bytes: int
-    """Bytes of all FF parameters that belong to one neuron."""
+    """Bytes of all resident FF tensors that belong to one neuron."""
+    ff_bytes: int
+    """Bytes of the full FF as it is stored and streamed."""
     attention_bytes: int
     norm_bytes: int
     """Norms, biases and whatever else has one axis."""
     window: int | None
     """Tokens the KV cache of this layer keeps; None keeps all."""
+    precision: Precision = "none"
+    ff_fixed_bytes: int = 0
+    """Resident FF bytes that belong to no neuron: one scale per output of the down projection."""
+    plain_neuron_bytes: int = 0
+    """The same neuron, and the attention, without quantisation."""
+    plain_attention_bytes: int = 0
 
-    @property
-    def ff_bytes(self) -> int:
-        return self.neurons * self.neuron_bytes
+    def resident_ff_bytes(self, kept: int) -> int:
+        """Bytes of the compact FF with room for `kept` neurons."""
+        return padded_neurons(kept, self.precision) * self.neuron_bytes + self.ff_fixed_bytes
 
 
 @dataclass(frozen=True)
@@ -56,14 +68,24 @@ class ModelShape:
     """The FF is written in the layer's own forward (OPT): it cannot be chunked."""
     materialises_scores: bool
     """Attention builds the full matrix of scores (eager, ALiBi, soft-capped)."""
+    dtype: str = "bfloat16"
+    """Precision of the computation, in words."""
+    precision: Precision = "none"
+    """Of the resident matrices inside the layers."""
+    stored: Precision = "none"
+    """Of the same matrices in the checkpoint."""
 
     @property
     def tied(self) -> bool:
         return self.head_bytes == 0
 
+    def _stored_attention(self, layer: LayerShape) -> int:
+        return layer.plain_attention_bytes if self.stored == "none" else layer.attention_bytes
+
     @property
     def weight_bytes(self) -> int:
-        layers = sum(layer.ff_bytes + layer.attention_bytes + layer.norm_bytes for layer in self.layers)
+        """Of the model as it is stored."""
+        layers = sum(layer.ff_bytes + self._stored_attention(layer) + layer.norm_bytes for layer in self.layers)
         return layers + self.embedding_bytes + self.head_bytes + self.other_bytes
 
 
@@ -79,24 +101,15 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def model_shape(model: Any) -> ModelShape:
-    """Measure `model`, a transformers causal LM, usually on the meta device. Raises UnsupportedModel."""
+def model_shape(model: Any, precision: Precision = "none", stored: Precision = "none") -> ModelShape:
+    """Measure `model`, a stock transformers causal LM, usually on the meta device, as if its layers were of
+    `precision` on the device and `stored` in the checkpoint. Raises UnsupportedModel."""
     config = model.config.get_text_config()
     decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
-    windows = windows_of(config)
-    layers = []
-    for layer, block, window in zip(decoder, blocks, windows, strict=True):
-        ff = {id(tensor): tensor for tensor in block.current()}
-        rest = [p for p in layer.parameters() if id(p) not in ff]
-        layers.append(
-            LayerShape(
-                neurons=block.neurons,
-                neuron_bytes=_nbytes(ff.values()) // block.neurons,
-                attention_bytes=_nbytes(p for p in rest if p.dim() > 1),
-                norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
-                window=window,
-            )
-        )
+    layers = [
+        _layer_shape(layer, block, window, precision, stored)
+        for layer, block, window in zip(decoder, blocks, windows_of(config), strict=True)
+    ]
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is None or head.weight is embedding
@@ -121,7 +134,54 @@ def model_shape(model: Any) -> ModelShape:
         gated=any(block.gated for block in blocks),
         inline_ff=blocks[0].inline,
         materialises_scores=_materialises_scores(config),
+        dtype=str(embedding.dtype).removeprefix("torch."),
+        precision=precision,
+        stored=stored,
     )
+
+
+def _layer_shape(
+    layer: nn.Module, block: FeedForward, window: int | None, precision: Precision, stored: Precision
+) -> LayerShape:
+    check_layer(layer, block, precision)
+    projections = {id(projection.owner) for projection in block.projections}
+    inside = [layer.get_submodule(name) for name in linear_names(layer)]
+    ff = {id(p) for module in inside if id(module) in projections for p in module.parameters(recurse=False)}
+    ff -= {id(block.down.bias)}
+    rest = [p for p in layer.parameters() if id(p) not in ff]
+    attention = _nbytes(p for p in rest if p.dim() > 1)
+    dtype = next(layer.parameters()).dtype
+    quantised = sum(
+        _linear_bytes(module, precision, dtype) - _nbytes([module.weight])
+        for module in inside
+        if id(module) not in projections
+    )
+    # Sizes are linear in whole blocks of neurons.
+    step = padded_neurons(1, precision)
+    one, two = (_specs_bytes(block.compact_specs(count, precision), dtype) for count in (step, 2 * step))
+    neuron_bytes = (two - one) // step
+    plain = [_specs_bytes(block.compact_specs(count, "none"), dtype) for count in (1, 2)]
+    return LayerShape(
+        neurons=block.neurons,
+        neuron_bytes=neuron_bytes,
+        ff_bytes=_specs_bytes(block.full_specs(stored), dtype),
+        attention_bytes=attention + quantised,
+        norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
+        window=window,
+        precision=precision,
+        ff_fixed_bytes=one - step * neuron_bytes,
+        plain_neuron_bytes=plain[1] - plain[0],
+        plain_attention_bytes=attention,
+    )
+
+
+def _linear_bytes(linear: Any, precision: Precision, dtype: torch.dtype) -> int:
+    form = resident_form(precision)
+    return _specs_bytes(list(specs(form, *features(linear), is_down=False).values()), dtype)
+
+
+def _specs_bytes(found: list[Spec], dtype: torch.dtype) -> int:
+    return sum(math.prod(shape) * (own or dtype).itemsize for shape, own in found)
 
 
 def _nbytes(tensors: Any) -> int:

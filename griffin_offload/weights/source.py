@@ -15,22 +15,28 @@ from griffin_offload.weights.pages import FilePages
 _ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
 
 
+def stream_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What `tensor` is streamed as: floats in the precision of the computation, quantised numbers as they are."""
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
 class FlatLayout:
     """Where the tensors of one layer lie in one flat buffer of bytes."""
 
-    def __init__(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
-        self._shapes, self._dtype = [torch.Size(shape) for shape in shapes], dtype
+    def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Places for `tensors`, whose floats will be of `dtype`."""
+        self._specs = [(tensor.shape, stream_dtype(tensor, dtype)) for tensor in tensors]
         self._offsets, end = [], 0
-        for shape in self._shapes:
+        for shape, own in self._specs:
             self._offsets.append(end)
-            end += -(-shape.numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+            end += -(-shape.numel() * own.itemsize // _ALIGNMENT) * _ALIGNMENT
         self.nbytes = end
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """Typed tensors inside `buffer`, a uint8 tensor of at least `nbytes`."""
         return [
-            buffer[offset : offset + shape.numel() * self._dtype.itemsize].view(self._dtype).view(shape)
-            for offset, shape in zip(self._offsets, self._shapes, strict=True)
+            buffer[offset : offset + shape.numel() * own.itemsize].view(own).view(shape)
+            for offset, (shape, own) in zip(self._offsets, self._specs, strict=True)
         ]
 
 
@@ -52,7 +58,7 @@ class RamWeights:
 
     def _copy_layer(self, origin: "MappedWeights", index: int, dtype: torch.dtype, pin: bool) -> None:
         tensors = origin.fetch(index)
-        layout = FlatLayout([tensor.shape for tensor in tensors], dtype)
+        layout = FlatLayout(tensors, dtype)
         buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
         if pin:
             self._pin(buffer)

@@ -6,8 +6,9 @@ from tiny_models import ARCHITECTURES, refused_models
 from torch import nn
 
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.weights import feedforward
-from griffin_offload.weights.feedforward import FeedForward, Layout, find_feed_forwards, register_layout
+from griffin_offload.weights import layouts
+from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.layouts import Layout, find_feed_forwards, register_layout
 from griffin_offload.weights.self_check import self_check
 
 LAYERS = 3
@@ -20,9 +21,9 @@ def test_the_table_finds_the_down_projection_and_the_width(name: str):
     for block, down in zip(blocks, ARCHITECTURES[name].down_names(), strict=True):
         assert block.down is model.get_submodule(down)
         assert block.neurons == ARCHITECTURES[name].neurons
-        before = [tensor.clone() for tensor in block.current()]
+        before = [tensor.clone() for tensor in block.full()]
         self_check(block)
-        assert all(torch.equal(a, b) for a, b in zip(before, block.current(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before, block.full(), strict=True))
 
 
 @pytest.mark.parametrize("name", list(refused_models()))
@@ -83,7 +84,7 @@ class _Renamed(nn.Module):
 
 
 def test_a_registered_layout_is_found(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(feedforward, "_LAYOUTS", list(feedforward._LAYOUTS))
+    monkeypatch.setattr(layouts, "_LAYOUTS", list(layouts._LAYOUTS))
     model = _Model(_Renamed())
     with pytest.raises(UnsupportedModel, match=r"ff\.expand, ff\.shrink; register"):
         find_feed_forwards(model, 1)
@@ -95,10 +96,10 @@ def test_a_registered_layout_is_found(monkeypatch: pytest.MonkeyPatch):
 
 def test_gathering_takes_the_rows_and_columns():
     ff = _Interleaved()
-    block = FeedForward(ff, Layout(("gate_up_proj",), "down_proj"), inline=False)
+    block = FeedForward(ff, ("gate_up_proj",), "down_proj", inline=False)
     chosen = torch.tensor([0, 3, 11])
-    compact = [torch.empty(shape) for shape in block.compact_shapes(3)]
-    block.gather(block.current(), chosen, compact)
+    compact = block.allocate(3, torch.float32, torch.device("cpu"))
+    block.gather(block.full(), chosen, compact)
     both = torch.tensor([0, 3, 11, 12, 15, 23])
     assert torch.equal(compact[0], ff.gate_up_proj.weight[both])
     assert torch.equal(compact[1], ff.gate_up_proj.bias[both])

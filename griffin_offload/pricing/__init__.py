@@ -1,0 +1,22 @@
+"""Floor 3: what things cost in bytes. Pure arithmetic."""
+
+from griffin_offload.pricing.kv_cache import KV_PIECE_TOKENS, KV_SLACK_TOKENS, kv_bytes, kv_tokens_kept
+from griffin_offload.pricing.price import Placement, Plan, price
+from griffin_offload.pricing.request import PlanRequest, Usage
+from griffin_offload.pricing.workspace import CHUNK_MULTIPLE, logits_bytes, scratch_bytes, workspace_bytes
+
+__all__ = [
+    "CHUNK_MULTIPLE",
+    "KV_PIECE_TOKENS",
+    "KV_SLACK_TOKENS",
+    "Placement",
+    "Plan",
+    "PlanRequest",
+    "Usage",
+    "kv_bytes",
+    "kv_tokens_kept",
+    "logits_bytes",
+    "price",
+    "scratch_bytes",
+    "workspace_bytes",
+]

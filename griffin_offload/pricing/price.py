@@ -1,0 +1,168 @@
+"""The bytes of one combination: how many neurons, slots, where the embeddings are.
+
+Two moments bind. At the end of prefill the residents, every layer's compact FF, the stream's slots, the KV cache
+and the workspace of its last chunk are on the device at once; in decode the slots are gone. The KV cache is ours,
+and allocated for the whole context; a caller may bring transformers' growing one, which is full in decode alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from griffin_offload.config import KVBits
+from griffin_offload.pricing.kv_cache import cache_parts
+from griffin_offload.pricing.request import PlanRequest, Usage
+from griffin_offload.pricing.workspace import chunk_tokens, logits_bytes, workspace_bytes
+from griffin_offload.weights.shape import ModelShape
+
+Placement = Literal["device", "host"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A promise in bytes: what is resident, and the two peaks."""
+
+    density: float
+    """Kept neurons over all neurons."""
+    kept: tuple[int, ...]
+    """Kept neurons per layer."""
+    streamed: tuple[int, ...]
+    """Layers whose full FF passes through the slots for every prompt."""
+    slots: int
+    ff_chunk_tokens: int
+    """Tokens of a sequence that pass a full FF at once."""
+    embeddings: Placement
+    precision: str
+    context_tokens: int
+    prompt_tokens: int
+    batch: int
+    kv_bits: KVBits
+    budget_bytes: int
+    prefill_parts: dict[str, int]
+    decode_parts: dict[str, int]
+    plain_parts: dict[str, int]
+    """The residents without quantisation, for comparison."""
+    full_bytes: int
+    """All weights of the model, for comparison."""
+    streamed_bytes: int
+    """Weight bytes streamed per prompt."""
+
+    @property
+    def peak_prefill_bytes(self) -> int:
+        return sum(self.prefill_parts.values())
+
+    @property
+    def peak_decode_bytes(self) -> int:
+        return sum(self.decode_parts.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.peak_prefill_bytes, self.peak_decode_bytes)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts of whichever phase needs more: their sum is the peak."""
+        binding = self.peak_prefill_bytes >= self.peak_decode_bytes
+        return self.prefill_parts if binding else self.decode_parts
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(self.decode_parts[name] for name in RESIDENT_PARTS)
+
+    def to_json(self, remedy: str | None = None) -> dict[str, Any]:
+        """The object that `griffin-offload plan --json` prints."""
+        return {
+            "fits": self.fits,
+            "density": self.density,
+            "precision": self.precision,
+            "context_tokens": self.context_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "batch": self.batch,
+            "kv_bits": self.kv_bits,
+            "budget_bytes": self.budget_bytes,
+            "peak_prefill_bytes": self.peak_prefill_bytes,
+            "peak_decode_bytes": self.peak_decode_bytes,
+            "resident_bytes": self.resident_bytes,
+            "full_bytes": self.full_bytes,
+            "streamed_bytes": self.streamed_bytes,
+            "slots": self.slots,
+            "ff_chunk_tokens": self.ff_chunk_tokens,
+            "embeddings": self.embeddings,
+            "parts": self.parts,
+            "parts_prefill": self.prefill_parts,
+            "parts_decode": self.decode_parts,
+            "remedy": remedy,
+        }
+
+
+RESIDENT_PARTS = ("attention", "norms", "embeddings", "head", "feed_forward")
+
+
+def _slot_bytes(shape: ModelShape, request: PlanRequest, streamed: Sequence[int], slots: int) -> int:
+    """The largest layers that can be on their way at once, and the pages one of them is copied from."""
+    if request.offloaded_in_budget:
+        return 0  # used where they rest
+    largest = sorted((shape.layers[i].ff_bytes for i in streamed), reverse=True)[:slots]
+    return sum(largest) + int(max(largest, default=0) * request.stored_share)
+
+
+def price(
+    shape: ModelShape,
+    request: PlanRequest,
+    use: Usage,
+    kept: tuple[int, ...],
+    slots: int,
+    embeddings: Placement,
+) -> Plan:
+    """The bytes of one combination, whether it fits or not."""
+    streamed = tuple(i for i, layer in enumerate(shape.layers) if request.always_stream or kept[i] < layer.neurons)
+    slots = min(slots, len(streamed))
+    resident = {
+        "attention": sum(layer.attention_bytes for layer in shape.layers),
+        "norms": sum(layer.norm_bytes for layer in shape.layers) + shape.other_bytes,
+        "embeddings": shape.embedding_bytes if embeddings == "device" else 0,
+        "head": shape.head_bytes,
+        "feed_forward": sum(layer.resident_ff_bytes(k) for k, layer in zip(kept, shape.layers, strict=True)),
+    }
+    plain = resident | {
+        "attention": sum(layer.plain_attention_bytes for layer in shape.layers),
+        "feed_forward": sum(k * layer.plain_neuron_bytes for k, layer in zip(kept, shape.layers, strict=True)),
+    }
+    if request.offloaded_in_budget:
+        resident["offloaded"] = sum(shape.layers[i].ff_bytes for i in streamed)
+    common = {"logits": logits_bytes(shape, use), "overhead": request.overhead_bytes}
+    kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)
+    prefill = {
+        "kv_cache": kv_cache,
+        "slots": _slot_bytes(shape, request, streamed, slots),
+        "workspace": workspace_bytes(shape, request, use, use.prompt_tokens, kept) + beside,
+    }
+    kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
+    decode = {
+        "kv_cache": kv_cache,
+        "slots": 0,
+        "workspace": workspace_bytes(shape, request, use, 1, kept) + beside,
+    }
+    return Plan(
+        density=sum(kept) / sum(layer.neurons for layer in shape.layers),
+        kept=kept,
+        streamed=streamed,
+        slots=slots,
+        ff_chunk_tokens=chunk_tokens(shape, request, use.batch),
+        embeddings=embeddings,
+        precision=shape.dtype if shape.precision == "none" else shape.precision,
+        context_tokens=use.ctx_tokens,
+        prompt_tokens=use.prompt_tokens,
+        batch=use.batch,
+        kv_bits=request.kv_bits,
+        budget_bytes=request.budget_bytes,
+        prefill_parts={**resident, **prefill, **common},
+        decode_parts={**resident, **decode, **common},
+        plain_parts=plain,
+        full_bytes=shape.weight_bytes,
+        streamed_bytes=sum(shape.layers[i].ff_bytes for i in streamed),
+    )

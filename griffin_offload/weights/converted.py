@@ -1,0 +1,128 @@
+"""A converted checkpoint: int8 or int4 matrices in Hugging Face layout, under the names of `named_parameters()`.
+
+config.json says so under `quantization_config`, which makes other software refuse it instead of misreading it, and
+every shard carries the same mark, so that shards of two conversions are not mixed.
+"""
+
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+
+from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
+from griffin_offload.weights.layouts import find_feed_forwards
+from griffin_offload.weights.matmul import Scratch
+from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
+from griffin_offload.weights.swap import swap_linears
+
+METHOD = "griffin-offload"
+VERSION = 1
+# One key: safetensors writes several in no fixed order, and equal conversions are equal byte for byte.
+METADATA_KEY = "griffin_offload"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a conversion writes into every file."""
+
+    precision: Precision
+    source: str
+    """Fingerprint of the checkpoint it was made from."""
+    version: int = VERSION
+
+    def metadata(self) -> dict[str, str]:
+        """Of a shard."""
+        return {METADATA_KEY: json.dumps(asdict(self), sort_keys=True)}
+
+    def config(self) -> dict[str, Any]:
+        """`quantization_config` of config.json."""
+        return {"quant_method": METHOD, **asdict(self)}
+
+
+def mark_of(config: PretrainedConfig, directory: Path) -> Mark | None:
+    """The mark in `config`, which is taken out of it; None where there is none or another method's."""
+    found = getattr(config, "quantization_config", None)
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
+        return None
+    version, precision, source = (found.get(key) for key in ("version", "precision", "source"))
+    if version != VERSION:
+        raise UnsupportedModel(f"{directory} was converted in format {version}, this version reads {VERSION}")
+    if precision not in PRECISIONS[1:] or not isinstance(source, str):
+        raise CheckpointError(f"{directory / 'config.json'} has a damaged quantization_config: convert again")
+    del config.quantization_config
+    return Mark(precision, source)
+
+
+def check_shard(path: Path, mark: Mark) -> None:
+    """CheckpointError unless the shard belongs to the conversion."""
+    with safe_open(path, framework="pt") as file:
+        found = (file.metadata() or {}).get(METADATA_KEY)
+    if found != mark.metadata()[METADATA_KEY]:
+        raise CheckpointError(f"{path} belongs to another conversion than config.json: shards are mixed, convert again")
+
+
+def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """The stock model with its buffers, and every parameter on the meta device."""
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about initialisation, which never happens here
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+
+
+def map_converted(
+    directory: Path,
+    files: tuple[Path, ...],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    precision: Precision,
+    scratch: Scratch,
+) -> Any:
+    """The model with quantised layers, its parameters views of the mapped files; every one has to be there."""
+    model = build_unfilled(config, dtype)
+    decoder, blocks = find_feed_forwards(model, config.get_text_config().num_hidden_layers)
+    swap_linears(decoder, blocks, precision, precision, scratch)
+    expected: dict[str, Tensor] = dict(model.named_parameters())
+    buffers = {name for name in model.state_dict() if name not in expected}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name in expected:
+                    _assign(model, name, file.get_tensor(name), expected.pop(name), path)
+                elif name in buffers:
+                    model.get_buffer(name).copy_(file.get_tensor(name))
+    model.tie_weights()
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:
+        raise CheckpointError(f"{directory} lacks {len(absent)} tensors, first {absent[0]}: convert again")
+    _read_generation_config(model, directory)
+    return model
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor, expected: Tensor, path: Path) -> None:
+    kind = tensor.is_floating_point(), expected.is_floating_point()
+    if tensor.shape != expected.shape or kind[0] != kind[1] or (not kind[0] and tensor.dtype != expected.dtype):
+        raise CheckpointError(
+            f"{path}: {name} is {_describe(tensor)}, the model needs {_describe(expected)}: convert again"
+        )
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _read_generation_config(model: Any, directory: Path) -> None:
+    if not (directory / "generation_config.json").is_file():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # a file of the checkpoint's author
+        path = directory / "generation_config.json"
+        raise CheckpointError(f"{path} cannot be used: {one_line(error)}") from error

@@ -1,0 +1,123 @@
+"""Neurons gathered into the resident form of a quantised matrix: taken where they are quantised already, else
+quantised on the way, with the scales of the full matrix.
+
+A projection's tensors are given by name: weight, bias, scale, input_scale. The resident ones are allocated with
+zeros and hold at least as many neurons as are chosen; what fills them up to whole blocks stays zero.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from griffin_offload.weights.int4_tiles import write_neurons, write_neurons_cuda, write_rows
+from griffin_offload.weights.quantize import (
+    int4_scale,
+    int8_scale,
+    neuron_scale,
+    quantize_int4_neurons,
+    quantize_int4_rows,
+    quantize_int8,
+)
+
+Tensors = dict[str, Tensor]
+# Neurons that are on their way at once: a multiple of every block, and small enough for a cache.
+CHUNK = 1024
+
+
+def take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
+    """`source.index_select(axis, index)` of a matrix or a vector into `out`."""
+    if axis == 0 or source.device.type != "cpu":
+        torch.index_select(source, axis, index, out=out)
+        return
+    # Columns on the CPU: numpy's take is 4x torch's index_select (benchmarks/NOTES.md). It knows no bfloat16,
+    # so bits are moved as integers; mode "wrap" because "raise" would buffer the whole output.
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
+    columns, target = source.view(bits).numpy(), out.view(bits).numpy()
+    np.take(columns, index.numpy(), axis=1, out=target, mode="wrap")
+
+
+def gather_outputs(full: Tensors, chosen: Tensor, parts: int, out: Tensors) -> None:
+    """Rows `chosen` (sorted indices [K]) of each of the `parts` stacked matrices (gate and up) of `full`."""
+    neurons, padded = full["weight"].shape[0] // parts, _outputs(out) // parts
+    for part in range(parts):
+        index, base = chosen + part * neurons, part * padded
+        if "bias" in out:
+            out["bias"][base : base + index.numel()] = full["bias"][index]
+        for start in range(0, index.numel(), CHUNK):
+            _gather_rows(full, index[start : start + CHUNK], base + start, out)
+
+
+def _outputs(out: Tensors) -> int:
+    return out["weight"].shape[0]
+
+
+def _gather_rows(full: Tensors, index: Tensor, start: int, out: Tensors) -> None:
+    rows = full["weight"].index_select(0, index)
+    target = slice(start, start + index.numel())
+    if out["weight"].dtype == torch.int8:
+        if rows.is_floating_point():
+            out["scale"][target] = scale = int8_scale(rows, out["scale"].dtype)
+            quantize_int8(rows, scale, out["weight"][target])
+        else:
+            out["weight"][target] = rows
+            out["scale"][target] = full["scale"][index]
+    elif rows.is_floating_point():
+        packed, scales = quantize_int4_rows(rows, out["scale"].dtype)
+        write_rows(packed, scales, out["weight"], out["scale"], start)
+    else:
+        scales = full["scale"].index_select(0, index).to(out["scale"].dtype)
+        write_rows(rows, scales, out["weight"], out["scale"], start)
+
+
+def gather_inputs(full: Tensors, chosen: Tensor, out: Tensors) -> None:
+    """Columns `chosen` of a down projection."""
+    weight, dtype = full["weight"], out["scale"].dtype
+    int8 = out["weight"].dtype == torch.int8
+    if weight.is_floating_point():
+        input_scale = neuron_scale(weight, dtype)
+        scale = int8_scale(weight, dtype, input_scale) if int8 else int4_scale(weight, dtype, input_scale)
+    else:
+        input_scale, scale = full["input_scale"].to(dtype), full["scale"].to(dtype)
+    kept = input_scale[chosen]
+    out["input_scale"][: chosen.numel()] = kept
+    if int8:
+        out["scale"].copy_(scale)
+        _gather_int8_columns(weight, chosen, kept, scale, out["weight"])
+    else:
+        steps = out["scale"][:, : scale.numel()]
+        steps[..., 0], steps[..., 1] = scale, scale / 2  # level q is (q - 8) * scale + scale / 2
+        _gather_int4_columns(weight, chosen, kept, scale, out["weight"])
+
+
+def _gather_int8_columns(weight: Tensor, chosen: Tensor, kept: Tensor, scale: Tensor, out: Tensor) -> None:
+    target = out[:, : chosen.numel()]
+    if not weight.is_floating_point() and target.is_contiguous():
+        take(weight, 1, chosen, target)
+        return
+    for start in range(0, weight.shape[0], CHUNK):
+        rows = weight[start : start + CHUNK]
+        columns = rows.new_empty(rows.shape[0], chosen.numel())
+        take(rows, 1, chosen, columns)
+        if weight.is_floating_point():
+            quantize_int8(columns, scale[start : start + CHUNK], target[start : start + CHUNK], kept)
+        else:
+            target[start : start + CHUNK] = columns
+
+
+def _gather_int4_columns(weight: Tensor, chosen: Tensor, kept: Tensor, scale: Tensor, out: Tensor) -> None:
+    chunks = []
+    for start in range(0, chosen.numel(), CHUNK):
+        index = chosen[start : start + CHUNK]
+        if weight.is_floating_point():
+            columns = weight.new_empty(weight.shape[0], index.numel())
+            take(weight, 1, index, columns)
+            packed = quantize_int4_neurons(columns, kept[start : start + CHUNK], scale)
+        else:
+            packed = weight.index_select(0, index)
+        if out.device.type == "cpu":
+            write_neurons(packed, out, start)
+        else:
+            chunks.append(packed)
+    if chunks:  # CUDA's tiles are written as one
+        packed = torch.cat(chunks)
+        write_neurons_cuda(torch.nn.functional.pad(packed, (0, 0, 0, 2 * out.shape[1] - packed.shape[0])), out)

@@ -1,0 +1,161 @@
+"""`QuantizedLinear`: the one module that replaces stock ones, swapped in once at load, for every linear in a layer.
+
+Its tensors come in forms. The full one is what is stored: 16-bit floats where a checkpoint is quantised while it
+runs, int8 or int4 rows and neurons where it was converted. The resident one is what decoding multiplies: int8, or
+int4 tiles. A few rows go through torch's kernel, which reads each weight once; many rows (prefill) are multiplied
+in 16 bit or more, block by block.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from griffin_offload.errors import UnsupportedModel
+from griffin_offload.weights.int4_tiles import DOWN_GROUP, OUTPUT_MULTIPLE, multiply_tiles
+from griffin_offload.weights.matmul import (
+    Scratch,
+    multiply,
+    multiply_int4_neurons,
+    multiply_int4_rows,
+    multiply_tiles_by_blocks,
+)
+from griffin_offload.weights.quantize import GROUP, unpack_int4
+
+Precision = Literal["none", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = ("none", "int8", "int4")
+"""From the most to the fewest bits."""
+Form = Literal["float", "int8", "int4_rows", "int4_neurons", "int4_tiles"]
+
+# Up to so many rows the kernels are faster than translating the matrix (benchmarks/NOTES.md).
+_KERNEL_ROWS = 4
+# With other widths torch's int8 kernel reads past the end of a bfloat16 row and returns garbage (torch 2.13).
+_INT8_KERNEL_MULTIPLE = 32
+
+Spec = tuple[tuple[int, ...], torch.dtype | None]
+"""Shape and type of a tensor; None is the precision of the computation."""
+
+
+def stored_form(precision: Precision, *, is_down: bool) -> Form:
+    """The form of a full matrix in a checkpoint of `precision`."""
+    if precision == "int4":
+        return "int4_neurons" if is_down else "int4_rows"
+    return "int8" if precision == "int8" else "float"
+
+
+def resident_form(precision: Precision) -> Form:
+    """The form that decoding multiplies."""
+    forms: dict[Precision, Form] = {"none": "float", "int8": "int8", "int4": "int4_tiles"}
+    return forms[precision]
+
+
+def specs(form: Form, outputs: int, inputs: int, *, is_down: bool) -> dict[str, Spec]:
+    """Tensors of a matrix [outputs, inputs] in `form`, without its bias."""
+    if form == "float":
+        return {"weight": ((outputs, inputs), None)}
+    found: dict[str, Spec]
+    if form == "int8":
+        found = {"weight": ((outputs, inputs), torch.int8), "scale": ((outputs,), None)}
+    elif form == "int4_rows":
+        found = {"weight": ((outputs, inputs // 2), torch.uint8), "scale": ((outputs, inputs // GROUP, 2), None)}
+    elif form == "int4_neurons":
+        found = {"weight": ((inputs, outputs // 2), torch.uint8), "scale": ((outputs,), None)}
+    else:
+        padded, group = -(-outputs // OUTPUT_MULTIPLE) * OUTPUT_MULTIPLE, DOWN_GROUP if is_down else GROUP
+        found = {"weight": ((padded, inputs // 2), torch.uint8), "scale": ((inputs // group, padded, 2), None)}
+    if is_down:
+        found["input_scale"] = ((inputs,), None)
+    return found
+
+
+def check_sizes(precision: Precision, outputs: int, inputs: int, where: str, *, is_down: bool) -> None:
+    """UnsupportedModel when a matrix of these sizes has no such form."""
+    size = outputs if is_down else inputs  # what groups run along
+    if precision == "int4" and size % GROUP:
+        raise UnsupportedModel(f"{where}: int4 needs rows in groups of {GROUP}, this one has {size} numbers: use int8")
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer [outputs, inputs] whose tensors (weight, bias, scale, input_scale) come in one of the forms."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    scale: nn.Parameter
+    input_scale: nn.Parameter | None
+
+    def __init__(
+        self, outputs: int, inputs: int, *, is_down: bool, precision: Precision, stored: Precision, scratch: Scratch
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features, self.is_down = outputs, inputs, is_down
+        self.full_form = stored_form(stored, is_down=is_down)
+        self.resident_form = resident_form(precision)
+        self.form = self.full_form
+        self.scratch = scratch
+        for name in ("weight", "bias", "scale", "input_scale"):
+            self.register_parameter(name, None)
+
+    def declare_features(self) -> None:
+        """Take the sizes from the tensors that were installed; rows that fill up int4 tiles are no features."""
+        if self.is_down:
+            neurons_first = self.form == "int4_neurons"
+            self.in_features = self.weight.shape[0] if neurons_first else self.weight.shape[1]
+            self.in_features *= 2 if self.form == "int4_tiles" else 1
+        else:
+            self.out_features = self.weight.shape[0]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, form={self.form}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs], in the type of x."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self.input_scale is not None and self.form != "float":
+            flat = flat * self.input_scale
+        outputs = self._few(flat) if flat.shape[0] <= _KERNEL_ROWS and self._has_kernel(flat) else self._many(flat)
+        return outputs.view(*x.shape[:-1], -1)
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        if self.form == "int8":
+            known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+            return known and x.shape[1] % _INT8_KERNEL_MULTIPLE == 0
+        return self.form == "int4_tiles" and x.dtype != torch.float64
+
+    def _few(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        product: Tensor
+        if self.form == "int8":
+            product = torch._weight_int8pack_mm(x, self.weight, self.scale)
+        else:
+            product = multiply_tiles(x, self.weight, self.scale)[:, : self.out_features]
+        return product if self.bias is None else product + self.bias
+
+    def _many(self, x: Tensor) -> Tensor:
+        if self.form == "int4_rows":
+            return multiply_int4_rows(x, self.weight, self.scale, self.scratch, self.bias)
+        if self.form == "int4_neurons":
+            return multiply_int4_neurons(x, self.weight, self.scale, self.scratch, self.bias)
+        if self.form == "int4_tiles":
+            if x.device.type != "cpu":
+                return self._few(x)
+            return multiply_tiles_by_blocks(x, self.weight, self.scale, self.scratch, self.out_features, self.bias)
+        if self.form == "float" and self.scratch.dtype == self.weight.dtype:
+            return nn.functional.linear(x, self.weight, self.bias)
+        scale = self.scale if self.form == "int8" else None
+        return multiply(x, self.weight, self.scratch, scale, self.bias)
+
+
+def row_norms(full: dict[str, Tensor], *, swapped: bool) -> Tensor:
+    """Norms float32 [O] of the rows of a full matrix in any stored form but that of a down projection."""
+    weight = full["weight"]
+    if weight.is_floating_point():
+        norms: Tensor = torch.linalg.vector_norm(weight, dim=0 if swapped else 1, dtype=torch.float32)
+        return norms
+    if weight.dtype == torch.int8:
+        return torch.cat([part.float().norm(dim=1) for part in weight.split(256)]) * full["scale"].float()
+    scale, offset = full["scale"].float().unbind(-1)
+    rows = []
+    for packed, steps, offsets in zip(weight, scale, offset, strict=True):
+        row = unpack_int4(packed[None], torch.empty(1, 2 * packed.numel(), device=packed.device)).view(-1, GROUP)
+        rows.append(((row - 8) * steps[:, None] + offsets[:, None]).norm())
+    return torch.stack(rows)
