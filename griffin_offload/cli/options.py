@@ -12,14 +12,21 @@ MODEL_VARIABLE = "GRIFFIN_OFFLOAD_MODEL"
 _DEFAULTS = LoadConfig()
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What a plan depends on: the model, the budget, the density, under the names of `LoadConfig`."""
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """The model, and what every command has."""
     parser.add_argument(
         "-m",
         "--model",
         default=os.environ.get(MODEL_VARIABLE) or None,
         help=f"checkpoint directory or hub id (default: ${MODEL_VARIABLE}, else the embedded demo)",
     )
+    parser.add_argument("--offline", action="store_true", help="never ask the hub")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What a plan depends on: the model, the budget, the density, under the names of `LoadConfig`."""
+    add_model_option(parser)
     add = parser.add_argument_group("memory").add_argument
     add("--max-gpu-mem", "--max-mem", default=_DEFAULTS.max_gpu_mem, metavar="SIZE", help=_SIZES)
     add(
@@ -43,8 +50,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="precision of what stays on the device (default: the first that fits)",
     )
     add("--dtype", choices=get_args(DType), default=_DEFAULTS.dtype, help="precision of the computation")
-    parser.add_argument("--offline", action="store_true", help="never ask the hub")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

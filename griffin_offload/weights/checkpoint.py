@@ -15,7 +15,9 @@ from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedMo
 from griffin_offload.weights.converted import check_shard, mark_of
 from griffin_offload.weights.quantized_linear import Precision
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+# Lies in a directory that convert has not finished.
+UNFINISHED = ".converting.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -87,6 +89,8 @@ def _hub_snapshot(model: str, offline: bool) -> Path:
 
 
 def _read_config(directory: Path) -> PretrainedConfig:
+    if (directory / UNFINISHED).is_file():
+        raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
     try:
@@ -100,25 +104,25 @@ def _weight_files(directory: Path) -> list[Path]:
     """The files that transformers will load: the single one, else those of the index, which has to be complete."""
     if (directory / _SINGLE).is_file():
         return [directory / _SINGLE]
-    if (directory / _INDEX).is_file():
+    if (directory / INDEX).is_file():
         return _indexed_files(directory)
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
             f"{directory} has only pickled weights ({pickles[0]}): they can run code, convert them to safetensors"
         )
-    raise CheckpointError(f"{directory} has no {_SINGLE} and no {_INDEX}")
+    raise CheckpointError(f"{directory} has no {_SINGLE} and no {INDEX}")
 
 
 def _indexed_files(directory: Path) -> list[Path]:
     try:
-        weight_map: dict[str, str] = json.loads((directory / _INDEX).read_text())["weight_map"]
+        weight_map: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
         files = [directory / name for name in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{directory / _INDEX} cannot be read: {one_line(error)}") from error
+        raise CheckpointError(f"{directory / INDEX} cannot be read: {one_line(error)}") from error
     for path in files:
         if path.parent != directory:
-            raise CheckpointError(f"{directory / _INDEX} names {path}, outside of the checkpoint")
+            raise CheckpointError(f"{directory / INDEX} names {path}, outside of the checkpoint")
         if not path.is_file():
             raise CheckpointError(f"{path} is named by the index but absent: download it again")
     present = {name for path in files for name in _read_header(path)}

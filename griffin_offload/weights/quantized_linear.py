@@ -20,7 +20,16 @@ from griffin_offload.weights.matmul import (
     multiply_int4_rows,
     multiply_tiles_by_blocks,
 )
-from griffin_offload.weights.quantize import GROUP, unpack_int4
+from griffin_offload.weights.quantize import (
+    GROUP,
+    int4_scale,
+    int8_scale,
+    neuron_scale,
+    quantize_int4_neurons,
+    quantize_int4_rows,
+    quantize_int8,
+    unpack_int4,
+)
 
 Precision = Literal["none", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("none", "int8", "int4")
@@ -159,3 +168,20 @@ def row_norms(full: dict[str, Tensor], *, swapped: bool) -> Tensor:
         row = unpack_int4(packed[None], torch.empty(1, 2 * packed.numel(), device=packed.device)).view(-1, GROUP)
         rows.append(((row - 8) * steps[:, None] + offsets[:, None]).norm())
     return torch.stack(rows)
+
+
+def quantized(weight: Tensor, precision: Precision, dtype: torch.dtype, *, is_down: bool) -> dict[str, Tensor]:
+    """The stored tensors of a whole matrix [O, I] of floats; scales are of `dtype`."""
+    if precision == "int4" and not is_down:
+        packed, scales = quantize_int4_rows(weight, dtype)
+        return {"weight": packed, "scale": scales}
+    beside = {"input_scale": neuron_scale(weight, dtype)} if is_down else {}
+    input_scale = beside.get("input_scale")
+    if precision == "int4":
+        assert input_scale is not None
+        scale = int4_scale(weight, dtype, input_scale)
+        return {"weight": quantize_int4_neurons(weight, input_scale, scale), "scale": scale, **beside}
+    scale = int8_scale(weight, dtype, input_scale)
+    numbers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    quantize_int8(weight, scale, numbers, input_scale)
+    return {"weight": numbers, "scale": scale, **beside}

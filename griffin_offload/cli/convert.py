@@ -1,0 +1,50 @@
+"""`griffin-offload convert`: quantise a checkpoint once, so that no prompt has to."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from griffin_offload.cli.options import add_model_option, model_of, quiet_libraries
+from griffin_offload.units import format_bytes
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the main parser."""
+    parser = commands.add_parser("convert", help="write a quantised copy of a checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; an unfinished conversion continues")
+    parser.add_argument("--quantize", choices=("int8", "int4"), required=True, help="precision of the matrices")
+    add_model_option(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.set_defaults(command=convert)
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Convert and say what was written."""
+    from tqdm import tqdm
+
+    from griffin_offload.runtime import convert as runtime
+
+    quiet_libraries()
+    quiet = arguments.quiet or arguments.json
+    with tqdm(desc="convert", unit="B", unit_scale=True, leave=False, disable=quiet or None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        done = runtime.convert(
+            model_of(arguments), arguments.out, arguments.quantize, offline=arguments.offline, progress=progress
+        )
+    if arguments.json:
+        print(json.dumps(asdict(done) | {"directory": str(done.directory)}))
+    elif not arguments.quiet:
+        resumed = f", {done.resumed_shards} of them from before" if done.resumed_shards else ""
+        print(
+            f"{done.directory}: {done.precision}, {format_bytes(done.read_bytes)} became "
+            f"{format_bytes(done.written_bytes)} in {done.shards} shards{resumed}",
+            file=sys.stderr,
+        )
+    return 0

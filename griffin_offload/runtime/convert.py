@@ -1,0 +1,268 @@
+"""Converting a checkpoint: every matrix of the decoder layers quantised once, one shard per layer.
+
+A shard gets its name when it is whole, and the index is written last: until then a note lies in the directory that
+makes every command refuse it, and the same conversion continue it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from griffin_offload.errors import DoesNotFit, GriffinError, UsageError, one_line
+from griffin_offload.runtime.load import map_model
+from griffin_offload.units import format_bytes
+from griffin_offload.weights.checkpoint import INDEX, UNFINISHED, Checkpoint, open_checkpoint
+from griffin_offload.weights.converted import Mark
+from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.layouts import find_feed_forwards
+from griffin_offload.weights.pages import FilePages
+from griffin_offload.weights.quantized_linear import Precision, quantized
+from griffin_offload.weights.shape import build_on_meta, model_shape
+from griffin_offload.weights.swap import linear_names
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read, bytes in all) after each tensor."""
+# What a checkpoint holds beside weights: tokenizer, templates, generation settings.
+_COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+# Beside the tensors: headers, index, tokenizer.
+_MARGIN_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written."""
+
+    directory: Path
+    precision: Precision
+    shards: int
+    resumed_shards: int
+    """Shards that an earlier, interrupted conversion had finished."""
+    read_bytes: int
+    written_bytes: int
+
+
+@torch.no_grad()
+def convert(
+    model: str | Path, out: str | Path, precision: Precision, *, offline: bool = False, progress: Progress | None = None
+) -> Conversion:
+    """Write `model` in `precision` ("int8" or "int4") into the directory `out`, which must not exist yet, or hold the
+    same conversion unfinished. Raises UsageError, ModelError, DoesNotFit (the disk) or GriffinError (writing)."""
+    checkpoint = open_checkpoint(model, offline=offline)
+    directory = Path(out).expanduser()
+    if checkpoint.precision != "none":
+        raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
+    shape = model_shape(build_on_meta(checkpoint.config, checkpoint.dtype), precision, precision)
+    mark = Mark(precision, _fingerprint(checkpoint))
+    with _failures_named(directory):
+        _claim(directory, mark)
+        finished = _remove_halves(directory)
+        _check_disk(directory, shape.weight_bytes - sum(path.stat().st_size for path in finished))
+        weight_map = _write_shards(checkpoint, directory, mark, progress)
+        _write_rest(checkpoint, directory, mark, weight_map)
+    shards = set(weight_map.values())
+    return Conversion(
+        directory=directory,
+        precision=precision,
+        shards=len(shards),
+        resumed_shards=len(finished),
+        read_bytes=checkpoint.weight_bytes,
+        written_bytes=sum((directory / name).stat().st_size for name in shards),
+    )
+
+
+@contextlib.contextmanager
+def _failures_named(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise GriffinError(
+            f"{directory} cannot be written ({one_line(error)}); finished shards are kept, run the same command again"
+        ) from error
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Of config, headers and samples of every file: tells two fine-tunes of one model apart without reading them."""
+    digest = hashlib.sha256((checkpoint.directory / "config.json").read_bytes())
+    for path in checkpoint.files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(sample * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def _claim(directory: Path, mark: Mark) -> None:
+    """Make the directory, or continue in it; UsageError when it holds anything else."""
+    note = directory / UNFINISHED
+    if note.is_file():
+        try:
+            begun = json.loads(note.read_text())
+        except ValueError:
+            begun = None
+        if begun != asdict(mark):
+            raise UsageError(f"{directory} holds an unfinished conversion of another model or precision: remove it")
+        return
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory} exists already: nothing is overwritten, give a new directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_text(note, json.dumps(asdict(mark)))
+
+
+def _remove_halves(directory: Path) -> list[Path]:
+    """Delete what an interrupted writer left under temporary names; the shards that are whole."""
+    for path in directory.glob(".*.tmp"):
+        path.unlink()
+    return sorted(directory.glob("*.safetensors"))
+
+
+def _check_disk(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed + _MARGIN_BYTES > free and needed > 0:
+        raise DoesNotFit(
+            f"the conversion needs {format_bytes(needed)} on the disk of {directory}, {format_bytes(free)} are free"
+        )
+
+
+def _write_shards(checkpoint: Checkpoint, directory: Path, mark: Mark, progress: Progress | None) -> dict[str, str]:
+    """Every shard that is not there yet; the file of every tensor."""
+    model = map_model(checkpoint)
+    decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    groups = [(f"{prefix}.{i}.", layer, block) for i, (layer, block) in enumerate(zip(decoder, blocks, strict=True))]
+    names = [f"model-{i + 1:05d}-of-{len(groups) + 1:05d}.safetensors" for i in range(len(groups) + 1)]
+    reader = _Reader(model, checkpoint.weight_bytes, progress)
+    weight_map: dict[str, str] = {}
+    for name, (start, layer, block) in zip(names, groups, strict=False):
+        path = directory / name
+        if not path.is_file():
+            tensors = _layer_tensors(start, layer, block, mark.precision, checkpoint.dtype, reader)
+            _write_shard(path, tensors, mark)
+        else:
+            reader.skip(layer)
+        weight_map |= dict.fromkeys(_names_in(path), name)
+    path = directory / names[-1]
+    if not path.is_file():
+        _write_shard(path, _tensors_outside(model, prefix, reader), mark)
+    return weight_map | dict.fromkeys(_names_in(path), names[-1])
+
+
+class _Reader:
+    """Reads mapped tensors one at a time and drops their pages afterwards, so that memory stays flat."""
+
+    def __init__(self, model: nn.Module, total_bytes: int, progress: Progress | None) -> None:
+        self._pages = FilePages(list(model.parameters()), evict=True)
+        self._done, self._total, self._progress = 0, total_bytes, progress
+
+    @contextlib.contextmanager
+    def reading(self, tensor: Tensor) -> Iterator[Tensor]:
+        spans = self._pages.spans([tensor])
+        self._pages.read(spans)
+        yield tensor.detach()
+        self._pages.drop(spans)
+        self._count(tensor.nbytes)
+
+    def skip(self, module: nn.Module) -> None:
+        self._count(sum(parameter.nbytes for parameter in module.parameters()))
+
+    def _count(self, size_bytes: int) -> None:
+        self._done += size_bytes
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total)
+
+
+def _layer_tensors(
+    prefix: str, layer: nn.Module, block: FeedForward, precision: Precision, dtype: torch.dtype, reader: _Reader
+) -> dict[str, Tensor]:
+    linears = {name: layer.get_submodule(name) for name in linear_names(layer)}
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in layer.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        with reader.reading(parameter) as values:
+            if owner in linears and attribute == "weight":
+                module = linears[owner]
+                matrix = values if isinstance(module, nn.Linear) else values.t()  # Conv1D
+                found = quantized(matrix, precision, dtype, is_down=module is block.down)
+                tensors |= {f"{prefix}{owner}.{key}": tensor for key, tensor in found.items()}
+            else:
+                tensors[prefix + name] = values.clone()
+    return tensors
+
+
+def _tensors_outside(model: nn.Module, prefix: str, reader: _Reader) -> dict[str, Tensor]:
+    """Embeddings, head, last norm, and the buffers that a checkpoint holds, as they are."""
+    parameters = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in (model.state_dict() | parameters).items():
+        is_buffer = name not in parameters and name not in tied
+        if is_buffer or (name in parameters and not name.startswith(f"{prefix}.")):
+            with reader.reading(tensor) as values:
+                tensors[name] = values.clone()
+    return tensors
+
+
+def _names_in(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor], mark: Mark) -> None:
+    with _renamed(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, mark.metadata())
+
+
+def _write_rest(checkpoint: Checkpoint, directory: Path, mark: Mark, weight_map: dict[str, str]) -> None:
+    """Tokenizer, config, and last the index, which makes the directory a checkpoint."""
+    own = {"config.json", INDEX}
+    for path in sorted({path for pattern in _COPIED for path in checkpoint.directory.glob(pattern)}):
+        if path.is_file() and path.name not in own:
+            with _renamed(directory / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+    config: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_text())
+    _write_text(directory / "config.json", json.dumps(config | {"quantization_config": mark.config()}, indent=2))
+    total = sum((directory / name).stat().st_size for name in set(weight_map.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_text(directory / INDEX, json.dumps(index, indent=2))
+    (directory / UNFINISHED).unlink()
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _renamed(path) as temporary:
+        temporary.write_text(text + "\n")
+
+
+@contextlib.contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` when the block ends well, on the disk and not only in the cache."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
