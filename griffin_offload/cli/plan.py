@@ -2,64 +2,132 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import add_model_options, load_options, model_of, quiet_libraries
 from griffin_offload.config import LoadConfig
-from griffin_offload.errors import DoesNotFit
+from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.units import format_bytes
 
 if TYPE_CHECKING:
     from griffin_offload.pricing import Plan
+    from griffin_offload.runtime.prospect import Prospect
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser("plan", help="show what would fit, before any weight is read")
     add_model_options(parser)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="plan from a config.json alone")
     parser.add_argument("--prompt-tokens", type=int, metavar="TOKENS", help="longest prompt (default: the context)")
     parser.add_argument("--batch-size", type=int, default=LoadConfig.batch_size, metavar="N", help="sequences at once")
-    parser.add_argument("-q", "--quiet", action="store_true", help="the exit code alone")
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument(
+        "-v", "--verbose", action="store_true", help="all that fits, with tokens/s expected of this machine"
+    )
+    loudness.add_argument("-q", "--quiet", action="store_true", help="the exit code alone")
     parser.set_defaults(command=plan)
 
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
     from griffin_offload.plan import describe_shortfall, solve
-    from griffin_offload.runtime.prospect import examine
 
     quiet_libraries()
-    prospect = examine(model_of(arguments), LoadConfig(**load_options(arguments)))
+    prospect = _prospect(arguments)
     found, remedy = solve(prospect.shapes, prospect.request, prospect.others)
     if arguments.json:
-        print(json.dumps(found.to_json(remedy)))
+        others = {"alternatives": _alternatives(prospect, found)} if arguments.verbose else {}
+        print(json.dumps(found.to_json(remedy) | others))
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
         print("\n".join(plan_lines(found)))
+    if arguments.verbose:
+        print("\n".join(["", *_alternative_lines(_alternatives(prospect, found))]))
     if remedy is not None:
         raise DoesNotFit(describe_shortfall(found, remedy))
     return 0
 
 
+def _prospect(arguments: argparse.Namespace) -> "Prospect":
+    from griffin_offload.runtime.prospect import examine, examine_checkpoint
+    from griffin_offload.weights.checkpoint import read_config
+
+    config = LoadConfig(**load_options(arguments))
+    if arguments.config is None:
+        return examine(model_of(arguments), config)
+    if arguments.model is not None:
+        raise UsageError("--config plans without a model: give one of --config and --model")
+    return examine_checkpoint(read_config(arguments.config), config)
+
+
 def plan_lines(plan: "Plan") -> list[str]:
     """The table of bytes for people."""
+    quantised = {name for name, size in plan.plain_parts.items() if plan.decode_parts[name] != size}
     rows = [
-        (name.replace("_", " "), plan.prefill_parts[name], plan.decode_parts[name])
+        (name.replace("_", " "), plan.prefill_parts[name], plan.decode_parts[name], plan.plain_parts.get(name, 0))
         for name in plan.prefill_parts
         if plan.prefill_parts[name] or plan.decode_parts[name]
     ]
-    rows.append(("peak", plan.peak_prefill_bytes, plan.peak_decode_bytes))
-    lines = [f"{'':<14}{'prefill':>12}{'decode':>12}"]
-    lines += [f"{name:<14}{format_bytes(a):>12}{format_bytes(b):>12}" for name, a, b in rows]
+    rows.append(("peak", plan.peak_prefill_bytes, plan.peak_decode_bytes, 0))
+    lines = [f"{'':<14}{'prefill':>12}{'decode':>12}" + (f"{'in 16 bit':>12}" if quantised else "")]
+    lines += [
+        f"{name:<14}{format_bytes(a):>12}{format_bytes(b):>12}"
+        + (f"{format_bytes(c):>12}" if name.replace(" ", "_") in quantised else "")
+        for name, a, b, c in rows
+    ]
     lines.append(f"{'budget':<14}{format_bytes(plan.budget_bytes):>12}{format_bytes(plan.budget_bytes):>12}")
     kept = f"density {plan.density:.2f}" if plan.streamed else "all neurons resident, nothing streamed"
     lines.append(
-        f"{kept}, {plan.precision}, context {plan.context_tokens} tokens (prompt {plan.prompt_tokens}), "
-        f"embeddings on the {plan.embeddings}"
+        f"{kept}, {plan.precision}, context {plan.context_tokens} tokens (prompt {plan.prompt_tokens}, "
+        f"{plan.kv_bits}-bit KV cache), embeddings on the {plan.embeddings}"
     )
     if plan.streamed:
         lines.append(
             f"streams {format_bytes(plan.streamed_bytes)} of {format_bytes(plan.full_bytes)} once per prompt through "
             f"{plan.slots} slot{'s' if plan.slots != 1 else ''}"
+        )
+    return lines
+
+
+def _alternatives(prospect: "Prospect", chosen: "Plan") -> list[dict[str, Any]]:
+    """Every precision, dense and with the largest density, that fits at the same context."""
+    from griffin_offload.plan import alternatives
+    from griffin_offload.runtime.bandwidth import decode_bytes_per_s
+
+    shapes = [*prospect.shapes, *prospect.others]
+    hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].neurons
+    rows = []
+    for plan in alternatives(shapes, prospect.request, chosen.context_tokens):
+        precision = prospect.precision_of(plan)
+        rate = decode_bytes_per_s(precision, hidden, neurons, prospect.dtype, prospect.device)
+        read_bytes = plan.decoded_bytes + plan.decode_parts["kv_cache"]
+        rows.append(
+            {
+                "precision": plan.precision,
+                "density": plan.density,
+                "resident_bytes": plan.resident_bytes,
+                "peak_bytes": plan.peak_bytes,
+                "expected_tokens_per_s": None if rate is None else rate / read_bytes,
+                "chosen": (plan.precision, plan.kept) == (chosen.precision, chosen.kept),
+            }
+        )
+    return rows
+
+
+def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return ["nothing fits in any precision"]
+    lines = [
+        "what fits (tokens/s: the GEMV rate measured just now over the bytes one token reads, context full)",
+        f"{'':<2}{'precision':<12}{'density':>8}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
+    ]
+    for row in rows:
+        rate = row["expected_tokens_per_s"]
+        lines.append(
+            f"{'*' if row['chosen'] else '':<2}{row['precision']:<12}{row['density']:>8.2f}"
+            f"{format_bytes(row['resident_bytes']):>12}{format_bytes(row['peak_bytes']):>12}"
+            f"{'?' if rate is None else f'{rate:.3g}':>10}"
         )
     return lines

@@ -73,6 +73,13 @@ class Plan:
     def resident_bytes(self) -> int:
         return sum(self.decode_parts[name] for name in RESIDENT_PARTS)
 
+    @property
+    def decoded_bytes(self) -> int:
+        """Weight bytes that one token reads: residents without the embeddings, of which it reads a row, unless they
+        are the head as well."""
+        tied = self.decode_parts["head"] == 0
+        return self.resident_bytes - (0 if tied else self.decode_parts["embeddings"])
+
     def to_json(self, remedy: str | None = None) -> dict[str, Any]:
         """The object that `griffin-offload plan --json` prints."""
         return {
@@ -93,6 +100,7 @@ class Plan:
             "ff_chunk_tokens": self.ff_chunk_tokens,
             "embeddings": self.embeddings,
             "parts": self.parts,
+            "parts_16bit": self.plain_parts,
             "parts_prefill": self.prefill_parts,
             "parts_decode": self.decode_parts,
             "remedy": remedy,

@@ -16,7 +16,7 @@ from griffin_offload.runtime.memory import choose_device, device_bytes, device_o
 from griffin_offload.units import parse_size
 from griffin_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from griffin_offload.weights.int4_tiles import cpu_block
-from griffin_offload.weights.quantized_linear import PRECISIONS
+from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
 from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape
 
 
@@ -38,14 +38,23 @@ class Prospect:
         """What does not depend on the precision."""
         return self.shapes[0]
 
+    @staticmethod
+    def precision_of(plan: Plan) -> Precision:
+        """Of the residents: a plan names the precision of the computation where they have that."""
+        return next((precision for precision in PRECISIONS if precision == plan.precision), "none")
+
     def shape_of(self, plan: Plan) -> ModelShape:
         """The sizes in the precision of `plan`."""
-        return next((shape for shape in self.shapes if shape.precision == plan.precision), self.shapes[0])
+        return next(shape for shape in self.shapes if shape.precision == self.precision_of(plan))
 
 
 def examine(model: str | Path, config: LoadConfig) -> Prospect:
     """Read headers and config of `model`, and turn `config` into a request to the planner."""
-    checkpoint = open_checkpoint(model, offline=config.offline)
+    return examine_checkpoint(open_checkpoint(model, offline=config.offline), config)
+
+
+def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig) -> Prospect:
+    """The same for a checkpoint that was opened, or of which only the config is known."""
     device = choose_device(config.device)
     dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     shapes, others = _shapes(checkpoint, dtype, device, config)

@@ -65,6 +65,19 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     return Checkpoint(directory, config, _DTYPES[stored], tuple(headers), weight_bytes, precision)
 
 
+def read_config(path: str | Path) -> Checkpoint:
+    """A checkpoint of which only config.json is known, `path` being that file: enough to plan with."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ModelNotFound(f"no file {file}: give a config.json")
+    config = _load_config(file)
+    mark = mark_of(config, file.parent)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(f"{file} describes a quantised model: only what griffin-offload convert made is known")
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    return Checkpoint(file.parent, config, dtype, (), 0, "none" if mark is None else mark.precision)
+
+
 def _locate(model: str, offline: bool) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
@@ -93,10 +106,14 @@ def _read_config(directory: Path) -> PretrainedConfig:
         raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
+    return _load_config(directory / "config.json")
+
+
+def _load_config(file: Path) -> PretrainedConfig:
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each architecture validates its config in its own way
-        raise CheckpointError(f"{directory / 'config.json'} cannot be used: {one_line(error)}") from error
+        raise CheckpointError(f"{file} cannot be used: {one_line(error)}") from error
     return config
 
 

@@ -1,0 +1,51 @@
+"""How fast this device reads weights when it decodes one token: a short trial per precision, for `plan -v`."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from griffin_offload.errors import UnsupportedModel
+from griffin_offload.runtime.threads import choose_threads, limited_threads
+from griffin_offload.weights.int4_tiles import cpu_block
+from griffin_offload.weights.matmul import Scratch
+from griffin_offload.weights.quantized_linear import Precision, QuantizedLinear, resident_form, specs
+
+# Larger than caches, made of several matrices; the same bytes in every precision.
+_BYTES = 256 * 2**20
+_REPEATS = 5
+
+
+def decode_bytes_per_s(
+    precision: Precision, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device
+) -> float | None:
+    """Bytes per second of one row times matrices [outputs, inputs] in the resident form; None without a kernel."""
+    try:
+        if precision == "int4" and device.type == "cpu":
+            cpu_block()
+    except UnsupportedModel:
+        return None
+    threads = choose_threads(inputs, outputs, dtype) if device.type == "cpu" else None
+    scratch = Scratch(0, dtype, device)
+    layers, made_bytes = [], 0
+    while made_bytes < _BYTES:
+        layer = QuantizedLinear(outputs, inputs, is_down=False, precision=precision, stored="none", scratch=scratch)
+        layer.form = resident_form(precision)
+        for name, (shape, own) in specs(layer.form, outputs, inputs, is_down=False).items():
+            tensor = torch.ones(shape, dtype=own or dtype, device=device)
+            setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
+            made_bytes += tensor.nbytes
+        layers.append(layer)
+    row = torch.ones(1, inputs, dtype=dtype, device=device)
+    with torch.no_grad(), limited_threads(threads):
+        taken = [_seconds(lambda: [layer(row) for layer in layers], device) for _ in range(_REPEATS)]
+    return made_bytes / statistics.median(taken)
+
+
+def _seconds(compute: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    compute()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
