@@ -71,7 +71,11 @@ class Plan:
 
     @property
     def resident_bytes(self) -> int:
-        return sum(self.decode_parts[name] for name in RESIDENT_PARTS)
+        return sum(self.resident_parts.values())
+
+    @property
+    def resident_parts(self) -> dict[str, int]:
+        return {name: self.decode_parts[name] for name in RESIDENT_PARTS}
 
     @property
     def decoded_bytes(self) -> int:

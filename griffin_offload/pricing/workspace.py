@@ -38,7 +38,8 @@ def workspace_bytes(shape: ModelShape, request: PlanRequest, use: Usage, new_tok
     statistic = use.batch * neurons * _FLOAT_BYTES * (rows + 8)
     selection = sum(kept) * _INDEX_BYTES
     masks = _score_bytes(shape, use, new_tokens)
-    gathering = _gather_bytes(shape) if new_tokens > 1 else 0
+    streamed = request.always_stream or any(k < n.neurons for k, n in zip(kept, shape.layers, strict=True))
+    gathering = _gather_bytes(shape) if streamed and new_tokens > 1 else 0
     return hidden + max(projections + masks, activations + statistic, gathering) + selection + translation
 
 

@@ -41,6 +41,12 @@ class RunReport:
     peak_host_bytes: int
     host_growth_bytes: int
     density: float
+    precision: str
+    """Of the resident matrices: int8, int4, or the precision of the computation."""
+    parts: dict[str, int]
+    """Resident bytes by part."""
+    parts_16bit: dict[str, int]
+    """The same without quantisation."""
     activation_kept: float
     activation_kept_heldout: float | None
     wait_s: float
@@ -73,6 +79,10 @@ class RunReport:
             "decode_tokens_per_s": self.decode_tokens_per_s,
         }
 
+    def _unquantised(self) -> str:
+        unquantised = sum(self.parts_16bit.values())
+        return f" ({format_bytes(unquantised)} unquantised)" if unquantised != sum(self.parts.values()) else ""
+
     def lines(self, device: str) -> list[str]:
         """The closing block for people."""
         held_out = self.activation_kept_heldout
@@ -86,6 +96,7 @@ class RunReport:
             f"decode   {self.generated_tokens} tok  {self.decode_s:.2f} s ({self.decode_tokens_per_s:.1f} tok/s)   "
             f"streamed {format_bytes(self.decode_streamed_bytes)}   density {self.density:.2f}, "
             f"activation kept {kept}",
-            f"peak     {device} {format_bytes(self.peak_device_bytes)} of {format_bytes(self.budget_bytes)}   "
+            f"resident {format_bytes(self.resident_bytes)} {self.precision}{self._unquantised()}   peak {device} "
+            f"{format_bytes(self.peak_device_bytes)} of {format_bytes(self.budget_bytes)}   "
             f"RAM {format_bytes(self.peak_host_bytes)} (process)",
         ]
