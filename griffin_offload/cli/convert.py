@@ -16,6 +16,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("convert", help="write a quantised copy of a checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; an unfinished conversion continues")
     parser.add_argument("--quantize", choices=("int8", "int4"), required=True, help="precision of the matrices")
+    parser.add_argument(
+        "--embeddings", choices=("16", "int8"), default="16", help="bits of embeddings and head (default: as stored)"
+    )
     add_model_option(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.set_defaults(command=convert)
@@ -36,7 +39,12 @@ def convert(arguments: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         done = runtime.convert(
-            model_of(arguments), arguments.out, arguments.quantize, offline=arguments.offline, progress=progress
+            model_of(arguments),
+            arguments.out,
+            arguments.quantize,
+            tables="int8" if arguments.embeddings == "int8" else "none",
+            offline=arguments.offline,
+            progress=progress,
         )
     if arguments.json:
         print(json.dumps(asdict(done) | {"directory": str(done.directory)}))

@@ -142,6 +142,8 @@ def price(
     }
     plain = resident | {
         "attention": sum(layer.plain_attention_bytes for layer in shape.layers),
+        "embeddings": shape.plain_embedding_bytes if embeddings == "device" else 0,
+        "head": shape.plain_head_bytes,
         "feed_forward": sum(k * layer.plain_neuron_bytes for k, layer in zip(kept, shape.layers, strict=True)),
     }
     if request.offloaded_in_budget:

@@ -55,16 +55,24 @@ class Conversion:
 
 @torch.no_grad()
 def convert(
-    model: str | Path, out: str | Path, precision: Precision, *, offline: bool = False, progress: Progress | None = None
+    model: str | Path,
+    out: str | Path,
+    precision: Precision,
+    *,
+    tables: Precision = "none",
+    offline: bool = False,
+    progress: Progress | None = None,
 ) -> Conversion:
-    """Write `model` in `precision` ("int8" or "int4") into the directory `out`, which must not exist yet, or hold the
-    same conversion unfinished. Raises UsageError, ModelError, DoesNotFit (the disk) or GriffinError (writing)."""
+    """Write `model` in `precision` ("int8" or "int4"), its embeddings and head in `tables` ("none" or "int8").
+
+    The directory `out` must not exist yet, or hold the same conversion unfinished. Raises UsageError, ModelError,
+    DoesNotFit (the disk) or GriffinError (writing)."""
     checkpoint = open_checkpoint(model, offline=offline)
     directory = Path(out).expanduser()
     if checkpoint.precision != "none":
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
-    shape = model_shape(build_on_meta(checkpoint.config, checkpoint.dtype), precision, precision)
-    mark = Mark(precision, _fingerprint(checkpoint))
+    shape = model_shape(build_on_meta(checkpoint.config, checkpoint.dtype), precision, precision, tables)
+    mark = Mark(precision, _fingerprint(checkpoint), tables)
     with _failures_named(directory):
         _claim(directory, mark)
         finished = _remove_halves(directory)
@@ -156,7 +164,7 @@ def _write_shards(checkpoint: Checkpoint, directory: Path, mark: Mark, progress:
         weight_map |= dict.fromkeys(_names_in(path), name)
     path = directory / names[-1]
     if not path.is_file():
-        _write_shard(path, _tensors_outside(model, prefix, reader), mark)
+        _write_shard(path, _tensors_outside(model, prefix, mark, checkpoint.dtype, reader), mark)
     return weight_map | dict.fromkeys(_names_in(path), names[-1])
 
 
@@ -202,8 +210,10 @@ def _layer_tensors(
     return tensors
 
 
-def _tensors_outside(model: nn.Module, prefix: str, reader: _Reader) -> dict[str, Tensor]:
-    """Embeddings, head, last norm, and the buffers that a checkpoint holds, as they are."""
+def _tensors_outside(model: Any, prefix: str, mark: Mark, dtype: torch.dtype, reader: _Reader) -> dict[str, Tensor]:
+    """Embeddings, head, last norm, and the buffers that a checkpoint holds; all but the first two as they are."""
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()] if mark.tables == "int8" else []
+    table_ids = {id(module.weight) for module in tables if module is not None}
     parameters = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
     tensors: dict[str, Tensor] = {}
@@ -211,7 +221,12 @@ def _tensors_outside(model: nn.Module, prefix: str, reader: _Reader) -> dict[str
         is_buffer = name not in parameters and name not in tied
         if is_buffer or (name in parameters and not name.startswith(f"{prefix}.")):
             with reader.reading(tensor) as values:
-                tensors[name] = values.clone()
+                if id(parameters.get(name)) in table_ids:
+                    owner = name.rpartition(".")[0]
+                    found = quantized(values, "int8", dtype, is_down=False)
+                    tensors |= {f"{owner}.{key}": quantised for key, quantised in found.items()}
+                else:
+                    tensors[name] = values.clone()
     return tensors
 
 

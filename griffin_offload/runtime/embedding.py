@@ -13,9 +13,10 @@ class HostEmbedding:
         self._device, self._dtype = device, dtype
         self.row_bytes = 0
         # A plain tensor: transformers takes a model's device from its first parameter, and moves inputs there.
-        weight = module._parameters.pop("weight")
-        assert weight is not None
-        module.weight = weight.detach()
+        for name, parameter in list(module._parameters.items()):  # a quantised one has scales, too
+            if parameter is not None:
+                del module._parameters[name]
+                setattr(module, name, parameter.detach())
         module.register_forward_pre_hook(self._to_host)
         module.register_forward_hook(self._to_device)
 

@@ -116,7 +116,7 @@ def _map_layers(
 
 def _map_converted(checkpoint: Checkpoint, scratch: Scratch) -> Any:
     c = checkpoint
-    return map_converted(c.directory, c.files, c.config, c.dtype, c.precision, scratch)
+    return map_converted(c.directory, c.files, c.config, c.dtype, c.precision, c.tables, scratch)
 
 
 def _threads(prospect: Prospect, config: LoadConfig) -> int | None:

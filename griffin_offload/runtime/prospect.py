@@ -96,7 +96,7 @@ def _shapes(
         try:
             if precision == "int4":
                 _check_int4(device)
-            shape = model_shape(meta, precision, stored)
+            shape = model_shape(meta, precision, stored, checkpoint.tables)
         except UnsupportedModel:
             if precision in (config.quantize, stored):
                 raise

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Checkpoint:
     weight_bytes: int
     precision: Precision = "none"
     """What its matrices were converted to."""
+    tables: Precision = "none"
+    """What its embeddings and its head were converted to."""
 
 
 def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
@@ -61,8 +63,8 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
             f"{directory} is quantised ({stored}): only 16, 32 and 64 bit floats are loaded, or what griffin-offload "
             "convert made of them"
         )
-    precision: Precision = "none" if mark is None else mark.precision
-    return Checkpoint(directory, config, _DTYPES[stored], tuple(headers), weight_bytes, precision)
+    checkpoint = Checkpoint(directory, config, _DTYPES[stored], tuple(headers), weight_bytes)
+    return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
 
 
 def read_config(path: str | Path) -> Checkpoint:
@@ -75,7 +77,8 @@ def read_config(path: str | Path) -> Checkpoint:
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(f"{file} describes a quantised model: only what griffin-offload convert made is known")
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    return Checkpoint(file.parent, config, dtype, (), 0, "none" if mark is None else mark.precision)
+    checkpoint = Checkpoint(file.parent, config, dtype, (), 0)
+    return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
 
 
 def _locate(model: str, offline: bool) -> Path:

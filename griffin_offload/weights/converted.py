@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.matmul import Scratch
+from griffin_offload.weights.quantized_embedding import swap_tables, tie_tables
 from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
 from griffin_offload.weights.swap import swap_linears
 
@@ -35,6 +36,8 @@ class Mark:
     precision: Precision
     source: str
     """Fingerprint of the checkpoint it was made from."""
+    tables: Precision = "none"
+    """Of the embeddings and the head: none or int8."""
     version: int = VERSION
 
     def metadata(self) -> dict[str, str]:
@@ -51,13 +54,13 @@ def mark_of(config: PretrainedConfig, directory: Path) -> Mark | None:
     found = getattr(config, "quantization_config", None)
     if not isinstance(found, dict) or found.get("quant_method") != METHOD:
         return None
-    version, precision, source = (found.get(key) for key in ("version", "precision", "source"))
+    version, precision, source, tables = (found.get(key) for key in ("version", "precision", "source", "tables"))
     if version != VERSION:
         raise UnsupportedModel(f"{directory} was converted in format {version}, this version reads {VERSION}")
-    if precision not in PRECISIONS[1:] or not isinstance(source, str):
+    if precision not in PRECISIONS[1:] or not isinstance(source, str) or tables not in ("none", "int8"):
         raise CheckpointError(f"{directory / 'config.json'} has a damaged quantization_config: convert again")
     del config.quantization_config
-    return Mark(precision, source)
+    return Mark(precision, source, tables)
 
 
 def check_shard(path: Path, mark: Mark) -> None:
@@ -72,7 +75,9 @@ def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     """The stock model with its buffers, and every parameter on the meta device."""
     with init_empty_weights(include_buffers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about initialisation, which never happens here
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    model.tie_weights()  # each parameter went to the meta device by itself
+    return model
 
 
 def map_converted(
@@ -81,12 +86,17 @@ def map_converted(
     config: PretrainedConfig,
     dtype: torch.dtype,
     precision: Precision,
+    tables: Precision,
     scratch: Scratch,
 ) -> Any:
     """The model with quantised layers, its parameters views of the mapped files; every one has to be there."""
     model = build_unfilled(config, dtype)
     decoder, blocks = find_feed_forwards(model, config.get_text_config().num_hidden_layers)
     swap_linears(decoder, blocks, precision, precision, scratch)
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    if tables == "int8":
+        swap_tables(model, scratch)
     expected: dict[str, Tensor] = dict(model.named_parameters())
     buffers = {name for name in model.state_dict() if name not in expected}
     for path in files:
@@ -96,7 +106,10 @@ def map_converted(
                     _assign(model, name, file.get_tensor(name), expected.pop(name), path)
                 elif name in buffers:
                     model.get_buffer(name).copy_(file.get_tensor(name))
-    model.tie_weights()
+    if tables == "int8":
+        tie_tables(model, tied=tied)
+    else:
+        model.tie_weights()
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent:
         raise CheckpointError(f"{directory} lacks {len(absent)} tensors, first {absent[0]}: convert again")

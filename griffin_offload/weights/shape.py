@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 from griffin_offload.errors import CheckpointError, one_line
 from griffin_offload.weights.feedforward import FeedForward, features, padded_neurons
 from griffin_offload.weights.layouts import find_feed_forwards
+from griffin_offload.weights.quantized_embedding import table_bytes
 from griffin_offload.weights.quantized_linear import Precision, Spec, resident_form, specs
 from griffin_offload.weights.swap import check_layer, linear_names
 
@@ -68,6 +69,9 @@ class ModelShape:
     """The FF is written in the layer's own forward (OPT): it cannot be chunked."""
     materialises_scores: bool
     """Attention builds the full matrix of scores (eager, ALiBi, soft-capped)."""
+    plain_embedding_bytes: int = 0
+    plain_head_bytes: int = 0
+    """Both without quantisation."""
     dtype: str = "bfloat16"
     """Precision of the computation, in words."""
     precision: Precision = "none"
@@ -101,9 +105,12 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def model_shape(model: Any, precision: Precision = "none", stored: Precision = "none") -> ModelShape:
+def model_shape(
+    model: Any, precision: Precision = "none", stored: Precision = "none", tables: Precision = "none"
+) -> ModelShape:
     """Measure `model`, a stock transformers causal LM, usually on the meta device, as if its layers were of
-    `precision` on the device and `stored` in the checkpoint. Raises UnsupportedModel."""
+    `precision` on the device and `stored` in the checkpoint, and its embeddings and head of `tables`. Raises
+    UnsupportedModel."""
     config = model.config.get_text_config()
     decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
     layers = [
@@ -116,13 +123,19 @@ def model_shape(model: Any, precision: Precision = "none", stored: Precision = "
     in_layers = {id(t) for layer in decoder for t in (*layer.parameters(), *layer.buffers())}
     outside = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in in_layers}
     head_bytes = 0 if tied else _nbytes([head.weight])
+    plain_tables = (_nbytes([embedding]), head_bytes)
+    other_bytes = _nbytes(outside.values()) - sum(plain_tables)
+    if tables == "int8":
+        head_bytes = 0 if tied else table_bytes(head.weight.shape, embedding.dtype)
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
         layers=tuple(layers),
-        embedding_bytes=_nbytes([embedding]),
+        embedding_bytes=table_bytes(embedding.shape, embedding.dtype) if tables == "int8" else plain_tables[0],
         head_bytes=head_bytes,
-        other_bytes=_nbytes(outside.values()) - _nbytes([embedding]) - head_bytes,
+        other_bytes=other_bytes,
+        plain_embedding_bytes=plain_tables[0],
+        plain_head_bytes=plain_tables[1],
         item_bytes=embedding.element_size(),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
