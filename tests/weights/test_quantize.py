@@ -171,7 +171,7 @@ def test_infinities_are_refused(value: float, dtype: torch.dtype):
         lambda: quantize_int4_rows(weight, dtype),
         lambda: int4_scale(weight, dtype, columns),
     ):
-        with pytest.raises(CheckpointError, match="infinities or NaN.*--quantize none"):
+        with pytest.raises(CheckpointError, match=r"infinities or NaN.*--quantize none"):
             quantise()
 
 
