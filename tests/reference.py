@@ -121,9 +121,10 @@ def dense_forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 
 
 def dense_generate(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Greedy generation by the dense model: tokens [B, T + steps] and raw logits [steps, B, V]."""
+    """Greedy generation (or by beams, in `options`) by the dense model: tokens [B, T + steps] and raw logits
+    [steps, B, V]."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     out = model.generate(
         input_ids,
@@ -132,6 +133,7 @@ def dense_generate(
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
+        **options,
     )
     return out.sequences, torch.stack(out.logits)
 
@@ -149,12 +151,12 @@ def masked_generate(
     `sets[layer]` holds the kept indices, [K] for the whole batch or [B, K] per sample. Returns what
     `dense_generate` does; the first step's logits come from the dense prefill.
     """
-    with _masked_after_prefill(model, down_pattern, sets):
+    with masked_after_prefill(model, down_pattern, sets):
         return dense_generate(model, input_ids, attention_mask, new_tokens)
 
 
 @contextlib.contextmanager
-def _masked_after_prefill(model: PreTrainedModel, down_pattern: str, sets: Sequence[Tensor]) -> Iterator[None]:
+def masked_after_prefill(model: PreTrainedModel, down_pattern: str, sets: Sequence[Tensor]) -> Iterator[None]:
     """Multiply every down projection's input by its 0/1 mask in all forwards but the first."""
     forwards = 0
 

@@ -1,0 +1,158 @@
+"""`QuantizedLinear` in every form against float64, a few rows by torch's kernels and many by blocks."""
+
+import pytest
+import quantised_reference as ref
+import torch
+from torch import Tensor, nn
+
+from griffin_offload.errors import UnsupportedModel
+from griffin_offload.weights.matmul import Scratch
+from griffin_offload.weights.quantized_linear import QuantizedLinear, check_sizes, row_norms
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# (form, outputs, inputs): ordinary sizes and, where the form allows them, no multiples of anything.
+SIZES = [
+    *(("float", o, i) for o, i in ((64, 96), (33, 50), (1, 1))),
+    *(("int8", o, i) for o, i in ((64, 96), (50, 64), (33, 40), (70, 33), (5, 1))),
+    *(("int4_rows", o, i) for o, i in ((64, 96), (33, 32), (7, 160))),
+    *(("int4_neurons", o, i) for o, i in ((64, 96), (32, 33), (96, 1))),
+    *(("int4_tiles", o, i) for o, i in ((64, 96), (33, 32), (130, 256))),
+]
+DOWN = {"int4_neurons": (True,), "int4_rows": (False,)}
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + len(shape)))
+
+
+def _levels(lowest: int, highest: int, *shape: int) -> Tensor:
+    return torch.randint(lowest, highest + 1, shape, generator=torch.Generator().manual_seed(0))
+
+
+def _tensors(form: str, outputs: int, inputs: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of a random matrix, without an input scale, and the matrix in float64."""
+    if form == "float":
+        weight = _random(outputs, inputs).to(dtype)
+        return {"weight": weight}, weight.double()
+    if form == "int8":
+        levels, scale = _levels(-127, 127, outputs, inputs), (0.1 + _random(outputs).abs()).to(dtype)
+        return {"weight": levels.to(torch.int8), "scale": scale}, levels * scale.double()[:, None]
+    levels = _levels(0, 15, outputs, inputs)
+    if form == "int4_neurons":
+        scale = (0.1 + _random(outputs).abs()).to(dtype)
+        return {"weight": ref.packed(levels.t()), "scale": scale}, (levels - 7.5) * scale.double()[:, None]
+    scales = _random(outputs, inputs // 32, 2).to(dtype)
+    scale, offset = scales.double().repeat_interleave(32, dim=1).unbind(-1)
+    matrix = (levels - 8) * scale + offset
+    if form == "int4_rows":
+        return {"weight": ref.packed(levels), "scale": scales}, matrix
+    fill = -outputs % 64  # tiles are whole blocks; what fills them up is no output, so it may hold anything
+    levels = torch.cat([levels, torch.full((fill, inputs), 11)]).int()
+    tiles = torch._convert_weight_to_int4pack_for_cpu(levels, 1).view(outputs + fill, -1)
+    scales = torch.cat([scales, torch.full((fill, inputs // 32, 2), 1e3, dtype=dtype)])
+    return {"weight": tiles, "scale": scales.transpose(0, 1).contiguous()}, matrix
+
+
+def _module(
+    form: str, tensors: dict[str, Tensor], outputs: int, inputs: int, scratch: Scratch, *, is_down: bool
+) -> QuantizedLinear:
+    module = QuantizedLinear(outputs, inputs, is_down=is_down, precision="int8", stored="none", scratch=scratch)
+    module.form = form
+    for name, tensor in tensors.items():
+        setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    return module
+
+
+def _scratch(nbytes: int, dtype: torch.dtype) -> Scratch:
+    return Scratch(nbytes, dtype, torch.device("cpu"))
+
+
+def _check(module: QuantizedLinear, matrix: Tensor, dtype: torch.dtype, worst: torch.dtype) -> None:
+    """All numbers of rows against float64; `worst` is the coarsest precision of the calculation."""
+    bias = 0.0 if module.bias is None else module.bias.double()
+    matrix = matrix if module.input_scale is None else matrix * module.input_scale.double()
+    for shape in ((1,), (4,), (5,), (40,), (2, 1), (1, 3, 7)):
+        x = _random(*shape, module.in_features, seed=1).to(dtype)
+        exact = x.double() @ matrix.t() + bias
+        found = module(x)
+        assert found.dtype == dtype
+        assert found.shape == exact.shape
+        assert (found.double() - exact).norm() <= 3 * torch.finfo(worst).eps * exact.norm(), (module, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("form", "outputs", "inputs"), SIZES)
+def test_equals_float64(form: str, outputs: int, inputs: int, dtype: torch.dtype):
+    tensors, matrix = _tensors(form, outputs, inputs, dtype)
+    for is_down in DOWN.get(form, (False, True)):
+        more = {"input_scale": (0.5 + _random(inputs).abs()).to(dtype)} if is_down and form != "float" else {}
+        for bias in ({}, {"bias": 30 * _random(outputs).to(dtype)}):
+            for scratch_bytes in (1, 700, 2**20):
+                # Tiles are multiplied by torch's kernel in the type of x, and 16-bit blocks are translated to float32.
+                for scratch_dtype in {dtype, torch.float32 if dtype.itemsize == 2 else dtype}:
+                    scratch = _scratch(scratch_bytes, scratch_dtype)
+                    module = _module(form, tensors | more | bias, outputs, inputs, scratch, is_down=is_down)
+                    _check(module, matrix, dtype, dtype)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4_tiles"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_go_through_the_kernel_and_many_do_not(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    tensors, _ = _tensors(form, 64, 96, dtype)
+    module = _module(form, tensors, 64, 96, _scratch(2**12, dtype), is_down=False)
+    taken: list[str] = []
+    for name in ("_few", "_many"):
+        method = getattr(QuantizedLinear, name)
+        monkeypatch.setattr(QuantizedLinear, name, lambda s, x, n=name, m=method: (taken.append(n), m(s, x))[1])
+    for rows in (1, 4, 5):
+        module(torch.ones(rows, 96, dtype=dtype))
+    assert taken == (["_many"] * 3 if dtype == torch.float64 else ["_few", "_few", "_many"])
+
+
+@pytest.mark.parametrize("inputs", [1, 8, 33, 40, 50])
+def test_the_int8_kernel_is_kept_from_widths_that_it_reads_past(inputs: int, monkeypatch: pytest.MonkeyPatch):
+    """torch's kernel returns garbage there in bfloat16, or takes the process down: so it must not even be called."""
+
+    def forbidden(*_: Tensor) -> Tensor:
+        raise AssertionError("called")
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", forbidden)
+    tensors, matrix = _tensors("int8", 40, inputs, torch.bfloat16)
+    module = _module("int8", tensors, 40, inputs, _scratch(2**12, torch.bfloat16), is_down=False)
+    _check(module, matrix, torch.bfloat16, torch.bfloat16)
+
+
+def test_the_scratch_is_used_and_not_outgrown(monkeypatch: pytest.MonkeyPatch):
+    """What many rows need beside it is a block that no scratch could hold."""
+    for form, row_bytes in (("int8", 96 * 4), ("int4_rows", 96 * 4), ("int4_neurons", 64 * 4)):
+        tensors, matrix = _tensors(form, 64, 96, torch.float32)
+        scratch = _scratch(3 * row_bytes, torch.float32)
+        blocks: list[Tensor] = []
+        block = scratch.block
+        monkeypatch.setattr(
+            scratch, "block", lambda *shape, b=block, kept=blocks: (kept.append(b(*shape)), kept[-1])[1]
+        )
+        module = _module(form, tensors, 64, 96, scratch, is_down=form == "int4_neurons")
+        module(torch.ones(8, 96))
+        assert len(blocks) == -(-matrix.shape[form == "int4_neurons"] // 3), form
+        assert {b.data_ptr() for b in blocks} == {scratch._buffer.data_ptr()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["float", "int8", "int4_rows"])
+def test_row_norms(form: str, dtype: torch.dtype):
+    """Of every stored form of gate and up: what "magnitude" ranks by."""
+    tensors, matrix = _tensors(form, 300, 64, dtype)
+    rtol = 1e-5 if form != "float" else 1e-6
+    torch.testing.assert_close(row_norms(tensors, swapped=False).double(), matrix.norm(dim=1), rtol=rtol, atol=0)
+    if form == "float":
+        turned = {"weight": tensors["weight"].t()}
+        torch.testing.assert_close(row_norms(turned, swapped=True).double(), matrix.norm(dim=1), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "is_down"), [(64, 40, False), (40, 64, True)])
+def test_sizes_that_int4_cannot_group_are_refused(outputs: int, inputs: int, is_down: bool):
+    with pytest.raises(UnsupportedModel, match=r"fc: int4 needs rows in groups of 32, this one has 40 numbers"):
+        check_sizes("int4", outputs, inputs, "fc", is_down=is_down)
+    check_sizes("int8", outputs, inputs, "fc", is_down=is_down)
+    check_sizes("int4", outputs, inputs, "fc", is_down=not is_down)
