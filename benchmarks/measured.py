@@ -36,11 +36,13 @@ def measure_disk(folder: Path) -> float:
     return max(rates)
 
 
-def measure_rates(model: ModelBytes, prompt_tokens: int, threads: Sequence[int]) -> list[Rates]:
+def measure_rates(
+    model: ModelBytes, prompt_tokens: int, threads: Sequence[int], precision: str = "none"
+) -> list[Rates]:
     """In a process of its own, so that its matrices are gone before the sides run."""
     command = [sys.executable, str(Path(__file__).with_name("ceilings.py")), "--hidden", str(model.hidden)]
-    command += ["--ff", str(model.feed_forward), "--tokens", str(prompt_tokens), "--threads"]
-    command += map(str, threads)
+    command += ["--ff", str(model.feed_forward), "--tokens", str(prompt_tokens), "--precision", precision]
+    command += ["--threads", *map(str, threads)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return [Rates(**rates) for rates in json.loads(output.splitlines()[-1])]
 

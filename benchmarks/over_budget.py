@@ -19,7 +19,7 @@ from comparison import Comparison, summarise
 from make_checkpoint import SHAPES, make_checkpoint, model_config
 from measured import SideCeilings, measure_ceilings
 from model_bytes import ModelBytes, full_model_bounds, our_bounds, parse_bytes
-from report import provenance, seconds, table, write
+from report import origin_lines, provenance, seconds, table, write
 from sides import Result, Side, Workload, rival_settings, run_rival_trials, run_side
 
 DEFAULT_SHAPE = "llama-2-13b"
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str]) -> int:
     comparison = compare(args, model, ceilings, runs)
     found = f"{table(comparison.rows())}\n\n{notes(comparison, runs)}"
     print(found, end="\n\n")
-    record = provenance(arguments) | {
+    record = provenance("over_budget.py", arguments) | {
         "model": asdict(model),
         "cap_bytes": args.cap_bytes,
         "ceilings": asdict(ceilings),
@@ -183,11 +183,7 @@ def main(arguments: Sequence[str]) -> int:
         "runs": {side: list(map(as_record, results)) for side, results in vars(runs).items()},
     }
     if args.out:
-        origin = {key: record[key] for key in ("date", "command", "hardware", "versions")}
-        lines = [
-            f"- {key}: `{value if isinstance(value, str) else json.dumps(value)}`" for key, value in origin.items()
-        ]
-        write(args.out, f"over_budget-{model.name}", "\n\n".join(["\n".join(lines), stated, found]), record)
+        write(args.out, f"over_budget-{model.name}", "\n\n".join([origin_lines(record), stated, found]), record)
     print(json.dumps(record))
     return 0 if all(result.figures for result in [*runs.ours, *runs.rival]) else 1
 
