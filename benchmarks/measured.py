@@ -52,15 +52,14 @@ def choose_threads(rates: Sequence[Rates], flops: float, token_bytes: int, token
 
     def compute_s(rate: Rates) -> float:
         stored = next(iter(rate.gemm_flops_per_s.values()))
-        return flops / stored + (tokens - 1) * token_bytes / rate.gemv_bytes_per_s["linear"]
+        return flops / stored + (tokens - 1) * token_bytes / next(iter(rate.gemv_bytes_per_s.values()))
 
     return min(rates, key=compute_s).threads
 
 
 def ceilings_for(rates: Sequence[Rates], threads: int, disk_bytes_per_s: float) -> Ceilings:
     rate = next(rate for rate in rates if rate.threads == threads)
-    gemv, gemm = max(rate.gemv_bytes_per_s.values()), max(rate.gemm_flops_per_s.values())
-    return Ceilings(threads, disk_bytes_per_s, gemv, gemm)
+    return Ceilings(threads, disk_bytes_per_s, rate.best_gemv, max(rate.gemm_flops_per_s.values()))
 
 
 def measure_ceilings(
@@ -69,13 +68,14 @@ def measure_ceilings(
     threads: Sequence[int],
     prompt_tokens: int,
     density: float,
+    precision: str,
     new_tokens: tuple[int, int],
 ) -> SideCeilings:
     """`new_tokens` of ours and of the rival weigh decoding against the prompt when threads are chosen."""
     disk_bytes_per_s = measure_disk(folder)
     rates = measure_rates(model, prompt_tokens, threads)
+    our_rates = rates if precision == "none" else measure_rates(model, prompt_tokens, threads, precision)
     flops = model.prefill_flops(prompt_tokens)
-    kept_bytes = model.resident_bytes(density) - model.embedding_bytes
-    ours = choose_threads(rates, flops, kept_bytes, new_tokens[0])
+    ours = choose_threads(our_rates, flops, model.token_bytes(density, precision), new_tokens[0])
     rival = choose_threads(rates, flops, model.bytes_per_token, new_tokens[1])
-    return SideCeilings(ceilings_for(rates, ours, disk_bytes_per_s), ceilings_for(rates, rival, disk_bytes_per_s))
+    return SideCeilings(ceilings_for(our_rates, ours, disk_bytes_per_s), ceilings_for(rates, rival, disk_bytes_per_s))
