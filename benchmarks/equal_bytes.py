@@ -11,10 +11,9 @@ in the last line. The reference is the stock transformers model.
 import argparse
 import gc
 import json
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,42 +22,17 @@ import torch
 from ceilings import PRECISIONS
 from measured import measure_rates
 from model_bytes import ModelBytes
-from quality import Quality, Windows, measure_quality, perplexity, reference_log_probs, take_windows
+from quality import Windows, measure_quality, perplexity, reference_log_probs, take_windows
 from report import markdown_table, origin_lines, provenance, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
+from variants import NAMES, Variant, by_bytes, rows
 
 from griffin_offload import GriffinModel
 
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
-NAMES = {"none": "16 bit", "int8": "int8", "int4": "int4"}
 # What rounding to bfloat16 in another order may do to predictions, in nats.
 TOLERATED_KL = 0.01
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row. `quality` is None for random weights."""
-
-    precision: str
-    density: float
-    resident_bytes: int
-    token_bytes: int
-    """Weights that one token reads: the residents without the embedding, which is looked up."""
-    tokens_per_s: list[float]
-    quality: Quality | None
-
-    @property
-    def name(self) -> str:
-        return f"{NAMES[self.precision]}, {density_name(self.density)}"
-
-    @property
-    def speed(self) -> float:
-        return statistics.median(self.tokens_per_s)
-
-
-def density_name(density: float) -> str:
-    return "dense" if density == 1 else f"{density:g}"
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -134,39 +108,6 @@ def measure_variant(
     return found
 
 
-def rows(variants: Sequence[Variant]) -> list[list[str]]:
-    """Header and one row per variant."""
-    dense, base = variants[0], variants[0].quality
-    header = ["variant", "resident", "of 16 bit dense", "tokens/s", "spread", "GB/s read"]
-    if base:
-        header += ["perplexity", "change", "KL to dense 16 bit", "top-1 agreement"]
-    table = [header]
-    for v in variants:
-        row = [v.name, f"{v.resident_bytes / 1e6:.4g} MB", f"{v.resident_bytes / dense.resident_bytes:.1%}"]
-        row += [f"{v.speed:.3g}", f"{min(v.tokens_per_s):.3g} to {max(v.tokens_per_s):.3g}"]
-        row += [f"{v.token_bytes * v.speed / 1e9:.2f}"]
-        if v.quality and base:
-            q = v.quality
-            row += [f"{q.perplexity:.2f}", f"{q.perplexity / base.perplexity - 1:+.1%}", f"{q.kl:.4f}"]
-            row += [f"{q.top1_agreement:.3f}"]
-        table.append(row)
-    return table
-
-
-def by_bytes(variants: Sequence[Variant]) -> list[list[str]]:
-    """Ascending; a variant is worth its bytes when none of at most as many is better."""
-    scored = variants[0].quality is not None
-    table = [["resident", "variant", "tokens/s", *(["perplexity", "KL", "best so far"] if scored else [])]]
-    best = float("inf")
-    for v in sorted(variants, key=lambda v: v.resident_bytes):
-        row = [f"{v.resident_bytes / 1e6:.4g} MB", v.name, f"{v.speed:.3g}"]
-        if v.quality:
-            row += [f"{v.quality.perplexity:.2f}", f"{v.quality.kl:.4f}", "yes" if v.quality.kl < best else ""]
-            best = min(best, v.quality.kl)
-        table.append(row)
-    return table
-
-
 def checks(variants: Sequence[Variant], stock_perplexity: float | None) -> dict[str, bool]:
     """Whether the outputs can be believed."""
     found = {}
@@ -193,6 +134,7 @@ def notes(args: argparse.Namespace, variants: Sequence[Variant], stock_perplexit
             "token by token (decode kernel) against all at once (block path): perplexity changes by at most "
             f"{max(abs(q.kernel_perplexity_change) for q in scored):.2%}, KL at most "
             f"{max(q.kernel_kl for q in scored):.1e}, on {args.kernel_windows} windows",
+            "by precision alone: against 16 bit at the same density, with the standard error over the windows",
             "dense variants hold everything, so their prompt passes through the quantised residents, too; pruned ones "
             "pass it through the stored 16-bit FF blocks",
         ]

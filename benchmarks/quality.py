@@ -6,6 +6,7 @@ predictions of a window are made by the residents; the prompt's own last predict
 """
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
@@ -76,14 +77,21 @@ class Quality:
     perplexity: float
     kl: float
     top1_agreement: float
+    window_nll: list[float]
+    """Mean negative log-likelihood of each window: differences between variants have a spread over them."""
     kernel_perplexity_change: float
     """Perplexity token by token over the same at once, less 1, on a few windows: the decode kernel's own rounding."""
     kernel_kl: float
     """KL(at once || token by token) on the same windows."""
 
 
+def window_nll(log_probs: Tensor, targets: Tensor) -> list[float]:
+    found: list[float] = (-log_probs.gather(-1, targets[..., None]).double().mean(dim=(1, 2))).tolist()
+    return found
+
+
 def perplexity(log_probs: Tensor, targets: Tensor) -> float:
-    return math.exp(-log_probs.gather(-1, targets[..., None]).double().mean())
+    return math.exp(statistics.mean(window_nll(log_probs, targets)))
 
 
 def divergence(reference: Tensor, log_probs: Tensor) -> float:
@@ -99,8 +107,9 @@ def measure_quality(model: Any, windows: Windows, reference: Tensor, kernel_wind
     some, some_targets = at_once[:kernel_windows], windows.targets[:kernel_windows]
     return Quality(
         perplexity=perplexity(at_once, windows.targets),
-        kl=divergence(reference, at_once),
+        kl=statistics.mean(map(divergence, reference, at_once)),
         top1_agreement=(reference.argmax(-1) == at_once.argmax(-1)).double().mean().item(),
+        window_nll=window_nll(at_once, windows.targets),
         kernel_perplexity_change=perplexity(by_token, some_targets) / perplexity(some, some_targets) - 1,
         kernel_kl=divergence(some, by_token),
     )
