@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ceilings import PRECISIONS
-from comparison import Comparison, summarise
+from comparison import Comparison, Summary, summarise
 from converted_copy import Copy, converted_copy
 from make_checkpoint import SHAPES, make_checkpoint, model_config
 from measured import SideCeilings, measure_ceilings
@@ -154,6 +154,17 @@ def statement(args: argparse.Namespace, model: ModelBytes, bare: Comparison, cei
     return "\n".join(lines)
 
 
+def decode_split(ours: Summary, model: ModelBytes, ceilings: SideCeilings) -> str:
+    """Where the time of a token goes: bytes at the rates of their kernels, and what is left."""
+    assert ours.decoding is not None
+    head_s = model.outside_bytes / ceilings.rival.gemv_bytes_per_s
+    layers_s = (ours.decoding["token_bytes"] - model.outside_bytes) / ceilings.ours.gemv_bytes_per_s
+    return (
+        f"- a token of ours, {seconds(ours.token_s)}: layers at the ceiling of their kernel {seconds(layers_s)}, the "
+        f"16-bit head at its own {seconds(head_s)}, all the rest {seconds(ours.token_s - layers_s - head_s)}"
+    )
+
+
 def notes(comparison: Comparison, runs: Runs, copy: Copy | None, checks: dict[str, bool]) -> str:
     """What a reader must know beside the table; a missing cap or a failed side is never silent."""
     everything = [*runs.ours, *runs.rival, *runs.rival_trials]
@@ -208,6 +219,8 @@ def main(arguments: Sequence[str]) -> int:
     comparison = compare(args, model, ceilings, copy, runs)
     checks = comparison.checks(args.cap_bytes)
     found = f"{table(comparison.rows())}\n\n{notes(comparison, runs, copy, checks)}"
+    if comparison.ours and comparison.ours.decoding:
+        found += "\n" + decode_split(comparison.ours, model, ceilings)
     print(found, end="\n\n")
     record = provenance("over_budget.py", arguments) | {
         "model": asdict(model),
