@@ -1,9 +1,10 @@
 """What this machine can do at best with the model's own matrices: GEMV bytes/s and GEMM flop/s.
 
-    python benchmarks/ceilings.py --hidden 5120 --ff 13824 --tokens 128 --threads 1 2
+    python benchmarks/ceilings.py --hidden 5120 --ff 13824 --tokens 128 --threads 1 2 --precision int8
 
 Prints one JSON object per thread count. Enough different matrices are walked through to leave any cache
-behind, as a decoding model does.
+behind, as a decoding model does. Bytes count a matrix's scales, too. Quantised matrices are only multiplied by one
+row: prompts are multiplied in 16 bit or more, so the GEMM is the same for every precision.
 """
 
 import argparse
@@ -17,8 +18,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.nn.functional import linear
 
+PRECISIONS = ("none", "int8", "int4")
 WORKING_SET_BYTES = int(1e9)
 MAX_MATRICES = 64  # small shapes would otherwise need thousands of calls
+INT4_GROUP = 32
+INT4_BLOCK = 64  # outputs are padded to it; a smaller block of the kernel divides it
+
+Matrix = tuple[torch.Tensor, ...]
+"""A matrix [F, H] and, when it is quantised, its scales."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,10 @@ class Rates:
     threads: int
     gemv_bytes_per_s: dict[str, float]
     gemm_flops_per_s: dict[str, float]
+
+    @property
+    def best_gemv(self) -> float:
+        return max(self.gemv_bytes_per_s.values())
 
 
 def median_s(work: Callable[[], None], repeats: int) -> float:
@@ -40,21 +51,51 @@ def median_s(work: Callable[[], None], repeats: int) -> float:
     return statistics.median(times_s)
 
 
-def make_matrices(hidden: int, feed_forward: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """[F, H] each; drawn once and copied, since drawing is slower than everything measured here."""
-    first = torch.randn(feed_forward, hidden, dtype=torch.float32).mul_(0.02).to(dtype)
-    count = min(MAX_MATRICES, max(2, -(-WORKING_SET_BYTES // first.nbytes)))
-    return [first] + [first.clone() for _ in range(count - 1)]
+def make_matrix(hidden: int, feed_forward: int, dtype: torch.dtype, precision: str) -> Matrix:
+    """[F, H] with random numbers; scales are ones."""
+    if precision == "int8":
+        numbers = torch.randint(-127, 128, (feed_forward, hidden), dtype=torch.int8)
+        return numbers, torch.ones(feed_forward, dtype=dtype)
+    if precision == "int4":
+        outputs = -(-feed_forward // INT4_BLOCK) * INT4_BLOCK
+        packed = torch.randint(0, 256, (outputs, hidden // 2), dtype=torch.uint8)
+        return packed, torch.ones(hidden // INT4_GROUP, outputs, 2, dtype=dtype)
+    return (torch.randn(feed_forward, hidden, dtype=torch.float32).mul_(0.02).to(dtype),)
 
 
-def gemv_bytes_per_s(matrices: list[torch.Tensor], kernel: Callable[..., object], repeats: int) -> float:
-    one = torch.randn(1, matrices[0].shape[1]).to(matrices[0].dtype)
+def make_matrices(hidden: int, feed_forward: int, dtype: torch.dtype, precision: str = "none") -> list[Matrix]:
+    """Drawn once and copied, since drawing is slower than everything measured here."""
+    first = make_matrix(hidden, feed_forward, dtype, precision)
+    count = min(MAX_MATRICES, max(2, -(-WORKING_SET_BYTES // matrix_bytes(first))))
+    return [first] + [tuple(part.clone() for part in first) for _ in range(count - 1)]
+
+
+def matrix_bytes(matrix: Matrix) -> int:
+    return sum(part.nbytes for part in matrix)
+
+
+# The first of each is what decoding calls for one row.
+KERNELS: dict[str, dict[str, Callable[..., object]]] = {
+    "none": {"linear": linear, "mv": lambda one, weight: torch.mv(weight, one[0])},
+    "int8": {"int8pack_mm": torch._weight_int8pack_mm},
+    "int4": {
+        "int4pack_mm": lambda one, packed, scales: torch.ops.aten._weight_int4pack_mm_for_cpu(
+            one, packed, INT4_GROUP, scales
+        )
+    },
+}
+
+
+def gemv_bytes_per_s(
+    matrices: list[Matrix], hidden: int, dtype: torch.dtype, kernel: Callable[..., object], repeats: int
+) -> float:
+    one = torch.randn(1, hidden).to(dtype)
 
     def work() -> None:
         for matrix in matrices:
-            kernel(one, matrix)
+            kernel(one, *matrix)
 
-    return sum(matrix.nbytes for matrix in matrices) / median_s(work, repeats)
+    return sum(map(matrix_bytes, matrices)) / median_s(work, repeats)
 
 
 def gemm_flops_per_s(matrix: torch.Tensor, tokens: int, repeats: int) -> float:
@@ -63,15 +104,17 @@ def gemm_flops_per_s(matrix: torch.Tensor, tokens: int, repeats: int) -> float:
     return 2.0 * tokens * hidden * feed_forward / median_s(lambda: linear(many, matrix), repeats)
 
 
-def measure_rates(matrices: list[torch.Tensor], tokens: int, threads: int, repeats: int) -> Rates:
+def measure_rates(
+    matrices: list[Matrix], plain: torch.Tensor, precision: str, tokens: int, threads: int, repeats: int
+) -> Rates:
+    """GEMV of `matrices` in `precision`, GEMM of `plain`, a floating-point matrix [F, H] of the same sizes."""
     torch.set_num_threads(threads)
-    stored = matrices[0]
-    gemm = {str(stored.dtype): gemm_flops_per_s(stored, tokens, repeats)}
-    if stored.dtype != torch.float32:  # faster on processors without bf16 instructions
-        gemm["torch.float32"] = gemm_flops_per_s(stored.float(), tokens, repeats)
+    gemm = {str(plain.dtype): gemm_flops_per_s(plain, tokens, repeats)}
+    if plain.dtype != torch.float32:  # faster on processors without bf16 instructions
+        gemm["torch.float32"] = gemm_flops_per_s(plain.float(), tokens, repeats)
     gemv = {
-        "linear": gemv_bytes_per_s(matrices, linear, repeats),
-        "mv": gemv_bytes_per_s(matrices, lambda one, matrix: torch.mv(matrix, one[0]), repeats),
+        name: gemv_bytes_per_s(matrices, plain.shape[1], plain.dtype, kernel, repeats)
+        for name, kernel in KERNELS[precision].items()
     }
     return Rates(threads, gemv, gemm)
 
@@ -83,11 +126,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="rows of the GEMM")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", choices=PRECISIONS, default="none", help="of the one-row products")
+    parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
     with torch.inference_mode():
-        matrices = make_matrices(args.hidden, args.ff, getattr(torch, args.dtype))
-        rates = [measure_rates(matrices, args.tokens, threads, args.repeats) for threads in args.threads]
+        matrices = make_matrices(args.hidden, args.ff, dtype, args.precision)
+        plain = make_matrix(args.hidden, args.ff, dtype, "none")[0]
+        rates = [
+            measure_rates(matrices, plain, args.precision, args.tokens, threads, args.repeats)
+            for threads in args.threads
+        ]
     json.dump([asdict(rate) for rate in rates], sys.stdout)
     print()
 

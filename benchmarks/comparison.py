@@ -10,6 +10,8 @@ from report import gigabytes, seconds, with_bound
 from sides import Result
 
 Row = tuple[str, str, str, str]
+# Rows of an embedding that stays mapped, and code that is loaded late.
+IDLE_READ_BYTES = 10**6
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Summary:
     rss_peak_bytes: int
     offload_folder_bytes: int
     first_token: int
+    decoding: dict[str, Any] | None
     report: dict[str, Any] | None
 
     @property
@@ -73,6 +76,7 @@ def summarise(results: Sequence[Result]) -> Summary | None:
         rss_peak_bytes=max(run["rss_peak_bytes"] for run in runs),
         offload_folder_bytes=max(run["offload_folder_bytes"] for run in runs),
         first_token=runs[0]["tokens"][0],
+        decoding=runs[0]["decoding"],
         report=runs[0]["report"],
     )
 
@@ -107,6 +111,13 @@ class Comparison:
         rate = (summary.load_read_bytes + summary.prefill_read_bytes) / summary.load_and_prefill_s
         return f"{rate / 1e9:.2f} GB/s ({rate / self.disk_bytes_per_s:.0%} of the ceiling)"
 
+    def decode_rate(self, summary: Summary) -> str:
+        """The weights a token reads, of ours as they lie in memory, and how fast."""
+        if summary.decoding is None:
+            return "-"
+        token_bytes = summary.decoding["token_bytes"]
+        return f"{gigabytes(token_bytes)} at {token_bytes / summary.token_s / 1e9:.1f} GB/s"
+
     def text_row(self, title: str, show: Callable[[Summary], str]) -> Row:
         cells = [show(summary) if summary else "-" for summary in (self.ours, self.rival)]
         return title, cells[0], cells[1], ""
@@ -118,6 +129,7 @@ class Comparison:
             self.row("load", lambda s: s.load_s, seconds),
             self.row("first token after load", lambda s: s.prefill_s, seconds),
             self.row("load + first token", lambda s: s.load_and_prefill_s, seconds, lambda b: b.load_and_prefill_s),
+            self.text_row("weights read per token", self.decode_rate),
             self.row("per token, median", lambda s: s.token_s, seconds, lambda b: b.token_s),
             self.text_row("per token, spread", lambda s: f"{seconds(s.token_min_s)} to {seconds(s.token_max_s)}"),
             self.row(f"load to token {n}", lambda s: s.time_to_tokens_s(n), seconds),
@@ -138,5 +150,20 @@ class Comparison:
             return None
         return self.ours.first_token == self.rival.first_token
 
+    def checks(self, cap_bytes: int) -> dict[str, bool]:
+        """What our side promises."""
+        if not self.ours or not self.ours.report:
+            return {}
+        return {
+            "no weights fetched while decoding": self.ours.report["decode_streamed_bytes"] == 0,
+            "disk read while decoding below 1 MB a token": self.ours.token_read_bytes < IDLE_READ_BYTES,
+            "anonymous memory inside the cap": self.ours.rss_anon_peak_bytes <= cap_bytes,
+            "ledger inside the budget": self.ours.report["peak_device_bytes"] <= self.ours.report["budget_bytes"],
+        }
+
+    @property
+    def token_ratio(self) -> float | None:
+        return self.rival.token_s / self.ours.token_s if self.ours and self.rival else None
+
     def record(self) -> dict[str, Any]:
-        return asdict(self) | {"first_token_equal": self.first_token_equal()}
+        return asdict(self) | {"first_token_equal": self.first_token_equal(), "token_ratio": self.token_ratio}

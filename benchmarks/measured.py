@@ -36,11 +36,13 @@ def measure_disk(folder: Path) -> float:
     return max(rates)
 
 
-def measure_rates(model: ModelBytes, prompt_tokens: int, threads: Sequence[int]) -> list[Rates]:
+def measure_rates(
+    model: ModelBytes, prompt_tokens: int, threads: Sequence[int], precision: str = "none"
+) -> list[Rates]:
     """In a process of its own, so that its matrices are gone before the sides run."""
     command = [sys.executable, str(Path(__file__).with_name("ceilings.py")), "--hidden", str(model.hidden)]
-    command += ["--ff", str(model.feed_forward), "--tokens", str(prompt_tokens), "--threads"]
-    command += map(str, threads)
+    command += ["--ff", str(model.feed_forward), "--tokens", str(prompt_tokens), "--precision", precision]
+    command += ["--threads", *map(str, threads)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return [Rates(**rates) for rates in json.loads(output.splitlines()[-1])]
 
@@ -50,15 +52,14 @@ def choose_threads(rates: Sequence[Rates], flops: float, token_bytes: int, token
 
     def compute_s(rate: Rates) -> float:
         stored = next(iter(rate.gemm_flops_per_s.values()))
-        return flops / stored + (tokens - 1) * token_bytes / rate.gemv_bytes_per_s["linear"]
+        return flops / stored + (tokens - 1) * token_bytes / next(iter(rate.gemv_bytes_per_s.values()))
 
     return min(rates, key=compute_s).threads
 
 
 def ceilings_for(rates: Sequence[Rates], threads: int, disk_bytes_per_s: float) -> Ceilings:
     rate = next(rate for rate in rates if rate.threads == threads)
-    gemv, gemm = max(rate.gemv_bytes_per_s.values()), max(rate.gemm_flops_per_s.values())
-    return Ceilings(threads, disk_bytes_per_s, gemv, gemm)
+    return Ceilings(threads, disk_bytes_per_s, rate.best_gemv, max(rate.gemm_flops_per_s.values()))
 
 
 def measure_ceilings(
@@ -67,13 +68,21 @@ def measure_ceilings(
     threads: Sequence[int],
     prompt_tokens: int,
     density: float,
+    precision: str,
     new_tokens: tuple[int, int],
 ) -> SideCeilings:
     """`new_tokens` of ours and of the rival weigh decoding against the prompt when threads are chosen."""
     disk_bytes_per_s = measure_disk(folder)
     rates = measure_rates(model, prompt_tokens, threads)
+    our_rates = rates if precision == "none" else measure_rates(model, prompt_tokens, threads, precision)
+    for rate, ours in zip(rates, our_rates, strict=True):  # the same products, measured twice
+        for kernel, flops_per_s in ours.gemm_flops_per_s.items():
+            fastest = max(flops_per_s, rate.gemm_flops_per_s[kernel])
+            rate.gemm_flops_per_s[kernel] = ours.gemm_flops_per_s[kernel] = fastest
     flops = model.prefill_flops(prompt_tokens)
-    kept_bytes = model.resident_bytes(density) - model.embedding_bytes
-    ours = choose_threads(rates, flops, kept_bytes, new_tokens[0])
-    rival = choose_threads(rates, flops, model.bytes_per_token, new_tokens[1])
-    return SideCeilings(ceilings_for(rates, ours, disk_bytes_per_s), ceilings_for(rates, rival, disk_bytes_per_s))
+    our_threads = choose_threads(our_rates, flops, model.token_bytes(density, precision), new_tokens[0])
+    rival_threads = choose_threads(rates, flops, model.bytes_per_token, new_tokens[1])
+    return SideCeilings(
+        ours=ceilings_for(our_rates, our_threads, disk_bytes_per_s),
+        rival=ceilings_for(rates, rival_threads, disk_bytes_per_s),
+    )

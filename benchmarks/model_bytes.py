@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+# A number of a quantised matrix with its share of the scales; int4 has two of 16 bit for 32 numbers.
+NUMBER_BYTES = {"int8": 1.0, "int4": 0.5 + 2 * 2 / 32}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -29,6 +31,8 @@ class ModelBytes:
     total_bytes: int
     embedding_bytes: int
     feed_forward_bytes: int
+    outside_bytes: int
+    """Head and last norm: neither in a layer nor looked up."""
     value_bytes: int
 
     @classmethod
@@ -37,14 +41,17 @@ class ModelBytes:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
         sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+        embedding_bytes = model.get_input_embeddings().weight.nbytes
+        in_layers = sum(size for name, size in sizes.items() if ".layers." in name)
         return cls(
             name=folder.name,
             hidden=config.hidden_size,
             feed_forward=config.intermediate_size,
             layers=config.num_hidden_layers,
             total_bytes=sum(sizes.values()),
-            embedding_bytes=model.get_input_embeddings().weight.nbytes,
+            embedding_bytes=embedding_bytes,
             feed_forward_bytes=sum(size for name, size in sizes.items() if ".mlp." in name),
+            outside_bytes=max(sum(sizes.values()) - in_layers - embedding_bytes, 0),
             value_bytes=model.dtype.itemsize,
         )
 
@@ -53,10 +60,11 @@ class ModelBytes:
         """Weight bytes a matrix-vector pass of the full model touches."""
         return self.total_bytes - self.embedding_bytes
 
-    def resident_bytes(self, density: float) -> int:
-        """All weights with FF blocks cut to the density; no KV cache, no buffers."""
+    def token_bytes(self, density: float, precision: str) -> int:
+        """Weights a token reads when FF blocks are cut to the density and layers are held in the precision."""
         kept = int(self.feed_forward * density) / self.feed_forward
-        return self.total_bytes - round(self.feed_forward_bytes * (1 - kept))
+        in_layers = self.bytes_per_token - self.outside_bytes - self.feed_forward_bytes * (1 - kept)
+        return round(self.outside_bytes + in_layers * NUMBER_BYTES.get(precision, self.value_bytes) / self.value_bytes)
 
     def prefill_flops(self, prompt_tokens: int) -> float:
         """Matrix products alone; attention scores are left out, so this is a lower bound."""
@@ -81,13 +89,14 @@ class Bounds:
     token_s: float
 
 
-def our_bounds(model: ModelBytes, ceilings: Ceilings, prompt_tokens: int, density: float) -> Bounds:
-    """Every weight is read once and overlapped with the prompt's products; then everything is resident."""
+def our_bounds(
+    model: ModelBytes, ceilings: Ceilings, prompt_tokens: int, stored_bytes: int, token_bytes: int
+) -> Bounds:
+    """Every stored byte is read once and overlapped with the prompt's products; then everything is resident."""
     compute_s = model.prefill_flops(prompt_tokens) / ceilings.gemm_flops_per_s
-    resident_bytes = model.resident_bytes(density) - model.embedding_bytes
     return Bounds(
-        load_and_prefill_s=max(model.total_bytes / ceilings.disk_bytes_per_s, compute_s),
-        token_s=resident_bytes / ceilings.gemv_bytes_per_s,
+        load_and_prefill_s=max(stored_bytes / ceilings.disk_bytes_per_s, compute_s),
+        token_s=token_bytes / ceilings.gemv_bytes_per_s,
     )
 
 

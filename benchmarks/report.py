@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "griffin-offload")
-PATH_OPTIONS = ("--dir", "--out")
+PATH_OPTIONS = ("--dir", "--out", "--text")
 
 
 def hardware() -> dict[str, Any]:
@@ -36,9 +36,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def command_line(arguments: Sequence[str]) -> str:
-    """The command as it can be published: folders by their last name only."""
-    words = ["python", "benchmarks/over_budget.py"]
+def command_line(script: str, arguments: Sequence[str]) -> str:
+    """The command as it can be published: files and folders by their last name only."""
+    words = ["python", f"benchmarks/{script}"]
     previous = ""
     for argument in arguments:
         option, equals, value = argument.partition("=")
@@ -52,13 +52,21 @@ def command_line(arguments: Sequence[str]) -> str:
     return " ".join(words)
 
 
-def provenance(arguments: Sequence[str]) -> dict[str, Any]:
+def provenance(script: str, arguments: Sequence[str]) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command_line(arguments),
+        "command": command_line(script, arguments),
         "hardware": hardware(),
         "versions": versions(),
     }
+
+
+def origin_lines(record: dict[str, Any]) -> str:
+    """Where and how a record came about, for the head of its page."""
+    origin = {key: record[key] for key in ("date", "command", "hardware", "versions")}
+    return "\n".join(
+        f"- {key}: `{value if isinstance(value, str) else json.dumps(value)}`" for key, value in origin.items()
+    )
 
 
 def gigabytes(size_bytes: float | None) -> str:
@@ -74,9 +82,13 @@ def with_bound(value_s: float, bound_s: float) -> str:
 
 
 def table(rows: Sequence[tuple[str, str, str, str]]) -> str:
-    header = ("", "ours", "rival", "rival / ours")
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * 4, *rows)]
-    return "\n".join(lines)
+    return markdown_table([("", "ours", "rival", "rival / ours"), *rows])
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the header."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 def write(folder: Path, name: str, markdown: str, record: dict[str, Any]) -> None:

@@ -52,9 +52,26 @@ def load_ours(args: argparse.Namespace) -> Any:
         max_gpu_mem=args.budget,
         device="cpu",
         density=args.density,
+        quantize=args.quantize,
         offload="disk",
         ctx_size=args.prompt_tokens + args.new_tokens,
+        prompt_tokens=args.prompt_tokens,
     )
+
+
+def decoding(model: Any) -> dict[str, Any] | None:
+    """What a token of ours reads: the residents, without an embedding among them, of which it needs one row."""
+    if not hasattr(model, "resident_bytes"):
+        return None
+    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+    looked_up = model.plan.embeddings == "device" and head.weight is not embedding.weight
+    return {
+        "precision": model.plan.precision,
+        "density": model.plan.density,
+        "embeddings": model.plan.embeddings,
+        "token_bytes": model.resident_bytes - looked_up * embedding.weight.nbytes,
+        "planned_bytes": model.plan.peak_bytes,
+    }
 
 
 def load_mmap(args: argparse.Namespace) -> Any:
@@ -116,6 +133,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "decode": phase(tokens[0], tokens[-1]),
         "token_s": [later[0] - earlier[0] for earlier, later in pairwise(tokens)],
         "tokens": new_tokens,
+        "decoding": decoding(model),
         "rss_anon_bytes": process_status_bytes("self", "RssAnon"),
         "rss_peak_bytes": process_status_bytes("self", "VmHWM"),
         "offload_folder_bytes": folder_bytes(args.offload_folder),
@@ -136,6 +154,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--budget", default="0")
     parser.add_argument("--density", type=float, default=1.0)
+    parser.add_argument("--quantize", default="none")
     parser.add_argument("--ram-share", default="0")
     parser.add_argument("--copy-share", action="store_true")
     parser.add_argument("--offload-folder", type=Path)
