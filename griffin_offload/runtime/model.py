@@ -24,7 +24,7 @@ from griffin_offload.runtime.load import Loaded, load
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
 from griffin_offload.runtime.prefill import Progress, StreamedPass
 from griffin_offload.runtime.prospect import Prospect, examine, plan_for
-from griffin_offload.runtime.report import PrefillReport, RunReport
+from griffin_offload.runtime.report import PrefillReport, RunReport, planned_figures
 from griffin_offload.runtime.run import (
     Run,
     cache_bytes,
@@ -283,22 +283,13 @@ class GriffinModel:
             prompt_tokens=prefill.prompt_tokens * run.prompts // run.batch,  # beams repeat each prompt
             generated_tokens=generated_tokens,
             load_s=self._load_s,
-            prefill_s=prefill.seconds,
             decode_s=max(total_s - prefill.seconds, 0.0),
-            prefill_streamed_bytes=prefill.streamed_bytes,
             decode_streamed_bytes=self._loaded.layers.fetched_bytes - run.fetched_bytes,
             decode_embedding_bytes=self._embedding_bytes - run.embedding_bytes,
             resident_bytes=self.resident_bytes,
             peak_device_bytes=ledger.peak_bytes,
-            budget_bytes=self.plan.budget_bytes,
             peak_host_bytes=peak_host_bytes(),
             host_growth_bytes=ledger.host_growth_bytes,
-            density=self.plan.density,
-            precision=self.plan.precision,
-            parts=self.plan.resident_parts,
-            parts_16bit=self.plan.plain_parts,
-            activation_kept=prefill.activation_kept,
-            activation_kept_heldout=prefill.activation_kept_heldout,
-            wait_s=prefill.wait_s,
-            select_s=prefill.select_s,
+            **planned_figures(self.plan),
+            **prefill.run_figures(),
         )

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from griffin_offload.pricing import Plan
 from griffin_offload.units import format_bytes
 
 
@@ -21,6 +22,28 @@ class PrefillReport:
     """Share of s^2 / S that the chosen neurons hold, mean over layers."""
     activation_kept_heldout: float | None
     """The same, chosen on the first 3/4 of the prompt and measured on the last 1/4; None: prompt too short."""
+
+    def run_figures(self) -> dict[str, Any]:
+        """The part of a run's report that this pass is."""
+        return {
+            "prefill_s": self.seconds,
+            "prefill_streamed_bytes": self.streamed_bytes,
+            "activation_kept": self.activation_kept,
+            "activation_kept_heldout": self.activation_kept_heldout,
+            "wait_s": self.wait_s,
+            "select_s": self.select_s,
+        }
+
+
+def planned_figures(plan: Plan) -> dict[str, Any]:
+    """The part of a run's report that the plan knows."""
+    return {
+        "budget_bytes": plan.budget_bytes,
+        "density": plan.density,
+        "precision": plan.precision,
+        "parts": plan.resident_parts,
+        "parts_16bit": plan.plain_parts,
+    }
 
 
 @dataclass(frozen=True)

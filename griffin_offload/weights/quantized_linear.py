@@ -6,6 +6,7 @@ int4 tiles. A few rows go through torch's kernel, which reads each weight once; 
 in 16 bit or more, block by block.
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -127,7 +128,7 @@ class QuantizedLinear(nn.Module):
     def _has_kernel(self, x: Tensor) -> bool:
         if self.form == "int8":
             known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-            return known and x.shape[1] % _INT8_KERNEL_MULTIPLE == 0
+            return known and x.shape[1] % _INT8_KERNEL_MULTIPLE == 0 and _has_int8_kernel(x.device.type)
         return self.form == "int4_tiles" and x.dtype != torch.float64
 
     def _few(self, x: Tensor) -> Tensor:
@@ -152,6 +153,12 @@ class QuantizedLinear(nn.Module):
             return nn.functional.linear(x, self.weight, self.bias)
         scale = self.scale if self.form == "int8" else None
         return multiply(x, self.weight, self.scratch, scale, self.bias)
+
+
+@functools.cache
+def _has_int8_kernel(device: str) -> bool:
+    """Whether this build of torch has it: CUDA's came later than the CPU's. Without, matrices pass the scratch."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", device.upper()))
 
 
 def row_norms(full: dict[str, Tensor], *, swapped: bool) -> Tensor:
