@@ -31,7 +31,8 @@ def decode_bytes_per_s(
         return None
     threads = choose_threads(inputs, outputs, dtype) if device.type == "cpu" else None
     scratch = Scratch(_SCRATCH_BYTES, dtype, device)
-    layers, made_bytes = [], 0
+    layers: list[QuantizedLinear] = []
+    made_bytes = 0
     while made_bytes < _BYTES and len(layers) < _MATRICES:
         layer = QuantizedLinear(outputs, inputs, is_down=False, precision=precision, stored="none", scratch=scratch)
         layer.form = resident_form(precision)
