@@ -2,10 +2,17 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.options import add_model_options, load_options, model_of, quiet_libraries
+from griffin_offload.cli.options import (
+    MODEL_VARIABLE,
+    add_model_options,
+    load_options,
+    model_of,
+    quiet_libraries,
+)
 from griffin_offload.config import LoadConfig
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.units import format_bytes
@@ -57,7 +64,7 @@ def _prospect(arguments: argparse.Namespace) -> "Prospect":
     config = LoadConfig(**load_options(arguments))
     if arguments.config is None:
         return examine(model_of(arguments), config)
-    if arguments.model is not None:
+    if arguments.model not in (None, os.environ.get(MODEL_VARIABLE)):
         raise UsageError("--config plans without a model: give one of --config and --model")
     return examine_checkpoint(read_config(arguments.config), config)
 

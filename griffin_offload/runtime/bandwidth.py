@@ -14,6 +14,9 @@ from griffin_offload.weights.quantized_linear import Precision, QuantizedLinear,
 
 # Larger than caches, made of several matrices; the same bytes in every precision.
 _BYTES = 256 * 2**20
+# Of toys there would be tens of thousands; so many of them tell what a call costs.
+_MATRICES = 256
+_SCRATCH_BYTES = 2**20  # for what has no kernel
 _REPEATS = 5
 
 
@@ -27,9 +30,10 @@ def decode_bytes_per_s(
     except UnsupportedModel:
         return None
     threads = choose_threads(inputs, outputs, dtype) if device.type == "cpu" else None
-    scratch = Scratch(0, dtype, device)
-    layers, made_bytes = [], 0
-    while made_bytes < _BYTES:
+    scratch = Scratch(_SCRATCH_BYTES, dtype, device)
+    layers: list[QuantizedLinear] = []
+    made_bytes = 0
+    while made_bytes < _BYTES and len(layers) < _MATRICES:
         layer = QuantizedLinear(outputs, inputs, is_down=False, precision=precision, stored="none", scratch=scratch)
         layer.form = resident_form(precision)
         for name, (shape, own) in specs(layer.form, outputs, inputs, is_down=False).items():

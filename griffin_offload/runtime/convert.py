@@ -19,17 +19,22 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from griffin_offload.errors import DoesNotFit, GriffinError, UsageError, one_line
+from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.runtime.load import map_model
 from griffin_offload.units import format_bytes
 from griffin_offload.weights.checkpoint import INDEX, UNFINISHED, Checkpoint, open_checkpoint
-from griffin_offload.weights.converted import Mark
+from griffin_offload.weights.converted import Mark, check_shard
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.quantized_linear import Precision, quantized
 from griffin_offload.weights.shape import build_on_meta, model_shape
 from griffin_offload.weights.swap import linear_names
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all) after each tensor."""
@@ -38,6 +43,8 @@ _COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 # Beside the tensors: headers, index, tokenizer.
 _MARGIN_BYTES = 50_000_000
+# Our temporary names, and those that safetensors writes under before it renames to ours.
+_HALVES = (".*.tmp", ".tmp*")
 
 
 @dataclass(frozen=True)
@@ -68,15 +75,15 @@ def convert(
     The directory `out` must not exist yet, or hold the same conversion unfinished. Raises UsageError, ModelError,
     DoesNotFit (the disk) or GriffinError (writing)."""
     checkpoint = open_checkpoint(model, offline=offline)
-    directory = Path(out).expanduser()
+    directory = Path(os.path.expanduser(out))
     if checkpoint.precision != "none":
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
     shape = model_shape(build_on_meta(checkpoint.config, checkpoint.dtype), precision, precision, tables)
     mark = Mark(precision, _fingerprint(checkpoint), tables)
-    with _failures_named(directory):
-        _claim(directory, mark)
-        finished = _remove_halves(directory)
+    with _failures_named(directory), _locked(directory):
+        finished = _finished_shards(directory, mark)
         _check_disk(directory, shape.weight_bytes - sum(path.stat().st_size for path in finished))
+        _write_text(directory / UNFINISHED, json.dumps(asdict(mark)))
         weight_map = _write_shards(checkpoint, directory, mark, progress)
         _write_rest(checkpoint, directory, mark, weight_map)
     shards = set(weight_map.values())
@@ -113,33 +120,61 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:32]
 
 
-def _claim(directory: Path, mark: Mark) -> None:
-    """Make the directory, or continue in it; UsageError when it holds anything else."""
-    note = directory / UNFINISHED
-    if note.is_file():
-        try:
-            begun = json.loads(note.read_text())
-        except ValueError:
-            begun = None
-        if begun != asdict(mark):
-            raise UsageError(f"{directory} holds an unfinished conversion of another model or precision: remove it")
-        return
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UsageError(f"{directory} exists already: nothing is overwritten, give a new directory")
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Make the directory and keep other conversions out of it: they would remove each other's temporary files."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file: nothing is overwritten, give a new directory")
     directory.mkdir(parents=True, exist_ok=True)
-    _write_text(note, json.dumps(asdict(mark)))
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another conversion is writing {directory}: wait for it or stop it") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def _remove_halves(directory: Path) -> list[Path]:
-    """Delete what an interrupted writer left under temporary names; the shards that are whole."""
-    for path in directory.glob(".*.tmp"):
+def _finished_shards(directory: Path, mark: Mark) -> list[Path]:
+    """What the same conversion finished before it was interrupted, its halves deleted; UsageError when the directory
+    holds anything else."""
+    note = directory / UNFINISHED
+    halves = {path for pattern in _HALVES for path in directory.glob(pattern)}
+    if note.is_file():
+        if _read_note(note) != asdict(mark):
+            raise UsageError(f"{directory} holds an unfinished conversion of another model or precision: remove it")
+    elif set(directory.iterdir()) - {_temporary(note)}:
+        raise UsageError(f"{directory} exists already: nothing is overwritten, give a new directory")
+    for path in halves:
         path.unlink()
-    return sorted(directory.glob("*.safetensors"))
+    shards = sorted(directory.glob("*.safetensors"))
+    for path in shards:
+        try:
+            check_shard(path, mark)
+        except (SafetensorError, CheckpointError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or of another conversion ({one_line(error)}): remove it and run the same command "
+                "again"
+            ) from error
+    return shards
 
 
-def _check_disk(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if needed + _MARGIN_BYTES > free and needed > 0:
+def _read_note(note: Path) -> Any:
+    try:
+        return json.loads(note.read_bytes())
+    except ValueError:
+        return None
+
+
+def _check_disk(directory: Path, missing_bytes: int) -> None:
+    free, needed = shutil.disk_usage(directory).free, missing_bytes + _MARGIN_BYTES
+    if needed > free and missing_bytes > 0:
         raise DoesNotFit(
             f"the conversion needs {format_bytes(needed)} on the disk of {directory}, {format_bytes(free)} are free"
         )
@@ -203,7 +238,10 @@ def _layer_tensors(
             if owner in linears and attribute == "weight":
                 module = linears[owner]
                 matrix = values if isinstance(module, nn.Linear) else values.t()  # Conv1D
-                found = quantized(matrix, precision, dtype, is_down=module is block.down)
+                try:
+                    found = quantized(matrix, precision, dtype, is_down=module is block.down)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{prefix}{name}: {error}") from error
                 tensors |= {f"{prefix}{owner}.{key}": tensor for key, tensor in found.items()}
             else:
                 tensors[prefix + name] = values.clone()
@@ -249,7 +287,7 @@ def _write_rest(checkpoint: Checkpoint, directory: Path, mark: Mark, weight_map:
         if path.is_file() and path.name not in own:
             with _renamed(directory / path.name) as temporary:
                 shutil.copyfile(path, temporary)
-    config: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_text())
+    config: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_bytes())
     _write_text(directory / "config.json", json.dumps(config | {"quantization_config": mark.config()}, indent=2))
     total = sum((directory / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -265,7 +303,7 @@ def _write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def _renamed(path: Path) -> Iterator[Path]:
     """A temporary name that becomes `path` when the block ends well, on the disk and not only in the cache."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
@@ -275,6 +313,10 @@ def _renamed(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _umask() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,9 +54,9 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     if not sizes:
         raise CheckpointError(f"{directory} holds no tensors")
     weight_bytes = sum(sizes.values())
+    for path in headers:
+        check_shard(path, mark)
     if mark is not None:
-        for path in headers:
-            check_shard(path, mark)
         sizes = Counter({name: count for name, count in sizes.items() if name in _DTYPES})
     stored = max(sizes, key=lambda name: sizes[name], default="no floats")
     if stored not in _DTYPES or getattr(config, "quantization_config", None) is not None:
@@ -69,7 +70,7 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
 
 def read_config(path: str | Path) -> Checkpoint:
     """A checkpoint of which only config.json is known, `path` being that file: enough to plan with."""
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not file.is_file():
         raise ModelNotFound(f"no file {file}: give a config.json")
     config = _load_config(file)
@@ -82,7 +83,7 @@ def read_config(path: str | Path) -> Checkpoint:
 
 
 def _locate(model: str, offline: bool) -> Path:
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
     if path.is_dir():
         return path
     if path.exists():

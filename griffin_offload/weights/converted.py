@@ -63,10 +63,14 @@ def mark_of(config: PretrainedConfig, directory: Path) -> Mark | None:
     return Mark(precision, source, tables)
 
 
-def check_shard(path: Path, mark: Mark) -> None:
-    """CheckpointError unless the shard belongs to the conversion."""
+def check_shard(path: Path, mark: Mark | None) -> None:
+    """CheckpointError unless the shard belongs to the conversion, or to none where there is no mark."""
     with safe_open(path, framework="pt") as file:
         found = (file.metadata() or {}).get(METADATA_KEY)
+    if mark is None:
+        if found is not None:
+            raise CheckpointError(f"{path} was converted, config.json has lost its quantization_config: convert again")
+        return
     if found != mark.metadata()[METADATA_KEY]:
         raise CheckpointError(f"{path} belongs to another conversion than config.json: shards are mixed, convert again")
 
@@ -98,14 +102,16 @@ def map_converted(
     if tables == "int8":
         swap_tables(model, scratch)
     expected: dict[str, Tensor] = dict(model.named_parameters())
-    buffers = {name for name in model.state_dict() if name not in expected}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 if name in expected:
                     _assign(model, name, file.get_tensor(name), expected.pop(name), path)
                 elif name in buffers:
-                    model.get_buffer(name).copy_(file.get_tensor(name))
+                    tensor = file.get_tensor(name)
+                    _check(name, tensor, buffers[name], path)
+                    buffers[name].copy_(tensor)
     if tables == "int8":
         tie_tables(model, tied=tied)
     else:
@@ -118,13 +124,17 @@ def map_converted(
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, expected: Tensor, path: Path) -> None:
+    _check(name, tensor, expected, path)
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+
+
+def _check(name: str, tensor: Tensor, expected: Tensor, path: Path) -> None:
     kind = tensor.is_floating_point(), expected.is_floating_point()
     if tensor.shape != expected.shape or kind[0] != kind[1] or (not kind[0] and tensor.dtype != expected.dtype):
         raise CheckpointError(
             f"{path}: {name} is {_describe(tensor)}, the model needs {_describe(expected)}: convert again"
         )
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
 
 
 def _describe(tensor: Tensor) -> str:

@@ -166,7 +166,8 @@ def row_norms(full: dict[str, Tensor], *, swapped: bool) -> Tensor:
     weight = full["weight"]
     if weight.is_floating_point():
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return torch.linalg.vector_norm(weight, dim=0 if swapped else 1, dtype=wide).float()
+        norms: Tensor = torch.linalg.vector_norm(weight, dim=0 if swapped else 1, dtype=wide)
+        return norms.float()
     if weight.dtype == torch.int8:
         return torch.cat([part.float().norm(dim=1) for part in weight.split(256)]) * full["scale"].float()
     scale, offset = full["scale"].float().unbind(-1)
