@@ -12,7 +12,8 @@ from griffin_offload.demo import PROMPT, demo_directory
 def main() -> None:
     path = sys.argv[1] if len(sys.argv) > 1 else demo_directory()
     budget = sys.argv[2] if len(sys.argv) > 2 else "6.35MB"
-    model = GriffinModel.from_pretrained(path, max_gpu_mem=budget, ctx_size=160, prompt_tokens=80)
+    # Without `quantize` the planner would rather keep every neuron in 8 bit than drop some.
+    model = GriffinModel.from_pretrained(path, max_gpu_mem=budget, quantize="none", ctx_size=160, prompt_tokens=80)
     print(f"density {model.plan.density:.2f}: {model.resident_bytes} of {model.plan.full_bytes} bytes stay resident")
 
     tokens = model.tokenizer(PROMPT, return_tensors="pt")
