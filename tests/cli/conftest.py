@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import CHAT_TEMPLATE, write_tokenizer
 
 from griffin_offload.cli.main import main
+from griffin_offload.runtime.convert import convert as convert_checkpoint
+from griffin_offload.weights.quantized_linear import Precision
 
 
 @dataclass(frozen=True)
@@ -127,3 +130,18 @@ def process(tmp_path: Path) -> Callable[..., Outcome]:
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def converted(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`converted(name, precision, dtype)` is the directory of a converted tiny checkpoint, which no test may change."""
+    written: dict[tuple[object, ...], Path] = {}
+
+    def convert(name: str, precision: Precision, dtype: torch.dtype = torch.float32) -> Path:
+        key = (name, precision, dtype)
+        if key not in written:
+            written[key] = tmp_path_factory.mktemp(f"{name}-{precision}") / "model"
+            convert_checkpoint(checkpoints(name, dtype), written[key], precision)
+        return written[key]
+
+    return convert
