@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import CHAT_TEMPLATE, write_tokenizer
 
 from griffin_offload.cli.main import main
@@ -145,3 +147,31 @@ def converted(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPat
         return written[key]
 
     return convert
+
+
+@pytest.fixture
+def made(converted: Callable[..., Path], tmp_path: Path) -> Path:
+    """A converted Llama that a test may damage."""
+    return Path(shutil.copytree(converted("llama2", "int8"), tmp_path / "made"))
+
+
+@pytest.fixture
+def change_tensor() -> Callable[..., None]:
+    """`change_tensor(directory, key, harm)` changes or removes one tensor, in its shard and the index."""
+
+    def change(directory: Path, key: str, harm: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        index_file = directory / "model.safetensors.index.json"
+        index = json.loads(index_file.read_text())
+        path = directory / index["weight_map"][key]
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        changed = harm(tensors.pop(key))
+        if changed is None:
+            del index["weight_map"][key]
+        else:
+            tensors[key] = changed
+        save_file(tensors, path, metadata)
+        index_file.write_text(json.dumps(index))
+
+    return change
