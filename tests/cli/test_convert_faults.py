@@ -1,7 +1,6 @@
 """Every way a conversion can be impossible: the exit code, one line, and no file lost."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
