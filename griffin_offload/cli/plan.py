@@ -99,14 +99,17 @@ def plan_lines(plan: "Plan") -> list[str]:
 
 
 def _alternatives(prospect: "Prospect", chosen: "Plan") -> list[dict[str, Any]]:
-    """Every precision, dense and with the largest density, that fits at the same context."""
+    """The chosen plan, and every precision, dense and with the largest density, that fits at the same context."""
     from griffin_offload.plan import alternatives
     from griffin_offload.runtime.bandwidth import decode_bytes_per_s
 
     shapes = [*prospect.shapes, *prospect.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].neurons
+    plans = alternatives(shapes, prospect.request, chosen.context_tokens)
+    if chosen.fits and all((plan.precision, plan.kept) != (chosen.precision, chosen.kept) for plan in plans):
+        plans = [chosen, *plans]  # a density that was asked for
     rows = []
-    for plan in alternatives(shapes, prospect.request, chosen.context_tokens):
+    for plan in plans:
         precision = prospect.precision_of(plan)
         rate = decode_bytes_per_s(precision, hidden, neurons, prospect.dtype, prospect.device)
         read_bytes = plan.decoded_bytes + plan.decode_parts["kv_cache"]

@@ -45,14 +45,15 @@ class Mark:
         return {METADATA_KEY: json.dumps(asdict(self), sort_keys=True)}
 
     def config(self) -> dict[str, Any]:
-        """`quantization_config` of config.json."""
-        return {"quant_method": METHOD, **asdict(self)}
+        """`quantization_config` of config.json. No `quant_method`: one that transformers does not know it skips with a
+        warning and computes with int8 numbers that lack their scales; without any it refuses."""
+        return {"method": METHOD, **asdict(self)}
 
 
 def mark_of(config: PretrainedConfig, directory: Path) -> Mark | None:
     """The mark in `config`, which is taken out of it; None where there is none or another method's."""
     found = getattr(config, "quantization_config", None)
-    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
+    if not isinstance(found, dict) or found.get("method") != METHOD:
         return None
     version, precision, source, tables = (found.get(key) for key in ("version", "precision", "source", "tables"))
     if version != VERSION:

@@ -14,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import CHAT_TEMPLATE, write_tokenizer
 
 from griffin_offload.cli.main import main
+from griffin_offload.runtime.convert import convert as convert_checkpoint
+from griffin_offload.weights.quantized_linear import Precision
 
 
 @dataclass(frozen=True)
@@ -127,3 +132,46 @@ def process(tmp_path: Path) -> Callable[..., Outcome]:
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def converted(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`converted(name, precision, dtype)` is the directory of a converted tiny checkpoint, which no test may change."""
+    written: dict[tuple[object, ...], Path] = {}
+
+    def convert(name: str, precision: Precision, dtype: torch.dtype = torch.float32) -> Path:
+        key = (name, precision, dtype)
+        if key not in written:
+            written[key] = tmp_path_factory.mktemp(f"{name}-{precision}") / "model"
+            convert_checkpoint(checkpoints(name, dtype), written[key], precision)
+        return written[key]
+
+    return convert
+
+
+@pytest.fixture
+def made(converted: Callable[..., Path], tmp_path: Path) -> Path:
+    """A converted Llama that a test may damage."""
+    return Path(shutil.copytree(converted("llama2", "int8"), tmp_path / "made"))
+
+
+@pytest.fixture
+def change_tensor() -> Callable[..., None]:
+    """`change_tensor(directory, key, harm)` changes or removes one tensor, in its shard and the index."""
+
+    def change(directory: Path, key: str, harm: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        index_file = directory / "model.safetensors.index.json"
+        index = json.loads(index_file.read_text())
+        path = directory / index["weight_map"][key]
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        changed = harm(tensors.pop(key))
+        if changed is None:
+            del index["weight_map"][key]
+        else:
+            tensors[key] = changed
+        save_file(tensors, path, metadata)
+        index_file.write_text(json.dumps(index))
+
+    return change

@@ -31,7 +31,8 @@ OF_RUN = {"selection", "seed", "threads"}
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["--version"], ["run", "-n", "0"]]
+    "arguments",
+    [["--help"], ["run", "--help"], ["plan", "--help"], ["convert", "--help"], ["--version"], ["run", "-n", "0"]],
 )
 def test_help_imports_no_torch(process, arguments: list[str]):
     outcome = process("-c", PROBE, *arguments)
@@ -42,7 +43,7 @@ def test_help_imports_no_torch(process, arguments: list[str]):
 
 
 def test_help_names_every_command_and_flag(cli):
-    assert {"run", "plan"} <= set(cli("--help").out.split())
+    assert {"run", "plan", "convert"} <= set(cli("--help").out.split())
     shared = "--model --max-gpu-mem --max-cpu-mem --device --density --offload --ctx-size --kv-bits --dtype --json -q"
     run = (
         "--prompt-file --system --raw --max-new-tokens -n --temperature --top-p --top-k --selection --offline --seed -v"
@@ -50,7 +51,9 @@ def test_help_names_every_command_and_flag(cli):
     words = set(cli("run", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
     assert set((shared + " " + run).split()) <= words
     words = set(cli("plan", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
-    assert {*shared.split(), "--prompt-tokens", "--batch-size"} <= words
+    assert {*shared.split(), "--prompt-tokens", "--batch-size", "--config"} <= words
+    words = set(cli("convert", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
+    assert {"OUT", "--model", "-m", "--offline", "--json", "--quiet", "-q", "{int8", "int4}"} <= words
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
@@ -76,6 +79,7 @@ def test_shown_defaults_and_choices_are_those_of_the_dataclass(cli, command: str
         "device": config.Device,
         "offload": config.Offload,
         "selection": config.SelectionMethod,
+        "quantize": config.Quantize,
         "dtype": config.DType,
     }.items():
         if command == "plan" and name in OF_RUN:

@@ -1,0 +1,202 @@
+"""A conversion that is killed or run twice at once: what is there afterwards is whole, and equal byte for byte."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from griffin_offload.runtime import convert as runtime
+
+NOTE = ".converting.json"
+# Kills the process at a given step of a given file: its name when it is whole, and when.
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from griffin_offload.cli.main import main
+from griffin_offload.runtime import convert
+name, when = sys.argv[1:3]
+replace, save, unlink = Path.replace, convert.save_file, Path.unlink
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+def killing_replace(self, target):
+    if target.name == name and when == "before the rename":
+        die()
+    replace(self, target)
+    if target.name == name and when == "after the rename":
+        die()
+def killing_save(tensors, path, metadata):
+    save(tensors, path, metadata)
+    if path.name == f".{name}.tmp" and when.endswith("half written"):
+        half = path.read_bytes()[: path.stat().st_size // 2]
+        path.unlink()
+        if when.startswith("by safetensors"):
+            path = path.with_name(".tmpAb12Cd")
+        path.write_bytes(half)
+        die()
+def killing_unlink(self, missing_ok=False):
+    if self.name == name and when == "before the note goes":
+        die()
+    unlink(self, missing_ok)
+Path.replace, convert.save_file, Path.unlink = killing_replace, killing_save, killing_unlink
+sys.exit(main(sys.argv[3:]))
+"""
+SECOND = "model-00002-of-00004.safetensors"
+DEATHS = [
+    (NOTE, "before the rename", 0),
+    (NOTE, "after the rename", 0),
+    ("model-00001-of-00004.safetensors", "half written", 0),
+    (SECOND, "half written", 1),
+    (SECOND, "by safetensors half written", 1),
+    (SECOND, "before the rename", 1),
+    (SECOND, "after the rename", 2),
+    ("model-00004-of-00004.safetensors", "half written", 3),
+    ("tokenizer.json", "before the rename", 4),
+    ("config.json", "after the rename", 4),
+    ("model.safetensors.index.json", "before the rename", 4),
+    ("model.safetensors.index.json", "after the rename", 4),
+    (NOTE, "before the note goes", 4),
+]
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def written_at(directory: Path) -> dict[str, tuple[int, int]]:
+    stats = {path.name: path.stat() for path in directory.glob("*.safetensors")}
+    return {name: (found.st_ino, found.st_mtime_ns) for name, found in stats.items()}
+
+
+@pytest.mark.parametrize(("name", "when", "finished"), DEATHS, ids=lambda value: str(value))
+def test_killed_and_run_again(cli, process, converted, llama: Path, tmp_path: Path, name, when, finished):
+    out = tmp_path / "out"
+    command = ("convert", "-m", llama, out, "--quantize", "int8")
+    killed = process("-c", KILLER, name, when, *command)
+    assert killed.code == -signal.SIGKILL, killed
+    before = written_at(out)
+    assert len(before) == finished
+    if (out / NOTE).is_file():
+        for other in (("plan",), ("run", "the cat"), ("convert", tmp_path / "other", "--quantize", "int8")):
+            cli.refuses(4, "unfinished conversion: run the same convert command again", *other, "-m", out)
+    else:
+        cli.refuses(4, "no config.json", "plan", "-m", out)
+    resumed = cli(*command, "--json")
+    assert (resumed.code, resumed.json["resumed_shards"]) == (0, finished), resumed
+    assert files_of(out) == files_of(converted("llama2", "int8"))
+    assert {name: written_at(out)[name] for name in before} == before
+
+
+@pytest.fixture(scope="module")
+def many_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that takes a while: a hundred layers."""
+    directory = tmp_path_factory.mktemp("many") / "model"
+    script = Path(__file__).parents[2] / "benchmarks" / "make_checkpoint.py"
+    flags = ["--shape", "tiny", "--layers", "100", str(directory)]
+    subprocess.run([sys.executable, str(script), *flags], check=True, capture_output=True)
+    return directory
+
+
+def start(model: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "griffin_offload", "convert", "-m", str(model), str(out), "--quantize", "int8"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_shards(running: subprocess.Popen[str], out: Path, count: int) -> None:
+    deadline = time.monotonic() + 200
+    while len(list(out.glob("*.safetensors"))) < count and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def test_a_real_process_killed_anywhere(cli, many_layers: Path, tmp_path: Path):
+    """Wherever it happens to be, twice in a row; and what stands in the file system meanwhile is never half a shard."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert cli("convert", whole, "-m", many_layers, "--quantize", "int8", "-q").code == 0
+    for count in (5, 60):
+        running = start(many_layers, out)
+        wait_for_shards(running, out, count)
+        running.kill()
+        running.communicate()
+        assert running.returncode == -signal.SIGKILL
+        shards = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+        assert count <= len(shards) < 101
+        assert shards == {name: (whole / name).read_bytes() for name in shards}
+        cli.refuses(4, "unfinished conversion", "plan", "-m", out)
+    before = written_at(out)
+    outcome = cli("convert", out, "-m", many_layers, "--quantize", "int8")
+    assert outcome.code == 0
+    assert f"in 101 shards, {len(before)} of them from before" in outcome.err
+    assert files_of(out) == files_of(whole)
+    assert {name: written_at(out)[name] for name in before} == before
+
+
+def test_two_at_once(cli, many_layers: Path, tmp_path: Path):
+    """The second one is told, and harms nothing."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert cli("convert", whole, "-m", many_layers, "--quantize", "int8", "-q").code == 0
+    running = start(many_layers, out)
+    wait_for_shards(running, out, 1)
+    os.kill(running.pid, signal.SIGSTOP)
+    try:
+        half = out / ".model-00099-of-00101.safetensors.tmp"
+        half.write_bytes(b"being written")
+        for precision in ("int8", "int4"):
+            cli.refuses(2, "another conversion is writing", "convert", out, "-m", many_layers, "--quantize", precision)
+        assert half.read_bytes() == b"being written"
+    finally:
+        os.kill(running.pid, signal.SIGCONT)
+    _, text = running.communicate(timeout=300)
+    assert running.returncode == 0, text
+    assert files_of(out) == files_of(whole)
+
+
+def convert_at_once(barrier, model: Path, out: Path, codes) -> None:
+    from griffin_offload.cli.main import main
+
+    barrier.wait()
+    codes.put(main(["convert", "-m", str(model), str(out), "--quantize", "int8", "-q"]))
+
+
+def test_many_at_once(converted, llama: Path, tmp_path: Path):
+    """Started at the same moment: one of them writes, the others are refused, before or after."""
+    context = multiprocessing.get_context("spawn")
+    barrier, codes = context.Barrier(3), context.Queue()
+    arguments = (barrier, llama, tmp_path / "out", codes)
+    running = [context.Process(target=convert_at_once, args=arguments) for _ in range(3)]
+    for process in running:
+        process.start()
+    assert sorted(codes.get(timeout=200) for _ in running) == [0, 2, 2]
+    for process in running:
+        process.join()
+    assert files_of(tmp_path / "out") == files_of(converted("llama2", "int8"))
+
+
+def test_ctrl_c(cli, converted, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    command = ("convert", tmp_path / "out", "-m", llama, "--quantize", "int8")
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "save_file", stop_at(3, KeyboardInterrupt))
+        stopped = cli(*command)
+    assert (stopped.code, stopped.out) == (130, "")
+    assert stopped.err.splitlines()[-1] == "griffin-offload: interrupted"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {NOTE, "model-00001-of-00004.safetensors", SECOND}
+    assert cli(*command).code == 0
+    assert files_of(tmp_path / "out") == files_of(converted("llama2", "int8"))
+
+
+def stop_at(call: int, error: type[BaseException]) -> Callable[..., None]:
+    """save_file that writes half of the call-th file and fails."""
+    save, calls = runtime.save_file, []
+
+    def stopping(tensors: object, path: Path, metadata: object) -> None:
+        calls.append(path)
+        save(tensors, path, metadata)
+        if len(calls) == call:
+            path.write_bytes(path.read_bytes()[:100])
+            raise error
+
+    return stopping

@@ -1,0 +1,218 @@
+"""Plans of large models from their config alone, the ladder of precisions, and what else fits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES
+
+from griffin_offload.runtime import bandwidth
+
+_LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5}
+
+
+def llama_config(hidden: int, neurons: int, layers: int, heads: int, kv_heads: int, vocab: int, positions: int):
+    return _LLAMA | {
+        "hidden_size": hidden,
+        "intermediate_size": neurons,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": positions,
+    }
+
+
+# As their authors publish them.
+CONFIGS = {
+    "13b": llama_config(5120, 13824, 40, 40, 40, 32000, 4096),
+    "70b": llama_config(8192, 28672, 80, 64, 8, 128256, 131072),
+    "8b": llama_config(4096, 14336, 32, 32, 8, 128256, 131072),
+}
+RATE = 10e9
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[[str], Path]:
+    def write(name: str) -> Path:
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(CONFIGS[name]))
+        return path
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def _known_rate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """A machine that reads 10 GB/s, except where that is measured."""
+    if "measured" not in request.node.name:
+        monkeypatch.setattr(bandwidth, "decode_bytes_per_s", lambda *_: RATE)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_13b_in_12_gb(cli, config, edit, stored: str):
+    path = config("13b")
+    edit(path, torch_dtype=stored)  # float16 is what the authors chose
+    flags = ("plan", "--config", path, "--max-gpu-mem", "12GB", "--ctx-size", 2048, "--device", "cpu", "--json")
+    outcome = cli(*flags)
+    assert (outcome.code, outcome.err) == (0, "")
+    plan = outcome.json
+    assert (plan["fits"], plan["precision"], plan["context_tokens"]) == (True, "int8", 2048)
+    assert plan["density"] >= 0.5
+    assert max(plan["peak_prefill_bytes"], plan["peak_decode_bytes"]) <= 12e9
+    attention, neuron = 40 * 4 * 5120 * 5120, 40 * 3 * 5120
+    expected = attention + round(plan["density"] * 13824) * neuron + 2 * 32000 * 5120
+    assert expected < plan["resident_bytes"] < 1.005 * expected  # scales and norms are little
+    assert plan["parts"]["kv_cache"] == 40 * 2 * 5120 * 2048 * 2
+
+
+def test_70b_in_24_gb(cli, config):
+    plan = cli("plan", "--config", config("70b"), "--max-gpu-mem", "24GB", "--device", "cpu", "--json").json
+    assert (plan["fits"], plan["precision"]) == (True, "int4")
+    assert 0.25 <= plan["density"] < 0.4
+    assert max(plan["peak_prefill_bytes"], plan["peak_decode_bytes"]) <= 24e9
+    # Half a byte a number, and two scales of two bytes for 32 of them (the down projection: for 128).
+    attention = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024)
+    per_neuron = 80 * 3 * 8192
+    least = 0.5 * (attention + round(plan["density"] * 28672) * per_neuron) + 2 * 128256 * 8192
+    assert least < plan["resident_bytes"] < 1.25 * least
+
+
+def test_8b_in_12_gb_unquantised(cli, config):
+    flags = ("--max-gpu-mem", "12GB", "--quantize", "none", "--device", "cpu", "--json")
+    plan = cli("plan", "--config", config("8b"), *flags).json
+    assert (plan["fits"], plan["precision"]) == (True, "bfloat16")
+    assert plan["density"] >= 0.45
+
+
+def test_too_small_for_any_precision(cli, config):
+    flags = ("plan", "--config", config("70b"), "--max-gpu-mem", "8GB", "--device", "cpu")
+    plan = cli(*flags, "--json")
+    assert (plan.code, plan.json["fits"], plan.json["precision"], plan.json["density"]) == (3, False, "int4", 0.25)
+    verbose = cli(*flags, "-v")
+    assert verbose.code == 3
+    assert verbose.out.endswith("nothing fits in any precision\n")
+    assert "needs" in verbose.err
+    assert cli(*flags, "-v", "--json").json["alternatives"] == []
+
+
+def rows(text: str) -> list[list[str]]:
+    """The table of alternatives: precision, density, resident, peak, tokens/s, and whether it is marked."""
+    lines = text.partition("what fits")[2].splitlines()[2:]
+    return [[line[:2].strip(), *line[2:].replace(" GB", "GB").replace(" kB", "kB").split()] for line in lines]
+
+
+LISTED: list[tuple[tuple[str, ...], list[tuple[str, bool]]]] = [
+    ((), [("int8", True), ("int4", False)]),
+    (("--quantize", "int4"), [("int4", True), ("int8", False)]),
+    (("--density", "0.5"), [("int8", True), ("int8", False), ("int4", False)]),
+]
+
+
+@pytest.mark.parametrize(("flags", "listed"), LISTED, ids=str)
+def test_what_else_fits(cli, config, flags: tuple[str, ...], listed: list[tuple[str, bool]]):
+    """13B in 12 GB: dense in 4 bit, pruned in 8, not at all in 16. One row is the plan itself."""
+    command = ("plan", "--config", config("13b"), "--max-gpu-mem", "12GB", "--ctx-size", 2048, "--device", "cpu")
+    plan = cli(*command, "-v", "--json", *flags).json
+    found = plan.pop("alternatives")
+    assert [(row["precision"], row["chosen"]) for row in found] == listed
+    assert plan == cli(*command, "--json", *flags).json
+    for row in found:
+        same = plan if row["chosen"] else replanned(cli, command, row)
+        assert row["resident_bytes"] == same["resident_bytes"]
+        assert row["peak_bytes"] == max(same["peak_prefill_bytes"], same["peak_decode_bytes"]) <= 12e9
+        assert row["density"] == same["density"]
+        # A token reads what is resident, of the embeddings one row, and the whole cache.
+        parts = same["parts_decode"]
+        read = same["resident_bytes"] - parts["embeddings"] + parts["kv_cache"]
+        assert row["expected_tokens_per_s"] == pytest.approx(RATE / read, rel=0.01)
+    outcome = cli(*command, "-v", *flags)
+    assert outcome.err == ""
+    table = rows(outcome.out)
+    assert [(row[1], row[0] == "*") for row in table] == listed
+    assert [float(row[2]) for row in table] == [round(row["density"], 2) for row in found]
+    assert [float(row[5]) for row in table] == [float(f"{row['expected_tokens_per_s']:.3g}") for row in found]
+
+
+def replanned(cli, command: tuple[object, ...], row: dict[str, Any]) -> dict[str, Any]:
+    """The plan when it is asked for by name."""
+    density = 1.0 if row["density"] == 1 else "auto"
+    return cli(*command, "--quantize", row["precision"], "--density", density, "--json").json
+
+
+def test_a_row_can_be_asked_for(cli, config):
+    """Its precision and its density as flags give a plan of the same residents, which fits."""
+    command = ("plan", "--config", config("13b"), "--max-gpu-mem", "12GB", "--ctx-size", 2048, "--device", "cpu")
+    for row in cli(*command, "-v", "--json").json["alternatives"]:
+        same = cli(*command, "--quantize", row["precision"], "--density", row["density"], "--json").json
+        assert (same["fits"], same["density"], same["resident_bytes"]) == (True, row["density"], row["resident_bytes"])
+
+
+def test_the_rate_is_measured(cli, converted):
+    """Of toys, too, in a moment; what is converted has one precision."""
+    plan = cli("plan", "-v", "--json", "--max-gpu-mem", "1GB", "--device", "cpu").json
+    assert [row["precision"] for row in plan["alternatives"]] == [plan["precision"], "int8", "int4"]
+    assert all(row["expected_tokens_per_s"] > 0 for row in plan["alternatives"])
+    flags = ("-v", "--json", "--device", "cpu", "--max-gpu-mem", "1GB", "--dtype", "float64")
+    made = cli("plan", "-m", converted("llama2", "int4"), *flags).json
+    assert [(row["precision"], row["chosen"]) for row in made["alternatives"]] == [("int4", True)]
+    assert made["alternatives"][0]["expected_tokens_per_s"] > 0
+
+
+def test_the_measured_matrices_are_few(monkeypatch: pytest.MonkeyPatch):
+    """A toy's matrices are counted, not its bytes: 256 MB of them would be a hundred thousand calls."""
+    made = []
+    linear = bandwidth.QuantizedLinear
+    monkeypatch.setattr(bandwidth, "QuantizedLinear", lambda *a, **k: made.append(a) or linear(*a, **k))
+    assert bandwidth.decode_bytes_per_s("int8", 32, 64, torch.float32, torch.device("cpu")) > 0
+    assert 0 < len(made) <= 1000
+    made.clear()
+    assert bandwidth.decode_bytes_per_s("int8", 4096, 8192, torch.bfloat16, torch.device("cpu")) > 0
+    assert len(made) == 8
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "opt", "gpt2", "gemma3"])
+def test_config_alone_is_the_same_plan(cli, checkpoints, converted, name: str):
+    flags = ("--max-gpu-mem", "2MB", "--device", "cpu", "--ctx-size", 64, "--json")
+    for directory in (checkpoints(name), converted(name, "int8"), converted(name, "int4")):
+        expected = cli("plan", "-m", directory, *flags)
+        assert expected.code == 0
+        assert cli("plan", "--config", directory / "config.json", *flags).json == expected.json
+
+
+def test_config_of_a_converted_model_has_its_precision(cli, converted):
+    file = converted("llama2", "int4") / "config.json"
+    flags = ("plan", "--config", file, "--max-gpu-mem", "1GB", "--device", "cpu")
+    assert cli(*flags, "--json").json["precision"] == "int4"
+    cli.refuses(2, "was converted to int4, --quantize none needs the original", *flags, "--quantize", "none")
+
+
+def test_config_and_model(cli, config, llama: Path, monkeypatch: pytest.MonkeyPatch):
+    flags = ("plan", "--config", config("8b"), "--max-gpu-mem", "1TB", "--device", "cpu", "--json")
+    cli.refuses(2, "--config plans without a model: give one of --config and --model", *flags, "-m", llama)
+    monkeypatch.setenv("GRIFFIN_OFFLOAD_MODEL", str(llama))
+    assert cli(*flags).json["full_bytes"] > 16e9  # a model in the environment was not given here
+
+
+def test_configs_that_cannot_be_used(cli, config, tmp_path: Path, edit):
+    file = config("8b")
+    cli.refuses(4, "no file .*absent.json: give a config.json", "plan", "--config", tmp_path / "absent.json")
+    cli.refuses(4, "no file", "plan", "--config", tmp_path)
+    edit(file, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    cli.refuses(4, "describes a quantised model", "plan", "--config", file)
+    edit(file, quantization_config=None, model_type="mixtral", num_local_experts=8)
+    cli.refuses(4, "mixture-of-experts", "plan", "--config", file)
+    for text in ("", "{", "[1]", "{}", '{"model_type": "nonesuch"}', "\0", '{"model_type": "llama", "hidden_size": 7}'):
+        file.write_text(text)
+        cli.refuses(4, "", "plan", "--config", file)
+    file.write_bytes(b"\xff\xfe\x80")
+    cli.refuses(4, "cannot be used", "plan", "--config", file)
+
+
+def test_every_architecture_from_its_config(cli, checkpoints):
+    for name in ARCHITECTURES:
+        file = checkpoints(name) / "config.json"
+        assert cli("plan", "--config", file, "--max-gpu-mem", "1GB", "--device", "cpu", "-q").code == 0, name
