@@ -43,6 +43,7 @@ def shapes(draw: st.DrawFn) -> ModelShape:
                 n,
                 (3 if gated else 2) * hidden * item,
                 n * (3 if gated else 2) * hidden * item,
+                n * (3 if gated else 2) * hidden * item + 100,
                 4 * hidden * hidden * item,
                 2 * hidden * item,
                 window,

@@ -118,7 +118,7 @@ def _slot_bytes(shape: ModelShape, request: PlanRequest, streamed: Sequence[int]
     """The largest layers that can be on their way at once, and the pages one of them is copied from."""
     if request.offloaded_in_budget:
         return 0  # used where they rest
-    largest = sorted((shape.layers[i].ff_bytes for i in streamed), reverse=True)[:slots]
+    largest = sorted((shape.layers[i].ff_flat_bytes for i in streamed), reverse=True)[:slots]
     return sum(largest) + int(max(largest, default=0) * request.stored_share)
 
 
@@ -147,7 +147,7 @@ def price(
         "feed_forward": sum(k * layer.plain_neuron_bytes for k, layer in zip(kept, shape.layers, strict=True)),
     }
     if request.offloaded_in_budget:
-        resident["offloaded"] = sum(shape.layers[i].ff_bytes for i in streamed)
+        resident["offloaded"] = sum(shape.layers[i].ff_flat_bytes for i in streamed)
     common = {"logits": logits_bytes(shape, use), "overhead": request.overhead_bytes}
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)
     prefill = {

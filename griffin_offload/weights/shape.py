@@ -15,6 +15,7 @@ from griffin_offload.weights.feedforward import FeedForward, features, padded_ne
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.quantized_embedding import table_bytes
 from griffin_offload.weights.quantized_linear import Precision, Spec, resident_form, specs
+from griffin_offload.weights.source import ALIGNMENT
 from griffin_offload.weights.swap import check_layer, linear_names
 
 
@@ -27,6 +28,8 @@ class LayerShape:
     """Bytes of all resident FF tensors that belong to one neuron."""
     ff_bytes: int
     """Bytes of the full FF as it is stored and streamed."""
+    ff_flat_bytes: int
+    """The same in one flat buffer, every tensor aligned."""
     attention_bytes: int
     norm_bytes: int
     """Norms, biases and whatever else has one axis."""
@@ -178,6 +181,9 @@ def _layer_shape(
         neurons=block.neurons,
         neuron_bytes=neuron_bytes,
         ff_bytes=_specs_bytes(block.full_specs(stored), dtype),
+        ff_flat_bytes=sum(
+            -(-_specs_bytes([spec], dtype) // ALIGNMENT) * ALIGNMENT for spec in block.full_specs(stored)
+        ),
         attention_bytes=attention + quantised,
         norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
         window=window,

@@ -12,7 +12,7 @@ from torch import Tensor
 from griffin_offload.errors import GriffinError
 from griffin_offload.weights.pages import FilePages
 
-_ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
+ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
 
 
 def stream_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -29,7 +29,7 @@ class FlatLayout:
         self._offsets, end = [], 0
         for shape, own in self._specs:
             self._offsets.append(end)
-            end += -(-shape.numel() * own.itemsize // _ALIGNMENT) * _ALIGNMENT
+            end += -(-shape.numel() * own.itemsize // ALIGNMENT) * ALIGNMENT
         self.nbytes = end
 
     def views(self, buffer: Tensor) -> list[Tensor]:

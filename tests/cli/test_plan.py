@@ -12,10 +12,12 @@ from griffin_offload.units import format_bytes
 KEYS = {
     *("fits", "density", "precision", "context_tokens", "prompt_tokens", "batch", "kv_bits"),
     *("peak_prefill_bytes", "peak_decode_bytes", "resident_bytes", "streamed_bytes", "slots", "ff_chunk_tokens"),
-    *("budget_bytes", "full_bytes", "embeddings", "parts", "parts_prefill", "parts_decode", "remedy"),
+    *("budget_bytes", "full_bytes", "embeddings", "parts", "parts_prefill", "parts_decode", "parts_16bit", "remedy"),
 }
 BUDGETS = ["2kB", "150kB", "180kB", "210kB", "240kB", "300kB", "340kB", "400kB", "470kB", "600kB", "700kB"]
-REMEDY = re.compile(r"(--max-gpu-mem) (\S+)|(--ctx-size) (\d+)|(--density) ([\d.]+) or auto|(--offload) (disk)")
+REMEDY = re.compile(
+    r"(--max-gpu-mem) (\S+)|(--ctx-size) (\d+)|(--density) ([\d.]+) or auto|(--offload) (disk)|(--quantize) (int8|int4)"
+)
 
 
 def remedies(text: str) -> list[tuple[str, str]]:
@@ -38,7 +40,7 @@ def with_remedy(command: tuple[object, ...], remedy: tuple[str, str]) -> tuple[o
 @pytest.mark.parametrize("budget", ["580kB", "800kB", "1.2MB", "1GB"])
 @pytest.mark.parametrize("flags", [(), ("--density", "0.5"), ("--prompt-tokens", "40"), ("--offload", "ram")])
 def test_json(cli, llama: Path, budget: str, flags: tuple[str, ...]):
-    outcome = cli("plan", "-m", llama, "--max-gpu-mem", budget, "--json", *flags)
+    outcome = cli("plan", "-m", llama, "--max-gpu-mem", budget, "--quantize", "none", "--json", *flags)
     plan = outcome.json
     assert set(plan) == KEYS
     assert outcome.err == ""
@@ -66,7 +68,7 @@ def test_eight_bits_of_kv_cache_are_under_a_third_of_float32(cli, llama: Path):
 
 
 def test_table(cli, llama: Path):
-    flags = ("plan", "-m", llama, "--max-gpu-mem", "850kB")
+    flags = ("plan", "-m", llama, "--max-gpu-mem", "850kB", "--quantize", "none")
     outcome, plan = cli(*flags), cli(*flags, "--json").json
     assert (outcome.code, outcome.err) == (0, "")
     rows = {line[:14].strip(): line[14:].split() for line in outcome.out.splitlines()}
@@ -89,9 +91,9 @@ def test_the_demo_and_the_variable(cli, llama: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_plan_is_what_run_does(cli, llama: Path):
     text = "the cat sat on the mat " * 6
-    run = cli("run", text, "-n", 8, "-m", llama, "--max-gpu-mem", "320kB", "--json").json
+    run = cli("run", text, "-n", 8, "-m", llama, "--max-gpu-mem", "320kB", "--quantize", "none", "--json").json
     flags = ("--ctx-size", run["prompt_tokens"] + 8, "--prompt-tokens", run["prompt_tokens"])
-    plan = cli("plan", "-m", llama, "--max-gpu-mem", "320kB", "--json", *flags).json
+    plan = cli("plan", "-m", llama, "--max-gpu-mem", "320kB", "--quantize", "none", "--json", *flags).json
     assert run["density"] == plan["density"] < 1
     assert run["resident_bytes"] == plan["resident_bytes"]
     assert run["prefill_streamed_bytes"] == plan["streamed_bytes"]
@@ -111,6 +113,9 @@ def test_a_plan_is_what_run_does(cli, llama: Path):
         ("--prompt-tokens", "30", "--ctx-size", "200"),
         ("--batch-size", "4"),
         ("--dtype", "bfloat16"),
+        ("--quantize", "none"),
+        ("--quantize", "none", "--density", "0.9"),
+        ("--quantize", "int8"),
     ],
     ids=" ".join,
 )
@@ -169,7 +174,7 @@ def test_remedies_of_run_work_when_followed(cli, llama: Path, flags: tuple[str, 
 
 def test_the_smallest_budget_is_exact(cli, llama: Path):
     """The bytes that are said to be needed are enough, one fewer is not."""
-    flags = ("plan", "-m", llama, "--ctx-size", 64, "--json", "--max-gpu-mem")
+    flags = ("plan", "-m", llama, "--ctx-size", 64, "--quantize", "none", "--json", "--max-gpu-mem")
     plan = cli(*flags, 1).json
     needed = max(plan["peak_prefill_bytes"], plan["peak_decode_bytes"])
     assert cli(*flags, needed).code == 0

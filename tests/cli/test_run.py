@@ -20,19 +20,19 @@ KEYS = {
     *("text", "prompt_tokens", "generated_tokens", "load_s", "prefill_s", "decode_s", "prefill_tokens_per_s"),
     *("decode_tokens_per_s", "prefill_streamed_bytes", "decode_streamed_bytes", "decode_embedding_bytes"),
     *("resident_bytes", "peak_device_bytes", "budget_bytes", "peak_host_bytes", "host_growth_bytes", "density"),
-    *("activation_kept", "activation_kept_heldout", "wait_s", "select_s"),
+    *("activation_kept", "activation_kept_heldout", "wait_s", "select_s", "precision", "parts", "parts_16bit"),
 }
 FIGURES = (
     r"prefill  \d+ tok  [\d.]+ s \(\d+ tok/s\)   streamed .+ at .+/s\n"
     r"decode   12 tok  [\d.]+ s \([\d.]+ tok/s\)   streamed 0 B   density [\d.]+, activation kept [\d.]+ held out\n"
-    r"peak     CPU .+ of .+   RAM .+ \(process\)\n"
+    r"resident .+ kB float32   peak CPU .+ of .+   RAM .+ \(process\)\n"
 )
 
 
 @pytest.fixture(scope="module")
 def run(llama: Path) -> tuple[object, ...]:
     """A command whose layers are streamed: the budget holds the residents and a part of the neurons."""
-    return ("run", TEXT, "-n", NEW, "-m", llama, "--max-gpu-mem", "330kB", "--seed", 7)
+    return ("run", TEXT, "-n", NEW, "-m", llama, "--max-gpu-mem", "330kB", "--quantize", "none", "--seed", 7)
 
 
 def from_api(directory: Path, text: str, sampling: dict[str, Any]) -> tuple[str, Any]:
@@ -41,7 +41,12 @@ def from_api(directory: Path, text: str, sampling: dict[str, Any]) -> tuple[str,
     ids = tokenizer(text, return_tensors="pt").input_ids
     prompt_tokens = ids.shape[1]
     model = GriffinModel.from_pretrained(
-        directory, max_gpu_mem="330kB", ctx_size=prompt_tokens + NEW, prompt_tokens=prompt_tokens, seed=7
+        directory,
+        max_gpu_mem="330kB",
+        quantize="none",
+        ctx_size=prompt_tokens + NEW,
+        prompt_tokens=prompt_tokens,
+        seed=7,
     )
     torch.manual_seed(7)
     output = model.generate(ids, max_new_tokens=NEW, **sampling)
@@ -143,11 +148,15 @@ def test_chat_template_is_applied_unless_raw(cli, llama: Path, chat: Path):
 def test_the_demo_needs_no_flags_and_less_memory_than_its_file(cli):
     file_bytes = (demo_directory() / "model.safetensors").stat().st_size
     assert cli("run", "-n", 20, "-q").out.strip()
-    answer = cli("run", "-n", 20, "--json", "--max-gpu-mem", file_bytes * 9 // 10).json
-    assert answer["peak_device_bytes"] <= file_bytes * 9 // 10
+    flags = ("--max-gpu-mem", file_bytes * 95 // 100, "--quantize", "none")
+    answer = cli("run", "-n", 20, "--json", *flags).json
+    assert answer["peak_device_bytes"] <= file_bytes * 95 // 100
     assert answer["density"] < 1
     assert answer["text"].strip()
-    assert cli("run", PROMPT, "-n", 20, "-q", "--max-gpu-mem", file_bytes * 9 // 10).out == answer["text"] + "\n"
+    assert cli("run", PROMPT, "-n", 20, "-q", *flags).out == answer["text"] + "\n"
+    smaller = cli("run", "-n", 20, "--json", "--max-gpu-mem", file_bytes * 8 // 10).json
+    assert (smaller["precision"], smaller["density"]) == ("int8", 1)
+    assert sum(smaller["parts"].values()) < sum(smaller["parts_16bit"].values())
 
 
 def test_model_variable(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
