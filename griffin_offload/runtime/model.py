@@ -75,9 +75,9 @@ class GriffinModel:
     def from_pretrained(cls, model: str | Path, **options: Any) -> "GriffinModel":
         """Plan and load a causal language model from a directory or hub id.
 
-        `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, dtype, offload, ctx_size,
-        prompt_tokens, kv_bits, batch_size, selection, batch_statistic, seed, ff_chunk_tokens, threads, offline,
-        always_stream.
+        `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, quantize, dtype, offload,
+        ctx_size, prompt_tokens, kv_bits, batch_size, selection, batch_statistic, seed, ff_chunk_tokens, threads,
+        offline, always_stream.
         Raises UsageError, DoesNotFit or ModelError before any weight is read, where that is possible.
         """
         start = time.perf_counter()

@@ -38,17 +38,13 @@ def take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
 
 def gather_outputs(full: Tensors, chosen: Tensor, parts: int, out: Tensors) -> None:
     """Rows `chosen` (sorted indices [K]) of each of the `parts` stacked matrices (gate and up) of `full`."""
-    neurons, padded = full["weight"].shape[0] // parts, _outputs(out) // parts
+    neurons, padded = (tensors["weight"].shape[0] // parts for tensors in (full, out))
     for part in range(parts):
         index, base = chosen + part * neurons, part * padded
         if "bias" in out:
             out["bias"][base : base + index.numel()] = full["bias"][index]
         for start in range(0, index.numel(), CHUNK):
             _gather_rows(full, index[start : start + CHUNK], base + start, out)
-
-
-def _outputs(out: Tensors) -> int:
-    return out["weight"].shape[0]
 
 
 def _gather_rows(full: Tensors, index: Tensor, start: int, out: Tensors) -> None:

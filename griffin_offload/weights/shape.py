@@ -181,9 +181,7 @@ def _layer_shape(
         neurons=block.neurons,
         neuron_bytes=neuron_bytes,
         ff_bytes=_specs_bytes(block.full_specs(stored), dtype),
-        ff_flat_bytes=sum(
-            -(-_specs_bytes([spec], dtype) // ALIGNMENT) * ALIGNMENT for spec in block.full_specs(stored)
-        ),
+        ff_flat_bytes=sum(_aligned(_specs_bytes([spec], dtype)) for spec in block.full_specs(stored)),
         attention_bytes=attention + quantised,
         norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
         window=window,
@@ -197,6 +195,10 @@ def _layer_shape(
 def _linear_bytes(linear: Any, precision: Precision, dtype: torch.dtype) -> int:
     form = resident_form(precision)
     return _specs_bytes(list(specs(form, *features(linear), is_down=False).values()), dtype)
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def _specs_bytes(found: list[Spec], dtype: torch.dtype) -> int:
