@@ -161,7 +161,7 @@ def test_budget_below_the_minimum(cli, llama: Path, budget: str):
 
 def test_no_room_for_offloaded_weights(cli, llama: Path):
     """On the CPU they count: what fits from disk does not fit from RAM."""
-    flags = ("run", "the cat", "-n", 4, "-m", llama, "--density", 0.5, "--max-gpu-mem", "330kB")
+    flags = ("run", "the cat", "-n", 4, "-m", llama, "--density", 0.5, "--quantize", "none", "--max-gpu-mem", "330kB")
     assert cli(*flags, "-q").code == 0
     cli.refuses(3, "offloaded 147.5 kB.* --offload disk", *flags, "--offload", "ram")
 

@@ -68,7 +68,7 @@ def test_an_unknown_home(cli, copy: Path, llama: Path, monkeypatch: pytest.Monke
 def unfinished(directory: Path) -> None:
     """As after a kill before the last shard."""
     mark = json.loads((directory / "config.json").read_text())["quantization_config"]
-    (directory / NOTE).write_text(json.dumps({key: mark[key] for key in ("precision", "source", "version")}))
+    (directory / NOTE).write_text(json.dumps({key: mark[key] for key in ("precision", "source", "tables", "version")}))
     for path in directory.iterdir():
         if path.name not in (NOTE, "model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"):
             path.unlink()
