@@ -48,15 +48,15 @@ def gather_outputs(full: Tensors, chosen: Tensor, parts: int, out: Tensors) -> N
 
 
 def _gather_rows(full: Tensors, index: Tensor, start: int, out: Tensors) -> None:
-    rows = full["weight"].index_select(0, index)
     target = slice(start, start + index.numel())
+    if full["weight"].dtype == torch.int8:
+        take(full["weight"], 0, index, out["weight"][target])
+        out["scale"][target] = full["scale"][index]
+        return
+    rows = full["weight"].index_select(0, index)
     if out["weight"].dtype == torch.int8:
-        if rows.is_floating_point():
-            out["scale"][target] = scale = int8_scale(rows, out["scale"].dtype)
-            quantize_int8(rows, scale, out["weight"][target])
-        else:
-            out["weight"][target] = rows
-            out["scale"][target] = full["scale"][index]
+        out["scale"][target] = scale = int8_scale(rows, out["scale"].dtype)
+        quantize_int8(rows, scale, out["weight"][target])
     elif rows.is_floating_point():
         packed, scales = quantize_int4_rows(rows, out["scale"].dtype)
         write_rows(packed, scales, out["weight"], out["scale"], start)
