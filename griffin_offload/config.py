@@ -18,6 +18,7 @@ DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 KVBits = Literal[16, 8]
 CacheKind = Literal["ours", "static", "dynamic"]
+Refresh = Literal["turn", "never"] | int
 Density = float | Sequence[float]
 
 # Fewer neurons than this were never useful in the paper; the planner refuses instead of going lower.
@@ -26,6 +27,9 @@ MIN_AUTO_DENSITY = 0.25
 MIN_AUTO_DENSITIES = {"none": 1.0, "int8": 0.5, "int4": MIN_AUTO_DENSITY}
 # Kept neurons come in multiples of this where F is one: GEMM kernels and quantised groups want it.
 NEURON_MULTIPLE = 64
+# Drafts at once in exact mode: what is planned for when nobody says, and the most that layers with a window take back.
+AUTO_DRAFT_TOKENS = 16
+MAX_DRAFT_TOKENS = 31
 # The context that is planned for when nobody says one, and the smallest the planner falls back to.
 MAX_AUTO_CTX = 4096
 MIN_AUTO_CTX = 256
@@ -60,6 +64,15 @@ class LoadConfig:
     batch_statistic: BatchStatistic = "sum"
     """How samples share experts: the sum of s^2, or the mean of s^2 / S ("mean"); METHOD: batch > 1."""
     seed: int = 0
+    exact: bool = False
+    """The full model's own tokens: the residents draft, streamed passes of the full model verify."""
+    draft_tokens: int | None = None
+    """Drafts per verifying pass; None: chosen by what is accepted and what a pass costs, at most AUTO_DRAFT_TOKENS."""
+    refresh: Refresh = "turn"
+    """When neurons are chosen anew: with every prompt ("turn"; in exact mode with every pass, too), with a
+    conversation's first one alone ("never"), or also by a streamed pass after every so many generated tokens."""
+    keep_prompts: bool = False
+    """Memory is planned for prompts that are kept and continued: conversations, saved prompts."""
     ff_chunk_tokens: int | None = None
     """Tokens that go through a full FF at once: bounds the workspace, not the result. None: by the slot's size."""
     threads: int | None = None
@@ -82,6 +95,11 @@ class LoadConfig:
             raise UsageError(f"seed is {self.seed}: from 0 to 2**63 - 1")
         if self.ctx_size is not None and self.ctx_size < 2:
             raise UsageError(f"ctx_size is {self.ctx_size}: it has to hold a prompt and an answer, 2 or more")
+        check_refresh(self.refresh, self.exact)
+        if self.draft_tokens is not None and not self.exact:
+            raise UsageError("draft_tokens is for exact mode: add --exact (exact=True)")
+        if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
+            raise UsageError(f"draft_tokens is {self.draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
         for name in ("ff_chunk_tokens", "batch_size", "prompt_tokens", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -101,6 +119,16 @@ class RunConfig:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UsageError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
+
+
+def check_refresh(refresh: Refresh, exact: bool) -> None:
+    """Raise UsageError unless `refresh` is "turn", "never" or a number of tokens, which exact mode has no use for."""
+    if isinstance(refresh, str):
+        _one_of("refresh", refresh, ("turn", "never"))
+    elif refresh < 1:
+        raise UsageError(f"refresh is {refresh}: turn, never, or a number of tokens from 1 on")
+    elif exact:
+        raise UsageError(f"refresh={refresh} with exact mode: every verifying pass refreshes already, leave it out")
 
 
 def check_density(density: Density | str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from griffin_offload.config import MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITIES, MIN_AUTO_DENSITY, NEURON_MULTIPLE
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.method.selection import densities_per_layer, neurons_kept
-from griffin_offload.pricing import Placement, Plan, PlanRequest, Usage, price
+from griffin_offload.pricing import Placement, Plan, PlanRequest, Usage, planned_use, price
 from griffin_offload.units import format_bytes
 from griffin_offload.weights.shape import ModelShape
 
@@ -47,7 +47,8 @@ def solve(
     remedy = remedy_for(shapes[-1], request, plan)
     for shape in others:
         if best_plan(shape, request, plan.context_tokens).fits:
-            return plan, f"{remedy} or --quantize {shape.precision}"
+            other = f"a copy converted to {shape.precision}" if request.verifies else f"--quantize {shape.precision}"
+            return plan, f"{remedy} or {other}"
     return plan, remedy
 
 
@@ -89,7 +90,7 @@ def _contexts(shape: ModelShape, request: PlanRequest) -> Iterator[int]:
 def best_plan(shape: ModelShape, request: PlanRequest, ctx_tokens: int) -> Plan:
     """The best plan at `ctx_tokens`; when none fits, the smallest one (its `fits` is False)."""
     prompt = ctx_tokens if request.prompt_tokens is None else request.prompt_tokens
-    use = Usage(request.batch, prompt, ctx_tokens, request.cache)
+    use = planned_use(request, prompt, ctx_tokens)
     best: Plan | None = None
     rungs = list(_rungs(shape, request))
     for kept_choices, slots, embeddings in rungs:

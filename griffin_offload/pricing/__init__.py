@@ -2,13 +2,20 @@
 
 from griffin_offload.pricing.kv_cache import KV_PIECE_TOKENS, KV_SLACK_TOKENS, kv_bytes, kv_tokens_kept
 from griffin_offload.pricing.price import Placement, Plan, price
-from griffin_offload.pricing.request import PlanRequest, Usage
-from griffin_offload.pricing.workspace import CHUNK_MULTIPLE, logits_bytes, scratch_bytes, workspace_bytes
+from griffin_offload.pricing.request import MAX_MARKS, PlanRequest, Usage, planned_use, statistics_kept
+from griffin_offload.pricing.workspace import (
+    CHUNK_MULTIPLE,
+    logits_bytes,
+    scratch_bytes,
+    statistics_bytes,
+    workspace_bytes,
+)
 
 __all__ = [
     "CHUNK_MULTIPLE",
     "KV_PIECE_TOKENS",
     "KV_SLACK_TOKENS",
+    "MAX_MARKS",
     "Placement",
     "Plan",
     "PlanRequest",
@@ -16,7 +23,10 @@ __all__ = [
     "kv_bytes",
     "kv_tokens_kept",
     "logits_bytes",
+    "planned_use",
     "price",
     "scratch_bytes",
+    "statistics_bytes",
+    "statistics_kept",
     "workspace_bytes",
 ]

@@ -1,8 +1,9 @@
 """The bytes of one combination: how many neurons, slots, where the embeddings are.
 
 Two moments bind. At the end of prefill the residents, every layer's compact FF, the stream's slots, the KV cache
-and the workspace of its last chunk are on the device at once; in decode the slots are gone. The KV cache is ours,
-and allocated for the whole context; a caller may bring transformers' growing one, which is full in decode alone.
+and the workspace of its last chunk are on the device at once; in decode the slots are gone, unless streamed passes
+go on between tokens (exact mode, refresh). The KV cache is ours, and allocated for the whole context; a caller may
+bring transformers' growing one, which is full in decode alone.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,13 @@ from typing import Any, Literal
 from griffin_offload.config import KVBits
 from griffin_offload.pricing.kv_cache import cache_parts
 from griffin_offload.pricing.request import PlanRequest, Usage
-from griffin_offload.pricing.workspace import chunk_tokens, logits_bytes, workspace_bytes
+from griffin_offload.pricing.workspace import (
+    chunk_tokens,
+    logits_bytes,
+    prompt_workspace_bytes,
+    statistics_bytes,
+    workspace_bytes,
+)
 from griffin_offload.weights.shape import ModelShape
 
 Placement = Literal["device", "host"]
@@ -122,6 +129,12 @@ def _slot_bytes(shape: ModelShape, request: PlanRequest, streamed: Sequence[int]
     return sum(largest) + int(max(largest, default=0) * request.stored_share)
 
 
+def _decode_workspace_bytes(shape: ModelShape, request: PlanRequest, use: Usage, kept: tuple[int, ...]) -> int:
+    """Of one token, and of the streamed passes between tokens."""
+    passes = {1, min(max(use.pass_tokens, 1), use.ctx_tokens)}
+    return max(workspace_bytes(shape, request, use, tokens, use.ctx_tokens, kept) for tokens in passes)
+
+
 def price(
     shape: ModelShape,
     request: PlanRequest,
@@ -148,18 +161,23 @@ def price(
     }
     if request.offloaded_in_budget:
         resident["offloaded"] = sum(shape.layers[i].ff_flat_bytes for i in streamed)
-    common = {"logits": logits_bytes(shape, use), "overhead": request.overhead_bytes}
+    common = {
+        "logits": logits_bytes(shape, use),
+        "statistic": statistics_bytes(shape, use, kept, streamed),
+        "overhead": request.overhead_bytes,
+    }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)
+    slot_bytes = _slot_bytes(shape, request, streamed, slots)
     prefill = {
         "kv_cache": kv_cache,
-        "slots": _slot_bytes(shape, request, streamed, slots),
-        "workspace": workspace_bytes(shape, request, use, use.prompt_tokens, kept) + beside,
+        "slots": slot_bytes,
+        "workspace": prompt_workspace_bytes(shape, request, use, kept) + beside,
     }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
     decode = {
         "kv_cache": kv_cache,
-        "slots": 0,
-        "workspace": workspace_bytes(shape, request, use, 1, kept) + beside,
+        "slots": slot_bytes if use.pass_tokens else 0,
+        "workspace": _decode_workspace_bytes(shape, request, use, kept) + beside,
     }
     return Plan(
         density=sum(kept) / sum(layer.neurons for layer in shape.layers),

@@ -5,6 +5,9 @@ from typing import Literal
 
 from griffin_offload.config import MIN_AUTO_DENSITY, CacheKind, Density, KVBits
 
+# Earlier states of a conversation that are kept, to go back to.
+MAX_MARKS = 4
+
 
 @dataclass(frozen=True)
 class PlanRequest:
@@ -32,6 +35,12 @@ class PlanRequest:
     kv_bits: KVBits = 16
     cache: CacheKind = "ours"
     """The KV cache that `generate` uses when not told otherwise: ours, unless the model's layers need another."""
+    pass_tokens: int = 0
+    """Tokens of the streamed passes between two tokens of an answer (exact mode, refresh); 0: there are none."""
+    verifies: bool = False
+    """Those passes give logits for each of their tokens."""
+    continued: bool = False
+    """Prompts are kept, and later ones go on from their KV cache and statistic."""
     translated: bool = False
     """Linear layers multiply in float32, block by block (runtime/cpu_linear.py)."""
 
@@ -49,6 +58,14 @@ class Usage:
     """Tokens of prompt lookup that are in the KV cache behind the context before they are rolled back."""
     logit_positions: int = 1
     """Positions per sequence whose logits exist at once: drafts of prompt lookup, all of them in a bare forward."""
+    past_tokens: int = 0
+    """Tokens of the prompt that are in the KV cache already."""
+    pass_tokens: int = 0
+    """Tokens of a streamed pass between two tokens of the answer; 0: none."""
+    statistics: int = 0
+    """Tables of s^2, float32 for every neuron of the streamed layers, that outlive a pass."""
+    marks: int = 0
+    """Earlier states of a conversation that are kept: a table, what it selected, and logits."""
     kept_scores: int = 0
     """float32 scores that are kept for the caller (output_scores, output_logits), per sequence."""
 
@@ -56,3 +73,22 @@ class Usage:
     def cache_tokens(self) -> int:
         """Tokens that our KV cache is made for."""
         return self.ctx_tokens + self.drafts
+
+
+def planned_use(request: PlanRequest, prompt_tokens: int, ctx_tokens: int) -> Usage:
+    """The use that `request` plans for."""
+    return Usage(
+        batch=request.batch,
+        prompt_tokens=prompt_tokens,
+        ctx_tokens=ctx_tokens,
+        cache=request.cache,
+        pass_tokens=request.pass_tokens,
+        logit_positions=request.pass_tokens if request.verifies else 1,
+        statistics=statistics_kept(request.pass_tokens, request.verifies, request.continued),
+        marks=MAX_MARKS if request.continued else 0,
+    )
+
+
+def statistics_kept(pass_tokens: int, verifies: bool, continued: bool) -> int:
+    """Tables of s^2 that outlive a pass: the sum so far, and of a verifying pass every token's own."""
+    return bool(pass_tokens or continued) + verifies * pass_tokens

@@ -19,8 +19,19 @@ _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
 
 
-def workspace_bytes(shape: ModelShape, request: PlanRequest, use: Usage, new_tokens: int, kept: Sequence[int]) -> int:
-    """Activations alive at once while `new_tokens` per sample pass a layer, and the statistic beside them.
+def prompt_workspace_bytes(shape: ModelShape, request: PlanRequest, use: Usage, kept: Sequence[int]) -> int:
+    """The workspace of a prompt's pass; where prompts are continued, of one whose first half has passed before, too:
+    attention then needs a mask."""
+    pasts = {use.past_tokens, use.prompt_tokens // 2} if request.continued else {use.past_tokens}
+    seen = use.prompt_tokens
+    return max(workspace_bytes(shape, request, use, seen - past, seen, kept) for past in pasts)
+
+
+def workspace_bytes(
+    shape: ModelShape, request: PlanRequest, use: Usage, new_tokens: int, seen_tokens: int, kept: Sequence[int]
+) -> int:
+    """Activations alive at once while `new_tokens` per sample pass a layer, and the statistic beside them; attention
+    reads `seen_tokens`, of which they are the last.
 
     An upper estimate by counting: hidden states (residual, normed, two float32 copies in the norm, output),
     queries, keys, values and their rotated copies, then either the attention's masks and scores or one FF chunk.
@@ -37,7 +48,7 @@ def workspace_bytes(shape: ModelShape, request: PlanRequest, use: Usage, new_tok
     rows = min(new_tokens, ROWS_AT_ONCE) if shape.inline_ff else min(new_tokens, chunk, ROWS_AT_ONCE)
     statistic = use.batch * neurons * _FLOAT_BYTES * (rows + 8)
     selection = sum(kept) * _INDEX_BYTES
-    masks = _score_bytes(shape, use, new_tokens)
+    masks = _score_bytes(shape, use, new_tokens, seen_tokens)
     streamed = request.always_stream or any(k < n.neurons for k, n in zip(kept, shape.layers, strict=True))
     gathering = _gather_bytes(shape) if streamed and new_tokens > 1 else 0
     return hidden + max(projections + masks, activations + statistic, gathering) + selection + translation
@@ -88,14 +99,26 @@ def _activation_bytes(shape: ModelShape, tokens: int) -> int:
     return tokens * neurons * shape.item_bytes * (4 if shape.gated else 2)
 
 
-def _score_bytes(shape: ModelShape, use: Usage, new_tokens: int) -> int:
-    past = use.prompt_tokens if new_tokens > 1 else use.ctx_tokens
-    per_head = use.batch * new_tokens * past
+def _score_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: int) -> int:
+    per_head = use.batch * new_tokens * seen_tokens
     if shape.materialises_scores:
         return per_head * shape.heads * (3 * shape.item_bytes + _FLOAT_BYTES)
-    # A mask is built for padded batches and for windows; otherwise attention is causal without one.
-    needs_mask = use.batch > 1 or any(layer.window is not None for layer in shape.layers)
-    return per_head * (1 + shape.item_bytes) if needs_mask else 0
+    # A mask is built for padded batches, for windows, and behind a filled cache; else attention is causal without one.
+    windows = any(layer.window is not None for layer in shape.layers)
+    if use.batch == 1 and not windows and not 1 < new_tokens < seen_tokens:
+        return 0
+    # With a mask, keys and values are repeated for every head that shares them.
+    width = 2 * shape.attention_width if shape.attention_width > shape.kv_width // 2 else 0
+    if windows and 1 < new_tokens < seen_tokens:
+        width += shape.kv_width  # a window's past and many new tokens are put together beside the KV cache
+    return per_head * (1 + shape.item_bytes) + use.batch * seen_tokens * width * shape.item_bytes
+
+
+def statistics_bytes(shape: ModelShape, use: Usage, kept: Sequence[int], streamed: Sequence[int]) -> int:
+    """What outlives a pass: tables of s^2, and marks."""
+    table = use.batch * sum(shape.layers[i].neurons for i in streamed) * _FLOAT_BYTES
+    mark = table + sum(kept[i] for i in streamed) * _INDEX_BYTES + shape.vocab_size * _FLOAT_BYTES
+    return use.statistics * table + use.marks * mark
 
 
 def logits_bytes(shape: ModelShape, use: Usage) -> int:

@@ -52,6 +52,24 @@ class KVCache(Cache):  # type: ignore[misc]
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
+    def trim(self, tokens: int) -> bool:
+        """Forget all but the first `tokens`, also when layers hold different numbers of them, as after an interrupted
+        forward. False, and nothing is done, if a layer holds fewer, or its window has lost what would be visible."""
+        surplus = [layer.get_seq_length() - tokens for layer in self.layers]
+        try:
+            for layer, removed in zip(self.layers, surplus, strict=True):
+                layer.check_crop(-removed)
+        except GriffinError:
+            return False
+        for layer, removed in zip(self.layers, surplus, strict=True):
+            layer.crop(-removed)
+        return True
+
+    def restore(self, tokens: int) -> None:
+        """Take back a crop of `tokens`, if nothing was written since."""
+        for layer in self.layers:
+            layer.restore(tokens)
+
 
 class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer. The last `_held` of the `_seen` tokens lie at the start of the store, the oldest one first.
@@ -161,6 +179,26 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.check_crop(tokens_to_remove)
         self._seen += tokens_to_remove
         self._held += tokens_to_remove
+
+    def restore(self, tokens: int) -> None:
+        """Take back a crop of `tokens`, if nothing was written since."""
+        self._seen += tokens
+        self._held += tokens
+
+    def saved(self) -> tuple[int, list[Tensor]]:
+        """(tokens that have passed, views of what is kept of them: first the keys' parts, then the values')."""
+        return self._seen, [part for store in self._stores for part in store.parts(self._held)]
+
+    def load(self, seen: int, parts: list[Tensor]) -> None:
+        """Become a layer that `saved` these, for a cache with as many bits."""
+        half = len(parts) // 2
+        keys, values = parts[:half], parts[half:]
+        self.lazy_initialization(
+            *(part[-1].new_empty(*part[0].shape[:2], 0, part[0].shape[-1]) for part in (keys, values))
+        )
+        for store, saved in zip(self._stores, (keys, values), strict=True):
+            store.fill(saved)
+        self._seen, self._held = seen, parts[0].shape[2]
 
     def reset(self) -> None:
         """Forget every token; the memory stays."""

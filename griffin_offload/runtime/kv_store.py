@@ -35,6 +35,15 @@ class Store:
         """Tokens from `start` to `end`, [B, heads, end - start, D]."""
         return self._parts[0][:, :, start:end]
 
+    def parts(self, tokens: int) -> list[Tensor]:
+        """Views of the first `tokens` as they are kept."""
+        return [part[:, :, :tokens] for part in self._parts]
+
+    def fill(self, parts: list[Tensor]) -> None:
+        """Begin with what `parts` of another store gave."""
+        for part, given in zip(self._parts, parts, strict=True):
+            part[:, :, : given.shape[2]] = given
+
     def move_to_start(self, start: int, tokens: int) -> None:
         """Move `tokens` from `start` on to the start; the two may overlap, so the first go first."""
         for piece in _pieces(tokens if start else 0):

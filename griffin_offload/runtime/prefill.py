@@ -1,12 +1,13 @@
-"""The streamed pass: the stock model runs over the whole prompt once while each layer visits the device in full.
+"""The streamed pass: the stock model runs over all new tokens once while each layer visits the device in full.
 
 While layer i is on the device with its full FF, three things happen before its slot is reused: its own forward
 runs over all tokens, the GRIFFIN statistic of its activations is summed, and the chosen neurons are gathered into
-the layer's compact parameters. All of it is done by hooks that live for one pass.
+the layer's compact parameters. All of it is done by hooks that live for one pass. The tokens are a prompt, a
+conversation's next turn, or tokens that the residents drafted.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from griffin_offload.config import LoadConfig
 from griffin_offload.method.selection import select_neurons
-from griffin_offload.method.statistic import share_kept, shared_score, split_tokens, squared_statistic
+from griffin_offload.method.statistic import share_kept, shared_score, squared_statistic
 from griffin_offload.pricing import CHUNK_MULTIPLE
 from griffin_offload.runtime.report import PrefillReport
 from griffin_offload.runtime.stream import LayerStream, StreamConfig
@@ -46,7 +47,7 @@ class StreamedLayers:
     ff_chunk_tokens: int
     config: LoadConfig
     selected: dict[int, Tensor] = field(default_factory=dict)
-    """Sorted indices of the neurons that the last prompt chose, per streamed layer."""
+    """Sorted indices of the neurons in the compact parameters, per streamed layer: a new dict for every choice."""
     norms: dict[int, Tensor] = field(default_factory=dict)
     """Static scores for "magnitude", computed when a layer passes for the first time."""
 
@@ -72,14 +73,31 @@ class StreamedLayers:
 
 
 class StreamedPass:
-    """A context manager: inside it, one forward of the stock model is the streamed pass.
+    """A context manager: inside it, one forward of the stock model is a streamed pass.
 
-    `mask` is [B, T] on the device: 1 for prompt tokens, 0 for padding and for tokens that must not choose.
+    `groups` [B, G, T] on the device say which tokens choose, in G groups whose statistics are summed apart: the two
+    parts of a prompt (`split_tokens`), of which with `held_out` the second one measures the choice of the first; or
+    each token for itself. `earlier` is the statistic of passes before, s^2 [B, F] of each streamed layer: it chooses,
+    too. Without `choose` the compact parameters stay as they are. `keep` keeps the sums of each group in `sums`.
     """
 
-    def __init__(self, layers: StreamedLayers, mask: Tensor, *, progress: Progress | None) -> None:
-        self._layers, self._mask, self._progress = layers, mask, progress
-        self._halves = split_tokens(mask)
+    def __init__(
+        self,
+        layers: StreamedLayers,
+        groups: Tensor,
+        *,
+        earlier: Mapping[int, Tensor] | None = None,
+        choose: bool = True,
+        held_out: bool = False,
+        keep: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self._layers, self._groups, self._progress = layers, groups, progress
+        self._earlier = earlier or {}
+        self._choosing, self._held_out, self._keeping = choose, held_out, keep
+        self.sums: dict[int, Tensor] = {}
+        """s^2 [B, G, F] of each streamed layer, of this pass alone."""
+        self._visited = 0
         self._stream = LayerStream(layers.source, list(layers.compact), layers.stream) if layers.source else None
         self._fetched_before = layers.fetched_bytes
         self._squared = torch.empty(0)
@@ -100,7 +118,8 @@ class StreamedPass:
 
     def _begin(self) -> None:
         self._layers.remove_hooks()  # of a pass whose end was interrupted
-        self._layers.selected.clear()
+        if self._choosing:
+            self._layers.selected = {}
         if self._stream is not None:
             self._stream.__enter__()
         for index, (layer, block) in enumerate(zip(self._layers.decoder, self._layers.blocks, strict=True)):
@@ -129,16 +148,16 @@ class StreamedPass:
     @property
     def unvisited(self) -> int:
         """Streamed layers that the forward did not run: their compact parameters hold nothing."""
-        return len(self._layers.compact) - len(self._kept_shares)
+        return len(self._layers.compact) - self._visited
 
     @property
     def peak_in_flight_bytes(self) -> int:
         return self._stream.peak_in_flight_bytes if self._stream else 0
 
     def report(self) -> PrefillReport:
-        """Figures of the finished pass; waits for the device."""
+        """Figures of a prompt's finished pass; waits for the device."""
         dense = len(self._layers.decoder) - len(self._layers.compact)
-        tokens = self._mask.sum(1)
+        tokens = self._groups.sum((1, 2))
         too_short = int(tokens.min()) < SHORT_PROMPT_TOKENS
         return PrefillReport(
             prompt_tokens=int(tokens.sum()),
@@ -161,14 +180,15 @@ class StreamedPass:
         full = self._stream.acquire(index)
         block.install_full(full)
         self._full = full
-        self._squared = torch.zeros(self._halves.shape[0], 2, block.neurons, device=self._halves.device)
+        samples, groups = self._groups.shape[:2]
+        self._squared = torch.zeros(samples, groups, block.neurons, device=self._groups.device)
         self._position = 0
 
     def _add(self, block: FeedForward, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Sum the statistic of one chunk; z is [B, T, F], or [B * T, F] where the model flattens (OPT)."""
-        z = args[0].detach().reshape(self._halves.shape[0], -1, block.neurons)
+        z = args[0].detach().reshape(self._groups.shape[0], -1, block.neurons)
         end = self._position + z.shape[1]
-        self._squared += squared_statistic(z, self._halves[:, :, self._position : end])
+        self._squared += squared_statistic(z, self._groups[:, :, self._position : end])
         self._position = end
 
     @torch.no_grad()
@@ -176,22 +196,28 @@ class StreamedPass:
         assert self._stream is not None
         start = time.perf_counter()
         block, compact = self._layers.blocks[index], self._layers.compact[index]
-        chosen = self._select(index)
-        block.gather(self._full, chosen, compact)
-        self._layers.selected[index] = chosen
+        if self._choosing:
+            chosen = self._select(index)
+            block.gather(self._full, chosen, compact)
+            self._layers.selected[index] = chosen
+        if self._keeping:
+            self.sums[index] = self._squared
+        self._visited += 1
         block.install_compact(compact)
         self._full = []
         self._stream.release()
         self._select_s += time.perf_counter() - start
 
     def _select(self, index: int) -> Tensor:
-        """Choose from the whole prompt; choose from its first part, too, to measure on the rest."""
-        formula = self._layers.config.batch_statistic
-        squared = shared_score(self._squared.sum(1), formula)
-        first, last = (shared_score(self._squared[:, half], formula) for half in (0, 1))
+        """Choose from all tokens; of a prompt, choose from its first part, too, to measure on the rest."""
+        formula, earlier = self._layers.config.batch_statistic, self._earlier.get(index, 0)
+        squared = shared_score(self._squared.sum(1) + earlier, formula)
         chosen = self._choose(index, squared)
         self._kept_shares.append(share_kept(squared, chosen))
-        self._held_out_shares.append(share_kept(last, self._choose(index, first)))
+        if self._held_out:
+            first = shared_score(self._squared[:, 0] + earlier, formula)
+            last = shared_score(self._squared[:, 1], formula)
+            self._held_out_shares.append(share_kept(last, self._choose(index, first)))
         return chosen
 
     def _choose(self, index: int, squared: Tensor) -> Tensor:

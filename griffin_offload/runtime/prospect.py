@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from griffin_offload.config import CacheKind, KVBits, LoadConfig
+from griffin_offload.config import AUTO_DRAFT_TOKENS, MAX_DRAFT_TOKENS, CacheKind, KVBits, LoadConfig, Refresh
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.plan import make_plan
 from griffin_offload.pricing import Plan, PlanRequest
@@ -37,6 +37,19 @@ class Prospect:
     def shape(self) -> ModelShape:
         """What does not depend on the precision."""
         return self.shapes[0]
+
+    def check_exact(self, precision: Precision) -> None:
+        """UsageError unless residents of `precision` can draft for the full model: all but FFs must be as stored."""
+        if precision != self.checkpoint.precision:
+            raise UsageError(
+                f"exact mode needs residents in the stored precision, these are {precision}: load with exact=True"
+            )
+        if self.request.cache != "ours":
+            raise UsageError(f"exact mode needs plain attention in all layers of {self.checkpoint.config.model_type}")
+        if self.request.kv_bits != LoadConfig.kv_bits:
+            raise UsageError(
+                f"exact mode needs the KV cache as it is computed: leave out kv_bits={self.request.kv_bits}"
+            )
 
     @staticmethod
     def precision_of(plan: Plan) -> Precision:
@@ -76,8 +89,30 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig) -> Prospect:
         if device.type == "cpu" and dtype != checkpoint.dtype
         else 0.0,
         translated=emulates_halves(device, dtype),
+        pass_tokens=pass_tokens(config.exact, config.draft_tokens, config.refresh),
+        verifies=config.exact,
+        continued=config.keep_prompts,
     )
-    return Prospect(checkpoint, device, dtype, shapes, others, request)
+    prospect = Prospect(checkpoint, device, dtype, shapes, others, request)
+    if config.exact:
+        prospect.check_exact(checkpoint.precision)
+    _check_window(prospect)
+    return prospect
+
+
+def pass_tokens(exact: bool, draft_tokens: int | None, refresh: Refresh) -> int:
+    """Tokens of the streamed passes between two tokens of an answer; 0: there are none."""
+    if exact:
+        return 1 + (draft_tokens or AUTO_DRAFT_TOKENS)
+    return refresh if isinstance(refresh, int) else 0
+
+
+def _check_window(prospect: Prospect) -> None:
+    most = MAX_DRAFT_TOKENS + 1
+    if prospect.request.pass_tokens > most and any(layer.window is not None for layer in prospect.shape.layers):
+        raise UsageError(
+            f"refresh={prospect.request.pass_tokens}: of layers with a window at most {most} tokens can be taken back"
+        )
 
 
 def _shapes(
@@ -89,6 +124,11 @@ def _shapes(
         raise UsageError(
             f"the checkpoint was converted to {stored}, --quantize {config.quantize} needs the original: leave it out"
         )
+    if config.exact and config.quantize not in ("auto", stored):
+        raise UsageError(
+            f"exact mode keeps the stored precision, --quantize {config.quantize} another one: leave it out, or "
+            "convert the checkpoint first"
+        )
     meta = build_on_meta(checkpoint.config, dtype)
     allowed: list[ModelShape] = []
     others: list[ModelShape] = []
@@ -96,12 +136,14 @@ def _shapes(
         try:
             if precision == "int4":
                 _check_int4(device)
-            shape = model_shape(meta, precision, stored, checkpoint.tables)
+            # In exact mode another precision is one of a converted copy.
+            shape = model_shape(meta, precision, precision if config.exact else stored, checkpoint.tables)
         except UnsupportedModel:
             if precision in (config.quantize, stored):
                 raise
             continue
-        (allowed if config.quantize in ("auto", precision) else others).append(shape)
+        wanted = stored if config.exact else config.quantize
+        (allowed if wanted in ("auto", precision) else others).append(shape)
     return tuple(allowed), tuple(others)
 
 

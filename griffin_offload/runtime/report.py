@@ -1,6 +1,6 @@
 """What a run did, in figures."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from griffin_offload.pricing import Plan
@@ -46,6 +46,45 @@ def planned_figures(plan: Plan) -> dict[str, Any]:
     }
 
 
+@dataclass
+class DraftReport:
+    """Rounds of drafting and passing over the drafts."""
+
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    """Drafts that became tokens of the answer."""
+    tokens: int = 0
+    """Tokens that the rounds gave, the full model's own included."""
+    draft_s: float = 0.0
+    pass_s: float = 0.0
+    judged_by_position: list[int] = field(default_factory=list)
+    """Drafts at each position of which all before were accepted."""
+    accepted_by_position: list[int] = field(default_factory=list)
+
+    def add_round(self, drafted: int, accepted: int, tokens: int, draft_s: float, pass_s: float) -> None:
+        self.passes += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.tokens += tokens
+        self.draft_s += draft_s
+        self.pass_s += pass_s
+        missing = max(min(tokens, drafted) - len(self.judged_by_position), 0)
+        self.judged_by_position += [0] * missing
+        self.accepted_by_position += [0] * missing
+        for position in range(min(tokens, drafted)):
+            self.judged_by_position[position] += 1
+            self.accepted_by_position[position] += position < accepted
+
+    @property
+    def mean_accepted(self) -> float:
+        """Accepted drafts per pass."""
+        return self.accepted / self.passes if self.passes else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"mean_accepted": self.mean_accepted}
+
+
 @dataclass(frozen=True)
 class RunReport:
     """One `generate`: field names are those of `griffin-offload run --json`."""
@@ -74,6 +113,13 @@ class RunReport:
     activation_kept_heldout: float | None
     wait_s: float
     select_s: float
+    drafting: DraftReport | None = None
+    """In exact mode, and with refresh: the passes between tokens of the answer."""
+
+    @property
+    def decode_streamed_bytes_per_token(self) -> float:
+        """Weight bytes streamed after prefill, per generated token."""
+        return self.decode_streamed_bytes / self.generated_tokens if self.generated_tokens else 0.0
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -100,11 +146,23 @@ class RunReport:
         return asdict(self) | {
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
+            "decode_streamed_bytes_per_token": self.decode_streamed_bytes_per_token,
+            "drafting": self.drafting.to_json() if self.drafting else None,
         }
 
     def _unquantised(self) -> str:
         unquantised = sum(self.parts_16bit.values())
         return f" ({format_bytes(unquantised)} unquantised)" if unquantised != sum(self.parts.values()) else ""
+
+    def _draft_lines(self) -> list[str]:
+        drafting = self.drafting
+        if drafting is None or not drafting.passes:
+            return []
+        tokens, drafted = (count / drafting.passes for count in (drafting.tokens, drafting.drafted))
+        return [
+            f"passes   {drafting.passes}, {tokens:.1f} tok each ({drafting.mean_accepted:.1f} of {drafted:.1f} drafts)   "
+            f"streamed {format_bytes(self.decode_streamed_bytes_per_token)} per token"
+        ]
 
     def lines(self, device: str) -> list[str]:
         """The closing block for people."""
@@ -119,6 +177,7 @@ class RunReport:
             f"decode   {self.generated_tokens} tok  {self.decode_s:.2f} s ({self.decode_tokens_per_s:.1f} tok/s)   "
             f"streamed {format_bytes(self.decode_streamed_bytes)}   density {self.density:.2f}, "
             f"activation kept {kept}",
+            *self._draft_lines(),
             f"resident {format_bytes(self.resident_bytes)} {self.precision}{self._unquantised()}   peak {device} "
             f"{format_bytes(self.peak_device_bytes)} of {format_bytes(self.budget_bytes)}   "
             f"RAM {format_bytes(self.peak_host_bytes)} (process)",

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from griffin_offload.pricing import Plan
 from griffin_offload.runtime.embedding import HostEmbedding
+from griffin_offload.runtime.prefill import StreamedLayers
 from griffin_offload.runtime.prospect import Prospect, evicts
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.gather import gather_outputs
 from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.quantized_linear import QuantizedLinear, specs
+from griffin_offload.weights.source import stream_dtype
 
 _COPY_THREADS = 4
 
@@ -33,6 +35,36 @@ def compact_blocks(
                 _fill_whole(block, compact[index], prospect, pages)
             block.install_compact(compact[index])
     return compact
+
+
+@torch.no_grad()
+def materialise(layers: StreamedLayers, selected: dict[int, Tensor], prospect: Prospect) -> None:
+    """Gather `selected` from where the full weights rest: a layer at a time, of which only their rows are read, and
+    matrices that hold neurons as columns."""
+    layers.selected = {}
+    for index, chosen in selected.items():
+        block, compact, chosen_here = layers.blocks[index], layers.compact[index], chosen.cpu()
+        assert layers.source is not None, "streamed layers have a source"
+        full = layers.source.fetch_rows(index, block.rows_needed(chosen_here))
+        full = [tensor.to(stream_dtype(tensor, prospect.dtype)) for tensor in full]
+        if prospect.device.type == "cpu":
+            block.gather(full, chosen_here, compact)
+        else:
+            _gather_through_host(block, full, chosen_here, compact)
+        layers.source.drop(index)
+    layers.selected = selected
+
+
+def _gather_through_host(block: FeedForward, full: list[Tensor], chosen: Tensor, compact: list[nn.Parameter]) -> None:
+    # Quantising (and CUDA's int4 tiles) wants the device; plain neurons are gathered where they rest.
+    if block.precision == "none":
+        host = [torch.empty(p.shape, dtype=p.dtype) for p in compact]
+        block.gather(full, chosen, host)
+        for parameter, gathered in zip(compact, host, strict=True):
+            parameter.copy_(gathered)
+    else:
+        device = compact[0].device
+        block.gather([tensor.to(device) for tensor in full], chosen.to(device), compact)
 
 
 def _fill_whole(block: FeedForward, target: list[nn.Parameter], prospect: Prospect, pages: FilePages) -> None:

@@ -1,23 +1,53 @@
 """One generate: its state, what it may not ask for, and what its forwards are given."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StaticCache
+from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, StopStringCriteria
 
-from griffin_offload.config import CacheKind
+from griffin_offload.config import CacheKind, LoadConfig, Refresh
 from griffin_offload.errors import UsageError
-from griffin_offload.pricing import KV_SLACK_TOKENS, Usage
+from griffin_offload.pricing import KV_SLACK_TOKENS, MAX_MARKS, Usage, statistics_kept
 from griffin_offload.runtime.cache import KVCache
-from griffin_offload.runtime.prospect import Prospect
+from griffin_offload.runtime.context import Context
+from griffin_offload.runtime.prospect import Prospect, pass_tokens
+from griffin_offload.runtime.report import PrefillReport
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How one `generate` makes its tokens."""
+
+    exact: bool = False
+    draft_tokens: int | None = None
+    refresh: Refresh = "turn"
+
+    def __post_init__(self) -> None:
+        LoadConfig(exact=self.exact, draft_tokens=self.draft_tokens, refresh=self.refresh)  # checks them
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of the streamed passes between tokens of the answer; 0: there are none."""
+        return pass_tokens(self.exact, self.draft_tokens, self.refresh)
 
 
 class Run:
     """The state of one `generate`."""
 
-    def __init__(self, prompts: int, prompt_tokens: int, mask: Tensor | None) -> None:
+    def __init__(
+        self, prompts: int, prompt_tokens: int, mask: Tensor | None, use: Usage, mode: Mode, context: Context | None
+    ) -> None:
         self.prompts, self.prompt_tokens, self.mask = prompts, prompt_tokens, mask
+        self.use, self.mode, self.context = use, mode, context
+        self.prompt_ids: list[int] = []
+        """With a context: the whole prompt."""
+        self.ready: Tensor | None = None
+        """Logits [1, V] behind a prompt of which the context knows every token."""
+        self.prefill: PrefillReport | None = None
+        self.loop: Any = None
+        """What drafts, if something does."""
         self.prefilled = False
         self.batch = 1
         self.fetched_bytes = 0
@@ -79,15 +109,75 @@ def refuse_what_cannot_work(kwargs: dict[str, Any], given: GenerationConfig) -> 
         raise UsageError("past_key_values has to be empty: transformers would feed it the whole prompt again")
 
 
+def _value(name: str, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> Any:
+    """An argument, or the first config's that has one."""
+    found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in found if value is not None), None)
+
+
+_ONE_SEQUENCE_REFUSES = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "past_key_values",
+    "cache_implementation",
+    "watermarking_config",
+    "guidance_scale",
+    "penalty_alpha",
+    "dola_layers",
+    "output_attentions",
+    "output_hidden_states",
+)
+
+
+def check_one_sequence(
+    prompt: Tensor, use: Usage, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]
+) -> None:
+    """UsageError unless this can be generated with a context: one sequence of ids, whose past can be taken back."""
+    mask = kwargs.get("attention_mask")
+    if prompt.dim() != 2 or use.batch != 1 or (mask is not None and not bool(mask.all())):
+        raise UsageError(
+            "exact mode, refresh and contexts take one sequence of token ids at a time: no batch, no beams, no "
+            "padding, no inputs_embeds"
+        )
+    for name in _ONE_SEQUENCE_REFUSES:
+        value = _value(name, kwargs, configs)
+        if value not in (None, False) and (name, value) not in (
+            ("guidance_scale", 1),
+            ("cache_implementation", "hybrid"),
+        ):
+            raise UsageError(f"{name} cannot be used in exact mode, with refresh or with a context: leave it out")
+
+
+def stop_strings_as_criteria(kwargs: dict[str, Any], given: GenerationConfig) -> dict[str, Any]:
+    """`kwargs` with `stop_strings` made a criterion: transformers drops the tokenizer that it needs for them when
+    the decoding method is not its own."""
+    if given.stop_strings is not None:
+        raise UsageError("stop_strings of a generation config cannot be used here: give them as an argument")
+    kwargs = dict(kwargs)
+    strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+    if strings is not None:
+        if tokenizer is None:
+            raise UsageError("stop_strings need the tokenizer: give it as an argument, too")
+        criteria = list(kwargs.get("stopping_criteria") or [])
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+    return kwargs
+
+
 def usage_of(
-    prompt: Tensor, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...], prospect: Prospect
+    prompt: Tensor,
+    kwargs: dict[str, Any],
+    configs: tuple[GenerationConfig, ...],
+    prospect: Prospect,
+    mode: Mode | None,
+    context: Context | None,
 ) -> Usage:
-    """What a generate with these arguments, and the configs behind them, needs of KV cache and workspace."""
+    """What a generate with these arguments, and the configs behind them, needs of KV cache and workspace. `mode` is
+    that of one which has streamed passes between its tokens."""
 
     def value(name: str) -> Any:
-        found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in found if value is not None), None)
+        return _value(name, kwargs, configs)
 
+    pass_tokens, exact = (mode.pass_tokens, mode.exact) if mode is not None else (0, False)
     tokens, new = prompt.shape[1], value("max_new_tokens")
     total = tokens + new if new is not None else max(value("max_length"), tokens + 1)
     kept_scores = sum(bool(value(name)) for name in ("output_scores", "output_logits")) * (total - tokens)
@@ -102,7 +192,11 @@ def usage_of(
         ctx_tokens=total,
         cache=cache or prospect.request.cache,
         drafts=drafts,
-        logit_positions=1 + drafts,
+        logit_positions=pass_tokens if exact else 1 + drafts,
+        past_tokens=context.known(prompt[0]) if context is not None else 0,
+        pass_tokens=pass_tokens,
+        statistics=statistics_kept(pass_tokens, exact, context is not None),
+        marks=MAX_MARKS if context is not None else 0,
         kept_scores=kept_scores,
     )
 

@@ -69,6 +69,12 @@ class Projection:
         else:
             _declare_features(self.owner, tensors["weight"])
 
+    def rows(self, chosen: Tensor) -> Tensor | None:
+        """Rows of the full matrix that the `chosen` neurons lie in; None where they are columns."""
+        if self.is_down:
+            return chosen if self.swapped or self.full_form == "int4_neurons" else None
+        return None if self.swapped else torch.cat([chosen + part * self.neurons for part in range(self.stacked)])
+
     def gather(self, full: Tensors, chosen: Tensor, out: Tensors) -> None:
         if isinstance(self.owner, QuantizedLinear):
             if self.is_down:
@@ -166,6 +172,15 @@ class FeedForward:
         targets = self._by_projection([tensor.detach() for tensor in out], compact=True)
         for projection, source, target in zip(self.projections, sources, targets, strict=True):
             projection.gather(source, chosen, target)
+
+    def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:
+        """For every tensor of `full_specs`, the rows that gathering `chosen` reads; None: all of it."""
+        needed: list[Tensor | None] = []
+        for projection in self.projections:
+            rows = projection.rows(chosen)
+            specs = projection.specs(projection.full_form, self.neurons).values()
+            needed += [rows if len(shape) > 1 else None for shape, _ in specs]
+        return needed
 
     def neuron_norms(self, full: Sequence[Tensor]) -> Tensor:
         """Static score of "magnitude" [F]: product of the norms of each neuron's input rows."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from griffin_offload.errors import GriffinError
@@ -91,6 +92,21 @@ class FilePages:
             for early in steps[ahead : ahead + 1] if position else steps[: ahead + 1]:
                 _advise(early, _MADV_WILLNEED)
             _advise(step, _MADV_POPULATE_READ)
+
+    def read_rows(self, tensor: Tensor, rows: Tensor) -> int:
+        """Read the pages under some rows (sorted indices) of a contiguous tensor and map them; returns their bytes."""
+        mapping, row_bytes = self._mapping_of(tensor), tensor.nbytes // tensor.shape[0]
+        if mapping is None:
+            return rows.numel() * row_bytes
+        begin = rows.numpy() * row_bytes + tensor.data_ptr()
+        first, end = begin // _PAGE * _PAGE, -(-(begin + row_bytes) // _PAGE) * _PAGE
+        starts = np.flatnonzero(np.append(True, first[1:] > end[:-1]))  # of runs of pages without a gap
+        runs = list(zip(first[starts].tolist(), end[np.append(starts[1:], len(end)) - 1].tolist(), strict=True))
+        spans = [Span(at, to - at, mapping.path, 0) for at, to in runs]
+        for advice in (_MADV_WILLNEED, _MADV_POPULATE_READ):  # all are asked for before the first is waited for
+            for span in spans:
+                _advise(span, advice)
+        return sum(span.nbytes for span in spans)
 
     def drop(self, spans: Sequence[Span]) -> None:
         """Unmap the spans' pages and, when evicting, free them."""

@@ -87,6 +87,13 @@ class RamWeights:
         self.fetched_bytes += sum(tensor.nbytes for tensor in self._layers[layer])
         return self._layers[layer]
 
+    def fetch_rows(self, layer: int, rows: Sequence[Tensor | None]) -> list[Tensor]:
+        """The layer's tensors, of which only `rows` are used (None: all); counted."""
+        for tensor, needed in zip(self._layers[layer], rows, strict=True):
+            share = 1 if needed is None else needed.numel() / tensor.shape[0]
+            self.fetched_bytes += int(tensor.nbytes * share)
+        return self._layers[layer]
+
     def drop(self, layer: int) -> None:
         """Nothing to drop: the buffer is the weights' home."""
 
@@ -112,6 +119,16 @@ class MappedWeights:
         """Read the layer and map its pages; blocks; counted."""
         self._pages.read(self._spans[layer])
         self.fetched_bytes += sum(tensor.nbytes for tensor in self._layers[layer])
+        return self._layers[layer]
+
+    def fetch_rows(self, layer: int, rows: Sequence[Tensor | None]) -> list[Tensor]:
+        """Read `rows` of each of the layer's tensors (None: all of it) and map their pages; blocks; counted."""
+        for tensor, needed in zip(self._layers[layer], rows, strict=True):
+            if needed is None:
+                self._pages.read(self._pages.spans([tensor]))
+                self.fetched_bytes += tensor.nbytes
+            else:
+                self.fetched_bytes += self._pages.read_rows(tensor, needed)
         return self._layers[layer]
 
     def drop(self, layer: int) -> None:

@@ -1,0 +1,112 @@
+"""What a model remembers of one sequence: KV entries, the statistic, what it selected, and states to go back to."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from griffin_offload.pricing import MAX_MARKS
+from griffin_offload.runtime.cache import KVCache
+
+Statistic = dict[int, Tensor]
+"""s^2 [B, F] of each streamed layer, float32."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The state after a prompt's streamed pass: what a rewind can go back to."""
+
+    tokens: int
+    squared: Statistic
+    selected: dict[int, Tensor]
+    logits: Tensor | None
+    """Of the last token, [1, V]."""
+
+
+class Context:
+    """One sequence that `generate` goes on with: give it the whole new prompt, and only what differs is computed.
+
+    `tokens` are the ids whose KV entries exist. `squared` is the statistic of the streamed ones among them, the last
+    of which is token `covered` - 1, `selected` the neurons it chose; tensors are replaced, never changed in place.
+    `owner` is the model that it belongs to.
+    """
+
+    def __init__(self, cache: KVCache, owner: object) -> None:
+        self.cache, self.owner = cache, owner
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything; the memory of the KV cache stays."""
+        self.cache.reset()
+        self.tokens: list[int] = []
+        self.covered = 0
+        self.squared: Statistic = {}
+        self.selected: dict[int, Tensor] = {}
+        self.marks: list[Mark] = []
+
+    @property
+    def logits(self) -> Tensor | None:
+        """Logits [1, V] behind the last token, if that was the end of a prompt."""
+        mark = self.marks[-1] if self.marks else None
+        return mark.logits if mark is not None and mark.tokens == len(self.tokens) == self.covered else None
+
+    def common(self, ids: Tensor) -> int:
+        """How many of the first tokens are those of `ids` [T]."""
+        both = min(len(self.tokens), ids.numel())
+        differ = (ids[:both].cpu() != torch.tensor(self.tokens[:both], dtype=ids.dtype)).nonzero()
+        return int(differ[0]) if differ.numel() else both
+
+    def known(self, ids: Tensor) -> int:
+        """How many tokens at the start of `ids` [T] need not be computed again: the statistic only goes back to marks.
+        (Layers with a window may turn out to have lost what these would see; then it is none.)"""
+        common = self.common(ids)
+        if common >= self.covered:
+            return common
+        return max((mark.tokens for mark in self.marks if mark.tokens <= common), default=0)
+
+    def start(self, ids: Tensor) -> Tensor | None:
+        """Forget what is not the start of `ids` [T], so that the KV cache holds fewer tokens than those. If all of them
+        are known, their last logits [1, V]; the KV cache then has the last token's entries behind its end."""
+        known = self.known(ids)
+        self.rewind(known)
+        if len(self.tokens) < ids.numel():
+            return None
+        logits = self.logits
+        if logits is None:
+            self.rewind(self.known(ids[:-1]))
+        else:
+            self.cache.crop(-1)
+        return logits
+
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first `tokens`, which are a mark's if they are fewer than `covered`."""
+        if tokens < self.covered:
+            self.marks = [mark for mark in self.marks if mark.tokens <= tokens]
+            if not self.marks or self.marks[-1].tokens != tokens:
+                self.clear()
+                return
+            mark = self.marks[-1]
+            self.covered, self.squared, self.selected = tokens, dict(mark.squared), mark.selected
+        self.tokens = self.tokens[:tokens]
+        # Whatever a forward that was interrupted has left there goes, too.
+        if not self.cache.trim(tokens):
+            self.clear()
+
+    def finish(self, sequence: list[int] | None) -> None:
+        """The end of a `generate`: all its tokens, prompt included, or None if it failed."""
+        if sequence is not None:
+            self.tokens = sequence[: self.cache.get_seq_length()]
+        self.rewind(len(self.tokens))
+
+    def passed(self, sums: Statistic) -> None:
+        """Every token in the KV cache has been streamed; `sums` is s^2 [B, F] of those that had not been before."""
+        self.covered = self.cache.get_seq_length()
+        for index, squared in sums.items():
+            earlier = self.squared.get(index)
+            self.squared[index] = squared if earlier is None else earlier + squared
+
+    def mark(self, logits: Tensor) -> None:
+        """Remember the state at the end of `tokens`, which have all been covered."""
+        logits = logits.detach().reshape(1, -1).clone()
+        self.marks.append(Mark(len(self.tokens), dict(self.squared), self.selected, logits))
+        del self.marks[:-MAX_MARKS]

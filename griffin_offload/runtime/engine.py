@@ -1,0 +1,211 @@
+"""The engine: which forwards of a loaded model are streamed and which are resident, and what they hold."""
+
+import contextlib
+import functools
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from griffin_offload.errors import DoesNotFit, GriffinError
+from griffin_offload.method.statistic import share_kept, shared_score, split_tokens
+from griffin_offload.plan import as_loaded, describe_shortfall, replan_for
+from griffin_offload.pricing import Plan, Usage, logits_bytes, statistics_bytes, workspace_bytes
+from griffin_offload.runtime.context import Context
+from griffin_offload.runtime.load import Loaded
+from griffin_offload.runtime.prefill import Progress, StreamedPass
+from griffin_offload.runtime.prospect import Prospect
+from griffin_offload.runtime.report import PrefillReport
+from griffin_offload.runtime.residents import materialise
+from griffin_offload.runtime.run import Run, cache_bytes, cache_of, prompt_mask, tokens_of
+from griffin_offload.runtime.threads import limited_threads
+
+
+class Engine:
+    """Takes the place of the stock model's forward: one with an empty KV cache is a streamed pass, one with a filled
+    cache is resident, and a `Run` says more. Decided on the host, never by reading a device tensor."""
+
+    def __init__(self, prospect: Prospect, plan: Plan, loaded: Loaded) -> None:
+        self.prospect, self.plan, self.loaded = prospect, plan, loaded
+        self.shape = prospect.shape_of(plan)
+        self.run: Run | None = None
+        self.last_prefill: PrefillReport | None = None
+        self.progress: Progress | None = None
+        self._stock_forward: Callable[..., Any] = loaded.model.forward
+        self._signature = inspect.signature(self._stock_forward)
+        loaded.model.forward = self._wrapped_forward()
+        self._user: dict[str, object] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        """Give the stock model its own forward back."""
+        self._closed = True
+        self.loaded.model.__dict__.pop("forward", None)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """One prompt at a time. A lock could be left taken by a Ctrl-C between taking it and `try`; an entry of a
+        dict, set by one atomic call inside, cannot."""
+        me = object()
+        try:
+            if self._closed:
+                raise GriffinError("this model is closed")
+            if self._user.setdefault("now", me) is not me:
+                raise GriffinError("this model is generating already")
+            yield
+        finally:
+            if self._user.get("now") is me:
+                del self._user["now"]
+
+    def require(self, use: Usage) -> None:
+        """DoesNotFit unless `use` stays within the budget with the residents as they are."""
+        plan = replan_for(self.shape, self.prospect.request, self.plan, use)
+        if not plan.fits:
+            remedy = f"fewer than {use.batch} sequences at once, shorter ones, or a model loaded with more memory"
+            raise DoesNotFit(describe_shortfall(plan, remedy))
+
+    def hold(self, use: Usage, new_tokens: int, cache: Any, slots: int = 0) -> None:
+        """Enter a forward of `new_tokens` into the ledger: activations as the plan counts them, the KV cache and
+        slots as they are."""
+        request = as_loaded(self.prospect.request, self.plan)
+        self.loaded.ledger.hold(
+            kv_cache=cache_bytes(cache),
+            slots=slots,
+            workspace=workspace_bytes(self.shape, request, use, new_tokens, use.ctx_tokens, self.plan.kept),
+            logits=logits_bytes(self.shape, use),
+            statistic=statistics_bytes(self.shape, use, self.plan.kept, self.plan.streamed),
+        )
+        self.loaded.ledger.hold(slots=0)
+
+    def full_pass(self, inputs: dict[str, Any], *, choose: bool, each: bool) -> tuple[Any, dict[int, Tensor]]:
+        """A streamed pass over `inputs` behind the run's context, between two tokens of its answer: (the model's
+        output, s^2 [1, G, F] by layer), G being one, or with `each` the tokens."""
+        run = self.run
+        assert run is not None, "a pass of a run"
+        assert run.context is not None, "with a context"
+        tokens, context = tokens_of(inputs).shape[1], run.context
+        groups = torch.eye(tokens, device=self.prospect.device)[None] if each else self._ones(tokens)[:, None]
+        streamed = StreamedPass(self.loaded.layers, groups, earlier=context.squared, choose=choose, keep=True)
+        with streamed:
+            output = self._stock_forward(**inputs, return_dict=True)
+        if choose:
+            context.selected = self.loaded.layers.selected
+        self.hold(run.use, tokens, run.cache, streamed.peak_in_flight_bytes)
+        return output, streamed.sums
+
+    def _ones(self, tokens: int) -> Tensor:
+        return torch.ones(1, tokens, device=self.prospect.device)
+
+    def _wrapped_forward(self) -> Callable[..., Any]:
+        @functools.wraps(self._stock_forward)  # generate reads its signature
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        return forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.run
+        if run is not None and run.prefilled:
+            output = self._stock_forward(*args, **kwargs)
+            run.cache = cache_of(output, kwargs)
+            return output
+        arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        if run is not None:
+            return self._first(run, arguments, args, kwargs)
+        cache = arguments.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            if self.last_prefill is None and self.plan.streamed:
+                raise GriffinError("the KV cache is filled but no neurons are chosen: no prompt was streamed")
+            return self._stock_forward(*args, **kwargs)
+        return self._bare_prefill(arguments, args, kwargs)
+
+    def _bare_prefill(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        """A forward that nobody announced: checked against the budget first."""
+        tokens = tokens_of(arguments)
+        keep = arguments.get("logits_to_keep", 0)
+        positions = keep if isinstance(keep, int) and keep > 0 else tokens.shape[1]
+        self.require(Usage(tokens.shape[0], tokens.shape[1], tokens.shape[1], "dynamic", logit_positions=positions))
+        mask = prompt_mask(tokens, arguments.get("attention_mask"), None)
+        with self.alone(), limited_threads(self.loaded.threads):
+            return self._prefill(mask, None, args, kwargs)[0]
+
+    def _first(self, run: Run, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        """A run's first forward: its prompt, or what a context does not know of it."""
+        tokens, context = tokens_of(arguments), run.context
+        if context is not None and run.ready is not None:
+            context.cache.restore(tokens.shape[1])
+            self._resume(context, tokens.shape[1])
+            output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], past_key_values=context.cache)
+            slots = 0
+        elif context is not None and context.tokens and run.mode.refresh == "never":
+            self._resume(context, tokens.shape[1])
+            output, slots = self._stock_forward(*args, **kwargs), 0
+        else:
+            given = run.mask if run.mask is not None else arguments.get("attention_mask")
+            past = context is not None and bool(context.tokens)
+            mask = self._ones(tokens.shape[1]) if past else prompt_mask(tokens, given, run.prompt_tokens)
+            output, streamed = self._prefill(mask, context, args, kwargs)
+            slots = streamed.peak_in_flight_bytes
+        run.cache = cache_of(output, arguments)
+        if context is not None:
+            self._remember(context, run, output.logits[:, -1])
+        seen = max(run.prompt_tokens, tokens.shape[1])  # prompt lookup appends drafts
+        use = replace(run.use, batch=tokens.shape[0], ctx_tokens=seen, logit_positions=1, kept_scores=0)
+        self.hold(use, tokens.shape[1], run.cache, slots)
+        run.prefilled, run.batch, run.prefill = True, tokens.shape[0], self.last_prefill
+        run.fetched_bytes, run.embedding_bytes = self.loaded.layers.fetched_bytes, self.embedding_bytes
+        return output
+
+    def _prefill(self, mask: Tensor, context: Context | None, args: Any, kwargs: Any) -> tuple[Any, StreamedPass]:
+        """The streamed pass over a prompt's tokens; a context's earlier ones choose, too."""
+        self.last_prefill = None  # until this prompt has chosen its neurons, none are
+        streamed = StreamedPass(
+            self.loaded.layers,
+            split_tokens(mask),
+            earlier=context.squared if context is not None else None,
+            held_out=True,
+            keep=context is not None,
+            progress=self.progress,
+        )
+        with streamed:
+            output = self._stock_forward(*args, **kwargs)
+        if streamed.unvisited:
+            raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
+        if context is not None:
+            context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()})
+            context.selected = self.loaded.layers.selected
+        self.last_prefill = streamed.report()
+        return output, streamed
+
+    def _resume(self, context: Context, tokens: int) -> None:
+        """Make the compact parameters those that `context` chose, if another one has chosen since."""
+        start, before = time.perf_counter(), self.loaded.layers.fetched_bytes
+        if self.loaded.layers.selected is not context.selected:
+            self.last_prefill = None
+            materialise(self.loaded.layers, context.selected, self.prospect)
+        seconds, streamed_bytes = time.perf_counter() - start, self.loaded.layers.fetched_bytes - before
+        formula = self.loaded.layers.config.batch_statistic
+        shares = [
+            float(share_kept(shared_score(squared, formula), context.selected[index]))
+            for index, squared in context.squared.items()
+        ]
+        dense = len(self.loaded.layers.decoder) - len(shares)
+        kept = (sum(shares) + dense) / (len(shares) + dense)
+        self.last_prefill = PrefillReport(tokens, seconds, streamed_bytes, 0.0, seconds, kept, None)
+
+    def _remember(self, context: Context, run: Run, logits: Tensor) -> None:
+        """The prompt has passed; only what the full model computed is a state to go back to."""
+        known = len(context.tokens)
+        context.tokens = list(run.prompt_ids)
+        if run.ready is None and (run.mode.refresh != "never" or known == 0):
+            context.mark(logits)
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of embedding rows that came from the host."""
+        return self.loaded.host_embedding.row_bytes if self.loaded.host_embedding else 0
