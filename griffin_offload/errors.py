@@ -4,9 +4,10 @@ GriffinError                    1  anything that went wrong while running
 +-- UsageError                  2  a flag, an argument or a prompt that cannot be used
 +-- DoesNotFit                  3  the budget, the context or the memory of this machine is too small
 +-- ModelError                  4  the model cannot be used
-    +-- ModelNotFound           4  no such directory, or not in the hub's cache
-    +-- CheckpointError         4  files missing, truncated or contradicting the config
-    +-- UnsupportedModel        4  no known feed-forward layout
+|   +-- ModelNotFound           4  no such directory, or not in the hub's cache
+|   +-- CheckpointError         4  files missing, truncated or contradicting the config
+|   +-- UnsupportedModel        4  no known feed-forward layout
++-- SavedContextError           4  a saved prompt or conversation cannot be written or used
 
 Messages are one line: what was found, the numbers, and the remedy after a colon or semicolon.
 """
@@ -46,6 +47,12 @@ class CheckpointError(ModelError):
 
 class UnsupportedModel(ModelError):
     """The model has no feed-forward block of a known layout."""
+
+
+class SavedContextError(GriffinError):
+    """A saved prompt or conversation cannot be written, or not be used here: damaged, another model's, too new."""
+
+    exit_code = 4
 
 
 def one_line(error: BaseException) -> str:

@@ -185,12 +185,21 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         self._seen += tokens
         self._held += tokens
 
-    def saved(self) -> tuple[int, list[Tensor]]:
-        """(tokens that have passed, views of what is kept of them: first the keys' parts, then the values')."""
-        return self._seen, [part for store in self._stores for part in store.parts(self._held)]
+    def saved(self) -> list[Tensor]:
+        """Views of what is kept: first the keys' parts, then the values'."""
+        return [part for store in self._stores for part in store.parts(self._held)]
+
+    def could_load(self, seen: int, shapes: list[list[int]]) -> bool:
+        """Whether parts of these shapes can be what a layer like this one `saved` after `seen` tokens."""
+        if len(shapes) != (2 if self._bits == 16 else 4) or any(len(shape) != 4 for shape in shapes):
+            return False
+        held = shapes[0][2]
+        visible = seen if self._window is None else min(seen, self._window - 1)
+        alike = all(shape[:3] == [1, shapes[0][1], held] for shape in shapes)
+        return alike and visible <= held <= min(seen, self._room)
 
     def load(self, seen: int, parts: list[Tensor]) -> None:
-        """Become a layer that `saved` these, for a cache with as many bits."""
+        """Become a layer that `saved` these after `seen` tokens."""
         half = len(parts) // 2
         keys, values = parts[:half], parts[half:]
         self.lazy_initialization(

@@ -5,7 +5,6 @@ makes every command refuse it, and the same conversion continue it.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.runtime.load import map_model
 from griffin_offload.units import format_bytes
-from griffin_offload.weights.checkpoint import INDEX, UNFINISHED, Checkpoint, open_checkpoint
+from griffin_offload.weights.checkpoint import INDEX, UNFINISHED, Checkpoint, fingerprint, open_checkpoint
 from griffin_offload.weights.converted import Mark, check_shard
 from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.files import renamed, temporary_name, write_text
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.quantized_linear import Precision, quantized
@@ -40,7 +40,6 @@ Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all) after each tensor."""
 # What a checkpoint holds beside weights: tokenizer, templates, generation settings.
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
 # Beside the tensors: headers, index, tokenizer.
 _MARGIN_BYTES = 50_000_000
 # Our temporary names, and those that safetensors writes under before it renames to ours.
@@ -79,11 +78,11 @@ def convert(
     if checkpoint.precision != "none":
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
     shape = model_shape(build_on_meta(checkpoint.config, checkpoint.dtype), precision, precision, tables)
-    mark = Mark(precision, _fingerprint(checkpoint), tables)
+    mark = Mark(precision, fingerprint(checkpoint), tables)
     with _failures_named(directory), _locked(directory):
         finished = _finished_shards(directory, mark)
         _check_disk(directory, shape.weight_bytes - sum(path.stat().st_size for path in finished))
-        _write_text(directory / UNFINISHED, json.dumps(asdict(mark)))
+        write_text(directory / UNFINISHED, json.dumps(asdict(mark)))
         weight_map = _write_shards(checkpoint, directory, mark, progress)
         _write_rest(checkpoint, directory, mark, weight_map)
     shards = set(weight_map.values())
@@ -105,19 +104,6 @@ def _failures_named(directory: Path) -> Iterator[None]:
         raise GriffinError(
             f"{directory} cannot be written ({one_line(error)}); finished shards are kept, run the same command again"
         ) from error
-
-
-def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Of config, headers and samples of every file: tells two fine-tunes of one model apart without reading them."""
-    digest = hashlib.sha256((checkpoint.directory / "config.json").read_bytes())
-    for path in checkpoint.files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(sample * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
 
 
 @contextlib.contextmanager
@@ -149,7 +135,7 @@ def _finished_shards(directory: Path, mark: Mark) -> list[Path]:
     if note.is_file():
         if _read_note(note) != asdict(mark):
             raise UsageError(f"{directory} holds an unfinished conversion of another model or precision: remove it")
-    elif set(directory.iterdir()) - {_temporary(note)}:
+    elif set(directory.iterdir()) - {temporary_name(note)}:
         raise UsageError(f"{directory} exists already: nothing is overwritten, give a new directory")
     for path in halves:
         path.unlink()
@@ -276,7 +262,7 @@ def _names_in(path: Path) -> list[str]:
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor], mark: Mark) -> None:
-    with _renamed(path) as temporary:
+    with renamed(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, mark.metadata())
 
 
@@ -285,41 +271,11 @@ def _write_rest(checkpoint: Checkpoint, directory: Path, mark: Mark, weight_map:
     own = {"config.json", INDEX}
     for path in sorted({path for pattern in _COPIED for path in checkpoint.directory.glob(pattern)}):
         if path.is_file() and path.name not in own:
-            with _renamed(directory / path.name) as temporary:
+            with renamed(directory / path.name) as temporary:
                 shutil.copyfile(path, temporary)
     config: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_bytes())
-    _write_text(directory / "config.json", json.dumps(config | {"quantization_config": mark.config()}, indent=2))
+    write_text(directory / "config.json", json.dumps(config | {"quantization_config": mark.config()}, indent=2))
     total = sum((directory / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_text(directory / INDEX, json.dumps(index, indent=2))
+    write_text(directory / INDEX, json.dumps(index, indent=2))
     (directory / UNFINISHED).unlink()
-
-
-def _write_text(path: Path, text: str) -> None:
-    with _renamed(path) as temporary:
-        temporary.write_text(text + "\n")
-
-
-@contextlib.contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` when the block ends well, on the disk and not only in the cache."""
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

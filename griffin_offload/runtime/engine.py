@@ -23,7 +23,9 @@ from griffin_offload.runtime.prospect import Prospect
 from griffin_offload.runtime.report import PrefillReport
 from griffin_offload.runtime.residents import materialise
 from griffin_offload.runtime.run import Run, cache_bytes, cache_of, prompt_mask, tokens_of
+from griffin_offload.runtime.saved import Identity, Like
 from griffin_offload.runtime.threads import limited_threads
+from griffin_offload.weights.checkpoint import fingerprint
 
 
 class Engine:
@@ -154,6 +156,8 @@ class Engine:
         run.cache = cache_of(output, arguments)
         if context is not None:
             self._remember(context, run, output.logits[:, -1])
+            if run.prompt_done is not None:
+                run.prompt_done(context)
         seen = max(run.prompt_tokens, tokens.shape[1])  # prompt lookup appends drafts
         use = replace(run.use, batch=tokens.shape[0], ctx_tokens=seen, logit_positions=1, kept_scores=0)
         self.hold(use, tokens.shape[1], run.cache, slots)
@@ -204,6 +208,27 @@ class Engine:
         context.tokens = list(run.prompt_ids)
         if run.ready is None and (run.mode.refresh != "never" or known == 0):
             context.mark(logits)
+
+    @functools.cached_property
+    def identity(self) -> Identity:
+        """What the numbers in a context depend on."""
+        config, plan = self.loaded.layers.config, self.plan
+        return {
+            "model": fingerprint(self.prospect.checkpoint),
+            "precision": plan.precision,
+            "dtype": str(self.prospect.dtype).removeprefix("torch."),
+            "density": [kept / layer.neurons for kept, layer in zip(plan.kept, self.shape.layers, strict=True)],
+            "streamed": list(plan.streamed),
+            "kv_bits": plan.kv_bits,
+            "selection": config.selection,
+            "batch_statistic": config.batch_statistic,
+        }
+
+    @property
+    def like(self) -> Like:
+        """What the parts of a saved context must look like."""
+        neurons = {index: (self.shape.layers[index].neurons, self.plan.kept[index]) for index in self.plan.streamed}
+        return Like(self.plan.context_tokens, self.shape.vocab_size, self.shape.kv_width, neurons)
 
     @property
     def embedding_bytes(self) -> int:

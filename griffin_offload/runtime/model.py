@@ -5,9 +5,10 @@ import functools
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,11 @@ from griffin_offload.runtime.run import (
     stop_strings_as_criteria,
     usage_of,
 )
+from griffin_offload.runtime.saved import load_context, save_context
 from griffin_offload.runtime.threads import limited_threads
+
+if TYPE_CHECKING:
+    from griffin_offload.runtime.session import ChatSession
 
 _LIMITS = ("max_new_tokens", "max_length")
 # From here on the process's growth is a figure of the model and no longer of the interpreter.
@@ -138,6 +143,30 @@ class GriffinModel:
         cache = KVCache(self.model.config, ctx_tokens=self.plan.context_tokens, bits=self.plan.kv_bits)
         return Context(cache, owner=self._loaded)
 
+    def chat_session(self, **options: Any) -> "ChatSession":
+        """A conversation; see `ChatSession` for the options."""
+        from griffin_offload.runtime.session import ChatSession
+
+        return ChatSession(self, **options)
+
+    def save_context(self, context: Context, path: str | Path, notes: dict[str, Any] | None = None) -> None:
+        """Write what `context` remembers to a file, and `notes` (JSON values) beside it. SavedContextError if that
+        cannot be done; a file that was there stays as it was then."""
+        self._check_owner(context)
+        save_context(context, Path(path), self._engine.identity, notes or {})
+
+    def load_context(self, path: str | Path, context: Context | None = None) -> tuple[Context, dict[str, Any]]:
+        """A context, or `context` made the one, that was saved with this model, precision and density; and its notes.
+        No weight is read. SavedContextError, and `context` as it was, if the file cannot be used."""
+        context = self.new_context() if context is None else context
+        self._check_owner(context)
+        engine = self._engine
+        return context, load_context(context, Path(path), engine.identity, engine.like, self.device)
+
+    def _check_owner(self, context: Context) -> None:
+        if context.owner is not self._loaded:
+            raise UsageError("this context belongs to another model: make one with new_context()")
+
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -146,6 +175,7 @@ class GriffinModel:
         draft_tokens: int | None = None,
         refresh: Any = None,
         context: Context | None = None,
+        prompt_done: Callable[[Context], None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate` on the stock model, with its arguments and its result.
@@ -153,7 +183,7 @@ class GriffinModel:
         The prompt is streamed once; every further token is computed from residents. Without any length, up to
         `RunConfig.max_new_tokens` are generated. `exact`, `draft_tokens` and `refresh` are as in `LoadConfig`, and
         those of loading by default. With a `context` the prompt [1, T] goes on from what that remembers: tokens at its
-        start that the context knows are not computed again.
+        start that the context knows are not computed again. `prompt_done` is called with it when the prompt has passed.
         Raises UsageError for a prompt that is empty or too long for `plan.context_tokens`, DoesNotFit when the batch
         or its length needs more than the budget.
         """
@@ -164,11 +194,11 @@ class GriffinModel:
         kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         with self._engine.alone():
             mode = self._mode(exact, draft_tokens, refresh)
-            if context is not None and context.owner is not self._loaded:
-                raise UsageError("this context belongs to another model: make one with new_context()")
+            if context is not None:
+                self._check_owner(context)
             run, kwargs = self._prepared(prompt, kwargs, mode, context)
             if context is not None:
-                run.ready = context.start(prompt[0])
+                run.ready, run.prompt_done = context.start(prompt[0]), prompt_done
             output, self.last_report = self._generate(run, prompt, inputs, kwargs)
         large = self.device.type == "cpu" and self.plan.full_bytes > _LARGE_MODEL_BYTES
         for broken in self.last_report.broken_promises(HOST_OVERHEAD_BYTES if large else None):

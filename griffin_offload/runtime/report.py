@@ -160,8 +160,8 @@ class RunReport:
             return []
         tokens, drafted = (count / drafting.passes for count in (drafting.tokens, drafting.drafted))
         return [
-            f"passes   {drafting.passes}, {tokens:.1f} tok each ({drafting.mean_accepted:.1f} of {drafted:.1f} drafts)   "
-            f"streamed {format_bytes(self.decode_streamed_bytes_per_token)} per token"
+            f"passes   {drafting.passes}, {tokens:.1f} tok each, {drafting.mean_accepted:.1f} of {drafted:.1f} drafts  "
+            f" streamed {format_bytes(self.decode_streamed_bytes_per_token)} per token"
         ]
 
     def lines(self, device: str) -> list[str]:

@@ -1,5 +1,6 @@
 """One generate: its state, what it may not ask for, and what its forwards are given."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ class Run:
         self.ready: Tensor | None = None
         """Logits [1, V] behind a prompt of which the context knows every token."""
         self.prefill: PrefillReport | None = None
+        self.prompt_done: Callable[[Context], None] | None = None
         self.loop: Any = None
         """What drafts, if something does."""
         self.prefilled = False

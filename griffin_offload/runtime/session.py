@@ -1,0 +1,180 @@
+"""A conversation: messages, and the context in which each new turn streams only its own tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from griffin_offload.config import RunConfig
+from griffin_offload.errors import CheckpointError, SavedContextError, UsageError, one_line
+from griffin_offload.runtime.model import GriffinModel
+from griffin_offload.runtime.report import RunReport
+from griffin_offload.runtime.saved import read_notes
+
+Message = dict[str, str]
+Overflow = Literal["error", "drop"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer."""
+
+    text: str
+    report: RunReport
+    dropped_messages: int
+    """Oldest messages that were dropped to make room."""
+    finish: Literal["stop", "length", "interrupted"]
+
+
+class ChatSession:
+    """A conversation with a model that was loaded with `keep_prompts=True`; make one with `chat_session`.
+
+    Every turn streams the weights once, over its own tokens alone; the statistic grows with the conversation. Without
+    a chat template (or with `raw`) texts are simply put one after the other. When the context is full, `overflow`
+    says whether `send` fails or the oldest turns are dropped, which streams the rest of the conversation again.
+    """
+
+    def __init__(
+        self,
+        model: GriffinModel,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        overflow: Overflow = "error",
+        seed: int = 0,
+        **generation: Any,
+    ) -> None:
+        self.model, self.overflow, self._seed, self._generation = model, overflow, seed, generation
+        self.templated = model.tokenizer.chat_template is not None and not raw
+        if system is not None and not self.templated:
+            raise UsageError("a system message needs a chat template: this model has none, or raw turned it off")
+        self._system: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+        self.messages: list[Message] = list(self._system)
+        self.context = model.new_context()
+
+    @property
+    def turns(self) -> int:
+        """Answers so far."""
+        return sum(message["role"] == "assistant" for message in self.messages)
+
+    def send(
+        self, text: str, *, streamer: Any = None, interrupted: Callable[[], bool] | None = None, **generation: Any
+    ) -> Reply:
+        """The answer to `text`. `interrupted` is asked after every token and ends the answer, which then stays as far
+        as it came. UsageError when the context is full, and any error of `generate`; the conversation is then as it
+        was before."""
+        if not text.strip():
+            raise UsageError("the message is empty")
+        arguments = {"max_new_tokens": RunConfig.max_new_tokens, **self._generation, **generation}
+        messages = [*self.messages, {"role": "user", "content": text}]
+        messages, dropped, ids = self._fitting(messages, arguments["max_new_tokens"])
+        torch.manual_seed(self._seed + self.turns)  # so that a conversation that was saved goes on in the same way
+        stop = _Interrupted(interrupted)
+        criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or []), stop])
+        output = self.model.generate(
+            ids, context=self.context, stopping_criteria=criteria, streamer=streamer, num_beams=1, **arguments
+        )
+        answer = output[0, ids.shape[1] :]
+        reply = self._decoded(answer)
+        self.messages = [*messages, {"role": "assistant", "content": reply}]
+        report = self.model.last_report
+        assert report is not None, "a generate that ended well has a report"
+        full = answer.numel() >= arguments["max_new_tokens"] and int(answer[-1]) not in self._ends()
+        return Reply(reply, report, dropped, "interrupted" if stop.happened else "length" if full else "stop")
+
+    def _ends(self) -> list[int]:
+        ends = self._generation.get("eos_token_id", self.model.model.generation_config.eos_token_id)
+        return ends if isinstance(ends, list) else [ends]
+
+    def undo(self) -> bool:
+        """Take the last question and its answer back; False when there is none."""
+        if not self.turns:
+            return False
+        self.messages = self.messages[:-2]
+        return True
+
+    def reset(self) -> None:
+        """Begin anew: no messages but the system's, no statistic."""
+        self.messages = list(self._system)
+        self.context.clear()
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation, KV cache included, to a file; see `GriffinModel.save_context`."""
+        if not self.context.tokens:
+            raise UsageError("nothing to save: the conversation is empty")
+        self.model.save_context(self.context, path, {"messages": self.messages, "templated": self.templated})
+
+    def load(self, path: str | Path) -> None:
+        """Go on with a saved conversation; see `GriffinModel.load_context`. On failure this one is as it was."""
+        messages, templated = _conversation(read_notes(Path(path)), path)
+        self.model.load_context(path, self.context)
+        self.messages, self.templated = messages, templated
+        self._system = [message for message in messages[:1] if message["role"] == "system"]
+
+    def _fitting(self, messages: list[Message], new_tokens: int) -> tuple[list[Message], int, Tensor]:
+        """The messages that fit the context, how many were dropped, and their ids [1, T]."""
+        room, dropped = self.model.plan.context_tokens, 0
+        while True:
+            ids = self._ids(messages)
+            if ids.shape[1] + new_tokens <= room:
+                return messages, dropped, ids
+            oldest = len(self._system)
+            if self.overflow == "error" or len(messages) - oldest < 3:
+                what = "conversation" if len(messages) - oldest > 1 else "message"
+                raise UsageError(
+                    f"the {what} is {ids.shape[1]} tokens and {new_tokens} new ones, the context is {room}: "
+                    "shorten it, begin anew (reset), or raise --ctx-size"
+                )
+            messages = messages[:oldest] + messages[oldest + 2 :]
+            dropped += 2
+
+    def _ids(self, messages: list[Message]) -> Tensor:
+        tokenizer = self.model.tokenizer
+        if not self.templated:
+            text = "".join(message["content"] for message in messages)
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        else:
+            try:
+                ids = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )["input_ids"]
+            except Exception as error:  # a template is a program of the checkpoint's author
+                raise CheckpointError(f"the model's chat template fails: {one_line(error)}") from error
+        found: Tensor = ids
+        if found.shape[1] == 0:
+            raise UsageError("the message is empty: the tokenizer makes no token of it")
+        return found
+
+    def _decoded(self, answer: Tensor) -> str:
+        text: str = self.model.tokenizer.decode(answer, skip_special_tokens=True)
+        return text
+
+
+class _Interrupted(StoppingCriteria):  # type: ignore[misc]
+    """Ends an answer when its caller says so."""
+
+    def __init__(self, asked: Callable[[], bool] | None) -> None:
+        self._asked, self.happened = asked, False
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.happened = self.happened or (self._asked is not None and self._asked())
+        return torch.full((input_ids.shape[0],), self.happened, device=input_ids.device)
+
+
+def _conversation(notes: dict[str, Any], path: str | Path) -> tuple[list[Message], bool]:
+    """(messages, templated) of a saved conversation's notes."""
+    messages, templated = notes.get("messages"), notes.get("templated")
+    if not isinstance(messages, list) or not isinstance(templated, bool):
+        raise SavedContextError(f"{path} is a saved prompt and no conversation: use it with run --prompt-cache")
+    for message in messages:
+        if not isinstance(message, dict) or set(message) != {"role", "content"} or not _texts(message):
+            raise SavedContextError(f"{path} is damaged: its messages cannot be read")
+    return messages, templated
+
+
+def _texts(message: dict[str, Any]) -> bool:
+    return all(isinstance(value, str) for value in message.values())
