@@ -124,7 +124,8 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def check_refresh(refresh: Refresh, exact: bool) -> None:
     """Raise UsageError unless `refresh` is "turn", "never" or a number of tokens, which exact mode has no use for."""
     if isinstance(refresh, str):
-        _one_of("refresh", refresh, ("turn", "never"))
+        if refresh not in ("turn", "never"):
+            raise UsageError(f"refresh is {refresh!r}: choose turn, never or a number of tokens")
     elif refresh < 1:
         raise UsageError(f"refresh is {refresh}: turn, never, or a number of tokens from 1 on")
     elif exact:

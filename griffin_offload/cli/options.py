@@ -50,6 +50,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="precision of what stays on the device (default: the first that fits)",
     )
     add("--dtype", choices=get_args(DType), default=_DEFAULTS.dtype, help="precision of the computation")
+    add = parser.add_argument_group("exactness").add_argument
+    add(
+        "--exact",
+        action="store_true",
+        help="the full model's own answer: the pruned one drafts, streamed passes verify",
+    )
+    add(
+        "--draft-tokens",
+        type=int,
+        metavar="N",
+        help="drafts per verifying pass (default: by what is accepted and costs)",
+    )
+    add(
+        "--refresh",
+        type=_refresh,
+        default=_DEFAULTS.refresh,
+        metavar="turn|never|N",
+        help="choose neurons with every prompt, the first alone, or by a streamed pass after every N tokens, too",
+    )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +80,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-v", "--verbose", action="store_true", help="the plan, too")
     loudness.add_argument("-q", "--quiet", action="store_true", help="the text alone")
+
+
+def _refresh(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
 
 
 _SIZES = f"device budget: 12GB, 12GiB, 80%% or auto (default: {_DEFAULTS.max_gpu_mem})"

@@ -24,11 +24,13 @@ class DraftingLoop:
     `kwargs` are what transformers' forward is given for T tokens. `choose`: passes choose neurons, too.
     """
 
+    verifies = False
+
     def __init__(self, engine: Engine, context: Context, *, choose: bool, streamer: Any) -> None:
         self._engine, self._context, self._choose, self._streamer = engine, context, choose, streamer
         self._raw: list[Tensor] = []
         self._scores: list[Tensor] = []
-        self.report = DraftReport()
+        self.report = DraftReport(verified=self.verifies)
 
     def __call__(
         self,

@@ -18,6 +18,8 @@ from griffin_offload.runtime.drafting import DraftingLoop
 class ExactLoop(DraftingLoop):
     """Rounds of drafting and verifying."""
 
+    verifies = True
+
     def __init__(self, length: DraftLength, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._length = length

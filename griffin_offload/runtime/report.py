@@ -50,6 +50,8 @@ def planned_figures(plan: Plan) -> dict[str, Any]:
 class DraftReport:
     """Rounds of drafting and passing over the drafts."""
 
+    verified: bool
+    """Exact mode; else every draft is a token of the answer."""
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -158,11 +160,15 @@ class RunReport:
         drafting = self.drafting
         if drafting is None or not drafting.passes:
             return []
-        tokens, drafted = (count / drafting.passes for count in (drafting.tokens, drafting.drafted))
-        return [
-            f"passes   {drafting.passes}, {tokens:.1f} tok each, {drafting.mean_accepted:.1f} of {drafted:.1f} drafts  "
-            f" streamed {format_bytes(self.decode_streamed_bytes_per_token)} per token"
-        ]
+        each = drafting.tokens / drafting.passes
+        name, kept = "refresh", ""
+        if drafting.verified:
+            name, kept = (
+                "verify ",
+                f", {drafting.mean_accepted:.1f} of {drafting.drafted / drafting.passes:.1f} drafts accepted",
+            )
+        streamed = format_bytes(self.decode_streamed_bytes_per_token)
+        return [f"{name}  {drafting.passes} passes, {each:.1f} tok each{kept}   streamed {streamed} per token"]
 
     def lines(self, device: str) -> list[str]:
         """The closing block for people."""
