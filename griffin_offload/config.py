@@ -12,7 +12,7 @@ from griffin_offload.errors import UsageError
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Offload = Literal["auto", "ram", "disk"]
-SelectionMethod = Literal["topk", "sample", "topk_sample", "random", "magnitude"]
+SelectionMethod = Literal["topk", "output_aware", "sample", "topk_sample", "random", "magnitude"]
 BatchStatistic = Literal["sum", "mean"]
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 Quantize = Literal["auto", "none", "int8", "int4"]
@@ -30,6 +30,8 @@ NEURON_MULTIPLE = 64
 # Drafts at once in exact mode: what is planned for when nobody says, and the most that layers with a window take back.
 AUTO_DRAFT_TOKENS = 16
 MAX_DRAFT_TOKENS = 31
+# Selections by norms of the weights, of which a table is kept.
+WEIGHT_NORMS = ("output_aware", "magnitude")
 # The context that is planned for when nobody says one, and the smallest the planner falls back to.
 MAX_AUTO_CTX = 4096
 MIN_AUTO_CTX = 256
@@ -71,6 +73,8 @@ class LoadConfig:
     refresh: Refresh = "turn"
     """When neurons are chosen anew: with every prompt ("turn"; in exact mode with every pass, too), with a
     conversation's first one alone ("never"), or also by a streamed pass after every so many generated tokens."""
+    decay: float = 0.8
+    """Share of the statistic so far that remains when a pass between tokens adds its own; turns just add."""
     keep_prompts: bool = False
     """Memory is planned for prompts that are kept and continued: conversations, saved prompts."""
     ff_chunk_tokens: int | None = None
@@ -96,6 +100,8 @@ class LoadConfig:
         if self.ctx_size is not None and self.ctx_size < 2:
             raise UsageError(f"ctx_size is {self.ctx_size}: it has to hold a prompt and an answer, 2 or more")
         check_refresh(self.refresh, self.exact)
+        if not 0 <= self.decay <= 1:
+            raise UsageError(f"decay is {self.decay}: from 0, only the last pass chooses, to 1, nothing is forgotten")
         if self.draft_tokens is not None and not self.exact:
             raise UsageError("draft_tokens is for exact mode: add --exact (exact=True)")
         if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from griffin_offload.config import Density, SelectionMethod
+from griffin_offload.config import WEIGHT_NORMS, Density, SelectionMethod
 from griffin_offload.errors import UsageError
 
 
@@ -33,14 +33,15 @@ def select_neurons(
 ) -> Tensor:
     """Sorted indices [K] of the neurons to keep, on the device of `squared`.
 
-    `squared` is s^2 [F]; `norms` are the static scores of "magnitude" [F]. "sample" draws K without replacement in
+    `squared` is s^2 [F]; `norms` [F] are the static scores of "magnitude", or of "output_aware" the norms by which s is
+    multiplied. "sample" draws K without replacement in
     proportion to s, "topk_sample" keeps the K // 2 largest and draws the rest. `generator` lives on the CPU, so
     that a seed chooses the same neurons on every device.
     """
-    if method == "magnitude":
+    if method in WEIGHT_NORMS:
         if norms is None:
-            raise ValueError("magnitude selection needs the weights' norms")
-        chosen = norms.topk(kept).indices
+            raise ValueError(f"{method} selection needs the weights' norms")
+        chosen = (norms if method == "magnitude" else squared.sqrt() * norms).topk(kept).indices
     elif method == "random":
         chosen = torch.randperm(squared.numel(), generator=generator)[:kept]
     elif method == "sample":

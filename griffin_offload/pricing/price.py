@@ -163,7 +163,7 @@ def price(
         resident["offloaded"] = sum(shape.layers[i].ff_flat_bytes for i in streamed)
     common = {
         "logits": logits_bytes(shape, use),
-        "statistic": statistics_bytes(shape, use, kept, streamed),
+        "statistic": statistics_bytes(shape, request, use, kept, streamed),
         "overhead": request.overhead_bytes,
     }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)

@@ -114,11 +114,13 @@ def _score_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: in
     return per_head * (1 + shape.item_bytes) + use.batch * seen_tokens * width * shape.item_bytes
 
 
-def statistics_bytes(shape: ModelShape, use: Usage, kept: Sequence[int], streamed: Sequence[int]) -> int:
-    """What outlives a pass: tables of s^2, and marks."""
+def statistics_bytes(
+    shape: ModelShape, request: PlanRequest, use: Usage, kept: Sequence[int], streamed: Sequence[int]
+) -> int:
+    """What outlives a pass: tables of s^2 and of norms, and marks."""
     table = use.batch * sum(shape.layers[i].neurons for i in streamed) * _FLOAT_BYTES
     mark = table + sum(kept[i] for i in streamed) * _INDEX_BYTES + shape.vocab_size * _FLOAT_BYTES
-    return use.statistics * table + use.marks * mark
+    return (use.statistics + request.weight_norms) * table + use.marks * mark
 
 
 def logits_bytes(shape: ModelShape, use: Usage) -> int:

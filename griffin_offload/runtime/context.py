@@ -98,6 +98,10 @@ class Context:
             self.tokens = sequence[: self.cache.get_seq_length()]
         self.rewind(len(self.tokens))
 
+    def fade(self, share: float) -> None:
+        """Keep `share` of the statistic: what a pass is about to add weighs more then."""
+        self.squared = {index: squared * share for index, squared in self.squared.items()}
+
     def passed(self, sums: Statistic) -> None:
         """Every token in the KV cache has been streamed; `sums` is s^2 [B, F] of those that had not been before."""
         self.covered = self.cache.get_seq_length()

@@ -94,6 +94,7 @@ class DraftingLoop:
         inputs = self._inputs(ids, kwargs, drafted + 1)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = drafted + 1 if judged else 1
+        self._context.fade(self._engine.loaded.layers.config.decay)
         output, sums = self._engine.full_pass(inputs, choose=self._choose, each=judged)
         return output.logits, sums
 

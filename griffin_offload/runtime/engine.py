@@ -80,7 +80,7 @@ class Engine:
             slots=slots,
             workspace=workspace_bytes(self.shape, request, use, new_tokens, use.ctx_tokens, self.plan.kept),
             logits=logits_bytes(self.shape, use),
-            statistic=statistics_bytes(self.shape, use, self.plan.kept, self.plan.streamed),
+            statistic=statistics_bytes(self.shape, request, use, self.plan.kept, self.plan.streamed),
         )
         self.loaded.ledger.hold(slots=0)
 
@@ -222,6 +222,7 @@ class Engine:
             "kv_bits": plan.kv_bits,
             "selection": config.selection,
             "batch_statistic": config.batch_statistic,
+            "decay": config.decay,
         }
 
     @property

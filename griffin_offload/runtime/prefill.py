@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.config import LoadConfig
+from griffin_offload.config import WEIGHT_NORMS, LoadConfig
 from griffin_offload.method.selection import select_neurons
 from griffin_offload.method.statistic import share_kept, shared_score, squared_statistic
 from griffin_offload.pricing import CHUNK_MULTIPLE
@@ -49,7 +49,7 @@ class StreamedLayers:
     selected: dict[int, Tensor] = field(default_factory=dict)
     """Sorted indices of the neurons in the compact parameters, per streamed layer: a new dict for every choice."""
     norms: dict[int, Tensor] = field(default_factory=dict)
-    """Static scores for "magnitude", computed when a layer passes for the first time."""
+    """Of the weights, for selections that ask for them: computed when a layer passes for the first time."""
 
     @property
     def fetched_bytes(self) -> int:
@@ -225,9 +225,11 @@ class StreamedPass:
         # One generator a layer: what a layer draws does not depend on which others are streamed.
         generator = torch.Generator().manual_seed((config.seed * 100_003 + index) % 2**63)
         norms = None
-        if config.selection == "magnitude":
+        if config.selection in WEIGHT_NORMS:
             if index not in self._layers.norms:
-                self._layers.norms[index] = self._layers.blocks[index].neuron_norms(self._full)
+                block = self._layers.blocks[index]
+                of_weights = block.neuron_norms if config.selection == "magnitude" else block.output_norms
+                self._layers.norms[index] = of_weights(self._full)
             norms = self._layers.norms[index]
         return select_neurons(squared, self._layers.kept[index], config.selection, generator, norms)
 

@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from griffin_offload.config import AUTO_DRAFT_TOKENS, MAX_DRAFT_TOKENS, CacheKind, KVBits, LoadConfig, Refresh
+from griffin_offload.config import (
+    AUTO_DRAFT_TOKENS,
+    MAX_DRAFT_TOKENS,
+    WEIGHT_NORMS,
+    CacheKind,
+    KVBits,
+    LoadConfig,
+    Refresh,
+)
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.plan import make_plan
 from griffin_offload.pricing import Plan, PlanRequest
@@ -91,6 +99,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig) -> Prospect:
         translated=emulates_halves(device, dtype),
         pass_tokens=pass_tokens(config.exact, config.draft_tokens, config.refresh),
         verifies=config.exact,
+        weight_norms=config.selection in WEIGHT_NORMS,
         continued=config.keep_prompts,
     )
     prospect = Prospect(checkpoint, device, dtype, shapes, others, request)

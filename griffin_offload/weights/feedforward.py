@@ -17,6 +17,7 @@ from griffin_offload.weights.quantized_linear import (
     Precision,
     QuantizedLinear,
     Spec,
+    column_norms,
     resident_form,
     row_norms,
     specs,
@@ -190,6 +191,10 @@ class FeedForward:
             for part in norms.split(self.neurons):
                 product = product * part
         return product
+
+    def output_norms(self, full: Sequence[Tensor]) -> Tensor:
+        """What a neuron's activation weighs in the output [F]: the norms of the down projection's columns."""
+        return column_norms(self._by_projection(full, compact=False)[-1], swapped=self.projections[-1].swapped)
 
     def _by_projection(self, tensors: Sequence[Tensor], *, compact: bool) -> list[Tensors]:
         names = [

@@ -178,6 +178,13 @@ def row_norms(full: dict[str, Tensor], *, swapped: bool) -> Tensor:
     return torch.stack(rows)
 
 
+def column_norms(full: dict[str, Tensor], *, swapped: bool) -> Tensor:
+    """Norms float32 [I] of the columns of a full down projection in any stored form, up to a factor common to all."""
+    if "input_scale" in full:
+        return full["input_scale"].float()  # that is how neuron_scale defines it
+    return row_norms(full, swapped=False) if swapped else neuron_scale(full["weight"], torch.float32)
+
+
 def quantized(weight: Tensor, precision: Precision, dtype: torch.dtype, *, is_down: bool) -> dict[str, Tensor]:
     """The stored tensors of a whole matrix [O, I] of floats; scales are of `dtype`."""
     if precision == "int4" and not is_down:
