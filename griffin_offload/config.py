@@ -17,6 +17,7 @@ BatchStatistic = Literal["sum", "mean"]
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 KVBits = Literal[16, 8]
+Overflow = Literal["error", "drop"]
 CacheKind = Literal["ours", "static", "dynamic"]
 Refresh = Literal["turn", "never"] | int
 Density = float | Sequence[float]

@@ -2,14 +2,15 @@
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from griffin_offload.cli.generation import PrefillBar, add_generation_options, sampling_of
 from griffin_offload.cli.options import add_model_options, add_run_options, load_options, model_of, quiet_libraries
 from griffin_offload.cli.plan import plan_lines
-from griffin_offload.config import LoadConfig, RunConfig
+from griffin_offload.cli.prompt_cache import PromptCache
+from griffin_offload.config import LoadConfig
 from griffin_offload.demo import PROMPT
 from griffin_offload.errors import CheckpointError, UsageError, one_line
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from griffin_offload.runtime.model import GriffinModel
-
-_DEFAULTS = RunConfig()
 
 
 def add_parser(commands: Any) -> None:
@@ -28,11 +27,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--system", metavar="TEXT", help="system message, for models with a chat template")
     parser.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
-    add = parser.add_argument_group("generation").add_argument
-    add("-n", "--max-new-tokens", type=int, default=_DEFAULTS.max_new_tokens, metavar="N")
-    add("--temperature", type=float, help="0 is greedy (default: the checkpoint's generation config)")
-    add("--top-p", type=float)
-    add("--top-k", type=int)
+    parser.add_argument(
+        "--prompt-cache",
+        type=Path,
+        metavar="FILE",
+        help="start from the prompt saved there, if this one begins with it token by token (--raw keeps a template's "
+        "closing words out of it); where there is no such file, save this prompt",
+    )
+    add_generation_options(parser)
     add_model_options(parser)
     add_run_options(parser)
     parser.set_defaults(command=run)
@@ -41,11 +43,15 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Generate; the text goes to stdout as it comes, the figures to stderr."""
     text = _prompt_text(arguments)
-    sampling = _sampling(arguments)
+    sampling = sampling_of(arguments)
     options = load_options(arguments)
     from griffin_offload.weights.checkpoint import open_checkpoint
 
     quiet_libraries()
+    prompt_cache = PromptCache(arguments.prompt_cache) if arguments.prompt_cache is not None else None
+    if prompt_cache is not None:
+        options["keep_prompts"] = True
+        prompt_cache.adopt(options)
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     directory = open_checkpoint(model_of(arguments), offline=arguments.offline).directory
     tokens = _tokenize(directory, text, arguments)
@@ -62,9 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
     model = GriffinModel.from_pretrained(directory, **options, prompt_tokens=prompt_tokens)
     if arguments.verbose:
         print("\n".join(plan_lines(model.plan)), file=sys.stderr)
-    with _Progress(model, quiet=arguments.quiet or arguments.json):
-        output = _generate(model, tokens, sampling, arguments)
+    with PrefillBar(model, quiet=arguments.quiet or arguments.json):
+        output = _generate(model, tokens, sampling, arguments, prompt_cache)
     _print_result(model, output[0, prompt_tokens:], arguments)
+    if prompt_cache is not None:
+        prompt_cache.close()
     return 0
 
 
@@ -98,24 +106,6 @@ def _standard_input() -> str:
         raise UsageError(f"the prompt on standard input is not UTF-8: {error}") from error
 
 
-def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    if arguments.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens is {arguments.max_new_tokens}: at least 1")
-    if arguments.temperature is not None and not 0 <= arguments.temperature < math.inf:
-        raise UsageError(f"--temperature is {arguments.temperature}: 0 (greedy) or more")
-    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
-        raise UsageError(f"--top-p is {arguments.top_p}: more than 0 and at most 1")
-    if arguments.top_k is not None and arguments.top_k < 1:
-        raise UsageError(f"--top-k is {arguments.top_k}: at least 1")
-    if arguments.temperature == 0:
-        if arguments.top_p is not None or arguments.top_k is not None:
-            raise UsageError("--temperature 0 is greedy: --top-p and --top-k would do nothing")
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    names = ("temperature", "top_p", "top_k")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    return given | ({"do_sample": True} if given else {})
-
-
 def _tokenize(directory: Path, text: str, arguments: argparse.Namespace) -> "Tensor":
     from transformers import AutoTokenizer
 
@@ -144,36 +134,19 @@ def _templated(tokenizer: Any, text: str, system: str | None) -> Any:
         raise CheckpointError(f"the model's chat template fails, --raw turns it off: {one_line(error)}") from error
 
 
-class _Progress:
-    """A bar of prefill's layers on stderr, if that is a terminal."""
-
-    def __init__(self, model: "GriffinModel", *, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        layers = len(model.plan.kept)
-        self._bar = tqdm(total=layers, desc="prefill", unit="layer", leave=False, disable=quiet or None)
-        model.progress = self._step
-
-    def _step(self, done: int, layers: int) -> None:
-        self._bar.update(done - self._bar.n)
-        if done == layers:
-            self._bar.close()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-
 def _generate(
-    model: "GriffinModel", tokens: "Tensor", sampling: dict[str, Any], arguments: argparse.Namespace
+    model: "GriffinModel",
+    tokens: "Tensor",
+    sampling: dict[str, Any],
+    arguments: argparse.Namespace,
+    prompt_cache: PromptCache | None,
 ) -> "Tensor":
     import torch
     from transformers import TextStreamer
 
     torch.manual_seed(arguments.seed)
     streamer = None
+    kept = prompt_cache.arguments(model, tokens) if prompt_cache is not None else {}
     if not arguments.json:
         streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
     output: Tensor = model.generate(
@@ -182,6 +155,7 @@ def _generate(
         max_new_tokens=arguments.max_new_tokens,
         streamer=streamer,
         num_beams=1,  # text is printed as it comes
+        **kept,
         **sampling,
     )
     return output
@@ -196,5 +170,6 @@ def _print_result(model: "GriffinModel", generated: "Tensor", arguments: argpars
         return
     if not arguments.quiet:
         print("\n".join(report.lines(model.device.type.upper())), file=sys.stderr)
-        if report.activation_kept_heldout is None and model.plan.streamed:
+        measured = report.activation_kept_heldout is not None or report.cached_prompt_tokens
+        if not measured and model.plan.streamed:
             print("note: the prompt is too short to tell how much of its activation is kept", file=sys.stderr)

@@ -141,7 +141,7 @@ class Engine:
         tokens, context = tokens_of(arguments), run.context
         if context is not None and run.ready is not None:
             context.cache.restore(tokens.shape[1])
-            self._resume(context, tokens.shape[1])
+            self._resume(context, 0)
             output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], past_key_values=context.cache)
             slots = 0
         elif context is not None and context.tokens and run.mode.refresh == "never":

@@ -199,6 +199,7 @@ class GriffinModel:
             run, kwargs = self._prepared(prompt, kwargs, mode, context)
             if context is not None:
                 run.ready, run.prompt_done = context.start(prompt[0]), prompt_done
+                run.cached_tokens = len(context.tokens)
             output, self.last_report = self._generate(run, prompt, inputs, kwargs)
         large = self.device.type == "cpu" and self.plan.full_bytes > _LARGE_MODEL_BYTES
         for broken in self.last_report.broken_promises(HOST_OVERHEAD_BYTES if large else None):
@@ -294,6 +295,7 @@ class GriffinModel:
         self._engine.hold(use, 1, run.cache)
         return RunReport(
             prompt_tokens=prefill.prompt_tokens * run.prompts // run.batch,  # beams repeat each prompt
+            cached_prompt_tokens=run.cached_tokens,
             generated_tokens=generated_tokens,
             load_s=self._load_s,
             decode_s=max(total_s - prefill.seconds, 0.0),

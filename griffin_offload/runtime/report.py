@@ -92,6 +92,9 @@ class RunReport:
     """One `generate`: field names are those of `griffin-offload run --json`."""
 
     prompt_tokens: int
+    """Tokens that passed; with a context, those that it did not know."""
+    cached_prompt_tokens: int
+    """Tokens of the prompt that its context knew."""
     generated_tokens: int
     load_s: float
     prefill_s: float
@@ -175,11 +178,12 @@ class RunReport:
         held_out = self.activation_kept_heldout
         kept = f"{self.activation_kept:.2f}" if held_out is None else f"{held_out:.2f} held out"
         streamed = format_bytes(self.prefill_streamed_bytes)
+        cached = f" (and {self.cached_prompt_tokens} kept)" if self.cached_prompt_tokens else ""
         if self.prefill_streamed_bytes and self.prefill_s:
             streamed += f" at {format_bytes(self.prefill_streamed_bytes / self.prefill_s)}/s"
         return [
-            f"prefill  {self.prompt_tokens} tok  {self.prefill_s:.2f} s ({self.prefill_tokens_per_s:.0f} tok/s)   "
-            f"streamed {streamed}",
+            f"prefill  {self.prompt_tokens} tok{cached}  {self.prefill_s:.2f} s ({self.prefill_tokens_per_s:.0f} tok/s)"
+            f"   streamed {streamed}",
             f"decode   {self.generated_tokens} tok  {self.decode_s:.2f} s ({self.decode_tokens_per_s:.1f} tok/s)   "
             f"streamed {format_bytes(self.decode_streamed_bytes)}   density {self.density:.2f}, "
             f"activation kept {kept}",

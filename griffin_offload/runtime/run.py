@@ -46,6 +46,8 @@ class Run:
         """With a context: the whole prompt."""
         self.ready: Tensor | None = None
         """Logits [1, V] behind a prompt of which the context knows every token."""
+        self.cached_tokens = 0
+        """Tokens of the prompt that its context knew."""
         self.prefill: PrefillReport | None = None
         self.prompt_done: Callable[[Context], None] | None = None
         self.loop: Any = None

@@ -118,6 +118,19 @@ def read_notes(path: Path) -> dict[str, Any]:
         return notes
 
 
+def options_of(path: Path) -> dict[str, Any]:
+    """Density and precision that a model has to be loaded with to go on from `path`, as `LoadConfig`'s fields; errors
+    as `load_context`."""
+    with _readable(path) as file:
+        identity = json.loads(_checked_metadata(file.metadata(), path, {})["identity"])
+        densities, precision = [float(density) for density in identity["density"]], identity["precision"]
+    same = len(set(densities)) == 1
+    return {
+        "density": densities[0] if same else densities,
+        "quantize": precision if precision in ("int8", "int4") else "none",
+    }
+
+
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[Any]:
     try:

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from griffin_offload.config import RunConfig
+from griffin_offload.config import Overflow, RunConfig
 from griffin_offload.errors import CheckpointError, SavedContextError, UsageError, one_line
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.report import RunReport
 from griffin_offload.runtime.saved import read_notes
 
 Message = dict[str, str]
-Overflow = Literal["error", "drop"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class ChatSession:
     """A conversation with a model that was loaded with `keep_prompts=True`; make one with `chat_session`.
 
     Every turn streams the weights once, over its own tokens alone; the statistic grows with the conversation. Without
-    a chat template (or with `raw`) texts are simply put one after the other. When the context is full, `overflow`
+    a chat template (or with `raw`) texts are put one after the other, a space between them. When the context is full, `overflow`
     says whether `send` fails or the oldest turns are dropped, which streams the rest of the conversation again.
     """
 
@@ -135,7 +134,7 @@ class ChatSession:
     def _ids(self, messages: list[Message]) -> Tensor:
         tokenizer = self.model.tokenizer
         if not self.templated:
-            text = "".join(message["content"] for message in messages)
+            text = _joined([message["content"] for message in messages])
             ids = tokenizer(text, return_tensors="pt")["input_ids"]
         else:
             try:
@@ -152,6 +151,15 @@ class ChatSession:
     def _decoded(self, answer: Tensor) -> str:
         text: str = self.model.tokenizer.decode(answer, skip_special_tokens=True)
         return text
+
+
+def _joined(texts: list[str]) -> str:
+    """Texts one after the other, with a space where there is none between two of them."""
+    joined = ""
+    for text in texts:
+        apart = not joined or not text or joined[-1].isspace() or text[0].isspace()
+        joined += text if apart else f" {text}"
+    return joined
 
 
 class _Interrupted(StoppingCriteria):  # type: ignore[misc]
