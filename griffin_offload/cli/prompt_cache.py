@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 
 def adopt_saved(path: Path, options: dict[str, Any]) -> None:
-    """Make what is "auto" in `options` (`LoadConfig`'s fields) what the context saved at `path` has."""
+    """Make what is "auto" in `options` (`LoadConfig`'s fields) what the context saved at `path` has, and a context that
+    is too small for it as large."""
     from griffin_offload.runtime.saved import options_of
 
-    options |= {name: value for name, value in options_of(path).items() if options[name] == "auto"}
+    saved = options_of(path)
+    ctx_size = saved.pop("ctx_size")
+    options |= {name: value for name, value in saved.items() if options[name] == "auto"}
+    if options["ctx_size"] is not None:
+        options["ctx_size"] = max(options["ctx_size"], ctx_size)
 
 
 class PromptCache:

@@ -49,9 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     prompt_cache = PromptCache(arguments.prompt_cache) if arguments.prompt_cache is not None else None
-    if prompt_cache is not None:
-        options["keep_prompts"] = True
-        prompt_cache.adopt(options)
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     directory = open_checkpoint(model_of(arguments), offline=arguments.offline).directory
     tokens = _tokenize(directory, text, arguments)
@@ -63,6 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"a prompt of {prompt_tokens} tokens and {arguments.max_new_tokens} new ones do not fit the context of "
             f"{arguments.ctx_size}: raise --ctx-size or shorten one of them"
         )
+    if prompt_cache is not None:
+        options["keep_prompts"] = True
+        prompt_cache.adopt(options)
     from griffin_offload.runtime.model import GriffinModel
 
     model = GriffinModel.from_pretrained(directory, **options, prompt_tokens=prompt_tokens)

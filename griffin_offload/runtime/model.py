@@ -240,6 +240,8 @@ class GriffinModel:
             run.prompt_ids = prompt[0].tolist() if prompt.dim() == 2 else []
             run.context = self.new_context() if context is None else context
             settings["past_key_values"] = run.context.cache
+            # Otherwise transformers takes every pad token for padding, also one that was generated.
+            settings["attention_mask"] = torch.ones_like(prompt, device=self.device)
         elif use.cache == "ours":
             config, bits = self.model.config, self.plan.kv_bits
             settings["past_key_values"] = KVCache(config, ctx_tokens=use.cache_tokens, bits=bits)

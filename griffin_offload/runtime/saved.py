@@ -119,15 +119,17 @@ def read_notes(path: Path) -> dict[str, Any]:
 
 
 def options_of(path: Path) -> dict[str, Any]:
-    """Density and precision that a model has to be loaded with to go on from `path`, as `LoadConfig`'s fields; errors
-    as `load_context`."""
+    """What a model has to be loaded with to go on from `path`: density, precision and the smallest context, as
+    `LoadConfig`'s fields; errors as `load_context`."""
     with _readable(path) as file:
         identity = json.loads(_checked_metadata(file.metadata(), path, {})["identity"])
+        ctx_size = int(file.get_slice("tokens").get_shape()[0])
         densities, precision = [float(density) for density in identity["density"]], identity["precision"]
     same = len(set(densities)) == 1
     return {
         "density": densities[0] if same else densities,
         "quantize": precision if precision in ("int8", "int4") else "none",
+        "ctx_size": ctx_size,
     }
 
 
