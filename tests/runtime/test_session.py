@@ -1,0 +1,160 @@
+"""Conversations: what `ChatSession` feeds the model, keeps, takes back and says. (Pruned ones, against a masked
+reference: test_context.py.)"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
+from transformers import AutoModelForCausalLM
+
+from griffin_offload import GriffinModel, UsageError
+
+QUESTIONS = ["the cat sat", "and the dog?", "where is the river", "of boats", "nothing was left"]
+CTX = 480
+
+
+@pytest.fixture(scope="module", params=["llama3", "gemma2"])
+def chatty(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A checkpoint with a chat template."""
+    directory = tmp_path_factory.mktemp("chatty")
+    write_checkpoint(request.param, directory)
+    write_tokenizer(directory, CHAT_TEMPLATE)
+    return request.param, directory
+
+
+def _load(path: Path, **options: object) -> GriffinModel:
+    defaults = {"device": "cpu", "max_gpu_mem": "1GB", "density": 0.5, "ctx_size": CTX, "keep_prompts": True}
+    return GriffinModel.from_pretrained(path, **{"always_stream": True, **defaults, **options})
+
+
+def _rendered(model: GriffinModel, messages: list[dict[str, str]]) -> torch.Tensor:
+    return model.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_five_turns_at_density_one_equal_the_dense_model(chatty: tuple[str, Path], exact: bool):
+    """On the whole conversation as the template renders it; in exact mode at density .5, too."""
+    _, path = chatty
+    dense = AutoModelForCausalLM.from_pretrained(path)
+    model = _load(path, density=0.5 if exact else 1.0, exact=exact)
+    chat = model.chat_session(system="be brief", max_new_tokens=7, do_sample=False)
+    messages = [{"role": "system", "content": "be brief"}]
+    for question in QUESTIONS:
+        messages.append({"role": "user", "content": question})
+        ids = _rendered(model, messages)
+        answer = dense.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, do_sample=False)
+        reply = chat.send(question)
+        assert reply.text == model.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": reply.text})
+    assert chat.messages == messages
+    assert chat.turns == len(QUESTIONS)
+
+
+def test_undo_and_reset(chatty: tuple[str, Path]):
+    model = _load(chatty[1])
+    chat = model.chat_session(max_new_tokens=6, do_sample=False)
+    assert not chat.undo()
+    first = chat.send(QUESTIONS[0])
+    after_first = list(chat.messages)
+    second = chat.send(QUESTIONS[1])
+    assert chat.undo()
+    assert chat.messages == after_first
+    assert chat.send(QUESTIONS[1]).text == second.text
+    chat.reset()
+    assert (chat.messages, chat.turns, chat.context.tokens) == ([], 0, [])
+    assert chat.send(QUESTIONS[0]).text == first.text
+
+
+def test_a_full_context_is_an_error_or_drops_the_oldest_turns(chatty: tuple[str, Path]):
+    model = _load(chatty[1], ctx_size=96)
+    chat = model.chat_session(system="be brief", max_new_tokens=8, do_sample=False)
+    while len(chat._ids([*chat.messages, {"role": "user", "content": QUESTIONS[4]}])[0]) + 8 <= 96:
+        chat.send(QUESTIONS[4])
+    before = list(chat.messages)
+    with pytest.raises(UsageError, match=r"the conversation is \d+ tokens and 8 new ones, the context is 96"):
+        chat.send(QUESTIONS[4])
+    assert chat.messages == before
+    chat.overflow = "drop"
+    reply = chat.send(QUESTIONS[4])
+    assert reply.dropped_messages >= 2
+    assert reply.dropped_messages % 2 == 0
+    assert chat.messages[0] == {"role": "system", "content": "be brief"}
+    assert len(chat.messages) == len(before) + 2 - reply.dropped_messages
+    with pytest.raises(UsageError, match="the message is"):
+        chat.send("river " * 200)
+
+
+def test_an_interrupted_answer_stays_as_far_as_it_came(chatty: tuple[str, Path]):
+    model = _load(chatty[1])
+    asked: list[int] = []
+    chat = model.chat_session(max_new_tokens=20, do_sample=False)
+    reply = chat.send(QUESTIONS[0], interrupted=lambda: bool(asked.append(1)) or len(asked) == 5)
+    assert (reply.finish, reply.report.generated_tokens) == ("interrupted", 5)
+    assert chat.messages[-1]["content"] == reply.text
+    assert chat.send(QUESTIONS[1]).finish == "length"
+
+
+def test_an_error_leaves_the_conversation_as_it_was(chatty: tuple[str, Path]):
+    model = _load(chatty[1])
+    chat = model.chat_session(max_new_tokens=6, do_sample=False)
+    chat.send(QUESTIONS[0])
+    messages, tokens = list(chat.messages), list(chat.context.tokens)
+    for bad in ("", "  \n"):
+        with pytest.raises(UsageError, match="empty"):
+            chat.send(bad)
+    model.progress = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        chat.send(QUESTIONS[1])
+    model.progress = None
+    assert chat.messages == messages
+    assert chat.context.tokens == tokens[: len(chat.context.tokens)]
+
+
+def test_a_system_message_needs_a_template(checkpoints):
+    with pytest.raises(UsageError, match="chat template"):
+        _load(checkpoints("llama2")).chat_session(system="be brief")
+
+
+_CONTINUE = """
+import json, sys
+from griffin_offload import GriffinModel
+path, saved, question, options, generation = sys.argv[1], sys.argv[2], sys.argv[3], *map(json.loads, sys.argv[4:])
+model = GriffinModel.from_pretrained(path, **options)
+chat = model.chat_session(**generation)
+before = model._loaded.layers.fetched_bytes
+chat.load(saved)
+loaded = model._loaded.layers.fetched_bytes - before
+reply = chat.send(question)
+print(json.dumps([loaded, reply.report.prefill_streamed_bytes, reply.report.prompt_tokens, reply.text, chat.messages]))
+"""
+
+
+@pytest.mark.parametrize(
+    "generation", [{"do_sample": False}, {"do_sample": True, "seed": 5}], ids=["greedy", "sampled"]
+)
+@pytest.mark.parametrize("kv_bits", [16, 8])
+def test_a_new_process_goes_on_as_this_one(chatty: tuple[str, Path], tmp_path: Path, generation: Any, kv_bits: int):
+    _, path = chatty
+    options = {"device": "cpu", "max_gpu_mem": "1GB", "density": 0.5, "ctx_size": CTX, "always_stream": True}
+    options |= {"keep_prompts": True, "kv_bits": kv_bits, "quantize": "none", "threads": 1}
+    generation = {"max_new_tokens": 8, **generation}
+    model = GriffinModel.from_pretrained(path, **options)
+    chat = model.chat_session(**generation)
+    for question in QUESTIONS[:3]:
+        chat.send(question)
+    chat.save(tmp_path / "chat.ctx")
+    arguments = [str(path), str(tmp_path / "chat.ctx"), QUESTIONS[3], json.dumps(options), json.dumps(generation)]
+    done = subprocess.run([sys.executable, "-c", _CONTINUE, *arguments], capture_output=True, text=True, check=True)
+    loaded, streamed, prompt_tokens, text, messages = json.loads(done.stdout)
+    reply = chat.send(QUESTIONS[3])
+    assert text == reply.text
+    assert messages == chat.messages
+    assert prompt_tokens == reply.report.prompt_tokens
+    assert (loaded, streamed) == (0, model.plan.streamed_bytes)  # no weight to load, every layer once to go on
