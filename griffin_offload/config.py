@@ -73,7 +73,8 @@ class LoadConfig:
     """Drafts per verifying pass; None: chosen by what is accepted and what a pass costs, at most AUTO_DRAFT_TOKENS."""
     refresh: Refresh = "turn"
     """When neurons are chosen anew: with every prompt ("turn"; in exact mode with every pass, too), with a
-    conversation's first one alone ("never"), or also by a streamed pass after every so many generated tokens."""
+    conversation's first one alone ("never"; in exact mode with every prompt), or with every prompt and by a streamed
+    pass after every so many generated tokens."""
     decay: float = 0.8
     """Share of the statistic so far that remains when a pass between tokens adds its own; turns just add."""
     keep_prompts: bool = False

@@ -144,7 +144,7 @@ class Engine:
             self._resume(context, 0)
             output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], past_key_values=context.cache)
             slots = 0
-        elif context is not None and context.tokens and run.mode.refresh == "never":
+        elif context is not None and context.tokens and run.mode.refresh == "never" and not run.mode.exact:
             self._resume(context, tokens.shape[1])
             output, slots = self._stock_forward(*args, **kwargs), 0
         else:
@@ -181,7 +181,7 @@ class Engine:
         if streamed.unvisited:
             raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
         if context is not None:
-            context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()})
+            context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, len(context.tokens))
             context.selected = self.loaded.layers.selected
         self.last_prefill = streamed.report()
         return output, streamed
