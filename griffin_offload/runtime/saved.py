@@ -141,7 +141,7 @@ def _readable(path: Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError as error:
         raise SavedContextError(f"no file {path}") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise SavedContextError(f"{path} is truncated or damaged: {one_line(error)}") from error
 
 
@@ -195,6 +195,8 @@ def _checked_metadata(metadata: dict[str, str] | None, path: Path, identity: Ide
             f"{path} has version {metadata['version']}, this program reads up to {_VERSION}: update griffin-offload"
         )
     saved = json.loads(metadata["identity"])
+    if not isinstance(saved, dict):
+        raise SavedContextError(f"{path} is damaged: it does not say what it belongs to")
     for name, value in identity.items():
         if saved.get(name) != value:
             raise SavedContextError(

@@ -1,0 +1,1 @@
+"""Floor 6: measuring what pruning costs, on texts."""
