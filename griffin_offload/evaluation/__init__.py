@@ -1,1 +1,0 @@
-"""Floor 6: measuring what pruning costs, on texts."""
