@@ -57,13 +57,18 @@ class Sizer:
 
     def largest(self, samples: int, columns: int, *, padded: bool) -> PassSize | None:
         """The largest pass of at most `samples` of `columns` tokens; None when not even one fits."""
-        smallest = self._parts(1, 1, 1, columns, padded)
-        if not self._fits(smallest):
+        if not self._fits(self._parts(1, 1, 1, columns, padded)):
             return None
-        positions = self._most(_POSITIONS_AT_ONCE, lambda n: self._parts(1, 1, n, columns, padded))
-        limit = min(max(_TOKENS_AT_ONCE // columns, 1), samples * self.variants)
-        rows = self._most(limit, lambda n: self._parts(1, n, positions, columns, padded))
-        count = self._most(samples, lambda n: self._parts(n, rows, positions, columns, padded))
+
+        def most(limit: int, parts: Callable[[int], dict[str, int]]) -> int:
+            """The largest number up to `limit` whose parts fit, by bisection; 1 is known to."""
+            return bisect.bisect_right(range(2, limit + 1), False, key=lambda n: not self._fits(parts(n))) + 1
+
+        # Every further pass fetches all weights again: samples come before what only makes a layer or the head faster.
+        count = most(samples, lambda n: self._parts(n, 1, 1, columns, padded))
+        limit = min(max(_TOKENS_AT_ONCE // columns, 1), count * self.variants)
+        rows = most(limit, lambda n: self._parts(count, n, 1, columns, padded))
+        positions = most(_POSITIONS_AT_ONCE, lambda n: self._parts(count, rows, n, columns, padded))
         return PassSize(count, rows, positions, self._parts(count, rows, positions, columns, padded))
 
     def refuse(self, columns: int) -> DoesNotFit:
@@ -76,10 +81,6 @@ class Sizer:
             f"(residents and slots {format_bytes(self._fixed_bytes)}, {listed}): try a larger --max-gpu-mem, fewer "
             "variants or shorter samples"
         )
-
-    def _most(self, limit: int, parts: Callable[[int], dict[str, int]]) -> int:
-        """The largest number up to `limit` whose parts fit, by bisection; 1 is known to."""
-        return bisect.bisect_right(range(2, limit + 1), False, key=lambda n: not self._fits(parts(n))) + 1
 
     def _fits(self, parts: dict[str, int]) -> bool:
         return self._fixed_bytes + sum(parts.values()) <= self.plan.budget_bytes
