@@ -1,0 +1,1 @@
+"""Floor 5: measuring what the method costs in quality."""

@@ -1,0 +1,231 @@
+"""Teacher-forced simulation: what generation with chosen neurons would predict, for many samples and several variants
+of the method, in as few streamed passes as the budget allows."""
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from griffin_offload.config import WEIGHT_NORMS
+from griffin_offload.errors import BudgetExceeded, DoesNotFit, UsageError, one_line
+from griffin_offload.evaluation.choices import Choices, Counts, Prior
+from griffin_offload.evaluation.samples import Batch, Sample, columns_of
+from griffin_offload.evaluation.scoring import Scores, score_rows, stack_of, stock_head
+from griffin_offload.evaluation.simulated_pass import SimulatedPass
+from griffin_offload.evaluation.size import PassSize, Sizer
+from griffin_offload.method.variant import Variant, distribution, global_counts
+from griffin_offload.runtime.model import GriffinModel
+from griffin_offload.runtime.prefill import Progress
+from griffin_offload.runtime.threads import limited_threads
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One sample: the full model, and each variant in the order they were given."""
+
+    full: Scores
+    variants: tuple[Scores, ...]
+
+
+def simulate(
+    model: GriffinModel,
+    samples: Sequence[Sample],
+    variants: Sequence[Variant],
+    *,
+    prior: Prior | None = None,
+    progress: Progress | None = None,
+) -> list[Simulated]:
+    """Score every sample by the full model and by every variant, each sample with neurons of its own.
+
+    Full layers are streamed in the precision they are stored in; attention, norms and head are the residents, in
+    theirs. Which neurons are resident does not matter, and stays as it was. `prior` is for variants that fuse with one.
+    `progress` is called with (layers done, layers in all), over all passes. Raises UsageError for samples or variants
+    that cannot be used, DoesNotFit when one sample alone needs more than the budget.
+    """
+    found: dict[int, Simulated] = {}
+    with _running(model, variants, prior, progress) as simulation:
+        for group in simulation.groups(samples):
+            found |= zip(group.places, simulation.scores(group), strict=True)
+    return [found[place] for place in range(len(samples))]
+
+
+def prompt_prior(model: GriffinModel, samples: Sequence[Sample], *, progress: Progress | None = None) -> list[Tensor]:
+    """g^2 [F] of each layer, the mean of s^2 / S over the prompts of `samples`, for `simulate`."""
+    totals: list[Tensor] = []
+    with _running(model, (), None, progress) as simulation:
+        for group in simulation.groups([_prompt_of(sample) for sample in samples]):
+            sums = [distribution(layer).sum(0) for layer in simulation.statistics(group)]
+            totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+    return [layer / len(samples) for layer in totals]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Samples of one pass, and their places among all."""
+
+    places: list[int]
+    samples: list[Sample]
+    size: PassSize
+
+
+@contextlib.contextmanager
+def _running(
+    model: GriffinModel, variants: Sequence[Variant], prior: Prior | None, progress: Progress | None
+) -> Iterator["_Simulation"]:
+    """A simulation that is alone on the model; what was computed inside is checked against the budget afterwards."""
+    loaded, simulation = model.engine.loaded, _Simulation(model, variants, prior, progress)
+    try:
+        with model.engine.alone(), loaded.ledger.measuring(), limited_threads(loaded.threads), torch.no_grad():
+            yield simulation
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFit(f"the device ran out of memory: {one_line(error)}") from error
+    if loaded.ledger.peak_bytes > model.plan.budget_bytes:
+        promise = f"the simulation reached {loaded.ledger.peak_bytes} bytes, {model.plan.budget_bytes} were allowed"
+        warnings.warn(promise, BudgetExceeded, stacklevel=4)
+
+
+class _Simulation:
+    """Passes of one loaded model."""
+
+    def __init__(
+        self, model: GriffinModel, variants: Sequence[Variant], prior: Prior | None, progress: Progress | None
+    ) -> None:
+        engine = model.engine
+        self._model, self._device, self._plan = model.model, model.device, model.plan
+        self._layers, self._ledger = engine.loaded.layers, engine.loaded.ledger
+        self._shape, self._progress = engine.shape, progress
+        self._choices = Choices(self._layers, variants, prior)
+        self._check_stored(variants)
+        self._stack = stack_of(self._model, self._layers.decoder)
+        self._sizer = Sizer(
+            engine.shape,
+            engine.prospect.request,
+            model.plan,
+            variants=self._choices.rows_per_sample,
+            norm_tables=self._choices.tables,
+            sample_tables=1 if self._choices.global_densities or not variants else 0,
+        )
+        self._layers_done = self._layers_in_all = 0
+
+    def _check_stored(self, variants: Sequence[Variant]) -> None:
+        dense = len(self._layers.decoder) > len(self._layers.compact)
+        if dense and self._shape.precision != "none" and any(v.selection in WEIGHT_NORMS for v in variants):
+            raise UsageError(
+                f"selection by norms needs the stored weights, and {self._plan.precision} ones are resident: load with "
+                "a density below 1 or always_stream=True"
+            )
+
+    def groups(self, samples: Sequence[Sample]) -> list[_Group]:
+        """The samples of each pass: as many as fit, of similar lengths."""
+        if not samples:
+            raise UsageError("there are no samples to simulate")
+        longest = max(sample.input_tokens for sample in samples)
+        if longest > self._shape.max_positions:
+            raise UsageError(
+                f"a sample of {longest} tokens is more than the model's context, {self._shape.max_positions}"
+            )
+        order = sorted(range(len(samples)), key=lambda i: (samples[i].prompt_tokens, samples[i].input_tokens))
+        groups = []
+        while order:
+            size = self._largest([samples[place] for place in reversed(order)])
+            places = [order.pop() for _ in range(size.samples)]
+            groups.append(_Group(places, [samples[place] for place in places], size))
+        passes = 2 if self._choices.global_densities else 1
+        self._layers_in_all = len(groups) * passes * len(self._layers.decoder)
+        return groups
+
+    def _largest(self, samples: list[Sample]) -> PassSize:
+        padded = samples[0].prompt_tokens != samples[-1].prompt_tokens
+        size = self._sizer.largest(len(samples), columns_of(samples), padded=padded)
+        if size is None:  # the longest prompt and the longest continuation may be two samples'
+            size = self._sizer.largest(1, columns_of(samples[:1]), padded=False)
+        if size is None:
+            raise self._sizer.refuse(columns_of(samples[:1]))
+        return size
+
+    def scores(self, group: _Group) -> list[Simulated]:
+        """Scores of every sample of a pass, in its order."""
+        self._choices.start(self._global_counts(group))
+        batch, variants = Batch.of(group.samples), self._choices.rows_per_sample
+        with self._holding(group.size):
+            hidden, kept = self._forward(batch, group.size)
+            found = []
+            with stock_head(self._model, self._stack) as head:
+                for row, sample in enumerate(batch.samples):
+                    rows = slice(row * variants, (row + 1) * variants)
+                    targets = sample.ids[sample.scored_from :].to(self._device)
+                    own = hidden[rows, batch.scored_columns(row)]
+                    full, *others = score_rows(head, own, targets, kept[rows], group.size.positions_at_once)
+                    found.append(Simulated(full, tuple(others)))
+        return found
+
+    def statistics(self, group: _Group) -> list[Tensor]:
+        """s^2 [samples, F] of each layer, of the prompts alone; by the full model, in host memory."""
+        batch = Batch.of([_prompt_of(sample) for sample in group.samples])
+        with self._holding(group.size), self._pass(batch, group.size, None) as simulated:
+            self._run_stack(batch, 1)
+        assert simulated.sums is not None
+        return simulated.sums
+
+    def _global_counts(self, group: _Group) -> Counts:
+        if not self._choices.global_densities:
+            return {}
+        by_layer = self.statistics(group)
+        return {
+            density: [global_counts([layer[i] for layer in by_layer], density) for i in range(len(group.samples))]
+            for density in self._choices.global_densities
+        }
+
+    def _forward(self, batch: Batch, size: PassSize) -> tuple[Tensor, list[float]]:
+        """(hidden states [R, T, H] behind the last norm, activation kept of each row)."""
+        with self._pass(batch, size, self._choices) as simulated:
+            hidden = self._run_stack(batch, self._choices.rows_per_sample)
+        self._ledger.hold(slots=simulated.peak_in_flight_bytes)
+        self._ledger.hold(slots=0)
+        return hidden, simulated.activation_kept()
+
+    def _pass(self, batch: Batch, size: PassSize, choices: Choices | None) -> SimulatedPass:
+        copies = 1 if choices is None else choices.rows_per_sample
+        return SimulatedPass(
+            self._layers,
+            batch.mask.repeat_interleave(copies, 0).to(self._device),
+            batch.prompt_columns,
+            size.rows_at_once,
+            choices,
+            means=choices is not None and choices.means,
+            keep=choices is None,
+            progress=self._layer_done,
+        )
+
+    def _run_stack(self, batch: Batch, copies: int) -> Tensor:
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(copies, 0).to(self._device)
+
+        arguments = {"input_ids": rows(batch.ids), "use_cache": False, "return_dict": True}
+        if batch.padded:
+            arguments["attention_mask"] = rows(batch.mask)
+            if "position_ids" in inspect.signature(self._stack.forward).parameters:  # BLOOM counts from the mask
+                arguments["position_ids"] = rows(batch.positions)
+        hidden: Tensor = self._stack(**arguments).last_hidden_state
+        return hidden
+
+    @contextlib.contextmanager
+    def _holding(self, size: PassSize) -> Iterator[None]:
+        try:
+            self._ledger.hold(**size.parts)
+            yield
+        finally:
+            self._ledger.hold(**dict.fromkeys(size.parts, 0))
+
+    def _layer_done(self, done: int, _: int) -> None:
+        self._layers_done += 1
+        if self._progress is not None:
+            self._progress(self._layers_done, self._layers_in_all)
+
+
+def _prompt_of(sample: Sample) -> Sample:
+    return Sample(sample.ids[: sample.prompt_tokens + 1], sample.prompt_tokens, 1)
