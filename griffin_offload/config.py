@@ -18,6 +18,7 @@ DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 KVBits = Literal[16, 8]
 Overflow = Literal["error", "drop"]
+WindowStart = Literal["even", "documents"]
 CacheKind = Literal["ours", "static", "dynamic"]
 Refresh = Literal["turn", "never"] | int
 Density = float | Sequence[float]
@@ -73,7 +74,8 @@ class LoadConfig:
     """Drafts per verifying pass; None: chosen by what is accepted and what a pass costs, at most AUTO_DRAFT_TOKENS."""
     refresh: Refresh = "turn"
     """When neurons are chosen anew: with every prompt ("turn"; in exact mode with every pass, too), with a
-    conversation's first one alone ("never"), or also by a streamed pass after every so many generated tokens."""
+    conversation's first one alone ("never"; in exact mode with every prompt), or with every prompt and by a streamed
+    pass after every so many generated tokens."""
     decay: float = 0.8
     """Share of the statistic so far that remains when a pass between tokens adds its own; turns just add."""
     keep_prompts: bool = False
@@ -121,6 +123,18 @@ class RunConfig:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `griffin-offload eval ppl` measures when not told otherwise."""
+
+    prompt_tokens: int = 128
+    generate_tokens: int = 128
+    densities: tuple[float, ...] = (0.75, 0.5, 0.25)
+    selection: SelectionMethod = "topk"
+    windows: int = 16
+    window_start: WindowStart = "even"
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

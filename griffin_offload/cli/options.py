@@ -24,18 +24,22 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
+def add_memory_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """The budget, where the weights rest and how they are computed with; the group, for more of its kind."""
+    group = parser.add_argument_group("memory")
+    add = group.add_argument
+    add("--max-gpu-mem", "--max-mem", default=_DEFAULTS.max_gpu_mem, metavar="SIZE", help=_SIZES)
+    add("--max-cpu-mem", metavar="SIZE", help="host memory for offloaded weights, when the device is not the CPU")
+    add("--device", choices=get_args(Device), default=_DEFAULTS.device)
+    add("--offload", choices=get_args(Offload), default=_DEFAULTS.offload, help="where the full weights rest")
+    add("--dtype", choices=get_args(DType), default=_DEFAULTS.dtype, help="precision of the computation")
+    return group
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What a plan depends on: the model, the budget, the density, under the names of `LoadConfig`."""
     add_model_option(parser)
-    add = parser.add_argument_group("memory").add_argument
-    add("--max-gpu-mem", "--max-mem", default=_DEFAULTS.max_gpu_mem, metavar="SIZE", help=_SIZES)
-    add(
-        "--max-cpu-mem",
-        metavar="SIZE",
-        help="host memory for offloaded weights, when the device is not the CPU",
-    )
-    add("--device", choices=get_args(Device), default=_DEFAULTS.device)
-    add("--offload", choices=get_args(Offload), default=_DEFAULTS.offload, help="where the full weights rest")
+    add = add_memory_options(parser).add_argument
     add("--ctx-size", type=int, metavar="TOKENS", help="context that memory is kept for")
     add("--kv-bits", type=int, choices=get_args(KVBits), default=_DEFAULTS.kv_bits, help="precision of the KV cache")
     add(
@@ -49,7 +53,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.quantize,
         help="precision of what stays on the device (default: the first that fits)",
     )
-    add("--dtype", choices=get_args(DType), default=_DEFAULTS.dtype, help="precision of the computation")
     add = parser.add_argument_group("exactness").add_argument
     add(
         "--exact",

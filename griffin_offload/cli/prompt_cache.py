@@ -50,7 +50,7 @@ class PromptCache:
             return {"context": model.new_context(), "prompt_done": self._save}
         context, _ = model.load_context(self._path)
         saved = len(context.tokens)
-        if context.known(tokens[0]) < saved:
+        if context.common(tokens[0]) < saved:
             print(
                 f"griffin-offload: warning: {self._path} holds a prompt of {saved} tokens that this one does not begin "
                 "with, so it is not used: delete it, or name another file to save this one",

@@ -28,6 +28,7 @@ class Context:
 
     `tokens` are the ids whose KV entries exist. `squared` is the statistic of the streamed ones among them, the last
     of which is token `covered` - 1, `selected` the neurons it chose; tensors are replaced, never changed in place.
+    The entries of the first `exact_tokens` are the full model's: exact mode goes on from no others.
     `owner` is the model that it belongs to.
     """
 
@@ -39,7 +40,7 @@ class Context:
         """Forget everything; the memory of the KV cache stays."""
         self.cache.reset()
         self.tokens: list[int] = []
-        self.covered = 0
+        self.covered = self.exact_tokens = 0
         self.squared: Statistic = {}
         self.selected: dict[int, Tensor] = {}
         self.marks: list[Mark] = []
@@ -56,24 +57,23 @@ class Context:
         differ = (ids[:both].cpu() != torch.tensor(self.tokens[:both], dtype=ids.dtype)).nonzero()
         return int(differ[0]) if differ.numel() else both
 
-    def known(self, ids: Tensor) -> int:
+    def known(self, ids: Tensor, *, exact: bool) -> int:
         """How many tokens at the start of `ids` [T] need not be computed again: the statistic only goes back to marks.
         (Layers with a window may turn out to have lost what these would see; then it is none.)"""
-        common = self.common(ids)
+        common = min(self.common(ids), self.exact_tokens) if exact else self.common(ids)
         if common >= self.covered:
             return common
         return max((mark.tokens for mark in self.marks if mark.tokens <= common), default=0)
 
-    def start(self, ids: Tensor) -> Tensor | None:
+    def start(self, ids: Tensor, *, exact: bool) -> Tensor | None:
         """Forget what is not the start of `ids` [T], so that the KV cache holds fewer tokens than those. If all of them
         are known, their last logits [1, V]; the KV cache then has the last token's entries behind its end."""
-        known = self.known(ids)
-        self.rewind(known)
+        self.rewind(self.known(ids, exact=exact))
         if len(self.tokens) < ids.numel():
             return None
         logits = self.logits
         if logits is None:
-            self.rewind(self.known(ids[:-1]))
+            self.rewind(self.known(ids[:-1], exact=exact))
         else:
             self.cache.crop(-1)
         return logits
@@ -87,7 +87,7 @@ class Context:
                 return
             mark = self.marks[-1]
             self.covered, self.squared, self.selected = tokens, dict(mark.squared), mark.selected
-        self.tokens = self.tokens[:tokens]
+        self.tokens, self.exact_tokens = self.tokens[:tokens], min(self.exact_tokens, tokens)
         # Whatever a forward that was interrupted has left there goes, too.
         if not self.cache.trim(tokens):
             self.clear()
@@ -102,9 +102,11 @@ class Context:
         """Keep `share` of the statistic: what a pass is about to add weighs more then."""
         self.squared = {index: squared * share for index, squared in self.squared.items()}
 
-    def passed(self, sums: Statistic) -> None:
-        """Every token in the KV cache has been streamed; `sums` is s^2 [B, F] of those that had not been before."""
+    def passed(self, sums: Statistic, start: int) -> None:
+        """The tokens in the KV cache from `start` on have been streamed; `sums` is s^2 [B, F] of theirs."""
         self.covered = self.cache.get_seq_length()
+        if start <= self.exact_tokens:
+            self.exact_tokens = self.covered
         for index, squared in sums.items():
             earlier = self.squared.get(index)
             self.squared[index] = squared if earlier is None else earlier + squared

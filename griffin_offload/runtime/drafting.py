@@ -150,7 +150,8 @@ class RefreshLoop(DraftingLoop):
                 return True
         draft_s, start = time.perf_counter() - start, time.perf_counter()
         logits, sums = self._pass(self._ids, self._kwargs, drafted, judged=False)
-        self._context.passed({index: total.sum(1) for index, total in sums.items()})
+        start_token = self._ids.shape[1] - drafted - 1
+        self._context.passed({index: total.sum(1) for index, total in sums.items()}, start_token)
         self._kwargs = self._grown(self._kwargs, 1)
         done = self._emit_own(logits[:, -1])
         self.report.add_round(drafted, drafted, drafted + 1, draft_s, time.perf_counter() - start)

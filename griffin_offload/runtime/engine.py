@@ -38,11 +38,15 @@ class Engine:
         self.run: Run | None = None
         self.last_prefill: PrefillReport | None = None
         self.progress: Progress | None = None
-        self._stock_forward: Callable[..., Any] = loaded.model.forward
-        self._signature = inspect.signature(self._stock_forward)
+        self.stock_forward: Callable[..., Any] = loaded.model.forward
+        self._signature = inspect.signature(self.stock_forward)
         loaded.model.forward = self._wrapped_forward()
         self._user: dict[str, object] = {}
         self._closed = False
+
+    def takes(self, argument: str) -> bool:
+        """Whether the stock model's forward knows an argument of this name."""
+        return argument in self._signature.parameters
 
     def close(self) -> None:
         """Give the stock model its own forward back."""
@@ -94,7 +98,7 @@ class Engine:
         groups = torch.eye(tokens, device=self.prospect.device)[None] if each else self._ones(tokens)[:, None]
         streamed = StreamedPass(self.loaded.layers, groups, earlier=context.squared, choose=choose, keep=True)
         with streamed:
-            output = self._stock_forward(**inputs, return_dict=True)
+            output = self.stock_forward(**inputs, return_dict=True)
         if choose:
             context.selected = self.loaded.layers.selected
         self.hold(run.use, tokens, run.cache, streamed.peak_in_flight_bytes)
@@ -104,7 +108,7 @@ class Engine:
         return torch.ones(1, tokens, device=self.prospect.device)
 
     def _wrapped_forward(self) -> Callable[..., Any]:
-        @functools.wraps(self._stock_forward)  # generate reads its signature
+        @functools.wraps(self.stock_forward)  # generate reads its signature
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
@@ -113,7 +117,7 @@ class Engine:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         run = self.run
         if run is not None and run.prefilled:
-            output = self._stock_forward(*args, **kwargs)
+            output = self.stock_forward(*args, **kwargs)
             run.cache = cache_of(output, kwargs)
             return output
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
@@ -123,7 +127,7 @@ class Engine:
         if cache is not None and cache.get_seq_length() > 0:
             if self.last_prefill is None and self.plan.streamed:
                 raise GriffinError("the KV cache is filled but no neurons are chosen: no prompt was streamed")
-            return self._stock_forward(*args, **kwargs)
+            return self.stock_forward(*args, **kwargs)
         return self._bare_prefill(arguments, args, kwargs)
 
     def _bare_prefill(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
@@ -144,9 +148,9 @@ class Engine:
             self._resume(context, 0)
             output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], past_key_values=context.cache)
             slots = 0
-        elif context is not None and context.tokens and run.mode.refresh == "never":
+        elif context is not None and context.tokens and run.mode.refresh == "never" and not run.mode.exact:
             self._resume(context, tokens.shape[1])
-            output, slots = self._stock_forward(*args, **kwargs), 0
+            output, slots = self.stock_forward(*args, **kwargs), 0
         else:
             given = run.mask if run.mask is not None else arguments.get("attention_mask")
             past = context is not None and bool(context.tokens)
@@ -177,11 +181,11 @@ class Engine:
             progress=self.progress,
         )
         with streamed:
-            output = self._stock_forward(*args, **kwargs)
+            output = self.stock_forward(*args, **kwargs)
         if streamed.unvisited:
             raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
         if context is not None:
-            context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()})
+            context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, len(context.tokens))
             context.selected = self.loaded.layers.selected
         self.last_prefill = streamed.report()
         return output, streamed

@@ -33,7 +33,7 @@ class ExactLoop(DraftingLoop):
         done = self._judge(logits, drafts, distributions)
         tokens: list[int] = self._ids[0, known:].tolist()
         self._context.cache.crop(len(tokens) - len(drafts) - 1)
-        self._context.passed({index: rows[:, : len(tokens)].sum(1) for index, rows in sums.items()})
+        self._context.passed({index: rows[:, : len(tokens)].sum(1) for index, rows in sums.items()}, known - 1)
         self._kwargs = self._grown(self._kwargs, len(tokens))
         accepted = sum(token == draft for token, draft in zip(tokens, drafts, strict=False))
         pass_s = time.perf_counter() - start

@@ -203,7 +203,7 @@ class GriffinModel:
                 self._check_owner(context)
             run, kwargs = self._prepared(prompt, kwargs, mode, context)
             if context is not None:
-                run.ready, run.prompt_done = context.start(prompt[0]), prompt_done
+                run.ready, run.prompt_done = context.start(prompt[0], exact=mode.exact), prompt_done
                 run.cached_tokens = len(context.tokens)
             output, self.last_report = self._generate(run, prompt, inputs, kwargs)
         large = self.device.type == "cpu" and self.plan.full_bytes > _LARGE_MODEL_BYTES
@@ -236,7 +236,7 @@ class GriffinModel:
             settings["max_new_tokens"] = max(min(RunConfig.max_new_tokens, room), 1)
         passes = bool(mode.pass_tokens and self.plan.streamed)
         configs = (given, self.model.generation_config)
-        use = usage_of(prompt, kwargs | settings, configs, self._prospect, mode if passes else None, context)
+        use = usage_of(prompt, kwargs | settings, configs, self._prospect, mode, passes, context)
         check_length(use, self.plan.context_tokens)
         self._engine.require(use)
         run = Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"), use, mode, context)

@@ -184,12 +184,13 @@ class StreamedPass:
         self._squared = torch.zeros(samples, groups, block.neurons, device=self._groups.device)
         self._position = 0
 
-    def _add(self, block: FeedForward, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _add(self, block: FeedForward, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Sum the statistic of one chunk; z is [B, T, F], or [B * T, F] where the model flattens (OPT)."""
         z = args[0].detach().reshape(self._groups.shape[0], -1, block.neurons)
         end = self._position + z.shape[1]
         self._squared += squared_statistic(z, self._groups[:, :, self._position : end])
         self._position = end
+        return None
 
     @torch.no_grad()
     def _layer_ends(self, index: int, *_: Any) -> None:
@@ -240,11 +241,11 @@ class StreamedPass:
 class Hook:
     """A hook of a pass: known by its type, so that none can stay behind, whenever an interrupt comes."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
-    def __call__(self, *args: Any) -> None:
-        self._function(*args)
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
 
 
 class Chunked:

@@ -172,16 +172,17 @@ def usage_of(
     kwargs: dict[str, Any],
     configs: tuple[GenerationConfig, ...],
     prospect: Prospect,
-    mode: Mode | None,
+    mode: Mode,
+    passes: bool,
     context: Context | None,
 ) -> Usage:
-    """What a generate with these arguments, and the configs behind them, needs of KV cache and workspace. `mode` is
-    that of one which has streamed passes between its tokens."""
+    """What a generate with these arguments, and the configs behind them, needs of KV cache and workspace; `passes`
+    says whether there are streamed ones between its tokens."""
 
     def value(name: str) -> Any:
         return _value(name, kwargs, configs)
 
-    pass_tokens, exact = (mode.pass_tokens, mode.exact) if mode is not None else (0, False)
+    pass_tokens, exact = (mode.pass_tokens, mode.exact) if passes else (0, False)
     tokens, new = prompt.shape[1], value("max_new_tokens")
     total = tokens + new if new is not None else max(value("max_length"), tokens + 1)
     kept_scores = sum(bool(value(name)) for name in ("output_scores", "output_logits")) * (total - tokens)
@@ -197,7 +198,7 @@ def usage_of(
         cache=cache or prospect.request.cache,
         drafts=drafts,
         logit_positions=pass_tokens if exact else 1 + drafts,
-        past_tokens=context.known(prompt[0]) if context is not None else 0,
+        past_tokens=context.known(prompt[0], exact=mode.exact) if context is not None else 0,
         pass_tokens=pass_tokens,
         statistics=statistics_kept(pass_tokens, exact, context is not None),
         marks=MAX_MARKS if context is not None else 0,

@@ -71,6 +71,7 @@ def save_context(context: Context, path: Path, identity: Identity, notes: dict[s
         "version": str(_VERSION),
         "identity": json.dumps(identity),
         "covered": str(context.covered),
+        "exact_tokens": str(context.exact_tokens),
         "notes": json.dumps(notes),
     }
     try:
@@ -140,7 +141,7 @@ def _readable(path: Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError as error:
         raise SavedContextError(f"no file {path}") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise SavedContextError(f"{path} is truncated or damaged: {one_line(error)}") from error
 
 
@@ -152,7 +153,8 @@ def load_context(context: Context, path: Path, identity: Identity, like: Like, d
     """
     with _readable(path) as file:
         metadata = _checked_metadata(file.metadata(), path, identity)
-        covered, tokens = int(metadata["covered"]), file.get_tensor("tokens").tolist()
+        covered, exact_tokens = int(metadata["covered"]), int(metadata["exact_tokens"])
+        tokens = file.get_tensor("tokens").tolist()
         squared = {index: file.get_tensor(f"layers.{index}.squared") for index in like.neurons}
         selected = {index: file.get_tensor(f"layers.{index}.selected") for index in like.neurons}
         logits = file.get_tensor("logits").to(device) if "logits" in set(file.keys()) else None
@@ -163,14 +165,15 @@ def load_context(context: Context, path: Path, identity: Identity, like: Like, d
                 f"{path} holds {len(tokens)} tokens, the context is {like.ctx_tokens}: raise --ctx-size"
             )
         if not (
-            0 < covered <= len(tokens)
+            0 <= exact_tokens <= covered <= len(tokens)
+            and covered > 0
             and like.selections(squared, selected)
             and like.caches(context, shapes, len(tokens))
             and (logits is None or logits.shape == (1, like.vocab_size))
         ):
             raise SavedContextError(f"{path} is damaged: its parts contradict each other")
         _fill(context, file, tokens, device)
-    context.tokens, context.covered = tokens, covered
+    context.tokens, context.covered, context.exact_tokens = tokens, covered, exact_tokens
     context.squared = {index: table.to(device) for index, table in squared.items()}
     context.selected = {index: chosen.to(device) for index, chosen in selected.items()}
     context.marks = [Mark(covered, dict(context.squared), context.selected, logits)]
@@ -192,6 +195,8 @@ def _checked_metadata(metadata: dict[str, str] | None, path: Path, identity: Ide
             f"{path} has version {metadata['version']}, this program reads up to {_VERSION}: update griffin-offload"
         )
     saved = json.loads(metadata["identity"])
+    if not isinstance(saved, dict):
+        raise SavedContextError(f"{path} is damaged: it does not say what it belongs to")
     for name, value in identity.items():
         if saved.get(name) != value:
             raise SavedContextError(

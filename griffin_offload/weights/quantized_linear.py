@@ -41,6 +41,9 @@ Form = Literal["float", "int8", "int4_rows", "int4_neurons", "int4_tiles"]
 _KERNEL_ROWS = 4
 # With other widths torch's int8 kernel reads past the end of a bfloat16 row and returns garbage (torch 2.13).
 _INT8_KERNEL_MULTIPLE = 32
+# It loads inputs, and with four of them weights, as if they were aligned, and crashes where they are not: weights in
+# a mapped file, rows in the middle of a tensor (torch 2.13).
+_INT8_KERNEL_ALIGNMENT = 64
 
 Spec = tuple[tuple[int, ...], torch.dtype | None]
 """Shape and type of a tensor; None is the precision of the computation."""
@@ -128,11 +131,16 @@ class QuantizedLinear(nn.Module):
     def _has_kernel(self, x: Tensor) -> bool:
         if self.form == "int8":
             known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+            known = known and self.weight.data_ptr() % _INT8_KERNEL_ALIGNMENT == 0
             return known and x.shape[1] % _INT8_KERNEL_MULTIPLE == 0 and _has_int8_kernel(x.device.type)
         return self.form == "int4_tiles" and x.dtype != torch.float64
 
     def _few(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
+        x = (
+            x.contiguous()
+            if x.data_ptr() % _INT8_KERNEL_ALIGNMENT == 0
+            else x.clone(memory_format=torch.contiguous_format)
+        )
         product: Tensor
         if self.form == "int8":
             product = torch._weight_int8pack_mm(x, self.weight, self.scale)

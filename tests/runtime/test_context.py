@@ -90,6 +90,21 @@ def test_any_prompt_after_any_other_equals_dense(dense_and_ours, name, turns, ex
         assert torch.equal(sequence, expected)
 
 
+@pytest.mark.parametrize("name", ["llama2", "gemma2"])
+def test_exact_mode_goes_on_from_the_full_models_entries_alone(checkpoints, name: str):
+    """An answer of the residents left entries of theirs: behind it nothing would be exact."""
+    path = checkpoints(name)
+    dense, model = AutoModelForCausalLM.from_pretrained(path), _load(path)
+    context, ids = model.new_context(), _ids(0, 24)
+    for turn in range(4):
+        exact = turn % 2 == 1
+        ids = torch.cat([_greedy(model, ids, context=context, exact=exact, refresh="never"), _ids(turn + 1, 5)], dim=1)
+        again = _greedy(model, ids, context=context, exact=True)
+        expected = dense.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        assert torch.equal(again, expected)
+        ids = again
+
+
 @pytest.mark.parametrize("name", ["llama2", "gpt2", "phi3"])
 def test_two_contexts_take_turns_on_one_model(checkpoints, name: str):
     """What another context chose is gathered again; of the full weights only rows that are needed are read."""

@@ -122,6 +122,21 @@ def test_the_int8_kernel_is_kept_from_widths_that_it_reads_past(inputs: int, mon
     _check(module, matrix, torch.bfloat16, torch.bfloat16)
 
 
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("weight_offset", [0, 1, 8])
+@pytest.mark.parametrize("input_offset", [0, 1, 5])
+def test_nothing_needs_to_be_aligned(rows: int, weight_offset: int, input_offset: int):
+    """As in a mapped file, and in the middle of a tensor: the kernel would end the process."""
+    tensors, exact = _tensors("int8", 64, 96, torch.bfloat16)
+    weight = torch.zeros(64 * 96 + 64, dtype=torch.int8)[weight_offset : weight_offset + 64 * 96].view(64, 96)
+    x = torch.zeros(rows * 96 + 64, dtype=torch.bfloat16)[input_offset : input_offset + rows * 96].view(rows, 96)
+    tensors["weight"] = weight.copy_(tensors["weight"])
+    x.copy_(_random(rows, 96))
+    linear = _module("int8", tensors, 64, 96, _scratch(2**12, torch.bfloat16), is_down=False)
+    expected = x.double() @ exact.T
+    assert (linear(x).double() - expected).norm() <= 0.01 * expected.norm()
+
+
 def test_the_scratch_is_used_and_not_outgrown(monkeypatch: pytest.MonkeyPatch):
     """What many rows need beside it is a block that no scratch could hold."""
     for form, row_bytes in (("int8", 96 * 4), ("int4_rows", 96 * 4), ("int4_neurons", 64 * 4)):

@@ -1,0 +1,135 @@
+"""`griffin-offload eval`: what pruning costs, measured on texts."""
+
+import argparse
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
+from griffin_offload.config import EvalConfig, LoadConfig, SelectionMethod, WindowStart
+from griffin_offload.errors import UsageError
+
+if TYPE_CHECKING:
+    from griffin_offload.evaluation.perplexity import Row
+    from griffin_offload.method.variant import Variant
+    from griffin_offload.runtime.model import GriffinModel
+
+_DEFAULTS = EvalConfig()
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its kinds to the main parser."""
+    parser = commands.add_parser("eval", help="measure what pruning costs")
+    kinds = parser.add_subparsers(title="kinds", metavar="KIND", required=True)
+    ppl = kinds.add_parser("ppl", help="perplexity of the text behind a prompt, against the full model's")
+    ppl.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8, documents between <|endoftext|>")
+    ppl.add_argument("--prompt-tokens", type=_numbers, default=[_DEFAULTS.prompt_tokens], metavar="P[,P...]")
+    ppl.add_argument("--generate-tokens", type=_numbers, default=[_DEFAULTS.generate_tokens], metavar="G[,G...]")
+    ppl.add_argument("--density", default=",".join(map(str, _DEFAULTS.densities)), metavar="D[,D...]")
+    methods = ", ".join(get_args(SelectionMethod))
+    ppl.add_argument("--selection", default=_DEFAULTS.selection, metavar="S[,S...]", help=f"of {methods}")
+    ppl.add_argument("--windows", type=int, default=_DEFAULTS.windows, metavar="N")
+    ppl.add_argument("--window-start", choices=get_args(WindowStart), default=_DEFAULTS.window_start)
+    ppl.add_argument("--seed", type=int, default=LoadConfig.seed, help="of selections that draw")
+    ppl.add_argument("--threads", type=int, metavar="N", help="threads that compute on the CPU")
+    ppl.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    add_model_option(ppl)
+    add_memory_options(ppl)
+    ppl.set_defaults(command=perplexity)
+
+
+def perplexity(arguments: argparse.Namespace) -> int:
+    """A table of all variants and sizes on stdout, or a JSON list."""
+    prompts, generates = arguments.prompt_tokens, arguments.generate_tokens
+    if min(*prompts, *generates, arguments.windows, 1) < 1:
+        raise UsageError("--prompt-tokens, --generate-tokens and --windows are 1 or more")
+    variants = _variants(arguments)
+    quiet_libraries()
+    from griffin_offload.evaluation.perplexity import measure
+    from griffin_offload.evaluation.windows import read_documents, take_windows
+
+    model = _load(arguments, max(prompts) + max(generates))
+    documents = read_documents(arguments.text, model.tokenizer)
+    sizes = {
+        (p, g): take_windows(documents, p + g, arguments.windows, arguments.window_start)
+        for p, g in product(prompts, generates)
+    }
+    rows: list[Row] = []
+    for (p, _), windows in sizes.items():
+        with _Bar(model, quiet=arguments.quiet):
+            rows += measure(model, windows, p, variants)
+    print(json.dumps([row.to_json() for row in rows]) if arguments.json else "\n".join(_lines(rows)))
+    return 0
+
+
+def _load(arguments: argparse.Namespace, ctx_tokens: int) -> "GriffinModel":
+    """Every layer passes in full, so no neuron need stay: the budget is for layers on their way and activations."""
+    from griffin_offload.runtime.model import GriffinModel
+    from griffin_offload.weights.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
+    names = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "seed", "threads", "offline")
+    options = {name: getattr(arguments, name) for name in names}
+    options |= {"quantize": checkpoint.precision, "density": 0.0, "always_stream": True}
+    return GriffinModel.from_pretrained(checkpoint.directory, **options, ctx_size=ctx_tokens, prompt_tokens=ctx_tokens)
+
+
+def _variants(arguments: argparse.Namespace) -> "list[Variant]":
+    methods = arguments.selection.split(",")
+    unknown = [method for method in methods if method not in get_args(SelectionMethod)]
+    if unknown:
+        raise UsageError(f"no selection {unknown[0]!r}: choose of {', '.join(get_args(SelectionMethod))}")
+    try:
+        densities = [float(part) for part in arguments.density.split(",")]
+    except ValueError:
+        raise UsageError(f"cannot read the densities {arguments.density!r}: numbers from 0 to 1, 0.75,0.5") from None
+    from griffin_offload.method.variant import Variant
+
+    return [Variant(method, density) for method, density in product(methods, densities)]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _lines(rows: "list[Row]") -> list[str]:
+    heads = ("selection", "density", "prompt", "generate", "ppl full", "ppl", "increase", "KL", "top-1", "kept")
+    cells = [
+        (
+            row.selection,
+            f"{row.density:g}",
+            str(row.prompt_tokens),
+            str(row.generate_tokens),
+            f"{row.ppl_full:.2f}",
+            f"{row.ppl:.2f}",
+            f"{row.increase:+.1%}",
+            f"{row.kl:.3f}",
+            f"{row.top1:.3f}",
+            f"{row.activation_kept:.3f}",
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]
+    table = [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in (heads, *cells)
+    ]
+    return [*table, f"{rows[0].windows} windows"]
+
+
+class _Bar:
+    """Layers of all passes, on stderr if that is a terminal; how many passes there will be, the budget decides."""
+
+    def __init__(self, model: "GriffinModel", *, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc="layers", unit="layer", leave=False, disable=quiet or None, file=sys.stderr)
+        model.progress = lambda done, layers: self._bar.update(1) and None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -1,0 +1,72 @@
+"""Perplexity of generation: what pruning by the prompt costs on the text that follows it (paper, figure 5)."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from griffin_offload.evaluation.samples import Sample
+from griffin_offload.evaluation.simulation import Score, simulate
+from griffin_offload.method.variant import Variant
+from griffin_offload.runtime.model import GriffinModel
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant on all windows of one size; field names are those of `eval ppl --json`."""
+
+    selection: str
+    density: float
+    prompt_tokens: int
+    generate_tokens: int
+    windows: int
+    ppl_full: float
+    ppl: float
+    kl: float
+    """KL(full || variant), nats per token."""
+    top1: float
+    """Share of tokens at which both have the same first choice."""
+    activation_kept: float
+
+    @property
+    def increase(self) -> float:
+        """Of the perplexity, over the full model's."""
+        return self.ppl / self.ppl_full - 1
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    model: GriffinModel, windows: Sequence[Tensor], prompt_tokens: int, variants: Sequence[Variant]
+) -> Iterator[Row]:
+    """A row per variant; `windows` are ids [P + G] of one size."""
+    samples = [Sample(ids, prompt_tokens) for ids in windows]
+    scores: dict[Variant | None, list[Score]] = {}
+    for score in simulate(model, samples, variants):
+        scores.setdefault(score.variant, []).append(score)
+    full = _perplexity(scores[None])
+    for variant in variants:
+        own = scores[variant]
+        yield Row(
+            selection=variant.selection,
+            density=variant.density,
+            prompt_tokens=prompt_tokens,
+            generate_tokens=samples[0].scored_tokens,
+            windows=len(samples),
+            ppl_full=full,
+            ppl=_perplexity(own),
+            kl=_mean([float(score.kl.mean()) for score in own]),
+            top1=_mean([float(score.agrees.mean()) for score in own]),
+            activation_kept=_mean([score.activation_kept for score in own]),
+        )
+
+
+def _perplexity(scores: Sequence[Score]) -> float:
+    return math.exp(-_mean([float(score.log_probs.double().mean()) for score in scores]))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,89 @@
+"""Plans of exact mode: what it keeps between tokens is counted, and the precision that it needs is said."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HIDDEN, NEURONS, LAYERS, VOCAB = 5120, 13824, 40, 32000
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "torch_dtype": "bfloat16",
+    "hidden_size": HIDDEN,
+    "intermediate_size": NEURONS,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 4096,
+}
+CONVERTED = {"method": "griffin-offload", "version": 1, "precision": "int8", "tables": "none", "source": "0" * 32}
+
+
+@pytest.fixture
+def plan(cli, tmp_path: Path) -> Callable[..., Any]:
+    def run(*flags: object, **config: Any) -> Any:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(CONFIG | config))
+        return cli("plan", "--config", path, "--device", "cpu", "--ctx-size", 2048, *flags)
+
+    return run
+
+
+def test_13b_in_16_bit_does_not_fit_12_gb_and_its_int8_copy_does(plan):
+    outcome = plan("--exact", "--max-gpu-mem", "12GB")
+    assert outcome.code == 3
+    assert outcome.err.rstrip().endswith("or a copy converted to int8")
+    converted = plan("--exact", "--max-gpu-mem", "12GB", "--json", quantization_config=CONVERTED)
+    assert converted.code == 0, converted.err
+    assert converted.json["precision"] == "int8"
+    assert converted.json["peak_decode_bytes"] <= 12e9
+
+
+def test_what_exact_mode_keeps_between_tokens(plan):
+    def parts(*flags: object) -> dict[str, int]:
+        return plan("--max-gpu-mem", "30GB", "--density", 0.5, "--quantize", "none", "--json", *flags).json[
+            "parts_decode"
+        ]
+
+    without, few, many = parts(), parts("--exact", "--draft-tokens", 4), parts("--exact", "--draft-tokens", 16)
+    table = 4 * LAYERS * NEURONS
+    assert without["slots"] == without["statistic"] == 0
+    assert few["slots"] == many["slots"] == 2 * 3 * HIDDEN * NEURONS * 2
+    assert (few["statistic"], many["statistic"]) == ((1 + 5) * table, (1 + 17) * table)
+    assert many["logits"] - few["logits"] == 12 * VOCAB * (2 + 4)
+    assert without["workspace"] < few["workspace"] < many["workspace"]
+
+
+def test_what_refresh_keeps_between_tokens(plan):
+    flags = ("--max-gpu-mem", "30GB", "--density", 0.5, "--quantize", "none", "--json", "--refresh")
+    without, every = (plan(*flags, n).json["parts_decode"] for n in ("turn", 32))
+    assert (without["slots"], without["statistic"]) == (0, 0)
+    assert every["slots"] > 0
+    assert every["statistic"] == 4 * LAYERS * NEURONS
+    assert every["logits"] == without["logits"]
+
+
+def test_contradictions_are_refused(plan):
+    for words, *flags in (
+        ("stored precision", "--exact", "--quantize", "int8"),
+        ("leave out kv_bits=8", "--exact", "--kv-bits", 8),
+        ("from 1 to 31", "--exact", "--draft-tokens", 32),
+        ("add --exact", "--draft-tokens", 3),
+        ("every verifying pass refreshes already", "--exact", "--refresh", 8),
+        ("turn, never or a number", "--refresh", "sometimes"),
+    ):
+        outcome = plan(*flags)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert words in outcome.err
+
+
+def test_a_window_takes_few_tokens_back(plan):
+    windows = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 512}
+    assert plan("--max-gpu-mem", "30GB", "--refresh", 32, **windows).code == 0
+    outcome = plan("--max-gpu-mem", "30GB", "--refresh", 33, **windows)
+    assert outcome.code == 2
+    assert "at most 32 tokens can be taken back" in outcome.err

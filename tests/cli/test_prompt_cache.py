@@ -1,0 +1,70 @@
+"""`run --prompt-cache FILE`: saved where there is no file, used where this prompt begins with it, never overwritten."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from griffin_offload.errors import SavedContextError
+from griffin_offload.runtime.model import GriffinModel
+
+PROMPT = "the cat sat on the mat and thought of another river"
+OPTIONS = ("--device", "cpu", "--max-mem", "100MB", "--density", 0.5, "-n", 8, "--temperature", 0, "--json")
+
+
+def test_a_prompt_is_saved_and_started_from(cli, llama: Path, tmp_path: Path):
+    file = tmp_path / "a b.ctx"
+    without = cli("run", PROMPT, "-m", llama, *OPTIONS).json
+    first = cli("run", PROMPT, "-m", llama, *OPTIONS, "--prompt-cache", file).json
+    written = file.read_bytes()
+    again = cli("run", PROMPT, "-m", llama, *OPTIONS, "--prompt-cache", file).json
+    assert without["text"] == first["text"] == again["text"]
+    assert (first["cached_prompt_tokens"], again["prompt_tokens"]) == (0, 0)
+    assert again["cached_prompt_tokens"] == first["prompt_tokens"]
+    longer = cli("run", PROMPT + " while nothing", "-m", llama, *OPTIONS, "--prompt-cache", file).json
+    assert longer["cached_prompt_tokens"] == first["prompt_tokens"]
+    assert 0 < longer["prompt_tokens"] < first["prompt_tokens"]
+    assert file.read_bytes() == written
+
+
+def test_the_plan_follows_the_file(cli, llama: Path, tmp_path: Path):
+    """Density, precision and context of the saved prompt, where the user names none."""
+    file = tmp_path / "a.ctx"
+    options = ("--device", "cpu", "-n", 4, "--temperature", 0, "--json", "--prompt-cache", file)
+    cli("run", PROMPT, "-m", llama, "--max-mem", "100MB", "--density", 0.75, "--quantize", "int8", *options)
+    again = cli("run", PROMPT, "-m", llama, "--max-mem", "90MB", *options).json
+    assert (again["density"], again["precision"]) == (0.75, "int8")
+    cli.refuses(4, "saved with another density", "run", PROMPT, "-m", llama, "--density", 0.5, *options)
+    short = cli("run", "the cat", "-m", llama, "--max-mem", "90MB", *options)
+    assert short.code == 0
+
+
+def test_another_prompt_is_said_and_not_saved(cli, llama: Path, tmp_path: Path):
+    file = tmp_path / "a.ctx"
+    cli("run", PROMPT, "-m", llama, *OPTIONS, "--prompt-cache", file)
+    written = file.read_bytes()
+    other = cli("run", "nothing was left in their boats", "-m", llama, *OPTIONS, "--prompt-cache", file)
+    assert other.code == 0
+    assert "does not begin with, so it is not used: delete it" in other.err
+    assert other.json["text"] == cli("run", "nothing was left in their boats", "-m", llama, *OPTIONS).json["text"]
+    assert file.read_bytes() == written
+
+
+def test_places_that_cannot_hold_a_file(cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for place in (tmp_path, tmp_path / "absent" / "a.ctx"):
+        cli.refuses(4, "names no file", "run", PROMPT, "-m", llama, "--prompt-cache", place)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        cli.refuses(4, "read-only", "run", PROMPT, "-m", llama, "--prompt-cache", tmp_path / "a.ctx")
+    (tmp_path / "b.ctx").write_text("{}")
+    cli.refuses(4, "truncated or damaged", "run", PROMPT, "-m", llama, "--prompt-cache", tmp_path / "b.ctx")
+
+
+def test_the_answer_comes_although_saving_fails(cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise SavedContextError("the disk is full")
+
+    monkeypatch.setattr(GriffinModel, "save_context", full)
+    outcome = cli("run", PROMPT, "-m", llama, *OPTIONS, "--prompt-cache", tmp_path / "a.ctx")
+    assert (outcome.code, outcome.err) == (4, "griffin-offload: error: the disk is full\n")
+    assert outcome.json["generated_tokens"] == 8
