@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 from griffin_offload import GriffinModel
 from griffin_offload.demo import demo_directory
 from griffin_offload.evaluation.samples import Sample
-from griffin_offload.evaluation.simulation import Score, prompt_prior, simulate
+from griffin_offload.evaluation.scoring import Scores
+from griffin_offload.evaluation.simulation import prompt_prior, simulate
 from griffin_offload.evaluation.windows import SEPARATOR, first_tokens, take_windows, tokenize
 from griffin_offload.method.variant import Variant
 
@@ -106,12 +107,12 @@ def measure_prior(model: GriffinModel, args: argparse.Namespace) -> list[Tensor]
     return prompt_prior(model, [Sample(ids, 256) for ids in windows])
 
 
-def nll(scores: Sequence[Score]) -> list[float]:
+def nll(scores: Sequence[Scores]) -> list[float]:
     """Of each window."""
     return [-float(score.log_probs.double().mean()) for score in scores]
 
 
-def row_of(name: str, density: float, scores: list[Score], full: list[Score], base: list[Score]) -> Row:
+def row_of(name: str, density: float, scores: list[Scores], full: list[Scores], base: list[Scores]) -> Row:
     own = nll(scores)
     changes = [ours - theirs for ours, theirs in zip(own, nll(base), strict=True)]
     return Row(
@@ -133,16 +134,16 @@ def measure(model: GriffinModel, args: argparse.Namespace, prior: list[Tensor]) 
     tokens = args.prompt_tokens + args.generate_tokens + 1
     windows = cut(model, documents_of(args.text), tokens, args.windows, args.window_start)
     samples = [Sample(ids, args.prompt_tokens, args.prompt_tokens + 1) for ids in windows]
-    names = {(name, density): Variant(density=density, **VARIANTS[name]) for density in DENSITIES for name in VARIANTS}
-    scores: dict[Variant | None, dict[int, Score]] = {}
-    for score in simulate(model, samples, list(names.values()), prior=prior):
-        scores.setdefault(score.variant, {})[score.sample] = score
-    in_order = {variant: [found[i] for i in range(len(samples))] for variant, found in scores.items()}
-    rows = [
-        row_of(name, density, in_order[variant], in_order[None], in_order[names[BASE, density]])
-        for (name, density), variant in names.items()
-    ]
-    return math.exp(statistics.mean(nll(in_order[None]))), rows
+    variants = {
+        (name, density): Variant(density=density, **VARIANTS[name]) for density in DENSITIES for name in VARIANTS
+    }
+    simulated = simulate(model, samples, list(variants.values()), prior=prior)
+    full = [sample.full for sample in simulated]
+    scores = dict(
+        zip(variants, (list(row) for row in zip(*(sample.variants for sample in simulated), strict=True)), strict=True)
+    )
+    rows = [row_of(name, density, own, full, scores[BASE, density]) for (name, density), own in scores.items()]
+    return math.exp(statistics.mean(nll(full))), rows
 
 
 def table(rows: Sequence[Row]) -> str:

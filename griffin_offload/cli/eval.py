@@ -58,8 +58,8 @@ def perplexity(arguments: argparse.Namespace) -> int:
     model = _load(arguments, checkpoint, max(prompts) + max(generates))
     rows: list[Row] = []
     for (p, g), windows in sizes.items():
-        with _Bar(model, f"{p} + {g} tokens", quiet=arguments.quiet):
-            rows += measure(model, windows, p, variants)
+        with _Bar(f"{p} + {g} tokens", quiet=arguments.quiet) as bar:
+            rows += measure(model, windows, p, variants, bar.step)
     print(json.dumps([row.to_json() for row in rows]) if arguments.json else "\n".join(_lines(rows)))
     return 0
 
@@ -98,7 +98,7 @@ def _variants(arguments: argparse.Namespace) -> "list[Variant]":
         raise UsageError(f"cannot read the densities {arguments.density!r}: numbers from 0 to 1, 0.75,0.5") from None
     from griffin_offload.method.variant import Variant
 
-    return [Variant(method, density) for method, density in product(methods, densities)]
+    return [Variant(density, method) for method, density in product(methods, densities)]
 
 
 def _numbers(text: str) -> list[int]:
@@ -133,18 +133,18 @@ def _lines(rows: "list[Row]") -> list[str]:
 class _Bar:
     """Layers of all passes over the windows of one size, on stderr if that is a terminal."""
 
-    def __init__(self, model: "GriffinModel", size: str, *, quiet: bool) -> None:
+    def __init__(self, size: str, *, quiet: bool) -> None:
         from tqdm import tqdm
 
         self._bar = tqdm(desc=size, unit="layer", leave=False, disable=quiet or None, file=sys.stderr)
-        model.progress = self._step
 
-    def _step(self, done: int, layers: int) -> None:
+    def step(self, done: int, layers: int) -> None:
+        """So many layers are done, of so many."""
         self._bar.total = layers
         self._bar.update(done - self._bar.n)
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> "_Bar":
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()

@@ -12,41 +12,34 @@ from griffin_offload.errors import UsageError
 @dataclass(frozen=True)
 class Sample:
     """`ids` [N]. The first `prompt_tokens` pass the full model and choose neurons, those behind them pass through the
-    chosen ones, and the last is only predicted. Tokens from `scored_from` on are scored; None: those behind the prompt,
-    of which the first one is predicted by the prompt itself, and therefore by the full model."""
+    chosen ones, and the last is only predicted. Log-probabilities are wanted of the tokens from `scored_from` on."""
 
     ids: Tensor
     prompt_tokens: int
-    scored_from: int | None = None
+    scored_from: int
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt_tokens < self.ids.numel():
             raise UsageError(f"a sample of {self.ids.numel()} tokens cannot have a prompt of {self.prompt_tokens}")
-        if not 1 <= self.first_scored < self.ids.numel():
-            raise UsageError(
-                f"a sample of {self.ids.numel()} tokens cannot be scored from token {self.first_scored} on"
-            )
+        if not 1 <= self.scored_from < self.ids.numel():
+            raise UsageError(f"a sample of {self.ids.numel()} tokens cannot be scored from token {self.scored_from} on")
+
+    @classmethod
+    def generation(cls, prompt: Tensor, continuation: Tensor) -> "Sample":
+        """What `generate` would do: the first token of `continuation` [G] is the full model's, the others are
+        predicted through the neurons that `prompt` [P] chose."""
+        _not_empty(prompt, continuation)
+        return cls(torch.cat([prompt, continuation]).cpu(), prompt.numel(), prompt.numel())
 
     @classmethod
     def classification(cls, context: Tensor, continuation: Tensor) -> "Sample":
         """The paper's mode for a single forward ("class"): all input tokens but the last choose, and only the last one
         passes through the chosen neurons. All tokens of `continuation` are scored."""
-        if context.numel() < 1 or continuation.numel() < 1:
-            found = f"a context of {context.numel()} tokens and a continuation of {continuation.numel()}"
-            raise UsageError(f"{found}: at least 1 each")
+        _not_empty(context, continuation)
         ids = torch.cat([context, continuation]).cpu()
         if ids.numel() < 3:
             raise UsageError("one context token and one to predict: there is none that could choose neurons, give 2")
         return cls(ids, ids.numel() - 2, context.numel())
-
-    @property
-    def first_scored(self) -> int:
-        return self.prompt_tokens if self.scored_from is None else self.scored_from
-
-    @property
-    def targets(self) -> Tensor:
-        """The scored tokens [G]."""
-        return self.ids[self.first_scored :]
 
     @property
     def input_tokens(self) -> int:
@@ -54,7 +47,14 @@ class Sample:
 
     @property
     def scored_tokens(self) -> int:
-        return self.ids.numel() - self.first_scored
+        return self.ids.numel() - self.scored_from
+
+
+def _not_empty(prompt: Tensor, continuation: Tensor) -> None:
+    if prompt.numel() < 1 or continuation.numel() < 1:
+        raise UsageError(
+            f"a prompt of {prompt.numel()} tokens and a continuation of {continuation.numel()}: at least 1"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Batch:
     def scored_columns(self, row: int) -> slice:
         """The columns whose outputs predict the scored tokens of sample `row`."""
         sample = self.samples[row]
-        first = self.prompt_columns - sample.prompt_tokens + sample.first_scored - 1
+        first = self.prompt_columns - sample.prompt_tokens + sample.scored_from - 1
         return slice(first, first + sample.scored_tokens)
 
 

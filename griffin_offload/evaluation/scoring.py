@@ -5,7 +5,8 @@ Logits exist for a few positions at a time. V vocabulary, G scored tokens.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from griffin_offload.errors import UnsupportedModel
 
 
-class Figures(NamedTuple):
-    """Of one sample under one variant, float32 [G] each, in host memory."""
+@dataclass(frozen=True)
+class Scores:
+    """One sample under one variant, a number for each of its G scored tokens, in host memory."""
 
     log_probs: Tensor
-    """Of the tokens that really follow, natural logarithm."""
+    """float32, natural logarithm."""
     kl: Tensor
-    """KL(full || variant) of the prediction, in nats."""
+    """KL(full model || variant) of the prediction, in nats."""
     agrees: Tensor
-    """1 where the first choice is the full model's."""
+    """bool: the most likely token is the full model's."""
     greedy: Tensor
-    """1 where the first choice is the token that really follows."""
+    """bool: the token itself is the most likely one."""
+    activation_kept: float
+    """Share of s^2 / S that the chosen neurons hold, mean over layers."""
 
 
 def stack_of(model: Any, decoder: nn.ModuleList) -> nn.Module:
@@ -60,10 +64,10 @@ def stock_head(model: Any, stack: nn.Module) -> Iterator[Callable[[Tensor], Tens
 
 
 def score_rows(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, positions_at_once: int
-) -> list[Figures]:
-    """Figures of one sample: `hidden` is [1 + variants, G, H], the full model first; `targets` [G]."""
-    columns: list[list[Figures]] = [[] for _ in hidden]
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, kept: list[float], positions_at_once: int
+) -> list[Scores]:
+    """Scores of one sample: `hidden` is [1 + variants, G, H], the full model first; `targets` [G]; `kept` of each."""
+    columns: list[list[tuple[Tensor, ...]]] = [[] for _ in hidden]
     for start in range(0, targets.numel(), positions_at_once):
         part = slice(start, start + positions_at_once)
         full = head(hidden[0, part]).float().log_softmax(-1)
@@ -71,16 +75,16 @@ def score_rows(
         for row in range(1, hidden.shape[0]):
             own = head(hidden[row, part]).float().log_softmax(-1)
             columns[row].append(_compare(full, own, targets[part]))
-    return [Figures(*(torch.cat(parts) for parts in zip(*chunks, strict=True))) for chunks in columns]
+    found = []
+    for chunks, share in zip(columns, kept, strict=True):
+        log_probs, kl, agrees, greedy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        found.append(Scores(log_probs, kl, agrees, greedy, share))
+    return found
 
 
-def _compare(full: Tensor, own: Tensor, targets: Tensor) -> Figures:
-    """Of a few positions; `full` and `own` are log-softmaxed [N, V]."""
+def _compare(full: Tensor, own: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """(log-probabilities, KL, agreement, greedy) of a few positions; `full` and `own` are log-softmaxed [N, V]."""
     best = own.argmax(-1)
-    kl = (
-        torch.zeros(targets.numel(), device=own.device)
-        if own is full
-        else (full.exp() * (full - own)).sum(-1).clamp(min=0)
-    )
+    kl = torch.zeros(targets.numel(), device=own.device) if own is full else (full.exp() * (full - own)).sum(-1)
     found = own.gather(-1, targets[:, None])[:, 0], kl, best == full.argmax(-1), best == targets
-    return Figures(*(tensor.float().cpu() for tensor in found))
+    return tuple(tensor.cpu() for tensor in found)

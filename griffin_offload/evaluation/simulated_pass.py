@@ -64,8 +64,7 @@ class SimulatedPass:
         self.sums: list[Tensor] | None = [] if keep else None
         """s^2 [R, F] of each layer."""
         self._shares: list[list[Tensor]] = [[] for _ in range(mask.shape[0])]
-        assert layers.source is not None, "all layers are streamed"
-        self._stream = LayerStream(layers.source, list(layers.compact), layers.stream)
+        self._stream = LayerStream(layers.source, list(layers.compact), layers.stream) if layers.source else None
         self._full: list[Tensor] = []
         self._rows = slice(0, 0)
         self._position = 0
@@ -75,7 +74,7 @@ class SimulatedPass:
 
     @property
     def peak_in_flight_bytes(self) -> int:
-        return self._stream.peak_in_flight_bytes
+        return self._stream.peak_in_flight_bytes if self._stream else 0
 
     def activation_kept(self) -> list[float]:
         """Of each row, the share of s^2 / S that the chosen neurons hold, mean over layers; waits for the device."""
@@ -92,7 +91,8 @@ class SimulatedPass:
 
     def _begin(self) -> None:
         self._end_hooks()  # of a pass whose end was interrupted
-        self._stream.__enter__()
+        if self._stream is not None:
+            self._stream.__enter__()
         for index, (layer, block) in enumerate(zip(self._layers.decoder, self._layers.blocks, strict=True)):
             if not block.inline:
                 block.module.forward = Chunked(block.module.forward, self._layers.ff_chunk_tokens)
@@ -113,7 +113,8 @@ class SimulatedPass:
     def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end_hooks()
         self._layers.install_compact()
-        self._stream.__exit__(kind, error, trace)
+        if self._stream is not None:
+            self._stream.__exit__(kind, error, trace)
 
     def _end_hooks(self) -> None:
         for layer in self._layers.decoder:
@@ -123,8 +124,12 @@ class SimulatedPass:
 
     def _layer_starts(self, index: int, *_: Any) -> None:
         block = self._layers.blocks[index]
-        self._full = self._stream.acquire(index)
-        block.install_full(self._full)
+        if index in self._layers.compact:
+            assert self._stream is not None
+            self._full = self._stream.acquire(index)
+            block.install_full(self._full)
+        else:
+            self._full = block.full() if block.precision == "none" else []
         self._layer_sums = []
 
     def _rows_start(self, index: int, rows: slice) -> None:
@@ -169,8 +174,10 @@ class SimulatedPass:
                 own.mul_(choice.kept)
 
     def _layer_ends(self, index: int, *_: Any) -> None:
-        self._layers.blocks[index].install_compact(self._layers.compact[index])
-        self._stream.release()
+        if index in self._layers.compact:
+            assert self._stream is not None
+            self._layers.blocks[index].install_compact(self._layers.compact[index])
+            self._stream.release()
         self._full = []
         if self.sums is not None:
             self.sums.append(torch.cat(self._layer_sums))

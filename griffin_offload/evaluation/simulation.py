@@ -10,61 +10,56 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from griffin_offload.config import WEIGHT_NORMS
 from griffin_offload.errors import BudgetExceeded, DoesNotFit, UsageError, one_line
 from griffin_offload.evaluation.choices import Choices, Counts, Prior
 from griffin_offload.evaluation.samples import Batch, Sample, columns_of
-from griffin_offload.evaluation.scoring import score_rows, stack_of, stock_head
+from griffin_offload.evaluation.scoring import Scores, score_rows, stack_of, stock_head
 from griffin_offload.evaluation.simulated_pass import SimulatedPass
 from griffin_offload.evaluation.size import PassSize, Sizer
 from griffin_offload.method.variant import Variant, distribution, global_counts
 from griffin_offload.runtime.model import GriffinModel
+from griffin_offload.runtime.prefill import Progress
 from griffin_offload.runtime.threads import limited_threads
 
 
 @dataclass(frozen=True)
-class Score:
-    """One sample under one variant (None: the full model); float32 [G] each, in host memory."""
+class Simulated:
+    """One sample: the full model, and each variant in the order they were given."""
 
-    sample: int
-    variant: Variant | None
-    log_probs: Tensor
-    """Of the tokens that really follow."""
-    kl: Tensor
-    """KL(full || variant) in nats."""
-    agrees: Tensor
-    """1 where both have the same first choice."""
-    greedy: Tensor
-    """1 where the first choice is the token that really follows."""
-    activation_kept: float
-    """Share of s^2 / S of the prompt that the chosen neurons hold, mean over layers."""
+    full: Scores
+    variants: tuple[Scores, ...]
 
 
 def simulate(
-    model: GriffinModel, samples: Sequence[Sample], variants: Sequence[Variant], *, prior: Prior | None = None
-) -> Iterator[Score]:
-    """Scores of every sample under the full model and every variant, in this order, as passes are ready; samples come
-    as passes take them.
+    model: GriffinModel,
+    samples: Sequence[Sample],
+    variants: Sequence[Variant],
+    *,
+    prior: Prior | None = None,
+    progress: Progress | None = None,
+) -> list[Simulated]:
+    """Score every sample by the full model and by every variant, each sample with neurons of its own.
 
-    Each sample has neurons of its own. Full layers are streamed in the precision they are stored in; attention, norms
-    and head are the residents, in theirs. Which neurons are resident does not matter, and stays as it was. `model` has
-    to stream all its layers (`always_stream=True`, or a density below 1); its `progress` is called with (layers done,
-    layers in all) over all passes. `prior` is for variants that fuse with one. Raises UsageError for samples or
-    variants that cannot be used, DoesNotFit when one sample alone needs more than the budget.
+    Full layers are streamed in the precision they are stored in; attention, norms and head are the residents, in
+    theirs. Which neurons are resident does not matter, and stays as it was. `prior` is for variants that fuse with one.
+    `progress` is called with (layers done, layers in all), over all passes. Raises UsageError for samples or variants
+    that cannot be used, DoesNotFit when one sample alone needs more than the budget.
     """
-    simulation = _Simulation(model, variants, prior)
-    for group in simulation.groups(samples):
-        with _running(model):
-            scores = simulation.scores(group)
-        yield from scores
+    found: dict[int, Simulated] = {}
+    with _running(model, variants, prior, progress) as simulation:
+        for group in simulation.groups(samples):
+            found |= zip(group.places, simulation.scores(group), strict=True)
+    return [found[place] for place in range(len(samples))]
 
 
-def prompt_prior(model: GriffinModel, samples: Sequence[Sample]) -> list[Tensor]:
+def prompt_prior(model: GriffinModel, samples: Sequence[Sample], *, progress: Progress | None = None) -> list[Tensor]:
     """g^2 [F] of each layer, the mean of s^2 / S over the prompts of `samples`, for `simulate`."""
-    simulation, totals = _Simulation(model, (), None), list[Tensor]()
-    for group in simulation.groups([_prompt_of(sample) for sample in samples]):
-        with _running(model):
+    totals: list[Tensor] = []
+    with _running(model, (), None, progress) as simulation:
+        for group in simulation.groups([_prompt_of(sample) for sample in samples]):
             sums = [distribution(layer).sum(0) for layer in simulation.statistics(group)]
-        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+            totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
     return [layer / len(samples) for layer in totals]
 
 
@@ -78,12 +73,14 @@ class _Group:
 
 
 @contextlib.contextmanager
-def _running(model: GriffinModel) -> Iterator[None]:
-    """Alone on the model; what was computed inside is checked against the budget afterwards."""
-    loaded = model.engine.loaded
+def _running(
+    model: GriffinModel, variants: Sequence[Variant], prior: Prior | None, progress: Progress | None
+) -> Iterator["_Simulation"]:
+    """A simulation that is alone on the model; what was computed inside is checked against the budget afterwards."""
+    loaded, simulation = model.engine.loaded, _Simulation(model, variants, prior, progress)
     try:
         with model.engine.alone(), loaded.ledger.measuring(), limited_threads(loaded.threads), torch.no_grad():
-            yield
+            yield simulation
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(f"the device ran out of memory: {one_line(error)}") from error
     if loaded.ledger.peak_bytes > model.plan.budget_bytes:
@@ -94,13 +91,15 @@ def _running(model: GriffinModel) -> Iterator[None]:
 class _Simulation:
     """Passes of one loaded model."""
 
-    def __init__(self, model: GriffinModel, variants: Sequence[Variant], prior: Prior | None) -> None:
-        if len(model.plan.streamed) != len(model.plan.kept):
-            raise UsageError("the simulation visits every layer in full: load the model with always_stream=True")
-        engine = self._engine = model.engine
-        self._model, self._device, self._shape = model.model, model.device, engine.shape
+    def __init__(
+        self, model: GriffinModel, variants: Sequence[Variant], prior: Prior | None, progress: Progress | None
+    ) -> None:
+        engine = model.engine
+        self._model, self._device, self._plan = model.model, model.device, model.plan
         self._layers, self._ledger = engine.loaded.layers, engine.loaded.ledger
-        self._variants, self._choices = variants, Choices(self._layers, variants, prior)
+        self._shape, self._progress = engine.shape, progress
+        self._choices = Choices(self._layers, variants, prior)
+        self._check_stored(variants)
         self._stack = stack_of(self._model, self._layers.decoder)
         self._sizer = Sizer(
             engine.shape,
@@ -111,6 +110,14 @@ class _Simulation:
             sample_tables=1 if self._choices.global_densities or not variants else 0,
         )
         self._layers_done = self._layers_in_all = 0
+
+    def _check_stored(self, variants: Sequence[Variant]) -> None:
+        dense = len(self._layers.decoder) > len(self._layers.compact)
+        if dense and self._shape.precision != "none" and any(v.selection in WEIGHT_NORMS for v in variants):
+            raise UsageError(
+                f"selection by norms needs the stored weights, and {self._plan.precision} ones are resident: load with "
+                "a density below 1 or always_stream=True"
+            )
 
     def groups(self, samples: Sequence[Sample]) -> list[_Group]:
         """The samples of each pass: as many as fit, of similar lengths."""
@@ -140,19 +147,20 @@ class _Simulation:
             raise self._sizer.refuse(columns_of(samples[:1]))
         return size
 
-    def scores(self, group: _Group) -> list[Score]:
-        """Scores of every sample of a pass."""
+    def scores(self, group: _Group) -> list[Simulated]:
+        """Scores of every sample of a pass, in its order."""
         self._choices.start(self._global_counts(group))
-        batch, each, found = Batch.of(group.samples), self._choices.rows_per_sample, []
+        batch, variants = Batch.of(group.samples), self._choices.rows_per_sample
         with self._holding(group.size):
             hidden, kept = self._forward(batch, group.size)
+            found = []
             with stock_head(self._model, self._stack) as head:
-                for position, (place, sample) in enumerate(zip(group.places, group.samples, strict=True)):
-                    rows = slice(position * each, (position + 1) * each)
-                    own, targets = hidden[rows, batch.scored_columns(position)], sample.targets.to(self._device)
-                    figures = score_rows(head, own, targets, group.size.positions_at_once)
-                    rowwise = zip((None, *self._variants), figures, kept[rows], strict=True)
-                    found += [Score(place, variant, *row, activation_kept=share) for variant, row, share in rowwise]
+                for row, sample in enumerate(batch.samples):
+                    rows = slice(row * variants, (row + 1) * variants)
+                    targets = sample.ids[sample.scored_from :].to(self._device)
+                    own = hidden[rows, batch.scored_columns(row)]
+                    full, *others = score_rows(head, own, targets, kept[rows], group.size.positions_at_once)
+                    found.append(Simulated(full, tuple(others)))
         return found
 
     def statistics(self, group: _Group) -> list[Tensor]:
@@ -215,8 +223,8 @@ class _Simulation:
 
     def _layer_done(self, done: int, _: int) -> None:
         self._layers_done += 1
-        if self._engine.progress is not None:
-            self._engine.progress(self._layers_done, self._layers_in_all)
+        if self._progress is not None:
+            self._progress(self._layers_done, self._layers_in_all)
 
 
 def _prompt_of(sample: Sample) -> Sample:

@@ -30,8 +30,8 @@ _LEAST_SHARE, _LARGEST_SHARE = 0.2, 0.9
 class Variant:
     """One way to choose neurons from a prompt, and to compute without the others."""
 
-    selection: SelectionMethod
     density: float
+    selection: SelectionMethod = "topk"
     prior: Fusion | None = None
     """How s is fused with g: the mean of their ranks (GLASS, arXiv 2508.14302), or sqrt(s^2 / S + g^2)."""
     prior_share: float = 0.5

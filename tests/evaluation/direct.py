@@ -1,39 +1,16 @@
 """Simulated generation written again, plainly: a dense transformers model, one sample, hooks on the down projections.
 
-Names of projections are written here by hand, independently of the package. Beside it, what tests of the package's
-own simulation share.
+Independent of the package: names of projections are written here by hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from reference import dense_forward, magnitude_float64, select_direct, statistic_float64
 from torch import Tensor
 from transformers import PreTrainedModel
-
-from griffin_offload import GriffinModel
-from griffin_offload.evaluation.samples import Sample
-from griffin_offload.evaluation.simulation import Score, simulate
-from griffin_offload.method.variant import Variant
-
-
-def scores_of(
-    model: GriffinModel, samples: Sequence[Sample], *variants: Variant, prior: Sequence[Tensor] | None = None
-) -> list[list[Score]]:
-    """The package's simulation by sample: the full model's score, then each variant's."""
-    found: list[list[Score]] = [[] for _ in samples]
-    for score in simulate(model, samples, variants, prior=prior):
-        found[score.sample].append(score)
-    assert all([score.variant for score in scores] == [None, *variants] for scores in found)
-    return found
-
-
-def sample_of(prompt: Tensor, continuation: Tensor) -> Sample:
-    """A prompt [P] and what follows it [G], of which all is scored."""
-    return Sample(torch.cat([prompt, continuation]), prompt.numel())
-
 
 Weights = Callable[[int], tuple[Tensor, Tensor | None, Tensor]]
 """(up [F, H], gate [F, H] or None, down [H, F]) of a layer."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation.direct import gated, kept_by, plain, sample_of, scores_of, simulated_directly
+from evaluation.direct import gated, kept_by, plain, simulated_directly
 from reference import dense_forward, statistic_float64
 from tiny_models import ARCHITECTURES, VOCAB
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from griffin_offload import GriffinModel
 from griffin_offload.demo import PROMPT, demo_directory
 from griffin_offload.evaluation.samples import Sample
-from griffin_offload.evaluation.simulation import prompt_prior
+from griffin_offload.evaluation.simulation import prompt_prior, simulate
 from griffin_offload.method.variant import Variant
 
 WEIGHTS = {"llama2": gated, "gemma": gated, "opt": plain}
@@ -38,17 +38,17 @@ def test_class_mode(checkpoints, name: str, selection: str):
     model, dense = _both(checkpoints(name), ctx_size=64)
     pairs = [(_ids(20, 1), _ids(1, 2)), (_ids(7, 3), _ids(3, 4)), (_ids(6, 5), _ids(2, 6)), (_ids(30, 7), _ids(4, 8))]
     samples = [Sample.classification(context, answer) for context, answer in pairs]
-    found = scores_of(model, samples, Variant(selection, 0.5))
+    found = simulate(model, samples, [Variant(0.5, selection)])
     kept = kept_by(selection, 0.5, WEIGHTS[name](dense))
     for (context, answer), scores in zip(pairs, found, strict=True):
         ids = torch.cat([context, answer])[:-1]
         for own, expected in (
-            (scores[0], dense_forward(dense, ids[None])[0].log_softmax(-1)),
-            (scores[1], simulated_directly(dense, ARCHITECTURES[name].down, ids, len(ids) - 1, kept)),
+            (scores.full, dense_forward(dense, ids[None])[0].log_softmax(-1)),
+            (scores.variants[0], simulated_directly(dense, ARCHITECTURES[name].down, ids, len(ids) - 1, kept)),
         ):
             log_probs = expected[len(context) - 1 :].gather(-1, answer[:, None])[:, 0]
             torch.testing.assert_close(own.log_probs, log_probs, **CLOSE)
-        changed = scores[1].log_probs != scores[0].log_probs
+        changed = scores.variants[0].log_probs != scores.full.log_probs
         assert changed[-1]
         assert not changed[:-1].any()
 
@@ -58,14 +58,14 @@ def test_class_mode(checkpoints, name: str, selection: str):
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_generation(checkpoints, name: str, selection: str, compensate: bool):
     model, dense = _both(checkpoints(name), ctx_size=64)
-    samples = [sample_of(_ids(tokens, tokens), _ids(9, 1)) for tokens in (21, 1, 13)]
-    found = scores_of(model, samples, Variant(selection, 0.25, compensate=compensate), Variant("topk", 0.25))
+    samples = [Sample.generation(_ids(tokens, tokens), _ids(9, 1)) for tokens in (21, 1, 13)]
+    found = simulate(model, samples, [Variant(0.25, selection, compensate=compensate), Variant(0.25)])
     kept = kept_by(selection, 0.25, WEIGHTS[name](dense))
     for sample, scores in zip(samples, found, strict=True):
         ids, prompt = sample.ids[:-1], sample.prompt_tokens
         expected = simulated_directly(dense, ARCHITECTURES[name].down, ids, prompt, kept, compensate=compensate)
         log_probs = expected[prompt - 1 :].gather(-1, sample.ids[prompt:, None])[:, 0]
-        torch.testing.assert_close(scores[1].log_probs, log_probs, **CLOSE)
+        torch.testing.assert_close(scores.variants[0].log_probs, log_probs, **CLOSE)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -74,15 +74,15 @@ def test_trained_weights(selection: str):
     path = demo_directory()
     model, dense = _both(path, dtype="float32", ctx_size=128)
     ids = torch.tensor(AutoTokenizer.from_pretrained(path)(PROMPT).input_ids)
-    samples = [sample_of(ids[:50], ids[50:]), Sample.classification(ids[:60], ids[60:63])]
-    found = scores_of(model, samples, Variant(selection, 0.5))
+    samples = [Sample.generation(ids[:50], ids[50:]), Sample.classification(ids[:60], ids[60:63])]
+    found = simulate(model, samples, [Variant(0.5, selection)])
     kept = kept_by(selection, 0.5, gated(dense))
     for sample, scores in zip(samples, found, strict=True):
         expected = simulated_directly(
             dense, "model.layers.{i}.mlp.down_proj", sample.ids[:-1], sample.prompt_tokens, kept
         )
-        log_probs = expected[sample.first_scored - 1 :].gather(-1, sample.ids[sample.first_scored :, None])[:, 0]
-        torch.testing.assert_close(scores[1].log_probs, log_probs, atol=1e-4, rtol=1e-4)
+        log_probs = expected[sample.scored_from - 1 :].gather(-1, sample.ids[sample.scored_from :, None])[:, 0]
+        torch.testing.assert_close(scores.variants[0].log_probs, log_probs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", list(WEIGHTS))
@@ -90,7 +90,7 @@ def test_prior_is_the_mean_distribution_of_the_prompts(checkpoints, name: str):
     from reference import collect_z
 
     model, dense = _both(checkpoints(name), ctx_size=64)
-    samples = [sample_of(_ids(tokens, tokens), _ids(5, 1)) for tokens in (21, 4, 13)]
+    samples = [Sample.generation(_ids(tokens, tokens), _ids(5, 1)) for tokens in (21, 4, 13)]
     expected = [torch.zeros(ARCHITECTURES[name].neurons, dtype=torch.float64) for _ in range(3)]
     for sample in samples:
         prompt = sample.ids[: sample.prompt_tokens]
@@ -106,13 +106,13 @@ def test_global_allocation_and_fusion_choose_as_direct_code_does(checkpoints):
     model, dense = _both(checkpoints(name), ctx_size=64)
     weights, layers, neurons = gated(dense), 3, ARCHITECTURES[name].neurons
     prior = [torch.rand(neurons, generator=torch.Generator().manual_seed(layer)) / neurons for layer in range(layers)]
-    sample = sample_of(_ids(20), _ids(8, 1))
+    sample = Sample.generation(_ids(20), _ids(8, 1))
     variants = [
-        Variant("topk", 0.5, allocation="global"),
-        Variant("output_aware", 0.5, prior="rank", prior_share=0.3137),
-        Variant("topk", 0.5, prior="energy"),
+        Variant(0.5, allocation="global"),
+        Variant(0.5, "output_aware", prior="rank", prior_share=0.3137),
+        Variant(0.5, prior="energy"),
     ]
-    found = scores_of(model, [sample, sample], *variants, prior=prior)[1]
+    found = simulate(model, [sample, sample], variants, prior=prior)[1]
     from reference import collect_z
 
     prompt = sample.ids[:20]
@@ -136,7 +136,7 @@ def test_global_allocation_and_fusion_choose_as_direct_code_does(checkpoints):
     counts = [len(by_threshold(layer, prompt)) for layer in range(layers)]
     assert len(set(counts)) > 1
     assert all(0.2 <= count / neurons <= 0.9 for count in counts)
-    for scores, kept in zip(found[1:], (by_threshold, by_rank, by_energy), strict=True):
+    for scores, kept in zip(found.variants, (by_threshold, by_rank, by_energy), strict=True):
         expected = simulated_directly(dense, ARCHITECTURES[name].down, sample.ids[:-1], 20, kept)
         log_probs = expected[19:].gather(-1, sample.ids[20:, None])[:, 0]
         torch.testing.assert_close(scores.log_probs, log_probs, **CLOSE)

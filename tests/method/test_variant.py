@@ -39,7 +39,7 @@ def test_a_prior_alone_and_none_at_all_are_the_ends_of_fusion_by_rank():
     squared, prior = torch.rand(50, generator=_generator(0)), torch.rand(50, generator=_generator(1))
     ends = {0.0: squared, 1.0: prior}
     for share, alone in ends.items():
-        variant = Variant("topk", 0.4, prior="rank", prior_share=share)
+        variant = Variant(0.4, prior="rank", prior_share=share)
         chosen = choose(variant, squared, 20, _generator(0), prior=prior)
         assert torch.equal(chosen, alone.topk(20).indices.sort().values)
 
@@ -72,11 +72,11 @@ def test_global_counts(seed: int, density: float, neurons: int):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"selection": "topk", "density": 1.5}, "density is 1.5"),
+        ({"density": 1.5}, "density is 1.5"),
         ({"density": 0.5, "selection": "best"}, "selection is 'best'"),
         ({"density": 0.5, "selection": "random", "prior": "rank"}, "random has none"),
-        ({"selection": "topk", "density": 0.5, "prior": "rank", "prior_share": 2}, "prior_share is 2"),
-        ({"selection": "topk", "density": 0.5, "prior": "energy", "prior_share": 0.1}, "only fusion by rank"),
+        ({"density": 0.5, "prior": "rank", "prior_share": 2}, "prior_share is 2"),
+        ({"density": 0.5, "prior": "energy", "prior_share": 0.1}, "only fusion by rank"),
     ],
 )
 def test_what_cannot_be(options: dict, message: str):
