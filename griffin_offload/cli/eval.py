@@ -7,14 +7,17 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
+from griffin_offload.cli.options import add_memory_options, add_model_option, load_tokenizer, model_of, quiet_libraries
 from griffin_offload.config import EvalConfig, LoadConfig, SelectionMethod, WindowStart
 from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from griffin_offload.evaluation.perplexity import Row
     from griffin_offload.method.variant import Variant
     from griffin_offload.runtime.model import GriffinModel
+    from griffin_offload.weights.checkpoint import Checkpoint
 
 _DEFAULTS = EvalConfig()
 
@@ -48,28 +51,36 @@ def perplexity(arguments: argparse.Namespace) -> int:
     variants = _variants(arguments)
     quiet_libraries()
     from griffin_offload.evaluation.perplexity import measure
-    from griffin_offload.evaluation.windows import read_documents, take_windows
+    from griffin_offload.weights.checkpoint import open_checkpoint
 
-    model = _load(arguments, max(prompts) + max(generates))
-    documents = read_documents(arguments.text, model.tokenizer)
-    sizes = {
-        (p, g): take_windows(documents, p + g, arguments.windows, arguments.window_start)
-        for p, g in product(prompts, generates)
-    }
+    checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
+    sizes = _windows(arguments, checkpoint)  # before the model is loaded, which may take long
+    model = _load(arguments, checkpoint, max(prompts) + max(generates))
     rows: list[Row] = []
-    for (p, _), windows in sizes.items():
-        with _Bar(quiet=arguments.quiet) as bar:
+    for (p, g), windows in sizes.items():
+        with _Bar(f"{p} + {g} tokens", quiet=arguments.quiet) as bar:
             rows += measure(model, windows, p, variants, bar.step)
     print(json.dumps([row.to_json() for row in rows]) if arguments.json else "\n".join(_lines(rows)))
     return 0
 
 
-def _load(arguments: argparse.Namespace, ctx_tokens: int) -> "GriffinModel":
+def _windows(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[tuple[int, int], list[Tensor]]":
+    """Windows of every size (prompt, generated)."""
+    from griffin_offload.evaluation.windows import first_tokens, read_documents, take_windows, tokenize
+
+    texts = read_documents(arguments.text)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    documents, first = tokenize(texts, tokenizer), first_tokens(checkpoint.config, tokenizer)
+    return {
+        (p, g): take_windows(documents, p + g, arguments.windows, arguments.window_start, first)
+        for p, g in product(arguments.prompt_tokens, arguments.generate_tokens)
+    }
+
+
+def _load(arguments: argparse.Namespace, checkpoint: "Checkpoint", ctx_tokens: int) -> "GriffinModel":
     """Every layer passes in full, so no neuron need stay: the budget is for layers on their way and activations."""
     from griffin_offload.runtime.model import GriffinModel
-    from griffin_offload.weights.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
     names = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "seed", "threads", "offline")
     options = {name: getattr(arguments, name) for name in names}
     options |= {"quantize": checkpoint.precision, "density": 0.0, "always_stream": True}
@@ -120,12 +131,12 @@ def _lines(rows: "list[Row]") -> list[str]:
 
 
 class _Bar:
-    """Layers of all passes, on stderr if that is a terminal."""
+    """Layers of all passes over the windows of one size, on stderr if that is a terminal."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, size: str, *, quiet: bool) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(desc="layers", unit="layer", leave=False, disable=quiet or None, file=sys.stderr)
+        self._bar = tqdm(desc=size, unit="layer", leave=False, disable=quiet or None, file=sys.stderr)
 
     def step(self, done: int, layers: int) -> None:
         """So many layers are done, of so many."""

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.generation import PrefillBar, add_generation_options, sampling_of
-from griffin_offload.cli.options import add_model_options, add_run_options, load_options, model_of, quiet_libraries
+from griffin_offload.cli.options import (
+    add_model_options,
+    add_run_options,
+    load_options,
+    load_tokenizer,
+    model_of,
+    quiet_libraries,
+)
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.cli.prompt_cache import PromptCache
 from griffin_offload.config import LoadConfig
@@ -107,12 +114,7 @@ def _standard_input() -> str:
 
 
 def _tokenize(directory: Path, text: str, arguments: argparse.Namespace) -> "Tensor":
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers fail in many ways
-        raise CheckpointError(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
+    tokenizer = load_tokenizer(directory)
     templated = tokenizer.chat_template is not None and not arguments.raw
     if arguments.system is not None and not templated:
         raise UsageError("--system needs a chat template: this model has none, or --raw turned it off")

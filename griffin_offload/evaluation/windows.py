@@ -1,6 +1,6 @@
 """Windows of a text: where prompts and their continuations are cut."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,37 @@ SEPARATOR = "<|endoftext|>"
 """Between the documents of a text file."""
 
 
-def read_documents(path: Path, tokenizer: Any) -> list[list[int]]:
-    """Token ids of every document; UsageError for a file that cannot be read."""
+def read_documents(path: Path) -> list[str]:
+    """The documents of a text file; UsageError for a file that cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise UsageError(f"cannot read the text {path}: {error}") from error
     pieces = [piece.strip() for piece in text.split(SEPARATOR)]
-    return [tokenizer(piece)["input_ids"] for piece in pieces if piece]
+    return [piece for piece in pieces if piece]
 
 
-def take_windows(documents: list[list[int]], tokens: int, count: int, start: WindowStart) -> list[Tensor]:
-    """`count` windows of `tokens` ids: spread evenly over the text, or at the starts of documents. UsageError, with the
-    numbers, when the text is too short."""
+def tokenize(documents: list[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of every document, without what a tokenizer puts around a text: windows are cut out of it."""
+    return [tokenizer(document, add_special_tokens=False)["input_ids"] for document in documents]
+
+
+def first_tokens(config: Any, tokenizer: Any) -> list[int]:
+    """What every window starts with: the BOS token for Gemma, which is lost without it, nothing for others, as in the
+    paper."""
+    return [tokenizer.bos_token_id] if config.model_type.startswith("gemma") else []
+
+
+def take_windows(
+    documents: list[list[int]], tokens: int, count: int, start: WindowStart, first: Sequence[int] = ()
+) -> list[Tensor]:
+    """`count` windows of `tokens` ids: spread evenly over the text, or at the starts of documents. Each begins with
+    `first`. UsageError, with the numbers, when the text is too short."""
+    taken = _cut(documents, tokens - len(first), count, start)
+    return [torch.cat([torch.tensor(first, dtype=torch.long), ids]) for ids in taken]
+
+
+def _cut(documents: list[list[int]], tokens: int, count: int, start: WindowStart) -> list[Tensor]:
     if start == "documents":
         found = [ids[:tokens] for ids in documents if len(ids) >= tokens][:count]
         if len(found) < count:

@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import pytest
+from tiny_models import BOS
+
+from griffin_offload.cli.main import build_parser
+from griffin_offload.config import EvalConfig
+from griffin_offload.evaluation.windows import take_windows
 
 KEYS = (
     "selection density prompt_tokens generate_tokens windows ppl_full ppl kl top1 activation_kept".split()  # noqa: SIM905
@@ -73,3 +78,57 @@ def test_bad_input(cli, llama: Path, text: Path, tmp_path: Path):
     refuses("1 or more", "--windows", 0)
     cli.refuses_usage("invalid", "eval", "ppl", "--text", text, "--prompt-tokens", "x")
     cli.refuses_usage("required", "eval", "ppl")
+
+
+def test_defaults_are_those_of_the_dataclass():
+    parsed, config = build_parser().parse_args(["eval", "ppl", "--text", "x"]), EvalConfig()
+    assert (parsed.prompt_tokens, parsed.generate_tokens) == ([config.prompt_tokens], [config.generate_tokens])
+    assert [float(density) for density in parsed.density.split(",")] == list(config.densities)
+    assert (parsed.selection, parsed.windows) == (config.selection, config.windows)
+    assert parsed.window_start == config.window_start
+
+
+def test_help_imports_no_torch_and_names_every_flag(process):
+    probe = "import sys; from griffin_offload.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print(\
+'torch' in sys.modules)"
+    outcome = process("-c", probe, "eval", "ppl", "--help")
+    assert outcome.out.splitlines()[-1] == "False"
+    flags = (
+        "--text --prompt-tokens --generate-tokens --density --selection --windows --window-start --max-gpu-mem --json"
+    )
+    assert set(flags.split()) <= set(outcome.out.replace("[", " ").split())
+
+
+def test_a_model_without_tokenizer_is_refused(cli, copy: Path, text: Path):
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    cli.refuses(4, "no tokenizer", "eval", "ppl", "-m", copy, "--device", "cpu", "--text", text)
+
+
+def test_a_budget_that_is_too_small(cli, llama: Path, text: Path):
+    sizes = ("--prompt-tokens", 8, "--generate-tokens", 8, "--windows", 2)
+    cli.refuses(3, "needs .* budget 300", "eval", "ppl", "-m", llama, "--max-mem", "300kB", "--device", "cpu",
+                "--text", text, *sizes)  # fmt: skip
+
+
+def test_windows():
+    documents = [list(range(100, 110)), [1, 2], list(range(200, 220))]
+    found = take_windows(documents, 6, 3, "even")
+    text = [token for ids in documents for token in ids]
+    assert [ids.tolist() for ids in found] == [text[:6], text[13:19], text[-6:]]
+    starts = take_windows(documents, 6, 2, "documents", first=[7])
+    assert [ids.tolist() for ids in starts] == [[7, 100, 101, 102, 103, 104], [7, 200, 201, 202, 203, 204]]
+
+
+def test_gemma_windows_begin_with_its_first_token(cli, checkpoints, text: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without BOS a trained Gemma is lost; other models get none."""
+    seen = {}
+    monkeypatch.setattr(
+        "griffin_offload.evaluation.perplexity.measure",
+        lambda model, windows, *_: seen.setdefault(model.model.config.model_type, windows) and [],
+    )
+    for name in ("gemma", "llama2"):
+        sizes = ("--prompt-tokens", 8, "--generate-tokens", 8, "--windows", 2, "--json")
+        assert cli("eval", "ppl", "-m", checkpoints(name), "--device", "cpu", "--text", text, *sizes).code == 0
+    assert all(ids[0] == BOS and ids.numel() == 16 for ids in seen["gemma"])
+    assert not any(BOS in ids for ids in seen["llama"])

@@ -1,5 +1,7 @@
 """The simulation against generation, against dense transformers, and what it leaves behind."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from reference import dense_forward
@@ -12,6 +14,7 @@ from griffin_offload.evaluation import size
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import simulate
 from griffin_offload.method.variant import Variant
+from griffin_offload.runtime.convert import convert
 
 NEW_TOKENS = 12
 LENGTHS = (40, 1, 23, 33)  # past the windows of gemma2, and a prompt of one token
@@ -19,7 +22,7 @@ HALF = Variant(0.5)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-def _load(path: object, **options: object) -> GriffinModel:
+def _load(path: Path, **options: object) -> GriffinModel:
     return GriffinModel.from_pretrained(
         path, **{"device": "cpu", "max_gpu_mem": "100MB", "density": 0.5, "ctx_size": 64, **options}
     )
@@ -248,3 +251,21 @@ def test_a_model_whose_layers_all_fit_is_simulated_as_well(checkpoints):
     quantised = _load(path, density=1.0, quantize="int8")
     with pytest.raises(UsageError, match="always_stream"):
         simulate(quantised, [sample], [Variant(0.5, "magnitude")])
+
+
+def test_progress_counts_the_layers_of_all_passes(checkpoints):
+    model, seen = _load(checkpoints("llama2")), []
+    sample = Sample.generation(_prompts()[0][0], _prompts()[2][0])
+    for variant in (HALF, Variant(0.5, allocation="global")):
+        simulate(model, [sample], [variant], progress=lambda done, layers: seen.append((done, layers)))
+    assert seen == [(1, 3), (2, 3), (3, 3), *((done, 6) for done in range(1, 7))]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_converted_checkpoints_are_simulated_in_their_precision(checkpoints, tmp_path: Path, precision: str):
+    """Quantised neurons are closed under gathering: the same numbers, masked or gathered."""
+    convert(checkpoints("llama2"), tmp_path / precision, precision)
+    model = _load(tmp_path / precision)
+    sample, log_probs = _generated(model, _prompts()[0])
+    found = simulate(model, [sample], [HALF, Variant(0.5, "magnitude"), Variant(0.5, "output_aware")])[0]
+    torch.testing.assert_close(found.variants[0].log_probs, log_probs, **CLOSE)
