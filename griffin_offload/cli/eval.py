@@ -13,7 +13,7 @@ from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
     from griffin_offload.evaluation.perplexity import Row
-    from griffin_offload.evaluation.simulation import Variant
+    from griffin_offload.method.variant import Variant
     from griffin_offload.runtime.model import GriffinModel
 
 _DEFAULTS = EvalConfig()
@@ -58,8 +58,8 @@ def perplexity(arguments: argparse.Namespace) -> int:
     }
     rows: list[Row] = []
     for (p, _), windows in sizes.items():
-        with _Bar(model, quiet=arguments.quiet):
-            rows += measure(model, windows, p, variants)
+        with _Bar(quiet=arguments.quiet) as bar:
+            rows += measure(model, windows, p, variants, bar.step)
     print(json.dumps([row.to_json() for row in rows]) if arguments.json else "\n".join(_lines(rows)))
     return 0
 
@@ -85,9 +85,9 @@ def _variants(arguments: argparse.Namespace) -> "list[Variant]":
         densities = [float(part) for part in arguments.density.split(",")]
     except ValueError:
         raise UsageError(f"cannot read the densities {arguments.density!r}: numbers from 0 to 1, 0.75,0.5") from None
-    from griffin_offload.evaluation.simulation import Variant
+    from griffin_offload.method.variant import Variant
 
-    return [Variant(method, density) for method, density in product(methods, densities)]
+    return [Variant(density, method) for method, density in product(methods, densities)]
 
 
 def _numbers(text: str) -> list[int]:
@@ -120,16 +120,20 @@ def _lines(rows: "list[Row]") -> list[str]:
 
 
 class _Bar:
-    """Layers of all passes, on stderr if that is a terminal; how many passes there will be, the budget decides."""
+    """Layers of all passes, on stderr if that is a terminal."""
 
-    def __init__(self, model: "GriffinModel", *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool) -> None:
         from tqdm import tqdm
 
         self._bar = tqdm(desc="layers", unit="layer", leave=False, disable=quiet or None, file=sys.stderr)
-        model.progress = lambda done, layers: self._bar.update(1) and None
 
-    def __enter__(self) -> None:
-        pass
+    def step(self, done: int, layers: int) -> None:
+        """So many layers are done, of so many."""
+        self._bar.total = layers
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> "_Bar":
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()

@@ -1,1 +1,1 @@
-"""Floor 6: measuring what pruning costs, on texts."""
+"""Floor 5: measuring what the method costs in quality."""

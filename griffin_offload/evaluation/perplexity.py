@@ -1,14 +1,18 @@
 """Perplexity of generation: what pruning by the prompt costs on the text that follows it (paper, figure 5)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from griffin_offload.evaluation.simulation import Sample, Score, Variant, simulate
+from griffin_offload.evaluation.samples import Sample
+from griffin_offload.evaluation.scoring import Scores
+from griffin_offload.evaluation.simulation import simulate
+from griffin_offload.method.variant import Variant
 from griffin_offload.runtime.model import GriffinModel
+from griffin_offload.runtime.prefill import Progress
 
 
 @dataclass(frozen=True)
@@ -38,31 +42,35 @@ class Row:
 
 
 def measure(
-    model: GriffinModel, windows: Sequence[Tensor], prompt_tokens: int, variants: Sequence[Variant]
-) -> Iterator[Row]:
-    """A row per variant; `windows` are ids [P + G] of one size."""
-    samples = [Sample(ids, prompt_tokens) for ids in windows]
-    scores: dict[Variant | None, list[Score]] = {}
-    for score in simulate(model, samples, variants):
-        scores.setdefault(score.variant, []).append(score)
-    full = _perplexity(scores[None])
-    for variant in variants:
-        own = scores[variant]
-        yield Row(
+    model: GriffinModel,
+    windows: Sequence[Tensor],
+    prompt_tokens: int,
+    variants: Sequence[Variant],
+    progress: Progress | None = None,
+) -> list[Row]:
+    """A row per variant; `windows` are ids [P + G] of one size. `progress` is called with (layers done, in all)."""
+    samples = [Sample.generation(ids[:prompt_tokens], ids[prompt_tokens:]) for ids in windows]
+    simulated = simulate(model, samples, variants, progress=progress)
+    full = _perplexity([sample.full for sample in simulated])
+    columns = zip(*(sample.variants for sample in simulated), strict=True)
+    return [
+        Row(
             selection=variant.selection,
             density=variant.density,
             prompt_tokens=prompt_tokens,
             generate_tokens=samples[0].scored_tokens,
             windows=len(samples),
             ppl_full=full,
-            ppl=_perplexity(own),
-            kl=_mean([float(score.kl.mean()) for score in own]),
-            top1=_mean([float(score.agrees.mean()) for score in own]),
-            activation_kept=_mean([score.activation_kept for score in own]),
+            ppl=_perplexity(scores),
+            kl=_mean([float(score.kl.mean()) for score in scores]),
+            top1=_mean([float(score.agrees.float().mean()) for score in scores]),
+            activation_kept=_mean([score.activation_kept for score in scores]),
         )
+        for variant, scores in zip(variants, columns, strict=True)
+    ]
 
 
-def _perplexity(scores: Sequence[Score]) -> float:
+def _perplexity(scores: Sequence[Scores]) -> float:
     return math.exp(-_mean([float(score.log_probs.double().mean()) for score in scores]))
 
 

@@ -1,214 +1,231 @@
-"""Generation simulated: known continuations are scored as pruned models would, many at once in one streamed pass.
+"""Teacher-forced simulation: what generation with chosen neurons would predict, for many samples and several variants
+of the method, in as few streamed passes as the budget allows."""
 
-A prompt never sees what follows it. So in one teacher-forced forward prompt positions can pass the full FF and choose
-neurons, and the positions behind them pass the same FF with all other neurons set to zero: each row of a batch with
-neurons of its own, and each layer visited once for all of them. That equals generation with these experts, works for
-models larger than the budget, and compares densities and selections side by side (METHOD: evaluation modes).
-"""
-
-import math
+import contextlib
+import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from griffin_offload.config import WEIGHT_NORMS, SelectionMethod, check_density
-from griffin_offload.errors import DoesNotFit, UsageError
-from griffin_offload.method.selection import neurons_kept, select_neurons
-from griffin_offload.method.statistic import share_kept
-from griffin_offload.pricing import Usage
+from griffin_offload.config import WEIGHT_NORMS
+from griffin_offload.errors import BudgetExceeded, DoesNotFit, UsageError, one_line
+from griffin_offload.evaluation.choices import Choices, Counts, Prior
+from griffin_offload.evaluation.samples import Batch, Sample, columns_of
+from griffin_offload.evaluation.scoring import Scores, score_rows, stack_of, stock_head
+from griffin_offload.evaluation.simulated_pass import SimulatedPass
+from griffin_offload.evaluation.size import PassSize, Sizer
+from griffin_offload.method.variant import Variant, distribution, global_counts
 from griffin_offload.runtime.model import GriffinModel
-from griffin_offload.runtime.prefill import StreamedPass
+from griffin_offload.runtime.prefill import Progress
 from griffin_offload.runtime.threads import limited_threads
-from griffin_offload.weights.feedforward import FeedForward
 
 
 @dataclass(frozen=True)
-class Variant:
-    """What the model is compared with: itself with a share of its neurons."""
+class Simulated:
+    """One sample: the full model, and each variant in the order they were given."""
 
-    selection: SelectionMethod
-    density: float
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
+    full: Scores
+    variants: tuple[Scores, ...]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Ids [T]; the first `prompt_tokens` choose neurons, the rest is scored."""
+def simulate(
+    model: GriffinModel,
+    samples: Sequence[Sample],
+    variants: Sequence[Variant],
+    *,
+    prior: Prior | None = None,
+    progress: Progress | None = None,
+) -> list[Simulated]:
+    """Score every sample by the full model and by every variant, each sample with neurons of its own.
 
-    ids: Tensor
-    prompt_tokens: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.prompt_tokens < self.ids.numel():
-            raise UsageError(f"a sample of {self.ids.numel()} tokens cannot have a prompt of {self.prompt_tokens}")
-
-    @property
-    def scored_tokens(self) -> int:
-        return self.ids.numel() - self.prompt_tokens
-
-
-@dataclass(frozen=True)
-class Score:
-    """One sample under one variant (None: the full model); float32 [G] each. The first of the G predictions is the
-    prompt's own, and therefore the full model's."""
-
-    sample: int
-    variant: Variant | None
-    log_probs: Tensor
-    """Of the tokens that really follow."""
-    kl: Tensor
-    """KL(full || variant) in nats."""
-    agrees: Tensor
-    """1 where both have the same first choice."""
-    activation_kept: float
-    """Share of s^2 / S of the prompt that the chosen neurons hold, mean over layers."""
-
-
-def simulate(model: GriffinModel, samples: Sequence[Sample], variants: Sequence[Variant]) -> Iterator[Score]:
-    """Scores of every sample under the full model and every variant, as they are ready.
-
-    `model` has to stream all its layers (`always_stream=True`). Samples that score as many tokens go through together,
-    as many as the budget allows; DoesNotFit if not even one does.
+    Full layers are streamed in the precision they are stored in; attention, norms and head are the residents, in
+    theirs. Which neurons are resident does not matter, and stays as it was. `prior` is for variants that fuse with one.
+    `progress` is called with (layers done, layers in all), over all passes. Raises UsageError for samples or variants
+    that cannot be used, DoesNotFit when one sample alone needs more than the budget.
     """
-    if len(model.plan.streamed) != len(model.plan.kept):
-        raise UsageError("the simulation visits every layer in full: load the model with always_stream=True")
-    by_length: dict[int, list[int]] = {}
-    for number, sample in enumerate(samples):
-        by_length.setdefault(sample.scored_tokens, []).append(number)
-    for numbers in by_length.values():
-        while numbers:
-            batch = numbers[: _batch_size(model, [samples[n] for n in numbers], len(variants) + 1)]
-            numbers = numbers[len(batch) :]
-            yield from _simulate_batch(model, {n: samples[n] for n in batch}, variants)
+    found: dict[int, Simulated] = {}
+    with _running(model, variants, prior, progress) as simulation:
+        for group in simulation.groups(samples):
+            found |= zip(group.places, simulation.scores(group), strict=True)
+    return [found[place] for place in range(len(samples))]
 
 
-def _batch_size(model: GriffinModel, samples: Sequence[Sample], rows_each: int) -> int:
-    """Samples, the first of these, that fit the budget together."""
-    count = len(samples)
-    while True:
-        longest = max(sample.ids.numel() for sample in samples[:count])
-        scored = samples[0].scored_tokens
-        # float32 log-probabilities of all rows are kept beside the logits.
-        use = Usage(count * rows_each, longest, longest, "dynamic", logit_positions=scored, kept_scores=2 * scored)
-        try:
-            model._engine.require(use)
-        except DoesNotFit:
-            if count == 1:
-                raise
-            count //= 2
-        else:
-            return count
+def prompt_prior(model: GriffinModel, samples: Sequence[Sample], *, progress: Progress | None = None) -> list[Tensor]:
+    """g^2 [F] of each layer, the mean of s^2 / S over the prompts of `samples`, for `simulate`."""
+    totals: list[Tensor] = []
+    with _running(model, (), None, progress) as simulation:
+        for group in simulation.groups([_prompt_of(sample) for sample in samples]):
+            sums = [distribution(layer).sum(0) for layer in simulation.statistics(group)]
+            totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+    return [layer / len(samples) for layer in totals]
 
 
-def _simulate_batch(model: GriffinModel, samples: dict[int, Sample], variants: Sequence[Variant]) -> Iterator[Score]:
-    """One streamed pass; the rows are each sample's full model, then its variants."""
-    scored, each = next(iter(samples.values())).scored_tokens, len(variants) + 1
-    ids, mask = _padded(list(samples.values()), each, model.device)
-    simulated = SimulatedPass(model, mask, scored, [None, *variants] * len(samples))
-    log_probs = _forward(model, simulated, ids, mask, scored)
-    kept = simulated.activation_kept
-    for position, (number, sample) in enumerate(samples.items()):
-        full = log_probs[position * each]
-        targets = sample.ids[sample.prompt_tokens :].to(full.device)[:, None]
-        for row in range(position * each, (position + 1) * each):
-            own = log_probs[row]
-            yield Score(
-                sample=number,
-                variant=simulated.variants[row],
-                log_probs=own.gather(1, targets)[:, 0].cpu(),
-                kl=(full.exp() * (full - own)).sum(-1).clamp(min=0).cpu(),
-                agrees=(own.argmax(-1) == full.argmax(-1)).float().cpu(),
-                activation_kept=kept[row],
+@dataclass(frozen=True)
+class _Group:
+    """Samples of one pass, and their places among all."""
+
+    places: list[int]
+    samples: list[Sample]
+    size: PassSize
+
+
+@contextlib.contextmanager
+def _running(
+    model: GriffinModel, variants: Sequence[Variant], prior: Prior | None, progress: Progress | None
+) -> Iterator["_Simulation"]:
+    """A simulation that is alone on the model; what was computed inside is checked against the budget afterwards."""
+    loaded, simulation = model.engine.loaded, _Simulation(model, variants, prior, progress)
+    try:
+        with model.engine.alone(), loaded.ledger.measuring(), limited_threads(loaded.threads), torch.no_grad():
+            yield simulation
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFit(f"the device ran out of memory: {one_line(error)}") from error
+    if loaded.ledger.peak_bytes > model.plan.budget_bytes:
+        promise = f"the simulation reached {loaded.ledger.peak_bytes} bytes, {model.plan.budget_bytes} were allowed"
+        warnings.warn(promise, BudgetExceeded, stacklevel=4)
+
+
+class _Simulation:
+    """Passes of one loaded model."""
+
+    def __init__(
+        self, model: GriffinModel, variants: Sequence[Variant], prior: Prior | None, progress: Progress | None
+    ) -> None:
+        engine = model.engine
+        self._model, self._device, self._plan = model.model, model.device, model.plan
+        self._layers, self._ledger = engine.loaded.layers, engine.loaded.ledger
+        self._shape, self._progress = engine.shape, progress
+        self._choices = Choices(self._layers, variants, prior)
+        self._check_stored(variants)
+        self._stack = stack_of(self._model, self._layers.decoder)
+        self._sizer = Sizer(
+            engine.shape,
+            engine.prospect.request,
+            model.plan,
+            variants=self._choices.rows_per_sample,
+            norm_tables=self._choices.tables,
+            sample_tables=1 if self._choices.global_densities or not variants else 0,
+        )
+        self._layers_done = self._layers_in_all = 0
+
+    def _check_stored(self, variants: Sequence[Variant]) -> None:
+        dense = len(self._layers.decoder) > len(self._layers.compact)
+        if dense and self._shape.precision != "none" and any(v.selection in WEIGHT_NORMS for v in variants):
+            raise UsageError(
+                f"selection by norms needs the stored weights, and {self._plan.precision} ones are resident: load with "
+                "a density below 1 or always_stream=True"
             )
 
+    def groups(self, samples: Sequence[Sample]) -> list[_Group]:
+        """The samples of each pass: as many as fit, of similar lengths."""
+        if not samples:
+            raise UsageError("there are no samples to simulate")
+        longest = max(sample.input_tokens for sample in samples)
+        if longest > self._shape.max_positions:
+            raise UsageError(
+                f"a sample of {longest} tokens is more than the model's context, {self._shape.max_positions}"
+            )
+        order = sorted(range(len(samples)), key=lambda i: (samples[i].prompt_tokens, samples[i].input_tokens))
+        groups = []
+        while order:
+            size = self._largest([samples[place] for place in reversed(order)])
+            places = [order.pop() for _ in range(size.samples)]
+            groups.append(_Group(places, [samples[place] for place in places], size))
+        passes = 2 if self._choices.global_densities else 1
+        self._layers_in_all = len(groups) * passes * len(self._layers.decoder)
+        return groups
 
-def _padded(samples: list[Sample], each: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, T], every sample `each` times, padded on the left."""
-    length = max(sample.ids.numel() for sample in samples)
-    ids = torch.zeros(len(samples), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sample in enumerate(samples):
-        ids[row, length - sample.ids.numel() :] = sample.ids
-        mask[row, length - sample.ids.numel() :] = 1
-    return ids.repeat_interleave(each, 0).to(device), mask.repeat_interleave(each, 0).to(device)
+    def _largest(self, samples: list[Sample]) -> PassSize:
+        padded = samples[0].prompt_tokens != samples[-1].prompt_tokens
+        size = self._sizer.largest(len(samples), columns_of(samples), padded=padded)
+        if size is None:  # the longest prompt and the longest continuation may be two samples'
+            size = self._sizer.largest(1, columns_of(samples[:1]), padded=False)
+        if size is None:
+            raise self._sizer.refuse(columns_of(samples[:1]))
+        return size
+
+    def scores(self, group: _Group) -> list[Simulated]:
+        """Scores of every sample of a pass, in its order."""
+        self._choices.start(self._global_counts(group))
+        batch, variants = Batch.of(group.samples), self._choices.rows_per_sample
+        with self._holding(group.size):
+            hidden, kept = self._forward(batch, group.size)
+            found = []
+            with stock_head(self._model, self._stack) as head:
+                for row, sample in enumerate(batch.samples):
+                    rows = slice(row * variants, (row + 1) * variants)
+                    targets = sample.ids[sample.scored_from :].to(self._device)
+                    own = hidden[rows, batch.scored_columns(row)]
+                    full, *others = score_rows(head, own, targets, kept[rows], group.size.positions_at_once)
+                    found.append(Simulated(full, tuple(others)))
+        return found
+
+    def statistics(self, group: _Group) -> list[Tensor]:
+        """s^2 [samples, F] of each layer, of the prompts alone; by the full model, in host memory."""
+        batch = Batch.of([_prompt_of(sample) for sample in group.samples])
+        with self._holding(group.size), self._pass(batch, group.size, None) as simulated:
+            self._run_stack(batch, 1)
+        assert simulated.sums is not None
+        return simulated.sums
+
+    def _global_counts(self, group: _Group) -> Counts:
+        if not self._choices.global_densities:
+            return {}
+        by_layer = self.statistics(group)
+        return {
+            density: [global_counts([layer[i] for layer in by_layer], density) for i in range(len(group.samples))]
+            for density in self._choices.global_densities
+        }
+
+    def _forward(self, batch: Batch, size: PassSize) -> tuple[Tensor, list[float]]:
+        """(hidden states [R, T, H] behind the last norm, activation kept of each row)."""
+        with self._pass(batch, size, self._choices) as simulated:
+            hidden = self._run_stack(batch, self._choices.rows_per_sample)
+        self._ledger.hold(slots=simulated.peak_in_flight_bytes)
+        self._ledger.hold(slots=0)
+        return hidden, simulated.activation_kept()
+
+    def _pass(self, batch: Batch, size: PassSize, choices: Choices | None) -> SimulatedPass:
+        copies = 1 if choices is None else choices.rows_per_sample
+        return SimulatedPass(
+            self._layers,
+            batch.mask.repeat_interleave(copies, 0).to(self._device),
+            batch.prompt_columns,
+            size.rows_at_once,
+            choices,
+            means=choices is not None and choices.means,
+            keep=choices is None,
+            progress=self._layer_done,
+        )
+
+    def _run_stack(self, batch: Batch, copies: int) -> Tensor:
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(copies, 0).to(self._device)
+
+        arguments = {"input_ids": rows(batch.ids), "use_cache": False, "return_dict": True}
+        if batch.padded:
+            arguments["attention_mask"] = rows(batch.mask)
+            if "position_ids" in inspect.signature(self._stack.forward).parameters:  # BLOOM counts from the mask
+                arguments["position_ids"] = rows(batch.positions)
+        hidden: Tensor = self._stack(**arguments).last_hidden_state
+        return hidden
+
+    @contextlib.contextmanager
+    def _holding(self, size: PassSize) -> Iterator[None]:
+        try:
+            self._ledger.hold(**size.parts)
+            yield
+        finally:
+            self._ledger.hold(**dict.fromkeys(size.parts, 0))
+
+    def _layer_done(self, done: int, _: int) -> None:
+        self._layers_done += 1
+        if self._progress is not None:
+            self._progress(self._layers_done, self._layers_in_all)
 
 
-@torch.no_grad()
-def _forward(model: GriffinModel, simulated: "SimulatedPass", ids: Tensor, mask: Tensor, scored: int) -> Tensor:
-    """float32 log-probabilities [B, G, V] of the scored tokens: the positions before them predict them."""
-    engine = model._engine
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if not bool(mask.all()):
-        inputs["attention_mask"] = mask
-        if engine.takes("position_ids"):  # counted from the first token of a sample, as generate does
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    if engine.takes("logits_to_keep"):
-        inputs["logits_to_keep"] = scored + 1
-    with engine.alone(), limited_threads(model._loaded.threads), simulated:
-        logits: Tensor = engine.stock_forward(**inputs, return_dict=True).logits
-    return logits[:, -scored - 1 : -1].float().log_softmax(-1)
-
-
-class SimulatedPass(StreamedPass):
-    """A streamed pass whose last `scored` positions go through the neurons that a row's prompt chose.
-
-    `mask` is [B, T], 0 for padding; `variants` has an entry per row, None for the full model.
-    """
-
-    def __init__(self, model: GriffinModel, mask: Tensor, scored: int, variants: Sequence[Variant | None]) -> None:
-        prompt = mask.clone()
-        prompt[:, -scored:] = 0
-        super().__init__(model._loaded.layers, prompt[:, None].float(), choose=False, progress=model.progress)
-        self.variants = list(variants)
-        self._scored_from = mask.shape[1] - scored
-        self._shares: list[list[float]] = [[] for _ in variants]
-        self._masks: Tensor | None = None
-
-    @property
-    def activation_kept(self) -> list[float]:
-        """Of each row, mean over layers."""
-        return [math.fsum(shares) / len(shares) for shares in self._shares]
-
-    def _layer_starts(self, index: int, *arguments: Any) -> None:
-        super()._layer_starts(index, *arguments)
-        self._index, self._masks = index, None
-
-    def _add(self, block: FeedForward, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Sum the statistic of a chunk's prompt positions; mask what lies behind the prompt."""
-        start = self._position
-        super()._add(block, module, args)
-        behind = max(self._scored_from - start, 0)
-        if self._position <= self._scored_from:
-            return None
-        if self._masks is None:
-            self._masks = self._row_masks(block)
-        z = args[0].reshape(self._groups.shape[0], -1, block.neurons).clone()
-        z[:, behind:] *= self._masks[:, None]
-        return (z.reshape(args[0].shape), *args[1:])
-
-    def _row_masks(self, block: FeedForward) -> Tensor:
-        """[B, F] of 0 and 1: what each row keeps."""
-        squared = self._squared[:, 0]
-        masks = torch.ones(squared.shape, dtype=self._layers.stream.dtype, device=squared.device)
-        for row, variant in enumerate(self.variants):
-            if variant is None:
-                self._shares[row].append(1.0)
-                continue
-            chosen = self._chosen(block, squared[row], variant)
-            masks[row] = 0
-            masks[row, chosen] = 1
-            self._shares[row].append(float(share_kept(squared[row], chosen)))
-        return masks
-
-    def _chosen(self, block: FeedForward, squared: Tensor, variant: Variant) -> Tensor:
-        generator = torch.Generator().manual_seed((self._layers.config.seed * 100_003 + self._index) % 2**63)
-        norms = None
-        if variant.selection in WEIGHT_NORMS:
-            norms = (block.neuron_norms if variant.selection == "magnitude" else block.output_norms)(self._full)
-        kept = neurons_kept(block.neurons, variant.density)
-        return select_neurons(squared, kept, variant.selection, generator, norms)
+def _prompt_of(sample: Sample) -> Sample:
+    return Sample(sample.ids[: sample.prompt_tokens + 1], sample.prompt_tokens, 1)

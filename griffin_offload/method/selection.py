@@ -24,6 +24,11 @@ def densities_per_layer(density: Density, layers: int) -> tuple[float, ...]:
     return tuple(float(value) for value in density)
 
 
+def layer_generator(seed: int, layer: int) -> torch.Generator:
+    """One generator a layer: what a layer draws does not depend on which others are streamed."""
+    return torch.Generator().manual_seed((seed * 100_003 + layer) % 2**63)
+
+
 def select_neurons(
     squared: Tensor,
     kept: int,

@@ -59,3 +59,11 @@ def share_kept(squared: Tensor, chosen: Tensor) -> Tensor:
     """Fraction of the distribution s^2 / S that the chosen neurons hold: a scalar tensor, 1 when s is zero."""
     total = squared.sum()
     return torch.where(total > 0, squared.index_select(0, chosen).sum() / total, torch.ones_like(total))
+
+
+def weighted_sum(z: Tensor, weights: Tensor) -> Tensor:
+    """Sum over tokens of weights * z: float32 [B, G, F] for z [B, T, F] and weights [B, G, T]."""
+    total = torch.zeros(z.shape[0], weights.shape[1], z.shape[2], device=z.device)
+    for start in range(0, z.shape[1], ROWS_AT_ONCE):
+        total.baddbmm_(weights[:, :, start : start + ROWS_AT_ONCE], z[:, start : start + ROWS_AT_ONCE].float())
+    return total

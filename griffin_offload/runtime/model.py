@@ -92,6 +92,11 @@ class GriffinModel:
         return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
 
     @property
+    def engine(self) -> Engine:
+        """What forwards go through: for measurements, which need more than `generate`."""
+        return self._engine
+
+    @property
     def last_prefill(self) -> PrefillReport | None:
         """Figures of the last prompt's streamed pass, whoever caused it."""
         return self._engine.last_prefill

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.config import WEIGHT_NORMS, LoadConfig
-from griffin_offload.method.selection import select_neurons
+from griffin_offload.method.selection import layer_generator, select_neurons
 from griffin_offload.method.statistic import share_kept, shared_score, squared_statistic
 from griffin_offload.pricing import CHUNK_MULTIPLE
 from griffin_offload.runtime.report import PrefillReport
@@ -60,10 +60,10 @@ class StreamedLayers:
         """Take every hook and chunked forward of a pass off the model."""
         modules = [*self.decoder, *(block.down for block in self.blocks)]
         for hooks in (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]
         for block in self.blocks:
-            if isinstance(block.module.__dict__.get("forward"), _Chunked):
+            if isinstance(block.module.__dict__.get("forward"), Chunked):
                 del block.module.forward
 
     def install_compact(self) -> None:
@@ -124,10 +124,10 @@ class StreamedPass:
             self._stream.__enter__()
         for index, (layer, block) in enumerate(zip(self._layers.decoder, self._layers.blocks, strict=True)):
             if not block.inline:  # an inline one is counted unchunked by the plan
-                block.module.forward = _Chunked(block.module.forward, self._layers.ff_chunk_tokens)
+                block.module.forward = Chunked(block.module.forward, self._layers.ff_chunk_tokens)
             if index in self._layers.compact:
                 self._hook_layer(index, layer, block)
-            layer.register_forward_hook(_Hook(partial(self._layer_done, index)))
+            layer.register_forward_hook(Hook(partial(self._layer_done, index)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -170,9 +170,9 @@ class StreamedPass:
         )
 
     def _hook_layer(self, index: int, layer: nn.Module, block: FeedForward) -> None:
-        layer.register_forward_pre_hook(_Hook(partial(self._layer_starts, index)))
-        block.down.register_forward_pre_hook(_Hook(partial(self._add, block)))
-        layer.register_forward_hook(_Hook(partial(self._layer_ends, index)))
+        layer.register_forward_pre_hook(Hook(partial(self._layer_starts, index)))
+        block.down.register_forward_pre_hook(Hook(partial(self._add, block)))
+        layer.register_forward_hook(Hook(partial(self._layer_ends, index)))
 
     def _layer_starts(self, index: int, *_: Any) -> None:
         assert self._stream is not None
@@ -223,8 +223,7 @@ class StreamedPass:
 
     def _choose(self, index: int, squared: Tensor) -> Tensor:
         config = self._layers.config
-        # One generator a layer: what a layer draws does not depend on which others are streamed.
-        generator = torch.Generator().manual_seed((config.seed * 100_003 + index) % 2**63)
+        generator = layer_generator(config.seed, index)
         norms = None
         if config.selection in WEIGHT_NORMS:
             if index not in self._layers.norms:
@@ -239,7 +238,7 @@ class StreamedPass:
             self._progress(index + 1, len(self._layers.decoder))
 
 
-class _Hook:
+class Hook:
     """A hook of a pass: known by its type, so that none can stay behind, whenever an interrupt comes."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -249,7 +248,7 @@ class _Hook:
         return self._function(*args)
 
 
-class _Chunked:
+class Chunked:
     """The forward of an FF module during a pass: the stock one, over a chunk of tokens at a time."""
 
     def __init__(self, forward: Callable[..., Tensor], limit: int) -> None:

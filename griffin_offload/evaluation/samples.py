@@ -1,0 +1,107 @@
+"""What is measured on: token sequences, which of their tokens choose neurons and which are predicted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from griffin_offload.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`ids` [N]. The first `prompt_tokens` pass the full model and choose neurons, those behind them pass through the
+    chosen ones, and the last is only predicted. Log-probabilities are wanted of the tokens from `scored_from` on."""
+
+    ids: Tensor
+    prompt_tokens: int
+    scored_from: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.prompt_tokens < self.ids.numel():
+            raise UsageError(f"a sample of {self.ids.numel()} tokens cannot have a prompt of {self.prompt_tokens}")
+        if not 1 <= self.scored_from < self.ids.numel():
+            raise UsageError(f"a sample of {self.ids.numel()} tokens cannot be scored from token {self.scored_from} on")
+
+    @classmethod
+    def generation(cls, prompt: Tensor, continuation: Tensor) -> "Sample":
+        """What `generate` would do: the first token of `continuation` [G] is the full model's, the others are
+        predicted through the neurons that `prompt` [P] chose."""
+        _not_empty(prompt, continuation)
+        return cls(torch.cat([prompt, continuation]).cpu(), prompt.numel(), prompt.numel())
+
+    @classmethod
+    def classification(cls, context: Tensor, continuation: Tensor) -> "Sample":
+        """The paper's mode for a single forward ("class"): all input tokens but the last choose, and only the last one
+        passes through the chosen neurons. All tokens of `continuation` are scored."""
+        _not_empty(context, continuation)
+        ids = torch.cat([context, continuation]).cpu()
+        if ids.numel() < 3:
+            raise UsageError("one context token and one to predict: there is none that could choose neurons, give 2")
+        return cls(ids, ids.numel() - 2, context.numel())
+
+    @property
+    def input_tokens(self) -> int:
+        return self.ids.numel() - 1
+
+    @property
+    def scored_tokens(self) -> int:
+        return self.ids.numel() - self.scored_from
+
+
+def _not_empty(prompt: Tensor, continuation: Tensor) -> None:
+    if prompt.numel() < 1 or continuation.numel() < 1:
+        raise UsageError(
+            f"a prompt of {prompt.numel()} tokens and a continuation of {continuation.numel()}: at least 1"
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, so that all prompts end at one column: padded on the left where a prompt is shorter.
+
+    On the right a shorter continuation is filled up with tokens that nobody looks at: no token sees a later one.
+    """
+
+    samples: tuple[Sample, ...]
+    ids: Tensor
+    """[B, T]"""
+    mask: Tensor
+    """[B, T], 0 for padding on the left."""
+    prompt_columns: int
+    """Columns before which the prompts are."""
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> "Batch":
+        prompt = max(sample.prompt_tokens for sample in samples)
+        rest = max(sample.input_tokens - sample.prompt_tokens for sample in samples)
+        ids = torch.zeros(len(samples), prompt + rest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, sample in enumerate(samples):
+            start = prompt - sample.prompt_tokens
+            ids[row, start : start + sample.input_tokens] = sample.ids[:-1]
+            mask[row, start:] = 1
+        return cls(tuple(samples), ids, mask, prompt)
+
+    @property
+    def padded(self) -> bool:
+        return not bool(self.mask.all())
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, T], counted from each sample's first token; behind its last one the count stands still."""
+        longest = torch.tensor([[sample.input_tokens] for sample in self.samples])
+        return (self.mask.cumsum(1) - 1).clamp(min=0).minimum(longest - 1)
+
+    def scored_columns(self, row: int) -> slice:
+        """The columns whose outputs predict the scored tokens of sample `row`."""
+        sample = self.samples[row]
+        first = self.prompt_columns - sample.prompt_tokens + sample.scored_from - 1
+        return slice(first, first + sample.scored_tokens)
+
+
+def columns_of(samples: Sequence[Sample]) -> int:
+    """T of their batch."""
+    prompt = max(sample.prompt_tokens for sample in samples)
+    return prompt + max(sample.input_tokens - sample.prompt_tokens for sample in samples)
