@@ -65,10 +65,9 @@ def _p_value(path: Path, temperature: float, **options: Any) -> float:
     return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_three_tokens_are_distributed_as_the_full_models(tiny: Path, temperature: float):
-    assert _p_value(tiny, temperature, draft_tokens=2) > 1e-3
+def test_three_tokens_are_distributed_as_the_full_models(tiny: Path):
+    assert _p_value(tiny, 0.7, draft_tokens=2) > 1e-3
 
 
 def test_the_pruned_model_alone_fails_the_same_test(tiny: Path):
-    assert _p_value(tiny, 1.0, exact=False) < 1e-6
+    assert _p_value(tiny, 0.7, exact=False) < 1e-6
