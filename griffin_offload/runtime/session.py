@@ -82,11 +82,11 @@ class ChatSession:
         self.messages = [*messages, {"role": "assistant", "content": reply}]
         report = self.model.last_report
         assert report is not None, "a generate that ended well has a report"
-        full = answer.numel() >= arguments["max_new_tokens"] and int(answer[-1]) not in self._ends()
+        full = answer.numel() >= arguments["max_new_tokens"] and int(answer[-1]) not in self._ends(arguments)
         return Reply(reply, report, dropped, "interrupted" if stop.happened else "length" if full else "stop")
 
-    def _ends(self) -> list[int]:
-        ends = self._generation.get("eos_token_id", self.model.model.generation_config.eos_token_id)
+    def _ends(self, arguments: dict[str, Any]) -> list[int]:
+        ends = arguments.get("eos_token_id", self.model.model.generation_config.eos_token_id)
         return ends if isinstance(ends, list) else [ends]
 
     def undo(self) -> bool:
