@@ -184,7 +184,7 @@ def load_context(context: Context, path: Path, identity: Identity, like: Like, d
         ids = file.get_tensor("tokens")
         squared = {index: file.get_tensor(f"layers.{index}.squared") for index in like.neurons}
         selected = {index: file.get_tensor(f"layers.{index}.selected") for index in like.neurons}
-        logits = file.get_tensor("logits").to(device) if "logits" in set(file.keys()) else None
+        logits = file.get_tensor("logits") if "logits" in set(file.keys()) else None
         kv = [[_part(file, name) for name in _kv_names(file, i)] for i in range(len(context.cache.layers))]
         if ids.numel() > like.ctx_tokens:
             raise SavedContextError(
@@ -202,9 +202,11 @@ def load_context(context: Context, path: Path, identity: Identity, like: Like, d
         tokens = ids.tolist()
         _fill(context, file, tokens, device)
     context.tokens, context.covered, context.exact_tokens = tokens, covered, exact_tokens
-    context.squared = {index: table.to(device) for index, table in squared.items()}
-    context.selected = {index: chosen.to(device) for index, chosen in selected.items()}
-    context.marks = [Mark(covered, dict(context.squared), context.selected, logits)]
+    # Copies: what safetensors gives are views of the mapped file.
+    context.squared = {index: table.to(device, copy=True) for index, table in squared.items()}
+    context.selected = {index: chosen.to(device, copy=True) for index, chosen in selected.items()}
+    last = logits.to(device, copy=True) if logits is not None else None
+    context.marks = [Mark(covered, dict(context.squared), context.selected, last)]
     return notes
 
 

@@ -212,6 +212,17 @@ def test_any_damage_is_named(written, tmp_path: Path, data: st.DataObject):
     _check_damaged(model, target, _state(*model.load_context(path)))
 
 
+def test_a_loaded_context_has_nothing_to_do_with_its_file(written, tmp_path: Path):
+    """safetensors gives views of the mapped file: to read one behind the end of a file that was cut is death."""
+    model, path = written
+    target = tmp_path / "a.ctx"
+    target.write_bytes(path.read_bytes())
+    context, notes = model.load_context(target)
+    assert str(target) not in Path("/proc/self/maps").read_text()
+    os.truncate(target, 0)
+    assert _state(context, notes) == _state(*model.load_context(path))
+
+
 def test_what_cannot_be_written_leaves_the_old_file(written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, path = written
     context, _ = model.load_context(path)
