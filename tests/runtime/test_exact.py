@@ -73,7 +73,7 @@ def test_greedy_is_dense_in_float64(
     plain = _dense(dense, ids, new_tokens, **options)[0, prompt:].tolist()
     token = plain[len(plain) // 2]
     if end == "eos":
-        options |= {"eos_token_id": token, "pad_token_id": 0, "min_new_tokens": least}
+        options |= {"eos_token_id": token, "pad_token_id": 0, "min_new_tokens": least and min(least, new_tokens)}
     criteria = [[_Forbidden(token)] if end == "criterion" else [] for _ in range(2)]
     expected = _dense(dense, ids, new_tokens, stopping_criteria=criteria[0], **options)
     found = model.generate(
