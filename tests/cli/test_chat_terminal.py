@@ -241,5 +241,6 @@ def test_a_terminal_whose_pass_is_stopped(terminal: Pty):
     terminal.expect("> ")
     terminal.say("/stats")
     terminal.expect("turns 0")
+    terminal.expect("> ")  # until readline waits, the terminal would swallow a Ctrl-D
     os.write(terminal.fd, b"\x04")
     assert terminal.process.wait(60) == 0
