@@ -104,7 +104,7 @@ def measure_prior(model: GriffinModel, args: argparse.Namespace) -> list[Tensor]
         for path in args.prior
         for ids in cut(model, documents_of(path, args.prior_characters), 257, args.prior_windows)
     ]
-    return prompt_prior(model, [Sample(ids, 256) for ids in windows])
+    return prompt_prior(model, [Sample(ids, 256, 256) for ids in windows])
 
 
 def nll(scores: Sequence[Scores]) -> list[float]:
@@ -121,7 +121,7 @@ def row_of(name: str, density: float, scores: list[Scores], full: list[Scores], 
         perplexity=math.exp(statistics.mean(own)),
         increase=math.expm1(statistics.mean(own) - statistics.mean(nll(full))),
         kl=statistics.mean(float(score.kl.mean()) for score in scores),
-        top1=statistics.mean(float(score.agrees.mean()) for score in scores),
+        top1=statistics.mean(float(score.agrees.double().mean()) for score in scores),
         activation_kept=statistics.mean(score.activation_kept for score in scores),
         window_nll=own,
         against_base=math.expm1(statistics.mean(changes)),
