@@ -41,12 +41,16 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=24, help="per schedule")
-    parser.add_argument("--draft-tokens", type=int, nargs=len(SCHEDULES), default=[4, 8, 16], help="for each schedule")
+    parser.add_argument("--acceptance", type=float, nargs="+", default=SCHEDULES, help="the schedules")
+    parser.add_argument("--draft-tokens", type=int, nargs="+", default=(4, 8, 16), help="for each schedule")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=3000.0)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="folder for the table and the JSON record")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if len(args.acceptance) != len(args.draft_tokens):
+        parser.error("as many --draft-tokens as --acceptance")
+    return args
 
 
 def simulate(acceptance: float) -> None:
@@ -90,7 +94,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     draft_s = plain["decode_s"] / (CALIBRATION_TOKENS - 1)
     simulate(0.0)
     rounds = []
-    for acceptance, drafts in zip(SCHEDULES, args.draft_tokens, strict=True):
+    for acceptance, drafts in zip(args.acceptance, args.draft_tokens, strict=True):
         timed = generate(model, ids, drafts + 2 if drafts < 3 else 3, draft_tokens=drafts, context=context)
         rounds.append({"acceptance": acceptance, "drafts": drafts, "pass_s": mean_pass_s(timed)})
     for schedule in rounds:

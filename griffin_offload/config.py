@@ -137,6 +137,14 @@ class EvalConfig:
     window_start: WindowStart = "even"
 
 
+@dataclass(frozen=True)
+class ChatConfig:
+    """How a conversation behaves."""
+
+    on_overflow: Overflow = "error"
+    """When the context is full: the message is refused, or the oldest turns are dropped."""
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UsageError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")

@@ -1,6 +1,8 @@
 """Checkpoints that several tests share, written once."""
 
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         return written[key]
 
     return checkpoint
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`small_disk("200k")` is a file system of that size, mounted or made larger; only root may do that."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def resize(size: str) -> Path:
+        options = f"remount,size={size}" if os.path.ismount(place) else f"size={size}"
+        try:
+            command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no small file system can be mounted here: {getattr(error, 'stderr', '') or error}")
+        return place
+
+    yield resize
+    if os.path.ismount(place):
+        subprocess.run(["umount", str(place)], check=True)

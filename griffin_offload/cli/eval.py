@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from griffin_offload.cli.options import add_memory_options, add_model_option, load_tokenizer, model_of, quiet_libraries
+from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
 from griffin_offload.config import EvalConfig, LoadConfig, SelectionMethod, WindowStart
 from griffin_offload.errors import UsageError
 
@@ -67,6 +67,7 @@ def perplexity(arguments: argparse.Namespace) -> int:
 def _windows(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[tuple[int, int], list[Tensor]]":
     """Windows of every size (prompt, generated)."""
     from griffin_offload.evaluation.windows import first_tokens, read_documents, take_windows, tokenize
+    from griffin_offload.weights.checkpoint import load_tokenizer
 
     texts = read_documents(arguments.text)
     tokenizer = load_tokenizer(checkpoint.directory)

@@ -41,6 +41,12 @@ def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return given | ({"do_sample": True} if given else {})
 
 
+def check_utf8(text: str, name: str) -> None:
+    """UsageError for bytes that are not UTF-8: Python lets them through as lone surrogates, tokenizers do not."""
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UsageError(f"{name} is not UTF-8")
+
+
 class PrefillBar:
     """A bar of prefill's layers on stderr, if that is a terminal."""
 

@@ -2,12 +2,11 @@
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any, get_args
 
 from griffin_offload.config import Device, DType, KVBits, LoadConfig, Offload, Quantize, SelectionMethod
 from griffin_offload.demo import demo_directory
-from griffin_offload.errors import CheckpointError, UsageError, one_line
+from griffin_offload.errors import UsageError
 
 MODEL_VARIABLE = "GRIFFIN_OFFLOAD_MODEL"
 _DEFAULTS = LoadConfig()
@@ -96,16 +95,6 @@ _SIZES = f"device budget: 12GB, 12GiB, 80%% or auto (default: {_DEFAULTS.max_gpu
 def model_of(arguments: argparse.Namespace) -> str:
     """The model that was asked for, or the demo."""
     return str(demo_directory()) if arguments.model is None else arguments.model
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The checkpoint's tokenizer; CheckpointError when it has none that works."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers fail in many ways
-        raise CheckpointError(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
 
 
 def quiet_libraries() -> None:

@@ -33,7 +33,7 @@ class PromptCache:
         self._path = path
         self._there = path.is_file()
         self._error: SavedContextError | None = None
-        if path.is_dir() or not path.parent.is_dir():
+        if (path.exists() and not self._there) or not path.parent.is_dir():
             raise SavedContextError(f"--prompt-cache {path} names no file in a directory that is there")
         if not self._there and not os.access(path.parent, os.W_OK):
             raise SavedContextError(f"--prompt-cache {path} cannot be written: {path.parent} is read-only")
@@ -43,14 +43,14 @@ class PromptCache:
         if self._there:
             adopt_saved(self._path, options)
 
-    def arguments(self, model: "GriffinModel", tokens: "Tensor") -> dict[str, Any]:
+    def arguments(self, model: "GriffinModel", tokens: "Tensor", *, exact: bool) -> dict[str, Any]:
         """What `generate` is given: a context, and what to do with it when the prompt has passed."""
         self._model = model
         if not self._there:
             return {"context": model.new_context(), "prompt_done": self._save}
         context, _ = model.load_context(self._path)
         saved = len(context.tokens)
-        if context.common(tokens[0]) < saved:
+        if context.known(tokens[0], exact=exact) == 0:
             print(
                 f"griffin-offload: warning: {self._path} holds a prompt of {saved} tokens that this one does not begin "
                 "with, so it is not used: delete it, or name another file to save this one",

@@ -6,15 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.generation import PrefillBar, add_generation_options, sampling_of
-from griffin_offload.cli.options import (
-    add_model_options,
-    add_run_options,
-    load_options,
-    load_tokenizer,
-    model_of,
-    quiet_libraries,
-)
+from griffin_offload.cli.generation import PrefillBar, add_generation_options, check_utf8, sampling_of
+from griffin_offload.cli.options import add_model_options, add_run_options, load_options, model_of, quiet_libraries
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.cli.prompt_cache import PromptCache
 from griffin_offload.config import LoadConfig
@@ -101,8 +94,9 @@ def _prompt_text(arguments: argparse.Namespace) -> str:
         text = arguments.prompt
     if not text.strip():
         raise UsageError("the prompt is empty")
-    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UsageError("the prompt is not UTF-8")
+    check_utf8(text, "the prompt")
+    if arguments.system is not None:
+        check_utf8(arguments.system, "the system message")
     return text
 
 
@@ -114,6 +108,8 @@ def _standard_input() -> str:
 
 
 def _tokenize(directory: Path, text: str, arguments: argparse.Namespace) -> "Tensor":
+    from griffin_offload.weights.checkpoint import load_tokenizer
+
     tokenizer = load_tokenizer(directory)
     templated = tokenizer.chat_template is not None and not arguments.raw
     if arguments.system is not None and not templated:
@@ -148,7 +144,7 @@ def _generate(
 
     torch.manual_seed(arguments.seed)
     streamer = None
-    kept = prompt_cache.arguments(model, tokens) if prompt_cache is not None else {}
+    kept = prompt_cache.arguments(model, tokens, exact=arguments.exact) if prompt_cache is not None else {}
     if not arguments.json:
         streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
     output: Tensor = model.generate(

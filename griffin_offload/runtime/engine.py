@@ -233,7 +233,7 @@ class Engine:
     def like(self) -> Like:
         """What the parts of a saved context must look like."""
         neurons = {index: (self.shape.layers[index].neurons, self.plan.kept[index]) for index in self.plan.streamed}
-        return Like(self.plan.context_tokens, self.shape.vocab_size, self.shape.kv_width, neurons)
+        return Like(self.plan.context_tokens, self.shape.vocab_size, self.shape.kv_width, self.prospect.dtype, neurons)
 
     @property
     def embedding_bytes(self) -> int:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from griffin_offload.config import LoadConfig, RunConfig
 from griffin_offload.errors import BudgetExceeded, DoesNotFit, UsageError, one_line
@@ -39,6 +38,7 @@ from griffin_offload.runtime.run import (
 )
 from griffin_offload.runtime.saved import load_context, save_context
 from griffin_offload.runtime.threads import limited_threads
+from griffin_offload.weights.checkpoint import load_tokenizer
 
 if TYPE_CHECKING:
     from griffin_offload.runtime.session import ChatSession
@@ -88,8 +88,8 @@ class GriffinModel:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+        """The checkpoint's tokenizer; CheckpointError if it has none that can be loaded."""
+        return load_tokenizer(self.directory)
 
     @property
     def engine(self) -> Engine:

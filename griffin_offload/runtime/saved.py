@@ -1,11 +1,12 @@
 """A context in a file: the KV entries, statistic and selection of a prompt, as safetensors.
 
 Its metadata says what it belongs to (the model's fingerprint, precision, neurons kept, ...), and reading checks all
-of it before anything is changed. Writing goes through a temporary name, a layer at a time, so that no second copy of
-the KV cache is made.
+of it before anything is changed; a digest of the header tells a damaged one. Writing goes through a temporary name, a
+layer at a time, so that no second copy of the KV cache is made.
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ _HEADER_MULTIPLE = 8
 
 Identity = dict[str, Any]
 """What a context depends on; JSON values."""
+_Part = tuple[str, str, tuple[int, ...]]
+"""Name, kind of numbers and shape of a tensor, as a header tells them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Like:
     vocab_size: int
     kv_width: int
     """Numbers that a layer caches for a token."""
+    dtype: torch.dtype
+    """Of the KV cache, or of its scales."""
     neurons: dict[int, tuple[int, int]]
     """(F, K) of each streamed layer."""
 
@@ -53,13 +58,27 @@ class Like:
             for chosen in [selected[index]]
         )
 
-    def caches(self, context: Context, shapes: list[list[list[int]]], tokens: int) -> bool:
-        """Whether the KV entries, whose parts have these shapes, can be ours."""
+    def sequence(self, tokens: Tensor) -> bool:
+        """Whether these can be token ids."""
+        ids = tokens.dim() == 1 and tokens.dtype == torch.int64 and tokens.numel() > 0
+        return ids and int(tokens.min()) >= 0 and int(tokens.max()) < self.vocab_size
+
+    def last(self, logits: Tensor | None) -> bool:
+        """Whether these can be the logits behind the last token, or there are none."""
+        return logits is None or (logits.shape == (1, self.vocab_size) and logits.is_floating_point())
+
+    def caches(self, context: Context, parts: list[list[_Part]], tokens: int) -> bool:
+        """Whether the KV entries, a layer's parts being these, can be ours."""
+        shapes = [[list(shape) for _, _, shape in layer] for layer in parts]
         fitting = all(
-            layer.could_load(tokens, parts) for layer, parts in zip(context.cache.layers, shapes, strict=True)
+            layer.could_load(tokens, shape) for layer, shape in zip(context.cache.layers, shapes, strict=True)
         )
+        exact = _DTYPES[self.dtype]
+        kinds = {2: [exact, exact], 4: [_DTYPES[torch.int8], exact] * 2}
         return fitting and all(
-            parts[0][1] * (parts[0][3] + parts[len(parts) // 2][3]) == self.kv_width for parts in shapes
+            [kind for _, kind, _ in layer] == kinds[len(layer)]
+            and shape[0][1] * (shape[0][3] + shape[len(shape) // 2][3]) == self.kv_width
+            for layer, shape in zip(parts, shapes, strict=True)
         )
 
 
@@ -75,9 +94,11 @@ def save_context(context: Context, path: Path, identity: Identity, notes: dict[s
         "notes": json.dumps(notes),
     }
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")  # a directory, or a device that a file would take the place of
         with renamed(path) as temporary:
             _write(temporary, dict(_tensors(context)), metadata)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
         raise SavedContextError(f"{path} cannot be written ({one_line(error)}): choose another place") from error
 
 
@@ -97,7 +118,8 @@ def _tensors(context: Context) -> Iterator[tuple[str, Tensor]]:
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, tensor by tensor: the library's own writer copies all of them first."""
-    header: dict[str, Any] = {"__metadata__": metadata}
+    parts = [(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    header: dict[str, Any] = {"__metadata__": metadata | {"digest": _digest(metadata, parts)}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
@@ -110,20 +132,23 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
+def _digest(metadata: dict[str, str], parts: list[_Part]) -> str:
+    """Of all that a header says but this."""
+    said = [sorted(item for item in metadata.items() if item[0] != "digest"), sorted(parts)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
 def read_notes(path: Path) -> dict[str, Any]:
     """The notes of a saved context, whatever it belongs to; errors as `load_context`."""
     with _readable(path) as file:
-        notes = json.loads(_checked_metadata(file.metadata(), path, {})["notes"])
-        if not isinstance(notes, dict):
-            raise SavedContextError(f"{path} is damaged: its notes cannot be read")
-        return notes
+        return _notes(_checked_metadata(file, path), path)
 
 
 def options_of(path: Path) -> dict[str, Any]:
     """What a model has to be loaded with to go on from `path`: density, precision and the smallest context, as
     `LoadConfig`'s fields; errors as `load_context`."""
     with _readable(path) as file:
-        identity = json.loads(_checked_metadata(file.metadata(), path, {})["identity"])
+        identity = json.loads(_checked_metadata(file, path)["identity"])
         ctx_size = int(file.get_slice("tokens").get_shape()[0])
         densities, precision = [float(density) for density in identity["density"]], identity["precision"]
     same = len(set(densities)) == 1
@@ -152,33 +177,42 @@ def load_context(context: Context, path: Path, identity: Identity, like: Like, d
     another model or of a newer version, or too long.
     """
     with _readable(path) as file:
-        metadata = _checked_metadata(file.metadata(), path, identity)
+        metadata = _checked_metadata(file, path)
+        _check_identity(json.loads(metadata["identity"]), identity, path)
+        notes = _notes(metadata, path)
         covered, exact_tokens = int(metadata["covered"]), int(metadata["exact_tokens"])
-        tokens = file.get_tensor("tokens").tolist()
+        ids = file.get_tensor("tokens")
         squared = {index: file.get_tensor(f"layers.{index}.squared") for index in like.neurons}
         selected = {index: file.get_tensor(f"layers.{index}.selected") for index in like.neurons}
-        logits = file.get_tensor("logits").to(device) if "logits" in set(file.keys()) else None
-        layers = range(len(context.cache.layers))
-        shapes = [[file.get_slice(name).get_shape() for name in _kv_names(file, index)] for index in layers]
-        if len(tokens) > like.ctx_tokens:
+        logits = file.get_tensor("logits") if "logits" in set(file.keys()) else None
+        kv = [[_part(file, name) for name in _kv_names(file, i)] for i in range(len(context.cache.layers))]
+        if ids.numel() > like.ctx_tokens:
             raise SavedContextError(
-                f"{path} holds {len(tokens)} tokens, the context is {like.ctx_tokens}: raise --ctx-size"
+                f"{path} holds {ids.numel()} tokens, the context is {like.ctx_tokens}: raise --ctx-size"
             )
         if not (
-            0 <= exact_tokens <= covered <= len(tokens)
+            like.sequence(ids)
+            and 0 <= exact_tokens <= covered <= ids.numel()
             and covered > 0
             and like.selections(squared, selected)
-            and like.caches(context, shapes, len(tokens))
-            and (logits is None or logits.shape == (1, like.vocab_size))
+            and like.caches(context, kv, ids.numel())
+            and like.last(logits)
         ):
             raise SavedContextError(f"{path} is damaged: its parts contradict each other")
+        tokens = ids.tolist()
         _fill(context, file, tokens, device)
     context.tokens, context.covered, context.exact_tokens = tokens, covered, exact_tokens
-    context.squared = {index: table.to(device) for index, table in squared.items()}
-    context.selected = {index: chosen.to(device) for index, chosen in selected.items()}
-    context.marks = [Mark(covered, dict(context.squared), context.selected, logits)]
-    notes: dict[str, Any] = json.loads(metadata["notes"])
+    # Copies: what safetensors gives are views of the mapped file.
+    context.squared = {index: table.to(device, copy=True) for index, table in squared.items()}
+    context.selected = {index: chosen.to(device, copy=True) for index, chosen in selected.items()}
+    last = logits.to(device, copy=True) if logits is not None else None
+    context.marks = [Mark(covered, dict(context.squared), context.selected, last)]
     return notes
+
+
+def _part(file: Any, name: str) -> _Part:
+    there = file.get_slice(name)
+    return name, there.get_dtype(), tuple(there.get_shape())
 
 
 def _kv_names(file: Any, index: int) -> list[str]:
@@ -187,22 +221,36 @@ def _kv_names(file: Any, index: int) -> list[str]:
     return [name for name in names if name in present]
 
 
-def _checked_metadata(metadata: dict[str, str] | None, path: Path, identity: Identity) -> dict[str, str]:
+def _checked_metadata(file: Any, path: Path) -> dict[str, str]:
+    """What the header says, if it is a context's of a version that is known, and whole."""
+    metadata: dict[str, str] | None = file.metadata()
     if metadata is None or metadata.get("format") != _FORMAT:
         raise SavedContextError(f"{path} is no saved prompt or conversation")
     if int(metadata["version"]) > _VERSION:
         raise SavedContextError(
             f"{path} has version {metadata['version']}, this program reads up to {_VERSION}: update griffin-offload"
         )
-    saved = json.loads(metadata["identity"])
+    if metadata["digest"] != _digest(metadata, [_part(file, name) for name in file.keys()]):  # noqa: SIM118
+        raise SavedContextError(f"{path} is damaged: its header is not the one that was written")
+    return metadata
+
+
+def _notes(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    notes = json.loads(metadata["notes"])
+    if not isinstance(notes, dict):
+        raise SavedContextError(f"{path} is damaged: its notes cannot be read")
+    return notes
+
+
+def _check_identity(saved: Any, identity: Identity, path: Path) -> None:
     if not isinstance(saved, dict):
         raise SavedContextError(f"{path} is damaged: it does not say what it belongs to")
     for name, value in identity.items():
         if saved.get(name) != value:
             raise SavedContextError(
-                f"{path} was saved with another {name} ({_short(saved.get(name))}, now {_short(value)})"
+                f"{path} was saved with another {name} ({_short(saved.get(name))}, now {_short(value)}): load the "
+                "model as it was then, or use another file"
             )
-    return metadata
 
 
 def _short(value: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from griffin_offload.config import Overflow, RunConfig
+from griffin_offload.config import ChatConfig, Overflow, RunConfig
 from griffin_offload.errors import CheckpointError, SavedContextError, UsageError, one_line
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.report import RunReport
@@ -43,7 +43,7 @@ class ChatSession:
         *,
         system: str | None = None,
         raw: bool = False,
-        overflow: Overflow = "error",
+        overflow: Overflow = ChatConfig.on_overflow,
         seed: int = 0,
         **generation: Any,
     ) -> None:
@@ -82,11 +82,11 @@ class ChatSession:
         self.messages = [*messages, {"role": "assistant", "content": reply}]
         report = self.model.last_report
         assert report is not None, "a generate that ended well has a report"
-        full = answer.numel() >= arguments["max_new_tokens"] and int(answer[-1]) not in self._ends()
+        full = answer.numel() >= arguments["max_new_tokens"] and int(answer[-1]) not in self._ends(arguments)
         return Reply(reply, report, dropped, "interrupted" if stop.happened else "length" if full else "stop")
 
-    def _ends(self) -> list[int]:
-        ends = self._generation.get("eos_token_id", self.model.model.generation_config.eos_token_id)
+    def _ends(self, arguments: dict[str, Any]) -> list[int]:
+        ends = arguments.get("eos_token_id", self.model.model.generation_config.eos_token_id)
         return ends if isinstance(ends, list) else [ends]
 
     def undo(self) -> bool:
@@ -103,8 +103,10 @@ class ChatSession:
 
     def save(self, path: str | Path) -> None:
         """Write the conversation, KV cache included, to a file; see `GriffinModel.save_context`."""
-        if not self.context.tokens:
+        if not self.messages:
             raise UsageError("nothing to save: the conversation is empty")
+        if not self.context.tokens:  # layers with a window cannot always take an interrupted pass back
+            raise UsageError("nothing to save: the last turn was interrupted, finish one first")
         self.model.save_context(self.context, path, {"messages": self.messages, "templated": self.templated})
 
     def load(self, path: str | Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_line
 from griffin_offload.weights.converted import check_shard, mark_of
@@ -96,6 +96,14 @@ def fingerprint(checkpoint: Checkpoint) -> str:
                 file.seek(sample * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:32]
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a checkpoint; CheckpointError if there is none that can be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers fail in many ways
+        raise CheckpointError(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
 
 
 def _locate(model: str, offline: bool) -> Path:

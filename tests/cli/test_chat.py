@@ -1,19 +1,17 @@
-"""`griffin-offload chat`: through pipes, and through a terminal."""
+"""`griffin-offload chat` through pipes: one line, one message. (In a terminal: test_chat_terminal.py.)"""
 
+import io
 import json
 import os
-import pty
 import re
-import select
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
+
+from griffin_offload import GriffinModel
 
 OPTIONS = ("--device", "cpu", "--density", 0.5, "--max-mem", "1GB", "--ctx-size", 200, "-n", 6, "--temperature", 0)
 
@@ -31,9 +29,29 @@ def test_a_line_is_a_message(cli, chatty: Path):
     outcome = cli("chat", "-m", chatty, *OPTIONS, stdin="the cat\n\n  \nthe dog\n")
     assert outcome.code == 0
     assert len(re.findall(r"^\[\d+ tok in .* context \d+ of 200\]$", outcome.err, re.M)) == 2
-    assert "chat template" not in outcome.err
+    start = outcome.err.splitlines()[0]
+    assert start == f"{chatty}: float32, density 0.50, context 200 tokens, budget 1.00 GB"
     quiet = cli("chat", "-m", chatty, "-q", *OPTIONS, stdin="the cat\nthe dog\n")
     assert (quiet.code, quiet.out, quiet.err) == (0, outcome.out, "")
+
+
+def test_the_words_are_those_of_the_api(cli, chatty: Path):
+    """Sampled: the seed is that of the flag."""
+    flags = [*OPTIONS[:-1], 0.9, "--seed", 5, "--json", "--system", "be kind", "--top-k", 20]
+    outcome = cli("chat", "-m", chatty, *flags, stdin="the cat\nthe dog\n")
+    options = {"device": "cpu", "density": 0.5, "max_gpu_mem": "1GB", "ctx_size": 200, "keep_prompts": True, "seed": 5}
+    with GriffinModel.from_pretrained(chatty, **options) as model:
+        sampling = {"do_sample": True, "temperature": 0.9, "top_k": 20}
+        talk = model.chat_session(system="be kind", seed=5, max_new_tokens=6, **sampling)
+        expected = [talk.send(text).text for text in ("the cat", "the dog")]
+    assert [json.loads(line)["text"] for line in outcome.out.splitlines()] == expected
+
+
+def test_without_a_template_texts_are_continued_and_that_is_said_once(cli, llama: Path, chatty: Path):
+    outcome = cli("chat", "-m", llama, *OPTIONS, stdin="the cat\nthe dog\n")
+    assert outcome.err.count("no chat template: texts are put one after the other") == 1
+    raw = cli("chat", "-m", chatty, "--raw", "-q", *OPTIONS, stdin="the cat\nthe dog\n")
+    assert raw.out == outcome.out  # the same weights
 
 
 def test_json_is_an_object_per_turn(cli, chatty: Path):
@@ -49,6 +67,7 @@ def test_json_is_an_object_per_turn(cli, chatty: Path):
 def test_commands(cli, chatty: Path, tmp_path: Path):
     saved = tmp_path / "a b.ctx"
     lines = [
+        "/undo",
         "the cat",
         f"/save {saved}",
         "the dog",
@@ -65,10 +84,28 @@ def test_commands(cli, chatty: Path, tmp_path: Path):
     texts = [json.loads(line)["text"] for line in outcome.out.splitlines()]
     assert len(texts) == 5
     assert texts[1] == texts[2] == texts[3]
-    for words in ("saved to", "took the last", "turns 2 ", "context ", "streamed ", "begun anew", "1 turns", "/undo  "):
+    for words in (
+        "nothing to take back",
+        "saved to",
+        "took the last",
+        "turns 2 ",
+        "context ",
+        "streamed ",
+        "begun anew",
+        "1 turns",
+        "/undo  ",
+    ):
         assert words in outcome.err
     loaded = cli("chat", "-m", chatty, "--json", "--load", saved, *OPTIONS, stdin="the dog\n")
     assert json.loads(loaded.out)["text"] == texts[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["a b.ctx"]
+
+
+def test_a_home_is_known_by_its_tilde(cli, chatty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    script = "the cat\n/save ~/a b.ctx\n/save  ~/a b.ctx \n/load ~/a b.ctx\n"
+    assert cli("chat", "-m", chatty, "-q", *OPTIONS, stdin=script).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a b.ctx"]
 
 
 def test_exact_chats_say_what_the_full_model_says(cli, chatty: Path):
@@ -85,19 +122,27 @@ def test_exact_chats_say_what_the_full_model_says(cli, chatty: Path):
     ("script", "code", "words"),
     [
         ("/nothing\n", 2, "no command /nothing"),
+        ("/exit now\n", 2, "/exit stands alone: leave out 'now'"),
+        ("/undo 3\n", 2, "/undo stands alone"),
         ("/save\n", 2, "/save needs the name of a file"),
+        ("/load \n", 2, "/load needs the name of a file"),
         ("/save x.ctx\n", 2, "nothing to save"),
         ("/load absent.ctx\n", 4, "no file absent.ctx"),
+        ("/load a\0b\n", 4, "no file a"),
         ("the cat\n/save /\n", 4, "cannot be written"),
-        ("river " * 100, 2, "the message is .* the context is 200"),
+        ("the cat\n/save ~nosuchuser/x\n", 4, "cannot be written"),
+        ("the cat\n/save a\0b\n", 4, "cannot be written"),
+        ("the cat\n/reset\n/save x.ctx\n", 2, "nothing to save: the conversation is empty"),
+        ("river " * 300, 2, "the message is .* the context is 200"),
         (b"\xff\xfe\n", 2, "not UTF-8"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:30],
 )
 def test_the_first_error_of_a_script_ends_it(cli, chatty: Path, script, code: int, words: str):
     outcome = cli("chat", "-m", chatty, "-q", *OPTIONS, stdin=script)
     assert outcome.code == code
-    assert re.fullmatch(rf"griffin-offload: error: [^\n]*{words}[^\n]*\n", outcome.err), outcome.err
+    error = outcome.err.removeprefix("(begun anew)\n")
+    assert re.fullmatch(rf"griffin-offload: error: [^\n]*{words}[^\n]*\n", error), outcome.err
 
 
 def test_a_full_context_drops_the_oldest_turns_if_asked(cli, chatty: Path):
@@ -109,98 +154,66 @@ def test_a_full_context_drops_the_oldest_turns_if_asked(cli, chatty: Path):
     assert "messages were dropped" in dropped.err
 
 
-def test_bad_flags(cli, chatty: Path, llama: Path):
-    cli.refuses(2, "chat template", "chat", "-m", llama, "--system", "x", stdin="")
+def test_bad_flags(cli, chatty: Path, llama: Path, monkeypatch: pytest.MonkeyPatch):
+    """All of them before any weight is read."""
+    monkeypatch.setattr(GriffinModel, "from_pretrained", None)
+    cli.refuses(2, "chat template, and this model has none", "chat", "-m", llama, "--system", "x", stdin="")
+    cli.refuses(2, "--raw turns it off", "chat", "-m", chatty, "--system", "x", "--raw", stdin="")
+    cli.refuses(2, "the system message is not UTF-8", "chat", "-m", chatty, "--system", "caf\udce9", stdin="")
     cli.refuses(2, "draft_tokens", "chat", "-m", chatty, "--draft-tokens", 3, stdin="")
+    cli.refuses(2, "--temperature is -1", "chat", "-m", chatty, "--temperature", -1, stdin="")
     cli.refuses(4, "no file", "chat", "-m", chatty, "--load", "absent", stdin="")
+    cli.refuses(2, "leave out --system or --load", "chat", "-m", chatty, "--load", "x", "--system", "x", stdin="")
+    cli.refuses(2, "leave out --raw or --load", "chat", "-m", chatty, "--load", "x", "--raw", stdin="")
     cli.refuses_usage("invalid choice", "chat", "--on-overflow", "x")
+    monkeypatch.setattr(sys, "stdin", None)
+    cli.refuses(2, "standard input is closed", "chat", "-m", chatty)
 
 
-PLACES = {"pass": "MappedWeights, 'fetch'", "answer": "_Interrupted, '__call__'"}
+def test_a_checkpoint_without_a_tokenizer(cli, copy: Path):
+    for file in copy.glob("token*"):
+        file.unlink()
+    cli.refuses(4, "no tokenizer that can be loaded", "chat", "-m", copy, stdin="hello\n")
+    cli.refuses(4, "no tokenizer that can be loaded", "run", "hello", "-m", copy)
 
 
-class Terminal:
-    """A chat behind a pseudo-terminal; `slow` seconds are slept in every layer of a pass, or after every token."""
-
-    def __init__(self, model: Path, where: str) -> None:
-        program = (
-            "import sys, time\n"
-            "from griffin_offload.cli.main import main\n"
-            "from griffin_offload.weights.source import MappedWeights\n"
-            "from griffin_offload.runtime.session import _Interrupted\n"
-            f"kind, name = {PLACES[where]}\n"
-            "original = getattr(kind, name)\n"
-            "def slow(*a, **k):\n"
-            "    time.sleep(0.3)\n"
-            "    return original(*a, **k)\n"
-            "setattr(kind, name, slow)\n"
-            "sys.exit(main(sys.argv[1:]))\n"
-        )
-        arguments = ["chat", "-m", str(model), *map(str, OPTIONS)]
-        self.fd, child = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program, *arguments], stdin=child, stdout=child, stderr=child, start_new_session=True
-        )
-        os.close(child)
-        self.seen = ""
-
-    def expect(self, words: str) -> None:
-        """Wait for `words` in what comes."""
-        end = time.monotonic() + 120
-        while words not in self.seen:
-            assert time.monotonic() < end, self.seen
-            if select.select([self.fd], [], [], 1)[0]:
-                try:
-                    self.seen += os.read(self.fd, 4096).decode(errors="replace")
-                except OSError:  # the other side is closed
-                    break
-        assert words in self.seen, self.seen
-        self.seen = self.seen.split(words, 1)[1]
-
-    def say(self, text: str) -> None:
-        os.write(self.fd, text.encode() + b"\n")
-
-    def interrupt(self) -> None:
-        os.kill(self.process.pid, signal.SIGINT)
+def test_a_saved_prompt_is_no_conversation(cli, chatty: Path, tmp_path: Path):
+    file = tmp_path / "a.ctx"
+    options = ("-m", chatty, "--device", "cpu", "--density", 0.5, "--max-mem", "1GB", "-q")
+    assert cli("run", "the cat", *options, "-n", 2, "--prompt-cache", file).code == 0
+    cli.refuses(4, "is a saved prompt and no conversation", "chat", *options, "--load", file, stdin="")
 
 
-@pytest.fixture
-def terminal(chatty: Path, request: pytest.FixtureRequest) -> Iterator[Terminal]:
-    talk = Terminal(chatty, request.param)
-    yield talk
-    talk.process.kill()
-    talk.process.wait()
-    os.close(talk.fd)
+def test_bytes_that_a_locale_lets_through(cli, chatty: Path, monkeypatch: pytest.MonkeyPatch):
+    """In C.UTF-8 Python reads bytes that are not UTF-8 as lone surrogates."""
+    raw = io.BytesIO(b"the caf\xe9\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape"))
+    cli.refuses(2, "the message is not UTF-8", "chat", "-m", chatty, "-q", *OPTIONS)
 
 
-@pytest.mark.parametrize("terminal", ["answer"], indirect=True)
-def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal):
-    terminal.expect("> ")
-    terminal.interrupt()
-    terminal.expect("/exit or Ctrl-D to leave")
-    terminal.expect("> ")
-    terminal.say("the cat")
-    time.sleep(1.2)
-    terminal.interrupt()
-    terminal.expect("(interrupted: kept as far as it came)")
-    terminal.expect("> ")
-    terminal.say("/stats")
-    terminal.expect("turns 1")
-    terminal.say("/foo")
-    terminal.expect("no command /foo")
-    terminal.say("/exit")
-    assert terminal.process.wait(60) == 0
+def test_processes_hand_a_conversation_on(chatty: Path, tmp_path: Path):
+    """Real pipes, and a file from one process to the next."""
 
+    def talk(script: bytes, *flags: object) -> subprocess.CompletedProcess[bytes]:
+        command = [
+            sys.executable,
+            "-m",
+            "griffin_offload",
+            "chat",
+            "-m",
+            chatty,
+            "-q",
+            *OPTIONS,
+            "--threads",
+            1,
+            *flags,
+        ]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        return subprocess.run([*map(str, command)], input=script, capture_output=True, timeout=300, env=environment)
 
-@pytest.mark.parametrize("terminal", ["pass"], indirect=True)
-def test_ctrl_c_before_the_first_token_takes_the_message_back(terminal: Terminal):
-    terminal.expect("> ")
-    terminal.say("the cat")
-    time.sleep(0.5)
-    terminal.interrupt()
-    terminal.expect("(cancelled: the message was not added)")
-    terminal.expect("> ")
-    terminal.say("/stats")
-    terminal.expect("turns 0")
-    os.write(terminal.fd, b"\x04")
-    assert terminal.process.wait(60) == 0
+    whole = talk(b"the cat\nthe dog\n")
+    first = talk(f"the cat\n/save {tmp_path / 'a.ctx'}\n".encode())
+    second = talk(b"the dog\n", "--load", tmp_path / "a.ctx")
+    assert (whole.returncode, first.returncode, second.returncode) == (0, 0, 0)
+    assert whole.stdout == first.stdout + second.stdout
+    assert whole.stderr == b""

@@ -1,9 +1,7 @@
 """A conversion on a disk that is too small, fills up, or cannot be written: the shards that are whole are kept."""
 
-import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,26 +16,6 @@ def files_of(directory: Path) -> dict[str, bytes]:
 def written_at(directory: Path) -> dict[str, tuple[int, int]]:
     stats = {path.name: path.stat() for path in directory.glob("*.safetensors")}
     return {name: (found.st_ino, found.st_mtime_ns) for name, found in stats.items()}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """`small_disk("200k")` is a file system of that size, mounted or made larger; only root may do that."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def resize(size: str) -> Path:
-        options = f"remount,size={size}" if os.path.ismount(place) else f"size={size}"
-        try:
-            command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"no small file system can be mounted here: {getattr(error, 'stderr', '') or error}")
-        return place
-
-    yield resize
-    if os.path.ismount(place):
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_too_small_from_the_beginning(cli, converted, llama: Path, small_disk):

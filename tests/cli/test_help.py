@@ -9,7 +9,7 @@ import pytest
 
 from griffin_offload import __version__, config
 from griffin_offload.cli.main import build_parser
-from griffin_offload.config import LoadConfig, RunConfig
+from griffin_offload.config import ChatConfig, LoadConfig, RunConfig
 
 # Prints what a command printed, its exit code and the heavy modules it brought in.
 PROBE = """
@@ -25,49 +25,62 @@ heavy = [name for name in ("torch", "transformers", "numpy", "safetensors", "psu
 print(json.dumps([code, text.getvalue(), heavy]))
 """
 # Arguments of the API that have no flag: tests and measurements alone use them, or `generate` has its own.
-WITHOUT_FLAG = {"batch_statistic", "ff_chunk_tokens", "always_stream"}
+WITHOUT_FLAG = {"batch_statistic", "ff_chunk_tokens", "always_stream", "decay", "keep_prompts"}
 OF_PLAN = {"prompt_tokens", "batch_size"}
 OF_RUN = {"selection", "seed", "threads"}
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["plan", "--help"], ["convert", "--help"], ["--version"], ["run", "-n", "0"]],
+    [
+        ["--help"],
+        *([command, "--help"] for command in ("run", "chat", "plan", "convert")),
+        ["--version"],
+        ["run", "-n", "0"],
+        ["chat", "-n", "0"],
+        ["chat", "--raw", "--system", "x"],
+    ],
 )
 def test_help_imports_no_torch(process, arguments: list[str]):
     outcome = process("-c", PROBE, *arguments)
     code, text, heavy = json.loads(outcome.out)
     assert heavy == []
-    assert code == (2 if "-n" in arguments else 0)
+    assert code == (0 if arguments[-1] in ("--help", "--version") else 2)
     assert text.startswith({"--version": f"griffin-offload {__version__}"}.get(arguments[-1], ("usage:", "griffin")))
 
 
 def test_help_names_every_command_and_flag(cli):
-    assert {"run", "plan", "convert"} <= set(cli("--help").out.split())
+    assert {"run", "chat", "plan", "convert"} <= set(cli("--help").out.split())
     shared = "--model --max-gpu-mem --max-cpu-mem --device --density --offload --ctx-size --kv-bits --dtype --json -q"
     run = (
         "--prompt-file --system --raw --max-new-tokens -n --temperature --top-p --top-k --selection --offline --seed -v"
     )
     words = set(cli("run", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
-    assert set((shared + " " + run).split()) <= words
+    assert {*(shared + " " + run).split(), "--prompt-cache", "--exact", "--draft-tokens", "--refresh"} <= words
+    words = set(cli("chat", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
+    ours = {*(shared + " " + run).split(), "--load", "--on-overflow", "--exact", "--draft-tokens", "--refresh"}
+    assert ours - {"--prompt-file"} <= words
     words = set(cli("plan", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
     assert {*shared.split(), "--prompt-tokens", "--batch-size", "--config"} <= words
     words = set(cli("convert", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
     assert {"OUT", "--model", "-m", "--offline", "--json", "--quiet", "-q", "{int8", "int4}"} <= words
 
 
-@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize("command", ["run", "chat", "plan"])
 def test_load_defaults_are_those_of_the_dataclass(command: str):
     parsed = vars(build_parser().parse_args([command]))
     missing = {field.name for field in dataclasses.fields(LoadConfig)} - set(parsed)
-    assert missing == WITHOUT_FLAG | (OF_PLAN if command == "run" else OF_RUN)
+    assert missing == WITHOUT_FLAG | (OF_RUN if command == "plan" else OF_PLAN)
     for field in dataclasses.fields(LoadConfig):
         assert field.name in missing or parsed[field.name] == field.default, field.name
 
 
-def test_run_defaults_are_those_of_the_dataclass():
-    parsed = vars(build_parser().parse_args(["run"]))
-    for field in dataclasses.fields(RunConfig):
+@pytest.mark.parametrize(
+    ("command", "defaults"), [("run", RunConfig), ("chat", RunConfig), ("chat", ChatConfig)], ids=str
+)
+def test_defaults_of_commands_are_those_of_a_dataclass(command: str, defaults: type):
+    parsed = vars(build_parser().parse_args([command]))
+    for field in dataclasses.fields(defaults):
         assert parsed[field.name] == field.default, field.name
 
 

@@ -1,6 +1,8 @@
 """`run --prompt-cache FILE`: saved where there is no file, used where this prompt begins with it, never overwritten."""
 
+import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,8 @@ def test_places_that_cannot_hold_a_file(cli, llama: Path, tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         cli.refuses(4, "read-only", "run", PROMPT, "-m", llama, "--prompt-cache", tmp_path / "a.ctx")
+    os.mkfifo(tmp_path / "pipe")
+    cli.refuses(4, "names no file", "run", PROMPT, "-m", llama, "--prompt-cache", tmp_path / "pipe")
     (tmp_path / "b.ctx").write_text("{}")
     cli.refuses(4, "truncated or damaged", "run", PROMPT, "-m", llama, "--prompt-cache", tmp_path / "b.ctx")
 
@@ -68,3 +72,44 @@ def test_the_answer_comes_although_saving_fails(cli, llama: Path, tmp_path: Path
     outcome = cli("run", PROMPT, "-m", llama, *OPTIONS, "--prompt-cache", tmp_path / "a.ctx")
     assert (outcome.code, outcome.err) == (4, "griffin-offload: error: the disk is full\n")
     assert outcome.json["generated_tokens"] == 8
+
+
+def test_a_disk_that_fills_up(cli, llama: Path, small_disk):
+    """The answer comes, the disk is as it was; a conversation's older file stays."""
+    place = small_disk("12k")
+    outcome = cli("run", PROMPT, "-m", llama, *OPTIONS, "--prompt-cache", place / "a.ctx")
+    assert outcome.code == 4
+    assert "a.ctx cannot be written" in outcome.err
+    assert "No space left" in outcome.err
+    assert outcome.json["generated_tokens"] == 8
+    assert list(place.iterdir()) == []
+    (place / "b.ctx").write_text("old")
+    chat = cli("chat", "-m", llama, *OPTIONS, stdin=f"{PROMPT}\n/save {place / 'b.ctx'}\n")
+    assert (chat.code, "No space left" in chat.err) == (4, True)
+    assert [(file.name, file.read_text()) for file in place.iterdir()] == [("b.ctx", "old")]
+    small_disk("60m")
+    assert cli("run", PROMPT, "-m", llama, *OPTIONS, "--prompt-cache", place / "a.ctx").code == 0
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    assert cli("run", PROMPT, "-m", llama, *OPTIONS, "--prompt-cache", place / "a.ctx").code == 0
+    cli.refuses(4, "is read-only", "run", PROMPT, "-m", llama, *OPTIONS, "--prompt-cache", place / "c.ctx")
+
+
+def test_a_conversation_is_used_as_far_as_it_goes(cli, llama: Path, tmp_path: Path):
+    """Of a file that a prompt leaves in the middle of its answer, the part before that is used, and nothing is said."""
+    file = tmp_path / "a.ctx"
+    talk = cli("chat", "-m", llama, *OPTIONS, "--ctx-size", 64, stdin=f"{PROMPT}\n/save {file}\n")
+    assert talk.code == 0
+    other = cli("run", PROMPT + " while", "-m", llama, *OPTIONS, "--prompt-cache", file)
+    prompt_tokens = json.loads(talk.out)["report"]["prompt_tokens"]
+    assert other.json["cached_prompt_tokens"] >= prompt_tokens
+    assert other.err == ""
+
+
+def test_exact_mode_uses_and_saves_prompts(cli, llama: Path, tmp_path: Path):
+    file = tmp_path / "a.ctx"
+    flags = ("--exact", "--prompt-cache", file)
+    dense = cli("run", PROMPT, "-m", llama, *OPTIONS, "--density", 1).json["text"]
+    for cached in (False, True):
+        outcome = cli("run", PROMPT, "-m", llama, *OPTIONS, *flags).json
+        assert outcome["text"] == dense
+        assert bool(outcome["cached_prompt_tokens"]) == cached

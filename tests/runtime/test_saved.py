@@ -70,7 +70,7 @@ def written(checkpoints, tmp_path_factory: pytest.TempPathFactory) -> tuple[Grif
     context = model.new_context()
     _greedy(model, _ids(0, 40), context)
     path = tmp_path_factory.mktemp("saved") / "a.ctx"
-    model.save_context(context, path)
+    model.save_context(context, path, {"messages": [{"role": "user", "content": "hello"}]})
     return model, path
 
 
@@ -103,11 +103,14 @@ def test_other_models_and_shorter_contexts_are_named(written, checkpoints, tmp_p
 
 
 def _changed(path: Path, target: Path, metadata: dict[str, str] | None = None, **tensors: torch.Tensor) -> Path:
-    """A copy with other metadata or tensors; a dot in a tensor's name is written as two underscores."""
+    """A copy with other metadata or tensors, by somebody who knows the digest; a dot in a tensor's name is written as
+    two underscores."""
     found = load_file(path)
     header = json.loads(path.read_bytes()[8 : 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]])
     found |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
-    save_file(found, target, {**header["__metadata__"], **(metadata or {})})
+    said = {**header["__metadata__"], **(metadata or {})}
+    parts = [(name, saved_module._DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in found.items()]
+    save_file(found, target, said | {"digest": saved_module._digest(said, parts)})
     return target
 
 
@@ -121,8 +124,12 @@ def _changed(path: Path, target: Path, metadata: dict[str, str] | None = None, *
         ({"covered": "48"}, "contradict"),
         ({"identity": "{"}, "damaged"),
         ({"identity": "[]"}, "damaged"),
+        ({"notes": "[]"}, "damaged"),
+        ({"notes": "["}, "damaged"),
+        ({"notes": "[" * 100_000}, "damaged"),
+        ({"exact_tokens": "41"}, "contradict"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_metadata_that_cannot_be_ours(written, tmp_path: Path, metadata: dict[str, str], words: str):
     _refused(written[0], _changed(written[1], tmp_path / "b.ctx", metadata), words)
@@ -140,8 +147,14 @@ def test_parts_that_cannot_be_ours(written, tmp_path: Path):
             {"layers__1__squared": torch.zeros(1, 127)},
             {"layers__1__kv__0": torch.zeros(1, 4, 40, 8)},
             {"layers__1__kv__1": torch.zeros(1, 8, 47, 8)},
+            {"layers__1__kv__1": torch.zeros(1, 4, 47, 8, dtype=torch.int32)},
             {"tokens": torch.arange(30)},
+            {"tokens": torch.arange(47).reshape(1, 47)},
+            {"tokens": torch.arange(47, dtype=torch.float64)},
+            {"tokens": torch.arange(47) - 1},
+            {"tokens": torch.arange(47) + VOCAB},
             {"logits": torch.zeros(1, 7)},
+            {"logits": torch.zeros(1, VOCAB, dtype=torch.int32)},
         ]
     ):
         _refused(model, _changed(path, tmp_path / f"{number}.ctx", None, **wrong), "damaged")
@@ -149,27 +162,65 @@ def test_parts_that_cannot_be_ours(written, tmp_path: Path):
     _refused(model, tmp_path / "plain.safetensors", "no saved prompt")
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def _state(context: Any, notes: Any) -> dict[str, Any]:
+    """All that a file gives, by name."""
+    mark = context.marks[-1]
+    found = {"tokens": context.tokens, "covered": context.covered, "exact": context.exact_tokens, "notes": notes}
+    tensors = {f"kv {i}": part for i, layer in enumerate(context.cache.layers) for part in layer.saved()}
+    tensors |= {f"{name} {i}": table for name in ("squared", "selected") for i, table in getattr(context, name).items()}
+    return found | {name: tensor.tolist() for name, tensor in {**tensors, "logits": mark.logits}.items()}
+
+
+def _check_damaged(model: GriffinModel, target: Path, expected: dict[str, Any]) -> None:
+    """A named error that changes nothing, or the same numbers."""
+    context = model.new_context()
+    try:
+        _, notes = model.load_context(target, context)
+    except SavedContextError:
+        assert context.tokens == []
+    else:
+        assert _state(context, notes) == expected
+
+
+def test_a_changed_byte_of_the_header_is_named_or_does_not_matter(written, tmp_path: Path):
+    """Every byte, once: also one that makes float32 int32, keys values, or 40 tokens 41."""
+    model, path = written
+    whole, expected = path.read_bytes(), _state(*model.load_context(path))
+    header_end = 8 + struct.unpack("<Q", whole[:8])[0]
+    target = tmp_path / "damaged.ctx"
+    for place in range(header_end):
+        damaged = bytearray(whole)
+        damaged[place] = {ord("F"): ord("I"), ord("0"): ord("2")}.get(whole[place], whole[place] ^ 1)
+        target.write_bytes(damaged)
+        _check_damaged(model, target, expected)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_named(written, tmp_path: Path, data: st.DataObject):
-    """Cut anywhere, or a byte of the header changed: a named error, or the change did not matter to any number."""
+    """Cut anywhere, or any byte of the header made any other."""
     model, path = written
     whole = path.read_bytes()
-    header_end = 8 + struct.unpack("<Q", whole[:8])[0]
     damaged = bytearray(whole)
     if data.draw(st.booleans()):
         del damaged[data.draw(st.integers(0, len(whole) - 1)) :]
     else:
+        header_end = 8 + struct.unpack("<Q", whole[:8])[0]
         damaged[data.draw(st.integers(0, header_end - 1))] = data.draw(st.integers(0, 255))
     target = tmp_path / "damaged.ctx"
     target.write_bytes(damaged)
-    context = model.new_context()
-    try:
-        model.load_context(target, context)
-    except SavedContextError:
-        assert context.tokens == []
-    else:
-        assert len(context.tokens) == 47
+    _check_damaged(model, target, _state(*model.load_context(path)))
+
+
+def test_a_loaded_context_has_nothing_to_do_with_its_file(written, tmp_path: Path):
+    """safetensors gives views of the mapped file: to read one behind the end of a file that was cut is death."""
+    model, path = written
+    target = tmp_path / "a.ctx"
+    target.write_bytes(path.read_bytes())
+    context, notes = model.load_context(target)
+    assert str(target) not in Path("/proc/self/maps").read_text()
+    os.truncate(target, 0)
+    assert _state(context, notes) == _state(*model.load_context(path))
 
 
 def test_what_cannot_be_written_leaves_the_old_file(written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -188,8 +239,13 @@ def test_what_cannot_be_written_leaves_the_old_file(written, tmp_path: Path, mon
     assert target.read_text() == "old"
     with pytest.raises(SavedContextError, match="cannot be written"):
         model.save_context(context, tmp_path / "absent" / "a.ctx")
-    with pytest.raises(SavedContextError, match="cannot be written"):
-        model.save_context(context, tmp_path)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for place in (tmp_path, "/", "", "a\0b", pipe, "x" * 300):
+        with pytest.raises(SavedContextError, match="cannot be written"):
+            model.save_context(context, place)
+    assert pipe.is_fifo()
+    pipe.unlink()
     assert [file.name for file in tmp_path.iterdir()] == ["kept.ctx"]
 
 

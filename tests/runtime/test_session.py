@@ -13,6 +13,7 @@ from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel, UsageError
+from griffin_offload.errors import SavedContextError
 
 QUESTIONS = ["the cat sat", "and the dog?", "where is the river", "of boats", "nothing was left"]
 CTX = 480
@@ -120,6 +121,93 @@ def test_an_error_leaves_the_conversation_as_it_was(chatty: tuple[str, Path]):
 def test_a_system_message_needs_a_template(checkpoints):
     with pytest.raises(UsageError, match="chat template"):
         _load(checkpoints("llama2")).chat_session(system="be brief")
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_without_a_template_texts_are_continued(checkpoints, chatty: tuple[str, Path], raw: bool):
+    """At density 1 as the dense model continues all texts, a space between two of them."""
+    path = chatty[1] if raw else checkpoints("llama3")
+    dense, model = AutoModelForCausalLM.from_pretrained(path), _load(path, density=1.0)
+    chat = model.chat_session(raw=raw, max_new_tokens=7, do_sample=False)
+    assert not chat.templated
+    text = ""
+    for question in ["the cat sat", " and the dog?", "of boats\n", "nothing"]:
+        apart = not text or text[-1].isspace() or question[0].isspace()
+        text += question if apart else f" {question}"
+        ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
+        answer = dense.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, do_sample=False)
+        reply = chat.send(question)
+        assert reply.text == model.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+        apart = not reply.text or text[-1].isspace() or reply.text[0].isspace()
+        text += reply.text if apart else f" {reply.text}"
+
+
+@pytest.mark.parametrize("place", ["model", "session", "send"])
+def test_how_an_answer_ends_is_said(chatty: tuple[str, Path], place: str):
+    """At an end of sequence also when that is the last token there was room for."""
+    model = _load(chatty[1])
+    free = model.chat_session(max_new_tokens=8, do_sample=False)
+    free.send(QUESTIONS[0])
+    prompt_tokens = _rendered(model, [{"role": "user", "content": QUESTIONS[0]}]).shape[1]
+    answer = free.context.tokens[prompt_tokens:]
+    end = next(i for i in range(2, len(answer)) if answer[i] not in answer[:i])
+    eos = {"eos_token_id": [answer[end], 2]}
+    if place == "model":
+        model.model.generation_config.eos_token_id = [answer[end], 2]
+    for room, finish, tokens in ((end, "length", end), (end + 1, "stop", end + 1), (end + 3, "stop", end + 1)):
+        chat = model.chat_session(do_sample=False, max_new_tokens=room, **(eos if place == "session" else {}))
+        reply = chat.send(QUESTIONS[0], **(eos if place == "send" else {}))
+        assert (reply.finish, reply.report.generated_tokens) == (finish, tokens)
+
+
+def test_an_empty_conversation_is_not_saved(chatty: tuple[str, Path], tmp_path: Path):
+    model = _load(chatty[1])
+    chat = model.chat_session(max_new_tokens=4, do_sample=False)
+    with pytest.raises(UsageError, match="the conversation is empty"):
+        chat.save(tmp_path / "a.ctx")
+    chat.send(QUESTIONS[0])
+    chat.context.clear()
+    with pytest.raises(UsageError, match="the last turn was interrupted"):
+        chat.save(tmp_path / "a.ctx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("notes", "words"),
+    [
+        ({}, "saved prompt and no conversation"),
+        ({"messages": [], "templated": 1}, "saved prompt and no conversation"),
+        ({"messages": "hello", "templated": True}, "saved prompt and no conversation"),
+        ({"messages": ["hello"], "templated": True}, "damaged: its messages"),
+        ({"messages": [{"role": "user"}], "templated": True}, "damaged: its messages"),
+        ({"messages": [{"role": "user", "content": 1}], "templated": True}, "damaged: its messages"),
+    ],
+    ids=str,
+)
+def test_what_is_no_conversation_changes_nothing(chatty: tuple[str, Path], tmp_path: Path, notes: Any, words: str):
+    model = _load(chatty[1])
+    chat = model.chat_session(max_new_tokens=4, do_sample=False)
+    chat.send(QUESTIONS[0])
+    model.save_context(chat.context, tmp_path / "a.ctx", notes)
+    messages, tokens = list(chat.messages), list(chat.context.tokens)
+    with pytest.raises(SavedContextError, match=words):
+        chat.load(tmp_path / "a.ctx")
+    assert (chat.messages, chat.context.tokens) == (messages, tokens)
+
+
+def test_a_loaded_conversation_has_its_own_beginning(chatty: tuple[str, Path], tmp_path: Path):
+    """System message and template are those it was held with, also after a reset."""
+    model = _load(chatty[1])
+    first = model.chat_session(system="be brief", max_new_tokens=4, do_sample=False)
+    first.send(QUESTIONS[0])
+    first.save(tmp_path / "a.ctx")
+    second = model.chat_session(raw=True, max_new_tokens=4, do_sample=False)
+    second.send(QUESTIONS[2])
+    second.load(tmp_path / "a.ctx")
+    assert (second.messages, second.templated) == (first.messages, True)
+    assert second.send(QUESTIONS[1]).text == first.send(QUESTIONS[1]).text
+    second.reset()
+    assert second.messages == [{"role": "system", "content": "be brief"}]
 
 
 _CONTINUE = """
