@@ -1,0 +1,98 @@
+"""`griffin-offload eval ppl`: perplexity of generation on a text."""
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from griffin_offload.cli.measuring import (
+    Bar,
+    add_measuring_options,
+    add_variant_options,
+    columns,
+    load_streamed,
+    numbers,
+    variants_of,
+)
+from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
+from griffin_offload.config import EvalConfig, WindowStart
+from griffin_offload.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from griffin_offload.evaluation.perplexity import Row
+    from griffin_offload.weights.checkpoint import Checkpoint
+
+_DEFAULTS = EvalConfig()
+
+
+def add_parser(kinds: Any) -> None:
+    """Add this kind to the parser of `eval`."""
+    ppl = kinds.add_parser("ppl", help="perplexity of the text behind a prompt, against the full model's")
+    ppl.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8, documents between <|endoftext|>")
+    ppl.add_argument("--prompt-tokens", type=numbers, default=[_DEFAULTS.prompt_tokens], metavar="P[,P...]")
+    ppl.add_argument("--generate-tokens", type=numbers, default=[_DEFAULTS.generate_tokens], metavar="G[,G...]")
+    add_variant_options(ppl, _DEFAULTS.densities, _DEFAULTS.selection)
+    ppl.add_argument("--windows", type=int, default=_DEFAULTS.windows, metavar="N")
+    ppl.add_argument("--window-start", choices=get_args(WindowStart), default=_DEFAULTS.window_start)
+    add_measuring_options(ppl)
+    add_model_option(ppl)
+    add_memory_options(ppl)
+    ppl.set_defaults(command=perplexity)
+
+
+def perplexity(arguments: argparse.Namespace) -> int:
+    """A table of all variants and sizes on stdout, or a JSON list."""
+    prompts, generates = arguments.prompt_tokens, arguments.generate_tokens
+    if min(*prompts, *generates, arguments.windows, 1) < 1:
+        raise UsageError("--prompt-tokens, --generate-tokens and --windows are 1 or more")
+    variants = variants_of(arguments)
+    quiet_libraries()
+    from griffin_offload.evaluation.perplexity import measure
+    from griffin_offload.weights.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
+    sizes = _windows(arguments, checkpoint)  # before the model is loaded, which may take long
+    model = load_streamed(arguments, checkpoint, max(prompts) + max(generates))
+    rows: list[Row] = []
+    for (p, g), windows in sizes.items():
+        with Bar(f"{p} + {g} tokens", quiet=arguments.quiet) as bar:
+            rows += measure(model, windows, p, variants, bar.step)
+    print(json.dumps([row.to_json() for row in rows]) if arguments.json else "\n".join(_lines(rows)))
+    return 0
+
+
+def _windows(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[tuple[int, int], list[Tensor]]":
+    """Windows of every size (prompt, generated)."""
+    from griffin_offload.evaluation.windows import first_tokens, read_documents, take_windows, tokenize
+    from griffin_offload.weights.checkpoint import load_tokenizer
+
+    texts = read_documents(arguments.text)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    documents, first = tokenize(texts, tokenizer), first_tokens(checkpoint.config, tokenizer)
+    return {
+        (p, g): take_windows(documents, p + g, arguments.windows, arguments.window_start, first)
+        for p, g in product(arguments.prompt_tokens, arguments.generate_tokens)
+    }
+
+
+def _lines(rows: "list[Row]") -> list[str]:
+    heads = ("selection", "density", "prompt", "generate", "ppl full", "ppl", "increase", "KL", "top-1", "kept")
+    cells = [
+        (
+            row.selection,
+            f"{row.density:g}",
+            str(row.prompt_tokens),
+            str(row.generate_tokens),
+            f"{row.ppl_full:.2f}",
+            f"{row.ppl:.2f}",
+            f"{row.increase:+.1%}",
+            f"{row.kl:.3f}",
+            f"{row.top1:.3f}",
+            f"{row.activation_kept:.3f}",
+        )
+        for row in rows
+    ]
+    return [*columns(heads, cells), f"{rows[0].windows} windows"]
