@@ -41,6 +41,11 @@ class Sample:
             raise UsageError("one context token and one to predict: there is none that could choose neurons, give 2")
         return cls(ids, ids.numel() - 2, context.numel())
 
+    @classmethod
+    def prompt_alone(cls, ids: Tensor) -> "Sample":
+        """All of `ids` [T] are a prompt; the token behind them is nobody's business."""
+        return cls(torch.cat([ids, ids[-1:]]).cpu(), ids.numel(), ids.numel())
+
     @property
     def input_tokens(self) -> int:
         return self.ids.numel() - 1

@@ -30,6 +30,11 @@ class Scores:
     activation_kept: float
     """Share of s^2 / S that the chosen neurons hold, mean over layers."""
 
+    def first(self, tokens: int) -> "Scores":
+        """Of the first `tokens` scored tokens alone."""
+        parts = (tensor[:tokens] for tensor in (self.log_probs, self.kl, self.agrees, self.greedy))
+        return Scores(*parts, self.activation_kept)
+
 
 def stack_of(model: Any, decoder: nn.ModuleList) -> nn.Module:
     """The module that runs the decoder layers, from token ids to the last norm."""
