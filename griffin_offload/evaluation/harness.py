@@ -56,7 +56,9 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         load_tokenizer(checkpoint.directory)  # fails with an error of ours
         self.variants = [Variant(density, selection)] if variants is None else list(variants)
         self.row = 1
+        self._mode, self._bos = mode, bos
         self.progress: Progress | None = None
+        self._options = {name: value for name, value in options.items() if value is not None}
         self._slot = ModelSlot(checkpoint, processes.share(options))
         self._likelihoods = Likelihoods(mode, self._simulate)
         gemma = checkpoint.config.model_type.startswith("gemma")
@@ -73,6 +75,14 @@ class GriffinLM(HFLM):  # type: ignore[misc]
     def model(self) -> Standin:
         """Answers HFLM's own questions, without a model being loaded."""
         return self._model  # type: ignore[no-any-return]
+
+    def model_args(self, row: int) -> dict[str, Any]:
+        """What lm-eval's model "griffin" is called with to be one row, for the record."""
+        shared = {"pretrained": self.model.name_or_path, "mode": self._mode, "bos": self._bos, **self._options}
+        if row == 0:
+            return shared | {"density": 1.0}
+        variant = self.variants[row - 1]
+        return shared | {"density": variant.density, "selection": variant.selection}
 
     def close(self) -> None:
         """Give the model's memory back."""
