@@ -28,7 +28,7 @@ from griffin_offload.weights.checkpoint import load_tokenizer, open_checkpoint
 Tokens = list[int]
 
 
-@register_model("griffin")  # type: ignore[untyped-decorator]
+@register_model("griffin")
 class GriffinLM(HFLM):  # type: ignore[misc]
     """One checkpoint under several variants; `row` says which one answers, 0 being the full model.
 

@@ -14,7 +14,7 @@ import tqdm
 _LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "filelock", "absl")
 
 
-class _NoBar(tqdm.tqdm):  # type: ignore[type-arg]
+class _NoBar(tqdm.tqdm):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"disable": True})
 
@@ -29,14 +29,14 @@ def quiet_harness() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        tqdm.tqdm = lm_eval.api.task.tqdm = _NoBar  # type: ignore[misc]
+        tqdm.tqdm = lm_eval.api.task.tqdm = _NoBar
         os.environ["DISABLE_MULTIPROC"] = "1"
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        tqdm.tqdm, lm_eval.api.task.tqdm = bars  # type: ignore[misc]
+        tqdm.tqdm, lm_eval.api.task.tqdm = bars
         if forking is None:
             del os.environ["DISABLE_MULTIPROC"]
         datasets.enable_progress_bars()

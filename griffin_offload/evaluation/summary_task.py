@@ -14,7 +14,7 @@ _END = "###"
 
 
 def documents(task: str, data: dict[str, str] | None = None, **_: Any) -> dict[str, Dataset]:
-    """The rows of the user's jsonl file for `task`: `article` is the whole 1-shot prompt, `summary_gt` the reference."""
+    """Rows of the user's jsonl file for `task`: `article`, the whole 1-shot prompt, and `summary_gt`, the reference."""
     path = (data or {}).get(task)
     if path is None:
         raise UsageError(f"task {task} reads its prompts from a file: give --data {task}=FILE.jsonl")
@@ -32,5 +32,5 @@ def rouge(document: dict[str, Any], results: list[str]) -> dict[str, float]:
     summary = results[0].split(_END)[0].strip()
     if not summary:
         return dict.fromkeys(_METRICS, 0.0)
-    scores = RougeScorer(list(_METRICS), use_stemmer=True).score(document["summary_gt"], summary)
+    scores = RougeScorer(list(_METRICS), use_stemmer=False).score(document["summary_gt"], summary)
     return {name: 100 * scores[name].fmeasure for name in _METRICS}

@@ -71,8 +71,8 @@ class Tasks:
         dataset = config.get("dataset_path")
         if isinstance(error, ConnectionError):
             return GriffinError(
-                f"task {name} needs the data set {dataset}, which is neither in the local cache nor reachable: run once "
-                "with a connection and without --offline, or give a YAML with local data (--include-path)"
+                f"task {name} needs the data set {dataset}, neither cached nor reachable: run once with a "
+                "connection and without --offline, or give a YAML with local data (--include-path)"
             )
         return UsageError(f"task {name} cannot be loaded: {type(error).__name__}: {one_line(error)}")
 
@@ -80,7 +80,7 @@ class Tasks:
         entry = self._manager.task_index.get(name)
         path = Path(name) if entry is None else entry.yaml_path
         try:
-            return {} if path is None else load_yaml(path, resolve_func=False)  # type: ignore[no-any-return]
+            return {} if path is None else load_yaml(path, resolve_func=False)
         except Exception:  # the error to be explained is the same one
             return {}
 
