@@ -19,6 +19,8 @@ Quantize = Literal["auto", "none", "int8", "int4"]
 KVBits = Literal[16, 8]
 Overflow = Literal["error", "drop"]
 WindowStart = Literal["even", "documents"]
+EvalMode = Literal["gen", "class", "strict"]
+BosRule = Literal["paper", "tokenizer"]
 CacheKind = Literal["ours", "static", "dynamic"]
 Refresh = Literal["turn", "never"] | int
 Density = float | Sequence[float]
@@ -135,6 +137,26 @@ class EvalConfig:
     selection: SelectionMethod = "topk"
     windows: int = 16
     window_start: WindowStart = "even"
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """What `griffin-offload eval tasks` measures when not told otherwise."""
+
+    mode: EvalMode = "gen"
+    """Which tokens of a log-likelihood pass through chosen neurons: README, eval tasks."""
+    densities: tuple[float, ...] = (0.5,)
+    selection: SelectionMethod = "topk"
+    bos: BosRule = "paper"
+    """A BOS token in front of every text: for Gemma alone, as in the paper, or as the tokenizer does by default."""
+    num_fewshot: int | None = None
+    """None: what the task says, else 0."""
+    limit: int | None = None
+    """Documents per task; None: all."""
+    max_length: int | None = None
+    """Tokens that a request is cut to, on the left; None: the model's context."""
+    bootstrap_iters: int = 1000
+    """Resamples for standard errors of metrics that are not means; lm-eval's own number, 100000, takes minutes."""
 
 
 @dataclass(frozen=True)
