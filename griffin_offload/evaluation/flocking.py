@@ -56,13 +56,13 @@ def observe_sequences(
     found = [Observed(tokens, [torch.zeros(2, count) for count in neurons]) for _ in sequences]
     weights = split_tokens(torch.ones(1, tokens))
 
-    def look(layer: int, place: int, start: int, z: Tensor) -> None:
+    def look(layer: int, row: int, start: int, z: Tensor) -> None:
         part = weights[:, :, start : start + z.shape[0]].to(z.device)
-        found[place].parts[layer] += squared_statistic(z[None], part)[0].cpu()
-        if corner.holds(layer, place, start):
+        found[row].parts[layer] += squared_statistic(z[None], part)[0].cpu()
+        if corner.holds(layer, row, start):
             shown = _directions(z[: corner.tokens - start], corner.features)
-            rows = [found[place].heatmaps[layer], shown] if layer in found[place].heatmaps else [shown]
-            found[place].heatmaps[layer] = torch.cat(rows)
+            rows = [found[row].heatmaps[layer], shown] if layer in found[row].heatmaps else [shown]
+            found[row].heatmaps[layer] = torch.cat(rows)
 
     observe(model, sequences, look, tables=2 + _tables(corner, tokens, min(neurons)), progress=progress)
     return found
@@ -99,9 +99,12 @@ def share_of_chosen(chooses: Tensor, measured: Tensor, densities: Sequence[float
     return shares
 
 
-def mean_jaccard(squared: Tensor, density: float) -> float:
-    """Mean over all pairs of N sequences of |A and B| / |A or B| of their top-k sets; `squared` is s^2 [N, F]."""
+def mean_jaccard(squared: Tensor, density: float) -> float | None:
+    """Mean over all pairs of N sequences of |A and B| / |A or B| of their top-k sets; `squared` is s^2 [N, F]. None
+    where there is no pair; 1 for empty sets."""
     count, kept = len(squared), neurons_kept(squared.shape[1], density)
+    if count < 2:
+        return None
     if kept == 0:
         return 1.0
     chosen = torch.zeros_like(squared).scatter_(1, squared.topk(kept, dim=1).indices, 1.0)

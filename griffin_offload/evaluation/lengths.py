@@ -25,9 +25,10 @@ def measure_lengths(
 ) -> list[Row]:
     """A row per prompt length, generation length and variant, in this order.
 
-    `windows` are ids of max(prompts) + max(generates) tokens, `first` what every prompt begins with, counted in it. The prompt is what stands right before the generated
-    part, so the same tokens are scored behind prompts of every length: what differs between rows is the length alone.
-    Shorter generations are the beginnings of the longest, which tokens behind them do not change.
+    `windows` are ids of max(prompts) + max(generates) tokens, `first` what every prompt begins with, counted in it.
+    The prompt is what stands right before the generated part, so the same tokens are scored behind prompts of every
+    length: what differs between rows is the length alone. Shorter generations are the beginnings of the longest, which
+    tokens behind them do not change.
     """
     split, longest = max(prompts), max(generates)
     begin = torch.tensor(list(first), dtype=torch.long)

@@ -5,7 +5,7 @@ Logits exist for a few positions at a time. V vocabulary, G scored tokens.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,8 +32,14 @@ class Scores:
 
     def first(self, tokens: int) -> "Scores":
         """Of the first `tokens` scored tokens alone."""
-        parts = (tensor[:tokens] for tensor in (self.log_probs, self.kl, self.agrees, self.greedy))
-        return Scores(*parts, self.activation_kept)
+        part = slice(tokens)
+        return replace(
+            self,
+            log_probs=self.log_probs[part],
+            kl=self.kl[part],
+            agrees=self.agrees[part],
+            greedy=self.greedy[part],
+        )
 
 
 def stack_of(model: Any, decoder: nn.ModuleList) -> nn.Module:
