@@ -160,6 +160,32 @@ class TasksConfig:
 
 
 @dataclass(frozen=True)
+class SummariesConfig:
+    """What `griffin-offload eval summaries` measures when not told otherwise: the reference's settings."""
+
+    samples: int = 1000
+    max_new_tokens: int = 128
+    temperature: float = 0.3
+    top_p: float = 1.0
+    seed: int = 42
+    end: str = "###"
+    """A summary is cut there; where it does not occur nothing is cut."""
+    densities: tuple[float, ...] = (1.0, 0.5)
+    selection: SelectionMethod = "topk"
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    """What `griffin-offload eval latency` measures when not told otherwise: the paper's table 3."""
+
+    sizes: tuple[tuple[int, int], ...] = ((2048, 128), (2048, 2048))
+    """Tokens of the prompt, tokens generated."""
+    densities: tuple[float, ...] = (0.5, 0.25)
+    selections: tuple[SelectionMethod, ...] = ("magnitude", "topk")
+    repeats: int = 3
+
+
+@dataclass(frozen=True)
 class ChatConfig:
     """How a conversation behaves."""
 
