@@ -30,8 +30,8 @@ class ModelSlot:
         return self._model
 
     def generating(self, variant: Variant, prompt_tokens: int, ctx_tokens: int) -> GriffinModel:
-        """A model with the neurons of `variant` resident, for prompts and answers of these lengths. The full model, where
-        it does not fit, answers in exact mode."""
+        """A model with the neurons of `variant` resident, for prompts and answers of these lengths. The full model,
+        where it does not fit, answers in exact mode."""
         plan = self._model.plan if self._model is not None and self._purpose == variant else None
         if plan is None or plan.context_tokens < ctx_tokens or plan.prompt_tokens < prompt_tokens:
             kept = {"density": variant.density, "selection": variant.selection}
