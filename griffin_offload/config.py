@@ -186,6 +186,15 @@ class LatencyConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    """What `griffin-offload bench` measures when not told otherwise."""
+
+    prompt_tokens: int = 512
+    generate_tokens: int = 128
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
 class ChatConfig:
     """How a conversation behaves."""
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from griffin_offload.evaluation.speed import run_fixed, warm_up
 from griffin_offload.method.variant import Variant
 from griffin_offload.runtime.model import GriffinModel
-
-_WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,10 @@ def time_generation(
     done: Callable[[], None] = lambda: None,
 ) -> Timing:
     """Generate exactly so many tokens behind `prompt` [P], greedily, `repeats` times after a warm-up."""
-    warm_up = min(_WARM_UP_TOKENS, generate_tokens)
-    _generate(model, prompt, warm_up)
+    warm_up(model, prompt, generate_tokens)
     reports = []
     for _ in range(repeats):
-        _generate(model, prompt, generate_tokens)
-        assert model.last_report is not None
-        reports.append(model.last_report)
+        reports.append(run_fixed(model, prompt, generate_tokens))
         done()
     totals = [report.prefill_s + report.decode_s for report in reports]
     decode_s = statistics.median(report.decode_s for report in reports)
@@ -74,20 +70,6 @@ def time_generation(
         streamed_bytes=reports[-1].prefill_streamed_bytes,
         resident_bytes=model.resident_bytes,
         peak_bytes=max(report.peak_device_bytes for report in reports),
-    )
-
-
-def _generate(model: GriffinModel, prompt: Tensor, tokens: int) -> None:
-    model.generate(
-        prompt[None],
-        attention_mask=prompt.new_ones(1, prompt.numel()),
-        min_new_tokens=tokens,
-        max_new_tokens=tokens,
-        num_beams=1,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
     )
 
 
