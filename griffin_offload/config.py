@@ -160,6 +160,7 @@ class TasksConfig:
 
 
 @dataclass(frozen=True)
+<<<<<<< HEAD
 class SummariesConfig:
     """What `griffin-offload eval summaries` measures when not told otherwise: the reference's settings."""
 
@@ -192,6 +193,28 @@ class BenchConfig:
     prompt_tokens: int = 512
     generate_tokens: int = 128
     repeats: int = 5
+=======
+class InspectConfig:
+    """What `griffin-offload inspect` looks at when not told otherwise."""
+
+    figures: tuple[str, ...] = ("flocking", "jaccard", "inputs", "statistic", "sparsity", "lengths")
+    layers: int = 4
+    """Layers that heatmaps show, spread evenly."""
+    windows: int = 16
+    tokens: int = 512
+    """Of a window in flocking, jaccard, inputs and statistic; heatmaps show all of them."""
+    features: int = 512
+    """The first ones of a layer, that heatmaps show."""
+    prompt_tokens: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    generate_tokens: tuple[int, ...] = (32, 64, 128, 256)
+    jaccard_densities: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
+    sparsity_densities: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+    lengths_densities: tuple[float, ...] = (0.5,)
+    sparsity_selections: tuple[SelectionMethod, ...] = ("topk", "magnitude", "random")
+    lengths_selections: tuple[SelectionMethod, ...] = ("topk",)
+    prompt_densities: tuple[float, ...] = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
+    """Of the loss on one prompt."""
+>>>>>>> 4d1f44310785741b5b9417796c12114e345fc9a5
 
 
 @dataclass(frozen=True)

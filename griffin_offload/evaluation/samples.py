@@ -42,6 +42,11 @@ class Sample:
         return cls(ids, ids.numel() - 2, context.numel())
 
     @classmethod
+    def prompt_alone(cls, ids: Tensor) -> "Sample":
+        """All of `ids` [T] are a prompt; the token behind them is nobody's business."""
+        return cls(torch.cat([ids, ids[-1:]]).cpu(), ids.numel(), ids.numel())
+
+    @classmethod
     def strict(cls, context: Tensor, continuation: Tensor) -> "Sample":
         """Every token of `continuation` is predicted through chosen neurons, the first one, too. So the last token of
         `context` is the first that passes through them, and those before it choose: what generation would do that
