@@ -160,7 +160,6 @@ class TasksConfig:
 
 
 @dataclass(frozen=True)
-<<<<<<< HEAD
 class SummariesConfig:
     """What `griffin-offload eval summaries` measures when not told otherwise: the reference's settings."""
 
@@ -193,7 +192,9 @@ class BenchConfig:
     prompt_tokens: int = 512
     generate_tokens: int = 128
     repeats: int = 5
-=======
+
+
+@dataclass(frozen=True)
 class InspectConfig:
     """What `griffin-offload inspect` looks at when not told otherwise."""
 
@@ -214,7 +215,6 @@ class InspectConfig:
     lengths_selections: tuple[SelectionMethod, ...] = ("topk",)
     prompt_densities: tuple[float, ...] = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
     """Of the loss on one prompt."""
->>>>>>> 4d1f44310785741b5b9417796c12114e345fc9a5
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from griffin_offload import __version__
-<<<<<<< HEAD
-from griffin_offload.cli import bench, chat, convert, eval, plan, run
-=======
-from griffin_offload.cli import chat, convert, eval, inspect, plan, run
->>>>>>> 4d1f44310785741b5b9417796c12114e345fc9a5
+from griffin_offload.cli import bench, chat, convert, eval, inspect, plan, run
 from griffin_offload.errors import GriffinError, one_line
 
 _INTERRUPTED = 130
@@ -26,11 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"griffin-offload {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-<<<<<<< HEAD
-    for command in (run, chat, plan, convert, bench, eval):
-=======
-    for command in (run, chat, plan, convert, eval, inspect):
->>>>>>> 4d1f44310785741b5b9417796c12114e345fc9a5
+    for command in (run, chat, plan, convert, bench, eval, inspect):
         command.add_parser(commands)
     return parser
 
