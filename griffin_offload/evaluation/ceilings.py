@@ -1,5 +1,6 @@
 """What a machine can do at best with a model's own shapes: read its files, copy to the device, multiply."""
 
+import contextlib
 import os
 import statistics
 import time
@@ -55,44 +56,33 @@ def measure_ceilings(prospect: Prospect, precision: Precision, prompts: list[int
         )
 
 
-def read_bytes_per_s(files: list[Path]) -> float | None:
-    """Of up to 2 GB of the files, read once and past the page cache by several threads; None where that cannot be
-    done, or where the page cache has them."""
-    try:
-        reader = DirectReader([str(file) for file in files])
-    except OSError:
-        return None
-    extents, total = [], 0
-    for file in files:
-        for at in range(0, file.stat().st_size, _PIECE_BYTES):
-            if total < _READ_BYTES:
-                extents.append(Extent(str(file), at, min(_PIECE_BYTES, file.stat().st_size - at)))
-                total += extents[-1].nbytes
-    if sum(_evict(file) for file in files) < len(files):
-        return None
-    targets = [block_buffer(_PIECE_BYTES) for _ in range(_READERS)]
+def read_bytes_per_s(paths: list[Path]) -> float | None:
+    """Of up to 2 GB of the files, read once and past the page cache by several threads; None where that cannot be."""
+    with contextlib.ExitStack() as stack:
+        files = {str(path): stack.enter_context(path.open("rb")).fileno() for path in paths}
+        try:
+            for descriptor in files.values():
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            reader = stack.enter_context(contextlib.closing(DirectReader(files)))
+        except (OSError, AttributeError):  # systems without these calls
+            return None
+        sizes = {path: os.fstat(descriptor).st_size for path, descriptor in files.items()}
+        every = [
+            Extent(path, at, min(_PIECE_BYTES, size - at))
+            for path, size in sizes.items()
+            for at in range(0, size, _PIECE_BYTES)
+        ]
+        extents = every[: -(-_READ_BYTES // _PIECE_BYTES)]
+        targets = [block_buffer(_PIECE_BYTES) for _ in range(_READERS)]
 
-    def read(worker: int) -> None:
-        for extent in extents[worker::_READERS]:
-            reader.copy(extent, targets[worker][: extent.nbytes])
+        def read(worker: int) -> None:
+            for extent in extents[worker::_READERS]:
+                reader.copy(extent, targets[worker][: extent.nbytes])
 
-    start = time.perf_counter()
-    with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(read, range(_READERS)))
-    seconds = time.perf_counter() - start
-    reader.close()
-    return total / seconds
-
-
-def _evict(file: Path) -> bool:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
+        start = time.perf_counter()
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(read, range(_READERS)))
+        return sum(extent.nbytes for extent in extents) / (time.perf_counter() - start)
 
 
 def _copy_rate(device: torch.device, *, pinned: bool) -> float | None:
