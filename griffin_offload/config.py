@@ -5,7 +5,7 @@ K kept neurons of a layer, L layers, V vocabulary. GB is 10**9 bytes, GiB is 2**
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from griffin_offload.errors import UsageError
@@ -82,6 +82,8 @@ class LoadConfig:
     """Share of the statistic so far that remains when a pass between tokens adds its own; turns just add."""
     keep_prompts: bool = False
     """Memory is planned for prompts that are kept and continued: conversations, saved prompts."""
+    session_mem: str | int | None = None
+    """Part of the device budget set aside for contexts that are kept beside the one in use; None: none."""
     ff_chunk_tokens: int | None = None
     """Tokens that go through a full FF at once: bounds the workspace, not the result. None: by the slot's size."""
     threads: int | None = None
@@ -160,6 +162,41 @@ class TasksConfig:
 
 
 @dataclass(frozen=True)
+class SummariesConfig:
+    """What `griffin-offload eval summaries` measures when not told otherwise: the reference's settings."""
+
+    samples: int = 1000
+    max_new_tokens: int = 128
+    temperature: float = 0.3
+    top_p: float = 1.0
+    seed: int = 42
+    end: str = "###"
+    """A summary is cut there; where it does not occur nothing is cut."""
+    densities: tuple[float, ...] = (1.0, 0.5)
+    selection: SelectionMethod = "topk"
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    """What `griffin-offload eval latency` measures when not told otherwise: the paper's table 3."""
+
+    sizes: tuple[tuple[int, int], ...] = ((2048, 128), (2048, 2048))
+    """Tokens of the prompt, tokens generated."""
+    densities: tuple[float, ...] = (0.5, 0.25)
+    selections: tuple[SelectionMethod, ...] = ("magnitude", "topk")
+    repeats: int = 3
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `griffin-offload bench` measures when not told otherwise."""
+
+    prompt_tokens: int = 512
+    generate_tokens: int = 128
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
 class InspectConfig:
     """What `griffin-offload inspect` looks at when not told otherwise."""
 
@@ -180,6 +217,55 @@ class InspectConfig:
     lengths_selections: tuple[SelectionMethod, ...] = ("topk",)
     prompt_densities: tuple[float, ...] = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
     """Of the loss on one prompt."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What `griffin-offload serve` lets in, and how much of it."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any that is free."""
+    served_name: str | None = None
+    """The model's name in requests; None: the last part of its path or hub id."""
+    api_key: str | None = field(default=None, repr=False)
+    allow_host: tuple[str, ...] = ()
+    """Names in the Host header that are answered beside localhost and the bound address."""
+    cors_origin: tuple[str, ...] = ()
+    """Web pages whose scripts may ask."""
+    queue_size: int = 16
+    """Requests that wait for the one that is answered; further ones are told to come again."""
+    idle_unload_s: float | None = None
+    """After so long without a request the model's memory is given back; None: never."""
+    max_body: str | int = "2MB"
+    max_prompt_tokens: int | None = None
+    """None: what the context holds."""
+    max_output_tokens: int | None = None
+    """Of one answer; None: what the context holds."""
+    max_sessions: int = 64
+    """Conversations kept beside the current one, if the budget holds so many."""
+    max_choices: int = 8
+    """Answers to one request: prompts times `n`."""
+    request_timeout_s: float = 600.0
+    """From the first byte of a request to the last of its answer, waiting included."""
+    shutdown_grace_s: float = 10.0
+    """How long a running answer may go on after SIGTERM or Ctrl-C."""
+    max_connections: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise UsageError(f"port is {self.port}: from 0 to {2**16 - 1}")
+        for name in (
+            "queue_size",
+            "max_sessions",
+            "max_choices",
+            "max_connections",
+            "max_prompt_tokens",
+            "max_output_tokens",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}: at least 1")
 
 
 @dataclass(frozen=True)

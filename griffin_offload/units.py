@@ -1,4 +1,4 @@
-"""Sizes in words and in bytes: "12GB" is 12e9 bytes, "12GiB" is 12 * 2**30."""
+"""Sizes in words and in bytes: "12GB" is 12e9 bytes, "12GiB" is 12 * 2**30. Times: "10m" is 600 seconds."""
 
 import math
 import re
@@ -18,6 +18,8 @@ _FACTORS = {
     "tib": 2**40,
 }
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-z%]*)\s*", re.IGNORECASE)
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", re.IGNORECASE)
 # "auto" leaves a tenth of the free memory to everybody else.
 _AUTO_SHARE = 0.9
 
@@ -39,6 +41,15 @@ def parse_size(text: str | float, *, total_bytes: int | None = None, free_bytes:
     if unit not in _FACTORS or not math.isfinite(bytes_meant):
         raise UsageError(f"cannot read the size {text!r}: write for example 12GB, 12GiB, 80% or auto")
     return _positive(int(bytes_meant), text)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds meant by `text`: "90", "90s", "10m", "2h". UsageError for anything else, and for none."""
+    match = _TIME.fullmatch(text)
+    seconds = float(match[1]) * _SECONDS[match[2].lower()] if match else 0.0
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"cannot read the time {text!r}: write for example 30s, 10m or 2h")
+    return seconds
 
 
 def _positive(size_bytes: int, text: str) -> int:

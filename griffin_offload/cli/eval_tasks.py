@@ -68,18 +68,11 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
     from griffin_offload.evaluation.task_index import Tasks
     from griffin_offload.evaluation.task_run import TaskRun
 
+    settings = {name: getattr(arguments, name) for name in ("mode", "bos", "max_length", *_MEMORY)}
     with quiet_harness():
         tasks = Tasks(names, arguments.include_path, data)
         processes = Processes.launched()
-        model = GriffinLM(
-            model_of(arguments),
-            mode=arguments.mode,
-            variants=variants,
-            bos=arguments.bos,
-            max_length=arguments.max_length,
-            processes=processes,
-            **{name: getattr(arguments, name) for name in _MEMORY},
-        )
+        model = GriffinLM(model_of(arguments), variants=variants, processes=processes, **settings)
     run = TaskRun(model, config, processes, _bars(arguments, processes))
     try:
         _add_all(run, names, tasks, arguments.output, processes)

@@ -73,6 +73,11 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def variant_name(selection: str, density: float) -> str:
+    """As tables call it."""
+    return "full" if density == 1 else f"{selection} {density:g}"
+
+
 def columns(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]

@@ -7,6 +7,8 @@ PROMPT = (
     "know what was inside, so she asked her brother Ben to help her. Ben and Sue pulled and pulled until the box was "
     "open. Inside the box, they saw a small toy boat. Sue was very happy. She said,"
 )
+# What clients of a server call it.
+SERVED_NAME = "demo"
 
 
 def demo_directory() -> Path:

@@ -38,9 +38,8 @@ class Request(NamedTuple):
         return hashlib.blake2b(array("q", [self.scored_from, *self.ids]).tobytes(), digest_size=16).digest()
 
 
-# Fewer tokens leave none that could choose: class mode and strict use all but the last of the input or the context.
 def can_choose(request: Request, mode: EvalMode) -> bool:
-    """Whether neurons can be chosen at all; if not, the full model scores the request."""
+    """Whether any token is left to choose neurons; if none is, the full model scores the request."""
     before_experts = {"gen": request.scored_from, "class": len(request.ids) - 2, "strict": request.scored_from - 1}
     return before_experts[mode] >= 1
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from griffin_offload.config import MIN_AUTO_CTX
+from griffin_offload.errors import DoesNotFit
 from griffin_offload.method.variant import Variant
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.weights.checkpoint import Checkpoint
@@ -29,11 +30,17 @@ class ModelSlot:
         return self._model
 
     def generating(self, variant: Variant, prompt_tokens: int, ctx_tokens: int) -> GriffinModel:
-        """A model with the neurons of `variant` resident, for prompts and answers of these lengths."""
+        """A model with the neurons of `variant` resident, for prompts and answers of these lengths. The full model,
+        where it does not fit, answers in exact mode."""
         plan = self._model.plan if self._model is not None and self._purpose == variant else None
         if plan is None or plan.context_tokens < ctx_tokens or plan.prompt_tokens < prompt_tokens:
             kept = {"density": variant.density, "selection": variant.selection}
-            self._load(variant, prompt_tokens, ctx_tokens, **kept)
+            try:
+                self._load(variant, prompt_tokens, ctx_tokens, **kept)
+            except DoesNotFit:
+                if variant.density < 1:
+                    raise
+                self._load(variant, prompt_tokens, ctx_tokens, exact=True)
         assert self._model is not None
         return self._model
 

@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from rouge_score.rouge_scorer import RougeScorer
 
+from griffin_offload.config import SummariesConfig
 from griffin_offload.errors import UsageError
+from griffin_offload.evaluation.rouge import rouge as summary_scores
 from griffin_offload.evaluation.task_index import json_lines
-
-_METRICS = ("rouge1", "rouge2", "rougeL")
-_END = "###"
 
 
 def documents(task: str, data: dict[str, str] | None = None, **_: Any) -> dict[str, Dataset]:
@@ -28,9 +26,5 @@ def documents(task: str, data: dict[str, str] | None = None, **_: Any) -> dict[s
 
 
 def rouge(document: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """F1 of ROUGE-1, 2 and L, in percent, of what is before "###"; an empty summary scores 0."""
-    summary = results[0].split(_END)[0].strip()
-    if not summary:
-        return dict.fromkeys(_METRICS, 0.0)
-    scores = RougeScorer(list(_METRICS), use_stemmer=False).score(document["summary_gt"], summary)
-    return {name: 100 * scores[name].fmeasure for name in _METRICS}
+    """Scores of one summary, in percent."""
+    return summary_scores(results[0], document["summary_gt"], SummariesConfig.end)

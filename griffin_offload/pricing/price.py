@@ -165,6 +165,7 @@ def price(
     common = {
         "logits": logits_bytes(shape, use),
         "statistic": statistics_bytes(shape, request, use, kept, streamed),
+        "sessions": request.session_bytes,
         "overhead": request.overhead_bytes,
     }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)

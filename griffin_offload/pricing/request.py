@@ -41,6 +41,8 @@ class PlanRequest:
     """Those passes give logits for each of their tokens."""
     continued: bool = False
     """Prompts are kept, and later ones go on from their KV cache and statistic."""
+    session_bytes: int = 0
+    """Set aside for contexts that are kept beside the one in use."""
     weight_norms: bool = False
     """A table of norms is kept, one for every neuron of the streamed layers."""
     translated: bool = False

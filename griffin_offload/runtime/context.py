@@ -51,6 +51,16 @@ class Context:
         mark = self.marks[-1] if self.marks else None
         return mark.logits if mark is not None and mark.tokens == len(self.tokens) == self.covered else None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps alive: the KV cache as allocated, statistics, selections and logits."""
+        tensors = [*self.squared.values(), *self.selected.values()]
+        for mark in self.marks:
+            tensors += [*mark.squared.values(), *mark.selected.values()]
+            tensors += [mark.logits] if mark.logits is not None else []
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return self.cache.nbytes + sum(storages.values())
+
     def common(self, ids: Tensor) -> int:
         """How many of the first tokens are those of `ids` [T]."""
         both = min(len(self.tokens), ids.numel())

@@ -26,6 +26,8 @@ from griffin_offload.runtime.run import Run, cache_bytes, cache_of, prompt_mask,
 from griffin_offload.runtime.saved import Identity, Like
 from griffin_offload.runtime.threads import limited_threads
 from griffin_offload.weights.checkpoint import fingerprint
+from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.source import MappedWeights
 
 
 class Engine:
@@ -38,11 +40,26 @@ class Engine:
         self.run: Run | None = None
         self.last_prefill: PrefillReport | None = None
         self.progress: Progress | None = None
+        self.pass_progress: Progress | None = None
+        """The same for streamed passes between two tokens of an answer."""
+        self.idle_bytes = 0
+        """Of contexts that are kept beside the one in use, see `keep_idle`."""
         self.stock_forward: Callable[..., Any] = loaded.model.forward
         self._signature = inspect.signature(self.stock_forward)
         loaded.model.forward = self._wrapped_forward()
         self._user: dict[str, object] = {}
         self._closed = False
+
+    @property
+    def blocks(self) -> list[FeedForward]:
+        """The FF block of every layer."""
+        return self.loaded.layers.blocks
+
+    @property
+    def streams_from_disk(self) -> bool:
+        """Whether a prompt reads the disk whatever the page cache holds: the model is larger than that."""
+        source = self.loaded.layers.source
+        return isinstance(source, MappedWeights) and bool(source.placements)
 
     def takes(self, argument: str) -> bool:
         """Whether the stock model's forward knows an argument of this name."""
@@ -68,9 +85,15 @@ class Engine:
             if self._user.get("now") is me:
                 del self._user["now"]
 
+    def keep_idle(self, idle_bytes: int) -> None:
+        """Count so many bytes of contexts that nobody uses at the moment against the budget."""
+        self.idle_bytes = idle_bytes
+        self.loaded.ledger.hold(sessions=idle_bytes)
+
     def require(self, use: Usage) -> None:
-        """DoesNotFit unless `use` stays within the budget with the residents as they are."""
-        plan = replan_for(self.shape, self.prospect.request, self.plan, use)
+        """DoesNotFit unless `use` stays within the budget with the residents and idle contexts as they are."""
+        request = replace(self.prospect.request, session_bytes=self.idle_bytes)
+        plan = replan_for(self.shape, request, self.plan, use)
         if not plan.fits:
             remedy = f"fewer than {use.batch} sequences at once, shorter ones, or a model loaded with more memory"
             raise DoesNotFit(describe_shortfall(plan, remedy))
@@ -96,7 +119,10 @@ class Engine:
         assert run.context is not None, "with a context"
         tokens, context = tokens_of(inputs).shape[1], run.context
         groups = torch.eye(tokens, device=self.prospect.device)[None] if each else self._ones(tokens)[:, None]
-        streamed = StreamedPass(self.loaded.layers, groups, earlier=context.squared, choose=choose, keep=True)
+        earlier, progress = context.squared, self.pass_progress
+        streamed = StreamedPass(
+            self.loaded.layers, groups, earlier=earlier, choose=choose, keep=True, progress=progress
+        )
         with streamed:
             output = self.stock_forward(**inputs, return_dict=True)
         if choose:

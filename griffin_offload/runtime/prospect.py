@@ -81,6 +81,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig) -> Prospect:
     shapes, others = _shapes(checkpoint, dtype, device, config)
     request = PlanRequest(
         budget_bytes=budget_bytes(config, device),
+        session_bytes=_session_bytes(config, device),
         ctx_tokens=config.ctx_size,
         prompt_tokens=config.prompt_tokens,
         batch=config.batch_size,
@@ -184,6 +185,12 @@ def budget_bytes(config: LoadConfig, device: torch.device) -> int:
         limit = config.max_cpu_mem
     free, total = device_bytes(device)
     return parse_size(limit, total_bytes=total, free_bytes=free)
+
+
+def _session_bytes(config: LoadConfig, device: torch.device) -> int:
+    if config.session_mem is None:
+        return 0
+    return parse_size(config.session_mem, total_bytes=device_bytes(device)[1])
 
 
 def plan_for(prospect: Prospect) -> Plan:

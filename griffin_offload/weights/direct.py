@@ -10,7 +10,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -93,28 +93,25 @@ class Placement:
 class DirectReader:
     """Open files, and threads that read from them."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        """Raises OSError where a file, or its file system, cannot be read directly."""
+    def __init__(self, files: Mapping[str, int]) -> None:
+        """`files` are descriptors by path, open for reading until `close`. Raises OSError where a file, or its file
+        system, cannot be read directly."""
         self._files: dict[str, tuple[int, int, int]] = {}
         self._bounce = threading.local()
+        self._pool = ThreadPoolExecutor(_READERS, "griffin-offload-direct")
         try:
-            for path in set(paths):
-                cached = os.open(path, os.O_RDONLY)
-                self._files[path] = cached, -1, 0
-                self._files[path] = cached, os.open(path, os.O_RDONLY | os.O_DIRECT), os.fstat(cached).st_size
+            for path, cached in files.items():
+                direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                self._files[path] = cached, direct, os.fstat(cached).st_size
         except OSError:
             self.close()
             raise
-        self._pool = ThreadPoolExecutor(_READERS, "griffin-offload-direct")
 
     def close(self) -> None:
-        """Close the files; nothing may be reading."""
-        if hasattr(self, "_pool"):
-            self._pool.shutdown()
+        """Close what was opened here; nothing may be reading."""
+        self._pool.shutdown()
         while self._files:
-            for descriptor in self._files.popitem()[1][:2]:
-                if descriptor >= 0:
-                    os.close(descriptor)
+            os.close(self._files.popitem()[1][1])
 
     def read(self, placement: Placement, buffer: Tensor) -> list[Tensor]:
         """Read a layer's extents into `buffer`, of `block_buffer`; blocks."""

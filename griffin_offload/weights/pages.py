@@ -77,7 +77,7 @@ class FilePages:
                 self._files[mapping.path] = os.open(mapping.path, os.O_RDONLY)
         if evict and self._files:
             with contextlib.suppress(OSError):
-                self.direct = DirectReader(list(self._files))
+                self.direct = DirectReader(self._files)
 
     def extents(self, tensors: Sequence[Tensor]) -> list[Extent] | None:
         """The bytes of `tensors` in their files; None if one lies in none."""

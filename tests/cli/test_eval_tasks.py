@@ -103,8 +103,8 @@ def test_two_processes_split_the_requests_and_give_equal_results(process, llama:
         counts.append(sorted(tuple(map(int, line.split())) for line in log.read_text().splitlines()))
     for one, two in zip(*found, strict=True):
         assert two == pytest.approx(one, rel=1e-5, nan_ok=True)
-    # 18 choices, with and without shots, 3 texts in one window each; 5 generations of 2 models, by two processes 3 and 3
-    # because lm-eval repeats one where the other has more.
+    # 18 choices, with and without shots, 3 texts in one window each; 5 generations of 2 models, by two processes 3
+    # and 3, because lm-eval repeats one where the other process has more.
     assert counts[0] == [(39, 10)]
     simulated, generated = zip(*counts[1], strict=True)
     assert (sum(simulated), generated) == (39, (6, 6))

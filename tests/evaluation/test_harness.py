@@ -158,6 +158,22 @@ def test_generations_are_the_runtimes(checkpoints):
     assert lm.generate_until(GENERATIONS) != pruned
 
 
+def test_a_full_model_that_does_not_fit_generates_in_exact_mode():
+    """The demo in float32: 11 MB hold less than half of its neurons."""
+    from griffin_offload.demo import demo_directory
+
+    found = {}
+    for budget in ("40MB", "11MB"):
+        with quiet_harness():
+            lm = GriffinLM(demo_directory(), device="cpu", dtype="float32", max_gpu_mem=budget, density=0.25)
+        lm.row = 0
+        found[budget] = lm.generate_until(GENERATIONS)
+        model = lm._slot._model
+        assert model is not None
+        assert (model.plan.kept[0] < 1024) == (budget == "11MB")
+    assert found["11MB"] == found["40MB"]
+
+
 def test_lm_evals_own_way_to_make_a_model(checkpoints):
     import lm_eval.api.registry
 

@@ -32,12 +32,13 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 
 @pytest.fixture
 def reader(file: tuple[Path, bytes]):
-    try:
-        found = DirectReader([str(file[0])])
-    except OSError:
-        pytest.skip("this file system has no direct reads")
-    yield found
-    found.close()
+    with file[0].open("rb") as opened:
+        try:
+            found = DirectReader({str(file[0]): opened.fileno()})
+        except OSError:
+            pytest.skip("this file system has no direct reads")
+        yield found
+        found.close()
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -118,5 +119,5 @@ def test_zeros_and_buffers():
 def test_no_descriptor_stays(file):
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(FileNotFoundError):
-        DirectReader([str(file[0]), str(file[0]) + " that is absent"])
+        DirectReader({str(file[0]): 0, f"{file[0]} that is absent": 0})
     assert len(os.listdir("/proc/self/fd")) == before

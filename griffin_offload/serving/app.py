@@ -1,0 +1,180 @@
+"""The routes: an ASGI application."""
+
+import logging
+from dataclasses import dataclass
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from griffin_offload.config import ServeConfig
+from griffin_offload.serving.admission import Caps, output_tokens
+from griffin_offload.serving.exchange import Disconnected, Exchange
+from griffin_offload.serving.failure import Failure, broken
+from griffin_offload.serving.fields import parse_object
+from griffin_offload.serving.job import Done, Failed, Figures, Job
+from griffin_offload.serving.metrics import Metrics
+from griffin_offload.serving.prompts import Encoder
+from griffin_offload.serving.requests import Endpoint, Request, check_served, parse_request
+from griffin_offload.serving.responses import LAST_EVENT, Response, encode, server_sent
+from griffin_offload.serving.security import Guard
+from griffin_offload.serving.worker import Worker
+from griffin_offload.units import parse_size
+
+log = logging.getLogger(__name__)
+
+_ASKING: dict[str, Endpoint] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+_MODELS = "/v1/models"
+_READING = {"/health": "health", "/metrics": "metrics", _MODELS: "models"}
+_STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+_OUTCOMES = {408: "timeout", 429: "queue_full"}
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes need."""
+
+    worker: Worker
+    encoder: Encoder
+    metrics: Metrics
+    config: ServeConfig
+    caps: Caps
+    served: str
+    """The model's name."""
+    created: int
+
+
+class App:
+    """Every answer, and every refusal, is in OpenAI's form."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._guard = service, Guard(service.config)
+        self._max_body = parse_size(service.config.max_body)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        exchange = Exchange(scope, receive, send, self._service.config.request_timeout_s)
+        outcome = "cancelled"
+        try:
+            outcome = await self._outcome(exchange, Headers(scope=scope))
+        finally:
+            await exchange.close()
+            kind = _kind(scope["path"])
+            self._service.metrics.requests.labels(kind, outcome).inc()
+            log.info("%s %d %s in %.2f s", kind, exchange.status, outcome, exchange.seconds)
+            log.debug("%s %s", scope["method"], scope["path"])
+
+    async def _outcome(self, exchange: Exchange, headers: Headers) -> str:
+        """Answer, and say in one word what became of it."""
+        try:
+            try:
+                await self._route(exchange, headers)
+            except Failure as failure:
+                await exchange.fail(failure)
+                return _OUTCOMES.get(failure.status, "refused" if failure.status < 500 else "failed")
+            except Disconnected:
+                raise
+            except Exception as error:  # a bug of ours, told without its details
+                log.critical("%s", type(error).__name__, exc_info=log.isEnabledFor(logging.DEBUG))
+                await exchange.fail(broken())
+                return "failed"
+            return "ok"
+        except (Disconnected, Failure, OSError):  # gone, or never read what it was told
+            return "disconnected"
+
+    async def _route(self, exchange: Exchange, headers: Headers) -> None:
+        method, path = exchange.scope["method"], exchange.scope["path"]
+        self._guard.check(method, path, headers)
+        exchange.headers = self._guard.cors_headers(headers)
+        if path not in _ASKING and path not in _READING and not path.startswith(f"{_MODELS}/"):
+            raise Failure(404, "there is nothing at this path", code="not_found")
+        if self._guard.is_preflight(method, headers):
+            exchange.headers = self._guard.preflight_headers(headers)
+            await exchange.answer(204, b"")
+            return
+        allowed = ("POST",) if path in _ASKING else ("GET", "HEAD")
+        if method not in allowed:
+            allow = {"allow": ", ".join(allowed)}
+            raise Failure(405, f"{method[:20]} is not answered here: use {allowed[0]}", code="method", headers=allow)
+        if path in _ASKING:
+            await self._ask(exchange, headers, _ASKING[path])
+        else:
+            await self._read(exchange, path)
+
+    async def _read(self, exchange: Exchange, path: str) -> None:
+        service = self._service
+        if path == "/metrics":
+            await exchange.answer(200, service.metrics.text(), {"content-type": CONTENT_TYPE_LATEST})
+        elif path == "/health":
+            closing, worker = service.worker.closing, service.worker
+            state = {"status": "closing" if closing else "ok", "loaded": worker.loaded, "waiting": worker.waiting}
+            await exchange.answer(503 if closing else 200, encode(state))
+        else:
+            model = {"id": service.served, "object": "model", "created": service.created, "owned_by": "griffin-offload"}
+            if path != _MODELS:
+                check_served(path.removeprefix(f"{_MODELS}/"), service.served)
+                await exchange.answer(200, encode(model))
+            else:
+                await exchange.answer(200, encode({"object": "list", "data": [model]}))
+
+    async def _ask(self, exchange: Exchange, headers: Headers, endpoint: Endpoint) -> None:
+        service = self._service
+        body = await exchange.body(self._max_body)
+        _check_content(headers)
+        request = parse_request(endpoint, parse_object(body), service.served, service.config)
+        service.worker.check_room()
+        prompts = await exchange.within_time(service.encoder.encode(request))
+        max_tokens = [output_tokens(request, prompt, service.caps) for prompt in prompts]
+        job = Job(request, prompts, max_tokens, exchange.deliver)
+        response = Response(request, service.served, len(prompts) * request.n)
+        service.worker.submit(job)
+        try:
+            await (_stream if request.stream else _whole)(exchange, request, response)
+        finally:
+            service.worker.cancel(job)
+
+
+async def _whole(exchange: Exchange, _: Request, response: Response) -> None:
+    while True:
+        event = await exchange.next()
+        if isinstance(event, Failed):
+            raise event.failure
+        if isinstance(event, Done):
+            await exchange.answer(200, encode(response.whole(event.figures)))
+            return
+        response.take(event)
+
+
+async def _stream(exchange: Exchange, request: Request, response: Response) -> None:
+    """Headers go out with the first token: what is refused before it still has a status of its own."""
+    while True:
+        event = await exchange.next()
+        if isinstance(event, Failed):
+            raise event.failure
+        if not exchange.started:
+            await exchange.start(200, _STREAM_HEADERS)
+            await exchange.write(b"".join(map(server_sent, response.opening())), more=True)
+        if isinstance(event, Done):
+            await exchange.write(_end(event.figures, request, response), more=False)
+            return
+        await exchange.write(server_sent(response.chunk(event)), more=True)
+
+
+def _end(figures: Figures, request: Request, response: Response) -> bytes:
+    closing = server_sent(response.closing(figures)) if request.include_usage else b""
+    return closing + LAST_EVENT
+
+
+def _check_content(headers: Headers) -> None:
+    """Failure 415 unless the body is said to be plain JSON: what else a page can send, no browser asks us about."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Failure(415, "the body has to be sent as Content-Type: application/json", code="content_type")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise Failure(415, "compressed bodies are not read", code="content_encoding")
+
+
+def _kind(path: str) -> str:
+    """A name for figures and logs, from a fixed list: paths are the client's words."""
+    return _ASKING.get(path) or _READING.get(path) or ("models" if path.startswith(f"{_MODELS}/") else "other")

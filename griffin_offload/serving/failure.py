@@ -1,0 +1,61 @@
+"""What a client is told when it gets no answer: OpenAI's error form and a status."""
+
+from typing import Any
+
+
+class Failure(Exception):
+    """A request that ends here. `param` names the field that is wrong, `code` says what is, for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's word for errors of this status."""
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        return kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def to_json(self) -> dict[str, Any]:
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> Failure:
+    """A body that cannot be used."""
+    return Failure(400, message, param=param, code=code)
+
+
+def unsupported(param: str, reason: str) -> Failure:
+    """A field that this server knows and does not serve."""
+    return Failure(400, f"{param} is not supported here: {reason}", param=param, code="unsupported_parameter")
+
+
+# Clients of OpenAI's try 408 and 5xx again unless told not to; the same work would only take as long again.
+NO_RETRY = {"x-should-retry": "false"}
+
+
+def out_of_time(seconds: float) -> Failure:
+    return Failure(
+        408, f"no complete answer within {seconds:g} s: ask for fewer tokens", code="timeout", headers=NO_RETRY
+    )
+
+
+def shutting_down() -> Failure:
+    return Failure(503, "the server is shutting down", code="shutting_down")
+
+
+def broken() -> Failure:
+    """A bug of ours, or a machine in trouble: the details are for the log."""
+    return Failure(
+        500, "the request failed inside the server; its log says more", code="internal_error", headers=NO_RETRY
+    )

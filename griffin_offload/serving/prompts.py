@@ -1,0 +1,57 @@
+"""From messages and texts to token ids, on a thread of its own and with a tokenizer of its own."""
+
+import asyncio
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from griffin_offload.errors import one_line
+from griffin_offload.serving.failure import invalid
+from griffin_offload.serving.messages import Message
+from griffin_offload.serving.requests import Prompt, Request
+
+
+class Encoder:
+    """Makes the prompts of a request; tokenizing a long one must not keep other clients waiting for their tokens."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._thread = ThreadPoolExecutor(1, "griffin-offload-encoder")
+
+    async def encode(self, request: Request) -> list[list[int]]:
+        """Token ids of every prompt of `request`; Failure 400 for one that has none."""
+        call: Callable[[], list[list[int]]] = functools.partial(self.prompts_of, request)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def prompts_of(self, request: Request) -> list[list[int]]:
+        if request.endpoint == "chat":
+            return [self._chat(request.messages)]
+        return [self._completion(prompt) for prompt in request.prompts]
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _chat(self, messages: tuple[Message, ...]) -> list[int]:
+        if self._tokenizer.chat_template is None:
+            raise invalid("this model has no chat template: use /v1/completions", "messages", code="no_chat_template")
+        try:
+            ids = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        except (
+            Exception
+        ) as error:  # a template is a program of the checkpoint's author; many refuse an odd order of roles
+            raise invalid(f"the model's chat template refuses these messages: {one_line(error)}", "messages") from error
+        return _checked(ids["input_ids"], "messages")
+
+    def _completion(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return _checked(self._tokenizer(prompt)["input_ids"], "prompt")
+        if max(prompt) >= self._vocab_size:
+            raise invalid(f"prompt has a token id {max(prompt)}: they go up to {self._vocab_size - 1}", "prompt")
+        return prompt
+
+
+def _checked(ids: list[int], param: str) -> list[int]:
+    if not ids:
+        raise invalid(f"{param} is empty: the tokenizer makes no token of it", param)
+    return ids

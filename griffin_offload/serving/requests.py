@@ -1,0 +1,201 @@
+"""What a client asks for: OpenAI's bodies, checked and in one form."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from griffin_offload.config import ServeConfig
+from griffin_offload.serving.failure import Failure, invalid
+from griffin_offload.serving.fields import Fields
+from griffin_offload.serving.messages import Message, parse_messages
+
+Endpoint = Literal["chat", "completions"]
+Prompt = str | list[int]
+
+MAX_STOPS = 4
+_MAX_STOP_LETTERS = 1000
+_MAX_TOP_LOGPROBS = {"chat": 20, "completions": 5}
+# Of OpenAI's, for completions that name no length.
+_COMPLETION_TOKENS = 16
+_LARGEST = 2**31 - 1
+_COMMON = {
+    "model",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+    "logprobs",
+    "n",
+    "density",
+    "exact",
+}
+_KNOWN = {
+    "chat": {*_COMMON, "messages", "max_completion_tokens", "top_logprobs"},
+    "completions": {*_COMMON, "prompt"},
+}
+# They say who asks and how others may bill or store it; no answer depends on them.
+_IGNORED = ("user", "safety_identifier", "prompt_cache_key", "metadata")
+# Names of OpenAI's API, and the values with which they ask for nothing.
+_NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
+    "chat": {
+        "audio": (),
+        "frequency_penalty": (0,),
+        "function_call": ("none",),
+        "functions": ([],),
+        "logit_bias": ({},),
+        "modalities": (["text"],),
+        "moderation": (),
+        "parallel_tool_calls": (True, False),
+        "prediction": (),
+        "presence_penalty": (0,),
+        "prompt_cache_options": (),
+        "prompt_cache_retention": (),
+        "reasoning_effort": (),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "verbosity": (),
+        "web_search_options": (),
+    },
+    "completions": {
+        "best_of": (1,),
+        "echo": (False,),
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "presence_penalty": (0,),
+        "suffix": (),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One body that passed every check which needs no tokenizer."""
+
+    endpoint: Endpoint
+    messages: tuple[Message, ...] = ()
+    """Of a chat."""
+    prompts: tuple[Prompt, ...] = ()
+    """Of completions: texts or token ids."""
+    stream: bool = False
+    include_usage: bool = False
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stops: tuple[str, ...] = ()
+    seed: int | None = None
+    top_logprobs: int | None = None
+    """Log probabilities are asked for, and so many alternatives; None: they are not."""
+    n: int = 1
+    density: float | None = None
+    exact: bool | None = None
+
+
+def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, config: ServeConfig) -> Request:
+    """The request that `values` make; Failure names the first field that cannot be used."""
+    fields = Fields(values, known=_KNOWN[endpoint], neutral=_NEUTRAL[endpoint], ignored=_IGNORED)
+    _check_model(fields, served)
+    n = fields.integer("n", 1, config.max_choices) or 1
+    chat = endpoint == "chat"
+    prompts = () if chat else _prompts(fields, config.max_choices // n)
+    stream = bool(fields.flag("stream"))
+    return Request(
+        endpoint=endpoint,
+        messages=parse_messages(fields) if chat else (),
+        prompts=prompts,
+        stream=stream,
+        include_usage=_include_usage(fields, stream),
+        max_tokens=_max_tokens(fields) or (None if chat else _COMPLETION_TOKENS),
+        temperature=fields.number("temperature", 0, 2),
+        top_p=fields.number("top_p", 0, 1),
+        stops=_stops(fields),
+        seed=fields.integer("seed", -(2**63), 2**63 - 1),
+        top_logprobs=_chat_logprobs(fields) if chat else fields.integer("logprobs", 0, _MAX_TOP_LOGPROBS[endpoint]),
+        n=n,
+        density=fields.number("density", 0, 1),
+        exact=fields.flag("exact"),
+    )
+
+
+def _check_model(fields: Fields, served: str) -> None:
+    model = fields.text("model")
+    if model is None:
+        raise fields.wrong("model", f"given: {served!r} is served here")
+    check_served(model, served)
+
+
+def check_served(model: str, served: str) -> None:
+    """Failure 404 unless `model` is the one that is served."""
+    if model != served:
+        raise Failure(
+            404, f"no model {model[:100]!r}: {served!r} is served here", param="model", code="model_not_found"
+        )
+
+
+def _max_tokens(fields: Fields) -> int | None:
+    old = fields.integer("max_tokens", 1, _LARGEST)
+    new = fields.integer("max_completion_tokens", 1, _LARGEST)
+    if old is not None and new is not None and old != new:
+        raise invalid("max_tokens and max_completion_tokens contradict each other: give one", "max_tokens")
+    return new if old is None else old
+
+
+def _include_usage(fields: Fields, stream: bool) -> bool:
+    options = fields.raw("stream_options")
+    if options is None:
+        return False
+    if not stream:
+        raise invalid("stream_options are for streams: add stream", "stream_options")
+    if not isinstance(options, dict):
+        raise fields.wrong("stream_options", "an object")
+    neutral = {"include_obfuscation": (False,)}
+    return bool(
+        Fields(options, known=("include_usage",), neutral=neutral, where="stream_options").flag("include_usage")
+    )
+
+
+def _stops(fields: Fields) -> tuple[str, ...]:
+    found = fields.raw("stop")
+    if found is None:
+        return ()
+    stops = [found] if isinstance(found, str) else found
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+        raise fields.wrong("stop", f"a string or a list of up to {MAX_STOPS}")
+    for stop in stops:
+        if not 0 < len(fields.checked_text("stop", stop)) <= _MAX_STOP_LETTERS:
+            raise fields.wrong("stop", f"made of strings of 1 to {_MAX_STOP_LETTERS} letters")
+    return tuple(stops)
+
+
+def _chat_logprobs(fields: Fields) -> int | None:
+    wanted, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, _MAX_TOP_LOGPROBS["chat"])
+    if top is not None and not wanted:
+        raise invalid("top_logprobs are for logprobs: add logprobs", "top_logprobs")
+    return (top or 0) if wanted else None
+
+
+def _prompts(fields: Fields, most: int) -> tuple[Prompt, ...]:
+    found = fields.raw("prompt")
+    if found is None:
+        raise fields.wrong("prompt", "given: a string, a list of strings, token ids, or a list of lists of those")
+    several = isinstance(found, list) and not _is_ids(found)
+    prompts = found if several else [found]
+    if not prompts or len(prompts) > most:
+        raise fields.wrong("prompt", f"1 to {most} prompts, `n` answers to each counted")
+    return tuple(_prompt(fields, prompt) for prompt in prompts)
+
+
+def _prompt(fields: Fields, prompt: Any) -> Prompt:
+    if isinstance(prompt, str):
+        return fields.checked_text("prompt", prompt)
+    if not isinstance(prompt, list) or not _is_ids(prompt):
+        raise fields.wrong("prompt", "a string, a list of strings, token ids, or a list of lists of those")
+    return list(prompt)
+
+
+def _is_ids(found: list[Any]) -> bool:
+    return bool(found) and all(type(token) is int and 0 <= token <= _LARGEST for token in found)

@@ -1,0 +1,159 @@
+"""OpenAI's JSON forms of an answer, whole and in chunks."""
+
+import json
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from griffin_offload.serving.job import Event, Figures, Finished, Piece
+from griffin_offload.serving.logprobs import TokenLogprob
+from griffin_offload.serving.requests import Request
+
+_OBJECTS = {
+    ("chat", False): "chat.completion",
+    ("chat", True): "chat.completion.chunk",
+    ("completions", False): "text_completion",
+    ("completions", True): "text_completion",
+}
+
+
+@dataclass
+class Choice:
+    """One answer as far as it came."""
+
+    text: str = ""
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    finish: str | None = None
+
+
+class Response:
+    """The answers to one request, gathered or passed on event by event. `density` is that of the model in use."""
+
+    def __init__(self, request: Request, model: str, choices: int) -> None:
+        self._request, self._model = request, model
+        self._id = ("chatcmpl-" if request.endpoint == "chat" else "cmpl-") + secrets.token_hex(12)
+        self._created = int(time.time())
+        self._choices = [Choice() for _ in range(choices)]
+
+    def take(self, event: Event) -> None:
+        """Gather `event`."""
+        if isinstance(event, Piece):
+            self._choices[event.choice].text += event.text
+            self._choices[event.choice].tokens += event.tokens
+        elif isinstance(event, Finished):
+            self._choices[event.choice].finish = event.reason
+
+    def whole(self, figures: Figures) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        choices = [self._whole_choice(index, choice) for index, choice in enumerate(self._choices)]
+        return self._object(choices, stream=False) | {"usage": usage(figures), "griffin": summary(figures)}
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Chunks in front of all text: whose turn it is, in each answer of a chat."""
+        if self._request.endpoint != "chat":
+            return []
+        start = {"role": "assistant", "content": ""}
+        return [self._chunk(index, start, None, ()) for index in range(len(self._choices))]
+
+    def chunk(self, event: Piece | Finished) -> dict[str, Any]:
+        """`event` as a chunk of a stream."""
+        if isinstance(event, Finished):
+            return self._chunk(event.choice, {}, event.reason, ())
+        chunk = self._chunk(event.choice, {"content": event.text}, None, event.tokens)
+        self.take(event)
+        return chunk
+
+    def closing(self, figures: Figures) -> dict[str, Any]:
+        """The chunk with the figures."""
+        return self._object([], stream=True) | {"usage": usage(figures), "griffin": summary(figures)}
+
+    def _object(self, choices: list[dict[str, Any]], *, stream: bool) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": _OBJECTS[self._request.endpoint, stream],
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        logprobs = self._logprobs(choice.tokens, 0)
+        if self._request.endpoint == "chat":
+            message = {"role": "assistant", "content": choice.text, "refusal": None}
+            return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
+        return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish}
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], finish: str | None, tokens: tuple[TokenLogprob, ...]
+    ) -> dict[str, Any]:
+        offset = sum(len(token.text) for token in self._choices[index].tokens)
+        logprobs = self._logprobs(list(tokens), offset) if tokens else None
+        content = {"delta": delta} if self._request.endpoint == "chat" else {"text": delta.get("content", "")}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+        usage_field = {"usage": None} if self._request.include_usage else {}
+        return self._object([choice], stream=True) | usage_field
+
+    def _logprobs(self, tokens: list[TokenLogprob], offset: int) -> dict[str, Any] | None:
+        if self._request.top_logprobs is None:
+            return None
+        if self._request.endpoint == "chat":
+            return {"content": [_chat_token(token) for token in tokens], "refusal": None}
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token.text)
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [{other.text: other.logprob for other in token.alternatives} for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _chat_token(token: TokenLogprob) -> dict[str, Any]:
+    return _plain(token) | {"top_logprobs": [_plain(other) for other in token.alternatives]}
+
+
+def _plain(token: TokenLogprob) -> dict[str, Any]:
+    return {
+        "token": token.text,
+        "logprob": token.logprob,
+        "bytes": list(token.bytes) if token.bytes is not None else None,
+    }
+
+
+def usage(figures: Figures) -> dict[str, Any]:
+    """OpenAI's count of tokens."""
+    return {
+        "prompt_tokens": figures.prompt_tokens,
+        "completion_tokens": figures.completion_tokens,
+        "total_tokens": figures.prompt_tokens + figures.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": figures.cached_tokens},
+    }
+
+
+def summary(figures: Figures) -> dict[str, Any]:
+    """What this server alone has to say: how much of the model the answer came from."""
+    last = figures.reports[-1]
+    return {
+        "density": last.density,
+        "precision": last.precision,
+        "activation_kept": last.activation_kept,
+        "activation_kept_heldout": last.activation_kept_heldout,
+        "streamed_bytes": figures.streamed_bytes,
+        "exact": last.drafting is not None and last.drafting.verified,
+    }
+
+
+def encode(value: dict[str, Any]) -> bytes:
+    """Strict JSON, in UTF-8; a lone surrogate cannot occur in decoded text."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def server_sent(value: dict[str, Any]) -> bytes:
+    """One event of a stream."""
+    return b"data: " + encode(value) + b"\n\n"
+
+
+LAST_EVENT = b"data: [DONE]\n\n"
