@@ -52,7 +52,12 @@ def _add_text_options(add: Any) -> None:
     add("--layers", metavar="L[,L...]|all", help=f"heatmaps of these (default: {_DEFAULTS.layers}, evenly)")
     add("--windows", type=int, metavar="N", help=f"spread over the text (default: {_DEFAULTS.windows})")
     add("--tokens", type=int, metavar="S", help=f"of a window, but for perplexities (default: {_DEFAULTS.tokens})")
-    add("--prompt-tokens", type=numbers, metavar="P[,P...]", help=f"of lengths (default: {_listed('prompt_tokens')})")
+    add(
+        "--prompt-tokens",
+        type=numbers,
+        metavar="P[,P...]",
+        help=f"of lengths; sparsity takes the largest (default: {_listed('prompt_tokens')})",
+    )
     add("--generate-tokens", type=numbers, metavar="G[,G...]", help=f"(default: {_listed('generate_tokens')})")
     add("--selection", metavar="S[,S...]", help="of sparsity and lengths (default: with baselines, and topk)")
     add("--rows", type=Path, action="append", metavar="FILE", help="draw sparsity from eval ppl --json, eval tasks")

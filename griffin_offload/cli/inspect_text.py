@@ -119,6 +119,8 @@ class _Inspection:
         self._tokens = _given(arguments.tokens, _DEFAULTS.tokens)
         self._prompts = sorted(set(_given(arguments.prompt_tokens, _DEFAULTS.prompt_tokens)))
         self._generates = sorted(set(_given(arguments.generate_tokens, _DEFAULTS.generate_tokens)))
+        self._sparsity_prompt = max(_given(arguments.prompt_tokens, [_EVAL.prompt_tokens]))
+        self._sparsity_generate = max(_given(arguments.generate_tokens, [_EVAL.generate_tokens]))
         if min(self._count, self._tokens, *self._prompts, *self._generates) < 1:
             raise UsageError("--windows, --tokens, --prompt-tokens and --generate-tokens are 1 or more")
         if "jaccard" in figures and self._count < 2:
@@ -150,7 +152,7 @@ class _Inspection:
         """Tokens of a window."""
         sizes = {"observed": self._tokens} if set(self._figures) & set(_OBSERVED) else {}
         if "sparsity" in self._figures:
-            sizes["sparsity"] = _EVAL.prompt_tokens + _EVAL.generate_tokens
+            sizes["sparsity"] = self._sparsity_prompt + self._sparsity_generate
         if "lengths" in self._figures:
             sizes["lengths"] = max(self._prompts) + max(self._generates)
         return sizes
@@ -183,9 +185,9 @@ class _Inspection:
         for name in figures:
             picture: Any = drawn.get(name)
             if name == "flocking":
-                picture = partial(heatmaps.flocking, heatmaps=seen.heatmaps[name]["original"])
+                picture = partial(heatmaps.flocking, heatmaps=_arrays(seen.heatmaps[name])["original"])
             elif name == "inputs":
-                picture = partial(heatmaps.inputs, heatmaps=seen.heatmaps[name])
+                picture = partial(heatmaps.inputs, heatmaps=_arrays(seen.heatmaps[name]))
             self._files.add(name, seen.numbers[name], picture, summary(name, seen.numbers[name]))
             if name in seen.heatmaps:
                 self._files.add_matrices(name, seen.heatmaps[name])
@@ -197,8 +199,8 @@ class _Inspection:
 
         variants = self._variants(_DEFAULTS.sparsity_densities, _DEFAULTS.sparsity_selections)
         with Bar("sparsity", quiet=self._arguments.quiet) as bar:
-            rows = measure(model, windows, _EVAL.prompt_tokens, variants, bar.step)
-        note = f"{len(windows)} windows of {_EVAL.prompt_tokens} + {_EVAL.generate_tokens} tokens"
+            rows = measure(model, windows, self._sparsity_prompt, variants, bar.step)
+        note = f"{len(windows)} windows of {self._sparsity_prompt} + {self._sparsity_generate} tokens"
         points = [point.to_json() for point in points_of_rows(rows)]
         self._files.add("sparsity", {"note": note, "rows": points}, sparsity, summary_of_rows(rows))
 
@@ -218,6 +220,10 @@ class _Inspection:
             f"{long.prompt_tokens}"
         )
         self._files.add("lengths", numbers, lengths, line)
+
+
+def _arrays(by_input: "dict[str, dict[int, Tensor]]") -> dict[str, dict[int, Any]]:
+    return {kind: {layer: one.numpy() for layer, one in by_layer.items()} for kind, by_layer in by_input.items()}
 
 
 def _given(value: Any, default: Any) -> Any:

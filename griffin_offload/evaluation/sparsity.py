@@ -10,7 +10,7 @@ from griffin_offload.errors import UsageError
 from griffin_offload.evaluation.perplexity import Row
 
 # Metrics of lm-eval, in the order of preference where a task has several; the paper's come first.
-_METRICS = ("acc", "f1", "rouge1", "rouge2", "rougeL", "em", "exact_match", "acc_norm")
+_METRICS = ("acc", "f1", "f1_abstractive", "rouge1", "rouge2", "rougeL", "em", "exact_match", "acc_norm")
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def spread(count: int, most: int) -> list[int]:
     """At most `most` of 0 .. count - 1, evenly, the first and the last among them."""
     if count <= most:
         return list(range(count))
-    return sorted({round(place * (count - 1) / (most - 1)) for place in range(most)})
+    return sorted({round(place * (count - 1) / max(most - 1, 1)) for place in range(most)})
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> None:
