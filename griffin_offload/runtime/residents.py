@@ -11,7 +11,7 @@ from griffin_offload.pricing import Plan
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.prefill import StreamedLayers
 from griffin_offload.runtime.prospect import Prospect, evicts
-from griffin_offload.weights.direct import untouched_zeros
+from griffin_offload.weights.direct import touch, untouched_zeros
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.gather import gather_outputs
 from griffin_offload.weights.pages import FilePages
@@ -101,13 +101,16 @@ def place_residents(
 def _copy_residents(
     model: Any, prospect: Prospect, stay: set[int], copies: dict[int, nn.Parameter], pages: FilePages
 ) -> None:
-    """Copy by several threads: most of the time goes into page faults, which the kernel takes in parallel."""
+    """Copy by several threads: most of the time goes into page faults, which the kernel takes in parallel. `copies` are
+    on the device already, and touched here, so that no prompt has to wait for their pages."""
     modules = [module for module in model.modules() if id(module) not in stay]
     parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None and id(p) not in copies}
     with ThreadPoolExecutor(_COPY_THREADS) as pool:
+        touched = pool.map(touch, copies.values())
         done = pool.map(lambda parameter: _resident(parameter, prospect, pages), parameters.values())
         # By identity, so that tied weights stay tied.
         copies.update(zip(parameters, done, strict=True))
+        list(touched)
     for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None:

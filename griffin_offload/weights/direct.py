@@ -23,8 +23,8 @@ BLOCK_BYTES = 4096
 """What offsets, sizes and addresses of direct reads are multiples of; a page."""
 _PIECE_BYTES = 2 * 2**20
 _READERS = 4  # a network disk wants several requests at a time (benchmarks/NOTES.md)
-_libc = ctypes.CDLL(None)
-_MADV_HUGEPAGE = 14
+_libc = ctypes.CDLL(None) if sys.platform != "win32" else ctypes.CDLL("msvcrt")  # called on Linux alone
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _HUGE_BYTES = 2 * 2**20
 _CACHESTAT = 451  # the system call's number, on every architecture; Linux 6.5
 
@@ -63,6 +63,13 @@ def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.devi
     if device.type != "cpu" or nbytes < _HUGE_BYTES:
         return torch.zeros(shape, dtype=dtype, device=device)
     return block_buffer(nbytes)[:nbytes].view(dtype).view(shape)
+
+
+def touch(tensor: Tensor) -> None:
+    """Make the pages of `untouched_zeros` real now, and not one by one when they are first written to."""
+    if tensor.device.type == "cpu" and tensor.nbytes >= _HUGE_BYTES and sys.platform.startswith("linux"):
+        nbytes = tensor.nbytes // BLOCK_BYTES * BLOCK_BYTES
+        _libc.madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE)
 
 
 class Placement:
