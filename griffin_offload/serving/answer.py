@@ -14,7 +14,8 @@ from griffin_offload.serving.text import Detokeniser
 
 
 class Answer(StoppingCriteria):  # type: ignore[misc]
-    """Asked after every token whether to go on, which is where it learns of the token.
+    """Asked after every token whether to go on, which is where it learns of the token: all but the first
+    `prompt_tokens` are the answer's.
 
     `show` is called with text and the tokens that begin in it; tokens of which nothing is shown are left out.
     `interrupted` is asked once a token. `ends` are the ids that end a sequence.
@@ -22,6 +23,7 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
 
     def __init__(
         self,
+        prompt_tokens: int,
         detokeniser: Detokeniser,
         holder: StopHolder,
         recorder: LogprobRecorder | None,
@@ -31,14 +33,10 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
     ) -> None:
         self._detokeniser, self._holder, self._recorder = detokeniser, holder, recorder
         self._ends, self._show, self._interrupted = ends, show, interrupted
-        self._seen: int | None = None
-        self._letters = 0
-        self._waiting: deque[tuple[int, TokenLogprob]] = deque()
-        self.interrupted = self._ended = False
-
-    def begin(self, prompt_tokens: int) -> None:
-        """Tokens from here on are the answer's."""
         self._seen = prompt_tokens
+        self._letters = 0
+        self._waiting: deque[TokenLogprob] = deque()
+        self.interrupted = self._ended = False
 
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         tokens = input_ids[0, self._seen :].tolist()
@@ -54,7 +52,7 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
             self._ended = True
             return
         if self._recorder is not None:
-            self._waiting.append((self._letters, self._recorder.record(token)))
+            self._waiting.append(self._recorder.record(token, self._letters))
         self._grow(self._detokeniser.feed(token))
 
     def _grow(self, text: str) -> None:
@@ -65,8 +63,8 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
     def _give(self, text: str, before: int) -> None:
         """Show `text`, and the tokens that begin in front of letter `before`."""
         tokens = []
-        while self._waiting and self._waiting[0][0] < before:
-            tokens.append(self._waiting.popleft()[1])
+        while self._waiting and self._waiting[0].offset < before:
+            tokens.append(self._waiting.popleft())
         if text or tokens:
             self._show(text, tuple(tokens))
 

@@ -1,14 +1,18 @@
 """One request on the worker's thread: every prompt, every answer, one after the other."""
 
+import contextlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from griffin_offload.errors import DoesNotFit
 from griffin_offload.runtime.context import Context
 from griffin_offload.runtime.model import GriffinModel
+from griffin_offload.runtime.report import RunReport
 from griffin_offload.serving.answer import Answer
 from griffin_offload.serving.job import Finished, Job, Piece
 from griffin_offload.serving.keeper import Held
@@ -30,76 +34,102 @@ def answer_all(held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
     pass. Any GriffinError of `generate`."""
     seed = job.request.seed
     torch.manual_seed(secrets.randbits(63) if seed is None else seed)
-    choice = 0
-    for prompt, max_tokens in zip(job.prompts, job.max_tokens, strict=True):
+    generation = _Generation(held, job, interrupted)
+    for index, prompt in enumerate(job.prompts):
         ids = torch.tensor([prompt])
-        exact = held.model.engine.loaded.layers.config.exact if job.request.exact is None else job.request.exact
-        context = held.sessions.take(ids[0], exact=exact) if held.sessions is not None else None
-        if held.sessions is not None:
-            held.model.engine.keep_idle(held.sessions.nbytes)
-        try:
+        with generation.context_for(ids) as context:
             for number in range(job.request.n):
-                _answer(held.model, job, ids, context, max_tokens, choice, interrupted)
-                job.figures.add(_report(held.model), first=number == 0)
-                choice += 1
+                choice = index * job.request.n + number
+                job.figures.add(generation.answer(ids, context, job.max_tokens[index], choice), first=number == 0)
+
+
+class _Generation:
+    """The answers to one job."""
+
+    def __init__(self, held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
+        self._held, self._model, self._job, self._interrupted = held, held.model, job, interrupted
+        self._request, self._tokenizer = job.request, held.model.tokenizer
+
+    @contextlib.contextmanager
+    def context_for(self, ids: Tensor) -> Iterator[Context | None]:
+        """The kept context that knows most of the prompt `ids` [1, T]; it is kept again afterwards. None for models
+        of which none can be kept."""
+        sessions = self._held.sessions
+        if sessions is None:
+            yield None
+            return
+        loaded = self._model.engine.loaded.layers.config.exact
+        exact = loaded if self._request.exact is None else self._request.exact
+        context = sessions.take(ids[0], exact=exact)
+        self._model.engine.keep_idle(sessions.nbytes)
+        try:
+            yield context
         except BaseException:
-            if context is not None and exact:
+            if exact:
                 context.clear()  # a verifying pass that was cut short has faded its statistic
             raise
         finally:
-            if held.sessions is not None and context is not None:
-                held.sessions.keep(context)
+            sessions.keep(context)
 
+    def answer(self, ids: Tensor, context: Context | None, max_tokens: int, choice: int) -> RunReport:
+        """Deliver one answer to the prompt `ids` [1, T]."""
+        before, sessions = self._job.tokens, self._held.sessions
+        try:
+            return self._answer(ids, context, max_tokens, choice)
+        except DoesNotFit:
+            if self._job.tokens > before or not sessions:
+                raise
+        # It needs more than the plan, as exact mode may: what is kept for others has to go.
+        sessions.drop_all()
+        self._model.engine.keep_idle(0)
+        return self._answer(ids, context, max_tokens, choice)
 
-def _answer(
-    model: GriffinModel,
-    job: Job,
-    ids: torch.Tensor,
-    context: Context | None,
-    max_tokens: int,
-    choice: int,
-    interrupted: Callable[[], bool],
-) -> None:
-    request, tokenizer = job.request, model.tokenizer
-    recorder = LogprobRecorder(tokenizer, request.top_logprobs) if request.top_logprobs is not None else None
-    before = ids[0].tolist() if request.endpoint == "completions" else ()
-
-    def asked() -> bool:
-        job.token()
-        return interrupted()
-
-    answer = Answer(
-        Detokeniser(tokenizer, before),
-        StopHolder(request.stops),
-        recorder,
-        ends=_ends(model),
-        show=lambda text, tokens: job.deliver(Piece(choice, text, tokens)),
-        interrupted=asked,
-    )
-    answer.begin(ids.shape[1])
-
-    def layer_done(*_: int) -> None:
-        if interrupted():
+    def _answer(self, ids: Tensor, context: Context | None, max_tokens: int, choice: int) -> RunReport:
+        request, model = self._request, self._model
+        recorder = None
+        if request.top_logprobs is not None:
+            recorder = LogprobRecorder(self._tokenizer, request.top_logprobs)
+        answer = self._new_answer(ids, recorder, choice)
+        model.progress = model.engine.pass_progress = self._layer_done
+        try:
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                context=context,
+                exact=request.exact,
+                max_new_tokens=max_tokens,
+                num_beams=1,
+                stopping_criteria=StoppingCriteriaList([answer]),
+                logits_processor=LogitsProcessorList([recorder] if recorder is not None else []),
+                **sampling_of(request, model.model.generation_config),
+            )
+        finally:
+            model.progress = model.engine.pass_progress = None
+        if answer.interrupted:
             raise Interrupted
+        self._job.deliver(Finished(choice, answer.finish()))
+        assert model.last_report is not None, "a generate that ended well has a report"
+        return model.last_report
 
-    model.progress = model.engine.pass_progress = layer_done
-    try:
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            context=context,
-            exact=request.exact,
-            max_new_tokens=max_tokens,
-            num_beams=1,
-            stopping_criteria=StoppingCriteriaList([answer]),
-            logits_processor=LogitsProcessorList([recorder] if recorder is not None else []),
-            **sampling_of(request, model.model.generation_config),
+    def _new_answer(self, ids: Tensor, recorder: LogprobRecorder | None, choice: int) -> Answer:
+        before = ids[0].tolist() if self._request.endpoint == "completions" else ()
+        return Answer(
+            ids.shape[1],
+            Detokeniser(self._tokenizer, before),
+            StopHolder(self._request.stops),
+            recorder,
+            ends=_ends(self._model),
+            show=lambda text, tokens: self._job.deliver(Piece(choice, text, tokens)),
+            interrupted=self._token_done,
         )
-    finally:
-        model.progress = model.engine.pass_progress = None
-    if answer.interrupted:
-        raise Interrupted
-    job.deliver(Finished(choice, answer.finish()))
+
+    def _token_done(self) -> bool:
+        self._job.token()
+        return self._interrupted()
+
+    def _layer_done(self, *_: int) -> None:
+        if self._interrupted():
+            raise Interrupted
 
 
 def sampling_of(request: Request, given: Any) -> dict[str, Any]:
@@ -120,8 +150,3 @@ def _first(*values: Any) -> Any:
 def _ends(model: GriffinModel) -> set[int]:
     ends = model.model.generation_config.eos_token_id
     return set(ends) if isinstance(ends, list) else {ends} - {None}
-
-
-def _report(model: GriffinModel) -> Any:
-    assert model.last_report is not None, "a generate that ended well has a report"
-    return model.last_report

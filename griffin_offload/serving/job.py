@@ -82,9 +82,12 @@ class Job:
         self.arrived = time.monotonic()
         self.first_token_s: float | None = None
         """From the arrival."""
+        self.tokens = 0
+        """Generated so far."""
         self.figures = Figures()
 
     def token(self) -> None:
         """A token was generated."""
+        self.tokens += 1
         if self.first_token_s is None:
             self.first_token_s = time.monotonic() - self.arrived

@@ -1,12 +1,14 @@
 """Log probabilities of tokens, as the model gave them: before temperature and top_p."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 from transformers import LogitsProcessor
 
+# Of a token that the checkpoint's generation config forbids; JSON knows no infinity.
+_LEAST = -9999.0
 _BYTE_TOKEN_LETTERS = len("<0x00>")
 
 
@@ -20,6 +22,8 @@ class TokenLogprob:
     logprob: float
     alternatives: tuple["TokenLogprob", ...] = ()
     """The likeliest tokens, this one among them or not."""
+    offset: int = 0
+    """Letters of the answer in front of it."""
 
 
 class LogprobRecorder(LogitsProcessor):  # type: ignore[misc]
@@ -33,18 +37,18 @@ class LogprobRecorder(LogitsProcessor):  # type: ignore[misc]
         self._scores = scores
         return scores
 
-    def record(self, token: int) -> TokenLogprob:
-        """`token` was drawn from the last scores."""
+    def record(self, token: int, offset: int) -> TokenLogprob:
+        """`token` was drawn from the last scores, with `offset` letters before it."""
         assert self._scores is not None, "scores come before tokens"
         logprobs = self._scores[0].float().log_softmax(-1)
         values, ids = logprobs.topk(min(self._alternatives, logprobs.numel()))
         best = zip(ids.tolist(), values.tolist(), strict=True)
-        return self._named(token, float(logprobs[token]), tuple(self._named(i, value) for i, value in best))
+        alternatives = tuple(self._named(i, value) for i, value in best)
+        return replace(self._named(token, float(logprobs[token])), alternatives=alternatives, offset=offset)
 
-    def _named(self, token: int, logprob: float, alternatives: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+    def _named(self, token: int, logprob: float) -> TokenLogprob:
         text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        # JSON knows no infinity: a token that a processor forbade.
-        return TokenLogprob(text, token_bytes(self._tokenizer, token, text), max(logprob, -9999.0), alternatives)
+        return TokenLogprob(text, token_bytes(self._tokenizer, token, text), max(logprob, _LEAST))
 
 
 def token_bytes(tokenizer: Any, token: int, text: str) -> tuple[int, ...] | None:

@@ -3,6 +3,7 @@
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ class Choice:
 
 
 class Response:
-    """The answers to one request, gathered or passed on event by event. `density` is that of the model in use."""
+    """The answers to one request, gathered or passed on event by event."""
 
     def __init__(self, request: Request, model: str, choices: int) -> None:
         self._request, self._model = request, model
@@ -60,9 +61,7 @@ class Response:
         """`event` as a chunk of a stream."""
         if isinstance(event, Finished):
             return self._chunk(event.choice, {}, event.reason, ())
-        chunk = self._chunk(event.choice, {"content": event.text}, None, event.tokens)
-        self.take(event)
-        return chunk
+        return self._chunk(event.choice, {"content": event.text}, None, event.tokens)
 
     def closing(self, figures: Figures) -> dict[str, Any]:
         """The chunk with the figures."""
@@ -78,7 +77,7 @@ class Response:
         }
 
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        logprobs = self._logprobs(choice.tokens, 0)
+        logprobs = self._logprobs(choice.tokens)
         if self._request.endpoint == "chat":
             message = {"role": "assistant", "content": choice.text, "refusal": None}
             return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
@@ -87,32 +86,34 @@ class Response:
     def _chunk(
         self, index: int, delta: dict[str, Any], finish: str | None, tokens: tuple[TokenLogprob, ...]
     ) -> dict[str, Any]:
-        offset = sum(len(token.text) for token in self._choices[index].tokens)
-        logprobs = self._logprobs(list(tokens), offset) if tokens else None
+        logprobs = self._logprobs(tokens) if tokens else None
         content = {"delta": delta} if self._request.endpoint == "chat" else {"text": delta.get("content", "")}
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
         usage_field = {"usage": None} if self._request.include_usage else {}
         return self._object([choice], stream=True) | usage_field
 
-    def _logprobs(self, tokens: list[TokenLogprob], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self._request.top_logprobs is None:
             return None
         if self._request.endpoint == "chat":
             return {"content": [_chat_token(token) for token in tokens], "refusal": None}
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.text)
         return {
-            "tokens": [token.text for token in tokens],
+            "tokens": [_label(token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{other.text: other.logprob for other in token.alternatives} for token in tokens],
-            "text_offset": offsets,
+            "top_logprobs": [{_label(t): t.logprob for t in (*token.alternatives, token)} for token in tokens],
+            "text_offset": [token.offset for token in tokens],
         }
 
 
 def _chat_token(token: TokenLogprob) -> dict[str, Any]:
     return _plain(token) | {"top_logprobs": [_plain(other) for other in token.alternatives]}
+
+
+def _label(token: TokenLogprob) -> str:
+    """A name that tells parts of letters from each other: they have the same text."""
+    if "\ufffd" not in token.text or token.bytes is None:
+        return token.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
 
 
 def _plain(token: TokenLogprob) -> dict[str, Any]:

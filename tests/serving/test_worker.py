@@ -1,0 +1,247 @@
+"""The queue, clients that leave, time, idleness and the end."""
+
+import gc
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from griffin_offload.runtime.engine import Engine
+from griffin_offload.serving.job import Job
+
+BODY = {"model": "tiny", "prompt": "the cat sat on the mat", "max_tokens": 100, "temperature": 0}
+
+
+def eventually(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
+
+
+class Asking:
+    """A request on a thread of its own."""
+
+    def __init__(self, server: Any, body: dict[str, Any]) -> None:
+        self.answer: httpx.Response | None = None
+        self._thread = threading.Thread(target=self._ask, args=(server, body))
+        self._thread.start()
+
+    def _ask(self, server: Any, body: dict[str, Any]) -> None:
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            self.answer = client.post("/v1/completions", json=body)
+
+    def wait(self) -> httpx.Response:
+        self._thread.join(30)
+        assert self.answer is not None
+        return self.answer
+
+
+@pytest.fixture
+def tokens(monkeypatch: pytest.MonkeyPatch, gate: threading.Semaphore) -> list[Job]:
+    """The job of every token so far, in order."""
+    seen: list[Job] = []
+    gated = Job.token
+
+    def token(job: Job) -> None:
+        seen.append(job)
+        gated(job)
+
+    monkeypatch.setattr(Job, "token", token)
+    return seen
+
+
+def test_a_full_queue_says_when_to_come_again(chatty, serve_one, gate, tokens):
+    with serve_one(chatty, queue_size=2) as one:
+        first = Asking(one, BODY)
+        eventually(lambda: tokens)
+        others = [Asking(one, BODY), Asking(one, BODY)]
+        eventually(lambda: one.server._worker.waiting == 2)
+        assert one.metric("queue_depth") == 2
+        refused = one.post(BODY)
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert refused.json()["error"]["code"] == "queue_full"
+        with one.client() as client, pytest.raises(openai.RateLimitError):
+            client.completions.create(**BODY)
+        assert one.http.get("/health").json()["waiting"] == 2
+        gate.release(1000)
+        assert {asking.wait().status_code for asking in (first, *others)} == {200}
+        assert len({asking.wait().json()["choices"][0]["text"] for asking in (first, *others)}) == 1
+        eventually(lambda: one.metric("requests_total", endpoint="completions", outcome="ok") == 3)
+        assert one.metric("requests_total", endpoint="completions", outcome="queue_full") == 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_the_worker_within_a_token(chatty, serve_one, gate, tokens, stream: bool):
+    with serve_one(chatty) as one:
+        leaving = httpx.Client(base_url=one.url, timeout=30 if stream else 0.3)
+        gate.release(3)
+        if stream:
+            with leaving.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as answer:
+                assert answer.status_code == 200
+                eventually(lambda: len(tokens) == 4)
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                leaving.post("/v1/completions", json=BODY)
+        leaving.close()
+        eventually(lambda: one.metric("requests_total", endpoint="completions", outcome="disconnected") == 1)
+        eventually(lambda: one.metric("sessions") == 1)  # what was said is kept
+        assert len(tokens) == 4
+        gate.release(1000)
+        assert one.post(BODY).status_code == 200
+
+
+def test_a_client_that_leaves_while_the_prompt_streams(chatty, serve_one, monkeypatch: pytest.MonkeyPatch):
+    """After the layer that is being computed; hooks and weights are as before."""
+    layers: list[int] = []
+    left, go = threading.Event(), threading.Event()
+    prefill = Engine._prefill
+
+    def slow(engine: Engine, *args: Any) -> Any:
+        ask = engine.progress
+
+        def progress(done: int, of: int) -> None:
+            layers.append(done)
+            if done == 1:
+                left.set()
+                assert go.wait(20)
+            ask(done, of)
+
+        engine.progress = progress
+        return prefill(engine, *args)
+
+    with serve_one(chatty) as one:
+        expected = one.post(BODY | {"prompt": "a boat"}).json()["choices"][0]["text"]
+        monkeypatch.setattr(Engine, "_prefill", slow)
+        with httpx.Client(base_url=one.url, timeout=0.5) as leaving, pytest.raises(httpx.ReadTimeout):
+            leaving.post("/v1/completions", json=BODY)
+        assert left.is_set()
+        eventually(lambda: one.metric("requests_total", endpoint="completions", outcome="disconnected") == 1)
+        go.set()
+        monkeypatch.undo()
+        again = one.post(BODY | {"prompt": "a boat"})
+        assert layers == [1]
+        assert again.json()["choices"][0]["text"] == expected
+
+
+def test_a_client_that_leaves_the_queue(chatty, serve_one, gate, tokens):
+    with serve_one(chatty) as one:
+        first = Asking(one, BODY)
+        eventually(lambda: tokens)
+        with httpx.Client(base_url=one.url, timeout=0.3) as leaving, pytest.raises(httpx.ReadTimeout):
+            leaving.post("/v1/completions", json=BODY)
+        eventually(lambda: one.server._worker.waiting == 0)
+        gate.release(1000)
+        assert first.wait().status_code == 200
+        assert len(set(tokens)) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_time_is_up(chatty, serve_one, gate, tokens, stream: bool):
+    with serve_one(chatty, request_timeout_s=0.5) as one:
+        gate.release(3)
+        answer = one.post(BODY | {"stream": stream})
+        if stream:
+            assert answer.status_code == 200
+            assert '"code":"timeout"' in answer.text.strip().split("\n\n")[-1]
+        else:
+            assert answer.status_code == 408
+            assert answer.headers["x-should-retry"] == "false"
+            assert "within 0.5 s" in answer.json()["error"]["message"]
+        gate.release(1000)
+        assert one.post(BODY | {"max_tokens": 2}).status_code == 200
+
+
+def test_a_body_that_never_ends_is_given_up(chatty, serve_one):
+
+    with (
+        serve_one(chatty, request_timeout_s=0.5) as one,
+        socket.create_connection(one.server._socket.getsockname()) as raw,
+    ):
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        raw.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        raw.settimeout(20)
+        assert raw.recv(100).startswith(b"HTTP/1.1 408")
+        raw.close()
+
+
+def test_idle_memory_is_given_back_and_the_next_request_loads_again(chatty, serve_one):
+    with serve_one(chatty, idle_unload_s=0.3) as one:
+        first = one.post(BODY).json()["choices"][0]["text"]
+        eventually(lambda: one.metric("model_loaded") == 0)
+        gc.collect()
+        assert one.server._worker._keeper.held is None
+        assert one.http.get("/health").json()["loaded"] is False
+        assert (one.metric("sessions"), one.metric("session_bytes")) == (0, 0)
+        again = one.post(BODY)
+        assert again.json()["choices"][0]["text"] == first
+        assert one.metric("model_loads") == 2
+
+
+def test_what_is_kept_goes_for_a_request_that_needs_more_than_the_plan(chatty, serve_one, smallest_budget):
+    """Exact mode in a budget that was planned without it."""
+    long = BODY | {"prompt": [5] * 190, "max_tokens": 10}
+    with serve_one(chatty, {"max_gpu_mem": smallest_budget + 320_000, "quantize": "none"}) as one:
+        kept = -1
+        while one.metric("sessions") > kept:
+            kept = one.metric("sessions")
+            assert one.post(BODY | {"prompt": [6 + int(kept)] * 5, "max_tokens": 2}).status_code == 200
+        assert kept == 2
+        assert one.post(long | {"exact": True}).status_code == 200
+        assert one.metric("sessions") == 1
+        assert one.metric("device_peak_bytes") <= one.metric("device_budget_bytes")
+
+
+def test_a_checkpoint_that_is_gone_is_no_path_for_clients(chatty, serve_one, tmp_path):
+    copy = shutil.copytree(chatty, tmp_path / "hidden-path")
+    with serve_one(copy, idle_unload_s=0.2) as one:
+        eventually(lambda: one.metric("model_loaded") == 0)
+        shutil.move(copy, tmp_path / "elsewhere")
+        answer = one.post(BODY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_unavailable")
+        assert "hidden-path" not in answer.text
+        shutil.move(tmp_path / "elsewhere", copy)
+        assert one.post(BODY).status_code == 200
+
+
+def test_the_end_lets_the_running_answer_finish(chatty, serve_one, gate, tokens):
+    with serve_one(chatty) as one:
+        first = Asking(one, BODY)
+        eventually(lambda: tokens)
+        waiting = Asking(one, BODY)
+        eventually(lambda: one.server._worker.waiting == 1)
+        one.server.stop(20)
+        assert waiting.wait().status_code == 503
+        assert waiting.wait().json()["error"]["code"] == "shutting_down"
+        gate.release(1000)
+        assert first.wait().status_code == 200
+
+
+def test_the_end_does_not_wait_for_ever(chatty, serve_one, gate, tokens):
+    with serve_one(chatty) as one:
+        first = Asking(one, BODY)
+        eventually(lambda: tokens)
+        one.server.stop(0.2)
+        time.sleep(0.3)
+        gate.release(1)
+        assert first.wait().status_code == 503
+
+
+def test_nothing_is_left_behind(chatty, serve_one):
+    def traces() -> tuple[list[str], int]:
+        gc.collect()
+        return sorted(thread.name for thread in threading.enumerate()), len(os.listdir("/proc/self/fd"))
+
+    before = traces()
+    with serve_one(chatty) as one:
+        one.post(BODY)
+        one.post(BODY | {"stream": True})
+    eventually(lambda: traces() == before)
