@@ -39,36 +39,38 @@ def inspect_prompt(arguments: argparse.Namespace) -> int:
 
     checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
     ids = tokenize(checkpoint.directory, text, arguments)[0]
-    plan = _planned(options | {"ctx_size": ids.numel() + room, "prompt_tokens": ids.numel()}, checkpoint)
+    plan, shortfall = _planned(options | {"ctx_size": ids.numel() + room, "prompt_tokens": ids.numel()}, checkpoint)
     planned = plan["densities"] if plan is not None else None
     with (
         load_streamed(arguments, checkpoint, max(ids.numel(), 2)) as model,
         Bar("prompt", quiet=arguments.quiet or arguments.json) as bar,
     ):
         numbers = prompt_loss(model, ids, InspectConfig.prompt_densities, planned, bar.step)
+    if shortfall is not None:
+        print(f"note: no density is marked, {shortfall}", file=sys.stderr)
     numbers = {"model": arguments.model or "demo", **numbers, "plan": plan}
     _show(numbers, arguments)
     return 0
 
 
-def _planned(options: dict[str, Any], checkpoint: "Checkpoint") -> dict[str, Any] | None:
-    """What the budget allows; None, said on stderr, where nothing fits."""
+def _planned(options: dict[str, Any], checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, DoesNotFit | None]:
+    """What the budget allows, or what it lacks."""
     from griffin_offload.runtime.prospect import examine_checkpoint, plan_for
 
     prospect = examine_checkpoint(checkpoint, LoadConfig(**options))
     try:
         plan = plan_for(prospect)
     except DoesNotFit as error:
-        print(f"note: no density is marked, {error}", file=sys.stderr)
-        return None
+        return None, error
     neurons = [layer.neurons for layer in prospect.shape.layers]
-    return {
+    planned = {
         "density": plan.density,
         "densities": [kept / count for kept, count in zip(plan.kept, neurons, strict=True)],
         "precision": plan.precision,
         "budget_bytes": plan.budget_bytes,
         "budget": format_bytes(plan.budget_bytes),
     }
+    return planned, None
 
 
 def _show(numbers: dict[str, Any], arguments: argparse.Namespace) -> None:

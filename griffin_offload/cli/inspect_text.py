@@ -54,7 +54,7 @@ def _figures(arguments: argparse.Namespace) -> list[str]:
     asked = arguments.figure
     if asked is None:
         return ["sparsity"] if arguments.text is None else list(_DEFAULTS.figures)
-    figures: list[str] = asked.split(",")
+    figures: list[str] = list(dict.fromkeys(asked.split(",")))
     unknown = [name for name in figures if name not in _DEFAULTS.figures]
     if unknown:
         raise UsageError(f"no figure {unknown[0]!r}: choose of {', '.join(_DEFAULTS.figures)}")
@@ -214,7 +214,7 @@ class _Inspection:
                 model, windows, self._prompts, self._generates, variants, first=self._first, progress=bar.step
             )
         numbers = {"windows": len(windows), "rows": [row.to_json() | {"increase": row.increase} for row in rows]}
-        short, long = rows[0], rows[-1]
+        short, long = rows[0], rows[-len(variants)]
         line = (
             f"{short.increase:+.1%} behind {short.prompt_tokens} tokens, {long.increase:+.1%} behind "
             f"{long.prompt_tokens}"

@@ -42,6 +42,11 @@ class Corner:
     tokens: int = 512
     features: int = 512
 
+    @property
+    def bytes(self) -> int:
+        """Of all heatmaps, and of one that is made longer."""
+        return (len(self.layers) * len(self.sequences) + 1) * self.tokens * self.features * 4 if self.layers else 0
+
     def holds(self, layer: int, sequence: int, start: int) -> bool:
         return layer in self.layers and sequence in self.sequences and start < self.tokens
 
@@ -64,15 +69,9 @@ def observe_sequences(
             rows = [found[row].heatmaps[layer], shown] if layer in found[row].heatmaps else [shown]
             found[row].heatmaps[layer] = torch.cat(rows)
 
-    observe(model, sequences, look, tables=2 + _tables(corner, tokens, min(neurons)), progress=progress)
+    kept_bytes = corner.bytes if model.device.type == "cpu" else 0
+    observe(model, sequences, look, tables=2, kept_bytes=kept_bytes, progress=progress)
     return found
-
-
-def _tables(corner: Corner, tokens: int, neurons: int) -> int:
-    """The heatmap of one layer, in tables of F floats; twice, while another chunk is added."""
-    if not corner.layers:
-        return 0
-    return -(-2 * min(corner.tokens, tokens) * min(corner.features, neurons) // neurons)
 
 
 def _directions(z: Tensor, features: int) -> Tensor:

@@ -69,15 +69,16 @@ def observe(
     observer: Observer,
     *,
     tables: int = 0,
+    kept_bytes: int = 0,
     progress: Progress | None = None,
 ) -> None:
     """Show `observer` the input z of every down projection, while the full model runs over `prompts`, ids [T] of one
-    length: it is called with (layer, place of the prompt, first token, z [t, F]). `tables` is what it keeps of a prompt
-    in a layer, in tables of F floats. Raises as `simulate` does."""
+    length: it is called with (layer, place of the prompt, first token, z [t, F]). `tables` of F floats is what it
+    keeps of each prompt in each layer, `kept_bytes` what it keeps besides. Raises as `simulate` does."""
     if len({ids.numel() for ids in prompts}) > 1:
         raise UsageError("prompts to observe have one length")
     samples = [Sample.prompt_alone(ids) for ids in prompts]
-    with _running(model, (), None, progress, tables) as simulation:
+    with _running(model, (), None, progress, tables, kept_bytes) as simulation:
         for group in simulation.groups(samples):
             simulation.observe(group, observer)
 
@@ -98,10 +99,11 @@ def _running(
     prior: Prior | None,
     progress: Progress | None,
     observed_tables: int = 0,
+    kept_bytes: int = 0,
 ) -> Iterator["_Simulation"]:
     """A simulation that is alone on the model; what was computed inside is checked against the budget afterwards."""
     loaded = model.engine.loaded
-    simulation = _Simulation(model, variants, prior, progress, observed_tables)
+    simulation = _Simulation(model, variants, prior, progress, observed_tables, kept_bytes)
     try:
         with model.engine.alone(), loaded.ledger.measuring(), limited_threads(loaded.threads), torch.no_grad():
             yield simulation
@@ -122,6 +124,7 @@ class _Simulation:
         prior: Prior | None,
         progress: Progress | None,
         observed_tables: int,
+        kept_bytes: int,
     ) -> None:
         engine = model.engine
         self._model, self._device, self._plan = model.model, model.device, model.plan
@@ -137,6 +140,7 @@ class _Simulation:
             variants=self._choices.rows_per_sample,
             norm_tables=self._choices.tables,
             sample_tables=observed_tables + bool(self._choices.global_densities or not variants),
+            kept_bytes=kept_bytes,
         )
         self._layers_done = self._layers_in_all = 0
 

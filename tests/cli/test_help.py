@@ -25,7 +25,9 @@ heavy = [name for name in ("torch", "transformers", "numpy", "safetensors", "psu
 print(json.dumps([code, text.getvalue(), heavy]))
 """
 # Arguments of the API that have no flag: tests and measurements alone use them, or `generate` has its own.
-WITHOUT_FLAG = {"batch_statistic", "ff_chunk_tokens", "always_stream", "decay", "keep_prompts", "session_mem"}
+WITHOUT_FLAG = {"batch_statistic", "ff_chunk_tokens", "always_stream", "decay", "keep_prompts"}
+# Only a server keeps several conversations.
+OF_SERVE = {"session_mem"}
 OF_PLAN = {"prompt_tokens", "batch_size"}
 OF_RUN = {"selection", "seed", "threads"}
 
@@ -34,10 +36,11 @@ OF_RUN = {"selection", "seed", "threads"}
     "arguments",
     [
         ["--help"],
-        *([command, "--help"] for command in ("run", "chat", "plan", "convert")),
+        *([command, "--help"] for command in ("run", "chat", "serve", "plan", "convert")),
         ["--version"],
         ["run", "-n", "0"],
         ["chat", "-n", "0"],
+        ["serve", "--port", "-1"],
         ["chat", "--raw", "--system", "x"],
     ],
 )
@@ -50,7 +53,7 @@ def test_help_imports_no_torch(process, arguments: list[str]):
 
 
 def test_help_names_every_command_and_flag(cli):
-    assert {"run", "chat", "plan", "convert"} <= set(cli("--help").out.split())
+    assert {"run", "chat", "serve", "plan", "convert"} <= set(cli("--help").out.split())
     shared = "--model --max-gpu-mem --max-cpu-mem --device --density --offload --ctx-size --kv-bits --dtype --json -q"
     run = (
         "--prompt-file --system --raw --max-new-tokens -n --temperature --top-p --top-k --selection --offline --seed -v"
@@ -66,11 +69,13 @@ def test_help_names_every_command_and_flag(cli):
     assert {"OUT", "--model", "-m", "--offline", "--json", "--quiet", "-q", "{int8", "int4}"} <= words
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "plan"])
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "plan"])
 def test_load_defaults_are_those_of_the_dataclass(command: str):
     parsed = vars(build_parser().parse_args([command]))
     missing = {field.name for field in dataclasses.fields(LoadConfig)} - set(parsed)
-    assert missing == WITHOUT_FLAG | (OF_RUN if command == "plan" else OF_PLAN)
+    assert missing == WITHOUT_FLAG | (OF_RUN if command == "plan" else OF_PLAN) | (
+        set() if command == "serve" else OF_SERVE
+    )
     for field in dataclasses.fields(LoadConfig):
         assert field.name in missing or parsed[field.name] == field.default, field.name
 
