@@ -3,10 +3,18 @@
 import argparse
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from griffin_offload.cli.measuring import add_measuring_options, add_variant_options, columns, variant_name, variants_of
+from griffin_offload.cli.measuring import (
+    add_measuring_options,
+    add_variant_options,
+    columns,
+    full_once,
+    variant_name,
+    variants_of,
+)
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
 from griffin_offload.config import LatencyConfig, Quantize
 from griffin_offload.errors import DoesNotFit, UsageError
@@ -18,6 +26,9 @@ if TYPE_CHECKING:
     from griffin_offload.evaluation.latency import Timing
     from griffin_offload.method.variant import Variant
     from griffin_offload.weights.checkpoint import Checkpoint
+
+    _Short = tuple[Variant, tuple[int, int], str]
+    """What does not fit, at which size, and why."""
 
 _DEFAULTS = LatencyConfig()
 _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "threads", "offline", "seed")
@@ -52,18 +63,29 @@ def evaluate_latency(arguments: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
     tokens = _tokens(arguments, checkpoint, sizes)
     timings: list[Timing] = []
-    short: list[tuple[Variant, str]] = []
-    for variant in [Variant(1.0, "topk"), *(variant for variant in variants if variant.density < 1)]:
-        try:
-            timings += _measure(arguments, checkpoint, variant, sizes, tokens)
-        except DoesNotFit as error:
-            short.append((variant, " ".join(str(error).split())))
-    if arguments.json:
-        refused = [{"selection": v.selection, "density": v.density, "does_not_fit": why} for v, why in short]
-        print(json.dumps([*(timing.to_json() for timing in timings), *refused]))
-    else:
-        print("\n".join([*_lines(timings), *(f"{variant_name(v.selection, v.density)}: {why}" for v, why in short)]))
+    short: list[_Short] = []
+    try:
+        for variant, size in product(full_once([Variant(1.0), *variants]), sizes):
+            try:
+                timings.append(_measure(arguments, checkpoint, variant, size, tokens))
+            except DoesNotFit as error:
+                short.append((variant, size, " ".join(str(error).split())))
+    finally:  # what was measured is said, whatever stopped the rest
+        _print(timings, short, as_json=arguments.json)
     return 0 if timings else DoesNotFit.exit_code
+
+
+def _print(timings: "list[Timing]", short: "list[_Short]", *, as_json: bool) -> None:
+    if as_json and (timings or short):
+        refused = [
+            {"selection": v.selection, "density": v.density, "prompt_tokens": p, "generate_tokens": g}
+            | {"does_not_fit": w}
+            for v, (p, g), w in short
+        ]
+        print(json.dumps([*(timing.to_json() for timing in timings), *refused]))
+    elif timings or short:
+        notes = [f"{variant_name(v.selection, v.density)} {p}+{g} does not fit: {why}" for v, (p, g), why in short]
+        print("\n".join([*_lines(timings), *notes]))
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:
@@ -99,9 +121,10 @@ def _measure(
     arguments: argparse.Namespace,
     checkpoint: "Checkpoint",
     variant: "Variant",
-    sizes: list[tuple[int, int]],
+    size: tuple[int, int],
     tokens: "Tensor",
-) -> "list[Timing]":
+) -> "Timing":
+    """Loaded for this size alone: a longer one may not fit."""
     from tqdm import tqdm
 
     from griffin_offload.evaluation.latency import time_generation
@@ -110,22 +133,20 @@ def _measure(
     options = {name: getattr(arguments, name) for name in _MEMORY}
     options |= {"quantize": arguments.quantize or checkpoint.precision}
     options |= {"density": variant.density, "selection": variant.selection}
-    options |= {"ctx_size": max(map(sum, sizes)), "prompt_tokens": tokens.numel()}
-    title = variant_name(variant.selection, variant.density)
+    options |= {"ctx_size": sum(size), "prompt_tokens": size[0]}
+    title = f"{variant_name(variant.selection, variant.density)} {size[0]}+{size[1]}"
     with (
         GriffinModel.from_pretrained(checkpoint.directory, **options) as model,
         tqdm(
-            total=len(sizes) * arguments.repeats,
+            total=arguments.repeats,
             desc=title,
             leave=False,
             disable=arguments.quiet or None,
             file=sys.stderr,
         ) as bar,
     ):
-        return [
-            time_generation(model, tokens[:p], g, variant, arguments.repeats, lambda: bar.update() and None)
-            for p, g in sizes
-        ]
+        prompt = tokens[: size[0]]
+        return time_generation(model, prompt, size[1], variant, arguments.repeats, lambda: bar.update() and None)
 
 
 def _lines(timings: "list[Timing]") -> list[str]:

@@ -7,7 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.measuring import add_measuring_options, add_variant_options, columns, variant_name, variants_of
+from griffin_offload.cli.measuring import (
+    add_measuring_options,
+    add_variant_options,
+    columns,
+    full_once,
+    variant_name,
+    variants_of,
+)
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
 from griffin_offload.config import SummariesConfig
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
@@ -18,6 +25,7 @@ if TYPE_CHECKING:
     from griffin_offload.weights.checkpoint import Checkpoint
 
 _DEFAULTS = SummariesConfig()
+_SHOWN = ("activation_kept_heldout", "seconds")
 _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "threads", "offline")
 
 
@@ -42,7 +50,7 @@ def add_parser(kinds: Any) -> None:
 
 def evaluate_summaries(arguments: argparse.Namespace) -> int:
     """A table of all variants on stdout, or a JSON list; finished summaries are kept in --output."""
-    config, variants = _config(arguments), variants_of(arguments)
+    config, variants = _config(arguments), full_once(variants_of(arguments))
     if find_spec("rouge_score") is None:
         raise GriffinError('eval summaries needs rouge-score: pip install "griffin-offload[eval]"')
     quiet_libraries()
@@ -101,12 +109,14 @@ def _settings(arguments: argparse.Namespace, checkpoint: "Checkpoint", config: S
     """What finished summaries depend on, besides their variant."""
     import hashlib
 
+    from griffin_offload.runtime.memory import choose_device
     from griffin_offload.weights.checkpoint import fingerprint
 
     names = ("max_new_tokens", "temperature", "top_p", "seed", "end")
     return {
         "model": fingerprint(checkpoint),
         "data": hashlib.sha256(arguments.data.read_bytes()).hexdigest(),
+        "device": choose_device(arguments.device).type,
         "dtype": arguments.dtype,
         **{name: getattr(config, name) for name in names},
     }
@@ -154,11 +164,11 @@ def _result(journal: "Journal", variant: "Variant", articles: "Articles") -> dic
 
 
 def _lines(results: list[dict[str, Any]]) -> list[str]:
-    heads = ("neurons", "samples", "skipped", "ROUGE-1", "ROUGE-2", "ROUGE-L", "kept", "s/sample")
+    heads = ("neurons", "samples", "skipped", "ROUGE-1", "ROUGE-2", "ROUGE-L", "kept held out", "s/sample")
     cells = []
     for found in results:
         scores = [f"{found[name]:.2f}" if name in found else "-" for name in ("rouge1", "rouge2", "rougeL")]
-        kept, seconds = (f"{found[name]:.3f}" if name in found else "-" for name in ("activation_kept", "seconds"))
+        kept, seconds = (f"{found[name]:.3f}" if name in found else "-" for name in _SHOWN)
         counts = (str(found["samples"]), str(found["skipped"]))
         cells.append((variant_name(found["selection"], found["density"]), *counts, *scores, kept, seconds))
     return columns(heads, cells)

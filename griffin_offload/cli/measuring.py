@@ -49,6 +49,13 @@ def variants_of(arguments: argparse.Namespace) -> "list[Variant]":
     return [Variant(density, method) for method, density in product(methods, densities)]
 
 
+def full_once(variants: "Sequence[Variant]") -> "list[Variant]":
+    """Without repetition; at density 1 all selections are one, the full model."""
+    from griffin_offload.method.variant import Variant
+
+    return list(dict.fromkeys(Variant(1.0) if variant.density == 1 else variant for variant in variants))
+
+
 def selections(text: str) -> list[SelectionMethod]:
     """Names of selections, of an option; UsageError for one that is none."""
     methods = text.split(",")

@@ -4,6 +4,7 @@ Each is one line of a file, so that a run that was stopped goes on where it was.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
 
 from griffin_offload.config import SummariesConfig
 from griffin_offload.errors import GriffinError, UsageError, one_line
@@ -65,7 +67,11 @@ def read_articles(path: Path, tokenize: Callable[[str], list[int]], config: Summ
 
 
 Row = dict[str, Any]
-"""selection, density, sample, summary, reference, rouge1, rouge2, rougeL, activation_kept, seconds."""
+"""selection, density, sample, summary, reference, rouge1, rouge2, rougeL, activation_kept, activation_kept_heldout
+(None: the prompt is too short to tell), seconds."""
+_KEPT = ("activation_kept", "activation_kept_heldout")
+_FIGURES = (*METRICS, *_KEPT, "seconds")
+_NAMES = {"selection", "density", "sample", "summary", "reference", *_FIGURES}
 
 
 class Journal:
@@ -77,30 +83,29 @@ class Journal:
         if path is None:
             return
         first = json.dumps({"settings": dict(settings)})
-        lines = self._read(path)
-        if not lines:
-            try:
-                self._append(first)
-            except GriffinError as error:
-                raise UsageError(str(error)) from error
-            return
-        self._check(lines[0], json.loads(first)["settings"])
-        for row in lines[1:]:
-            self.rows[row["selection"], row["density"], row["sample"]] = row
-
-    def _read(self, path: Path) -> list[Any]:
-        """The file's lines; a last one that was not finished is taken off."""
         try:
             content = path.read_bytes() if path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:
-                with path.open("rb+") as file:
-                    file.truncate(len(whole))
-            return [json.loads(line) for line in whole.splitlines()]
+            ours = first.encode().startswith(content)  # nothing, or a first line that was not finished
+            if not ours:
+                self._read(whole.split(b"\n")[:-1], json.loads(first)["settings"])
+            if whole != content:  # not before the file is known to be one of ours
+                os.truncate(path, len(whole))
+            if ours:
+                self._append(first)
         except OSError as error:
-            raise UsageError(f"cannot go on with {path}: {error}") from error
-        except ValueError as error:
-            raise UsageError(f"{path} holds no summaries of an earlier run: {error}") from error
+            raise UsageError(f"cannot go on with {path}: {one_line(error)}") from error
+        except GriffinError as error:
+            raise UsageError(str(error)) from error
+
+    def _read(self, lines: list[bytes], settings: dict[str, Any]) -> None:
+        """Check the first line, take the rows of the others."""
+        self._check(_parsed(lines[0]) if lines else None, settings)
+        for number, line in enumerate(lines[1:], start=2):
+            row = _parsed(line)
+            if not isinstance(row, dict) or not set(row) >= _NAMES:
+                raise UsageError(f"{self._path}, line {number} is damaged: delete it, or give another --output")
+            self.rows[row["selection"], row["density"], row["sample"]] = row
 
     def _check(self, first: Any, settings: dict[str, Any]) -> None:
         earlier = first.get("settings") if isinstance(first, dict) else None
@@ -115,15 +120,17 @@ class Journal:
 
     def add(self, row: Row) -> None:
         """Keep a finished row, on the disk, too."""
-        self.rows[row["selection"], row["density"], row["sample"]] = row
         if self._path is not None:
             self._append(json.dumps(row))
+        self.rows[row["selection"], row["density"], row["sample"]] = row
 
     def _append(self, line: str) -> None:
         assert self._path is not None
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise GriffinError(f"cannot write {self._path}: {one_line(error)}") from error
 
@@ -146,12 +153,18 @@ def summarise(
     for article in articles:
         torch.manual_seed(config.seed + article.number)
         sampling: dict[str, Any]
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
+        # The reference draws from all tokens; without a word, transformers draws from the first 50.
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
         if config.temperature == 0:
             sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         ids = article.ids[None]
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=config.max_new_tokens, num_beams=1, **sampling
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=config.max_new_tokens,
+            num_beams=1,
+            stopping_criteria=StoppingCriteriaList([_Ended(model.tokenizer, config.end, ids.shape[1])]),
+            **sampling,
         )
         report = model.last_report
         assert report is not None
@@ -164,11 +177,30 @@ def summarise(
             "reference": article.reference,
             **rouge(summary, article.reference, config.end),
             "activation_kept": report.activation_kept,
+            "activation_kept_heldout": report.activation_kept_heldout,
             "seconds": report.prefill_s + report.decode_s,
         }
 
 
 def means(rows: Sequence[Row]) -> dict[str, float]:
-    """Of all figures of the rows; empty where there are none."""
-    names = (*METRICS, "activation_kept", "seconds")
-    return {name: sum(row[name] for row in rows) / len(rows) for name in names} if rows else {}
+    """Of all figures of the rows; without those that no row has."""
+    columns = {name: [row[name] for row in rows if row[name] is not None] for name in _FIGURES}
+    return {name: sum(values) / len(values) for name, values in columns.items() if values}
+
+
+class _Ended:
+    """Ends generation where the summary will be cut: what would come later is thrown away."""
+
+    def __init__(self, tokenizer: Any, end: str, prompt_tokens: int) -> None:
+        self._tokenizer, self._end, self._prompt_tokens = tokenizer, end, prompt_tokens
+
+    def __call__(self, tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+        texts = [self._tokenizer.decode(row[self._prompt_tokens :], skip_special_tokens=True) for row in tokens]
+        return torch.tensor([bool(self._end) and self._end in text for text in texts], device=tokens.device)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

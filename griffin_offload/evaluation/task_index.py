@@ -117,6 +117,8 @@ def json_lines(path: Path, *, whole: bool = False) -> Iterator[Any]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                value = json.loads(line)
+                json.dumps(value, ensure_ascii=False).encode()  # an escape may be half of a letter
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"{path}, line {number} is not JSON: {one_line(error)}") from error
+            yield value

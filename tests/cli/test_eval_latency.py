@@ -7,6 +7,8 @@ import pytest
 from griffin_offload import GriffinModel
 from griffin_offload.cli.main import build_parser
 from griffin_offload.config import LatencyConfig
+from griffin_offload.errors import GriffinError
+from griffin_offload.evaluation import latency
 
 COMMON = ("--device", "cpu", "--sizes", "24+6,12+8", "-r", 2, "--density", ".5,.25", "--selection", "magnitude,topk")
 
@@ -39,12 +41,33 @@ def test_what_does_not_fit_is_said_and_the_rest_measured(cli):
     outcome = cli("eval", "latency", "--max-mem", "6MB", "--json", *COMMON)
     assert outcome.code == 0, outcome
     refused = [row for row in outcome.json if "does_not_fit" in row]
-    assert [row["density"] for row in refused] == [1.0]
+    assert [(row["density"], row["prompt_tokens"]) for row in refused] == [(1.0, 24), (1.0, 12)]
     assert "needs" in refused[0]["does_not_fit"]
     table = cli("eval", "latency", "--max-mem", "6MB", *COMMON)
     assert table.out.splitlines()[0].split()[:4] == ["neurons", "precision", "prompt", "generate"]
-    assert table.out.splitlines()[-1].startswith("full: needs")
+    assert table.out.splitlines()[-1].startswith("full 12+8 does not fit: needs")
     assert cli("eval", "latency", "--max-mem", "100kB", *COMMON).code == 3
+
+
+def test_a_long_answer_that_does_not_fit_leaves_the_short_one(cli):
+    outcome = cli("eval", "latency", "--max-mem", "7.5MB", "--json", *COMMON, "--sizes", "24+6,24+900", "--density", 1)
+    found = [(row["density"], row["generate_tokens"], "does_not_fit" in row) for row in outcome.json]
+    assert found == [(1.0, 6, False), (1.0, 900, True)]  # at density 1 both selections are one
+
+
+def test_what_was_measured_is_printed_when_something_stops_the_rest(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
+    time_generation, calls = latency.time_generation, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise GriffinError("the disk is gone")
+        return time_generation(*arguments)
+
+    monkeypatch.setattr(latency, "time_generation", failing)
+    outcome = cli("eval", "latency", "-m", llama, "--max-mem", "1GB", "--json", *COMMON)
+    assert (outcome.code, outcome.err) == (1, "griffin-offload: error: the disk is gone\n")
+    assert [(row["density"], row["prompt_tokens"]) for row in outcome.json] == [(1, 24), (1, 12)]
 
 
 def test_bad_input(cli, llama: Path, tmp_path: Path):

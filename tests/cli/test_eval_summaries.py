@@ -99,15 +99,57 @@ def test_bad_input(cli, llama: Path, data: Path, tmp_path: Path):
     refuses("1 or more", good, "--samples", 0)
     refuses("temperature", good, "--temperature", -1)
     cli.refuses(2, "cannot read", *_command(llama, tmp_path / "absent"))
+    refuses("line 1 is not JSON: .* surrogates", '{"article": "\\ud800", "summary_gt": "x"}')
+    refuses("line 2 is not JSON", f"{good}\n" + "[" * 100000)
     output = tmp_path / "out.jsonl"
-    output.write_text("a text of mine\n")
-    cli.refuses(2, "holds no summaries", *_command(llama, data, "--output", output))
-    assert output.read_text() == "a text of mine\n"
+    for text in ("a text of mine\n", "one line", "two\nlines", "\n", "[1]\n", "{}\n"):
+        output.write_text(text)
+        cli.refuses(2, "holds no summaries", *_command(llama, data, "--output", output))
+        assert output.read_text() == text  # nothing is taken off what is not ours
     cli.refuses(2, "cannot write", *_command(llama, data, "--output", tmp_path / "absent" / "out"))
     assert cli(*_command(llama, data, "--output", tmp_path / "made", "--samples", 1)).code == 0
     cli.refuses(
         2, "was made with seed 42, now it is 7", *_command(llama, data, "--output", tmp_path / "made", "--seed", 7)
     )
+    with (tmp_path / "made").open("a") as file:
+        file.write("{}\n")
+    cli.refuses(2, "line 4 is damaged", *_command(llama, data, "--output", tmp_path / "made"))
+
+
+def test_a_first_line_that_was_not_finished(cli, llama: Path, data: Path, tmp_path: Path):
+    output = tmp_path / "out.jsonl"
+    command = _command(llama, data, "--output", output, "--samples", 1)
+    expected = cli(*command).json
+    whole = output.read_text()
+    output.write_text(whole[:40])
+    assert [row["rouge1"] for row in cli(*command).json] == [row["rouge1"] for row in expected]
+    assert output.read_text().splitlines()[0] == whole.splitlines()[0]
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    cli, llama: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output, calls = tmp_path / "out.jsonl", []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 4:  # the settings' is the first
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        outcome = cli(*_command(llama, data, "--output", output))
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "No space left on device" in outcome.err
+    kept = output.read_text()
+    assert cli(*_command(llama, data, "--output", output)).code == 0
+    assert output.read_text().startswith(kept)
+
+
+def test_the_full_model_is_one_whatever_the_selection(cli, llama: Path, data: Path):
+    outcome = cli(*_command(llama, data, "--samples", 1, "--selection", "magnitude,topk"))
+    variants = [(row["selection"], row["density"]) for row in outcome.json]
+    assert variants == [("topk", 1), ("magnitude", 0.5), ("topk", 0.5)]
 
 
 def test_finished_summaries_are_kept_when_a_variant_does_not_fit(cli, data: Path, tmp_path: Path):
