@@ -73,7 +73,7 @@ class GriffinModel:
 
         `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, quantize, dtype, offload,
         ctx_size, prompt_tokens, kv_bits, batch_size, selection, batch_statistic, seed, exact, draft_tokens, refresh,
-        decay, keep_prompts, ff_chunk_tokens, threads, offline, always_stream.
+        decay, keep_prompts, session_mem, ff_chunk_tokens, threads, offline, always_stream.
         Raises UsageError, DoesNotFit or ModelError before any weight is read, where that is possible.
         """
         start = time.perf_counter()
