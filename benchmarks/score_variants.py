@@ -46,6 +46,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random": {"selection": "random"},
 }
 BASE = "s (GRIFFIN)"
+REFRESHED = (BASE, "s x norm")
+REFRESH_TOKENS = 32
+_TABLE, _PRIOR = "a float per neuron, once", "two floats per neuron, once; other text"
+COSTS = {
+    "s x norm": _TABLE,
+    "s, prior by rank": _PRIOR,
+    "s x norm, prior by rank": _PRIOR,
+    "s, prior by energy": _PRIOR,
+    "s x norm, prior by energy": _PRIOR,
+    "prior x norm alone": _PRIOR,
+    "s, means": "H floats per layer; all of down once per prompt",
+    "s x norm, means": "both",
+    "s x norm, prior by energy, means": "all three",
+    "s, one threshold": "a second pass over the prompt",
+    "s x norm, numbers of s by one threshold": "a second pass, a float per neuron",
+    "magnitude": _TABLE,
+}
+"""Beside what the paper's score costs."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +147,8 @@ def row_of(name: str, density: float, scores: list[Scores], full: list[Scores], 
     )
 
 
-def measure(model: GriffinModel, args: argparse.Namespace, prior: list[Tensor]) -> tuple[float, list[Row]]:
-    """(the full model's perplexity, a row for every variant and density)"""
+def measure(model: GriffinModel, args: argparse.Namespace, prior: list[Tensor]) -> tuple[float, list[Row], list[str]]:
+    """(the full model's perplexity, a row for every variant and density, confidence by density)"""
     tokens = args.prompt_tokens + args.generate_tokens + 1
     windows = cut(model, documents_of(args.text), tokens, args.windows, args.window_start)
     samples = [Sample(ids, args.prompt_tokens, args.prompt_tokens + 1) for ids in windows]
@@ -142,16 +160,75 @@ def measure(model: GriffinModel, args: argparse.Namespace, prior: list[Tensor]) 
     scores = dict(
         zip(variants, (list(row) for row in zip(*(sample.variants for sample in simulated), strict=True)), strict=True)
     )
-    rows = [row_of(name, density, own, full, scores[BASE, density]) for (name, density), own in scores.items()]
-    return math.exp(statistics.mean(nll(full))), rows
+    base = {density: scores[BASE, density] for density in DENSITIES}
+    rows = [row_of(name, density, own, full, base[density]) for (name, density), own in scores.items()]
+    rows += refreshed(model, args, windows, full, base)
+    rows.sort(key=lambda row: -row.density)
+    return math.exp(statistics.mean(nll(full))), rows, confidence(model, args, windows, base)
+
+
+def refreshed(
+    model: GriffinModel,
+    args: argparse.Namespace,
+    windows: list[Tensor],
+    full: list[Scores],
+    base: dict[float, list[Scores]],
+) -> list[Row]:
+    """The same tokens, with neurons chosen anew by all tokens so far before every REFRESH_TOKENS of them."""
+    variants = {(name, density): Variant(density, **VARIANTS[name]) for density in DENSITIES for name in REFRESHED}
+    starts = range(args.prompt_tokens, args.prompt_tokens + args.generate_tokens, REFRESH_TOKENS)
+    end = args.prompt_tokens + args.generate_tokens + 1
+    samples = [
+        Sample(ids[: min(start + REFRESH_TOKENS + 1, end)], start, start + 1) for ids in windows for start in starts
+    ]
+    simulated = simulate(model, samples, list(variants.values()))
+    rows = []
+    for place, (name, density) in enumerate(variants):
+        parts = [sample.variants[place] for sample in simulated]
+        whole = [joined(parts[first : first + len(starts)]) for first in range(0, len(parts), len(starts))]
+        label = f"{'s' if name == BASE else name}, refreshed every {REFRESH_TOKENS}"
+        rows.append(row_of(label, density, whole, full, base[density]))
+    return rows
+
+
+def joined(parts: list[Scores]) -> Scores:
+    """Of one window, in the order of its tokens."""
+    names = ("log_probs", "kl", "agrees", "greedy")
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return Scores(**tensors, activation_kept=statistics.mean(part.activation_kept for part in parts))
+
+
+def confidence(
+    model: GriffinModel, args: argparse.Namespace, windows: list[Tensor], base: dict[float, list[Scores]]
+) -> list[str]:
+    """How well top-1 agreement on the last quarter of a prompt, with neurons of its first three, tells the loss."""
+    quarter = args.prompt_tokens // 4
+    start = args.prompt_tokens - quarter
+    samples = [Sample(ids[: args.prompt_tokens], start, start + 1) for ids in windows]
+    simulated = simulate(model, samples, [Variant(density, "topk") for density in DENSITIES])
+    lines = []
+    for place, density in enumerate(DENSITIES):
+        agreement = [float(sample.variants[place].agrees.double().mean()) for sample in simulated]
+        losses = [float(score.kl.mean()) for score in base[density]]
+        found = rank_correlation(agreement, losses)
+        lines.append(f"{density:g}: {statistics.mean(agreement):.3f} agree there, {found:+.2f}")
+    return lines
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float:
+    """Spearman's, equal values at their mean rank."""
+    ranks = [[sum(y < x for y in values) + sum(y == x for y in values) / 2 for x in values] for values in (a, b)]
+    return statistics.correlation(*ranks)
 
 
 def table(rows: Sequence[Row]) -> str:
-    found = [["density", "variant", "perplexity", "increase", "against s", "KL", "top-1", "activation kept"]]
+    head = ["density", "variant", "perplexity", "increase", "against s", "KL", "top-1", "activation kept", "costs"]
+    found = [head]
     for row in rows:
         against = "" if row.name == BASE else f"{row.against_base:+.1%} ± {row.against_base_error:.1%}"
         numbers = [f"{row.perplexity:.4g}", f"{row.increase:+.1%}", against, f"{row.kl:.3f}", f"{row.top1:.3f}"]
-        found.append([f"{row.density:g}", row.name, *numbers, f"{row.activation_kept:.3f}"])
+        cost = f"a streamed pass every {REFRESH_TOKENS} tokens" if "refreshed" in row.name else COSTS.get(row.name, "")
+        found.append([f"{row.density:g}", row.name, *numbers, f"{row.activation_kept:.3f}", cost])
     return markdown_table(found)
 
 
@@ -164,18 +241,24 @@ def main(arguments: Sequence[str]) -> int:
         args.dir, density=0.0, ctx_size=max(tokens, 257), max_gpu_mem=args.max_mem, threads=args.threads, device="cpu"
     ) as model:
         prior = measure_prior(model, args)
-        full, rows = measure(model, args, prior)
+        full, rows, confident = measure(model, args, prior)
     stated = (
         f"{args.windows} windows of {args.prompt_tokens} + {args.generate_tokens} tokens; full model: perplexity "
         f"{full:.2f}. Prior: {args.prior_windows} windows of 256 tokens of each of "
         f"{', '.join(path.name.split('.')[0] for path in args.prior)}. Against s: perplexity over that of s at the "
         "same density, with the standard error over the windows."
     )
-    print("\n\n".join([stated, table(rows)]), end="\n\n")
-    record = provenance("score_variants.py", arguments) | {"full_perplexity": full, "rows": [asdict(r) for r in rows]}
+    told = (
+        "Confidence: top-1 agreement with the full model on the last quarter of the prompt, neurons of s chosen on the "
+        "rest, and its rank correlation over the windows with KL of the generation. " + "; ".join(confident) + "."
+    )
+    body = "\n\n".join([stated, table(rows), told])
+    print(body, end="\n\n")
+    record = provenance("score_variants.py", arguments)
+    record |= {"full_perplexity": full, "confidence": confident, "rows": [asdict(r) for r in rows]}
     if args.out:
         name = args.name or f"{'demo' if args.dir == demo_directory() else args.dir.name}-{args.text.stem}"
-        write(args.out, f"score_variants-{name}", "\n\n".join([origin_lines(record), stated, table(rows)]), record)
+        write(args.out, f"score_variants-{name}", f"{origin_lines(record)}\n\n{body}", record)
     print(json.dumps({key: value for key, value in record.items() if key != "rows"}))
     return 0
 

@@ -119,7 +119,9 @@ def _rungs(shape: ModelShape, request: PlanRequest) -> Iterator[_Rung]:
         fixed = [tuple(neurons_kept(f, d) for f, d in zip(everything, densities, strict=True))]
         yield from ((fixed, slots, placement) for slots in SLOTS for placement in placements)
         return
-    yield from (([everything], SLOTS[0], placement) for placement in placements)
+    # Where nothing is streamed there are no slots.
+    of_everything = SLOTS if request.always_stream else SLOTS[:1]
+    yield from (([everything], slots, placement) for slots in of_everything for placement in placements)
     choices = pruned_choices(shape, request.min_density)
     # Embedding rows are a few kB a token; FF neurons kept instead are worth more than that.
     yield from ((choices, slots, placements[-1]) for slots in SLOTS)

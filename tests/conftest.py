@@ -1,6 +1,7 @@
 """Checkpoints that several tests share, written once."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ torch.set_num_threads(1)
 # A busy machine is no failure: nothing here is judged by time.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+# Whoever starts the tests in the background has SIGINT ignored, and their processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Checkpoints = Callable[..., Path]
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from griffin_offload import __version__
-from griffin_offload.cli import chat, convert, eval, plan, run, serve
+from griffin_offload.cli import bench, chat, convert, eval, inspect, plan, run, serve
 from griffin_offload.errors import GriffinError, one_line
 
 _INTERRUPTED = 130
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"griffin-offload {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, chat, serve, plan, convert, eval):
+    for command in (run, chat, serve, plan, convert, bench, eval, inspect):
         command.add_parser(commands)
     return parser
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, get_args
 
-from griffin_offload.config import LoadConfig, SelectionMethod
+from griffin_offload.config import LoadConfig, SelectionMethod, check_density
 from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,22 +43,39 @@ def load_streamed(arguments: argparse.Namespace, checkpoint: "Checkpoint", ctx_t
 
 def variants_of(arguments: argparse.Namespace) -> "list[Variant]":
     """Every selection at every density; UsageError for what is neither."""
-    methods = arguments.selection.split(",")
-    unknown = [method for method in methods if method not in get_args(SelectionMethod)]
-    if unknown:
-        raise UsageError(f"no selection {unknown[0]!r}: choose of {', '.join(get_args(SelectionMethod))}")
-    try:
-        densities = [float(part) for part in arguments.density.split(",")]
-    except ValueError:
-        raise UsageError(f"cannot read the densities {arguments.density!r}: numbers from 0 to 1, 0.75,0.5") from None
+    methods, densities = selections(arguments.selection), fractions(arguments.density)
     from griffin_offload.method.variant import Variant
 
     return [Variant(density, method) for method, density in product(methods, densities)]
 
 
+def selections(text: str) -> list[SelectionMethod]:
+    """Names of selections, of an option; UsageError for one that is none."""
+    methods = text.split(",")
+    unknown = [method for method in methods if method not in get_args(SelectionMethod)]
+    if unknown:
+        raise UsageError(f"no selection {unknown[0]!r}: choose of {', '.join(get_args(SelectionMethod))}")
+    return methods  # type: ignore[return-value]
+
+
+def fractions(text: str) -> list[float]:
+    """Densities, of an option; UsageError for what is no number from 0 to 1."""
+    try:
+        densities = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"cannot read the densities {text!r}: numbers from 0 to 1, 0.75,0.5") from None
+    check_density(densities)
+    return densities
+
+
 def numbers(text: str) -> list[int]:
     """A list of whole numbers, of an option."""
     return [int(part) for part in text.split(",")]
+
+
+def variant_name(selection: str, density: float) -> str:
+    """As tables call it."""
+    return "full" if density == 1 else f"{selection} {density:g}"
 
 
 def columns(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:

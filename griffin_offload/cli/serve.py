@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from griffin_offload.serving.server import Server
 
 _DEFAULTS = ServeConfig()
-# On CPUs oneDNN and torch's layer over it keep compiled kernels for every length of a prompt, 1024 of them each. That is
-# 1.5 MB for every new length, up to some 200 MB; a layer has fewer than this many.
+# On CPUs oneDNN and torch's layer over it keep compiled kernels for every length of a prompt, 1024 of them each: 1.5 MB
+# for every new length, up to some 200 MB. A layer has fewer than this many.
 _KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 
 

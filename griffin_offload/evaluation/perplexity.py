@@ -9,7 +9,7 @@ from torch import Tensor
 
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.scoring import Scores
-from griffin_offload.evaluation.simulation import simulate
+from griffin_offload.evaluation.simulation import Simulated, simulate
 from griffin_offload.method.variant import Variant
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.prefill import Progress
@@ -51,23 +51,33 @@ def measure(
     """A row per variant; `windows` are ids [P + G] of one size. `progress` is called with (layers done, in all)."""
     samples = [Sample.generation(ids[:prompt_tokens], ids[prompt_tokens:]) for ids in windows]
     simulated = simulate(model, samples, variants, progress=progress)
-    full = _perplexity([sample.full for sample in simulated])
+    return rows_of(simulated, variants, prompt_tokens)
+
+
+def rows_of(
+    simulated: Sequence[Simulated], variants: Sequence[Variant], prompt_tokens: int, tokens: int | None = None
+) -> list[Row]:
+    """A row per variant, of the first `tokens` scored tokens of every sample; None: of all."""
+    full = [sample.full.first(tokens) if tokens else sample.full for sample in simulated]
     columns = zip(*(sample.variants for sample in simulated), strict=True)
-    return [
-        Row(
-            selection=variant.selection,
-            density=variant.density,
-            prompt_tokens=prompt_tokens,
-            generate_tokens=samples[0].scored_tokens,
-            windows=len(samples),
-            ppl_full=full,
-            ppl=_perplexity(scores),
-            kl=_mean([float(score.kl.mean()) for score in scores]),
-            top1=_mean([float(score.agrees.float().mean()) for score in scores]),
-            activation_kept=_mean([score.activation_kept for score in scores]),
+    rows = []
+    for variant, column in zip(variants, columns, strict=True):
+        scores = [score.first(tokens) for score in column] if tokens else column
+        rows.append(
+            Row(
+                selection=variant.selection,
+                density=variant.density,
+                prompt_tokens=prompt_tokens,
+                generate_tokens=full[0].log_probs.numel(),
+                windows=len(full),
+                ppl_full=_perplexity(full),
+                ppl=_perplexity(scores),
+                kl=_mean([float(score.kl.mean()) for score in scores]),
+                top1=_mean([float(score.agrees.float().mean()) for score in scores]),
+                activation_kept=_mean([score.activation_kept for score in scores]),
+            )
         )
-        for variant, scores in zip(variants, columns, strict=True)
-    ]
+    return rows
 
 
 def _perplexity(scores: Sequence[Scores]) -> float:

@@ -41,6 +41,28 @@ class Sample:
             raise UsageError("one context token and one to predict: there is none that could choose neurons, give 2")
         return cls(ids, ids.numel() - 2, context.numel())
 
+    @classmethod
+    def prompt_alone(cls, ids: Tensor) -> "Sample":
+        """All of `ids` [T] are a prompt; the token behind them is nobody's business."""
+        return cls(torch.cat([ids, ids[-1:]]).cpu(), ids.numel(), ids.numel())
+
+    @classmethod
+    def strict(cls, context: Tensor, continuation: Tensor) -> "Sample":
+        """Every token of `continuation` is predicted through chosen neurons, the first one, too. So the last token of
+        `context` is the first that passes through them, and those before it choose: what generation would do that
+        streams the prompt without its last token and decodes from there."""
+        _not_empty(context, continuation)
+        if context.numel() < 2:
+            raise UsageError("one context token passes through neurons that none is left to choose: give 2")
+        return cls(torch.cat([context, continuation]).cpu(), context.numel() - 1, context.numel())
+
+    @classmethod
+    def dense(cls, context: Tensor, continuation: Tensor) -> "Sample":
+        """The full model predicts every token of `continuation`, under every variant."""
+        _not_empty(context, continuation)
+        ids = torch.cat([context, continuation]).cpu()
+        return cls(ids, ids.numel() - 1, context.numel())
+
     @property
     def input_tokens(self) -> int:
         return self.ids.numel() - 1

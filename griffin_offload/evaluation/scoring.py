@@ -5,7 +5,7 @@ Logits exist for a few positions at a time. V vocabulary, G scored tokens.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,17 @@ class Scores:
     """bool: the token itself is the most likely one."""
     activation_kept: float
     """Share of s^2 / S that the chosen neurons hold, mean over layers."""
+
+    def first(self, tokens: int) -> "Scores":
+        """Of the first `tokens` scored tokens alone."""
+        part = slice(tokens)
+        return replace(
+            self,
+            log_probs=self.log_probs[part],
+            kl=self.kl[part],
+            agrees=self.agrees[part],
+            greedy=self.greedy[part],
+        )
 
 
 def stack_of(model: Any, decoder: nn.ModuleList) -> nn.Module:

@@ -37,12 +37,18 @@ class Chooser(Protocol):
     def __call__(self, layer: int, row: int, squared: Tensor, full: list[Tensor]) -> Choice | None: ...
 
 
+class Observer(Protocol):
+    """Looks at z [t, F] of some columns of one row, from column `start` on; what it keeps, it copies."""
+
+    def __call__(self, layer: int, row: int, start: int, z: Tensor) -> None: ...
+
+
 class SimulatedPass:
     """A context manager: inside it, one forward of the stack of layers over [R, T] is a simulated pass.
 
     `mask` is [R, T] on the device, 0 for padding; the first `prompt_columns` columns are prompts. Without `choose` all
     rows are the full model. `means` says that some row compensates. With `keep`, s^2 of every layer is kept in `sums`,
-    in host memory.
+    in host memory. `observe` is shown every z before anything is left out.
     """
 
     def __init__(
@@ -55,9 +61,11 @@ class SimulatedPass:
         *,
         means: bool = False,
         keep: bool = False,
+        observe: Observer | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._layers, self._choose, self._progress = layers, choose, progress
+        self._observe = observe
         self._weights = mask[:, None, :prompt_columns].float()  # [R, 1, P]
         self._prompt, self._rows_at_once = prompt_columns, rows_at_once
         self._with_means = means
@@ -142,6 +150,9 @@ class SimulatedPass:
         """One chunk of z, [M, T, F] or, where the model flattens (OPT), [M * T, F]: in place, it is nobody else's."""
         z = args[0].view(self._squared.shape[0], -1, block.neurons)
         begin, end = self._position, self._position + z.shape[1]
+        if self._observe is not None:
+            for row, own in enumerate(z, start=self._rows.start):
+                self._observe(index, row, begin, own)
         inside = min(max(self._prompt - begin, 0), z.shape[1])
         if inside:
             weights = self._weights[self._rows, :, begin : begin + inside]

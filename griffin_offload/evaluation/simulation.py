@@ -15,7 +15,7 @@ from griffin_offload.errors import BudgetExceeded, DoesNotFit, UsageError, one_l
 from griffin_offload.evaluation.choices import Choices, Counts, Prior
 from griffin_offload.evaluation.samples import Batch, Sample, columns_of
 from griffin_offload.evaluation.scoring import Scores, score_rows, stack_of, stock_head
-from griffin_offload.evaluation.simulated_pass import SimulatedPass
+from griffin_offload.evaluation.simulated_pass import Observer, SimulatedPass
 from griffin_offload.evaluation.size import PassSize, Sizer
 from griffin_offload.method.variant import Variant, distribution, global_counts
 from griffin_offload.runtime.model import GriffinModel
@@ -63,6 +63,26 @@ def prompt_prior(model: GriffinModel, samples: Sequence[Sample], *, progress: Pr
     return [layer / len(samples) for layer in totals]
 
 
+def observe(
+    model: GriffinModel,
+    prompts: Sequence[Tensor],
+    observer: Observer,
+    *,
+    tables: int = 0,
+    kept_bytes: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Show `observer` the input z of every down projection, while the full model runs over `prompts`, ids [T] of one
+    length: it is called with (layer, place of the prompt, first token, z [t, F]). `tables` of F floats is what it
+    keeps of each prompt in each layer, `kept_bytes` what it keeps besides. Raises as `simulate` does."""
+    if len({ids.numel() for ids in prompts}) > 1:
+        raise UsageError("prompts to observe have one length")
+    samples = [Sample.prompt_alone(ids) for ids in prompts]
+    with _running(model, (), None, progress, tables, kept_bytes) as simulation:
+        for group in simulation.groups(samples):
+            simulation.observe(group, observer)
+
+
 @dataclass(frozen=True)
 class _Group:
     """Samples of one pass, and their places among all."""
@@ -74,10 +94,16 @@ class _Group:
 
 @contextlib.contextmanager
 def _running(
-    model: GriffinModel, variants: Sequence[Variant], prior: Prior | None, progress: Progress | None
+    model: GriffinModel,
+    variants: Sequence[Variant],
+    prior: Prior | None,
+    progress: Progress | None,
+    observed_tables: int = 0,
+    kept_bytes: int = 0,
 ) -> Iterator["_Simulation"]:
     """A simulation that is alone on the model; what was computed inside is checked against the budget afterwards."""
-    loaded, simulation = model.engine.loaded, _Simulation(model, variants, prior, progress)
+    loaded = model.engine.loaded
+    simulation = _Simulation(model, variants, prior, progress, observed_tables, kept_bytes)
     try:
         with model.engine.alone(), loaded.ledger.measuring(), limited_threads(loaded.threads), torch.no_grad():
             yield simulation
@@ -92,7 +118,13 @@ class _Simulation:
     """Passes of one loaded model."""
 
     def __init__(
-        self, model: GriffinModel, variants: Sequence[Variant], prior: Prior | None, progress: Progress | None
+        self,
+        model: GriffinModel,
+        variants: Sequence[Variant],
+        prior: Prior | None,
+        progress: Progress | None,
+        observed_tables: int,
+        kept_bytes: int,
     ) -> None:
         engine = model.engine
         self._model, self._device, self._plan = model.model, model.device, model.plan
@@ -107,7 +139,8 @@ class _Simulation:
             model.plan,
             variants=self._choices.rows_per_sample,
             norm_tables=self._choices.tables,
-            sample_tables=1 if self._choices.global_densities or not variants else 0,
+            sample_tables=observed_tables + bool(self._choices.global_densities or not variants),
+            kept_bytes=kept_bytes,
         )
         self._layers_done = self._layers_in_all = 0
 
@@ -171,6 +204,18 @@ class _Simulation:
         assert simulated.sums is not None
         return simulated.sums
 
+    def observe(self, group: _Group, observer: Observer) -> None:
+        """Show `observer` every z, by the places of the samples."""
+
+        def shown(layer: int, row: int, start: int, z: Tensor) -> None:
+            observer(layer, group.places[row], start, z)
+
+        batch = Batch.of(group.samples)
+        with self._holding(group.size), self._pass(batch, group.size, None, shown) as simulated:
+            self._run_stack(batch, 1)
+        self._ledger.hold(slots=simulated.peak_in_flight_bytes)
+        self._ledger.hold(slots=0)
+
     def _global_counts(self, group: _Group) -> Counts:
         if not self._choices.global_densities:
             return {}
@@ -188,7 +233,9 @@ class _Simulation:
         self._ledger.hold(slots=0)
         return hidden, simulated.activation_kept()
 
-    def _pass(self, batch: Batch, size: PassSize, choices: Choices | None) -> SimulatedPass:
+    def _pass(
+        self, batch: Batch, size: PassSize, choices: Choices | None, observer: Observer | None = None
+    ) -> SimulatedPass:
         copies = 1 if choices is None else choices.rows_per_sample
         return SimulatedPass(
             self._layers,
@@ -197,7 +244,8 @@ class _Simulation:
             size.rows_at_once,
             choices,
             means=choices is not None and choices.means,
-            keep=choices is None,
+            keep=choices is None and observer is None,
+            observe=observer,
             progress=self._layer_done,
         )
 

@@ -49,6 +49,8 @@ class Sizer:
     """Tables of one float per neuron that outlive a pass: norms of weights, a prior."""
     sample_tables: int
     """The same per sample."""
+    kept_bytes: int = 0
+    """What an observer keeps, beside those tables, from all passes together."""
 
     @property
     def _fixed_bytes(self) -> int:
@@ -97,7 +99,7 @@ class Sizer:
             "rows": samples * self.variants * self._row_bytes(columns, padded),
             "workspace": workspace_bytes(shape, request, use, columns, columns, self.plan.kept) + state + repeated,
             "logits": positions * shape.vocab_size * (2 * shape.item_bytes + 6 * _FLOAT_BYTES),
-            "statistic": (self.norm_tables + self.sample_tables * samples) * neurons * _FLOAT_BYTES,
+            "statistic": (self.norm_tables + self.sample_tables * samples) * neurons * _FLOAT_BYTES + self.kept_bytes,
         }
 
     def _row_bytes(self, columns: int, padded: bool) -> int:

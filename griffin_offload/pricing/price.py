@@ -21,6 +21,7 @@ from griffin_offload.pricing.workspace import (
     workspace_bytes,
 )
 from griffin_offload.weights.shape import ModelShape
+from griffin_offload.weights.source import slot_bytes
 
 Placement = Literal["device", "host"]
 
@@ -125,7 +126,7 @@ def _slot_bytes(shape: ModelShape, request: PlanRequest, streamed: Sequence[int]
     """The largest layers that can be on their way at once, and the pages one of them is copied from."""
     if request.offloaded_in_budget:
         return 0  # used where they rest
-    largest = sorted((shape.layers[i].ff_flat_bytes for i in streamed), reverse=True)[:slots]
+    largest = sorted((slot_bytes(shape.layers[i].ff_flat_bytes) for i in streamed), reverse=True)[:slots]
     return sum(largest) + int(max(largest, default=0) * request.stored_share)
 
 
@@ -168,16 +169,16 @@ def price(
         "overhead": request.overhead_bytes,
     }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)
-    slot_bytes = _slot_bytes(shape, request, streamed, slots)
+    in_slots = _slot_bytes(shape, request, streamed, slots)
     prefill = {
         "kv_cache": kv_cache,
-        "slots": slot_bytes,
+        "slots": in_slots,
         "workspace": prompt_workspace_bytes(shape, request, use, kept) + beside,
     }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
     decode = {
         "kv_cache": kv_cache,
-        "slots": slot_bytes if use.pass_tokens else 0,
+        "slots": in_slots if use.pass_tokens else 0,
         "workspace": _decode_workspace_bytes(shape, request, use, kept) + beside,
     }
     return Plan(

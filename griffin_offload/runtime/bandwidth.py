@@ -8,6 +8,7 @@ import torch
 
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.runtime.threads import choose_threads, limited_threads
+from griffin_offload.weights.direct import untouched_zeros
 from griffin_offload.weights.int4_tiles import cpu_block
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.quantized_linear import Precision, QuantizedLinear, resident_form, specs
@@ -21,15 +22,22 @@ _REPEATS = 5
 
 
 def decode_bytes_per_s(
-    precision: Precision, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device
+    precision: Precision,
+    inputs: int,
+    outputs: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int | None = None,
 ) -> float | None:
-    """Bytes per second of one row times matrices [outputs, inputs] in the resident form; None without a kernel."""
+    """Bytes per second of one row times matrices [outputs, inputs] in the resident form; None without a kernel.
+    On the CPU by `threads`, or as many as loading would choose."""
     try:
         if precision == "int4" and device.type == "cpu":
             cpu_block()
     except UnsupportedModel:
         return None
-    threads = choose_threads(inputs, outputs, dtype) if device.type == "cpu" else None
+    if device.type == "cpu" and threads is None:
+        threads = choose_threads(inputs, outputs, dtype)
     scratch = Scratch(_SCRATCH_BYTES, dtype, device)
     layers: list[QuantizedLinear] = []
     made_bytes = 0
@@ -37,14 +45,17 @@ def decode_bytes_per_s(
         layer = QuantizedLinear(outputs, inputs, is_down=False, precision=precision, stored="none", scratch=scratch)
         layer.form = resident_form(precision)
         for name, (shape, own) in specs(layer.form, outputs, inputs, is_down=False).items():
-            tensor = torch.ones(shape, dtype=own or dtype, device=device)
+            tensor = untouched_zeros(shape, own or dtype, device).fill_(1)
             setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
             made_bytes += tensor.nbytes
         layers.append(layer)
     row = torch.ones(1, inputs, dtype=dtype, device=device)
     with torch.no_grad(), limited_threads(threads):
-        taken = [_seconds(lambda: [layer(row) for layer in layers], device) for _ in range(_REPEATS)]
-    return made_bytes / statistics.median(taken)
+        kernels: list[Callable[[], object]] = [lambda: [layer(row) for layer in layers]]
+        if precision == "none":
+            kernels.append(lambda: [torch.mv(layer.weight, row[0]) for layer in layers])
+        taken = [statistics.median(_seconds(kernel, device) for _ in range(_REPEATS)) for kernel in kernels]
+    return made_bytes / min(taken)
 
 
 def _seconds(compute: Callable[[], object], device: torch.device) -> float:

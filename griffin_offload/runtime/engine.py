@@ -26,6 +26,8 @@ from griffin_offload.runtime.run import Run, cache_bytes, cache_of, prompt_mask,
 from griffin_offload.runtime.saved import Identity, Like
 from griffin_offload.runtime.threads import limited_threads
 from griffin_offload.weights.checkpoint import fingerprint
+from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.source import MappedWeights
 
 
 class Engine:
@@ -47,6 +49,17 @@ class Engine:
         loaded.model.forward = self._wrapped_forward()
         self._user: dict[str, object] = {}
         self._closed = False
+
+    @property
+    def blocks(self) -> list[FeedForward]:
+        """The FF block of every layer."""
+        return self.loaded.layers.blocks
+
+    @property
+    def streams_from_disk(self) -> bool:
+        """Whether a prompt reads the disk whatever the page cache holds: the model is larger than that."""
+        source = self.loaded.layers.source
+        return isinstance(source, MappedWeights) and bool(source.placements)
 
     def takes(self, argument: str) -> bool:
         """Whether the stock model's forward knows an argument of this name."""

@@ -104,7 +104,7 @@ class StreamedPass:
         self._position = 0
         self._kept_shares: list[Tensor] = []
         self._held_out_shares: list[Tensor] = []
-        self._select_s = 0.0
+        self._select_s = self._statistic_s = 0.0
         self._seconds = 0.0
 
     def __enter__(self) -> "StreamedPass":
@@ -165,6 +165,7 @@ class StreamedPass:
             streamed_bytes=self._layers.fetched_bytes - self._fetched_before,
             wait_s=self._stream.wait_s if self._stream else 0.0,
             select_s=self._select_s,
+            statistic_s=self._statistic_s,
             activation_kept=_mean(self._kept_shares, dense),
             activation_kept_heldout=None if too_short else _mean(self._held_out_shares, dense),
         )
@@ -186,10 +187,12 @@ class StreamedPass:
 
     def _add(self, block: FeedForward, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Sum the statistic of one chunk; z is [B, T, F], or [B * T, F] where the model flattens (OPT)."""
+        start = time.perf_counter()
         z = args[0].detach().reshape(self._groups.shape[0], -1, block.neurons)
         end = self._position + z.shape[1]
         self._squared += squared_statistic(z, self._groups[:, :, self._position : end])
         self._position = end
+        self._statistic_s += time.perf_counter() - start
         return None
 
     @torch.no_grad()

@@ -22,6 +22,8 @@ class PrefillReport:
     """Share of s^2 / S that the chosen neurons hold, mean over layers."""
     activation_kept_heldout: float | None
     """The same, chosen on the first 3/4 of the prompt and measured on the last 1/4; None: prompt too short."""
+    statistic_s: float = 0.0
+    """Seconds of summing the statistic (on CUDA: of launching that)."""
 
     def run_figures(self) -> dict[str, Any]:
         """The part of a run's report that this pass is."""
@@ -32,6 +34,7 @@ class PrefillReport:
             "activation_kept_heldout": self.activation_kept_heldout,
             "wait_s": self.wait_s,
             "select_s": self.select_s,
+            "statistic_s": self.statistic_s,
         }
 
 
@@ -118,6 +121,7 @@ class RunReport:
     activation_kept_heldout: float | None
     wait_s: float
     select_s: float
+    statistic_s: float
     drafting: DraftReport | None = None
     """In exact mode, and with refresh: the passes between tokens of the answer."""
 

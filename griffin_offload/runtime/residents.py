@@ -11,6 +11,7 @@ from griffin_offload.pricing import Plan
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.prefill import StreamedLayers
 from griffin_offload.runtime.prospect import Prospect, evicts
+from griffin_offload.weights.direct import touch, untouched_zeros
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.gather import gather_outputs
 from griffin_offload.weights.pages import FilePages
@@ -100,13 +101,16 @@ def place_residents(
 def _copy_residents(
     model: Any, prospect: Prospect, stay: set[int], copies: dict[int, nn.Parameter], pages: FilePages
 ) -> None:
-    """Copy by several threads: most of the time goes into page faults, which the kernel takes in parallel."""
+    """Copy by several threads: most of the time goes into page faults, which the kernel takes in parallel. `copies` are
+    on the device already, and touched here, so that no prompt has to wait for their pages."""
     modules = [module for module in model.modules() if id(module) not in stay]
     parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None and id(p) not in copies}
     with ThreadPoolExecutor(_COPY_THREADS) as pool:
+        touched = pool.map(touch, copies.values())
         done = pool.map(lambda parameter: _resident(parameter, prospect, pages), parameters.values())
         # By identity, so that tied weights stay tied.
         copies.update(zip(parameters, done, strict=True))
+        list(touched)
     for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -119,11 +123,9 @@ def _copy_residents(
 def _resident(parameter: nn.Parameter, prospect: Prospect, pages: FilePages) -> nn.Parameter:
     # Only the stored precision is translated: what transformers keeps in float32 stays so.
     changed = parameter.dtype == prospect.checkpoint.dtype and parameter.is_floating_point()
-    target = torch.empty(parameter.shape, dtype=prospect.dtype if changed else parameter.dtype, device=prospect.device)
-    spans = pages.spans([parameter])
-    pages.read(spans)
-    target.copy_(parameter.detach())
-    pages.drop(spans)
+    dtype = prospect.dtype if changed else parameter.dtype
+    target = untouched_zeros(parameter.shape, dtype, prospect.device)
+    pages.copy(parameter.detach(), target)
     return nn.Parameter(target, requires_grad=False)
 
 
@@ -134,7 +136,7 @@ def _quantize_resident(module: QuantizedLinear, prospect: Prospect, pages: FileP
     pages.read(spans)
     outputs, inputs = module.out_features, module.in_features
     resident = {
-        name: torch.zeros(shape, dtype=own or prospect.dtype, device=prospect.device)
+        name: untouched_zeros(shape, own or prospect.dtype, prospect.device)
         for name, (shape, own) in specs(module.resident_form, outputs, inputs, is_down=False).items()
     }
     everything = torch.arange(outputs, device=prospect.device)

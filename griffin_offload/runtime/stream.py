@@ -1,8 +1,9 @@
 """The stream: every layer's full FF on the device, in order, fetched once, one layer ahead of the computation.
 
-A reader thread fetches; `slots` layers exist at a time. On the CPU, where the precision is the stored one, the
-mapped pages themselves are the slots and nothing is copied. Elsewhere a slot is a flat buffer on the device; with
-CUDA it is filled through pinned staging buffers on a side stream.
+A reader thread fetches; `slots` layers exist at a time. On the CPU, where the precision is the stored one, nothing is
+copied: the mapped pages themselves are the slots, or, where the page cache is too small for the model, the disk is
+read straight into them. Elsewhere a slot is a flat buffer on the device; with CUDA it is filled through pinned staging
+buffers on a side stream.
 """
 
 import queue
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from griffin_offload.errors import GriffinError, one_line
 from griffin_offload.runtime.threads import Worker
-from griffin_offload.weights.source import FlatLayout, RamWeights, Source, stream_dtype
+from griffin_offload.weights.direct import Placement, block_buffer
+from griffin_offload.weights.source import FlatLayout, MappedWeights, RamWeights, Source, stream_dtype
 
 _STAGING_BYTES = 32 * 2**20
 _STAGING_BUFFERS = 3
@@ -42,21 +44,30 @@ class _Arrival:
 class _Slots:
     """Flat device buffers, filled in turn."""
 
-    def __init__(self, source: Source, layers: Sequence[int], config: StreamConfig) -> None:
-        self._source, self._config = source, config
-        layouts = [self._layout(layer) for layer in layers]
-        largest = max(layout.nbytes for layout in layouts)
-        self._buffers = [
-            torch.empty(largest, dtype=torch.uint8, device=config.device) for _ in range(min(config.slots, len(layers)))
-        ]
+    def __init__(
+        self, source: Source, layers: Sequence[int], config: StreamConfig, direct: MappedWeights | None
+    ) -> None:
+        self._source, self._config, self._direct = source, config, direct
+        largest = max(self._layout(layer).nbytes for layer in layers)
+        self._buffers = [self._buffer(largest) for _ in range(min(config.slots, len(layers)))]
         self._cuda = _CudaCopies(config) if config.device.type == "cuda" else None
 
-    def _layout(self, layer: int) -> FlatLayout:
+    def _buffer(self, nbytes: int) -> Tensor:
+        if self._config.device.type == "cpu":
+            return block_buffer(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._config.device)
+
+    def _layout(self, layer: int) -> FlatLayout | Placement:
+        if self._direct is not None:
+            return self._direct.placements[layer]
         return FlatLayout(self._source.tensors(layer), self._config.dtype)
 
     def fill(self, position: int, layer: int) -> _Arrival:
         """Copy the layer into the next slot; the caller has made sure that it is free."""
         buffer = self._buffers[position % len(self._buffers)]
+        if self._direct is not None:
+            return _Arrival(layer, self._direct.read(layer, buffer), None)
+        self._source.fetch(layer)
         layout = self._layout(layer)
         views = layout.views(buffer)
         if self._cuda is None:
@@ -145,8 +156,11 @@ class LayerStream:
     def __init__(self, source: Source, layers: Sequence[int], config: StreamConfig) -> None:
         self._source, self._layers, self._config = source, list(layers), config
         first = source.tensors(self._layers[0])
-        in_place = config.device.type == "cpu" and all(t.dtype == stream_dtype(t, config.dtype) for t in first)
-        self._slots = None if in_place else _Slots(source, self._layers, config)
+        stored = config.device.type == "cpu" and all(t.dtype == stream_dtype(t, config.dtype) for t in first)
+        direct = source if stored and isinstance(source, MappedWeights) and source.placements else None
+        self._direct = direct
+        in_place = stored and direct is None
+        self._slots = None if in_place else _Slots(source, self._layers, config, direct)
         self._free = threading.Semaphore(config.slots)
         self._arrivals: queue.SimpleQueue[_Arrival | BaseException] = queue.SimpleQueue()
         self._stop = False
@@ -210,25 +224,28 @@ class LayerStream:
         except BaseException as error:
             self._arrivals.put(error)
 
-    def _slot_bytes(self, tensors: list[Tensor]) -> int:
+    def _slot_bytes(self, layer: int, tensors: list[Tensor]) -> int:
         """Device bytes of a layer on its way; on the CPU the pages it is copied from count, too."""
         if self._slots is None and isinstance(self._source, RamWeights):
             return 0  # used where it rests
         stored = sum(tensor.nbytes for tensor in tensors)
         if self._slots is None:
             return stored
+        if self._direct is not None:
+            return self._direct.placements[layer].nbytes
         copied = sum(tensor.numel() * stream_dtype(tensor, self._config.dtype).itemsize for tensor in tensors)
         return copied + (stored if self._config.device.type == "cpu" else 0)
 
     def _fetch(self, position: int, layer: int) -> _Arrival:
         tensors = self._source.tensors(layer)
-        self._in_flight[layer] = self._slot_bytes(tensors)
+        self._in_flight[layer] = self._slot_bytes(layer, tensors)
         self.peak_in_flight_bytes = max(self.peak_in_flight_bytes, sum(list(self._in_flight.values())))
-        self._source.fetch(layer)
         if self._slots is None:
-            return _Arrival(layer, tensors, None)
+            return _Arrival(layer, self._source.fetch(layer), None)
         self._slots.wait_free()
         arrival = self._slots.fill(position, layer)
+        if self._direct is not None:
+            return arrival
         self._source.drop(layer)
         if self._config.device.type == "cpu":
             self._in_flight[layer] -= sum(tensor.nbytes for tensor in tensors)

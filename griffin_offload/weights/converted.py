@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
 from griffin_offload.weights.layouts import find_feed_forwards
+from griffin_offload.weights.mapped_file import map_file
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.quantized_embedding import swap_tables, tie_tables
 from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
@@ -105,14 +106,12 @@ def map_converted(
     expected: dict[str, Tensor] = dict(model.named_parameters())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                if name in expected:
-                    _assign(model, name, file.get_tensor(name), expected.pop(name), path)
-                elif name in buffers:
-                    tensor = file.get_tensor(name)
-                    _check(name, tensor, buffers[name], path)
-                    buffers[name].copy_(tensor)
+        for name, tensor in _tensors_of(path).items():
+            if name in expected:
+                _assign(model, name, tensor, expected.pop(name), path)
+            elif name in buffers:
+                _check(name, tensor, buffers[name], path)
+                buffers[name].copy_(tensor)
     if tables == "int8":
         tie_tables(model, tied=tied)
     else:
@@ -122,6 +121,13 @@ def map_converted(
         raise CheckpointError(f"{directory} lacks {len(absent)} tensors, first {absent[0]}: convert again")
     _read_generation_config(model, directory)
     return model
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    try:
+        return map_file(path)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} was changed while it was loaded: {one_line(error)}") from error
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, expected: Tensor, path: Path) -> None:

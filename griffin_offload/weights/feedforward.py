@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from griffin_offload.weights.direct import untouched_zeros
 from griffin_offload.weights.gather import Tensors, gather_inputs, gather_outputs, take
 from griffin_offload.weights.int4_tiles import DOWN_GROUP
 from griffin_offload.weights.quantized_linear import (
@@ -150,9 +151,8 @@ class FeedForward:
 
     def allocate(self, kept: int, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
         """Compact tensors; what `gather` never writes is zero."""
-        make = torch.empty if self.precision == "none" else torch.zeros
         return [
-            nn.Parameter(make(shape, dtype=own or dtype, device=device), requires_grad=False)
+            nn.Parameter(untouched_zeros(shape, own or dtype, device), requires_grad=False)
             for shape, own in self.compact_specs(kept)
         ]
 

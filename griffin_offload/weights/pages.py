@@ -4,6 +4,7 @@ Everything here is advice to the kernel by madvise(2) and posix_fadvise(2). Wher
 found (not Linux, or a tensor that was copied), nothing is advised and the operating system's own paging does the work.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from griffin_offload.errors import GriffinError
+from griffin_offload.weights.direct import DirectReader, Extent
 
 _PAGE = mmap.PAGESIZE
 _MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED, _MADV_POPULATE_READ = 1, 3, 4, 22
@@ -56,11 +59,13 @@ class Span:
 class FilePages:
     """The pages under tensors that are views of mapped files.
 
-    `evict` frees dropped pages from the page cache, too: for models that do not fit it.
+    `evict` is for models that do not fit the page cache: dropped pages are freed from it, too, and what is copied is
+    read past it, by `direct`, where the file system can do that.
     """
 
     def __init__(self, tensors: Sequence[Tensor], *, evict: bool) -> None:
         self._evict = evict
+        self.direct: DirectReader | None = None
         self._files: dict[str, int] = {}
         self._mappings = _file_mappings()
         used = {mapping for tensor in tensors if (mapping := self._mapping_of(tensor)) is not None}
@@ -70,6 +75,30 @@ class FilePages:
             _advise(Span(mapping.start, mapping.end - mapping.start, mapping.path, 0), _MADV_RANDOM)
             if mapping.path not in self._files:
                 self._files[mapping.path] = os.open(mapping.path, os.O_RDONLY)
+        if evict and self._files:
+            with contextlib.suppress(OSError):
+                self.direct = DirectReader(self._files)
+
+    def extents(self, tensors: Sequence[Tensor]) -> list[Extent] | None:
+        """The bytes of `tensors` in their files; None if one lies in none."""
+        found = []
+        for tensor in tensors:
+            mapping = self._mapping_of(tensor)
+            if mapping is None or not tensor.is_contiguous():
+                return None
+            found.append(Extent(mapping.path, mapping.offset + tensor.data_ptr() - mapping.start, tensor.nbytes))
+        return found
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy a mapped tensor to another one of its size, in any precision and on any device."""
+        extents = self.extents([source])
+        if self.direct and extents and source.dtype == target.dtype and target.device.type == "cpu":
+            self.direct.copy(extents[0], target.view(-1).view(torch.uint8))
+            return
+        spans = self.spans([source])
+        self.read(spans)
+        target.copy_(source)
+        self.drop(spans)
 
     def spans(self, tensors: Sequence[Tensor]) -> list[Span]:
         """The whole pages under `tensors`, neighbours joined first so that the pages they share count, too."""
@@ -118,6 +147,8 @@ class FilePages:
 
     def close(self) -> None:
         """Close the files; the mappings are not ours."""
+        if self.direct is not None:
+            self.direct.close()
         while self._files:
             os.close(self._files.popitem()[1])
 

@@ -10,9 +10,19 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import GriffinError
+from griffin_offload.weights.direct import Placement
 from griffin_offload.weights.pages import FilePages
 
+MIN_DIRECT_BYTES = 16 * 2**20
+"""Layers of at least so many bytes are read directly where the page cache is too small: slots have whole blocks."""
+DIRECT_SLACK_BYTES = 2**17
+"""What whole blocks can add to such a slot."""
 ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
+
+
+def slot_bytes(flat_bytes: int) -> int:
+    """What a layer of `flat_bytes` takes at most in a slot on the CPU."""
+    return flat_bytes + (DIRECT_SLACK_BYTES if flat_bytes >= MIN_DIRECT_BYTES else 0)
 
 
 def stream_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -111,6 +121,17 @@ class MappedWeights:
         self._spans = {index: self._pages.spans(tensors) for index, tensors in layers.items()}
         self.unmapped_bytes = self._pages.unmapped_bytes
         self.fetched_bytes = 0
+        self.placements = self._placements()
+        """Where layers lie in slots that they are read into; empty where they are used in their mapped pages."""
+
+    def _placements(self) -> dict[int, Placement]:
+        found = {}
+        for index, tensors in self._layers.items():
+            extents = self._pages.extents(tensors) if self._pages.direct else None
+            if extents is None or sum(tensor.nbytes for tensor in tensors) < MIN_DIRECT_BYTES:
+                return {}
+            found[index] = Placement(tensors, extents)
+        return found
 
     def tensors(self, layer: int) -> list[Tensor]:
         return self._layers[layer]
@@ -120,6 +141,12 @@ class MappedWeights:
         self._pages.read(self._spans[layer])
         self.fetched_bytes += sum(tensor.nbytes for tensor in self._layers[layer])
         return self._layers[layer]
+
+    def read(self, layer: int, slot: Tensor) -> list[Tensor]:
+        """Read the layer into `slot`, a block buffer, past the page cache; blocks; counted."""
+        assert self._pages.direct is not None, "only what has a placement"
+        self.fetched_bytes += sum(tensor.nbytes for tensor in self._layers[layer])
+        return self._pages.direct.read(self.placements[layer], slot)
 
     def fetch_rows(self, layer: int, rows: Sequence[Tensor | None]) -> list[Tensor]:
         """Read `rows` of each of the layer's tensors (None: all of it) and map their pages; blocks; counted."""

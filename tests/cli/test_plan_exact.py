@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from griffin_offload.weights.source import DIRECT_SLACK_BYTES
+
 HIDDEN, NEURONS, LAYERS, VOCAB = 5120, 13824, 40, 32000
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -52,7 +54,7 @@ def test_what_exact_mode_keeps_between_tokens(plan):
     without, few, many = parts(), parts("--exact", "--draft-tokens", 4), parts("--exact", "--draft-tokens", 16)
     table = 4 * LAYERS * NEURONS
     assert without["slots"] == without["statistic"] == 0
-    assert few["slots"] == many["slots"] == 2 * 3 * HIDDEN * NEURONS * 2
+    assert few["slots"] == many["slots"] == 2 * (3 * HIDDEN * NEURONS * 2 + DIRECT_SLACK_BYTES)
     assert (few["statistic"], many["statistic"]) == ((1 + 5) * table, (1 + 17) * table)
     assert many["logits"] - few["logits"] == 12 * VOCAB * (2 + 4)
     assert without["workspace"] < few["workspace"] < many["workspace"]

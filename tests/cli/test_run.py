@@ -20,7 +20,16 @@ KEYS = {
     *("text", "prompt_tokens", "generated_tokens", "load_s", "prefill_s", "decode_s", "prefill_tokens_per_s"),
     *("decode_tokens_per_s", "prefill_streamed_bytes", "decode_streamed_bytes", "decode_embedding_bytes"),
     *("resident_bytes", "peak_device_bytes", "budget_bytes", "peak_host_bytes", "host_growth_bytes", "density"),
-    *("activation_kept", "activation_kept_heldout", "wait_s", "select_s", "precision", "parts", "parts_16bit"),
+    *(
+        "activation_kept",
+        "activation_kept_heldout",
+        "wait_s",
+        "select_s",
+        "statistic_s",
+        "precision",
+        "parts",
+        "parts_16bit",
+    ),
     *("cached_prompt_tokens", "decode_streamed_bytes_per_token", "drafting"),
 }
 FIGURES = (

@@ -54,6 +54,30 @@ def test_class_mode(checkpoints, name: str, selection: str):
 
 
 @pytest.mark.parametrize("name", list(WEIGHTS))
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_strict_mode(checkpoints, name: str, selection: str):
+    """The last context token is the first that misses neurons, so every token of every answer is predicted without."""
+    model, dense = _both(checkpoints(name), ctx_size=64)
+    pairs = [(_ids(20, 1), _ids(1, 2)), (_ids(7, 3), _ids(3, 4)), (_ids(9, 5), _ids(2, 6)), (_ids(30, 7), _ids(4, 8))]
+    found = simulate(model, [Sample.strict(*pair) for pair in pairs], [Variant(0.5, selection)])
+    kept = kept_by(selection, 0.5, WEIGHTS[name](dense))
+    for (context, answer), scores in zip(pairs, found, strict=True):
+        ids = torch.cat([context, answer])[:-1]
+        expected = simulated_directly(dense, ARCHITECTURES[name].down, ids, len(context) - 1, kept)
+        log_probs = expected[len(context) - 1 :].gather(-1, answer[:, None])[:, 0]
+        torch.testing.assert_close(scores.variants[0].log_probs, log_probs, **CLOSE)
+        assert (scores.variants[0].log_probs != scores.full.log_probs).all()
+
+
+def test_dense_samples_pass_the_full_model_alone(checkpoints):
+    model, _ = _both(checkpoints("llama2"), ctx_size=64)
+    samples = [Sample.dense(_ids(1, 1), _ids(1, 2)), Sample.dense(_ids(8, 3), _ids(4, 4))]
+    for scores in simulate(model, samples, [Variant(0.25), Variant(0.25, "random")]):
+        for variant in scores.variants:
+            torch.testing.assert_close(variant.log_probs, scores.full.log_probs, **CLOSE)
+
+
+@pytest.mark.parametrize("name", list(WEIGHTS))
 @pytest.mark.parametrize("compensate", [False, True])
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_generation(checkpoints, name: str, selection: str, compensate: bool):

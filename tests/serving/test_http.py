@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 
 import httpx
 import pytest
@@ -159,7 +160,10 @@ def test_logs_say_nothing_of_what_was_said(tiny, caplog: pytest.LogCaptureFixtur
     tiny.post(BODY | {"prompt": "the secret river"}, headers={"authorization": "Bearer hidden-token"})
     tiny.http.get("/v1/hidden/path?query=hidden")
     tiny.post(BODY | {"temperature": "hidden"})
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith("griffin_offload")]
+    end = time.monotonic() + 60  # a line is written behind its answer
+    while len(ours := [r.getMessage() for r in caplog.records if r.name.startswith("griffin_offload")]) < 3:
+        assert time.monotonic() < end, ours
+        time.sleep(0.01)
     assert [line.rpartition(" in ")[0] for line in ours] == [
         "completions 200 ok",
         "other 404 refused",

@@ -1,0 +1,71 @@
+"""What run and inspect share: which prompt, and its tokens."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from griffin_offload.cli.generation import check_utf8
+from griffin_offload.demo import PROMPT
+from griffin_offload.errors import CheckpointError, UsageError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def prompt_text(arguments: argparse.Namespace) -> str:
+    """The prompt that was asked for, or the demo's; UsageError for none, two, or one that cannot be read."""
+    if arguments.prompt is not None and arguments.prompt_file is not None:
+        raise UsageError("two prompts: give either an argument or --prompt-file")
+    if arguments.prompt_file is not None:
+        try:
+            text: str = arguments.prompt_file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
+            raise UsageError(f"cannot read the prompt from {arguments.prompt_file}: {error}") from error
+    elif arguments.prompt == "-":
+        text = _standard_input()
+    elif arguments.prompt is None and arguments.model is None:
+        text = PROMPT
+    elif arguments.prompt is None:
+        raise UsageError("no prompt: give one as an argument, with --prompt-file, or - for standard input")
+    else:
+        text = arguments.prompt
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    check_utf8(text, "the prompt")
+    if arguments.system is not None:
+        check_utf8(arguments.system, "the system message")
+    return text
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompt on standard input is not UTF-8: {error}") from error
+
+
+def tokenize(directory: Path, text: str, arguments: argparse.Namespace) -> "Tensor":
+    """Ids [1, T], in the model's chat template where it has one and `--raw` is not given."""
+    from griffin_offload.weights.checkpoint import load_tokenizer
+
+    tokenizer = load_tokenizer(directory)
+    templated = tokenizer.chat_template is not None and not arguments.raw
+    if arguments.system is not None and not templated:
+        raise UsageError("--system needs a chat template: this model has none, or --raw turned it off")
+    encoded = _templated(tokenizer, text, arguments.system) if templated else tokenizer(text, return_tensors="pt")
+    tokens: Tensor = encoded["input_ids"]
+    if tokens.shape[1] == 0:
+        raise UsageError("the prompt is empty: the tokenizer makes no token of it")
+    return tokens
+
+
+def _templated(tokenizer: Any, text: str, system: str | None) -> Any:
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except Exception as error:  # a template is a program of the checkpoint's author
+        raise CheckpointError(f"the model's chat template fails, --raw turns it off: {one_line(error)}") from error

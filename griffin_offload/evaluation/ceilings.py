@@ -1,0 +1,119 @@
+"""What a machine can do at best with a model's own shapes: read its files, copy to the device, multiply."""
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from griffin_offload.runtime.bandwidth import decode_bytes_per_s
+from griffin_offload.runtime.prospect import Prospect
+from griffin_offload.runtime.threads import choose_threads, limited_threads
+from griffin_offload.weights.direct import DirectReader, Extent, block_buffer, untouched_zeros
+from griffin_offload.weights.quantized_linear import Precision
+
+_READ_BYTES, _PIECE_BYTES, _READERS = 2 * 10**9, 8 * 2**20, 4
+_COPY_BYTES = 256 * 2**20
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """None: not measured, because it does not bind here or cannot be measured."""
+
+    threads: int | None
+    read_bytes_per_s: float | None
+    """Of the disk, past the page cache."""
+    copy_pageable_bytes_per_s: float | None
+    copy_pinned_bytes_per_s: float | None
+    """From the host to a CUDA device."""
+    gemv_bytes_per_s: float | None
+    """Bytes of matrices in the residents' precision, times one row."""
+    gemm_flops_per_s: dict[int, float]
+    """By tokens."""
+
+
+def measure_ceilings(prospect: Prospect, precision: Precision, prompts: list[int], threads: int | None) -> Ceilings:
+    """Before the model is loaded: a few hundred MB are needed for a moment. Threads: as loading would choose them."""
+    shape, device, dtype = prospect.shape, prospect.device, prospect.dtype
+    hidden, neurons = shape.hidden_size, max(layer.neurons for layer in shape.layers)
+    if device.type == "cpu" and threads is None:
+        threads = choose_threads(hidden, neurons, dtype)
+    with limited_threads(threads), torch.no_grad():
+        return Ceilings(
+            threads=threads,
+            read_bytes_per_s=read_bytes_per_s(list(prospect.checkpoint.files)),
+            copy_pageable_bytes_per_s=_copy_rate(device, pinned=False),
+            copy_pinned_bytes_per_s=_copy_rate(device, pinned=True),
+            gemv_bytes_per_s=decode_bytes_per_s(precision, hidden, neurons, dtype, device, threads),
+            gemm_flops_per_s={tokens: _gemm_rate(tokens, hidden, neurons, dtype, device) for tokens in prompts},
+        )
+
+
+def read_bytes_per_s(paths: list[Path]) -> float | None:
+    """Of up to 2 GB of the files, read once and past the page cache by several threads; None where that cannot be."""
+    with contextlib.ExitStack() as stack:
+        files = {str(path): stack.enter_context(path.open("rb")).fileno() for path in paths}
+        try:
+            for descriptor in files.values():
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            reader = stack.enter_context(contextlib.closing(DirectReader(files)))
+        except (OSError, AttributeError):  # systems without these calls
+            return None
+        sizes = {path: os.fstat(descriptor).st_size for path, descriptor in files.items()}
+        every = [
+            Extent(path, at, min(_PIECE_BYTES, size - at))
+            for path, size in sizes.items()
+            for at in range(0, size, _PIECE_BYTES)
+        ]
+        extents = every[: -(-_READ_BYTES // _PIECE_BYTES)]
+        targets = [block_buffer(_PIECE_BYTES) for _ in range(_READERS)]
+
+        def read(worker: int) -> None:
+            for extent in extents[worker::_READERS]:
+                reader.copy(extent, targets[worker][: extent.nbytes])
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(read, range(_READERS)))
+        return sum(extent.nbytes for extent in extents) / (time.perf_counter() - start)
+
+
+def _copy_rate(device: torch.device, *, pinned: bool) -> float | None:
+    if device.type != "cuda":
+        return None
+    host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=pinned).fill_(1)
+    target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+    return _COPY_BYTES / _median_s(lambda: target.copy_(host, non_blocking=pinned), device)
+
+
+def _gemm_rate(tokens: int, hidden: int, neurons: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The faster of the computation's precision and, on the CPU, float32."""
+    rates = []
+    for precision in {dtype, torch.float32} if device.type == "cpu" else {dtype}:
+        weight = untouched_zeros((neurons, hidden), precision, device).fill_(0.01)
+        rows = torch.ones(tokens, hidden, dtype=precision, device=device)
+        seconds = _median_s(_product(rows, weight), device)
+        rates.append(2.0 * tokens * hidden * neurons / seconds)
+    return max(rates)
+
+
+def _product(rows: Tensor, weight: Tensor) -> Callable[[], object]:
+    return lambda: torch.nn.functional.linear(rows, weight)
+
+
+def _median_s(work: Callable[[], object], device: torch.device) -> float:
+    taken = []
+    for _ in range(_REPEATS + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])

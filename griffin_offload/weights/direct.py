@@ -1,0 +1,169 @@
+"""Files read past the page cache (O_DIRECT), into memory that is used again for every layer.
+
+A model that does not fit the page cache gains nothing from passing through it: every layer would take fresh pages, and
+a page fault each costs more than the disk. What happens to lie in the page cache already is copied from there.
+"""
+
+import ctypes
+import math
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from griffin_offload.errors import GriffinError
+
+BLOCK_BYTES = 4096
+"""What offsets, sizes and addresses of direct reads are multiples of; a page."""
+_PIECE_BYTES = 2 * 2**20
+_READERS = 4  # a network disk wants several requests at a time (benchmarks/NOTES.md)
+_libc = ctypes.CDLL(None) if sys.platform != "win32" else ctypes.CDLL("msvcrt")  # called on Linux alone
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_HUGE_BYTES = 2 * 2**20
+_CACHESTAT = 451  # the system call's number, on every architecture; Linux 6.5
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Bytes of a file."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """`tensor`, just allocated in host memory and not touched yet, in huge pages where the system gives them: one page
+    fault instead of 512, and fewer address translations when its rows are multiplied."""
+    if tensor.device.type == "cpu" and tensor.nbytes >= 2 * _HUGE_BYTES and sys.platform.startswith("linux"):
+        begin = -(-tensor.data_ptr() // _HUGE_BYTES) * _HUGE_BYTES
+        nbytes = (tensor.data_ptr() + tensor.nbytes - begin) // _HUGE_BYTES * _HUGE_BYTES
+        _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(nbytes), _MADV_HUGEPAGE)
+    return tensor
+
+
+def block_buffer(nbytes: int) -> Tensor:
+    """uint8 zeros [nbytes, rounded up to blocks] at an address that direct reads can write to. Not touched: its pages
+    come with the first use."""
+    size = max(-(-nbytes // BLOCK_BYTES), 1) * BLOCK_BYTES
+    # Private: Python's default is shared memory, which has no huge pages.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return in_huge_pages(torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8))
+
+
+def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.zeros, but in host memory no page is touched before its first use."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < _HUGE_BYTES:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return block_buffer(nbytes)[:nbytes].view(dtype).view(shape)
+
+
+def touch(tensor: Tensor) -> None:
+    """Make the pages of `untouched_zeros` real now, and not one by one when they are first written to."""
+    if tensor.device.type == "cpu" and tensor.nbytes >= _HUGE_BYTES and sys.platform.startswith("linux"):
+        nbytes = tensor.nbytes // BLOCK_BYTES * BLOCK_BYTES
+        _libc.madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE)
+
+
+class Placement:
+    """Where the tensors of one layer lie in a buffer that its extents are read into, whole blocks of each."""
+
+    def __init__(self, tensors: Sequence[Tensor], extents: Sequence[Extent]) -> None:
+        """`extents` are those of `tensors`, in the same order."""
+        self._tensors, self.reads = tensors, list[tuple[Extent, int]]()
+        self._places = [0] * len(tensors)
+        end = 0
+        for index in sorted(range(len(tensors)), key=lambda i: (extents[i].path, extents[i].offset)):
+            extent = extents[index]
+            first = extent.offset // BLOCK_BYTES * BLOCK_BYTES
+            last = -(-(extent.offset + extent.nbytes) // BLOCK_BYTES) * BLOCK_BYTES
+            self.reads.append((Extent(extent.path, first, last - first), end))
+            self._places[index] = end + extent.offset - first
+            end += last - first
+        self.nbytes = end
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """The tensors inside `buffer`, uint8 of at least `nbytes`."""
+        return [
+            buffer[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for tensor, place in zip(self._tensors, self._places, strict=True)
+        ]
+
+
+class DirectReader:
+    """Open files, and threads that read from them."""
+
+    def __init__(self, files: Mapping[str, int]) -> None:
+        """`files` are descriptors by path, open for reading until `close`. Raises OSError where a file, or its file
+        system, cannot be read directly."""
+        self._files: dict[str, tuple[int, int, int]] = {}
+        self._bounce = threading.local()
+        self._pool = ThreadPoolExecutor(_READERS, "griffin-offload-direct")
+        try:
+            for path, cached in files.items():
+                direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                self._files[path] = cached, direct, os.fstat(cached).st_size
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close what was opened here; nothing may be reading."""
+        self._pool.shutdown()
+        while self._files:
+            os.close(self._files.popitem()[1][1])
+
+    def read(self, placement: Placement, buffer: Tensor) -> list[Tensor]:
+        """Read a layer's extents into `buffer`, of `block_buffer`; blocks."""
+        pieces = [
+            (extent.path, extent.offset + at, buffer[place + at : place + at + min(_PIECE_BYTES, extent.nbytes - at)])
+            for extent, place in placement.reads
+            for at in range(0, extent.nbytes, _PIECE_BYTES)
+        ]
+        for _ in self._pool.map(lambda piece: self._read(*piece), pieces):
+            pass
+        return placement.views(buffer)
+
+    def copy(self, extent: Extent, target: Tensor) -> None:
+        """Read `extent` into `target`, a contiguous uint8 tensor in host memory at any address; by this thread."""
+        if not hasattr(self._bounce, "buffer"):
+            self._bounce.buffer = block_buffer(_PIECE_BYTES)
+        bounce, numbers = self._bounce.buffer, target.numpy()  # numpy copies by this thread alone
+        end, at = extent.offset + extent.nbytes, extent.offset
+        while at < end:
+            first = at // BLOCK_BYTES * BLOCK_BYTES
+            wanted = min(_PIECE_BYTES, -(-(end - first) // BLOCK_BYTES) * BLOCK_BYTES)
+            self._read(extent.path, first, bounce[:wanted])
+            upto = min(first + wanted, end)
+            numbers[at - extent.offset : upto - extent.offset] = bounce[at - first : upto - first].numpy()
+            at = upto
+
+    def _read(self, path: str, offset: int, target: Tensor) -> None:
+        cached, direct, size = self._files[path]
+        view = memoryview(target.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
+        descriptor = cached if _is_cached(cached, offset, len(view)) else direct
+        found = os.preadv(descriptor, [view], offset)
+        if offset + found < min(offset + len(view), size):
+            raise GriffinError(f"{path} cannot be read any more: it was changed, or its disk fails")
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (("offset", ctypes.c_uint64), ("nbytes", ctypes.c_uint64))
+
+
+class _CacheStatistics(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recent"))
+
+
+def _is_cached(descriptor: int, offset: int, nbytes: int) -> bool:
+    """Whether all these bytes are in the page cache, by cachestat(2); False where the kernel cannot say."""
+    asked, found = _Range(offset, nbytes), _CacheStatistics()
+    failed = _libc.syscall(_CACHESTAT, descriptor, ctypes.byref(asked), ctypes.byref(found), 0)
+    return not failed and found.cached * mmap.PAGESIZE >= nbytes

@@ -1,0 +1,67 @@
+"""`griffin-offload eval latency`: what it runs and reports; how long it takes is judged nowhere."""
+
+from pathlib import Path
+
+import pytest
+
+from griffin_offload import GriffinModel
+from griffin_offload.cli.main import build_parser
+from griffin_offload.config import LatencyConfig
+
+COMMON = ("--device", "cpu", "--sizes", "24+6,12+8", "-r", 2, "--density", ".5,.25", "--selection", "magnitude,topk")
+
+
+def test_every_variant_at_every_size(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
+    lengths = []
+    generate = GriffinModel.generate
+
+    def counted(self, prompt, **kwargs):
+        output = generate(self, prompt, **kwargs)
+        lengths.append((prompt.shape[1], output.shape[1] - prompt.shape[1]))
+        return output
+
+    monkeypatch.setattr(GriffinModel, "generate", counted)
+    outcome = cli("eval", "latency", "-m", llama, "--max-mem", "1GB", "--json", *COMMON)
+    assert outcome.code == 0, outcome
+    rows = outcome.json
+    variants = [("topk", 1.0), ("magnitude", 0.5), ("magnitude", 0.25), ("topk", 0.5), ("topk", 0.25)]
+    sizes = [(24, 6), (12, 8)]
+    found = [(r["selection"], r["density"], r["prompt_tokens"], r["generate_tokens"]) for r in rows]
+    assert found == [(*variant, *size) for variant in variants for size in sizes]
+    assert lengths == [(24, 4), (24, 6), (24, 6), (12, 4), (12, 8), (12, 8)] * 5
+    for row in rows:
+        assert row["least_s"] <= row["total_s"] <= row["most_s"]
+        assert row["total_s"] == pytest.approx(row["prefill_s"] + row["decode_s"], rel=0.5)
+        assert (row["streamed_bytes"] > 0) == (row["density"] < 1)
+
+
+def test_what_does_not_fit_is_said_and_the_rest_measured(cli):
+    outcome = cli("eval", "latency", "--max-mem", "6MB", "--json", *COMMON)
+    assert outcome.code == 0, outcome
+    refused = [row for row in outcome.json if "does_not_fit" in row]
+    assert [row["density"] for row in refused] == [1.0]
+    assert "needs" in refused[0]["does_not_fit"]
+    table = cli("eval", "latency", "--max-mem", "6MB", *COMMON)
+    assert table.out.splitlines()[0].split()[:4] == ["neurons", "precision", "prompt", "generate"]
+    assert table.out.splitlines()[-1].startswith("full: needs")
+    assert cli("eval", "latency", "--max-mem", "100kB", *COMMON).code == 3
+
+
+def test_bad_input(cli, llama: Path, tmp_path: Path):
+    def refuses(words: str, *options: object) -> None:
+        cli.refuses(2, words, "eval", "latency", "-m", llama, "--device", "cpu", *options)
+
+    refuses("cannot read the sizes", "--sizes", "128")
+    refuses("at least 2 are generated", "--sizes", "8+1")
+    refuses("more than the model's context", "--sizes", "100000+2")
+    refuses("1 or more", "--repeats", 0)
+    short = tmp_path / "short.txt"
+    short.write_text("the cat")
+    refuses("the text has 2 tokens", "--text", short, "--sizes", "20+4")
+
+
+def test_defaults_are_the_papers():
+    parsed, config = build_parser().parse_args(["eval", "latency"]), LatencyConfig()
+    assert parsed.sizes == "2048+128,2048+2048"
+    assert parsed.selection == ",".join(config.selections)
+    assert parsed.repeats == config.repeats
