@@ -32,6 +32,9 @@ SAMPLE_S = 0.5
 WARM_UP = 5
 # The interpreter's heap settles while the first requests pass; what grows after this share of the run is growth.
 SETTLED_SHARE = 0.3
+# More than this is growth, in a run that is long enough to tell.
+GROWTH_BYTES_PER_MINUTE = 1e6
+LONG_S = 300
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ def broken_promises(found: dict[str, Any]) -> list[str]:
         "every good request is answered": not found["failures"],
         "the same question has the same answer": not found["disagreements"],
         "the peak is within the budget": found["peak_device_bytes"] <= found["budget_bytes"],
+        "memory does not grow": found["wall_s"] < LONG_S or found["growth_bytes_per_minute"] < GROWTH_BYTES_PER_MINUTE,
         "threads are gone": found["threads"]["after"] <= found["threads"]["idle"],
         "descriptors are gone": found["descriptors"]["after"] <= found["descriptors"]["idle"],
         "the process ends well": found["exit_code"] == 0 and found["process_gone"],
