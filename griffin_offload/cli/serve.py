@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from griffin_offload.serving.server import Server
 
 _DEFAULTS = ServeConfig()
+# On CPUs oneDNN and torch's layer over it keep compiled kernels for every length of a prompt, 1024 of them each: 1.5 MB
+# for every new length, up to some 200 MB. A layer has fewer than this many.
+_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 
 
 def add_parser(commands: Any) -> None:
@@ -95,6 +98,8 @@ def serve(arguments: argparse.Namespace) -> int:
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     parse_size(config.max_body)
     _check_extra()
+    for name, value in _KERNELS.items():
+        os.environ.setdefault(name, value)  # read when torch is loaded
     quiet_libraries()
     _log_to_stderr(arguments)
     from griffin_offload.serving.server import Server

@@ -1,0 +1,274 @@
+"""A server under load: are good requests answered, is memory bounded, is everything gone afterwards?
+
+    python benchmarks/serve_load.py --requests 200 --clients 8 --out OUT
+    python benchmarks/serve_load.py --minutes 10 --out OUT          # and a picture of memory
+
+A real `griffin-offload serve` process of the demo in a budget of 6.35 MB, in which layers are streamed for every
+prompt. The ceiling of memory is the server's budget; of tokens/s the model alone, one answer at a time. The last line
+is JSON; the exit status is 1 if anything that is promised was not kept.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from load_clients import Client, Tally
+from report import markdown_table, origin_lines, provenance, write
+
+SAMPLE_S = 0.5
+# Answers before the clients begin: threads are started and kernels chosen.
+WARM_UP = 5
+# The interpreter's heap settles while the first requests pass; what grows after this share of the run is growth.
+SETTLED_SHARE = 0.3
+# More than this is growth, in a run that is long enough to tell.
+GROWTH_BYTES_PER_MINUTE = 1e6
+LONG_S = 300
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One look at the server."""
+
+    seconds: float
+    anonymous_bytes: int
+    device_bytes: int
+    """Of the runtime's ledger, at its peak in the last request."""
+    session_bytes: int
+    threads: int
+    descriptors: int
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", type=Path, help="a checkpoint that clients call demo (default: the embedded demo)")
+    parser.add_argument("--max-mem", default="6.35MB")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--minutes", type=float, help="so long in place of a number of requests")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for the record, and with --minutes for a picture")
+    return parser.parse_args(arguments)
+
+
+def start_server(arguments: argparse.Namespace) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+    command = [sys.executable, "-m", "griffin_offload", "serve", "--port", "0", "--json", "-q", "--served-name", "demo"]
+    command += ["--device", "cpu", "--max-mem", arguments.max_mem, "--quantize", "none"]
+    command += ["-m", str(arguments.dir)] if arguments.dir is not None else []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    line = process.stdout.readline() if process.stdout else ""
+    if not line:
+        raise SystemExit("the server did not start")
+    return process, json.loads(line)
+
+
+class Watch:
+    """Samples of a process, until stopped."""
+
+    def __init__(self, pid: int, url: str) -> None:
+        self._process, self._http = psutil.Process(pid), httpx.Client(base_url=url, timeout=60)
+        self.samples: list[Sample] = []
+        self._start, self._over = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+        self._http.close()
+
+    def look(self) -> Sample:
+        metrics = self.metrics()
+        memory = self._process.memory_info()
+        return Sample(
+            time.monotonic() - self._start,
+            memory.rss - memory.shared,
+            int(metrics.get("griffin_offload_device_peak_bytes", 0)),
+            int(metrics.get("griffin_offload_session_bytes", 0)),
+            self._process.num_threads(),
+            self._process.num_fds(),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        lines = self._http.get("/metrics").text.splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+    def _run(self) -> None:
+        while not self._over.wait(SAMPLE_S):
+            self.samples.append(self.look())
+
+
+def run_clients(url: str, arguments: argparse.Namespace) -> tuple[Tally, float]:
+    tally, start = Tally(), time.monotonic()
+    left = iter(range(arguments.requests))
+    turn = threading.Lock()
+
+    def more() -> bool:
+        if arguments.minutes is not None:
+            return time.monotonic() - start < arguments.minutes * 60
+        with turn:
+            return next(left, None) is not None
+
+    def work(number: int) -> None:
+        client = Client(url, tally, arguments.seed * 1000 + number)
+        while more():
+            client.ask_one()
+        client.close()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(arguments.clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return tally, time.monotonic() - start
+
+
+def growth_bytes_per_minute(samples: Sequence[Sample]) -> float:
+    """Slope of anonymous memory after the start."""
+    settled = samples[int(len(samples) * SETTLED_SHARE) :]
+    if len(settled) < 2:
+        return 0.0
+    fit = statistics.linear_regression([s.seconds for s in settled], [s.anonymous_bytes for s in settled])
+    return fit.slope * 60
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(int(len(values) * share), len(values) - 1)] if values else 0.0
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    process, ready = start_server(arguments)
+    watch = Watch(process.pid, ready["url"])
+    try:
+        first = Client(ready["url"], Tally(), 10**6)
+        for _ in range(WARM_UP):
+            first.good()
+        first.close()
+        idle = watch.look()
+        tally, wall_s = run_clients(ready["url"], arguments)
+        time.sleep(3)  # for those that were cut off last
+        after, metrics = watch.look(), watch.metrics()
+    finally:
+        watch.stop()
+        process.send_signal(signal.SIGTERM)
+    code = process.wait(60)
+    return {
+        "wall_s": wall_s,
+        "asked": tally.asked,
+        "failures": tally.failures,
+        "disagreements": tally.disagreements,
+        "answers_compared": len(tally.answers),
+        "outcomes": {k: v for k, v in metrics.items() if k.startswith("griffin_offload_requests_total")},
+        "tokens": tally.tokens,
+        "tokens_per_s": tally.tokens / wall_s,
+        "prompt_tokens": tally.prompt_tokens,
+        "cached_tokens": tally.cached_tokens,
+        "first_token_s": {"median": quantile(tally.first_token_s, 0.5), "p95": quantile(tally.first_token_s, 0.95)},
+        "answer_s": {"median": quantile(tally.seconds, 0.5), "p95": quantile(tally.seconds, 0.95)},
+        "budget_bytes": int(metrics["griffin_offload_device_budget_bytes"]),
+        "peak_device_bytes": max(s.device_bytes for s in [*watch.samples, after]),
+        "peak_session_bytes": max(s.session_bytes for s in [*watch.samples, after]),
+        "anonymous_bytes": {
+            "idle": idle.anonymous_bytes,
+            "peak": max(s.anonymous_bytes for s in watch.samples),
+            "after": after.anonymous_bytes,
+        },
+        "growth_bytes_per_minute": growth_bytes_per_minute(watch.samples),
+        "threads": {"idle": idle.threads, "after": after.threads},
+        "descriptors": {"idle": idle.descriptors, "after": after.descriptors},
+        "exit_code": code,
+        "process_gone": not psutil.pid_exists(process.pid),
+        "samples": [vars(sample) for sample in watch.samples],
+    }
+
+
+def broken_promises(found: dict[str, Any]) -> list[str]:
+    promises = {
+        "every good request is answered": not found["failures"],
+        "the same question has the same answer": not found["disagreements"],
+        "the peak is within the budget": found["peak_device_bytes"] <= found["budget_bytes"],
+        "memory does not grow": found["wall_s"] < LONG_S or found["growth_bytes_per_minute"] < GROWTH_BYTES_PER_MINUTE,
+        "threads are gone": found["threads"]["after"] <= found["threads"]["idle"],
+        "descriptors are gone": found["descriptors"]["after"] <= found["descriptors"]["idle"],
+        "the process ends well": found["exit_code"] == 0 and found["process_gone"],
+    }
+    return [promise for promise, kept in promises.items() if not kept]
+
+
+def table(found: dict[str, Any]) -> str:
+    asked, memory = found["asked"], found["anonymous_bytes"]
+    first, answer = ("{median:.2f} s, {p95:.2f} s".format(**found[name]) for name in ("first_token_s", "answer_s"))
+    anonymous = ", ".join(f"{memory[name] / 1e6:.1f} MB" for name in ("idle", "peak", "after"))
+    rows = [
+        ["requests", ", ".join(f"{count} {kind}" for kind, count in asked.items())],
+        ["failures of good ones, wrong refusals of bad ones", str(len(found["failures"]))],
+        ["greedy answers that disagree", f"{found['disagreements']} (of {found['answers_compared']} questions)"],
+        ["tokens/s, all clients", f"{found['tokens_per_s']:.0f}"],
+        ["first token, median and p95", first],
+        ["answer, median and p95", answer],
+        ["prompt tokens that were kept", f"{found['cached_tokens']} of {found['prompt_tokens']}"],
+        ["peak of the ledger", f"{found['peak_device_bytes']} of {found['budget_bytes']} bytes"],
+        ["anonymous memory: idle, peak, after", anonymous],
+        ["growth", f"{found['growth_bytes_per_minute'] / 1e6:+.3f} MB per minute"],
+        ["threads: idle, after", f"{found['threads']['idle']}, {found['threads']['after']}"],
+        ["descriptors: idle, after", f"{found['descriptors']['idle']}, {found['descriptors']['after']}"],
+        ["exit code after SIGTERM", str(found["exit_code"])],
+    ]
+    return markdown_table([["", f"in {found['wall_s']:.0f} s"], *rows])
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Memory over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    samples, style = found["samples"], {"linewidth": 0.8}
+    minutes = [sample["seconds"] / 60 for sample in samples]
+    figure, (host, device) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
+    host.plot(minutes, [sample["anonymous_bytes"] / 1e6 for sample in samples], **style)
+    host.set(ylabel="process, anonymous [MB]", ylim=(0, None))
+    for name, label in (("device_bytes", "peak of the last answer"), ("session_bytes", "kept conversations")):
+        device.plot(minutes, [sample[name] / 1e6 for sample in samples], label=label, **style)
+    device.axhline(found["budget_bytes"] / 1e6, color="black", linestyle="--", label="budget", **style)
+    device.set(ylabel="ledger [MB]", xlabel="minutes", ylim=(0, None))
+    device.legend(loc="center right")
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse_arguments(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    found = measure(options)
+    record = provenance("serve_load.py", arguments) | {key: value for key, value in found.items() if key != "samples"}
+    broken = broken_promises(found)
+    record["broken_promises"] = broken
+    print(table(found))
+    for failure in found["failures"][:10]:
+        print(f"failure: {failure}")
+    if options.out is not None:
+        name = f"serve_load-{'demo' if options.dir is None else options.dir.name}"
+        name += f"-{options.minutes:g}min" if options.minutes is not None else f"-{options.requests}"
+        page = f"# A server under load: {name}\n\n{origin_lines(record)}\n\n{table(found)}\n"
+        if options.minutes is not None:
+            draw(found, options.out / f"{name}.png")
+            page += f"\n![memory over time]({name}.png)\n"
+        write(options.out, name, page, record)
+    print(json.dumps(record))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
