@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_line
+from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, memory_refused, one_line
 from griffin_offload.weights.converted import check_shard, mark_of
 from griffin_offload.weights.quantized_linear import Precision
 
@@ -184,6 +184,8 @@ def _read_header(path: Path) -> dict[str, tuple[str, int]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             return {name: (part.get_dtype(), _tensor_bytes(part)) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
+        if memory_refused(error):
+            raise
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is truncated or damaged, download it again: {one_line(error)}"
         ) from error
