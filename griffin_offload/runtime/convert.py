@@ -31,7 +31,6 @@ from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.quantized_linear import Precision, quantized
 from griffin_offload.weights.shape import build_on_meta, model_shape
 from griffin_offload.weights.swap import linear_names
-from griffin_offload.weights.watched_files import WatchedFiles
 
 try:
     import fcntl
@@ -80,7 +79,8 @@ def convert(
     if checkpoint.precision != "none":
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
     shape = model_shape(build_on_meta(checkpoint.config, checkpoint.dtype), precision, precision, tables)
-    with _failures_named(directory), _watched(checkpoint) as files, _locked(directory):
+    with _failures_named(directory), contextlib.closing(checkpoint.watched()) as files, _locked(directory):
+        files.check()
         mark = Mark(precision, fingerprint(checkpoint), tables)
         finished = _finished_shards(directory, mark)
         _check_disk(directory, shape.weight_bytes - sum(path.stat().st_size for path in finished))
@@ -97,11 +97,6 @@ def convert(
         read_bytes=checkpoint.weight_bytes,
         written_bytes=sum((directory / name).stat().st_size for name in shards),
     )
-
-
-def _watched(checkpoint: Checkpoint) -> contextlib.closing[WatchedFiles]:
-    """Its files, so that no shard is made of two versions of them."""
-    return contextlib.closing(WatchedFiles(str(path.resolve()) for path in checkpoint.files))
 
 
 @contextlib.contextmanager

@@ -32,7 +32,6 @@ from griffin_offload.weights.self_check import self_check
 from griffin_offload.weights.shape import ModelShape
 from griffin_offload.weights.source import MappedWeights, RamWeights, Source
 from griffin_offload.weights.swap import swap_linears
-from griffin_offload.weights.watched_files import WatchedFiles
 
 # The host keeps this share of its free memory when full weights are put into it.
 _RAM_SHARE = 0.8
@@ -74,7 +73,8 @@ def _unchanged(checkpoint: Checkpoint) -> Iterator[None]:
     """CheckpointChanged unless its files are the same when the block ends, whatever went wrong inside; GriffinError
     where they cannot be read."""
     try:
-        with contextlib.closing(WatchedFiles(str(path.resolve()) for path in checkpoint.files)) as files:
+        with contextlib.closing(checkpoint.watched()) as files:
+            files.check()
             try:
                 yield
             except (GriffinError, OSError):

@@ -1,7 +1,7 @@
 """Files that weights are read from, remembered as they were, so that a change is an error and no wrong answer."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from griffin_offload.errors import CheckpointChanged
@@ -9,14 +9,16 @@ from griffin_offload.weights import bus_errors
 
 
 @dataclass(frozen=True)
-class _State:
+class FileState:
+    """What tells whether a file is another one, or has other contents."""
+
     device: int
     inode: int
     nbytes: int
     modified_ns: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> "_State":
+    def of(cls, found: os.stat_result) -> "FileState":
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
@@ -28,10 +30,12 @@ class WatchedFiles:
     microseconds per file. Lost pages (`bus_errors`) are told by both.
     """
 
-    def __init__(self, paths: Iterable[str]) -> None:
-        """`paths` are resolved ones, as the kernel names mapped files. Raises OSError for one that cannot be opened."""
+    def __init__(self, paths: Iterable[str], known: Mapping[str, FileState] | None = None) -> None:
+        """`paths` are resolved ones, as the kernel names mapped files; `known` are states from before, to hold them
+        against. Raises OSError for a file that cannot be opened, CheckpointChanged for such a known one."""
+        self._known = known or {}
         self.descriptors: dict[str, int] = {}
-        self._states: dict[str, _State] = {}
+        self._states: dict[str, FileState] = {}
         self._lost: set[str] = set()
         self._on_lost = self._lost.add
         try:
@@ -42,8 +46,13 @@ class WatchedFiles:
             raise
 
     def _open(self, path: str) -> None:
-        self.descriptors[path] = os.open(path, os.O_RDONLY)
-        self._states[path] = _State.of(os.fstat(self.descriptors[path]))
+        try:
+            self.descriptors[path] = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if path not in self._known:
+                raise
+            raise _changed(path, f"it cannot be opened any more: {error.strerror}") from error
+        self._states[path] = self._known.get(path) or FileState.of(os.fstat(self.descriptors[path]))
         bus_errors.watch(path, self._on_lost)
 
     def check(self) -> None:
@@ -51,7 +60,7 @@ class WatchedFiles:
         self.check_contents()
         for path, state in self._states.items():
             try:
-                now = _State.of(os.stat(path))
+                now = FileState.of(os.stat(path))
             except OSError as error:
                 raise _changed(path, f"it cannot be found any more: {error.strerror}") from error
             if (now.device, now.inode) != (state.device, state.inode):
@@ -62,7 +71,9 @@ class WatchedFiles:
         for path in self._states if paths is None else paths:
             if path in self._lost:
                 raise _changed(path, "parts of it are gone: it was cut, or its disk fails")
-            before, now = self._states[path], _State.of(os.fstat(self.descriptors[path]))
+            before, now = self._states[path], FileState.of(os.fstat(self.descriptors[path]))
+            if (now.device, now.inode) != (before.device, before.inode):
+                raise _changed(path, "another file took its place")
             if now.nbytes != before.nbytes:
                 raise _changed(path, f"from {before.nbytes} to {now.nbytes} bytes")
             if now != before:
@@ -75,6 +86,11 @@ class WatchedFiles:
         self._states = {}
         while self.descriptors:
             os.close(self.descriptors.popitem()[1])
+
+
+def states_of(paths: Iterable[str]) -> dict[str, FileState]:
+    """The states of files at the moment, to give to `WatchedFiles` later. Raises OSError."""
+    return {path: FileState.of(os.stat(path)) for path in paths}
 
 
 def _changed(path: str, what: str) -> CheckpointChanged:
