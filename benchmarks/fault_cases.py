@@ -188,7 +188,8 @@ def _places() -> dict[str, list[tuple[Any, str]]]:
 def failing_disk(world: World, rng: random.Random, place: Path) -> Result:
     """EIO from a read, or from mapping pages; injected, because no disk here fails by order."""
     direct = rng.random() < 0.5
-    variant = next(v for v in VARIANTS if v.name == ("direct" if direct else rng.choice(["mapped", "slots", "exact"])))
+    name = "direct" if direct else rng.choice(["mapped", "slots", "exact"])
+    variant = next(variant for variant in VARIANTS if variant.name == name)
 
     def fail() -> int:
         if direct:
@@ -204,7 +205,7 @@ def failing_disk(world: World, rng: random.Random, place: Path) -> Result:
 def little_memory(world: World, rng: random.Random, place: Path) -> Result:
     """The system refuses more addresses than the process has and a random share of what a run takes."""
     variant = rng.choice(VARIANTS)
-    room = rng.randrange(100_000_000)
+    room = rng.randrange(70_000_000)
 
     def limit() -> None:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -275,20 +276,24 @@ _ODD += ["sep\u2028\u0085\x1c", "(deleted)", "model (deleted)", "~", "x" * 200, 
 
 
 def odd_path(world: World, rng: random.Random, place: Path) -> Result:
-    """Of a model, of a conversion, and of a saved conversation."""
+    """Of a model, of a conversion, and of a saved conversation; one that is not UTF-8 is refused."""
     name, what = rng.choice(_ODD), rng.choice(["run", "convert", "save"])
+    codes = (RIGHT,) if name.isascii() or name.encode(errors="replace").decode() == name else (USAGE,)
     variant = rng.choice(VARIANTS)
     if what == "convert":
-        found = Process(convert_command(world.copy("stock", place, name), place / f"{name}2"), place).outcome()
-        return Result(label(found), found.problem((RIGHT,)) or _wrong_conversion(world, place / f"{name}2"))
-    if what == "save":
-        if "\n" in name or name.endswith((" ", "\t")) or not name.isprintable():  # no line of input can name it
-            name = "a b"
+        out = place / f"{name}2"
+        found = Process(convert_command(world.copy("stock", place, name), out), place).outcome()
+        problem = found.problem(codes) or (None if found.code else _wrong_conversion(world, out))
+    elif what == "save":
+        if not name.isprintable() or name.endswith(" "):  # no line of input can name it
+            name, codes = "a b", (RIGHT,)
         saved = place / name
         found = Process(chat_command(world), place, stdin=_talk(saved) + f"/load {saved}\n").outcome()
-        return Result(label(found), found.problem((RIGHT,)) or (None if saved.is_file() else "nothing was saved"))
-    found = world.run(variant, world.copy(variant.model, place, name), place).outcome()
-    return Result(label(found), found.problem((RIGHT,), world.answers_of(variant)[:1]))
+        problem = found.problem(codes) or (None if saved.is_file() else "nothing was saved")
+    else:
+        found = world.run(variant, world.copy(variant.model, place, name), place).outcome()
+        problem = found.problem(codes, world.answers_of(variant)[:1])
+    return Result(label(found), problem)
 
 
 def two_processes(world: World, rng: random.Random, place: Path) -> Result:

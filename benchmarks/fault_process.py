@@ -143,7 +143,7 @@ def _redirect(files: Sequence[Path], stdout: str | None) -> None:
         os.close(descriptor)
     sys.stdin = os.fdopen(0, encoding="utf-8")
     sys.stdout = os.fdopen(1, "w", encoding="utf-8")
-    sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
 
 
 def _command(arguments: Sequence[str]) -> int:

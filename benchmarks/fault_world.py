@@ -225,4 +225,7 @@ def label(found: Outcome) -> str:
         return "hang"
     if found.code < 0:
         return f"killed by signal {-found.code}"
-    return "right answer" if found.code == 0 else f"one line, exit code {found.code}"
+    if found.code == 0:
+        return "as without fault"
+    bus = ", after a bus error" if "parts of it are gone" in found.err else ""
+    return f"one line, exit code {found.code}{bus}"

@@ -79,7 +79,7 @@ def run_all(options: argparse.Namespace, world: World) -> list[dict[str, Any]]:
         outcome, problem = one(kind, case, world, random.Random(f"{options.seed} {number} {kind}"))
         records.append({"number": number, "kind": kind, "outcome": outcome, "problem": problem})
         records[-1]["seconds"] = round(time.monotonic() - start, 2)
-        mark = f"PROBLEM {problem}" if problem else outcome
+        mark = f"PROBLEM {problem[:500]}" if problem else outcome
         print(f"{number + 1}/{len(plan)} {kind}: {mark}", file=sys.stderr, flush=True)
     return records
 
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
     page = f"# Faults and kills\n\n{origin_lines(record)}\n\n{table(records)}\n"
     print(table(records))
     for found in problems[:_PROBLEMS_SHOWN]:
-        print(f"problem: {found}")
+        print(f"problem: {str(found)[:500]}")
     if options.out is not None:
         counted = Counter((r["kind"], r["outcome"]) for r in records)
         outcomes = [{"kind": kind, "outcome": outcome, "count": n} for (kind, outcome), n in counted.items()]

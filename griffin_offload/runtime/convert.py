@@ -25,7 +25,7 @@ from griffin_offload.units import format_bytes
 from griffin_offload.weights.checkpoint import INDEX, UNFINISHED, Checkpoint, fingerprint, open_checkpoint
 from griffin_offload.weights.converted import Mark, check_shard
 from griffin_offload.weights.feedforward import FeedForward
-from griffin_offload.weights.files import renamed, temporary_name, write_text
+from griffin_offload.weights.files import check_name, renamed, temporary_name, write_text
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.quantized_linear import Precision, quantized
@@ -76,6 +76,7 @@ def convert(
     DoesNotFit (the disk) or GriffinError (writing)."""
     checkpoint = open_checkpoint(model, offline=offline)
     directory = Path(os.path.expanduser(out))
+    check_name(directory)
     if checkpoint.precision != "none":
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
     shape = model_shape(build_on_meta(checkpoint.config, checkpoint.dtype), precision, precision, tables)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, memory_refused, one_line
 from griffin_offload.weights.converted import check_shard, mark_of
+from griffin_offload.weights.files import check_name
 from griffin_offload.weights.quantized_linear import Precision
 from griffin_offload.weights.watched_files import FileState, WatchedFiles, states_of
 
@@ -51,8 +52,8 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
-    """Find the directory or hub id `model` and check its headers. Errors: ModelNotFound, CheckpointError,
-    UnsupportedModel. No weight is read."""
+    """Find the directory or hub id `model` and check its headers. Errors: UsageError, ModelNotFound,
+    CheckpointError, UnsupportedModel. No weight is read."""
     directory = _locate(str(model), offline)
     config = _read_config(directory)
     mark = mark_of(config, directory)
@@ -117,6 +118,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 def _locate(model: str, offline: bool) -> Path:
     path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
+    check_name(path)
     if path.is_dir():
         return path
     if path.exists():
