@@ -79,7 +79,7 @@ def run_all(options: argparse.Namespace, world: World) -> list[dict[str, Any]]:
         outcome, problem = one(kind, case, world, random.Random(f"{options.seed} {number} {kind}"))
         records.append({"number": number, "kind": kind, "outcome": outcome, "problem": problem})
         records[-1]["seconds"] = round(time.monotonic() - start, 2)
-        mark = f"PROBLEM {problem[:500]}" if problem else outcome
+        mark = f"PROBLEM {problem}" if problem else outcome
         print(f"{number + 1}/{len(plan)} {kind}: {mark}", file=sys.stderr, flush=True)
     return records
 

@@ -20,6 +20,7 @@ from griffin_offload.evaluation.size import PassSize, Sizer
 from griffin_offload.method.variant import Variant, distribution, global_counts
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.prefill import Progress
+from griffin_offload.runtime.threads import limited_threads
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,13 @@ def _running(
     """A simulation that is alone on the model; what was computed inside is checked against the budget afterwards."""
     loaded = model.engine.loaded
     simulation = _Simulation(model, variants, prior, progress, observed_tables, kept_bytes)
-    with model.engine.alone(), model.engine.guarded(), loaded.ledger.measuring(), torch.no_grad():
+    with (
+        model.engine.alone(),
+        model.engine.guarded(),
+        loaded.ledger.measuring(),
+        limited_threads(loaded.threads),
+        torch.no_grad(),
+    ):
         yield simulation
     if loaded.ledger.peak_bytes > model.plan.budget_bytes:
         promise = f"the simulation reached {loaded.ledger.peak_bytes} bytes, {model.plan.budget_bytes} were allowed"

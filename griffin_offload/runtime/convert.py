@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.runtime.load import map_model
-from griffin_offload.runtime.out_of_memory import refusals_named
+from griffin_offload.runtime.out_of_memory import RefusalsNamed
 from griffin_offload.units import format_bytes
 from griffin_offload.weights.checkpoint import INDEX, UNFINISHED, Checkpoint, fingerprint, open_checkpoint
 from griffin_offload.weights.converted import Mark, check_shard
@@ -104,7 +104,7 @@ def convert(
 def _failures_named(directory: Path) -> Iterator[None]:
     remedy = "close other programs; finished shards are kept, run the same command again"
     try:
-        with refusals_named("converting", remedy):
+        with RefusalsNamed("converting", remedy):
             yield
     except (OSError, SafetensorError) as error:
         raise GriffinError(
@@ -149,7 +149,7 @@ def _finished_shards(directory: Path, mark: Mark) -> list[Path]:
     for path in shards:
         try:
             check_shard(path, mark)
-        except (SafetensorError, CheckpointError) as error:
+        except CheckpointError as error:
             raise CheckpointError(
                 f"{path} is damaged or of another conversion ({one_line(error)}): remove it and run the same command "
                 "again"

@@ -24,7 +24,7 @@ from griffin_offload.runtime.engine import Engine
 from griffin_offload.runtime.exact import ExactLoop
 from griffin_offload.runtime.load import Loaded, load
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
-from griffin_offload.runtime.out_of_memory import refusals_named
+from griffin_offload.runtime.out_of_memory import RefusalsNamed
 from griffin_offload.runtime.prefill import Progress
 from griffin_offload.runtime.prospect import Prospect, examine, plan_for
 from griffin_offload.runtime.report import PrefillReport, RunReport, planned_figures
@@ -38,6 +38,7 @@ from griffin_offload.runtime.run import (
     usage_of,
 )
 from griffin_offload.runtime.saved import load_context, save_context
+from griffin_offload.runtime.threads import limited_threads
 from griffin_offload.weights.checkpoint import load_tokenizer
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class GriffinModel:
         prospect = examine(model, config)
         plan = plan_for(prospect)
         remedy = "close other programs or lower --max-gpu-mem"
-        with refusals_named("loading", remedy, prospect.device, plan.budget_bytes):
+        with RefusalsNamed("loading", remedy, prospect.device, plan.budget_bytes):
             return cls(prospect, plan, load(prospect, plan, config), time.perf_counter() - start)
 
     @functools.cached_property
@@ -198,19 +199,31 @@ class GriffinModel:
         if prompt is None or prompt.dim() < 2 or prompt.shape[1] == 0:
             raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
         kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        with self._engine.alone():
+        with self._engine.alone(), self._engine.guarded():
             mode = self._mode(exact, draft_tokens, refresh)
-            if context is not None:
-                self._check_owner(context)
-            run, kwargs = self._prepared(prompt, kwargs, mode, context)
-            if context is not None:
-                run.ready, run.prompt_done = context.start(prompt[0], exact=mode.exact), prompt_done
-                run.cached_tokens = len(context.tokens)
-            output, self.last_report = self._generate(run, prompt, inputs, kwargs)
+            output, self.last_report = self._answer(inputs, prompt, kwargs, mode, context, prompt_done)
         large = self.device.type == "cpu" and self.plan.full_bytes > _LARGE_MODEL_BYTES
         for broken in self.last_report.broken_promises(HOST_OVERHEAD_BYTES if large else None):
             warnings.warn(broken, BudgetExceeded, stacklevel=2)
         return output
+
+    def _answer(
+        self,
+        inputs: Tensor | None,
+        prompt: Tensor,
+        kwargs: dict[str, Any],
+        mode: Mode,
+        context: Context | None,
+        prompt_done: Callable[[Context], None] | None,
+    ) -> tuple[Any, RunReport]:
+        """All of `generate` that holds memory: an error that is raised outside keeps none of it."""
+        if context is not None:
+            self._check_owner(context)
+        run, kwargs = self._prepared(prompt, kwargs, mode, context)
+        if context is not None:
+            run.ready, run.prompt_done = context.start(prompt[0], exact=mode.exact), prompt_done
+            run.cached_tokens = len(context.tokens)
+        return self._generate(run, prompt, inputs, kwargs)
 
     def _mode(self, exact: bool | None, draft_tokens: int | None, refresh: Any) -> Mode:
         config = self._loaded.layers.config
@@ -278,7 +291,7 @@ class GriffinModel:
         completed = False
         try:
             self._engine.run = run
-            with self._engine.guarded(), self._loaded.ledger.measuring():
+            with self._loaded.ledger.measuring(), limited_threads(self._loaded.threads):
                 start = time.perf_counter()
                 output = self.model.generate(None if inputs is None else inputs.to(self.device), **kwargs)
                 if self.device.type == "cuda":

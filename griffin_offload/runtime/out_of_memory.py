@@ -1,9 +1,8 @@
 """Memory that the machine or the device refuses: one error with the numbers, and nothing of the attempt kept alive."""
 
-import contextlib
 import re
 import traceback
-from collections.abc import Iterator
+from types import TracebackType
 
 import torch
 
@@ -16,24 +15,34 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|KiB|MiB|GiB)")
 
 
-@contextlib.contextmanager
-def refusals_named(
-    doing: str, remedy: str, device: torch.device = _CPU, budget_bytes: int | None = None
-) -> Iterator[None]:
-    """OutOfMemory for every way in which Python, torch and the kernel say that there is no memory. `budget_bytes` is
-    told, where there is one."""
-    try:
-        yield
-    except Exception as error:
-        if not memory_refused(error):
-            raise
-        # Whoever keeps the new error must not keep the tensors of the frames that failed.
-        traceback.clear_frames(error.__traceback__)
-        reason = _described(error, device)
-    else:
-        return
-    budget = f"; the budget is {format_bytes(budget_bytes)}" if budget_bytes is not None else ""
-    raise OutOfMemory(f"out of memory while {doing}: {reason}{budget}: {remedy}")
+class RefusalsNamed:
+    """A context manager: OutOfMemory for every way in which Python, torch and the kernel say that there is no memory.
+
+    No generator: contextlib's frames would keep the failed ones, and with them their tensors, for as long as somebody
+    keeps the error.
+    """
+
+    def __init__(self, doing: str, remedy: str, device: torch.device = _CPU, budget_bytes: int | None = None) -> None:
+        """`budget_bytes` is told, where there is one."""
+        self._doing, self._remedy, self._device, self._budget_bytes = doing, remedy, device, budget_bytes
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or not memory_refused(error):
+            return
+        message = self._message(error)
+        traceback.clear_frames(trace)
+        error.__traceback__ = None
+        del kind, error, trace
+        raise OutOfMemory(message)
+
+    def _message(self, error: BaseException) -> str:
+        budget = f"; the budget is {format_bytes(self._budget_bytes)}" if self._budget_bytes is not None else ""
+        return f"out of memory while {self._doing}: {_described(error, self._device)}{budget}: {self._remedy}"
 
 
 def _described(error: BaseException, device: torch.device) -> str:

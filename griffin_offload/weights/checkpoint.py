@@ -204,8 +204,9 @@ def _read_header(path: Path) -> dict[str, tuple[str, int]]:
     except (SafetensorError, OSError, ValueError) as error:
         if memory_refused(error):
             raise
+        size = f"{path.stat().st_size} bytes" if path.is_file() else "gone"
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or damaged, download it again: {one_line(error)}"
+            f"{path} ({size}) is truncated or damaged, download it again: {one_line(error)}"
         ) from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
@@ -67,8 +67,13 @@ def mark_of(config: PretrainedConfig, directory: Path) -> Mark | None:
 
 def check_shard(path: Path, mark: Mark | None) -> None:
     """CheckpointError unless the shard belongs to the conversion, or to none where there is no mark."""
-    with safe_open(path, framework="pt") as file:
-        found = (file.metadata() or {}).get(METADATA_KEY)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get(METADATA_KEY)
+    except (SafetensorError, OSError) as error:
+        if memory_refused(error):
+            raise
+        raise CheckpointError(f"{path} was changed while it was read: {one_line(error)}") from error
     if mark is None:
         if found is not None:
             raise CheckpointError(f"{path} was converted, config.json has lost its quantization_config: convert again")
