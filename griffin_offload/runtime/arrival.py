@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from griffin_offload.errors import GriffinError, one_line
+from griffin_offload.errors import GriffinError, memory_refused, one_line
 from griffin_offload.runtime.threads import Worker
 
 Job = Callable[[], None]
@@ -28,9 +28,9 @@ class Arrival:
     A failure of a job is raised by whoever waits. `finished` is called when no thread will touch a tensor any more.
     """
 
-    def __init__(self, decoder: nn.ModuleList, jobs: Sequence[Sequence[Job]], finished: Job) -> None:
-        """`jobs[i]` are those of `decoder[i]`."""
-        self._finished = finished
+    def __init__(self, decoder: nn.ModuleList, jobs: Sequence[Sequence[Job]], check: Job, finished: Job) -> None:
+        """`jobs[i]` are those of `decoder[i]`; `check` raises if what one has read was not right."""
+        self._check, self._finished = check, finished
         self._queue: queue.SimpleQueue[tuple[int, Job]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._left = [len(of_layer) for of_layer in jobs]
@@ -84,7 +84,7 @@ class Arrival:
             hook.remove()
 
     def _raise_failure(self) -> None:
-        if isinstance(self._failure, OSError):
+        if isinstance(self._failure, OSError) and not memory_refused(self._failure):
             raise GriffinError(f"the weights cannot be read: {one_line(self._failure)}") from self._failure
         if self._failure is not None:
             raise self._failure
@@ -108,6 +108,7 @@ class Arrival:
 
     def _do(self, layer: int, job: Job) -> None:
         job()
+        self._check()
         with self._lock:
             self._left[layer] -= 1
             if self._left[layer] == 0:

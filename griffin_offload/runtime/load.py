@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from griffin_offload.config import LoadConfig
-from griffin_offload.errors import CheckpointError, DoesNotFit, UsageError, one_line
+from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
 from griffin_offload.pricing import Plan, scratch_bytes
 from griffin_offload.runtime.arrival import Arrival
 from griffin_offload.runtime.cpu_linear import translate_linears
@@ -52,15 +52,41 @@ class Loaded:
     threads: int | None
     """Threads that compute; None where the device is not the CPU."""
 
+    def close(self) -> None:
+        """End what is on its way, give back files and pinned memory."""
+        for owner in (self.layers.arrival, self.layers.source, self.host_embedding):
+            if owner is not None:
+                owner.close()
+
 
 def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
     """Load the model of `prospect` by `plan`. On failure nothing stays open."""
     _check_free_memory(prospect, plan)
     threads = _threads(prospect, config)  # its trial needs memory that the residents will take
     with limited_threads(threads), contextlib.ExitStack() as on_failure:
-        loaded = _load(prospect, plan, config, threads, on_failure)
+        with _unchanged(prospect.checkpoint):
+            loaded = _load(prospect, plan, config, threads, on_failure)
         on_failure.pop_all()
     return loaded
+
+
+@contextlib.contextmanager
+def _unchanged(checkpoint: Checkpoint) -> Iterator[None]:
+    """CheckpointChanged unless its files are the same when the block ends, whatever went wrong inside; GriffinError
+    where they cannot be read."""
+    try:
+        with contextlib.closing(checkpoint.watched()) as files:
+            files.check()
+            try:
+                yield
+            except (GriffinError, OSError):
+                files.check()  # it may be the reason
+                raise
+            files.check()
+    except OSError as error:
+        if memory_refused(error):
+            raise
+        raise GriffinError(f"{checkpoint.directory} cannot be read: {one_line(error)}") from error
 
 
 def _load(
@@ -80,6 +106,8 @@ def _load(
     on_failure.callback(pages.close)
     compact, jobs = compact_blocks(blocks, full, prospect, plan, pages)
     host_embedding = place_residents(model, decoder, prospect, plan, compact, pages, jobs)
+    if host_embedding is not None:
+        on_failure.callback(host_embedding.close)
     if prospect.request.translated:
         translate_linears(model, scratch)
     layers = StreamedLayers(
@@ -94,7 +122,7 @@ def _load(
     )
     resident = resident_bytes(model)
     ledger.hold(residents=resident, offloaded=_offloaded_in_budget(prospect, source))
-    layers.arrival = Arrival(decoder, jobs, finished=pages.close)
+    layers.arrival = Arrival(decoder, jobs, check=pages.files.check_contents, finished=pages.close)
     on_failure.callback(layers.arrival.close)
     layers.arrival.start()
     return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
@@ -179,6 +207,8 @@ def map_model(checkpoint: Checkpoint) -> Any:
                 output_loading_info=True,
             )
     except Exception as error:  # each architecture fails in its own way
+        if memory_refused(error):
+            raise
         raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {one_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info[problem])

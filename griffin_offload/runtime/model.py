@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.config import LoadConfig, RunConfig
-from griffin_offload.errors import BudgetExceeded, DoesNotFit, UsageError, one_line
+from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.pricing import Plan
 from griffin_offload.runtime.cache import KVCache
 from griffin_offload.runtime.context import Context
@@ -24,6 +24,7 @@ from griffin_offload.runtime.engine import Engine
 from griffin_offload.runtime.exact import ExactLoop
 from griffin_offload.runtime.load import Loaded, load
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
+from griffin_offload.runtime.out_of_memory import refusals_named
 from griffin_offload.runtime.prefill import Progress
 from griffin_offload.runtime.prospect import Prospect, examine, plan_for
 from griffin_offload.runtime.report import PrefillReport, RunReport, planned_figures
@@ -37,7 +38,6 @@ from griffin_offload.runtime.run import (
     usage_of,
 )
 from griffin_offload.runtime.saved import load_context, save_context
-from griffin_offload.runtime.threads import limited_threads
 from griffin_offload.weights.checkpoint import load_tokenizer
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class GriffinModel:
         """Figures of the last `generate`."""
         self._prospect, self._loaded, self._load_s = prospect, loaded, load_s
         self._engine = Engine(prospect, plan, loaded)
-        self._finalize = weakref.finalize(self, loaded.layers.close)
+        self._finalize = weakref.finalize(self, loaded.close)
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> "GriffinModel":
@@ -82,7 +82,9 @@ class GriffinModel:
         config = LoadConfig(**options)
         prospect = examine(model, config)
         plan = plan_for(prospect)
-        return cls(prospect, plan, load(prospect, plan, config), time.perf_counter() - start)
+        remedy = "close other programs or lower --max-gpu-mem"
+        with refusals_named("loading", remedy, prospect.device, plan.budget_bytes):
+            return cls(prospect, plan, load(prospect, plan, config), time.perf_counter() - start)
 
     @property
     def model(self) -> Any:
@@ -287,7 +289,7 @@ class GriffinModel:
         completed = False
         try:
             self._engine.run = run
-            with self._loaded.ledger.measuring(), limited_threads(self._loaded.threads):
+            with self._engine.guarded(), self._loaded.ledger.measuring():
                 start = time.perf_counter()
                 output = self._loaded.model.generate(None if inputs is None else inputs.to(self.device), **kwargs)
                 if self.device.type == "cuda":
@@ -296,8 +298,6 @@ class GriffinModel:
                 offset = prompt.shape[1] if inputs is not None else 0
                 report = self._report(run, sequences.shape[1] - offset, time.perf_counter() - start)
                 completed = True
-        except torch.OutOfMemoryError as error:
-            raise DoesNotFit(f"the device ran out of memory: {one_line(error)}") from error
         finally:
             self._engine.run = None
             if run.context is not None:

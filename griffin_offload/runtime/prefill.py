@@ -64,13 +64,6 @@ class StreamedLayers:
         """Seconds that forwards have waited for residents, since loading."""
         return self.arrival.wait_s if self.arrival else 0.0
 
-    def close(self) -> None:
-        """End what is on its way, and close where the full weights rest."""
-        if self.arrival is not None:
-            self.arrival.close()
-        if self.source is not None:
-            self.source.close()
-
     def remove_hooks(self) -> None:
         """Take every hook and chunked forward of a pass off the model."""
         modules = [*self.decoder, *(block.down for block in self.blocks)]

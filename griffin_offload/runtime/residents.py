@@ -52,6 +52,8 @@ def materialise(layers: StreamedLayers, selected: dict[int, Tensor], prospect: P
     """Gather `selected` from where the full weights rest: a layer at a time, of which only their rows are read, and
     matrices that hold neurons as columns."""
     layers.selected = {}
+    if layers.source is not None:
+        layers.source.check_files()
     for index, chosen in selected.items():
         block, compact, chosen_here = layers.blocks[index], layers.compact[index], chosen.cpu()
         assert layers.source is not None, "streamed layers have a source"
@@ -61,6 +63,7 @@ def materialise(layers: StreamedLayers, selected: dict[int, Tensor], prospect: P
             block.gather(full, chosen_here, compact)
         else:
             _gather_through_host(block, full, chosen_here, compact)
+        layers.source.check(index)
         layers.source.drop(index)
     layers.selected = selected
 

@@ -107,6 +107,12 @@ class RamWeights:
     def drop(self, layer: int) -> None:
         """Nothing to drop: the buffer is the weights' home."""
 
+    def check_files(self) -> None:
+        """Nothing to check: no file is read any more."""
+
+    def check(self, layer: int) -> None:
+        """Nothing to check: no file is read any more."""
+
     def close(self) -> None:
         while self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr())
@@ -119,6 +125,7 @@ class MappedWeights:
         self._layers = layers
         self._pages = FilePages([tensor for tensors in layers.values() for tensor in tensors], evict=evict)
         self._spans = {index: self._pages.spans(tensors) for index, tensors in layers.items()}
+        self._paths = {index: self._pages.paths(tensors) for index, tensors in layers.items()}
         self.unmapped_bytes = self._pages.unmapped_bytes
         self.fetched_bytes = 0
         self.placements = self._placements()
@@ -166,6 +173,14 @@ class MappedWeights:
     def drop(self, layer: int) -> None:
         """Unmap the layer's pages and, when evicting, free them."""
         self._pages.drop(self._spans[layer])
+
+    def check_files(self) -> None:
+        """CheckpointChanged unless the files are those that were mapped, and whole: to ask before a pass."""
+        self._pages.files.check()
+
+    def check(self, layer: int) -> None:
+        """CheckpointChanged if a file of the layer was written to or cut: to ask when the layer was used."""
+        self._pages.files.check_contents(self._paths[layer])
 
     def close(self) -> None:
         self._pages.close()

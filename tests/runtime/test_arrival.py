@@ -18,7 +18,7 @@ def decoder(layers: int) -> nn.ModuleList:
 
 def test_a_layer_waits_for_its_own_residents_and_no_others() -> None:
     layers, second, done = decoder(2), threading.Event(), threading.Event()
-    arrival = Arrival(layers, [[lambda: None], [lambda: second.wait() and None]], finished=done.set)
+    arrival = Arrival(layers, [[lambda: None], [lambda: second.wait() and None]], check=lambda: None, finished=done.set)
     arrival.start()
     row = torch.ones(1, 2)
     layers[0](row)
@@ -39,7 +39,7 @@ def test_a_failure_is_raised_by_every_forward_that_needs_it() -> None:
         raise OSError("the disk is gone")
 
     layers = decoder(2)
-    arrival = Arrival(layers, [[fails], [lambda: None]], finished=lambda: None)
+    arrival = Arrival(layers, [[fails], [lambda: None]], check=lambda: None, finished=lambda: None)
     arrival.start()
     for layer in layers:
         with pytest.raises(GriffinError, match="the disk is gone"):
@@ -56,7 +56,7 @@ def test_close_ends_what_is_under_way() -> None:
 
     done = threading.Event()
     many = [slow] * 8
-    arrival = Arrival(layers, [many, many, many], finished=done.set)
+    arrival = Arrival(layers, [many, many, many], check=lambda: None, finished=done.set)
     arrival.start()
     asked.wait(10)
     threading.Timer(0.1, go_on.set).start()
