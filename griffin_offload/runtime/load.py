@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from griffin_offload.config import LoadConfig
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
 from griffin_offload.pricing import Plan, scratch_bytes
+from griffin_offload.runtime.arrival import Arrival
 from griffin_offload.runtime.cpu_linear import translate_linears
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.memory import Ledger, device_bytes
@@ -28,6 +29,7 @@ from griffin_offload.weights.converted import map_converted
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.matmul import Scratch
+from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.self_check import self_check
 from griffin_offload.weights.shape import ModelShape
 from griffin_offload.weights.source import MappedWeights, RamWeights, Source
@@ -39,7 +41,7 @@ _RAM_SHARE = 0.8
 
 @dataclass
 class Loaded:
-    """A model that is ready for its first prompt."""
+    """A model that is ready for its first prompt; residents of the layers may still be on their way."""
 
     model: Any
     layers: StreamedLayers
@@ -51,8 +53,8 @@ class Loaded:
     """Threads that compute; None where the device is not the CPU."""
 
     def close(self) -> None:
-        """Give back files and pinned memory."""
-        for owner in (self.layers.source, self.host_embedding):
+        """End what is on its way, give back files and pinned memory."""
+        for owner in (self.layers.arrival, self.layers.source, self.host_embedding):
             if owner is not None:
                 owner.close()
 
@@ -100,8 +102,10 @@ def _load(
     source = _make_source(full, prospect, offload) if full else None
     if source is not None:
         on_failure.callback(source.close)
-    compact = compact_blocks(blocks, full, prospect, plan)
-    host_embedding = place_residents(model, prospect, plan, compact)
+    pages = FilePages(list(model.parameters()), evict=evicts(prospect))
+    on_failure.callback(pages.close)
+    compact, jobs = compact_blocks(blocks, full, prospect, plan, pages)
+    host_embedding = place_residents(model, decoder, prospect, plan, compact, pages, jobs)
     if host_embedding is not None:
         on_failure.callback(host_embedding.close)
     if prospect.request.translated:
@@ -118,6 +122,9 @@ def _load(
     )
     resident = resident_bytes(model)
     ledger.hold(residents=resident, offloaded=_offloaded_in_budget(prospect, source))
+    layers.arrival = Arrival(decoder, jobs, check=pages.files.check_contents, finished=pages.close)
+    on_failure.callback(layers.arrival.close)
+    layers.arrival.start()
     return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
 
 
