@@ -64,6 +64,11 @@ class Arrival:
             self._remove_hook(layer)
         self.wait_s += time.perf_counter() - start
 
+    @property
+    def failed(self) -> bool:
+        """Whether some residents will never be there: the model has to be loaded again."""
+        return self._failure is not None
+
     def close(self) -> None:
         """End the threads, done or not."""
         self._stop = True

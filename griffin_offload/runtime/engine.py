@@ -62,6 +62,12 @@ class Engine:
         source = self.loaded.layers.source
         return isinstance(source, MappedWeights) and bool(source.placements)
 
+    @property
+    def broken(self) -> bool:
+        """Whether residents could not be read, so that only loading again helps."""
+        arrival = self.loaded.layers.arrival
+        return arrival is not None and arrival.failed
+
     def takes(self, argument: str) -> bool:
         """Whether the stock model's forward knows an argument of this name."""
         return argument in self._signature.parameters

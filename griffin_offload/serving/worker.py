@@ -135,6 +135,8 @@ class Worker:
             return True
         start = time.monotonic()
         outcome = self._outcome(job)
+        if self._keeper.held is not None and self._keeper.held.model.engine.broken:
+            self._keeper.unload()  # the next request loads it again
         self._seconds_per_job += (time.monotonic() - start - self._seconds_per_job) / 4
         self._metrics.finished(job, self._keeper.held, self._keeper.loads)
         if outcome is not None:
