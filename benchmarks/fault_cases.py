@@ -57,7 +57,7 @@ def harmed_run(name: str) -> Case:
         prepare = at_call("fetch_or_check", rng.randrange(16), harm) if inside else nothing
         running = world.run(variant, model, place, prepare)
         if not inside:
-            running.sleep(rng.uniform(0, MOMENT * world.seconds[variant.name]))
+            running.sleep(rng.uniform(0, MOMENT * world.seconds_of(variant)))
             harm()
         found = running.outcome()
         return Result(label(found), found.problem((RIGHT, RUNTIME, MODEL), world.answers_of(variant)))
@@ -315,7 +315,7 @@ def two_processes(world: World, rng: random.Random, place: Path) -> Result:
     for folder, name in zip(places, what.split(", "), strict=True):
         command, stdin = commands[name]
         started.append(Process(command, folder, stdin=stdin))
-        started[-1].sleep(rng.uniform(0, world.seconds["int8"] / 2))
+        started[-1].sleep(rng.uniform(0, world.seconds_of(variant) / 2))
     found = [process.outcome() for process in started]
     allowed = {"run, run": (RIGHT,), "convert, convert": (RIGHT, USAGE), "convert, run": (RIGHT, MODEL)}
     answers = world.answers_of(variant)[:1] if "run" in what else ()

@@ -24,7 +24,7 @@ def kill_run(world: World, rng: random.Random, place: Path) -> Result:
     variant = rng.choice(VARIANTS)
     model = world.copy(variant.model, place)
     before = files_of(model)
-    found = killed(world.run(variant, model, place), rng, world.seconds[variant.name])
+    found = killed(world.run(variant, model, place), rng, world.seconds_of(variant))
     problem = found.problem((RIGHT, -signal.SIGKILL), world.answers_of(variant)[:1])
     if files_of(model) != before:
         problem = "the model's folder was changed"

@@ -16,7 +16,8 @@ from tiny_models import VOCAB
 from griffin_offload import GriffinModel
 from griffin_offload.errors import DoesNotFit, GriffinError, OutOfMemory, memory_refused
 from griffin_offload.runtime import load as loading
-from griffin_offload.runtime import prefill, residents
+from griffin_offload.runtime import prefill
+from griffin_offload.runtime.arrival import Arrival
 from griffin_offload.runtime.cache import KVCache
 
 CUDA = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB"
@@ -118,6 +119,22 @@ def test_while_loading(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, 
     answer(make(checkpoints("llama2")), 20)
 
 
+def test_residents_that_arrive_in_the_background(checkpoints, monkeypatch: pytest.MonkeyPatch):
+    """Told by whoever waits for them; only loading again helps."""
+
+    def refuse(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Arrival, "_do", refuse)
+        model = make(checkpoints("llama2"))
+        for _ in range(2):
+            with pytest.raises(OutOfMemory, match="while generating"):
+                answer(model, 20)
+    assert model.engine.broken
+    model.close()
+
+
 def test_transformers_is_not_blamed(checkpoints, monkeypatch: pytest.MonkeyPatch):
     """What it raises for want of memory is no fault of the checkpoint."""
 
@@ -133,7 +150,7 @@ def test_other_errors_are_what_they_are(checkpoints, monkeypatch: pytest.MonkeyP
     error = ValueError("something else")
     assert not memory_refused(error)
     assert not memory_refused(GriffinError("out of memory, says a user's path"))
-    monkeypatch.setattr(residents, "_resident", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(loading, "place_residents", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(ValueError, match="something else"):
         make(checkpoints("llama2"))
 
@@ -148,9 +165,9 @@ model = GriffinModel.from_pretrained(sys.argv[1], device="cpu", max_gpu_mem="4GB
 small, large = torch.full((1, 20), 5), torch.full((8, 440), 5)
 expected = model.generate(small, max_new_tokens=4, do_sample=False)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + 10_000_000, taken + 10_000_000))
+resource.setrlimit(resource.RLIMIT_AS, (taken + 15_000_000, taken + 15_000_000))
 try:
-    model.generate(large, max_new_tokens=4, do_sample=False)
+    model.generate(large.repeat(8, 1), max_new_tokens=4, do_sample=False)
 except OutOfMemory as error:
     print(error)
     print(torch.equal(model.generate(small, max_new_tokens=4, do_sample=False), expected))

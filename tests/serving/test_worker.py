@@ -13,7 +13,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
+from griffin_offload.runtime import prefill
+from griffin_offload.runtime.arrival import Arrival
 from griffin_offload.runtime.engine import Engine
 from griffin_offload.serving.job import Job
 
@@ -208,6 +211,55 @@ def test_a_checkpoint_that_is_gone_is_no_path_for_clients(chatty, serve_one, tmp
         assert "hidden-path" not in answer.text
         shutil.move(tmp_path / "elsewhere", copy)
         assert one.post(BODY).status_code == 200
+
+
+def test_files_that_change_are_told_and_loaded_again(chatty, serve_one, tmp_path):
+    """Never an answer from a mixture: 503, then the model that is there now; without one it is said to be unwell."""
+    directory = shutil.copytree(chatty, tmp_path / "model")
+    shard = max(directory.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    whole = shard.read_bytes()
+    other = BODY | {"prompt": "a dog and a cat sat", "max_tokens": 4}
+    with serve_one(directory) as server:
+        expected = server.post(BODY).json()["choices"][0]["text"]
+        shard.write_bytes(whole)  # the same numbers, which the clock alone tells
+        os.utime(shard, ns=(0, 1))
+        refused = server.post(other)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_unavailable")
+        assert str(tmp_path) not in refused.text
+        assert server.http.get("/health").json() == {"status": "ok", "loaded": False, "waiting": 0}
+        assert server.post(BODY).json()["choices"][0]["text"] == expected
+        assert server.metric("model_loads") == 2
+        os.truncate(shard, 100)
+        assert [server.post(other | {"seed": n}).status_code for n in range(2)] == [503, 503]
+        unwell = server.http.get("/health")
+        assert (unwell.status_code, unwell.json()["status"]) == (503, "model_unavailable")
+        shard.write_bytes(whole)
+        assert server.post(BODY).json()["choices"][0]["text"] == expected
+        assert server.http.get("/health").status_code == 200
+
+
+def test_refused_memory_is_told_and_the_next_answer_is_right(chatty, serve_one, monkeypatch: pytest.MonkeyPatch):
+    """In a pass the model stays; residents that could not be read are loaded again."""
+    with serve_one(chatty) as server:
+        expected = server.post(BODY).json()["choices"][0]["text"]
+        with monkeypatch.context() as patch:
+            patch.setattr(prefill, "_in_chunks", out_of_memory)
+            refused = server.post(BODY | {"prompt": "a dog"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
+        assert server.post(BODY).json()["choices"][0]["text"] == expected
+        assert server.metric("model_loads") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Arrival, "_do", out_of_memory)
+        started = serve_one(chatty)
+        server = started.__enter__()
+        assert server.post(BODY).status_code == 503
+    assert server.post(BODY).json()["choices"][0]["text"] == expected
+    assert server.metric("model_loads") == 2
+    started.__exit__(None, None, None)
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 
 def test_the_end_lets_the_running_answer_finish(chatty, serve_one, gate, tokens):
