@@ -165,9 +165,9 @@ model = GriffinModel.from_pretrained(sys.argv[1], device="cpu", max_gpu_mem="4GB
 small, large = torch.full((1, 20), 5), torch.full((8, 440), 5)
 expected = model.generate(small, max_new_tokens=4, do_sample=False)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + 15_000_000, taken + 15_000_000))
+resource.setrlimit(resource.RLIMIT_AS, (taken + 12_000_000, taken + 12_000_000))
 try:
-    model.generate(large.repeat(8, 1), max_new_tokens=4, do_sample=False)
+    model.generate(large.repeat(16, 1), max_new_tokens=4, do_sample=False)
 except OutOfMemory as error:
     print(error)
     print(torch.equal(model.generate(small, max_new_tokens=4, do_sample=False), expected))
