@@ -27,11 +27,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _warn(message: Warning | str, *_: object) -> None:
+    print(f"griffin-offload: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 runtime, 2 usage, 3 does not fit, 4 model, 130 Ctrl-C."""
     parsed = build_parser().parse_args(arguments)
     # Warnings are news for the user, one line each, not for the author of a Python file.
-    warnings.showwarning = lambda message, *_: print(f"griffin-offload: warning: {message}", file=sys.stderr)
+    warnings.showwarning = _warn
     try:
         code: int = parsed.command(parsed)
         sys.stdout.flush()
