@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _warn(message: Warning | str, *_: object) -> None:
+def _warn(message: Warning | str) -> None:
     print(f"griffin-offload: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 runtime, 2 usage, 3 does not fit, 4 model, 130 Ctrl-C."""
     parsed = build_parser().parse_args(arguments)
     # Warnings are news for the user, one line each, not for the author of a Python file.
-    warnings.showwarning = _warn
+    warnings.showwarning = lambda message, *_: _warn(message)
     try:
         code: int = parsed.command(parsed)
         sys.stdout.flush()
