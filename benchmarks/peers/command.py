@@ -27,7 +27,7 @@ TRIAL_PROMPT_TOKENS, TRIAL_NEW_TOKENS = 16, 3
 
 def parse_arguments(arguments: Sequence[str], description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python benchmarks/peers", description=description)
-    parser.add_argument("--dir", type=Path, required=True, help="Llama checkpoint in 16 bit; --shape makes it when absent")
+    parser.add_argument("--dir", type=Path, required=True, help="Llama checkpoint in 16 bit; --shape makes it")
     parser.add_argument("--shape", choices=SHAPES, help="of a checkpoint to be made")
     parser.add_argument("--layers", type=int, help="override the number of layers")
     parser.add_argument("--envs", type=Path, required=True, help="folder of the peers' environments; made when absent")

@@ -19,7 +19,7 @@ FULL = {
     "airllm": "AirLLM",
     "ollm": "oLLM",
 }
-OLLM_SHARE = 0.7  # of the cap: the rest is for its reading buffers and the page cache
+OLLM_SHARE = 0.9  # of what ours may use: the rest is for its reading buffers
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def peer_side(key: str, settings: Settings, new_tokens: int) -> Side:
     elif key == "airllm":
         options = ("--scratch", str(settings.split))
     else:
-        options = ("--ram-share", str(int(OLLM_SHARE * settings.cap_bytes)))
+        options = ("--ram-share", str(int(OLLM_SHARE * settings.budget_bytes)))
     return Side(name, environment, settings.threads, new_tokens, options, program)
 
 
