@@ -29,9 +29,12 @@ class Environment:
 
 ENVIRONMENTS = {
     "llama": Environment(
-        packages=("llama-cpp-python", "gguf"),
+        packages=("llama-cpp-python==0.3.36", "gguf==0.19.0"),
         from_source=("llama-cpp-python",),  # compiled for this processor
-        variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())},
+        variables={
+            "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF",  # the part for images is not needed
+            "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count()),
+        },
     ),
     "airllm": Environment(packages=("airllm==4.0.0", "transformers==5.24.0", TORCH)),
     "ollm": Environment(

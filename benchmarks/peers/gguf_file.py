@@ -21,7 +21,7 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_m
 
 Kind = GGMLQuantizationType
 DTYPES = {
-    "BF16": (numpy.dtype("<u2"), Kind.BF16, "ALL_BF16"),
+    "BF16": (numpy.dtype("<u2"), Kind.BF16, "MOSTLY_BF16"),
     "F16": (numpy.dtype("<f2"), Kind.F16, "MOSTLY_F16"),
     "F32": (numpy.dtype("<f4"), Kind.F32, "ALL_F32"),
 }

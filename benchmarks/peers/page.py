@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from model_bytes import ModelBytes
+from model_bytes import ModelBytes, parse_bytes
 from peers import bounds
 from report import gigabytes, markdown_table, seconds
 
@@ -14,12 +14,13 @@ HEADS = (
     "weights on disk",
     "load + first token",
     "per further token",
-    "at best",
-    "read until then",
+    "to ours",
+    "at best: first, further",
+    "read until the first",
     "read per further token",
     "peak anonymous",
     "tokens",
-    "equal to the full model's",
+    "as the full model's",
 )
 REFERENCES = ("mmap", "accelerate", "airllm", "ollm")  # all weights, in the checkpoint's own precision
 
@@ -67,7 +68,7 @@ class Page:
         self.reference, self.expected = found or (None, None)
 
     def text(self) -> str:
-        caps = list(dict.fromkeys(split_key(key)[0] for key in self.runs))
+        caps = sorted({split_key(key)[0] for key in self.runs}, key=parse_bytes)
         parts = [f"# Peers: {self.model.name}", self.origin()]
         if self.content.get("ceilings"):
             parts += bounds.statement(self.content["ceilings"], self.settings["threads"])
@@ -100,9 +101,12 @@ class Page:
         return sorted(found, key=pace_s)
 
     def table(self, cap: str) -> str:
-        return markdown_table([HEADS, *(self.row(run) for run in self.finished(cap))])
+        finished = self.finished(cap)
+        ours_s = min((pace_s(run) for run in finished if is_ours(run)), default=None)
+        return markdown_table([HEADS, *(self.row(run, ours_s) for run in finished)])
 
-    def row(self, run: Run) -> list[str]:
+    def row(self, run: Run, ours_s: float | None) -> list[str]:
+        """`ours_s` is the pace of our fastest side in this cap."""
         figures = run["figures"]
         stored_bytes = self.content["copies"][run["copy"]]["stored_bytes"]
         tokens = len(figures["tokens"])
@@ -112,6 +116,7 @@ class Page:
             gigabytes(stored_bytes),
             seconds(first_s(run)),
             seconds(pace_s(run)),
+            f"{pace_s(run) / ours_s:.2f}x" if ours_s else "-",
             self.best(run, stored_bytes),
             gigabytes(read_bytes),
             gigabytes(figures["decode"]["read_bytes"] / (tokens - 1)),
