@@ -5,6 +5,7 @@ from griffin_offload.pricing.price import Placement, Plan, price
 from griffin_offload.pricing.request import MAX_MARKS, PlanRequest, Usage, planned_use, statistics_kept
 from griffin_offload.pricing.workspace import (
     CHUNK_MULTIPLE,
+    MAX_GRAPHS,
     logits_bytes,
     scratch_bytes,
     statistics_bytes,
@@ -15,6 +16,7 @@ __all__ = [
     "CHUNK_MULTIPLE",
     "KV_PIECE_TOKENS",
     "KV_SLACK_TOKENS",
+    "MAX_GRAPHS",
     "MAX_MARKS",
     "Placement",
     "Plan",

@@ -15,6 +15,12 @@ CHUNK_MULTIPLE = 16
 _CHUNK_SHARE_OF_SLOT = 0.25
 _MAX_CHUNK_TOKENS = 512
 _MAX_SCRATCH_BYTES = 16 * 2**20
+# Captured CUDA graphs that are kept: KV caches times length buckets.
+MAX_GRAPHS = 8
+# A workspace of cuBLAS for the stream that captures (32 MiB on Hopper), one more of cuBLASLt, and rounding.
+_GRAPH_POOL_BYTES = 80 * 2**20
+# What the driver keeps of one kernel, and kernels of a layer: estimates, beside which benchmarks/gpu.py puts figures.
+_GRAPH_NODE_BYTES, _GRAPH_NODES = 1024, 64
 _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
 
@@ -112,6 +118,18 @@ def _score_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: in
     if windows and 1 < new_tokens < seen_tokens:
         width += shape.kv_width  # a window's past and many new tokens are put together beside the KV cache
     return per_head * (1 + shape.item_bytes) + use.batch * seen_tokens * width * shape.item_bytes
+
+
+def graphs_bytes(shape: ModelShape, request: PlanRequest, use: Usage, kept: Sequence[int]) -> int:
+    """Of captured decode steps: their common pool, which holds one token's workspace for good, and each one's kernels
+    and logits. Their attention always has a mask."""
+    if not request.graphs:
+        return 0
+    step = workspace_bytes(shape, request, use, 1, use.ctx_tokens, kept)
+    scores = use.batch * use.ctx_tokens * shape.heads * (shape.item_bytes + _FLOAT_BYTES)
+    logits = use.batch * shape.vocab_size * shape.item_bytes
+    nodes = len(shape.layers) * _GRAPH_NODES * _GRAPH_NODE_BYTES
+    return _GRAPH_POOL_BYTES + step + scores + MAX_GRAPHS * (logits + nodes)
 
 
 def statistics_bytes(

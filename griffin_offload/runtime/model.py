@@ -33,6 +33,7 @@ from griffin_offload.runtime.run import (
     check_length,
     check_one_sequence,
     refuse_what_cannot_work,
+    returns_cache,
     stop_strings_as_criteria,
     usage_of,
 )
@@ -73,7 +74,7 @@ class GriffinModel:
 
         `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, quantize, dtype, offload,
         ctx_size, prompt_tokens, kv_bits, batch_size, selection, batch_statistic, seed, exact, draft_tokens, refresh,
-        decay, keep_prompts, session_mem, ff_chunk_tokens, threads, offline, always_stream.
+        decay, keep_prompts, session_mem, ff_chunk_tokens, threads, cuda_graphs, offline, always_stream.
         Raises UsageError, DoesNotFit or ModelError before any weight is read, where that is possible.
         """
         start = time.perf_counter()
@@ -238,6 +239,8 @@ class GriffinModel:
         configs = (given, self.model.generation_config)
         use = usage_of(prompt, kwargs | settings, configs, self._prospect, mode, passes, context)
         check_length(use, self.plan.context_tokens)
+        if use.cache != "ours" or passes or context is not None:
+            self._engine.kept_cache.release()
         self._engine.require(use)
         run = Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"), use, mode, context)
         if passes or context is not None:
@@ -248,8 +251,7 @@ class GriffinModel:
             # Otherwise transformers takes every pad token for padding, also one that was generated.
             settings["attention_mask"] = torch.ones_like(prompt, device=self.device)
         elif use.cache == "ours":
-            config, bits = self.model.config, self.plan.kv_bits
-            settings["past_key_values"] = KVCache(config, ctx_tokens=use.cache_tokens, bits=bits)
+            settings["past_key_values"] = self._engine.kv_cache(use, returned=returns_cache(kwargs, configs))
         if passes:
             kwargs = stop_strings_as_criteria(kwargs, given)
             settings["custom_generate"] = run.loop = self._loop(run, kwargs.get("streamer"))
@@ -313,6 +315,7 @@ class GriffinModel:
             peak_host_bytes=peak_host_bytes(),
             host_growth_bytes=ledger.host_growth_bytes,
             drafting=run.loop.report if run.loop is not None else None,
+            graphs=run.graphs if self._engine.graphs is not None else None,
             **planned_figures(self.plan),
             **prefill.run_figures(),
         )

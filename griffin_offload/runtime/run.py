@@ -14,7 +14,7 @@ from griffin_offload.pricing import KV_SLACK_TOKENS, MAX_MARKS, Usage, statistic
 from griffin_offload.runtime.cache import KVCache
 from griffin_offload.runtime.context import Context
 from griffin_offload.runtime.prospect import Prospect, pass_tokens
-from griffin_offload.runtime.report import PrefillReport
+from griffin_offload.runtime.report import GraphReport, PrefillReport
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Run:
         self.prompt_done: Callable[[Context], None] | None = None
         self.loop: Any = None
         """What drafts, if something does."""
+        self.graphs = GraphReport()
         self.prefilled = False
         self.batch = 1
         self.fetched_bytes = 0
@@ -117,6 +118,11 @@ def _value(name: str, kwargs: dict[str, Any], configs: tuple[GenerationConfig, .
     """An argument, or the first config's that has one."""
     found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in found if value is not None), None)
+
+
+def returns_cache(kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> bool:
+    """Whether the caller gets the KV cache with the result."""
+    return bool(_value("return_dict_in_generate", kwargs, configs))
 
 
 _ONE_SEQUENCE_REFUSES = (
