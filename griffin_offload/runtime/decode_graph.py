@@ -25,6 +25,7 @@ from griffin_offload.runtime.report import GraphReport
 # Arguments of a forward that a static step takes, or that are the same for every token.
 _TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
 _TAKEN |= {"logits_to_keep", "cache_position"}
+_OUTPUT_HOOKS = "transformers.utils.output_capturing"
 _WARM_UP = "first token of a length"
 _CLOSED = "the graphs are closed"
 
@@ -96,6 +97,8 @@ class DecodeGraphs:
         self._run_reason = self.reason
         if isinstance(mask, Tensor) and (mask.dim() != 2 or not bool(mask.all())):
             self._run_reason = self._run_reason or "padded prompts"
+        if self._model.config.output_hidden_states or self._model.config.output_attentions:
+            self._run_reason = self._run_reason or "hidden states or attentions by config"
         if _hooked(self._model, self._model.get_input_embeddings() if self._embeds_on_host else None):
             self._run_reason = self._run_reason or "hooks on the model's modules"
 
@@ -171,6 +174,8 @@ def _unsuited(model: Any) -> str | None:
     config = model.config
     if getattr(config, "alibi", False) or config.model_type == "bloom":
         return "ALiBi is made from the length"
+    if config.model_type == "falcon":
+        return "Falcon brings indices of heads from the host"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} attention"
     ropes = getattr(config, "rope_parameters", None) or {}
@@ -182,10 +187,12 @@ def _unsuited(model: Any) -> str | None:
 
 def _hooked(model: Any, but: Any) -> bool:
     """Whether a forward would call hooks, which a replay cannot; `but` is a module that it does not run."""
+    modules = (module for module in model.modules() if module is not but and module is not model)  # its own run around
     return any(
-        module._forward_hooks or module._forward_pre_hooks
-        for module in model.modules()
-        if module is not but and module is not model  # the model's own run around its forward
+        # transformers leaves some behind, which do nothing unless a forward asks for more than logits.
+        getattr(hook, "__module__", "") != _OUTPUT_HOOKS
+        for module in modules
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
 
 
