@@ -50,6 +50,7 @@ CASES = {
     ),
     "70b": (Case("llama-2-70b", "24GB", ("auto", 0.25), repeated=(4, 80)),),
 }
+# bf16 residents, as exact mode wants the stored precision.
 EXACT = Case("llama-2-13b", "24GB", (0.5,), "none", ((128, 24),))
 SCHEDULES = ((0.5, 4), (0.8, 8), (0.95, 16))
 SECTIONS = ("tests", "ceilings", *CASES, "exact")
@@ -59,9 +60,7 @@ def scaled(case: Case, scale: str) -> Case:
     """The same flow with toys: every shape is the tiny one."""
     if scale == "full":
         return case
-    return replace(
-        case, shape="tiny", budget="200MB", lengths=((24, 12),), repeated=(4, 8) if case.repeated else None
-    )
+    return replace(case, shape="tiny", budget="200MB", lengths=((24, 20),), repeated=(4, 8) if case.repeated else None)
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,10 @@ class Setting:
     """In `time.monotonic`: rows that would not be done by then are left out, and that is said."""
     rates: Row
 
+    def path(self, case: Case) -> Path:
+        """Of the case's checkpoint."""
+        return self.folder / (case.shape + (f"-{case.repeated[0]}layers" if case.repeated else ""))
+
 
 def emit(row: Row) -> None:
     print(json.dumps(row), flush=True)
@@ -80,7 +83,7 @@ def emit(row: Row) -> None:
 
 def checkpoint(setting: Setting, case: Case) -> Path:
     """Of the case's shape, made when it is not there."""
-    path = setting.folder / (case.shape + (f"-{case.repeated[0]}layers" if case.repeated else ""))
+    path = setting.path(case)
     if not path.exists():
         start = time.monotonic()
         make_checkpoint(path, case.shape, layers=case.repeated[0] if case.repeated else None)
@@ -114,10 +117,7 @@ def ceilings(setting: Setting) -> None:
     """Link, memory, and one row times matrices in every precision; gate and up apart and in one."""
     device = setting.device
     hidden, neurons = SHAPES["llama-2-13b" if setting.scale == "full" else "tiny"][:2]
-    nbytes = _COPIED_BYTES[setting.scale]
-    source, target = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
-    copied = 2 * nbytes / timed(lambda: target.copy_(source), _REPEATS, device)
-    del source, target
+    copied = device_copy_rate(_COPIED_BYTES[setting.scale], device)
     dtype = torch.bfloat16
     gemv = {
         precision: decode_bytes_per_s(precision, hidden, neurons, dtype, device)
@@ -133,6 +133,12 @@ def ceilings(setting: Setting) -> None:
             "gate_up": gate_up(hidden, neurons, dtype, device),
         }
     )
+
+
+def device_copy_rate(nbytes: int, device: torch.device) -> float:
+    """Bytes read and written per second by a copy on the device."""
+    source, target = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * nbytes / timed(lambda: target.copy_(source), _REPEATS, device)
 
 
 def gate_up(hidden: int, neurons: int, dtype: torch.dtype, device: torch.device) -> Row:
@@ -173,7 +179,7 @@ def _captured(work: Callable[[], None], device: torch.device) -> Callable[[], ob
 def cases(setting: Setting, name: str) -> None:
     """A row for every budget, density and pair of lengths of one model; the traffic of decode at density .5."""
     longest = 0.0
-    for case in (scaled(case, setting.scale) for case in CASES[name]):
+    for case in cases_of(name, setting.scale):
         for density in case.densities:
             start = time.monotonic()
             about = asdict(case) | {"model": name, "asked_density": density}
@@ -200,7 +206,7 @@ def _case(setting: Setting, case: Case, density: Any, about: Row) -> None:
 
 def exact(setting: Setting) -> None:
     """Exact mode with simulated acceptance: seconds and bytes per token, beside the forecast (exact_streaming.py)."""
-    case = scaled(EXACT, setting.scale)
+    (case,) = cases_of("exact", setting.scale)
     prompt_tokens, new_tokens = case.lengths[0]
     most = max(drafts for _, drafts in SCHEDULES)
     with loaded(setting, case, case.densities[0], exact=True, keep_prompts=True, draft_tokens=most) as model:
@@ -224,9 +230,8 @@ def exact(setting: Setting) -> None:
                     "tokens_per_pass": drafting["tokens"] / drafting["passes"],
                     "streamed_bytes_per_token": report["decode_streamed_bytes"] / drafting["tokens"],
                     "token_s": measured_s(report),
-                    "forecast_s": forecast_s(realised(report), drafts, pass_s, draft_s)
-                    if realised(report) < 1
-                    else (pass_s + drafts * draft_s) / (drafts + 1),
+                    # A forecast divides by what is not accepted.
+                    "forecast_s": forecast_s(min(realised(report), 1 - 1e-9), drafts, pass_s, draft_s),
                     "draft_s": draft_s,
                     "pass_s": pass_s,
                     "peak_device_bytes": report["peak_device_bytes"],
@@ -236,9 +241,17 @@ def exact(setting: Setting) -> None:
             )
 
 
+def cases_of(section: str, scale: str) -> list[Case]:
+    """What a section loads."""
+    found = (EXACT,) if section == "exact" else CASES.get(section, ())
+    return [scaled(case, scale) for case in found]
+
+
 def run_section(name: str, setting: Setting) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if setting.device.type != "cuda":
+        torch.set_num_threads(1)  # toys: threads would only wait for each other
     if name == "ceilings":
         ceilings(setting)
     elif name == "exact":

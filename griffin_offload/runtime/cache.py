@@ -116,7 +116,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys and values like these, [B, heads, T, D] for any T."""
-        both = (key_states, value_states)
+        both, self.dtype = (key_states, value_states), key_states.dtype
         if self._bits == 16:
             self._stores = [Store(states, self.room) for states in both]
         else:

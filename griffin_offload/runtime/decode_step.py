@@ -40,7 +40,7 @@ class StaticStep:
         self._positions = torch.zeros(like.shape[0], 1, dtype=torch.long, device=like.device)
         windows = {layer.window: layer.room for layer in cache.layers}
         self._kinds = {window: _Kind(min(tokens, room), window, like.device) for window, room in windows.items()}
-        self._added = model.dtype if model.config._attn_implementation == "eager" else None
+        self._dtype = cache.layers[0].dtype
         self._by_type = hasattr(model.config, "layer_types")
         self.logits = torch.empty(0)
 
@@ -75,7 +75,7 @@ class StaticStep:
 
     def _masks(self) -> Any:
         """One mask, or one by type of layer where a config has types, as transformers makes them for static caches."""
-        masks = {_type_of(window): kind.mask(self._added) for window, kind in self._kinds.items()}
+        masks = {_type_of(window): kind.mask(self._dtype) for window, kind in self._kinds.items()}
         return masks if self._by_type else next(iter(masks.values()))
 
 
@@ -97,14 +97,14 @@ class _Kind:
         if self._slides:
             self._first.fill_(first)
 
-    def mask(self, added: torch.dtype | None) -> Tensor:
-        """[1, 1, 1, tokens]: True where attention may look, or with a dtype what is added to its scores."""
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """[1, 1, 1, tokens]: what is added to the scores. Of their dtype, because attention would have to make that of
+        a mask of booleans, in every layer."""
         seen = self._places <= self.place
         if self._slides:
             seen &= self._places >= self._first
-        if added is not None:
-            seen = torch.zeros_like(seen, dtype=added).masked_fill_(~seen, torch.finfo(added).min)
-        return seen.view(1, 1, 1, -1)
+        added = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        return added.view(1, 1, 1, -1)
 
 
 class _FixedLayer(CacheLayerMixin):  # type: ignore[misc]

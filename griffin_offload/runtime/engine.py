@@ -30,6 +30,7 @@ from griffin_offload.runtime.saved import Identity, Like
 from griffin_offload.runtime.threads import limited_threads
 from griffin_offload.weights.checkpoint import fingerprint
 from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.quantized_linear import int8_kernel
 from griffin_offload.weights.source import MappedWeights
 
 
@@ -52,6 +53,8 @@ class Engine:
         loaded.model.forward = self._wrapped_forward()
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
         self.kept_cache = KeptCache(loaded.model.config, plan.kv_bits)
+        if prospect.device.type == "cuda" and self.shape.precision == "int8":
+            int8_kernel(prospect.device, prospect.dtype)  # compiled now, not at the first token
         if prospect.request.graphs:
             self.capture_with(CudaRecorder(prospect.device))
         self._user: dict[str, object] = {}
