@@ -19,6 +19,7 @@ from griffin_offload.pricing import Plan, Usage, logits_bytes, statistics_bytes,
 from griffin_offload.runtime.cache import KVCache
 from griffin_offload.runtime.context import Context
 from griffin_offload.runtime.decode_graph import CudaRecorder, DecodeGraphs, Recorder
+from griffin_offload.runtime.identity import identity_of, like_of
 from griffin_offload.runtime.kept_cache import KeptCache
 from griffin_offload.runtime.load import Loaded
 from griffin_offload.runtime.prefill import Progress, StreamedPass
@@ -28,7 +29,6 @@ from griffin_offload.runtime.residents import materialise
 from griffin_offload.runtime.run import Run, cache_bytes, cache_of, prompt_mask, tokens_of
 from griffin_offload.runtime.saved import Identity, Like
 from griffin_offload.runtime.threads import limited_threads
-from griffin_offload.weights.checkpoint import fingerprint
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.quantized_linear import int8_kernel
 from griffin_offload.weights.source import MappedWeights
@@ -285,24 +285,12 @@ class Engine:
     @functools.cached_property
     def identity(self) -> Identity:
         """What the numbers in a context depend on."""
-        config, plan = self.loaded.layers.config, self.plan
-        return {
-            "model": fingerprint(self.prospect.checkpoint),
-            "precision": plan.precision,
-            "dtype": str(self.prospect.dtype).removeprefix("torch."),
-            "density": [kept / layer.neurons for kept, layer in zip(plan.kept, self.shape.layers, strict=True)],
-            "streamed": list(plan.streamed),
-            "kv_bits": plan.kv_bits,
-            "selection": config.selection,
-            "batch_statistic": config.batch_statistic,
-            "decay": config.decay,
-        }
+        return identity_of(self.prospect, self.plan, self.loaded.layers.config)
 
     @property
     def like(self) -> Like:
         """What the parts of a saved context must look like."""
-        neurons = {index: (self.shape.layers[index].neurons, self.plan.kept[index]) for index in self.plan.streamed}
-        return Like(self.plan.context_tokens, self.shape.vocab_size, self.shape.kv_width, self.prospect.dtype, neurons)
+        return like_of(self.prospect, self.plan)
 
     @property
     def embedding_bytes(self) -> int:

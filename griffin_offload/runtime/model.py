@@ -1,6 +1,5 @@
 """`GriffinModel`: a stock transformers model whose prompts are streamed and whose decoding is resident."""
 
-import copy
 import functools
 import time
 import warnings
@@ -18,10 +17,8 @@ from griffin_offload.errors import BudgetExceeded, DoesNotFit, UsageError, one_l
 from griffin_offload.pricing import Plan
 from griffin_offload.runtime.cache import KVCache
 from griffin_offload.runtime.context import Context
-from griffin_offload.runtime.draft_length import DraftLength
-from griffin_offload.runtime.drafting import DraftingLoop, RefreshLoop
 from griffin_offload.runtime.engine import Engine
-from griffin_offload.runtime.exact import ExactLoop
+from griffin_offload.runtime.exact import loop_of
 from griffin_offload.runtime.load import Loaded, load
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
 from griffin_offload.runtime.prefill import Progress
@@ -30,6 +27,7 @@ from griffin_offload.runtime.report import PrefillReport, RunReport, planned_fig
 from griffin_offload.runtime.run import (
     Mode,
     Run,
+    as_arguments,
     check_length,
     check_one_sequence,
     refuse_what_cannot_work,
@@ -254,23 +252,8 @@ class GriffinModel:
             settings["past_key_values"] = self._engine.kv_cache(use, returned=returns_cache(kwargs, configs))
         if passes:
             kwargs = stop_strings_as_criteria(kwargs, given)
-            settings["custom_generate"] = run.loop = self._loop(run, kwargs.get("streamer"))
-        return run, self._as_arguments(kwargs, settings, given)
-
-    def _as_arguments(self, kwargs: dict[str, Any], settings: dict[str, Any], given: Any) -> dict[str, Any]:
-        if kwargs.get("generation_config") is None:
-            return kwargs | settings
-        # transformers wants either a config or arguments; what is none of a config's stays an argument.
-        config = copy.deepcopy(given)
-        return {**kwargs, **config.update(**settings), "generation_config": config}
-
-    def _loop(self, run: Run, streamer: Any) -> DraftingLoop:
-        mode, context = run.mode, run.context
-        assert context is not None, "drafts are taken back from a context"
-        shared: dict[str, Any] = {"choose": mode.refresh != "never", "streamer": streamer}
-        if mode.exact:
-            return ExactLoop(DraftLength(mode.draft_tokens), self._engine, context, **shared)
-        return RefreshLoop(mode.pass_tokens, self._engine, context, **shared)
+            settings["custom_generate"] = run.loop = loop_of(run, self._engine, kwargs.get("streamer"))
+        return run, as_arguments(kwargs, settings, given)
 
     def _generate(
         self, run: Run, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, Any]

@@ -1,5 +1,6 @@
 """One generate: its state, what it may not ask for, and what its forwards are given."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +157,14 @@ def check_one_sequence(
             ("cache_implementation", "hybrid"),
         ):
             raise UsageError(f"{name} cannot be used in exact mode, with refresh or with a context: leave it out")
+
+
+def as_arguments(kwargs: dict[str, Any], settings: dict[str, Any], given: GenerationConfig) -> dict[str, Any]:
+    """`kwargs` with our `settings`: transformers wants either a config, which `given` is then, or arguments."""
+    if kwargs.get("generation_config") is None:
+        return kwargs | settings
+    config = copy.deepcopy(given)  # what is none of a config's stays an argument
+    return {**kwargs, **config.update(**settings), "generation_config": config}
 
 
 def stop_strings_as_criteria(kwargs: dict[str, Any], given: GenerationConfig) -> dict[str, Any]:
