@@ -29,7 +29,7 @@ from gpu_table import broken, page
 from report import provenance, write
 
 # Of the time, as far as a section is among those that are left.
-WEIGHTS = {"tests": 2, "ceilings": 2, "7b": 4, "13b": 7, "exact": 3, "70b": 4}
+WEIGHTS = {"tests": 4, "ceilings": 2, "7b": 4, "13b": 7, "exact": 3, "70b": 4}
 LARGEST_SHARED_MEMORY = Path("/dev/shm")
 # Checkpoints of every shape at once, for the full scale.
 NEEDED_BYTES = 52 * 10**9
