@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from griffin_offload.errors import DoesNotFit, GriffinError
-from griffin_offload.method.statistic import share_kept, shared_score, split_tokens
+from griffin_offload.errors import DoesNotFit, GriffinError, OutOfMemory
+from griffin_offload.method.statistic import split_tokens
 from griffin_offload.plan import as_loaded, describe_shortfall, replan_for
 from griffin_offload.pricing import Plan, Usage, logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.runtime.cache import KVCache
@@ -22,13 +22,14 @@ from griffin_offload.runtime.decode_graph import CudaRecorder, DecodeGraphs, Rec
 from griffin_offload.runtime.identity import identity_of, like_of
 from griffin_offload.runtime.kept_cache import KeptCache
 from griffin_offload.runtime.load import Loaded
+from griffin_offload.runtime.out_of_memory import refusals_named
 from griffin_offload.runtime.prefill import Progress, StreamedPass
 from griffin_offload.runtime.prospect import Prospect
 from griffin_offload.runtime.report import PrefillReport
 from griffin_offload.runtime.residents import materialise
 from griffin_offload.runtime.run import Run, cache_bytes, cache_of, prompt_mask, tokens_of
 from griffin_offload.runtime.saved import Identity, Like
-from griffin_offload.runtime.threads import limited_threads
+from griffin_offload.runtime.threads import OneUser, limited_threads
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.quantized_linear import int8_kernel
 from griffin_offload.weights.source import MappedWeights
@@ -57,7 +58,7 @@ class Engine:
             int8_kernel(prospect.device, prospect.dtype)  # compiled now, not at the first token
         if prospect.request.graphs:
             self.capture_with(CudaRecorder(prospect.device))
-        self._user: dict[str, object] = {}
+        self._user = OneUser()
         self._closed = False
 
     @property
@@ -85,18 +86,11 @@ class Engine:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """One prompt at a time. A lock could be left taken by a Ctrl-C between taking it and `try`; an entry of a
-        dict, set by one atomic call inside, cannot."""
-        me = object()
-        try:
+        """One prompt at a time."""
+        with self._user.alone("this model is generating already"):
             if self._closed:
                 raise GriffinError("this model is closed")
-            if self._user.setdefault("now", me) is not me:
-                raise GriffinError("this model is generating already")
             yield
-        finally:
-            if self._user.get("now") is me:
-                del self._user["now"]
 
     def capture_with(self, recorder: Recorder) -> None:
         """Decode by what `recorder` captures from now on."""
@@ -111,6 +105,20 @@ class Engine:
             whole = replace(use, ctx_tokens=max(use.ctx_tokens, self.plan.context_tokens))
             tokens = whole.cache_tokens if self._plan_of(whole).fits else tokens
         return self.kept_cache.take(use.batch, tokens, keep=keep)
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """How forwards run: with the threads that were chosen at load; OutOfMemory when memory is refused."""
+        remedy = "ask for less (a shorter prompt, fewer sequences), or close other programs"
+        try:
+            with (
+                refusals_named("generating", remedy, self.prospect.device, self.plan.budget_bytes),
+                limited_threads(self.loaded.threads),
+            ):
+                yield
+        except OutOfMemory:
+            self.kept_cache.release()
+            raise
 
     def keep_idle(self, idle_bytes: int) -> None:
         """Count so many bytes of contexts that nobody uses at the moment against the budget."""
@@ -204,7 +212,7 @@ class Engine:
         positions = keep if isinstance(keep, int) and keep > 0 else tokens.shape[1]
         self.require(Usage(tokens.shape[0], tokens.shape[1], tokens.shape[1], "dynamic", logit_positions=positions))
         mask = prompt_mask(tokens, arguments.get("attention_mask"), None)
-        with self.alone(), limited_threads(self.loaded.threads):
+        with self.alone(), self.guarded():
             return self._prefill(mask, None, args, kwargs)[0]
 
     def _first(self, run: Run, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
@@ -266,13 +274,7 @@ class Engine:
             self.last_prefill = None
             materialise(self.loaded.layers, context.selected, self.prospect)
         seconds, streamed_bytes = time.perf_counter() - start, self.loaded.layers.fetched_bytes - before
-        formula = self.loaded.layers.config.batch_statistic
-        shares = [
-            float(share_kept(shared_score(squared, formula), context.selected[index]))
-            for index, squared in context.squared.items()
-        ]
-        dense = len(self.loaded.layers.decoder) - len(shares)
-        kept = (sum(shares) + dense) / (len(shares) + dense)
+        kept = context.share_kept(self.loaded.layers.config.batch_statistic, len(self.loaded.layers.decoder))
         self.last_prefill = PrefillReport(tokens, seconds, streamed_bytes, 0.0, seconds, kept, None)
 
     def _remember(self, context: Context, run: Run, logits: Tensor) -> None:
