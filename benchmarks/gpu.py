@@ -170,8 +170,13 @@ def earlier(args: argparse.Namespace) -> dict[str, Any]:
 def device_name(args: argparse.Namespace) -> dict[str, Any]:
     if args.device != "cuda":
         return {"device": "cpu, with toys: shows that everything runs, no figure here means anything"}
-    properties = torch.cuda.get_device_properties(0)
-    return {"device": properties.name, "device_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    # Nothing here may open the device: a context of this process would be counted against the sections' budgets.
+    return {"device": "named by the section ceilings", "cuda": torch.version.cuda}
+
+
+def found_device(sections: dict[str, Any]) -> dict[str, Any]:
+    """What the section that looked says."""
+    return next((row["is"] for section in sections.values() for row in section["rows"] if "is" in row), {})
 
 
 def no_longer_needed(done: str, left: Sequence[str], args: argparse.Namespace, folder: Path) -> None:
@@ -188,6 +193,7 @@ def main(arguments: Sequence[str]) -> int:
         return work(args)
     ends_at, folder = time.monotonic() + args.minutes * 60, args.dir or room_for(args)
     record = provenance("gpu.py", arguments) | device_name(args) | {"scale": args.scale, "sections": earlier(args)}
+    record |= found_device(record["sections"])
     left = [name for name in SECTIONS if name in args.sections and name not in record["sections"]]
     try:
         while left:
@@ -197,6 +203,7 @@ def main(arguments: Sequence[str]) -> int:
             seconds = max(remaining * share, min(remaining, LEAST_SECTION_S))
             rates = next(iter(record["sections"].get("ceilings", {}).get("rows", [])), {})
             record["sections"][name] = run(name, args, folder, seconds, rates)
+            record |= found_device(record["sections"])
             no_longer_needed(name, left, args, folder)
             if args.out is not None:
                 write(args.out, record_name(args), page(record), record)

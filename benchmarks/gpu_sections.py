@@ -125,6 +125,7 @@ def ceilings(setting: Setting) -> None:
     }
     emit(
         {
+            "is": named(device),
             "copy_pinned_bytes_per_s": host_copy_rate(device, pinned=True),
             "copy_pageable_bytes_per_s": host_copy_rate(device, pinned=False),
             "device_copy_bytes_per_s": copied,
@@ -133,6 +134,13 @@ def ceilings(setting: Setting) -> None:
             "gate_up": gate_up(hidden, neurons, dtype, device),
         }
     )
+
+
+def named(device: torch.device) -> Row:
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {"device": properties.name, "device_bytes": properties.total_memory}
 
 
 def device_copy_rate(nbytes: int, device: torch.device) -> float:
