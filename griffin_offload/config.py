@@ -88,6 +88,8 @@ class LoadConfig:
     """Tokens that go through a full FF at once: bounds the workspace, not the result. None: by the slot's size."""
     threads: int | None = None
     """Threads that compute on the CPU; None: OMP_NUM_THREADS, else by a short timed trial."""
+    cuda_graphs: bool = True
+    """On CUDA, capture the decode of one token and replay it; off: every kernel is launched by itself."""
     offline: bool = False
     always_stream: bool = False
     """Stream layers that fit whole, too: for tests and measurements of the streamed pass."""

@@ -6,6 +6,7 @@ from griffin_offload.pricing.request import MAX_MARKS, PlanRequest, Usage, plann
 from griffin_offload.pricing.workspace import (
     ATTENTION_GROUP_NUMBERS,
     CHUNK_MULTIPLE,
+    MAX_GRAPHS,
     logits_bytes,
     scratch_bytes,
     statistics_bytes,
@@ -17,6 +18,7 @@ __all__ = [
     "CHUNK_MULTIPLE",
     "KV_PIECE_TOKENS",
     "KV_SLACK_TOKENS",
+    "MAX_GRAPHS",
     "MAX_MARKS",
     "Placement",
     "Plan",

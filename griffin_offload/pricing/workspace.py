@@ -18,6 +18,12 @@ _MAX_SCRATCH_BYTES = 16 * 2**20
 # Numbers of queries, keys and values that are in float32 at once where attention is translated; a head's, if those are
 # more.
 ATTENTION_GROUP_NUMBERS = 2**21
+# Captured CUDA graphs that are kept: KV caches times length buckets.
+MAX_GRAPHS = 8
+# A workspace of cuBLAS for the stream that captures (32 MiB on Hopper), one more of cuBLASLt, and rounding.
+_GRAPH_POOL_BYTES = 80 * 2**20
+# What the driver keeps of one kernel, and kernels of a layer: estimates, beside which benchmarks/gpu.py puts figures.
+_GRAPH_NODE_BYTES, _GRAPH_NODES = 1024, 64
 _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
 
@@ -124,6 +130,18 @@ def _translated_attention_bytes(shape: ModelShape, use: Usage, new_tokens: int, 
     group = min(every, max(ATTENTION_GROUP_NUMBERS, -(-every // max(shape.kv_heads, 1))))
     repeated = group * 2 * shape.attention_width // max(shape.kv_width, 1)
     return (group + repeated) * _FLOAT_BYTES
+
+
+def graphs_bytes(shape: ModelShape, request: PlanRequest, use: Usage, kept: Sequence[int]) -> int:
+    """Of captured decode steps: their common pool, which holds one token's workspace for good, and each one's kernels
+    and logits. Their attention always has a mask."""
+    if not request.graphs:
+        return 0
+    step = workspace_bytes(shape, request, use, 1, use.ctx_tokens, kept)
+    scores = use.batch * use.ctx_tokens * shape.heads * (shape.item_bytes + _FLOAT_BYTES)
+    logits = use.batch * shape.vocab_size * shape.item_bytes
+    nodes = len(shape.layers) * _GRAPH_NODES * _GRAPH_NODE_BYTES
+    return _GRAPH_POOL_BYTES + step + scores + MAX_GRAPHS * (logits + nodes)
 
 
 def statistics_bytes(
