@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import stat
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from griffin_offload.serving.server import Server
 
 _DEFAULTS = ServeConfig()
+_LONGEST_KEY_FILE = 10_000
 # On CPUs oneDNN and torch's layer over it keep compiled kernels for every length of a prompt, 1024 of them each: 1.5 MB
 # for every new length, up to some 200 MB. A layer has fewer than this many.
 _KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
@@ -131,11 +133,21 @@ def _api_key(file: Path | None) -> str | None:
 
     if file is not None:
         try:
-            return check_key(file.read_text(encoding="utf-8"), "--api-key-file")
+            with file.open("rb") as opened:
+                key = check_key(opened.read(_LONGEST_KEY_FILE).decode("utf-8"), "--api-key-file")
+                _warn_of_readers(os.fstat(opened.fileno()).st_mode)
+            return key
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot read --api-key-file: {type(error).__name__}") from error
     found = os.environ.get(KEY_VARIABLE)
     return check_key(found, KEY_VARIABLE) if found is not None else None
+
+
+def _warn_of_readers(mode: int) -> None:
+    """A line if the key file's `mode` lets everybody read it."""
+    if os.name == "posix" and stat.S_ISREG(mode) and mode & stat.S_IROTH:
+        what = f"others can read --api-key-file (mode {stat.S_IMODE(mode):o}): chmod o= it"
+        print(f"griffin-offload: {what}", file=sys.stderr)
 
 
 def _check_extra() -> None:

@@ -19,6 +19,7 @@ from griffin_offload.config import ServeConfig
 from griffin_offload.errors import UsageError
 from griffin_offload.serving.admission import caps_of
 from griffin_offload.serving.app import App, Service
+from griffin_offload.serving.connection import Connection
 from griffin_offload.serving.keeper import Held, Keeper
 from griffin_offload.serving.metrics import Metrics
 from griffin_offload.serving.prompts import Encoder
@@ -70,7 +71,7 @@ class Server:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 App(service),
-                http="h11",
+                http=Connection,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",

@@ -130,7 +130,23 @@ def test_what_is_refused_before_loading(cli, chat: Path, tmp_path: Path, monkeyp
 def _key(directory: Path) -> Path:
     file = directory / "good"
     file.write_text(f"{KEY}\n")
+    file.chmod(0o600)
     return file
+
+
+def test_a_key_file_that_everybody_can_read_is_named(cli, chat: Path, tmp_path: Path):
+    """And nothing is read without end."""
+    key = _key(tmp_path)
+    for mode, said in (
+        (0o600, ""),
+        (0o440, ""),
+        (0o644, "others can read --api-key-file (mode 644): chmod o= it"),
+    ):
+        key.chmod(mode)
+        err = cli("serve", "--port", 0, "-m", tmp_path / "none", "--api-key-file", key).err
+        assert (said in err) if said else ("--api-key-file" not in err)
+        assert KEY not in err
+    cli.refuses(2, "no usable key", "serve", "-m", chat, "--api-key-file", "/dev/zero")
 
 
 def test_errors_of_loading_are_the_usual_ones(cli, chat: Path, tmp_path: Path):

@@ -47,8 +47,10 @@ def test_health_and_metrics(tiny):
     for name in ("requests_total", "queue_depth", "time_to_first_token_seconds_bucket", "streamed_bytes_total"):
         assert f"\ngriffin_offload_{name}" in answer.text
     assert 0 < tiny.metric("device_peak_bytes") <= tiny.metric("device_budget_bytes")
+    assert tiny.metric("host_growth_bytes") > 0
     assert tiny.metric("session_bytes") > 0
     assert tiny.metric("host_bytes") > 0
+    assert tiny.metric("host_budget_bytes") == tiny.metric("device_budget_bytes")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'{"model": NaN}', b"[" * 50_000, b"\xff\xfe"], ids=repr)
