@@ -63,7 +63,7 @@ class App:
             kind = _kind(scope["path"])
             self._service.metrics.requests.labels(kind, outcome).inc()
             log.info("%s %d %s in %.2f s", kind, exchange.status, outcome, exchange.seconds)
-            log.debug("%s %s", scope["method"], scope["path"])
+            log.debug("%s %s", scope["method"], scope["raw_path"].decode("latin-1"))  # as sent: no line ends
 
     async def _outcome(self, exchange: Exchange, headers: Headers) -> str:
         """Answer, and say in one word what became of it."""

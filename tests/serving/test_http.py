@@ -173,6 +173,18 @@ def test_logs_say_nothing_of_what_was_said(tiny, caplog: pytest.LogCaptureFixtur
     ]
 
 
+def test_paths_make_no_lines_of_their_own_in_a_verbose_log(tiny, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("DEBUG")
+    tiny.http.get("/v1/a%0Agriffin-offload:%20forged%1b[2J")
+    end = time.monotonic() + 60
+    found: list[str] = []
+    while not found:
+        assert time.monotonic() < end
+        ours = [r.getMessage() for r in caplog.records if r.name.startswith("griffin_offload")]
+        found = [line for line in ours if "forged" in line]
+    assert found[0].isprintable()
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 def test_curl(tiny):
     def curl(*arguments: str) -> str:
