@@ -19,7 +19,7 @@ from griffin_offload.errors import UsageError
 from griffin_offload.units import format_bytes, parse_seconds, parse_size
 
 if TYPE_CHECKING:
-    from griffin_offload.serving.keeper import Held
+    from griffin_offload.pricing import Plan
     from griffin_offload.serving.server import Server
 
 _DEFAULTS = ServeConfig()
@@ -109,8 +109,8 @@ def serve(arguments: argparse.Namespace) -> int:
     server = Server(model_of(arguments), options, config)
     code: int | None = signal.SIGINT
     try:
-        held = server.load()
-        code = server.run(lambda: _say_ready(server, held, arguments))
+        plan = server.load()
+        code = server.run(lambda: _say_ready(server, plan, arguments))
         if not arguments.quiet:
             print("griffin-offload: stopped", file=sys.stderr, flush=True)
     finally:
@@ -171,8 +171,7 @@ def _log_to_stderr(arguments: argparse.Namespace) -> None:
         logging.getLogger(name).setLevel(logging.WARNING if arguments.verbose else logging.CRITICAL + 1)
 
 
-def _say_ready(server: "Server", held: "Held", arguments: argparse.Namespace) -> None:
-    plan = held.model.plan
+def _say_ready(server: "Server", plan: "Plan", arguments: argparse.Namespace) -> None:
     if arguments.json:
         facts = {"url": server.url, "model": server.name, "pid": os.getpid(), "plan": plan.to_json()}
         print(json.dumps(facts), flush=True)

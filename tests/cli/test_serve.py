@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,23 @@ def test_signals_in_the_middle_of_a_stream(start, chat: Path):
         rest = [line for line in lines if line.startswith("data: {")]
     assert '"code":"shutting_down"' in rest[-1]
     assert server.end(signal.SIGINT) == (130, "")
+
+
+def test_the_command_does_not_hold_the_model_itself(cli, chat: Path, monkeypatch: pytest.MonkeyPatch):
+    """Or an idle unload would free nothing, and the next request would load it a second time."""
+    from griffin_offload.serving.server import Server
+
+    def run(server: Server, ready: Callable[[], None]) -> int:
+        ready()
+        keeper = server._worker._keeper
+        assert keeper.held is not None
+        loaded = weakref.ref(keeper.held.model)
+        keeper.unload()
+        assert loaded() is None
+        return signal.SIGTERM
+
+    monkeypatch.setattr(Server, "run", run)
+    assert cli("serve", "-m", chat, *OPTIONS).code == 0
 
 
 def test_what_is_refused_before_loading(cli, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
