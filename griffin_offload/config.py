@@ -4,6 +4,7 @@ Shape notation of the whole package: B batch, T tokens, H hidden size, F feed-fo
 K kept neurons of a layer, L layers, V vocabulary. GB is 10**9 bytes, GiB is 2**30.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -25,6 +26,9 @@ CacheKind = Literal["ours", "static", "dynamic"]
 Refresh = Literal["turn", "never"] | int
 Density = float | Sequence[float]
 
+# Names as they come in Host headers, addresses of IPv6 with or without brackets; origins as browsers send them.
+_HOST = re.compile(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]?")
+_ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+/?")
 # Fewer neurons than this were never useful in the paper; the planner refuses instead of going lower.
 MIN_AUTO_DENSITY = 0.25
 # The same when the precision is free, too: fewer bits come before fewer neurons (README: equal bytes).
@@ -268,6 +272,12 @@ class ServeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}: at least 1")
+        for host in self.allow_host:
+            if not _HOST.fullmatch(host):
+                raise UsageError(f"allow_host is {host!r}: give a name or an address, without scheme and port")
+        for origin in self.cors_origin:
+            if not _ORIGIN.fullmatch(origin):
+                raise UsageError(f"cors_origin is {origin!r}: write https://example.org, or * for any")
 
 
 @dataclass(frozen=True)
