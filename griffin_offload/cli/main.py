@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from griffin_offload import __version__
 from griffin_offload.cli import bench, chat, convert, eval, inspect, plan, run, serve
-from griffin_offload.errors import GriffinError, one_line
+from griffin_offload.errors import GriffinError, as_line
 
 _INTERRUPTED = 130
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except GriffinError as error:
-        print(f"griffin-offload: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"griffin-offload: error: {as_line(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\ngriffin-offload: interrupted", file=sys.stderr)
@@ -47,5 +47,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, MemoryError) as error:  # the machine's troubles: a full disk, a lost mount
-        print(f"griffin-offload: error: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        print(f"griffin-offload: error: {type(error).__name__}: {as_line(error)}", file=sys.stderr)
         return GriffinError.exit_code

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.runtime.load import map_model
 from griffin_offload.units import format_bytes
-from griffin_offload.weights.checkpoint import INDEX, UNFINISHED, Checkpoint, fingerprint, open_checkpoint
+from griffin_offload.weights.checkpoint import UNFINISHED, Checkpoint, fingerprint, open_checkpoint
 from griffin_offload.weights.converted import Mark, check_shard
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.files import renamed, temporary_name, write_text
@@ -30,6 +30,7 @@ from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.quantized_linear import Precision, quantized
 from griffin_offload.weights.shape import build_on_meta, model_shape
 from griffin_offload.weights.swap import linear_names
+from griffin_offload.weights.weight_files import INDEX
 
 try:
     import fcntl

@@ -26,6 +26,7 @@ from griffin_offload.units import format_bytes, parse_size
 from griffin_offload.weights.checkpoint import Checkpoint
 from griffin_offload.weights.converted import map_converted
 from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.generation_file import check_generation_config
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.self_check import self_check
@@ -107,6 +108,7 @@ def _map_layers(
     converted = checkpoint.precision != "none"
     model = _map_converted(checkpoint, scratch) if converted else map_model(checkpoint)
     decoder, blocks = find_feed_forwards(model, len(shape.layers))
+    check_generation_config(model.generation_config, shape.vocab_size, checkpoint.directory)
     self_check(blocks[0])
     if shape.precision != "none" and not converted:
         swap_linears(decoder, blocks, shape.precision, "none", scratch)
