@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import fuzz_worker
 import pytest
 from fuzz import run_kind
-from fuzz_kinds import Kind, make_kinds
-from fuzz_worker import BAD, Lane, Place, run_lanes
+from fuzzing import worker
+from fuzzing.kinds import Kind, make_kinds
+from fuzzing.lanes import Lane, run_lanes
+from fuzzing.place import Place
+from fuzzing.worker import BAD
 
 from griffin_offload.errors import UsageError
+from griffin_offload.runtime import prompts
 
 COUNTS = {
     "size": 200,
@@ -39,7 +42,8 @@ def test_every_kind_is_sampled(kinds: dict[str, Kind]):
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_sample(kinds: dict[str, Kind], tmp_path: Path, name: str):
+def test_sample(kinds: dict[str, Kind], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr(prompts, "LIMIT_S", 1.0)
     verdicts = run_kind(kinds[name], 0, COUNTS[name], 1, 1, tmp_path)
     assert [verdict.index for verdict in verdicts] == list(range(COUNTS[name]))
     assert [verdict for verdict in verdicts if verdict.outcome in BAD] == []
@@ -109,8 +113,8 @@ def _stopped() -> None:
 def test_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str):
     """Also in the second of three cases, with the others judged by themselves."""
     case, outcome = FAULTS[fault]
-    monkeypatch.setattr(fuzz_worker, "LIMIT_S", 0.5 if "time" in fault else 20.0)
-    monkeypatch.setattr(fuzz_worker, "GRACE_S", 1.0)
+    monkeypatch.setattr(worker, "LIMIT_S", 3.0 if "time" in fault else 20.0)
+    monkeypatch.setattr(worker, "GRACE_S", 3.0)
 
     def second(generator: random.Random, place: Place) -> None:
         if generator.random() == random.Random("seed/1").random():

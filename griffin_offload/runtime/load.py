@@ -36,6 +36,7 @@ from griffin_offload.weights.swap import swap_linears
 
 # The host keeps this share of its free memory when full weights are put into it.
 _RAM_SHARE = 0.8
+_SLACK_BYTES = 100_000_000
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Loaded:
 
 def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
     """Load the model of `prospect` by `plan`. On failure nothing stays open."""
+    _check_stored(prospect, plan)
     _check_free_memory(prospect, plan)
     threads = _threads(prospect, config)  # its trial needs memory that the residents will take
     with limited_threads(threads), contextlib.ExitStack() as on_failure:
@@ -127,6 +129,18 @@ def _threads(prospect: Prospect, config: LoadConfig) -> int | None:
     return config.threads or choose_threads(
         prospect.shape.hidden_size, prospect.shape.layers[0].neurons, prospect.dtype
     )
+
+
+def _check_stored(prospect: Prospect, plan: Plan) -> None:
+    """CheckpointError where the files hold far less than the config describes: what they lack would be made of random
+    numbers, in memory, before it is found missing by name."""
+    checkpoint = prospect.checkpoint
+    described = prospect.shape_of(plan).weight_bytes * checkpoint.dtype.itemsize // prospect.dtype.itemsize
+    if described > 2 * checkpoint.weight_bytes + _SLACK_BYTES:  # files of several precisions, buffers that are none
+        raise CheckpointError(
+            f"{checkpoint.directory / 'config.json'} describes {format_bytes(described)} of weights, the files hold "
+            f"{format_bytes(checkpoint.weight_bytes)}: one of them is of another model"
+        )
 
 
 def _check_free_memory(prospect: Prospect, plan: Plan) -> None:

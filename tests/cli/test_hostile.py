@@ -80,6 +80,15 @@ def test_more_neurons_than_a_list_has_room_for(cli, copy: Path, edit):
     cli.refuses(3, "needs", "plan", "--config", copy / "config.json", "-q", "--max-mem", "1GB")
 
 
+@pytest.mark.parametrize("precision", ["none", "int8"])
+def test_weights_that_are_not_there_are_not_made_up(cli, copy: Path, made: Path, edit, precision: str):
+    """transformers would fill them with random numbers first."""
+    directory = copy if precision == "none" else made
+    edit(directory / "config.json", vocab_size=5_000_000)
+    words = r"config.json describes \d.* GB of weights, the files hold .* kB"
+    cli.refuses(4, words, *RUN, "--max-mem", "8GB", "-m", directory)
+
+
 SETTINGS = [
     ("eos_token_id", "a"),
     ("eos_token_id", [[1]]),
