@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from griffin_offload.runtime.saved import options_of, read_notes
 from griffin_offload.weights.checkpoint import load_tokenizer
 from griffin_offload.weights.weight_files import INDEX
 
+# What the machine had to refuse, the package should have before.
+_MEMORY = re.compile("out of memory|allocate memory|MemoryError|OutOfMemory")
 _JSON_FILES = ("config.json", "generation_config.json", INDEX, "tokenizer_config.json")
 
 _TEMPLATES = (
@@ -197,6 +200,6 @@ def _check_output(code: int, out: str, err: str) -> None:
     ours = all(line.isprintable() and len(line) < 2000 for line in lines)
     if code == 0 and ours and not errors:
         return
-    if code not in (2, 3, 4) or len(errors) != 1 or not ours or "Traceback" in err:
+    if code not in (2, 3, 4) or len(errors) != 1 or not ours or "Traceback" in err or _MEMORY.search(err):
         raise Unnamed(f"exit code {code}: {err[-600:]!r}")
     raise ModelError(errors[0])

@@ -17,7 +17,7 @@ from griffin_offload.units import parse_seconds, parse_size
 from griffin_offload.weights.checkpoint import open_checkpoint, read_config
 from griffin_offload.weights.converted import check_shard
 from griffin_offload.weights.mapped_file import map_file
-from griffin_offload.weights.weight_files import INDEX, read_header, read_headers
+from griffin_offload.weights.weight_files import INDEX, read_header, read_headers, weight_files
 
 # What other configs say, for a config to contradict itself with.
 _KEYS = ("auto_map", "quantization_config", "text_config", "layer_types", "num_labels", "rope_scaling", "id2label")
@@ -95,7 +95,7 @@ def index(generator: random.Random, place: Place) -> None:
     else:
         weights = damaged_json(generator, weights, shards(place.files))
     place.write(INDEX, as_bytes(generator, weights))
-    for path in read_headers(place.directory):
+    for path in read_headers(place.directory, *weight_files(place.directory)):
         if path.resolve().parent != place.directory.resolve():
             raise Unnamed(f"read {path}")
 

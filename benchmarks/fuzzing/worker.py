@@ -6,13 +6,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from fuzzing.place import Place, Watch
-from griffin_offload.errors import GriffinError
+from griffin_offload.errors import GriffinError, memory_refused
 
 # Of one case; far above what a machine that is busy with other things needs for it.
 LIMIT_S = 20.0
@@ -76,7 +76,7 @@ def _outcome(case: Case, generator: random.Random, place: Place) -> tuple[str, s
         place.watched = True
         case(generator, place)
     except GriffinError as error:
-        if any(isinstance(cause, MemoryError) for cause in _causes(error)):
+        if memory_refused(error):
             return "memory", str(error)[:300]
         return "refused", type(error).__name__
     except TooLong:
@@ -88,12 +88,6 @@ def _outcome(case: Case, generator: random.Random, place: Place) -> tuple[str, s
     finally:
         place.watched = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _where() -> str:

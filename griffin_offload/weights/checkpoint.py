@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, PretrainedConfig
 from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_line
 from griffin_offload.weights.config_file import load_config
 from griffin_offload.weights.converted import check_shard, mark_of
+from griffin_offload.weights.files import check_name
 from griffin_offload.weights.quantized_linear import Precision
-from griffin_offload.weights.weight_files import DTYPES, read_headers
+from griffin_offload.weights.watched_files import FileState, WatchedFiles, states_of
+from griffin_offload.weights.weight_files import DTYPES, read_headers, weight_files
 
 # Lies in a directory that convert has not finished.
 UNFINISHED = ".converting.json"
@@ -36,15 +38,23 @@ class Checkpoint:
     """What its matrices were converted to."""
     tables: Precision = "none"
     """What its embeddings and its head were converted to."""
+    states: dict[str, FileState] = field(default_factory=dict, compare=False)
+    """Of `files`, by resolved path, from before their headers were read."""
+
+    def watched(self) -> WatchedFiles:
+        """`files`, held against what they were when they were checked. OSError for one that cannot be opened."""
+        return WatchedFiles(self.states, self.states)
 
 
 def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
-    """Find the directory or hub id `model` and check its headers. Errors: ModelNotFound, CheckpointError,
-    UnsupportedModel. No weight is read."""
+    """Find the directory or hub id `model` and check its headers. Errors: UsageError, ModelNotFound,
+    CheckpointError, UnsupportedModel. No weight is read."""
     directory = _locate(str(model), offline)
     config = _read_config(directory)
     mark = mark_of(config, directory)
-    headers = read_headers(directory)
+    files, promised = weight_files(directory)
+    states = _states(files)
+    headers = read_headers(directory, files, promised)
     sizes: Counter[str] = Counter()
     for header in headers.values():
         for dtype, size_bytes in header.values():
@@ -62,7 +72,7 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
             f"{directory} is quantised ({stored}): only 16, 32 and 64 bit floats are loaded, or what griffin-offload "
             "convert made of them"
         )
-    checkpoint = Checkpoint(directory, config, DTYPES[stored], tuple(headers), weight_bytes)
+    checkpoint = Checkpoint(directory, config, DTYPES[stored], tuple(headers), weight_bytes, states=states)
     return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
 
 
@@ -105,6 +115,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 def _locate(model: str, offline: bool) -> Path:
     path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
+    check_name(path)
     if path.is_dir():
         return path
     if path.exists():
@@ -131,4 +142,10 @@ def _read_config(directory: Path) -> PretrainedConfig:
         raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
-    return load_config(directory / "config.json")
+
+
+def _states(files: list[Path]) -> dict[str, FileState]:
+    try:
+        return states_of(str(path.resolve()) for path in files)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise CheckpointError(f"{files[0].parent} cannot be read: {one_line(error)}") from error

@@ -2,13 +2,14 @@
 
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from griffin_offload.errors import CheckpointError, one_line
+from griffin_offload.errors import CheckpointError, memory_refused, one_line
 from griffin_offload.weights.json_file import read_object
 
 INDEX = "model.safetensors.index.json"
@@ -23,13 +24,13 @@ Header = dict[str, tuple[str, int]]
 """Stored precision and bytes of each tensor."""
 
 
-def read_headers(directory: Path) -> dict[Path, Header]:
-    """The header of every file that transformers will load: the single one, or those of the index, which has to be
-    complete. CheckpointError otherwise."""
+def weight_files(directory: Path) -> tuple[list[Path], Collection[str]]:
+    """The files that transformers will load: the single one, or those of the index; and the tensors that the index
+    promises. CheckpointError where there are none."""
     if (directory / _SINGLE).is_file():
-        return {directory / _SINGLE: read_header(directory / _SINGLE)}
+        return [directory / _SINGLE], ()
     if (directory / INDEX).is_file():
-        return _indexed_headers(directory)
+        return _indexed_files(directory)
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -38,15 +39,20 @@ def read_headers(directory: Path) -> dict[Path, Header]:
     raise CheckpointError(f"{directory} has no {_SINGLE} and no {INDEX}")
 
 
-def _indexed_headers(directory: Path) -> dict[Path, Header]:
-    weight_map = read_object(directory / INDEX, _MOST_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{directory / INDEX} cannot be read: its weight_map has to name a file for each tensor")
-    headers = {path: read_header(path) for path in _files_of(directory, set(weight_map.values()))}
-    lacking = sorted(set(weight_map) - {name for header in headers.values() for name in header})
+def read_headers(directory: Path, files: list[Path], promised: Collection[str]) -> dict[Path, Header]:
+    """The header of every one of `files`; CheckpointError for a damaged one, or where a promised tensor is in none."""
+    headers = {path: read_header(path) for path in files}
+    lacking = sorted(set(promised) - {name for header in headers.values() for name in header})
     if lacking:
         raise CheckpointError(f"{directory}: the index promises {lacking[0]}, no shard holds it")
     return headers
+
+
+def _indexed_files(directory: Path) -> tuple[list[Path], Collection[str]]:
+    weight_map = read_object(directory / INDEX, _MOST_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{directory / INDEX} cannot be read: its weight_map has to name a file for each tensor")
+    return _files_of(directory, set(weight_map.values())), weight_map
 
 
 def _files_of(directory: Path, names: set[str]) -> list[Path]:
@@ -66,6 +72,8 @@ def read_header(path: Path) -> Header:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             return {name: (part.get_dtype(), _tensor_bytes(part)) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
+        if memory_refused(error):
+            raise
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is truncated or damaged, download it again: {one_line(error)}"
         ) from error
