@@ -142,6 +142,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
         raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
+    return load_config(directory / "config.json")
 
 
 def _states(files: list[Path]) -> dict[str, FileState]:
