@@ -63,7 +63,8 @@ class Loaded:
 
 def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
     """Load the model of `prospect` by `plan`. On failure nothing stays open."""
-    _check_stored(prospect, plan)
+    described = prospect.shape_of(plan).weight_bytes * prospect.checkpoint.dtype.itemsize // prospect.dtype.itemsize
+    check_stored(prospect.checkpoint, described)
     _check_free_memory(prospect, plan)
     threads = _threads(prospect, config)  # its trial needs memory that the residents will take
     with limited_threads(threads), contextlib.ExitStack() as on_failure:
@@ -166,15 +167,14 @@ def _threads(prospect: Prospect, config: LoadConfig) -> int | None:
     )
 
 
-def _check_stored(prospect: Prospect, plan: Plan) -> None:
+def check_stored(checkpoint: Checkpoint, described_bytes: int) -> None:
     """CheckpointError where the files hold far less than the config describes: what they lack would be made of random
     numbers, in memory, before it is found missing by name."""
-    checkpoint = prospect.checkpoint
-    described = prospect.shape_of(plan).weight_bytes * checkpoint.dtype.itemsize // prospect.dtype.itemsize
-    if described > 2 * checkpoint.weight_bytes + _SLACK_BYTES:  # files of several precisions, buffers that are none
+    stored_bytes = checkpoint.weight_bytes
+    if described_bytes > 2 * stored_bytes + _SLACK_BYTES:  # files of several precisions, buffers that are none
         raise CheckpointError(
-            f"{checkpoint.directory / 'config.json'} describes {format_bytes(described)} of weights, the files hold "
-            f"{format_bytes(checkpoint.weight_bytes)}: one of them is of another model"
+            f"{checkpoint.directory / 'config.json'} describes {format_bytes(described_bytes)} of weights, the files "
+            f"hold {format_bytes(stored_bytes)}: one of them is of another model"
         )
 
 

@@ -87,6 +87,8 @@ def test_weights_that_are_not_there_are_not_made_up(cli, copy: Path, made: Path,
     edit(directory / "config.json", vocab_size=5_000_000)
     words = r"config.json describes \d.* GB of weights, the files hold .* kB"
     cli.refuses(4, words, *RUN, "--max-mem", "8GB", "-m", directory)
+    if precision == "none":
+        cli.refuses(4, words, "convert", copy.with_name("out"), "--quantize", "int8", "-m", copy)
 
 
 SETTINGS = [
