@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from griffin_offload.config import KVBits
 from griffin_offload.errors import GriffinError
 from griffin_offload.pricing import KV_SLACK_TOKENS, kv_tokens_kept
 from griffin_offload.runtime.kv_store import Int8Store, Scratch, Store
-from griffin_offload.weights.shape import windows_of
+from griffin_offload.weights.shape import cache_layers, windows_of
 
 _Scratches = tuple[Scratch, Scratch]
 
@@ -24,7 +24,7 @@ _Scratches = tuple[Scratch, Scratch]
 def can_cache(config: PretrainedConfig) -> bool:
     """Whether every layer of `config`'s model caches plain attention: all of the past, or a window of it."""
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return not config.is_encoder_decoder and all(type(layer) in plain for layer in DynamicCache(config=config).layers)
+    return not config.is_encoder_decoder and all(type(layer) in plain for layer in cache_layers(config))
 
 
 class KVCache(Cache):  # type: ignore[misc]

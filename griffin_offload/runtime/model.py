@@ -31,6 +31,7 @@ from griffin_offload.runtime.run import (
     as_arguments,
     check_length,
     check_one_sequence,
+    checked_prompt,
     refuse_what_cannot_work,
     returns_cache,
     stop_strings_as_criteria,
@@ -204,9 +205,8 @@ class GriffinModel:
         or its length needs more than the budget.
         """
         inputs = next((kwargs.pop(k) for k in ("inputs", "input_ids") if k in kwargs), inputs)
-        prompt = inputs if inputs is not None else kwargs.get("inputs_embeds")
-        if prompt is None or prompt.dim() < 2 or prompt.shape[1] == 0:
-            raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
+        given = inputs if inputs is not None else kwargs.get("inputs_embeds")
+        prompt = checked_prompt(given, self._engine.shape.vocab_size)
         kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         with self._engine.alone():
             mode = self._mode(exact, draft_tokens, refresh)

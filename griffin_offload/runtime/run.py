@@ -228,6 +228,19 @@ def _cache_of_caller(cache: Any, implementation: str | None) -> CacheKind | None
     return None if cache is None and implementation in (None, "hybrid") else "dynamic"
 
 
+def checked_prompt(prompt: Tensor | None, vocab_size: int) -> Tensor:
+    """`prompt`; UsageError unless it holds token ids [B, T] of the vocabulary, or embeddings [B, T, H]."""
+    if prompt is None or prompt.dim() < 2 or prompt.shape[1] == 0:
+        raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
+    least, largest = (int(prompt.min()), int(prompt.max())) if prompt.dim() == 2 else (0, 0)
+    if least < 0 or largest >= vocab_size:
+        raise UsageError(
+            f"the prompt has token ids from {least} to {largest}, the vocabulary ends at {vocab_size - 1}: the "
+            "tokenizer is of another model"
+        )
+    return prompt
+
+
 def check_length(use: Usage, context_tokens: int) -> None:
     """UsageError unless prompt and answer are within the context that was planned."""
     if use.ctx_tokens > context_tokens:

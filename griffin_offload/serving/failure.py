@@ -69,8 +69,6 @@ def out_of_memory() -> Failure:
     return Failure(503, "the server is out of memory for this request: ask for less", code="out_of_memory")
 
 
-
-
 def too_many_connections() -> Failure:
     """The connection is closed behind this, so that the next try is a new one."""
     return Failure(
