@@ -16,6 +16,9 @@ Messages are one line: what was found, the numbers, and the remedy after a colon
 
 import errno
 
+# Of a line on a terminal: enough for the longest of ours with two paths in it.
+_MOST_LETTERS = 1500
+
 
 class GriffinError(Exception):
     """Base of all errors this package raises for its users."""
@@ -70,6 +73,14 @@ class SavedContextError(GriffinError):
 def one_line(error: BaseException) -> str:
     """What another library's `error` says, in one line of bounded length."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def as_line(error: BaseException) -> str:
+    """An error of ours for a terminal: one line of bounded length, without letters that a terminal would obey. Names
+    in it may come from files of strangers."""
+    line = " ".join(str(error).split())
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line[:_MOST_LETTERS])
+    return shown + "..." * (len(line) > _MOST_LETTERS)
 
 
 # What torch, its kernels, the kernel's system calls and thread libraries say, for want of a class of their own.

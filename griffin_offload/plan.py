@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from griffin_offload.config import MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITIES, MIN_AUTO_DENSITY, NEURON_MULTIPLE
 from griffin_offload.errors import DoesNotFit, UsageError
@@ -105,7 +106,21 @@ def best_plan(shape: ModelShape, request: PlanRequest, ctx_tokens: int) -> Plan:
     return price(shape, request, use, kept_choices[0], slots, embeddings)
 
 
-_Rung = tuple[list[tuple[int, ...]], int, Placement]
+class _Choices(Sequence[tuple[int, ...]]):
+    """Kept neurons per layer, made when asked for: a config may promise more neurons than a list has room for."""
+
+    def __init__(self, neurons: tuple[int, ...], kept_of_widest: Sequence[int]) -> None:
+        self._neurons, self._kept, self._widest = neurons, kept_of_widest, max(neurons)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        density = self._kept[index] / self._widest
+        return tuple(neurons_kept(neurons, density) for neurons in self._neurons)
+
+
+_Rung = tuple[Sequence[tuple[int, ...]], int, Placement]
 
 
 def _rungs(shape: ModelShape, request: PlanRequest) -> Iterator[_Rung]:
@@ -127,20 +142,20 @@ def _rungs(shape: ModelShape, request: PlanRequest) -> Iterator[_Rung]:
     yield from ((choices, slots, placements[-1]) for slots in SLOTS)
 
 
-def pruned_choices(shape: ModelShape, min_density: float = MIN_AUTO_DENSITY) -> list[tuple[int, ...]]:
+def pruned_choices(shape: ModelShape, min_density: float = MIN_AUTO_DENSITY) -> Sequence[tuple[int, ...]]:
     """Kept neurons per layer for every density the planner considers, ascending, all below 1."""
     widest = max(layer.neurons for layer in shape.layers)
     step = NEURON_MULTIPLE if widest % NEURON_MULTIPLE == 0 and widest >= 4 * NEURON_MULTIPLE else 1
     lowest = math.ceil(widest * min_density / step) * step
     kept_of_widest = range(lowest, widest, step) or [widest]  # one neuron a layer leaves no choice
-    return [tuple(neurons_kept(layer.neurons, kept / widest) for layer in shape.layers) for kept in kept_of_widest]
+    return _Choices(tuple(layer.neurons for layer in shape.layers), kept_of_widest)
 
 
 def _largest_fitting(
     shape: ModelShape,
     request: PlanRequest,
     use: Usage,
-    choices: list[tuple[int, ...]],
+    choices: Sequence[tuple[int, ...]],
     slots: int,
     embeddings: Placement,
 ) -> Plan | None:

@@ -17,9 +17,11 @@ _FACTORS = {
     "gib": 2**30,
     "tib": 2**40,
 }
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-z%]*)\s*", re.IGNORECASE)
+# Two ways to read the same digits would cost the square of their number where neither fits.
+_NUMBER = r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_SIZE = re.compile(rf"\s*{_NUMBER}\s*([a-z%]*)\s*", re.IGNORECASE)
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
-_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", re.IGNORECASE)
+_TIME = re.compile(rf"\s*{_NUMBER}\s*([smh]?)\s*", re.IGNORECASE)
 # "auto" leaves a tenth of the free memory to everybody else.
 _AUTO_SHARE = 0.9
 
@@ -30,6 +32,8 @@ def parse_size(text: str | float, *, total_bytes: int | None = None, free_bytes:
     "auto" is `free_bytes` less a margin of a tenth. Raises UsageError for anything else.
     """
     if not isinstance(text, str):
+        if not -math.inf < text < math.inf:
+            raise UsageError(f"the size {text} is not a number of bytes: write for example 12GB")
         return _positive(int(text), str(text))
     if text.strip().lower() == "auto" and free_bytes is not None:
         return int(free_bytes * _AUTO_SHARE)
@@ -39,7 +43,7 @@ def parse_size(text: str | float, *, total_bytes: int | None = None, free_bytes:
     if unit == "%" and total_bytes is not None and number <= 100:
         return _positive(int(total_bytes * number / 100), text)
     if unit not in _FACTORS or not math.isfinite(bytes_meant):
-        raise UsageError(f"cannot read the size {text!r}: write for example 12GB, 12GiB, 80% or auto")
+        raise UsageError(f"cannot read the size {_short(text)}: write for example 12GB, 12GiB, 80% or auto")
     return _positive(int(bytes_meant), text)
 
 
@@ -48,14 +52,18 @@ def parse_seconds(text: str) -> float:
     match = _TIME.fullmatch(text)
     seconds = float(match[1]) * _SECONDS[match[2].lower()] if match else 0.0
     if not 0 < seconds < math.inf:
-        raise UsageError(f"cannot read the time {text!r}: write for example 30s, 10m or 2h")
+        raise UsageError(f"cannot read the time {_short(text)}: write for example 30s, 10m or 2h")
     return seconds
 
 
 def _positive(size_bytes: int, text: str) -> int:
     if size_bytes <= 0:
-        raise UsageError(f"the size {text!r} is {size_bytes} bytes: it has to be more than nothing")
+        raise UsageError(f"the size {_short(text)} is {size_bytes} bytes: it has to be more than nothing")
     return size_bytes
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
 def format_bytes(size_bytes: float) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from griffin_offload import __version__
 from griffin_offload.cli import bench, chat, convert, eval, inspect, plan, run, serve
-from griffin_offload.errors import GriffinError, OutOfMemory, memory_refused, one_line
+from griffin_offload.errors import GriffinError, OutOfMemory, as_line, memory_refused
 
 _INTERRUPTED = 130
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except GriffinError as error:
-        print(f"griffin-offload: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"griffin-offload: error: {as_line(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\ngriffin-offload: interrupted", file=sys.stderr)
@@ -53,5 +53,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError, RuntimeError) as error:  # the machine's troubles: a full disk, a lost mount
         if isinstance(error, RuntimeError) and not memory_refused(error):
             raise  # a bug of ours
-        print(f"griffin-offload: error: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        print(f"griffin-offload: error: {type(error).__name__}: {as_line(error)}", file=sys.stderr)
         return OutOfMemory.exit_code if memory_refused(error) else GriffinError.exit_code

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.generation import check_utf8
 from griffin_offload.demo import PROMPT
-from griffin_offload.errors import CheckpointError, UsageError, one_line
+from griffin_offload.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,25 +47,27 @@ def _standard_input() -> str:
 
 def tokenize(directory: Path, text: str, arguments: argparse.Namespace) -> "Tensor":
     """Ids [1, T], in the model's chat template where it has one and `--raw` is not given."""
+    import torch
+
+    from griffin_offload.runtime.prompts import encode
     from griffin_offload.weights.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(directory)
     templated = tokenizer.chat_template is not None and not arguments.raw
     if arguments.system is not None and not templated:
         raise UsageError("--system needs a chat template: this model has none, or --raw turned it off")
-    encoded = _templated(tokenizer, text, arguments.system) if templated else tokenizer(text, return_tensors="pt")
-    tokens: Tensor = encoded["input_ids"]
-    if tokens.shape[1] == 0:
+    ids = _templated(tokenizer, text, arguments.system) if templated else encode(tokenizer, text)
+    if not ids:
         raise UsageError("the prompt is empty: the tokenizer makes no token of it")
-    return tokens
+    return torch.tensor([ids])
 
 
-def _templated(tokenizer: Any, text: str, system: str | None) -> Any:
+def _templated(tokenizer: Any, text: str, system: str | None) -> list[int]:
+    from griffin_offload.runtime.prompts import encode_messages
+
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
     try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    except Exception as error:  # a template is a program of the checkpoint's author
-        raise CheckpointError(f"the model's chat template fails, --raw turns it off: {one_line(error)}") from error
+        return encode_messages(tokenizer, messages)
+    except CheckpointError as error:  # a template is a program of the checkpoint's author
+        raise CheckpointError(f"the model's chat template fails, --raw turns it off: {error}") from error

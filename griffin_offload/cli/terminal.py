@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from griffin_offload.cli.generation import PrefillBar, check_utf8
-from griffin_offload.errors import GriffinError, UsageError
+from griffin_offload.errors import GriffinError, UsageError, as_line
 from griffin_offload.runtime.session import ChatSession, Reply
 from griffin_offload.units import format_bytes
 
@@ -52,7 +52,7 @@ class Terminal:
             except GriffinError as error:
                 if not self._interactive:
                     raise
-                _say(f"griffin-offload: error: {' '.join(str(error).split())}")
+                _say(f"griffin-offload: error: {as_line(error)}")
             except KeyboardInterrupt:  # between answers: while a file is read, for example
                 if not self._interactive:
                     raise

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
-from griffin_offload.runtime.load import map_model
+from griffin_offload.runtime.load import check_stored, map_model
 from griffin_offload.runtime.out_of_memory import RefusalsNamed
 from griffin_offload.units import format_bytes
-from griffin_offload.weights.checkpoint import INDEX, UNFINISHED, Checkpoint, fingerprint, open_checkpoint
+from griffin_offload.weights.checkpoint import UNFINISHED, Checkpoint, fingerprint, open_checkpoint
 from griffin_offload.weights.converted import Mark, check_shard
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.files import check_name, renamed, temporary_name, write_text
@@ -31,6 +31,7 @@ from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.quantized_linear import Precision, quantized
 from griffin_offload.weights.shape import build_on_meta, model_shape
 from griffin_offload.weights.swap import linear_names
+from griffin_offload.weights.weight_files import INDEX
 
 try:
     import fcntl
@@ -79,7 +80,9 @@ def convert(
     check_name(directory)
     if checkpoint.precision != "none":
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
-    shape = model_shape(build_on_meta(checkpoint.config, checkpoint.dtype), precision, precision, tables)
+    meta = build_on_meta(checkpoint.config, checkpoint.dtype)
+    check_stored(checkpoint, sum(parameter.nbytes for parameter in meta.parameters()))
+    shape = model_shape(meta, precision, precision, tables)
     with _failures_named(directory), contextlib.closing(checkpoint.watched()) as files, _locked(directory):
         files.check()
         mark = Mark(precision, fingerprint(checkpoint), tables)

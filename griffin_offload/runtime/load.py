@@ -15,6 +15,7 @@ from griffin_offload.config import LoadConfig
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
 from griffin_offload.pricing import Plan, scratch_bytes
 from griffin_offload.runtime.arrival import Arrival
+from griffin_offload.runtime.cpu_attention import translate_attention
 from griffin_offload.runtime.cpu_linear import translate_linears
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.memory import Ledger, device_bytes
@@ -27,6 +28,7 @@ from griffin_offload.units import format_bytes, parse_size
 from griffin_offload.weights.checkpoint import Checkpoint
 from griffin_offload.weights.converted import map_converted
 from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.generation_file import check_generation_config
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.pages import FilePages
@@ -37,6 +39,7 @@ from griffin_offload.weights.swap import swap_linears
 
 # The host keeps this share of its free memory when full weights are put into it.
 _RAM_SHARE = 0.8
+_SLACK_BYTES = 100_000_000
 
 
 @dataclass
@@ -61,6 +64,8 @@ class Loaded:
 
 def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
     """Load the model of `prospect` by `plan`. On failure nothing stays open."""
+    described = prospect.shape_of(plan).weight_bytes * prospect.checkpoint.dtype.itemsize // prospect.dtype.itemsize
+    check_stored(prospect.checkpoint, described)
     _check_free_memory(prospect, plan)
     threads = _threads(prospect, config)  # its trial needs memory that the residents will take
     with limited_threads(threads), contextlib.ExitStack() as on_failure:
@@ -110,6 +115,7 @@ def _load(
         on_failure.callback(host_embedding.close)
     if prospect.request.translated:
         translate_linears(model, scratch)
+        translate_attention(model)
     layers = StreamedLayers(
         decoder=decoder,
         blocks=blocks,
@@ -142,6 +148,7 @@ def _map_layers(
     converted = checkpoint.precision != "none"
     model = _map_converted(checkpoint, scratch) if converted else map_model(checkpoint)
     decoder, blocks = find_feed_forwards(model, len(shape.layers))
+    check_generation_config(model.generation_config, shape.vocab_size, checkpoint.directory)
     self_check(blocks[0])
     if shape.precision != "none" and not converted:
         swap_linears(decoder, blocks, shape.precision, "none", scratch)
@@ -160,6 +167,17 @@ def _threads(prospect: Prospect, config: LoadConfig) -> int | None:
     return config.threads or choose_threads(
         prospect.shape.hidden_size, prospect.shape.layers[0].neurons, prospect.dtype
     )
+
+
+def check_stored(checkpoint: Checkpoint, described_bytes: int) -> None:
+    """CheckpointError where the files hold far less than the config describes: what they lack would be made of random
+    numbers, in memory, before it is found missing by name."""
+    stored_bytes = checkpoint.weight_bytes
+    if described_bytes > 2 * stored_bytes + _SLACK_BYTES:  # files of several precisions, buffers that are none
+        raise CheckpointError(
+            f"{checkpoint.directory / 'config.json'} describes {format_bytes(described_bytes)} of weights, the files "
+            f"hold {format_bytes(stored_bytes)}: one of them is of another model"
+        )
 
 
 def _check_free_memory(prospect: Prospect, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -22,9 +23,17 @@ class RefusalsNamed:
     keeps the error.
     """
 
-    def __init__(self, doing: str, remedy: str, device: torch.device = _CPU, budget_bytes: int | None = None) -> None:
-        """`budget_bytes` is told, where there is one."""
+    def __init__(
+        self,
+        doing: str,
+        remedy: str,
+        device: torch.device = _CPU,
+        budget_bytes: int | None = None,
+        give_back: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`budget_bytes` is told, where there is one; `give_back` is called when memory was refused."""
         self._doing, self._remedy, self._device, self._budget_bytes = doing, remedy, device, budget_bytes
+        self._give_back = give_back
 
     def __enter__(self) -> None:
         pass
@@ -38,6 +47,7 @@ class RefusalsNamed:
         traceback.clear_frames(trace)
         error.__traceback__ = None
         del kind, error, trace
+        self._give_back()
         raise OutOfMemory(message)
 
     def _message(self, error: BaseException) -> str:

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from griffin_offload.config import ChatConfig, Overflow, RunConfig
-from griffin_offload.errors import CheckpointError, SavedContextError, UsageError, one_line
+from griffin_offload.errors import CheckpointError, SavedContextError, UsageError
 from griffin_offload.runtime.model import GriffinModel
+from griffin_offload.runtime.prompts import encode, encode_messages
 from griffin_offload.runtime.report import RunReport
 from griffin_offload.runtime.saved import read_notes
 
@@ -137,18 +138,15 @@ class ChatSession:
         tokenizer = self.model.tokenizer
         if not self.templated:
             text = _joined([message["content"] for message in messages])
-            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            ids = encode(tokenizer, text)
         else:
             try:
-                ids = tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-                )["input_ids"]
-            except Exception as error:  # a template is a program of the checkpoint's author
-                raise CheckpointError(f"the model's chat template fails: {one_line(error)}") from error
-        found: Tensor = ids
-        if found.shape[1] == 0:
+                ids = encode_messages(tokenizer, messages)
+            except CheckpointError as error:  # a template is a program of the checkpoint's author
+                raise CheckpointError(f"the model's chat template fails: {error}") from error
+        if not ids:
             raise UsageError("the message is empty: the tokenizer makes no token of it")
-        return found
+        return torch.tensor([ids])
 
     def _decoded(self, answer: Tensor) -> str:
         text: str = self.model.tokenizer.decode(answer, skip_special_tokens=True)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from griffin_offload.errors import one_line
+from griffin_offload.errors import CheckpointError, one_line
+from griffin_offload.runtime.prompts import encode, encode_messages
 from griffin_offload.serving.failure import invalid
 from griffin_offload.serving.messages import Message
 from griffin_offload.serving.requests import Prompt, Request
@@ -36,16 +37,17 @@ class Encoder:
         if self._tokenizer.chat_template is None:
             raise invalid("this model has no chat template: use /v1/completions", "messages", code="no_chat_template")
         try:
-            ids = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
-        except (
-            Exception
-        ) as error:  # a template is a program of the checkpoint's author; many refuse an odd order of roles
+            ids = encode_messages(self._tokenizer, list(messages))
+        except CheckpointError as error:  # many templates refuse an odd order of roles
             raise invalid(f"the model's chat template refuses these messages: {one_line(error)}", "messages") from error
-        return _checked(ids["input_ids"], "messages")
+        return _checked(ids, "messages")
 
     def _completion(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return _checked(self._tokenizer(prompt)["input_ids"], "prompt")
+            try:
+                return _checked(encode(self._tokenizer, prompt), "prompt")
+            except CheckpointError as error:
+                raise invalid(f"the model's tokenizer refuses this prompt: {one_line(error)}", "prompt") from error
         if max(prompt) >= self._vocab_size:
             raise invalid(f"prompt has a token id {max(prompt)}: they go up to {self._vocab_size - 1}", "prompt")
         return prompt

@@ -1,8 +1,6 @@
 """A checkpoint on disk in Hugging Face layout: found, its headers read and checked, no weight touched."""
 
 import hashlib
-import json
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -10,23 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
-from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, memory_refused, one_line
+from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_line
+from griffin_offload.weights.config_file import load_config
 from griffin_offload.weights.converted import check_shard, mark_of
 from griffin_offload.weights.files import check_name
 from griffin_offload.weights.quantized_linear import Precision
 from griffin_offload.weights.watched_files import FileState, WatchedFiles, states_of
+from griffin_offload.weights.weight_files import DTYPES, read_headers, weight_files
 
-INDEX = "model.safetensors.index.json"
 # Lies in a directory that convert has not finished.
 UNFINISHED = ".converting.json"
-_SINGLE = "model.safetensors"
 # Of every file so many pieces go into a fingerprint, evenly spread.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -57,9 +52,9 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     directory = _locate(str(model), offline)
     config = _read_config(directory)
     mark = mark_of(config, directory)
-    files = _weight_files(directory)
+    files, promised = weight_files(directory)
     states = _states(files)
-    headers = {path: _read_header(path) for path in files}
+    headers = read_headers(directory, files, promised)
     sizes: Counter[str] = Counter()
     for header in headers.values():
         for dtype, size_bytes in header.values():
@@ -70,14 +65,14 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     for path in headers:
         check_shard(path, mark)
     if mark is not None:
-        sizes = Counter({name: count for name, count in sizes.items() if name in _DTYPES})
+        sizes = Counter({name: count for name, count in sizes.items() if name in DTYPES})
     stored = max(sizes, key=lambda name: sizes[name], default="no floats")
-    if stored not in _DTYPES or getattr(config, "quantization_config", None) is not None:
+    if stored not in DTYPES or getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(
             f"{directory} is quantised ({stored}): only 16, 32 and 64 bit floats are loaded, or what griffin-offload "
             "convert made of them"
         )
-    checkpoint = Checkpoint(directory, config, _DTYPES[stored], tuple(headers), weight_bytes, states=states)
+    checkpoint = Checkpoint(directory, config, DTYPES[stored], tuple(headers), weight_bytes, states=states)
     return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
 
 
@@ -86,7 +81,7 @@ def read_config(path: str | Path) -> Checkpoint:
     file = Path(os.path.expanduser(path))
     if not file.is_file():
         raise ModelNotFound(f"no file {file}: give a config.json")
-    config = _load_config(file)
+    config = load_config(file)
     mark = mark_of(config, file.parent)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(f"{file} describes a quantised model: only what griffin-offload convert made is known")
@@ -112,7 +107,9 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a checkpoint; CheckpointError if there is none that can be loaded."""
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers fail in many ways
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers fail in many ways; a panic of native code is no Exception
         raise CheckpointError(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
 
 
@@ -145,71 +142,11 @@ def _read_config(directory: Path) -> PretrainedConfig:
         raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
-    return _load_config(directory / "config.json")
-
-
-def _load_config(file: Path) -> PretrainedConfig:
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each architecture validates its config in its own way
-        raise CheckpointError(f"{file} cannot be used: {one_line(error)}") from error
-    return config
+    return load_config(directory / "config.json")
 
 
 def _states(files: list[Path]) -> dict[str, FileState]:
     try:
         return states_of(str(path.resolve()) for path in files)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise CheckpointError(f"{files[0].parent} cannot be read: {one_line(error)}") from error
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The files that transformers will load: the single one, else those of the index, which has to be complete."""
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
-    if (directory / INDEX).is_file():
-        return _indexed_files(directory)
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{directory} has only pickled weights ({pickles[0]}): they can run code, convert them to safetensors"
-        )
-    raise CheckpointError(f"{directory} has no {_SINGLE} and no {INDEX}")
-
-
-def _indexed_files(directory: Path) -> list[Path]:
-    try:
-        weight_map: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{directory / INDEX} cannot be read: {one_line(error)}") from error
-    for path in files:
-        if path.parent != directory:
-            raise CheckpointError(f"{directory / INDEX} names {path}, outside of the checkpoint")
-        if not path.is_file():
-            raise CheckpointError(f"{path} is named by the index but absent: download it again")
-    present = {name for path in files for name in _read_header(path)}
-    lacking = sorted(set(weight_map) - present)
-    if lacking:
-        raise CheckpointError(f"{directory}: the index promises {lacking[0]}, no shard holds it")
-    return files
-
-
-def _read_header(path: Path) -> dict[str, tuple[str, int]]:
-    """Stored precision and bytes of each tensor of one file; the library checks header against size and offsets."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return {name: (part.get_dtype(), _tensor_bytes(part)) for name, part in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        if memory_refused(error):
-            raise
-        size = f"{path.stat().st_size} bytes" if path.is_file() else "gone"
-        raise CheckpointError(
-            f"{path} ({size}) is truncated or damaged, download it again: {one_line(error)}"
-        ) from error
-
-
-def _tensor_bytes(part: Any) -> int:
-    item = _DTYPES.get(part.get_dtype())
-    return int(math.prod(part.get_shape())) * (item.itemsize if item is not None else 1)

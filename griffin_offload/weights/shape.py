@@ -211,7 +211,20 @@ def _nbytes(tensors: Any) -> int:
 
 def windows_of(config: PretrainedConfig) -> list[int | None]:
     """Per layer the tokens it sees, or None for all, as transformers' own KV cache reads them off the config."""
-    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    found = [getattr(layer, "sliding_window", None) for layer in cache_layers(config)]
+    for window in found:
+        if window is not None and not (isinstance(window, int) and window > 0):
+            raise CheckpointError(f"the config says a layer sees {window!r} tokens: it has to be 1 or more")
+    return found
+
+
+def cache_layers(config: PretrainedConfig) -> list[Any]:
+    """The layers of transformers' own KV cache; CheckpointError where it cannot make them of the config."""
+    try:
+        layers: list[Any] = DynamicCache(config=config).layers
+    except Exception as error:  # what a config says of its layers is not checked before
+        raise CheckpointError(f"the config does not describe layers with a KV cache: {one_line(error)}") from error
+    return layers
 
 
 def _kv_heads(config: PretrainedConfig) -> int:

@@ -62,9 +62,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index deep": (write(INDEX, "[" * 100_000), "index.json cannot be read"),
     "index empty": (write(INDEX, '{"weight_map": {}}'), "holds no tensors"),
     "config absent": (lambda d: (d / "config.json").unlink(), "has no config.json"),
-    "config not JSON": (write("config.json", '{"model_type":'), "config.json.* cannot be used"),
+    "config not JSON": (write("config.json", '{"model_type":'), "config.json cannot be read"),
     "config empty": (write("config.json", "{}"), "model_type"),
-    "config a list": (write("config.json", "[1]"), "model_type"),
+    "config a list": (write("config.json", "[1]"), "config.json cannot be read: it holds a list"),
     "config of an unknown type": (write("config.json", '{"model_type": "nonesuch"}'), "nonesuch"),
     "config of no language model": (write("config.json", '{"model_type": "vit"}'), "causal language model"),
 }
@@ -138,6 +138,14 @@ IMPOSSIBLE = [
     ("dtype", "nonesuch"),
     ("pad_token_id", 9999),
     ("quantization_config", {"quant_method": "gptq"}),
+    ("num_hidden_layers", 10**9),
+    ("num_labels", 10**9),
+    ("max_window_layers", float("inf")),
+    ("hidden_size", 10**30),
+    ("num_key_value_heads", [2]),
+    ("vocab_size", True),
+    ("attn_implementation", "kernels-community/flash-attn"),
+    ("_attn_implementation", "other/repository"),
 ]
 
 

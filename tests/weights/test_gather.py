@@ -7,6 +7,7 @@ import quantised_reference as ref
 import torch
 from torch import Tensor
 
+from griffin_offload.runtime.threads import limited_threads
 from griffin_offload.weights import gather
 from griffin_offload.weights.gather import gather_inputs, gather_outputs
 from griffin_offload.weights.quantize import (
@@ -159,3 +160,15 @@ def _equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_columns_are_shared_by_threads(rows: int, threads: int):
+    columns, generator = 50, torch.Generator().manual_seed(rows)
+    matrix = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
+    chosen = torch.randperm(columns, generator=generator)[: (columns + 1) // 2].sort().values
+    out = torch.zeros(rows, chosen.numel(), dtype=torch.int8)
+    with mock.patch.object(gather, "_SHARED_BYTES", 0), limited_threads(threads):
+        gather.take(matrix, 1, chosen, out)
+    assert torch.equal(out, matrix.index_select(1, chosen))

@@ -1,0 +1,1 @@
+"""Hostile files: made, given to the package, and watched."""

@@ -1,0 +1,122 @@
+"""Token ids of a text or of messages, by what a checkpoint brings along: a tokenizer, and a template, a program.
+
+Both come from strangers and can run forever or fill the memory of the machine. So they work in a forked process whose
+time and memory are limited; where there is no fork (Windows) they are not limited.
+"""
+
+import array
+import contextlib
+import os
+import select
+import signal
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from griffin_offload.errors import CheckpointError, one_line
+from griffin_offload.units import format_bytes
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+LIMIT_S, LIMIT_S_PER_MB = 10.0, 20.0
+"""For a text, and more for each of its megabytes. Templates take milliseconds, tokenizers a second per megabyte."""
+MEMORY_BYTES = 10**9
+"""What they may take beside what the process has."""
+_DONE, _FAILED = b"D", b"F"
+_PIECE_BYTES = 1 << 20
+
+Ids = list[int]
+
+
+def encode(tokenizer: Any, text: str) -> Ids:
+    """Token ids of `text`, with the special tokens that the tokenizer adds. CheckpointError where it fails."""
+    return _bounded(lambda: tokenizer(text)["input_ids"], len(text))
+
+
+def encode_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Ids:
+    """Token ids of `messages` in the chat template, up to where the answer begins. CheckpointError where it fails."""
+    letters = sum(len(text) for message in messages for text in message.values())
+    return _bounded(
+        lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"],
+        letters,
+    )
+
+
+def _bounded(work: Callable[[], Sequence[int]], letters: int) -> Ids:
+    """What `work` returns, or CheckpointError with what it raised, or which limit it met."""
+    if not hasattr(os, "fork"):
+        try:
+            return list(work())
+        except Exception as error:
+            raise CheckpointError(one_line(error)) from error
+    limit_s = LIMIT_S + LIMIT_S_PER_MB * letters / 1e6
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of other threads: the child takes none of their locks
+        pid = os.fork()
+    if pid == 0:
+        _child(work, write, limit_s)
+    os.close(write)
+    try:
+        answer = _read_all(read, limit_s)
+    finally:
+        os.close(read)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # an answer is whole when the pipe is closed
+        os.waitpid(pid, 0)
+    if answer[:1] == _DONE:
+        ids = array.array("q")
+        ids.frombytes(answer[1:])
+        return ids.tolist()
+    said = answer[1:].decode(errors="replace") or f"it needs more than {format_bytes(MEMORY_BYTES)} of memory"
+    raise CheckpointError(said)
+
+
+def _child(work: Callable[[], Sequence[int]], pipe: int, limit_s: float) -> None:
+    """Never returns, and runs nothing of what the parent would do at its end or on a signal."""
+    answer = _FAILED
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+        _limit(limit_s)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 2)  # native code prints where it panics
+        answer = _DONE + array.array("q", work()).tobytes()
+    except MemoryError:
+        pass
+    except BaseException as error:
+        answer = _FAILED + one_line(error).encode(errors="replace")
+    finally:
+        with contextlib.suppress(BaseException):
+            view = memoryview(answer)
+            while view:
+                view = view[os.write(pipe, view) :]
+        os._exit(0)
+
+
+def _limit(limit_s: float) -> None:
+    seconds = int(limit_s) + 5  # should the parent not be there any more to count them
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    with contextlib.suppress(OSError, ValueError):  # no /proc, or a lower limit is there already
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _read_all(pipe: int, limit_s: float) -> bytes:
+    """All that comes until the other end is closed; CheckpointError when that takes too long."""
+    found, end = bytearray(), time.monotonic() + limit_s
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    while poll.poll(max(end - time.monotonic(), 0) * 1000):
+        piece = os.read(pipe, _PIECE_BYTES)
+        if not piece:
+            return bytes(found)
+        found += piece
+    raise CheckpointError(f"it takes more than {limit_s:.0f} s")

@@ -1,0 +1,124 @@
+"""A sample of benchmarks/fuzz.py, and that it sees what it looks for."""
+
+import os
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fuzz import run_kind
+from fuzzing import worker
+from fuzzing.kinds import Kind, make_kinds
+from fuzzing.lanes import Lane, run_lanes
+from fuzzing.place import Place
+from fuzzing.worker import BAD
+
+from griffin_offload.errors import UsageError
+from griffin_offload.runtime import prompts
+
+COUNTS = {
+    "size": 200,
+    "header": 100,
+    "index": 80,
+    "converted": 30,
+    "config": 60,
+    "config to plan": 6,
+    "tokenizer": 6,
+    "saved context": 60,
+    "command line": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
+    return {kind.name: kind for kind in make_kinds(tmp_path_factory.mktemp("valid"))}
+
+
+def test_every_kind_is_sampled(kinds: dict[str, Kind]):
+    assert set(COUNTS) == set(kinds)
+    assert sum(kind.share for kind in kinds.values()) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_sample(kinds: dict[str, Kind], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr(prompts, "LIMIT_S", 1.0)
+    verdicts = run_kind(kinds[name], 0, COUNTS[name], 1, 1, tmp_path)
+    assert [verdict.index for verdict in verdicts] == list(range(COUNTS[name]))
+    assert [verdict for verdict in verdicts if verdict.outcome in BAD] == []
+    assert {verdict.outcome for verdict in verdicts} == {"accepted", "refused"} or len(verdicts) < 20
+
+
+def _allocate(generator: random.Random, place: Place) -> None:
+    bytearray(700 * 2**20)
+
+
+def _allocate_too_much(generator: random.Random, place: Place) -> None:
+    try:
+        bytearray(2**40)
+    except MemoryError as error:
+        raise UsageError("named, but only after the machine had to refuse") from error
+
+
+def _sleep(generator: random.Random, place: Place) -> None:
+    try:
+        time.sleep(60)
+    except Exception as error:
+        raise UsageError("hidden") from error
+
+
+def _panic(generator: random.Random, place: Place) -> None:
+    raise type("PanicException", (BaseException,), {})("native code panicked")
+
+
+def _leave(generator: random.Random, place: Place) -> None:
+    os.mkfifo(place.root / "left")  # no audit event tells of it
+
+
+def _read_outside(generator: random.Random, place: Place) -> None:
+    (place.directory / "../outside/a").read_bytes()
+
+
+FAULTS: dict[str, tuple[Callable[[random.Random, Place], object], str]] = {
+    "an unnamed exception": (lambda g, p: {}["key"], "unnamed"),
+    "a panic": (_panic, "unnamed"),
+    "memory": (_allocate, "memory"),
+    "too much memory": (_allocate_too_much, "memory"),
+    "time": (_sleep, "time"),
+    "native time": (lambda g, p: _stopped(), "time"),
+    "death": (lambda g, p: os.abort(), "died"),
+    "a file written": (lambda g, p: (p.root / "x").write_text("x"), "watch"),
+    "a checkpoint changed": (lambda g, p: (p.directory / "a").write_text("x"), "watch"),
+    "a file removed": (lambda g, p: (p.outside / "a").unlink(), "watch"),
+    "a file left": (_leave, "watch"),
+    "a file read outside": (_read_outside, "watch"),
+    "a process": (lambda g, p: subprocess.run(["true"]), "watch"),
+    "a command": (lambda g, p: os.system("true"), "watch"),
+    "code run": (lambda g, p: exec(compile("pass", str(p.directory / "planted.py"), "exec")), "watch"),
+    "nothing": (lambda g, p: p.write("a", b"x").read_bytes(), "accepted"),
+    "an output": (lambda g, p: (p.out.mkdir(), (p.out / "x").write_text("x")), "accepted"),
+}
+
+
+def _stopped() -> None:
+    """As native code that no alarm reaches."""
+    import signal
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str):
+    """Also in the second of three cases, with the others judged by themselves."""
+    case, outcome = FAULTS[fault]
+    monkeypatch.setattr(worker, "LIMIT_S", 3.0 if "time" in fault else 20.0)
+    monkeypatch.setattr(worker, "GRACE_S", 3.0)
+
+    def second(generator: random.Random, place: Place) -> None:
+        if generator.random() == random.Random("seed/1").random():
+            case(generator, place)
+
+    verdicts = run_lanes([Lane(second, range(3), "seed", tmp_path, {"a": b"whole"})])
+    assert [verdict.outcome for verdict in verdicts] == ["accepted", outcome, "accepted"], verdicts
