@@ -183,7 +183,7 @@ def _write_shards(checkpoint: Checkpoint, directory: Path, mark: Mark, progress:
     groups = [(f"{prefix}.{i}.", layer, block) for i, (layer, block) in enumerate(zip(decoder, blocks, strict=True))]
     names = [f"model-{i + 1:05d}-of-{len(groups) + 1:05d}.safetensors" for i in range(len(groups) + 1)]
     weight_map: dict[str, str] = {}
-    with contextlib.closing(_Reader(model, checkpoint.weight_bytes, progress)) as reader:
+    with contextlib.closing(_Reader(model, checkpoint, progress)) as reader:
         for name, (start, layer, block) in zip(names, groups, strict=False):
             path = directory / name
             if not path.is_file():
@@ -201,9 +201,10 @@ def _write_shards(checkpoint: Checkpoint, directory: Path, mark: Mark, progress:
 class _Reader:
     """Reads mapped tensors one at a time and drops their pages afterwards, so that memory stays flat."""
 
-    def __init__(self, model: nn.Module, total_bytes: int, progress: Progress | None) -> None:
-        self._pages = FilePages(list(model.parameters()), evict=True)
-        self._done, self._total, self._progress = 0, total_bytes, progress
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, progress: Progress | None) -> None:
+        # Held against what was checked, not what was mapped: a finished shard is kept, and has to be right.
+        self._pages = FilePages(list(model.parameters()), evict=True, known=checkpoint.states)
+        self._done, self._total, self._progress = 0, checkpoint.weight_bytes, progress
 
     @contextlib.contextmanager
     def reading(self, tensor: Tensor) -> Iterator[Tensor]:

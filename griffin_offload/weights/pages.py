@@ -20,7 +20,7 @@ from torch import Tensor
 from griffin_offload.errors import CheckpointChanged, GriffinError
 from griffin_offload.weights.direct import DirectReader, Extent
 from griffin_offload.weights.mappings import Mapping, file_mappings
-from griffin_offload.weights.watched_files import WatchedFiles
+from griffin_offload.weights.watched_files import FileState, WatchedFiles
 
 _PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else ctypes.CDLL("msvcrt")  # called on Linux alone
@@ -55,7 +55,8 @@ class FilePages:
     read past it, by `direct`, where the file system can do that.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], *, evict: bool) -> None:
+    def __init__(self, tensors: Sequence[Tensor], *, evict: bool, known: dict[str, FileState] | None = None) -> None:
+        """`known` are states of the files from before they were mapped."""
         self._evict = evict
         self.direct: DirectReader | None = None
         self._mappings = file_mappings()
@@ -64,7 +65,7 @@ class FilePages:
         for mapping in used:
             if mapping.deleted:
                 raise CheckpointChanged(f"{mapping.path} was deleted or replaced while it was loaded: load it again")
-        self.files = WatchedFiles(sorted({mapping.path for mapping in used}))
+        self.files = WatchedFiles(sorted({mapping.path for mapping in used}), known)
         for mapping in used:
             # What is needed is asked for exactly; guessing around page faults would read other layers, too.
             self._advise(Span(mapping.start, mapping.end - mapping.start, mapping.path, 0), _MADV_RANDOM)

@@ -1,6 +1,7 @@
 """Every way a conversion can be impossible: the exit code, one line, and no file lost."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from tiny_models import write_checkpoint, write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from griffin_offload.runtime import convert as runtime
 
 INDEX = "model.safetensors.index.json"
 NOTE = ".converting.json"
@@ -146,3 +149,22 @@ def test_bad_flags(cli, llama: Path, tmp_path: Path):
     cli.refuses_usage("required: OUT", "convert", "-m", llama, "--quantize", "int8")
     for precision in ("none", "auto", "int3"):
         cli.refuses_usage("invalid choice", "convert", tmp_path / "out", "-m", llama, "--quantize", precision)
+
+
+def test_a_source_that_changes_before_it_is_mapped(cli, converted, copy: Path, tmp_path: Path, monkeypatch):
+    """No shard of the other numbers may be there when the old ones are back: it would be kept."""
+    shard, out = copy / "model-00001-of-00003.safetensors", tmp_path / "out"
+    whole, command = shard.read_bytes(), ("convert", out, "-m", copy, "--quantize", "int8")
+    map_model = runtime.map_model
+
+    def changed(*arguments: object) -> object:
+        shard.write_bytes(whole[:-4096] + bytes(4096))
+        os.utime(shard, ns=(0, 1))  # as if a tick of the clock had passed
+        return map_model(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "map_model", changed)
+        cli.refuses(4, "has changed since it was loaded .it was written to", *command)
+    shard.write_bytes(whole)
+    assert cli(*command).code == 0
+    assert files_of(out) == files_of(converted("llama2", "int8"))
