@@ -3,14 +3,18 @@
 GriffinError                    1  anything that went wrong while running
 +-- UsageError                  2  a flag, an argument or a prompt that cannot be used
 +-- DoesNotFit                  3  the budget, the context or the memory of this machine is too small
+|   +-- OutOfMemory             3  the machine or the device refused memory while loading or running
 +-- ModelError                  4  the model cannot be used
 |   +-- ModelNotFound           4  no such directory, or not in the hub's cache
 |   +-- CheckpointError         4  files missing, truncated or contradicting the config
+|   |   +-- CheckpointChanged   4  files that were changed after the model was loaded from them
 |   +-- UnsupportedModel        4  no known feed-forward layout
 +-- SavedContextError           4  a saved prompt or conversation cannot be written or used
 
 Messages are one line: what was found, the numbers, and the remedy after a colon or semicolon.
 """
+
+import errno
 
 
 class GriffinError(Exception):
@@ -31,6 +35,10 @@ class DoesNotFit(GriffinError):
     exit_code = 3
 
 
+class OutOfMemory(DoesNotFit):
+    """Memory was refused by the machine or the device. The model, if it is loaded, can be asked for less."""
+
+
 class ModelError(GriffinError):
     """The model cannot be used."""
 
@@ -43,6 +51,10 @@ class ModelNotFound(ModelError):
 
 class CheckpointError(ModelError):
     """The files of a checkpoint are missing, damaged or contradict its config."""
+
+
+class CheckpointChanged(CheckpointError):
+    """A file that weights are read from is not what it was when they were loaded: load the model again."""
 
 
 class UnsupportedModel(ModelError):
@@ -58,6 +70,19 @@ class SavedContextError(GriffinError):
 def one_line(error: BaseException) -> str:
     """What another library's `error` says, in one line of bounded length."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+# What torch, its kernels, the kernel's system calls and thread libraries say, for want of a class of their own.
+_REFUSALS = ("allocate memory", "out of memory", "bad_alloc", "start new thread", "could not create a memory")
+
+
+def memory_refused(error: BaseException) -> bool:
+    """Whether `error` says that there is no memory: MemoryError, ENOMEM, or other libraries' words for it."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    if isinstance(error, GriffinError):
+        return error.__cause__ is not None and memory_refused(error.__cause__)
+    return isinstance(error, Exception) and any(words in str(error) for words in _REFUSALS)
 
 
 class BudgetExceeded(UserWarning):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from griffin_offload import __version__
 from griffin_offload.cli import bench, chat, convert, eval, inspect, plan, run, serve
-from griffin_offload.errors import GriffinError, one_line
+from griffin_offload.errors import GriffinError, OutOfMemory, memory_refused, one_line
 
 _INTERRUPTED = 130
 
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`| head`); let nothing more be written to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, MemoryError) as error:  # the machine's troubles: a full disk, a lost mount
+    except (OSError, MemoryError, RuntimeError) as error:  # the machine's troubles: a full disk, a lost mount
+        if isinstance(error, RuntimeError) and not memory_refused(error):
+            raise  # a bug of ours
         print(f"griffin-offload: error: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
-        return GriffinError.exit_code
+        return OutOfMemory.exit_code if memory_refused(error) else GriffinError.exit_code

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.config import WEIGHT_NORMS
-from griffin_offload.errors import BudgetExceeded, DoesNotFit, UsageError, one_line
+from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.evaluation.choices import Choices, Counts, Prior
 from griffin_offload.evaluation.samples import Batch, Sample, columns_of
 from griffin_offload.evaluation.scoring import Scores, score_rows, stack_of, stock_head
@@ -20,7 +20,6 @@ from griffin_offload.evaluation.size import PassSize, Sizer
 from griffin_offload.method.variant import Variant, distribution, global_counts
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.prefill import Progress
-from griffin_offload.runtime.threads import limited_threads
 
 
 @dataclass(frozen=True)
@@ -104,11 +103,8 @@ def _running(
     """A simulation that is alone on the model; what was computed inside is checked against the budget afterwards."""
     loaded = model.engine.loaded
     simulation = _Simulation(model, variants, prior, progress, observed_tables, kept_bytes)
-    try:
-        with model.engine.alone(), loaded.ledger.measuring(), limited_threads(loaded.threads), torch.no_grad():
-            yield simulation
-    except torch.OutOfMemoryError as error:
-        raise DoesNotFit(f"the device ran out of memory: {one_line(error)}") from error
+    with model.engine.alone(), model.engine.guarded(), loaded.ledger.measuring(), torch.no_grad():
+        yield simulation
     if loaded.ledger.peak_bytes > model.plan.budget_bytes:
         promise = f"the simulation reached {loaded.ledger.peak_bytes} bytes, {model.plan.budget_bytes} were allowed"
         warnings.warn(promise, BudgetExceeded, stacklevel=4)

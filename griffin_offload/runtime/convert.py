@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.runtime.load import map_model
+from griffin_offload.runtime.out_of_memory import refusals_named
 from griffin_offload.units import format_bytes
 from griffin_offload.weights.checkpoint import INDEX, UNFINISHED, Checkpoint, fingerprint, open_checkpoint
 from griffin_offload.weights.converted import Mark, check_shard
 from griffin_offload.weights.feedforward import FeedForward
-from griffin_offload.weights.files import renamed, temporary_name, write_text
+from griffin_offload.weights.files import check_name, renamed, temporary_name, write_text
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.quantized_linear import Precision, quantized
@@ -75,15 +76,18 @@ def convert(
     DoesNotFit (the disk) or GriffinError (writing)."""
     checkpoint = open_checkpoint(model, offline=offline)
     directory = Path(os.path.expanduser(out))
+    check_name(directory)
     if checkpoint.precision != "none":
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
     shape = model_shape(build_on_meta(checkpoint.config, checkpoint.dtype), precision, precision, tables)
-    mark = Mark(precision, fingerprint(checkpoint), tables)
-    with _failures_named(directory), _locked(directory):
+    with _failures_named(directory), contextlib.closing(checkpoint.watched()) as files, _locked(directory):
+        files.check()
+        mark = Mark(precision, fingerprint(checkpoint), tables)
         finished = _finished_shards(directory, mark)
         _check_disk(directory, shape.weight_bytes - sum(path.stat().st_size for path in finished))
         write_text(directory / UNFINISHED, json.dumps(asdict(mark)))
         weight_map = _write_shards(checkpoint, directory, mark, progress)
+        files.check()
         _write_rest(checkpoint, directory, mark, weight_map)
     shards = set(weight_map.values())
     return Conversion(
@@ -98,8 +102,10 @@ def convert(
 
 @contextlib.contextmanager
 def _failures_named(directory: Path) -> Iterator[None]:
+    remedy = "close other programs; finished shards are kept, run the same command again"
     try:
-        yield
+        with refusals_named("converting", remedy):
+            yield
     except (OSError, SafetensorError) as error:
         raise GriffinError(
             f"{directory} cannot be written ({one_line(error)}); finished shards are kept, run the same command again"
@@ -173,19 +179,19 @@ def _write_shards(checkpoint: Checkpoint, directory: Path, mark: Mark, progress:
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     groups = [(f"{prefix}.{i}.", layer, block) for i, (layer, block) in enumerate(zip(decoder, blocks, strict=True))]
     names = [f"model-{i + 1:05d}-of-{len(groups) + 1:05d}.safetensors" for i in range(len(groups) + 1)]
-    reader = _Reader(model, checkpoint.weight_bytes, progress)
     weight_map: dict[str, str] = {}
-    for name, (start, layer, block) in zip(names, groups, strict=False):
-        path = directory / name
+    with contextlib.closing(_Reader(model, checkpoint.weight_bytes, progress)) as reader:
+        for name, (start, layer, block) in zip(names, groups, strict=False):
+            path = directory / name
+            if not path.is_file():
+                tensors = _layer_tensors(start, layer, block, mark.precision, checkpoint.dtype, reader)
+                _write_shard(path, tensors, mark)
+            else:
+                reader.skip(layer)
+            weight_map |= dict.fromkeys(_names_in(path), name)
+        path = directory / names[-1]
         if not path.is_file():
-            tensors = _layer_tensors(start, layer, block, mark.precision, checkpoint.dtype, reader)
-            _write_shard(path, tensors, mark)
-        else:
-            reader.skip(layer)
-        weight_map |= dict.fromkeys(_names_in(path), name)
-    path = directory / names[-1]
-    if not path.is_file():
-        _write_shard(path, _tensors_outside(model, prefix, mark, checkpoint.dtype, reader), mark)
+            _write_shard(path, _tensors_outside(model, prefix, mark, checkpoint.dtype, reader), mark)
     return weight_map | dict.fromkeys(_names_in(path), names[-1])
 
 
@@ -201,8 +207,12 @@ class _Reader:
         spans = self._pages.spans([tensor])
         self._pages.read(spans)
         yield tensor.detach()
+        self._pages.files.check_contents()
         self._pages.drop(spans)
         self._count(tensor.nbytes)
+
+    def close(self) -> None:
+        self._pages.close()
 
     def skip(self, module: nn.Module) -> None:
         self._count(sum(parameter.nbytes for parameter in module.parameters()))

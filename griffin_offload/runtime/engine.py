@@ -18,6 +18,7 @@ from griffin_offload.plan import as_loaded, describe_shortfall, replan_for
 from griffin_offload.pricing import Plan, Usage, logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.runtime.context import Context
 from griffin_offload.runtime.load import Loaded
+from griffin_offload.runtime.out_of_memory import refusals_named
 from griffin_offload.runtime.prefill import Progress, StreamedPass
 from griffin_offload.runtime.prospect import Prospect
 from griffin_offload.runtime.report import PrefillReport
@@ -84,6 +85,16 @@ class Engine:
         finally:
             if self._user.get("now") is me:
                 del self._user["now"]
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """How forwards run: with the threads that were chosen at load; OutOfMemory when memory is refused."""
+        remedy = "ask for less (a shorter prompt, fewer sequences), or close other programs"
+        with (
+            refusals_named("generating", remedy, self.prospect.device, self.plan.budget_bytes),
+            limited_threads(self.loaded.threads),
+        ):
+            yield
 
     def keep_idle(self, idle_bytes: int) -> None:
         """Count so many bytes of contexts that nobody uses at the moment against the budget."""
@@ -163,7 +174,7 @@ class Engine:
         positions = keep if isinstance(keep, int) and keep > 0 else tokens.shape[1]
         self.require(Usage(tokens.shape[0], tokens.shape[1], tokens.shape[1], "dynamic", logit_positions=positions))
         mask = prompt_mask(tokens, arguments.get("attention_mask"), None)
-        with self.alone(), limited_threads(self.loaded.threads):
+        with self.alone(), self.guarded():
             return self._prefill(mask, None, args, kwargs)[0]
 
     def _first(self, run: Run, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:

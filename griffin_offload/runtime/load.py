@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from griffin_offload.config import LoadConfig
-from griffin_offload.errors import CheckpointError, DoesNotFit, UsageError, one_line
+from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
 from griffin_offload.pricing import Plan, scratch_bytes
+from griffin_offload.runtime.arrival import Arrival
+from griffin_offload.runtime.cpu_attention import translate_attention
 from griffin_offload.runtime.cpu_linear import translate_linears
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.memory import Ledger, device_bytes
@@ -28,6 +30,7 @@ from griffin_offload.weights.converted import map_converted
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.matmul import Scratch
+from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.self_check import self_check
 from griffin_offload.weights.shape import ModelShape
 from griffin_offload.weights.source import MappedWeights, RamWeights, Source
@@ -39,7 +42,7 @@ _RAM_SHARE = 0.8
 
 @dataclass
 class Loaded:
-    """A model that is ready for its first prompt."""
+    """A model that is ready for its first prompt; residents of the layers may still be on their way."""
 
     model: Any
     layers: StreamedLayers
@@ -50,15 +53,41 @@ class Loaded:
     threads: int | None
     """Threads that compute; None where the device is not the CPU."""
 
+    def close(self) -> None:
+        """End what is on its way, give back files and pinned memory."""
+        for owner in (self.layers.arrival, self.layers.source, self.host_embedding):
+            if owner is not None:
+                owner.close()
+
 
 def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
     """Load the model of `prospect` by `plan`. On failure nothing stays open."""
     _check_free_memory(prospect, plan)
     threads = _threads(prospect, config)  # its trial needs memory that the residents will take
     with limited_threads(threads), contextlib.ExitStack() as on_failure:
-        loaded = _load(prospect, plan, config, threads, on_failure)
+        with _unchanged(prospect.checkpoint):
+            loaded = _load(prospect, plan, config, threads, on_failure)
         on_failure.pop_all()
     return loaded
+
+
+@contextlib.contextmanager
+def _unchanged(checkpoint: Checkpoint) -> Iterator[None]:
+    """CheckpointChanged unless its files are the same when the block ends, whatever went wrong inside; GriffinError
+    where they cannot be read."""
+    try:
+        with contextlib.closing(checkpoint.watched()) as files:
+            files.check()
+            try:
+                yield
+            except (GriffinError, OSError):
+                files.check()  # it may be the reason
+                raise
+            files.check()
+    except OSError as error:
+        if memory_refused(error):
+            raise
+        raise GriffinError(f"{checkpoint.directory} cannot be read: {one_line(error)}") from error
 
 
 def _load(
@@ -74,10 +103,15 @@ def _load(
     source = _make_source(full, prospect, offload) if full else None
     if source is not None:
         on_failure.callback(source.close)
-    compact = compact_blocks(blocks, full, prospect, plan)
-    host_embedding = place_residents(model, prospect, plan, compact)
+    pages = FilePages(list(model.parameters()), evict=evicts(prospect))
+    on_failure.callback(pages.close)
+    compact, jobs = compact_blocks(blocks, full, prospect, plan, pages)
+    host_embedding = place_residents(model, decoder, prospect, plan, compact, pages, jobs)
+    if host_embedding is not None:
+        on_failure.callback(host_embedding.close)
     if prospect.request.translated:
         translate_linears(model, scratch)
+        translate_attention(model)
     layers = StreamedLayers(
         decoder=decoder,
         blocks=blocks,
@@ -90,6 +124,9 @@ def _load(
     )
     resident = resident_bytes(model)
     ledger.hold(residents=resident, offloaded=_offloaded_in_budget(prospect, source))
+    layers.arrival = Arrival(decoder, jobs, check=pages.files.check_contents, finished=pages.close)
+    on_failure.callback(layers.arrival.close)
+    layers.arrival.start()
     return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
 
 
@@ -172,6 +209,8 @@ def map_model(checkpoint: Checkpoint) -> Any:
                 output_loading_info=True,
             )
     except Exception as error:  # each architecture fails in its own way
+        if memory_refused(error):
+            raise
         raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {one_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info[problem])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.config import LoadConfig, RunConfig
-from griffin_offload.errors import BudgetExceeded, DoesNotFit, UsageError, one_line
+from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.pricing import Plan
 from griffin_offload.runtime.cache import KVCache
 from griffin_offload.runtime.context import Context
@@ -24,6 +24,7 @@ from griffin_offload.runtime.engine import Engine
 from griffin_offload.runtime.exact import ExactLoop
 from griffin_offload.runtime.load import Loaded, load
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
+from griffin_offload.runtime.out_of_memory import refusals_named
 from griffin_offload.runtime.prefill import Progress
 from griffin_offload.runtime.prospect import Prospect, examine, plan_for
 from griffin_offload.runtime.report import PrefillReport, RunReport, planned_figures
@@ -37,7 +38,6 @@ from griffin_offload.runtime.run import (
     usage_of,
 )
 from griffin_offload.runtime.saved import load_context, save_context
-from griffin_offload.runtime.threads import limited_threads
 from griffin_offload.weights.checkpoint import load_tokenizer
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ class GriffinModel:
     """
 
     def __init__(self, prospect: Prospect, plan: Plan, loaded: Loaded, load_s: float) -> None:
-        self.model = loaded.model
         self.plan = plan
         self.device = prospect.device
         self.directory: Path = prospect.checkpoint.directory
@@ -64,8 +63,7 @@ class GriffinModel:
         """Figures of the last `generate`."""
         self._prospect, self._loaded, self._load_s = prospect, loaded, load_s
         self._engine = Engine(prospect, plan, loaded)
-        source = loaded.layers.source
-        self._finalize = weakref.finalize(self, source.close if source is not None else int)
+        self._finalize = weakref.finalize(self, loaded.close)
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> "GriffinModel":
@@ -84,7 +82,21 @@ class GriffinModel:
         config = LoadConfig(**options)
         prospect = examine(model, config)
         plan = plan_for(prospect)
-        return cls(prospect, plan, load(prospect, plan, config), time.perf_counter() - start)
+        remedy = "close other programs or lower --max-gpu-mem"
+        with refusals_named("loading", remedy, prospect.device, plan.budget_bytes):
+            return cls(prospect, plan, load(prospect, plan, config), time.perf_counter() - start)
+
+    @property
+    def model(self) -> Any:
+        """The stock transformers model, with all its residents."""
+        if self._loaded.layers.arrival is not None:
+            self._loaded.layers.arrival.wait()
+        return self._loaded.model
+
+    @property
+    def generation_config(self) -> Any:
+        """The checkpoint's defaults for `generate`."""
+        return self._loaded.model.generation_config
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -143,9 +155,9 @@ class GriffinModel:
         """An empty context for `generate`, with a KV cache for `plan.context_tokens`. UsageError where layers are no
         plain attention, whose past cannot be taken back."""
         if self._prospect.request.cache != "ours":
-            kind = self.model.config.model_type
+            kind = self._loaded.model.config.model_type
             raise UsageError(f"{kind} has layers that are not plain attention: no context can be kept or taken back")
-        cache = KVCache(self.model.config, ctx_tokens=self.plan.context_tokens, bits=self.plan.kv_bits)
+        cache = KVCache(self._loaded.model.config, ctx_tokens=self.plan.context_tokens, bits=self.plan.kv_bits)
         return Context(cache, owner=self._loaded)
 
     def chat_session(self, **options: Any) -> "ChatSession":
@@ -226,7 +238,7 @@ class GriffinModel:
         self, prompt: Tensor, kwargs: dict[str, Any], mode: Mode, context: Context | None
     ) -> tuple[Run, dict[str, Any]]:
         """The run, and transformers' arguments for it, after checking the caller's against the plan."""
-        given = kwargs.get("generation_config") or self.model.generation_config
+        given = kwargs.get("generation_config") or self.generation_config
         refuse_what_cannot_work(kwargs, given)
         settings: dict[str, Any] = {"prefill_chunk_size": None}
         if "disable_compile" not in kwargs:
@@ -235,7 +247,7 @@ class GriffinModel:
             room = self.plan.context_tokens - prompt.shape[1]
             settings["max_new_tokens"] = max(min(RunConfig.max_new_tokens, room), 1)
         passes = bool(mode.pass_tokens and self.plan.streamed)
-        configs = (given, self.model.generation_config)
+        configs = (given, self.generation_config)
         use = usage_of(prompt, kwargs | settings, configs, self._prospect, mode, passes, context)
         check_length(use, self.plan.context_tokens)
         self._engine.require(use)
@@ -248,7 +260,7 @@ class GriffinModel:
             # Otherwise transformers takes every pad token for padding, also one that was generated.
             settings["attention_mask"] = torch.ones_like(prompt, device=self.device)
         elif use.cache == "ours":
-            config, bits = self.model.config, self.plan.kv_bits
+            config, bits = self._loaded.model.config, self.plan.kv_bits
             settings["past_key_values"] = KVCache(config, ctx_tokens=use.cache_tokens, bits=bits)
         if passes:
             kwargs = stop_strings_as_criteria(kwargs, given)
@@ -277,17 +289,15 @@ class GriffinModel:
         completed = False
         try:
             self._engine.run = run
-            with self._loaded.ledger.measuring(), limited_threads(self._loaded.threads):
+            with self._engine.guarded(), self._loaded.ledger.measuring():
                 start = time.perf_counter()
-                output = self.model.generate(None if inputs is None else inputs.to(self.device), **kwargs)
+                output = self._loaded.model.generate(None if inputs is None else inputs.to(self.device), **kwargs)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 sequences = output if isinstance(output, Tensor) else output.sequences
                 offset = prompt.shape[1] if inputs is not None else 0
                 report = self._report(run, sequences.shape[1] - offset, time.perf_counter() - start)
                 completed = True
-        except torch.OutOfMemoryError as error:
-            raise DoesNotFit(f"the device ran out of memory: {one_line(error)}") from error
         finally:
             self._engine.run = None
             if run.context is not None:

@@ -20,6 +20,7 @@ from griffin_offload.config import WEIGHT_NORMS, LoadConfig
 from griffin_offload.method.selection import layer_generator, select_neurons
 from griffin_offload.method.statistic import share_kept, shared_score, squared_statistic
 from griffin_offload.pricing import CHUNK_MULTIPLE
+from griffin_offload.runtime.arrival import Arrival
 from griffin_offload.runtime.report import PrefillReport
 from griffin_offload.runtime.stream import LayerStream, StreamConfig
 from griffin_offload.weights.feedforward import FeedForward
@@ -48,6 +49,8 @@ class StreamedLayers:
     config: LoadConfig
     selected: dict[int, Tensor] = field(default_factory=dict)
     """Sorted indices of the neurons in the compact parameters, per streamed layer: a new dict for every choice."""
+    arrival: Arrival | None = None
+    """Residents of layers that are still on their way; None where nobody fills any."""
     norms: dict[int, Tensor] = field(default_factory=dict)
     """Of the weights, for selections that ask for them: computed when a layer passes for the first time."""
 
@@ -55,6 +58,11 @@ class StreamedLayers:
     def fetched_bytes(self) -> int:
         """Weight bytes fetched from where the full weights rest, since loading."""
         return self.source.fetched_bytes if self.source else 0
+
+    @property
+    def arrival_wait_s(self) -> float:
+        """Seconds that forwards have waited for residents, since loading."""
+        return self.arrival.wait_s if self.arrival else 0.0
 
     def remove_hooks(self) -> None:
         """Take every hook and chunked forward of a pass off the model."""
@@ -100,6 +108,7 @@ class StreamedPass:
         self._visited = 0
         self._stream = LayerStream(layers.source, list(layers.compact), layers.stream) if layers.source else None
         self._fetched_before = layers.fetched_bytes
+        self._waited_before = layers.arrival_wait_s
         self._squared = torch.empty(0)
         self._position = 0
         self._kept_shares: list[Tensor] = []
@@ -163,7 +172,7 @@ class StreamedPass:
             prompt_tokens=int(tokens.sum()),
             seconds=self._seconds,
             streamed_bytes=self._layers.fetched_bytes - self._fetched_before,
-            wait_s=self._stream.wait_s if self._stream else 0.0,
+            wait_s=self._layers.arrival_wait_s - self._waited_before + (self._stream.wait_s if self._stream else 0.0),
             select_s=self._select_s,
             statistic_s=self._statistic_s,
             activation_kept=_mean(self._kept_shares, dense),

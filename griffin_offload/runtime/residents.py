@@ -1,16 +1,21 @@
-"""What stays on the device: compact FFs, allocated once, and copies of everything that is not an FF."""
+"""What stays on the device: compact FFs, allocated once, and copies of everything that is not an FF.
 
-import contextlib
+Tensors of the layers are allocated and installed at once, and filled by jobs, layer by layer (`Arrival`). What lies
+outside the layers is there when `place_residents` returns.
+"""
+
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from griffin_offload.pricing import Plan
+from griffin_offload.runtime.arrival import Job
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.prefill import StreamedLayers
-from griffin_offload.runtime.prospect import Prospect, evicts
+from griffin_offload.runtime.prospect import Prospect
 from griffin_offload.weights.direct import touch, untouched_zeros
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.gather import gather_outputs
@@ -22,20 +27,24 @@ _COPY_THREADS = 4
 
 
 def compact_blocks(
-    blocks: list[FeedForward], full: dict[int, list[Tensor]], prospect: Prospect, plan: Plan
-) -> dict[int, list[nn.Parameter]]:
+    blocks: list[FeedForward], full: dict[int, list[Tensor]], prospect: Prospect, plan: Plan, pages: FilePages
+) -> tuple[dict[int, list[nn.Parameter]], list[list[Job]]]:
     """Compact tensors of every layer that has them, installed: streamed layers', to be filled by each prompt, and
-    those of quantised layers that stay whole, filled here. `full` are the streamed layers' full tensors."""
-    compact = {}
-    with contextlib.closing(FilePages([t for block in blocks for t in block.full()], evict=evicts(prospect))) as pages:
-        for index, block in enumerate(blocks):
-            if index not in full and block.precision == "none":
-                continue
-            compact[index] = block.allocate(plan.kept[index], prospect.dtype, prospect.device)
-            if index not in full:
-                _fill_whole(block, compact[index], prospect, pages)
-            block.install_compact(compact[index])
-    return compact
+    those of quantised layers that stay whole, filled by the jobs of their layer. `full` are the streamed layers' full
+    tensors."""
+    compact: dict[int, list[nn.Parameter]] = {}
+    jobs: list[list[Job]] = [[] for _ in blocks]
+    for index, block in enumerate(blocks):
+        if index not in full and block.precision == "none":
+            continue
+        compact[index] = block.allocate(plan.kept[index], prospect.dtype, prospect.device)
+        if index in full:
+            # No prompt has to wait for their pages.
+            jobs[index] += [partial(touch, parameter) for parameter in compact[index]]
+        else:
+            jobs[index].append(partial(_fill_whole, block, block.full(), compact[index], prospect, pages))
+        block.install_compact(compact[index])
+    return compact, jobs
 
 
 @torch.no_grad()
@@ -43,6 +52,8 @@ def materialise(layers: StreamedLayers, selected: dict[int, Tensor], prospect: P
     """Gather `selected` from where the full weights rest: a layer at a time, of which only their rows are read, and
     matrices that hold neurons as columns."""
     layers.selected = {}
+    if layers.source is not None:
+        layers.source.check_files()
     for index, chosen in selected.items():
         block, compact, chosen_here = layers.blocks[index], layers.compact[index], chosen.cpu()
         assert layers.source is not None, "streamed layers have a source"
@@ -52,6 +63,7 @@ def materialise(layers: StreamedLayers, selected: dict[int, Tensor], prospect: P
             block.gather(full, chosen_here, compact)
         else:
             _gather_through_host(block, full, chosen_here, compact)
+        layers.source.check(index)
         layers.source.drop(index)
     layers.selected = selected
 
@@ -68,8 +80,10 @@ def _gather_through_host(block: FeedForward, full: list[Tensor], chosen: Tensor,
         block.gather([tensor.to(device) for tensor in full], chosen.to(device), compact)
 
 
-def _fill_whole(block: FeedForward, target: list[nn.Parameter], prospect: Prospect, pages: FilePages) -> None:
-    source = block.full()
+@torch.no_grad()
+def _fill_whole(
+    block: FeedForward, source: list[Tensor], target: list[nn.Parameter], prospect: Prospect, pages: FilePages
+) -> None:
     spans = pages.spans(source)
     pages.read(spans)
     everything = torch.arange(block.neurons, device=prospect.device)
@@ -78,73 +92,76 @@ def _fill_whole(block: FeedForward, target: list[nn.Parameter], prospect: Prospe
 
 
 def place_residents(
-    model: Any, prospect: Prospect, plan: Plan, compact: dict[int, list[nn.Parameter]]
+    model: Any,
+    decoder: nn.ModuleList,
+    prospect: Prospect,
+    plan: Plan,
+    compact: dict[int, list[nn.Parameter]],
+    pages: FilePages,
+    jobs: list[list[Job]],
 ) -> HostEmbedding | None:
-    """Copy every parameter that still lies in a file into the device's memory; embeddings may stay behind.
+    """Give every parameter that still lies in a file its place in the device's memory; embeddings may stay behind. The
+    layers' are filled by `jobs`, which are added to.
 
     Copies, on the CPU as well: mapped pages can be evicted, and decoding would read them again.
     """
     embedding = model.get_input_embeddings()
     stay = {id(embedding)} if plan.embeddings == "host" else set()
-    copies = {id(parameter): parameter for parameters in compact.values() for parameter in parameters}
-    with contextlib.closing(FilePages(list(model.parameters()), evict=evicts(prospect))) as pages:
-        for module in model.modules():
+    placed = {id(parameter): parameter for parameters in compact.values() for parameter in parameters}
+    for layer, of_layer in zip(decoder, jobs, strict=True):
+        for module in layer.modules():
             if isinstance(module, QuantizedLinear) and module.form != module.resident_form:
-                _quantize_resident(module, prospect, pages)
-                copies |= {
-                    id(parameter): parameter for parameter in module.parameters() if parameter is not module.bias
-                }
-        _copy_residents(model, prospect, stay, copies, pages)
-    return HostEmbedding(embedding, prospect.device, prospect.dtype) if stay else None
-
-
-def _copy_residents(
-    model: Any, prospect: Prospect, stay: set[int], copies: dict[int, nn.Parameter], pages: FilePages
-) -> None:
-    """Copy by several threads: most of the time goes into page faults, which the kernel takes in parallel. `copies` are
-    on the device already, and touched here, so that no prompt has to wait for their pages."""
+                of_layer.append(_quantize_resident(module, prospect, pages))
+                placed |= {id(p): p for p in module.parameters() if p is not module.bias}
     modules = [module for module in model.modules() if id(module) not in stay]
-    parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None and id(p) not in copies}
-    with ThreadPoolExecutor(_COPY_THREADS) as pool:
-        touched = pool.map(touch, copies.values())
-        done = pool.map(lambda parameter: _resident(parameter, prospect, pages), parameters.values())
-        # By identity, so that tied weights stay tied.
-        copies.update(zip(parameters, done, strict=True))
-        list(touched)
-    for module in modules:
+    layer_of = {id(module): index for index, layer in enumerate(decoder) for module in layer.modules()}
+    # By identity, so that tied weights stay tied; one that is used outside the layers, too, is there first.
+    at_once: list[Job] = []
+    for module in sorted(modules, key=lambda module: layer_of.get(id(module), -1)):
+        own = jobs[layer_of[id(module)]] if id(module) in layer_of else at_once
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = copies[id(parameter)]
+            if parameter is None:
+                continue
+            if id(parameter) not in placed:
+                placed[id(parameter)] = target = _allocated(parameter, prospect)
+                own.append(partial(pages.copy, parameter.detach(), target.detach()))
+            module._parameters[name] = placed[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(prospect.device)
+    with ThreadPoolExecutor(_COPY_THREADS) as pool:
+        list(pool.map(lambda job: job(), at_once))
+    return HostEmbedding(embedding, prospect.device, prospect.dtype) if stay else None
 
 
-def _resident(parameter: nn.Parameter, prospect: Prospect, pages: FilePages) -> nn.Parameter:
+def _allocated(parameter: nn.Parameter, prospect: Prospect) -> nn.Parameter:
     # Only the stored precision is translated: what transformers keeps in float32 stays so.
     changed = parameter.dtype == prospect.checkpoint.dtype and parameter.is_floating_point()
     dtype = prospect.dtype if changed else parameter.dtype
-    target = untouched_zeros(parameter.shape, dtype, prospect.device)
-    pages.copy(parameter.detach(), target)
-    return nn.Parameter(target, requires_grad=False)
+    return nn.Parameter(untouched_zeros(parameter.shape, dtype, prospect.device), requires_grad=False)
 
 
-def _quantize_resident(module: QuantizedLinear, prospect: Prospect, pages: FilePages) -> None:
-    """Give a matrix outside the FF (attention) its resident form."""
+def _quantize_resident(module: QuantizedLinear, prospect: Prospect, pages: FilePages) -> Job:
+    """Give a matrix outside the FF (attention) its resident form; the job fills it."""
     full = {name: p.detach() for name, p in module.named_parameters() if name != "bias"}
-    spans = pages.spans(list(full.values()))
-    pages.read(spans)
     outputs, inputs = module.out_features, module.in_features
     resident = {
         name: untouched_zeros(shape, own or prospect.dtype, prospect.device)
         for name, (shape, own) in specs(module.resident_form, outputs, inputs, is_down=False).items()
     }
-    everything = torch.arange(outputs, device=prospect.device)
-    gather_outputs({name: tensor.to(prospect.device) for name, tensor in full.items()}, everything, 1, resident)
-    pages.drop(spans)
     for name, tensor in resident.items():
         setattr(module, name, nn.Parameter(tensor, requires_grad=False))
     module.form = module.resident_form
+
+    @torch.no_grad()
+    def fill() -> None:
+        spans = pages.spans(list(full.values()))
+        pages.read(spans)
+        everything = torch.arange(outputs, device=prospect.device)
+        gather_outputs({name: tensor.to(prospect.device) for name, tensor in full.items()}, everything, 1, resident)
+        pages.drop(spans)
+
+    return fill
 
 
 def resident_bytes(model: Any) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from griffin_offload.errors import SavedContextError, one_line
 from griffin_offload.runtime.context import Context, Mark
-from griffin_offload.weights.files import renamed
+from griffin_offload.weights.files import check_name, renamed
 
 _FORMAT, _VERSION = "griffin-offload context", 1
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
@@ -85,6 +85,7 @@ class Like:
 def save_context(context: Context, path: Path, identity: Identity, notes: dict[str, Any]) -> None:
     """Write `context`, and `notes` (JSON values) beside it. SavedContextError if that cannot be done; a file that was
     there stays as it was then."""
+    check_name(path)
     metadata = {
         "format": _FORMAT,
         "version": str(_VERSION),
@@ -161,6 +162,7 @@ def options_of(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[Any]:
+    check_name(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -86,7 +86,7 @@ class ChatSession:
         return Reply(reply, report, dropped, "interrupted" if stop.happened else "length" if full else "stop")
 
     def _ends(self, arguments: dict[str, Any]) -> list[int]:
-        ends = arguments.get("eos_token_id", self.model.model.generation_config.eos_token_id)
+        ends = arguments.get("eos_token_id", self.model.generation_config.eos_token_id)
         return ends if isinstance(ends, list) else [ends]
 
     def undo(self) -> bool:

@@ -6,6 +6,7 @@ read straight into them. Elsewhere a slot is a flat buffer on the device; with C
 buffers on a side stream.
 """
 
+import errno
 import queue
 import threading
 import time
@@ -150,7 +151,8 @@ class LayerStream:
     """A context manager that hands out the FF tensors of `layers`, each once, in order.
 
     `acquire` and `release` belong to the computing thread and alternate. A failure of the reader is raised by
-    `acquire`. Leaving the context stops and joins the reader, whatever happened.
+    `acquire`, CheckpointChanged by entering and both of them. Leaving the context stops and joins the reader, whatever
+    happened.
     """
 
     def __init__(self, source: Source, layers: Sequence[int], config: StreamConfig) -> None:
@@ -171,6 +173,7 @@ class LayerStream:
         self._reader = Worker(self._read, "griffin-offload-reader")
 
     def __enter__(self) -> "LayerStream":
+        self._source.check_files()
         self._reader.start()
         return self
 
@@ -190,7 +193,9 @@ class LayerStream:
         start = time.perf_counter()
         arrival = self._arrivals.get()
         self.wait_s += time.perf_counter() - start
-        if isinstance(arrival, OSError):
+        if isinstance(arrival, Exception):
+            self._source.check(layer)  # first: it may be the reason
+        if isinstance(arrival, OSError) and arrival.errno != errno.ENOMEM:
             raise GriffinError(f"layer {layer} cannot be read: {one_line(arrival)}") from arrival
         if isinstance(arrival, BaseException):
             raise arrival
@@ -203,6 +208,7 @@ class LayerStream:
     def release(self) -> None:
         """The layer acquired last is used up: its slot may be filled again."""
         assert self._held is not None, "release without acquire"
+        self._source.check(self._held)
         if self._slots is not None:
             self._slots.freed()
         else:

@@ -109,9 +109,10 @@ class App:
         if path == "/metrics":
             await exchange.answer(200, service.metrics.text(), {"content-type": CONTENT_TYPE_LATEST})
         elif path == "/health":
-            closing, worker = service.worker.closing, service.worker
-            state = {"status": "closing" if closing else "ok", "loaded": worker.loaded, "waiting": worker.waiting}
-            await exchange.answer(503 if closing else 200, encode(state))
+            worker = service.worker
+            status = "closing" if worker.closing else "model_unavailable" if worker.unusable else "ok"
+            state = {"status": status, "loaded": worker.loaded, "waiting": worker.waiting}
+            await exchange.answer(200 if status == "ok" else 503, encode(state))
         else:
             model = {"id": service.served, "object": "model", "created": service.created, "owned_by": "griffin-offload"}
             if path != _MODELS:

@@ -68,6 +68,17 @@ def too_many_connections() -> Failure:
     )
 
 
+def changed() -> Failure:
+    """Files of the model are not what they were. What changed is for the log: paths are nothing for clients."""
+    return Failure(
+        503, "the model's files were changed while it was loaded; it is loaded again now", code="model_unavailable"
+    )
+
+
+def out_of_memory() -> Failure:
+    return Failure(503, "the server is out of memory for this request: ask for less", code="out_of_memory")
+
+
 def broken() -> Failure:
     """A bug of ours, or a machine in trouble: the details are for the log."""
     return Failure(

@@ -101,7 +101,7 @@ class _Generation:
                 num_beams=1,
                 stopping_criteria=StoppingCriteriaList([answer]),
                 logits_processor=LogitsProcessorList([recorder] if recorder is not None else []),
-                **sampling_of(request, model.model.generation_config),
+                **sampling_of(request, model.generation_config),
             )
         finally:
             model.progress = model.engine.pass_progress = None
@@ -148,5 +148,5 @@ def _first(*values: Any) -> Any:
 
 
 def _ends(model: GriffinModel) -> set[int]:
-    ends = model.model.generation_config.eos_token_id
+    ends = model.generation_config.eos_token_id
     return set(ends) if isinstance(ends, list) else {ends} - {None}

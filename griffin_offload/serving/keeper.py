@@ -57,6 +57,8 @@ class Keeper:
         self._neurons: list[int] = []
         self.held: Held | None = None
         self.loads = 0
+        self.unusable = False
+        """Whether the last attempt to load failed."""
 
     def first(self) -> Held:
         """Load, and fix what was solved. Any GriffinError of loading."""
@@ -91,6 +93,7 @@ class Keeper:
         try:
             return self._load(options)
         except GriffinError as error:
+            self.unusable = True
             self.unload()
             # Files may have changed or gone; their paths are nothing for clients.
             reason = "its checkpoint cannot be used any more" if isinstance(error, ModelError) else str(error)
@@ -128,7 +131,7 @@ class Keeper:
 
     def _load(self, options: dict[str, Any]) -> Held:
         model = GriffinModel.from_pretrained(self._model, **options)
-        self.loads += 1
+        self.loads, self.unusable = self.loads + 1, False
         sessions = None
         with contextlib.suppress(GriffinError):  # layers whose past cannot be taken back: every prompt from its start
             model.new_context()

@@ -6,8 +6,8 @@ import time
 from collections import deque
 
 from griffin_offload.config import ServeConfig
-from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
-from griffin_offload.serving.failure import Failure, broken, invalid, shutting_down
+from griffin_offload.errors import CheckpointChanged, DoesNotFit, GriffinError, OutOfMemory, UsageError, memory_refused
+from griffin_offload.serving.failure import Failure, broken, changed, invalid, out_of_memory, shutting_down
 from griffin_offload.serving.generation import Interrupted, answer_all
 from griffin_offload.serving.job import Done, Event, Failed, Job
 from griffin_offload.serving.keeper import Held, Keeper
@@ -48,6 +48,11 @@ class Worker:
     @property
     def loaded(self) -> bool:
         return self._keeper.held is not None
+
+    @property
+    def unusable(self) -> bool:
+        """Whether the model could not be loaded when it was needed last."""
+        return self._keeper.unusable
 
     @property
     def closing(self) -> bool:
@@ -155,9 +160,20 @@ class Worker:
             return Failed(failure)
         except UsageError as error:
             return Failed(invalid(str(error)))
+        except CheckpointChanged:
+            log.error("a file of the model was changed: the next request loads it again")
+            log.debug("what changed", exc_info=True)
+            self._keeper.unload()  # the next request loads what is there now, or is told that it cannot be used
+            return Failed(changed())
+        except OutOfMemory as error:
+            log.error("%s", error)
+            return Failed(out_of_memory())
         except DoesNotFit as error:
             return Failed(Failure(400, str(error), code="does_not_fit"))
         except Exception as error:  # whatever it is, the next request gets its answer
+            if memory_refused(error):
+                log.error("out of memory: %s", type(error).__name__)
+                return Failed(out_of_memory())
             level = logging.ERROR if isinstance(error, GriffinError) else logging.CRITICAL
             log.log(level, "a request failed: %s", type(error).__name__, exc_info=log.isEnabledFor(logging.DEBUG))
             return Failed(broken())

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_line
+from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, memory_refused, one_line
 from griffin_offload.weights.converted import check_shard, mark_of
+from griffin_offload.weights.files import check_name
 from griffin_offload.weights.quantized_linear import Precision
+from griffin_offload.weights.watched_files import FileState, WatchedFiles, states_of
 
 INDEX = "model.safetensors.index.json"
 # Lies in a directory that convert has not finished.
@@ -41,15 +43,23 @@ class Checkpoint:
     """What its matrices were converted to."""
     tables: Precision = "none"
     """What its embeddings and its head were converted to."""
+    states: dict[str, FileState] = field(default_factory=dict, compare=False)
+    """Of `files`, by resolved path, from before their headers were read."""
+
+    def watched(self) -> WatchedFiles:
+        """`files`, held against what they were when they were checked. OSError for one that cannot be opened."""
+        return WatchedFiles(self.states, self.states)
 
 
 def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
-    """Find the directory or hub id `model` and check its headers. Errors: ModelNotFound, CheckpointError,
-    UnsupportedModel. No weight is read."""
+    """Find the directory or hub id `model` and check its headers. Errors: UsageError, ModelNotFound,
+    CheckpointError, UnsupportedModel. No weight is read."""
     directory = _locate(str(model), offline)
     config = _read_config(directory)
     mark = mark_of(config, directory)
-    headers = {path: _read_header(path) for path in _weight_files(directory)}
+    files = _weight_files(directory)
+    states = _states(files)
+    headers = {path: _read_header(path) for path in files}
     sizes: Counter[str] = Counter()
     for header in headers.values():
         for dtype, size_bytes in header.values():
@@ -67,7 +77,7 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
             f"{directory} is quantised ({stored}): only 16, 32 and 64 bit floats are loaded, or what griffin-offload "
             "convert made of them"
         )
-    checkpoint = Checkpoint(directory, config, _DTYPES[stored], tuple(headers), weight_bytes)
+    checkpoint = Checkpoint(directory, config, _DTYPES[stored], tuple(headers), weight_bytes, states=states)
     return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
 
 
@@ -108,6 +118,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 def _locate(model: str, offline: bool) -> Path:
     path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
+    check_name(path)
     if path.is_dir():
         return path
     if path.exists():
@@ -143,6 +154,13 @@ def _load_config(file: Path) -> PretrainedConfig:
     except Exception as error:  # each architecture validates its config in its own way
         raise CheckpointError(f"{file} cannot be used: {one_line(error)}") from error
     return config
+
+
+def _states(files: list[Path]) -> dict[str, FileState]:
+    try:
+        return states_of(str(path.resolve()) for path in files)
+    except OSError as error:
+        raise CheckpointError(f"{files[0].parent} cannot be read: {one_line(error)}") from error
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -184,6 +202,8 @@ def _read_header(path: Path) -> dict[str, tuple[str, int]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             return {name: (part.get_dtype(), _tensor_bytes(part)) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
+        if memory_refused(error):
+            raise
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is truncated or damaged, download it again: {one_line(error)}"
         ) from error

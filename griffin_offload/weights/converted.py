@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
+from griffin_offload.errors import CheckpointError, UnsupportedModel, memory_refused, one_line
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.mapped_file import map_file
 from griffin_offload.weights.matmul import Scratch
@@ -127,6 +127,8 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
     try:
         return map_file(path)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if memory_refused(error):
+            raise
         raise CheckpointError(f"{path} was changed while it was loaded: {one_line(error)}") from error
 
 

@@ -1,9 +1,21 @@
-"""Files that are either whole or absent: written under a temporary name, on the disk before they get their own."""
+"""Files by names that every library can open; files that are either whole or absent: written under a temporary name, on
+the disk before they get their own.
+"""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from griffin_offload.errors import UsageError
+
+
+def check_name(path: Path) -> None:
+    """UsageError for a name that is no Unicode text: Python opens it, torch and safetensors do not."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{str(path)!a} is not UTF-8, and cannot be opened by all that has to: rename it") from None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ A projection's tensors are given by name: weight, bias, scale, input_scale. The 
 zeros and hold at least as many neurons as are chosen; what fills them up to whole blocks stays zero.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from griffin_offload.weights.quantize import (
 Tensors = dict[str, Tensor]
 # Neurons that are on their way at once: a multiple of every block, and small enough for a cache.
 CHUNK = 1024
+# One thread is done with less than that before a second one has begun.
+_SHARED_BYTES = 2**20
 
 
 def take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
@@ -29,11 +33,22 @@ def take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
     if axis == 0 or source.device.type != "cpu":
         torch.index_select(source, axis, index, out=out)
         return
-    # Columns on the CPU: numpy's take is 4x torch's index_select (benchmarks/NOTES.md). It knows no bfloat16,
-    # so bits are moved as integers; mode "wrap" because "raise" would buffer the whole output.
+    # Columns on the CPU: numpy's take is 4x torch's index_select (benchmarks/NOTES.md), and one thread's work, so each
+    # of torch's takes a share of the rows. It knows no bfloat16: bits are moved as integers. Mode "wrap" because
+    # "raise" would buffer the whole output.
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
-    columns, target = source.view(bits).numpy(), out.view(bits).numpy()
-    np.take(columns, index.numpy(), axis=1, out=target, mode="wrap")
+    columns, target, chosen = source.view(bits).numpy(), out.view(bits).numpy(), index.numpy()
+
+    def take_rows(rows: slice) -> None:
+        np.take(columns[rows], chosen, axis=1, out=target[rows], mode="wrap")
+
+    threads = torch.get_num_threads() if out.nbytes >= _SHARED_BYTES else 1
+    if threads == 1:
+        take_rows(slice(None))
+        return
+    step = -(-source.shape[0] // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(take_rows, (slice(start, start + step) for start in range(0, source.shape[0], step))))
 
 
 def gather_outputs(full: Tensors, chosen: Tensor, parts: int, out: Tensors) -> None:

@@ -12,31 +12,23 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from griffin_offload.errors import GriffinError
+from griffin_offload.errors import CheckpointChanged, GriffinError
 from griffin_offload.weights.direct import DirectReader, Extent
+from griffin_offload.weights.mappings import Mapping, file_mappings
+from griffin_offload.weights.watched_files import WatchedFiles
 
 _PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else ctypes.CDLL("msvcrt")  # called on Linux alone
 _MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED, _MADV_POPULATE_READ = 1, 3, 4, 22
 # The kernel reads ahead at most the disk's window for one call, however long the range: so ask in steps, and keep
 # some of them in flight (benchmarks/NOTES.md).
 _STEP_BYTES = 8 * 2**20
 _STEPS_AHEAD = 4
-
-
-@dataclass(frozen=True)
-class _Mapping:
-    """One line of /proc/self/maps that belongs to a file."""
-
-    start: int
-    end: int
-    offset: int
-    path: str
 
 
 @dataclass(frozen=True)
@@ -66,18 +58,19 @@ class FilePages:
     def __init__(self, tensors: Sequence[Tensor], *, evict: bool) -> None:
         self._evict = evict
         self.direct: DirectReader | None = None
-        self._files: dict[str, int] = {}
-        self._mappings = _file_mappings()
+        self._mappings = file_mappings()
         used = {mapping for tensor in tensors if (mapping := self._mapping_of(tensor)) is not None}
         self.unmapped_bytes = sum(t.nbytes for t in tensors if self._mappings and self._mapping_of(t) is None)
         for mapping in used:
+            if mapping.deleted:
+                raise CheckpointChanged(f"{mapping.path} was deleted or replaced while it was loaded: load it again")
+        self.files = WatchedFiles(sorted({mapping.path for mapping in used}))
+        for mapping in used:
             # What is needed is asked for exactly; guessing around page faults would read other layers, too.
-            _advise(Span(mapping.start, mapping.end - mapping.start, mapping.path, 0), _MADV_RANDOM)
-            if mapping.path not in self._files:
-                self._files[mapping.path] = os.open(mapping.path, os.O_RDONLY)
-        if evict and self._files:
+            self._advise(Span(mapping.start, mapping.end - mapping.start, mapping.path, 0), _MADV_RANDOM)
+        if evict and used:
             with contextlib.suppress(OSError):
-                self.direct = DirectReader(self._files)
+                self.direct = DirectReader(self.files.descriptors)
 
     def extents(self, tensors: Sequence[Tensor]) -> list[Extent] | None:
         """The bytes of `tensors` in their files; None if one lies in none."""
@@ -102,7 +95,7 @@ class FilePages:
 
     def spans(self, tensors: Sequence[Tensor]) -> list[Span]:
         """The whole pages under `tensors`, neighbours joined first so that the pages they share count, too."""
-        joined: list[tuple[int, int, _Mapping]] = []
+        joined: list[tuple[int, int, Mapping]] = []
         for tensor in sorted(tensors, key=lambda t: t.data_ptr()):
             mapping = self._mapping_of(tensor)
             if mapping is None:
@@ -119,8 +112,8 @@ class FilePages:
         for position, step in enumerate(steps):
             ahead = position + _STEPS_AHEAD
             for early in steps[ahead : ahead + 1] if position else steps[: ahead + 1]:
-                _advise(early, _MADV_WILLNEED)
-            _advise(step, _MADV_POPULATE_READ)
+                self._advise(early, _MADV_WILLNEED)
+            self._advise(step, _MADV_POPULATE_READ)
 
     def read_rows(self, tensor: Tensor, rows: Tensor) -> int:
         """Read the pages under some rows (sorted indices) of a contiguous tensor and map them; returns their bytes."""
@@ -134,53 +127,41 @@ class FilePages:
         spans = [Span(at, to - at, mapping.path, 0) for at, to in runs]
         for advice in (_MADV_WILLNEED, _MADV_POPULATE_READ):  # all are asked for before the first is waited for
             for span in spans:
-                _advise(span, advice)
+                self._advise(span, advice)
         return sum(span.nbytes for span in spans)
 
     def drop(self, spans: Sequence[Span]) -> None:
         """Unmap the spans' pages and, when evicting, free them."""
         for span in spans:
-            _advise(span, _MADV_DONTNEED)
+            self._advise(span, _MADV_DONTNEED)
             if self._evict:
                 # In this order: fadvise skips pages that are still mapped.
-                os.posix_fadvise(self._files[span.path], span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(self.files.descriptors[span.path], span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the files; the mappings are not ours."""
         if self.direct is not None:
             self.direct.close()
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self.files.close()
 
-    def _mapping_of(self, tensor: Tensor) -> _Mapping | None:
+    def paths(self, tensors: Sequence[Tensor]) -> set[str]:
+        """The files under `tensors`."""
+        return {mapping.path for t in tensors if (mapping := self._mapping_of(t)) is not None}
+
+    def _advise(self, span: Span, advice: int) -> None:
+        """madvise(2); advice the kernel does not know is left out. CheckpointChanged or GriffinError when the file
+        cannot be read."""
+        failed = _libc.madvise(ctypes.c_void_p(span.address), ctypes.c_size_t(span.nbytes), advice)
+        if failed and ctypes.get_errno() == errno.EFAULT:
+            self.files.check_contents([span.path])
+            raise GriffinError(f"{span.path} cannot be read any more: its disk fails")
+
+    def _mapping_of(self, tensor: Tensor) -> Mapping | None:
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         return next((m for m in self._mappings if m.start <= begin and end <= m.end), None)
 
 
-def _inner_pages(begin: int, end: int, mapping: _Mapping) -> Span:
+def _inner_pages(begin: int, end: int, mapping: Mapping) -> Span:
     # Inwards: what lies beside may be in use.
     first, last = -(-begin // _PAGE) * _PAGE, end // _PAGE * _PAGE
     return Span(first, last - first, mapping.path, mapping.offset + first - mapping.start)
-
-
-def _file_mappings() -> list[_Mapping]:
-    """The files mapped into this process; empty if not Linux."""
-    maps = Path("/proc/self/maps")
-    if not sys.platform.startswith("linux") or not maps.is_file():
-        return []
-    found = []
-    for line in maps.read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        # Not by name: in the hub's cache a shard is a link to a file that is called by its hash.
-        if len(fields) == 6 and os.path.isfile(fields[5]):
-            start, end = (int(bound, 16) for bound in fields[0].split("-"))
-            found.append(_Mapping(start, end, int(fields[2], 16), fields[5]))
-    return found
-
-
-def _advise(span: Span, advice: int) -> None:
-    """madvise(2); advice the kernel does not know is left out. GriffinError when the file cannot be read."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    failed = libc.madvise(ctypes.c_void_p(span.address), ctypes.c_size_t(span.nbytes), advice)
-    if failed and ctypes.get_errno() == errno.EFAULT:
-        raise GriffinError(f"{span.path} cannot be read any more: it was changed, or its disk fails")

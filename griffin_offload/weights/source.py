@@ -5,18 +5,20 @@ cache and drops it when it was used, so that a model larger than RAM passes thro
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from griffin_offload.errors import GriffinError
-from griffin_offload.weights.direct import Placement
+from griffin_offload.weights.direct import Placement, in_huge_pages
 from griffin_offload.weights.pages import FilePages
 
 MIN_DIRECT_BYTES = 16 * 2**20
 """Layers of at least so many bytes are read directly where the page cache is too small: slots have whole blocks."""
 DIRECT_SLACK_BYTES = 2**17
 """What whole blocks can add to such a slot."""
+_COPY_THREADS = 4  # a disk wants several requests at a time, and so do page faults
 ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
 
 
@@ -54,29 +56,27 @@ class RamWeights:
     """Full FF weights in host memory, one flat buffer a layer, in the precision of the computation."""
 
     def __init__(self, origin: "MappedWeights", layers: Sequence[int], dtype: torch.dtype, *, pin: bool) -> None:
-        """Copy `layers` out of `origin`, one at a time; `pin` registers the buffers with CUDA."""
+        """Copy `layers` out of `origin`, several at a time; `pin` registers the buffers with CUDA."""
         self._layers: dict[int, list[Tensor]] = {}
         self.flat: dict[int, Tensor] = {}
         self._pinned: list[Tensor] = []
         self.fetched_bytes = 0
         try:
-            for index in layers:
-                self._copy_layer(origin, index, dtype, pin)
+            with ThreadPoolExecutor(_COPY_THREADS) as pool:
+                list(pool.map(lambda index: self._copy_layer(origin, index, dtype, pin), layers))
         except BaseException:
             self.close()
             raise
 
     def _copy_layer(self, origin: "MappedWeights", index: int, dtype: torch.dtype, pin: bool) -> None:
-        tensors = origin.fetch(index)
+        tensors = origin.tensors(index)
         layout = FlatLayout(tensors, dtype)
-        buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
+        buffer = in_huge_pages(torch.empty(layout.nbytes, dtype=torch.uint8))
         if pin:
             self._pin(buffer)
         views = layout.views(buffer)
-        for view, tensor in zip(views, tensors, strict=True):
-            view.copy_(tensor.detach())
+        origin.copy(index, views)
         self.flat[index], self._layers[index] = buffer, views
-        origin.drop(index)
 
     def _pin(self, buffer: Tensor) -> None:
         # Registered, not allocated pinned: torch's pinned allocator rounds up to powers of two.
@@ -107,6 +107,12 @@ class RamWeights:
     def drop(self, layer: int) -> None:
         """Nothing to drop: the buffer is the weights' home."""
 
+    def check_files(self) -> None:
+        """Nothing to check: no file is read any more."""
+
+    def check(self, layer: int) -> None:
+        """Nothing to check: no file is read any more."""
+
     def close(self) -> None:
         while self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr())
@@ -119,6 +125,7 @@ class MappedWeights:
         self._layers = layers
         self._pages = FilePages([tensor for tensors in layers.values() for tensor in tensors], evict=evict)
         self._spans = {index: self._pages.spans(tensors) for index, tensors in layers.items()}
+        self._paths = {index: self._pages.paths(tensors) for index, tensors in layers.items()}
         self.unmapped_bytes = self._pages.unmapped_bytes
         self.fetched_bytes = 0
         self.placements = self._placements()
@@ -142,6 +149,11 @@ class MappedWeights:
         self.fetched_bytes += sum(tensor.nbytes for tensor in self._layers[layer])
         return self._layers[layer]
 
+    def copy(self, layer: int, targets: Sequence[Tensor]) -> None:
+        """Copy the layer's tensors to `targets` of their sizes; blocks."""
+        for tensor, target in zip(self._layers[layer], targets, strict=True):
+            self._pages.copy(tensor.detach(), target)
+
     def read(self, layer: int, slot: Tensor) -> list[Tensor]:
         """Read the layer into `slot`, a block buffer, past the page cache; blocks; counted."""
         assert self._pages.direct is not None, "only what has a placement"
@@ -161,6 +173,14 @@ class MappedWeights:
     def drop(self, layer: int) -> None:
         """Unmap the layer's pages and, when evicting, free them."""
         self._pages.drop(self._spans[layer])
+
+    def check_files(self) -> None:
+        """CheckpointChanged unless the files are those that were mapped, and whole: to ask before a pass."""
+        self._pages.files.check()
+
+    def check(self, layer: int) -> None:
+        """CheckpointChanged if a file of the layer was written to or cut: to ask when the layer was used."""
+        self._pages.files.check_contents(self._paths[layer])
 
     def close(self) -> None:
         self._pages.close()

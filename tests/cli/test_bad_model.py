@@ -190,3 +190,11 @@ def test_chat_template_that_fails(cli, copy: Path, template: str):
     assert outcome.code in (2, 4)
     assert outcome.err.startswith("griffin-offload: error: ")
     assert outcome.err.count("\n") == 1
+
+
+def test_a_name_that_is_not_utf_8(cli, copy: Path, llama: Path, tmp_path: Path):
+    """Python opens it, safetensors and torch do not: they would say that the file is damaged."""
+    odd = copy.rename(tmp_path / "odd \udcff")
+    words = r"odd \\udcff' is not UTF-8, .* rename it"
+    cli.refuses(2, words, "run", "the cat", "-m", odd)
+    cli.refuses(2, words, "convert", odd, "-m", llama, "--quantize", "int8")

@@ -1,0 +1,91 @@
+"""Residents that arrive while the first prompt already passes."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from griffin_offload import GriffinModel
+from griffin_offload.errors import GriffinError
+from griffin_offload.runtime.arrival import Arrival
+from griffin_offload.weights.pages import FilePages
+
+
+def decoder(layers: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(2, 2) for _ in range(layers))
+
+
+def test_a_layer_waits_for_its_own_residents_and_no_others() -> None:
+    layers, second, done = decoder(2), threading.Event(), threading.Event()
+    arrival = Arrival(layers, [[lambda: None], [lambda: second.wait() and None]], check=lambda: None, finished=done.set)
+    arrival.start()
+    row = torch.ones(1, 2)
+    layers[0](row)
+    passed: list[torch.Tensor] = []
+    behind = threading.Thread(target=lambda: passed.append(layers[1](row)))
+    behind.start()
+    behind.join(0.2)
+    assert not passed
+    second.set()
+    behind.join(10)
+    assert passed
+    assert done.wait(10)
+    assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+def test_a_failure_is_raised_by_every_forward_that_needs_it() -> None:
+    def fails() -> None:
+        raise OSError("the disk is gone")
+
+    layers = decoder(2)
+    arrival = Arrival(layers, [[fails], [lambda: None]], check=lambda: None, finished=lambda: None)
+    arrival.start()
+    for layer in layers:
+        with pytest.raises(GriffinError, match="the disk is gone"):
+            layer(torch.ones(1, 2))
+    arrival.close()
+
+
+def test_close_ends_what_is_under_way() -> None:
+    layers, asked, go_on = decoder(3), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        asked.set()
+        go_on.wait(10)
+
+    done = threading.Event()
+    many = [slow] * 8
+    arrival = Arrival(layers, [many, many, many], check=lambda: None, finished=done.set)
+    arrival.start()
+    asked.wait(10)
+    threading.Timer(0.1, go_on.set).start()
+    arrival.close()
+    assert done.is_set()
+    with pytest.raises(GriffinError, match="closed"):
+        arrival.wait()
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_slow_residents_change_nothing(checkpoints, monkeypatch, quantize: str, density: float) -> None:
+    folder = checkpoints("llama3")
+    prompt = torch.arange(1, 20)[None]
+    options = {"device": "cpu", "density": density, "quantize": quantize, "dtype": "float32"}
+    with GriffinModel.from_pretrained(folder, **options) as model:
+        model.model  # noqa: B018  waits for all
+        expected = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    gate = threading.Event()
+    for name in ("copy", "read"):
+        stock = getattr(FilePages, name)
+        monkeypatch.setattr(FilePages, name, lambda *args, stock=stock: (_wait_in_background(gate), stock(*args))[1])
+    with GriffinModel.from_pretrained(folder, **options) as model:
+        threading.Timer(0.3, gate.set).start()
+        assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), expected)
+        assert model.last_report is not None
+        assert model.last_report.wait_s > 0
+
+
+def _wait_in_background(gate: threading.Event) -> None:
+    if threading.current_thread().name.startswith("griffin-offload-resident"):
+        gate.wait(10)
