@@ -39,7 +39,7 @@ class ReadFigure:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
 
 
 def cached_bytes(path: Path) -> int:

@@ -24,17 +24,26 @@ class Workload:
     prompt_tokens: int
     cap_bytes: int | None
     timeout_s: float
+    prompt_ids: Path | None = None
 
 
 @dataclass(frozen=True)
 class Side:
-    """What a worker is started with; `name` is how the report calls it."""
+    """What a worker is started with; `name` is how the report calls it. A `program` of its own takes the same options
+    as `worker.py` and prints the same line."""
 
     name: str
     worker: str
     threads: int
     new_tokens: int
     options: tuple[str, ...] = ()
+    program: tuple[str, ...] = ()
+
+    def command(self, work: Workload) -> list[str]:
+        program = self.program or (sys.executable, str(BENCHMARKS / "worker.py"), self.worker)
+        command = [*program, "--dir", str(work.folder), "--prompt-tokens", str(work.prompt_tokens)]
+        command += ["--new-tokens", str(self.new_tokens), "--threads", str(self.threads), *self.options]
+        return command + (["--prompt-ids", str(work.prompt_ids)] if work.prompt_ids else [])
 
 
 @dataclass
@@ -50,7 +59,15 @@ class Result:
     def failure(self) -> str:
         if self.outcome.oom_kills:
             return "killed by the memory cap"
-        return "timed out" if self.outcome.timed_out else f"exit status {self.outcome.returncode}"
+        return "timed out" if self.outcome.timed_out else self.error or f"exit status {self.outcome.returncode}"
+
+    @property
+    def error(self) -> str | None:
+        """In the words of a worker that could still say so."""
+        try:
+            return str(json.loads(self.outcome.stdout.splitlines()[-1])["error"])
+        except (ValueError, LookupError, TypeError):
+            return None
 
     @property
     def token_s(self) -> float:
@@ -59,13 +76,10 @@ class Result:
 
 def run_side(side: Side, work: Workload) -> Result:
     """One cold run in a process of its own."""
-    command = [sys.executable, str(BENCHMARKS / "worker.py"), side.worker, "--dir", str(work.folder)]
-    command += ["--prompt-tokens", str(work.prompt_tokens), "--new-tokens", str(side.new_tokens)]
-    command += ["--threads", str(side.threads), *side.options]
     cached_bytes = drop_page_cache(checkpoint_files(work.folder))
     touch_free_memory(work.cap_bytes or int(psutil.virtual_memory().available * 0.8))
     print(f"running {side.name} ...", file=sys.stderr, flush=True)
-    outcome = run_capped(command, work.cap_bytes, work.timeout_s, environment(side.threads))
+    outcome = run_capped(side.command(work), work.cap_bytes, work.timeout_s, environment(side.threads))
     figures = json.loads(outcome.stdout.splitlines()[-1]) if outcome.returncode == 0 else None
     result = Result(side, outcome, figures, cached_bytes)
     if figures is None:
@@ -75,7 +89,7 @@ def run_side(side: Side, work: Workload) -> Result:
 
 def environment(threads: int | None = None) -> dict[str, str]:
     """Threads must be known before torch starts; the package is found also when it is not installed."""
-    paths = [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(BENCHMARKS.parent), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
     known = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     return (
         os.environ

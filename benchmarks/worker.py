@@ -7,14 +7,13 @@ Both sides are timed by the same instrument, a streamer that notes the clock and
 import argparse
 import json
 import sys
-import time
 from dataclasses import asdict, is_dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from capped_run import process_status_bytes
+from exact_streaming import simulate
+from instrument import Mark, figures, mark
 from model_bytes import parse_bytes
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
@@ -22,23 +21,14 @@ from transformers.generation.streamers import BaseStreamer
 SEED = 0
 
 
-def disk_read_bytes() -> int:
-    """Bytes this process made the disk deliver; page-cache hits do not count."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(dict(line.split(": ") for line in lines)["read_bytes"])
-
-
 class Marks(BaseStreamer):
     """(seconds, bytes read so far) at every call; `generate` hands over the prompt first, then each token."""
 
     def __init__(self) -> None:
-        self.marks: list[tuple[float, int]] = []
-
-    def mark(self) -> None:
-        self.marks.append((time.perf_counter(), disk_read_bytes()))
+        self.marks: list[Mark] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.mark()
+        self.marks.append(mark())
 
     def end(self) -> None:
         pass
@@ -56,7 +46,17 @@ def load_ours(args: argparse.Namespace) -> Any:
         offload="disk",
         ctx_size=args.prompt_tokens + args.new_tokens,
         prompt_tokens=args.prompt_tokens,
+        **exact_options(args),
     )
+
+
+def exact_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Random weights accept nothing meaningful, so acceptance can be simulated; all the rest of the mode is real."""
+    if not args.exact:
+        return {}
+    if args.acceptance is not None:
+        simulate(args.acceptance)
+    return {"exact": True, "draft_tokens": args.draft_tokens}
 
 
 def decoding(model: Any) -> dict[str, Any] | None:
@@ -99,22 +99,19 @@ LOADERS = {"ours": load_ours, "mmap": load_mmap, "accelerate": load_accelerate}
 
 
 def prompt(args: argparse.Namespace) -> torch.Tensor:
-    """[1, T] random ids, the same for every side."""
+    """[1, T] ids, the same for every side: those of a file, else random ones."""
+    if args.prompt_ids:
+        return torch.tensor([json.loads(args.prompt_ids.read_text())[: args.prompt_tokens]])
     vocabulary = AutoConfig.from_pretrained(args.dir).vocab_size
     generator = torch.Generator().manual_seed(SEED)
     return torch.randint(3, vocabulary, (1, args.prompt_tokens), generator=generator)
 
 
-def phase(start: tuple[float, int], end: tuple[float, int]) -> dict[str, float]:
-    return {"s": end[0] - start[0], "read_bytes": end[1] - start[1]}
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     ids, marks = prompt(args), Marks()
-    marks.mark()
+    before = mark()
     model = LOADERS[args.side](args)
-    marks.mark()
-    before, loaded = marks.marks
+    loaded = mark()
     output = model.generate(
         input_ids=ids,
         max_new_tokens=args.new_tokens,
@@ -125,17 +122,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     new_tokens = output[0, args.prompt_tokens :].tolist()
     if len(new_tokens) != args.new_tokens:
         raise RuntimeError(f"asked for {args.new_tokens} tokens, got {len(new_tokens)}")
-    tokens = marks.marks[-args.new_tokens :]
     report = getattr(model, "last_report", None)
-    return {
-        "load": phase(before, loaded),
-        "prefill": phase(loaded, tokens[0]),
-        "decode": phase(tokens[0], tokens[-1]),
-        "token_s": [later[0] - earlier[0] for earlier, later in pairwise(tokens)],
-        "tokens": new_tokens,
+    return figures(before, loaded, marks.marks[-args.new_tokens :], new_tokens) | {
         "decoding": decoding(model),
-        "rss_anon_bytes": process_status_bytes("self", "RssAnon"),
-        "rss_peak_bytes": process_status_bytes("self", "VmHWM"),
         "offload_folder_bytes": folder_bytes(args.offload_folder),
         "report": asdict(report) if is_dataclass(report) and not isinstance(report, type) else None,
     }
@@ -158,6 +147,10 @@ def main() -> None:
     parser.add_argument("--ram-share", default="0")
     parser.add_argument("--copy-share", action="store_true")
     parser.add_argument("--offload-folder", type=Path)
+    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--acceptance", type=float, help="simulated; the full model decides when not given")
+    parser.add_argument("--draft-tokens", type=int)
+    parser.add_argument("--prompt-ids", type=Path, help="JSON list of token ids")
     parser.add_argument("--prompt-tokens", type=int, required=True)
     parser.add_argument("--new-tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)

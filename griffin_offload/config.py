@@ -4,6 +4,7 @@ Shape notation of the whole package: B batch, T tokens, H hidden size, F feed-fo
 K kept neurons of a layer, L layers, V vocabulary. GB is 10**9 bytes, GiB is 2**30.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -25,6 +26,9 @@ CacheKind = Literal["ours", "static", "dynamic"]
 Refresh = Literal["turn", "never"] | int
 Density = float | Sequence[float]
 
+# Names as they come in Host headers, addresses of IPv6 with or without brackets; origins as browsers send them.
+_HOST = re.compile(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]?")
+_ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+/?")
 # Fewer neurons than this were never useful in the paper; the planner refuses instead of going lower.
 MIN_AUTO_DENSITY = 0.25
 # The same when the precision is free, too: fewer bits come before fewer neurons (README: equal bytes).
@@ -88,6 +92,8 @@ class LoadConfig:
     """Tokens that go through a full FF at once: bounds the workspace, not the result. None: by the slot's size."""
     threads: int | None = None
     """Threads that compute on the CPU; None: OMP_NUM_THREADS, else by a short timed trial."""
+    cuda_graphs: bool = True
+    """On CUDA, capture the decode of one token and replay it; off: every kernel is launched by itself."""
     offline: bool = False
     always_stream: bool = False
     """Stream layers that fit whole, too: for tests and measurements of the streamed pass."""
@@ -266,6 +272,12 @@ class ServeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}: at least 1")
+        for host in self.allow_host:
+            if not _HOST.fullmatch(host):
+                raise UsageError(f"allow_host is {host!r}: give a name or an address, without scheme and port")
+        for origin in self.cors_origin:
+            if not _ORIGIN.fullmatch(origin):
+                raise UsageError(f"cors_origin is {origin!r}: write https://example.org, or * for any")
 
 
 @dataclass(frozen=True)

@@ -225,3 +225,15 @@ def test_a_larger_batch_than_fits_is_refused_before_it_runs(checkpoints):
     )
     with pytest.raises(DoesNotFit, match="fewer than 16 sequences"):
         model.generate(torch.randint(3, VOCAB, (16, 50)), max_new_tokens=4)
+
+
+def test_captured_graphs_are_counted_in_both_phases():
+    shape = _shape_of(**LLAMA_13B)
+    request = PlanRequest(budget_bytes=24 * 10**9, ctx_tokens=2176, density=0.5)
+    plain = best_plan(shape, request, 2176)
+    graphs = best_plan(shape, dataclasses.replace(request, graphs=True), 2176)
+    assert plain.parts["graphs"] == 0
+    # Pool and kernels of eight captures: a hundredth of the budget that 13B is meant for.
+    assert 90 * 2**20 < graphs.parts["graphs"] < 0.01 * 12e9
+    for phase in ("peak_prefill_bytes", "peak_decode_bytes"):
+        assert getattr(graphs, phase) - getattr(plain, phase) == graphs.parts["graphs"]

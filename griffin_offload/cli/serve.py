@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import stat
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -18,10 +19,11 @@ from griffin_offload.errors import UsageError
 from griffin_offload.units import format_bytes, parse_seconds, parse_size
 
 if TYPE_CHECKING:
-    from griffin_offload.serving.keeper import Held
+    from griffin_offload.pricing import Plan
     from griffin_offload.serving.server import Server
 
 _DEFAULTS = ServeConfig()
+_LONGEST_KEY_FILE = 10_000
 # On CPUs oneDNN and torch's layer over it keep compiled kernels for every length of a prompt, 1024 of them each: 1.5 MB
 # for every new length, up to some 200 MB. A layer has fewer than this many.
 _KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
@@ -107,8 +109,8 @@ def serve(arguments: argparse.Namespace) -> int:
     server = Server(model_of(arguments), options, config)
     code: int | None = signal.SIGINT
     try:
-        held = server.load()
-        code = server.run(lambda: _say_ready(server, held, arguments))
+        plan = server.load()
+        code = server.run(lambda: _say_ready(server, plan, arguments))
         if not arguments.quiet:
             print("griffin-offload: stopped", file=sys.stderr, flush=True)
     finally:
@@ -131,11 +133,21 @@ def _api_key(file: Path | None) -> str | None:
 
     if file is not None:
         try:
-            return check_key(file.read_text(encoding="utf-8"), "--api-key-file")
+            with file.open("rb") as opened:
+                key = check_key(opened.read(_LONGEST_KEY_FILE).decode("utf-8"), "--api-key-file")
+                _warn_of_readers(os.fstat(opened.fileno()).st_mode)
+            return key
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot read --api-key-file: {type(error).__name__}") from error
     found = os.environ.get(KEY_VARIABLE)
     return check_key(found, KEY_VARIABLE) if found is not None else None
+
+
+def _warn_of_readers(mode: int) -> None:
+    """A line if the key file's `mode` lets everybody read it."""
+    if os.name == "posix" and stat.S_ISREG(mode) and mode & stat.S_IROTH:
+        what = f"others can read --api-key-file (mode {stat.S_IMODE(mode):o}): chmod o= it"
+        print(f"griffin-offload: {what}", file=sys.stderr)
 
 
 def _check_extra() -> None:
@@ -159,8 +171,7 @@ def _log_to_stderr(arguments: argparse.Namespace) -> None:
         logging.getLogger(name).setLevel(logging.WARNING if arguments.verbose else logging.CRITICAL + 1)
 
 
-def _say_ready(server: "Server", held: "Held", arguments: argparse.Namespace) -> None:
-    plan = held.model.plan
+def _say_ready(server: "Server", plan: "Plan", arguments: argparse.Namespace) -> None:
     if arguments.json:
         facts = {"url": server.url, "model": server.name, "pid": os.getpid(), "plan": plan.to_json()}
         print(json.dumps(facts), flush=True)

@@ -49,8 +49,8 @@ def measure_ceilings(prospect: Prospect, precision: Precision, prompts: list[int
         return Ceilings(
             threads=threads,
             read_bytes_per_s=read_bytes_per_s(list(prospect.checkpoint.files)),
-            copy_pageable_bytes_per_s=_copy_rate(device, pinned=False),
-            copy_pinned_bytes_per_s=_copy_rate(device, pinned=True),
+            copy_pageable_bytes_per_s=host_copy_rate(device, pinned=False),
+            copy_pinned_bytes_per_s=host_copy_rate(device, pinned=True),
             gemv_bytes_per_s=decode_bytes_per_s(precision, hidden, neurons, dtype, device, threads),
             gemm_flops_per_s={tokens: _gemm_rate(tokens, hidden, neurons, dtype, device) for tokens in prompts},
         )
@@ -85,7 +85,8 @@ def read_bytes_per_s(paths: list[Path]) -> float | None:
         return sum(extent.nbytes for extent in extents) / (time.perf_counter() - start)
 
 
-def _copy_rate(device: torch.device, *, pinned: bool) -> float | None:
+def host_copy_rate(device: torch.device, *, pinned: bool) -> float | None:
+    """Bytes per second from the host to a CUDA device; None elsewhere."""
     if device.type != "cuda":
         return None
     host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=pinned).fill_(1)

@@ -15,6 +15,7 @@ from griffin_offload.pricing.kv_cache import cache_parts
 from griffin_offload.pricing.request import PlanRequest, Usage
 from griffin_offload.pricing.workspace import (
     chunk_tokens,
+    graphs_bytes,
     logits_bytes,
     prompt_workspace_bytes,
     statistics_bytes,
@@ -165,6 +166,7 @@ def price(
     common = {
         "logits": logits_bytes(shape, use),
         "statistic": statistics_bytes(shape, request, use, kept, streamed),
+        "graphs": graphs_bytes(shape, request, use, kept),
         "sessions": request.session_bytes,
         "overhead": request.overhead_bytes,
     }

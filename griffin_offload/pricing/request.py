@@ -47,6 +47,8 @@ class PlanRequest:
     """A table of norms is kept, one for every neuron of the streamed layers."""
     translated: bool = False
     """Linear layers multiply in float32, block by block (runtime/cpu_linear.py)."""
+    graphs: bool = False
+    """Decode steps are captured as CUDA graphs."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,15 @@ CHUNK_MULTIPLE = 16
 _CHUNK_SHARE_OF_SLOT = 0.25
 _MAX_CHUNK_TOKENS = 512
 _MAX_SCRATCH_BYTES = 16 * 2**20
+# Numbers of queries, keys and values that are in float32 at once where attention is translated; a head's, if those are
+# more.
+ATTENTION_GROUP_NUMBERS = 2**21
+# Captured CUDA graphs that are kept: KV caches times length buckets.
+MAX_GRAPHS = 8
+# A workspace of cuBLAS for the stream that captures (32 MiB on Hopper), one more of cuBLASLt, and rounding.
+_GRAPH_POOL_BYTES = 80 * 2**20
+# What the driver keeps of one kernel, and kernels of a layer: estimates, beside which benchmarks/gpu.py puts figures.
+_GRAPH_NODE_BYTES, _GRAPH_NODES = 1024, 64
 _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
 
@@ -49,6 +58,7 @@ def workspace_bytes(
     statistic = use.batch * neurons * _FLOAT_BYTES * (rows + 8)
     selection = sum(kept) * _INDEX_BYTES
     masks = _score_bytes(shape, use, new_tokens, seen_tokens)
+    masks += _translated_attention_bytes(shape, use, new_tokens, seen_tokens) if request.translated else 0
     streamed = request.always_stream or any(k < n.neurons for k, n in zip(kept, shape.layers, strict=True))
     gathering = _gather_bytes(shape) if streamed and new_tokens > 1 else 0
     return hidden + max(projections + masks, activations + statistic, gathering) + selection + translation
@@ -112,6 +122,26 @@ def _score_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: in
     if windows and 1 < new_tokens < seen_tokens:
         width += shape.kv_width  # a window's past and many new tokens are put together beside the KV cache
     return per_head * (1 + shape.item_bytes) + use.batch * seen_tokens * width * shape.item_bytes
+
+
+def _translated_attention_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: int) -> int:
+    """A group of heads in float32, keys and values of theirs repeated for every query head, and their product."""
+    every = use.batch * (2 * new_tokens * shape.attention_width + seen_tokens * shape.kv_width)
+    group = min(every, max(ATTENTION_GROUP_NUMBERS, -(-every // max(shape.kv_heads, 1))))
+    repeated = group * 2 * shape.attention_width // max(shape.kv_width, 1)
+    return (group + repeated) * _FLOAT_BYTES
+
+
+def graphs_bytes(shape: ModelShape, request: PlanRequest, use: Usage, kept: Sequence[int]) -> int:
+    """Of captured decode steps: their common pool, which holds one token's workspace for good, and each one's kernels
+    and logits. Their attention always has a mask."""
+    if not request.graphs:
+        return 0
+    step = workspace_bytes(shape, request, use, 1, use.ctx_tokens, kept)
+    scores = use.batch * use.ctx_tokens * shape.heads * (shape.item_bytes + _FLOAT_BYTES)
+    logits = use.batch * shape.vocab_size * shape.item_bytes
+    nodes = len(shape.layers) * _GRAPH_NODES * _GRAPH_NODE_BYTES
+    return _GRAPH_POOL_BYTES + step + scores + MAX_GRAPHS * (logits + nodes)
 
 
 def statistics_bytes(

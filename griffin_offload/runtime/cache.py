@@ -38,6 +38,7 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def __init__(self, config: PretrainedConfig, *, ctx_tokens: int, bits: KVBits = 16) -> None:
         self._scratches = (Scratch(), Scratch())
+        self.ctx_tokens = ctx_tokens
         layers = [KVLayer(ctx_tokens, window, bits, self._scratches) for window in windows_of(config)]
         super().__init__(layers=layers)
 
@@ -45,6 +46,16 @@ class KVCache(Cache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes allocated so far, the scratch included."""
         return sum(part.nbytes for part in (*self._scratches, *self.layers))
+
+    @property
+    def batch(self) -> int:
+        """Sequences that it was allocated for; 0 before the first update."""
+        return min((layer.batch for layer in self.layers), default=0)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where keys and values lie: they stay there until another batch or a saved context comes."""
+        return tuple(address for layer in self.layers for address in layer.addresses)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (transformers counts them below zero): in all layers or none."""
@@ -85,8 +96,9 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, ctx_tokens: int, window: int | None, bits: KVBits, scratches: _Scratches) -> None:
         super().__init__()
         self.is_sliding = window is not None
-        self._ctx_tokens, self._window, self._bits, self._scratches = ctx_tokens, window, bits, scratches
-        self._room = kv_tokens_kept(window, ctx_tokens)
+        self._ctx_tokens, self.window, self._bits, self._scratches = ctx_tokens, window, bits, scratches
+        self.room = kv_tokens_kept(window, ctx_tokens)
+        """Tokens that there is memory for."""
         self._stores: list[Store] = []
         self._seen = self._held = 0
 
@@ -94,14 +106,22 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     def nbytes(self) -> int:
         return sum(store.nbytes for store in self._stores)
 
+    @property
+    def batch(self) -> int:
+        return self._stores[0].parts(0)[0].shape[0] if self._stores else 0
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return tuple(address for store in self._stores for address in store.addresses)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys and values like these, [B, heads, T, D] for any T."""
-        both = (key_states, value_states)
+        both, self.dtype = (key_states, value_states), key_states.dtype
         if self._bits == 16:
-            self._stores = [Store(states, self._room) for states in both]
+            self._stores = [Store(states, self.room) for states in both]
         else:
             pairs = zip(both, self._scratches, strict=True)
-            self._stores = [Int8Store(states, self._room, scratch) for states, scratch in pairs]
+            self._stores = [Int8Store(states, self.room, scratch) for states, scratch in pairs]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -112,16 +132,12 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         of which more come at once than a layer with a window has room for.
         """
         new = key_states.shape[-2]
-        if self._seen + new > self._ctx_tokens:
-            raise GriffinError(
-                f"the KV cache holds {self._ctx_tokens} tokens, and {new} more than its {self._seen} were given: "
-                "make it with a larger ctx_tokens"
-            )
+        self._check_room(new)
         if self._seen == 0 and not (self._stores and self._stores[0].suits(key_states)):
             self.lazy_initialization(key_states, value_states)
         past, states = self._past, (key_states, value_states)
         read: list[Tensor] = list(states) if past == 0 else []
-        if past + new > self._room and past:  # more at once than the slack: beside the store, before it goes
+        if past + new > self.room and past:  # more at once than the slack: beside the store, before it goes
             old = [store.read(self._held - past, self._held) for store in self._stores]
             read = [torch.cat(pair, dim=-2) for pair in zip(old, states, strict=True)]
         self._append(states, past)
@@ -129,21 +145,49 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
             read = [store.read(self._held - past - new, self._held) for store in self._stores]
         return read[0], read[1]
 
+    def advance(self) -> tuple[int, int]:
+        """Count one token more, which `put` will write: its place in the store, and that of the first one it sees."""
+        self._check_room(1)
+        past = self._past
+        place = self._make_room(1, past)
+        return place, place - past
+
+    def put(self, place: Tensor, key_states: Tensor, value_states: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Write one token [B, heads, 1, D] at `place` [1] on the device, and return the first `tokens` of the store,
+        whatever they are. Nothing here depends on how many tokens have passed: it can be captured in a graph."""
+        read = []
+        for store, states in zip(self._stores, (key_states, value_states), strict=True):
+            store.put(place, states)
+            read.append(store.read(0, tokens))
+        return read[0], read[1]
+
+    def _check_room(self, new: int) -> None:
+        if self._seen + new > self._ctx_tokens:
+            raise GriffinError(
+                f"the KV cache holds {self._ctx_tokens} tokens, and {new} more than its {self._seen} were given: "
+                "make it with a larger ctx_tokens"
+            )
+
     @property
     def _past(self) -> int:
         """Tokens of the past that the next ones see."""
-        return self._seen if self._window is None else min(self._seen, self._window - 1)
+        return self._seen if self.window is None else min(self._seen, self.window - 1)
 
     def _append(self, states: tuple[Tensor, Tensor], past: int) -> None:
-        new = states[0].shape[-2]
-        kept = self._held
-        if kept + new > self._room:
-            kept = min(kept, past + KV_SLACK_TOKENS // 2, max(self._room - new, 0))
+        place = self._make_room(states[0].shape[-2], past)
         for store, tokens in zip(self._stores, states, strict=True):
+            store.write(place, tokens[:, :, -self.room :])
+
+    def _make_room(self, new: int, past: int) -> int:
+        """Count `new` tokens more, `past` of those before still being seen, and move what stays; where they go."""
+        kept = self._held
+        if kept + new > self.room:
+            kept = min(kept, past + KV_SLACK_TOKENS // 2, max(self.room - new, 0))
+        for store in self._stores:
             store.move_to_start(self._held - kept, kept)
-            store.write(kept, tokens[:, :, -self._room :])
         self._seen += new
-        self._held = min(kept + new, self._room)
+        self._held = min(kept + new, self.room)
+        return kept
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length of what `update` will return for `query_length` tokens, and the position of its first one."""
@@ -155,7 +199,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_max_length(self) -> int:
         """Tokens that there is room for; of a layer with a window, the window."""
-        return self._window or self._ctx_tokens
+        return self.window or self._ctx_tokens
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """GriffinError unless `crop` can do it."""
@@ -167,10 +211,10 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         if removed > self._seen:
             raise GriffinError(f"{removed} tokens cannot be removed from a KV cache of {self._seen}")
         seen = self._seen - removed
-        visible = seen if self._window is None else min(seen, self._window - 1)
+        visible = seen if self.window is None else min(seen, self.window - 1)
         if self._held - removed < visible:
             raise GriffinError(
-                f"{removed} tokens cannot be removed from a layer with a window of {self._window}: before its last "
+                f"{removed} tokens cannot be removed from a layer with a window of {self.window}: before its last "
                 f"{visible + removed} tokens only {self._held} are kept"
             )
 
@@ -194,9 +238,9 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         if len(shapes) != (2 if self._bits == 16 else 4) or any(len(shape) != 4 for shape in shapes):
             return False
         held = shapes[0][2]
-        visible = seen if self._window is None else min(seen, self._window - 1)
+        visible = seen if self.window is None else min(seen, self.window - 1)
         alike = all(shape[:3] == [1, shapes[0][1], held] for shape in shapes)
-        return alike and visible <= held <= min(seen, self._room)
+        return alike and visible <= held <= min(seen, self.room)
 
     def load(self, seen: int, parts: list[Tensor]) -> None:
         """Become a layer that `saved` these after `seen` tokens."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from griffin_offload.config import BatchStatistic
+from griffin_offload.method import statistic
 from griffin_offload.pricing import MAX_MARKS
 from griffin_offload.runtime.cache import KVCache
 
@@ -120,6 +122,14 @@ class Context:
         for index, squared in sums.items():
             earlier = self.squared.get(index)
             self.squared[index] = squared if earlier is None else earlier + squared
+
+    def share_kept(self, formula: BatchStatistic, layers: int) -> float:
+        """Share of s^2 that the chosen neurons hold, mean over `layers`; one with all its neurons keeps everything."""
+        shares = [
+            float(statistic.share_kept(statistic.shared_score(squared, formula), self.selected[index]))
+            for index, squared in self.squared.items()
+        ]
+        return (sum(shares) + layers - len(shares)) / layers
 
     def mark(self, logits: Tensor) -> None:
         """Remember the state at the end of `tokens`, which have all been covered."""

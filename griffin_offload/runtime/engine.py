@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from griffin_offload.errors import DoesNotFit, GriffinError
-from griffin_offload.method.statistic import share_kept, shared_score, split_tokens
+from griffin_offload.errors import DoesNotFit, GriffinError, OutOfMemory
+from griffin_offload.method.statistic import split_tokens
 from griffin_offload.plan import as_loaded, describe_shortfall, replan_for
 from griffin_offload.pricing import Plan, Usage, logits_bytes, statistics_bytes, workspace_bytes
+from griffin_offload.runtime.cache import KVCache
 from griffin_offload.runtime.context import Context
+from griffin_offload.runtime.decode_graph import CudaRecorder, DecodeGraphs, Recorder
+from griffin_offload.runtime.identity import identity_of, like_of
+from griffin_offload.runtime.kept_cache import KeptCache
 from griffin_offload.runtime.load import Loaded
 from griffin_offload.runtime.out_of_memory import refusals_named
 from griffin_offload.runtime.prefill import Progress, StreamedPass
@@ -25,9 +29,9 @@ from griffin_offload.runtime.report import PrefillReport
 from griffin_offload.runtime.residents import materialise
 from griffin_offload.runtime.run import Run, cache_bytes, cache_of, prompt_mask, tokens_of
 from griffin_offload.runtime.saved import Identity, Like
-from griffin_offload.runtime.threads import limited_threads
-from griffin_offload.weights.checkpoint import fingerprint
+from griffin_offload.runtime.threads import OneUser, limited_threads
 from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.quantized_linear import int8_kernel
 from griffin_offload.weights.source import MappedWeights
 
 
@@ -48,7 +52,13 @@ class Engine:
         self.stock_forward: Callable[..., Any] = loaded.model.forward
         self._signature = inspect.signature(self.stock_forward)
         loaded.model.forward = self._wrapped_forward()
-        self._user: dict[str, object] = {}
+        self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
+        self.kept_cache = KeptCache(loaded.model.config, plan.kv_bits)
+        if prospect.device.type == "cuda" and self.shape.precision == "int8":
+            int8_kernel(prospect.device, prospect.dtype)  # compiled now, not at the first token
+        if prospect.request.graphs:
+            self.capture_with(CudaRecorder(prospect.device))
+        self._user = OneUser()
         self._closed = False
 
     @property
@@ -69,32 +79,46 @@ class Engine:
     def close(self) -> None:
         """Give the stock model its own forward back."""
         self._closed = True
+        self.kept_cache.release()
+        if self.graphs is not None:
+            self.graphs.close()
         self.loaded.model.__dict__.pop("forward", None)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """One prompt at a time. A lock could be left taken by a Ctrl-C between taking it and `try`; an entry of a
-        dict, set by one atomic call inside, cannot."""
-        me = object()
-        try:
+        """One prompt at a time."""
+        with self._user.alone("this model is generating already"):
             if self._closed:
                 raise GriffinError("this model is closed")
-            if self._user.setdefault("now", me) is not me:
-                raise GriffinError("this model is generating already")
             yield
-        finally:
-            if self._user.get("now") is me:
-                del self._user["now"]
+
+    def capture_with(self, recorder: Recorder) -> None:
+        """Decode by what `recorder` captures from now on."""
+        on_host = self.loaded.host_embedding is not None
+        self.graphs = DecodeGraphs(self.loaded.model, self.stock_forward, recorder, embeds_on_host=on_host)
+
+    def kv_cache(self, use: Usage, *, returned: bool) -> KVCache:
+        """An empty KV cache for `use`. Where there are captures it is the last run's, for the whole context if the
+        budget allows; not if it is `returned` to the caller, who may keep it."""
+        keep, tokens = self.graphs is not None and not returned, use.cache_tokens
+        if keep:
+            whole = replace(use, ctx_tokens=max(use.ctx_tokens, self.plan.context_tokens))
+            tokens = whole.cache_tokens if self._plan_of(whole).fits else tokens
+        return self.kept_cache.take(use.batch, tokens, keep=keep)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
         """How forwards run: with the threads that were chosen at load; OutOfMemory when memory is refused."""
         remedy = "ask for less (a shorter prompt, fewer sequences), or close other programs"
-        with (
-            refusals_named("generating", remedy, self.prospect.device, self.plan.budget_bytes),
-            limited_threads(self.loaded.threads),
-        ):
-            yield
+        try:
+            with (
+                refusals_named("generating", remedy, self.prospect.device, self.plan.budget_bytes),
+                limited_threads(self.loaded.threads),
+            ):
+                yield
+        except OutOfMemory:
+            self.kept_cache.release()
+            raise
 
     def keep_idle(self, idle_bytes: int) -> None:
         """Count so many bytes of contexts that nobody uses at the moment against the budget."""
@@ -103,11 +127,14 @@ class Engine:
 
     def require(self, use: Usage) -> None:
         """DoesNotFit unless `use` stays within the budget with the residents and idle contexts as they are."""
-        request = replace(self.prospect.request, session_bytes=self.idle_bytes)
-        plan = replan_for(self.shape, request, self.plan, use)
+        plan = self._plan_of(use)
         if not plan.fits:
             remedy = f"fewer than {use.batch} sequences at once, shorter ones, or a model loaded with more memory"
             raise DoesNotFit(describe_shortfall(plan, remedy))
+
+    def _plan_of(self, use: Usage) -> Plan:
+        request = replace(self.prospect.request, session_bytes=self.idle_bytes)
+        return replan_for(self.shape, request, self.plan, use)
 
     def hold(self, use: Usage, new_tokens: int, cache: Any, slots: int = 0) -> None:
         """Enter a forward of `new_tokens` into the ledger: activations as the plan counts them, the KV cache and
@@ -147,14 +174,15 @@ class Engine:
     def _wrapped_forward(self) -> Callable[..., Any]:
         @functools.wraps(self.stock_forward)  # generate reads its signature
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(*args, **kwargs)
+            return self.forward(*args, **kwargs)
 
         return forward
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the stock model's forward is while this engine is open."""
         run = self.run
         if run is not None and run.prefilled:
-            output = self.stock_forward(*args, **kwargs)
+            output = self._resident(run, args, kwargs)
             run.cache = cache_of(output, kwargs)
             return output
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
@@ -167,8 +195,18 @@ class Engine:
             return self.stock_forward(*args, **kwargs)
         return self._bare_prefill(arguments, args, kwargs)
 
+    def _resident(self, run: Run, args: Any, kwargs: Any) -> Any:
+        """A forward of the residents: by a captured graph, or kernel by kernel."""
+        output = None
+        if self.graphs is not None:
+            arguments = dict(self._signature.bind(*args, **kwargs).arguments)
+            more = arguments.pop("kwargs", {})
+            output = self.graphs.forward(arguments | more, run.graphs)
+        return self.stock_forward(*args, **kwargs) if output is None else output
+
     def _bare_prefill(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """A forward that nobody announced: checked against the budget first."""
+        self.kept_cache.release()
         tokens = tokens_of(arguments)
         keep = arguments.get("logits_to_keep", 0)
         positions = keep if isinstance(keep, int) and keep > 0 else tokens.shape[1]
@@ -194,6 +232,8 @@ class Engine:
             mask = self._ones(tokens.shape[1]) if past else prompt_mask(tokens, given, run.prompt_tokens)
             output, streamed = self._prefill(mask, context, args, kwargs)
             slots = streamed.peak_in_flight_bytes
+        if self.graphs is not None:
+            self.graphs.begin(run.mask)
         run.cache = cache_of(output, arguments)
         if context is not None:
             self._remember(context, run, output.logits[:, -1])
@@ -234,13 +274,7 @@ class Engine:
             self.last_prefill = None
             materialise(self.loaded.layers, context.selected, self.prospect)
         seconds, streamed_bytes = time.perf_counter() - start, self.loaded.layers.fetched_bytes - before
-        formula = self.loaded.layers.config.batch_statistic
-        shares = [
-            float(share_kept(shared_score(squared, formula), context.selected[index]))
-            for index, squared in context.squared.items()
-        ]
-        dense = len(self.loaded.layers.decoder) - len(shares)
-        kept = (sum(shares) + dense) / (len(shares) + dense)
+        kept = context.share_kept(self.loaded.layers.config.batch_statistic, len(self.loaded.layers.decoder))
         self.last_prefill = PrefillReport(tokens, seconds, streamed_bytes, 0.0, seconds, kept, None)
 
     def _remember(self, context: Context, run: Run, logits: Tensor) -> None:
@@ -253,24 +287,12 @@ class Engine:
     @functools.cached_property
     def identity(self) -> Identity:
         """What the numbers in a context depend on."""
-        config, plan = self.loaded.layers.config, self.plan
-        return {
-            "model": fingerprint(self.prospect.checkpoint),
-            "precision": plan.precision,
-            "dtype": str(self.prospect.dtype).removeprefix("torch."),
-            "density": [kept / layer.neurons for kept, layer in zip(plan.kept, self.shape.layers, strict=True)],
-            "streamed": list(plan.streamed),
-            "kv_bits": plan.kv_bits,
-            "selection": config.selection,
-            "batch_statistic": config.batch_statistic,
-            "decay": config.decay,
-        }
+        return identity_of(self.prospect, self.plan, self.loaded.layers.config)
 
     @property
     def like(self) -> Like:
         """What the parts of a saved context must look like."""
-        neurons = {index: (self.shape.layers[index].neurons, self.plan.kept[index]) for index in self.plan.streamed}
-        return Like(self.plan.context_tokens, self.shape.vocab_size, self.shape.kv_width, self.prospect.dtype, neurons)
+        return like_of(self.prospect, self.plan)
 
     @property
     def embedding_bytes(self) -> int:

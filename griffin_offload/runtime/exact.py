@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from griffin_offload.runtime.draft_length import DraftLength
-from griffin_offload.runtime.drafting import DraftingLoop
+from griffin_offload.runtime.drafting import DraftingLoop, RefreshLoop
+from griffin_offload.runtime.engine import Engine
+from griffin_offload.runtime.run import Run
 
 
 class ExactLoop(DraftingLoop):
@@ -75,3 +77,13 @@ class ExactLoop(DraftingLoop):
         rest = (distribution - drafted_from).clamp_(min=0)
         # Nothing left: the two are equal but for rounding.
         return int(torch.multinomial(rest if rest.sum() > 0 else distribution, 1))
+
+
+def loop_of(run: Run, engine: Engine, streamer: Any) -> DraftingLoop:
+    """What makes the tokens of a run that has streamed passes between them."""
+    mode, context = run.mode, run.context
+    assert context is not None, "drafts are taken back from a context"
+    shared: dict[str, Any] = {"choose": mode.refresh != "never", "streamer": streamer}
+    if mode.exact:
+        return ExactLoop(DraftLength(mode.draft_tokens), engine, context, **shared)
+    return RefreshLoop(mode.pass_tokens, engine, context, **shared)

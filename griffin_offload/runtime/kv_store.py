@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.pricing import KV_PIECE_TOKENS
+from griffin_offload.weights.direct import untouched_zeros
 
 _LARGEST_INT8 = 127
 
@@ -18,11 +19,17 @@ class Store:
 
     def __init__(self, like: Tensor, tokens: int) -> None:
         batch, heads, _, size = like.shape
-        self._parts = [like.new_empty(batch, heads, tokens, size)]
+        # Zeros: a static step reads what was never written, too, and weighs it with 0, which NaN would survive.
+        self._parts = [untouched_zeros((batch, heads, tokens, size), like.dtype, like.device)]
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self._parts)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the parts lie: a captured graph reads and writes there."""
+        return tuple(part.data_ptr() for part in self._parts)
 
     def suits(self, states: Tensor) -> bool:
         """Whether tokens like `states` can be kept here."""
@@ -30,6 +37,10 @@ class Store:
 
     def write(self, start: int, states: Tensor) -> None:
         self._parts[0][:, :, start : start + states.shape[-2]] = states
+
+    def put(self, place: Tensor, states: Tensor) -> None:
+        """Write one token [B, heads, 1, D] at `place` [1], which the host need not know."""
+        self._parts[0].index_copy_(2, place, states)
 
     def read(self, start: int, end: int) -> Tensor:
         """Tokens from `start` to `end`, [B, heads, end - start, D]."""
@@ -67,8 +78,8 @@ class Int8Store(Store):
     def __init__(self, like: Tensor, tokens: int, scratch: "Scratch") -> None:
         batch, heads, _, size = like.shape
         self._parts = [
-            like.new_empty(batch, heads, tokens, size, dtype=torch.int8),
-            like.new_empty(batch, heads, tokens, 1),
+            untouched_zeros((batch, heads, tokens, size), torch.int8, like.device),
+            untouched_zeros((batch, heads, tokens, 1), like.dtype, like.device),
         ]
         self._scratch = scratch
         self._scratch.reserve(self._parts[0].numel())
@@ -81,16 +92,25 @@ class Int8Store(Store):
         numbers, scales = self._parts
         for piece in _pieces(states.shape[-2]):
             there = slice(start + piece.start, start + piece.stop)
-            exact = states[:, :, piece].float()
-            scale = (torch.linalg.vector_norm(exact, torch.inf, dim=-1, keepdim=True) / _LARGEST_INT8).to(states.dtype)
-            scale.masked_fill_(scale == 0, 1)
-            scales[:, :, there] = scale
-            # By the scale as it is kept: its rounding costs nothing then.
-            numbers[:, :, there] = (exact / scale).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8)
+            numbers[:, :, there], scales[:, :, there] = _quantized(states[:, :, piece])
+
+    def put(self, place: Tensor, states: Tensor) -> None:
+        numbers, scale = _quantized(states)
+        self._parts[0].index_copy_(2, place, numbers.to(torch.int8))
+        self._parts[1].index_copy_(2, place, scale)
 
     def read(self, start: int, end: int) -> Tensor:
         numbers, scales = (part[:, :, start:end] for part in self._parts)
         return self._scratch.take(numbers, scales.dtype).copy_(numbers).mul_(scales)
+
+
+def _quantized(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers, and the scale [B, heads, T, 1] of each token and head."""
+    exact = states.float()
+    scale = (torch.linalg.vector_norm(exact, torch.inf, dim=-1, keepdim=True) / _LARGEST_INT8).to(states.dtype)
+    scale.masked_fill_(scale == 0, 1)
+    # By the scale as it is kept: its rounding costs nothing then.
+    return (exact / scale).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8), scale
 
 
 class Scratch:

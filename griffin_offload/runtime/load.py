@@ -15,6 +15,7 @@ from griffin_offload.config import LoadConfig
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
 from griffin_offload.pricing import Plan, scratch_bytes
 from griffin_offload.runtime.arrival import Arrival
+from griffin_offload.runtime.cpu_attention import translate_attention
 from griffin_offload.runtime.cpu_linear import translate_linears
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.memory import Ledger, device_bytes
@@ -114,6 +115,7 @@ def _load(
         on_failure.callback(host_embedding.close)
     if prospect.request.translated:
         translate_linears(model, scratch)
+        translate_attention(model)
     layers = StreamedLayers(
         decoder=decoder,
         blocks=blocks,

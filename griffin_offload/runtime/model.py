@@ -1,6 +1,5 @@
 """`GriffinModel`: a stock transformers model whose prompts are streamed and whose decoding is resident."""
 
-import copy
 import functools
 import time
 import warnings
@@ -18,10 +17,8 @@ from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.pricing import Plan
 from griffin_offload.runtime.cache import KVCache
 from griffin_offload.runtime.context import Context
-from griffin_offload.runtime.draft_length import DraftLength
-from griffin_offload.runtime.drafting import DraftingLoop, RefreshLoop
 from griffin_offload.runtime.engine import Engine
-from griffin_offload.runtime.exact import ExactLoop
+from griffin_offload.runtime.exact import loop_of
 from griffin_offload.runtime.load import Loaded, load
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
 from griffin_offload.runtime.out_of_memory import refusals_named
@@ -31,10 +28,12 @@ from griffin_offload.runtime.report import PrefillReport, RunReport, planned_fig
 from griffin_offload.runtime.run import (
     Mode,
     Run,
+    as_arguments,
     check_length,
     check_one_sequence,
     checked_prompt,
     refuse_what_cannot_work,
+    returns_cache,
     stop_strings_as_criteria,
     usage_of,
 )
@@ -72,7 +71,7 @@ class GriffinModel:
 
         `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, quantize, dtype, offload,
         ctx_size, prompt_tokens, kv_bits, batch_size, selection, batch_statistic, seed, exact, draft_tokens, refresh,
-        decay, keep_prompts, session_mem, ff_chunk_tokens, threads, offline, always_stream.
+        decay, keep_prompts, session_mem, ff_chunk_tokens, threads, cuda_graphs, offline, always_stream.
         Raises UsageError, DoesNotFit or ModelError before any weight is read, where that is possible.
         """
         start = time.perf_counter()
@@ -250,6 +249,8 @@ class GriffinModel:
         configs = (given, self.generation_config)
         use = usage_of(prompt, kwargs | settings, configs, self._prospect, mode, passes, context)
         check_length(use, self.plan.context_tokens)
+        if use.cache != "ours" or passes or context is not None:
+            self._engine.kept_cache.release()
         self._engine.require(use)
         run = Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"), use, mode, context)
         if passes or context is not None:
@@ -260,27 +261,11 @@ class GriffinModel:
             # Otherwise transformers takes every pad token for padding, also one that was generated.
             settings["attention_mask"] = torch.ones_like(prompt, device=self.device)
         elif use.cache == "ours":
-            config, bits = self._loaded.model.config, self.plan.kv_bits
-            settings["past_key_values"] = KVCache(config, ctx_tokens=use.cache_tokens, bits=bits)
+            settings["past_key_values"] = self._engine.kv_cache(use, returned=returns_cache(kwargs, configs))
         if passes:
             kwargs = stop_strings_as_criteria(kwargs, given)
-            settings["custom_generate"] = run.loop = self._loop(run, kwargs.get("streamer"))
-        return run, self._as_arguments(kwargs, settings, given)
-
-    def _as_arguments(self, kwargs: dict[str, Any], settings: dict[str, Any], given: Any) -> dict[str, Any]:
-        if kwargs.get("generation_config") is None:
-            return kwargs | settings
-        # transformers wants either a config or arguments; what is none of a config's stays an argument.
-        config = copy.deepcopy(given)
-        return {**kwargs, **config.update(**settings), "generation_config": config}
-
-    def _loop(self, run: Run, streamer: Any) -> DraftingLoop:
-        mode, context = run.mode, run.context
-        assert context is not None, "drafts are taken back from a context"
-        shared: dict[str, Any] = {"choose": mode.refresh != "never", "streamer": streamer}
-        if mode.exact:
-            return ExactLoop(DraftLength(mode.draft_tokens), self._engine, context, **shared)
-        return RefreshLoop(mode.pass_tokens, self._engine, context, **shared)
+            settings["custom_generate"] = run.loop = loop_of(run, self._engine, kwargs.get("streamer"))
+        return run, as_arguments(kwargs, settings, given)
 
     def _generate(
         self, run: Run, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, Any]
@@ -323,6 +308,7 @@ class GriffinModel:
             peak_host_bytes=peak_host_bytes(),
             host_growth_bytes=ledger.host_growth_bytes,
             drafting=run.loop.report if run.loop is not None else None,
+            graphs=run.graphs if self._engine.graphs is not None else None,
             **planned_figures(self.plan),
             **prefill.run_figures(),
         )

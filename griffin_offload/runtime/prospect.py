@@ -102,6 +102,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig) -> Prospect:
         verifies=config.exact,
         weight_norms=config.selection in WEIGHT_NORMS,
         continued=config.keep_prompts,
+        graphs=device.type == "cuda" and config.cuda_graphs,
     )
     prospect = Prospect(checkpoint, device, dtype, shapes, others, request)
     if config.exact:

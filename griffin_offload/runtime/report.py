@@ -90,6 +90,23 @@ class DraftReport:
         return asdict(self) | {"mean_accepted": self.mean_accepted}
 
 
+@dataclass
+class GraphReport:
+    """Resident forwards on CUDA: replays of captured graphs, and those that ran kernel by kernel."""
+
+    replayed: int = 0
+    captured: int = 0
+    """Graphs made in this run; those of earlier ones are replayed, too."""
+    capture_s: float = 0.0
+    eager: dict[str, int] = field(default_factory=dict)
+    """Forwards that ran kernel by kernel, by reason."""
+
+    def line(self) -> str:
+        reasons = ", ".join(f"{count} kernel by kernel ({reason})" for reason, count in self.eager.items())
+        made = f", {self.captured} captured in {self.capture_s:.2f} s" if self.captured else ""
+        return f"graphs   {self.replayed} forwards replayed{made}" + (f"   {reasons}" if reasons else "")
+
+
 @dataclass(frozen=True)
 class RunReport:
     """One `generate`: field names are those of `griffin-offload run --json`."""
@@ -124,6 +141,8 @@ class RunReport:
     statistic_s: float
     drafting: DraftReport | None = None
     """In exact mode, and with refresh: the passes between tokens of the answer."""
+    graphs: GraphReport | None = None
+    """None where there are none to capture: the device is not CUDA."""
 
     @property
     def decode_streamed_bytes_per_token(self) -> float:
@@ -192,6 +211,7 @@ class RunReport:
             f"streamed {format_bytes(self.decode_streamed_bytes)}   density {self.density:.2f}, "
             f"activation kept {kept}",
             *self._draft_lines(),
+            *([] if self.graphs is None else [self.graphs.line()]),
             f"resident {format_bytes(self.resident_bytes)} {self.precision}{self._unquantised()}   peak {device} "
             f"{format_bytes(self.peak_device_bytes)} of {format_bytes(self.budget_bytes)}   "
             f"RAM {format_bytes(self.peak_host_bytes)} (process)",

@@ -1,5 +1,6 @@
 """One generate: its state, what it may not ask for, and what its forwards are given."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from griffin_offload.pricing import KV_SLACK_TOKENS, MAX_MARKS, Usage, statistic
 from griffin_offload.runtime.cache import KVCache
 from griffin_offload.runtime.context import Context
 from griffin_offload.runtime.prospect import Prospect, pass_tokens
-from griffin_offload.runtime.report import PrefillReport
+from griffin_offload.runtime.report import GraphReport, PrefillReport
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Run:
         self.prompt_done: Callable[[Context], None] | None = None
         self.loop: Any = None
         """What drafts, if something does."""
+        self.graphs = GraphReport()
         self.prefilled = False
         self.batch = 1
         self.fetched_bytes = 0
@@ -119,6 +121,11 @@ def _value(name: str, kwargs: dict[str, Any], configs: tuple[GenerationConfig, .
     return next((value for value in found if value is not None), None)
 
 
+def returns_cache(kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> bool:
+    """Whether the caller gets the KV cache with the result."""
+    return bool(_value("return_dict_in_generate", kwargs, configs))
+
+
 _ONE_SEQUENCE_REFUSES = (
     "assistant_model",
     "prompt_lookup_num_tokens",
@@ -150,6 +157,14 @@ def check_one_sequence(
             ("cache_implementation", "hybrid"),
         ):
             raise UsageError(f"{name} cannot be used in exact mode, with refresh or with a context: leave it out")
+
+
+def as_arguments(kwargs: dict[str, Any], settings: dict[str, Any], given: GenerationConfig) -> dict[str, Any]:
+    """`kwargs` with our `settings`: transformers wants either a config, which `given` is then, or arguments."""
+    if kwargs.get("generation_config") is None:
+        return kwargs | settings
+    config = copy.deepcopy(given)  # what is none of a config's stays an argument
+    return {**kwargs, **config.update(**settings), "generation_config": config}
 
 
 def stop_strings_as_criteria(kwargs: dict[str, Any], given: GenerationConfig) -> dict[str, Any]:

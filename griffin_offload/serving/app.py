@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from griffin_offload.config import ServeConfig
 from griffin_offload.serving.admission import Caps, output_tokens
 from griffin_offload.serving.exchange import Disconnected, Exchange
-from griffin_offload.serving.failure import Failure, broken
+from griffin_offload.serving.failure import Failure, broken, too_many_connections
 from griffin_offload.serving.fields import parse_object
 from griffin_offload.serving.job import Done, Failed, Figures, Job
 from griffin_offload.serving.metrics import Metrics
@@ -63,7 +63,7 @@ class App:
             kind = _kind(scope["path"])
             self._service.metrics.requests.labels(kind, outcome).inc()
             log.info("%s %d %s in %.2f s", kind, exchange.status, outcome, exchange.seconds)
-            log.debug("%s %s", scope["method"], scope["path"])
+            log.debug("%s %s", scope["method"], scope["raw_path"].decode("latin-1"))  # as sent: no line ends
 
     async def _outcome(self, exchange: Exchange, headers: Headers) -> str:
         """Answer, and say in one word what became of it."""
@@ -85,6 +85,8 @@ class App:
 
     async def _route(self, exchange: Exchange, headers: Headers) -> None:
         method, path = exchange.scope["method"], exchange.scope["path"]
+        if exchange.scope["state"]["crowded"]:
+            raise too_many_connections()
         self._guard.check(method, path, headers)
         exchange.headers = self._guard.cors_headers(headers)
         if path not in _ASKING and path not in _READING and not path.startswith(f"{_MODELS}/"):

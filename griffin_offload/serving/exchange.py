@@ -6,12 +6,14 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from griffin_offload.serving.failure import Failure, out_of_time
+from griffin_offload.serving.failure import Failure, out_of_time, slow_body
 from griffin_offload.serving.job import Event
 from griffin_offload.serving.responses import encode, server_sent
 
 # How long a client may take to read that it got no answer.
 _LAST_WORDS_S = 5.0
+# How long a body may take.
+_BODY_S = 60.0
 # So much of a body that is too large is still read, for the client to see the refusal and not a broken pipe.
 _DISCARDED_BODIES = 8
 
@@ -49,10 +51,17 @@ class Exchange:
             raise out_of_time(self._timeout_s) from None
 
     async def body(self, most_bytes: int) -> bytes:
-        """The body; Failure 413 if it is larger, whatever its headers say."""
+        """The body; Failure 413 if it is larger, whatever its headers say, 408 if it takes too long."""
+        patience_s = min(_BODY_S, self._timeout_s)
+        try:
+            return await asyncio.wait_for(self._whole_body(most_bytes), patience_s)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise slow_body(patience_s) from None
+
+    async def _whole_body(self, most_bytes: int) -> bytes:
         found, total, more = bytearray(), 0, True
         while more and total <= most_bytes * _DISCARDED_BODIES:
-            message = await self.within_time(self._receive())
+            message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise Disconnected
             piece = message.get("body", b"")

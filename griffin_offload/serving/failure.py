@@ -50,6 +50,10 @@ def out_of_time(seconds: float) -> Failure:
     )
 
 
+def slow_body(seconds: float) -> Failure:
+    return Failure(408, f"the body did not come within {seconds:g} s", code="timeout", headers=NO_RETRY)
+
+
 def shutting_down() -> Failure:
     return Failure(503, "the server is shutting down", code="shutting_down")
 
@@ -63,6 +67,16 @@ def changed() -> Failure:
 
 def out_of_memory() -> Failure:
     return Failure(503, "the server is out of memory for this request: ask for less", code="out_of_memory")
+
+
+def too_many_connections() -> Failure:
+    """The connection is closed behind this, so that the next try is a new one."""
+    return Failure(
+        503,
+        "too many connections are open: try again in 1 s",
+        code="too_many_connections",
+        headers={"retry-after": "1", "connection": "close"},
+    )
 
 
 def broken() -> Failure:

@@ -29,7 +29,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name comes twice in one object")
+    if any(map(_half_letter, found)):
+        raise ValueError("a name has half of a surrogate pair")
     return found
+
+
+def _half_letter(text: str) -> bool:
+    """Whether `text` cannot be written in UTF-8: JSON can escape what is no letter."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 class Fields:
@@ -74,7 +81,7 @@ class Fields:
     def checked_text(self, name: str, value: Any) -> str:
         if not isinstance(value, str):
             raise self.wrong(name, "a string")
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
+        if _half_letter(value):
             raise self.wrong(name, "valid Unicode: it has half of a surrogate pair")
         return value
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from griffin_offload.config import LoadConfig
@@ -19,6 +20,7 @@ from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.prospect import examine, plan_for
 from griffin_offload.serving.failure import Failure
 from griffin_offload.serving.sessions import Sessions
+from griffin_offload.units import parse_size
 
 
 @dataclass
@@ -28,6 +30,17 @@ class Held:
     model: GriffinModel
     sessions: Sessions | None
     """None for models of which no context can be kept."""
+
+    @property
+    def host_budget_bytes(self) -> int:
+        """What was allowed of the host's memory; 0 if nothing was said."""
+        if self.model.device.type == "cpu":
+            return self.model.plan.budget_bytes
+        allowed = self.model.engine.loaded.layers.config.max_cpu_mem
+        if allowed is None:
+            return 0
+        host = psutil.virtual_memory()
+        return parse_size(allowed, total_bytes=host.total, free_bytes=host.available)
 
 
 class Keeper:

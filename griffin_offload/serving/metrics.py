@@ -28,10 +28,17 @@ class Metrics:
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts", ("source",), **options)
         self.generated_tokens = Counter("generated_tokens", "Tokens of answers", **options)
         self.streamed = Counter("streamed_bytes", "Weight bytes streamed", ("phase",), **options)
-        self.device_peak = Gauge("device_peak_bytes", "Peak of the last answer, against the budget", **options)
+        self.device_peak = Gauge("device_peak_bytes", "Highest since the start, against the budget", **options)
+        self._peak_bytes = 0
         self.device_budget = Gauge("device_budget_bytes", "What may be used", **options)
         self.host = Gauge("host_bytes", "Anonymous memory of the process", **options)
         self.host.set_function(anonymous_bytes)
+        self.host_growth = Gauge(
+            "host_growth_bytes", "Anonymous memory at its peak above what it was before the last load", **options
+        )
+        self.host_budget = Gauge(
+            "host_budget_bytes", "What the ledger (on CPUs) or offloaded weights may use of it; 0: no limit", **options
+        )
         self.kept = Histogram(
             "activation_kept", "Share of a prompt's activation in the neurons kept", buckets=_SHARES, **options
         )
@@ -47,6 +54,7 @@ class Metrics:
 
     def loaded(self, held: Held, loads: int) -> None:
         self.device_budget.set(held.model.plan.budget_bytes)
+        self.host_budget.set(held.host_budget_bytes)
         self.model_loaded.set(1)
         self.loads.set(loads)
         if held.sessions is not None:
@@ -67,11 +75,15 @@ class Metrics:
             self.first_token.observe(job.first_token_s)
         self.prompt_tokens.labels("computed").inc(figures.prompt_tokens - figures.cached_tokens)
         self.prompt_tokens.labels("kept").inc(figures.cached_tokens)
-        self.generated_tokens.inc(figures.completion_tokens)
+        self.generated_tokens.inc(job.tokens)  # also of answers that nobody waited for
+        peaks = [report.peak_device_bytes for report in figures.reports]
+        ledger = held.model.engine.loaded.ledger  # knows of answers, too, that were given up
+        self._peak_bytes = max(self._peak_bytes, ledger.peak_bytes, *peaks)
+        self.device_peak.set(self._peak_bytes)
+        self.host_growth.set(ledger.host_growth_bytes)
         for report in figures.reports:
             self.streamed.labels("prefill").inc(report.prefill_streamed_bytes)
             self.streamed.labels("decode").inc(report.decode_streamed_bytes)
-            self.device_peak.set(report.peak_device_bytes)
             if report.generated_tokens > 1:
                 self.rate.observe(report.decode_tokens_per_s)
         if figures.reports:

@@ -19,6 +19,10 @@ _OBJECTS = {
 }
 
 
+# JSON may hold them as they are, but many clients of streams take each for a line's end, as str.splitlines does.
+_LINE_ENDS = {ord(letter): f"\\u{ord(letter):04x}" for letter in "\x85\u2028\u2029"}
+
+
 @dataclass
 class Choice:
     """One answer as far as it came."""
@@ -148,8 +152,9 @@ def summary(figures: Figures) -> dict[str, Any]:
 
 
 def encode(value: dict[str, Any]) -> bytes:
-    """Strict JSON, in UTF-8; a lone surrogate cannot occur in decoded text."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    """Strict JSON, in UTF-8 and on one line for all who count lines; a lone surrogate cannot occur in decoded text."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate(_LINE_ENDS).encode()
 
 
 def server_sent(value: dict[str, Any]) -> bytes:

@@ -17,9 +17,11 @@ import uvicorn
 
 from griffin_offload.config import ServeConfig
 from griffin_offload.errors import UsageError
+from griffin_offload.pricing import Plan
 from griffin_offload.serving.admission import caps_of
 from griffin_offload.serving.app import App, Service
-from griffin_offload.serving.keeper import Held, Keeper
+from griffin_offload.serving.connection import Connection
+from griffin_offload.serving.keeper import Keeper
 from griffin_offload.serving.metrics import Metrics
 from griffin_offload.serving.prompts import Encoder
 from griffin_offload.serving.security import check_bind
@@ -55,11 +57,11 @@ class Server:
         host, port = self._socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def load(self) -> Held:
-        """Load the model; any GriffinError of that."""
+    def load(self) -> Plan:
+        """Load the model; any GriffinError of that. The model stays the worker's alone, which may unload it."""
         try:
-            held = self._worker.start()
-            plan, model = held.model.plan, held.model
+            model = self._worker.start().model
+            plan = model.plan
             encoder = Encoder(load_tokenizer(model.directory), model.engine.shape.vocab_size)
         except BaseException:
             self.close()
@@ -70,7 +72,7 @@ class Server:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 App(service),
-                http="h11",
+                http=Connection,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
@@ -82,7 +84,7 @@ class Server:
                 timeout_graceful_shutdown=int(self._config.shutdown_grace_s + _LAST_TOKEN_S) + 1,
             )
         )
-        return held
+        return plan
 
     def run(self, ready: Callable[[], None] = lambda: None) -> int | None:
         """Answer until `stop`, SIGTERM or Ctrl-C, calling `ready` once connections are taken; the signal's number."""

@@ -25,7 +25,6 @@ class Worker:
         self._keeper, self._config, self._metrics = keeper, config, metrics
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._running: Job | None = None
         self._closing = False
         self._stop_at: float | None = None
         self._seconds_per_job = 1.0
@@ -116,7 +115,7 @@ class Worker:
             while self._serve_next():
                 pass
         finally:
-            self._closing = True  # also when a bug ended the loop: nobody shall wait for nothing
+            self.close(0)  # also when a bug ended the loop: nobody shall wait for nothing
             self._keeper.unload()
 
     def _serve_next(self) -> bool:
@@ -134,7 +133,11 @@ class Worker:
             log.info("idle: the model's memory was given back")
             return True
         start = time.monotonic()
-        outcome = self._outcome(job)
+        try:
+            outcome = self._outcome(job)
+        except BaseException:  # the thread ends with it, but not without a word
+            job.deliver(Failed(broken()))
+            raise
         self._seconds_per_job += (time.monotonic() - start - self._seconds_per_job) / 4
         self._metrics.finished(job, self._keeper.held, self._keeper.loads)
         if outcome is not None:

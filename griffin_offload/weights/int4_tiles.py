@@ -99,7 +99,9 @@ def multiply_tiles(x: Tensor, tiles: Tensor, scales: Tensor) -> Tensor:
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, tiles, group, scales)
         return product
     shape = _cuda_shape(tiles)
-    wide = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), tiles.view(torch.int32).view(shape), group, scales)
+    # The kernel knows bfloat16 alone; scales in another precision are translated for every product.
+    packed, steps = tiles.view(torch.int32).view(shape), scales.bfloat16()
+    wide = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), packed, group, steps)
     narrowed: Tensor = wide.to(x.dtype)
     return narrowed
 

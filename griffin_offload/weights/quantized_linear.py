@@ -7,12 +7,14 @@ in 16 bit or more, block by block.
 """
 
 import functools
+import warnings
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.errors import UnsupportedModel
+from griffin_offload.errors import UnsupportedModel, one_line
 from griffin_offload.weights.int4_tiles import DOWN_GROUP, OUTPUT_MULTIPLE, multiply_tiles
 from griffin_offload.weights.matmul import (
     Scratch,
@@ -143,7 +145,7 @@ class QuantizedLinear(nn.Module):
         )
         product: Tensor
         if self.form == "int8":
-            product = torch._weight_int8pack_mm(x, self.weight, self.scale)
+            product = int8_kernel(x.device, x.dtype)(x, self.weight, self.scale)
         else:
             product = multiply_tiles(x, self.weight, self.scale)[:, : self.out_features]
         return product if self.bias is None else product + self.bias
@@ -161,6 +163,21 @@ class QuantizedLinear(nn.Module):
             return nn.functional.linear(x, self.weight, self.bias)
         scale = self.scale if self.form == "int8" else None
         return multiply(x, self.weight, self.scratch, scale, self.bias)
+
+
+@functools.cache
+def int8_kernel(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """What multiplies a few rows by int8 matrices: torch's kernel, on CUDA our own if it can be compiled and is right.
+    The first call compiles: it belongs to loading."""
+    if device.type == "cuda":
+        try:
+            from griffin_offload.weights.int8_gemv import check_kernel, multiply_int8
+
+            check_kernel(device, dtype)
+            return multiply_int8
+        except Exception as error:  # no Triton, no compiler for its launcher, a device it does not know
+            warnings.warn(f"int8 is multiplied by torch's slower kernel: {one_line(error)}", stacklevel=2)
+    return torch._weight_int8pack_mm
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,23 @@ def test_signals_in_the_middle_of_a_stream(start, chat: Path):
     assert server.end(signal.SIGINT) == (130, "")
 
 
+def test_the_command_does_not_hold_the_model_itself(cli, chat: Path, monkeypatch: pytest.MonkeyPatch):
+    """Or an idle unload would free nothing, and the next request would load it a second time."""
+    from griffin_offload.serving.server import Server
+
+    def run(server: Server, ready: Callable[[], None]) -> int:
+        ready()
+        keeper = server._worker._keeper
+        assert keeper.held is not None
+        loaded = weakref.ref(keeper.held.model)
+        keeper.unload()
+        assert loaded() is None
+        return signal.SIGTERM
+
+    monkeypatch.setattr(Server, "run", run)
+    assert cli("serve", "-m", chat, *OPTIONS).code == 0
+
+
 def test_what_is_refused_before_loading(cli, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from griffin_offload.runtime import load
 
@@ -130,7 +148,23 @@ def test_what_is_refused_before_loading(cli, chat: Path, tmp_path: Path, monkeyp
 def _key(directory: Path) -> Path:
     file = directory / "good"
     file.write_text(f"{KEY}\n")
+    file.chmod(0o600)
     return file
+
+
+def test_a_key_file_that_everybody_can_read_is_named(cli, chat: Path, tmp_path: Path):
+    """And nothing is read without end."""
+    key = _key(tmp_path)
+    for mode, said in (
+        (0o600, ""),
+        (0o440, ""),
+        (0o644, "others can read --api-key-file (mode 644): chmod o= it"),
+    ):
+        key.chmod(mode)
+        err = cli("serve", "--port", 0, "-m", tmp_path / "none", "--api-key-file", key).err
+        assert (said in err) if said else ("--api-key-file" not in err)
+        assert KEY not in err
+    cli.refuses(2, "no usable key", "serve", "-m", chat, "--api-key-file", "/dev/zero")
 
 
 def test_errors_of_loading_are_the_usual_ones(cli, chat: Path, tmp_path: Path):

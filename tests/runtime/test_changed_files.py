@@ -13,7 +13,6 @@ from tiny_models import VOCAB
 from griffin_offload import GriffinModel
 from griffin_offload.errors import CheckpointChanged
 from griffin_offload.runtime import load as loading
-from griffin_offload.runtime import residents
 from griffin_offload.weights import source
 
 SHARDS = ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors")
@@ -29,8 +28,7 @@ def through_slots(_: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def read_directly(patch: pytest.MonkeyPatch) -> dict[str, Any]:
     patch.setattr(source, "MIN_DIRECT_BYTES", 0)
-    for module in (loading, residents):
-        patch.setattr(module, "evicts", lambda prospect: True)
+    patch.setattr(loading, "evicts", lambda prospect: True)
     return {}
 
 

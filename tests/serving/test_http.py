@@ -47,8 +47,10 @@ def test_health_and_metrics(tiny):
     for name in ("requests_total", "queue_depth", "time_to_first_token_seconds_bucket", "streamed_bytes_total"):
         assert f"\ngriffin_offload_{name}" in answer.text
     assert 0 < tiny.metric("device_peak_bytes") <= tiny.metric("device_budget_bytes")
+    assert tiny.metric("host_growth_bytes") > 0
     assert tiny.metric("session_bytes") > 0
     assert tiny.metric("host_bytes") > 0
+    assert tiny.metric("host_budget_bytes") == tiny.metric("device_budget_bytes")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'{"model": NaN}', b"[" * 50_000, b"\xff\xfe"], ids=repr)
@@ -169,6 +171,18 @@ def test_logs_say_nothing_of_what_was_said(tiny, caplog: pytest.LogCaptureFixtur
         "other 404 refused",
         "completions 400 refused",
     ]
+
+
+def test_paths_make_no_lines_of_their_own_in_a_verbose_log(tiny, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("DEBUG")
+    tiny.http.get("/v1/a%0Agriffin-offload:%20forged%1b[2J")
+    end = time.monotonic() + 60
+    found: list[str] = []
+    while not found:
+        assert time.monotonic() < end
+        ours = [r.getMessage() for r in caplog.records if r.name.startswith("griffin_offload")]
+        found = [line for line in ours if "forged" in line]
+    assert found[0].isprintable()
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")

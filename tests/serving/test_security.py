@@ -111,5 +111,24 @@ def test_keys_that_cannot_be():
             check_key(bad, "the file")
 
 
+@pytest.mark.parametrize("host", ["box.lan:8000", "http://box.lan", "*", "", "a b", "bücher.example", "[::1]:8000"])
+def test_host_names_that_no_request_could_have(host: str):
+    with pytest.raises(UsageError, match="without scheme and port"):
+        ServeConfig(allow_host=("good.lan", host))
+
+
+@pytest.mark.parametrize("origin", ["example.org", "https://example.org/chat", "https://", "", "* ", "null"])
+def test_origins_that_no_page_could_have(origin: str):
+    with pytest.raises(UsageError, match="write https://"):
+        ServeConfig(cors_origin=("https://good.example", origin))
+
+
+def test_hosts_and_origins_that_can_be():
+    ServeConfig(allow_host=("box.lan", "my_box", "192.168.1.5", "::1", "[fe80::1]", "LLM.example.", "::ffff:1.2.3.4"))
+    ServeConfig(cors_origin=("*", "https://a.example:8443", "http://localhost:3000/", "app://obsidian.md"))
+    addressed = ServeConfig(host="fe80::1", api_key=KEY)
+    assert status(addressed, host="[FE80::1]:8000", authorization=f"Bearer {KEY}") == 200
+
+
 def test_the_key_is_not_shown():
     assert KEY not in repr(ServeConfig(api_key=KEY))

@@ -243,3 +243,25 @@ def test_nothing_is_left_behind(chatty, serve_one):
         one.post(BODY)
         one.post(BODY | {"stream": True})
     eventually(lambda: traces() == before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_is_gone(chatty, serve_one, gate, tokens, monkeypatch: pytest.MonkeyPatch):
+    class Worse(BaseException):
+        """Than any Exception."""
+
+    with serve_one(chatty) as one:
+        first = Asking(one, BODY)
+        eventually(lambda: tokens)
+        second = Asking(one, BODY)
+        eventually(lambda: one.server._worker.waiting == 1)
+
+        def fail(job: Job) -> None:
+            raise Worse
+
+        monkeypatch.setattr(Job, "token", fail)
+        gate.release(1)
+        assert first.wait().status_code == 500
+        assert second.wait().json()["error"]["code"] == "shutting_down"
+        health = one.http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "closing")
