@@ -15,9 +15,6 @@ CHUNK_MULTIPLE = 16
 _CHUNK_SHARE_OF_SLOT = 0.25
 _MAX_CHUNK_TOKENS = 512
 _MAX_SCRATCH_BYTES = 16 * 2**20
-# Numbers of queries, keys and values that are in float32 at once where attention is translated; a head's, if those are
-# more.
-ATTENTION_GROUP_NUMBERS = 2**21
 # Captured CUDA graphs that are kept: KV caches times length buckets.
 MAX_GRAPHS = 8
 # A workspace of cuBLAS for the stream that captures (32 MiB on Hopper), one more of cuBLASLt, and rounding.
@@ -114,7 +111,7 @@ def _score_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: in
     if shape.materialises_scores:
         return per_head * shape.heads * (3 * shape.item_bytes + _FLOAT_BYTES)
     # A mask is built for padded batches, for windows, and behind a filled cache; else attention is causal without one.
-    windows = any(layer.window is not None for layer in shape.layers)
+    windows = _has_windows(shape)
     if use.batch == 1 and not windows and not 1 < new_tokens < seen_tokens:
         return 0
     # With a mask, keys and values are repeated for every head that shares them.
@@ -125,11 +122,18 @@ def _score_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: in
 
 
 def _translated_attention_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: int) -> int:
-    """A group of heads in float32, keys and values of theirs repeated for every query head, and their product."""
-    every = use.batch * (2 * new_tokens * shape.attention_width + seen_tokens * shape.kv_width)
-    group = min(every, max(ATTENTION_GROUP_NUMBERS, -(-every // max(shape.kv_heads, 1))))
-    repeated = group * 2 * shape.attention_width // max(shape.kv_width, 1)
+    """Of a group of heads in float32: queries and their results, keys and values, and under a mask the latter once
+    more, repeated for every query head."""
+    results = use.batch * new_tokens * shape.attention_width
+    every = 2 * results + use.batch * seen_tokens * shape.kv_width
+    group = min(every, max(scratch_bytes(shape) // _FLOAT_BYTES, -(-every // max(shape.kv_heads, 1))))
+    masked = new_tokens > 1 and (use.batch > 1 or new_tokens < seen_tokens or _has_windows(shape))
+    repeated = group * 2 * shape.attention_width // max(shape.kv_width, 1) if masked else 0
     return (group + repeated) * _FLOAT_BYTES
+
+
+def _has_windows(shape: ModelShape) -> bool:
+    return any(layer.window is not None for layer in shape.layers)
 
 
 def graphs_bytes(shape: ModelShape, request: PlanRequest, use: Usage, kept: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ Instead, queries, keys and values of a few heads at a time are translated to flo
 those. Scores are in float32 either way; results are rounded once.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,23 +14,28 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from griffin_offload.pricing import ATTENTION_GROUP_NUMBERS
-
 _NAME, _STOCK = "griffin_offload_float32", "sdpa"
 
 
-def translate_attention(model: Any) -> None:
+def translate_attention(model: Any, group_bytes: int) -> None:
     """Make the attention of a model multiply in float32, if it is torch's own, found by transformers' interface; others
-    stay as they are."""
+    stay as they are. `group_bytes` is what heads at once may take in float32; one head's, if that is more."""
     if model.config._attn_implementation != _STOCK or not model._supports_attention_backend:
         return
-    AttentionInterface.register(_NAME, _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS[_STOCK])
-    model.set_attn_implementation(_NAME)
+    name = f"{_NAME}_{group_bytes}"
+    AttentionInterface.register(name, partial(_attention, group_bytes // torch.float32.itemsize))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[_STOCK])
+    model.set_attn_implementation(name)
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    group_numbers: int,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As `sdpa_attention_forward`: query [B, heads, T, D], key and value [B, kv heads, S, D] to [B, T, heads, D]."""
     if query.dtype not in (torch.bfloat16, torch.float16) or kwargs.get("position_bias") is not None:
@@ -39,7 +45,7 @@ def _attention(
         attention_mask = attention_mask.float()
     heads, shared = key.shape[1], query.shape[1] // key.shape[1]
     output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    step = max(ATTENTION_GROUP_NUMBERS * heads // (query.numel() + key.numel() + value.numel()), 1)
+    step = max(group_numbers * heads // (2 * query.numel() + key.numel() + value.numel()), 1)
     for start in range(0, heads, step):
         some, queries = slice(start, start + step), slice(start * shared, (start + step) * shared)
         mask = attention_mask
