@@ -15,6 +15,9 @@ CHUNK_MULTIPLE = 16
 _CHUNK_SHARE_OF_SLOT = 0.25
 _MAX_CHUNK_TOKENS = 512
 _MAX_SCRATCH_BYTES = 16 * 2**20
+# Numbers of queries, keys and values that are in float32 at once where attention is translated: they stay in a cache. A
+# head's, if those are more.
+ATTENTION_GROUP_NUMBERS = 2**19
 # Captured CUDA graphs that are kept: KV caches times length buckets.
 MAX_GRAPHS = 8
 # A workspace of cuBLAS for the stream that captures (32 MiB on Hopper), one more of cuBLASLt, and rounding.
@@ -55,7 +58,8 @@ def workspace_bytes(
     statistic = use.batch * neurons * _FLOAT_BYTES * (rows + 8)
     selection = sum(kept) * _INDEX_BYTES
     masks = _score_bytes(shape, use, new_tokens, seen_tokens)
-    masks += _translated_attention_bytes(shape, use, new_tokens, seen_tokens) if request.translated else 0
+    if request.translated and new_tokens == 1:
+        masks += _translated_attention_bytes(shape, use, seen_tokens)
     streamed = request.always_stream or any(k < n.neurons for k, n in zip(kept, shape.layers, strict=True))
     gathering = _gather_bytes(shape) if streamed and new_tokens > 1 else 0
     return hidden + max(projections + masks, activations + statistic, gathering) + selection + translation
@@ -111,7 +115,7 @@ def _score_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: in
     if shape.materialises_scores:
         return per_head * shape.heads * (3 * shape.item_bytes + _FLOAT_BYTES)
     # A mask is built for padded batches, for windows, and behind a filled cache; else attention is causal without one.
-    windows = _has_windows(shape)
+    windows = any(layer.window is not None for layer in shape.layers)
     if use.batch == 1 and not windows and not 1 < new_tokens < seen_tokens:
         return 0
     # With a mask, keys and values are repeated for every head that shares them.
@@ -121,19 +125,11 @@ def _score_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: in
     return per_head * (1 + shape.item_bytes) + use.batch * seen_tokens * width * shape.item_bytes
 
 
-def _translated_attention_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: int) -> int:
-    """Of a group of heads in float32: queries and their results, keys and values, and under a mask the latter once
-    more, repeated for every query head."""
-    results = use.batch * new_tokens * shape.attention_width
-    every = 2 * results + use.batch * seen_tokens * shape.kv_width
-    group = min(every, max(scratch_bytes(shape) // _FLOAT_BYTES, -(-every // max(shape.kv_heads, 1))))
-    masked = new_tokens > 1 and (use.batch > 1 or new_tokens < seen_tokens or _has_windows(shape))
-    repeated = group * 2 * shape.attention_width // max(shape.kv_width, 1) if masked else 0
-    return (group + repeated) * _FLOAT_BYTES
-
-
-def _has_windows(shape: ModelShape) -> bool:
-    return any(layer.window is not None for layer in shape.layers)
+def _translated_attention_bytes(shape: ModelShape, use: Usage, seen_tokens: int) -> int:
+    """Of a group of heads in float32, for one token: queries and results, keys and values."""
+    every = use.batch * (2 * shape.attention_width + seen_tokens * shape.kv_width)
+    group = min(every, max(ATTENTION_GROUP_NUMBERS, -(-every // max(shape.kv_heads, 1))))
+    return group * _FLOAT_BYTES
 
 
 def graphs_bytes(shape: ModelShape, request: PlanRequest, use: Usage, kept: Sequence[int]) -> int:

@@ -115,7 +115,7 @@ def _load(
         on_failure.callback(host_embedding.close)
     if prospect.request.translated:
         translate_linears(model, scratch)
-        translate_attention(model, scratch_bytes(shape))
+        translate_attention(model)
     layers = StreamedLayers(
         decoder=decoder,
         blocks=blocks,

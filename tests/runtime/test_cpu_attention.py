@@ -27,7 +27,7 @@ def exact(query, key, value, mask, scaling):
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 5),
     shared=st.integers(1, 3),
-    new=st.integers(1, 6),
+    new=st.sampled_from([1, 1, 1, 6]),
     past=st.integers(0, 40),
     width=st.sampled_from([1, 4, 8, 17]),
     masked=st.sampled_from(["none", "bool", "float", "by head"]),
@@ -52,7 +52,9 @@ def test_equals_float64_up_to_rounding(batch, kv_heads, shared, new, past, width
     mask = None if masked == "none" else mask
     module = nn.Module()
     module.num_key_value_groups = shared
-    result, _ = cpu_attention._attention(group, module, query, key, value, mask, scaling=width**-0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_attention, "ATTENTION_GROUP_NUMBERS", group)
+        result, _ = cpu_attention._attention(module, query, key, value, mask, scaling=width**-0.5)
     assert result.dtype == dtype
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(
@@ -68,7 +70,7 @@ def test_a_loaded_model_answers_as_the_stock_one(checkpoints, monkeypatch, name)
     for translated in (True, False):
         monkeypatch.setattr(prospect, "emulates_halves", lambda *_, translated=translated: translated)
         with GriffinModel.from_pretrained(folder, device="cpu", density=1.0, always_stream=True) as model:
-            uses_ours = model.model.config._attn_implementation.startswith(cpu_attention._NAME)
+            uses_ours = model.model.config._attn_implementation == cpu_attention._NAME
             assert uses_ours == (translated and name != "falcon_new")  # whose attention is its own
             found.append(model.model(prompt).logits.float())
     error = (found[0] - found[1]).norm() / found[1].norm()
