@@ -58,6 +58,16 @@ def shutting_down() -> Failure:
     return Failure(503, "the server is shutting down", code="shutting_down")
 
 
+def too_many_connections() -> Failure:
+    """The connection is closed behind this, so that the next try is a new one."""
+    return Failure(
+        503,
+        "too many connections are open: try again in 1 s",
+        code="too_many_connections",
+        headers={"retry-after": "1", "connection": "close"},
+    )
+
+
 def changed() -> Failure:
     """Files of the model are not what they were. What changed is for the log: paths are nothing for clients."""
     return Failure(
@@ -67,16 +77,6 @@ def changed() -> Failure:
 
 def out_of_memory() -> Failure:
     return Failure(503, "the server is out of memory for this request: ask for less", code="out_of_memory")
-
-
-def too_many_connections() -> Failure:
-    """The connection is closed behind this, so that the next try is a new one."""
-    return Failure(
-        503,
-        "too many connections are open: try again in 1 s",
-        code="too_many_connections",
-        headers={"retry-after": "1", "connection": "close"},
-    )
 
 
 def broken() -> Failure:

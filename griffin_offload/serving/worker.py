@@ -162,8 +162,9 @@ class Worker:
             return Failed(failure)
         except UsageError as error:
             return Failed(invalid(str(error)))
-        except CheckpointChanged as error:
-            log.error("%s", error)
+        except CheckpointChanged:
+            log.error("a file of the model was changed: the next request loads it again")
+            log.debug("what changed", exc_info=True)
             self._keeper.unload()  # the next request loads what is there now, or is told that it cannot be used
             return Failed(changed())
         except OutOfMemory as error:
