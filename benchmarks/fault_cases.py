@@ -203,6 +203,16 @@ def failing_disk(world: World, rng: random.Random, place: Path) -> Result:
     return Result(label(found), found.problem((RIGHT, RUNTIME), world.answers_of(variant)))
 
 
+# What libraries say who end the process when they are refused a few bytes: Rust's (tokenizers, safetensors), glibc's
+# loader, OpenMP's. No Python comes after that.
+_ABORT_WORDS = (
+    "memory allocation of",
+    "cannot allocate memory for thread-local data",
+    "libgomp: Thread creation failed",
+)
+_ABORTS = [(code, list[str]()) for code in (-signal.SIGABRT, 127, 1)]
+
+
 def little_memory(world: World, rng: random.Random, place: Path) -> Result:
     """The system refuses more addresses than the process has and a random share of what a run takes."""
     variant = rng.choice(VARIANTS)
@@ -213,9 +223,8 @@ def little_memory(world: World, rng: random.Random, place: Path) -> Result:
         resource.setrlimit(resource.RLIMIT_AS, (taken + room, taken + room))
 
     found = world.run(variant, world.pristine(variant.model), place, limit).outcome()
-    if found.code == -signal.SIGABRT and "memory allocation of" in found.err:
-        # tokenizers and safetensors end the process when they are refused a few bytes; nothing can be done about it.
-        return Result("ended by a library in Rust, which says so", None)
+    if (found.code, found.error_lines) in _ABORTS and any(words in found.err for words in _ABORT_WORDS):
+        return Result("ended by a library below Python, which says so", None)
     return Result(label(found), found.problem((RIGHT, NO_ROOM), world.answers_of(variant)))
 
 
