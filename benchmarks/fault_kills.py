@@ -1,6 +1,7 @@
 """SIGKILL at a random moment: what stands in the file system is whole or absent, and the next start is a clean one."""
 
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -8,24 +9,31 @@ from pathlib import Path
 from fault_cases import Result, _talk, _wrong_conversion, chat_command
 from fault_process import Outcome, Process
 from fault_server import _PROMPTS, Server, read_stream, served
-from fault_world import MOMENT, VARIANTS, World, convert_command, files_of, label, shards_of
+from fault_world import VARIANTS, World, convert_command, files_of, label, shards_of
 
 RIGHT = 0
 _SAVES = 8
+_ATTEMPTS = 10
 
 
-def killed(process: Process, rng: random.Random, seconds: float) -> Outcome:
-    process.sleep(rng.uniform(0, MOMENT * seconds))
-    process.signal(signal.SIGKILL)
-    return process.outcome()
+def killed(start: Callable[[], Process], rng: random.Random, seconds: float) -> Outcome:
+    """A process that did not come to its end, which the machine may reach sooner than it did before."""
+    for attempt in range(_ATTEMPTS):
+        process = start()
+        process.sleep(rng.uniform(0, seconds / (1 + attempt)))
+        process.signal(signal.SIGKILL)
+        found = process.outcome()
+        if found.code == -signal.SIGKILL:
+            break
+    return found
 
 
 def kill_run(world: World, rng: random.Random, place: Path) -> Result:
     variant = rng.choice(VARIANTS)
     model = world.copy(variant.model, place)
     before = files_of(model)
-    found = killed(world.run(variant, model, place), rng, world.seconds_of(variant))
-    problem = found.problem((RIGHT, -signal.SIGKILL), world.answers_of(variant)[:1])
+    found = killed(lambda: world.run(variant, model, place), rng, world.seconds_of(variant))
+    problem = found.problem((-signal.SIGKILL,), world.answers_of(variant)[:1])
     if files_of(model) != before:
         problem = "the model's folder was changed"
     again = world.run(variant, model, place).outcome()
@@ -35,12 +43,17 @@ def kill_run(world: World, rng: random.Random, place: Path) -> Result:
 def kill_convert(world: World, rng: random.Random, place: Path) -> Result:
     out = place / "out"
     command = convert_command(world.pristine("stock"), out)
-    found = killed(Process(command, place), rng, world.seconds["convert"])
+
+    def start() -> Process:
+        shutil.rmtree(out, ignore_errors=True)
+        return Process(command, place)
+
+    found = killed(start, rng, world.seconds["convert"])
     whole = files_of(world.pristine("int8"))
-    problem = found.problem((RIGHT, -signal.SIGKILL))
+    problem = found.problem((-signal.SIGKILL,))
     if problem is None and any(path.read_bytes() != whole[path.name] for path in shards_of(out)):
         problem = "a half shard has a whole one's name"
-    if problem is None and found.code != RIGHT:
+    if problem is None:
         problem = Process(command, place).outcome().problem((RIGHT,))
     return Result(label(found), problem or _wrong_conversion(world, out))
 
@@ -49,13 +62,17 @@ def kill_save(world: World, rng: random.Random, place: Path) -> Result:
     """A conversation that is saved again and again; the file is a whole one or none."""
     saved = place / "talk"
     script = _talk(*[saved] * _SAVES)
-    running = Process(chat_command(world), place, stdin=script)
-    if rng.random() < 0.7:
-        running.wait_until(saved.exists)  # into the saving, which is short
-        found = killed(running, rng, 0.02)
-    else:
-        found = killed(running, rng, world.seconds["chat"])
-    problem = found.problem((RIGHT, -signal.SIGKILL))
+
+    def start() -> Process:
+        saved.unlink(missing_ok=True)
+        running = Process(chat_command(world), place, stdin=script)
+        if into_saving:
+            running.wait_until(saved.exists)
+        return running
+
+    into_saving = rng.random() < 0.7  # which is short
+    found = killed(start, rng, 0.02 if into_saving else world.seconds["chat"])
+    problem = found.problem((-signal.SIGKILL,))
     load = [f"/load {saved}\n"] if saved.exists() else []
     again = Process(chat_command(world), place, stdin="".join([*load, _talk(saved)])).outcome()
     problem = problem or again.problem((RIGHT,))
@@ -69,7 +86,9 @@ def kill_server(world: World, rng: random.Random, place: Path) -> Result:
     model = world.pristine("stock")
     server = Server(model, place)
     connection = server.begin(_PROMPTS[0], stream=True)
-    found = killed(server.process, rng, 0.5)
+    server.process.sleep(rng.uniform(0, 0.5))
+    server.process.signal(signal.SIGKILL)
+    found = server.process.outcome()
     text = read_stream(connection)
     problem = found.problem((-signal.SIGKILL,))
     if not right[0].startswith(text):
