@@ -1,40 +1,36 @@
 """Faults, one function a kind: each starts real processes, does the harm, and says what came of it."""
 
 import contextlib
-import ctypes
-import errno
 import os
 import random
-import resource
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
+from fault_inside import at_call, device_memory, failing_disk, little_memory
 from fault_process import Process
 from fault_server import harmed_server
 from fault_world import (
     HARMS,
+    MODEL,
     MOMENT,
+    RIGHT,
+    RUNTIME,
     SHARD,
+    USAGE,
     VARIANTS,
+    Result,
     World,
+    chat_command,
     convert_command,
     files_of,
     label,
     nothing,
     shards_of,
+    talk,
 )
 
-# Exit codes that are documented: runtime, usage, does not fit, model.
-RIGHT, RUNTIME, USAGE, NO_ROOM, MODEL = 0, 1, 2, 3, 4
 _NOBODY = 65534
 _HARMLESS_BYTES = 30_000  # of a saved conversation of one turn: less than it takes
-
-
-class Result(NamedTuple):
-    outcome: str
-    problem: str | None
 
 
 Case = Callable[[World, random.Random, Path], Result]
@@ -83,12 +79,12 @@ def harmed_conversion(name: str) -> Case:
                 again = Process(convert_command(model, place / "anew"), place).outcome()
                 out = place / "anew"
             problem = again.problem((RIGHT,))
-        return Result(label(found), problem or _wrong_conversion(world, out))
+        return Result(label(found), problem or wrong_conversion(world, out))
 
     return case
 
 
-def _wrong_conversion(world: World, out: Path) -> str | None:
+def wrong_conversion(world: World, out: Path) -> str | None:
     """Byte for byte one of those made without faults, with nothing beside it."""
     versions = (files_of(world.pristine("int8", version)) for version in ("old", "new"))
     return None if files_of(out) in versions else f"the conversion differs: {sorted(files_of(out))}"
@@ -112,7 +108,7 @@ def full_disk_converting(world: World, rng: random.Random, place: Path) -> Resul
         problem = "a half shard has a whole one's name"
     world.grow_disk(100_000_000)
     again = Process(command, place).outcome()
-    return Result(label(found), problem or again.problem((RIGHT,)) or _wrong_conversion(world, out))
+    return Result(label(found), problem or again.problem((RIGHT,)) or wrong_conversion(world, out))
 
 
 def full_disk_saving(world: World, rng: random.Random, place: Path) -> Result:
@@ -123,7 +119,7 @@ def full_disk_saving(world: World, rng: random.Random, place: Path) -> Result:
     if before is not None:
         saved.write_bytes(before)
     world.grow_disk(rng.randrange(8192, _HARMLESS_BYTES))
-    found = Process(chat_command(world), place, stdin=_talk(saved)).outcome()
+    found = Process(chat_command(world), place, stdin=talk(saved)).outcome()
     problem = found.problem((MODEL,))
     left = {path.name: path.read_bytes() for path in disk.iterdir()}
     if problem is None and left != ({} if before is None else {"talk": before}):
@@ -137,109 +133,6 @@ def full_disk_printing(world: World, rng: random.Random, place: Path) -> Result:
     command = world.run_command(variant, world.pristine(variant.model)) + rng.choice([[], ["--json"]])
     found = Process(command, place, prepare=variant.prepare, stdout="/dev/full").outcome()
     return Result(label(found), found.problem((RUNTIME,)))
-
-
-def chat_command(world: World) -> list[object]:
-    return ["chat", "-q", "-m", world.pristine("int8"), "--device", "cpu", "--max-mem", "20MB", "--max-new-tokens", 8]
-
-
-def _talk(*files: Path) -> str:
-    return "Once there was a dog.\n" + "".join(f"/save {path}\n" for path in files)
-
-
-def at_call(place: str, number: int, harm: Callable[[], Any]) -> Callable[[], None]:
-    """Preparation of a process: `harm` before the `number`-th call (from 0) of what `place` names."""
-
-    def prepare() -> None:
-        for owner, name in _places()[place]:
-            setattr(owner, name, _counting(getattr(owner, name), counted, number, harm))
-
-    counted: list[None] = []
-    return prepare
-
-
-def _counting(function: Callable[..., Any], counted: list[None], number: int, harm: Callable[[], Any]) -> Any:
-    def call(*arguments: Any, **options: Any) -> Any:
-        counted.append(None)
-        if len(counted) == number + 1:
-            given = harm()
-            if given is not None:
-                return given
-        return function(*arguments, **options)
-
-    return call
-
-
-def _places() -> dict[str, list[tuple[Any, str]]]:
-    """Where a fault can come from inside a process."""
-    from griffin_offload.runtime import prefill
-    from griffin_offload.weights import pages
-    from griffin_offload.weights.feedforward import FeedForward
-    from griffin_offload.weights.source import MappedWeights
-
-    return {
-        # Before and after the computation with a layer, alternately.
-        "fetch_or_check": [(MappedWeights, "fetch"), (MappedWeights, "read"), (MappedWeights, "check")],
-        "preadv": [(os, "preadv")],
-        "madvise": [(pages._libc, "madvise")],
-        "compute": [(prefill, "select_neurons"), (FeedForward, "gather"), (prefill, "_in_chunks")],
-    }
-
-
-def failing_disk(world: World, rng: random.Random, place: Path) -> Result:
-    """EIO from a read, or from mapping pages; injected, because no disk here fails by order."""
-    direct = rng.random() < 0.5
-    name = "direct" if direct else rng.choice(["mapped", "slots", "exact"])
-    variant = next(variant for variant in VARIANTS if variant.name == name)
-
-    def fail() -> int:
-        if direct:
-            raise OSError(errno.EIO, "Input/output error")
-        ctypes.set_errno(errno.EFAULT)  # what the kernel says where a page cannot be read
-        return -1
-
-    harm = at_call("preadv" if direct else "madvise", rng.randrange(40), fail)
-    found = world.run(variant, world.pristine(variant.model), place, harm).outcome()
-    return Result(label(found), found.problem((RIGHT, RUNTIME), world.answers_of(variant)))
-
-
-# What libraries say who end the process when they are refused a few bytes: Rust's (tokenizers, safetensors), glibc's
-# loader, OpenMP's. No Python comes after that.
-_ABORT_WORDS = (
-    "memory allocation of",
-    "cannot allocate memory for thread-local data",
-    "libgomp: Thread creation failed",
-)
-_ABORTS = [(code, list[str]()) for code in (-signal.SIGABRT, 127, 1)]
-
-
-def little_memory(world: World, rng: random.Random, place: Path) -> Result:
-    """The system refuses more addresses than the process has and a random share of what a run takes."""
-    variant = rng.choice(VARIANTS)
-    room = rng.randrange(70_000_000)
-
-    def limit() -> None:
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + room, taken + room))
-
-    found = world.run(variant, world.pristine(variant.model), place, limit).outcome()
-    if (found.code, found.error_lines) in _ABORTS and any(words in found.err for words in _ABORT_WORDS):
-        return Result("ended by a library below Python, which says so", None)
-    return Result(label(found), found.problem((RIGHT, NO_ROOM), world.answers_of(variant)))
-
-
-def device_memory(world: World, rng: random.Random, place: Path) -> Result:
-    """CUDA's allocator refuses, inside a pass; injected, because there is no such device here."""
-    variant = rng.choice(VARIANTS)
-
-    def refuse() -> None:
-        import torch
-
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1.00 MiB free.")
-
-    harm = at_call("compute", rng.randrange(6), refuse)
-    found = world.run(variant, world.pristine(variant.model), place, harm).outcome()
-    return Result(label(found), found.problem((NO_ROOM,), world.answers_of(variant)))
 
 
 def _as_nobody() -> None:
@@ -263,7 +156,7 @@ def read_only(world: World, rng: random.Random, place: Path) -> Result:
         running = Process(convert_command(world.pristine("stock"), place / "out"), place, prepare=_as_nobody)
     elif what == "save":
         expected = (MODEL,)
-        running = Process(chat_command(world), place, prepare=_as_nobody, stdin=_talk(place / "talk"))
+        running = Process(chat_command(world), place, prepare=_as_nobody, stdin=talk(place / "talk"))
     else:
         expected = (MODEL,) if what == "unreadable" else expected
         running = world.run(variant, model, place, _as_nobody)
@@ -296,12 +189,12 @@ def odd_path(world: World, rng: random.Random, place: Path) -> Result:
     if what == "convert":
         out = place / f"{name}2"
         found = Process(convert_command(world.copy("stock", place, name), out), place).outcome()
-        problem = found.problem(codes) or (None if found.code else _wrong_conversion(world, out))
+        problem = found.problem(codes) or (None if found.code else wrong_conversion(world, out))
     elif what == "save":
         if not name.isprintable() or name.endswith(" "):  # no line of input can name it
             name, codes = "a b", (RIGHT,)
         saved = place / name
-        found = Process(chat_command(world), place, stdin=_talk(saved) + f"/load {saved}\n").outcome()
+        found = Process(chat_command(world), place, stdin=talk(saved) + f"/load {saved}\n").outcome()
         problem = found.problem(codes) or (None if saved.is_file() else "nothing was saved")
     else:
         found = world.run(variant, world.copy(variant.model, place, name), place).outcome()
@@ -319,7 +212,7 @@ def two_processes(world: World, rng: random.Random, place: Path) -> Result:
     convert = convert_command(world.pristine("stock"), out)
     run = world.run_command(variant, out if what == "convert, run" else world.pristine("int8"))
     save = chat_command(world)
-    commands = {"run": (run, ""), "convert": (convert, ""), "save": (save, _talk(place / "talk"))}
+    commands = {"run": (run, ""), "convert": (convert, ""), "save": (save, talk(place / "talk"))}
     started = []
     for folder, name in zip(places, what.split(", "), strict=True):
         command, stdin = commands[name]
@@ -331,7 +224,7 @@ def two_processes(world: World, rng: random.Random, place: Path) -> Result:
     problems = [f.problem(allowed.get(what, (RIGHT,)), answers if f.out else ()) for f in found]
     problem = next((p for p in problems if p is not None), None)
     if "convert" in what and problem is None:
-        problem = _wrong_conversion(world, out) if any(f.code == 0 for f in found) else "nobody finished"
+        problem = wrong_conversion(world, out) if any(f.code == 0 for f in found) else "nobody finished"
     if what == "save, save" and problem is None:
         again = Process(chat_command(world), place, stdin=f"/load {place / 'talk'}\n").outcome()
         problem = again.problem((RIGHT,))

@@ -6,12 +6,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from fault_cases import Result, _talk, _wrong_conversion, chat_command
+from fault_cases import wrong_conversion
 from fault_process import Outcome, Process
-from fault_server import _PROMPTS, Server, read_stream, served
-from fault_world import VARIANTS, World, convert_command, files_of, label, shards_of
+from fault_server import PROMPTS, Server, read_stream, served
+from fault_world import RIGHT, VARIANTS, Result, World, chat_command, convert_command, files_of, label, shards_of, talk
 
-RIGHT = 0
 _SAVES = 8
 _ATTEMPTS = 10
 
@@ -55,13 +54,13 @@ def kill_convert(world: World, rng: random.Random, place: Path) -> Result:
         problem = "a half shard has a whole one's name"
     if problem is None:
         problem = Process(command, place).outcome().problem((RIGHT,))
-    return Result(label(found), problem or _wrong_conversion(world, out))
+    return Result(label(found), problem or wrong_conversion(world, out))
 
 
 def kill_save(world: World, rng: random.Random, place: Path) -> Result:
     """A conversation that is saved again and again; the file is a whole one or none."""
     saved = place / "talk"
-    script = _talk(*[saved] * _SAVES)
+    script = talk(*[saved] * _SAVES)
 
     def start() -> Process:
         saved.unlink(missing_ok=True)
@@ -74,7 +73,7 @@ def kill_save(world: World, rng: random.Random, place: Path) -> Result:
     found = killed(start, rng, 0.02 if into_saving else world.seconds["chat"])
     problem = found.problem((-signal.SIGKILL,))
     load = [f"/load {saved}\n"] if saved.exists() else []
-    again = Process(chat_command(world), place, stdin="".join([*load, _talk(saved)])).outcome()
+    again = Process(chat_command(world), place, stdin="".join([*load, talk(saved)])).outcome()
     problem = problem or again.problem((RIGHT,))
     left = {path.name for path in place.iterdir()} - {"talk", "stdin", "stdout", "stderr"}
     return Result(label(found), problem or (f"left behind after the next save: {sorted(left)}" if left else None))
@@ -85,7 +84,7 @@ def kill_server(world: World, rng: random.Random, place: Path) -> Result:
     right = served(world, place)["old"]
     model = world.pristine("stock")
     server = Server(model, place)
-    connection = server.begin(_PROMPTS[0], stream=True)
+    connection = server.begin(PROMPTS[0], stream=True)
     server.process.sleep(rng.uniform(0, 0.5))
     server.process.signal(signal.SIGKILL)
     found = server.process.outcome()
@@ -94,7 +93,7 @@ def kill_server(world: World, rng: random.Random, place: Path) -> Result:
     if not right[0].startswith(text):
         problem = f"a wrong beginning: {text!r}"
     again = Server(model, place)
-    status, text = again.ask(_PROMPTS[1])
+    status, text = again.ask(PROMPTS[1])
     if status != 200 or text != right[1]:
         problem = problem or f"the next server answers {status}: {text!r}"
     return Result(label(found), problem or again.stop())

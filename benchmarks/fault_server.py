@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from fault_process import TIMEOUT_S, Process
 from fault_world import HARMS, SHARD, World, nothing
 
-_PROMPTS = ("One day, a dog", "Once there was a big red bird", "The cat and the mouse were friends", "Sue had a box")
+PROMPTS = ("One day, a dog", "Once there was a big red bird", "The cat and the mouse were friends", "Sue had a box")
 _TOKENS = 12
 
 
@@ -77,7 +77,7 @@ def served(world: World, place: Path) -> dict[str, list[str]]:
     if "old" not in world.served:
         for version in ("old", "new"):
             server = Server(world.pristine("stock", version), place)
-            world.served[version] = [server.ask(prompt)[1] for prompt in _PROMPTS]
+            world.served[version] = [server.ask(prompt)[1] for prompt in PROMPTS]
             server.stop()
     return world.served
 
@@ -110,16 +110,16 @@ def _questions(
         wrong = status == 200 and text not in [right[version][number] for version in versions]
         return status, f"another answer: {text!r}" if wrong else None
 
-    yield judged(server.ask(_PROMPTS[0]), 0, ("old",), (200,))
-    connection = server.begin(_PROMPTS[1])
+    yield judged(server.ask(PROMPTS[0]), 0, ("old",), (200,))
+    connection = server.begin(PROMPTS[1])
     server.process.sleep(rng.uniform(0, 0.2))
     HARMS[name](model / SHARD, world.pristine("stock", "new") / SHARD, rng)
     yield judged(read(connection), 1, ("old", "new"), (200, 503))
     for number in (2, 3):
-        yield judged(server.ask(_PROMPTS[number]), number, ("old", "new"), (200, 503))
+        yield judged(server.ask(PROMPTS[number]), number, ("old", "new"), (200, 503))
     HARMS["replace"](model / SHARD, world.pristine("stock") / SHARD, rng)
-    first = judged(server.ask(_PROMPTS[0]), 0, ("old", "new"), (200, 503))  # may be the first that notices
+    first = judged(server.ask(PROMPTS[0]), 0, ("old", "new"), (200, 503))  # may be the first that notices
     yield first
-    yield judged(server.ask(_PROMPTS[1]), 1, ("old",), (200,))
+    yield judged(server.ask(PROMPTS[1]), 1, ("old",), (200,))
     if server.health() != 200:
         yield 503, "the server is unhealthy after the repair"

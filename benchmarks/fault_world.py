@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from fault_process import Outcome, Process
 
@@ -19,6 +20,13 @@ NEW_TOKENS = 24
 _RUN = ("-q", "--device", "cpu", "--max-mem", "20MB", "--max-new-tokens", NEW_TOKENS)
 MOMENT = 1.1  # of an undisturbed run: faults come until shortly after its end
 _CHUNK_BYTES = 2**17
+# Exit codes that are documented: runtime, usage, does not fit, model.
+RIGHT, RUNTIME, USAGE, NO_ROOM, MODEL = 0, 1, 2, 3, 4
+
+
+class Result(NamedTuple):
+    outcome: str
+    problem: str | None
 
 
 def nothing() -> None:
@@ -164,13 +172,20 @@ def _make_models(world: World) -> None:
 
 
 def _other_seconds(world: World) -> dict[str, float]:
-    chat = ["chat", "-q", "-m", world.pristine("int8"), "--device", "cpu", "--max-mem", "20MB", "--max-new-tokens", 8]
     seconds = {}
     for name in ("convert", "chat"):
         with world.folder() as place:
-            command = chat if name == "chat" else convert_command(world.pristine("stock"), place / "out")
+            command = chat_command(world) if name == "chat" else convert_command(world.pristine("stock"), place / "out")
             seconds[name] = Process(command, place, stdin="Once there was a dog.\n").outcome().seconds
     return seconds
+
+
+def chat_command(world: World) -> list[object]:
+    return ["chat", "-q", "-m", world.pristine("int8"), "--device", "cpu", "--max-mem", "20MB", "--max-new-tokens", 8]
+
+
+def talk(*files: Path) -> str:
+    return "Once there was a dog.\n" + "".join(f"/save {path}\n" for path in files)
 
 
 def convert_command(model: Path, out: Path) -> list[object]:

@@ -22,9 +22,9 @@ from typing import Any
 # Before torch is imported: forked processes may have no threads to lose.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
-from fault_cases import Result, cases
+from fault_cases import cases
 from fault_kills import KILLS
-from fault_world import World, made_world
+from fault_world import Result, World, made_world
 from report import markdown_table, origin_lines, provenance, write
 
 _PROBLEMS_SHOWN = 20
