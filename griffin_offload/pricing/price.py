@@ -137,17 +137,10 @@ def _decode_workspace_bytes(shape: ModelShape, request: PlanRequest, use: Usage,
     return max(workspace_bytes(shape, request, use, tokens, use.ctx_tokens, kept) for tokens in passes)
 
 
-def price(
-    shape: ModelShape,
-    request: PlanRequest,
-    use: Usage,
-    kept: tuple[int, ...],
-    slots: int,
-    embeddings: Placement,
-) -> Plan:
-    """The bytes of one combination, whether it fits or not."""
-    streamed = tuple(i for i, layer in enumerate(shape.layers) if request.always_stream or kept[i] < layer.neurons)
-    slots = min(slots, len(streamed))
+def _resident_parts(
+    shape: ModelShape, kept: tuple[int, ...], embeddings: Placement
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights on the device by part, in their precision and in the stored one."""
     resident = {
         "attention": sum(layer.attention_bytes for layer in shape.layers),
         "norms": sum(layer.norm_bytes for layer in shape.layers) + shape.other_bytes,
@@ -161,6 +154,21 @@ def price(
         "head": shape.plain_head_bytes,
         "feed_forward": sum(k * layer.plain_neuron_bytes for k, layer in zip(kept, shape.layers, strict=True)),
     }
+    return resident, plain
+
+
+def price(
+    shape: ModelShape,
+    request: PlanRequest,
+    use: Usage,
+    kept: tuple[int, ...],
+    slots: int,
+    embeddings: Placement,
+) -> Plan:
+    """The bytes of one combination, whether it fits or not."""
+    streamed = tuple(i for i, layer in enumerate(shape.layers) if request.always_stream or kept[i] < layer.neurons)
+    slots = min(slots, len(streamed))
+    resident, plain = _resident_parts(shape, kept, embeddings)
     if request.offloaded_in_budget:
         resident["offloaded"] = sum(shape.layers[i].ff_flat_bytes for i in streamed)
     common = {

@@ -4,6 +4,7 @@ Loading reads gigabytes and the first streamed pass computes for seconds: neithe
 first forward, whoever calls it, waits until that layer's residents are there.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -96,11 +97,10 @@ class Arrival:
 
     def _work(self) -> None:
         try:
-            while not self._stop and not self._queue.empty():
-                self._do(*self._queue.get_nowait())
-        except queue.Empty:
-            pass  # another thread was faster
-        except BaseException as error:
+            with contextlib.suppress(queue.Empty):
+                while not self._stop:
+                    self._do(*self._queue.get_nowait())
+        except BaseException as error:  # raised by whoever waits
             self._failure, self._stop = error, True
             for ready in self._ready:
                 ready.set()
