@@ -132,7 +132,7 @@ class QuantizedLinear(nn.Module):
 
     def _has_kernel(self, x: Tensor) -> bool:
         if self.form == "int8":
-            known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+            known = x.dtype in _int8_types(x.device.type)
             known = known and self.weight.data_ptr() % _INT8_KERNEL_ALIGNMENT == 0
             return known and x.shape[1] % _INT8_KERNEL_MULTIPLE == 0 and _has_int8_kernel(x.device.type)
         return self.form == "int4_tiles" and x.dtype != torch.float64
@@ -163,6 +163,15 @@ class QuantizedLinear(nn.Module):
             return nn.functional.linear(x, self.weight, self.bias)
         scale = self.scale if self.form == "int8" else None
         return multiply(x, self.weight, self.scratch, scale, self.bias)
+
+
+@functools.cache
+def _int8_types(device: str) -> tuple[torch.dtype, ...]:
+    """Of inputs that the int8 kernel is worth calling for. On AVX2 it has vectors for bfloat16 alone: others take four
+    times as long as a translated matrix (benchmarks/NOTES.md)."""
+    if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return (torch.bfloat16,)
+    return (torch.bfloat16, torch.float16, torch.float32)
 
 
 @functools.cache
