@@ -112,7 +112,7 @@ class Points:
         with GriffinModel.from_pretrained(
             folder, device="cpu", density=density, quantize="none", always_stream=True, **options
         ) as model:
-            tokens = torch.randint(0, 1000, (max(prompts),), generator=torch.Generator().manual_seed(0))
+            tokens = torch.randint(0, 500, (max(prompts),), generator=torch.Generator().manual_seed(0))
             run_fixed(model, tokens[: prompts[0]], 4)
             for prompt in prompts:
                 report = run_fixed(model, tokens[:prompt], new)
