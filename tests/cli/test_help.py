@@ -25,7 +25,7 @@ heavy = [name for name in ("torch", "transformers", "numpy", "safetensors", "psu
 print(json.dumps([code, text.getvalue(), heavy]))
 """
 # Arguments of the API that have no flag: tests and measurements alone use them, or `generate` has its own.
-WITHOUT_FLAG = {"batch_statistic", "ff_chunk_tokens", "always_stream", "decay", "keep_prompts"}
+WITHOUT_FLAG = {"cuda_graphs", "batch_statistic", "ff_chunk_tokens", "always_stream", "decay", "keep_prompts"}
 # Only a server keeps several conversations.
 OF_SERVE = {"session_mem"}
 OF_PLAN = {"prompt_tokens", "batch_size"}

@@ -57,7 +57,8 @@ def test_what_exact_mode_keeps_between_tokens(plan):
     assert few["slots"] == many["slots"] == 2 * (3 * HIDDEN * NEURONS * 2 + DIRECT_SLACK_BYTES)
     assert (few["statistic"], many["statistic"]) == ((1 + 5) * table, (1 + 17) * table)
     assert many["logits"] - few["logits"] == 12 * VOCAB * (2 + 4)
-    assert without["workspace"] < few["workspace"] < many["workspace"]
+    # One token's attention in float32, where that is done, may outweigh a pass over few.
+    assert without["workspace"] <= few["workspace"] < many["workspace"]
 
 
 def test_what_refresh_keeps_between_tokens(plan):

@@ -209,7 +209,7 @@ def test_configs_that_cannot_be_used(cli, config, tmp_path: Path, edit):
         file.write_text(text)
         cli.refuses(4, "", "plan", "--config", file)
     file.write_bytes(b"\xff\xfe\x80")
-    cli.refuses(4, "cannot be used", "plan", "--config", file)
+    cli.refuses(4, "cannot be read", "plan", "--config", file)
 
 
 def test_every_architecture_from_its_config(cli, checkpoints):

@@ -17,6 +17,7 @@ from griffin_offload.demo import PROMPT, demo_directory
 TEXT = "the cat sat on the mat and thought of another river while nothing was left in their boats " * 2
 NEW = 12
 KEYS = {
+    "graphs",
     *("text", "prompt_tokens", "generated_tokens", "load_s", "prefill_s", "decode_s", "prefill_tokens_per_s"),
     *("decode_tokens_per_s", "prefill_streamed_bytes", "decode_streamed_bytes", "decode_embedding_bytes"),
     *("resident_bytes", "peak_device_bytes", "budget_bytes", "peak_host_bytes", "host_growth_bytes", "density"),
