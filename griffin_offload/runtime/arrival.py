@@ -63,6 +63,8 @@ class Arrival:
             self._ready[layer].wait()
             self._raise_failure()
             self._remove_hook(layer)
+        if not any(self._hooks):  # all are there: no thread is left when this returns
+            self._join()
         self.wait_s += time.perf_counter() - start
 
     @property
@@ -73,13 +75,16 @@ class Arrival:
     def close(self) -> None:
         """End the threads, done or not."""
         self._stop = True
-        for worker in self._workers:
-            worker.join()
+        self._join()
         for layer, ready in enumerate(self._ready):
             if not ready.is_set():
                 self._failure = self._failure or GriffinError("this model is closed")
                 ready.set()
             self._remove_hook(layer)
+
+    def _join(self) -> None:
+        for worker in self._workers:
+            worker.join()
 
     def _first_forward(self, index: int, *_: Any) -> None:
         self.wait(index)
