@@ -106,7 +106,8 @@ def test_few_rows_go_through_the_kernel_and_many_do_not(form: str, dtype: torch.
         monkeypatch.setattr(QuantizedLinear, name, lambda s, x, n=name, m=method: (taken.append(n), m(s, x))[1])
     for rows in (1, 4, 5):
         module(torch.ones(rows, 96, dtype=dtype))
-    assert taken == (["_many"] * 3 if dtype == torch.float64 else ["_few", "_few", "_many"])
+    slow = form == "int8" and torch.backends.cpu.get_cpu_capability() == "AVX2" and dtype != torch.bfloat16
+    assert taken == (["_many"] * 3 if slow or dtype == torch.float64 else ["_few", "_few", "_many"])
 
 
 @pytest.mark.parametrize("inputs", [1, 8, 33, 40, 50])
