@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,17 @@ def _offline(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.delenv("GRIFFIN_OFFLOAD_MODEL", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(autouse=True)
+def _loggers() -> Iterator[None]:
+    """What a command does to the loggers of this process ends with its test."""
+    names = ("griffin_offload", "transformers", "uvicorn", "uvicorn.error", "asyncio")
+    before = [(logger, logger.level, logger.handlers, logger.propagate) for logger in map(logging.getLogger, names)]
+    yield
+    for logger, level, handlers, propagate in before:
+        logger.setLevel(level)
+        logger.handlers, logger.propagate = handlers, propagate
 
 
 @pytest.fixture
