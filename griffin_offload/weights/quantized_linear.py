@@ -2,8 +2,8 @@
 
 Its tensors come in forms. The full one is what is stored: 16-bit floats where a checkpoint is quantised while it
 runs, int8 or int4 rows and neurons where it was converted. The resident one is what decoding multiplies: int8, or
-int4 tiles. A few rows go through torch's kernel, which reads each weight once; many rows (prefill) are multiplied
-in 16 bit or more, block by block.
+int4 tiles. A few rows go through a kernel, which reads each weight once: ours or torch's; many rows (prefill) are
+multiplied in 16 bit or more, block by block.
 """
 
 import functools
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel, one_line
+from griffin_offload.weights import few_rows
 from griffin_offload.weights.int4_tiles import DOWN_GROUP, OUTPUT_MULTIPLE, multiply_tiles
 from griffin_offload.weights.matmul import (
     Scratch,
@@ -39,7 +40,7 @@ PRECISIONS: tuple[Precision, ...] = ("none", "int8", "int4")
 """From the most to the fewest bits."""
 Form = Literal["float", "int8", "int4_rows", "int4_neurons", "int4_tiles"]
 
-# Up to so many rows the kernels are faster than translating the matrix (benchmarks/NOTES.md).
+# Up to so many rows torch's kernels are faster than translating the matrix (benchmarks/NOTES.md).
 _KERNEL_ROWS = 4
 # With other widths torch's int8 kernel reads past the end of a bfloat16 row and returns garbage (torch 2.13).
 _INT8_KERNEL_MULTIPLE = 32
@@ -127,27 +128,23 @@ class QuantizedLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         if self.input_scale is not None and self.form != "float":
             flat = flat * self.input_scale
-        outputs = self._few(flat) if flat.shape[0] <= _KERNEL_ROWS and self._has_kernel(flat) else self._many(flat)
+        outputs = self._few(flat) if flat.shape[0] <= self._kernel_rows(flat) else self._many(flat)
         return outputs.view(*x.shape[:-1], -1)
 
-    def _has_kernel(self, x: Tensor) -> bool:
-        if self.form == "int8":
-            known = x.dtype in _int8_types(x.device.type)
-            known = known and self.weight.data_ptr() % _INT8_KERNEL_ALIGNMENT == 0
-            return known and x.shape[1] % _INT8_KERNEL_MULTIPLE == 0 and _has_int8_kernel(x.device.type)
-        return self.form == "int4_tiles" and x.dtype != torch.float64
+    def _kernel_rows(self, x: Tensor) -> int:
+        """Up to how many rows like x a kernel multiplies faster than a translated matrix would be."""
+        if self.form not in ("int8", "int4_tiles") or x.dtype == torch.float64:
+            return 0
+        if x.device.type == "cpu" and few_rows.kernels() is not None:
+            return few_rows.ROWS
+        return _KERNEL_ROWS if self.form == "int4_tiles" or _has_int8_kernel(x, self.weight) else 0
 
     def _few(self, x: Tensor) -> Tensor:
-        x = (
-            x.contiguous()
-            if x.data_ptr() % _INT8_KERNEL_ALIGNMENT == 0
-            else x.clone(memory_format=torch.contiguous_format)
-        )
         product: Tensor
         if self.form == "int8":
-            product = int8_kernel(x.device, x.dtype)(x, self.weight, self.scale)
+            product = int8_kernel(x.device, x.dtype)(x.contiguous(), self.weight, self.scale)
         else:
-            product = multiply_tiles(x, self.weight, self.scale)[:, : self.out_features]
+            product = multiply_tiles(x.contiguous(), self.weight, self.scale)[:, : self.out_features]
         return product if self.bias is None else product + self.bias
 
     def _many(self, x: Tensor) -> Tensor:
@@ -166,18 +163,9 @@ class QuantizedLinear(nn.Module):
 
 
 @functools.cache
-def _int8_types(device: str) -> tuple[torch.dtype, ...]:
-    """Of inputs that the int8 kernel is worth calling for. On AVX2 it has vectors for bfloat16 alone: others take four
-    times as long as a translated matrix (benchmarks/NOTES.md)."""
-    if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        return (torch.bfloat16,)
-    return (torch.bfloat16, torch.float16, torch.float32)
-
-
-@functools.cache
 def int8_kernel(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """What multiplies a few rows by int8 matrices: torch's kernel, on CUDA our own if it can be compiled and is right.
-    The first call compiles: it belongs to loading."""
+    """What multiplies a few rows by int8 matrices: ours if it could be compiled and, on CUDA, is right, else torch's.
+    The first call on CUDA compiles: it belongs to loading."""
     if device.type == "cuda":
         try:
             from griffin_offload.weights.int8_gemv import check_kernel, multiply_int8
@@ -186,13 +174,23 @@ def int8_kernel(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, T
             return multiply_int8
         except Exception as error:  # no Triton, no compiler for its launcher, a device it does not know
             warnings.warn(f"int8 is multiplied by torch's slower kernel: {one_line(error)}", stacklevel=2)
-    return torch._weight_int8pack_mm
+    elif device.type == "cpu" and (ours := few_rows.kernels()) is not None:
+        return ours.multiply_int8
+    return _torch_int8
 
 
-@functools.cache
-def _has_int8_kernel(device: str) -> bool:
-    """Whether this build of torch has it: CUDA's came later than the CPU's. Without, matrices pass the scratch."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", device.upper()))
+def _torch_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    aligned = x if x.data_ptr() % _INT8_KERNEL_ALIGNMENT == 0 else x.clone()
+    return torch._weight_int8pack_mm(aligned, weight, scale)
+
+
+def _has_int8_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's kernel can multiply them, and is worth it. This build may have none: CUDA's came later."""
+    device = x.device.type
+    if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2" and x.dtype != torch.bfloat16:
+        return False  # it has vectors for bfloat16 alone: others take four times as long as a translated matrix
+    known = weight.data_ptr() % _INT8_KERNEL_ALIGNMENT == 0 and x.shape[1] % _INT8_KERNEL_MULTIPLE == 0
+    return known and bool(torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", device.upper()))
 
 
 def row_norms(full: dict[str, Tensor], *, swapped: bool) -> Tensor:

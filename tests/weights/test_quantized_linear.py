@@ -1,4 +1,6 @@
-"""`QuantizedLinear` in every form against float64, a few rows by torch's kernels and many by blocks."""
+"""`QuantizedLinear` in every form against float64, a few rows by kernels, ours or torch's, and many by blocks."""
+
+from collections.abc import Iterator
 
 import pytest
 import quantised_reference as ref
@@ -6,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel
+from griffin_offload.weights import few_rows
 from griffin_offload.weights.matmul import Scratch
-from griffin_offload.weights.quantized_linear import QuantizedLinear, check_sizes, row_norms
+from griffin_offload.weights.quantized_linear import QuantizedLinear, check_sizes, int8_kernel, row_norms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (form, outputs, inputs): ordinary sizes and, where the form allows them, no multiples of anything.
@@ -19,6 +22,18 @@ SIZES = [
     *(("int4_tiles", o, i) for o, i in ((64, 96), (33, 32), (130, 256))),
 ]
 DOWN = {"int4_neurons": (True,), "int4_rows": (False,)}
+
+
+@pytest.fixture(params=["ours", "torch's"])
+def whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Whose kernels multiply a few rows."""
+    if request.param == "torch's":
+        monkeypatch.setattr(few_rows, "kernels", lambda: None)
+    elif few_rows.kernels() is None:
+        pytest.skip("ours are not here: another processor, or no compiler")
+    int8_kernel.cache_clear()
+    yield request.param
+    int8_kernel.cache_clear()
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -80,6 +95,7 @@ def _check(module: QuantizedLinear, matrix: Tensor, dtype: torch.dtype, worst: t
         assert (found.double() - exact).norm() <= 3 * torch.finfo(worst).eps * exact.norm(), (module, shape)
 
 
+@pytest.mark.usefixtures("whose")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("form", "outputs", "inputs"), SIZES)
 def test_equals_float64(form: str, outputs: int, inputs: int, dtype: torch.dtype):
@@ -88,7 +104,7 @@ def test_equals_float64(form: str, outputs: int, inputs: int, dtype: torch.dtype
         more = {"input_scale": (0.5 + _random(inputs).abs()).to(dtype)} if is_down and form != "float" else {}
         for bias in ({}, {"bias": 30 * _random(outputs).to(dtype)}):
             for scratch_bytes in (1, 700, 2**20):
-                # Tiles are multiplied by torch's kernel in the type of x, and 16-bit blocks are translated to float32.
+                # Tiles are multiplied by a kernel in the type of x, and 16-bit blocks are translated to float32.
                 for scratch_dtype in {dtype, torch.float32 if dtype.itemsize == 2 else dtype}:
                     scratch = _scratch(scratch_bytes, scratch_dtype)
                     module = _module(form, tensors | more | bias, outputs, inputs, scratch, is_down=is_down)
@@ -97,22 +113,27 @@ def test_equals_float64(form: str, outputs: int, inputs: int, dtype: torch.dtype
 
 @pytest.mark.parametrize("form", ["int8", "int4_tiles"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_few_rows_go_through_the_kernel_and_many_do_not(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+def test_few_rows_go_through_the_kernel_and_many_do_not(
+    form: str, dtype: torch.dtype, whose: str, monkeypatch: pytest.MonkeyPatch
+):
     tensors, _ = _tensors(form, 64, 96, dtype)
     module = _module(form, tensors, 64, 96, _scratch(2**12, dtype), is_down=False)
     taken: list[str] = []
     for name in ("_few", "_many"):
         method = getattr(QuantizedLinear, name)
         monkeypatch.setattr(QuantizedLinear, name, lambda s, x, n=name, m=method: (taken.append(n), m(s, x))[1])
-    for rows in (1, 4, 5):
+    most = few_rows.ROWS if whose == "ours" else 4
+    for rows in (1, most, most + 1):
         module(torch.ones(rows, 96, dtype=dtype))
     slow = form == "int8" and torch.backends.cpu.get_cpu_capability() == "AVX2" and dtype != torch.bfloat16
-    assert taken == (["_many"] * 3 if slow or dtype == torch.float64 else ["_few", "_few", "_many"])
+    none = dtype == torch.float64 or (slow and whose == "torch's")
+    assert taken == (["_many"] * 3 if none else ["_few", "_few", "_many"])
 
 
 @pytest.mark.parametrize("inputs", [1, 8, 33, 40, 50])
 def test_the_int8_kernel_is_kept_from_widths_that_it_reads_past(inputs: int, monkeypatch: pytest.MonkeyPatch):
     """torch's kernel returns garbage there in bfloat16, or takes the process down: so it must not even be called."""
+    monkeypatch.setattr(few_rows, "kernels", lambda: None)
 
     def forbidden(*_: Tensor) -> Tensor:
         raise AssertionError("called")
@@ -123,6 +144,7 @@ def test_the_int8_kernel_is_kept_from_widths_that_it_reads_past(inputs: int, mon
     _check(module, matrix, torch.bfloat16, torch.bfloat16)
 
 
+@pytest.mark.usefixtures("whose")
 @pytest.mark.parametrize("rows", range(1, 9))
 @pytest.mark.parametrize("weight_offset", [0, 1, 8])
 @pytest.mark.parametrize("input_offset", [0, 1, 5])
@@ -149,7 +171,7 @@ def test_the_scratch_is_used_and_not_outgrown(monkeypatch: pytest.MonkeyPatch):
             scratch, "block", lambda *shape, b=block, kept=blocks: (kept.append(b(*shape)), kept[-1])[1]
         )
         module = _module(form, tensors, 64, 96, scratch, is_down=form == "int4_neurons")
-        module(torch.ones(8, 96))
+        module(torch.ones(40, 96))
         assert len(blocks) == -(-matrix.shape[form == "int4_neurons"] // 3), form
         assert {b.data_ptr() for b in blocks} == {scratch._buffer.data_ptr()}
 
