@@ -1,6 +1,9 @@
 """Checkpoints that several tests share, written once."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: several tests run at once
+
 import signal
 import subprocess
 from collections.abc import Callable, Iterator

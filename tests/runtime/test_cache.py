@@ -292,12 +292,14 @@ def _cells() -> Iterator[tuple[str, int, int]]:
 
 @pytest.mark.parametrize(("name", "batch", "bits"), list(_cells()))
 def test_planned_bytes_are_allocated_to_the_byte(checkpoints, name: str, batch: int, bits: int):
-    model = _load(checkpoints(name), kv_bits=bits, batch_size=batch, density=0.5)
+    context = 100  # more than a window and its slack
+    model = _load(checkpoints(name), kv_bits=bits, batch_size=batch, density=0.5, ctx_size=context)
     ids, mask = _ids(batch)
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=216, do_sample=False, return_dict_in_generate=True)
+    settings = {"max_new_tokens": context - PROMPT_TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    output = model.generate(ids, attention_mask=mask, **settings)
     shape = model._prospect.shape
-    stored = kv_bytes(shape, batch, 256, bits)
-    scratch = batch * shape.kv_width * 4 * max(min(layer.window or 256, 256) for layer in shape.layers)
+    stored = kv_bytes(shape, batch, context, bits)
+    scratch = batch * shape.kv_width * 4 * max(min(layer.window or context, context) for layer in shape.layers)
     if all(layer.window for layer in shape.layers):
         scratch = batch * shape.kv_width * 4 * (WINDOW - 1 + SLACK)
     assert output.past_key_values.nbytes == stored + (scratch if bits == 8 else 0)
