@@ -99,14 +99,9 @@ class LoadConfig:
     """Stream layers that fit whole, too: for tests and measurements of the streamed pass."""
 
     def __post_init__(self) -> None:
-        _one_of("device", self.device, get_args(Device))
-        _one_of("offload", self.offload, get_args(Offload))
-        _one_of("selection", self.selection, get_args(SelectionMethod))
-        _one_of("batch_statistic", self.batch_statistic, get_args(BatchStatistic))
-        _one_of("quantize", self.quantize, get_args(Quantize))
-        _one_of("dtype", self.dtype, get_args(DType))
-        if self.kv_bits not in get_args(KVBits):
-            raise UsageError(f"kv_bits is {self.kv_bits!r}: choose one of {', '.join(map(str, get_args(KVBits)))}")
+        named = (("device", Device), ("offload", Offload), ("selection", SelectionMethod), ("quantize", Quantize))
+        for name, kind in (*named, ("batch_statistic", BatchStatistic), ("dtype", DType), ("kv_bits", KVBits)):
+            _one_of(name, getattr(self, name), get_args(kind))
         check_density(self.density)
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed is {self.seed}: from 0 to 2**63 - 1")
@@ -119,10 +114,7 @@ class LoadConfig:
             raise UsageError("draft_tokens is for exact mode: add --exact (exact=True)")
         if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
             raise UsageError(f"draft_tokens is {self.draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
-        for name in ("ff_chunk_tokens", "batch_size", "prompt_tokens", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}: at least 1")
+        _at_least_one(self, "ff_chunk_tokens", "batch_size", "prompt_tokens", "threads")
 
 
 @dataclass(frozen=True)
@@ -261,17 +253,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise UsageError(f"port is {self.port}: from 0 to {2**16 - 1}")
-        for name in (
-            "queue_size",
-            "max_sessions",
-            "max_choices",
-            "max_connections",
-            "max_prompt_tokens",
-            "max_output_tokens",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}: at least 1")
+        _at_least_one(self, "queue_size", "max_sessions", "max_choices", "max_connections")
+        _at_least_one(self, "max_prompt_tokens", "max_output_tokens")
         for host in self.allow_host:
             if not _HOST.fullmatch(host):
                 raise UsageError(f"allow_host is {host!r}: give a name or an address, without scheme and port")
@@ -288,9 +271,16 @@ class ChatConfig:
     """When the context is full: the message is refused, or the oldest turns are dropped."""
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise UsageError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
+        raise UsageError(f"{name} is {value!r}: choose one of {', '.join(map(str, allowed))}")
+
+
+def _at_least_one(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}: at least 1")
 
 
 def check_refresh(refresh: Refresh, exact: bool) -> None:
