@@ -16,7 +16,7 @@ from torch import Tensor
 
 from griffin_offload.errors import one_line
 
-_INT8_GROUP = 128  # inputs that share a scale
+_INT8_GROUP = 128  # inputs that share a scale, and the most that may
 _SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROWS = 32
 """Up to so many rows the kernels are faster than translating the matrix."""
@@ -57,9 +57,11 @@ class Kernels:
     def _multiply(
         self, function: str, x: Tensor, weight: Tensor, scale: Tensor, outputs: int, group: int, block: int
     ) -> Tensor:
+        rows, inputs = x.shape
         if not (weight.is_contiguous() and scale.is_contiguous()):
             raise ValueError(f"weight {tuple(weight.shape)} and scale {tuple(scale.shape)} must be contiguous")
-        rows, inputs = x.shape
+        if group > _INT8_GROUP or outputs % block or (block > 1 and inputs % group):
+            raise ValueError(f"{outputs} outputs in blocks of {block}, {inputs} inputs in groups of {group}")
         wide = x.float().contiguous()
         # 16 bits hold what a 16-bit float says; float32 takes two rows of them.
         parts = 2 if x.dtype == torch.float32 else 1

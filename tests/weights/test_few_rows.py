@@ -124,9 +124,13 @@ def test_largest_sums():
 
 
 @needs_kernels
-def test_what_is_not_contiguous_is_refused():
+def test_what_would_be_read_or_written_wrongly_is_refused():
     with pytest.raises(ValueError, match="contiguous"):
         _kernels().multiply_int8(torch.ones(1, 64), torch.ones(64, 64, dtype=torch.int8).t(), torch.ones(64))
+    for outputs, groups in ((64, 1), (48, 8)):
+        tiles, scales = torch.ones(outputs, 128, dtype=torch.uint8), torch.ones(groups, outputs, 2)
+        with pytest.raises(ValueError, match=f"{outputs} outputs in blocks of 32, 256 inputs in groups of"):
+            _kernels().multiply_int4(torch.ones(1, 256), tiles, scales, 32)
 
 
 @pytest.mark.skipif(
