@@ -144,8 +144,8 @@ def main(arguments: Sequence[str]) -> int:
     starts = [start_s() for _ in range(args.starts)]
     body = "\n\n".join(
         [
-            f"{args.prompt_tokens} + {args.new_tokens} tokens, {args.dtype}, {args.threads} threads, {args.repeats} pairs "
-            "of runs; the prompt's streamed pass is in our whole answer.",
+            f"{args.prompt_tokens} + {args.new_tokens} tokens, {args.dtype}, {args.threads} threads, {args.repeats} "
+            "pairs of runs; the prompt's streamed pass is in our whole answer.",
             table(rows),
             f"`griffin-offload run` to its first output, warm: median {statistics.median(starts):.1f} s "
             f"({min(starts):.1f} - {max(starts):.1f}) of {args.starts}.",
