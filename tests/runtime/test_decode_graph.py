@@ -1,6 +1,7 @@
 """Decode by captured steps equals decode kernel by kernel; on the CPU, with a recorder that forbids what CUDA does."""
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from tiny_models import VOCAB
 from griffin_offload import GriffinModel
 from griffin_offload.runtime import decode_step
 from griffin_offload.runtime.decode_step import bucket_of
+from griffin_offload.weights import few_rows
+from griffin_offload.weights.quantized_linear import int8_kernel
 
 # Windows, learned positions, positions by ids, shared and separate heads, types of layers, scores made in Python.
 ARCHITECTURES = ["llama3", "mistral", "gemma2", "qwen2", "cohere2", "phi3", "opt", "gpt2", "gptj", "lfm2"]
@@ -20,6 +23,15 @@ NEW = 72  # behind 24 tokens: more than a layer with a window of 16 has room for
 @pytest.fixture(autouse=True)
 def _short_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_step, "_SMALLEST_BUCKET", 32)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_of_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The processor's own are no operators that a recorder sees, and none of CUDA's."""
+    monkeypatch.setattr(few_rows, "kernels", lambda: None)
+    int8_kernel.cache_clear()
+    yield
+    int8_kernel.cache_clear()
 
 
 def _ids(tokens: int = 24, seed: int = 0, batch: int = 1) -> torch.Tensor:

@@ -2,12 +2,12 @@
 
 import importlib.util
 import math
-import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,7 +155,7 @@ def test_without_them_torchs_are_used_and_that_is_said(monkeypatch: pytest.Monke
 
 
 @needs_kernels
-def test_there_is_one_pool_of_threads():
+def test_there_is_one_pool_of_threads(tmp_path: Path):
     """A second OpenMP runtime would spin on the same cores."""
     code = (
         "import os, torch; from griffin_offload.weights import few_rows; torch.set_num_threads(2);"
@@ -163,6 +163,6 @@ def test_there_is_one_pool_of_threads():
         "few_rows.kernels().multiply_int8(torch.ones(1, 64), torch.ones(640, 64, dtype=torch.int8), torch.ones(640));"
         "print(before, len(os.listdir('/proc/self/task')))"
     )
-    found = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     before, after = map(int, found.stdout.split())
     assert before == after >= 2
