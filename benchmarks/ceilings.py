@@ -18,7 +18,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.nn.functional import linear
 
+from griffin_offload.weights import few_rows
 from griffin_offload.weights.direct import untouched_zeros
+from griffin_offload.weights.int4_tiles import cpu_block
 
 PRECISIONS = ("none", "int8", "int4")
 WORKING_SET_BYTES = int(1e9)
@@ -81,16 +83,29 @@ def matrix_bytes(matrix: Matrix) -> int:
     return sum(part.nbytes for part in matrix)
 
 
-# The first of each is what decoding calls for one row.
-KERNELS: dict[str, dict[str, Callable[..., object]]] = {
-    "none": {"linear": linear, "mv": lambda one, weight: torch.mv(weight, one[0])},
-    "int8": {"int8pack_mm": torch._weight_int8pack_mm},
-    "int4": {
-        "int4pack_mm": lambda one, packed, scales: torch.ops.aten._weight_int4pack_mm_for_cpu(
-            one, packed, INT4_GROUP, scales
-        )
-    },
+Kernels = dict[str, Callable[..., object]]
+TORCH_INT8: Kernels = {"int8pack_mm": torch._weight_int8pack_mm}
+TORCH_INT4: Kernels = {
+    "int4pack_mm": lambda one, packed, scales: torch.ops.aten._weight_int4pack_mm_for_cpu(
+        one, packed, INT4_GROUP, scales
+    )
 }
+
+
+def kernels() -> dict[str, Kernels]:
+    """By precision; the first of each is what decoding calls for one row."""
+    found = {
+        "none": {"linear": linear, "mv": lambda one, weight: torch.mv(weight, one[0])},
+        "int8": TORCH_INT8,
+        "int4": TORCH_INT4,
+    }
+    ours = few_rows.kernels()
+    if ours is not None:
+        block = cpu_block()
+        found["int8"] = {"few_rows": ours.multiply_int8} | TORCH_INT8
+        found["int4"] = {"few_rows": lambda one, packed, scales: ours.multiply_int4(one, packed, scales, block)}
+        found["int4"] |= TORCH_INT4
+    return found
 
 
 def gemv_bytes_per_s(
@@ -121,7 +136,7 @@ def measure_rates(
         gemm["torch.float32"] = gemm_flops_per_s(plain.float(), tokens, repeats)
     gemv = {
         name: gemv_bytes_per_s(matrices, plain.shape[1], plain.dtype, kernel, repeats)
-        for name, kernel in KERNELS[precision].items()
+        for name, kernel in kernels()[precision].items()
     }
     return Rates(threads, gemv, gemm)
 
