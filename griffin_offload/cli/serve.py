@@ -111,6 +111,8 @@ def serve(arguments: argparse.Namespace) -> int:
     try:
         plan = server.load()
         code = server.run(lambda: _say_ready(server, plan, arguments))
+        if code == signal.SIGINT:  # it ends already: another Ctrl-C would only leave a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if not arguments.quiet:
             print("griffin-offload: stopped", file=sys.stderr, flush=True)
     finally:
