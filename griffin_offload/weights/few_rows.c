@@ -82,7 +82,11 @@ AVX2 static void quantize(const Product *p) {
 INLINE float scale_at(const Product *p, int64_t at) {
     if (p->scale_type == FLOAT32) return ((const float *)p->scale)[at];
     uint16_t half = ((const uint16_t *)p->scale)[at];
-    return p->scale_type == FLOAT16 ? _cvtsh_ss(half) : _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(half << 16)));
+    if (p->scale_type == FLOAT16) return _cvtsh_ss(half);
+    uint32_t bits = (uint32_t)half << 16; /* bfloat16 is the upper half of a float32 */
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return scale;
 }
 
 /* Scales and offsets of 8 neighbouring outputs, which lie in turns. */
@@ -97,7 +101,7 @@ INLINE void scales_at(const Product *p, int64_t at, __m256 *scale, __m256 *offse
         return;
     }
     __m256i pairs = _mm256_loadu_si256((const __m256i *)((const uint32_t *)p->scale + at));
-    if (p->scale_type == BFLOAT16) { /* the upper half of a float32 */
+    if (p->scale_type == BFLOAT16) {
         *scale = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
         *offset = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000u)));
         return;

@@ -92,10 +92,10 @@ def test_killed_and_run_again(cli, process, converted, llama: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def many_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that takes a while: forty layers."""
+    """A checkpoint that takes a while: a hundred layers."""
     directory = tmp_path_factory.mktemp("many") / "model"
     script = Path(__file__).parents[2] / "benchmarks" / "make_checkpoint.py"
-    flags = ["--shape", "tiny", "--layers", "40", str(directory)]
+    flags = ["--shape", "tiny", "--layers", "100", str(directory)]
     subprocess.run([sys.executable, str(script), *flags], check=True, capture_output=True)
     return directory
 
@@ -116,20 +116,20 @@ def test_a_real_process_killed_anywhere(cli, many_layers: Path, tmp_path: Path):
     """Wherever it happens to be, twice in a row; and what stands in the file system meanwhile is never half a shard."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert cli("convert", whole, "-m", many_layers, "--quantize", "int8", "-q").code == 0
-    for count in (5, 25):
+    for count in (5, 60):
         running = start(many_layers, out)
         wait_for_shards(running, out, count)
         running.kill()
         running.communicate()
         assert running.returncode == -signal.SIGKILL
         shards = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
-        assert count <= len(shards) < 41
+        assert count <= len(shards) < 101
         assert shards == {name: (whole / name).read_bytes() for name in shards}
         cli.refuses(4, "unfinished conversion", "plan", "-m", out)
     before = written_at(out)
     outcome = cli("convert", out, "-m", many_layers, "--quantize", "int8")
     assert outcome.code == 0
-    assert f"in 41 shards, {len(before)} of them from before" in outcome.err
+    assert f"in 101 shards, {len(before)} of them from before" in outcome.err
     assert files_of(out) == files_of(whole)
     assert {name: written_at(out)[name] for name in before} == before
 
@@ -142,7 +142,7 @@ def test_two_at_once(cli, many_layers: Path, tmp_path: Path):
     wait_for_shards(running, out, 1)
     os.kill(running.pid, signal.SIGSTOP)
     try:
-        half = out / ".model-00039-of-00041.safetensors.tmp"
+        half = out / ".model-00099-of-00101.safetensors.tmp"
         half.write_bytes(b"being written")
         for precision in ("int8", "int4"):
             cli.refuses(2, "another conversion is writing", "convert", out, "-m", many_layers, "--quantize", precision)

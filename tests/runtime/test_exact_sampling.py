@@ -11,7 +11,7 @@ import transformers as hf
 
 from griffin_offload import GriffinModel
 
-VOCAB, DRAWS = 5, 1500
+VOCAB, DRAWS = 5, 4000
 
 
 @pytest.fixture(scope="module")
