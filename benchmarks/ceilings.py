@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.nn.functional import linear
 
-from griffin_offload.weights import few_rows
+from griffin_offload.kernels import few_rows
 from griffin_offload.weights.direct import untouched_zeros
 from griffin_offload.weights.int4_tiles import cpu_block
 
@@ -102,6 +102,7 @@ def kernels() -> dict[str, Kernels]:
     ours = few_rows.kernels()
     if ours is not None:
         block = cpu_block()
+        found["none"]["few_rows"] = ours.multiply_floats
         found["int8"] = {"few_rows": ours.multiply_int8} | TORCH_INT8
         found["int4"] = {"few_rows": lambda one, packed, scales: ours.multiply_int4(one, packed, scales, block)}
         found["int4"] |= TORCH_INT4

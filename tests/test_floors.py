@@ -10,6 +10,7 @@ FLOORS = {
     "errors": -1,  # of the ground floor, the stone everybody stands on
     "units": 0,
     "config": 0,
+    "kernels": 0,
     "weights": 1,
     "method": 2,
     "pricing": 3,

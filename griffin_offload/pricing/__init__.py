@@ -4,7 +4,6 @@ from griffin_offload.pricing.kv_cache import KV_PIECE_TOKENS, KV_SLACK_TOKENS, k
 from griffin_offload.pricing.price import Placement, Plan, price
 from griffin_offload.pricing.request import MAX_MARKS, PlanRequest, Usage, planned_use, statistics_kept
 from griffin_offload.pricing.workspace import (
-    ATTENTION_GROUP_NUMBERS,
     CHUNK_MULTIPLE,
     MAX_GRAPHS,
     logits_bytes,
@@ -14,7 +13,6 @@ from griffin_offload.pricing.workspace import (
 )
 
 __all__ = [
-    "ATTENTION_GROUP_NUMBERS",
     "CHUNK_MULTIPLE",
     "KV_PIECE_TOKENS",
     "KV_SLACK_TOKENS",

@@ -15,9 +15,6 @@ CHUNK_MULTIPLE = 16
 _CHUNK_SHARE_OF_SLOT = 0.25
 _MAX_CHUNK_TOKENS = 512
 _MAX_SCRATCH_BYTES = 16 * 2**20
-# Numbers of queries, keys and values that are in float32 at once where attention is translated: they stay in a cache. A
-# head's, if those are more.
-ATTENTION_GROUP_NUMBERS = 2**19
 # Captured CUDA graphs that are kept: KV caches times length buckets.
 MAX_GRAPHS = 8
 # A workspace of cuBLAS for the stream that captures (32 MiB on Hopper), one more of cuBLASLt, and rounding.
@@ -58,8 +55,8 @@ def workspace_bytes(
     statistic = use.batch * neurons * _FLOAT_BYTES * (rows + 8)
     selection = sum(kept) * _INDEX_BYTES
     masks = _score_bytes(shape, use, new_tokens, seen_tokens)
-    if request.translated and new_tokens == 1:
-        masks += _translated_attention_bytes(shape, use, seen_tokens)
+    if new_tokens == 1:
+        masks += _one_token_bytes(shape, use, seen_tokens)
     streamed = request.always_stream or any(k < n.neurons for k, n in zip(kept, shape.layers, strict=True))
     gathering = _gather_bytes(shape) if streamed and new_tokens > 1 else 0
     return hidden + max(projections + masks, activations + statistic, gathering) + selection + translation
@@ -125,11 +122,9 @@ def _score_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: in
     return per_head * (1 + shape.item_bytes) + use.batch * seen_tokens * width * shape.item_bytes
 
 
-def _translated_attention_bytes(shape: ModelShape, use: Usage, seen_tokens: int) -> int:
-    """Of a group of heads in float32, for one token: queries and results, keys and values."""
-    every = use.batch * (2 * shape.attention_width + seen_tokens * shape.kv_width)
-    group = min(every, max(ATTENTION_GROUP_NUMBERS, -(-every // max(shape.kv_heads, 1))))
-    return group * _FLOAT_BYTES
+def _one_token_bytes(shape: ModelShape, use: Usage, seen_tokens: int) -> int:
+    """What the CPU's attention of one token has in float32: queries, results, scores and a mask."""
+    return use.batch * (2 * shape.attention_width + 2 * shape.heads * seen_tokens) * _FLOAT_BYTES
 
 
 def graphs_bytes(shape: ModelShape, request: PlanRequest, use: Usage, kept: Sequence[int]) -> int:

@@ -1,17 +1,20 @@
-"""16-bit linear layers on CPUs without 16-bit instructions.
+"""16-bit linear layers on the CPU, that torch multiplies below the memory's rate, or far below the processor's.
 
-There torch emulates the 16-bit GEMM at a third of the float32 rate, and at a hundredth for a few rows. Instead, a
-block of the weight is translated into a float32 scratch that stays in the cache, and multiplied there; a single
-row (decoding one token) goes through `torch.mv`. Sums are in float32 and rounded once, as in the emulation, so
-results differ by the order of summation alone. Figures: benchmarks/NOTES.md.
+A few rows (decoding a token) go through a kernel of ours. For many rows CPUs without 16-bit instructions emulate the
+GEMM at a third of the float32 rate: there, a block of the weight is translated into a float32 scratch that stays in
+the cache, and multiplied. Sums are in float32 and rounded once, as in torch's, so results differ by the order of
+summation alone. Figures: benchmarks/NOTES.md.
 """
 
 import torch
 from torch import Tensor, nn
 
+from griffin_offload.kernels import few_rows
 from griffin_offload.weights.matmul import Scratch, multiply
 
 _HALVES = (torch.bfloat16, torch.float16)
+# Up to so many rows ours are faster than torch's with 16-bit instructions, and than translated matrices without.
+_ROWS, _ROWS_EMULATED = 2, 32
 
 
 def emulates_halves(device: torch.device, dtype: torch.dtype) -> bool:
@@ -26,24 +29,29 @@ def emulates_halves(device: torch.device, dtype: torch.dtype) -> bool:
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def translate_linears(model: nn.Module, scratch: Scratch) -> None:
-    """Give every plain Linear of `model` a forward that multiplies in float32, block by block."""
+def use_own_linears(model: nn.Module, scratch: Scratch, *, translated: bool) -> None:
+    """Give every plain Linear of `model` a forward that multiplies a few rows by our kernel; and, if `translated`, many
+    of them in float32, block by block."""
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.__dict__["forward"] = _Translated(module, scratch)
+            module.__dict__["forward"] = _OwnForward(module, scratch if translated else None)
 
 
-class _Translated:
+class _OwnForward:
     """The forward of one Linear; reads the weight at each call, because compact ones come and go."""
 
-    def __init__(self, linear: nn.Linear, scratch: Scratch) -> None:
+    def __init__(self, linear: nn.Linear, scratch: Scratch | None) -> None:
         self._linear, self._scratch = linear, scratch
+        self._kernels = few_rows.kernels()
+        self._most = 0 if self._kernels is None else _ROWS if scratch is None else _ROWS_EMULATED
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self._linear.weight, self._linear.bias
-        if weight.numel() == 0 or x.dtype != weight.dtype:
-            return nn.functional.linear(x, weight, bias)
-        if x.numel() == x.shape[-1]:
-            row = torch.mv(weight, x.reshape(-1)) if bias is None else torch.addmv(bias, weight, x.reshape(-1))
-            return row.reshape(*x.shape[:-1], -1)
-        return multiply(x.reshape(-1, x.shape[-1]), weight, self._scratch, None, bias).view(*x.shape[:-1], -1)
+        own = x.dtype == weight.dtype and x.dtype in _HALVES and x.numel() and weight.numel()
+        rows = x.numel() // x.shape[-1] if own else 0
+        if own and rows <= self._most and self._kernels is not None and weight.is_contiguous():
+            product = self._kernels.multiply_floats(x.reshape(rows, -1), weight)
+            return (product if bias is None else product + bias).view(*x.shape[:-1], -1)
+        if own and self._scratch is not None:
+            return multiply(x.reshape(rows, -1), weight, self._scratch, None, bias).view(*x.shape[:-1], -1)
+        return nn.functional.linear(x, weight, bias)

@@ -15,8 +15,8 @@ from griffin_offload.config import LoadConfig
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
 from griffin_offload.pricing import Plan, scratch_bytes
 from griffin_offload.runtime.arrival import Arrival
-from griffin_offload.runtime.cpu_attention import translate_attention
-from griffin_offload.runtime.cpu_linear import translate_linears
+from griffin_offload.runtime.cpu_attention import use_own_attention
+from griffin_offload.runtime.cpu_linear import use_own_linears
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.memory import Ledger, device_bytes
 from griffin_offload.runtime.prefill import StreamedLayers
@@ -113,9 +113,9 @@ def _load(
     host_embedding = place_residents(model, decoder, prospect, plan, compact, pages, jobs)
     if host_embedding is not None:
         on_failure.callback(host_embedding.close)
-    if prospect.request.translated:
-        translate_linears(model, scratch)
-        translate_attention(model)
+    if prospect.device.type == "cpu" and prospect.dtype in (torch.bfloat16, torch.float16):
+        use_own_linears(model, scratch, translated=prospect.request.translated)
+        use_own_attention(model)
     layers = StreamedLayers(
         decoder=decoder,
         blocks=blocks,

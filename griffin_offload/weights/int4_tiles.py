@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.weights import few_rows
+from griffin_offload.kernels import few_rows
 from griffin_offload.weights.quantize import GROUP, unpack_int4
 
 _HALF = GROUP // 2

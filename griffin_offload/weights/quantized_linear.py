@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel, one_line
-from griffin_offload.weights import few_rows
+from griffin_offload.kernels import few_rows
 from griffin_offload.weights.int4_tiles import DOWN_GROUP, OUTPUT_MULTIPLE, multiply_tiles
 from griffin_offload.weights.matmul import (
     Scratch,

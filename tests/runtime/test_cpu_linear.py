@@ -1,4 +1,4 @@
-"""16-bit layers multiplied in float32: the same numbers as float64 up to the last rounding, in every shape."""
+"""16-bit layers multiplied our way: the same numbers as float64 up to the last rounding, in every shape."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 from griffin_offload import GriffinModel
 from griffin_offload.runtime import prospect
-from griffin_offload.runtime.cpu_linear import emulates_halves, translate_linears
+from griffin_offload.runtime.cpu_linear import emulates_halves, use_own_linears
 from griffin_offload.runtime.threads import choose_threads, limited_threads
 from griffin_offload.weights.matmul import Scratch
 
@@ -22,12 +22,13 @@ from griffin_offload.weights.matmul import Scratch
     bias=st.booleans(),
     scratch_bytes=st.integers(8, 4000),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    translated=st.booleans(),
 )
-def test_equals_float64_up_to_rounding(inputs, outputs, tokens, bias, scratch_bytes, dtype):
+def test_equals_float64_up_to_rounding(inputs, outputs, tokens, bias, scratch_bytes, dtype, translated):
     linear = nn.Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False)
     x = torch.randn(*tokens, inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
-    translate_linears(linear, Scratch(scratch_bytes, torch.float32, torch.device("cpu")))
+    use_own_linears(linear, Scratch(scratch_bytes, torch.float32, torch.device("cpu")), translated=translated)
     result = linear(x)
     assert result.dtype == dtype
     assert result.shape == (*tokens, outputs)
@@ -39,7 +40,7 @@ def test_no_neurons_give_the_bias():
     linear = nn.Linear(1, 3).bfloat16().requires_grad_(False)
     linear.weight = nn.Parameter(torch.empty(3, 0, dtype=torch.bfloat16), requires_grad=False)
     linear.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    translate_linears(linear, Scratch(64, torch.float32, torch.device("cpu")))
+    use_own_linears(linear, Scratch(64, torch.float32, torch.device("cpu")), translated=True)
     assert torch.equal(linear(torch.empty(1, 2, 0).bfloat16())[0, 1], linear.bias)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.weights import few_rows
+from griffin_offload.kernels import few_rows
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.quantized_linear import QuantizedLinear, check_sizes, int8_kernel, row_norms
 

@@ -15,11 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin_offload.weights import few_rows
+from griffin_offload.kernels import few_rows
+from griffin_offload.kernels.library import library
 from griffin_offload.weights.int4_tiles import cpu_block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_kernels = pytest.mark.skipif(few_rows.kernels() is None, reason="another processor, or no compiler")
+of_both_processors = pytest.mark.parametrize("wide", [False, True], ids=["avx2", "avx512"])
+"""Kernels for instructions that this processor has not are those of AVX2 again."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +32,10 @@ def _threads_as_before() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _kernels() -> few_rows.Kernels:
-    found = few_rows.kernels()
+def _kernels(*, wide: bool = True) -> few_rows.Kernels:
+    found = library()
     assert found is not None
-    return found
+    return few_rows.Kernels(found, wide=wide)
 
 
 def _check(found: Tensor, x: Tensor, matrix: Tensor, sizes: Tensor, group: int) -> None:
@@ -59,20 +62,22 @@ def inputs_of(draw: st.DrawFn, columns: int) -> Tensor:
 
 
 @needs_kernels
+@of_both_processors
 @given(data=st.data(), outputs=st.integers(1, 300), inputs=st.integers(1, 300), threads=st.integers(1, 3))
-def test_int8(data: st.DataObject, outputs: int, inputs: int, threads: int):
+def test_int8(wide: bool, data: st.DataObject, outputs: int, inputs: int, threads: int):
     torch.set_num_threads(threads)
     x = data.draw(inputs_of(inputs))
     generator = torch.Generator().manual_seed(outputs)
     weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
     scale = torch.rand(outputs, generator=generator).add(0.1).to(data.draw(st.sampled_from(DTYPES)))
     matrix = weight * scale.double()[:, None]
-    _check(_kernels().multiply_int8(x, weight, scale), x, matrix, matrix.abs(), 128)
+    _check(_kernels(wide=wide).multiply_int8(x, weight, scale), x, matrix, matrix.abs(), 128)
 
 
 @needs_kernels
+@of_both_processors
 @given(data=st.data(), blocks=st.integers(1, 5), inputs=st.integers(1, 4), threads=st.integers(1, 3))
-def test_int4(data: st.DataObject, blocks: int, inputs: int, threads: int):
+def test_int4(wide: bool, data: st.DataObject, blocks: int, inputs: int, threads: int):
     """Both widths of blocks; numbers are packed here, as int4_tiles.py says."""
     torch.set_num_threads(threads)
     group, block = data.draw(st.sampled_from([32, 128])), data.draw(st.sampled_from([32, 64]))
@@ -84,49 +89,72 @@ def test_int4(data: st.DataObject, blocks: int, inputs: int, threads: int):
     low, high = levels.view(-1, 2, block // 2, inputs * group).unbind(1)
     tiles = (low | high << 4).to(torch.uint8).transpose(1, 2).reshape(outputs, -1).contiguous()
     scale, offset = (part.t().repeat_interleave(group, dim=1) for part in scales.double().unbind(-1))
-    found = _kernels().multiply_int4(x, tiles, scales, block)
+    found = _kernels(wide=wide).multiply_int4(x, tiles, scales, block)
     _check(found, x, (levels - 8) * scale + offset, 8 * scale.abs() + offset.abs(), group)
 
 
 @needs_kernels
+@of_both_processors
+@given(data=st.data(), outputs=st.integers(1, 300), inputs=st.integers(1, 300), threads=st.integers(1, 3))
+def test_floats(wide: bool, data: st.DataObject, outputs: int, inputs: int, threads: int):
+    torch.set_num_threads(threads)
+    x = data.draw(inputs_of(inputs))
+    x = x.bfloat16() if x.dtype == torch.float32 else x
+    generator = torch.Generator().manual_seed(outputs)
+    weight = torch.randn(outputs, inputs, generator=generator).to(x.dtype)
+    found, exact = _kernels(wide=wide).multiply_floats(x, weight), x.double() @ weight.double().t()
+    size, limits = x.double().abs() @ weight.double().abs().t(), torch.finfo(x.dtype)
+    allowed = limits.eps * exact.abs() + 32 * 2.0**-24 * size + limits.tiny
+    assert found.dtype == x.dtype
+    assert torch.all(((found.double() - exact).abs() <= allowed) | (exact.abs() > limits.max / 2))
+
+
+@needs_kernels
+@of_both_processors
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_stays_none(bad: float, dtype: torch.dtype):
+def test_what_is_no_number_stays_none(wide: bool, bad: float, dtype: torch.dtype):
     """In the row that has it and in no other."""
     x = torch.ones(3, 256, dtype=dtype)
     x[1, 200] = bad
     weight, scale = torch.ones(40, 256, dtype=torch.int8), torch.ones(40, dtype=dtype)
     tiles, scales = torch.ones(64, 128, dtype=torch.uint8), torch.ones(8, 64, 2, dtype=dtype)
-    for found in (_kernels().multiply_int8(x, weight, scale), _kernels().multiply_int4(x, tiles, scales, cpu_block())):
+    own = _kernels(wide=wide)
+    for found in (own.multiply_int8(x, weight, scale), own.multiply_int4(x, tiles, scales, cpu_block())):
         assert found[1].isnan().all()
         assert found[::2].isfinite().all()
 
 
 @needs_kernels
+@of_both_processors
 @pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-31, 1e-29, 1e30])
-def test_numbers_of_any_size(size: float):
+def test_numbers_of_any_size(wide: bool, size: float):
     x = torch.full((1, 128), size)
-    found = _kernels().multiply_int8(x, torch.full((1, 128), 2, dtype=torch.int8), torch.ones(1))
+    found = _kernels(wide=wide).multiply_int8(x, torch.full((1, 128), 2, dtype=torch.int8), torch.ones(1))
     torch.testing.assert_close(found, torch.full((1, 1), 256 * size), rtol=1e-6, atol=1e-27)
 
 
 @needs_kernels
-def test_largest_sums():
+@of_both_processors
+def test_largest_sums(wide: bool):
     """No 32-bit sum overflows: the largest group, largest weights, largest numbers, one sign."""
     x = torch.full((1, 256), 3.0)
     for sign in (1, -1):
         weight = torch.full((64, 256), 127 * sign, dtype=torch.int8)
-        assert torch.all(_kernels().multiply_int8(x, weight, torch.ones(64)) == 3 * 127 * 256 * sign)
+        assert torch.all(_kernels(wide=wide).multiply_int8(x, weight, torch.ones(64)) == 3 * 127 * 256 * sign)
     for level in (0, 15):
         tiles = torch.full((64, 128), level * 17, dtype=torch.uint8)
         scales = torch.tensor([1.0, 0.0]).expand(2, 64, 2).contiguous()
-        assert torch.all(_kernels().multiply_int4(x, tiles, scales, cpu_block()) == 3 * 256 * (level - 8))
+        assert torch.all(_kernels(wide=wide).multiply_int4(x, tiles, scales, cpu_block()) == 3 * 256 * (level - 8))
 
 
 @needs_kernels
 def test_what_would_be_read_or_written_wrongly_is_refused():
     with pytest.raises(ValueError, match="contiguous"):
         _kernels().multiply_int8(torch.ones(1, 64), torch.ones(64, 64, dtype=torch.int8).t(), torch.ones(64))
+    for weight in (torch.ones(64, 64), torch.ones(64, 64).bfloat16().t()):
+        with pytest.raises(ValueError, match="must be contiguous and as x"):
+            _kernels().multiply_floats(torch.ones(1, 64).bfloat16(), weight)
     for outputs, groups in ((64, 1), (48, 8)):
         tiles, scales = torch.ones(outputs, 128, dtype=torch.uint8), torch.ones(groups, outputs, 2)
         with pytest.raises(ValueError, match=f"{outputs} outputs in blocks of 32, 256 inputs in groups of"):
@@ -137,7 +165,7 @@ def test_what_would_be_read_or_written_wrongly_is_refused():
     platform.machine() != "x86_64" or sys.platform != "linux" or shutil.which("cc") is None, reason="cannot be compiled"
 )
 def test_installing_compiles():
-    assert importlib.util.find_spec("griffin_offload.weights._few_rows") is not None
+    assert importlib.util.find_spec("griffin_offload.kernels._library") is not None
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         assert few_rows.kernels() is not None
 
@@ -146,19 +174,21 @@ def test_without_them_torchs_are_used_and_that_is_said(monkeypatch: pytest.Monke
     if platform.machine() != "x86_64":
         pytest.skip("torch's are the only ones here")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    few_rows.kernels.cache_clear()
+    for cached in (library, few_rows.kernels):
+        cached.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"torch's slower kernels: few_rows.c was not compiled: install gcc"):
+        with pytest.warns(UserWarning, match="torch's slower kernels, without ours: they were not compiled: install"):
             assert few_rows.kernels() is None
     finally:
-        few_rows.kernels.cache_clear()
+        for cached in (library, few_rows.kernels):
+            cached.cache_clear()
 
 
 @needs_kernels
 def test_there_is_one_pool_of_threads(tmp_path: Path):
     """A second OpenMP runtime would spin on the same cores."""
     code = (
-        "import os, torch; from griffin_offload.weights import few_rows; torch.set_num_threads(2);"
+        "import os, torch; from griffin_offload.kernels import few_rows; torch.set_num_threads(2);"
         "torch.ones(999, 999).sum(); before = len(os.listdir('/proc/self/task'));"
         "few_rows.kernels().multiply_int8(torch.ones(1, 64), torch.ones(640, 64, dtype=torch.int8), torch.ones(640));"
         "print(before, len(os.listdir('/proc/self/task')))"

@@ -1,0 +1,70 @@
+"""Attention of one new token over 16-bit keys and values (attention.c).
+
+torch's kernel is made for many queries: for one it reads keys and values at a tenth of the memory's rate, and emulates
+every product where the processor has no instructions for 16 bits (benchmarks/NOTES.md).
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from griffin_offload.kernels.library import NUMBER_TYPES, library
+
+_POINTERS = ("query", "key", "value", "mask", "score", "output")
+_SIZES = ("batch", "kv_heads", "shared", "tokens", "key_size", "value_size", "type", "threads")
+_STRIDES = ("key_strides", "value_strides", "mask_strides")
+
+
+class _Attention(ctypes.Structure):
+    """The struct of the same name in attention.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_int64 * 3) for name in _STRIDES),
+        ("scaling", ctypes.c_float),
+    )
+
+
+def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attend` takes these: one token, 16 bits, on the CPU, numbers of a token side by side."""
+    one = query.dim() == 4 and query.shape[2] == 1 and query.device.type == "cpu"
+    alike = query.dtype in (torch.bfloat16, torch.float16) and query.dtype == key.dtype == value.dtype
+    return one and alike and key.stride(3) == value.stride(3) == 1 and library() is not None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """query [B, heads, 1, D], key [B, kv heads, S, D] and value [B, kv heads, S, D'] to [B, 1, heads, D'].
+
+    `mask` broadcasts to [B, heads, 1, S]: booleans, true where a token is seen, or numbers that are added to scores.
+    """
+    found = library()
+    assert found is not None, "can_attend was not asked"
+    (batch, heads, _, size), (kv_heads, tokens) = query.shape, key.shape[1:3]
+    if heads % kv_heads or key.shape != (batch, kv_heads, tokens, size) or value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}")
+    floats, output = query.float().contiguous(), torch.empty(batch, 1, heads, value.shape[3])
+    scores = torch.empty(batch, heads, tokens)
+    added, mask_strides = None, (0, 0, 0)
+    if mask is not None:
+        added = _added(mask).expand(batch, heads, 1, tokens)
+        mask_strides = (added.stride(0), added.stride(1), added.stride(3))
+    parts = (floats, key, value, added, scores, output)
+    sizes = (batch, kv_heads, heads // kv_heads, tokens, size, value.shape[3], NUMBER_TYPES[key.dtype])
+    strides = (key.stride()[:3], value.stride()[:3], mask_strides)
+    job = _Attention(
+        *(None if part is None else part.data_ptr() for part in parts),
+        *sizes,
+        torch.get_num_threads(),
+        *((ctypes.c_int64 * 3)(*three) for three in strides),
+        scaling,
+    )
+    found.call("attend_to", job)
+    return output.to(query.dtype)
+
+
+def _added(mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))

@@ -1,0 +1,101 @@
+/* A few rows times a matrix, on x86-64 with AVX2 or more: what decoding a token does. */
+#include <stdint.h>
+
+#if defined(__x86_64__)
+
+#include <float.h>
+#include <math.h>
+
+#include "few_rows.h"
+#include "parallel.h"
+
+#define MOST_GROUP 128
+#define LARGEST 32639 /* = 127 * 256 + 127: its upper and lower bytes are signed */
+#define TINY 1e-30f   /* below it a group counts as zero, so that no scale overflows */
+#define UNIT 64       /* outputs that stay together: whole blocks of tiles */
+
+/* `count` values become numbers; what rounding leaves over stays in `values`. */
+AVX2 INLINED void quantize_group(float *values, int64_t count, int16_t *numbers, float *step, int32_t *sum) {
+    float most = 0;
+    int finite = 1;
+    for (int64_t k = 0; k < count; k++) {
+        float size = fabsf(values[k]);
+        most = size > most ? size : most;
+        finite &= size <= FLT_MAX;
+    }
+    float inverse = finite && most >= TINY ? LARGEST / most : 0;
+    *step = finite ? (most >= TINY ? most / LARGEST : 0) : NAN; /* what is no number makes the whole row none */
+    *sum = 0;
+    for (int64_t k = 0; k < count; k++) {
+        int32_t number = finite ? (int32_t)rintf(values[k] * inverse) : 0;
+        numbers[k] = (int16_t)number;
+        *sum += number;
+        values[k] -= (float)number * *step;
+    }
+}
+
+/* Numbers [count] from input `start` on become bytes: number = 256 * upper + lower, both signed. */
+AVX2 INLINED void split_bytes(const int16_t *numbers, int64_t count, int8_t *upper, int8_t *lower) {
+    for (int64_t k = 0; k < count; k++) {
+        upper[k] = (int8_t)((numbers[k] + 128) >> 8);
+        lower[k] = (int8_t)numbers[k];
+    }
+}
+
+AVX2 static void quantize(const Product *p) {
+    const int64_t groups = groups_of(p);
+    float values[MOST_GROUP];
+    int16_t numbers[MOST_GROUP];
+    for (int64_t row = 0; row < p->rows; row++)
+        for (int64_t group = 0; group < groups; group++) {
+            int64_t start = group * p->group, count = least(p->group, p->inputs - start);
+            memcpy(values, (const float *)p->x + row * p->inputs + start, (size_t)count * sizeof *values);
+            for (int64_t part = row * p->parts; part < (row + 1) * p->parts; part++) {
+                int16_t *whole = p->numbers + part * p->inputs;
+                int8_t *upper = (int8_t *)whole + start;
+                quantize_group(values, count, p->wide ? numbers : whole + start, p->step + part * groups + group,
+                               p->sum + part * groups + group);
+                if (p->wide) split_bytes(numbers, count, upper, upper + p->inputs);
+            }
+        }
+}
+
+int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+int has_vnni(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512vbmi");
+}
+
+int has_bf16(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+}
+
+void multiply_int8(const Product *p, Parallel parallel) {
+    quantize(p);
+    if (p->wide) int8_lanes(p);
+    in_parallel(parallel, p->threads, p->wide ? int8_by_vnni : int8_by_avx2, p, p->outputs, UNIT);
+}
+
+void multiply_int4(const Product *p, Parallel parallel) {
+    quantize(p);
+    in_parallel(parallel, p->threads, p->wide ? int4_by_vnni : int4_by_avx2, p, p->outputs, UNIT);
+}
+
+void multiply_floats(const Product *p, Parallel parallel) {
+    in_parallel(parallel, p->threads, p->wide ? pairs_by_bf16 : floats_by_avx2, p, p->outputs, 1);
+}
+
+#else
+
+int has_avx2(void) { return 0; }
+
+int has_vnni(void) { return 0; }
+
+int has_bf16(void) { return 0; }
+
+#endif

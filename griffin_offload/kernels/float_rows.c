@@ -1,0 +1,95 @@
+/* A few rows times 16-bit floats [outputs, inputs]: products and sums in 32 bits. */
+#include <stdint.h>
+
+#if defined(__x86_64__)
+
+#include "few_rows.h"
+
+#define SUMS 4 /* vectors a row is summed in, so that no addition waits for the one before */
+
+/* One output of `rows` rows from `first`. */
+AVX2 INLINED void floats_output(const Product *p, int64_t output, int64_t first, const int rows, const int type) {
+    const uint16_t *weights = (const uint16_t *)p->weight + output * p->inputs;
+    const float *x = (const float *)p->x + first * p->inputs;
+    __m256 total[2][SUMS];
+    float rest[2] = {0};
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < SUMS; i++) total[r][i] = _mm256_setzero_ps();
+    int64_t at = 0;
+    for (; at + SUMS * LANES <= p->inputs; at += SUMS * LANES)
+        for (int i = 0; i < SUMS; i++) {
+            __m256 weight = halves_at(weights + at + i * LANES, type);
+            for (int r = 0; r < rows; r++) {
+                __m256 numbers = _mm256_loadu_ps(x + r * p->inputs + at + i * LANES);
+                total[r][i] = _mm256_fmadd_ps(weight, numbers, total[r][i]);
+            }
+        }
+    for (; at < p->inputs; at++)
+        for (int r = 0; r < rows; r++) rest[r] += half_at(weights + at, type) * x[r * p->inputs + at];
+    for (int r = 0; r < rows; r++) {
+        __m256 sum = _mm256_add_ps(_mm256_add_ps(total[r][0], total[r][1]), _mm256_add_ps(total[r][2], total[r][3]));
+        p->product[(first + r) * p->outputs + output] = sum_of(sum) + rest[r];
+    }
+}
+
+AVX2 INLINED void floats_part(const Product *p, int64_t start, int64_t end, const int type) {
+    for (int64_t output = start; output < end; output++) {
+        int64_t first = 0;
+        for (; first + 2 <= p->rows; first += 2) floats_output(p, output, first, 2, type);
+        if (first < p->rows) floats_output(p, output, first, 1, type);
+    }
+}
+
+AVX2 void floats_by_avx2(const void *product, int64_t start, int64_t end) {
+    const Product *p = product;
+    if (p->type == BFLOAT16) floats_part(p, start, end, BFLOAT16);
+    else floats_part(p, start, end, FLOAT16);
+}
+
+/* Products of pairs of bfloat16 numbers: few instructions a byte, so that many bytes are on their way at a time. */
+
+#define WIDE 32 /* 16-bit numbers of a vector */
+
+BF16 INLINED __m512bh pairs_at(const uint16_t *from, __mmask32 wanted) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(wanted, from);
+}
+
+/* One output of `rows` rows from `first`. */
+BF16 INLINED void pairs_output(const Product *p, int64_t output, int64_t first, const int rows) {
+    const uint16_t *weights = (const uint16_t *)p->weight + output * p->inputs;
+    const uint16_t *x = (const uint16_t *)p->x + first * p->inputs;
+    __m512 total[2][SUMS];
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < SUMS; i++) total[r][i] = _mm512_setzero_ps();
+    int64_t at = 0;
+    for (; at + SUMS * WIDE <= p->inputs; at += SUMS * WIDE)
+        for (int i = 0; i < SUMS; i++) {
+            __m512bh weight = pairs_at(weights + at + i * WIDE, ~(__mmask32)0);
+            for (int r = 0; r < rows; r++) {
+                __m512bh numbers = pairs_at(x + r * p->inputs + at + i * WIDE, ~(__mmask32)0);
+                total[r][i] = _mm512_dpbf16_ps(total[r][i], weight, numbers);
+            }
+        }
+    for (; at < p->inputs; at += WIDE) {
+        int64_t left = p->inputs - at;
+        __mmask32 wanted = left < WIDE ? ((__mmask32)1 << left) - 1 : ~(__mmask32)0;
+        for (int r = 0; r < rows; r++)
+            total[r][0] = _mm512_dpbf16_ps(total[r][0], pairs_at(weights + at, wanted),
+                                           pairs_at(x + r * p->inputs + at, wanted));
+    }
+    for (int r = 0; r < rows; r++) {
+        __m512 sum = _mm512_add_ps(_mm512_add_ps(total[r][0], total[r][1]), _mm512_add_ps(total[r][2], total[r][3]));
+        p->product[(first + r) * p->outputs + output] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+BF16 void pairs_by_bf16(const void *product, int64_t start, int64_t end) {
+    const Product *p = product;
+    for (int64_t output = start; output < end; output++) {
+        int64_t first = 0;
+        for (; first + 2 <= p->rows; first += 2) pairs_output(p, output, first, 2);
+        if (first < p->rows) pairs_output(p, output, first, 1);
+    }
+}
+
+#endif

@@ -1,0 +1,35 @@
+/* 16-bit floats as 32-bit ones, and sums of vectors. */
+#ifndef GRIFFIN_OFFLOAD_HALVES_H
+#define GRIFFIN_OFFLOAD_HALVES_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define INLINED static inline __attribute__((always_inline))
+#define LANES 8 /* 32-bit numbers of a vector */
+
+enum number_type { FLOAT32, BFLOAT16, FLOAT16 };
+
+AVX2 INLINED __m256 halves_at(const uint16_t *from, const int type) {
+    __m128i halves = _mm_loadu_si128((const __m128i *)from);
+    if (type == FLOAT16) return _mm256_cvtph_ps(halves);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)); /* the upper half of a float32 */
+}
+
+AVX2 INLINED float half_at(const uint16_t *from, const int type) {
+    if (type == FLOAT16) return _cvtsh_ss(*from);
+    uint32_t bits = (uint32_t)*from << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+AVX2 INLINED float sum_of(__m256 v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+#endif

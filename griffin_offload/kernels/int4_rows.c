@@ -1,0 +1,211 @@
+/* A few rows times int4 tiles (int4_tiles.py): w = (q - 8) * scale + offset.
+ *
+ * A byte's low and high numbers are summed as low and as 16 * high + low.
+ */
+#include <stdint.h>
+
+#if defined(__x86_64__)
+
+#include "few_rows.h"
+
+#define UNIT 32 /* outputs that are summed at once: 16 bytes hold the low and the high ones */
+
+/* Scales and offsets of 8 neighbouring outputs, which lie in turns. */
+AVX2 INLINED void scales_at(const Product *p, int64_t at, __m256 *scale, __m256 *offset) {
+    if (p->type == FLOAT32) {
+        const float *from = (const float *)p->scale + 2 * at;
+        __m256 first = _mm256_loadu_ps(from), second = _mm256_loadu_ps(from + LANES);
+        __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0x88));
+        __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0xdd));
+        *scale = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
+        *offset = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
+        return;
+    }
+    __m256i pairs = _mm256_loadu_si256((const __m256i *)((const uint32_t *)p->scale + at));
+    if (p->type == BFLOAT16) {
+        *scale = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+        *offset = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000u)));
+        return;
+    }
+    __m256i low = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff)), high = _mm256_srli_epi32(pairs, 16);
+    __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+    *scale = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    *offset = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+}
+
+/* Add one group of inputs to `total` [rows * 4]: two vectors of low outputs, which start at `at`, and two of high. */
+AVX2 INLINED void int4_group(const Product *p, const uint8_t *tile, int64_t at, int64_t group, int64_t first, __m256 *total,
+                       const int rows) {
+    const int64_t half = p->block / 2, begin = group * p->group, groups = groups_of(p);
+    const int16_t *x = p->numbers + first * p->inputs + begin;
+    const __m256i nibble = _mm256_set1_epi16(15);
+    __m256i low[2][2], whole[2][2];
+    for (int r = 0; r < rows; r++) {
+        int32_t sum = p->sum[(first + r) * groups + group];
+        for (int i = 0; i < 2; i++) {
+            low[r][i] = _mm256_set1_epi32(-8 * sum);
+            whole[r][i] = _mm256_set1_epi32(-(16 * 8 + 8) * sum);
+        }
+    }
+    tile += begin * half;
+    for (int64_t k = 0; k < p->group; k += 2, tile += 2 * half) {
+        __m128i even = _mm_loadu_si128((const __m128i *)tile), odd = _mm_loadu_si128((const __m128i *)(tile + half));
+        __m256i weights[2] = {_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(even, odd)),
+                              _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(even, odd))};
+        for (int r = 0; r < rows; r++) {
+            int32_t pair;
+            memcpy(&pair, x + r * p->inputs + k, sizeof pair);
+            __m256i numbers = _mm256_set1_epi32(pair);
+            for (int i = 0; i < 2; i++) {
+                __m256i lows = _mm256_and_si256(weights[i], nibble);
+                low[r][i] = _mm256_add_epi32(low[r][i], _mm256_madd_epi16(lows, numbers));
+                whole[r][i] = _mm256_add_epi32(whole[r][i], _mm256_madd_epi16(weights[i], numbers));
+            }
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        __m256 scale, offset;
+        scales_at(p, group * p->outputs + at + i / 2 * half + i % 2 * LANES, &scale, &offset);
+        for (int r = 0; r < rows; r++) {
+            float step = p->step[(first + r) * groups + group];
+            __m256i sum = i < 2 ? low[r][i] : _mm256_sub_epi32(whole[r][i - 2], low[r][i - 2]);
+            __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(i < 2 ? step : step / 16));
+            float inputs = (float)p->sum[(first + r) * groups + group] * step;
+            total[4 * r + i] = _mm256_fmadd_ps(offset, _mm256_set1_ps(inputs), total[4 * r + i]);
+            total[4 * r + i] = _mm256_fmadd_ps(scale, part, total[4 * r + i]);
+        }
+    }
+}
+
+/* A block of one or two units, of `rows` rows from `first`. */
+AVX2 INLINED void int4_block(const Product *p, int64_t block, int64_t first, const int rows) {
+    const uint8_t *tile = (const uint8_t *)p->weight + block * (p->inputs / 2);
+    const int64_t units = p->block / UNIT, groups = groups_of(p);
+    __m256 total[2][2 * 4];
+    for (int64_t unit = 0; unit < units; unit++)
+        for (int i = 0; i < 4 * rows; i++) total[unit][i] = _mm256_setzero_ps();
+    for (int64_t group = 0; group < groups; group++)
+        for (int64_t unit = 0; unit < units; unit++)
+            int4_group(p, tile + unit * UNIT / 2, block + unit * UNIT / 2, group, first, total[unit], rows);
+    for (int64_t unit = 0; unit < units; unit++)
+        for (int i = 0; i < 4 * rows; i++) {
+            int64_t output = block + unit * UNIT / 2 + i % 4 / 2 * (p->block / 2) + i % 2 * LANES;
+            _mm256_storeu_ps(p->product + (first + i / 4) * p->outputs + output, total[unit][i]);
+        }
+}
+
+AVX2 void int4_by_avx2(const void *product, int64_t start, int64_t end) {
+    const Product *p = product;
+    const int64_t rows = p->rows * p->parts;
+    for (int64_t block = start; block < end; block += p->block) {
+        int64_t first = 0;
+        for (; first + 2 <= rows; first += 2) int4_block(p, block, first, 2);
+        if (first < rows) int4_block(p, block, first, 1);
+    }
+}
+
+/* 8-bit numbers, for blocks of 64: the bytes of 16 outputs and four inputs lie side by side, once turned around. */
+
+#define WIDE 16 /* 32-bit numbers of a vector */
+#define QUAD 4  /* inputs that are summed in one instruction */
+
+VNNI INLINED void wide_scales_at(const Product *p, int64_t at, __m512 *scale, __m512 *offset) {
+    if (p->type == FLOAT32) {
+        const float *from = (const float *)p->scale + 2 * at;
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + WIDE);
+        *scale = _mm512_permutex2var_ps(first, even, second);
+        *offset = _mm512_permutex2var_ps(first, _mm512_add_epi32(even, _mm512_set1_epi32(1)), second);
+        return;
+    }
+    __m512i pairs = _mm512_loadu_si512((const uint32_t *)p->scale + at);
+    if (p->type == BFLOAT16) {
+        *scale = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+        *offset = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u)));
+        return;
+    }
+    *scale = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+    *offset = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+}
+
+VNNI INLINED __m512i quad_of(const int8_t *x) {
+    int32_t quad;
+    memcpy(&quad, x, sizeof quad);
+    return _mm512_set1_epi32(quad);
+}
+
+/* Which bytes of four inputs of 32 bytes each belong to outputs `first`.. of 16. */
+VNNI INLINED __m512i turned_around(int first) {
+    uint8_t from[4 * WIDE];
+    for (int k = 0; k < 4 * WIDE; k++) from[k] = (uint8_t)(k % QUAD * 32 + first + k / QUAD);
+    return _mm512_loadu_si512(from);
+}
+
+/* Add one group of inputs to `total` [rows * 4]: two vectors of low outputs, which start at `at`, and two of high. */
+VNNI INLINED void int4_bytes_group(const Product *p, const uint8_t *tile, int64_t at, int64_t group, int64_t first,
+                                   __m512 *total, const int rows) {
+    const int64_t begin = group * p->group, groups = groups_of(p);
+    const __m512i nibble = _mm512_set1_epi8(15), order[2] = {turned_around(0), turned_around(WIDE)};
+    const int8_t *x = bytes_of(p, first) + begin;
+    __m512i low[2][2][2], whole[2][2][2]; /* [rows][outputs][upper or lower bytes of x] */
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < 4; i++) low[r][i / 2][i % 2] = whole[r][i / 2][i % 2] = _mm512_setzero_si512();
+    tile += begin * 32;
+    for (int64_t k = 0; k < p->group; k += QUAD, tile += QUAD * 32) {
+        __m512i pairs[2] = {_mm512_loadu_si512(tile), _mm512_loadu_si512(tile + 64)};
+        for (int i = 0; i < 2; i++) {
+            __m512i weights = _mm512_permutex2var_epi8(pairs[0], order[i], pairs[1]);
+            __m512i lows = _mm512_and_si512(weights, nibble);
+            for (int r = 0; r < rows; r++)
+                for (int part = 0; part < 2; part++) {
+                    __m512i numbers = quad_of(x + (2 * r + part) * p->inputs + k);
+                    low[r][i][part] = _mm512_dpbusd_epi32(low[r][i][part], lows, numbers);
+                    whole[r][i][part] = _mm512_dpbusd_epi32(whole[r][i][part], weights, numbers);
+                }
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        __m512 scale, offset;
+        wide_scales_at(p, group * p->outputs + at + i / 2 * 32 + i % 2 * WIDE, &scale, &offset);
+        for (int r = 0; r < rows; r++) {
+            const int32_t inputs = p->sum[(first + r) * groups + group];
+            const float step = p->step[(first + r) * groups + group];
+            __m512i *lows = low[r][i % 2], *both = whole[r][i % 2];
+            __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(lows[0], 8), lows[1]);
+            if (i < 2) {
+                sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(8 * inputs));
+            } else {
+                sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(both[0], 8), both[1]), sum);
+                sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(16 * 8 * inputs));
+            }
+            __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(i < 2 ? step : step / 16));
+            __m512 *here = &total[4 * r + i];
+            *here = _mm512_fmadd_ps(offset, _mm512_set1_ps((float)inputs * step), *here);
+            *here = _mm512_fmadd_ps(scale, part, *here);
+        }
+    }
+}
+
+VNNI INLINED void int4_bytes_block(const Product *p, int64_t block, int64_t first, const int rows) {
+    const uint8_t *tile = (const uint8_t *)p->weight + block * (p->inputs / 2);
+    __m512 total[2 * 4];
+    for (int i = 0; i < 4 * rows; i++) total[i] = _mm512_setzero_ps();
+    for (int64_t group = 0; group < groups_of(p); group++)
+        int4_bytes_group(p, tile, block, group, first, total, rows);
+    for (int i = 0; i < 4 * rows; i++) {
+        int64_t output = block + i % 4 * WIDE;
+        _mm512_storeu_ps(p->product + (first + i / 4) * p->outputs + output, total[i]);
+    }
+}
+
+VNNI void int4_by_vnni(const void *product, int64_t start, int64_t end) {
+    const Product *p = product;
+    const int64_t rows = p->rows * p->parts;
+    for (int64_t block = start; block < end; block += p->block) {
+        int64_t first = 0;
+        for (; first + 2 <= rows; first += 2) int4_bytes_block(p, block, first, 2);
+        if (first < rows) int4_bytes_block(p, block, first, 1);
+    }
+}
+
+#endif
