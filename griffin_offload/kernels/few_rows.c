@@ -12,7 +12,7 @@
 #define MOST_GROUP 128
 #define LARGEST 32639 /* = 127 * 256 + 127: its upper and lower bytes are signed */
 #define TINY 1e-30f   /* below it a group counts as zero, so that no scale overflows */
-#define UNIT 64       /* outputs that stay together: whole blocks of tiles */
+#define UNIT 64       /* outputs that stay together: whole blocks of tiles, whole cache lines of results */
 
 /* `count` values become numbers; what rounding leaves over stays in `values`. */
 AVX2 INLINED void quantize_group(float *values, int64_t count, int16_t *numbers, float *step, int32_t *sum) {
@@ -42,6 +42,15 @@ AVX2 INLINED void split_bytes(const int16_t *numbers, int64_t count, int8_t *upp
     }
 }
 
+/* `count` inputs of a row as they are multiplied by the weights. */
+AVX2 INLINED void inputs_of(const Product *p, int64_t row, int64_t start, int64_t count, float *values) {
+    widen(p->x, row * p->inputs + start, count, p->x_type, values);
+    if (!p->input_scale) return;
+    float scale[MOST_GROUP];
+    widen(p->input_scale, start, count, p->x_type, scale);
+    for (int64_t k = 0; k < count; k++) values[k] *= scale[k];
+}
+
 AVX2 static void quantize(const Product *p) {
     const int64_t groups = groups_of(p);
     float values[MOST_GROUP];
@@ -49,15 +58,38 @@ AVX2 static void quantize(const Product *p) {
     for (int64_t row = 0; row < p->rows; row++)
         for (int64_t group = 0; group < groups; group++) {
             int64_t start = group * p->group, count = least(p->group, p->inputs - start);
-            memcpy(values, (const float *)p->x + row * p->inputs + start, (size_t)count * sizeof *values);
+            inputs_of(p, row, start, count, values);
             for (int64_t part = row * p->parts; part < (row + 1) * p->parts; part++) {
                 int16_t *whole = p->numbers + part * p->inputs;
                 int8_t *upper = (int8_t *)whole + start;
                 quantize_group(values, count, p->wide ? numbers : whole + start, p->step + part * groups + group,
-                               p->sum + part * groups + group);
+                               p->totals + part * groups + group);
                 if (p->wide) split_bytes(numbers, count, upper, upper + p->inputs);
             }
         }
+}
+
+typedef struct {
+    const Product *product;
+    Part kernel;
+} Job;
+
+/* Sums of outputs from `start` to `end`, and from them the product. */
+AVX2 static void multiply_part(const void *job, int64_t start, int64_t end) {
+    const Product *p = ((const Job *)job)->product;
+    ((const Job *)job)->kernel(p, start, end);
+    for (int64_t row = 0; row < p->rows; row++)
+        for (int64_t output = start; output < least(end, p->features); output++) {
+            float sum = p->sums[row * p->parts * p->outputs + output], bias = 0;
+            if (p->parts == 2) sum += p->sums[(row * p->parts + 1) * p->outputs + output];
+            if (p->bias) widen(p->bias, output, 1, p->x_type, &bias);
+            store_narrowed(p->product, row * p->features + output, p->x_type, sum + bias);
+        }
+}
+
+static void multiply(const Product *p, Parallel parallel, Part kernel) {
+    const Job job = {p, kernel};
+    in_parallel(parallel, p->threads, multiply_part, &job, p->outputs, UNIT);
 }
 
 int has_avx2(void) {
@@ -78,16 +110,17 @@ int has_bf16(void) {
 void multiply_int8(const Product *p, Parallel parallel) {
     quantize(p);
     if (p->wide) int8_lanes(p);
-    in_parallel(parallel, p->threads, p->wide ? int8_by_vnni : int8_by_avx2, p, p->outputs, UNIT);
+    multiply(p, parallel, p->wide ? int8_by_vnni : int8_by_avx2);
 }
 
 void multiply_int4(const Product *p, Parallel parallel) {
     quantize(p);
-    in_parallel(parallel, p->threads, p->wide ? int4_by_vnni : int4_by_avx2, p, p->outputs, UNIT);
+    multiply(p, parallel, p->wide ? int4_by_vnni : int4_by_avx2);
 }
 
-void multiply_floats(const Product *p, Parallel parallel) {
-    in_parallel(parallel, p->threads, p->wide ? pairs_by_bf16 : floats_by_avx2, p, p->outputs, 1);
+AVX2 void multiply_floats(const Product *p, Parallel parallel) {
+    if (!p->wide) widen(p->x, 0, p->rows * p->inputs, p->x_type, p->floats);
+    multiply(p, parallel, p->wide ? pairs_by_bf16 : floats_by_avx2);
 }
 
 #else

@@ -15,15 +15,21 @@
 
 /* few_rows.py has the same fields. */
 typedef struct {
-    const void *x;      /* [rows, inputs]: float32; bfloat16 where floats are multiplied by `wide` instructions */
-    const void *weight; /* int8 and floats: [outputs, inputs]; int4: tiles, see int4_tiles.py */
-    const void *scale;  /* int8: [outputs]; int4: [inputs / group, outputs, 2], scale and offset; floats: none */
-    float *product;     /* [rows * parts, outputs] */
-    int16_t *numbers;   /* [rows * parts, inputs], made here; if `wide`, of each row all upper and then all lower bytes */
-    float *step;        /* [rows * parts, groups]: the groups' scales */
-    int32_t *sum;       /* [rows * parts, groups]: of `numbers` */
-    int32_t *lanes;     /* [rows * parts, groups, 16], wide int8: -128 times the numbers that each lane sums */
-    int64_t rows, parts, outputs, inputs, group, block, type, threads, wide;
+    const void *x;           /* [rows, inputs] of x_type */
+    const void *input_scale; /* [inputs] of x_type, or none */
+    const void *weight;      /* int8 and floats: [outputs, inputs]; int4: tiles, see int4_tiles.py */
+    const void *scale;       /* int8: [outputs]; int4: [inputs / group, outputs, 2], scale and offset; floats: none */
+    const void *bias;        /* [features] of x_type, or none */
+    void *product;           /* [rows, features] of x_type */
+    float *sums;             /* [rows * parts, outputs]: the product in float32 */
+    /* Made of x, for all threads: */
+    float *floats;           /* [rows, inputs]: floats that are not multiplied as `wide` pairs */
+    int16_t *numbers;        /* [rows * parts, inputs]; if `wide`, of each row all upper and then all lower bytes */
+    float *step;             /* [rows * parts, groups]: the groups' scales */
+    int32_t *totals;         /* [rows * parts, groups]: of `numbers` */
+    int32_t *lanes;          /* [rows * parts, groups, 16], wide int8: -128 times the numbers that each lane sums */
+    int64_t rows, parts, outputs, features, inputs, group, block, x_type, scale_type, threads;
+    int64_t wide;            /* by AVX-512 */
 } Product;
 
 INLINED int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -35,7 +41,7 @@ INLINED const int8_t *bytes_of(const Product *p, int64_t row) {
     return (const int8_t *)(p->numbers + row * p->inputs);
 }
 
-/* Each multiplies outputs from `start` to `end`. */
+/* Each makes `sums` of outputs from `start` to `end`. */
 void int8_by_avx2(const void *product, int64_t start, int64_t end);
 void int8_by_vnni(const void *product, int64_t start, int64_t end);
 void int8_lanes(const Product *p);

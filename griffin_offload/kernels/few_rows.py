@@ -15,10 +15,19 @@ from griffin_offload.kernels.library import NUMBER_TYPES, Library, library
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may
 _BYTE_BLOCK = 64  # outputs of int4 tiles that the kernel for 8-bit numbers takes
 _LANES = 16
+_Beside = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # input scale, weight, scale, bias
+TYPES = frozenset(NUMBER_TYPES)
+"""What x may be."""
 ROWS = 32
 """Up to so many rows the kernels for quantised matrices are faster than translating the matrix."""
-_POINTERS = ("x", "weight", "scale", "product", "numbers", "step", "sum", "lanes")
-_SIZES = ("rows", "parts", "outputs", "inputs", "group", "block", "type", "threads", "wide")
+_POINTERS = (
+    *("x", "input_scale", "weight", "scale", "bias", "product", "sums"),
+    *("floats", "numbers", "step", "totals", "lanes"),
+)
+_SIZES = (
+    *("rows", "parts", "outputs", "features", "inputs", "group", "block"),
+    *("x_type", "scale_type", "threads", "wide"),
+)
 
 
 class _Product(ctypes.Structure):
@@ -34,59 +43,106 @@ class Kernels:
         self._library = library
         self._bytes, self._pairs = wide and library.sums_bytes, wide and library.sums_pairs
 
-    def multiply_int8(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """x [M, I] times int8 `weight` [O, I] and its rows' `scale` [O]: [M, O] in the type of x."""
-        return self._quantised("multiply_int8", x, weight, scale, weight.shape[0], _INT8_GROUP, 1, self._bytes)
+    def multiply_int8(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None
+    ) -> Tensor:
+        """x [M, I], times `input_scale` [I], times int8 `weight` [O, I] and its rows' `scale` [O], plus `bias` [O]:
+        [M, O] in the type of x, which that of bias and input_scale is, too."""
+        beside, outputs = (input_scale, weight, scale, bias), weight.shape[0]
+        return self._quantised("multiply_int8", x, beside, outputs, outputs, _INT8_GROUP, 1, self._bytes)
 
-    def multiply_int4(self, x: Tensor, tiles: Tensor, scales: Tensor, block: int) -> Tensor:
-        """x [M, I] times int4 tiles [O, I / 2] in blocks of `block` outputs with scales [G, O, 2], as in
-        int4_tiles.py: [M, O] in the type of x."""
+    def multiply_int4(
+        self,
+        x: Tensor,
+        tiles: Tensor,
+        scales: Tensor,
+        block: int,
+        bias: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        features: int | None = None,
+    ) -> Tensor:
+        """x [M, I], times `input_scale` [I], times int4 tiles [O, I / 2] in blocks of `block` outputs with scales
+        [G, O, 2], as in int4_tiles.py, plus `bias`: the first `features` outputs, as of `multiply_int8`."""
         group, wide = 2 * tiles.shape[1] // scales.shape[0], self._bytes and block == _BYTE_BLOCK
-        return self._quantised("multiply_int4", x, tiles, scales, tiles.shape[0], group, block, wide)
+        beside, outputs = (input_scale, tiles, scales, bias), tiles.shape[0]
+        features = outputs if features is None else features
+        return self._quantised("multiply_int4", x, beside, outputs, features, group, block, wide)
 
-    def multiply_floats(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [M, I] times `weight` [O, I], both of the same 16-bit type: [M, O] in it; sums are in float32."""
+    def multiply_floats(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [M, I] times `weight` [O, I] plus `bias` [O], all of the same 16-bit type: [M, O] in it; sums are in
+        float32."""
         if not weight.is_contiguous() or weight.dtype != x.dtype or x.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"weight {tuple(weight.shape)} of {weight.dtype} must be contiguous and as x, {x.dtype}")
-        (rows, inputs), outputs = x.shape, weight.shape[0]
-        pairs = self._pairs and x.dtype == torch.bfloat16
-        numbers, product = (x if pairs else x.float()).contiguous(), torch.empty(rows, outputs)
-        where = (numbers.data_ptr(), weight.data_ptr(), None, product.data_ptr(), None, None, None, None)
-        sizes = (rows, 1, outputs, inputs, 1, 1, NUMBER_TYPES[x.dtype], torch.get_num_threads(), pairs)
-        self._library.call("multiply_floats", _Product(*where, *sizes))
-        return product.to(x.dtype)
+        (rows, inputs), outputs, wide = x.shape, weight.shape[0], self._pairs and x.dtype == torch.bfloat16
+        own = torch.empty(rows * (outputs + (0 if wide else inputs)))
+        sums = own.data_ptr()
+        sizes = (rows, 1, outputs, outputs, inputs, 1, 1)
+        made = (sums, sums + 4 * rows * outputs, None, None, None, None)
+        return self._run("multiply_floats", x, (None, weight, None, bias), made, sizes, wide)
 
     def _quantised(
         self,
         function: str,
         x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
+        beside: _Beside,
         outputs: int,
+        features: int,
         group: int,
         block: int,
         wide: bool,
     ) -> Tensor:
-        rows, inputs = x.shape
+        (rows, inputs), (_, weight, scale, _) = x.shape, beside
+        assert weight is not None
+        assert scale is not None
         if not (weight.is_contiguous() and scale.is_contiguous()):
             raise ValueError(f"weight {tuple(weight.shape)} and scale {tuple(scale.shape)} must be contiguous")
         if group > _INT8_GROUP or outputs % block or (block > 1 and inputs % group):
             raise ValueError(f"{outputs} outputs in blocks of {block}, {inputs} inputs in groups of {group}")
-        floats = x.float().contiguous()
         # 16 bits hold what a 16-bit float says; float32 takes two rows of them.
         parts = 2 if x.dtype == torch.float32 else 1
-        numbers, groups = rows * parts, -(-inputs // group)
-        product = torch.empty(numbers, outputs)
-        # One allocation for all that is made of x: integers of 16 and 32 bits, and scales.
-        own = torch.empty(numbers * (-(-inputs // 2) + (2 + _LANES) * groups))
-        at = own.data_ptr()
-        step = at + 4 * numbers * -(-inputs // 2)
-        sums, lanes = step + 4 * numbers * groups, step + 8 * numbers * groups
-        where = (floats.data_ptr(), weight.data_ptr(), scale.data_ptr(), product.data_ptr(), at, step, sums, lanes)
-        sizes = (rows, parts, outputs, inputs, group, block)
-        last = (NUMBER_TYPES[scale.dtype], torch.get_num_threads(), wide)
-        self._library.call(function, _Product(*where, *sizes, *last))
-        return product.to(x.dtype) if parts == 1 else product.view(rows, parts, outputs).sum(1)
+        all_rows, groups, pairs = rows * parts, -(-inputs // group), -(-inputs // 2)
+        # One allocation for all that is made on the way: integers of 16 and 32 bits, scales and sums.
+        own = torch.empty(all_rows * (outputs + pairs + (2 + _LANES) * groups))
+        sums = own.data_ptr()
+        numbers = sums + 4 * all_rows * outputs
+        step = numbers + 4 * all_rows * pairs
+        totals = step + 4 * all_rows * groups
+        made = (sums, None, numbers, step, totals, totals + 4 * all_rows * groups)
+        sizes = (rows, parts, outputs, features, inputs, group, block)
+        return self._run(function, x, beside, made, sizes, wide)
+
+    def _run(
+        self,
+        function: str,
+        x: Tensor,
+        beside: _Beside,
+        made: tuple[int | None, ...],
+        sizes: tuple[int, ...],
+        wide: bool,
+    ) -> Tensor:
+        input_scale, weight, scale, bias = beside
+        assert weight is not None
+        for of_inputs in (input_scale, bias):
+            if of_inputs is not None and of_inputs.dtype != x.dtype:
+                raise ValueError(f"bias and input_scale must be as x, {x.dtype}")
+        x = x.contiguous()
+        product = x.new_empty(x.shape[0], sizes[3])
+        job = _Product(
+            x.data_ptr(),
+            None if input_scale is None else input_scale.data_ptr(),
+            weight.data_ptr(),
+            None if scale is None else scale.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            product.data_ptr(),
+            *made,
+            *sizes,
+            NUMBER_TYPES[x.dtype],
+            0 if scale is None else NUMBER_TYPES[scale.dtype],
+            torch.get_num_threads(),
+            wide,
+        )
+        self._library.call(function, job)
+        return product
 
 
 @functools.cache

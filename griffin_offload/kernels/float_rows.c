@@ -10,7 +10,7 @@
 /* One output of `rows` rows from `first`. */
 AVX2 INLINED void floats_output(const Product *p, int64_t output, int64_t first, const int rows, const int type) {
     const uint16_t *weights = (const uint16_t *)p->weight + output * p->inputs;
-    const float *x = (const float *)p->x + first * p->inputs;
+    const float *x = p->floats + first * p->inputs;
     __m256 total[2][SUMS];
     float rest[2] = {0};
     for (int r = 0; r < rows; r++)
@@ -28,7 +28,7 @@ AVX2 INLINED void floats_output(const Product *p, int64_t output, int64_t first,
         for (int r = 0; r < rows; r++) rest[r] += half_at(weights + at, type) * x[r * p->inputs + at];
     for (int r = 0; r < rows; r++) {
         __m256 sum = _mm256_add_ps(_mm256_add_ps(total[r][0], total[r][1]), _mm256_add_ps(total[r][2], total[r][3]));
-        p->product[(first + r) * p->outputs + output] = sum_of(sum) + rest[r];
+        p->sums[(first + r) * p->outputs + output] = sum_of(sum) + rest[r];
     }
 }
 
@@ -42,7 +42,7 @@ AVX2 INLINED void floats_part(const Product *p, int64_t start, int64_t end, cons
 
 AVX2 void floats_by_avx2(const void *product, int64_t start, int64_t end) {
     const Product *p = product;
-    if (p->type == BFLOAT16) floats_part(p, start, end, BFLOAT16);
+    if (p->x_type == BFLOAT16) floats_part(p, start, end, BFLOAT16);
     else floats_part(p, start, end, FLOAT16);
 }
 
@@ -79,7 +79,7 @@ BF16 INLINED void pairs_output(const Product *p, int64_t output, int64_t first, 
     }
     for (int r = 0; r < rows; r++) {
         __m512 sum = _mm512_add_ps(_mm512_add_ps(total[r][0], total[r][1]), _mm512_add_ps(total[r][2], total[r][3]));
-        p->product[(first + r) * p->outputs + output] = _mm512_reduce_add_ps(sum);
+        p->sums[(first + r) * p->outputs + output] = _mm512_reduce_add_ps(sum);
     }
 }
 

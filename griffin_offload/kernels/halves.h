@@ -26,6 +26,34 @@ AVX2 INLINED float half_at(const uint16_t *from, const int type) {
     return value;
 }
 
+/* `count` numbers of any type as float32. */
+AVX2 INLINED void widen(const void *from, int64_t start, int64_t count, int64_t type, float *to) {
+    if (type == FLOAT32) {
+        memcpy(to, (const float *)from + start, (size_t)count * sizeof *to);
+        return;
+    }
+    const uint16_t *halves = (const uint16_t *)from + start;
+    int64_t k = 0;
+    for (; k + LANES <= count; k += LANES) {
+        __m256 wide = type == FLOAT16 ? halves_at(halves + k, FLOAT16) : halves_at(halves + k, BFLOAT16);
+        _mm256_storeu_ps(to + k, wide);
+    }
+    for (; k < count; k++) to[k] = half_at(halves + k, (int)type);
+}
+
+AVX2 INLINED uint16_t narrowed(float value, const int type) {
+    if (type == FLOAT16) return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* rounding would make a number of some that are none */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+AVX2 INLINED void store_narrowed(void *to, int64_t at, int64_t type, float value) {
+    if (type == FLOAT32) ((float *)to)[at] = value;
+    else ((uint16_t *)to)[at] = type == FLOAT16 ? narrowed(value, FLOAT16) : narrowed(value, BFLOAT16);
+}
+
 AVX2 INLINED float sum_of(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));

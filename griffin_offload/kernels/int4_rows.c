@@ -12,7 +12,7 @@
 
 /* Scales and offsets of 8 neighbouring outputs, which lie in turns. */
 AVX2 INLINED void scales_at(const Product *p, int64_t at, __m256 *scale, __m256 *offset) {
-    if (p->type == FLOAT32) {
+    if (p->scale_type == FLOAT32) {
         const float *from = (const float *)p->scale + 2 * at;
         __m256 first = _mm256_loadu_ps(from), second = _mm256_loadu_ps(from + LANES);
         __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0x88));
@@ -22,7 +22,7 @@ AVX2 INLINED void scales_at(const Product *p, int64_t at, __m256 *scale, __m256 
         return;
     }
     __m256i pairs = _mm256_loadu_si256((const __m256i *)((const uint32_t *)p->scale + at));
-    if (p->type == BFLOAT16) {
+    if (p->scale_type == BFLOAT16) {
         *scale = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
         *offset = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000u)));
         return;
@@ -41,7 +41,7 @@ AVX2 INLINED void int4_group(const Product *p, const uint8_t *tile, int64_t at, 
     const __m256i nibble = _mm256_set1_epi16(15);
     __m256i low[2][2], whole[2][2];
     for (int r = 0; r < rows; r++) {
-        int32_t sum = p->sum[(first + r) * groups + group];
+        int32_t sum = p->totals[(first + r) * groups + group];
         for (int i = 0; i < 2; i++) {
             low[r][i] = _mm256_set1_epi32(-8 * sum);
             whole[r][i] = _mm256_set1_epi32(-(16 * 8 + 8) * sum);
@@ -70,7 +70,7 @@ AVX2 INLINED void int4_group(const Product *p, const uint8_t *tile, int64_t at, 
             float step = p->step[(first + r) * groups + group];
             __m256i sum = i < 2 ? low[r][i] : _mm256_sub_epi32(whole[r][i - 2], low[r][i - 2]);
             __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(i < 2 ? step : step / 16));
-            float inputs = (float)p->sum[(first + r) * groups + group] * step;
+            float inputs = (float)p->totals[(first + r) * groups + group] * step;
             total[4 * r + i] = _mm256_fmadd_ps(offset, _mm256_set1_ps(inputs), total[4 * r + i]);
             total[4 * r + i] = _mm256_fmadd_ps(scale, part, total[4 * r + i]);
         }
@@ -90,7 +90,7 @@ AVX2 INLINED void int4_block(const Product *p, int64_t block, int64_t first, con
     for (int64_t unit = 0; unit < units; unit++)
         for (int i = 0; i < 4 * rows; i++) {
             int64_t output = block + unit * UNIT / 2 + i % 4 / 2 * (p->block / 2) + i % 2 * LANES;
-            _mm256_storeu_ps(p->product + (first + i / 4) * p->outputs + output, total[unit][i]);
+            _mm256_storeu_ps(p->sums + (first + i / 4) * p->outputs + output, total[unit][i]);
         }
 }
 
@@ -110,7 +110,7 @@ AVX2 void int4_by_avx2(const void *product, int64_t start, int64_t end) {
 #define QUAD 4  /* inputs that are summed in one instruction */
 
 VNNI INLINED void wide_scales_at(const Product *p, int64_t at, __m512 *scale, __m512 *offset) {
-    if (p->type == FLOAT32) {
+    if (p->scale_type == FLOAT32) {
         const float *from = (const float *)p->scale + 2 * at;
         const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + WIDE);
@@ -119,7 +119,7 @@ VNNI INLINED void wide_scales_at(const Product *p, int64_t at, __m512 *scale, __
         return;
     }
     __m512i pairs = _mm512_loadu_si512((const uint32_t *)p->scale + at);
-    if (p->type == BFLOAT16) {
+    if (p->scale_type == BFLOAT16) {
         *scale = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
         *offset = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u)));
         return;
@@ -168,7 +168,7 @@ VNNI INLINED void int4_bytes_group(const Product *p, const uint8_t *tile, int64_
         __m512 scale, offset;
         wide_scales_at(p, group * p->outputs + at + i / 2 * 32 + i % 2 * WIDE, &scale, &offset);
         for (int r = 0; r < rows; r++) {
-            const int32_t inputs = p->sum[(first + r) * groups + group];
+            const int32_t inputs = p->totals[(first + r) * groups + group];
             const float step = p->step[(first + r) * groups + group];
             __m512i *lows = low[r][i % 2], *both = whole[r][i % 2];
             __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(lows[0], 8), lows[1]);
@@ -194,7 +194,7 @@ VNNI INLINED void int4_bytes_block(const Product *p, int64_t block, int64_t firs
         int4_bytes_group(p, tile, block, group, first, total, rows);
     for (int i = 0; i < 4 * rows; i++) {
         int64_t output = block + i % 4 * WIDE;
-        _mm512_storeu_ps(p->product + (first + i / 4) * p->outputs + output, total[i]);
+        _mm512_storeu_ps(p->sums + (first + i / 4) * p->outputs + output, total[i]);
     }
 }
 

@@ -10,7 +10,7 @@
 #define WIDE 16   /* 32-bit sums of it */
 
 AVX2 INLINED float scale_at(const Product *p, int64_t at) {
-    return p->type == FLOAT32 ? ((const float *)p->scale)[at] : half_at((const uint16_t *)p->scale + at, (int)p->type);
+    return p->scale_type == FLOAT32 ? ((const float *)p->scale)[at] : half_at((const uint16_t *)p->scale + at, (int)p->scale_type);
 }
 
 /* 16-bit numbers */
@@ -42,7 +42,7 @@ AVX2 INLINED void int8_output(const Product *p, int64_t output, int64_t first, c
         }
     }
     for (int r = 0; r < rows; r++)
-        p->product[(first + r) * p->outputs + output] = (sum_of(total[r]) + rest[r]) * scale_at(p, output);
+        p->sums[(first + r) * p->outputs + output] = (sum_of(total[r]) + rest[r]) * scale_at(p, output);
 }
 
 AVX2 void int8_by_avx2(const void *product, int64_t start, int64_t end) {
@@ -116,7 +116,7 @@ VNNI INLINED void int8_bytes_output(const Product *p, int64_t output, int64_t fi
         }
     }
     for (int r = 0; r < rows; r++)
-        p->product[(first + r) * p->outputs + output] = _mm512_reduce_add_ps(total[r]) * scale_at(p, output);
+        p->sums[(first + r) * p->outputs + output] = _mm512_reduce_add_ps(total[r]) * scale_at(p, output);
 }
 
 VNNI void int8_by_vnni(const void *product, int64_t start, int64_t end) {

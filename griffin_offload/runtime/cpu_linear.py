@@ -50,8 +50,7 @@ class _OwnForward:
         own = x.dtype == weight.dtype and x.dtype in _HALVES and x.numel() and weight.numel()
         rows = x.numel() // x.shape[-1] if own else 0
         if own and rows <= self._most and self._kernels is not None and weight.is_contiguous():
-            product = self._kernels.multiply_floats(x.reshape(rows, -1), weight)
-            return (product if bias is None else product + bias).view(*x.shape[:-1], -1)
+            return self._kernels.multiply_floats(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
         if own and self._scratch is not None:
             return multiply(x.reshape(rows, -1), weight, self._scratch, None, bias).view(*x.shape[:-1], -1)
         return nn.functional.linear(x, weight, bias)

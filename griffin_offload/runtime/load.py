@@ -17,6 +17,7 @@ from griffin_offload.pricing import Plan, scratch_bytes
 from griffin_offload.runtime.arrival import Arrival
 from griffin_offload.runtime.cpu_attention import use_own_attention
 from griffin_offload.runtime.cpu_linear import use_own_linears
+from griffin_offload.runtime.cpu_norm import use_own_norms
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.memory import Ledger, device_bytes
 from griffin_offload.runtime.prefill import StreamedLayers
@@ -116,6 +117,7 @@ def _load(
     if prospect.device.type == "cpu" and prospect.dtype in (torch.bfloat16, torch.float16):
         use_own_linears(model, scratch, translated=prospect.request.translated)
         use_own_attention(model)
+        use_own_norms(model)
     layers = StreamedLayers(
         decoder=decoder,
         blocks=blocks,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.kernels import few_rows
 from griffin_offload.weights.quantize import GROUP, unpack_int4
 
 _HALF = GROUP // 2
@@ -94,11 +93,9 @@ def unpack_tiles(tiles: Tensor, scales: Tensor, start: int, end: int, out: Tenso
 
 
 def multiply_tiles(x: Tensor, tiles: Tensor, scales: Tensor) -> Tensor:
-    """x [M, I] times the transposed matrix: [M, O], by the device's kernel; any number of rows."""
+    """x [M, I] times the transposed matrix: [M, O], by torch's kernel; any number of rows."""
     group = 2 * tiles.shape[1] // scales.shape[0]
     if x.device.type == "cpu":
-        if (ours := few_rows.kernels()) is not None:
-            return ours.multiply_int4(x, tiles, scales, cpu_block())
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, tiles, group, scales)
         return product
     shape = _cuda_shape(tiles)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel, one_line
 from griffin_offload.kernels import few_rows
-from griffin_offload.weights.int4_tiles import DOWN_GROUP, OUTPUT_MULTIPLE, multiply_tiles
+from griffin_offload.weights.int4_tiles import DOWN_GROUP, OUTPUT_MULTIPLE, cpu_block, multiply_tiles
 from griffin_offload.weights.matmul import (
     Scratch,
     multiply,
@@ -126,17 +126,31 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs], in the type of x."""
         flat = x.reshape(-1, x.shape[-1])
+        own = self._own_kernels(flat)
+        if own is not None:
+            return self._by_own(own, flat).view(*x.shape[:-1], -1)
         if self.input_scale is not None and self.form != "float":
             flat = flat * self.input_scale
         outputs = self._few(flat) if flat.shape[0] <= self._kernel_rows(flat) else self._many(flat)
         return outputs.view(*x.shape[:-1], -1)
 
+    def _own_kernels(self, x: Tensor) -> few_rows.Kernels | None:
+        """Those that multiply rows like x faster than a translated matrix would be."""
+        few = x.shape[0] <= few_rows.ROWS and self.form in ("int8", "int4_tiles")
+        known = x.device.type == "cpu" and x.dtype in few_rows.TYPES
+        return few_rows.kernels() if few and known else None
+
+    def _by_own(self, own: few_rows.Kernels, x: Tensor) -> Tensor:
+        weight, scale = self.weight, self.scale
+        bias, input_scale = (None if t is None else t.to(x.dtype) for t in (self.bias, self.input_scale))
+        if self.form == "int8":
+            return own.multiply_int8(x, weight, scale, bias, input_scale)
+        return own.multiply_int4(x, weight, scale, cpu_block(), bias, input_scale, self.out_features)
+
     def _kernel_rows(self, x: Tensor) -> int:
-        """Up to how many rows like x a kernel multiplies faster than a translated matrix would be."""
+        """Up to how many rows like x a kernel of torch's multiplies faster than a translated matrix would be."""
         if self.form not in ("int8", "int4_tiles") or x.dtype == torch.float64:
             return 0
-        if x.device.type == "cpu" and few_rows.kernels() is not None:
-            return few_rows.ROWS
         return _KERNEL_ROWS if self.form == "int4_tiles" or _has_int8_kernel(x, self.weight) else 0
 
     def _few(self, x: Tensor) -> Tensor:
@@ -164,8 +178,8 @@ class QuantizedLinear(nn.Module):
 
 @functools.cache
 def int8_kernel(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """What multiplies a few rows by int8 matrices: ours if it could be compiled and, on CUDA, is right, else torch's.
-    The first call on CUDA compiles: it belongs to loading."""
+    """What multiplies a few rows by int8 matrices where few_rows does not: on CUDA ours, if it can be compiled and is
+    right, else torch's. The first call on CUDA compiles: it belongs to loading."""
     if device.type == "cuda":
         try:
             from griffin_offload.weights.int8_gemv import check_kernel, multiply_int8
@@ -174,8 +188,6 @@ def int8_kernel(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, T
             return multiply_int8
         except Exception as error:  # no Triton, no compiler for its launcher, a device it does not know
             warnings.warn(f"int8 is multiplied by torch's slower kernel: {one_line(error)}", stacklevel=2)
-    elif device.type == "cpu" and (ours := few_rows.kernels()) is not None:
-        return ours.multiply_int8
     return _torch_int8
 
 

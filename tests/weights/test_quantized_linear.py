@@ -119,15 +119,16 @@ def test_few_rows_go_through_the_kernel_and_many_do_not(
     tensors, _ = _tensors(form, 64, 96, dtype)
     module = _module(form, tensors, 64, 96, _scratch(2**12, dtype), is_down=False)
     taken: list[str] = []
-    for name in ("_few", "_many"):
+    for name in ("_few", "_many", "_by_own"):
         method = getattr(QuantizedLinear, name)
-        monkeypatch.setattr(QuantizedLinear, name, lambda s, x, n=name, m=method: (taken.append(n), m(s, x))[1])
+        monkeypatch.setattr(QuantizedLinear, name, lambda s, *x, n=name, m=method: (taken.append(n), m(s, *x))[1])
     most = few_rows.ROWS if whose == "ours" else 4
     for rows in (1, most, most + 1):
         module(torch.ones(rows, 96, dtype=dtype))
     slow = form == "int8" and torch.backends.cpu.get_cpu_capability() == "AVX2" and dtype != torch.bfloat16
     none = dtype == torch.float64 or (slow and whose == "torch's")
-    assert taken == (["_many"] * 3 if none else ["_few", "_few", "_many"])
+    few = "_by_own" if whose == "ours" else "_few"
+    assert taken == (["_many"] * 3 if none else [few, few, "_many"])
 
 
 @pytest.mark.parametrize("inputs", [1, 8, 33, 40, 50])
