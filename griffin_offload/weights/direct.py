@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ BLOCK_BYTES = 4096
 _PIECE_BYTES = 2 * 2**20
 _READERS = 4  # a network disk wants several requests at a time (benchmarks/NOTES.md)
 _libc = ctypes.CDLL(None) if sys.platform != "win32" else ctypes.CDLL("msvcrt")  # called on Linux alone
-_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 4, 14, 22, 23
 _HUGE_BYTES = 2 * 2**20
 _CACHESTAT = 451  # the system call's number, on every architecture; Linux 6.5
 
@@ -97,19 +98,53 @@ class Placement:
         ]
 
 
+class _CachedPages:
+    """What the page cache holds of a file, taken through a mapping: pread(2) would go on to read ahead, behind what is
+    asked for and whatever was advised, so that the cache filled with what is read past it anyway."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        self._mapping.madvise(mmap.MADV_RANDOM)
+        self._address = np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
+
+    def copy(self, offset: int, target: Tensor) -> None:
+        """Copy bytes from `offset`, a multiple of blocks, to `target`, and keep no page mapped."""
+        source, nbytes = ctypes.c_void_p(self._address + offset), target.numel()
+        _libc.madvise(source, ctypes.c_size_t(nbytes), _MADV_POPULATE_READ)
+        ctypes.memmove(target.data_ptr(), source, nbytes)  # the interpreter is free meanwhile, bus errors need it
+        _libc.madvise(source, ctypes.c_size_t(nbytes), _MADV_DONTNEED)
+
+    def close(self) -> None:
+        self._mapping.close()
+
+
+@dataclass(frozen=True)
+class _File:
+    cached: int
+    """A descriptor that somebody else closes."""
+    direct: int
+    pages: _CachedPages
+    nbytes: int
+
+    def close(self) -> None:
+        os.close(self.direct)
+        self.pages.close()
+
+
 class DirectReader:
     """Open files, and threads that read from them."""
 
     def __init__(self, files: Mapping[str, int]) -> None:
         """`files` are descriptors by path, open for reading until `close`. Raises OSError where a file, or its file
         system, cannot be read directly."""
-        self._files: dict[str, tuple[int, int, int]] = {}
+        self._files: dict[str, _File] = {}
         self._bounce = threading.local()
         self._pool = ThreadPoolExecutor(_READERS, "griffin-offload-direct")
         try:
             for path, cached in files.items():
+                pages = _CachedPages(cached)
                 direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
-                self._files[path] = cached, direct, os.fstat(cached).st_size
+                self._files[path] = _File(cached, direct, pages, os.fstat(cached).st_size)
         except OSError:
             self.close()
             raise
@@ -118,7 +153,7 @@ class DirectReader:
         """Close what was opened here; nothing may be reading."""
         self._pool.shutdown()
         while self._files:
-            os.close(self._files.popitem()[1][1])
+            self._files.popitem()[1].close()
 
     def read(self, placement: Placement, buffer: Tensor) -> list[Tensor]:
         """Read a layer's extents into `buffer`, of `block_buffer`; blocks."""
@@ -146,11 +181,15 @@ class DirectReader:
             at = upto
 
     def _read(self, path: str, offset: int, target: Tensor) -> None:
-        cached, direct, size = self._files[path]
-        view = memoryview(target.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
-        descriptor = cached if _is_cached(cached, offset, len(view)) else direct
-        found = os.preadv(descriptor, [view], offset)
-        if offset + found < min(offset + len(view), size):
+        file = self._files[path]
+        expected = min(target.numel(), file.nbytes - offset)
+        if _is_cached(file.cached, offset, target.numel()):
+            file.pages.copy(offset, target[:expected])
+            found = os.fstat(file.cached).st_size - offset
+        else:
+            view = memoryview(target.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
+            found = os.preadv(file.direct, [view], offset)
+        if found < expected:
             raise GriffinError(f"{path} cannot be read any more: it was changed, or its disk fails")
 
 

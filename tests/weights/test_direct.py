@@ -1,5 +1,7 @@
 """Direct reads: any extent of any file, into blocks or to any address, equals the file."""
 
+import ctypes
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 from griffin_offload.errors import GriffinError
 from griffin_offload.runtime.stream import LayerStream, StreamConfig
+from griffin_offload.weights import direct as direct_module
 from griffin_offload.weights import source as source_module
 from griffin_offload.weights.direct import DirectReader, Extent, Placement, block_buffer, untouched_zeros
 from griffin_offload.weights.source import DIRECT_SLACK_BYTES, FlatLayout, MappedWeights, slot_bytes
@@ -53,6 +56,43 @@ def test_any_extent_is_copied(file, reader: DirectReader, begin: int, data: st.D
     target = torch.zeros(nbytes + 2, dtype=torch.uint8)
     reader.copy(Extent(str(path), begin, nbytes), target[1:-1])
     assert target.numpy().tobytes() == b"\0" + content[begin : begin + nbytes] + b"\0"
+
+
+def test_what_is_cached_is_taken_from_there_and_nothing_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The kernel marks pages that it has read ahead, and goes on at them: a whole file came in by one such page."""
+    path, content = tmp_path / "large", os.urandom(64 * 2**20)
+    with path.open("wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for at in range(0, 2**20, 2**16):
+            os.pread(file.fileno(), 2**16, at)  # and what the kernel reads behind it
+        before = _cached_bytes(file.fileno())
+        if not 2**20 <= before < len(content) // 2:
+            pytest.skip("the kernel has another read-ahead here, or cannot say what is cached")
+        taken = []
+        copy = direct_module._CachedPages.copy
+        monkeypatch.setattr(direct_module._CachedPages, "copy", lambda *a: (taken.append(a[2].numel()), copy(*a)))
+        monkeypatch.setattr(direct_module, "_PIECE_BYTES", 2**17)
+        try:
+            reader = DirectReader({str(path): file.fileno()})
+        except OSError:
+            pytest.skip("this file system has no direct reads")
+        target = torch.zeros(len(content), dtype=torch.uint8)
+        reader.copy(Extent(str(path), 0, len(content)), target)
+        reader.close()
+        assert target.numpy().tobytes() == content
+        assert sum(taken) > 0
+        assert _cached_bytes(file.fileno()) <= before
+
+
+def _cached_bytes(descriptor: int) -> int:
+    asked, found = direct_module._Range(0, 2**40), direct_module._CacheStatistics()
+    failed = direct_module._libc.syscall(
+        direct_module._CACHESTAT, descriptor, ctypes.byref(asked), ctypes.byref(found), 0
+    )
+    return 0 if failed else found.cached * mmap.PAGESIZE
 
 
 @pytest.fixture
@@ -117,7 +157,8 @@ def test_zeros_and_buffers():
 
 
 def test_no_descriptor_stays(file):
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(FileNotFoundError):
-        DirectReader({str(file[0]): 0, f"{file[0]} that is absent": 0})
-    assert len(os.listdir("/proc/self/fd")) == before
+    with file[0].open("rb") as opened:
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(FileNotFoundError):
+            DirectReader({str(file[0]): opened.fileno(), f"{file[0]} that is absent": opened.fileno()})
+        assert len(os.listdir("/proc/self/fd")) == before
