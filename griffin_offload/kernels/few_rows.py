@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.library import NUMBER_TYPES, Library, library
+from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, Library, library
 
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may
 _BYTE_BLOCK = 64  # outputs of int4 tiles that the kernel for 8-bit numbers takes
@@ -71,7 +71,7 @@ class Kernels:
     def multiply_floats(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [M, I] times `weight` [O, I] plus `bias` [O], all of the same 16-bit type: [M, O] in it; sums are in
         float32."""
-        if not weight.is_contiguous() or weight.dtype != x.dtype or x.dtype not in (torch.bfloat16, torch.float16):
+        if not weight.is_contiguous() or weight.dtype != x.dtype or x.dtype not in HALVES:
             raise ValueError(f"weight {tuple(weight.shape)} of {weight.dtype} must be contiguous and as x, {x.dtype}")
         (rows, inputs), outputs, wide = x.shape, weight.shape[0], self._pairs and x.dtype == torch.bfloat16
         own = torch.empty(rows * (outputs + (0 if wide else inputs)))

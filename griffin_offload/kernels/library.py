@@ -13,6 +13,7 @@ from griffin_offload.errors import one_line
 
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The enum of halves.h."""
+HALVES = frozenset((torch.bfloat16, torch.float16))
 
 
 class Library:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 
 from griffin_offload.errors import UnsupportedModel
+from griffin_offload.kernels import few_rows
+from griffin_offload.kernels.library import HALVES
 from griffin_offload.runtime.threads import choose_threads, limited_threads
 from griffin_offload.weights.direct import untouched_zeros
 from griffin_offload.weights.int4_tiles import cpu_block
@@ -54,6 +56,9 @@ def decode_bytes_per_s(
         kernels: list[Callable[[], object]] = [lambda: [layer(row) for layer in layers]]
         if precision == "none":
             kernels.append(lambda: [torch.mv(layer.weight, row[0]) for layer in layers])
+            ours = few_rows.kernels() if device.type == "cpu" and dtype in HALVES else None
+            if ours is not None:
+                kernels.append(lambda: [ours.multiply_floats(row, layer.weight) for layer in layers])
         taken = [statistics.median(_seconds(kernel, device) for _ in range(_REPEATS)) for kernel in kernels]
     return made_bytes / min(taken)
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.kernels import few_rows
+from griffin_offload.kernels.library import HALVES
 from griffin_offload.weights.matmul import Scratch, multiply
 
-_HALVES = (torch.bfloat16, torch.float16)
 # Up to so many rows ours are faster than torch's with 16-bit instructions, and than translated matrices without.
 _ROWS, _ROWS_EMULATED = 2, 32
 
 
 def emulates_halves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this is a CPU that has no instructions for `dtype`, a 16-bit one."""
-    if device.type != "cpu" or dtype not in _HALVES:
+    if device.type != "cpu" or dtype not in HALVES:
         return False
     # Other processors have other ways: only what was measured is replaced.
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
@@ -47,7 +47,7 @@ class _OwnForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self._linear.weight, self._linear.bias
-        own = x.dtype == weight.dtype and x.dtype in _HALVES and x.numel() and weight.numel()
+        own = x.dtype == weight.dtype and x.dtype in HALVES and x.numel() and weight.numel()
         rows = x.numel() // x.shape[-1] if own else 0
         if own and rows <= self._most and self._kernels is not None and weight.is_contiguous():
             return self._kernels.multiply_floats(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)

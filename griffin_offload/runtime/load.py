@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from griffin_offload.config import LoadConfig
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
+from griffin_offload.kernels.library import HALVES
 from griffin_offload.pricing import Plan, scratch_bytes
 from griffin_offload.runtime.arrival import Arrival
 from griffin_offload.runtime.cpu_attention import use_own_attention
@@ -114,7 +115,7 @@ def _load(
     host_embedding = place_residents(model, decoder, prospect, plan, compact, pages, jobs)
     if host_embedding is not None:
         on_failure.callback(host_embedding.close)
-    if prospect.device.type == "cpu" and prospect.dtype in (torch.bfloat16, torch.float16):
+    if prospect.device.type == "cpu" and prospect.dtype in HALVES:
         use_own_linears(model, scratch, translated=prospect.request.translated)
         use_own_attention(model)
         use_own_norms(model)
