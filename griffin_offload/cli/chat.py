@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from griffin_offload.cli.generation import add_generation_options, check_utf8, sampling_of
+from griffin_offload.cli.imports import heavy_imports
 from griffin_offload.cli.options import add_model_options, add_run_options, load_options, model_of, quiet_libraries
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.cli.prompt_cache import adopt_saved
@@ -46,18 +47,18 @@ def chat(arguments: argparse.Namespace) -> int:
     """Read messages and commands until the end; answers go to stdout as they come, all else to stderr."""
     sampling, options = sampling_of(arguments), load_options(arguments) | {"keep_prompts": True}
     _check_conversation(arguments)
-    quiet_libraries()
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
+    with heavy_imports():
+        from griffin_offload.cli.terminal import Terminal
+        from griffin_offload.runtime.model import GriffinModel
+        from griffin_offload.weights.checkpoint import load_tokenizer, open_checkpoint
+
+    quiet_libraries()
     if arguments.load is not None:
         adopt_saved(arguments.load, options)
-    from griffin_offload.cli.terminal import Terminal
-    from griffin_offload.weights.checkpoint import load_tokenizer, open_checkpoint
-
     directory = open_checkpoint(model_of(arguments), offline=arguments.offline).directory
     if load_tokenizer(directory).chat_template is None and arguments.system is not None:
         raise UsageError("--system needs a chat template, and this model has none: leave it out")
-    from griffin_offload.runtime.model import GriffinModel
-
     model = GriffinModel.from_pretrained(directory, **options)
     session = model.chat_session(
         system=arguments.system,

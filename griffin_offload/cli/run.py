@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.generation import PrefillBar, add_generation_options, sampling_of
+from griffin_offload.cli.imports import heavy_imports
 from griffin_offload.cli.options import add_model_options, add_run_options, load_options, model_of, quiet_libraries
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.cli.prompt_cache import PromptCache
@@ -45,12 +46,17 @@ def run(arguments: argparse.Namespace) -> int:
     text = prompt_text(arguments)
     sampling = sampling_of(arguments)
     options = load_options(arguments)
-    from griffin_offload.weights.checkpoint import open_checkpoint
+    LoadConfig(**options)  # a bad flag is reported before any file is looked at
+    with heavy_imports():
+        from griffin_offload.weights.checkpoint import locate, open_checkpoint
 
     quiet_libraries()
     prompt_cache = PromptCache(arguments.prompt_cache) if arguments.prompt_cache is not None else None
-    LoadConfig(**options)  # a bad flag is reported before any file is looked at
-    directory = open_checkpoint(model_of(arguments), offline=arguments.offline).directory
+    directory = locate(model_of(arguments), offline=arguments.offline)
+    with heavy_imports():  # the larger half; a wrong --model is told without it
+        from griffin_offload.runtime.model import GriffinModel
+
+    open_checkpoint(directory)  # its headers are checked before its tokenizer is loaded
     tokens = tokenize(directory, text, arguments)
     prompt_tokens = tokens.shape[1]
     if arguments.ctx_size is None:
@@ -63,8 +69,6 @@ def run(arguments: argparse.Namespace) -> int:
     if prompt_cache is not None:
         options["keep_prompts"] = True
         prompt_cache.adopt(options)
-    from griffin_offload.runtime.model import GriffinModel
-
     model = GriffinModel.from_pretrained(directory, **options, prompt_tokens=prompt_tokens)
     if arguments.verbose:
         print("\n".join(plan_lines(model.plan)), file=sys.stderr)

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from griffin_offload.cli.imports import heavy_imports
 from griffin_offload.cli.options import add_model_options, add_run_options, load_options, model_of, quiet_libraries
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.config import LoadConfig, ServeConfig
@@ -104,7 +105,8 @@ def serve(arguments: argparse.Namespace) -> int:
         os.environ.setdefault(name, value)  # read when torch is loaded
     quiet_libraries()
     _log_to_stderr(arguments)
-    from griffin_offload.serving.server import Server
+    with heavy_imports():
+        from griffin_offload.serving.server import Server
 
     server = Server(model_of(arguments), options, config)
     code: int | None = signal.SIGINT

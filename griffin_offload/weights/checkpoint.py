@@ -49,7 +49,7 @@ class Checkpoint:
 def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     """Find the directory or hub id `model` and check its headers. Errors: UsageError, ModelNotFound,
     CheckpointError, UnsupportedModel. No weight is read."""
-    directory = _locate(str(model), offline)
+    directory = locate(model, offline=offline)
     config = _read_config(directory)
     mark = mark_of(config, directory)
     files, promised = weight_files(directory)
@@ -113,7 +113,9 @@ def load_tokenizer(directory: Path) -> Any:
         raise CheckpointError(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
 
 
-def _locate(model: str, offline: bool) -> Path:
+def locate(model: str | Path, *, offline: bool = False) -> Path:
+    """The directory of `model`, fetched from the hub if need be. Errors: UsageError, ModelNotFound."""
+    model = str(model)
     path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
     check_name(path)
     if path.is_dir():

@@ -42,6 +42,7 @@ OF_RUN = {"selection", "seed", "threads"}
         ["chat", "-n", "0"],
         ["serve", "--port", "-1"],
         ["chat", "--raw", "--system", "x"],
+        *([command, "--density", "2"] for command in ("run", "chat", "serve")),
     ],
 )
 def test_help_imports_no_torch(process, arguments: list[str]):

@@ -1,0 +1,56 @@
+"""What a command imports is out of the collector's sight, and all that is made later is in it."""
+
+import json
+
+import pytest
+
+# Cycles that fall inside and behind the block, told by weak references, in a process that knows no torch.
+CYCLES = """
+import gc, json, sys, weakref
+from griffin_offload.cli.imports import heavy_imports
+
+class Cycle:
+    def __init__(self):
+        self.self = self
+
+SETTING
+try:
+    with heavy_imports():
+        during, inside = gc.isenabled(), weakref.ref(Cycle())
+        if "fail" in sys.argv:
+            raise ImportError
+except ImportError:
+    pass
+after, behind = gc.isenabled(), weakref.ref(Cycle())
+gc.collect()
+print(json.dumps([during, after, inside() is not None, behind() is not None]))
+"""
+MODEL_THERE = "sys.modules['griffin_offload.runtime.model'] = sys"
+# Runs a command and prints whether the collector is on, how many objects it sees and how many never.
+COUNTS = """
+import gc, json, sys
+from griffin_offload.cli.main import main
+code = main(sys.argv[1:])
+print(json.dumps([code, gc.isenabled(), len(gc.get_objects()), gc.get_freeze_count()]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "arguments", "expected"),
+    [
+        ("", [], [False, True, True, False]),
+        ("", ["fail"], [False, True, True, False]),
+        (MODEL_THERE, [], [True, True, False, False]),  # models may be there, which have to be collected
+        ("gc.disable()", [], [False, False, False, False]),  # not ours to turn on
+    ],
+)
+def test_imports_are_not_collected(process, setting: str, arguments: list[str], expected: list[bool]):
+    outcome = process("-c", CYCLES.replace("SETTING", setting), *arguments)
+    assert json.loads(outcome.out) == expected, outcome.err
+
+
+def test_run_leaves_the_collector_on_and_little_to_it(process):
+    outcome = process("-c", COUNTS, "run", "-q", "-n", "1", "a")
+    code, on, seen, unseen = json.loads(outcome.out.splitlines()[-1])
+    assert (code, on) == (0, True), outcome.err
+    assert unseen > 10 * seen
