@@ -22,7 +22,7 @@ typedef struct {
     float *score; /* [batch, kv_heads, shared, tokens] */
     float *output; /* [batch, kv_heads, shared, value_size] */
     int64_t batch, kv_heads, shared, tokens, key_size, value_size, type, threads;
-    int64_t key_strides[3], value_strides[3], mask_strides[3]; /* of batch, head and token; the mask's head is one of all */
+    int64_t key_strides[3], value_strides[3], mask_strides[3]; /* of batch, head (the mask's: of all heads) and token */
     float scaling;
 } Attention;
 
@@ -30,8 +30,10 @@ AVX2 INLINED float dot(const float *query, const uint16_t *key, int64_t size, co
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     int64_t k = 0;
     for (; k + 2 * LANES <= size; k += 2 * LANES)
-        for (int i = 0; i < 2; i++)
-            sum[i] = _mm256_fmadd_ps(halves_at(key + k + i * LANES, type), _mm256_loadu_ps(query + k + i * LANES), sum[i]);
+        for (int i = 0; i < 2; i++) {
+            __m256 numbers = halves_at(key + k + i * LANES, type);
+            sum[i] = _mm256_fmadd_ps(numbers, _mm256_loadu_ps(query + k + i * LANES), sum[i]);
+        }
     float rest = 0;
     for (; k < size; k++) rest += half_at(key + k, type) * query[k];
     return sum_of(_mm256_add_ps(sum[0], sum[1])) + rest;

@@ -9,7 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library
+from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library, needs_gradient
 
 _POINTERS = ("query", "key", "value", "mask", "score", "output")
 _SIZES = ("batch", "kv_heads", "shared", "tokens", "key_size", "value_size", "type", "threads")
@@ -29,9 +29,12 @@ class _Attention(ctypes.Structure):
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attend` takes these: one token, 16 bits, on the CPU, numbers of a token side by side."""
-    one = query.dim() == 4 and query.shape[2] == 1 and query.device.type == "cpu"
+    one = query.dim() == key.dim() == value.dim() == 4 and query.shape[2] == 1 and query.device.type == "cpu"
     alike = query.dtype in HALVES and query.dtype == key.dtype == value.dtype
-    return one and alike and key.stride(3) == value.stride(3) == 1 and library() is not None
+    if not (one and alike):
+        return False
+    plain = key.stride(3) == value.stride(3) == 1 and not any(map(needs_gradient, (query, key, value)))
+    return plain and library() is not None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

@@ -32,6 +32,8 @@ typedef struct {
     int64_t wide;            /* by AVX-512 */
 } Product;
 
+#define WIDE_LANES 16 /* 32-bit numbers of a vector of AVX-512 */
+
 INLINED int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINED int64_t groups_of(const Product *p) { return (p->inputs + p->group - 1) / p->group; }

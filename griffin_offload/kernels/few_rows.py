@@ -6,6 +6,7 @@ torch 2.13 has its 4-bit kernel for bfloat16 and AVX-512 in the first place, and
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, Library, libra
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may
 _BYTE_BLOCK = 64  # outputs of int4 tiles that the kernel for 8-bit numbers takes
 _LANES = 16
-_Beside = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # input scale, weight, scale, bias
+_Beside = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]  # input scale, weight, scale, bias
 TYPES = frozenset(NUMBER_TYPES)
 """What x may be."""
 ROWS = 32
@@ -36,6 +37,18 @@ class _Product(ctypes.Structure):
     _fields_ = (*((name, ctypes.c_void_p) for name in _POINTERS), *((name, ctypes.c_int64) for name in _SIZES))
 
 
+class _Sizes(NamedTuple):
+    """In the order of _SIZES."""
+
+    rows: int
+    parts: int
+    outputs: int
+    features: int
+    inputs: int
+    group: int = 1
+    block: int = 1
+
+
 class Kernels:
     """The products of a library. `wide` is for tests: False takes the kernels of older processors."""
 
@@ -47,9 +60,12 @@ class Kernels:
         self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None
     ) -> Tensor:
         """x [M, I], times `input_scale` [I], times int8 `weight` [O, I] and its rows' `scale` [O], plus `bias` [O]:
-        [M, O] in the type of x, which that of bias and input_scale is, too."""
-        beside, outputs = (input_scale, weight, scale, bias), weight.shape[0]
-        return self._quantised("multiply_int8", x, beside, outputs, outputs, _INT8_GROUP, 1, self._bytes)
+        [M, O] in the type of x, which is that of bias and input_scale, too."""
+        (rows, inputs), outputs = x.shape, weight.shape[0]
+        _check(weight, (outputs, inputs), torch.int8)
+        _check(scale, (outputs,))
+        sizes = _Sizes(rows, _parts(x), outputs, outputs, inputs, _INT8_GROUP)
+        return self._quantised("multiply_int8", x, (input_scale, weight, scale, bias), sizes, self._bytes)
 
     def multiply_int4(
         self,
@@ -63,70 +79,49 @@ class Kernels:
     ) -> Tensor:
         """x [M, I], times `input_scale` [I], times int4 tiles [O, I / 2] in blocks of `block` outputs with scales
         [G, O, 2], as in int4_tiles.py, plus `bias`: the first `features` outputs, as of `multiply_int8`."""
-        group, wide = 2 * tiles.shape[1] // scales.shape[0], self._bytes and block == _BYTE_BLOCK
-        beside, outputs = (input_scale, tiles, scales, bias), tiles.shape[0]
-        features = outputs if features is None else features
-        return self._quantised("multiply_int4", x, beside, outputs, features, group, block, wide)
+        (rows, inputs), outputs, groups = x.shape, tiles.shape[0], scales.shape[0]
+        group = inputs // groups
+        if group not in range(4, _INT8_GROUP + 1, 4) or inputs % groups or block not in (32, 64) or outputs % block:
+            raise ValueError(f"{outputs} outputs in blocks of {block}, {inputs} inputs in {groups} groups")
+        _check(tiles, (outputs, inputs // 2), torch.uint8)
+        _check(scales, (groups, outputs, 2))
+        sizes = _Sizes(rows, _parts(x), outputs, outputs if features is None else features, inputs, group, block)
+        wide = self._bytes and block == _BYTE_BLOCK
+        return self._quantised("multiply_int4", x, (input_scale, tiles, scales, bias), sizes, wide)
 
     def multiply_floats(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [M, I] times `weight` [O, I] plus `bias` [O], all of the same 16-bit type: [M, O] in it; sums are in
         float32."""
-        if not weight.is_contiguous() or weight.dtype != x.dtype or x.dtype not in HALVES:
-            raise ValueError(f"weight {tuple(weight.shape)} of {weight.dtype} must be contiguous and as x, {x.dtype}")
+        if x.dtype not in HALVES:
+            raise ValueError(f"x must be of 16-bit floats, and is of {x.dtype}")
         (rows, inputs), outputs, wide = x.shape, weight.shape[0], self._pairs and x.dtype == torch.bfloat16
+        _check(weight, (outputs, inputs), x.dtype)
         own = torch.empty(rows * (outputs + (0 if wide else inputs)))
         sums = own.data_ptr()
-        sizes = (rows, 1, outputs, outputs, inputs, 1, 1)
         made = (sums, sums + 4 * rows * outputs, None, None, None, None)
+        sizes = _Sizes(rows, 1, outputs, outputs, inputs)
         return self._run("multiply_floats", x, (None, weight, None, bias), made, sizes, wide)
 
-    def _quantised(
-        self,
-        function: str,
-        x: Tensor,
-        beside: _Beside,
-        outputs: int,
-        features: int,
-        group: int,
-        block: int,
-        wide: bool,
-    ) -> Tensor:
-        (rows, inputs), (_, weight, scale, _) = x.shape, beside
-        assert weight is not None
-        assert scale is not None
-        if not (weight.is_contiguous() and scale.is_contiguous()):
-            raise ValueError(f"weight {tuple(weight.shape)} and scale {tuple(scale.shape)} must be contiguous")
-        if group > _INT8_GROUP or outputs % block or (block > 1 and inputs % group):
-            raise ValueError(f"{outputs} outputs in blocks of {block}, {inputs} inputs in groups of {group}")
-        # 16 bits hold what a 16-bit float says; float32 takes two rows of them.
-        parts = 2 if x.dtype == torch.float32 else 1
-        all_rows, groups, pairs = rows * parts, -(-inputs // group), -(-inputs // 2)
-        # One allocation for all that is made on the way: integers of 16 and 32 bits, scales and sums.
-        own = torch.empty(all_rows * (outputs + pairs + (2 + _LANES) * groups))
+    def _quantised(self, function: str, x: Tensor, beside: _Beside, sizes: _Sizes, wide: bool) -> Tensor:
+        all_rows, groups, pairs = sizes.rows * sizes.parts, -(-sizes.inputs // sizes.group), -(-sizes.inputs // 2)
+        # One allocation for all that is made on the way: sums, integers of 16 and 32 bits, and scales.
+        own = torch.empty(all_rows * (sizes.outputs + pairs + (2 + _LANES) * groups))
         sums = own.data_ptr()
-        numbers = sums + 4 * all_rows * outputs
+        numbers = sums + 4 * all_rows * sizes.outputs
         step = numbers + 4 * all_rows * pairs
         totals = step + 4 * all_rows * groups
         made = (sums, None, numbers, step, totals, totals + 4 * all_rows * groups)
-        sizes = (rows, parts, outputs, features, inputs, group, block)
         return self._run(function, x, beside, made, sizes, wide)
 
     def _run(
-        self,
-        function: str,
-        x: Tensor,
-        beside: _Beside,
-        made: tuple[int | None, ...],
-        sizes: tuple[int, ...],
-        wide: bool,
+        self, function: str, x: Tensor, beside: _Beside, made: tuple[int | None, ...], sizes: _Sizes, wide: bool
     ) -> Tensor:
         input_scale, weight, scale, bias = beside
-        assert weight is not None
-        for of_inputs in (input_scale, bias):
-            if of_inputs is not None and of_inputs.dtype != x.dtype:
-                raise ValueError(f"bias and input_scale must be as x, {x.dtype}")
-        x = x.contiguous()
-        product = x.new_empty(x.shape[0], sizes[3])
+        if input_scale is not None:
+            _check(input_scale, (sizes.inputs,), x.dtype)
+        if bias is not None:
+            _check(bias, (sizes.features,), x.dtype)
+        x, product = x.contiguous(), x.new_empty(sizes.rows, sizes.features)
         job = _Product(
             x.data_ptr(),
             None if input_scale is None else input_scale.data_ptr(),
@@ -143,6 +138,19 @@ class Kernels:
         )
         self._library.call(function, job)
         return product
+
+
+def _check(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """ValueError for what would be read past its end."""
+    if tensor.shape != shape or not tensor.is_contiguous() or tensor.dtype != (dtype or tensor.dtype):
+        kind = f" of {dtype}" if dtype else ""
+        raise ValueError(f"{tuple(tensor.shape)} of {tensor.dtype} must be {shape}{kind}, and contiguous")
+
+
+def _parts(x: Tensor) -> int:
+    # 16 bits beside a group's largest number hold what a 16-bit float says, but for the last bits of numbers below a
+    # hundredth of it; float32 takes two rows of them.
+    return 2 if x.dtype == torch.float32 else 1
 
 
 @functools.cache

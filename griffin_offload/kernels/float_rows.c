@@ -48,7 +48,7 @@ AVX2 void floats_by_avx2(const void *product, int64_t start, int64_t end) {
 
 /* Products of pairs of bfloat16 numbers: few instructions a byte, so that many bytes are on their way at a time. */
 
-#define WIDE 32 /* 16-bit numbers of a vector */
+#define HALVES 32 /* 16-bit numbers of a vector */
 
 BF16 INLINED __m512bh pairs_at(const uint16_t *from, __mmask32 wanted) {
     return (__m512bh)_mm512_maskz_loadu_epi16(wanted, from);
@@ -62,17 +62,17 @@ BF16 INLINED void pairs_output(const Product *p, int64_t output, int64_t first, 
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < SUMS; i++) total[r][i] = _mm512_setzero_ps();
     int64_t at = 0;
-    for (; at + SUMS * WIDE <= p->inputs; at += SUMS * WIDE)
+    for (; at + SUMS * HALVES <= p->inputs; at += SUMS * HALVES)
         for (int i = 0; i < SUMS; i++) {
-            __m512bh weight = pairs_at(weights + at + i * WIDE, ~(__mmask32)0);
+            __m512bh weight = pairs_at(weights + at + i * HALVES, ~(__mmask32)0);
             for (int r = 0; r < rows; r++) {
-                __m512bh numbers = pairs_at(x + r * p->inputs + at + i * WIDE, ~(__mmask32)0);
+                __m512bh numbers = pairs_at(x + r * p->inputs + at + i * HALVES, ~(__mmask32)0);
                 total[r][i] = _mm512_dpbf16_ps(total[r][i], weight, numbers);
             }
         }
-    for (; at < p->inputs; at += WIDE) {
+    for (; at < p->inputs; at += HALVES) {
         int64_t left = p->inputs - at;
-        __mmask32 wanted = left < WIDE ? ((__mmask32)1 << left) - 1 : ~(__mmask32)0;
+        __mmask32 wanted = left < HALVES ? ((__mmask32)1 << left) - 1 : ~(__mmask32)0;
         for (int r = 0; r < rows; r++)
             total[r][0] = _mm512_dpbf16_ps(total[r][0], pairs_at(weights + at, wanted),
                                            pairs_at(x + r * p->inputs + at, wanted));

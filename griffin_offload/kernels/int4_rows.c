@@ -8,7 +8,7 @@
 
 #include "few_rows.h"
 
-#define UNIT 32 /* outputs that are summed at once: 16 bytes hold the low and the high ones */
+#define SUMMED 32 /* outputs that are summed at once: 16 bytes hold the low and the high ones */
 
 /* Scales and offsets of 8 neighbouring outputs, which lie in turns. */
 AVX2 INLINED void scales_at(const Product *p, int64_t at, __m256 *scale, __m256 *offset) {
@@ -34,8 +34,8 @@ AVX2 INLINED void scales_at(const Product *p, int64_t at, __m256 *scale, __m256 
 }
 
 /* Add one group of inputs to `total` [rows * 4]: two vectors of low outputs, which start at `at`, and two of high. */
-AVX2 INLINED void int4_group(const Product *p, const uint8_t *tile, int64_t at, int64_t group, int64_t first, __m256 *total,
-                       const int rows) {
+AVX2 INLINED void int4_group(const Product *p, const uint8_t *tile, int64_t at, int64_t group, int64_t first,
+                             __m256 *total, const int rows) {
     const int64_t half = p->block / 2, begin = group * p->group, groups = groups_of(p);
     const int16_t *x = p->numbers + first * p->inputs + begin;
     const __m256i nibble = _mm256_set1_epi16(15);
@@ -80,16 +80,16 @@ AVX2 INLINED void int4_group(const Product *p, const uint8_t *tile, int64_t at, 
 /* A block of one or two units, of `rows` rows from `first`. */
 AVX2 INLINED void int4_block(const Product *p, int64_t block, int64_t first, const int rows) {
     const uint8_t *tile = (const uint8_t *)p->weight + block * (p->inputs / 2);
-    const int64_t units = p->block / UNIT, groups = groups_of(p);
+    const int64_t units = p->block / SUMMED, groups = groups_of(p);
     __m256 total[2][2 * 4];
     for (int64_t unit = 0; unit < units; unit++)
         for (int i = 0; i < 4 * rows; i++) total[unit][i] = _mm256_setzero_ps();
     for (int64_t group = 0; group < groups; group++)
         for (int64_t unit = 0; unit < units; unit++)
-            int4_group(p, tile + unit * UNIT / 2, block + unit * UNIT / 2, group, first, total[unit], rows);
+            int4_group(p, tile + unit * SUMMED / 2, block + unit * SUMMED / 2, group, first, total[unit], rows);
     for (int64_t unit = 0; unit < units; unit++)
         for (int i = 0; i < 4 * rows; i++) {
-            int64_t output = block + unit * UNIT / 2 + i % 4 / 2 * (p->block / 2) + i % 2 * LANES;
+            int64_t output = block + unit * SUMMED / 2 + i % 4 / 2 * (p->block / 2) + i % 2 * LANES;
             _mm256_storeu_ps(p->sums + (first + i / 4) * p->outputs + output, total[unit][i]);
         }
 }
@@ -106,14 +106,13 @@ AVX2 void int4_by_avx2(const void *product, int64_t start, int64_t end) {
 
 /* 8-bit numbers, for blocks of 64: the bytes of 16 outputs and four inputs lie side by side, once turned around. */
 
-#define WIDE 16 /* 32-bit numbers of a vector */
-#define QUAD 4  /* inputs that are summed in one instruction */
+#define QUAD 4 /* inputs that are summed in one instruction */
 
 VNNI INLINED void wide_scales_at(const Product *p, int64_t at, __m512 *scale, __m512 *offset) {
     if (p->scale_type == FLOAT32) {
         const float *from = (const float *)p->scale + 2 * at;
         const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + WIDE);
+        __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + WIDE_LANES);
         *scale = _mm512_permutex2var_ps(first, even, second);
         *offset = _mm512_permutex2var_ps(first, _mm512_add_epi32(even, _mm512_set1_epi32(1)), second);
         return;
@@ -136,8 +135,8 @@ VNNI INLINED __m512i quad_of(const int8_t *x) {
 
 /* Which bytes of four inputs of 32 bytes each belong to outputs `first`.. of 16. */
 VNNI INLINED __m512i turned_around(int first) {
-    uint8_t from[4 * WIDE];
-    for (int k = 0; k < 4 * WIDE; k++) from[k] = (uint8_t)(k % QUAD * 32 + first + k / QUAD);
+    uint8_t from[4 * WIDE_LANES];
+    for (int k = 0; k < 4 * WIDE_LANES; k++) from[k] = (uint8_t)(k % QUAD * 32 + first + k / QUAD);
     return _mm512_loadu_si512(from);
 }
 
@@ -145,7 +144,7 @@ VNNI INLINED __m512i turned_around(int first) {
 VNNI INLINED void int4_bytes_group(const Product *p, const uint8_t *tile, int64_t at, int64_t group, int64_t first,
                                    __m512 *total, const int rows) {
     const int64_t begin = group * p->group, groups = groups_of(p);
-    const __m512i nibble = _mm512_set1_epi8(15), order[2] = {turned_around(0), turned_around(WIDE)};
+    const __m512i nibble = _mm512_set1_epi8(15), order[2] = {turned_around(0), turned_around(WIDE_LANES)};
     const int8_t *x = bytes_of(p, first) + begin;
     __m512i low[2][2][2], whole[2][2][2]; /* [rows][outputs][upper or lower bytes of x] */
     for (int r = 0; r < rows; r++)
@@ -166,7 +165,7 @@ VNNI INLINED void int4_bytes_group(const Product *p, const uint8_t *tile, int64_
     }
     for (int i = 0; i < 4; i++) {
         __m512 scale, offset;
-        wide_scales_at(p, group * p->outputs + at + i / 2 * 32 + i % 2 * WIDE, &scale, &offset);
+        wide_scales_at(p, group * p->outputs + at + i / 2 * 32 + i % 2 * WIDE_LANES, &scale, &offset);
         for (int r = 0; r < rows; r++) {
             const int32_t inputs = p->totals[(first + r) * groups + group];
             const float step = p->step[(first + r) * groups + group];
@@ -193,7 +192,7 @@ VNNI INLINED void int4_bytes_block(const Product *p, int64_t block, int64_t firs
     for (int64_t group = 0; group < groups_of(p); group++)
         int4_bytes_group(p, tile, block, group, first, total, rows);
     for (int i = 0; i < 4 * rows; i++) {
-        int64_t output = block + i % 4 * WIDE;
+        int64_t output = block + i % 4 * WIDE_LANES;
         _mm512_storeu_ps(p->sums + (first + i / 4) * p->outputs + output, total[i]);
     }
 }

@@ -7,10 +7,11 @@
 
 #define PAIRED 16 /* 16-bit numbers of a vector */
 #define BYTES 64  /* of a vector */
-#define WIDE 16   /* 32-bit sums of it */
 
-AVX2 INLINED float scale_at(const Product *p, int64_t at) {
-    return p->scale_type == FLOAT32 ? ((const float *)p->scale)[at] : half_at((const uint16_t *)p->scale + at, (int)p->scale_type);
+AVX2 INLINED float scale_at(const Product *p, int64_t output) {
+    float scale;
+    widen(p->scale, output, 1, p->scale_type, &scale);
+    return scale;
 }
 
 /* 16-bit numbers */
@@ -77,7 +78,8 @@ VNNI void int8_lanes(const Product *p) {
                 lower = _mm512_dpbusd_epi32(lower, offset, bytes_at(x + p->inputs, first_bytes(end - at)));
             }
             __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower);
-            _mm512_storeu_si512(p->lanes + (row * groups + group) * WIDE, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+            sum = _mm512_sub_epi32(_mm512_setzero_si512(), sum);
+            _mm512_storeu_si512(p->lanes + (row * groups + group) * WIDE_LANES, sum);
         }
 }
 
@@ -97,7 +99,7 @@ VNNI INLINED void add_bytes(const Product *p, const int8_t *weights, const int8_
 VNNI INLINED void int8_bytes_output(const Product *p, int64_t output, int64_t first, const int rows) {
     const int8_t *weights = (const int8_t *)p->weight + output * p->inputs, *x = bytes_of(p, first);
     const int64_t groups = groups_of(p);
-    const int32_t *lanes = p->lanes + first * groups * WIDE;
+    const int32_t *lanes = p->lanes + first * groups * WIDE_LANES;
     const float *step = p->step + first * groups;
     __m512 total[4];
     for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
@@ -105,7 +107,7 @@ VNNI INLINED void int8_bytes_output(const Product *p, int64_t output, int64_t fi
         __m512i upper[4], lower[4];
         for (int r = 0; r < rows; r++) {
             upper[r] = _mm512_setzero_si512();
-            lower[r] = _mm512_loadu_si512(lanes + (r * groups + group) * WIDE);
+            lower[r] = _mm512_loadu_si512(lanes + (r * groups + group) * WIDE_LANES);
         }
         int64_t at = group * p->group, end = least(at + p->group, p->inputs);
         for (; at + BYTES <= end; at += BYTES) add_bytes(p, weights + at, x + at, BYTES, upper, lower, rows);

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import importlib.util
 import platform
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from griffin_offload.errors import one_line
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The enum of halves.h."""
 HALVES = frozenset((torch.bfloat16, torch.float16))
+
+
+def needs_gradient(x: torch.Tensor) -> bool:
+    """Whether x is to be differentiated by, which no kernel here can be."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 class Library:
@@ -38,7 +44,7 @@ class Library:
 @functools.cache
 def library() -> Library | None:
     """The library, or None where torch's kernels have to do; a warning if that could be otherwise."""
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if platform.machine() != "x86_64" or sys.platform != "linux":
         return None
     found = importlib.util.find_spec("griffin_offload.kernels._library")
     try:

@@ -26,7 +26,7 @@ AVX2 INLINED void norm_row(const Norm *n, const uint16_t *x, uint16_t *normed, c
     for (; k < n->size; k++) rest += half_at(x + k, type) * half_at(x + k, type);
     float factor = 1 / sqrtf((sum_of(squares) + rest) / (float)n->size + n->epsilon);
     for (k = 0; k < n->size; k++) {
-        uint16_t scaled = narrowed(half_at(x + k, type) * factor, type); /* rounded before the weight, as stock norms do */
+        uint16_t scaled = narrowed(half_at(x + k, type) * factor, type); /* stock norms round before the weight, too */
         normed[k] = narrowed(half_at(&scaled, type) * half_at(n->weight + k, type), type);
     }
 }

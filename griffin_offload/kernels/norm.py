@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library
+from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library, needs_gradient
 
 ROWS = 32
 """Up to so many rows one thread is faster than torch's operators."""
@@ -25,7 +25,7 @@ def can_norm(x: Tensor, weight: Tensor) -> bool:
     """Whether `rms_norm` takes these: a few rows of 16 bits on the CPU."""
     alike = x.dtype == weight.dtype and x.dtype in HALVES and weight.is_contiguous()
     few = x.device.type == "cpu" and x.is_contiguous() and 0 < x.numel() <= ROWS * weight.numel()
-    return alike and few and x.shape[-1:] == weight.shape and library() is not None
+    return alike and few and x.shape[-1:] == weight.shape and not needs_gradient(x) and library() is not None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

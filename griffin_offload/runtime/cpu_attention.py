@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,7 +26,9 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """As `sdpa_attention_forward`: query [B, heads, T, D], key and value [B, kv heads, S, D] to [B, T, heads, D]."""
-    plain = kwargs.get("position_bias") is None and not kwargs.get("dropout") and not torch.is_grad_enabled()
+    # Each changes what is computed, or is refused by the stock function.
+    plain = not any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache"))
+    plain = plain and not kwargs.get("dropout")
     if not (plain and attention.can_attend(query, key, value)):
         stock: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return stock

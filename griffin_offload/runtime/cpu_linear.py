@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.kernels import few_rows
-from griffin_offload.kernels.library import HALVES
+from griffin_offload.kernels.library import HALVES, needs_gradient
 from griffin_offload.weights.matmul import Scratch, multiply
 
 # Up to so many rows ours are faster than torch's with 16-bit instructions, and than translated matrices without.
@@ -47,9 +47,9 @@ class _OwnForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self._linear.weight, self._linear.bias
-        own = x.dtype == weight.dtype and x.dtype in HALVES and x.numel() and weight.numel()
+        own = x.dtype == weight.dtype and x.dtype in HALVES and x.numel() and weight.numel() and not needs_gradient(x)
         rows = x.numel() // x.shape[-1] if own else 0
-        if own and rows <= self._most and self._kernels is not None and weight.is_contiguous():
+        if own and rows <= self._most and self._kernels is not None and weight.shape[1] == x.shape[-1]:
             return self._kernels.multiply_floats(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
         if own and self._scratch is not None:
             return multiply(x.reshape(rows, -1), weight, self._scratch, None, bias).view(*x.shape[:-1], -1)

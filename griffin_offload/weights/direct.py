@@ -5,6 +5,7 @@ a page fault each costs more than the disk. What happens to lie in the page cach
 """
 
 import ctypes
+import errno
 import math
 import mmap
 import os
@@ -103,16 +104,24 @@ class _CachedPages:
     asked for and whatever was advised, so that the cache filled with what is read past it anyway."""
 
     def __init__(self, descriptor: int) -> None:
-        self._mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        """OSError if there is nothing to map."""
+        try:
+            self._mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        except ValueError as error:
+            raise OSError(errno.ENODATA, str(error)) from error
         self._mapping.madvise(mmap.MADV_RANDOM)
         self._address = np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
 
-    def copy(self, offset: int, target: Tensor) -> None:
-        """Copy bytes from `offset`, a multiple of blocks, to `target`, and keep no page mapped."""
-        source, nbytes = ctypes.c_void_p(self._address + offset), target.numel()
-        _libc.madvise(source, ctypes.c_size_t(nbytes), _MADV_POPULATE_READ)
-        ctypes.memmove(target.data_ptr(), source, nbytes)  # the interpreter is free meanwhile, bus errors need it
-        _libc.madvise(source, ctypes.c_size_t(nbytes), _MADV_DONTNEED)
+    def copy(self, offset: int, target: Tensor) -> bool:
+        """Copy bytes from `offset`, a multiple of blocks, to `target`, and keep no page mapped. False if they are not
+        all there, or pages are larger than blocks."""
+        source, nbytes = ctypes.c_void_p(self._address + offset), ctypes.c_size_t(target.numel())
+        if _libc.madvise(source, nbytes, _MADV_POPULATE_READ):
+            return False
+        # By ctypes, without the interpreter's lock: the handler of bus errors takes it, should the file be cut now.
+        ctypes.memmove(target.data_ptr(), source, target.numel())
+        _libc.madvise(source, nbytes, _MADV_DONTNEED)
+        return True
 
     def close(self) -> None:
         self._mapping.close()
@@ -183,8 +192,7 @@ class DirectReader:
     def _read(self, path: str, offset: int, target: Tensor) -> None:
         file = self._files[path]
         expected = min(target.numel(), file.nbytes - offset)
-        if _is_cached(file.cached, offset, target.numel()):
-            file.pages.copy(offset, target[:expected])
+        if _is_cached(file.cached, offset, target.numel()) and file.pages.copy(offset, target[:expected]):
             found = os.fstat(file.cached).st_size - offset
         else:
             view = memoryview(target.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel, one_line
 from griffin_offload.kernels import few_rows
+from griffin_offload.kernels.library import needs_gradient
 from griffin_offload.weights.int4_tiles import DOWN_GROUP, OUTPUT_MULTIPLE, cpu_block, multiply_tiles
 from griffin_offload.weights.matmul import (
     Scratch,
@@ -137,7 +138,7 @@ class QuantizedLinear(nn.Module):
     def _own_kernels(self, x: Tensor) -> few_rows.Kernels | None:
         """Those that multiply rows like x faster than a translated matrix would be."""
         few = x.shape[0] <= few_rows.ROWS and self.form in ("int8", "int4_tiles")
-        known = x.device.type == "cpu" and x.dtype in few_rows.TYPES
+        known = x.device.type == "cpu" and x.dtype in few_rows.TYPES and not needs_gradient(x)
         return few_rows.kernels() if few and known else None
 
     def _by_own(self, own: few_rows.Kernels, x: Tensor) -> Tensor:

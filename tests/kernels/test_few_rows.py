@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,30 @@ def test_floats(wide: bool, data: st.DataObject, outputs: int, inputs: int, thre
 @needs_kernels
 @of_both_processors
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_scaled_inputs_and_features(wide: bool, dtype: torch.dtype):
+    """What is filled up to a whole block of tiles is no feature."""
+    generator = torch.Generator().manual_seed(0)
+    x, input_scale = torch.randn(3, 64, generator=generator).to(dtype), torch.rand(64, generator=generator).to(dtype)
+    for features, int4 in ((70, False), (70, True), (128, True)):
+        bias, own = torch.randn(features, generator=generator).to(dtype), _kernels(wide=wide)
+        levels = torch.randint(0, 16, (128, 64), generator=generator)
+        if int4:
+            low, high = levels.view(2, 2, 32, 64).unbind(1)
+            tiles = (low | high << 4).to(torch.uint8).transpose(1, 2).reshape(128, -1).contiguous()
+            scales = torch.tensor([1.0, 0.0]).expand(2, 128, 2).contiguous()
+            found = own.multiply_int4(x, tiles, scales, 64, bias, input_scale, features)
+        else:
+            weight = (levels - 8).to(torch.int8)[:features].contiguous()
+            found = own.multiply_int8(x, weight, torch.ones(features), bias, input_scale)
+        scaled = x.double() * input_scale.double()
+        exact = scaled @ (levels[:features] - 8).double().t() + bias.double()
+        assert found.shape == (3, features)
+        torch.testing.assert_close(found.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=0.01)
+
+
+@needs_kernels
+@of_both_processors
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_stays_none(wide: bool, bad: float, dtype: torch.dtype):
     """In the row that has it and in no other."""
@@ -148,17 +173,37 @@ def test_largest_sums(wide: bool):
         assert torch.all(_kernels(wide=wide).multiply_int4(x, tiles, scales, cpu_block()) == 3 * 256 * (level - 8))
 
 
+_INT8, _INT4 = torch.ones(4, 64, dtype=torch.int8), torch.ones(64, 32, dtype=torch.uint8)
+
+
 @needs_kernels
-def test_what_would_be_read_or_written_wrongly_is_refused():
-    with pytest.raises(ValueError, match="contiguous"):
-        _kernels().multiply_int8(torch.ones(1, 64), torch.ones(64, 64, dtype=torch.int8).t(), torch.ones(64))
-    for weight in (torch.ones(64, 64), torch.ones(64, 64).bfloat16().t()):
-        with pytest.raises(ValueError, match="must be contiguous and as x"):
-            _kernels().multiply_floats(torch.ones(1, 64).bfloat16(), weight)
-    for outputs, groups in ((64, 1), (48, 8)):
-        tiles, scales = torch.ones(outputs, 128, dtype=torch.uint8), torch.ones(groups, outputs, 2)
-        with pytest.raises(ValueError, match=f"{outputs} outputs in blocks of 32, 256 inputs in groups of"):
-            _kernels().multiply_int4(torch.ones(1, 256), tiles, scales, 32)
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("int8", (torch.ones(1, 64), _INT8.t().contiguous().t(), torch.ones(4))),
+        ("int8", (torch.ones(1, 256), _INT8, torch.ones(4))),
+        ("int8", (torch.ones(1, 64), _INT8, torch.ones(3))),
+        ("int8", (torch.ones(1, 64), _INT8.byte(), torch.ones(4))),
+        ("int8", (torch.ones(1, 64), _INT8, torch.ones(4), torch.ones(1))),
+        ("int8", (torch.ones(1, 64), _INT8, torch.ones(4), torch.ones(1).expand(4))),
+        ("int8", (torch.ones(1, 64), _INT8, torch.ones(4), torch.ones(8)[::2])),
+        ("int8", (torch.ones(1, 64), _INT8, torch.ones(4), torch.ones(4).half())),
+        ("int8", (torch.ones(1, 64), _INT8, torch.ones(4), None, torch.ones(128)[::2])),
+        ("int4", (torch.ones(1, 256), torch.ones(64, 128, dtype=torch.uint8), torch.ones(1, 64, 2), 32)),
+        ("int4", (torch.ones(1, 256), torch.ones(48, 128, dtype=torch.uint8), torch.ones(8, 48, 2), 32)),
+        ("int4", (torch.ones(1, 96), torch.ones(96, 48, dtype=torch.uint8), torch.ones(3, 96, 2), 96)),
+        ("int4", (torch.ones(1, 6), torch.ones(64, 3, dtype=torch.uint8), torch.ones(2, 64, 2), 64)),
+        ("int4", (torch.ones(1, 128), _INT4, torch.ones(4, 64, 2), 64)),
+        ("int4", (torch.ones(1, 64), _INT4, torch.ones(2, 64, 1), 64)),
+        ("floats", (torch.ones(1, 64), torch.ones(64, 64))),
+        ("floats", (torch.ones(1, 64).bfloat16(), torch.ones(64, 64).half())),
+        ("floats", (torch.ones(1, 64).bfloat16(), torch.ones(64, 32).bfloat16())),
+        ("floats", (torch.ones(1, 64).bfloat16(), torch.ones(64, 64).bfloat16().t())),
+    ],
+)
+def test_what_would_be_read_or_written_wrongly_is_refused(function: str, arguments: tuple[Any, ...]):
+    with pytest.raises(ValueError, match=r"must be|in blocks of"):
+        getattr(_kernels(), f"multiply_{function}")(*arguments)
 
 
 @pytest.mark.skipif(

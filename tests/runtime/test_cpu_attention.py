@@ -94,7 +94,7 @@ def test_every_token_is_seen_once(tokens, threads):
 
 @needs_kernel
 def test_what_is_no_number_stays_none():
-    """In the head that has it and in no other; a token that is masked is not looked at."""
+    """In the head that has it and in no other."""
     query, key, value = torch.ones(1, 2, 1, 16), torch.ones(1, 2, 5, 16), torch.ones(1, 2, 5, 16)
     key[0, 1, 3, 0] = math.nan
     found = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), None, 1.0)

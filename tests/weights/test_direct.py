@@ -148,6 +148,23 @@ def test_a_file_that_was_cut_is_an_error(file, reader: DirectReader):
         path.write_bytes(content)
 
 
+def test_a_file_that_is_cut_while_it_is_copied_from_the_cache_is_an_error(
+    file, reader: DirectReader, monkeypatch: pytest.MonkeyPatch
+):
+    path, content = file
+
+    def cut(*_: int) -> bool:
+        os.truncate(path, 4096)
+        return True
+
+    monkeypatch.setattr(direct_module, "_is_cached", cut)
+    try:
+        with pytest.raises(GriffinError, match="cannot be read any more"):
+            reader.copy(Extent(str(path), 0, 9000), torch.zeros(9000, dtype=torch.uint8))
+    finally:
+        path.write_bytes(content)
+
+
 def test_zeros_and_buffers():
     zeros = untouched_zeros((3, 1_000_000), torch.float32, CPU)
     assert zeros.shape == (3, 1_000_000)
@@ -156,9 +173,12 @@ def test_zeros_and_buffers():
     assert untouched_zeros((0, 5), torch.int8, CPU).shape == (0, 5)
 
 
-def test_no_descriptor_stays(file):
+def test_no_descriptor_stays(file, tmp_path: Path):
     with file[0].open("rb") as opened:
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(FileNotFoundError):
             DirectReader({str(file[0]): opened.fileno(), f"{file[0]} that is absent": opened.fileno()})
+        (tmp_path / "empty").touch()
+        with (tmp_path / "empty").open("rb") as empty, pytest.raises(OSError, match="empty"):
+            DirectReader({str(file[0]): opened.fileno(), str(tmp_path / "empty"): empty.fileno()})
         assert len(os.listdir("/proc/self/fd")) == before
