@@ -14,7 +14,7 @@
 #define BLOCK 64 /* tokens whose keys, or values, stay in the first cache while several heads read them */
 #define WIDTH 4  /* vectors of a head that are summed at once */
 
-/* attention.py has the same fields. */
+/* attention.py packs these fields, in this order. */
 typedef struct {
     const float *query; /* [batch, kv_heads, shared, size] */
     const uint16_t *key, *value; /* [batch, kv_heads, tokens, size], tokens' numbers side by side */

@@ -4,27 +4,15 @@ torch's kernel is made for many queries: for one it reads keys and values at a t
 every product where the processor has no instructions for 16 bits (benchmarks/NOTES.md).
 """
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
 
 from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library, needs_gradient
 
-_POINTERS = ("query", "key", "value", "mask", "score", "output")
-_SIZES = ("batch", "kv_heads", "shared", "tokens", "key_size", "value_size", "type", "threads")
-_STRIDES = ("key_strides", "value_strides", "mask_strides")
-
-
-class _Attention(ctypes.Structure):
-    """The struct of the same name in attention.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _SIZES),
-        *((name, ctypes.c_int64 * 3) for name in _STRIDES),
-        ("scaling", ctypes.c_float),
-    )
+_ATTENTION = struct.Struct("@6P17qf")
+"""The struct Attention of attention.c."""
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -53,14 +41,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
     if mask is not None:
         added = _added(mask).expand(batch, heads, 1, tokens)
         mask_strides = (added.stride(0), added.stride(1), added.stride(3))
-    parts = (floats, key, value, added, scores, output)
-    sizes = (batch, kv_heads, heads // kv_heads, tokens, size, value.shape[3], NUMBER_TYPES[key.dtype])
-    strides = (key.stride()[:3], value.stride()[:3], mask_strides)
-    job = _Attention(
-        *(None if part is None else part.data_ptr() for part in parts),
-        *sizes,
+    job = _ATTENTION.pack(
+        *(0 if part is None else part.data_ptr() for part in (floats, key, value, added, scores, output)),
+        *(batch, kv_heads, heads // kv_heads, tokens, size, value.shape[3], NUMBER_TYPES[key.dtype]),
         torch.get_num_threads(),
-        *((ctypes.c_int64 * 3)(*three) for three in strides),
+        *(*key.stride()[:3], *value.stride()[:3], *mask_strides),
         scaling,
     )
     found.call("attend_to", job)

@@ -13,7 +13,7 @@
 /* AVX-512 with products of two neighbours in bfloat16 summed in float32. */
 #define BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16")))
 
-/* few_rows.py has the same fields. */
+/* few_rows.py packs these fields, in this order. */
 typedef struct {
     const void *x;           /* [rows, inputs] of x_type */
     const void *input_scale; /* [inputs] of x_type, or none */

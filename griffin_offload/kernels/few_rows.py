@@ -4,9 +4,8 @@ torch 2.13 has its 4-bit kernel for bfloat16 and AVX-512 in the first place, and
 (benchmarks/NOTES.md has the rates).
 """
 
-import ctypes
 import functools
-from typing import NamedTuple
+import struct
 
 import torch
 from torch import Tensor
@@ -16,37 +15,14 @@ from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, Library, libra
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may
 _BYTE_BLOCK = 64  # outputs of int4 tiles that the kernel for 8-bit numbers takes
 _LANES = 16
+_Sizes = tuple[int, int, int, int, int, int, int]  # rows, parts, outputs, features, inputs, group, block
 _Beside = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]  # input scale, weight, scale, bias
 TYPES = frozenset(NUMBER_TYPES)
 """What x may be."""
 ROWS = 32
 """Up to so many rows the kernels for quantised matrices are faster than translating the matrix."""
-_POINTERS = (
-    *("x", "input_scale", "weight", "scale", "bias", "product", "sums"),
-    *("floats", "numbers", "step", "totals", "lanes"),
-)
-_SIZES = (
-    *("rows", "parts", "outputs", "features", "inputs", "group", "block"),
-    *("x_type", "scale_type", "threads", "wide"),
-)
-
-
-class _Product(ctypes.Structure):
-    """The struct of the same name in few_rows.h."""
-
-    _fields_ = (*((name, ctypes.c_void_p) for name in _POINTERS), *((name, ctypes.c_int64) for name in _SIZES))
-
-
-class _Sizes(NamedTuple):
-    """In the order of _SIZES."""
-
-    rows: int
-    parts: int
-    outputs: int
-    features: int
-    inputs: int
-    group: int = 1
-    block: int = 1
+_PRODUCT = struct.Struct("@12P11q")
+"""The struct Product of few_rows.h; built for every product, so it is packed at once and not field by field."""
 
 
 class Kernels:
@@ -64,7 +40,7 @@ class Kernels:
         (rows, inputs), outputs = x.shape, weight.shape[0]
         _check(weight, (outputs, inputs), torch.int8)
         _check(scale, (outputs,))
-        sizes = _Sizes(rows, _parts(x), outputs, outputs, inputs, _INT8_GROUP)
+        sizes = (rows, _parts(x), outputs, outputs, inputs, _INT8_GROUP, 1)
         return self._quantised("multiply_int8", x, (input_scale, weight, scale, bias), sizes, self._bytes)
 
     def multiply_int4(
@@ -81,11 +57,11 @@ class Kernels:
         [G, O, 2], as in int4_tiles.py, plus `bias`: the first `features` outputs, as of `multiply_int8`."""
         (rows, inputs), outputs, groups = x.shape, tiles.shape[0], scales.shape[0]
         group = inputs // groups
-        if group not in range(4, _INT8_GROUP + 1, 4) or inputs % groups or block not in (32, 64) or outputs % block:
+        if inputs % groups or group % 4 or not 4 <= group <= _INT8_GROUP or block not in (32, 64) or outputs % block:
             raise ValueError(f"{outputs} outputs in blocks of {block}, {inputs} inputs in {groups} groups")
         _check(tiles, (outputs, inputs // 2), torch.uint8)
         _check(scales, (groups, outputs, 2))
-        sizes = _Sizes(rows, _parts(x), outputs, outputs if features is None else features, inputs, group, block)
+        sizes = (rows, _parts(x), outputs, outputs if features is None else features, inputs, group, block)
         wide = self._bytes and block == _BYTE_BLOCK
         return self._quantised("multiply_int4", x, (input_scale, tiles, scales, bias), sizes, wide)
 
@@ -98,40 +74,41 @@ class Kernels:
         _check(weight, (outputs, inputs), x.dtype)
         own = torch.empty(rows * (outputs + (0 if wide else inputs)))
         sums = own.data_ptr()
-        made = (sums, sums + 4 * rows * outputs, None, None, None, None)
-        sizes = _Sizes(rows, 1, outputs, outputs, inputs)
+        made = (sums, sums + 4 * rows * outputs, 0, 0, 0, 0)
+        sizes = (rows, 1, outputs, outputs, inputs, 1, 1)
         return self._run("multiply_floats", x, (None, weight, None, bias), made, sizes, wide)
 
     def _quantised(self, function: str, x: Tensor, beside: _Beside, sizes: _Sizes, wide: bool) -> Tensor:
-        all_rows, groups, pairs = sizes.rows * sizes.parts, -(-sizes.inputs // sizes.group), -(-sizes.inputs // 2)
+        rows, parts, outputs, _, inputs, group, _ = sizes
+        all_rows, groups, pairs = rows * parts, -(-inputs // group), -(-inputs // 2)
         # One allocation for all that is made on the way: sums, integers of 16 and 32 bits, and scales.
-        own = torch.empty(all_rows * (sizes.outputs + pairs + (2 + _LANES) * groups))
+        own = torch.empty(all_rows * (outputs + pairs + (2 + _LANES) * groups))
         sums = own.data_ptr()
-        numbers = sums + 4 * all_rows * sizes.outputs
+        numbers = sums + 4 * all_rows * outputs
         step = numbers + 4 * all_rows * pairs
         totals = step + 4 * all_rows * groups
-        made = (sums, None, numbers, step, totals, totals + 4 * all_rows * groups)
+        made = (sums, 0, numbers, step, totals, totals + 4 * all_rows * groups)
         return self._run(function, x, beside, made, sizes, wide)
 
     def _run(
-        self, function: str, x: Tensor, beside: _Beside, made: tuple[int | None, ...], sizes: _Sizes, wide: bool
+        self, function: str, x: Tensor, beside: _Beside, made: tuple[int, ...], sizes: _Sizes, wide: bool
     ) -> Tensor:
-        input_scale, weight, scale, bias = beside
+        (input_scale, weight, scale, bias), dtype = beside, x.dtype
         if input_scale is not None:
-            _check(input_scale, (sizes.inputs,), x.dtype)
+            _check(input_scale, (sizes[4],), dtype)
         if bias is not None:
-            _check(bias, (sizes.features,), x.dtype)
-        x, product = x.contiguous(), x.new_empty(sizes.rows, sizes.features)
-        job = _Product(
+            _check(bias, (sizes[3],), dtype)
+        x, product = x.contiguous(), x.new_empty(sizes[0], sizes[3])
+        job = _PRODUCT.pack(
             x.data_ptr(),
-            None if input_scale is None else input_scale.data_ptr(),
+            0 if input_scale is None else input_scale.data_ptr(),
             weight.data_ptr(),
-            None if scale is None else scale.data_ptr(),
-            None if bias is None else bias.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
             product.data_ptr(),
             *made,
             *sizes,
-            NUMBER_TYPES[x.dtype],
+            NUMBER_TYPES[dtype],
             0 if scale is None else NUMBER_TYPES[scale.dtype],
             torch.get_num_threads(),
             wide,

@@ -36,9 +36,10 @@ class Library:
         self.sums_pairs = bool(self._functions.has_bf16())
         """The same of bfloat16 numbers."""
 
-    def call(self, function: str, job: ctypes.Structure) -> None:
-        """Run `function` for `job`, on as many threads as that says; the interpreter is free meanwhile."""
-        getattr(self._functions, function)(ctypes.byref(job), self._parallel)
+    def call(self, function: str, job: bytes) -> None:
+        """Run `function` for `job`, its packed struct, on as many threads as that says; the interpreter is free
+        meanwhile."""
+        getattr(self._functions, function)(job, self._parallel)
 
 
 @functools.cache

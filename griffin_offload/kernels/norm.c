@@ -7,7 +7,7 @@
 
 #include "halves.h"
 
-/* norm.py has the same fields. */
+/* norm.py packs these fields, in this order. */
 typedef struct {
     const uint16_t *x, *weight; /* [rows, size], [size] */
     uint16_t *normed;           /* [rows, size] */

@@ -1,6 +1,6 @@
 """Root mean square norm of a few 16-bit rows (norm.c): one call in place of eight small ones."""
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
@@ -9,16 +9,8 @@ from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library, needs
 
 ROWS = 32
 """Up to so many rows one thread is faster than torch's operators."""
-
-
-class _Norm(ctypes.Structure):
-    """The struct of the same name in norm.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "normed")),
-        *((name, ctypes.c_int64) for name in ("rows", "size", "type")),
-        ("epsilon", ctypes.c_float),
-    )
+_NORM = struct.Struct("@3P3qf")
+"""The struct Norm of norm.c."""
 
 
 def can_norm(x: Tensor, weight: Tensor) -> bool:
@@ -34,5 +26,5 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     assert found is not None, "can_norm was not asked"
     normed, size = torch.empty_like(x), weight.numel()
     where = (x.data_ptr(), weight.data_ptr(), normed.data_ptr())
-    found.call("rms_norm", _Norm(*where, x.numel() // size, size, NUMBER_TYPES[x.dtype], epsilon))
+    found.call("rms_norm", _NORM.pack(*where, x.numel() // size, size, NUMBER_TYPES[x.dtype], epsilon))
     return normed

@@ -137,16 +137,19 @@ class QuantizedLinear(nn.Module):
 
     def _own_kernels(self, x: Tensor) -> few_rows.Kernels | None:
         """Those that multiply rows like x faster than a translated matrix would be."""
-        few = x.shape[0] <= few_rows.ROWS and self.form in ("int8", "int4_tiles")
-        known = x.device.type == "cpu" and x.dtype in few_rows.TYPES and not needs_gradient(x)
-        return few_rows.kernels() if few and known else None
+        few = self.form in ("int8", "int4_tiles") and x.shape[0] <= few_rows.ROWS
+        known = few and x.is_cpu and x.dtype in few_rows.TYPES and not needs_gradient(x)
+        return few_rows.kernels() if known else None
 
     def _by_own(self, own: few_rows.Kernels, x: Tensor) -> Tensor:
-        weight, scale = self.weight, self.scale
-        bias, input_scale = (None if t is None else t.to(x.dtype) for t in (self.bias, self.input_scale))
+        tensors = self._parameters  # without the search of a module's attribute, five times a product
+        weight, scale, bias, input_scale = (tensors[name] for name in ("weight", "scale", "bias", "input_scale"))
+        assert weight is not None
+        assert scale is not None
+        beside = _typed(bias, x.dtype), _typed(input_scale, x.dtype)
         if self.form == "int8":
-            return own.multiply_int8(x, weight, scale, bias, input_scale)
-        return own.multiply_int4(x, weight, scale, cpu_block(), bias, input_scale, self.out_features)
+            return own.multiply_int8(x, weight, scale, *beside)
+        return own.multiply_int4(x, weight, scale, cpu_block(), *beside, self.out_features)
 
     def _kernel_rows(self, x: Tensor) -> int:
         """Up to how many rows like x a kernel of torch's multiplies faster than a translated matrix would be."""
@@ -175,6 +178,10 @@ class QuantizedLinear(nn.Module):
             return nn.functional.linear(x, self.weight, self.bias)
         scale = self.scale if self.form == "int8" else None
         return multiply(x, self.weight, self.scratch, scale, self.bias)
+
+
+def _typed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 @functools.cache
