@@ -80,6 +80,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
         model.close()
     if processes.first and len(run.failures) < len(names):
         print(json.dumps(run.results) if arguments.json else "\n".join(_lines(run.results)))
+    processes.end()
     _raise_failures(run, names)
     return 0
 

@@ -60,6 +60,13 @@ class Processes:
             options = options | {"max_gpu_mem": free // on_this_machine}
         return options
 
+    def end(self) -> None:
+        """Wait until all have come this far, and close what connects them: gloo's threads abort a process that finds
+        another one gone while it ends."""
+        if self.size > 1:
+            self.accelerator.wait_for_everyone()
+            self.accelerator.end_training()
+
     def _take_gpu(self, on_this_machine: int) -> None:
         found = torch.cuda.device_count()
         if on_this_machine > found:

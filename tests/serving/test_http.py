@@ -47,7 +47,7 @@ def test_health_and_metrics(tiny):
     for name in ("requests_total", "queue_depth", "time_to_first_token_seconds_bucket", "streamed_bytes_total"):
         assert f"\ngriffin_offload_{name}" in answer.text
     assert 0 < tiny.metric("device_peak_bytes") <= tiny.metric("device_budget_bytes")
-    assert tiny.metric("host_growth_bytes") > 0
+    assert 0 <= tiny.metric("host_growth_bytes") < tiny.metric("host_bytes")  # of a tiny model, it may be none
     assert tiny.metric("session_bytes") > 0
     assert tiny.metric("host_bytes") > 0
     assert tiny.metric("host_budget_bytes") == tiny.metric("device_budget_bytes")
