@@ -10,6 +10,7 @@ import time
 
 import httpx
 import pytest
+import torch
 
 BODY = {"model": "tiny", "prompt": "the cat", "max_tokens": 4, "temperature": 0}
 JSON = {"content-type": "application/json"}
@@ -41,13 +42,16 @@ def test_paths_and_methods(tiny):
 
 def test_health_and_metrics(tiny):
     assert tiny.http.get("/health").json() == {"status": "ok", "loaded": True, "waiting": 0}
+    # The server is in this process: what earlier tests gave back would hide how little a tiny model adds.
+    held = torch.ones(2**28, dtype=torch.uint8)
     tiny.post(BODY)
+    del held
     answer = tiny.http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     for name in ("requests_total", "queue_depth", "time_to_first_token_seconds_bucket", "streamed_bytes_total"):
         assert f"\ngriffin_offload_{name}" in answer.text
     assert 0 < tiny.metric("device_peak_bytes") <= tiny.metric("device_budget_bytes")
-    assert 0 <= tiny.metric("host_growth_bytes") < tiny.metric("host_bytes")  # of a tiny model, it may be none
+    assert tiny.metric("host_growth_bytes") > 0
     assert tiny.metric("session_bytes") > 0
     assert tiny.metric("host_bytes") > 0
     assert tiny.metric("host_budget_bytes") == tiny.metric("device_budget_bytes")
