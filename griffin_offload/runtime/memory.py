@@ -148,8 +148,11 @@ class Ledger:
                 raise
 
     def _sample(self, stop: threading.Event) -> None:
-        while not stop.wait(_SAMPLE_S):
+        ended = False
+        while not ended:  # at the start and at the end too: a short run is over before the first wait is
             self._anonymous_peak = max(self._anonymous_peak, anonymous_bytes())
+            ended = stop.wait(_SAMPLE_S)
+        self._anonymous_peak = max(self._anonymous_peak, anonymous_bytes())
 
     @property
     def peak_bytes(self) -> int:
