@@ -5,24 +5,20 @@ torch 2.13 has its 4-bit kernel for bfloat16 and AVX-512 in the first place, and
 """
 
 import functools
-import struct
 
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, Library, library
+from griffin_offload.kernels.compiled import HALVES, NUMBER_TYPES, Library, library
+from griffin_offload.kernels.product import Beside, Sizes, check, run
 
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may
 _BYTE_BLOCK = 64  # outputs of int4 tiles that the kernel for 8-bit numbers takes
 _LANES = 16
-_Sizes = tuple[int, int, int, int, int, int, int]  # rows, parts, outputs, features, inputs, group, block
-_Beside = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]  # input scale, weight, scale, bias
 TYPES = frozenset(NUMBER_TYPES)
 """What x may be."""
 ROWS = 32
 """Up to so many rows the kernels for quantised matrices are faster than translating the matrix."""
-_PRODUCT = struct.Struct("@12P11q")
-"""The struct Product of few_rows.h; built for every product, so it is packed at once and not field by field."""
 
 
 class Kernels:
@@ -38,8 +34,8 @@ class Kernels:
         """x [M, I], times `input_scale` [I], times int8 `weight` [O, I] and its rows' `scale` [O], plus `bias` [O]:
         [M, O] in the type of x, which is that of bias and input_scale, too."""
         (rows, inputs), outputs = x.shape, weight.shape[0]
-        _check(weight, (outputs, inputs), torch.int8)
-        _check(scale, (outputs,))
+        check(weight, (outputs, inputs), torch.int8)
+        check(scale, (outputs,))
         sizes = (rows, _parts(x), outputs, outputs, inputs, _INT8_GROUP, 1)
         return self._quantised("multiply_int8", x, (input_scale, weight, scale, bias), sizes, self._bytes)
 
@@ -59,8 +55,8 @@ class Kernels:
         group = inputs // groups
         if inputs % groups or group % 4 or not 4 <= group <= _INT8_GROUP or block not in (32, 64) or outputs % block:
             raise ValueError(f"{outputs} outputs in blocks of {block}, {inputs} inputs in {groups} groups")
-        _check(tiles, (outputs, inputs // 2), torch.uint8)
-        _check(scales, (groups, outputs, 2))
+        check(tiles, (outputs, inputs // 2), torch.uint8)
+        check(scales, (groups, outputs, 2))
         sizes = (rows, _parts(x), outputs, outputs if features is None else features, inputs, group, block)
         wide = self._bytes and block == _BYTE_BLOCK
         return self._quantised("multiply_int4", x, (input_scale, tiles, scales, bias), sizes, wide)
@@ -71,14 +67,14 @@ class Kernels:
         if x.dtype not in HALVES:
             raise ValueError(f"x must be of 16-bit floats, and is of {x.dtype}")
         (rows, inputs), outputs, wide = x.shape, weight.shape[0], self._pairs and x.dtype == torch.bfloat16
-        _check(weight, (outputs, inputs), x.dtype)
+        check(weight, (outputs, inputs), x.dtype)
         own = torch.empty(rows * (outputs + (0 if wide else inputs)))
         sums = own.data_ptr()
         made = (sums, sums + 4 * rows * outputs, 0, 0, 0, 0)
         sizes = (rows, 1, outputs, outputs, inputs, 1, 1)
-        return self._run("multiply_floats", x, (None, weight, None, bias), made, sizes, wide)
+        return run(self._library, "multiply_floats", x, (None, weight, None, bias), made, sizes, wide=wide)
 
-    def _quantised(self, function: str, x: Tensor, beside: _Beside, sizes: _Sizes, wide: bool) -> Tensor:
+    def _quantised(self, function: str, x: Tensor, beside: Beside, sizes: Sizes, wide: bool) -> Tensor:
         rows, parts, outputs, _, inputs, group, _ = sizes
         all_rows, groups, pairs = rows * parts, -(-inputs // group), -(-inputs // 2)
         # One allocation for all that is made on the way: sums, integers of 16 and 32 bits, and scales.
@@ -88,40 +84,7 @@ class Kernels:
         step = numbers + 4 * all_rows * pairs
         totals = step + 4 * all_rows * groups
         made = (sums, 0, numbers, step, totals, totals + 4 * all_rows * groups)
-        return self._run(function, x, beside, made, sizes, wide)
-
-    def _run(
-        self, function: str, x: Tensor, beside: _Beside, made: tuple[int, ...], sizes: _Sizes, wide: bool
-    ) -> Tensor:
-        (input_scale, weight, scale, bias), dtype = beside, x.dtype
-        if input_scale is not None:
-            _check(input_scale, (sizes[4],), dtype)
-        if bias is not None:
-            _check(bias, (sizes[3],), dtype)
-        x, product = x.contiguous(), x.new_empty(sizes[0], sizes[3])
-        job = _PRODUCT.pack(
-            x.data_ptr(),
-            0 if input_scale is None else input_scale.data_ptr(),
-            weight.data_ptr(),
-            0 if scale is None else scale.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            product.data_ptr(),
-            *made,
-            *sizes,
-            NUMBER_TYPES[dtype],
-            0 if scale is None else NUMBER_TYPES[scale.dtype],
-            torch.get_num_threads(),
-            wide,
-        )
-        self._library.call(function, job)
-        return product
-
-
-def _check(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    """ValueError for what would be read past its end."""
-    if tensor.shape != shape or not tensor.is_contiguous() or tensor.dtype != (dtype or tensor.dtype):
-        kind = f" of {dtype}" if dtype else ""
-        raise ValueError(f"{tuple(tensor.shape)} of {tensor.dtype} must be {shape}{kind}, and contiguous")
+        return run(self._library, function, x, beside, made, sizes, wide=wide)
 
 
 def _parts(x: Tensor) -> int:

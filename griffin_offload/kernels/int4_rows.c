@@ -10,29 +10,6 @@
 
 #define SUMMED 32 /* outputs that are summed at once: 16 bytes hold the low and the high ones */
 
-/* Scales and offsets of 8 neighbouring outputs, which lie in turns. */
-AVX2 INLINED void scales_at(const Product *p, int64_t at, __m256 *scale, __m256 *offset) {
-    if (p->scale_type == FLOAT32) {
-        const float *from = (const float *)p->scale + 2 * at;
-        __m256 first = _mm256_loadu_ps(from), second = _mm256_loadu_ps(from + LANES);
-        __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0x88));
-        __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0xdd));
-        *scale = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
-        *offset = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
-        return;
-    }
-    __m256i pairs = _mm256_loadu_si256((const __m256i *)((const uint32_t *)p->scale + at));
-    if (p->scale_type == BFLOAT16) {
-        *scale = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-        *offset = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000u)));
-        return;
-    }
-    __m256i low = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff)), high = _mm256_srli_epi32(pairs, 16);
-    __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
-    *scale = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
-    *offset = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
-}
-
 /* Add one group of inputs to `total` [rows * 4]: two vectors of low outputs, which start at `at`, and two of high. */
 AVX2 INLINED void int4_group(const Product *p, const uint8_t *tile, int64_t at, int64_t group, int64_t first,
                              __m256 *total, const int rows) {
@@ -107,25 +84,6 @@ AVX2 void int4_by_avx2(const void *product, int64_t start, int64_t end) {
 /* 8-bit numbers, for blocks of 64: the bytes of 16 outputs and four inputs lie side by side, once turned around. */
 
 #define QUAD 4 /* inputs that are summed in one instruction */
-
-VNNI INLINED void wide_scales_at(const Product *p, int64_t at, __m512 *scale, __m512 *offset) {
-    if (p->scale_type == FLOAT32) {
-        const float *from = (const float *)p->scale + 2 * at;
-        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + WIDE_LANES);
-        *scale = _mm512_permutex2var_ps(first, even, second);
-        *offset = _mm512_permutex2var_ps(first, _mm512_add_epi32(even, _mm512_set1_epi32(1)), second);
-        return;
-    }
-    __m512i pairs = _mm512_loadu_si512((const uint32_t *)p->scale + at);
-    if (p->scale_type == BFLOAT16) {
-        *scale = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-        *offset = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u)));
-        return;
-    }
-    *scale = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
-    *offset = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
-}
 
 VNNI INLINED __m512i quad_of(const int8_t *x) {
     int32_t quad;

@@ -5,7 +5,7 @@ import struct
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library, needs_gradient
+from griffin_offload.kernels.compiled import HALVES, NUMBER_TYPES, library, needs_gradient
 
 ROWS = 32
 """Up to so many rows one thread is faster than torch's operators."""

@@ -8,7 +8,7 @@ import torch
 
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.kernels import few_rows
-from griffin_offload.kernels.library import HALVES
+from griffin_offload.kernels.compiled import HALVES
 from griffin_offload.runtime.threads import choose_threads, limited_threads
 from griffin_offload.weights.direct import untouched_zeros
 from griffin_offload.weights.int4_tiles import cpu_block

@@ -9,8 +9,8 @@ summation alone. Figures: benchmarks/NOTES.md.
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.kernels import few_rows
-from griffin_offload.kernels.library import HALVES, needs_gradient
+from griffin_offload.kernels import few_rows, many_rows
+from griffin_offload.kernels.compiled import HALVES, needs_gradient
 from griffin_offload.weights.matmul import Scratch, multiply
 
 # Up to so many rows ours are faster than torch's with 16-bit instructions, and than translated matrices without.
@@ -52,5 +52,12 @@ class _OwnForward:
         if own and rows <= self._most and self._kernels is not None and weight.shape[1] == x.shape[-1]:
             return self._kernels.multiply_floats(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
         if own and self._scratch is not None:
-            return multiply(x.reshape(rows, -1), weight, self._scratch, None, bias).view(*x.shape[:-1], -1)
+            return self._translated(x.reshape(rows, -1), weight, bias, self._scratch).view(*x.shape[:-1], -1)
         return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def _translated(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> Tensor:
+        own = many_rows.kernels(scratch.dtype)
+        if own is not None and own.take("float", x, weight):
+            return own.multiply("float", x, weight, None, bias)
+        return multiply(x, weight, scratch, None, bias)

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from griffin_offload.config import LoadConfig
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
-from griffin_offload.kernels.library import HALVES
+from griffin_offload.kernels.compiled import HALVES
 from griffin_offload.pricing import Plan, scratch_bytes
 from griffin_offload.runtime.arrival import Arrival
 from griffin_offload.runtime.cpu_attention import use_own_attention

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel, one_line
-from griffin_offload.kernels import few_rows
-from griffin_offload.kernels.library import needs_gradient
+from griffin_offload.kernels import few_rows, many_rows
+from griffin_offload.kernels.compiled import needs_gradient
 from griffin_offload.weights.int4_tiles import DOWN_GROUP, OUTPUT_MULTIPLE, cpu_block, multiply_tiles
 from griffin_offload.weights.matmul import (
     Scratch,
@@ -39,7 +39,7 @@ from griffin_offload.weights.quantize import (
 Precision = Literal["none", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("none", "int8", "int4")
 """From the most to the fewest bits."""
-Form = Literal["float", "int8", "int4_rows", "int4_neurons", "int4_tiles"]
+Form = many_rows.Form
 
 # Up to so many rows torch's kernels are faster than translating the matrix (benchmarks/NOTES.md).
 _KERNEL_ROWS = 4
@@ -166,6 +166,11 @@ class QuantizedLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
     def _many(self, x: Tensor) -> Tensor:
+        own = many_rows.kernels(self.scratch.dtype)
+        if own is not None and own.take(self.form, x, self.weight):
+            block = cpu_block() if self.form == "int4_tiles" else 1
+            bias = _typed(self.bias, x.dtype)
+            return own.multiply(self.form, x, self.weight, self.scale, bias, block, self.out_features)
         if self.form == "int4_rows":
             return multiply_int4_rows(x, self.weight, self.scale, self.scratch, self.bias)
         if self.form == "int4_neurons":

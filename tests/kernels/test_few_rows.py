@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from griffin_offload.kernels import few_rows
-from griffin_offload.kernels.library import library
+from griffin_offload.kernels.compiled import library
 from griffin_offload.weights.int4_tiles import cpu_block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

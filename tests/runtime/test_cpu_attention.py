@@ -10,7 +10,7 @@ from torch import nn
 
 from griffin_offload import GriffinModel
 from griffin_offload.kernels.attention import attend, can_attend
-from griffin_offload.kernels.library import library
+from griffin_offload.kernels.compiled import library
 from griffin_offload.runtime import cpu_attention, prospect
 
 needs_kernel = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")

@@ -9,7 +9,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from griffin_offload import GriffinModel
-from griffin_offload.kernels.library import library
+from griffin_offload.kernels.compiled import library
 from griffin_offload.kernels.norm import ROWS, can_norm, rms_norm
 from griffin_offload.runtime.cpu_norm import _OwnForward, use_own_norms
 

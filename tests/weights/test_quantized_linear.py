@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.kernels import few_rows
+from griffin_offload.kernels import few_rows, many_rows
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.quantized_linear import QuantizedLinear, check_sizes, int8_kernel, row_norms
 
@@ -26,9 +26,10 @@ DOWN = {"int4_neurons": (True,), "int4_rows": (False,)}
 
 @pytest.fixture(params=["ours", "torch's"])
 def whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Whose kernels multiply a few rows."""
+    """Whose kernels multiply."""
     if request.param == "torch's":
         monkeypatch.setattr(few_rows, "kernels", lambda: None)
+        monkeypatch.setattr(many_rows, "kernels", lambda _: None)
     elif few_rows.kernels() is None:
         pytest.skip("ours are not here: another processor, or no compiler")
     int8_kernel.cache_clear()
@@ -129,6 +130,19 @@ def test_few_rows_go_through_the_kernel_and_many_do_not(
     none = dtype == torch.float64 or (slow and whose == "torch's")
     few = "_by_own" if whose == "ours" else "_few"
     assert taken == (["_many"] * 3 if none else [few, few, "_many"])
+
+
+@pytest.mark.parametrize("form", ["int8", "int4_rows", "int4_neurons", "int4_tiles"])
+def test_many_rows_are_not_translated_where_ours_multiply(form: str, monkeypatch: pytest.MonkeyPatch):
+    dtype = torch.bfloat16 if many_rows.kernels(torch.bfloat16) else torch.float32
+    if many_rows.kernels(dtype) is None:
+        pytest.skip("ours are not here: another processor, or no compiler")
+    tensors, matrix = _tensors(form, 64, 96, dtype)
+    module = _module(form, tensors, 64, 96, _scratch(2**12, dtype), is_down=form == "int4_neurons")
+    monkeypatch.delattr(Scratch, "block")
+    x = _random(few_rows.ROWS + 1, 96).to(dtype)
+    exact = x.double() @ matrix.t()
+    assert (module(x).double() - exact).norm() <= 3 * torch.finfo(dtype).eps * exact.norm()
 
 
 @pytest.mark.parametrize("inputs", [1, 8, 33, 40, 50])
