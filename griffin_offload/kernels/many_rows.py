@@ -14,6 +14,8 @@ from griffin_offload.kernels.compiled import HALVES, NUMBER_TYPES, Library, libr
 from griffin_offload.kernels.product import NOTHING_MADE, check, run
 
 Form = Literal["float", "int8", "int4_rows", "int4_neurons", "int4_tiles"]
+PAIRS_FROM_ROWS: dict[str, int] = {"int8": 4, "int4_tiles": 20}
+"""From so many rows on pairs are faster than the kernels for a few rows."""
 _GROUP = 32  # numbers of int4 rows with a scale, outputs of int4 neurons side by side
 _OUTPUTS = 64  # of int4 tiles that are multiplied together
 
@@ -22,13 +24,15 @@ class Kernels:
     """Products by a library, of numbers in `dtype`: pairs of bfloat16, or float32."""
 
     def __init__(self, library: Library, dtype: torch.dtype) -> None:
-        self._library, self._pairs = library, dtype == torch.bfloat16
+        self._library = library
+        self.pairs = dtype == torch.bfloat16
+        """Whether they multiply pairs of bfloat16 numbers."""
 
     def take(self, form: Form, x: Tensor, weight: Tensor) -> bool:
         """Whether rows x [M, I] can be multiplied by `weight`, a matrix in `form`."""
         if not x.is_cpu or x.dtype not in NUMBER_TYPES or needs_gradient(x):
             return False
-        if self._pairs:  # the other numbers of `float` need no translation
+        if self.pairs:  # the other numbers of `float` need no translation
             return form != "float" and x.dtype == torch.bfloat16 and x.shape[1] % 2 == 0
         return form != "float" or (x.dtype in HALVES and x.dtype == weight.dtype)
 
@@ -69,7 +73,7 @@ class Kernels:
         wanted = outputs if features is None else min(features, outputs)
         sizes = (x.shape[0], 1, outputs, wanted, inputs, group, block)
         beside = (None, weight, scale, bias)
-        return run(self._library, f"multiply_many_{form}", x, beside, NOTHING_MADE, sizes, wide=self._pairs)
+        return run(self._library, f"multiply_many_{form}", x, beside, NOTHING_MADE, sizes, wide=self.pairs)
 
 
 def _there(scale: Tensor | None) -> Tensor:

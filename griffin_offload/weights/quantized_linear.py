@@ -3,7 +3,7 @@
 Its tensors come in forms. The full one is what is stored: 16-bit floats where a checkpoint is quantised while it
 runs, int8 or int4 rows and neurons where it was converted. The resident one is what decoding multiplies: int8, or
 int4 tiles. A few rows go through a kernel, which reads each weight once: ours or torch's; many rows (prefill) are
-multiplied in 16 bit or more, block by block.
+multiplied in 16 bit or more: by ours, or by torch block by block.
 """
 
 import functools
@@ -127,21 +127,41 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs], in the type of x."""
         flat = x.reshape(-1, x.shape[-1])
-        own = self._own_kernels(flat)
-        if own is not None:
-            return self._by_own(own, flat).view(*x.shape[:-1], -1)
+        few = self._few_kernels(flat)
+        if few is not None:
+            return self._by_few(few, flat).view(*x.shape[:-1], -1)
         if self.input_scale is not None and self.form != "float":
             flat = flat * self.input_scale
-        outputs = self._few(flat) if flat.shape[0] <= self._kernel_rows(flat) else self._many(flat)
+        many = self._many_kernels(flat)
+        if many is not None:
+            outputs = self._by_many(many, flat)
+        else:
+            outputs = self._few(flat) if flat.shape[0] <= self._kernel_rows(flat) else self._many(flat)
         return outputs.view(*x.shape[:-1], -1)
 
-    def _own_kernels(self, x: Tensor) -> few_rows.Kernels | None:
-        """Those that multiply rows like x faster than a translated matrix would be."""
-        few = self.form in ("int8", "int4_tiles") and x.shape[0] <= few_rows.ROWS
-        known = few and x.is_cpu and x.dtype in few_rows.TYPES and not needs_gradient(x)
-        return few_rows.kernels() if known else None
+    def _few_kernels(self, x: Tensor) -> few_rows.Kernels | None:
+        """Ours for a few rows, if they are faster than anything else for rows like x."""
+        rows = x.shape[0]
+        few = self.form in ("int8", "int4_tiles") and rows <= few_rows.ROWS
+        if not few or not x.is_cpu or x.dtype not in few_rows.TYPES or needs_gradient(x):
+            return None
+        if rows >= many_rows.PAIRS_FROM_ROWS[self.form]:
+            many = self._many_kernels(x)
+            if many is not None and many.pairs:
+                return None
+        return few_rows.kernels()
 
-    def _by_own(self, own: few_rows.Kernels, x: Tensor) -> Tensor:
+    def _many_kernels(self, x: Tensor) -> many_rows.Kernels | None:
+        """Ours for many rows, if they can multiply rows like x."""
+        own = many_rows.kernels(self.scratch.dtype)
+        return own if own is not None and own.take(self.form, x, self.weight) else None
+
+    def _by_many(self, own: many_rows.Kernels, x: Tensor) -> Tensor:
+        block = cpu_block() if self.form == "int4_tiles" else 1
+        bias = _typed(self.bias, x.dtype)
+        return own.multiply(self.form, x, self.weight, self.scale, bias, block, self.out_features)
+
+    def _by_few(self, own: few_rows.Kernels, x: Tensor) -> Tensor:
         tensors = self._parameters  # without the search of a module's attribute, five times a product
         weight, scale, bias, input_scale = (tensors[name] for name in ("weight", "scale", "bias", "input_scale"))
         assert weight is not None
@@ -166,11 +186,6 @@ class QuantizedLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
     def _many(self, x: Tensor) -> Tensor:
-        own = many_rows.kernels(self.scratch.dtype)
-        if own is not None and own.take(self.form, x, self.weight):
-            block = cpu_block() if self.form == "int4_tiles" else 1
-            bias = _typed(self.bias, x.dtype)
-            return own.multiply(self.form, x, self.weight, self.scale, bias, block, self.out_features)
         if self.form == "int4_rows":
             return multiply_int4_rows(x, self.weight, self.scale, self.scratch, self.bias)
         if self.form == "int4_neurons":

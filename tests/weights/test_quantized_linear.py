@@ -118,18 +118,19 @@ def test_few_rows_go_through_the_kernel_and_many_do_not(
     form: str, dtype: torch.dtype, whose: str, monkeypatch: pytest.MonkeyPatch
 ):
     tensors, _ = _tensors(form, 64, 96, dtype)
-    module = _module(form, tensors, 64, 96, _scratch(2**12, dtype), is_down=False)
+    module, ours = _module(form, tensors, 64, 96, _scratch(2**12, dtype), is_down=False), whose == "ours"
     taken: list[str] = []
-    for name in ("_few", "_many", "_by_own"):
+    for name in ("_few", "_many", "_by_few", "_by_many"):
         method = getattr(QuantizedLinear, name)
         monkeypatch.setattr(QuantizedLinear, name, lambda s, *x, n=name, m=method: (taken.append(n), m(s, *x))[1])
-    most = few_rows.ROWS if whose == "ours" else 4
+    many = many_rows.kernels(dtype)
+    most = (few_rows.ROWS if many is None or not many.pairs else many_rows.PAIRS_FROM_ROWS[form] - 1) if ours else 4
     for rows in (1, most, most + 1):
         module(torch.ones(rows, 96, dtype=dtype))
     slow = form == "int8" and torch.backends.cpu.get_cpu_capability() == "AVX2" and dtype != torch.bfloat16
-    none = dtype == torch.float64 or (slow and whose == "torch's")
-    few = "_by_own" if whose == "ours" else "_few"
-    assert taken == (["_many"] * 3 if none else [few, few, "_many"])
+    none = dtype == torch.float64 or (slow and not ours)
+    few, many_by = "_by_few" if ours else "_few", "_many" if many is None else "_by_many"
+    assert taken == (["_many"] * 3 if none else [few, few, many_by])
 
 
 @pytest.mark.parametrize("form", ["int8", "int4_rows", "int4_neurons", "int4_tiles"])
