@@ -7,7 +7,8 @@
 #include "parallel.h"
 
 static void multiply(const Product *p, Parallel parallel, Part wide, Part other) {
-    in_parallel(parallel, p->threads, p->wide ? wide : other, p, p->outputs, MANY_OUTPUTS);
+    /* Small chunks, which take long: while residents arrive, other threads take turns on the same cores. */
+    in_chunks(parallel, p->threads, p->wide ? wide : other, p, p->outputs, MANY_OUTPUTS);
 }
 
 void multiply_many_float(const Product *p, Parallel parallel) {

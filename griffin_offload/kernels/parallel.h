@@ -24,12 +24,18 @@ static void work(void *data) {
     }
 }
 
-/* Do all of 0..count, each thread taking the next few multiples of `unit`: threads may be of unequal speed. */
-static inline void in_parallel(Parallel parallel, int64_t threads, Part part, const void *job, int64_t count,
-                               int64_t unit) {
-    Work todo = {job, part, count, (count / (8 * threads) / unit + 1) * unit, 0};
+/* Do all of 0..count in chunks, each thread taking the next one: threads may be of unequal speed. */
+static inline void in_chunks(Parallel parallel, int64_t threads, Part part, const void *job, int64_t count,
+                             int64_t chunk) {
+    Work todo = {job, part, count, chunk, 0};
     if (threads > 1 && todo.chunk < count) parallel(work, &todo, (unsigned)threads, 0);
     else work(&todo);
+}
+
+/* The same in a few chunks a thread, of whole units. */
+static inline void in_parallel(Parallel parallel, int64_t threads, Part part, const void *job, int64_t count,
+                               int64_t unit) {
+    in_chunks(parallel, threads, part, job, count, (count / (8 * threads) / unit + 1) * unit);
 }
 
 #endif
