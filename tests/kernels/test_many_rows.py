@@ -99,7 +99,9 @@ def _check(
     exact = x.double() @ matrix[:features].t() + (0 if bias is None else bias.double())
     # Numbers of the matrix are rounded to what is multiplied, sums are in float32, and the product is rounded again.
     of_parts = torch.finfo(dtype).eps / 2 + 4 * inputs**0.5 * torch.finfo(torch.float32).eps
-    allowed = torch.finfo(x_dtype).eps * exact.abs() + of_parts * (x.double().abs() @ size[:features].t()) + 1e-30
+    limits = torch.finfo(x_dtype)
+    smallest = limits.tiny * limits.eps + 1e-30  # what float16 rounds its smallest numbers to is above the last bit
+    allowed = limits.eps * exact.abs() + of_parts * (x.double().abs() @ size[:features].t()) + smallest
     assert found.dtype == x_dtype
     assert found.shape == exact.shape
     assert torch.all((found.double() - exact).abs() <= allowed)
@@ -124,6 +126,11 @@ def test_equals_float64(form: str, dtype: torch.dtype, data: st.DataObject, size
 def test_more_rows_and_inputs_than_a_part_has(form: str, dtype: torch.dtype):
     inputs = 35 if form in ("int4_rows", "int4_tiles") else 1111
     _check(form, dtype, (500, 70, inputs), (torch.bfloat16, torch.float32))
+
+
+@needs_kernels
+def test_numbers_below_the_normal_ones_of_float16():
+    _check("float", torch.float32, (15, 73, 1), (torch.float16, torch.float32), has_bias=False)
 
 
 @needs_kernels

