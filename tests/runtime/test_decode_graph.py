@@ -10,7 +10,7 @@ from op_recorder import OpRecorder
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
-from griffin_offload.kernels import attention, few_rows
+from griffin_offload.kernels import attention, few_rows, many_rows
 from griffin_offload.runtime import decode_step
 from griffin_offload.runtime.decode_step import bucket_of
 from griffin_offload.weights.quantized_linear import int8_kernel
@@ -29,6 +29,7 @@ def _short_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 def _kernels_of_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The processor's own are no operators that a recorder sees, and none of CUDA's."""
     monkeypatch.setattr(few_rows, "kernels", lambda: None)
+    monkeypatch.setattr(many_rows, "kernels", lambda _: None)
     monkeypatch.setattr(attention, "library", lambda: None)
     int8_kernel.cache_clear()
     yield
