@@ -9,6 +9,7 @@
 #define PANEL (VECTORS * LANES)
 #define PANELS (MANY_OUTPUTS / PANEL)
 #define DEPTH 256 /* inputs of a part */
+#define RUN 64    /* inputs that are summed on their own: one long sum would round away twice as much */
 #define ROWS 6    /* that are multiplied at a time */
 
 typedef float Panels[PANELS][DEPTH][PANEL];
@@ -74,6 +75,7 @@ AVX2 INLINED void fill_by_inputs(const Product *p, int64_t output, int64_t input
 }
 
 AVX2 INLINED void fill_by_int4_rows(const Product *p, int64_t output, int64_t input, int64_t count, Panels panels) {
+    const __m256 middle = _mm256_set1_ps(8); /* taken off first, which is exact */
     for (int64_t first = 0; first < MANY_OUTPUTS; first += LANES)
         for (int64_t at = 0; at < count; at += INT4_GROUP) {
             const uint8_t *from[LANES];
@@ -85,12 +87,13 @@ AVX2 INLINED void fill_by_int4_rows(const Product *p, int64_t output, int64_t in
                 float both[2];
                 widen(p->scale, 2 * group, 2, p->scale_type, both);
                 scale[i] = _mm256_set1_ps(both[0]);
-                offset[i] = _mm256_set1_ps(both[1] - 8 * both[0]);
+                offset[i] = _mm256_set1_ps(both[1]);
                 from[i] = (const uint8_t *)p->weight + group * (INT4_GROUP / 2);
             }
             for (int k = 0; k < INT4_GROUP / LANES; k++) {
                 for (int i = 0; i < LANES; i++)
-                    rows[i] = _mm256_fmadd_ps(eight_numbers(from[i] + k % 2 * LANES, k / 2), scale[i], offset[i]);
+                    rows[i] = _mm256_fmadd_ps(_mm256_sub_ps(eight_numbers(from[i] + k % 2 * LANES, k / 2), middle),
+                                              scale[i], offset[i]);
                 store_square(rows, panels, first, at + k * LANES);
             }
         }
@@ -116,23 +119,21 @@ AVX2 INLINED void fill_by_int4_tiles(const Product *p, int64_t output, int64_t i
         from += input * half;
         __m256 scale, offset;
         for (int64_t at = 0; at < count; at++, from += half) {
-            if (at == 0 || (input + at) % p->group == 0) {
+            if (at == 0 || (input + at) % p->group == 0)
                 scales_at(p, (input + at) / p->group * p->outputs + here, &scale, &offset);
-                offset = _mm256_fnmadd_ps(_mm256_set1_ps(8), scale, offset);
-            }
-            _mm256_store_ps(place_of(panels, first, at),
-                            _mm256_fmadd_ps(eight_numbers(from, inside >= half), scale, offset));
+            __m256 numbers = _mm256_sub_ps(eight_numbers(from, inside >= half), _mm256_set1_ps(8));
+            _mm256_store_ps(place_of(panels, first, at), _mm256_fmadd_ps(numbers, scale, offset));
         }
     }
 }
 
-/* Add the products of `rows` rows with `count` inputs to their sums. */
-AVX2 INLINED void add_rows(float (*x)[DEPTH], float (*panel)[PANEL], int64_t count, float (*sums)[MANY_OUTPUTS],
-                           const int rows) {
+/* Add the products of `rows` rows with inputs from `start` to `end` to their sums. */
+AVX2 INLINED void add_run(float (*x)[DEPTH], float (*panel)[PANEL], int64_t start, int64_t end,
+                          float (*sums)[MANY_OUTPUTS], const int rows) {
     __m256 total[ROWS][VECTORS];
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECTORS; v++) total[r][v] = _mm256_load_ps(&sums[r][v * LANES]);
-    for (int64_t k = 0; k < count; k++) {
+        for (int v = 0; v < VECTORS; v++) total[r][v] = _mm256_setzero_ps();
+    for (int64_t k = start; k < end; k++) {
         __m256 weights[VECTORS];
         for (int v = 0; v < VECTORS; v++) weights[v] = _mm256_load_ps(&panel[k][v * LANES]);
         for (int r = 0; r < rows; r++) {
@@ -141,7 +142,15 @@ AVX2 INLINED void add_rows(float (*x)[DEPTH], float (*panel)[PANEL], int64_t cou
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECTORS; v++) _mm256_store_ps(&sums[r][v * LANES], total[r][v]);
+        for (int v = 0; v < VECTORS; v++) {
+            float *sum = &sums[r][v * LANES];
+            _mm256_store_ps(sum, _mm256_add_ps(_mm256_load_ps(sum), total[r][v]));
+        }
+}
+
+AVX2 INLINED void add_rows(float (*x)[DEPTH], float (*panel)[PANEL], int64_t count, float (*sums)[MANY_OUTPUTS],
+                           const int rows) {
+    for (int64_t start = 0; start < count; start += RUN) add_run(x, panel, start, least(start + RUN, count), sums, rows);
 }
 
 AVX2 INLINED void add_part(const Product *p, int64_t first, int64_t rows, int64_t input, int64_t count, Panels panels,

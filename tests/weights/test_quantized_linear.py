@@ -93,8 +93,7 @@ def _check(module: QuantizedLinear, matrix: Tensor, dtype: torch.dtype, worst: t
         found = module(x)
         assert found.dtype == dtype
         assert found.shape == exact.shape
-        most = 8 if worst == torch.float32 else 3  # float32 rounds every sum, too
-        assert (found.double() - exact).norm() <= most * torch.finfo(worst).eps * exact.norm(), (module, shape)
+        assert (found.double() - exact).norm() <= 3 * torch.finfo(worst).eps * exact.norm(), (module, shape)
 
 
 @pytest.mark.usefixtures("whose")
