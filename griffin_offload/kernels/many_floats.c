@@ -224,16 +224,10 @@ AVX2 INLINED void multiply_outputs(const Product *p, int64_t output, const int f
     }
 }
 
-#define MANY(form, FORM)                                                                      \
-    AVX2 void many_##form##_by_avx2(const void *product, int64_t start, int64_t end) {        \
-        for (int64_t output = start; output < end; output += MANY_OUTPUTS)                    \
-            multiply_outputs(product, output, FORM);                                          \
-    }
-
-MANY(float, FLOATS)
-MANY(int8, INT8)
-MANY(int4_rows, INT4_ROWS)
-MANY(int4_neurons, INT4_NEURONS)
-MANY(int4_tiles, INT4_TILES)
+MANY(AVX2, avx2, float, FLOATS)
+MANY(AVX2, avx2, int8, INT8)
+MANY(AVX2, avx2, int4_rows, INT4_ROWS)
+MANY(AVX2, avx2, int4_neurons, INT4_NEURONS)
+MANY(AVX2, avx2, int4_tiles, INT4_TILES)
 
 #endif

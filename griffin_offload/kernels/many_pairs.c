@@ -216,15 +216,9 @@ BF16 INLINED void multiply_outputs(const Product *p, int64_t output, const int f
     }
 }
 
-#define MANY(form, FORM)                                                                      \
-    BF16 void many_##form##_by_bf16(const void *product, int64_t start, int64_t end) {        \
-        for (int64_t output = start; output < end; output += MANY_OUTPUTS)                         \
-            multiply_outputs(product, output, FORM);                                          \
-    }
-
-MANY(int8, INT8)
-MANY(int4_rows, INT4_ROWS)
-MANY(int4_neurons, INT4_NEURONS)
-MANY(int4_tiles, INT4_TILES)
+MANY(BF16, bf16, int8, INT8)
+MANY(BF16, bf16, int4_rows, INT4_ROWS)
+MANY(BF16, bf16, int4_neurons, INT4_NEURONS)
+MANY(BF16, bf16, int4_tiles, INT4_TILES)
 
 #endif

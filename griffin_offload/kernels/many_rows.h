@@ -11,6 +11,13 @@
 /* Of a matrix, as many_rows.py names them; FLOATS are 16-bit ones of x's type. */
 enum form { FLOATS, INT8, INT4_ROWS, INT4_NEURONS, INT4_TILES };
 
+/* A kernel of `processor` for one form, from the file's own multiply_outputs. */
+#define MANY(TARGET, processor, form, FORM)                                                   \
+    TARGET void many_##form##_by_##processor(const void *product, int64_t start, int64_t end) { \
+        for (int64_t output = start; output < end; output += MANY_OUTPUTS)                    \
+            multiply_outputs(product, output, FORM);                                          \
+    }
+
 /* Each makes the product's outputs from `start` to `end`. */
 void many_float_by_avx2(const void *product, int64_t start, int64_t end);
 void many_int8_by_avx2(const void *product, int64_t start, int64_t end);

@@ -15,10 +15,11 @@
 typedef struct {
     const void *x;           /* [rows, inputs] of x_type */
     const void *input_scale; /* [inputs] of x_type, or none */
-    const void *weight;      /* int8 and floats: [outputs, inputs]; int4: tiles, see int4_tiles.py */
-    const void *scale;       /* int8: [outputs]; int4: [inputs / group, outputs, 2], scale and offset; floats: none */
+    const void *weight;      /* int8 and floats: [outputs, inputs]; int4: see quantize.py, and int4_tiles.py for tiles */
+    const void *scale;       /* of int8 and int4 neurons: [outputs]; of other int4: with offsets, see there; or none */
     const void *bias;        /* [features] of x_type, or none */
     void *product;           /* [rows, features] of x_type */
+    /* For a few rows alone: */
     float *sums;             /* [rows * parts, outputs]: the product in float32 */
     /* Made of x, for all threads: */
     float *floats;           /* [rows, inputs]: floats that are not multiplied as `wide` pairs */

@@ -1,8 +1,9 @@
 """16-bit linear layers on the CPU, that torch multiplies below the memory's rate, or far below the processor's.
 
 A few rows (decoding a token) go through a kernel of ours. For many rows CPUs without 16-bit instructions emulate the
-GEMM at a third of the float32 rate: there, a block of the weight is translated into a float32 scratch that stays in
-the cache, and multiplied. Sums are in float32 and rounded once, as in torch's, so results differ by the order of
+GEMM at a third of the float32 rate: there, a part of the weight is translated to float32 in the cache and multiplied,
+by a kernel of ours or, block by block in a scratch, by torch. Sums are in float32 and
+rounded once, as in torch's, so results differ by the order of
 summation alone. Figures: benchmarks/NOTES.md.
 """
 
