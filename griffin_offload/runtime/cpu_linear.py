@@ -2,9 +2,8 @@
 
 A few rows (decoding a token) go through a kernel of ours. For many rows CPUs without 16-bit instructions emulate the
 GEMM at a third of the float32 rate: there, a part of the weight is translated to float32 in the cache and multiplied,
-by a kernel of ours or, block by block in a scratch, by torch. Sums are in float32 and
-rounded once, as in torch's, so results differ by the order of
-summation alone. Figures: benchmarks/NOTES.md.
+by a kernel of ours or, block by block in a scratch, by torch. Sums are in float32 and rounded once, as in torch's, so
+results differ by the order of summation alone. Figures: benchmarks/NOTES.md.
 """
 
 import torch
