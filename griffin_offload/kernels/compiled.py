@@ -35,6 +35,8 @@ class Library:
         """Whether one instruction of this processor multiplies and sums many 8-bit numbers."""
         self.sums_pairs = bool(self._functions.has_bf16())
         """The same of bfloat16 numbers."""
+        self.leaves_out = bool(self._functions.has_vbmi2())
+        """Whether one instruction of this processor brings chosen numbers of a vector side by side."""
 
     def call(self, function: str, job: bytes) -> None:
         """Run `function` for `job`, its packed struct, on as many threads as that says; the interpreter is free

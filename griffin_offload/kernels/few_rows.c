@@ -106,6 +106,8 @@ int has_vnni(void) {
 
 int has_bf16(void) { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
+int has_vbmi2(void) { return has_avx512() && __builtin_cpu_supports("avx512vbmi2"); }
+
 void multiply_int8(const Product *p, Parallel parallel) {
     quantize(p);
     if (p->wide) int8_lanes(p);
@@ -129,5 +131,7 @@ int has_avx2(void) { return 0; }
 int has_vnni(void) { return 0; }
 
 int has_bf16(void) { return 0; }
+
+int has_vbmi2(void) { return 0; }
 
 #endif

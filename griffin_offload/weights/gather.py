@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from griffin_offload.weights.int4_tiles import write_neurons, write_neurons_cuda, write_rows
+from griffin_offload.kernels.gathering import gather_columns
+from griffin_offload.weights.int4_tiles import (
+    gather_neurons,
+    gather_rows,
+    write_neurons,
+    write_neurons_cuda,
+    write_rows,
+)
 from griffin_offload.weights.quantize import (
     int4_scale,
     int8_scale,
@@ -33,9 +40,11 @@ def take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
     if axis == 0 or source.device.type != "cpu":
         torch.index_select(source, axis, index, out=out)
         return
-    # Columns on the CPU: numpy's take is 4x torch's index_select (benchmarks/NOTES.md), and one thread's work, so each
-    # of torch's takes a share of the rows. It knows no bfloat16: bits are moved as integers. Mode "wrap" because
-    # "raise" would buffer the whole output.
+    if gather_columns(source, index, out):
+        return
+    # Other processors and numbers: numpy's take is 4x torch's index_select (benchmarks/NOTES.md), and one thread's
+    # work, so each of torch's takes a share of the rows. It knows no bfloat16: bits are moved as integers. Mode "wrap"
+    # because "raise" would buffer the whole output.
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
     columns, target, chosen = source.view(bits).numpy(), out.view(bits).numpy(), index.numpy()
 
@@ -43,10 +52,9 @@ def take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
         np.take(columns[rows], chosen, axis=1, out=target[rows], mode="wrap")
 
     threads = torch.get_num_threads() if out.nbytes >= _SHARED_BYTES else 1
-    if threads == 1:
-        take_rows(slice(None))
-        return
     step = -(-source.shape[0] // threads)
+    if not out.is_contiguous():
+        step = min(step, CHUNK)  # a buffer is copied to such rows
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(take_rows, (slice(start, start + step) for start in range(0, source.shape[0], step))))
 
@@ -68,16 +76,16 @@ def _gather_rows(full: Tensors, index: Tensor, start: int, out: Tensors) -> None
         take(full["weight"], 0, index, out["weight"][target])
         out["scale"][target] = full["scale"][index]
         return
+    if not full["weight"].is_floating_point():
+        gather_rows((full["weight"], full["scale"]), index, (out["weight"], out["scale"]), start)
+        return
     rows = full["weight"].index_select(0, index)
     if out["weight"].dtype == torch.int8:
         out["scale"][target] = scale = int8_scale(rows, out["scale"].dtype)
         quantize_int8(rows, scale, out["weight"][target])
-    elif rows.is_floating_point():
+    else:
         packed, scales = quantize_int4_rows(rows, out["scale"].dtype)
         write_rows(packed, scales, out["weight"], out["scale"], start)
-    else:
-        scales = full["scale"].index_select(0, index).to(out["scale"].dtype)
-        write_rows(rows, scales, out["weight"], out["scale"], start)
 
 
 def gather_inputs(full: Tensors, chosen: Tensor, out: Tensors) -> None:
@@ -102,30 +110,31 @@ def gather_inputs(full: Tensors, chosen: Tensor, out: Tensors) -> None:
 
 def _gather_int8_columns(weight: Tensor, chosen: Tensor, kept: Tensor, scale: Tensor, out: Tensor) -> None:
     target = out[:, : chosen.numel()]
-    if not weight.is_floating_point() and target.is_contiguous():
+    if not weight.is_floating_point():
         take(weight, 1, chosen, target)
         return
     for start in range(0, weight.shape[0], CHUNK):
         rows = weight[start : start + CHUNK]
         columns = rows.new_empty(rows.shape[0], chosen.numel())
         take(rows, 1, chosen, columns)
-        if weight.is_floating_point():
-            quantize_int8(columns, scale[start : start + CHUNK], target[start : start + CHUNK], kept)
-        else:
-            target[start : start + CHUNK] = columns
+        quantize_int8(columns, scale[start : start + CHUNK], target[start : start + CHUNK], kept)
 
 
 def _gather_int4_columns(weight: Tensor, chosen: Tensor, kept: Tensor, scale: Tensor, out: Tensor) -> None:
     chunks = []
     for start in range(0, chosen.numel(), CHUNK):
         index = chosen[start : start + CHUNK]
-        if weight.is_floating_point():
+        on_host, quantised = out.device.type == "cpu", not weight.is_floating_point()
+        if on_host and quantised:
+            gather_neurons(weight, index, out, start)
+            continue
+        if quantised:
+            packed = weight.index_select(0, index)
+        else:
             columns = weight.new_empty(weight.shape[0], index.numel())
             take(weight, 1, index, columns)
             packed = quantize_int4_neurons(columns, kept[start : start + CHUNK], scale)
-        else:
-            packed = weight.index_select(0, index)
-        if out.device.type == "cpu":
+        if on_host:
             write_neurons(packed, out, start)
         else:
             chunks.append(packed)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.weights.quantize import GROUP, unpack_int4
+from griffin_offload.kernels import gathering
+from griffin_offload.weights.quantize import GROUP, Int4, unpack_int4
 
 _HALF = GROUP // 2
 OUTPUT_MULTIPLE = 64
@@ -31,6 +32,21 @@ def cpu_block() -> int:
         if torch.equal(packed, low | (high << 4)):
             return block
     raise UnsupportedModel("torch's 4-bit kernel is unknown on this processor (AVX2 or AVX-512 needed): use int8")
+
+
+def gather_rows(rows: Int4, chosen: Tensor, tiles: Int4, start: int) -> None:
+    """`write_rows` of rows `chosen` [K]."""
+    packed, scales = rows
+    on_host = packed.device.type == "cpu"
+    if on_host and gathering.gather_rows_to_tiles(rows, chosen, tiles, start, OUTPUT_MULTIPLE, cpu_block()):
+        return
+    write_rows(packed.index_select(0, chosen), scales.index_select(0, chosen).to(tiles[1].dtype), *tiles, start)
+
+
+def gather_neurons(packed: Tensor, chosen: Tensor, tiles: Tensor, start: int) -> None:
+    """`write_neurons` of neurons `chosen` [K]."""
+    if not gathering.gather_neurons_to_tiles(packed, chosen, tiles, start, cpu_block()):
+        write_neurons(packed.index_select(0, chosen), tiles, start)
 
 
 def write_rows(packed: Tensor, scales: Tensor, tiles: Tensor, tile_scales: Tensor, start: int) -> None:

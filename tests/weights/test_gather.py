@@ -7,6 +7,7 @@ import quantised_reference as ref
 import torch
 from torch import Tensor
 
+from griffin_offload.kernels import gathering
 from griffin_offload.runtime.threads import limited_threads
 from griffin_offload.weights import gather
 from griffin_offload.weights.gather import gather_inputs, gather_outputs
@@ -28,11 +29,16 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 kept_neurons = pytest.mark.parametrize("kept", KEPT)
 
 
-@pytest.fixture(autouse=True, params=[128, gather.CHUNK])
-def _chunk(request: pytest.FixtureRequest):
-    """Several chunks, the last one incomplete, and one."""
-    with mock.patch.object(gather, "CHUNK", request.param):
-        yield
+@pytest.fixture(autouse=True, params=[(128, True), (gather.CHUNK, True), (128, False), (gather.CHUNK, False)])
+def _ways(request: pytest.FixtureRequest):
+    """Several chunks, the last one incomplete, and one; by our kernels, where there are any, and without them."""
+    chunk, ours = request.param
+    with mock.patch.object(gather, "CHUNK", chunk):
+        if ours:
+            yield
+            return
+        with mock.patch.object(gathering, "library", return_value=None):
+            yield
 
 
 def _random(*shape: int, dtype: torch.dtype) -> Tensor:
