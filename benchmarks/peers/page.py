@@ -130,7 +130,8 @@ class Page:
         ceilings = self.content.get("ceilings")
         if not ceilings:
             return "-"
-        first = bounds.first_token_s(ceilings, self.model, self.settings["prompt_tokens"], stored_bytes)
+        tokens, anonymous_bytes = self.settings["prompt_tokens"], run["rss_anon_peak_bytes"]
+        first = bounds.first_token_s(ceilings, self.model, tokens, stored_bytes, anonymous_bytes)
         if "exact" in run["name"]:
             return f"{seconds(first)}, -"
         needed_bytes = bounds.token_bytes(run, self.model, stored_bytes)
