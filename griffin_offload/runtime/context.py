@@ -1,14 +1,19 @@
 """What a model remembers of one sequence: KV entries, the statistic, what it selected, and states to go back to."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from griffin_offload.config import BatchStatistic
+from griffin_offload.errors import UsageError
 from griffin_offload.method import statistic
 from griffin_offload.pricing import MAX_MARKS
 from griffin_offload.runtime.cache import KVCache
+
+if TYPE_CHECKING:
+    from griffin_offload.runtime.engine import Engine
 
 Statistic = dict[int, Tensor]
 """s^2 [B, F] of each streamed layer, float32."""
@@ -136,3 +141,13 @@ class Context:
         logits = logits.detach().reshape(1, -1).clone()
         self.marks.append(Mark(len(self.tokens), dict(self.squared), self.selected, logits))
         del self.marks[:-MAX_MARKS]
+
+
+def empty_context(engine: "Engine") -> Context:
+    """With a KV cache for all that was planned. UsageError where layers are no plain attention, whose past cannot be
+    taken back."""
+    config, plan = engine.loaded.model.config, engine.plan
+    if engine.prospect.request.cache != "ours":
+        kind = config.model_type
+        raise UsageError(f"{kind} has layers that are not plain attention: no context can be kept or taken back")
+    return Context(KVCache(config, ctx_tokens=plan.context_tokens, bits=plan.kv_bits), owner=engine.loaded)

@@ -12,31 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from griffin_offload.config import LoadConfig, RunConfig
+from griffin_offload.config import LoadConfig
 from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.pricing import Plan
-from griffin_offload.runtime.cache import KVCache
-from griffin_offload.runtime.context import Context
+from griffin_offload.runtime.arguments import checked_prompt, prepared
+from griffin_offload.runtime.context import Context, empty_context
 from griffin_offload.runtime.engine import Engine
-from griffin_offload.runtime.exact import loop_of
 from griffin_offload.runtime.load import Loaded, load
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
 from griffin_offload.runtime.out_of_memory import RefusalsNamed
 from griffin_offload.runtime.prefill import Progress
 from griffin_offload.runtime.prospect import Prospect, examine, plan_for
 from griffin_offload.runtime.report import PrefillReport, RunReport, planned_figures
-from griffin_offload.runtime.run import (
-    Mode,
-    Run,
-    as_arguments,
-    check_length,
-    check_one_sequence,
-    checked_prompt,
-    refuse_what_cannot_work,
-    returns_cache,
-    stop_strings_as_criteria,
-    usage_of,
-)
+from griffin_offload.runtime.run import Mode, Run
 from griffin_offload.runtime.saved import load_context, save_context
 from griffin_offload.runtime.threads import limited_threads
 from griffin_offload.weights.checkpoint import load_tokenizer
@@ -44,7 +32,6 @@ from griffin_offload.weights.checkpoint import load_tokenizer
 if TYPE_CHECKING:
     from griffin_offload.runtime.session import ChatSession
 
-_LIMITS = ("max_new_tokens", "max_length")
 # From here on the process's growth is a figure of the model and no longer of the interpreter.
 _LARGE_MODEL_BYTES = 10**9
 
@@ -155,11 +142,7 @@ class GriffinModel:
     def new_context(self) -> Context:
         """An empty context for `generate`, with a KV cache for `plan.context_tokens`. UsageError where layers are no
         plain attention, whose past cannot be taken back."""
-        if self._prospect.request.cache != "ours":
-            kind = self._loaded.model.config.model_type
-            raise UsageError(f"{kind} has layers that are not plain attention: no context can be kept or taken back")
-        cache = KVCache(self._loaded.model.config, ctx_tokens=self.plan.context_tokens, bits=self.plan.kv_bits)
-        return Context(cache, owner=self._loaded)
+        return empty_context(self._engine)
 
     def chat_session(self, **options: Any) -> "ChatSession":
         """A conversation; see `ChatSession` for the options."""
@@ -229,7 +212,7 @@ class GriffinModel:
         """All of `generate` that holds memory: an error that is raised outside keeps none of it."""
         if context is not None:
             self._check_owner(context)
-        run, kwargs = self._prepared(prompt, kwargs, mode, context)
+        run, kwargs = prepared(self._engine, prompt, kwargs, mode, context)
         if context is not None:
             run.ready, run.prompt_done = context.start(prompt[0], exact=mode.exact), prompt_done
             run.cached_tokens = len(context.tokens)
@@ -245,40 +228,6 @@ class GriffinModel:
         if mode.exact:
             self._prospect.check_exact(self._engine.shape.precision)
         return mode
-
-    def _prepared(
-        self, prompt: Tensor, kwargs: dict[str, Any], mode: Mode, context: Context | None
-    ) -> tuple[Run, dict[str, Any]]:
-        """The run, and transformers' arguments for it, after checking the caller's against the plan."""
-        given = kwargs.get("generation_config") or self.generation_config
-        refuse_what_cannot_work(kwargs, given)
-        settings: dict[str, Any] = {"prefill_chunk_size": None}
-        if "disable_compile" not in kwargs:
-            settings["disable_compile"] = True  # a static cache would compile, anew for every shape
-        if all(kwargs.get(name) is None for name in _LIMITS) and all(getattr(given, name) is None for name in _LIMITS):
-            room = self.plan.context_tokens - prompt.shape[1]
-            settings["max_new_tokens"] = max(min(RunConfig.max_new_tokens, room), 1)
-        passes = bool(mode.pass_tokens and self.plan.streamed)
-        configs = (given, self.generation_config)
-        use = usage_of(prompt, kwargs | settings, configs, self._prospect, mode, passes, context)
-        check_length(use, self.plan.context_tokens)
-        if use.cache != "ours" or passes or context is not None:
-            self._engine.kept_cache.release()
-        self._engine.require(use)
-        run = Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"), use, mode, context)
-        if passes or context is not None:
-            check_one_sequence(prompt, use, kwargs, configs)
-            run.prompt_ids = prompt[0].tolist() if prompt.dim() == 2 else []
-            run.context = self.new_context() if context is None else context
-            settings["past_key_values"] = run.context.cache
-            # Otherwise transformers takes every pad token for padding, also one that was generated.
-            settings["attention_mask"] = torch.ones_like(prompt, device=self.device)
-        elif use.cache == "ours":
-            settings["past_key_values"] = self._engine.kv_cache(use, returned=returns_cache(kwargs, configs))
-        if passes:
-            kwargs = stop_strings_as_criteria(kwargs, given)
-            settings["custom_generate"] = run.loop = loop_of(run, self._engine, kwargs.get("streamer"))
-        return run, as_arguments(kwargs, settings, given)
 
     def _generate(
         self, run: Run, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, Any]

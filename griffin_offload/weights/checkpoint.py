@@ -22,6 +22,8 @@ from griffin_offload.weights.weight_files import DTYPES, read_headers, weight_fi
 UNFINISHED = ".converting.json"
 # Of every file so many pieces go into a fingerprint, evenly spread.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+# Every kind of tokenizer has a file with such a name.
+_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "merges*", "*tekken*", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,11 @@ def load_tokenizer(directory: Path) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers fail in many ways; a panic of native code is no Exception
+        if not any(path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)):
+            raise CheckpointError(
+                f"{directory} has no tokenizer files: copy tokenizer.json or the like beside its config.json, or use "
+                "the Python API with token ids"
+            ) from error
         raise CheckpointError(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
 
 

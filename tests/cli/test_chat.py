@@ -173,8 +173,8 @@ def test_bad_flags(cli, chatty: Path, llama: Path, monkeypatch: pytest.MonkeyPat
 def test_a_checkpoint_without_a_tokenizer(cli, copy: Path):
     for file in copy.glob("token*"):
         file.unlink()
-    cli.refuses(4, "no tokenizer that can be loaded", "chat", "-m", copy, stdin="hello\n")
-    cli.refuses(4, "no tokenizer that can be loaded", "run", "hello", "-m", copy)
+    cli.refuses(4, "no tokenizer files", "chat", "-m", copy, stdin="hello\n")
+    cli.refuses(4, "no tokenizer files", "run", "hello", "-m", copy)
 
 
 def test_a_saved_prompt_is_no_conversation(cli, chatty: Path, tmp_path: Path):

@@ -102,7 +102,7 @@ def test_help_imports_no_torch_and_names_every_flag(process):
 def test_a_model_without_tokenizer_is_refused(cli, copy: Path, text: Path):
     for path in copy.glob("tokenizer*"):
         path.unlink()
-    cli.refuses(4, "no tokenizer", "eval", "ppl", "-m", copy, "--device", "cpu", "--text", text)
+    cli.refuses(4, "no tokenizer files", "eval", "ppl", "-m", copy, "--device", "cpu", "--text", text)
 
 
 def test_a_budget_that_is_too_small(cli, llama: Path, text: Path):

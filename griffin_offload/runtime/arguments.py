@@ -1,0 +1,206 @@
+"""What a generate is called with: checked against the plan, and made transformers' arguments."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, StopStringCriteria
+
+from griffin_offload.config import CacheKind, RunConfig
+from griffin_offload.errors import UsageError
+from griffin_offload.pricing import KV_SLACK_TOKENS, MAX_MARKS, Usage, statistics_kept
+from griffin_offload.runtime.context import Context, empty_context
+from griffin_offload.runtime.exact import loop_of
+from griffin_offload.runtime.prospect import Prospect
+from griffin_offload.runtime.run import Mode, Run
+
+if TYPE_CHECKING:
+    from griffin_offload.runtime.engine import Engine
+
+_LIMITS = ("max_new_tokens", "max_length")
+
+
+def prepared(
+    engine: "Engine", prompt: Tensor, kwargs: dict[str, Any], mode: Mode, context: Context | None
+) -> tuple[Run, dict[str, Any]]:
+    """The run, and transformers' arguments for it, after checking the caller's against the plan."""
+    plan, defaults = engine.plan, engine.loaded.model.generation_config
+    given = kwargs.get("generation_config") or defaults
+    _refuse_what_cannot_work(kwargs, given)
+    settings: dict[str, Any] = {"prefill_chunk_size": None}
+    if "disable_compile" not in kwargs:
+        settings["disable_compile"] = True  # a static cache would compile, anew for every shape
+    if all(kwargs.get(name) is None for name in _LIMITS) and all(getattr(given, name) is None for name in _LIMITS):
+        room = plan.context_tokens - prompt.shape[1]
+        settings["max_new_tokens"] = max(min(RunConfig.max_new_tokens, room), 1)
+    passes = bool(mode.pass_tokens and plan.streamed)
+    configs = (given, defaults)
+    use = usage_of(prompt, kwargs | settings, configs, engine.prospect, mode, passes, context)
+    check_length(use, plan.context_tokens)
+    if use.cache != "ours" or passes or context is not None:
+        engine.kept_cache.release()
+    engine.require(use)
+    run = Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"), use, mode, context)
+    if passes or context is not None:
+        check_one_sequence(prompt, use, kwargs, configs)
+        run.prompt_ids = prompt[0].tolist() if prompt.dim() == 2 else []
+        run.context = empty_context(engine) if context is None else context
+        settings["past_key_values"] = run.context.cache
+        # Otherwise transformers takes every pad token for padding, also one that was generated.
+        settings["attention_mask"] = torch.ones_like(prompt, device=engine.prospect.device)
+    elif use.cache == "ours":
+        settings["past_key_values"] = engine.kv_cache(use, returned=returns_cache(kwargs, configs))
+    if passes:
+        kwargs = stop_strings_as_criteria(kwargs, given)
+        settings["custom_generate"] = run.loop = loop_of(run, engine, kwargs.get("streamer"))
+    return run, as_arguments(kwargs, settings, given)
+
+
+def _refuse_what_cannot_work(kwargs: dict[str, Any], given: GenerationConfig) -> None:
+    """UsageError for arguments of transformers' generate that contradict a prompt streamed once."""
+    if kwargs.get("use_cache", given.use_cache) is False:
+        raise UsageError("use_cache=False cannot work here: decoding reads the prompt's KV cache")
+    if kwargs.get("prefill_chunk_size") is not None:
+        raise UsageError("prefill_chunk_size cannot be set: the prompt is streamed in one pass, see ff_chunk_tokens")
+    if kwargs.get("assistant_early_exit") is not None:
+        raise UsageError("assistant_early_exit cannot work here: it prefills with the first layers alone")
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise UsageError("past_key_values has to be empty: transformers would feed it the whole prompt again")
+
+
+def _value(name: str, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> Any:
+    """An argument, or the first config's that has one."""
+    found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in found if value is not None), None)
+
+
+def returns_cache(kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> bool:
+    """Whether the caller gets the KV cache with the result."""
+    return bool(_value("return_dict_in_generate", kwargs, configs))
+
+
+_ONE_SEQUENCE_REFUSES = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "past_key_values",
+    "cache_implementation",
+    "watermarking_config",
+    "guidance_scale",
+    "penalty_alpha",
+    "dola_layers",
+    "output_attentions",
+    "output_hidden_states",
+)
+
+
+def check_one_sequence(
+    prompt: Tensor, use: Usage, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]
+) -> None:
+    """UsageError unless this can be generated with a context: one sequence of ids, whose past can be taken back."""
+    mask = kwargs.get("attention_mask")
+    if prompt.dim() != 2 or use.batch != 1 or (mask is not None and not bool(mask.all())):
+        raise UsageError(
+            "exact mode, refresh and contexts take one sequence of token ids at a time: no batch, no beams, no "
+            "padding, no inputs_embeds"
+        )
+    for name in _ONE_SEQUENCE_REFUSES:
+        value = _value(name, kwargs, configs)
+        if value not in (None, False) and (name, value) not in (
+            ("guidance_scale", 1),
+            ("cache_implementation", "hybrid"),
+        ):
+            raise UsageError(f"{name} cannot be used in exact mode, with refresh or with a context: leave it out")
+
+
+def as_arguments(kwargs: dict[str, Any], settings: dict[str, Any], given: GenerationConfig) -> dict[str, Any]:
+    """`kwargs` with our `settings`: transformers wants either a config, which `given` is then, or arguments."""
+    if kwargs.get("generation_config") is None:
+        return kwargs | settings
+    config = copy.deepcopy(given)  # what is none of a config's stays an argument
+    return {**kwargs, **config.update(**settings), "generation_config": config}
+
+
+def stop_strings_as_criteria(kwargs: dict[str, Any], given: GenerationConfig) -> dict[str, Any]:
+    """`kwargs` with `stop_strings` made a criterion: transformers drops the tokenizer that it needs for them when
+    the decoding method is not its own."""
+    if given.stop_strings is not None:
+        raise UsageError("stop_strings of a generation config cannot be used here: give them as an argument")
+    kwargs = dict(kwargs)
+    strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+    if strings is not None:
+        if tokenizer is None:
+            raise UsageError("stop_strings need the tokenizer: give it as an argument, too")
+        criteria = list(kwargs.get("stopping_criteria") or [])
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+    return kwargs
+
+
+def usage_of(
+    prompt: Tensor,
+    kwargs: dict[str, Any],
+    configs: tuple[GenerationConfig, ...],
+    prospect: Prospect,
+    mode: Mode,
+    passes: bool,
+    context: Context | None,
+) -> Usage:
+    """What a generate with these arguments, and the configs behind them, needs of KV cache and workspace; `passes`
+    says whether there are streamed ones between its tokens."""
+
+    def value(name: str) -> Any:
+        return _value(name, kwargs, configs)
+
+    pass_tokens, exact = (mode.pass_tokens, mode.exact) if passes else (0, False)
+    tokens, new = prompt.shape[1], value("max_new_tokens")
+    total = tokens + new if new is not None else max(value("max_length"), tokens + 1)
+    kept_scores = sum(bool(value(name)) for name in ("output_scores", "output_logits")) * (total - tokens)
+    drafts = value("prompt_lookup_num_tokens") or 0
+    cache = _cache_of_caller(kwargs.get("past_key_values"), value("cache_implementation"))
+    if cache is None and any(layer.window is not None for layer in prospect.shape.layers):
+        # A window of ours rolls back so many tokens; an assistant may draft more.
+        cache = "dynamic" if drafts > KV_SLACK_TOKENS or kwargs.get("assistant_model") is not None else None
+    return Usage(
+        batch=prompt.shape[0] * max(value("num_beams") or 1, value("num_return_sequences") or 1),
+        prompt_tokens=tokens,
+        ctx_tokens=total,
+        cache=cache or prospect.request.cache,
+        drafts=drafts,
+        logit_positions=pass_tokens if exact else 1 + drafts,
+        past_tokens=context.known(prompt[0], exact=mode.exact) if context is not None else 0,
+        pass_tokens=pass_tokens,
+        statistics=statistics_kept(pass_tokens, exact, context is not None),
+        marks=MAX_MARKS if context is not None else 0,
+        kept_scores=kept_scores,
+    )
+
+
+def _cache_of_caller(cache: Any, implementation: str | None) -> CacheKind | None:
+    """What kind of KV cache the caller asked for, or None; "hybrid" in a config is what transformers overrides."""
+    if isinstance(cache, StaticCache) or str(implementation).startswith("static"):
+        return "static"
+    return None if cache is None and implementation in (None, "hybrid") else "dynamic"
+
+
+def checked_prompt(prompt: Tensor | None, vocab_size: int) -> Tensor:
+    """`prompt`; UsageError unless it holds token ids [B, T] of the vocabulary, or embeddings [B, T, H]."""
+    if prompt is None or prompt.dim() < 2 or prompt.shape[1] == 0:
+        raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
+    least, largest = (int(prompt.min()), int(prompt.max())) if prompt.dim() == 2 else (0, 0)
+    if least < 0 or largest >= vocab_size:
+        raise UsageError(
+            f"the prompt has token ids from {least} to {largest}, the vocabulary ends at {vocab_size - 1}: the "
+            "tokenizer is of another model"
+        )
+    return prompt
+
+
+def check_length(use: Usage, context_tokens: int) -> None:
+    """UsageError unless prompt and answer are within the context that was planned."""
+    if use.ctx_tokens > context_tokens:
+        new_tokens = use.ctx_tokens - use.prompt_tokens
+        raise UsageError(
+            f"a prompt of {use.prompt_tokens} tokens and {new_tokens} new ones are {use.ctx_tokens}, the context "
+            f"is {context_tokens}: shorten one of them or raise --ctx-size (ctx_size)"
+        )
