@@ -12,7 +12,7 @@ from torch import Tensor
 from griffin_offload.kernels.compiled import HALVES, NUMBER_TYPES, Library, library
 from griffin_offload.kernels.product import Beside, Sizes, check, run
 
-_INT8_GROUP = 128  # inputs that share a scale, and the most that may
+_INT8_GROUP = 128  # inputs that share a scale, and the most that may; int8_rows.c knows it, too
 _BYTE_BLOCK = 64  # outputs of int4 tiles that the kernel for 8-bit numbers takes
 _LANES = 16
 TYPES = frozenset(NUMBER_TYPES)

@@ -6,6 +6,7 @@
 #include "few_rows.h"
 
 #define PAIRED 16 /* 16-bit numbers of a vector */
+#define GROUP 128 /* inputs with a scale, as few_rows.py says */
 #define BYTES 64  /* of a vector */
 
 AVX2 INLINED float scale_at(const Product *p, int64_t output) {
@@ -109,9 +110,15 @@ VNNI INLINED void int8_bytes_output(const Product *p, int64_t output, int64_t fi
             upper[r] = _mm512_setzero_si512();
             lower[r] = _mm512_loadu_si512(lanes + (r * groups + group) * WIDE_LANES);
         }
-        int64_t at = group * p->group, end = least(at + p->group, p->inputs);
-        for (; at + BYTES <= end; at += BYTES) add_bytes(p, weights + at, x + at, BYTES, upper, lower, rows);
-        if (at < end) add_bytes(p, weights + at, x + at, end - at, upper, lower, rows);
+        int64_t at = group * GROUP;
+        if (at + GROUP <= p->inputs) {
+#pragma GCC unroll 2
+            for (int64_t half = 0; half < GROUP; half += BYTES)
+                add_bytes(p, weights + at + half, x + at + half, BYTES, upper, lower, rows);
+        } else {
+            for (; at + BYTES <= p->inputs; at += BYTES) add_bytes(p, weights + at, x + at, BYTES, upper, lower, rows);
+            if (at < p->inputs) add_bytes(p, weights + at, x + at, p->inputs - at, upper, lower, rows);
+        }
         for (int r = 0; r < rows; r++) {
             __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[r], 8), lower[r]);
             total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(step[r * groups + group]), total[r]);

@@ -137,7 +137,7 @@ BF16 INLINED void fill_by_tiles(const Product *p, int64_t output, int64_t input,
             __m512i both = two_inputs(from, from + half);
             if (inside >= half) both = _mm512_srli_epi32(both, 4);
             /* Groups are even, so that both inputs are of one. */
-            wide_scales_at(p, (input + at) / p->group * p->outputs + here, &scale, &offset);
+            wide_scales_at(p, (input + at) / p->group * p->outputs + here, p->scale_type, &scale, &offset);
             offset = _mm512_fnmadd_ps(_mm512_set1_ps(8), scale, offset);
             __m512i one = _mm512_and_si512(both, nibble);
             __m512i other = _mm512_and_si512(_mm512_srli_epi32(both, 16), nibble);

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from griffin_offload.kernels.compiled import HALVES, NUMBER_TYPES, Library, library, needs_gradient
+from griffin_offload.kernels.few_rows import ROWS
 from griffin_offload.kernels.product import NOTHING_MADE, check, run
 
 Form = Literal["float", "int8", "int4_rows", "int4_neurons", "int4_tiles"]
-PAIRS_FROM_ROWS: dict[str, int] = {"int8": 4, "int4_tiles": 20}
+PAIRS_FROM_ROWS: dict[str, int] = {"int8": 4, "int4_tiles": ROWS + 1}
 """From so many rows on pairs are faster than the kernels for a few rows."""
 _GROUP = 32  # numbers of int4 rows with a scale, outputs of int4 neurons side by side
 _OUTPUTS = 64  # of int4 tiles that are multiplied together

@@ -61,8 +61,8 @@ AVX2 INLINED void scales_at(const Product *p, int64_t at, __m256 *scale, __m256 
 }
 
 /* Scales and offsets of 16 neighbouring outputs, which lie in turns. */
-AVX512 INLINED void wide_scales_at(const Product *p, int64_t at, __m512 *scale, __m512 *offset) {
-    if (p->scale_type == FLOAT32) {
+AVX512 INLINED void wide_scales_at(const Product *p, int64_t at, const int64_t type, __m512 *scale, __m512 *offset) {
+    if (type == FLOAT32) {
         const float *from = (const float *)p->scale + 2 * at;
         const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + WIDE_LANES);
@@ -71,7 +71,7 @@ AVX512 INLINED void wide_scales_at(const Product *p, int64_t at, __m512 *scale, 
         return;
     }
     __m512i pairs = _mm512_loadu_si512((const uint32_t *)p->scale + at);
-    if (p->scale_type == BFLOAT16) {
+    if (type == BFLOAT16) {
         *scale = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
         *offset = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u)));
         return;
