@@ -22,10 +22,12 @@ _HALF = 16  # bytes of a group of 32 numbers of 4 bits
 def gather_columns(source: Tensor, chosen: Tensor, out: Tensor) -> bool:
     """Copy columns `chosen` [K] of `source` [R, C], of 8 or 16 bits, to `out` [R, K], whose rows may lie apart. False
     where torch has to: another processor, or columns that are not in order."""
-    found = library()
     rows, columns = source.shape
     plain = source.is_contiguous() and out.stride(1) == 1 and out.stride(0) >= out.shape[1]
-    if found is None or not found.leaves_out or not plain or source.element_size() > 2 or not _in_order(chosen):
+    if not plain or source.element_size() > 2:
+        return False  # before the library is asked for: where there is none it warns, and nothing needs it here
+    found = library()
+    if found is None or not found.leaves_out or not _in_order(chosen):
         return False
     kept = chosen.numel()
     if out.shape != (rows, kept) or out.dtype != source.dtype or (kept and int(chosen[-1]) >= columns):
@@ -44,11 +46,12 @@ def gather_rows_to_tiles(
     rows: tuple[Tensor, Tensor], chosen: Tensor, tiles: tuple[Tensor, Tensor], start: int, filled: int, block: int
 ) -> bool:
     """Make int4 rows `chosen` [K] outputs start.. of tiles in blocks of `block`, and zeros of what follows up to a
-    multiple of `filled`. Both are bytes and scales, as int4_tiles.py describes them. False where torch has to."""
+    multiple of `filled`. Both are bytes and scales on the CPU, as int4_tiles.py describes them. False where torch has
+    to."""
     (packed, scales), (target, tile_scales) = rows, tiles
     found = library()
     known = scales.dtype == tile_scales.dtype and scales.dtype in (*HALVES, torch.float32) and scales.is_contiguous()
-    if found is None or not known or not packed.is_cpu or not packed.is_contiguous():
+    if found is None or not known or not packed.is_contiguous():
         return False
     (stored, row_bytes), outputs, groups = packed.shape, target.shape[0], packed.shape[1] // _HALF
     check(packed, (stored, groups * _HALF), torch.uint8)
@@ -67,10 +70,10 @@ def gather_rows_to_tiles(
 
 
 def gather_neurons_to_tiles(packed: Tensor, chosen: Tensor, tiles: Tensor, start: int, block: int) -> bool:
-    """Make neurons `chosen` [K] of int4 neurons [R, O / 2] inputs start.. of `tiles` [O', I / 2]; int4_tiles.py
-    describes both. False where torch has to."""
+    """Make neurons `chosen` [K] of int4 neurons [R, O / 2], on the CPU, inputs start.. of `tiles` [O', I / 2];
+    int4_tiles.py describes both. False where torch has to."""
     found = library()
-    if found is None or not packed.is_cpu or not packed.is_contiguous():
+    if found is None or not packed.is_contiguous():
         return False
     (stored, row_bytes), (outputs, pairs) = packed.shape, tiles.shape
     check(packed, (stored, row_bytes // _HALF * _HALF), torch.uint8)

@@ -55,8 +55,12 @@ def take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
     step = -(-source.shape[0] // threads)
     if not out.is_contiguous():
         step = min(step, CHUNK)  # a buffer is copied to such rows
+    parts = [slice(start, start + step) for start in range(0, source.shape[0], step)]
+    if len(parts) == 1:
+        take_rows(parts[0])
+        return
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(take_rows, (slice(start, start + step) for start in range(0, source.shape[0], step))))
+        list(pool.map(take_rows, parts))
 
 
 def gather_outputs(full: Tensors, chosen: Tensor, parts: int, out: Tensors) -> None:
