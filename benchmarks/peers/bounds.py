@@ -33,14 +33,14 @@ def token_bytes(run: dict[str, Any], model: ModelBytes, stored_bytes: int) -> fl
     return stored_bytes * model.bytes_per_token / model.total_bytes
 
 
-def first_token_s(
-    ceilings: dict[str, Any], model: ModelBytes, prompt_tokens: int, stored_bytes: int, anonymous_bytes: int
-) -> float:
-    """Reading the file once, multiplying, or the first touch of the memory that the side holds, whichever takes
-    longest."""
+def first_token_s(ceilings: dict[str, Any], model: ModelBytes, prompt_tokens: int, stored_bytes: int) -> float:
     compute_s = model.prefill_flops(prompt_tokens) / ceilings["gemm_flops_per_s"]
-    fresh_s = anonymous_bytes / ceilings["fresh_bytes_per_s"] if "fresh_bytes_per_s" in ceilings else 0.0
-    return float(max(stored_bytes / ceilings["disk_bytes_per_s"], compute_s, fresh_s))
+    return float(max(stored_bytes / ceilings["disk_bytes_per_s"], compute_s))
+
+
+def fresh_memory_s(ceilings: dict[str, Any], anonymous_bytes: int) -> float | None:
+    """The first touch of the memory that a side holds, if nothing of it was at hand; None in older records."""
+    return anonymous_bytes / ceilings["fresh_bytes_per_s"] if "fresh_bytes_per_s" in ceilings else None
 
 
 def token_s(ceilings: dict[str, Any], needed_bytes: float, cap_bytes: int) -> float:

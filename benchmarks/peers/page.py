@@ -19,6 +19,7 @@ HEADS = (
     "read until the first",
     "read per further token",
     "peak anonymous",
+    "to touch that",
     "tokens",
     "as the full model's",
 )
@@ -121,17 +122,21 @@ class Page:
             gigabytes(read_bytes),
             gigabytes(figures["decode"]["read_bytes"] / (tokens - 1)),
             gigabytes(run["rss_anon_peak_bytes"]),
+            self.touch(run),
             str(tokens),
             agreement(run, self.expected),
         ]
+
+    def touch(self, run: Run) -> str:
+        fresh_s = bounds.fresh_memory_s(self.content.get("ceilings") or {}, run["rss_anon_peak_bytes"])
+        return "-" if fresh_s is None else seconds(fresh_s)
 
     def best(self, run: Run, stored_bytes: int) -> str:
         """First token and further ones. Exact mode's own limit depends on what is accepted."""
         ceilings = self.content.get("ceilings")
         if not ceilings:
             return "-"
-        tokens, anonymous_bytes = self.settings["prompt_tokens"], run["rss_anon_peak_bytes"]
-        first = bounds.first_token_s(ceilings, self.model, tokens, stored_bytes, anonymous_bytes)
+        first = bounds.first_token_s(ceilings, self.model, self.settings["prompt_tokens"], stored_bytes)
         if "exact" in run["name"]:
             return f"{seconds(first)}, -"
         needed_bytes = bounds.token_bytes(run, self.model, stored_bytes)

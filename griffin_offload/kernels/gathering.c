@@ -33,6 +33,8 @@ typedef struct {
     int64_t threads;
 } Gathering;
 
+INLINED uint64_t first_numbers(int64_t count) { return count < 64 ? ((uint64_t)1 << count) - 1 : ~(uint64_t)0; }
+
 /* The numbers of rows `start` to `end` whose bits are set, of `SIZE` bits each and `COUNT` to a vector. */
 #define COLUMNS(SIZE, COUNT, MASK, POPCOUNT)                                                                    \
     VBMI2 static void columns_of_##SIZE(const void *gathering, int64_t start, int64_t end) {                     \
@@ -50,8 +52,7 @@ typedef struct {
                 numbers = _mm512_maskz_compress_epi##SIZE(taken, numbers);                                      \
                 const int64_t found = POPCOUNT(taken);                                                          \
                 if (to + VECTOR_BYTES <= stop) _mm512_storeu_si512(to, numbers);                                \
-                else _mm512_mask_storeu_epi##SIZE(to, (MASK)(((uint64_t)1 << (found & 63)) - 1) |               \
-                                                  (found == COUNT ? (MASK)-1 : 0), numbers);                    \
+                else _mm512_mask_storeu_epi##SIZE(to, (MASK)first_numbers(found), numbers);                     \
                 to += found * SIZE / 8;                                                                         \
             }                                                                                                   \
         }                                                                                                       \

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from griffin_offload.kernels import gathering
 from griffin_offload.kernels.compiled import library
 from griffin_offload.kernels.gathering import gather_columns, gather_neurons_to_tiles, gather_rows_to_tiles
 
@@ -112,6 +113,12 @@ def test_columns_that_are_not_in_order_are_left_to_torch():
     source = _numbers(3, 100)
     for chosen in ([5, 4], [5, 5], [-1, 5]):
         assert not gather_columns(source, torch.tensor(chosen), torch.empty(3, 2, dtype=torch.uint8))
+
+
+def test_columns_that_the_kernel_does_not_know_need_no_library(monkeypatch: pytest.MonkeyPatch):
+    """Where there is none, asking for it warns."""
+    monkeypatch.setattr(gathering, "library", lambda: pytest.fail("the library was asked for"))
+    assert not gather_columns(torch.zeros(3, 100), torch.tensor([0, 1]), torch.empty(3, 2))
 
 
 @needs_vbmi2
