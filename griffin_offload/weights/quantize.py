@@ -14,6 +14,7 @@ The down projection has an input_scale [I] in 8 bit, too: norms of neurons diffe
 per activation. Scales are kept in the precision of the computation; numbers are rounded against the rounded scale.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -57,9 +58,17 @@ def int8_scale(weight: Tensor, dtype: torch.dtype, input_scale: Tensor | None = 
 def neuron_scale(down: Tensor, dtype: torch.dtype) -> Tensor:
     """input_scale [I] of a down projection [O, I]: the norm of each neuron's column, over the root of O."""
     squares = torch.zeros(down.shape[1], dtype=torch.float32, device=down.device)
+    factor = _factor(down)
     for _, block in _row_blocks(down):
-        squares += block.square_().sum(0)
-    return _finite((squares / down.shape[0]).sqrt(), dtype)
+        squares += block.mul_(factor).square_().sum(0)
+    return _finite((squares / down.shape[0]).sqrt() / factor, dtype)
+
+
+def _factor(weight: Tensor) -> float:
+    """A power of two that brings the largest of `weight` near one, so that squares of small ones stay numbers."""
+    low, high = map(float, torch.aminmax(weight)) if weight.numel() else (0.0, 0.0)
+    largest = max(-low, high)
+    return 2.0 ** max(-100, min(-math.frexp(largest)[1], 100)) if math.isfinite(largest) else 1.0
 
 
 def quantize_int4_rows(weight: Tensor, dtype: torch.dtype) -> Int4:

@@ -107,6 +107,12 @@ def test_int8_of_a_down_projection_is_within_half_a_step(weight: Tensor, dtype: 
     assert error[normal].numel() == 0 or error[normal].max() <= 0.5 + SLACK
 
 
+@pytest.mark.parametrize("gain", [1e-30, 1e-17, 1.0, 1e17])
+def test_norms_of_columns_whose_squares_float32_cannot_hold(gain: float):
+    weight = gain * torch.tensor([[1.0, 3e-5, 0.0], [0.5, -2e-5, 0.0]])
+    _close_to_exact(neuron_scale(weight, torch.float32), ref.neuron_scale(weight))
+
+
 @settings(max_examples=60)
 @given(matrices(st.integers(1, 6), st.sampled_from([32, 64, 96])), st.sampled_from(DTYPES), small_blocks())
 def test_int4_rows_are_within_half_a_step(weight: Tensor, dtype: torch.dtype, block: int):
