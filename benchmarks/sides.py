@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from capped_run import Outcome, run_capped
 from disk import checkpoint_files, drop_page_cache
-from host_memory import touch_free_memory
+from host_memory import memory_at_hand
 
 BENCHMARKS = Path(__file__).parent
 RIVAL_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of the cap, descending
@@ -77,9 +76,9 @@ class Result:
 def run_side(side: Side, work: Workload) -> Result:
     """One cold run in a process of its own."""
     cached_bytes = drop_page_cache(checkpoint_files(work.folder))
-    touch_free_memory(work.cap_bytes or int(psutil.virtual_memory().available * 0.8))
-    print(f"running {side.name} ...", file=sys.stderr, flush=True)
-    outcome = run_capped(side.command(work), work.cap_bytes, work.timeout_s, environment(side.threads))
+    with memory_at_hand():
+        print(f"running {side.name} ...", file=sys.stderr, flush=True)
+        outcome = run_capped(side.command(work), work.cap_bytes, work.timeout_s, environment(side.threads))
     figures = json.loads(outcome.stdout.splitlines()[-1]) if outcome.returncode == 0 else None
     result = Result(side, outcome, figures, cached_bytes)
     if figures is None:

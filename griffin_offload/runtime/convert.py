@@ -271,7 +271,7 @@ def _tensors_outside(model: Any, prefix: str, mark: Mark, dtype: torch.dtype, re
 def _names_in(path: Path) -> list[str]:
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="np") as file:
         return list(file.keys())
 
 

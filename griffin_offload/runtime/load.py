@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from griffin_offload.config import LoadConfig
@@ -30,12 +29,13 @@ from griffin_offload.units import format_bytes, parse_size
 from griffin_offload.weights.checkpoint import Checkpoint
 from griffin_offload.weights.converted import map_converted
 from griffin_offload.weights.feedforward import FeedForward
-from griffin_offload.weights.generation_file import check_generation_config
+from griffin_offload.weights.generation_file import check_generation_config, read_generation_config
 from griffin_offload.weights.layouts import find_feed_forwards
+from griffin_offload.weights.mapped_file import map_file
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.self_check import self_check
-from griffin_offload.weights.shape import ModelShape
+from griffin_offload.weights.shape import ModelShape, build_on_meta
 from griffin_offload.weights.source import MappedWeights, RamWeights, Source
 from griffin_offload.weights.swap import swap_linears
 
@@ -112,7 +112,10 @@ def _load(
     pages = FilePages(list(model.parameters()), evict=evicts(prospect))
     on_failure.callback(pages.close)
     compact, jobs = compact_blocks(blocks, full, prospect, plan, pages)
-    host_embedding = place_residents(model, decoder, prospect, plan, compact, pages, jobs)
+    head = model.get_output_embeddings()
+    stages = [*decoder, head] if head is not None else [*decoder]
+    jobs += [[] for _ in stages[len(jobs) :]]
+    host_embedding = place_residents(model, stages, prospect, plan, compact, pages, jobs)
     if host_embedding is not None:
         on_failure.callback(host_embedding.close)
     if prospect.device.type == "cpu" and prospect.dtype in HALVES:
@@ -131,7 +134,7 @@ def _load(
     )
     resident = resident_bytes(model)
     ledger.hold(residents=resident, offloaded=_offloaded_in_budget(prospect, source))
-    layers.arrival = Arrival(decoder, jobs, check=pages.files.check_contents, finished=pages.close)
+    layers.arrival = Arrival(stages, jobs, check=pages.files.check_contents, finished=pages.close)
     on_failure.callback(layers.arrival.close)
     layers.arrival.start()
     return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
@@ -216,14 +219,15 @@ def _quiet_transformers() -> Iterator[None]:
 
 def map_model(checkpoint: Checkpoint) -> Any:
     """The stock model on the CPU, its parameters views of the mapped files; every parameter must be there."""
+    stock = build_on_meta(checkpoint.config, checkpoint.dtype)
+    tensors = {name: tensor for path in checkpoint.files for name, tensor in map_file(path).items()}
     try:
         with _quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                checkpoint.directory,
+            model, info = type(stock).from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel
+                None,
+                config=stock.config,
+                state_dict=tensors,
                 dtype=checkpoint.dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
             )
@@ -238,6 +242,7 @@ def map_model(checkpoint: Checkpoint) -> Any:
                 f"{checkpoint.directory} does not match its config.json: {len(names)} {problem.replace('_', ' ')}, "
                 f"first {names[0]}"
             )
+    read_generation_config(model, checkpoint.directory)
     return model.eval()
 
 

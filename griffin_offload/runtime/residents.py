@@ -1,7 +1,7 @@
 """What stays on the device: compact FFs, allocated once, and copies of everything that is not an FF.
 
-Tensors of the layers are allocated and installed at once, and filled by jobs, layer by layer (`Arrival`). What lies
-outside the layers is there when `place_residents` returns.
+Tensors of the layers and the head are allocated and installed at once, and filled by jobs, in the order of their use
+(`Arrival`). The others are there when `place_residents` returns.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -93,32 +93,32 @@ def _fill_whole(
 
 def place_residents(
     model: Any,
-    decoder: nn.ModuleList,
+    stages: list[nn.Module],
     prospect: Prospect,
     plan: Plan,
     compact: dict[int, list[nn.Parameter]],
     pages: FilePages,
     jobs: list[list[Job]],
 ) -> HostEmbedding | None:
-    """Give every parameter that still lies in a file its place in the device's memory; embeddings may stay behind. The
-    layers' are filled by `jobs`, which are added to.
+    """Give every parameter that still lies in a file its place in the device's memory; embeddings may stay behind.
+    Those of `stages`, modules in the order of their use, are filled by `jobs`, which are added to.
 
     Copies, on the CPU as well: mapped pages can be evicted, and decoding would read them again.
     """
     embedding = model.get_input_embeddings()
     stay = {id(embedding)} if plan.embeddings == "host" else set()
     placed = {id(parameter): parameter for parameters in compact.values() for parameter in parameters}
-    for layer, of_layer in zip(decoder, jobs, strict=True):
-        for module in layer.modules():
+    for stage, of_stage in zip(stages, jobs, strict=True):
+        for module in stage.modules():
             if isinstance(module, QuantizedLinear) and module.form != module.resident_form:
-                of_layer.append(_quantize_resident(module, prospect, pages))
+                of_stage.append(_quantize_resident(module, prospect, pages))
                 placed |= {id(p): p for p in module.parameters() if p is not module.bias}
     modules = [module for module in model.modules() if id(module) not in stay]
-    layer_of = {id(module): index for index, layer in enumerate(decoder) for module in layer.modules()}
-    # By identity, so that tied weights stay tied; one that is used outside the layers, too, is there first.
+    stage_of = {id(module): index for index, stage in enumerate(stages) for module in stage.modules()}
+    # By identity, so that tied weights stay tied; one that is used outside the stages, too, is there first.
     at_once: list[Job] = []
-    for module in sorted(modules, key=lambda module: layer_of.get(id(module), -1)):
-        own = jobs[layer_of[id(module)]] if id(module) in layer_of else at_once
+    for module in sorted(modules, key=lambda module: stage_of.get(id(module), -1)):
+        own = jobs[stage_of[id(module)]] if id(module) in stage_of else at_once
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from griffin_offload.errors import GriffinError
 
 _TRIAL_BYTES = 128 * 2**20  # more than a cache, where the matrix is: decoding reads memory
 # One thread is done with a matrix of this size before a second one is awake.
 _SMALL_BYTES = 2 * 2**20
-_REPEATS = 7
+_REPEATS = 5
+_WAKING = 8  # a part of the matrix that is large enough for all threads
 _START_S = 1.0  # after this long a thread whose start was interrupted never came to be
 # Fewer threads are kept unless more are clearly faster: they leave room for the reader thread and for others.
 _WORTH_IT = 0.9
@@ -89,7 +91,7 @@ def choose_threads(inputs: int, outputs: int, dtype: torch.dtype) -> int:
     # In turns, so that a busy moment of the machine falls on all of them.
     for _ in range(_REPEATS):
         for count, taken in seconds.items():
-            taken.append(_seconds(count, lambda: torch.mv(weight, row)))
+            taken.append(_seconds(count, weight, row))
     best = 1
     for count, taken in seconds.items():
         if statistics.median(taken) < _WORTH_IT * statistics.median(seconds[best]):
@@ -97,11 +99,11 @@ def choose_threads(inputs: int, outputs: int, dtype: torch.dtype) -> int:
     return best
 
 
-def _seconds(threads: int, multiply: Callable[[], object]) -> float:
+def _seconds(threads: int, weight: Tensor, row: Tensor) -> float:
     with limited_threads(threads):
-        multiply()  # wakes the threads up
+        torch.mv(weight[: -(-len(weight) // _WAKING)], row)  # wakes the threads up
         start = time.perf_counter()
-        multiply()
+        torch.mv(weight, row)
         return time.perf_counter() - start
 
 

@@ -14,9 +14,10 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from griffin_offload.errors import CheckpointError, UnsupportedModel, memory_refused, one_line
+from griffin_offload.weights.generation_file import read_generation_config
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.mapped_file import map_file
 from griffin_offload.weights.matmul import Scratch
@@ -68,7 +69,7 @@ def mark_of(config: PretrainedConfig, directory: Path) -> Mark | None:
 def check_shard(path: Path, mark: Mark | None) -> None:
     """CheckpointError unless the shard belongs to the conversion, or to none where there is no mark."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             found = (file.metadata() or {}).get(METADATA_KEY)
     except (SafetensorError, OSError) as error:
         if memory_refused(error):
@@ -111,7 +112,7 @@ def map_converted(
     expected: dict[str, Tensor] = dict(model.named_parameters())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     for path in files:
-        for name, tensor in _tensors_of(path).items():
+        for name, tensor in map_file(path).items():
             if name in expected:
                 _assign(model, name, tensor, expected.pop(name), path)
             elif name in buffers:
@@ -124,17 +125,8 @@ def map_converted(
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent:
         raise CheckpointError(f"{directory} lacks {len(absent)} tensors, first {absent[0]}: convert again")
-    _read_generation_config(model, directory)
+    read_generation_config(model, directory)
     return model
-
-
-def _tensors_of(path: Path) -> dict[str, Tensor]:
-    try:
-        return map_file(path)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        if memory_refused(error):
-            raise
-        raise CheckpointError(f"{path} was changed while it was loaded: {one_line(error)}") from error
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, expected: Tensor, path: Path) -> None:
@@ -153,13 +145,3 @@ def _check(name: str, tensor: Tensor, expected: Tensor, path: Path) -> None:
 
 def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _read_generation_config(model: Any, directory: Path) -> None:
-    if not (directory / "generation_config.json").is_file():
-        return
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # a file of the checkpoint's author
-        path = directory / "generation_config.json"
-        raise CheckpointError(f"{path} cannot be used: {one_line(error)}") from error

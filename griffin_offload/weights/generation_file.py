@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from griffin_offload.errors import CheckpointError
+from transformers import GenerationConfig
+
+from griffin_offload.errors import CheckpointError, one_line
 
 _MOST = 2**31
 _IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
@@ -37,6 +39,17 @@ _SWITCHES = (
     "return_dict_in_generate",
     "disable_compile",
 )
+
+
+def read_generation_config(model: Any, directory: Path) -> None:
+    """Give `model` the settings of the file, where there is one."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # a file of the checkpoint's author
+        raise CheckpointError(f"{path} cannot be used: {one_line(error)}") from error
 
 
 def check_generation_config(config: Any, vocab_size: int, directory: Path) -> None:

@@ -68,7 +68,7 @@ def _files_of(directory: Path, names: set[str]) -> list[Path]:
 def read_header(path: Path) -> Header:
     """Of one file; the library checks it against size and offsets. CheckpointError for a damaged one."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             return {name: (part.get_dtype(), _tensor_bytes(part)) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:

@@ -113,7 +113,7 @@ SETTINGS = [
 def test_generation_settings(cli, copy: Path, key: str, value: object):
     settings = {"do_sample": True} | {key: value}
     (copy / "generation_config.json").write_text(json.dumps(settings))
-    cli.refuses(4, f"{key}|cannot be loaded", *RUN, "-m", copy)
+    cli.refuses(4, f"{key}|generation_config.json cannot be used", *RUN, "-m", copy)
 
 
 def test_settings_that_many_checkpoints_have(cli, copy: Path):

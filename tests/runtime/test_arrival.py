@@ -1,6 +1,7 @@
 """Residents that arrive while the first prompt already passes."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -84,6 +85,26 @@ def test_slow_residents_change_nothing(checkpoints, monkeypatch, quantize: str, 
         assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), expected)
         assert model.last_report is not None
         assert model.last_report.wait_s > 0
+
+
+def test_the_head_may_come_last(checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind all layers, and still before the first token."""
+    folder, prompt, slow = checkpoints("llama2"), torch.arange(1, 20)[None], []
+    with GriffinModel.from_pretrained(folder, device="cpu") as model:
+        expected = model.generate(prompt, max_new_tokens=8, do_sample=False)
+        head = model.model.get_output_embeddings().weight
+    copy = FilePages.copy
+
+    def slowly(pages: FilePages, source: torch.Tensor, target: torch.Tensor) -> None:
+        if threading.current_thread().name.startswith("griffin-offload-resident") and torch.equal(source, head):
+            slow.append(target)
+            time.sleep(0.5)
+        copy(pages, source, target)
+
+    monkeypatch.setattr(FilePages, "copy", slowly)
+    with GriffinModel.from_pretrained(folder, device="cpu") as model:
+        assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), expected)
+    assert len(slow) == 1
 
 
 def _wait_in_background(gate: threading.Event) -> None:

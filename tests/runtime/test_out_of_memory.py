@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import VOCAB
+from transformers import PreTrainedModel
 
 from griffin_offload import GriffinModel
 from griffin_offload.errors import DoesNotFit, GriffinError, OutOfMemory, memory_refused
@@ -142,7 +143,7 @@ def test_transformers_is_not_blamed(checkpoints, monkeypatch: pytest.MonkeyPatch
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError(HOST)
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
     with pytest.raises(OutOfMemory, match=r"the machine refused 4\.10 kB"):
         make(checkpoints("llama2"))
 

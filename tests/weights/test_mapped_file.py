@@ -1,14 +1,22 @@
 """A file mapped by ourselves holds what the library reads from it."""
 
+import gc
+import json
+import os
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from griffin_offload.errors import CheckpointError
 from griffin_offload.weights.mapped_file import map_file
+from griffin_offload.weights.mappings import file_mappings
+from griffin_offload.weights.weight_files import read_header
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.bool)
 
@@ -31,5 +39,34 @@ def test_a_file_that_was_cut(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     save_file({"t": torch.zeros(100)}, path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="ends at byte"):
+    with pytest.raises(CheckpointError, match="ends at byte"):
         map_file(path)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems promise memory in other ways")
+def test_a_file_larger_than_all_memory(tmp_path: Path):
+    """With holes, so it takes no disk: the kernel refuses to map so much as if it could be written to."""
+    path = tmp_path / "x.safetensors"
+    nbytes = (psutil.virtual_memory().total + psutil.swap_memory().total) // 2**20 * 2**20 + 2**30
+    header = json.dumps({"t": {"dtype": "F16", "shape": [nbytes // 2], "data_offsets": [0, nbytes]}}).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + nbytes)
+    assert read_header(path) == {"t": ("F16", nbytes)}
+    found = map_file(path)["t"]
+    assert found.shape == (nbytes // 2,)
+    assert found[-1] == 0
+
+
+def test_a_file_is_mapped_as_long_as_a_tensor_lives_and_no_descriptor_kept(tmp_path: Path):
+    path, before = tmp_path / "x.safetensors", os.listdir("/proc/self/fd")
+    save_file({"a": torch.ones(3), "b": torch.zeros(5)}, path)
+    found = map_file(path)
+    [name, tensor] = found.popitem()
+    del found
+    assert [m.path for m in file_mappings()].count(str(path)) == 1
+    assert os.listdir("/proc/self/fd") == before
+    assert tensor.sum() == (3 if name == "a" else 0)
+    del tensor
+    gc.collect()
+    assert str(path) not in [m.path for m in file_mappings()]
