@@ -1,21 +1,16 @@
-"""A virtual machine's free memory: kept real while something is timed, and how fast it becomes so.
+"""A virtual machine's free memory, kept real while something is timed.
 
 A hypervisor takes pages that a guest has freed, within seconds, and gives them back one by one, at 9 microseconds a
 page where this was seen (0.45 GB/s; 20 GB/s for pages that it has not taken yet). That is a figure of the host and
 falls on whoever touches memory first, so every side of a comparison runs inside `memory_at_hand`, which makes the
-machine behave like one that is not virtual. `fresh_bytes_per_s` is what it costs otherwise.
+machine behave like one that is not virtual.
 """
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from griffin_offload.weights.direct import block_buffer, touch
-
-_TAKEN_AFTER_S = 6.0
 _LEFT_FREE_BYTES = 10**9  # less than this is free: give some up. It is used, and given, much faster than it is taken
 
 # Not with psutil and in plain steps: it shares the processor with what is timed.
@@ -50,17 +45,8 @@ def memory_at_hand() -> Iterator[None]:
     with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
         try:
             assert holder.stdout is not None
-            holder.stdout.readline()
+            if not holder.stdout.readline():
+                raise RuntimeError("free memory cannot be held")
             yield
         finally:
             holder.kill()
-
-
-def fresh_bytes_per_s(nbytes: int, threads: int) -> float:
-    """At which so much memory that nobody has used for a while becomes real, in huge pages; freed again."""
-    time.sleep(_TAKEN_AFTER_S)
-    parts = [block_buffer(nbytes // threads) for _ in range(threads)]
-    start = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(touch, parts))
-    return nbytes / (time.perf_counter() - start)

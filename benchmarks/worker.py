@@ -18,6 +18,8 @@ from model_bytes import parse_bytes
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from griffin_offload import GriffinModel  # with all that transformers imports late: no side's time
+
 SEED = 0
 
 
@@ -35,8 +37,6 @@ class Marks(BaseStreamer):
 
 
 def load_ours(args: argparse.Namespace) -> Any:
-    from griffin_offload import GriffinModel
-
     return GriffinModel.from_pretrained(
         args.dir,
         max_gpu_mem=args.budget,

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from host_memory import fresh_bytes_per_s
 from measured import measure_disk, measure_rates
 from model_bytes import ModelBytes
 
 PRECISIONS = ("none", "int8", "int4")
-FRESH_SAMPLE_BYTES = 4 * 10**9
 
 
 def measure(folder: Path, model: ModelBytes, prompt_tokens: int, threads: int) -> dict[str, Any]:
@@ -17,7 +15,6 @@ def measure(folder: Path, model: ModelBytes, prompt_tokens: int, threads: int) -
     `gemm_flops_per_s` the best for the prompt."""
     rates = {name: measure_rates(model, prompt_tokens, [threads], name)[0] for name in PRECISIONS}
     return {
-        "fresh_bytes_per_s": fresh_bytes_per_s(FRESH_SAMPLE_BYTES, threads),
         "disk_bytes_per_s": measure_disk(folder),
         "memory_bytes_per_s": max(rate.best_gemv for rate in rates.values()),
         "gemm_flops_per_s": max(max(rate.gemm_flops_per_s.values()) for rate in rates.values()),
@@ -38,11 +35,6 @@ def first_token_s(ceilings: dict[str, Any], model: ModelBytes, prompt_tokens: in
     return float(max(stored_bytes / ceilings["disk_bytes_per_s"], compute_s))
 
 
-def fresh_memory_s(ceilings: dict[str, Any], anonymous_bytes: int) -> float | None:
-    """The first touch of the memory that a side holds, if nothing of it was at hand; None in older records."""
-    return anonymous_bytes / ceilings["fresh_bytes_per_s"] if "fresh_bytes_per_s" in ceilings else None
-
-
 def token_s(ceilings: dict[str, Any], needed_bytes: float, cap_bytes: int) -> float:
     """What the cap cannot hold comes from the disk, for every token."""
     missing_bytes = max(0.0, needed_bytes - cap_bytes)
@@ -51,10 +43,8 @@ def token_s(ceilings: dict[str, Any], needed_bytes: float, cap_bytes: int) -> fl
 
 def statement(ceilings: dict[str, Any], threads: int) -> Sequence[str]:
     kernels = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in ceilings["gemv_bytes_per_s"].items())
-    fresh = f"{ceilings['fresh_bytes_per_s'] / 1e9:.2f} GB/s" if "fresh_bytes_per_s" in ceilings else "not measured"
     return [
-        f"Ceilings on {threads} threads: disk, cold {ceilings['disk_bytes_per_s'] / 1e9:.2f} GB/s; memory touched for "
-        f"the first time {fresh}; one row times "
+        f"Ceilings on {threads} threads: disk, cold {ceilings['disk_bytes_per_s'] / 1e9:.2f} GB/s; one row times "
         f"weights {ceilings['memory_bytes_per_s'] / 1e9:.1f} GB/s (our kernels, none/int8/int4: {kernels}); many rows "
         f"{ceilings['gemm_flops_per_s'] / 1e9:.0f} Gflop/s."
     ]

@@ -19,7 +19,6 @@ HEADS = (
     "read until the first",
     "read per further token",
     "peak anonymous",
-    "to touch that",
     "tokens",
     "as the full model's",
 )
@@ -88,8 +87,8 @@ class Page:
             *(f"- versions: `{versions}`" for versions in dict.fromkeys(str(run["versions"]) for run in runs)),
             f"- peers: {', '.join(sorted(self.packages()))}",
             f"- the checkpoint: {gigabytes(self.model.total_bytes)} in {8 * self.model.value_bytes} bit; prompt of "
-            f"{self.settings['prompt_tokens']} tokens ({self.settings['prompt']}), greedy, each side cold and in a "
-            "process of its own",
+            f"{self.settings['prompt_tokens']} tokens ({self.settings['prompt']}), greedy, each side cold, with free "
+            "memory at hand and in a process of its own",
         ]
         return "\n".join(filter(None, lines))
 
@@ -122,14 +121,9 @@ class Page:
             gigabytes(read_bytes),
             gigabytes(figures["decode"]["read_bytes"] / (tokens - 1)),
             gigabytes(run["rss_anon_peak_bytes"]),
-            self.touch(run),
             str(tokens),
             agreement(run, self.expected),
         ]
-
-    def touch(self, run: Run) -> str:
-        fresh_s = bounds.fresh_memory_s(self.content.get("ceilings") or {}, run["rss_anon_peak_bytes"])
-        return "-" if fresh_s is None else seconds(fresh_s)
 
     def best(self, run: Run, stored_bytes: int) -> str:
         """First token and further ones. Exact mode's own limit depends on what is accepted."""
