@@ -87,7 +87,8 @@ class Comparison:
             copies.folder_of("split", args.dir),
         )
         given = "random" if args.prompt_ids is None else args.prompt_ids.name
-        shared = {"prompt": given, **{name: getattr(args, name) for name in ("prompt_tokens", "threads", "density")}}
+        shared = {"prompt": given, "memory": "at hand"}
+        shared |= {name: getattr(args, name) for name in ("prompt_tokens", "threads", "density")}
         self.journal = Journal(args.out / f"peers-{args.dir.name}.json", asdict(self.model), shared)
         self.prompt_ids = scratch / "prompt.json"
         self.prompt_ids.write_text(json.dumps(prompt(args)[0].tolist()))

@@ -87,8 +87,8 @@ class Page:
             *(f"- versions: `{versions}`" for versions in dict.fromkeys(str(run["versions"]) for run in runs)),
             f"- peers: {', '.join(sorted(self.packages()))}",
             f"- the checkpoint: {gigabytes(self.model.total_bytes)} in {8 * self.model.value_bytes} bit; prompt of "
-            f"{self.settings['prompt_tokens']} tokens ({self.settings['prompt']}), greedy, each side cold, with free "
-            "memory at hand and in a process of its own",
+            f"{self.settings['prompt_tokens']} tokens ({self.settings['prompt']}), greedy, each side cold, in a "
+            f"process of its own and with free memory {self.settings.get('memory', 'as found')}",
         ]
         return "\n".join(filter(None, lines))
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -9,16 +10,20 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import transformers.modeling_utils
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from griffin_offload import GriffinModel
 from griffin_offload.errors import CheckpointError
+from griffin_offload.weights import mapped_file
 from griffin_offload.weights.mapped_file import map_file
 from griffin_offload.weights.mappings import file_mappings
 from griffin_offload.weights.weight_files import read_header
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.bool)
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems promise memory in other ways")
+DTYPES = tuple(mapped_file._DTYPES.values())
 
 
 @given(
@@ -26,13 +31,18 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int
 )
 def test_every_tensor(tmp_path_factory, parts):
     path = tmp_path_factory.mktemp("mapped") / "x.safetensors"
-    save_file({f"t{i}": (torch.randn(shape) * 9).to(dtype) for i, (dtype, shape) in enumerate(parts)}, path, {"a": "b"})
+    save_file({f"t{i}": made(dtype, shape) for i, (dtype, shape) in enumerate(parts)}, path, {"a": "b"})
     found, expected = map_file(path), load_file(path)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert found[name].shape == tensor.shape
-        assert torch.equal(found[name], tensor)
+        assert torch.equal(found[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
+
+
+def made(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    """Of bytes that any type can have."""
+    return torch.randint(2, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8).view(dtype).view(shape)
 
 
 def test_a_file_that_was_cut(tmp_path: Path):
@@ -43,7 +53,7 @@ def test_a_file_that_was_cut(tmp_path: Path):
         map_file(path)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems promise memory in other ways")
+@LINUX
 def test_a_file_larger_than_all_memory(tmp_path: Path):
     """With holes, so it takes no disk: the kernel refuses to map so much as if it could be written to."""
     path = tmp_path / "x.safetensors"
@@ -58,6 +68,7 @@ def test_a_file_larger_than_all_memory(tmp_path: Path):
     assert found[-1] == 0
 
 
+@LINUX
 def test_a_file_is_mapped_as_long_as_a_tensor_lives_and_no_descriptor_kept(tmp_path: Path):
     path, before = tmp_path / "x.safetensors", os.listdir("/proc/self/fd")
     save_file({"a": torch.ones(3), "b": torch.zeros(5)}, path)
@@ -70,3 +81,14 @@ def test_a_file_is_mapped_as_long_as_a_tensor_lives_and_no_descriptor_kept(tmp_p
     del tensor
     gc.collect()
     assert str(path) not in [m.path for m in file_mappings()]
+
+
+def test_transformers_opens_no_weights(checkpoints, monkeypatch: pytest.MonkeyPatch):
+    """It would touch every tensor, and the kernel read megabytes around each."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("opened by transformers")
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_open", refuse)
+    with GriffinModel.from_pretrained(checkpoints("llama2"), device="cpu") as model:
+        assert model.generate(torch.arange(1, 9)[None], max_new_tokens=2, do_sample=False).shape == (1, 10)
