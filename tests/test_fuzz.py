@@ -122,3 +122,18 @@ def test_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault:
 
     verdicts = run_lanes([Lane(second, range(3), "seed", tmp_path, {"a": b"whole"})])
     assert [verdict.outcome for verdict in verdicts] == ["accepted", outcome, "accepted"], verdicts
+
+
+def test_a_process_that_hangs_has_told_of_the_cases_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """However late one listens: their lines come at once."""
+    monkeypatch.setattr(worker, "LIMIT_S", 2.0)
+    monkeypatch.setattr(worker, "GRACE_S", 2.0)
+
+    def third(generator: random.Random, place: Place) -> None:
+        if generator.random() == random.Random("seed/2").random():
+            _stopped()
+
+    lane = Lane(third, range(4), "seed", tmp_path, {"a": b"whole"})
+    time.sleep(1.0)
+    verdicts = run_lanes([lane])
+    assert [verdict.outcome for verdict in verdicts] == ["accepted", "accepted", "time", "accepted"], verdicts

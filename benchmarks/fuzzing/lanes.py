@@ -35,7 +35,7 @@ class Lane:
             os.close(read)
             self._child(write)
         os.close(write)
-        self._pipe = os.fdopen(read)
+        self._pipe, self._partial = read, b""
         self._heard = time.monotonic()
 
     def _child(self, descriptor: int) -> None:
@@ -57,18 +57,22 @@ class Lane:
             os._exit(code)
 
     def fileno(self) -> int:
-        return self._pipe.fileno()
+        return self._pipe
 
     def listen(self) -> bool:
-        """Take one line; whether there is more to come."""
-        line = self._pipe.readline()
-        if not line:
-            return self._ended("died")
-        verdict = Verdict(**json.loads(line))
-        self._heard, self._running = time.monotonic(), verdict.index
-        if verdict.outcome != "started":
-            self._finish(verdict)
-        return True
+        """Take all lines that have come, as nobody tells of lines in a buffer; whether there is more to come."""
+        return self._take_lines() or self._ended("died")
+
+    def _take_lines(self) -> bool:
+        """False: the process has ended."""
+        data = os.read(self._pipe, 2**16)
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        for line in lines:
+            verdict = Verdict(**json.loads(line))
+            self._heard, self._running = time.monotonic(), verdict.index
+            if verdict.outcome != "started":
+                self._finish(verdict)
+        return bool(data)
 
     def hangs(self) -> bool:
         return time.monotonic() - self._heard > worker.LIMIT_S + worker.GRACE_S
@@ -76,6 +80,8 @@ class Lane:
     def stop(self) -> bool:
         """Kill a process in which native code hangs; whether there is more to come."""
         os.kill(self._pid, signal.SIGKILL)
+        while self._take_lines():
+            pass
         return self._ended("time")
 
     def _finish(self, verdict: Verdict) -> None:
@@ -84,7 +90,7 @@ class Lane:
         self._running = None
 
     def _ended(self, outcome: str) -> bool:
-        self._pipe.close()
+        os.close(self._pipe)
         _, status = os.waitpid(self._pid, 0)
         if self._running is not None:
             said = (self._root / str(self._forks) / "noise").read_bytes()[-300:].decode(errors="replace")
