@@ -108,6 +108,10 @@ int has_bf16(void) { return has_avx512() && __builtin_cpu_supports("avx512bf16")
 
 int has_vbmi2(void) { return has_avx512() && __builtin_cpu_supports("avx512vbmi2"); }
 
+/* Intel's prefetchers end with a page: a thread gets half of what memory can give (benchmarks/NOTES.md). AMD's do
+ * better alone. */
+int fetches_ahead(void) { return __builtin_cpu_is("intel") != 0; }
+
 void multiply_int8(const Product *p, Parallel parallel) {
     quantize(p);
     if (p->wide) int8_lanes(p);

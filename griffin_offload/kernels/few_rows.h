@@ -8,6 +8,13 @@
 
 #include "product.h"
 
+#define TURNS 4    /* outputs that are read in turns, so that more of them are on their way */
+#define AHEAD 4096 /* bytes, a page: where some processors stop looking ahead by themselves */
+
+INLINED void fetch_ahead(const void *from, int lines) {
+    for (int i = 0; i < lines; i++) _mm_prefetch((const char *)from + AHEAD + 64 * i, _MM_HINT_T0);
+}
+
 /* The upper bytes of a row's numbers; the lower ones follow. */
 INLINED const int8_t *bytes_of(const Product *p, int64_t row) {
     return (const int8_t *)(p->numbers + row * p->inputs);

@@ -22,10 +22,12 @@ ROWS = 32
 
 
 class Kernels:
-    """The products of a library. `wide` is for tests: False takes the kernels of older processors."""
+    """The products of a library. `wide` and `ahead` are for tests: those of older processors, and as
+    another processor would read."""
 
-    def __init__(self, library: Library, *, wide: bool = True) -> None:
+    def __init__(self, library: Library, *, wide: bool = True, ahead: bool | None = None) -> None:
         self._library = library
+        self._ahead = library.fetches_ahead if ahead is None else ahead
         self._bytes, self._pairs = wide and library.sums_bytes, wide and library.sums_pairs
 
     def multiply_int8(
@@ -72,7 +74,9 @@ class Kernels:
         sums = own.data_ptr()
         made = (sums, sums + 4 * rows * outputs, 0, 0, 0, 0)
         sizes = (rows, 1, outputs, outputs, inputs, 1, 1)
-        return run(self._library, "multiply_floats", x, (None, weight, None, bias), made, sizes, wide=wide)
+        return run(
+            self._library, "multiply_floats", x, (None, weight, None, bias), made, sizes, wide=wide, ahead=self._ahead
+        )
 
     def _quantised(self, function: str, x: Tensor, beside: Beside, sizes: Sizes, wide: bool) -> Tensor:
         rows, parts, outputs, _, inputs, group, _ = sizes
@@ -84,7 +88,7 @@ class Kernels:
         step = numbers + 4 * all_rows * pairs
         totals = step + 4 * all_rows * groups
         made = (sums, 0, numbers, step, totals, totals + 4 * all_rows * groups)
-        return run(self._library, function, x, beside, made, sizes, wide=wide)
+        return run(self._library, function, x, beside, made, sizes, wide=wide, ahead=self._ahead)
 
 
 def _parts(x: Tensor) -> int:

@@ -26,6 +26,7 @@ AVX2 INLINED void int4_group(const Product *p, const uint8_t *tile, int64_t at, 
     }
     tile += begin * half;
     for (int64_t k = 0; k < p->group; k += 2, tile += 2 * half) {
+        if (p->ahead) fetch_ahead(tile, 1);
         __m128i even = _mm_loadu_si128((const __m128i *)tile), odd = _mm_loadu_si128((const __m128i *)(tile + half));
         __m256i weights[2] = {_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(even, odd)),
                               _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(even, odd))};
@@ -110,6 +111,7 @@ VNNI INLINED void int4_bytes_group(const Product *p, const uint8_t *tile, int64_
     tile += begin * 32;
 #pragma GCC unroll 8
     for (int64_t k = 0; k < size; k += QUAD, tile += QUAD * 32) {
+        if (p->ahead) fetch_ahead(tile, 2);
         __m512i pairs[2] = {_mm512_loadu_si512(tile), _mm512_loadu_si512(tile + 64)};
         for (int i = 0; i < 2; i++) {
             __m512i weights = _mm512_permutex2var_epi8(pairs[0], order[i], pairs[1]);

@@ -31,6 +31,7 @@ AVX2 INLINED void int8_output(const Product *p, int64_t output, int64_t first, c
         __m256i sum[4];
         for (int r = 0; r < rows; r++) sum[r] = _mm256_setzero_si256();
         for (; at + PAIRED <= end; at += PAIRED) {
+            if (p->ahead && at % 64 == 0) fetch_ahead(weights + at, 1);
             __m256i weight = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(weights + at)));
             for (int r = 0; r < rows; r++) {
                 __m256i number = _mm256_loadu_si256((const __m256i *)(x + r * p->inputs + at));
@@ -96,47 +97,64 @@ VNNI INLINED void add_bytes(const Product *p, const int8_t *weights, const int8_
     }
 }
 
-/* One output of `rows` rows from `first`. */
-VNNI INLINED void int8_bytes_output(const Product *p, int64_t output, int64_t first, const int rows) {
+/* `outputs` outputs of `rows` rows from `first`, a group of each in turn. */
+VNNI INLINED void int8_bytes_outputs(const Product *p, int64_t output, int64_t first, const int outputs,
+                                     const int rows) {
     const int8_t *weights = (const int8_t *)p->weight + output * p->inputs, *x = bytes_of(p, first);
     const int64_t groups = groups_of(p);
     const int32_t *lanes = p->lanes + first * groups * WIDE_LANES;
     const float *step = p->step + first * groups;
-    __m512 total[4];
-    for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
+    __m512 total[TURNS][4];
+    for (int o = 0; o < outputs; o++)
+        for (int r = 0; r < rows; r++) total[o][r] = _mm512_setzero_ps();
     for (int64_t group = 0; group < groups; group++) {
-        __m512i upper[4], lower[4];
-        for (int r = 0; r < rows; r++) {
-            upper[r] = _mm512_setzero_si512();
-            lower[r] = _mm512_loadu_si512(lanes + (r * groups + group) * WIDE_LANES);
-        }
-        int64_t at = group * GROUP;
-        if (at + GROUP <= p->inputs) {
+        const int64_t start = group * GROUP;
+#pragma GCC unroll 4
+        for (int o = 0; o < outputs; o++) {
+            const int8_t *here = weights + o * p->inputs;
+            __m512i upper[4], lower[4];
+            for (int r = 0; r < rows; r++) {
+                upper[r] = _mm512_setzero_si512();
+                lower[r] = _mm512_loadu_si512(lanes + (r * groups + group) * WIDE_LANES);
+            }
+            int64_t at = start;
+            if (at + GROUP <= p->inputs) {
 #pragma GCC unroll 2
-            for (int64_t half = 0; half < GROUP; half += BYTES)
-                add_bytes(p, weights + at + half, x + at + half, BYTES, upper, lower, rows);
-        } else {
-            for (; at + BYTES <= p->inputs; at += BYTES) add_bytes(p, weights + at, x + at, BYTES, upper, lower, rows);
-            if (at < p->inputs) add_bytes(p, weights + at, x + at, p->inputs - at, upper, lower, rows);
-        }
-        for (int r = 0; r < rows; r++) {
-            __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[r], 8), lower[r]);
-            total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(step[r * groups + group]), total[r]);
+                for (int64_t half = 0; half < GROUP; half += BYTES) {
+                    if (outputs > 1) _mm_prefetch(here + outputs * p->inputs + at + half, _MM_HINT_T0);
+                    add_bytes(p, here + at + half, x + at + half, BYTES, upper, lower, rows);
+                }
+            } else {
+                for (; at + BYTES <= p->inputs; at += BYTES) add_bytes(p, here + at, x + at, BYTES, upper, lower, rows);
+                if (at < p->inputs) add_bytes(p, here + at, x + at, p->inputs - at, upper, lower, rows);
+            }
+            for (int r = 0; r < rows; r++) {
+                __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[r], 8), lower[r]);
+                __m512 scale = _mm512_set1_ps(step[r * groups + group]);
+                total[o][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, total[o][r]);
+            }
         }
     }
-    for (int r = 0; r < rows; r++)
-        p->sums[(first + r) * p->outputs + output] = _mm512_reduce_add_ps(total[r]) * scale_at(p, output);
+    for (int o = 0; o < outputs; o++)
+        for (int r = 0; r < rows; r++)
+            p->sums[(first + r) * p->outputs + output + o] =
+                _mm512_reduce_add_ps(total[o][r]) * scale_at(p, output + o);
+}
+
+VNNI INLINED void int8_bytes_rows(const Product *p, int64_t output, const int outputs) {
+    const int64_t rows = p->rows * p->parts;
+    int64_t first = 0;
+    for (; first + 4 <= rows; first += 4) int8_bytes_outputs(p, output, first, outputs, 4);
+    for (; first + 2 <= rows; first += 2) int8_bytes_outputs(p, output, first, outputs, 2);
+    if (first < rows) int8_bytes_outputs(p, output, first, outputs, 1);
 }
 
 VNNI void int8_by_vnni(const void *product, int64_t start, int64_t end) {
     const Product *p = product;
-    const int64_t rows = p->rows * p->parts;
-    for (int64_t output = start; output < end; output++) {
-        int64_t first = 0;
-        for (; first + 4 <= rows; first += 4) int8_bytes_output(p, output, first, 4);
-        for (; first + 2 <= rows; first += 2) int8_bytes_output(p, output, first, 2);
-        if (first < rows) int8_bytes_output(p, output, first, 1);
-    }
+    int64_t output = start;
+    if (p->ahead)
+        for (; output + TURNS <= end; output += TURNS) int8_bytes_rows(p, output, TURNS);
+    for (; output < end; output++) int8_bytes_rows(p, output, 1);
 }
 
 #endif

@@ -11,13 +11,21 @@ Sizes = tuple[int, int, int, int, int, int, int]
 """Rows, parts, outputs, features, inputs, group, block."""
 Beside = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
 """Input scale, weight, scale, bias."""
-_PRODUCT = struct.Struct("@12P11q")  # built for every product, so it is packed at once and not field by field
+_PRODUCT = struct.Struct("@12P12q")  # built for every product, so it is packed at once and not field by field
 NOTHING_MADE = (0, 0, 0, 0, 0, 0)
 """For kernels that need no memory for sums, floats, numbers, step, totals and lanes."""
 
 
 def run(
-    library: Library, function: str, x: Tensor, beside: Beside, made: tuple[int, ...], sizes: Sizes, *, wide: bool
+    library: Library,
+    function: str,
+    x: Tensor,
+    beside: Beside,
+    made: tuple[int, ...],
+    sizes: Sizes,
+    *,
+    wide: bool,
+    ahead: bool = False,
 ) -> Tensor:
     """The product [rows, features] in the type of x, made by `function` of the library; `made` are addresses."""
     (input_scale, weight, scale, bias), dtype = beside, x.dtype
@@ -39,6 +47,7 @@ def run(
         0 if scale is None else NUMBER_TYPES[scale.dtype],
         torch.get_num_threads(),
         wide,
+        ahead,
     )
     library.call(function, job)
     return product

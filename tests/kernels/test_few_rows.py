@@ -22,7 +22,12 @@ from griffin_offload.weights.int4_tiles import cpu_block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_kernels = pytest.mark.skipif(few_rows.kernels() is None, reason="another processor, or no compiler")
-of_both_processors = pytest.mark.parametrize("wide", [False, True], ids=["avx2", "avx512"])
+Kind = dict[str, bool]
+of_all_processors = pytest.mark.parametrize(
+    "kind",
+    [{"wide": wide, "ahead": ahead} for wide in (False, True) for ahead in (False, True)],
+    ids=["avx2", "avx2, ahead", "avx512", "avx512, ahead"],
+)
 """Kernels for instructions that this processor has not are those of AVX2 again."""
 
 
@@ -33,10 +38,10 @@ def _threads_as_before() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _kernels(*, wide: bool = True) -> few_rows.Kernels:
+def _kernels(**kind: bool) -> few_rows.Kernels:
     found = library()
     assert found is not None
-    return few_rows.Kernels(found, wide=wide)
+    return few_rows.Kernels(found, **kind)
 
 
 def _check(found: Tensor, x: Tensor, matrix: Tensor, sizes: Tensor, group: int) -> None:
@@ -63,25 +68,31 @@ def inputs_of(draw: st.DrawFn, columns: int) -> Tensor:
 
 
 @needs_kernels
-@of_both_processors
+@of_all_processors
 @given(data=st.data(), outputs=st.integers(1, 300), inputs=st.integers(1, 300), threads=st.integers(1, 3))
-def test_int8(wide: bool, data: st.DataObject, outputs: int, inputs: int, threads: int):
+def test_int8(kind: Kind, data: st.DataObject, outputs: int, inputs: int, threads: int):
     torch.set_num_threads(threads)
     x = data.draw(inputs_of(inputs))
     generator = torch.Generator().manual_seed(outputs)
     weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
     scale = torch.rand(outputs, generator=generator).add(0.1).to(data.draw(st.sampled_from(DTYPES)))
     matrix = weight * scale.double()[:, None]
-    _check(_kernels(wide=wide).multiply_int8(x, weight, scale), x, matrix, matrix.abs(), 128)
+    _check(_kernels(**kind).multiply_int8(x, weight, scale), x, matrix, matrix.abs(), 128)
 
 
 @needs_kernels
-@of_both_processors
+@of_all_processors
 @pytest.mark.parametrize("scale_type", DTYPES)
 @pytest.mark.parametrize("group", [32, 96, 128])
 @given(data=st.data(), blocks=st.integers(1, 5), inputs=st.integers(1, 4), threads=st.integers(1, 3))
 def test_int4(
-    wide: bool, group: int, scale_type: torch.dtype, data: st.DataObject, blocks: int, inputs: int, threads: int
+    kind: Kind,
+    group: int,
+    scale_type: torch.dtype,
+    data: st.DataObject,
+    blocks: int,
+    inputs: int,
+    threads: int,
 ):
     """Both widths of blocks; numbers are packed here, as int4_tiles.py says. Some groups and types have kernels that
     were compiled for them."""
@@ -94,20 +105,20 @@ def test_int4(
     low, high = levels.view(-1, 2, block // 2, inputs * group).unbind(1)
     tiles = (low | high << 4).to(torch.uint8).transpose(1, 2).reshape(outputs, -1).contiguous()
     scale, offset = (part.t().repeat_interleave(group, dim=1) for part in scales.double().unbind(-1))
-    found = _kernels(wide=wide).multiply_int4(x, tiles, scales, block)
+    found = _kernels(**kind).multiply_int4(x, tiles, scales, block)
     _check(found, x, (levels - 8) * scale + offset, 8 * scale.abs() + offset.abs(), group)
 
 
 @needs_kernels
-@of_both_processors
+@of_all_processors
 @given(data=st.data(), outputs=st.integers(1, 300), inputs=st.integers(1, 300), threads=st.integers(1, 3))
-def test_floats(wide: bool, data: st.DataObject, outputs: int, inputs: int, threads: int):
+def test_floats(kind: Kind, data: st.DataObject, outputs: int, inputs: int, threads: int):
     torch.set_num_threads(threads)
     x = data.draw(inputs_of(inputs))
     x = x.bfloat16() if x.dtype == torch.float32 else x
     generator = torch.Generator().manual_seed(outputs)
     weight = torch.randn(outputs, inputs, generator=generator).to(x.dtype)
-    found, exact = _kernels(wide=wide).multiply_floats(x, weight), x.double() @ weight.double().t()
+    found, exact = _kernels(**kind).multiply_floats(x, weight), x.double() @ weight.double().t()
     size, limits = x.double().abs() @ weight.double().abs().t(), torch.finfo(x.dtype)
     allowed = limits.eps * exact.abs() + 32 * 2.0**-24 * size + limits.tiny
     assert found.dtype == x.dtype
@@ -115,14 +126,14 @@ def test_floats(wide: bool, data: st.DataObject, outputs: int, inputs: int, thre
 
 
 @needs_kernels
-@of_both_processors
+@of_all_processors
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bias_scaled_inputs_and_features(wide: bool, dtype: torch.dtype):
+def test_bias_scaled_inputs_and_features(kind: Kind, dtype: torch.dtype):
     """What is filled up to a whole block of tiles is no feature."""
     generator = torch.Generator().manual_seed(0)
     x, input_scale = torch.randn(3, 64, generator=generator).to(dtype), torch.rand(64, generator=generator).to(dtype)
     for features, int4 in ((70, False), (70, True), (128, True)):
-        bias, own = torch.randn(features, generator=generator).to(dtype), _kernels(wide=wide)
+        bias, own = torch.randn(features, generator=generator).to(dtype), _kernels(**kind)
         levels = torch.randint(0, 16, (128, 64), generator=generator)
         if int4:
             low, high = levels.view(2, 2, 32, 64).unbind(1)
@@ -139,42 +150,42 @@ def test_bias_scaled_inputs_and_features(wide: bool, dtype: torch.dtype):
 
 
 @needs_kernels
-@of_both_processors
+@of_all_processors
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_stays_none(wide: bool, bad: float, dtype: torch.dtype):
+def test_what_is_no_number_stays_none(kind: Kind, bad: float, dtype: torch.dtype):
     """In the row that has it and in no other."""
     x = torch.ones(3, 256, dtype=dtype)
     x[1, 200] = bad
     weight, scale = torch.ones(40, 256, dtype=torch.int8), torch.ones(40, dtype=dtype)
     tiles, scales = torch.ones(64, 128, dtype=torch.uint8), torch.ones(8, 64, 2, dtype=dtype)
-    own = _kernels(wide=wide)
+    own = _kernels(**kind)
     for found in (own.multiply_int8(x, weight, scale), own.multiply_int4(x, tiles, scales, cpu_block())):
         assert found[1].isnan().all()
         assert found[::2].isfinite().all()
 
 
 @needs_kernels
-@of_both_processors
+@of_all_processors
 @pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-31, 1e-29, 1e30])
-def test_numbers_of_any_size(wide: bool, size: float):
+def test_numbers_of_any_size(kind: Kind, size: float):
     x = torch.full((1, 128), size)
-    found = _kernels(wide=wide).multiply_int8(x, torch.full((1, 128), 2, dtype=torch.int8), torch.ones(1))
+    found = _kernels(**kind).multiply_int8(x, torch.full((1, 128), 2, dtype=torch.int8), torch.ones(1))
     torch.testing.assert_close(found, torch.full((1, 1), 256 * size), rtol=1e-6, atol=1e-27)
 
 
 @needs_kernels
-@of_both_processors
-def test_largest_sums(wide: bool):
+@of_all_processors
+def test_largest_sums(kind: Kind):
     """No 32-bit sum overflows: the largest group, largest weights, largest numbers, one sign."""
     x = torch.full((1, 256), 3.0)
     for sign in (1, -1):
         weight = torch.full((64, 256), 127 * sign, dtype=torch.int8)
-        assert torch.all(_kernels(wide=wide).multiply_int8(x, weight, torch.ones(64)) == 3 * 127 * 256 * sign)
+        assert torch.all(_kernels(**kind).multiply_int8(x, weight, torch.ones(64)) == 3 * 127 * 256 * sign)
     for level in (0, 15):
         tiles = torch.full((64, 128), level * 17, dtype=torch.uint8)
         scales = torch.tensor([1.0, 0.0]).expand(2, 64, 2).contiguous()
-        assert torch.all(_kernels(wide=wide).multiply_int4(x, tiles, scales, cpu_block()) == 3 * 256 * (level - 8))
+        assert torch.all(_kernels(**kind).multiply_int4(x, tiles, scales, cpu_block()) == 3 * 256 * (level - 8))
 
 
 _INT8, _INT4 = torch.ones(4, 64, dtype=torch.int8), torch.ones(64, 32, dtype=torch.uint8)
