@@ -35,6 +35,8 @@ class Library:
         """Whether one instruction of this processor multiplies and sums many 8-bit numbers."""
         self.sums_pairs = bool(self._functions.has_bf16())
         """The same of bfloat16 numbers."""
+        self.sums_tiles = bool(self._functions.has_amx())
+        """The same of whole tiles of them (AMX)."""
         self.fetches_ahead = bool(self._functions.fetches_ahead())
         """Whether a few rows are multiplied faster if weights are asked for early."""
         self.leaves_out = bool(self._functions.has_vbmi2())

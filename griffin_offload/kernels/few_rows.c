@@ -92,26 +92,6 @@ static void multiply(const Product *p, Parallel parallel, Part kernel) {
     in_parallel(parallel, p->threads, multiply_part, &job, p->outputs, UNIT);
 }
 
-/* Every processor with AVX2 has F16C, whose name older compilers do not know here. */
-int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-
-static int has_avx512(void) {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl");
-}
-
-int has_vnni(void) {
-    return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-}
-
-int has_bf16(void) { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-
-int has_vbmi2(void) { return has_avx512() && __builtin_cpu_supports("avx512vbmi2"); }
-
-/* Intel's prefetchers end with a page: a thread gets half of what memory can give (benchmarks/NOTES.md). AMD's do
- * better alone. */
-int fetches_ahead(void) { return __builtin_cpu_is("intel") != 0; }
-
 void multiply_int8(const Product *p, Parallel parallel) {
     quantize(p);
     if (p->wide) int8_lanes(p);
@@ -127,15 +107,5 @@ AVX2 void multiply_floats(const Product *p, Parallel parallel) {
     if (!p->wide) widen(p->x, 0, p->rows * p->inputs, p->x_type, p->floats);
     multiply(p, parallel, p->wide ? pairs_by_bf16 : floats_by_avx2);
 }
-
-#else
-
-int has_avx2(void) { return 0; }
-
-int has_vnni(void) { return 0; }
-
-int has_bf16(void) { return 0; }
-
-int has_vbmi2(void) { return 0; }
 
 #endif

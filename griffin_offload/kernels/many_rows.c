@@ -6,29 +6,24 @@
 #include "many_rows.h"
 #include "parallel.h"
 
-static void multiply(const Product *p, Parallel parallel, Part wide, Part other) {
+/* `parts` are the kernels of each kind of processor, from AVX2 on. */
+static void multiply(const Product *p, Parallel parallel, const Part *parts) {
     /* Small chunks, which take long: while residents arrive, other threads take turns on the same cores. */
-    in_chunks(parallel, p->threads, p->wide ? wide : other, p, p->outputs, MANY_OUTPUTS);
+    in_chunks(parallel, p->threads, parts[p->wide], p, p->outputs, MANY_OUTPUTS);
 }
+
+#define MULTIPLY(form)                                                                                 \
+    void multiply_many_##form(const Product *p, Parallel parallel) {                                   \
+        multiply(p, parallel, (Part[]){many_##form##_by_avx2, many_##form##_by_bf16, many_##form##_by_amx}); \
+    }
+
+MULTIPLY(int8)
+MULTIPLY(int4_rows)
+MULTIPLY(int4_neurons)
+MULTIPLY(int4_tiles)
 
 void multiply_many_float(const Product *p, Parallel parallel) {
-    multiply(p, parallel, many_float_by_avx2, many_float_by_avx2);
-}
-
-void multiply_many_int8(const Product *p, Parallel parallel) {
-    multiply(p, parallel, many_int8_by_bf16, many_int8_by_avx2);
-}
-
-void multiply_many_int4_rows(const Product *p, Parallel parallel) {
-    multiply(p, parallel, many_int4_rows_by_bf16, many_int4_rows_by_avx2);
-}
-
-void multiply_many_int4_neurons(const Product *p, Parallel parallel) {
-    multiply(p, parallel, many_int4_neurons_by_bf16, many_int4_neurons_by_avx2);
-}
-
-void multiply_many_int4_tiles(const Product *p, Parallel parallel) {
-    multiply(p, parallel, many_int4_tiles_by_bf16, many_int4_tiles_by_avx2);
+    in_chunks(parallel, p->threads, many_float_by_avx2, p, p->outputs, MANY_OUTPUTS);
 }
 
 #endif

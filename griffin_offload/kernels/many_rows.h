@@ -28,5 +28,9 @@ void many_int8_by_bf16(const void *product, int64_t start, int64_t end);
 void many_int4_rows_by_bf16(const void *product, int64_t start, int64_t end);
 void many_int4_neurons_by_bf16(const void *product, int64_t start, int64_t end);
 void many_int4_tiles_by_bf16(const void *product, int64_t start, int64_t end);
+void many_int8_by_amx(const void *product, int64_t start, int64_t end);
+void many_int4_rows_by_amx(const void *product, int64_t start, int64_t end);
+void many_int4_neurons_by_amx(const void *product, int64_t start, int64_t end);
+void many_int4_tiles_by_amx(const void *product, int64_t start, int64_t end);
 
 #endif

@@ -22,12 +22,14 @@ _OUTPUTS = 64  # of int4 tiles that are multiplied together
 
 
 class Kernels:
-    """Products by a library, of numbers in `dtype`: pairs of bfloat16, or float32."""
+    """Products by a library, of numbers in `dtype`: pairs of bfloat16, or float32. `tiles` is for tests: False takes
+    the kernels of processors without instructions for whole tiles."""
 
-    def __init__(self, library: Library, dtype: torch.dtype) -> None:
+    def __init__(self, library: Library, dtype: torch.dtype, *, tiles: bool = True) -> None:
         self._library = library
         self.pairs = dtype == torch.bfloat16
         """Whether they multiply pairs of bfloat16 numbers."""
+        self._wide = self.pairs + (self.pairs and tiles and library.sums_tiles)
 
     def take(self, form: Form, x: Tensor, weight: Tensor) -> bool:
         """Whether rows x [M, I] can be multiplied by `weight`, a matrix in `form`."""
@@ -74,7 +76,7 @@ class Kernels:
         wanted = outputs if features is None else min(features, outputs)
         sizes = (x.shape[0], 1, outputs, wanted, inputs, group, block)
         beside = (None, weight, scale, bias)
-        return run(self._library, f"multiply_many_{form}", x, beside, NOTHING_MADE, sizes, wide=self.pairs)
+        return run(self._library, f"multiply_many_{form}", x, beside, NOTHING_MADE, sizes, wide=self._wide)
 
 
 def _there(scale: Tensor | None) -> Tensor:
@@ -96,13 +98,10 @@ def _whole_groups(form: Form, outputs: int, inputs: int, group: int, block: int)
 
 @functools.cache
 def kernels(dtype: torch.dtype) -> Kernels | None:
-    """Those that multiply in `dtype`, or None where torch does it as fast: with instructions for whole tiles of
-    bfloat16 numbers (AMX), or for float32 in AVX-512."""
+    """Those that multiply in `dtype`, or None where torch does it as fast: float32 in AVX-512."""
     loaded = library()
     if loaded is None:
         return None
-    if dtype == torch.bfloat16:
-        known = loaded.sums_pairs and not torch.cpu._is_amx_tile_supported()
-    else:
-        known = dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    capability = torch.backends.cpu.get_cpu_capability()
+    known = loaded.sums_pairs if dtype == torch.bfloat16 else dtype == torch.float32 and capability == "AVX2"
     return Kernels(loaded, dtype) if known else None

@@ -28,7 +28,7 @@ typedef struct {
     int32_t *totals;         /* [rows * parts, groups]: of `numbers` */
     int32_t *lanes;          /* [rows * parts, groups, 16], wide int8: -128 times the numbers that each lane sums */
     int64_t rows, parts, outputs, features, inputs, group, block, x_type, scale_type, threads;
-    int64_t wide;            /* by AVX-512 */
+    int64_t wide;            /* 1: by AVX-512, 2: many rows by AMX */
     int64_t ahead;           /* whether weights are asked for before they are needed */
 } Product;
 

@@ -24,7 +24,7 @@ def run(
     made: tuple[int, ...],
     sizes: Sizes,
     *,
-    wide: bool,
+    wide: int,
     ahead: bool = False,
 ) -> Tensor:
     """The product [rows, features] in the type of x, made by `function` of the library; `made` are addresses."""

@@ -21,8 +21,18 @@ needs_kernels = pytest.mark.skipif(LOADED is None, reason="another processor, or
 needs_pairs = pytest.mark.skipif(
     LOADED is None or not LOADED.sums_pairs, reason="this processor multiplies no pairs of bfloat16 numbers"
 )
-of_both = pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_pairs)], ids=["floats", "pairs"]
+needs_tiles = pytest.mark.skipif(
+    LOADED is None or not LOADED.sums_tiles, reason="this processor multiplies no tiles of bfloat16 numbers"
+)
+Kind = tuple[torch.dtype, bool]
+of_all = pytest.mark.parametrize(
+    "kind",
+    [
+        (torch.float32, False),
+        pytest.param((torch.bfloat16, False), marks=needs_pairs),
+        pytest.param((torch.bfloat16, True), marks=needs_tiles),
+    ],
+    ids=["floats", "pairs", "tiles"],
 )
 
 
@@ -33,9 +43,9 @@ def _threads_as_before() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _kernels(dtype: torch.dtype) -> many_rows.Kernels:
+def _kernels(dtype: torch.dtype, tiles: bool = False) -> many_rows.Kernels:
     assert LOADED is not None
-    return many_rows.Kernels(LOADED, dtype)
+    return many_rows.Kernels(LOADED, dtype, tiles=tiles)
 
 
 def _matrix(
@@ -68,7 +78,7 @@ def _matrix(
 
 def _check(
     form: str,
-    dtype: torch.dtype,
+    kind: Kind,
     sizes: tuple[int, int, int],
     types: tuple[torch.dtype, torch.dtype],
     group: int = 32,
@@ -77,7 +87,7 @@ def _check(
     has_bias: bool = True,
 ) -> None:
     """A product of `sizes` rows, outputs and inputs, or the next that the form has; `types` are of x and scales."""
-    rows, features, inputs = sizes
+    (rows, features, inputs), dtype = sizes, kind[0]
     x_dtype, scale_dtype = types
     if dtype == torch.bfloat16:
         x_dtype, inputs = torch.bfloat16, inputs + inputs % 2
@@ -93,7 +103,7 @@ def _check(
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, inputs, generator=generator).to(x_dtype)
     bias = torch.randn(features, generator=generator).to(x_dtype) if has_bias else None
-    kernels = _kernels(dtype)
+    kernels = _kernels(*kind)
     assert kernels.take(form, x, weight)
     found = kernels.multiply(form, x, weight, scale, bias, block, features)
     exact = x.double() @ matrix[:features].t() + (0 if bias is None else bias.double())
@@ -108,38 +118,38 @@ def _check(
 
 
 @needs_kernels
-@of_both
+@of_all
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data(), sizes=st.tuples(st.integers(1, 20), st.integers(1, 200), st.integers(1, 80)))
-def test_equals_float64(form: str, dtype: torch.dtype, data: st.DataObject, sizes: tuple[int, int, int]):
-    if form == "float" and dtype == torch.bfloat16:
+def test_equals_float64(form: str, kind: Kind, data: st.DataObject, sizes: tuple[int, int, int]):
+    if form == "float" and kind[0] == torch.bfloat16:
         pytest.skip("what is multiplied as it rests is left to torch")
     torch.set_num_threads(data.draw(st.integers(1, 3)))
     types = data.draw(st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)))
     group, block = data.draw(st.sampled_from([2, 32, 128])), data.draw(st.sampled_from([32, 64]))
-    _check(form, dtype, sizes, types, group, block, has_bias=data.draw(st.booleans()))
+    _check(form, kind, sizes, types, group, block, has_bias=data.draw(st.booleans()))
 
 
 @needs_kernels
-@of_both
+@of_all
 @pytest.mark.parametrize("form", FORMS[1:])
-def test_more_rows_and_inputs_than_a_part_has(form: str, dtype: torch.dtype):
+def test_more_rows_and_inputs_than_a_part_has(form: str, kind: Kind):
     inputs = 35 if form in ("int4_rows", "int4_tiles") else 1111
-    _check(form, dtype, (500, 70, inputs), (torch.bfloat16, torch.float32))
+    _check(form, kind, (530, 70, inputs), (torch.bfloat16, torch.float32))
 
 
 @needs_kernels
 def test_numbers_below_the_normal_ones_of_float16():
-    _check("float", torch.float32, (15, 73, 1), (torch.float16, torch.float32), has_bias=False)
+    _check("float", (torch.float32, False), (15, 73, 1), (torch.float16, torch.float32), has_bias=False)
 
 
 @needs_kernels
-@of_both
+@of_all
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_no_number_stays_in_its_row(bad: float, dtype: torch.dtype):
+def test_what_is_no_number_stays_in_its_row(bad: float, kind: Kind):
     x = torch.ones(9, 34, dtype=torch.bfloat16)
     x[4, 33] = bad
-    found = _kernels(dtype).multiply("int8", x, torch.ones(5, 34, dtype=torch.int8), torch.ones(5))
+    found = _kernels(*kind).multiply("int8", x, torch.ones(5, 34, dtype=torch.int8), torch.ones(5))
     assert not found[4].isfinite().any()
     assert torch.all(found[[0, 1, 2, 3, 5, 6, 7, 8]] == 34)
 
@@ -188,15 +198,28 @@ def test_what_they_take():
     assert not floats.take("int8", _X.float().requires_grad_(), weight)
 
 
+@needs_tiles
+@pytest.mark.parametrize("rows", [5, 40])
+def test_torch_and_ours_leave_each_other_their_tiles(rows: int):
+    """Both tell the processor how large its tiles are, in the same threads, one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 256, generator=generator).bfloat16()
+    weight = torch.randint(-127, 128, (256, 256), generator=generator, dtype=torch.int8)
+    scale, halves = torch.ones(256), weight.bfloat16()
+    for _ in range(3):
+        ours, own = _kernels(torch.bfloat16, tiles=True).multiply("int8", x, weight, scale), halves[:rows].clone()
+        torch.testing.assert_close(ours, x @ halves.t(), rtol=2**-7, atol=1)
+        torch.testing.assert_close(own @ halves, (own.double() @ halves.double()).bfloat16(), rtol=2**-7, atol=64)
+
+
 def test_which_processor_has_which(monkeypatch: pytest.MonkeyPatch):
     """Only what was measured is replaced."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     many_rows.kernels.cache_clear()
     assert (many_rows.kernels(torch.float32) is None) == (LOADED is None)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     many_rows.kernels.cache_clear()
     assert many_rows.kernels(torch.float32) is None
-    assert many_rows.kernels(torch.bfloat16) is None
+    assert (many_rows.kernels(torch.bfloat16) is None) == (LOADED is None or not LOADED.sums_pairs)
     assert many_rows.kernels(torch.float64) is None
     many_rows.kernels.cache_clear()
