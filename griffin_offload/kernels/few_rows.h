@@ -12,7 +12,7 @@
 #define AHEAD 4096 /* bytes, a page: where some processors stop looking ahead by themselves */
 
 INLINED void fetch_ahead(const void *from, int lines) {
-    for (int i = 0; i < lines; i++) _mm_prefetch((const char *)from + AHEAD + 64 * i, _MM_HINT_T0);
+    for (int i = 0; i < lines; i++) __builtin_prefetch((const char *)from + AHEAD + 64 * i);
 }
 
 /* The upper bytes of a row's numbers; the lower ones follow. */

@@ -70,7 +70,7 @@ BF16 INLINED void pairs_outputs(const Product *p, int64_t output, int64_t first,
         for (int o = 0; o < outputs; o++)
             for (int i = 0; i < vectors; i++) {
                 const uint16_t *here = weights + o * p->inputs + at + i * HALVES;
-                if (outputs > 1) _mm_prefetch(here + outputs * p->inputs, _MM_HINT_T0);
+                if (outputs > 1) __builtin_prefetch(here + outputs * p->inputs);
                 __m512bh weight = pairs_at(here, ~(__mmask32)0);
                 for (int r = 0; r < rows; r++) {
                     __m512bh numbers = pairs_at(x + r * p->inputs + at + i * HALVES, ~(__mmask32)0);

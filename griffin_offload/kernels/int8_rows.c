@@ -121,7 +121,7 @@ VNNI INLINED void int8_bytes_outputs(const Product *p, int64_t output, int64_t f
             if (at + GROUP <= p->inputs) {
 #pragma GCC unroll 2
                 for (int64_t half = 0; half < GROUP; half += BYTES) {
-                    if (outputs > 1) _mm_prefetch(here + outputs * p->inputs + at + half, _MM_HINT_T0);
+                    if (outputs > 1) __builtin_prefetch(here + outputs * p->inputs + at + half);
                     add_bytes(p, here + at + half, x + at + half, BYTES, upper, lower, rows);
                 }
             } else {

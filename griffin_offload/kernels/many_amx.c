@@ -5,7 +5,8 @@
 
 #include "many_pairs.h"
 
-#define AMX __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+#define AMX \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,amx-tile,amx-bf16")))
 #define TALL 16   /* rows of a tile */
 #define WIDTH 16  /* outputs of one */
 #define STEP 32   /* inputs of one */
@@ -25,6 +26,60 @@ AMX static void shape_tiles(void) {
         shape.rows[i] = TALL;
     }
     _tile_loadconfig(&shape);
+}
+
+/* Bytes of the bfloat16 numbers 0 to 127, which 8-bit numbers are but for their sign. */
+typedef struct {
+    __m512i low[2], high[2];
+} Table;
+
+AMX INLINED Table make_table(void) {
+    uint8_t low[128], high[128];
+    for (int i = 0; i < 128; i++) {
+        uint32_t bits;
+        float number = (float)i;
+        memcpy(&bits, &number, sizeof bits);
+        low[i] = (uint8_t)(bits >> 16);
+        high[i] = (uint8_t)(bits >> 24);
+    }
+    return (Table){{_mm512_loadu_si512(low), _mm512_loadu_si512(low + 64)},
+                   {_mm512_loadu_si512(high), _mm512_loadu_si512(high + 64)}};
+}
+
+/* Which bytes of 64 low and 64 high ones become inputs `first` and the next of the four that each output has. */
+AMX INLINED __m512i pair_of_four(int first) {
+    uint8_t from[64];
+    for (int k = 0; k < 64; k++) from[k] = (uint8_t)(k / 4 * 4 + first + k % 4 / 2 + (k % 2 ? 64 : 0));
+    return _mm512_loadu_si512(from);
+}
+
+/* Four int8 inputs of 16 outputs become two rows of pairs. */
+AMX INLINED void store_pairs(__m512i inputs, const Table *table, uint32_t *pairs) {
+    const __m512i sign = _mm512_set1_epi8((char)0x80), size = _mm512_abs_epi8(inputs);
+    __m512i low = _mm512_permutex2var_epi8(table->low[0], size, table->low[1]);
+    __m512i high = _mm512_permutex2var_epi8(table->high[0], size, table->high[1]);
+    high = _mm512_or_si512(high, _mm512_and_si512(inputs, sign));
+    high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(size), _mm512_set1_epi8((char)0xc3)); /* -128 */
+    _mm512_store_si512(pairs, _mm512_permutex2var_epi8(low, pair_of_four(0), high));
+    _mm512_store_si512(pairs + MANY_OUTPUTS, _mm512_permutex2var_epi8(low, pair_of_four(2), high));
+}
+
+AMX INLINED void fill_int8(const Product *p, int64_t output, int64_t input, int64_t count, Pairs pairs) {
+    const Table table = make_table();
+    for (int64_t at = 0; at < count; at += 64) {
+        const __mmask64 wanted = count - at < 64 ? ((__mmask64)1 << (count - at)) - 1 : ~(__mmask64)0;
+        for (int64_t first = 0; first < MANY_OUTPUTS; first += WIDE_LANES) {
+            __m512i rows[WIDE_LANES];
+            for (int i = 0; i < WIDE_LANES; i++) {
+                const int64_t here = output + first + i;
+                const int8_t *from = (const int8_t *)p->weight + here * p->inputs + input + at;
+                if (p->ahead) __builtin_prefetch(from + 64);
+                rows[i] = here < p->outputs ? _mm512_maskz_loadu_epi8(wanted, from) : _mm512_setzero_si512();
+            }
+            turn(rows);
+            for (int i = 0; i < WIDE_LANES; i++) store_pairs(rows[i], &table, &pairs[at / 2 + 2 * i][first]);
+        }
+    }
 }
 
 /* Add the products of 16 rows, or of twice so many, with `count` inputs to their sums of 32 outputs. */
@@ -90,7 +145,8 @@ AMX INLINED void multiply_outputs(const Product *p, int64_t output, const int fo
         for (int64_t input = 0; input < p->inputs; input += DEPTH) {
             const int64_t count = least(DEPTH, p->inputs - input);
             memset(pairs[count / 2], 0, (size_t)(whole(count, STEP) - count) / 2 * sizeof *pairs);
-            fill(p, output, input, count, pairs, form);
+            if (form == INT8) fill_int8(p, output, input, count, pairs);
+            else fill(p, output, input, count, pairs, form);
             add_part(p, (const uint16_t *)p->x + first * p->inputs + input, rows, count, pairs, sums);
         }
         finish(p, first, rows, output, sums, form);

@@ -9,6 +9,8 @@
 #include "many_rows.h"
 
 #define DEPTH 512 /* inputs of a part */
+#define NEURONS_AHEAD 16
+#define TILES_AHEAD 4096 /* bytes */
 #define PAIRED 32 /* 16-bit numbers of a vector */
 
 /* The upper halves of 32-bit numbers: two neighbouring inputs of an output each. */
@@ -45,7 +47,9 @@ BF16 INLINED __m512i int4_inputs(const Product *p, int64_t output, int64_t input
         offset = _mm512_set1_ps(both[1]);
     }
     __m512i levels = sixteen_levels(_mm512_fmadd_ps(_mm512_sub_ps(sixteen(), _mm512_set1_ps(8)), scale, offset));
-    __m128i bytes = _mm_loadu_si128((const __m128i *)((const uint8_t *)p->weight + at * (INT4_GROUP / 2)));
+    const uint8_t *from = (const uint8_t *)p->weight + at * (INT4_GROUP / 2);
+    if (p->ahead) __builtin_prefetch(from + 64);
+    __m128i bytes = _mm_loadu_si128((const __m128i *)from);
     __m256i wide = _mm256_cvtepu8_epi16(bytes);
     __m512i numbers = _mm512_inserti64x4(_mm512_castsi256_si512(wide), _mm256_srli_epi16(wide, 4), 1);
     return _mm512_permutexvar_epi16(_mm512_and_si512(numbers, _mm512_set1_epi16(15)), levels);
@@ -108,6 +112,10 @@ BF16 INLINED void fill_by_neurons(const Product *p, int64_t output, int64_t inpu
         for (int64_t at = 0; at < count; at += 2, from += p->outputs) {
             __m512i low = _mm512_setzero_si512(), high = low;
             if (there) {
+                if (p->ahead) {
+                    __builtin_prefetch(from + NEURONS_AHEAD * p->outputs / 2);
+                    __builtin_prefetch(from + (NEURONS_AHEAD + 1) * p->outputs / 2);
+                }
                 __m512i both = two_inputs(from, from + p->outputs / 2);
                 low = _mm512_permutexvar_epi16(_mm512_and_si512(both, nibbles), levels);
                 high = _mm512_permutexvar_epi16(_mm512_and_si512(_mm512_srli_epi32(both, 4), nibbles), levels);
@@ -118,30 +126,36 @@ BF16 INLINED void fill_by_neurons(const Product *p, int64_t output, int64_t inpu
     }
 }
 
-/* The nearest bfloat16 numbers, in the upper halves. */
-BF16 INLINED __m512i upper_halves(__m512 numbers) {
-    return _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(numbers)), 16);
+/* Numbers that `both` has in its low and its upper halves, as pairs. */
+BF16 INLINED __m512i scaled_pairs(__m512i both, __m512 scale, __m512 offset) {
+    const __m512i nibble = _mm512_set1_epi32(15);
+    const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                  6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512 one = _mm512_cvtepi32_ps(_mm512_and_si512(both, nibble));
+    __m512 other = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(both, 16), nibble));
+    one = _mm512_fmadd_ps(one, scale, offset);
+    other = _mm512_fmadd_ps(other, scale, offset);
+    return _mm512_permutexvar_epi16(side_by_side, (__m512i)_mm512_cvtne2ps_pbh(other, one));
 }
 
 BF16 INLINED void fill_by_tiles(const Product *p, int64_t output, int64_t input, int64_t count, Pairs pairs) {
     const int64_t half = p->block / 2;
-    const __m512i nibble = _mm512_set1_epi32(15);
     for (int64_t first = 0; first < MANY_OUTPUTS; first += WIDE_LANES) {
         const int64_t here = output + first, inside = here % p->block;
+        const int high = inside >= half ? 4 : 0;
         const uint8_t *from = (const uint8_t *)p->weight + (here - inside) * (p->inputs / 2) + inside % half;
         from += input * half;
-        for (int64_t at = 0; at < count; at += 2, from += 2 * half) {
+        for (int64_t at = 0; at < count;) {
+            const int64_t group = (input + at) / p->group;
+            const int64_t end = least((group + 1) * p->group - input, count); /* even, as groups are */
             __m512 scale, offset;
-            __m512i both = two_inputs(from, from + half);
-            if (inside >= half) both = _mm512_srli_epi32(both, 4);
-            /* Groups are even, so that both inputs are of one. */
-            wide_scales_at(p, (input + at) / p->group * p->outputs + here, p->scale_type, &scale, &offset);
+            wide_scales_at(p, group * p->outputs + here, p->scale_type, &scale, &offset);
             offset = _mm512_fnmadd_ps(_mm512_set1_ps(8), scale, offset);
-            __m512i one = _mm512_and_si512(both, nibble);
-            __m512i other = _mm512_and_si512(_mm512_srli_epi32(both, 16), nibble);
-            __m512i ones = upper_halves(_mm512_fmadd_ps(_mm512_cvtepi32_ps(one), scale, offset));
-            __m512i others = upper_halves(_mm512_fmadd_ps(_mm512_cvtepi32_ps(other), scale, offset));
-            _mm512_store_si512(&pairs[at / 2][first], _mm512_or_si512(_mm512_srli_epi32(ones, 16), others));
+            for (; at < end; at += 2, from += 2 * half) {
+                if (p->ahead) __builtin_prefetch(from + TILES_AHEAD);
+                __m512i both = _mm512_srli_epi32(two_inputs(from, from + half), high);
+                _mm512_store_si512(&pairs[at / 2][first], scaled_pairs(both, scale, offset));
+            }
         }
     }
 }

@@ -15,8 +15,8 @@ from griffin_offload.kernels.few_rows import ROWS
 from griffin_offload.kernels.product import NOTHING_MADE, check, run
 
 Form = Literal["float", "int8", "int4_rows", "int4_neurons", "int4_tiles"]
-PAIRS_FROM_ROWS: dict[str, int] = {"int8": 4, "int4_tiles": ROWS + 1}
-"""From so many rows on pairs are faster than the kernels for a few rows."""
+# From so many rows on they are faster than the kernels for a few rows; others are from one row more than these take.
+_PAIRS_FROM, _TILES_FROM = {"int8": 4}, {"int8": 9, "int4_tiles": 24}
 _GROUP = 32  # numbers of int4 rows with a scale, outputs of int4 neurons side by side
 _OUTPUTS = 64  # of int4 tiles that are multiplied together
 
@@ -27,17 +27,21 @@ class Kernels:
 
     def __init__(self, library: Library, dtype: torch.dtype, *, tiles: bool = True) -> None:
         self._library = library
-        self.pairs = dtype == torch.bfloat16
-        """Whether they multiply pairs of bfloat16 numbers."""
-        self._wide = self.pairs + (self.pairs and tiles and library.sums_tiles)
+        self._pairs = dtype == torch.bfloat16
+        self._tiles = self._pairs and tiles and library.sums_tiles
 
     def take(self, form: Form, x: Tensor, weight: Tensor) -> bool:
         """Whether rows x [M, I] can be multiplied by `weight`, a matrix in `form`."""
         if not x.is_cpu or x.dtype not in NUMBER_TYPES or needs_gradient(x):
             return False
-        if self.pairs:  # the other numbers of `float` need no translation
+        if self._pairs:  # the other numbers of `float` need no translation
             return form != "float" and x.dtype == torch.bfloat16 and x.shape[1] % 2 == 0
         return form != "float" or (x.dtype in HALVES and x.dtype == weight.dtype)
+
+    def from_rows(self, form: Form) -> int:
+        """From how many rows on they are to multiply matrices in `form`, which few_rows.py has kernels for, too."""
+        found: dict[str, int] = _TILES_FROM if self._tiles else _PAIRS_FROM if self._pairs else {}
+        return found.get(form, ROWS + 1)
 
     def multiply(
         self,
@@ -76,7 +80,17 @@ class Kernels:
         wanted = outputs if features is None else min(features, outputs)
         sizes = (x.shape[0], 1, outputs, wanted, inputs, group, block)
         beside = (None, weight, scale, bias)
-        return run(self._library, f"multiply_many_{form}", x, beside, NOTHING_MADE, sizes, wide=self._wide)
+        wide = self._pairs + self._tiles
+        return run(
+            self._library,
+            f"multiply_many_{form}",
+            x,
+            beside,
+            NOTHING_MADE,
+            sizes,
+            wide=wide,
+            ahead=self._library.fetches_ahead,
+        )
 
 
 def _there(scale: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ def run(
     sizes: Sizes,
     *,
     wide: int,
-    ahead: bool = False,
+    ahead: bool,
 ) -> Tensor:
     """The product [rows, features] in the type of x, made by `function` of the library; `made` are addresses."""
     (input_scale, weight, scale, bias), dtype = beside, x.dtype

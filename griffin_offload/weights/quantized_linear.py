@@ -145,11 +145,8 @@ class QuantizedLinear(nn.Module):
         few = self.form in ("int8", "int4_tiles") and rows <= few_rows.ROWS
         if not few or not x.is_cpu or x.dtype not in few_rows.TYPES or needs_gradient(x):
             return None
-        if rows >= many_rows.PAIRS_FROM_ROWS[self.form]:
-            many = self._many_kernels(x)
-            if many is not None and many.pairs:
-                return None
-        return few_rows.kernels()
+        many = self._many_kernels(x) if rows > 1 else None
+        return few_rows.kernels() if many is None or rows < many.from_rows(self.form) else None
 
     def _many_kernels(self, x: Tensor) -> many_rows.Kernels | None:
         """Ours for many rows, if they can multiply rows like x."""

@@ -124,7 +124,7 @@ def test_few_rows_go_through_the_kernel_and_many_do_not(
         method = getattr(QuantizedLinear, name)
         monkeypatch.setattr(QuantizedLinear, name, lambda s, *x, n=name, m=method: (taken.append(n), m(s, *x))[1])
     many = many_rows.kernels(dtype)
-    most = (few_rows.ROWS if many is None or not many.pairs else many_rows.PAIRS_FROM_ROWS[form] - 1) if ours else 4
+    most = (few_rows.ROWS if many is None else many.from_rows(form) - 1) if ours else 4
     for rows in (1, most, most + 1):
         module(torch.ones(rows, 96, dtype=dtype))
     slow = form == "int8" and torch.backends.cpu.get_cpu_capability() == "AVX2" and dtype != torch.bfloat16
