@@ -1,7 +1,7 @@
 /* The same as many_pairs.c by instructions for whole tiles: of 16 rows with 32 inputs, times these for 16 outputs. */
 #include <stdint.h>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 
 #include "many_pairs.h"
 
@@ -59,7 +59,8 @@ AMX INLINED void store_pairs(__m512i inputs, const Table *table, uint32_t *pairs
     __m512i low = _mm512_permutex2var_epi8(table->low[0], size, table->low[1]);
     __m512i high = _mm512_permutex2var_epi8(table->high[0], size, table->high[1]);
     high = _mm512_or_si512(high, _mm512_and_si512(inputs, sign));
-    high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(size), _mm512_set1_epi8((char)0xc3)); /* -128 */
+    /* The size of -128 is past the table. */
+    high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(size), _mm512_set1_epi8((char)0xc3));
     _mm512_store_si512(pairs, _mm512_permutex2var_epi8(low, pair_of_four(0), high));
     _mm512_store_si512(pairs + MANY_OUTPUTS, _mm512_permutex2var_epi8(low, pair_of_four(2), high));
 }
@@ -158,5 +159,19 @@ MANY(AMX, amx, int8, INT8)
 MANY(AMX, amx, int4_rows, INT4_ROWS)
 MANY(AMX, amx, int4_neurons, INT4_NEURONS)
 MANY(AMX, amx, int4_tiles, INT4_TILES)
+
+#elif defined(__x86_64__) /* a compiler that does not know these instructions */
+
+#include "many_rows.h"
+
+#define PAIRS_INSTEAD(form)                                                          \
+    void many_##form##_by_amx(const void *product, int64_t start, int64_t end) {     \
+        many_##form##_by_bf16(product, start, end);                                  \
+    }
+
+PAIRS_INSTEAD(int8)
+PAIRS_INSTEAD(int4_rows)
+PAIRS_INSTEAD(int4_neurons)
+PAIRS_INSTEAD(int4_tiles)
 
 #endif

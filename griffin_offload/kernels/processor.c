@@ -27,7 +27,7 @@ int has_vbmi2(void) { return has_avx512() && __builtin_cpu_supports("avx512vbmi2
 int has_amx(void) {
     enum { ASK = 0x1023, TILES = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
     unsigned a, b, c, d;
-    if (!has_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    if (!has_bf16() || !has_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
     const int bfloats = d >> 22 & 1, tiles = d >> 24 & 1;
     return bfloats && tiles && syscall(SYS_arch_prctl, ASK, TILES) == 0;
 }

@@ -57,7 +57,7 @@ def _matrix(
         weight = torch.randn(outputs, inputs, generator=generator).to(x_dtype)
         return weight, None, weight.double(), weight.double().abs()
     if form == "int8":
-        levels = torch.randint(-127, 128, (outputs, inputs), generator=generator)
+        levels = torch.randint(-128, 128, (outputs, inputs), generator=generator)
         scale = torch.rand(outputs, generator=generator).add(0.1).to(dtype)
         matrix = levels * scale.double()[:, None]
         return levels.to(torch.int8), scale, matrix, matrix.abs()
