@@ -38,7 +38,7 @@ class Library:
         self.sums_tiles = bool(self._functions.has_amx())
         """The same of whole tiles of them (AMX)."""
         self.fetches_ahead = bool(self._functions.fetches_ahead())
-        """Whether a few rows are multiplied faster if weights are asked for early."""
+        """Whether products are faster if weights are asked for before they are needed."""
         self.leaves_out = bool(self._functions.has_vbmi2())
         """Whether one instruction of this processor brings chosen numbers of a vector side by side."""
 

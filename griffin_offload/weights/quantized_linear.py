@@ -145,7 +145,7 @@ class QuantizedLinear(nn.Module):
         few = self.form in ("int8", "int4_tiles") and rows <= few_rows.ROWS
         if not few or not x.is_cpu or x.dtype not in few_rows.TYPES or needs_gradient(x):
             return None
-        many = self._many_kernels(x) if rows > 1 else None
+        many = self._many_kernels(x) if rows > 1 else None  # decoding does not wait for the answer
         return few_rows.kernels() if many is None or rows < many.from_rows(self.form) else None
 
     def _many_kernels(self, x: Tensor) -> many_rows.Kernels | None:
