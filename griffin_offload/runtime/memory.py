@@ -1,7 +1,9 @@
 """What memory there is, what this process takes of it, and the ledger that a budget is held against."""
 
 import contextlib
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ _CUDA_MARGIN_BYTES = 400_000_000
 HOST_OVERHEAD_BYTES = 500_000_000
 _SAMPLE_S = 0.01
 _CGROUP = Path("/sys/fs/cgroup")
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
 
 
 def choose_device(name: str) -> torch.device:
@@ -85,10 +88,19 @@ def anonymous_bytes() -> int:
 def peak_host_bytes() -> int:
     """The largest resident set this process ever had, mapped file pages included."""
     import resource
-    import sys
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def give_back_freed() -> None:
+    """Give the system what malloc keeps of freed memory, glibc's, which keeps much.
+
+    It finds an aligned block no place in a hole of just its size. So a pass over 512 tokens came to hold 0.6 GB more
+    than it ever used at once (13B), and no budget knew of it.
+    """
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def device_overhead_bytes(device: torch.device) -> int:

@@ -21,6 +21,7 @@ from griffin_offload.method.selection import layer_generator, select_neurons
 from griffin_offload.method.statistic import share_kept, shared_score, squared_statistic
 from griffin_offload.pricing import CHUNK_MULTIPLE
 from griffin_offload.runtime.arrival import Arrival
+from griffin_offload.runtime.memory import give_back_freed
 from griffin_offload.runtime.report import PrefillReport
 from griffin_offload.runtime.stream import LayerStream, StreamConfig
 from griffin_offload.weights.feedforward import FeedForward
@@ -29,6 +30,8 @@ from griffin_offload.weights.source import Source
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all) after each layer."""
 
+# After so many bytes of hidden states, on the CPU, freed memory is given back: it costs a few ms then.
+_GIVE_BACK_BYTES = 32 * 2**20
 # Below this many tokens the last quarter is too little to measure on.
 SHORT_PROMPT_TOKENS = 16
 
@@ -114,6 +117,10 @@ class StreamedPass:
         self._kept_shares: list[Tensor] = []
         self._held_out_shares: list[Tensor] = []
         self._select_s = self._statistic_s = 0.0
+        hidden = layers.blocks[0].projections[0].hidden
+        on_host = groups.device.type == "cpu"
+        self._hidden_bytes = groups.shape[0] * groups.shape[2] * hidden * layers.stream.dtype.itemsize * on_host
+        self._since_given_back = 0
         self._seconds = 0.0
 
     def __enter__(self) -> "StreamedPass":
@@ -246,6 +253,10 @@ class StreamedPass:
         return select_neurons(squared, self._layers.kept[index], config.selection, generator, norms)
 
     def _layer_done(self, index: int, *_: Any) -> None:
+        self._since_given_back += self._hidden_bytes
+        if self._since_given_back >= _GIVE_BACK_BYTES:
+            self._since_given_back = 0
+            give_back_freed()
         if self._progress is not None:
             self._progress(index + 1, len(self._layers.decoder))
 

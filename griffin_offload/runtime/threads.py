@@ -49,11 +49,13 @@ class OneUser:
 class Worker:
     """A background thread that can be waited for even when a Ctrl-C came while it was being started.
 
-    `threading.Thread` cannot be joined until its start is complete, and an interrupted start never is.
+    `threading.Thread` cannot be joined until its start is complete, and an interrupted start never is. At its end it
+    lets go of its target, which mostly holds the worker: nothing large has to wait for the garbage collector.
     """
 
     def __init__(self, target: Callable[[], None], name: str) -> None:
-        self._target, self._launched, self._finished = target, False, threading.Event()
+        self._target: Callable[[], None] | None = target
+        self._launched, self._finished = False, threading.Event()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def start(self) -> None:
@@ -68,8 +70,10 @@ class Worker:
                 self._thread.join()
 
     def _work(self) -> None:
+        target, self._target = self._target, None
         try:
-            self._target()
+            assert target is not None, "a worker is started once"
+            target()
         finally:
             self._finished.set()
 

@@ -4,10 +4,12 @@ import gc
 
 import pytest
 import torch
-from tiny_models import VOCAB
+from tiny_models import HIDDEN, LAYERS, VOCAB
 from transformers import StoppingCriteria, TextStreamer, pipeline
 
 from griffin_offload import GriffinError, GriffinModel, UsageError
+from griffin_offload.runtime import prefill
+from griffin_offload.runtime.stream import LayerStream
 
 
 @pytest.fixture(scope="module")
@@ -160,14 +162,26 @@ def test_unknown_options_are_refused(checkpoints):
         GriffinModel.from_pretrained(checkpoints("llama3"), max_gpu_memory="1GB")
 
 
-def test_no_cycle_keeps_a_dropped_cache_alive(model: GriffinModel, ids: torch.Tensor):
-    """KV caches are large: after generate none may be left for the garbage collector."""
+def test_no_cycle_keeps_what_is_large_alive(model: GriffinModel, ids: torch.Tensor):
+    """KV caches and the slots of a stream are large: after generate none may be left for the garbage collector, beside
+    which the next prompt would allocate its own."""
     from transformers import Cache
 
     gc.collect()
     gc.disable()
     try:
         _greedy(model, ids)
-        assert not [o for o in gc.get_objects() if issubclass(type(o), Cache)]
+        assert not [o for o in gc.get_objects() if issubclass(type(o), (Cache, LayerStream))]
     finally:
         gc.enable()
+
+
+def test_a_pass_over_many_tokens_gives_freed_memory_back(model: GriffinModel, ids: torch.Tensor, monkeypatch):
+    """As often as hidden states of the limit have passed a layer, and never after a pass that is shorter."""
+    given = list[int]()
+    monkeypatch.setattr(prefill, "give_back_freed", lambda: given.append(1))
+    _greedy(model, ids)
+    assert not given
+    monkeypatch.setattr(prefill, "_GIVE_BACK_BYTES", LAYERS * ids.numel() * HIDDEN * 4)
+    _greedy(model, ids)
+    assert len(given) == 1
