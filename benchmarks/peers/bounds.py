@@ -10,10 +10,12 @@ from model_bytes import ModelBytes
 PRECISIONS = ("none", "int8", "int4")
 
 
-def measure(folder: Path, model: ModelBytes, prompt_tokens: int, threads: int) -> dict[str, Any]:
+def measure(
+    folder: Path, model: ModelBytes, prompt_tokens: int, threads: int, precisions: Sequence[str] = PRECISIONS
+) -> dict[str, Any]:
     """`memory_bytes_per_s` is the best rate at which any kernel multiplies one row with weights of the model's shape,
     `gemm_flops_per_s` the best for the prompt."""
-    rates = {name: measure_rates(model, prompt_tokens, [threads], name)[0] for name in PRECISIONS}
+    rates = {name: measure_rates(model, prompt_tokens, [threads], name)[0] for name in precisions}
     return {
         "disk_bytes_per_s": measure_disk(folder),
         "memory_bytes_per_s": max(rate.best_gemv for rate in rates.values()),

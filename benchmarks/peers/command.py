@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from make_checkpoint import SHAPES, make_checkpoint
 from model_bytes import ModelBytes, parse_bytes
@@ -129,8 +130,17 @@ class Comparison:
             trials, side = self.best_accelerate(work, tokens)
         else:
             side = contestants.side(key, self.settings.within(cap_bytes, self.args.overhead_bytes), tokens)
+        before = self.ceilings_of(key, folder)
         result = run_side(side, work) if side else trials[-1]
-        self.journal.add_run(f"{cap} {key}", contestants.copy_of(key), result, trials, self.arguments)
+        ceilings = [*before, *self.ceilings_of(key, folder)]
+        self.journal.add_run(f"{cap} {key}", contestants.copy_of(key), result, trials, ceilings, self.arguments)
+
+    def ceilings_of(self, key: str, folder: Path) -> list[dict[str, Any]]:
+        """Those of our side's own precision: a machine with neighbours changes its speed from minute to minute."""
+        if key not in contestants.OURS:
+            return []
+        precision = contestants.OURS[key][1]
+        return [bounds.measure(folder, self.model, self.args.prompt_tokens, self.args.threads, [precision])]
 
     def best_accelerate(self, work: Workload, new_tokens: int) -> tuple[list[Result], Side | None]:
         """A short trial of every share of the cap in RAM, mapped and copied."""

@@ -40,8 +40,16 @@ class Journal:
         self.content["copies"][name] = {"stored_bytes": stored_bytes, "seconds": seconds or known.get("seconds")}
         self.save()
 
-    def add_run(self, key: str, copy: str, result: Result, trials: list[Result], arguments: list[str]) -> None:
-        self.runs[key] = provenance("peers", arguments) | as_record(result) | {"copy": copy}
+    def add_run(
+        self,
+        key: str,
+        copy: str,
+        result: Result,
+        trials: list[Result],
+        ceilings: list[dict[str, Any]],
+        arguments: list[str],
+    ) -> None:
+        self.runs[key] = provenance("peers", arguments) | as_record(result) | {"copy": copy, "ceilings": ceilings}
         self.runs[key]["trials"] = [{"name": trial.side.name, **pace(trial)} for trial in trials]
         self.save()
 

@@ -16,6 +16,7 @@ HEADS = (
     "per further token",
     "to ours",
     "at best: first, further",
+    "beside ceilings before and behind",
     "read until the first",
     "read per further token",
     "peak anonymous",
@@ -118,6 +119,7 @@ class Page:
             seconds(pace_s(run)),
             f"{pace_s(run) / ours_s:.2f}x" if ours_s else "-",
             self.best(run, stored_bytes),
+            self.beside(run, stored_bytes),
             gigabytes(read_bytes),
             gigabytes(figures["decode"]["read_bytes"] / (tokens - 1)),
             gigabytes(run["rss_anon_peak_bytes"]),
@@ -135,6 +137,21 @@ class Page:
             return f"{seconds(first)}, -"
         needed_bytes = bounds.token_bytes(run, self.model, stored_bytes)
         return f"{seconds(first)}, {seconds(bounds.token_s(ceilings, needed_bytes, run['limit_bytes'] or 0))}"
+
+    def beside(self, run: Run, stored_bytes: int) -> str:
+        """Ours against the ceilings of its own precision just before and just behind it: how many times the bound of
+        the first token, and which share of the one-row rate."""
+        found = run.get("ceilings")
+        if not found:
+            return "-"
+        tokens = self.settings["prompt_tokens"]
+        bounds_s = [bounds.first_token_s(ceilings, self.model, tokens, stored_bytes) for ceilings in found]
+        first = " to ".join(f"{first_s(run) / bound_s:.2f}x" for bound_s in sorted(bounds_s, reverse=True))
+        if "exact" in run["name"]:
+            return f"{first}, -"
+        needed_bytes = bounds.token_bytes(run, self.model, stored_bytes)
+        shares = sorted(needed_bytes / ceilings["memory_bytes_per_s"] / pace_s(run) for ceilings in found)
+        return f"{first}, {' to '.join(f'{share:.0%}' for share in shares)}"
 
     def notes(self, cap: str) -> Iterator[str]:
         for key, run in self.runs.items():

@@ -8,7 +8,17 @@
 
 #include "few_rows.h"
 
+#define SCALES_AHEAD 4 /* groups */
 #define SUMMED 32 /* outputs that are summed at once: 16 bytes hold the low and the high ones */
+
+/* A block's scales lie a row apart from group to group, where no processor looks by itself. */
+INLINED void fetch_scales(const Product *p, int64_t block, int64_t group) {
+    const int64_t groups = groups_of(p), pair = p->scale_type == FLOAT32 ? 8 : 4;
+    group += SCALES_AHEAD;
+    if (group >= groups) group -= groups, block += p->block;
+    const char *from = (const char *)p->scale + (group * p->outputs + block) * pair;
+    for (int64_t i = 0; i < p->block * pair; i += 64) __builtin_prefetch(from + i);
+}
 
 /* Add one group of inputs to `total` [rows * 4]: two vectors of low outputs, which start at `at`, and two of high. */
 AVX2 INLINED void int4_group(const Product *p, const uint8_t *tile, int64_t at, int64_t group, int64_t first,
@@ -62,9 +72,11 @@ AVX2 INLINED void int4_block(const Product *p, int64_t block, int64_t first, con
     __m256 total[2][2 * 4];
     for (int64_t unit = 0; unit < units; unit++)
         for (int i = 0; i < 4 * rows; i++) total[unit][i] = _mm256_setzero_ps();
-    for (int64_t group = 0; group < groups; group++)
+    for (int64_t group = 0; group < groups; group++) {
+        if (p->ahead) fetch_scales(p, block, group);
         for (int64_t unit = 0; unit < units; unit++)
             int4_group(p, tile + unit * SUMMED / 2, block + unit * SUMMED / 2, group, first, total[unit], rows);
+    }
     for (int64_t unit = 0; unit < units; unit++)
         for (int i = 0; i < 4 * rows; i++) {
             int64_t output = block + unit * SUMMED / 2 + i % 4 / 2 * (p->block / 2) + i % 2 * LANES;
@@ -107,7 +119,12 @@ VNNI INLINED void int4_bytes_group(const Product *p, const uint8_t *tile, int64_
     const int8_t *x = bytes_of(p, first) + begin;
     __m512i low[2][2][2], whole[2][2][2]; /* [rows][outputs][upper or lower bytes of x] */
     for (int r = 0; r < rows; r++)
-        for (int i = 0; i < 4; i++) low[r][i / 2][i % 2] = whole[r][i / 2][i % 2] = _mm512_setzero_si512();
+        for (int i = 0; i < 2; i++) {
+            const int32_t inputs = p->totals[(first + r) * groups + group];
+            low[r][i][0] = whole[r][i][0] = _mm512_setzero_si512();
+            low[r][i][1] = _mm512_set1_epi32(-8 * inputs);
+            whole[r][i][1] = _mm512_set1_epi32(-(16 * 8 + 8) * inputs);
+        }
     tile += begin * 32;
 #pragma GCC unroll 8
     for (int64_t k = 0; k < size; k += QUAD, tile += QUAD * 32) {
@@ -132,12 +149,7 @@ VNNI INLINED void int4_bytes_group(const Product *p, const uint8_t *tile, int64_
             const float step = p->step[(first + r) * groups + group];
             __m512i *lows = low[r][i % 2], *both = whole[r][i % 2];
             __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(lows[0], 8), lows[1]);
-            if (i < 2) {
-                sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(8 * inputs));
-            } else {
-                sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(both[0], 8), both[1]), sum);
-                sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(16 * 8 * inputs));
-            }
+            if (i >= 2) sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(both[0], 8), both[1]), sum);
             __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(i < 2 ? step : step / 16));
             __m512 *here = &total[4 * r + i];
             *here = _mm512_fmadd_ps(offset, _mm512_set1_ps((float)inputs * step), *here);
@@ -151,8 +163,10 @@ VNNI INLINED void int4_bytes_block(const Product *p, int64_t block, int64_t firs
     const uint8_t *tile = (const uint8_t *)p->weight + block * (p->inputs / 2);
     __m512 total[2 * 4];
     for (int i = 0; i < 4 * rows; i++) total[i] = _mm512_setzero_ps();
-    for (int64_t group = 0; group < groups_of(p); group++)
+    for (int64_t group = 0; group < groups_of(p); group++) {
+        if (p->ahead) fetch_scales(p, block, group);
         int4_bytes_group(p, tile, block, group, first, total, rows, size, scale_type);
+    }
     for (int i = 0; i < 4 * rows; i++) {
         int64_t output = block + i % 4 * WIDE_LANES;
         _mm512_storeu_ps(p->sums + (first + i / 4) * p->outputs + output, total[i]);
