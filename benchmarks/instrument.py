@@ -4,6 +4,7 @@ The standard library alone: peers run in environments of their own, some without
 """
 
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,21 @@ def phase(start: Mark, end: Mark) -> dict[str, float]:
     return {"s": end[0] - start[0], "read_bytes": end[1] - start[1]}
 
 
-def figures(before: Mark, loaded: Mark, tokens: list[Mark], new_tokens: list[int]) -> dict[str, Any]:
-    """What a worker reports of a run: `tokens` has one mark for each of `new_tokens`."""
+def figures(
+    before: Mark, loaded: Mark, tokens: list[Mark], new_tokens: list[int], pauses: Sequence[float] = ()
+) -> dict[str, Any]:
+    """What a worker reports of a run: `tokens` has one mark for each of `new_tokens`, `pauses` what was not the side's
+    time behind each of them, in seconds."""
     if len(tokens) != len(new_tokens):
         raise RuntimeError(f"{len(new_tokens)} tokens, but {len(tokens)} marks")
+    pauses = list(pauses) or [0.0] * len(tokens)
     return {
         "load": phase(before, loaded),
         "prefill": phase(loaded, tokens[0]),
         "decode": phase(tokens[0], tokens[-1]),
-        "token_s": [later[0] - earlier[0] for earlier, later in pairwise(tokens)],
+        "token_s": [
+            later[0] - earlier[0] - pause for (earlier, later), pause in zip(pairwise(tokens), pauses, strict=False)
+        ],
         "tokens": new_tokens,
         "rss_anon_bytes": process_status_bytes("self", "RssAnon"),
         "rss_peak_bytes": process_status_bytes("self", "VmHWM"),

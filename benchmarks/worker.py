@@ -7,6 +7,8 @@ Both sides are timed by the same instrument, a streamer that notes the clock and
 import argparse
 import json
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +17,66 @@ import torch
 from exact_streaming import simulate
 from instrument import Mark, figures, mark
 from model_bytes import parse_bytes
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from griffin_offload import GriffinModel  # with all that transformers imports late: no side's time
+from griffin_offload.weights.quantized_linear import QuantizedLinear
 
 SEED = 0
+BETWEEN = 4  # tokens
 
 
 class Marks(BaseStreamer):
-    """(seconds, bytes read so far) at every call; `generate` hands over the prompt first, then each token."""
+    """(seconds, bytes read so far) at every call; `generate` hands over the prompt first, then each token. `between` is
+    called behind each with their number, and its seconds are no side's time."""
 
-    def __init__(self) -> None:
+    def __init__(self, between: Callable[[int], None]) -> None:
         self.marks: list[Mark] = []
+        self.pauses: list[float] = []
+        self._between = between
 
     def put(self, value: torch.Tensor) -> None:
         self.marks.append(mark())
+        start_s = time.perf_counter()
+        self._between(len(self.marks))
+        self.pauses.append(time.perf_counter() - start_s)
 
     def end(self) -> None:
         pass
+
+
+class Products:
+    """Between two tokens, now and then: one row times every matrix that a token reads. What the kernels reach alone, of
+    the same matrices and in the same seconds, on a machine that changes its speed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._calls: dict[nn.Module, torch.Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+        self.bytes_per_s: list[float] = []
+
+    def between(self, handed_over: int) -> None:
+        """The first token has come when two are handed over; the forward behind it tells what is multiplied."""
+        if handed_over == 2:
+            linears = [m for m in self._model.modules() if isinstance(m, (nn.Linear, QuantizedLinear))]
+            self._hooks = [linear.register_forward_pre_hook(self._note) for linear in linears]
+        while handed_over > 2 and self._hooks:
+            self._hooks.pop().remove()
+        if handed_over > 2 and handed_over % BETWEEN == 0:
+            self.bytes_per_s.append(self._multiply())
+
+    def _note(self, linear: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._calls[linear] = inputs[0].clone()
+
+    def _multiply(self) -> float:
+        start_s = time.perf_counter()
+        for linear, row in self._calls.items():
+            linear(row)
+        seconds = time.perf_counter() - start_s
+        return sum(parameter.nbytes for linear in self._calls for parameter in linear.parameters()) / seconds
 
 
 def load_ours(args: argparse.Namespace) -> Any:
@@ -108,10 +151,13 @@ def prompt(args: argparse.Namespace) -> torch.Tensor:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    ids, marks = prompt(args), Marks()
+    ids = prompt(args)
     before = mark()
     model = LOADERS[args.side](args)
     loaded = mark()
+    # Exact mode hands over several tokens at a time, of a forward that may be the full model's.
+    products = Products(model.model) if args.side == "ours" and not args.exact else None
+    marks = Marks(products.between if products else lambda _: None)
     output = model.generate(
         input_ids=ids,
         max_new_tokens=args.new_tokens,
@@ -123,8 +169,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if len(new_tokens) != args.new_tokens:
         raise RuntimeError(f"asked for {args.new_tokens} tokens, got {len(new_tokens)}")
     report = getattr(model, "last_report", None)
-    return figures(before, loaded, marks.marks[-args.new_tokens :], new_tokens) | {
+    tokens, pauses = marks.marks[-args.new_tokens :], marks.pauses[-args.new_tokens :]
+    return figures(before, loaded, tokens, new_tokens, pauses) | {
         "decoding": decoding(model),
+        "products_bytes_per_s": products.bytes_per_s if products else None,
         "offload_folder_bytes": folder_bytes(args.offload_folder),
         "report": asdict(report) if is_dataclass(report) and not isinstance(report, type) else None,
     }

@@ -32,7 +32,10 @@ ENVIRONMENTS = {
         packages=("llama-cpp-python==0.3.36", "gguf==0.19.0"),
         from_source=("llama-cpp-python",),  # compiled for this processor
         variables={
-            "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF",  # the part for images is not needed
+            # The part for images is not needed. Its AMX path ends by an illegal instruction (a tile is cleared by a
+            # thread that has not said which shape it has), seen on an Intel processor under KVM.
+            "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-mno-amx-tile "
+            "-DCMAKE_CXX_FLAGS=-mno-amx-tile",
             "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count()),
         },
     ),
@@ -65,6 +68,8 @@ def build(root: Path, name: str) -> None:
     venv.create(folder, with_pip=True)
     install = [str(interpreter(root, name)), "-m", "pip", "install", "-q"]
     source = [word for package in wanted.from_source for word in ("--no-binary", package)]
+    if source:
+        source.append("--no-cache-dir")  # what pip compiled once was for other variables
     variables = os.environ | wanted.variables
     subprocess.run([*install, *source, *wanted.packages], check=True, env=variables)
     if wanted.alone:

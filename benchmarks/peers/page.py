@@ -16,7 +16,7 @@ HEADS = (
     "per further token",
     "to ours",
     "at best: first, further",
-    "beside ceilings before and behind",
+    "beside ceilings before and behind, and between tokens",
     "read until the first",
     "read per further token",
     "peak anonymous",
@@ -140,7 +140,7 @@ class Page:
 
     def beside(self, run: Run, stored_bytes: int) -> str:
         """Ours against the ceilings of its own precision just before and just behind it: how many times the bound of
-        the first token, and which share of the one-row rate."""
+        the first token, and which share of the one-row rate; and of what the kernels reach between its tokens."""
         found = run.get("ceilings")
         if not found:
             return "-"
@@ -151,7 +151,9 @@ class Page:
             return f"{first}, -"
         needed_bytes = bounds.token_bytes(run, self.model, stored_bytes)
         shares = sorted(needed_bytes / ceilings["memory_bytes_per_s"] / pace_s(run) for ceilings in found)
-        return f"{first}, {' to '.join(f'{share:.0%}' for share in shares)}"
+        alone = statistics.median(run["figures"]["products_bytes_per_s"])
+        shares.append(needed_bytes / alone / pace_s(run))
+        return "{}, {:.0%} to {:.0%}, {:.0%}".format(first, *shares)
 
     def notes(self, cap: str) -> Iterator[str]:
         for key, run in self.runs.items():
