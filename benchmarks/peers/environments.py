@@ -34,8 +34,8 @@ ENVIRONMENTS = {
         variables={
             # The part for images is not needed. Its AMX path ends by an illegal instruction (a tile is cleared by a
             # thread that has not said which shape it has), seen on an Intel processor under KVM.
-            "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-mno-amx-tile "
-            "-DCMAKE_CXX_FLAGS=-mno-amx-tile",
+            "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-mno-amx-int8 "
+            "-DCMAKE_CXX_FLAGS=-mno-amx-int8",
             "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count()),
         },
     ),
