@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from griffin_offload.runtime.model import GriffinModel
 
 
+_LONG_S = 2.0  # so long may neurons be quantised without a word
+
+
 def add_parser(commands: Any) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser("run", help="answer one prompt")
@@ -119,3 +122,9 @@ def _print_result(model: "GriffinModel", generated: "Tensor", arguments: argpars
         measured = report.activation_kept_heldout is not None or report.cached_prompt_tokens
         if not measured and model.plan.streamed:
             print("note: the prompt is too short to tell how much of its activation is kept", file=sys.stderr)
+        if model.engine.quantises and report.select_s > _LONG_S:
+            print(
+                f"note: {report.select_s:.1f} s of this prompt went into choosing and quantising neurons: "
+                "griffin-offload convert quantises once, for all prompts",
+                file=sys.stderr,
+            )

@@ -74,6 +74,19 @@ def test_text_on_stdout_and_figures_on_stderr(cli, run):
     assert outcome.out == cli(*run, "--json").json["text"] + "\n"
 
 
+def test_neurons_that_are_quantised_for_every_prompt_are_told_of(cli, run, llama, tmp_path, monkeypatch):
+    note = "s of this prompt went into choosing and quantising neurons: griffin-offload convert quantises once"
+    quantised = [*run[:-3], "int8", *run[-2:], "--density", 0.5]
+    assert note not in cli(*quantised).err
+    monkeypatch.setattr("griffin_offload.cli.run._LONG_S", 0.0)
+    assert note in cli(*quantised).err
+    assert note not in cli(*run).err
+    converted = tmp_path / "converted"
+    assert cli("convert", "-m", llama, converted, "--quantize", "int8", "-q").code == 0
+    at = quantised.index("-m") + 1
+    assert note not in cli(*quantised[:at], converted, *quantised[at + 1 :]).err
+
+
 def test_verbose_adds_the_plan(cli, run):
     outcome = cli(*run, "-v")
     table, figures = outcome.err.split("\nprefill  ")
