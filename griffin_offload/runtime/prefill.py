@@ -117,9 +117,6 @@ class StreamedPass:
         self._kept_shares: list[Tensor] = []
         self._held_out_shares: list[Tensor] = []
         self._select_s = self._statistic_s = 0.0
-        hidden = layers.blocks[0].projections[0].hidden
-        on_host = groups.device.type == "cpu"
-        self._hidden_bytes = groups.shape[0] * groups.shape[2] * hidden * layers.stream.dtype.itemsize * on_host
         self._since_given_back = 0
         self._seconds = 0.0
 
@@ -252,8 +249,9 @@ class StreamedPass:
             norms = self._layers.norms[index]
         return select_neurons(squared, self._layers.kept[index], config.selection, generator, norms)
 
-    def _layer_done(self, index: int, *_: Any) -> None:
-        self._since_given_back += self._hidden_bytes
+    def _layer_done(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        self._since_given_back += hidden.nbytes if hidden.is_cpu else 0
         if self._since_given_back >= _GIVE_BACK_BYTES:
             self._since_given_back = 0
             give_back_freed()
