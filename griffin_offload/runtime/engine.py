@@ -73,11 +73,6 @@ class Engine:
         return isinstance(source, MappedWeights) and bool(source.placements)
 
     @property
-    def quantises(self) -> bool:
-        """Whether every prompt quantises the neurons it keeps: the checkpoint holds floats, the residents do not."""
-        return self.shape.precision != "none" and self.prospect.checkpoint.precision == "none"
-
-    @property
     def broken(self) -> bool:
         """Whether residents could not be read, so that only loading again helps."""
         arrival = self.loaded.layers.arrival

@@ -64,6 +64,10 @@ class Prospect:
         """Of the residents: a plan names the precision of the computation where they have that."""
         return next((precision for precision in PRECISIONS if precision == plan.precision), "none")
 
+    def quantises(self, plan: Plan) -> bool:
+        """Whether every prompt quantises the neurons it keeps: the checkpoint holds floats, the residents do not."""
+        return self.precision_of(plan) != self.checkpoint.precision == "none"
+
     def shape_of(self, plan: Plan) -> ModelShape:
         """The sizes in the precision of `plan`."""
         return next(shape for shape in self.shapes if shape.precision == self.precision_of(plan))
