@@ -3,8 +3,8 @@
 
 #if defined(__x86_64__)
 
-#include "halves.h"
 #include "parallel.h"
+#include "transpose.h"
 
 /* AVX-512 that leaves out bytes, or 16-bit numbers, of a vector. */
 #define VBMI2 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vbmi2")))
@@ -25,6 +25,7 @@ typedef struct {
     int64_t count;               /* of chosen columns, rows or neurons */
     int64_t rows;                /* of columns; outputs that int4 rows become, zeros that fill up whole tiles included */
     int64_t row_bytes;           /* of the source */
+    int64_t source_bytes;        /* columns: from a row of the source to the next */
     int64_t target_bytes;        /* columns: from a row to the next */
     int64_t item_bytes;          /* of a column's number, or of a pair of scale and offset */
     int64_t first;               /* output or neuron of the tiles that the first chosen one becomes */
@@ -41,7 +42,7 @@ INLINED uint64_t first_numbers(int64_t count) { return count < 64 ? ((uint64_t)1
         const Gathering *g = gathering;                                                                         \
         const int64_t columns = g->row_bytes * 8 / SIZE;                                                        \
         for (int64_t row = start; row < end; row++) {                                                           \
-            const uint8_t *from = g->source + row * g->row_bytes;                                               \
+            const uint8_t *from = g->source + row * g->source_bytes;                                            \
             uint8_t *to = g->target + row * g->target_bytes, *stop = to + g->count * SIZE / 8;                  \
             for (int64_t at = 0; at < columns; at += COUNT, from += VECTOR_BYTES) {                             \
                 MASK taken;                                                                                     \
@@ -60,18 +61,6 @@ INLINED uint64_t first_numbers(int64_t count) { return count < 64 ? ((uint64_t)1
 
 COLUMNS(8, 64, __mmask64, __builtin_popcountll)
 COLUMNS(16, 32, __mmask32, __builtin_popcount)
-
-/* Two matrices of 16 x 16 bytes, side by side, transposed. */
-AVX2 INLINED void transpose(__m256i rows[HALF]) {
-    for (int stage = 0; stage < 4; stage++) { /* each one moves a bit of a byte's place from its row to its column */
-        __m256i moved[HALF];
-        for (int i = 0; i < HALF / 2; i++) {
-            moved[2 * i] = _mm256_unpacklo_epi8(rows[i], rows[i + HALF / 2]);
-            moved[2 * i + 1] = _mm256_unpackhi_epi8(rows[i], rows[i + HALF / 2]);
-        }
-        memcpy(rows, moved, sizeof moved);
-    }
-}
 
 AVX2 INLINED __m256i both(const uint8_t *first, const uint8_t *second) {
     __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)first));

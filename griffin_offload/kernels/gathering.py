@@ -13,7 +13,7 @@ from torch import Tensor
 from griffin_offload.kernels.compiled import HALVES, Library, library
 from griffin_offload.kernels.product import check
 
-_GATHERING = struct.Struct("@7P10q")
+_GATHERING = struct.Struct("@7P11q")
 """The struct Gathering of gathering.c."""
 _MASK_BITS = 64
 _HALF = 16  # bytes of a group of 32 numbers of 4 bits
@@ -23,7 +23,7 @@ def gather_columns(source: Tensor, chosen: Tensor, out: Tensor) -> bool:
     """Copy columns `chosen` [K] of `source` [R, C], of 8 or 16 bits, to `out` [R, K], whose rows may lie apart. False
     where torch has to: another processor, or columns that are not in order."""
     rows, columns = source.shape
-    plain = source.is_contiguous() and out.stride(1) == 1 and out.stride(0) >= out.shape[1]
+    plain = source.stride(1) == 1 and out.stride(1) == 1 and out.stride(0) >= out.shape[1]
     if not plain or source.element_size() > 2:
         return False  # before the library is asked for: where there is none it warns, and nothing needs it here
     found = library()
@@ -32,12 +32,15 @@ def gather_columns(source: Tensor, chosen: Tensor, out: Tensor) -> bool:
     kept = chosen.numel()
     if out.shape != (rows, kept) or out.dtype != source.dtype or (kept and int(chosen[-1]) >= columns):
         raise ValueError(f"{kept} of {columns} columns of {source.dtype} do not make {tuple(out.shape)} of {out.dtype}")
+    if kept:  # the rest need not be read
+        first, columns = int(chosen[0]), int(chosen[-1]) - int(chosen[0]) + 1
+        source, chosen = source[:, first : first + columns], chosen - first
     wanted = np.zeros(-(-columns // _MASK_BITS) * _MASK_BITS, dtype=bool)
     wanted[chosen.numpy()] = True
     taken = np.packbits(wanted, bitorder="little")
     item = source.element_size()
     addresses = (source.data_ptr(), 0, 0, taken.ctypes.data, 0, out.data_ptr(), 0)
-    sizes = (kept, rows, columns * item, out.stride(0) * item, item, 0, 0, 0, 0)
+    sizes = (kept, rows, columns * item, source.stride(0) * item, out.stride(0) * item, item, 0, 0, 0, 0)
     _run(found, "gather_columns", addresses, sizes)
     return True
 
@@ -64,7 +67,7 @@ def gather_rows_to_tiles(
         raise ValueError(f"{made} outputs from {start} on do not fit {outputs} in blocks of {block}")
     zeros = np.zeros(row_bytes, dtype=np.uint8)
     addresses = (packed.data_ptr(), scales.data_ptr(), chosen.data_ptr(), 0, zeros.ctypes.data, target.data_ptr())
-    sizes = (count, made, row_bytes, 0, 2 * scales.element_size(), start, outputs, 0, block)
+    sizes = (count, made, row_bytes, 0, 0, 2 * scales.element_size(), start, outputs, 0, block)
     _run(found, "gather_rows_to_tiles", (*addresses, tile_scales.data_ptr()), sizes)
     return True
 
@@ -82,7 +85,7 @@ def gather_neurons_to_tiles(packed: Tensor, chosen: Tensor, tiles: Tensor, start
     if start + count > 2 * pairs or 2 * row_bytes > outputs or outputs % block:
         raise ValueError(f"{count} neurons of {2 * row_bytes} outputs do not fit {tuple(tiles.shape)} from {start} on")
     addresses = (packed.data_ptr(), 0, chosen.data_ptr(), 0, 0, tiles.data_ptr(), 0)
-    _run(found, "gather_neurons_to_tiles", addresses, (count, 0, row_bytes, 0, 0, start, outputs, 2 * pairs, block))
+    _run(found, "gather_neurons_to_tiles", addresses, (count, 0, row_bytes, 0, 0, 0, start, outputs, 2 * pairs, block))
     return True
 
 

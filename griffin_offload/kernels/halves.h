@@ -1,4 +1,4 @@
-/* 16-bit floats as 32-bit ones, and sums of vectors. */
+/* 16-bit floats as 32-bit ones, sums of vectors, and the lesser of two numbers. */
 #ifndef GRIFFIN_OFFLOAD_HALVES_H
 #define GRIFFIN_OFFLOAD_HALVES_H
 
@@ -11,6 +11,8 @@
 #define LANES 8 /* 32-bit numbers of a vector */
 
 enum number_type { FLOAT32, BFLOAT16, FLOAT16 };
+
+INLINED int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 AVX2 INLINED __m256 halves_at(const uint16_t *from, const int type) {
     __m128i halves = _mm_loadu_si128((const __m128i *)from);

@@ -34,8 +34,6 @@ typedef struct {
 
 #define WIDE_LANES 16 /* 32-bit numbers of a vector of AVX-512 */
 
-INLINED int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 INLINED int64_t groups_of(const Product *p) { return (p->inputs + p->group - 1) / p->group; }
 
 /* Scales and offsets of 8 neighbouring outputs, which lie in turns. */

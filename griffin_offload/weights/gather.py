@@ -15,9 +15,7 @@ from griffin_offload.kernels.gathering import gather_columns
 from griffin_offload.weights.int4_tiles import (
     gather_neurons,
     gather_rows,
-    write_neurons,
     write_neurons_cuda,
-    write_rows,
 )
 from griffin_offload.weights.quantize import (
     int4_scale,
@@ -88,8 +86,8 @@ def _gather_rows(full: Tensors, index: Tensor, start: int, out: Tensors) -> None
         out["scale"][target] = scale = int8_scale(rows, out["scale"].dtype)
         quantize_int8(rows, scale, out["weight"][target])
     else:
-        packed, scales = quantize_int4_rows(rows, out["scale"].dtype)
-        write_rows(packed, scales, out["weight"], out["scale"], start)
+        made = quantize_int4_rows(rows, out["scale"].dtype)
+        gather_rows(made, torch.arange(index.numel(), device=rows.device), (out["weight"], out["scale"]), start)
 
 
 def gather_inputs(full: Tensors, chosen: Tensor, out: Tensors) -> None:
@@ -117,31 +115,29 @@ def _gather_int8_columns(weight: Tensor, chosen: Tensor, kept: Tensor, scale: Te
     if not weight.is_floating_point():
         take(weight, 1, chosen, target)
         return
+    room = weight.new_empty(min(CHUNK, weight.shape[0]), chosen.numel())  # one for all: new memory is slow
     for start in range(0, weight.shape[0], CHUNK):
         rows = weight[start : start + CHUNK]
-        columns = rows.new_empty(rows.shape[0], chosen.numel())
+        columns = room[: rows.shape[0]]
         take(rows, 1, chosen, columns)
         quantize_int8(columns, scale[start : start + CHUNK], target[start : start + CHUNK], kept)
 
 
 def _gather_int4_columns(weight: Tensor, chosen: Tensor, kept: Tensor, scale: Tensor, out: Tensor) -> None:
     chunks = []
+    room = weight.new_empty(weight.shape[0], min(CHUNK, chosen.numel()) if weight.is_floating_point() else 0)
     for start in range(0, chosen.numel(), CHUNK):
         index = chosen[start : start + CHUNK]
-        on_host, quantised = out.device.type == "cpu", not weight.is_floating_point()
-        if on_host and quantised:
-            gather_neurons(weight, index, out, start)
-            continue
-        if quantised:
-            packed = weight.index_select(0, index)
-        else:
-            columns = weight.new_empty(weight.shape[0], index.numel())
+        packed = weight
+        if weight.is_floating_point():
+            columns = room[:, : index.numel()]
             take(weight, 1, index, columns)
             packed = quantize_int4_neurons(columns, kept[start : start + CHUNK], scale)
-        if on_host:
-            write_neurons(packed, out, start)
+            index = torch.arange(index.numel(), device=weight.device)
+        if out.device.type == "cpu":
+            gather_neurons(packed, index, out, start)
         else:
-            chunks.append(packed)
+            chunks.append(packed.index_select(0, index))
     if chunks:  # CUDA's tiles are written as one
         packed = torch.cat(chunks)
         write_neurons_cuda(torch.nn.functional.pad(packed, (0, 0, 0, 2 * out.shape[1] - packed.shape[0])), out)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import CheckpointError
+from griffin_offload.kernels import quantizing
 
 GROUP = 32
 _HALF = GROUP // 2
@@ -36,32 +37,37 @@ Int4 = tuple[Tensor, Tensor]
 
 def quantize_int8(weight: Tensor, scale: Tensor, out: Tensor, input_scale: Tensor | None = None) -> None:
     """Write `weight` [O, I] over its rows' `scale` [O], and its columns' `input_scale` [I], into `out`, int8 [O, I]."""
-    columns = None if input_scale is None else _divisor(input_scale)
+    columns, rows = None if input_scale is None else _divisor(input_scale), _divisor(scale)
+    if quantizing.quantize_int8(weight, rows, out, columns):
+        return
     for start, block in _row_blocks(weight):
         part = slice(start, start + block.shape[0])
         if columns is not None:
             block.div_(columns)
-        block.div_(_divisor(scale[part])[:, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX)
+        block.div_(rows[part, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX)
         out[part] = block
 
 
 def int8_scale(weight: Tensor, dtype: torch.dtype, input_scale: Tensor | None = None) -> Tensor:
     """scale [O] of `weight` [O, I], of its columns divided by `input_scale` [I] where one is given."""
-    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     divisor = None if input_scale is None else _divisor(input_scale)
-    for start, block in _row_blocks(weight):
-        scaled = block if divisor is None else block.div_(divisor)
-        scale[start : start + block.shape[0]] = scaled.abs_().amax(1)
-    return _finite(scale / _INT8_MAX, dtype)
+    largest = quantizing.largest_of_rows(weight, divisor)
+    if largest is None:
+        blocks = (block if divisor is None else block.div_(divisor) for _, block in _row_blocks(weight))
+        largest = torch.cat([block.abs_().amax(1) for block in blocks])
+    return _finite(largest / _INT8_MAX, dtype)
 
 
 def neuron_scale(down: Tensor, dtype: torch.dtype) -> Tensor:
     """input_scale [I] of a down projection [O, I]: the norm of each neuron's column, over the root of O."""
-    squares = torch.zeros(down.shape[1], dtype=torch.float32, device=down.device)
-    factor = _factor(down)
-    for _, block in _row_blocks(down):
-        squares += block.mul_(factor).square_().sum(0)
-    return _finite((squares / down.shape[0]).sqrt() / factor, dtype)
+    norms = quantizing.column_norms(down)
+    if norms is None:
+        squares = torch.zeros(down.shape[1], dtype=torch.float32, device=down.device)
+        factor = _factor(down)
+        for _, block in _row_blocks(down):
+            squares += block.mul_(factor).square_().sum(0)
+        norms = (squares / down.shape[0]).sqrt() / factor
+    return _finite(norms, dtype)
 
 
 def _factor(weight: Tensor) -> float:
@@ -73,6 +79,10 @@ def _factor(weight: Tensor) -> float:
 
 def quantize_int4_rows(weight: Tensor, dtype: torch.dtype) -> Int4:
     """Bytes [O, I / 2] and scales [O, I / 32, 2] of `weight` [O, I]."""
+    found = quantizing.quantize_int4_rows(weight, dtype)
+    if found is not None:
+        _finite(found[1], dtype)
+        return found
     outputs, inputs = weight.shape
     packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(outputs, inputs // GROUP, 2, dtype=dtype, device=weight.device)
@@ -82,30 +92,37 @@ def quantize_int4_rows(weight: Tensor, dtype: torch.dtype) -> Int4:
         low, high = groups.amin(-1), groups.amax(-1)  # aminmax is 5x slower
         step = _finite((high - low) / 15, dtype)
         # The middle of 16 levels lies half a step above level 8's left neighbour.
-        scales[part, :, 0], scales[part, :, 1] = step, (low + high + step.float()) / 2
-        offset = scales[part, :, 1].float()
-        levels = groups.sub_(offset[..., None]).div_(_divisor(step)[..., None]).add_(8).round_().clamp_(0, 15)
+        offset = _finite((low + high + step.float()) / 2, dtype)
+        scales[part, :, 0], scales[part, :, 1] = step, offset
+        levels = groups.sub_(offset.float()[..., None]).div_(_divisor(step)[..., None]).add_(8).round_().clamp_(0, 15)
         packed[part] = _pack(levels.to(torch.uint8)).view(block.shape[0], -1)
     return packed, scales
 
 
 def int4_scale(down: Tensor, dtype: torch.dtype, input_scale: Tensor) -> Tensor:
     """scale [O] of a down projection [O, I] whose columns are divided by `input_scale`: the step that errs least."""
-    stride = max(1, down.shape[1] // _SAMPLED_COLUMNS)
-    sample = down[:, ::stride].float() / _divisor(input_scale[::stride])
-    norms = sample.square().mean(1).sqrt()
-    sample /= torch.where(norms > 0, norms, 1)[:, None]
-    errors = [_levels(sample / step).sub_(7.5).mul_(step).sub_(sample).square_().sum(1) for step in _STEPS]
-    chosen = torch.stack(errors).argmin(0)
-    return _finite(norms * torch.tensor(_STEPS, device=down.device)[chosen], dtype)
+    stride, divisor = max(1, down.shape[1] // _SAMPLED_COLUMNS), _divisor(input_scale)
+    found = quantizing.int4_scales(down, divisor, _STEPS, stride)
+    if found is None:
+        wide = torch.float32 if down.device.type == "mps" else torch.float64  # which that device does not know
+        sample = down[:, ::stride].to(wide) / divisor[::stride]
+        norms = sample.square().mean(1).sqrt()
+        sample = (sample / torch.where(norms > 0, norms, 1)[:, None]).float()
+        errors = [_levels(sample / step).sub_(7.5).mul_(step).sub_(sample).square_().sum(1) for step in _STEPS]
+        found = norms * torch.tensor(_STEPS, dtype=wide, device=down.device)[torch.stack(errors).argmin(0)]
+    return _finite(found, dtype)
 
 
 def quantize_int4_neurons(columns: Tensor, input_scale: Tensor, scale: Tensor) -> Tensor:
     """Bytes [K, O / 2] of K neurons' columns [O, K] of a down projection."""
+    divisor, rows = _divisor(input_scale), _divisor(scale)
+    found = quantizing.quantize_int4_neurons(columns, divisor, rows)
+    if found is not None:
+        return found
     packed = torch.empty(columns.shape[1], columns.shape[0] // 2, dtype=torch.uint8, device=columns.device)
     for start, block in _row_blocks(columns.t()):  # a strided view: copied block by block
         part = slice(start, start + block.shape[0])
-        block.div_(_divisor(input_scale[part])[:, None]).div_(_divisor(scale))
+        block.div_(divisor[part, None]).div_(rows)
         groups = _levels(block).to(torch.uint8).view(block.shape[0], -1, GROUP)
         packed[part] = _pack(groups).view(block.shape[0], -1)
     return packed

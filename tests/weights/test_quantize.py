@@ -1,5 +1,6 @@
 """Numbers and scales against the formulas in float64: every number on the nearest level of its row's grid."""
 
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from griffin_offload.demo import demo_directory
 from griffin_offload.errors import CheckpointError
+from griffin_offload.kernels import quantizing
+from griffin_offload.kernels.compiled import library
 from griffin_offload.weights import quantize
 from griffin_offload.weights.quantize import (
     int4_scale,
@@ -43,6 +46,13 @@ def matrices(draw: st.DrawFn, outputs: st.SearchStrategy[int], inputs: st.Search
     weight[torch.rand(shape[0], generator=generator) < zeros] = 0
     weight[:, torch.rand(shape[1], generator=generator) < zeros] = 0
     return weight.to(dtype)
+
+
+@pytest.fixture(autouse=True, params=["kernels", "torch"])
+def _by(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways, whichever this machine would choose."""
+    with mock.patch.object(quantizing, "library", library if request.param == "kernels" else lambda: None):
+        yield
 
 
 @st.composite
