@@ -241,17 +241,16 @@ AVX2 static void int4_scales(const void *quantizing, int64_t first, int64_t end)
     const Quantizing *q = quantizing;
     for (int64_t row = first; row < end; row++) {
         float numbers[SAMPLED], least_missed = INFINITY;
-        double squares = 0, best = q->steps[0];
+        double sample[SAMPLED], squares = 0, best = q->steps[0];
         int64_t count = 0;
         for (int64_t column = 0; column < q->columns; column += q->stride, count++) {
             float number;
             widen(q->weight, row * q->row_items + column, 1, q->type, &number);
-            const double divided = (double)number / q->divisor[column];
-            numbers[count] = (float)divided;
-            squares += divided * divided;
+            sample[count] = (double)number / q->divisor[column];
+            squares += sample[count] * sample[count];
         }
         const double norm = sqrt(squares / (double)count);
-        for (int64_t k = 0; k < count; k++) numbers[k] /= norm > 0 ? (float)norm : 1;
+        for (int64_t k = 0; k < count; k++) numbers[k] = (float)(sample[k] / (norm > 0 ? norm : 1));
         for (int64_t k = count; k % LANES; k++) numbers[k] = 0;
         for (int64_t i = 0; i < q->candidates; i++) {
             const float error = missed(numbers, count, (float)q->steps[i]);

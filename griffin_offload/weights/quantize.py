@@ -62,12 +62,17 @@ def neuron_scale(down: Tensor, dtype: torch.dtype) -> Tensor:
     """input_scale [I] of a down projection [O, I]: the norm of each neuron's column, over the root of O."""
     norms = quantizing.column_norms(down)
     if norms is None:
-        squares = torch.zeros(down.shape[1], dtype=torch.float32, device=down.device)
-        factor = _factor(down)
+        wide, factor = _wide(down), _factor(down)
+        squares = torch.zeros(down.shape[1], dtype=wide, device=down.device)
         for _, block in _row_blocks(down):
-            squares += block.mul_(factor).square_().sum(0)
-        norms = (squares / down.shape[0]).sqrt() / factor
+            squares += block.mul_(factor).to(wide).square_().sum(0)
+        norms = ((squares / down.shape[0]).sqrt() / factor).float()
     return _finite(norms, dtype)
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """What squares are summed in: the kernels' float64, so that whoever quantises gets the same scales."""
+    return torch.float32 if weight.device.type == "mps" else torch.float64  # MPS has none
 
 
 def _factor(weight: Tensor) -> float:
@@ -104,13 +109,13 @@ def int4_scale(down: Tensor, dtype: torch.dtype, input_scale: Tensor) -> Tensor:
     stride, divisor = max(1, down.shape[1] // _SAMPLED_COLUMNS), _divisor(input_scale)
     found = quantizing.int4_scales(down, divisor, _STEPS, stride)
     if found is None:
-        wide = torch.float32 if down.device.type == "mps" else torch.float64  # which that device does not know
+        wide = _wide(down)
         sample = down[:, ::stride].to(wide) / divisor[::stride]
         norms = sample.square().mean(1).sqrt()
         sample = (sample / torch.where(norms > 0, norms, 1)[:, None]).float()
         errors = [_levels(sample / step).sub_(7.5).mul_(step).sub_(sample).square_().sum(1) for step in _STEPS]
         found = norms * torch.tensor(_STEPS, dtype=wide, device=down.device)[torch.stack(errors).argmin(0)]
-    return _finite(found, dtype)
+    return _finite(found.float(), dtype)
 
 
 def quantize_int4_neurons(columns: Tensor, input_scale: Tensor, scale: Tensor) -> Tensor:
