@@ -113,8 +113,8 @@ def _load(
     on_failure.callback(pages.close)
     compact, jobs = compact_blocks(blocks, full, prospect, plan, pages)
     head = model.get_output_embeddings()
-    stages = [*decoder, head] if head is not None else [*decoder]
-    jobs += [[] for _ in stages[len(jobs) :]]
+    stages = [model.get_input_embeddings(), *decoder, *([] if head is None else [head])]
+    jobs = [[], *jobs, *([] if head is None else [[]])]
     host_embedding = place_residents(model, stages, prospect, plan, compact, pages, jobs)
     if host_embedding is not None:
         on_failure.callback(host_embedding.close)

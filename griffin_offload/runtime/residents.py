@@ -1,7 +1,7 @@
 """What stays on the device: compact FFs, allocated once, and copies of everything that is not an FF.
 
-Tensors of the layers and the head are allocated and installed at once, and filled by jobs, in the order of their use
-(`Arrival`). The others are there when `place_residents` returns.
+Tensors of the embedding, the layers and the head are allocated and installed at once, and filled by jobs, in the order
+of their use (`Arrival`). The others are there when `place_residents` returns.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -87,22 +87,26 @@ def test_slow_residents_change_nothing(checkpoints, monkeypatch, quantize: str, 
         assert model.last_report.wait_s > 0
 
 
-def test_the_head_may_come_last(checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind all layers, and still before the first token."""
-    folder, prompt, slow = checkpoints("llama2"), torch.arange(1, 20)[None], []
+@pytest.mark.parametrize("name", ["llama2", "gemma"])
+@pytest.mark.parametrize("table", ["get_input_embeddings", "get_output_embeddings"])
+def test_no_table_is_waited_for_by_loading(checkpoints, monkeypatch: pytest.MonkeyPatch, name: str, table: str) -> None:
+    """The embedding and the head, which may be one: each is there before it is used."""
+    folder, prompt = checkpoints(name), torch.arange(1, 20)[None]
     with GriffinModel.from_pretrained(folder, device="cpu") as model:
         expected = model.generate(prompt, max_new_tokens=8, do_sample=False)
-        head = model.model.get_output_embeddings().weight
-    copy = FilePages.copy
+        wanted = getattr(model.model, table)().weight
+    copy, loaded, slow = FilePages.copy, threading.Event(), []
 
     def slowly(pages: FilePages, source: torch.Tensor, target: torch.Tensor) -> None:
-        if threading.current_thread().name.startswith("griffin-offload-resident") and torch.equal(source, head):
+        if torch.equal(source, wanted):
+            assert loaded.wait(10)
             slow.append(target)
-            time.sleep(0.5)
+            time.sleep(0.3)
         copy(pages, source, target)
 
     monkeypatch.setattr(FilePages, "copy", slowly)
     with GriffinModel.from_pretrained(folder, device="cpu") as model:
+        loaded.set()
         assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), expected)
     assert len(slow) == 1
 
