@@ -155,7 +155,7 @@ def test_interrupted_while_decoding(checkpoints):
 
 def test_interrupted_while_loading(checkpoints, monkeypatch: pytest.MonkeyPatch):
     """Nothing stays open when loading fails half-way; the next load works."""
-    path = checkpoints("llama2")
+    path = checkpoints("gpt2")  # positions and the last norm are copied before the rest, which may come later
     expected = answer(make(path))
     gc.collect()
     before = descriptors()
@@ -172,7 +172,7 @@ def test_interrupted_while_loading(checkpoints, monkeypatch: pytest.MonkeyPatch)
         patch.setattr(FilePages, "copy", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make(path)
-    assert len(calls) >= 2  # others were under way in other threads
+    assert len(calls) >= 2  # the others were under way in other threads
     calls.clear()
     assert descriptors() == before
     assert torch.equal(answer(make(path)), expected)
