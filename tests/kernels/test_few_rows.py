@@ -6,7 +6,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,6 @@ of_all_processors = pytest.mark.parametrize(
     ids=["avx2", "avx2, ahead", "avx512", "avx512, ahead"],
 )
 """Kernels for instructions that this processor has not are those of AVX2 again."""
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def _kernels(**kind: bool) -> few_rows.Kernels:

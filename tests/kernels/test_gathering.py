@@ -1,7 +1,5 @@
 """The kernels of gathering.c against torch's own indexing, over shapes, types, tiles and threads."""
 
-from collections.abc import Iterator
-
 import pytest
 import quantised_reference as ref
 import torch
@@ -19,13 +17,6 @@ needs_vbmi2 = pytest.mark.skipif(
     LOADED is None or not LOADED.leaves_out, reason="this processor brings no chosen bytes side by side"
 )
 MARK = 0xA5
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def _chosen(draw: st.DrawFn, total: int) -> Tensor:

@@ -1,7 +1,6 @@
 """The kernels of many_rows.c against float64, over forms, shapes, types and threads, of both kinds of processors."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,13 +33,6 @@ of_all = pytest.mark.parametrize(
     ],
     ids=["floats", "pairs", "tiles"],
 )
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def _kernels(dtype: torch.dtype, tiles: bool = False) -> many_rows.Kernels:

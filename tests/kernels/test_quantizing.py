@@ -1,6 +1,5 @@
 """The kernels of quantizing.c against torch, which does their work elsewhere: the same numbers, bit by bit."""
 
-from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -17,13 +16,6 @@ from griffin_offload.weights import quantize
 needs_kernels = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MARK = 77
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @st.composite
