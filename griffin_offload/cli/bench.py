@@ -125,7 +125,9 @@ def _measure(arguments: argparse.Namespace, density: Any, ceilings: "Ceilings", 
         ) as bar,
     ):
         vocabulary, generator = model.engine.shape.vocab_size, torch.Generator().manual_seed(0)
-        prompt = torch.randint(vocabulary, (max(arguments.prompt_tokens),), generator=generator)
+        prompt = torch.randint(
+            vocabulary, (max(arguments.prompt_tokens),), generator=generator, dtype=torch.long, device="cpu"
+        )
         checkpoint, cold = model.engine.prospect.checkpoint, arguments.cold
         return [
             measure_speed(

@@ -112,7 +112,8 @@ def _tokens(arguments: argparse.Namespace, checkpoint: "Checkpoint", sizes: list
         raise UsageError(f"{largest[0]}+{largest[1]} tokens are more than the model's context, {positions}")
     longest = max(p for p, _ in sizes)
     if arguments.text is None:
-        return torch.randint(config.vocab_size, (longest,), generator=torch.Generator().manual_seed(arguments.seed))
+        drawn = torch.Generator().manual_seed(arguments.seed)
+        return torch.randint(config.vocab_size, (longest,), generator=drawn, dtype=torch.long, device="cpu")
     documents = tokenize(read_documents(arguments.text), load_tokenizer(checkpoint.directory))
     return take_windows(documents, longest, 1, "even")[0]
 

@@ -59,7 +59,7 @@ def tokenize(directory: Path, text: str, arguments: argparse.Namespace) -> "Tens
     ids = _templated(tokenizer, text, arguments.system) if templated else encode(tokenizer, text)
     if not ids:
         raise UsageError("the prompt is empty: the tokenizer makes no token of it")
-    return torch.tensor([ids])
+    return torch.tensor([ids], dtype=torch.long, device="cpu")
 
 
 def _templated(tokenizer: Any, text: str, system: str | None) -> list[int]:

@@ -89,7 +89,7 @@ def host_copy_rate(device: torch.device, *, pinned: bool) -> float | None:
     """Bytes per second from the host to a CUDA device; None elsewhere."""
     if device.type != "cuda":
         return None
-    host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=pinned).fill_(1)
+    host = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned).fill_(1)
     target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
     return _COPY_BYTES / _median_s(lambda: target.copy_(host, non_blocking=pinned), device)
 

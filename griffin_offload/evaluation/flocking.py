@@ -58,8 +58,11 @@ def observe_sequences(
     corner = corner or Corner()
     neurons = [block.neurons for block in model.engine.loaded.layers.blocks]
     tokens = sequences[0].numel()
-    found = [Observed(tokens, [torch.zeros(2, count) for count in neurons]) for _ in sequences]
-    weights = split_tokens(torch.ones(1, tokens))
+    found = [
+        Observed(tokens, [torch.zeros(2, count, dtype=torch.float32, device="cpu") for count in neurons])
+        for _ in sequences
+    ]
+    weights = split_tokens(torch.ones(1, tokens, dtype=torch.float32, device="cpu"))
 
     def look(layer: int, row: int, start: int, z: Tensor) -> None:
         part = weights[:, :, start : start + z.shape[0]].to(z.device)
@@ -90,7 +93,7 @@ def share_of_largest(squared: Tensor, densities: Sequence[float]) -> list[float]
 
 def share_of_chosen(chooses: Tensor, measured: Tensor, densities: Sequence[float]) -> list[float]:
     """The share of one statistic, s^2 [F], that the top-k neurons of another hold, for each density."""
-    running = torch.cat([torch.zeros(1), measured[chooses.argsort(descending=True)].double().cumsum(0)])
+    running = torch.nn.functional.pad(measured[chooses.argsort(descending=True)].double().cumsum(0), (1, 0))
     if running[-1] == 0:
         return [1.0] * len(densities)
     kept = [neurons_kept(measured.numel(), density) for density in densities]
@@ -107,7 +110,8 @@ def mean_jaccard(squared: Tensor, density: float) -> float | None:
     if kept == 0:
         return 1.0
     chosen = torch.zeros_like(squared).scatter_(1, squared.topk(kept, dim=1).indices, 1.0)
-    common = (chosen @ chosen.T)[torch.triu_indices(count, count, offset=1).unbind()].double()
+    pairs = torch.triu_indices(count, count, offset=1, dtype=torch.long, device=chosen.device)
+    common = (chosen @ chosen.T)[pairs.unbind()].double()
     return float((common / (2 * kept - common)).mean())
 
 
@@ -119,7 +123,8 @@ def jaccard_by_chance(density: float) -> float:
 def sorted_statistic(squared: Tensor, points: int) -> list[float]:
     """s from large to small, scaled to [0, 1] by its largest, at `points` evenly spaced ranks; `squared` is [F]."""
     s = squared.sqrt().sort(descending=True).values
-    ranks = torch.linspace(0, s.numel() - 1, min(points, s.numel())).round().long()
+    count = s.numel()
+    ranks = torch.linspace(0, count - 1, min(points, count), dtype=torch.float32, device=s.device).round().long()
     largest = s[0] if s[0] > 0 else s.new_ones(())
     values: list[float] = (s[ranks] / largest).tolist()
     return values
@@ -127,10 +132,11 @@ def sorted_statistic(squared: Tensor, points: int) -> list[float]:
 
 def permuted(ids: Tensor, fixed: int, generator: torch.Generator) -> Tensor:
     """The same tokens in another order; the first `fixed` stay (BOS)."""
-    order = torch.randperm(ids.numel() - fixed, generator=generator) + fixed
+    order = torch.randperm(ids.numel() - fixed, generator=generator, dtype=torch.long, device="cpu") + fixed
     return torch.cat([ids[:fixed], ids[order]])
 
 
 def uniform(ids: Tensor, fixed: int, vocabulary: int, generator: torch.Generator) -> Tensor:
     """As many tokens, each drawn uniformly from the vocabulary; the first `fixed` stay."""
-    return torch.cat([ids[:fixed], torch.randint(vocabulary, (ids.numel() - fixed,), generator=generator)])
+    drawn = torch.randint(vocabulary, (ids.numel() - fixed,), generator=generator, dtype=torch.long, device="cpu")
+    return torch.cat([ids[:fixed], drawn])

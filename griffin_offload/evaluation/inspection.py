@@ -86,7 +86,11 @@ def prompt_loss(
     held out (chosen on its first three quarters, measured on its last; None below SHORT_PROMPT_TOKENS). `planned` is
     one more density for each layer."""
     seen = observe_sequences(model, [ids], progress=progress)[0]
-    tokens = 0 if ids.numel() < SHORT_PROMPT_TOKENS else int(split_tokens(torch.ones(1, ids.numel()))[0, 1].sum())
+    tokens = (
+        0
+        if ids.numel() < SHORT_PROMPT_TOKENS
+        else int(split_tokens(torch.ones(1, ids.numel(), dtype=torch.float32, device="cpu"))[0, 1].sum())
+    )
     layers = []
     for layer, parts in enumerate(seen.parts):
         points = [*densities, *(planned[layer : layer + 1] if planned else ())]

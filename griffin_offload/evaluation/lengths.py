@@ -31,7 +31,7 @@ def measure_lengths(
     tokens behind them do not change.
     """
     split, longest = max(prompts), max(generates)
-    begin = torch.tensor(list(first), dtype=torch.long)
+    begin = torch.tensor(list(first), dtype=torch.long, device="cpu")
     samples = [
         Sample.generation(torch.cat([begin, ids[split - prompt + len(first) : split]]), ids[split : split + longest])
         for prompt in prompts

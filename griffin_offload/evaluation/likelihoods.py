@@ -46,7 +46,7 @@ def can_choose(request: Request, mode: EvalMode) -> bool:
 
 def sample_of(request: Request, mode: EvalMode) -> Sample:
     """What is simulated for a request."""
-    ids = torch.tensor(request.ids, dtype=torch.long)
+    ids = torch.tensor(request.ids, dtype=torch.long, device="cpu")
     context, continuation = ids[: request.scored_from], ids[request.scored_from :]
     if not can_choose(request, mode):
         return Sample.dense(context, continuation)

@@ -43,7 +43,7 @@ class Processes:
         """Whether `ok` holds in every process."""
         if self.size == 1:
             return ok
-        return bool(self.accelerator.gather(torch.tensor([int(ok)])).all())
+        return bool(self.accelerator.gather(torch.tensor([int(ok)], dtype=torch.long, device="cpu")).all())
 
     def share(self, options: dict[str, Any]) -> dict[str, Any]:
         """Options for this process's model: a GPU of its own, or its part of the free memory where the CPU computes and

@@ -98,7 +98,7 @@ class Batch:
     def of(cls, samples: Sequence[Sample]) -> "Batch":
         prompt = max(sample.prompt_tokens for sample in samples)
         rest = max(sample.input_tokens - sample.prompt_tokens for sample in samples)
-        ids = torch.zeros(len(samples), prompt + rest, dtype=torch.long)
+        ids = torch.zeros(len(samples), prompt + rest, dtype=torch.long, device="cpu")
         mask = torch.zeros_like(ids)
         for row, sample in enumerate(samples):
             start = prompt - sample.prompt_tokens
@@ -113,7 +113,7 @@ class Batch:
     @property
     def positions(self) -> Tensor:
         """[B, T], counted from each sample's first token; behind its last one the count stands still."""
-        longest = torch.tensor([[sample.input_tokens] for sample in self.samples])
+        longest = torch.tensor([[sample.input_tokens] for sample in self.samples], dtype=torch.long, device="cpu")
         return (self.mask.cumsum(1) - 1).clamp(min=0).minimum(longest - 1)
 
     def scored_columns(self, row: int) -> slice:

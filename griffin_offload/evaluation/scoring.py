@@ -96,6 +96,10 @@ def score_rows(
 def _compare(full: Tensor, own: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """(log-probabilities, KL, agreement, greedy) of a few positions; `full` and `own` are log-softmaxed [N, V]."""
     best = own.argmax(-1)
-    kl = torch.zeros(targets.numel(), device=own.device) if own is full else (full.exp() * (full - own)).sum(-1)
+    kl = (
+        torch.zeros(targets.numel(), dtype=torch.float32, device=own.device)
+        if own is full
+        else (full.exp() * (full - own)).sum(-1)
+    )
     found = own.gather(-1, targets[:, None])[:, 0], kl, best == full.argmax(-1), best == targets
     return tuple(tensor.cpu() for tensor in found)

@@ -76,7 +76,7 @@ class SimulatedPass:
         self._full: list[Tensor] = []
         self._rows = slice(0, 0)
         self._position = 0
-        self._squared = self._means = torch.empty(0)
+        self._squared = self._means = torch.empty(0, dtype=torch.float32, device="cpu")
         self._choices: list[Choice | None] = []
         self._layer_sums: list[Tensor] = []
 
@@ -143,7 +143,7 @@ class SimulatedPass:
     def _rows_start(self, index: int, rows: slice) -> None:
         neurons, device = self._layers.blocks[index].neurons, self._weights.device
         self._rows, self._position, self._choices = rows, 0, []
-        self._squared = torch.zeros(rows.stop - rows.start, neurons, device=device)
+        self._squared = torch.zeros(rows.stop - rows.start, neurons, dtype=torch.float32, device=device)
         self._means = torch.zeros_like(self._squared) if self._with_means else self._squared
 
     def _at_down(self, index: int, block: FeedForward, _: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -59,7 +59,7 @@ def read_articles(path: Path, tokenize: Callable[[str], list[int]], config: Summ
         if len(ids) > most:
             skipped += 1
         else:
-            fitting.append(Article(number, torch.tensor(ids), row["summary_gt"]))
+            fitting.append(Article(number, torch.tensor(ids, dtype=torch.long, device="cpu"), row["summary_gt"]))
     if not fitting:
         found = f"none of its {skipped} prompts has at most {most} tokens" if skipped else "it is empty"
         raise UsageError(f"{path} cannot be used: {found}")
@@ -196,7 +196,9 @@ class _Ended:
 
     def __call__(self, tokens: Tensor, scores: Any, **_: Any) -> Tensor:
         texts = [self._tokenizer.decode(row[self._prompt_tokens :], skip_special_tokens=True) for row in tokens]
-        return torch.tensor([bool(self._end) and self._end in text for text in texts], device=tokens.device)
+        return torch.tensor(
+            [bool(self._end) and self._end in text for text in texts], dtype=torch.bool, device=tokens.device
+        )
 
 
 def _parsed(line: bytes) -> Any:

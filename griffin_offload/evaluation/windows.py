@@ -41,7 +41,7 @@ def take_windows(
     """`count` windows of `tokens` ids: spread evenly over the text, or at the starts of documents. Each begins with
     `first`. UsageError, with the numbers, when the text is too short."""
     taken = _cut(documents, tokens - len(first), count, start)
-    return [torch.cat([torch.tensor(first, dtype=torch.long), ids]) for ids in taken]
+    return [torch.cat([torch.tensor(first, dtype=torch.long, device="cpu"), ids]) for ids in taken]
 
 
 def _cut(documents: list[list[int]], tokens: int, count: int, start: WindowStart) -> list[Tensor]:
@@ -52,8 +52,8 @@ def _cut(documents: list[list[int]], tokens: int, count: int, start: WindowStart
                 f"{len(found)} of {len(documents)} documents have {tokens} tokens, {count} windows were asked for: "
                 "fewer --windows, shorter ones, or --window-start even"
             )
-        return [torch.tensor(ids) for ids in found]
-    text = torch.tensor([token for ids in documents for token in ids], dtype=torch.long)
+        return [torch.tensor(ids, dtype=torch.long, device="cpu") for ids in found]
+    text = torch.tensor([token for ids in documents for token in ids], dtype=torch.long, device="cpu")
     if text.numel() < tokens:
         raise UsageError(f"the text has {text.numel()} tokens, a window {tokens}: a longer text or shorter windows")
     return [text[at : at + tokens] for at in _even_starts(text.numel() - tokens, count)]

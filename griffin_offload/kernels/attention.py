@@ -35,8 +35,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
     (batch, heads, _, size), (kv_heads, tokens) = query.shape, key.shape[1:3]
     if heads % kv_heads or key.shape != (batch, kv_heads, tokens, size) or value.shape[:3] != key.shape[:3]:
         raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}")
-    floats, output = query.float().contiguous(), torch.empty(batch, 1, heads, value.shape[3])
-    scores = torch.empty(batch, heads, tokens)
+    floats = query.float().contiguous()
+    output, scores = floats.new_empty(batch, 1, heads, value.shape[3]), floats.new_empty(batch, heads, tokens)
     added, mask_strides = None, (0, 0, 0)
     if mask is not None:
         added = _added(mask).expand(batch, heads, 1, tokens)
@@ -55,4 +55,4 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
 def _added(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.float()
-    return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, float("-inf"))

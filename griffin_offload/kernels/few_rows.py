@@ -70,7 +70,7 @@ class Kernels:
             raise ValueError(f"x must be of 16-bit floats, and is of {x.dtype}")
         (rows, inputs), outputs, wide = x.shape, weight.shape[0], self._pairs and x.dtype == torch.bfloat16
         check(weight, (outputs, inputs), x.dtype)
-        own = torch.empty(rows * (outputs + (0 if wide else inputs)))
+        own = torch.empty(rows * (outputs + (0 if wide else inputs)), dtype=torch.float32, device="cpu")
         sums = own.data_ptr()
         made = (sums, sums + 4 * rows * outputs, 0, 0, 0, 0)
         sizes = (rows, 1, outputs, outputs, inputs, 1, 1)
@@ -82,7 +82,7 @@ class Kernels:
         rows, parts, outputs, _, inputs, group, _ = sizes
         all_rows, groups, pairs = rows * parts, -(-inputs // group), -(-inputs // 2)
         # One allocation for all that is made on the way: sums, integers of 16 and 32 bits, and scales.
-        own = torch.empty(all_rows * (outputs + pairs + (2 + _LANES) * groups))
+        own = torch.empty(all_rows * (outputs + pairs + (2 + _LANES) * groups), dtype=torch.float32, device="cpu")
         sums = own.data_ptr()
         numbers = sums + 4 * all_rows * outputs
         step = numbers + 4 * all_rows * pairs

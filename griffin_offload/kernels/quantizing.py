@@ -28,7 +28,7 @@ def largest_of_rows(weight: Tensor, divisor: Tensor | None) -> Tensor | None:
     found = _library_for(weight)
     if found is None:
         return None
-    largest = torch.empty(weight.shape[0])
+    largest = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
     _run(found, "quantize_largest", weight, largest, divisor=divisor)
     return largest
 
@@ -52,8 +52,8 @@ def quantize_int4_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     if found is None or dtype not in NUMBER_TYPES:
         return None
     outputs, groups = weight.shape[0], _groups(weight.shape[1])
-    packed = torch.empty(outputs, groups * _HALF, dtype=torch.uint8)
-    scales = torch.empty(outputs, groups, 2, dtype=dtype)
+    packed = torch.empty(outputs, groups * _HALF, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(outputs, groups, 2, dtype=dtype, device="cpu")
     _run(found, "quantize_int4_rows", weight, packed, scales=scales)
     return packed, scales
 
@@ -63,7 +63,7 @@ def quantize_int4_neurons(columns: Tensor, divisor: Tensor, scale: Tensor) -> Te
     found = _library_for(columns)
     if found is None:
         return None
-    packed = torch.empty(columns.shape[1], _groups(columns.shape[0]) * _HALF, dtype=torch.uint8)
+    packed = torch.empty(columns.shape[1], _groups(columns.shape[0]) * _HALF, dtype=torch.uint8, device="cpu")
     _run(found, "quantize_int4_neurons", columns, packed, divisor=divisor, scale=scale)
     return packed
 
@@ -73,7 +73,7 @@ def column_norms(weight: Tensor) -> Tensor | None:
     found = _library_for(weight)
     if found is None:
         return None
-    norms = torch.empty(weight.shape[1])
+    norms = torch.empty(weight.shape[1], dtype=torch.float32, device="cpu")
     _run(found, "quantize_column_norms", weight, norms)
     return norms
 
@@ -86,7 +86,8 @@ def int4_scales(weight: Tensor, divisor: Tensor, steps: Sequence[float], stride:
         return None
     if not 1 <= -(-weight.shape[1] // stride) <= _SAMPLED:
         raise ValueError(f"every {stride}th of {weight.shape[1]} numbers: 1 to {_SAMPLED} are known here")
-    scales, candidates = torch.empty(weight.shape[0]), torch.tensor(steps, dtype=torch.float64)
+    scales = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
+    candidates = torch.tensor(steps, dtype=torch.float64, device="cpu")
     _run(found, "quantize_int4_scales", weight, scales, divisor=divisor, steps=candidates, stride=stride)
     return scales
 

@@ -48,7 +48,7 @@ def select_neurons(
             raise ValueError(f"{method} selection needs the weights' norms")
         chosen = (norms if method == "magnitude" else squared.sqrt() * norms).topk(kept).indices
     elif method == "random":
-        chosen = torch.randperm(squared.numel(), generator=generator)[:kept]
+        chosen = torch.randperm(squared.numel(), generator=generator, dtype=torch.long, device="cpu")[:kept]
     elif method == "sample":
         chosen = _draw(squared.sqrt().cpu(), kept, generator)
     elif method == "topk_sample":
@@ -64,7 +64,7 @@ def _draw(s: Tensor, count: int, generator: torch.Generator, excluded: Tensor | 
     """`count` indices without replacement in proportion to `s`; neurons that never fired fill up, if they must."""
     fired = int((s > 0).sum())
     if count == 0:
-        return torch.empty(0, dtype=torch.long)
+        return torch.empty(0, dtype=torch.long, device="cpu")
     drawn = torch.multinomial(s, min(count, fired), generator=generator) if fired else s.new_empty(0).long()
     if drawn.numel() == count:
         return drawn

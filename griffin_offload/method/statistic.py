@@ -24,7 +24,7 @@ def split_tokens(mask: Tensor) -> Tensor:
     """
     valid = mask.bool()
     rank = valid.cumsum(1)  # 1-based position among the sample's own tokens
-    held_out = (valid.sum(1, keepdim=True) * _HELD_OUT_SHARE).floor()
+    held_out = (valid.sum(1, keepdim=True).float() * _HELD_OUT_SHARE).floor()  # not in torch's default type
     chooses = valid & (rank <= valid.sum(1, keepdim=True) - held_out)
     return torch.stack([chooses, valid & ~chooses], dim=1).float()
 
@@ -34,7 +34,7 @@ def squared_statistic(z: Tensor, weights: Tensor) -> Tensor:
 
     G groups of tokens are summed apart; with 0/1 weights, and G = 1, this is the paper's s^2 per sample.
     """
-    total = torch.zeros(z.shape[0], weights.shape[1], z.shape[2], device=z.device)
+    total = torch.zeros(z.shape[0], weights.shape[1], z.shape[2], dtype=torch.float32, device=z.device)
     for start in range(0, z.shape[1], ROWS_AT_ONCE):
         squares = z[:, start : start + ROWS_AT_ONCE].to(torch.float32, copy=True).square_()
         norms = squares.sum(-1)  # [B, T]
@@ -63,7 +63,7 @@ def share_kept(squared: Tensor, chosen: Tensor) -> Tensor:
 
 def weighted_sum(z: Tensor, weights: Tensor) -> Tensor:
     """Sum over tokens of weights * z: float32 [B, G, F] for z [B, T, F] and weights [B, G, T]."""
-    total = torch.zeros(z.shape[0], weights.shape[1], z.shape[2], device=z.device)
+    total = torch.zeros(z.shape[0], weights.shape[1], z.shape[2], dtype=torch.float32, device=z.device)
     for start in range(0, z.shape[1], ROWS_AT_ONCE):
         total.baddbmm_(weights[:, :, start : start + ROWS_AT_ONCE], z[:, start : start + ROWS_AT_ONCE].float())
     return total

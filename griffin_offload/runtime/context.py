@@ -71,7 +71,7 @@ class Context:
     def common(self, ids: Tensor) -> int:
         """How many of the first tokens are those of `ids` [T]."""
         both = min(len(self.tokens), ids.numel())
-        differ = (ids[:both].cpu() != torch.tensor(self.tokens[:both], dtype=ids.dtype)).nonzero()
+        differ = (ids[:both].cpu() != torch.tensor(self.tokens[:both], dtype=ids.dtype, device="cpu")).nonzero()
         return int(differ[0]) if differ.numel() else both
 
     def known(self, ids: Tensor, *, exact: bool) -> int:

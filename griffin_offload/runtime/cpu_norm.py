@@ -25,7 +25,10 @@ def _agrees(module: nn.Module) -> bool:
     own = module.weight
     assert isinstance(own, Tensor)
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(own.shape, generator=generator).mul_(3).to(own.dtype) for _ in range(2))
+    x, weight = (
+        torch.randn(own.shape, generator=generator, dtype=torch.float32, device="cpu").mul_(3).to(own.dtype)
+        for _ in range(2)
+    )
     if own.dim() != 1 or not norm.can_norm(x, weight):
         return False
     stock = torch.func.functional_call(module, {"weight": weight}, (x,))

@@ -42,7 +42,7 @@ class StaticStep:
         self._kinds = {window: _Kind(min(tokens, room), window, like.device) for window, room in windows.items()}
         self._dtype = cache.layers[0].dtype
         self._by_type = hasattr(model.config, "layer_types")
-        self.logits = torch.empty(0)
+        self.logits = torch.empty(0, dtype=torch.float32, device=like.device)
 
     def advance(self, cache: KVCache, inputs: Tensor, positions: Tensor | None) -> None:
         """The next token: ids [B, 1], or embeddings [B, 1, H] in their place; `positions` [B, 1] if they are not
@@ -90,7 +90,7 @@ class _Kind:
         self.tokens, self._slides = tokens, window is not None
         self.place = torch.zeros(1, dtype=torch.long, device=device)
         self._first = torch.zeros(1, dtype=torch.long, device=device)
-        self._places = torch.arange(tokens, device=device)
+        self._places = torch.arange(tokens, dtype=torch.long, device=device)
 
     def say(self, place: int, first: int) -> None:
         self.place.fill_(place)

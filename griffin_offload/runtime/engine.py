@@ -154,7 +154,11 @@ class Engine:
         assert run is not None, "a pass of a run"
         assert run.context is not None, "with a context"
         tokens, context = tokens_of(inputs).shape[1], run.context
-        groups = torch.eye(tokens, device=self.prospect.device)[None] if each else self._ones(tokens)[:, None]
+        groups = (
+            torch.eye(tokens, dtype=torch.float32, device=self.prospect.device)[None]
+            if each
+            else self._ones(tokens)[:, None]
+        )
         earlier, progress = context.squared, self.pass_progress
         streamed = StreamedPass(
             self.loaded.layers, groups, earlier=earlier, choose=choose, keep=True, progress=progress
@@ -167,7 +171,7 @@ class Engine:
         return output, streamed.sums
 
     def _ones(self, tokens: int) -> Tensor:
-        return torch.ones(1, tokens, device=self.prospect.device)
+        return torch.ones(1, tokens, dtype=torch.float32, device=self.prospect.device)
 
     def _wrapped_forward(self) -> Callable[..., Any]:
         @functools.wraps(self.stock_forward)  # generate reads its signature

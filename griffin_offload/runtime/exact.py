@@ -72,7 +72,7 @@ class ExactLoop(DraftingLoop):
         if drafted_from is None:
             return int(scores.argmax(-1))
         distribution = scores.softmax(-1)
-        if torch.rand((), device=scores.device) * drafted_from[0, draft] < distribution[0, draft]:
+        if torch.rand((), dtype=torch.float32, device=scores.device) * drafted_from[0, draft] < distribution[0, draft]:
             return draft
         rest = (distribution - drafted_from).clamp_(min=0)
         # Nothing left: the two are equal but for rounding.

@@ -107,7 +107,7 @@ def device_overhead_bytes(device: torch.device) -> int:
     """What the device's runtime holds beside tensors: the CUDA context with a margin, nothing elsewhere."""
     if device.type != "cuda":
         return 0
-    torch.zeros(1, device=device)  # makes the context
+    torch.zeros(1, dtype=torch.uint8, device=device)  # makes the context
     free, total = torch.cuda.mem_get_info(device)
     measured = total - free - torch.cuda.memory_reserved(device)
     plausible = 0 < measured <= _LARGEST_PLAUSIBLE_CONTEXT_BYTES

@@ -112,7 +112,7 @@ class StreamedPass:
         self._stream = LayerStream(layers.source, list(layers.compact), layers.stream) if layers.source else None
         self._fetched_before = layers.fetched_bytes
         self._waited_before = layers.arrival_wait_s
-        self._squared = torch.empty(0)
+        self._squared = torch.empty(0, dtype=torch.float32, device="cpu")
         self._position = 0
         self._kept_shares: list[Tensor] = []
         self._held_out_shares: list[Tensor] = []
@@ -195,7 +195,7 @@ class StreamedPass:
         block.install_full(full)
         self._full = full
         samples, groups = self._groups.shape[:2]
-        self._squared = torch.zeros(samples, groups, block.neurons, device=self._groups.device)
+        self._squared = torch.zeros(samples, groups, block.neurons, dtype=torch.float32, device=self._groups.device)
         self._position = 0
 
     def _add(self, block: FeedForward, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

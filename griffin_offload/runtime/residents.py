@@ -71,7 +71,7 @@ def materialise(layers: StreamedLayers, selected: dict[int, Tensor], prospect: P
 def _gather_through_host(block: FeedForward, full: list[Tensor], chosen: Tensor, compact: list[nn.Parameter]) -> None:
     # Quantising (and CUDA's int4 tiles) wants the device; plain neurons are gathered where they rest.
     if block.precision == "none":
-        host = [torch.empty(p.shape, dtype=p.dtype) for p in compact]
+        host = [torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in compact]
         block.gather(full, chosen, host)
         for parameter, gathered in zip(compact, host, strict=True):
             parameter.copy_(gathered)
@@ -86,7 +86,7 @@ def _fill_whole(
 ) -> None:
     spans = pages.spans(source)
     pages.read(spans)
-    everything = torch.arange(block.neurons, device=prospect.device)
+    everything = torch.arange(block.neurons, dtype=torch.long, device=prospect.device)
     block.gather([tensor.to(prospect.device) for tensor in source], everything, target)
     pages.drop(spans)
 
@@ -157,7 +157,7 @@ def _quantize_resident(module: QuantizedLinear, prospect: Prospect, pages: FileP
     def fill() -> None:
         spans = pages.spans(list(full.values()))
         pages.read(spans)
-        everything = torch.arange(outputs, device=prospect.device)
+        everything = torch.arange(outputs, dtype=torch.long, device=prospect.device)
         gather_outputs({name: tensor.to(prospect.device) for name, tensor in full.items()}, everything, 1, resident)
         pages.drop(spans)
 

@@ -77,7 +77,7 @@ def prompt_mask(tokens: Tensor, given: Any, prompt_tokens: int | None) -> Tensor
     `given` is the caller's [b, t] mask, repeated for beams; other forms of masks (4-D, per layer) say nothing here.
     """
     batch, length = tokens.shape[:2]
-    mask = torch.ones(batch, length, device=tokens.device)
+    mask = torch.ones(batch, length, dtype=torch.float32, device=tokens.device)
     if isinstance(given, Tensor) and given.dim() == 2 and batch % given.shape[0] == 0:
         known = min(given.shape[1], length)
         mask[:, :known] = given[:, :known].to(mask).repeat_interleave(batch // given.shape[0], dim=0)

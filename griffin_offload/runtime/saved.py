@@ -104,7 +104,7 @@ def save_context(context: Context, path: Path, identity: Identity, notes: dict[s
 
 
 def _tensors(context: Context) -> Iterator[tuple[str, Tensor]]:
-    yield "tokens", torch.tensor(context.tokens, dtype=torch.int64)
+    yield "tokens", torch.tensor(context.tokens, dtype=torch.int64, device="cpu")
     for index, layer in enumerate(context.cache.layers):
         for number, part in enumerate(layer.saved()):
             yield f"layers.{index}.kv.{number}", part

@@ -146,7 +146,7 @@ class ChatSession:
                 raise CheckpointError(f"the model's chat template fails: {error}") from error
         if not ids:
             raise UsageError("the message is empty: the tokenizer makes no token of it")
-        return torch.tensor([ids])
+        return torch.tensor([ids], dtype=torch.long, device="cpu")
 
     def _decoded(self, answer: Tensor) -> str:
         text: str = self.model.tokenizer.decode(answer, skip_special_tokens=True)
@@ -170,7 +170,7 @@ class _Interrupted(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.happened = self.happened or (self._asked is not None and self._asked())
-        return torch.full((input_ids.shape[0],), self.happened, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self.happened, dtype=torch.bool, device=input_ids.device)
 
 
 def _conversation(notes: dict[str, Any], path: str | Path) -> tuple[list[Message], bool]:

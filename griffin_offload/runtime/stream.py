@@ -121,7 +121,7 @@ class _CudaCopies:
         """Host copy (and change of precision) into a staging buffer, then its copy to the device, in turn."""
         if not self._staging:
             for _ in range(_STAGING_BUFFERS):
-                buffer = torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+                buffer = torch.empty(_STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
                 self._staging.append((buffer, torch.cuda.Event()))
         with torch.cuda.stream(self._stream):
             for view, tensor in pairs:

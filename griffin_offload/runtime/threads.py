@@ -90,7 +90,8 @@ def choose_threads(inputs: int, outputs: int, dtype: torch.dtype) -> int:
     rows = max(1, min(outputs, _TRIAL_BYTES // (inputs * dtype.itemsize)))
     if rows * inputs * dtype.itemsize < _SMALL_BYTES:
         return 1
-    weight, row = torch.ones(rows, inputs, dtype=dtype), torch.ones(inputs, dtype=dtype)
+    weight = torch.ones(rows, inputs, dtype=dtype, device="cpu")
+    row = weight.new_ones(inputs)
     seconds: dict[int, list[float]] = {count: [] for count in sorted({1, max(most // 2, 1), most})}
     # In turns, so that a busy moment of the machine falls on all of them.
     for _ in range(_REPEATS):

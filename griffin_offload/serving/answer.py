@@ -45,7 +45,7 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
             self._add(token)
         self.interrupted = self.interrupted or self._interrupted()
         done = self._holder.stopped or self.interrupted
-        return torch.full((1,), done, device=input_ids.device)
+        return torch.full((1,), done, dtype=torch.bool, device=input_ids.device)
 
     def _add(self, token: int) -> None:
         if token in self._ends:

@@ -36,7 +36,7 @@ def answer_all(held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
     torch.manual_seed(secrets.randbits(63) if seed is None else seed)
     generation = _Generation(held, job, interrupted)
     for index, prompt in enumerate(job.prompts):
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], dtype=torch.long, device="cpu")
         with generation.context_for(ids) as context:
             for number in range(job.request.n):
                 choice = index * job.request.n + number

@@ -185,7 +185,7 @@ class FeedForward:
 
     def neuron_norms(self, full: Sequence[Tensor]) -> Tensor:
         """Static score of "magnitude" [F]: product of the norms of each neuron's input rows."""
-        product = torch.ones(self.neurons, device=full[0].device)
+        product = torch.ones(self.neurons, dtype=torch.float32, device=full[0].device)
         for projection, named in zip(self.projections[:-1], self._by_projection(full, compact=False), strict=False):
             norms = row_norms(named, swapped=projection.swapped)
             for part in norms.split(self.neurons):

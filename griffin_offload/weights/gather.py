@@ -87,7 +87,12 @@ def _gather_rows(full: Tensors, index: Tensor, start: int, out: Tensors) -> None
         quantize_int8(rows, scale, out["weight"][target])
     else:
         made = quantize_int4_rows(rows, out["scale"].dtype)
-        gather_rows(made, torch.arange(index.numel(), device=rows.device), (out["weight"], out["scale"]), start)
+        gather_rows(
+            made,
+            torch.arange(index.numel(), dtype=torch.long, device=rows.device),
+            (out["weight"], out["scale"]),
+            start,
+        )
 
 
 def gather_inputs(full: Tensors, chosen: Tensor, out: Tensors) -> None:
@@ -133,7 +138,7 @@ def _gather_int4_columns(weight: Tensor, chosen: Tensor, kept: Tensor, scale: Te
             columns = room[:, : index.numel()]
             take(weight, 1, index, columns)
             packed = quantize_int4_neurons(columns, kept[start : start + CHUNK], scale)
-            index = torch.arange(index.numel(), device=weight.device)
+            index = torch.arange(index.numel(), dtype=torch.long, device=weight.device)
         if out.device.type == "cpu":
             gather_neurons(packed, index, out, start)
         else:

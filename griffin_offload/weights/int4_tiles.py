@@ -26,7 +26,7 @@ def cpu_block() -> int:
     """Outputs in one block of the CPU's kernel, found by packing a small matrix; UnsupportedModel if it is neither."""
     for block in (64, 32):
         # No two outputs and no two inputs are alike: another order of either would be seen.
-        levels = (torch.arange(block * GROUP, dtype=torch.int32) * 40503 >> 8).view(block, GROUP) % 16
+        levels = (torch.arange(block * GROUP, dtype=torch.int32, device="cpu") * 40503 >> 8).view(block, GROUP) % 16
         packed = torch._convert_weight_to_int4pack_for_cpu(levels, 1).view(GROUP, block // 2)
         low, high = levels.to(torch.uint8).t().split(block // 2, dim=1)
         if torch.equal(packed, low | (high << 4)):

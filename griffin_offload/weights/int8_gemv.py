@@ -48,9 +48,9 @@ def multiply_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def check_kernel(device: torch.device, dtype: torch.dtype) -> None:
     """Compile it and compare it with a product of floats; RuntimeError, or what Triton raises, if it is of no use."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randint(-127, 128, (64, 1024 + 64), generator=generator, dtype=torch.int8).to(device)
-    x = torch.randn(2, weight.shape[1], generator=generator).to(device, dtype)
-    scale = (torch.rand(64, generator=generator) + 0.5).to(device, dtype)
+    weight = torch.randint(-127, 128, (64, 1024 + 64), generator=generator, dtype=torch.int8, device="cpu").to(device)
+    x = torch.randn(2, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
+    scale = (torch.rand(64, generator=generator, dtype=torch.float32, device="cpu") + 0.5).to(device, dtype)
     expected = x.double() @ weight.double().t() * scale.double()
     found = multiply_int8(x, weight, scale).double()
     error = float((found - expected).abs().max() / expected.abs().max())

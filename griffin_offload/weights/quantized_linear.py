@@ -242,7 +242,9 @@ def row_norms(full: dict[str, Tensor], *, swapped: bool) -> Tensor:
     scale, offset = full["scale"].float().unbind(-1)
     rows = []
     for packed, steps, offsets in zip(weight, scale, offset, strict=True):
-        row = unpack_int4(packed[None], torch.empty(1, 2 * packed.numel(), device=packed.device)).view(-1, GROUP)
+        row = unpack_int4(
+            packed[None], torch.empty(1, 2 * packed.numel(), dtype=torch.float32, device=packed.device)
+        ).view(-1, GROUP)
         rows.append(((row - 8) * steps[:, None] + offsets[:, None]).norm())
     return torch.stack(rows)
 

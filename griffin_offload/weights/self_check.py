@@ -23,10 +23,14 @@ def self_check(block: FeedForward) -> None:
     """
     full = block.full()
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(block.neurons, generator=generator)[: block.neurons // 2].sort().values
+    chosen = (
+        torch.randperm(block.neurons, generator=generator, dtype=torch.long, device="cpu")[: block.neurons // 2]
+        .sort()
+        .values
+    )
     dtype = next(tensor.dtype for tensor in full if tensor.is_floating_point())
     # Unit rows, scaled so that activations neither vanish nor saturate.
-    x = torch.randn(1, 2, block.projections[0].hidden, generator=generator).to(dtype)
+    x = torch.randn(1, 2, block.projections[0].hidden, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     forward = _forward(block)
     masked = _masked(block, forward, chosen, x)
     compact = block.allocate(chosen.numel(), dtype, full[0].device)

@@ -71,7 +71,7 @@ class RamWeights:
     def _copy_layer(self, origin: "MappedWeights", index: int, dtype: torch.dtype, pin: bool) -> None:
         tensors = origin.tensors(index)
         layout = FlatLayout(tensors, dtype)
-        buffer = in_huge_pages(torch.empty(layout.nbytes, dtype=torch.uint8))
+        buffer = in_huge_pages(torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu"))
         if pin:
             self._pin(buffer)
         views = layout.views(buffer)
