@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.kernels.compiled import HALVES, NUMBER_TYPES, library, needs_gradient
+from griffin_offload.kernels.handed import check
 
 _ATTENTION = struct.Struct("@6P17qf")
 """The struct Attention of attention.c."""
@@ -35,11 +36,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
     (batch, heads, _, size), (kv_heads, tokens) = query.shape, key.shape[1:3]
     if heads % kv_heads or key.shape != (batch, kv_heads, tokens, size) or value.shape[:3] != key.shape[:3]:
         raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}")
+    for name, part in (("key", key), ("value", value)):
+        if part.dtype not in HALVES or part.dtype != key.dtype or part.stride(3) != 1 or not part.is_cpu:
+            raise ValueError(
+                f"the {name}, of {part.dtype} in steps of {part.stride()}, must be of 16 bits, side by side"
+            )
     floats = query.float().contiguous()
+    check(floats, (batch, heads, 1, size), torch.float32, "the query")
     output, scores = floats.new_empty(batch, 1, heads, value.shape[3]), floats.new_empty(batch, heads, tokens)
     added, mask_strides = None, (0, 0, 0)
     if mask is not None:
         added = _added(mask).expand(batch, heads, 1, tokens)
+        if not added.is_cpu:
+            raise ValueError(f"the mask, on {added.device}, must be in the CPU's memory")
         mask_strides = (added.stride(0), added.stride(1), added.stride(3))
     job = _ATTENTION.pack(
         *(0 if part is None else part.data_ptr() for part in (floats, key, value, added, scores, output)),

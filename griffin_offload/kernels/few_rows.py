@@ -36,8 +36,8 @@ class Kernels:
         """x [M, I], times `input_scale` [I], times int8 `weight` [O, I] and its rows' `scale` [O], plus `bias` [O]:
         [M, O] in the type of x, which is that of bias and input_scale, too."""
         (rows, inputs), outputs = x.shape, weight.shape[0]
-        check(weight, (outputs, inputs), torch.int8)
-        check(scale, (outputs,))
+        check(weight, (outputs, inputs), torch.int8, "the matrix")
+        check(scale, (outputs,), name="the scale")
         sizes = (rows, _parts(x), outputs, outputs, inputs, _INT8_GROUP, 1)
         return self._quantised("multiply_int8", x, (input_scale, weight, scale, bias), sizes, self._bytes)
 
@@ -69,7 +69,7 @@ class Kernels:
         if x.dtype not in HALVES:
             raise ValueError(f"x must be of 16-bit floats, and is of {x.dtype}")
         (rows, inputs), outputs, wide = x.shape, weight.shape[0], self._pairs and x.dtype == torch.bfloat16
-        check(weight, (outputs, inputs), x.dtype)
+        check(weight, (outputs, inputs), x.dtype, "the matrix")
         own = torch.empty(rows * (outputs + (0 if wide else inputs)), dtype=torch.float32, device="cpu")
         sums = own.data_ptr()
         made = (sums, sums + 4 * rows * outputs, 0, 0, 0, 0)

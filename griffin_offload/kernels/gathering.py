@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.kernels.compiled import HALVES, Library, library
-from griffin_offload.kernels.product import check
+from griffin_offload.kernels.handed import check, check_rows
 
 _GATHERING = struct.Struct("@7P11q")
 """The struct Gathering of gathering.c."""
@@ -30,8 +30,10 @@ def gather_columns(source: Tensor, chosen: Tensor, out: Tensor) -> bool:
     if found is None or not found.leaves_out or not _in_order(chosen):
         return False
     kept = chosen.numel()
+    check_rows(source, (rows, columns), source.dtype, "the matrix")
     if out.shape != (rows, kept) or out.dtype != source.dtype or (kept and int(chosen[-1]) >= columns):
         raise ValueError(f"{kept} of {columns} columns of {source.dtype} do not make {tuple(out.shape)} of {out.dtype}")
+    check_rows(out, (rows, kept), source.dtype, "what columns are copied to", written=True)
     if kept:  # the rest need not be read
         first, columns = int(chosen[0]), int(chosen[-1]) - int(chosen[0]) + 1
         source, chosen = source[:, first : first + columns], chosen - first

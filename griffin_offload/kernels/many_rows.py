@@ -60,9 +60,9 @@ class Kernels:
         """
         inputs, outputs, group = x.shape[1], weight.shape[0], 1
         if form == "float":
-            check(weight, (outputs, inputs), x.dtype)
+            check(weight, (outputs, inputs), x.dtype, "the matrix")
         elif form == "int8":
-            check(weight, (outputs, inputs), torch.int8)
+            check(weight, (outputs, inputs), torch.int8, "the matrix")
         elif form == "int4_neurons":
             outputs = 2 * weight.shape[1]
             check(weight, (inputs, outputs // 2), torch.uint8)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.kernels.compiled import HALVES, NUMBER_TYPES, library, needs_gradient
+from griffin_offload.kernels.handed import check
 
 ROWS = 32
 """Up to so many rows one thread is faster than torch's operators."""
@@ -24,6 +25,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x [..., H] over the root of its mean square and `epsilon`, rounded, times `weight` [H]: as x."""
     found = library()
     assert found is not None, "can_norm was not asked"
+    if x.dtype not in HALVES or x.shape[-1:] != weight.shape:
+        raise ValueError(f"x, {tuple(x.shape)} of {x.dtype}, must be of 16-bit rows of {weight.numel()}")
+    check(x, x.shape, name="x")
+    check(weight, weight.shape, x.dtype, "the weight")
     normed, size = torch.empty_like(x), weight.numel()
     where = (x.data_ptr(), weight.data_ptr(), normed.data_ptr())
     found.call("rms_norm", _NORM.pack(*where, x.numel() // size, size, NUMBER_TYPES[x.dtype], epsilon))

@@ -5,7 +5,9 @@ import struct
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.compiled import NUMBER_TYPES, Library
+from griffin_offload.kernels.compiled import Library
+from griffin_offload.kernels.handed import check as check
+from griffin_offload.kernels.handed import number_type
 
 Sizes = tuple[int, int, int, int, int, int, int]
 """Rows, parts, outputs, features, inputs, group, block."""
@@ -29,11 +31,15 @@ def run(
 ) -> Tensor:
     """The product [rows, features] in the type of x, made by `function` of the library; `made` are addresses."""
     (input_scale, weight, scale, bias), dtype = beside, x.dtype
+    if not 0 <= sizes[3] <= sizes[2]:
+        raise ValueError(f"features, {sizes[3]}, must be some of {sizes[2]} outputs")
+    x_type, x = number_type(x, "x"), x.contiguous()
+    check(x, (sizes[0], sizes[4]), dtype, "x")
     if input_scale is not None:
-        check(input_scale, (sizes[4],), dtype)
+        check(input_scale, (sizes[4],), dtype, "the inputs' scale")
     if bias is not None:
-        check(bias, (sizes[3],), dtype)
-    x, product = x.contiguous(), x.new_empty(sizes[0], sizes[3])
+        check(bias, (sizes[3],), dtype, "the bias")
+    product = x.new_empty(sizes[0], sizes[3])
     job = _PRODUCT.pack(
         x.data_ptr(),
         0 if input_scale is None else input_scale.data_ptr(),
@@ -43,18 +49,11 @@ def run(
         product.data_ptr(),
         *made,
         *sizes,
-        NUMBER_TYPES[dtype],
-        0 if scale is None else NUMBER_TYPES[scale.dtype],
+        x_type,
+        0 if scale is None else number_type(scale, "the scale"),
         torch.get_num_threads(),
         wide,
         ahead,
     )
     library.call(function, job)
     return product
-
-
-def check(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    """ValueError for what would be read past its end."""
-    if tensor.shape != shape or not tensor.is_contiguous() or tensor.dtype != (dtype or tensor.dtype):
-        kind = f" of {dtype}" if dtype else ""
-        raise ValueError(f"{tuple(tensor.shape)} of {tensor.dtype} must be {shape}{kind}, and contiguous")

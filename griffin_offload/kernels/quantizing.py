@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.kernels.compiled import NUMBER_TYPES, Library, library
-from griffin_offload.kernels.product import check
+from griffin_offload.kernels.handed import check, check_rows
 
 _QUANTIZING = struct.Struct("@6P9q")
 """The struct Quantizing of quantizing.c."""
@@ -39,9 +39,7 @@ def quantize_int8(weight: Tensor, scale: Tensor, out: Tensor, divisor: Tensor | 
     found = _library_for(weight)
     if found is None:
         return False
-    if out.shape != weight.shape or out.dtype != torch.int8 or out.stride(1) != 1:
-        wanted = f"{tuple(weight.shape)} of int8, each row in one piece"
-        raise ValueError(f"{tuple(out.shape)} of {out.dtype} must be {wanted}")
+    check_rows(out, (weight.shape[0], weight.shape[1]), torch.int8, "the numbers", written=True)
     _run(found, "quantize_int8", weight, out, divisor=divisor, scale=scale)
     return True
 
@@ -117,10 +115,10 @@ def _run(
 ) -> None:
     rows, columns = weight.shape
     if divisor is not None:
-        check(divisor, (columns,))
+        check(divisor, (columns,), name="the divisor")
         divisor = torch.nn.functional.pad(divisor.float(), (0, -columns % _GROUP), value=1)
     if scale is not None:
-        check(scale, (rows,))
+        check(scale, (rows,), name="the scale")
         scale = scale.float()
     job = _QUANTIZING.pack(
         weight.data_ptr(),

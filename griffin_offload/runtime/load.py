@@ -26,6 +26,7 @@ from griffin_offload.runtime.residents import compact_blocks, place_residents, r
 from griffin_offload.runtime.stream import StreamConfig
 from griffin_offload.runtime.threads import choose_threads, limited_threads
 from griffin_offload.units import format_bytes, parse_size
+from griffin_offload.weights.building import building
 from griffin_offload.weights.checkpoint import Checkpoint
 from griffin_offload.weights.converted import map_converted
 from griffin_offload.weights.feedforward import FeedForward
@@ -222,7 +223,7 @@ def map_model(checkpoint: Checkpoint) -> Any:
     stock = build_on_meta(checkpoint.config, checkpoint.dtype)
     tensors = {name: tensor for path in checkpoint.files for name, tensor in map_file(path).items()}
     try:
-        with _quiet_transformers():
+        with building(checkpoint.dtype), _quiet_transformers():
             model, info = type(stock).from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel
                 None,
                 config=stock.config,

@@ -16,6 +16,7 @@ from griffin_offload.runtime.arrival import Job
 from griffin_offload.runtime.embedding import HostEmbedding
 from griffin_offload.runtime.prefill import StreamedLayers
 from griffin_offload.runtime.prospect import Prospect
+from griffin_offload.weights.building import put
 from griffin_offload.weights.direct import touch, untouched_zeros
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.gather import gather_outputs
@@ -150,7 +151,7 @@ def _quantize_resident(module: QuantizedLinear, prospect: Prospect, pages: FileP
         for name, (shape, own) in specs(module.resident_form, outputs, inputs, is_down=False).items()
     }
     for name, tensor in resident.items():
-        setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+        put(module, name, tensor)
     module.form = module.resident_form
 
     @torch.no_grad()

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from griffin_offload.errors import CheckpointError, UnsupportedModel, memory_refused, one_line
+from griffin_offload.weights.building import building, parameters_on_meta, put
 from griffin_offload.weights.generation_file import read_generation_config
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.mapped_file import map_file
@@ -85,7 +85,7 @@ def check_shard(path: Path, mark: Mark | None) -> None:
 
 def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     """The stock model with its buffers, and every parameter on the meta device."""
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+    with building(dtype), parameters_on_meta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about initialisation, which never happens here
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     model.tie_weights()  # each parameter went to the meta device by itself
@@ -132,7 +132,7 @@ def map_converted(
 def _assign(model: nn.Module, name: str, tensor: Tensor, expected: Tensor, path: Path) -> None:
     _check(name, tensor, expected, path)
     owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+    put(model.get_submodule(owner), attribute, tensor)
 
 
 def _check(name: str, tensor: Tensor, expected: Tensor, path: Path) -> None:

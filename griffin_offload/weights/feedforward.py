@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from griffin_offload.weights.building import put
 from griffin_offload.weights.direct import untouched_zeros
 from griffin_offload.weights.gather import Tensors, gather_inputs, gather_outputs, take
 from griffin_offload.weights.int4_tiles import DOWN_GROUP
@@ -62,9 +63,7 @@ class Projection:
 
     def install(self, tensors: Tensors, form: Form) -> None:
         for name, tensor in tensors.items():
-            if not isinstance(tensor, nn.Parameter):
-                tensor = nn.Parameter(tensor, requires_grad=False)
-            setattr(self.owner, name, tensor)
+            put(self.owner, name, tensor)
         if isinstance(self.owner, QuantizedLinear):
             self.owner.form = form
             self.owner.declare_features()

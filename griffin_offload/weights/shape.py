@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from griffin_offload.errors import CheckpointError, one_line
+from griffin_offload.weights.building import building
 from griffin_offload.weights.feedforward import FeedForward, features, padded_neurons
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.quantized_embedding import table_bytes
@@ -98,7 +99,7 @@ class ModelShape:
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     """The model of `config` with no storage: every name and shape of it, in well under a second for 70B."""
-    with torch.device("meta"), warnings.catch_warnings():
+    with building(dtype), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about initialisation and attention, which never happens here
         try:
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from griffin_offload.weights.building import put
 from griffin_offload.weights.feedforward import FeedForward, features
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.quantized_linear import Precision, QuantizedLinear, check_sizes, specs
@@ -44,12 +45,12 @@ def _quantized(
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     if isinstance(bias, Tensor):
-        new.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        put(new, "bias", bias.detach())
     if stored == "none":
         matrix = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
-        new.weight = nn.Parameter(matrix, requires_grad=False)
+        put(new, "weight", matrix)
         return new
     for name, (shape, own) in specs(new.full_form, outputs, inputs, is_down=is_down).items():
         tensor = weight.new_empty(shape, dtype=own or weight.dtype)
-        setattr(new, name, nn.Parameter(tensor, requires_grad=False))
+        put(new, name, tensor)
     return new

@@ -1,0 +1,190 @@
+"""All kernels, from a library built with a sanitizer, called from several threads at once: odd shapes, rows that lie
+apart, numbers of threads that change in between. Run by test_sanitizers.py, in a process of its own.
+
+    LD_PRELOAD=<runtime of the sanitizer> python hammer.py LIBRARY SECONDS | overflow | race
+
+The last two do what a sanitizer has to see.
+"""
+
+import ctypes
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from griffin_offload.kernels import attention, compiled, few_rows, gathering, many_rows, norm, quantizing
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = DTYPES[1:]
+CALLERS = 3
+Call = Callable[[random.Random, compiled.Library], object]
+
+
+def _numbers(r: random.Random, rows: int, columns: int, dtype: torch.dtype, *, apart: bool = False) -> Tensor:
+    """Of a memory block of exactly their size, or rows apart in one that ends with the last."""
+    step = columns + (r.randrange(1, 9) if apart else 0)
+    whole = torch.randn((rows - 1) * step + columns, dtype=torch.float32).to(dtype)
+    return whole.as_strided((rows, columns), (step, 1))
+
+
+def _bytes(rows: int, columns: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    low, high = (0, 256) if dtype == torch.uint8 else (-128, 128)
+    return torch.randint(low, high, (rows, columns), dtype=torch.int16).to(dtype)
+
+
+def few(r: random.Random, library: compiled.Library) -> None:
+    kernels = few_rows.Kernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
+    rows, inputs, outputs = r.randint(1, 9), r.randint(1, 300), r.randint(1, 140)
+    dtype = r.choice(DTYPES)
+    bias = torch.randn(outputs).to(dtype) if r.random() < 0.5 else None
+    scaled = torch.randn(inputs).to(dtype) if r.random() < 0.5 else None
+    x = _numbers(r, rows, inputs, dtype)
+    kernels.multiply_int8(
+        x, _bytes(outputs, inputs, torch.int8), torch.rand(outputs).to(r.choice(DTYPES)), bias, scaled
+    )
+    half = r.choice(HALVES)
+    kernels.multiply_floats(x.to(half), _numbers(r, outputs, inputs, half), None if bias is None else bias.to(half))
+
+
+def many(r: random.Random, library: compiled.Library) -> None:
+    rows, inputs, outputs = r.choice([1, 7, 33, 250]), 2 * r.randint(1, 300), r.randint(1, 140)
+    pairs = library.sums_pairs and r.random() < 0.5
+    dtype = torch.bfloat16 if pairs else r.choice(DTYPES)
+    kernels = many_rows.Kernels(library, torch.bfloat16 if pairs else torch.float32)
+    bias = torch.randn(outputs).to(dtype) if r.random() < 0.5 else None
+    x, scale = _numbers(r, rows, inputs, dtype), torch.rand(outputs).to(r.choice(DTYPES))
+    kernels.multiply("int8", x, _bytes(outputs, inputs, torch.int8), scale, bias)
+    if not pairs and dtype in HALVES:
+        kernels.multiply("float", x, _numbers(r, outputs, inputs, dtype), None, bias)
+
+
+def attend(r: random.Random, library: compiled.Library) -> None:
+    batch, kv_heads, shared, tokens = r.randint(1, 3), r.randint(1, 3), r.randint(1, 4), r.randint(1, 150)
+    size, value_size, dtype = r.randint(1, 70), r.randint(1, 70), r.choice(HALVES)
+    query = torch.randn(batch, kv_heads * shared, 1, size).to(dtype)
+    # As the KV cache has them: a part of longer stores.
+    key = torch.randn(batch, kv_heads, tokens + 3, size).to(dtype)[:, :, 3:]
+    value = torch.randn(batch, kv_heads, tokens + 5, value_size).to(dtype)[:, :, 5:]
+    masks = [None, torch.rand(batch, 1, 1, tokens) < 0.7, torch.randn(1, kv_heads * shared, 1, tokens)]
+    attention.attend(query, key, value, r.choice(masks), 0.3)
+
+
+def norms(r: random.Random, library: compiled.Library) -> None:
+    size, dtype = r.randint(1, 300), r.choice(HALVES)
+    norm.rms_norm(_numbers(r, r.randint(1, 5), size, dtype), torch.randn(size).to(dtype), 1e-6)
+
+
+def quantise(r: random.Random, library: compiled.Library) -> None:
+    rows, columns = r.randint(1, 70), r.choice([r.randint(1, 100), 511, 513, 2049])
+    weight = _numbers(r, rows, columns, r.choice(DTYPES), apart=r.random() < 0.5)
+    divisor = torch.rand(columns) + 0.1 if r.random() < 0.5 else None
+    quantizing.largest_of_rows(weight, divisor)
+    quantizing.column_norms(weight)
+    apart = r.randrange(3)
+    out = torch.empty(rows * (columns + apart) - apart, dtype=torch.int8).as_strided(
+        (rows, columns), (columns + apart, 1)
+    )
+    quantizing.quantize_int8(weight, torch.rand(rows) + 0.1, out, divisor)
+
+
+def gather(r: random.Random, library: compiled.Library) -> None:
+    rows, columns = r.randint(1, 70), r.randint(1, 400)
+    chosen = torch.tensor(sorted(r.sample(range(columns), r.randint(0, columns))), dtype=torch.long)
+    source = _numbers(r, rows, columns, r.choice(HALVES), apart=r.random() < 0.5)
+    for matrix in (source, _bytes(rows, columns, torch.int8)):
+        gathering.gather_columns(matrix, chosen, torch.empty(rows, chosen.numel(), dtype=matrix.dtype))
+
+
+def int4(r: random.Random, library: compiled.Library) -> None:
+    """All of the 4-bit forms: quantised, gathered into tiles, multiplied by few and many rows."""
+    outputs, inputs, dtype = 32 * r.randint(1, 5), 32 * r.randint(1, 9), r.choice(DTYPES)
+    weight = _numbers(r, outputs, inputs, r.choice(DTYPES), apart=r.random() < 0.5)
+    made, block = quantizing.quantize_int4_rows(weight, dtype), r.choice([32, 64])
+    assert made is not None
+    chosen = torch.tensor([r.randrange(outputs) for _ in range(r.randint(1, outputs))], dtype=torch.long)
+    padded = -(-chosen.numel() // 64) * 64
+    tiles = torch.empty(padded, inputs // 2, dtype=torch.uint8)
+    scales = torch.empty(inputs // 32, padded, 2, dtype=dtype)
+    assert gathering.gather_rows_to_tiles(made, chosen, (tiles, scales), 0, 64, block)
+    few_rows.Kernels(library, wide=r.random() < 0.6).multiply_int4(
+        _numbers(r, r.randint(1, 5), inputs, r.choice(DTYPES)), tiles, scales, block, features=chosen.numel()
+    )
+    pairs = library.sums_pairs and r.random() < 0.5
+    kernels = many_rows.Kernels(library, torch.bfloat16 if pairs else torch.float32)
+    x = _numbers(r, r.choice([3, 40]), inputs, torch.bfloat16)
+    kernels.multiply("int4_rows", x, *made)
+    kernels.multiply("int4_tiles", x, tiles, scales, None, block, chosen.numel())
+    divisor, scale = torch.rand(inputs) + 0.1, quantizing.int4_scales(weight, torch.ones(inputs), (0.3, 0.4), 1)
+    neurons = quantizing.quantize_int4_neurons(weight, divisor, torch.rand(outputs) + 0.1)
+    assert neurons is not None
+    assert scale is not None
+    kernels.multiply("int4_neurons", x, neurons, scale)
+    kept, wide = 32 * r.randint(1, 4), -(-outputs // 64) * 64
+    index = torch.tensor([r.randrange(inputs) for _ in range(kept)], dtype=torch.long)
+    gathering.gather_neurons_to_tiles(neurons, index, torch.empty(wide, kept // 2, dtype=torch.uint8), 0, block)
+
+
+CALLS: tuple[Call, ...] = (few, many, attend, norms, quantise, gather, int4)
+
+
+def load(path: str) -> compiled.Library:
+    """The library at `path` in place of the installed one, on threads that sanitizers understand."""
+    library = compiled.Library(path)
+    library._parallel = ctypes.cast(library._functions.plain_threads, ctypes.c_void_p)
+    for module in (attention, gathering, norm, quantizing):
+        module.library = lambda: library  # type: ignore[attr-defined]
+    return library
+
+
+def overflow(library: compiled.Library) -> None:
+    """What happened where torch's default type was bfloat16: float32 numbers in memory of half the size."""
+    quantizing._run(library, "quantize_largest", torch.ones(64, 64), torch.empty(64, dtype=torch.bfloat16))
+
+
+def race(library: compiled.Library) -> None:
+    """Two threads quantise into the same numbers."""
+    weight, scale = torch.randn(256, 256), torch.ones(256)
+    out = torch.empty(256, 256, dtype=torch.int8)
+    threads = [threading.Thread(target=quantizing.quantize_int8, args=(weight, scale, out, None)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def hammer(library: compiled.Library, seconds: float) -> None:
+    end, failures, counts = time.monotonic() + seconds, list[BaseException](), dict.fromkeys(CALLS, 0)
+
+    def caller(seed: int) -> None:
+        r = random.Random(seed)
+        torch.manual_seed(seed)
+        try:
+            while time.monotonic() < end or not all(counts.values()):
+                torch.set_num_threads(r.randint(1, 4))
+                call = r.choice(CALLS)
+                call(r, library)
+                counts[call] += 1
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    callers = [threading.Thread(target=caller, args=(seed,)) for seed in range(CALLERS)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    if failures:
+        raise SystemExit(1)
+    print("hammered", *(f"{call.__name__} {count}" for call, count in counts.items()))
+
+
+if __name__ == "__main__":
+    wrong = {"overflow": overflow, "race": race}.get(sys.argv[2])
+    if wrong is not None:
+        wrong(load(sys.argv[1]))
+    else:
+        hammer(load(sys.argv[1]), float(sys.argv[2]))

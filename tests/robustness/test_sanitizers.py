@@ -1,0 +1,86 @@
+"""The kernels under AddressSanitizer and ThreadSanitizer of gcc, on demand:
+
+GRIFFIN_SANITIZERS=1 pytest tests/robustness
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import griffin_offload
+from griffin_offload.kernels.compiled import library
+
+KERNELS, HERE = Path(griffin_offload.__file__).parent / "kernels", Path(__file__).parent
+SECONDS = os.environ.get("GRIFFIN_SANITIZERS_SECONDS", "20")
+RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
+# Python and torch give back little at their end, and start with what is no business of ours.
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
+    "TSAN_OPTIONS": "exitcode=66:ignore_noninstrumented_modules=1:report_signal_unsafe=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
+pytestmark = [
+    pytest.mark.skipif("GRIFFIN_SANITIZERS" not in os.environ, reason="takes minutes: set GRIFFIN_SANITIZERS=1"),
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc builds the kernels with sanitizers"),
+    pytest.mark.skipif(library() is None, reason="another processor, or no compiler"),
+]
+
+
+def _runtime(sanitizer: str) -> str:
+    found = subprocess.run(
+        ["gcc", f"-print-file-name={RUNTIMES[sanitizer]}"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    if not os.path.isabs(found):
+        pytest.skip(f"gcc has no {RUNTIMES[sanitizer]}")
+    return os.path.realpath(found)
+
+
+def _build(sanitizer: str, target: Path) -> Path:
+    checks = "address,bounds,shift-exponent,signed-integer-overflow" if sanitizer == "address" else sanitizer
+    flags = ["-std=c11", "-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fPIC", "-shared", "-pthread"]
+    sources = [*map(str, sorted(KERNELS.glob("*.c"))), str(HERE / "threads.c")]
+    subprocess.run(["gcc", *flags, f"-fsanitize={checks}", "-o", str(target), *sources], check=True)
+    return target
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
+def sanitizer(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def built(sanitizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _build(sanitizer, tmp_path_factory.mktemp(sanitizer) / "kernels.so")
+
+
+def _run(sanitizer: str, built: Path, what: str) -> tuple[int, str]:
+    """Exit code, and all that was printed."""
+    # ThreadSanitizer's memory map knows fewer random addresses than Linux hands out.
+    fixed = ["setarch", "-R"] if sanitizer == "thread" and shutil.which("setarch") else []
+    done = subprocess.run(
+        [*fixed, sys.executable, str(HERE / "hammer.py"), str(built), what],
+        env=os.environ | OPTIONS | {"LD_PRELOAD": _runtime(sanitizer), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, f"{done.stdout}\n{done.stderr}"
+
+
+def test_kernels_called_from_several_threads(sanitizer: str, built: Path):
+    code, told = _run(sanitizer, built, SECONDS)
+    assert code == 0, told
+    assert "hammered" in told
+    assert "runtime error" not in told, told
+    assert "Sanitizer" not in told, told
+
+
+def test_what_is_wrong_is_seen(sanitizer: str, built: Path):
+    what, seen = {"address": ("overflow", "heap-buffer-overflow"), "thread": ("race", "data race")}[sanitizer]
+    code, told = _run(sanitizer, built, what)
+    assert code != 0
+    assert seen in told, told
