@@ -71,7 +71,8 @@ def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
     check_stored(prospect.checkpoint, described)
     _check_free_memory(prospect, plan)
     threads = _threads(prospect, config)  # its trial needs memory that the residents will take
-    with limited_threads(threads), contextlib.ExitStack() as on_failure:
+    # Tensors of inference mode could not be filled again outside of it.
+    with limited_threads(threads), torch.inference_mode(False), contextlib.ExitStack() as on_failure:
         with _unchanged(prospect.checkpoint):
             loaded = _load(prospect, plan, config, threads, on_failure)
         on_failure.pop_all()

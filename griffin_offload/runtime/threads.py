@@ -56,9 +56,12 @@ class Worker:
     def __init__(self, target: Callable[[], None], name: str) -> None:
         self._target: Callable[[], None] | None = target
         self._launched, self._finished = False, threading.Event()
+        self._inference = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def start(self) -> None:
+        # What was allocated in inference mode may be written to in inference mode alone, which is a thread's own.
+        self._inference = torch.is_inference_mode_enabled()
         self._launched = True
         self._thread.start()
 
@@ -73,7 +76,8 @@ class Worker:
         target, self._target = self._target, None
         try:
             assert target is not None, "a worker is started once"
-            target()
+            with torch.inference_mode(self._inference):
+                target()
         finally:
             self._finished.set()
 

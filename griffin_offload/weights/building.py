@@ -47,10 +47,10 @@ def parameters_on_meta() -> Iterator[None]:
     does it to the modules of every thread: of a model, say, that is generating."""
     me, stock = threading.get_ident(), nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        stock(module, name, parameter)
-        if parameter is not None and threading.get_ident() == me:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        stock(self, name, param)
+        if param is not None and threading.get_ident() == me:
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
     with _alone:
         nn.Module.register_parameter = register  # type: ignore[method-assign]

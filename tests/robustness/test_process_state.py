@@ -206,6 +206,17 @@ def test_a_default_device_and_filled_memory(precision: str, right: dict[str, lis
             torch.use_deterministic_algorithms(False)
 
 
+@precisions
+@pytest.mark.parametrize(("loading", "generating"), [(True, False), (False, True), (True, True)])
+def test_inference_mode(precision: str, loading: bool, generating: bool, right: dict[str, list[int]]):
+    """It is a thread's own, and ours work in several."""
+    with torch.inference_mode(loading):
+        model = load(precision)
+    with model, torch.inference_mode(generating):
+        assert answer(model) == right[precision]
+        assert answer(model) == right[precision]
+
+
 @pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
 @other_types
 def test_kernels_under_a_default_type(default: torch.dtype):
