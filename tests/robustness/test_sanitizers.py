@@ -20,7 +20,7 @@ RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 # Python and torch give back little at their end, and start with what is no business of ours.
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
-    "TSAN_OPTIONS": "exitcode=66:ignore_noninstrumented_modules=1:report_signal_unsafe=0",
+    "TSAN_OPTIONS": "exitcode=66:report_signal_unsafe=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 pytestmark = [

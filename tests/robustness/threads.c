@@ -22,3 +22,13 @@ void plain_threads(void (*function)(void *), void *data, unsigned threads, unsig
     function(data);
     while (count--) pthread_join(started[count], 0);
 }
+
+static int number;
+
+static void write_number(void *unused) {
+    (void)unused;
+    number++;
+}
+
+/* A race, for the test that races are seen. */
+void write_twice(void) { plain_threads(write_number, 0, 2, 0); }
