@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 
     from griffin_offload.runtime.context import Context
     from griffin_offload.runtime.model import GriffinModel
+    from griffin_offload.weights.checkpoint import Checkpoint
 
 
-def adopt_saved(path: Path, options: dict[str, Any]) -> None:
+def adopt_saved(path: Path, options: dict[str, Any], checkpoint: "Checkpoint") -> None:
     """Make what is "auto" in `options` (`LoadConfig`'s fields) what the context saved at `path` has, and a context that
-    is too small for it as large."""
+    is too small for it as large. SavedContextError if it is of another model than `checkpoint`, whose options these
+    would not be."""
     from griffin_offload.runtime.saved import options_of
+    from griffin_offload.weights.checkpoint import fingerprint
 
-    saved = options_of(path)
+    saved = options_of(path, model=fingerprint(checkpoint))
     ctx_size = saved.pop("ctx_size")
     options |= {name: value for name, value in saved.items() if options[name] == "auto"}
     if options["ctx_size"] is not None:
@@ -38,10 +41,10 @@ class PromptCache:
         if not self._there and not os.access(path.parent, os.W_OK):
             raise SavedContextError(f"--prompt-cache {path} cannot be written: {path.parent} is read-only")
 
-    def adopt(self, options: dict[str, Any]) -> None:
+    def adopt(self, options: dict[str, Any], checkpoint: "Checkpoint") -> None:
         """Let a file that is there say what the plan would have solved: `options` are `LoadConfig`'s."""
         if self._there:
-            adopt_saved(self._path, options)
+            adopt_saved(self._path, options, checkpoint)
 
     def arguments(self, model: "GriffinModel", tokens: "Tensor", *, exact: bool) -> dict[str, Any]:
         """What `generate` is given: a context, and what to do with it when the prompt has passed."""

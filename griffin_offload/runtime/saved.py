@@ -145,11 +145,13 @@ def read_notes(path: Path) -> dict[str, Any]:
         return _notes(_checked_metadata(file, path), path)
 
 
-def options_of(path: Path) -> dict[str, Any]:
-    """What a model has to be loaded with to go on from `path`: density, precision and the smallest context, as
-    `LoadConfig`'s fields; errors as `load_context`."""
+def options_of(path: Path, *, model: str) -> dict[str, Any]:
+    """What `model`, a fingerprint, has to be loaded with to go on from `path`: density, precision and the smallest
+    context, as `LoadConfig`'s fields; errors as `load_context`."""
     with _readable(path) as file:
         identity = json.loads(_checked_metadata(file, path)["identity"])
+        if identity["model"] != model:
+            raise SavedContextError(f"{path} was saved with another model: use that one, or name another file")
         ctx_size = int(file.get_slice("tokens").get_shape()[0])
         densities, precision = [float(density) for density in identity["density"]], identity["precision"]
     same = len(set(densities)) == 1
