@@ -52,7 +52,8 @@ class PromptCache:
         if not self._there:
             return {"context": model.new_context(), "prompt_done": self._save}
         context, _ = model.load_context(self._path)
-        saved = len(context.tokens)
+        saved = self._saved = len(context.tokens)
+        self._covered = context.covered
         if context.known(tokens[0], exact=exact) == 0:
             print(
                 f"griffin-offload: warning: {self._path} holds a prompt of {saved} tokens that this one does not begin "
@@ -67,7 +68,16 @@ class PromptCache:
         except SavedContextError as error:  # the answer goes on: its prompt has been paid for
             self._error = error
 
-    def close(self) -> None:
-        """Raise what went wrong while saving, now that the answer is there."""
+    def close(self, *, quiet: bool) -> None:
+        """Raise what went wrong while saving, now that the answer is there; unless `quiet`, say how much of the prompt
+        was of use."""
         if self._error is not None:
             raise self._error
+        report = self._model.last_report
+        assert report is not None, "an answer has a report"
+        if self._there and not quiet and 0 < report.cached_prompt_tokens < self._covered:
+            print(
+                f"note: {report.cached_prompt_tokens} of the {self._saved} tokens in {self._path} were used: behind "
+                "them this prompt has others",
+                file=sys.stderr,
+            )

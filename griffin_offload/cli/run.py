@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         answer = _generate(model, tokens, sampling, stops, arguments, prompt_cache)
     _print_result(model, answer, arguments)
     if prompt_cache is not None:
-        prompt_cache.close()
+        prompt_cache.close(quiet=quiet)
     return 0
 
 

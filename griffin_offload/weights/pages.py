@@ -86,8 +86,8 @@ class FilePages:
         return found
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy a mapped tensor to another one of its size, in any precision and on any device. Of a large one, such as a
-        table of embeddings, a part at a time is mapped: pages count as the process's memory while they are."""
+        """Copy a mapped tensor to another one of its size, in any precision and on any device. Of a large one, such as
+        a table of embeddings, a part at a time is mapped: pages count as the process's memory while they are."""
         extents = self.extents([source])
         if self.direct and extents and source.dtype == target.dtype and target.device.type == "cpu":
             self.direct.copy(extents[0], target.view(-1).view(torch.uint8))
