@@ -25,7 +25,7 @@ def add_generation_options(parser: argparse.ArgumentParser, max_new_tokens: int)
         type=int,
         default=max_new_tokens,
         metavar="N",
-        help=f"most tokens of an answer, told on stderr where it is cut there (default: {max_new_tokens})",
+        help=f"most tokens of an answer (default: {max_new_tokens})",
     )
     add(
         "--stop",

@@ -80,9 +80,9 @@ class Context:
         return int(differ[0]) if differ.numel() else both
 
     def known(self, ids: Tensor, *, exact: bool) -> int:
-        """How many tokens at the start of `ids` [T] need not be computed again: the statistic, where layers are streamed,
-        only goes back to marks. (Layers with a window may turn out to have lost what these would see; then it is
-        none.)"""
+        """How many tokens at the start of `ids` [T] need not be computed again: where layers are streamed, their
+        statistic only goes back to marks. (Layers with a window may turn out to have lost what these would see; then it
+        is none.)"""
         common = min(self.common(ids), self.exact_tokens) if exact else self.common(ids)
         if common >= self.covered or not self.squared:
             return common
