@@ -125,6 +125,8 @@ class RunConfig:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,8 @@ class ChatConfig:
 
     on_overflow: Overflow = "error"
     """When the context is full: the message is refused, or the oldest turns are dropped."""
+    max_new_tokens: int = 1024
+    """Of one answer; fewer where the context has no room for so many."""
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -1,22 +1,12 @@
-"""Sizes in words and in bytes: "12GB" is 12e9 bytes, "12GiB" is 12 * 2**30. Times: "10m" is 600 seconds."""
+"""Sizes in words and in bytes: "12GB" or "12G" is 12e9 bytes, "12GiB" or "12Gi" 12 * 2**30. Times: "10m" is 600 s."""
 
 import math
 import re
 
 from griffin_offload.errors import UsageError
 
-_FACTORS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
+_PREFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_FACTORS = {"": 1, "b": 1} | {prefix + b: factor for prefix, factor in _PREFIXES.items() for b in ("", "b")}
 # Two ways to read the same digits would cost the square of their number where neither fits.
 _NUMBER = r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _SIZE = re.compile(rf"\s*{_NUMBER}\s*([a-z%]*)\s*", re.IGNORECASE)
@@ -27,7 +17,7 @@ _AUTO_SHARE = 0.9
 
 
 def parse_size(text: str | float, *, total_bytes: int | None = None, free_bytes: int | None = None) -> int:
-    """Bytes meant by `text`: a number, "12GB", "12GiB", "80%" of `total_bytes`, or "auto".
+    """Bytes meant by `text`: a number, "12GB", "12G", "12GiB", "12Gi", "80%" of `total_bytes`, or "auto".
 
     "auto" is `free_bytes` less a margin of a tenth. Raises UsageError for anything else.
     """

@@ -34,7 +34,24 @@ def test_numbers_that_are_no_size(number: float):
         parse_size(number)
 
 
-@pytest.mark.parametrize("text", ["1e999GB", "\u0661\u0662GB", "12,5GB", "1_000", "GB", "9" * 400 + "GB", "0x10"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1e999GB",
+        "\u0661\u0662GB",
+        "12,5GB",
+        "1_000",
+        "GB",
+        "G",
+        "Gi",
+        "12i",
+        "12Bi",
+        "12GG",
+        "12iB",
+        "9" * 400 + "GB",
+        "0x10",
+    ],
+)
 def test_texts_that_are_no_size(text: str):
     with pytest.raises(UsageError, match="cannot read the size"):
         parse_size(text)
@@ -47,6 +64,21 @@ def test_a_long_text_is_read_once():
             parse("1" * 200_000 + "!")
 
 
-@pytest.mark.parametrize(("text", "size"), [("12GB", 12 * 10**9), (".5kib", 512), ("1.5 MB", 1_500_000), ("007", 7)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("12GB", 12 * 10**9),
+        (".5kib", 512),
+        ("1.5 MB", 1_500_000),
+        ("007", 7),
+        ("12G", 12 * 10**9),
+        ("12Gi", 12 * 2**30),
+        ("1.5 gi", 3 * 2**29),
+        ("512m", 512 * 10**6),
+        ("2Ti", 2**41),
+        ("8k", 8000),
+        ("3B", 3),
+    ],
+)
 def test_sizes(text: str, size: int):
     assert parse_size(text) == size

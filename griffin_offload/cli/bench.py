@@ -26,13 +26,27 @@ def add_parser(commands: Any) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser("bench", help="measure prefill and decode against the machine's ceilings")
     add = parser.add_argument
-    add("-p", "--prompt-tokens", type=numbers, default=[_DEFAULTS.prompt_tokens], metavar="P[,P...]")
-    add("-n", "--generate-tokens", type=numbers, default=[_DEFAULTS.generate_tokens], metavar="N[,N...]")
+    add(
+        "-p",
+        "--prompt-tokens",
+        type=numbers,
+        default=[_DEFAULTS.prompt_tokens],
+        metavar="P[,P...]",
+        help="of the prompt",
+    )
+    add(
+        "-n",
+        "--generate-tokens",
+        type=numbers,
+        default=[_DEFAULTS.generate_tokens],
+        metavar="N[,N...]",
+        help="generated",
+    )
     add("-r", "--repeats", type=int, default=_DEFAULTS.repeats, metavar="N", help="after a warm-up")
     add("-d", "--density", default=LoadConfig.density, metavar="D[,D...]", help="auto, or several to compare")
     add("-o", "--output", choices=("md", "json"), default="md", help="a table and a line of JSON, or that alone")
     add("--cold", action="store_true", help="drop the checkpoint from the page cache before every prompt")
-    add("--quantize", choices=get_args(Quantize), default=LoadConfig.quantize)
+    add("--quantize", choices=get_args(Quantize), default=LoadConfig.quantize, help="precision of the residents")
     add("--threads", type=int, metavar="N", help="threads that compute on the CPU")
     add("-q", "--quiet", action="store_true", help="no progress bar")
     add_model_option(parser)

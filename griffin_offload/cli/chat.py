@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from griffin_offload.cli.generation import add_generation_options, check_utf8, sampling_of
+from griffin_offload.cli.generation import add_generation_options, check_utf8, sampling_of, stops_of, thinking_flag
 from griffin_offload.cli.imports import heavy_imports
 from griffin_offload.cli.options import add_model_options, add_run_options, load_options, model_of, quiet_libraries
 from griffin_offload.cli.plan import plan_lines
@@ -34,10 +34,10 @@ def add_parser(commands: Any) -> None:
         "--on-overflow",
         choices=get_args(Overflow),
         default=ChatConfig.on_overflow,
-        help=f"when the context is full: refuse the message, or drop the oldest turns (default: "
-        f"{ChatConfig.on_overflow})",
+        help="when the context is full: refuse the message, or drop the oldest turns until -n tokens, or a quarter of "
+        f"the context, are free (default: {ChatConfig.on_overflow})",
     )
-    add_generation_options(parser)
+    add_generation_options(parser, ChatConfig.max_new_tokens)
     add_model_options(parser)
     add_run_options(parser)
     parser.set_defaults(command=chat)
@@ -46,23 +46,31 @@ def add_parser(commands: Any) -> None:
 def chat(arguments: argparse.Namespace) -> int:
     """Read messages and commands until the end; answers go to stdout as they come, all else to stderr."""
     sampling, options = sampling_of(arguments), load_options(arguments) | {"keep_prompts": True}
+    stops = stops_of(arguments)
     _check_conversation(arguments)
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     with heavy_imports():
         from griffin_offload.cli.terminal import Terminal
         from griffin_offload.runtime.model import GriffinModel
-        from griffin_offload.weights.checkpoint import load_tokenizer, open_checkpoint
+        from griffin_offload.runtime.prompts import tokenizer_of
+        from griffin_offload.runtime.saved import read_notes
+        from griffin_offload.weights.checkpoint import open_checkpoint
 
     quiet_libraries()
     if arguments.load is not None:
-        adopt_saved(arguments.load, options)
-    directory = open_checkpoint(model_of(arguments), offline=arguments.offline).directory
-    if load_tokenizer(directory).chat_template is None and arguments.system is not None:
-        raise UsageError("--system needs a chat template, and this model has none: leave it out")
-    model = GriffinModel.from_pretrained(directory, **options)
+        read_notes(arguments.load)  # a file that is none is told before the model is looked for
+    checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
+    if arguments.load is not None:
+        adopt_saved(arguments.load, options, checkpoint)
+    tokenizer = tokenizer_of(checkpoint.directory)
+    _check_template(tokenizer, arguments)
+    model = GriffinModel.from_pretrained(checkpoint.directory, **options)
+    model.tokenizer = tokenizer
     session = model.chat_session(
         system=arguments.system,
         raw=arguments.raw,
+        thinking=arguments.thinking,
+        stop_strings=stops,
         overflow=arguments.on_overflow,
         seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
@@ -74,20 +82,31 @@ def chat(arguments: argparse.Namespace) -> int:
         print("\n".join(plan_lines(model.plan)), file=sys.stderr)
     if not arguments.quiet:
         print(_introduction(session, arguments), file=sys.stderr, flush=True)
-    return Terminal(session, quiet=arguments.quiet, as_json=arguments.json).run()
+    return Terminal(session, stops=stops, quiet=arguments.quiet, as_json=arguments.json).run()
 
 
 def _check_conversation(arguments: argparse.Namespace) -> None:
     """UsageError for flags that would do nothing, and without standard input, before anything is loaded."""
     if sys.stdin is None:
         raise UsageError("standard input is closed: messages come from there")
+    for given, flag in ((arguments.system, "--system"), (arguments.thinking, thinking_flag(arguments.thinking))):
+        if given is not None and arguments.raw:
+            raise UsageError(f"{flag} needs a chat template, and --raw turns it off: leave one of them out")
     if arguments.system is not None:
-        if arguments.raw:
-            raise UsageError("--system needs a chat template, and --raw turns it off: leave one of them out")
         check_utf8(arguments.system, "the system message")
     if arguments.load is not None and (arguments.system is not None or arguments.raw):
         flag = "--raw" if arguments.raw else "--system"
         raise UsageError(f"a saved conversation has its own beginning: leave out {flag} or --load")
+
+
+def _check_template(tokenizer: Any, arguments: argparse.Namespace) -> None:
+    """UsageError for flags that the model's chat template has no use for."""
+    from griffin_offload.runtime.prompts import thinking_switches
+
+    if arguments.system is not None and tokenizer.chat_template is None:
+        raise UsageError("--system needs a chat template, and this model has none: leave it out")
+    if arguments.thinking is not None:
+        thinking_switches(tokenizer)
 
 
 def _introduction(session: "ChatSession", arguments: argparse.Namespace) -> str:

@@ -1,7 +1,10 @@
 """`griffin-offload eval ppl`: perplexity of generation on a text."""
 
 import argparse
+import contextlib
 import json
+import tempfile
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -16,7 +19,7 @@ from griffin_offload.cli.measuring import (
     variants_of,
 )
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
-from griffin_offload.config import EvalConfig, WindowStart
+from griffin_offload.config import EvalConfig, Quantize, WindowStart
 from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,11 +35,18 @@ def add_parser(kinds: Any) -> None:
     """Add this kind to the parser of `eval`."""
     ppl = kinds.add_parser("ppl", help="perplexity of the text behind a prompt, against the full model's")
     ppl.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8, documents between <|endoftext|>")
-    ppl.add_argument("--prompt-tokens", type=numbers, default=[_DEFAULTS.prompt_tokens], metavar="P[,P...]")
-    ppl.add_argument("--generate-tokens", type=numbers, default=[_DEFAULTS.generate_tokens], metavar="G[,G...]")
+    add = ppl.add_argument
+    add("--prompt-tokens", type=numbers, default=[_DEFAULTS.prompt_tokens], metavar="P[,P...]", help="of the prompt")
+    add("--generate-tokens", type=numbers, default=[_DEFAULTS.generate_tokens], metavar="G[,G...]", help="scored")
     add_variant_options(ppl, _DEFAULTS.densities, _DEFAULTS.selection)
-    ppl.add_argument("--windows", type=int, default=_DEFAULTS.windows, metavar="N")
-    ppl.add_argument("--window-start", choices=get_args(WindowStart), default=_DEFAULTS.window_start)
+    ppl.add_argument("--windows", type=int, default=_DEFAULTS.windows, metavar="N", help="of the text")
+    starts = "spread over the text, or where documents begin"
+    ppl.add_argument("--window-start", choices=get_args(WindowStart), default=_DEFAULTS.window_start, help=starts)
+    ppl.add_argument(
+        "--quantize",
+        choices=get_args(Quantize)[1:],
+        help="measure what convert makes of the checkpoint, in a temporary directory (default: as it is stored)",
+    )
     add_measuring_options(ppl)
     add_model_option(ppl)
     add_memory_options(ppl)
@@ -53,15 +63,38 @@ def perplexity(arguments: argparse.Namespace) -> int:
     from griffin_offload.evaluation.perplexity import measure
     from griffin_offload.weights.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
-    sizes = _windows(arguments, checkpoint)  # before the model is loaded, which may take long
-    model = load_streamed(arguments, checkpoint, max(prompts) + max(generates))
+    stored = open_checkpoint(model_of(arguments), offline=arguments.offline)
+    sizes = _windows(arguments, stored)  # before the model is loaded, which may take long
     rows: list[Row] = []
-    for (p, g), windows in sizes.items():
-        with Bar(f"{p} + {g} tokens", quiet=arguments.quiet) as bar:
-            rows += measure(model, windows, p, variants, bar.step)
+    with (
+        _in_precision(stored, arguments) as checkpoint,
+        load_streamed(arguments, checkpoint, max(prompts) + max(generates)) as model,
+    ):
+        for (p, g), windows in sizes.items():
+            with Bar(f"{p} + {g} tokens", quiet=arguments.quiet) as bar:
+                rows += measure(model, windows, p, variants, bar.step)
     print(json.dumps([row.to_json() for row in rows]) if arguments.json else "\n".join(_lines(rows)))
     return 0
+
+
+@contextlib.contextmanager
+def _in_precision(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Iterator[Checkpoint]":
+    """The checkpoint as `convert` makes it for --quantize, in a temporary directory if it is not so already. UsageError
+    where it was converted to something else."""
+    from griffin_offload.runtime.convert import convert
+    from griffin_offload.weights.checkpoint import open_checkpoint
+
+    if arguments.quantize in (None, checkpoint.precision):
+        yield checkpoint
+        return
+    if checkpoint.precision != "none":
+        raise UsageError(
+            f"--quantize {arguments.quantize} needs the original: {checkpoint.directory} was converted to "
+            f"{checkpoint.precision} already"
+        )
+    with tempfile.TemporaryDirectory(prefix="griffin-offload-") as place:
+        made = convert(checkpoint.directory, Path(place) / "converted", arguments.quantize)
+        yield open_checkpoint(made.directory)
 
 
 def _windows(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[tuple[int, int], list[Tensor]]":

@@ -35,10 +35,11 @@ def inspect_prompt(arguments: argparse.Namespace) -> int:
         make_directory(arguments.output)
     quiet_libraries()
     from griffin_offload.evaluation.inspection import prompt_loss
+    from griffin_offload.runtime.prompts import tokenizer_of
     from griffin_offload.weights.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
-    ids = tokenize(checkpoint.directory, text, arguments)[0]
+    ids = tokenize(tokenizer_of(checkpoint.directory), text, arguments)[0]
     plan, shortfall = _planned(options | {"ctx_size": ids.numel() + room, "prompt_tokens": ids.numel()}, checkpoint)
     planned = plan["densities"] if plan is not None else None
     with (

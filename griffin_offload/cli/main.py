@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from griffin_offload import __version__
 from griffin_offload.cli import bench, chat, convert, eval, inspect, plan, run, serve
@@ -13,9 +14,27 @@ from griffin_offload.errors import GriffinError, OutOfMemory, as_line, memory_re
 _INTERRUPTED = 130
 
 
+class _Help(argparse.HelpFormatter):
+    """Says the default of every option that has one and does not name it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        if not text or "default" in text or default in (None, False, argparse.SUPPRESS) or not action.option_strings:
+            return text
+        shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})" if shown else text
+
+
+class _Parser(argparse.ArgumentParser):
+    """The parser of this program and, by way of its subparsers, of every command."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, **settings})
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command; imports no torch."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="griffin-offload",
         description="Run language models larger than the device: each prompt streams the weights once and keeps the "
         "feed-forward neurons it uses; generation then runs fully on the device.",

@@ -19,7 +19,7 @@ def add_variant_options(
     parser: argparse.ArgumentParser, densities: Sequence[float], selection: SelectionMethod
 ) -> None:
     """Lists of densities and selections, and what a measurement has besides."""
-    parser.add_argument("--density", default=",".join(map(str, densities)), metavar="D[,D...]")
+    parser.add_argument("--density", default=",".join(map(str, densities)), metavar="D[,D...]", help="neurons kept")
     methods = ", ".join(get_args(SelectionMethod))
     parser.add_argument("--selection", default=selection, metavar="S[,S...]", help=f"of {methods}")
 

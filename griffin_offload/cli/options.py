@@ -30,7 +30,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGr
     add = group.add_argument
     add("--max-gpu-mem", "--max-mem", default=_DEFAULTS.max_gpu_mem, metavar="SIZE", help=_SIZES)
     add("--max-cpu-mem", metavar="SIZE", help="host memory for offloaded weights, when the device is not the CPU")
-    add("--device", choices=get_args(Device), default=_DEFAULTS.device)
+    add("--device", choices=get_args(Device), default=_DEFAULTS.device, help="where the model computes")
     add("--offload", choices=get_args(Offload), default=_DEFAULTS.offload, help="where the full weights rest")
     add("--dtype", choices=get_args(DType), default=_DEFAULTS.dtype, help="precision of the computation")
     return group
@@ -51,7 +51,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         choices=get_args(Quantize),
         default=_DEFAULTS.quantize,
-        help="precision of what stays on the device (default: the first that fits)",
+        help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first that fits)",
     )
     add = parser.add_argument_group("exactness").add_argument
     add(
@@ -89,7 +89,7 @@ def _refresh(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
-_SIZES = f"device budget: 12GB, 12GiB, 80%% or auto (default: {_DEFAULTS.max_gpu_mem})"
+_SIZES = f"device budget: 12GB, 12G, 12GiB, 80%% or auto (default: {_DEFAULTS.max_gpu_mem})"
 
 
 def model_of(arguments: argparse.Namespace) -> str:

@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 
     from griffin_offload.runtime.context import Context
     from griffin_offload.runtime.model import GriffinModel
+    from griffin_offload.weights.checkpoint import Checkpoint
 
 
-def adopt_saved(path: Path, options: dict[str, Any]) -> None:
+def adopt_saved(path: Path, options: dict[str, Any], checkpoint: "Checkpoint") -> None:
     """Make what is "auto" in `options` (`LoadConfig`'s fields) what the context saved at `path` has, and a context that
-    is too small for it as large."""
+    is too small for it as large. SavedContextError if it is of another model than `checkpoint`, whose options these
+    would not be."""
     from griffin_offload.runtime.saved import options_of
+    from griffin_offload.weights.checkpoint import fingerprint
 
-    saved = options_of(path)
+    saved = options_of(path, model=fingerprint(checkpoint))
     ctx_size = saved.pop("ctx_size")
     options |= {name: value for name, value in saved.items() if options[name] == "auto"}
     if options["ctx_size"] is not None:
@@ -38,10 +41,10 @@ class PromptCache:
         if not self._there and not os.access(path.parent, os.W_OK):
             raise SavedContextError(f"--prompt-cache {path} cannot be written: {path.parent} is read-only")
 
-    def adopt(self, options: dict[str, Any]) -> None:
+    def adopt(self, options: dict[str, Any], checkpoint: "Checkpoint") -> None:
         """Let a file that is there say what the plan would have solved: `options` are `LoadConfig`'s."""
         if self._there:
-            adopt_saved(self._path, options)
+            adopt_saved(self._path, options, checkpoint)
 
     def arguments(self, model: "GriffinModel", tokens: "Tensor", *, exact: bool) -> dict[str, Any]:
         """What `generate` is given: a context, and what to do with it when the prompt has passed."""
@@ -49,7 +52,8 @@ class PromptCache:
         if not self._there:
             return {"context": model.new_context(), "prompt_done": self._save}
         context, _ = model.load_context(self._path)
-        saved = len(context.tokens)
+        saved = self._saved = len(context.tokens)
+        self._covered = context.covered
         if context.known(tokens[0], exact=exact) == 0:
             print(
                 f"griffin-offload: warning: {self._path} holds a prompt of {saved} tokens that this one does not begin "
@@ -64,7 +68,16 @@ class PromptCache:
         except SavedContextError as error:  # the answer goes on: its prompt has been paid for
             self._error = error
 
-    def close(self) -> None:
-        """Raise what went wrong while saving, now that the answer is there."""
+    def close(self, *, quiet: bool) -> None:
+        """Raise what went wrong while saving, now that the answer is there; unless `quiet`, say how much of the prompt
+        was of use."""
         if self._error is not None:
             raise self._error
+        report = self._model.last_report
+        assert report is not None, "an answer has a report"
+        if self._there and not quiet and 0 < report.cached_prompt_tokens < self._covered:
+            print(
+                f"note: {report.cached_prompt_tokens} of the {self._saved} tokens in {self._path} were used: behind "
+                "them this prompt has others",
+                file=sys.stderr,
+            )

@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.generation import check_utf8
+from griffin_offload.cli.generation import check_utf8, thinking_flag
 from griffin_offload.demo import PROMPT
 from griffin_offload.errors import CheckpointError, UsageError
 
@@ -38,6 +37,11 @@ def prompt_text(arguments: argparse.Namespace) -> str:
     return text
 
 
+def is_demos(arguments: argparse.Namespace) -> bool:
+    """Whether the prompt is the demo's own, which nobody has seen."""
+    return arguments.prompt is None and arguments.prompt_file is None
+
+
 def _standard_input() -> str:
     try:
         return sys.stdin.read()
@@ -45,29 +49,29 @@ def _standard_input() -> str:
         raise UsageError(f"the prompt on standard input is not UTF-8: {error}") from error
 
 
-def tokenize(directory: Path, text: str, arguments: argparse.Namespace) -> "Tensor":
+def tokenize(tokenizer: Any, text: str, arguments: argparse.Namespace) -> "Tensor":
     """Ids [1, T], in the model's chat template where it has one and `--raw` is not given."""
     import torch
 
     from griffin_offload.runtime.prompts import encode
-    from griffin_offload.weights.checkpoint import load_tokenizer
 
-    tokenizer = load_tokenizer(directory)
     templated = tokenizer.chat_template is not None and not arguments.raw
-    if arguments.system is not None and not templated:
-        raise UsageError("--system needs a chat template: this model has none, or --raw turned it off")
-    ids = _templated(tokenizer, text, arguments.system) if templated else encode(tokenizer, text)
+    thinking = getattr(arguments, "thinking", None)
+    for given, flag in ((arguments.system, "--system"), (thinking, thinking_flag(thinking))):
+        if given is not None and not templated:
+            raise UsageError(f"{flag} needs a chat template: this model has none, or --raw turned it off")
+    ids = _templated(tokenizer, text, arguments.system, thinking) if templated else encode(tokenizer, text)
     if not ids:
         raise UsageError("the prompt is empty: the tokenizer makes no token of it")
     return torch.tensor([ids], dtype=torch.long, device="cpu")
 
 
-def _templated(tokenizer: Any, text: str, system: str | None) -> list[int]:
+def _templated(tokenizer: Any, text: str, system: str | None, thinking: bool | None) -> list[int]:
     from griffin_offload.runtime.prompts import encode_messages
 
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
     try:
-        return encode_messages(tokenizer, messages)
+        return encode_messages(tokenizer, messages, thinking=thinking)
     except CheckpointError as error:  # a template is a program of the checkpoint's author
         raise CheckpointError(f"the model's chat template fails, --raw turns it off: {error}") from error

@@ -6,18 +6,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.generation import PrefillBar, add_generation_options, sampling_of
+from griffin_offload.cli.generation import PrefillBar, add_generation_options, cut_note, sampling_of, stops_of
 from griffin_offload.cli.imports import heavy_imports
 from griffin_offload.cli.options import add_model_options, add_run_options, load_options, model_of, quiet_libraries
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.cli.prompt_cache import PromptCache
-from griffin_offload.cli.prompt_text import prompt_text, tokenize
-from griffin_offload.config import LoadConfig
+from griffin_offload.cli.prompt_text import is_demos, prompt_text, tokenize
+from griffin_offload.config import LoadConfig, RunConfig
 from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from griffin_offload.runtime.finish import Finish
     from griffin_offload.runtime.model import GriffinModel
 
 
@@ -38,7 +39,7 @@ def add_parser(commands: Any) -> None:
         help="start from the prompt saved there, if this one begins with it token by token (--raw keeps a template's "
         "closing words out of it); where there is no such file, save this prompt",
     )
-    add_generation_options(parser)
+    add_generation_options(parser, RunConfig.max_new_tokens)
     add_model_options(parser)
     add_run_options(parser)
     parser.set_defaults(command=run)
@@ -47,7 +48,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Generate; the text goes to stdout as it comes, the figures to stderr."""
     text = prompt_text(arguments)
-    sampling = sampling_of(arguments)
+    sampling, stops = sampling_of(arguments), stops_of(arguments)
     options = load_options(arguments)
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     with heavy_imports():
@@ -58,9 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
     directory = locate(model_of(arguments), offline=arguments.offline)
     with heavy_imports():  # the larger half; a wrong --model is told without it
         from griffin_offload.runtime.model import GriffinModel
+        from griffin_offload.runtime.prompts import tokenizer_of
 
-    open_checkpoint(directory)  # its headers are checked before its tokenizer is loaded
-    tokens = tokenize(directory, text, arguments)
+    checkpoint = open_checkpoint(directory)  # its headers are checked before its tokenizer is loaded
+    tokenizer = tokenizer_of(directory)
+    tokens = tokenize(tokenizer, text, arguments)
     prompt_tokens = tokens.shape[1]
     if arguments.ctx_size is None:
         options["ctx_size"] = prompt_tokens + arguments.max_new_tokens
@@ -71,15 +74,19 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if prompt_cache is not None:
         options["keep_prompts"] = True
-        prompt_cache.adopt(options)
+        prompt_cache.adopt(options, checkpoint)
     model = GriffinModel.from_pretrained(directory, **options, prompt_tokens=prompt_tokens)
+    model.tokenizer = tokenizer
     if arguments.verbose:
         print("\n".join(plan_lines(model.plan)), file=sys.stderr)
-    with PrefillBar(model, quiet=arguments.quiet or arguments.json):
-        output = _generate(model, tokens, sampling, arguments, prompt_cache)
-    _print_result(model, output[0, prompt_tokens:], arguments)
+    quiet = arguments.quiet or arguments.json
+    if is_demos(arguments) and not quiet:
+        print(f"prompt   {text}", file=sys.stderr, flush=True)
+    with PrefillBar(model, quiet=quiet):
+        answer = _generate(model, tokens, sampling, stops, arguments, prompt_cache)
+    _print_result(model, answer, arguments)
     if prompt_cache is not None:
-        prompt_cache.close()
+        prompt_cache.close(quiet=quiet)
     return 0
 
 
@@ -87,35 +94,41 @@ def _generate(
     model: "GriffinModel",
     tokens: "Tensor",
     sampling: dict[str, Any],
+    stops: tuple[str, ...],
     arguments: argparse.Namespace,
     prompt_cache: PromptCache | None,
-) -> "Tensor":
+) -> tuple[str, "Finish"]:
+    """The answer, and why it ended; printed as it comes, unless JSON is asked for."""
     import torch
-    from transformers import TextStreamer
+    from transformers import StoppingCriteriaList
+
+    from griffin_offload.cli.answer_stream import AnswerStreamer
+    from griffin_offload.runtime.finish import StopStrings, cut, ends_of, finish_of
 
     torch.manual_seed(arguments.seed)
-    streamer = None
     kept = prompt_cache.arguments(model, tokens, exact=arguments.exact) if prompt_cache is not None else {}
-    if not arguments.json:
-        streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    prompt_tokens, most = tokens.shape[1], arguments.max_new_tokens
+    stop = StopStrings(model.tokenizer, stops, prompt_tokens)
     output: Tensor = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
-        max_new_tokens=arguments.max_new_tokens,
-        streamer=streamer,
+        max_new_tokens=most,
+        streamer=None if arguments.json else AnswerStreamer(model.tokenizer, stops),
+        stopping_criteria=StoppingCriteriaList([stop] if stops else []),
         num_beams=1,  # text is printed as it comes
         **kept,
         **sampling,
     )
-    return output
+    answer = output[0, prompt_tokens:]
+    text = cut(model.tokenizer.decode(answer, skip_special_tokens=True), stops)
+    return text, finish_of(answer, most, ends_of(model.generation_config), stopped=stop.happened)
 
 
-def _print_result(model: "GriffinModel", generated: "Tensor", arguments: argparse.Namespace) -> None:
-    report = model.last_report
+def _print_result(model: "GriffinModel", answer: tuple[str, "Finish"], arguments: argparse.Namespace) -> None:
+    report, (text, finish) = model.last_report, answer
     assert report is not None
     if arguments.json:
-        text = model.tokenizer.decode(generated, skip_special_tokens=True)
-        print(json.dumps({"text": text, **report.to_json()}))
+        print(json.dumps({"text": text, "finish_reason": finish, **report.to_json()}))
         return
     if not arguments.quiet:
         print("\n".join(report.lines(model.device.type.upper())), file=sys.stderr)
@@ -128,3 +141,5 @@ def _print_result(model: "GriffinModel", generated: "Tensor", arguments: argpars
                 "griffin-offload convert quantises once, for all prompts",
                 file=sys.stderr,
             )
+        if finish == "length":
+            print(f"note: {cut_note(arguments.max_new_tokens)}", file=sys.stderr)

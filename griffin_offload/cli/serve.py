@@ -85,7 +85,7 @@ def _add_limits(add: Any) -> None:
         ("--shutdown-grace", "shutdown_grace_s", _DEFAULTS.shutdown_grace_s),
     ):
         add(flag, type=_seconds, dest=name, default=default, metavar="TIME", help=f"default: {default:g}s")
-    add("--max-connections", type=int, default=_DEFAULTS.max_connections, metavar="N")
+    add("--max-connections", type=int, default=_DEFAULTS.max_connections, metavar="N", help="at once")
 
 
 def _seconds(text: str) -> float:

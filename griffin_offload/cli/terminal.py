@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from griffin_offload.cli.generation import PrefillBar, check_utf8
+from griffin_offload.cli.generation import PrefillBar, check_utf8, cut_note
 from griffin_offload.errors import GriffinError, UsageError, as_line
 from griffin_offload.runtime.session import ChatSession, Reply
 from griffin_offload.units import format_bytes
@@ -28,8 +28,8 @@ _HELP = """\
 class Terminal:
     """Reads messages and commands; answers go to stdout, all else to stderr."""
 
-    def __init__(self, session: ChatSession, *, quiet: bool, as_json: bool) -> None:
-        self._session, self._quiet, self._as_json = session, quiet, as_json
+    def __init__(self, session: ChatSession, *, stops: Sequence[str], quiet: bool, as_json: bool) -> None:
+        self._session, self._stops, self._quiet, self._as_json = session, stops, quiet, as_json
         self._interactive = sys.stdin.isatty()
         self._leaving = False
         self._streamed_bytes = self._passes = self._answered = 0
@@ -102,13 +102,13 @@ class Terminal:
             self._commands[name]()
 
     def _answer(self, text: str) -> None:
-        from transformers import TextStreamer
+        from griffin_offload.cli.answer_stream import AnswerStreamer
 
         check_utf8(text, "the message")
         model, quiet = self._session.model, self._quiet or self._as_json
         streamer = None
         if not self._as_json:
-            streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            streamer = AnswerStreamer(model.tokenizer, self._stops)
         try:
             # In a script Ctrl-C ends the program; here it ends the answer.
             with PrefillBar(model, quiet=quiet), _Interrupts(catch=self._interactive) as interrupts:
@@ -142,6 +142,9 @@ class Terminal:
             f"{report.decode_tokens_per_s:.1f} tok/s, streamed {streamed}, activation kept "
             f"{report.activation_kept:.2f}, context {known} of {self._session.model.plan.context_tokens}]"
         )
+        if reply.finish == "length":
+            full = f"the answer was cut at {reply.most_tokens} tokens, the context is full: /reset, or raise --ctx-size"
+            yield f"({full if reply.shortened else cut_note(reply.most_tokens)})"
 
     def _exit(self) -> None:
         self._leaving = True
@@ -204,7 +207,7 @@ class _Interrupts:
 def _as_json(reply: Reply) -> dict[str, Any]:
     return {
         "text": reply.text,
-        "finish": reply.finish,
+        "finish_reason": reply.finish,
         "dropped_messages": reply.dropped_messages,
         "report": reply.report.to_json(),
     }

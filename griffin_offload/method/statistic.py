@@ -5,6 +5,9 @@ only ever add to it, so chunks, turns and verified tokens are summed, in float32
 (ReLU) has no direction and contributes nothing.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -27,6 +30,15 @@ def split_tokens(mask: Tensor) -> Tensor:
     held_out = (valid.sum(1, keepdim=True).float() * _HELD_OUT_SHARE).floor()  # not in torch's default type
     chooses = valid & (rank <= valid.sum(1, keepdim=True) - held_out)
     return torch.stack([chooses, valid & ~chooses], dim=1).float()
+
+
+def split_at(groups: Tensor, ends: Sequence[int]) -> Tensor:
+    """Groups of consecutive tokens [1, G, T], divided further in front of the tokens `ends` (rising), float32
+    [1, G', T]: sums of the first of them are then those of so many first tokens."""
+    position = torch.arange(groups.shape[2])
+    bounds = list(pairwise([0, *ends, groups.shape[2]]))
+    parts = [group * ((position >= start) & (position < end)) for group in groups[0] for start, end in bounds]
+    return torch.stack([part for part in parts if part.any()])[None]
 
 
 def squared_statistic(z: Tensor, weights: Tensor) -> Tensor:

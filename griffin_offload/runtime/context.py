@@ -19,9 +19,14 @@ Statistic = dict[int, Tensor]
 """s^2 [B, F] of each streamed layer, float32."""
 
 
+# So many tokens in front of a first prompt's end are states to go back to, too: a longer prompt seldom begins with the
+# last of its tokens, which tokenizers join with what follows (a line's end, the rest of a word).
+_SEAMS = (8, 3, 1)
+
+
 @dataclass(frozen=True)
 class Mark:
-    """The state after a prompt's streamed pass: what a rewind can go back to."""
+    """The state after a prompt's streamed pass, or a few tokens in front of its end: what a rewind can go back to."""
 
     tokens: int
     squared: Statistic
@@ -75,10 +80,11 @@ class Context:
         return int(differ[0]) if differ.numel() else both
 
     def known(self, ids: Tensor, *, exact: bool) -> int:
-        """How many tokens at the start of `ids` [T] need not be computed again: the statistic only goes back to marks.
-        (Layers with a window may turn out to have lost what these would see; then it is none.)"""
+        """How many tokens at the start of `ids` [T] need not be computed again: where layers are streamed, their
+        statistic only goes back to marks. (Layers with a window may turn out to have lost what these would see; then it
+        is none.)"""
         common = min(self.common(ids), self.exact_tokens) if exact else self.common(ids)
-        if common >= self.covered:
+        if common >= self.covered or not self.squared:
             return common
         return max((mark.tokens for mark in self.marks if mark.tokens <= common), default=0)
 
@@ -99,11 +105,12 @@ class Context:
         """Forget all but the first `tokens`, which are a mark's if they are fewer than `covered`."""
         if tokens < self.covered:
             self.marks = [mark for mark in self.marks if mark.tokens <= tokens]
-            if not self.marks or self.marks[-1].tokens != tokens:
+            if self.squared and (not self.marks or self.marks[-1].tokens != tokens):
                 self.clear()
                 return
-            mark = self.marks[-1]
-            self.covered, self.squared, self.selected = tokens, dict(mark.squared), mark.selected
+            if self.squared:
+                self.squared, self.selected = dict(self.marks[-1].squared), self.marks[-1].selected
+            self.covered = tokens
         self.tokens, self.exact_tokens = self.tokens[:tokens], min(self.exact_tokens, tokens)
         # Whatever a forward that was interrupted has left there goes, too.
         if not self.cache.trim(tokens):
@@ -141,6 +148,21 @@ class Context:
         logits = logits.detach().reshape(1, -1).clone()
         self.marks.append(Mark(len(self.tokens), dict(self.squared), self.selected, logits))
         del self.marks[:-MAX_MARKS]
+
+    def mark_seams(self, seams: list[int], squared: list[Statistic]) -> None:
+        """Remember states inside a first prompt, which are the first ones to be forgotten: `squared` is s^2 of so many
+        tokens. What the whole prompt selected stays, until the pass over what follows selects anew."""
+        self.marks = [Mark(tokens, sums, self.selected, None) for tokens, sums in zip(seams, squared, strict=True)]
+
+    @property
+    def seams(self) -> list[Mark]:
+        """The states in front of the last one that share its selection."""
+        return [mark for mark in self.marks if mark.tokens < self.covered and mark.selected is self.selected]
+
+
+def seams_of(tokens: int) -> list[int]:
+    """Where in a first prompt of so many tokens there are states to go back to."""
+    return [tokens - before for before in _SEAMS if tokens > before]
 
 
 def empty_context(engine: "Engine") -> Context:

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.errors import DoesNotFit, GriffinError
-from griffin_offload.method.statistic import split_tokens
+from griffin_offload.method.statistic import split_at, split_tokens
 from griffin_offload.plan import as_loaded, describe_shortfall, replan_for
 from griffin_offload.pricing import Plan, Usage, logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.runtime.cache import KVCache
-from griffin_offload.runtime.context import Context
+from griffin_offload.runtime.context import Context, Statistic, seams_of
 from griffin_offload.runtime.decode_graph import CudaRecorder, DecodeGraphs, Recorder
 from griffin_offload.runtime.identity import identity_of, like_of
 from griffin_offload.runtime.kept_cache import KeptCache
@@ -251,11 +251,13 @@ class Engine:
     def _prefill(self, mask: Tensor, context: Context | None, args: Any, kwargs: Any) -> tuple[Any, StreamedPass]:
         """The streamed pass over a prompt's tokens; a context's earlier ones choose, too."""
         self.last_prefill = None  # until this prompt has chosen its neurons, none are
+        seams = seams_of(mask.shape[1]) if context is not None and not context.tokens else []
+        groups, choosing = _grouped(mask, seams)
         streamed = StreamedPass(
             self.loaded.layers,
-            split_tokens(mask),
+            groups,
             earlier=context.squared if context is not None else None,
-            held_out=True,
+            choosing_groups=choosing,
             keep=context is not None,
             progress=self.progress,
         )
@@ -266,6 +268,8 @@ class Engine:
         if context is not None:
             context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, len(context.tokens))
             context.selected = self.loaded.layers.selected
+            if streamed.sums:
+                context.mark_seams(seams, _sums_until(streamed.sums, groups, seams))
         self.last_prefill = streamed.report()
         return output, streamed
 
@@ -300,3 +304,21 @@ class Engine:
     def embedding_bytes(self) -> int:
         """Bytes of embedding rows that came from the host."""
         return self.loaded.host_embedding.row_bytes if self.loaded.host_embedding else 0
+
+
+def _grouped(mask: Tensor, seams: list[int]) -> tuple[Tensor, int]:
+    """The parts of a prompt that are summed apart, float32 [B, G, T], and how many of them choose for those held out;
+    with `seams`, of one sequence without padding, none goes across one."""
+    if not seams:
+        return split_tokens(mask), 1
+    halves = split_tokens(torch.ones(1, mask.shape[1]))
+    groups = split_at(halves, seams)
+    choosing = int((groups[0].sum(1).cumsum(0) <= halves[0, 0].sum()).sum())
+    return groups.to(mask.device), choosing
+
+
+def _sums_until(sums: Statistic, groups: Tensor, seams: list[int]) -> list[Statistic]:
+    """s^2 [1, F] of the first tokens up to each of `seams`, by layer."""
+    ends = groups[0].sum(1).cumsum(0).tolist()
+    counts = [sum(end <= seam for end in ends) for seam in seams]
+    return [{index: table[:, :count].sum(1) for index, table in sums.items()} for count in counts]

@@ -22,12 +22,12 @@ from griffin_offload.runtime.load import Loaded, load
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
 from griffin_offload.runtime.out_of_memory import RefusalsNamed
 from griffin_offload.runtime.prefill import Progress
+from griffin_offload.runtime.prompts import tokenizer_of
 from griffin_offload.runtime.prospect import Prospect, examine, plan_for
 from griffin_offload.runtime.report import PrefillReport, RunReport, planned_figures
 from griffin_offload.runtime.run import Mode, Run
 from griffin_offload.runtime.saved import load_context, save_context
 from griffin_offload.runtime.threads import limited_threads
-from griffin_offload.weights.checkpoint import load_tokenizer
 
 if TYPE_CHECKING:
     from griffin_offload.runtime.session import ChatSession
@@ -88,8 +88,9 @@ class GriffinModel:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer; CheckpointError if it has none that can be loaded."""
-        return load_tokenizer(self.directory)
+        """The checkpoint's tokenizer, loaded when it is asked for first, unless one was set before; CheckpointError if
+        there is none that can be loaded."""
+        return tokenizer_of(self.directory)
 
     @property
     def engine(self) -> Engine:

@@ -86,10 +86,11 @@ class StreamedLayers:
 class StreamedPass:
     """A context manager: inside it, one forward of the stock model is a streamed pass.
 
-    `groups` [B, G, T] on the device say which tokens choose, in G groups whose statistics are summed apart: the two
-    parts of a prompt (`split_tokens`), of which with `held_out` the second one measures the choice of the first; or
-    each token for itself. `earlier` is the statistic of passes before, s^2 [B, F] of each streamed layer: it chooses,
-    too. Without `choose` the compact parameters stay as they are. `keep` keeps the sums of each group in `sums`.
+    `groups` [B, G, T] on the device say which tokens choose, in G groups whose statistics are summed apart: the parts
+    of a prompt, of which those behind the first `choosing_groups` measure the choice of these (0: nothing is measured);
+    or each token for itself. `earlier` is the statistic of passes before, s^2 [B, F] of each streamed layer: it
+    chooses, too. Without `choose` the compact parameters stay as they are. `keep` keeps the sums of each group in
+    `sums`.
     """
 
     def __init__(
@@ -99,13 +100,13 @@ class StreamedPass:
         *,
         earlier: Mapping[int, Tensor] | None = None,
         choose: bool = True,
-        held_out: bool = False,
+        choosing_groups: int = 0,
         keep: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self._layers, self._groups, self._progress = layers, groups, progress
         self._earlier = earlier or {}
-        self._choosing, self._held_out, self._keeping = choose, held_out, keep
+        self._choosing, self._first, self._keeping = choose, choosing_groups, keep
         self.sums: dict[int, Tensor] = {}
         """s^2 [B, G, F] of each streamed layer, of this pass alone."""
         self._visited = 0
@@ -231,9 +232,9 @@ class StreamedPass:
         squared = shared_score(self._squared.sum(1) + earlier, formula)
         chosen = self._choose(index, squared)
         self._kept_shares.append(share_kept(squared, chosen))
-        if self._held_out:
-            first = shared_score(self._squared[:, 0] + earlier, formula)
-            last = shared_score(self._squared[:, 1], formula)
+        if self._first:
+            first = shared_score(self._squared[:, : self._first].sum(1) + earlier, formula)
+            last = shared_score(self._squared[:, self._first :].sum(1), formula)
             self._held_out_shares.append(share_kept(last, self._choose(index, first)))
         return chosen
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from griffin_offload.errors import SavedContextError, one_line
+from griffin_offload.pricing import MAX_MARKS
 from griffin_offload.runtime.context import Context, Mark
 from griffin_offload.weights.files import check_name, renamed
 
@@ -92,6 +93,7 @@ def save_context(context: Context, path: Path, identity: Identity, notes: dict[s
         "identity": json.dumps(identity),
         "covered": str(context.covered),
         "exact_tokens": str(context.exact_tokens),
+        "seams": json.dumps([mark.tokens for mark in context.seams]),
         "notes": json.dumps(notes),
     }
     try:
@@ -112,6 +114,9 @@ def _tensors(context: Context) -> Iterator[tuple[str, Tensor]]:
         yield f"layers.{index}.squared", squared
     for index, selected in context.selected.items():
         yield f"layers.{index}.selected", selected
+    for number, seam in enumerate(context.seams):
+        for index, squared in seam.squared.items():
+            yield f"layers.{index}.seam.{number}", squared
     mark = context.marks[-1] if context.marks else None
     if mark is not None and mark.tokens == context.covered and mark.logits is not None:
         yield "logits", mark.logits
@@ -145,11 +150,13 @@ def read_notes(path: Path) -> dict[str, Any]:
         return _notes(_checked_metadata(file, path), path)
 
 
-def options_of(path: Path) -> dict[str, Any]:
-    """What a model has to be loaded with to go on from `path`: density, precision and the smallest context, as
-    `LoadConfig`'s fields; errors as `load_context`."""
+def options_of(path: Path, *, model: str) -> dict[str, Any]:
+    """What `model`, a fingerprint, has to be loaded with to go on from `path`: density, precision and the smallest
+    context, as `LoadConfig`'s fields; errors as `load_context`."""
     with _readable(path) as file:
         identity = json.loads(_checked_metadata(file, path)["identity"])
+        if identity["model"] != model:
+            raise SavedContextError(f"{path} was saved with another model: use that one, or name another file")
         ctx_size = int(file.get_slice("tokens").get_shape()[0])
         densities, precision = [float(density) for density in identity["density"]], identity["precision"]
     same = len(set(densities)) == 1
@@ -186,6 +193,10 @@ def load_context(context: Context, path: Path, identity: Identity, like: Like, d
         ids = file.get_tensor("tokens")
         squared = {index: file.get_tensor(f"layers.{index}.squared") for index in like.neurons}
         selected = {index: file.get_tensor(f"layers.{index}.selected") for index in like.neurons}
+        seams = _seams(metadata)
+        inside = [
+            {i: file.get_tensor(f"layers.{i}.seam.{number}") for i in like.neurons} for number in range(len(seams))
+        ]
         logits = file.get_tensor("logits") if "logits" in set(file.keys()) else None
         kv = [[_part(file, name) for name in _kv_names(file, i)] for i in range(len(context.cache.layers))]
         if ids.numel() > like.ctx_tokens:
@@ -196,7 +207,9 @@ def load_context(context: Context, path: Path, identity: Identity, like: Like, d
             like.sequence(ids)
             and 0 <= exact_tokens <= covered <= ids.numel()
             and covered > 0
-            and like.selections(squared, selected)
+            and seams == sorted(set(seams))
+            and all(0 < seam < covered for seam in seams)
+            and all(like.selections(tables, selected) for tables in (squared, *inside))
             and like.caches(context, kv, ids.numel())
             and like.last(logits)
         ):
@@ -208,8 +221,18 @@ def load_context(context: Context, path: Path, identity: Identity, like: Like, d
     context.squared = {index: table.to(device, copy=True) for index, table in squared.items()}
     context.selected = {index: chosen.to(device, copy=True) for index, chosen in selected.items()}
     last = logits.to(device, copy=True) if logits is not None else None
-    context.marks = [Mark(covered, dict(context.squared), context.selected, last)]
+    tables = [{index: table.to(device, copy=True) for index, table in tables.items()} for tables in inside]
+    context.mark_seams(seams, tables)
+    context.marks.append(Mark(covered, dict(context.squared), context.selected, last))
     return notes
+
+
+def _seams(metadata: dict[str, str]) -> list[int]:
+    """Tokens of the states inside the prompt; none in files of before there were any. ValueError for other things."""
+    seams = json.loads(metadata.get("seams", "[]"))
+    if not isinstance(seams, list) or len(seams) >= MAX_MARKS or any(type(seam) is not int for seam in seams):
+        raise ValueError("its seams cannot be read")
+    return seams
 
 
 def _part(file: Any, name: str) -> _Part:

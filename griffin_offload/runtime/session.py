@@ -1,18 +1,19 @@
 """A conversation: messages, and the context in which each new turn streams only its own tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from griffin_offload.config import ChatConfig, Overflow, RunConfig
+from griffin_offload.config import ChatConfig, Overflow
 from griffin_offload.errors import CheckpointError, SavedContextError, UsageError
+from griffin_offload.runtime.finish import Finish, StopStrings, cut, ends_of, finish_of
 from griffin_offload.runtime.model import GriffinModel
-from griffin_offload.runtime.prompts import encode, encode_messages
+from griffin_offload.runtime.prompts import encode, encode_messages, thinking_switches
 from griffin_offload.runtime.report import RunReport
 from griffin_offload.runtime.saved import read_notes
 
@@ -27,15 +28,21 @@ class Reply:
     report: RunReport
     dropped_messages: int
     """Oldest messages that were dropped to make room."""
-    finish: Literal["stop", "length", "interrupted"]
+    finish: Finish
+    most_tokens: int
+    """What the answer could have had: `max_new_tokens`, or what the context had left."""
+    shortened: bool
+    """Whether that was less."""
 
 
 class ChatSession:
     """A conversation with a model that was loaded with `keep_prompts=True`; make one with `chat_session`.
 
     Every turn streams the weights once, over its own tokens alone; the statistic grows with the conversation. Without
-    a chat template (or with `raw`) texts are put one after the other, a space between them. When the context is full,
-    `overflow` says whether `send` fails or the oldest turns are dropped, which streams the rest once more.
+    a chat template (or with `raw`) texts are put one after the other, a space between them. An answer has
+    `max_new_tokens` at most, or what the context has left. When that is nothing, `overflow` says whether `send` fails
+    or the oldest turns are dropped, which streams the rest once more, until `max_new_tokens` or a quarter of the
+    context are free. An answer ends in front of any of `stop_strings`. `thinking` turns a template's switch for it.
     """
 
     def __init__(
@@ -46,12 +53,18 @@ class ChatSession:
         raw: bool = False,
         overflow: Overflow = ChatConfig.on_overflow,
         seed: int = 0,
+        thinking: bool | None = None,
         **generation: Any,
     ) -> None:
         self.model, self.overflow, self._seed, self._generation = model, overflow, seed, generation
         self.templated = model.tokenizer.chat_template is not None and not raw
         if system is not None and not self.templated:
             raise UsageError("a system message needs a chat template: this model has none, or raw turned it off")
+        if thinking is not None and not self.templated:
+            raise UsageError("thinking needs a chat template: this model has none, or raw turned it off")
+        if thinking is not None:
+            thinking_switches(model.tokenizer)
+        self._thinking = thinking
         self._system: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         self.messages: list[Message] = list(self._system)
         self.context = model.new_context()
@@ -69,26 +82,25 @@ class ChatSession:
         was before."""
         if not text.strip():
             raise UsageError("the message is empty")
-        arguments = {"max_new_tokens": RunConfig.max_new_tokens, **self._generation, **generation}
+        arguments = {"max_new_tokens": ChatConfig.max_new_tokens, **self._generation, **generation}
+        wanted, stops = arguments["max_new_tokens"], _strings(arguments.pop("stop_strings", None))
         messages = [*self.messages, {"role": "user", "content": text}]
-        messages, dropped, ids = self._fitting(messages, arguments["max_new_tokens"])
+        messages, dropped, ids = self._fitting(messages, wanted)
+        most = arguments["max_new_tokens"] = min(wanted, self.model.plan.context_tokens - ids.shape[1])
         torch.manual_seed(self._seed + self.turns)  # so that a conversation that was saved goes on in the same way
-        stop = _Interrupted(interrupted)
-        criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or []), stop])
+        interrupt, stop = _Interrupted(interrupted), StopStrings(self.model.tokenizer, stops, ids.shape[1])
+        criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or []), interrupt, stop])
         output = self.model.generate(
             ids, context=self.context, stopping_criteria=criteria, streamer=streamer, num_beams=1, **arguments
         )
         answer = output[0, ids.shape[1] :]
-        reply = self._decoded(answer)
+        reply = cut(self._decoded(answer), stops)
         self.messages = [*messages, {"role": "assistant", "content": reply}]
         report = self.model.last_report
         assert report is not None, "a generate that ended well has a report"
-        full = answer.numel() >= arguments["max_new_tokens"] and int(answer[-1]) not in self._ends(arguments)
-        return Reply(reply, report, dropped, "interrupted" if stop.happened else "length" if full else "stop")
-
-    def _ends(self, arguments: dict[str, Any]) -> list[int]:
-        ends = arguments.get("eos_token_id", self.model.generation_config.eos_token_id)
-        return ends if isinstance(ends, list) else [ends]
+        ends = ends_of(self.model.generation_config, arguments)
+        finish = "interrupted" if interrupt.happened else finish_of(answer, most, ends, stopped=stop.happened)
+        return Reply(reply, report, dropped, finish, most, shortened=most < wanted)
 
     def undo(self) -> bool:
         """Take the last question and its answer back; False when there is none."""
@@ -118,17 +130,17 @@ class ChatSession:
         self._system = [message for message in messages[:1] if message["role"] == "system"]
 
     def _fitting(self, messages: list[Message], new_tokens: int) -> tuple[list[Message], int, Tensor]:
-        """The messages that fit the context, how many were dropped, and their ids [1, T]."""
+        """The messages that fit the context with an answer, how many were dropped, and their ids [1, T]."""
         room, dropped = self.model.plan.context_tokens, 0
         while True:
-            ids = self._ids(messages)
-            if ids.shape[1] + new_tokens <= room:
+            ids, oldest = self._ids(messages), len(self._system)
+            left, droppable = room - ids.shape[1], self.overflow == "drop" and len(messages) - oldest >= 3
+            if left >= (min(new_tokens, room // 4) if droppable else 1):
                 return messages, dropped, ids
-            oldest = len(self._system)
-            if self.overflow == "error" or len(messages) - oldest < 3:
+            if not droppable:
                 what = "conversation" if len(messages) - oldest > 1 else "message"
                 raise UsageError(
-                    f"the {what} is {ids.shape[1]} tokens and {new_tokens} new ones, the context is {room}: "
+                    f"the {what} is {ids.shape[1]} tokens, the context is {room} and has to hold an answer, too: "
                     "shorten it, begin anew (reset), or raise --ctx-size"
                 )
             messages = messages[:oldest] + messages[oldest + 2 :]
@@ -141,7 +153,7 @@ class ChatSession:
             ids = encode(tokenizer, text)
         else:
             try:
-                ids = encode_messages(tokenizer, messages)
+                ids = encode_messages(tokenizer, messages, thinking=self._thinking)
             except CheckpointError as error:  # a template is a program of the checkpoint's author
                 raise CheckpointError(f"the model's chat template fails: {error}") from error
         if not ids:
@@ -151,6 +163,10 @@ class ChatSession:
     def _decoded(self, answer: Tensor) -> str:
         text: str = self.model.tokenizer.decode(answer, skip_special_tokens=True)
         return text
+
+
+def _strings(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 def _joined(texts: list[str]) -> str:

@@ -137,10 +137,12 @@ def sampling_of(request: Request, given: Any) -> dict[str, Any]:
     samples = bool(given.do_sample)
     temperature = _first(request.temperature, given.temperature if samples else None, 1.0)
     top_p = _first(request.top_p, given.top_p if samples else None, 1.0)
+    penalty = {} if request.repetition_penalty is None else {"repetition_penalty": request.repetition_penalty}
     if temperature < _COLDEST or top_p == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None, **penalty}
     top_k = _first(given.top_k if samples else None, 0)
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    min_p = given.min_p if samples and request.min_p is None else request.min_p
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, **penalty}
 
 
 def _first(*values: Any) -> Any:

@@ -56,6 +56,7 @@ class Keeper:
         self._most_sessions = most_sessions
         self._neurons: list[int] = []
         self.held: Held | None = None
+        self._tokenizer: Any = None
         self.loads = 0
         self.unusable = False
         """Whether the last attempt to load failed."""
@@ -131,6 +132,9 @@ class Keeper:
 
     def _load(self, options: dict[str, Any]) -> Held:
         model = GriffinModel.from_pretrained(self._model, **options)
+        if self._tokenizer is None:
+            self._tokenizer = model.tokenizer  # the encoder's, too, so it stays when the model goes
+        model.tokenizer = self._tokenizer
         self.loads, self.unusable = self.loads + 1, False
         sessions = None
         with contextlib.suppress(GriffinError):  # layers whose past cannot be taken back: every prompt from its start

@@ -1,4 +1,8 @@
-"""From messages and texts to token ids, on a thread of its own and with a tokenizer of its own."""
+"""From messages and texts to token ids, on a thread of its own.
+
+The tokenizer is the model's own: the worker's thread only decodes with it, which changes nothing of it, and a prompt is
+encoded in a forked process or, where there is no fork, on this thread alone.
+"""
 
 import asyncio
 import functools

@@ -17,6 +17,8 @@ _MAX_TOP_LOGPROBS = {"chat": 20, "completions": 5}
 # Of OpenAI's, for completions that name no length.
 _COMPLETION_TOKENS = 16
 _LARGEST = 2**31 - 1
+# 1 is none; 0 would be a division by nothing.
+_LEAST_PENALTY, _MOST_PENALTY = 0.01, 100
 _COMMON = {
     "model",
     "stream",
@@ -30,6 +32,8 @@ _COMMON = {
     "n",
     "density",
     "exact",
+    "min_p",
+    "repetition_penalty",
 }
 _KNOWN = {
     "chat": {*_COMMON, "messages", "max_completion_tokens", "top_logprobs"},
@@ -93,6 +97,8 @@ class Request:
     n: int = 1
     density: float | None = None
     exact: bool | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, config: ServeConfig) -> Request:
@@ -118,6 +124,8 @@ def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, confi
         n=n,
         density=fields.number("density", 0, 1),
         exact=fields.flag("exact"),
+        min_p=fields.number("min_p", 0, 1),
+        repetition_penalty=fields.number("repetition_penalty", _LEAST_PENALTY, _MOST_PENALTY),
     )
 
 

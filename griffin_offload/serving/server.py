@@ -26,7 +26,6 @@ from griffin_offload.serving.metrics import Metrics
 from griffin_offload.serving.prompts import Encoder
 from griffin_offload.serving.security import check_bind
 from griffin_offload.serving.worker import Worker
-from griffin_offload.weights.checkpoint import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class Server:
         try:
             model = self._worker.start().model
             plan = model.plan
-            encoder = Encoder(load_tokenizer(model.directory), model.engine.shape.vocab_size)
+            encoder = Encoder(model.tokenizer, model.engine.shape.vocab_size)
         except BaseException:
             self.close()
             raise

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_line
 from griffin_offload.weights.config_file import load_config
@@ -108,7 +108,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a checkpoint; CheckpointError if there is none that can be loaded."""
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        _drop_copies(tokenizer)
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers fail in many ways; a panic of native code is no Exception
@@ -118,6 +120,14 @@ def load_tokenizer(directory: Path) -> Any:
                 "the Python API with token ids"
             ) from error
         raise CheckpointError(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
+
+
+def _drop_copies(tokenizer: Any) -> None:
+    """Forget the tables of words and merges that transformers keeps as Python objects beside the native tokenizer's
+    own: 0.15 GB for 262,144 words, of which nothing makes use once that has been built."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        for name in ("_vocab", "_merges"):
+            vars(tokenizer).pop(name, None)
 
 
 def locate(model: str | Path, *, offline: bool = False) -> Path:

@@ -29,6 +29,8 @@ _MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED, _MADV_POPULATE_READ = 1, 3, 4, 22
 # some of them in flight (benchmarks/NOTES.md).
 _STEP_BYTES = 8 * 2**20
 _STEPS_AHEAD = 4
+# Of a tensor that is copied so much is mapped at once.
+_PART_BYTES = _STEPS_AHEAD * _STEP_BYTES
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,24 @@ class FilePages:
         return found
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy a mapped tensor to another one of its size, in any precision and on any device."""
+        """Copy a mapped tensor to another one of its size, in any precision and on any device. Of a large one, such as
+        a table of embeddings, a part at a time is mapped: pages count as the process's memory while they are."""
         extents = self.extents([source])
         if self.direct and extents and source.dtype == target.dtype and target.device.type == "cpu":
             self.direct.copy(extents[0], target.view(-1).view(torch.uint8))
             return
-        spans = self.spans([source])
-        self.read(spans)
-        target.copy_(source)
-        self.drop(spans)
+        parts = [(source, target)]
+        if source.is_contiguous() and target.is_contiguous():
+            elements = _PART_BYTES // source.element_size()
+            parts = list(zip(source.view(-1).split(elements), target.view(-1).split(elements), strict=True))
+        following = [self.spans([part]) for part, _ in parts[1:]] + [[]]
+        for (part, place), next_spans in zip(parts, following, strict=True):
+            spans = self.spans([part])
+            self.read(spans)
+            for step in (step for span in next_spans for step in span.steps()):
+                self._advise(step, _MADV_WILLNEED)  # the disk goes on while this part is copied
+            place.copy_(part)
+            self.drop(spans)
 
     def spans(self, tensors: Sequence[Tensor]) -> list[Span]:
         """The whole pages under `tensors`, neighbours joined first so that the pages they share count, too."""

@@ -41,6 +41,14 @@ RUN_FLAGS = [
     ("--top-p=1.1", "--top-p is 1.1"),
     ("--top-p=nan", "--top-p is nan"),
     ("--top-k=0", "--top-k is 0"),
+    ("--min-p=-0.1", "--min-p is -0.1"),
+    ("--min-p=1.1", "--min-p is 1.1"),
+    ("--min-p=nan", "--min-p is nan"),
+    ("--repetition-penalty=0", "--repetition-penalty is 0"),
+    ("--repetition-penalty=nan", "--repetition-penalty is nan"),
+    ("--repetition-penalty=inf", "--repetition-penalty is inf"),
+    ("--stop=", "--stop is empty"),
+    ("--stop=caf\udce9", "--stop is not UTF-8"),
     ("--system=be brief", "chat template"),
 ]
 MALFORMED = [
@@ -95,6 +103,7 @@ def test_a_bad_flag_is_found_before_the_model_is_looked_for(cli):
 def test_greedy_and_sampling_flags_contradict_each_other(cli, llama: Path):
     cli.refuses(2, "greedy", "run", "x", "-m", llama, "--temperature", 0, "--top-k", 3)
     cli.refuses(2, "greedy", "run", "x", "-m", llama, "--temperature", 0, "--top-p", 0.5)
+    cli.refuses(2, "greedy", "run", "x", "-m", llama, "--temperature", 0, "--min-p", 0.5)
 
 
 @pytest.mark.parametrize("prompt", ["", " \n\t"])

@@ -57,7 +57,7 @@ def test_without_a_template_texts_are_continued_and_that_is_said_once(cli, llama
 def test_json_is_an_object_per_turn(cli, chatty: Path):
     outcome = cli("chat", "-m", chatty, "--json", *OPTIONS, stdin="the cat\nthe dog\n")
     turns = [json.loads(line) for line in outcome.out.splitlines()]
-    assert [turn["finish"] for turn in turns] == ["length", "length"]
+    assert [turn["finish_reason"] for turn in turns] == ["length", "length"]
     assert all(turn["report"]["generated_tokens"] == 6 for turn in turns)
     assert turns[1]["report"]["cached_prompt_tokens"] > 0
     plain = cli("chat", "-m", chatty, "-q", *OPTIONS, stdin="the cat\nthe dog\n")
@@ -145,6 +145,34 @@ def test_the_first_error_of_a_script_ends_it(cli, chatty: Path, script, code: in
     assert re.fullmatch(rf"griffin-offload: error: [^\n]*{words}[^\n]*\n", error), outcome.err
 
 
+def test_an_answer_is_shortened_to_what_the_context_has_left(cli, chatty: Path):
+    """And it says so, whichever of the two limits it met; -q says nothing."""
+    options = list(OPTIONS)
+    options[options.index("-n") + 1] = 1000
+    outcome = cli("chat", "-m", chatty, "--json", *options, stdin="the cat\n")
+    turn = outcome.json
+    tokens = turn["report"]["prompt_tokens"] + turn["report"]["generated_tokens"]
+    assert (turn["finish_reason"], tokens) == ("length", 200)
+    said = cli("chat", "-m", chatty, *options, stdin="the cat\n").err
+    assert said.splitlines()[-1].endswith("tokens, the context is full: /reset, or raise --ctx-size)")
+    limited = cli("chat", "-m", chatty, *OPTIONS, stdin="the cat\n").err
+    assert limited.splitlines()[-1] == "(the answer was cut at its limit of 6 tokens: -n N allows more)"
+    assert cli("chat", "-m", chatty, "-q", *options, stdin="the cat\n").err == ""
+
+
+def test_stop_strings_and_what_follows(cli, chatty: Path):
+    """The conversation goes on from the text that was shown."""
+    turns = cli("chat", "-m", chatty, "--json", *OPTIONS, stdin="the cat\nthe dog\n").out.splitlines()
+    text = json.loads(turns[0])["text"]
+    stop = text[2:4]
+    cut = text[: text.index(stop)]
+    stopped = cli("chat", "-m", chatty, "--json", *OPTIONS, "--stop", stop, stdin="the cat\nthe dog\n")
+    first = json.loads(stopped.out.splitlines()[0])
+    assert (first["text"], first["finish_reason"]) == (cut, "stop")
+    printed = cli("chat", "-m", chatty, "-q", *OPTIONS, "--stop", stop, stdin="the cat\n")
+    assert printed.out == cut + "\n"
+
+
 def test_a_full_context_drops_the_oldest_turns_if_asked(cli, chatty: Path):
     script = "the cat sat on the mat\n" * 12
     refused = cli("chat", "-m", chatty, "-q", *OPTIONS, stdin=script)
@@ -160,6 +188,9 @@ def test_bad_flags(cli, chatty: Path, llama: Path, monkeypatch: pytest.MonkeyPat
     cli.refuses(2, "chat template, and this model has none", "chat", "-m", llama, "--system", "x", stdin="")
     cli.refuses(2, "--raw turns it off", "chat", "-m", chatty, "--system", "x", "--raw", stdin="")
     cli.refuses(2, "the system message is not UTF-8", "chat", "-m", chatty, "--system", "caf\udce9", stdin="")
+    cli.refuses(2, "no switch for thinking", "chat", "-m", chatty, "--thinking", stdin="")
+    cli.refuses(2, "--raw turns it off", "chat", "-m", chatty, "--no-thinking", "--raw", stdin="")
+    cli.refuses(2, "--stop is empty", "chat", "-m", chatty, "--stop", "", stdin="")
     cli.refuses(2, "draft_tokens", "chat", "-m", chatty, "--draft-tokens", 3, stdin="")
     cli.refuses(2, "--temperature is -1", "chat", "-m", chatty, "--temperature", -1, stdin="")
     cli.refuses(4, "no file", "chat", "-m", chatty, "--load", "absent", stdin="")

@@ -80,7 +80,7 @@ def test_the_prompt_is_not_written_among_answers(type_in):
     outcome = type_in(["the cat", ""], "-q")
     assert outcome.err == "> > > "
     assert ">" not in outcome.out
-    assert type_in(["the cat"], "--json").json["finish"] == "length"
+    assert type_in(["the cat"], "--json").json["finish_reason"] == "length"
 
 
 def test_an_interrupted_answer_stays_as_far_as_it_came(type_in, monkeypatch: pytest.MonkeyPatch):
@@ -93,7 +93,7 @@ def test_an_interrupted_answer_stays_as_far_as_it_came(type_in, monkeypatch: pyt
     assert 0 < len(outcome.out) < len(whole)
     assert whole.startswith(outcome.out.rstrip("\n\ufffd"))
     monkeypatch.setattr(session._Interrupted, "__call__", interrupting(3))
-    assert type_in(["the cat"], "--json").json["finish"] == "interrupted"
+    assert type_in(["the cat"], "--json").json["finish_reason"] == "interrupted"
 
 
 def test_a_second_ctrl_c_takes_the_message_back(type_in, monkeypatch: pytest.MonkeyPatch):

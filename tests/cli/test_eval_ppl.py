@@ -132,3 +132,17 @@ def test_gemma_windows_begin_with_its_first_token(cli, checkpoints, text: Path, 
         assert cli("eval", "ppl", "-m", checkpoints(name), "--device", "cpu", "--text", text, *sizes).code == 0
     assert all(ids[0] == BOS and ids.numel() == 16 for ids in seen["gemma"])
     assert not any(BOS in ids for ids in seen["llama"])
+
+
+def test_precision_as_convert_makes_it(cli, llama: Path, text: Path, tmp_path: Path):
+    """The figures of a converted copy, without one that stays."""
+    options = ("--device", "cpu", "--max-mem", "1GB", "--text", text, "--json", "--windows", 2, "--density", "0.5")
+    sizes = ("--prompt-tokens", 8, "--generate-tokens", 12)
+    made = tmp_path / "made"
+    assert cli("convert", "-m", llama, made, "--quantize", "int8", "-q").code == 0
+    expected = cli("eval", "ppl", "-m", made, *options, *sizes)
+    found = cli("eval", "ppl", "-m", llama, "--quantize", "int8", *options, *sizes)
+    assert (found.code, found.json) == (0, expected.json)
+    assert cli("eval", "ppl", "-m", made, "--quantize", "int8", *options, *sizes).json == expected.json
+    assert cli("eval", "ppl", "-m", llama, "--quantize", "none", *options, *sizes).json != expected.json
+    cli.refuses(2, "was converted to int8 already", "eval", "ppl", "-m", made, "--quantize", "int4", *options, *sizes)

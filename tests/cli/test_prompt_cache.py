@@ -113,3 +113,33 @@ def test_exact_mode_uses_and_saves_prompts(cli, llama: Path, tmp_path: Path):
         outcome = cli("run", PROMPT, "-m", llama, *OPTIONS, *flags).json
         assert outcome["text"] == dense
         assert bool(outcome["cached_prompt_tokens"]) == cached
+
+
+@pytest.mark.parametrize("density", [0.5, 1])
+def test_tokens_that_the_longer_prompt_joins_are_all_that_is_lost(cli, llama: Path, tmp_path: Path, density: float):
+    """Saved in the middle of a word, of which the longer prompt makes other tokens. The answer is a fresh one's."""
+    options = [density if option == 0.5 else option for option in OPTIONS]
+    for number, (text, more) in enumerate(
+        ((PROMPT[:-2], "er while"), (PROMPT + " wh", "ile"), (PROMPT + " ", "while"))
+    ):
+        file = tmp_path / f"{number}.ctx"
+        saved = cli("run", text, "-m", llama, *options, "--prompt-cache", file).json["prompt_tokens"]
+        longer = cli("run", text + more, "-m", llama, *options, "--prompt-cache", file).json
+        assert saved - 8 <= longer["cached_prompt_tokens"] < saved
+        fresh = cli("run", text + more, "-m", llama, *options).json
+        assert (longer["text"], longer["density"]) == (fresh["text"], fresh["density"])
+        said = cli("run", text + more, "-m", llama, *options[:-1], "--prompt-cache", file).err
+        assert f"note: {longer['cached_prompt_tokens']} of the {saved} tokens in {file} were used" in said
+        assert cli("run", text + more, "-m", llama, *options[:-1], "-q", "--prompt-cache", file).err == ""
+
+
+def test_another_models_file_is_named_as_that(cli, llama: Path, tmp_path: Path):
+    """And no flag that nobody gave: what the file says of precision is another model's."""
+    file, made = tmp_path / "a.ctx", tmp_path / "made"
+    cli("run", PROMPT, "-m", llama, *OPTIONS, "--quantize", "none", "--prompt-cache", file)
+    assert cli("convert", "-m", llama, made, "--quantize", "int8", "-q").code == 0
+    error = cli.refuses(4, "saved with another model", "run", PROMPT, "-m", made, "-n", 2, "--prompt-cache", file)
+    assert "--quantize" not in error
+    chat = tmp_path / "b.ctx"
+    assert cli("chat", "-m", llama, *OPTIONS, "--ctx-size", 64, stdin=f"the cat\n/save {chat}\n").code == 0
+    cli.refuses(4, "saved with another model", "chat", "-m", made, "--load", chat, stdin="")

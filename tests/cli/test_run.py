@@ -1,6 +1,7 @@
 """`griffin-offload run`: the text alone on stdout, figures on stderr, the same tokens as the Python API."""
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import CHAT_TEMPLATE, write_tokenizer
 from transformers import AutoTokenizer
 
 from griffin_offload import GriffinModel
@@ -18,6 +20,7 @@ TEXT = "the cat sat on the mat and thought of another river while nothing was le
 NEW = 12
 KEYS = {
     "graphs",
+    "finish_reason",
     *("text", "prompt_tokens", "generated_tokens", "load_s", "prefill_s", "decode_s", "prefill_tokens_per_s"),
     *("decode_tokens_per_s", "prefill_streamed_bytes", "decode_streamed_bytes", "decode_embedding_bytes"),
     *("resident_bytes", "peak_device_bytes", "budget_bytes", "peak_host_bytes", "host_growth_bytes", "density"),
@@ -37,6 +40,7 @@ FIGURES = (
     r"prefill  \d+ tok  [\d.]+ s \(\d+ tok/s\)   streamed .+ at .+/s\n"
     r"decode   12 tok  [\d.]+ s \([\d.]+ tok/s\)   streamed 0 B   density [\d.]+, activation kept [\d.]+ held out\n"
     r"resident .+ kB float32   peak CPU .+ of .+   RAM .+ \(process\)\n"
+    r"note: the answer was cut at its limit of 12 tokens: -n N allows more\n"
 )
 
 
@@ -97,7 +101,7 @@ def test_verbose_adds_the_plan(cli, run):
 
 def test_short_prompts_say_that_nothing_was_held_out(cli, llama: Path):
     command = ("run", "the cat", "-n", 2, "-m", llama, "--density", 0.5)
-    assert cli(*command).err.splitlines()[-1].startswith("note: the prompt is too short")
+    assert "\nnote: the prompt is too short" in cli(*command).err
     assert cli(*command, "--json").json["activation_kept_heldout"] is None
 
 
@@ -167,6 +171,69 @@ def test_chat_template_is_applied_unless_raw(cli, llama: Path, chat: Path):
     assert same(both, answer(llama, "<s><|system|>be kind</s><|user|>hello</s><|assistant|>"))
     assert same(answer(chat, "hello", "--raw"), answer(llama, "hello"))
     assert not same(answer(chat, "hello"), answer(llama, "hello"))
+
+
+def test_the_demo_shows_its_own_prompt_before_its_answer(cli):
+    """On stderr, and only what nobody has typed."""
+    shown = cli("run", "-n", 2)
+    assert shown.err.startswith(f"prompt   {PROMPT}\nprefill ")
+    typed = cli("run", PROMPT, "-n", 2)
+    assert (typed.out, "prompt   " in typed.err) == (shown.out, False)
+    assert cli("run", "-n", 2, "-q").err == ""
+    assert cli("run", "-n", 2, "--json").err == ""
+
+
+def test_an_answer_ends_in_front_of_a_stop_string(cli, run):
+    """However tokens divide it; printed and in JSON, greedy, exact and with what transformers adds."""
+    greedy = (*run, "--temperature", 0)
+    whole = cli(*greedy, "--json").json
+    assert whole["finish_reason"] == "length"
+    for start, end in ((3, 5), (4, 9), (2, len(whole["text"]))):
+        stop = whole["text"][start:end]
+        cut = whole["text"][: whole["text"].index(stop)]
+        stopped = cli(*greedy, "--json", "--stop", "not there", "--stop", stop).json
+        assert (stopped["text"], stopped["finish_reason"]) == (cut, "stop")
+        assert stopped["generated_tokens"] <= NEW
+        printed = cli(*greedy, "--stop", stop)
+        assert printed.out == cut + "\n"
+        assert "cut at its limit" not in printed.err
+    assert cli(*greedy, "--json", "--stop", "not there").json["text"] == whole["text"]
+
+
+def test_flags_are_arguments_of_generate(cli, run, llama: Path):
+    for flags, sampling in (
+        (["--repetition-penalty", 1.7, "--temperature", 0], {"repetition_penalty": 1.7, "do_sample": False}),
+        (["--min-p", 0.05], {"min_p": 0.05, "do_sample": True}),
+    ):
+        assert cli(*run, *flags, "--json").json["text"] == from_api(llama, TEXT, sampling)[0]
+    penalised = cli(*run, "--temperature", 0, "--repetition-penalty", 1.7, "-q").out
+    assert penalised != cli(*run, "--temperature", 0, "-q").out
+
+
+def test_thinking_is_turned_where_the_template_can(cli, llama: Path, chat: Path, tmp_path: Path):
+    cli.refuses(2, "no switch for thinking", "run", "hello", "-m", chat, "--no-thinking")
+    cli.refuses(2, "--thinking needs a chat template", "run", "hello", "-m", llama, "--thinking")
+    cli.refuses(2, "--no-thinking needs a chat template", "run", "hello", "-m", chat, "--no-thinking", "--raw")
+    for number, name in enumerate(("enable_thinking", "thinking")):
+        directory = Path(shutil.copytree(llama, tmp_path / str(number)))
+        switch = f"{{% if {name} is defined and not {name} %}} thought{{% endif %}}"
+        write_tokenizer(directory, CHAT_TEMPLATE + switch)
+        tokens = [
+            cli("run", "hello", "-n", 1, "--json", "-m", directory, *flags).json["prompt_tokens"]
+            for flags in ([], ["--thinking"], ["--no-thinking"])
+        ]
+        assert tokens[0] == tokens[1] < tokens[2]
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_the_tokenizer_is_loaded_once(cli, chat: Path, monkeypatch: pytest.MonkeyPatch, command: str):
+    loads: list[object] = []
+    real = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: loads.append(a) or real(*a, **k))
+    prompt = {"stdin": "hello\n"} if command == "chat" else {}
+    typed = ["hello"] if command == "run" else []
+    assert cli(command, *typed, "-n", 2, "-q", "-m", chat, **prompt).code == 0
+    assert len(loads) == 1
 
 
 def test_the_demo_needs_no_flags_and_less_memory_than_its_file(cli):

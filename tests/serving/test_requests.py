@@ -29,8 +29,9 @@ def refused(endpoint: str, **values: object) -> Failure:
 def test_everything_that_is_served():
     common = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0.5, "top_p": 1, "seed": -3}
     common |= {"stop": ["a", "b"], "n": 2, "density": 0.25, "exact": False, "user": "somebody"}
+    common |= {"min_p": 0.05, "repetition_penalty": 1.1}
     both = {"stream": True, "include_usage": True, "temperature": 0.5, "top_p": 1.0, "seed": -3, "stops": ("a", "b")}
-    both |= {"n": 2, "density": 0.25, "exact": False}
+    both |= {"n": 2, "density": 0.25, "exact": False, "min_p": 0.05, "repetition_penalty": 1.1}
     found = parse("chat", **common, max_completion_tokens=7, logprobs=True, top_logprobs=3)
     assert found == Request("chat", messages=(USER,), max_tokens=7, top_logprobs=3, **both)
     found = parse("completions", **common, max_tokens=7, logprobs=3, prompt=["a", [1, 2]])
@@ -54,6 +55,8 @@ def test_what_is_left_out_or_null():
     ("name", "value"),
     [("temperature", value) for value in (-0.1, 2.1, "1", True, [1], 10**400, 1e999, float("nan"))]
     + [("top_p", value) for value in (-1, 1.5, "x", False)]
+    + [("min_p", value) for value in (-0.1, 1.1, "x", True)]
+    + [("repetition_penalty", value) for value in (0, -1, 101, "x", True)]
     + [("n", value) for value in (0, 9, 1.0, "2", True, 10**30)]
     + [("max_tokens", value) for value in (0, -1, 1.5, "5", True, 10**400)]
     + [("seed", value) for value in (1.5, "1", 2**63, True)]
