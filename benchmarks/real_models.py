@@ -79,8 +79,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--models",
         type=Path,
         default=default_models(),
-        help="folder to keep the models in; those "
-        "that are there are not fetched (default: $GRIFFIN_REAL_MODELS, else the user's cache)",
+        help="where models are kept, and fetched to if absent (default: $GRIFFIN_REAL_MODELS, else the user's cache)",
     )
     parser.add_argument(
         "--text",
