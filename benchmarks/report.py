@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "griffin-offload")
-PATH_OPTIONS = ("--dir", "--rival-dir", "--out", "--text", "--prior", "--env", "--envs", "--prompt-ids")
+PATH_OPTIONS = ("--dir", "--rival-dir", "--out", "--text", "--prior", "--env", "--envs", "--prompt-ids", "--models")
 
 
 def hardware() -> dict[str, Any]:

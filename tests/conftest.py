@@ -24,6 +24,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 Checkpoints = Callable[..., Path]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run tests that fetch a trained model, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--run-slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow, fetches a trained model: --run-slow runs it"))
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """`checkpoints(name, dtype, shards)` is the directory of a tiny checkpoint with a tokenizer."""

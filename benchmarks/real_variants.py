@@ -1,0 +1,234 @@
+"""What one process of `real_models.py` does: the stock model's own figures, or those of one variant of it.
+
+W windows, P prompt tokens, G scored tokens, V vocabulary. A window goes through `generate` as a prompt of a user does:
+P tokens streamed, and every further one decoded by itself, but that the text says which token comes next. So all G
+scored predictions come from the residents, by the kernels that answers come from; the prompt's own is left out.
+"""
+
+import lzma
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from quality import divergence, window_nll
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from griffin_offload import GriffinModel
+from griffin_offload.cli.options import quiet_libraries
+from griffin_offload.errors import one_line
+from griffin_offload.evaluation.speed import run_fixed
+from griffin_offload.evaluation.windows import SEPARATOR, first_tokens, take_windows, tokenize
+from griffin_offload.runtime.bandwidth import decode_bytes_per_s
+from griffin_offload.runtime.prompts import encode_messages
+from griffin_offload.weights.quantized_linear import PRECISIONS
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "How many days are in a week?",
+    "Name three colours of a rainbow.",
+)
+ANSWER_TOKENS = 48
+SPEED_TOKENS = 64
+EXACT_DENSITY, EXACT_WINDOWS, EXACT_TOKENS = 0.5, 4, 64
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How many windows of which size."""
+
+    count: int
+    prompt_tokens: int
+    scored_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a window: the prompt, the token that it predicts, and the scored ones."""
+        return self.prompt_tokens + 1 + self.scored_tokens
+
+
+@dataclass(frozen=True)
+class Stock:
+    """Of the 16-bit model by stock transformers."""
+
+    perplexity: dict[str, float]
+    """By text."""
+    bytes_per_s: float
+    """The fastest that one row is multiplied here by matrices of the model's FF that no cache holds, any precision."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one text, against the stock model; a list has a mean for every window. KL in nats per token."""
+
+    window_nll: list[float]
+    window_kl: list[float]
+    top1_agreement: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(statistics.mean(self.window_nll))
+
+    @property
+    def kl(self) -> float:
+        return statistics.mean(self.window_kl)
+
+    @property
+    def kl_error(self) -> float:
+        """Standard error over the windows."""
+        return statistics.stdev(self.window_kl) / math.sqrt(len(self.window_kl)) if len(self.window_kl) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one variant."""
+
+    scores: dict[str, Score]
+    """By text."""
+    resident_bytes: int
+    token_bytes: int
+    """Weights that one token reads: the residents without an embedding that is only looked up."""
+    tokens_per_s: list[float]
+    """One for each repeat."""
+    answers: list[str]
+    tokens_per_pass: float | None
+    """Of exact mode; None: not measured at this density, or quantised on the way, which has no exact mode."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to keep a model."""
+
+    precision: str
+    converted: bool
+    """Quantised once by `convert`; else, for each prompt anew."""
+    density: float
+
+    @property
+    def name(self) -> str:
+        way = "" if self.precision == "none" else ", converted" if self.converted else ", on the way"
+        return ("16 bit" if self.precision == "none" else self.precision) + way
+
+
+@torch.inference_mode()
+def measure_stock(folder: Path, texts: Mapping[str, Sequence[str]], windows: Windows, threads: int, out: Path) -> Stock:
+    """Windows of every text (its documents) and the stock model's logits for them, written to `out`."""
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype)
+    first, kept, perplexity = first_tokens(config, tokenizer), {}, {}
+    for name, documents in texts.items():
+        cut = take_windows(tokenize(list(documents), tokenizer), windows.tokens, windows.count, "even", first)
+        logits = torch.stack([model(ids[None, :-1]).logits[0, windows.prompt_tokens :] for ids in cut])
+        kept[name] = {"ids": torch.stack(cut), "logits": logits}
+        nll = [mean_nll(own.float().log_softmax(-1), ids) for own, ids in zip(logits, cut, strict=True)]
+        perplexity[name] = math.exp(statistics.mean(nll))
+    torch.save(kept, out)
+    rates = [
+        decode_bytes_per_s(p, config.hidden_size, config.intermediate_size, config.dtype, torch.device("cpu"), threads)
+        for p in PRECISIONS
+    ]
+    return Stock(perplexity, max(rate for rate in rates if rate))
+
+
+def mean_nll(log_probs: Tensor, ids: Tensor) -> float:
+    """Of the last tokens of a window, [G, V]."""
+    return window_nll(log_probs[None], ids[None, -len(log_probs) :])[0]
+
+
+@torch.no_grad()
+def measure_variant(
+    folder: Path, variant: Variant, reference: Path, windows: Windows, threads: int, repeats: int
+) -> Measured | str:
+    """Figures of `folder`, a checkpoint that is converted already if the variant is; or why there are none."""
+    quiet_libraries()
+    try:
+        kept = torch.load(reference, mmap=True)
+        prompts = next(iter(kept.values()))["ids"][:, : windows.prompt_tokens]
+        options: dict[str, Any] = {"device": "cpu", "quantize": variant.precision, "density": variant.density}
+        options |= {"ctx_size": max(windows.tokens, windows.prompt_tokens + SPEED_TOKENS, 256), "threads": threads}
+        with GriffinModel.from_pretrained(folder, **options) as model:
+            scores = {name: score(model, of["ids"], of["logits"]) for name, of in kept.items()}
+            speeds = [run_fixed(model, prompts[0], SPEED_TOKENS).decode_tokens_per_s for _ in range(repeats + 1)]
+            found = (scores, model.resident_bytes, bytes_of_a_token(model), speeds[1:], answers(model))
+        exact = variant.density == EXACT_DENSITY and (variant.converted or variant.precision == "none")
+        return Measured(*found, tokens_per_pass(folder, prompts[:EXACT_WINDOWS], options) if exact else None)
+    except Exception as error:  # a row of the page says so
+        return f"{type(error).__name__}: {one_line(error)}"
+
+
+def score(model: GriffinModel, windows: Tensor, reference: Tensor) -> Score:
+    """`windows` [W, P + 1 + G], `reference` logits [W, G, V]."""
+    nll, kl, agreement = [], [], []
+    for ids, stock in zip(windows, reference, strict=True):
+        own = forced_logits(model, ids, len(stock)).log_softmax(-1)
+        stock_log_probs = stock.float().log_softmax(-1)
+        nll.append(mean_nll(own, ids))
+        kl.append(divergence(stock_log_probs, own))
+        agreement.append((stock_log_probs.argmax(-1) == own.argmax(-1)).double().mean().item())
+    return Score(nll, kl, statistics.mean(agreement))
+
+
+def forced_logits(model: GriffinModel, ids: Tensor, scored_tokens: int) -> Tensor:
+    """float32 [G, V]: what the residents predict of a window [P + 1 + G], each token behind those of the text."""
+    text, new_tokens = ids.tolist(), scored_tokens + 1
+    output = generate(
+        model,
+        ids[:-new_tokens],
+        new_tokens,
+        eos_token_id=None,
+        prefix_allowed_tokens_fn=lambda _, so_far: [text[len(so_far)]],
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    assert output.sequences[0].tolist() == text, "the text was not followed"
+    if model.last_report.decode_streamed_bytes:
+        raise RuntimeError(f"decoding fetched {model.last_report.decode_streamed_bytes} bytes")
+    return torch.cat(output.logits[1:]).float()
+
+
+def generate(model: GriffinModel, prompt: Tensor, new_tokens: int, **options: Any) -> Any:
+    """Greedily behind `prompt` [P], whatever the checkpoint's defaults are."""
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    return model.generate(prompt[None], max_new_tokens=new_tokens, **greedy, **options)
+
+
+def answers(model: GriffinModel) -> list[str]:
+    """To the questions; none of a model without a chat template."""
+    if model.tokenizer.chat_template is None:
+        return []
+    found = []
+    for question in QUESTIONS:
+        ids = torch.tensor(encode_messages(model.tokenizer, [{"role": "user", "content": question}]))
+        answer = generate(model, ids, ANSWER_TOKENS)[0, len(ids) :]
+        found.append(model.tokenizer.decode(answer, skip_special_tokens=True).strip())
+    return found
+
+
+def bytes_of_a_token(model: GriffinModel) -> int:
+    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+    looked_up = model.plan.embeddings == "device" and head.weight is not embedding.weight
+    return model.resident_bytes - looked_up * embedding.weight.nbytes
+
+
+def tokens_per_pass(folder: Path, prompts: Tensor, options: dict[str, Any]) -> float:
+    """Tokens that a verifying pass of exact mode gives, of all prompts [W, P] together."""
+    tokens = passes = 0
+    with GriffinModel.from_pretrained(folder, exact=True, **options) as model:
+        for prompt in prompts:
+            generate(model, prompt, EXACT_TOKENS, eos_token_id=None)
+            drafting = model.last_report.drafting
+            tokens, passes = tokens + drafting.tokens, passes + drafting.passes
+    return tokens / passes
+
+
+def documents_of(path: Path) -> list[str]:
+    """Of a UTF-8 text, plain or .xz."""
+    with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+        pieces = [piece.strip() for piece in file.read().decode().split(SEPARATOR)]
+    return [piece for piece in pieces if piece]
