@@ -7,11 +7,11 @@ from torch import Tensor
 
 from griffin_offload.kernels.compiled import NUMBER_TYPES, Library
 
-Sizes = tuple[int, int, int, int, int, int, int]
-"""Rows, parts, outputs, features, inputs, group, block."""
-Beside = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
-"""Input scale, weight, scale, bias."""
-_PRODUCT = struct.Struct("@12P12q")  # built for every product, so it is packed at once and not field by field
+Sizes = tuple[int, int, int, int, int, int]
+"""Rows, parts, outputs, features, inputs, group."""
+Beside = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""Input scale, weight, groups, scale, bias."""
+_PRODUCT = struct.Struct("@13P11q")  # built for every product, so it is packed at once and not field by field
 NOTHING_MADE = (0, 0, 0, 0, 0, 0)
 """For kernels that need no memory for sums, floats, numbers, step, totals and lanes."""
 
@@ -28,7 +28,7 @@ def run(
     ahead: bool,
 ) -> Tensor:
     """The product [rows, features] in the type of x, made by `function` of the library; `made` are addresses."""
-    (input_scale, weight, scale, bias), dtype = beside, x.dtype
+    (input_scale, weight, groups, scale, bias), dtype = beside, x.dtype
     if input_scale is not None:
         check(input_scale, (sizes[4],), dtype)
     if bias is not None:
@@ -38,6 +38,7 @@ def run(
         x.data_ptr(),
         0 if input_scale is None else input_scale.data_ptr(),
         weight.data_ptr(),
+        0 if groups is None else groups.data_ptr(),
         0 if scale is None else scale.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         product.data_ptr(),
