@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+from griffin_offload.weights.int4_tiles import cpu_block
 from torch.nn.functional import linear
 
 from griffin_offload.kernels import few_rows
 from griffin_offload.weights.direct import untouched_zeros
-from griffin_offload.weights.int4_tiles import cpu_block
 
 PRECISIONS = ("none", "int8", "int4")
 WORKING_SET_BYTES = int(1e9)

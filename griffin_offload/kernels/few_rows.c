@@ -7,15 +7,15 @@
 #include <math.h>
 
 #include "few_rows.h"
+#include "int4.h"
 #include "parallel.h"
 
 #define MOST_GROUP 128
-#define LARGEST 32639 /* = 127 * 256 + 127: its upper and lower bytes are signed */
-#define TINY 1e-30f   /* below it a group counts as zero, so that no scale overflows */
-#define UNIT 64       /* outputs that stay together: whole blocks of tiles, whole cache lines of results */
+#define UNIT 64       /* outputs that stay together: whole strips, whole cache lines of results */
 
-/* `count` values become numbers; what rounding leaves over stays in `values`. */
-AVX2 INLINED void quantize_group(float *values, int64_t count, int16_t *numbers, float *step, int32_t *sum) {
+/* `count` values become numbers of up to `largest`; what rounding leaves over stays in `values`. */
+AVX2 INLINED void quantize_group(float *values, int64_t count, float largest, int16_t *numbers, float *step,
+                                 int32_t *sum) {
     float most = 0;
     int finite = 1;
     for (int64_t k = 0; k < count; k++) {
@@ -23,8 +23,8 @@ AVX2 INLINED void quantize_group(float *values, int64_t count, int16_t *numbers,
         most = size > most ? size : most;
         finite &= size <= FLT_MAX;
     }
-    float inverse = finite && most >= TINY ? LARGEST / most : 0;
-    *step = finite ? (most >= TINY ? most / LARGEST : 0) : NAN; /* what is no number makes the whole row none */
+    float inverse = finite && most >= TINY ? largest / most : 0;
+    *step = finite ? (most >= TINY ? most / largest : 0) : NAN; /* what is no number makes the whole row none */
     *sum = 0;
     for (int64_t k = 0; k < count; k++) {
         int32_t number = finite ? (int32_t)rintf(values[k] * inverse) : 0;
@@ -62,9 +62,33 @@ AVX2 static void quantize(const Product *p) {
             for (int64_t part = row * p->parts; part < (row + 1) * p->parts; part++) {
                 int16_t *whole = p->numbers + part * p->inputs;
                 int8_t *upper = (int8_t *)whole + start;
-                quantize_group(values, count, p->wide ? numbers : whole + start, p->step + part * groups + group,
+                quantize_group(values, count, LARGEST, p->wide ? numbers : whole + start, p->step + part * groups + group,
                                p->totals + part * groups + group);
                 if (p->wide) split_bytes(numbers, count, upper, upper + p->inputs);
+            }
+        }
+}
+
+/* As int4 rows are multiplied by bytes: of four groups the first 16 inputs of each, and then the others; 8 bits of them,
+ * beside which weights of four are coarse. `floats` become the groups' sums. */
+AVX2 static void quantize_by_fours(const Product *p) {
+    const int64_t groups = groups_of(p), half = INT4_GROUP / 2;
+    float values[INT4_GROUP];
+    int16_t numbers[INT4_GROUP];
+    memset(p->numbers, 0, (size_t)(p->rows * p->parts * filled_inputs(p)));
+    for (int64_t row = 0; row < p->rows; row++)
+        for (int64_t group = 0; group < groups; group++) {
+            inputs_of(p, row, group * INT4_GROUP, INT4_GROUP, values);
+            for (int64_t part = row * p->parts; part < (row + 1) * p->parts; part++) {
+                int8_t *to = filled_bytes(p, part) + group / 4 * FILLED + group % 4 * half;
+                const int64_t at = part * groups + group;
+                int32_t sum;
+                quantize_group(values, INT4_GROUP, LARGEST_BYTE, numbers, p->step + at, &sum);
+                p->floats[at] = (float)sum * p->step[at];
+                for (int64_t k = 0; k < half; k++) {
+                    to[k] = (int8_t)numbers[k];
+                    to[k + FILLED / 2] = (int8_t)numbers[k + half];
+                }
             }
         }
 }
@@ -98,9 +122,17 @@ void multiply_int8(const Product *p, Parallel parallel) {
     multiply(p, parallel, p->wide ? int8_by_vnni : int8_by_avx2);
 }
 
-void multiply_int4(const Product *p, Parallel parallel) {
-    quantize(p);
-    multiply(p, parallel, p->wide ? int4_by_vnni : int4_by_avx2);
+void multiply_int4_rows(const Product *p, Parallel parallel) {
+    if (p->wide) quantize_by_fours(p);
+    else quantize(p);
+    multiply(p, parallel, p->wide ? int4_rows_by_vnni : int4_rows_by_avx2);
+}
+
+AVX2 void multiply_int4_strips(const Product *p, Parallel parallel) {
+    for (int64_t row = 0; row < p->rows; row++)
+        for (int64_t start = 0; start < p->inputs; start += MOST_GROUP)
+            inputs_of(p, row, start, least(MOST_GROUP, p->inputs - start), p->floats + row * p->inputs + start);
+    multiply(p, parallel, p->wide ? int4_strips_by_vnni : int4_strips_by_avx2);
 }
 
 AVX2 void multiply_floats(const Product *p, Parallel parallel) {

@@ -1,7 +1,6 @@
 """Chosen neurons moved into the form that they rest in (gathering.c), by the threads that multiply.
 
-torch and numpy take every number by its index, and turn int4 around in several passes over copies; here bits say which
-columns stay, and rows become tiles in registers (benchmarks/NOTES.md has the rates).
+torch and numpy take every number by its index; here bits say which columns stay (benchmarks/NOTES.md has the rates).
 """
 
 import struct
@@ -10,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.compiled import HALVES, Library, library
+from griffin_offload.kernels.compiled import Library, library
 from griffin_offload.kernels.handed import check, check_rows
 
-_GATHERING = struct.Struct("@7P11q")
+_GATHERING = struct.Struct("@6P9q")
 """The struct Gathering of gathering.c."""
 _MASK_BITS = 64
-_HALF = 16  # bytes of a group of 32 numbers of 4 bits
+_HALF = 16  # bytes of a group of 32 codes
 
 
 def gather_columns(source: Tensor, chosen: Tensor, out: Tensor) -> bool:
@@ -41,53 +40,32 @@ def gather_columns(source: Tensor, chosen: Tensor, out: Tensor) -> bool:
     wanted[chosen.numpy()] = True
     taken = np.packbits(wanted, bitorder="little")
     item = source.element_size()
-    addresses = (source.data_ptr(), 0, 0, taken.ctypes.data, 0, out.data_ptr(), 0)
-    sizes = (kept, rows, columns * item, source.stride(0) * item, out.stride(0) * item, item, 0, 0, 0, 0)
+    addresses = (source.data_ptr(), 0, 0, taken.ctypes.data, out.data_ptr(), 0)
+    sizes = (kept, rows, columns * item, source.stride(0) * item, out.stride(0) * item, item, 0, 0)
     _run(found, "gather_columns", addresses, sizes)
     return True
 
 
-def gather_rows_to_tiles(
-    rows: tuple[Tensor, Tensor], chosen: Tensor, tiles: tuple[Tensor, Tensor], start: int, filled: int, block: int
+def gather_neurons_to_strips(
+    neurons: tuple[Tensor, Tensor], chosen: Tensor, strips: tuple[Tensor, Tensor], start: int
 ) -> bool:
-    """Make int4 rows `chosen` [K] outputs start.. of tiles in blocks of `block`, and zeros of what follows up to a
-    multiple of `filled`. Both are bytes and scales on the CPU, as int4_tiles.py describes them. False where torch has
-    to."""
-    (packed, scales), (target, tile_scales) = rows, tiles
+    """Make neurons `chosen` [K] of int4 neurons, codes [R, O / 2] and groups [R, O / 32, 2] on the CPU, inputs start..
+    of `strips`; weights/int4.py describes both. False where torch has to."""
+    (codes, groups), (target, target_groups) = neurons, strips
     found = library()
-    known = scales.dtype == tile_scales.dtype and scales.dtype in (*HALVES, torch.float32) and scales.is_contiguous()
-    if found is None or not known or not packed.is_contiguous():
+    if found is None or not codes.is_contiguous():
         return False
-    (stored, row_bytes), outputs, groups = packed.shape, target.shape[0], packed.shape[1] // _HALF
-    check(packed, (stored, groups * _HALF), torch.uint8)
-    check(scales, (stored, groups, 2))
-    check(target, (outputs, row_bytes), torch.uint8)
-    check(tile_scales, (groups, outputs, 2))
-    chosen, count = _inside(chosen, stored), chosen.numel()
-    made = -(-count // filled) * filled
-    if start % block or filled % block or start + made > outputs:
-        raise ValueError(f"{made} outputs from {start} on do not fit {outputs} in blocks of {block}")
-    zeros = np.zeros(row_bytes, dtype=np.uint8)
-    addresses = (packed.data_ptr(), scales.data_ptr(), chosen.data_ptr(), 0, zeros.ctypes.data, target.data_ptr())
-    sizes = (count, made, row_bytes, 0, 0, 2 * scales.element_size(), start, outputs, 0, block)
-    _run(found, "gather_rows_to_tiles", (*addresses, tile_scales.data_ptr()), sizes)
-    return True
-
-
-def gather_neurons_to_tiles(packed: Tensor, chosen: Tensor, tiles: Tensor, start: int, block: int) -> bool:
-    """Make neurons `chosen` [K] of int4 neurons [R, O / 2], on the CPU, inputs start.. of `tiles` [O', I / 2];
-    int4_tiles.py describes both. False where torch has to."""
-    found = library()
-    if found is None or not packed.is_contiguous():
-        return False
-    (stored, row_bytes), (outputs, pairs) = packed.shape, tiles.shape
-    check(packed, (stored, row_bytes // _HALF * _HALF), torch.uint8)
-    check(tiles, (outputs, pairs), torch.uint8)
-    chosen, count = _inside(chosen, stored), chosen.numel()
-    if start + count > 2 * pairs or 2 * row_bytes > outputs or outputs % block:
-        raise ValueError(f"{count} neurons of {2 * row_bytes} outputs do not fit {tuple(tiles.shape)} from {start} on")
-    addresses = (packed.data_ptr(), 0, chosen.data_ptr(), 0, 0, tiles.data_ptr(), 0)
-    _run(found, "gather_neurons_to_tiles", addresses, (count, 0, row_bytes, 0, 0, 0, start, outputs, 2 * pairs, block))
+    (stored, row_bytes), count = codes.shape, chosen.numel()
+    per_neuron, kept = row_bytes // _HALF, target.shape[1]
+    check(codes, (stored, per_neuron * _HALF), torch.uint8)
+    check(groups, (stored, per_neuron, 2), torch.uint8)
+    check(target, (-(-per_neuron // 2), kept, 2 * _HALF), torch.uint8)
+    check(target_groups, (2 * target.shape[0], kept, 2), torch.uint8)
+    if start + count > kept:
+        raise ValueError(f"{count} neurons do not fit strips of {kept} from {start} on")
+    chosen = _inside(chosen, stored)
+    addresses = (codes.data_ptr(), groups.data_ptr(), chosen.data_ptr(), 0, target.data_ptr(), target_groups.data_ptr())
+    _run(found, "gather_neurons_to_strips", addresses, (count, 0, row_bytes, 0, 0, 0, start, kept))
     return True
 
 

@@ -158,7 +158,7 @@ AMX INLINED void multiply_outputs(const Product *p, int64_t output, const int fo
 MANY(AMX, amx, int8, INT8)
 MANY(AMX, amx, int4_rows, INT4_ROWS)
 MANY(AMX, amx, int4_neurons, INT4_NEURONS)
-MANY(AMX, amx, int4_tiles, INT4_TILES)
+MANY(AMX, amx, int4_strips, INT4_STRIPS)
 
 #elif defined(__x86_64__) /* a compiler that does not know these instructions */
 
@@ -172,6 +172,6 @@ MANY(AMX, amx, int4_tiles, INT4_TILES)
 PAIRS_INSTEAD(int8)
 PAIRS_INSTEAD(int4_rows)
 PAIRS_INSTEAD(int4_neurons)
-PAIRS_INSTEAD(int4_tiles)
+PAIRS_INSTEAD(int4_strips)
 
 #endif

@@ -75,54 +75,41 @@ AVX2 INLINED void fill_by_inputs(const Product *p, int64_t output, int64_t input
 }
 
 AVX2 INLINED void fill_by_int4_rows(const Product *p, int64_t output, int64_t input, int64_t count, Panels panels) {
-    const __m256 middle = _mm256_set1_ps(8); /* taken off first, which is exact */
     for (int64_t first = 0; first < MANY_OUTPUTS; first += LANES)
         for (int64_t at = 0; at < count; at += INT4_GROUP) {
             const uint8_t *from[LANES];
-            __m256 scale[LANES], offset[LANES], rows[LANES];
+            __m256 step[LANES], offset[LANES], rows[LANES];
             for (int i = 0; i < LANES; i++) {
                 /* An output past the end is another one again: what it makes is not stored. */
                 const int64_t here = least(output + first + i, p->outputs - 1);
                 const int64_t group = (here * p->inputs + input + at) / INT4_GROUP;
-                float both[2];
-                widen(p->scale, 2 * group, 2, p->scale_type, both);
-                scale[i] = _mm256_set1_ps(both[0]);
-                offset[i] = _mm256_set1_ps(both[1]);
-                from[i] = (const uint8_t *)p->weight + group * (INT4_GROUP / 2);
+                step[i] = _mm256_set1_ps(int4_step(p->groups + group * PAIR_BYTES));
+                offset[i] = _mm256_set1_ps(int4_offset(p->groups + group * PAIR_BYTES));
+                from[i] = (const uint8_t *)p->weight + group * INT4_BYTES;
             }
             for (int k = 0; k < INT4_GROUP / LANES; k++) {
-                for (int i = 0; i < LANES; i++)
-                    rows[i] = _mm256_fmadd_ps(_mm256_sub_ps(eight_numbers(from[i] + k % 2 * LANES, k / 2), middle),
-                                              scale[i], offset[i]);
+                for (int i = 0; i < LANES; i++) {
+                    __m256 codes = eight_numbers(from[i] + k % 2 * LANES, k / 2);
+                    rows[i] = _mm256_mul_ps(_mm256_add_ps(codes, offset[i]), step[i]); /* the sum is exact */
+                }
                 store_square(rows, panels, first, at + k * LANES);
             }
         }
 }
 
-AVX2 INLINED void fill_by_int4_neurons(const Product *p, int64_t output, int64_t input, int64_t count, Panels panels) {
-    const __m256 middle = _mm256_set1_ps(7.5f);
+AVX2 INLINED void fill_by_neurons(const Product *p, int64_t output, int64_t input, int64_t count, Panels panels,
+                                  const int form) {
     for (int64_t first = 0; first < MANY_OUTPUTS; first += LANES) {
         const int64_t here = least(output + first, p->outputs - LANES), inside = here % INT4_GROUP;
-        const uint8_t *from = (const uint8_t *)p->weight + (input * p->outputs + here - inside) / 2;
-        from += inside % (INT4_GROUP / 2);
-        for (int64_t at = 0; at < count; at++, from += p->outputs / 2)
-            _mm256_store_ps(place_of(panels, first, at),
-                            _mm256_sub_ps(eight_numbers(from, inside >= INT4_GROUP / 2), middle));
-    }
-}
-
-AVX2 INLINED void fill_by_int4_tiles(const Product *p, int64_t output, int64_t input, int64_t count, Panels panels) {
-    const int64_t half = p->block / 2;
-    for (int64_t first = 0; first < MANY_OUTPUTS; first += LANES) {
-        const int64_t here = output + first, inside = here % p->block;
-        const uint8_t *from = (const uint8_t *)p->weight + (here - inside) * (p->inputs / 2) + inside % half;
-        from += input * half;
-        __m256 scale, offset;
-        for (int64_t at = 0; at < count; at++, from += half) {
-            if (at == 0 || (input + at) % p->group == 0)
-                scales_at(p, (input + at) / p->group * p->outputs + here, &scale, &offset);
-            __m256 numbers = _mm256_sub_ps(eight_numbers(from, inside >= half), _mm256_set1_ps(8));
-            _mm256_store_ps(place_of(panels, first, at), _mm256_fmadd_ps(numbers, scale, offset));
+        Neurons from = neurons_at(p, here - inside, input, form);
+        from.codes += inside % INT4_BYTES;
+        for (int64_t at = 0; at < count; at++) {
+            __m256 codes = eight_numbers(from.codes, inside >= INT4_BYTES);
+            __m256 numbers = _mm256_add_ps(codes, _mm256_set1_ps(int4_offset(from.pairs)));
+            numbers = _mm256_mul_ps(numbers, _mm256_set1_ps(int4_step(from.pairs)));
+            _mm256_store_ps(place_of(panels, first, at), numbers);
+            from.codes += from.codes_apart;
+            from.pairs += from.pairs_apart;
         }
     }
 }
@@ -189,7 +176,7 @@ AVX2 INLINED void finish(const Product *p, int64_t first, int64_t rows, int64_t 
         const int64_t at = output + v, count = least(LANES, p->features - at);
         if (count <= 0) return;
         float scale[LANES] = {1, 1, 1, 1, 1, 1, 1, 1}, bias[LANES] = {0};
-        if (form == INT8 || form == INT4_NEURONS) widen(p->scale, at, count, p->scale_type, scale);
+        if (form == INT8 || form == INT4_ROWS) widen(p->scale, at, count, p->scale_type, scale);
         if (p->bias) widen(p->bias, at, count, p->x_type, bias);
         for (int64_t r = 0; r < rows; r++) {
             __m256 numbers = _mm256_load_ps(&sums[r][v]);
@@ -215,8 +202,8 @@ AVX2 INLINED void multiply_outputs(const Product *p, int64_t output, const int f
         for (int64_t input = 0; input < p->inputs; input += DEPTH) {
             const int64_t count = least(DEPTH, p->inputs - input);
             if (form == INT4_ROWS) fill_by_int4_rows(p, output, input, count, panels);
-            else if (form == INT4_NEURONS) fill_by_int4_neurons(p, output, input, count, panels);
-            else if (form == INT4_TILES) fill_by_int4_tiles(p, output, input, count, panels);
+            else if (form == INT4_NEURONS || form == INT4_STRIPS)
+                fill_by_neurons(p, output, input, count, panels, form);
             else fill_by_inputs(p, output, input, count, panels, form);
             add_part(p, first, rows, input, count, panels, sums);
         }
@@ -228,6 +215,6 @@ MANY(AVX2, avx2, float, FLOATS)
 MANY(AVX2, avx2, int8, INT8)
 MANY(AVX2, avx2, int4_rows, INT4_ROWS)
 MANY(AVX2, avx2, int4_neurons, INT4_NEURONS)
-MANY(AVX2, avx2, int4_tiles, INT4_TILES)
+MANY(AVX2, avx2, int4_strips, INT4_STRIPS)
 
 #endif

@@ -49,6 +49,6 @@ BF16 INLINED void multiply_outputs(const Product *p, int64_t output, const int f
 MANY(BF16, bf16, int8, INT8)
 MANY(BF16, bf16, int4_rows, INT4_ROWS)
 MANY(BF16, bf16, int4_neurons, INT4_NEURONS)
-MANY(BF16, bf16, int4_tiles, INT4_TILES)
+MANY(BF16, bf16, int4_strips, INT4_STRIPS)
 
 #endif

@@ -10,15 +10,10 @@
 
 #define DEPTH 512 /* inputs of a part */
 #define NEURONS_AHEAD 16
-#define TILES_AHEAD 4096 /* bytes */
 #define PAIRED 32 /* 16-bit numbers of a vector */
 
 /* The upper halves of 32-bit numbers: two neighbouring inputs of an output each. */
 typedef uint32_t Pairs[DEPTH / 2][MANY_OUTPUTS];
-
-BF16 INLINED __m512i sixteen_levels(__m512 levels) {
-    return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(levels));
-}
 
 BF16 INLINED __m512 sixteen(void) {
     return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -33,21 +28,16 @@ BF16 INLINED __m512i int8_inputs(const Product *p, int64_t output, int64_t input
     return (__m512i)_mm512_cvtne2ps_pbh(second, first);
 }
 
+/* What the 16 codes of a group stand for. */
+BF16 INLINED __m256i levels_of_group(const uint8_t *pair) {
+    const __m512 codes = _mm512_add_ps(sixteen(), _mm512_set1_ps(int4_offset(pair)));
+    return (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(int4_step(pair))));
+}
+
 BF16 INLINED __m512i int4_inputs(const Product *p, int64_t output, int64_t input) {
     const int64_t at = (output * p->inputs + input) / INT4_GROUP;
-    __m512 scale, offset;
-    if (p->scale_type == BFLOAT16) {
-        __m512i both = _mm512_set1_epi32(((const int32_t *)p->scale)[at]);
-        scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-        offset = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000u)));
-    } else {
-        float both[2];
-        widen(p->scale, 2 * at, 2, p->scale_type, both);
-        scale = _mm512_set1_ps(both[0]);
-        offset = _mm512_set1_ps(both[1]);
-    }
-    __m512i levels = sixteen_levels(_mm512_fmadd_ps(_mm512_sub_ps(sixteen(), _mm512_set1_ps(8)), scale, offset));
-    const uint8_t *from = (const uint8_t *)p->weight + at * (INT4_GROUP / 2);
+    const __m512i levels = _mm512_castsi256_si512(levels_of_group(p->groups + at * PAIR_BYTES));
+    const uint8_t *from = (const uint8_t *)p->weight + at * INT4_BYTES;
     if (p->ahead) __builtin_prefetch(from + 64);
     __m128i bytes = _mm_loadu_si128((const __m128i *)from);
     __m256i wide = _mm256_cvtepu8_epi16(bytes);
@@ -103,22 +93,28 @@ BF16 INLINED __m512i two_inputs(const uint8_t *first, const uint8_t *second) {
     return _mm512_or_si512(one, _mm512_slli_epi32(other, 16));
 }
 
-BF16 INLINED void fill_by_neurons(const Product *p, int64_t output, int64_t input, int64_t count, Pairs pairs) {
-    const __m512i levels = sixteen_levels(_mm512_sub_ps(sixteen(), _mm512_set1_ps(7.5f)));
-    const __m512i nibbles = _mm512_set1_epi32(0x000f000f);
+BF16 INLINED void fill_by_neurons(const Product *p, int64_t output, int64_t input, int64_t count, Pairs pairs,
+                                  const int form) {
+    const __m512i nibbles = _mm512_set1_epi32(0x000f000f), second = _mm512_set1_epi32(0x00100000);
     for (int64_t first = 0; first < MANY_OUTPUTS; first += INT4_GROUP) {
         const int there = output + first < p->outputs;
-        const uint8_t *from = (const uint8_t *)p->weight + (input * p->outputs + output + first) / 2;
-        for (int64_t at = 0; at < count; at += 2, from += p->outputs) {
+        Neurons from = neurons_at(p, there ? output + first : 0, input, form);
+        for (int64_t at = 0; at < count; at += 2) {
             __m512i low = _mm512_setzero_si512(), high = low;
             if (there) {
-                if (p->ahead) {
-                    __builtin_prefetch(from + NEURONS_AHEAD * p->outputs / 2);
-                    __builtin_prefetch(from + (NEURONS_AHEAD + 1) * p->outputs / 2);
-                }
-                __m512i both = two_inputs(from, from + p->outputs / 2);
-                low = _mm512_permutexvar_epi16(_mm512_and_si512(both, nibbles), levels);
-                high = _mm512_permutexvar_epi16(_mm512_and_si512(_mm512_srli_epi32(both, 4), nibbles), levels);
+                if (p->ahead)
+                    for (int i = 0; i < 2; i++)
+                        __builtin_prefetch(from.codes + (NEURONS_AHEAD + i) * from.codes_apart);
+                /* The levels of the one neuron and behind them those of the other. */
+                __m512i levels = _mm512_inserti64x4(_mm512_castsi256_si512(levels_of_group(from.pairs)),
+                                                    levels_of_group(from.pairs + from.pairs_apart), 1);
+                __m512i both = two_inputs(from.codes, from.codes + from.codes_apart);
+                low = _mm512_or_si512(_mm512_and_si512(both, nibbles), second);
+                high = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(both, 4), nibbles), second);
+                low = _mm512_permutexvar_epi16(low, levels);
+                high = _mm512_permutexvar_epi16(high, levels);
+                from.codes += 2 * from.codes_apart;
+                from.pairs += 2 * from.pairs_apart;
             }
             _mm512_store_si512(&pairs[at / 2][first], low);
             _mm512_store_si512(&pairs[at / 2][first + WIDE_LANES], high);
@@ -126,43 +122,8 @@ BF16 INLINED void fill_by_neurons(const Product *p, int64_t output, int64_t inpu
     }
 }
 
-/* Numbers that `both` has in its low and its upper halves, as pairs. */
-BF16 INLINED __m512i scaled_pairs(__m512i both, __m512 scale, __m512 offset) {
-    const __m512i nibble = _mm512_set1_epi32(15);
-    const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                                  6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    __m512 one = _mm512_cvtepi32_ps(_mm512_and_si512(both, nibble));
-    __m512 other = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(both, 16), nibble));
-    one = _mm512_fmadd_ps(one, scale, offset);
-    other = _mm512_fmadd_ps(other, scale, offset);
-    return _mm512_permutexvar_epi16(side_by_side, (__m512i)_mm512_cvtne2ps_pbh(other, one));
-}
-
-BF16 INLINED void fill_by_tiles(const Product *p, int64_t output, int64_t input, int64_t count, Pairs pairs) {
-    const int64_t half = p->block / 2;
-    for (int64_t first = 0; first < MANY_OUTPUTS; first += WIDE_LANES) {
-        const int64_t here = output + first, inside = here % p->block;
-        const int high = inside >= half ? 4 : 0;
-        const uint8_t *from = (const uint8_t *)p->weight + (here - inside) * (p->inputs / 2) + inside % half;
-        from += input * half;
-        for (int64_t at = 0; at < count;) {
-            const int64_t group = (input + at) / p->group;
-            const int64_t end = least((group + 1) * p->group - input, count); /* even, as groups are */
-            __m512 scale, offset;
-            wide_scales_at(p, group * p->outputs + here, p->scale_type, &scale, &offset);
-            offset = _mm512_fnmadd_ps(_mm512_set1_ps(8), scale, offset);
-            for (; at < end; at += 2, from += 2 * half) {
-                if (p->ahead) __builtin_prefetch(from + TILES_AHEAD);
-                __m512i both = _mm512_srli_epi32(two_inputs(from, from + half), high);
-                _mm512_store_si512(&pairs[at / 2][first], scaled_pairs(both, scale, offset));
-            }
-        }
-    }
-}
-
 BF16 INLINED void fill(const Product *p, int64_t output, int64_t input, int64_t count, Pairs pairs, const int form) {
-    if (form == INT4_NEURONS) fill_by_neurons(p, output, input, count, pairs);
-    else if (form == INT4_TILES) fill_by_tiles(p, output, input, count, pairs);
+    if (form == INT4_NEURONS || form == INT4_STRIPS) fill_by_neurons(p, output, input, count, pairs, form);
     else fill_by_outputs(p, output, input, count, pairs, form);
 }
 
@@ -179,7 +140,7 @@ BF16 INLINED void finish(const Product *p, int64_t first, int64_t rows, int64_t 
         if (left <= 0) return;
         const __mmask16 wanted = left < WIDE_LANES ? (__mmask16)((1u << left) - 1) : (__mmask16)~0;
         __m512 scale = _mm512_set1_ps(1), bias = _mm512_setzero_ps();
-        if (form == INT8 || form == INT4_NEURONS) {
+        if (form == INT8 || form == INT4_ROWS) {
             float scales[WIDE_LANES] = {0};
             widen(p->scale, at, least(left, WIDE_LANES), p->scale_type, scales);
             scale = _mm512_loadu_ps(scales);

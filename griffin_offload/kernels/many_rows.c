@@ -20,7 +20,7 @@ static void multiply(const Product *p, Parallel parallel, const Part *parts) {
 MULTIPLY(int8)
 MULTIPLY(int4_rows)
 MULTIPLY(int4_neurons)
-MULTIPLY(int4_tiles)
+MULTIPLY(int4_strips)
 
 void multiply_many_float(const Product *p, Parallel parallel) {
     in_chunks(parallel, p->threads, many_float_by_avx2, p, p->outputs, MANY_OUTPUTS);

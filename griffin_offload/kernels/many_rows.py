@@ -14,11 +14,11 @@ from griffin_offload.kernels.compiled import HALVES, NUMBER_TYPES, Library, libr
 from griffin_offload.kernels.few_rows import ROWS
 from griffin_offload.kernels.product import NOTHING_MADE, check, run
 
-Form = Literal["float", "int8", "int4_rows", "int4_neurons", "int4_tiles"]
+Form = Literal["float", "int8", "int4_rows", "int4_neurons", "int4_strips"]
 # From so many rows on they are faster than the kernels for a few rows; others are from one row more than these take.
-_PAIRS_FROM, _TILES_FROM = {"int8": 4}, {"int8": 9, "int4_tiles": 24}
-_GROUP = 32  # numbers of int4 rows with a scale, outputs of int4 neurons side by side
-_OUTPUTS = 64  # of int4 tiles that are multiplied together
+_PAIRS_FROM, _TILES_FROM = {"int8": 4}, {"int8": 9, "int4_rows": 24, "int4_strips": 24}
+_GROUP = 32  # of int4: inputs of rows, outputs of neurons and strips
+_STRIP = 64  # outputs
 
 
 class Kernels:
@@ -48,66 +48,55 @@ class Kernels:
         form: Form,
         x: Tensor,
         weight: Tensor,
-        scale: Tensor | None,
+        scale: Tensor | None = None,
         bias: Tensor | None = None,
-        block: int = 1,
+        groups: Tensor | None = None,
         features: int | None = None,
     ) -> Tensor:
         """x [M, I], which they `take`, times a matrix [O, I] in `form` plus `bias` [O], in the type of x.
 
-        The forms are those of quantize.py and int4_tiles.py, whose tiles have blocks of `block` outputs, of which the
-        first `features` are wanted; "float" is of the type of x.
+        The forms are those of quantize.py and int4.py; "float" is of the type of x. int8 and int4 rows have a `scale`
+        [O], all int4 has `groups`. Of strips the first `features` outputs are wanted.
         """
-        inputs, outputs, group = x.shape[1], weight.shape[0], 1
-        if form == "float":
-            check(weight, (outputs, inputs), x.dtype, "the matrix")
-        elif form == "int8":
-            check(weight, (outputs, inputs), torch.int8, "the matrix")
-        elif form == "int4_neurons":
-            outputs = 2 * weight.shape[1]
-            check(weight, (inputs, outputs // 2), torch.uint8)
-        else:
-            check(weight, (outputs, inputs // 2), torch.uint8)
-        if form in ("int8", "int4_neurons"):
-            check(_there(scale), (outputs,))
-        elif form == "int4_rows":
-            check(_there(scale), (outputs, inputs // _GROUP, 2))
-        elif form == "int4_tiles":
-            group = inputs // max(_there(scale).shape[0], 1)
-            check(_there(scale), (inputs // max(group, 1), outputs, 2))
-        if not _whole_groups(form, outputs, inputs, group, block):
-            raise ValueError(f"{form} of {outputs} outputs in blocks of {block}, {inputs} inputs in groups of {group}")
+        inputs, outputs = x.shape[1], _check(form, x, weight, scale, groups)
         wanted = outputs if features is None else min(features, outputs)
-        sizes = (x.shape[0], 1, outputs, wanted, inputs, group, block)
-        beside = (None, weight, scale, bias)
-        wide = self._pairs + self._tiles
-        return run(
-            self._library,
-            f"multiply_many_{form}",
-            x,
-            beside,
-            NOTHING_MADE,
-            sizes,
-            wide=wide,
-            ahead=self._library.fetches_ahead,
-        )
+        sizes = (x.shape[0], 1, outputs, wanted, inputs, 1)
+        beside = (None, weight, groups, scale, bias)
+        function, wide, ahead = f"multiply_many_{form}", self._pairs + self._tiles, self._library.fetches_ahead
+        return run(self._library, function, x, beside, NOTHING_MADE, sizes, wide=wide, ahead=ahead)
 
 
-def _there(scale: Tensor | None) -> Tensor:
-    if scale is None:
+def _check(form: Form, x: Tensor, weight: Tensor, scale: Tensor | None, groups: Tensor | None) -> int:
+    """Outputs of a matrix in `form`; ValueError where x would be multiplied by something else."""
+    inputs = x.shape[1]
+    if form in ("float", "int8"):
+        outputs = weight.shape[0]
+        check(weight, (outputs, inputs), x.dtype if form == "float" else torch.int8, "the matrix")
+    else:
+        outputs = _check_int4(form, inputs, weight, _there(groups))
+    if form in ("int8", "int4_rows"):
+        check(_there(scale), (outputs,), name="the scale")
+    return outputs
+
+
+def _check_int4(form: Form, inputs: int, codes: Tensor, groups: Tensor) -> int:
+    if form == "int4_strips":
+        outputs = codes.shape[0] * _STRIP
+        check(codes, (codes.shape[0], inputs, _STRIP // 2), torch.uint8, "the codes")
+        check(groups, (outputs // _GROUP, inputs, 2), torch.uint8, "the groups")
+        return outputs
+    rows, width = codes.shape[0], inputs if form == "int4_rows" else 2 * codes.shape[1]
+    if width % _GROUP:
+        raise ValueError(f"{form}: {width} numbers must be whole groups of {_GROUP}")
+    check(codes, (rows if form == "int4_rows" else inputs, width // 2), torch.uint8, "the codes")
+    check(groups, (codes.shape[0], width // _GROUP, 2), torch.uint8, "the groups")
+    return rows if form == "int4_rows" else width
+
+
+def _there(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
         raise ValueError("a quantised matrix needs its scales")
-    return scale
-
-
-def _whole_groups(form: Form, outputs: int, inputs: int, group: int, block: int) -> bool:
-    if form == "int4_rows":
-        return inputs % _GROUP == 0
-    if form == "int4_neurons":
-        return outputs % _GROUP == 0
-    if form == "int4_tiles":
-        whole = group > 0 and inputs % group == 0 and group % 2 == 0
-        return whole and block in (_OUTPUTS // 2, _OUTPUTS) and outputs % _OUTPUTS == 0
-    return True
+    return tensor
 
 
 @functools.cache

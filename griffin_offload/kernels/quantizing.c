@@ -5,29 +5,28 @@
 
 #if defined(__x86_64__)
 
+#include "int4.h"
 #include "parallel.h"
-#include "transpose.h"
 
-#define GROUP 32 /* numbers of an int4 group, and of a vector of bytes */
+#define GROUP INT4_GROUP /* and numbers of a vector of bytes */
 #define RUN 512  /* numbers that are floats at a time */
-#define STRIP 2048 /* columns that a thread sums at a time: a page of 16-bit numbers */
+#define PAGE 2048 /* columns that a thread sums at a time, of 16-bit numbers */
 #define TOGETHER 4 /* rows whose squares are added at once */
 #define LINE 128 /* outputs of neurons whose bytes fill a cache line, so that no two threads write to one */
-#define SAMPLED 1024 /* numbers of a row that tell its scale, at most */
 #define INT8_MAX_LEVEL 127
-#define INT4_MAX_LEVEL 15
+#define REACH 22.0f /* steps from 0 to the farthest level that an offset brings about, a little less */
+#define RANGES 2 /* that are tried, of each as it is and fitted */
+#define FITS 2
 
 /* quantizing.py packs these fields, in this order. */
 typedef struct {
     const void *weight;   /* [rows, columns] of `type`, rows `row_items` apart */
     const float *divisor; /* [columns], filled up to whole groups; or none */
-    const float *scale;   /* [rows], of numbers */
-    const double *steps;  /* [candidates], of which scales are chosen */
-    void *out;            /* numbers, rows `out_items` apart; or floats */
-    void *out_scale;      /* of int4 rows: pairs [rows, groups] of `scale_type` */
-    int64_t rows, columns, row_items, out_items, type, scale_type;
-    int64_t stride;       /* from one sampled column to the next */
-    int64_t candidates, threads;
+    const float *scale;   /* [rows], of numbers; of int4 neurons [columns]; none of them 0 */
+    const float *importance; /* of int4: how much an error counts, for each number along the groups; or none */
+    void *out;            /* numbers, rows `out_items` apart; floats; or codes of int4 */
+    uint8_t *out_groups;  /* of int4: pairs of step and offset [rows or neurons, groups] */
+    int64_t rows, columns, row_items, out_items, type, threads;
 } Quantizing;
 
 /* `count` numbers of a row from `start` on as floats, over their divisors; zeros fill up the last group. */
@@ -97,96 +96,195 @@ AVX2 static void int8_numbers(const void *quantizing, int64_t first, int64_t end
     }
 }
 
-AVX2 INLINED float least_of(__m256 v) {
-    __m128 half = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    half = _mm_min_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_min_ss(half, _mm_movehdup_ps(half)));
+/* Int4: groups of 32 numbers, eight at a time, a lane each. weights/quantize.py has the same in words of torch. */
+
+typedef struct {
+    __m256i step, offset; /* as they are stored */
+    __m256 value, inverse, middle; /* of the step, one over it, and the offset */
+} Grid;
+
+/* The nearest step and offset that can be stored. */
+AVX2 INLINED Grid grid_of(__m256 step, __m256 offset) {
+    const __m256i none = _mm256_setzero_si256(), bias = _mm256_set1_epi32(STEP_BIAS >> STEP_SHIFT);
+    const __m256i half = _mm256_set1_epi32(1 << (STEP_SHIFT - 1));
+    step = _mm256_max_ps(step, _mm256_setzero_ps()); /* and no NaN: of those the second is taken */
+    Grid grid;
+    grid.step = _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(step), half), STEP_SHIFT);
+    grid.step = _mm256_min_epi32(_mm256_max_epi32(_mm256_sub_epi32(grid.step, bias), none), _mm256_set1_epi32(255));
+    grid.value = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(grid.step, bias), STEP_SHIFT));
+    grid.inverse = _mm256_div_ps(_mm256_set1_ps(1), grid.value);
+    const __m256 eighths = _mm256_mul_ps(_mm256_mul_ps(offset, grid.inverse), _mm256_set1_ps(1 / OFFSET_UNIT));
+    grid.offset = levels_of(eighths, -128, 127);
+    grid.middle = _mm256_mul_ps(_mm256_cvtepi32_ps(grid.offset), _mm256_set1_ps(OFFSET_UNIT));
+    return grid;
 }
 
-AVX2 INLINED float most_of(__m256 v) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    return -least_of(_mm256_xor_ps(v, sign));
+/* Codes of a number, less 8: -8 to 7. */
+AVX2 INLINED __m256 code_of(__m256 number, const Grid *grid) {
+    __m256 code = _mm256_fmsub_ps(number, grid->inverse, grid->middle);
+    code = _mm256_round_ps(code, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm256_min_ps(_mm256_max_ps(code, _mm256_set1_ps(-CENTRE)), _mm256_set1_ps(CENTRE - 1));
 }
 
-/* `value` stored, and what is left of it. */
-AVX2 INLINED float stored(void *to, int64_t at, int64_t type, float value) {
-    store_narrowed(to, at, type, value);
-    if (type == FLOAT32) return value;
-    return type == FLOAT16 ? half_at((uint16_t *)to + at, FLOAT16) : half_at((uint16_t *)to + at, BFLOAT16);
-}
-
-/* A group of 32 numbers: its bytes, and its scale and offset. */
-AVX2 INLINED void int4_group(const Quantizing *q, const float *run, int64_t group, uint8_t *bytes) {
-    __m256 v[4];
-    for (int i = 0; i < 4; i++) v[i] = _mm256_loadu_ps(run + i * LANES);
-    const float low = least_of(_mm256_min_ps(_mm256_min_ps(v[0], v[1]), _mm256_min_ps(v[2], v[3])));
-    const float high = most_of(_mm256_max_ps(_mm256_max_ps(v[0], v[1]), _mm256_max_ps(v[2], v[3])));
-    /* NaN may be lost among least and most, but not among differences from oneself: they make it a NaN. */
-    __m256 nothing = _mm256_setzero_ps();
-    for (int i = 0; i < 4; i++) nothing = _mm256_add_ps(nothing, _mm256_sub_ps(v[i], v[i]));
-    const float step = (high - low) / INT4_MAX_LEVEL + sum_of(nothing);
-    const float scale = stored(q->out_scale, 2 * group, q->scale_type, step);
-    /* The middle of 16 levels lies half a step above level 8's left neighbour. */
-    const float offset = stored(q->out_scale, 2 * group + 1, q->scale_type, (low + high + scale) / 2);
-    const __m256 middle = _mm256_set1_ps(offset), divisor = _mm256_set1_ps(scale == 0 ? 1 : scale);
-    __m256i levels[4];
-    for (int i = 0; i < 4; i++) {
-        __m256 from_middle = _mm256_div_ps(_mm256_sub_ps(v[i], middle), divisor);
-        levels[i] = levels_of(_mm256_add_ps(from_middle, _mm256_set1_ps(8)), 0, INT4_MAX_LEVEL);
+/* What a grid misses of the numbers, and step and offset that fit its codes best. */
+AVX2 INLINED __m256 missed(const __m256 *v, const float *importance, const Grid *grid, __m256 sum_a, __m256 sum_av,
+                           __m256 *step, __m256 *offset) {
+    __m256 error = _mm256_setzero_ps(), sum_q = error, sum_qq = error, sum_qv = error;
+    for (int i = 0; i < GROUP; i++) {
+        const __m256 a = _mm256_broadcast_ss(importance + i), q = code_of(v[i], grid), aq = _mm256_mul_ps(a, q);
+        const __m256 d = _mm256_fmsub_ps(_mm256_add_ps(q, grid->middle), grid->value, v[i]);
+        error = _mm256_fmadd_ps(_mm256_mul_ps(d, d), a, error);
+        sum_q = _mm256_add_ps(sum_q, aq);
+        sum_qq = _mm256_fmadd_ps(aq, q, sum_qq);
+        sum_qv = _mm256_fmadd_ps(aq, v[i], sum_qv);
     }
-    const __m256i none = _mm256_setzero_si256(), pairs[4] = {
-        _mm256_or_si256(levels[0], _mm256_slli_epi32(levels[2], 4)),
-        _mm256_or_si256(levels[1], _mm256_slli_epi32(levels[3], 4)), none, none};
-    __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(pairs[0], pairs[1]), 0xd8);
-    halves = _mm256_permute4x64_epi64(_mm256_packus_epi16(halves, none), 0xd8);
-    _mm_storeu_si128((__m128i *)bytes, _mm256_castsi256_si128(halves));
+    const __m256 spread = _mm256_fmsub_ps(sum_a, sum_qq, _mm256_mul_ps(sum_q, sum_q));
+    const __m256 fitted = _mm256_div_ps(_mm256_fmsub_ps(sum_a, sum_qv, _mm256_mul_ps(sum_q, sum_av)), spread);
+    /* One code alone fits no step. */
+    const __m256 fits = _mm256_cmp_ps(fitted, _mm256_set1_ps(0), _CMP_GT_OQ);
+    *step = _mm256_blendv_ps(grid->value, fitted, fits);
+    *offset = _mm256_div_ps(_mm256_fnmadd_ps(*step, sum_q, sum_av), sum_a);
+    return error;
 }
 
+/* Of the ranges that are tried the grid that misses least. */
+AVX2 INLINED Grid best_grid(const __m256 *v, const float *importance) {
+    const float shares[RANGES] = {1.0f, 0.88f};
+    __m256 low = v[0], high = v[0], sum_a = _mm256_setzero_ps(), sum_av = sum_a;
+    for (int i = 0; i < GROUP; i++) {
+        const __m256 a = _mm256_broadcast_ss(importance + i);
+        low = _mm256_min_ps(low, v[i]);
+        high = _mm256_max_ps(high, v[i]);
+        sum_a = _mm256_add_ps(sum_a, a);
+        sum_av = _mm256_fmadd_ps(a, v[i], sum_av);
+    }
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    Grid best;
+    __m256 least_missed = _mm256_set1_ps(INFINITY);
+    for (int range = 0; range < RANGES; range++) {
+        __m256 step = _mm256_mul_ps(_mm256_sub_ps(high, low), _mm256_set1_ps(shares[range] / 15));
+        step = _mm256_max_ps(step, _mm256_mul_ps(_mm256_max_ps(high, _mm256_xor_ps(low, sign)), _mm256_set1_ps(1.0f / REACH)));
+        /* The middle of 16 levels lies half a step below level 8. */
+        __m256 offset = _mm256_mul_ps(_mm256_add_ps(_mm256_add_ps(low, high), step), _mm256_set1_ps(0.5f));
+        for (int fit = 0; fit < FITS; fit++) {
+            const Grid grid = grid_of(step, offset);
+            const __m256 error = missed(v, importance, &grid, sum_a, sum_av, &step, &offset);
+            const __m256 better = _mm256_cmp_ps(error, least_missed, _CMP_LT_OQ);
+            if (range + fit == 0) {
+                best = grid;
+                least_missed = error;
+                continue;
+            }
+            least_missed = _mm256_blendv_ps(least_missed, error, better);
+            best.value = _mm256_blendv_ps(best.value, grid.value, better);
+            best.inverse = _mm256_blendv_ps(best.inverse, grid.inverse, better);
+            best.middle = _mm256_blendv_ps(best.middle, grid.middle, better);
+            best.step = _mm256_blendv_epi8(best.step, grid.step, _mm256_castps_si256(better));
+            best.offset = _mm256_blendv_epi8(best.offset, grid.offset, _mm256_castps_si256(better));
+        }
+    }
+    return best;
+}
+
+/* Codes and pairs of eight groups, of which `count` are wanted, a distance apart. */
+AVX2 INLINED void int4_eight(const __m256 *v, const float *importance, int64_t count, uint8_t *codes,
+                             int64_t codes_apart, uint8_t *pairs, int64_t pairs_apart) {
+    const Grid grid = best_grid(v, importance);
+    uint32_t fours[4][LANES], both[LANES];
+    for (int four = 0; four < 4; four++) {
+        __m256i bytes = _mm256_setzero_si256();
+        for (int i = 3; i >= 0; i--) {
+            const __m256i low = _mm256_cvtps_epi32(code_of(v[4 * four + i], &grid));
+            const __m256i high = _mm256_cvtps_epi32(code_of(v[INT4_BYTES + 4 * four + i], &grid));
+            const __m256i centre = _mm256_set1_epi32(CENTRE + 16 * CENTRE);
+            const __m256i byte = _mm256_add_epi32(_mm256_add_epi32(low, _mm256_slli_epi32(high, 4)), centre);
+            bytes = _mm256_or_si256(_mm256_slli_epi32(bytes, 8), byte);
+        }
+        _mm256_storeu_si256((__m256i *)fours[four], bytes);
+    }
+    const __m256i offset = _mm256_slli_epi32(_mm256_and_si256(grid.offset, _mm256_set1_epi32(255)), 8);
+    _mm256_storeu_si256((__m256i *)both, _mm256_or_si256(grid.step, offset));
+    for (int64_t lane = 0; lane < count; lane++) {
+        for (int four = 0; four < 4; four++) memcpy(codes + lane * codes_apart + 4 * four, &fours[four][lane], 4);
+        memcpy(pairs + lane * pairs_apart, &both[lane], PAIR_BYTES);
+    }
+}
+
+static const float equally[GROUP] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                     1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+INLINED const float *importance_of(const Quantizing *q, int64_t number) {
+    return q->importance ? q->importance + number : equally;
+}
+
+/* Rows `first` to `end`, eight at a time: groups run along them. */
 AVX2 static void int4_rows(const void *quantizing, int64_t first, int64_t end) {
     const Quantizing *q = quantizing;
+    const int64_t groups = q->columns / GROUP;
+    for (int64_t row = first; row < end; row += LANES) {
+        const int64_t count = least(LANES, end - row);
+        for (int64_t group = 0; group < groups; group++) {
+            float numbers[LANES][GROUP];
+            _Alignas(32) float turned[GROUP][LANES];
+            memset(numbers, 0, sizeof numbers);
+            for (int64_t i = 0; i < count; i++) {
+                const __m256 inverse = _mm256_set1_ps(1 / q->scale[row + i]);
+                run_of(q, row + i, group * GROUP, GROUP, numbers[i]);
+                for (int k = 0; k < GROUP; k += LANES)
+                    _mm256_storeu_ps(numbers[i] + k, _mm256_mul_ps(_mm256_loadu_ps(numbers[i] + k), inverse));
+            }
+            for (int i = 0; i < LANES; i++)
+                for (int k = 0; k < GROUP; k++) turned[k][i] = numbers[i][k];
+            const int64_t at = row * groups + group;
+            int4_eight((const __m256 *)(const void *)turned, importance_of(q, group * GROUP), count,
+                       (uint8_t *)q->out + at * INT4_BYTES, groups * INT4_BYTES, q->out_groups + at * PAIR_BYTES,
+                       groups * PAIR_BYTES);
+        }
+    }
+}
+
+/* Outputs `first` to `end`, whole groups, of all neurons, which are columns: eight of them at a time. */
+AVX2 static void int4_neurons(const void *quantizing, int64_t first, int64_t end) {
+    const Quantizing *q = quantizing;
+    const int64_t groups = q->rows / GROUP;
+    for (int64_t start = 0; start < q->columns; start += GROUP) {
+        const int64_t neurons = least(GROUP, q->columns - start);
+        float inverse[GROUP] = {0};
+        for (int64_t i = 0; i < neurons; i++) inverse[i] = 1 / q->scale[start + i];
+        for (int64_t output = first; output < end; output += GROUP) {
+            float numbers[GROUP][GROUP];
+            for (int64_t i = 0; i < GROUP; i++) run_of(q, output + i, start, neurons, numbers[i]);
+            for (int64_t k = 0; k < neurons; k += LANES) {
+                __m256 v[GROUP];
+                for (int i = 0; i < GROUP; i++)
+                    v[i] = _mm256_mul_ps(_mm256_loadu_ps(numbers[i] + k), _mm256_loadu_ps(inverse + k));
+                const int64_t at = (start + k) * groups + output / GROUP;
+                int4_eight(v, importance_of(q, output), least(LANES, neurons - k),
+                           (uint8_t *)q->out + at * INT4_BYTES, groups * INT4_BYTES, q->out_groups + at * PAIR_BYTES,
+                           groups * PAIR_BYTES);
+            }
+        }
+    }
+}
+
+/* Root mean squares of rows `first` to `end`. */
+AVX2 static void row_norms(const void *quantizing, int64_t first, int64_t end) {
+    const Quantizing *q = quantizing;
     for (int64_t row = first; row < end; row++) {
+        __m256d sum = _mm256_setzero_pd();
         float run[RUN];
         for (int64_t start = 0; start < q->columns; start += RUN) {
             const int64_t count = least(q->columns - start, RUN);
             run_of(q, row, start, count, run);
-            for (int64_t k = 0; k < count; k += GROUP) {
-                const int64_t group = (row * q->columns + start + k) / GROUP;
-                int4_group(q, run + k, group, (uint8_t *)q->out + group * GROUP / 2);
+            for (int64_t k = 0; k < count; k += 4) {
+                const __m256d wide = _mm256_cvtps_pd(_mm_loadu_ps(run + k));
+                sum = _mm256_fmadd_pd(wide, wide, sum);
             }
         }
+        double lanes[4];
+        _mm256_storeu_pd(lanes, sum);
+        ((float *)q->out)[row] = (float)sqrt((lanes[0] + lanes[1] + lanes[2] + lanes[3]) / (double)q->columns);
     }
-}
-
-/* Outputs `first` to `end`, whole groups, of all neurons, which are columns: of 32 outputs and 32 neurons at a time a
- * byte for each, then for each two outputs, then for each neuron 16 of those. */
-AVX2 static void int4_neurons(const void *quantizing, int64_t first, int64_t end) {
-    const Quantizing *q = quantizing;
-    for (int64_t output = first; output < end; output += GROUP)
-        for (int64_t start = 0; start < q->columns; start += GROUP) {
-            const int64_t count = least(q->columns - start, GROUP);
-            __m256i bytes[GROUP];
-            for (int64_t i = 0; i < GROUP; i++) {
-                const __m256 scale = _mm256_set1_ps(q->scale[output + i]), middle = _mm256_set1_ps(7.5f);
-                float run[GROUP];
-                __m256i levels[4];
-                run_of(q, output + i, start, count, run);
-                for (int k = 0; k < 4; k++) {
-                    __m256 divided = _mm256_div_ps(_mm256_loadu_ps(run + k * LANES), scale);
-                    levels[k] = levels_of(_mm256_add_ps(divided, middle), 0, INT4_MAX_LEVEL);
-                }
-                bytes[i] = bytes_of(levels);
-            }
-            /* No bits move from a byte to the next: levels have four of them. */
-            for (int i = 0; i < GROUP / 2; i++)
-                bytes[i] = _mm256_or_si256(bytes[i], _mm256_slli_epi16(bytes[i + GROUP / 2], 4));
-            transpose(bytes);
-            uint8_t *to = (uint8_t *)q->out + start * q->out_items + output / 2;
-            for (int64_t i = 0; i < count; i++, to += q->out_items) {
-                __m256i pair = bytes[i % 16];
-                __m128i half = i < 16 ? _mm256_castsi256_si128(pair) : _mm256_extracti128_si256(pair, 1);
-                _mm_storeu_si128((__m128i *)to, half);
-            }
-        }
 }
 
 /* Add the squares of `rows` rows from `row` on, in float64, which no square of a float32 number is too large for. */
@@ -207,7 +305,7 @@ AVX2 INLINED void add_squares(const Quantizing *q, int64_t row, const int rows, 
 /* Root mean squares of columns `first` to `end`. */
 AVX2 static void column_norms(const void *quantizing, int64_t first, int64_t end) {
     const Quantizing *q = quantizing;
-    double sums[STRIP] = {0};
+    double sums[PAGE] = {0};
     int64_t row = 0;
     for (int64_t rows; row < q->rows; row += rows) {
         rows = row + TOGETHER <= q->rows ? TOGETHER : 1;
@@ -220,46 +318,6 @@ AVX2 static void column_norms(const void *quantizing, int64_t first, int64_t end
     for (int64_t k = first; k < end; k++) ((float *)q->out)[k] = (float)sqrt(sums[k - first] / (double)q->rows);
 }
 
-/* Squared distances of `count` numbers of norm 1 to the nearest of 16 levels that lie `step` apart. */
-AVX2 INLINED float missed(const float *numbers, int64_t count, float step) {
-    const __m256 middle = _mm256_set1_ps(7.5f), steps = _mm256_set1_ps(step);
-    __m256 total = _mm256_setzero_ps();
-    for (int64_t k = 0; k < count; k += LANES) {
-        __m256 number = _mm256_loadu_ps(numbers + k);
-        __m256i level = levels_of(_mm256_add_ps(_mm256_div_ps(number, steps), middle), 0, INT4_MAX_LEVEL);
-        __m256 found = _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(level), middle), steps);
-        __m256 error = _mm256_sub_ps(found, number);
-        const __m256i left = _mm256_set1_epi32((int)(count - k)), lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-        error = _mm256_and_ps(error, _mm256_castsi256_ps(_mm256_cmpgt_epi32(left, lane)));
-        total = _mm256_fmadd_ps(error, error, total);
-    }
-    return sum_of(total);
-}
-
-/* Of each row the candidate, times the row's norm, that misses a sample of its numbers least. */
-AVX2 static void int4_scales(const void *quantizing, int64_t first, int64_t end) {
-    const Quantizing *q = quantizing;
-    for (int64_t row = first; row < end; row++) {
-        float numbers[SAMPLED], least_missed = INFINITY;
-        double sample[SAMPLED], squares = 0, best = q->steps[0];
-        int64_t count = 0;
-        for (int64_t column = 0; column < q->columns; column += q->stride, count++) {
-            float number;
-            widen(q->weight, row * q->row_items + column, 1, q->type, &number);
-            sample[count] = (double)number / q->divisor[column];
-            squares += sample[count] * sample[count];
-        }
-        const double norm = sqrt(squares / (double)count);
-        for (int64_t k = 0; k < count; k++) numbers[k] = (float)(sample[k] / (norm > 0 ? norm : 1));
-        for (int64_t k = count; k % LANES; k++) numbers[k] = 0;
-        for (int64_t i = 0; i < q->candidates; i++) {
-            const float error = missed(numbers, count, (float)q->steps[i]);
-            if (error < least_missed) least_missed = error, best = q->steps[i];
-        }
-        ((float *)q->out)[row] = (float)(norm * best);
-    }
-}
-
 void quantize_largest(const Quantizing *q, Parallel parallel) {
     in_parallel(parallel, q->threads, largest, q, q->rows, 1);
 }
@@ -269,7 +327,7 @@ void quantize_int8(const Quantizing *q, Parallel parallel) {
 }
 
 void quantize_int4_rows(const Quantizing *q, Parallel parallel) {
-    in_parallel(parallel, q->threads, int4_rows, q, q->rows, 1);
+    in_parallel(parallel, q->threads, int4_rows, q, q->rows, LANES);
 }
 
 void quantize_int4_neurons(const Quantizing *q, Parallel parallel) {
@@ -277,11 +335,11 @@ void quantize_int4_neurons(const Quantizing *q, Parallel parallel) {
 }
 
 void quantize_column_norms(const Quantizing *q, Parallel parallel) {
-    in_chunks(parallel, q->threads, column_norms, q, q->columns, STRIP);
+    in_chunks(parallel, q->threads, column_norms, q, q->columns, PAGE);
 }
 
-void quantize_int4_scales(const Quantizing *q, Parallel parallel) {
-    in_parallel(parallel, q->threads, int4_scales, q, q->rows, 1);
+void quantize_row_norms(const Quantizing *q, Parallel parallel) {
+    in_parallel(parallel, q->threads, row_norms, q, q->rows, 1);
 }
 
 #endif

@@ -1,12 +1,11 @@
 """Matrices of floats quantised row by row in the cache (quantizing.c), by the threads that multiply.
 
-torch goes over a float32 copy of every number a dozen times (benchmarks/NOTES.md). weights/quantize.py has the formulas
-and asks for these; whatever returns None, or False, is left to torch: other devices and processors, float64, and
-matrices whose rows do not lie in one piece.
+torch goes over a float32 copy of every number a dozen times (benchmarks/NOTES.md). weights/quantize.py and int4.py
+have the formulas and ask for these; whatever returns None, or False, is left to torch: other devices and processors,
+float64, and matrices whose rows do not lie in one piece.
 """
 
 import struct
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,12 +13,10 @@ from torch import Tensor
 from griffin_offload.kernels.compiled import NUMBER_TYPES, Library, library
 from griffin_offload.kernels.handed import check, check_rows
 
-_QUANTIZING = struct.Struct("@6P9q")
+_QUANTIZING = struct.Struct("@6P6q")
 """The struct Quantizing of quantizing.c."""
 _GROUP = 32
 _HALF = 16  # its bytes
-_SAMPLED = 1024
-"""Numbers of a row that quantizing.c has room for."""
 
 
 def largest_of_rows(weight: Tensor, divisor: Tensor | None) -> Tensor | None:
@@ -44,26 +41,37 @@ def quantize_int8(weight: Tensor, scale: Tensor, out: Tensor, divisor: Tensor | 
     return True
 
 
-def quantize_int4_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Bytes [O, I / 2] and scales [O, I / 32, 2] of `dtype`; a scale is NaN where its group has infinities or NaN."""
+def quantize_int4_rows(weight: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Codes [O, I / 2] and groups [O, I / 32, 2] of `weight` [O, I] over `scale` [O], none of which is 0; errors count
+    by the `importance` [I] of their input."""
     found = _library_for(weight)
-    if found is None or dtype not in NUMBER_TYPES:
+    if found is None:
         return None
     outputs, groups = weight.shape[0], _groups(weight.shape[1])
-    packed = torch.empty(outputs, groups * _HALF, dtype=torch.uint8, device="cpu")
-    scales = torch.empty(outputs, groups, 2, dtype=dtype, device="cpu")
-    _run(found, "quantize_int4_rows", weight, packed, scales=scales)
-    return packed, scales
+    made = _int4_of(outputs, groups)
+    _run(found, "quantize_int4_rows", weight, made[0], scale=scale, groups=made[1], importance=importance)
+    return made
 
 
-def quantize_int4_neurons(columns: Tensor, divisor: Tensor, scale: Tensor) -> Tensor | None:
-    """Bytes [K, O / 2] of `columns` [O, K] over `scale` [O] and `divisor` [K]."""
+def quantize_int4_neurons(columns: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Codes [K, O / 2] and groups [K, O / 32, 2] of `columns` [O, K] over `scale` [K], none of which is 0; errors
+    count by the `importance` [O] of their output."""
     found = _library_for(columns)
     if found is None:
         return None
-    packed = torch.empty(columns.shape[1], _groups(columns.shape[0]) * _HALF, dtype=torch.uint8, device="cpu")
-    _run(found, "quantize_int4_neurons", columns, packed, divisor=divisor, scale=scale)
-    return packed
+    made = _int4_of(columns.shape[1], _groups(columns.shape[0]))
+    _run(found, "quantize_int4_neurons", columns, made[0], scale=scale, groups=made[1], importance=importance)
+    return made
+
+
+def row_norms(weight: Tensor) -> Tensor | None:
+    """Root mean squares of the rows of `weight` [O, I], float32 [O]."""
+    found = _library_for(weight)
+    if found is None:
+        return None
+    norms = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
+    _run(found, "quantize_row_norms", weight, norms)
+    return norms
 
 
 def column_norms(weight: Tensor) -> Tensor | None:
@@ -74,20 +82,6 @@ def column_norms(weight: Tensor) -> Tensor | None:
     norms = torch.empty(weight.shape[1], dtype=torch.float32, device="cpu")
     _run(found, "quantize_column_norms", weight, norms)
     return norms
-
-
-def int4_scales(weight: Tensor, divisor: Tensor, steps: Sequence[float], stride: int) -> Tensor | None:
-    """float32 [O]: the norm of every `stride`-th number of a row of `weight` [O, I] over `divisor` [I], times that of
-    `steps` which misses them least."""
-    found = _library_for(weight)
-    if found is None:
-        return None
-    if not 1 <= -(-weight.shape[1] // stride) <= _SAMPLED:
-        raise ValueError(f"every {stride}th of {weight.shape[1]} numbers: 1 to {_SAMPLED} are known here")
-    scales = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
-    candidates = torch.tensor(steps, dtype=torch.float64, device="cpu")
-    _run(found, "quantize_int4_scales", weight, scales, divisor=divisor, steps=candidates, stride=stride)
-    return scales
 
 
 def _library_for(weight: Tensor) -> Library | None:
@@ -101,6 +95,12 @@ def _groups(numbers: int) -> int:
     return numbers // _GROUP
 
 
+def _int4_of(rows: int, groups: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(rows, groups * _HALF, dtype=torch.uint8, device="cpu"), torch.empty(
+        rows, groups, 2, dtype=torch.uint8, device="cpu"
+    )
+
+
 def _run(
     found: Library,
     function: str,
@@ -109,30 +109,27 @@ def _run(
     *,
     divisor: Tensor | None = None,
     scale: Tensor | None = None,
-    steps: Tensor | None = None,
-    scales: Tensor | None = None,
-    stride: int = 0,
+    groups: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> None:
     rows, columns = weight.shape
     if divisor is not None:
         check(divisor, (columns,), name="the divisor")
         divisor = torch.nn.functional.pad(divisor.float(), (0, -columns % _GROUP), value=1)
     if scale is not None:
-        check(scale, (rows,), name="the scale")
+        check(scale, (columns if function == "quantize_int4_neurons" else rows,), name="the scale")
         scale = scale.float()
+    if importance is not None:
+        check(importance, (rows if function == "quantize_int4_neurons" else columns,), name="the importance")
+        importance = importance.float()
     job = _QUANTIZING.pack(
         weight.data_ptr(),
-        *(0 if beside is None else beside.data_ptr() for beside in (divisor, scale, steps)),
-        out.data_ptr(),
-        0 if scales is None else scales.data_ptr(),
+        *(0 if beside is None else beside.data_ptr() for beside in (divisor, scale, importance, out, groups)),
         rows,
         columns,
         weight.stride(0),
         out.stride(0),
         NUMBER_TYPES[weight.dtype],
-        NUMBER_TYPES[torch.float32 if scales is None else scales.dtype],
-        stride,
-        0 if steps is None else steps.numel(),
         torch.get_num_threads(),
     )
     found.call(function, job)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from griffin_offload.method.statistic import ROWS_AT_ONCE
 from griffin_offload.pricing.request import PlanRequest, Usage
+from griffin_offload.weights.blocks import BLOCK_NUMBERS
 from griffin_offload.weights.gather import CHUNK
-from griffin_offload.weights.int4_tiles import OUTPUT_MULTIPLE
-from griffin_offload.weights.quantize import BLOCK_NUMBERS
+from griffin_offload.weights.int4 import STRIP
 from griffin_offload.weights.shape import ModelShape
 
 # Chunks of tokens come in multiples of this: the GEMM kernels' row blocks.
@@ -76,7 +76,7 @@ def scratch_bytes(shape: ModelShape) -> int:
     layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
     row_bytes = max(shape.hidden_size, layer.neurons) * _FLOAT_BYTES
     if shape.precision == "int4":
-        row_bytes *= OUTPUT_MULTIPLE  # the tiles of int4 are unpacked by whole blocks of outputs
+        row_bytes *= STRIP  # which are unpacked whole
     return max(row_bytes, min(layer.ff_bytes // 8, _MAX_SCRATCH_BYTES))
 
 

@@ -6,12 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from griffin_offload.errors import UnsupportedModel
 from griffin_offload.kernels import few_rows
 from griffin_offload.kernels.compiled import HALVES
 from griffin_offload.runtime.threads import choose_threads, limited_threads
 from griffin_offload.weights.direct import untouched_zeros
-from griffin_offload.weights.int4_tiles import cpu_block
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.quantized_linear import Precision, QuantizedLinear, resident_form, specs
 
@@ -30,14 +28,9 @@ def decode_bytes_per_s(
     dtype: torch.dtype,
     device: torch.device,
     threads: int | None = None,
-) -> float | None:
-    """Bytes per second of one row times matrices [outputs, inputs] in the resident form; None without a kernel.
+) -> float:
+    """Bytes per second of one row times matrices [outputs, inputs] in the resident form.
     On the CPU by `threads`, or as many as loading would choose."""
-    try:
-        if precision == "int4" and device.type == "cpu":
-            cpu_block()
-    except UnsupportedModel:
-        return None
     if device.type == "cpu" and threads is None:
         threads = choose_threads(inputs, outputs, dtype)
     scratch = Scratch(_SCRATCH_BYTES, dtype, device)
@@ -45,7 +38,7 @@ def decode_bytes_per_s(
     made_bytes = 0
     while made_bytes < _BYTES and len(layers) < _MATRICES:
         layer = QuantizedLinear(outputs, inputs, is_down=False, precision=precision, stored="none", scratch=scratch)
-        layer.form = resident_form(precision)
+        layer.form = resident_form(precision, is_down=False)
         for name, (shape, own) in specs(layer.form, outputs, inputs, is_down=False).items():
             tensor = untouched_zeros(shape, own or dtype, device).fill_(1)
             setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))

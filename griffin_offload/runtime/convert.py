@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
+from griffin_offload.runtime.calibration import Importance, importance_of
 from griffin_offload.runtime.load import check_stored, map_model
 from griffin_offload.runtime.out_of_memory import RefusalsNamed
 from griffin_offload.units import format_bytes
@@ -183,11 +184,16 @@ def _write_shards(checkpoint: Checkpoint, directory: Path, mark: Mark, progress:
     groups = [(f"{prefix}.{i}.", layer, block) for i, (layer, block) in enumerate(zip(decoder, blocks, strict=True))]
     names = [f"model-{i + 1:05d}-of-{len(groups) + 1:05d}.safetensors" for i in range(len(groups) + 1)]
     weight_map: dict[str, str] = {}
+    unfinished = any(not (directory / name).is_file() for name in names[:-1])
+    importance: Importance = {}
+    if mark.precision == "int4" and unfinished:
+        importance = importance_of(checkpoint, model, decoder, blocks, evict=True)
     with contextlib.closing(_Reader(model, checkpoint, progress)) as reader:
-        for name, (start, layer, block) in zip(names, groups, strict=False):
+        for index, (name, (start, layer, block)) in enumerate(zip(names, groups, strict=False)):
             path = directory / name
             if not path.is_file():
-                tensors = _layer_tensors(start, layer, block, mark.precision, checkpoint.dtype, reader)
+                own = {linear: importance.get(f"{index}.{linear}") for linear in linear_names(layer)}
+                tensors = _layer_tensors(start, layer, block, mark.precision, checkpoint.dtype, reader, own)
                 _write_shard(path, tensors, mark)
             else:
                 reader.skip(layer)
@@ -228,7 +234,13 @@ class _Reader:
 
 
 def _layer_tensors(
-    prefix: str, layer: nn.Module, block: FeedForward, precision: Precision, dtype: torch.dtype, reader: _Reader
+    prefix: str,
+    layer: nn.Module,
+    block: FeedForward,
+    precision: Precision,
+    dtype: torch.dtype,
+    reader: _Reader,
+    importance: Mapping[str, Tensor | None],
 ) -> dict[str, Tensor]:
     linears = {name: layer.get_submodule(name) for name in linear_names(layer)}
     tensors: dict[str, Tensor] = {}
@@ -239,7 +251,8 @@ def _layer_tensors(
                 module = linears[owner]
                 matrix = values if isinstance(module, nn.Linear) else values.t()  # Conv1D
                 try:
-                    found = quantized(matrix, precision, dtype, is_down=module is block.down)
+                    is_down, own = module is block.down, importance.get(owner)
+                    found = quantized(matrix, precision, dtype, is_down=is_down, importance=own)
                 except CheckpointError as error:
                     raise CheckpointError(f"{prefix}{name}: {error}") from error
                 tensors |= {f"{prefix}{owner}.{key}": tensor for key, tensor in found.items()}

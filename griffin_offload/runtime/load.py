@@ -15,6 +15,7 @@ from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, Us
 from griffin_offload.kernels.compiled import HALVES
 from griffin_offload.pricing import Plan, scratch_bytes
 from griffin_offload.runtime.arrival import Arrival
+from griffin_offload.runtime.calibration import Importance, importance_of
 from griffin_offload.runtime.cpu_attention import use_own_attention
 from griffin_offload.runtime.cpu_linear import use_own_linears
 from griffin_offload.runtime.cpu_norm import use_own_norms
@@ -105,7 +106,7 @@ def _load(
     _cap_allocator(prospect)
     shape = prospect.shape_of(plan)
     scratch = _scratch(prospect, shape)
-    model, decoder, blocks = _map_layers(prospect.checkpoint, shape, scratch)
+    model, decoder, blocks = _map_layers(prospect.checkpoint, shape, scratch, evict=evicts(prospect))
     full = {index: blocks[index].full() for index in plan.streamed}
     offload = _offload_tier(prospect, plan, config)
     source = _make_source(full, prospect, offload) if full else None
@@ -150,7 +151,7 @@ def _scratch(prospect: Prospect, shape: ModelShape) -> Scratch:
 
 
 def _map_layers(
-    checkpoint: Checkpoint, shape: ModelShape, scratch: Scratch
+    checkpoint: Checkpoint, shape: ModelShape, scratch: Scratch, *, evict: bool
 ) -> tuple[Any, nn.ModuleList, list[FeedForward]]:
     """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
     converted = checkpoint.precision != "none"
@@ -159,7 +160,10 @@ def _map_layers(
     check_generation_config(model.generation_config, shape.vocab_size, checkpoint.directory)
     self_check(blocks[0])
     if shape.precision != "none" and not converted:
-        swap_linears(decoder, blocks, shape.precision, "none", scratch)
+        importance: Importance = {}
+        if shape.precision == "int4":
+            importance = importance_of(checkpoint, model, decoder, blocks, evict=evict)
+        swap_linears(decoder, blocks, shape.precision, "none", scratch, importance)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
     return model, decoder, blocks
 

@@ -23,7 +23,6 @@ from griffin_offload.runtime.cpu_linear import emulates_halves
 from griffin_offload.runtime.memory import choose_device, device_bytes, device_overhead_bytes
 from griffin_offload.units import parse_size
 from griffin_offload.weights.checkpoint import Checkpoint, open_checkpoint
-from griffin_offload.weights.int4_tiles import cpu_block
 from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
 from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape
 
@@ -163,10 +162,8 @@ def _shapes(
 
 
 def _check_int4(device: torch.device) -> None:
-    """UnsupportedModel where torch has no kernel for our int4 tiles."""
-    if device.type == "cpu":
-        cpu_block()
-    elif device.type != "cuda":
+    """UnsupportedModel where int4 was never tried."""
+    if device.type not in ("cpu", "cuda"):
         raise UnsupportedModel(f"int4 is not supported on {device.type}: use int8")
 
 

@@ -159,7 +159,8 @@ def _quantize_resident(module: QuantizedLinear, prospect: Prospect, pages: FileP
         spans = pages.spans(list(full.values()))
         pages.read(spans)
         everything = torch.arange(outputs, dtype=torch.long, device=prospect.device)
-        gather_outputs({name: tensor.to(prospect.device) for name, tensor in full.items()}, everything, 1, resident)
+        here = {name: tensor.to(prospect.device) for name, tensor in full.items()}
+        gather_outputs(here, everything, 1, resident, module.importance)
         pages.drop(spans)
 
     return fill

@@ -6,7 +6,7 @@ every shard carries the same mark, so that shards of two conversions are not mix
 
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
 from griffin_offload.weights.swap import swap_linears
 
 METHOD = "griffin-offload"
-VERSION = 1
+VERSIONS: dict[Precision, int] = {"int8": 1, "int4": 2}
+"""Of the layouts. int4 had one scale a neuron in its down projection before, which trained models did not survive."""
 # One key: safetensors writes several in no fixed order, and equal conversions are equal byte for byte.
 METADATA_KEY = "griffin_offload"
 
@@ -40,7 +41,10 @@ class Mark:
     """Fingerprint of the checkpoint it was made from."""
     tables: Precision = "none"
     """Of the embeddings and the head: none or int8."""
-    version: int = VERSION
+    version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", VERSIONS[self.precision])
 
     def metadata(self) -> dict[str, str]:
         """Of a shard."""
@@ -58,8 +62,11 @@ def mark_of(config: PretrainedConfig, directory: Path) -> Mark | None:
     if not isinstance(found, dict) or found.get("method") != METHOD:
         return None
     version, precision, source, tables = (found.get(key) for key in ("version", "precision", "source", "tables"))
-    if version != VERSION:
-        raise UnsupportedModel(f"{directory} was converted in format {version}, this version reads {VERSION}")
+    if precision in VERSIONS and version != VERSIONS[precision]:
+        raise UnsupportedModel(
+            f"{directory} was converted to {precision} in format {version}, this version reads format "
+            f"{VERSIONS[precision]}: convert again"
+        )
     if precision not in PRECISIONS[1:] or not isinstance(source, str) or tables not in ("none", "int8"):
         raise CheckpointError(f"{directory / 'config.json'} has a damaged quantization_config: convert again")
     del config.quantization_config

@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from griffin_offload.weights.building import put
 from griffin_offload.weights.direct import untouched_zeros
 from griffin_offload.weights.gather import Tensors, gather_inputs, gather_outputs, take
-from griffin_offload.weights.int4_tiles import DOWN_GROUP
 from griffin_offload.weights.quantized_linear import (
     Form,
     Precision,
@@ -27,7 +26,7 @@ from griffin_offload.weights.quantized_linear import (
 )
 
 # Compact blocks hold whole groups of neurons, as the decode kernels want them.
-_MULTIPLES: dict[Precision, int] = {"none": 1, "int8": 64, "int4": DOWN_GROUP}
+_MULTIPLES: dict[Precision, int] = {"none": 1, "int8": 64, "int4": 64}
 
 
 class Projection:
@@ -81,7 +80,7 @@ class Projection:
             if self.is_down:
                 gather_inputs(full, chosen, out)
             else:
-                gather_outputs(full, chosen, self.stacked, out)
+                gather_outputs(full, chosen, self.stacked, out, self.owner.importance)
             return
         if chosen.numel() == 0:
             for target in out.values():
@@ -117,7 +116,7 @@ class FeedForward:
     @property
     def precision(self) -> Precision:
         """Of the resident neurons."""
-        forms: dict[Form, Precision] = {"int8": "int8", "int4_tiles": "int4"}
+        forms: dict[Form, Precision] = {"int8": "int8", "int4_strips": "int4"}
         return forms.get(self.projections[-1].resident_form, "none")
 
     def full(self) -> list[Tensor]:
@@ -145,8 +144,11 @@ class FeedForward:
         padded = padded_neurons(kept, precision)
         if isinstance(self.down, Conv1D) and precision == "none":
             padded = max(padded, 1)
-        form = resident_form(precision)
-        return [spec for projection in self.projections for spec in projection.specs(form, padded).values()]
+        return [
+            spec
+            for projection in self.projections
+            for spec in projection.specs(resident_form(precision, is_down=projection.is_down), padded).values()
+        ]
 
     def allocate(self, kept: int, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
         """Compact tensors; what `gather` never writes is zero."""
@@ -199,7 +201,7 @@ class FeedForward:
         names = [
             (i, name)
             for i, projection in enumerate(self.projections)
-            for name in projection.specs(projection.resident_form if compact else projection.full_form, DOWN_GROUP)
+            for name in projection.specs(projection.resident_form if compact else projection.full_form, 1)
         ]
         found: list[Tensors] = [{} for _ in self.projections]
         for (i, name), tensor in zip(names, tensors, strict=True):

@@ -1,7 +1,7 @@
 """Neurons gathered into the resident form of a quantised matrix: taken where they are quantised already, else
 quantised on the way, with the scales of the full matrix.
 
-A projection's tensors are given by name: weight, bias, scale, input_scale. The resident ones are allocated with
+A projection's tensors are given by name: weight, groups, bias, scale, input_scale. The resident ones are allocated with
 zeros and hold at least as many neurons as are chosen; what fills them up to whole blocks stays zero.
 """
 
@@ -12,19 +12,8 @@ import torch
 from torch import Tensor
 
 from griffin_offload.kernels.gathering import gather_columns
-from griffin_offload.weights.int4_tiles import (
-    gather_neurons,
-    gather_rows,
-    write_neurons_cuda,
-)
-from griffin_offload.weights.quantize import (
-    int4_scale,
-    int8_scale,
-    neuron_scale,
-    quantize_int4_neurons,
-    quantize_int4_rows,
-    quantize_int8,
-)
+from griffin_offload.weights.int4 import gather_neurons, quantize_neurons, quantize_rows
+from griffin_offload.weights.quantize import int8_scale, neuron_scale, quantize_int8, row_scale
 
 Tensors = dict[str, Tensor]
 # Neurons that are on their way at once: a multiple of every block, and small enough for a cache.
@@ -61,58 +50,51 @@ def take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
         list(pool.map(take_rows, parts))
 
 
-def gather_outputs(full: Tensors, chosen: Tensor, parts: int, out: Tensors) -> None:
-    """Rows `chosen` (sorted indices [K]) of each of the `parts` stacked matrices (gate and up) of `full`."""
+def gather_outputs(full: Tensors, chosen: Tensor, parts: int, out: Tensors, importance: Tensor | None = None) -> None:
+    """Rows `chosen` (sorted indices [K]) of each of the `parts` stacked matrices (gate and up) of `full`; what is
+    quantised to int4 on the way counts errors by the `importance` [I] of their input."""
     neurons, padded = (tensors["weight"].shape[0] // parts for tensors in (full, out))
     for part in range(parts):
         index, base = chosen + part * neurons, part * padded
         if "bias" in out:
             out["bias"][base : base + index.numel()] = full["bias"][index]
         for start in range(0, index.numel(), CHUNK):
-            _gather_rows(full, index[start : start + CHUNK], base + start, out)
+            _gather_rows(full, index[start : start + CHUNK], base + start, out, importance)
 
 
-def _gather_rows(full: Tensors, index: Tensor, start: int, out: Tensors) -> None:
+def _gather_rows(full: Tensors, index: Tensor, start: int, out: Tensors, importance: Tensor | None) -> None:
     target = slice(start, start + index.numel())
-    if full["weight"].dtype == torch.int8:
-        take(full["weight"], 0, index, out["weight"][target])
-        out["scale"][target] = full["scale"][index]
-        return
     if not full["weight"].is_floating_point():
-        gather_rows((full["weight"], full["scale"]), index, (out["weight"], out["scale"]), start)
+        for name in ("weight", "groups"):
+            if name in full:
+                take(full[name], 0, index, out[name][target])
+        out["scale"][target] = full["scale"][index]
         return
     rows = full["weight"].index_select(0, index)
     if out["weight"].dtype == torch.int8:
         out["scale"][target] = scale = int8_scale(rows, out["scale"].dtype)
         quantize_int8(rows, scale, out["weight"][target])
     else:
-        made = quantize_int4_rows(rows, out["scale"].dtype)
-        gather_rows(
-            made,
-            torch.arange(index.numel(), dtype=torch.long, device=rows.device),
-            (out["weight"], out["scale"]),
-            start,
-        )
+        out["scale"][target] = scale = row_scale(rows, out["scale"].dtype)
+        counts = None if importance is None else importance.to(rows.device)
+        out["weight"][target], out["groups"][target] = quantize_rows(rows, scale, counts)
 
 
 def gather_inputs(full: Tensors, chosen: Tensor, out: Tensors) -> None:
     """Columns `chosen` of a down projection."""
+    if "groups" in out:
+        _gather_int4_columns(full, chosen, out)
+        return
     weight, dtype = full["weight"], out["scale"].dtype
-    int8 = out["weight"].dtype == torch.int8
     if weight.is_floating_point():
         input_scale = neuron_scale(weight, dtype)
-        scale = int8_scale(weight, dtype, input_scale) if int8 else int4_scale(weight, dtype, input_scale)
+        scale = int8_scale(weight, dtype, input_scale)
     else:
         input_scale, scale = full["input_scale"].to(dtype), full["scale"].to(dtype)
     kept = input_scale[chosen]
     out["input_scale"][: chosen.numel()] = kept
-    if int8:
-        out["scale"].copy_(scale)
-        _gather_int8_columns(weight, chosen, kept, scale, out["weight"])
-    else:
-        steps = out["scale"][:, : scale.numel()]
-        steps[..., 0], steps[..., 1] = scale, scale / 2  # level q is (q - 8) * scale + scale / 2
-        _gather_int4_columns(weight, chosen, kept, scale, out["weight"])
+    out["scale"].copy_(scale)
+    _gather_int8_columns(weight, chosen, kept, scale, out["weight"])
 
 
 def _gather_int8_columns(weight: Tensor, chosen: Tensor, kept: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -128,21 +110,19 @@ def _gather_int8_columns(weight: Tensor, chosen: Tensor, kept: Tensor, scale: Te
         quantize_int8(columns, scale[start : start + CHUNK], target[start : start + CHUNK], kept)
 
 
-def _gather_int4_columns(weight: Tensor, chosen: Tensor, kept: Tensor, scale: Tensor, out: Tensor) -> None:
-    chunks = []
-    room = weight.new_empty(weight.shape[0], min(CHUNK, chosen.numel()) if weight.is_floating_point() else 0)
+def _gather_int4_columns(full: Tensors, chosen: Tensor, out: Tensors) -> None:
+    weight, strips = full["weight"], (out["weight"], out["groups"])
+    stored = not weight.is_floating_point()
+    room = weight.new_empty(weight.shape[0], 0 if stored else min(CHUNK, chosen.numel()))
     for start in range(0, chosen.numel(), CHUNK):
         index = chosen[start : start + CHUNK]
-        packed = weight
-        if weight.is_floating_point():
-            columns = room[:, : index.numel()]
-            take(weight, 1, index, columns)
-            packed = quantize_int4_neurons(columns, kept[start : start + CHUNK], scale)
-            index = torch.arange(index.numel(), dtype=torch.long, device=weight.device)
-        if out.device.type == "cpu":
-            gather_neurons(packed, index, out, start)
-        else:
-            chunks.append(packed.index_select(0, index))
-    if chunks:  # CUDA's tiles are written as one
-        packed = torch.cat(chunks)
-        write_neurons_cuda(torch.nn.functional.pad(packed, (0, 0, 0, 2 * out.shape[1] - packed.shape[0])), out)
+        target = out["input_scale"][start : start + index.numel()]
+        if stored:
+            target.copy_(full["input_scale"][index])
+            gather_neurons((weight, full["groups"]), index, strips, start)
+            continue
+        columns = room[:, : index.numel()]
+        take(weight, 1, index, columns)
+        target.copy_(neuron_scale(columns, target.dtype))
+        everything = torch.arange(index.numel(), dtype=torch.int64, device=weight.device)
+        gather_neurons(quantize_neurons(columns, target), everything, strips, start)

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from griffin_offload.weights.int4_tiles import cpu_block, unpack_tiles
-from griffin_offload.weights.quantize import GROUP, unpack_int4
+from griffin_offload.weights.int4 import STRIP, unpack, unpack_strip
 
 
 class Scratch:
@@ -44,42 +43,39 @@ def multiply(x: Tensor, weight: Tensor, scratch: Scratch, scale: Tensor | None, 
     return _by_outputs(x, weight.shape[0], scratch.rows(weight.shape[1]), scratch.dtype, fill, scale, bias)
 
 
-def multiply_int4_rows(x: Tensor, packed: Tensor, scales: Tensor, scratch: Scratch, bias: Tensor | None) -> Tensor:
-    """x [M, I] times int4 rows [O, I / 2] with scales [O, I / 32, 2]."""
-    inputs = 2 * packed.shape[1]
+def multiply_int4_rows(
+    x: Tensor, codes: Tensor, groups: Tensor, scratch: Scratch, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """x [M, I] times int4 rows, codes [O, I / 2], groups [O, I / 32, 2] and `scale` [O]."""
+    inputs = 2 * codes.shape[1]
 
     def fill(start: int, end: int) -> Tensor:
-        block = unpack_int4(packed[start:end], scratch.block(end - start, inputs))
-        scale, offset = scales[start:end].to(block.dtype).unbind(-1)
-        block.view(end - start, -1, GROUP).mul_(scale[..., None]).add_((offset - 8 * scale)[..., None])
-        return block.t()
+        return unpack(codes[start:end], groups[start:end], scratch.block(end - start, inputs)).t()
 
-    return _by_outputs(x, packed.shape[0], scratch.rows(inputs), scratch.dtype, fill, None, bias)
+    return _by_outputs(x, codes.shape[0], scratch.rows(inputs), scratch.dtype, fill, scale, bias)
 
 
-def multiply_tiles_by_blocks(
-    x: Tensor, tiles: Tensor, scales: Tensor, scratch: Scratch, outputs: int, bias: Tensor | None
+def multiply_int4_strips(
+    x: Tensor, codes: Tensor, groups: Tensor, scratch: Scratch, outputs: int, bias: Tensor | None
 ) -> Tensor:
-    """x [M, I] times the first `outputs` rows of int4 tiles, on the CPU."""
-    inputs, block = 2 * tiles.shape[1], cpu_block()
+    """x [M, I], which has the neurons' scale in it, times the first `outputs` outputs of int4 strips."""
+    inputs, pairs = codes.shape[1], groups.view(-1, 2, *groups.shape[1:])
 
     def fill(start: int, _: int) -> Tensor:
-        return unpack_tiles(tiles, scales, start, start + block, scratch.block(1, inputs, block))[0]
+        return unpack_strip(codes[start // STRIP], pairs[start // STRIP], scratch.block(inputs, STRIP))
 
-    # One block at a time: several would have to be copied side by side.
-    return _by_outputs(x, outputs, block, scratch.dtype, fill, None, bias)
+    return _by_outputs(x, outputs, STRIP, scratch.dtype, fill, None, bias)
 
 
-def multiply_int4_neurons(x: Tensor, packed: Tensor, scale: Tensor, scratch: Scratch, bias: Tensor | None) -> Tensor:
-    """x [M, I] times int4 neurons [I, O / 2] with one scale per output [O]; x has the neurons' scale in it."""
-    outputs = 2 * packed.shape[1]
+def multiply_int4_neurons(x: Tensor, codes: Tensor, groups: Tensor, scratch: Scratch, bias: Tensor | None) -> Tensor:
+    """x [M, I], which has the neurons' scale in it, times int4 neurons, codes [I, O / 2] and groups [I, O / 32, 2]."""
+    outputs = 2 * codes.shape[1]
     wide, step = x.to(scratch.dtype), scratch.rows(outputs)
     total = torch.zeros(x.shape[0], outputs, dtype=scratch.dtype, device=x.device)
-    for start in range(0, packed.shape[0], step):
-        part = packed[start : start + step]
-        block = unpack_int4(part, scratch.block(part.shape[0], outputs)).sub_(7.5)
-        total.addmm_(wide[:, start : start + step], block)
-    total *= scale
+    for start in range(0, codes.shape[0], step):
+        part = slice(start, start + step)
+        block = unpack(codes[part], groups[part], scratch.block(codes[part].shape[0], outputs))
+        total.addmm_(wide[:, part], block)
     return (total if bias is None else total.add_(bias)).to(x.dtype)
 
 

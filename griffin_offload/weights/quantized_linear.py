@@ -2,11 +2,12 @@
 
 Its tensors come in forms. The full one is what is stored: 16-bit floats where a checkpoint is quantised while it
 runs, int8 or int4 rows and neurons where it was converted. The resident one is what decoding multiplies: int8, or
-int4 tiles. A few rows go through a kernel, which reads each weight once: ours or torch's; many rows (prefill) are
-multiplied in 16 bit or more: by ours, or by torch block by block.
+int4 rows and strips. A few rows go through a kernel, which reads each weight once: ours or torch's; many rows (prefill)
+are multiplied in 16 bit or more: by ours, or by torch block by block.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Literal
@@ -17,24 +18,15 @@ from torch import Tensor, nn
 from griffin_offload.errors import UnsupportedModel, one_line
 from griffin_offload.kernels import few_rows, many_rows
 from griffin_offload.kernels.compiled import needs_gradient
-from griffin_offload.weights.int4_tiles import DOWN_GROUP, OUTPUT_MULTIPLE, cpu_block, multiply_tiles
+from griffin_offload.weights.int4 import GROUP, STRIP, quantize_neurons, quantize_rows
 from griffin_offload.weights.matmul import (
     Scratch,
     multiply,
     multiply_int4_neurons,
     multiply_int4_rows,
-    multiply_tiles_by_blocks,
+    multiply_int4_strips,
 )
-from griffin_offload.weights.quantize import (
-    GROUP,
-    int4_scale,
-    int8_scale,
-    neuron_scale,
-    quantize_int4_neurons,
-    quantize_int4_rows,
-    quantize_int8,
-    unpack_int4,
-)
+from griffin_offload.weights.quantize import int8_scale, neuron_scale, quantize_int8, row_scale
 
 Precision = Literal["none", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("none", "int8", "int4")
@@ -49,6 +41,8 @@ _INT8_KERNEL_MULTIPLE = 32
 # a mapped file, rows in the middle of a tensor (torch 2.13).
 _INT8_KERNEL_ALIGNMENT = 64
 
+_TENSORS = ("weight", "groups", "scale", "bias", "input_scale")
+
 Spec = tuple[tuple[int, ...], torch.dtype | None]
 """Shape and type of a tensor; None is the precision of the computation."""
 
@@ -60,10 +54,9 @@ def stored_form(precision: Precision, *, is_down: bool) -> Form:
     return "int8" if precision == "int8" else "float"
 
 
-def resident_form(precision: Precision) -> Form:
+def resident_form(precision: Precision, *, is_down: bool) -> Form:
     """The form that decoding multiplies."""
-    forms: dict[Precision, Form] = {"none": "float", "int8": "int8", "int4": "int4_tiles"}
-    return forms[precision]
+    return "int4_strips" if precision == "int4" and is_down else stored_form(precision, is_down=is_down)
 
 
 def specs(form: Form, outputs: int, inputs: int, *, is_down: bool) -> dict[str, Spec]:
@@ -73,16 +66,19 @@ def specs(form: Form, outputs: int, inputs: int, *, is_down: bool) -> dict[str, 
     found: dict[str, Spec]
     if form == "int8":
         found = {"weight": ((outputs, inputs), torch.int8), "scale": ((outputs,), None)}
-    elif form == "int4_rows":
-        found = {"weight": ((outputs, inputs // 2), torch.uint8), "scale": ((outputs, inputs // GROUP, 2), None)}
-    elif form == "int4_neurons":
-        found = {"weight": ((inputs, outputs // 2), torch.uint8), "scale": ((outputs,), None)}
+        return found | {"input_scale": ((inputs,), None)} if is_down else found
+    if form == "int4_rows":
+        return _int4_specs((outputs, inputs // 2), (outputs, inputs // GROUP, 2)) | {"scale": ((outputs,), None)}
+    if form == "int4_neurons":
+        found = _int4_specs((inputs, outputs // 2), (inputs, outputs // GROUP, 2))
     else:
-        padded, group = -(-outputs // OUTPUT_MULTIPLE) * OUTPUT_MULTIPLE, DOWN_GROUP if is_down else GROUP
-        found = {"weight": ((padded, inputs // 2), torch.uint8), "scale": ((inputs // group, padded, 2), None)}
-    if is_down:
-        found["input_scale"] = ((inputs,), None)
-    return found
+        strips = -(-outputs // STRIP)
+        found = _int4_specs((strips, inputs, STRIP // 2), (strips * STRIP // GROUP, inputs, 2))
+    return found | {"input_scale": ((inputs,), None)}
+
+
+def _int4_specs(codes: tuple[int, ...], groups: tuple[int, ...]) -> dict[str, Spec]:
+    return {"weight": (codes, torch.uint8), "groups": (groups, torch.uint8)}
 
 
 def check_sizes(precision: Precision, outputs: int, inputs: int, where: str, *, is_down: bool) -> None:
@@ -93,11 +89,12 @@ def check_sizes(precision: Precision, outputs: int, inputs: int, where: str, *, 
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer [outputs, inputs] whose tensors (weight, bias, scale, input_scale) come in one of the forms."""
+    """A linear layer [outputs, inputs]: weight, groups, bias, scale and input_scale, as one of the forms has them."""
 
     weight: nn.Parameter
+    groups: nn.Parameter | None
     bias: nn.Parameter | None
-    scale: nn.Parameter
+    scale: nn.Parameter | None
     input_scale: nn.Parameter | None
 
     def __init__(
@@ -106,18 +103,18 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features, self.is_down = outputs, inputs, is_down
         self.full_form = stored_form(stored, is_down=is_down)
-        self.resident_form = resident_form(precision)
+        self.resident_form = resident_form(precision, is_down=is_down)
         self.form = self.full_form
         self.scratch = scratch
-        for name in ("weight", "bias", "scale", "input_scale"):
+        self.importance: Tensor | None = None
+        """[I] of the inputs, for int4 rows that are quantised from floats."""
+        for name in ("weight", "groups", "bias", "scale", "input_scale"):
             self.register_parameter(name, None)
 
     def declare_features(self) -> None:
-        """Take the sizes from the tensors that were installed; rows that fill up int4 tiles are no features."""
+        """Take the sizes from the tensors that were installed."""
         if self.is_down:
-            neurons_first = self.form == "int4_neurons"
-            self.in_features = self.weight.shape[0] if neurons_first else self.weight.shape[1]
-            self.in_features *= 2 if self.form == "int4_tiles" else 1
+            self.in_features = self.weight.shape[0 if self.form == "int4_neurons" else 1]
         else:
             self.out_features = self.weight.shape[0]
 
@@ -142,7 +139,7 @@ class QuantizedLinear(nn.Module):
     def _few_kernels(self, x: Tensor) -> few_rows.Kernels | None:
         """Ours for a few rows, if they are faster than anything else for rows like x."""
         rows = x.shape[0]
-        few = self.form in ("int8", "int4_tiles") and rows <= few_rows.ROWS
+        few = self.form in ("int8", "int4_rows", "int4_strips") and rows <= few_rows.ROWS
         if not few or not x.is_cpu or x.dtype not in few_rows.TYPES or needs_gradient(x):
             return None
         many = self._many_kernels(x) if rows > 1 else None  # decoding does not wait for the answer
@@ -154,47 +151,49 @@ class QuantizedLinear(nn.Module):
         return own if own is not None and own.take(self.form, x, self.weight) else None
 
     def _by_many(self, own: many_rows.Kernels, x: Tensor) -> Tensor:
-        block = cpu_block() if self.form == "int4_tiles" else 1
         bias = _typed(self.bias, x.dtype)
-        return own.multiply(self.form, x, self.weight, self.scale, bias, block, self.out_features)
+        return own.multiply(self.form, x, self.weight, self.scale, bias, self.groups, self.out_features)
 
     def _by_few(self, own: few_rows.Kernels, x: Tensor) -> Tensor:
-        tensors = self._parameters  # without the search of a module's attribute, five times a product
-        weight, scale, bias, input_scale = (tensors[name] for name in ("weight", "scale", "bias", "input_scale"))
+        tensors = self._parameters  # without the search of a module's attribute, six times a product
+        weight, groups, scale, bias, input_scale = (tensors[name] for name in _TENSORS)
+        beside, inputs = _typed(bias, x.dtype), _typed(input_scale, x.dtype)
         assert weight is not None
-        assert scale is not None
-        beside = _typed(bias, x.dtype), _typed(input_scale, x.dtype)
         if self.form == "int8":
-            return own.multiply_int8(x, weight, scale, *beside)
-        return own.multiply_int4(x, weight, scale, cpu_block(), *beside, self.out_features)
+            assert scale is not None
+            return own.multiply_int8(x, weight, scale, beside, inputs)
+        assert groups is not None
+        if self.form == "int4_rows":
+            assert scale is not None
+            return own.multiply_int4_rows(x, weight, groups, scale, beside)
+        assert inputs is not None
+        return own.multiply_int4_strips(x, weight, groups, inputs, beside, self.out_features)
 
     def _kernel_rows(self, x: Tensor) -> int:
         """Up to how many rows like x a kernel of torch's multiplies faster than a translated matrix would be."""
-        if self.form not in ("int8", "int4_tiles") or x.dtype == torch.float64:
-            return 0
-        return _KERNEL_ROWS if self.form == "int4_tiles" or _has_int8_kernel(x, self.weight) else 0
+        wide = self.form != "int8" or x.dtype == torch.float64
+        return 0 if wide or not _has_int8_kernel(x, self.weight) else _KERNEL_ROWS
 
     def _few(self, x: Tensor) -> Tensor:
-        product: Tensor
-        if self.form == "int8":
-            product = int8_kernel(x.device, x.dtype)(x.contiguous(), self.weight, self.scale)
-        else:
-            product = multiply_tiles(x.contiguous(), self.weight, self.scale)[:, : self.out_features]
+        assert self.scale is not None
+        product = int8_kernel(x.device, x.dtype)(x.contiguous(), self.weight, self.scale)
         return product if self.bias is None else product + self.bias
 
     def _many(self, x: Tensor) -> Tensor:
-        if self.form == "int4_rows":
-            return multiply_int4_rows(x, self.weight, self.scale, self.scratch, self.bias)
-        if self.form == "int4_neurons":
-            return multiply_int4_neurons(x, self.weight, self.scale, self.scratch, self.bias)
-        if self.form == "int4_tiles":
-            if x.device.type != "cpu":
-                return self._few(x)
-            return multiply_tiles_by_blocks(x, self.weight, self.scale, self.scratch, self.out_features, self.bias)
+        if self.groups is not None:
+            return self._many_int4(x, self.groups)
         if self.form == "float" and self.scratch.dtype == self.weight.dtype:
             return nn.functional.linear(x, self.weight, self.bias)
         scale = self.scale if self.form == "int8" else None
         return multiply(x, self.weight, self.scratch, scale, self.bias)
+
+    def _many_int4(self, x: Tensor, groups: Tensor) -> Tensor:
+        if self.form == "int4_neurons":
+            return multiply_int4_neurons(x, self.weight, groups, self.scratch, self.bias)
+        if self.form == "int4_strips":
+            return multiply_int4_strips(x, self.weight, groups, self.scratch, self.out_features, self.bias)
+        assert self.scale is not None
+        return multiply_int4_rows(x, self.weight, groups, self.scratch, self.scale, self.bias)
 
 
 def _typed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -239,14 +238,7 @@ def row_norms(full: dict[str, Tensor], *, swapped: bool) -> Tensor:
         return norms.float()
     if weight.dtype == torch.int8:
         return torch.cat([part.float().norm(dim=1) for part in weight.split(256)]) * full["scale"].float()
-    scale, offset = full["scale"].float().unbind(-1)
-    rows = []
-    for packed, steps, offsets in zip(weight, scale, offset, strict=True):
-        row = unpack_int4(
-            packed[None], torch.empty(1, 2 * packed.numel(), dtype=torch.float32, device=packed.device)
-        ).view(-1, GROUP)
-        rows.append(((row - 8) * steps[:, None] + offsets[:, None]).norm())
-    return torch.stack(rows)
+    return full["scale"].float() * math.sqrt(2 * weight.shape[1])  # the root mean square is int4's scale
 
 
 def column_norms(full: dict[str, Tensor], *, swapped: bool) -> Tensor:
@@ -256,18 +248,21 @@ def column_norms(full: dict[str, Tensor], *, swapped: bool) -> Tensor:
     return row_norms(full, swapped=False) if swapped else neuron_scale(full["weight"], torch.float32)
 
 
-def quantized(weight: Tensor, precision: Precision, dtype: torch.dtype, *, is_down: bool) -> dict[str, Tensor]:
-    """The stored tensors of a whole matrix [O, I] of floats; scales are of `dtype`."""
-    if precision == "int4" and not is_down:
-        packed, scales = quantize_int4_rows(weight, dtype)
-        return {"weight": packed, "scale": scales}
-    beside = {"input_scale": neuron_scale(weight, dtype)} if is_down else {}
-    input_scale = beside.get("input_scale")
+def quantized(
+    weight: Tensor, precision: Precision, dtype: torch.dtype, *, is_down: bool, importance: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The stored tensors of a whole matrix [O, I] of floats; scales are of `dtype`. `importance` [I] of the inputs is
+    for int4 rows."""
+    if precision == "int4" and is_down:
+        input_scale = neuron_scale(weight, dtype)
+        codes, groups = quantize_neurons(weight, input_scale)
+        return {"weight": codes, "groups": groups, "input_scale": input_scale}
     if precision == "int4":
-        assert input_scale is not None
-        scale = int4_scale(weight, dtype, input_scale)
-        return {"weight": quantize_int4_neurons(weight, input_scale, scale), "scale": scale, **beside}
-    scale = int8_scale(weight, dtype, input_scale)
+        scale = row_scale(weight, dtype)
+        codes, groups = quantize_rows(weight, scale, importance)
+        return {"weight": codes, "groups": groups, "scale": scale}
+    beside = {"input_scale": neuron_scale(weight, dtype)} if is_down else {}
+    scale = int8_scale(weight, dtype, beside.get("input_scale"))
     numbers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    quantize_int8(weight, scale, numbers, input_scale)
+    quantize_int8(weight, scale, numbers, beside.get("input_scale"))
     return {"weight": numbers, "scale": scale, **beside}

@@ -194,7 +194,7 @@ def _layer_shape(
 
 
 def _linear_bytes(linear: Any, precision: Precision, dtype: torch.dtype) -> int:
-    form = resident_form(precision)
+    form = resident_form(precision, is_down=False)
     return _specs_bytes(list(specs(form, *features(linear), is_down=False).values()), dtype)
 
 

@@ -1,5 +1,7 @@
 """Every linear layer inside the decoder layers, swapped for a `QuantizedLinear` once, at load."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,18 +24,25 @@ def check_layer(layer: nn.Module, block: FeedForward, precision: Precision) -> N
 
 
 def swap_linears(
-    decoder: nn.ModuleList, blocks: list[FeedForward], precision: Precision, stored: Precision, scratch: Scratch
+    decoder: nn.ModuleList,
+    blocks: list[FeedForward],
+    precision: Precision,
+    stored: Precision,
+    scratch: Scratch,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Replace each by a module with the same parameters; those of a converted checkpoint are on meta, to be assigned.
+    `importance` [I], by "layer.name", is of the inputs of matrices that are quantised while the model runs.
 
     Conv1D's matrix is turned around: every QuantizedLinear is [outputs, inputs].
     """
-    for layer, block in zip(decoder, blocks, strict=True):
+    for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True)):
         down = block.down  # the block's own attribute refers to the module that is replaced
         for name in linear_names(layer):
             module = layer.get_submodule(name)
             parent, _, attribute = name.rpartition(".")
             new = _quantized(module, precision, stored, scratch, is_down=module is down)
+            new.importance = (importance or {}).get(f"{index}.{name}")
             setattr(layer.get_submodule(parent), attribute, new)
 
 

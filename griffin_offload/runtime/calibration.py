@@ -1,0 +1,129 @@
+"""How much an error in each input of a matrix counts: the mean squares of its inputs over a page of text.
+
+Int4 groups are fitted by them (weights/int4.py). One forward of the stock model over its mapped weights finds them, a
+layer's pages at a time; they are the same for every run of a checkpoint, so they are kept in the user's cache.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from griffin_offload.errors import CheckpointError
+from griffin_offload.runtime.calibration_text import CALIBRATION_TEXT
+from griffin_offload.runtime.cpu_linear import emulates_halves, use_own_linears
+from griffin_offload.weights.checkpoint import Checkpoint, fingerprint, load_tokenizer
+from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.files import renamed
+from griffin_offload.weights.matmul import Scratch
+from griffin_offload.weights.pages import FilePages
+from griffin_offload.weights.swap import linear_names
+
+Importance = Mapping[str, Tensor]
+"""Mean squares float32 [I] of the inputs of a linear layer, by "layer.name"."""
+CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
+_SEQUENCES, _TOKENS = 4, 128
+# The first tokens' states are unlike all others', in every trained model.
+_SKIPPED_TOKENS = 4
+_SCRATCH_BYTES = 2**22
+_FORMAT = 1
+
+
+@torch.no_grad()
+def importance_of(
+    checkpoint: Checkpoint, model: Any, decoder: nn.ModuleList, blocks: Sequence[FeedForward], *, evict: bool
+) -> Importance:
+    """Of every linear layer in `decoder` but down projections. `model` is mapped and as stored; `evict` frees its pages
+    behind each layer. Empty where the checkpoint has no tokenizer that fits it: then all inputs count alike."""
+    wanted = {
+        f"{index}.{name}": module
+        for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True))
+        for name in linear_names(layer)
+        if (module := layer.get_submodule(name)) is not block.down
+    }
+    path = _cache_path(checkpoint)
+    found = _read(path, set(wanted))
+    if found is None:
+        ids = _token_ids(checkpoint, model)
+        if ids is None:
+            return {}
+        with _a_layer_at_a_time(model, decoder, checkpoint, evict):
+            found = _measured(model, wanted, ids)
+        with contextlib.suppress(OSError):  # measured again by the next run
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with renamed(path) as temporary:
+                save_file(found, temporary)
+    return found
+
+
+def _cache_path(checkpoint: Checkpoint) -> Path:
+    own = os.environ.get(CACHE_VARIABLE)
+    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "griffin-offload"
+    return root / f"importance-{_FORMAT}-{fingerprint(checkpoint)}.safetensors"
+
+
+def _read(path: Path, names: set[str]) -> dict[str, Tensor] | None:
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    return found if set(found) == names else None
+
+
+def _token_ids(checkpoint: Checkpoint, model: Any) -> Tensor | None:
+    try:
+        tokenizer = load_tokenizer(checkpoint.directory)
+    except CheckpointError:
+        return None
+    ids = tokenizer(CALIBRATION_TEXT, return_tensors="pt").input_ids[0]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
+    tokens = min(_TOKENS, longest, ids.numel())
+    sequences = min(_SEQUENCES, ids.numel() // tokens) if tokens > _SKIPPED_TOKENS else 0
+    inside = ids.numel() and int(ids.max()) < model.get_input_embeddings().weight.shape[0]
+    return ids[: sequences * tokens].view(sequences, tokens) if sequences and inside else None
+
+
+def _measured(model: Any, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:
+    squares: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        rows = x.reshape(*ids.shape, -1)[:, _SKIPPED_TOKENS:].flatten(0, 1)
+        squares[name] = rows.float().square_().mean(0)
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in wanted.items():
+            handle = module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+            hooks.callback(handle.remove)
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return squares
+
+
+@contextlib.contextmanager
+def _a_layer_at_a_time(model: Any, decoder: nn.ModuleList, checkpoint: Checkpoint, evict: bool) -> Iterator[None]:
+    """Inside it a forward reads each layer's pages when it comes to it, and drops them behind it."""
+    pages = FilePages(list(model.parameters()), evict=evict, known=checkpoint.states)
+    scratch = Scratch(_SCRATCH_BYTES, torch.float32, torch.device("cpu"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(pages.close)
+        if emulates_halves(torch.device("cpu"), checkpoint.dtype):
+            use_own_linears(model, scratch, translated=True)
+            stack.callback(_use_stock_linears, model)
+        for layer in decoder:
+            spans = pages.spans(list(layer.parameters()))
+            before = layer.register_forward_pre_hook(lambda *_, spans=spans: pages.read(spans))
+            after = layer.register_forward_hook(lambda *_, spans=spans: pages.drop(spans))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        yield
+
+
+def _use_stock_linears(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__dict__.pop("forward", None)
