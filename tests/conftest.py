@@ -4,8 +4,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: several tests run at once
 
+import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ settings.load_profile("untimed")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Checkpoints = Callable[..., Path]
+CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +36,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow, fetches a trained model: --run-slow runs it"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache() -> Iterator[None]:
+    """Nothing is left in the cache of whoever runs the tests, nor found there, also by processes that tests start."""
+    place, before = tempfile.mkdtemp(), os.environ.get(CACHE_VARIABLE)
+    os.environ[CACHE_VARIABLE] = place
+    yield
+    os.environ.pop(CACHE_VARIABLE)
+    if before is not None:
+        os.environ[CACHE_VARIABLE] = before
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""Quantised matrices written again from their formulas, in float64 and independently of the package.
+"""Quantised matrices written again from their formulas, in float64 and independently of the package (but for what int4
+chooses, see `stored_values`).
 
 Matrices are [O, I]. What a number is before it is rounded is its quotient: the distance from level 0, in levels.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from griffin_offload.weights.quantized_linear import quantized
+
 GROUP = 32
-# The steps, for numbers of norm 1, among which the int4 format chooses each row of a down projection's.
-STEPS = (0.34, 0.28, 0.30, 0.32, 0.37, 0.40, 0.45)
 
 
 @dataclass(frozen=True)
@@ -73,52 +74,87 @@ def neuron_scale(down: Tensor) -> Tensor:
     return torch.stack([column.square().mean().sqrt() for column in down.double().unbind(1)])
 
 
-def int4_rows_scale(weight: Tensor) -> Tensor:
-    """[O, I / 32]: sixteen levels from the smallest to the largest of a group."""
-    groups = weight.double().view(weight.shape[0], -1, GROUP)
-    return (groups.amax(2) - groups.amin(2)) / 15
+def step_of(code: Tensor) -> Tensor:
+    """float64 of step bytes: four bits of exponent, four behind the binary point, no sign, and no zero."""
+    return torch.pow(2.0, (code.long() // 16 - 11).double()) * (1 + (code.long() % 16).double() / 16)
 
 
-def int4_rows_offset(weight: Tensor, scale: Tensor) -> Tensor:
-    """[O, I / 32], the number that level 8 stands for: with levels 0 to 15 the group's middle is level 7.5."""
-    groups = weight.double().view(weight.shape[0], -1, GROUP)
-    return (groups.amax(2) + groups.amin(2)) / 2 + scale.double() / 2
+def offset_of(code: Tensor) -> Tensor:
+    """float64 of offset bytes: two's complement in eighths, counted from -8."""
+    return torch.where(code < 128, code.long(), code.long() - 256).double() / 8 - 8
 
 
-def int4_rows(weight: Tensor, scale: Tensor, offset: Tensor) -> Quantised:
-    step, middle = (t.double().repeat_interleave(GROUP, dim=1) for t in (scale, offset))
-    return Quantised((weight.double() - middle) / divisor(step) + 8, middle - 8 * step, step, 0, 15)
+STEPS = step_of(torch.arange(256))
+"""Every step that can be stored, in order."""
 
 
-def int4_neurons(down: Tensor, scale: Tensor, input_scale: Tensor) -> Quantised:
-    step = scale.double()[:, None] * input_scale.double()
-    quotient = down.double() / divisor(input_scale) / divisor(scale)[:, None] + 7.5
-    return Quantised(quotient, -7.5 * step, step, 0, 15)
+@dataclass(frozen=True)
+class Int4:
+    """Rows of int4 as they are stored, without their scale."""
+
+    levels: Tensor
+    """0 to 15, [R, C]."""
+    step: Tensor
+    """Of each number, [R, C]."""
+    offset: Tensor
+
+    @classmethod
+    def of_bytes(cls, codes: Tensor, groups: Tensor) -> Int4:
+        """Codes [R, C / 2] and pairs of bytes [R, C / 32, 2]."""
+        step, offset = (part.repeat_interleave(GROUP, dim=1) for part in (groups[..., 0], groups[..., 1]))
+        return cls(unpacked(codes), step_of(step), offset_of(offset))
+
+    @property
+    def values(self) -> Tensor:
+        return self.step * (self.levels.double() + self.offset)
+
+    def nearest(self, numbers: Tensor) -> Tensor:
+        """Levels [R, C] of what lies closest to `numbers` on the grids of these rows, each tried."""
+        grid = self.step[..., None] * (torch.arange(16).double() + self.offset[..., None])
+        return (grid - numbers.double()[..., None]).abs().argmin(-1)
 
 
-def int4_scales(down: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Every candidate for the down projection's scale [S, O], and how far each row is from its grid, squared [S, O]."""
-    rows = down.double() / divisor(input_scale)
-    norms = rows.square().mean(1).sqrt()
-    candidates = torch.stack([norms * step for step in STEPS])
-    ones = torch.ones(down.shape[1])
-    errors = [(int4_neurons(rows, scale, ones).values - rows).square().sum(1) for scale in candidates]
-    return candidates, torch.stack(errors)
+def strips_as_rows(codes: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [S, R, 32] and groups [2 S, R, 2] of strips, as codes [R, 32 S] and groups [R, 2 S, 2] of their inputs."""
+    return torch.cat(list(codes), dim=1), groups.transpose(0, 1).contiguous()
 
 
-def quantised(weight: Tensor, precision: str, dtype: torch.dtype, *, is_down: bool) -> Quantised:
-    """`weight` with scales in `dtype`, by the formulas above."""
-    if not is_down:
-        if precision == "int8":
-            return int8(weight, int8_scale(weight).to(dtype))
-        scale = int4_rows_scale(weight).to(dtype)
-        return int4_rows(weight, scale, int4_rows_offset(weight, scale).to(dtype))
-    columns = neuron_scale(weight).to(dtype)
-    if precision == "int8":
-        return int8(weight, int8_scale(weight, columns).to(dtype), columns)
-    candidates, errors = int4_scales(weight, columns)
-    best = errors.argmin(0, keepdim=True)
-    return int4_neurons(weight, candidates.gather(0, best)[0].to(dtype), columns)
+def rows_as_strips(codes: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse; what fills up the last strip is zeros."""
+    fill = groups.shape[1] % 2
+    codes, groups = (
+        torch.cat([codes, codes.new_zeros(codes.shape[0], 16 * fill)], dim=1),
+        torch.cat([groups, groups.new_zeros(groups.shape[0], fill, 2)], dim=1),
+    )
+    strips = [codes[:, start : start + 32] for start in range(0, codes.shape[1], 32)]
+    return torch.stack(strips), groups.transpose(0, 1).contiguous()
+
+
+def int4_matrix(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The matrix [O, I] in float64 of stored rows, or of a down projection's neurons."""
+    values = Int4.of_bytes(tensors["weight"], tensors["groups"]).values
+    if "input_scale" in tensors:
+        return (values * tensors["input_scale"].double()[:, None]).t()
+    return values * tensors["scale"].double()[:, None]
+
+
+def row_scale(weight: Tensor) -> Tensor:
+    """[O]: root mean square of every row."""
+    return torch.stack([row.square().mean().sqrt() for row in weight.double().unbind(0)])
+
+
+def stored_values(weight: Tensor, precision: str, dtype: torch.dtype, *, is_down: bool) -> Tensor:
+    """What `weight` becomes, in float64. int8 by the formulas above; what int4 searches has tests of its own
+    (weights/test_int4.py): here the package's bytes are read by the formula of the format."""
+    if precision == "int4":
+        return int4_matrix(quantized(weight, "int4", dtype, is_down=is_down))
+    return quantised(weight, dtype, is_down=is_down).values
+
+
+def quantised(weight: Tensor, dtype: torch.dtype, *, is_down: bool) -> Quantised:
+    """`weight` in int8 with scales in `dtype`, by the formulas above."""
+    columns = neuron_scale(weight).to(dtype) if is_down else None
+    return int8(weight, int8_scale(weight, columns).to(dtype), columns)
 
 
 def packed(levels: Tensor) -> Tensor:
@@ -159,7 +195,7 @@ def round_layers(model: PreTrainedModel, down: str, neurons: int, precision: str
     downs = {down.format(i=i) for i in range(model.config.num_hidden_layers)}
     for name, matrix in layer_matrices(model).items():
         if in_feed_forward(matrix, neurons, is_down=name in downs) == feed_forward:
-            matrix.copy_(quantised(matrix, precision, matrix.dtype, is_down=name in downs).values)
+            matrix.copy_(stored_values(matrix, precision, matrix.dtype, is_down=name in downs))
 
 
 def quantised_generate(

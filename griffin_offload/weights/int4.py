@@ -67,13 +67,13 @@ def quantize_neurons(columns: Tensor, scale: Tensor, importance: Tensor | None =
 
 def unpack(codes: Tensor, groups: Tensor, out: Tensor) -> Tensor:
     """step * (code + offset) of rows or neurons, written into `out`, floats [R, C]: numbers without their scale."""
-    rows = codes.shape[0]
-    low, high = out.view(rows, -1, 2, _HALF).unbind(2)
-    pairs = codes.view(rows, -1, _HALF)
+    shape = groups.shape[:-1]
+    low, high = out.view(*shape, 2, _HALF).unbind(2)
+    pairs = codes.view(*shape, _HALF)
     low.copy_(pairs & 15)
     high.copy_(pairs >> 4)
     step, offset = _steps(groups, out.dtype)
-    out.view(rows, -1, GROUP).add_(offset[..., None]).mul_(step[..., None])
+    out.view(*shape, GROUP).add_(offset[..., None]).mul_(step[..., None])
     return out
 
 
@@ -93,11 +93,10 @@ def gather_neurons(neurons: Int4, chosen: Tensor, strips: Int4, start: int) -> N
 def write_neurons(neurons: Int4, strips: Int4, start: int) -> None:
     """Make all of `neurons` [R, ...] inputs start.. of `strips`."""
     (codes, groups), (to_codes, to_groups) = neurons, strips
-    rows = codes.shape[0]
-    part = slice(start, start + rows)
-    target = to_codes.view(-1, to_codes.shape[1], 2, _HALF)
+    part = slice(start, start + codes.shape[0])
+    target = to_codes.view(*to_codes.shape[:2], 2, _HALF)
     for half in range(2):
-        source = codes.view(rows, -1, _HALF)[:, half::2].transpose(0, 1)
+        source = codes.view(*groups.shape[:-1], _HALF)[:, half::2].transpose(0, 1)
         target[: source.shape[0], part, half] = source
     to_groups[: groups.shape[1], part] = groups.transpose(0, 1)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantised_reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from griffin_offload.kernels import few_rows
 from griffin_offload.kernels.compiled import library
-from griffin_offload.weights.int4_tiles import cpu_block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_kernels = pytest.mark.skipif(few_rows.kernels() is None, reason="another processor, or no compiler")
@@ -36,15 +36,26 @@ def _kernels(**kind: bool) -> few_rows.Kernels:
     return few_rows.Kernels(found, **kind)
 
 
-def _check(found: Tensor, x: Tensor, matrix: Tensor, sizes: Tensor, group: int) -> None:
+def _check(found: Tensor, x: Tensor, matrix: Tensor, sizes: Tensor, group: int, bits: int = 16) -> None:
     """Within some roundings of the type of what a row and an output add up in absolute numbers, and half a step of
-    16 or 31 bits of a group's largest number; where the type holds that."""
+    `bits` bits, of float32 nearly twice as many, of a group's largest number; where the type holds that."""
     exact, size, limits = x.double() @ matrix.t(), x.double().abs() @ sizes.t(), torch.finfo(x.dtype)
     largest = torch.cat([p.abs().amax(1, keepdim=True).expand_as(p) for p in x.double().split(group, dim=1)], dim=1)
-    step = 2.0**-30 if x.dtype == torch.float32 else 2.0**-15
+    step = 2.0 ** -(2 * bits - 2) if x.dtype == torch.float32 else 2.0 ** -(bits - 1)
+    if bits == 8:
+        step *= 128 / 127 * (2 if x.dtype == torch.float32 else 1)  # as many steps as that; and two roundings
     allowed = 4 * limits.eps * size + step / 2 * largest @ sizes.t() + limits.tiny
     assert found.dtype == x.dtype
     assert torch.all(((found.double() - exact).abs() <= allowed) | (size > limits.max / 2))
+
+
+def _int4(rows: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Codes and groups of rows of any numbers, of steps of up to 2."""
+    generator = torch.Generator().manual_seed(rows + groups)
+    codes = torch.randint(0, 256, (rows, 16 * groups), generator=generator, dtype=torch.uint8)
+    steps = torch.randint(0, 12 * 16, (rows, groups), generator=generator, dtype=torch.uint8)
+    offsets = torch.randint(0, 256, (rows, groups), generator=generator, dtype=torch.uint8)
+    return codes, torch.stack([steps, offsets], dim=-1)
 
 
 @st.composite
@@ -74,31 +85,41 @@ def test_int8(kind: Kind, data: st.DataObject, outputs: int, inputs: int, thread
 
 @needs_kernels
 @of_all_processors
-@pytest.mark.parametrize("scale_type", DTYPES)
-@pytest.mark.parametrize("group", [32, 96, 128])
-@given(data=st.data(), blocks=st.integers(1, 5), inputs=st.integers(1, 4), threads=st.integers(1, 3))
-def test_int4(
-    kind: Kind,
-    group: int,
-    scale_type: torch.dtype,
-    data: st.DataObject,
-    blocks: int,
-    inputs: int,
-    threads: int,
-):
-    """Both widths of blocks; numbers are packed here, as int4_tiles.py says. Some groups and types have kernels that
-    were compiled for them."""
+@given(data=st.data(), outputs=st.integers(1, 300), groups=st.integers(1, 13), threads=st.integers(1, 3))
+def test_int4_rows(kind: Kind, data: st.DataObject, outputs: int, groups: int, threads: int):
+    """Numbers of groups that are no multiple of anything, any number of outputs."""
     torch.set_num_threads(threads)
-    block, outputs = data.draw(st.sampled_from([32, 64])), 64 * blocks
-    x = data.draw(inputs_of(inputs * group))
-    generator = torch.Generator().manual_seed(blocks)
-    levels = torch.randint(0, 16, (outputs, inputs * group), generator=generator)
-    scales = torch.randn(inputs, outputs, 2, generator=generator).to(scale_type)
-    low, high = levels.view(-1, 2, block // 2, inputs * group).unbind(1)
-    tiles = (low | high << 4).to(torch.uint8).transpose(1, 2).reshape(outputs, -1).contiguous()
-    scale, offset = (part.t().repeat_interleave(group, dim=1) for part in scales.double().unbind(-1))
-    found = _kernels(**kind).multiply_int4(x, tiles, scales, block)
-    _check(found, x, (levels - 8) * scale + offset, 8 * scale.abs() + offset.abs(), group)
+    x, (codes, pairs) = data.draw(inputs_of(groups * 32)), _int4(outputs, groups)
+    generator = torch.Generator().manual_seed(outputs)
+    scale = torch.rand(outputs, generator=generator).add(0.1).to(data.draw(st.sampled_from(DTYPES)))
+    stored, scales = ref.Int4.of_bytes(codes, pairs), scale.double()[:, None]
+    sizes = scales * stored.step * (stored.levels.double() + stored.offset.abs())  # which are added up apart
+    kernels = _kernels(**kind)
+    found = kernels.multiply_int4_rows(x, codes, pairs, scale)
+    _check(found, x, scales * stored.values, sizes, 32, 8 if kernels._bytes else 16)
+
+
+@needs_kernels
+@of_all_processors
+@given(data=st.data(), groups=st.integers(1, 7), sixteens=st.integers(1, 20), threads=st.integers(1, 3))
+def test_int4_strips(kind: Kind, data: st.DataObject, groups: int, sixteens: int, threads: int):
+    torch.set_num_threads(threads)
+    inputs = 16 * sixteens
+    x, neurons = data.draw(inputs_of(inputs)), _int4(inputs, groups)
+    scale = torch.rand(inputs, generator=torch.Generator().manual_seed(inputs)).add(0.1).to(x.dtype)
+    stored = ref.Int4.of_bytes(*neurons)
+    found = _kernels(**kind).multiply_int4_strips(x, *ref.rows_as_strips(*neurons), scale, features=32 * groups)
+    sizes = (stored.step * (stored.levels.double() + stored.offset.abs())).t()
+    # A block of neurons has one scale, of its largest product of input and step.
+    scaled = (x.double() * scale.double())[:, None] * stored.step.t()  # [M, O, I]
+    largest = torch.cat([p.abs().amax(2, keepdim=True).expand_as(p) for p in scaled.split(128, dim=2)], dim=2)
+    levels = (stored.levels.double() + stored.offset.abs()).t()
+    exact, size = (x.double() * scale.double()) @ stored.values, (x.double() * scale.double()).abs() @ sizes.t()
+    limits, step = torch.finfo(x.dtype), 2.0**-30 if x.dtype == torch.float32 else 2.0**-15
+    allowed = 4 * limits.eps * size + step / 2 * (largest * levels).sum(2) + limits.tiny
+    assert found.dtype == x.dtype
+    assert found.shape == exact.shape
+    assert torch.all(((found.double() - exact).abs() <= allowed) | (size > limits.max / 2))
 
 
 @needs_kernels
@@ -120,25 +141,29 @@ def test_floats(kind: Kind, data: st.DataObject, outputs: int, inputs: int, thre
 @needs_kernels
 @of_all_processors
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bias_scaled_inputs_and_features(kind: Kind, dtype: torch.dtype):
-    """What is filled up to a whole block of tiles is no feature."""
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("form", ["int8", "int4_rows", "int4_strips"])
+def test_bias_scaled_inputs_and_features(kind: Kind, form: str, dtype: torch.dtype):
+    """What fills up the last strip is no feature."""
+    generator, own = torch.Generator().manual_seed(0), _kernels(**kind)
     x, input_scale = torch.randn(3, 64, generator=generator).to(dtype), torch.rand(64, generator=generator).to(dtype)
-    for features, int4 in ((70, False), (70, True), (128, True)):
-        bias, own = torch.randn(features, generator=generator).to(dtype), _kernels(**kind)
+    scaled = x.double() if form == "int4_rows" else x.double() * input_scale.double()
+    for features in (70, 128):
+        bias = torch.randn(features, generator=generator).to(dtype)
         levels = torch.randint(0, 16, (128, 64), generator=generator)
-        if int4:
-            low, high = levels.view(2, 2, 32, 64).unbind(1)
-            tiles = (low | high << 4).to(torch.uint8).transpose(1, 2).reshape(128, -1).contiguous()
-            scales = torch.tensor([1.0, 0.0]).expand(2, 128, 2).contiguous()
-            found = own.multiply_int4(x, tiles, scales, 64, bias, input_scale, features)
+        codes, groups = ref.packed(levels), torch.tensor([11 * 16, 0], dtype=torch.uint8).expand(128, 2, 2)
+        if form == "int4_rows":
+            rows = codes[:features].contiguous(), groups[:features].contiguous()
+            found = own.multiply_int4_rows(x, *rows, torch.ones(features), bias)
+        elif form == "int4_strips":
+            neurons = ref.packed(levels.t()), torch.tensor([11 * 16, 0], dtype=torch.uint8).expand(64, 4, 2)
+            found = own.multiply_int4_strips(x, *ref.rows_as_strips(*neurons), input_scale, bias, features)
         else:
             weight = (levels - 8).to(torch.int8)[:features].contiguous()
             found = own.multiply_int8(x, weight, torch.ones(features), bias, input_scale)
-        scaled = x.double() * input_scale.double()
         exact = scaled @ (levels[:features] - 8).double().t() + bias.double()
         assert found.shape == (3, features)
-        torch.testing.assert_close(found.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=0.01)
+        coarse = form == "int4_rows" and kind["wide"] and dtype != torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1 if coarse else 0.01)
 
 
 @needs_kernels
@@ -150,9 +175,12 @@ def test_what_is_no_number_stays_none(kind: Kind, bad: float, dtype: torch.dtype
     x = torch.ones(3, 256, dtype=dtype)
     x[1, 200] = bad
     weight, scale = torch.ones(40, 256, dtype=torch.int8), torch.ones(40, dtype=dtype)
-    tiles, scales = torch.ones(64, 128, dtype=torch.uint8), torch.ones(8, 64, 2, dtype=dtype)
-    own = _kernels(**kind)
-    for found in (own.multiply_int8(x, weight, scale), own.multiply_int4(x, tiles, scales, cpu_block())):
+    rows, neurons, own = _int4(40, 8), _int4(256, 2), _kernels(**kind)
+    for found in (
+        own.multiply_int8(x, weight, scale),
+        own.multiply_int4_rows(x, *rows, scale),
+        own.multiply_int4_strips(x, *ref.rows_as_strips(*neurons), torch.ones(256, dtype=dtype)),
+    ):
         assert found[1].isnan().all()
         assert found[::2].isfinite().all()
 
@@ -164,6 +192,12 @@ def test_numbers_of_any_size(kind: Kind, size: float):
     x = torch.full((1, 128), size)
     found = _kernels(**kind).multiply_int8(x, torch.full((1, 128), 2, dtype=torch.int8), torch.ones(1))
     torch.testing.assert_close(found, torch.full((1, 1), 256 * size), rtol=1e-6, atol=1e-27)
+    one, codes = torch.tensor([11 * 16, 0], dtype=torch.uint8), torch.full((1, 64), 0xAA, dtype=torch.uint8)
+    found = _kernels(**kind).multiply_int4_rows(x, codes, one.repeat(1, 4, 1), torch.ones(1))
+    torch.testing.assert_close(found, torch.full((1, 1), 256 * size), rtol=1e-4, atol=1e-27)
+    strips = torch.full((1, 128, 32), 0xAA, dtype=torch.uint8), one.repeat(2, 128, 1)
+    found = _kernels(**kind).multiply_int4_strips(x, *strips, torch.ones(128))
+    torch.testing.assert_close(found, torch.full((1, 64), 256 * size), rtol=1e-6, atol=1e-27)
 
 
 @needs_kernels
@@ -174,13 +208,19 @@ def test_largest_sums(kind: Kind):
     for sign in (1, -1):
         weight = torch.full((64, 256), 127 * sign, dtype=torch.int8)
         assert torch.all(_kernels(**kind).multiply_int8(x, weight, torch.ones(64)) == 3 * 127 * 256 * sign)
+    one = torch.tensor([11 * 16, 0], dtype=torch.uint8)  # the step 1
     for level in (0, 15):
-        tiles = torch.full((64, 128), level * 17, dtype=torch.uint8)
-        scales = torch.tensor([1.0, 0.0]).expand(2, 64, 2).contiguous()
-        assert torch.all(_kernels(**kind).multiply_int4(x, tiles, scales, cpu_block()) == 3 * 256 * (level - 8))
+        codes, exact = torch.full((64, 128), level * 17, dtype=torch.uint8), 3.0 * 256 * (level - 8)
+        found = _kernels(**kind).multiply_int4_rows(x, codes, one.repeat(64, 8, 1), torch.ones(64))
+        torch.testing.assert_close(found, torch.full((1, 64), exact), rtol=1e-4, atol=0)
+        strips = codes.view(1, 256, 32), one.repeat(2, 256, 1)
+        found = _kernels(**kind).multiply_int4_strips(x, *strips, torch.ones(256))
+        torch.testing.assert_close(found, torch.full((1, 64), exact), rtol=1e-6, atol=0)
 
 
-_INT8, _INT4 = torch.ones(4, 64, dtype=torch.int8), torch.ones(64, 32, dtype=torch.uint8)
+_INT8, _CODES = torch.ones(4, 64, dtype=torch.int8), torch.ones(4, 32, dtype=torch.uint8)
+_PAIRS, _STRIP = torch.ones(4, 2, 2, dtype=torch.uint8), torch.ones(1, 64, 32, dtype=torch.uint8)
+_STRIP_PAIRS = torch.ones(2, 64, 2, dtype=torch.uint8)
 
 
 @needs_kernels
@@ -196,12 +236,25 @@ _INT8, _INT4 = torch.ones(4, 64, dtype=torch.int8), torch.ones(64, 32, dtype=tor
         ("int8", (torch.ones(1, 64), _INT8, torch.ones(4), torch.ones(8)[::2])),
         ("int8", (torch.ones(1, 64), _INT8, torch.ones(4), torch.ones(4).half())),
         ("int8", (torch.ones(1, 64), _INT8, torch.ones(4), None, torch.ones(128)[::2])),
-        ("int4", (torch.ones(1, 256), torch.ones(64, 128, dtype=torch.uint8), torch.ones(1, 64, 2), 32)),
-        ("int4", (torch.ones(1, 256), torch.ones(48, 128, dtype=torch.uint8), torch.ones(8, 48, 2), 32)),
-        ("int4", (torch.ones(1, 96), torch.ones(96, 48, dtype=torch.uint8), torch.ones(3, 96, 2), 96)),
-        ("int4", (torch.ones(1, 6), torch.ones(64, 3, dtype=torch.uint8), torch.ones(2, 64, 2), 64)),
-        ("int4", (torch.ones(1, 128), _INT4, torch.ones(4, 64, 2), 64)),
-        ("int4", (torch.ones(1, 64), _INT4, torch.ones(2, 64, 1), 64)),
+        ("int4_rows", (torch.ones(1, 128), _CODES, _PAIRS, torch.ones(4))),
+        ("int4_rows", (torch.ones(1, 48), _CODES[:, :24].contiguous(), _PAIRS, torch.ones(4))),
+        ("int4_rows", (torch.ones(1, 64), _CODES, _PAIRS[:, :1].contiguous(), torch.ones(4))),
+        ("int4_rows", (torch.ones(1, 64), _CODES, _PAIRS[:3], torch.ones(4))),
+        ("int4_rows", (torch.ones(1, 64), _CODES, _PAIRS.view(torch.int8), torch.ones(4))),
+        ("int4_rows", (torch.ones(1, 64), _CODES.view(torch.int8), _PAIRS, torch.ones(4))),
+        ("int4_rows", (torch.ones(1, 64), _CODES.t().contiguous().t(), _PAIRS, torch.ones(4))),
+        ("int4_rows", (torch.ones(1, 64), _CODES, _PAIRS, torch.ones(5))),
+        ("int4_rows", (torch.ones(1, 64), _CODES, _PAIRS, torch.ones(4), torch.ones(5))),
+        ("int4_strips", (torch.ones(1, 32), _STRIP, _STRIP_PAIRS, torch.ones(32))),
+        ("int4_strips", (torch.ones(1, 64), _STRIP, _STRIP_PAIRS[:1], torch.ones(64))),
+        ("int4_strips", (torch.ones(1, 64), _STRIP, _STRIP_PAIRS, torch.ones(32))),
+        ("int4_strips", (torch.ones(1, 64), _STRIP, _STRIP_PAIRS, torch.ones(64), torch.ones(63))),
+        ("int4_strips", (torch.ones(1, 64), _STRIP, _STRIP_PAIRS, torch.ones(64), None, 65)),
+        ("int4_strips", (torch.ones(33, 64), _STRIP, _STRIP_PAIRS, torch.ones(64))),
+        (
+            "int4_strips",
+            (torch.ones(1, 40), _STRIP[:, :40].contiguous(), _STRIP_PAIRS[:, :40].contiguous(), torch.ones(40)),
+        ),
         ("floats", (torch.ones(1, 64), torch.ones(64, 64))),
         ("floats", (torch.ones(1, 64).bfloat16(), torch.ones(64, 64).half())),
         ("floats", (torch.ones(1, 64).bfloat16(), torch.ones(64, 32).bfloat16())),
@@ -209,7 +262,7 @@ _INT8, _INT4 = torch.ones(4, 64, dtype=torch.int8), torch.ones(64, 32, dtype=tor
     ],
 )
 def test_what_would_be_read_or_written_wrongly_is_refused(function: str, arguments: tuple[Any, ...]):
-    with pytest.raises(ValueError, match=r"must be|in blocks of"):
+    with pytest.raises(ValueError, match=r"must be|are known"):
         getattr(_kernels(), f"multiply_{function}")(*arguments)
 
 

@@ -1,4 +1,4 @@
-"""The kernels of gathering.c against torch's own indexing, over shapes, types, tiles and threads."""
+"""The kernels of gathering.c against torch's own indexing, over shapes, types and threads."""
 
 import pytest
 import quantised_reference as ref
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from griffin_offload.kernels import gathering
 from griffin_offload.kernels.compiled import library
-from griffin_offload.kernels.gathering import gather_columns, gather_neurons_to_tiles, gather_rows_to_tiles
+from griffin_offload.kernels.gathering import gather_columns, gather_neurons_to_strips
 
 LOADED = library()
 needs_kernels = pytest.mark.skipif(LOADED is None, reason="another processor, or no compiler")
@@ -49,54 +49,20 @@ def test_columns(data: st.DataObject):
 
 @needs_kernels
 @given(data=st.data())
-def test_rows_to_tiles(data: st.DataObject):
-    """As what int4_tiles.py describes, written out; rows that fill up are zero, and nothing else is touched."""
-    stored, groups = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 7))
-    block, filled = data.draw(st.sampled_from([(32, 32), (32, 64), (64, 64)]))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    chosen, before = data.draw(st.composite(_chosen)(stored)), data.draw(st.integers(0, 2)) * 64
-    torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3])))
-    levels, count = _numbers(stored, groups * 32, high=16), chosen.numel()
-    scales = torch.randn(stored, groups, 2, generator=torch.Generator().manual_seed(stored)).to(dtype)
-    end = before + -(-count // filled) * filled
-    tiles = torch.full((end + 64, groups * 16), MARK, dtype=torch.uint8)
-    tile_scales = torch.full((groups, end + 64, 2), 7, dtype=dtype)
-    assert gather_rows_to_tiles((ref.packed(levels), scales), chosen, (tiles, tile_scales), before, filled, block)
-    made = torch.zeros(end - before, groups * 32, dtype=torch.uint8)
-    made[:count] = levels[chosen]
-    expected = torch.full_like(tiles, MARK)
-    expected[before:end] = _tiles(made, block)
-    expected_scales = torch.full_like(tile_scales, 7)
-    expected_scales[:, before:end] = 0
-    expected_scales[:, before : before + count] = scales[chosen].transpose(0, 1)
-    assert torch.equal(tiles, expected)
-    assert torch.equal(tile_scales, expected_scales)
-
-
-@needs_kernels
-@given(data=st.data())
-def test_neurons_to_tiles(data: st.DataObject):
-    stored, half_blocks = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 7))
-    block, outputs = data.draw(st.sampled_from([32, 64])), 32 * half_blocks
+def test_neurons_to_strips(data: st.DataObject):
+    """As what int4.py describes; outputs that fill up the last strip and neurons beside those chosen stay."""
+    stored, per_neuron = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 7))
     chosen, before, after = data.draw(st.composite(_chosen)(stored)), *data.draw(st.tuples(*2 * [st.integers(0, 70)]))
     torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3])))
-    levels, padded = _numbers(stored, outputs, high=16), -(-outputs // 64) * 64
-    inputs = before + chosen.numel() + after
-    inputs += inputs % 2
-    tiles = torch.full((padded, inputs // 2), MARK, dtype=torch.uint8)
-    assert gather_neurons_to_tiles(ref.packed(levels), chosen, tiles, before, block)
-    made = torch.zeros(chosen.numel(), padded, dtype=torch.uint8)
-    made[:, :outputs] = levels[chosen]
-    expected = torch.full((padded // block, inputs, block // 2), MARK, dtype=torch.uint8)
-    low, high = made.t().reshape(padded // block, 2, block // 2, chosen.numel()).unbind(1)
-    expected[:, before : before + chosen.numel()] = (low | high << 4).transpose(1, 2)
-    assert torch.equal(tiles, expected.view(tiles.shape))
-
-
-def _tiles(levels: Tensor, block: int) -> Tensor:
-    """Levels [O, I] in tiles [O, I / 2]: for each input of a block, output i (low) and i + half a block."""
-    low, high = levels.reshape(-1, 2, block // 2, levels.shape[1]).unbind(1)
-    return (low | high << 4).transpose(1, 2).reshape(levels.shape[0], levels.shape[1] // 2)
+    codes, groups = _numbers(stored, per_neuron * 16), _numbers(stored, per_neuron, 2)
+    kept, strips = before + chosen.numel() + after, -(-per_neuron // 2)
+    out = torch.full((strips, kept, 32), MARK).byte(), torch.full((2 * strips, kept, 2), MARK).byte()
+    assert gather_neurons_to_strips((codes, groups), chosen, out, before)
+    expected = torch.full((kept, strips * 32), MARK).byte(), torch.full((kept, 2 * strips, 2), MARK).byte()
+    inside = slice(before, before + chosen.numel())
+    expected[0][inside, : per_neuron * 16], expected[1][inside, :per_neuron] = codes[chosen], groups[chosen]
+    for found, whole in zip(out, ref.rows_as_strips(*expected), strict=True):
+        assert torch.equal(found, whole)
 
 
 @needs_kernels
@@ -125,38 +91,21 @@ def test_columns_of_wrong_sizes_are_refused(chosen: list[int], shape: tuple[int,
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("chosen", "start", "filled", "change"),
-    [
-        ([10], 0, 64, "none"),
-        ([-1], 0, 64, "none"),
-        ([1], 32, 64, "none"),
-        ([1], 0, 40, "none"),
-        ([1], 128, 64, "none"),
-        ([1], 0, 64, "scales"),
-        ([1], 0, 64, "tiles"),
-        ([1], 0, 64, "tile_scales"),
-    ],
+    ("chosen", "start", "change"),
+    [([10], 0, ""), ([-1], 0, ""), ([1, 2], 31, ""), *(([1], 0, f"{n}{axis}") for n in range(4) for axis in (0, 1))],
 )
-def test_rows_of_wrong_sizes_are_refused(chosen: list[int], start: int, filled: int, change: str):
-    parts = {
-        "packed": _numbers(10, 48),
-        "scales": torch.zeros(10, 3, 2),
-        "tiles": _numbers(128, 48),
-        "tile_scales": torch.zeros(3, 128, 2),
-    }
-    if change != "none":
-        parts[change] = parts[change][:, :-1].contiguous()
-    rows, tiles = (parts["packed"], parts["scales"]), (parts["tiles"], parts["tile_scales"])
+def test_neurons_of_wrong_sizes_are_refused(chosen: list[int], start: int, change: str):
+    tensors = [_numbers(10, 48), _numbers(10, 3, 2), _numbers(2, 32, 32), _numbers(4, 32, 2)]  # of 96 outputs
+    if change not in ("", "01"):
+        which, axis = int(change[0]), int(change[1])
+        tensors[which] = tensors[which].narrow(axis, 0, tensors[which].shape[axis] - 1).contiguous()
+    elif change:
+        tensors[0] = _numbers(10, 47)
     with pytest.raises(ValueError, match=r"must be|is asked for|do not fit"):
-        gather_rows_to_tiles(rows, torch.tensor(chosen), tiles, start, filled, 64)
+        gather_neurons_to_strips((tensors[0], tensors[1]), torch.tensor(chosen), (tensors[2], tensors[3]), start)
 
 
 @needs_kernels
-@pytest.mark.parametrize(
-    ("chosen", "start", "outputs", "row_bytes"),
-    [([10], 0, 64, 32), ([-1], 0, 64, 32), ([1, 2], 31, 64, 32), ([1], 0, 32, 32), ([1], 0, 64, 31)],
-)
-def test_neurons_of_wrong_sizes_are_refused(chosen: list[int], start: int, outputs: int, row_bytes: int):
-    tiles = _numbers(outputs, 16)  # 32 neurons
-    with pytest.raises(ValueError, match=r"must be|is asked for|do not fit"):
-        gather_neurons_to_tiles(_numbers(10, row_bytes), torch.tensor(chosen), tiles, start, 64)
+def test_neurons_that_do_not_lie_in_one_piece_are_left_to_torch():
+    codes, out = _numbers(10, 96)[:, ::2], (_numbers(2, 32, 32), _numbers(4, 32, 2))
+    assert not gather_neurons_to_strips((codes, _numbers(10, 3, 2)), torch.tensor([1]), out, 0)

@@ -1,8 +1,10 @@
-"""The kernels of quantizing.c against torch, which does their work elsewhere: the same numbers, bit by bit."""
+"""The kernels of quantizing.c against torch, which does their work elsewhere: the same numbers, bit by bit (of int4:
+but for ties)."""
 
 from unittest import mock
 
 import pytest
+import quantised_reference as ref
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from torch import Tensor
 from griffin_offload.errors import CheckpointError
 from griffin_offload.kernels import quantizing
 from griffin_offload.kernels.compiled import library
-from griffin_offload.weights import quantize
+from griffin_offload.weights import int4, quantize
 
 needs_kernels = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,26 +59,70 @@ def test_int8(weight: Tensor, dtype: torch.dtype, scaled: bool, apart: int):
     assert torch.equal(out, expected)
 
 
-@needs_kernels
-@settings(max_examples=60)
-@given(matrices(st.integers(1, 20), st.sampled_from([32, 64, 96, 512, 544, 1600])), st.sampled_from(DTYPES))
-def test_int4_rows(weight: Tensor, dtype: torch.dtype):
-    packed, scales = quantize.quantize_int4_rows(weight, dtype)
-    with _by_torch():
-        expected, expected_scales = quantize.quantize_int4_rows(weight, dtype)
-    assert torch.equal(scales, expected_scales)
-    assert torch.equal(packed, expected)
+def _importance(draw: st.DrawFn, width: int) -> Tensor | None:
+    seed = draw(st.none() | st.integers(0, 9))
+    return None if seed is None else torch.rand(width, generator=torch.Generator().manual_seed(seed)).square()
+
+
+def _same_but_for_ties(found: int4.Int4, expected: int4.Int4, numbers: Tensor, importance: Tensor | None) -> None:
+    """The same bytes, but for a few groups that are missed by about as much: where a number lies between two levels (of
+    16 bits many do), or two grids miss alike, sums that are rounded in another order may choose the other one."""
+    differ = (found[1] != expected[1]).any(-1) | (found[0] != expected[0]).view(*found[1].shape[:2], -1).any(-1)
+    assert differ.sum() <= 2 + 0.1 * differ.numel()
+    values = [ref.Int4.of_bytes(*of).values.view(*differ.shape, ref.GROUP) for of in (found, expected)]
+    numbers = numbers.double().view(values[0].shape)
+    counts = (torch.ones(numbers[0].numel()) if importance is None else importance).double().view(-1, ref.GROUP)
+    ours, theirs = (((value - numbers).square() * counts).sum(-1)[differ] for value in values)
+    torch.testing.assert_close(ours, theirs, rtol=0.5, atol=1e-2)
 
 
 @needs_kernels
 @settings(max_examples=60)
-@given(matrices(st.sampled_from([32, 64, 160, 320]), st.integers(1, 100)), st.sampled_from(DTYPES))
-def test_int4_neurons(weight: Tensor, dtype: torch.dtype):
-    columns = _norms(weight)
-    scale = torch.linspace(0, 1, weight.shape[0]).to(dtype)
-    packed = quantize.quantize_int4_neurons(weight, columns, scale)
+@given(matrices(st.integers(1, 20), st.sampled_from([32, 64, 96, 512, 544, 1600])), st.data())
+def test_int4_rows(weight: Tensor, data: st.DataObject):
+    scale, importance = quantize.row_scale(weight, torch.float32), _importance(data.draw, weight.shape[1])
+    found = int4.quantize_rows(weight, scale, importance)
     with _by_torch():
-        assert torch.equal(packed, quantize.quantize_int4_neurons(weight, columns, scale))
+        expected = int4.quantize_rows(weight, scale, importance)
+    _same_but_for_ties(found, expected, weight.float() / torch.where(scale == 0, 1, scale)[:, None], importance)
+
+
+@needs_kernels
+@settings(max_examples=60)
+@given(matrices(st.sampled_from([32, 64, 160, 320]), st.integers(1, 100)), st.data())
+def test_int4_neurons(weight: Tensor, data: st.DataObject):
+    columns, importance = _norms(weight).float(), _importance(data.draw, weight.shape[0])
+    found = int4.quantize_neurons(weight, columns, importance)
+    with _by_torch():
+        expected = int4.quantize_neurons(weight, columns, importance)
+    _same_but_for_ties(found, expected, (weight.float() / torch.where(columns == 0, 1, columns)).t(), importance)
+
+
+@needs_kernels
+@settings(max_examples=30)
+@given(matrices(st.sampled_from([32, 96]), st.integers(1, 70)), st.data())
+def test_neurons_are_the_rows_of_the_matrix_turned_around(weight: Tensor, data: st.DataObject):
+    """Bit by bit, and each the same whatever lies beside it: a selection is quantised as the whole is."""
+    columns, importance = _norms(weight).float(), _importance(data.draw, weight.shape[0])
+    codes, groups = int4.quantize_neurons(weight, columns, importance)
+    rows = int4.quantize_rows(weight.t().contiguous(), columns, importance)
+    assert torch.equal(rows[0], codes)
+    assert torch.equal(rows[1], groups)
+    some = torch.arange(0, weight.shape[1], 3)
+    chosen = int4.quantize_neurons(weight[:, some].contiguous(), columns[some], importance)
+    assert torch.equal(chosen[0], codes[some])
+    assert torch.equal(chosen[1], groups[some])
+
+
+@needs_kernels
+@settings(max_examples=60)
+@given(matrices(st.integers(1, 20), WIDTHS))
+def test_norms_of_rows(weight: Tensor):
+    found = quantize.row_scale(weight, torch.float32)
+    exact = weight.double().square().mean(1).sqrt()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-7, atol=0)
+    with _by_torch():
+        torch.testing.assert_close(quantize.row_scale(weight, torch.float32), found, rtol=2e-7, atol=0)
 
 
 @needs_kernels
@@ -91,28 +137,6 @@ def test_norms_of_columns(weight: Tensor):
 
 
 @needs_kernels
-@settings(max_examples=60)
-@given(matrices(st.integers(1, 20), WIDTHS), st.sampled_from(DTYPES))
-def test_scales_of_int4_neurons(weight: Tensor, dtype: torch.dtype):
-    """Where two steps miss a row alike, sums in another order may choose the other one."""
-    columns = _norms(weight)
-    found = quantize.int4_scale(weight, dtype, columns).double()
-    with _by_torch():
-        expected = quantize.int4_scale(weight, dtype, columns).double()
-    alike = torch.isclose(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
-    stride = max(1, weight.shape[1] // 512)
-    sample = (weight.double() / torch.where(columns == 0, 1, columns))[:, ::stride]
-    for row in (~alike).nonzero().flatten().tolist():
-        missed = [_missed(sample[row], step) for step in (found[row], expected[row])]
-        assert missed[0] == pytest.approx(missed[1], rel=1e-4)
-
-
-def _missed(row: Tensor, step: Tensor) -> float:
-    levels = (row / step + 7.5).round().clamp(0, 15)
-    return float(((levels - 7.5) * step - row).square().sum())
-
-
-@needs_kernels
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("place", [0, 1, 9, 31, 520, 543])
 def test_one_number_that_is_none_is_found_anywhere(value: float, place: int):
@@ -123,18 +147,10 @@ def test_one_number_that_is_none_is_found_anywhere(value: float, place: int):
         lambda: quantize.int8_scale(weight, torch.float32),
         lambda: quantize.int8_scale(weight, torch.float32, columns),
         lambda: quantize.neuron_scale(weight, torch.float32),
-        lambda: quantize.quantize_int4_rows(weight, torch.float32),
-        lambda: quantize.int4_scale(weight[:, place:], torch.float32, columns[place:]),
+        lambda: quantize.row_scale(weight, torch.float32),
     ):
         with pytest.raises(CheckpointError, match="infinities or NaN"):
             quantise()
-
-
-def test_an_offset_that_its_precision_cannot_hold_is_refused():
-    """A group of large numbers that are all alike has a scale of zero."""
-    for weight in (torch.full((1, 32), 1e8), torch.full((1, 32), 1e8, dtype=torch.float64)):
-        with pytest.raises(CheckpointError, match="cannot be quantised"):
-            quantize.quantize_int4_rows(weight, torch.float16)
 
 
 @needs_kernels
@@ -143,8 +159,9 @@ def test_matrices_that_stay_torchs():
     for weight in (ones.double(), ones.t(), torch.ones(32, 32, device="meta")):
         assert quantizing.largest_of_rows(weight, None) is None
         assert quantizing.column_norms(weight) is None
-        assert quantizing.quantize_int4_rows(weight, torch.float32) is None
-    assert quantizing.quantize_int4_rows(ones, torch.float64) is None
+        assert quantizing.row_norms(weight) is None
+        assert quantizing.quantize_int4_rows(weight, torch.ones(weight.shape[0]), None) is None
+        assert quantizing.quantize_int4_neurons(weight, torch.ones(weight.shape[1]), None) is None
 
 
 @needs_kernels
@@ -156,9 +173,12 @@ def test_sizes_that_do_not_fit_are_refused():
         lambda: quantizing.quantize_int8(weight, ones, bytes_of, None),
         lambda: quantizing.quantize_int8(weight, ones[:40], bytes_of[1:], None),
         lambda: quantizing.quantize_int8(weight, ones[:40], bytes_of.view(torch.uint8), None),
-        lambda: quantizing.quantize_int4_rows(weight, torch.float32),
-        lambda: quantizing.quantize_int4_neurons(weight, ones, ones[:40]),
-        lambda: quantizing.int4_scales(torch.ones(2, 1025), torch.ones(1025), [0.3], 1),
+        lambda: quantizing.quantize_int4_rows(weight, ones[:40], None),
+        lambda: quantizing.quantize_int4_rows(weight[:, :32], ones, None),
+        lambda: quantizing.quantize_int4_rows(weight[:, :32], ones[:40], ones),
+        lambda: quantizing.quantize_int4_neurons(weight, ones, None),
+        lambda: quantizing.quantize_int4_neurons(weight[:32], ones[:40], None),
+        lambda: quantizing.quantize_int4_neurons(weight[:32], ones, ones),
     ):
-        with pytest.raises(ValueError, match=r"must be|are known"):
+        with pytest.raises(ValueError, match="must be"):
             wrong()

@@ -11,14 +11,7 @@ from griffin_offload.kernels import gathering
 from griffin_offload.runtime.threads import limited_threads
 from griffin_offload.weights import gather
 from griffin_offload.weights.gather import gather_inputs, gather_outputs
-from griffin_offload.weights.quantize import (
-    int4_scale,
-    int8_scale,
-    neuron_scale,
-    quantize_int4_neurons,
-    quantize_int4_rows,
-    quantize_int8,
-)
+from griffin_offload.weights.quantized_linear import quantized
 
 HIDDEN, NEURONS, ROOM = 96, 200, 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -51,12 +44,12 @@ def _chosen(kept: int) -> Tensor:
 
 
 def _rows_out(precision: str, parts: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    bias = torch.zeros(parts * ROOM, dtype=dtype)
+    rows = parts * ROOM
+    beside = {"scale": torch.zeros(rows, dtype=dtype), "bias": torch.zeros(rows, dtype=dtype)}
     if precision == "int8":
-        weight = torch.zeros(parts * ROOM, HIDDEN, dtype=torch.int8)
-        return {"weight": weight, "scale": torch.zeros(parts * ROOM, dtype=dtype), "bias": bias}
-    weight = torch.zeros(parts * ROOM, HIDDEN // 2, dtype=torch.uint8)
-    return {"weight": weight, "scale": torch.zeros(HIDDEN // 32, parts * ROOM, 2, dtype=dtype), "bias": bias}
+        return {"weight": torch.zeros(rows, HIDDEN, dtype=torch.int8), **beside}
+    weight = torch.zeros(rows, HIDDEN // 2, dtype=torch.uint8)
+    return {"weight": weight, "groups": torch.zeros(rows, HIDDEN // 32, 2, dtype=torch.uint8), **beside}
 
 
 def _columns_out(precision: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -64,32 +57,13 @@ def _columns_out(precision: str, dtype: torch.dtype) -> dict[str, Tensor]:
     if precision == "int8":
         weight = torch.zeros(HIDDEN, ROOM, dtype=torch.int8)
         return {"weight": weight, "scale": torch.zeros(HIDDEN, dtype=dtype), "input_scale": columns}
-    weight = torch.zeros(128, ROOM // 2, dtype=torch.uint8)  # outputs in whole blocks of 64
-    return {"weight": weight, "scale": torch.zeros(ROOM // 128, 128, 2, dtype=dtype), "input_scale": columns}
+    weight = torch.zeros(2, ROOM, 32, dtype=torch.uint8)  # 96 outputs in strips of 64
+    return {"weight": weight, "groups": torch.zeros(4, ROOM, 2, dtype=torch.uint8), "input_scale": columns}
 
 
-def _stored_rows(weight: Tensor, precision: str) -> dict[str, Tensor]:
+def _stored(weight: Tensor, precision: str, *, is_down: bool) -> dict[str, Tensor]:
     """The whole matrix quantised, as a conversion does."""
-    if precision == "int4":
-        packed, scale = quantize_int4_rows(weight, weight.dtype)
-        return {"weight": packed, "scale": scale}
-    levels, scale = torch.empty(weight.shape, dtype=torch.int8), int8_scale(weight, weight.dtype)
-    quantize_int8(weight, scale, levels)
-    return {"weight": levels, "scale": scale}
-
-
-def _stored_columns(weight: Tensor, precision: str) -> dict[str, Tensor]:
-    columns = neuron_scale(weight, weight.dtype)
-    if precision == "int4":
-        scale = int4_scale(weight, weight.dtype, columns)
-        return {"weight": quantize_int4_neurons(weight, columns, scale), "scale": scale, "input_scale": columns}
-    levels, scale = torch.empty(weight.shape, dtype=torch.int8), int8_scale(weight, weight.dtype, columns)
-    quantize_int8(weight, scale, levels, columns)
-    return {"weight": levels, "scale": scale, "input_scale": columns}
-
-
-def _of_torch(levels: Tensor) -> Tensor:
-    return torch._convert_weight_to_int4pack_for_cpu(levels.int().contiguous(), 1).view(levels.shape[0], -1)
+    return quantized(weight, precision, weight.dtype, is_down=is_down)
 
 
 @precisions
@@ -98,20 +72,15 @@ def _of_torch(levels: Tensor) -> Tensor:
 @pytest.mark.parametrize("parts", [1, 2])
 def test_rows(precision: str, dtype: torch.dtype, kept: int, parts: int):
     weight, chosen = _random(parts * NEURONS, HIDDEN, dtype=dtype), _chosen(kept)
-    stored = _stored_rows(weight, precision) | {"bias": _random(parts * NEURONS, dtype=dtype)}
+    stored = _stored(weight, precision, is_down=False) | {"bias": _random(parts * NEURONS, dtype=dtype)}
     out = _rows_out(precision, parts, dtype)
     gather_outputs(stored, chosen, parts, out)
     index = torch.cat([chosen + part * NEURONS for part in range(parts)])
     place = torch.cat([torch.arange(kept) + part * ROOM for part in range(parts)])
     expected = _rows_out(precision, parts, dtype)
     expected["bias"][place] = stored["bias"][index]
-    if precision == "int8":
-        expected["weight"][place], expected["scale"][place] = stored["weight"][index], stored["scale"][index]
-    else:
-        levels = torch.zeros(parts * ROOM, HIDDEN)
-        levels[place] = ref.unpacked(stored["weight"][index]).float()
-        expected["weight"] = _of_torch(levels)
-        expected["scale"][:, place] = stored["scale"][index].transpose(0, 1)
+    for name in stored.keys() - {"bias"}:
+        expected[name][place] = stored[name][index]
     _equal(out, expected)
     on_the_way = _rows_out(precision, parts, dtype)
     gather_outputs({"weight": weight, "bias": stored["bias"]}, chosen, parts, on_the_way)
@@ -126,18 +95,15 @@ def test_columns(precision: str, dtype: torch.dtype, kept: int, turned: bool):
     """Also of a matrix that is stored the other way around (GPT-2)."""
     weight, chosen = _random(HIDDEN, NEURONS, dtype=dtype), _chosen(kept)
     weight = weight.t().contiguous().t() if turned else weight
-    stored, out = _stored_columns(weight, precision), _columns_out(precision, dtype)
+    stored, out = _stored(weight, precision, is_down=True), _columns_out(precision, dtype)
     gather_inputs(stored, chosen, out)
     expected = _columns_out(precision, dtype)
     expected["input_scale"][:kept] = stored["input_scale"][chosen]
     if precision == "int8":
         expected["weight"][:, :kept], expected["scale"] = stored["weight"][:, chosen], stored["scale"]
     else:
-        levels = torch.zeros(128, ROOM)
-        levels[:HIDDEN, :kept] = ref.unpacked(stored["weight"][chosen]).t().float()
-        expected["weight"] = _of_torch(levels)
-        # The kernel's number is (level - 8) * scale + offset, and ours (level - 7.5) * scale.
-        expected["scale"][:, :HIDDEN] = torch.stack([stored["scale"], stored["scale"] / 2], dim=-1)
+        codes, groups = ref.rows_as_strips(stored["weight"][chosen], stored["groups"][chosen])
+        expected["weight"][:, :kept], expected["groups"][:, :kept] = codes, groups
     _equal(out, expected)
     on_the_way = _columns_out(precision, dtype)
     gather_inputs({"weight": weight}, chosen, on_the_way)

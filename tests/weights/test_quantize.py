@@ -1,4 +1,4 @@
-"""Numbers and scales against the formulas in float64: every number on the nearest level of its row's grid."""
+"""int8 and scales against the formulas in float64: every number on the nearest level of its row's grid."""
 
 from collections.abc import Iterator
 from unittest import mock
@@ -15,16 +15,8 @@ from griffin_offload.demo import demo_directory
 from griffin_offload.errors import CheckpointError
 from griffin_offload.kernels import quantizing
 from griffin_offload.kernels.compiled import library
-from griffin_offload.weights import quantize
-from griffin_offload.weights.quantize import (
-    int4_scale,
-    int8_scale,
-    neuron_scale,
-    quantize_int4_neurons,
-    quantize_int4_rows,
-    quantize_int8,
-    unpack_int4,
-)
+from griffin_offload.weights import blocks
+from griffin_offload.weights.quantize import int8_scale, neuron_scale, quantize_int8, row_scale
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Quotients are computed in float32: so much of a level is lost.
@@ -90,7 +82,7 @@ def test_int8_is_within_half_a_step(weight: Tensor, dtype: torch.dtype, block: i
         return  # refused: see below
     levels = torch.empty(weight.shape, dtype=torch.int8)
     before = weight.clone()
-    with mock.patch.object(quantize, "BLOCK_NUMBERS", block):
+    with mock.patch.object(blocks, "BLOCK_NUMBERS", block):
         scale = int8_scale(weight, dtype)
         quantize_int8(weight, scale, levels)
     assert torch.equal(weight, before)
@@ -106,7 +98,7 @@ def test_int8_of_a_down_projection_is_within_half_a_step(weight: Tensor, dtype: 
     if dtype == torch.float16 and weight.abs().max() > 1e4:
         return
     levels = torch.empty(weight.shape, dtype=torch.int8)
-    with mock.patch.object(quantize, "BLOCK_NUMBERS", block):
+    with mock.patch.object(blocks, "BLOCK_NUMBERS", block):
         columns = neuron_scale(weight, dtype)
         scale = int8_scale(weight, dtype, columns)
         quantize_int8(weight, scale, levels, columns)
@@ -118,60 +110,11 @@ def test_int8_of_a_down_projection_is_within_half_a_step(weight: Tensor, dtype: 
 
 
 @pytest.mark.parametrize("gain", [1e-30, 1e-17, 1.0, 1e17])
-def test_norms_of_columns_whose_squares_float32_cannot_hold(gain: float):
+def test_norms_whose_squares_float32_cannot_hold(gain: float):
     weight = gain * torch.tensor([[1.0, 3e-5, 0.0], [0.5, -2e-5, 0.0]])
     _close_to_exact(neuron_scale(weight, torch.float32), ref.neuron_scale(weight))
-
-
-@settings(max_examples=60)
-@given(matrices(st.integers(1, 6), st.sampled_from([32, 64, 96])), st.sampled_from(DTYPES), small_blocks())
-def test_int4_rows_are_within_half_a_step(weight: Tensor, dtype: torch.dtype, block: int):
-    if dtype == torch.float16 and weight.abs().max() > 1e4:
-        return
-    with mock.patch.object(quantize, "BLOCK_NUMBERS", block):
-        packed, scales = quantize_int4_rows(weight, dtype)
-    scale, offset = scales.unbind(-1)
-    _close_to_exact(scale, ref.int4_rows_scale(weight))
-    exact = ref.int4_rows_offset(weight, scale)
-    size = exact.abs() + weight.double().abs().amax(1, keepdim=True)  # what cancels in the middle of a group
-    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    assert torch.all((offset.double() - exact).abs() <= eps * size + torch.finfo(dtype).smallest_normal * eps)
-    levels = ref.unpacked(packed)
-    error = _on_the_nearest_level(weight, levels, ref.int4_rows(weight, scale, offset))
-    groups = weight.view(weight.shape[0], -1, ref.GROUP)
-    # Away from zero the offset's own rounding can be more than a step: only the nearest level is promised.
-    around_zero = (groups.amax(2) >= 0) & (groups.amin(2) <= 0) & _normal(scale)
-    ordinary = error.view(groups.shape)[around_zero]
-    assert ordinary.numel() == 0 or ordinary.max() <= 0.5 + SLACK
-    assert torch.equal(ref.packed(levels), packed)
-
-
-@settings(max_examples=60)
-@given(matrices(st.sampled_from([32, 64]), st.integers(1, 40)), st.sampled_from(DTYPES), small_blocks())
-def test_int4_neurons_are_on_the_nearest_level(weight: Tensor, dtype: torch.dtype, block: int):
-    if dtype == torch.float16 and weight.abs().max() > 1e4:
-        return
-    with mock.patch.object(quantize, "BLOCK_NUMBERS", block):
-        columns = neuron_scale(weight, dtype)
-        scale = int4_scale(weight, dtype, columns)
-        packed = quantize_int4_neurons(weight, columns, scale)
-    candidates, errors = ref.int4_scales(weight, columns)
-    nearest = (candidates - scale.double()).abs().argmin(0, keepdim=True)
-    _close_to_exact(scale, candidates.gather(0, nearest)[0])
-    chosen, best = errors.gather(0, nearest)[0], errors.amin(0)
-    assert torch.all((chosen <= best * (1 + 1e-3)) | ~_normal(scale))
-    levels = ref.unpacked(packed).t()
-    grid = ref.int4_neurons(weight, scale, columns)
-    error = _on_the_nearest_level(weight, levels, grid)
-    inside = (grid.quotient >= -0.5) & (grid.quotient <= 15.5) & _normal(scale)[:, None] & _normal(columns)
-    assert error[inside].numel() == 0 or error[inside].max() <= 0.5 + SLACK
-
-
-def test_unpacking_gives_the_numbers_in_order():
-    levels = torch.randint(0, 16, (5, 96), generator=torch.Generator().manual_seed(0))
-    for dtype in (*DTYPES, torch.uint8):
-        found = unpack_int4(ref.packed(levels), torch.empty(5, 96, dtype=dtype))
-        assert torch.equal(found.long(), levels)
+    _close_to_exact(row_scale(weight.t(), torch.float32), ref.row_scale(weight.t()))
+    _close_to_exact(row_scale(weight.t().contiguous(), torch.float32), ref.row_scale(weight.t()))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -184,8 +127,7 @@ def test_infinities_are_refused(value: float, dtype: torch.dtype):
         lambda: int8_scale(weight, dtype),
         lambda: int8_scale(weight, dtype, columns),
         lambda: neuron_scale(weight, dtype),
-        lambda: quantize_int4_rows(weight, dtype),
-        lambda: int4_scale(weight, dtype, columns),
+        lambda: row_scale(weight, dtype),
     ):
         with pytest.raises(CheckpointError, match=r"infinities or NaN.*--quantize none"):
             quantise()
@@ -194,7 +136,7 @@ def test_infinities_are_refused(value: float, dtype: torch.dtype):
 def test_scales_that_their_precision_cannot_hold_are_refused():
     weight = torch.full((32, 32), 1e8)
     weight[:, ::2] = -1e8
-    for quantise in (int8_scale, neuron_scale, quantize_int4_rows):
+    for quantise in (int8_scale, neuron_scale, row_scale):
         with pytest.raises(CheckpointError, match="cannot be quantised"):
             quantise(weight, torch.float16)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.kernels import few_rows, many_rows
 from griffin_offload.weights.matmul import Scratch
-from griffin_offload.weights.quantized_linear import QuantizedLinear, check_sizes, int8_kernel, row_norms
+from griffin_offload.weights.quantized_linear import QuantizedLinear, check_sizes, int8_kernel, quantized, row_norms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (form, outputs, inputs): ordinary sizes and, where the form allows them, no multiples of anything.
@@ -19,9 +19,9 @@ SIZES = [
     *(("int8", o, i) for o, i in ((64, 96), (50, 64), (33, 40), (70, 33), (5, 1))),
     *(("int4_rows", o, i) for o, i in ((64, 96), (33, 32), (7, 160))),
     *(("int4_neurons", o, i) for o, i in ((64, 96), (32, 33), (96, 1))),
-    *(("int4_tiles", o, i) for o, i in ((64, 96), (33, 32), (130, 256))),
+    *(("int4_strips", o, i) for o, i in ((64, 96), (32, 16), (160, 272))),
 ]
-DOWN = {"int4_neurons": (True,), "int4_rows": (False,)}
+DOWN = {"int4_neurons": (True,), "int4_strips": (True,), "int4_rows": (False,)}
 
 
 @pytest.fixture(params=["ours", "torch's"])
@@ -53,20 +53,17 @@ def _tensors(form: str, outputs: int, inputs: int, dtype: torch.dtype) -> tuple[
     if form == "int8":
         levels, scale = _levels(-127, 127, outputs, inputs), (0.1 + _random(outputs).abs()).to(dtype)
         return {"weight": levels.to(torch.int8), "scale": scale}, levels * scale.double()[:, None]
-    levels = _levels(0, 15, outputs, inputs)
-    if form == "int4_neurons":
-        scale = (0.1 + _random(outputs).abs()).to(dtype)
-        return {"weight": ref.packed(levels.t()), "scale": scale}, (levels - 7.5) * scale.double()[:, None]
-    scales = _random(outputs, inputs // 32, 2).to(dtype)
-    scale, offset = scales.double().repeat_interleave(32, dim=1).unbind(-1)
-    matrix = (levels - 8) * scale + offset
+    shape = (outputs, inputs) if form == "int4_rows" else (inputs, outputs)
+    codes, groups = _levels(0, 255, shape[0], shape[1] // 2).byte(), _levels(0, 255, shape[0], shape[1] // 32, 2).byte()
+    groups[..., 0] = 10 * 16 + groups[..., 0] % 32  # steps of half to two
+    groups[..., 1] = (groups[..., 1].view(torch.int8) // 8).view(torch.uint8)  # the middle may be 2 levels off
+    values = ref.Int4.of_bytes(codes, groups).values
     if form == "int4_rows":
-        return {"weight": ref.packed(levels), "scale": scales}, matrix
-    fill = -outputs % 64  # tiles are whole blocks; what fills them up is no output, so it may hold anything
-    levels = torch.cat([levels, torch.full((fill, inputs), 11)]).int()
-    tiles = torch._convert_weight_to_int4pack_for_cpu(levels, 1).view(outputs + fill, -1)
-    scales = torch.cat([scales, torch.full((fill, inputs // 32, 2), 1e3, dtype=dtype)])
-    return {"weight": tiles, "scale": scales.transpose(0, 1).contiguous()}, matrix
+        scale = (0.1 + _random(outputs).abs()).to(dtype)
+        return {"weight": codes, "groups": groups, "scale": scale}, values * scale.double()[:, None]
+    if form == "int4_strips":
+        codes, groups = ref.rows_as_strips(codes, groups)
+    return {"weight": codes, "groups": groups}, values.t()
 
 
 def _module(
@@ -93,7 +90,14 @@ def _check(module: QuantizedLinear, matrix: Tensor, dtype: torch.dtype, worst: t
         found = module(x)
         assert found.dtype == dtype
         assert found.shape == exact.shape
-        assert (found.double() - exact).norm() <= 3 * torch.finfo(worst).eps * exact.norm(), (module, shape)
+        allowed = 3 * torch.finfo(worst).eps + _coarse(module.form, dtype, x[..., 0].numel())
+        assert (found.double() - exact).norm() <= allowed * exact.norm(), (module, shape)
+
+
+def _coarse(form: str, dtype: torch.dtype, rows: int) -> float:
+    """What 8 bits of inputs beside int4 rows cost, of float32 inputs 15."""
+    few = form == "int4_rows" and rows <= few_rows.ROWS and few_rows.kernels() is not None
+    return {torch.float32: 1e-4, torch.float64: 0.0}.get(dtype, 0.01) if few else 0.0
 
 
 @pytest.mark.usefixtures("whose")
@@ -105,20 +109,22 @@ def test_equals_float64(form: str, outputs: int, inputs: int, dtype: torch.dtype
         more = {"input_scale": (0.5 + _random(inputs).abs()).to(dtype)} if is_down and form != "float" else {}
         for bias in ({}, {"bias": 30 * _random(outputs).to(dtype)}):
             for scratch_bytes in (1, 700, 2**20):
-                # Tiles are multiplied by a kernel in the type of x, and 16-bit blocks are translated to float32.
+                # 16-bit blocks are translated to float32 where the processor multiplies nothing smaller.
                 for scratch_dtype in {dtype, torch.float32 if dtype.itemsize == 2 else dtype}:
                     scratch = _scratch(scratch_bytes, scratch_dtype)
                     module = _module(form, tensors | more | bias, outputs, inputs, scratch, is_down=is_down)
                     _check(module, matrix, dtype, dtype)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4_tiles"])
+@pytest.mark.parametrize("form", ["int8", "int4_rows", "int4_strips"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_rows_go_through_the_kernel_and_many_do_not(
     form: str, dtype: torch.dtype, whose: str, monkeypatch: pytest.MonkeyPatch
 ):
     tensors, _ = _tensors(form, 64, 96, dtype)
-    module, ours = _module(form, tensors, 64, 96, _scratch(2**12, dtype), is_down=False), whose == "ours"
+    ours, is_down = whose == "ours", form == "int4_strips"
+    more = {"input_scale": torch.ones(96, dtype=dtype)} if is_down else {}
+    module = _module(form, tensors | more, 64, 96, _scratch(2**12, dtype), is_down=is_down)
     taken: list[str] = []
     for name in ("_few", "_many", "_by_few", "_by_many"):
         method = getattr(QuantizedLinear, name)
@@ -128,12 +134,12 @@ def test_few_rows_go_through_the_kernel_and_many_do_not(
     for rows in (1, most, most + 1):
         module(torch.ones(rows, 96, dtype=dtype))
     slow = form == "int8" and torch.backends.cpu.get_cpu_capability() == "AVX2" and dtype != torch.bfloat16
-    none = dtype == torch.float64 or (slow and not ours)
+    none = dtype == torch.float64 or ((slow or form != "int8") and not ours)
     few, many_by = "_by_few" if ours else "_few", "_many" if many is None else "_by_many"
     assert taken == (["_many"] * 3 if none else [few, few, many_by])
 
 
-@pytest.mark.parametrize("form", ["int8", "int4_rows", "int4_neurons", "int4_tiles"])
+@pytest.mark.parametrize("form", ["int8", "int4_rows", "int4_neurons", "int4_strips"])
 def test_many_rows_are_not_translated_where_ours_multiply(form: str, monkeypatch: pytest.MonkeyPatch):
     dtype = torch.bfloat16 if many_rows.kernels(torch.bfloat16) else torch.float32
     if many_rows.kernels(dtype) is None:
@@ -199,6 +205,9 @@ def test_row_norms(form: str, dtype: torch.dtype):
     """Of every stored form of gate and up: what "magnitude" ranks by."""
     tensors, matrix = _tensors(form, 300, 64, dtype)
     rtol = 1e-5 if form != "float" else 1e-6
+    if form == "int4_rows":  # the norms before they were rounded
+        matrix = _random(300, 64).double()
+        tensors, rtol = quantized(matrix, "int4", dtype, is_down=False), max(1e-6, torch.finfo(dtype).eps)
     torch.testing.assert_close(row_norms(tensors, swapped=False).double(), matrix.norm(dim=1), rtol=rtol, atol=0)
     if form == "float":
         turned = {"weight": tensors["weight"].t()}
