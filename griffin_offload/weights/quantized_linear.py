@@ -180,7 +180,8 @@ class QuantizedLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
     def _many(self, x: Tensor) -> Tensor:
-        if self.groups is not None:
+        if self.form not in ("float", "int8"):  # a full matrix of floats leaves the resident's groups where they are
+            assert self.groups is not None
             return self._many_int4(x, self.groups)
         if self.form == "float" and self.scratch.dtype == self.weight.dtype:
             return nn.functional.linear(x, self.weight, self.bias)

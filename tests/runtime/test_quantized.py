@@ -1,6 +1,6 @@
-"""Quantised models of every architecture against dense transformers whose matrices are rounded to the formulas' grids.
+"""Quantised models of every architecture against dense transformers whose matrices are rounded as they are stored.
 
-The checkpoints here have no number halfway between two levels: what float32 and float64 would round differently.
+The checkpoints here have no number halfway between two levels of int8: what float32 and float64 would round differently.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from griffin_offload import GriffinModel
 
 NEW_TOKENS = 8
 PROMPT_TOKENS = 24  # past the window of 16
-ROUNDING = 1e-5
+# A few rows of float32 are multiplied by int4 as 15 bits beside the largest of a group.
+ROUNDING = {"int8": 1e-5, "int4": 2e-3}
 NEAR_TIE = 3e-5  # of a level: more than float32 is wrong by, at up to 127 levels
 PRECISIONS = ("int8", "int4")
 
@@ -26,13 +27,12 @@ precisions = pytest.mark.parametrize("precision", PRECISIONS)
 
 @torch.no_grad()
 def _avoid_ties(model: PreTrainedModel, name: str) -> None:
-    """Shrink numbers that are nearly halfway between two levels, of either precision, until there are none."""
+    """Shrink numbers that are nearly halfway between two levels until there are none."""
     generator = torch.Generator().manual_seed(0)
     downs = ARCHITECTURES[name].down_names()
     for path, matrix in ref.layer_matrices(model).items():
         for _ in range(100):
-            grids = [ref.quantised(matrix, p, torch.float32, is_down=path in downs) for p in PRECISIONS]
-            ties = torch.stack([grid.nearest_tie < NEAR_TIE for grid in grids]).any(0)
+            ties = ref.quantised(matrix, torch.float32, is_down=path in downs).nearest_tie < NEAR_TIE
             if not ties.any():
                 break
             factors = 0.7 + 0.3 * torch.rand(matrix.shape, generator=generator)
@@ -98,7 +98,7 @@ def _check(model: GriffinModel, path: Path, name: str, batch: int = 1, **options
     )
     logits = torch.stack(output.logits)
     errors = (logits - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    assert errors.max() < ROUNDING
+    assert errors.max() < ROUNDING[model.plan.precision]
     assert torch.equal(output.sequences, tokens)
     report = model.last_report
     assert report.decode_streamed_bytes == 0
