@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from griffin_offload.weights.int4_tiles import cpu_block
 from torch.nn.functional import linear
 
 from griffin_offload.kernels import few_rows
@@ -26,7 +25,6 @@ PRECISIONS = ("none", "int8", "int4")
 WORKING_SET_BYTES = int(1e9)
 MAX_MATRICES = 64  # small shapes would otherwise need thousands of calls
 INT4_GROUP = 32
-INT4_BLOCK = 64  # outputs are padded to it; a smaller block of the kernel divides it
 
 Matrix = tuple[torch.Tensor, ...]
 """A matrix [F, H] and, when it is quantised, its scales."""
@@ -61,9 +59,9 @@ def make_matrix(hidden: int, feed_forward: int, dtype: torch.dtype, precision: s
         numbers = torch.randint(-127, 128, (feed_forward, hidden), dtype=torch.int8)
         return numbers, torch.ones(feed_forward, dtype=dtype)
     if precision == "int4":
-        outputs = -(-feed_forward // INT4_BLOCK) * INT4_BLOCK
-        packed = torch.randint(0, 256, (outputs, hidden // 2), dtype=torch.uint8)
-        return packed, torch.ones(hidden // INT4_GROUP, outputs, 2, dtype=dtype)
+        codes = torch.randint(0, 256, (feed_forward, hidden // 2), dtype=torch.uint8)
+        groups = torch.full((feed_forward, hidden // INT4_GROUP, 2), 128, dtype=torch.uint8)
+        return codes, groups, torch.ones(feed_forward, dtype=dtype)
     return (torch.randn(feed_forward, hidden, dtype=torch.float32).mul_(0.02).to(dtype),)
 
 
@@ -85,11 +83,6 @@ def matrix_bytes(matrix: Matrix) -> int:
 
 Kernels = dict[str, Callable[..., object]]
 TORCH_INT8: Kernels = {"int8pack_mm": torch._weight_int8pack_mm}
-TORCH_INT4: Kernels = {
-    "int4pack_mm": lambda one, packed, scales: torch.ops.aten._weight_int4pack_mm_for_cpu(
-        one, packed, INT4_GROUP, scales
-    )
-}
 
 
 def kernels() -> dict[str, Kernels]:
@@ -97,15 +90,13 @@ def kernels() -> dict[str, Kernels]:
     found = {
         "none": {"linear": linear, "mv": lambda one, weight: torch.mv(weight, one[0])},
         "int8": TORCH_INT8,
-        "int4": TORCH_INT4,
+        "int4": {},  # torch has no kernel of this format
     }
     ours = few_rows.kernels()
     if ours is not None:
-        block = cpu_block()
         found["none"]["few_rows"] = ours.multiply_floats
         found["int8"] = {"few_rows": ours.multiply_int8} | TORCH_INT8
-        found["int4"] = {"few_rows": lambda one, packed, scales: ours.multiply_int4(one, packed, scales, block)}
-        found["int4"] |= TORCH_INT4
+        found["int4"] = {"few_rows": ours.multiply_int4_rows}
     return found
 
 

@@ -62,7 +62,7 @@ def mark_of(config: PretrainedConfig, directory: Path) -> Mark | None:
     if not isinstance(found, dict) or found.get("method") != METHOD:
         return None
     version, precision, source, tables = (found.get(key) for key in ("version", "precision", "source", "tables"))
-    if precision in VERSIONS and version != VERSIONS[precision]:
+    if isinstance(precision, str) and precision in VERSIONS and version != VERSIONS[precision]:
         raise UnsupportedModel(
             f"{directory} was converted to {precision} in format {version}, this version reads format "
             f"{VERSIONS[precision]}: convert again"

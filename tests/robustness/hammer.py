@@ -100,32 +100,34 @@ def gather(r: random.Random, library: compiled.Library) -> None:
 
 
 def int4(r: random.Random, library: compiled.Library) -> None:
-    """All of the 4-bit forms: quantised, gathered into tiles, multiplied by few and many rows."""
-    outputs, inputs, dtype = 32 * r.randint(1, 5), 32 * r.randint(1, 9), r.choice(DTYPES)
+    """Both 4-bit forms: quantised, gathered into strips, multiplied by few and many rows."""
+    outputs, inputs = 32 * r.randint(1, 5), 32 * r.randint(1, 9)
     weight = _numbers(r, outputs, inputs, r.choice(DTYPES), apart=r.random() < 0.5)
-    made, block = quantizing.quantize_int4_rows(weight, dtype), r.choice([32, 64])
-    assert made is not None
-    chosen = torch.tensor([r.randrange(outputs) for _ in range(r.randint(1, outputs))], dtype=torch.long)
-    padded = -(-chosen.numel() // 64) * 64
-    tiles = torch.empty(padded, inputs // 2, dtype=torch.uint8)
-    scales = torch.empty(inputs // 32, padded, 2, dtype=dtype)
-    assert gathering.gather_rows_to_tiles(made, chosen, (tiles, scales), 0, 64, block)
-    few_rows.Kernels(library, wide=r.random() < 0.6).multiply_int4(
-        _numbers(r, r.randint(1, 5), inputs, r.choice(DTYPES)), tiles, scales, block, features=chosen.numel()
+    importance = torch.rand(inputs) if r.random() < 0.5 else None
+    quantizing.row_norms(weight)
+    rows = quantizing.quantize_int4_rows(weight, torch.rand(outputs) + 0.1, importance)
+    neurons = quantizing.quantize_int4_neurons(weight, torch.rand(inputs) + 0.1, None)
+    assert rows is not None
+    assert neurons is not None
+    few = few_rows.Kernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
+    scale, dtype = torch.rand(outputs).to(r.choice(DTYPES)), r.choice(DTYPES)
+    few.multiply_int4_rows(_numbers(r, r.randint(1, 9), inputs, dtype), *rows, scale)
+    kept, features = 16 * r.randint(1, 8), r.randint(1, outputs)
+    index = torch.tensor([r.randrange(inputs) for _ in range(r.randint(1, kept))], dtype=torch.long)
+    strips = _bytes(-(-outputs // 64) * kept, 32).view(-1, kept, 32), _bytes(-(-outputs // 64) * 2 * kept, 2)
+    strips = strips[0], strips[1].view(-1, kept, 2)
+    assert gathering.gather_neurons_to_strips(neurons, index, strips, kept - index.numel())
+    few.multiply_int4_strips(
+        _numbers(r, r.randint(1, 9), kept, dtype), *strips, torch.rand(kept).to(dtype), features=features
     )
     pairs = library.sums_pairs and r.random() < 0.5
-    kernels = many_rows.Kernels(library, torch.bfloat16 if pairs else torch.float32)
-    x = _numbers(r, r.choice([3, 40]), inputs, torch.bfloat16)
-    kernels.multiply("int4_rows", x, *made)
-    kernels.multiply("int4_tiles", x, tiles, scales, None, block, chosen.numel())
-    divisor, scale = torch.rand(inputs) + 0.1, quantizing.int4_scales(weight, torch.ones(inputs), (0.3, 0.4), 1)
-    neurons = quantizing.quantize_int4_neurons(weight, divisor, torch.rand(outputs) + 0.1)
-    assert neurons is not None
-    assert scale is not None
-    kernels.multiply("int4_neurons", x, neurons, scale)
-    kept, wide = 32 * r.randint(1, 4), -(-outputs // 64) * 64
-    index = torch.tensor([r.randrange(inputs) for _ in range(kept)], dtype=torch.long)
-    gathering.gather_neurons_to_tiles(neurons, index, torch.empty(wide, kept // 2, dtype=torch.uint8), 0, block)
+    many = many_rows.Kernels(library, torch.bfloat16 if pairs else torch.float32)
+    count = r.choice([3, 40])
+    x = _numbers(r, count, inputs, torch.bfloat16)
+    many.multiply("int4_rows", x, rows[0], scale, None, rows[1])
+    many.multiply("int4_neurons", x, neurons[0], None, None, neurons[1])
+    chosen = _numbers(r, count, kept, torch.bfloat16)
+    many.multiply("int4_strips", chosen, strips[0], None, None, strips[1], features)
 
 
 CALLS: tuple[Call, ...] = (few, many, attend, norms, quantise, gather, int4)

@@ -20,7 +20,7 @@ from griffin_offload.demo import demo_directory
 from griffin_offload.kernels import attention, few_rows, norm
 from griffin_offload.kernels.compiled import library
 from griffin_offload.runtime.convert import convert
-from griffin_offload.weights import quantize
+from griffin_offload.weights import int4, quantize
 
 OTHER_TYPES = (torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = ("none", "int8", "int4")
@@ -217,6 +217,13 @@ def test_inference_mode(precision: str, loading: bool, generating: bool, right: 
         assert answer(model) == right[precision]
 
 
+def _strips(neurons: int4.Int4) -> int4.Int4:
+    stored = neurons[0].shape[0]
+    strips = torch.zeros(1, stored, 32, dtype=torch.uint8), torch.zeros(2, stored, 2, dtype=torch.uint8)
+    int4.gather_neurons(neurons, torch.arange(stored, dtype=torch.long), strips, 0)
+    return strips
+
+
 @pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
 @other_types
 def test_kernels_under_a_default_type(default: torch.dtype):
@@ -240,8 +247,11 @@ def test_kernels_under_a_default_type(default: torch.dtype):
                     scale,
                     numbers,
                     quantize.neuron_scale(weight, torch.float32),
-                    quantize.int4_scale(weight, torch.float32, ones),
-                    *quantize.quantize_int4_rows(weight, torch.float32),
+                    quantize.row_scale(weight, torch.float32),
+                    *(rows := int4.quantize_rows(weight, ones[:70], ones)),
+                    *(neurons := int4.quantize_neurons(weight[:64], ones, ones[:64])),
+                    kernels.multiply_int4_rows(x, *rows, ones[:70]),
+                    kernels.multiply_int4_strips(x, *_strips(neurons), ones.bfloat16()),
                     kernels.multiply_int8(x, numbers, scale),
                     kernels.multiply_floats(x, weight.bfloat16()),
                     attention.attend(query, key, key, seen, 0.25),

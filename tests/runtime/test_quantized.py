@@ -1,6 +1,6 @@
 """Quantised models of every architecture against dense transformers whose matrices are rounded as they are stored.
 
-The checkpoints here have no number halfway between two levels of int8: what float32 and float64 would round differently.
+The checkpoints here have no number halfway between two levels of int8, which float32 and float64 would round apart.
 """
 
 from collections.abc import Callable
