@@ -198,3 +198,30 @@ def write_tokenizer(directory: Path, chat_template: str | None = None) -> hf.Pre
     )
     tokenizer.save_pretrained(directory)
     return tokenizer
+
+
+SUPER_WEIGHT = 30.0
+"""Of an early down projection, in root mean squares of its other weights."""
+OUTLIER_CHANNELS = (5, 77, 200)
+
+
+@torch.no_grad()
+def with_outliers(seed: int = 0, gain: float = 20.0) -> hf.PreTrainedModel:
+    """A Llama that is as hard to quantise as trained ones: a few channels of the residual that norms make `gain` times
+    larger, read by columns that are as much smaller; and one weight that makes a channel large by itself."""
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
+    model = _randomised(hf.LlamaConfig(**{**_COMMON, **sizes, **_GQA}), seed)
+    for layer in model.model.layers:
+        for linear in (module for module in layer.modules() if isinstance(module, torch.nn.Linear)):
+            linear.weight *= 0.5 * math.sqrt(HIDDEN / linear.in_features)  # errors add up, and do not explode
+        readers = {
+            layer.input_layernorm: (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+            layer.post_attention_layernorm: (layer.mlp.gate_proj, layer.mlp.up_proj),
+        }
+        for norm, linears in readers.items():
+            norm.weight[list(OUTLIER_CHANNELS)] *= gain
+            for linear in linears:
+                linear.weight[:, list(OUTLIER_CHANNELS)] /= gain
+    down = model.model.layers[0].mlp.down_proj.weight
+    down[OUTLIER_CHANNELS[0], 100] = SUPER_WEIGHT * float(down.square().mean().sqrt())
+    return model

@@ -81,7 +81,7 @@ def _token_ids(checkpoint: Checkpoint, model: Any) -> Tensor | None:
         tokenizer = load_tokenizer(checkpoint.directory)
     except CheckpointError:
         return None
-    ids = tokenizer(CALIBRATION_TEXT, return_tensors="pt").input_ids[0]
+    ids = tokenizer(CALIBRATION_TEXT, return_tensors="pt", verbose=False).input_ids[0]  # it is cut below
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
     tokens = min(_TOKENS, longest, ids.numel())
     sequences = min(_SEQUENCES, ids.numel() // tokens) if tokens > _SKIPPED_TOKENS else 0
