@@ -19,7 +19,7 @@ from griffin_offload.errors import CheckpointError
 from griffin_offload.runtime.calibration_text import CALIBRATION_TEXT
 from griffin_offload.runtime.cpu_linear import emulates_halves, use_own_linears
 from griffin_offload.weights.checkpoint import Checkpoint, fingerprint, load_tokenizer
-from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.feedforward import FeedForward, features
 from griffin_offload.weights.files import renamed
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.pages import FilePages
@@ -48,7 +48,7 @@ def importance_of(
         if (module := layer.get_submodule(name)) is not block.down
     }
     path = _cache_path(checkpoint)
-    found = _read(path, set(wanted))
+    found = _read(path, {name: features(module)[1] for name, module in wanted.items()})
     if found is None:
         ids = _token_ids(checkpoint, model)
         if ids is None:
@@ -68,12 +68,14 @@ def _cache_path(checkpoint: Checkpoint) -> Path:
     return root / f"importance-{_FORMAT}-{fingerprint(checkpoint)}.safetensors"
 
 
-def _read(path: Path, names: set[str]) -> dict[str, Tensor] | None:
+def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:
+    """What was kept, if it is of these names and sizes."""
     try:
         found = load_file(path)
     except (OSError, SafetensorError):
         return None
-    return found if set(found) == names else None
+    kept = {name: tensor.numel() for name, tensor in found.items() if tensor.dtype == torch.float32}
+    return found if kept == sizes else None
 
 
 def _token_ids(checkpoint: Checkpoint, model: Any) -> Tensor | None:
