@@ -159,22 +159,14 @@ def quantised(weight: Tensor, dtype: torch.dtype, *, is_down: bool) -> Quantised
 
 def packed(levels: Tensor) -> Tensor:
     """Two numbers a byte, [R, C] to [R, C / 2]: byte b of a group holds number b (low) and b + 16 (high)."""
-    found = torch.zeros(levels.shape[0], levels.shape[1] // 2, dtype=torch.uint8)
-    for byte in range(found.shape[1]):
-        group, b = divmod(byte, GROUP // 2)
-        low, high = levels[:, group * GROUP + b], levels[:, group * GROUP + b + 16]
-        found[:, byte] = (low + 16 * high).to(torch.uint8)
-    return found
+    low, high = levels.view(levels.shape[0], -1, 2, GROUP // 2).unbind(2)
+    return (low + 16 * high).flatten(1).to(torch.uint8)
 
 
 def unpacked(found: Tensor) -> Tensor:
     """The inverse of `packed`."""
-    levels = torch.zeros(found.shape[0], found.shape[1] * 2, dtype=torch.int64)
-    for byte in range(found.shape[1]):
-        group, b = divmod(byte, GROUP // 2)
-        levels[:, group * GROUP + b] = found[:, byte].long() % 16
-        levels[:, group * GROUP + b + 16] = found[:, byte].long() // 16
-    return levels
+    halves = found.long().view(found.shape[0], -1, GROUP // 2)
+    return torch.cat([halves % 16, halves // 16], dim=2).flatten(1)
 
 
 def layer_matrices(model: PreTrainedModel) -> dict[str, Tensor]:

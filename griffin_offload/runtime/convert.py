@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from griffin_offload.weights.checkpoint import UNFINISHED, Checkpoint, fingerpri
 from griffin_offload.weights.converted import Mark, check_shard
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.files import check_name, renamed, temporary_name, write_text
+from griffin_offload.weights.int4 import OFF, missed_weights
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.quantized_linear import Precision, quantized
@@ -188,12 +190,13 @@ def _write_shards(checkpoint: Checkpoint, directory: Path, mark: Mark, progress:
     importance: Importance = {}
     if mark.precision == "int4" and unfinished:
         importance = importance_of(checkpoint, model, decoder, blocks, evict=True)
+    missed = _Missed()
     with contextlib.closing(_Reader(model, checkpoint, progress)) as reader:
         for index, (name, (start, layer, block)) in enumerate(zip(names, groups, strict=False)):
             path = directory / name
             if not path.is_file():
                 own = {linear: importance.get(f"{index}.{linear}") for linear in linear_names(layer)}
-                tensors = _layer_tensors(start, layer, block, mark.precision, checkpoint.dtype, reader, own)
+                tensors = _layer_tensors(start, layer, block, mark.precision, checkpoint.dtype, reader, own, missed)
                 _write_shard(path, tensors, mark)
             else:
                 reader.skip(layer)
@@ -201,7 +204,34 @@ def _write_shards(checkpoint: Checkpoint, directory: Path, mark: Mark, progress:
         path = directory / names[-1]
         if not path.is_file():
             _write_shard(path, _tensors_outside(model, prefix, mark, checkpoint.dtype, reader), mark)
+    missed.warn()
     return weight_map | dict.fromkeys(_names_in(path), names[-1])
+
+
+@dataclass
+class _Missed:
+    """Large weights that int4 does not bring back, and where it misses worst."""
+
+    weights: int = 0
+    worst: float = 0.0
+    where: str = ""
+
+    def count(self, name: str, matrix: Tensor, found: Mapping[str, Tensor]) -> None:
+        """Those of `matrix` [O, I], a down projection where `found`, its stored tensors, have an input_scale."""
+        scale = found.get("input_scale")
+        rows, scale = (matrix, found["scale"]) if scale is None else (matrix.t(), scale)
+        weights, worst = missed_weights(rows, scale, (found["weight"], found["groups"]))
+        self.weights += weights
+        if weights and worst > self.worst:
+            self.worst, self.where = worst, name
+
+    def warn(self) -> None:
+        if self.weights:
+            warnings.warn(
+                f"{self.weights} large weights come back from int4 more than {OFF:.0%} off, the worst by "
+                f"{self.worst:.0%}, in {self.where}: compare it with int8 by eval ppl",
+                stacklevel=2,
+            )
 
 
 class _Reader:
@@ -241,6 +271,7 @@ def _layer_tensors(
     dtype: torch.dtype,
     reader: _Reader,
     importance: Mapping[str, Tensor | None],
+    missed: _Missed,
 ) -> dict[str, Tensor]:
     linears = {name: layer.get_submodule(name) for name in linear_names(layer)}
     tensors: dict[str, Tensor] = {}
@@ -255,6 +286,8 @@ def _layer_tensors(
                     found = quantized(matrix, precision, dtype, is_down=is_down, importance=own)
                 except CheckpointError as error:
                     raise CheckpointError(f"{prefix}{name}: {error}") from error
+                if precision == "int4":
+                    missed.count(prefix + owner, matrix, found)
                 tensors |= {f"{prefix}{owner}.{key}": tensor for key, tensor in found.items()}
             else:
                 tensors[prefix + name] = values.clone()

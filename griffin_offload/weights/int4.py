@@ -38,6 +38,11 @@ _STEP_SHIFT, _STEP_BIAS = 19, 116 << 4
 
 Int4 = tuple[Tensor, Tensor]
 """Codes and groups."""
+LARGE = 16.0
+"""Root mean squares of its row from which on a weight is large: one that a model may hang on."""
+OFF = 0.25
+"""From which share on a large weight that comes back otherwise is missed."""
+_MISS_ROWS = 256
 
 
 def quantize_rows(weight: Tensor, scale: Tensor, importance: Tensor | None = None) -> Int4:
@@ -63,6 +68,23 @@ def quantize_neurons(columns: Tensor, scale: Tensor, importance: Tensor | None =
     [K]; `importance` [O] of the outputs."""
     found = quantizing.quantize_int4_neurons(columns, _divisor(scale), importance)
     return quantize_rows(columns.t(), scale, importance) if found is None else found
+
+
+def missed_weights(rows: Tensor, scale: Tensor, quantised: Int4) -> tuple[int, float]:
+    """How many large weights of `rows` [R, C], a matrix or a down projection turned around, are missed by what they
+    became, and by which share the worst: such as are beyond what the steps reach, or whose inputs count little."""
+    largest = quantizing.largest_of_rows(rows, None)
+    if largest is None:
+        largest = torch.maximum(rows.amax(1), -rows.amin(1)).float()
+    count, worst = 0, 0.0
+    for index in (largest > LARGE * scale.float()).nonzero()[:, 0].split(_MISS_ROWS):
+        numbers, own = rows.index_select(0, index).float(), scale[index, None].float()
+        codes, groups = (part.index_select(0, index) for part in quantised)
+        found = unpack(codes, groups, torch.empty_like(numbers)).mul_(own)
+        off = (found.sub_(numbers) / numbers).abs_()[numbers.abs() > LARGE * own]
+        count += int((off > OFF).sum())
+        worst = max(worst, float(off.max()) if off.numel() else 0.0)
+    return count, worst
 
 
 def unpack(codes: Tensor, groups: Tensor, out: Tensor) -> Tensor:

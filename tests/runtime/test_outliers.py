@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from griffin_offload import GriffinModel
 from griffin_offload.runtime.convert import convert
+from griffin_offload.weights import int4
 
 DOWN = "model.layers.{i}.mlp.down_proj"
 PROMPT = torch.randint(3, VOCAB, (1, 40), generator=torch.Generator().manual_seed(4))
@@ -148,3 +149,33 @@ def _check_places(model: PreTrainedModel, tensors: dict[str, Tensor], decode: Ca
         for row, column, _ in PLACES:
             expected = float(matrix[row, column].detach())
             assert float(found[row, column]) == pytest.approx(expected, rel=0.1), (name, row, column)
+
+
+def test_large_weights_that_are_missed_are_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """How many, where the worst is, and by how much: as the stored files have it."""
+    monkeypatch.setattr(int4, "LARGE", 4.0)
+    monkeypatch.setattr(int4, "OFF", 0.05)
+    model = with_outliers()
+    path = _save(model, tmp_path / "model")
+    with pytest.warns(UserWarning, match="large weights come back from int4") as warned:
+        convert(path, tmp_path / "int4", "int4")
+    stored = {k: v for file in (tmp_path / "int4").glob("*.safetensors") for k, v in load_file(file).items()}
+    count, worst = 0, (0.0, "")
+    for name, matrix in ref.layer_matrices(model).items():
+        parts = ("weight", "groups", "scale", "input_scale")
+        tensors = {part: stored[f"{name}.{part}"] for part in parts if f"{name}.{part}" in stored}
+        scale = tensors["input_scale"] if "input_scale" in tensors else tensors["scale"][:, None]
+        off = (ref.int4_matrix(tensors) / matrix.detach().double() - 1).abs()[matrix.detach().abs() > 4 * scale]
+        count += int((off > 0.05).sum())
+        worst = max(worst, (float(off.max()) if off.numel() else 0.0, name))
+    assert count > 1
+    assert len(warned) == 1
+    assert str(warned[0].message).startswith(f"{count} large weights come back from int4 more than ")
+    assert f"the worst by {worst[0]:.0%}, in {worst[1]}" in str(warned[0].message)
+
+
+def test_nothing_is_said_where_nothing_is_missed(tmp_path: Path):
+    """Warnings are errors here."""
+    path = _save(_with_super_weights(), tmp_path / "model")
+    for precision in ("int4", "int8"):
+        convert(path, tmp_path / precision, precision)

@@ -16,6 +16,7 @@ from griffin_offload.kernels.compiled import library
 from griffin_offload.weights import blocks
 from griffin_offload.weights.int4 import (
     gather_neurons,
+    missed_weights,
     quantize_neurons,
     quantize_rows,
     unpack,
@@ -162,6 +163,31 @@ def test_outliers_come_back(ratio: int, sign: int, both: bool):
     others = torch.ones_like(weight, dtype=torch.bool)
     others[2, 64:96] = False
     assert (values - weight)[others].norm() < 0.1 * weight[others].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_down", [False, True])
+def test_large_weights_that_do_not_come_back_are_counted(dtype: torch.dtype, is_down: bool):
+    """Two beyond what the steps reach, side by side and of either sign; those within it are none of them."""
+    rows = torch.zeros(3, 2**18, dtype=dtype)
+    rows[0, :64], rows[1, 5] = 1, 7  # 512 of its root mean squares: of one sign, the offset helps
+    rows[2, 40], rows[2, 41] = 3, -3  # 362
+    matrix = rows.t().contiguous() if is_down else rows
+    found = quantized(matrix, "int4", dtype, is_down=is_down)
+    scale, stored = found["input_scale" if is_down else "scale"], (found["weight"], found["groups"])
+    count, worst = missed_weights(matrix.t() if is_down else matrix, scale, stored)
+    values = ref.Int4.of_bytes(*stored).values[2, 40:42] * scale[2].double()
+    off = (values / rows[2, 40:42].double() - 1).abs()
+    assert count == int((off > 0.25).sum()) == 2
+    assert worst == pytest.approx(float(off.max()), rel=1e-3)
+
+
+@given(weight=matrices())
+def test_few_numbers_hold_no_large_weight(weight: Tensor):
+    """None is farther out than the root of how many there are."""
+    scale = row_scale(weight.double(), torch.float64)
+    if weight.shape[1] < 256 and bool((scale[scale > 0] > 1e-30).all()):
+        assert missed_weights(weight, scale, quantize_rows(weight, scale)) == (0, 0.0)
 
 
 def test_an_error_counts_by_the_importance_of_its_input():
