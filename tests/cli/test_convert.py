@@ -190,3 +190,11 @@ def test_another_precision_of_the_computation(cli, converted):
     outcome = cli("run", "the cat", "-m", out, "-n", 4, "--dtype", "float32", "--density", "0.5", "--json")
     assert (outcome.code, outcome.json["generated_tokens"]) == (0, 4)
     assert cli("plan", "-m", out, "--dtype", "float32", "--json").json["precision"] == "int8"
+
+
+@both
+def test_layouts_have_numbers(cli, converted, precision: str):
+    """int8 has the one of the first release: its copies are read as they are."""
+    out = converted("llama2", precision)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["version"] == 1 + (precision == "int4")
+    assert cli("run", "the cat", "-m", out, "--device", "cpu", "-n", 2, "-q").code == 0

@@ -268,4 +268,6 @@ def test_converted_checkpoints_are_simulated_in_their_precision(checkpoints, tmp
     model = _load(tmp_path / precision)
     sample, log_probs = _generated(model, _prompts()[0])
     found = simulate(model, [sample], [HALF, Variant(0.5, "magnitude"), Variant(0.5, "output_aware")])[0]
-    torch.testing.assert_close(found.variants[0].log_probs, log_probs, **CLOSE)
+    # A token by itself passes int4 as 15 bits, all of them at once as floats.
+    close = CLOSE if precision == "int8" else {"atol": 3e-3, "rtol": 1e-3}
+    torch.testing.assert_close(found.variants[0].log_probs, log_probs, **close)
