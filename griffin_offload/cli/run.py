@@ -91,30 +91,43 @@ def _generate(
     prompt_cache: PromptCache | None,
 ) -> "Tensor":
     import torch
-    from transformers import TextStreamer
+
+    from griffin_offload.cli.streaming import TextPrinter
+    from griffin_offload.runtime.arguments import ONE_ANSWER
 
     torch.manual_seed(arguments.seed)
     streamer = None
     kept = prompt_cache.arguments(model, tokens, exact=arguments.exact) if prompt_cache is not None else {}
     if not arguments.json:
-        streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextPrinter(model.tokenizer)
     output: Tensor = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=arguments.max_new_tokens,
         streamer=streamer,
-        num_beams=1,  # text is printed as it comes
+        **ONE_ANSWER,
+        **_ends(model, arguments),
         **kept,
         **sampling,
     )
     return output
 
 
+def _ends(model: "GriffinModel", arguments: argparse.Namespace) -> dict[str, Any]:
+    from griffin_offload.runtime.ends import end_tokens
+
+    vocab_size = model.engine.shape.vocab_size
+    ends = end_tokens(model.tokenizer, model.generation_config, vocab_size, chat=not arguments.raw)
+    return {"eos_token_id": ends} if ends else {}
+
+
 def _print_result(model: "GriffinModel", generated: "Tensor", arguments: argparse.Namespace) -> None:
     report = model.last_report
     assert report is not None
     if arguments.json:
-        text = model.tokenizer.decode(generated, skip_special_tokens=True)
+        from griffin_offload.serving.text import whole_text
+
+        text = whole_text(model.tokenizer, generated.tolist())
         print(json.dumps({"text": text, **report.to_json()}))
         return
     if not arguments.quiet:

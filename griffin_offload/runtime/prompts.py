@@ -35,16 +35,44 @@ Ids = list[int]
 
 def encode(tokenizer: Any, text: str) -> Ids:
     """Token ids of `text`, with the special tokens that the tokenizer adds. CheckpointError where it fails."""
-    return _bounded(lambda: tokenizer(text)["input_ids"], len(text))
+    return _begun_once(tokenizer, _bounded(lambda: tokenizer(text)["input_ids"], len(text)))
 
 
 def encode_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Ids:
     """Token ids of `messages` in the chat template, up to where the answer begins. CheckpointError where it fails."""
     letters = sum(len(text) for message in messages for text in message.values())
-    return _bounded(
+    ids = _bounded(
         lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"],
         letters,
     )
+    return _begun_once(tokenizer, ids)
+
+
+def _begun_once(tokenizer: Any, ids: Ids) -> Ids:
+    """`ids` with one beginning of sequence: a text that starts with it, as templates write it, gets another from the
+    tokenizer, and some models answer otherwise then (Gemma)."""
+    begin, again = tokenizer.bos_token_id, 0
+    while begin is not None and ids[again : again + 2] == [begin, begin]:
+        again += 1
+    return ids[again:]
+
+
+_QUESTION, _ANSWER = "Question", "Answer"
+
+
+def template_end(tokenizer: Any) -> Ids:
+    """The special token that the chat template writes behind an answer: one id or none. CheckpointError where the
+    template fails."""
+    return _bounded(lambda: _behind_answer(tokenizer), len(_QUESTION + _ANSWER))
+
+
+def _behind_answer(tokenizer: Any) -> Ids:
+    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    _, found, behind = text.rpartition(_ANSWER)
+    special = {one.content: token for token, one in tokenizer.added_tokens_decoder.items() if one.special}
+    first = [word for word in special if found and behind.lstrip().startswith(word)]
+    return [special[max(first, key=len)]] if first else []
 
 
 def _bounded(work: Callable[[], Sequence[int]], letters: int) -> Ids:
