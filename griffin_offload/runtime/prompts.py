@@ -113,8 +113,8 @@ def _child(work: Callable[[], Sequence[int]], pipe: int, limit_s: float) -> None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
         _limit(limit_s)
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 2)  # native code prints where it panics
+        with contextlib.suppress(OSError):  # at the limit on open files native code may print where it panics
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         answer = _DONE + array.array("q", work()).tobytes()
     except MemoryError:
         pass
