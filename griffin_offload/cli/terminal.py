@@ -80,7 +80,7 @@ class Terminal:
 
     def _read(self) -> str:
         if not self._interactive:
-            return input()
+            return input().removeprefix("\ufeff")  # the byte order mark of a file that is piped in
         if sys.stdout.isatty():
             return input("> ")
         print("> ", end="", file=sys.stderr, flush=True)  # input() would write it among the answers
@@ -102,13 +102,13 @@ class Terminal:
             self._commands[name]()
 
     def _answer(self, text: str) -> None:
-        from griffin_offload.cli.answer_stream import AnswerStreamer
+        from griffin_offload.cli.streaming import TextPrinter
 
         check_utf8(text, "the message")
         model, quiet = self._session.model, self._quiet or self._as_json
         streamer = None
         if not self._as_json:
-            streamer = AnswerStreamer(model.tokenizer, self._stops)
+            streamer = TextPrinter(model.tokenizer, self._stops)
         try:
             # In a script Ctrl-C ends the program; here it ends the answer.
             with PrefillBar(model, quiet=quiet), _Interrupts(catch=self._interactive) as interrupts:

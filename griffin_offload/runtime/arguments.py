@@ -8,15 +8,26 @@ from torch import Tensor
 from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, StopStringCriteria
 
 from griffin_offload.config import CacheKind, RunConfig
-from griffin_offload.errors import UsageError
+from griffin_offload.errors import UsageError, one_line
 from griffin_offload.pricing import KV_SLACK_TOKENS, MAX_MARKS, Usage, statistics_kept
 from griffin_offload.runtime.context import Context, empty_context
 from griffin_offload.runtime.exact import loop_of
 from griffin_offload.runtime.prospect import Prospect
-from griffin_offload.runtime.run import Mode, Run
+from griffin_offload.runtime.run import LogitsObserver, Mode, Run
 
 if TYPE_CHECKING:
     from griffin_offload.runtime.engine import Engine
+
+ONE_ANSWER: dict[str, Any] = {
+    "num_beams": 1,  # text is shown as it comes
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+"""Arguments of `generate` for whoever wants the tokens of one answer, whatever a checkpoint's settings say."""
 
 _LIMITS = ("max_new_tokens", "max_length")
 
@@ -42,6 +53,8 @@ def prepared(
         engine.kept_cache.release()
     engine.require(use)
     run = Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"), use, mode, context)
+    run.keeps_invalid = bool(_value("remove_invalid_values", kwargs, configs))
+    run.observers = [one for one in kwargs.get("logits_processor") or () if isinstance(one, LogitsObserver)]
     if passes or context is not None:
         check_one_sequence(prompt, use, kwargs, configs)
         run.prompt_ids = prompt[0].tolist() if prompt.dim() == 2 else []
@@ -51,8 +64,8 @@ def prepared(
         settings["attention_mask"] = torch.ones_like(prompt, device=engine.prospect.device)
     elif use.cache == "ours":
         settings["past_key_values"] = engine.kv_cache(use, returned=returns_cache(kwargs, configs))
+    kwargs = stop_strings_as_criteria(kwargs, (given, defaults), settings)
     if passes:
-        kwargs = stop_strings_as_criteria(kwargs, given)
         settings["custom_generate"] = run.loop = loop_of(run, engine, kwargs.get("streamer"))
     return run, as_arguments(kwargs, settings, given)
 
@@ -119,21 +132,31 @@ def as_arguments(kwargs: dict[str, Any], settings: dict[str, Any], given: Genera
     if kwargs.get("generation_config") is None:
         return kwargs | settings
     config = copy.deepcopy(given)  # what is none of a config's stays an argument
-    return {**kwargs, **config.update(**settings), "generation_config": config}
+    arguments = {**kwargs, **config.update(**settings), "generation_config": config}
+    # None in a config is filled in by the checkpoint's settings, as an argument it is the last word.
+    return arguments | {name: None for name in ("stop_strings",) if name in settings}
 
 
-def stop_strings_as_criteria(kwargs: dict[str, Any], given: GenerationConfig) -> dict[str, Any]:
-    """`kwargs` with `stop_strings` made a criterion: transformers drops the tokenizer that it needs for them when
-    the decoding method is not its own."""
-    if given.stop_strings is not None:
-        raise UsageError("stop_strings of a generation config cannot be used here: give them as an argument")
+def stop_strings_as_criteria(
+    kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """`kwargs` with `stop_strings` made a criterion, those of `configs` too, which `settings` then take back:
+    transformers drops the tokenizer that it needs for them when the decoding method is not its own. UsageError for
+    strings that no tokens make."""
+    strings = kwargs["stop_strings"] if "stop_strings" in kwargs else _value("stop_strings", {}, configs)
+    if not strings:
+        return kwargs
     kwargs = dict(kwargs)
-    strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
-    if strings is not None:
-        if tokenizer is None:
-            raise UsageError("stop_strings need the tokenizer: give it as an argument, too")
-        criteria = list(kwargs.get("stopping_criteria") or [])
-        kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+    tokenizer = kwargs.pop("tokenizer", None)
+    kwargs.pop("stop_strings", None)
+    settings["stop_strings"] = None
+    if tokenizer is None:
+        raise UsageError("stop_strings need the tokenizer: give it as an argument, too")
+    try:
+        criterion = StopStringCriteria(tokenizer, strings)
+    except Exception as error:  # it takes the vocabulary apart
+        raise UsageError(f"stop_strings {str(strings)[:80]} cannot be used: {one_line(error)}") from error
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
     return kwargs
 
 

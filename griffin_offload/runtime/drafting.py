@@ -83,6 +83,7 @@ class DraftingLoop:
 
     def _processed(self, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         raw = logits.to(torch.float32, copy=True)
+        self._engine.observe(raw)
         return raw, self._processor(ids, raw)
 
     def _pass(

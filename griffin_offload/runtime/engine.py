@@ -186,16 +186,29 @@ class Engine:
         if run is not None and run.prefilled:
             output = self._resident(run, args, kwargs)
             run.cache = cache_of(output, kwargs)
-            return output
+            return self._seen(run, output)
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
         if run is not None:
-            return self._first(run, arguments, args, kwargs)
+            return self._seen(run, self._first(run, arguments, args, kwargs))
         cache = arguments.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             if self.last_prefill is None and self.plan.streamed:
                 raise GriffinError("the KV cache is filled but no neurons are chosen: no prompt was streamed")
             return self.stock_forward(*args, **kwargs)
         return self._bare_prefill(arguments, args, kwargs)
+
+    def _seen(self, run: Run, output: Any) -> Any:
+        """`output`, after whoever observes its logits has seen them; drafts' are shown when they are judged."""
+        if run.loop is None:
+            self.observe(output.logits[:, -1])
+        return output
+
+    def observe(self, logits: Tensor) -> None:
+        """Show the run's observers the logits [B, V] of its next token, which have to be numbers."""
+        if self.run is not None:
+            self.run.check_numbers(logits, self.prospect.dtype)
+            for observer in self.run.observers:
+                observer.observe(logits)
 
     def _resident(self, run: Run, args: Any, kwargs: Any) -> Any:
         """A forward of the residents: by a captured graph, or kernel by kernel."""

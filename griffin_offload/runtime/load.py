@@ -31,7 +31,7 @@ from griffin_offload.weights.building import building
 from griffin_offload.weights.checkpoint import Checkpoint
 from griffin_offload.weights.converted import map_converted
 from griffin_offload.weights.feedforward import FeedForward
-from griffin_offload.weights.generation_file import check_generation_config, read_generation_config
+from griffin_offload.weights.generation_file import read_generation_config, settle_generation_config
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.mapped_file import map_file
 from griffin_offload.weights.matmul import Scratch
@@ -157,7 +157,7 @@ def _map_layers(
     converted = checkpoint.precision != "none"
     model = _map_converted(checkpoint, scratch) if converted else map_model(checkpoint)
     decoder, blocks = find_feed_forwards(model, len(shape.layers))
-    check_generation_config(model.generation_config, shape.vocab_size, checkpoint.directory)
+    settle_generation_config(model, shape.vocab_size, checkpoint.directory)
     self_check(blocks[0])
     if shape.precision != "none" and not converted:
         importance: Importance = {}

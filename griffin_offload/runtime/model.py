@@ -25,7 +25,7 @@ from griffin_offload.runtime.prefill import Progress
 from griffin_offload.runtime.prompts import tokenizer_of
 from griffin_offload.runtime.prospect import Prospect, examine, plan_for
 from griffin_offload.runtime.report import PrefillReport, RunReport, planned_figures
-from griffin_offload.runtime.run import Mode, Run
+from griffin_offload.runtime.run import Mode, Run, probabilities_named
 from griffin_offload.runtime.saved import load_context, save_context
 from griffin_offload.runtime.threads import limited_threads
 
@@ -193,6 +193,8 @@ class GriffinModel:
         given = inputs if inputs is not None else kwargs.get("inputs_embeds")
         prompt = checked_prompt(given, self._engine.shape.vocab_size)
         kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        if self.generation_config.stop_strings and "stop_strings" not in kwargs:
+            kwargs.setdefault("tokenizer", self.tokenizer)  # of the checkpoint's settings
         with self._engine.alone(), self._engine.guarded():
             mode = self._mode(exact, draft_tokens, refresh)
             output, self.last_report = self._answer(inputs, prompt, kwargs, mode, context, prompt_done)
@@ -239,9 +241,11 @@ class GriffinModel:
             self._engine.run = run
             with self._loaded.ledger.measuring(), limited_threads(self._loaded.threads):
                 start = time.perf_counter()
-                output = self._loaded.model.generate(None if inputs is None else inputs.to(self.device), **kwargs)
+                with probabilities_named(self._prospect.dtype):
+                    output = self._loaded.model.generate(None if inputs is None else inputs.to(self.device), **kwargs)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
+                run.end_check(self._prospect.dtype)
                 sequences = output if isinstance(output, Tensor) else output.sequences
                 offset = prompt.shape[1] if inputs is not None else 0
                 report = self._report(run, sequences.shape[1] - offset, time.perf_counter() - start)

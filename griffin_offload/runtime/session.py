@@ -11,6 +11,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from griffin_offload.config import ChatConfig, Overflow
 from griffin_offload.errors import CheckpointError, SavedContextError, UsageError
+from griffin_offload.runtime.arguments import ONE_ANSWER
+from griffin_offload.runtime.ends import end_tokens
 from griffin_offload.runtime.finish import Finish, StopStrings, cut, ends_of, finish_of
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.prompts import encode, encode_messages, thinking_switches
@@ -68,6 +70,9 @@ class ChatSession:
         self._system: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         self.messages: list[Message] = list(self._system)
         self.context = model.new_context()
+        self._end_tokens = end_tokens(
+            model.tokenizer, model.generation_config, model.engine.shape.vocab_size, chat=self.templated
+        )
 
     @property
     def turns(self) -> int:
@@ -90,9 +95,10 @@ class ChatSession:
         torch.manual_seed(self._seed + self.turns)  # so that a conversation that was saved goes on in the same way
         interrupt, stop = _Interrupted(interrupted), StopStrings(self.model.tokenizer, stops, ids.shape[1])
         criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or []), interrupt, stop])
-        output = self.model.generate(
-            ids, context=self.context, stopping_criteria=criteria, streamer=streamer, num_beams=1, **arguments
-        )
+        if arguments.get("generation_config") is None and self._end_tokens:
+            arguments.setdefault("eos_token_id", self._end_tokens)
+        arguments |= {"stopping_criteria": criteria, "streamer": streamer, **ONE_ANSWER}
+        output = self.model.generate(ids, context=self.context, **arguments)
         answer = output[0, ids.shape[1] :]
         reply = cut(self._decoded(answer), stops)
         self.messages = [*messages, {"role": "assistant", "content": reply}]
@@ -161,7 +167,9 @@ class ChatSession:
         return torch.tensor([ids], dtype=torch.long, device="cpu")
 
     def _decoded(self, answer: Tensor) -> str:
-        text: str = self.model.tokenizer.decode(answer, skip_special_tokens=True)
+        text: str = self.model.tokenizer.decode(
+            answer, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )  # as it is streamed
         return text
 
 

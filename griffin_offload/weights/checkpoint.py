@@ -5,16 +5,16 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig
 
 from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_line
 from griffin_offload.weights.config_file import load_config
 from griffin_offload.weights.converted import check_shard, mark_of
 from griffin_offload.weights.files import check_name
 from griffin_offload.weights.quantized_linear import Precision
+from griffin_offload.weights.tokenizer_files import load_tokenizer as load_tokenizer
 from griffin_offload.weights.watched_files import FileState, WatchedFiles, states_of
 from griffin_offload.weights.weight_files import DTYPES, read_headers, weight_files
 
@@ -22,8 +22,6 @@ from griffin_offload.weights.weight_files import DTYPES, read_headers, weight_fi
 UNFINISHED = ".converting.json"
 # Of every file so many pieces go into a fingerprint, evenly spread.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
-# Every kind of tokenizer has a file with such a name.
-_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "merges*", "*tekken*", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -103,31 +101,6 @@ def fingerprint(checkpoint: Checkpoint) -> str:
                 file.seek(sample * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:32]
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint; CheckpointError if there is none that can be loaded."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        _drop_copies(tokenizer)
-        return tokenizer
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # tokenizers fail in many ways; a panic of native code is no Exception
-        if not any(path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)):
-            raise CheckpointError(
-                f"{directory} has no tokenizer files: copy tokenizer.json or the like beside its config.json, or use "
-                "the Python API with token ids"
-            ) from error
-        raise CheckpointError(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
-
-
-def _drop_copies(tokenizer: Any) -> None:
-    """Forget the tables of words and merges that transformers keeps as Python objects beside the native tokenizer's
-    own: 0.15 GB for 262,144 words, of which nothing makes use once that has been built."""
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        for name in ("_vocab", "_merges"):
-            vars(tokenizer).pop(name, None)
 
 
 def locate(model: str | Path, *, offline: bool = False) -> Path:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from griffin_offload.weights.int4_tiles import cpu_block
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from griffin_offload.kernels import few_rows
 from griffin_offload.kernels.compiled import library
-from griffin_offload.weights.int4_tiles import cpu_block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_kernels = pytest.mark.skipif(few_rows.kernels() is None, reason="another processor, or no compiler")

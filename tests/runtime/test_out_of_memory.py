@@ -28,7 +28,6 @@ REFUSALS: dict[str, tuple[Callable[[], BaseException], str]] = {
     "torch": (lambda: RuntimeError(HOST), r"the machine refused 4\.10 kB, \S+ \w+ are free"),
     "Python": (lambda: MemoryError(), r"the machine refused \(MemoryError\)"),
     "the kernel": (lambda: OSError(errno.ENOMEM, "Cannot allocate memory"), r"the machine refused \(.*Cannot allocate"),
-    "threads": (lambda: RuntimeError("can't start new thread"), r"the machine refused \(can't start new thread\)"),
 }
 
 

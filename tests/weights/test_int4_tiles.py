@@ -8,9 +8,6 @@ from collections.abc import Iterator
 import pytest
 import quantised_reference as ref
 import torch
-from torch import Tensor
-
-from griffin_offload.errors import UnsupportedModel
 from griffin_offload.weights.int4_tiles import (
     OUTPUT_MULTIPLE,
     cpu_block,
@@ -19,6 +16,9 @@ from griffin_offload.weights.int4_tiles import (
     write_neurons,
     write_rows,
 )
+from torch import Tensor
+
+from griffin_offload.errors import UnsupportedModel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GENERATOR = torch.Generator()
