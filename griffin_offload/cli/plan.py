@@ -46,10 +46,11 @@ def plan(arguments: argparse.Namespace) -> int:
     found, remedy = solve(prospect.shapes, prospect.request, prospect.others)
     if arguments.json:
         others = {"alternatives": _alternatives(prospect, found)} if arguments.verbose else {}
-        print(json.dumps(found.to_json(remedy) | others))
+        device = {"device": prospect.device.type, "assumed": prospect.assumed}
+        print(json.dumps(found.to_json(remedy) | device | others))
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
-        print("\n".join(plan_lines(found)))
+        print("\n".join([*plan_lines(found), *([] if prospect.assumed is None else [prospect.assumed])]))
     if arguments.verbose:
         print("\n".join(["", *_alternative_lines(_alternatives(prospect, found))]))
     if remedy is not None:
@@ -63,10 +64,10 @@ def _prospect(arguments: argparse.Namespace) -> "Prospect":
 
     config = LoadConfig(**load_options(arguments))
     if arguments.config is None:
-        return examine(model_of(arguments), config)
+        return examine(model_of(arguments), config, anywhere=True)
     if arguments.model not in (None, os.environ.get(MODEL_VARIABLE)):
         raise UsageError("--config plans without a model: give one of --config and --model")
-    return examine_checkpoint(read_config(arguments.config), config)
+    return examine_checkpoint(read_config(arguments.config), config, anywhere=True)
 
 
 def plan_lines(plan: "Plan") -> list[str]:
@@ -111,7 +112,9 @@ def _alternatives(prospect: "Prospect", chosen: "Plan") -> list[dict[str, Any]]:
     rows = []
     for plan in plans:
         precision = prospect.precision_of(plan)
-        rate = decode_bytes_per_s(precision, hidden, neurons, prospect.dtype, prospect.device)
+        rate = None  # of a device that is not here
+        if prospect.assumed is None:
+            rate = decode_bytes_per_s(precision, hidden, neurons, prospect.dtype, prospect.device)
         read_bytes = plan.decoded_bytes + plan.decode_parts["kv_cache"]
         rows.append(
             {
