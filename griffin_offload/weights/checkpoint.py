@@ -15,6 +15,7 @@ from griffin_offload.weights.config_file import load_config
 from griffin_offload.weights.converted import check_shard, mark_of
 from griffin_offload.weights.files import check_name
 from griffin_offload.weights.quantized_linear import Precision
+from griffin_offload.weights.tied_head import untie_other_head
 from griffin_offload.weights.watched_files import FileState, WatchedFiles, states_of
 from griffin_offload.weights.weight_files import DTYPES, read_headers, weight_files
 
@@ -40,6 +41,8 @@ class Checkpoint:
     """What its matrices were converted to."""
     tables: Precision = "none"
     """What its embeddings and its head were converted to."""
+    untied: bool = False
+    """The files hold another head than the embeddings that config.json ties it to."""
     states: dict[str, FileState] = field(default_factory=dict, compare=False)
     """Of `files`, by resolved path, from before their headers were read."""
 
@@ -74,7 +77,10 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
             f"{directory} is quantised ({stored}): only 16, 32 and 64 bit floats are loaded, or what griffin-offload "
             "convert made of them"
         )
-    checkpoint = Checkpoint(directory, config, DTYPES[stored], tuple(headers), weight_bytes, states=states)
+    untied = mark is None and untie_other_head(config, DTYPES[stored], headers)
+    checkpoint = Checkpoint(
+        directory, config, DTYPES[stored], tuple(headers), weight_bytes, untied=untied, states=states
+    )
     return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
 
 
