@@ -18,6 +18,8 @@ from griffin_offload.runtime.run import Mode, Run
 if TYPE_CHECKING:
     from griffin_offload.runtime.engine import Engine
 
+# What processors of checkpoints make that see or hear.
+_NOT_TEXT = ("pixel_values", "pixel_values_videos", "image_patches", "input_features", "input_values")
 _LIMITS = ("max_new_tokens", "max_length")
 
 
@@ -65,6 +67,9 @@ def _refuse_what_cannot_work(kwargs: dict[str, Any], given: GenerationConfig) ->
         raise UsageError("prefill_chunk_size cannot be set: the prompt is streamed in one pass, see ff_chunk_tokens")
     if kwargs.get("assistant_early_exit") is not None:
         raise UsageError("assistant_early_exit cannot work here: it prefills with the first layers alone")
+    for name in _NOT_TEXT:
+        if kwargs.get(name) is not None:
+            raise UsageError(f"{name} cannot be used here: text alone is run, give token ids without images or sound")
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise UsageError("past_key_values has to be empty: transformers would feed it the whole prompt again")
