@@ -24,6 +24,11 @@ class PlanRequest:
     """What the device's own runtime takes (a CUDA context); 0 on the CPU."""
     offloaded_in_budget: bool = False
     """The full FF weights of streamed layers rest inside the budget (CPU device, --offload ram)."""
+    converted_ff: tuple[int, ...] = ()
+    """Of each layer, full FF weights that no file backs because loading converts them: inside the budget while the
+    layer is streamed. Empty where the budget is not that of the host."""
+    converted_bytes: int = 0
+    """Other weights that loading converts: in memory until the first prompt has passed."""
     ff_chunk_tokens: int | None = None
     always_stream: bool = False
     host_embeddings: bool = True

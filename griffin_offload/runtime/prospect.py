@@ -30,6 +30,7 @@ from griffin_offload.runtime.memory import (
 from griffin_offload.units import format_bytes, parse_size
 from griffin_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from griffin_offload.weights.int4_tiles import cpu_block
+from griffin_offload.weights.mixed_files import Converted, converted_sizes
 from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
 from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape
 
@@ -93,7 +94,11 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     device = torch.device(config.device) if absent else choose_device(config.device)
     overhead_bytes = assumed_overhead_bytes(device) if absent else device_overhead_bytes(device)
     dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    shapes, others = _shapes(checkpoint, dtype, device, config)
+    meta = build_on_meta(checkpoint.config, dtype)
+    shapes, others = _shapes(checkpoint, meta, device, config)
+    converted = Converted((), 0, 0)
+    if device.type == "cpu" and checkpoint.converted:  # elsewhere they take none of the device's memory
+        converted = converted_sizes(meta, checkpoint.converted)
     request = PlanRequest(
         budget_bytes=_size_of_absent(config.max_gpu_mem, device) if absent else budget_bytes(config, device),
         session_bytes=_session_bytes(config, device, absent=absent),
@@ -107,8 +112,10 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         always_stream=config.always_stream,
         kv_bits=config.kv_bits,
         cache=_cache_kind(checkpoint.config, config.kv_bits),
+        converted_ff=converted.feed_forward,
+        converted_bytes=converted.embeddings + converted.rest,
         # On the CPU the rows are read in place, so their precision has to be the stored one.
-        host_embeddings=device.type != "cpu" or dtype == checkpoint.dtype,
+        host_embeddings=device.type != "cpu" or (dtype == checkpoint.dtype and not converted.embeddings),
         stored_share=checkpoint.dtype.itemsize / dtype.itemsize
         if device.type == "cpu" and dtype != checkpoint.dtype
         else 0.0,
@@ -143,9 +150,10 @@ def _check_window(prospect: Prospect) -> None:
 
 
 def _shapes(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, config: LoadConfig
+    checkpoint: Checkpoint, meta: Any, device: torch.device, config: LoadConfig
 ) -> tuple[tuple[ModelShape, ...], tuple[ModelShape, ...]]:
-    """The model in the precisions it may have on the device, and in those that it could have."""
+    """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
+    have."""
     stored = checkpoint.precision
     if stored != "none" and config.quantize not in ("auto", stored):
         raise UsageError(
@@ -156,7 +164,6 @@ def _shapes(
             f"exact mode keeps the stored precision, --quantize {config.quantize} another one: leave it out, or "
             "convert the checkpoint first"
         )
-    meta = build_on_meta(checkpoint.config, dtype)
     allowed: list[ModelShape] = []
     others: list[ModelShape] = []
     for precision in PRECISIONS if stored == "none" else (stored,):

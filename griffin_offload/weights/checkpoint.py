@@ -14,6 +14,7 @@ from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedMo
 from griffin_offload.weights.config_file import load_config
 from griffin_offload.weights.converted import check_shard, mark_of
 from griffin_offload.weights.files import check_name
+from griffin_offload.weights.mixed_files import converted_tensors
 from griffin_offload.weights.quantized_linear import Precision
 from griffin_offload.weights.tied_head import untie_other_head
 from griffin_offload.weights.watched_files import FileState, WatchedFiles, states_of
@@ -43,6 +44,8 @@ class Checkpoint:
     """What its embeddings and its head were converted to."""
     untied: bool = False
     """The files hold another head than the embeddings that config.json ties it to."""
+    converted: dict[str, int] = field(default_factory=dict, compare=False)
+    """Bytes, in `dtype`, of the tensors that are stored in another precision."""
     states: dict[str, FileState] = field(default_factory=dict, compare=False)
     """Of `files`, by resolved path, from before their headers were read."""
 
@@ -79,7 +82,14 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
         )
     untied = mark is None and untie_other_head(config, DTYPES[stored], headers)
     checkpoint = Checkpoint(
-        directory, config, DTYPES[stored], tuple(headers), weight_bytes, untied=untied, states=states
+        directory,
+        config,
+        DTYPES[stored],
+        tuple(headers),
+        weight_bytes,
+        untied=untied,
+        converted=converted_tensors(headers.values(), DTYPES[stored]),
+        states=states,
     )
     return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
 

@@ -31,8 +31,8 @@ def untie_other_head(config: PretrainedConfig, dtype: torch.dtype, headers: dict
     if head is None or head.weight is not embedding.weight:
         return False
     names = {id(module): name for name, module in model.named_modules()}
-    places = [_place(f"{names[id(module)]}.weight", headers) for module in (head, embedding)]
-    if None in places or _equal(*places, dtype):
+    here, there = (_place(f"{names[id(module)]}.weight", headers) for module in (head, embedding))
+    if here is None or there is None or _equal(here, there, dtype):
         return False
     for found in (config, text):
         found.tie_word_embeddings = False
@@ -60,9 +60,7 @@ def _place(name: str, headers: dict[Path, Header]) -> _Place | None:
     return min(found)[2:] if found else None
 
 
-def _equal(head: _Place | None, embedding: _Place | None, dtype: torch.dtype) -> bool:
-    assert head is not None
-    assert embedding is not None
+def _equal(head: _Place, embedding: _Place, dtype: torch.dtype) -> bool:
     with safe_open(head[0], framework="pt") as one, safe_open(embedding[0], framework="pt") as other:
         tables = one.get_slice(head[1]), other.get_slice(embedding[1])
         if tables[0].get_shape() != tables[1].get_shape():
