@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from griffin_offload.cli.imports import heavy_imports
 from griffin_offload.cli.options import (
     MODEL_VARIABLE,
     add_model_options,
@@ -39,10 +40,11 @@ def add_parser(commands: Any) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
-    from griffin_offload.plan import describe_shortfall, solve
+    with heavy_imports():  # most of transformers is imported when it is first asked, by `_prospect`
+        from griffin_offload.plan import describe_shortfall, solve
 
-    quiet_libraries()
-    prospect = _prospect(arguments)
+        quiet_libraries()
+        prospect = _prospect(arguments)
     found, remedy = solve(prospect.shapes, prospect.request, prospect.others)
     if arguments.json:
         others = {"alternatives": _alternatives(prospect, found)} if arguments.verbose else {}
