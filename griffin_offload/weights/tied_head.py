@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from griffin_offload.errors import CheckpointError, memory_refused, one_line
 from griffin_offload.weights.shape import build_on_meta
 from griffin_offload.weights.weight_files import Header
 
@@ -61,11 +62,17 @@ def _place(name: str, headers: dict[Path, Header]) -> _Place | None:
 
 
 def _equal(head: _Place, embedding: _Place, dtype: torch.dtype) -> bool:
-    with safe_open(head[0], framework="pt") as one, safe_open(embedding[0], framework="pt") as other:
-        tables = one.get_slice(head[1]), other.get_slice(embedding[1])
-        if tables[0].get_shape() != tables[1].get_shape():
-            return False
-        return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in zip(*map(_pieces, tables), strict=True))
+    try:
+        with safe_open(head[0], framework="pt") as one, safe_open(embedding[0], framework="pt") as other:
+            tables = one.get_slice(head[1]), other.get_slice(embedding[1])
+            shapes = [tuple(table.get_shape()) for table in tables]
+            if shapes[0] != shapes[1] or len(shapes[0]) != 2 or 0 in shapes[0]:
+                return False  # no head of this model: loading says so
+            return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in zip(*map(_pieces, tables), strict=True))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        if memory_refused(error):
+            raise
+        raise CheckpointError(f"{head[0]} cannot be read: {one_line(error)}") from error
 
 
 def _pieces(table: Any) -> Iterator[Tensor]:

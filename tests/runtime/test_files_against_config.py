@@ -13,6 +13,7 @@ from torch import Tensor
 
 from griffin_offload import DoesNotFit, GriffinModel
 from griffin_offload.config import LoadConfig
+from griffin_offload.errors import CheckpointError
 from griffin_offload.pricing import Plan
 from griffin_offload.runtime.convert import convert
 from griffin_offload.runtime.prospect import examine, plan_for
@@ -96,6 +97,13 @@ def test_one_row_makes_another_head(checkpoints, tmp_path: Path):
         return head
 
     assert open_checkpoint(rewritten(checkpoints("llama3"), tmp_path, with_head(changed))).untied
+
+
+@pytest.mark.parametrize("shape", [(VOCAB * 32,), (VOCAB - 1, 32), (0, 32), (VOCAB, 32, 1)], ids=str)
+def test_a_head_of_another_shape_is_said(checkpoints, tmp_path: Path, shape: tuple[int, ...]):
+    source = rewritten(checkpoints("llama3"), tmp_path, with_head(lambda _: torch.zeros(shape)))
+    with pytest.raises(CheckpointError, match=r"does not match its config.json: 1 mismatched keys, first .*lm_head"):
+        GriffinModel.from_pretrained(source, max_gpu_mem="1GB", **OPTIONS)
 
 
 def test_a_head_without_a_tie_in_the_config_is_not_read(checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
