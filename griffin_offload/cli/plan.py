@@ -134,8 +134,10 @@ def _alternatives(prospect: "Prospect", chosen: "Plan") -> list[dict[str, Any]]:
 def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return ["nothing fits in any precision"]
+    known = any(row["expected_tokens_per_s"] is not None for row in rows)
+    rates = " (tokens/s: the GEMV rate measured just now over the bytes one token reads, context full)"
     lines = [
-        "what fits (tokens/s: the GEMV rate measured just now over the bytes one token reads, context full)",
+        f"what fits{rates if known else ''}",
         f"{'':<2}{'precision':<12}{'density':>8}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
     ]
     for row in rows:

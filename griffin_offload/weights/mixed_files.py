@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from griffin_offload.weights.layouts import find_feed_forwards
+from griffin_offload.weights.text_model import left_out_parts
 from griffin_offload.weights.weight_files import DTYPES, Header
 
 _IN_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
@@ -40,7 +41,10 @@ def converted_sizes(model: Any, tensors: dict[str, int]) -> Converted:
     feed_forward, embeddings, rest = [0] * len(blocks), 0, 0
     others = [_names_outside_ff(layer, block) for layer, block in zip(decoder, blocks, strict=True)]
     table = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    left_out = left_out_parts(model)
     for name, size_bytes in tensors.items():
+        if left_out & set(name.split(".")):
+            continue  # given up before anything else is allocated
         match = _IN_LAYER.search(name)
         index = int(match[1]) if match else len(blocks)
         if match and index < len(blocks) and match[2] not in others[index]:

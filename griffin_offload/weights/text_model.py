@@ -33,6 +33,11 @@ def leave_out_towers(model: Any) -> list[str]:
     return found
 
 
+def left_out_parts(model: Any) -> set[str]:
+    """What the names of tensors have in them, between dots, that belong to a module left out of `model`."""
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LeftOut)}
+
+
 def _is_outside(name: str, kept: list[str], module: nn.Module) -> bool:
     """Neither kept, nor around what is kept, nor inside of something that is outside itself."""
     around = [part for part in kept if part.startswith(f"{name}.")]

@@ -12,7 +12,7 @@ from tiny_models import VOCAB
 from griffin_offload import GriffinModel, UsageError
 from griffin_offload.config import LoadConfig
 from griffin_offload.runtime.convert import convert
-from griffin_offload.runtime.prospect import examine_checkpoint, plan_for
+from griffin_offload.runtime.prospect import examine, examine_checkpoint, plan_for
 from griffin_offload.weights.checkpoint import read_config
 from griffin_offload.weights.text_model import LeftOut
 
@@ -118,6 +118,15 @@ def test_files_without_the_tower_are_enough(seeing):
     text = {n: t for n, t in load_file(file).items() if "vision" not in n and "projector" not in n}
     save_file(text, file, metadata={"format": "pt"})
     assert answers(directory, quantize="none") == expected
+
+
+def test_towers_of_another_precision_cost_nothing(seeing):
+    directory, _ = seeing
+    uniform = plan_for(examine(directory, LoadConfig("1GB", **OPTIONS)))
+    file = directory / "model.safetensors"
+    other = {n: t.half() if "vision" in n or "projector" in n else t for n, t in load_file(file).items()}
+    save_file(other, file, metadata={"format": "pt"})
+    assert plan_for(examine(directory, LoadConfig("1GB", **OPTIONS))).parts == uniform.parts
 
 
 def test_a_model_of_text_is_left_as_it_is(checkpoints):
