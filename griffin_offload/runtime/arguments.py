@@ -18,6 +18,8 @@ from griffin_offload.runtime.run import LogitsObserver, Mode, Run
 if TYPE_CHECKING:
     from griffin_offload.runtime.engine import Engine
 
+# What processors of checkpoints make that see or hear.
+_NOT_TEXT = ("pixel_values", "pixel_values_videos", "image_patches", "input_features", "input_values")
 ONE_ANSWER: dict[str, Any] = {
     "num_beams": 1,  # text is shown as it comes
     "num_return_sequences": 1,
@@ -28,7 +30,6 @@ ONE_ANSWER: dict[str, Any] = {
     "output_hidden_states": False,
 }
 """Arguments of `generate` for whoever wants the tokens of one answer, whatever a checkpoint's settings say."""
-
 _LIMITS = ("max_new_tokens", "max_length")
 
 
@@ -78,6 +79,9 @@ def _refuse_what_cannot_work(kwargs: dict[str, Any], given: GenerationConfig) ->
         raise UsageError("prefill_chunk_size cannot be set: the prompt is streamed in one pass, see ff_chunk_tokens")
     if kwargs.get("assistant_early_exit") is not None:
         raise UsageError("assistant_early_exit cannot work here: it prefills with the first layers alone")
+    for name in _NOT_TEXT:
+        if kwargs.get(name) is not None:
+            raise UsageError(f"{name} cannot be used here: text alone is run, give token ids without images or sound")
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise UsageError("past_key_values has to be empty: transformers would feed it the whole prompt again")

@@ -40,6 +40,7 @@ from griffin_offload.weights.self_check import self_check
 from griffin_offload.weights.shape import ModelShape, build_on_meta
 from griffin_offload.weights.source import MappedWeights, RamWeights, Source
 from griffin_offload.weights.swap import swap_linears
+from griffin_offload.weights.text_model import leave_out_towers
 
 # The host keeps this share of its free memory when full weights are put into it.
 _RAM_SHARE = 0.8
@@ -241,8 +242,9 @@ def map_model(checkpoint: Checkpoint) -> Any:
         if memory_refused(error):
             raise
         raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {one_line(error)}") from error
+    left_out = tuple(f"{name}." for name in leave_out_towers(model))
     for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info[problem])
+        names = sorted(str(name) for name in info[problem] if not str(name).startswith(left_out))
         if names:
             raise CheckpointError(
                 f"{checkpoint.directory} does not match its config.json: {len(names)} {problem.replace('_', ' ')}, "

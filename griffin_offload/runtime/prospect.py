@@ -20,9 +20,16 @@ from griffin_offload.plan import make_plan
 from griffin_offload.pricing import Plan, PlanRequest
 from griffin_offload.runtime.cache import can_cache
 from griffin_offload.runtime.cpu_linear import emulates_halves
-from griffin_offload.runtime.memory import choose_device, device_bytes, device_overhead_bytes
-from griffin_offload.units import parse_size
+from griffin_offload.runtime.memory import (
+    assumed_overhead_bytes,
+    choose_device,
+    device_bytes,
+    device_overhead_bytes,
+    devices_here,
+)
+from griffin_offload.units import format_bytes, parse_size
 from griffin_offload.weights.checkpoint import Checkpoint, open_checkpoint
+from griffin_offload.weights.mixed_files import Converted, converted_sizes
 from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
 from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape
 
@@ -39,6 +46,8 @@ class Prospect:
     others: tuple[ModelShape, ...]
     """In the precisions that `quantize` rules out."""
     request: PlanRequest
+    assumed: str | None = None
+    """What is not known of a device that is not here; None where it is."""
 
     @property
     def shape(self) -> ModelShape:
@@ -72,31 +81,40 @@ class Prospect:
         return next(shape for shape in self.shapes if shape.precision == self.precision_of(plan))
 
 
-def examine(model: str | Path, config: LoadConfig) -> Prospect:
+def examine(model: str | Path, config: LoadConfig, *, anywhere: bool = False) -> Prospect:
     """Read headers and config of `model`, and turn `config` into a request to the planner."""
-    return examine_checkpoint(open_checkpoint(model, offline=config.offline), config)
+    return examine_checkpoint(open_checkpoint(model, offline=config.offline), config, anywhere=anywhere)
 
 
-def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig) -> Prospect:
-    """The same for a checkpoint that was opened, or of which only the config is known."""
-    device = choose_device(config.device)
+def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: bool = False) -> Prospect:
+    """The same for a checkpoint that was opened, or of which only the config is known. `anywhere`: the device may be
+    another machine's, if its memory is given."""
+    absent = anywhere and config.device not in ("auto", *devices_here())
+    device = torch.device(config.device) if absent else choose_device(config.device)
+    overhead_bytes = assumed_overhead_bytes(device) if absent else device_overhead_bytes(device)
     dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    shapes, others = _shapes(checkpoint, dtype, device, config)
+    meta = build_on_meta(checkpoint.config, dtype)
+    shapes, others = _shapes(checkpoint, meta, device, config)
+    converted = Converted((), 0, 0)
+    if device.type == "cpu" and checkpoint.converted:  # elsewhere they take none of the device's memory
+        converted = converted_sizes(meta, checkpoint.converted)
     request = PlanRequest(
-        budget_bytes=budget_bytes(config, device),
-        session_bytes=_session_bytes(config, device),
+        budget_bytes=_size_of_absent(config.max_gpu_mem, device) if absent else budget_bytes(config, device),
+        session_bytes=_session_bytes(config, device, absent=absent),
         ctx_tokens=config.ctx_size,
         prompt_tokens=config.prompt_tokens,
         batch=config.batch_size,
         density=config.density,
-        overhead_bytes=device_overhead_bytes(device),
+        overhead_bytes=overhead_bytes,
         offloaded_in_budget=device.type == "cpu" and config.offload == "ram",
         ff_chunk_tokens=config.ff_chunk_tokens,
         always_stream=config.always_stream,
         kv_bits=config.kv_bits,
         cache=_cache_kind(checkpoint.config, config.kv_bits),
+        converted_ff=converted.feed_forward,
+        converted_bytes=converted.embeddings + converted.rest,
         # On the CPU the rows are read in place, so their precision has to be the stored one.
-        host_embeddings=device.type != "cpu" or dtype == checkpoint.dtype,
+        host_embeddings=device.type != "cpu" or (dtype == checkpoint.dtype and not converted.embeddings),
         stored_share=checkpoint.dtype.itemsize / dtype.itemsize
         if device.type == "cpu" and dtype != checkpoint.dtype
         else 0.0,
@@ -107,7 +125,8 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig) -> Prospect:
         continued=config.keep_prompts,
         graphs=device.type == "cuda" and config.cuda_graphs,
     )
-    prospect = Prospect(checkpoint, device, dtype, shapes, others, request)
+    assumed = f"no {device.type} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
+    prospect = Prospect(checkpoint, device, dtype, shapes, others, request, assumed if absent else None)
     if config.exact:
         prospect.check_exact(checkpoint.precision)
     _check_window(prospect)
@@ -130,9 +149,10 @@ def _check_window(prospect: Prospect) -> None:
 
 
 def _shapes(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, config: LoadConfig
+    checkpoint: Checkpoint, meta: Any, device: torch.device, config: LoadConfig
 ) -> tuple[tuple[ModelShape, ...], tuple[ModelShape, ...]]:
-    """The model in the precisions it may have on the device, and in those that it could have."""
+    """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
+    have."""
     stored = checkpoint.precision
     if stored != "none" and config.quantize not in ("auto", stored):
         raise UsageError(
@@ -143,7 +163,6 @@ def _shapes(
             f"exact mode keeps the stored precision, --quantize {config.quantize} another one: leave it out, or "
             "convert the checkpoint first"
         )
-    meta = build_on_meta(checkpoint.config, dtype)
     allowed: list[ModelShape] = []
     others: list[ModelShape] = []
     for precision in PRECISIONS if stored == "none" else (stored,):
@@ -189,9 +208,20 @@ def budget_bytes(config: LoadConfig, device: torch.device) -> int:
     return parse_size(limit, total_bytes=total, free_bytes=free)
 
 
-def _session_bytes(config: LoadConfig, device: torch.device) -> int:
+def _size_of_absent(size: str | int, device: torch.device) -> int:
+    """Bytes of a device whose memory cannot be asked; UsageError where that would be needed."""
+    if isinstance(size, str) and (size.strip().lower() == "auto" or size.strip().endswith("%")):
+        raise UsageError(
+            f"no {device.type} device is here whose memory could be asked: give --max-gpu-mem as a size, such as 12GB"
+        )
+    return parse_size(size)
+
+
+def _session_bytes(config: LoadConfig, device: torch.device, *, absent: bool) -> int:
     if config.session_mem is None:
         return 0
+    if absent:
+        return _size_of_absent(config.session_mem, device)
     return parse_size(config.session_mem, total_bytes=device_bytes(device)[1])
 
 

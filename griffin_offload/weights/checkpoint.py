@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,10 +14,14 @@ from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedMo
 from griffin_offload.weights.config_file import load_config
 from griffin_offload.weights.converted import check_shard, mark_of
 from griffin_offload.weights.files import check_name
+from griffin_offload.weights.mixed_files import converted_tensors
 from griffin_offload.weights.quantized_linear import Precision
+from griffin_offload.weights.shape import build_on_meta
+from griffin_offload.weights.text_model import left_out_parts
+from griffin_offload.weights.tied_head import untie_other_head
 from griffin_offload.weights.tokenizer_files import load_tokenizer as load_tokenizer
 from griffin_offload.weights.watched_files import FileState, WatchedFiles, states_of
-from griffin_offload.weights.weight_files import DTYPES, read_headers, weight_files
+from griffin_offload.weights.weight_files import DTYPES, Header, read_headers, weight_files
 
 # Lies in a directory that convert has not finished.
 UNFINISHED = ".converting.json"
@@ -38,6 +43,10 @@ class Checkpoint:
     """What its matrices were converted to."""
     tables: Precision = "none"
     """What its embeddings and its head were converted to."""
+    untied: bool = False
+    """The files hold another head than the embeddings that config.json ties it to."""
+    converted: dict[str, int] = field(default_factory=dict, compare=False)
+    """Bytes, in `dtype`, of the tensors that are stored in another precision."""
     states: dict[str, FileState] = field(default_factory=dict, compare=False)
     """Of `files`, by resolved path, from before their headers were read."""
 
@@ -55,13 +64,10 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     files, promised = weight_files(directory)
     states = _states(files)
     headers = read_headers(directory, files, promised)
-    sizes: Counter[str] = Counter()
-    for header in headers.values():
-        for dtype, size_bytes in header.values():
-            sizes[dtype] += size_bytes
-    if not sizes:
+    weight_bytes = sum(size_bytes for header in headers.values() for _, size_bytes in header.values())
+    if not any(headers.values()):
         raise CheckpointError(f"{directory} holds no tensors")
-    weight_bytes = sum(sizes.values())
+    sizes = _bytes_by_dtype(config, headers.values())
     for path in headers:
         check_shard(path, mark)
     if mark is not None:
@@ -72,8 +78,30 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
             f"{directory} is quantised ({stored}): only 16, 32 and 64 bit floats are loaded, or what griffin-offload "
             "convert made of them"
         )
-    checkpoint = Checkpoint(directory, config, DTYPES[stored], tuple(headers), weight_bytes, states=states)
+    untied = mark is None and untie_other_head(config, DTYPES[stored], headers)
+    checkpoint = Checkpoint(
+        directory,
+        config,
+        DTYPES[stored],
+        tuple(headers),
+        weight_bytes,
+        untied=untied,
+        converted=converted_tensors(headers.values(), DTYPES[stored]),
+        states=states,
+    )
     return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
+
+
+def _bytes_by_dtype(config: PretrainedConfig, headers: Iterable[Header]) -> Counter[str]:
+    """Of the language model: a tower may outweigh it, in another precision."""
+    sees = config.get_text_config() is not config
+    towers = left_out_parts(build_on_meta(config, torch.bfloat16)) if sees else set()
+    sizes: Counter[str] = Counter()
+    for header in headers:
+        for name, (dtype, size_bytes) in header.items():
+            if not towers & set(name.split(".")):
+                sizes[dtype] += size_bytes
+    return sizes
 
 
 def read_config(path: str | Path) -> Checkpoint:

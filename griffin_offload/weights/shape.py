@@ -18,6 +18,7 @@ from griffin_offload.weights.quantized_embedding import table_bytes
 from griffin_offload.weights.quantized_linear import Precision, Spec, resident_form, specs
 from griffin_offload.weights.source import ALIGNMENT
 from griffin_offload.weights.swap import check_layer, linear_names
+from griffin_offload.weights.text_model import leave_out_towers
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class ModelShape:
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """The model of `config` with no storage: every name and shape of it, in well under a second for 70B."""
+    """The language model of `config` with no storage: every name and shape of it, in well under a second for 70B."""
     with building(dtype), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about initialisation and attention, which never happens here
         try:
@@ -106,6 +107,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
         except Exception as error:  # each architecture fails in its own way
             reason = one_line(error)
             raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error
+    leave_out_towers(model)
     return model
 
 
