@@ -172,6 +172,7 @@ def price(
     if request.offloaded_in_budget:
         resident["offloaded"] = sum(shape.layers[i].ff_flat_bytes for i in streamed)
     common = {
+        "states": use.batch * shape.state_bytes,
         "logits": logits_bytes(shape, use),
         "statistic": statistics_bytes(shape, request, use, kept, streamed),
         "graphs": graphs_bytes(shape, request, use, kept),

@@ -16,7 +16,7 @@ from griffin_offload.config import KVBits
 from griffin_offload.errors import GriffinError
 from griffin_offload.pricing import KV_SLACK_TOKENS, kv_tokens_kept
 from griffin_offload.runtime.kv_store import Int8Store, Scratch, Store
-from griffin_offload.weights.shape import cache_layers, windows_of
+from griffin_offload.weights.kept_state import cache_layers, windows_of
 
 _Scratches = tuple[Scratch, Scratch]
 

@@ -25,7 +25,7 @@ from griffin_offload.units import parse_size
 from griffin_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from griffin_offload.weights.int4_tiles import cpu_block
 from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
-from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape
+from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape, states_of
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ def _shapes(
             "convert the checkpoint first"
         )
     meta = build_on_meta(checkpoint.config, dtype)
+    states = states_of(meta)
     allowed: list[ModelShape] = []
     others: list[ModelShape] = []
     for precision in PRECISIONS if stored == "none" else (stored,):
@@ -152,7 +153,7 @@ def _shapes(
             if precision == "int4":
                 _check_int4(device)
             # In exact mode another precision is one of a converted copy.
-            shape = model_shape(meta, precision, precision if config.exact else stored, checkpoint.tables)
+            shape = model_shape(meta, precision, precision if config.exact else stored, checkpoint.tables, states)
         except UnsupportedModel:
             if precision in (config.quantize, stored):
                 raise

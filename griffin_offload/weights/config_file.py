@@ -36,11 +36,22 @@ def load_config(file: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
+        sizes = {name: _values(text, name) for name in _SIZES}
     except Exception as error:  # each architecture validates its config in its own way
         raise CheckpointError(f"{file} cannot be used: {one_line(error)}") from error
-    for name in _SIZES:
-        _check_size(name, getattr(text, name, None), file)
+    for name, values in sizes.items():
+        for value in values:
+            _check_size(name, value, file)
     return config
+
+
+def _values(config: PretrainedConfig, name: str) -> list[Any]:
+    """What the config says `name` is; of each layer, where layers differ: transformers raises an error of its own for
+    the model's value then."""
+    try:
+        return [getattr(config, name, None)]
+    except RuntimeError:
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def _entries(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
