@@ -10,7 +10,7 @@ from griffin_offload.config import BatchStatistic
 from griffin_offload.errors import UsageError
 from griffin_offload.method import statistic
 from griffin_offload.pricing import MAX_MARKS
-from griffin_offload.runtime.cache import KVCache
+from griffin_offload.runtime.cache import KVCache, why_not_back
 
 if TYPE_CHECKING:
     from griffin_offload.runtime.engine import Engine
@@ -144,10 +144,8 @@ class Context:
 
 
 def empty_context(engine: "Engine") -> Context:
-    """With a KV cache for all that was planned. UsageError where layers are no plain attention, whose past cannot be
-    taken back."""
+    """With a KV cache for all that was planned. UsageError where layers keep a state that cannot be taken back."""
     config, plan = engine.loaded.model.config, engine.plan
     if engine.prospect.request.cache != "ours":
-        kind = config.model_type
-        raise UsageError(f"{kind} has layers that are not plain attention: no context can be kept or taken back")
+        raise UsageError(f"no context can be kept: {why_not_back(config)}")
     return Context(KVCache(config, ctx_tokens=plan.context_tokens, bits=plan.kv_bits), owner=engine.loaded)

@@ -27,7 +27,7 @@ from griffin_offload.runtime.prefill import Progress, StreamedPass
 from griffin_offload.runtime.prospect import Prospect
 from griffin_offload.runtime.report import PrefillReport
 from griffin_offload.runtime.residents import materialise
-from griffin_offload.runtime.run import Run, cache_bytes, cache_of, prompt_mask, tokens_of
+from griffin_offload.runtime.run import Run, cache_bytes, cache_of, prompt_mask, state_bytes, tokens_of
 from griffin_offload.runtime.saved import Identity, Like
 from griffin_offload.runtime.threads import OneUser, limited_threads
 from griffin_offload.weights.feedforward import FeedForward
@@ -140,6 +140,7 @@ class Engine:
         request = as_loaded(self.prospect.request, self.plan)
         self.loaded.ledger.hold(
             kv_cache=cache_bytes(cache),
+            states=state_bytes(cache),
             slots=slots,
             workspace=workspace_bytes(self.shape, request, use, new_tokens, use.ctx_tokens, self.plan.kept),
             logits=logits_bytes(self.shape, use),

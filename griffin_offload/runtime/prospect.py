@@ -18,12 +18,13 @@ from griffin_offload.config import (
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.plan import make_plan
 from griffin_offload.pricing import Plan, PlanRequest
-from griffin_offload.runtime.cache import can_cache
+from griffin_offload.runtime.cache import can_cache, why_not_back
 from griffin_offload.runtime.cpu_linear import emulates_halves
 from griffin_offload.runtime.memory import choose_device, device_bytes, device_overhead_bytes
 from griffin_offload.units import parse_size
 from griffin_offload.weights.checkpoint import Checkpoint, open_checkpoint
 from griffin_offload.weights.int4_tiles import cpu_block
+from griffin_offload.weights.kept_state import lasting_kinds
 from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
 from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape, states_of
 
@@ -53,7 +54,7 @@ class Prospect:
                 f"exact mode needs residents in the stored precision, these are {precision}: load with exact=True"
             )
         if self.request.cache != "ours":
-            raise UsageError(f"exact mode needs plain attention in all layers of {self.checkpoint.config.model_type}")
+            raise UsageError(f"exact mode takes drafts back: {why_not_back(self.checkpoint.config)}")
         if self.request.kv_bits != LoadConfig.kv_bits:
             raise UsageError(
                 f"exact mode needs the KV cache as it is computed: leave out kv_bits={self.request.kv_bits}"
@@ -105,13 +106,14 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig) -> Prospect:
         pass_tokens=pass_tokens(config.exact, config.draft_tokens, config.refresh),
         verifies=config.exact,
         weight_norms=config.selection in WEIGHT_NORMS,
-        continued=config.keep_prompts,
+        # Where no context can be kept every prompt is read from its start.
+        continued=config.keep_prompts and can_cache(checkpoint.config),
         graphs=device.type == "cuda" and config.cuda_graphs,
     )
     prospect = Prospect(checkpoint, device, dtype, shapes, others, request)
     if config.exact:
         prospect.check_exact(checkpoint.precision)
-    _check_window(prospect)
+    _check_passes(prospect)
     return prospect
 
 
@@ -122,7 +124,11 @@ def pass_tokens(exact: bool, draft_tokens: int | None, refresh: Refresh) -> int:
     return refresh if isinstance(refresh, int) else 0
 
 
-def _check_window(prospect: Prospect) -> None:
+def _check_passes(prospect: Prospect) -> None:
+    """UsageError where the passes between two tokens cannot take the drafted ones back."""
+    if prospect.request.pass_tokens and prospect.request.cache != "ours":
+        reason = why_not_back(prospect.checkpoint.config)
+        raise UsageError(f"refresh={prospect.request.pass_tokens} takes tokens back: {reason}")
     most = MAX_DRAFT_TOKENS + 1
     if prospect.request.pass_tokens > most and any(layer.window is not None for layer in prospect.shape.layers):
         raise UsageError(
@@ -175,7 +181,8 @@ def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
     if can_cache(config):
         return "ours"
     if bits != LoadConfig.kv_bits:
-        raise UsageError(f"kv_bits={bits} cannot be used with {config.model_type}: not all its layers are attention")
+        kinds = lasting_kinds(config)
+        raise UsageError(f"kv_bits={bits} needs attention in all layers of {config.model_type}, some are {kinds}")
     return "dynamic"
 
 

@@ -97,3 +97,10 @@ def cache_bytes(cache: Any) -> int:
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def state_bytes(cache: Any) -> int:
+    """Bytes of the convolutions' and recurrences' states in it."""
+    layers = getattr(cache, "layers", ())
+    kinds = (getattr(layer, kind, {}) for layer in layers for kind in ("conv_states", "recurrent_states"))
+    return sum(state.nbytes for states in kinds for state in states.values() if isinstance(state, Tensor))

@@ -25,7 +25,8 @@ from transformers.cache_utils import (
 from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
 
 _TOKENS = 2
-_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+# The last is a layer without entries of its own: it reads another one's, or attends to nothing.
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def windows_of(config: PretrainedConfig) -> list[int | None]:
 
 
 def lasting_kinds(config: PretrainedConfig) -> str:
-    """The kinds of layers, in the config's words, whose past cannot be taken back or is kept by another layer; empty
-    where all layers cache plain attention."""
+    """The kinds of layers, in the config's words, that keep a state whose past cannot be taken back; empty where every
+    layer keeps the keys and values of plain attention, or nothing."""
     layers, names = cache_layers(config), getattr(config.get_text_config(), "layer_types", None)
     names = names if names and len(names) == len(layers) else [_kind(layer) for layer in layers]
     other = [name for layer, name in zip(layers, names, strict=True) if type(layer) not in _PLAIN]
@@ -88,8 +89,7 @@ def kept_states(model: Any, decoder: nn.ModuleList) -> list[LayerState]:
             f"{_name(model)}: what its layers ({lasting_kinds(config)}) keep cannot be known before weights are read: "
             f"{one_line(error)}"
         ) from error
-    states = [_state_of(cache.layers[index], model) for index in first]
-    return states
+    return [_state_of(cache.layers[index], model) for index in first]
 
 
 def _name(model: Any) -> str:
