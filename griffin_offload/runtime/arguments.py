@@ -10,6 +10,7 @@ from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, St
 from griffin_offload.config import CacheKind, RunConfig
 from griffin_offload.errors import UsageError
 from griffin_offload.pricing import KV_SLACK_TOKENS, MAX_MARKS, Usage, statistics_kept
+from griffin_offload.runtime.cache import why_not_back
 from griffin_offload.runtime.context import Context, empty_context
 from griffin_offload.runtime.exact import loop_of
 from griffin_offload.runtime.prospect import Prospect
@@ -28,6 +29,7 @@ def prepared(
     plan, defaults = engine.plan, engine.loaded.model.generation_config
     given = kwargs.get("generation_config") or defaults
     _refuse_what_cannot_work(kwargs, given)
+    _refuse_drafts(engine.loaded.model, kwargs, (given, defaults))
     settings: dict[str, Any] = {"prefill_chunk_size": None}
     if "disable_compile" not in kwargs:
         settings["disable_compile"] = True  # a static cache would compile, anew for every shape
@@ -68,6 +70,13 @@ def _refuse_what_cannot_work(kwargs: dict[str, Any], given: GenerationConfig) ->
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise UsageError("past_key_values has to be empty: transformers would feed it the whole prompt again")
+
+
+def _refuse_drafts(model: Any, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> None:
+    """UsageError for drafts of transformers' own where they could not be taken back."""
+    for name in ("prompt_lookup_num_tokens", "assistant_model"):
+        if _value(name, kwargs, configs) is not None and getattr(model, "_is_stateful", False):
+            raise UsageError(f"{name} takes drafts back: {why_not_back(model.config)}")
 
 
 def _value(name: str, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> Any:

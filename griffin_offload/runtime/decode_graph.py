@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DummyLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.errors import one_line
@@ -22,7 +21,7 @@ from griffin_offload.pricing import MAX_GRAPHS
 from griffin_offload.runtime.cache import KVCache, can_cache
 from griffin_offload.runtime.decode_step import StaticStep, bucket_of
 from griffin_offload.runtime.report import GraphReport
-from griffin_offload.weights.kept_state import cache_layers
+from griffin_offload.weights.kept_state import shares_entries
 
 # Arguments of a forward that a static step takes, or that are the same for every token.
 _TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
@@ -180,7 +179,7 @@ def _unsuited(model: Any) -> str | None:
         return "Falcon brings indices of heads from the host"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} attention"
-    if not can_cache(config) or any(isinstance(layer, DummyLayer) for layer in cache_layers(config)):
+    if not can_cache(config) or shares_entries(config):
         return "layers without KV entries of their own"
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]

@@ -31,6 +31,7 @@ from griffin_offload.runtime.run import Run, cache_bytes, cache_of, prompt_mask,
 from griffin_offload.runtime.saved import Identity, Like
 from griffin_offload.runtime.threads import OneUser, limited_threads
 from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.kept_state import shares_entries
 from griffin_offload.weights.quantized_linear import int8_kernel
 from griffin_offload.weights.source import MappedWeights
 
@@ -51,6 +52,7 @@ class Engine:
         """Of contexts that are kept beside the one in use, see `keep_idle`."""
         self.stock_forward: Callable[..., Any] = loaded.model.forward
         self._signature = inspect.signature(self.stock_forward)
+        self._skips_tokens = shares_entries(loaded.model.config)
         loaded.model.forward = self._wrapped_forward()
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
         self.kept_cache = KeptCache(loaded.model.config, plan.kv_bits)
@@ -161,11 +163,20 @@ class Engine:
             self.loaded.layers, groups, earlier=earlier, choose=choose, keep=True, progress=progress
         )
         with streamed:
-            output = self.stock_forward(**inputs, return_dict=True)
+            output = self.stock_forward(**self._for_every_token(inputs, tokens), return_dict=True)
         if choose:
             context.selected = self.loaded.layers.selected
         self.hold(run.use, tokens, run.cache, streamed.peak_in_flight_bytes)
         return output, streamed.sums
+
+    def _for_every_token(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+        """`kwargs` with which every one of `tokens` passes all layers: those that read other layers' KV entries are
+        passed by the tokens alone whose logits are asked for by number, but not by place, and every token chooses."""
+        keep = kwargs.get("logits_to_keep")
+        if not self._skips_tokens or not isinstance(keep, int) or not keep:
+            return kwargs
+        places = torch.arange(tokens - min(keep, tokens), tokens, device=self.prospect.device)
+        return kwargs | {"logits_to_keep": places}
 
     def _ones(self, tokens: int) -> Tensor:
         return torch.ones(1, tokens, device=self.prospect.device)
@@ -257,7 +268,7 @@ class Engine:
             progress=self.progress,
         )
         with streamed:
-            output = self.stock_forward(*args, **kwargs)
+            output = self.stock_forward(*args, **self._for_every_token(kwargs, mask.shape[1]))
         if streamed.unvisited:
             raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
         if context is not None:

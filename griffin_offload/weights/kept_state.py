@@ -67,6 +67,11 @@ def lasting_kinds(config: PretrainedConfig) -> str:
     return ", ".join(dict.fromkeys(str(name) for name in other))
 
 
+def shares_entries(config: PretrainedConfig) -> bool:
+    """Whether some layers keep no entries of their own: they read another layer's, or attend to nothing."""
+    return any(isinstance(layer, DummyLayer) for layer in cache_layers(config))
+
+
 def _kind(layer: Any) -> str:
     return "linear_attention" if isinstance(layer, LinearAttentionCacheLayerMixin) else type(layer).__name__
 
