@@ -85,6 +85,7 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "opt": {"word_embed_proj_dim": 64},
+    "youtu": {"num_key_value_heads": 4},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"]},
 }
