@@ -1,4 +1,4 @@
-"""Every causal language model that transformers knows, in miniature: does it work here, or by which words is it refused?
+"""Every causal language model that transformers knows, in miniature: does it work, or by which words is it refused?
 
     python tests/architecture_sweep.py            # all of them, a table and the counts
     python tests/architecture_sweep.py lfm2 phi3  # some

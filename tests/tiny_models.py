@@ -151,7 +151,15 @@ _add("reglu", hf.LlamaConfig, _DOWN, hidden_act="relu")
 _add("mistral", hf.MistralConfig, _DOWN, sliding_window=WINDOW, **_GQA)
 _add("gemma", hf.GemmaConfig, _DOWN, num_key_value_heads=1, head_dim=16)
 _add("gemma2", hf.Gemma2Config, _DOWN, query_pre_attn_scalar=16, **_WIDE, **_MIXED)
-_add("gemma3", hf.Gemma3TextConfig, _DOWN, query_pre_attn_scalar=16, rope_parameters=_GEMMA3_ROPE, **_WIDE, **_WINDOWS_FIRST)
+_add(
+    "gemma3",
+    hf.Gemma3TextConfig,
+    _DOWN,
+    query_pre_attn_scalar=16,
+    rope_parameters=_GEMMA3_ROPE,
+    **_WIDE,
+    **_WINDOWS_FIRST,
+)
 _add("qwen2", hf.Qwen2Config, _DOWN, 112, **_GQA, **_TIED)
 _add("qwen3", hf.Qwen3Config, _DOWN, **_WIDE, **_TIED)
 _add("phi3", hf.Phi3Config, _DOWN, 112, **_GQA, **_PHI4_MINI, **_TIED)
@@ -226,8 +234,18 @@ _further(FURTHER, "gemma4", hf.Gemma4TextConfig, **_WIDE, **_GEMMA4)
 _further(HYBRIDS, "lfm2", hf.Lfm2Config, "model.layers.{i}.feed_forward.w2", **_GQA, **_LFM2)
 _further(HYBRIDS, "qwen3_5", hf.Qwen3_5TextConfig, **_WIDE, **_DELTA)
 _further(HYBRIDS, "olmo_hybrid", hf.OlmoHybridConfig, **_GQA, **_DELTA)
-_further(HYBRIDS, "falcon_h1", hf.FalconH1Config, "model.layers.{i}.feed_forward.down_proj", mamba_d_ssm=64, **_GQA, **_MAMBA)
-_further(HYBRIDS, "granite_h", hf.GraniteMoeHybridConfig, "model.layers.{i}.shared_mlp.output_linear", **_GQA, **_MAMBA, **_GRANITE_H)
+_further(
+    HYBRIDS, "falcon_h1", hf.FalconH1Config, "model.layers.{i}.feed_forward.down_proj", mamba_d_ssm=64, **_GQA, **_MAMBA
+)
+_further(
+    HYBRIDS,
+    "granite_h",
+    hf.GraniteMoeHybridConfig,
+    "model.layers.{i}.shared_mlp.output_linear",
+    **_GQA,
+    **_MAMBA,
+    **_GRANITE_H,
+)
 
 
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "intermediate_size": 128, **_GQA}

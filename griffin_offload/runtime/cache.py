@@ -55,7 +55,8 @@ class KVCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes allocated so far, the scratch included."""
-        return sum(part.nbytes for part in (*self._scratches, *self.kept))
+        scratch = sum(scratch.nbytes for scratch in self._scratches)
+        return scratch + sum(layer.nbytes for layer in self.kept)
 
     @property
     def batch(self) -> int:

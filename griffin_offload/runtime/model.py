@@ -255,6 +255,7 @@ class GriffinModel:
             self._engine.run = None
             if run.context is not None:
                 run.context.finish(sequences[0].tolist() if completed else None)
+                self._engine.forget_mixed(run.context, run.prompt_tokens)
         return output, report
 
     def _report(self, run: Run, generated_tokens: int, total_s: float) -> RunReport:

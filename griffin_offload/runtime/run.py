@@ -57,6 +57,8 @@ class Run:
         """What had been fetched when prefill was over: more at the end would be decode's."""
         self.embedding_bytes = 0
         self.cache: Any = None
+        self.own_cache: KVCache | None = None
+        """Ours, where the forwards are to fill that."""
 
 
 def tokens_of(arguments: dict[str, Any]) -> Tensor:

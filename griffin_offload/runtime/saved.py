@@ -70,9 +70,7 @@ class Like:
     def caches(self, context: Context, parts: list[list[_Part]], tokens: int) -> bool:
         """Whether the KV entries, a layer's parts being these, can be ours."""
         shapes = [[list(shape) for _, _, shape in layer] for layer in parts]
-        fitting = all(
-            layer.could_load(tokens, shape) for layer, shape in zip(context.cache.kept, shapes, strict=True)
-        )
+        fitting = all(layer.could_load(tokens, shape) for layer, shape in zip(context.cache.kept, shapes, strict=True))
         exact = _DTYPES[self.dtype]
         kinds = {2: [exact, exact], 4: [_DTYPES[torch.int8], exact] * 2}
         return fitting and all(

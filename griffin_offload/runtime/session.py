@@ -35,7 +35,8 @@ class ChatSession:
     """A conversation with a model that was loaded with `keep_prompts=True`; make one with `chat_session`.
 
     Every turn streams the weights once, over its own tokens alone; the statistic grows with the conversation. Where a
-    model's past cannot be gone on from (`GriffinModel.keeps_contexts`), every turn reads all of it again. Without a chat template (or with `raw`) texts are put one after the other, a space between them. When the context is full,
+    model's past cannot be gone on from (`GriffinModel.keeps_contexts`), every turn reads all of it again. Without a
+    chat template (or with `raw`) texts are put one after the other, a space between them. When the context is full,
     `overflow` says whether `send` fails or the oldest turns are dropped, which streams the rest once more.
     """
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from griffin_offload.errors import CheckpointError, one_line
+from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
+from griffin_offload.weights.foreign import check_kind
 from griffin_offload.weights.json_file import read_object
 
 MAX_LAYERS = 1024
@@ -30,13 +31,17 @@ _SIZES = (
 
 
 def load_config(file: Path) -> PretrainedConfig:
-    """The config in `file`; CheckpointError for one that transformers cannot use, or that would cost it the machine."""
+    """The config in `file`; CheckpointError for one that transformers cannot use, or that would cost it the machine,
+    UnsupportedModel for what is no causal language model."""
     for key, value in _entries(read_object(file, _MOST_BYTES)):
         _check_entry(key, value, file)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
+        check_kind(config, file)
         text = config.get_text_config()
         sizes = {name: _values(text, name) for name in _SIZES}
+    except UnsupportedModel:
+        raise
     except Exception as error:  # each architecture validates its config in its own way
         raise CheckpointError(f"{file} cannot be used: {one_line(error)}") from error
     for name, values in sizes.items():

@@ -16,6 +16,7 @@ from griffin_offload.weights.kept_state import LayerState, kept_states, windows_
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.quantized_embedding import table_bytes
 from griffin_offload.weights.quantized_linear import Precision, Spec, resident_form, specs
+from griffin_offload.weights.rope import positions_reached
 from griffin_offload.weights.source import ALIGNMENT
 from griffin_offload.weights.swap import check_layer, linear_names
 
@@ -121,7 +122,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
         try:
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         except Exception as error:  # each architecture fails in its own way
-            reason = one_line(error)
+            reason = one_line(error).partition(" Model type should be one of")[0]  # a page of names
             raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error
     return model
 
@@ -168,7 +169,7 @@ def model_shape(
         heads=heads,
         kv_width=max(state.kv_width for state in states),
         kv_heads=max(state.kv_heads for state in states),
-        max_positions=getattr(config, "max_position_embeddings", None) or 2**31,
+        max_positions=positions_reached(config),
         gated=any(block.gated for block in blocks),
         inline_ff=blocks[0].inline,
         materialises_scores=_materialises_scores(config),

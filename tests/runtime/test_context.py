@@ -192,5 +192,3 @@ def test_what_does_not_fit_changes_nothing(checkpoints):
     tight = _load(path, max_gpu_mem=model.plan.peak_bytes)
     with pytest.raises(DoesNotFit, match="statistic"):
         _greedy(tight, _ids(0, CTX - 1), 1, context=tight.new_context())
-
-
