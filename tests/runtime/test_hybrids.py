@@ -139,3 +139,31 @@ def test_one_layer_of_each_kind_is_measured(monkeypatch: pytest.MonkeyPatch):
     assert sum(runs) == 1
     assert "forward" not in model.model.layers[3].__dict__
     assert inspect.ismethod(model.model.layers[3].forward)
+
+
+@pytest.mark.parametrize("name", list(FURTHER))
+def test_exact_mode_and_contexts_where_layers_differ(name: str, checkpoints, tmp_path: Path):
+    """With drafts taken back, a prompt cut back, and one that was saved."""
+    path = checkpoints(name)
+    dense, model, ids = AutoModelForCausalLM.from_pretrained(path), _load(path), _prompts(1)[0]
+    context = model.new_context()
+    for tokens in (TOKENS, 20, 30):
+        expected, _ = dense_generate(dense, ids[:, :tokens], None, NEW)
+        options = {"max_new_tokens": NEW, "do_sample": False, "exact": True, "draft_tokens": 4}
+        assert torch.equal(model.generate(ids[:, :tokens], context=context, **options), expected)
+    model.generate(ids[:, :30], context=context, **options | {"max_new_tokens": 1})
+    model.save_context(context, tmp_path / "saved.ctx")
+    loaded, _ = model.load_context(tmp_path / "saved.ctx")
+    expected, _ = dense_generate(dense, ids, None, NEW)
+    assert torch.equal(model.generate(ids, context=loaded, **options), expected)
+    assert model.last_report.cached_prompt_tokens == 30
+
+
+def test_simulation_is_refused_where_rows_share_entries(checkpoints):
+    from griffin_offload.evaluation.samples import Sample
+    from griffin_offload.evaluation.simulation import simulate
+    from griffin_offload.method.variant import Variant
+
+    model = _load(checkpoints("gemma4"))
+    with pytest.raises(UsageError, match="gemma4_text has layers that read other layers' KV entries"):
+        simulate(model, [Sample(_prompts(1)[0][0], 30, 30)], [Variant(0.5)])
