@@ -77,15 +77,27 @@ _SIZES: dict[str, Any] = {
 }
 _OF_TYPE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8},
+    "codegen": {"rotary_dim": 4},
+    "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_n_heads": 4},
     "falcon": {"new_decoder_architecture": False},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gptj": {"rotary_dim": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_dense_layers": 1},
     "gemma4_text": {"enable_moe_block": False},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "opt": {"word_embed_proj_dim": 64},
-    "youtu": {"num_key_value_heads": 4},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"]},
 }
@@ -98,6 +110,8 @@ def tiny_config(kind: str) -> Any:
     known = set(inspect.signature(config_class).parameters) | set(getattr(config_class, "attribute_map", {}))
     if not known - {"args", "kwargs", "self"}:
         known = set(sizes)
+    if "kv_lora_rank" in known:  # keys and values of every head from one vector
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     config = config_class(**{name: value for name, value in sizes.items() if name in known})
     for name, nested in list(vars(config).items()):  # towers of multimodal models, and the text they hold
         if isinstance(nested, hf.PreTrainedConfig) and nested.model_type in CONFIG_MAPPING:
