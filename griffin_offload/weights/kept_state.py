@@ -38,6 +38,8 @@ class LayerState:
     kv_heads: int
     state_bytes: int = 0
     """Of convolutions and recurrences, however many tokens have passed."""
+    recurrent: bool = False
+    """Whether a recurrence is among them."""
 
 
 def cache_layers(config: PretrainedConfig) -> list[Any]:
@@ -159,10 +161,11 @@ def _state_of(kept: Any, model: Any) -> LayerState:
     if isinstance(kept, CacheLayerMixin) and not isinstance(keys, Tensor):
         raise UnsupportedModel(f"{_name(model)} does not fill the KV cache that it is given")
     state_bytes = sum(state.numel() * state.element_size() for state in fixed)
+    recurrent = any(isinstance(state, Tensor) for state in getattr(kept, "recurrent_states", {}).values())
     if isinstance(kept, DummyLayer) or not isinstance(keys, Tensor) or not isinstance(values, Tensor):
-        return LayerState(0, 0, state_bytes)
+        return LayerState(0, 0, state_bytes, recurrent)
     width = keys.shape[1] * keys.shape[3] + values.shape[1] * values.shape[3]
-    return LayerState(width, keys.shape[1], state_bytes)
+    return LayerState(width, keys.shape[1], state_bytes, recurrent)
 
 
 def _from_config(config: PretrainedConfig, layers: int) -> list[LayerState]:

@@ -20,6 +20,11 @@ from griffin_offload.weights.rope import positions_reached
 from griffin_offload.weights.source import ALIGNMENT
 from griffin_offload.weights.swap import check_layer, linear_names
 
+# Bytes alive at once per number that a layer's projections make of a token, outside of its FF. torch's scans work in
+# float32, chunk by chunk, all chunks at once: 28 with the gated delta rule, 24 to 46 with Mamba 2, counted in sizes as
+# published (tensors alive on the meta device).
+_RECURRENCE_BYTES, _CONVOLUTION_BYTES = 48, 16
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -48,6 +53,8 @@ class LayerShape:
     kv_heads: int | None = None
     state_bytes: int = 0
     """Of convolutions and recurrences: what it keeps of a sequence, however long that is."""
+    mixing_bytes: int = 0
+    """Activations per token while a recurrence or a convolution passes over a prompt."""
 
     def resident_ff_bytes(self, kept: int) -> int:
         """Bytes of the compact FF with room for `kept` neurons."""
@@ -233,7 +240,13 @@ def _layer_shape(
         kv_width=state.kv_width,
         kv_heads=state.kv_heads,
         state_bytes=state.state_bytes,
+        mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in inside if id(module) not in projections]),
     )
+
+
+def _mixing_bytes(state: LayerState, widths: list[int]) -> int:
+    each = _RECURRENCE_BYTES if state.recurrent else _CONVOLUTION_BYTES if state.state_bytes else 0
+    return sum(widths) * each
 
 
 def _linear_bytes(linear: Any, precision: Precision, dtype: torch.dtype) -> int:

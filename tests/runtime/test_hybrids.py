@@ -1,12 +1,15 @@
 """Layers that keep a state of convolutions or recurrences, and other ways to differ from layer to layer."""
 
 import inspect
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from reference import collect_z, dense_generate, masked_generate, select_direct, shared_statistic_float64
 from tiny_models import CHAT_TEMPLATE, FURTHER, HYBRIDS, VOCAB, write_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel, UsageError
@@ -167,3 +170,36 @@ def test_simulation_is_refused_where_rows_share_entries(checkpoints):
     model = _load(checkpoints("gemma4"))
     with pytest.raises(UsageError, match="gemma4_text has layers that read other layers' KV entries"):
         simulate(model, [Sample(_prompts(1)[0][0], 30, 30)], [Variant(0.5)])
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the tensors that operators make and that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._sizes:
+                storage = tensor.untyped_storage()
+                self._sizes[storage._cdata] = storage.nbytes()
+                self._now += storage.nbytes()
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        return output
+
+    def _gone(self, storage: int) -> None:
+        self._now -= self._sizes.pop(storage)
+
+
+@pytest.mark.parametrize("name", list(HYBRIDS))
+def test_what_a_scan_makes_of_a_prompt_is_counted(name: str, checkpoints):
+    path, tokens = checkpoints(name), 256
+    dense = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad(), _Alive() as alive:
+        dense(torch.full((1, tokens), 5), use_cache=True, logits_to_keep=1)
+    parts = _load(path, ctx_size=tokens, density=1.0, prompt_tokens=tokens).plan.prefill_parts
+    assert alive.peak <= sum(parts[part] for part in ("workspace", "kv_cache", "states", "logits"))
