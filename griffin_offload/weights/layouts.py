@@ -42,7 +42,11 @@ def find_feed_forwards(model: nn.Module, layers: int) -> tuple[nn.ModuleList, li
     """The decoder layers of `model` and the FF block of each; UnsupportedModel names what was found instead."""
     if layers < 1:
         raise UnsupportedModel(f"{type(model).__name__} has {layers} decoder layers")
-    candidates = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    # A tower of another kind may have as many layers.
+    own = model.get_decoder() if hasattr(model, "get_decoder") else None
+    places = [place for place in (own, model) if isinstance(place, nn.Module)]
+    found = ([m for m in place.modules() if isinstance(m, nn.ModuleList) and len(m) == layers] for place in places)
+    candidates = next((lists for lists in found if lists), [])
     if not candidates:
         raise UnsupportedModel(f"{type(model).__name__} has no list of {layers} decoder layers; {REGISTER_HINT}")
     decoder = next((c for c in candidates if _matches(c[0])), candidates[0])

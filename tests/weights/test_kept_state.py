@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 from griffin_offload.errors import UnsupportedModel
+from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.shape import build_on_meta, model_shape
 
 _SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 64}
@@ -56,3 +57,12 @@ def test_layers_of_different_heads_are_counted_one_by_one():
     assert [shape.kv_width_of(layer) for layer in shape.layers] == [2 * 2 * 8, 2 * 2 * 16]
     assert [layer.window for layer in shape.layers] == [16, None]
     assert (shape.kv_width, shape.attention_width) == (64, 4 * 16)
+
+
+def test_the_text_decoder_is_found_beside_a_tower_of_as_many_layers():
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4}
+    text = {**_HEADS, "head_dim": 8}
+    config = hf.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4)
+    model = build_on_meta(config, torch.float32)
+    decoder, _ = find_feed_forwards(model, 2)
+    assert {type(layer).__name__ for layer in decoder} == {"Gemma3DecoderLayer"}
