@@ -174,6 +174,7 @@ def price(
     elif any(request.converted_ff):
         resident["offloaded"] = sum(request.converted_ff[i] for i in streamed)
     common = {
+        "states": use.batch * shape.state_bytes,
         "logits": logits_bytes(shape, use),
         "statistic": statistics_bytes(shape, request, use, kept, streamed),
         "graphs": graphs_bytes(shape, request, use, kept),

@@ -1,6 +1,7 @@
 """What a generate is called with: checked against the plan, and made transformers' arguments."""
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +11,12 @@ from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, St
 from griffin_offload.config import CacheKind, RunConfig
 from griffin_offload.errors import UsageError, one_line
 from griffin_offload.pricing import KV_SLACK_TOKENS, MAX_MARKS, Usage, statistics_kept
+from griffin_offload.runtime.cache import why_not_back
 from griffin_offload.runtime.context import Context, empty_context
 from griffin_offload.runtime.exact import loop_of
 from griffin_offload.runtime.prospect import Prospect
 from griffin_offload.runtime.run import LogitsObserver, Mode, Run
+from griffin_offload.weights.rope import RopeBorder
 
 if TYPE_CHECKING:
     from griffin_offload.runtime.engine import Engine
@@ -40,6 +43,7 @@ def prepared(
     plan, defaults = engine.plan, engine.loaded.model.generation_config
     given = kwargs.get("generation_config") or defaults
     _refuse_what_cannot_work(kwargs, given)
+    _refuse_drafts(engine.loaded.model, kwargs, (given, defaults))
     settings: dict[str, Any] = {"prefill_chunk_size": None}
     if "disable_compile" not in kwargs:
         settings["disable_compile"] = True  # a static cache would compile, anew for every shape
@@ -50,6 +54,7 @@ def prepared(
     configs = (given, defaults)
     use = usage_of(prompt, kwargs | settings, configs, engine.prospect, mode, passes, context)
     check_length(use, plan.context_tokens)
+    use = _across_border(engine.border, use, passes)
     if use.cache != "ours" or passes or context is not None:
         engine.kept_cache.release()
     engine.require(use)
@@ -60,11 +65,12 @@ def prepared(
         check_one_sequence(prompt, use, kwargs, configs)
         run.prompt_ids = prompt[0].tolist() if prompt.dim() == 2 else []
         run.context = empty_context(engine) if context is None else context
-        settings["past_key_values"] = run.context.cache
+        settings["past_key_values"] = run.own_cache = run.context.cache
         # Otherwise transformers takes every pad token for padding, also one that was generated.
         settings["attention_mask"] = torch.ones_like(prompt, device=engine.prospect.device)
     elif use.cache == "ours":
-        settings["past_key_values"] = engine.kv_cache(use, returned=returns_cache(kwargs, configs))
+        run.own_cache = engine.kv_cache(use, returned=returns_cache(kwargs, configs))
+        settings["past_key_values"] = run.own_cache
     kwargs = stop_strings_as_criteria(kwargs, (given, defaults), settings)
     if passes:
         settings["custom_generate"] = run.loop = loop_of(run, engine, kwargs.get("streamer"))
@@ -85,6 +91,27 @@ def _refuse_what_cannot_work(kwargs: dict[str, Any], given: GenerationConfig) ->
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise UsageError("past_key_values has to be empty: transformers would feed it the whole prompt again")
+
+
+def _refuse_drafts(model: Any, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> None:
+    """UsageError for drafts of transformers' own where they could not be taken back."""
+    for name in ("prompt_lookup_num_tokens", "assistant_model"):
+        if _value(name, kwargs, configs) is not None and getattr(model, "_is_stateful", False):
+            raise UsageError(f"{name} takes drafts back: {why_not_back(model.config)}")
+
+
+def _across_border(border: RopeBorder | None, use: Usage, passes: bool) -> Usage:
+    """`use` of an answer that may cross `border`; UsageError where tokens could not be taken back behind it."""
+    if border is None or use.ctx_tokens <= border.tokens:
+        return use
+    if passes and border.moving:
+        raise UsageError(
+            f"exact mode and refresh end at {border.tokens} tokens here, prompt and answer are {use.ctx_tokens}: "
+            f"beyond, rope kind {border.kind} turns every position anew with each token"
+        )
+    if border.rereads and border.crossed(use.prompt_tokens, use.ctx_tokens):
+        return replace(use, pass_tokens=max(use.pass_tokens, border.tokens + 1))
+    return use
 
 
 def _value(name: str, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> Any:

@@ -10,7 +10,8 @@ from griffin_offload.config import BatchStatistic
 from griffin_offload.errors import UsageError
 from griffin_offload.method import statistic
 from griffin_offload.pricing import MAX_MARKS
-from griffin_offload.runtime.cache import KVCache
+from griffin_offload.runtime.cache import KVCache, why_not_back
+from griffin_offload.weights.rope import RopeBorder
 
 if TYPE_CHECKING:
     from griffin_offload.runtime.engine import Engine
@@ -44,8 +45,8 @@ class Context:
     `owner` is the model that it belongs to.
     """
 
-    def __init__(self, cache: KVCache, owner: object) -> None:
-        self.cache, self.owner = cache, owner
+    def __init__(self, cache: KVCache, owner: object, border: RopeBorder | None = None) -> None:
+        self.cache, self.owner, self.border = cache, owner, border
         self.clear()
 
     def clear(self) -> None:
@@ -83,10 +84,12 @@ class Context:
         """How many tokens at the start of `ids` [T] need not be computed again: where layers are streamed, their
         statistic only goes back to marks. (Layers with a window may turn out to have lost what these would see; then it
         is none.)"""
-        common = min(self.common(ids), self.exact_tokens) if exact else self.common(ids)
-        if common >= self.covered or not self.squared:
-            return common
-        return max((mark.tokens for mark in self.marks if mark.tokens <= common), default=0)
+        known = min(self.common(ids), self.exact_tokens) if exact else self.common(ids)
+        if known < self.covered and self.squared:
+            known = max((mark.tokens for mark in self.marks if mark.tokens <= known), default=0)
+        if self.border is not None and not self.border.goes_on(known, len(self.tokens), ids.numel()):
+            return 0  # their positions were turned by other angles
+        return known
 
     def start(self, ids: Tensor, *, exact: bool) -> Tensor | None:
         """Forget what is not the start of `ids` [T], so that the KV cache holds fewer tokens than those. If all of them
@@ -121,6 +124,12 @@ class Context:
         if sequence is not None:
             self.tokens = sequence[: self.cache.get_seq_length()]
         self.rewind(len(self.tokens))
+
+    def begin_again(self) -> None:
+        """Forget entries and statistic: all tokens are about to be streamed once more."""
+        self.cache.reset()
+        self.covered = self.exact_tokens = 0
+        self.squared, self.marks = {}, []
 
     def fade(self, share: float) -> None:
         """Keep `share` of the statistic: what a pass is about to add weighs more then."""
@@ -166,10 +175,9 @@ def seams_of(tokens: int) -> list[int]:
 
 
 def empty_context(engine: "Engine") -> Context:
-    """With a KV cache for all that was planned. UsageError where layers are no plain attention, whose past cannot be
-    taken back."""
+    """With a KV cache for all that was planned. UsageError where layers keep a state that cannot be taken back."""
     config, plan = engine.loaded.model.config, engine.plan
     if engine.prospect.request.cache != "ours":
-        kind = config.model_type
-        raise UsageError(f"{kind} has layers that are not plain attention: no context can be kept or taken back")
-    return Context(KVCache(config, ctx_tokens=plan.context_tokens, bits=plan.kv_bits), owner=engine.loaded)
+        raise UsageError(f"no context can be kept: {why_not_back(config)}")
+    cache = KVCache(config, ctx_tokens=plan.context_tokens, bits=plan.kv_bits)
+    return Context(cache, owner=engine.loaded, border=engine.border)

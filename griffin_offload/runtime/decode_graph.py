@@ -18,9 +18,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.errors import one_line
 from griffin_offload.pricing import MAX_GRAPHS
-from griffin_offload.runtime.cache import KVCache
+from griffin_offload.runtime.cache import KVCache, can_cache
 from griffin_offload.runtime.decode_step import StaticStep, bucket_of
 from griffin_offload.runtime.report import GraphReport
+from griffin_offload.weights.kept_state import shares_entries
 
 # Arguments of a forward that a static step takes, or that are the same for every token.
 _TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
@@ -147,7 +148,7 @@ class DecodeGraphs:
 
     def _for(self, cache: KVCache, inputs: Tensor) -> _Captured:
         """What there is for the next token of `cache`, or a new one."""
-        room = max(layer.room for layer in cache.layers)
+        room = max(layer.room for layer in cache.kept)
         bucket = bucket_of(min(cache.get_seq_length() + 1, room), room)
         key = (bucket, inputs.shape, inputs.dtype)
         of_cache = self._captured.setdefault(cache, {})
@@ -178,6 +179,8 @@ def _unsuited(model: Any) -> str | None:
         return "Falcon brings indices of heads from the host"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} attention"
+    if not can_cache(config) or shares_entries(config):
+        return "layers without KV entries of their own"
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
     if any(kind.get("rope_type") == "dynamic" for kind in kinds):

@@ -27,11 +27,13 @@ from griffin_offload.runtime.prefill import Progress, StreamedPass
 from griffin_offload.runtime.prospect import Prospect
 from griffin_offload.runtime.report import PrefillReport
 from griffin_offload.runtime.residents import materialise
-from griffin_offload.runtime.run import Run, cache_bytes, cache_of, prompt_mask, tokens_of
+from griffin_offload.runtime.run import Run, cache_bytes, cache_of, prompt_mask, state_bytes, tokens_of
 from griffin_offload.runtime.saved import Identity, Like
 from griffin_offload.runtime.threads import OneUser, limited_threads
 from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.weights.kept_state import shares_entries
 from griffin_offload.weights.quantized_linear import int8_kernel
+from griffin_offload.weights.rope import begin_anew, rope_border
 from griffin_offload.weights.source import MappedWeights
 
 
@@ -51,6 +53,8 @@ class Engine:
         """Of contexts that are kept beside the one in use, see `keep_idle`."""
         self.stock_forward: Callable[..., Any] = loaded.model.forward
         self._signature = inspect.signature(self.stock_forward)
+        self._skips_tokens = shares_entries(loaded.model.config)
+        self.border = rope_border(loaded.model.config, type(loaded.model))
         loaded.model.forward = self._wrapped_forward()
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
         self.kept_cache = KeptCache(loaded.model.config, plan.kv_bits)
@@ -140,6 +144,7 @@ class Engine:
         request = as_loaded(self.prospect.request, self.plan)
         self.loaded.ledger.hold(
             kv_cache=cache_bytes(cache),
+            states=state_bytes(cache),
             slots=slots,
             workspace=workspace_bytes(self.shape, request, use, new_tokens, use.ctx_tokens, self.plan.kept),
             logits=logits_bytes(self.shape, use),
@@ -164,11 +169,20 @@ class Engine:
             self.loaded.layers, groups, earlier=earlier, choose=choose, keep=True, progress=progress
         )
         with streamed:
-            output = self.stock_forward(**inputs, return_dict=True)
+            output = self.stock_forward(**self._for_every_token(inputs, tokens), return_dict=True)
         if choose:
             context.selected = self.loaded.layers.selected
         self.hold(run.use, tokens, run.cache, streamed.peak_in_flight_bytes)
         return output, streamed.sums
+
+    def _for_every_token(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+        """`kwargs` with which every one of `tokens` passes all layers: those that read other layers' KV entries are
+        passed by the tokens alone whose logits are asked for by number, but not by place, and every token chooses."""
+        keep = kwargs.get("logits_to_keep")
+        if not self._skips_tokens or not isinstance(keep, int) or not keep:
+            return kwargs
+        places = torch.arange(tokens - min(keep, tokens), tokens, device=self.prospect.device)
+        return kwargs | {"logits_to_keep": places}
 
     def _ones(self, tokens: int) -> Tensor:
         return torch.ones(1, tokens, dtype=torch.float32, device=self.prospect.device)
@@ -182,16 +196,21 @@ class Engine:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock model's forward is while this engine is open."""
-        run = self.run
+        run, again = self.run, False
+        if run is not None and self.border is not None and not args and kwargs.get("past_key_values") is None:
+            # Phi-3's way to have everything computed anew, behind the border of its positions.
+            kwargs, again = kwargs | {"past_key_values": run.own_cache}, True
         if run is not None and run.prefilled:
-            output = self._resident(run, args, kwargs)
+            output = self._read_again(run, kwargs) if again else self._resident(run, args, kwargs)
             run.cache = cache_of(output, kwargs)
             return self._seen(run, output)
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        given = arguments.get("past_key_values")
+        if self.border is not None and self.border.moving and (given is None or given.get_seq_length() == 0):
+            begin_anew(self.loaded.model)
         if run is not None:
             return self._seen(run, self._first(run, arguments, args, kwargs))
-        cache = arguments.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+        if given is not None and given.get_seq_length() > 0:
             if self.last_prefill is None and self.plan.streamed:
                 raise GriffinError("the KV cache is filled but no neurons are chosen: no prompt was streamed")
             return self.stock_forward(*args, **kwargs)
@@ -261,8 +280,25 @@ class Engine:
         run.fetched_bytes, run.embedding_bytes = self.loaded.layers.fetched_bytes, self.embedding_bytes
         return output
 
-    def _prefill(self, mask: Tensor, context: Context | None, args: Any, kwargs: Any) -> tuple[Any, StreamedPass]:
-        """The streamed pass over a prompt's tokens; a context's earlier ones choose, too."""
+    def _read_again(self, run: Run, kwargs: dict[str, Any]) -> Any:
+        """All tokens so far, streamed like a prompt: their positions are turned by other angles from now on."""
+        tokens = tokens_of(kwargs)
+        if run.own_cache is not None:
+            run.own_cache.reset()
+        if run.context is not None:
+            run.context.begin_again()
+        mask = prompt_mask(tokens, kwargs.get("attention_mask"), None)
+        output, streamed = self._prefill(mask, run.context, (), kwargs, start=0)
+        if self.graphs is not None:
+            self.graphs.begin(mask)
+        self.hold(run.use, tokens.shape[1], cache_of(output, kwargs), streamed.peak_in_flight_bytes)
+        return output
+
+    def _prefill(
+        self, mask: Tensor, context: Context | None, args: Any, kwargs: Any, start: int | None = None
+    ) -> tuple[Any, StreamedPass]:
+        """The streamed pass over a prompt's tokens, the first of which is number `start`, by default that behind the
+        context's, whose earlier ones choose, too."""
         self.last_prefill = None  # until this prompt has chosen its neurons, none are
         seams = seams_of(mask.shape[1]) if context is not None and not context.tokens else []
         groups, choosing = _grouped(mask, seams)
@@ -275,11 +311,12 @@ class Engine:
             progress=self.progress,
         )
         with streamed:
-            output = self.stock_forward(*args, **kwargs)
+            output = self.stock_forward(*args, **self._for_every_token(kwargs, mask.shape[1]))
         if streamed.unvisited:
             raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
         if context is not None:
-            context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, len(context.tokens))
+            start = len(context.tokens) if start is None else start
+            context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, start)
             context.selected = self.loaded.layers.selected
             if streamed.sums:
                 context.mark_seams(seams, _sums_until(streamed.sums, groups, seams))
@@ -295,6 +332,12 @@ class Engine:
         seconds, streamed_bytes = time.perf_counter() - start, self.loaded.layers.fetched_bytes - before
         kept = context.share_kept(self.loaded.layers.config.batch_statistic, len(self.loaded.layers.decoder))
         self.last_prefill = PrefillReport(tokens, seconds, streamed_bytes, 0.0, seconds, kept, None)
+
+    def forget_mixed(self, context: Context, prompt_tokens: int) -> None:
+        """Forget entries of which some were turned by the angles of this side of the border and some by the other's."""
+        border = self.border
+        if border is not None and not border.rereads and border.crossed(prompt_tokens, len(context.tokens)):
+            context.clear()
 
     def _remember(self, context: Context, run: Run, logits: Tensor) -> None:
         """The prompt has passed; only what the full model computed is a state to go back to."""

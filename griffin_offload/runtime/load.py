@@ -33,7 +33,7 @@ from griffin_offload.weights.converted import map_converted
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.generation_file import read_generation_config, settle_generation_config
 from griffin_offload.weights.layouts import find_feed_forwards
-from griffin_offload.weights.mapped_file import map_file
+from griffin_offload.weights.mapped_file import Untouched, map_file
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.self_check import self_check
@@ -229,7 +229,7 @@ def map_model(checkpoint: Checkpoint) -> Any:
     stock = build_on_meta(checkpoint.config, checkpoint.dtype)
     tensors = {name: tensor for path in checkpoint.files for name, tensor in map_file(path).items()}
     try:
-        with building(checkpoint.dtype), _quiet_transformers():
+        with building(checkpoint.dtype), _quiet_transformers(), Untouched(tensors.values()):
             model, info = type(stock).from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel
                 None,
                 config=stock.config,

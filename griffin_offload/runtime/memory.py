@@ -181,7 +181,7 @@ class Ledger:
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """Measure peaks inside: of the parts, and of the process's anonymous memory, sampled by a thread."""
-        self.hold(kv_cache=0, workspace=0, logits=0, slots=0)
+        self.hold(kv_cache=0, states=0, workspace=0, logits=0, slots=0)
         self._peak = sum(self._parts.values())
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -191,7 +191,7 @@ class Ledger:
         def finish() -> None:
             stop.set()
             sampler.join()
-            self.hold(kv_cache=0, workspace=0, logits=0, slots=0)
+            self.hold(kv_cache=0, states=0, workspace=0, logits=0, slots=0)
 
         try:
             sampler.start()

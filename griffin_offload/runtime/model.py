@@ -141,9 +141,15 @@ class GriffinModel:
         self.close()
 
     def new_context(self) -> Context:
-        """An empty context for `generate`, with a KV cache for `plan.context_tokens`. UsageError where layers are no
-        plain attention, whose past cannot be taken back."""
+        """An empty context for `generate`, with a KV cache for `plan.context_tokens`. UsageError where layers keep a
+        state that cannot be taken back, see `keeps_contexts`."""
         return empty_context(self._engine)
+
+    @property
+    def keeps_contexts(self) -> bool:
+        """Whether prompts can be gone on from: not where layers keep a state (of convolutions, of recurrences) that
+        cannot be rolled back."""
+        return self._prospect.request.cache == "ours"
 
     def chat_session(self, **options: Any) -> "ChatSession":
         """A conversation; see `ChatSession` for the options."""
@@ -254,6 +260,7 @@ class GriffinModel:
             self._engine.run = None
             if run.context is not None:
                 run.context.finish(sequences[0].tolist() if completed else None)
+                self._engine.forget_mixed(run.context, run.prompt_tokens)
         return output, report
 
     def _report(self, run: Run, generated_tokens: int, total_s: float) -> RunReport:

@@ -18,7 +18,7 @@ from griffin_offload.config import (
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.plan import make_plan
 from griffin_offload.pricing import Plan, PlanRequest
-from griffin_offload.runtime.cache import can_cache
+from griffin_offload.runtime.cache import can_cache, why_not_back
 from griffin_offload.runtime.cpu_linear import emulates_halves
 from griffin_offload.runtime.memory import (
     assumed_overhead_bytes,
@@ -29,9 +29,10 @@ from griffin_offload.runtime.memory import (
 )
 from griffin_offload.units import format_bytes, parse_size
 from griffin_offload.weights.checkpoint import Checkpoint, open_checkpoint
+from griffin_offload.weights.kept_state import lasting_kinds
 from griffin_offload.weights.mixed_files import Converted, converted_sizes
 from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
-from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape
+from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape, states_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Prospect:
                 f"exact mode needs residents in the stored precision, these are {precision}: load with exact=True"
             )
         if self.request.cache != "ours":
-            raise UsageError(f"exact mode needs plain attention in all layers of {self.checkpoint.config.model_type}")
+            raise UsageError(f"exact mode takes drafts back: {why_not_back(self.checkpoint.config)}")
         if self.request.kv_bits != LoadConfig.kv_bits:
             raise UsageError(
                 f"exact mode needs the KV cache as it is computed: leave out kv_bits={self.request.kv_bits}"
@@ -122,14 +123,15 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         pass_tokens=pass_tokens(config.exact, config.draft_tokens, config.refresh),
         verifies=config.exact,
         weight_norms=config.selection in WEIGHT_NORMS,
-        continued=config.keep_prompts,
+        # Where no context can be kept every prompt is read from its start.
+        continued=config.keep_prompts and can_cache(checkpoint.config),
         graphs=device.type == "cuda" and config.cuda_graphs,
     )
     assumed = f"no {device.type} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
     prospect = Prospect(checkpoint, device, dtype, shapes, others, request, assumed if absent else None)
     if config.exact:
         prospect.check_exact(checkpoint.precision)
-    _check_window(prospect)
+    _check_passes(prospect)
     return prospect
 
 
@@ -140,7 +142,11 @@ def pass_tokens(exact: bool, draft_tokens: int | None, refresh: Refresh) -> int:
     return refresh if isinstance(refresh, int) else 0
 
 
-def _check_window(prospect: Prospect) -> None:
+def _check_passes(prospect: Prospect) -> None:
+    """UsageError where the passes between two tokens cannot take the drafted ones back."""
+    if prospect.request.pass_tokens and prospect.request.cache != "ours":
+        reason = why_not_back(prospect.checkpoint.config)
+        raise UsageError(f"refresh={prospect.request.pass_tokens} takes tokens back: {reason}")
     most = MAX_DRAFT_TOKENS + 1
     if prospect.request.pass_tokens > most and any(layer.window is not None for layer in prospect.shape.layers):
         raise UsageError(
@@ -163,6 +169,7 @@ def _shapes(
             f"exact mode keeps the stored precision, --quantize {config.quantize} another one: leave it out, or "
             "convert the checkpoint first"
         )
+    states = states_of(meta)
     allowed: list[ModelShape] = []
     others: list[ModelShape] = []
     for precision in PRECISIONS if stored == "none" else (stored,):
@@ -170,7 +177,7 @@ def _shapes(
             if precision == "int4":
                 _check_int4(device)
             # In exact mode another precision is one of a converted copy.
-            shape = model_shape(meta, precision, precision if config.exact else stored, checkpoint.tables)
+            shape = model_shape(meta, precision, precision if config.exact else stored, checkpoint.tables, states)
         except UnsupportedModel:
             if precision in (config.quantize, stored):
                 raise
@@ -190,7 +197,8 @@ def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
     if can_cache(config):
         return "ours"
     if bits != LoadConfig.kv_bits:
-        raise UsageError(f"kv_bits={bits} cannot be used with {config.model_type}: not all its layers are attention")
+        kinds = lasting_kinds(config)
+        raise UsageError(f"kv_bits={bits} needs attention in all layers of {config.model_type}, some are {kinds}")
     return "dynamic"
 
 

@@ -77,6 +77,8 @@ class Run:
         """What had been fetched when prefill was over: more at the end would be decode's."""
         self.embedding_bytes = 0
         self.cache: Any = None
+        self.own_cache: KVCache | None = None
+        """Ours, where the forwards are to fill that."""
 
     def check_numbers(self, logits: Tensor, dtype: torch.dtype) -> None:
         """NotFinite if `logits` [B, V] are none. One of each row tells: the head adds up all hidden numbers for each.
@@ -160,3 +162,10 @@ def cache_bytes(cache: Any) -> int:
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def state_bytes(cache: Any) -> int:
+    """Bytes of the convolutions' and recurrences' states in it."""
+    layers = getattr(cache, "layers", ())
+    kinds = (getattr(layer, kind, {}) for layer in layers for kind in ("conv_states", "recurrent_states"))
+    return sum(state.nbytes for states in kinds for state in states.values() if isinstance(state, Tensor))

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_line
+from griffin_offload.errors import CheckpointError, ModelNotFound, one_line
 from griffin_offload.weights.config_file import load_config
 from griffin_offload.weights.converted import check_shard, mark_of
 from griffin_offload.weights.files import check_name
+from griffin_offload.weights.foreign import check_numbers, is_gguf, refuse_gguf, refuse_gguf_in
 from griffin_offload.weights.mixed_files import converted_tensors
 from griffin_offload.weights.quantized_linear import Precision
 from griffin_offload.weights.shape import build_on_meta
@@ -61,6 +62,7 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     directory = locate(model, offline=offline)
     config = _read_config(directory)
     mark = mark_of(config, directory)
+    check_numbers(directory, getattr(config, "quantization_config", None), None)
     files, promised = weight_files(directory)
     states = _states(files)
     headers = read_headers(directory, files, promised)
@@ -73,11 +75,7 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     if mark is not None:
         sizes = Counter({name: count for name, count in sizes.items() if name in DTYPES})
     stored = max(sizes, key=lambda name: sizes[name], default="no floats")
-    if stored not in DTYPES or getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModel(
-            f"{directory} is quantised ({stored}): only 16, 32 and 64 bit floats are loaded, or what griffin-offload "
-            "convert made of them"
-        )
+    check_numbers(directory, None, None if stored in DTYPES else stored)
     untied = mark is None and untie_other_head(config, DTYPES[stored], headers)
     checkpoint = Checkpoint(
         directory,
@@ -111,8 +109,7 @@ def read_config(path: str | Path) -> Checkpoint:
         raise ModelNotFound(f"no file {file}: give a config.json")
     config = load_config(file)
     mark = mark_of(config, file.parent)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModel(f"{file} describes a quantised model: only what griffin-offload convert made is known")
+    check_numbers(file, getattr(config, "quantization_config", None), None)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     checkpoint = Checkpoint(file.parent, config, dtype, (), 0)
     return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
@@ -139,6 +136,8 @@ def locate(model: str | Path, *, offline: bool = False) -> Path:
     if path.is_dir():
         return path
     if path.exists():
+        if is_gguf(path):
+            refuse_gguf(path)
         raise ModelNotFound(f"{model} is a file: give the checkpoint's directory")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ModelNotFound(f"no directory {model}: give a checkpoint directory or a hub id such as org/name")
@@ -161,6 +160,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
     if (directory / UNFINISHED).is_file():
         raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
     if not (directory / "config.json").is_file():
+        refuse_gguf_in(directory)
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
     return load_config(directory / "config.json")
 

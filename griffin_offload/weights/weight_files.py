@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from griffin_offload.errors import CheckpointError, limit_reached, memory_refused, one_line
 from griffin_offload.weights.files import check_content
+from griffin_offload.weights.foreign import refuse_gguf_in
 from griffin_offload.weights.json_file import read_object
 
 INDEX = "model.safetensors.index.json"
@@ -37,6 +38,7 @@ def weight_files(directory: Path) -> tuple[list[Path], Collection[str]]:
         raise CheckpointError(
             f"{directory} has only pickled weights ({pickles[0]}): they can run code, convert them to safetensors"
         )
+    refuse_gguf_in(directory)
     raise CheckpointError(f"{directory} has no {_SINGLE} and no {INDEX}")
 
 
