@@ -166,11 +166,14 @@ class Engine:
     def kv_cache(self, use: Usage, *, returned: bool) -> KVCache:
         """An empty KV cache for `use`. Where there are captures it is the last run's, for the whole context if the
         budget allows; not if it is `returned` to the caller, who may keep it."""
-        keep, tokens = self.graphs is not None and not returned, use.cache_tokens
-        if keep:
-            whole = replace(use, ctx_tokens=max(use.ctx_tokens, self.plan.context_tokens))
-            tokens = whole.cache_tokens if self._plan_of(whole).fits else tokens
+        keep = self.graphs is not None and not returned
+        tokens = self.roomy_tokens(use) if keep else use.cache_tokens
         return self.kept_cache.take(use.batch, tokens, keep=keep)
+
+    def roomy_tokens(self, use: Usage) -> int:
+        """Tokens of a KV cache for `use` and what may follow it: the whole context, if the budget allows."""
+        whole = replace(use, ctx_tokens=max(use.ctx_tokens, self.plan.context_tokens))
+        return (whole if self._plan_of(whole).fits else use).cache_tokens
 
     def guarded(self) -> RefusalsNamed:
         """OutOfMemory inside when memory is refused."""

@@ -60,13 +60,13 @@ class ModelFace:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward, as the stock model's: streamed with an empty KV cache, resident with a filled one."""
-        return self.model(*self._on_device(args), **dict(zip(kwargs, self._on_device(tuple(kwargs.values())), strict=True)))
+        named = {name: self._on_device(value) for name, value in kwargs.items()}
+        return self.model(*map(self._on_device, args), **named)
 
     forward = __call__
 
-    def _on_device(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        device = self._stock.device
-        return tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in values)
+    def _on_device(self, value: Any) -> Any:
+        return value.to(self._stock.device) if isinstance(value, torch.Tensor) else value
 
     @property
     def generation_config(self) -> Any:
@@ -84,7 +84,9 @@ class ModelFace:
     def train(self, mode: bool = True) -> Any:
         """UsageError but for train(False), which is `eval`."""
         if mode:
-            raise UsageError("this model cannot be trained: its neurons are another prompt's at any time; load it in transformers")
+            raise UsageError(
+                "this model cannot be trained: its neurons change with every prompt; train it in transformers"
+            )
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:

@@ -20,6 +20,7 @@ from griffin_offload.runtime.context import Context, empty_context
 from griffin_offload.runtime.engine import Engine
 from griffin_offload.runtime.face import ModelFace
 from griffin_offload.runtime.load import Loaded, load
+from griffin_offload.runtime.loading_words import translated
 from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, give_back_freed, peak_host_bytes
 from griffin_offload.runtime.modes import own_modes
 from griffin_offload.runtime.out_of_memory import RefusalsNamed
@@ -30,7 +31,7 @@ from griffin_offload.runtime.run import Mode, Run
 from griffin_offload.runtime.saved import load_context, save_context
 from griffin_offload.runtime.threads import limited_threads
 from griffin_offload.runtime.turns import check_wait
-from griffin_offload.weights.checkpoint import load_tokenizer
+from griffin_offload.weights.checkpoint import load_tokenizer, locate
 
 if TYPE_CHECKING:
     from griffin_offload.runtime.session import ChatSession
@@ -68,20 +69,22 @@ class GriffinModel(ModelFace):
 
         `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, quantize, dtype, offload,
         ctx_size, prompt_tokens, kv_bits, batch_size, selection, batch_statistic, seed, exact, draft_tokens, refresh,
-        decay, keep_prompts, session_mem, ff_chunk_tokens, threads, cuda_graphs, offline, always_stream.
-        Raises UsageError, DoesNotFit or ModelError before any weight is read, where that is possible.
+        decay, keep_prompts, session_mem, ff_chunk_tokens, threads, cuda_graphs, offline, always_stream. Words of
+        transformers' `from_pretrained` (torch_dtype, device_map, revision, token ...) are taken, or refused with the
+        option that does it here: `loading_words`. Raises UsageError, DoesNotFit or ModelError before any weight is
+        read, where that is possible.
         """
         start = time.perf_counter()
-        known = LoadConfig.__dataclass_fields__
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise UsageError(f"unknown option {unknown[0]!r}: known are {', '.join(known)}")
-        config = LoadConfig(**options)
-        prospect = examine(model, config)
-        plan = plan_for(prospect)
-        remedy = "close other programs or lower --max-gpu-mem"
-        with RefusalsNamed("loading", remedy, prospect.device, plan.budget_bytes):
-            return cls(prospect, plan, load(prospect, plan, config), time.perf_counter() - start)
+        words = translated(options)
+        config = LoadConfig(**words.options)
+        if words.hub:
+            model = locate(model, offline=config.offline, **words.hub)
+        with own_modes(torch.device("cpu")):
+            prospect = examine(model, config)
+            plan = plan_for(prospect)
+            remedy = "close other programs or lower --max-gpu-mem"
+            with RefusalsNamed("loading", remedy, prospect.device, plan.budget_bytes), own_modes(prospect.device):
+                return cls(prospect, plan, load(prospect, plan, config), time.perf_counter() - start)
 
     @property
     def model(self) -> Any:
@@ -208,8 +211,9 @@ class GriffinModel(ModelFace):
         those of loading by default. With a `context` the prompt [1, T] goes on from what that remembers: tokens at its
         start that the context knows are not computed again. `prompt_done` is called with it when the prompt has passed.
         `past_key_values` of an earlier call goes on, too, as in transformers, with the neurons that were chosen then.
-        `wait_s` is as the attribute, for this call alone. Raises Busy when that is over, UsageError for a prompt that is empty or too long for `plan.context_tokens`, DoesNotFit when the batch
-        or its length needs more than the budget.
+        `wait_s` is as the attribute, for this call alone. Raises Busy when that is over, UsageError for a prompt that
+        is empty or too long for `plan.context_tokens`, DoesNotFit when the batch or its length needs more than the
+        budget.
         """
         inputs = next((kwargs.pop(k) for k in ("inputs", "input_ids") if k in kwargs), inputs)
         given = inputs if inputs is not None else kwargs.get("inputs_embeds")

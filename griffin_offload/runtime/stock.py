@@ -79,8 +79,8 @@ def _unmoved(model: Any, function: Callable[[Tensor], Tensor]) -> Any:
     moved = moved or (changed.device.index or 0) != (probe.device.index or 0)
     if moved or (probe.is_cpu and changed.is_shared()):
         raise UsageError(
-            f"the model's residents are {str(model.dtype).removeprefix('torch.')} on {model.device} and stay so: load it "
-            "with the dtype= and device= that are wanted (in a pipeline, give device=model.device)"
+            f"the model's residents are {str(model.dtype).removeprefix('torch.')} on {model.device} and stay so: load "
+            "it with the dtype= and device= that are wanted (in a pipeline, give device=model.device)"
         )
     return model
 
