@@ -63,7 +63,7 @@ class Engine:
         self._signature = inspect.signature(self.stock_forward)
         self._turns, self._closed = Turns(), False
         self._key = uuid.uuid4().hex
-        hand_out(loaded.model, self.forward, self.why_not_saved)
+        hand_out(loaded.model, self)
         loaded.layers.decoder[0].register_forward_pre_hook(Guard(self._check_whole, whole=not plan.streamed))
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
         self.kept_cache = KeptCache(loaded.model.config, plan.kv_bits)

@@ -86,6 +86,10 @@ class GriffinModel(ModelFace):
             with RefusalsNamed("loading", remedy, prospect.device, plan.budget_bytes), own_modes(prospect.device):
                 return cls(prospect, plan, load(prospect, plan, config), time.perf_counter() - start)
 
+    def __repr__(self) -> str:
+        plan = self.plan
+        return f"GriffinModel({type(self).__name__}, {plan.precision}, density {plan.density:.2g}, on {self.device})"
+
     @property
     def model(self) -> Any:
         """The stock transformers model, with all its residents."""

@@ -22,7 +22,6 @@ REFUSED = {
     "cache": "the argument is called past_key_values",
 }
 """Arguments that are refused if they ask for something, and why."""
-_NOTHING = (None, False, 1)  # what asks for nothing, also with num_beam_groups
 _CACHES = {
     "quantized": "load with kv_bits=8",
     "offloaded": "the plan has counted a resident one: load with kv_bits=8 or a smaller ctx_size",
@@ -38,7 +37,7 @@ def refuse_what_cannot_work(kwargs: dict[str, Any], given: Any, stock: Any) -> N
         raise UsageError(f"generation_config is of type {type(given).__name__}: give a GenerationConfig, or arguments")
     for name, reason in REFUSED.items():
         value = kwargs.get(name, getattr(given, name, None) if name != "prefill_chunk_size" else None)
-        if not any(value is nothing or (isinstance(value, int) and value == nothing) for nothing in _NOTHING):
+        if value is not None and value is not False and (name, value) != ("num_beam_groups", 1):
             raise UsageError(f"{name} cannot be used here: {reason}")
     if kwargs.get("use_cache", given.use_cache) is False:
         raise UsageError("use_cache=False cannot work here: decoding reads the prompt's KV cache")

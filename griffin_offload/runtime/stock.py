@@ -1,15 +1,16 @@
 """The stock model as it is handed out: its forward is the engine's, it keeps all that it needs alive and nothing keeps
 it, and what would break it is refused by name.
 
-The stock model owns the engine (by its forward), and whatever must not outlive the stock model refers to it weakly: no
-cycle, so that weights go when the last name of the model goes. Methods are replaced on the instance, never on
-transformers' classes.
+The stock model owns the engine, and whatever must not outlive the stock model refers to it weakly: no cycle, so that
+weights go when the last name of the model goes. Methods are replaced on a class of its own, a child of transformers'
+with the same name: a method that is bound keeps its model.
 """
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,49 +30,56 @@ def stock_forward(model: Any) -> Callable[..., Any]:
     return forward
 
 
-class _Method:
-    """Takes a method's place on an instance, with the stock one's signature, which generate reads."""
+class Owner(Protocol):
+    """What a stock model's calls go through."""
 
-    def __init__(self, function: Callable[..., Any], stock: Any) -> None:
-        self._function = function
-        self.__signature__, self.__name__, self.__doc__ = inspect.signature(stock), stock.__name__, stock.__doc__
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
+    def why_not_saved(self) -> str | None:
+        """Why the stock model's parameters are no checkpoint; None if they are one."""
 
 
-def hand_out(model: Any, forward: Callable[..., Any], why_not_saved: Callable[[], str | None]) -> None:
-    """Give `model` the engine's `forward`, and methods that refuse what cannot work. `why_not_saved` says why its
-    parameters are no checkpoint, if they are none."""
-    weak, kind = weakref.ref(model), type(model)
+def hand_out(model: Any, owner: Owner) -> None:
+    """Let calls of `model` go through `owner`, which it keeps alive."""
+    model.__class__ = _handed_out(type(model))
+    model.__dict__[_OWNER] = owner
+    model.__dict__["_griffin_offload_last"] = _Last()  # behind the owner: freed after it
 
-    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
-        reason = why_not_saved()
-        if reason is not None:
-            raise UsageError(f"this model cannot be saved: {reason}")
-        return kind.save_pretrained(weak(), *args, **kwargs)
 
-    def state_dict(*args: Any, **kwargs: Any) -> Any:
-        reason = why_not_saved()
-        if reason is not None:
-            raise UsageError(f"this model has no state_dict: {reason}")
-        return kind.state_dict(weak(), *args, **kwargs)
+_OWNER = "_griffin_offload"
 
-    def apply(function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return _unmoved(weak(), function)
 
-    def copied(*_: Any) -> Any:
+@functools.cache
+def _handed_out(kind: type) -> type:
+    """A child of the stock class `kind`, with its name."""
+
+    @functools.wraps(kind.forward)  # type: ignore[attr-defined]  # a PreTrainedModel; generate reads the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[_OWNER].forward(*args, **kwargs)
+
+    def saving(name: str, what: str) -> Callable[..., Any]:
+        stock = getattr(kind, name)
+
+        @functools.wraps(stock)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            reason = self.__dict__[_OWNER].why_not_saved()
+            if reason is not None:
+                raise UsageError(f"this model {what}: {reason}")
+            return stock(self, *args, **kwargs)
+
+        return method
+
+    def copied(self: Any, _: Any) -> Any:
         raise UsageError("a loaded model cannot be copied or pickled: load it once more with from_pretrained")
 
-    own = {"forward": forward, "save_pretrained": save_pretrained, "state_dict": state_dict, "_apply": apply}
-    for name, function in own.items():
-        model.__dict__[name] = _Method(function, getattr(model, name))
-    for name in ("__deepcopy__", "__reduce_ex__"):
-        model.__dict__[name] = copied
-    model.__dict__["_griffin_offload_last"] = _Last()  # behind `forward`: freed when the engine is
+    own: dict[str, Any] = {"forward": forward, "_apply": _unmoved, "__deepcopy__": copied, "__reduce_ex__": copied}
+    own |= {name: saving(name, "cannot be saved") for name in ("save_pretrained", "push_to_hub")}
+    own["state_dict"] = saving("state_dict", "has no state_dict")
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), {**own, **named})
 
 
-def _unmoved(model: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _unmoved(model: Any, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
     """`model`, if `function`, which `to`, `half`, `cuda` and their like would apply to every tensor, changes none."""
     probe = torch.empty(1, dtype=model.dtype, device=model.device)
     changed = function(probe)
