@@ -41,7 +41,7 @@ class Owner(Protocol):
 
 def hand_out(model: Any, owner: Owner) -> None:
     """Let calls of `model` go through `owner`, which it keeps alive."""
-    model.__class__ = _handed_out(type(model))
+    model.__class__ = _handed_out(type(model))  # type: ignore[arg-type]  # a class is hashable
     model.__dict__[_OWNER] = owner
     model.__dict__["_griffin_offload_last"] = _Last()  # behind the owner: freed after it
 
