@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from griffin_offload.errors import GriffinError, UsageError
 from griffin_offload.runtime.memory import give_back_freed
 
+_OWNER, _KIND = "_griffin_offload", "_griffin_offload_kind"
+
 
 def stock_forward(model: Any) -> Callable[..., Any]:
-    """The forward of `model`'s class, for `model`, which it does not keep alive."""
-    weak, function = weakref.ref(model), type(model).forward
+    """transformers' forward of `model`, handed out or not, which it does not keep alive."""
+    weak, function = weakref.ref(model), getattr(type(model), _KIND, type(model)).forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return function(weak(), *args, **kwargs)
@@ -44,9 +46,6 @@ def hand_out(model: Any, owner: Owner) -> None:
     model.__class__ = _handed_out(type(model))  # type: ignore[arg-type]  # a class is hashable
     model.__dict__[_OWNER] = owner
     model.__dict__["_griffin_offload_last"] = _Last()  # behind the owner: freed after it
-
-
-_OWNER = "_griffin_offload"
 
 
 @functools.cache
@@ -75,7 +74,7 @@ def _handed_out(kind: type) -> type:
     own: dict[str, Any] = {"forward": forward, "_apply": _unmoved, "__deepcopy__": copied, "__reduce_ex__": copied}
     own |= {name: saving(name, "cannot be saved") for name in ("save_pretrained", "push_to_hub")}
     own["state_dict"] = saving("state_dict", "has no state_dict")
-    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    named = {_KIND: kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), {**own, **named})
 
 
