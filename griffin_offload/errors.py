@@ -1,6 +1,7 @@
 """Every error a user can cause, each with the exit code the command line gives it.
 
 GriffinError                    1  anything that went wrong while running
++-- Busy                        1  other calls kept the model for longer than this one wanted to wait
 +-- UsageError                  2  a flag, an argument or a prompt that cannot be used
 +-- DoesNotFit                  3  the budget, the context or the memory of this machine is too small
 |   +-- OutOfMemory             3  the machine or the device refused memory while loading or running
@@ -26,6 +27,10 @@ class GriffinError(Exception):
     """Base of all errors this package raises for its users."""
 
     exit_code = 1
+
+
+class Busy(GriffinError):
+    """Other calls kept the model for longer than this one wanted to wait; nothing was done."""
 
 
 class UsageError(GriffinError):

@@ -92,6 +92,13 @@ class KVCache(Cache):  # type: ignore[misc]
         for layer in self.kept:
             layer.restore(tokens)
 
+    def grow(self, ctx_tokens: int) -> None:
+        """Have room for `ctx_tokens`, if there is less: a layer after the other is copied into a larger store."""
+        if ctx_tokens > self.ctx_tokens:
+            self.ctx_tokens = ctx_tokens
+            for layer in self.layers:
+                layer.grow(ctx_tokens)
+
 
 class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer. The last `_held` of the `_seen` tokens lie at the start of the store, the oldest one first.
@@ -263,6 +270,16 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         for store, saved in zip(self._stores, (keys, values), strict=True):
             store.fill(saved)
         self._seen, self._held = seen, parts[0].shape[2]
+
+    def grow(self, ctx_tokens: int) -> None:
+        """Have room for `ctx_tokens`, or for the window where that is less."""
+        parts, seen = self.saved(), self._seen
+        self._ctx_tokens = ctx_tokens
+        room = kv_tokens_kept(self.window, ctx_tokens)
+        if room > self.room:
+            self.room = room
+            if parts:
+                self.load(seen, parts)
 
     def reset(self) -> None:
         """Forget every token; the memory stays."""

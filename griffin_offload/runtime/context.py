@@ -1,5 +1,6 @@
 """What a model remembers of one sequence: KV entries, the statistic, what it selected, and states to go back to."""
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,16 @@ class Context:
     `tokens` are the ids whose KV entries exist. `squared` is the statistic of the streamed ones among them, the last
     of which is token `covered` - 1, `selected` the neurons it chose; tensors are replaced, never changed in place.
     The entries of the first `exact_tokens` are the full model's: exact mode goes on from no others.
-    `owner` is the model that it belongs to.
+    It belongs to the model that is `loaded`, which it does not keep alive.
     """
 
-    def __init__(self, cache: KVCache, owner: object, border: RopeBorder | None = None) -> None:
-        self.cache, self.owner, self.border = cache, owner, border
+    def __init__(self, cache: KVCache, loaded: object, border: RopeBorder | None = None) -> None:
+        self.cache, self._owner, self.border = cache, weakref.ref(loaded), border
         self.clear()
+
+    def belongs_to(self, loaded: object) -> bool:
+        """Whether it was made by this model."""
+        return self._owner() is loaded
 
     def clear(self) -> None:
         """Forget everything; the memory of the KV cache stays."""
@@ -180,4 +185,4 @@ def empty_context(engine: "Engine") -> Context:
     if engine.prospect.request.cache != "ours":
         raise UsageError(f"no context can be kept: {why_not_back(config)}")
     cache = KVCache(config, ctx_tokens=plan.context_tokens, bits=plan.kv_bits)
-    return Context(cache, owner=engine.loaded, border=engine.border)
+    return Context(cache, engine.loaded, border=engine.border)

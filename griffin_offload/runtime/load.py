@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -49,9 +50,12 @@ _SLACK_BYTES = 100_000_000
 
 @dataclass
 class Loaded:
-    """A model that is ready for its first prompt; residents of the layers may still be on their way."""
+    """A model that is ready for its first prompt; residents of the layers may still be on their way.
 
-    model: Any
+    `owned` is the stock model until somebody takes it over (`hand_over`); it is only referred to weakly from then on.
+    """
+
+    owned: Any
     layers: StreamedLayers
     ledger: Ledger
     host_embedding: HostEmbedding | None
@@ -60,11 +64,25 @@ class Loaded:
     threads: int | None
     """Threads that compute; None where the device is not the CPU."""
 
+    def __post_init__(self) -> None:
+        self._model = weakref.ref(self.owned)
+
+    @property
+    def model(self) -> Any:
+        """The stock model."""
+        return self._model()
+
+    def hand_over(self) -> Any:
+        """The stock model, which whoever calls keeps alive now."""
+        model, self.owned = self.owned, None
+        return model
+
     def close(self) -> None:
-        """End what is on its way, give back files and pinned memory."""
+        """End what is on its way, give back files, pinned memory and weights that are not the stock model's."""
         for owner in (self.layers.arrival, self.layers.source, self.host_embedding):
             if owner is not None:
                 owner.close()
+        self.layers.give_back()
 
 
 def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:

@@ -60,7 +60,9 @@ class Run:
         self.ready: Tensor | None = None
         """Logits [1, V] behind a prompt of which the context knows every token."""
         self.cached_tokens = 0
-        """Tokens of the prompt that its context knew."""
+        """Tokens of the prompt that its context knew, or the caller's KV cache."""
+        self.past_tokens = 0
+        """Of those, what is in the caller's KV cache."""
         self.prefill: PrefillReport | None = None
         self.prompt_done: Callable[[Context], None] | None = None
         self.keeps_invalid = False

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from griffin_offload.errors import CheckpointError, ModelNotFound, one_line
+from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, one_line
 from griffin_offload.weights.config_file import load_config
 from griffin_offload.weights.converted import check_shard, mark_of
 from griffin_offload.weights.files import check_name
@@ -128,12 +129,17 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:32]
 
 
-def locate(model: str | Path, *, offline: bool = False) -> Path:
-    """The directory of `model`, fetched from the hub if need be. Errors: UsageError, ModelNotFound."""
+def locate(model: str | Path, *, offline: bool = False, **hub: Any) -> Path:
+    """The directory of `model`, fetched from the hub if need be; `hub` are more arguments of its client (revision,
+    cache_dir, token). Errors: UsageError, ModelNotFound."""
     model = str(model)
     path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
     check_name(path)
     if path.is_dir():
+        if hub.get("revision") not in (None, "main"):  # a token and a cache are for what has to be fetched
+            raise UsageError(
+                f"revision is {hub['revision']!r}, and {model} is a directory, which has none: leave it out"
+            )
         return path
     if path.exists():
         if is_gguf(path):
@@ -141,16 +147,19 @@ def locate(model: str | Path, *, offline: bool = False) -> Path:
         raise ModelNotFound(f"{model} is a file: give the checkpoint's directory")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ModelNotFound(f"no directory {model}: give a checkpoint directory or a hub id such as org/name")
-    return _hub_snapshot(model, offline)
+    return _hub_snapshot(model, offline, hub)
 
 
-def _hub_snapshot(model: str, offline: bool) -> Path:
+def _hub_snapshot(model: str, offline: bool, hub: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     unwanted = ["consolidated*", "*/*"]  # the same weights again, in other layouts
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=offline))
+        found = snapshot_download(
+            model, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=offline, **hub
+        )
+        return Path(found)
     except Exception as error:  # the hub's client raises errors of many libraries
         where = "the local hub cache" if offline else "this directory or the hub"
         raise ModelNotFound(f"{model} was not found in {where}: {one_line(error)}") from error
