@@ -244,7 +244,8 @@ class Engine:
         keep = kwargs.get("logits_to_keep")
         if not self._skips_tokens or not isinstance(keep, int) or not keep:
             return kwargs
-        places = torch.arange(tokens - min(keep, tokens), tokens, device=self.prospect.device)
+        first, device = tokens - min(keep, tokens), self.prospect.device
+        places = torch.arange(first, tokens, dtype=torch.int64, device=device)
         return kwargs | {"logits_to_keep": places}
 
     def _ones(self, tokens: int) -> Tensor:
@@ -465,7 +466,7 @@ def _grouped(mask: Tensor, seams: list[int]) -> tuple[Tensor, int]:
     with `seams`, of one sequence without padding, none goes across one."""
     if not seams:
         return split_tokens(mask), 1
-    halves = split_tokens(torch.ones(1, mask.shape[1]))
+    halves = split_tokens(torch.ones(1, mask.shape[1], dtype=torch.int64, device="cpu"))
     groups = split_at(halves, seams)
     choosing = int((groups[0].sum(1).cumsum(0) <= halves[0, 0].sum()).sum())
     return groups.to(mask.device), choosing

@@ -129,7 +129,7 @@ def _try_out(model: Any, vocab_size: int, directory: Path) -> None:
     """Have the settings change the scores of a token once, where they fail if they will ever."""
     config = copy.deepcopy(model.generation_config)
     config.max_length = 8
-    ids = torch.zeros(1, 4, dtype=torch.long)
+    ids = torch.zeros(1, 4, dtype=torch.long, device="cpu")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -137,7 +137,7 @@ def _try_out(model: Any, vocab_size: int, directory: Path) -> None:
             processors = model._get_logits_processor(
                 config, input_ids_seq_length=4, encoder_input_ids=ids, device="cpu", model_kwargs={}
             )
-            processors(ids, torch.zeros(1, vocab_size))
+            processors(ids, torch.zeros(1, vocab_size, dtype=torch.float32, device="cpu"))
     except Exception as error:  # each setting is checked in its own way
         where = f"{directory / 'generation_config.json'} or config.json"
         raise CheckpointError(f"{where} has settings that generate refuses: {one_line(error)}") from error
