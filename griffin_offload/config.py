@@ -31,8 +31,6 @@ _HOST = re.compile(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.
 _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+/?")
 # Fewer neurons than this were never useful in the paper; the planner refuses instead of going lower.
 MIN_AUTO_DENSITY = 0.25
-# The same when the precision is free, too: fewer bits come before fewer neurons (README: equal bytes).
-MIN_AUTO_DENSITIES = {"none": 1.0, "int8": 0.5, "int4": MIN_AUTO_DENSITY}
 # Kept neurons come in multiples of this where F is one: GEMM kernels and quantised groups want it.
 NEURON_MULTIPLE = 64
 # Drafts at once in exact mode: what is planned for when nobody says, and the most that layers with a window take back.
@@ -40,9 +38,9 @@ AUTO_DRAFT_TOKENS = 16
 MAX_DRAFT_TOKENS = 31
 # Selections by norms of the weights, of which a table is kept.
 WEIGHT_NORMS = ("output_aware", "magnitude")
-# The context that is planned for when nobody says one, and the smallest the planner falls back to.
-MAX_AUTO_CTX = 4096
-MIN_AUTO_CTX = 256
+# The context when nobody says one: precision and density are solved with room for the floor; what they leave over
+# makes it longer, up to the largest, and where nothing fits it is shorter, down to the smallest.
+MIN_AUTO_CTX, FLOOR_AUTO_CTX, MAX_AUTO_CTX = 256, 2048, 4096
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,18 @@ class LoadConfig:
     """What the host may hold of the offloaded weights when the device is not the CPU; None: what is free."""
     device: Device = "auto"
     density: Density | Literal["auto"] = "auto"
-    """Fraction of FF neurons kept, one number or one per layer; "auto" is the largest that fits."""
+    """Fraction of FF neurons kept, one number or one per layer; "auto" is all of them, or in the last
+    precision that is left to try the most that fit."""
     dtype: DType = "auto"
     """Precision of the computation; "auto" is the one that is stored."""
     quantize: Quantize = "auto"
-    """Precision of the resident matrices inside the layers: "none" keeps the stored one, "auto" is the first that fits
-    of none, int8 and int4; a converted checkpoint has one already."""
+    """Precision of the resident matrices inside the layers: "none" keeps the stored one, "auto" is the first of none,
+    int8 and int4 in which all neurons fit (or those of a density that is given), else the last; a converted checkpoint
+    has one already."""
     offload: Offload = "auto"
     ctx_size: int | None = None
-    """Tokens of prompt and answer that the KV cache is planned for; None: solved, at most MAX_AUTO_CTX."""
+    """Tokens of prompt and answer that the KV cache is planned for; None: at least FLOOR_AUTO_CTX if that fits with the
+    fewest bits and neurons, and what the best precision and density leave over, up to MAX_AUTO_CTX."""
     prompt_tokens: int | None = None
     """Longest prompt that is planned for; None: the whole context."""
     kv_bits: KVBits = 16

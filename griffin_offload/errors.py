@@ -1,9 +1,12 @@
 """Every error a user can cause, each with the exit code the command line gives it.
 
 GriffinError                    1  anything that went wrong while running
++-- Busy                        1  other calls kept the model for longer than this one wanted to wait
 +-- UsageError                  2  a flag, an argument or a prompt that cannot be used
 +-- DoesNotFit                  3  the budget, the context or the memory of this machine is too small
 |   +-- OutOfMemory             3  the machine or the device refused memory while loading or running
++-- LimitReached                1  a limit of the process or the machine on open files or threads
++-- NotFinite                   1  the model computed numbers that its precision cannot hold
 +-- ModelError                  4  the model cannot be used
 |   +-- ModelNotFound           4  no such directory, or not in the hub's cache
 |   +-- CheckpointError         4  files missing, truncated or contradicting the config
@@ -26,6 +29,10 @@ class GriffinError(Exception):
     exit_code = 1
 
 
+class Busy(GriffinError):
+    """Other calls kept the model for longer than this one wanted to wait; nothing was done."""
+
+
 class UsageError(GriffinError):
     """A value that cannot be used: the caller has to change it."""
 
@@ -40,6 +47,14 @@ class DoesNotFit(GriffinError):
 
 class OutOfMemory(DoesNotFit):
     """Memory was refused by the machine or the device. The model, if it is loaded, can be asked for less."""
+
+
+class LimitReached(GriffinError):
+    """The process or the machine may have no more open files or threads; there is memory enough."""
+
+
+class NotFinite(GriffinError):
+    """The model's logits are no numbers, so that no token can be chosen."""
 
 
 class ModelError(GriffinError):
@@ -84,7 +99,22 @@ def as_line(error: BaseException) -> str:
 
 
 # What torch, its kernels, the kernel's system calls and thread libraries say, for want of a class of their own.
-_REFUSALS = ("allocate memory", "out of memory", "bad_alloc", "start new thread", "could not create a memory")
+_REFUSALS = ("allocate memory", "out of memory", "bad_alloc", "could not create a memory")
+_FILES = (errno.EMFILE, errno.ENFILE)
+_THREADS = ("start new thread", "thread creation failed", "failed to spawn thread")
+
+
+def limit_reached(error: BaseException) -> str | None:
+    """Which limit `error` tells of and how it is raised, or None: of open files or of threads, which Python, torch
+    and the libraries in Rust each say in their own way."""
+    if isinstance(error, GriffinError):
+        return limit_reached(error.__cause__) if error.__cause__ is not None else None
+    said = str(error)
+    if (isinstance(error, OSError) and error.errno in _FILES) or "Too many open files" in said:
+        return "the limit on open files is reached (ulimit -n): raise it, or close files"
+    if any(words in said for words in _THREADS):
+        return "no more threads can be started (ulimit -u, or the container's limit on processes): raise it"
+    return None
 
 
 def memory_refused(error: BaseException) -> bool:

@@ -113,7 +113,7 @@ def collect_z(
 def dense_forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """The dense logits [B, T, V] of one forward; positions count from the first real token."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": True}  # Gemma 4 shares it
     if "position_ids" in inspect.signature(model.forward).parameters:  # BLOOM counts from the mask itself
         inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     logits: Tensor = model(**inputs).logits

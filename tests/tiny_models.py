@@ -99,6 +99,11 @@ _MIXED: dict[str, Any] = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+_WINDOWS_FIRST: dict[str, Any] = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}
+_TIED: dict[str, Any] = {"tie_word_embeddings": True}
 _LLAMA3_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -109,7 +114,35 @@ _LLAMA3_ROPE: dict[str, Any] = {
 }
 _ALIBI: dict[str, Any] = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
 _FALCON_NEW: dict[str, Any] = {"new_decoder_architecture": True, "num_kv_heads": 2}
-_LFM2: dict[str, Any] = {"block_auto_adjust_ff_dim": False, "layer_types": ["full_attention"] * LAYERS}
+# As Gemma 3 from 4B on: long positions squeezed where all tokens are seen.
+_GEMMA3_ROPE: dict[str, Any] = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+}
+_OLMO3_ROPE: dict[str, Any] = {
+    "full_attention": _YARN,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+}
+LONGROPE_BORDER = 256
+"""Of "phi3" here: up to so many tokens its positions are turned by other angles than beyond."""
+# As Phi-4-mini: three quarters of the 8 numbers of a head are turned.
+_PHI4_MINI: dict[str, Any] = {
+    "original_max_position_embeddings": LONGROPE_BORDER,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.3],
+        "long_factor": [1.0, 2.5, 4.0],
+        "original_max_position_embeddings": LONGROPE_BORDER,
+    },
+}
 
 _add("llama2", hf.LlamaConfig, _DOWN)
 _add("llama3", hf.LlamaConfig, _DOWN, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=True, **_GQA)
@@ -118,17 +151,24 @@ _add("reglu", hf.LlamaConfig, _DOWN, hidden_act="relu")
 _add("mistral", hf.MistralConfig, _DOWN, sliding_window=WINDOW, **_GQA)
 _add("gemma", hf.GemmaConfig, _DOWN, num_key_value_heads=1, head_dim=16)
 _add("gemma2", hf.Gemma2Config, _DOWN, query_pre_attn_scalar=16, **_WIDE, **_MIXED)
-_add("gemma3", hf.Gemma3TextConfig, _DOWN, query_pre_attn_scalar=16, **_WIDE, **_MIXED)
-_add("qwen2", hf.Qwen2Config, _DOWN, 112, **_GQA)
-_add("qwen3", hf.Qwen3Config, _DOWN, **_WIDE)
-_add("phi3", hf.Phi3Config, _DOWN, 112, **_GQA)
+_add(
+    "gemma3",
+    hf.Gemma3TextConfig,
+    _DOWN,
+    query_pre_attn_scalar=16,
+    rope_parameters=_GEMMA3_ROPE,
+    **_WIDE,
+    **_WINDOWS_FIRST,
+)
+_add("qwen2", hf.Qwen2Config, _DOWN, 112, **_GQA, **_TIED)
+_add("qwen3", hf.Qwen3Config, _DOWN, **_WIDE, **_TIED)
+_add("phi3", hf.Phi3Config, _DOWN, 112, **_GQA, **_PHI4_MINI, **_TIED)
 _add("glm4", hf.Glm4Config, _DOWN, **_WIDE)
 _add("olmo2", hf.Olmo2Config, _DOWN)
-_add("cohere2", hf.Cohere2Config, _DOWN, logit_scale=1.0, **_GQA, **_MIXED)
+_add("cohere2", hf.Cohere2Config, _DOWN, logit_scale=0.25, **_WIDE, **_WINDOWS_FIRST)
 _add("stablelm", hf.StableLmConfig, _DOWN, **_GQA)
-_add("starcoder2", hf.Starcoder2Config, "model.layers.{i}.mlp.c_proj", **_GQA)
+_add("starcoder2", hf.Starcoder2Config, "model.layers.{i}.mlp.c_proj", sliding_window=WINDOW, **_GQA)
 _add("phi", hf.PhiConfig, "model.layers.{i}.mlp.fc2", 112)
-_add("lfm2", hf.Lfm2Config, "model.layers.{i}.feed_forward.w2", **_GQA, **_LFM2)
 _add("gpt_neox", hf.GPTNeoXConfig, "gpt_neox.layers.{i}.mlp.dense_4h_to_h")
 _add("opt", hf.OPTConfig, _FC2, 112, "ffn_dim")
 _add("opt_no_bias", hf.OPTConfig, _FC2, 128, "ffn_dim", enable_bias=False)
@@ -139,6 +179,73 @@ _add("falcon_alibi", hf.FalconConfig, _DENSE, 128, "ffn_hidden_size", **_ALIBI)
 _add("gpt2", hf.GPT2Config, "transformer.h.{i}.mlp.c_proj", 112, "n_inner")
 _add("gptj", hf.GPTJConfig, "transformer.h.{i}.mlp.fc_out", 112, "n_inner", rotary_dim=4)
 _add("bloom", hf.BloomConfig, _DENSE, 4 * HIDDEN, None)
+
+
+# Tested for what is their own alone: what they share with those above costs the suite no second time.
+FURTHER: dict[str, Architecture] = {}
+"""Architectures with plain attention: positions left out of some layers, multipliers, heads of two sizes, a KV cache
+that layers share."""
+HYBRIDS: dict[str, Architecture] = {}
+"""Architectures in which layers keep a state of convolutions or recurrences."""
+
+
+def _further(table: dict[str, Architecture], name: str, config_class: Any, down: str = _DOWN, **settings: Any) -> None:
+    settings.setdefault("intermediate_size", 128)
+    table[name] = Architecture(name, config_class, down, 128, settings)
+
+
+_GEMMA4: dict[str, Any] = {
+    "global_head_dim": 32,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 1,
+    "final_logit_softcapping": 30.0,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+_GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.15,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 4.0,
+}
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
+_DELTA: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}
+_GRANITE_H: dict[str, Any] = {
+    "num_local_experts": 0,
+    "shared_intermediate_size": 128,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "mamba_n_groups": 1,
+    "position_embedding_type": "nope",
+}
+_LFM2: dict[str, Any] = {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]}
+
+_further(FURTHER, "smollm3", hf.SmolLM3Config, no_rope_layers=[1, 1, 0], **_GQA, **_TIED)
+_further(FURTHER, "olmo3", hf.Olmo3Config, rope_parameters=_OLMO3_ROPE, **_WINDOWS_FIRST)
+_further(FURTHER, "exaone4", hf.Exaone4Config, rope_parameters=_LLAMA3_ROPE, **_GQA, **_WINDOWS_FIRST)
+_further(FURTHER, "granite", hf.GraniteConfig, **_GQA, **_GRANITE, **_TIED)
+_further(FURTHER, "gemma4", hf.Gemma4TextConfig, **_WIDE, **_GEMMA4)
+_further(HYBRIDS, "lfm2", hf.Lfm2Config, "model.layers.{i}.feed_forward.w2", **_GQA, **_LFM2)
+_further(HYBRIDS, "qwen3_5", hf.Qwen3_5TextConfig, **_WIDE, **_DELTA)
+_further(HYBRIDS, "olmo_hybrid", hf.OlmoHybridConfig, **_GQA, **_DELTA)
+_further(
+    HYBRIDS, "falcon_h1", hf.FalconH1Config, "model.layers.{i}.feed_forward.down_proj", mamba_d_ssm=64, **_GQA, **_MAMBA
+)
+_further(
+    HYBRIDS,
+    "granite_h",
+    hf.GraniteMoeHybridConfig,
+    "model.layers.{i}.shared_mlp.output_linear",
+    **_GQA,
+    **_MAMBA,
+    **_GRANITE_H,
+)
 
 
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "intermediate_size": 128, **_GQA}
@@ -161,7 +268,7 @@ def refused_models() -> dict[str, Callable[[], hf.PreTrainedModel]]:
 
 def write_checkpoint(name: str, directory: Path, dtype: torch.dtype = torch.float32, shards: int = 2) -> Path:
     """Save a model of either table in at least `shards` safetensors files; returns the directory."""
-    model = (ARCHITECTURES | _REFUSED)[name].build().to(dtype)
+    model = (ARCHITECTURES | FURTHER | HYBRIDS | _REFUSED)[name].build().to(dtype)
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(directory, max_shard_size=n_bytes // shards if shards > 1 else n_bytes + 1)
     assert len(list(Path(directory).glob("*.safetensors"))) >= shards

@@ -110,9 +110,13 @@ def _check_template(tokenizer: Any, arguments: argparse.Namespace) -> None:
 
 
 def _introduction(session: "ChatSession", arguments: argparse.Namespace) -> str:
+    from griffin_offload.runtime.cache import why_not_back
+
     plan = session.model.plan
-    templated = "" if session.templated else "; no chat template: texts are put one after the other"
+    notes = "" if session.templated else "; no chat template: texts are put one after the other"
+    if session.context is None:
+        notes += f"; every turn reads the whole conversation: {why_not_back(session.model.model.config)}"
     return (
         f"{arguments.model or 'the embedded demo'}: {plan.precision}, density {plan.density:.2f}, context "
-        f"{plan.context_tokens} tokens, budget {format_bytes(plan.budget_bytes)}{templated}"
+        f"{plan.context_tokens} tokens, budget {format_bytes(plan.budget_bytes)}{notes}"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from griffin_offload import __version__
 from griffin_offload.cli import bench, chat, convert, eval, inspect, plan, run, serve
-from griffin_offload.errors import GriffinError, OutOfMemory, as_line, memory_refused
+from griffin_offload.errors import GriffinError, OutOfMemory, as_line, limit_reached, memory_refused
 
 _INTERRUPTED = 130
 
@@ -50,8 +50,17 @@ def _warn(message: Warning | str) -> None:
     print(f"griffin-offload: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+def _print_any_letter() -> None:
+    """Letters that standard output's encoding lacks are written as \\uXXXX, as Python does on standard error: an
+    answer may hold any, and a redirected output on Windows, or a terminal of another age, does not."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None and sys.stdout.errors in ("strict", "surrogateescape"):
+        reconfigure(errors="backslashreplace")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 runtime, 2 usage, 3 does not fit, 4 model, 130 Ctrl-C."""
+    _print_any_letter()
     parsed = build_parser().parse_args(arguments)
     # Warnings are news for the user, one line each, not for the author of a Python file.
     warnings.showwarning = lambda message, *_: _warn(message)
@@ -60,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except GriffinError as error:
-        print(f"griffin-offload: error: {as_line(error)}", file=sys.stderr)
-        return error.exit_code
+        limit = limit_reached(error)  # what could not be read for want of one is not to blame
+        print(f"griffin-offload: error: {as_line(error) if limit is None else limit}", file=sys.stderr)
+        return error.exit_code if limit is None else GriffinError.exit_code
     except KeyboardInterrupt:
         print("\ngriffin-offload: interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -70,6 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, MemoryError, RuntimeError) as error:  # the machine's troubles: a full disk, a lost mount
+        limit = limit_reached(error)
+        if limit is not None:
+            print(f"griffin-offload: error: {limit}", file=sys.stderr)
+            return GriffinError.exit_code
         if isinstance(error, RuntimeError) and not memory_refused(error):
             raise  # a bug of ours
         print(f"griffin-offload: error: {type(error).__name__}: {as_line(error)}", file=sys.stderr)

@@ -4,7 +4,17 @@ import argparse
 import os
 from typing import Any, get_args
 
-from griffin_offload.config import Device, DType, KVBits, LoadConfig, Offload, Quantize, SelectionMethod
+from griffin_offload.config import (
+    FLOOR_AUTO_CTX,
+    MAX_AUTO_CTX,
+    Device,
+    DType,
+    KVBits,
+    LoadConfig,
+    Offload,
+    Quantize,
+    SelectionMethod,
+)
 from griffin_offload.demo import demo_directory
 from griffin_offload.errors import UsageError
 
@@ -40,7 +50,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What a plan depends on: the model, the budget, the density, under the names of `LoadConfig`."""
     add_model_option(parser)
     add = add_memory_options(parser).add_argument
-    add("--ctx-size", type=int, metavar="TOKENS", help="context that memory is kept for")
+    add("--ctx-size", type=int, metavar="TOKENS", help=_CONTEXT)
     add("--kv-bits", type=int, choices=get_args(KVBits), default=_DEFAULTS.kv_bits, help="precision of the KV cache")
     add(
         "--density",
@@ -51,7 +61,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         choices=get_args(Quantize),
         default=_DEFAULTS.quantize,
-        help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first that fits)",
+        help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
+        "neurons, else the last)",
     )
     add = parser.add_argument_group("exactness").add_argument
     add(
@@ -89,6 +100,10 @@ def _refresh(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
+_CONTEXT = (
+    "context that memory is kept for (default: run: prompt and answer; else "
+    f"{FLOOR_AUTO_CTX}, and up to {MAX_AUTO_CTX} with what is left over)"
+)
 _SIZES = f"device budget: 12GB, 12G, 12GiB, 80%% or auto (default: {_DEFAULTS.max_gpu_mem})"
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from griffin_offload.cli.imports import heavy_imports
 from griffin_offload.cli.options import (
     MODEL_VARIABLE,
     add_model_options,
@@ -39,17 +40,19 @@ def add_parser(commands: Any) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
-    from griffin_offload.plan import describe_shortfall, solve
+    with heavy_imports():  # most of transformers is imported when it is first asked, by `_prospect`
+        from griffin_offload.plan import describe_shortfall, solve
 
-    quiet_libraries()
-    prospect = _prospect(arguments)
+        quiet_libraries()
+        prospect = _prospect(arguments)
     found, remedy = solve(prospect.shapes, prospect.request, prospect.others)
     if arguments.json:
         others = {"alternatives": _alternatives(prospect, found)} if arguments.verbose else {}
-        print(json.dumps(found.to_json(remedy) | others))
+        device = {"device": prospect.device.type, "assumed": prospect.assumed}
+        print(json.dumps(found.to_json(remedy) | device | others))
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
-        print("\n".join(plan_lines(found)))
+        print("\n".join([*plan_lines(found), *([] if prospect.assumed is None else [prospect.assumed])]))
     if arguments.verbose:
         print("\n".join(["", *_alternative_lines(_alternatives(prospect, found))]))
     if remedy is not None:
@@ -63,10 +66,10 @@ def _prospect(arguments: argparse.Namespace) -> "Prospect":
 
     config = LoadConfig(**load_options(arguments))
     if arguments.config is None:
-        return examine(model_of(arguments), config)
+        return examine(model_of(arguments), config, anywhere=True)
     if arguments.model not in (None, os.environ.get(MODEL_VARIABLE)):
         raise UsageError("--config plans without a model: give one of --config and --model")
-    return examine_checkpoint(read_config(arguments.config), config)
+    return examine_checkpoint(read_config(arguments.config), config, anywhere=True)
 
 
 def plan_lines(plan: "Plan") -> list[str]:
@@ -111,7 +114,9 @@ def _alternatives(prospect: "Prospect", chosen: "Plan") -> list[dict[str, Any]]:
     rows = []
     for plan in plans:
         precision = prospect.precision_of(plan)
-        rate = decode_bytes_per_s(precision, hidden, neurons, prospect.dtype, prospect.device)
+        rate = None  # of a device that is not here
+        if prospect.assumed is None:
+            rate = decode_bytes_per_s(precision, hidden, neurons, prospect.dtype, prospect.device)
         read_bytes = plan.decoded_bytes + plan.decode_parts["kv_cache"]
         rows.append(
             {
@@ -129,8 +134,10 @@ def _alternatives(prospect: "Prospect", chosen: "Plan") -> list[dict[str, Any]]:
 def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return ["nothing fits in any precision"]
+    known = any(row["expected_tokens_per_s"] is not None for row in rows)
+    rates = " (tokens/s: the GEMV rate measured just now over the bytes one token reads, context full)"
     lines = [
-        "what fits (tokens/s: the GEMV rate measured just now over the bytes one token reads, context full)",
+        f"what fits{rates if known else ''}",
         f"{'':<2}{'precision':<12}{'density':>8}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
     ]
     for row in rows:

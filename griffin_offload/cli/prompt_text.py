@@ -18,7 +18,9 @@ def prompt_text(arguments: argparse.Namespace) -> str:
         raise UsageError("two prompts: give either an argument or --prompt-file")
     if arguments.prompt_file is not None:
         try:
-            text: str = arguments.prompt_file.read_text(encoding="utf-8")
+            from griffin_offload.weights.text_file import read_text
+
+            text: str = read_text(arguments.prompt_file)
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
             raise UsageError(f"cannot read the prompt from {arguments.prompt_file}: {error}") from error
     elif arguments.prompt == "-":
@@ -43,9 +45,12 @@ def is_demos(arguments: argparse.Namespace) -> bool:
 
 
 def _standard_input() -> str:
+    from griffin_offload.weights.text_file import decoded
+
     try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
+        raw = getattr(sys.stdin, "buffer", None)
+        return sys.stdin.read() if raw is None else decoded(raw.read(), sys.stdin.encoding)
+    except ValueError as error:
         raise UsageError(f"the prompt on standard input is not UTF-8: {error}") from error
 
 

@@ -102,26 +102,37 @@ def _generate(
     import torch
     from transformers import StoppingCriteriaList
 
-    from griffin_offload.cli.answer_stream import AnswerStreamer
-    from griffin_offload.runtime.finish import StopStrings, cut, ends_of, finish_of
+    from griffin_offload.cli.streaming import TextPrinter
+    from griffin_offload.runtime.arguments import ONE_ANSWER
+    from griffin_offload.runtime.finish import StopStrings, cut, finish_of
+    from griffin_offload.serving.text import whole_text
 
     torch.manual_seed(arguments.seed)
     kept = prompt_cache.arguments(model, tokens, exact=arguments.exact) if prompt_cache is not None else {}
-    prompt_tokens, most = tokens.shape[1], arguments.max_new_tokens
+    prompt_tokens, most, ends = tokens.shape[1], arguments.max_new_tokens, _ends(model, arguments)
+    own_ends: dict[str, Any] = {"eos_token_id": ends} if ends else {}
     stop = StopStrings(model.tokenizer, stops, prompt_tokens)
     output: Tensor = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=most,
-        streamer=None if arguments.json else AnswerStreamer(model.tokenizer, stops),
+        streamer=None if arguments.json else TextPrinter(model.tokenizer, stops),
         stopping_criteria=StoppingCriteriaList([stop] if stops else []),
-        num_beams=1,  # text is printed as it comes
+        **ONE_ANSWER,
+        **own_ends,
         **kept,
         **sampling,
     )
     answer = output[0, prompt_tokens:]
-    text = cut(model.tokenizer.decode(answer, skip_special_tokens=True), stops)
-    return text, finish_of(answer, most, ends_of(model.generation_config), stopped=stop.happened)
+    text = cut(whole_text(model.tokenizer, answer.tolist()), stops)
+    return text, finish_of(answer, most, ends, stopped=stop.happened)
+
+
+def _ends(model: "GriffinModel", arguments: argparse.Namespace) -> list[int]:
+    from griffin_offload.runtime.ends import end_tokens
+
+    vocab_size = model.engine.shape.vocab_size
+    return end_tokens(model.tokenizer, model.generation_config, vocab_size, chat=not arguments.raw)
 
 
 def _print_result(model: "GriffinModel", answer: tuple[str, "Finish"], arguments: argparse.Namespace) -> None:

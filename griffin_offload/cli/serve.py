@@ -138,7 +138,7 @@ def _api_key(file: Path | None) -> str | None:
     if file is not None:
         try:
             with file.open("rb") as opened:
-                key = check_key(opened.read(_LONGEST_KEY_FILE).decode("utf-8"), "--api-key-file")
+                key = check_key(opened.read(_LONGEST_KEY_FILE).decode("utf-8-sig"), "--api-key-file")
                 _warn_of_readers(os.fstat(opened.fileno()).st_mode)
             return key
         except (OSError, ValueError) as error:

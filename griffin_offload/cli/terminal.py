@@ -80,7 +80,7 @@ class Terminal:
 
     def _read(self) -> str:
         if not self._interactive:
-            return input()
+            return input().removeprefix("\ufeff")  # the byte order mark of a file that is piped in
         if sys.stdout.isatty():
             return input("> ")
         print("> ", end="", file=sys.stderr, flush=True)  # input() would write it among the answers
@@ -102,13 +102,13 @@ class Terminal:
             self._commands[name]()
 
     def _answer(self, text: str) -> None:
-        from griffin_offload.cli.answer_stream import AnswerStreamer
+        from griffin_offload.cli.streaming import TextPrinter
 
         check_utf8(text, "the message")
         model, quiet = self._session.model, self._quiet or self._as_json
         streamer = None
         if not self._as_json:
-            streamer = AnswerStreamer(model.tokenizer, self._stops)
+            streamer = TextPrinter(model.tokenizer, self._stops)
         try:
             # In a script Ctrl-C ends the program; here it ends the answer.
             with PrefillBar(model, quiet=quiet), _Interrupts(catch=self._interactive) as interrupts:
@@ -131,7 +131,7 @@ class Terminal:
         self._passes += report.drafting.passes if report.drafting else 0
 
     def _figures(self, reply: Reply) -> Iterator[str]:
-        report, known = reply.report, len(self._session.context.tokens)
+        report, known = reply.report, self._session.used_tokens
         if reply.dropped_messages:
             yield f"(context full: the oldest {reply.dropped_messages} messages were dropped)"
         if reply.finish == "interrupted":
@@ -162,7 +162,7 @@ class Terminal:
 
     def _load(self, path: Path) -> None:
         self._session.load(path)
-        _say(f"(loaded {path}: {self._session.turns} turns, {len(self._session.context.tokens)} tokens)")
+        _say(f"(loaded {path}: {self._session.turns} turns, {self._session.used_tokens} tokens)")
 
     def _stats(self) -> None:
         session, model = self._session, self._session.model
@@ -171,7 +171,7 @@ class Terminal:
         peak = f", peak {format_bytes(report.peak_device_bytes)}" if report is not None else ""
         _say(
             f"turns {session.turns} ({self._answered} answered here)\n"
-            f"context {len(session.context.tokens)} of {model.plan.context_tokens} tokens\n"
+            f"context {session.used_tokens} of {model.plan.context_tokens} tokens\n"
             f"streamed {format_bytes(self._streamed_bytes)}{passes}\n"
             f"resident {format_bytes(model.resident_bytes)}{peak} of {format_bytes(model.plan.budget_bytes)}"
         )

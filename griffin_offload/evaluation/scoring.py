@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from griffin_offload.errors import UnsupportedModel
+from griffin_offload.runtime.stock import stock_forward
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def stock_head(model: Any, stack: nn.Module) -> Iterator[Callable[[Tensor], Tens
     def logits(hidden: Tensor) -> Tensor:
         given[:] = [hidden[:, None]]
         ids = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
-        found: Tensor = type(model).forward(model, input_ids=ids, use_cache=False).logits
+        found: Tensor = stock_forward(model)(input_ids=ids, use_cache=False).logits
         return found[:, 0]
 
     stack.forward = output

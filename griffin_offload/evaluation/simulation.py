@@ -21,6 +21,7 @@ from griffin_offload.method.variant import Variant, distribution, global_counts
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.prefill import Progress
 from griffin_offload.runtime.threads import limited_threads
+from griffin_offload.weights.kept_state import shares_entries
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class _Simulation:
         engine = model.engine
         self._model, self._device, self._plan = model.model, model.device, model.plan
         self._layers, self._ledger = engine.loaded.layers, engine.loaded.ledger
-        self._shape, self._progress = engine.shape, progress
+        self._shape, self._progress, self._border = engine.shape, progress, engine.border
         self._choices = Choices(self._layers, variants, prior)
         self._check_stored(variants)
         self._stack = stack_of(self._model, self._layers.decoder)
@@ -164,6 +165,7 @@ class _Simulation:
             raise UsageError(
                 f"a sample of {longest} tokens is more than the model's context, {self._shape.max_positions}"
             )
+        self._check_architecture(samples)
         order = sorted(range(len(samples)), key=lambda i: (samples[i].prompt_tokens, samples[i].input_tokens))
         groups = []
         while order:
@@ -173,6 +175,22 @@ class _Simulation:
         passes = 2 if self._choices.global_densities else 1
         self._layers_in_all = len(groups) * passes * len(self._layers.decoder)
         return groups
+
+    def _check_architecture(self, samples: Sequence[Sample]) -> None:
+        """UsageError where one forward over a prompt and what follows is not what generation computes."""
+        config, border = self._model.config, self._border
+        if shares_entries(config):
+            raise UsageError(
+                f"{config.model_type} has layers that read other layers' KV entries: they cannot be simulated a few "
+                "rows at a time; run the model instead"
+            )
+        for sample in samples if border is not None else ():
+            assert border is not None
+            if not border.goes_on(sample.prompt_tokens, sample.prompt_tokens, sample.input_tokens):
+                raise UsageError(
+                    f"a sample of {sample.prompt_tokens} and {sample.input_tokens} tokens crosses {border.tokens}, "
+                    f"where rope kind {border.kind} turns positions by other angles: keep to one side"
+                )
 
     def _largest(self, samples: list[Sample]) -> PassSize:
         padded = samples[0].prompt_tokens != samples[-1].prompt_tokens

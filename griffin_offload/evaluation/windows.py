@@ -9,6 +9,7 @@ from torch import Tensor
 
 from griffin_offload.config import WindowStart
 from griffin_offload.errors import UsageError
+from griffin_offload.weights.text_file import read_text
 
 SEPARATOR = "<|endoftext|>"
 """Between the documents of a text file."""
@@ -17,7 +18,7 @@ SEPARATOR = "<|endoftext|>"
 def read_documents(path: Path) -> list[str]:
     """The documents of a text file; UsageError for a file that cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise UsageError(f"cannot read the text {path}: {error}") from error
     pieces = [piece.strip() for piece in text.split(SEPARATOR)]

@@ -35,7 +35,7 @@ def split_tokens(mask: Tensor) -> Tensor:
 def split_at(groups: Tensor, ends: Sequence[int]) -> Tensor:
     """Groups of consecutive tokens [1, G, T], divided further in front of the tokens `ends` (rising), float32
     [1, G', T]: sums of the first of them are then those of so many first tokens."""
-    position = torch.arange(groups.shape[2])
+    position = torch.arange(groups.shape[2], dtype=torch.int64, device=groups.device)
     bounds = list(pairwise([0, *ends, groups.shape[2]]))
     parts = [group * ((position >= start) & (position < end)) for group in groups[0] for start, end in bounds]
     return torch.stack([part for part in parts if part.any()])[None]

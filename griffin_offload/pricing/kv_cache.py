@@ -2,7 +2,7 @@
 
 from griffin_offload.config import KVBits
 from griffin_offload.pricing.request import Usage
-from griffin_offload.weights.shape import ModelShape
+from griffin_offload.weights.shape import LayerShape, ModelShape
 
 _FLOAT_BYTES = 4
 # A layer with a window has room for so many tokens more: they are moved seldom, and some can be rolled back.
@@ -18,9 +18,15 @@ def kv_tokens_kept(window: int | None, ctx_tokens: int) -> int:
 
 def kv_bytes(shape: ModelShape, batch: int, ctx_tokens: int, bits: KVBits = 16) -> int:
     """Bytes of our KV cache, exactly; its scratch with 8 bits is in `kv_workspace_bytes`."""
-    scales = 2 * shape.kv_heads * shape.item_bytes
-    token_bytes = shape.kv_width + scales if bits == 8 else shape.kv_width * shape.item_bytes
-    return batch * token_bytes * sum(kv_tokens_kept(layer.window, ctx_tokens) for layer in shape.layers)
+    return batch * sum(
+        _token_bytes(shape, layer, bits) * kv_tokens_kept(layer.window, ctx_tokens) for layer in shape.layers
+    )
+
+
+def _token_bytes(shape: ModelShape, layer: LayerShape, bits: KVBits = 16) -> int:
+    """Bytes of one token in the KV cache of `layer`."""
+    width, scales = shape.kv_width_of(layer), 2 * shape.kv_heads_of(layer) * shape.item_bytes
+    return width + scales if bits == 8 else width * shape.item_bytes
 
 
 def kv_workspace_bytes(shape: ModelShape, batch: int, ctx_tokens: int, bits: KVBits, decoding: bool) -> int:
@@ -37,8 +43,10 @@ def _stock_kv_bytes(shape: ModelShape, use: Usage, tokens: int) -> int:
     """Bytes of a KV cache of transformers' when `tokens` have passed. Layers with a window keep that many, but a
     growing one keeps the whole prompt of such a layer alive until its first decode step."""
     at_least = min(tokens, use.prompt_tokens) if use.cache == "dynamic" else 0
-    kept = (tokens if layer.window is None else max(min(tokens, layer.window), at_least) for layer in shape.layers)
-    return use.batch * shape.kv_width * shape.item_bytes * sum(kept)
+    return use.batch * sum(
+        _token_bytes(shape, layer) * (tokens if layer.window is None else max(min(tokens, layer.window), at_least))
+        for layer in shape.layers
+    )
 
 
 def cache_parts(shape: ModelShape, use: Usage, bits: KVBits, decoding: bool) -> tuple[int, int]:

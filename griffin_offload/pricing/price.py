@@ -171,7 +171,10 @@ def price(
     resident, plain = _resident_parts(shape, kept, embeddings)
     if request.offloaded_in_budget:
         resident["offloaded"] = sum(shape.layers[i].ff_flat_bytes for i in streamed)
+    elif any(request.converted_ff):
+        resident["offloaded"] = sum(request.converted_ff[i] for i in streamed)
     common = {
+        "states": use.batch * shape.state_bytes,
         "logits": logits_bytes(shape, use),
         "statistic": statistics_bytes(shape, request, use, kept, streamed),
         "graphs": graphs_bytes(shape, request, use, kept),
@@ -191,6 +194,9 @@ def price(
         "slots": in_slots if use.pass_tokens else 0,
         "workspace": _decode_workspace_bytes(shape, request, use, kept) + beside,
     }
+    if request.converted_bytes or any(request.converted_ff):
+        settled = sum(size for i, size in enumerate(request.converted_ff) if i not in streamed)
+        prefill["converted"], decode["converted"] = request.converted_bytes + settled, 0
     return Plan(
         density=sum(kept) / sum(layer.neurons for layer in shape.layers),
         kept=kept,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from griffin_offload.config import MIN_AUTO_DENSITY, CacheKind, Density, KVBits
+from griffin_offload.config import CacheKind, Density, KVBits
 
 # Earlier states of a conversation that are kept, to go back to.
 MAX_MARKS = 4
@@ -15,17 +15,20 @@ class PlanRequest:
 
     budget_bytes: int
     ctx_tokens: int | None = None
-    """None: the largest of MAX_AUTO_CTX, halved until it fits."""
+    """None: solved, see `plan.solve`."""
     prompt_tokens: int | None = None
     """Longest prompt; None: the whole context."""
     batch: int = 1
     density: Density | Literal["auto"] = "auto"
-    min_density: float = MIN_AUTO_DENSITY
-    """The smallest that "auto" considers."""
     overhead_bytes: int = 0
     """What the device's own runtime takes (a CUDA context); 0 on the CPU."""
     offloaded_in_budget: bool = False
     """The full FF weights of streamed layers rest inside the budget (CPU device, --offload ram)."""
+    converted_ff: tuple[int, ...] = ()
+    """Of each layer, full FF weights that no file backs because loading converts them: inside the budget while the
+    layer is streamed. Empty where the budget is not that of the host."""
+    converted_bytes: int = 0
+    """Other weights that loading converts: in memory until the first prompt has passed."""
     ff_chunk_tokens: int | None = None
     always_stream: bool = False
     host_embeddings: bool = True

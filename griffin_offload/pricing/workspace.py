@@ -40,7 +40,8 @@ def workspace_bytes(
     reads `seen_tokens`, of which they are the last.
 
     An upper estimate by counting: hidden states (residual, normed, two float32 copies in the norm, output),
-    queries, keys, values and their rotated copies, then either the attention's masks and scores or one FF chunk.
+    queries, keys, values and their rotated copies, then either the attention's masks and scores, or a recurrence's
+    scan, or one FF chunk.
     """
     tokens, item = use.batch * new_tokens, shape.item_bytes
     chunk = chunk_tokens(shape, request, use.batch)
@@ -48,6 +49,7 @@ def workspace_bytes(
     translation = _translation_bytes(shape, use, new_tokens, chunk) if blocks else 0
     hidden = tokens * shape.hidden_size * (5 * item + 2 * _FLOAT_BYTES)
     projections = tokens * 2 * (shape.attention_width + shape.kv_width) * item
+    mixing = tokens * max(layer.mixing_bytes for layer in shape.layers)
     ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
     neurons = max(layer.neurons for layer in shape.layers)
     activations = _activation_bytes(shape, ff_tokens)
@@ -59,7 +61,7 @@ def workspace_bytes(
         masks += _one_token_bytes(shape, use, seen_tokens)
     streamed = request.always_stream or any(k < n.neurons for k, n in zip(kept, shape.layers, strict=True))
     gathering = _gather_bytes(shape) if streamed and new_tokens > 1 else 0
-    return hidden + max(projections + masks, activations + statistic, gathering) + selection + translation
+    return hidden + max(projections + masks, mixing, activations + statistic, gathering) + selection + translation
 
 
 def _gather_bytes(shape: ModelShape) -> int:

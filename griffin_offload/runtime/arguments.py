@@ -1,6 +1,7 @@
 """What a generate is called with: checked against the plan, and made transformers' arguments."""
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,16 +9,30 @@ from torch import Tensor
 from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, StopStringCriteria
 
 from griffin_offload.config import CacheKind, RunConfig
-from griffin_offload.errors import UsageError
+from griffin_offload.errors import UsageError, one_line
 from griffin_offload.pricing import KV_SLACK_TOKENS, MAX_MARKS, Usage, statistics_kept
+from griffin_offload.runtime.cache import KVCache, why_not_back
 from griffin_offload.runtime.context import Context, empty_context
 from griffin_offload.runtime.exact import loop_of
+from griffin_offload.runtime.past import Past, past_of
 from griffin_offload.runtime.prospect import Prospect
-from griffin_offload.runtime.run import Mode, Run
+from griffin_offload.runtime.refused import refuse_what_cannot_work
+from griffin_offload.runtime.run import LogitsObserver, Mode, Run
+from griffin_offload.weights.rope import RopeBorder
 
 if TYPE_CHECKING:
     from griffin_offload.runtime.engine import Engine
 
+ONE_ANSWER: dict[str, Any] = {
+    "num_beams": 1,  # text is shown as it comes
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+"""Arguments of `generate` for whoever wants the tokens of one answer, whatever a checkpoint's settings say."""
 _LIMITS = ("max_new_tokens", "max_length")
 
 
@@ -27,47 +42,64 @@ def prepared(
     """The run, and transformers' arguments for it, after checking the caller's against the plan."""
     plan, defaults = engine.plan, engine.loaded.model.generation_config
     given = kwargs.get("generation_config") or defaults
-    _refuse_what_cannot_work(kwargs, given)
+    refuse_what_cannot_work(kwargs, given, engine.loaded.model)
+    _refuse_drafts(engine.loaded.model, kwargs, (given, defaults))
+    past = past_of(prompt, kwargs)
     settings: dict[str, Any] = {"prefill_chunk_size": None}
     if "disable_compile" not in kwargs:
         settings["disable_compile"] = True  # a static cache would compile, anew for every shape
     if all(kwargs.get(name) is None for name in _LIMITS) and all(getattr(given, name) is None for name in _LIMITS):
-        room = plan.context_tokens - prompt.shape[1]
-        settings["max_new_tokens"] = max(min(RunConfig.max_new_tokens, room), 1)
+        settings["max_new_tokens"] = max(min(RunConfig.max_new_tokens, plan.context_tokens - past.whole), 1)
     passes = bool(mode.pass_tokens and plan.streamed)
     configs = (given, defaults)
-    use = usage_of(prompt, kwargs | settings, configs, engine.prospect, mode, passes, context)
+    use = usage_of(prompt, kwargs | settings, configs, engine.prospect, mode, passes, context, past)
     check_length(use, plan.context_tokens)
+    past.check_batch(use.batch)
+    use = _across_border(engine.border, use, passes)
     if use.cache != "ours" or passes or context is not None:
         engine.kept_cache.release()
     engine.require(use)
-    run = Run(prompt.shape[0], prompt.shape[1], kwargs.get("attention_mask"), use, mode, context)
+    run = Run(prompt.shape[0], past.whole, kwargs.get("attention_mask"), use, mode, context)
+    run.past_tokens = run.cached_tokens = past.tokens
+    run.keeps_invalid = bool(_value("remove_invalid_values", kwargs, configs))
+    run.observers = [one for one in kwargs.get("logits_processor") or () if isinstance(one, LogitsObserver)]
     if passes or context is not None:
         check_one_sequence(prompt, use, kwargs, configs)
         run.prompt_ids = prompt[0].tolist() if prompt.dim() == 2 else []
         run.context = empty_context(engine) if context is None else context
-        settings["past_key_values"] = run.context.cache
+        settings["past_key_values"] = run.own_cache = run.context.cache
         # Otherwise transformers takes every pad token for padding, also one that was generated.
         settings["attention_mask"] = torch.ones_like(prompt, device=engine.prospect.device)
-    elif use.cache == "ours":
-        settings["past_key_values"] = engine.kv_cache(use, returned=returns_cache(kwargs, configs))
+    elif past.tokens:
+        past.make_room(engine, use)
+    elif use.cache == "ours" and kwargs.get("past_key_values") is None:
+        run.own_cache = engine.kv_cache(use, returned=returns_cache(kwargs, configs))
+        settings["past_key_values"] = run.own_cache
+    kwargs = stop_strings_as_criteria(kwargs, (given, defaults), settings)
     if passes:
-        kwargs = stop_strings_as_criteria(kwargs, given)
         settings["custom_generate"] = run.loop = loop_of(run, engine, kwargs.get("streamer"))
     return run, as_arguments(kwargs, settings, given)
 
 
-def _refuse_what_cannot_work(kwargs: dict[str, Any], given: GenerationConfig) -> None:
-    """UsageError for arguments of transformers' generate that contradict a prompt streamed once."""
-    if kwargs.get("use_cache", given.use_cache) is False:
-        raise UsageError("use_cache=False cannot work here: decoding reads the prompt's KV cache")
-    if kwargs.get("prefill_chunk_size") is not None:
-        raise UsageError("prefill_chunk_size cannot be set: the prompt is streamed in one pass, see ff_chunk_tokens")
-    if kwargs.get("assistant_early_exit") is not None:
-        raise UsageError("assistant_early_exit cannot work here: it prefills with the first layers alone")
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise UsageError("past_key_values has to be empty: transformers would feed it the whole prompt again")
+def _refuse_drafts(model: Any, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> None:
+    """UsageError for drafts of transformers' own where they could not be taken back."""
+    for name in ("prompt_lookup_num_tokens", "assistant_model"):
+        if _value(name, kwargs, configs) is not None and getattr(model, "_is_stateful", False):
+            raise UsageError(f"{name} takes drafts back: {why_not_back(model.config)}")
+
+
+def _across_border(border: RopeBorder | None, use: Usage, passes: bool) -> Usage:
+    """`use` of an answer that may cross `border`; UsageError where tokens could not be taken back behind it."""
+    if border is None or use.ctx_tokens <= border.tokens:
+        return use
+    if passes and border.moving:
+        raise UsageError(
+            f"exact mode and refresh end at {border.tokens} tokens here, prompt and answer are {use.ctx_tokens}: "
+            f"beyond, rope kind {border.kind} turns every position anew with each token"
+        )
+    if border.rereads and border.crossed(use.prompt_tokens, use.ctx_tokens):
+        return replace(use, pass_tokens=max(use.pass_tokens, border.tokens + 1))
+    return use
 
 
 def _value(name: str, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> Any:
@@ -119,21 +151,31 @@ def as_arguments(kwargs: dict[str, Any], settings: dict[str, Any], given: Genera
     if kwargs.get("generation_config") is None:
         return kwargs | settings
     config = copy.deepcopy(given)  # what is none of a config's stays an argument
-    return {**kwargs, **config.update(**settings), "generation_config": config}
+    arguments = {**kwargs, **config.update(**settings), "generation_config": config}
+    # None in a config is filled in by the checkpoint's settings, as an argument it is the last word.
+    return arguments | {name: None for name in ("stop_strings",) if name in settings}
 
 
-def stop_strings_as_criteria(kwargs: dict[str, Any], given: GenerationConfig) -> dict[str, Any]:
-    """`kwargs` with `stop_strings` made a criterion: transformers drops the tokenizer that it needs for them when
-    the decoding method is not its own."""
-    if given.stop_strings is not None:
-        raise UsageError("stop_strings of a generation config cannot be used here: give them as an argument")
+def stop_strings_as_criteria(
+    kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """`kwargs` with `stop_strings` made a criterion, those of `configs` too, which `settings` then take back:
+    transformers drops the tokenizer that it needs for them when the decoding method is not its own. UsageError for
+    strings that no tokens make."""
+    strings = kwargs["stop_strings"] if "stop_strings" in kwargs else _value("stop_strings", {}, configs)
+    if not strings:
+        return kwargs
     kwargs = dict(kwargs)
-    strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
-    if strings is not None:
-        if tokenizer is None:
-            raise UsageError("stop_strings need the tokenizer: give it as an argument, too")
-        criteria = list(kwargs.get("stopping_criteria") or [])
-        kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+    tokenizer = kwargs.pop("tokenizer", None)
+    kwargs.pop("stop_strings", None)
+    settings["stop_strings"] = None
+    if tokenizer is None:
+        raise UsageError("stop_strings need the tokenizer: give it as an argument, too")
+    try:
+        criterion = StopStringCriteria(tokenizer, strings)
+    except Exception as error:  # it takes the vocabulary apart
+        raise UsageError(f"stop_strings {str(strings)[:80]} cannot be used: {one_line(error)}") from error
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
     return kwargs
 
 
@@ -145,6 +187,7 @@ def usage_of(
     mode: Mode,
     passes: bool,
     context: Context | None,
+    past: Past,
 ) -> Usage:
     """What a generate with these arguments, and the configs behind them, needs of KV cache and workspace; `passes`
     says whether there are streamed ones between its tokens."""
@@ -153,14 +196,16 @@ def usage_of(
         return _value(name, kwargs, configs)
 
     pass_tokens, exact = (mode.pass_tokens, mode.exact) if passes else (0, False)
-    tokens, new = prompt.shape[1], value("max_new_tokens")
-    total = tokens + new if new is not None else max(value("max_length"), tokens + 1)
+    tokens, new = past.whole, value("max_new_tokens")
+    # transformers counts a length from what it is given, which need not be all that is behind it.
+    total = tokens + new if new is not None else max(value("max_length") + tokens - prompt.shape[1], tokens + 1)
     kept_scores = sum(bool(value(name)) for name in ("output_scores", "output_logits")) * (total - tokens)
     drafts = value("prompt_lookup_num_tokens") or 0
     cache = _cache_of_caller(kwargs.get("past_key_values"), value("cache_implementation"))
     if cache is None and any(layer.window is not None for layer in prospect.shape.layers):
         # A window of ours rolls back so many tokens; an assistant may draft more.
-        cache = "dynamic" if drafts > KV_SLACK_TOKENS or kwargs.get("assistant_model") is not None else None
+        drafted = kwargs.get("assistant_model") is not None or getattr(configs[0], "is_assistant", False)
+        cache = "dynamic" if drafts > KV_SLACK_TOKENS or drafted else None
     return Usage(
         batch=prompt.shape[0] * max(value("num_beams") or 1, value("num_return_sequences") or 1),
         prompt_tokens=tokens,
@@ -168,7 +213,7 @@ def usage_of(
         cache=cache or prospect.request.cache,
         drafts=drafts,
         logit_positions=pass_tokens if exact else 1 + drafts,
-        past_tokens=context.known(prompt[0], exact=mode.exact) if context is not None else 0,
+        past_tokens=context.known(prompt[0], exact=mode.exact) if context is not None else past.tokens,
         pass_tokens=pass_tokens,
         statistics=statistics_kept(pass_tokens, exact, context is not None),
         marks=MAX_MARKS if context is not None else 0,
@@ -178,15 +223,23 @@ def usage_of(
 
 def _cache_of_caller(cache: Any, implementation: str | None) -> CacheKind | None:
     """What kind of KV cache the caller asked for, or None; "hybrid" in a config is what transformers overrides."""
+    if isinstance(cache, KVCache):
+        return "ours"
     if isinstance(cache, StaticCache) or str(implementation).startswith("static"):
         return "static"
     return None if cache is None and implementation in (None, "hybrid") else "dynamic"
 
 
-def checked_prompt(prompt: Tensor | None, vocab_size: int) -> Tensor:
+def checked_prompt(prompt: Any, vocab_size: int) -> Tensor:
     """`prompt`; UsageError unless it holds token ids [B, T] of the vocabulary, or embeddings [B, T, H]."""
+    if prompt is not None and not isinstance(prompt, Tensor):
+        raise UsageError(f"the prompt is {_described(prompt)}")
+    if prompt is not None and prompt.dim() == 1:
+        raise UsageError("the prompt has one dimension: give a batch, a tensor of [batch, tokens], as in ids[None]")
     if prompt is None or prompt.dim() < 2 or prompt.shape[1] == 0:
         raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
+    if prompt.dim() == 2 and (prompt.is_floating_point() or prompt.dtype == torch.bool):
+        raise UsageError(f"the prompt's ids are {prompt.dtype}: give whole numbers, as a tensor of [batch, tokens]")
     least, largest = (int(prompt.min()), int(prompt.max())) if prompt.dim() == 2 else (0, 0)
     if least < 0 or largest >= vocab_size:
         raise UsageError(
@@ -194,6 +247,18 @@ def checked_prompt(prompt: Tensor | None, vocab_size: int) -> Tensor:
             "tokenizer is of another model"
         )
     return prompt
+
+
+def _described(prompt: Any) -> str:
+    """What was given in a prompt's place, and what to do."""
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], str)):
+        return (
+            "a text: give its token ids, a tensor of [batch, tokens], as in generate(**tokenizer(text, "
+            "return_tensors='pt')); the tokenizer is .tokenizer"
+        )
+    if hasattr(prompt, "keys"):
+        return "what a tokenizer returns: give its parts as arguments, generate(**tokens), tensors of [batch, tokens]"
+    return f"of type {type(prompt).__name__}: give a tensor of [batch, tokens]"
 
 
 def check_length(use: Usage, context_tokens: int) -> None:

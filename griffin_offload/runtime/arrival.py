@@ -76,6 +76,9 @@ class Arrival:
         """End the threads, done or not."""
         self._stop = True
         self._join()
+        with contextlib.suppress(queue.Empty):  # jobs that nobody will do hold the tensors of a closed model
+            while True:
+                self._queue.get_nowait()
         for stage, ready in enumerate(self._ready):
             if not ready.is_set():
                 self._failure = self._failure or GriffinError("this model is closed")

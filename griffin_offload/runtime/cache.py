@@ -10,21 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
 from griffin_offload.config import KVBits
 from griffin_offload.errors import GriffinError
 from griffin_offload.pricing import KV_SLACK_TOKENS, kv_tokens_kept
 from griffin_offload.runtime.kv_store import Int8Store, Scratch, Store
-from griffin_offload.weights.shape import cache_layers, windows_of
+from griffin_offload.weights.kept_state import cache_layers, lasting_kinds, windows_of
 
 _Scratches = tuple[Scratch, Scratch]
 
 
 def can_cache(config: PretrainedConfig) -> bool:
-    """Whether every layer of `config`'s model caches plain attention: all of the past, or a window of it."""
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return not config.is_encoder_decoder and all(type(layer) in plain for layer in cache_layers(config))
+    """Whether every layer of `config`'s model caches plain attention: all of the past, or a window of it, or nothing
+    where it reads another layer's."""
+    return not config.is_encoder_decoder and not lasting_kinds(config)
+
+
+def why_not_back(config: PretrainedConfig) -> str:
+    """Why tokens that have passed cannot be taken back, for a model of which `can_cache` is false."""
+    return f"layers of kind {lasting_kinds(config)} keep a state that cannot be rolled back ({config.model_type})"
 
 
 class KVCache(Cache):  # type: ignore[misc]
@@ -39,47 +44,60 @@ class KVCache(Cache):  # type: ignore[misc]
     def __init__(self, config: PretrainedConfig, *, ctx_tokens: int, bits: KVBits = 16) -> None:
         self._scratches = (Scratch(), Scratch())
         self.ctx_tokens = ctx_tokens
-        layers = [KVLayer(ctx_tokens, window, bits, self._scratches) for window in windows_of(config)]
+        layers = [
+            DummyLayer() if isinstance(layer, DummyLayer) else KVLayer(ctx_tokens, window, bits, self._scratches)
+            for layer, window in zip(cache_layers(config), windows_of(config), strict=True)
+        ]
+        self.kept = [layer for layer in layers if isinstance(layer, KVLayer)]
+        """Those that hold entries: a layer may read another one's."""
         super().__init__(layers=layers)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated so far, the scratch included."""
-        return sum(part.nbytes for part in (*self._scratches, *self.layers))
+        scratch = sum(scratch.nbytes for scratch in self._scratches)
+        return scratch + sum(layer.nbytes for layer in self.kept)
 
     @property
     def batch(self) -> int:
         """Sequences that it was allocated for; 0 before the first update."""
-        return min((layer.batch for layer in self.layers), default=0)
+        return min((layer.batch for layer in self.kept), default=0)
 
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where keys and values lie: they stay there until another batch or a saved context comes."""
-        return tuple(address for layer in self.layers for address in layer.addresses)
+        return tuple(address for layer in self.kept for address in layer.addresses)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (transformers counts them below zero): in all layers or none."""
-        for layer in self.layers:
+        for layer in self.kept:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def trim(self, tokens: int) -> bool:
         """Forget all but the first `tokens`, also when layers hold different numbers of them, as after an interrupted
         forward. False, and nothing is done, if a layer holds fewer, or its window has lost what would be visible."""
-        surplus = [layer.get_seq_length() - tokens for layer in self.layers]
+        surplus = [layer.get_seq_length() - tokens for layer in self.kept]
         try:
-            for layer, removed in zip(self.layers, surplus, strict=True):
+            for layer, removed in zip(self.kept, surplus, strict=True):
                 layer.check_crop(-removed)
         except GriffinError:
             return False
-        for layer, removed in zip(self.layers, surplus, strict=True):
+        for layer, removed in zip(self.kept, surplus, strict=True):
             layer.crop(-removed)
         return True
 
     def restore(self, tokens: int) -> None:
         """Take back a crop of `tokens`, if nothing was written since."""
-        for layer in self.layers:
+        for layer in self.kept:
             layer.restore(tokens)
+
+    def grow(self, ctx_tokens: int) -> None:
+        """Have room for `ctx_tokens`, if there is less: a layer after the other is copied into a larger store."""
+        if ctx_tokens > self.ctx_tokens:
+            self.ctx_tokens = ctx_tokens
+            for layer in self.layers:
+                layer.grow(ctx_tokens)
 
 
 class KVLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -252,6 +270,16 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         for store, saved in zip(self._stores, (keys, values), strict=True):
             store.fill(saved)
         self._seen, self._held = seen, parts[0].shape[2]
+
+    def grow(self, ctx_tokens: int) -> None:
+        """Have room for `ctx_tokens`, or for the window where that is less."""
+        parts, seen = self.saved(), self._seen
+        self._ctx_tokens = ctx_tokens
+        room = kv_tokens_kept(self.window, ctx_tokens)
+        if room > self.room:
+            self.room = room
+            if parts:
+                self.load(seen, parts)
 
     def reset(self) -> None:
         """Forget every token; the memory stays."""

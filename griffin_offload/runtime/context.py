@@ -1,5 +1,6 @@
 """What a model remembers of one sequence: KV entries, the statistic, what it selected, and states to go back to."""
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ from griffin_offload.config import BatchStatistic
 from griffin_offload.errors import UsageError
 from griffin_offload.method import statistic
 from griffin_offload.pricing import MAX_MARKS
-from griffin_offload.runtime.cache import KVCache
+from griffin_offload.runtime.cache import KVCache, why_not_back
+from griffin_offload.weights.rope import RopeBorder
 
 if TYPE_CHECKING:
     from griffin_offload.runtime.engine import Engine
@@ -41,12 +43,16 @@ class Context:
     `tokens` are the ids whose KV entries exist. `squared` is the statistic of the streamed ones among them, the last
     of which is token `covered` - 1, `selected` the neurons it chose; tensors are replaced, never changed in place.
     The entries of the first `exact_tokens` are the full model's: exact mode goes on from no others.
-    `owner` is the model that it belongs to.
+    It belongs to the model that is `loaded`, which it does not keep alive.
     """
 
-    def __init__(self, cache: KVCache, owner: object) -> None:
-        self.cache, self.owner = cache, owner
+    def __init__(self, cache: KVCache, loaded: object, border: RopeBorder | None = None) -> None:
+        self.cache, self._owner, self.border = cache, weakref.ref(loaded), border
         self.clear()
+
+    def belongs_to(self, loaded: object) -> bool:
+        """Whether it was made by this model."""
+        return self._owner() is loaded
 
     def clear(self) -> None:
         """Forget everything; the memory of the KV cache stays."""
@@ -83,10 +89,12 @@ class Context:
         """How many tokens at the start of `ids` [T] need not be computed again: where layers are streamed, their
         statistic only goes back to marks. (Layers with a window may turn out to have lost what these would see; then it
         is none.)"""
-        common = min(self.common(ids), self.exact_tokens) if exact else self.common(ids)
-        if common >= self.covered or not self.squared:
-            return common
-        return max((mark.tokens for mark in self.marks if mark.tokens <= common), default=0)
+        known = min(self.common(ids), self.exact_tokens) if exact else self.common(ids)
+        if known < self.covered and self.squared:
+            known = max((mark.tokens for mark in self.marks if mark.tokens <= known), default=0)
+        if self.border is not None and not self.border.goes_on(known, len(self.tokens), ids.numel()):
+            return 0  # their positions were turned by other angles
+        return known
 
     def start(self, ids: Tensor, *, exact: bool) -> Tensor | None:
         """Forget what is not the start of `ids` [T], so that the KV cache holds fewer tokens than those. If all of them
@@ -121,6 +129,12 @@ class Context:
         if sequence is not None:
             self.tokens = sequence[: self.cache.get_seq_length()]
         self.rewind(len(self.tokens))
+
+    def begin_again(self) -> None:
+        """Forget entries and statistic: all tokens are about to be streamed once more."""
+        self.cache.reset()
+        self.covered = self.exact_tokens = 0
+        self.squared, self.marks = {}, []
 
     def fade(self, share: float) -> None:
         """Keep `share` of the statistic: what a pass is about to add weighs more then."""
@@ -166,10 +180,9 @@ def seams_of(tokens: int) -> list[int]:
 
 
 def empty_context(engine: "Engine") -> Context:
-    """With a KV cache for all that was planned. UsageError where layers are no plain attention, whose past cannot be
-    taken back."""
+    """With a KV cache for all that was planned. UsageError where layers keep a state that cannot be taken back."""
     config, plan = engine.loaded.model.config, engine.plan
     if engine.prospect.request.cache != "ours":
-        kind = config.model_type
-        raise UsageError(f"{kind} has layers that are not plain attention: no context can be kept or taken back")
-    return Context(KVCache(config, ctx_tokens=plan.context_tokens, bits=plan.kv_bits), owner=engine.loaded)
+        raise UsageError(f"no context can be kept: {why_not_back(config)}")
+    cache = KVCache(config, ctx_tokens=plan.context_tokens, bits=plan.kv_bits)
+    return Context(cache, engine.loaded, border=engine.border)

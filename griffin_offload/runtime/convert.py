@@ -34,6 +34,7 @@ from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.quantized_linear import Precision, quantized
 from griffin_offload.weights.shape import build_on_meta, model_shape
 from griffin_offload.weights.swap import linear_names
+from griffin_offload.weights.tied_head import said_untied
 from griffin_offload.weights.weight_files import INDEX
 
 try:
@@ -334,6 +335,8 @@ def _write_rest(checkpoint: Checkpoint, directory: Path, mark: Mark, weight_map:
             with renamed(directory / path.name) as temporary:
                 shutil.copyfile(path, temporary)
     config: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_bytes())
+    if checkpoint.untied:
+        config = said_untied(config)
     write_text(directory / "config.json", json.dumps(config | {"quantization_config": mark.config()}, indent=2))
     total = sum((directory / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

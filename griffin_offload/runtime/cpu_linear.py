@@ -6,6 +6,8 @@ by a kernel of ours or, block by block in a scratch, by torch. Sums are in float
 results differ by the order of summation alone. Figures: benchmarks/NOTES.md.
 """
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -38,15 +40,18 @@ def use_own_linears(model: nn.Module, scratch: Scratch, *, translated: bool) -> 
 
 
 class _OwnForward:
-    """The forward of one Linear; reads the weight at each call, because compact ones come and go."""
+    """The forward of one Linear; reads the weight at each call, because compact ones come and go. It does not keep the
+    Linear alive, which would be a cycle: weights are freed with their model, not when the collector comes."""
 
     def __init__(self, linear: nn.Linear, scratch: Scratch | None) -> None:
-        self._linear, self._scratch = linear, scratch
+        self._linear, self._scratch = weakref.ref(linear), scratch
         self._kernels = few_rows.kernels()
         self._most = 0 if self._kernels is None else _ROWS if scratch is None else _ROWS_EMULATED
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight, bias = self._linear.weight, self._linear.bias
+        linear = self._linear()
+        assert linear is not None, "its own forward runs"
+        weight, bias = linear.weight, linear.bias
         own = x.dtype == weight.dtype and x.dtype in HALVES and x.numel() and weight.numel() and not needs_gradient(x)
         rows = x.numel() // x.shape[-1] if own else 0
         if own and rows <= self._most and self._kernels is not None and weight.shape[1] == x.shape[-1]:

@@ -1,5 +1,7 @@
 """Root mean square norms on the CPU: our kernel for a few rows in place of torch's operators, one by one."""
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -38,16 +40,18 @@ def _agrees(module: nn.Module) -> bool:
 
 
 class _OwnForward:
-    """The forward of one norm."""
+    """The forward of one norm, which it does not keep alive: that would be a cycle."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module, self._stock = module, module.forward
+        self._module = weakref.ref(module)
         self._epsilon = float(module.variance_epsilon)  # type: ignore[arg-type]
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        weight = self._module.weight
+        module = self._module()
+        assert module is not None, "its own forward runs"
+        weight = module.weight
         assert isinstance(weight, Tensor)
         if norm.can_norm(hidden_states, weight):
             return norm.rms_norm(hidden_states, weight, self._epsilon)
-        normed: Tensor = self._stock(hidden_states)
+        normed: Tensor = type(module).forward(module, hidden_states)
         return normed

@@ -18,9 +18,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.errors import one_line
 from griffin_offload.pricing import MAX_GRAPHS
-from griffin_offload.runtime.cache import KVCache
+from griffin_offload.runtime.cache import KVCache, can_cache
 from griffin_offload.runtime.decode_step import StaticStep, bucket_of
 from griffin_offload.runtime.report import GraphReport
+from griffin_offload.runtime.stock import Guard
+from griffin_offload.weights.kept_state import shares_entries
 
 # Arguments of a forward that a static step takes, or that are the same for every token.
 _TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
@@ -80,12 +82,17 @@ class DecodeGraphs:
     """The captures of one model. `reason` says why there are none, if it has one that lasts."""
 
     def __init__(self, model: Any, forward: Callable[..., Any], recorder: Recorder, *, embeds_on_host: bool) -> None:
-        self._model, self._forward, self._recorder = model, forward, recorder
+        self._weak = weakref.ref(model)  # whose forward keeps the engine alive, and this
+        self._forward, self._recorder = forward, recorder
         self._embeds_on_host = embeds_on_host
         self._captured: weakref.WeakKeyDictionary[KVCache, dict[Any, _Captured]] = weakref.WeakKeyDictionary()
         self._clock = 0
         self._run_reason: str | None = None
         self.reason = _unsuited(model)
+
+    @property
+    def _model(self) -> Any:
+        return self._weak()
 
     def close(self) -> None:
         """Give the captures' memory back."""
@@ -147,7 +154,7 @@ class DecodeGraphs:
 
     def _for(self, cache: KVCache, inputs: Tensor) -> _Captured:
         """What there is for the next token of `cache`, or a new one."""
-        room = max(layer.room for layer in cache.layers)
+        room = max(layer.room for layer in cache.kept)
         bucket = bucket_of(min(cache.get_seq_length() + 1, room), room)
         key = (bucket, inputs.shape, inputs.dtype)
         of_cache = self._captured.setdefault(cache, {})
@@ -178,6 +185,8 @@ def _unsuited(model: Any) -> str | None:
         return "Falcon brings indices of heads from the host"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} attention"
+    if not can_cache(config) or shares_entries(config):
+        return "layers without KV entries of their own"
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
     if any(kind.get("rope_type") == "dynamic" for kind in kinds):
@@ -189,8 +198,9 @@ def _hooked(model: Any, but: Any) -> bool:
     """Whether a forward would call hooks, which a replay cannot; `but` is a module that it does not run."""
     modules = (module for module in model.modules() if module is not but and module is not model)  # its own run around
     return any(
-        # transformers leaves some behind, which do nothing unless a forward asks for more than logits.
-        getattr(hook, "__module__", "") != _OUTPUT_HOOKS
+        # transformers leaves some behind, which do nothing unless a forward asks for more than logits. A guard lets
+        # pass what is inside a forward.
+        getattr(hook, "__module__", "") != _OUTPUT_HOOKS and not isinstance(hook, Guard)
         for module in modules
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )

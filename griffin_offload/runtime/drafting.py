@@ -51,7 +51,7 @@ class DraftingLoop:
         self._kwargs = self._grown(model_kwargs, 1)
         done = self._emit_own(model(**inputs, return_dict=True).logits[:, -1])
         while not done:
-            done = self._round()
+            done = self._reread() if self._at_border else self._round()
         if self._streamer is not None:
             self._streamer.end()
         return self._result()
@@ -64,6 +64,31 @@ class DraftingLoop:
     def _room(self) -> int:
         """Tokens that may still be generated."""
         return int(self._criteria.max_length) - self._ids.shape[1]
+
+    @property
+    def _at_border(self) -> bool:
+        """Whether the model turns all positions by other angles from the next token on, and reads everything again."""
+        border = self._engine.border
+        return border is not None and border.rereads and self._ids.shape[1] == border.tokens + 1
+
+    def _this_side(self, drafts: int) -> int:
+        """As many of `drafts` as one pass may hold: none crosses the border, where each token alone would not."""
+        border, known = self._engine.border, self._ids.shape[1]
+        return drafts if border is None or known > border.tokens else min(drafts, border.tokens - known)
+
+    def _reread(self) -> bool:
+        """All tokens but those to come, streamed once more; whether the answer ends with the next one."""
+        start, known = time.perf_counter(), self._ids.shape[1]
+        self._context.begin_again()
+        inputs = self._inputs(self._ids, self._kwargs, known) | {"past_key_values": self._context.cache}
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = 1
+        output, sums = self._engine.full_pass(inputs, choose=self._choose, each=False)
+        self._context.passed({index: total.sum(1) for index, total in sums.items()}, 0)
+        self._kwargs = self._grown(self._kwargs, 1)
+        done = self._emit_own(output.logits[:, -1])
+        self.report.add_round(0, 0, 1, 0.0, time.perf_counter() - start)
+        return done
 
     def _inputs(self, ids: Tensor, kwargs: dict[str, Any], new_tokens: int, **more: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
@@ -83,6 +108,7 @@ class DraftingLoop:
 
     def _processed(self, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         raw = logits.to(torch.float32, copy=True)
+        self._engine.observe(raw)
         return raw, self._processor(ids, raw)
 
     def _pass(
@@ -142,7 +168,7 @@ class RefreshLoop(DraftingLoop):
         self._every = every
 
     def _round(self) -> bool:
-        start, drafted = time.perf_counter(), self._every - 1
+        start, drafted = time.perf_counter(), self._this_side(self._every - 1)
         for _ in range(drafted):
             raw, scores = self._step(self._ids, self._kwargs)
             self._kwargs = self._grown(self._kwargs, 1)

@@ -28,7 +28,7 @@ class ExactLoop(DraftingLoop):
 
     def _round(self) -> bool:
         start, known = time.perf_counter(), self._ids.shape[1]
-        ids, kwargs, distributions = self._draft(min(self._length.next(), self._room - 1))
+        ids, kwargs, distributions = self._draft(self._this_side(min(self._length.next(), self._room - 1)))
         drafts: list[int] = ids[0, known:].tolist()
         draft_s, start = time.perf_counter() - start, time.perf_counter()
         logits, sums = self._pass(ids, kwargs, len(drafts), judged=True)

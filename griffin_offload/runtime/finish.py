@@ -30,7 +30,7 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]
             tail = input_ids[0, max(self._start, input_ids.shape[1] - self._window) :]
             text = self._tokenizer.decode(tail, skip_special_tokens=True)
             self.happened = any(stop in text for stop in self._stops)
-        return torch.full((input_ids.shape[0],), self.happened, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self.happened, dtype=torch.bool, device=input_ids.device)
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

@@ -27,4 +27,5 @@ def like_of(prospect: Prospect, plan: Plan) -> Like:
     """What the parts of a saved context must look like."""
     shape = prospect.shape_of(plan)
     neurons = {index: (shape.layers[index].neurons, plan.kept[index]) for index in plan.streamed}
-    return Like(plan.context_tokens, shape.vocab_size, shape.kv_width, prospect.dtype, neurons)
+    widths = tuple(width for layer in shape.layers if (width := shape.kv_width_of(layer)))
+    return Like(plan.context_tokens, shape.vocab_size, widths, prospect.dtype, neurons)

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,15 +32,16 @@ from griffin_offload.weights.building import building
 from griffin_offload.weights.checkpoint import Checkpoint
 from griffin_offload.weights.converted import map_converted
 from griffin_offload.weights.feedforward import FeedForward
-from griffin_offload.weights.generation_file import check_generation_config, read_generation_config
+from griffin_offload.weights.generation_file import read_generation_config, settle_generation_config
 from griffin_offload.weights.layouts import find_feed_forwards
-from griffin_offload.weights.mapped_file import map_file
+from griffin_offload.weights.mapped_file import Untouched, map_file
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.self_check import self_check
 from griffin_offload.weights.shape import ModelShape, build_on_meta
 from griffin_offload.weights.source import MappedWeights, RamWeights, Source
 from griffin_offload.weights.swap import swap_linears
+from griffin_offload.weights.text_model import leave_out_towers
 
 # The host keeps this share of its free memory when full weights are put into it.
 _RAM_SHARE = 0.8
@@ -48,9 +50,12 @@ _SLACK_BYTES = 100_000_000
 
 @dataclass
 class Loaded:
-    """A model that is ready for its first prompt; residents of the layers may still be on their way."""
+    """A model that is ready for its first prompt; residents of the layers may still be on their way.
 
-    model: Any
+    `owned` is the stock model until somebody takes it over (`hand_over`); it is only referred to weakly from then on.
+    """
+
+    owned: Any
     layers: StreamedLayers
     ledger: Ledger
     host_embedding: HostEmbedding | None
@@ -59,11 +64,25 @@ class Loaded:
     threads: int | None
     """Threads that compute; None where the device is not the CPU."""
 
+    def __post_init__(self) -> None:
+        self._model = weakref.ref(self.owned)
+
+    @property
+    def model(self) -> Any:
+        """The stock model."""
+        return self._model()
+
+    def hand_over(self) -> Any:
+        """The stock model, which whoever calls keeps alive now."""
+        model, self.owned = self.owned, None
+        return model
+
     def close(self) -> None:
-        """End what is on its way, give back files and pinned memory."""
+        """End what is on its way, give back files, pinned memory and weights that are not the stock model's."""
         for owner in (self.layers.arrival, self.layers.source, self.host_embedding):
             if owner is not None:
                 owner.close()
+        self.layers.give_back()
 
 
 def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
@@ -157,7 +176,7 @@ def _map_layers(
     converted = checkpoint.precision != "none"
     model = _map_converted(checkpoint, scratch) if converted else map_model(checkpoint)
     decoder, blocks = find_feed_forwards(model, len(shape.layers))
-    check_generation_config(model.generation_config, shape.vocab_size, checkpoint.directory)
+    settle_generation_config(model, shape.vocab_size, checkpoint.directory)
     self_check(blocks[0])
     if shape.precision != "none" and not converted:
         importance: Importance = {}
@@ -228,7 +247,7 @@ def map_model(checkpoint: Checkpoint) -> Any:
     stock = build_on_meta(checkpoint.config, checkpoint.dtype)
     tensors = {name: tensor for path in checkpoint.files for name, tensor in map_file(path).items()}
     try:
-        with building(checkpoint.dtype), _quiet_transformers():
+        with building(checkpoint.dtype), _quiet_transformers(), Untouched(tensors.values()):
             model, info = type(stock).from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel
                 None,
                 config=stock.config,
@@ -241,8 +260,9 @@ def map_model(checkpoint: Checkpoint) -> Any:
         if memory_refused(error):
             raise
         raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {one_line(error)}") from error
+    left_out = tuple(f"{name}." for name in leave_out_towers(model))
     for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info[problem])
+        names = sorted(str(name) for name in info[problem] if not str(name).startswith(left_out))
         if names:
             raise CheckpointError(
                 f"{checkpoint.directory} does not match its config.json: {len(names)} {problem.replace('_', ' ')}, "

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -22,18 +23,23 @@ _CUDA_MARGIN_BYTES = 400_000_000
 # On the CPU: allocator caches, thread stacks and Python objects, beside the ledger, for any model over 1 GB.
 HOST_OVERHEAD_BYTES = 500_000_000
 _SAMPLE_S = 0.01
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+
+
+def devices_here() -> list[str]:
+    """The devices of this machine, those first that "auto" prefers."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, there in available.items() if there]
 
 
 def choose_device(name: str) -> torch.device:
     """The device meant by "auto", "cuda", "mps" or "cpu"; UsageError when it is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = devices_here()
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        there = ", ".join(kind for kind, is_there in available.items() if is_there)
-        raise UsageError(f"device {name} is not available here: use --device {there}")
+        name = here[0]
+    if name not in here:
+        raise UsageError(f"device {name} is not available here: use --device {', '.join(here)}")
     # With its index: torch's memory settings and the reader thread ask for one.
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
@@ -51,29 +57,62 @@ def device_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def _cgroup_limit() -> tuple[int | None, int]:
-    """(limit, used without page cache) of the tightest memory cgroup we are in, v2 or v1; (None, 0) without one."""
+    """(limit, used) of the tightest memory cgroup we are in, v2 or v1; (None, 0) without one."""
     try:
-        groups = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
-        if "memory" in groups:
-            root, own, names = _CGROUP / "memory", groups["memory"], ("memory.limit_in_bytes", "total_rss ")
-        else:
-            root, own, names = _CGROUP, groups[""], ("memory.max", "anon ")
+        groups = dict(line.split(":", 2)[1:] for line in _OWN_CGROUP.read_text().splitlines())
+        version = _V1 if "memory" in groups else _V2
+        root = _CGROUP / version.root
+        group = root / groups[version.controller].lstrip("/")
     except (OSError, KeyError, ValueError):
         return None, 0
-    group = root / own.lstrip("/")
-    limits = [found for place in (group, *group.parents) if (found := _read_cgroup(place, *names)) is not None]
+    limits = [found for place in (group, *group.parents) if (found := _read_cgroup(place, version)) is not None]
     return min(limits, key=lambda found: found[0] - found[1], default=(None, 0))
 
 
-def _read_cgroup(group: Path, limit_file: str, used_key: str) -> tuple[int, int] | None:
+@dataclass(frozen=True)
+class _CgroupVersion:
+    """Where a version of cgroups says what; `droppable` are the lines of memory.stat that the kernel can free at once.
+
+    What is charged and not droppable is used: anonymous memory, and files that no disk backs (tmpfs, shared memory) or
+    that are locked, which no page cache gives back; page tables and stacks as well.
+    """
+
+    root: str
+    controller: str
+    limits: tuple[str, ...]
+    usage: str
+    droppable: tuple[str, ...]
+
+
+_V1 = _CgroupVersion(
+    "memory",
+    "memory",
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_active_file", "total_inactive_file"),
+)
+# Above memory.high a process is slowed down until it stands.
+_V2 = _CgroupVersion(
+    "", "", ("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file", "slab_reclaimable")
+)
+
+
+def _read_cgroup(group: Path, version: _CgroupVersion) -> tuple[int, int] | None:
+    total = psutil.virtual_memory().total
+    limits = [int(text) for name in version.limits if (text := _text(group / name)).isdigit() and int(text) < total]
+    usage = _text(group / version.usage)
+    if not limits or not usage.isdigit():
+        return None  # the root has no limit, and above it is no group
+    stat = dict(line.split(" ", 1) for line in _text(group / "memory.stat").splitlines() if " " in line)
+    droppable = sum(int(stat.get(name, 0)) for name in version.droppable)
+    return min(limits), max(int(usage) - droppable, 0)
+
+
+def _text(file: Path) -> str:
     try:
-        limit = (group / limit_file).read_text().strip()
-        lines = (group / "memory.stat").read_text().splitlines()
-    except OSError:  # the root has no limit, and above it is no group
-        return None
-    if not limit.isdigit() or int(limit) >= psutil.virtual_memory().total:
-        return None
-    return int(limit), next((int(line.split()[1]) for line in lines if line.startswith(used_key)), 0)
+        return file.read_text().strip()
+    except OSError:
+        return ""
 
 
 def anonymous_bytes() -> int:
@@ -111,7 +150,12 @@ def device_overhead_bytes(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     measured = total - free - torch.cuda.memory_reserved(device)
     plausible = 0 < measured <= _LARGEST_PLAUSIBLE_CONTEXT_BYTES
-    return (measured if plausible else CUDA_CONTEXT_BYTES) + _CUDA_MARGIN_BYTES
+    return measured + _CUDA_MARGIN_BYTES if plausible else assumed_overhead_bytes(device)
+
+
+def assumed_overhead_bytes(device: torch.device) -> int:
+    """The same of a device that cannot be asked."""
+    return CUDA_CONTEXT_BYTES + _CUDA_MARGIN_BYTES if device.type == "cuda" else 0
 
 
 class Ledger:
@@ -137,7 +181,7 @@ class Ledger:
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """Measure peaks inside: of the parts, and of the process's anonymous memory, sampled by a thread."""
-        self.hold(kv_cache=0, workspace=0, logits=0, slots=0)
+        self.hold(kv_cache=0, states=0, workspace=0, logits=0, slots=0)
         self._peak = sum(self._parts.values())
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -147,7 +191,7 @@ class Ledger:
         def finish() -> None:
             stop.set()
             sampler.join()
-            self.hold(kv_cache=0, workspace=0, logits=0, slots=0)
+            self.hold(kv_cache=0, states=0, workspace=0, logits=0, slots=0)
 
         try:
             sampler.start()

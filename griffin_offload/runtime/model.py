@@ -18,16 +18,21 @@ from griffin_offload.pricing import Plan
 from griffin_offload.runtime.arguments import checked_prompt, prepared
 from griffin_offload.runtime.context import Context, empty_context
 from griffin_offload.runtime.engine import Engine
+from griffin_offload.runtime.face import ModelFace
 from griffin_offload.runtime.load import Loaded, load
-from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, peak_host_bytes
+from griffin_offload.runtime.loading_words import translated
+from griffin_offload.runtime.memory import HOST_OVERHEAD_BYTES, give_back_freed, peak_host_bytes
+from griffin_offload.runtime.modes import own_modes
 from griffin_offload.runtime.out_of_memory import RefusalsNamed
 from griffin_offload.runtime.prefill import Progress
 from griffin_offload.runtime.prompts import tokenizer_of
 from griffin_offload.runtime.prospect import Prospect, examine, plan_for
 from griffin_offload.runtime.report import PrefillReport, RunReport, planned_figures
-from griffin_offload.runtime.run import Mode, Run
+from griffin_offload.runtime.run import Mode, Run, probabilities_named
 from griffin_offload.runtime.saved import load_context, save_context
 from griffin_offload.runtime.threads import limited_threads
+from griffin_offload.runtime.turns import check_wait
+from griffin_offload.weights.checkpoint import locate
 
 if TYPE_CHECKING:
     from griffin_offload.runtime.session import ChatSession
@@ -36,9 +41,13 @@ if TYPE_CHECKING:
 _LARGE_MODEL_BYTES = 10**9
 
 
-class GriffinModel:
+class GriffinModel(ModelFace):
     """A loaded model. `model` is the stock transformers one and stays usable by itself, in `pipeline` for example:
-    a forward with an empty KV cache is the streamed pass, one with a filled cache is resident.
+    a forward with an empty KV cache is the streamed pass, one with a filled cache is resident. Where transformers wants
+    a model, this object can be given as well (`ModelFace`).
+
+    Whoever keeps one of the two keeps what it needs; when the last one goes, so does the memory. Calls of several
+    threads are answered one after the other, in their order.
 
     Make one with `from_pretrained`.
     """
@@ -51,7 +60,9 @@ class GriffinModel:
         """Figures of the last `generate`."""
         self._prospect, self._loaded, self._load_s = prospect, loaded, load_s
         self._engine = Engine(prospect, plan, loaded)
-        self._finalize = weakref.finalize(self, loaded.close)
+        self._held = loaded.hand_over()
+        weakref.finalize(self._held, loaded.close)
+        self.__class__ = _named_as(type(self), self._held)
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> "GriffinModel":
@@ -59,32 +70,37 @@ class GriffinModel:
 
         `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, quantize, dtype, offload,
         ctx_size, prompt_tokens, kv_bits, batch_size, selection, batch_statistic, seed, exact, draft_tokens, refresh,
-        decay, keep_prompts, session_mem, ff_chunk_tokens, threads, cuda_graphs, offline, always_stream.
-        Raises UsageError, DoesNotFit or ModelError before any weight is read, where that is possible.
+        decay, keep_prompts, session_mem, ff_chunk_tokens, threads, cuda_graphs, offline, always_stream. Words of
+        transformers' `from_pretrained` (torch_dtype, device_map, revision, token ...) are taken, or refused with the
+        option that does it here: `loading_words`. Raises UsageError, DoesNotFit or ModelError before any weight is
+        read, where that is possible.
         """
         start = time.perf_counter()
-        known = LoadConfig.__dataclass_fields__
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise UsageError(f"unknown option {unknown[0]!r}: known are {', '.join(known)}")
-        config = LoadConfig(**options)
-        prospect = examine(model, config)
-        plan = plan_for(prospect)
-        remedy = "close other programs or lower --max-gpu-mem"
-        with RefusalsNamed("loading", remedy, prospect.device, plan.budget_bytes):
-            return cls(prospect, plan, load(prospect, plan, config), time.perf_counter() - start)
+        words = translated(options)
+        config = LoadConfig(**words.options)
+        if words.hub:
+            model = locate(model, offline=config.offline, **words.hub)
+        with own_modes(torch.device("cpu")):
+            prospect = examine(model, config)
+            plan = plan_for(prospect)
+            remedy = "close other programs or lower --max-gpu-mem"
+            with RefusalsNamed("loading", remedy, prospect.device, plan.budget_bytes), own_modes(prospect.device):
+                return cls(prospect, plan, load(prospect, plan, config), time.perf_counter() - start)
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        return f"GriffinModel({type(self).__name__}, {plan.precision}, density {plan.density:.2g}, on {self.device})"
 
     @property
     def model(self) -> Any:
         """The stock transformers model, with all its residents."""
-        if self._loaded.layers.arrival is not None:
+        if self._loaded.layers.arrival is not None and not self._engine.closed:
             self._loaded.layers.arrival.wait()
-        return self._loaded.model
+        return self._held
 
     @property
-    def generation_config(self) -> Any:
-        """The checkpoint's defaults for `generate`."""
-        return self._loaded.model.generation_config
+    def _stock(self) -> Any:
+        return self._held
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -126,12 +142,24 @@ class GriffinModel:
         """Where the full FF weights rest: "ram" or "disk"."""
         return self._loaded.offload
 
+    @property
+    def wait_s(self) -> float | None:
+        """Seconds that a call waits for those of other threads, which come first; None, as it is at first: as long as
+        these take. `Busy` when the time is up."""
+        return self._engine.wait_s
+
+    @wait_s.setter
+    def wait_s(self, wait_s: float | None) -> None:
+        check_wait(wait_s)
+        self._engine.wait_s = wait_s
+
     def close(self) -> None:
-        """Give back files and pinned memory, and the stock model its own forward. Without it, all that waits for the
-        garbage collector, because the model's forward refers to this object."""
+        """Give back memory and files now, whoever still keeps this object or the stock model: both refuse to be called
+        from then on. A call of another thread ends first. Without it, the same happens when nobody keeps either."""
         self._engine.close()
-        self._finalize()
+        give_back_freed()
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)  # the cap is the process's, not ours
 
     def __enter__(self) -> "GriffinModel":
@@ -141,9 +169,15 @@ class GriffinModel:
         self.close()
 
     def new_context(self) -> Context:
-        """An empty context for `generate`, with a KV cache for `plan.context_tokens`. UsageError where layers are no
-        plain attention, whose past cannot be taken back."""
+        """An empty context for `generate`, with a KV cache for `plan.context_tokens`. UsageError where layers keep a
+        state that cannot be taken back, see `keeps_contexts`."""
         return empty_context(self._engine)
+
+    @property
+    def keeps_contexts(self) -> bool:
+        """Whether prompts can be gone on from: not where layers keep a state (of convolutions, of recurrences) that
+        cannot be rolled back."""
+        return self._prospect.request.cache == "ours"
 
     def chat_session(self, **options: Any) -> "ChatSession":
         """A conversation; see `ChatSession` for the options."""
@@ -163,10 +197,11 @@ class GriffinModel:
         context = self.new_context() if context is None else context
         self._check_owner(context)
         engine = self._engine
-        return context, load_context(context, Path(path), engine.identity, engine.like, self.device)
+        with own_modes(self.device):
+            return context, load_context(context, Path(path), engine.identity, engine.like, self.device)
 
     def _check_owner(self, context: Context) -> None:
-        if context.owner is not self._loaded:
+        if not context.belongs_to(self._loaded):
             raise UsageError("this context belongs to another model: make one with new_context()")
 
     def generate(
@@ -178,6 +213,7 @@ class GriffinModel:
         refresh: Any = None,
         context: Context | None = None,
         prompt_done: Callable[[Context], None] | None = None,
+        wait_s: float | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate` on the stock model, with its arguments and its result.
@@ -186,18 +222,25 @@ class GriffinModel:
         `RunConfig.max_new_tokens` are generated. `exact`, `draft_tokens` and `refresh` are as in `LoadConfig`, and
         those of loading by default. With a `context` the prompt [1, T] goes on from what that remembers: tokens at its
         start that the context knows are not computed again. `prompt_done` is called with it when the prompt has passed.
-        Raises UsageError for a prompt that is empty or too long for `plan.context_tokens`, DoesNotFit when the batch
-        or its length needs more than the budget.
+        `past_key_values` of an earlier call goes on, too, as in transformers, with the neurons that were chosen then.
+        `wait_s` is as the attribute, for this call alone. Raises Busy when that is over, UsageError for a prompt that
+        is empty or too long for `plan.context_tokens`, DoesNotFit when the batch or its length needs more than the
+        budget.
         """
         inputs = next((kwargs.pop(k) for k in ("inputs", "input_ids") if k in kwargs), inputs)
         given = inputs if inputs is not None else kwargs.get("inputs_embeds")
         prompt = checked_prompt(given, self._engine.shape.vocab_size)
         kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        with self._engine.alone(), self._engine.guarded():
+        if self.generation_config.stop_strings and "stop_strings" not in kwargs:
+            kwargs.setdefault("tokenizer", self.tokenizer)  # of the checkpoint's settings
+        check_wait(wait_s)
+        wait_s = self.wait_s if wait_s is None else wait_s
+        with self._engine.alone(wait_s=wait_s), self._engine.guarded():
             mode = self._mode(exact, draft_tokens, refresh)
-            output, self.last_report = self._answer(inputs, prompt, kwargs, mode, context, prompt_done)
+            output, report = self._answer(inputs, prompt, kwargs, mode, context, prompt_done)
+            self.last_report = report
         large = self.device.type == "cpu" and self.plan.full_bytes > _LARGE_MODEL_BYTES
-        for broken in self.last_report.broken_promises(HOST_OVERHEAD_BYTES if large else None):
+        for broken in report.broken_promises(HOST_OVERHEAD_BYTES if large else None):
             warnings.warn(broken, BudgetExceeded, stacklevel=2)
         return output
 
@@ -239,17 +282,22 @@ class GriffinModel:
             self._engine.run = run
             with self._loaded.ledger.measuring(), limited_threads(self._loaded.threads):
                 start = time.perf_counter()
-                output = self._loaded.model.generate(None if inputs is None else inputs.to(self.device), **kwargs)
+                with probabilities_named(self._prospect.dtype):
+                    output = self._held.generate(None if inputs is None else inputs.to(self.device), **kwargs)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
+                run.end_check(self._prospect.dtype)
                 sequences = output if isinstance(output, Tensor) else output.sequences
                 offset = prompt.shape[1] if inputs is not None else 0
                 report = self._report(run, sequences.shape[1] - offset, time.perf_counter() - start)
                 completed = True
         finally:
             self._engine.run = None
+            if completed:
+                self._engine.note_chosen(run.cache)  # streamed passes between tokens choose anew
             if run.context is not None:
                 run.context.finish(sequences[0].tolist() if completed else None)
+                self._engine.forget_mixed(run.context, run.prompt_tokens)
         return output, report
 
     def _report(self, run: Run, generated_tokens: int, total_s: float) -> RunReport:
@@ -275,3 +323,14 @@ class GriffinModel:
             **planned_figures(self.plan),
             **prefill.run_figures(),
         )
+
+
+@functools.cache
+def _named(base: type, name: str) -> type:
+    return type(name, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def _named_as(base: type, stock: Any) -> type:
+    """A class like `base` with the name of the stock model's: pipelines ask the name whether they know what to do with
+    a model, and write an error where they do not."""
+    return _named(base, type(stock).__name__)

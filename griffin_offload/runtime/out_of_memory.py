@@ -7,7 +7,7 @@ from types import TracebackType
 
 import torch
 
-from griffin_offload.errors import OutOfMemory, memory_refused, one_line
+from griffin_offload.errors import LimitReached, OutOfMemory, limit_reached, memory_refused, one_line
 from griffin_offload.runtime.memory import device_bytes
 from griffin_offload.units import format_bytes
 
@@ -17,7 +17,8 @@ _ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|KiB|MiB|GiB)")
 
 
 class RefusalsNamed:
-    """A context manager: OutOfMemory for every way in which Python, torch and the kernel say that there is no memory.
+    """A context manager: OutOfMemory for every way in which Python, torch and the kernel say that there is no memory,
+    LimitReached for those in which they say that there are no more files or threads.
 
     No generator: contextlib's frames would keep the failed ones, and with them their tensors, for as long as somebody
     keeps the error.
@@ -41,14 +42,17 @@ class RefusalsNamed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or not memory_refused(error):
+        if error is None or isinstance(error, LimitReached):
             return
-        message = self._message(error)
+        limit = limit_reached(error)
+        if limit is None and not memory_refused(error):
+            return
+        message = self._message(error) if limit is None else f"while {self._doing}: {limit}"
         traceback.clear_frames(trace)
         error.__traceback__ = None
         del kind, error, trace
         self._give_back()
-        raise OutOfMemory(message)
+        raise OutOfMemory(message) if limit is None else LimitReached(message)
 
     def _message(self, error: BaseException) -> str:
         budget = f"; the budget is {format_bytes(self._budget_bytes)}" if self._budget_bytes is not None else ""

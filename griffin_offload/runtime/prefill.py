@@ -77,6 +77,12 @@ class StreamedLayers:
             if isinstance(block.module.__dict__.get("forward"), Chunked):
                 del block.module.forward
 
+    def give_back(self) -> None:
+        """Let go of weights in host memory and of compact ones; nothing can be streamed from then on."""
+        self.source = None
+        self.compact.clear()
+        self.norms.clear()
+
     def install_compact(self) -> None:
         """Make every streamed layer's compact parameters its parameters."""
         for index, parameters in self.compact.items():

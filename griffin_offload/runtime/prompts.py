@@ -49,7 +49,7 @@ def tokenizer_of(directory: Path) -> Any:
 
 def encode(tokenizer: Any, text: str) -> Ids:
     """Token ids of `text`, with the special tokens that the tokenizer adds. CheckpointError where it fails."""
-    return _bounded(lambda: tokenizer(text)["input_ids"], len(text))
+    return _begun_once(tokenizer, _bounded(lambda: tokenizer(text)["input_ids"], len(text)))
 
 
 def encode_messages(tokenizer: Any, messages: list[dict[str, str]], *, thinking: bool | None = None) -> Ids:
@@ -57,12 +57,40 @@ def encode_messages(tokenizer: Any, messages: list[dict[str, str]], *, thinking:
     UsageError if `thinking` is given and the template has no switch for it."""
     letters = sum(len(text) for message in messages for text in message.values())
     switches = {} if thinking is None else dict.fromkeys(thinking_switches(tokenizer), thinking)
-    return _bounded(
+    ids = _bounded(
         lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **switches)[
             "input_ids"
         ],
         letters,
     )
+    return _begun_once(tokenizer, ids)
+
+
+def _begun_once(tokenizer: Any, ids: Ids) -> Ids:
+    """`ids` with one beginning of sequence: a text that starts with it, as templates write it, gets another from the
+    tokenizer, and some models answer otherwise then (Gemma)."""
+    begin, again = tokenizer.bos_token_id, 0
+    while begin is not None and ids[again : again + 2] == [begin, begin]:
+        again += 1
+    return ids[again:]
+
+
+_QUESTION, _ANSWER = "Question", "Answer"
+
+
+def template_end(tokenizer: Any) -> Ids:
+    """The special token that the chat template writes behind an answer: one id or none. CheckpointError where the
+    template fails."""
+    return _bounded(lambda: _behind_answer(tokenizer), len(_QUESTION + _ANSWER))
+
+
+def _behind_answer(tokenizer: Any) -> Ids:
+    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    _, found, behind = text.rpartition(_ANSWER)
+    special = {one.content: token for token, one in tokenizer.added_tokens_decoder.items() if one.special}
+    first = [word for word in special if found and behind.lstrip().startswith(word)]
+    return [special[max(first, key=len)]] if first else []
 
 
 def thinking_switches(tokenizer: Any) -> list[str]:
@@ -117,8 +145,8 @@ def _child(work: Callable[[], Sequence[int]], pipe: int, limit_s: float) -> None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
         _limit(limit_s)
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 2)  # native code prints where it panics
+        with contextlib.suppress(OSError):  # at the limit on open files native code may print where it panics
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         answer = _DONE + array.array("q", work()).tobytes()
     except MemoryError:
         pass

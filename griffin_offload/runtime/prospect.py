@@ -18,13 +18,21 @@ from griffin_offload.config import (
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.plan import make_plan
 from griffin_offload.pricing import Plan, PlanRequest
-from griffin_offload.runtime.cache import can_cache
+from griffin_offload.runtime.cache import can_cache, why_not_back
 from griffin_offload.runtime.cpu_linear import emulates_halves
-from griffin_offload.runtime.memory import choose_device, device_bytes, device_overhead_bytes
-from griffin_offload.units import parse_size
+from griffin_offload.runtime.memory import (
+    assumed_overhead_bytes,
+    choose_device,
+    device_bytes,
+    device_overhead_bytes,
+    devices_here,
+)
+from griffin_offload.units import format_bytes, parse_size
 from griffin_offload.weights.checkpoint import Checkpoint, open_checkpoint
+from griffin_offload.weights.kept_state import lasting_kinds
+from griffin_offload.weights.mixed_files import Converted, converted_sizes
 from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
-from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape
+from griffin_offload.weights.shape import ModelShape, build_on_meta, model_shape, states_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class Prospect:
     others: tuple[ModelShape, ...]
     """In the precisions that `quantize` rules out."""
     request: PlanRequest
+    assumed: str | None = None
+    """What is not known of a device that is not here; None where it is."""
 
     @property
     def shape(self) -> ModelShape:
@@ -52,7 +62,7 @@ class Prospect:
                 f"exact mode needs residents in the stored precision, these are {precision}: load with exact=True"
             )
         if self.request.cache != "ours":
-            raise UsageError(f"exact mode needs plain attention in all layers of {self.checkpoint.config.model_type}")
+            raise UsageError(f"exact mode takes drafts back: {why_not_back(self.checkpoint.config)}")
         if self.request.kv_bits != LoadConfig.kv_bits:
             raise UsageError(
                 f"exact mode needs the KV cache as it is computed: leave out kv_bits={self.request.kv_bits}"
@@ -72,31 +82,40 @@ class Prospect:
         return next(shape for shape in self.shapes if shape.precision == self.precision_of(plan))
 
 
-def examine(model: str | Path, config: LoadConfig) -> Prospect:
+def examine(model: str | Path, config: LoadConfig, *, anywhere: bool = False) -> Prospect:
     """Read headers and config of `model`, and turn `config` into a request to the planner."""
-    return examine_checkpoint(open_checkpoint(model, offline=config.offline), config)
+    return examine_checkpoint(open_checkpoint(model, offline=config.offline), config, anywhere=anywhere)
 
 
-def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig) -> Prospect:
-    """The same for a checkpoint that was opened, or of which only the config is known."""
-    device = choose_device(config.device)
+def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: bool = False) -> Prospect:
+    """The same for a checkpoint that was opened, or of which only the config is known. `anywhere`: the device may be
+    another machine's, if its memory is given."""
+    absent = anywhere and config.device not in ("auto", *devices_here())
+    device = torch.device(config.device) if absent else choose_device(config.device)
+    overhead_bytes = assumed_overhead_bytes(device) if absent else device_overhead_bytes(device)
     dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    shapes, others = _shapes(checkpoint, dtype, device, config)
+    meta = build_on_meta(checkpoint.config, dtype)
+    shapes, others = _shapes(checkpoint, meta, device, config)
+    converted = Converted((), 0, 0)
+    if device.type == "cpu" and checkpoint.converted:  # elsewhere they take none of the device's memory
+        converted = converted_sizes(meta, checkpoint.converted)
     request = PlanRequest(
-        budget_bytes=budget_bytes(config, device),
-        session_bytes=_session_bytes(config, device),
+        budget_bytes=_size_of_absent(config.max_gpu_mem, device) if absent else budget_bytes(config, device),
+        session_bytes=_session_bytes(config, device, absent=absent),
         ctx_tokens=config.ctx_size,
         prompt_tokens=config.prompt_tokens,
         batch=config.batch_size,
         density=config.density,
-        overhead_bytes=device_overhead_bytes(device),
+        overhead_bytes=overhead_bytes,
         offloaded_in_budget=device.type == "cpu" and config.offload == "ram",
         ff_chunk_tokens=config.ff_chunk_tokens,
         always_stream=config.always_stream,
         kv_bits=config.kv_bits,
         cache=_cache_kind(checkpoint.config, config.kv_bits),
+        converted_ff=converted.feed_forward,
+        converted_bytes=converted.embeddings + converted.rest,
         # On the CPU the rows are read in place, so their precision has to be the stored one.
-        host_embeddings=device.type != "cpu" or dtype == checkpoint.dtype,
+        host_embeddings=device.type != "cpu" or (dtype == checkpoint.dtype and not converted.embeddings),
         stored_share=checkpoint.dtype.itemsize / dtype.itemsize
         if device.type == "cpu" and dtype != checkpoint.dtype
         else 0.0,
@@ -104,13 +123,15 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig) -> Prospect:
         pass_tokens=pass_tokens(config.exact, config.draft_tokens, config.refresh),
         verifies=config.exact,
         weight_norms=config.selection in WEIGHT_NORMS,
-        continued=config.keep_prompts,
+        # Where no context can be kept every prompt is read from its start.
+        continued=config.keep_prompts and can_cache(checkpoint.config),
         graphs=device.type == "cuda" and config.cuda_graphs,
     )
-    prospect = Prospect(checkpoint, device, dtype, shapes, others, request)
+    assumed = f"no {device.type} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
+    prospect = Prospect(checkpoint, device, dtype, shapes, others, request, assumed if absent else None)
     if config.exact:
         prospect.check_exact(checkpoint.precision)
-    _check_window(prospect)
+    _check_passes(prospect)
     return prospect
 
 
@@ -121,7 +142,11 @@ def pass_tokens(exact: bool, draft_tokens: int | None, refresh: Refresh) -> int:
     return refresh if isinstance(refresh, int) else 0
 
 
-def _check_window(prospect: Prospect) -> None:
+def _check_passes(prospect: Prospect) -> None:
+    """UsageError where the passes between two tokens cannot take the drafted ones back."""
+    if prospect.request.pass_tokens and prospect.request.cache != "ours":
+        reason = why_not_back(prospect.checkpoint.config)
+        raise UsageError(f"refresh={prospect.request.pass_tokens} takes tokens back: {reason}")
     most = MAX_DRAFT_TOKENS + 1
     if prospect.request.pass_tokens > most and any(layer.window is not None for layer in prospect.shape.layers):
         raise UsageError(
@@ -130,9 +155,10 @@ def _check_window(prospect: Prospect) -> None:
 
 
 def _shapes(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, config: LoadConfig
+    checkpoint: Checkpoint, meta: Any, device: torch.device, config: LoadConfig
 ) -> tuple[tuple[ModelShape, ...], tuple[ModelShape, ...]]:
-    """The model in the precisions it may have on the device, and in those that it could have."""
+    """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
+    have."""
     stored = checkpoint.precision
     if stored != "none" and config.quantize not in ("auto", stored):
         raise UsageError(
@@ -143,7 +169,7 @@ def _shapes(
             f"exact mode keeps the stored precision, --quantize {config.quantize} another one: leave it out, or "
             "convert the checkpoint first"
         )
-    meta = build_on_meta(checkpoint.config, dtype)
+    states = states_of(meta)
     allowed: list[ModelShape] = []
     others: list[ModelShape] = []
     for precision in PRECISIONS if stored == "none" else (stored,):
@@ -151,7 +177,7 @@ def _shapes(
             if precision == "int4":
                 _check_int4(device)
             # In exact mode another precision is one of a converted copy.
-            shape = model_shape(meta, precision, precision if config.exact else stored, checkpoint.tables)
+            shape = model_shape(meta, precision, precision if config.exact else stored, checkpoint.tables, states)
         except UnsupportedModel:
             if precision in (config.quantize, stored):
                 raise
@@ -171,7 +197,8 @@ def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
     if can_cache(config):
         return "ours"
     if bits != LoadConfig.kv_bits:
-        raise UsageError(f"kv_bits={bits} cannot be used with {config.model_type}: not all its layers are attention")
+        kinds = lasting_kinds(config)
+        raise UsageError(f"kv_bits={bits} needs attention in all layers of {config.model_type}, some are {kinds}")
     return "dynamic"
 
 
@@ -189,9 +216,20 @@ def budget_bytes(config: LoadConfig, device: torch.device) -> int:
     return parse_size(limit, total_bytes=total, free_bytes=free)
 
 
-def _session_bytes(config: LoadConfig, device: torch.device) -> int:
+def _size_of_absent(size: str | int, device: torch.device) -> int:
+    """Bytes of a device whose memory cannot be asked; UsageError where that would be needed."""
+    if isinstance(size, str) and (size.strip().lower() == "auto" or size.strip().endswith("%")):
+        raise UsageError(
+            f"no {device.type} device is here whose memory could be asked: give --max-gpu-mem as a size, such as 12GB"
+        )
+    return parse_size(size)
+
+
+def _session_bytes(config: LoadConfig, device: torch.device, *, absent: bool) -> int:
     if config.session_mem is None:
         return 0
+    if absent:
+        return _size_of_absent(config.session_mem, device)
     return parse_size(config.session_mem, total_bytes=device_bytes(device)[1])
 
 

@@ -39,8 +39,8 @@ class Like:
 
     ctx_tokens: int
     vocab_size: int
-    kv_width: int
-    """Numbers that a layer caches for a token."""
+    kv_widths: tuple[int, ...]
+    """Numbers that each layer caches for a token, those that cache none left out."""
     dtype: torch.dtype
     """Of the KV cache, or of its scales."""
     neurons: dict[int, tuple[int, int]]
@@ -71,15 +71,13 @@ class Like:
     def caches(self, context: Context, parts: list[list[_Part]], tokens: int) -> bool:
         """Whether the KV entries, a layer's parts being these, can be ours."""
         shapes = [[list(shape) for _, _, shape in layer] for layer in parts]
-        fitting = all(
-            layer.could_load(tokens, shape) for layer, shape in zip(context.cache.layers, shapes, strict=True)
-        )
+        fitting = all(layer.could_load(tokens, shape) for layer, shape in zip(context.cache.kept, shapes, strict=True))
         exact = _DTYPES[self.dtype]
         kinds = {2: [exact, exact], 4: [_DTYPES[torch.int8], exact] * 2}
         return fitting and all(
             [kind for _, kind, _ in layer] == kinds[len(layer)]
-            and shape[0][1] * (shape[0][3] + shape[len(shape) // 2][3]) == self.kv_width
-            for layer, shape in zip(parts, shapes, strict=True)
+            and shape[0][1] * (shape[0][3] + shape[len(shape) // 2][3]) == width
+            for layer, shape, width in zip(parts, shapes, self.kv_widths, strict=True)
         )
 
 
@@ -107,7 +105,7 @@ def save_context(context: Context, path: Path, identity: Identity, notes: dict[s
 
 def _tensors(context: Context) -> Iterator[tuple[str, Tensor]]:
     yield "tokens", torch.tensor(context.tokens, dtype=torch.int64, device="cpu")
-    for index, layer in enumerate(context.cache.layers):
+    for index, layer in enumerate(context.cache.kept):
         for number, part in enumerate(layer.saved()):
             yield f"layers.{index}.kv.{number}", part
     for index, squared in context.squared.items():
@@ -198,7 +196,7 @@ def load_context(context: Context, path: Path, identity: Identity, like: Like, d
             {i: file.get_tensor(f"layers.{i}.seam.{number}") for i in like.neurons} for number in range(len(seams))
         ]
         logits = file.get_tensor("logits") if "logits" in set(file.keys()) else None
-        kv = [[_part(file, name) for name in _kv_names(file, i)] for i in range(len(context.cache.layers))]
+        kv = [[_part(file, name) for name in _kv_names(file, i)] for i in range(len(context.cache.kept))]
         if ids.numel() > like.ctx_tokens:
             raise SavedContextError(
                 f"{path} holds {ids.numel()} tokens, the context is {like.ctx_tokens}: raise --ctx-size"
@@ -286,7 +284,7 @@ def _short(value: Any) -> str:
 def _fill(context: Context, file: Any, tokens: list[int], device: torch.device) -> None:
     context.clear()
     try:
-        for index, layer in enumerate(context.cache.layers):
+        for index, layer in enumerate(context.cache.kept):
             layer.load(len(tokens), [file.get_tensor(name).to(device) for name in _kv_names(file, index)])
     except BaseException:
         context.clear()

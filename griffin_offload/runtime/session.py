@@ -11,6 +11,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from griffin_offload.config import ChatConfig, Overflow
 from griffin_offload.errors import CheckpointError, SavedContextError, UsageError
+from griffin_offload.runtime.arguments import ONE_ANSWER
+from griffin_offload.runtime.cache import why_not_back
+from griffin_offload.runtime.ends import end_tokens
 from griffin_offload.runtime.finish import Finish, StopStrings, cut, ends_of, finish_of
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.prompts import encode, encode_messages, thinking_switches
@@ -38,8 +41,9 @@ class Reply:
 class ChatSession:
     """A conversation with a model that was loaded with `keep_prompts=True`; make one with `chat_session`.
 
-    Every turn streams the weights once, over its own tokens alone; the statistic grows with the conversation. Without
-    a chat template (or with `raw`) texts are put one after the other, a space between them. An answer has
+    Every turn streams the weights once, over its own tokens alone; the statistic grows with the conversation. Where a
+    model's past cannot be gone on from (`GriffinModel.keeps_contexts`), every turn reads all of it again. Without a
+    chat template (or with `raw`) texts are put one after the other, a space between them. An answer has
     `max_new_tokens` at most, or what the context has left. When that is nothing, `overflow` says whether `send` fails
     or the oldest turns are dropped, which streams the rest once more, until `max_new_tokens` or a quarter of the
     context are free. An answer ends in front of any of `stop_strings`. `thinking` turns a template's switch for it.
@@ -67,7 +71,13 @@ class ChatSession:
         self._thinking = thinking
         self._system: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         self.messages: list[Message] = list(self._system)
-        self.context = model.new_context()
+        self.context = model.new_context() if model.keeps_contexts else None
+        """None where every turn reads the whole conversation."""
+        self.used_tokens = 0
+        """Of the context, by the conversation so far."""
+        self._end_tokens = end_tokens(
+            model.tokenizer, model.generation_config, model.engine.shape.vocab_size, chat=self.templated
+        )
 
     @property
     def turns(self) -> int:
@@ -90,12 +100,14 @@ class ChatSession:
         torch.manual_seed(self._seed + self.turns)  # so that a conversation that was saved goes on in the same way
         interrupt, stop = _Interrupted(interrupted), StopStrings(self.model.tokenizer, stops, ids.shape[1])
         criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or []), interrupt, stop])
-        output = self.model.generate(
-            ids, context=self.context, stopping_criteria=criteria, streamer=streamer, num_beams=1, **arguments
-        )
+        if arguments.get("generation_config") is None and self._end_tokens:
+            arguments.setdefault("eos_token_id", self._end_tokens)
+        arguments |= {"stopping_criteria": criteria, "streamer": streamer, **ONE_ANSWER}
+        output = self.model.generate(ids, context=self.context, **arguments)
         answer = output[0, ids.shape[1] :]
         reply = cut(self._decoded(answer), stops)
         self.messages = [*messages, {"role": "assistant", "content": reply}]
+        self.used_tokens = output.shape[1] if self.context is None else len(self.context.tokens)
         report = self.model.last_report
         assert report is not None, "a generate that ended well has a report"
         ends = ends_of(self.model.generation_config, arguments)
@@ -111,13 +123,16 @@ class ChatSession:
 
     def reset(self) -> None:
         """Begin anew: no messages but the system's, no statistic."""
-        self.messages = list(self._system)
-        self.context.clear()
+        self.messages, self.used_tokens = list(self._system), 0
+        if self.context is not None:
+            self.context.clear()
 
     def save(self, path: str | Path) -> None:
         """Write the conversation, KV cache included, to a file; see `GriffinModel.save_context`."""
         if not self.messages:
             raise UsageError("nothing to save: the conversation is empty")
+        if self.context is None:
+            raise UsageError(f"nothing to save: {why_not_back(self.model.model.config)}")
         if not self.context.tokens:  # layers with a window cannot always take an interrupted pass back
             raise UsageError("nothing to save: the last turn was interrupted, finish one first")
         self.model.save_context(self.context, path, {"messages": self.messages, "templated": self.templated})
@@ -125,7 +140,8 @@ class ChatSession:
     def load(self, path: str | Path) -> None:
         """Go on with a saved conversation; see `GriffinModel.load_context`. On failure this one is as it was."""
         messages, templated = _conversation(read_notes(Path(path)), path)
-        self.model.load_context(path, self.context)
+        context, _ = self.model.load_context(path, self.context)
+        self.used_tokens = len(context.tokens)
         self.messages, self.templated = messages, templated
         self._system = [message for message in messages[:1] if message["role"] == "system"]
 
@@ -161,7 +177,9 @@ class ChatSession:
         return torch.tensor([ids], dtype=torch.long, device="cpu")
 
     def _decoded(self, answer: Tensor) -> str:
-        text: str = self.model.tokenizer.decode(answer, skip_special_tokens=True)
+        text: str = self.model.tokenizer.decode(
+            answer, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )  # as it is streamed
         return text
 
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from griffin_offload.errors import GriffinError
-
 _TRIAL_BYTES = 128 * 2**20  # more than a cache, where the matrix is: decoding reads memory
 # One thread is done with a matrix of this size before a second one is awake.
 _SMALL_BYTES = 2 * 2**20
@@ -24,26 +22,6 @@ _WAKING = 8  # a part of the matrix that is large enough for all threads
 _START_S = 1.0  # after this long a thread whose start was interrupted never came to be
 # Fewer threads are kept unless more are clearly faster: they leave room for the reader thread and for others.
 _WORTH_IT = 0.9
-
-
-class OneUser:
-    """What one at a time may use. A lock could be left taken by a Ctrl-C between taking it and `try`; an entry of a
-    dict, set by one atomic call inside, cannot."""
-
-    def __init__(self) -> None:
-        self._user: dict[str, object] = {}
-
-    @contextlib.contextmanager
-    def alone(self, taken: str) -> Iterator[None]:
-        """GriffinError with the message `taken` while somebody else is inside."""
-        me = object()
-        try:
-            if self._user.setdefault("now", me) is not me:
-                raise GriffinError(taken)
-            yield
-        finally:
-            if self._user.get("now") is me:
-                del self._user["now"]
 
 
 class Worker:

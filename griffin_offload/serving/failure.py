@@ -79,6 +79,16 @@ def out_of_memory() -> Failure:
     return Failure(503, "the server is out of memory for this request: ask for less", code="out_of_memory")
 
 
+def limit(message: str) -> Failure:
+    """The machine may have no more files or threads: another moment may."""
+    return Failure(503, message, code="limit_reached")
+
+
+def not_finite(message: str) -> Failure:
+    """The model's own numbers: the same request would fail again."""
+    return Failure(500, message, code="not_finite", headers=NO_RETRY)
+
+
 def broken() -> Failure:
     """A bug of ours, or a machine in trouble: the details are for the log."""
     return Failure(

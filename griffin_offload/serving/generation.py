@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from griffin_offload.errors import DoesNotFit
+from griffin_offload.runtime.arguments import ONE_ANSWER
 from griffin_offload.runtime.context import Context
-from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.report import RunReport
 from griffin_offload.serving.answer import Answer
 from griffin_offload.serving.job import Finished, Job, Piece
-from griffin_offload.serving.keeper import Held
+from griffin_offload.serving.keeper import NO_PENALTIES, Held
 from griffin_offload.serving.logprobs import LogprobRecorder
 from griffin_offload.serving.requests import Request
 from griffin_offload.serving.stops import StopHolder
@@ -49,6 +49,13 @@ class _Generation:
     def __init__(self, held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
         self._held, self._model, self._job, self._interrupted = held, held.model, job, interrupted
         self._request, self._tokenizer = job.request, held.model.tokenizer
+        self._ends = held.chat_ends if job.request.endpoint == "chat" else held.text_ends
+
+    @property
+    def _ending_words(self) -> set[int]:
+        """Special tokens among the checkpoint's stop strings: they have no text to be found in."""
+        vocabulary = self._tokenizer.get_added_vocab()
+        return {vocabulary[word] for word in _texts(self._model.generation_config.stop_strings) if word in vocabulary}
 
     @contextlib.contextmanager
     def context_for(self, ids: Tensor) -> Iterator[Context | None]:
@@ -88,8 +95,10 @@ class _Generation:
         request, model = self._request, self._model
         recorder = None
         if request.top_logprobs is not None:
-            recorder = LogprobRecorder(self._tokenizer, request.top_logprobs)
+            chat = request.endpoint == "chat"
+            recorder = LogprobRecorder(self._tokenizer, request.top_logprobs, begins=chat)
         answer = self._new_answer(ids, recorder, choice)
+        ends: dict[str, Any] = {"eos_token_id": sorted(self._ends)} if self._ends else {}
         model.progress = model.engine.pass_progress = self._layer_done
         try:
             model.generate(
@@ -98,7 +107,9 @@ class _Generation:
                 context=context,
                 exact=request.exact,
                 max_new_tokens=max_tokens,
-                num_beams=1,
+                **ONE_ANSWER,
+                **NO_PENALTIES,
+                **ends,
                 stopping_criteria=StoppingCriteriaList([answer]),
                 logits_processor=LogitsProcessorList([recorder] if recorder is not None else []),
                 **sampling_of(request, model.generation_config),
@@ -116,9 +127,9 @@ class _Generation:
         return Answer(
             ids.shape[1],
             Detokeniser(self._tokenizer, before),
-            StopHolder(self._request.stops),
+            StopHolder((*self._request.stops, *_texts(self._model.generation_config.stop_strings))),
             recorder,
-            ends=_ends(self._model),
+            ends=self._ends | self._ending_words,
             show=lambda text, tokens: self._job.deliver(Piece(choice, text, tokens)),
             interrupted=self._token_done,
         )
@@ -145,10 +156,9 @@ def sampling_of(request: Request, given: Any) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, **penalty}
 
 
+def _texts(strings: str | list[str] | None) -> list[str]:
+    return [strings] if isinstance(strings, str) else strings or []
+
+
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
-
-
-def _ends(model: GriffinModel) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends} - {None}

@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from griffin_offload.config import LoadConfig
 from griffin_offload.errors import GriffinError, ModelError
 from griffin_offload.method.selection import neurons_kept
 from griffin_offload.pricing import Plan
+from griffin_offload.runtime.ends import end_tokens
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.prospect import examine, plan_for
 from griffin_offload.serving.failure import Failure
@@ -30,6 +33,20 @@ class Held:
     model: GriffinModel
     sessions: Sessions | None
     """None for models of which no context can be kept."""
+
+    @functools.cached_property
+    def chat_ends(self) -> frozenset[int]:
+        """Tokens that end an answer in a chat."""
+        return self._ends(chat=True)
+
+    @functools.cached_property
+    def text_ends(self) -> frozenset[int]:
+        """Tokens that end the completion of a text."""
+        return self._ends(chat=False)
+
+    def _ends(self, *, chat: bool) -> frozenset[int]:
+        model = self.model
+        return frozenset(end_tokens(model.tokenizer, model.generation_config, model.engine.shape.vocab_size, chat=chat))
 
     @property
     def host_budget_bytes(self) -> int:
@@ -64,6 +81,7 @@ class Keeper:
     def first(self) -> Held:
         """Load, and fix what was solved. Any GriffinError of loading."""
         held = self._load(self._options)
+        _warn_of_penalties(held.model.generation_config)
         model, plan = held.model, held.model.plan
         shape = model.engine.shape
         self._neurons = [layer.neurons for layer in shape.layers]
@@ -142,6 +160,24 @@ class Keeper:
             sessions = Sessions(model.new_context, session_limit(model.plan), self._most_sessions)
         self.held = Held(model, sessions)
         return self.held
+
+
+NO_PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+}
+"""Arguments of `generate`: clients cannot ask for penalties, so they get none that they did not ask for."""
+
+
+def _warn_of_penalties(settings: Any) -> None:
+    found = {name: getattr(settings, name, None) for name in NO_PENALTIES}
+    asked = [f"{name} {value}" for name, value in found.items() if value not in (None, NO_PENALTIES[name])]
+    if asked:
+        what = f"the checkpoint's generation settings ask for {', '.join(asked)}"
+        warnings.warn(f"{what}: the server has no penalties and leaves them out", stacklevel=2)
 
 
 def session_limit(plan: Plan) -> int:

@@ -1,13 +1,15 @@
-"""Log probabilities of tokens, as the model gave them: before temperature and top_p."""
+"""Log probabilities of tokens, as the model gave them: before penalties, bans, temperature and top_p."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessor
 
-# Of a token that the checkpoint's generation config forbids; JSON knows no infinity.
+from griffin_offload.runtime.run import LogitsObserver
+from griffin_offload.serving.text import special_ids, token_text
+
+# Of a token that the model itself rules out; JSON knows no infinity.
 _LEAST = -9999.0
 _BYTE_TOKEN_LETTERS = len("<0x00>")
 
@@ -26,35 +28,41 @@ class TokenLogprob:
     """Letters of the answer in front of it."""
 
 
-class LogprobRecorder(LogitsProcessor):  # type: ignore[misc]
-    """Sees the scores of every token before they are changed for sampling, and remembers the last ones."""
+class LogprobRecorder(LogitsObserver):
+    """Sees the logits of every token, and remembers the last ones. `begins`: the answer's text has nothing before it,
+    so that its first token may lose a space."""
 
-    def __init__(self, tokenizer: Any, alternatives: int) -> None:
-        self._tokenizer, self._alternatives = tokenizer, alternatives
-        self._scores: Tensor | None = None
+    def __init__(self, tokenizer: Any, alternatives: int, *, begins: bool = False) -> None:
+        self._tokenizer, self._alternatives, self._first = tokenizer, alternatives, begins
+        self._logits: Tensor | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._scores = scores
-        return scores
+    def observe(self, logits: Tensor) -> None:
+        self._logits = logits
 
     def record(self, token: int, offset: int) -> TokenLogprob:
-        """`token` was drawn from the last scores, with `offset` letters before it."""
-        assert self._scores is not None, "scores come before tokens"
-        logprobs = self._scores[0].float().log_softmax(-1)
+        """`token` was drawn with the last logits, with `offset` letters before it."""
+        assert self._logits is not None, "logits come before tokens"
+        logprobs = self._logits[0].float().log_softmax(-1)
         values, ids = logprobs.topk(min(self._alternatives, logprobs.numel()))
         best = zip(ids.tolist(), values.tolist(), strict=True)
         alternatives = tuple(self._named(i, value) for i, value in best)
-        return replace(self._named(token, float(logprobs[token])), alternatives=alternatives, offset=offset)
+        named = replace(self._named(token, float(logprobs[token])), alternatives=alternatives, offset=offset)
+        self._first = self._first and token in special_ids(self._tokenizer)
+        return named
 
     def _named(self, token: int, logprob: float) -> TokenLogprob:
-        text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        return TokenLogprob(text, token_bytes(self._tokenizer, token, text), max(logprob, _LEAST))
+        text = token_text(self._tokenizer, token, first=self._first)
+        spelt: tuple[int, ...] | None = ()  # special tokens have a name and no text
+        if token not in special_ids(self._tokenizer):
+            begins = self._first and "\ufffd" not in text
+            spelt = tuple(text.encode()) if begins else token_bytes(self._tokenizer, token, text)
+        return TokenLogprob(text, spelt, max(logprob, _LEAST))
 
 
 def token_bytes(tokenizer: Any, token: int, text: str) -> tuple[int, ...] | None:
-    """The bytes that `token` stands for, also where they are a part of a letter; `text` is what it decodes to."""
+    """The bytes that `token` adds to a text, also where they are a part of a letter; `text` is what it decodes to."""
     if "\ufffd" not in text:
-        return tuple(text.encode())
+        return tuple(token_text(tokenizer, token).encode())
     name = tokenizer.convert_ids_to_tokens(token)
     if len(name) == _BYTE_TOKEN_LETTERS and name.startswith("<0x"):
         return (int(name[3:5], 16),)

@@ -8,6 +8,8 @@ from griffin_offload.serving.fields import Fields
 Message = dict[str, str]
 
 ROLES = ("system", "user", "assistant")
+# What clients call instructions to models that think; templates know them as the system's.
+_INSTRUCTIONS = "developer"
 _MAX_MESSAGES = 10_000
 # What an answer of a client library carries when it is sent back; empty, or it would ask for something.
 _EMPTY: dict[str, tuple[Any, ...]] = {
@@ -32,8 +34,8 @@ def parse_messages(fields: Fields) -> tuple[Message, ...]:
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise invalid(f"{where} has to be an object", where)
-    role = value.get("role")
-    if role in ("tool", "function", "developer"):
+    role = "system" if value.get("role") == _INSTRUCTIONS else value.get("role")
+    if role in ("tool", "function"):
         raise unsupported(f"{where}.role", f"{role}: the roles are {', '.join(ROLES)}")
     fields = Fields(value, known=("role", "content"), neutral=_EMPTY, where=where)
     if role not in ROLES:

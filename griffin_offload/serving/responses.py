@@ -104,7 +104,7 @@ class Response:
         return {
             "tokens": [_label(token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{_label(t): t.logprob for t in (*token.alternatives, token)} for token in tokens],
+            "top_logprobs": [_by_label(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
 
@@ -113,11 +113,23 @@ def _chat_token(token: TokenLogprob) -> dict[str, Any]:
     return _plain(token) | {"top_logprobs": [_plain(other) for other in token.alternatives]}
 
 
+def _by_label(token: TokenLogprob) -> dict[str, float]:
+    """Of `token` and its alternatives; of several with one name the likeliest is told."""
+    found: dict[str, float] = {}
+    for other in (*token.alternatives, token):
+        found.setdefault(_label(other), other.logprob)
+    return found
+
+
 def _label(token: TokenLogprob) -> str:
-    """A name that tells parts of letters from each other: they have the same text."""
-    if "\ufffd" not in token.text or token.bytes is None:
+    """A name by which tokens differ that decode to the same text by themselves: parts of letters, and words with and
+    without the space in front of them. A list of these names makes the text."""
+    if not token.bytes:
         return token.text
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
+    try:
+        return bytes(token.bytes).decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
 
 
 def _plain(token: TokenLogprob) -> dict[str, Any]:

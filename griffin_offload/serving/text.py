@@ -1,6 +1,7 @@
 """Tokens become text as they come, whole letters only."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 # Bytes that are no UTF-8 (yet) are decoded as this.
@@ -12,17 +13,20 @@ _BEFORE = 5
 class Detokeniser:
     """The text of an answer, token by token; special tokens have none.
 
-    A letter may be spread over several tokens: nothing is returned until it is complete. Only the tokens since the
-    last complete letter, and those of the piece before it, are decoded again.
+    Joined, it is what the tokenizer makes of all tokens at once. With tokens `before` it is what they are followed by:
+    a space in front of the first word stays. A letter may be spread over several tokens: nothing is returned until it
+    is complete. Only the tokens since the last complete letter, and those of the piece before it, are decoded again.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._special = tokenizer, special_ids(tokenizer)
         self._ids = list(before[-_BEFORE:])
         self._shown = len(self._ids)
 
     def feed(self, token: int) -> str:
         """What `token` completes."""
+        if token in self._special:
+            return ""
         self._ids.append(token)
         text = self._decode(len(self._ids))
         return "" if text.endswith(_INCOMPLETE) else self._advance(text)
@@ -39,7 +43,30 @@ class Detokeniser:
         return new
 
     def _decode(self, end: int) -> str:
+        # Special tokens stand among those before the answer alone, where they are what its first word follows.
         text: str = self._tokenizer.decode(
-            self._ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
+
+
+@lru_cache(maxsize=4)
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of the tokens that are no text of an answer."""
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
+
+
+def whole_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of an answer, all at once: what pieces of it make together."""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def token_text(tokenizer: Any, token: int, *, first: bool = False) -> str:
+    """What `token` adds to a text, or begins one with: there some tokenizers drop a space."""
+    alone: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    if first or _INCOMPLETE in alone:
+        return alone
+    twice: str = tokenizer.decode([token, token], clean_up_tokenization_spaces=False)
+    return twice[len(alone) :]

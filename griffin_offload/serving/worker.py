@@ -6,8 +6,26 @@ import time
 from collections import deque
 
 from griffin_offload.config import ServeConfig
-from griffin_offload.errors import CheckpointChanged, DoesNotFit, GriffinError, OutOfMemory, UsageError, memory_refused
-from griffin_offload.serving.failure import Failure, broken, changed, invalid, out_of_memory, shutting_down
+from griffin_offload.errors import (
+    CheckpointChanged,
+    DoesNotFit,
+    GriffinError,
+    LimitReached,
+    NotFinite,
+    OutOfMemory,
+    UsageError,
+    memory_refused,
+)
+from griffin_offload.serving.failure import (
+    Failure,
+    broken,
+    changed,
+    invalid,
+    limit,
+    not_finite,
+    out_of_memory,
+    shutting_down,
+)
 from griffin_offload.serving.generation import Interrupted, answer_all
 from griffin_offload.serving.job import Done, Event, Failed, Job
 from griffin_offload.serving.keeper import Held, Keeper
@@ -172,6 +190,12 @@ class Worker:
             return Failed(out_of_memory())
         except DoesNotFit as error:
             return Failed(Failure(400, str(error), code="does_not_fit"))
+        except NotFinite as error:
+            log.error("%s", error)
+            return Failed(not_finite(str(error)))
+        except LimitReached as error:
+            log.error("%s", error)
+            return Failed(limit(str(error)))
         except Exception as error:  # whatever it is, the next request gets its answer
             if memory_refused(error):
                 log.error("out of memory: %s", type(error).__name__)

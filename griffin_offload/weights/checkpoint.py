@@ -3,27 +3,32 @@
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig
 
-from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_line
+from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, one_line
 from griffin_offload.weights.config_file import load_config
 from griffin_offload.weights.converted import check_shard, mark_of
 from griffin_offload.weights.files import check_name
+from griffin_offload.weights.foreign import check_numbers, is_gguf, refuse_gguf, refuse_gguf_in
+from griffin_offload.weights.mixed_files import converted_tensors
 from griffin_offload.weights.quantized_linear import Precision
+from griffin_offload.weights.shape import build_on_meta
+from griffin_offload.weights.text_model import left_out_parts
+from griffin_offload.weights.tied_head import untie_other_head
+from griffin_offload.weights.tokenizer_files import load_tokenizer as load_tokenizer
 from griffin_offload.weights.watched_files import FileState, WatchedFiles, states_of
-from griffin_offload.weights.weight_files import DTYPES, read_headers, weight_files
+from griffin_offload.weights.weight_files import DTYPES, Header, read_headers, weight_files
 
 # Lies in a directory that convert has not finished.
 UNFINISHED = ".converting.json"
 # Of every file so many pieces go into a fingerprint, evenly spread.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
-# Every kind of tokenizer has a file with such a name.
-_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "merges*", "*tekken*", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class Checkpoint:
     """What its matrices were converted to."""
     tables: Precision = "none"
     """What its embeddings and its head were converted to."""
+    untied: bool = False
+    """The files hold another head than the embeddings that config.json ties it to."""
+    converted: dict[str, int] = field(default_factory=dict, compare=False)
+    """Bytes, in `dtype`, of the tensors that are stored in another precision."""
     states: dict[str, FileState] = field(default_factory=dict, compare=False)
     """Of `files`, by resolved path, from before their headers were read."""
 
@@ -54,28 +63,44 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     directory = locate(model, offline=offline)
     config = _read_config(directory)
     mark = mark_of(config, directory)
+    check_numbers(directory, getattr(config, "quantization_config", None), None)
     files, promised = weight_files(directory)
     states = _states(files)
     headers = read_headers(directory, files, promised)
-    sizes: Counter[str] = Counter()
-    for header in headers.values():
-        for dtype, size_bytes in header.values():
-            sizes[dtype] += size_bytes
-    if not sizes:
+    weight_bytes = sum(size_bytes for header in headers.values() for _, size_bytes in header.values())
+    if not any(headers.values()):
         raise CheckpointError(f"{directory} holds no tensors")
-    weight_bytes = sum(sizes.values())
+    sizes = _bytes_by_dtype(config, headers.values())
     for path in headers:
         check_shard(path, mark)
     if mark is not None:
         sizes = Counter({name: count for name, count in sizes.items() if name in DTYPES})
     stored = max(sizes, key=lambda name: sizes[name], default="no floats")
-    if stored not in DTYPES or getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModel(
-            f"{directory} is quantised ({stored}): only 16, 32 and 64 bit floats are loaded, or what griffin-offload "
-            "convert made of them"
-        )
-    checkpoint = Checkpoint(directory, config, DTYPES[stored], tuple(headers), weight_bytes, states=states)
+    check_numbers(directory, None, None if stored in DTYPES else stored)
+    untied = mark is None and untie_other_head(config, DTYPES[stored], headers)
+    checkpoint = Checkpoint(
+        directory,
+        config,
+        DTYPES[stored],
+        tuple(headers),
+        weight_bytes,
+        untied=untied,
+        converted=converted_tensors(headers.values(), DTYPES[stored]),
+        states=states,
+    )
     return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
+
+
+def _bytes_by_dtype(config: PretrainedConfig, headers: Iterable[Header]) -> Counter[str]:
+    """Of the language model: a tower may outweigh it, in another precision."""
+    sees = config.get_text_config() is not config
+    towers = left_out_parts(build_on_meta(config, torch.bfloat16)) if sees else set()
+    sizes: Counter[str] = Counter()
+    for header in headers:
+        for name, (dtype, size_bytes) in header.items():
+            if not towers & set(name.split(".")):
+                sizes[dtype] += size_bytes
+    return sizes
 
 
 def read_config(path: str | Path) -> Checkpoint:
@@ -85,8 +110,7 @@ def read_config(path: str | Path) -> Checkpoint:
         raise ModelNotFound(f"no file {file}: give a config.json")
     config = load_config(file)
     mark = mark_of(config, file.parent)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModel(f"{file} describes a quantised model: only what griffin-offload convert made is known")
+    check_numbers(file, getattr(config, "quantization_config", None), None)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     checkpoint = Checkpoint(file.parent, config, dtype, (), 0)
     return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
@@ -105,52 +129,37 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:32]
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint; CheckpointError if there is none that can be loaded."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        _drop_copies(tokenizer)
-        return tokenizer
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # tokenizers fail in many ways; a panic of native code is no Exception
-        if not any(path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)):
-            raise CheckpointError(
-                f"{directory} has no tokenizer files: copy tokenizer.json or the like beside its config.json, or use "
-                "the Python API with token ids"
-            ) from error
-        raise CheckpointError(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
-
-
-def _drop_copies(tokenizer: Any) -> None:
-    """Forget the tables of words and merges that transformers keeps as Python objects beside the native tokenizer's
-    own: 0.15 GB for 262,144 words, of which nothing makes use once that has been built."""
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        for name in ("_vocab", "_merges"):
-            vars(tokenizer).pop(name, None)
-
-
-def locate(model: str | Path, *, offline: bool = False) -> Path:
-    """The directory of `model`, fetched from the hub if need be. Errors: UsageError, ModelNotFound."""
+def locate(model: str | Path, *, offline: bool = False, **hub: Any) -> Path:
+    """The directory of `model`, fetched from the hub if need be; `hub` are more arguments of its client (revision,
+    cache_dir, token). Errors: UsageError, ModelNotFound."""
     model = str(model)
     path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
     check_name(path)
     if path.is_dir():
+        if hub.get("revision") not in (None, "main"):  # a token and a cache are for what has to be fetched
+            raise UsageError(
+                f"revision is {hub['revision']!r}, and {model} is a directory, which has none: leave it out"
+            )
         return path
     if path.exists():
+        if is_gguf(path):
+            refuse_gguf(path)
         raise ModelNotFound(f"{model} is a file: give the checkpoint's directory")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ModelNotFound(f"no directory {model}: give a checkpoint directory or a hub id such as org/name")
-    return _hub_snapshot(model, offline)
+    return _hub_snapshot(model, offline, hub)
 
 
-def _hub_snapshot(model: str, offline: bool) -> Path:
+def _hub_snapshot(model: str, offline: bool, hub: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     unwanted = ["consolidated*", "*/*"]  # the same weights again, in other layouts
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=offline))
+        found = snapshot_download(
+            model, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=offline, **hub
+        )
+        return Path(found)
     except Exception as error:  # the hub's client raises errors of many libraries
         where = "the local hub cache" if offline else "this directory or the hub"
         raise ModelNotFound(f"{model} was not found in {where}: {one_line(error)}") from error
@@ -160,6 +169,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
     if (directory / UNFINISHED).is_file():
         raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
     if not (directory / "config.json").is_file():
+        refuse_gguf_in(directory)
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
     return load_config(directory / "config.json")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from griffin_offload.errors import CheckpointError, one_line
+from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
+from griffin_offload.weights.foreign import check_kind
 from griffin_offload.weights.json_file import read_object
 
 MAX_LAYERS = 1024
@@ -30,17 +31,32 @@ _SIZES = (
 
 
 def load_config(file: Path) -> PretrainedConfig:
-    """The config in `file`; CheckpointError for one that transformers cannot use, or that would cost it the machine."""
+    """The config in `file`; CheckpointError for one that transformers cannot use, or that would cost it the machine,
+    UnsupportedModel for what is no causal language model."""
     for key, value in _entries(read_object(file, _MOST_BYTES)):
         _check_entry(key, value, file)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
+        check_kind(config, file)
         text = config.get_text_config()
+        sizes = {name: _values(text, name) for name in _SIZES}
+    except UnsupportedModel:
+        raise
     except Exception as error:  # each architecture validates its config in its own way
         raise CheckpointError(f"{file} cannot be used: {one_line(error)}") from error
-    for name in _SIZES:
-        _check_size(name, getattr(text, name, None), file)
+    for name, values in sizes.items():
+        for value in values:
+            _check_size(name, value, file)
     return config
+
+
+def _values(config: PretrainedConfig, name: str) -> list[Any]:
+    """What the config says `name` is; of each layer, where layers differ: transformers raises an error of its own for
+    the model's value then."""
+    try:
+        return [getattr(config, name, None)]
+    except RuntimeError:
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def _entries(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:

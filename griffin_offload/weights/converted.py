@@ -24,6 +24,7 @@ from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.quantized_embedding import swap_tables, tie_tables
 from griffin_offload.weights.quantized_linear import PRECISIONS, Precision
 from griffin_offload.weights.swap import swap_linears
+from griffin_offload.weights.text_model import leave_out_towers
 
 METHOD = "griffin-offload"
 VERSIONS: dict[Precision, int] = {"int8": 1, "int4": 2}
@@ -96,6 +97,7 @@ def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> Any:
         warnings.simplefilter("ignore")  # advice about initialisation, which never happens here
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     model.tie_weights()  # each parameter went to the meta device by itself
+    leave_out_towers(model)
     return model
 
 

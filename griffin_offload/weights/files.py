@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from griffin_offload.errors import UsageError
+from griffin_offload.errors import CheckpointError, UsageError, limit_reached
 
 
 def check_name(path: Path) -> None:
@@ -16,6 +16,37 @@ def check_name(path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         raise UsageError(f"{str(path)!a} is not UTF-8, and cannot be opened by all that has to: rename it") from None
+
+
+# How a clone without git-lfs has every large file.
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_content(path: Path) -> None:
+    """CheckpointError for a file that cannot be read, with the reason that the system gives, or that is only a pointer
+    to the real one."""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(_POINTER))
+    except OSError as error:
+        raise CheckpointError(unreadable(path, error)) from error
+    if begins == _POINTER:
+        raise CheckpointError(f"{path} is a pointer of git-lfs and not the file: run git lfs pull, or download it")
+
+
+def unreadable(path: Path, error: OSError) -> str:
+    """Why the system does not let a file be read, in one line."""
+    reason = limit_reached(error) or error.strerror or str(error)
+    if isinstance(error, PermissionError):
+        reason += f" (mode {_mode(path)}): let this user read it (chmod, or chown)"
+    return f"{path} cannot be read: {reason}"
+
+
+def _mode(path: Path) -> str:
+    try:
+        return f"{path.stat().st_mode & 0o7777:o}"
+    except OSError:
+        return "unknown"
 
 
 @contextlib.contextmanager

@@ -1,13 +1,21 @@
-"""generation_config.json: transformers takes most of its values unseen, and fails on them in the middle of a prompt."""
+"""generation_config.json: transformers takes most of its values unseen, and fails on them in the middle of a prompt.
 
+Here each is checked while the model is loaded. What only says how fast or in how much memory is the runtime's own
+matter: it is set aside with a warning. What changes the text is honoured, or refused by name.
+"""
+
+import copy
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from griffin_offload.errors import CheckpointError, one_line
+from griffin_offload.weights.files import check_content
 
 _MOST = 2**31
 _IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
@@ -46,10 +54,93 @@ def read_generation_config(model: Any, directory: Path) -> None:
     path = directory / "generation_config.json"
     if not path.is_file():
         return
+    check_content(path)
     try:
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # a file of the checkpoint's author
         raise CheckpointError(f"{path} cannot be used: {one_line(error)}") from error
+
+
+# An empty list asks for nothing, and transformers fails on it.
+_LISTS = ("stop_strings", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens")
+# How transformers would go about it; here the plan decides.
+_WAYS = (
+    "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "compile_config",
+    "prefill_chunk_size",
+)
+# What every cache does, and what Gemma's files say of a kind that transformers itself has given up.
+_USUAL = ("dynamic", "hybrid")
+_ELSEWHERE = "transformers itself would fetch code for it from the hub"
+_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "token_healing": (bool, "it would generate from another prompt than the one given"),
+    "dola_layers": (lambda value: value is not None, _ELSEWHERE),
+    "constraints": (lambda value: value is not None, _ELSEWHERE),
+    "force_words_ids": (lambda value: value is not None, _ELSEWHERE),
+    "penalty_alpha": (lambda value: bool(value), _ELSEWHERE),
+    "guidance_scale": (lambda value: value not in (None, 1), "it needs a second prompt"),
+    "watermarking_config": (lambda value: value is not None, "conversations and exact answers are not watermarked"),
+}
+
+
+def settle_generation_config(model: Any, vocab_size: int, directory: Path) -> None:
+    """Make the `model`'s generation settings ones that `generate` can honour. CheckpointError where that cannot be."""
+    config = model.generation_config
+    config.use_cache = True  # training with gradient checkpointing leaves it off; decoding here is never without
+    for name in _LISTS:
+        if getattr(config, name, None) in ([], {}):
+            setattr(config, name, None)
+    check_generation_config(config, vocab_size, directory)
+    _refuse(config, directory)
+    _set_aside(config, directory)
+    if (config.num_return_sequences or 1) > 1:
+        more = f"{config.num_return_sequences}: run, chat and serve give one answer"
+        warnings.warn(f"num_return_sequences of {directory.name} is {more}", stacklevel=2)
+    _try_out(model, vocab_size, directory)
+
+
+def _refuse(config: Any, directory: Path) -> None:
+    for name, (asks, reason) in _REFUSED.items():
+        value = getattr(config, name, None)
+        if asks(value):
+            raise CheckpointError(
+                f"{directory} says in its generation_config.json that {name} is {str(value)[:60]!r}, which cannot be "
+                f"done here ({reason}): take it out of the file"
+            )
+
+
+def _set_aside(config: Any, directory: Path) -> None:
+    for name in _WAYS:
+        value = getattr(config, name, None)
+        if value in (None, False):
+            continue
+        setattr(config, name, None)
+        if value not in _USUAL:
+            told = f"{name} of {directory.name}'s generation_config.json ({str(value)[:60]!r}) is ignored"
+            warnings.warn(f"{told}: the plan decides how the answer is computed", stacklevel=3)
+
+
+def _try_out(model: Any, vocab_size: int, directory: Path) -> None:
+    """Have the settings change the scores of a token once, where they fail if they will ever."""
+    config = copy.deepcopy(model.generation_config)
+    config.max_length = 8
+    ids = torch.zeros(1, 4, dtype=torch.long, device="cpu")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device="cpu")
+            processors = model._get_logits_processor(
+                config, input_ids_seq_length=4, encoder_input_ids=ids, device="cpu", model_kwargs={}
+            )
+            processors(ids, torch.zeros(1, vocab_size, dtype=torch.float32, device="cpu"))
+    except Exception as error:  # each setting is checked in its own way
+        where = f"{directory / 'generation_config.json'} or config.json"
+        raise CheckpointError(f"{where} has settings that generate refuses: {one_line(error)}") from error
 
 
 def check_generation_config(config: Any, vocab_size: int, directory: Path) -> None:
@@ -63,6 +154,7 @@ def check_generation_config(config: Any, vocab_size: int, directory: Path) -> No
         (_ABOVE_NOTHING, lambda value: _number(value) and value > 0, "a number above 0"),
         (_NUMBERS, _number, "a number"),
         (_SWITCHES, lambda value: isinstance(value, bool), "true or false"),
+        (("stop_strings",), _texts, "a text, or several, none of them empty"),
     ]
     for names, fits, words in rules:
         for name in names:
@@ -78,6 +170,11 @@ def check_generation_config(config: Any, vocab_size: int, directory: Path) -> No
 def _ids(value: Any, least: int, most: int) -> bool:
     values = value if isinstance(value, list) else [value]
     return bool(values) and all(_whole(one, least, most) for one in values)
+
+
+def _texts(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(one, str) and one for one in values)
 
 
 def _whole(value: Any, least: int, most: int) -> bool:

@@ -6,10 +6,12 @@ from typing import Any
 
 from griffin_offload.errors import CheckpointError, one_line
 from griffin_offload.units import format_bytes
+from griffin_offload.weights.files import check_content
 
 
 def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
     """The object in `path`; CheckpointError for anything else, and for a file of more than `most_bytes`."""
+    check_content(path)
     try:
         with path.open("rb") as file:
             content = file.read(most_bytes + 1)

@@ -1,6 +1,8 @@
 """Where the feed-forward block of a layer is found, in every architecture: a table of names."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -28,6 +30,7 @@ _LAYOUTS = [
     Layout(("c_fc",), "c_proj"),  # GPT-2 (Conv1D: axes swapped), StarCoder2
     Layout(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
     Layout(("fc_in",), "fc_out"),  # GPT-J, CodeGen
+    Layout(("input_linear",), "output_linear"),  # Granite 4 without experts
 ]
 REGISTER_HINT = "register others with griffin_offload.register_layout(Layout(inputs=..., down=...))"
 
@@ -41,7 +44,12 @@ def find_feed_forwards(model: nn.Module, layers: int) -> tuple[nn.ModuleList, li
     """The decoder layers of `model` and the FF block of each; UnsupportedModel names what was found instead."""
     if layers < 1:
         raise UnsupportedModel(f"{type(model).__name__} has {layers} decoder layers")
-    candidates = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    # A tower of another kind may have as many layers.
+    decoder_of: Callable[[], Any] | None = getattr(model, "get_decoder", None)
+    own = decoder_of() if decoder_of is not None else None
+    places = [place for place in (own, model) if isinstance(place, nn.Module)]
+    found = ([m for m in place.modules() if isinstance(m, nn.ModuleList) and len(m) == layers] for place in places)
+    candidates = next((lists for lists in found if lists), [])
     if not candidates:
         raise UnsupportedModel(f"{type(model).__name__} has no list of {layers} decoder layers; {REGISTER_HINT}")
     decoder = next((c for c in candidates if _matches(c[0])), candidates[0])
@@ -59,10 +67,9 @@ def _matches(layer: nn.Module) -> list[tuple[nn.Module, Layout]]:
 
 
 def _block_of(layer: nn.Module, where: str) -> FeedForward:
-    stock = [(name, m) for name, m in layer.named_modules() if not isinstance(m, QuantizedLinear)]
-    experts = [f"{name}.{n}" for name, m in stock for n, p in m.named_parameters(recurse=False) if p.dim() > 2]
-    if experts:
-        raise UnsupportedModel(f"{where} holds mixture-of-experts parameters ({experts[0]}): only dense FFs work")
+    experts = _experts(layer)
+    if experts is not None:
+        raise UnsupportedModel(f"{where} holds mixture-of-experts parameters ({experts}): only dense FFs work")
     found = _matches(layer)
     if len(found) != 1:
         names = ", ".join(dict.fromkeys(name.rsplit(".", 1)[0] for name, _ in layer.named_parameters()))
@@ -72,6 +79,17 @@ def _block_of(layer: nn.Module, where: str) -> FeedForward:
     block = FeedForward(module, layout.inputs, layout.down, inline=module is layer)
     _check_shapes(block, layer, where)
     return block
+
+
+def _experts(layer: nn.Module) -> str | None:
+    """A parameter of experts, of which every token uses some: matrices in a stack, or modules in a list. Axes alone do
+    not tell: convolutions and gates of recurrences have three, too."""
+    for name, parameter in layer.named_parameters():
+        path, _, own = name.rpartition(".")
+        described = f"{path}.{type(layer.get_submodule(path)).__name__}.{own}".casefold()
+        if "expert" in described.replace("shared_expert", "") and parameter.dim() > 1:
+            return name
+    return None
 
 
 def _check_projections(module: nn.Module, layout: Layout, where: str) -> None:

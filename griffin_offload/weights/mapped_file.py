@@ -12,10 +12,13 @@ import os
 import sys
 import warnings
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from griffin_offload.errors import CheckpointError, memory_refused, one_line
 
@@ -40,6 +43,30 @@ _DTYPES = {
     "C64": torch.complex64,
     "BOOL": torch.bool,
 }
+
+
+class Untouched(TorchDispatchMode):
+    """Inside it, what would write into one of `tensors` does nothing.
+
+    transformers initialises modules after it has loaded them, for the buffers that no file holds, and leaves the loaded
+    weights out by a mark on each tensor, which a view of one lacks: some architectures set a row to zero by such a
+    view. The files are mapped to be read alone, so that would end the process, and the weights are the checkpoint's.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        written = (
+            value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor)
+        )
+        for target in written if func._schema.is_mutable else ():
+            if not target.is_meta and target.untyped_storage().data_ptr() in self._storages:
+                return target
+        return func(*args, **(kwargs or {}))
 
 
 def map_file(path: Path) -> dict[str, Tensor]:

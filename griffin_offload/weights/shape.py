@@ -2,22 +2,30 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from griffin_offload.errors import CheckpointError, one_line
 from griffin_offload.weights.building import building
 from griffin_offload.weights.feedforward import FeedForward, features, padded_neurons
+from griffin_offload.weights.kept_state import LayerState, kept_states, windows_of
 from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.quantized_embedding import table_bytes
 from griffin_offload.weights.quantized_linear import Precision, Spec, resident_form, specs
+from griffin_offload.weights.rope import positions_reached
 from griffin_offload.weights.source import ALIGNMENT
 from griffin_offload.weights.swap import check_layer, linear_names
+from griffin_offload.weights.text_model import leave_out_towers
+
+# Bytes alive at once per number that a layer's projections make of a token, outside of its FF. torch's scans work in
+# float32, chunk by chunk, all chunks at once: 28 with the gated delta rule, 24 to 46 with Mamba 2, counted in sizes as
+# published (tensors alive on the meta device).
+_RECURRENCE_BYTES, _CONVOLUTION_BYTES = 48, 16
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,13 @@ class LayerShape:
     plain_neuron_bytes: int = 0
     """The same neuron, and the attention, without quantisation."""
     plain_attention_bytes: int = 0
+    kv_width: int | None = None
+    """Numbers per token in its keys and values together; None: the model's."""
+    kv_heads: int | None = None
+    state_bytes: int = 0
+    """Of convolutions and recurrences: what it keeps of a sequence, however long that is."""
+    mixing_bytes: int = 0
+    """Activations per token while a recurrence or a convolution passes over a prompt."""
 
     def resident_ff_bytes(self, kept: int) -> int:
         """Bytes of the compact FF with room for `kept` neurons."""
@@ -65,7 +80,7 @@ class ModelShape:
     """Numbers per token in the queries of one layer."""
     heads: int
     kv_width: int
-    """Numbers per token in the keys and values of one layer together."""
+    """Numbers per token in the keys and values of the widest layer together."""
     kv_heads: int
     max_positions: int
     gated: bool
@@ -87,6 +102,18 @@ class ModelShape:
     def tied(self) -> bool:
         return self.head_bytes == 0
 
+    def kv_width_of(self, layer: LayerShape) -> int:
+        """Numbers per token in the keys and values of `layer`."""
+        return self.kv_width if layer.kv_width is None else layer.kv_width
+
+    def kv_heads_of(self, layer: LayerShape) -> int:
+        return self.kv_heads if layer.kv_heads is None else layer.kv_heads
+
+    @property
+    def state_bytes(self) -> int:
+        """What all layers keep of one sequence beside its KV cache."""
+        return sum(layer.state_bytes for layer in self.layers)
+
     def _stored_attention(self, layer: LayerShape) -> int:
         return layer.plain_attention_bytes if self.stored == "none" else layer.attention_bytes
 
@@ -98,28 +125,34 @@ class ModelShape:
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """The model of `config` with no storage: every name and shape of it, in well under a second for 70B."""
+    """The language model of `config` with no storage: every name and shape of it, in well under a second for 70B."""
     with building(dtype), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about initialisation and attention, which never happens here
         try:
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         except Exception as error:  # each architecture fails in its own way
-            reason = one_line(error)
+            reason = one_line(error).partition(" Model type should be one of")[0]  # a page of names
             raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error
+    leave_out_towers(model)
     return model
 
 
 def model_shape(
-    model: Any, precision: Precision = "none", stored: Precision = "none", tables: Precision = "none"
+    model: Any,
+    precision: Precision = "none",
+    stored: Precision = "none",
+    tables: Precision = "none",
+    states: Sequence[LayerState] | None = None,
 ) -> ModelShape:
-    """Measure `model`, a stock transformers causal LM, usually on the meta device, as if its layers were of
-    `precision` on the device and `stored` in the checkpoint, and its embeddings and head of `tables`. Raises
-    UnsupportedModel."""
+    """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
+    device and `stored` in the checkpoint, and its embeddings and head of `tables`. `states` are `states_of(model)`,
+    for callers who ask more than once. Raises UnsupportedModel."""
     config = model.config.get_text_config()
     decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
+    states = states_of(model) if states is None else states
     layers = [
-        _layer_shape(layer, block, window, precision, stored)
-        for layer, block, window in zip(decoder, blocks, windows_of(config), strict=True)
+        _layer_shape(layer, block, window, state, precision, stored)
+        for layer, block, window, state in zip(decoder, blocks, windows_of(config), states, strict=True)
     ]
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
@@ -131,8 +164,7 @@ def model_shape(
     other_bytes = _nbytes(outside.values()) - sum(plain_tables)
     if tables == "int8":
         head_bytes = 0 if tied else table_bytes(head.weight.shape, embedding.dtype)
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, attention_width = _attention_sizes(config)
     return ModelShape(
         layers=tuple(layers),
         embedding_bytes=table_bytes(embedding.shape, embedding.dtype) if tables == "int8" else plain_tables[0],
@@ -143,11 +175,11 @@ def model_shape(
         item_bytes=embedding.element_size(),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        attention_width=heads * head_size,
+        attention_width=attention_width,
         heads=heads,
-        kv_width=2 * _kv_heads(config) * head_size,
-        kv_heads=_kv_heads(config),
-        max_positions=getattr(config, "max_position_embeddings", None) or 2**31,
+        kv_width=max(state.kv_width for state in states),
+        kv_heads=max(state.kv_heads for state in states),
+        max_positions=positions_reached(config),
         gated=any(block.gated for block in blocks),
         inline_ff=blocks[0].inline,
         materialises_scores=_materialises_scores(config),
@@ -157,8 +189,26 @@ def model_shape(
     )
 
 
+def states_of(model: Any) -> list[LayerState]:
+    """What each decoder layer of `model` keeps of a sequence; errors as `kept_states`."""
+    return kept_states(model, find_feed_forwards(model, model.config.get_text_config().num_hidden_layers)[0])
+
+
+def _attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
+    """(heads, numbers per token in the queries) of the widest layer."""
+    layers = config.per_layer_config
+    sizes = [getattr(layer, "head_dim", None) or config.hidden_size // layer.num_attention_heads for layer in layers]
+    heads = [int(layer.num_attention_heads) for layer in layers]
+    return max(heads), max(count * size for count, size in zip(heads, sizes, strict=True))
+
+
 def _layer_shape(
-    layer: nn.Module, block: FeedForward, window: int | None, precision: Precision, stored: Precision
+    layer: nn.Module,
+    block: FeedForward,
+    window: int | None,
+    state: LayerState,
+    precision: Precision,
+    stored: Precision,
 ) -> LayerShape:
     check_layer(layer, block, precision)
     projections = {id(projection.owner) for projection in block.projections}
@@ -190,7 +240,16 @@ def _layer_shape(
         ff_fixed_bytes=one - step * neuron_bytes,
         plain_neuron_bytes=plain[1] - plain[0],
         plain_attention_bytes=attention,
+        kv_width=state.kv_width,
+        kv_heads=state.kv_heads,
+        state_bytes=state.state_bytes,
+        mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in inside if id(module) not in projections]),
     )
+
+
+def _mixing_bytes(state: LayerState, widths: list[int]) -> int:
+    each = _RECURRENCE_BYTES if state.recurrent else _CONVOLUTION_BYTES if state.state_bytes else 0
+    return sum(widths) * each
 
 
 def _linear_bytes(linear: Any, precision: Precision, dtype: torch.dtype) -> int:
@@ -208,32 +267,6 @@ def _specs_bytes(found: list[Spec], dtype: torch.dtype) -> int:
 
 def _nbytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def windows_of(config: PretrainedConfig) -> list[int | None]:
-    """Per layer the tokens it sees, or None for all, as transformers' own KV cache reads them off the config."""
-    found = [getattr(layer, "sliding_window", None) for layer in cache_layers(config)]
-    for window in found:
-        if window is not None and not (isinstance(window, int) and window > 0):
-            raise CheckpointError(f"the config says a layer sees {window!r} tokens: it has to be 1 or more")
-    return found
-
-
-def cache_layers(config: PretrainedConfig) -> list[Any]:
-    """The layers of transformers' own KV cache; CheckpointError where it cannot make them of the config."""
-    try:
-        layers: list[Any] = DynamicCache(config=config).layers
-    except Exception as error:  # what a config says of its layers is not checked before
-        raise CheckpointError(f"the config does not describe layers with a KV cache: {one_line(error)}") from error
-    return layers
-
-
-def _kv_heads(config: PretrainedConfig) -> int:
-    # Falcon says it in its own words; its new decoders group queries but cache every head.
-    if config.model_type == "falcon":
-        shared = config.multi_query and not config.new_decoder_architecture
-        return 1 if shared else int(config.num_attention_heads)
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 _SCORE_TESTS: tuple[Callable[[Any], bool], ...] = (

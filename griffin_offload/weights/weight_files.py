@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from griffin_offload.errors import CheckpointError, memory_refused, one_line
+from griffin_offload.errors import CheckpointError, limit_reached, memory_refused, one_line
+from griffin_offload.weights.files import check_content
+from griffin_offload.weights.foreign import refuse_gguf_in
 from griffin_offload.weights.json_file import read_object
 
 INDEX = "model.safetensors.index.json"
@@ -36,6 +38,7 @@ def weight_files(directory: Path) -> tuple[list[Path], Collection[str]]:
         raise CheckpointError(
             f"{directory} has only pickled weights ({pickles[0]}): they can run code, convert them to safetensors"
         )
+    refuse_gguf_in(directory)
     raise CheckpointError(f"{directory} has no {_SINGLE} and no {INDEX}")
 
 
@@ -74,6 +77,10 @@ def read_header(path: Path) -> Header:
     except (SafetensorError, OSError, ValueError) as error:
         if memory_refused(error):
             raise
+        if limit_reached(error) is not None:
+            raise CheckpointError(f"{path} cannot be read: {limit_reached(error)}") from error
+        if os.path.exists(path):
+            check_content(path)  # the library calls a file that may not be read absent, or damaged
         size = f"{path.stat().st_size} bytes" if path.is_file() else "gone"
         raise CheckpointError(
             f"{path} ({size}) is truncated or damaged, download it again: {one_line(error)}"

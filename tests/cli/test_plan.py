@@ -7,12 +7,14 @@ import pytest
 from tiny_models import VOCAB
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from griffin_offload.runtime import memory, prospect
 from griffin_offload.units import format_bytes
 
 KEYS = {
     *("fits", "density", "precision", "context_tokens", "prompt_tokens", "batch", "kv_bits"),
     *("peak_prefill_bytes", "peak_decode_bytes", "resident_bytes", "streamed_bytes", "slots", "ff_chunk_tokens"),
     *("budget_bytes", "full_bytes", "embeddings", "parts", "parts_prefill", "parts_decode", "parts_16bit", "remedy"),
+    *("device", "assumed"),
 }
 BUDGETS = ["2kB", "150kB", "180kB", "210kB", "240kB", "300kB", "340kB", "400kB", "470kB", "600kB", "700kB"]
 REMEDY = re.compile(
@@ -79,6 +81,28 @@ def test_table(cli, llama: Path):
         assert not size_bytes or rows[name.replace("_", " ")][:2] == format_bytes(size_bytes).split()
     assert f"density {plan['density']:.2f}, float32, context {plan['context_tokens']} tokens" in outcome.out
     assert cli(*flags, "-q").out == ""
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_of_another_machine(cli, llama: Path, monkeypatch: pytest.MonkeyPatch, device: str):
+    """Planning is arithmetic: what cannot be asked is assumed and said, or has to be given."""
+    monkeypatch.setattr(prospect, "devices_here", lambda: ["cpu"])
+    monkeypatch.setattr(memory, "devices_here", lambda: ["cpu"])
+    flags = ("plan", "-m", llama, "--device", device)
+    here = cli("plan", "-m", llama, "--device", "cpu", "--max-gpu-mem", "2GB", "--json").json
+    outcome, plan = cli(*flags, "--max-gpu-mem", "2GB"), cli(*flags, "--max-gpu-mem", "2GB", "--json").json
+    assert (outcome.code, outcome.err, plan["device"]) == (0, "", device)
+    runtime = plan["parts"]["overhead"]
+    assert runtime == (1_100_000_000 if device == "cuda" else 0)
+    said = f"no {device} device is here, {format_bytes(runtime)} are assumed for its runtime"
+    assert outcome.out.splitlines()[-1] == plan["assumed"] == said
+    assert (here["device"], here["assumed"]) == ("cpu", None)
+    assert plan["full_bytes"] == here["full_bytes"]
+    for size in ((), ("--max-gpu-mem", "auto"), ("--max-gpu-mem", "80%")):
+        cli.refuses(2, f"no {device} device is here whose memory could be asked: give --max-gpu-mem", *flags, *size)
+    cli.refuses(2, f"device {device} is not available here", "run", "a", "-m", llama, "--device", device)
+    verbose = cli(*flags, "--max-gpu-mem", "2GB", "-v", "--json").json
+    assert {row["expected_tokens_per_s"] for row in verbose["alternatives"]} == {None}
 
 
 def test_the_demo_and_the_variable(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):

@@ -60,13 +60,23 @@ def test_13b_in_12_gb(cli, config, edit, stored: str):
     outcome = cli(*flags)
     assert (outcome.code, outcome.err) == (0, "")
     plan = outcome.json
-    assert (plan["fits"], plan["precision"], plan["context_tokens"]) == (True, "int8", 2048)
-    assert plan["density"] >= 0.5
+    assert (plan["fits"], plan["precision"], plan["context_tokens"]) == (True, "int4", 2048)
+    assert plan["density"] == 1
     assert max(plan["peak_prefill_bytes"], plan["peak_decode_bytes"]) <= 12e9
+    numbers = 40 * (4 * 5120 * 5120 + 3 * 5120 * 13824)
+    expected = numbers // 2 + 2 * 2 * 32000 * 5120
+    assert expected < plan["resident_bytes"] < 1.2 * expected  # scales and norms
+    assert plan["parts"]["kv_cache"] == 40 * 2 * 5120 * 2048 * 2
+
+
+def test_13b_pruned_in_8_bit_when_that_is_asked_for(cli, config):
+    flags = ("--max-gpu-mem", "12GB", "--ctx-size", 2048, "--device", "cpu", "--quantize", "int8", "--json")
+    plan = cli("plan", "--config", config("13b"), *flags).json
+    assert (plan["fits"], plan["precision"]) == (True, "int8")
+    assert 0.5 <= plan["density"] < 1
     attention, neuron = 40 * 4 * 5120 * 5120, 40 * 3 * 5120
     expected = attention + round(plan["density"] * 13824) * neuron + 2 * 32000 * 5120
     assert expected < plan["resident_bytes"] < 1.005 * expected  # scales and norms are little
-    assert plan["parts"]["kv_cache"] == 40 * 2 * 5120 * 2048 * 2
 
 
 def test_70b_in_24_gb(cli, config):
@@ -106,7 +116,8 @@ def rows(text: str) -> list[list[str]]:
 
 
 LISTED: list[tuple[tuple[str, ...], list[tuple[str, bool]]]] = [
-    ((), [("int8", True), ("int4", False)]),
+    ((), [("int8", False), ("int4", True)]),
+    (("--quantize", "int8"), [("int8", True), ("int4", False)]),
     (("--quantize", "int4"), [("int4", True), ("int8", False)]),
     (("--density", "0.5"), [("int8", True), ("int8", False), ("int4", False)]),
 ]

@@ -46,13 +46,13 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("chunk", [None, 16])
-def test_density_one_is_dense_bit_for_bit(architecture: str, chunk: int | None, checkpoints):
-    """Streamed on purpose: at density 1 nothing needs to be, and this is about the streamed pass."""
+def test_density_one_is_dense_bit_for_bit(architecture: str, checkpoints):
+    """Streamed on purpose, and in chunks: at density 1 nothing needs to be, and this is about the streamed pass.
+    (In one chunk: test_hybrids.py.)"""
     path = checkpoints(architecture)
     dense = AutoModelForCausalLM.from_pretrained(path)
     ids, mask = _prompt(1)
-    model = _load(path, density=1.0, always_stream=True, ff_chunk_tokens=chunk)
+    model = _load(path, density=1.0, always_stream=True, ff_chunk_tokens=16)
     logits = model.model(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(logits, dense_forward(dense, ids, mask))
     tokens, _ = _generate(model, ids, mask)

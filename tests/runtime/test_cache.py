@@ -360,12 +360,12 @@ def test_a_callers_own_cache_is_used(checkpoints):
 
 
 def test_layers_that_are_not_attention_alone_keep_transformers_cache(checkpoints, monkeypatch: pytest.MonkeyPatch):
-    """No model with such layers has a feed-forward layout that is known today: the way is walked with another."""
+    """The way is walked with plain ones, whose bytes are known; real ones: test_hybrids.py."""
     assert all(can_cache(architecture.build().config) for architecture in ARCHITECTURES.values())
     assert not can_cache(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]))
     assert not can_cache(T5Config())
     monkeypatch.setattr("griffin_offload.runtime.prospect.can_cache", lambda config: False)
-    with pytest.raises(UsageError, match="kv_bits=8 cannot be used with llama"):
+    with pytest.raises(UsageError, match="kv_bits=8 needs attention in all layers of llama"):
         _load(checkpoints("llama3"), kv_bits=8)
     model = _load(checkpoints("llama3"), ctx_size=72, prompt_tokens=40, density=0.5)
     output = model.generate(_ids()[0], max_new_tokens=32, do_sample=False, return_dict_in_generate=True)

@@ -13,6 +13,7 @@ from tiny_models import VOCAB
 from griffin_offload import GriffinModel
 from griffin_offload.errors import CheckpointChanged
 from griffin_offload.runtime import load as loading
+from griffin_offload.runtime.stock import Guard
 from griffin_offload.weights import source
 
 SHARDS = ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors")
@@ -56,7 +57,8 @@ def answer(model: GriffinModel, seed: int = 1) -> torch.Tensor:
 
 def hooks(model: GriffinModel) -> list[Any]:
     modules = list(model.model.modules())
-    return [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    found = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return [hook for hook in found if not isinstance(hook, Guard)]
 
 
 def cut(path: Path) -> None:

@@ -192,10 +192,3 @@ def test_what_does_not_fit_changes_nothing(checkpoints):
     tight = _load(path, max_gpu_mem=model.plan.peak_bytes)
     with pytest.raises(DoesNotFit, match="statistic"):
         _greedy(tight, _ids(0, CTX - 1), 1, context=tight.new_context())
-
-
-@pytest.mark.parametrize("name", ["lfm2"])
-def test_layers_without_plain_attention_keep_no_context(checkpoints, name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("griffin_offload.runtime.prospect.can_cache", lambda config: False)
-    with pytest.raises(UsageError, match="not plain attention"):
-        _load(checkpoints(name)).new_context()

@@ -16,7 +16,7 @@ from griffin_offload.runtime.decode_step import bucket_of
 from griffin_offload.weights.quantized_linear import int8_kernel
 
 # Windows, learned positions, positions by ids, shared and separate heads, types of layers, scores made in Python.
-ARCHITECTURES = ["llama3", "mistral", "gemma2", "qwen2", "cohere2", "phi3", "opt", "gpt2", "gptj", "lfm2"]
+ARCHITECTURES = ["llama3", "mistral", "gemma2", "qwen2", "cohere2", "phi3", "opt", "gpt2", "gptj"]
 NEW = 72  # behind 24 tokens: more than a layer with a window of 16 has room for
 
 

@@ -148,7 +148,6 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ("hello", "messages"),
         ([USER, "x"], "messages[1]"),
         ([{"role": "tool", "content": "x"}], "messages[0].role"),
-        ([{"role": "developer", "content": "x"}], "messages[0].role"),
         ([{"role": "king", "content": "x"}], "messages[0].role"),
         ([{"content": "x"}], "messages[0].role"),
         ([{"role": ["user"], "content": "x"}], "messages[0].role"),

@@ -3,14 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted_model import BOS, EOS, llama2_tokenizer
 from tiny_models import VOCAB, write_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from griffin_offload.serving.logprobs import token_bytes
-from griffin_offload.serving.text import Detokeniser
+from griffin_offload.serving.logprobs import LogprobRecorder, TokenLogprob, token_bytes
+from griffin_offload.serving.responses import _by_label, _label
+from griffin_offload.serving.text import Detokeniser, whole_text
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +76,54 @@ def test_bytes_of_tokens_are_those_of_the_text(byte_level, byte_fallback, text: 
     assert bytes(byte for part in found for byte in part or ()) == text.encode()
     half = byte_fallback.convert_tokens_to_ids("<0xE2>")
     assert token_bytes(byte_fallback, half, byte_fallback.decode([half])) == (0xE2,)
+
+
+SPACES = ["▁", "▁▁", "▁the", "the", "▁a", "s", ".", "'", "<0x0A>", "é", "<s>", "</s>"]
+LLAMA2 = {
+    "strip": llama2_tokenizer([*SPACES, "é"]),
+    "metaspace": llama2_tokenizer([*SPACES, "é"], decoders.Metaspace("▁", "always")),
+    "metaspace first": llama2_tokenizer([*SPACES, "é"], decoders.Metaspace("▁", "first")),
+    "word pieces": llama2_tokenizer(["▁", "the", "##s", "a", ".", "é"], decoders.WordPiece("##", cleanup=False)),
+}
+
+
+@pytest.mark.parametrize("kind", LLAMA2)
+@given(st.data())
+def test_pieces_make_the_whole_with_marked_spaces(kind: str, data: st.DataObject):
+    """Spaces at the start of a text and of every piece, special tokens in between."""
+    tokenizer = LLAMA2[kind]
+    words = [*tokenizer.convert_tokens_to_ids(SPACES[:9]), BOS, EOS]
+    tokens = data.draw(st.lists(st.sampled_from(words), max_size=12))
+    tokens = [token for token in tokens if token is not None]
+    assert "".join(pieces(Detokeniser(tokenizer), tokens)) == whole_text(tokenizer, tokens)
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["chat", "completion"])
+@given(st.data())
+def test_logprob_tokens_join_to_the_text(begins: bool, data: st.DataObject):
+    tokenizer = LLAMA2["strip"]
+    tokens = data.draw(st.lists(st.sampled_from(tokenizer.convert_tokens_to_ids(SPACES)), max_size=10))
+    recorder = LogprobRecorder(tokenizer, 3, begins=begins)
+    recorder.observe(torch.zeros(1, len(tokenizer)))
+    text = "".join(pieces(Detokeniser(tokenizer, () if begins else [BOS]), tokens))
+    records = [recorder.record(token, 0) for token in tokens]
+    assert b"".join(bytes(record.bytes) for record in records).decode() == text
+    spoken = [record for record, token in zip(records, tokens, strict=True) if token not in (BOS, EOS)]
+    assert "".join(record.text for record in spoken) == "".join(map(_label, spoken)) == text
+
+
+def test_words_with_and_without_a_space_have_names_of_their_own():
+    tokenizer = LLAMA2["strip"]
+    logits = torch.full((1, len(tokenizer)), -20.0)
+    likely = tokenizer.convert_tokens_to_ids(["▁the", "the", "<0xC3>", "<0xA9>"])
+    logits[0, likely] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    recorder = LogprobRecorder(tokenizer, 4)
+    recorder.observe(logits)
+    named = _by_label(recorder.record(likely[1], 0))
+    assert list(named) == [" the", "the", "bytes:\\xc3", "bytes:\\xa9"]
+    assert list(named.values()) == sorted(named.values(), reverse=True)
+
+
+def test_of_two_tokens_with_one_name_the_likelier_is_told():
+    one, other = TokenLogprob("A", (65,), -0.5), TokenLogprob("A", (65,), -3.0)  # "A" and <0x41>
+    assert _by_label(TokenLogprob("A", (65,), -3.0, (one, other))) == {"A": -0.5}

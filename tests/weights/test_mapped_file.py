@@ -92,3 +92,30 @@ def test_transformers_opens_no_weights(checkpoints, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(transformers.modeling_utils, "safe_open", refuse)
     with GriffinModel.from_pretrained(checkpoints("llama2"), device="cpu") as model:
         assert model.generate(torch.arange(1, 9)[None], max_new_tokens=2, do_sample=False).shape == (1, 10)
+
+
+def test_what_initialises_a_loaded_weight_leaves_it_alone(tmp_path: Path):
+    """Youtu's kind sets the padding row to zero through a view, which the mapping would answer with SIGSEGV."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64, "pad_token_id": 5}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
+    heads |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    config = transformers.YoutuConfig(**sizes, **heads, bos_token_id=1, eos_token_id=2)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = 7
+    model.save_pretrained(tmp_path)
+    with GriffinModel.from_pretrained(tmp_path, device="cpu", max_gpu_mem="10MB", ctx_size=16) as ours:
+        assert torch.equal(ours.model.model.embed_tokens.weight, model.model.embed_tokens.weight)
+        assert ours.generate(torch.arange(6, 12)[None], max_new_tokens=2, do_sample=False).shape == (1, 8)
+
+
+def test_only_what_is_mapped_is_left_alone(tmp_path: Path):
+    save_file({"a": torch.ones(4), "empty": torch.zeros(0)}, tmp_path / "x.safetensors")
+    mapped, own = map_file(tmp_path / "x.safetensors"), torch.ones(4)
+    with mapped_file.Untouched(mapped.values()):
+        mapped["a"].data[1:3].zero_()
+        torch.nn.init.normal_(mapped["a"])
+        own[:2].zero_()
+        torch.add(own, 1, out=own)
+    assert torch.equal(mapped["a"], torch.ones(4))
+    assert own.tolist() == [1, 1, 2, 2]

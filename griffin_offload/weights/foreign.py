@@ -1,0 +1,83 @@
+"""Checkpoints of other kinds, refused by the name that people know them by, with what to do instead."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from griffin_offload.errors import UnsupportedModel
+
+_LOADED = "only 16, 32 and 64 bit floats are loaded, or what griffin-offload convert made of them"
+_ORIGINAL = "take the checkpoint it was made from, and --quantize int8 or int4"
+_GGUF_MAGIC = b"GGUF"
+# As the headers of safetensors files name the numbers in them.
+_WORDS = {"F8_E4M3": "FP8", "F8_E5M2": "FP8", "F4": "FP4", "I8": "8-bit integers", "U8": "packed bytes"}
+_WORDS |= {"I32": "packed integers", "I64": "integers", "U32": "packed integers"}
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether `file` is llama.cpp's kind, by its first bytes."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+    except OSError:
+        return False
+
+
+def refuse_gguf(file: Path) -> None:
+    """UnsupportedModel that says how such a file becomes a directory that can be loaded."""
+    raise UnsupportedModel(
+        f"{file} is a GGUF file (llama.cpp): give the model's Hugging Face directory, or write one with transformers: "
+        f"AutoModelForCausalLM.from_pretrained({str(file.parent)!r}, gguf_file={file.name!r}).save_pretrained(...), "
+        "and the same for AutoTokenizer"
+    )
+
+
+def refuse_gguf_in(directory: Path) -> None:
+    """UnsupportedModel where `directory` holds GGUF files."""
+    found = sorted(path for path in directory.glob("*.gguf") if path.is_file())
+    if found:
+        refuse_gguf(found[0])
+
+
+def check_numbers(where: Path, quantization: Any, stored: str | None) -> None:
+    """UnsupportedModel for a checkpoint that others quantised: `quantization` is its config's own word for that, or
+    None, `stored` the kind of its numbers where that is no float that is loaded."""
+    if quantization is not None:
+        raise UnsupportedModel(f"{where} is quantised by {_method(quantization)}: {_LOADED}; {_ORIGINAL}")
+    if stored is not None:
+        words = f"{_WORDS[stored]}, " if stored in _WORDS else ""
+        raise UnsupportedModel(f"{where} is quantised ({words}{stored}): {_LOADED}; {_ORIGINAL}")
+
+
+def _method(quantization: Any) -> str:
+    """The name of a method of quantisation with its bits, from what config.json says."""
+    said = quantization if isinstance(quantization, dict) else vars(quantization)
+    bits = next((f"{n} bit" for n in (4, 8) if said.get(f"load_in_{n}bit") or said.get(f"_load_in_{n}bit")), None)
+    name = said.get("quant_method") or ("bitsandbytes" if bits else "a method that its config.json does not name")
+    name = str(getattr(name, "value", name))
+    number = said.get("bits", said.get("w_bit"))
+    details = (bits or (f"{number} bit" if number else None), said.get("format"), said.get("fmt"))
+    known = ", ".join(str(detail) for detail in details if detail)
+    return f"{name} ({known})" if known else name
+
+
+def check_kind(config: PretrainedConfig, where: Path) -> None:
+    """UnsupportedModel for what is no causal language model."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{where} is of an encoder-decoder model ({kind}): only models that are a decoder alone are loaded"
+        )
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise UnsupportedModel(
+            f"{where} is of a vision-language model ({kind}), whose language model is "
+            f"{config.get_text_config().model_type}: only text models are loaded, take one without a vision tower"
+        )
+    raise UnsupportedModel(f"{where} is of a {kind} model, which transformers knows no causal language model of")

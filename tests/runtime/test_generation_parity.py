@@ -1,0 +1,216 @@
+"""What transformers' generate promises, asked of a GriffinModel at density 1: the tokens, scores and objects of the
+stock model, strategy by strategy, on architectures of several kinds. What is refused is refused by name; nothing else
+may fail."""
+
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCAB
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TextIteratorStreamer,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from griffin_offload import GriffinModel, UsageError
+
+ARCHITECTURES = ("llama3", "mistral", "gemma3", "gpt2", "opt", "falcon_alibi", "cohere2", "phi3", "bloom", "qwen2")
+
+
+class _Kept(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.tokens.append(-1)
+
+
+class _After(StoppingCriteria):
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.tokens)
+
+
+class _Even(LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, 1::2] = -torch.inf
+        return scores
+
+
+def _ids(tokens: int = 20, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def _padded() -> dict[str, torch.Tensor]:
+    ids, mask = _ids(batch=2), torch.ones(2, 20, dtype=torch.long)
+    ids[1, :7], mask[1, :7] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _streamed(model: Any) -> Any:
+    streamer = _Kept()
+    model.generate(_ids(), streamer=streamer, max_new_tokens=8, do_sample=False)
+    return torch.tensor(streamer.tokens)
+
+
+def _everything(model: Any, **options: Any) -> Any:
+    """Tokens, scores, logits and hidden states, as transformers returns them."""
+    return model.generate(
+        _ids(), max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_scores=True,
+        output_logits=True, output_hidden_states=True, **options,
+    )  # fmt: skip
+
+
+def _config_is_left_alone(model: Any) -> Any:
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, repetition_penalty=1.2)
+    before = config.to_dict()
+    output = model.generate(_ids(), generation_config=config)
+    assert config.to_dict() == before
+    return output
+
+
+UNABLE = {("static cache", "falcon")}
+"""What transformers cannot do itself."""
+Check = Callable[[Any], Any]
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sample": {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "min_p and typical_p": {"do_sample": True, "min_p": 0.05, "typical_p": 0.9},
+    "epsilon and eta": {"do_sample": True, "epsilon_cutoff": 0.001, "eta_cutoff": 0.002},
+    "several samples": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3},
+    "beams returned": {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5, "early_stopping": True},
+    "beams sampled": {"num_beams": 2, "do_sample": True},
+    "repetition_penalty": {"repetition_penalty": 1.4},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "bad_words_ids": {"bad_words_ids": [[5], [6, 7]]},
+    "suppress_tokens": {"suppress_tokens": list(range(3, 160))},
+    "sequence_bias": {"sequence_bias": [[[9], 5.0]]},
+    "forced_eos": {"forced_eos_token_id": 2, "eos_token_id": 2},
+    "ends early": {"eos_token_id": list(range(3, 200))},
+    "ends not before": {"eos_token_id": list(range(3, 200)), "min_new_tokens": 5},
+    "max_length": {"max_new_tokens": None, "max_length": 27},
+    "stopping_criteria": {"stopping_criteria": [_After(23)]},
+    "logits_processor": {"logits_processor": LogitsProcessorList([_Even()])},
+    "prefix_allowed": {"prefix_allowed_tokens_fn": lambda batch, ids: [4, 5, 6 + len(ids)]},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 3},
+    "guidance": {"guidance_scale": 1.5},
+    "static cache": {"cache_implementation": "static"},
+    "dynamic cache": {"cache_implementation": "dynamic"},
+    "renormalised": {"num_beams": 2, "renormalize_logits": True},
+}
+CHECKS: dict[str, Check] = {
+    name: (
+        lambda model, settings=settings: model.generate(
+            _ids(), **({"max_new_tokens": 8, "do_sample": False} | settings)
+        )
+    )
+    for name, settings in _SETTINGS.items()
+}
+CHECKS |= {
+    "padded batch": lambda model: model.generate(**_padded(), max_new_tokens=8, do_sample=False),
+    "padded beams": lambda model: model.generate(**_padded(), max_new_tokens=6, num_beams=2),
+    "one token": lambda model: model.generate(_ids(1), max_new_tokens=8, do_sample=False),
+    "embeddings": lambda model: model.generate(
+        inputs_embeds=model.get_input_embeddings()(_ids()), max_new_tokens=8, do_sample=False
+    ),
+    "ids by name": lambda model: model.generate(input_ids=_ids(), max_new_tokens=8, do_sample=False),
+    "streamer": _streamed,
+    "everything": _everything,
+    "everything of beams": lambda model: _everything(model, num_beams=2),
+    "config": _config_is_left_alone,
+    "forward": lambda model: model(_ids(batch=2), use_cache=True).logits,
+}  # fmt: skip
+REFUSED: dict[str, tuple[Check, str]] = {
+    name: (lambda model, settings=settings: model.generate(_ids(), **({"max_new_tokens": 4} | settings)), why)
+    for name, settings, why in (
+        ("contrastive search", {"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha.*use num_beams or do_sample"),
+        ("DoLa", {"dola_layers": "high"}, "dola_layers.*use num_beams or do_sample"),
+        ("diverse beams", {"num_beams": 4, "num_beam_groups": 2}, "num_beam_groups.*use num_beams or do_sample"),
+        ("constrained beams", {"num_beams": 2, "force_words_ids": [[5]]}, "force_words_ids.*use num_beams"),
+        ("code of the hub", {"custom_generate": "me/mine"}, "custom_generate.*give a function, or exact=True"),
+        ("chunked prompt", {"prefill_chunk_size": 4}, "prefill_chunk_size.*ff_chunk_tokens"),
+        ("early exit", {"assistant_early_exit": 1}, "assistant_early_exit.*exact=True"),
+        ("no cache", {"use_cache": False}, "use_cache=False.*KV cache"),
+        ("quantised cache", {"cache_implementation": "quantized"}, "kv_bits=8"),
+        ("offloaded cache", {"cache_implementation": "offloaded"}, "kv_bits=8"),
+        ("paged cache", {"cache_implementation": "paged"}, "threads wait"),
+        ("attentions", {"output_attentions": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
+        ("negative prompt", {"negative_prompt_ids": torch.tensor([[4]]), "guidance_scale": 1.5}, "generate twice"),
+        ("several processes", {"synced_gpus": True}, "one process"),
+        ("config of another kind", {"generation_config": {"max_new_tokens": 3}}, "GenerationConfig"),
+    )
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def both(request: pytest.FixtureRequest, checkpoints) -> tuple[Any, GriffinModel]:
+    """The stock model, and ours with all its neurons."""
+    path = checkpoints(request.param)
+    options = {"device": "cpu", "max_gpu_mem": "100MB", "density": 1.0, "ctx_size": 64, "batch_size": 4}
+    return AutoModelForCausalLM.from_pretrained(path), GriffinModel.from_pretrained(path, quantize="none", **options)
+
+
+def _assert_same(found: Any, expected: Any) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    elif isinstance(expected, tuple):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            _assert_same(one, other)
+    elif hasattr(expected, "keys"):
+        assert type(found) is type(expected)
+        assert found.keys() == expected.keys()
+        for name in set(expected.keys()) - {"past_key_values"}:
+            _assert_same(found[name], expected[name])
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_it_gives_what_transformers_gives(both: tuple[Any, GriffinModel], name: str):
+    stock, model = both
+    torch.manual_seed(0)
+    try:
+        expected = CHECKS[name](stock)
+    except RuntimeError as error:  # Falcon's ALiBi is made for the prompt, a static cache is longer
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            CHECKS[name](model)
+        assert (name, model.config.model_type) in UNABLE
+        return
+    torch.manual_seed(0)
+    _assert_same(CHECKS[name](model), expected)
+
+
+@pytest.mark.parametrize("both", ["llama3"], indirect=True)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_possible_is_refused_by_name(both: tuple[Any, GriffinModel], name: str):
+    call, why = REFUSED[name]
+    with pytest.raises(UsageError, match=why):
+        call(both[1])
+
+
+@pytest.mark.parametrize("both", ["llama3"], indirect=True)
+def test_an_iterator_streams_from_another_thread(both: tuple[Any, GriffinModel]):
+    _, model = both
+    streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=60)
+    options = {"streamer": streamer, "max_new_tokens": 8, "do_sample": False}
+    thread = threading.Thread(target=model.generate, args=(_ids(),), kwargs=options)
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    tokens = model.generate(_ids(), max_new_tokens=8, do_sample=False)[0, 20:]
+    assert text == model.tokenizer.decode(tokens)

@@ -1,0 +1,58 @@
+"""A server's answers where a checkpoint's generation settings ask for what clients cannot: penalties, stop strings."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from scripted_model import EOS, byte_tokenizer, write_scripted
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PENALTIES = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": [40, 41]}
+TEXT = "the cat and the cat and"
+
+
+@pytest.mark.filterwarnings("always")
+def test_log_probabilities_are_the_models_own(serve_one, chatty: Path, tmp_path: Path):
+    directory = Path(shutil.copytree(chatty, tmp_path / "penalised"))
+    settings = directory / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | PENALTIES))
+    tokenizer, dense = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
+    body = {"model": "tiny", "prompt": TEXT, "max_tokens": 6, "temperature": 0, "logprobs": 5}
+    with (
+        pytest.warns(UserWarning, match=r"repetition_penalty 1.5, no_repeat_ngram_size 2: the server has no penalties"),
+        serve_one(directory, {"density": 1.0, "quantize": "none"}) as server,
+    ):
+        answers = [server.post(body | {"exact": exact}).json()["choices"][0] for exact in (False, True)]
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    for answer in answers:
+        told, sequence = answer["logprobs"], ids
+        assert len(told["token_logprobs"]) == 6
+        for value, best in zip(told["token_logprobs"], told["top_logprobs"], strict=True):
+            with torch.no_grad():
+                expected = dense(sequence).logits[0, -1].log_softmax(-1)
+            allowed = expected.clone()
+            allowed[PENALTIES["suppress_tokens"]] = -torch.inf  # bans are the checkpoint's; penalties are nobody's
+            token = int(allowed.argmax())
+            assert value == pytest.approx(float(expected[token]), abs=1e-4)
+            assert max(best.values()) == pytest.approx(float(expected.max()), abs=1e-4)
+            sequence = torch.cat([sequence, torch.tensor([[token]])], dim=1)
+
+
+def test_stop_strings_and_ends_of_a_checkpoint(serve_one, tmp_path: Path):
+    """They are cut off like a client's, and the answer is complete."""
+    tokenizer = byte_tokenizer(["<|im_end|>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    ids = tokenizer("b one.TWO<|im_end|>xyz")["input_ids"]
+    directory = write_scripted(tmp_path, tokenizer, [*ids, EOS])
+    ask = {"model": "tiny", "max_tokens": 30, "temperature": 0}
+    for strings, text in ((None, " one.TWOxyz"), (["WO", "never"], " one.T"), (["<|im_end|>"], " one.TWO")):
+        settings = {"eos_token_id": EOS, "stop_strings": strings}
+        (directory / "generation_config.json").write_text(json.dumps(settings))
+        with serve_one(directory) as server:
+            completion = server.post(ask | {"prompt": "b"}).json()["choices"][0]
+            messages = [{"role": "developer", "content": ""}, {"role": "user", "content": "b"}]
+            chat = server.post(ask | {"messages": messages}, "/v1/chat/completions").json()["choices"][0]
+        assert (completion["text"], completion["finish_reason"]) == (text, "stop")
+        assert (chat["message"]["content"], chat["finish_reason"]) == (text, "stop")
