@@ -60,7 +60,8 @@ def matrices(draw: st.DrawFn) -> Tensor:
         else:
             weight[row, group if kind == "zero group" else slice(None)] = 0
     gains = [1.0, 1e-3, 0.1] if dtype == torch.float16 else [1.0, 1e-12, 1e15, 1e-38]
-    return (weight * draw(st.sampled_from(gains))).to(dtype)
+    weight *= draw(st.sampled_from(gains))
+    return weight.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
 
 
 @st.composite
