@@ -15,8 +15,8 @@
 #define LINE 128 /* outputs of neurons whose bytes fill a cache line, so that no two threads write to one */
 #define INT8_MAX_LEVEL 127
 #define REACH 22.0f /* steps from 0 to the farthest level that an offset brings about, a little less */
-#define RANGES 2 /* that are tried, of each as it is and fitted */
-#define FITS 2
+#define RANGES 3 /* that are tried, of each as it is and fitted */
+#define FITS 3
 
 /* quantizing.py packs these fields, in this order. */
 typedef struct {
@@ -149,7 +149,7 @@ AVX2 INLINED __m256 missed(const __m256 *v, const float *importance, const Grid 
 
 /* Of the ranges that are tried the grid that misses least. */
 AVX2 INLINED Grid best_grid(const __m256 *v, const float *importance) {
-    const float shares[RANGES] = {1.0f, 0.88f};
+    const float shares[RANGES] = {1.0f, 0.9f, 0.8f};
     __m256 low = v[0], high = v[0], sum_a = _mm256_setzero_ps(), sum_av = sum_a;
     for (int i = 0; i < GROUP; i++) {
         const __m256 a = _mm256_broadcast_ss(importance + i);

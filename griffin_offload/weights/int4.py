@@ -30,8 +30,8 @@ GROUP = 32
 STRIP = 64
 _HALF = GROUP // 2
 # The same as in quantizing.c.
-_SHARES = (1.0, 0.88)
-_FITS = 2
+_SHARES = (1.0, 0.9, 0.8)
+_FITS = 3
 _REACH = 22.0
 _CENTRE = 8
 _STEP_SHIFT, _STEP_BIAS = 19, 116 << 4
