@@ -147,7 +147,7 @@ class TasksConfig:
     """What `griffin-offload eval tasks` measures when not told otherwise."""
 
     mode: EvalMode = "gen"
-    """Which tokens of a log-likelihood pass through chosen neurons: README, eval tasks."""
+    """Which tokens of a log-likelihood pass through chosen neurons: docs/evaluation.md."""
     densities: tuple[float, ...] = (0.5,)
     selection: SelectionMethod = "topk"
     bos: BosRule = "paper"

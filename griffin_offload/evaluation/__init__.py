@@ -1,1 +1,1 @@
-"""Floor 5: measuring what the method costs in quality."""
+"""Floor 6: measuring what the method costs in quality."""

@@ -1,1 +1,1 @@
-"""Floor 5: pictures. matplotlib is imported here alone, and only by what draws with it."""
+"""Floor 6: pictures. matplotlib is imported here alone, and only by what draws with it."""

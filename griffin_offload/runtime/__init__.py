@@ -1,1 +1,1 @@
-"""Floor 4: moving bytes, the streamed pass, the loaded model."""
+"""Floor 5: moving bytes, the streamed pass, the loaded model."""

@@ -70,7 +70,7 @@ def materialise(layers: StreamedLayers, selected: dict[int, Tensor], prospect: P
 
 
 def _gather_through_host(block: FeedForward, full: list[Tensor], chosen: Tensor, compact: list[nn.Parameter]) -> None:
-    # Quantising (and CUDA's int4 tiles) wants the device; plain neurons are gathered where they rest.
+    # Quantising wants the device; plain neurons are gathered where they rest.
     if block.precision == "none":
         host = [torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in compact]
         block.gather(full, chosen, host)

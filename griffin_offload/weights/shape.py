@@ -46,7 +46,7 @@ class LayerShape:
     """Tokens the KV cache of this layer keeps; None keeps all."""
     precision: Precision = "none"
     ff_fixed_bytes: int = 0
-    """Resident FF bytes that belong to no neuron: one scale per output of the down projection."""
+    """Resident FF bytes that belong to no neuron: in int8, one scale per output of the down projection."""
     plain_neuron_bytes: int = 0
     """The same neuron, and the attention, without quantisation."""
     plain_attention_bytes: int = 0
