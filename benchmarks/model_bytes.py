@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-# A number of a quantised matrix with its share of the scales; int4 has two of 16 bit for 32 numbers.
-NUMBER_BYTES = {"int8": 1.0, "int4": 0.5 + 2 * 2 / 32}
+# A number of a quantised matrix with its share of the scales; int4 has two of 8 bit for 32 numbers.
+NUMBER_BYTES = {"int8": 1.0, "int4": 0.5 + 2 / 32}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
