@@ -42,8 +42,8 @@ def prepared(
     """The run, and transformers' arguments for it, after checking the caller's against the plan."""
     plan, defaults = engine.plan, engine.loaded.model.generation_config
     given = kwargs.get("generation_config") or defaults
-    refuse_what_cannot_work(kwargs, given, engine.loaded.model)
     _refuse_drafts(engine.loaded.model, kwargs, (given, defaults))
+    refuse_what_cannot_work(kwargs, given, engine.loaded.model)
     past = past_of(prompt, kwargs)
     settings: dict[str, Any] = {"prefill_chunk_size": None}
     if "disable_compile" not in kwargs:

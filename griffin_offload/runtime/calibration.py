@@ -32,7 +32,7 @@ _SEQUENCES, _TOKENS = 4, 128
 # The first tokens' states are unlike all others', in every trained model.
 _SKIPPED_TOKENS = 4
 _SCRATCH_BYTES = 2**22
-_FORMAT = 1
+_FORMAT = 2
 
 
 @torch.no_grad()
@@ -84,11 +84,16 @@ def _token_ids(checkpoint: Checkpoint, model: Any) -> Tensor | None:
     except CheckpointError:
         return None
     ids = tokenizer(CALIBRATION_TEXT, return_tensors="pt", verbose=False).input_ids[0]  # it is cut below
+    # Where the tokenizer writes a beginning, every sequence has it: without one some models answer otherwise (Gemma).
+    begin = ids[:1] if int(ids[0]) == tokenizer.bos_token_id else ids[:0]
+    ids = ids[len(begin) :]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
-    tokens = min(_TOKENS, longest, ids.numel())
+    tokens = min(_TOKENS, longest, ids.numel()) - len(begin)
     sequences = min(_SEQUENCES, ids.numel() // tokens) if tokens > _SKIPPED_TOKENS else 0
-    inside = ids.numel() and int(ids.max()) < model.get_input_embeddings().weight.shape[0]
-    return ids[: sequences * tokens].view(sequences, tokens) if sequences and inside else None
+    if not sequences or int(ids.max()) >= model.get_input_embeddings().weight.shape[0]:
+        return None
+    rows = ids[: sequences * tokens].view(sequences, tokens)
+    return torch.cat([begin.expand(sequences, len(begin)), rows], dim=1)
 
 
 def _measured(model: Any, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:

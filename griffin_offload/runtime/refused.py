@@ -39,7 +39,8 @@ def refuse_what_cannot_work(kwargs: dict[str, Any], given: Any, stock: Any) -> N
         raise UsageError(f"generation_config is of type {type(given).__name__}: give a GenerationConfig, or arguments")
     for name, reason in REFUSED.items():
         value = kwargs.get(name, getattr(given, name, None) if name != "prefill_chunk_size" else None)
-        if value is not None and value is not False and (name, value) != ("num_beam_groups", 1):
+        nothing = value is None or (isinstance(value, bool | int | float) and not value)
+        if not nothing and (name, value) != ("num_beam_groups", 1):
             raise UsageError(f"{name} cannot be used here: {reason}")
     if kwargs.get("use_cache", given.use_cache) is False:
         raise UsageError("use_cache=False cannot work here: decoding reads the prompt's KV cache")

@@ -70,7 +70,7 @@ def test_bad_input(cli, llama: Path, text: Path, tmp_path: Path):
     refuses("2 of 3 documents have 16 tokens, 5 windows", *sizes, "--window-start", "documents", "--windows", 5)
     refuses("places for a window", *sizes, "--windows", 100000)
     refuses("cannot read the text", file=tmp_path / "absent")
-    (tmp_path / "latin").write_bytes(b"\xff\xfe")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
     refuses("cannot read the text", file=tmp_path / "latin")
     refuses("no selection 'best'", "--selection", "topk,best")
     refuses("density is 1.5", "--density", "0.5,1.5")

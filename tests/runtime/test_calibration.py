@@ -53,8 +53,11 @@ def _importance(directory: Path, *, evict: bool = False) -> tuple[Importance, nn
 def _expected(directory: Path, name: str) -> dict[str, Tensor]:
     """By "layer.name", in float64, of a dense model in float32."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    ids = AutoTokenizer.from_pretrained(directory)(CALIBRATION_TEXT).input_ids
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer(CALIBRATION_TEXT).input_ids
+    begin = [ids.pop(0)] if ids[0] == tokenizer.bos_token_id else []  # of every sequence
     tokens = min(TOKENS, MAX_POSITIONS)
+    own = tokens - len(begin)
     down, found, inputs = ARCHITECTURES[name].down, {}, {}
     start, middle = down.partition("{i}")[0], down.partition("{i}")[2].lstrip(".")
     for path, module in model.named_modules():
@@ -66,7 +69,7 @@ def _expected(directory: Path, name: str) -> dict[str, Tensor]:
 
             module.register_forward_pre_hook(keep)
     for sequence in range(SEQUENCES):  # one at a time: there is no padding
-        model(torch.tensor([ids[sequence * tokens : (sequence + 1) * tokens]]), use_cache=False)
+        model(torch.tensor([begin + ids[sequence * own : (sequence + 1) * own]]), use_cache=False)
     for layer, parts in inputs.items():
         found[layer] = torch.cat(parts).square().mean(0)
     return found

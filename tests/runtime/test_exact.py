@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from griffin_offload import GriffinModel, UsageError
 from griffin_offload.runtime.convert import convert
+from griffin_offload.runtime.stock import Guard
 
 FAMILIES = "llama2 llama3 mistral gemma2 gemma3 qwen2 phi3 opt gpt_neox falcon_alibi gpt2 bloom cohere2".split()  # noqa: SIM905
 CTX = 128
@@ -125,7 +126,9 @@ def test_every_architecture_in_float32(checkpoints, name: str):
     assert drafting.accepted == sum(drafting.accepted_by_position) <= drafting.drafted
     assert drafting.judged_by_position[0] <= drafting.passes
     assert report.peak_device_bytes <= model.plan.peak_bytes <= model.plan.budget_bytes
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.model.modules())
+    modules = model.model.modules()
+    hooks = [h for m in modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert [type(hook) for hook in hooks] == [Guard]
 
 
 def test_at_density_one_every_draft_is_accepted(checkpoints):
