@@ -47,10 +47,13 @@ def test_five_turns_at_density_one_equal_the_dense_model(chatty: tuple[str, Path
     model = _load(path, density=0.5 if exact else 1.0, exact=exact)
     chat = model.chat_session(system="be brief", max_new_tokens=7, do_sample=False)
     messages = [{"role": "system", "content": "be brief"}]
+    # A conversation ends an answer where the tokenizer says so, too.
+    ends = [dense.generation_config.eos_token_id, model.tokenizer.eos_token_id]
+    options = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": [end for end in ends if end is not None]}
     for question in QUESTIONS:
         messages.append({"role": "user", "content": question})
         ids = _rendered(model, messages)
-        answer = dense.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, do_sample=False)
+        answer = dense.generate(ids, attention_mask=torch.ones_like(ids), **options)
         reply = chat.send(question)
         assert reply.text == model.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": reply.text})
