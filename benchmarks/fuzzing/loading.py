@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from griffin_offload.errors import ModelError
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.prompts import encode, encode_messages
 from griffin_offload.runtime.saved import options_of, read_notes
-from griffin_offload.weights.checkpoint import load_tokenizer
+from griffin_offload.weights.checkpoint import fingerprint, load_tokenizer, open_checkpoint
 from griffin_offload.weights.weight_files import INDEX
 
 # What the machine had to refuse, the package should have before.
@@ -107,6 +108,7 @@ class SavedContexts:
 
     def __init__(self, directory: Path) -> None:
         self._model = GriffinModel.from_pretrained(directory, density=0.5, ctx_size=64)
+        self._fingerprint = fingerprint(open_checkpoint(directory))
 
     def __call__(self, generator: random.Random, place: Place) -> None:
         content = place.valid("a.ctx")
@@ -115,7 +117,7 @@ class SavedContexts:
         else:
             damaged = self._resigned(generator, content)
         path = place.write("a.ctx", damaged)
-        read = generator.choice((read_notes, options_of, self._model.load_context))
+        read = generator.choice((read_notes, partial(options_of, model=self._fingerprint), self._model.load_context))
         read(path)
 
     def _resigned(self, generator: random.Random, content: bytes) -> bytes:

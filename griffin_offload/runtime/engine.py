@@ -406,7 +406,7 @@ class Engine:
             start = len(context.tokens) if start is None else start
             context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, start)
             context.selected = self.loaded.layers.selected
-            if streamed.sums:
+            if seams and streamed.sums:
                 context.mark_seams(seams, _sums_until(streamed.sums, groups, seams))
         self.last_prefill = streamed.report()
         return output, streamed
