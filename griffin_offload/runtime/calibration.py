@@ -84,6 +84,8 @@ def _token_ids(checkpoint: Checkpoint, model: Any) -> Tensor | None:
     except CheckpointError:
         return None
     ids = tokenizer(CALIBRATION_TEXT, return_tensors="pt", verbose=False).input_ids[0]  # it is cut below
+    if not ids.numel():
+        return None
     # Where the tokenizer writes a beginning, every sequence has it: without one some models answer otherwise (Gemma).
     begin = ids[:1] if int(ids[0]) == tokenizer.bos_token_id else ids[:0]
     ids = ids[len(begin) :]
