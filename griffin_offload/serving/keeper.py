@@ -1,10 +1,8 @@
 """The loaded model: loaded when it is needed, as it was the first time, and given back when it is not."""
 
 import contextlib
-import ctypes
 import functools
 import gc
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from griffin_offload.errors import GriffinError, ModelError
 from griffin_offload.method.selection import neurons_kept
 from griffin_offload.pricing import Plan
 from griffin_offload.runtime.ends import end_tokens
+from griffin_offload.runtime.memory import give_back_freed
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.prospect import examine, plan_for
 from griffin_offload.serving.failure import Failure
@@ -130,7 +129,7 @@ class Keeper:
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
-        _trim_heap()
+        give_back_freed()
 
     @property
     def _kept_first(self) -> tuple[int, ...]:
@@ -183,10 +182,3 @@ def _warn_of_penalties(settings: Any) -> None:
 def session_limit(plan: Plan) -> int:
     """Bytes for contexts beside the one in use: what was set aside for them, and what the plan has left over."""
     return plan.budget_bytes - plan.peak_bytes + plan.parts["sessions"]
-
-
-def _trim_heap() -> None:
-    """Small tensors lie on glibc's heap, which keeps what it was given unless it is asked."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
