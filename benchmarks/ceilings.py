@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import linear
 
 from griffin_offload.kernels import few_rows
-from griffin_offload.weights.direct import untouched_zeros
+from griffin_offload.runtime.host_memory import untouched_zeros
 
 PRECISIONS = ("none", "int8", "int4")
 WORKING_SET_BYTES = int(1e9)

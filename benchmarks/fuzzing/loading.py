@@ -28,7 +28,8 @@ from griffin_offload.errors import ModelError
 from griffin_offload.runtime.model import GriffinModel
 from griffin_offload.runtime.prompts import encode, encode_messages
 from griffin_offload.runtime.saved import options_of, read_notes
-from griffin_offload.weights.checkpoint import fingerprint, load_tokenizer, open_checkpoint
+from griffin_offload.weights.checkpoint import fingerprint, open_checkpoint
+from griffin_offload.weights.tokenizer_files import load_tokenizer
 from griffin_offload.weights.weight_files import INDEX
 
 # What the machine had to refuse, the package should have before.

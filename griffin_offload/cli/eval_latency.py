@@ -103,7 +103,7 @@ def _tokens(arguments: argparse.Namespace, checkpoint: "Checkpoint", sizes: list
     import torch
 
     from griffin_offload.evaluation.windows import read_documents, take_windows, tokenize
-    from griffin_offload.weights.checkpoint import load_tokenizer
+    from griffin_offload.weights.tokenizer_files import load_tokenizer
 
     config = checkpoint.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 2**31

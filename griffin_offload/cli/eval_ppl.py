@@ -100,7 +100,7 @@ def _in_precision(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "I
 def _windows(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[tuple[int, int], list[Tensor]]":
     """Windows of every size (prompt, generated)."""
     from griffin_offload.evaluation.windows import first_tokens, read_documents, take_windows, tokenize
-    from griffin_offload.weights.checkpoint import load_tokenizer
+    from griffin_offload.weights.tokenizer_files import load_tokenizer
 
     texts = read_documents(arguments.text)
     tokenizer = load_tokenizer(checkpoint.directory)

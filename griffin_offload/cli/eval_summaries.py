@@ -89,7 +89,7 @@ def _config(arguments: argparse.Namespace) -> SummariesConfig:
 def _articles(arguments: argparse.Namespace, checkpoint: "Checkpoint", config: SummariesConfig) -> "Articles":
     from griffin_offload.evaluation.summaries import read_articles
     from griffin_offload.evaluation.windows import first_tokens
-    from griffin_offload.weights.checkpoint import load_tokenizer
+    from griffin_offload.weights.tokenizer_files import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint.directory)
     first = first_tokens(checkpoint.config, tokenizer)

@@ -130,7 +130,8 @@ class _Inspection:
         """Everything is cut out of the text before the model is loaded, which may take long."""
         quiet_libraries()
         from griffin_offload.evaluation.windows import first_tokens, read_documents, tokenize
-        from griffin_offload.weights.checkpoint import load_tokenizer, open_checkpoint
+        from griffin_offload.weights.checkpoint import open_checkpoint
+        from griffin_offload.weights.tokenizer_files import load_tokenizer
 
         arguments = self._arguments
         checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)

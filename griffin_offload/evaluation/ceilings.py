@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from griffin_offload.runtime.bandwidth import decode_bytes_per_s
+from griffin_offload.runtime.host_memory import block_buffer, untouched_zeros
 from griffin_offload.runtime.prospect import Prospect
 from griffin_offload.runtime.threads import choose_threads, limited_threads
-from griffin_offload.weights.direct import DirectReader, Extent, block_buffer, untouched_zeros
+from griffin_offload.weights.direct import DirectReader, Extent
 from griffin_offload.weights.quantized_linear import Precision
 
 _READ_BYTES, _PIECE_BYTES, _READERS = 2 * 10**9, 8 * 2**20, 4

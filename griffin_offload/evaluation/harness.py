@@ -23,7 +23,8 @@ from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import Simulated, simulate
 from griffin_offload.method.variant import Variant
 from griffin_offload.runtime.prefill import Progress
-from griffin_offload.weights.checkpoint import load_tokenizer, open_checkpoint
+from griffin_offload.weights.checkpoint import open_checkpoint
+from griffin_offload.weights.tokenizer_files import load_tokenizer
 
 Tokens = list[int]
 

@@ -1,8 +1,15 @@
 """Floor 3: what things cost in bytes. Pure arithmetic."""
 
-from griffin_offload.pricing.kv_cache import KV_PIECE_TOKENS, KV_SLACK_TOKENS, kv_bytes, kv_tokens_kept
+from griffin_offload.pricing.kv_cache import (
+    KV_PIECE_TOKENS,
+    KV_SLACK_TOKENS,
+    MAX_MARKS,
+    Usage,
+    kv_bytes,
+    kv_tokens_kept,
+)
 from griffin_offload.pricing.price import Placement, Plan, price
-from griffin_offload.pricing.request import MAX_MARKS, PlanRequest, Usage, planned_use, statistics_kept
+from griffin_offload.pricing.request import PlanRequest, planned_use, statistics_kept
 from griffin_offload.pricing.workspace import (
     CHUNK_MULTIPLE,
     MAX_GRAPHS,

@@ -1,8 +1,43 @@
 """Bytes of the KV cache: ours, allocated for the whole context before prefill, and transformers' own kinds."""
 
-from griffin_offload.config import KVBits
-from griffin_offload.pricing.request import Usage
+from dataclasses import dataclass
+
+from griffin_offload.config import CacheKind, KVBits
 from griffin_offload.weights.shape import LayerShape, ModelShape
+
+# Earlier states of a conversation that are kept, to go back to.
+MAX_MARKS = 4
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One use of a planned model: what the KV cache and the workspace depend on."""
+
+    batch: int
+    prompt_tokens: int
+    ctx_tokens: int
+    cache: CacheKind = "ours"
+    """Allocated for the whole context before decode ("ours", "static"), or growing with every token ("dynamic")."""
+    drafts: int = 0
+    """Tokens of prompt lookup that are in the KV cache behind the context before they are rolled back."""
+    logit_positions: int = 1
+    """Positions per sequence whose logits exist at once: drafts of prompt lookup, all of them in a bare forward."""
+    past_tokens: int = 0
+    """Tokens of the prompt that are in the KV cache already."""
+    pass_tokens: int = 0
+    """Tokens of a streamed pass between two tokens of the answer; 0: none."""
+    statistics: int = 0
+    """Tables of s^2, float32 for every neuron of the streamed layers, that outlive a pass."""
+    marks: int = 0
+    """Earlier states of a conversation that are kept: a table, what it selected, and logits."""
+    kept_scores: int = 0
+    """float32 scores that are kept for the caller (output_scores, output_logits), per sequence."""
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that our KV cache is made for."""
+        return self.ctx_tokens + self.drafts
+
 
 _FLOAT_BYTES = 4
 # A layer with a window has room for so many tokens more: they are moved seldom, and some can be rolled back.

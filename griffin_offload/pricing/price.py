@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from griffin_offload.config import KVBits
-from griffin_offload.pricing.kv_cache import cache_parts
-from griffin_offload.pricing.request import PlanRequest, Usage
+from griffin_offload.pricing.kv_cache import Usage, cache_parts
+from griffin_offload.pricing.request import PlanRequest
 from griffin_offload.pricing.workspace import (
     chunk_tokens,
     graphs_bytes,

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from griffin_offload.config import CacheKind, Density, KVBits
-
-# Earlier states of a conversation that are kept, to go back to.
-MAX_MARKS = 4
+from griffin_offload.pricing.kv_cache import MAX_MARKS, Usage
 
 
 @dataclass(frozen=True)
@@ -52,36 +50,6 @@ class PlanRequest:
     """Linear layers multiply in float32, block by block (runtime/cpu_linear.py)."""
     graphs: bool = False
     """Decode steps are captured as CUDA graphs."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """One use of a planned model: what the KV cache and the workspace depend on."""
-
-    batch: int
-    prompt_tokens: int
-    ctx_tokens: int
-    cache: CacheKind = "ours"
-    """Allocated for the whole context before decode ("ours", "static"), or growing with every token ("dynamic")."""
-    drafts: int = 0
-    """Tokens of prompt lookup that are in the KV cache behind the context before they are rolled back."""
-    logit_positions: int = 1
-    """Positions per sequence whose logits exist at once: drafts of prompt lookup, all of them in a bare forward."""
-    past_tokens: int = 0
-    """Tokens of the prompt that are in the KV cache already."""
-    pass_tokens: int = 0
-    """Tokens of a streamed pass between two tokens of the answer; 0: none."""
-    statistics: int = 0
-    """Tables of s^2, float32 for every neuron of the streamed layers, that outlive a pass."""
-    marks: int = 0
-    """Earlier states of a conversation that are kept: a table, what it selected, and logits."""
-    kept_scores: int = 0
-    """float32 scores that are kept for the caller (output_scores, output_logits), per sequence."""
-
-    @property
-    def cache_tokens(self) -> int:
-        """Tokens that our KV cache is made for."""
-        return self.ctx_tokens + self.drafts
 
 
 def planned_use(request: PlanRequest, prompt_tokens: int, ctx_tokens: int) -> Usage:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from griffin_offload.method.statistic import ROWS_AT_ONCE
-from griffin_offload.pricing.request import PlanRequest, Usage
+from griffin_offload.pricing.kv_cache import Usage
+from griffin_offload.pricing.request import PlanRequest
 from griffin_offload.weights.blocks import BLOCK_NUMBERS
 from griffin_offload.weights.gather import CHUNK
 from griffin_offload.weights.int4 import STRIP

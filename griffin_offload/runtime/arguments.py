@@ -12,7 +12,7 @@ from griffin_offload.config import CacheKind, RunConfig
 from griffin_offload.errors import UsageError, one_line
 from griffin_offload.pricing import KV_SLACK_TOKENS, MAX_MARKS, Usage, statistics_kept
 from griffin_offload.runtime.cache import KVCache, why_not_back
-from griffin_offload.runtime.context import Context, empty_context
+from griffin_offload.runtime.context import Context
 from griffin_offload.runtime.exact import loop_of
 from griffin_offload.runtime.past import Past, past_of
 from griffin_offload.runtime.prospect import Prospect
@@ -269,3 +269,12 @@ def check_length(use: Usage, context_tokens: int) -> None:
             f"a prompt of {use.prompt_tokens} tokens and {new_tokens} new ones are {use.ctx_tokens}, the context "
             f"is {context_tokens}: shorten one of them or raise --ctx-size (ctx_size)"
         )
+
+
+def empty_context(engine: "Engine") -> Context:
+    """With a KV cache for all that was planned. UsageError where layers keep a state that cannot be taken back."""
+    config, plan = engine.loaded.model.config, engine.plan
+    if engine.prospect.request.cache != "ours":
+        raise UsageError(f"no context can be kept: {why_not_back(config)}")
+    cache = KVCache(config, ctx_tokens=plan.context_tokens, bits=plan.kv_bits)
+    return Context(cache, engine.loaded, border=engine.border)

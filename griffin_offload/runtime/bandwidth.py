@@ -8,8 +8,8 @@ import torch
 
 from griffin_offload.kernels import few_rows
 from griffin_offload.kernels.compiled import HALVES
+from griffin_offload.runtime.host_memory import untouched_zeros
 from griffin_offload.runtime.threads import choose_threads, limited_threads
-from griffin_offload.weights.direct import untouched_zeros
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.quantized_linear import Precision, QuantizedLinear, resident_form, specs
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from griffin_offload.errors import CheckpointError
 from griffin_offload.runtime.calibration_text import CALIBRATION_TEXT
 from griffin_offload.runtime.cpu_linear import emulates_halves, use_own_linears
-from griffin_offload.weights.checkpoint import Checkpoint, fingerprint, load_tokenizer
+from griffin_offload.weights.checkpoint import Checkpoint, fingerprint
 from griffin_offload.weights.feedforward import FeedForward, features
 from griffin_offload.weights.files import renamed
 from griffin_offload.weights.matmul import Scratch
 from griffin_offload.weights.pages import FilePages
 from griffin_offload.weights.swap import linear_names
+from griffin_offload.weights.tokenizer_files import load_tokenizer
 
 Importance = Mapping[str, Tensor]
 """Mean squares float32 [I] of the inputs of a linear layer, by "layer.name"."""

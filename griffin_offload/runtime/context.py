@@ -2,20 +2,15 @@
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from griffin_offload.config import BatchStatistic
-from griffin_offload.errors import UsageError
 from griffin_offload.method import statistic
 from griffin_offload.pricing import MAX_MARKS
-from griffin_offload.runtime.cache import KVCache, why_not_back
+from griffin_offload.runtime.cache import KVCache
 from griffin_offload.weights.rope import RopeBorder
-
-if TYPE_CHECKING:
-    from griffin_offload.runtime.engine import Engine
 
 Statistic = dict[int, Tensor]
 """s^2 [B, F] of each streamed layer, float32."""
@@ -177,12 +172,3 @@ class Context:
 def seams_of(tokens: int) -> list[int]:
     """Where in a first prompt of so many tokens there are states to go back to."""
     return [tokens - before for before in _SEAMS if tokens > before]
-
-
-def empty_context(engine: "Engine") -> Context:
-    """With a KV cache for all that was planned. UsageError where layers keep a state that cannot be taken back."""
-    config, plan = engine.loaded.model.config, engine.plan
-    if engine.prospect.request.cache != "ours":
-        raise UsageError(f"no context can be kept: {why_not_back(config)}")
-    cache = KVCache(config, ctx_tokens=plan.context_tokens, bits=plan.kv_bits)
-    return Context(cache, engine.loaded, border=engine.border)

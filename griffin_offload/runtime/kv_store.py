@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.pricing import KV_PIECE_TOKENS
-from griffin_offload.weights.direct import untouched_zeros
+from griffin_offload.runtime.host_memory import untouched_zeros
 
 _LARGEST_INT8 = 127
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from griffin_offload.config import LoadConfig
 from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.pricing import Plan
-from griffin_offload.runtime.arguments import checked_prompt, prepared
-from griffin_offload.runtime.context import Context, empty_context
+from griffin_offload.runtime.arguments import checked_prompt, empty_context, prepared
+from griffin_offload.runtime.context import Context
 from griffin_offload.runtime.engine import Engine
 from griffin_offload.runtime.face import ModelFace
 from griffin_offload.runtime.load import Loaded, load

@@ -19,7 +19,7 @@ from typing import Any
 from griffin_offload.errors import CheckpointError, UsageError, one_line
 from griffin_offload.runtime.memory import give_back_freed
 from griffin_offload.units import format_bytes
-from griffin_offload.weights.checkpoint import load_tokenizer
+from griffin_offload.weights.tokenizer_files import load_tokenizer
 
 try:
     import resource

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from griffin_offload.pricing import Plan
 from griffin_offload.runtime.arrival import Job
 from griffin_offload.runtime.embedding import HostEmbedding
+from griffin_offload.runtime.host_memory import touch, untouched_zeros
 from griffin_offload.runtime.prefill import StreamedLayers
 from griffin_offload.runtime.prospect import Prospect
 from griffin_offload.weights.building import put
-from griffin_offload.weights.direct import touch, untouched_zeros
 from griffin_offload.weights.feedforward import FeedForward
 from griffin_offload.weights.gather import gather_outputs
 from griffin_offload.weights.pages import FilePages

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import GriffinError, one_line
+from griffin_offload.runtime.host_memory import block_buffer
 from griffin_offload.runtime.threads import Worker
-from griffin_offload.weights.direct import Placement, block_buffer
+from griffin_offload.weights.direct import Placement
 from griffin_offload.weights.source import FlatLayout, MappedWeights, RamWeights, Source, stream_dtype
 
 _STAGING_BYTES = 32 * 2**20

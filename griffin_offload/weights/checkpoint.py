@@ -21,7 +21,6 @@ from griffin_offload.weights.quantized_linear import Precision
 from griffin_offload.weights.shape import build_on_meta
 from griffin_offload.weights.text_model import left_out_parts
 from griffin_offload.weights.tied_head import untie_other_head
-from griffin_offload.weights.tokenizer_files import load_tokenizer as load_tokenizer
 from griffin_offload.weights.watched_files import FileState, WatchedFiles, states_of
 from griffin_offload.weights.weight_files import DTYPES, Header, read_headers, weight_files
 

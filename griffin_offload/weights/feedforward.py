@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from griffin_offload.runtime.host_memory import untouched_zeros
 from griffin_offload.weights.building import put
-from griffin_offload.weights.direct import untouched_zeros
 from griffin_offload.weights.gather import Tensors, gather_inputs, gather_outputs, take
 from griffin_offload.weights.quantized_linear import (
     Form,

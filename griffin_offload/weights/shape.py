@@ -18,9 +18,10 @@ from griffin_offload.weights.layouts import find_feed_forwards
 from griffin_offload.weights.quantized_embedding import table_bytes
 from griffin_offload.weights.quantized_linear import Precision, Spec, resident_form, specs
 from griffin_offload.weights.rope import positions_reached
-from griffin_offload.weights.source import ALIGNMENT
 from griffin_offload.weights.swap import check_layer, linear_names
 from griffin_offload.weights.text_model import leave_out_towers
+
+ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
 
 # Bytes alive at once per number that a layer's projections make of a token, outside of its FF. torch's scans work in
 # float32, chunk by chunk, all chunks at once: 28 with the gated delta rule, 24 to 46 with Mamba 2, counted in sizes as

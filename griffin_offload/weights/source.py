@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import GriffinError
-from griffin_offload.weights.direct import Placement, in_huge_pages
+from griffin_offload.runtime.host_memory import in_huge_pages
+from griffin_offload.weights.direct import Placement
 from griffin_offload.weights.pages import FilePages
+from griffin_offload.weights.shape import ALIGNMENT
 
 MIN_DIRECT_BYTES = 16 * 2**20
 """Layers of at least so many bytes are read directly where the page cache is too small: slots have whole blocks."""
 DIRECT_SLACK_BYTES = 2**17
 """What whole blocks can add to such a slot."""
 _COPY_THREADS = 4  # a disk wants several requests at a time, and so do page faults
-ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
 
 
 def slot_bytes(flat_bytes: int) -> int:

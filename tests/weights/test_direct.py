@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from griffin_offload.errors import GriffinError
+from griffin_offload.runtime.host_memory import block_buffer, untouched_zeros
 from griffin_offload.runtime.stream import LayerStream, StreamConfig
 from griffin_offload.weights import direct as direct_module
 from griffin_offload.weights import source as source_module
-from griffin_offload.weights.direct import DirectReader, Extent, Placement, block_buffer, untouched_zeros
+from griffin_offload.weights.direct import DirectReader, Extent, Placement
 from griffin_offload.weights.source import DIRECT_SLACK_BYTES, FlatLayout, MappedWeights, slot_bytes
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="O_DIRECT is Linux's")

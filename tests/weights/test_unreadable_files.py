@@ -11,8 +11,9 @@ import pytest
 
 from griffin_offload.errors import CheckpointError, GriffinError, limit_reached
 from griffin_offload.weights import tokenizer_files
-from griffin_offload.weights.checkpoint import load_tokenizer, open_checkpoint
+from griffin_offload.weights.checkpoint import open_checkpoint
 from griffin_offload.weights.generation_file import read_generation_config
+from griffin_offload.weights.tokenizer_files import load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4976698\n"
 SHARD, INDEX = "model-00001-of-00003.safetensors", "model.safetensors.index.json"
