@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
+from griffin_offload.checkpoint.base import open_checkpoint
 from griffin_offload.config import LoadConfig
-from griffin_offload.runtime import load as loading
-from griffin_offload.runtime.prospect import examine_checkpoint, plan_for
-from griffin_offload.weights.checkpoint import open_checkpoint
-from griffin_offload.weights.source import RamWeights
+from griffin_offload.engine import load as loading
+from griffin_offload.engine.spec import examine_checkpoint, plan_for
+from griffin_offload.offload.weight_store import RamWeights
 
 
 def load_repeated(directory: Path, layers: int, **options: Any) -> GriffinModel:

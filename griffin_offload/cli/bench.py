@@ -7,16 +7,16 @@ import sys
 from itertools import product
 from typing import TYPE_CHECKING, Any, get_args
 
-from griffin_offload.cli.measuring import columns, numbers
+from griffin_offload.cli.eval_options import columns, numbers
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
 from griffin_offload.config import BenchConfig, LoadConfig, Quantize
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.units import format_bytes
 
 if TYPE_CHECKING:
+    from griffin_offload.engine.spec import Prospect
     from griffin_offload.evaluation.ceilings import Ceilings
     from griffin_offload.evaluation.speed import Speed
-    from griffin_offload.runtime.prospect import Prospect
 
 _DEFAULTS = BenchConfig()
 _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "quantize", "offline")
@@ -60,8 +60,8 @@ def bench(arguments: argparse.Namespace) -> int:
     if min(*arguments.prompt_tokens, arguments.repeats) < 1 or min(arguments.generate_tokens) < 2:
         raise UsageError("-p and -r are 1 or more, -n at least 2: the first token is the prompt's")
     quiet_libraries()
+    from griffin_offload.engine.spec import examine, plan_for
     from griffin_offload.evaluation.ceilings import measure_ceilings
-    from griffin_offload.runtime.prospect import examine, plan_for
 
     prospects = [_examine(arguments, density) for density in densities]
     prospect = prospects[0]
@@ -99,13 +99,13 @@ def _options(arguments: argparse.Namespace, density: Any) -> dict[str, Any]:
 
 
 def _examine(arguments: argparse.Namespace, density: Any) -> "Prospect":
-    from griffin_offload.runtime.prospect import examine
+    from griffin_offload.engine.spec import examine
 
     return examine(model_of(arguments), LoadConfig(**_options(arguments, density)))
 
 
 def _plan_or_none(prospect: "Prospect") -> Any:
-    from griffin_offload.runtime.prospect import plan_for
+    from griffin_offload.engine.spec import plan_for
 
     try:
         return plan_for(prospect)
@@ -123,8 +123,8 @@ def _measure(arguments: argparse.Namespace, density: Any, ceilings: "Ceilings", 
     import torch
     from tqdm import tqdm
 
+    from griffin_offload.engine.model import GriffinModel
     from griffin_offload.evaluation.speed import measure_speed
-    from griffin_offload.runtime.model import GriffinModel
 
     options = _options(arguments, density) | {"threads": ceilings.threads}
     lengths = list(product(arguments.prompt_tokens, arguments.generate_tokens))

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.imports import heavy_imports
 from griffin_offload.cli.options import (
     MODEL_VARIABLE,
     add_model_options,
+    heavy_imports,
     load_options,
     model_of,
     quiet_libraries,
@@ -19,8 +19,8 @@ from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.units import format_bytes
 
 if TYPE_CHECKING:
-    from griffin_offload.pricing import Plan
-    from griffin_offload.runtime.prospect import Prospect
+    from griffin_offload.engine.spec import Prospect
+    from griffin_offload.planner.plan import Plan
 
 
 def add_parser(commands: Any) -> None:
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
     with heavy_imports():  # most of transformers is imported when it is first asked, by `_prospect`
-        from griffin_offload.plan import describe_shortfall, solve
+        from griffin_offload.planner.solve import describe_shortfall, solve
 
         quiet_libraries()
         prospect = _prospect(arguments)
@@ -61,8 +61,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def _prospect(arguments: argparse.Namespace) -> "Prospect":
-    from griffin_offload.runtime.prospect import examine, examine_checkpoint
-    from griffin_offload.weights.checkpoint import read_config
+    from griffin_offload.checkpoint.base import read_config
+    from griffin_offload.engine.spec import examine, examine_checkpoint
 
     config = LoadConfig(**load_options(arguments))
     if arguments.config is None:
@@ -103,8 +103,8 @@ def plan_lines(plan: "Plan") -> list[str]:
 
 def _alternatives(prospect: "Prospect", chosen: "Plan") -> list[dict[str, Any]]:
     """The chosen plan, and every precision, dense and with the largest density, that fits at the same context."""
-    from griffin_offload.plan import alternatives
-    from griffin_offload.runtime.bandwidth import decode_bytes_per_s
+    from griffin_offload.evaluation.ceilings import decode_bytes_per_s
+    from griffin_offload.planner.solve import alternatives
 
     shapes = [*prospect.shapes, *prospect.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].neurons

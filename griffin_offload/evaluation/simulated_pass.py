@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.engine.prefill import Chunked, Hook, Progress, StreamedLayers
 from griffin_offload.method.statistic import squared_statistic, weighted_sum
-from griffin_offload.runtime.prefill import Chunked, Hook, Progress, StreamedLayers
-from griffin_offload.runtime.stream import LayerStream
-from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.offload.layer_stream import LayerStream
 
 
 class Choice(NamedTuple):

@@ -8,16 +8,15 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from griffin_offload.config import ServeConfig
-from griffin_offload.serving.admission import Caps, output_tokens
-from griffin_offload.serving.exchange import Disconnected, Exchange
-from griffin_offload.serving.failure import Failure, broken, too_many_connections
-from griffin_offload.serving.fields import parse_object
-from griffin_offload.serving.job import Done, Failed, Figures, Job
+from griffin_offload.serving.api_errors import Failure, broken, too_many_connections
+from griffin_offload.serving.auth import Guard
+from griffin_offload.serving.http_exchange import Disconnected, Exchange
 from griffin_offload.serving.metrics import Metrics
-from griffin_offload.serving.prompts import Encoder
-from griffin_offload.serving.requests import Endpoint, Request, check_served, parse_request
+from griffin_offload.serving.queue import Done, Failed, Figures, Job
+from griffin_offload.serving.requests import Caps, Endpoint, Request, check_served, output_tokens, parse_request
 from griffin_offload.serving.responses import LAST_EVENT, Response, encode, server_sent
-from griffin_offload.serving.security import Guard
+from griffin_offload.serving.tokenization import Encoder
+from griffin_offload.serving.validation import parse_object
 from griffin_offload.serving.worker import Worker
 from griffin_offload.units import parse_size
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from griffin_offload.runtime.memory import anonymous_bytes
-from griffin_offload.serving.job import Job
-from griffin_offload.serving.keeper import Held
+from griffin_offload.devices.memory import anonymous_bytes
+from griffin_offload.serving.model_manager import Held
+from griffin_offload.serving.queue import Job
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATES = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)

@@ -16,7 +16,7 @@ from griffin_offload.errors import (
     UsageError,
     memory_refused,
 )
-from griffin_offload.serving.failure import (
+from griffin_offload.serving.api_errors import (
     Failure,
     broken,
     changed,
@@ -27,9 +27,9 @@ from griffin_offload.serving.failure import (
     shutting_down,
 )
 from griffin_offload.serving.generation import Interrupted, answer_all
-from griffin_offload.serving.job import Done, Event, Failed, Job
-from griffin_offload.serving.keeper import Held, Keeper
 from griffin_offload.serving.metrics import Metrics
+from griffin_offload.serving.model_manager import Held, Keeper
+from griffin_offload.serving.queue import Done, Event, Failed, Job
 
 log = logging.getLogger(__name__)
 

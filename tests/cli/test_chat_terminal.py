@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from griffin_offload.cli.terminal import _Interrupts
-from griffin_offload.runtime import session
-from griffin_offload.runtime.session import ChatSession
-from griffin_offload.weights.source import MappedWeights
+from griffin_offload.cli.chat import _Interrupts
+from griffin_offload.engine import chat as session
+from griffin_offload.engine.chat import ChatSession
+from griffin_offload.offload.weight_store import MappedWeights
 
 OPTIONS = ("--device", "cpu", "--density", 0.5, "--max-mem", "1GB", "--ctx-size", 200, "-n", 6, "--temperature", 0)
 
@@ -161,8 +161,8 @@ class Pty:
         program = (
             "import sys, time\n"
             "from griffin_offload.cli.main import main\n"
-            "from griffin_offload.weights.source import MappedWeights\n"
-            "from griffin_offload.runtime.session import _Interrupted\n"
+            "from griffin_offload.offload.weight_store import MappedWeights\n"
+            "from griffin_offload.engine.chat import _Interrupted\n"
             f"kind, name = {PLACES[where]}\n"
             "original = getattr(kind, name)\n"
             "def slow(*a, **k):\n"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from griffin_offload.weights.source import MappedWeights, RamWeights
+from griffin_offload.offload.weight_store import MappedWeights, RamWeights
 
 
 def interrupting(fetch: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,7 +41,7 @@ def test_ctrl_c_in_a_process(process, llama: Path):
     program = (
         "import os, signal, sys, time\n"
         "from griffin_offload.cli.main import main\n"
-        "from griffin_offload.weights.source import MappedWeights\n"
+        "from griffin_offload.offload.weight_store import MappedWeights\n"
         "fetch = MappedWeights.fetch\n"
         "def slow(self, layer):\n"
         "    if layer == 1: time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT), time.sleep(0.2)\n"

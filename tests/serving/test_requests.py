@@ -7,9 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from griffin_offload.config import ServeConfig
-from griffin_offload.serving.failure import Failure
-from griffin_offload.serving.fields import parse_object
+from griffin_offload.serving.api_errors import Failure
 from griffin_offload.serving.requests import Request, parse_request
+from griffin_offload.serving.validation import parse_object
 
 USER = {"role": "user", "content": "hello"}
 CHAT = {"model": "m", "messages": [USER]}

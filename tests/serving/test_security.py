@@ -5,9 +5,8 @@ from starlette.datastructures import Headers
 
 from griffin_offload import UsageError
 from griffin_offload.config import ServeConfig
-from griffin_offload.serving.failure import Failure
-from griffin_offload.serving.key import check_key
-from griffin_offload.serving.security import Guard, check_bind, is_loopback
+from griffin_offload.serving.api_errors import Failure
+from griffin_offload.serving.auth import Guard, check_bind, check_key, is_loopback
 
 KEY = "sk-a-secret"
 

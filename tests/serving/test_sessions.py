@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from griffin_offload import DoesNotFit, GriffinModel
-from griffin_offload.runtime.context import Context
-from griffin_offload.serving.keeper import session_limit
-from griffin_offload.serving.sessions import Sessions
+from griffin_offload.kv_cache.sequence import Context
+from griffin_offload.serving.model_manager import session_limit
+from griffin_offload.serving.prefix_cache import Sessions
 
 
 def say(model: GriffinModel, sessions: Sessions, *ids: int) -> Context:

@@ -15,10 +15,10 @@ import openai
 import pytest
 import torch
 
-from griffin_offload.runtime import prefill
-from griffin_offload.runtime.arrival import Arrival
-from griffin_offload.runtime.engine import Engine
-from griffin_offload.serving.job import Job
+from griffin_offload.engine import prefill
+from griffin_offload.engine.runner import Engine
+from griffin_offload.offload.background_loader import Arrival
+from griffin_offload.serving.queue import Job
 
 BODY = {"model": "tiny", "prompt": "the cat sat on the mat", "max_tokens": 100, "temperature": 0}
 
