@@ -41,11 +41,11 @@ def _places() -> dict[str, list[tuple[Any, str]]]:
     from griffin_offload.blocks.feedforward import FeedForward
     from griffin_offload.checkpoint import mapped
     from griffin_offload.engine import prefill
-    from griffin_offload.offload.weight_store import MappedWeights
+    from griffin_offload.offload.weight_store import MmapStore
 
     return {
         # Before and after the computation with a layer, alternately.
-        "fetch_or_check": [(MappedWeights, "fetch"), (MappedWeights, "read"), (MappedWeights, "check")],
+        "fetch_or_check": [(MmapStore, "fetch"), (MmapStore, "read"), (MmapStore, "check")],
         "preadv": [(os, "preadv")],
         "madvise": [(mapped._libc, "madvise")],
         "compute": [(prefill, "select_neurons"), (FeedForward, "gather"), (prefill, "_in_chunks")],

@@ -39,7 +39,7 @@ def read_directly() -> None:
     from griffin_offload.offload import weight_store
 
     weight_store.MIN_DIRECT_BYTES = 0
-    load.evicts = residents.evicts = lambda prospect: True
+    load.evicts = residents.evicts = lambda model_spec: True
 
 
 @dataclass(frozen=True)

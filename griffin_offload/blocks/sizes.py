@@ -30,7 +30,7 @@ _RECURRENCE_BYTES, _CONVOLUTION_BYTES = 48, 16
 
 
 @dataclass(frozen=True)
-class LayerShape:
+class LayerSizes:
     """Sizes of one decoder layer: bytes of the precision that residents have, and of the one that is stored."""
 
     neurons: int
@@ -65,10 +65,10 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelSizes:
     """Sizes of a model."""
 
-    layers: tuple[LayerShape, ...]
+    layers: tuple[LayerSizes, ...]
     embedding_bytes: int
     head_bytes: int
     """0 when the head is tied to the embeddings."""
@@ -103,11 +103,11 @@ class ModelShape:
     def tied(self) -> bool:
         return self.head_bytes == 0
 
-    def kv_width_of(self, layer: LayerShape) -> int:
+    def kv_width_of(self, layer: LayerSizes) -> int:
         """Numbers per token in the keys and values of `layer`."""
         return self.kv_width if layer.kv_width is None else layer.kv_width
 
-    def kv_heads_of(self, layer: LayerShape) -> int:
+    def kv_heads_of(self, layer: LayerSizes) -> int:
         return self.kv_heads if layer.kv_heads is None else layer.kv_heads
 
     @property
@@ -115,7 +115,7 @@ class ModelShape:
         """What all layers keep of one sequence beside its KV cache."""
         return sum(layer.state_bytes for layer in self.layers)
 
-    def _stored_attention(self, layer: LayerShape) -> int:
+    def _stored_attention(self, layer: LayerSizes) -> int:
         return layer.plain_attention_bytes if self.stored == "none" else layer.attention_bytes
 
     @property
@@ -144,7 +144,7 @@ def model_shape(
     stored: Precision = "none",
     tables: Precision = "none",
     states: Sequence[LayerState] | None = None,
-) -> ModelShape:
+) -> ModelSizes:
     """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
     device and `stored` in the checkpoint, and its embeddings and head of `tables`. `states` are `states_of(model)`,
     for callers who ask more than once. Raises UnsupportedModel."""
@@ -166,7 +166,7 @@ def model_shape(
     if tables == "int8":
         head_bytes = 0 if tied else table_bytes(head.weight.shape, embedding.dtype)
     heads, attention_width = _attention_sizes(config)
-    return ModelShape(
+    return ModelSizes(
         layers=tuple(layers),
         embedding_bytes=table_bytes(embedding.shape, embedding.dtype) if tables == "int8" else plain_tables[0],
         head_bytes=head_bytes,
@@ -210,7 +210,7 @@ def _layer_shape(
     state: LayerState,
     precision: Precision,
     stored: Precision,
-) -> LayerShape:
+) -> LayerSizes:
     check_layer(layer, block, precision)
     projections = {id(projection.owner) for projection in block.projections}
     inside = [layer.get_submodule(name) for name in linear_names(layer)]
@@ -229,7 +229,7 @@ def _layer_shape(
     one, two = (_specs_bytes(block.compact_specs(count, precision), dtype) for count in (step, 2 * step))
     neuron_bytes = (two - one) // step
     plain = [_specs_bytes(block.compact_specs(count, "none"), dtype) for count in (1, 2)]
-    return LayerShape(
+    return LayerSizes(
         neurons=block.neurons,
         neuron_bytes=neuron_bytes,
         ff_bytes=_specs_bytes(block.full_specs(stored), dtype),

@@ -33,7 +33,7 @@ METADATA_KEY = "griffin_offload"
 
 
 @dataclass(frozen=True)
-class Mark:
+class ConversionInfo:
     """What a conversion writes into every file."""
 
     precision: Precision
@@ -56,7 +56,7 @@ class Mark:
         return {"method": METHOD, **asdict(self)}
 
 
-def mark_of(config: PretrainedConfig, directory: Path) -> Mark | None:
+def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
     """The mark in `config`, which is taken out of it; None where there is none or another method's."""
     found = getattr(config, "quantization_config", None)
     if not isinstance(found, dict) or found.get("method") != METHOD:
@@ -70,10 +70,10 @@ def mark_of(config: PretrainedConfig, directory: Path) -> Mark | None:
     if precision not in PRECISIONS[1:] or not isinstance(source, str) or tables not in ("none", "int8"):
         raise CheckpointError(f"{directory / 'config.json'} has a damaged quantization_config: convert again")
     del config.quantization_config
-    return Mark(precision, source, tables)
+    return ConversionInfo(precision, source, tables)
 
 
-def check_shard(path: Path, mark: Mark | None) -> None:
+def check_shard(path: Path, mark: ConversionInfo | None) -> None:
     """CheckpointError unless the shard belongs to the conversion, or to none where there is no mark."""
     try:
         with safe_open(path, framework="np") as file:

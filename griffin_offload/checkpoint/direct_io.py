@@ -36,7 +36,7 @@ class Extent:
     nbytes: int
 
 
-class Placement:
+class SlotLayout:
     """Where the tensors of one layer lie in a buffer that its extents are read into, whole blocks of each."""
 
     def __init__(self, tensors: Sequence[Tensor], extents: Sequence[Extent]) -> None:
@@ -126,7 +126,7 @@ class DirectReader:
         while self._files:
             self._files.popitem()[1].close()
 
-    def read(self, placement: Placement, buffer: Tensor) -> list[Tensor]:
+    def read(self, placement: SlotLayout, buffer: Tensor) -> list[Tensor]:
         """Read a layer's extents into `buffer`, of `block_buffer`; blocks."""
         pieces = [
             (extent.path, extent.offset + at, buffer[place + at : place + at + min(_PIECE_BYTES, extent.nbytes - at)])

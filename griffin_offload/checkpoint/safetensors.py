@@ -106,7 +106,7 @@ _IN_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedSizes:
     """Bytes that loading makes of other precisions, in the model's."""
 
     feed_forward: tuple[int, ...]
@@ -126,7 +126,7 @@ def converted_tensors(headers: Iterable[Header], dtype: torch.dtype) -> dict[str
     }
 
 
-def converted_sizes(model: Any, tensors: dict[str, int]) -> Converted:
+def converted_sizes(model: Any, tensors: dict[str, int]) -> ConvertedSizes:
     """What `tensors` (`converted_tensors`) are in `model`. A name that no other part has counts as feed-forward."""
     decoder, blocks = find_feed_forwards(model, model.config.get_text_config().num_hidden_layers)
     feed_forward, embeddings, rest = [0] * len(blocks), 0, 0
@@ -144,7 +144,7 @@ def converted_sizes(model: Any, tensors: dict[str, int]) -> Converted:
             embeddings += size_bytes
         else:
             rest += size_bytes
-    return Converted(tuple(feed_forward), embeddings, rest)
+    return ConvertedSizes(tuple(feed_forward), embeddings, rest)
 
 
 def _names_outside_ff(layer: Any, block: Any) -> set[str]:

@@ -64,12 +64,12 @@ def _planned(options: dict[str, Any], checkpoint: "Checkpoint") -> tuple[dict[st
     """What the budget allows, or what it lacks."""
     from griffin_offload.engine.spec import examine_checkpoint, plan_for
 
-    prospect = examine_checkpoint(checkpoint, LoadConfig(**options))
+    model_spec = examine_checkpoint(checkpoint, LoadConfig(**options))
     try:
-        plan = plan_for(prospect)
+        plan = plan_for(model_spec)
     except DoesNotFit as error:
         return None, error
-    neurons = [layer.neurons for layer in prospect.shape.layers]
+    neurons = [layer.neurons for layer in model_spec.shape.layers]
     planned = {
         "density": plan.density,
         "densities": [kept / count for kept, count in zip(plan.kept, neurons, strict=True)],

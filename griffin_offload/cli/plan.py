@@ -19,7 +19,7 @@ from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.units import format_bytes
 
 if TYPE_CHECKING:
-    from griffin_offload.engine.spec import Prospect
+    from griffin_offload.engine.spec import ModelSpec
     from griffin_offload.planner.plan import Plan
 
 
@@ -44,23 +44,23 @@ def plan(arguments: argparse.Namespace) -> int:
         from griffin_offload.planner.solve import describe_shortfall, solve
 
         quiet_libraries()
-        prospect = _prospect(arguments)
-    found, remedy = solve(prospect.shapes, prospect.request, prospect.others)
+        model_spec = _prospect(arguments)
+    found, remedy = solve(model_spec.shapes, model_spec.request, model_spec.others)
     if arguments.json:
-        others = {"alternatives": _alternatives(prospect, found)} if arguments.verbose else {}
-        device = {"device": prospect.device.type, "assumed": prospect.assumed}
+        others = {"alternatives": _alternatives(model_spec, found)} if arguments.verbose else {}
+        device = {"device": model_spec.device.type, "assumed": model_spec.assumed}
         print(json.dumps(found.to_json(remedy) | device | others))
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
-        print("\n".join([*plan_lines(found), *([] if prospect.assumed is None else [prospect.assumed])]))
+        print("\n".join([*plan_lines(found), *([] if model_spec.assumed is None else [model_spec.assumed])]))
     if arguments.verbose:
-        print("\n".join(["", *_alternative_lines(_alternatives(prospect, found))]))
+        print("\n".join(["", *_alternative_lines(_alternatives(model_spec, found))]))
     if remedy is not None:
         raise DoesNotFit(describe_shortfall(found, remedy))
     return 0
 
 
-def _prospect(arguments: argparse.Namespace) -> "Prospect":
+def _prospect(arguments: argparse.Namespace) -> "ModelSpec":
     from griffin_offload.checkpoint.base import read_config
     from griffin_offload.engine.spec import examine, examine_checkpoint
 
@@ -101,22 +101,22 @@ def plan_lines(plan: "Plan") -> list[str]:
     return lines
 
 
-def _alternatives(prospect: "Prospect", chosen: "Plan") -> list[dict[str, Any]]:
+def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any]]:
     """The chosen plan, and every precision, dense and with the largest density, that fits at the same context."""
     from griffin_offload.evaluation.ceilings import decode_bytes_per_s
     from griffin_offload.planner.solve import alternatives
 
-    shapes = [*prospect.shapes, *prospect.others]
+    shapes = [*model_spec.shapes, *model_spec.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].neurons
-    plans = alternatives(shapes, prospect.request, chosen.context_tokens)
+    plans = alternatives(shapes, model_spec.request, chosen.context_tokens)
     if chosen.fits and all((plan.precision, plan.kept) != (chosen.precision, chosen.kept) for plan in plans):
         plans = [chosen, *plans]  # a density that was asked for
     rows = []
     for plan in plans:
-        precision = prospect.precision_of(plan)
+        precision = model_spec.precision_of(plan)
         rate = None  # of a device that is not here
-        if prospect.assumed is None:
-            rate = decode_bytes_per_s(precision, hidden, neurons, prospect.dtype, prospect.device)
+        if model_spec.assumed is None:
+            rate = decode_bytes_per_s(precision, hidden, neurons, model_spec.dtype, model_spec.device)
         read_bytes = plan.decoded_bytes + plan.decode_parts["kv_cache"]
         rows.append(
             {

@@ -155,7 +155,7 @@ def _print_result(model: "GriffinModel", answer: tuple[str, "Finish"], arguments
         measured = report.activation_kept_heldout is not None or report.cached_prompt_tokens
         if not measured and model.plan.streamed:
             print("note: the prompt is too short to tell how much of its activation is kept", file=sys.stderr)
-        if model.engine.prospect.quantises(model.plan) and report.select_s > _LONG_S:
+        if model.engine.model_spec.quantises(model.plan) and report.select_s > _LONG_S:
             print(
                 f"note: {report.select_s:.1f} s of this prompt went into choosing and quantising neurons: "
                 "griffin-offload convert quantises once, for all prompts",

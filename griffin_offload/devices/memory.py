@@ -15,7 +15,7 @@ from types import TracebackType
 import psutil
 import torch
 
-from griffin_offload.devices.threads import Worker
+from griffin_offload.devices.threads import BackgroundThread
 from griffin_offload.errors import LimitReached, OutOfMemory, UsageError, limit_reached, memory_refused, one_line
 from griffin_offload.units import format_bytes
 
@@ -190,7 +190,7 @@ class Ledger:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         stop = threading.Event()
-        sampler = Worker(lambda: self._sample(stop), "griffin-offload-sampler")
+        sampler = BackgroundThread(lambda: self._sample(stop), "griffin-offload-sampler")
 
         def finish() -> None:
             stop.set()

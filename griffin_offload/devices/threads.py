@@ -24,7 +24,7 @@ _START_S = 1.0  # after this long a thread whose start was interrupted never cam
 _WORTH_IT = 0.9
 
 
-class Worker:
+class BackgroundThread:
     """A background thread that can be waited for even when a Ctrl-C came while it was being started.
 
     `threading.Thread` cannot be joined until its start is complete, and an interrupted start never is. At its end it

@@ -10,17 +10,17 @@ from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, St
 
 from griffin_offload.blocks.rope import RopeBorder
 from griffin_offload.config import CacheKind, RunConfig
-from griffin_offload.engine.generation import LogitsObserver, Mode, Past, Run, past_of
-from griffin_offload.engine.spec import Prospect
+from griffin_offload.engine.generation import GenerationMode, GenerationState, LogitsObserver, Past, past_of
+from griffin_offload.engine.spec import ModelSpec
 from griffin_offload.engine.speculative import loop_of
 from griffin_offload.errors import UsageError, one_line
 from griffin_offload.kv_cache.kv_cache import KVCache, why_not_back
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.kv_cache.sizes import KV_SLACK_TOKENS, MAX_MARKS, Usage
+from griffin_offload.kv_cache.sizes import KV_SLACK_TOKENS, MAX_MARKS, Workload
 from griffin_offload.planner.request import statistics_kept
 
 if TYPE_CHECKING:
-    from griffin_offload.engine.runner import Engine
+    from griffin_offload.engine.runner import ModelRunner
 
 
 # Arguments of transformers' `generate` that cannot work here, each with what can: a table, and its check.
@@ -101,8 +101,8 @@ _LIMITS = ("max_new_tokens", "max_length")
 
 
 def prepared(
-    engine: "Engine", prompt: Tensor, kwargs: dict[str, Any], mode: Mode, context: Context | None
-) -> tuple[Run, dict[str, Any]]:
+    engine: "ModelRunner", prompt: Tensor, kwargs: dict[str, Any], mode: GenerationMode, context: Context | None
+) -> tuple[GenerationState, dict[str, Any]]:
     """The run, and transformers' arguments for it, after checking the caller's against the plan."""
     plan, defaults = engine.plan, engine.loaded.model.generation_config
     given = kwargs.get("generation_config") or defaults
@@ -116,14 +116,14 @@ def prepared(
         settings["max_new_tokens"] = max(min(RunConfig.max_new_tokens, plan.context_tokens - past.whole), 1)
     passes = bool(mode.pass_tokens and plan.streamed)
     configs = (given, defaults)
-    use = usage_of(prompt, kwargs | settings, configs, engine.prospect, mode, passes, context, past)
+    use = usage_of(prompt, kwargs | settings, configs, engine.model_spec, mode, passes, context, past)
     check_length(use, plan.context_tokens)
     past.check_batch(use.batch)
     use = _across_border(engine.border, use, passes)
     if use.cache != "ours" or passes or context is not None:
         engine.kept_cache.release()
     engine.require(use)
-    run = Run(prompt.shape[0], past.whole, kwargs.get("attention_mask"), use, mode, context)
+    run = GenerationState(prompt.shape[0], past.whole, kwargs.get("attention_mask"), use, mode, context)
     run.past_tokens = run.cached_tokens = past.tokens
     run.keeps_invalid = bool(_value("remove_invalid_values", kwargs, configs))
     run.observers = [one for one in kwargs.get("logits_processor") or () if isinstance(one, LogitsObserver)]
@@ -133,7 +133,7 @@ def prepared(
         run.context = empty_context(engine) if context is None else context
         settings["past_key_values"] = run.own_cache = run.context.cache
         # Otherwise transformers takes every pad token for padding, also one that was generated.
-        settings["attention_mask"] = torch.ones_like(prompt, device=engine.prospect.device)
+        settings["attention_mask"] = torch.ones_like(prompt, device=engine.model_spec.device)
     elif past.tokens:
         past.make_room(engine, use)
     elif use.cache == "ours" and kwargs.get("past_key_values") is None:
@@ -152,7 +152,7 @@ def _refuse_drafts(model: Any, kwargs: dict[str, Any], configs: tuple[Generation
             raise UsageError(f"{name} takes drafts back: {why_not_back(model.config)}")
 
 
-def _across_border(border: RopeBorder | None, use: Usage, passes: bool) -> Usage:
+def _across_border(border: RopeBorder | None, use: Workload, passes: bool) -> Workload:
     """`use` of an answer that may cross `border`; UsageError where tokens could not be taken back behind it."""
     if border is None or use.ctx_tokens <= border.tokens:
         return use
@@ -192,7 +192,7 @@ _ONE_SEQUENCE_REFUSES = (
 
 
 def check_one_sequence(
-    prompt: Tensor, use: Usage, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]
+    prompt: Tensor, use: Workload, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]
 ) -> None:
     """UsageError unless this can be generated with a context: one sequence of ids, whose past can be taken back."""
     mask = kwargs.get("attention_mask")
@@ -247,12 +247,12 @@ def usage_of(
     prompt: Tensor,
     kwargs: dict[str, Any],
     configs: tuple[GenerationConfig, ...],
-    prospect: Prospect,
-    mode: Mode,
+    model_spec: ModelSpec,
+    mode: GenerationMode,
     passes: bool,
     context: Context | None,
     past: Past,
-) -> Usage:
+) -> Workload:
     """What a generate with these arguments, and the configs behind them, needs of KV cache and workspace; `passes`
     says whether there are streamed ones between its tokens."""
 
@@ -266,15 +266,15 @@ def usage_of(
     kept_scores = sum(bool(value(name)) for name in ("output_scores", "output_logits")) * (total - tokens)
     drafts = value("prompt_lookup_num_tokens") or 0
     cache = _cache_of_caller(kwargs.get("past_key_values"), value("cache_implementation"))
-    if cache is None and any(layer.window is not None for layer in prospect.shape.layers):
+    if cache is None and any(layer.window is not None for layer in model_spec.shape.layers):
         # A window of ours rolls back so many tokens; an assistant may draft more.
         drafted = kwargs.get("assistant_model") is not None or getattr(configs[0], "is_assistant", False)
         cache = "dynamic" if drafts > KV_SLACK_TOKENS or drafted else None
-    return Usage(
+    return Workload(
         batch=prompt.shape[0] * max(value("num_beams") or 1, value("num_return_sequences") or 1),
         prompt_tokens=tokens,
         ctx_tokens=total,
-        cache=cache or prospect.request.cache,
+        cache=cache or model_spec.request.cache,
         drafts=drafts,
         logit_positions=pass_tokens if exact else 1 + drafts,
         past_tokens=context.known(prompt[0], exact=mode.exact) if context is not None else past.tokens,
@@ -325,7 +325,7 @@ def _described(prompt: Any) -> str:
     return f"of type {type(prompt).__name__}: give a tensor of [batch, tokens]"
 
 
-def check_length(use: Usage, context_tokens: int) -> None:
+def check_length(use: Workload, context_tokens: int) -> None:
     """UsageError unless prompt and answer are within the context that was planned."""
     if use.ctx_tokens > context_tokens:
         new_tokens = use.ctx_tokens - use.prompt_tokens
@@ -335,10 +335,10 @@ def check_length(use: Usage, context_tokens: int) -> None:
         )
 
 
-def empty_context(engine: "Engine") -> Context:
+def empty_context(engine: "ModelRunner") -> Context:
     """With a KV cache for all that was planned. UsageError where layers keep a state that cannot be taken back."""
     config, plan = engine.loaded.model.config, engine.plan
-    if engine.prospect.request.cache != "ours":
+    if engine.model_spec.request.cache != "ours":
         raise UsageError(f"no context can be kept: {why_not_back(config)}")
     cache = KVCache(config, ctx_tokens=plan.context_tokens, bits=plan.kv_bits)
     return Context(cache, engine.loaded, border=engine.border)

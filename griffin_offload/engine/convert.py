@@ -24,7 +24,7 @@ from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import linear_names
 from griffin_offload.blocks.sizes import build_on_meta, model_shape
 from griffin_offload.checkpoint.base import UNFINISHED, Checkpoint, fingerprint, open_checkpoint
-from griffin_offload.checkpoint.converted import Mark, check_shard
+from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.files import check_name, renamed, temporary_name, write_text
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.checkpoint.safetensors import INDEX, said_untied
@@ -88,7 +88,7 @@ def convert(
     shape = model_shape(meta, precision, precision, tables)
     with _failures_named(directory), contextlib.closing(checkpoint.watched()) as files, _locked(directory):
         files.check()
-        mark = Mark(precision, fingerprint(checkpoint), tables)
+        mark = ConversionInfo(precision, fingerprint(checkpoint), tables)
         finished = _finished_shards(directory, mark)
         _check_disk(directory, shape.weight_bytes - sum(path.stat().st_size for path in finished))
         write_text(directory / UNFINISHED, json.dumps(asdict(mark)))
@@ -139,7 +139,7 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _finished_shards(directory: Path, mark: Mark) -> list[Path]:
+def _finished_shards(directory: Path, mark: ConversionInfo) -> list[Path]:
     """What the same conversion finished before it was interrupted, its halves deleted; UsageError when the directory
     holds anything else."""
     note = directory / UNFINISHED
@@ -178,7 +178,9 @@ def _check_disk(directory: Path, missing_bytes: int) -> None:
         )
 
 
-def _write_shards(checkpoint: Checkpoint, directory: Path, mark: Mark, progress: Progress | None) -> dict[str, str]:
+def _write_shards(
+    checkpoint: Checkpoint, directory: Path, mark: ConversionInfo, progress: Progress | None
+) -> dict[str, str]:
     """Every shard that is not there yet; the file of every tensor."""
     model = map_model(checkpoint)
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
@@ -294,7 +296,9 @@ def _layer_tensors(
     return tensors
 
 
-def _tensors_outside(model: Any, prefix: str, mark: Mark, dtype: torch.dtype, reader: _Reader) -> dict[str, Tensor]:
+def _tensors_outside(
+    model: Any, prefix: str, mark: ConversionInfo, dtype: torch.dtype, reader: _Reader
+) -> dict[str, Tensor]:
     """Embeddings, head, last norm, and the buffers that a checkpoint holds; all but the first two as they are."""
     tables = [model.get_input_embeddings(), model.get_output_embeddings()] if mark.tables == "int8" else []
     table_ids = {id(module.weight) for module in tables if module is not None}
@@ -321,12 +325,12 @@ def _names_in(path: Path) -> list[str]:
         return list(file.keys())
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor], mark: Mark) -> None:
+def _write_shard(path: Path, tensors: dict[str, Tensor], mark: ConversionInfo) -> None:
     with renamed(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, mark.metadata())
 
 
-def _write_rest(checkpoint: Checkpoint, directory: Path, mark: Mark, weight_map: dict[str, str]) -> None:
+def _write_rest(checkpoint: Checkpoint, directory: Path, mark: ConversionInfo, weight_map: dict[str, str]) -> None:
     """Tokenizer, config, and last the index, which makes the directory a checkpoint."""
     own = {"config.json", INDEX}
     for path in sorted({path for pattern in _COPIED for path in checkpoint.directory.glob(pattern)}):

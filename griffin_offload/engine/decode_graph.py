@@ -28,7 +28,7 @@ from griffin_offload.planner.workspace import MAX_GRAPHS
 # The KV cache of the last run, kept for the next one: captured graphs belong to the addresses of one.
 
 
-class KeptCache:
+class ReusedKVCache:
     """At most one KV cache, handed out again when another of its size is asked for."""
 
     def __init__(self, config: Any, bits: KVBits) -> None:
@@ -68,7 +68,7 @@ def bucket_of(tokens: int, room: int) -> int:
     return min(bucket, room)
 
 
-class StaticStep:
+class StaticDecodeStep:
     """The forward of one token for a KV cache, an input like `like` and a bucket of `tokens`.
 
     `advance` counts the token on the host and says on the device where it goes; `compute` computes it, and `logits`
@@ -81,7 +81,7 @@ class StaticStep:
         self._inputs = torch.zeros_like(like, memory_format=torch.contiguous_format)
         self._positions = torch.zeros(like.shape[0], 1, dtype=torch.long, device=like.device)
         windows = {layer.window: layer.room for layer in cache.layers}
-        self._kinds = {window: _Kind(min(tokens, room), window, like.device) for window, room in windows.items()}
+        self._kinds = {window: _WindowGroup(min(tokens, room), window, like.device) for window, room in windows.items()}
         self._dtype = cache.layers[0].dtype
         self._by_type = hasattr(model.config, "layer_types")
         self.logits = torch.empty(0, dtype=torch.float32, device=like.device)
@@ -125,7 +125,7 @@ def _type_of(window: int | None) -> str:
     return "full_attention" if window is None else "sliding_attention"
 
 
-class _Kind:
+class _WindowGroup:
     """What layers with the same window share: where the new token goes, and which tokens it sees."""
 
     def __init__(self, tokens: int, window: int | None, device: torch.device) -> None:
@@ -154,7 +154,7 @@ class _FixedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_compileable = False
 
-    def __init__(self, layer: KVLayer, kind: _Kind) -> None:
+    def __init__(self, layer: KVLayer, kind: _WindowGroup) -> None:
         super().__init__()
         self._layer, self._kind = layer, kind
         self.is_sliding, self.is_initialized = layer.is_sliding, True
@@ -222,7 +222,7 @@ class CudaRecorder:
 class _Captured:
     """A static step, and what replays it when it has been captured."""
 
-    def __init__(self, step: StaticStep, addresses: tuple[int, ...]) -> None:
+    def __init__(self, step: StaticDecodeStep, addresses: tuple[int, ...]) -> None:
         self.step, self.addresses = step, addresses
         self.warm = False
         self.replay: Callable[[], None] | None = None
@@ -314,7 +314,9 @@ class DecodeGraphs:
             for other in [other for other, kept in of_cache.items() if kept.addresses != addresses]:
                 del of_cache[other]
             self._make_room()
-            of_cache[key] = found = _Captured(StaticStep(self._model, self._forward, cache, bucket, inputs), addresses)
+            of_cache[key] = found = _Captured(
+                StaticDecodeStep(self._model, self._forward, cache, bucket, inputs), addresses
+            )
         self._clock += 1
         found.used = self._clock
         return found

@@ -16,10 +16,10 @@ from griffin_offload.engine.spec import pass_tokens
 from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.kv_cache.sizes import Usage
+from griffin_offload.kv_cache.sizes import Workload
 
 if TYPE_CHECKING:
-    from griffin_offload.engine.runner import Engine
+    from griffin_offload.engine.runner import ModelRunner
 
 
 # Where an answer ends: checkpoints say it in up to three places, which need not agree.
@@ -119,7 +119,7 @@ class Past:
         keys = (getattr(layer, "keys", None) for layer in getattr(self.cache, "layers", ()))
         return next((found.shape[0] for found in keys if isinstance(found, Tensor)), None)
 
-    def make_room(self, engine: "Engine", use: Usage) -> None:
+    def make_room(self, engine: "ModelRunner", use: Workload) -> None:
         """Ours was made for the answer before: it becomes as large as `use` asks for."""
         if isinstance(self.cache, KVCache) and self.cache.ctx_tokens < use.cache_tokens:
             self.cache.grow(engine.roomy_tokens(use))
@@ -150,7 +150,7 @@ def past_of(prompt: Tensor, kwargs: dict[str, Any]) -> Past:
 
 
 @dataclass(frozen=True)
-class Mode:
+class GenerationMode:
     """How one `generate` makes its tokens."""
 
     exact: bool = False
@@ -178,11 +178,17 @@ class LogitsObserver(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-class Run:
+class GenerationState:
     """The state of one `generate`."""
 
     def __init__(
-        self, prompts: int, prompt_tokens: int, mask: Tensor | None, use: Usage, mode: Mode, context: Context | None
+        self,
+        prompts: int,
+        prompt_tokens: int,
+        mask: Tensor | None,
+        use: Workload,
+        mode: GenerationMode,
+        context: Context | None,
     ) -> None:
         self.prompts, self.prompt_tokens, self.mask = prompts, prompt_tokens, mask
         self.use, self.mode, self.context = use, mode, context

@@ -15,7 +15,7 @@ from griffin_offload.blocks.feedforward import FeedForward
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import swap_linears
 from griffin_offload.blocks.self_check import self_check
-from griffin_offload.blocks.sizes import ModelShape, build_on_meta
+from griffin_offload.blocks.sizes import ModelSizes, build_on_meta
 from griffin_offload.blocks.towers import leave_out_towers
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import read_generation_config, settle_generation_config
@@ -27,15 +27,15 @@ from griffin_offload.devices.threads import choose_threads, limited_threads
 from griffin_offload.devices.torch_state import building
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.cpu_modules import use_own_attention, use_own_linears, use_own_norms
-from griffin_offload.engine.prefill import StreamedLayers
+from griffin_offload.engine.prefill import DecoderLayers
 from griffin_offload.engine.residents import HostEmbedding, compact_blocks, place_residents, resident_bytes
-from griffin_offload.engine.spec import Prospect, evicts
+from griffin_offload.engine.spec import ModelSpec, evicts
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
 from griffin_offload.formats.linear import Scratch
 from griffin_offload.kernels.library import HALVES
-from griffin_offload.offload.background_loader import Arrival
+from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.offload.layer_stream import StreamConfig
-from griffin_offload.offload.weight_store import MappedWeights, RamWeights, Source
+from griffin_offload.offload.weight_store import HostStore, MmapStore, Source
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.workspace import scratch_bytes
 from griffin_offload.units import format_bytes, parse_size
@@ -53,7 +53,7 @@ class Loaded:
     """
 
     owned: Any
-    layers: StreamedLayers
+    layers: DecoderLayers
     ledger: Ledger
     host_embedding: HostEmbedding | None
     resident_bytes: int
@@ -82,16 +82,18 @@ class Loaded:
         self.layers.give_back()
 
 
-def load(prospect: Prospect, plan: Plan, config: LoadConfig) -> Loaded:
-    """Load the model of `prospect` by `plan`. On failure nothing stays open."""
-    described = prospect.shape_of(plan).weight_bytes * prospect.checkpoint.dtype.itemsize // prospect.dtype.itemsize
-    check_stored(prospect.checkpoint, described)
-    _check_free_memory(prospect, plan)
-    threads = _threads(prospect, config)  # its trial needs memory that the residents will take
+def load(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> Loaded:
+    """Load the model of `model_spec` by `plan`. On failure nothing stays open."""
+    described = (
+        model_spec.shape_of(plan).weight_bytes * model_spec.checkpoint.dtype.itemsize // model_spec.dtype.itemsize
+    )
+    check_stored(model_spec.checkpoint, described)
+    _check_free_memory(model_spec, plan)
+    threads = _threads(model_spec, config)  # its trial needs memory that the residents will take
     # Tensors of inference mode could not be filled again outside of it.
     with limited_threads(threads), torch.inference_mode(False), contextlib.ExitStack() as on_failure:
-        with _unchanged(prospect.checkpoint):
-            loaded = _load(prospect, plan, config, threads, on_failure)
+        with _unchanged(model_spec.checkpoint):
+            loaded = _load(model_spec, plan, config, threads, on_failure)
         on_failure.pop_all()
     return loaded
 
@@ -116,58 +118,58 @@ def _unchanged(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _load(
-    prospect: Prospect, plan: Plan, config: LoadConfig, threads: int | None, on_failure: contextlib.ExitStack
+    model_spec: ModelSpec, plan: Plan, config: LoadConfig, threads: int | None, on_failure: contextlib.ExitStack
 ) -> Loaded:
-    ledger = Ledger(prospect.device, prospect.request.overhead_bytes)
-    _cap_allocator(prospect)
-    shape = prospect.shape_of(plan)
-    scratch = _scratch(prospect, shape)
-    model, decoder, blocks = _map_layers(prospect.checkpoint, shape, scratch, evict=evicts(prospect))
+    ledger = Ledger(model_spec.device, model_spec.request.overhead_bytes)
+    _cap_allocator(model_spec)
+    shape = model_spec.shape_of(plan)
+    scratch = _scratch(model_spec, shape)
+    model, decoder, blocks = _map_layers(model_spec.checkpoint, shape, scratch, evict=evicts(model_spec))
     full = {index: blocks[index].full() for index in plan.streamed}
-    offload = _offload_tier(prospect, plan, config)
-    source = _make_source(full, prospect, offload) if full else None
+    offload = _offload_tier(model_spec, plan, config)
+    source = _make_source(full, model_spec, offload) if full else None
     if source is not None:
         on_failure.callback(source.close)
-    pages = FilePages(list(model.parameters()), evict=evicts(prospect))
+    pages = FilePages(list(model.parameters()), evict=evicts(model_spec))
     on_failure.callback(pages.close)
-    compact, jobs = compact_blocks(blocks, full, prospect, plan, pages)
+    compact, jobs = compact_blocks(blocks, full, model_spec, plan, pages)
     head = model.get_output_embeddings()
     stages = [model.get_input_embeddings(), *decoder, *([] if head is None else [head])]
     jobs = [[], *jobs, *([] if head is None else [[]])]
-    host_embedding = place_residents(model, stages, prospect, plan, compact, pages, jobs)
+    host_embedding = place_residents(model, stages, model_spec, plan, compact, pages, jobs)
     if host_embedding is not None:
         on_failure.callback(host_embedding.close)
-    if prospect.device.type == "cpu" and prospect.dtype in HALVES:
-        use_own_linears(model, scratch, translated=prospect.request.translated)
+    if model_spec.device.type == "cpu" and model_spec.dtype in HALVES:
+        use_own_linears(model, scratch, translated=model_spec.request.translated)
         use_own_attention(model)
         use_own_norms(model)
-    layers = StreamedLayers(
+    layers = DecoderLayers(
         decoder=decoder,
         blocks=blocks,
         compact={index: compact[index] for index in full},
         kept=plan.kept,
         source=source,
-        stream=StreamConfig(prospect.device, prospect.dtype, plan.slots),
+        stream=StreamConfig(model_spec.device, model_spec.dtype, plan.slots),
         ff_chunk_tokens=plan.ff_chunk_tokens,
         config=config,
     )
     resident = resident_bytes(model)
-    ledger.hold(residents=resident, offloaded=_offloaded_in_budget(prospect, source))
-    layers.arrival = Arrival(stages, jobs, check=pages.files.check_contents, finished=pages.close)
+    ledger.hold(residents=resident, offloaded=_offloaded_in_budget(model_spec, source))
+    layers.arrival = BackgroundLoader(stages, jobs, check=pages.files.check_contents, finished=pages.close)
     on_failure.callback(layers.arrival.close)
     layers.arrival.start()
     return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
 
 
-def _scratch(prospect: Prospect, shape: ModelShape) -> Scratch:
+def _scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
     """What matrices are multiplied through that are not multiplied as they rest; empty where there are none."""
-    needed = prospect.request.translated or shape.precision != "none"
-    dtype = torch.float32 if prospect.request.translated else prospect.dtype
-    return Scratch(scratch_bytes(shape) if needed else 0, dtype, prospect.device)
+    needed = model_spec.request.translated or shape.precision != "none"
+    dtype = torch.float32 if model_spec.request.translated else model_spec.dtype
+    return Scratch(scratch_bytes(shape) if needed else 0, dtype, model_spec.device)
 
 
 def _map_layers(
-    checkpoint: Checkpoint, shape: ModelShape, scratch: Scratch, *, evict: bool
+    checkpoint: Checkpoint, shape: ModelSizes, scratch: Scratch, *, evict: bool
 ) -> tuple[Any, nn.ModuleList, list[FeedForward]]:
     """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
     converted = checkpoint.precision != "none"
@@ -189,11 +191,11 @@ def _map_converted(checkpoint: Checkpoint, scratch: Scratch) -> Any:
     return map_converted(c.directory, c.files, c.config, c.dtype, c.precision, c.tables, scratch)
 
 
-def _threads(prospect: Prospect, config: LoadConfig) -> int | None:
-    if prospect.device.type != "cpu":
+def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
+    if model_spec.device.type != "cpu":
         return None
     return config.threads or choose_threads(
-        prospect.shape.hidden_size, prospect.shape.layers[0].neurons, prospect.dtype
+        model_spec.shape.hidden_size, model_spec.shape.layers[0].neurons, model_spec.dtype
     )
 
 
@@ -208,22 +210,22 @@ def check_stored(checkpoint: Checkpoint, described_bytes: int) -> None:
         )
 
 
-def _check_free_memory(prospect: Prospect, plan: Plan) -> None:
-    free, _ = device_bytes(prospect.device)
+def _check_free_memory(model_spec: ModelSpec, plan: Plan) -> None:
+    free, _ = device_bytes(model_spec.device)
     needed = plan.peak_bytes - plan.parts["overhead"]
     if needed > free:
         raise DoesNotFit(
-            f"the plan needs {format_bytes(needed)} but only {format_bytes(free)} of the {prospect.device.type} "
+            f"the plan needs {format_bytes(needed)} but only {format_bytes(free)} of the {model_spec.device.type} "
             "device's memory are free: close other programs or lower --max-gpu-mem"
         )
 
 
-def _cap_allocator(prospect: Prospect) -> None:
+def _cap_allocator(model_spec: ModelSpec) -> None:
     # A backstop, not the promise: it covers the caching allocator alone, so the context comes off first.
-    if prospect.device.type == "cuda":
-        budget = prospect.request.budget_bytes - prospect.request.overhead_bytes
-        _, total = device_bytes(prospect.device)
-        torch.cuda.set_per_process_memory_fraction(min(max(budget / total, 0.0), 1.0), prospect.device)
+    if model_spec.device.type == "cuda":
+        budget = model_spec.request.budget_bytes - model_spec.request.overhead_bytes
+        _, total = device_bytes(model_spec.device)
+        torch.cuda.set_per_process_memory_fraction(min(max(budget / total, 0.0), 1.0), model_spec.device)
 
 
 @contextlib.contextmanager
@@ -269,15 +271,15 @@ def map_model(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def _offload_tier(prospect: Prospect, plan: Plan, config: LoadConfig) -> str:
+def _offload_tier(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> str:
     """ "ram" or "disk"; DoesNotFit when RAM was asked for and there is too little."""
     if config.max_cpu_mem is not None and config.offload == "disk":
         raise UsageError(
             "--max-cpu-mem limits what RAM holds, and --offload disk holds nothing there: give one of them"
         )
-    if prospect.device.type == "cpu":
+    if model_spec.device.type == "cpu":
         return "ram" if config.offload == "ram" else "disk"  # the budget has counted it
-    stored = sum(prospect.shape_of(plan).layers[i].ff_bytes for i in plan.streamed)
+    stored = sum(model_spec.shape_of(plan).layers[i].ff_bytes for i in plan.streamed)
     free, total = device_bytes(torch.device("cpu"))
     room = int(free * _RAM_SHARE)
     if config.max_cpu_mem is not None:
@@ -292,19 +294,19 @@ def _offload_tier(prospect: Prospect, plan: Plan, config: LoadConfig) -> str:
     return config.offload
 
 
-def _make_source(full: dict[int, list[Tensor]], prospect: Prospect, offload: str) -> Source:
+def _make_source(full: dict[int, list[Tensor]], model_spec: ModelSpec, offload: str) -> Source:
     if offload == "disk":
-        mapped = MappedWeights(full, evict=evicts(prospect))
+        mapped = MmapStore(full, evict=evicts(model_spec))
         if mapped.unmapped_bytes:
             size = format_bytes(mapped.unmapped_bytes)
             warnings.warn(f"{size} of the weights were converted while loading and rest in RAM", stacklevel=2)
         return mapped
-    with contextlib.closing(MappedWeights(full, evict=evicts(prospect))) as mapped:
-        return RamWeights(mapped, list(full), prospect.dtype, pin=prospect.device.type == "cuda")
+    with contextlib.closing(MmapStore(full, evict=evicts(model_spec))) as mapped:
+        return HostStore(mapped, list(full), model_spec.dtype, pin=model_spec.device.type == "cuda")
 
 
-def _offloaded_in_budget(prospect: Prospect, source: Source | None) -> int:
+def _offloaded_in_budget(model_spec: ModelSpec, source: Source | None) -> int:
     """Host bytes of full weights that count against the budget: on the CPU, those no file backs."""
-    if prospect.device.type != "cpu" or source is None:
+    if model_spec.device.type != "cpu" or source is None:
         return 0
-    return source.nbytes if isinstance(source, RamWeights) else source.unmapped_bytes
+    return source.nbytes if isinstance(source, HostStore) else source.unmapped_bytes

@@ -19,14 +19,14 @@ from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, RefusalsNamed, g
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
 from griffin_offload.engine.arguments import checked_prompt, empty_context, prepared
-from griffin_offload.engine.generation import Mode, Run, probabilities_named
+from griffin_offload.engine.generation import GenerationMode, GenerationState, probabilities_named
 from griffin_offload.engine.load import Loaded, load
-from griffin_offload.engine.model_interface import ModelFace
+from griffin_offload.engine.model_interface import StockInterface
 from griffin_offload.engine.options import translated
 from griffin_offload.engine.prefill import Progress
 from griffin_offload.engine.report import PrefillReport, RunReport, planned_figures
-from griffin_offload.engine.runner import Engine
-from griffin_offload.engine.spec import Prospect, examine, plan_for
+from griffin_offload.engine.runner import ModelRunner
+from griffin_offload.engine.spec import ModelSpec, examine, plan_for
 from griffin_offload.engine.turns import check_wait
 from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 _LARGE_MODEL_BYTES = 10**9
 
 
-class GriffinModel(ModelFace):
+class GriffinModel(StockInterface):
     """A loaded model. `model` is the stock transformers one and stays usable by itself, in `pipeline` for example:
     a forward with an empty KV cache is the streamed pass, one with a filled cache is resident. Where transformers wants
-    a model, this object can be given as well (`ModelFace`).
+    a model, this object can be given as well (`StockInterface`).
 
     Whoever keeps one of the two keeps what it needs; when the last one goes, so does the memory. Calls of several
     threads are answered one after the other, in their order.
@@ -51,14 +51,14 @@ class GriffinModel(ModelFace):
     Make one with `from_pretrained`.
     """
 
-    def __init__(self, prospect: Prospect, plan: Plan, loaded: Loaded, load_s: float) -> None:
+    def __init__(self, model_spec: ModelSpec, plan: Plan, loaded: Loaded, load_s: float) -> None:
         self.plan = plan
-        self.device = prospect.device
-        self.directory: Path = prospect.checkpoint.directory
+        self.device = model_spec.device
+        self.directory: Path = model_spec.checkpoint.directory
         self.last_report: RunReport | None = None
         """Figures of the last `generate`."""
-        self._prospect, self._loaded, self._load_s = prospect, loaded, load_s
-        self._engine = Engine(prospect, plan, loaded)
+        self._prospect, self._loaded, self._load_s = model_spec, loaded, load_s
+        self._engine = ModelRunner(model_spec, plan, loaded)
         self._held = loaded.hand_over()
         weakref.finalize(self._held, loaded.close)
         self.__class__ = _named_as(type(self), self._held)
@@ -80,11 +80,11 @@ class GriffinModel(ModelFace):
         if words.hub:
             model = locate(model, offline=config.offline, **words.hub)
         with own_modes(torch.device("cpu")):
-            prospect = examine(model, config)
-            plan = plan_for(prospect)
+            model_spec = examine(model, config)
+            plan = plan_for(model_spec)
             remedy = "close other programs or lower --max-gpu-mem"
-            with RefusalsNamed("loading", remedy, prospect.device, plan.budget_bytes), own_modes(prospect.device):
-                return cls(prospect, plan, load(prospect, plan, config), time.perf_counter() - start)
+            with RefusalsNamed("loading", remedy, model_spec.device, plan.budget_bytes), own_modes(model_spec.device):
+                return cls(model_spec, plan, load(model_spec, plan, config), time.perf_counter() - start)
 
     def __repr__(self) -> str:
         plan = self.plan
@@ -108,7 +108,7 @@ class GriffinModel(ModelFace):
         return tokenizer_of(self.directory)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> ModelRunner:
         """What forwards go through: for measurements, which need more than `generate`."""
         return self._engine
 
@@ -248,7 +248,7 @@ class GriffinModel(ModelFace):
         inputs: Tensor | None,
         prompt: Tensor,
         kwargs: dict[str, Any],
-        mode: Mode,
+        mode: GenerationMode,
         context: Context | None,
         prompt_done: Callable[[Context], None] | None,
     ) -> tuple[Any, RunReport]:
@@ -261,9 +261,9 @@ class GriffinModel(ModelFace):
             run.cached_tokens = len(context.tokens)
         return self._generate(run, prompt, inputs, kwargs)
 
-    def _mode(self, exact: bool | None, draft_tokens: int | None, refresh: Any) -> Mode:
+    def _mode(self, exact: bool | None, draft_tokens: int | None, refresh: Any) -> GenerationMode:
         config = self._loaded.layers.config
-        mode = Mode(
+        mode = GenerationMode(
             exact=config.exact if exact is None else exact,
             draft_tokens=config.draft_tokens if draft_tokens is None and exact is not False else draft_tokens,
             refresh=config.refresh if refresh is None else refresh,
@@ -273,7 +273,7 @@ class GriffinModel(ModelFace):
         return mode
 
     def _generate(
-        self, run: Run, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, Any]
+        self, run: GenerationState, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Any, RunReport]:
         self.last_report = None
         completed = False
@@ -299,7 +299,7 @@ class GriffinModel(ModelFace):
                 self._engine.forget_mixed(run.context, run.prompt_tokens)
         return output, report
 
-    def _report(self, run: Run, generated_tokens: int, total_s: float) -> RunReport:
+    def _report(self, run: GenerationState, generated_tokens: int, total_s: float) -> RunReport:
         prefill, ledger, layers = run.prefill, self._loaded.ledger, self._loaded.layers
         assert prefill is not None
         ctx_tokens = run.prompt_tokens + generated_tokens

@@ -39,7 +39,7 @@ DELEGATED = (*_READ, *_CALLED)
 """Names that a `GriffinModel` answers with what its stock model has under them."""
 
 
-class ModelFace:
+class StockInterface:
     """The face of a transformers model; `model` is the stock one."""
 
     @property

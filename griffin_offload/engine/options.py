@@ -87,7 +87,7 @@ _SEVERAL = ("balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
-class Words:
+class TranslatedOptions:
     """What a call of `from_pretrained` means."""
 
     options: dict[str, Any]
@@ -96,7 +96,7 @@ class Words:
     """Arguments of the hub's client."""
 
 
-def translated(options: Mapping[str, Any]) -> Words:
+def translated(options: Mapping[str, Any]) -> TranslatedOptions:
     """`options` as ours. UsageError for one that is not known, contradicts another one, or cannot be honoured."""
     left = dict(options)
     _refuse(left)
@@ -104,7 +104,7 @@ def translated(options: Mapping[str, Any]) -> Words:
     _merge(left, "torch_dtype", "dtype")
     _merge(left, "device_map", "device")
     _merge(left, "local_files_only", "offline")
-    return Words(_fields(left), {name: value for name, value in hub.items() if value is not None})
+    return TranslatedOptions(_fields(left), {name: value for name, value in hub.items() if value is not None})
 
 
 def _refuse(left: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.method.selection import layer_generator, select_neurons
 from griffin_offload.method.statistic import share_kept, shared_score, squared_statistic
-from griffin_offload.offload.background_loader import Arrival
+from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.offload.layer_stream import LayerStream, StreamConfig
 from griffin_offload.offload.weight_store import Source
 from griffin_offload.planner.workspace import CHUNK_MULTIPLE
@@ -37,7 +37,7 @@ SHORT_PROMPT_TOKENS = 16
 
 
 @dataclass
-class StreamedLayers:
+class DecoderLayers:
     """The layers of a loaded model: fixed for its life, but for what each prompt selects."""
 
     decoder: nn.ModuleList
@@ -52,7 +52,7 @@ class StreamedLayers:
     config: LoadConfig
     selected: dict[int, Tensor] = field(default_factory=dict)
     """Sorted indices of the neurons in the compact parameters, per streamed layer: a new dict for every choice."""
-    arrival: Arrival | None = None
+    arrival: BackgroundLoader | None = None
     """Residents of layers that are still on their way; None where nobody fills any."""
     norms: dict[int, Tensor] = field(default_factory=dict)
     """Of the weights, for selections that ask for them: computed when a layer passes for the first time."""
@@ -71,10 +71,10 @@ class StreamedLayers:
         """Take every hook and chunked forward of a pass off the model."""
         modules = [*self.decoder, *(block.down for block in self.blocks)]
         for hooks in (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, PassHook)]:
                 del hooks[key]
         for block in self.blocks:
-            if isinstance(block.module.__dict__.get("forward"), Chunked):
+            if isinstance(block.module.__dict__.get("forward"), ChunkedForward):
                 del block.module.forward
 
     def give_back(self) -> None:
@@ -101,7 +101,7 @@ class StreamedPass:
 
     def __init__(
         self,
-        layers: StreamedLayers,
+        layers: DecoderLayers,
         groups: Tensor,
         *,
         earlier: Mapping[int, Tensor] | None = None,
@@ -144,10 +144,10 @@ class StreamedPass:
             self._stream.__enter__()
         for index, (layer, block) in enumerate(zip(self._layers.decoder, self._layers.blocks, strict=True)):
             if not block.inline:  # an inline one is counted unchunked by the plan
-                block.module.forward = Chunked(block.module.forward, self._layers.ff_chunk_tokens)
+                block.module.forward = ChunkedForward(block.module.forward, self._layers.ff_chunk_tokens)
             if index in self._layers.compact:
                 self._hook_layer(index, layer, block)
-            layer.register_forward_hook(Hook(partial(self._layer_done, index)))
+            layer.register_forward_hook(PassHook(partial(self._layer_done, index)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -191,9 +191,9 @@ class StreamedPass:
         )
 
     def _hook_layer(self, index: int, layer: nn.Module, block: FeedForward) -> None:
-        layer.register_forward_pre_hook(Hook(partial(self._layer_starts, index)))
-        block.down.register_forward_pre_hook(Hook(partial(self._add, block)))
-        layer.register_forward_hook(Hook(partial(self._layer_ends, index)))
+        layer.register_forward_pre_hook(PassHook(partial(self._layer_starts, index)))
+        block.down.register_forward_pre_hook(PassHook(partial(self._add, block)))
+        layer.register_forward_hook(PassHook(partial(self._layer_ends, index)))
 
     def _layer_starts(self, index: int, *_: Any) -> None:
         assert self._stream is not None
@@ -266,7 +266,7 @@ class StreamedPass:
             self._progress(index + 1, len(self._layers.decoder))
 
 
-class Hook:
+class PassHook:
     """A hook of a pass: known by its type, so that none can stay behind, whenever an interrupt comes."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -276,7 +276,7 @@ class Hook:
         return self._function(*args)
 
 
-class Chunked:
+class ChunkedForward:
     """The forward of an FF module during a pass: the stock one, over a chunk of tokens at a time."""
 
     def __init__(self, forward: Callable[..., Tensor], limit: int) -> None:

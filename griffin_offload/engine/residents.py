@@ -15,8 +15,8 @@ from griffin_offload.blocks.feedforward import FeedForward
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.host_memory import touch, untouched_zeros
 from griffin_offload.devices.torch_state import put
-from griffin_offload.engine.prefill import StreamedLayers
-from griffin_offload.engine.spec import Prospect
+from griffin_offload.engine.prefill import DecoderLayers
+from griffin_offload.engine.spec import ModelSpec
 from griffin_offload.formats.gather import gather_outputs
 from griffin_offload.formats.linear import QuantizedLinear, specs
 from griffin_offload.offload.background_loader import Job
@@ -60,7 +60,7 @@ _COPY_THREADS = 4
 
 
 def compact_blocks(
-    blocks: list[FeedForward], full: dict[int, list[Tensor]], prospect: Prospect, plan: Plan, pages: FilePages
+    blocks: list[FeedForward], full: dict[int, list[Tensor]], model_spec: ModelSpec, plan: Plan, pages: FilePages
 ) -> tuple[dict[int, list[nn.Parameter]], list[list[Job]]]:
     """Compact tensors of every layer that has them, installed: streamed layers', to be filled by each prompt, and
     those of quantised layers that stay whole, filled by the jobs of their layer. `full` are the streamed layers' full
@@ -70,18 +70,18 @@ def compact_blocks(
     for index, block in enumerate(blocks):
         if index not in full and block.precision == "none":
             continue
-        compact[index] = block.allocate(plan.kept[index], prospect.dtype, prospect.device)
+        compact[index] = block.allocate(plan.kept[index], model_spec.dtype, model_spec.device)
         if index in full:
             # No prompt has to wait for their pages.
             jobs[index] += [partial(touch, parameter) for parameter in compact[index]]
         else:
-            jobs[index].append(partial(_fill_whole, block, block.full(), compact[index], prospect, pages))
+            jobs[index].append(partial(_fill_whole, block, block.full(), compact[index], model_spec, pages))
         block.install_compact(compact[index])
     return compact, jobs
 
 
 @torch.no_grad()
-def materialise(layers: StreamedLayers, selected: dict[int, Tensor], prospect: Prospect) -> None:
+def materialise(layers: DecoderLayers, selected: dict[int, Tensor], model_spec: ModelSpec) -> None:
     """Gather `selected` from where the full weights rest: a layer at a time, of which only their rows are read, and
     matrices that hold neurons as columns."""
     layers.selected = {}
@@ -91,8 +91,8 @@ def materialise(layers: StreamedLayers, selected: dict[int, Tensor], prospect: P
         block, compact, chosen_here = layers.blocks[index], layers.compact[index], chosen.cpu()
         assert layers.source is not None, "streamed layers have a source"
         full = layers.source.fetch_rows(index, block.rows_needed(chosen_here))
-        full = [tensor.to(stream_dtype(tensor, prospect.dtype)) for tensor in full]
-        if prospect.device.type == "cpu":
+        full = [tensor.to(stream_dtype(tensor, model_spec.dtype)) for tensor in full]
+        if model_spec.device.type == "cpu":
             block.gather(full, chosen_here, compact)
         else:
             _gather_through_host(block, full, chosen_here, compact)
@@ -115,19 +115,19 @@ def _gather_through_host(block: FeedForward, full: list[Tensor], chosen: Tensor,
 
 @torch.no_grad()
 def _fill_whole(
-    block: FeedForward, source: list[Tensor], target: list[nn.Parameter], prospect: Prospect, pages: FilePages
+    block: FeedForward, source: list[Tensor], target: list[nn.Parameter], model_spec: ModelSpec, pages: FilePages
 ) -> None:
     spans = pages.spans(source)
     pages.read(spans)
-    everything = torch.arange(block.neurons, dtype=torch.long, device=prospect.device)
-    block.gather([tensor.to(prospect.device) for tensor in source], everything, target)
+    everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
+    block.gather([tensor.to(model_spec.device) for tensor in source], everything, target)
     pages.drop(spans)
 
 
 def place_residents(
     model: Any,
     stages: list[nn.Module],
-    prospect: Prospect,
+    model_spec: ModelSpec,
     plan: Plan,
     compact: dict[int, list[nn.Parameter]],
     pages: FilePages,
@@ -144,7 +144,7 @@ def place_residents(
     for stage, of_stage in zip(stages, jobs, strict=True):
         for module in stage.modules():
             if isinstance(module, QuantizedLinear) and module.form != module.resident_form:
-                of_stage.append(_quantize_resident(module, prospect, pages))
+                of_stage.append(_quantize_resident(module, model_spec, pages))
                 placed |= {id(p): p for p in module.parameters() if p is not module.bias}
     modules = [module for module in model.modules() if id(module) not in stay]
     stage_of = {id(module): index for index, stage in enumerate(stages) for module in stage.modules()}
@@ -156,30 +156,30 @@ def place_residents(
             if parameter is None:
                 continue
             if id(parameter) not in placed:
-                placed[id(parameter)] = target = _allocated(parameter, prospect)
+                placed[id(parameter)] = target = _allocated(parameter, model_spec)
                 own.append(partial(pages.copy, parameter.detach(), target.detach()))
             module._parameters[name] = placed[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.to(prospect.device)
+                module._buffers[name] = buffer.to(model_spec.device)
     with ThreadPoolExecutor(_COPY_THREADS) as pool:
         list(pool.map(lambda job: job(), at_once))
-    return HostEmbedding(embedding, prospect.device, prospect.dtype) if stay else None
+    return HostEmbedding(embedding, model_spec.device, model_spec.dtype) if stay else None
 
 
-def _allocated(parameter: nn.Parameter, prospect: Prospect) -> nn.Parameter:
+def _allocated(parameter: nn.Parameter, model_spec: ModelSpec) -> nn.Parameter:
     # Only the stored precision is translated: what transformers keeps in float32 stays so.
-    changed = parameter.dtype == prospect.checkpoint.dtype and parameter.is_floating_point()
-    dtype = prospect.dtype if changed else parameter.dtype
-    return nn.Parameter(untouched_zeros(parameter.shape, dtype, prospect.device), requires_grad=False)
+    changed = parameter.dtype == model_spec.checkpoint.dtype and parameter.is_floating_point()
+    dtype = model_spec.dtype if changed else parameter.dtype
+    return nn.Parameter(untouched_zeros(parameter.shape, dtype, model_spec.device), requires_grad=False)
 
 
-def _quantize_resident(module: QuantizedLinear, prospect: Prospect, pages: FilePages) -> Job:
+def _quantize_resident(module: QuantizedLinear, model_spec: ModelSpec, pages: FilePages) -> Job:
     """Give a matrix outside the FF (attention) its resident form; the job fills it."""
     full = {name: p.detach() for name, p in module.named_parameters() if name != "bias"}
     outputs, inputs = module.out_features, module.in_features
     resident = {
-        name: untouched_zeros(shape, own or prospect.dtype, prospect.device)
+        name: untouched_zeros(shape, own or model_spec.dtype, model_spec.device)
         for name, (shape, own) in specs(module.resident_form, outputs, inputs, is_down=False).items()
     }
     for name, tensor in resident.items():
@@ -190,8 +190,8 @@ def _quantize_resident(module: QuantizedLinear, prospect: Prospect, pages: FileP
     def fill() -> None:
         spans = pages.spans(list(full.values()))
         pages.read(spans)
-        everything = torch.arange(outputs, dtype=torch.long, device=prospect.device)
-        here = {name: tensor.to(prospect.device) for name, tensor in full.items()}
+        everything = torch.arange(outputs, dtype=torch.long, device=model_spec.device)
+        here = {name: tensor.to(model_spec.device) for name, tensor in full.items()}
         gather_outputs(here, everything, 1, resident, module.importance)
         pages.drop(spans)
 

@@ -19,39 +19,46 @@ from griffin_offload.blocks.states import shares_entries
 from griffin_offload.devices.memory import RefusalsNamed
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
-from griffin_offload.engine.decode_graph import CudaRecorder, DecodeGraphs, KeptCache, Recorder
-from griffin_offload.engine.generation import Run, cache_bytes, cache_of, prompt_mask, state_bytes, tokens_of
+from griffin_offload.engine.decode_graph import CudaRecorder, DecodeGraphs, Recorder, ReusedKVCache
+from griffin_offload.engine.generation import (
+    GenerationState,
+    cache_bytes,
+    cache_of,
+    prompt_mask,
+    state_bytes,
+    tokens_of,
+)
 from griffin_offload.engine.load import Loaded
 from griffin_offload.engine.prefill import Progress, StreamedPass
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
-from griffin_offload.engine.spec import Prospect, identity_of, like_of
+from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
 from griffin_offload.engine.stock import Guard, hand_out, hollow, stock_forward
-from griffin_offload.engine.turns import Turns
+from griffin_offload.engine.turns import FifoLock
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
 from griffin_offload.formats.linear import int8_kernel
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Chosen, Context, Statistic, chosen_for, remember, seams_of
-from griffin_offload.kv_cache.sequence_file import Identity, Like
-from griffin_offload.kv_cache.sizes import Usage
+from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
+from griffin_offload.kv_cache.sizes import Workload
 from griffin_offload.method.statistic import split_at, split_tokens
-from griffin_offload.offload.weight_store import MappedWeights
+from griffin_offload.offload.weight_store import MmapStore
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
 from griffin_offload.planner.workspace import logits_bytes, statistics_bytes, workspace_bytes
 
 
-class Engine:
+class ModelRunner:
     """Takes the place of the stock model's forward: one with an empty KV cache is a streamed pass, one with a filled
-    cache is resident, and a `Run` says more. Decided on the host, never by reading a device tensor.
+    cache is resident, and a `GenerationState` says more. Decided on the host, never by reading a device tensor.
 
     The stock model keeps it alive and not the other way round: `loaded` has a weak reference of that.
     """
 
-    def __init__(self, prospect: Prospect, plan: Plan, loaded: Loaded) -> None:
-        self.prospect, self.plan, self.loaded = prospect, plan, loaded
-        self.shape = prospect.shape_of(plan)
-        self.run: Run | None = None
+    def __init__(self, model_spec: ModelSpec, plan: Plan, loaded: Loaded) -> None:
+        self.model_spec, self.plan, self.loaded = model_spec, plan, loaded
+        self.shape = model_spec.shape_of(plan)
+        self.run: GenerationState | None = None
         self.last_prefill: PrefillReport | None = None
         self.progress: Progress | None = None
         self.pass_progress: Progress | None = None
@@ -64,16 +71,16 @@ class Engine:
         self._signature = inspect.signature(self.stock_forward)
         self._skips_tokens = shares_entries(loaded.model.config)
         self.border = rope_border(loaded.model.config, type(loaded.model))
-        self._turns, self._closed = Turns(), False
+        self._turns, self._closed = FifoLock(), False
         self._key = uuid.uuid4().hex
         hand_out(loaded.model, self)
         loaded.layers.decoder[0].register_forward_pre_hook(Guard(self._check_whole, whole=not plan.streamed))
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
-        self.kept_cache = KeptCache(loaded.model.config, plan.kv_bits)
-        if prospect.device.type == "cuda" and self.shape.precision == "int8":
-            int8_kernel(prospect.device, prospect.dtype)  # compiled now, not at the first token
-        if prospect.request.graphs:
-            self.capture_with(CudaRecorder(prospect.device))
+        self.kept_cache = ReusedKVCache(loaded.model.config, plan.kv_bits)
+        if model_spec.device.type == "cuda" and self.shape.precision == "int8":
+            int8_kernel(model_spec.device, model_spec.dtype)  # compiled now, not at the first token
+        if model_spec.request.graphs:
+            self.capture_with(CudaRecorder(model_spec.device))
 
     @property
     def blocks(self) -> list[FeedForward]:
@@ -84,7 +91,7 @@ class Engine:
     def streams_from_disk(self) -> bool:
         """Whether a prompt reads the disk whatever the page cache holds: the model is larger than that."""
         source = self.loaded.layers.source
-        return isinstance(source, MappedWeights) and bool(source.placements)
+        return isinstance(source, MmapStore) and bool(source.placements)
 
     @property
     def closed(self) -> bool:
@@ -125,7 +132,7 @@ class Engine:
         with self._turns.turn(nested, wait_s):
             if self._closed:
                 raise GriffinError("this model is closed: load it again")
-            with own_modes(self.prospect.device):
+            with own_modes(self.model_spec.device):
                 yield
 
     def _check_whole(self) -> None:
@@ -153,7 +160,7 @@ class Engine:
         if not whole:
             return (
                 f"it holds {self.plan.density:.2g} of the neurons, those of the last prompt: load it with density=1.0, "
-                f"or copy {self.prospect.checkpoint.directory}"
+                f"or copy {self.model_spec.checkpoint.directory}"
             )
         if self.plan.streamed:
             return "its layers are streamed: load it without always_stream"
@@ -166,14 +173,14 @@ class Engine:
         on_host = self.loaded.host_embedding is not None
         self.graphs = DecodeGraphs(self.loaded.model, self.stock_forward, recorder, embeds_on_host=on_host)
 
-    def kv_cache(self, use: Usage, *, returned: bool) -> KVCache:
+    def kv_cache(self, use: Workload, *, returned: bool) -> KVCache:
         """An empty KV cache for `use`. Where there are captures it is the last run's, for the whole context if the
         budget allows; not if it is `returned` to the caller, who may keep it."""
         keep = self.graphs is not None and not returned
         tokens = self.roomy_tokens(use) if keep else use.cache_tokens
         return self.kept_cache.take(use.batch, tokens, keep=keep)
 
-    def roomy_tokens(self, use: Usage) -> int:
+    def roomy_tokens(self, use: Workload) -> int:
         """Tokens of a KV cache for `use` and what may follow it: the whole context, if the budget allows."""
         whole = replace(use, ctx_tokens=max(use.ctx_tokens, self.plan.context_tokens))
         return (whole if self._plan_of(whole).fits else use).cache_tokens
@@ -182,28 +189,28 @@ class Engine:
         """OutOfMemory inside when memory is refused."""
         remedy = "ask for less (a shorter prompt, fewer sequences), or close other programs"
         budget_bytes = self.plan.budget_bytes
-        return RefusalsNamed("generating", remedy, self.prospect.device, budget_bytes, self.kept_cache.release)
+        return RefusalsNamed("generating", remedy, self.model_spec.device, budget_bytes, self.kept_cache.release)
 
     def keep_idle(self, idle_bytes: int) -> None:
         """Count so many bytes of contexts that nobody uses at the moment against the budget."""
         self.idle_bytes = idle_bytes
         self.loaded.ledger.hold(sessions=idle_bytes)
 
-    def require(self, use: Usage) -> None:
+    def require(self, use: Workload) -> None:
         """DoesNotFit unless `use` stays within the budget with the residents and idle contexts as they are."""
         plan = self._plan_of(use)
         if not plan.fits:
             remedy = f"fewer than {use.batch} sequences at once, shorter ones, or a model loaded with more memory"
             raise DoesNotFit(describe_shortfall(plan, remedy))
 
-    def _plan_of(self, use: Usage) -> Plan:
-        request = replace(self.prospect.request, session_bytes=self.idle_bytes)
+    def _plan_of(self, use: Workload) -> Plan:
+        request = replace(self.model_spec.request, session_bytes=self.idle_bytes)
         return replan_for(self.shape, request, self.plan, use)
 
-    def hold(self, use: Usage, new_tokens: int, cache: Any, slots: int = 0) -> None:
+    def hold(self, use: Workload, new_tokens: int, cache: Any, slots: int = 0) -> None:
         """Enter a forward of `new_tokens` into the ledger: activations as the plan counts them, the KV cache and
         slots as they are."""
-        request = as_loaded(self.prospect.request, self.plan)
+        request = as_loaded(self.model_spec.request, self.plan)
         self.loaded.ledger.hold(
             kv_cache=cache_bytes(cache),
             states=state_bytes(cache),
@@ -222,7 +229,7 @@ class Engine:
         assert run.context is not None, "with a context"
         tokens, context = tokens_of(inputs).shape[1], run.context
         groups = (
-            torch.eye(tokens, dtype=torch.float32, device=self.prospect.device)[None]
+            torch.eye(tokens, dtype=torch.float32, device=self.model_spec.device)[None]
             if each
             else self._ones(tokens)[:, None]
         )
@@ -243,12 +250,12 @@ class Engine:
         keep = kwargs.get("logits_to_keep")
         if not self._skips_tokens or not isinstance(keep, int) or not keep:
             return kwargs
-        first, device = tokens - min(keep, tokens), self.prospect.device
+        first, device = tokens - min(keep, tokens), self.model_spec.device
         places = torch.arange(first, tokens, dtype=torch.int64, device=device)
         return kwargs | {"logits_to_keep": places}
 
     def _ones(self, tokens: int) -> Tensor:
-        return torch.ones(1, tokens, dtype=torch.float32, device=self.prospect.device)
+        return torch.ones(1, tokens, dtype=torch.float32, device=self.model_spec.device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock model's forward is: inside a `generate` a part of that, else a call by itself."""
@@ -277,7 +284,7 @@ class Engine:
             return self.stock_forward(*args, **kwargs)
         return self._bare_prefill(arguments, args, kwargs)
 
-    def _seen(self, run: Run, output: Any) -> Any:
+    def _seen(self, run: GenerationState, output: Any) -> Any:
         """`output`, after whoever observes its logits has seen them; drafts' are shown when they are judged."""
         if run.loop is None:
             self.observe(output.logits[:, -1])
@@ -286,11 +293,11 @@ class Engine:
     def observe(self, logits: Tensor) -> None:
         """Show the run's observers the logits [B, V] of its next token, which have to be numbers."""
         if self.run is not None:
-            self.run.check_numbers(logits, self.prospect.dtype)
+            self.run.check_numbers(logits, self.model_spec.dtype)
             for observer in self.run.observers:
                 observer.observe(logits)
 
-    def _resident(self, run: Run, args: Any, kwargs: Any) -> Any:
+    def _resident(self, run: GenerationState, args: Any, kwargs: Any) -> Any:
         """A forward of the residents: by a captured graph, or kernel by kernel."""
         output = None
         if self.graphs is not None:
@@ -305,7 +312,7 @@ class Engine:
         tokens = tokens_of(arguments)
         keep = arguments.get("logits_to_keep", 0)
         positions = keep if isinstance(keep, int) and keep > 0 else tokens.shape[1]
-        self.require(Usage(tokens.shape[0], tokens.shape[1], tokens.shape[1], "dynamic", logit_positions=positions))
+        self.require(Workload(tokens.shape[0], tokens.shape[1], tokens.shape[1], "dynamic", logit_positions=positions))
         mask = prompt_mask(tokens, arguments.get("attention_mask"), None)
         with self.guarded(), limited_threads(self.loaded.threads):
             output = self._prefill(mask, None, args, kwargs)[0]
@@ -330,10 +337,10 @@ class Engine:
             )
         if self.loaded.layers.selected is not chosen.selected:
             self.last_prefill = None
-            materialise(self.loaded.layers, chosen.selected, self.prospect)
+            materialise(self.loaded.layers, chosen.selected, self.model_spec)
         return chosen
 
-    def _first(self, run: Run, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    def _first(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """A run's first forward: its prompt, or what a context does not know of it."""
         tokens, context = tokens_of(arguments), run.context
         if context is not None and run.ready is not None:
@@ -367,7 +374,7 @@ class Engine:
         run.fetched_bytes, run.embedding_bytes = self.loaded.layers.fetched_bytes, self.embedding_bytes
         return output
 
-    def _read_again(self, run: Run, kwargs: dict[str, Any]) -> Any:
+    def _read_again(self, run: GenerationState, kwargs: dict[str, Any]) -> Any:
         """All tokens so far, streamed like a prompt: their positions are turned by other angles from now on."""
         tokens = tokens_of(kwargs)
         if run.own_cache is not None:
@@ -415,7 +422,7 @@ class Engine:
         start, before = time.perf_counter(), self.loaded.layers.fetched_bytes
         if self.loaded.layers.selected is not context.selected:
             self.last_prefill = None
-            materialise(self.loaded.layers, context.selected, self.prospect)
+            materialise(self.loaded.layers, context.selected, self.model_spec)
         seconds, streamed_bytes = time.perf_counter() - start, self.loaded.layers.fetched_bytes - before
         kept = context.share_kept(self.loaded.layers.config.batch_statistic, len(self.loaded.layers.decoder))
         self.last_prefill = PrefillReport(tokens, seconds, streamed_bytes, 0.0, seconds, kept, None)
@@ -426,7 +433,7 @@ class Engine:
         if border is not None and not border.rereads and border.crossed(prompt_tokens, len(context.tokens)):
             context.clear()
 
-    def _go_on(self, run: Run, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    def _go_on(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """The tokens behind a KV cache of the caller's: of residents, as every forward with a filled one."""
         start, before = time.perf_counter(), self.loaded.layers.fetched_bytes
         chosen = self._adopt(arguments["past_key_values"])
@@ -437,7 +444,7 @@ class Engine:
         self.last_prefill = PrefillReport(tokens, seconds, streamed_bytes, 0.0, 0.0, kept, None)
         return output
 
-    def _remember(self, context: Context, run: Run, logits: Tensor) -> None:
+    def _remember(self, context: Context, run: GenerationState, logits: Tensor) -> None:
         """The prompt has passed; only what the full model computed is a state to go back to."""
         known = len(context.tokens)
         context.tokens = list(run.prompt_ids)
@@ -445,14 +452,14 @@ class Engine:
             context.mark(logits)
 
     @functools.cached_property
-    def identity(self) -> Identity:
+    def identity(self) -> ModelIdentity:
         """What the numbers in a context depend on."""
-        return identity_of(self.prospect, self.plan, self.loaded.layers.config)
+        return identity_of(self.model_spec, self.plan, self.loaded.layers.config)
 
     @property
-    def like(self) -> Like:
+    def like(self) -> ContextSchema:
         """What the parts of a saved context must look like."""
-        return like_of(self.prospect, self.plan)
+        return like_of(self.model_spec, self.plan)
 
     @property
     def embedding_bytes(self) -> int:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from griffin_offload.blocks.sizes import ModelShape, build_on_meta, model_shape, states_of
+from griffin_offload.blocks.sizes import ModelSizes, build_on_meta, model_shape, states_of
 from griffin_offload.blocks.states import lasting_kinds
 from griffin_offload.checkpoint.base import Checkpoint, fingerprint, open_checkpoint
-from griffin_offload.checkpoint.safetensors import Converted, converted_sizes
+from griffin_offload.checkpoint.safetensors import ConvertedSizes, converted_sizes
 from griffin_offload.config import (
     AUTO_DRAFT_TOKENS,
     MAX_DRAFT_TOKENS,
@@ -30,7 +30,7 @@ from griffin_offload.engine.cpu_modules import emulates_halves
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats.linear import PRECISIONS, Precision
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
-from griffin_offload.kv_cache.sequence_file import Identity, Like
+from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
@@ -38,22 +38,22 @@ from griffin_offload.units import format_bytes, parse_size
 
 
 @dataclass(frozen=True)
-class Prospect:
+class ModelSpec:
     """Everything known before a weight is read."""
 
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
-    shapes: tuple[ModelShape, ...]
+    shapes: tuple[ModelSizes, ...]
     """The model in every precision its residents may have, best first."""
-    others: tuple[ModelShape, ...]
+    others: tuple[ModelSizes, ...]
     """In the precisions that `quantize` rules out."""
     request: PlanRequest
     assumed: str | None = None
     """What is not known of a device that is not here; None where it is."""
 
     @property
-    def shape(self) -> ModelShape:
+    def shape(self) -> ModelSizes:
         """What does not depend on the precision."""
         return self.shapes[0]
 
@@ -79,17 +79,17 @@ class Prospect:
         """Whether every prompt quantises the neurons it keeps: the checkpoint holds floats, the residents do not."""
         return self.precision_of(plan) != self.checkpoint.precision == "none"
 
-    def shape_of(self, plan: Plan) -> ModelShape:
+    def shape_of(self, plan: Plan) -> ModelSizes:
         """The sizes in the precision of `plan`."""
         return next(shape for shape in self.shapes if shape.precision == self.precision_of(plan))
 
 
-def examine(model: str | Path, config: LoadConfig, *, anywhere: bool = False) -> Prospect:
+def examine(model: str | Path, config: LoadConfig, *, anywhere: bool = False) -> ModelSpec:
     """Read headers and config of `model`, and turn `config` into a request to the planner."""
     return examine_checkpoint(open_checkpoint(model, offline=config.offline), config, anywhere=anywhere)
 
 
-def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: bool = False) -> Prospect:
+def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: bool = False) -> ModelSpec:
     """The same for a checkpoint that was opened, or of which only the config is known. `anywhere`: the device may be
     another machine's, if its memory is given."""
     absent = anywhere and config.device not in ("auto", *devices_here())
@@ -98,7 +98,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     meta = build_on_meta(checkpoint.config, dtype)
     shapes, others = _shapes(checkpoint, meta, device, config)
-    converted = Converted((), 0, 0)
+    converted = ConvertedSizes((), 0, 0)
     if device.type == "cpu" and checkpoint.converted:  # elsewhere they take none of the device's memory
         converted = converted_sizes(meta, checkpoint.converted)
     request = PlanRequest(
@@ -130,11 +130,11 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         graphs=device.type == "cuda" and config.cuda_graphs,
     )
     assumed = f"no {device.type} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
-    prospect = Prospect(checkpoint, device, dtype, shapes, others, request, assumed if absent else None)
+    model_spec = ModelSpec(checkpoint, device, dtype, shapes, others, request, assumed if absent else None)
     if config.exact:
-        prospect.check_exact(checkpoint.precision)
-    _check_passes(prospect)
-    return prospect
+        model_spec.check_exact(checkpoint.precision)
+    _check_passes(model_spec)
+    return model_spec
 
 
 def pass_tokens(exact: bool, draft_tokens: int | None, refresh: Refresh) -> int:
@@ -144,21 +144,21 @@ def pass_tokens(exact: bool, draft_tokens: int | None, refresh: Refresh) -> int:
     return refresh if isinstance(refresh, int) else 0
 
 
-def _check_passes(prospect: Prospect) -> None:
+def _check_passes(model_spec: ModelSpec) -> None:
     """UsageError where the passes between two tokens cannot take the drafted ones back."""
-    if prospect.request.pass_tokens and prospect.request.cache != "ours":
-        reason = why_not_back(prospect.checkpoint.config)
-        raise UsageError(f"refresh={prospect.request.pass_tokens} takes tokens back: {reason}")
+    if model_spec.request.pass_tokens and model_spec.request.cache != "ours":
+        reason = why_not_back(model_spec.checkpoint.config)
+        raise UsageError(f"refresh={model_spec.request.pass_tokens} takes tokens back: {reason}")
     most = MAX_DRAFT_TOKENS + 1
-    if prospect.request.pass_tokens > most and any(layer.window is not None for layer in prospect.shape.layers):
+    if model_spec.request.pass_tokens > most and any(layer.window is not None for layer in model_spec.shape.layers):
         raise UsageError(
-            f"refresh={prospect.request.pass_tokens}: of layers with a window at most {most} tokens can be taken back"
+            f"refresh={model_spec.request.pass_tokens}: of layers with a window at most {most} tokens can be taken back"
         )
 
 
 def _shapes(
     checkpoint: Checkpoint, meta: Any, device: torch.device, config: LoadConfig
-) -> tuple[tuple[ModelShape, ...], tuple[ModelShape, ...]]:
+) -> tuple[tuple[ModelSizes, ...], tuple[ModelSizes, ...]]:
     """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
     have."""
     stored = checkpoint.precision
@@ -172,8 +172,8 @@ def _shapes(
             "convert the checkpoint first"
         )
     states = states_of(meta)
-    allowed: list[ModelShape] = []
-    others: list[ModelShape] = []
+    allowed: list[ModelSizes] = []
+    others: list[ModelSizes] = []
     for precision in PRECISIONS if stored == "none" else (stored,):
         try:
             if precision == "int4":
@@ -235,27 +235,27 @@ def _session_bytes(config: LoadConfig, device: torch.device, *, absent: bool) ->
     return parse_size(config.session_mem, total_bytes=device_bytes(device)[1])
 
 
-def plan_for(prospect: Prospect) -> Plan:
+def plan_for(model_spec: ModelSpec) -> Plan:
     """The plan; DoesNotFit when there is none."""
-    return make_plan(prospect.shapes, prospect.request, prospect.others)
+    return make_plan(model_spec.shapes, model_spec.request, model_spec.others)
 
 
-def evicts(prospect: Prospect) -> bool:
+def evicts(model_spec: ModelSpec) -> bool:
     """Whether used file pages are dropped from the page cache: when the whole file would not fit beside us."""
     free, _ = device_bytes(torch.device("cpu"))
-    return prospect.checkpoint.weight_bytes + prospect.request.budget_bytes > free
+    return model_spec.checkpoint.weight_bytes + model_spec.request.budget_bytes > free
 
 
 # What a saved context must agree with before a loaded model goes on from it.
 
 
-def identity_of(prospect: Prospect, plan: Plan, config: LoadConfig) -> Identity:
+def identity_of(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> ModelIdentity:
     """What the numbers in a context depend on."""
-    layers = prospect.shape_of(plan).layers
+    layers = model_spec.shape_of(plan).layers
     return {
-        "model": fingerprint(prospect.checkpoint),
+        "model": fingerprint(model_spec.checkpoint),
         "precision": plan.precision,
-        "dtype": str(prospect.dtype).removeprefix("torch."),
+        "dtype": str(model_spec.dtype).removeprefix("torch."),
         "density": [kept / layer.neurons for kept, layer in zip(plan.kept, layers, strict=True)],
         "streamed": list(plan.streamed),
         "kv_bits": plan.kv_bits,
@@ -265,9 +265,9 @@ def identity_of(prospect: Prospect, plan: Plan, config: LoadConfig) -> Identity:
     }
 
 
-def like_of(prospect: Prospect, plan: Plan) -> Like:
+def like_of(model_spec: ModelSpec, plan: Plan) -> ContextSchema:
     """What the parts of a saved context must look like."""
-    shape = prospect.shape_of(plan)
+    shape = model_spec.shape_of(plan)
     neurons = {index: (shape.layers[index].neurons, plan.kept[index]) for index in plan.streamed}
     widths = tuple(width for layer in shape.layers if (width := shape.kv_width_of(layer)))
-    return Like(plan.context_tokens, shape.vocab_size, widths, prospect.dtype, neurons)
+    return ContextSchema(plan.context_tokens, shape.vocab_size, widths, model_spec.dtype, neurons)

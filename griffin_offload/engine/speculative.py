@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from griffin_offload.config import AUTO_DRAFT_TOKENS
-from griffin_offload.engine.generation import Run
+from griffin_offload.engine.generation import GenerationState
 from griffin_offload.engine.report import DraftReport
-from griffin_offload.engine.runner import Engine
+from griffin_offload.engine.runner import ModelRunner
 from griffin_offload.kv_cache.sequence import Context
 
 # How many tokens to draft before the next verifying pass.
@@ -79,7 +79,7 @@ class DraftingLoop:
 
     verifies = False
 
-    def __init__(self, engine: Engine, context: Context, *, choose: bool, streamer: Any) -> None:
+    def __init__(self, engine: ModelRunner, context: Context, *, choose: bool, streamer: Any) -> None:
         self._engine, self._context, self._choose, self._streamer = engine, context, choose, streamer
         self._raw: list[Tensor] = []
         self._scores: list[Tensor] = []
@@ -305,7 +305,7 @@ class ExactLoop(DraftingLoop):
         return int(torch.multinomial(rest if rest.sum() > 0 else distribution, 1))
 
 
-def loop_of(run: Run, engine: Engine, streamer: Any) -> DraftingLoop:
+def loop_of(run: GenerationState, engine: ModelRunner, streamer: Any) -> DraftingLoop:
     """What makes the tokens of a run that has streamed passes between them."""
     mode, context = run.mode, run.context
     assert context is not None, "drafts are taken back from a context"

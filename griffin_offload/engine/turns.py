@@ -26,7 +26,7 @@ class _Ticket:
         self.called = threading.Event()
 
 
-class Turns:
+class FifoLock:
     """A row of callers, of whom the first has its turn.
 
     No lock: a Ctrl-C between taking one and `try` would leave it taken. Every step is one atomic call of a deque.

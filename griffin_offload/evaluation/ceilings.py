@@ -15,7 +15,7 @@ from torch import Tensor
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent
 from griffin_offload.devices.host_memory import block_buffer, untouched_zeros
 from griffin_offload.devices.threads import choose_threads, limited_threads
-from griffin_offload.engine.spec import Prospect
+from griffin_offload.engine.spec import ModelSpec
 from griffin_offload.formats.linear import Precision, QuantizedLinear, Scratch, resident_form, specs
 from griffin_offload.kernels import gemv
 from griffin_offload.kernels.library import HALVES
@@ -95,16 +95,16 @@ class Ceilings:
     """By tokens."""
 
 
-def measure_ceilings(prospect: Prospect, precision: Precision, prompts: list[int], threads: int | None) -> Ceilings:
+def measure_ceilings(model_spec: ModelSpec, precision: Precision, prompts: list[int], threads: int | None) -> Ceilings:
     """Before the model is loaded: a few hundred MB are needed for a moment. Threads: as loading would choose them."""
-    shape, device, dtype = prospect.shape, prospect.device, prospect.dtype
+    shape, device, dtype = model_spec.shape, model_spec.device, model_spec.dtype
     hidden, neurons = shape.hidden_size, max(layer.neurons for layer in shape.layers)
     if device.type == "cpu" and threads is None:
         threads = choose_threads(hidden, neurons, dtype)
     with limited_threads(threads), torch.no_grad():
         return Ceilings(
             threads=threads,
-            read_bytes_per_s=read_bytes_per_s(list(prospect.checkpoint.files)),
+            read_bytes_per_s=read_bytes_per_s(list(model_spec.checkpoint.files)),
             copy_pageable_bytes_per_s=host_copy_rate(device, pinned=False),
             copy_pinned_bytes_per_s=host_copy_rate(device, pinned=True),
             gemv_bytes_per_s=decode_bytes_per_s(precision, hidden, neurons, dtype, device, threads),

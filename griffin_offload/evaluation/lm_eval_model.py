@@ -23,7 +23,7 @@ from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.prefill import Progress
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.evaluation.distributed import Processes
-from griffin_offload.evaluation.likelihoods import Answer, Likelihoods, Request
+from griffin_offload.evaluation.likelihoods import LikelihoodRequest, LikelihoodResult, Likelihoods
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import Simulated, simulate
 from griffin_offload.method.variants import Variant
@@ -154,7 +154,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         """Drop log-likelihoods that were kept for other rows."""
         self._likelihoods.forget()
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Answer]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[LikelihoodResult]:
         """(log-likelihood, greedy) of every continuation; the bar is `progress`."""
         return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[no-any-return]
 
@@ -174,12 +174,12 @@ class GriffinLM(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Tokens, Tokens]], disable_tqdm: bool = True, override_bs: int | None = None
-    ) -> list[Answer]:
+    ) -> list[LikelihoodResult]:
         """Of (anything, context, continuation), cut on the left to the model's context as HFLM does."""
         found = []
         for _, context, continuation in requests:
             ids = (context + continuation)[-(self.max_length + 1) :]
-            found.append(Request(ids, len(ids) - len(continuation)))
+            found.append(LikelihoodRequest(ids, len(ids) - len(continuation)))
         return self._likelihoods.of(found, self.row)
 
     def _simulate(self, samples: list[Sample]) -> list[Simulated]:

@@ -9,9 +9,9 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from griffin_offload.blocks.sizes import ModelShape
+from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.errors import DoesNotFit
-from griffin_offload.kv_cache.sizes import Usage
+from griffin_offload.kv_cache.sizes import Workload
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import as_loaded
@@ -44,7 +44,7 @@ class PassSize:
 class Sizer:
     """The bytes of passes of one loaded model, each sample under `variants` of them, the full model included."""
 
-    shape: ModelShape
+    shape: ModelSizes
     request: PlanRequest
     plan: Plan
     variants: int
@@ -94,7 +94,7 @@ class Sizer:
         shape, request = self.shape, as_loaded(self.request, self.plan)
         neurons = sum(layer.neurons for layer in shape.layers)
         widest = max(layer.neurons for layer in shape.layers)
-        use = Usage(rows, columns, columns)
+        use = Workload(rows, columns, columns)
         # Sums, means and masks of the rows inside a layer; keys and values are repeated where there is a mask.
         state = rows * widest * (1 + 2 * _FLOAT_BYTES) + widest * (_INDEX_BYTES + 4 * _FLOAT_BYTES)
         repeated = rows * columns * 2 * shape.attention_width * shape.item_bytes

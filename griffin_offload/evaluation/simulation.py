@@ -14,12 +14,12 @@ from griffin_offload.blocks.states import shares_entries
 from griffin_offload.config import WEIGHT_NORMS
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.engine.prefill import Progress, StreamedLayers
+from griffin_offload.engine.prefill import DecoderLayers, Progress
 from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.evaluation.pass_size import PassSize, Sizer
 from griffin_offload.evaluation.samples import Batch, Sample, columns_of
 from griffin_offload.evaluation.scoring import Scores, score_rows, stack_of, stock_head
-from griffin_offload.evaluation.simulated_pass import Choice, Observer, SimulatedPass
+from griffin_offload.evaluation.simulated_pass import NeuronChoice, Observer, SimulatedPass
 from griffin_offload.method.selection import layer_generator, neurons_kept
 from griffin_offload.method.statistic import share_kept
 from griffin_offload.method.variants import Variant, choose, distribution, global_counts
@@ -37,7 +37,7 @@ class Choices:
     """Chooses for the rows of passes of one model. Norms of weights are computed when a layer passes for the first
     time; draws are those of a run with the same seed."""
 
-    def __init__(self, layers: StreamedLayers, variants: Sequence[Variant], prior: Prior | None) -> None:
+    def __init__(self, layers: DecoderLayers, variants: Sequence[Variant], prior: Prior | None) -> None:
         if prior is None and any(variant.prior for variant in variants):
             raise UsageError("a variant fuses with a prior: measure one on other text with prompt_prior()")
         neurons = [block.neurons for block in layers.blocks]
@@ -72,7 +72,7 @@ class Choices:
         """Begin a pass; `counts` for `global_densities`."""
         self._counts = counts
 
-    def __call__(self, layer: int, row: int, squared: Tensor, full: list[Tensor]) -> Choice | None:
+    def __call__(self, layer: int, row: int, squared: Tensor, full: list[Tensor]) -> NeuronChoice | None:
         sample, place = divmod(row, self.rows_per_sample)
         if place == 0:
             return None
@@ -90,7 +90,7 @@ class Choices:
             prior=None if self._prior is None else self._prior[layer],
         )
         mask = torch.zeros_like(squared, dtype=torch.bool).index_fill_(0, chosen, True)
-        return Choice(mask, share_kept(squared, chosen), variant.compensate)
+        return NeuronChoice(mask, share_kept(squared, chosen), variant.compensate)
 
     def _norms_of(self, variant: Variant, layer: int, full: list[Tensor]) -> Tensor | None:
         if variant.selection not in WEIGHT_NORMS:
@@ -218,7 +218,7 @@ class _Simulation:
         self._stack = stack_of(self._model, self._layers.decoder)
         self._sizer = Sizer(
             engine.shape,
-            engine.prospect.request,
+            engine.model_spec.request,
             model.plan,
             variants=self._choices.rows_per_sample,
             norm_tables=self._choices.tables,

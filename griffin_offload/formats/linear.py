@@ -222,7 +222,7 @@ class QuantizedLinear(nn.Module):
             outputs = self._few(flat) if flat.shape[0] <= self._kernel_rows(flat) else self._many(flat)
         return outputs.view(*x.shape[:-1], -1)
 
-    def _few_kernels(self, x: Tensor) -> gemv.Kernels | None:
+    def _few_kernels(self, x: Tensor) -> gemv.GemvKernels | None:
         """Ours for a few rows, if they are faster than anything else for rows like x."""
         rows = x.shape[0]
         few = self.form in ("int8", "int4_rows", "int4_strips") and rows <= gemv.ROWS
@@ -231,16 +231,16 @@ class QuantizedLinear(nn.Module):
         many = self._many_kernels(x) if rows > 1 else None  # decoding does not wait for the answer
         return gemv.kernels() if many is None or rows < many.from_rows(self.form) else None
 
-    def _many_kernels(self, x: Tensor) -> gemm.Kernels | None:
+    def _many_kernels(self, x: Tensor) -> gemm.GemmKernels | None:
         """Ours for many rows, if they can multiply rows like x."""
         own = gemm.kernels(self.scratch.dtype)
         return own if own is not None and own.take(self.form, x, self.weight) else None
 
-    def _by_many(self, own: gemm.Kernels, x: Tensor) -> Tensor:
+    def _by_many(self, own: gemm.GemmKernels, x: Tensor) -> Tensor:
         bias = _typed(self.bias, x.dtype)
         return own.multiply(self.form, x, self.weight, self.scale, bias, self.groups, self.out_features)
 
-    def _by_few(self, own: gemv.Kernels, x: Tensor) -> Tensor:
+    def _by_few(self, own: gemv.GemvKernels, x: Tensor) -> Tensor:
         tensors = self._parameters  # without the search of a module's attribute, six times a product
         weight, groups, scale, bias, input_scale = (tensors[name] for name in _TENSORS)
         beside, inputs = _typed(bias, x.dtype), _typed(input_scale, x.dtype)

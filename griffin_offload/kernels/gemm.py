@@ -29,7 +29,7 @@ _GROUP = 32  # of int4: inputs of rows, outputs of neurons and strips
 _STRIP = 64  # outputs
 
 
-class Kernels:
+class GemmKernels:
     """Products by a library, of numbers in `dtype`: pairs of bfloat16, or float32. `tiles` is for tests: False takes
     the kernels of processors without instructions for whole tiles."""
 
@@ -108,11 +108,11 @@ def _there(tensor: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def kernels(dtype: torch.dtype) -> Kernels | None:
+def kernels(dtype: torch.dtype) -> GemmKernels | None:
     """Those that multiply in `dtype`, or None where torch does it as fast: float32 in AVX-512."""
     loaded = library()
     if loaded is None:
         return None
     capability = torch.backends.cpu.get_cpu_capability()
     known = loaded.sums_pairs if dtype == torch.bfloat16 else dtype == torch.float32 and capability == "AVX2"
-    return Kernels(loaded, dtype) if known else None
+    return GemmKernels(loaded, dtype) if known else None

@@ -22,7 +22,7 @@ ROWS = 32
 """Up to so many rows the kernels for quantised matrices are faster than translating the matrix."""
 
 
-class Kernels:
+class GemvKernels:
     """The products of a library. `wide` and `ahead` are for tests: those of older processors, and as
     another processor would read."""
 
@@ -118,7 +118,7 @@ def _parts(x: Tensor) -> int:
 
 
 @functools.cache
-def kernels() -> Kernels | None:
+def kernels() -> GemvKernels | None:
     """Ours, or None where torch's have to do."""
     loaded = library()
-    return Kernels(loaded) if loaded is not None else None
+    return GemvKernels(loaded) if loaded is not None else None

@@ -16,9 +16,9 @@ from griffin_offload.blocks.states import cache_layers, lasting_kinds, windows_o
 from griffin_offload.config import KVBits
 from griffin_offload.errors import GriffinError
 from griffin_offload.kv_cache.sizes import KV_SLACK_TOKENS, kv_tokens_kept
-from griffin_offload.kv_cache.store import Int8Store, Scratch, Store
+from griffin_offload.kv_cache.store import DequantBuffer, Int8Store, Store
 
-_Scratches = tuple[Scratch, Scratch]
+_Scratches = tuple[DequantBuffer, DequantBuffer]
 
 
 def can_cache(config: PretrainedConfig) -> bool:
@@ -42,7 +42,7 @@ class KVCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, config: PretrainedConfig, *, ctx_tokens: int, bits: KVBits = 16) -> None:
-        self._scratches = (Scratch(), Scratch())
+        self._scratches = (DequantBuffer(), DequantBuffer())
         self.ctx_tokens = ctx_tokens
         layers = [
             DummyLayer() if isinstance(layer, DummyLayer) else KVLayer(ctx_tokens, window, bits, self._scratches)

@@ -56,7 +56,7 @@ _SEAMS = (8, 3, 1)
 
 
 @dataclass(frozen=True)
-class Mark:
+class Snapshot:
     """The state after a prompt's streamed pass, or a few tokens in front of its end: what a rewind can go back to."""
 
     tokens: int
@@ -90,7 +90,7 @@ class Context:
         self.covered = self.exact_tokens = 0
         self.squared: Statistic = {}
         self.selected: dict[int, Tensor] = {}
-        self.marks: list[Mark] = []
+        self.marks: list[Snapshot] = []
 
     @property
     def logits(self) -> Tensor | None:
@@ -189,16 +189,16 @@ class Context:
     def mark(self, logits: Tensor) -> None:
         """Remember the state at the end of `tokens`, which have all been covered."""
         logits = logits.detach().reshape(1, -1).clone()
-        self.marks.append(Mark(len(self.tokens), dict(self.squared), self.selected, logits))
+        self.marks.append(Snapshot(len(self.tokens), dict(self.squared), self.selected, logits))
         del self.marks[:-MAX_MARKS]
 
     def mark_seams(self, seams: list[int], squared: list[Statistic]) -> None:
         """Remember states inside a first prompt, which are the first ones to be forgotten: `squared` is s^2 of so many
         tokens. What the whole prompt selected stays, until the pass over what follows selects anew."""
-        self.marks = [Mark(tokens, sums, self.selected, None) for tokens, sums in zip(seams, squared, strict=True)]
+        self.marks = [Snapshot(tokens, sums, self.selected, None) for tokens, sums in zip(seams, squared, strict=True)]
 
     @property
-    def seams(self) -> list[Mark]:
+    def seams(self) -> list[Snapshot]:
         """The states in front of the last one that share its selection."""
         return [mark for mark in self.marks if mark.tokens < self.covered and mark.selected is self.selected]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from griffin_offload.checkpoint.files import check_name, renamed
 from griffin_offload.errors import SavedContextError, one_line
-from griffin_offload.kv_cache.sequence import Context, Mark
+from griffin_offload.kv_cache.sequence import Context, Snapshot
 from griffin_offload.kv_cache.sizes import MAX_MARKS
 
 _FORMAT, _VERSION = "griffin-offload context", 1
@@ -27,14 +27,14 @@ _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", t
 _DTYPES |= {torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
 _HEADER_MULTIPLE = 8
 
-Identity = dict[str, Any]
+ModelIdentity = dict[str, Any]
 """What a context depends on; JSON values."""
 _Part = tuple[str, str, tuple[int, ...]]
 """Name, kind of numbers and shape of a tensor, as a header tells them."""
 
 
 @dataclass(frozen=True)
-class Like:
+class ContextSchema:
     """What the parts of a file must look like, beyond what its header promises."""
 
     ctx_tokens: int
@@ -81,7 +81,7 @@ class Like:
         )
 
 
-def save_context(context: Context, path: Path, identity: Identity, notes: dict[str, Any]) -> None:
+def save_context(context: Context, path: Path, identity: ModelIdentity, notes: dict[str, Any]) -> None:
     """Write `context`, and `notes` (JSON values) beside it. SavedContextError if that cannot be done; a file that was
     there stays as it was then."""
     check_name(path)
@@ -177,7 +177,9 @@ def _readable(path: Path) -> Iterator[Any]:
         raise SavedContextError(f"{path} is truncated or damaged: {one_line(error)}") from error
 
 
-def load_context(context: Context, path: Path, identity: Identity, like: Like, device: torch.device) -> Any:
+def load_context(
+    context: Context, path: Path, identity: ModelIdentity, like: ContextSchema, device: torch.device
+) -> Any:
     """Make `context` the one saved at `path`; returns the notes.
 
     `identity` is what it has to belong to. SavedContextError, and `context` unchanged, for a file that is damaged, of
@@ -221,7 +223,7 @@ def load_context(context: Context, path: Path, identity: Identity, like: Like, d
     last = logits.to(device, copy=True) if logits is not None else None
     tables = [{index: table.to(device, copy=True) for index, table in tables.items()} for tables in inside]
     context.mark_seams(seams, tables)
-    context.marks.append(Mark(covered, dict(context.squared), context.selected, last))
+    context.marks.append(Snapshot(covered, dict(context.squared), context.selected, last))
     return notes
 
 
@@ -265,7 +267,7 @@ def _notes(metadata: dict[str, str], path: Path) -> dict[str, Any]:
     return notes
 
 
-def _check_identity(saved: Any, identity: Identity, path: Path) -> None:
+def _check_identity(saved: Any, identity: ModelIdentity, path: Path) -> None:
     if not isinstance(saved, dict):
         raise SavedContextError(f"{path} is damaged: it does not say what it belongs to")
     for name, value in identity.items():

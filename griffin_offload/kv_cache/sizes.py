@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from griffin_offload.blocks.sizes import LayerShape, ModelShape
+from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import CacheKind, KVBits
 
 # Earlier states of a conversation that are kept, to go back to.
@@ -10,7 +10,7 @@ MAX_MARKS = 4
 
 
 @dataclass(frozen=True)
-class Usage:
+class Workload:
     """One use of a planned model: what the KV cache and the workspace depend on."""
 
     batch: int
@@ -51,20 +51,20 @@ def kv_tokens_kept(window: int | None, ctx_tokens: int) -> int:
     return ctx_tokens if window is None else min(ctx_tokens, window - 1 + KV_SLACK_TOKENS)
 
 
-def kv_bytes(shape: ModelShape, batch: int, ctx_tokens: int, bits: KVBits = 16) -> int:
+def kv_bytes(shape: ModelSizes, batch: int, ctx_tokens: int, bits: KVBits = 16) -> int:
     """Bytes of our KV cache, exactly; its scratch with 8 bits is in `kv_workspace_bytes`."""
     return batch * sum(
         _token_bytes(shape, layer, bits) * kv_tokens_kept(layer.window, ctx_tokens) for layer in shape.layers
     )
 
 
-def _token_bytes(shape: ModelShape, layer: LayerShape, bits: KVBits = 16) -> int:
+def _token_bytes(shape: ModelSizes, layer: LayerSizes, bits: KVBits = 16) -> int:
     """Bytes of one token in the KV cache of `layer`."""
     width, scales = shape.kv_width_of(layer), 2 * shape.kv_heads_of(layer) * shape.item_bytes
     return width + scales if bits == 8 else width * shape.item_bytes
 
 
-def kv_workspace_bytes(shape: ModelShape, batch: int, ctx_tokens: int, bits: KVBits, decoding: bool) -> int:
+def kv_workspace_bytes(shape: ModelSizes, batch: int, ctx_tokens: int, bits: KVBits, decoding: bool) -> int:
     """What our KV cache makes beside itself: a piece of keys that is quantised (as two float32 copies) or moved, and
     with 8 bits in decode, the scratch, which is one layer's keys and values."""
     number_bytes = 2 * _FLOAT_BYTES if bits == 8 else shape.item_bytes * decoding
@@ -74,7 +74,7 @@ def kv_workspace_bytes(shape: ModelShape, batch: int, ctx_tokens: int, bits: KVB
     return piece + scratch
 
 
-def _stock_kv_bytes(shape: ModelShape, use: Usage, tokens: int) -> int:
+def _stock_kv_bytes(shape: ModelSizes, use: Workload, tokens: int) -> int:
     """Bytes of a KV cache of transformers' when `tokens` have passed. Layers with a window keep that many, but a
     growing one keeps the whole prompt of such a layer alive until its first decode step."""
     at_least = min(tokens, use.prompt_tokens) if use.cache == "dynamic" else 0
@@ -84,7 +84,7 @@ def _stock_kv_bytes(shape: ModelShape, use: Usage, tokens: int) -> int:
     )
 
 
-def cache_parts(shape: ModelShape, use: Usage, bits: KVBits, decoding: bool) -> tuple[int, int]:
+def cache_parts(shape: ModelSizes, use: Workload, bits: KVBits, decoding: bool) -> tuple[int, int]:
     """(bytes of the KV cache, bytes of workspace it needs) at the end of prefill, or of decode."""
     if use.cache == "ours":
         beside = kv_workspace_bytes(shape, use.batch, use.cache_tokens, bits, decoding)

@@ -75,7 +75,7 @@ class Store:
 class Int8Store(Store):
     """Numbers as int8 [B, heads, tokens, D], and a scale [B, heads, tokens, 1] by which they are to be multiplied."""
 
-    def __init__(self, like: Tensor, tokens: int, scratch: "Scratch") -> None:
+    def __init__(self, like: Tensor, tokens: int, scratch: "DequantBuffer") -> None:
         batch, heads, _, size = like.shape
         self._parts = [
             untouched_zeros((batch, heads, tokens, size), torch.int8, like.device),
@@ -113,7 +113,7 @@ def _quantized(states: Tensor) -> tuple[Tensor, Tensor]:
     return (exact / scale).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8), scale
 
 
-class Scratch:
+class DequantBuffer:
     """Room for one layer's dequantised keys, or values, which all layers of a cache take in turn."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from griffin_offload.devices.threads import Worker
+from griffin_offload.devices.threads import BackgroundThread
 from griffin_offload.errors import GriffinError, memory_refused, one_line
 
 Job = Callable[[], None]
@@ -23,7 +23,7 @@ Job = Callable[[], None]
 _THREADS = 4  # most of the time goes into page faults and requests to the disk, which overlap
 
 
-class Arrival:
+class BackgroundLoader:
     """The jobs of all stages, in their order, done by a few threads from `start` on.
 
     A failure of a job is raised by whoever waits. `finished` is called when no thread will touch a tensor any more.
@@ -49,7 +49,7 @@ class Arrival:
             module.register_forward_pre_hook(partial(self._first_forward, stage)) if jobs[stage] else None
             for stage, module in enumerate(stages)
         ]
-        self._workers = [Worker(self._work, f"griffin-offload-resident-{i}") for i in range(_THREADS)]
+        self._workers = [BackgroundThread(self._work, f"griffin-offload-resident-{i}") for i in range(_THREADS)]
         self._working = len(self._workers)
 
     def start(self) -> None:

@@ -17,11 +17,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from griffin_offload.checkpoint.direct_io import Placement
+from griffin_offload.checkpoint.direct_io import SlotLayout
 from griffin_offload.devices.host_memory import block_buffer
-from griffin_offload.devices.threads import Worker
+from griffin_offload.devices.threads import BackgroundThread
 from griffin_offload.errors import GriffinError, one_line
-from griffin_offload.offload.weight_store import FlatLayout, MappedWeights, RamWeights, Source, stream_dtype
+from griffin_offload.offload.weight_store import FlatLayout, HostStore, MmapStore, Source, stream_dtype
 
 _STAGING_BYTES = 32 * 2**20
 _STAGING_BUFFERS = 3
@@ -37,18 +37,16 @@ class StreamConfig:
 
 
 @dataclass
-class _Arrival:
+class _LoadedLayer:
     layer: int
     tensors: list[Tensor]
     event: torch.cuda.Event | None
 
 
-class _Slots:
+class _DeviceSlots:
     """Flat device buffers, filled in turn."""
 
-    def __init__(
-        self, source: Source, layers: Sequence[int], config: StreamConfig, direct: MappedWeights | None
-    ) -> None:
+    def __init__(self, source: Source, layers: Sequence[int], config: StreamConfig, direct: MmapStore | None) -> None:
         self._source, self._config, self._direct = source, config, direct
         largest = max(self._layout(layer).nbytes for layer in layers)
         self._buffers = [self._buffer(largest) for _ in range(min(config.slots, len(layers)))]
@@ -59,29 +57,29 @@ class _Slots:
             return block_buffer(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8, device=self._config.device)
 
-    def _layout(self, layer: int) -> FlatLayout | Placement:
+    def _layout(self, layer: int) -> FlatLayout | SlotLayout:
         if self._direct is not None:
             return self._direct.placements[layer]
         return FlatLayout(self._source.tensors(layer), self._config.dtype)
 
-    def fill(self, position: int, layer: int) -> _Arrival:
+    def fill(self, position: int, layer: int) -> _LoadedLayer:
         """Copy the layer into the next slot; the caller has made sure that it is free."""
         buffer = self._buffers[position % len(self._buffers)]
         if self._direct is not None:
-            return _Arrival(layer, self._direct.read(layer, buffer), None)
+            return _LoadedLayer(layer, self._direct.read(layer, buffer), None)
         self._source.fetch(layer)
         layout = self._layout(layer)
         views = layout.views(buffer)
         if self._cuda is None:
             for view, tensor in zip(views, self._source.tensors(layer), strict=True):
                 view.copy_(tensor)
-            return _Arrival(layer, views, None)
-        if isinstance(self._source, RamWeights):
+            return _LoadedLayer(layer, views, None)
+        if isinstance(self._source, HostStore):
             # One copy a layer: the host's flat buffer is laid out like the slot.
             flat = self._source.flat[layer]
-            return _Arrival(layer, views, self._cuda.copy_pinned(buffer[: flat.nbytes], flat))
+            return _LoadedLayer(layer, views, self._cuda.copy_pinned(buffer[: flat.nbytes], flat))
         pairs = list(zip(views, self._source.tensors(layer), strict=True))
-        return _Arrival(layer, views, self._cuda.copy_staged(pairs))
+        return _LoadedLayer(layer, views, self._cuda.copy_staged(pairs))
 
     def freed(self) -> None:
         """The computation has used a slot: later copies have to wait for it."""
@@ -160,18 +158,18 @@ class LayerStream:
         self._source, self._layers, self._config = source, list(layers), config
         first = source.tensors(self._layers[0])
         stored = config.device.type == "cpu" and all(t.dtype == stream_dtype(t, config.dtype) for t in first)
-        direct = source if stored and isinstance(source, MappedWeights) and source.placements else None
+        direct = source if stored and isinstance(source, MmapStore) and source.placements else None
         self._direct = direct
         in_place = stored and direct is None
-        self._slots = None if in_place else _Slots(source, self._layers, config, direct)
+        self._slots = None if in_place else _DeviceSlots(source, self._layers, config, direct)
         self._free = threading.Semaphore(config.slots)
-        self._arrivals: queue.SimpleQueue[_Arrival | BaseException] = queue.SimpleQueue()
+        self._arrivals: queue.SimpleQueue[_LoadedLayer | BaseException] = queue.SimpleQueue()
         self._stop = False
         self._held: int | None = None
         self._in_flight: dict[int, int] = {}
         self.peak_in_flight_bytes = 0
         self.wait_s = 0.0
-        self._reader = Worker(self._read, "griffin-offload-reader")
+        self._reader = BackgroundThread(self._read, "griffin-offload-reader")
 
     def __enter__(self) -> "LayerStream":
         self._source.check_files()
@@ -233,7 +231,7 @@ class LayerStream:
 
     def _slot_bytes(self, layer: int, tensors: list[Tensor]) -> int:
         """Device bytes of a layer on its way; on the CPU the pages it is copied from count, too."""
-        if self._slots is None and isinstance(self._source, RamWeights):
+        if self._slots is None and isinstance(self._source, HostStore):
             return 0  # used where it rests
         stored = sum(tensor.nbytes for tensor in tensors)
         if self._slots is None:
@@ -243,12 +241,12 @@ class LayerStream:
         copied = sum(tensor.numel() * stream_dtype(tensor, self._config.dtype).itemsize for tensor in tensors)
         return copied + (stored if self._config.device.type == "cpu" else 0)
 
-    def _fetch(self, position: int, layer: int) -> _Arrival:
+    def _fetch(self, position: int, layer: int) -> _LoadedLayer:
         tensors = self._source.tensors(layer)
         self._in_flight[layer] = self._slot_bytes(layer, tensors)
         self.peak_in_flight_bytes = max(self.peak_in_flight_bytes, sum(list(self._in_flight.values())))
         if self._slots is None:
-            return _Arrival(layer, self._source.fetch(layer), None)
+            return _LoadedLayer(layer, self._source.fetch(layer), None)
         self._slots.wait_free()
         arrival = self._slots.fill(position, layer)
         if self._direct is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.blocks.sizes import ALIGNMENT
-from griffin_offload.checkpoint.direct_io import Placement
+from griffin_offload.checkpoint.direct_io import SlotLayout
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.host_memory import in_huge_pages
 from griffin_offload.errors import GriffinError
@@ -53,10 +53,10 @@ class FlatLayout:
         ]
 
 
-class RamWeights:
+class HostStore:
     """Full FF weights in host memory, one flat buffer a layer, in the precision of the computation."""
 
-    def __init__(self, origin: "MappedWeights", layers: Sequence[int], dtype: torch.dtype, *, pin: bool) -> None:
+    def __init__(self, origin: "MmapStore", layers: Sequence[int], dtype: torch.dtype, *, pin: bool) -> None:
         """Copy `layers` out of `origin`, several at a time; `pin` registers the buffers with CUDA."""
         self._layers: dict[int, list[Tensor]] = {}
         self.flat: dict[int, Tensor] = {}
@@ -69,7 +69,7 @@ class RamWeights:
             self.close()
             raise
 
-    def _copy_layer(self, origin: "MappedWeights", index: int, dtype: torch.dtype, pin: bool) -> None:
+    def _copy_layer(self, origin: "MmapStore", index: int, dtype: torch.dtype, pin: bool) -> None:
         tensors = origin.tensors(index)
         layout = FlatLayout(tensors, dtype)
         buffer = in_huge_pages(torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu"))
@@ -119,7 +119,7 @@ class RamWeights:
             torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr())
 
 
-class MappedWeights:
+class MmapStore:
     """Full FF weights as views of mmapped safetensors, as transformers loads them on the CPU."""
 
     def __init__(self, layers: dict[int, list[Tensor]], *, evict: bool) -> None:
@@ -132,13 +132,13 @@ class MappedWeights:
         self.placements = self._placements()
         """Where layers lie in slots that they are read into; empty where they are used in their mapped pages."""
 
-    def _placements(self) -> dict[int, Placement]:
+    def _placements(self) -> dict[int, SlotLayout]:
         found = {}
         for index, tensors in self._layers.items():
             extents = self._pages.extents(tensors) if self._pages.direct else None
             if extents is None or sum(tensor.nbytes for tensor in tensors) < MIN_DIRECT_BYTES:
                 return {}
-            found[index] = Placement(tensors, extents)
+            found[index] = SlotLayout(tensors, extents)
         return found
 
     def tensors(self, layer: int) -> list[Tensor]:
@@ -187,4 +187,4 @@ class MappedWeights:
         self._pages.close()
 
 
-Source = RamWeights | MappedWeights
+Source = HostStore | MmapStore

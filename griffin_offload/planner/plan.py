@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from griffin_offload.blocks.sizes import ModelShape
+from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.config import KVBits
-from griffin_offload.kv_cache.sizes import Usage, cache_parts
+from griffin_offload.kv_cache.sizes import Workload, cache_parts
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.workspace import (
@@ -24,7 +24,7 @@ from griffin_offload.planner.workspace import (
     workspace_bytes,
 )
 
-Placement = Literal["device", "host"]
+EmbeddingDevice = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Plan:
     slots: int
     ff_chunk_tokens: int
     """Tokens of a sequence that pass a full FF at once."""
-    embeddings: Placement
+    embeddings: EmbeddingDevice
     precision: str
     context_tokens: int
     prompt_tokens: int
@@ -123,7 +123,7 @@ class Plan:
 RESIDENT_PARTS = ("attention", "norms", "embeddings", "head", "feed_forward")
 
 
-def _slot_bytes(shape: ModelShape, request: PlanRequest, streamed: Sequence[int], slots: int) -> int:
+def _slot_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int], slots: int) -> int:
     """The largest layers that can be on their way at once, and the pages one of them is copied from."""
     if request.offloaded_in_budget:
         return 0  # used where they rest
@@ -131,14 +131,14 @@ def _slot_bytes(shape: ModelShape, request: PlanRequest, streamed: Sequence[int]
     return sum(largest) + int(max(largest, default=0) * request.stored_share)
 
 
-def _decode_workspace_bytes(shape: ModelShape, request: PlanRequest, use: Usage, kept: tuple[int, ...]) -> int:
+def _decode_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: tuple[int, ...]) -> int:
     """Of one token, and of the streamed passes between tokens."""
     passes = {1, min(max(use.pass_tokens, 1), use.ctx_tokens)}
     return max(workspace_bytes(shape, request, use, tokens, use.ctx_tokens, kept) for tokens in passes)
 
 
 def _resident_parts(
-    shape: ModelShape, kept: tuple[int, ...], embeddings: Placement
+    shape: ModelSizes, kept: tuple[int, ...], embeddings: EmbeddingDevice
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Weights on the device by part, in their precision and in the stored one."""
     resident = {
@@ -158,12 +158,12 @@ def _resident_parts(
 
 
 def price(
-    shape: ModelShape,
+    shape: ModelSizes,
     request: PlanRequest,
-    use: Usage,
+    use: Workload,
     kept: tuple[int, ...],
     slots: int,
-    embeddings: Placement,
+    embeddings: EmbeddingDevice,
 ) -> Plan:
     """The bytes of one combination, whether it fits or not."""
     streamed = tuple(i for i, layer in enumerate(shape.layers) if request.always_stream or kept[i] < layer.neurons)

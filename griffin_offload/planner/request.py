@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from griffin_offload.config import CacheKind, Density, KVBits
-from griffin_offload.kv_cache.sizes import MAX_MARKS, Usage
+from griffin_offload.kv_cache.sizes import MAX_MARKS, Workload
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class PlanRequest:
     """Decode steps are captured as CUDA graphs."""
 
 
-def planned_use(request: PlanRequest, prompt_tokens: int, ctx_tokens: int) -> Usage:
+def planned_use(request: PlanRequest, prompt_tokens: int, ctx_tokens: int) -> Workload:
     """The use that `request` plans for."""
-    return Usage(
+    return Workload(
         batch=request.batch,
         prompt_tokens=prompt_tokens,
         ctx_tokens=ctx_tokens,

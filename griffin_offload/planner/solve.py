@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from griffin_offload.blocks.sizes import ModelShape
+from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.config import FLOOR_AUTO_CTX, MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITY, NEURON_MULTIPLE
 from griffin_offload.errors import DoesNotFit, UsageError
-from griffin_offload.kv_cache.sizes import Usage
+from griffin_offload.kv_cache.sizes import Workload
 from griffin_offload.method.selection import densities_per_layer, neurons_kept
 from griffin_offload.offload.weight_store import slot_bytes
-from griffin_offload.planner.plan import Placement, Plan, price
+from griffin_offload.planner.plan import EmbeddingDevice, Plan, price
 from griffin_offload.planner.request import PlanRequest, planned_use
 from griffin_offload.units import format_bytes
 
@@ -24,7 +24,7 @@ _SECOND_SLOT_DENSITY = 0.05
 _CTX_STEP = 64
 
 
-def make_plan(shapes: Sequence[ModelShape], request: PlanRequest, others: Sequence[ModelShape] = ()) -> Plan:
+def make_plan(shapes: Sequence[ModelSizes], request: PlanRequest, others: Sequence[ModelSizes] = ()) -> Plan:
     """The best plan that fits the budget; DoesNotFit names the shortfall and the remedy."""
     plan, remedy = solve(shapes, request, others)
     if remedy is not None:
@@ -33,7 +33,7 @@ def make_plan(shapes: Sequence[ModelShape], request: PlanRequest, others: Sequen
 
 
 def solve(
-    shapes: Sequence[ModelShape], request: PlanRequest, others: Sequence[ModelShape] = ()
+    shapes: Sequence[ModelSizes], request: PlanRequest, others: Sequence[ModelSizes] = ()
 ) -> tuple[Plan, str | None]:
     """The best plan that fits and None, or the smallest one that does not and what to change.
 
@@ -63,7 +63,7 @@ def solve(
     return plan, remedy
 
 
-def _ladder(shapes: Sequence[ModelShape], request: PlanRequest) -> Iterator[tuple[ModelShape, PlanRequest]]:
+def _ladder(shapes: Sequence[ModelSizes], request: PlanRequest) -> Iterator[tuple[ModelSizes, PlanRequest]]:
     """What to try, best first: a neuron in fewer bits is worth more than none."""
     if request.density == "auto":
         for shape in shapes[:-1]:
@@ -74,7 +74,7 @@ def _ladder(shapes: Sequence[ModelShape], request: PlanRequest) -> Iterator[tupl
             yield shape, request
 
 
-def alternatives(shapes: Sequence[ModelShape], request: PlanRequest, ctx_tokens: int) -> list[Plan]:
+def alternatives(shapes: Sequence[ModelSizes], request: PlanRequest, ctx_tokens: int) -> list[Plan]:
     """The largest plan of every precision, and its dense one, that fit at `ctx_tokens`."""
     found = [
         best_plan(shape, replace(request, density=density), ctx_tokens) for shape in shapes for density in (1.0, "auto")
@@ -91,7 +91,7 @@ class _Contexts:
     most: int
 
 
-def _contexts(shape: ModelShape, request: PlanRequest) -> _Contexts:
+def _contexts(shape: ModelSizes, request: PlanRequest) -> _Contexts:
     prompt, given = request.prompt_tokens or 0, request.ctx_tokens
     if given is not None:
         if prompt > given:
@@ -105,12 +105,12 @@ def _contexts(shape: ModelShape, request: PlanRequest) -> _Contexts:
     return _Contexts(*(max(min(tokens, most), prompt) for tokens in (MIN_AUTO_CTX, FLOOR_AUTO_CTX, most)))
 
 
-def best_plan(shape: ModelShape, request: PlanRequest, ctx_tokens: int) -> Plan:
+def best_plan(shape: ModelSizes, request: PlanRequest, ctx_tokens: int) -> Plan:
     """The best plan at `ctx_tokens`; when none fits, the smallest one (its `fits` is False)."""
     return _with_the_rest(shape, request, _best_quality(shape, request, ctx_tokens)[0])
 
 
-def _best_quality(shape: ModelShape, request: PlanRequest, ctx_tokens: int) -> tuple[Plan, bool]:
+def _best_quality(shape: ModelSizes, request: PlanRequest, ctx_tokens: int) -> tuple[Plan, bool]:
     """As many neurons as fit at `ctx_tokens`, and whether what is left over may lengthen the context: not where it was
     too little for the slots. When none fits, the smallest plan."""
     use = _use(request, ctx_tokens)
@@ -122,7 +122,7 @@ def _best_quality(shape: ModelShape, request: PlanRequest, ctx_tokens: int) -> t
     return price(shape, request, use, rung.choices[0], rung.slots, placement), rung.grows
 
 
-def _lengthened(shape: ModelShape, request: PlanRequest, plan: Plan, least: int, most: int) -> Plan:
+def _lengthened(shape: ModelSizes, request: PlanRequest, plan: Plan, least: int, most: int) -> Plan:
     """`plan` with the longest context from `least` to `most` tokens that fits; with `least` where none does."""
     lengths = sorted({least, most, *range(-(-least // _CTX_STEP) * _CTX_STEP, most, _CTX_STEP)})
 
@@ -132,7 +132,7 @@ def _lengthened(shape: ModelShape, request: PlanRequest, plan: Plan, least: int,
     return _last_fitting(len(lengths), lambda i: of_length(lengths[i])) or of_length(least)
 
 
-def _with_the_rest(shape: ModelShape, request: PlanRequest, plan: Plan) -> Plan:
+def _with_the_rest(shape: ModelSizes, request: PlanRequest, plan: Plan) -> Plan:
     """`plan` with what makes it faster and nothing better, as far as there is room: a second slot, then embeddings on
     the device."""
     use = _use(request, plan.context_tokens)
@@ -143,7 +143,7 @@ def _with_the_rest(shape: ModelShape, request: PlanRequest, plan: Plan) -> Plan:
     return plan
 
 
-def _use(request: PlanRequest, ctx_tokens: int) -> Usage:
+def _use(request: PlanRequest, ctx_tokens: int) -> Workload:
     prompt = ctx_tokens if request.prompt_tokens is None else request.prompt_tokens
     return planned_use(request, prompt, ctx_tokens)
 
@@ -163,7 +163,7 @@ class _Choices(Sequence[tuple[int, ...]]):
 
 
 @dataclass(frozen=True)
-class _Rung:
+class _Candidate:
     """Kept neurons to choose from (ascending) with so many slots."""
 
     choices: Sequence[tuple[int, ...]]
@@ -173,7 +173,7 @@ class _Rung:
     for the second one when there is more."""
 
 
-def _rungs(shape: ModelShape, request: PlanRequest) -> Iterator[_Rung]:
+def _rungs(shape: ModelSizes, request: PlanRequest) -> Iterator[_Candidate]:
     """Best first. Which of them has two slots is a matter of the model, not of the budget: with more memory a second
     one must not cost neurons."""
     two, one = SLOTS
@@ -181,19 +181,19 @@ def _rungs(shape: ModelShape, request: PlanRequest) -> Iterator[_Rung]:
     if request.density != "auto":
         densities = densities_per_layer(request.density, len(shape.layers))
         everything = tuple(neurons_kept(f, d) for f, d in zip(everything, densities, strict=True))
-    yield _Rung([everything], two)
-    yield _Rung([everything], one, grows=False)
+    yield _Candidate([everything], two)
+    yield _Candidate([everything], one, grows=False)
     if request.density != "auto":
         return
     choices = pruned_choices(shape)
     if _second_slot_density(shape, request) > _SECOND_SLOT_DENSITY:
-        yield _Rung(choices, one)
+        yield _Candidate(choices, one)
         return
-    yield _Rung(choices, two)
-    yield _Rung([choices[0]], one, grows=False)
+    yield _Candidate(choices, two)
+    yield _Candidate([choices[0]], one, grows=False)
 
 
-def _second_slot_density(shape: ModelShape, request: PlanRequest) -> float:
+def _second_slot_density(shape: ModelSizes, request: PlanRequest) -> float:
     """What a second slot costs in kept neurons, at most."""
     if request.offloaded_in_budget:
         return 0.0  # there are no slots
@@ -201,12 +201,12 @@ def _second_slot_density(shape: ModelShape, request: PlanRequest) -> float:
     return slot / max(sum(layer.neurons * layer.neuron_bytes for layer in shape.layers), 1)
 
 
-def _placements(shape: ModelShape, request: PlanRequest) -> tuple[Placement, ...]:
+def _placements(shape: ModelSizes, request: PlanRequest) -> tuple[EmbeddingDevice, ...]:
     """Where the embeddings may be, the cheapest last: a token looks up a few kB of them."""
     return ("device",) if shape.tied or not request.host_embeddings else ("device", "host")
 
 
-def pruned_choices(shape: ModelShape) -> Sequence[tuple[int, ...]]:
+def pruned_choices(shape: ModelSizes) -> Sequence[tuple[int, ...]]:
     """Kept neurons per layer for every density the planner considers, ascending, all below 1."""
     widest = max(layer.neurons for layer in shape.layers)
     step = NEURON_MULTIPLE if widest % NEURON_MULTIPLE == 0 and widest >= 4 * NEURON_MULTIPLE else 1
@@ -216,12 +216,12 @@ def pruned_choices(shape: ModelShape) -> Sequence[tuple[int, ...]]:
 
 
 def _largest_fitting(
-    shape: ModelShape,
+    shape: ModelSizes,
     request: PlanRequest,
-    use: Usage,
+    use: Workload,
     choices: Sequence[tuple[int, ...]],
     slots: int,
-    embeddings: Placement,
+    embeddings: EmbeddingDevice,
 ) -> Plan | None:
     return _last_fitting(len(choices), lambda i: price(shape, request, use, choices[i], slots, embeddings))
 
@@ -239,7 +239,7 @@ def _last_fitting(count: int, plan_of: Callable[[int], Plan]) -> Plan | None:
     return best
 
 
-def replan_for(shape: ModelShape, request: PlanRequest, plan: Plan, use: Usage) -> Plan:
+def replan_for(shape: ModelSizes, request: PlanRequest, plan: Plan, use: Workload) -> Plan:
     """The same residents under another use (batch, prompt, context); its `fits` says whether it is allowed."""
     return price(shape, as_loaded(request, plan), use, plan.kept, plan.slots, plan.embeddings)
 
@@ -262,7 +262,7 @@ def _by_size(parts: dict[str, int]) -> list[tuple[str, int]]:
     return sorted(((n, b) for n, b in parts.items() if b), key=lambda item: -item[1])
 
 
-def remedy_for(shape: ModelShape, request: PlanRequest, plan: Plan) -> str:
+def remedy_for(shape: ModelSizes, request: PlanRequest, plan: Plan) -> str:
     """What to change so that `plan`'s model fits: the budget, always, and a context or density that would do."""
     remedies = [f"--max-gpu-mem {_rounded_up(plan.peak_bytes)}"]
     if request.density != "auto":

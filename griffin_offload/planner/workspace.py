@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from griffin_offload.blocks.sizes import ModelShape
+from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.formats.base import BLOCK_NUMBERS
 from griffin_offload.formats.gather import CHUNK
 from griffin_offload.formats.int4 import STRIP
-from griffin_offload.kv_cache.sizes import Usage
+from griffin_offload.kv_cache.sizes import Workload
 from griffin_offload.method.statistic import ROWS_AT_ONCE
 from griffin_offload.planner.request import PlanRequest
 
@@ -26,7 +26,7 @@ _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
 
 
-def prompt_workspace_bytes(shape: ModelShape, request: PlanRequest, use: Usage, kept: Sequence[int]) -> int:
+def prompt_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int]) -> int:
     """The workspace of a prompt's pass; where prompts are continued, of one whose first half has passed before, too:
     attention then needs a mask."""
     pasts = {use.past_tokens, use.prompt_tokens // 2} if request.continued else {use.past_tokens}
@@ -35,7 +35,7 @@ def prompt_workspace_bytes(shape: ModelShape, request: PlanRequest, use: Usage, 
 
 
 def workspace_bytes(
-    shape: ModelShape, request: PlanRequest, use: Usage, new_tokens: int, seen_tokens: int, kept: Sequence[int]
+    shape: ModelSizes, request: PlanRequest, use: Workload, new_tokens: int, seen_tokens: int, kept: Sequence[int]
 ) -> int:
     """Activations alive at once while `new_tokens` per sample pass a layer, and the statistic beside them; attention
     reads `seen_tokens`, of which they are the last.
@@ -65,7 +65,7 @@ def workspace_bytes(
     return hidden + max(projections + masks, mixing, activations + statistic, gathering) + selection + translation
 
 
-def _gather_bytes(shape: ModelShape) -> int:
+def _gather_bytes(shape: ModelSizes) -> int:
     """Chunks of a matrix on their way into a quantised layout: as stored, packed, and float32 blocks."""
     if shape.precision == "none":
         return 0
@@ -74,7 +74,7 @@ def _gather_bytes(shape: ModelShape) -> int:
     return numbers * (shape.item_bytes + 2) + 3 * min(numbers, BLOCK_NUMBERS) * _FLOAT_BYTES
 
 
-def scratch_bytes(shape: ModelShape) -> int:
+def scratch_bytes(shape: ModelSizes) -> int:
     """The scratch that linear layers share which multiply block by block: small against a slot, inside a cache."""
     layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
     row_bytes = max(shape.hidden_size, layer.neurons) * _FLOAT_BYTES
@@ -83,7 +83,7 @@ def scratch_bytes(shape: ModelShape) -> int:
     return max(row_bytes, min(layer.ff_bytes // 8, _MAX_SCRATCH_BYTES))
 
 
-def _translation_bytes(shape: ModelShape, use: Usage, new_tokens: int, chunk: int) -> int:
+def _translation_bytes(shape: ModelSizes, use: Workload, new_tokens: int, chunk: int) -> int:
     """The scratch, a copy of a layer's input, scaled or in float32, and the product with one block."""
     tokens, scratch = use.batch * new_tokens, scratch_bytes(shape)
     neurons = max(layer.neurons for layer in shape.layers)
@@ -93,7 +93,7 @@ def _translation_bytes(shape: ModelShape, use: Usage, new_tokens: int, chunk: in
     return scratch + widest * _FLOAT_BYTES + product
 
 
-def chunk_tokens(shape: ModelShape, request: PlanRequest, batch: int) -> int:
+def chunk_tokens(shape: ModelSizes, request: PlanRequest, batch: int) -> int:
     """Tokens of each sequence that pass a full FF at once."""
     if request.ff_chunk_tokens is not None:
         return request.ff_chunk_tokens
@@ -104,13 +104,13 @@ def chunk_tokens(shape: ModelShape, request: PlanRequest, batch: int) -> int:
     return max(CHUNK_MULTIPLE, min(rounded, _MAX_CHUNK_TOKENS))
 
 
-def _activation_bytes(shape: ModelShape, tokens: int) -> int:
+def _activation_bytes(shape: ModelSizes, tokens: int) -> int:
     """FF activations of `tokens`: gate, up, the activated gate and the product, or two of them without a gate."""
     neurons = max(layer.neurons for layer in shape.layers)
     return tokens * neurons * shape.item_bytes * (4 if shape.gated else 2)
 
 
-def _score_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: int) -> int:
+def _score_bytes(shape: ModelSizes, use: Workload, new_tokens: int, seen_tokens: int) -> int:
     per_head = use.batch * new_tokens * seen_tokens
     if shape.materialises_scores:
         return per_head * shape.heads * (3 * shape.item_bytes + _FLOAT_BYTES)
@@ -125,12 +125,12 @@ def _score_bytes(shape: ModelShape, use: Usage, new_tokens: int, seen_tokens: in
     return per_head * (1 + shape.item_bytes) + use.batch * seen_tokens * width * shape.item_bytes
 
 
-def _one_token_bytes(shape: ModelShape, use: Usage, seen_tokens: int) -> int:
+def _one_token_bytes(shape: ModelSizes, use: Workload, seen_tokens: int) -> int:
     """What the CPU's attention of one token has in float32: queries, results, scores and a mask."""
     return use.batch * (2 * shape.attention_width + 2 * shape.heads * seen_tokens) * _FLOAT_BYTES
 
 
-def graphs_bytes(shape: ModelShape, request: PlanRequest, use: Usage, kept: Sequence[int]) -> int:
+def graphs_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int]) -> int:
     """Of captured decode steps: their common pool, which holds one token's workspace for good, and each one's kernels
     and logits. Their attention always has a mask."""
     if not request.graphs:
@@ -143,7 +143,7 @@ def graphs_bytes(shape: ModelShape, request: PlanRequest, use: Usage, kept: Sequ
 
 
 def statistics_bytes(
-    shape: ModelShape, request: PlanRequest, use: Usage, kept: Sequence[int], streamed: Sequence[int]
+    shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int], streamed: Sequence[int]
 ) -> int:
     """What outlives a pass: tables of s^2 and of norms, and marks."""
     table = use.batch * sum(shape.layers[i].neurons for i in streamed) * _FLOAT_BYTES
@@ -151,7 +151,7 @@ def statistics_bytes(
     return (use.statistics + request.weight_norms) * table + use.marks * mark
 
 
-def logits_bytes(shape: ModelShape, use: Usage) -> int:
+def logits_bytes(shape: ModelSizes, use: Workload) -> int:
     """Scores of the last position: the model's own, float32 copies, and what sampling sorts, indices included; of
     further positions the model's own; and those that are kept for the caller."""
     last = shape.vocab_size * (shape.item_bytes + 6 * _FLOAT_BYTES + 2 * _INDEX_BYTES)

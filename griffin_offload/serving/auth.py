@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 
 from griffin_offload.config import ServeConfig
 from griffin_offload.errors import UsageError
-from griffin_offload.serving.api_errors import Failure
+from griffin_offload.serving.api_errors import ApiError
 
 # The API key, as it is given to the server.
 
@@ -56,7 +56,7 @@ def _address(host: str) -> "ipaddress.IPv4Address | ipaddress.IPv6Address | None
     return None
 
 
-class Guard:
+class AccessGuard:
     """The checks of one server."""
 
     def __init__(self, config: ServeConfig) -> None:
@@ -72,7 +72,7 @@ class Guard:
         self._check_host(headers)
         origin = headers.get("origin")
         if origin is not None and not self._allowed_origin(origin):
-            raise Failure(
+            raise ApiError(
                 403, "this web page may not ask here: name its origin by --cors-origin", code="origin_not_allowed"
             )
         if self._key is not None and path not in _OPEN_PATHS and not self.is_preflight(method, headers):
@@ -105,7 +105,7 @@ class Guard:
         hosts = headers.getlist("host")
         name = _host_name(hosts[0]) if len(hosts) == 1 else None
         if name is None or not (name in self._hosts or (self._any_address and _address(name) is not None)):
-            raise Failure(403, "this name is not answered: add it by --allow-host", code="host_not_allowed")
+            raise ApiError(403, "this name is not answered: add it by --allow-host", code="host_not_allowed")
 
     def _check_key(self, headers: Headers) -> None:
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -113,7 +113,7 @@ class Guard:
         right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._key)
         if scheme.lower() != "bearer" or not right:
             headers_401 = {"www-authenticate": "Bearer"}
-            raise Failure(
+            raise ApiError(
                 401, "a valid API key has to be given as a bearer token", code="invalid_api_key", headers=headers_401
             )
 

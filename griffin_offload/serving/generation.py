@@ -15,7 +15,7 @@ from griffin_offload.engine.report import RunReport
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.serving.logprobs import LogprobRecorder, TokenLogprob
-from griffin_offload.serving.model_manager import NO_PENALTIES, Held
+from griffin_offload.serving.model_manager import NO_PENALTIES, LoadedModel
 from griffin_offload.serving.queue import Finish, Finished, Job, Piece
 from griffin_offload.serving.requests import Request
 from griffin_offload.serving.text_stream import Detokeniser, StopHolder
@@ -95,7 +95,7 @@ class Interrupted(Exception):
     """Nobody waits for the answer any more, or nobody may."""
 
 
-def answer_all(held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
+def answer_all(held: LoadedModel, job: Job, interrupted: Callable[[], bool]) -> None:
     """Deliver every answer of `job`. Interrupted, when `interrupted` says so: after a token, or a layer of a streamed
     pass. Any GriffinError of `generate`."""
     seed = job.request.seed
@@ -112,7 +112,7 @@ def answer_all(held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
 class _Generation:
     """The answers to one job."""
 
-    def __init__(self, held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, held: LoadedModel, job: Job, interrupted: Callable[[], bool]) -> None:
         self._held, self._model, self._job, self._interrupted = held, held.model, job, interrupted
         self._request, self._tokenizer = job.request, held.model.tokenizer
         self._ends = held.chat_ends if job.request.endpoint == "chat" else held.text_ends

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from griffin_offload.serving.api_errors import Failure, out_of_time, slow_body
+from griffin_offload.serving.api_errors import ApiError, out_of_time, slow_body
 from griffin_offload.serving.queue import Event
 from griffin_offload.serving.responses import encode, server_sent
 
@@ -22,7 +22,7 @@ class Disconnected(Exception):
     """The client is gone."""
 
 
-class Exchange:
+class HttpExchange:
     """`receive` and `send` of one request, each bounded by its deadline."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, timeout_s: float) -> None:
@@ -72,7 +72,7 @@ class Exchange:
                 found.clear()
             more = message.get("more_body", False)
         if total > most_bytes:
-            raise Failure(413, f"the body is larger than {most_bytes} bytes", code="body_too_large")
+            raise ApiError(413, f"the body is larger than {most_bytes} bytes", code="body_too_large")
         return bytes(found)
 
     def deliver(self, event: Event) -> None:
@@ -114,7 +114,7 @@ class Exchange:
         """A client that does not read holds its connection until its time is over, and not longer."""
         await self.within_time(self._send(message))
 
-    async def fail(self, failure: Failure) -> None:
+    async def fail(self, failure: ApiError) -> None:
         """Say that there is no answer: as a response, or in a stream that has begun as its last event."""
         self._deadline = max(self._deadline, self._loop.time() + _LAST_WORDS_S)
         if self.started:

@@ -20,17 +20,17 @@ from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.errors import GriffinError, ModelError
 from griffin_offload.method.selection import neurons_kept
 from griffin_offload.planner.plan import Plan
-from griffin_offload.serving.api_errors import Failure
-from griffin_offload.serving.prefix_cache import Sessions
+from griffin_offload.serving.api_errors import ApiError
+from griffin_offload.serving.prefix_cache import PrefixCache
 from griffin_offload.units import parse_size
 
 
 @dataclass
-class Held:
+class LoadedModel:
     """A model on the device, and the contexts that belong to it."""
 
     model: GriffinModel
-    sessions: Sessions | None
+    sessions: PrefixCache | None
     """None for models of which no context can be kept."""
 
     @functools.cached_property
@@ -59,7 +59,7 @@ class Held:
         return parse_size(allowed, total_bytes=host.total, free_bytes=host.available)
 
 
-class Keeper:
+class ModelManager:
     """Belongs to the worker's thread. `options` are `LoadConfig`'s.
 
     What the planner solved when the model was loaded first (density, precision, context) stays: a later load fits the
@@ -71,13 +71,13 @@ class Keeper:
         self._model, self._options = model, dict(options) | {"keep_prompts": True}
         self._most_sessions = most_sessions
         self._neurons: list[int] = []
-        self.held: Held | None = None
+        self.held: LoadedModel | None = None
         self._tokenizer: Any = None
         self.loads = 0
         self.unusable = False
         """Whether the last attempt to load failed."""
 
-    def first(self) -> Held:
+    def first(self) -> LoadedModel:
         """Load, and fix what was solved. Any GriffinError of loading."""
         held = self._load(self._options)
         _warn_of_penalties(held.model.generation_config)
@@ -96,7 +96,7 @@ class Keeper:
             self._options["max_cpu_mem"] = None
         return held
 
-    def get(self, density: float | None) -> Held:
+    def get(self, density: float | None) -> LoadedModel:
         """The model, at `density` or the one that it was first loaded with. Failure 400 with the numbers, and nothing
         is changed, if that density does not fit; 503 if loading fails."""
         options = dict(self._options)
@@ -115,7 +115,7 @@ class Keeper:
             self.unload()
             # Files may have changed or gone; their paths are nothing for clients.
             reason = "its checkpoint cannot be used any more" if isinstance(error, ModelError) else str(error)
-            raise Failure(503, f"the model cannot be loaded: {reason}", code="model_unavailable") from error
+            raise ApiError(503, f"the model cannot be loaded: {reason}", code="model_unavailable") from error
 
     def unload(self) -> None:
         """Give the model's memory back."""
@@ -143,11 +143,11 @@ class Keeper:
         try:
             plan_for(examine(self._model, LoadConfig(**options)))
         except ModelError as error:
-            raise Failure(503, "the model's checkpoint cannot be used any more", code="model_unavailable") from error
+            raise ApiError(503, "the model's checkpoint cannot be used any more", code="model_unavailable") from error
         except GriffinError as error:
-            raise Failure(400, f"density {density:g}: {error}", param="density", code="does_not_fit") from error
+            raise ApiError(400, f"density {density:g}: {error}", param="density", code="does_not_fit") from error
 
-    def _load(self, options: dict[str, Any]) -> Held:
+    def _load(self, options: dict[str, Any]) -> LoadedModel:
         model = GriffinModel.from_pretrained(self._model, **options)
         if self._tokenizer is None:
             self._tokenizer = model.tokenizer  # the encoder's, too, so it stays when the model goes
@@ -156,8 +156,8 @@ class Keeper:
         sessions = None
         with contextlib.suppress(GriffinError):  # layers whose past cannot be taken back: every prompt from its start
             model.new_context()
-            sessions = Sessions(model.new_context, session_limit(model.plan), self._most_sessions)
-        self.held = Held(model, sessions)
+            sessions = PrefixCache(model.new_context, session_limit(model.plan), self._most_sessions)
+        self.held = LoadedModel(model, sessions)
         return self.held
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from griffin_offload.kv_cache.sequence import Context
 
 
-class Sessions:
+class PrefixCache:
     """Contexts that no request uses at the moment, the longest unused first.
 
     Besides one context, which the plan has counted as the one in use, they take at most `limit_bytes`, and are at

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from griffin_offload.engine.report import RunReport
-from griffin_offload.serving.api_errors import Failure
+from griffin_offload.serving.api_errors import ApiError
 from griffin_offload.serving.logprobs import TokenLogprob
 from griffin_offload.serving.requests import Request
 
@@ -41,7 +41,7 @@ class Done:
 class Failed:
     """Nothing more will come."""
 
-    failure: Failure
+    failure: ApiError
 
 
 Event = Piece | Finished | Done | Failed

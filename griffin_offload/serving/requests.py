@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from griffin_offload.config import ServeConfig
-from griffin_offload.serving.api_errors import Failure, invalid, unsupported
-from griffin_offload.serving.validation import Fields
+from griffin_offload.serving.api_errors import ApiError, invalid, unsupported
+from griffin_offload.serving.validation import FieldReader
 
 # The messages of a chat: roles that a template knows, and texts.
 
@@ -28,7 +28,7 @@ _EMPTY: dict[str, tuple[Any, ...]] = {
 }
 
 
-def parse_messages(fields: Fields) -> tuple[Message, ...]:
+def parse_messages(fields: FieldReader) -> tuple[Message, ...]:
     """Role and text of each message; Failure names the one that cannot be used."""
     found = fields.raw("messages")
     if not isinstance(found, list) or not 0 < len(found) <= _MAX_MESSAGES:
@@ -42,13 +42,13 @@ def _message(value: Any, where: str) -> Message:
     role = "system" if value.get("role") == _INSTRUCTIONS else value.get("role")
     if role in ("tool", "function"):
         raise unsupported(f"{where}.role", f"{role}: the roles are {', '.join(ROLES)}")
-    fields = Fields(value, known=("role", "content"), neutral=_EMPTY, where=where)
+    fields = FieldReader(value, known=("role", "content"), neutral=_EMPTY, where=where)
     if role not in ROLES:
         raise fields.wrong("role", f"one of {', '.join(ROLES)}")
     return {"role": role, "content": _content(fields)}
 
 
-def _content(fields: Fields) -> str:
+def _content(fields: FieldReader) -> str:
     """One text, or the texts of all parts, a line each."""
     found = fields.raw("content")
     if not isinstance(found, list):
@@ -63,7 +63,7 @@ def _content(fields: Fields) -> str:
             raise invalid(f"{where} has to be an object", where)
         if part.get("type") != "text":
             raise unsupported(f"{where}.type", "the model reads text parts alone")
-        text = Fields(part, known=("type", "text"), where=where).text("text")
+        text = FieldReader(part, known=("type", "text"), where=where).text("text")
         if text is None:
             raise invalid(f"{where}.text has to be given", f"{where}.text")
         texts.append(text)
@@ -167,7 +167,7 @@ class Request:
 
 def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, config: ServeConfig) -> Request:
     """The request that `values` make; Failure names the first field that cannot be used."""
-    fields = Fields(values, known=_KNOWN[endpoint], neutral=_NEUTRAL[endpoint], ignored=_IGNORED)
+    fields = FieldReader(values, known=_KNOWN[endpoint], neutral=_NEUTRAL[endpoint], ignored=_IGNORED)
     _check_model(fields, served)
     n = fields.integer("n", 1, config.max_choices) or 1
     chat = endpoint == "chat"
@@ -193,7 +193,7 @@ def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, confi
     )
 
 
-def _check_model(fields: Fields, served: str) -> None:
+def _check_model(fields: FieldReader, served: str) -> None:
     model = fields.text("model")
     if model is None:
         raise fields.wrong("model", f"given: {served!r} is served here")
@@ -203,12 +203,12 @@ def _check_model(fields: Fields, served: str) -> None:
 def check_served(model: str, served: str) -> None:
     """Failure 404 unless `model` is the one that is served."""
     if model != served:
-        raise Failure(
+        raise ApiError(
             404, f"no model {model[:100]!r}: {served!r} is served here", param="model", code="model_not_found"
         )
 
 
-def _max_tokens(fields: Fields) -> int | None:
+def _max_tokens(fields: FieldReader) -> int | None:
     old = fields.integer("max_tokens", 1, _LARGEST)
     new = fields.integer("max_completion_tokens", 1, _LARGEST)
     if old is not None and new is not None and old != new:
@@ -216,7 +216,7 @@ def _max_tokens(fields: Fields) -> int | None:
     return new if old is None else old
 
 
-def _include_usage(fields: Fields, stream: bool) -> bool:
+def _include_usage(fields: FieldReader, stream: bool) -> bool:
     options = fields.raw("stream_options")
     if options is None:
         return False
@@ -226,11 +226,11 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
         raise fields.wrong("stream_options", "an object")
     neutral = {"include_obfuscation": (False,)}
     return bool(
-        Fields(options, known=("include_usage",), neutral=neutral, where="stream_options").flag("include_usage")
+        FieldReader(options, known=("include_usage",), neutral=neutral, where="stream_options").flag("include_usage")
     )
 
 
-def _stops(fields: Fields) -> tuple[str, ...]:
+def _stops(fields: FieldReader) -> tuple[str, ...]:
     found = fields.raw("stop")
     if found is None:
         return ()
@@ -243,14 +243,14 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _chat_logprobs(fields: Fields) -> int | None:
+def _chat_logprobs(fields: FieldReader) -> int | None:
     wanted, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, _MAX_TOP_LOGPROBS["chat"])
     if top is not None and not wanted:
         raise invalid("top_logprobs are for logprobs: add logprobs", "top_logprobs")
     return (top or 0) if wanted else None
 
 
-def _prompts(fields: Fields, most: int) -> tuple[Prompt, ...]:
+def _prompts(fields: FieldReader, most: int) -> tuple[Prompt, ...]:
     found = fields.raw("prompt")
     if found is None:
         raise fields.wrong("prompt", "given: a string, a list of strings, token ids, or a list of lists of those")
@@ -261,7 +261,7 @@ def _prompts(fields: Fields, most: int) -> tuple[Prompt, ...]:
     return tuple(_prompt(fields, prompt) for prompt in prompts)
 
 
-def _prompt(fields: Fields, prompt: Any) -> Prompt:
+def _prompt(fields: FieldReader, prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         return fields.checked_text("prompt", prompt)
     if not isinstance(prompt, list) or not _is_ids(prompt):
@@ -309,7 +309,7 @@ def output_tokens(request: Request, prompt: list[int], caps: Caps) -> int:
     return wanted
 
 
-def _too_long(prompt_tokens: int, wanted: int, caps: Caps, param: str) -> Failure:
+def _too_long(prompt_tokens: int, wanted: int, caps: Caps, param: str) -> ApiError:
     return invalid(
         f"a prompt of {prompt_tokens} tokens and {wanted} new ones are {prompt_tokens + wanted}, the context is "
         f"{caps.context}: shorten one of them",

@@ -22,7 +22,7 @@ from griffin_offload.planner.plan import Plan
 from griffin_offload.serving.app import App, Service
 from griffin_offload.serving.auth import check_bind
 from griffin_offload.serving.metrics import Metrics
-from griffin_offload.serving.model_manager import Keeper
+from griffin_offload.serving.model_manager import ModelManager
 from griffin_offload.serving.requests import caps_of
 from griffin_offload.serving.tokenization import Encoder
 from griffin_offload.serving.worker import Worker
@@ -88,7 +88,7 @@ class Server:
         self._config = config
         self._name = config.served_name or _last_part(str(model))
         self._metrics = Metrics()
-        self._worker = Worker(Keeper(model, options, config.max_sessions), config, self._metrics)
+        self._worker = Worker(ModelManager(model, options, config.max_sessions), config, self._metrics)
         self._socket = _bound(config.host, config.port)
         self._uvicorn: _Uvicorn | None = None
         self._signal: int | None = None

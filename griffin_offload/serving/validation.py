@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from griffin_offload.serving.api_errors import Failure, invalid, unsupported
+from griffin_offload.serving.api_errors import ApiError, invalid, unsupported
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def _half_letter(text: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-class Fields:
+class FieldReader:
     """The fields of one object. Readers return None for a field that is absent or null.
 
     `known` are the names that will be read. `neutral` are names of OpenAI's API that are not served, each with the
@@ -71,7 +71,7 @@ class Fields:
     def raw(self, name: str) -> Any:
         return self._values.get(name)
 
-    def wrong(self, name: str, wanted: str) -> Failure:
+    def wrong(self, name: str, wanted: str) -> ApiError:
         return invalid(f"{self.path(name)} has to be {wanted}", self.path(name))
 
     def text(self, name: str) -> str | None:

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from griffin_offload.checkpoint import direct_io as direct_module
-from griffin_offload.checkpoint.direct_io import DirectReader, Extent, Placement
+from griffin_offload.checkpoint.direct_io import DirectReader, Extent, SlotLayout
 from griffin_offload.devices.host_memory import block_buffer, untouched_zeros
 from griffin_offload.errors import GriffinError
 from griffin_offload.offload import weight_store as source_module
 from griffin_offload.offload.layer_stream import LayerStream, StreamConfig
-from griffin_offload.offload.weight_store import DIRECT_SLACK_BYTES, FlatLayout, MappedWeights, slot_bytes
+from griffin_offload.offload.weight_store import DIRECT_SLACK_BYTES, FlatLayout, MmapStore, slot_bytes
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="O_DIRECT is Linux's")
 SIZE = 5_000_003
@@ -111,7 +111,7 @@ def layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, list[to
 
 
 def test_a_stream_reads_layers_into_slots_that_are_used_again(layers):
-    source = MappedWeights(layers, evict=True)
+    source = MmapStore(layers, evict=True)
     if not source.placements:
         pytest.skip("this file system has no direct reads")
     with LayerStream(source, [0, 1], StreamConfig(CPU, torch.float32, 1)) as stream:
@@ -131,14 +131,14 @@ def test_a_stream_reads_layers_into_slots_that_are_used_again(layers):
 
 
 def test_models_that_fit_the_page_cache_stay_in_it(layers):
-    source = MappedWeights(layers, evict=False)
+    source = MmapStore(layers, evict=False)
     assert source.placements == {}
     source.close()
 
 
 def test_a_file_that_was_cut_is_an_error(file, reader: DirectReader):
     path, content = file
-    placement = Placement([torch.zeros(5000, dtype=torch.uint8)], [Extent(str(path), 4_000_000, 5000)])
+    placement = SlotLayout([torch.zeros(5000, dtype=torch.uint8)], [Extent(str(path), 4_000_000, 5000)])
     buffer = block_buffer(placement.nbytes)
     assert reader.read(placement, buffer)[0].numpy().tobytes() == content[4_000_000:4_005_000]
     os.truncate(path, 4_001_000)

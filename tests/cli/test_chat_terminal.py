@@ -18,7 +18,7 @@ import pytest
 from griffin_offload.cli.chat import _Interrupts
 from griffin_offload.engine import chat as session
 from griffin_offload.engine.chat import ChatSession
-from griffin_offload.offload.weight_store import MappedWeights
+from griffin_offload.offload.weight_store import MmapStore
 
 OPTIONS = ("--device", "cpu", "--density", 0.5, "--max-mem", "1GB", "--ctx-size", 200, "-n", 6, "--temperature", 0)
 
@@ -109,7 +109,7 @@ def test_a_second_ctrl_c_takes_the_message_back(type_in, monkeypatch: pytest.Mon
 def test_ctrl_c_in_the_pass_takes_the_message_back(type_in, monkeypatch: pytest.MonkeyPatch):
     """In the second turn: the first one is as it was, and can be gone on from."""
     expected = type_in(["the cat", "the dog"], "-q").out
-    fetch, calls = MappedWeights.fetch, []
+    fetch, calls = MmapStore.fetch, []
 
     def pressed(source: object, layer: int) -> Any:
         calls.append(layer)
@@ -119,7 +119,7 @@ def test_ctrl_c_in_the_pass_takes_the_message_back(type_in, monkeypatch: pytest.
             time.sleep(0.2)
         return fetch(source, layer)
 
-    monkeypatch.setattr(MappedWeights, "fetch", pressed)
+    monkeypatch.setattr(MmapStore, "fetch", pressed)
     outcome = type_in(["the cat", "the dog", "/stats", "the dog"])
     assert len(calls) >= 8
     assert outcome.code == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from griffin_offload.offload.weight_store import MappedWeights, RamWeights
+from griffin_offload.offload.weight_store import HostStore, MmapStore
 
 
 def interrupting(fetch: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +26,7 @@ def interrupting(fetch: Callable[..., Any]) -> Callable[..., Any]:
     return slow
 
 
-@pytest.mark.parametrize(("source", "tier"), [(MappedWeights, "disk"), (RamWeights, "ram")])
+@pytest.mark.parametrize(("source", "tier"), [(MmapStore, "disk"), (HostStore, "ram")])
 @pytest.mark.parametrize("flags", [[], ["-q"], ["--json"]], ids=str)
 def test_ctrl_c_on_the_command_line(cli, llama: Path, monkeypatch: pytest.MonkeyPatch, source, tier, flags):
     monkeypatch.setattr(source, "fetch", interrupting(source.fetch))

@@ -20,7 +20,7 @@ from griffin_offload.engine import prefill
 from griffin_offload.engine.stock import Guard
 from griffin_offload.errors import DoesNotFit, GriffinError, OutOfMemory, memory_refused
 from griffin_offload.kv_cache.kv_cache import KVCache
-from griffin_offload.offload.background_loader import Arrival
+from griffin_offload.offload.background_loader import BackgroundLoader
 
 CUDA = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB"
 HOST = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12"
@@ -129,7 +129,7 @@ def test_residents_that_arrive_in_the_background(checkpoints, monkeypatch: pytes
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Arrival, "_do", refuse)
+        patch.setattr(BackgroundLoader, "_do", refuse)
         model = make(checkpoints("llama2"))
         for _ in range(2):
             with pytest.raises(OutOfMemory, match="while generating"):

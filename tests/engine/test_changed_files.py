@@ -29,7 +29,7 @@ def through_slots(_: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def read_directly(patch: pytest.MonkeyPatch) -> dict[str, Any]:
     patch.setattr(weight_store, "MIN_DIRECT_BYTES", 0)
-    patch.setattr(loading, "evicts", lambda prospect: True)
+    patch.setattr(loading, "evicts", lambda model_spec: True)
     return {}
 
 

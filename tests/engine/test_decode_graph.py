@@ -179,13 +179,13 @@ def test_models_that_cannot_be_captured_are_known(checkpoints, name: str, reason
 
 def test_a_capture_that_fails_is_said_and_costs_nothing_else(checkpoints, monkeypatch: pytest.MonkeyPatch):
     plain, graphs = _pair(checkpoints("llama2"))
-    original = decode_graph.StaticStep._masks
+    original = decode_graph.StaticDecodeStep._masks
 
     def reading(self: Any) -> Any:
         int(self._positions[0, 0])
         return original(self)
 
-    monkeypatch.setattr(decode_graph.StaticStep, "_masks", reading)
+    monkeypatch.setattr(decode_graph.StaticDecodeStep, "_masks", reading)
     with pytest.warns(UserWarning, match="decoding kernel by kernel, capturing failed: .*not permitted"):
         tokens = _generate(graphs, _ids())
     assert torch.equal(tokens, _generate(plain, _ids()))

@@ -10,7 +10,7 @@ from tiny_models import write_checkpoint, write_tokenizer
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from griffin_offload import GriffinModel
-from griffin_offload.engine.generation import Run
+from griffin_offload.engine.generation import GenerationState
 from griffin_offload.errors import NotFinite
 
 IDS = torch.tensor([[5, 6, 7]])
@@ -76,7 +76,7 @@ def test_a_device_is_not_waited_for_between_tokens():
     def logits(value: float) -> torch.Tensor:
         return torch.tensor([[value, 0.0]]).as_subclass(Elsewhere)
 
-    run = Run(1, 1, None, None, None, None)
+    run = GenerationState(1, 1, None, None, None, None)
     run.check_numbers(logits(1), torch.float16)
     run.check_numbers(logits(float("nan")), torch.float16)
     run.check_numbers(logits(1), torch.float16)

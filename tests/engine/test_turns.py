@@ -11,7 +11,7 @@ from tiny_models import VOCAB
 from transformers import DynamicCache, StoppingCriteria
 
 from griffin_offload import GriffinError, GriffinModel, UsageError
-from griffin_offload.engine.turns import Turns
+from griffin_offload.engine.turns import FifoLock
 from griffin_offload.errors import Busy
 
 
@@ -40,7 +40,7 @@ class _Holding(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def _wait_for_row(turns: Turns, callers: int) -> None:
+def _wait_for_row(turns: FifoLock, callers: int) -> None:
     end = time.monotonic() + 60
     while len(turns._row) < callers:
         assert time.monotonic() < end
@@ -48,7 +48,7 @@ def _wait_for_row(turns: Turns, callers: int) -> None:
 
 
 def test_callers_have_their_turns_in_order():
-    turns, order, threads = Turns(), list[int](), []
+    turns, order, threads = FifoLock(), list[int](), []
 
     def call(number: int) -> None:
         with turns.turn("nested", None):
@@ -68,7 +68,7 @@ def test_callers_have_their_turns_in_order():
 
 
 def test_a_caller_that_gives_up_leaves_the_row():
-    turns, errors = Turns(), list[str]()
+    turns, errors = FifoLock(), list[str]()
 
     def call() -> None:
         try:

@@ -30,10 +30,10 @@ of_all_processors = pytest.mark.parametrize(
 """Kernels for instructions that this processor has not are those of AVX2 again."""
 
 
-def _kernels(**kind: bool) -> gemv.Kernels:
+def _kernels(**kind: bool) -> gemv.GemvKernels:
     found = library()
     assert found is not None
-    return gemv.Kernels(found, **kind)
+    return gemv.GemvKernels(found, **kind)
 
 
 def _check(found: Tensor, x: Tensor, matrix: Tensor, sizes: Tensor, group: int, bits: int = 16) -> None:

@@ -21,12 +21,12 @@ def _library() -> Library:
     return LOADED
 
 
-def _few() -> gemv.Kernels:
-    return gemv.Kernels(_library())
+def _few() -> gemv.GemvKernels:
+    return gemv.GemvKernels(_library())
 
 
-def _many() -> gemm.Kernels:
-    return gemm.Kernels(_library(), torch.float32)
+def _many() -> gemm.GemmKernels:
+    return gemm.GemmKernels(_library(), torch.float32)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> None:

@@ -36,9 +36,9 @@ of_all = pytest.mark.parametrize(
 )
 
 
-def _kernels(dtype: torch.dtype, tiles: bool = False) -> gemm.Kernels:
+def _kernels(dtype: torch.dtype, tiles: bool = False) -> gemm.GemmKernels:
     assert LOADED is not None
-    return gemm.Kernels(LOADED, dtype, tiles=tiles)
+    return gemm.GemmKernels(LOADED, dtype, tiles=tiles)
 
 
 @dataclass(frozen=True)

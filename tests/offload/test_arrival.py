@@ -10,7 +10,7 @@ from torch import nn
 from griffin_offload import GriffinModel
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.errors import GriffinError
-from griffin_offload.offload.background_loader import Arrival
+from griffin_offload.offload.background_loader import BackgroundLoader
 
 
 def decoder(layers: int) -> nn.ModuleList:
@@ -19,7 +19,9 @@ def decoder(layers: int) -> nn.ModuleList:
 
 def test_a_layer_waits_for_its_own_residents_and_no_others() -> None:
     layers, second, done = decoder(2), threading.Event(), threading.Event()
-    arrival = Arrival(layers, [[lambda: None], [lambda: second.wait() and None]], check=lambda: None, finished=done.set)
+    arrival = BackgroundLoader(
+        layers, [[lambda: None], [lambda: second.wait() and None]], check=lambda: None, finished=done.set
+    )
     arrival.start()
     row = torch.ones(1, 2)
     layers[0](row)
@@ -40,7 +42,7 @@ def test_a_failure_is_raised_by_every_forward_that_needs_it() -> None:
         raise OSError("the disk is gone")
 
     layers = decoder(2)
-    arrival = Arrival(layers, [[fails], [lambda: None]], check=lambda: None, finished=lambda: None)
+    arrival = BackgroundLoader(layers, [[fails], [lambda: None]], check=lambda: None, finished=lambda: None)
     arrival.start()
     for layer in layers:
         with pytest.raises(GriffinError, match="the disk is gone"):
@@ -57,7 +59,7 @@ def test_close_ends_what_is_under_way() -> None:
 
     done = threading.Event()
     many = [slow] * 8
-    arrival = Arrival(layers, [many, many, many], check=lambda: None, finished=done.set)
+    arrival = BackgroundLoader(layers, [many, many, many], check=lambda: None, finished=done.set)
     arrival.start()
     asked.wait(10)
     threading.Timer(0.1, go_on.set).start()

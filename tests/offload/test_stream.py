@@ -10,7 +10,7 @@ from tiny_models import VOCAB
 
 from griffin_offload import GriffinError, GriffinModel
 from griffin_offload.offload.layer_stream import LayerStream, StreamConfig
-from griffin_offload.offload.weight_store import MappedWeights, RamWeights
+from griffin_offload.offload.weight_store import HostStore, MmapStore
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def _ids() -> torch.Tensor:
     return torch.randint(3, VOCAB, (1, 32), generator=torch.Generator().manual_seed(1))
 
 
-class _CountingSource(MappedWeights):
+class _CountingSource(MmapStore):
     """Counts how often each layer is fetched and dropped."""
 
     def __init__(self, layers: dict[int, list[torch.Tensor]]) -> None:
@@ -94,7 +94,7 @@ def test_leaving_early_stops_the_reader():
 
 def test_ram_weights_are_copies_in_the_precision_of_the_computation():
     original = {0: [torch.randn(5, 3), torch.randn(7)]}
-    source = RamWeights(MappedWeights(original, evict=False), [0], torch.bfloat16, pin=False)
+    source = HostStore(MmapStore(original, evict=False), [0], torch.bfloat16, pin=False)
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(source.fetch(0), original[0], strict=True))
     assert source.fetched_bytes == 22 * 2
     assert source.nbytes >= 22 * 2

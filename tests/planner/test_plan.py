@@ -10,9 +10,9 @@ from tiny_models import ARCHITECTURES, VOCAB
 from transformers import LlamaConfig
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
-from griffin_offload.blocks.sizes import LayerShape, ModelShape, build_on_meta, model_shape
+from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, build_on_meta, model_shape
 from griffin_offload.formats.linear import PRECISIONS, Precision
-from griffin_offload.kv_cache.sizes import Usage, kv_bytes
+from griffin_offload.kv_cache.sizes import Workload, kv_bytes
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.plan import price
 from griffin_offload.planner.request import PlanRequest
@@ -28,12 +28,12 @@ LLAMA_13B = {
 }
 
 
-def _shape_of(**settings: int) -> ModelShape:
+def _shape_of(**settings: int) -> ModelSizes:
     return model_shape(build_on_meta(LlamaConfig(**settings), torch.bfloat16))
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> ModelShape:
+def shapes(draw: st.DrawFn) -> ModelSizes:
     """Any model: layers of different widths, tied or not, windows, inline FFs."""
     layers = draw(st.integers(1, 6))
     hidden = draw(st.integers(8, 512))
@@ -41,9 +41,9 @@ def shapes(draw: st.DrawFn) -> ModelShape:
     neurons = draw(st.lists(st.integers(1, 2048), min_size=layers, max_size=layers))
     windows = draw(st.lists(st.sampled_from([None, 64]), min_size=layers, max_size=layers))
     gated = draw(st.booleans())
-    return ModelShape(
+    return ModelSizes(
         layers=tuple(
-            LayerShape(
+            LayerSizes(
                 n,
                 (3 if gated else 2) * hidden * item,
                 n * (3 if gated else 2) * hidden * item,
@@ -88,7 +88,7 @@ def requests(draw: st.DrawFn) -> PlanRequest:
 
 @settings(max_examples=150)
 @given(shapes(), requests())
-def test_a_plan_never_exceeds_its_budget_and_a_refusal_names_the_numbers(shape: ModelShape, request: PlanRequest):
+def test_a_plan_never_exceeds_its_budget_and_a_refusal_names_the_numbers(shape: ModelSizes, request: PlanRequest):
     plan, remedy = solve([shape], request)
     assert plan.fits == (remedy is None)
     assert all(size >= 0 for size in plan.parts.values())
@@ -102,11 +102,11 @@ def test_a_plan_never_exceeds_its_budget_and_a_refusal_names_the_numbers(shape: 
 
 @settings(max_examples=150)
 @given(shapes(), requests())
-def test_no_feasible_density_is_missed(shape: ModelShape, request: PlanRequest):
+def test_no_feasible_density_is_missed(shape: ModelSizes, request: PlanRequest):
     """Brute force over every density, slot count and placement; 0.05 and one step of densities may be given up for the
     second slot."""
     request = dataclasses.replace(request, density="auto", ctx_tokens=200)
-    use = Usage(request.batch, min(request.prompt_tokens or 200, 200), 200)
+    use = Workload(request.batch, min(request.prompt_tokens or 200, 200), 200)
     everything = tuple(layer.neurons for layer in shape.layers)
     placements = ("device",) if shape.tied else ("device", "host")
     feasible = [
@@ -127,7 +127,7 @@ def test_no_feasible_density_is_missed(shape: ModelShape, request: PlanRequest):
 
 @settings(max_examples=60)
 @given(shapes(), requests())
-def test_the_remedies_help(shape: ModelShape, request: PlanRequest):
+def test_the_remedies_help(shape: ModelSizes, request: PlanRequest):
     plan, remedy = solve([shape], request)
     if remedy is None:
         return
@@ -159,10 +159,10 @@ def test_density_is_solved_in_multiples_of_64():
     assert 0.25 <= plan.density < 1
     assert plan.embeddings == "host"
     one_more = tuple(k + 64 for k in plan.kept)
-    assert not price(shape, PlanRequest(16 * 10**9), Usage(1, 1024, 1024), one_more, 2, "host").fits
+    assert not price(shape, PlanRequest(16 * 10**9), Workload(1, 1024, 1024), one_more, 2, "host").fits
 
 
-def _in_fewer_bits(shape: ModelShape, precision: Precision, share: int) -> ModelShape:
+def _in_fewer_bits(shape: ModelSizes, precision: Precision, share: int) -> ModelSizes:
     layers = tuple(
         dataclasses.replace(
             layer,
@@ -177,7 +177,7 @@ def _in_fewer_bits(shape: ModelShape, precision: Precision, share: int) -> Model
 
 @settings(max_examples=150)
 @given(shapes(), requests(), st.integers(1, 3), st.lists(st.floats(0, 2), min_size=4, max_size=12))
-def test_more_memory_is_never_worse(shape: ModelShape, request: PlanRequest, count: int, budgets: list[float]):
+def test_more_memory_is_never_worse(shape: ModelSizes, request: PlanRequest, count: int, budgets: list[float]):
     """Precision, then density, then context: in this order none is ever given up for another, or for want of less."""
     precisions = [shape, _in_fewer_bits(shape, "int8", 2), _in_fewer_bits(shape, "int4", 4)][:count]
     whole = best_plan(shape, dataclasses.replace(request, budget_bytes=1, density=1.0), 2048).peak_bytes
@@ -217,8 +217,8 @@ def test_the_context_that_quality_is_solved_for(asked: dict[str, int], found: in
     assert (plan.context_tokens, plan.kept) == (found, least.kept)
 
 
-def _use(asked: dict[str, int], tokens: int) -> Usage:
-    return Usage(1, asked.get("prompt_tokens", tokens), tokens)
+def _use(asked: dict[str, int], tokens: int) -> Workload:
+    return Workload(1, asked.get("prompt_tokens", tokens), tokens)
 
 
 def test_a_model_of_short_contexts_has_its_own_floor():

@@ -39,7 +39,7 @@ def _bytes(rows: int, columns: int, dtype: torch.dtype = torch.uint8) -> Tensor:
 
 
 def few(r: random.Random, library: compiled.Library) -> None:
-    kernels = gemv.Kernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
+    kernels = gemv.GemvKernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
     rows, inputs, outputs = r.randint(1, 9), r.randint(1, 300), r.randint(1, 140)
     dtype = r.choice(DTYPES)
     bias = torch.randn(outputs).to(dtype) if r.random() < 0.5 else None
@@ -56,7 +56,7 @@ def many(r: random.Random, library: compiled.Library) -> None:
     rows, inputs, outputs = r.choice([1, 7, 33, 250]), 2 * r.randint(1, 300), r.randint(1, 140)
     pairs = library.sums_pairs and r.random() < 0.5
     dtype = torch.bfloat16 if pairs else r.choice(DTYPES)
-    kernels = gemm.Kernels(library, torch.bfloat16 if pairs else torch.float32)
+    kernels = gemm.GemmKernels(library, torch.bfloat16 if pairs else torch.float32)
     bias = torch.randn(outputs).to(dtype) if r.random() < 0.5 else None
     x, scale = _numbers(r, rows, inputs, dtype), torch.rand(outputs).to(r.choice(DTYPES))
     kernels.multiply("int8", x, _bytes(outputs, inputs, torch.int8), scale, bias)
@@ -111,7 +111,7 @@ def int4(r: random.Random, library: compiled.Library) -> None:
     neurons = quantize.quantize_int4_neurons(weight, torch.rand(inputs) + 0.1, None)
     assert rows is not None
     assert neurons is not None
-    few = gemv.Kernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
+    few = gemv.GemvKernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
     scale, dtype = torch.rand(outputs).to(r.choice(DTYPES)), r.choice(DTYPES)
     few.multiply_int4_rows(_numbers(r, r.randint(1, 9), inputs, dtype), *rows, scale)
     kept, features = 16 * r.randint(1, 8), r.randint(1, outputs)
@@ -123,7 +123,7 @@ def int4(r: random.Random, library: compiled.Library) -> None:
         _numbers(r, r.randint(1, 9), kept, dtype), *strips, torch.rand(kept).to(dtype), features=features
     )
     pairs = library.sums_pairs and r.random() < 0.5
-    many = gemm.Kernels(library, torch.bfloat16 if pairs else torch.float32)
+    many = gemm.GemmKernels(library, torch.bfloat16 if pairs else torch.float32)
     count = r.choice([3, 40])
     x = _numbers(r, count, inputs, torch.bfloat16)
     many.multiply("int4_rows", x, rows[0], scale, None, rows[1])
