@@ -1,12 +1,14 @@
-"""How much an error in each input of a matrix counts: the mean squares of its inputs over a page of text.
+"""Inputs of a model's matrices over pages of text: what int4 is fitted by.
 
-Int4 groups are fitted by them (formats/int4.py). One forward of the stock model over its mapped weights finds them, a
-layer's pages at a time; they are the same for every run of a checkpoint, so they are kept in the user's cache.
+One forward of the stock model over its mapped weights finds them, a layer's pages at a time. Where weights are
+quantised for every prompt, their mean squares over the first page count (formats/int4.py): the same for every run of a
+checkpoint, so that they are kept in the user's cache. `convert` takes the inputs themselves over all pages, a layer at
+a time (formats/compensation.py).
 """
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from griffin_offload.blocks.feedforward import FeedForward, features
 from griffin_offload.blocks.replace import linear_names
@@ -29,8 +32,12 @@ from griffin_offload.formats.linear import Scratch
 Importance = Mapping[str, Tensor]
 """Mean squares float32 [I] of the inputs of a linear layer, by "layer.name"."""
 CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
-_SEQUENCES, _TOKENS = 4, 128
-# The first tokens' states are unlike all others', in every trained model.
+Inputs = Mapping[str, Tensor]
+"""Inputs [T, I] of a layer's linear modules by their names, in the type of the computation; the same tensor for modules
+that have the same inputs."""
+_SEQUENCES, _ALL_SEQUENCES, _TOKENS = 4, 16, 128
+# The first tokens' states are unlike all others', in every trained model: they are no measure of what counts, but a few
+# weights make them, and what makes up for errors must know of these.
 _SKIPPED_TOKENS = 4
 _SCRATCH_BYTES = 2**22
 _FORMAT = 2
@@ -51,7 +58,7 @@ def importance_of(
     path = _cache_path(checkpoint)
     found = _read(path, {name: features(module)[1] for name, module in wanted.items()})
     if found is None:
-        ids = _token_ids(checkpoint, model)
+        ids = _token_ids(checkpoint, model, _SEQUENCES)
         if ids is None:
             return {}
         with _a_layer_at_a_time(model, decoder, checkpoint, evict):
@@ -61,6 +68,50 @@ def importance_of(
             with renamed(path) as temporary:
                 save_file(found, temporary)
     return found
+
+
+@torch.no_grad()
+def visit_inputs(
+    checkpoint: Checkpoint, model: Any, decoder: nn.ModuleList, visit: Callable[[int, Inputs], None]
+) -> None:
+    """Call `visit` with the index of every layer, in order, and the inputs of its linear modules, of those that its
+    forward calls: of none where the checkpoint has no tokenizer that fits it. `model` is mapped and as stored."""
+    ids = _token_ids(checkpoint, model, _ALL_SEQUENCES)
+    if ids is None:
+        for index in range(len(decoder)):
+            visit(index, {})
+        return
+    with contextlib.ExitStack() as stack:
+        # Within the reading of pages: they are dropped behind the visit, which reads them, too.
+        hooks = [hook for index, layer in enumerate(decoder) for hook in _visiting(index, layer, ids, visit)]
+        for handle in hooks:
+            stack.callback(handle.remove)
+        stack.enter_context(_a_layer_at_a_time(model, decoder, checkpoint, evict=True))
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+
+def _visiting(
+    index: int, layer: nn.Module, ids: Tensor, visit: Callable[[int, Inputs], None]
+) -> Iterator[RemovableHandle]:
+    seen: list[tuple[Tensor, Tensor]] = []  # what a module was given, which stays until the layer is over, and its rows
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        rows = next((rows for given, rows in seen if given is x), None)
+        if rows is None:
+            rows = x.reshape(ids.numel(), -1).clone()
+            seen.append((x, rows))
+        found[name] = rows
+
+    def finish() -> None:
+        seen.clear()
+        visit(index, dict(found))
+        found.clear()
+
+    for name in linear_names(layer):
+        module = layer.get_submodule(name)
+        yield module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+    yield layer.register_forward_hook(lambda *_: finish())
 
 
 def _cache_path(checkpoint: Checkpoint) -> Path:
@@ -79,7 +130,8 @@ def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:
     return found if kept == sizes else None
 
 
-def _token_ids(checkpoint: Checkpoint, model: Any) -> Tensor | None:
+def _token_ids(checkpoint: Checkpoint, model: Any, most: int) -> Tensor | None:
+    """Up to `most` sequences; None: of no tokenizer that fits the model."""
     try:
         tokenizer = load_tokenizer(checkpoint.directory)
     except CheckpointError:
@@ -92,7 +144,7 @@ def _token_ids(checkpoint: Checkpoint, model: Any) -> Tensor | None:
     ids = ids[len(begin) :]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
     tokens = min(_TOKENS, longest, ids.numel()) - len(begin)
-    sequences = min(_SEQUENCES, ids.numel() // tokens) if tokens > _SKIPPED_TOKENS else 0
+    sequences = min(most, ids.numel() // tokens) if tokens > _SKIPPED_TOKENS else 0
     if not sequences or int(ids.max()) >= model.get_input_embeddings().weight.shape[0]:
         return None
     rows = ids[: sequences * tokens].view(sequences, tokens)

@@ -29,10 +29,11 @@ from griffin_offload.checkpoint.files import check_name, renamed, temporary_name
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.checkpoint.safetensors import INDEX, said_untied
 from griffin_offload.devices.memory import RefusalsNamed
-from griffin_offload.engine.calibration import Importance, importance_of
+from griffin_offload.engine.calibration import Inputs, visit_inputs
 from griffin_offload.engine.load import check_stored, map_model
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
-from griffin_offload.formats.int4 import OFF, missed_weights
+from griffin_offload.formats.compensation import Compensation
+from griffin_offload.formats.int4 import NEAREST, OFF, Rounder, missed_weights
 from griffin_offload.formats.linear import Precision, quantized
 from griffin_offload.units import format_bytes
 
@@ -188,26 +189,49 @@ def _write_shards(
     groups = [(f"{prefix}.{i}.", layer, block) for i, (layer, block) in enumerate(zip(decoder, blocks, strict=True))]
     names = [f"model-{i + 1:05d}-of-{len(groups) + 1:05d}.safetensors" for i in range(len(groups) + 1)]
     weight_map: dict[str, str] = {}
-    unfinished = any(not (directory / name).is_file() for name in names[:-1])
-    importance: Importance = {}
-    if mark.precision == "int4" and unfinished:
-        importance = importance_of(checkpoint, model, decoder, blocks, evict=True)
     missed = _Missed()
     with contextlib.closing(_Reader(model, checkpoint, progress)) as reader:
-        for index, (name, (start, layer, block)) in enumerate(zip(names, groups, strict=False)):
-            path = directory / name
-            if not path.is_file():
-                own = {linear: importance.get(f"{index}.{linear}") for linear in linear_names(layer)}
-                tensors = _layer_tensors(start, layer, block, mark.precision, checkpoint.dtype, reader, own, missed)
-                _write_shard(path, tensors, mark)
-            else:
+
+        def write_layer(index: int, inputs: Inputs) -> None:
+            path, (start, layer, block) = directory / names[index], groups[index]
+            if path.is_file():
                 reader.skip(layer)
-            weight_map |= dict.fromkeys(_names_in(path), name)
+            else:
+                rounders = _Rounders(inputs)
+                tensors = _layer_tensors(
+                    start, layer, block, mark.precision, checkpoint.dtype, reader, rounders, missed
+                )
+                _write_shard(path, tensors, mark)
+            weight_map.update(dict.fromkeys(_names_in(path), names[index]))
+
+        if mark.precision == "int4" and any(not (directory / name).is_file() for name in names[:-1]):
+            visit_inputs(checkpoint, model, decoder, write_layer)
+        else:
+            for index in range(len(groups)):
+                write_layer(index, {})
         path = directory / names[-1]
         if not path.is_file():
             _write_shard(path, _tensors_outside(model, prefix, mark, checkpoint.dtype, reader), mark)
     missed.warn()
     return weight_map | dict.fromkeys(_names_in(path), names[-1])
+
+
+class _Rounders:
+    """How each matrix of a layer is rounded: by what its inputs were, if they are known."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self._last: tuple[Tensor, Compensation] | None = None
+        """Of modules that have the same inputs and follow one another."""
+
+    def of(self, name: str) -> Rounder:
+        x = self._inputs.get(name)
+        if x is None:
+            return NEAREST
+        if self._last is None or self._last[0] is not x:
+            self._last = None  # before the next: two take twice the memory
+            self._last = x, Compensation(x)
+        return self._last[1]
 
 
 @dataclass
@@ -272,7 +296,7 @@ def _layer_tensors(
     precision: Precision,
     dtype: torch.dtype,
     reader: _Reader,
-    importance: Mapping[str, Tensor | None],
+    rounders: _Rounders,
     missed: _Missed,
 ) -> dict[str, Tensor]:
     linears = {name: layer.get_submodule(name) for name in linear_names(layer)}
@@ -284,8 +308,8 @@ def _layer_tensors(
                 module = linears[owner]
                 matrix = values if isinstance(module, nn.Linear) else values.t()  # Conv1D
                 try:
-                    is_down, own = module is block.down, importance.get(owner)
-                    found = quantized(matrix, precision, dtype, is_down=is_down, importance=own)
+                    is_down, rounder = module is block.down, rounders.of(owner)
+                    found = quantized(matrix, precision, dtype, is_down=is_down, rounder=rounder)
                 except CheckpointError as error:
                     raise CheckpointError(f"{prefix}{name}: {error}") from error
                 if precision == "int4":

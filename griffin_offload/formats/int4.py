@@ -18,6 +18,7 @@ the input that it is multiplied by.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +44,32 @@ LARGE = 16.0
 OFF = 0.25
 """From which share on a large weight that comes back otherwise is missed."""
 _MISS_ROWS = 256
+
+
+class Rounder(Protocol):
+    """Chooses codes and groups of a matrix [O, I]."""
+
+    def quantize_rows(self, weight: Tensor, scale: Tensor) -> Int4:
+        """Codes [O, I / 2] and groups [O, I / 32, 2] of `weight` [O, I] over its rows' `scale` [O]."""
+
+    def quantize_neurons(self, columns: Tensor, scale: Tensor) -> Int4:
+        """Codes [I, O / 2] and groups [I, O / 32, 2] of a down projection's `columns` [O, I] over their `scale` [I]."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Every number by itself to what is nearest; groups are searched by the `importance` [I] of a row's inputs."""
+
+    importance: Tensor | None = None
+
+    def quantize_rows(self, weight: Tensor, scale: Tensor) -> Int4:
+        return quantize_rows(weight, scale, self.importance)
+
+    def quantize_neurons(self, columns: Tensor, scale: Tensor) -> Int4:
+        return quantize_neurons(columns, scale)
+
+
+NEAREST = Nearest()
 
 
 def quantize_rows(weight: Tensor, scale: Tensor, importance: Tensor | None = None) -> Int4:
@@ -87,6 +114,12 @@ def missed_weights(rows: Tensor, scale: Tensor, quantised: Int4) -> tuple[int, f
     return count, worst
 
 
+def pack(levels: Tensor) -> Tensor:
+    """Codes [R, C / 2] of `levels` uint8 [R, C]."""
+    groups = levels.reshape(levels.shape[0], -1, 2, _HALF)
+    return (groups[:, :, 0] | (groups[:, :, 1] << 4)).flatten(1)
+
+
 def unpack(codes: Tensor, groups: Tensor, out: Tensor) -> Tensor:
     """step * (code + offset) of rows or neurons, written into `out`, floats [R, C]: numbers without their scale."""
     shape = groups.shape[:-1]
@@ -94,7 +127,7 @@ def unpack(codes: Tensor, groups: Tensor, out: Tensor) -> Tensor:
     pairs = codes.view(*shape, _HALF)
     low.copy_(pairs & 15)
     high.copy_(pairs >> 4)
-    step, offset = _steps(groups, out.dtype)
+    step, offset = steps_of(groups, out.dtype)
     out.view(*shape, GROUP).add_(offset[..., None]).mul_(step[..., None])
     return out
 
@@ -123,7 +156,7 @@ def write_neurons(neurons: Int4, strips: Int4, start: int) -> None:
     to_groups[: groups.shape[1], part] = groups.transpose(0, 1)
 
 
-def _steps(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def steps_of(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """step and offset [..., G] of pairs of bytes [..., G, 2]."""
     step, offset = groups.unbind(-1)
     bits = (step.to(torch.int32) + _STEP_BIAS) << _STEP_SHIFT
@@ -162,8 +195,7 @@ class _Grid:
 def _quantize(numbers: Tensor, importance: Tensor, codes: Tensor, groups: Tensor) -> None:
     """`numbers` [R, G, 32] over their rows' scale become `codes` [R, 16 G] and `groups` [R, G, 2]."""
     grid = _best_grid(numbers, importance)
-    levels = grid.codes(numbers).add_(_CENTRE).to(torch.uint8)
-    codes.copy_((levels[..., :_HALF] | (levels[..., _HALF:] << 4)).view(codes.shape))
+    codes.copy_(pack(grid.codes(numbers).add_(_CENTRE).to(torch.uint8).view(len(codes), -1)))
     groups[..., 0] = grid.step[..., 0].to(torch.uint8)
     groups[..., 1] = grid.offset[..., 0].to(torch.int8).view(torch.uint8)
 

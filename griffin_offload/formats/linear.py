@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel, one_line
-from griffin_offload.formats.int4 import GROUP, STRIP, quantize_neurons, quantize_rows, unpack, unpack_strip
+from griffin_offload.formats.int4 import GROUP, NEAREST, STRIP, Rounder, unpack, unpack_strip
 from griffin_offload.formats.int8 import int8_scale, neuron_scale, quantize_int8, row_scale
 from griffin_offload.kernels import gemm, gemv
 from griffin_offload.kernels.library import needs_gradient
@@ -336,17 +336,16 @@ def column_norms(full: dict[str, Tensor], *, swapped: bool) -> Tensor:
 
 
 def quantized(
-    weight: Tensor, precision: Precision, dtype: torch.dtype, *, is_down: bool, importance: Tensor | None = None
+    weight: Tensor, precision: Precision, dtype: torch.dtype, *, is_down: bool, rounder: Rounder = NEAREST
 ) -> dict[str, Tensor]:
-    """The stored tensors of a whole matrix [O, I] of floats; scales are of `dtype`. `importance` [I] of the inputs is
-    for int4 rows."""
+    """The stored tensors of a whole matrix [O, I] of floats; scales are of `dtype`. `rounder` is for int4."""
     if precision == "int4" and is_down:
         input_scale = neuron_scale(weight, dtype)
-        codes, groups = quantize_neurons(weight, input_scale)
+        codes, groups = rounder.quantize_neurons(weight, input_scale)
         return {"weight": codes, "groups": groups, "input_scale": input_scale}
     if precision == "int4":
         scale = row_scale(weight, dtype)
-        codes, groups = quantize_rows(weight, scale, importance)
+        codes, groups = rounder.quantize_rows(weight, scale)
         return {"weight": codes, "groups": groups, "scale": scale}
     beside = {"input_scale": neuron_scale(weight, dtype)} if is_down else {}
     scale = int8_scale(weight, dtype, beside.get("input_scale"))
