@@ -224,13 +224,13 @@ class _Rounders:
         self._last: tuple[Tensor, Compensation] | None = None
         """Of modules that have the same inputs and follow one another."""
 
-    def of(self, name: str) -> Rounder:
+    def of(self, name: str, *, is_down: bool) -> Rounder:
         x = self._inputs.get(name)
         if x is None:
             return NEAREST
         if self._last is None or self._last[0] is not x:
             self._last = None  # before the next: two take twice the memory
-            self._last = x, Compensation(x)
+            self._last = x, Compensation(x, are_neurons=is_down)
         return self._last[1]
 
 
@@ -308,7 +308,8 @@ def _layer_tensors(
                 module = linears[owner]
                 matrix = values if isinstance(module, nn.Linear) else values.t()  # Conv1D
                 try:
-                    is_down, rounder = module is block.down, rounders.of(owner)
+                    is_down = module is block.down
+                    rounder = rounders.of(owner, is_down=is_down)
                     found = quantized(matrix, precision, dtype, is_down=is_down, rounder=rounder)
                 except CheckpointError as error:
                     raise CheckpointError(f"{prefix}{name}: {error}") from error

@@ -1,14 +1,15 @@
 """Int4 whose rounding errors later inputs make up for: what convert does, where there is time for it.
 
-Rounding to the nearest keeps weights, but it is products that count. Here a matrix is rounded 32 inputs at a time, one
-input after another, and what an input misses of the products with inputs X [T, I] of a page of text is taken out of the
-inputs that are not rounded yet (GPTQ: Frantar et al. 2022, arXiv:2210.17323, section 3). The format stays as it is.
+Rounding to the nearest keeps weights, but it is products that count. Here one input of a matrix is rounded after
+another, those first that count most, and what one misses of the products with inputs X [T, I] of a page of text is
+taken out of the inputs that are not rounded yet (GPTQ: Frantar et al. 2022, arXiv:2210.17323, section 3). The format
+stays as it is.
 
 A page has fewer tokens than a matrix has inputs, so of the moments X^T X the diagonal is known best: they are shrunk
 towards it, by the share s. Even so an input may be small on the page and large elsewhere: the diagonal has a floor.
 With the columns x of X over its roots and a = s / (1 - s), a change d of weights in the same units errs by
-|x d|^2 + a |d|^2. Moments [I, I] are never formed: what the inputs R behind a block
-make up for follows from S = a + x_R x_R^T, [T, T], as (a + x_R^T x_R)^-1 x_R^T = x_R^T S^-1.
+|x d|^2 + a |d|^2. Moments [I, I] are never formed: what the inputs R behind a block make up for follows from
+S = a + x_R x_R^T, [T, T], as (a + x_R^T x_R)^-1 x_R^T = x_R^T S^-1.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,21 +20,22 @@ from torch import Tensor
 
 from griffin_offload.formats.int4 import GROUP, Int4, pack, quantize_rows, steps_of
 
-SHRINKING = 0.4
+SHRINKING = 0.5
 """s. benchmarks/NOTES.md has what others gave."""
-FLOOR = 0.25
+FLOOR = 0.5
 """Of the inputs' mean root mean square, squared: what an input counts that the page shows nothing of."""
 _LEVELS = 15
 
-_Search = Callable[[Tensor, slice], tuple[Tensor, Tensor, Tensor]]
-"""Of numbers [J, O], inputs in the slice, their pairs of bytes, and steps and offsets that broadcast to [J, O]."""
+_Search = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Of numbers [J, O] and the indices of their inputs: pairs of bytes, and steps and offsets that broadcast to [J, O]."""
 
 
 @dataclass(frozen=True)
 class _Block:
     """J inputs that are rounded before what they missed is carried on; x has T rows."""
 
-    inputs: slice
+    inputs: Tensor
+    """Their indices, int64 [J]."""
     x: Tensor
     """float32 [T, J], columns of length up to one."""
     carry: Tensor
@@ -43,9 +45,10 @@ class _Block:
 
 
 class Compensation:
-    """Quantises matrices [O, I] whose inputs were X [T, I]; several that have the same inputs share one."""
+    """Quantises matrices [O, I] whose inputs were X [T, I]; several that have the same inputs share one. Inputs of a
+    down projection are neurons, and have no groups along them."""
 
-    def __init__(self, x: Tensor, shrinking: float = SHRINKING) -> None:
+    def __init__(self, x: Tensor, *, are_neurons: bool, shrinking: float = SHRINKING) -> None:
         x = x.float()
         squares = x.square().mean(0)
         self.importance = squares + FLOOR * squares.sqrt().mean().square()
@@ -54,56 +57,72 @@ class Compensation:
         x = x / self._norms
         if x.shape[0] > x.shape[1]:
             x = torch.linalg.qr(x, mode="r").R  # fewer rows with the same moments
-        self._blocks = list(_blocks(x, shrinking / (1 - shrinking)))
+        self._blocks = list(_blocks(x, _order(self.importance, are_neurons), shrinking / (1 - shrinking)))
 
     def quantize_rows(self, weight: Tensor, scale: Tensor) -> Int4:
         """Codes [O, I / 2] and groups [O, I / 32, 2] of `weight` [O, I] over its rows' `scale` [O]."""
         ones = torch.ones_like(scale, dtype=torch.float32)
 
-        def search(numbers: Tensor, inputs: slice) -> tuple[Tensor, Tensor, Tensor]:
+        def search(numbers: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             _, pairs = quantize_rows(numbers.t().contiguous(), ones, self.importance[inputs])
             return pairs, *steps_of(pairs[:, 0], torch.float32)
 
-        found = list(self._rounded(weight, _divisor(scale), self._norms, search))
-        return torch.cat([pack(levels.t()) for levels, _ in found], 1), torch.cat([pairs for _, pairs in found], 1)
+        codes = torch.empty(len(scale), weight.shape[1] // GROUP, GROUP // 2, dtype=torch.uint8, device=weight.device)
+        groups = codes.new_empty(*codes.shape[:2], 2)
+        for block, levels, pairs in self._rounded(weight, _divisor(scale), self._norms, search):
+            group = int(block[0]) // GROUP
+            codes[:, group], groups[:, group] = pack(levels.t()), pairs[:, 0]
+        return codes.flatten(1), groups
 
     def quantize_neurons(self, columns: Tensor, scale: Tensor) -> Int4:
         """Codes [I, O / 2] and groups [I, O / 32, 2] of a down projection's `columns` [O, I] over their `scale` [I]."""
         divisor = _divisor(scale)
 
-        def search(numbers: Tensor, inputs: slice) -> tuple[Tensor, Tensor, Tensor]:
+        def search(numbers: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             _, pairs = quantize_rows(numbers, torch.ones(len(numbers), device=numbers.device))
             step, offset = (part.repeat_interleave(GROUP, dim=1) for part in steps_of(pairs, torch.float32))
             return pairs, step, offset
 
-        found = list(self._rounded(columns, divisor[:, None], self._norms * divisor, search))
-        return torch.cat([pack(levels) for levels, _ in found]), torch.cat([pairs for _, pairs in found])
+        outputs, inputs = columns.shape
+        codes = torch.empty(inputs, outputs // 2, dtype=torch.uint8, device=columns.device)
+        groups = codes.new_empty(inputs, outputs // GROUP, 2)
+        for block, levels, pairs in self._rounded(columns, divisor[:, None], self._norms * divisor, search):
+            codes[block], groups[block] = pack(levels), pairs
+        return codes, groups
 
     def _rounded(
         self, weight: Tensor, divisor: Tensor, units: Tensor, search: _Search
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Levels [J, O] and pairs of each block of `weight` [O, I], whose inputs over `divisor`, [O] or [I, 1], are
-        numbers; `units` [I] of them are as far as one of x."""
-        missed: Tensor | int = 0  # [T, O]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Indices of inputs, levels [J, O] and pairs of each block of `weight` [O, I]. `divisor`, [O] or [I, 1], makes
+        numbers of it, of which `units` [I] are as far as one of x."""
+        missed = torch.zeros(len(self._blocks[0].x), weight.shape[0], device=weight.device)
         for block in self._blocks:
-            numbers = weight[:, block.inputs].t().to(torch.float32, copy=True)
-            numbers /= divisor if divisor.dim() == 1 else divisor[block.inputs]
+            numbers = weight[:, block.inputs].t().float()
+            numbers = numbers / (divisor if divisor.dim() == 1 else divisor[block.inputs])
             own = units[block.inputs, None]
-            if isinstance(missed, Tensor):
-                numbers += block.x.t() @ missed / own
+            numbers += block.x.t() @ missed / own
             pairs, step, offset = search(numbers, block.inputs)
             levels, left = _one_after_another(numbers, step, offset, block.inside * own / own.t())
-            missed = block.carry @ (left * own) + missed
-            yield levels, pairs
+            missed.addmm_(block.carry, left * own)
+            yield block.inputs, levels, pairs
 
 
-def _blocks(x: Tensor, a: float) -> Iterator[_Block]:
-    """Of x [T, I], columns of length up to one."""
+def _order(importance: Tensor, are_neurons: bool) -> Tensor:
+    """What counts most first, while there are many to make up for it; whole groups where they run along the inputs."""
+    if are_neurons:
+        return importance.argsort(descending=True, stable=True)
+    groups = importance.view(-1, GROUP).sum(1).argsort(descending=True, stable=True)
+    return torch.arange(len(importance), device=importance.device).view(-1, GROUP)[groups].flatten()
+
+
+def _blocks(x: Tensor, order: Tensor, a: float) -> Iterator[_Block]:
+    """Of x [T, I], columns of length up to one, in `order` [I]."""
     rest = x.double() @ x.double().t()
     rest.diagonal().add_(a)
     inverse = torch.linalg.inv(rest)  # of S of all inputs that are not rounded yet
-    for start in range(0, x.shape[1], GROUP):
-        part = x[:, start : start + GROUP].double()
+    for inputs in order.split(GROUP):
+        own = x[:, inputs]
+        part = own.double()
         seen = inverse @ part
         # The inverse of the block's own moments, behind which the rest makes up for what it can.
         left = torch.eye(part.shape[1], dtype=torch.float64, device=x.device) - part.t() @ seen
@@ -111,7 +130,7 @@ def _blocks(x: Tensor, a: float) -> Iterator[_Block]:
         inverse.addmm_(carry, seen.t())
         upper = torch.linalg.cholesky(left, upper=True)
         inside = upper / upper.diagonal()[:, None]
-        yield _Block(slice(start, start + GROUP), x[:, start : start + GROUP], carry.float(), inside.float())
+        yield _Block(inputs, own, carry.float(), inside.float())
 
 
 def _one_after_another(numbers: Tensor, step: Tensor, offset: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:

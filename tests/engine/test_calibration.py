@@ -150,7 +150,7 @@ def test_converting_makes_up_for_errors(checkpoints: Callable[..., Path], tmp_pa
         tensors[kind] = shard[f"model.layers.1.{name}.{kind}"]
         plain = quantized(weight, "int4", torch.float32, is_down=kind == "input_scale")
         errors = [(x.double() @ (ref.int4_matrix(of) - weight).t()).norm() for of in (tensors, plain)]
-        assert errors[0] < 0.9 * errors[1], name
+        assert errors[0] < 0.95 * errors[1], name
 
 
 def test_nothing_is_left_behind(checkpoints: Callable[..., Path]):

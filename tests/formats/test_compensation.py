@@ -36,16 +36,24 @@ def _objective(x: Tensor, change: Tensor) -> float:
     return float(((change.double() @ _moments(x)) * change.double()).sum())
 
 
-def _by_least_squares(weight: Tensor, stored: ref.Int4, moments: Tensor) -> Tensor:
+def _in_order(counts: Tensor, *, neurons: bool) -> list[int]:
+    """Indices of inputs, or of whole groups, from those that count most on."""
+    if neurons:
+        return sorted(range(len(counts)), key=lambda i: -float(counts[i]))
+    groups = sorted(range(len(counts) // GROUP), key=lambda g: -float(counts[g * GROUP : (g + 1) * GROUP].sum()))
+    return [g * GROUP + i for g in groups for i in range(GROUP)]
+
+
+def _by_least_squares(weight: Tensor, stored: ref.Int4, moments: Tensor, order: list[int]) -> Tensor:
     """Levels [O, I] of `weight` [O, I]: one input after another goes to its nearest level, and all that are left become
     what errs least. Steps and offsets [O, I] are those that were stored."""
     now, levels = weight.double().clone(), torch.zeros(weight.shape)
-    for i in range(weight.shape[1]):
+    for at, i in enumerate(order):
         grid = stored.step[:, i, None] * (torch.arange(16).double() + stored.offset[:, i, None])
         levels[:, i] = (grid - now[:, i, None]).abs().argmin(-1)
         missed = now[:, i] - grid.gather(1, levels[:, i, None].long())[:, 0]
-        if i + 1 < weight.shape[1]:
-            now[:, i + 1 :] += missed[:, None] * torch.linalg.solve(moments[i + 1 :, i + 1 :], moments[i + 1 :, i])
+        rest = torch.tensor(order[at + 1 :], dtype=torch.long)
+        now[:, rest] += missed[:, None] * torch.linalg.solve(moments[rest][:, rest], moments[rest, i])
     return levels
 
 
@@ -57,12 +65,15 @@ SIZES = pytest.mark.parametrize("tokens", [20, 400], ids=["fewer tokens than inp
 def test_rows(tokens: int, dtype: torch.dtype):
     weight, x = _random(12, 128, seed=5).to(dtype), _inputs(tokens, 128)
     scale = row_scale(weight, torch.float32)
-    codes, groups = Compensation(x).quantize_rows(weight, scale)
+    compensation = Compensation(x, are_neurons=False)
+    codes, groups = compensation.quantize_rows(weight, scale)
     stored = ref.Int4.of_bytes(codes, groups)
-    expected = _by_least_squares(weight / scale[:, None], stored, _moments(x))
+    order = _in_order(_moments(x).diagonal(), neurons=False)
+    expected = _by_least_squares(weight / scale[:, None], stored, _moments(x), order)
     assert (stored.levels == expected).all(1).sum() >= 11  # but for ties, behind which all is another
-    first = quantize_rows(weight[:, :GROUP].contiguous(), scale, Compensation(x).importance[:GROUP])
-    assert torch.equal(groups[:, :1], first[1])
+    first = slice(order[0], order[0] + GROUP)
+    _, expected_groups = quantize_rows(weight[:, first].contiguous(), scale, compensation.importance[first])
+    assert torch.equal(groups[:, order[0] // GROUP], expected_groups[:, 0])
 
 
 @SIZES
@@ -70,11 +81,11 @@ def test_neurons(tokens: int):
     """Whose scales are part of what their inputs are worth."""
     columns, x = _random(64, 96, seed=6) * torch.exp(_random(96, seed=7)), _inputs(tokens, 96)
     scale = neuron_scale(columns, torch.float32)
-    codes, groups = Compensation(x).quantize_neurons(columns, scale)
+    codes, groups = Compensation(x, are_neurons=True).quantize_neurons(columns, scale)
     stored = ref.Int4.of_bytes(codes, groups)  # [I, O]
     turned = ref.Int4(stored.levels.t(), stored.step.t(), stored.offset.t())
     moments = scale.double()[:, None] * _moments(x) * scale.double()
-    expected = _by_least_squares(columns / scale, turned, moments)
+    expected = _by_least_squares(columns / scale, turned, moments, _in_order(_moments(x).diagonal(), neurons=True))
     assert (turned.levels == expected).all(1).sum() >= 60
 
 
@@ -85,17 +96,14 @@ def _values(found: Int4, scale: Tensor) -> Tensor:
 @SIZES
 def test_products_err_less_than_those_of_what_is_nearest(tokens: int):
     weight, x = _random(96, 256, seed=8), _inputs(tokens, 256)
-    compensated = Compensation(x)
-    rows, neurons = row_scale(weight, torch.float32), neuron_scale(weight, torch.float32)
-    found = [
-        _objective(x, _values(rounder.quantize_rows(weight, rows), rows) - weight) for rounder in (compensated, NEAREST)
-    ]
-    assert found[0] < 0.7 * found[1]
-    found = [
-        _objective(x, _values(rounder.quantize_neurons(weight, neurons), neurons).t() - weight)
-        for rounder in (compensated, NEAREST)
-    ]
-    assert found[0] < 0.7 * found[1]
+    scale = row_scale(weight, torch.float32)
+    rounders = (Compensation(x, are_neurons=False), NEAREST)
+    errors = [_objective(x, _values(of.quantize_rows(weight, scale), scale) - weight) for of in rounders]
+    assert errors[0] < 0.7 * errors[1]
+    scale = neuron_scale(weight, torch.float32)
+    rounders = (Compensation(x, are_neurons=True), NEAREST)
+    errors = [_objective(x, _values(of.quantize_neurons(weight, scale), scale).t() - weight) for of in rounders]
+    assert errors[0] < 0.7 * errors[1]
 
 
 def _dead(x: Tensor) -> Tensor:
@@ -116,11 +124,11 @@ ODD: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_inputs(kind: str):
     """Codes are some: every number comes back within a step or two of what makes up for others."""
-    weight, compensation = _random(32, 96, seed=10), Compensation(ODD[kind]())
+    weight, x = _random(32, 96, seed=10), ODD[kind]()
     weight[4] = 0
     scale, norms = row_scale(weight, torch.float32), neuron_scale(weight, torch.float32)
-    rows = _values(compensation.quantize_rows(weight, scale), scale)
-    neurons = _values(compensation.quantize_neurons(weight, norms), norms).t()
+    rows = _values(Compensation(x, are_neurons=False).quantize_rows(weight, scale), scale)
+    neurons = _values(Compensation(x, are_neurons=True).quantize_neurons(weight, norms), norms).t()
     assert not rows[4].any()
     for values in (rows, neurons):
         assert (values - weight).norm() < 0.5 * weight.norm()
@@ -130,6 +138,6 @@ def test_inputs_that_never_are_anything_make_up_for_nothing():
     """And nothing makes up for them: they are rounded to the nearest."""
     weight = _random(8, 96, seed=11)
     scale = row_scale(weight, torch.float32)
-    found = Compensation(torch.zeros(7, 96)).quantize_rows(weight, scale)
+    found = Compensation(torch.zeros(7, 96), are_neurons=False).quantize_rows(weight, scale)
     stored = ref.Int4.of_bytes(*found)
     assert torch.equal(stored.levels.long(), stored.nearest(weight / scale[:, None]))
