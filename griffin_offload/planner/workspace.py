@@ -52,7 +52,7 @@ def workspace_bytes(
     projections = tokens * 2 * (shape.attention_width + shape.kv_width) * item
     mixing = tokens * max(layer.mixing_bytes for layer in shape.layers)
     ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
-    neurons = max(layer.neurons for layer in shape.layers)
+    neurons = shape.neurons
     activations = _activation_bytes(shape, ff_tokens)
     rows = min(new_tokens, ROWS_AT_ONCE) if shape.inline_ff else min(new_tokens, chunk, ROWS_AT_ONCE)
     statistic = use.batch * neurons * _FLOAT_BYTES * (rows + 8)
@@ -69,7 +69,7 @@ def _gather_bytes(shape: ModelSizes) -> int:
     """Chunks of a matrix on their way into a quantised layout: as stored, packed, and float32 blocks."""
     if shape.precision == "none":
         return 0
-    neurons = max(layer.neurons for layer in shape.layers)
+    neurons = shape.width
     numbers = max(min(CHUNK, neurons) * shape.hidden_size, min(CHUNK, shape.hidden_size) * neurons)
     return numbers * (shape.item_bytes + 2) + 3 * min(numbers, BLOCK_NUMBERS) * _FLOAT_BYTES
 
@@ -77,7 +77,7 @@ def _gather_bytes(shape: ModelSizes) -> int:
 def scratch_bytes(shape: ModelSizes) -> int:
     """The scratch that linear layers share which multiply block by block: small against a slot, inside a cache."""
     layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
-    row_bytes = max(shape.hidden_size, layer.neurons) * _FLOAT_BYTES
+    row_bytes = max(shape.hidden_size, layer.width) * _FLOAT_BYTES
     if shape.precision == "int4":
         row_bytes *= STRIP  # which are unpacked whole
     return max(row_bytes, min(layer.ff_bytes // 8, _MAX_SCRATCH_BYTES))
@@ -86,7 +86,7 @@ def scratch_bytes(shape: ModelSizes) -> int:
 def _translation_bytes(shape: ModelSizes, use: Workload, new_tokens: int, chunk: int) -> int:
     """The scratch, a copy of a layer's input, scaled or in float32, and the product with one block."""
     tokens, scratch = use.batch * new_tokens, scratch_bytes(shape)
-    neurons = max(layer.neurons for layer in shape.layers)
+    neurons = shape.width
     ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
     widest = max(tokens * max(shape.hidden_size, shape.attention_width), ff_tokens * neurons)
     product = max(tokens * scratch // min(shape.hidden_size, neurons), tokens * shape.hidden_size * _FLOAT_BYTES)
@@ -106,7 +106,7 @@ def chunk_tokens(shape: ModelSizes, request: PlanRequest, batch: int) -> int:
 
 def _activation_bytes(shape: ModelSizes, tokens: int) -> int:
     """FF activations of `tokens`: gate, up, the activated gate and the product, or two of them without a gate."""
-    neurons = max(layer.neurons for layer in shape.layers)
+    neurons = shape.width
     return tokens * neurons * shape.item_bytes * (4 if shape.gated else 2)
 
 
