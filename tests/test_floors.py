@@ -12,7 +12,7 @@ ROOMS = (
     *("errors", "units", "config", "method", "kernels", "formats", "devices", "blocks", "checkpoint", "offload"),
     *("kv_cache", "planner", "engine", "evaluation", "serving", "demo", "cli", "__init__", "__main__"),
 )
-MOST_LINES, LONGEST_CHAIN = 490, 30
+MOST_LINES, LONGEST_CHAIN = 490, 31
 
 
 def _files() -> dict[str, Path]:
