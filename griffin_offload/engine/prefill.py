@@ -70,28 +70,30 @@ class GatherChosen(Visitor):
 
     def _select(self, index: int, block: Block, full: list[Tensor]) -> Tensor:
         summed, earlier = self._statistic.squared, self._earlier.get(index, 0)
-        formula, norms = self._layers.config.batch_statistic, self._norms(index, block, full)
+        formula, norms = self._layers.config.batch_statistic, _norms(self._layers, index, block, full)
         squared = shared_score(summed.sum(1) + earlier, formula)
-        chosen = self._choose(index, squared, norms)
+        chosen = _choose(self._layers, index, squared, norms)
         self.kept_shares.append(share_kept(squared, chosen))
         if self._first:
             first = shared_score(summed[:, : self._first].sum(1) + earlier, formula)
             last = shared_score(summed[:, self._first :].sum(1), formula)
-            self.held_out_shares.append(share_kept(last, self._choose(index, first, norms)))
+            self.held_out_shares.append(share_kept(last, _choose(self._layers, index, first, norms)))
         return chosen
 
-    def _choose(self, index: int, squared: Tensor, norms: Tensor | None) -> Tensor:
-        config = self._layers.config
-        generator = layer_generator(config.seed, index)
-        return select_neurons(squared, self._layers.kept[index], config.selection, generator, norms)
 
-    def _norms(self, index: int, block: Block, full: list[Tensor]) -> Tensor | None:
-        kind, known = self._layers.config.selection, self._layers.norms
-        if kind not in WEIGHT_NORMS:
-            return None
-        if index not in known:
-            known[index] = block.weight_norms(kind, full)
-        return known[index]
+def _choose(layers: DecoderLayers, index: int, squared: Tensor, norms: Tensor | None) -> Tensor:
+    config = layers.config
+    generator = layer_generator(config.seed, index)
+    return select_neurons(squared, layers.kept[index], config.selection, generator, norms)
+
+
+def _norms(layers: DecoderLayers, index: int, block: Block, full: list[Tensor]) -> Tensor | None:
+    """Norms of the weights [F], if the selection asks for them."""
+    if layers.config.selection not in WEIGHT_NORMS:
+        return None
+    if index not in layers.norms:
+        layers.norms[index] = block.weight_norms(layers.config.selection, full)
+    return layers.norms[index]
 
 
 class GiveBack(Visitor):
