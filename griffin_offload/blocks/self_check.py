@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from griffin_offload.blocks.feedforward import FeedForward
 from griffin_offload.blocks.layouts import REGISTER_HINT
 from griffin_offload.errors import UnsupportedModel
+from griffin_offload.formats.base import is_plain
 
 # Differences are summation order alone; a wrong neuron shows as an error of order one.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -28,7 +29,7 @@ def self_check(block: FeedForward) -> None:
         .sort()
         .values
     )
-    dtype = next(tensor.dtype for tensor in full if tensor.is_floating_point())
+    dtype = next(tensor.dtype for tensor in full if is_plain(tensor))
     # Unit rows, scaled so that activations neither vanish nor saturate.
     x = torch.randn(1, 2, block.projections[0].hidden, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     forward = _forward(block)

@@ -137,7 +137,7 @@ class SimulatedPass:
             self._full = self._stream.acquire(index)
             block.install_full(self._full)
         else:
-            self._full = block.full() if block.precision == "none" else []
+            self._full = block.full() if block.precision.is_plain else []
         self._layer_sums = []
 
     def _rows_start(self, index: int, rows: slice) -> None:
