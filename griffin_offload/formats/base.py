@@ -22,14 +22,14 @@ Spec = tuple[tuple[int, ...], torch.dtype | None]
 """Shape and type of a tensor; None is the precision of the computation."""
 Specs = Callable[[int, int, bool], dict[str, Spec]]
 BLOCK_NUMBERS = 2**20  # float32 copies of a block stay in the cache
-FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+PLAIN_TYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 """What is computed in, and what plain weights are of; 8-bit floats are numbers of a quantised matrix."""
 _FLOAT_BYTES = 4
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether its numbers are computed with as they are: false of quantised ones, in floats of 8 bits, too."""
-    return tensor.dtype in FLOATS
+    return tensor.dtype in PLAIN_TYPES
 
 
 def specs_bytes(specs: Iterable[Spec], dtype: torch.dtype) -> int:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.formats import base
-from griffin_offload.formats.base import Format, Layout, Spec, Tensors, every
+from griffin_offload.formats.base import PLAIN_TYPES, Format, Layout, Spec, Tensors, every, take
 from griffin_offload.formats.scales import neuron_scale
 from griffin_offload.kernels import by_blocks, table
 from griffin_offload.kernels.library import HALVES
@@ -32,10 +31,10 @@ class Floats(Format):
     def gather_rows(
         self, full: Tensors, index: Tensor, start: int, out: Tensors, importance: Tensor | None, *, plain: bool
     ) -> None:
-        base.take(full["weight"], 0, index, out["weight"][start : start + index.numel()])
+        take(full["weight"], 0, index, out["weight"][start : start + index.numel()])
 
     def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, *, plain: bool) -> None:
-        base.take(full["weight"], 1, chosen, out["weight"][:, : chosen.numel()])
+        take(full["weight"], 1, chosen, out["weight"][:, : chosen.numel()])
 
     def row_norms(self, full: Tensors) -> Tensor:
         wide = torch.promote_types(full["weight"].dtype, torch.float32)
@@ -85,7 +84,7 @@ FLOATS = Floats()
 def planned_as(name: str) -> Format:
     """The format that a plan calls `name`: floats by the precision of the computation. UnsupportedModel for one that
     is not there."""
-    if name in {str(dtype).removeprefix("torch.") for dtype in base.FLOATS}:
+    if name in {str(dtype).removeprefix("torch.") for dtype in PLAIN_TYPES}:
         return FLOATS
     found = [format for format in every() if format.name == name]
     if not found:

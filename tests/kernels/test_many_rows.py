@@ -104,7 +104,7 @@ def _check(
     x = torch.randn(rows, inputs, generator=generator).to(x_dtype)
     bias = torch.randn(features, generator=generator).to(x_dtype) if has_bias else None
     kernels = _kernels(*kind)
-    assert kernels.take(form, x, matrix.weight)
+    assert _takes(kind[0], form, x, matrix.weight)
     found = kernels.multiply(form, x, matrix.weight, matrix.scale, bias, matrix.groups, features)
     exact = x.double() @ matrix.exact[:features].t() + (0 if bias is None else bias.double())
     # Numbers of the matrix are rounded to what is multiplied, sums are in float32, and the product is rounded again.
