@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from griffin_offload.devices.host_memory import untouched_zeros
 from griffin_offload.devices.torch_state import put
-from griffin_offload.formats import FLOATS, Format, Layout
-from griffin_offload.formats.base import Spec, Tensors, take
+from griffin_offload.formats.base import Format, Layout, Spec, Tensors, take
+from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.linear import QuantizedLinear, column_norms, row_norms
 
 

@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from griffin_offload.blocks.feedforward import FeedForward, features
 from griffin_offload.devices.torch_state import put
-from griffin_offload.formats import Format
+from griffin_offload.formats.base import Format
 from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.kernels.by_blocks import Scratch
 

@@ -17,9 +17,9 @@ from griffin_offload.blocks.states import LayerState, kept_states, windows_of
 from griffin_offload.blocks.towers import leave_out_towers
 from griffin_offload.devices.torch_state import building
 from griffin_offload.errors import CheckpointError, one_line
-from griffin_offload.formats import FLOATS, Format
-from griffin_offload.formats.base import specs_bytes
+from griffin_offload.formats.base import Format, specs_bytes
 from griffin_offload.formats.embedding import table_bytes
+from griffin_offload.formats.floats import FLOATS
 
 ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
 

@@ -27,8 +27,7 @@ from griffin_offload.errors import UnsupportedModel
 from griffin_offload.formats.base import Format, Layout, Spec, Tensors, row_blocks, take
 from griffin_offload.formats.scales import divisor, neuron_scale, row_scale
 from griffin_offload.kernels import by_blocks, table
-from griffin_offload.kernels.by_blocks import Scratch
-from griffin_offload.kernels.gemv import scaled
+from griffin_offload.kernels.by_blocks import Scratch, scaled
 
 GROUP = 32
 STRIP = 64

@@ -1,6 +1,6 @@
 """torch's way to multiply a matrix that is not multiplied as it rests: translated block by block into a scratch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -59,3 +59,14 @@ def by_outputs(
             product += bias[start:end]
         result[:, start:end] = product
     return result
+
+
+def scaled(x: Tensor, tensors: Mapping[str, Tensor | None]) -> Tensor:
+    """x [M, I] times the scale of a down projection's neurons, for kernels that do not do that themselves."""
+    scale = tensors["input_scale"]
+    return x if scale is None else x * scale
+
+
+def typed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`tensor` in `dtype`."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.by_blocks import Scratch
-from griffin_offload.kernels.gemv import scaled, typed
+from griffin_offload.kernels.by_blocks import Scratch, scaled, typed
 from griffin_offload.kernels.library import NOTHING_MADE, Library, check, library, run
 
 _GROUP = 32  # of int4: inputs of rows, outputs of neurons and strips

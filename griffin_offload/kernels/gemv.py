@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from griffin_offload.kernels.by_blocks import typed
 from griffin_offload.kernels.library import HALVES, Beside, Library, Sizes, check, library, run
 
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may; gemv_int8.c knows it, too
@@ -155,14 +156,3 @@ def float_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Te
     own, weight = kernels(), tensors["weight"]
     assert own is not None and weight is not None  # noqa: PT018
     return own.multiply_floats(x.reshape(-1, x.shape[-1]), weight, tensors["bias"]).view(*x.shape[:-1], -1)
-
-
-def typed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`tensor` in `dtype`."""
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
-def scaled(x: Tensor, tensors: Tensors) -> Tensor:
-    """x [M, I] times the scale of a down projection's neurons, for kernels that do not do that themselves."""
-    scale = tensors["input_scale"]
-    return x if scale is None else x * scale

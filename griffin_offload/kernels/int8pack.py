@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import one_line
-from griffin_offload.kernels.gemv import scaled
+from griffin_offload.kernels.by_blocks import scaled
 
 ROWS = 4
 """Up to so many torch's kernel is faster than translating the matrix (benchmarks/NOTES.md)."""
