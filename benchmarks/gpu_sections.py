@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from griffin_offload import GriffinModel
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.evaluation.ceilings import decode_bytes_per_s, host_copy_rate
+from griffin_offload.formats import every
 
 Row = dict[str, Any]
 _COPIED_BYTES = {"full": 2**30, "tiny": 2**22}
@@ -118,10 +119,7 @@ def ceilings(setting: Setting) -> None:
     hidden, neurons = SHAPES["llama-2-13b" if setting.scale == "full" else "tiny"][:2]
     copied = device_copy_rate(_COPIED_BYTES[setting.scale], device)
     dtype = torch.bfloat16
-    gemv = {
-        precision: decode_bytes_per_s(precision, hidden, neurons, dtype, device)
-        for precision in ("none", "int8", "int4")
-    }
+    gemv = {format.name: decode_bytes_per_s(format, hidden, neurons, dtype, device) for format in every()}
     emit(
         {
             "is": named(device),

@@ -25,7 +25,7 @@ from griffin_offload.errors import one_line
 from griffin_offload.evaluation.ceilings import decode_bytes_per_s
 from griffin_offload.evaluation.samples import SEPARATOR, first_tokens, take_windows, tokenize
 from griffin_offload.evaluation.speed import run_fixed
-from griffin_offload.formats.linear import PRECISIONS
+from griffin_offload.formats import every
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -131,7 +131,7 @@ def measure_stock(folder: Path, texts: Mapping[str, Sequence[str]], windows: Win
     torch.save(kept, out)
     rates = [
         decode_bytes_per_s(p, config.hidden_size, config.intermediate_size, config.dtype, torch.device("cpu"), threads)
-        for p in PRECISIONS
+        for p in every()
     ]
     return Stock(perplexity, max(rate for rate in rates if rate))
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from griffin_offload.config import (
     FLOOR_AUTO_CTX,
+    FORMAT_NAMES,
     MAX_AUTO_CTX,
     Device,
     DType,
     KVBits,
     LoadConfig,
     Offload,
-    Quantize,
     SelectionMethod,
 )
 from griffin_offload.demo import demo_directory
@@ -209,7 +209,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--quantize",
-        choices=get_args(Quantize),
+        choices=("auto", *FORMAT_NAMES),
         default=_DEFAULTS.quantize,
         help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
         "neurons, else the last)",
