@@ -11,7 +11,8 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from griffin_offload.checkpoint.tokenizer import template_end
 from griffin_offload.config import LoadConfig, Refresh
-from griffin_offload.engine.report import GraphReport, PrefillReport
+from griffin_offload.engine.decode_graph import GraphReport
+from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.spec import pass_tokens
 from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
