@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.nn.functional import linear
 
-from griffin_offload.kernels import few_rows
-from griffin_offload.weights.direct import untouched_zeros
+from griffin_offload.devices.host_memory import untouched_zeros
+from griffin_offload.kernels import gemv as few_rows
 
 PRECISIONS = ("none", "int8", "int4")
 WORKING_SET_BYTES = int(1e9)

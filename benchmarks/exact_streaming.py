@@ -55,7 +55,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def simulate(acceptance: float) -> None:
     """From now on drafts are accepted with this probability."""
-    from griffin_offload.runtime.exact import ExactLoop
+    from griffin_offload.engine.speculative import ExactLoop
 
     draws = random.Random(0)
 

@@ -18,8 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from griffin_offload import GriffinModel
 from griffin_offload.errors import DoesNotFit
-from griffin_offload.evaluation.ceilings import host_copy_rate
-from griffin_offload.runtime.bandwidth import decode_bytes_per_s
+from griffin_offload.evaluation.ceilings import decode_bytes_per_s, host_copy_rate
 
 Row = dict[str, Any]
 _COPIED_BYTES = {"full": 2**30, "tiny": 2**22}
@@ -177,7 +176,7 @@ def _captured(work: Callable[[], None], device: torch.device) -> Callable[[], ob
     """As decode runs it: without the launches' own time."""
     if device.type != "cuda":
         return work
-    from griffin_offload.runtime.decode_graph import CudaRecorder
+    from griffin_offload.engine.decode_graph import CudaRecorder
 
     recorder = CudaRecorder(device)
     recorder.warm_up(work)

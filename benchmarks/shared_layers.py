@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
+from griffin_offload.checkpoint.base import open_checkpoint
 from griffin_offload.config import LoadConfig
-from griffin_offload.runtime import load as loading
-from griffin_offload.runtime.prospect import examine_checkpoint, plan_for
-from griffin_offload.weights.checkpoint import open_checkpoint
-from griffin_offload.weights.source import RamWeights
+from griffin_offload.engine import load as loading
+from griffin_offload.engine.spec import examine_checkpoint, plan_for
+from griffin_offload.offload.weight_store import HostStore
 
 
 def load_repeated(directory: Path, layers: int, **options: Any) -> GriffinModel:
@@ -32,21 +32,21 @@ def load_repeated(directory: Path, layers: int, **options: Any) -> GriffinModel:
     config = copy.deepcopy(checkpoint.config)
     distinct, config.num_hidden_layers = config.num_hidden_layers, layers
     wanted = LoadConfig(**options, offload="ram")
-    prospect = examine_checkpoint(replace(checkpoint, config=config), wanted)
-    plan = plan_for(prospect)
+    model_spec = examine_checkpoint(replace(checkpoint, config=config), wanted)
+    plan = plan_for(model_spec)
     with _repeating(distinct):
-        loaded = loading.load(prospect, plan, wanted)
-    return GriffinModel(prospect, plan, loaded, time.perf_counter() - start)
+        loaded = loading.load(model_spec, plan, wanted)
+    return GriffinModel(model_spec, plan, loaded, time.perf_counter() - start)
 
 
 @contextlib.contextmanager
 def _repeating(distinct: int) -> Iterator[None]:
-    map_few, copy_one = loading.map_model, RamWeights._copy_layer
+    map_few, copy_one = loading.map_model, HostStore._copy_layer
 
     def map_many(checkpoint: Any) -> Any:
         return _repeated(map_few(checkpoint), checkpoint.config, checkpoint.dtype)
 
-    def copy_or_share(self: RamWeights, origin: Any, index: int, *more: Any) -> None:
+    def copy_or_share(self: HostStore, origin: Any, index: int, *more: Any) -> None:
         first = index % distinct
         if first in self.flat:
             self.flat[index], self._layers[index] = self.flat[first], self._layers[first]
@@ -56,7 +56,7 @@ def _repeating(distinct: int) -> Iterator[None]:
     with (
         mock.patch.object(loading, "map_model", map_many),
         mock.patch.object(loading, "_offload_tier", return_value="ram"),  # it would count every layer's bytes
-        mock.patch.object(RamWeights, "_copy_layer", copy_or_share),
+        mock.patch.object(HostStore, "_copy_layer", copy_or_share),
     ):
         yield
 

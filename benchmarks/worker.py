@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from griffin_offload import GriffinModel  # with all that transformers imports late: no side's time
-from griffin_offload.weights.quantized_linear import QuantizedLinear
+from griffin_offload.formats.linear import QuantizedLinear
 
 SEED = 0
 BETWEEN = 4  # tokens

@@ -15,8 +15,8 @@ from fuzzing.lanes import Lane, run_lanes
 from fuzzing.place import Place
 from fuzzing.worker import BAD
 
+from griffin_offload.checkpoint import tokenizer
 from griffin_offload.errors import UsageError
-from griffin_offload.runtime import prompts
 
 COUNTS = {
     "size": 200,
@@ -43,7 +43,7 @@ def test_every_kind_is_sampled(kinds: dict[str, Kind]):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_sample(kinds: dict[str, Kind], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    monkeypatch.setattr(prompts, "LIMIT_S", 1.0)
+    monkeypatch.setattr(tokenizer, "LIMIT_S", 1.0)
     verdicts = run_kind(kinds[name], 0, COUNTS[name], 1, 1, tmp_path)
     assert [verdict.index for verdict in verdicts] == list(range(COUNTS[name]))
     assert [verdict for verdict in verdicts if verdict.outcome in BAD] == []

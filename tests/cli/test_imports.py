@@ -8,7 +8,7 @@ import pytest
 # Cycles that fall inside and behind the block, told by weak references, in a process that knows no torch.
 CYCLES = """
 import gc, json, sys, weakref
-from griffin_offload.cli.imports import heavy_imports
+from griffin_offload.cli.options import heavy_imports
 
 class Cycle:
     def __init__(self):
@@ -35,7 +35,7 @@ there = [name for name in sys.modules if name.partition(".")[0] == "scipy"]
 import scipy.optimize
 print(code, there)
 """
-MODEL_THERE = "sys.modules['griffin_offload.runtime.model'] = sys"
+MODEL_THERE = "sys.modules['griffin_offload.engine.model'] = sys"
 # Runs a command and prints whether the collector is on, how many objects it sees and how many never.
 COUNTS = """
 import gc, json, sys
