@@ -104,6 +104,10 @@ class FeedForward(Block):
     def precision(self) -> Format:
         return self.projections[-1].resident.format
 
+    @property
+    def read_numbers(self) -> int:
+        return sum(projection.stacked for projection in self.projections) * self.neurons * self.hidden
+
     def is_down(self, linear: nn.Module) -> bool:
         return linear is self.down
 

@@ -86,6 +86,10 @@ class GroupBlock(Block):
     def precision(self) -> Format:
         return self.single.precision
 
+    @property
+    def read_numbers(self) -> int:
+        return self.single.read_numbers
+
     def is_down(self, linear: nn.Module) -> bool:
         return self.single.is_down(linear)
 
