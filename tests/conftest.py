@@ -4,9 +4,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: several tests run at once
 
+import contextlib
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from support.fork_server import ForkServer
 from tiny_models import write_checkpoint, write_tokenizer
 
 torch.set_num_threads(1)
@@ -65,6 +68,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         return written[key]
 
     return checkpoint
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    with contextlib.closing(ForkServer()) as server:
+        yield server
+
+
+@pytest.fixture
+def forks(fork_server: ForkServer) -> Iterator[ForkServer]:
+    """Processes without the seconds that imports take; those that a test leaves are killed."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("processes with threads are forked on Linux alone")
+    yield fork_server
+    fork_server.end_all()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the fuzzer (benchmarks/fuzz.py) found and what it was built to find: each is one line and an exit code now."""
+"""What the fuzzer (tests/robustness/fuzz) found and was built to find: each is one line and an exit code now."""
 
 import json
 from collections.abc import Callable

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fuzzing.damage import (
+from robustness.fuzz.damage import (
     any_value,
     as_bytes,
     damaged_bytes,
@@ -19,10 +19,11 @@ from fuzzing.damage import (
     damaged_safetensors,
     split_safetensors,
 )
-from fuzzing.files import shards
-from fuzzing.parsers import MAPS
-from fuzzing.place import Place
-from fuzzing.worker import Unnamed
+from robustness.fuzz.files import shards
+from robustness.fuzz.parsers import MAPS
+from robustness.fuzz.place import Place
+from robustness.fuzz.worker import Unnamed
+
 from griffin_offload.cli.main import main
 from griffin_offload.errors import ModelError
 from griffin_offload.runtime.model import GriffinModel

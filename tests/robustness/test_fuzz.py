@@ -1,4 +1,4 @@
-"""A sample of benchmarks/fuzz.py, and that it sees what it looks for."""
+"""Hostile files for every parser (`fuzz/`): a sample, `GRIFFIN_ROBUSTNESS=50` times it on demand; faults are seen."""
 
 import os
 import random
@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fuzz import run_kind
-from fuzzing import worker
-from fuzzing.kinds import Kind, make_kinds
-from fuzzing.lanes import Lane, run_lanes
-from fuzzing.place import Place
-from fuzzing.worker import BAD
+from robustness.fuzz import worker
+from robustness.fuzz.kinds import Kind, make_kinds
+from robustness.fuzz.lanes import Lane, run_lanes
+from robustness.fuzz.place import Place
+from robustness.fuzz.worker import BAD
 
 from griffin_offload.errors import UsageError
 from griffin_offload.runtime import prompts
 
+TIMES, SEED = int(os.environ.get("GRIFFIN_ROBUSTNESS", "1")), int(os.environ.get("GRIFFIN_ROBUSTNESS_SEED", "1"))
 COUNTS = {
     "size": 200,
     "header": 100,
@@ -38,14 +38,14 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
 
 def test_every_kind_is_sampled(kinds: dict[str, Kind]):
     assert set(COUNTS) == set(kinds)
-    assert sum(kind.share for kind in kinds.values()) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_sample(kinds: dict[str, Kind], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setattr(prompts, "LIMIT_S", 1.0)
-    verdicts = run_kind(kinds[name], 0, COUNTS[name], 1, 1, tmp_path)
-    assert [verdict.index for verdict in verdicts] == list(range(COUNTS[name]))
+    kind, count = kinds[name], COUNTS[name] * TIMES
+    verdicts = run_lanes([Lane(kind.case, range(count), f"{SEED}/{name}", tmp_path, kind.files)])
+    assert [verdict.index for verdict in verdicts] == list(range(count))
     assert [verdict for verdict in verdicts if verdict.outcome in BAD] == []
     assert {verdict.outcome for verdict in verdicts} == {"accepted", "refused"} or len(verdicts) < 20
 

@@ -75,7 +75,7 @@ class Place:
             os.path.join(folder, name)
             for folder, _, names in os.walk(self.root)
             for name in names
-            if not folder.startswith(str(self.out)) and not name.startswith("noise")
+            if not folder.startswith(str(self.out))
         }
 
 

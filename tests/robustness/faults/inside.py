@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fault_world import NO_ROOM, RIGHT, RUNTIME, VARIANTS, Result, World, label
+from robustness.faults.world import NO_ROOM, RIGHT, RUNTIME, VARIANTS, Result, World, label
 
 
 def at_call(place: str, number: int, harm: Callable[[], Any]) -> Callable[[], None]:

@@ -6,10 +6,21 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from fault_cases import wrong_conversion
-from fault_process import Outcome, Process
-from fault_server import PROMPTS, Server, read_stream, served
-from fault_world import RIGHT, VARIANTS, Result, World, chat_command, convert_command, files_of, label, shards_of, talk
+from robustness.faults.cases import wrong_conversion
+from robustness.faults.server import PROMPTS, Server, read_stream, served
+from robustness.faults.world import (
+    RIGHT,
+    VARIANTS,
+    Result,
+    World,
+    chat_command,
+    convert_command,
+    files_of,
+    label,
+    shards_of,
+    talk,
+)
+from support.processes import Outcome, Process
 
 _SAVES = 8
 _ATTEMPTS = 10

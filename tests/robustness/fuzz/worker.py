@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from fuzzing.place import Place, Watch
+from robustness.fuzz.place import Place, Watch
+
 from griffin_offload.errors import GriffinError, memory_refused
 
 # Of one case; far above what a machine that is busy with other things needs for it.

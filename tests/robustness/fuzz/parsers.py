@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fuzzing.damage import any_value, as_bytes, damaged_json, damaged_safetensors, split_safetensors
-from fuzzing.files import shards
-from fuzzing.place import Place
-from fuzzing.worker import Unnamed
+from robustness.fuzz.damage import any_value, as_bytes, damaged_json, damaged_safetensors, split_safetensors
+from robustness.fuzz.files import shards
+from robustness.fuzz.place import Place
+from robustness.fuzz.worker import Unnamed
+
 from griffin_offload.config import LoadConfig
 from griffin_offload.runtime.prospect import examine_checkpoint, plan_for
 from griffin_offload.units import parse_seconds, parse_size

@@ -1,6 +1,6 @@
-"""Commands as real processes, forked from one that has imported everything: a tenth of a second each, not five.
+"""Processes forked from one that has imported everything: a tenth of a second each, not five.
 
-The parent has one thread and stays that way: forked children then own all locks.
+The parent should have one thread: forked children then own all locks.
 """
 
 import contextlib
@@ -52,37 +52,32 @@ class Outcome:
         return None if begun else f"a wrong output before the error: {self.out[:300]!r}"
 
 
-class Process:
-    """`griffin-offload arguments` in a child. `prepare` runs in it first: limits, faults to come."""
+class Child:
+    """`work` in a forked process whose stdin, stdout and stderr are `descriptors`; what it returns is the exit code."""
 
-    def __init__(
-        self,
-        arguments: Sequence[object],
-        folder: Path,
-        *,
-        prepare: Callable[[], None] = lambda: None,
-        stdin: str = "",
-        stdout: str | None = None,
-    ) -> None:
-        self._files = [folder / name for name in ("stdin", "stdout", "stderr")]
-        self._files[0].write_text(stdin)
-        for path in self._files[1:]:
-            path.write_bytes(b"")
-        self._start, self._code, self._ended = time.monotonic(), 0, False
+    def __init__(self, work: Callable[[], int], descriptors: Sequence[int]) -> None:
+        self.code: int | None = None
+        """Once it is over: the exit code, negative for a signal."""
         self.pid = os.fork()
         if self.pid == 0:
-            _be_child([str(argument) for argument in arguments], self._files, prepare, stdout)
+            _be_child(work, descriptors)
+
+    def over(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code is not None
+
+    def wait(self) -> int:
+        """Without a limit; the exit code."""
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
 
     def signal(self, number: int) -> None:
         if not self.over():
             os.kill(self.pid, number)
-
-    def over(self) -> bool:
-        if not self._ended:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self._ended, self._code = True, os.waitstatus_to_exitcode(status)
-        return self._ended
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> bool:
         """Until `condition`, the end of the process or of the time; whether the first."""
@@ -98,33 +93,60 @@ class Process:
     def sleep(self, seconds: float) -> None:
         self.wait_until(lambda: False, seconds)
 
+    def ends_within(self, timeout_s: float) -> bool:
+        """A process that does not is killed."""
+        self.sleep(timeout_s)
+        ended = self.over()
+        self.signal(signal.SIGKILL)
+        self.wait()
+        return ended
+
+
+class Process(Child):
+    """`griffin-offload arguments`, with files in `folder`. `prepare` runs in it first: limits, faults to come."""
+
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        folder: Path,
+        *,
+        prepare: Callable[[], None] = lambda: None,
+        stdin: str = "",
+        stdout: str | None = None,
+    ) -> None:
+        names = [folder / name for name in ("stdin", "stdout", "stderr")]
+        names[0].write_text(stdin)
+        self._out, self._err, self._start = names[1], names[2], time.monotonic()
+
+        def work() -> int:
+            prepare()
+            return command([str(argument) for argument in arguments])
+
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(path.open(mode)) for path, mode in zip(names, "rww", strict=True)]
+            if stdout is not None:
+                files[1] = stack.enter_context(open(stdout, "w"))
+            super().__init__(work, [file.fileno() for file in files])
+
     @property
     def printed(self) -> str:
         """On stdout, so far."""
-        return self._files[1].read_text(errors="replace")
+        return self._out.read_text(errors="replace")
 
     def outcome(self, timeout_s: float = TIMEOUT_S) -> Outcome:
         """Wait for the end; a process that does not come to one is killed."""
-        self.wait_until(lambda: False, timeout_s)
-        code: int | None = None
-        if self.over():
-            code = self._code
-        else:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            self._ended = True
-        out, err = (path.read_text(errors="replace") for path in self._files[1:])
+        code = self.code if self.ends_within(timeout_s) else None
+        out, err = (path.read_text(errors="replace") for path in (self._out, self._err))
         return Outcome(code, out, err, time.monotonic() - self._start)
 
 
-def _be_child(arguments: Sequence[str], files: Sequence[Path], prepare: Callable[[], None], stdout: str | None) -> None:
+def _be_child(work: Callable[[], int], descriptors: Sequence[int]) -> None:
     """Never returns."""
     code = 1
     try:
-        _redirect(files, stdout)
+        _redirect(descriptors)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        prepare()
-        code = _command(arguments)
+        code = work()
         threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter's end waits for threads
     except BaseException:
         with contextlib.suppress(BaseException):
@@ -135,18 +157,17 @@ def _be_child(arguments: Sequence[str], files: Sequence[Path], prepare: Callable
     os._exit(code)
 
 
-def _redirect(files: Sequence[Path], stdout: str | None) -> None:
-    names = [str(files[0]), stdout or str(files[1]), str(files[2])]
-    for target, (name, flags) in enumerate(zip(names, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
-        descriptor = os.open(name, flags)
+def _redirect(descriptors: Sequence[int]) -> None:
+    for target, descriptor in enumerate(descriptors):
         os.dup2(descriptor, target)
-        os.close(descriptor)
-    sys.stdin = os.fdopen(0, encoding="utf-8")
-    sys.stdout = os.fdopen(1, "w", encoding="utf-8")
-    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    # The objects before these go, and would take the descriptors along if they owned them.
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
 
 
-def _command(arguments: Sequence[str]) -> int:
+def command(arguments: Sequence[str]) -> int:
+    """`griffin-offload arguments` in this process; its exit code."""
     from griffin_offload.cli.main import main
 
     try:

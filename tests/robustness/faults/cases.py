@@ -6,10 +6,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from fault_inside import at_call, device_memory, failing_disk, little_memory
-from fault_process import Process
-from fault_server import harmed_server
-from fault_world import (
+from robustness.faults.inside import at_call, device_memory, failing_disk, little_memory
+from robustness.faults.server import harmed_server
+from robustness.faults.world import (
     HARMS,
     MODEL,
     MOMENT,
@@ -28,6 +27,7 @@ from fault_world import (
     shards_of,
     talk,
 )
+from support.processes import Process
 
 _NOBODY = 65534
 _HARMLESS_BYTES = 30_000  # of a saved conversation of one turn: less than it takes
