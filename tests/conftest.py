@@ -30,17 +30,6 @@ Checkpoints = Callable[..., Path]
 CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--run-slow", action="store_true", help="run tests that fetch a trained model, too")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--run-slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow, fetches a trained model: --run-slow runs it"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache() -> Iterator[None]:
     """Nothing is left in the cache of whoever runs the tests, nor found there, also by processes that tests start."""

@@ -11,7 +11,7 @@ from real_checkpoints import SOURCES, NotFetched, default_models, fetched, join_
 from real_models import DEFAULT_TEXT, in_own_process, named_text, section_lines
 from real_models import Section as MeasuredSection
 from real_variants import Measured, Score, Stock, Variant, Windows, documents_of, measure_stock, measure_variant, score
-from tiny_models import ARCHITECTURES
+from tiny_models import ARCHITECTURES, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
@@ -61,8 +61,8 @@ def test_a_matrix_that_is_not_known_is_not_guessed():
         permute_channels("model.layers.0.mlp.router.weight", torch.ones(2, 2), torch.tensor([1, 0]))
 
 
-def test_predictions_are_those_of_the_text_behind_the_prompt(checkpoints):
-    folder, windows = checkpoints("llama2"), Windows(2, 24, 8)
+def test_predictions_are_those_of_the_text_behind_the_prompt(tmp_path):
+    folder, windows = write_checkpoint("llama2", tmp_path), Windows(2, 24, 8)
     dense = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.randint(3, dense.config.vocab_size, (2, windows.tokens), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -119,7 +119,7 @@ def reference(smollm2, tmp_path_factory):
     return path, windows
 
 
-@pytest.mark.slow
+@pytest.mark.trained
 @pytest.mark.parametrize("converted", [True, False])
 @pytest.mark.parametrize(("precision", "most_kl"), [("int8", 0.005), ("int4", 0.08)])
 def test_quantised_a_trained_model_predicts_the_same(smollm2, reference, tmp_path, precision, most_kl, converted):

@@ -1,6 +1,6 @@
 """Write a multiple-choice task from a text: which of three continuations belongs to the beginning of a story?
 
-    python benchmarks/story_choices.py --text TEXT --dir DIR
+    python examples/story_choices.py --text TEXT --dir DIR
     griffin-offload eval tasks --include-path DIR --tasks story_choices --mode class --density 0.75,0.5
 
 TEXT is UTF-8 with documents separated by <|endoftext|> (`.xz` is read as it is). An item is the beginning of a
