@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="none", help="of the one-row products")
     args = parser.parse_args()
     from griffin_offload.config import LoadConfig
+    from griffin_offload.engine.spec import examine
     from griffin_offload.evaluation.ceilings import measure_ceilings
-    from griffin_offload.runtime.prospect import examine
 
     prospect = examine(args.dir, LoadConfig(device="cpu"))
     print(json.dumps(asdict(measure_ceilings(prospect, args.precision, [args.tokens], args.threads))))

@@ -41,8 +41,8 @@ from real_variants import (
 )
 from report import markdown_table, origin_lines, provenance, write
 
+from griffin_offload.engine.convert import convert
 from griffin_offload.errors import GriffinError
-from griffin_offload.runtime.convert import convert
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_TEXT = ROOT / "tests" / "data" / "books_kids.txt"

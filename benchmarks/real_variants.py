@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from griffin_offload import GriffinModel
+from griffin_offload.checkpoint.tokenizer import encode_messages
 from griffin_offload.cli.options import quiet_libraries
 from griffin_offload.errors import one_line
+from griffin_offload.evaluation.ceilings import decode_bytes_per_s
+from griffin_offload.evaluation.samples import SEPARATOR, first_tokens, take_windows, tokenize
 from griffin_offload.evaluation.speed import run_fixed
-from griffin_offload.evaluation.windows import SEPARATOR, first_tokens, take_windows, tokenize
-from griffin_offload.runtime.bandwidth import decode_bytes_per_s
-from griffin_offload.runtime.prompts import encode_messages
-from griffin_offload.weights.quantized_linear import PRECISIONS
+from griffin_offload.formats.linear import PRECISIONS
 
 QUESTIONS = (
     "What is the capital of France?",

@@ -15,7 +15,7 @@ from tiny_models import ARCHITECTURES, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
-from griffin_offload.runtime.convert import convert
+from griffin_offload.engine.convert import convert
 
 PARTED = SOURCES["gemma3"]
 

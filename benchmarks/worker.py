@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from griffin_offload import GriffinModel  # with all that transformers imports late: no side's time
-from griffin_offload.runtime.exact import ExactLoop
+from griffin_offload.engine.speculative import ExactLoop
+from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.units import parse_size
-from griffin_offload.weights.quantized_linear import QuantizedLinear
 
 SEED = 0
 BETWEEN = 4  # tokens

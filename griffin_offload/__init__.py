@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from griffin_offload.blocks.layouts import Layout, register_layout
     from griffin_offload.config import LoadConfig
+    from griffin_offload.engine.model import GriffinModel
+    from griffin_offload.engine.report import PrefillReport, RunReport
     from griffin_offload.errors import BudgetExceeded, DoesNotFit, GriffinError, ModelError, UsageError
-    from griffin_offload.pricing import Plan
-    from griffin_offload.runtime.model import GriffinModel
-    from griffin_offload.runtime.report import PrefillReport, RunReport
-    from griffin_offload.weights.layouts import Layout, register_layout
+    from griffin_offload.planner.plan import Plan
 
 __version__ = "0.1.0"
 
@@ -20,15 +20,15 @@ _HOMES = {
     "BudgetExceeded": "errors",
     "DoesNotFit": "errors",
     "GriffinError": "errors",
-    "GriffinModel": "runtime.model",
-    "Layout": "weights.layouts",
+    "GriffinModel": "engine.model",
+    "Layout": "blocks.layouts",
     "LoadConfig": "config",
     "ModelError": "errors",
-    "Plan": "pricing",
-    "PrefillReport": "runtime.report",
-    "RunReport": "runtime.report",
+    "Plan": "planner.plan",
+    "PrefillReport": "engine.report",
+    "RunReport": "engine.report",
     "UsageError": "errors",
-    "register_layout": "weights.layouts",
+    "register_layout": "blocks.layouts",
 }
 __all__ = [
     "BudgetExceeded",

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from griffin_offload.weights.quantized_linear import quantized
+from griffin_offload.formats.linear import quantized
 
 GROUP = 32
 
@@ -145,7 +145,7 @@ def row_scale(weight: Tensor) -> Tensor:
 
 def stored_values(weight: Tensor, precision: str, dtype: torch.dtype, *, is_down: bool) -> Tensor:
     """What `weight` becomes, in float64. int8 by the formulas above; what int4 searches has tests of its own
-    (weights/test_int4.py): here the package's bytes are read by the formula of the format."""
+    (formats/test_int4.py): here the package's bytes are read by the formula of the format."""
     if precision == "int4":
         return int4_matrix(quantized(weight, "int4", dtype, is_down=is_down))
     return quantised(weight, dtype, is_down=is_down).values

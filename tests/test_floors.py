@@ -1,67 +1,91 @@
-"""The house of the package: a file imports only from floors below its own, and from its own room."""
+"""The house of the package: rooms in one order, imports that only go down it, and no circle of files."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import griffin_offload
 
 PACKAGE = Path(griffin_offload.__file__).parent
-FLOORS = {
-    "errors": -1,  # of the ground floor, the stone everybody stands on
-    "units": 0,
-    "config": 0,
-    "kernels": 0,
-    "weights": 1,
-    "method": 2,
-    "pricing": 3,
-    "plan": 4,
-    "runtime": 5,
-    "evaluation": 6,
-    "serving": 6,
-    "figures": 6,
-    "demo": 6,
-    "cli": 7,
-    "__init__": 7,
-    "__main__": 8,
-}
+# From the ground up. A room imports from those before it and from itself.
+ROOMS = (
+    *("errors", "units", "config", "method", "kernels", "formats", "devices", "blocks", "checkpoint", "offload"),
+    *("kv_cache", "planner", "engine", "evaluation", "serving", "demo", "cli", "__init__", "__main__"),
+)
+MOST_LINES, LONGEST_CHAIN = 490, 30
 
 
-def _room(path: Path) -> str:
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+def _files() -> dict[str, Path]:
+    """Module, without the package's name, and its file."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def _imported_rooms(path: Path) -> set[str]:
-    rooms = set()
+def _imported(path: Path) -> Iterator[str]:
+    """Every module of the package that the file imports: lazily, and for types alone, too."""
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = (
-                [node.module] if node.module != "griffin_offload" else [f"griffin_offload.{a.name}" for a in node.names]
-            )
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        rooms |= {name.split(".")[1] for name in names if name.startswith("griffin_offload.")}
-    return rooms - {"__version__"}
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "griffin_offload":
+            module = node.module.removeprefix("griffin_offload").removeprefix(".")
+            for alias in node.names:
+                yield f"{module}.{alias.name}".removeprefix(".")
+                yield module or "__init__"
+
+
+def _imports() -> dict[str, set[str]]:
+    files = _files()
+    return {name: {other for other in _imported(path) if other in files} - {name} for name, path in files.items()}
+
+
+def _room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def _longest_chain(imports: dict[str, set[str]]) -> list[str]:
+    """Of imports from some file down; AssertionError for a circle."""
+    found: dict[str, list[str]] = {}
+
+    def below(module: str, above: tuple[str, ...]) -> list[str]:
+        assert module not in above, f"a circle: {' -> '.join([*above, module])}"
+        if module not in found:
+            found[module] = [
+                module,
+                *max((below(other, (*above, module)) for other in imports[module]), key=len, default=[]),
+            ]
+        return found[module]
+
+    return max((below(module, ()) for module in imports), key=len)
 
 
 def test_every_room_has_a_floor():
-    assert {_room(path) for path in PACKAGE.rglob("*.py")} <= set(FLOORS)
+    assert {_room(module) for module in _files()} <= set(ROOMS)
 
 
 def test_imports_go_down():
+    floor = {room: index for index, room in enumerate(ROOMS)}
     wrong = [
-        f"{path.relative_to(PACKAGE)} imports {room}"
-        for path in PACKAGE.rglob("*.py")
-        for room in _imported_rooms(path)
-        if room != _room(path) and FLOORS[room] >= FLOORS[_room(path)]
+        f"{module} imports {other}"
+        for module, others in _imports().items()
+        for other in others
+        if floor[_room(other)] > floor[_room(module)] and other != "__init__"
     ]
     assert not wrong
 
 
+def test_no_circles_and_no_long_chains():
+    """Lazy imports and those for types count."""
+    assert len(_longest_chain(_imports())) <= LONGEST_CHAIN
+
+
+def test_files_are_short():
+    assert {
+        name: lines for name, path in _files().items() if (lines := len(path.read_text().split("\n"))) > MOST_LINES
+    } == {}
+
+
 def test_the_planner_knows_no_device():
-    text = (PACKAGE / "plan.py").read_text()
+    text = "".join(path.read_text() for path in (PACKAGE / "planner").glob("*.py"))
     assert "cuda" not in text.replace("CUDA", "")
-    assert "torch" not in {
-        alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names
-    }
+    assert "import torch" not in text

@@ -7,16 +7,16 @@ import sys
 from itertools import product
 from typing import TYPE_CHECKING, Any, get_args
 
-from griffin_offload.cli.measuring import columns, numbers
+from griffin_offload.cli.eval_options import columns, numbers
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
 from griffin_offload.config import BenchConfig, LoadConfig, Quantize
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.units import format_bytes
 
 if TYPE_CHECKING:
+    from griffin_offload.engine.spec import ModelSpec
     from griffin_offload.evaluation.ceilings import Ceilings
     from griffin_offload.evaluation.speed import Speed
-    from griffin_offload.runtime.prospect import Prospect
 
 _DEFAULTS = BenchConfig()
 _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "quantize", "offline")
@@ -60,15 +60,15 @@ def bench(arguments: argparse.Namespace) -> int:
     if min(*arguments.prompt_tokens, arguments.repeats) < 1 or min(arguments.generate_tokens) < 2:
         raise UsageError("-p and -r are 1 or more, -n at least 2: the first token is the prompt's")
     quiet_libraries()
+    from griffin_offload.engine.spec import examine, plan_for
     from griffin_offload.evaluation.ceilings import measure_ceilings
-    from griffin_offload.runtime.prospect import examine, plan_for
 
-    prospects = [_examine(arguments, density) for density in densities]
-    prospect = prospects[0]
-    _check_length(arguments, prospect)
-    plan = next((plan for plan in map(_plan_or_none, prospects) if plan), None) or plan_for(prospect)
-    precision = prospect.precision_of(plan)
-    ceilings = measure_ceilings(prospect, precision, sorted(set(arguments.prompt_tokens)), arguments.threads)
+    model_specs = [_examine(arguments, density) for density in densities]
+    model_spec = model_specs[0]
+    _check_length(arguments, model_spec)
+    plan = next((plan for plan in map(_plan_or_none, model_specs) if plan), None) or plan_for(model_spec)
+    precision = model_spec.precision_of(plan)
+    ceilings = measure_ceilings(model_spec, precision, sorted(set(arguments.prompt_tokens)), arguments.threads)
     table = arguments.output == "md" and not arguments.json
     if table:
         print("\n".join(_ceiling_lines(ceilings, precision)), end="\n\n", flush=True)
@@ -81,7 +81,7 @@ def bench(arguments: argparse.Namespace) -> int:
             refused.append({"density": density, "does_not_fit": " ".join(str(error).split())})
     if table:
         print("\n".join([*_rows(speeds), *(f"density {r['density']}: {r['does_not_fit']}" for r in refused)]))
-    print(json.dumps(_record(prospect, ceilings, speeds) | {"refused": refused}))
+    print(json.dumps(_record(model_spec, ceilings, speeds) | {"refused": refused}))
     return 0 if speeds else DoesNotFit.exit_code
 
 
@@ -98,23 +98,23 @@ def _options(arguments: argparse.Namespace, density: Any) -> dict[str, Any]:
     return options | {"prompt_tokens": longest, "ctx_size": longest + max(arguments.generate_tokens)}
 
 
-def _examine(arguments: argparse.Namespace, density: Any) -> "Prospect":
-    from griffin_offload.runtime.prospect import examine
+def _examine(arguments: argparse.Namespace, density: Any) -> "ModelSpec":
+    from griffin_offload.engine.spec import examine
 
     return examine(model_of(arguments), LoadConfig(**_options(arguments, density)))
 
 
-def _plan_or_none(prospect: "Prospect") -> Any:
-    from griffin_offload.runtime.prospect import plan_for
+def _plan_or_none(model_spec: "ModelSpec") -> Any:
+    from griffin_offload.engine.spec import plan_for
 
     try:
-        return plan_for(prospect)
+        return plan_for(model_spec)
     except DoesNotFit:
         return None
 
 
-def _check_length(arguments: argparse.Namespace, prospect: "Prospect") -> None:
-    tokens, most = max(arguments.prompt_tokens) + max(arguments.generate_tokens), prospect.shape.max_positions
+def _check_length(arguments: argparse.Namespace, model_spec: "ModelSpec") -> None:
+    tokens, most = max(arguments.prompt_tokens) + max(arguments.generate_tokens), model_spec.shape.max_positions
     if tokens > most:
         raise UsageError(f"{tokens} tokens of prompt and answer are more than the model's context, {most}")
 
@@ -123,8 +123,8 @@ def _measure(arguments: argparse.Namespace, density: Any, ceilings: "Ceilings", 
     import torch
     from tqdm import tqdm
 
+    from griffin_offload.engine.model import GriffinModel
     from griffin_offload.evaluation.speed import measure_speed
-    from griffin_offload.runtime.model import GriffinModel
 
     options = _options(arguments, density) | {"threads": ceilings.threads}
     lengths = list(product(arguments.prompt_tokens, arguments.generate_tokens))
@@ -142,7 +142,7 @@ def _measure(arguments: argparse.Namespace, density: Any, ceilings: "Ceilings", 
         prompt = torch.randint(
             vocabulary, (max(arguments.prompt_tokens),), generator=generator, dtype=torch.long, device="cpu"
         )
-        checkpoint, cold = model.engine.prospect.checkpoint, arguments.cold
+        checkpoint, cold = model.engine.model_spec.checkpoint, arguments.cold
         return [
             measure_speed(
                 model, prompt[:p], n, arguments.repeats, ceilings, checkpoint, cold=cold, done=lambda: bar.update()
@@ -192,7 +192,7 @@ def _rows(speeds: "list[Speed]") -> list[str]:
     return columns(heads, cells)
 
 
-def _record(prospect: "Prospect", ceilings: "Ceilings", speeds: "list[Speed]") -> dict[str, Any]:
+def _record(model_spec: "ModelSpec", ceilings: "Ceilings", speeds: "list[Speed]") -> dict[str, Any]:
     from dataclasses import asdict
 
     import torch
@@ -206,8 +206,8 @@ def _record(prospect: "Prospect", ceilings: "Ceilings", speeds: "list[Speed]") -
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "machine": {"processor": platform.processor() or platform.machine(), "device": prospect.device.type},
-        "model": {"type": prospect.checkpoint.config.model_type, "weight_bytes": prospect.checkpoint.weight_bytes},
+        "machine": {"processor": platform.processor() or platform.machine(), "device": model_spec.device.type},
+        "model": {"type": model_spec.checkpoint.config.model_type, "weight_bytes": model_spec.checkpoint.weight_bytes},
         "ceilings": asdict(ceilings),
         "rows": [speed.to_json() for speed in speeds],
     }

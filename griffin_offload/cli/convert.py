@@ -28,7 +28,7 @@ def convert(arguments: argparse.Namespace) -> int:
     """Convert and say what was written."""
     from tqdm import tqdm
 
-    from griffin_offload.runtime import convert as runtime
+    from griffin_offload.engine import convert as runtime
 
     quiet_libraries()
     quiet = arguments.quiet or arguments.json

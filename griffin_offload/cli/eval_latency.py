@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from griffin_offload.cli.measuring import (
+from griffin_offload.cli.eval_options import (
     add_measuring_options,
     add_variant_options,
     columns,
@@ -23,9 +23,9 @@ from griffin_offload.units import format_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from griffin_offload.checkpoint.base import Checkpoint
     from griffin_offload.evaluation.latency import Timing
-    from griffin_offload.method.variant import Variant
-    from griffin_offload.weights.checkpoint import Checkpoint
+    from griffin_offload.method.variants import Variant
 
     _Short = tuple[Variant, tuple[int, int], str]
     """What does not fit, at which size, and why."""
@@ -57,8 +57,8 @@ def evaluate_latency(arguments: argparse.Namespace) -> int:
         raise UsageError("--repeats is 1 or more")
     variants = variants_of(arguments)
     quiet_libraries()
-    from griffin_offload.method.variant import Variant
-    from griffin_offload.weights.checkpoint import open_checkpoint
+    from griffin_offload.checkpoint.base import open_checkpoint
+    from griffin_offload.method.variants import Variant
 
     checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
     tokens = _tokens(arguments, checkpoint, sizes)
@@ -102,8 +102,8 @@ def _tokens(arguments: argparse.Namespace, checkpoint: "Checkpoint", sizes: list
     """As many as the longest prompt has."""
     import torch
 
-    from griffin_offload.evaluation.windows import read_documents, take_windows, tokenize
-    from griffin_offload.weights.checkpoint import load_tokenizer
+    from griffin_offload.checkpoint.tokenizer import load_tokenizer
+    from griffin_offload.evaluation.samples import read_documents, take_windows, tokenize
 
     config = checkpoint.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 2**31
@@ -128,8 +128,8 @@ def _measure(
     """Loaded for this size alone: a longer one may not fit."""
     from tqdm import tqdm
 
+    from griffin_offload.engine.model import GriffinModel
     from griffin_offload.evaluation.latency import time_generation
-    from griffin_offload.runtime.model import GriffinModel
 
     options = {name: getattr(arguments, name) for name in _MEMORY}
     options |= {"quantize": arguments.quantize or checkpoint.precision}

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from griffin_offload.cli.measuring import (
+from griffin_offload.cli.eval_options import (
     Bar,
     add_measuring_options,
     add_variant_options,
@@ -25,8 +25,8 @@ from griffin_offload.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from griffin_offload.checkpoint.base import Checkpoint
     from griffin_offload.evaluation.perplexity import Row
-    from griffin_offload.weights.checkpoint import Checkpoint
 
 _DEFAULTS = EvalConfig()
 
@@ -60,8 +60,8 @@ def perplexity(arguments: argparse.Namespace) -> int:
         raise UsageError("--prompt-tokens, --generate-tokens and --windows are 1 or more")
     variants = variants_of(arguments)
     quiet_libraries()
+    from griffin_offload.checkpoint.base import open_checkpoint
     from griffin_offload.evaluation.perplexity import measure
-    from griffin_offload.weights.checkpoint import open_checkpoint
 
     stored = open_checkpoint(model_of(arguments), offline=arguments.offline)
     sizes = _windows(arguments, stored)  # before the model is loaded, which may take long
@@ -81,8 +81,8 @@ def perplexity(arguments: argparse.Namespace) -> int:
 def _in_precision(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Iterator[Checkpoint]":
     """The checkpoint as `convert` makes it for --quantize, in a temporary directory if it is not so already. UsageError
     where it was converted to something else."""
-    from griffin_offload.runtime.convert import convert
-    from griffin_offload.weights.checkpoint import open_checkpoint
+    from griffin_offload.checkpoint.base import open_checkpoint
+    from griffin_offload.engine.convert import convert
 
     if arguments.quantize in (None, checkpoint.precision):
         yield checkpoint
@@ -99,8 +99,8 @@ def _in_precision(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "I
 
 def _windows(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[tuple[int, int], list[Tensor]]":
     """Windows of every size (prompt, generated)."""
-    from griffin_offload.evaluation.windows import first_tokens, read_documents, take_windows, tokenize
-    from griffin_offload.weights.checkpoint import load_tokenizer
+    from griffin_offload.checkpoint.tokenizer import load_tokenizer
+    from griffin_offload.evaluation.samples import first_tokens, read_documents, take_windows, tokenize
 
     texts = read_documents(arguments.text)
     tokenizer = load_tokenizer(checkpoint.directory)

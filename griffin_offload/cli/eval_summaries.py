@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.measuring import (
+from griffin_offload.cli.eval_options import (
     add_measuring_options,
     add_variant_options,
     columns,
@@ -20,9 +20,9 @@ from griffin_offload.config import SummariesConfig
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
 
 if TYPE_CHECKING:
+    from griffin_offload.checkpoint.base import Checkpoint
     from griffin_offload.evaluation.summaries import Articles, Journal
-    from griffin_offload.method.variant import Variant
-    from griffin_offload.weights.checkpoint import Checkpoint
+    from griffin_offload.method.variants import Variant
 
 _DEFAULTS = SummariesConfig()
 _SHOWN = ("activation_kept_heldout", "seconds")
@@ -54,8 +54,8 @@ def evaluate_summaries(arguments: argparse.Namespace) -> int:
     if find_spec("rouge_score") is None:
         raise GriffinError('eval summaries needs rouge-score: pip install "griffin-offload[eval]"')
     quiet_libraries()
+    from griffin_offload.checkpoint.base import open_checkpoint
     from griffin_offload.evaluation.summaries import Journal
-    from griffin_offload.weights.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
     articles = _articles(arguments, checkpoint, config)
@@ -87,9 +87,9 @@ def _config(arguments: argparse.Namespace) -> SummariesConfig:
 
 
 def _articles(arguments: argparse.Namespace, checkpoint: "Checkpoint", config: SummariesConfig) -> "Articles":
+    from griffin_offload.checkpoint.tokenizer import load_tokenizer
+    from griffin_offload.evaluation.samples import first_tokens
     from griffin_offload.evaluation.summaries import read_articles
-    from griffin_offload.evaluation.windows import first_tokens
-    from griffin_offload.weights.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint.directory)
     first = first_tokens(checkpoint.config, tokenizer)
@@ -109,8 +109,8 @@ def _settings(arguments: argparse.Namespace, checkpoint: "Checkpoint", config: S
     """What finished summaries depend on, besides their variant."""
     import hashlib
 
-    from griffin_offload.runtime.memory import choose_device
-    from griffin_offload.weights.checkpoint import fingerprint
+    from griffin_offload.checkpoint.base import fingerprint
+    from griffin_offload.devices.memory import choose_device
 
     names = ("max_new_tokens", "temperature", "top_p", "seed", "end")
     return {
@@ -133,8 +133,8 @@ def _run(
     """Summarise what is missing."""
     from tqdm import tqdm
 
+    from griffin_offload.engine.model import GriffinModel
     from griffin_offload.evaluation.summaries import means, missing, summarise
-    from griffin_offload.runtime.model import GriffinModel
 
     wanted = missing(journal, variant, articles)
     if not wanted:

@@ -8,22 +8,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from griffin_offload.cli.measuring import (
-    Bar,
-    add_measuring_options,
-    add_variant_options,
-    columns,
-    variants_of,
-)
+from griffin_offload.cli.eval_options import Bar, add_measuring_options, add_variant_options, columns, variants_of
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
 from griffin_offload.config import BosRule, EvalMode, TasksConfig
 from griffin_offload.errors import GriffinError, UsageError
 
 if TYPE_CHECKING:
-    from griffin_offload.evaluation.processes import Processes
-    from griffin_offload.evaluation.task_index import Tasks
-    from griffin_offload.evaluation.task_run import Results, TaskRun
-    from griffin_offload.runtime.prefill import Progress
+    from griffin_offload.engine.prefill import Progress
+    from griffin_offload.evaluation.distributed import Processes
+    from griffin_offload.evaluation.lm_eval_tasks import Results, TaskRun, Tasks
 
 _DEFAULTS = TasksConfig()
 _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "seed", "threads", "offline")
@@ -62,11 +55,9 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     if arguments.offline:
         _go_offline()
-    from griffin_offload.evaluation.harness import GriffinLM
-    from griffin_offload.evaluation.processes import Processes
-    from griffin_offload.evaluation.quiet import quiet_harness
-    from griffin_offload.evaluation.task_index import Tasks
-    from griffin_offload.evaluation.task_run import TaskRun
+    from griffin_offload.evaluation.distributed import Processes
+    from griffin_offload.evaluation.lm_eval_model import GriffinLM
+    from griffin_offload.evaluation.lm_eval_tasks import TaskRun, Tasks, quiet_harness
 
     settings = {name: getattr(arguments, name) for name in ("mode", "bos", "max_length", *_MEMORY)}
     with quiet_harness():
@@ -86,7 +77,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
 
 
 def _add_all(run: "TaskRun", names: list[str], tasks: "Tasks", output: Path | None, processes: "Processes") -> None:
-    from griffin_offload.weights.files import write_text
+    from griffin_offload.checkpoint.files import write_text
 
     for name in names:
         if run.add(name, tasks) and output is not None and processes.first:
@@ -142,7 +133,7 @@ def _bars(arguments: argparse.Namespace, processes: "Processes") -> Any:
 
 
 def _lines(results: "list[Results]") -> list[str]:
-    from griffin_offload.evaluation.task_run import label
+    from griffin_offload.evaluation.lm_eval_tasks import label
 
     heads = ("task", "metric", *(label(run["config"]["model_args"]) for run in results))
     cells = []

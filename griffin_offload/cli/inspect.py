@@ -1,14 +1,100 @@
 """`griffin-offload inspect`: what neurons do on a text, in the paper's figures, or what one prompt would lose."""
 
 import argparse
+import json
+import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from griffin_offload.cli import inspect_prompt, inspect_text
-from griffin_offload.cli.measuring import add_measuring_options, numbers
-from griffin_offload.cli.options import add_memory_options, add_model_option
+from griffin_offload.checkpoint.files import write_text
+from griffin_offload.cli import inspect_text
+from griffin_offload.cli.eval_options import Bar, add_measuring_options, load_streamed, numbers
+from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, parse_density, quiet_libraries
+from griffin_offload.cli.prompt import prompt_text, tokenize
 from griffin_offload.config import InspectConfig, LoadConfig, Quantize, RunConfig
-from griffin_offload.errors import UsageError
+from griffin_offload.errors import DoesNotFit, UsageError
+from griffin_offload.evaluation.plots import check_matplotlib, draw, make_directory
+from griffin_offload.units import format_bytes
+
+if TYPE_CHECKING:
+    from griffin_offload.checkpoint.base import Checkpoint
+
+
+# `griffin-offload inspect --prompt`: what pruning would lose on one prompt.
+
+
+_MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "seed", "threads", "offline")
+
+
+def inspect_prompt(arguments: argparse.Namespace) -> int:
+    """A table in the terminal or a JSON object, and with `--output` a picture, too."""
+    text = prompt_text(arguments)
+    room = RunConfig.max_new_tokens if arguments.max_new_tokens is None else arguments.max_new_tokens
+    if room < 1:
+        raise UsageError(f"--max-new-tokens is {room}: at least 1")
+    density = "auto" if arguments.density is None else parse_density(arguments.density)
+    options = {name: getattr(arguments, name) for name in _MEMORY} | {"density": density}
+    options["quantize"] = arguments.quantize or LoadConfig.quantize
+    LoadConfig(**options)  # a bad flag is reported before any file is looked at
+    if arguments.output is not None:
+        check_matplotlib()
+        make_directory(arguments.output)
+    quiet_libraries()
+    from griffin_offload.checkpoint.base import open_checkpoint
+    from griffin_offload.checkpoint.tokenizer import tokenizer_of
+    from griffin_offload.evaluation.inspection import prompt_loss
+
+    checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
+    ids = tokenize(tokenizer_of(checkpoint.directory), text, arguments)[0]
+    plan, shortfall = _planned(options | {"ctx_size": ids.numel() + room, "prompt_tokens": ids.numel()}, checkpoint)
+    planned = plan["densities"] if plan is not None else None
+    with (
+        load_streamed(arguments, checkpoint, max(ids.numel(), 2)) as model,
+        Bar("prompt", quiet=arguments.quiet or arguments.json) as bar,
+    ):
+        numbers = prompt_loss(model, ids, InspectConfig.prompt_densities, planned, bar.step)
+    if shortfall is not None:
+        print(f"note: no density is marked, {shortfall}", file=sys.stderr)
+    numbers = {"model": arguments.model or "demo", **numbers, "plan": plan}
+    _show(numbers, arguments)
+    return 0
+
+
+def _planned(options: dict[str, Any], checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, DoesNotFit | None]:
+    """What the budget allows, or what it lacks."""
+    from griffin_offload.engine.spec import examine_checkpoint, plan_for
+
+    model_spec = examine_checkpoint(checkpoint, LoadConfig(**options))
+    try:
+        plan = plan_for(model_spec)
+    except DoesNotFit as error:
+        return None, error
+    neurons = [layer.neurons for layer in model_spec.shape.layers]
+    planned = {
+        "density": plan.density,
+        "densities": [kept / count for kept, count in zip(plan.kept, neurons, strict=True)],
+        "precision": plan.precision,
+        "budget_bytes": plan.budget_bytes,
+        "budget": format_bytes(plan.budget_bytes),
+    }
+    return planned, None
+
+
+def _show(numbers: dict[str, Any], arguments: argparse.Namespace) -> None:
+    if arguments.output is not None:
+        from griffin_offload.evaluation.plots import prompt_loss as picture
+
+        files = draw(lambda: picture(numbers), arguments.output, "prompt")
+        write_text(arguments.output / "prompt.json", json.dumps(numbers, indent=1))
+        if not arguments.quiet:
+            print(f"wrote {', '.join(map(str, [*files, arguments.output / 'prompt.json']))}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(numbers))
+        return
+    from griffin_offload.evaluation.terminal_plots import show_prompt_loss
+
+    show_prompt_loss(numbers, sys.stdout)
+
 
 _DEFAULTS = InspectConfig()
 
@@ -75,7 +161,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     """A prompt's loss in the terminal, or pictures of a text."""
     of_text = arguments.text is not None or arguments.rows is not None
     _refuse(arguments, _OF_PROMPT if of_text else _OF_TEXT, "a prompt" if of_text else "--text")
-    return inspect_text.inspect_text(arguments) if of_text else inspect_prompt.inspect_prompt(arguments)
+    return inspect_text.inspect_text(arguments) if of_text else inspect_prompt(arguments)
 
 
 def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], what: str) -> None:

@@ -9,20 +9,53 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.inspect_summary import summary, summary_of_rows
-from griffin_offload.cli.measuring import Bar, fractions, load_streamed, selections
+from griffin_offload.checkpoint.files import write_text
+from griffin_offload.cli.eval_options import Bar, fractions, load_streamed, selections
 from griffin_offload.cli.options import model_of, quiet_libraries
 from griffin_offload.config import EvalConfig, InspectConfig
 from griffin_offload.errors import UsageError
-from griffin_offload.figures.style import check_matplotlib, draw, make_directory
-from griffin_offload.weights.files import write_text
+from griffin_offload.evaluation.plots import check_matplotlib, draw, make_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from griffin_offload.method.variant import Variant
-    from griffin_offload.runtime.model import GriffinModel
-    from griffin_offload.weights.checkpoint import Checkpoint
+    from griffin_offload.checkpoint.base import Checkpoint
+    from griffin_offload.engine.model import GriffinModel
+    from griffin_offload.evaluation.perplexity import Row
+    from griffin_offload.method.variants import Variant
+
+
+# What is seen in a figure, in one line.
+
+
+def summary(name: str, numbers: dict[str, Any]) -> str:
+    """Of a figure of activations."""
+    if name == "jaccard":
+        return ", ".join(_means(numbers["rows"], "density", "jaccard", "top {:g}: {:.2f}"))
+    if name == "inputs":
+        return "half of the neurons hold " + ", ".join(
+            _means(numbers["rows"], "input", "held_out_share_of_top_half", "{} {:.1%}")
+        )
+    if name == "flocking":
+        shares = [layer["share_of_top_half"] for layer in numbers["layers"]]
+        return f"half of the neurons hold {min(shares):.1%} to {max(shares):.1%} of s^2"
+    return f"{len(numbers['layers'])} layers"
+
+
+def _means(rows: Sequence[dict[str, Any]], group: str, value: str, text: str) -> list[str]:
+    """Means over layers of each group."""
+    found: dict[Any, list[float]] = {}
+    for row in rows:
+        found.setdefault(row[group], []).append(row[value])
+    return [text.format(name, sum(values) / len(values)) for name, values in found.items()]
+
+
+def summary_of_rows(rows: "Sequence[Row]") -> str:
+    """Every selection at the density nearest to a half."""
+    nearest = min((row.density for row in rows), key=lambda density: abs(density - 0.5))
+    found = ", ".join(f"{row.selection} {row.increase:+.1%}" for row in rows if row.density == nearest)
+    return f"perplexity at density {nearest:g}: {found}"
+
 
 _DEFAULTS = InspectConfig()
 _EVAL = EvalConfig()
@@ -94,8 +127,8 @@ class _Files:
 
 
 def _draw_rows(paths: Sequence[Path], files: _Files) -> None:
+    from griffin_offload.evaluation.plots import sparsity
     from griffin_offload.evaluation.sparsity import read_points
-    from griffin_offload.figures.lines import sparsity
 
     points = [point.to_json() for path in paths for point in read_points(path)]
     note = f"from {', '.join(path.name for path in paths)}"
@@ -129,8 +162,9 @@ class _Inspection:
     def run(self) -> None:
         """Everything is cut out of the text before the model is loaded, which may take long."""
         quiet_libraries()
-        from griffin_offload.evaluation.windows import first_tokens, read_documents, tokenize
-        from griffin_offload.weights.checkpoint import load_tokenizer, open_checkpoint
+        from griffin_offload.checkpoint.base import open_checkpoint
+        from griffin_offload.checkpoint.tokenizer import load_tokenizer
+        from griffin_offload.evaluation.samples import first_tokens, read_documents, tokenize
 
         arguments = self._arguments
         checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
@@ -158,12 +192,12 @@ class _Inspection:
         return sizes
 
     def _windows(self, tokens: int) -> "list[Tensor]":
-        from griffin_offload.evaluation.windows import take_windows
+        from griffin_offload.evaluation.samples import take_windows
 
         return take_windows(self._documents, tokens, self._count, "even", self._first)
 
     def _variants(self, densities: Sequence[float], methods: Sequence[Any]) -> "list[Variant]":
-        from griffin_offload.method.variant import Variant
+        from griffin_offload.method.variants import Variant
 
         return [
             Variant(density, method)
@@ -171,8 +205,8 @@ class _Inspection:
         ]
 
     def _draw_observed(self, model: "GriffinModel", windows: "list[Tensor]") -> None:
+        from griffin_offload.evaluation import plots
         from griffin_offload.evaluation.inspection import Look, look
-        from griffin_offload.figures import heatmaps, lines
 
         figures = tuple(name for name in self._figures if name in _OBSERVED)
         if not {"jaccard", "inputs"} & set(figures):
@@ -181,21 +215,21 @@ class _Inspection:
         what = Look(figures, self._layers, _DEFAULTS.features, densities, len(self._first), self._arguments.seed)
         with Bar("activations", quiet=self._arguments.quiet) as bar:
             seen = look(model, windows, what, bar.step)
-        drawn = {"jaccard": lines.jaccard, "statistic": lines.statistic}
+        drawn = {"jaccard": plots.jaccard, "statistic": plots.statistic}
         for name in figures:
             picture: Any = drawn.get(name)
             if name == "flocking":
-                picture = partial(heatmaps.flocking, heatmaps=_arrays(seen.heatmaps[name])["original"])
+                picture = partial(plots.flocking, heatmaps=_arrays(seen.heatmaps[name])["original"])
             elif name == "inputs":
-                picture = partial(heatmaps.inputs, heatmaps=_arrays(seen.heatmaps[name]))
+                picture = partial(plots.inputs, heatmaps=_arrays(seen.heatmaps[name]))
             self._files.add(name, seen.numbers[name], picture, summary(name, seen.numbers[name]))
             if name in seen.heatmaps:
                 self._files.add_matrices(name, seen.heatmaps[name])
 
     def _draw_sparsity(self, model: "GriffinModel", windows: "list[Tensor]") -> None:
         from griffin_offload.evaluation.perplexity import measure
+        from griffin_offload.evaluation.plots import sparsity
         from griffin_offload.evaluation.sparsity import points_of_rows
-        from griffin_offload.figures.lines import sparsity
 
         variants = self._variants(_DEFAULTS.sparsity_densities, _DEFAULTS.sparsity_selections)
         with Bar("sparsity", quiet=self._arguments.quiet) as bar:
@@ -205,8 +239,8 @@ class _Inspection:
         self._files.add("sparsity", {"note": note, "rows": points}, sparsity, summary_of_rows(rows))
 
     def _draw_lengths(self, model: "GriffinModel", windows: "list[Tensor]") -> None:
-        from griffin_offload.evaluation.lengths import measure_lengths
-        from griffin_offload.figures.lines import lengths
+        from griffin_offload.evaluation.perplexity import measure_lengths
+        from griffin_offload.evaluation.plots import lengths
 
         variants = self._variants(_DEFAULTS.lengths_densities, _DEFAULTS.lengths_selections)
         with Bar("lengths", quiet=self._arguments.quiet) as bar:
@@ -232,7 +266,7 @@ def _given(value: Any, default: Any) -> Any:
 
 def _layers(text: str | None, checkpoint: "Checkpoint") -> tuple[int, ...]:
     """Layers of heatmaps; UsageError for one that the model does not have."""
-    from griffin_offload.figures.style import spread
+    from griffin_offload.evaluation.plots import spread
 
     count = checkpoint.config.num_hidden_layers
     if text is None:

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.imports import heavy_imports
 from griffin_offload.cli.options import (
     MODEL_VARIABLE,
     add_model_options,
+    heavy_imports,
     load_options,
     model_of,
     quiet_libraries,
@@ -19,8 +19,8 @@ from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.units import format_bytes
 
 if TYPE_CHECKING:
-    from griffin_offload.pricing import Plan
-    from griffin_offload.runtime.prospect import Prospect
+    from griffin_offload.engine.spec import ModelSpec
+    from griffin_offload.planner.plan import Plan
 
 
 def add_parser(commands: Any) -> None:
@@ -40,29 +40,29 @@ def add_parser(commands: Any) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
-    with heavy_imports():  # most of transformers is imported when it is first asked, by `_prospect`
-        from griffin_offload.plan import describe_shortfall, solve
+    with heavy_imports():  # most of transformers is imported when it is first asked, by `_examined`
+        from griffin_offload.planner.solve import describe_shortfall, solve
 
         quiet_libraries()
-        prospect = _prospect(arguments)
-    found, remedy = solve(prospect.shapes, prospect.request, prospect.others)
+        model_spec = _examined(arguments)
+    found, remedy = solve(model_spec.shapes, model_spec.request, model_spec.others)
     if arguments.json:
-        others = {"alternatives": _alternatives(prospect, found)} if arguments.verbose else {}
-        device = {"device": prospect.device.type, "assumed": prospect.assumed}
+        others = {"alternatives": _alternatives(model_spec, found)} if arguments.verbose else {}
+        device = {"device": model_spec.device.type, "assumed": model_spec.assumed}
         print(json.dumps(found.to_json(remedy) | device | others))
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
-        print("\n".join([*plan_lines(found), *([] if prospect.assumed is None else [prospect.assumed])]))
+        print("\n".join([*plan_lines(found), *([] if model_spec.assumed is None else [model_spec.assumed])]))
     if arguments.verbose:
-        print("\n".join(["", *_alternative_lines(_alternatives(prospect, found))]))
+        print("\n".join(["", *_alternative_lines(_alternatives(model_spec, found))]))
     if remedy is not None:
         raise DoesNotFit(describe_shortfall(found, remedy))
     return 0
 
 
-def _prospect(arguments: argparse.Namespace) -> "Prospect":
-    from griffin_offload.runtime.prospect import examine, examine_checkpoint
-    from griffin_offload.weights.checkpoint import read_config
+def _examined(arguments: argparse.Namespace) -> "ModelSpec":
+    from griffin_offload.checkpoint.base import read_config
+    from griffin_offload.engine.spec import examine, examine_checkpoint
 
     config = LoadConfig(**load_options(arguments))
     if arguments.config is None:
@@ -101,22 +101,22 @@ def plan_lines(plan: "Plan") -> list[str]:
     return lines
 
 
-def _alternatives(prospect: "Prospect", chosen: "Plan") -> list[dict[str, Any]]:
+def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any]]:
     """The chosen plan, and every precision, dense and with the largest density, that fits at the same context."""
-    from griffin_offload.plan import alternatives
-    from griffin_offload.runtime.bandwidth import decode_bytes_per_s
+    from griffin_offload.evaluation.ceilings import decode_bytes_per_s
+    from griffin_offload.planner.solve import alternatives
 
-    shapes = [*prospect.shapes, *prospect.others]
+    shapes = [*model_spec.shapes, *model_spec.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].neurons
-    plans = alternatives(shapes, prospect.request, chosen.context_tokens)
+    plans = alternatives(shapes, model_spec.request, chosen.context_tokens)
     if chosen.fits and all((plan.precision, plan.kept) != (chosen.precision, chosen.kept) for plan in plans):
         plans = [chosen, *plans]  # a density that was asked for
     rows = []
     for plan in plans:
-        precision = prospect.precision_of(plan)
+        precision = model_spec.precision_of(plan)
         rate = None  # of a device that is not here
-        if prospect.assumed is None:
-            rate = decode_bytes_per_s(precision, hidden, neurons, prospect.dtype, prospect.device)
+        if model_spec.assumed is None:
+            rate = decode_bytes_per_s(precision, hidden, neurons, model_spec.dtype, model_spec.device)
         read_bytes = plan.decoded_bytes + plan.decode_parts["kv_cache"]
         rows.append(
             {

@@ -6,20 +6,29 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.generation import PrefillBar, add_generation_options, cut_note, sampling_of, stops_of
-from griffin_offload.cli.imports import heavy_imports
-from griffin_offload.cli.options import add_model_options, add_run_options, load_options, model_of, quiet_libraries
+from griffin_offload.cli.options import (
+    PrefillBar,
+    add_generation_options,
+    add_model_options,
+    add_run_options,
+    cut_note,
+    heavy_imports,
+    load_options,
+    model_of,
+    quiet_libraries,
+    sampling_of,
+    stops_of,
+)
 from griffin_offload.cli.plan import plan_lines
-from griffin_offload.cli.prompt_cache import PromptCache
-from griffin_offload.cli.prompt_text import is_demos, prompt_text, tokenize
+from griffin_offload.cli.prompt import PromptCache, is_demos, prompt_text, tokenize
 from griffin_offload.config import LoadConfig, RunConfig
 from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from griffin_offload.runtime.finish import Finish
-    from griffin_offload.runtime.model import GriffinModel
+    from griffin_offload.engine.generation import Finish
+    from griffin_offload.engine.model import GriffinModel
 
 
 _LONG_S = 2.0  # so long may neurons be quantised without a word
@@ -52,14 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
     options = load_options(arguments)
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     with heavy_imports():
-        from griffin_offload.weights.checkpoint import locate, open_checkpoint
+        from griffin_offload.checkpoint.base import locate, open_checkpoint
 
     quiet_libraries()
     prompt_cache = PromptCache(arguments.prompt_cache) if arguments.prompt_cache is not None else None
     directory = locate(model_of(arguments), offline=arguments.offline)
     with heavy_imports():  # the larger half; a wrong --model is told without it
-        from griffin_offload.runtime.model import GriffinModel
-        from griffin_offload.runtime.prompts import tokenizer_of
+        from griffin_offload.checkpoint.tokenizer import tokenizer_of
+        from griffin_offload.engine.model import GriffinModel
 
     checkpoint = open_checkpoint(directory)  # its headers are checked before its tokenizer is loaded
     tokenizer = tokenizer_of(directory)
@@ -103,9 +112,9 @@ def _generate(
     from transformers import StoppingCriteriaList
 
     from griffin_offload.cli.streaming import TextPrinter
-    from griffin_offload.runtime.arguments import ONE_ANSWER
-    from griffin_offload.runtime.finish import StopStrings, cut, finish_of
-    from griffin_offload.serving.text import whole_text
+    from griffin_offload.engine.arguments import ONE_ANSWER
+    from griffin_offload.engine.generation import StopStrings, cut, finish_of
+    from griffin_offload.serving.text_stream import whole_text
 
     torch.manual_seed(arguments.seed)
     kept = prompt_cache.arguments(model, tokens, exact=arguments.exact) if prompt_cache is not None else {}
@@ -129,7 +138,7 @@ def _generate(
 
 
 def _ends(model: "GriffinModel", arguments: argparse.Namespace) -> list[int]:
-    from griffin_offload.runtime.ends import end_tokens
+    from griffin_offload.engine.generation import end_tokens
 
     vocab_size = model.engine.shape.vocab_size
     return end_tokens(model.tokenizer, model.generation_config, vocab_size, chat=not arguments.raw)
@@ -146,7 +155,7 @@ def _print_result(model: "GriffinModel", answer: tuple[str, "Finish"], arguments
         measured = report.activation_kept_heldout is not None or report.cached_prompt_tokens
         if not measured and model.plan.streamed:
             print("note: the prompt is too short to tell how much of its activation is kept", file=sys.stderr)
-        if model.engine.prospect.quantises(model.plan) and report.select_s > _LONG_S:
+        if model.engine.model_spec.quantises(model.plan) and report.select_s > _LONG_S:
             print(
                 f"note: {report.select_s:.1f} s of this prompt went into choosing and quantising neurons: "
                 "griffin-offload convert quantises once, for all prompts",

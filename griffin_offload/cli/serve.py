@@ -11,8 +11,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.imports import heavy_imports
-from griffin_offload.cli.options import add_model_options, add_run_options, load_options, model_of, quiet_libraries
+from griffin_offload.cli.options import (
+    add_model_options,
+    add_run_options,
+    heavy_imports,
+    load_options,
+    model_of,
+    quiet_libraries,
+)
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.config import LoadConfig, ServeConfig
 from griffin_offload.demo import SERVED_NAME
@@ -20,7 +26,7 @@ from griffin_offload.errors import UsageError
 from griffin_offload.units import format_bytes, parse_seconds, parse_size
 
 if TYPE_CHECKING:
-    from griffin_offload.pricing import Plan
+    from griffin_offload.planner.plan import Plan
     from griffin_offload.serving.server import Server
 
 _DEFAULTS = ServeConfig()
@@ -133,7 +139,7 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
 
 
 def _api_key(file: Path | None) -> str | None:
-    from griffin_offload.serving.key import KEY_VARIABLE, check_key
+    from griffin_offload.serving.auth import KEY_VARIABLE, check_key
 
     if file is not None:
         try:

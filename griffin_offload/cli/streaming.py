@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from griffin_offload.serving.stops import StopHolder
-from griffin_offload.serving.text import Detokeniser
+from griffin_offload.serving.text_stream import Detokeniser, StopHolder
 
 
 class TextPrinter:

@@ -12,11 +12,67 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from griffin_offload.runtime.bandwidth import decode_bytes_per_s
-from griffin_offload.runtime.prospect import Prospect
-from griffin_offload.runtime.threads import choose_threads, limited_threads
-from griffin_offload.weights.direct import DirectReader, Extent, block_buffer, untouched_zeros
-from griffin_offload.weights.quantized_linear import Precision
+from griffin_offload.checkpoint.direct_io import DirectReader, Extent
+from griffin_offload.devices.host_memory import block_buffer, untouched_zeros
+from griffin_offload.devices.threads import choose_threads, limited_threads
+from griffin_offload.engine.spec import ModelSpec
+from griffin_offload.formats.linear import Precision, QuantizedLinear, Scratch, resident_form, specs
+from griffin_offload.kernels import gemv
+from griffin_offload.kernels.library import HALVES
+
+# How fast this device reads weights when it decodes one token: a short trial per precision, for `plan -v`.
+
+
+# Larger than caches, made of several matrices; the same bytes in every precision.
+_BYTES = 256 * 2**20
+# Of toys there would be tens of thousands; so many of them tell what a call costs.
+_MATRICES = 256
+_SCRATCH_BYTES = 2**20  # for what has no kernel
+_BANDWIDTH_REPEATS = 5
+
+
+def decode_bytes_per_s(
+    precision: Precision,
+    inputs: int,
+    outputs: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int | None = None,
+) -> float:
+    """Bytes per second of one row times matrices [outputs, inputs] in the resident form.
+    On the CPU by `threads`, or as many as loading would choose."""
+    if device.type == "cpu" and threads is None:
+        threads = choose_threads(inputs, outputs, dtype)
+    scratch = Scratch(_SCRATCH_BYTES, dtype, device)
+    layers: list[QuantizedLinear] = []
+    made_bytes = 0
+    while made_bytes < _BYTES and len(layers) < _MATRICES:
+        layer = QuantizedLinear(outputs, inputs, is_down=False, precision=precision, stored="none", scratch=scratch)
+        layer.form = resident_form(precision, is_down=False)
+        for name, (shape, own) in specs(layer.form, outputs, inputs, is_down=False).items():
+            tensor = untouched_zeros(shape, own or dtype, device).fill_(1)
+            setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
+            made_bytes += tensor.nbytes
+        layers.append(layer)
+    row = torch.ones(1, inputs, dtype=dtype, device=device)
+    with torch.no_grad(), limited_threads(threads):
+        kernels: list[Callable[[], object]] = [lambda: [layer(row) for layer in layers]]
+        if precision == "none":
+            kernels.append(lambda: [torch.mv(layer.weight, row[0]) for layer in layers])
+            ours = gemv.kernels() if device.type == "cpu" and dtype in HALVES else None
+            if ours is not None:
+                kernels.append(lambda: [ours.multiply_floats(row, layer.weight) for layer in layers])
+        taken = [statistics.median(_seconds(kernel, device) for _ in range(_BANDWIDTH_REPEATS)) for kernel in kernels]
+    return made_bytes / min(taken)
+
+
+def _seconds(compute: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    compute()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
 
 _READ_BYTES, _PIECE_BYTES, _READERS = 2 * 10**9, 8 * 2**20, 4
 _COPY_BYTES = 256 * 2**20
@@ -39,16 +95,16 @@ class Ceilings:
     """By tokens."""
 
 
-def measure_ceilings(prospect: Prospect, precision: Precision, prompts: list[int], threads: int | None) -> Ceilings:
+def measure_ceilings(model_spec: ModelSpec, precision: Precision, prompts: list[int], threads: int | None) -> Ceilings:
     """Before the model is loaded: a few hundred MB are needed for a moment. Threads: as loading would choose them."""
-    shape, device, dtype = prospect.shape, prospect.device, prospect.dtype
+    shape, device, dtype = model_spec.shape, model_spec.device, model_spec.dtype
     hidden, neurons = shape.hidden_size, max(layer.neurons for layer in shape.layers)
     if device.type == "cpu" and threads is None:
         threads = choose_threads(hidden, neurons, dtype)
     with limited_threads(threads), torch.no_grad():
         return Ceilings(
             threads=threads,
-            read_bytes_per_s=read_bytes_per_s(list(prospect.checkpoint.files)),
+            read_bytes_per_s=read_bytes_per_s(list(model_spec.checkpoint.files)),
             copy_pageable_bytes_per_s=host_copy_rate(device, pinned=False),
             copy_pinned_bytes_per_s=host_copy_rate(device, pinned=True),
             gemv_bytes_per_s=decode_bytes_per_s(precision, hidden, neurons, dtype, device, threads),

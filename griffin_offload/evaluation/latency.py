@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from griffin_offload.engine.model import GriffinModel
 from griffin_offload.evaluation.speed import run_fixed, warm_up
-from griffin_offload.method.variant import Variant
-from griffin_offload.runtime.model import GriffinModel
+from griffin_offload.method.variants import Variant
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from griffin_offload.evaluation.simulation import Simulated
 _SAMPLES_AT_ONCE = 4096
 
 
-class Answer(NamedTuple):
+class LikelihoodResult(NamedTuple):
     """What lm-eval asks of a continuation."""
 
     log_likelihood: float
@@ -26,7 +26,7 @@ class Answer(NamedTuple):
     """Every token is the most likely one."""
 
 
-class Request(NamedTuple):
+class LikelihoodRequest(NamedTuple):
     """Token ids; those from `scored_from` on are the continuation, at least one token is before them."""
 
     ids: Sequence[int]
@@ -38,13 +38,13 @@ class Request(NamedTuple):
         return hashlib.blake2b(array("q", [self.scored_from, *self.ids]).tobytes(), digest_size=16).digest()
 
 
-def can_choose(request: Request, mode: EvalMode) -> bool:
+def can_choose(request: LikelihoodRequest, mode: EvalMode) -> bool:
     """Whether any token is left to choose neurons; if none is, the full model scores the request."""
     before_experts = {"gen": request.scored_from, "class": len(request.ids) - 2, "strict": request.scored_from - 1}
     return before_experts[mode] >= 1
 
 
-def sample_of(request: Request, mode: EvalMode) -> Sample:
+def sample_of(request: LikelihoodRequest, mode: EvalMode) -> Sample:
     """What is simulated for a request."""
     ids = torch.tensor(request.ids, dtype=torch.long, device="cpu")
     context, continuation = ids[: request.scored_from], ids[request.scored_from :]
@@ -59,9 +59,9 @@ class Likelihoods:
 
     def __init__(self, mode: EvalMode, simulate: Callable[[list[Sample]], list[Simulated]]) -> None:
         self._mode, self._simulate = mode, simulate
-        self._known: dict[bytes, tuple[Answer, ...]] = {}
+        self._known: dict[bytes, tuple[LikelihoodResult, ...]] = {}
 
-    def of(self, requests: Sequence[Request], row: int) -> list[Answer]:
+    def of(self, requests: Sequence[LikelihoodRequest], row: int) -> list[LikelihoodResult]:
         """The answers of one row, in the requests' order."""
         keys = [request.key for request in requests]
         new = {key: place for place, key in enumerate(keys) if key not in self._known}
@@ -73,7 +73,7 @@ class Likelihoods:
         """Drop all answers."""
         self._known.clear()
 
-    def _compute(self, requests: dict[bytes, Request]) -> None:
+    def _compute(self, requests: dict[bytes, LikelihoodRequest]) -> None:
         short = sum(not can_choose(request, self._mode) for request in requests.values())
         if short:
             warnings.warn(
@@ -89,5 +89,5 @@ class Likelihoods:
                 self._known[key] = tuple(_summed(scores) for scores in (simulated.full, *simulated.variants))
 
 
-def _summed(scores: Scores) -> Answer:
-    return Answer(float(scores.log_probs.double().sum()), bool(scores.greedy.all()))
+def _summed(scores: Scores) -> LikelihoodResult:
+    return LikelihoodResult(float(scores.log_probs.double().sum()), bool(scores.greedy.all()))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from griffin_offload.engine.stock import stock_forward
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.runtime.stock import stock_forward
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.engine.prefill import ChunkedForward, DecoderLayers, PassHook, Progress
 from griffin_offload.method.statistic import squared_statistic, weighted_sum
-from griffin_offload.runtime.prefill import Chunked, Hook, Progress, StreamedLayers
-from griffin_offload.runtime.stream import LayerStream
-from griffin_offload.weights.feedforward import FeedForward
+from griffin_offload.offload.layer_stream import LayerStream
 
 
-class Choice(NamedTuple):
+class NeuronChoice(NamedTuple):
     """What one row goes on with in one layer."""
 
     kept: Tensor
@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 class Chooser(Protocol):
     """Chooses by a prompt's statistic s^2 [F]; `full` are the layer's tensors. None: the full model."""
 
-    def __call__(self, layer: int, row: int, squared: Tensor, full: list[Tensor]) -> Choice | None: ...
+    def __call__(self, layer: int, row: int, squared: Tensor, full: list[Tensor]) -> NeuronChoice | None: ...
 
 
 class Observer(Protocol):
@@ -53,7 +53,7 @@ class SimulatedPass:
 
     def __init__(
         self,
-        layers: StreamedLayers,
+        layers: DecoderLayers,
         mask: Tensor,
         prompt_columns: int,
         rows_at_once: int,
@@ -77,7 +77,7 @@ class SimulatedPass:
         self._rows = slice(0, 0)
         self._position = 0
         self._squared = self._means = torch.empty(0, dtype=torch.float32, device="cpu")
-        self._choices: list[Choice | None] = []
+        self._choices: list[NeuronChoice | None] = []
         self._layer_sums: list[Tensor] = []
 
     @property
@@ -103,11 +103,11 @@ class SimulatedPass:
             self._stream.__enter__()
         for index, (layer, block) in enumerate(zip(self._layers.decoder, self._layers.blocks, strict=True)):
             if not block.inline:
-                block.module.forward = Chunked(block.module.forward, self._layers.ff_chunk_tokens)
+                block.module.forward = ChunkedForward(block.module.forward, self._layers.ff_chunk_tokens)
             layer.forward = _RowByRow(layer.forward, self._rows_at_once, partial(self._rows_start, index))
-            layer.register_forward_pre_hook(Hook(partial(self._layer_starts, index)))
-            block.down.register_forward_pre_hook(Hook(partial(self._at_down, index, block)))
-            layer.register_forward_hook(Hook(partial(self._layer_ends, index)))
+            layer.register_forward_pre_hook(PassHook(partial(self._layer_starts, index)))
+            block.down.register_forward_pre_hook(PassHook(partial(self._at_down, index, block)))
+            layer.register_forward_hook(PassHook(partial(self._layer_ends, index)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

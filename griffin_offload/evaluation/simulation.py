@@ -4,24 +4,103 @@ of the method, in as few streamed passes as the budget allows."""
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from griffin_offload.blocks.states import shares_entries
 from griffin_offload.config import WEIGHT_NORMS
+from griffin_offload.devices.threads import limited_threads
+from griffin_offload.engine.model import GriffinModel
+from griffin_offload.engine.prefill import DecoderLayers, Progress
 from griffin_offload.errors import BudgetExceeded, UsageError
-from griffin_offload.evaluation.choices import Choices, Counts, Prior
+from griffin_offload.evaluation.pass_size import PassSize, Sizer
 from griffin_offload.evaluation.samples import Batch, Sample, columns_of
 from griffin_offload.evaluation.scoring import Scores, score_rows, stack_of, stock_head
-from griffin_offload.evaluation.simulated_pass import Observer, SimulatedPass
-from griffin_offload.evaluation.size import PassSize, Sizer
-from griffin_offload.method.variant import Variant, distribution, global_counts
-from griffin_offload.runtime.model import GriffinModel
-from griffin_offload.runtime.prefill import Progress
-from griffin_offload.runtime.threads import limited_threads
-from griffin_offload.weights.kept_state import shares_entries
+from griffin_offload.evaluation.simulated_pass import NeuronChoice, Observer, SimulatedPass
+from griffin_offload.method.selection import layer_generator, neurons_kept
+from griffin_offload.method.statistic import share_kept
+from griffin_offload.method.variants import Variant, choose, distribution, global_counts
+
+# What each row of a simulated pass keeps: rows are samples times variants, the full model first.
+
+
+Prior = Sequence[Tensor]
+"""g^2 [F] of each layer: the mean over texts of s^2 / S."""
+Counts = Mapping[float, Sequence[Sequence[int]]]
+"""By density: neurons that each layer keeps, for each sample of a pass."""
+
+
+class Choices:
+    """Chooses for the rows of passes of one model. Norms of weights are computed when a layer passes for the first
+    time; draws are those of a run with the same seed."""
+
+    def __init__(self, layers: DecoderLayers, variants: Sequence[Variant], prior: Prior | None) -> None:
+        if prior is None and any(variant.prior for variant in variants):
+            raise UsageError("a variant fuses with a prior: measure one on other text with prompt_prior()")
+        neurons = [block.neurons for block in layers.blocks]
+        if prior is not None and [layer.numel() for layer in prior] != neurons:
+            raise UsageError("the prior is another model's: its layers have other numbers of neurons")
+        self._layers, self._variants = layers, variants
+        device = layers.stream.device
+        self._prior = None if prior is None else [layer.to(device) for layer in prior]
+        self._norms: dict[tuple[str, int], Tensor] = {}
+        self._counts: Counts = {}
+
+    @property
+    def rows_per_sample(self) -> int:
+        return len(self._variants) + 1
+
+    @property
+    def tables(self) -> int:
+        """Tables of one float per neuron that outlive a pass."""
+        kinds = {variant.selection for variant in self._variants} & set(WEIGHT_NORMS)
+        return len(kinds) + (self._prior is not None)
+
+    @property
+    def global_densities(self) -> set[float]:
+        """Those of which a layer's number depends on all layers' statistics."""
+        return {variant.density for variant in self._variants if variant.allocation == "global"}
+
+    @property
+    def means(self) -> bool:
+        return any(variant.compensate for variant in self._variants)
+
+    def start(self, counts: Counts) -> None:
+        """Begin a pass; `counts` for `global_densities`."""
+        self._counts = counts
+
+    def __call__(self, layer: int, row: int, squared: Tensor, full: list[Tensor]) -> NeuronChoice | None:
+        sample, place = divmod(row, self.rows_per_sample)
+        if place == 0:
+            return None
+        variant = self._variants[place - 1]
+        if variant.allocation == "global":
+            kept = self._counts[variant.density][sample][layer]
+        else:
+            kept = neurons_kept(squared.numel(), variant.density)
+        chosen = choose(
+            variant,
+            squared,
+            kept,
+            layer_generator(self._layers.config.seed, layer),
+            norms=self._norms_of(variant, layer, full),
+            prior=None if self._prior is None else self._prior[layer],
+        )
+        mask = torch.zeros_like(squared, dtype=torch.bool).index_fill_(0, chosen, True)
+        return NeuronChoice(mask, share_kept(squared, chosen), variant.compensate)
+
+    def _norms_of(self, variant: Variant, layer: int, full: list[Tensor]) -> Tensor | None:
+        if variant.selection not in WEIGHT_NORMS:
+            return None
+        key = variant.selection, layer
+        if key not in self._norms:
+            block = self._layers.blocks[layer]
+            of_weights = block.neuron_norms if variant.selection == "magnitude" else block.output_norms
+            self._norms[key] = of_weights(full)
+        return self._norms[key]
 
 
 @dataclass(frozen=True)
@@ -139,7 +218,7 @@ class _Simulation:
         self._stack = stack_of(self._model, self._layers.decoder)
         self._sizer = Sizer(
             engine.shape,
-            engine.prospect.request,
+            engine.model_spec.request,
             model.plan,
             variants=self._choices.rows_per_sample,
             norm_tables=self._choices.tables,

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from griffin_offload.checkpoint.base import Checkpoint
+from griffin_offload.engine.model import GriffinModel
+from griffin_offload.engine.report import RunReport
 from griffin_offload.evaluation.ceilings import Ceilings
-from griffin_offload.runtime.model import GriffinModel
-from griffin_offload.runtime.report import RunReport
-from griffin_offload.weights.checkpoint import Checkpoint
 
 _WARM_UP_TOKENS = 4
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from griffin_offload.config import SummariesConfig
+from griffin_offload.engine.model import GriffinModel
 from griffin_offload.errors import GriffinError, UsageError, one_line
+from griffin_offload.evaluation.lm_eval_tasks import json_lines
 from griffin_offload.evaluation.rouge import METRICS, rouge
-from griffin_offload.evaluation.task_index import json_lines
-from griffin_offload.method.variant import Variant
-from griffin_offload.runtime.model import GriffinModel
+from griffin_offload.method.variants import Variant
 
 
 @dataclass(frozen=True)

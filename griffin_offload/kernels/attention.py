@@ -9,8 +9,7 @@ import struct
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.compiled import HALVES, NUMBER_TYPES, library, needs_gradient
-from griffin_offload.kernels.handed import check
+from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, check, library, needs_gradient
 
 _ATTENTION = struct.Struct("@6P17qf")
 """The struct Attention of attention.c."""

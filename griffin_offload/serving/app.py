@@ -8,16 +8,15 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from griffin_offload.config import ServeConfig
-from griffin_offload.serving.admission import Caps, output_tokens
-from griffin_offload.serving.exchange import Disconnected, Exchange
-from griffin_offload.serving.failure import Failure, broken, too_many_connections
-from griffin_offload.serving.fields import parse_object
-from griffin_offload.serving.job import Done, Failed, Figures, Job
+from griffin_offload.serving.api_errors import ApiError, broken, too_many_connections
+from griffin_offload.serving.auth import AccessGuard
+from griffin_offload.serving.http_exchange import Disconnected, HttpExchange
 from griffin_offload.serving.metrics import Metrics
-from griffin_offload.serving.prompts import Encoder
-from griffin_offload.serving.requests import Endpoint, Request, check_served, parse_request
+from griffin_offload.serving.queue import Done, Failed, Figures, Job
+from griffin_offload.serving.requests import Caps, Endpoint, Request, check_served, output_tokens, parse_request
 from griffin_offload.serving.responses import LAST_EVENT, Response, encode, server_sent
-from griffin_offload.serving.security import Guard
+from griffin_offload.serving.tokenization import Encoder
+from griffin_offload.serving.validation import parse_object
 from griffin_offload.serving.worker import Worker
 from griffin_offload.units import parse_size
 
@@ -48,13 +47,13 @@ class App:
     """Every answer, and every refusal, is in OpenAI's form."""
 
     def __init__(self, service: Service) -> None:
-        self._service, self._guard = service, Guard(service.config)
+        self._service, self._guard = service, AccessGuard(service.config)
         self._max_body = parse_size(service.config.max_body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        exchange = Exchange(scope, receive, send, self._service.config.request_timeout_s)
+        exchange = HttpExchange(scope, receive, send, self._service.config.request_timeout_s)
         outcome = "cancelled"
         try:
             outcome = await self._outcome(exchange, Headers(scope=scope))
@@ -65,12 +64,12 @@ class App:
             log.info("%s %d %s in %.2f s", kind, exchange.status, outcome, exchange.seconds)
             log.debug("%s %s", scope["method"], scope["raw_path"].decode("latin-1"))  # as sent: no line ends
 
-    async def _outcome(self, exchange: Exchange, headers: Headers) -> str:
+    async def _outcome(self, exchange: HttpExchange, headers: Headers) -> str:
         """Answer, and say in one word what became of it."""
         try:
             try:
                 await self._route(exchange, headers)
-            except Failure as failure:
+            except ApiError as failure:
                 await exchange.fail(failure)
                 return _OUTCOMES.get(failure.status, "refused" if failure.status < 500 else "failed")
             except Disconnected:
@@ -80,17 +79,17 @@ class App:
                 await exchange.fail(broken())
                 return "failed"
             return "ok"
-        except (Disconnected, Failure, OSError):  # gone, or never read what it was told
+        except (Disconnected, ApiError, OSError):  # gone, or never read what it was told
             return "disconnected"
 
-    async def _route(self, exchange: Exchange, headers: Headers) -> None:
+    async def _route(self, exchange: HttpExchange, headers: Headers) -> None:
         method, path = exchange.scope["method"], exchange.scope["path"]
         if exchange.scope["state"]["crowded"]:
             raise too_many_connections()
         self._guard.check(method, path, headers)
         exchange.headers = self._guard.cors_headers(headers)
         if path not in _ASKING and path not in _READING and not path.startswith(f"{_MODELS}/"):
-            raise Failure(404, "there is nothing at this path", code="not_found")
+            raise ApiError(404, "there is nothing at this path", code="not_found")
         if self._guard.is_preflight(method, headers):
             exchange.headers = self._guard.preflight_headers(headers)
             await exchange.answer(204, b"")
@@ -98,13 +97,13 @@ class App:
         allowed = ("POST",) if path in _ASKING else ("GET", "HEAD")
         if method not in allowed:
             allow = {"allow": ", ".join(allowed)}
-            raise Failure(405, f"{method[:20]} is not answered here: use {allowed[0]}", code="method", headers=allow)
+            raise ApiError(405, f"{method[:20]} is not answered here: use {allowed[0]}", code="method", headers=allow)
         if path in _ASKING:
             await self._ask(exchange, headers, _ASKING[path])
         else:
             await self._read(exchange, path)
 
-    async def _read(self, exchange: Exchange, path: str) -> None:
+    async def _read(self, exchange: HttpExchange, path: str) -> None:
         service = self._service
         if path == "/metrics":
             await exchange.answer(200, service.metrics.text(), {"content-type": CONTENT_TYPE_LATEST})
@@ -121,7 +120,7 @@ class App:
             else:
                 await exchange.answer(200, encode({"object": "list", "data": [model]}))
 
-    async def _ask(self, exchange: Exchange, headers: Headers, endpoint: Endpoint) -> None:
+    async def _ask(self, exchange: HttpExchange, headers: Headers, endpoint: Endpoint) -> None:
         service = self._service
         body = await exchange.body(self._max_body)
         _check_content(headers)
@@ -138,7 +137,7 @@ class App:
             service.worker.cancel(job)
 
 
-async def _whole(exchange: Exchange, _: Request, response: Response) -> None:
+async def _whole(exchange: HttpExchange, _: Request, response: Response) -> None:
     while True:
         event = await exchange.next()
         if isinstance(event, Failed):
@@ -149,7 +148,7 @@ async def _whole(exchange: Exchange, _: Request, response: Response) -> None:
         response.take(event)
 
 
-async def _stream(exchange: Exchange, request: Request, response: Response) -> None:
+async def _stream(exchange: HttpExchange, request: Request, response: Response) -> None:
     """Headers go out with the first token: what is refused before it still has a status of its own."""
     while True:
         event = await exchange.next()
@@ -173,9 +172,9 @@ def _check_content(headers: Headers) -> None:
     """Failure 415 unless the body is said to be plain JSON: what else a page can send, no browser asks us about."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise Failure(415, "the body has to be sent as Content-Type: application/json", code="content_type")
+        raise ApiError(415, "the body has to be sent as Content-Type: application/json", code="content_type")
     if headers.get("content-encoding", "identity").lower() != "identity":
-        raise Failure(415, "compressed bodies are not read", code="content_encoding")
+        raise ApiError(415, "compressed bodies are not read", code="content_encoding")
 
 
 def _kind(path: str) -> str:

@@ -2,24 +2,90 @@
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from griffin_offload.engine.arguments import ONE_ANSWER
+from griffin_offload.engine.report import RunReport
 from griffin_offload.errors import DoesNotFit
-from griffin_offload.runtime.arguments import ONE_ANSWER
-from griffin_offload.runtime.context import Context
-from griffin_offload.runtime.report import RunReport
-from griffin_offload.serving.answer import Answer
-from griffin_offload.serving.job import Finished, Job, Piece
-from griffin_offload.serving.keeper import NO_PENALTIES, Held
-from griffin_offload.serving.logprobs import LogprobRecorder
+from griffin_offload.kv_cache.sequence import Context
+from griffin_offload.serving.logprobs import LogprobRecorder, TokenLogprob
+from griffin_offload.serving.model_manager import NO_PENALTIES, LoadedModel
+from griffin_offload.serving.queue import Finish, Finished, Job, Piece
 from griffin_offload.serving.requests import Request
-from griffin_offload.serving.stops import StopHolder
-from griffin_offload.serving.text import Detokeniser
+from griffin_offload.serving.text_stream import Detokeniser, StopHolder
+
+# One answer while it is generated: tokens become text, stop strings end it, an interruption, too.
+
+
+class Answer(StoppingCriteria):  # type: ignore[misc]
+    """Asked after every token whether to go on, which is where it learns of the token: all but the first
+    `prompt_tokens` are the answer's.
+
+    `show` is called with text and the tokens that begin in it; tokens of which nothing is shown are left out.
+    `interrupted` is asked once a token. `ends` are the ids that end a sequence.
+    """
+
+    def __init__(
+        self,
+        prompt_tokens: int,
+        detokeniser: Detokeniser,
+        holder: StopHolder,
+        recorder: LogprobRecorder | None,
+        ends: Collection[int],
+        show: Callable[[str, tuple[TokenLogprob, ...]], None],
+        interrupted: Callable[[], bool],
+    ) -> None:
+        self._detokeniser, self._holder, self._recorder = detokeniser, holder, recorder
+        self._ends, self._show, self._interrupted = ends, show, interrupted
+        self._seen = prompt_tokens
+        self._letters = 0
+        self._waiting: deque[TokenLogprob] = deque()
+        self.interrupted = self._ended = False
+
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
+        tokens = input_ids[0, self._seen :].tolist()
+        self._seen = input_ids.shape[1]
+        for token in tokens:
+            self._add(token)
+        self.interrupted = self.interrupted or self._interrupted()
+        done = self._holder.stopped or self.interrupted
+        return torch.full((1,), done, dtype=torch.bool, device=input_ids.device)
+
+    def _add(self, token: int) -> None:
+        if token in self._ends:
+            self._ended = True
+            return
+        if self._recorder is not None:
+            self._waiting.append(self._recorder.record(token, self._letters))
+        self._grow(self._detokeniser.feed(token))
+
+    def _grow(self, text: str) -> None:
+        self._letters += len(text)
+        shown = self._holder.feed(text)
+        self._give(shown, self._holder.released)
+
+    def _give(self, text: str, before: int) -> None:
+        """Show `text`, and the tokens that begin in front of letter `before`."""
+        tokens = []
+        while self._waiting and self._waiting[0].offset < before:
+            tokens.append(self._waiting.popleft())
+        if text or tokens:
+            self._show(text, tuple(tokens))
+
+    def finish(self) -> Finish:
+        """The generation is over: show what was held back, and say why it ended."""
+        if not self._holder.stopped:
+            self._grow(self._detokeniser.flush())
+        if not self._holder.stopped:
+            self._give(self._holder.flush(), self._letters + 1)
+        return "stop" if self._ended or self._holder.stopped else "length"
+
 
 # Scores are divided by the temperature in float32: below this that would be a division by nothing.
 _COLDEST = 1e-4
@@ -29,7 +95,7 @@ class Interrupted(Exception):
     """Nobody waits for the answer any more, or nobody may."""
 
 
-def answer_all(held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
+def answer_all(held: LoadedModel, job: Job, interrupted: Callable[[], bool]) -> None:
     """Deliver every answer of `job`. Interrupted, when `interrupted` says so: after a token, or a layer of a streamed
     pass. Any GriffinError of `generate`."""
     seed = job.request.seed
@@ -46,7 +112,7 @@ def answer_all(held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
 class _Generation:
     """The answers to one job."""
 
-    def __init__(self, held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, held: LoadedModel, job: Job, interrupted: Callable[[], bool]) -> None:
         self._held, self._model, self._job, self._interrupted = held, held.model, job, interrupted
         self._request, self._tokenizer = job.request, held.model.tokenizer
         self._ends = held.chat_ends if job.request.endpoint == "chat" else held.text_ends

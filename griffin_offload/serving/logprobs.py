@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from griffin_offload.runtime.run import LogitsObserver
-from griffin_offload.serving.text import special_ids, token_text
+from griffin_offload.engine.generation import LogitsObserver
+from griffin_offload.serving.text_stream import special_ids, token_text
 
 # Of a token that the model itself rules out; JSON knows no infinity.
 _LEAST = -9999.0

@@ -4,9 +4,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from griffin_offload.runtime.memory import anonymous_bytes
-from griffin_offload.serving.job import Job
-from griffin_offload.serving.keeper import Held
+from griffin_offload.devices.memory import anonymous_bytes
+from griffin_offload.serving.model_manager import LoadedModel
+from griffin_offload.serving.queue import Job
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATES = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -52,7 +52,7 @@ class Metrics:
         """In Prometheus's text format."""
         return generate_latest(self.registry)
 
-    def loaded(self, held: Held, loads: int) -> None:
+    def loaded(self, held: LoadedModel, loads: int) -> None:
         self.device_budget.set(held.model.plan.budget_bytes)
         self.host_budget.set(held.host_budget_bytes)
         self.model_loaded.set(1)
@@ -64,7 +64,7 @@ class Metrics:
         for gauge in (self.model_loaded, self.sessions, self.session_bytes):
             gauge.set(0)
 
-    def finished(self, job: Job, held: Held | None, loads: int) -> None:
+    def finished(self, job: Job, held: LoadedModel | None, loads: int) -> None:
         """A job left the worker, whatever became of it."""
         if held is None:
             self.unloaded()

@@ -4,9 +4,73 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from griffin_offload.config import ServeConfig
-from griffin_offload.serving.failure import Failure, invalid
-from griffin_offload.serving.fields import Fields
-from griffin_offload.serving.messages import Message, parse_messages
+from griffin_offload.serving.api_errors import ApiError, invalid, unsupported
+from griffin_offload.serving.validation import FieldReader
+
+# The messages of a chat: roles that a template knows, and texts.
+
+
+Message = dict[str, str]
+
+ROLES = ("system", "user", "assistant")
+# What clients call instructions to models that think; templates know them as the system's.
+_INSTRUCTIONS = "developer"
+_MAX_MESSAGES = 10_000
+# What an answer of a client library carries when it is sent back; empty, or it would ask for something.
+_EMPTY: dict[str, tuple[Any, ...]] = {
+    "name": (),
+    "refusal": (),
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+}
+
+
+def parse_messages(fields: FieldReader) -> tuple[Message, ...]:
+    """Role and text of each message; Failure names the one that cannot be used."""
+    found = fields.raw("messages")
+    if not isinstance(found, list) or not 0 < len(found) <= _MAX_MESSAGES:
+        raise fields.wrong("messages", f"a list of 1 to {_MAX_MESSAGES} messages")
+    return tuple(_message(value, f"messages[{index}]") for index, value in enumerate(found))
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise invalid(f"{where} has to be an object", where)
+    role = "system" if value.get("role") == _INSTRUCTIONS else value.get("role")
+    if role in ("tool", "function"):
+        raise unsupported(f"{where}.role", f"{role}: the roles are {', '.join(ROLES)}")
+    fields = FieldReader(value, known=("role", "content"), neutral=_EMPTY, where=where)
+    if role not in ROLES:
+        raise fields.wrong("role", f"one of {', '.join(ROLES)}")
+    return {"role": role, "content": _content(fields)}
+
+
+def _content(fields: FieldReader) -> str:
+    """One text, or the texts of all parts, a line each."""
+    found = fields.raw("content")
+    if not isinstance(found, list):
+        text = fields.text("content")
+        if text is None:
+            raise fields.wrong("content", "given: a string, or a list of text parts")
+        return text
+    texts = []
+    for index, part in enumerate(found):
+        where = f"{fields.path('content')}[{index}]"
+        if not isinstance(part, dict):
+            raise invalid(f"{where} has to be an object", where)
+        if part.get("type") != "text":
+            raise unsupported(f"{where}.type", "the model reads text parts alone")
+        text = FieldReader(part, known=("type", "text"), where=where).text("text")
+        if text is None:
+            raise invalid(f"{where}.text has to be given", f"{where}.text")
+        texts.append(text)
+    if not texts:
+        raise fields.wrong("content", "a string, or a list of text parts, of which it has none")
+    return "\n".join(texts)
+
 
 Endpoint = Literal["chat", "completions"]
 Prompt = str | list[int]
@@ -103,7 +167,7 @@ class Request:
 
 def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, config: ServeConfig) -> Request:
     """The request that `values` make; Failure names the first field that cannot be used."""
-    fields = Fields(values, known=_KNOWN[endpoint], neutral=_NEUTRAL[endpoint], ignored=_IGNORED)
+    fields = FieldReader(values, known=_KNOWN[endpoint], neutral=_NEUTRAL[endpoint], ignored=_IGNORED)
     _check_model(fields, served)
     n = fields.integer("n", 1, config.max_choices) or 1
     chat = endpoint == "chat"
@@ -129,7 +193,7 @@ def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, confi
     )
 
 
-def _check_model(fields: Fields, served: str) -> None:
+def _check_model(fields: FieldReader, served: str) -> None:
     model = fields.text("model")
     if model is None:
         raise fields.wrong("model", f"given: {served!r} is served here")
@@ -139,12 +203,12 @@ def _check_model(fields: Fields, served: str) -> None:
 def check_served(model: str, served: str) -> None:
     """Failure 404 unless `model` is the one that is served."""
     if model != served:
-        raise Failure(
+        raise ApiError(
             404, f"no model {model[:100]!r}: {served!r} is served here", param="model", code="model_not_found"
         )
 
 
-def _max_tokens(fields: Fields) -> int | None:
+def _max_tokens(fields: FieldReader) -> int | None:
     old = fields.integer("max_tokens", 1, _LARGEST)
     new = fields.integer("max_completion_tokens", 1, _LARGEST)
     if old is not None and new is not None and old != new:
@@ -152,7 +216,7 @@ def _max_tokens(fields: Fields) -> int | None:
     return new if old is None else old
 
 
-def _include_usage(fields: Fields, stream: bool) -> bool:
+def _include_usage(fields: FieldReader, stream: bool) -> bool:
     options = fields.raw("stream_options")
     if options is None:
         return False
@@ -162,11 +226,11 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
         raise fields.wrong("stream_options", "an object")
     neutral = {"include_obfuscation": (False,)}
     return bool(
-        Fields(options, known=("include_usage",), neutral=neutral, where="stream_options").flag("include_usage")
+        FieldReader(options, known=("include_usage",), neutral=neutral, where="stream_options").flag("include_usage")
     )
 
 
-def _stops(fields: Fields) -> tuple[str, ...]:
+def _stops(fields: FieldReader) -> tuple[str, ...]:
     found = fields.raw("stop")
     if found is None:
         return ()
@@ -179,14 +243,14 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _chat_logprobs(fields: Fields) -> int | None:
+def _chat_logprobs(fields: FieldReader) -> int | None:
     wanted, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, _MAX_TOP_LOGPROBS["chat"])
     if top is not None and not wanted:
         raise invalid("top_logprobs are for logprobs: add logprobs", "top_logprobs")
     return (top or 0) if wanted else None
 
 
-def _prompts(fields: Fields, most: int) -> tuple[Prompt, ...]:
+def _prompts(fields: FieldReader, most: int) -> tuple[Prompt, ...]:
     found = fields.raw("prompt")
     if found is None:
         raise fields.wrong("prompt", "given: a string, a list of strings, token ids, or a list of lists of those")
@@ -197,7 +261,7 @@ def _prompts(fields: Fields, most: int) -> tuple[Prompt, ...]:
     return tuple(_prompt(fields, prompt) for prompt in prompts)
 
 
-def _prompt(fields: Fields, prompt: Any) -> Prompt:
+def _prompt(fields: FieldReader, prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         return fields.checked_text("prompt", prompt)
     if not isinstance(prompt, list) or not _is_ids(prompt):
@@ -207,3 +271,48 @@ def _prompt(fields: Fields, prompt: Any) -> Prompt:
 
 def _is_ids(found: list[Any]) -> bool:
     return bool(found) and all(type(token) is int and 0 <= token <= _LARGEST for token in found)
+
+
+# What fits: a request's tokens against the context and the caps, before it may wait for the model.
+
+
+_CODE = "context_length_exceeded"
+
+
+@dataclass(frozen=True)
+class Caps:
+    """The most tokens of one prompt, of one answer, and of both."""
+
+    context: int
+    prompt: int
+    output: int
+
+
+def caps_of(config: ServeConfig, context_tokens: int, planned_prompt_tokens: int) -> Caps:
+    """The server's own caps within what memory is planned for."""
+    prompt = min(config.max_prompt_tokens or context_tokens, planned_prompt_tokens, context_tokens - 1)
+    return Caps(context_tokens, prompt, min(config.max_output_tokens or context_tokens, context_tokens - 1))
+
+
+def output_tokens(request: Request, prompt: list[int], caps: Caps) -> int:
+    """Tokens the answer to `prompt` may have; Failure 400 with the numbers if they do not fit."""
+    param = "messages" if request.endpoint == "chat" else "prompt"
+    if len(prompt) > caps.prompt:
+        raise invalid(f"the prompt has {len(prompt)} tokens, {caps.prompt} are allowed: shorten it", param, _CODE)
+    wanted, room = request.max_tokens, caps.context - len(prompt)
+    if wanted is None:
+        return min(room, caps.output)
+    if wanted > caps.output:
+        raise invalid(f"max_tokens is {wanted}, {caps.output} are allowed", "max_tokens")
+    if wanted > room:
+        raise _too_long(len(prompt), wanted, caps, param)
+    return wanted
+
+
+def _too_long(prompt_tokens: int, wanted: int, caps: Caps, param: str) -> ApiError:
+    return invalid(
+        f"a prompt of {prompt_tokens} tokens and {wanted} new ones are {prompt_tokens + wanted}, the context is "
+        f"{caps.context}: shorten one of them",
+        param,
+        _CODE,
+    )

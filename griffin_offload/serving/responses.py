@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from griffin_offload.serving.job import Event, Figures, Finished, Piece
 from griffin_offload.serving.logprobs import TokenLogprob
+from griffin_offload.serving.queue import Event, Figures, Finished, Piece
 from griffin_offload.serving.requests import Request
 
 _OBJECTS = {

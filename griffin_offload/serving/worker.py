@@ -16,8 +16,8 @@ from griffin_offload.errors import (
     UsageError,
     memory_refused,
 )
-from griffin_offload.serving.failure import (
-    Failure,
+from griffin_offload.serving.api_errors import (
+    ApiError,
     broken,
     changed,
     invalid,
@@ -27,9 +27,9 @@ from griffin_offload.serving.failure import (
     shutting_down,
 )
 from griffin_offload.serving.generation import Interrupted, answer_all
-from griffin_offload.serving.job import Done, Event, Failed, Job
-from griffin_offload.serving.keeper import Held, Keeper
 from griffin_offload.serving.metrics import Metrics
+from griffin_offload.serving.model_manager import LoadedModel, ModelManager
+from griffin_offload.serving.queue import Done, Event, Failed, Job
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _LONGEST_RETRY_S = 60
 class Worker:
     """Answers jobs in the order of their arrival. All methods but `_work`'s may be called from any thread."""
 
-    def __init__(self, keeper: Keeper, config: ServeConfig, metrics: Metrics) -> None:
+    def __init__(self, keeper: ModelManager, config: ServeConfig, metrics: Metrics) -> None:
         self._keeper, self._config, self._metrics = keeper, config, metrics
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -50,7 +50,7 @@ class Worker:
         self._load_error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="griffin-offload-worker", daemon=True)
 
-    def start(self) -> Held:
+    def start(self) -> LoadedModel:
         """Load the model; raises what loading raises."""
         self._thread.start()
         self._loaded.wait()
@@ -83,7 +83,7 @@ class Worker:
         if len(self._waiting) >= self._config.queue_size:
             seconds = min(max(round(self._seconds_per_job * len(self._waiting)), 1), _LONGEST_RETRY_S)
             message = f"{self.waiting} requests are waiting already: try again in {seconds} s"
-            raise Failure(429, message, code="queue_full", headers={"retry-after": str(seconds)})
+            raise ApiError(429, message, code="queue_full", headers={"retry-after": str(seconds)})
 
     def submit(self, job: Job) -> None:
         """Put `job` in the queue; Failure 429 or 503 if it is not taken."""
@@ -175,7 +175,7 @@ class Worker:
             answer_all(self._keeper.get(job.request.density), job, lambda: self._interrupted(job))
         except Interrupted:
             return None if job.cancelled else Failed(shutting_down())
-        except Failure as failure:
+        except ApiError as failure:
             log.debug("refused", exc_info=True)
             return Failed(failure)
         except UsageError as error:
@@ -189,7 +189,7 @@ class Worker:
             log.error("%s", error)
             return Failed(out_of_memory())
         except DoesNotFit as error:
-            return Failed(Failure(400, str(error), code="does_not_fit"))
+            return Failed(ApiError(400, str(error), code="does_not_fit"))
         except NotFinite as error:
             log.error("%s", error)
             return Failed(not_finite(str(error)))

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CHAT_TEMPLATE, write_tokenizer
 
 from griffin_offload.cli.main import main
-from griffin_offload.runtime.convert import convert as convert_checkpoint
-from griffin_offload.weights.quantized_linear import Precision
+from griffin_offload.engine.convert import convert as convert_checkpoint
+from griffin_offload.formats.linear import Precision
 
 
 @dataclass(frozen=True)

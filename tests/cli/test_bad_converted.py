@@ -10,7 +10,7 @@ import torch
 from tiny_models import ARCHITECTURES
 from torch import Tensor
 
-from griffin_offload.runtime.convert import convert
+from griffin_offload.engine.convert import convert
 
 INDEX = "model.safetensors.index.json"
 DOWN = "model.layers.1.mlp.down_proj"

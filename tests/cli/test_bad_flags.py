@@ -176,5 +176,5 @@ def test_no_room_for_offloaded_weights(cli, llama: Path):
 
 
 def test_no_free_memory(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("griffin_offload.runtime.load.device_bytes", lambda device: (100_000, 10**9))
+    monkeypatch.setattr("griffin_offload.engine.load.device_bytes", lambda device: (100_000, 10**9))
     cli.refuses(3, "only 100.0 kB .* are free", "run", "the cat", "-n", 4, "-m", llama, "--max-gpu-mem", "1MB")

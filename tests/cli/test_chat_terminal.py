@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from support.fork_server import ForkServer
 
-from griffin_offload.cli.terminal import _Interrupts
-from griffin_offload.runtime import session
-from griffin_offload.runtime.session import ChatSession
-from griffin_offload.weights.source import MappedWeights
+from griffin_offload.cli.chat import _Interrupts
+from griffin_offload.engine import chat as session
+from griffin_offload.engine.chat import ChatSession
+from griffin_offload.offload.weight_store import MmapStore
 
 OPTIONS = ("--device", "cpu", "--density", 0.5, "--max-mem", "1GB", "--ctx-size", 200, "-n", 6, "--temperature", 0)
 
@@ -109,7 +109,7 @@ def test_a_second_ctrl_c_takes_the_message_back(type_in, monkeypatch: pytest.Mon
 def test_ctrl_c_in_the_pass_takes_the_message_back(type_in, monkeypatch: pytest.MonkeyPatch):
     """In the second turn: the first one is as it was, and can be gone on from."""
     expected = type_in(["the cat", "the dog"], "-q").out
-    fetch, calls = MappedWeights.fetch, []
+    fetch, calls = MmapStore.fetch, []
 
     def pressed(source: object, layer: int) -> Any:
         calls.append(layer)
@@ -119,7 +119,7 @@ def test_ctrl_c_in_the_pass_takes_the_message_back(type_in, monkeypatch: pytest.
             time.sleep(0.2)
         return fetch(source, layer)
 
-    monkeypatch.setattr(MappedWeights, "fetch", pressed)
+    monkeypatch.setattr(MmapStore, "fetch", pressed)
     outcome = type_in(["the cat", "the dog", "/stats", "the dog"])
     assert len(calls) >= 8
     assert outcome.code == 0
@@ -151,7 +151,7 @@ def test_the_signal_is_given_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-PLACES = {"pass": "MappedWeights, 'fetch'", "answer": "_Interrupted, '__call__'"}
+PLACES = {"pass": "MmapStore, 'fetch'", "answer": "_Interrupted, '__call__'"}
 
 
 class Pty:
@@ -161,8 +161,8 @@ class Pty:
         program = (
             "import sys, time\n"
             "from griffin_offload.cli.main import main\n"
-            "from griffin_offload.weights.source import MappedWeights\n"
-            "from griffin_offload.runtime.session import _Interrupted\n"
+            "from griffin_offload.offload.weight_store import MmapStore\n"
+            "from griffin_offload.engine.chat import _Interrupted\n"
             f"kind, name = {PLACES[where]}\n"
             "original = getattr(kind, name)\n"
             "def slow(*a, **k):\n"

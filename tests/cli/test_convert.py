@@ -36,7 +36,7 @@ def layer_linears(name: str, model: nn.Module) -> dict[str, nn.Module]:
 
 
 def dequantised(stored: dict[str, Tensor], linear: str, precision: str) -> Tensor:
-    """The matrix [O, I] by the formulas of weights/quantize.py and int4.py."""
+    """The matrix [O, I] by the formulas of formats/int8.py and int4.py."""
     parts = ("weight", "groups", "scale", "input_scale")
     tensors = {part: stored[f"{linear}.{part}"] for part in parts if f"{linear}.{part}" in stored}
     if precision == "int4":

@@ -10,7 +10,7 @@ import torch
 from tiny_models import write_checkpoint, write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from griffin_offload.runtime import convert as runtime
+from griffin_offload.engine import convert as runtime
 
 INDEX = "model.safetensors.index.json"
 NOTE = ".converting.json"

@@ -10,7 +10,7 @@ import pytest
 from support.fork_server import ForkServer, Started
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from griffin_offload.runtime import convert as runtime
+from griffin_offload.engine import convert as runtime
 
 NOTE = ".converting.json"
 # Kills the process at a given step of a given file: its name when it is whole, and when.
@@ -18,7 +18,7 @@ KILLER = """
 import os, signal, sys
 from pathlib import Path
 from griffin_offload.cli.main import main
-from griffin_offload.runtime import convert
+from griffin_offload.engine import convert
 name, when = sys.argv[1:3]
 replace, save, unlink = Path.replace, convert.save_file, Path.unlink
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from griffin_offload.weights.source import MappedWeights, RamWeights
+from griffin_offload.offload.weight_store import HostStore, MmapStore
 
 
 def interrupting(fetch: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +26,7 @@ def interrupting(fetch: Callable[..., Any]) -> Callable[..., Any]:
     return slow
 
 
-@pytest.mark.parametrize(("source", "tier"), [(MappedWeights, "disk"), (RamWeights, "ram")])
+@pytest.mark.parametrize(("source", "tier"), [(MmapStore, "disk"), (HostStore, "ram")])
 @pytest.mark.parametrize("flags", [[], ["-q"], ["--json"]], ids=str)
 def test_ctrl_c_on_the_command_line(cli, llama: Path, monkeypatch: pytest.MonkeyPatch, source, tier, flags):
     monkeypatch.setattr(source, "fetch", interrupting(source.fetch))
@@ -41,12 +41,12 @@ def test_ctrl_c_in_a_process(forks, llama: Path):
     program = (
         "import os, signal, sys, time\n"
         "from griffin_offload.cli.main import main\n"
-        "from griffin_offload.weights.source import MappedWeights\n"
-        "fetch = MappedWeights.fetch\n"
+        "from griffin_offload.offload.weight_store import MmapStore\n"
+        "fetch = MmapStore.fetch\n"
         "def slow(self, layer):\n"
         "    if layer == 1: time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT), time.sleep(0.2)\n"
         "    return fetch(self, layer)\n"
-        "MappedWeights.fetch = slow\n"
+        "MmapStore.fetch = slow\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     outcome = forks.run("-c", program, "run", "the cat sat", "-m", llama, "--density", 0.5)

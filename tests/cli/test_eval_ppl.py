@@ -7,7 +7,7 @@ from tiny_models import BOS
 
 from griffin_offload.cli.main import build_parser
 from griffin_offload.config import EvalConfig
-from griffin_offload.evaluation.windows import take_windows
+from griffin_offload.evaluation.samples import take_windows
 
 KEYS = (
     "selection density prompt_tokens generate_tokens windows ppl_full ppl kl top1 activation_kept".split()  # noqa: SIM905

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 import griffin_offload
 from griffin_offload.cli.main import build_parser
 from griffin_offload.config import TasksConfig
-from griffin_offload.evaluation.quiet import quiet_harness
+from griffin_offload.evaluation.lm_eval_tasks import quiet_harness
 
 TASKS = Path(__file__).parents[1] / "evaluation" / "tasks"
 ALL = ("tiny_choices", "tiny_shots", "tiny_questions", "tiny_texts")
@@ -115,7 +115,7 @@ _COUNTS = """
 import atexit, os, sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "griffin_offload.evaluation.task_run":
+        if name == "griffin_offload.evaluation.lm_eval_tasks":
             sys.meta_path.remove(self)
             from griffin_offload.evaluation import harness
             of_samples, generate, counts = harness.simulate, harness.GriffinLM._generate, [0, 0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from griffin_offload.runtime import prompts
+from griffin_offload.checkpoint import tokenizer as prompts
 
 INDEX = "model.safetensors.index.json"
 RUN, PLAN = ("run", "the cat", "-n", "2"), ("plan",)

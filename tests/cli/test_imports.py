@@ -7,7 +7,7 @@ import pytest
 # Cycles that fall inside and behind the block, told by weak references, in a process that knows no torch.
 CYCLES = """
 import gc, json, sys, weakref
-from griffin_offload.cli.imports import heavy_imports
+from griffin_offload.cli.options import heavy_imports
 
 class Cycle:
     def __init__(self):
@@ -25,7 +25,7 @@ after, behind = gc.isenabled(), weakref.ref(Cycle())
 gc.collect()
 print(json.dumps([during, after, inside() is not None, behind() is not None]))
 """
-MODEL_THERE = "sys.modules['griffin_offload.runtime.model'] = sys"
+MODEL_THERE = "sys.modules['griffin_offload.engine.model'] = sys"
 # Runs a command and prints whether the collector is on, how many objects it sees and how many never.
 COUNTS = """
 import gc, json, sys

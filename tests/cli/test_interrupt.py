@@ -12,7 +12,7 @@ import torch
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinError, GriffinModel
-from griffin_offload.weights.pages import FilePages
+from griffin_offload.checkpoint.mapped import FilePages
 
 OPTIONS = [
     {},  # mapped pages are used in place
@@ -125,7 +125,7 @@ def test_interrupted_inside_the_pass(checkpoints, monkeypatch: pytest.MonkeyPatc
 
         return call
 
-    from griffin_offload.runtime.prefill import StreamedPass
+    from griffin_offload.engine.prefill import StreamedPass
 
     with monkeypatch.context() as patch:
         patch.setattr(StreamedPass, at, interrupted(getattr(StreamedPass, at)))

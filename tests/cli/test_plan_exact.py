@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from griffin_offload.weights.source import DIRECT_SLACK_BYTES
+from griffin_offload.offload.weight_store import DIRECT_SLACK_BYTES
 
 HIDDEN, NEURONS, LAYERS, VOCAB = 5120, 13824, 40, 32000
 CONFIG: dict[str, Any] = {

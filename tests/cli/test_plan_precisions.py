@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES
 
-from griffin_offload.runtime import bandwidth
+from griffin_offload.evaluation import ceilings
 
 _LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5}
 
@@ -49,7 +49,7 @@ def config(tmp_path: Path) -> Callable[[str], Path]:
 def _known_rate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """A machine that reads 10 GB/s, except where that is measured."""
     if "measured" not in request.node.name:
-        monkeypatch.setattr(bandwidth, "decode_bytes_per_s", lambda *_: RATE)
+        monkeypatch.setattr(ceilings, "decode_bytes_per_s", lambda *_: RATE)
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
@@ -176,12 +176,12 @@ def test_the_rate_is_measured(cli, converted):
 def test_the_measured_matrices_are_few(monkeypatch: pytest.MonkeyPatch):
     """A toy's matrices are counted, not its bytes: 256 MB of them would be a hundred thousand calls."""
     made = []
-    linear = bandwidth.QuantizedLinear
-    monkeypatch.setattr(bandwidth, "QuantizedLinear", lambda *a, **k: made.append(a) or linear(*a, **k))
-    assert bandwidth.decode_bytes_per_s("int8", 32, 64, torch.float32, torch.device("cpu")) > 0
+    linear = ceilings.QuantizedLinear
+    monkeypatch.setattr(ceilings, "QuantizedLinear", lambda *a, **k: made.append(a) or linear(*a, **k))
+    assert ceilings.decode_bytes_per_s("int8", 32, 64, torch.float32, torch.device("cpu")) > 0
     assert 0 < len(made) <= 1000
     made.clear()
-    assert bandwidth.decode_bytes_per_s("int8", 4096, 8192, torch.bfloat16, torch.device("cpu")) > 0
+    assert ceilings.decode_bytes_per_s("int8", 4096, 8192, torch.bfloat16, torch.device("cpu")) > 0
     assert len(made) == 8
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from griffin_offload.engine.model import GriffinModel
 from griffin_offload.errors import SavedContextError
-from griffin_offload.runtime.model import GriffinModel
 
 PROMPT = "the cat sat on the mat and thought of another river"
 OPTIONS = ("--device", "cpu", "--max-mem", "100MB", "--density", 0.5, "-n", 8, "--temperature", 0, "--json")

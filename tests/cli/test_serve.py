@@ -113,7 +113,7 @@ def test_the_command_does_not_hold_the_model_itself(cli, chat: Path, monkeypatch
 
 
 def test_what_is_refused_before_loading(cli, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from griffin_offload.runtime import load
+    from griffin_offload.engine import load
 
     monkeypatch.setattr(load, "load", lambda *_: pytest.fail("loaded"))
     cli.refuses(2, "no API key: set GRIFFIN_OFFLOAD_API_KEY", "serve", "-m", chat, "--host", "0.0.0.0")

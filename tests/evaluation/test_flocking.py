@@ -11,22 +11,23 @@ from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
 from griffin_offload.errors import DoesNotFit, UsageError
-from griffin_offload.evaluation.flocking import (
+from griffin_offload.evaluation.inspection import (
     Corner,
+    Look,
     jaccard_by_chance,
+    look,
     mean_jaccard,
     observe_sequences,
     permuted,
+    prompt_loss,
     share_of_chosen,
     share_of_largest,
     sorted_statistic,
     uniform,
 )
-from griffin_offload.evaluation.inspection import Look, look, prompt_loss
-from griffin_offload.evaluation.lengths import measure_lengths
-from griffin_offload.evaluation.perplexity import Row, measure
+from griffin_offload.evaluation.perplexity import Row, measure, measure_lengths
 from griffin_offload.evaluation.simulation import observe
-from griffin_offload.method.variant import Variant
+from griffin_offload.method.variants import Variant
 
 LAYERS = range(3)
 

@@ -11,9 +11,9 @@ from lm_eval.models.huggingface import HFLM
 from tiny_models import ARCHITECTURES, BOS
 from transformers import AutoModelForCausalLM
 
-from griffin_offload.evaluation.harness import GriffinLM
-from griffin_offload.evaluation.quiet import quiet_harness
-from griffin_offload.method.variant import Variant
+from griffin_offload.evaluation.lm_eval_model import GriffinLM
+from griffin_offload.evaluation.lm_eval_tasks import quiet_harness
+from griffin_offload.method.variants import Variant
 
 PAIRS = [
     ("the cat sat on the", " mat"),
@@ -88,16 +88,16 @@ def test_the_tokenizers_own_bos_rule(checkpoints, tmp_path: Path):
 
 
 def test_one_pass_serves_all_variants_and_batches_change_nothing(checkpoints, monkeypatch: pytest.MonkeyPatch):
-    from griffin_offload.evaluation import harness
+    from griffin_offload.evaluation import lm_eval_model
 
     calls: list[int] = []
-    simulate = harness.simulate
+    simulate = lm_eval_model.simulate
 
     def counted(model: Any, samples: list[Any], *args: Any, **kwargs: Any) -> Any:
         calls.append(len(samples))
         return simulate(model, samples, *args, **kwargs)
 
-    monkeypatch.setattr(harness, "simulate", counted)
+    monkeypatch.setattr(lm_eval_model, "simulate", counted)
     lm = _griffin(checkpoints("llama2"), mode="strict", variants=[Variant(0.5), Variant(0.5, "magnitude")])
     usable = LIKELIHOODS[:5]
     together: dict[int, list[float]] = {}

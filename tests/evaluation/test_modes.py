@@ -14,7 +14,7 @@ from griffin_offload import GriffinModel
 from griffin_offload.demo import PROMPT, demo_directory
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import prompt_prior, simulate
-from griffin_offload.method.variant import Variant
+from griffin_offload.method.variants import Variant
 
 WEIGHTS = {"llama2": gated, "gemma": gated, "opt": plain}
 SELECTIONS = ("topk", "magnitude", "output_aware")

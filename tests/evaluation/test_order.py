@@ -7,10 +7,9 @@ import pytest
 from griffin_offload import GriffinModel
 from griffin_offload.demo import demo_directory
 from griffin_offload.evaluation.inspection import Look, look
-from griffin_offload.evaluation.lengths import measure_lengths
-from griffin_offload.evaluation.perplexity import measure
-from griffin_offload.evaluation.windows import read_documents, take_windows, tokenize
-from griffin_offload.method.variant import Variant
+from griffin_offload.evaluation.perplexity import measure, measure_lengths
+from griffin_offload.evaluation.samples import read_documents, take_windows, tokenize
+from griffin_offload.method.variants import Variant
 
 TEXT = Path(__file__).parents[1] / "data" / "books_kids.txt"
 

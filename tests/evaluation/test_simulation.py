@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
-from griffin_offload.evaluation import size
+from griffin_offload.engine.convert import convert
+from griffin_offload.evaluation import pass_size
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import simulate
-from griffin_offload.method.variant import Variant
-from griffin_offload.runtime.convert import convert
+from griffin_offload.method.variants import Variant
 
 NEW_TOKENS = 12
 LENGTHS = (40, 1, 23, 33)  # past the windows of gemma2, and a prompt of one token
@@ -46,8 +46,8 @@ def _generated(model: GriffinModel, prompt: Tensor) -> tuple[Sample, Tensor]:
 @pytest.fixture(params=["all rows at once", "few rows and positions at once"])
 def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     if request.param != "all rows at once":
-        monkeypatch.setattr(size, "_TOKENS_AT_ONCE", 160)
-        monkeypatch.setattr(size, "_POSITIONS_AT_ONCE", 5)
+        monkeypatch.setattr(pass_size, "_TOKENS_AT_ONCE", 160)
+        monkeypatch.setattr(pass_size, "_POSITIONS_AT_ONCE", 5)
 
 
 @pytest.mark.usefixtures("_pieces")
@@ -172,7 +172,7 @@ def test_nothing_stays_behind_after_an_exception(checkpoints, name: str, moment:
 
     with monkeypatch.context() as patch:
         if moment == "choosing":
-            patch.setattr("griffin_offload.evaluation.choices.choose", broken)
+            patch.setattr("griffin_offload.evaluation.simulation.choose", broken)
         elif moment == "a layer":
             patch.setattr(model.engine.loaded.layers.decoder[1].self_attn, "forward", broken)
         else:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from griffin_offload import GriffinModel
 from griffin_offload.config import SummariesConfig
 from griffin_offload.evaluation.summaries import Article, Row, means, summarise
-from griffin_offload.method.variant import Variant
+from griffin_offload.method.variants import Variant
 
 ARTICLES = [Article(i, torch.tensor([5 + i, 40, 41, 42, 60, 61, 62]), "the cat sat") for i in range(1, 4)]
 CONFIG = SummariesConfig(max_new_tokens=16, end="\0\0\0")

@@ -19,7 +19,7 @@ from griffin_offload import GriffinModel
 from griffin_offload.demo import PROMPT, demo_directory
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import simulate
-from griffin_offload.method.variant import Variant
+from griffin_offload.method.variants import Variant
 
 DENSITY, NEURONS = 0.5, 1024
 DOWN = {

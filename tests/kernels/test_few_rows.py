@@ -1,4 +1,4 @@
-"""The kernels of few_rows.c against float64, over shapes, types, threads and numbers of every size."""
+"""The kernels of gemv.c against float64, over shapes, types, threads and numbers of every size."""
 
 import importlib.util
 import math
@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin_offload.kernels import few_rows
-from griffin_offload.kernels.compiled import library
+from griffin_offload.kernels import gemv
+from griffin_offload.kernels.library import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-needs_kernels = pytest.mark.skipif(few_rows.kernels() is None, reason="another processor, or no compiler")
+needs_kernels = pytest.mark.skipif(gemv.kernels() is None, reason="another processor, or no compiler")
 Kind = dict[str, bool]
 of_all_processors = pytest.mark.parametrize(
     "kind",
@@ -30,10 +30,10 @@ of_all_processors = pytest.mark.parametrize(
 """Kernels for instructions that this processor has not are those of AVX2 again."""
 
 
-def _kernels(**kind: bool) -> few_rows.Kernels:
+def _kernels(**kind: bool) -> gemv.GemvKernels:
     found = library()
     assert found is not None
-    return few_rows.Kernels(found, **kind)
+    return gemv.GemvKernels(found, **kind)
 
 
 def _check(found: Tensor, x: Tensor, matrix: Tensor, sizes: Tensor, group: int, bits: int = 16) -> None:
@@ -272,20 +272,20 @@ def test_what_would_be_read_or_written_wrongly_is_refused(function: str, argumen
 def test_installing_compiles():
     assert importlib.util.find_spec("griffin_offload.kernels._library") is not None
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
-        assert few_rows.kernels() is not None
+        assert gemv.kernels() is not None
 
 
 def test_without_them_torchs_are_used_and_that_is_said(monkeypatch: pytest.MonkeyPatch):
     if platform.machine() != "x86_64":
         pytest.skip("torch's are the only ones here")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for cached in (library, few_rows.kernels):
+    for cached in (library, gemv.kernels):
         cached.cache_clear()
     try:
         with pytest.warns(UserWarning, match="torch's slower kernels, without ours: they were not compiled: install"):
-            assert few_rows.kernels() is None
+            assert gemv.kernels() is None
     finally:
-        for cached in (library, few_rows.kernels):
+        for cached in (library, gemv.kernels):
             cached.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""The kernels of gathering.c against torch's own indexing, over shapes, types and threads."""
+"""The kernels of gather.c against torch's own indexing, over shapes, types and threads."""
 
 import pytest
 import quantised_reference as ref
@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin_offload.kernels import gathering
-from griffin_offload.kernels.compiled import library
-from griffin_offload.kernels.gathering import gather_columns, gather_neurons_to_strips
+from griffin_offload.kernels import gather
+from griffin_offload.kernels.gather import gather_columns, gather_neurons_to_strips
+from griffin_offload.kernels.library import library
 
 LOADED = library()
 needs_kernels = pytest.mark.skipif(LOADED is None, reason="another processor, or no compiler")
@@ -74,7 +74,7 @@ def test_columns_that_are_not_in_order_are_left_to_torch():
 
 def test_columns_that_the_kernel_does_not_know_need_no_library(monkeypatch: pytest.MonkeyPatch):
     """Where there is none, asking for it warns."""
-    monkeypatch.setattr(gathering, "library", lambda: pytest.fail("the library was asked for"))
+    monkeypatch.setattr(gather, "library", lambda: pytest.fail("the library was asked for"))
     assert not gather_columns(torch.zeros(3, 100), torch.tensor([0, 1]), torch.empty(3, 2))
 
 

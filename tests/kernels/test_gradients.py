@@ -4,10 +4,9 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from griffin_offload.engine.cpu_modules import use_own_linears, use_own_norms
+from griffin_offload.formats.linear import Scratch
 from griffin_offload.kernels.attention import can_attend
-from griffin_offload.runtime.cpu_linear import use_own_linears
-from griffin_offload.runtime.cpu_norm import use_own_norms
-from griffin_offload.weights.matmul import Scratch
 
 
 def test_gradients_are_torchs():

@@ -5,9 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from griffin_offload.kernels import attention, few_rows, gathering, many_rows, norm, quantizing
-from griffin_offload.kernels.compiled import Library, library
-from griffin_offload.kernels.handed import check, check_rows, number_type
+from griffin_offload.kernels import attention, gather, gemm, gemv, quantize, rms_norm
+from griffin_offload.kernels.library import Library, check, check_rows, library, number_type
 
 LOADED = library()
 pytestmark = pytest.mark.skipif(LOADED is None, reason="another processor, or no compiler")
@@ -22,12 +21,12 @@ def _library() -> Library:
     return LOADED
 
 
-def _few() -> few_rows.Kernels:
-    return few_rows.Kernels(_library())
+def _few() -> gemv.GemvKernels:
+    return gemv.GemvKernels(_library())
 
 
-def _many() -> many_rows.Kernels:
-    return many_rows.Kernels(_library(), torch.float32)
+def _many() -> gemm.GemmKernels:
+    return gemm.GemmKernels(_library(), torch.float32)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> None:
@@ -48,20 +47,20 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
         (lambda: _few().multiply_floats(HALF, HALF.half()), "the matrix, "),
         (lambda: _many().multiply("int8", HALF, INT8, ONES.long()), "the scale, "),
         (lambda: _many().multiply("int8", HALF, INT8[:, ::2], ONES), "the matrix, "),
-        (lambda: norm.rms_norm(HALF.t(), torch.ones(3, dtype=torch.bfloat16), 1e-6), "x, "),
-        (lambda: norm.rms_norm(HALF, torch.ones(64), 1e-6), "the weight, "),
-        (lambda: norm.rms_norm(HALF.float(), torch.ones(64), 1e-6), "x, "),
+        (lambda: rms_norm.rms_norm(HALF.t(), torch.ones(3, dtype=torch.bfloat16), 1e-6), "x, "),
+        (lambda: rms_norm.rms_norm(HALF, torch.ones(64), 1e-6), "the weight, "),
+        (lambda: rms_norm.rms_norm(HALF.float(), torch.ones(64), 1e-6), "x, "),
         (lambda: _attend(KEY[:, :, :1], KEY.half(), KEY), "the value, "),
         (lambda: _attend(KEY[:, :, :1], KEY.float(), KEY.float()), "the key, "),
         (lambda: _attend(KEY[:, :, :1], KEY.repeat(1, 1, 1, 2)[..., ::2], KEY), "the key, "),
         (lambda: _attend(KEY[:, :, :1], KEY, KEY.to("meta")), "the value, "),
         (lambda: _attend(KEY[:, :, :1], KEY, KEY, torch.ones(1, 1, 1, 8, device="meta")), "the mask, "),
-        (lambda: quantizing.quantize_int8(ONES[None], ONES[:1], INT8[:1, :3], None), "the numbers, "),
+        (lambda: quantize.quantize_int8(ONES[None], ONES[:1], INT8[:1, :3], None), "the numbers, "),
         (
-            lambda: quantizing.quantize_int8(torch.ones(2, 4), ONES[:2], INT8[:1, :4].expand(2, 4), None),
+            lambda: quantize.quantize_int8(torch.ones(2, 4), ONES[:2], INT8[:1, :4].expand(2, 4), None),
             "the numbers, ",
         ),
-        (lambda: quantizing.largest_of_rows(torch.ones(2, 4), ONES[:3]), "the divisor, "),
+        (lambda: quantize.largest_of_rows(torch.ones(2, 4), ONES[:3]), "the divisor, "),
     ],
 )
 def test_is_refused_by_name(call: Callable[[], object], named: str):
@@ -75,9 +74,9 @@ def test_columns_are_copied_to_rows_that_do_not_overlap():
         pytest.skip("this processor's columns are left to numpy")
     for out in (torch.empty(3, 5, dtype=torch.int8), torch.empty(3, 4), torch.empty(2, 4, dtype=torch.int8)):
         with pytest.raises(ValueError, match="do not make"):
-            gathering.gather_columns(source, chosen, out)
+            gather.gather_columns(source, chosen, out)
     with pytest.raises(ValueError, match="must be"):
-        gathering.gather_columns(source, chosen, torch.empty(3, 4, dtype=torch.int8, device="meta"))
+        gather.gather_columns(source, chosen, torch.empty(3, 4, dtype=torch.int8, device="meta"))
 
 
 def test_what_fits_passes():

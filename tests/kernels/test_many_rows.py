@@ -1,4 +1,4 @@
-"""The kernels of many_rows.c against float64, over forms, shapes, types and threads, of both kinds of processors."""
+"""The kernels of gemm.c against float64, over forms, shapes, types and threads, of both kinds of processors."""
 
 import math
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin_offload.kernels import many_rows
-from griffin_offload.kernels.compiled import library
+from griffin_offload.kernels import gemm
+from griffin_offload.kernels.library import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("float", "int8", "int4_rows", "int4_neurons", "int4_strips")
@@ -36,9 +36,9 @@ of_all = pytest.mark.parametrize(
 )
 
 
-def _kernels(dtype: torch.dtype, tiles: bool = False) -> many_rows.Kernels:
+def _kernels(dtype: torch.dtype, tiles: bool = False) -> gemm.GemmKernels:
     assert LOADED is not None
-    return many_rows.Kernels(LOADED, dtype, tiles=tiles)
+    return gemm.GemmKernels(LOADED, dtype, tiles=tiles)
 
 
 @dataclass(frozen=True)
@@ -221,11 +221,11 @@ def test_torch_and_ours_leave_each_other_their_tiles(rows: int):
 def test_which_processor_has_which(monkeypatch: pytest.MonkeyPatch):
     """Only what was measured is replaced."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    many_rows.kernels.cache_clear()
-    assert (many_rows.kernels(torch.float32) is None) == (LOADED is None)
+    gemm.kernels.cache_clear()
+    assert (gemm.kernels(torch.float32) is None) == (LOADED is None)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    many_rows.kernels.cache_clear()
-    assert many_rows.kernels(torch.float32) is None
-    assert (many_rows.kernels(torch.bfloat16) is None) == (LOADED is None or not LOADED.sums_pairs)
-    assert many_rows.kernels(torch.float64) is None
-    many_rows.kernels.cache_clear()
+    gemm.kernels.cache_clear()
+    assert gemm.kernels(torch.float32) is None
+    assert (gemm.kernels(torch.bfloat16) is None) == (LOADED is None or not LOADED.sums_pairs)
+    assert gemm.kernels(torch.float64) is None
+    gemm.kernels.cache_clear()

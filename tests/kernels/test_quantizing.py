@@ -1,4 +1,4 @@
-"""The kernels of quantizing.c against torch, which does their work elsewhere: the same numbers, bit by bit (of int4:
+"""The kernels of quantize.c against torch, which does their work elsewhere: the same numbers, bit by bit (of int4:
 but for ties)."""
 
 from unittest import mock
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from griffin_offload.errors import CheckpointError
-from griffin_offload.kernels import quantizing
-from griffin_offload.kernels.compiled import library
-from griffin_offload.weights import int4, quantize
+from griffin_offload.formats import int4, int8
+from griffin_offload.kernels import quantize as quantizing
+from griffin_offload.kernels.library import library
 
 needs_kernels = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,11 +51,11 @@ def test_int8(weight: Tensor, dtype: torch.dtype, scaled: bool, apart: int):
     columns = _norms(weight) if scaled else None
     rows, width = weight.shape
     out, expected = (torch.full((rows, width + apart), MARK, dtype=torch.int8) for _ in range(2))
-    scale = quantize.int8_scale(weight, dtype, columns)
-    quantize.quantize_int8(weight, scale, out[:, :width], columns)
+    scale = int8.int8_scale(weight, dtype, columns)
+    int8.quantize_int8(weight, scale, out[:, :width], columns)
     with _by_torch():
-        assert torch.equal(quantize.int8_scale(weight, dtype, columns), scale)
-        quantize.quantize_int8(weight, scale, expected[:, :width], columns)
+        assert torch.equal(int8.int8_scale(weight, dtype, columns), scale)
+        int8.quantize_int8(weight, scale, expected[:, :width], columns)
     assert torch.equal(out, expected)
 
 
@@ -80,7 +80,7 @@ def _same_but_for_ties(found: int4.Int4, expected: int4.Int4, numbers: Tensor, i
 @settings(max_examples=60)
 @given(matrices(st.integers(1, 20), st.sampled_from([32, 64, 96, 512, 544, 1600])), st.data())
 def test_int4_rows(weight: Tensor, data: st.DataObject):
-    scale, importance = quantize.row_scale(weight, torch.float32), _importance(data.draw, weight.shape[1])
+    scale, importance = int8.row_scale(weight, torch.float32), _importance(data.draw, weight.shape[1])
     found = int4.quantize_rows(weight, scale, importance)
     with _by_torch():
         expected = int4.quantize_rows(weight, scale, importance)
@@ -118,22 +118,22 @@ def test_neurons_are_the_rows_of_the_matrix_turned_around(weight: Tensor, data: 
 @settings(max_examples=60)
 @given(matrices(st.integers(1, 20), WIDTHS))
 def test_norms_of_rows(weight: Tensor):
-    found = quantize.row_scale(weight, torch.float32)
+    found = int8.row_scale(weight, torch.float32)
     exact = weight.double().square().mean(1).sqrt()
     torch.testing.assert_close(found.double(), exact, rtol=1e-7, atol=0)
     with _by_torch():
-        torch.testing.assert_close(quantize.row_scale(weight, torch.float32), found, rtol=2e-7, atol=0)
+        torch.testing.assert_close(int8.row_scale(weight, torch.float32), found, rtol=2e-7, atol=0)
 
 
 @needs_kernels
 @settings(max_examples=60)
 @given(matrices(st.integers(1, 20), WIDTHS))
 def test_norms_of_columns(weight: Tensor):
-    found = quantize.neuron_scale(weight, torch.float32)
+    found = int8.neuron_scale(weight, torch.float32)
     exact = weight.double().square().mean(0).sqrt()
     torch.testing.assert_close(found.double(), exact, rtol=1e-7, atol=0)
     with _by_torch():
-        assert torch.equal(quantize.neuron_scale(weight, torch.float32), found)
+        assert torch.equal(int8.neuron_scale(weight, torch.float32), found)
 
 
 @needs_kernels
@@ -144,10 +144,10 @@ def test_one_number_that_is_none_is_found_anywhere(value: float, place: int):
     weight[33, place] = value
     columns = torch.ones(544)
     for quantise in (
-        lambda: quantize.int8_scale(weight, torch.float32),
-        lambda: quantize.int8_scale(weight, torch.float32, columns),
-        lambda: quantize.neuron_scale(weight, torch.float32),
-        lambda: quantize.row_scale(weight, torch.float32),
+        lambda: int8.int8_scale(weight, torch.float32),
+        lambda: int8.int8_scale(weight, torch.float32, columns),
+        lambda: int8.neuron_scale(weight, torch.float32),
+        lambda: int8.row_scale(weight, torch.float32),
     ):
         with pytest.raises(CheckpointError, match="infinities or NaN"):
             quantise()

@@ -6,14 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from griffin_offload.errors import UsageError
-from griffin_offload.method.variant import (
-    Variant,
-    choose,
-    distribution,
-    fused_by_energy,
-    fused_by_rank,
-    global_counts,
-)
+from griffin_offload.method.variants import Variant, choose, distribution, fused_by_energy, fused_by_rank, global_counts
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -16,7 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels import attention, compiled, few_rows, gathering, many_rows, norm, quantizing
+from griffin_offload.kernels import attention, gemm, gemv, quantize, rms_norm
+from griffin_offload.kernels import gather as gathering
+from griffin_offload.kernels import library as compiled
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = DTYPES[1:]
@@ -37,7 +39,7 @@ def _bytes(rows: int, columns: int, dtype: torch.dtype = torch.uint8) -> Tensor:
 
 
 def few(r: random.Random, library: compiled.Library) -> None:
-    kernels = few_rows.Kernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
+    kernels = gemv.GemvKernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
     rows, inputs, outputs = r.randint(1, 9), r.randint(1, 300), r.randint(1, 140)
     dtype = r.choice(DTYPES)
     bias = torch.randn(outputs).to(dtype) if r.random() < 0.5 else None
@@ -54,7 +56,7 @@ def many(r: random.Random, library: compiled.Library) -> None:
     rows, inputs, outputs = r.choice([1, 7, 33, 250]), 2 * r.randint(1, 300), r.randint(1, 140)
     pairs = library.sums_pairs and r.random() < 0.5
     dtype = torch.bfloat16 if pairs else r.choice(DTYPES)
-    kernels = many_rows.Kernels(library, torch.bfloat16 if pairs else torch.float32)
+    kernels = gemm.GemmKernels(library, torch.bfloat16 if pairs else torch.float32)
     bias = torch.randn(outputs).to(dtype) if r.random() < 0.5 else None
     x, scale = _numbers(r, rows, inputs, dtype), torch.rand(outputs).to(r.choice(DTYPES))
     kernels.multiply("int8", x, _bytes(outputs, inputs, torch.int8), scale, bias)
@@ -75,20 +77,20 @@ def attend(r: random.Random, library: compiled.Library) -> None:
 
 def norms(r: random.Random, library: compiled.Library) -> None:
     size, dtype = r.randint(1, 300), r.choice(HALVES)
-    norm.rms_norm(_numbers(r, r.randint(1, 5), size, dtype), torch.randn(size).to(dtype), 1e-6)
+    rms_norm.rms_norm(_numbers(r, r.randint(1, 5), size, dtype), torch.randn(size).to(dtype), 1e-6)
 
 
 def quantise(r: random.Random, library: compiled.Library) -> None:
     rows, columns = r.randint(1, 70), r.choice([r.randint(1, 100), 511, 513, 2049])
     weight = _numbers(r, rows, columns, r.choice(DTYPES), apart=r.random() < 0.5)
     divisor = torch.rand(columns) + 0.1 if r.random() < 0.5 else None
-    quantizing.largest_of_rows(weight, divisor)
-    quantizing.column_norms(weight)
+    quantize.largest_of_rows(weight, divisor)
+    quantize.column_norms(weight)
     apart = r.randrange(3)
     out = torch.empty(rows * (columns + apart) - apart, dtype=torch.int8).as_strided(
         (rows, columns), (columns + apart, 1)
     )
-    quantizing.quantize_int8(weight, torch.rand(rows) + 0.1, out, divisor)
+    quantize.quantize_int8(weight, torch.rand(rows) + 0.1, out, divisor)
 
 
 def gather(r: random.Random, library: compiled.Library) -> None:
@@ -104,12 +106,12 @@ def int4(r: random.Random, library: compiled.Library) -> None:
     outputs, inputs = 32 * r.randint(1, 5), 32 * r.randint(1, 9)
     weight = _numbers(r, outputs, inputs, r.choice(DTYPES), apart=r.random() < 0.5)
     importance = torch.rand(inputs) if r.random() < 0.5 else None
-    quantizing.row_norms(weight)
-    rows = quantizing.quantize_int4_rows(weight, torch.rand(outputs) + 0.1, importance)
-    neurons = quantizing.quantize_int4_neurons(weight, torch.rand(inputs) + 0.1, None)
+    quantize.row_norms(weight)
+    rows = quantize.quantize_int4_rows(weight, torch.rand(outputs) + 0.1, importance)
+    neurons = quantize.quantize_int4_neurons(weight, torch.rand(inputs) + 0.1, None)
     assert rows is not None
     assert neurons is not None
-    few = few_rows.Kernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
+    few = gemv.GemvKernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
     scale, dtype = torch.rand(outputs).to(r.choice(DTYPES)), r.choice(DTYPES)
     few.multiply_int4_rows(_numbers(r, r.randint(1, 9), inputs, dtype), *rows, scale)
     kept, features = 16 * r.randint(1, 8), r.randint(1, outputs)
@@ -121,7 +123,7 @@ def int4(r: random.Random, library: compiled.Library) -> None:
         _numbers(r, r.randint(1, 9), kept, dtype), *strips, torch.rand(kept).to(dtype), features=features
     )
     pairs = library.sums_pairs and r.random() < 0.5
-    many = many_rows.Kernels(library, torch.bfloat16 if pairs else torch.float32)
+    many = gemm.GemmKernels(library, torch.bfloat16 if pairs else torch.float32)
     count = r.choice([3, 40])
     x = _numbers(r, count, inputs, torch.bfloat16)
     many.multiply("int4_rows", x, rows[0], scale, None, rows[1])
@@ -137,14 +139,14 @@ def load(path: str) -> compiled.Library:
     """The library at `path` in place of the installed one, on threads that sanitizers understand."""
     library = compiled.Library(path)
     library._parallel = ctypes.cast(library._functions.plain_threads, ctypes.c_void_p)
-    for module in (attention, gathering, norm, quantizing):
+    for module in (attention, gathering, rms_norm, quantize):
         module.library = lambda: library  # type: ignore[attr-defined]
     return library
 
 
 def overflow(library: compiled.Library) -> None:
     """What happened where torch's default type was bfloat16: float32 numbers in memory of half the size."""
-    quantizing._run(library, "quantize_largest", torch.ones(64, 64), torch.empty(64, dtype=torch.bfloat16))
+    quantize._run(library, "quantize_largest", torch.ones(64, 64), torch.empty(64, dtype=torch.bfloat16))
 
 
 def race(library: compiled.Library) -> None:

@@ -14,8 +14,8 @@ from robustness.fuzz.lanes import Lane, run_lanes
 from robustness.fuzz.place import Place
 from robustness.fuzz.worker import BAD
 
+from griffin_offload.checkpoint import tokenizer
 from griffin_offload.errors import UsageError
-from griffin_offload.runtime import prompts
 
 TIMES, SEED = int(os.environ.get("GRIFFIN_ROBUSTNESS", "1")), int(os.environ.get("GRIFFIN_ROBUSTNESS_SEED", "1"))
 COUNTS = {
@@ -42,7 +42,7 @@ def test_every_kind_is_sampled(kinds: dict[str, Kind]):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_sample(kinds: dict[str, Kind], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    monkeypatch.setattr(prompts, "LIMIT_S", 1.0)
+    monkeypatch.setattr(tokenizer, "LIMIT_S", 1.0)
     kind, count = kinds[name], COUNTS[name] * TIMES
     verdicts = run_lanes([Lane(kind.case, range(count), f"{SEED}/{name}", tmp_path, kind.files)])
     assert [verdict.index for verdict in verdicts] == list(range(count))

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
 from griffin_offload.demo import demo_directory
-from griffin_offload.kernels import attention, few_rows, norm
-from griffin_offload.kernels.compiled import library
-from griffin_offload.runtime.convert import convert
-from griffin_offload.weights import int4, quantize
+from griffin_offload.engine.convert import convert
+from griffin_offload.formats import int4, int8
+from griffin_offload.kernels import attention, gemv, rms_norm
+from griffin_offload.kernels.library import library
 
 OTHER_TYPES = (torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = ("none", "int8", "int4")
@@ -238,16 +238,16 @@ def test_kernels_under_a_default_type(default: torch.dtype):
         seen = torch.arange(200)[None, None, None] > 20
         numbers = torch.empty(70, 96, dtype=torch.int8)
         with default_type(dtype):
-            scale = quantize.int8_scale(weight, torch.bfloat16)
-            quantize.quantize_int8(weight, scale, numbers)
-            kernels = few_rows.kernels()
+            scale = int8.int8_scale(weight, torch.bfloat16)
+            int8.quantize_int8(weight, scale, numbers)
+            kernels = gemv.kernels()
             assert kernels is not None
             results.append(
                 [
                     scale,
                     numbers,
-                    quantize.neuron_scale(weight, torch.float32),
-                    quantize.row_scale(weight, torch.float32),
+                    int8.neuron_scale(weight, torch.float32),
+                    int8.row_scale(weight, torch.float32),
                     *(rows := int4.quantize_rows(weight, ones[:70], ones)),
                     *(neurons := int4.quantize_neurons(weight[:64], ones, ones[:64])),
                     kernels.multiply_int4_rows(x, *rows, ones[:70]),
@@ -255,7 +255,7 @@ def test_kernels_under_a_default_type(default: torch.dtype):
                     kernels.multiply_int8(x, numbers, scale),
                     kernels.multiply_floats(x, weight.bfloat16()),
                     attention.attend(query, key, key, seen, 0.25),
-                    norm.rms_norm(x, ones.bfloat16(), 1e-6),
+                    rms_norm.rms_norm(x, ones.bfloat16(), 1e-6),
                 ]
             )
     for found, expected in zip(*results, strict=True):

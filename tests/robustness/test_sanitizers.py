@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import griffin_offload
-from griffin_offload.kernels.compiled import library
+from griffin_offload.kernels.library import library
 
 KERNELS, HERE = Path(griffin_offload.__file__).parent / "kernels", Path(__file__).parent
 SECONDS = os.environ.get("GRIFFIN_SANITIZERS_SECONDS", "20")

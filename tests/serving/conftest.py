@@ -15,8 +15,8 @@ from tiny_models import CHAT_TEMPLATE, VOCAB, write_checkpoint, write_tokenizer
 
 from griffin_offload import DoesNotFit, GriffinModel
 from griffin_offload.config import LoadConfig, ServeConfig
-from griffin_offload.runtime.prospect import examine, plan_for
-from griffin_offload.serving.job import Job
+from griffin_offload.engine.spec import examine, plan_for
+from griffin_offload.serving.queue import Job
 from griffin_offload.serving.server import Server
 
 NAME = "tiny"

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from griffin_offload.serving import connection, exchange
+from griffin_offload.serving import http_exchange, server
 
 BODY = {"model": "tiny", "prompt": "the cat", "max_tokens": 4, "temperature": 0}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -67,7 +67,7 @@ def test_far_too_many_connections_are_closed(chatty, serve_one):
 
 def test_a_head_that_never_ends_is_given_up(chatty, serve_one, monkeypatch: pytest.MonkeyPatch):
     """Also when it grows all the time, and behind a request that was answered."""
-    monkeypatch.setattr(connection, "UNANSWERED_S", 0.3)
+    monkeypatch.setattr(server, "UNANSWERED_S", 0.3)
     with serve_one(chatty) as one:
         with raw(one) as silent:
             assert until_closed(silent) == b""
@@ -85,7 +85,7 @@ def test_a_head_that_never_ends_is_given_up(chatty, serve_one, monkeypatch: pyte
 
 
 def test_a_long_answer_is_not_cut_off(chatty, serve_one, gate, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(connection, "UNANSWERED_S", 0.1)
+    monkeypatch.setattr(server, "UNANSWERED_S", 0.1)
     with serve_one(chatty) as one, one.http.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as answer:
         gate.release(1)
         lines = answer.iter_lines()
@@ -96,8 +96,8 @@ def test_a_long_answer_is_not_cut_off(chatty, serve_one, gate, monkeypatch: pyte
 
 
 def test_a_body_that_drips_is_given_up_and_so_is_its_connection(chatty, serve_one, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(connection, "UNANSWERED_S", 0.3)
-    monkeypatch.setattr(exchange, "_BODY_S", 0.3)
+    monkeypatch.setattr(server, "UNANSWERED_S", 0.3)
+    monkeypatch.setattr(http_exchange, "_BODY_S", 0.3)
     with serve_one(chatty) as one, raw(one) as slow:
         slow.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
         answer = until_closed(slow, b"1\r\n{\r\n")
@@ -106,7 +106,7 @@ def test_a_body_that_drips_is_given_up_and_so_is_its_connection(chatty, serve_on
 
 
 def test_who_has_no_key_is_told_before_the_body_is_read(chatty, serve_one, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(connection, "UNANSWERED_S", 0.3)
+    monkeypatch.setattr(server, "UNANSWERED_S", 0.3)
     with serve_one(chatty, api_key=KEY) as one, raw(one) as found:
         found.sendall(HEAD + b"Content-Length: 2000000\r\n\r\n{")
         assert until_closed(found, b"x").startswith(b"HTTP/1.1 401")

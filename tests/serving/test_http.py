@@ -214,7 +214,7 @@ def test_curl(tiny):
 
 def test_answers_in_the_middle_of_a_stream_that_fail_are_told(tiny, monkeypatch: pytest.MonkeyPatch):
     """A bug of ours after the first token: an event of the stream says so, without details, and the next one works."""
-    from griffin_offload.serving.job import Job
+    from griffin_offload.serving.queue import Job
 
     def token(job: Job, before: list[int] = []) -> None:  # noqa: B006
         before.append(1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from griffin_offload import GriffinModel
-from griffin_offload.serving.job import Job
+from griffin_offload.serving.queue import Job
 
 PROMPT = "the cat sat on the mat and thought of another river"
 MESSAGES: list[Any] = [{"role": "user", "content": "the cat"}]

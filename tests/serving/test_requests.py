@@ -7,9 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from griffin_offload.config import ServeConfig
-from griffin_offload.serving.failure import Failure
-from griffin_offload.serving.fields import parse_object
+from griffin_offload.serving.api_errors import ApiError
 from griffin_offload.serving.requests import Request, parse_request
+from griffin_offload.serving.validation import parse_object
 
 USER = {"role": "user", "content": "hello"}
 CHAT = {"model": "m", "messages": [USER]}
@@ -20,8 +20,8 @@ def parse(endpoint: str, **values: object) -> Request:
     return parse_request(endpoint, (CHAT if endpoint == "chat" else TEXT) | values, "m", ServeConfig())
 
 
-def refused(endpoint: str, **values: object) -> Failure:
-    with pytest.raises(Failure) as caught:
+def refused(endpoint: str, **values: object) -> ApiError:
+    with pytest.raises(ApiError) as caught:
         parse(endpoint, **values)
     return caught.value
 
@@ -193,7 +193,7 @@ def test_prompts_that_cannot_be_used(prompt: object):
     ids=lambda body: repr(body[:12]),
 )
 def test_bodies_that_are_no_json_object(body: bytes):
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(ApiError) as caught:
         parse_object(body)
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
     assert len(caught.value.message) < 300
@@ -215,7 +215,7 @@ def test_whatever_comes_is_a_request_or_a_failure(endpoint: str, body: dict[str,
     failure = None
     try:
         parse_request(endpoint, base | body, "m", ServeConfig())
-    except Failure as caught:
+    except ApiError as caught:
         failure = caught
     if failure is not None:
         assert failure.status in (400, 404)

@@ -5,9 +5,8 @@ from starlette.datastructures import Headers
 
 from griffin_offload import UsageError
 from griffin_offload.config import ServeConfig
-from griffin_offload.serving.failure import Failure
-from griffin_offload.serving.key import check_key
-from griffin_offload.serving.security import Guard, check_bind, is_loopback
+from griffin_offload.serving.api_errors import ApiError
+from griffin_offload.serving.auth import AccessGuard, check_bind, check_key, is_loopback
 
 KEY = "sk-a-secret"
 
@@ -16,8 +15,8 @@ def status(config: ServeConfig, method: str = "GET", path: str = "/v1/models", *
     """200, or what the guard says."""
     headers = {name.replace("_", "-"): value for name, value in ({"host": "localhost:8000"} | headers).items()}
     try:
-        Guard(config).check(method, path, Headers(headers))
-    except Failure as failure:
+        AccessGuard(config).check(method, path, Headers(headers))
+    except ApiError as failure:
         return failure.status
     return 200
 
@@ -63,8 +62,8 @@ def test_a_server_for_all_addresses_is_called_by_any_address_but_by_no_name():
     bearer = f"Bearer {KEY}"
     assert status(config, host="192.168.1.5:8000", authorization=bearer) == 200
     assert status(config, host="evil.example", authorization=bearer) == 403
-    with pytest.raises(Failure):
-        Guard(config).check("GET", "/health", Headers(raw=[(b"host", b"localhost"), (b"host", b"evil")]))
+    with pytest.raises(ApiError):
+        AccessGuard(config).check("GET", "/health", Headers(raw=[(b"host", b"localhost"), (b"host", b"evil")]))
 
 
 @pytest.mark.parametrize(
@@ -98,9 +97,11 @@ def test_web_pages_are_not_answered_unless_named():
     assert status(named, "OPTIONS", origin=page, access_control_request_method="POST") == 200
     assert status(named, "OPTIONS", origin=page) == 401
     asked = Headers({"origin": page, "access-control-request-headers": "authorization, x-stainless-os"})
-    assert Guard(named).preflight_headers(asked)["access-control-allow-headers"] == "authorization, x-stainless-os"
-    assert Guard(named).cors_headers(asked) == {"access-control-allow-origin": page, "vary": "Origin"}
-    assert Guard(named).cors_headers(Headers({"origin": "https://evil.example"})) == {}
+    assert (
+        AccessGuard(named).preflight_headers(asked)["access-control-allow-headers"] == "authorization, x-stainless-os"
+    )
+    assert AccessGuard(named).cors_headers(asked) == {"access-control-allow-origin": page, "vary": "Origin"}
+    assert AccessGuard(named).cors_headers(Headers({"origin": "https://evil.example"})) == {}
     assert status(ServeConfig(cors_origin=("*",)), origin=page) == 200
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from griffin_offload import DoesNotFit, GriffinModel
-from griffin_offload.runtime.context import Context
-from griffin_offload.serving.keeper import session_limit
-from griffin_offload.serving.sessions import Sessions
+from griffin_offload.kv_cache.sequence import Context
+from griffin_offload.serving.model_manager import session_limit
+from griffin_offload.serving.prefix_cache import PrefixCache
 
 
-def say(model: GriffinModel, sessions: Sessions, *ids: int) -> Context:
+def say(model: GriffinModel, sessions: PrefixCache, *ids: int) -> Context:
     """One request: the context it used, given back."""
     prompt = torch.tensor([ids])
     context = sessions.take(prompt[0], exact=False)
@@ -21,11 +21,11 @@ def say(model: GriffinModel, sessions: Sessions, *ids: int) -> Context:
 @pytest.fixture
 def one_bytes(model: GriffinModel) -> int:
     """Of one context."""
-    return say(model, Sessions(model.new_context, 0, 9), 5, 6, 7).nbytes
+    return say(model, PrefixCache(model.new_context, 0, 9), 5, 6, 7).nbytes
 
 
 def test_bytes_are_all_that_a_context_keeps_alive(model: GriffinModel):
-    context = say(model, Sessions(model.new_context, 0, 9), 5, 6, 7)
+    context = say(model, PrefixCache(model.new_context, 0, 9), 5, 6, 7)
     seam, last = context.marks  # the seam has a statistic of its own
     parts = [*context.squared.values(), *context.selected.values(), *seam.squared.values(), last.logits]
     assert len(parts) == 3 * len(model.plan.streamed) + 1
@@ -33,7 +33,7 @@ def test_bytes_are_all_that_a_context_keeps_alive(model: GriffinModel):
 
 
 def test_the_longest_start_is_found(model: GriffinModel):
-    sessions = Sessions(model.new_context, 10**9, 9)
+    sessions = PrefixCache(model.new_context, 10**9, 9)
     short, other, long = say(model, sessions, 5, 6), say(model, sessions, 9, 9, 9), say(model, sessions, 5, 7, 8)
     assert len({id(context) for context in (short, other, long)}) == 3
     assert say(model, sessions, 5, 7, 8, 9, 10) is long
@@ -43,7 +43,7 @@ def test_the_longest_start_is_found(model: GriffinModel):
 
 def test_the_longest_unused_goes_first_and_its_memory_is_used_again(model: GriffinModel, one_bytes: int):
     limit = one_bytes * 3 // 2  # one beside the one in use; a second turn adds a mark to it
-    sessions = Sessions(model.new_context, limit, 9)
+    sessions = PrefixCache(model.new_context, limit, 9)
     first, second = say(model, sessions, 5, 6), say(model, sessions, 7, 8)
     assert first is not second
     assert say(model, sessions, 9, 10) is first
@@ -55,7 +55,7 @@ def test_the_longest_unused_goes_first_and_its_memory_is_used_again(model: Griff
 
 
 def test_without_room_there_is_one(model: GriffinModel):
-    sessions = Sessions(model.new_context, 0, 9)
+    sessions = PrefixCache(model.new_context, 0, 9)
     context = say(model, sessions, 5, 6, 7)
     for ids in ((8, 9), (5, 6), (5, 6, 1, 2)):
         assert say(model, sessions, *ids) is context
@@ -63,7 +63,7 @@ def test_without_room_there_is_one(model: GriffinModel):
 
 
 def test_their_number_is_bounded_too(model: GriffinModel):
-    sessions = Sessions(model.new_context, 10**9, 2)
+    sessions = PrefixCache(model.new_context, 10**9, 2)
     for number in range(6):
         say(model, sessions, 5 + number, 20)
         assert len(sessions) <= 3
@@ -71,7 +71,7 @@ def test_their_number_is_bounded_too(model: GriffinModel):
 
 def test_a_long_conversation_is_not_given_for_its_first_question(model: GriffinModel):
     for room, spared in ((10**9, True), (0, False)):
-        sessions = Sessions(model.new_context, room, 9)
+        sessions = PrefixCache(model.new_context, room, 9)
         long = say(model, sessions, 5, 6)
         for word in (10, 20):
             assert say(model, sessions, *long.tokens, word, word + 1) is long

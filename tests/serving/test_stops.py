@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from griffin_offload.serving.stops import StopHolder
+from griffin_offload.serving.text_stream import StopHolder
 
 letters = st.text("abc\n", min_size=1, max_size=4)
 stops_lists = st.lists(letters, max_size=4)

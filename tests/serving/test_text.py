@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from griffin_offload.serving.logprobs import LogprobRecorder, TokenLogprob, token_bytes
 from griffin_offload.serving.responses import _by_label, _label
-from griffin_offload.serving.text import Detokeniser, whole_text
+from griffin_offload.serving.text_stream import Detokeniser, whole_text
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import openai
 import pytest
 import torch
 
-from griffin_offload.runtime import prefill
-from griffin_offload.runtime.arrival import Arrival
-from griffin_offload.runtime.engine import Engine
-from griffin_offload.serving.job import Job
+from griffin_offload.engine import prefill
+from griffin_offload.engine.runner import ModelRunner
+from griffin_offload.offload.background_loader import BackgroundLoader
+from griffin_offload.serving.queue import Job
 
 BODY = {"model": "tiny", "prompt": "the cat sat on the mat", "max_tokens": 100, "temperature": 0}
 
@@ -107,9 +107,9 @@ def test_a_client_that_leaves_while_the_prompt_streams(chatty, serve_one, monkey
     """After the layer that is being computed; hooks and weights are as before."""
     layers: list[int] = []
     left, go = threading.Event(), threading.Event()
-    prefill = Engine._prefill
+    prefill = ModelRunner._prefill
 
-    def slow(engine: Engine, *args: Any) -> Any:
+    def slow(engine: ModelRunner, *args: Any) -> Any:
         ask = engine.progress
 
         def progress(done: int, of: int) -> None:
@@ -124,7 +124,7 @@ def test_a_client_that_leaves_while_the_prompt_streams(chatty, serve_one, monkey
 
     with serve_one(chatty) as one:
         expected = one.post(BODY | {"prompt": "a boat"}).json()["choices"][0]["text"]
-        monkeypatch.setattr(Engine, "_prefill", slow)
+        monkeypatch.setattr(ModelRunner, "_prefill", slow)
         with httpx.Client(base_url=one.url, timeout=0.5) as leaving, pytest.raises(httpx.ReadTimeout):
             leaving.post("/v1/completions", json=BODY)
         assert left.is_set()
@@ -249,7 +249,7 @@ def test_refused_memory_is_told_and_the_next_answer_is_right(chatty, serve_one, 
         assert server.post(BODY).json()["choices"][0]["text"] == expected
         assert server.metric("model_loads") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(Arrival, "_do", out_of_memory)
+        patch.setattr(BackgroundLoader, "_do", out_of_memory)
         started = serve_one(chatty)
         server = started.__enter__()
         assert server.post(BODY).status_code == 503

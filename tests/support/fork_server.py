@@ -122,10 +122,10 @@ def import_everything() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     import uvicorn.protocols.http.h11_impl  # noqa: F401
 
+    import griffin_offload.engine.chat
+    import griffin_offload.engine.convert
+    import griffin_offload.engine.model
     import griffin_offload.evaluation.summaries
-    import griffin_offload.runtime.convert
-    import griffin_offload.runtime.model
-    import griffin_offload.runtime.session
     import griffin_offload.serving.server  # noqa: F401
 
 

@@ -96,7 +96,7 @@ def full_disk_converting(world: World, rng: random.Random, place: Path) -> Resul
     out = world.resize_disk(rng.randrange(20_000, needed)) / "out"
 
     def believe_in_room() -> None:
-        from griffin_offload.runtime import convert
+        from griffin_offload.engine import convert
 
         convert._MARGIN_BYTES = -(10**9)
 

@@ -38,16 +38,16 @@ def _counting(function: Callable[..., Any], counted: list[None], number: int, ha
 
 def _places() -> dict[str, list[tuple[Any, str]]]:
     """Where a fault can come from inside a process."""
-    from griffin_offload.runtime import prefill
-    from griffin_offload.weights import pages
-    from griffin_offload.weights.feedforward import FeedForward
-    from griffin_offload.weights.source import MappedWeights
+    from griffin_offload.blocks.feedforward import FeedForward
+    from griffin_offload.checkpoint import mapped
+    from griffin_offload.engine import prefill
+    from griffin_offload.offload.weight_store import MmapStore
 
     return {
         # Before and after the computation with a layer, alternately.
-        "fetch_or_check": [(MappedWeights, "fetch"), (MappedWeights, "read"), (MappedWeights, "check")],
+        "fetch_or_check": [(MmapStore, "fetch"), (MmapStore, "read"), (MmapStore, "check")],
         "preadv": [(os, "preadv")],
-        "madvise": [(pages._libc, "madvise")],
+        "madvise": [(mapped._libc, "madvise")],
         "compute": [(prefill, "select_neurons"), (FeedForward, "gather"), (prefill, "_in_chunks")],
     }
 

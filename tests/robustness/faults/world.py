@@ -35,11 +35,11 @@ def nothing() -> None:
 
 def read_directly() -> None:
     """As if the model were larger than the page cache."""
-    from griffin_offload.runtime import load, residents
-    from griffin_offload.weights import source
+    from griffin_offload.engine import load, residents
+    from griffin_offload.offload import weight_store
 
-    source.MIN_DIRECT_BYTES = 0
-    load.evicts = residents.evicts = lambda prospect: True
+    weight_store.MIN_DIRECT_BYTES = 0
+    load.evicts = residents.evicts = lambda model_spec: True
 
 
 @dataclass(frozen=True)
@@ -225,8 +225,8 @@ def replace(shard: Path, other: Path, _: random.Random) -> None:
 
 def overwrite(shard: Path, other: Path, _: random.Random) -> None:
     """As `cp` does: into the same file, piece by piece."""
-    with shard.open("rb+") as file, other.open("rb") as source:
-        while piece := source.read(_CHUNK_BYTES):
+    with shard.open("rb+") as file, other.open("rb") as weight_store:
+        while piece := weight_store.read(_CHUNK_BYTES):
             file.write(piece)
             file.flush()
             time.sleep(0.005)  # more than a tick of the file system's clock, as for a large file

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from griffin_offload.demo import demo_directory
-from griffin_offload.runtime.convert import convert
-from griffin_offload.runtime.model import GriffinModel
+from griffin_offload.engine.convert import convert
+from griffin_offload.engine.model import GriffinModel
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 4096}
 SIZES |= {"max_position_embeddings": 128}

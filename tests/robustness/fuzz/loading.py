@@ -24,13 +24,13 @@ from robustness.fuzz.parsers import MAPS
 from robustness.fuzz.place import Place
 from robustness.fuzz.worker import Unnamed
 
+from griffin_offload.checkpoint.base import fingerprint, open_checkpoint
+from griffin_offload.checkpoint.safetensors import INDEX
+from griffin_offload.checkpoint.tokenizer import encode, encode_messages, load_tokenizer
 from griffin_offload.cli.main import main
+from griffin_offload.engine.model import GriffinModel
 from griffin_offload.errors import ModelError
-from griffin_offload.runtime.model import GriffinModel
-from griffin_offload.runtime.prompts import encode, encode_messages
-from griffin_offload.runtime.saved import options_of, read_notes
-from griffin_offload.weights.checkpoint import fingerprint, load_tokenizer, open_checkpoint
-from griffin_offload.weights.weight_files import INDEX
+from griffin_offload.kv_cache.sequence_file import options_of, read_notes
 
 # What the machine had to refuse, the package should have before.
 _MEMORY = re.compile("out of memory|allocate memory|MemoryError|OutOfMemory")

@@ -11,13 +11,13 @@ from robustness.fuzz.files import shards
 from robustness.fuzz.place import Place
 from robustness.fuzz.worker import Unnamed
 
+from griffin_offload.checkpoint.base import open_checkpoint, read_config
+from griffin_offload.checkpoint.converted import check_shard
+from griffin_offload.checkpoint.mapped import map_file
+from griffin_offload.checkpoint.safetensors import INDEX, read_header, read_headers, weight_files
 from griffin_offload.config import LoadConfig
-from griffin_offload.runtime.prospect import examine_checkpoint, plan_for
+from griffin_offload.engine.spec import examine_checkpoint, plan_for
 from griffin_offload.units import parse_seconds, parse_size
-from griffin_offload.weights.checkpoint import open_checkpoint, read_config
-from griffin_offload.weights.converted import check_shard
-from griffin_offload.weights.mapped_file import map_file
-from griffin_offload.weights.weight_files import INDEX, read_header, read_headers, weight_files
 
 # What other configs say, for a config to contradict itself with.
 _KEYS = ("auto_map", "quantization_config", "text_config", "layer_types", "num_labels", "rope_scaling", "id2label")

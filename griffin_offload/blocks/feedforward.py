@@ -1,0 +1,237 @@
+"""What a feed-forward (FF) block is made of: projections whose neurons are installed, priced and gathered.
+
+A block maps H to F neurons by one or two input projections and back by the down projection. Row j of the input
+projections and column j of the down projection belong to neuron j; the bias of the down projection to none.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from griffin_offload.devices.host_memory import untouched_zeros
+from griffin_offload.devices.torch_state import put
+from griffin_offload.formats.gather import Tensors, gather_inputs, gather_outputs, take
+from griffin_offload.formats.linear import (
+    Form,
+    Precision,
+    QuantizedLinear,
+    Spec,
+    column_norms,
+    resident_form,
+    row_norms,
+    specs,
+    stored_form,
+)
+
+# Compact blocks hold whole groups of neurons, as the decode kernels want them.
+_MULTIPLES: dict[Precision, int] = {"none": 1, "int8": 64, "int4": 64}
+
+
+class Projection:
+    """One linear layer of a block: stock, or a QuantizedLinear whose tensors come in two forms."""
+
+    def __init__(self, owner: nn.Module, neurons: int, *, is_down: bool) -> None:
+        self.owner, self.neurons, self.is_down = owner, neurons, is_down
+        outputs, inputs = features(owner)
+        self.hidden = outputs if is_down else inputs
+        self.stacked = 1 if is_down else outputs // neurons
+        """2 where gate and up are stacked in one matrix: neuron j then also sits at F + j."""
+        self.swapped = isinstance(owner, Conv1D)
+
+    def specs(self, form: Form, kept: int) -> dict[str, Spec]:
+        """Tensors with `kept` neurons: all but the bias of a down projection, which belongs to none of them."""
+        outputs, inputs = self.stacked * kept, self.hidden
+        if self.is_down:
+            outputs, inputs = inputs, kept
+        found = specs(form, outputs, inputs, is_down=self.is_down)
+        if self.swapped and form == "float":
+            found["weight"] = ((inputs, outputs), None)
+        if not self.is_down and getattr(self.owner, "bias", None) is not None:
+            found["bias"] = ((outputs,), None)
+        return found
+
+    @property
+    def full_form(self) -> Form:
+        return self.owner.full_form if isinstance(self.owner, QuantizedLinear) else "float"
+
+    @property
+    def resident_form(self) -> Form:
+        return self.owner.resident_form if isinstance(self.owner, QuantizedLinear) else "float"
+
+    def install(self, tensors: Tensors, form: Form) -> None:
+        for name, tensor in tensors.items():
+            put(self.owner, name, tensor)
+        if isinstance(self.owner, QuantizedLinear):
+            self.owner.form = form
+            self.owner.declare_features()
+        else:
+            _declare_features(self.owner, tensors["weight"])
+
+    def rows(self, chosen: Tensor) -> Tensor | None:
+        """Rows of the full matrix that the `chosen` neurons lie in; None where they are columns."""
+        if self.is_down:
+            return chosen if self.swapped or self.full_form == "int4_neurons" else None
+        return None if self.swapped else torch.cat([chosen + part * self.neurons for part in range(self.stacked)])
+
+    def gather(self, full: Tensors, chosen: Tensor, out: Tensors) -> None:
+        if isinstance(self.owner, QuantizedLinear):
+            if self.is_down:
+                gather_inputs(full, chosen, out)
+            else:
+                gather_outputs(full, chosen, self.stacked, out, self.owner.importance)
+            return
+        if chosen.numel() == 0:
+            for target in out.values():
+                target.zero_()
+            return
+        index = torch.cat([chosen + part * self.neurons for part in range(self.stacked)])
+        axis = int(self.is_down != self.swapped)  # Linear holds [out, in] and Conv1D [in, out]
+        take(full["weight"], axis, index, out["weight"])
+        if "bias" in out:
+            take(full["bias"], 0, index, out["bias"])
+
+
+class FeedForward:
+    """The FF block of one decoder layer: its projections, installing and gathering them.
+
+    Tensors travel as lists, in the order of `full_specs` and `compact_specs`.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Sequence[str], down: str, *, inline: bool) -> None:
+        self.module = module
+        self.inline = inline
+        """Whether `module` is the decoder layer itself, whose forward does more than the FF (OPT)."""
+        self.down: nn.Module = getattr(module, down)
+        self.neurons = features(self.down)[1]
+        first = [Projection(getattr(module, name), self.neurons, is_down=False) for name in inputs]
+        self.projections = (*first, Projection(self.down, self.neurons, is_down=True))
+
+    @property
+    def gated(self) -> bool:
+        """Whether two activations per neuron exist (gate and up), in one matrix or in two."""
+        return sum(projection.stacked for projection in self.projections[:-1]) > 1
+
+    @property
+    def precision(self) -> Precision:
+        """Of the resident neurons."""
+        forms: dict[Form, Precision] = {"int8": "int8", "int4_strips": "int4"}
+        return forms.get(self.projections[-1].resident_form, "none")
+
+    def full(self) -> list[Tensor]:
+        """The installed tensors, which are the full ones until compact ones are installed."""
+        return [
+            getattr(projection.owner, name)
+            for projection in self.projections
+            for name in projection.specs(projection.full_form, self.neurons)
+        ]
+
+    def full_specs(self, precision: Precision | None = None) -> list[Spec]:
+        """Tensors as they are stored; `precision` asks about another one."""
+        return [
+            spec
+            for projection in self.projections
+            for spec in projection.specs(_stored(projection, precision), self.neurons).values()
+        ]
+
+    def compact_specs(self, kept: int, precision: Precision | None = None) -> list[Spec]:
+        """Tensors that hold `kept` neurons: quantised ones are filled up to whole blocks, at least one.
+
+        Conv1D reshapes by its input's size and cannot have none: a block of them keeps one, which `gather` zeroes.
+        """
+        precision = self.precision if precision is None else precision
+        padded = padded_neurons(kept, precision)
+        if isinstance(self.down, Conv1D) and precision == "none":
+            padded = max(padded, 1)
+        return [
+            spec
+            for projection in self.projections
+            for spec in projection.specs(resident_form(precision, is_down=projection.is_down), padded).values()
+        ]
+
+    def allocate(self, kept: int, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
+        """Compact tensors; what `gather` never writes is zero."""
+        return [
+            nn.Parameter(untouched_zeros(shape, own or dtype, device), requires_grad=False)
+            for shape, own in self.compact_specs(kept)
+        ]
+
+    def install_full(self, tensors: Sequence[Tensor]) -> None:
+        """Make `tensors` the block's; nothing is copied."""
+        for projection, named in zip(self.projections, self._by_projection(tensors, compact=False), strict=True):
+            projection.install(named, projection.full_form)
+
+    def install_compact(self, tensors: Sequence[Tensor]) -> None:
+        """Make `tensors` the block's; nothing is copied."""
+        for projection, named in zip(self.projections, self._by_projection(tensors, compact=True), strict=True):
+            projection.install(named, projection.resident_form)
+
+    @torch.no_grad()
+    def gather(self, full: Sequence[Tensor], chosen: Tensor, out: Sequence[Tensor]) -> None:
+        """Write the `chosen` neurons (sorted indices [K]) of `full` into `out`, the compact tensors."""
+        sources = self._by_projection([tensor.detach() for tensor in full], compact=False)
+        targets = self._by_projection([tensor.detach() for tensor in out], compact=True)
+        for projection, source, target in zip(self.projections, sources, targets, strict=True):
+            projection.gather(source, chosen, target)
+
+    def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:
+        """For every tensor of `full_specs`, the rows that gathering `chosen` reads; None: all of it."""
+        needed: list[Tensor | None] = []
+        for projection in self.projections:
+            rows = projection.rows(chosen)
+            specs = projection.specs(projection.full_form, self.neurons).values()
+            needed += [rows if len(shape) > 1 else None for shape, _ in specs]
+        return needed
+
+    def neuron_norms(self, full: Sequence[Tensor]) -> Tensor:
+        """Static score of "magnitude" [F]: product of the norms of each neuron's input rows."""
+        product = torch.ones(self.neurons, dtype=torch.float32, device=full[0].device)
+        for projection, named in zip(self.projections[:-1], self._by_projection(full, compact=False), strict=False):
+            norms = row_norms(named, swapped=projection.swapped)
+            for part in norms.split(self.neurons):
+                product = product * part
+        return product
+
+    def output_norms(self, full: Sequence[Tensor]) -> Tensor:
+        """What a neuron's activation weighs in the output [F]: the norms of the down projection's columns."""
+        return column_norms(self._by_projection(full, compact=False)[-1], swapped=self.projections[-1].swapped)
+
+    def _by_projection(self, tensors: Sequence[Tensor], *, compact: bool) -> list[Tensors]:
+        names = [
+            (i, name)
+            for i, projection in enumerate(self.projections)
+            for name in projection.specs(projection.resident_form if compact else projection.full_form, 1)
+        ]
+        found: list[Tensors] = [{} for _ in self.projections]
+        for (i, name), tensor in zip(names, tensors, strict=True):
+            found[i][name] = tensor
+        return found
+
+
+def padded_neurons(kept: int, precision: Precision) -> int:
+    """Neurons that a compact block has room for when `kept` are chosen."""
+    multiple = _MULTIPLES[precision]
+    return kept if multiple == 1 else max(-(-kept // multiple), 1) * multiple
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer of any kind."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.out_features, linear.in_features
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    outputs, inputs = weight.shape
+    return (inputs, outputs) if isinstance(linear, Conv1D) else (outputs, inputs)
+
+
+def _stored(projection: Projection, precision: Precision | None) -> Form:
+    return projection.full_form if precision is None else stored_form(precision, is_down=projection.is_down)
+
+
+def _declare_features(projection: nn.Module, weight: Tensor) -> None:
+    # Conv1D reads its output size from `nf` in forward; Linear's are for people who print the model.
+    if isinstance(projection, Conv1D):
+        projection.nx, projection.nf = weight.shape
+    elif isinstance(projection, nn.Linear):
+        projection.out_features, projection.in_features = weight.shape

@@ -1,0 +1,118 @@
+"""Where the feed-forward block of a layer is found, in every architecture: a table of names."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from griffin_offload.blocks.feedforward import FeedForward, features
+from griffin_offload.errors import UnsupportedModel
+from griffin_offload.formats.linear import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of a block's projections, as attributes of one module (the FF module, or the decoder layer itself)."""
+
+    inputs: tuple[str, ...]
+    down: str
+
+
+# Whether an input projection holds gate and up together is decided by its shape, never by its name.
+_LAYOUTS = [
+    Layout(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Gemma, Qwen, OLMo 2, Cohere 2, StableLM
+    Layout(("gate_up_proj",), "down_proj"),  # Phi-3, GLM 4
+    Layout(("up_proj",), "down_proj"),  # Nemotron
+    Layout(("w1", "w3"), "w2"),  # Llama as Meta names it
+    Layout(("fc1",), "fc2"),  # OPT (inline in the layer), Phi
+    Layout(("c_fc",), "c_proj"),  # GPT-2 (Conv1D: axes swapped), StarCoder2
+    Layout(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+    Layout(("fc_in",), "fc_out"),  # GPT-J, CodeGen
+    Layout(("input_linear",), "output_linear"),  # Granite 4 without experts
+]
+REGISTER_HINT = "register others with griffin_offload.register_layout(Layout(inputs=..., down=...))"
+
+
+def register_layout(layout: Layout) -> None:
+    """Make blocks with the names of `layout` known, ahead of the built-in ones."""
+    _LAYOUTS.insert(0, layout)
+
+
+def find_feed_forwards(model: nn.Module, layers: int) -> tuple[nn.ModuleList, list[FeedForward]]:
+    """The decoder layers of `model` and the FF block of each; UnsupportedModel names what was found instead."""
+    if layers < 1:
+        raise UnsupportedModel(f"{type(model).__name__} has {layers} decoder layers")
+    # A tower of another kind may have as many layers.
+    decoder_of: Callable[[], Any] | None = getattr(model, "get_decoder", None)
+    own = decoder_of() if decoder_of is not None else None
+    places = [place for place in (own, model) if isinstance(place, nn.Module)]
+    found = ([m for m in place.modules() if isinstance(m, nn.ModuleList) and len(m) == layers] for place in places)
+    candidates = next((lists for lists in found if lists), [])
+    if not candidates:
+        raise UnsupportedModel(f"{type(model).__name__} has no list of {layers} decoder layers; {REGISTER_HINT}")
+    decoder = next((c for c in candidates if _matches(c[0])), candidates[0])
+    return decoder, [_block_of(layer, f"{type(model).__name__} layer {i}") for i, layer in enumerate(decoder)]
+
+
+def _matches(layer: nn.Module) -> list[tuple[nn.Module, Layout]]:
+    found: list[tuple[nn.Module, Layout]] = []
+    for module in layer.modules():
+        children = set(module._modules)
+        layout = next((lay for lay in _LAYOUTS if {*lay.inputs, lay.down} <= children), None)
+        if layout is not None:
+            found.append((module, layout))
+    return found
+
+
+def _block_of(layer: nn.Module, where: str) -> FeedForward:
+    experts = _experts(layer)
+    if experts is not None:
+        raise UnsupportedModel(f"{where} holds mixture-of-experts parameters ({experts}): only dense FFs work")
+    found = _matches(layer)
+    if len(found) != 1:
+        names = ", ".join(dict.fromkeys(name.rsplit(".", 1)[0] for name, _ in layer.named_parameters()))
+        raise UnsupportedModel(f"{where} has {len(found)} FF blocks of a known layout among {names}; {REGISTER_HINT}")
+    module, layout = found[0]
+    _check_projections(module, layout, where)
+    block = FeedForward(module, layout.inputs, layout.down, inline=module is layer)
+    _check_shapes(block, layer, where)
+    return block
+
+
+def _experts(layer: nn.Module) -> str | None:
+    """A parameter of experts, of which every token uses some: matrices in a stack, or modules in a list. Axes alone do
+    not tell: convolutions and gates of recurrences have three, too."""
+    for name, parameter in layer.named_parameters():
+        path, _, own = name.rpartition(".")
+        described = f"{path}.{type(layer.get_submodule(path)).__name__}.{own}".casefold()
+        if "expert" in described.replace("shared_expert", "") and parameter.dim() > 1:
+            return name
+    return None
+
+
+def _check_projections(module: nn.Module, layout: Layout, where: str) -> None:
+    for name in (*layout.inputs, layout.down):
+        projection = getattr(module, name)
+        if not isinstance(projection, nn.Linear | Conv1D | QuantizedLinear):
+            raise UnsupportedModel(f"{where}: {name} is a {type(projection).__name__}, not a plain linear layer")
+        if 0 in features(projection):
+            raise UnsupportedModel(f"{where}: {name} is empty")
+
+
+def _check_shapes(block: FeedForward, layer: nn.Module, where: str) -> None:
+    for projection in block.projections[:-1]:
+        size = features(projection.owner)[0]
+        if size not in (block.neurons, 2 * block.neurons):
+            raise UnsupportedModel(
+                f"{where}: an input projection has {size} rows for {block.neurons} neurons: expected F or 2F"
+            )
+    known = {id(tensor) for projection in block.projections for tensor in projection.owner.parameters(recurse=False)}
+    inside = layer.named_parameters(recurse=False) if block.inline else block.module.named_parameters()
+    for name, tensor in inside:
+        if id(tensor) not in known and block.neurons in tensor.shape:
+            raise UnsupportedModel(
+                f"{where}: parameter {name} of size {block.neurons} belongs to the neurons too, in a way no "
+                f"layout describes; {REGISTER_HINT}"
+            )

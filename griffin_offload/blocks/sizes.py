@@ -1,0 +1,280 @@
+"""The sizes of a model, read off its architecture on the meta device: what the planner calculates with."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from griffin_offload.blocks.feedforward import FeedForward, features, padded_neurons
+from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.replace import check_layer, linear_names
+from griffin_offload.blocks.rope import positions_reached
+from griffin_offload.blocks.states import LayerState, kept_states, windows_of
+from griffin_offload.blocks.towers import leave_out_towers
+from griffin_offload.devices.torch_state import building
+from griffin_offload.errors import CheckpointError, one_line
+from griffin_offload.formats.embedding import table_bytes
+from griffin_offload.formats.linear import Precision, Spec, resident_form, specs
+
+ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
+
+# Bytes alive at once per number that a layer's projections make of a token, outside of its FF. torch's scans work in
+# float32, chunk by chunk, all chunks at once: 28 with the gated delta rule, 24 to 46 with Mamba 2, counted in sizes as
+# published (tensors alive on the meta device).
+_RECURRENCE_BYTES, _CONVOLUTION_BYTES = 48, 16
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Sizes of one decoder layer: bytes of the precision that residents have, and of the one that is stored."""
+
+    neurons: int
+    neuron_bytes: int
+    """Bytes of all resident FF tensors that belong to one neuron."""
+    ff_bytes: int
+    """Bytes of the full FF as it is stored and streamed."""
+    ff_flat_bytes: int
+    """The same in one flat buffer, every tensor aligned."""
+    attention_bytes: int
+    norm_bytes: int
+    """Norms, biases and whatever else has one axis."""
+    window: int | None
+    """Tokens the KV cache of this layer keeps; None keeps all."""
+    precision: Precision = "none"
+    ff_fixed_bytes: int = 0
+    """Resident FF bytes that belong to no neuron: in int8, one scale per output of the down projection."""
+    plain_neuron_bytes: int = 0
+    """The same neuron, and the attention, without quantisation."""
+    plain_attention_bytes: int = 0
+    kv_width: int | None = None
+    """Numbers per token in its keys and values together; None: the model's."""
+    kv_heads: int | None = None
+    state_bytes: int = 0
+    """Of convolutions and recurrences: what it keeps of a sequence, however long that is."""
+    mixing_bytes: int = 0
+    """Activations per token while a recurrence or a convolution passes over a prompt."""
+
+    def resident_ff_bytes(self, kept: int) -> int:
+        """Bytes of the compact FF with room for `kept` neurons."""
+        return padded_neurons(kept, self.precision) * self.neuron_bytes + self.ff_fixed_bytes
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a model."""
+
+    layers: tuple[LayerSizes, ...]
+    embedding_bytes: int
+    head_bytes: int
+    """0 when the head is tied to the embeddings."""
+    other_bytes: int
+    """Outside the layers: last norm, learned positions, buffers."""
+    item_bytes: int
+    hidden_size: int
+    vocab_size: int
+    attention_width: int
+    """Numbers per token in the queries of one layer."""
+    heads: int
+    kv_width: int
+    """Numbers per token in the keys and values of the widest layer together."""
+    kv_heads: int
+    max_positions: int
+    gated: bool
+    inline_ff: bool
+    """The FF is written in the layer's own forward (OPT): it cannot be chunked."""
+    materialises_scores: bool
+    """Attention builds the full matrix of scores (eager, ALiBi, soft-capped)."""
+    plain_embedding_bytes: int = 0
+    plain_head_bytes: int = 0
+    """Both without quantisation."""
+    dtype: str = "bfloat16"
+    """Precision of the computation, in words."""
+    precision: Precision = "none"
+    """Of the resident matrices inside the layers."""
+    stored: Precision = "none"
+    """Of the same matrices in the checkpoint."""
+
+    @property
+    def tied(self) -> bool:
+        return self.head_bytes == 0
+
+    def kv_width_of(self, layer: LayerSizes) -> int:
+        """Numbers per token in the keys and values of `layer`."""
+        return self.kv_width if layer.kv_width is None else layer.kv_width
+
+    def kv_heads_of(self, layer: LayerSizes) -> int:
+        return self.kv_heads if layer.kv_heads is None else layer.kv_heads
+
+    @property
+    def state_bytes(self) -> int:
+        """What all layers keep of one sequence beside its KV cache."""
+        return sum(layer.state_bytes for layer in self.layers)
+
+    def _stored_attention(self, layer: LayerSizes) -> int:
+        return layer.plain_attention_bytes if self.stored == "none" else layer.attention_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the model as it is stored."""
+        layers = sum(layer.ff_bytes + self._stored_attention(layer) + layer.norm_bytes for layer in self.layers)
+        return layers + self.embedding_bytes + self.head_bytes + self.other_bytes
+
+
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The language model of `config` with no storage: every name and shape of it, in well under a second for 70B."""
+    with building(dtype), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about initialisation and attention, which never happens here
+        try:
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        except Exception as error:  # each architecture fails in its own way
+            reason = one_line(error).partition(" Model type should be one of")[0]  # a page of names
+            raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error
+    leave_out_towers(model)
+    return model
+
+
+def model_shape(
+    model: Any,
+    precision: Precision = "none",
+    stored: Precision = "none",
+    tables: Precision = "none",
+    states: Sequence[LayerState] | None = None,
+) -> ModelSizes:
+    """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
+    device and `stored` in the checkpoint, and its embeddings and head of `tables`. `states` are `states_of(model)`,
+    for callers who ask more than once. Raises UnsupportedModel."""
+    config = model.config.get_text_config()
+    decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
+    states = states_of(model) if states is None else states
+    layers = [
+        _layer_shape(layer, block, window, state, precision, stored)
+        for layer, block, window, state in zip(decoder, blocks, windows_of(config), states, strict=True)
+    ]
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is None or head.weight is embedding
+    in_layers = {id(t) for layer in decoder for t in (*layer.parameters(), *layer.buffers())}
+    outside = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in in_layers}
+    head_bytes = 0 if tied else _nbytes([head.weight])
+    plain_tables = (_nbytes([embedding]), head_bytes)
+    other_bytes = _nbytes(outside.values()) - sum(plain_tables)
+    if tables == "int8":
+        head_bytes = 0 if tied else table_bytes(head.weight.shape, embedding.dtype)
+    heads, attention_width = _attention_sizes(config)
+    return ModelSizes(
+        layers=tuple(layers),
+        embedding_bytes=table_bytes(embedding.shape, embedding.dtype) if tables == "int8" else plain_tables[0],
+        head_bytes=head_bytes,
+        other_bytes=other_bytes,
+        plain_embedding_bytes=plain_tables[0],
+        plain_head_bytes=plain_tables[1],
+        item_bytes=embedding.element_size(),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        attention_width=attention_width,
+        heads=heads,
+        kv_width=max(state.kv_width for state in states),
+        kv_heads=max(state.kv_heads for state in states),
+        max_positions=positions_reached(config),
+        gated=any(block.gated for block in blocks),
+        inline_ff=blocks[0].inline,
+        materialises_scores=_materialises_scores(config),
+        dtype=str(embedding.dtype).removeprefix("torch."),
+        precision=precision,
+        stored=stored,
+    )
+
+
+def states_of(model: Any) -> list[LayerState]:
+    """What each decoder layer of `model` keeps of a sequence; errors as `kept_states`."""
+    return kept_states(model, find_feed_forwards(model, model.config.get_text_config().num_hidden_layers)[0])
+
+
+def _attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
+    """(heads, numbers per token in the queries) of the widest layer."""
+    layers = config.per_layer_config
+    sizes = [getattr(layer, "head_dim", None) or config.hidden_size // layer.num_attention_heads for layer in layers]
+    heads = [int(layer.num_attention_heads) for layer in layers]
+    return max(heads), max(count * size for count, size in zip(heads, sizes, strict=True))
+
+
+def _layer_shape(
+    layer: nn.Module,
+    block: FeedForward,
+    window: int | None,
+    state: LayerState,
+    precision: Precision,
+    stored: Precision,
+) -> LayerSizes:
+    check_layer(layer, block, precision)
+    projections = {id(projection.owner) for projection in block.projections}
+    inside = [layer.get_submodule(name) for name in linear_names(layer)]
+    ff = {id(p) for module in inside if id(module) in projections for p in module.parameters(recurse=False)}
+    ff -= {id(block.down.bias)}
+    rest = [p for p in layer.parameters() if id(p) not in ff]
+    attention = _nbytes(p for p in rest if p.dim() > 1)
+    dtype = next(layer.parameters()).dtype
+    quantised = sum(
+        _linear_bytes(module, precision, dtype) - _nbytes([module.weight])
+        for module in inside
+        if id(module) not in projections
+    )
+    # Sizes are linear in whole blocks of neurons.
+    step = padded_neurons(1, precision)
+    one, two = (_specs_bytes(block.compact_specs(count, precision), dtype) for count in (step, 2 * step))
+    neuron_bytes = (two - one) // step
+    plain = [_specs_bytes(block.compact_specs(count, "none"), dtype) for count in (1, 2)]
+    return LayerSizes(
+        neurons=block.neurons,
+        neuron_bytes=neuron_bytes,
+        ff_bytes=_specs_bytes(block.full_specs(stored), dtype),
+        ff_flat_bytes=sum(_aligned(_specs_bytes([spec], dtype)) for spec in block.full_specs(stored)),
+        attention_bytes=attention + quantised,
+        norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
+        window=window,
+        precision=precision,
+        ff_fixed_bytes=one - step * neuron_bytes,
+        plain_neuron_bytes=plain[1] - plain[0],
+        plain_attention_bytes=attention,
+        kv_width=state.kv_width,
+        kv_heads=state.kv_heads,
+        state_bytes=state.state_bytes,
+        mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in inside if id(module) not in projections]),
+    )
+
+
+def _mixing_bytes(state: LayerState, widths: list[int]) -> int:
+    each = _RECURRENCE_BYTES if state.recurrent else _CONVOLUTION_BYTES if state.state_bytes else 0
+    return sum(widths) * each
+
+
+def _linear_bytes(linear: Any, precision: Precision, dtype: torch.dtype) -> int:
+    form = resident_form(precision, is_down=False)
+    return _specs_bytes(list(specs(form, *features(linear), is_down=False).values()), dtype)
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _specs_bytes(found: list[Spec], dtype: torch.dtype) -> int:
+    return sum(math.prod(shape) * (own or dtype).itemsize for shape, own in found)
+
+
+def _nbytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+_SCORE_TESTS: tuple[Callable[[Any], bool], ...] = (
+    lambda config: getattr(config, "_attn_implementation", None) == "eager",
+    lambda config: config.model_type == "bloom" or bool(getattr(config, "alibi", False)),
+)
+
+
+def _materialises_scores(config: PretrainedConfig) -> bool:
+    return any(test(config) for test in _SCORE_TESTS)

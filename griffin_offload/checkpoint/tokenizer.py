@@ -1,0 +1,260 @@
+"""The tokenizer of a checkpoint, and why there is none: its library tells of files by what it meets in them."""
+
+import array
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from griffin_offload.checkpoint.files import check_content
+from griffin_offload.devices.memory import give_back_freed
+from griffin_offload.errors import CheckpointError, UsageError, one_line
+from griffin_offload.units import format_bytes
+
+# Every kind of tokenizer has a file with such a name.
+_PATTERNS = ("*token*", "*vocab*", "*.model", "merges*", "*tekken*", "*.tiktoken", "chat_template*")
+_WHOLE = "tokenizer.json"
+# What older kinds are read with, by their files' names: packages by what they are imported and installed as.
+_READERS = (
+    ("*.model", "sentencepiece's", {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}),
+    ("*.tiktoken", "tiktoken's", {"tiktoken": "tiktoken"}),
+    ("*tekken*", "Mistral's", {"mistral_common": "mistral-common"}),
+)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a checkpoint; CheckpointError if there is none that can be loaded."""
+    files = sorted({path for pattern in _PATTERNS for path in directory.glob(pattern) if path.is_file()})
+    for path in files:
+        if path.suffix in (".json", ".jinja", ".txt") or not (directory / _WHOLE).is_file():
+            check_content(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        _drop_copies(tokenizer)
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers fail in many ways; a panic of native code is no Exception
+        raise CheckpointError(_reason(directory, files, error)) from error
+
+
+def _drop_copies(tokenizer: Any) -> None:
+    """Forget the tables of words and merges that transformers keeps as Python objects beside the native tokenizer's
+    own: 0.15 GB for 262,144 words, of which nothing makes use once that has been built."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        for name in ("_vocab", "_merges"):
+            vars(tokenizer).pop(name, None)
+
+
+def _reason(directory: Path, files: list[Path], error: BaseException) -> str:
+    if not files:
+        return (
+            f"{directory} has no tokenizer files: copy tokenizer.json or the like beside its config.json, or use the "
+            "Python API with token ids"
+        )
+    damaged = [found for found in map(_damage, files) if found is not None]
+    if damaged:
+        return damaged[0]
+    for pattern, whose, packages in _READERS:
+        found = [path.name for path in files if path.match(pattern)]
+        lacking = [name for module, name in packages.items() if not _installed(module)]
+        if found and lacking and not (directory / _WHOLE).is_file():
+            return (
+                f"{directory} has no {_WHOLE}, only {found[0]}, which is read with {whose} packages: pip install "
+                f"{' '.join(lacking)}"
+            )
+    return (
+        f"{directory} has no tokenizer that can be loaded (from {', '.join(p.name for p in files)}): {one_line(error)}"
+    )
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file that has to hold JSON."""
+    if path.suffix != ".json":
+        return None
+    try:
+        json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        return f"{path} ({path.stat().st_size} bytes) is truncated or damaged, download it again: {one_line(error)}"
+    return None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is a part of
+        return False
+
+
+# Token ids of a text or of messages, by what a checkpoint brings along: a tokenizer, and a template, a program.
+
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+LIMIT_S, LIMIT_S_PER_MB = 10.0, 20.0
+"""For a text, and more for each of its megabytes. Templates take milliseconds, tokenizers a second per megabyte."""
+MEMORY_BYTES = 10**9
+"""What they may take beside what the process has."""
+_DONE, _FAILED = b"D", b"F"
+# What templates call the switch: Qwen's, GLM's, SmolLM's and Hunyuan's; Granite's and DeepSeek's.
+_THINKING = ("enable_thinking", "thinking")
+_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+_PIECE_BYTES = 1 << 20
+
+Ids = list[int]
+
+
+def tokenizer_of(directory: Path) -> Any:
+    """The tokenizer of the checkpoint there, and back to the system what reading it took: its words are parsed from
+    text, and malloc keeps what that needed (0.2 GB for 262,144 of them). CheckpointError if none can be loaded."""
+    tokenizer = load_tokenizer(directory)
+    give_back_freed()
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str) -> Ids:
+    """Token ids of `text`, with the special tokens that the tokenizer adds. CheckpointError where it fails."""
+    return _begun_once(tokenizer, _bounded(lambda: tokenizer(text)["input_ids"], len(text)))
+
+
+def encode_messages(tokenizer: Any, messages: list[dict[str, str]], *, thinking: bool | None = None) -> Ids:
+    """Token ids of `messages` in the chat template, up to where the answer begins. CheckpointError where it fails,
+    UsageError if `thinking` is given and the template has no switch for it."""
+    letters = sum(len(text) for message in messages for text in message.values())
+    switches = {} if thinking is None else dict.fromkeys(thinking_switches(tokenizer), thinking)
+    ids = _bounded(
+        lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **switches)[
+            "input_ids"
+        ],
+        letters,
+    )
+    return _begun_once(tokenizer, ids)
+
+
+def _begun_once(tokenizer: Any, ids: Ids) -> Ids:
+    """`ids` with one beginning of sequence: a text that starts with it, as templates write it, gets another from the
+    tokenizer, and some models answer otherwise then (Gemma)."""
+    begin, again = tokenizer.bos_token_id, 0
+    while begin is not None and ids[again : again + 2] == [begin, begin]:
+        again += 1
+    return ids[again:]
+
+
+_QUESTION, _ANSWER = "Question", "Answer"
+
+
+def template_end(tokenizer: Any) -> Ids:
+    """The special token that the chat template writes behind an answer: one id or none. CheckpointError where the
+    template fails."""
+    return _bounded(lambda: _behind_answer(tokenizer), len(_QUESTION + _ANSWER))
+
+
+def _behind_answer(tokenizer: Any) -> Ids:
+    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    _, found, behind = text.rpartition(_ANSWER)
+    special = {one.content: token for token, one in tokenizer.added_tokens_decoder.items() if one.special}
+    first = [word for word in special if found and behind.lstrip().startswith(word)]
+    return [special[max(first, key=len)]] if first else []
+
+
+def thinking_switches(tokenizer: Any) -> list[str]:
+    """Variables of the chat template that turn thinking on and off; UsageError if it has none."""
+    template = tokenizer.chat_template or ""
+    text = template if isinstance(template, str) else template.get("default", "")
+    code = " ".join(_CODE.findall(text))
+    found = [name for name in _THINKING if re.search(rf"\b{name}\b", code)]
+    if not found:
+        raise UsageError(
+            f"the model's chat template has no switch for thinking ({' or '.join(_THINKING)}): leave --thinking and "
+            "--no-thinking (thinking) out"
+        )
+    return found
+
+
+def _bounded(work: Callable[[], Sequence[int]], letters: int) -> Ids:
+    """What `work` returns, or CheckpointError with what it raised, or which limit it met."""
+    if not hasattr(os, "fork"):
+        try:
+            return list(work())
+        except Exception as error:
+            raise CheckpointError(one_line(error)) from error
+    limit_s = LIMIT_S + LIMIT_S_PER_MB * letters / 1e6
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of other threads: the child takes none of their locks
+        pid = os.fork()
+    if pid == 0:
+        _child(work, write, limit_s)
+    os.close(write)
+    try:
+        answer = _read_all(read, limit_s)
+    finally:
+        os.close(read)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # an answer is whole when the pipe is closed
+        os.waitpid(pid, 0)
+    if answer[:1] == _DONE:
+        ids = array.array("q")
+        ids.frombytes(answer[1:])
+        return ids.tolist()
+    said = answer[1:].decode(errors="replace") or f"it needs more than {format_bytes(MEMORY_BYTES)} of memory"
+    raise CheckpointError(said)
+
+
+def _child(work: Callable[[], Sequence[int]], pipe: int, limit_s: float) -> None:
+    """Never returns, and runs nothing of what the parent would do at its end or on a signal."""
+    answer = _FAILED
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+        _limit(limit_s)
+        with contextlib.suppress(OSError):  # at the limit on open files native code may print where it panics
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        answer = _DONE + array.array("q", work()).tobytes()
+    except MemoryError:
+        pass
+    except BaseException as error:
+        answer = _FAILED + one_line(error).encode(errors="replace")
+    finally:
+        with contextlib.suppress(BaseException):
+            view = memoryview(answer)
+            while view:
+                view = view[os.write(pipe, view) :]
+        os._exit(0)
+
+
+def _limit(limit_s: float) -> None:
+    seconds = int(limit_s) + 5  # should the parent not be there any more to count them
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    with contextlib.suppress(OSError, ValueError):  # no /proc, or a lower limit is there already
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _read_all(pipe: int, limit_s: float) -> bytes:
+    """All that comes until the other end is closed; CheckpointError when that takes too long."""
+    found, end = bytearray(), time.monotonic() + limit_s
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    while poll.poll(max(end - time.monotonic(), 0) * 1000):
+        piece = os.read(pipe, _PIECE_BYTES)
+        if not piece:
+            return bytes(found)
+        found += piece
+    raise CheckpointError(f"it takes more than {limit_s:.0f} s")

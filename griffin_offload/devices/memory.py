@@ -1,0 +1,288 @@
+"""What memory there is, what this process takes of it, and the ledger that a budget is held against."""
+
+import contextlib
+import ctypes
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import torch
+
+from griffin_offload.devices.threads import BackgroundThread
+from griffin_offload.errors import LimitReached, OutOfMemory, UsageError, limit_reached, memory_refused, one_line
+from griffin_offload.units import format_bytes
+
+# A CUDA context with its kernels, where it cannot be measured (several processes on one device).
+CUDA_CONTEXT_BYTES = 700_000_000
+_LARGEST_PLAUSIBLE_CONTEXT_BYTES = 1_500_000_000
+# Kernels that are loaded after the context was measured, and the caching allocator's rounding of blocks.
+_CUDA_MARGIN_BYTES = 400_000_000
+# On the CPU: allocator caches, thread stacks and Python objects, beside the ledger, for any model over 1 GB.
+HOST_OVERHEAD_BYTES = 500_000_000
+_SAMPLE_S = 0.01
+_CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+
+
+def devices_here() -> list[str]:
+    """The devices of this machine, those first that "auto" prefers."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, there in available.items() if there]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device meant by "auto", "cuda", "mps" or "cpu"; UsageError when it is not there."""
+    here = devices_here()
+    if name == "auto":
+        name = here[0]
+    if name not in here:
+        raise UsageError(f"device {name} is not available here: use --device {', '.join(here)}")
+    # With its index: torch's memory settings and the reader thread ask for one.
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def device_bytes(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of the device; on the CPU, what the process may still take, cgroup limits included."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free), int(total)
+    memory = psutil.virtual_memory()
+    limit, used = _cgroup_limit()
+    if limit is None:
+        return int(memory.available), int(memory.total)
+    return min(int(memory.available), max(limit - used, 0)), min(int(memory.total), limit)
+
+
+def _cgroup_limit() -> tuple[int | None, int]:
+    """(limit, used) of the tightest memory cgroup we are in, v2 or v1; (None, 0) without one."""
+    try:
+        groups = dict(line.split(":", 2)[1:] for line in _OWN_CGROUP.read_text().splitlines())
+        version = _V1 if "memory" in groups else _V2
+        root = _CGROUP / version.root
+        group = root / groups[version.controller].lstrip("/")
+    except (OSError, KeyError, ValueError):
+        return None, 0
+    limits = [found for place in (group, *group.parents) if (found := _read_cgroup(place, version)) is not None]
+    return min(limits, key=lambda found: found[0] - found[1], default=(None, 0))
+
+
+@dataclass(frozen=True)
+class _CgroupVersion:
+    """Where a version of cgroups says what; `droppable` are the lines of memory.stat that the kernel can free at once.
+
+    What is charged and not droppable is used: anonymous memory, and files that no disk backs (tmpfs, shared memory) or
+    that are locked, which no page cache gives back; page tables and stacks as well.
+    """
+
+    root: str
+    controller: str
+    limits: tuple[str, ...]
+    usage: str
+    droppable: tuple[str, ...]
+
+
+_V1 = _CgroupVersion(
+    "memory",
+    "memory",
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_active_file", "total_inactive_file"),
+)
+# Above memory.high a process is slowed down until it stands.
+_V2 = _CgroupVersion(
+    "", "", ("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file", "slab_reclaimable")
+)
+
+
+def _read_cgroup(group: Path, version: _CgroupVersion) -> tuple[int, int] | None:
+    total = psutil.virtual_memory().total
+    limits = [int(text) for name in version.limits if (text := _text(group / name)).isdigit() and int(text) < total]
+    usage = _text(group / version.usage)
+    if not limits or not usage.isdigit():
+        return None  # the root has no limit, and above it is no group
+    stat = dict(line.split(" ", 1) for line in _text(group / "memory.stat").splitlines() if " " in line)
+    droppable = sum(int(stat.get(name, 0)) for name in version.droppable)
+    return min(limits), max(int(usage) - droppable, 0)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs: what it adds to the machine's load."""
+    try:
+        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+        return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
+
+
+def peak_host_bytes() -> int:
+    """The largest resident set this process ever had, mapped file pages included."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def give_back_freed() -> None:
+    """Give the system what malloc keeps of freed memory, glibc's, which keeps much.
+
+    It finds an aligned block no place in a hole of just its size. So a pass over 512 tokens came to hold 0.6 GB more
+    than it ever used at once (13B), and no budget knew of it.
+    """
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+def device_overhead_bytes(device: torch.device) -> int:
+    """What the device's runtime holds beside tensors: the CUDA context with a margin, nothing elsewhere."""
+    if device.type != "cuda":
+        return 0
+    torch.zeros(1, dtype=torch.uint8, device=device)  # makes the context
+    free, total = torch.cuda.mem_get_info(device)
+    measured = total - free - torch.cuda.memory_reserved(device)
+    plausible = 0 < measured <= _LARGEST_PLAUSIBLE_CONTEXT_BYTES
+    return measured + _CUDA_MARGIN_BYTES if plausible else assumed_overhead_bytes(device)
+
+
+def assumed_overhead_bytes(device: torch.device) -> int:
+    """The same of a device that cannot be asked."""
+    return CUDA_CONTEXT_BYTES + _CUDA_MARGIN_BYTES if device.type == "cuda" else 0
+
+
+class Ledger:
+    """Bytes the runtime holds on the device, by part, and the largest sum they ever had.
+
+    On the CPU this is the measure a budget is held against: pages in flight count as slots, activations as the
+    plan counts them for the shapes that really passed. On CUDA the allocator is asked instead, see `peak_bytes`.
+    """
+
+    def __init__(self, device: torch.device, overhead_bytes: int) -> None:
+        self._device = device
+        self._overhead_bytes = overhead_bytes
+        self._parts: dict[str, int] = {}
+        self._peak = 0
+        self._anonymous_start = anonymous_bytes()
+        self._anonymous_peak = self._anonymous_start
+
+    def hold(self, **parts: int) -> None:
+        """Set the bytes of the named parts."""
+        self._parts.update(parts)
+        self._peak = max(self._peak, sum(self._parts.values()))
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Measure peaks inside: of the parts, and of the process's anonymous memory, sampled by a thread."""
+        self.hold(kv_cache=0, states=0, workspace=0, logits=0, slots=0)
+        self._peak = sum(self._parts.values())
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        stop = threading.Event()
+        sampler = BackgroundThread(lambda: self._sample(stop), "griffin-offload-sampler")
+
+        def finish() -> None:
+            stop.set()
+            sampler.join()
+            self.hold(kv_cache=0, states=0, workspace=0, logits=0, slots=0)
+
+        try:
+            sampler.start()
+            yield
+        finally:
+            try:
+                finish()
+            except KeyboardInterrupt:  # a second Ctrl-C must not leave the sampler running
+                finish()
+                raise
+
+    def _sample(self, stop: threading.Event) -> None:
+        ended = False
+        while not ended:  # at the start and at the end too: a short run is over before the first wait is
+            self._anonymous_peak = max(self._anonymous_peak, anonymous_bytes())
+            ended = stop.wait(_SAMPLE_S)
+        self._anonymous_peak = max(self._anonymous_peak, anonymous_bytes())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of the run: counted on the CPU, asked from the allocator on CUDA, context included."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self._device) + self._overhead_bytes
+        return self._peak
+
+    @property
+    def host_growth_bytes(self) -> int:
+        """Growth of anonymous memory since loading began, at its sampled peak."""
+        return max(self._anonymous_peak - self._anonymous_start, 0)
+
+
+# Memory that the machine or the device refuses: one error with the numbers, and nothing of the attempt kept alive.
+
+
+_CPU = torch.device("cpu")
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|KiB|MiB|GiB)")
+
+
+class RefusalsNamed:
+    """A context manager: OutOfMemory for every way in which Python, torch and the kernel say that there is no memory,
+    LimitReached for those in which they say that there are no more files or threads.
+
+    No generator: contextlib's frames would keep the failed ones, and with them their tensors, for as long as somebody
+    keeps the error.
+    """
+
+    def __init__(
+        self,
+        doing: str,
+        remedy: str,
+        device: torch.device = _CPU,
+        budget_bytes: int | None = None,
+        give_back: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`budget_bytes` is told, where there is one; `give_back` is called when memory was refused."""
+        self._doing, self._remedy, self._device, self._budget_bytes = doing, remedy, device, budget_bytes
+        self._give_back = give_back
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, LimitReached):
+            return
+        limit = limit_reached(error)
+        if limit is None and not memory_refused(error):
+            return
+        message = self._message(error) if limit is None else f"while {self._doing}: {limit}"
+        traceback.clear_frames(trace)
+        error.__traceback__ = None
+        del kind, error, trace
+        self._give_back()
+        raise OutOfMemory(message) if limit is None else LimitReached(message)
+
+    def _message(self, error: BaseException) -> str:
+        budget = f"; the budget is {format_bytes(self._budget_bytes)}" if self._budget_bytes is not None else ""
+        return f"out of memory while {self._doing}: {_described(error, self._device)}{budget}: {self._remedy}"
+
+
+def _described(error: BaseException, device: torch.device) -> str:
+    kind = "device" if isinstance(error, torch.OutOfMemoryError) else "machine"
+    asked = _ASKED.search(str(error))
+    if asked is None:
+        return f"the {kind} refused ({one_line(error)[:120]})"
+    free, _ = device_bytes(device if kind == "device" else _CPU)
+    nbytes = int(float(asked[1]) * _UNITS[asked[2]])
+    return f"the {kind} refused {format_bytes(nbytes)}, {format_bytes(free)} are free"

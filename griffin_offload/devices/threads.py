@@ -1,0 +1,108 @@
+"""Threads: one that works in the background, and how many compute on the CPU, by a short timed trial.
+
+More threads than free cores are worse than one: OpenMP's threads spin while they wait for a descheduled one. And a
+matrix of a small model is done before a second thread has woken up.
+"""
+
+import contextlib
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+_TRIAL_BYTES = 128 * 2**20  # more than a cache, where the matrix is: decoding reads memory
+# One thread is done with a matrix of this size before a second one is awake.
+_SMALL_BYTES = 2 * 2**20
+_REPEATS = 5
+_WAKING = 8  # a part of the matrix that is large enough for all threads
+_START_S = 1.0  # after this long a thread whose start was interrupted never came to be
+# Fewer threads are kept unless more are clearly faster: they leave room for the reader thread and for others.
+_WORTH_IT = 0.9
+
+
+class BackgroundThread:
+    """A background thread that can be waited for even when a Ctrl-C came while it was being started.
+
+    `threading.Thread` cannot be joined until its start is complete, and an interrupted start never is. At its end it
+    lets go of its target, which mostly holds the worker: nothing large has to wait for the garbage collector.
+    """
+
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        self._target: Callable[[], None] | None = target
+        self._launched, self._finished = False, threading.Event()
+        self._inference = False
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+
+    def start(self) -> None:
+        # What was allocated in inference mode may be written to in inference mode alone, which is a thread's own.
+        self._inference = torch.is_inference_mode_enabled()
+        self._launched = True
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the end; whoever calls has told the target to stop."""
+        if self._launched:
+            self._finished.wait(_START_S)
+            if self._thread.ident is not None:
+                self._thread.join()
+
+    def _work(self) -> None:
+        target, self._target = self._target, None
+        try:
+            assert target is not None, "a worker is started once"
+            with torch.inference_mode(self._inference):
+                target()
+        finally:
+            self._finished.set()
+
+
+def choose_threads(inputs: int, outputs: int, dtype: torch.dtype) -> int:
+    """Threads for matrices of [outputs, inputs]: 1, half or all of torch's own number, whichever is fastest.
+
+    OMP_NUM_THREADS, when set, decides instead. The trial multiplies one row by a part of such a matrix, as decoding
+    does.
+    """
+    most = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ or most == 1:
+        return most
+    rows = max(1, min(outputs, _TRIAL_BYTES // (inputs * dtype.itemsize)))
+    if rows * inputs * dtype.itemsize < _SMALL_BYTES:
+        return 1
+    weight = torch.ones(rows, inputs, dtype=dtype, device="cpu")
+    row = weight.new_ones(inputs)
+    seconds: dict[int, list[float]] = {count: [] for count in sorted({1, max(most // 2, 1), most})}
+    # In turns, so that a busy moment of the machine falls on all of them.
+    for _ in range(_REPEATS):
+        for count, taken in seconds.items():
+            taken.append(_seconds(count, weight, row))
+    best = 1
+    for count, taken in seconds.items():
+        if statistics.median(taken) < _WORTH_IT * statistics.median(seconds[best]):
+            best = count
+    return best
+
+
+def _seconds(threads: int, weight: Tensor, row: Tensor) -> float:
+    with limited_threads(threads):
+        torch.mv(weight[: -(-len(weight) // _WAKING)], row)  # wakes the threads up
+        start = time.perf_counter()
+        torch.mv(weight, row)
+        return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def limited_threads(count: int | None) -> Iterator[None]:
+    """torch computes with `count` threads inside; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

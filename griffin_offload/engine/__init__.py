@@ -1,0 +1,1 @@
+"""The loaded model: streamed prefill, resident decode, exact mode, chat, convert."""

@@ -1,0 +1,139 @@
+"""How much an error in each input of a matrix counts: the mean squares of its inputs over a page of text.
+
+Int4 groups are fitted by them (formats/int4.py). One forward of the stock model over its mapped weights finds them, a
+layer's pages at a time; they are the same for every run of a checkpoint, so they are kept in the user's cache.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from griffin_offload.blocks.feedforward import FeedForward, features
+from griffin_offload.blocks.replace import linear_names
+from griffin_offload.checkpoint.base import Checkpoint, fingerprint
+from griffin_offload.checkpoint.files import renamed
+from griffin_offload.checkpoint.mapped import FilePages
+from griffin_offload.checkpoint.tokenizer import load_tokenizer
+from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
+from griffin_offload.engine.cpu_modules import emulates_halves, use_own_linears
+from griffin_offload.errors import CheckpointError
+from griffin_offload.formats.linear import Scratch
+
+Importance = Mapping[str, Tensor]
+"""Mean squares float32 [I] of the inputs of a linear layer, by "layer.name"."""
+CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
+_SEQUENCES, _TOKENS = 4, 128
+# The first tokens' states are unlike all others', in every trained model.
+_SKIPPED_TOKENS = 4
+_SCRATCH_BYTES = 2**22
+_FORMAT = 2
+
+
+@torch.no_grad()
+def importance_of(
+    checkpoint: Checkpoint, model: Any, decoder: nn.ModuleList, blocks: Sequence[FeedForward], *, evict: bool
+) -> Importance:
+    """Of every linear layer in `decoder` but down projections. `model` is mapped and as stored; `evict` frees its pages
+    behind each layer. Empty where the checkpoint has no tokenizer that fits it: then all inputs count alike."""
+    wanted = {
+        f"{index}.{name}": module
+        for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True))
+        for name in linear_names(layer)
+        if (module := layer.get_submodule(name)) is not block.down
+    }
+    path = _cache_path(checkpoint)
+    found = _read(path, {name: features(module)[1] for name, module in wanted.items()})
+    if found is None:
+        ids = _token_ids(checkpoint, model)
+        if ids is None:
+            return {}
+        with _a_layer_at_a_time(model, decoder, checkpoint, evict):
+            found = _measured(model, wanted, ids)
+        with contextlib.suppress(OSError):  # measured again by the next run
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with renamed(path) as temporary:
+                save_file(found, temporary)
+    return found
+
+
+def _cache_path(checkpoint: Checkpoint) -> Path:
+    own = os.environ.get(CACHE_VARIABLE)
+    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "griffin-offload"
+    return root / f"importance-{_FORMAT}-{fingerprint(checkpoint)}.safetensors"
+
+
+def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:
+    """What was kept, if it is of these names and sizes."""
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    kept = {name: tensor.numel() for name, tensor in found.items() if tensor.dtype == torch.float32}
+    return found if kept == sizes else None
+
+
+def _token_ids(checkpoint: Checkpoint, model: Any) -> Tensor | None:
+    try:
+        tokenizer = load_tokenizer(checkpoint.directory)
+    except CheckpointError:
+        return None
+    ids = tokenizer(CALIBRATION_TEXT, return_tensors="pt", verbose=False).input_ids[0]  # it is cut below
+    if not ids.numel():
+        return None
+    # Where the tokenizer writes a beginning, every sequence has it: without one some models answer otherwise (Gemma).
+    begin = ids[:1] if int(ids[0]) == tokenizer.bos_token_id else ids[:0]
+    ids = ids[len(begin) :]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
+    tokens = min(_TOKENS, longest, ids.numel()) - len(begin)
+    sequences = min(_SEQUENCES, ids.numel() // tokens) if tokens > _SKIPPED_TOKENS else 0
+    if not sequences or int(ids.max()) >= model.get_input_embeddings().weight.shape[0]:
+        return None
+    rows = ids[: sequences * tokens].view(sequences, tokens)
+    return torch.cat([begin.expand(sequences, len(begin)), rows], dim=1)
+
+
+def _measured(model: Any, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:
+    squares: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        rows = x.reshape(*ids.shape, -1)[:, _SKIPPED_TOKENS:].flatten(0, 1)
+        squares[name] = rows.float().square_().mean(0)
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in wanted.items():
+            handle = module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+            hooks.callback(handle.remove)
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return squares
+
+
+@contextlib.contextmanager
+def _a_layer_at_a_time(model: Any, decoder: nn.ModuleList, checkpoint: Checkpoint, evict: bool) -> Iterator[None]:
+    """Inside it a forward reads each layer's pages when it comes to it, and drops them behind it."""
+    pages = FilePages(list(model.parameters()), evict=evict, known=checkpoint.states)
+    scratch = Scratch(_SCRATCH_BYTES, torch.float32, torch.device("cpu"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(pages.close)
+        if emulates_halves(torch.device("cpu"), checkpoint.dtype):
+            use_own_linears(model, scratch, translated=True)
+            stack.callback(_use_stock_linears, model)
+        for layer in decoder:
+            spans = pages.spans(list(layer.parameters()))
+            before = layer.register_forward_pre_hook(lambda *_, spans=spans: pages.read(spans))
+            after = layer.register_forward_hook(lambda *_, spans=spans: pages.drop(spans))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        yield
+
+
+def _use_stock_linears(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__dict__.pop("forward", None)

@@ -1,0 +1,155 @@
+"""16-bit linear layers on the CPU, that torch multiplies below the memory's rate, or far below the processor's.
+
+A few rows (decoding a token) go through a kernel of ours. For many rows CPUs without 16-bit instructions emulate the
+GEMM at a third of the float32 rate: there, a part of the weight is translated to float32 in the cache and multiplied,
+by a kernel of ours or, block by block in a scratch, by torch. Sums are in float32 and rounded once, as in torch's, so
+results differ by the order of summation alone. Figures: benchmarks/NOTES.md.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from griffin_offload.formats.linear import Scratch, multiply
+from griffin_offload.kernels import attention, gemm, gemv, rms_norm
+from griffin_offload.kernels.library import HALVES, needs_gradient
+
+# Up to so many rows ours are faster than torch's with 16-bit instructions, and than translated matrices without.
+_ROWS, _ROWS_EMULATED = 2, 32
+
+
+def emulates_halves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this is a CPU that has no instructions for `dtype`, a 16-bit one."""
+    if device.type != "cpu" or dtype not in HALVES:
+        return False
+    # Other processors have other ways: only what was measured is replaced.
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False
+    if dtype is torch.float16:
+        return not torch.cpu._is_amx_fp16_supported()
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def use_own_linears(model: nn.Module, scratch: Scratch, *, translated: bool) -> None:
+    """Give every plain Linear of `model` a forward that multiplies a few rows by our kernel; and, if `translated`, many
+    of them in float32, block by block."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__dict__["forward"] = _OwnLinear(module, scratch if translated else None)
+
+
+class _OwnLinear:
+    """The forward of one Linear; reads the weight at each call, because compact ones come and go. It does not keep the
+    Linear alive, which would be a cycle: weights are freed with their model, not when the collector comes."""
+
+    def __init__(self, linear: nn.Linear, scratch: Scratch | None) -> None:
+        self._linear, self._scratch = weakref.ref(linear), scratch
+        self._kernels = gemv.kernels()
+        self._most = 0 if self._kernels is None else _ROWS if scratch is None else _ROWS_EMULATED
+
+    def __call__(self, x: Tensor) -> Tensor:
+        linear = self._linear()
+        assert linear is not None, "its own forward runs"
+        weight, bias = linear.weight, linear.bias
+        own = x.dtype == weight.dtype and x.dtype in HALVES and x.numel() and weight.numel() and not needs_gradient(x)
+        rows = x.numel() // x.shape[-1] if own else 0
+        if own and rows <= self._most and self._kernels is not None and weight.shape[1] == x.shape[-1]:
+            return self._kernels.multiply_floats(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
+        if own and self._scratch is not None:
+            return self._translated(x.reshape(rows, -1), weight, bias, self._scratch).view(*x.shape[:-1], -1)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def _translated(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> Tensor:
+        own = gemm.kernels(scratch.dtype)
+        if own is not None and own.take("float", x, weight):
+            return own.multiply("float", x, weight, None, bias)
+        return multiply(x, weight, scratch, None, bias)
+
+
+# Attention of one token on the CPU: our kernel in place of torch's, for models that take theirs from transformers.
+
+
+_NAME, _STOCK = "griffin_offload_one_token", "sdpa"
+
+
+def use_own_attention(model: Any) -> None:
+    """Let our kernel attend for single tokens where a model's attention is torch's, found by transformers' interface;
+    others stay as they are."""
+    if model.config._attn_implementation != _STOCK or not model._supports_attention_backend:
+        return
+    AttentionInterface.register(_NAME, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS[_STOCK])
+    model.set_attn_implementation(_NAME)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """As `sdpa_attention_forward`: query [B, heads, T, D], key and value [B, kv heads, S, D] to [B, T, heads, D]."""
+    # Each changes what is computed, or is refused by the stock function.
+    plain = not any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache"))
+    plain = plain and not kwargs.get("dropout")
+    if not (plain and attention.can_attend(query, key, value)):
+        stock: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return stock
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention.attend(query, key, value, attention_mask, scaling), None
+
+
+# Root mean square norms on the CPU: our kernel for a few rows in place of torch's operators, one by one.
+
+
+def use_own_norms(model: nn.Module) -> None:
+    """Let our kernel norm a few rows in every module that is seen to do what it does."""
+    for module in model.modules():
+        if _is_plain(module) and _agrees(module):
+            module.__dict__["forward"] = _OwnNorm(module)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """One weight and an epsilon, by the names that transformers gives them."""
+    own = [name for name, _ in module.named_parameters()] == ["weight"] and hasattr(module, "variance_epsilon")
+    return own and type(module).__name__.endswith("RMSNorm") and "forward" not in module.__dict__
+
+
+def _agrees(module: nn.Module) -> bool:
+    """Whether both give the same with a weight of any kind (the module's may still be on its way), up to a rounding:
+    some norms add 1 to theirs."""
+    own = module.weight
+    assert isinstance(own, Tensor)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(own.shape, generator=generator, dtype=torch.float32, device="cpu").mul_(3).to(own.dtype)
+        for _ in range(2)
+    )
+    if own.dim() != 1 or not rms_norm.can_norm(x, weight):
+        return False
+    stock = torch.func.functional_call(module, {"weight": weight}, (x,))
+    ours = rms_norm.rms_norm(x, weight, float(module.variance_epsilon))  # type: ignore[arg-type]
+    step = torch.finfo(own.dtype).eps
+    return stock.dtype == ours.dtype and torch.allclose(ours.float(), stock.float(), rtol=2 * step, atol=0)
+
+
+class _OwnNorm:
+    """The forward of one norm, which it does not keep alive: that would be a cycle."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._epsilon = float(module.variance_epsilon)  # type: ignore[arg-type]
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        module = self._module()
+        assert module is not None, "its own forward runs"
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if rms_norm.can_norm(hidden_states, weight):
+            return rms_norm.rms_norm(hidden_states, weight, self._epsilon)
+        normed: Tensor = type(module).forward(module, hidden_states)
+        return normed

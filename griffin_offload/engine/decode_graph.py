@@ -1,0 +1,382 @@
+"""Decode by CUDA graphs: a static step (decode_step.py) is captured once and replayed for every further token.
+
+Launching the kernels of a token one by one takes Python and the driver longer than a fast device needs to compute
+them. Compact weights and the KV cache stay where they are, so a capture serves all prompts. There is one for every KV
+cache, input shape and length bucket; the first token of a bucket warms up, the second is captured, so that neither a
+prompt nor a short answer pays for it. What cannot be captured runs kernel by kernel, and the report says why.
+"""
+
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from griffin_offload.blocks.states import shares_entries
+from griffin_offload.config import KVBits
+from griffin_offload.engine.report import GraphReport
+from griffin_offload.engine.stock import Guard
+from griffin_offload.errors import one_line
+from griffin_offload.kv_cache.kv_cache import KVCache, KVLayer, can_cache
+from griffin_offload.planner.workspace import MAX_GRAPHS
+
+# The KV cache of the last run, kept for the next one: captured graphs belong to the addresses of one.
+
+
+class ReusedKVCache:
+    """At most one KV cache, handed out again when another of its size is asked for."""
+
+    def __init__(self, config: Any, bits: KVBits) -> None:
+        self._config, self._bits = config, bits
+        self._cache: KVCache | None = None
+
+    def take(self, batch: int, ctx_tokens: int, *, keep: bool) -> KVCache:
+        """An empty one for `ctx_tokens` of `batch` sequences, kept or not; one of another size is released first."""
+        kept = self._cache
+        if keep and kept is not None and (kept.batch, kept.ctx_tokens) == (batch, ctx_tokens):
+            kept.reset()
+            return kept
+        del kept
+        self.release()
+        cache = KVCache(self._config, ctx_tokens=ctx_tokens, bits=self._bits)
+        self._cache = cache if keep else None
+        return cache
+
+    def release(self) -> None:
+        """Give back what the last run left, and with it the captures."""
+        self._cache = None
+
+
+# One token of decode as a static step: everything that changes from token to token is in tensors that stay where they
+# are, so that the same kernels can run again without Python: as a captured CUDA graph (decode_graph.py).
+
+
+_SMALLEST_BUCKET = 256
+
+
+def bucket_of(tokens: int, room: int) -> int:
+    """The length that `tokens` of a KV cache with this `room` are read by: a power of two, or half way to the next
+    one, so that attention reads at most half as much again as there is, and few lengths exist."""
+    bucket = _SMALLEST_BUCKET
+    while bucket < tokens:
+        bucket += bucket // 2 if bucket & (bucket - 1) == 0 else bucket // 3
+    return min(bucket, room)
+
+
+class StaticDecodeStep:
+    """The forward of one token for a KV cache, an input like `like` and a bucket of `tokens`.
+
+    `advance` counts the token on the host and says on the device where it goes; `compute` computes it, and `logits`
+    [B, 1, V] are the result. Only `compute` is captured. The KV cache is an argument, and not kept alive.
+    """
+
+    def __init__(self, model: Any, forward: Callable[..., Any], cache: KVCache, tokens: int, like: Tensor) -> None:
+        self._forward = forward
+        self._name = "inputs_embeds" if like.is_floating_point() else "input_ids"
+        self._inputs = torch.zeros_like(like, memory_format=torch.contiguous_format)
+        self._positions = torch.zeros(like.shape[0], 1, dtype=torch.long, device=like.device)
+        windows = {layer.window: layer.room for layer in cache.layers}
+        self._kinds = {window: _WindowGroup(min(tokens, room), window, like.device) for window, room in windows.items()}
+        self._dtype = cache.layers[0].dtype
+        self._by_type = hasattr(model.config, "layer_types")
+        self.logits = torch.empty(0, dtype=torch.float32, device=like.device)
+
+    def advance(self, cache: KVCache, inputs: Tensor, positions: Tensor | None) -> None:
+        """The next token: ids [B, 1], or embeddings [B, 1, H] in their place; `positions` [B, 1] if they are not
+        those of the KV cache. Nothing waits for the device."""
+        self._inputs.copy_(inputs)
+        if positions is None:
+            self._positions.fill_(cache.get_seq_length())
+        else:
+            self._positions.copy_(positions)
+        for window, kind in self._kinds.items():
+            places = {layer.advance() for layer in cache.layers if layer.window == window}
+            assert len(places) == 1, "layers with the same window hold the same tokens"
+            kind.say(*places.pop())
+
+    def compute(self, cache: KVCache) -> None:
+        """The same kernels at the same addresses every time."""
+        output = self._forward(
+            **{self._name: self._inputs},
+            attention_mask=self._masks(),
+            position_ids=self._positions,
+            past_key_values=Cache(layers=[_FixedLayer(layer, self._kinds[layer.window]) for layer in cache.layers]),
+            use_cache=True,
+            return_dict=True,
+        )
+        logits = output.logits[:, -1:]
+        if self.logits.shape == logits.shape:
+            self.logits.copy_(logits)
+        else:  # the first time, which is never captured
+            self.logits = logits.clone()
+
+    def _masks(self) -> Any:
+        """One mask, or one by type of layer where a config has types, as transformers makes them for static caches."""
+        masks = {_type_of(window): kind.mask(self._dtype) for window, kind in self._kinds.items()}
+        return masks if self._by_type else next(iter(masks.values()))
+
+
+def _type_of(window: int | None) -> str:
+    return "full_attention" if window is None else "sliding_attention"
+
+
+class _WindowGroup:
+    """What layers with the same window share: where the new token goes, and which tokens it sees."""
+
+    def __init__(self, tokens: int, window: int | None, device: torch.device) -> None:
+        self.tokens, self._slides = tokens, window is not None
+        self.place = torch.zeros(1, dtype=torch.long, device=device)
+        self._first = torch.zeros(1, dtype=torch.long, device=device)
+        self._places = torch.arange(tokens, dtype=torch.long, device=device)
+
+    def say(self, place: int, first: int) -> None:
+        self.place.fill_(place)
+        if self._slides:
+            self._first.fill_(first)
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """[1, 1, 1, tokens]: what is added to the scores. Of their dtype, because attention would have to make that of
+        a mask of booleans, in every layer."""
+        seen = self._places <= self.place
+        if self._slides:
+            seen &= self._places >= self._first
+        added = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        return added.view(1, 1, 1, -1)
+
+
+class _FixedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A layer of the KV cache as a static step sees it: of fixed length, written at a place that the device knows."""
+
+    is_compileable = False
+
+    def __init__(self, layer: KVLayer, kind: _WindowGroup) -> None:
+        super().__init__()
+        self._layer, self._kind = layer, kind
+        self.is_sliding, self.is_initialized = layer.is_sliding, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("a static step follows a prompt")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self._layer.put(self._kind.place, key_states, value_states, self._kind.tokens)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._kind.tokens, 0
+
+    def get_seq_length(self) -> int:
+        return self._kind.tokens - 1
+
+    def get_max_length(self) -> int:
+        return self._kind.tokens
+
+
+# Arguments of a forward that a static step takes, or that are the same for every token.
+_TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
+_TAKEN |= {"logits_to_keep", "cache_position"}
+_OUTPUT_HOOKS = "transformers.utils.output_capturing"
+_WARM_UP = "first token of a length"
+_CLOSED = "the graphs are closed"
+
+
+class Recorder(Protocol):
+    """Makes something that does again what a function did on the device."""
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        """Run it for the first time: libraries set themselves up."""
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """What replays it; nothing has been computed yet. RuntimeError if it cannot be captured."""
+
+
+class CudaRecorder:
+    """Captures CUDA graphs, all on one side stream and with one memory pool: they are replayed one at a time, and
+    leave nothing in the pool that is read later."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        # On the capturing stream: cuBLAS keeps a handle and a workspace for each.
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            function()
+        current.wait_stream(self._stream)
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (a server's) may touch the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            function()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+class _Captured:
+    """A static step, and what replays it when it has been captured."""
+
+    def __init__(self, step: StaticDecodeStep, addresses: tuple[int, ...]) -> None:
+        self.step, self.addresses = step, addresses
+        self.warm = False
+        self.replay: Callable[[], None] | None = None
+        self.used = 0
+
+
+class DecodeGraphs:
+    """The captures of one model. `reason` says why there are none, if it has one that lasts."""
+
+    def __init__(self, model: Any, forward: Callable[..., Any], recorder: Recorder, *, embeds_on_host: bool) -> None:
+        self._weak = weakref.ref(model)  # whose forward keeps the engine alive, and this
+        self._forward, self._recorder = forward, recorder
+        self._embeds_on_host = embeds_on_host
+        self._captured: weakref.WeakKeyDictionary[KVCache, dict[Any, _Captured]] = weakref.WeakKeyDictionary()
+        self._clock = 0
+        self._run_reason: str | None = None
+        self.reason = _unsuited(model)
+
+    @property
+    def _model(self) -> Any:
+        return self._weak()
+
+    def close(self) -> None:
+        """Give the captures' memory back."""
+        self._captured.clear()
+        self.reason = _CLOSED
+
+    def begin(self, mask: Any) -> None:
+        """A prompt has passed, with the caller's `mask`; the one moment that waits for the device to look at it."""
+        self._run_reason = self.reason
+        if isinstance(mask, Tensor) and (mask.dim() != 2 or not bool(mask.all())):
+            self._run_reason = self._run_reason or "padded prompts"
+        if self._model.config.output_hidden_states or self._model.config.output_attentions:
+            self._run_reason = self._run_reason or "hidden states or attentions by config"
+        if _hooked(self._model, self._model.get_input_embeddings() if self._embeds_on_host else None):
+            self._run_reason = self._run_reason or "hooks on the model's modules"
+
+    def forward(self, arguments: dict[str, Any], report: GraphReport) -> Any:
+        """The stock model's output for a forward with these `arguments`, or None: it has to run kernel by kernel."""
+        reason = self._run_reason or self.reason or _why_not(arguments)
+        if reason is not None:
+            report.eager[reason] = report.eager.get(reason, 0) + 1
+            return None
+        cache: KVCache = arguments["past_key_values"]
+        inputs = arguments.get("input_ids")
+        if inputs is None:
+            inputs = arguments["inputs_embeds"]
+        elif self._embeds_on_host:
+            inputs = self._model.get_input_embeddings()(inputs)
+        captured = self._for(cache, inputs)
+        captured.step.advance(cache, inputs, arguments.get("position_ids"))
+        self._compute(captured, cache, report)
+        # A copy: the next token is written over the step's own.
+        return CausalLMOutputWithPast(logits=captured.step.logits.clone(), past_key_values=cache)
+
+    def _compute(self, captured: _Captured, cache: KVCache, report: GraphReport) -> None:
+        step = captured.step
+        if captured.replay is None and captured.warm:
+            start = time.perf_counter()
+            captured.replay = self._record(lambda: step.compute(cache))
+            report.capture_s += time.perf_counter() - start
+            report.captured += captured.replay is not None
+        if captured.replay is not None:
+            captured.replay()
+            report.replayed += 1
+            return
+        self._recorder.warm_up(lambda: step.compute(cache))
+        reason = self.reason or _WARM_UP
+        report.eager[reason] = report.eager.get(reason, 0) + 1
+        captured.warm = True
+
+    def _record(self, compute: Callable[[], None]) -> Callable[[], None] | None:
+        try:
+            return self._recorder.record(compute)
+        except RuntimeError as error:
+            self.reason = f"capturing failed: {one_line(error)}"
+            self._captured.clear()
+            warnings.warn(f"decoding kernel by kernel, {self.reason}", stacklevel=2)
+            return None
+
+    def _for(self, cache: KVCache, inputs: Tensor) -> _Captured:
+        """What there is for the next token of `cache`, or a new one."""
+        room = max(layer.room for layer in cache.kept)
+        bucket = bucket_of(min(cache.get_seq_length() + 1, room), room)
+        key = (bucket, inputs.shape, inputs.dtype)
+        of_cache = self._captured.setdefault(cache, {})
+        found, addresses = of_cache.get(key), cache.addresses
+        if found is None or found.addresses != addresses:
+            for other in [other for other, kept in of_cache.items() if kept.addresses != addresses]:
+                del of_cache[other]
+            self._make_room()
+            of_cache[key] = found = _Captured(
+                StaticDecodeStep(self._model, self._forward, cache, bucket, inputs), addresses
+            )
+        self._clock += 1
+        found.used = self._clock
+        return found
+
+    def _make_room(self) -> None:
+        """Drop the capture that was used longest ago, if there are as many as were planned for."""
+        kept = [(found.used, of_cache, key) for of_cache in self._captured.values() for key, found in of_cache.items()]
+        if len(kept) >= MAX_GRAPHS:
+            _, of_cache, key = min(kept, key=lambda entry: entry[0])
+            del of_cache[key]
+
+
+def _unsuited(model: Any) -> str | None:
+    """Why no forward of `model` can be a static step."""
+    config = model.config
+    if getattr(config, "alibi", False) or config.model_type == "bloom":
+        return "ALiBi is made from the length"
+    if config.model_type == "falcon":
+        return "Falcon brings indices of heads from the host"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"{config._attn_implementation} attention"
+    if not can_cache(config) or shares_entries(config):
+        return "layers without KV entries of their own"
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
+    if any(kind.get("rope_type") == "dynamic" for kind in kinds):
+        return "dynamic rope reads positions on the host"
+    return None
+
+
+def _hooked(model: Any, but: Any) -> bool:
+    """Whether a forward would call hooks, which a replay cannot; `but` is a module that it does not run."""
+    modules = (module for module in model.modules() if module is not but and module is not model)  # its own run around
+    return any(
+        # transformers leaves some behind, which do nothing unless a forward asks for more than logits. A guard lets
+        # pass what is inside a forward.
+        getattr(hook, "__module__", "") != _OUTPUT_HOOKS and not isinstance(hook, Guard)
+        for module in modules
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
+def _why_not(arguments: dict[str, Any]) -> str | None:
+    """Why a forward with these arguments is not a static step; nothing is read from the device."""
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(arguments.get("past_key_values"), KVCache):
+        return "a KV cache of the caller's"
+    if tokens is None or tokens.shape[1] != 1:
+        return "several tokens at once"
+    more = [
+        name for name, value in arguments.items() if name not in _TAKEN and value is not None and value is not False
+    ]
+    if more:
+        return f"the argument {more[0]}"
+    if arguments.get("return_dict") is False or arguments.get("use_cache") is False:
+        return "another kind of output"
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        return "a mask of the caller's"
+    if positions is not None and (positions.dim() != 2 or positions.shape[1] != 1):
+        return "positions of another shape"
+    return None

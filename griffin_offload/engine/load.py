@@ -1,0 +1,312 @@
+"""From a plan to a loaded model: map the weights, install compact FFs, place the residents."""
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.replace import swap_linears
+from griffin_offload.blocks.self_check import self_check
+from griffin_offload.blocks.sizes import ModelSizes, build_on_meta
+from griffin_offload.blocks.towers import leave_out_towers
+from griffin_offload.checkpoint.base import Checkpoint
+from griffin_offload.checkpoint.config_files import read_generation_config, settle_generation_config
+from griffin_offload.checkpoint.converted import map_converted
+from griffin_offload.checkpoint.mapped import FilePages, Untouched, map_file
+from griffin_offload.config import LoadConfig
+from griffin_offload.devices.memory import Ledger, device_bytes
+from griffin_offload.devices.threads import choose_threads, limited_threads
+from griffin_offload.devices.torch_state import building
+from griffin_offload.engine.calibration import Importance, importance_of
+from griffin_offload.engine.cpu_modules import use_own_attention, use_own_linears, use_own_norms
+from griffin_offload.engine.prefill import DecoderLayers
+from griffin_offload.engine.residents import HostEmbedding, compact_blocks, place_residents, resident_bytes
+from griffin_offload.engine.spec import ModelSpec, evicts
+from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
+from griffin_offload.formats.linear import Scratch
+from griffin_offload.kernels.library import HALVES
+from griffin_offload.offload.background_loader import BackgroundLoader
+from griffin_offload.offload.layer_stream import StreamConfig
+from griffin_offload.offload.weight_store import HostStore, MmapStore, Source
+from griffin_offload.planner.plan import Plan
+from griffin_offload.planner.workspace import scratch_bytes
+from griffin_offload.units import format_bytes, parse_size
+
+# The host keeps this share of its free memory when full weights are put into it.
+_RAM_SHARE = 0.8
+_SLACK_BYTES = 100_000_000
+
+
+@dataclass
+class Loaded:
+    """A model that is ready for its first prompt; residents of the layers may still be on their way.
+
+    `owned` is the stock model until somebody takes it over (`hand_over`); it is only referred to weakly from then on.
+    """
+
+    owned: Any
+    layers: DecoderLayers
+    ledger: Ledger
+    host_embedding: HostEmbedding | None
+    resident_bytes: int
+    offload: str
+    threads: int | None
+    """Threads that compute; None where the device is not the CPU."""
+
+    def __post_init__(self) -> None:
+        self._model = weakref.ref(self.owned)
+
+    @property
+    def model(self) -> Any:
+        """The stock model."""
+        return self._model()
+
+    def hand_over(self) -> Any:
+        """The stock model, which whoever calls keeps alive now."""
+        model, self.owned = self.owned, None
+        return model
+
+    def close(self) -> None:
+        """End what is on its way, give back files, pinned memory and weights that are not the stock model's."""
+        for owner in (self.layers.arrival, self.layers.source, self.host_embedding):
+            if owner is not None:
+                owner.close()
+        self.layers.give_back()
+
+
+def load(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> Loaded:
+    """Load the model of `model_spec` by `plan`. On failure nothing stays open."""
+    described = (
+        model_spec.shape_of(plan).weight_bytes * model_spec.checkpoint.dtype.itemsize // model_spec.dtype.itemsize
+    )
+    check_stored(model_spec.checkpoint, described)
+    _check_free_memory(model_spec, plan)
+    threads = _threads(model_spec, config)  # its trial needs memory that the residents will take
+    # Tensors of inference mode could not be filled again outside of it.
+    with limited_threads(threads), torch.inference_mode(False), contextlib.ExitStack() as on_failure:
+        with _unchanged(model_spec.checkpoint):
+            loaded = _load(model_spec, plan, config, threads, on_failure)
+        on_failure.pop_all()
+    return loaded
+
+
+@contextlib.contextmanager
+def _unchanged(checkpoint: Checkpoint) -> Iterator[None]:
+    """CheckpointChanged unless its files are the same when the block ends, whatever went wrong inside; GriffinError
+    where they cannot be read."""
+    try:
+        with contextlib.closing(checkpoint.watched()) as files:
+            files.check()
+            try:
+                yield
+            except (GriffinError, OSError):
+                files.check()  # it may be the reason
+                raise
+            files.check()
+    except OSError as error:
+        if memory_refused(error):
+            raise
+        raise GriffinError(f"{checkpoint.directory} cannot be read: {one_line(error)}") from error
+
+
+def _load(
+    model_spec: ModelSpec, plan: Plan, config: LoadConfig, threads: int | None, on_failure: contextlib.ExitStack
+) -> Loaded:
+    ledger = Ledger(model_spec.device, model_spec.request.overhead_bytes)
+    _cap_allocator(model_spec)
+    shape = model_spec.shape_of(plan)
+    scratch = _scratch(model_spec, shape)
+    model, decoder, blocks = _map_layers(model_spec.checkpoint, shape, scratch, evict=evicts(model_spec))
+    full = {index: blocks[index].full() for index in plan.streamed}
+    offload = _offload_tier(model_spec, plan, config)
+    source = _make_source(full, model_spec, offload) if full else None
+    if source is not None:
+        on_failure.callback(source.close)
+    pages = FilePages(list(model.parameters()), evict=evicts(model_spec))
+    on_failure.callback(pages.close)
+    compact, jobs = compact_blocks(blocks, full, model_spec, plan, pages)
+    head = model.get_output_embeddings()
+    stages = [model.get_input_embeddings(), *decoder, *([] if head is None else [head])]
+    jobs = [[], *jobs, *([] if head is None else [[]])]
+    host_embedding = place_residents(model, stages, model_spec, plan, compact, pages, jobs)
+    if host_embedding is not None:
+        on_failure.callback(host_embedding.close)
+    if model_spec.device.type == "cpu" and model_spec.dtype in HALVES:
+        use_own_linears(model, scratch, translated=model_spec.request.translated)
+        use_own_attention(model)
+        use_own_norms(model)
+    layers = DecoderLayers(
+        decoder=decoder,
+        blocks=blocks,
+        compact={index: compact[index] for index in full},
+        kept=plan.kept,
+        source=source,
+        stream=StreamConfig(model_spec.device, model_spec.dtype, plan.slots),
+        ff_chunk_tokens=plan.ff_chunk_tokens,
+        config=config,
+    )
+    resident = resident_bytes(model)
+    ledger.hold(residents=resident, offloaded=_offloaded_in_budget(model_spec, source))
+    layers.arrival = BackgroundLoader(stages, jobs, check=pages.files.check_contents, finished=pages.close)
+    on_failure.callback(layers.arrival.close)
+    layers.arrival.start()
+    return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
+
+
+def _scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
+    """What matrices are multiplied through that are not multiplied as they rest; empty where there are none."""
+    needed = model_spec.request.translated or shape.precision != "none"
+    dtype = torch.float32 if model_spec.request.translated else model_spec.dtype
+    return Scratch(scratch_bytes(shape) if needed else 0, dtype, model_spec.device)
+
+
+def _map_layers(
+    checkpoint: Checkpoint, shape: ModelSizes, scratch: Scratch, *, evict: bool
+) -> tuple[Any, nn.ModuleList, list[FeedForward]]:
+    """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
+    converted = checkpoint.precision != "none"
+    model = _map_converted(checkpoint, scratch) if converted else map_model(checkpoint)
+    decoder, blocks = find_feed_forwards(model, len(shape.layers))
+    settle_generation_config(model, shape.vocab_size, checkpoint.directory)
+    self_check(blocks[0])
+    if shape.precision != "none" and not converted:
+        importance: Importance = {}
+        if shape.precision == "int4":
+            importance = importance_of(checkpoint, model, decoder, blocks, evict=evict)
+        swap_linears(decoder, blocks, shape.precision, "none", scratch, importance)
+        decoder, blocks = find_feed_forwards(model, len(shape.layers))
+    return model, decoder, blocks
+
+
+def _map_converted(checkpoint: Checkpoint, scratch: Scratch) -> Any:
+    c = checkpoint
+    return map_converted(c.directory, c.files, c.config, c.dtype, c.precision, c.tables, scratch)
+
+
+def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
+    if model_spec.device.type != "cpu":
+        return None
+    return config.threads or choose_threads(
+        model_spec.shape.hidden_size, model_spec.shape.layers[0].neurons, model_spec.dtype
+    )
+
+
+def check_stored(checkpoint: Checkpoint, described_bytes: int) -> None:
+    """CheckpointError where the files hold far less than the config describes: what they lack would be made of random
+    numbers, in memory, before it is found missing by name."""
+    stored_bytes = checkpoint.weight_bytes
+    if described_bytes > 2 * stored_bytes + _SLACK_BYTES:  # files of several precisions, buffers that are none
+        raise CheckpointError(
+            f"{checkpoint.directory / 'config.json'} describes {format_bytes(described_bytes)} of weights, the files "
+            f"hold {format_bytes(stored_bytes)}: one of them is of another model"
+        )
+
+
+def _check_free_memory(model_spec: ModelSpec, plan: Plan) -> None:
+    free, _ = device_bytes(model_spec.device)
+    needed = plan.peak_bytes - plan.parts["overhead"]
+    if needed > free:
+        raise DoesNotFit(
+            f"the plan needs {format_bytes(needed)} but only {format_bytes(free)} of the {model_spec.device.type} "
+            "device's memory are free: close other programs or lower --max-gpu-mem"
+        )
+
+
+def _cap_allocator(model_spec: ModelSpec) -> None:
+    # A backstop, not the promise: it covers the caching allocator alone, so the context comes off first.
+    if model_spec.device.type == "cuda":
+        budget = model_spec.request.budget_bytes - model_spec.request.overhead_bytes
+        _, total = device_bytes(model_spec.device)
+        torch.cuda.set_per_process_memory_fraction(min(max(budget / total, 0.0), 1.0), model_spec.device)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def map_model(checkpoint: Checkpoint) -> Any:
+    """The stock model on the CPU, its parameters views of the mapped files; every parameter must be there."""
+    stock = build_on_meta(checkpoint.config, checkpoint.dtype)
+    tensors = {name: tensor for path in checkpoint.files for name, tensor in map_file(path).items()}
+    try:
+        with building(checkpoint.dtype), _quiet_transformers(), Untouched(tensors.values()):
+            model, info = type(stock).from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel
+                None,
+                config=stock.config,
+                state_dict=tensors,
+                dtype=checkpoint.dtype,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                output_loading_info=True,
+            )
+    except Exception as error:  # each architecture fails in its own way
+        if memory_refused(error):
+            raise
+        raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {one_line(error)}") from error
+    left_out = tuple(f"{name}." for name in leave_out_towers(model))
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info[problem] if not str(name).startswith(left_out))
+        if names:
+            raise CheckpointError(
+                f"{checkpoint.directory} does not match its config.json: {len(names)} {problem.replace('_', ' ')}, "
+                f"first {names[0]}"
+            )
+    read_generation_config(model, checkpoint.directory)
+    return model.eval()
+
+
+def _offload_tier(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> str:
+    """ "ram" or "disk"; DoesNotFit when RAM was asked for and there is too little."""
+    if config.max_cpu_mem is not None and config.offload == "disk":
+        raise UsageError(
+            "--max-cpu-mem limits what RAM holds, and --offload disk holds nothing there: give one of them"
+        )
+    if model_spec.device.type == "cpu":
+        return "ram" if config.offload == "ram" else "disk"  # the budget has counted it
+    stored = sum(model_spec.shape_of(plan).layers[i].ff_bytes for i in plan.streamed)
+    free, total = device_bytes(torch.device("cpu"))
+    room = int(free * _RAM_SHARE)
+    if config.max_cpu_mem is not None:
+        room = min(room, parse_size(config.max_cpu_mem, total_bytes=total, free_bytes=free))
+    if config.offload == "auto":
+        return "ram" if stored <= room else "disk"
+    if config.offload == "ram" and stored > room:
+        raise DoesNotFit(
+            f"--offload ram needs {format_bytes(stored)} of host memory and {format_bytes(room)} are allowed: use "
+            "--offload disk or raise --max-cpu-mem"
+        )
+    return config.offload
+
+
+def _make_source(full: dict[int, list[Tensor]], model_spec: ModelSpec, offload: str) -> Source:
+    if offload == "disk":
+        mapped = MmapStore(full, evict=evicts(model_spec))
+        if mapped.unmapped_bytes:
+            size = format_bytes(mapped.unmapped_bytes)
+            warnings.warn(f"{size} of the weights were converted while loading and rest in RAM", stacklevel=2)
+        return mapped
+    with contextlib.closing(MmapStore(full, evict=evicts(model_spec))) as mapped:
+        return HostStore(mapped, list(full), model_spec.dtype, pin=model_spec.device.type == "cuda")
+
+
+def _offloaded_in_budget(model_spec: ModelSpec, source: Source | None) -> int:
+    """Host bytes of full weights that count against the budget: on the CPU, those no file backs."""
+    if model_spec.device.type != "cpu" or source is None:
+        return 0
+    return source.nbytes if isinstance(source, HostStore) else source.unmapped_bytes

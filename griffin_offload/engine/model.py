@@ -1,0 +1,336 @@
+"""`GriffinModel`: a stock transformers model whose prompts are streamed and whose decoding is resident."""
+
+import functools
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from griffin_offload.checkpoint.base import locate
+from griffin_offload.checkpoint.tokenizer import tokenizer_of
+from griffin_offload.config import LoadConfig
+from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, RefusalsNamed, give_back_freed, peak_host_bytes
+from griffin_offload.devices.threads import limited_threads
+from griffin_offload.devices.torch_state import own_modes
+from griffin_offload.engine.arguments import checked_prompt, empty_context, prepared
+from griffin_offload.engine.chat import ChatSession
+from griffin_offload.engine.generation import GenerationMode, GenerationState, probabilities_named
+from griffin_offload.engine.load import Loaded, load
+from griffin_offload.engine.model_interface import StockInterface
+from griffin_offload.engine.options import translated
+from griffin_offload.engine.prefill import Progress
+from griffin_offload.engine.report import PrefillReport, RunReport, planned_figures
+from griffin_offload.engine.runner import ModelRunner
+from griffin_offload.engine.spec import ModelSpec, examine, plan_for
+from griffin_offload.engine.turns import check_wait
+from griffin_offload.errors import BudgetExceeded, UsageError
+from griffin_offload.kv_cache.sequence import Context
+from griffin_offload.kv_cache.sequence_file import load_context, save_context
+from griffin_offload.planner.plan import Plan
+
+# From here on the process's growth is a figure of the model and no longer of the interpreter.
+_LARGE_MODEL_BYTES = 10**9
+
+
+class GriffinModel(StockInterface):
+    """A loaded model. `model` is the stock transformers one and stays usable by itself, in `pipeline` for example:
+    a forward with an empty KV cache is the streamed pass, one with a filled cache is resident. Where transformers wants
+    a model, this object can be given as well (`StockInterface`).
+
+    Whoever keeps one of the two keeps what it needs; when the last one goes, so does the memory. Calls of several
+    threads are answered one after the other, in their order.
+
+    Make one with `from_pretrained`.
+    """
+
+    def __init__(self, model_spec: ModelSpec, plan: Plan, loaded: Loaded, load_s: float) -> None:
+        self.plan = plan
+        self.device = model_spec.device
+        self.directory: Path = model_spec.checkpoint.directory
+        self.last_report: RunReport | None = None
+        """Figures of the last `generate`."""
+        self._model_spec, self._loaded, self._load_s = model_spec, loaded, load_s
+        self._engine = ModelRunner(model_spec, plan, loaded)
+        self._held = loaded.hand_over()
+        weakref.finalize(self._held, loaded.close)
+        self.__class__ = _named_as(type(self), self._held)
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, **options: Any) -> "GriffinModel":
+        """Plan and load a causal language model from a directory or hub id.
+
+        `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, quantize, dtype, offload,
+        ctx_size, prompt_tokens, kv_bits, batch_size, selection, batch_statistic, seed, exact, draft_tokens, refresh,
+        decay, keep_prompts, session_mem, ff_chunk_tokens, threads, cuda_graphs, offline, always_stream. Words of
+        transformers' `from_pretrained` (torch_dtype, device_map, revision, token ...) are taken, or refused with the
+        option that does it here: `loading_words`. Raises UsageError, DoesNotFit or ModelError before any weight is
+        read, where that is possible.
+        """
+        start = time.perf_counter()
+        words = translated(options)
+        config = LoadConfig(**words.options)
+        if words.hub:
+            model = locate(model, offline=config.offline, **words.hub)
+        with own_modes(torch.device("cpu")):
+            model_spec = examine(model, config)
+            plan = plan_for(model_spec)
+            remedy = "close other programs or lower --max-gpu-mem"
+            with RefusalsNamed("loading", remedy, model_spec.device, plan.budget_bytes), own_modes(model_spec.device):
+                return cls(model_spec, plan, load(model_spec, plan, config), time.perf_counter() - start)
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        return f"GriffinModel({type(self).__name__}, {plan.precision}, density {plan.density:.2g}, on {self.device})"
+
+    @property
+    def model(self) -> Any:
+        """The stock transformers model, with all its residents."""
+        if self._loaded.layers.arrival is not None and not self._engine.closed:
+            self._loaded.layers.arrival.wait()
+        return self._held
+
+    @property
+    def _stock(self) -> Any:
+        return self._held
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, loaded when it is asked for first, unless one was set before; CheckpointError if
+        there is none that can be loaded."""
+        return tokenizer_of(self.directory)
+
+    @property
+    def engine(self) -> ModelRunner:
+        """What forwards go through: for measurements, which need more than `generate`."""
+        return self._engine
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding and logits of a token."""
+        return self._engine.shape.vocab_size
+
+    @property
+    def last_prefill(self) -> PrefillReport | None:
+        """Figures of the last prompt's streamed pass, whoever caused it."""
+        return self._engine.last_prefill
+
+    @property
+    def progress(self) -> Progress | None:
+        """Called with (layers done, layers in all) while a prompt streams."""
+        return self._engine.progress
+
+    @progress.setter
+    def progress(self, progress: Progress | None) -> None:
+        self._engine.progress = progress
+
+    @property
+    def selected(self) -> dict[int, Tensor]:
+        """Sorted indices [K] of the neurons that are resident, for each streamed layer."""
+        return dict(self._loaded.layers.selected)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights on the device while decoding."""
+        return self._loaded.resident_bytes
+
+    @property
+    def offload(self) -> str:
+        """Where the full FF weights rest: "ram" or "disk"."""
+        return self._loaded.offload
+
+    @property
+    def wait_s(self) -> float | None:
+        """Seconds that a call waits for those of other threads, which come first; None, as it is at first: as long as
+        these take. `Busy` when the time is up."""
+        return self._engine.wait_s
+
+    @wait_s.setter
+    def wait_s(self, wait_s: float | None) -> None:
+        check_wait(wait_s)
+        self._engine.wait_s = wait_s
+
+    def close(self) -> None:
+        """Give back memory and files now, whoever still keeps this object or the stock model: both refuse to be called
+        from then on. A call of another thread ends first. Without it, the same happens when nobody keeps either."""
+        self._engine.close()
+        give_back_freed()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)  # the cap is the process's, not ours
+
+    def __enter__(self) -> "GriffinModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def new_context(self) -> Context:
+        """An empty context for `generate`, with a KV cache for `plan.context_tokens`. UsageError where layers keep a
+        state that cannot be taken back, see `keeps_contexts`."""
+        return empty_context(self._engine)
+
+    @property
+    def keeps_contexts(self) -> bool:
+        """Whether prompts can be gone on from: not where layers keep a state (of convolutions, of recurrences) that
+        cannot be rolled back."""
+        return self._model_spec.request.cache == "ours"
+
+    def chat_session(self, **options: Any) -> ChatSession:
+        """A conversation; see `ChatSession` for the options."""
+        return ChatSession(self, **options)
+
+    def save_context(self, context: Context, path: str | Path, notes: dict[str, Any] | None = None) -> None:
+        """Write what `context` remembers to a file, and `notes` (JSON values) beside it. SavedContextError if that
+        cannot be done; a file that was there stays as it was then."""
+        self._check_owner(context)
+        save_context(context, Path(path), self._engine.identity, notes or {})
+
+    def load_context(self, path: str | Path, context: Context | None = None) -> tuple[Context, dict[str, Any]]:
+        """A context, or `context` made the one, that was saved with this model, precision and density; and its notes.
+        No weight is read. SavedContextError, and `context` as it was, if the file cannot be used."""
+        context = self.new_context() if context is None else context
+        self._check_owner(context)
+        engine = self._engine
+        with own_modes(self.device):
+            return context, load_context(context, Path(path), engine.identity, engine.like, self.device)
+
+    def _check_owner(self, context: Context) -> None:
+        if not context.belongs_to(self._loaded):
+            raise UsageError("this context belongs to another model: make one with new_context()")
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        exact: bool | None = None,
+        draft_tokens: int | None = None,
+        refresh: Any = None,
+        context: Context | None = None,
+        prompt_done: Callable[[Context], None] | None = None,
+        wait_s: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate` on the stock model, with its arguments and its result.
+
+        The prompt is streamed once; every further token is computed from residents. Without any length, up to
+        `RunConfig.max_new_tokens` are generated. `exact`, `draft_tokens` and `refresh` are as in `LoadConfig`, and
+        those of loading by default. With a `context` the prompt [1, T] goes on from what that remembers: tokens at its
+        start that the context knows are not computed again. `prompt_done` is called with it when the prompt has passed.
+        `past_key_values` of an earlier call goes on, too, as in transformers, with the neurons that were chosen then.
+        `wait_s` is as the attribute, for this call alone. Raises Busy when that is over, UsageError for a prompt that
+        is empty or too long for `plan.context_tokens`, DoesNotFit when the batch or its length needs more than the
+        budget.
+        """
+        inputs = next((kwargs.pop(k) for k in ("inputs", "input_ids") if k in kwargs), inputs)
+        given = inputs if inputs is not None else kwargs.get("inputs_embeds")
+        prompt = checked_prompt(given, self.vocab_size)
+        kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        if self.generation_config.stop_strings and "stop_strings" not in kwargs:
+            kwargs.setdefault("tokenizer", self.tokenizer)  # of the checkpoint's settings
+        check_wait(wait_s)
+        wait_s = self.wait_s if wait_s is None else wait_s
+        with self._engine.alone(wait_s=wait_s), self._engine.guarded():
+            mode = self._mode(exact, draft_tokens, refresh)
+            output, report = self._answer(inputs, prompt, kwargs, mode, context, prompt_done)
+            self.last_report = report
+        large = self.device.type == "cpu" and self.plan.full_bytes > _LARGE_MODEL_BYTES
+        for broken in report.broken_promises(HOST_OVERHEAD_BYTES if large else None):
+            warnings.warn(broken, BudgetExceeded, stacklevel=2)
+        return output
+
+    def _answer(
+        self,
+        inputs: Tensor | None,
+        prompt: Tensor,
+        kwargs: dict[str, Any],
+        mode: GenerationMode,
+        context: Context | None,
+        prompt_done: Callable[[Context], None] | None,
+    ) -> tuple[Any, RunReport]:
+        """All of `generate` that holds memory: an error that is raised outside keeps none of it."""
+        if context is not None:
+            self._check_owner(context)
+        run, kwargs = prepared(self._engine, prompt, kwargs, mode, context)
+        if context is not None:
+            run.ready, run.prompt_done = context.start(prompt[0], exact=mode.exact), prompt_done
+            run.cached_tokens = len(context.tokens)
+        return self._generate(run, prompt, inputs, kwargs)
+
+    def _mode(self, exact: bool | None, draft_tokens: int | None, refresh: Any) -> GenerationMode:
+        config = self._loaded.layers.config
+        mode = GenerationMode(
+            exact=config.exact if exact is None else exact,
+            draft_tokens=config.draft_tokens if draft_tokens is None and exact is not False else draft_tokens,
+            refresh=config.refresh if refresh is None else refresh,
+        )
+        if mode.exact:
+            self._model_spec.check_exact(self._engine.shape.precision)
+        return mode
+
+    def _generate(
+        self, run: GenerationState, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Any, RunReport]:
+        self.last_report = None
+        completed = False
+        try:
+            self._engine.run = run
+            with self._loaded.ledger.measuring(), limited_threads(self._loaded.threads):
+                start = time.perf_counter()
+                with probabilities_named(self._model_spec.dtype):
+                    output = self._held.generate(None if inputs is None else inputs.to(self.device), **kwargs)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                run.end_check(self._model_spec.dtype)
+                sequences = output if isinstance(output, Tensor) else output.sequences
+                offset = prompt.shape[1] if inputs is not None else 0
+                report = self._report(run, sequences.shape[1] - offset, time.perf_counter() - start)
+                completed = True
+        finally:
+            self._engine.run = None
+            if completed:
+                self._engine.note_chosen(run.cache)  # streamed passes between tokens choose anew
+            if run.context is not None:
+                run.context.finish(sequences[0].tolist() if completed else None)
+                self._engine.forget_mixed(run.context, run.prompt_tokens)
+        return output, report
+
+    def _report(self, run: GenerationState, generated_tokens: int, total_s: float) -> RunReport:
+        prefill, ledger, layers = run.prefill, self._loaded.ledger, self._loaded.layers
+        assert prefill is not None
+        ctx_tokens = run.prompt_tokens + generated_tokens
+        use = replace(run.use, batch=run.batch, ctx_tokens=ctx_tokens, logit_positions=1, kept_scores=0)
+        self._engine.hold(use, 1, run.cache)
+        return RunReport(
+            prompt_tokens=prefill.prompt_tokens * run.prompts // run.batch,  # beams repeat each prompt
+            cached_prompt_tokens=run.cached_tokens,
+            generated_tokens=generated_tokens,
+            load_s=self._load_s,
+            decode_s=max(total_s - prefill.seconds, 0.0),
+            decode_streamed_bytes=layers.fetched_bytes - run.fetched_bytes,
+            decode_embedding_bytes=self._engine.embedding_bytes - run.embedding_bytes,
+            resident_bytes=self.resident_bytes,
+            peak_device_bytes=ledger.peak_bytes,
+            peak_host_bytes=peak_host_bytes(),
+            host_growth_bytes=ledger.host_growth_bytes,
+            drafting=run.loop.report if run.loop is not None else None,
+            graphs=run.graphs if self._engine.graphs is not None else None,
+            **planned_figures(self.plan),
+            **prefill.run_figures(),
+        )
+
+
+@functools.cache
+def _named(base: type, name: str) -> type:
+    return type(name, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def _named_as(base: type, stock: Any) -> type:
+    """A class like `base` with the name of the stock model's: pipelines ask the name whether they know what to do with
+    a model, and write an error where they do not."""
+    return _named(base, type(stock).__name__)

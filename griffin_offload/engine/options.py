@@ -1,0 +1,231 @@
+"""Options of `from_pretrained` as users of transformers write them: objects for names, other words, None for a default.
+
+`translated` makes them fields of `LoadConfig` and what finds the checkpoint. What cannot be honoured is refused with
+the option that does it here; nothing is dropped. Stated for users in docs/transformers_habits.md, which a test holds
+against this file.
+"""
+
+import difflib
+import numbers
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import torch
+
+from griffin_offload.config import LoadConfig
+from griffin_offload.errors import UsageError
+
+_NO_TRAINING = "a checkpoint is loaded as it is stored: save what you want to load with transformers first"
+_STREAMED = "full layers stay in the checkpoint's own files: offload='disk' (or 'ram') says where they rest"
+_ONE_PROCESS = "one process runs the whole model on one device: leave it out"
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "trust_remote_code": (False,),
+    "low_cpu_mem_usage": (True,),
+    "use_safetensors": (True,),
+    "weights_only": (True,),
+    "ignore_mismatched_sizes": (False,),
+    "output_loading_info": (False,),
+    "load_in_8bit": (False,),
+    "load_in_4bit": (False,),
+    "force_download": (False,),
+    "use_kernels": (False,),
+    "subfolder": ("",),
+    "attn_implementation": ("sdpa",),
+    "offload_buffers": (False,),
+    "offload_state_dict": (False,),
+    "local_files_only": (),
+}
+REFUSED = {
+    "trust_remote_code": "code that comes with a checkpoint is never run: leave it out",
+    "low_cpu_mem_usage": "weights are always mapped, never held twice: leave it out",
+    "use_safetensors": "only safetensors are read: save_pretrained of transformers 5 writes them",
+    "weights_only": "only safetensors are read: leave it out",
+    "ignore_mismatched_sizes": "weights of other sizes are always refused: leave it out",
+    "output_loading_info": "missing weights are errors: leave it out",
+    "load_in_8bit": "quantize='int8' does it here",
+    "load_in_4bit": "quantize='int4' does it here",
+    "quantization_config": "quantize='int8' or quantize='int4' does it here",
+    "force_download": "delete the model from the hub's cache instead (hf cache delete)",
+    "use_kernels": "kernels of this package are used where they are faster: leave it out",
+    "subfolder": "give the directory itself as the model",
+    "attn_implementation": "attention is torch's sdpa and kernels of this package, and the plan counts its memory so: "
+    "leave it out, or write 'sdpa'",
+    "offload_folder": _STREAMED,
+    "offload_buffers": _STREAMED,
+    "offload_state_dict": _STREAMED,
+    "max_memory": "max_gpu_mem='12GB' is the device's budget, max_cpu_mem= the host's",
+    "config": "change config.json in the checkpoint's directory",
+    "state_dict": _NO_TRAINING,
+    "key_mapping": _NO_TRAINING,
+    "gguf_file": "only safetensors are read: load it in transformers with gguf_file=, and save_pretrained",
+    "variant": "give a directory that holds this variant alone",
+    "from_tf": "only safetensors are read: save_pretrained of transformers 5 writes them",
+    "from_flax": "only safetensors are read: save_pretrained of transformers 5 writes them",
+    "adapter_kwargs": "merge an adapter first: merge_and_unload() and save_pretrained of peft",
+    "adapter_name": "merge an adapter first: merge_and_unload() and save_pretrained of peft",
+    "tp_plan": _ONE_PROCESS,
+    "tp_size": _ONE_PROCESS,
+    "device_mesh": _ONE_PROCESS,
+    "distributed_config": _ONE_PROCESS,
+    "experts_implementation": "experts run as this package does it: leave it out",
+    "proxies": "set HTTPS_PROXY in the environment",
+    "code_revision": "code that comes with a checkpoint is never run: leave it out",
+    "max_length": "it is an argument of generate; ctx_size= plans the memory for prompt and answer",
+    "max_new_tokens": "it is an argument of generate; ctx_size= plans the memory for prompt and answer",
+    "n_ctx": "ctx_size= does it here",
+    "use_cache": "decoding reads the prompt's KV cache: leave it out",
+}
+"""Words that are refused unless they ask for what is done anyway, and what does it here."""
+HUB = ("revision", "cache_dir", "token")
+"""Words for the hub's client."""
+TRANSLATED = ("torch_dtype", "device_map", "local_files_only")
+"""Other words for fields of `LoadConfig`."""
+_NUMBERS = ("ctx_size", "prompt_tokens", "batch_size", "seed", "draft_tokens", "ff_chunk_tokens", "threads", "kv_bits")
+_SWITCHES = ("exact", "keep_prompts", "cuda_graphs", "offline", "always_stream")
+_SEVERAL = ("balanced", "balanced_low_0", "sequential")
+
+
+@dataclass(frozen=True)
+class TranslatedOptions:
+    """What a call of `from_pretrained` means."""
+
+    options: dict[str, Any]
+    """Fields of `LoadConfig`."""
+    hub: dict[str, Any]
+    """Arguments of the hub's client."""
+
+
+def translated(options: Mapping[str, Any]) -> TranslatedOptions:
+    """`options` as ours. UsageError for one that is not known, contradicts another one, or cannot be honoured."""
+    left = dict(options)
+    _refuse(left)
+    hub = {name: left.pop(name) for name in HUB if name in left}
+    _merge(left, "torch_dtype", "dtype")
+    _merge(left, "device_map", "device")
+    _merge(left, "local_files_only", "offline")
+    return TranslatedOptions(_fields(left), {name: value for name, value in hub.items() if value is not None})
+
+
+def _refuse(left: dict[str, Any]) -> None:
+    known = {field.name for field in fields(LoadConfig)}
+    for name in list(left):
+        if name in known or name in HUB or name in TRANSLATED:
+            continue
+        if name not in REFUSED:
+            raise UsageError(_unknown(name, known))
+        value = left.pop(name)
+        if value is not None and not any(value is same or value == same for same in _DEFAULTS.get(name, ())):
+            raise UsageError(f"{name} cannot be used here: {REFUSED[name]}")
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    alike = difflib.get_close_matches(name, sorted(known), 1)
+    hint = f"did you mean {alike[0]}? " if alike else ""
+    return f"unknown option {name!r}: {hint}known are {', '.join(field.name for field in fields(LoadConfig))}"
+
+
+def _merge(left: dict[str, Any], theirs: str, ours: str) -> None:
+    """Make the option `theirs` the one that is called `ours`; given both, they have to agree."""
+    if theirs not in left:
+        return
+    value = left.pop(theirs)
+    if value is None:
+        return
+    given = left.get(ours)
+    if given is not None and _plain(ours, given) != _plain(ours, value):
+        raise UsageError(f"{theirs} is {value!r} and {ours} {given!r}: give one of them")
+    left[ours] = value
+
+
+def _fields(left: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `LoadConfig`: None is the default, numbers and objects of other libraries are plain ones."""
+    found = {}
+    for field in fields(LoadConfig):
+        if field.name not in left:
+            continue
+        value = left[field.name]
+        if value is None and field.default is not MISSING:
+            value = field.default
+        found[field.name] = _plain(field.name, value)
+    return found
+
+
+def _plain(name: str, value: Any) -> Any:
+    value = _number(value)
+    if name == "dtype" and value is not None:
+        return _dtype(value)
+    if name == "device" and value is not None:
+        return _device(value)
+    if name in _NUMBERS and value is not None:
+        return _whole(name, value)
+    if name in _SWITCHES and not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}: give True or False")
+    if name == "density" and isinstance(value, str) and value != "auto":
+        raise UsageError(f"density is {value!r}: give a number from 0 to 1, one per layer, or 'auto'")
+    if name in ("decay", "density") and isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}: give a number from 0 to 1")
+    if name == "decay" and not isinstance(value, int | float):
+        raise UsageError(f"decay is {value!r}: give a number from 0 to 1")
+    if name == "refresh" and not isinstance(value, str):
+        return _whole(name, value)
+    return value
+
+
+def _number(value: Any) -> Any:
+    """Python's own number, or list of numbers, for those of numpy and torch."""
+    if isinstance(value, list | tuple):
+        return [_number(one) for one in value]
+    if isinstance(value, bool | int | float | str) or value is None:
+        return value
+    if hasattr(value, "tolist") and hasattr(value, "shape"):
+        return _number(value.tolist())
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}: give a whole number")
+    return value
+
+
+def _dtype(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _device(value: Any) -> str:
+    """Its kind; UsageError for several devices, or one that is not torch's current one."""
+    if isinstance(value, Mapping):
+        if len(set(map(str, value.values()))) != 1 or not value:
+            raise UsageError(f"device_map has {len(value)} entries: one device holds the residents; {_BUDGET}")
+        value = next(iter(value.values()))
+    if isinstance(value, bool) or not isinstance(value, int | str | torch.device):
+        raise UsageError(f"device is {value!r}: give 'cuda', 'mps', 'cpu' or a torch.device")
+    if value in _SEVERAL:
+        raise UsageError(f"device_map={value!r} cannot be used here: one device holds the residents; {_BUDGET}")
+    if value == "auto":
+        return "auto"
+    try:
+        device = torch.device("cuda", value) if isinstance(value, int) else torch.device(value)
+    except RuntimeError:  # torch knows no such device: told by LoadConfig, with those that there are
+        return str(value)
+    _check_index(device)
+    return device.type
+
+
+_BUDGET = "max_gpu_mem= is its budget, and layers that do not fit stream from the checkpoint"
+
+
+def _check_index(device: torch.device) -> None:
+    current = torch.cuda.current_device() if device.type == "cuda" and torch.cuda.is_available() else 0
+    if device.type != "cuda" and device.index not in (None, 0):
+        raise UsageError(f"device is {device}: there is one {device.type}, write {device.type!r}")
+    if device.index not in (None, current):
+        raise UsageError(
+            f"device is {device}, and the current one is {device.type}:{current}: call torch.cuda.set_device("
+            f"{device.index}) first, or set CUDA_VISIBLE_DEVICES"
+        )

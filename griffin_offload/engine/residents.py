@@ -1,0 +1,203 @@
+"""What stays on the device: compact FFs, allocated once, and copies of everything that is not an FF.
+
+Tensors of the embedding, the layers and the head are allocated and installed at once, and filled by jobs, in the order
+of their use (`Arrival`). The others are there when `place_residents` returns.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.checkpoint.mapped import FilePages
+from griffin_offload.devices.host_memory import touch, untouched_zeros
+from griffin_offload.devices.torch_state import put
+from griffin_offload.engine.prefill import DecoderLayers
+from griffin_offload.engine.spec import ModelSpec
+from griffin_offload.formats.gather import gather_outputs
+from griffin_offload.formats.linear import QuantizedLinear, specs
+from griffin_offload.offload.background_loader import Job
+from griffin_offload.offload.weight_store import stream_dtype
+from griffin_offload.planner.plan import Plan
+
+# Embeddings that stay on the host: looked up there, only the rows of the tokens at hand are moved.
+
+
+class HostEmbedding:
+    """Hooks on the stock embedding module, for the life of the model; counts the bytes of the rows it reads.
+
+    A lookup raises CheckpointChanged when the file that the rows rest in was written to or cut since."""
+
+    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._pages = FilePages(list(module.parameters()), evict=False)
+        self.row_bytes = 0
+        # A plain tensor: transformers takes a model's device from its first parameter, and moves inputs there.
+        for name, parameter in list(module._parameters.items()):  # a quantised one has scales, too
+            if parameter is not None:
+                del module._parameters[name]
+                setattr(module, name, parameter.detach())
+        module.register_forward_pre_hook(self._to_host)
+        module.register_forward_hook(self._to_device)
+
+    def _to_host(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].to("cpu"), *args[1:])
+
+    def _to_device(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
+        self._pages.files.check_contents()
+        self.row_bytes += rows.nbytes
+        return rows.to(device=self._device, dtype=self._dtype)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._pages.close()
+
+
+_COPY_THREADS = 4
+
+
+def compact_blocks(
+    blocks: list[FeedForward], full: dict[int, list[Tensor]], model_spec: ModelSpec, plan: Plan, pages: FilePages
+) -> tuple[dict[int, list[nn.Parameter]], list[list[Job]]]:
+    """Compact tensors of every layer that has them, installed: streamed layers', to be filled by each prompt, and
+    those of quantised layers that stay whole, filled by the jobs of their layer. `full` are the streamed layers' full
+    tensors."""
+    compact: dict[int, list[nn.Parameter]] = {}
+    jobs: list[list[Job]] = [[] for _ in blocks]
+    for index, block in enumerate(blocks):
+        if index not in full and block.precision == "none":
+            continue
+        compact[index] = block.allocate(plan.kept[index], model_spec.dtype, model_spec.device)
+        if index in full:
+            # No prompt has to wait for their pages.
+            jobs[index] += [partial(touch, parameter) for parameter in compact[index]]
+        else:
+            jobs[index].append(partial(_fill_whole, block, block.full(), compact[index], model_spec, pages))
+        block.install_compact(compact[index])
+    return compact, jobs
+
+
+@torch.no_grad()
+def materialise(layers: DecoderLayers, selected: dict[int, Tensor], model_spec: ModelSpec) -> None:
+    """Gather `selected` from where the full weights rest: a layer at a time, of which only their rows are read, and
+    matrices that hold neurons as columns."""
+    layers.selected = {}
+    if layers.source is not None:
+        layers.source.check_files()
+    for index, chosen in selected.items():
+        block, compact, chosen_here = layers.blocks[index], layers.compact[index], chosen.cpu()
+        assert layers.source is not None, "streamed layers have a source"
+        full = layers.source.fetch_rows(index, block.rows_needed(chosen_here))
+        full = [tensor.to(stream_dtype(tensor, model_spec.dtype)) for tensor in full]
+        if model_spec.device.type == "cpu":
+            block.gather(full, chosen_here, compact)
+        else:
+            _gather_through_host(block, full, chosen_here, compact)
+        layers.source.check(index)
+        layers.source.drop(index)
+    layers.selected = selected
+
+
+def _gather_through_host(block: FeedForward, full: list[Tensor], chosen: Tensor, compact: list[nn.Parameter]) -> None:
+    # Quantising wants the device; plain neurons are gathered where they rest.
+    if block.precision == "none":
+        host = [torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in compact]
+        block.gather(full, chosen, host)
+        for parameter, gathered in zip(compact, host, strict=True):
+            parameter.copy_(gathered)
+    else:
+        device = compact[0].device
+        block.gather([tensor.to(device) for tensor in full], chosen.to(device), compact)
+
+
+@torch.no_grad()
+def _fill_whole(
+    block: FeedForward, source: list[Tensor], target: list[nn.Parameter], model_spec: ModelSpec, pages: FilePages
+) -> None:
+    spans = pages.spans(source)
+    pages.read(spans)
+    everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
+    block.gather([tensor.to(model_spec.device) for tensor in source], everything, target)
+    pages.drop(spans)
+
+
+def place_residents(
+    model: Any,
+    stages: list[nn.Module],
+    model_spec: ModelSpec,
+    plan: Plan,
+    compact: dict[int, list[nn.Parameter]],
+    pages: FilePages,
+    jobs: list[list[Job]],
+) -> HostEmbedding | None:
+    """Give every parameter that still lies in a file its place in the device's memory; embeddings may stay behind.
+    Those of `stages`, modules in the order of their use, are filled by `jobs`, which are added to.
+
+    Copies, on the CPU as well: mapped pages can be evicted, and decoding would read them again.
+    """
+    embedding = model.get_input_embeddings()
+    stay = {id(embedding)} if plan.embeddings == "host" else set()
+    placed = {id(parameter): parameter for parameters in compact.values() for parameter in parameters}
+    for stage, of_stage in zip(stages, jobs, strict=True):
+        for module in stage.modules():
+            if isinstance(module, QuantizedLinear) and module.form != module.resident_form:
+                of_stage.append(_quantize_resident(module, model_spec, pages))
+                placed |= {id(p): p for p in module.parameters() if p is not module.bias}
+    modules = [module for module in model.modules() if id(module) not in stay]
+    stage_of = {id(module): index for index, stage in enumerate(stages) for module in stage.modules()}
+    # By identity, so that tied weights stay tied; one that is used outside the stages, too, is there first.
+    at_once: list[Job] = []
+    for module in sorted(modules, key=lambda module: stage_of.get(id(module), -1)):
+        own = jobs[stage_of[id(module)]] if id(module) in stage_of else at_once
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in placed:
+                placed[id(parameter)] = target = _allocated(parameter, model_spec)
+                own.append(partial(pages.copy, parameter.detach(), target.detach()))
+            module._parameters[name] = placed[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(model_spec.device)
+    with ThreadPoolExecutor(_COPY_THREADS) as pool:
+        list(pool.map(lambda job: job(), at_once))
+    return HostEmbedding(embedding, model_spec.device, model_spec.dtype) if stay else None
+
+
+def _allocated(parameter: nn.Parameter, model_spec: ModelSpec) -> nn.Parameter:
+    # Only the stored precision is translated: what transformers keeps in float32 stays so.
+    changed = parameter.dtype == model_spec.checkpoint.dtype and parameter.is_floating_point()
+    dtype = model_spec.dtype if changed else parameter.dtype
+    return nn.Parameter(untouched_zeros(parameter.shape, dtype, model_spec.device), requires_grad=False)
+
+
+def _quantize_resident(module: QuantizedLinear, model_spec: ModelSpec, pages: FilePages) -> Job:
+    """Give a matrix outside the FF (attention) its resident form; the job fills it."""
+    full = {name: p.detach() for name, p in module.named_parameters() if name != "bias"}
+    outputs, inputs = module.out_features, module.in_features
+    resident = {
+        name: untouched_zeros(shape, own or model_spec.dtype, model_spec.device)
+        for name, (shape, own) in specs(module.resident_form, outputs, inputs, is_down=False).items()
+    }
+    for name, tensor in resident.items():
+        put(module, name, tensor)
+    module.form = module.resident_form
+
+    @torch.no_grad()
+    def fill() -> None:
+        spans = pages.spans(list(full.values()))
+        pages.read(spans)
+        everything = torch.arange(outputs, dtype=torch.long, device=model_spec.device)
+        here = {name: tensor.to(model_spec.device) for name, tensor in full.items()}
+        gather_outputs(here, everything, 1, resident, module.importance)
+        pages.drop(spans)
+
+    return fill
+
+
+def resident_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers; an embedding that stays on the host is none of them."""
+    return sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())

@@ -1,0 +1,485 @@
+"""The engine: which forwards of a loaded model are streamed and which are resident, and what they hold."""
+
+import contextlib
+import functools
+import inspect
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.rope import begin_anew, rope_border
+from griffin_offload.blocks.states import shares_entries
+from griffin_offload.devices.memory import RefusalsNamed
+from griffin_offload.devices.threads import limited_threads
+from griffin_offload.devices.torch_state import own_modes
+from griffin_offload.engine.decode_graph import CudaRecorder, DecodeGraphs, Recorder, ReusedKVCache
+from griffin_offload.engine.generation import (
+    GenerationState,
+    cache_bytes,
+    cache_of,
+    prompt_mask,
+    state_bytes,
+    tokens_of,
+)
+from griffin_offload.engine.load import Loaded
+from griffin_offload.engine.prefill import Progress, StreamedPass
+from griffin_offload.engine.report import PrefillReport
+from griffin_offload.engine.residents import materialise
+from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
+from griffin_offload.engine.stock import Guard, hand_out, hollow, stock_forward
+from griffin_offload.engine.turns import FifoLock
+from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
+from griffin_offload.formats.linear import int8_kernel
+from griffin_offload.kv_cache.kv_cache import KVCache
+from griffin_offload.kv_cache.sequence import Chosen, Context, Statistic, chosen_for, remember, seams_of
+from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
+from griffin_offload.kv_cache.sizes import Workload
+from griffin_offload.method.statistic import split_at, split_tokens
+from griffin_offload.offload.weight_store import MmapStore
+from griffin_offload.planner.plan import Plan
+from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
+from griffin_offload.planner.workspace import logits_bytes, statistics_bytes, workspace_bytes
+
+
+class ModelRunner:
+    """Takes the place of the stock model's forward: one with an empty KV cache is a streamed pass, one with a filled
+    cache is resident, and a `GenerationState` says more. Decided on the host, never by reading a device tensor.
+
+    The stock model keeps it alive and not the other way round: `loaded` has a weak reference of that.
+    """
+
+    def __init__(self, model_spec: ModelSpec, plan: Plan, loaded: Loaded) -> None:
+        self.model_spec, self.plan, self.loaded = model_spec, plan, loaded
+        self.shape = model_spec.shape_of(plan)
+        self.run: GenerationState | None = None
+        self.last_prefill: PrefillReport | None = None
+        self.progress: Progress | None = None
+        self.pass_progress: Progress | None = None
+        """The same for streamed passes between two tokens of an answer."""
+        self.idle_bytes = 0
+        """Of contexts that are kept beside the one in use, see `keep_idle`."""
+        self.wait_s: float | None = None
+        """Seconds that calls wait for those of other threads; None: as long as these take."""
+        self.stock_forward: Callable[..., Any] = stock_forward(loaded.model)
+        self._signature = inspect.signature(self.stock_forward)
+        self._skips_tokens = shares_entries(loaded.model.config)
+        self.border = rope_border(loaded.model.config, type(loaded.model))
+        self._turns, self._closed = FifoLock(), False
+        self._key = uuid.uuid4().hex
+        hand_out(loaded.model, self)
+        loaded.layers.decoder[0].register_forward_pre_hook(Guard(self._check_whole, whole=not plan.streamed))
+        self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
+        self.kept_cache = ReusedKVCache(loaded.model.config, plan.kv_bits)
+        if model_spec.device.type == "cuda" and self.shape.precision == "int8":
+            int8_kernel(model_spec.device, model_spec.dtype)  # compiled now, not at the first token
+        if model_spec.request.graphs:
+            self.capture_with(CudaRecorder(model_spec.device))
+
+    @property
+    def blocks(self) -> list[FeedForward]:
+        """The FF block of every layer."""
+        return self.loaded.layers.blocks
+
+    @property
+    def streams_from_disk(self) -> bool:
+        """Whether a prompt reads the disk whatever the page cache holds: the model is larger than that."""
+        source = self.loaded.layers.source
+        return isinstance(source, MmapStore) and bool(source.placements)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def broken(self) -> bool:
+        """Whether residents could not be read, so that only loading again helps."""
+        arrival = self.loaded.layers.arrival
+        return arrival is not None and arrival.failed
+
+    def takes(self, argument: str) -> bool:
+        """Whether the stock model's forward knows an argument of this name."""
+        return argument in self._signature.parameters
+
+    def close(self) -> None:
+        """Give the memory back, whoever keeps the stock model, whose forward is refused from now on. A call of another
+        thread ends first."""
+        if self._closed:
+            return
+        with self.alone(wait_s=None):
+            self._closed = True
+            self.kept_cache.release()
+            if self.graphs is not None:
+                self.graphs.close()
+            self.loaded.close()
+            hollow(self.loaded.model)
+
+    @contextlib.contextmanager
+    def alone(self, *, wait_s: float | None = -1) -> Iterator[None]:
+        """One call at a time, in the order in which they come: Busy after `wait_s` seconds (None: never; below 0: those
+        of the engine), GriffinError inside another call of this thread."""
+        nested = (
+            "this model is generating already, and was called by what runs inside of that (a streamer, a criterion, a "
+            "processor, an assistant): call it when that has ended, or load it once more"
+        )
+        wait_s = self.wait_s if wait_s is not None and wait_s < 0 else wait_s
+        with self._turns.turn(nested, wait_s):
+            if self._closed:
+                raise GriffinError("this model is closed: load it again")
+            with own_modes(self.model_spec.device):
+                yield
+
+    def _check_whole(self) -> None:
+        """Before the first layer: the layers' neurons are those of some prompt outside of our own forwards."""
+        if self._turns.mine:
+            return
+        if self._closed:
+            raise GriffinError("this model is closed: load it again")
+        if self.plan.streamed:
+            raise UsageError(
+                "a part of this model cannot run by itself, its layers hold the neurons of another prompt: call the "
+                "whole model (output_hidden_states=True gives what is inside), or load it with density=1.0"
+            )
+
+    def why_not_saved(self) -> str | None:
+        """Why the stock model's parameters are no checkpoint; None if they are one."""
+        whole = all(kept == layer.neurons for kept, layer in zip(self.plan.kept, self.shape.layers, strict=True))
+        if self._closed:
+            return "it is closed"
+        if self.shape.precision != "none":
+            return (
+                f"its matrices are {self.shape.precision}: load it with quantize='none', or make a copy on the disk by "
+                "griffin-offload convert"
+            )
+        if not whole:
+            return (
+                f"it holds {self.plan.density:.2g} of the neurons, those of the last prompt: load it with density=1.0, "
+                f"or copy {self.model_spec.checkpoint.directory}"
+            )
+        if self.plan.streamed:
+            return "its layers are streamed: load it without always_stream"
+        if self.plan.embeddings == "host":
+            return "its embeddings rest in the checkpoint: load it with device='cpu'"
+        return None
+
+    def capture_with(self, recorder: Recorder) -> None:
+        """Decode by what `recorder` captures from now on."""
+        on_host = self.loaded.host_embedding is not None
+        self.graphs = DecodeGraphs(self.loaded.model, self.stock_forward, recorder, embeds_on_host=on_host)
+
+    def kv_cache(self, use: Workload, *, returned: bool) -> KVCache:
+        """An empty KV cache for `use`. Where there are captures it is the last run's, for the whole context if the
+        budget allows; not if it is `returned` to the caller, who may keep it."""
+        keep = self.graphs is not None and not returned
+        tokens = self.roomy_tokens(use) if keep else use.cache_tokens
+        return self.kept_cache.take(use.batch, tokens, keep=keep)
+
+    def roomy_tokens(self, use: Workload) -> int:
+        """Tokens of a KV cache for `use` and what may follow it: the whole context, if the budget allows."""
+        whole = replace(use, ctx_tokens=max(use.ctx_tokens, self.plan.context_tokens))
+        return (whole if self._plan_of(whole).fits else use).cache_tokens
+
+    def guarded(self) -> RefusalsNamed:
+        """OutOfMemory inside when memory is refused."""
+        remedy = "ask for less (a shorter prompt, fewer sequences), or close other programs"
+        budget_bytes = self.plan.budget_bytes
+        return RefusalsNamed("generating", remedy, self.model_spec.device, budget_bytes, self.kept_cache.release)
+
+    def keep_idle(self, idle_bytes: int) -> None:
+        """Count so many bytes of contexts that nobody uses at the moment against the budget."""
+        self.idle_bytes = idle_bytes
+        self.loaded.ledger.hold(sessions=idle_bytes)
+
+    def require(self, use: Workload) -> None:
+        """DoesNotFit unless `use` stays within the budget with the residents and idle contexts as they are."""
+        plan = self._plan_of(use)
+        if not plan.fits:
+            remedy = f"fewer than {use.batch} sequences at once, shorter ones, or a model loaded with more memory"
+            raise DoesNotFit(describe_shortfall(plan, remedy))
+
+    def _plan_of(self, use: Workload) -> Plan:
+        request = replace(self.model_spec.request, session_bytes=self.idle_bytes)
+        return replan_for(self.shape, request, self.plan, use)
+
+    def hold(self, use: Workload, new_tokens: int, cache: Any, slots: int = 0) -> None:
+        """Enter a forward of `new_tokens` into the ledger: activations as the plan counts them, the KV cache and
+        slots as they are."""
+        request = as_loaded(self.model_spec.request, self.plan)
+        self.loaded.ledger.hold(
+            kv_cache=cache_bytes(cache),
+            states=state_bytes(cache),
+            slots=slots,
+            workspace=workspace_bytes(self.shape, request, use, new_tokens, use.ctx_tokens, self.plan.kept),
+            logits=logits_bytes(self.shape, use),
+            statistic=statistics_bytes(self.shape, request, use, self.plan.kept, self.plan.streamed),
+        )
+        self.loaded.ledger.hold(slots=0)
+
+    def full_pass(self, inputs: dict[str, Any], *, choose: bool, each: bool) -> tuple[Any, dict[int, Tensor]]:
+        """A streamed pass over `inputs` behind the run's context, between two tokens of its answer: (the model's
+        output, s^2 [1, G, F] by layer), G being one, or with `each` the tokens."""
+        run = self.run
+        assert run is not None, "a pass of a run"
+        assert run.context is not None, "with a context"
+        tokens, context = tokens_of(inputs).shape[1], run.context
+        groups = (
+            torch.eye(tokens, dtype=torch.float32, device=self.model_spec.device)[None]
+            if each
+            else self._ones(tokens)[:, None]
+        )
+        earlier, progress = context.squared, self.pass_progress
+        streamed = StreamedPass(
+            self.loaded.layers, groups, earlier=earlier, choose=choose, keep=True, progress=progress
+        )
+        with streamed:
+            output = self.stock_forward(**self._for_every_token(inputs, tokens), return_dict=True)
+        if choose:
+            context.selected = self.loaded.layers.selected
+        self.hold(run.use, tokens, run.cache, streamed.peak_in_flight_bytes)
+        return output, streamed.sums
+
+    def _for_every_token(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+        """`kwargs` with which every one of `tokens` passes all layers: those that read other layers' KV entries are
+        passed by the tokens alone whose logits are asked for by number, but not by place, and every token chooses."""
+        keep = kwargs.get("logits_to_keep")
+        if not self._skips_tokens or not isinstance(keep, int) or not keep:
+            return kwargs
+        first, device = tokens - min(keep, tokens), self.model_spec.device
+        places = torch.arange(first, tokens, dtype=torch.int64, device=device)
+        return kwargs | {"logits_to_keep": places}
+
+    def _ones(self, tokens: int) -> Tensor:
+        return torch.ones(1, tokens, dtype=torch.float32, device=self.model_spec.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the stock model's forward is: inside a `generate` a part of that, else a call by itself."""
+        if self._turns.mine:
+            return self._forward(args, kwargs)
+        with self.alone():
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: Any, kwargs: Any) -> Any:
+        run, again = self.run, False
+        if run is not None and self.border is not None and not args and kwargs.get("past_key_values") is None:
+            # Phi-3's way to have everything computed anew, behind the border of its positions.
+            kwargs, again = kwargs | {"past_key_values": run.own_cache}, True
+        if run is not None and run.prefilled:
+            output = self._read_again(run, kwargs) if again else self._resident(run, args, kwargs)
+            run.cache = cache_of(output, kwargs)
+            return self._seen(run, output)
+        arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        given = arguments.get("past_key_values")
+        if self.border is not None and self.border.moving and (given is None or given.get_seq_length() == 0):
+            begin_anew(self.loaded.model)
+        if run is not None:
+            return self._seen(run, self._first(run, arguments, args, kwargs))
+        if given is not None and given.get_seq_length() > 0:
+            self._adopt(given)
+            return self.stock_forward(*args, **kwargs)
+        return self._bare_prefill(arguments, args, kwargs)
+
+    def _seen(self, run: GenerationState, output: Any) -> Any:
+        """`output`, after whoever observes its logits has seen them; drafts' are shown when they are judged."""
+        if run.loop is None:
+            self.observe(output.logits[:, -1])
+        return output
+
+    def observe(self, logits: Tensor) -> None:
+        """Show the run's observers the logits [B, V] of its next token, which have to be numbers."""
+        if self.run is not None:
+            self.run.check_numbers(logits, self.model_spec.dtype)
+            for observer in self.run.observers:
+                observer.observe(logits)
+
+    def _resident(self, run: GenerationState, args: Any, kwargs: Any) -> Any:
+        """A forward of the residents: by a captured graph, or kernel by kernel."""
+        output = None
+        if self.graphs is not None:
+            arguments = dict(self._signature.bind(*args, **kwargs).arguments)
+            more = arguments.pop("kwargs", {})
+            output = self.graphs.forward(arguments | more, run.graphs)
+        return self.stock_forward(*args, **kwargs) if output is None else output
+
+    def _bare_prefill(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        """A forward that nobody announced: checked against the budget first."""
+        self.kept_cache.release()
+        tokens = tokens_of(arguments)
+        keep = arguments.get("logits_to_keep", 0)
+        positions = keep if isinstance(keep, int) and keep > 0 else tokens.shape[1]
+        self.require(Workload(tokens.shape[0], tokens.shape[1], tokens.shape[1], "dynamic", logit_positions=positions))
+        mask = prompt_mask(tokens, arguments.get("attention_mask"), None)
+        with self.guarded(), limited_threads(self.loaded.threads):
+            output = self._prefill(mask, None, args, kwargs)[0]
+        self.note_chosen(cache_of(output, arguments))
+        return output
+
+    def note_chosen(self, cache: Any) -> None:
+        """The neurons that are resident are those that `cache` goes on with."""
+        selected, prefill = self.loaded.layers.selected, self.last_prefill
+        if self.plan.streamed and prefill is not None:
+            remember(cache, Chosen(self._key, selected, prefill.activation_kept))
+
+    def _adopt(self, cache: Any) -> Chosen | None:
+        """Make resident what the prompt in `cache` chose, if another one has chosen since; None where all neurons are.
+        GriffinError if no prompt of this model has filled it."""
+        if not self.plan.streamed:
+            return None
+        chosen = chosen_for(cache)
+        if chosen is None or chosen.engine != self._key:
+            raise GriffinError(
+                "the KV cache is filled but no neurons are chosen for it: no prompt was streamed into it by this model"
+            )
+        if self.loaded.layers.selected is not chosen.selected:
+            self.last_prefill = None
+            materialise(self.loaded.layers, chosen.selected, self.model_spec)
+        return chosen
+
+    def _first(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        """A run's first forward: its prompt, or what a context does not know of it."""
+        tokens, context = tokens_of(arguments), run.context
+        if context is not None and run.ready is not None:
+            context.cache.restore(tokens.shape[1])
+            self._resume(context, 0)
+            output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], past_key_values=context.cache)
+            slots = 0
+        elif context is not None and context.tokens and run.mode.refresh == "never" and not run.mode.exact:
+            self._resume(context, tokens.shape[1])
+            output, slots = self.stock_forward(*args, **kwargs), 0
+        elif run.past_tokens:
+            output, slots = self._go_on(run, arguments, args, kwargs), 0
+        else:
+            given = run.mask if run.mask is not None else arguments.get("attention_mask")
+            past = context is not None and bool(context.tokens)
+            mask = self._ones(tokens.shape[1]) if past else prompt_mask(tokens, given, run.prompt_tokens)
+            output, streamed = self._prefill(mask, context, args, kwargs)
+            slots = streamed.peak_in_flight_bytes
+        if self.graphs is not None:
+            self.graphs.begin(run.mask)
+        run.cache = cache_of(output, arguments)
+        self.note_chosen(run.cache)
+        if context is not None:
+            self._remember(context, run, output.logits[:, -1])
+            if run.prompt_done is not None:
+                run.prompt_done(context)
+        seen = max(run.prompt_tokens, tokens.shape[1])  # prompt lookup appends drafts
+        use = replace(run.use, batch=tokens.shape[0], ctx_tokens=seen, logit_positions=1, kept_scores=0)
+        self.hold(use, tokens.shape[1], run.cache, slots)
+        run.prefilled, run.batch, run.prefill = True, tokens.shape[0], self.last_prefill
+        run.fetched_bytes, run.embedding_bytes = self.loaded.layers.fetched_bytes, self.embedding_bytes
+        return output
+
+    def _read_again(self, run: GenerationState, kwargs: dict[str, Any]) -> Any:
+        """All tokens so far, streamed like a prompt: their positions are turned by other angles from now on."""
+        tokens = tokens_of(kwargs)
+        if run.own_cache is not None:
+            run.own_cache.reset()
+        if run.context is not None:
+            run.context.begin_again()
+        mask = prompt_mask(tokens, kwargs.get("attention_mask"), None)
+        output, streamed = self._prefill(mask, run.context, (), kwargs, start=0)
+        if self.graphs is not None:
+            self.graphs.begin(mask)
+        self.hold(run.use, tokens.shape[1], cache_of(output, kwargs), streamed.peak_in_flight_bytes)
+        return output
+
+    def _prefill(
+        self, mask: Tensor, context: Context | None, args: Any, kwargs: Any, start: int | None = None
+    ) -> tuple[Any, StreamedPass]:
+        """The streamed pass over a prompt's tokens, the first of which is number `start`, by default that behind the
+        context's, whose earlier ones choose, too."""
+        self.last_prefill = None  # until this prompt has chosen its neurons, none are
+        seams = seams_of(mask.shape[1]) if context is not None and not context.tokens else []
+        groups, choosing = _grouped(mask, seams)
+        streamed = StreamedPass(
+            self.loaded.layers,
+            groups,
+            earlier=context.squared if context is not None else None,
+            choosing_groups=choosing,
+            keep=context is not None,
+            progress=self.progress,
+        )
+        with streamed:
+            output = self.stock_forward(*args, **self._for_every_token(kwargs, mask.shape[1]))
+        if streamed.unvisited:
+            raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
+        if context is not None:
+            start = len(context.tokens) if start is None else start
+            context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, start)
+            context.selected = self.loaded.layers.selected
+            if seams and streamed.sums:
+                context.mark_seams(seams, _sums_until(streamed.sums, groups, seams))
+        self.last_prefill = streamed.report()
+        return output, streamed
+
+    def _resume(self, context: Context, tokens: int) -> None:
+        """Make the compact parameters those that `context` chose, if another one has chosen since."""
+        start, before = time.perf_counter(), self.loaded.layers.fetched_bytes
+        if self.loaded.layers.selected is not context.selected:
+            self.last_prefill = None
+            materialise(self.loaded.layers, context.selected, self.model_spec)
+        seconds, streamed_bytes = time.perf_counter() - start, self.loaded.layers.fetched_bytes - before
+        kept = context.share_kept(self.loaded.layers.config.batch_statistic, len(self.loaded.layers.decoder))
+        self.last_prefill = PrefillReport(tokens, seconds, streamed_bytes, 0.0, seconds, kept, None)
+
+    def forget_mixed(self, context: Context, prompt_tokens: int) -> None:
+        """Forget entries of which some were turned by the angles of this side of the border and some by the other's."""
+        border = self.border
+        if border is not None and not border.rereads and border.crossed(prompt_tokens, len(context.tokens)):
+            context.clear()
+
+    def _go_on(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        """The tokens behind a KV cache of the caller's: of residents, as every forward with a filled one."""
+        start, before = time.perf_counter(), self.loaded.layers.fetched_bytes
+        chosen = self._adopt(arguments["past_key_values"])
+        output = self.stock_forward(*args, **kwargs)
+        seconds, streamed_bytes = time.perf_counter() - start, self.loaded.layers.fetched_bytes - before
+        tokens = tokens_of(arguments).shape[0] * (run.prompt_tokens - run.past_tokens)
+        kept = 1.0 if chosen is None else chosen.activation_kept
+        self.last_prefill = PrefillReport(tokens, seconds, streamed_bytes, 0.0, 0.0, kept, None)
+        return output
+
+    def _remember(self, context: Context, run: GenerationState, logits: Tensor) -> None:
+        """The prompt has passed; only what the full model computed is a state to go back to."""
+        known = len(context.tokens)
+        context.tokens = list(run.prompt_ids)
+        if run.ready is None and (run.mode.refresh != "never" or known == 0):
+            context.mark(logits)
+
+    @functools.cached_property
+    def identity(self) -> ModelIdentity:
+        """What the numbers in a context depend on."""
+        return identity_of(self.model_spec, self.plan, self.loaded.layers.config)
+
+    @property
+    def like(self) -> ContextSchema:
+        """What the parts of a saved context must look like."""
+        return like_of(self.model_spec, self.plan)
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of embedding rows that came from the host."""
+        return self.loaded.host_embedding.row_bytes if self.loaded.host_embedding else 0
+
+
+def _grouped(mask: Tensor, seams: list[int]) -> tuple[Tensor, int]:
+    """The parts of a prompt that are summed apart, float32 [B, G, T], and how many of them choose for those held out;
+    with `seams`, of one sequence without padding, none goes across one."""
+    if not seams:
+        return split_tokens(mask), 1
+    halves = split_tokens(torch.ones(1, mask.shape[1], dtype=torch.int64, device="cpu"))
+    groups = split_at(halves, seams)
+    choosing = int((groups[0].sum(1).cumsum(0) <= halves[0, 0].sum()).sum())
+    return groups.to(mask.device), choosing
+
+
+def _sums_until(sums: Statistic, groups: Tensor, seams: list[int]) -> list[Statistic]:
+    """s^2 [1, F] of the first tokens up to each of `seams`, by layer."""
+    ends = groups[0].sum(1).cumsum(0).tolist()
+    counts = [sum(end <= seam for end in ends) for seam in seams]
+    return [{index: table[:, :count].sum(1) for index, table in sums.items()} for count in counts]

@@ -1,0 +1,273 @@
+"""What is known of a model before a weight is read: its checkpoint, its sizes, the budget, and the plan."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from griffin_offload.blocks.sizes import ModelSizes, build_on_meta, model_shape, states_of
+from griffin_offload.blocks.states import lasting_kinds
+from griffin_offload.checkpoint.base import Checkpoint, fingerprint, open_checkpoint
+from griffin_offload.checkpoint.safetensors import ConvertedSizes, converted_sizes
+from griffin_offload.config import (
+    AUTO_DRAFT_TOKENS,
+    MAX_DRAFT_TOKENS,
+    WEIGHT_NORMS,
+    CacheKind,
+    KVBits,
+    LoadConfig,
+    Refresh,
+)
+from griffin_offload.devices.memory import (
+    assumed_overhead_bytes,
+    choose_device,
+    device_bytes,
+    device_overhead_bytes,
+    devices_here,
+)
+from griffin_offload.engine.cpu_modules import emulates_halves
+from griffin_offload.errors import UnsupportedModel, UsageError
+from griffin_offload.formats.linear import PRECISIONS, Precision
+from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
+from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
+from griffin_offload.planner.plan import Plan
+from griffin_offload.planner.request import PlanRequest
+from griffin_offload.planner.solve import make_plan
+from griffin_offload.units import format_bytes, parse_size
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything known before a weight is read."""
+
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    shapes: tuple[ModelSizes, ...]
+    """The model in every precision its residents may have, best first."""
+    others: tuple[ModelSizes, ...]
+    """In the precisions that `quantize` rules out."""
+    request: PlanRequest
+    assumed: str | None = None
+    """What is not known of a device that is not here; None where it is."""
+
+    @property
+    def shape(self) -> ModelSizes:
+        """What does not depend on the precision."""
+        return self.shapes[0]
+
+    def check_exact(self, precision: Precision) -> None:
+        """UsageError unless residents of `precision` can draft for the full model: all but FFs must be as stored."""
+        if precision != self.checkpoint.precision:
+            raise UsageError(
+                f"exact mode needs residents in the stored precision, these are {precision}: load with exact=True"
+            )
+        if self.request.cache != "ours":
+            raise UsageError(f"exact mode takes drafts back: {why_not_back(self.checkpoint.config)}")
+        if self.request.kv_bits != LoadConfig.kv_bits:
+            raise UsageError(
+                f"exact mode needs the KV cache as it is computed: leave out kv_bits={self.request.kv_bits}"
+            )
+
+    @staticmethod
+    def precision_of(plan: Plan) -> Precision:
+        """Of the residents: a plan names the precision of the computation where they have that."""
+        return next((precision for precision in PRECISIONS if precision == plan.precision), "none")
+
+    def quantises(self, plan: Plan) -> bool:
+        """Whether every prompt quantises the neurons it keeps: the checkpoint holds floats, the residents do not."""
+        return self.precision_of(plan) != self.checkpoint.precision == "none"
+
+    def shape_of(self, plan: Plan) -> ModelSizes:
+        """The sizes in the precision of `plan`."""
+        return next(shape for shape in self.shapes if shape.precision == self.precision_of(plan))
+
+
+def examine(model: str | Path, config: LoadConfig, *, anywhere: bool = False) -> ModelSpec:
+    """Read headers and config of `model`, and turn `config` into a request to the planner."""
+    return examine_checkpoint(open_checkpoint(model, offline=config.offline), config, anywhere=anywhere)
+
+
+def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: bool = False) -> ModelSpec:
+    """The same for a checkpoint that was opened, or of which only the config is known. `anywhere`: the device may be
+    another machine's, if its memory is given."""
+    absent = anywhere and config.device not in ("auto", *devices_here())
+    device = torch.device(config.device) if absent else choose_device(config.device)
+    overhead_bytes = assumed_overhead_bytes(device) if absent else device_overhead_bytes(device)
+    dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    meta = build_on_meta(checkpoint.config, dtype)
+    shapes, others = _shapes(checkpoint, meta, device, config)
+    converted = ConvertedSizes((), 0, 0)
+    if device.type == "cpu" and checkpoint.converted:  # elsewhere they take none of the device's memory
+        converted = converted_sizes(meta, checkpoint.converted)
+    request = PlanRequest(
+        budget_bytes=_size_of_absent(config.max_gpu_mem, device) if absent else budget_bytes(config, device),
+        session_bytes=_session_bytes(config, device, absent=absent),
+        ctx_tokens=config.ctx_size,
+        prompt_tokens=config.prompt_tokens,
+        batch=config.batch_size,
+        density=config.density,
+        overhead_bytes=overhead_bytes,
+        offloaded_in_budget=device.type == "cpu" and config.offload == "ram",
+        ff_chunk_tokens=config.ff_chunk_tokens,
+        always_stream=config.always_stream,
+        kv_bits=config.kv_bits,
+        cache=_cache_kind(checkpoint.config, config.kv_bits),
+        converted_ff=converted.feed_forward,
+        converted_bytes=converted.embeddings + converted.rest,
+        # On the CPU the rows are read in place, so their precision has to be the stored one.
+        host_embeddings=device.type != "cpu" or (dtype == checkpoint.dtype and not converted.embeddings),
+        stored_share=checkpoint.dtype.itemsize / dtype.itemsize
+        if device.type == "cpu" and dtype != checkpoint.dtype
+        else 0.0,
+        translated=emulates_halves(device, dtype),
+        pass_tokens=pass_tokens(config.exact, config.draft_tokens, config.refresh),
+        verifies=config.exact,
+        weight_norms=config.selection in WEIGHT_NORMS,
+        # Where no context can be kept every prompt is read from its start.
+        continued=config.keep_prompts and can_cache(checkpoint.config),
+        graphs=device.type == "cuda" and config.cuda_graphs,
+    )
+    assumed = f"no {device.type} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
+    model_spec = ModelSpec(checkpoint, device, dtype, shapes, others, request, assumed if absent else None)
+    if config.exact:
+        model_spec.check_exact(checkpoint.precision)
+    _check_passes(model_spec)
+    return model_spec
+
+
+def pass_tokens(exact: bool, draft_tokens: int | None, refresh: Refresh) -> int:
+    """Tokens of the streamed passes between two tokens of an answer; 0: there are none."""
+    if exact:
+        return 1 + (draft_tokens or AUTO_DRAFT_TOKENS)
+    return refresh if isinstance(refresh, int) else 0
+
+
+def _check_passes(model_spec: ModelSpec) -> None:
+    """UsageError where the passes between two tokens cannot take the drafted ones back."""
+    if model_spec.request.pass_tokens and model_spec.request.cache != "ours":
+        reason = why_not_back(model_spec.checkpoint.config)
+        raise UsageError(f"refresh={model_spec.request.pass_tokens} takes tokens back: {reason}")
+    most = MAX_DRAFT_TOKENS + 1
+    if model_spec.request.pass_tokens > most and any(layer.window is not None for layer in model_spec.shape.layers):
+        raise UsageError(
+            f"refresh={model_spec.request.pass_tokens}: of layers with a window at most {most} tokens can be taken back"
+        )
+
+
+def _shapes(
+    checkpoint: Checkpoint, meta: Any, device: torch.device, config: LoadConfig
+) -> tuple[tuple[ModelSizes, ...], tuple[ModelSizes, ...]]:
+    """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
+    have."""
+    stored = checkpoint.precision
+    if stored != "none" and config.quantize not in ("auto", stored):
+        raise UsageError(
+            f"the checkpoint was converted to {stored}, --quantize {config.quantize} needs the original: leave it out"
+        )
+    if config.exact and config.quantize not in ("auto", stored):
+        raise UsageError(
+            f"exact mode keeps the stored precision, --quantize {config.quantize} another one: leave it out, or "
+            "convert the checkpoint first"
+        )
+    states = states_of(meta)
+    allowed: list[ModelSizes] = []
+    others: list[ModelSizes] = []
+    for precision in PRECISIONS if stored == "none" else (stored,):
+        try:
+            if precision == "int4":
+                _check_int4(device)
+            # In exact mode another precision is one of a converted copy.
+            shape = model_shape(meta, precision, precision if config.exact else stored, checkpoint.tables, states)
+        except UnsupportedModel:
+            if precision in (config.quantize, stored):
+                raise
+            continue
+        wanted = stored if config.exact else config.quantize
+        (allowed if wanted in ("auto", precision) else others).append(shape)
+    return tuple(allowed), tuple(others)
+
+
+def _check_int4(device: torch.device) -> None:
+    """UnsupportedModel where int4 was never tried."""
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedModel(f"int4 is not supported on {device.type}: use int8")
+
+
+def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
+    if can_cache(config):
+        return "ours"
+    if bits != LoadConfig.kv_bits:
+        kinds = lasting_kinds(config)
+        raise UsageError(f"kv_bits={bits} needs attention in all layers of {config.model_type}, some are {kinds}")
+    return "dynamic"
+
+
+def budget_bytes(config: LoadConfig, device: torch.device) -> int:
+    """The device budget in bytes. On the CPU there is one budget, so only one of the two limits may be given."""
+    limit = config.max_gpu_mem
+    if device.type == "cpu" and config.max_cpu_mem is not None:
+        if limit != "auto":
+            raise UsageError(
+                "on the CPU device there is one budget: give --max-gpu-mem (or its alias --max-mem) alone, "
+                "without --max-cpu-mem"
+            )
+        limit = config.max_cpu_mem
+    free, total = device_bytes(device)
+    return parse_size(limit, total_bytes=total, free_bytes=free)
+
+
+def _size_of_absent(size: str | int, device: torch.device) -> int:
+    """Bytes of a device whose memory cannot be asked; UsageError where that would be needed."""
+    if isinstance(size, str) and (size.strip().lower() == "auto" or size.strip().endswith("%")):
+        raise UsageError(
+            f"no {device.type} device is here whose memory could be asked: give --max-gpu-mem as a size, such as 12GB"
+        )
+    return parse_size(size)
+
+
+def _session_bytes(config: LoadConfig, device: torch.device, *, absent: bool) -> int:
+    if config.session_mem is None:
+        return 0
+    if absent:
+        return _size_of_absent(config.session_mem, device)
+    return parse_size(config.session_mem, total_bytes=device_bytes(device)[1])
+
+
+def plan_for(model_spec: ModelSpec) -> Plan:
+    """The plan; DoesNotFit when there is none."""
+    return make_plan(model_spec.shapes, model_spec.request, model_spec.others)
+
+
+def evicts(model_spec: ModelSpec) -> bool:
+    """Whether used file pages are dropped from the page cache: when the whole file would not fit beside us."""
+    free, _ = device_bytes(torch.device("cpu"))
+    return model_spec.checkpoint.weight_bytes + model_spec.request.budget_bytes > free
+
+
+# What a saved context must agree with before a loaded model goes on from it.
+
+
+def identity_of(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> ModelIdentity:
+    """What the numbers in a context depend on."""
+    layers = model_spec.shape_of(plan).layers
+    return {
+        "model": fingerprint(model_spec.checkpoint),
+        "precision": plan.precision,
+        "dtype": str(model_spec.dtype).removeprefix("torch."),
+        "density": [kept / layer.neurons for kept, layer in zip(plan.kept, layers, strict=True)],
+        "streamed": list(plan.streamed),
+        "kv_bits": plan.kv_bits,
+        "selection": config.selection,
+        "batch_statistic": config.batch_statistic,
+        "decay": config.decay,
+    }
+
+
+def like_of(model_spec: ModelSpec, plan: Plan) -> ContextSchema:
+    """What the parts of a saved context must look like."""
+    shape = model_spec.shape_of(plan)
+    neurons = {index: (shape.layers[index].neurons, plan.kept[index]) for index in plan.streamed}
+    widths = tuple(width for layer in shape.layers if (width := shape.kv_width_of(layer)))
+    return ContextSchema(plan.context_tokens, shape.vocab_size, widths, model_spec.dtype, neurons)

@@ -1,0 +1,127 @@
+"""The stock model as it is handed out: its forward is the engine's, it keeps all that it needs alive and nothing keeps
+it, and what would break it is refused by name.
+
+The stock model owns the engine, and whatever must not outlive the stock model refers to it weakly: no cycle, so that
+weights go when the last name of the model goes. Methods are replaced on a class of its own, a child of transformers'
+with the same name: a method that is bound keeps its model.
+"""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from griffin_offload.devices.memory import give_back_freed
+from griffin_offload.errors import GriffinError, UsageError
+
+_OWNER, _KIND = "_griffin_offload", "_griffin_offload_kind"
+
+
+def stock_forward(model: Any) -> Callable[..., Any]:
+    """transformers' forward of `model`, handed out or not, which it does not keep alive."""
+    weak, function = weakref.ref(model), getattr(type(model), _KIND, type(model)).forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(weak(), *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+class Owner(Protocol):
+    """What a stock model's calls go through."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def why_not_saved(self) -> str | None:
+        """Why the stock model's parameters are no checkpoint; None if they are one."""
+
+
+def hand_out(model: Any, owner: Owner) -> None:
+    """Let calls of `model` go through `owner`, which it keeps alive."""
+    model.__class__ = _handed_out(type(model))  # type: ignore[arg-type]  # a class is hashable
+    model.__dict__[_OWNER] = owner
+    model.__dict__["_griffin_offload_last"] = _Last()  # behind the owner: freed after it
+
+
+@functools.cache
+def _handed_out(kind: type) -> type:
+    """A child of the stock class `kind`, with its name."""
+
+    @functools.wraps(kind.forward)  # type: ignore[attr-defined]  # a PreTrainedModel; generate reads the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[_OWNER].forward(*args, **kwargs)
+
+    def saving(name: str, what: str) -> Callable[..., Any]:
+        stock = getattr(kind, name)
+
+        @functools.wraps(stock)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            reason = self.__dict__[_OWNER].why_not_saved()
+            if reason is not None:
+                raise UsageError(f"this model {what}: {reason}")
+            return stock(self, *args, **kwargs)
+
+        return method
+
+    def copied(self: Any, _: Any) -> Any:
+        raise UsageError("a loaded model cannot be copied or pickled: load it once more with from_pretrained")
+
+    own: dict[str, Any] = {"forward": forward, "_apply": _unmoved, "__deepcopy__": copied, "__reduce_ex__": copied}
+    own |= {name: saving(name, "cannot be saved") for name in ("save_pretrained", "push_to_hub")}
+    own["state_dict"] = saving("state_dict", "has no state_dict")
+    named = {_KIND: kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), {**own, **named})
+
+
+def _unmoved(model: Any, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """`model`, if `function`, which `to`, `half`, `cuda` and their like would apply to every tensor, changes none."""
+    probe = torch.empty(1, dtype=model.dtype, device=model.device)
+    changed = function(probe)
+    moved = (changed.dtype, changed.device.type) != (probe.dtype, probe.device.type)
+    moved = moved or (changed.device.index or 0) != (probe.device.index or 0)
+    if moved or (probe.is_cpu and changed.is_shared()):
+        raise UsageError(
+            f"the model's residents are {str(model.dtype).removeprefix('torch.')} on {model.device} and stay so: load "
+            "it with the dtype= and device= that are wanted (in a pipeline, give device=model.device)"
+        )
+    return model
+
+
+class _Last:
+    """The last of a stock model's attributes: when it goes, what was before it has gone."""
+
+    def __init__(self) -> None:
+        weakref.finalize(self, give_back_freed).atexit = False
+
+
+class Guard:
+    """A hook in front of the first layer: parts of the model run only inside a forward of the whole."""
+
+    def __init__(self, check: Callable[[], None], *, whole: bool) -> None:
+        """`check` is an engine's method, which is not kept alive; `whole` layers can do without."""
+        self._check, self._whole = weakref.WeakMethod(check), whole
+
+    def __call__(self, *_: Any) -> None:
+        check = self._check()
+        if check is not None:
+            check()
+        elif not self._whole:
+            raise GriffinError("the model that these layers belong to is gone: keep it, or load it with density=1.0")
+
+
+def hollow(model: nn.Module) -> None:
+    """Leave no weight in `model`, of which only the shapes stay."""
+    gone: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                module._parameters[name] = gone.setdefault(id(parameter), empty)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="meta")

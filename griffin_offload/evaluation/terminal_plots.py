@@ -1,0 +1,131 @@
+"""The loss on one prompt, drawn in a terminal; plain text where the output is none."""
+
+from collections.abc import Mapping
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from griffin_offload.evaluation.plots import spread
+
+Numbers = Mapping[str, Any]
+# More layers than this are shown by some of them: the table is to be seen at once.
+_MOST_LAYERS = 16
+_BAR = 34
+_PLANNED = "bold #D55E00"
+# From little kept to all of it: Okabe-Ito's vermilion, orange, sky blue, bluish green.
+_LEVELS = ((0.8, "#D55E00"), (0.9, "#E69F00"), (0.97, "#56B4E9"), (2.0, "#009E73"))
+
+
+def show_prompt_loss(numbers: Numbers, file: IO[str]) -> None:
+    """Print what `prompt_loss` found and the plan, at most 80 columns wide."""
+    console = Console(file=file, highlight=False, soft_wrap=False)
+    console.width = min(console.width, 80)
+    held_out = numbers["held_out"] is not None
+    console.print(Text.assemble(("What this prompt would lose", "bold"), f"   {numbers['model']}"))
+    chosen = numbers["prompt_tokens"] - numbers["held_out_tokens"]
+    console.print(
+        f"{numbers['prompt_tokens']} tokens: neurons chosen on the first {chosen}, activation measured on the rest"
+        if held_out
+        else f"{numbers['prompt_tokens']} tokens: too few to hold some out, so the figures flatter"
+    )
+    console.print()
+    console.print(_densities(numbers, "held_out" if held_out else "kept", ascii_only=_ascii(console)))
+    console.print()
+    console.print(_layers(numbers, "held_out" if held_out else "kept"))
+    if len(numbers["layers"]) > _MOST_LAYERS:
+        console.print(f"{_MOST_LAYERS} of {len(numbers['layers'])} layers: --json has all", style="dim")
+    console.print()
+    for line in _conclusions(numbers, "held_out" if held_out else "kept"):
+        console.print(line)
+
+
+def _ascii(console: Console) -> bool:
+    return not console.encoding.lower().startswith("utf")
+
+
+def _rows(numbers: Numbers, key: str) -> list[tuple[float, float, float, bool]]:
+    """(density, activation kept, of the whole prompt, planned), by density, the planned one among them."""
+    rows = {density: (density, numbers[key][i], numbers["kept"][i], False) for i, density in _enumerated(numbers)}
+    if numbers["plan"] is not None:
+        density = numbers["plan"]["density"]
+        rows[density] = (density, numbers[f"planned_{key}"], numbers["planned_kept"], True)
+    return [rows[density] for density in sorted(rows)]
+
+
+def _enumerated(numbers: Numbers) -> list[tuple[int, float]]:
+    return list(enumerate(numbers["densities"]))
+
+
+def _densities(numbers: Numbers, key: str, *, ascii_only: bool) -> Table:
+    """A bar for each density: mean over layers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    table.add_column("density", justify="right")
+    table.add_column("activation kept, mean of layers", min_width=_BAR)
+    table.add_column("held out" if key == "held_out" else "", justify="right")
+    table.add_column("in sample" if key == "held_out" else "", justify="right", style="dim")
+    table.add_column("")
+    for density, share, whole, planned in _rows(numbers, key):
+        table.add_row(
+            Text(f"{density:.2f}", style=_PLANNED if planned else ""),
+            Text(_bar(share, ascii_only), style=_colour(share)),
+            f"{share:.3f}",
+            f"{whole:.3f}" if key == "held_out" else "",
+            Text(_plan_text(numbers), style=_PLANNED) if planned else "",
+        )
+    return table
+
+
+def _plan_text(numbers: Numbers) -> str:
+    return f"< fits {numbers['plan']['budget']}"
+
+
+def _bar(share: float, ascii_only: bool) -> str:
+    """`share` of the bar's width, to an eighth of a column where the terminal has such letters."""
+    if ascii_only:
+        return "#" * round(share * _BAR)
+    whole, eighths = divmod(round(share * _BAR * 8), 8)
+    return "█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip()
+
+
+def _layers(numbers: Numbers, key: str) -> Table:
+    """Layers down, densities across, in hundredths."""
+    shown = spread(len(numbers["layers"]), _MOST_LAYERS)
+    columns = [i for i, density in _enumerated(numbers) if round(density * 20) % 2 == 0 or density in (0.25, 0.75)]
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    table.add_column("layer", justify="right")
+    for i in columns:
+        table.add_column(f"{numbers['densities'][i]:.2f}".removeprefix("0"), justify="right")
+    if numbers["plan"] is not None:
+        table.add_column("planned", justify="right", header_style=_PLANNED)
+    for place in shown:
+        layer = numbers["layers"][place]
+        cells = [_cell(layer[key][i]) for i in columns]
+        if numbers["plan"] is not None:
+            cells.append(_cell(layer[f"planned_{key}"]))
+        table.add_row(str(place), *cells)
+    return table
+
+
+def _cell(share: float) -> Text:
+    return Text("1.0" if share >= 0.995 else f"{share:.2f}".removeprefix("0"), style=_colour(share))
+
+
+def _colour(share: float) -> str:
+    return next(colour for limit, colour in _LEVELS if share < limit)
+
+
+def _conclusions(numbers: Numbers, key: str) -> list[Text]:
+    """What to make of it, in two lines."""
+    lines, plan = [], numbers["plan"]
+    if plan is not None:
+        worst = min(numbers["layers"], key=lambda layer: float(layer[f"planned_{key}"]))
+        budget = f"{plan['budget']}: density {plan['density']:.2f}, {plan['precision']}, keeps "
+        least = f", least in layer {worst['layer']}: {worst[f'planned_{key}']:.3f}"
+        lines.append(Text.assemble(budget, (f"{numbers[f'planned_{key}']:.3f}", _PLANNED), least))
+    needs = []
+    for goal in (0.95, 0.99):
+        enough = [density for density, share, _, _ in _rows(numbers, key) if share >= goal]
+        needs.append(f"{goal:.2f} takes density " + (f"{min(enough):.2f}" if enough else "1"))
+    return [*lines, Text("; ".join(needs))]

@@ -1,0 +1,208 @@
+"""The int4 format: groups of 32 numbers of a row, and the layouts that it rests in.
+
+    number = scale * step * (code + offset),    code 0..15
+
+- scale: of the row, its root mean square, in the precision of the computation.
+- step and offset: of a group, a pair of bytes. The step byte is 2^(e - 11) * (1 + m / 16), e its upper and m its lower
+  four bits, so that weights of up to 232 rms are reached; the offset byte counts signed eighths, from -8.
+- codes: two a byte, byte b of a group holds number b (low) and b + 16 (high).
+
+4.5 bits a number and one scale a row. Rows are those of a matrix [O, I]; of a down projection they are its columns, a
+neuron each, so that a selection of neurons takes its bytes along and changes nothing else. "rows" and "neurons" are
+codes [R, C / 2] and groups [R, C / 32, 2]; "strips", the form in which neurons are multiplied, codes [C / 64, R, 32]
+and groups [C / 32, R, 2], C filled up to a multiple of 64.
+
+Step and offset are searched: of a few shares of a group's range, as they are and fitted to their codes by least
+squares, the one that errs least. An error counts by the importance of its number along the row: the mean square of
+the input that it is multiplied by.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from griffin_offload.formats.base import row_blocks
+from griffin_offload.kernels import quantize
+from griffin_offload.kernels.gather import gather_neurons_to_strips
+
+GROUP = 32
+STRIP = 64
+_HALF = GROUP // 2
+# The same as in quantize.c.
+_SHARES = (1.0, 0.9, 0.8)
+_FITS = 3
+_REACH = 22.0
+_CENTRE = 8
+_STEP_SHIFT, _STEP_BIAS = 19, 116 << 4
+
+Int4 = tuple[Tensor, Tensor]
+"""Codes and groups."""
+LARGE = 16.0
+"""Root mean squares of its row from which on a weight is large: one that a model may hang on."""
+OFF = 0.25
+"""From which share on a large weight that comes back otherwise is missed."""
+_MISS_ROWS = 256
+
+
+def quantize_rows(weight: Tensor, scale: Tensor, importance: Tensor | None = None) -> Int4:
+    """Codes [O, I / 2] and groups [O, I / 32, 2] of `weight` [O, I] over its rows' `scale` [O], of which a row of zeros
+    has none; `importance` [I] of the inputs."""
+    divisor = _divisor(scale)
+    found = quantize.quantize_int4_rows(weight, divisor, importance)
+    if found is not None:
+        return found
+    outputs, inputs = weight.shape
+    codes = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=weight.device)
+    groups = torch.empty(outputs, inputs // GROUP, 2, dtype=torch.uint8, device=weight.device)
+    counts = torch.ones(inputs, dtype=torch.float32, device=weight.device) if importance is None else importance
+    for start, block in row_blocks(weight):
+        part = slice(start, start + block.shape[0])
+        block.mul_(1 / divisor[part, None])
+        _quantize(block.view(block.shape[0], -1, GROUP), counts.float().view(-1, GROUP), codes[part], groups[part])
+    return codes, groups
+
+
+def quantize_neurons(columns: Tensor, scale: Tensor, importance: Tensor | None = None) -> Int4:
+    """Codes [K, O / 2] and groups [K, O / 32, 2] of K neurons' `columns` [O, K] of a down projection over their `scale`
+    [K]; `importance` [O] of the outputs."""
+    found = quantize.quantize_int4_neurons(columns, _divisor(scale), importance)
+    return quantize_rows(columns.t(), scale, importance) if found is None else found
+
+
+def missed_weights(rows: Tensor, scale: Tensor, quantised: Int4) -> tuple[int, float]:
+    """How many large weights of `rows` [R, C], a matrix or a down projection turned around, are missed by what they
+    became, and by which share the worst: such as are beyond what the steps reach, or whose inputs count little."""
+    largest = quantize.largest_of_rows(rows, None)
+    if largest is None:
+        largest = torch.maximum(rows.amax(1), -rows.amin(1)).float()
+    count, worst = 0, 0.0
+    for index in (largest > LARGE * scale.float()).nonzero()[:, 0].split(_MISS_ROWS):
+        numbers, own = rows.index_select(0, index).float(), scale[index, None].float()
+        codes, groups = (part.index_select(0, index) for part in quantised)
+        found = unpack(codes, groups, torch.empty_like(numbers)).mul_(own)
+        off = (found.sub_(numbers) / numbers).abs_()[numbers.abs() > LARGE * own]
+        count += int((off > OFF).sum())
+        worst = max(worst, float(off.max()) if off.numel() else 0.0)
+    return count, worst
+
+
+def unpack(codes: Tensor, groups: Tensor, out: Tensor) -> Tensor:
+    """step * (code + offset) of rows or neurons, written into `out`, floats [R, C]: numbers without their scale."""
+    shape = groups.shape[:-1]
+    low, high = out.view(*shape, 2, _HALF).unbind(2)
+    pairs = codes.view(*shape, _HALF)
+    low.copy_(pairs & 15)
+    high.copy_(pairs >> 4)
+    step, offset = _steps(groups, out.dtype)
+    out.view(*shape, GROUP).add_(offset[..., None]).mul_(step[..., None])
+    return out
+
+
+def unpack_strip(codes: Tensor, groups: Tensor, out: Tensor) -> Tensor:
+    """The same of one strip, codes [I, 32] and groups [2, I, 2], written into `out`, floats [I, 64]."""
+    return unpack(codes, groups.transpose(0, 1), out)
+
+
+def gather_neurons(neurons: Int4, chosen: Tensor, strips: Int4, start: int) -> None:
+    """Make neurons `chosen` [K] inputs start.. of `strips`."""
+    codes, groups = neurons
+    if codes.device.type == "cpu" and gather_neurons_to_strips(neurons, chosen, strips, start):
+        return
+    write_neurons((codes.index_select(0, chosen), groups.index_select(0, chosen)), strips, start)
+
+
+def write_neurons(neurons: Int4, strips: Int4, start: int) -> None:
+    """Make all of `neurons` [R, ...] inputs start.. of `strips`."""
+    (codes, groups), (to_codes, to_groups) = neurons, strips
+    part = slice(start, start + codes.shape[0])
+    target = to_codes.view(*to_codes.shape[:2], 2, _HALF)
+    for half in range(2):
+        source = codes.view(*groups.shape[:-1], _HALF)[:, half::2].transpose(0, 1)
+        target[: source.shape[0], part, half] = source
+    to_groups[: groups.shape[1], part] = groups.transpose(0, 1)
+
+
+def _steps(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """step and offset [..., G] of pairs of bytes [..., G, 2]."""
+    step, offset = groups.unbind(-1)
+    bits = (step.to(torch.int32) + _STEP_BIAS) << _STEP_SHIFT
+    # One byte after another: a view of every second one as signed is no view.
+    signed = offset.contiguous().view(torch.int8)
+    return bits.view(torch.float32).to(dtype), (signed.to(torch.float32) / 8 - _CENTRE).to(dtype)
+
+
+@dataclass
+class _Grid:
+    """Steps and offsets [R, G, 1] as they are stored, and what they are worth."""
+
+    step: Tensor
+    offset: Tensor
+    value: Tensor
+    middle: Tensor
+
+    @classmethod
+    def nearest(cls, step: Tensor, offset: Tensor) -> "_Grid":
+        bits = step.nan_to_num(nan=0.0, posinf=32.0).clamp(0.0, 32.0).contiguous().view(torch.int32)
+        stored = (((bits + (1 << (_STEP_SHIFT - 1))) >> _STEP_SHIFT) - _STEP_BIAS).clamp_(0, 255)
+        value = ((stored + _STEP_BIAS) << _STEP_SHIFT).view(torch.float32)
+        eighths = (offset / value * 8).round_().nan_to_num(nan=-128.0).clamp_(-128, 127)
+        return cls(stored, eighths, value, eighths / 8)
+
+    def codes(self, numbers: Tensor) -> Tensor:
+        """-8 to 7 of `numbers` [R, G, 32]."""
+        return (numbers * (1 / self.value)).sub_(self.middle).round_().clamp_(-_CENTRE, _CENTRE - 1)
+
+    def take(self, other: "_Grid", better: Tensor) -> None:
+        """Be `other` where that is `better` [R, G, 1]."""
+        for name in ("step", "offset", "value", "middle"):
+            setattr(self, name, torch.where(better, getattr(other, name), getattr(self, name)))
+
+
+def _quantize(numbers: Tensor, importance: Tensor, codes: Tensor, groups: Tensor) -> None:
+    """`numbers` [R, G, 32] over their rows' scale become `codes` [R, 16 G] and `groups` [R, G, 2]."""
+    grid = _best_grid(numbers, importance)
+    levels = grid.codes(numbers).add_(_CENTRE).to(torch.uint8)
+    codes.copy_((levels[..., :_HALF] | (levels[..., _HALF:] << 4)).view(codes.shape))
+    groups[..., 0] = grid.step[..., 0].to(torch.uint8)
+    groups[..., 1] = grid.offset[..., 0].to(torch.int8).view(torch.uint8)
+
+
+def _best_grid(numbers: Tensor, importance: Tensor) -> _Grid:
+    low, high = numbers.amin(-1, keepdim=True), numbers.amax(-1, keepdim=True)
+    best, least = None, None
+    for share in _SHARES:
+        step = torch.maximum((high - low) * (share / 15), torch.maximum(high, -low) / _REACH)
+        # The middle of 16 levels lies half a step below level 8.
+        offset = (low + high + step) / 2
+        for _ in range(_FITS):
+            grid = _Grid.nearest(step, offset)
+            error, step, offset = _missed(numbers, importance, grid)
+            if best is None or least is None:
+                best, least = grid, error
+            else:
+                best.take(grid, error < least)
+                least = torch.minimum(error, least)
+    assert best is not None
+    return best
+
+
+def _missed(numbers: Tensor, importance: Tensor, grid: _Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """What the grid misses [R, G, 1], and step and offset that fit its codes best."""
+    codes = grid.codes(numbers)
+    counted = codes * importance
+
+    def total(tensor: Tensor) -> Tensor:
+        return tensor.sum(-1, keepdim=True)
+
+    missed = ((codes + grid.middle) * grid.value).sub_(numbers).square_().mul_(importance)
+    sum_a, sum_av = total(importance), total(numbers * importance)
+    sum_q, sum_qq, sum_qv = total(counted), total(counted * codes), total(counted * numbers)
+    fitted = (sum_a * sum_qv - sum_q * sum_av) / (sum_a * sum_qq - sum_q.square())
+    step = torch.where(fitted > 0, fitted, grid.value)  # one code alone fits no step
+    return total(missed), step, (sum_av - step * sum_q) / sum_a
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    # A row of zeros has scale 0, and stays zero whatever it is divided by.
+    return torch.where(scale == 0, torch.ones_like(scale), scale).float()

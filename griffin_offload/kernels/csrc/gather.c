@@ -1,0 +1,88 @@
+/* Chosen neurons, moved from a full matrix into the form that they rest in. Called by gathering.py. */
+#include <stdint.h>
+
+#if defined(__x86_64__)
+
+#include "int4.h"
+#include "threads.h"
+
+/* AVX-512 that leaves out bytes, or 16-bit numbers, of a vector. */
+#define VBMI2 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vbmi2")))
+#define VECTOR_BYTES 64
+#define NEURONS 64 /* that a thread moves at a time */
+
+/* gathering.py packs these fields, in this order. */
+typedef struct {
+    const uint8_t *source;       /* rows of `row_bytes` */
+    const uint8_t *groups;       /* of int4 neurons: a pair for each of their groups */
+    const int64_t *chosen;       /* int4: rows of `source` */
+    const uint8_t *taken;        /* columns: a bit for each, filled up to 8 bytes */
+    uint8_t *target;             /* columns: rows of `target_bytes`; int4: strips */
+    uint8_t *target_groups;      /* of strips: [groups, kept] pairs */
+    int64_t count;               /* of chosen columns or neurons */
+    int64_t rows;                /* of columns */
+    int64_t row_bytes;           /* of the source */
+    int64_t source_bytes;        /* columns: from a row of the source to the next */
+    int64_t target_bytes;        /* columns: from a row to the next */
+    int64_t item_bytes;          /* of a column's number */
+    int64_t first;               /* neuron of the strips that the first chosen one becomes */
+    int64_t kept;                /* neurons of the strips */
+    int64_t threads;
+} Gathering;
+
+INLINED uint64_t first_numbers(int64_t count) { return count < 64 ? ((uint64_t)1 << count) - 1 : ~(uint64_t)0; }
+
+/* The numbers of rows `start` to `end` whose bits are set, of `SIZE` bits each and `COUNT` to a vector. */
+#define COLUMNS(SIZE, COUNT, MASK, POPCOUNT)                                                                    \
+    VBMI2 static void columns_of_##SIZE(const void *gathering, int64_t start, int64_t end) {                     \
+        const Gathering *g = gathering;                                                                         \
+        const int64_t columns = g->row_bytes * 8 / SIZE;                                                        \
+        for (int64_t row = start; row < end; row++) {                                                           \
+            const uint8_t *from = g->source + row * g->source_bytes;                                            \
+            uint8_t *to = g->target + row * g->target_bytes, *stop = to + g->count * SIZE / 8;                  \
+            for (int64_t at = 0; at < columns; at += COUNT, from += VECTOR_BYTES) {                             \
+                MASK taken;                                                                                     \
+                memcpy(&taken, g->taken + at / 8, sizeof taken);                                                \
+                /* Masks that the last vector alone needs make the others slower. */                            \
+                __m512i numbers = at + COUNT <= columns ? _mm512_loadu_si512(from)                              \
+                                                        : _mm512_maskz_loadu_epi##SIZE(taken, from);            \
+                numbers = _mm512_maskz_compress_epi##SIZE(taken, numbers);                                      \
+                const int64_t found = POPCOUNT(taken);                                                          \
+                if (to + VECTOR_BYTES <= stop) _mm512_storeu_si512(to, numbers);                                \
+                else _mm512_mask_storeu_epi##SIZE(to, (MASK)first_numbers(found), numbers);                     \
+                to += found * SIZE / 8;                                                                         \
+            }                                                                                                   \
+        }                                                                                                       \
+    }
+
+COLUMNS(8, 64, __mmask64, __builtin_popcountll)
+COLUMNS(16, 32, __mmask32, __builtin_popcount)
+
+/* Neurons `start` to `end` of the chosen ones: their codes, and then their pairs, side by side in strips. */
+static void neurons_to_strips(const void *gathering, int64_t start, int64_t end) {
+    const Gathering *g = gathering;
+    const int64_t groups = g->row_bytes / INT4_BYTES;
+    for (int64_t some = start; some < end; some += NEURONS) {
+        const int64_t stop = least(some + NEURONS, end);
+        for (int64_t group = 0; group < groups; group++) {
+            uint8_t *to = g->target + (group / 2 * g->kept + g->first + some) * STRIP_BYTES + group % 2 * INT4_BYTES;
+            uint8_t *pair = g->target_groups + (group * g->kept + g->first + some) * PAIR_BYTES;
+            for (int64_t neuron = some; neuron < stop; neuron++, to += STRIP_BYTES, pair += PAIR_BYTES) {
+                const int64_t at = g->chosen[neuron] * groups + group;
+                memcpy(to, g->source + at * INT4_BYTES, INT4_BYTES);
+                memcpy(pair, g->groups + at * PAIR_BYTES, PAIR_BYTES);
+            }
+        }
+    }
+}
+
+void gather_columns(const Gathering *g, Parallel parallel) {
+    Part part = g->item_bytes == 1 ? columns_of_8 : columns_of_16;
+    in_parallel(parallel, g->threads, part, g, g->rows, 1);
+}
+
+void gather_neurons_to_strips(const Gathering *g, Parallel parallel) {
+    in_parallel(parallel, g->threads, neurons_to_strips, g, g->count, NEURONS);
+}
+
+#endif

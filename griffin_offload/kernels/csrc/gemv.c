@@ -1,0 +1,143 @@
+/* A few rows times a matrix, on x86-64 with AVX2 or more: what decoding a token does. */
+#include <stdint.h>
+
+#if defined(__x86_64__)
+
+#include <float.h>
+#include <math.h>
+
+#include "gemv.h"
+#include "int4.h"
+#include "threads.h"
+
+#define MOST_GROUP 128
+#define UNIT 64       /* outputs that stay together: whole strips, whole cache lines of results */
+
+/* `count` values become numbers of up to `largest`; what rounding leaves over stays in `values`. */
+AVX2 INLINED void quantize_group(float *values, int64_t count, float largest, int16_t *numbers, float *step,
+                                 int32_t *sum) {
+    float most = 0;
+    int finite = 1;
+    for (int64_t k = 0; k < count; k++) {
+        float size = fabsf(values[k]);
+        most = size > most ? size : most;
+        finite &= size <= FLT_MAX;
+    }
+    float inverse = finite && most >= TINY ? largest / most : 0;
+    *step = finite ? (most >= TINY ? most / largest : 0) : NAN; /* what is no number makes the whole row none */
+    *sum = 0;
+    for (int64_t k = 0; k < count; k++) {
+        int32_t number = finite ? (int32_t)rintf(values[k] * inverse) : 0;
+        numbers[k] = (int16_t)number;
+        *sum += number;
+        values[k] -= (float)number * *step;
+    }
+}
+
+/* Numbers [count] from input `start` on become bytes: number = 256 * upper + lower, both signed. */
+AVX2 INLINED void split_bytes(const int16_t *numbers, int64_t count, int8_t *upper, int8_t *lower) {
+    for (int64_t k = 0; k < count; k++) {
+        upper[k] = (int8_t)((numbers[k] + 128) >> 8);
+        lower[k] = (int8_t)numbers[k];
+    }
+}
+
+/* `count` inputs of a row as they are multiplied by the weights. */
+AVX2 INLINED void inputs_of(const Product *p, int64_t row, int64_t start, int64_t count, float *values) {
+    widen(p->x, row * p->inputs + start, count, p->x_type, values);
+    if (!p->input_scale) return;
+    float scale[MOST_GROUP];
+    widen(p->input_scale, start, count, p->x_type, scale);
+    for (int64_t k = 0; k < count; k++) values[k] *= scale[k];
+}
+
+AVX2 static void quantize(const Product *p) {
+    const int64_t groups = groups_of(p);
+    float values[MOST_GROUP];
+    int16_t numbers[MOST_GROUP];
+    for (int64_t row = 0; row < p->rows; row++)
+        for (int64_t group = 0; group < groups; group++) {
+            int64_t start = group * p->group, count = least(p->group, p->inputs - start);
+            inputs_of(p, row, start, count, values);
+            for (int64_t part = row * p->parts; part < (row + 1) * p->parts; part++) {
+                int16_t *whole = p->numbers + part * p->inputs;
+                int8_t *upper = (int8_t *)whole + start;
+                quantize_group(values, count, LARGEST, p->wide ? numbers : whole + start, p->step + part * groups + group,
+                               p->totals + part * groups + group);
+                if (p->wide) split_bytes(numbers, count, upper, upper + p->inputs);
+            }
+        }
+}
+
+/* As int4 rows are multiplied by bytes: of four groups the first 16 inputs of each, and then the others; 8 bits of them,
+ * beside which weights of four are coarse. `floats` become the groups' sums. */
+AVX2 static void quantize_by_fours(const Product *p) {
+    const int64_t groups = groups_of(p), half = INT4_GROUP / 2;
+    float values[INT4_GROUP];
+    int16_t numbers[INT4_GROUP];
+    memset(p->numbers, 0, (size_t)(p->rows * p->parts * filled_inputs(p)));
+    for (int64_t row = 0; row < p->rows; row++)
+        for (int64_t group = 0; group < groups; group++) {
+            inputs_of(p, row, group * INT4_GROUP, INT4_GROUP, values);
+            for (int64_t part = row * p->parts; part < (row + 1) * p->parts; part++) {
+                int8_t *to = filled_bytes(p, part) + group / 4 * FILLED + group % 4 * half;
+                const int64_t at = part * groups + group;
+                int32_t sum;
+                quantize_group(values, INT4_GROUP, LARGEST_BYTE, numbers, p->step + at, &sum);
+                p->floats[at] = (float)sum * p->step[at];
+                for (int64_t k = 0; k < half; k++) {
+                    to[k] = (int8_t)numbers[k];
+                    to[k + FILLED / 2] = (int8_t)numbers[k + half];
+                }
+            }
+        }
+}
+
+typedef struct {
+    const Product *product;
+    Part kernel;
+} Job;
+
+/* Sums of outputs from `start` to `end`, and from them the product. */
+AVX2 static void multiply_part(const void *job, int64_t start, int64_t end) {
+    const Product *p = ((const Job *)job)->product;
+    ((const Job *)job)->kernel(p, start, end);
+    for (int64_t row = 0; row < p->rows; row++)
+        for (int64_t output = start; output < least(end, p->features); output++) {
+            float sum = p->sums[row * p->parts * p->outputs + output], bias = 0;
+            if (p->parts == 2) sum += p->sums[(row * p->parts + 1) * p->outputs + output];
+            if (p->bias) widen(p->bias, output, 1, p->x_type, &bias);
+            store_narrowed(p->product, row * p->features + output, p->x_type, sum + bias);
+        }
+}
+
+static void multiply(const Product *p, Parallel parallel, Part kernel) {
+    const Job job = {p, kernel};
+    in_parallel(parallel, p->threads, multiply_part, &job, p->outputs, UNIT);
+}
+
+void multiply_int8(const Product *p, Parallel parallel) {
+    quantize(p);
+    if (p->wide) int8_lanes(p);
+    multiply(p, parallel, p->wide ? int8_by_vnni : int8_by_avx2);
+}
+
+void multiply_int4_rows(const Product *p, Parallel parallel) {
+    if (p->wide) quantize_by_fours(p);
+    else quantize(p);
+    multiply(p, parallel, p->wide ? int4_rows_by_vnni : int4_rows_by_avx2);
+}
+
+AVX2 void multiply_int4_strips(const Product *p, Parallel parallel) {
+    for (int64_t row = 0; row < p->rows; row++)
+        for (int64_t start = 0; start < p->inputs; start += MOST_GROUP)
+            inputs_of(p, row, start, least(MOST_GROUP, p->inputs - start), p->floats + row * p->inputs + start);
+    multiply(p, parallel, p->wide ? int4_strips_by_vnni : int4_strips_by_avx2);
+}
+
+AVX2 void multiply_floats(const Product *p, Parallel parallel) {
+    if (!p->wide) widen(p->x, 0, p->rows * p->inputs, p->x_type, p->floats);
+    multiply(p, parallel, p->wide ? pairs_by_bf16 : floats_by_avx2);
+}
+
+#endif

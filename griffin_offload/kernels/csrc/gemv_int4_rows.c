@@ -1,0 +1,149 @@
+/* A few rows times int4 rows [outputs, inputs / 2], whose groups run along the inputs. */
+#include <stdint.h>
+
+#if defined(__x86_64__)
+
+#include "gemv.h"
+#include "int4.h"
+
+INLINED const uint8_t *codes_of(const Product *p, int64_t at) { return (const uint8_t *)p->weight + at * INT4_BYTES; }
+
+/* 16-bit numbers */
+
+/* `count` numbers of 32 bits, up to 8, and zeros. */
+AVX2 INLINED __m256i eight_at(const void *from, int64_t count) {
+    if (count >= LANES) return _mm256_loadu_si256(from);
+    int32_t numbers[LANES] = {0};
+    memcpy(numbers, from, (size_t)count * sizeof *numbers);
+    return _mm256_loadu_si256((const __m256i *)numbers);
+}
+
+AVX2 INLINED __m128i eight_pairs(const uint8_t *from, int64_t count) {
+    if (count >= LANES) return _mm_loadu_si128((const __m128i *)from);
+    uint8_t pairs[LANES * PAIR_BYTES] = {0};
+    memcpy(pairs, from, (size_t)count * PAIR_BYTES);
+    return _mm_loadu_si128((const __m128i *)pairs);
+}
+
+/* Add `count` groups, up to 8, of an output and of `rows` rows from `first`. */
+AVX2 INLINED void add_eight(const Product *p, int64_t output, int64_t group, int64_t count, int64_t first, __m256 *total,
+                            const int rows) {
+    const int64_t groups = groups_of(p), at = output * groups + group;
+    __m256 step, offset, scale[4];
+    eight_steps(eight_pairs(p->groups + at * PAIR_BYTES, count), &step, &offset);
+    for (int r = 0; r < rows; r++) {
+        const int64_t here = (first + r) * groups + group;
+        scale[r] = _mm256_mul_ps(step, _mm256_castsi256_ps(eight_at(p->step + here, count)));
+        const __m256 inputs = _mm256_cvtepi32_ps(eight_at(p->totals + here, count));
+        total[r] = _mm256_fmadd_ps(_mm256_mul_ps(scale[r], offset), inputs, total[r]);
+    }
+    const uint8_t *codes = codes_of(p, at);
+    for (int64_t i = 0; i < count; i++, codes += INT4_BYTES) {
+        if (p->ahead) fetch_ahead(codes, 1);
+        const __m256i both = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)codes));
+        const __m256i low = _mm256_and_si256(both, _mm256_set1_epi16(15)), high = _mm256_srli_epi16(both, 4);
+        for (int r = 0; r < rows; r++) {
+            const int16_t *x = p->numbers + (first + r) * p->inputs + (group + i) * INT4_GROUP;
+            __m256i sum = _mm256_madd_epi16(low, _mm256_loadu_si256((const __m256i *)x));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_loadu_si256((const __m256i *)(x + 16))));
+            const __m256 own = _mm256_permutevar8x32_ps(scale[r], _mm256_set1_epi32((int)i));
+            total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), own, total[r]);
+        }
+    }
+}
+
+AVX2 INLINED float row_scale(const Product *p, int64_t output) {
+    float scale;
+    widen(p->scale, output, 1, p->scale_type, &scale);
+    return scale;
+}
+
+AVX2 INLINED void int4_output(const Product *p, int64_t output, int64_t first, const int rows) {
+    const int64_t groups = groups_of(p), whole = groups / LANES * LANES;
+    __m256 total[4];
+    for (int r = 0; r < rows; r++) total[r] = _mm256_setzero_ps();
+    for (int64_t group = 0; group < whole; group += LANES) add_eight(p, output, group, LANES, first, total, rows);
+    if (whole < groups) add_eight(p, output, whole, groups - whole, first, total, rows);
+    for (int r = 0; r < rows; r++)
+        p->sums[(first + r) * p->outputs + output] = sum_of(total[r]) * row_scale(p, output);
+}
+
+AVX2 void int4_rows_by_avx2(const void *product, int64_t start, int64_t end) {
+    const Product *p = product;
+    const int64_t rows = p->rows * p->parts;
+    for (int64_t output = start; output < end; output++) {
+        int64_t first = 0;
+        for (; first + 4 <= rows; first += 4) int4_output(p, output, first, 4);
+        for (; first + 2 <= rows; first += 2) int4_output(p, output, first, 2);
+        if (first < rows) int4_output(p, output, first, 1);
+    }
+}
+
+/* 8-bit numbers: a vector has the codes of four groups, low ones of all and then high ones. */
+
+#define FOUR_BYTES (4 * INT4_BYTES)
+
+/* Which of 16 numbers, one a group, belong to the lanes of groups `first` to `first` + 3. */
+VNNI INLINED __m512i lanes_of_four(int first) {
+    const __m512i four = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_add_epi32(four, _mm512_set1_epi32(first));
+}
+
+/* Add `count` groups, up to 16, of an output and of `rows` rows from `first`. */
+VNNI INLINED void add_sixteen(const Product *p, int64_t output, int64_t group, const int64_t count, int64_t first,
+                              __m512 (*total)[2], const int rows) {
+    const int64_t groups = groups_of(p), at = output * groups + group;
+    const __mmask16 wanted = (__mmask16)((1u << count) - 1);
+    __m512 step, offset, scale[4];
+    sixteen_steps(_mm256_maskz_loadu_epi16(wanted, p->groups + at * PAIR_BYTES), &step, &offset);
+    offset = _mm512_mul_ps(step, offset);
+    for (int r = 0; r < rows; r++) {
+        const int64_t here = (first + r) * groups + group;
+        scale[r] = _mm512_mul_ps(step, _mm512_maskz_loadu_ps(wanted, p->step + here));
+        total[r][0] = _mm512_fmadd_ps(offset, _mm512_maskz_loadu_ps(wanted, p->floats + here), total[r][0]);
+    }
+    const uint8_t *codes = codes_of(p, at);
+    const __m512i nibble = _mm512_set1_epi8(15), none = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int four = 0; four < 4; four++) {
+        const int64_t left = (count - 4 * four) * INT4_BYTES;
+        if (left <= 0) break;
+        const uint8_t *from = codes + four * FOUR_BYTES;
+        if (p->ahead) fetch_ahead(from, 1);
+        const __m512i both = left >= FOUR_BYTES ? _mm512_loadu_si512(from)
+                                                : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, from);
+        const __m512i low = _mm512_and_si512(both, nibble);
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+        for (int r = 0; r < rows; r++) {
+            const int8_t *x = filled_bytes(p, first + r) + group * INT4_GROUP + 2 * four * FOUR_BYTES;
+            __m512i sum = _mm512_dpbusd_epi32(none, low, _mm512_loadu_si512(x));
+            sum = _mm512_dpbusd_epi32(sum, high, _mm512_loadu_si512(x + FOUR_BYTES));
+            const __m512 own = _mm512_permutexvar_ps(lanes_of_four(4 * four), scale[r]);
+            total[r][four % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), own, total[r][four % 2]);
+        }
+    }
+}
+
+VNNI INLINED void int4_bytes_output(const Product *p, int64_t output, int64_t first, const int rows) {
+    const int64_t groups = groups_of(p), whole = groups / WIDE_LANES * WIDE_LANES;
+    __m512 total[4][2];
+    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
+    for (int64_t group = 0; group < whole; group += WIDE_LANES)
+        add_sixteen(p, output, group, WIDE_LANES, first, total, rows);
+    if (whole < groups) add_sixteen(p, output, whole, groups - whole, first, total, rows);
+    for (int r = 0; r < rows; r++)
+        p->sums[(first + r) * p->outputs + output] = _mm512_reduce_add_ps(_mm512_add_ps(total[r][0], total[r][1])) * row_scale(p, output);
+}
+
+VNNI void int4_rows_by_vnni(const void *product, int64_t start, int64_t end) {
+    const Product *p = product;
+    const int64_t rows = p->rows * p->parts;
+    for (int64_t output = start; output < end; output++) {
+        int64_t first = 0;
+        for (; first + 4 <= rows; first += 4) int4_bytes_output(p, output, first, 4);
+        for (; first + 2 <= rows; first += 2) int4_bytes_output(p, output, first, 2);
+        if (first < rows) int4_bytes_output(p, output, first, 1);
+    }
+}
+
+#endif

@@ -1,0 +1,1 @@
+"""Keys and values, what is known of a sequence, and its file."""

@@ -1,0 +1,140 @@
+"""Where a layer's keys or values lie: tensors of their final size, written and moved in place.
+
+Shapes: B batch, D size of a head; all parts of a store are [B, heads, tokens, ...].
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from griffin_offload.devices.host_memory import untouched_zeros
+from griffin_offload.kv_cache.sizes import KV_PIECE_TOKENS
+
+_LARGEST_INT8 = 127
+
+
+class Store:
+    """`tokens` tokens of keys or of values like `like`, [B, heads, any, D], in their own dtype."""
+
+    def __init__(self, like: Tensor, tokens: int) -> None:
+        batch, heads, _, size = like.shape
+        # Zeros: a static step reads what was never written, too, and weighs it with 0, which NaN would survive.
+        self._parts = [untouched_zeros((batch, heads, tokens, size), like.dtype, like.device)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._parts)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the parts lie: a captured graph reads and writes there."""
+        return tuple(part.data_ptr() for part in self._parts)
+
+    def suits(self, states: Tensor) -> bool:
+        """Whether tokens like `states` can be kept here."""
+        return self._parts[0].shape[:2] == states.shape[:2]
+
+    def write(self, start: int, states: Tensor) -> None:
+        self._parts[0][:, :, start : start + states.shape[-2]] = states
+
+    def put(self, place: Tensor, states: Tensor) -> None:
+        """Write one token [B, heads, 1, D] at `place` [1], which the host need not know."""
+        self._parts[0].index_copy_(2, place, states)
+
+    def read(self, start: int, end: int) -> Tensor:
+        """Tokens from `start` to `end`, [B, heads, end - start, D]."""
+        return self._parts[0][:, :, start:end]
+
+    def parts(self, tokens: int) -> list[Tensor]:
+        """Views of the first `tokens` as they are kept."""
+        return [part[:, :, :tokens] for part in self._parts]
+
+    def fill(self, parts: list[Tensor]) -> None:
+        """Begin with what `parts` of another store gave."""
+        for part, given in zip(self._parts, parts, strict=True):
+            part[:, :, : given.shape[2]] = given
+
+    def move_to_start(self, start: int, tokens: int) -> None:
+        """Move `tokens` from `start` on to the start; the two may overlap, so the first go first."""
+        for piece in _pieces(tokens if start else 0):
+            for part in self._parts:
+                source = part[:, :, piece.start + start : piece.stop + start]
+                part[:, :, piece] = source.clone()
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Make every part what `change` makes of it: for another batch."""
+        self._parts = [change(part) for part in self._parts]
+
+    def reorder(self, indices: Tensor, tokens: int) -> None:
+        for piece in _pieces(tokens):
+            for part in self._parts:
+                part[:, :, piece] = part[:, :, piece].index_select(0, indices.to(part.device))
+
+
+class Int8Store(Store):
+    """Numbers as int8 [B, heads, tokens, D], and a scale [B, heads, tokens, 1] by which they are to be multiplied."""
+
+    def __init__(self, like: Tensor, tokens: int, scratch: "DequantBuffer") -> None:
+        batch, heads, _, size = like.shape
+        self._parts = [
+            untouched_zeros((batch, heads, tokens, size), torch.int8, like.device),
+            untouched_zeros((batch, heads, tokens, 1), like.dtype, like.device),
+        ]
+        self._scratch = scratch
+        self._scratch.reserve(self._parts[0].numel())
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().replace(change)
+        self._scratch.reserve(self._parts[0].numel())
+
+    def write(self, start: int, states: Tensor) -> None:
+        numbers, scales = self._parts
+        for piece in _pieces(states.shape[-2]):
+            there = slice(start + piece.start, start + piece.stop)
+            numbers[:, :, there], scales[:, :, there] = _quantized(states[:, :, piece])
+
+    def put(self, place: Tensor, states: Tensor) -> None:
+        numbers, scale = _quantized(states)
+        self._parts[0].index_copy_(2, place, numbers.to(torch.int8))
+        self._parts[1].index_copy_(2, place, scale)
+
+    def read(self, start: int, end: int) -> Tensor:
+        numbers, scales = (part[:, :, start:end] for part in self._parts)
+        return self._scratch.take(numbers, scales.dtype).copy_(numbers).mul_(scales)
+
+
+def _quantized(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers, and the scale [B, heads, T, 1] of each token and head."""
+    exact = states.float()
+    scale = (torch.linalg.vector_norm(exact, torch.inf, dim=-1, keepdim=True) / _LARGEST_INT8).to(states.dtype)
+    scale.masked_fill_(scale == 0, 1)
+    # By the scale as it is kept: its rounding costs nothing then.
+    return (exact / scale).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8), scale
+
+
+class DequantBuffer:
+    """Room for one layer's dequantised keys, or values, which all layers of a cache take in turn."""
+
+    def __init__(self) -> None:
+        self._numbers = 0
+        self._buffer: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    def reserve(self, numbers: int) -> None:
+        """A layer will need room for so many numbers. All layers say so before the first one takes it."""
+        self._numbers = max(self._numbers, numbers)
+
+    def take(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Room in the shape of `like`, until the next one takes it."""
+        if self._buffer is None or self._buffer.numel() < self._numbers:
+            self._buffer = like.new_empty(self._numbers, dtype=dtype)
+        return self._buffer[: like.numel()].view(like.shape)
+
+
+def _pieces(tokens: int) -> Iterator[slice]:
+    """[0, tokens) in pieces: what is made of one beside the cache stays small."""
+    return (slice(start, min(start + KV_PIECE_TOKENS, tokens)) for start in range(0, tokens, KV_PIECE_TOKENS))

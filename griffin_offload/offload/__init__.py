@@ -1,0 +1,1 @@
+"""Where full weights rest, and how a layer reaches the device."""

@@ -1,0 +1,1 @@
+"""Sizes and a budget in, a plan or a named shortfall out. Pure arithmetic."""

@@ -1,0 +1,218 @@
+"""The bytes of one combination: how many neurons, slots, where the embeddings are.
+
+Two moments bind. At the end of prefill the residents, every layer's compact FF, the stream's slots, the KV cache
+and the workspace of its last chunk are on the device at once; in decode the slots are gone, unless streamed passes
+go on between tokens (exact mode, refresh). The KV cache is ours, and allocated for the whole context; a caller may
+bring transformers' growing one, which is full in decode alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from griffin_offload.blocks.sizes import ModelSizes
+from griffin_offload.config import KVBits
+from griffin_offload.kv_cache.sizes import Workload, cache_parts
+from griffin_offload.offload.weight_store import slot_bytes
+from griffin_offload.planner.request import PlanRequest
+from griffin_offload.planner.workspace import (
+    chunk_tokens,
+    graphs_bytes,
+    logits_bytes,
+    prompt_workspace_bytes,
+    statistics_bytes,
+    workspace_bytes,
+)
+
+EmbeddingDevice = Literal["device", "host"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A promise in bytes: what is resident, and the two peaks."""
+
+    density: float
+    """Kept neurons over all neurons."""
+    kept: tuple[int, ...]
+    """Kept neurons per layer."""
+    streamed: tuple[int, ...]
+    """Layers whose full FF passes through the slots for every prompt."""
+    slots: int
+    ff_chunk_tokens: int
+    """Tokens of a sequence that pass a full FF at once."""
+    embeddings: EmbeddingDevice
+    precision: str
+    context_tokens: int
+    prompt_tokens: int
+    batch: int
+    kv_bits: KVBits
+    budget_bytes: int
+    prefill_parts: dict[str, int]
+    decode_parts: dict[str, int]
+    plain_parts: dict[str, int]
+    """The residents without quantisation, for comparison."""
+    full_bytes: int
+    """All weights of the model, for comparison."""
+    streamed_bytes: int
+    """Weight bytes streamed per prompt."""
+
+    @property
+    def peak_prefill_bytes(self) -> int:
+        return sum(self.prefill_parts.values())
+
+    @property
+    def peak_decode_bytes(self) -> int:
+        return sum(self.decode_parts.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.peak_prefill_bytes, self.peak_decode_bytes)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts of whichever phase needs more: their sum is the peak."""
+        binding = self.peak_prefill_bytes >= self.peak_decode_bytes
+        return self.prefill_parts if binding else self.decode_parts
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(self.resident_parts.values())
+
+    @property
+    def resident_parts(self) -> dict[str, int]:
+        return {name: self.decode_parts[name] for name in RESIDENT_PARTS}
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Weight bytes that one token reads: residents without the embeddings, of which it reads a row, unless they
+        are the head as well."""
+        tied = self.decode_parts["head"] == 0
+        return self.resident_bytes - (0 if tied else self.decode_parts["embeddings"])
+
+    def to_json(self, remedy: str | None = None) -> dict[str, Any]:
+        """The object that `griffin-offload plan --json` prints."""
+        return {
+            "fits": self.fits,
+            "density": self.density,
+            "precision": self.precision,
+            "context_tokens": self.context_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "batch": self.batch,
+            "kv_bits": self.kv_bits,
+            "budget_bytes": self.budget_bytes,
+            "peak_prefill_bytes": self.peak_prefill_bytes,
+            "peak_decode_bytes": self.peak_decode_bytes,
+            "resident_bytes": self.resident_bytes,
+            "full_bytes": self.full_bytes,
+            "streamed_bytes": self.streamed_bytes,
+            "slots": self.slots,
+            "ff_chunk_tokens": self.ff_chunk_tokens,
+            "embeddings": self.embeddings,
+            "parts": self.parts,
+            "parts_16bit": self.plain_parts,
+            "parts_prefill": self.prefill_parts,
+            "parts_decode": self.decode_parts,
+            "remedy": remedy,
+        }
+
+
+RESIDENT_PARTS = ("attention", "norms", "embeddings", "head", "feed_forward")
+
+
+def _slot_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int], slots: int) -> int:
+    """The largest layers that can be on their way at once, and the pages one of them is copied from."""
+    if request.offloaded_in_budget:
+        return 0  # used where they rest
+    largest = sorted((slot_bytes(shape.layers[i].ff_flat_bytes) for i in streamed), reverse=True)[:slots]
+    return sum(largest) + int(max(largest, default=0) * request.stored_share)
+
+
+def _decode_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: tuple[int, ...]) -> int:
+    """Of one token, and of the streamed passes between tokens."""
+    passes = {1, min(max(use.pass_tokens, 1), use.ctx_tokens)}
+    return max(workspace_bytes(shape, request, use, tokens, use.ctx_tokens, kept) for tokens in passes)
+
+
+def _resident_parts(
+    shape: ModelSizes, kept: tuple[int, ...], embeddings: EmbeddingDevice
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights on the device by part, in their precision and in the stored one."""
+    resident = {
+        "attention": sum(layer.attention_bytes for layer in shape.layers),
+        "norms": sum(layer.norm_bytes for layer in shape.layers) + shape.other_bytes,
+        "embeddings": shape.embedding_bytes if embeddings == "device" else 0,
+        "head": shape.head_bytes,
+        "feed_forward": sum(layer.resident_ff_bytes(k) for k, layer in zip(kept, shape.layers, strict=True)),
+    }
+    plain = resident | {
+        "attention": sum(layer.plain_attention_bytes for layer in shape.layers),
+        "embeddings": shape.plain_embedding_bytes if embeddings == "device" else 0,
+        "head": shape.plain_head_bytes,
+        "feed_forward": sum(k * layer.plain_neuron_bytes for k, layer in zip(kept, shape.layers, strict=True)),
+    }
+    return resident, plain
+
+
+def price(
+    shape: ModelSizes,
+    request: PlanRequest,
+    use: Workload,
+    kept: tuple[int, ...],
+    slots: int,
+    embeddings: EmbeddingDevice,
+) -> Plan:
+    """The bytes of one combination, whether it fits or not."""
+    streamed = tuple(i for i, layer in enumerate(shape.layers) if request.always_stream or kept[i] < layer.neurons)
+    slots = min(slots, len(streamed))
+    resident, plain = _resident_parts(shape, kept, embeddings)
+    if request.offloaded_in_budget:
+        resident["offloaded"] = sum(shape.layers[i].ff_flat_bytes for i in streamed)
+    elif any(request.converted_ff):
+        resident["offloaded"] = sum(request.converted_ff[i] for i in streamed)
+    common = {
+        "states": use.batch * shape.state_bytes,
+        "logits": logits_bytes(shape, use),
+        "statistic": statistics_bytes(shape, request, use, kept, streamed),
+        "graphs": graphs_bytes(shape, request, use, kept),
+        "sessions": request.session_bytes,
+        "overhead": request.overhead_bytes,
+    }
+    kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)
+    in_slots = _slot_bytes(shape, request, streamed, slots)
+    prefill = {
+        "kv_cache": kv_cache,
+        "slots": in_slots,
+        "workspace": prompt_workspace_bytes(shape, request, use, kept) + beside,
+    }
+    kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
+    decode = {
+        "kv_cache": kv_cache,
+        "slots": in_slots if use.pass_tokens else 0,
+        "workspace": _decode_workspace_bytes(shape, request, use, kept) + beside,
+    }
+    if request.converted_bytes or any(request.converted_ff):
+        settled = sum(size for i, size in enumerate(request.converted_ff) if i not in streamed)
+        prefill["converted"], decode["converted"] = request.converted_bytes + settled, 0
+    return Plan(
+        density=sum(kept) / sum(layer.neurons for layer in shape.layers),
+        kept=kept,
+        streamed=streamed,
+        slots=slots,
+        ff_chunk_tokens=chunk_tokens(shape, request, use.batch),
+        embeddings=embeddings,
+        precision=shape.dtype if shape.precision == "none" else shape.precision,
+        context_tokens=use.ctx_tokens,
+        prompt_tokens=use.prompt_tokens,
+        batch=use.batch,
+        kv_bits=request.kv_bits,
+        budget_bytes=request.budget_bytes,
+        prefill_parts={**resident, **prefill, **common},
+        decode_parts={**resident, **decode, **common},
+        plain_parts=plain,
+        full_bytes=shape.weight_bytes,
+        streamed_bytes=sum(shape.layers[i].ff_bytes for i in streamed),
+    )

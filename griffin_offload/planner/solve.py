@@ -1,0 +1,291 @@
+"""The plan: sizes and a budget in, a density or a named shortfall out, before any weight is read."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from griffin_offload.blocks.sizes import ModelSizes
+from griffin_offload.config import FLOOR_AUTO_CTX, MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITY, NEURON_MULTIPLE
+from griffin_offload.errors import DoesNotFit, UsageError
+from griffin_offload.kv_cache.sizes import Workload
+from griffin_offload.method.selection import densities_per_layer, neurons_kept
+from griffin_offload.offload.weight_store import slot_bytes
+from griffin_offload.planner.plan import EmbeddingDevice, Plan, price
+from griffin_offload.planner.request import PlanRequest, planned_use
+from griffin_offload.units import format_bytes
+
+# One layer computes while the next one is read; one slot alone works, without the overlap.
+SLOTS = (2, 1)
+# A second slot that costs more density than this is given up for neurons: quality lasts, prefill passes. A slot is 1/L
+# of all FFs as they are stored, so this concerns models of a few layers, and 4-bit residents of a 16-bit checkpoint.
+_SECOND_SLOT_DENSITY = 0.05
+# A context that is solved comes in steps of so many tokens.
+_CTX_STEP = 64
+
+
+def make_plan(shapes: Sequence[ModelSizes], request: PlanRequest, others: Sequence[ModelSizes] = ()) -> Plan:
+    """The best plan that fits the budget; DoesNotFit names the shortfall and the remedy."""
+    plan, remedy = solve(shapes, request, others)
+    if remedy is not None:
+        raise DoesNotFit(describe_shortfall(plan, remedy))
+    return plan
+
+
+def solve(
+    shapes: Sequence[ModelSizes], request: PlanRequest, others: Sequence[ModelSizes] = ()
+) -> tuple[Plan, str | None]:
+    """The best plan that fits and None, or the smallest one that does not and what to change.
+
+    `shapes` are the model in the precisions to choose from, best first. Best is the first rung of the ladder that
+    fits: all neurons in each precision, and only then fewer neurons, as many as fit, in the last. Without
+    `ctx_tokens` that is asked at the context's floor; what is left over lengthens the context, then pays for a second
+    slot and for embeddings on the device. Where not even the last rung has room for the floor, the context shrinks.
+    So more memory never gives fewer bits or neurons, nor, with as many of both, a shorter context. `others` are
+    precisions that were not asked for: a remedy.
+    """
+    contexts = _contexts(shapes[0], request)
+    ladder = list(_ladder(shapes, request))
+    for shape, rung in ladder:
+        plan, grows = _best_quality(shape, rung, contexts.floor)
+        if plan.fits:
+            if grows:
+                plan = _lengthened(shape, rung, plan, contexts.floor, contexts.most)
+            return _with_the_rest(shape, rung, plan), None
+    plan = _lengthened(shape, rung, plan, contexts.least, contexts.floor)
+    if plan.fits:
+        return _with_the_rest(shape, rung, plan), None
+    remedy = remedy_for(shapes[-1], request, plan)
+    for shape in others:
+        if best_plan(shape, request, plan.context_tokens).fits:
+            other = f"a copy converted to {shape.precision}" if request.verifies else f"--quantize {shape.precision}"
+            return plan, f"{remedy} or {other}"
+    return plan, remedy
+
+
+def _ladder(shapes: Sequence[ModelSizes], request: PlanRequest) -> Iterator[tuple[ModelSizes, PlanRequest]]:
+    """What to try, best first: a neuron in fewer bits is worth more than none."""
+    if request.density == "auto":
+        for shape in shapes[:-1]:
+            yield shape, replace(request, density=1.0)
+        yield shapes[-1], request
+    else:
+        for shape in shapes:
+            yield shape, request
+
+
+def alternatives(shapes: Sequence[ModelSizes], request: PlanRequest, ctx_tokens: int) -> list[Plan]:
+    """The largest plan of every precision, and its dense one, that fit at `ctx_tokens`."""
+    found = [
+        best_plan(shape, replace(request, density=density), ctx_tokens) for shape in shapes for density in (1.0, "auto")
+    ]
+    return [plan for i, plan in enumerate(found) if plan.fits and plan not in found[:i]]
+
+
+@dataclass(frozen=True)
+class _Contexts:
+    """Tokens that a context may have: quality is solved at `floor`."""
+
+    least: int
+    floor: int
+    most: int
+
+
+def _contexts(shape: ModelSizes, request: PlanRequest) -> _Contexts:
+    prompt, given = request.prompt_tokens or 0, request.ctx_tokens
+    if given is not None:
+        if prompt > given:
+            raise UsageError(f"a prompt of {prompt} tokens exceeds the context of {given}")
+        if given > shape.max_positions:
+            raise UsageError(f"a context of {given} tokens is more than the model's {shape.max_positions}")
+        return _Contexts(given, given, given)
+    most = min(MAX_AUTO_CTX, shape.max_positions)
+    if prompt > most:
+        raise UsageError(f"a prompt of {prompt} tokens exceeds the largest context, {most}")
+    return _Contexts(*(max(min(tokens, most), prompt) for tokens in (MIN_AUTO_CTX, FLOOR_AUTO_CTX, most)))
+
+
+def best_plan(shape: ModelSizes, request: PlanRequest, ctx_tokens: int) -> Plan:
+    """The best plan at `ctx_tokens`; when none fits, the smallest one (its `fits` is False)."""
+    return _with_the_rest(shape, request, _best_quality(shape, request, ctx_tokens)[0])
+
+
+def _best_quality(shape: ModelSizes, request: PlanRequest, ctx_tokens: int) -> tuple[Plan, bool]:
+    """As many neurons as fit at `ctx_tokens`, and whether what is left over may lengthen the context: not where it was
+    too little for the slots. When none fits, the smallest plan."""
+    use = _use(request, ctx_tokens)
+    placement = _placements(shape, request)[-1]
+    for rung in _rungs(shape, request):
+        plan = _largest_fitting(shape, request, use, rung.choices, rung.slots, placement)
+        if plan is not None:
+            return plan, rung.grows
+    return price(shape, request, use, rung.choices[0], rung.slots, placement), rung.grows
+
+
+def _lengthened(shape: ModelSizes, request: PlanRequest, plan: Plan, least: int, most: int) -> Plan:
+    """`plan` with the longest context from `least` to `most` tokens that fits; with `least` where none does."""
+    lengths = sorted({least, most, *range(-(-least // _CTX_STEP) * _CTX_STEP, most, _CTX_STEP)})
+
+    def of_length(tokens: int) -> Plan:
+        return replan_for(shape, request, plan, _use(request, tokens))
+
+    return _last_fitting(len(lengths), lambda i: of_length(lengths[i])) or of_length(least)
+
+
+def _with_the_rest(shape: ModelSizes, request: PlanRequest, plan: Plan) -> Plan:
+    """`plan` with what makes it faster and nothing better, as far as there is room: a second slot, then embeddings on
+    the device."""
+    use = _use(request, plan.context_tokens)
+    for slots, placement in ((SLOTS[0], plan.embeddings), (plan.slots, "device")):
+        richer = price(shape, request, use, plan.kept, max(slots, plan.slots), placement)
+        if plan.fits and richer.fits:
+            plan = richer
+    return plan
+
+
+def _use(request: PlanRequest, ctx_tokens: int) -> Workload:
+    prompt = ctx_tokens if request.prompt_tokens is None else request.prompt_tokens
+    return planned_use(request, prompt, ctx_tokens)
+
+
+class _Choices(Sequence[tuple[int, ...]]):
+    """Kept neurons per layer, made when asked for: a config may promise more neurons than a list has room for."""
+
+    def __init__(self, neurons: tuple[int, ...], kept_of_widest: Sequence[int]) -> None:
+        self._neurons, self._kept, self._widest = neurons, kept_of_widest, max(neurons)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        density = self._kept[index] / self._widest
+        return tuple(neurons_kept(neurons, density) for neurons in self._neurons)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Kept neurons to choose from (ascending) with so many slots."""
+
+    choices: Sequence[tuple[int, ...]]
+    slots: int
+    grows: bool = True
+    """Whether the context may grow: not where one slot is all there is room for, so that it does not have to shrink
+    for the second one when there is more."""
+
+
+def _rungs(shape: ModelSizes, request: PlanRequest) -> Iterator[_Candidate]:
+    """Best first. Which of them has two slots is a matter of the model, not of the budget: with more memory a second
+    one must not cost neurons."""
+    two, one = SLOTS
+    everything = tuple(layer.neurons for layer in shape.layers)
+    if request.density != "auto":
+        densities = densities_per_layer(request.density, len(shape.layers))
+        everything = tuple(neurons_kept(f, d) for f, d in zip(everything, densities, strict=True))
+    yield _Candidate([everything], two)
+    yield _Candidate([everything], one, grows=False)
+    if request.density != "auto":
+        return
+    choices = pruned_choices(shape)
+    if _second_slot_density(shape, request) > _SECOND_SLOT_DENSITY:
+        yield _Candidate(choices, one)
+        return
+    yield _Candidate(choices, two)
+    yield _Candidate([choices[0]], one, grows=False)
+
+
+def _second_slot_density(shape: ModelSizes, request: PlanRequest) -> float:
+    """What a second slot costs in kept neurons, at most."""
+    if request.offloaded_in_budget:
+        return 0.0  # there are no slots
+    slot = slot_bytes(max(layer.ff_flat_bytes for layer in shape.layers))
+    return slot / max(sum(layer.neurons * layer.neuron_bytes for layer in shape.layers), 1)
+
+
+def _placements(shape: ModelSizes, request: PlanRequest) -> tuple[EmbeddingDevice, ...]:
+    """Where the embeddings may be, the cheapest last: a token looks up a few kB of them."""
+    return ("device",) if shape.tied or not request.host_embeddings else ("device", "host")
+
+
+def pruned_choices(shape: ModelSizes) -> Sequence[tuple[int, ...]]:
+    """Kept neurons per layer for every density the planner considers, ascending, all below 1."""
+    widest = max(layer.neurons for layer in shape.layers)
+    step = NEURON_MULTIPLE if widest % NEURON_MULTIPLE == 0 and widest >= 4 * NEURON_MULTIPLE else 1
+    lowest = math.ceil(widest * MIN_AUTO_DENSITY / step) * step
+    kept_of_widest = range(lowest, widest, step) or [widest]  # one neuron a layer leaves no choice
+    return _Choices(tuple(layer.neurons for layer in shape.layers), kept_of_widest)
+
+
+def _largest_fitting(
+    shape: ModelSizes,
+    request: PlanRequest,
+    use: Workload,
+    choices: Sequence[tuple[int, ...]],
+    slots: int,
+    embeddings: EmbeddingDevice,
+) -> Plan | None:
+    return _last_fitting(len(choices), lambda i: price(shape, request, use, choices[i], slots, embeddings))
+
+
+def _last_fitting(count: int, plan_of: Callable[[int], Plan]) -> Plan | None:
+    """The last of `count` plans that fits, by bisection: their peaks grow. None where none does."""
+    low, high, best = 0, count - 1, None
+    while low <= high:
+        middle = (low + high + 1) // 2
+        plan = plan_of(middle)
+        if plan.fits:
+            best, low = plan, middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def replan_for(shape: ModelSizes, request: PlanRequest, plan: Plan, use: Workload) -> Plan:
+    """The same residents under another use (batch, prompt, context); its `fits` says whether it is allowed."""
+    return price(shape, as_loaded(request, plan), use, plan.kept, plan.slots, plan.embeddings)
+
+
+def as_loaded(request: PlanRequest, plan: Plan) -> PlanRequest:
+    """The request with what was solved when the model was loaded, and is fixed since."""
+    return replace(request, ff_chunk_tokens=plan.ff_chunk_tokens)
+
+
+def describe_shortfall(plan: Plan, remedy: str) -> str:
+    """The line a user sees when `plan` does not fit."""
+    parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in _by_size(plan.parts))
+    return (
+        f"needs {format_bytes(plan.peak_bytes)}, budget {format_bytes(plan.budget_bytes)} "
+        f"(density {plan.density:.2f}, context {plan.context_tokens}: {parts}): try {remedy}"
+    )
+
+
+def _by_size(parts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(((n, b) for n, b in parts.items() if b), key=lambda item: -item[1])
+
+
+def remedy_for(shape: ModelSizes, request: PlanRequest, plan: Plan) -> str:
+    """What to change so that `plan`'s model fits: the budget, always, and a context or density that would do."""
+    remedies = [f"--max-gpu-mem {_rounded_up(plan.peak_bytes)}"]
+    if request.density != "auto":
+        automatic = best_plan(shape, replace(request, density="auto"), plan.context_tokens)
+        if automatic.fits:
+            remedies.append(f"--density {math.floor(automatic.density * 100) / 100:.2f} or auto")
+    context = plan.context_tokens // 2
+    # With a prompt in hand the context is not ours to shorten.
+    while request.prompt_tokens is None and context >= 2:
+        if best_plan(shape, request, context).fits:
+            remedies.append(f"--ctx-size {context}")
+            break
+        context //= 2
+    if (
+        request.offloaded_in_budget
+        and best_plan(shape, replace(request, offloaded_in_budget=False), plan.context_tokens).fits
+    ):
+        remedies.append("--offload disk")
+    return " or ".join(remedies)
+
+
+def _rounded_up(size_bytes: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        if size_bytes >= factor:
+            return f"{math.ceil(size_bytes / factor * 10) / 10:.1f}{unit}"
+    return f"{math.ceil(size_bytes / 1000)}kB"

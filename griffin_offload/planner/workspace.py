@@ -1,0 +1,159 @@
+"""Bytes that live for a moment: activations, the statistic, scratch, logits."""
+
+from collections.abc import Sequence
+
+from griffin_offload.blocks.sizes import ModelSizes
+from griffin_offload.formats.base import BLOCK_NUMBERS
+from griffin_offload.formats.gather import CHUNK
+from griffin_offload.formats.int4 import STRIP
+from griffin_offload.kv_cache.sizes import Workload
+from griffin_offload.method.statistic import ROWS_AT_ONCE
+from griffin_offload.planner.request import PlanRequest
+
+# Chunks of tokens come in multiples of this: the GEMM kernels' row blocks.
+CHUNK_MULTIPLE = 16
+# FF activations of one chunk take at most this share of a slot, and a chunk at most so many tokens.
+_CHUNK_SHARE_OF_SLOT = 0.25
+_MAX_CHUNK_TOKENS = 512
+_MAX_SCRATCH_BYTES = 16 * 2**20
+# Captured CUDA graphs that are kept: KV caches times length buckets.
+MAX_GRAPHS = 8
+# A workspace of cuBLAS for the stream that captures (32 MiB on Hopper), one more of cuBLASLt, and rounding.
+_GRAPH_POOL_BYTES = 80 * 2**20
+# What the driver keeps of one kernel, and kernels of a layer: estimates, beside which benchmarks/gpu.py puts figures.
+_GRAPH_NODE_BYTES, _GRAPH_NODES = 1024, 64
+_FLOAT_BYTES = 4
+_INDEX_BYTES = 8
+
+
+def prompt_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int]) -> int:
+    """The workspace of a prompt's pass; where prompts are continued, of one whose first half has passed before, too:
+    attention then needs a mask."""
+    pasts = {use.past_tokens, use.prompt_tokens // 2} if request.continued else {use.past_tokens}
+    seen = use.prompt_tokens
+    return max(workspace_bytes(shape, request, use, seen - past, seen, kept) for past in pasts)
+
+
+def workspace_bytes(
+    shape: ModelSizes, request: PlanRequest, use: Workload, new_tokens: int, seen_tokens: int, kept: Sequence[int]
+) -> int:
+    """Activations alive at once while `new_tokens` per sample pass a layer, and the statistic beside them; attention
+    reads `seen_tokens`, of which they are the last.
+
+    An upper estimate by counting: hidden states (residual, normed, two float32 copies in the norm, output),
+    queries, keys, values and their rotated copies, then either the attention's masks and scores, or a recurrence's
+    scan, or one FF chunk.
+    """
+    tokens, item = use.batch * new_tokens, shape.item_bytes
+    chunk = chunk_tokens(shape, request, use.batch)
+    blocks = request.translated or shape.precision != "none"
+    translation = _translation_bytes(shape, use, new_tokens, chunk) if blocks else 0
+    hidden = tokens * shape.hidden_size * (5 * item + 2 * _FLOAT_BYTES)
+    projections = tokens * 2 * (shape.attention_width + shape.kv_width) * item
+    mixing = tokens * max(layer.mixing_bytes for layer in shape.layers)
+    ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
+    neurons = max(layer.neurons for layer in shape.layers)
+    activations = _activation_bytes(shape, ff_tokens)
+    rows = min(new_tokens, ROWS_AT_ONCE) if shape.inline_ff else min(new_tokens, chunk, ROWS_AT_ONCE)
+    statistic = use.batch * neurons * _FLOAT_BYTES * (rows + 8)
+    selection = sum(kept) * _INDEX_BYTES
+    masks = _score_bytes(shape, use, new_tokens, seen_tokens)
+    if new_tokens == 1:
+        masks += _one_token_bytes(shape, use, seen_tokens)
+    streamed = request.always_stream or any(k < n.neurons for k, n in zip(kept, shape.layers, strict=True))
+    gathering = _gather_bytes(shape) if streamed and new_tokens > 1 else 0
+    return hidden + max(projections + masks, mixing, activations + statistic, gathering) + selection + translation
+
+
+def _gather_bytes(shape: ModelSizes) -> int:
+    """Chunks of a matrix on their way into a quantised layout: as stored, packed, and float32 blocks."""
+    if shape.precision == "none":
+        return 0
+    neurons = max(layer.neurons for layer in shape.layers)
+    numbers = max(min(CHUNK, neurons) * shape.hidden_size, min(CHUNK, shape.hidden_size) * neurons)
+    return numbers * (shape.item_bytes + 2) + 3 * min(numbers, BLOCK_NUMBERS) * _FLOAT_BYTES
+
+
+def scratch_bytes(shape: ModelSizes) -> int:
+    """The scratch that linear layers share which multiply block by block: small against a slot, inside a cache."""
+    layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
+    row_bytes = max(shape.hidden_size, layer.neurons) * _FLOAT_BYTES
+    if shape.precision == "int4":
+        row_bytes *= STRIP  # which are unpacked whole
+    return max(row_bytes, min(layer.ff_bytes // 8, _MAX_SCRATCH_BYTES))
+
+
+def _translation_bytes(shape: ModelSizes, use: Workload, new_tokens: int, chunk: int) -> int:
+    """The scratch, a copy of a layer's input, scaled or in float32, and the product with one block."""
+    tokens, scratch = use.batch * new_tokens, scratch_bytes(shape)
+    neurons = max(layer.neurons for layer in shape.layers)
+    ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
+    widest = max(tokens * max(shape.hidden_size, shape.attention_width), ff_tokens * neurons)
+    product = max(tokens * scratch // min(shape.hidden_size, neurons), tokens * shape.hidden_size * _FLOAT_BYTES)
+    return scratch + widest * _FLOAT_BYTES + product
+
+
+def chunk_tokens(shape: ModelSizes, request: PlanRequest, batch: int) -> int:
+    """Tokens of each sequence that pass a full FF at once."""
+    if request.ff_chunk_tokens is not None:
+        return request.ff_chunk_tokens
+    layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
+    token_bytes = _activation_bytes(shape, batch)
+    fitting = int(layer.ff_bytes * _CHUNK_SHARE_OF_SLOT / token_bytes)
+    rounded = fitting // CHUNK_MULTIPLE * CHUNK_MULTIPLE
+    return max(CHUNK_MULTIPLE, min(rounded, _MAX_CHUNK_TOKENS))
+
+
+def _activation_bytes(shape: ModelSizes, tokens: int) -> int:
+    """FF activations of `tokens`: gate, up, the activated gate and the product, or two of them without a gate."""
+    neurons = max(layer.neurons for layer in shape.layers)
+    return tokens * neurons * shape.item_bytes * (4 if shape.gated else 2)
+
+
+def _score_bytes(shape: ModelSizes, use: Workload, new_tokens: int, seen_tokens: int) -> int:
+    per_head = use.batch * new_tokens * seen_tokens
+    if shape.materialises_scores:
+        return per_head * shape.heads * (3 * shape.item_bytes + _FLOAT_BYTES)
+    # A mask is built for padded batches, for windows, and behind a filled cache; else attention is causal without one.
+    windows = any(layer.window is not None for layer in shape.layers)
+    if use.batch == 1 and not windows and not 1 < new_tokens < seen_tokens:
+        return 0
+    # With a mask, keys and values are repeated for every head that shares them.
+    width = 2 * shape.attention_width if shape.attention_width > shape.kv_width // 2 else 0
+    if windows and 1 < new_tokens < seen_tokens:
+        width += shape.kv_width  # a window's past and many new tokens are put together beside the KV cache
+    return per_head * (1 + shape.item_bytes) + use.batch * seen_tokens * width * shape.item_bytes
+
+
+def _one_token_bytes(shape: ModelSizes, use: Workload, seen_tokens: int) -> int:
+    """What the CPU's attention of one token has in float32: queries, results, scores and a mask."""
+    return use.batch * (2 * shape.attention_width + 2 * shape.heads * seen_tokens) * _FLOAT_BYTES
+
+
+def graphs_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int]) -> int:
+    """Of captured decode steps: their common pool, which holds one token's workspace for good, and each one's kernels
+    and logits. Their attention always has a mask."""
+    if not request.graphs:
+        return 0
+    step = workspace_bytes(shape, request, use, 1, use.ctx_tokens, kept)
+    scores = use.batch * use.ctx_tokens * shape.heads * (shape.item_bytes + _FLOAT_BYTES)
+    logits = use.batch * shape.vocab_size * shape.item_bytes
+    nodes = len(shape.layers) * _GRAPH_NODES * _GRAPH_NODE_BYTES
+    return _GRAPH_POOL_BYTES + step + scores + MAX_GRAPHS * (logits + nodes)
+
+
+def statistics_bytes(
+    shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int], streamed: Sequence[int]
+) -> int:
+    """What outlives a pass: tables of s^2 and of norms, and marks."""
+    table = use.batch * sum(shape.layers[i].neurons for i in streamed) * _FLOAT_BYTES
+    mark = table + sum(kept[i] for i in streamed) * _INDEX_BYTES + shape.vocab_size * _FLOAT_BYTES
+    return (use.statistics + request.weight_norms) * table + use.marks * mark
+
+
+def logits_bytes(shape: ModelSizes, use: Workload) -> int:
+    """Scores of the last position: the model's own, float32 copies, and what sampling sorts, indices included; of
+    further positions the model's own; and those that are kept for the caller."""
+    last = shape.vocab_size * (shape.item_bytes + 6 * _FLOAT_BYTES + 2 * _INDEX_BYTES)
+    others = (use.logit_positions - 1) * shape.vocab_size * (shape.item_bytes + _FLOAT_BYTES)
+    return use.batch * (last + others + use.kept_scores * shape.vocab_size * _FLOAT_BYTES)

@@ -1,1 +1,0 @@
-"""Floor 5: moving bytes, the streamed pass, the loaded model."""

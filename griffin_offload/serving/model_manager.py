@@ -1,0 +1,184 @@
+"""The loaded model: loaded when it is needed, as it was the first time, and given back when it is not."""
+
+import contextlib
+import functools
+import gc
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from griffin_offload.config import LoadConfig
+from griffin_offload.devices.memory import give_back_freed
+from griffin_offload.engine.generation import end_tokens
+from griffin_offload.engine.model import GriffinModel
+from griffin_offload.engine.spec import examine, plan_for
+from griffin_offload.errors import GriffinError, ModelError
+from griffin_offload.method.selection import neurons_kept
+from griffin_offload.planner.plan import Plan
+from griffin_offload.serving.api_errors import ApiError
+from griffin_offload.serving.prefix_cache import PrefixCache
+from griffin_offload.units import parse_size
+
+
+@dataclass
+class LoadedModel:
+    """A model on the device, and the contexts that belong to it."""
+
+    model: GriffinModel
+    sessions: PrefixCache | None
+    """None for models of which no context can be kept."""
+
+    @functools.cached_property
+    def chat_ends(self) -> frozenset[int]:
+        """Tokens that end an answer in a chat."""
+        return self._ends(chat=True)
+
+    @functools.cached_property
+    def text_ends(self) -> frozenset[int]:
+        """Tokens that end the completion of a text."""
+        return self._ends(chat=False)
+
+    def _ends(self, *, chat: bool) -> frozenset[int]:
+        model = self.model
+        return frozenset(end_tokens(model.tokenizer, model.generation_config, model.engine.shape.vocab_size, chat=chat))
+
+    @property
+    def host_budget_bytes(self) -> int:
+        """What was allowed of the host's memory; 0 if nothing was said."""
+        if self.model.device.type == "cpu":
+            return self.model.plan.budget_bytes
+        allowed = self.model.engine.loaded.layers.config.max_cpu_mem
+        if allowed is None:
+            return 0
+        host = psutil.virtual_memory()
+        return parse_size(allowed, total_bytes=host.total, free_bytes=host.available)
+
+
+class ModelManager:
+    """Belongs to the worker's thread. `options` are `LoadConfig`'s.
+
+    What the planner solved when the model was loaded first (density, precision, context) stays: a later load fits the
+    same budget, or fails. A request may name another density; the model is loaded anew for it, and again for the next
+    request that names none.
+    """
+
+    def __init__(self, model: str | Path, options: Mapping[str, Any], most_sessions: int) -> None:
+        self._model, self._options = model, dict(options) | {"keep_prompts": True}
+        self._most_sessions = most_sessions
+        self._neurons: list[int] = []
+        self.held: LoadedModel | None = None
+        self._tokenizer: Any = None
+        self.loads = 0
+        self.unusable = False
+        """Whether the last attempt to load failed."""
+
+    def first(self) -> LoadedModel:
+        """Load, and fix what was solved. Any GriffinError of loading."""
+        held = self._load(self._options)
+        _warn_of_penalties(held.model.generation_config)
+        model, plan = held.model, held.model.plan
+        shape = model.engine.shape
+        self._neurons = [layer.neurons for layer in shape.layers]
+        self._model = model.directory
+        self._options |= {
+            "max_gpu_mem": plan.budget_bytes,
+            "density": [kept / neurons for kept, neurons in zip(plan.kept, self._neurons, strict=True)],
+            "quantize": shape.precision,
+            "ctx_size": plan.context_tokens,
+            "session_mem": plan.decode_parts["sessions"] or None,
+        }
+        if model.device.type == "cpu":
+            self._options["max_cpu_mem"] = None
+        return held
+
+    def get(self, density: float | None) -> LoadedModel:
+        """The model, at `density` or the one that it was first loaded with. Failure 400 with the numbers, and nothing
+        is changed, if that density does not fit; 503 if loading fails."""
+        options = dict(self._options)
+        if density is not None and self._kept(density) != self._kept_first:
+            options["density"] = density
+        wanted = self._kept(options["density"])
+        if self.held is not None and self.held.model.plan.kept == wanted:
+            return self.held
+        if density is not None:
+            self._check_plan(options, density)
+        self.unload()
+        try:
+            return self._load(options)
+        except GriffinError as error:
+            self.unusable = True
+            self.unload()
+            # Files may have changed or gone; their paths are nothing for clients.
+            reason = "its checkpoint cannot be used any more" if isinstance(error, ModelError) else str(error)
+            raise ApiError(503, f"the model cannot be loaded: {reason}", code="model_unavailable") from error
+
+    def unload(self) -> None:
+        """Give the model's memory back."""
+        if self.held is None:
+            return
+        cuda = self.held.model.device.type == "cuda"
+        if self.held.sessions is not None:
+            self.held.sessions.drop_all()
+        self.held.model.close()
+        self.held = None
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+        give_back_freed()
+
+    @property
+    def _kept_first(self) -> tuple[int, ...]:
+        return self._kept(self._options["density"])
+
+    def _kept(self, density: Any) -> tuple[int, ...]:
+        densities = density if isinstance(density, list) else [density] * len(self._neurons)
+        return tuple(neurons_kept(n, d) for n, d in zip(self._neurons, densities, strict=True))
+
+    def _check_plan(self, options: dict[str, Any], density: float) -> None:
+        try:
+            plan_for(examine(self._model, LoadConfig(**options)))
+        except ModelError as error:
+            raise ApiError(503, "the model's checkpoint cannot be used any more", code="model_unavailable") from error
+        except GriffinError as error:
+            raise ApiError(400, f"density {density:g}: {error}", param="density", code="does_not_fit") from error
+
+    def _load(self, options: dict[str, Any]) -> LoadedModel:
+        model = GriffinModel.from_pretrained(self._model, **options)
+        if self._tokenizer is None:
+            self._tokenizer = model.tokenizer  # the encoder's, too, so it stays when the model goes
+        model.tokenizer = self._tokenizer
+        self.loads, self.unusable = self.loads + 1, False
+        sessions = None
+        with contextlib.suppress(GriffinError):  # layers whose past cannot be taken back: every prompt from its start
+            model.new_context()
+            sessions = PrefixCache(model.new_context, session_limit(model.plan), self._most_sessions)
+        self.held = LoadedModel(model, sessions)
+        return self.held
+
+
+NO_PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+}
+"""Arguments of `generate`: clients cannot ask for penalties, so they get none that they did not ask for."""
+
+
+def _warn_of_penalties(settings: Any) -> None:
+    found = {name: getattr(settings, name, None) for name in NO_PENALTIES}
+    asked = [f"{name} {value}" for name, value in found.items() if value not in (None, NO_PENALTIES[name])]
+    if asked:
+        what = f"the checkpoint's generation settings ask for {', '.join(asked)}"
+        warnings.warn(f"{what}: the server has no penalties and leaves them out", stacklevel=2)
+
+
+def session_limit(plan: Plan) -> int:
+    """Bytes for contexts beside the one in use: what was set aside for them, and what the plan has left over."""
+    return plan.budget_bytes - plan.peak_bytes + plan.parts["sessions"]

@@ -1,0 +1,68 @@
+"""Models whose past is not where decoding needs it are refused by the true reason, before a weight is read."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.sizes import build_on_meta, model_shape
+from griffin_offload.errors import UnsupportedModel
+
+_SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 64}
+_HEADS: dict[str, Any] = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
+_GRIFFIN = {"attention_window_size": 8, "block_types": ["recurrent", "attention"], "head_dim": 8}
+_REASONS = {
+    "no KV cache at all": (hf.OpenAIGPTConfig(n_embd=32, n_head=4, n_layer=2, vocab_size=64), "has no KV cache: decod"),
+    "a state in its modules": (
+        hf.RecurrentGemmaConfig(**_HEADS, lru_width=32, **_GRIFFIN),
+        "keeps the past of its recurrent layers in its modules, not in a cache",
+    ),
+    "no feed-forward block": (hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64), "has 0 FF blocks"),
+    "experts": (hf.MixtralConfig(**_HEADS, num_local_experts=4), r"mixture-of-experts parameters \(mlp\.experts\."),
+    "experts beside convolutions": (
+        hf.Lfm2MoeConfig(
+            **_HEADS,
+            moe_intermediate_size=32,
+            num_experts=4,
+            num_experts_per_tok=2,
+            num_dense_layers=1,
+            layer_types=["conv", "full_attention"],
+        ),
+        r"mixture-of-experts parameters \(feed_forward\.experts\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(_REASONS))
+def test_the_true_reason_is_named(name: str):
+    config, words = _REASONS[name]
+    with pytest.raises(UnsupportedModel, match=words) as refused:
+        model_shape(build_on_meta(config, torch.float32))
+    assert ("mixture-of-experts" in str(refused.value)) == name.startswith("experts")
+
+
+def test_layers_of_different_heads_are_counted_one_by_one():
+    config = hf.Gemma4TextConfig(
+        **_HEADS,
+        head_dim=8,
+        global_head_dim=16,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=16,
+    )
+    shape = model_shape(build_on_meta(config, torch.float32))
+    assert [shape.kv_width_of(layer) for layer in shape.layers] == [2 * 2 * 8, 2 * 2 * 16]
+    assert [layer.window for layer in shape.layers] == [16, None]
+    assert (shape.kv_width, shape.attention_width) == (64, 4 * 16)
+
+
+def test_the_text_decoder_is_found_beside_a_tower_of_as_many_layers():
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4}
+    text = {**_HEADS, "head_dim": 8}
+    config = hf.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4)
+    model = build_on_meta(config, torch.float32)
+    decoder, _ = find_feed_forwards(model, 2)
+    assert {type(layer).__name__ for layer in decoder} == {"Gemma3DecoderLayer"}

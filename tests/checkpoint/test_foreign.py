@@ -1,0 +1,99 @@
+"""What people try first that cannot be loaded: each is named, and what to do instead."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from griffin_offload.checkpoint.base import open_checkpoint, read_config
+from griffin_offload.errors import ModelNotFound, UnsupportedModel
+
+_METHODS: dict[str, tuple[dict[str, Any], str]] = {
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, r"awq \(4 bit\)"),
+    "gptq": ({"quant_method": "gptq", "bits": 3, "group_size": 128}, r"gptq \(3 bit\)"),
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"bitsandbytes \(8 bit\)"),
+    "bitsandbytes of old": ({"load_in_4bit": True}, r"bitsandbytes \(4 bit\)"),
+    "fp8": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, r"fp8 \(e4m3\)"),
+    "mxfp4": ({"quant_method": "mxfp4"}, "mxfp4"),
+    "compressed": (
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        r"compressed-tensors \(float-quantized\)",
+    ),
+    "no name": ({"scheme": "mine"}, "a method that its config.json does not name"),
+}
+
+
+@pytest.fixture
+def copy(checkpoints, tmp_path: Path) -> Path:
+    """A checkpoint of one file that may be changed."""
+    source, target = checkpoints("llama2", torch.bfloat16, 1), tmp_path / "copy"
+    target.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (target / file).write_bytes((source / file).read_bytes())
+    return target
+
+
+def _say(directory: Path, **entries: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | entries))
+
+
+@pytest.mark.parametrize("name", list(_METHODS))
+def test_others_quantisation_is_named_by_its_method(name: str, copy: Path):
+    said, words = _METHODS[name]
+    _say(copy, quantization_config=said)
+    message = f"is quantised by {words}: only 16, 32 and 64 bit floats .* take the checkpoint it was made from"
+    with pytest.raises(UnsupportedModel, match=message):
+        open_checkpoint(copy)
+    with pytest.raises(UnsupportedModel, match=message):
+        read_config(copy / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [(torch.float8_e4m3fn, "FP8, F8_E4M3"), (torch.int8, "8-bit integers, I8"), (torch.uint8, "packed bytes, U8")],
+)
+def test_numbers_that_are_no_floats_are_named(dtype: torch.dtype, words: str, copy: Path):
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(copy / "model.safetensors").items()}
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(UnsupportedModel, match=rf"is quantised \({words}\)"):
+        open_checkpoint(copy)
+
+
+def test_gguf_is_known_by_its_first_bytes_and_by_its_name(copy: Path):
+    renamed = copy / "weights"
+    renamed.write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(UnsupportedModel, match=r"weights is a GGUF file .* gguf_file='weights'"):
+        open_checkpoint(renamed)
+    renamed.rename(copy / "tiny.Q4_K_M.gguf")
+    open_checkpoint(copy)  # beside a checkpoint it is nobody's business
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModel, match=r"tiny\.Q4_K_M\.gguf is a GGUF file"):
+        open_checkpoint(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(UnsupportedModel, match=r"tiny\.Q4_K_M\.gguf is a GGUF file"):
+        open_checkpoint(copy)
+    other = copy / "adapter.bin"
+    other.write_bytes(b"PK")
+    with pytest.raises(ModelNotFound, match="is a file: give the checkpoint's directory"):
+        open_checkpoint(other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("qwen2_5_vl", r"vision-language model \(qwen2_5_vl\), whose language model is qwen2_5_vl_text: only text"),
+        ("llava", "vision-language model"),
+        ("t5", r"encoder-decoder model \(t5\): only models that are a decoder alone"),
+        ("bart", r"encoder-decoder model \(bart\)"),
+        ("vit", "of a vit model, which transformers knows no causal language model of"),
+    ],
+)
+def test_other_kinds_of_models_are_named(kind: str, words: str, copy: Path):
+    transformers.AutoConfig.for_model(kind).save_pretrained(copy)
+    with pytest.raises(UnsupportedModel, match=words):
+        open_checkpoint(copy)

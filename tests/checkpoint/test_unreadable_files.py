@@ -1,0 +1,170 @@
+"""Files of a checkpoint that cannot be used: the reason is the true one, whichever library met it."""
+
+import errno
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from griffin_offload.checkpoint import tokenizer
+from griffin_offload.checkpoint.base import open_checkpoint
+from griffin_offload.checkpoint.config_files import read_generation_config
+from griffin_offload.checkpoint.tokenizer import load_tokenizer
+from griffin_offload.errors import CheckpointError, GriffinError, limit_reached
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4976698\n"
+SHARD, INDEX = "model-00001-of-00003.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture
+def copy(checkpoints: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoints("llama2"), tmp_path / "copy"))
+
+
+def use(directory: Path) -> None:
+    """Everything that is read before a weight."""
+
+    class Model:
+        generation_config = None
+
+    open_checkpoint(directory)
+    load_tokenizer(directory)
+    read_generation_config(Model(), directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", INDEX, SHARD, "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
+def test_pointers_of_git_lfs(copy: Path, name: str):
+    assert (copy / name).is_file()
+    (copy / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name} is a pointer of git-lfs.*git lfs pull"):
+        use(copy)
+
+
+def test_a_template_that_is_a_pointer_is_no_template(copy: Path):
+    """Any text is a template: without a check it would be every prompt."""
+    (copy / "chat_template.jinja").write_text(POINTER)
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is a pointer"):
+        load_tokenizer(copy)
+
+
+def test_pointers_that_nobody_reads_do_not_matter(copy: Path):
+    for name in ("pytorch_model.bin", "tokenizer.model", "picture.png"):
+        (copy / name).write_text(POINTER)
+    use(copy)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "<!DOCTYPE html><html>", '{"version": "1.0", "add'], ids=["none", "page", "cut"]
+)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_damaged_tokenizers_are_named(copy: Path, name: str, content: str):
+    (copy / name).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{name} \({len(content)} bytes\) is truncated or damaged"):
+        load_tokenizer(copy)
+
+
+PACKAGES = [
+    ("tokenizer.model", [], "pip install sentencepiece protobuf"),
+    ("spiece.model", ["sentencepiece"], "pip install protobuf"),
+    ("qwen.tiktoken", [], "pip install tiktoken"),
+    ("tekken.json", [], "pip install mistral-common"),
+    ("tokenizer.model", ["sentencepiece", "google.protobuf"], "tokenizer.model"),
+]
+
+
+@pytest.mark.parametrize(("name", "installed", "advice"), PACKAGES)
+def test_packages_that_old_tokenizers_need(copy: Path, monkeypatch, name: str, installed: list[str], advice: str):
+    for path in copy.glob("*token*"):
+        path.unlink()
+    (copy / name).write_text("{}")
+
+    def find(module: str) -> object:
+        if module not in installed and module.startswith("google"):
+            raise ModuleNotFoundError(module)
+        return importlib.util.find_spec("json") if module in installed else None
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file")  # what transformers says of all of them
+
+    monkeypatch.setattr(tokenizer, "find_spec", find)
+    monkeypatch.setattr(tokenizer.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(CheckpointError, match=advice) as caught:
+        load_tokenizer(copy)
+    assert ("pip install" in str(caught.value)) == (len(installed) < 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no users as POSIX has them")
+@pytest.mark.parametrize("name", ["config.json", INDEX, SHARD, "tokenizer.json", "generation_config.json"])
+def test_files_of_another_user(copy: Path, name: str):
+    """Mode 600, as the safetensors library writes files; root may read everything, so the question is another's."""
+    private = copy / name
+    for path in copy.iterdir():
+        path.chmod(0o644)
+    for parent in (copy, *copy.parents[:4]):  # one of them is of a process among several
+        if parent.owner() == private.owner() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    readable = shutil.copytree(copy, copy.with_name("readable"))
+    (readable / name).chmod(0o644)
+    use(readable)  # what is imported late is read before the rights are given up
+    private.chmod(0o600 if os.geteuid() == 0 else 0)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = "nothing was wrong"
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            use(copy)
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(write, said.encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    said = os.read(read, 10_000).decode()
+    os.close(read)
+    assert said.startswith("CheckpointError: "), said
+    assert f"{name} cannot be read: Permission denied (mode " in said
+    assert "damaged" not in said
+
+
+LIMITS = [
+    (OSError(errno.EMFILE, "Too many open files"), "open files"),
+    (OSError(errno.ENFILE, "Too many open files in system"), "open files"),
+    (ValueError("Error while deserializing: Too many open files (os error 24)"), "open files"),
+    (RuntimeError("can't start new thread"), "threads"),
+    (OSError(errno.ENOENT, "No such file or directory"), None),
+    (GriffinError("says a user's path: Too many open files"), None),
+]
+
+
+@pytest.mark.parametrize(("error", "words"), LIMITS, ids=str)
+def test_limits_of_the_process(error: BaseException, words: str | None):
+    found = limit_reached(error)
+    assert (found is None) == (words is None)
+    assert words is None or words in found
+
+
+def test_a_shard_that_could_not_be_opened_is_not_called_damaged(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    real = Path.open
+
+    def full(path: Path, *arguments: object, **options: object) -> object:
+        if path.name == SHARD:
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return real(path, *arguments, **options)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr("griffin_offload.checkpoint.safetensors.safe_open", fail)
+    with pytest.raises(CheckpointError, match=rf"{SHARD} cannot be read: .*limit on open files") as caught:
+        open_checkpoint(copy)
+    assert limit_reached(caught.value) is not None

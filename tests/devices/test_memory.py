@@ -1,0 +1,38 @@
+"""The ledger's measure of the process's own memory, and what malloc keeps of it."""
+
+import ctypes
+
+import pytest
+import torch
+
+from griffin_offload.devices.memory import Ledger, anonymous_bytes, give_back_freed
+
+HELD_BYTES = 2**28
+
+
+def test_growth_of_a_run_shorter_than_the_time_between_samples():
+    ledger = Ledger(torch.device("cpu"), 0)
+    held = torch.ones(HELD_BYTES, dtype=torch.uint8)
+    with ledger.measuring():
+        pass
+    del held
+    assert ledger.host_growth_bytes > HELD_BYTES // 2
+
+
+def test_what_a_run_gives_back_before_its_end_counts():
+    ledger = Ledger(torch.device("cpu"), 0)
+    with ledger.measuring():
+        for _ in range(20):
+            torch.ones(HELD_BYTES, dtype=torch.uint8)
+    assert ledger.host_growth_bytes > HELD_BYTES // 2
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_freed_memory_between_what_is_used_is_given_back():
+    blocks = [torch.ones(100_000, dtype=torch.uint8) for _ in range(2000)]  # smaller than what malloc maps apart
+    used = blocks[::8]
+    del blocks
+    held = anonymous_bytes()
+    give_back_freed()
+    assert held - anonymous_bytes() > 100_000_000
+    assert all(int(block.sum()) == 100_000 for block in used)

@@ -1,0 +1,225 @@
+"""How much errors count: mean squares of inputs against hooks on dense transformers, their cache, and what is left
+behind."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import ARCHITECTURES, MAX_POSITIONS, write_checkpoint
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.checkpoint.base import open_checkpoint
+from griffin_offload.engine import calibration
+from griffin_offload.engine.calibration import CACHE_VARIABLE, Importance, importance_of
+from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
+from griffin_offload.engine.convert import convert
+from griffin_offload.engine.load import map_model
+
+SEQUENCES, TOKENS, SKIPPED = 4, 128, 4
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty one."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for every forward that measures."""
+    seen: list[int] = []
+    measured = calibration._measured
+    monkeypatch.setattr(calibration, "_measured", lambda *args: (seen.append(1), measured(*args))[1])
+    return seen
+
+
+def _importance(directory: Path, *, evict: bool = False) -> tuple[Importance, nn.Module]:
+    checkpoint = open_checkpoint(directory)
+    model = map_model(checkpoint)
+    decoder, blocks = find_feed_forwards(model, checkpoint.config.num_hidden_layers)
+    return importance_of(checkpoint, model, decoder, blocks, evict=evict), model
+
+
+@torch.no_grad()
+def _expected(directory: Path, name: str) -> dict[str, Tensor]:
+    """By "layer.name", in float64, of a dense model in float32."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer(CALIBRATION_TEXT).input_ids
+    begin = [ids.pop(0)] if ids[0] == tokenizer.bos_token_id else []  # of every sequence
+    tokens = min(TOKENS, MAX_POSITIONS)
+    own = tokens - len(begin)
+    down, found, inputs = ARCHITECTURES[name].down, {}, {}
+    start, middle = down.partition("{i}")[0], down.partition("{i}")[2].lstrip(".")
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and path.startswith(start) and not path.endswith(middle):
+            layer = path.removeprefix(start)
+
+            def keep(_: nn.Module, args: tuple[Tensor, ...], layer: str = layer) -> None:
+                inputs.setdefault(layer, []).append(args[0].reshape(tokens, -1)[SKIPPED:].double())
+
+            module.register_forward_pre_hook(keep)
+    for sequence in range(SEQUENCES):  # one at a time: there is no padding
+        model(torch.tensor([begin + ids[sequence * own : (sequence + 1) * own]]), use_cache=False)
+    for layer, parts in inputs.items():
+        found[layer] = torch.cat(parts).square().mean(0)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama2", "gpt2", "phi3", "opt", "falcon_new", "gpt_neox", "gemma3", "bloom"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mean_squares_of_inputs(checkpoints: Callable[..., Path], name: str, dtype: torch.dtype):
+    """Also of axes that are swapped, of fused matrices, and of numbers that the processor has no instructions for."""
+    directory = checkpoints(name, dtype)
+    found, _ = _importance(directory, evict=dtype == torch.bfloat16)
+    expected = _expected(directory, name)
+    assert found.keys() == expected.keys()
+    for layer, squares in expected.items():
+        assert found[layer].dtype == torch.float32
+        if dtype == torch.float32:
+            torch.testing.assert_close(found[layer].double(), squares, rtol=1e-3, atol=1e-6)
+        else:  # rounded on the way, layer by layer
+            assert (found[layer].double() - squares).norm() < 0.1 * squares.norm(), layer
+
+
+def test_nothing_is_left_behind(checkpoints: Callable[..., Path]):
+    """Neither hooks nor forwards of ours, whether it succeeds or fails."""
+    directory = checkpoints("llama2", torch.bfloat16)
+    with mock.patch.object(calibration, "emulates_halves", return_value=True):
+        _, model = _importance(directory)
+        _stock(model)
+        checkpoint = open_checkpoint(directory)
+        model = map_model(checkpoint)
+        decoder, blocks = find_feed_forwards(model, checkpoint.config.num_hidden_layers)
+        shutil.rmtree(os.environ[CACHE_VARIABLE])
+        with (
+            mock.patch.object(type(decoder[1]), "forward", side_effect=RuntimeError("in the middle")),
+            pytest.raises(RuntimeError, match="in the middle"),
+        ):
+            importance_of(checkpoint, model, decoder, blocks, evict=False)
+        _stock(model)
+
+
+def _stock(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        assert not module._forward_pre_hooks, path
+        assert not module._forward_hooks, path
+        assert "forward" not in vars(module), path
+
+
+def test_the_cache_is_used(checkpoints: Callable[..., Path], cache: Path, passes: list[int]):
+    first, _ = _importance(checkpoints("llama2"))
+    again, _ = _importance(checkpoints("llama2"))
+    assert passes == [1]
+    assert len(list(cache.iterdir())) == 1
+    assert again.keys() == first.keys()
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    other, _ = _importance(checkpoints("reglu"))  # of another checkpoint
+    assert passes == [1, 1]
+    assert len(list(cache.iterdir())) == 2
+    assert not torch.equal(other["1.mlp.gate_proj"], first["1.mlp.gate_proj"])
+
+
+def test_loading_and_converting_share_it(checkpoints: Callable[..., Path], tmp_path: Path, passes: list[int]):
+    from griffin_offload import GriffinModel
+
+    for _ in range(2):
+        GriffinModel.from_pretrained(checkpoints("llama2"), device="cpu", max_gpu_mem="100MB", quantize="int4").close()
+    convert(checkpoints("llama2"), tmp_path / "out", "int4")
+    assert passes == [1]
+    GriffinModel.from_pretrained(tmp_path / "out", device="cpu", max_gpu_mem="100MB").close()
+    convert(checkpoints("reglu"), tmp_path / "int8", "int8")  # which asks for none
+    assert passes == [1]
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def _other_names(file: Path) -> None:
+    save_file({f"x{name}": tensor for name, tensor in load_file(file).items()}, file)
+
+
+def _other_sizes(file: Path) -> None:
+    save_file({name: tensor[:-1].clone() for name, tensor in load_file(file).items()}, file)
+
+
+def _a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES = {
+    "cut": _cut,
+    "empty": lambda file: file.write_bytes(b""),
+    "text": lambda file: file.write_text("no numbers"),
+    "other names": _other_names,
+    "other sizes": _other_sizes,
+    "other types": lambda file: save_file({n: t.half() for n, t in load_file(file).items()}, file),
+    "a folder": _a_folder,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_measured_again(checkpoints, cache: Path, passes: list[int], damage: str):
+    first, _ = _importance(checkpoints("llama2"))
+    DAMAGES[damage](next(cache.iterdir()))
+    again, _ = _importance(checkpoints("llama2"))
+    assert passes == [1, 1]
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    if damage != "a folder":  # and written again
+        _importance(checkpoints("llama2"))
+        assert passes == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["file", "inside a file", "/proc"])
+def test_a_cache_that_cannot_be_written_is_no_error(
+    checkpoints, cache: Path, passes: list[int], kind: str, monkeypatch
+):
+    """Whoever runs the tests may write to folders that are read-only."""
+    if kind == "/proc":
+        monkeypatch.setenv(CACHE_VARIABLE, "/proc/nowhere")
+    else:
+        cache.write_text("")
+        monkeypatch.setenv(CACHE_VARIABLE, str(cache if kind == "file" else cache / "inside"))
+    for _ in range(2):
+        assert _importance(checkpoints("llama2"))[0]
+    assert passes == [1, 1]
+
+
+def test_without_a_tokenizer_all_inputs_count_alike(tmp_path: Path, passes: list[int]):
+    write_checkpoint("llama2", tmp_path / "model")
+    assert _importance(tmp_path / "model")[0] == {}
+    assert passes == []
+    convert(tmp_path / "model", tmp_path / "out", "int4")
+
+
+def test_a_tokenizer_of_another_model_is_not_used(checkpoints, tmp_path: Path, passes: list[int]):
+    """Whose ids lie past the embeddings."""
+    path = tmp_path / "model"
+    model = ARCHITECTURES["llama2"].build()
+    model.resize_token_embeddings(100)
+    model.save_pretrained(path)
+    for file in checkpoints("llama2").glob("tokenizer*"):
+        shutil.copy(file, path)
+    assert _importance(path)[0] == {}
+    assert passes == []
+
+
+def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, checkpoints, tmp_path: Path):
+    checkpoint = open_checkpoint(checkpoints("llama2"))
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert calibration._cache_path(checkpoint).parent == tmp_path / "xdg" / "griffin-offload"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert calibration._cache_path(checkpoint).parent == tmp_path / ".cache" / "griffin-offload"

@@ -1,0 +1,121 @@
+"""Attention of one token by our kernel: float64's numbers up to the last rounding, in every shape."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from griffin_offload import GriffinModel
+from griffin_offload.engine import cpu_modules, spec
+from griffin_offload.kernels.attention import attend, can_attend
+from griffin_offload.kernels.library import library
+
+needs_kernel = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
+
+
+def exact(query, key, value, mask, scaling):
+    """The formula in float64."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (states.double().repeat_interleave(shared, dim=1) for states in (key, value))
+    scores = query.double() @ key.transpose(-1, -2) * scaling
+    if mask is None:
+        new, seen = scores.shape[-2:]
+        mask = torch.ones(new, seen, dtype=torch.bool).tril(seen - new)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@settings(max_examples=80)
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 5),
+    shared=st.integers(1, 3),
+    new=st.sampled_from([1, 1, 1, 6]),
+    past=st.integers(0, 40),
+    width=st.sampled_from([1, 4, 8, 17, 40, 64]),
+    masked=st.sampled_from(["none", "bool", "float", "by head"]),
+    room=st.integers(0, 9),
+    size=st.sampled_from([0.1, 1, 30]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+)
+def test_equals_float64_up_to_rounding(batch, kv_heads, shared, new, past, width, masked, room, size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    if masked == "none" and new > 1:
+        past = 0  # stock attention is causal without a mask in an empty cache alone
+    seen = past + new
+
+    def states(heads, tokens):
+        return torch.randn(batch, heads, tokens, width, generator=generator).to(dtype)
+
+    # Views of a store with room for more.
+    query, key, value = (
+        states(kv_heads * shared, new) * size,
+        states(kv_heads, seen + room),
+        states(kv_heads, seen + room),
+    )
+    key, value = key[:, :, :seen], value[:, :, :seen]
+    heads = kv_heads * shared if masked == "by head" else 1
+    mask = torch.rand(batch, heads, new, seen, generator=generator) < 0.7
+    mask[..., 0] = True
+    if masked == "float":
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    mask = None if masked == "none" else mask
+    module = nn.Module()
+    module.num_key_value_groups = shared
+    with torch.no_grad():
+        result, _ = cpu_modules._attention(module, query, key, value, mask, scaling=width**-0.5)
+    assert can_attend(query, key, value) == (new == 1 and library() is not None)
+    assert result.dtype == dtype
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        result.double(), exact(query, key, value, mask, width**-0.5), rtol=2 * step, atol=2 * step
+    )
+
+
+@needs_kernel
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_token_is_seen_once(tokens, threads):
+    """Equal scores: the mean of all values, for any number of blocks and threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        value = torch.arange(tokens, dtype=torch.float32).view(1, 1, -1, 1).expand(1, 3, tokens, 40).half()
+        found = attend(
+            torch.zeros(1, 6, 1, 8).half(), torch.ones(1, 3, tokens, 8).half(), value.contiguous(), None, 1.0
+        )
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, torch.full((1, 1, 6, 40), (tokens - 1) / 2).half())
+
+
+@needs_kernel
+def test_what_is_no_number_stays_none():
+    """In the head that has it and in no other."""
+    query, key, value = torch.ones(1, 2, 1, 16), torch.ones(1, 2, 5, 16), torch.ones(1, 2, 5, 16)
+    key[0, 1, 3, 0] = math.nan
+    found = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), None, 1.0)
+    assert found[0, 0, 0].isfinite().all()
+    assert found[0, 0, 1].isnan().all()
+    with pytest.raises(ValueError, match="key"):
+        attend(query.bfloat16(), key[:, :, :, :8].bfloat16(), value.bfloat16(), None, 1.0)
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "gemma3", "falcon_new"])
+def test_a_loaded_model_answers_as_the_stock_one(checkpoints, monkeypatch, name):
+    folder = checkpoints(name, torch.bfloat16)
+    prompt = torch.arange(5, 35)[None]
+    found = []
+    for own in (True, False):
+        monkeypatch.setattr(spec, "emulates_halves", lambda *_, own=own: own)
+        monkeypatch.setattr(cpu_modules, "_STOCK", "sdpa" if own else "none of ours")
+        with GriffinModel.from_pretrained(folder, device="cpu", density=1.0, always_stream=True) as model:
+            uses_ours = model.model.config._attn_implementation == cpu_modules._NAME
+            assert uses_ours == (own and name != "falcon_new")  # whose attention is its own
+            cache = model.model(prompt).past_key_values
+            found.append(model.model(torch.tensor([[7]]), past_key_values=cache).logits.float())
+    error = (found[0] - found[1]).norm() / found[1].norm()
+    assert error < 0.02  # one rounding of bfloat16 is 0.004, and they accumulate over layers

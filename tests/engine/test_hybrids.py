@@ -1,0 +1,205 @@
+"""Layers that keep a state of convolutions or recurrences, and other ways to differ from layer to layer."""
+
+import inspect
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from reference import collect_z, dense_generate, masked_generate, select_direct, shared_statistic_float64
+from tiny_models import CHAT_TEMPLATE, FURTHER, HYBRIDS, VOCAB, write_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from griffin_offload import GriffinModel, UsageError
+from griffin_offload.engine.generation import cache_bytes, state_bytes
+
+CTX = 72
+TOKENS, NEW = 40, 16
+NOT_BACK = "layers of kind {} keep a state that cannot be rolled back"
+KINDS = {"lfm2": "conv", "qwen3_5": "linear_attention", "falcon_h1": "hybrid"}
+
+
+def _load(path: Path, **options: object) -> GriffinModel:
+    defaults = {"device": "cpu", "max_gpu_mem": "1GB", "ctx_size": CTX, "density": 0.5}
+    return GriffinModel.from_pretrained(path, **defaults | options)
+
+
+def _prompts(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [B, T]: longer than the windows, later samples padded on the left."""
+    ids = torch.randint(3, VOCAB, (batch, TOKENS), generator=torch.Generator().manual_seed(batch))
+    mask = torch.ones_like(ids)
+    for i in range(batch):
+        mask[i, : 7 * i] = 0
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("name", [*FURTHER, *HYBRIDS])
+def test_density_one_is_dense_and_half_is_masked(name: str, checkpoints):
+    path, down = checkpoints(name), (FURTHER | HYBRIDS)[name].down
+    dense = AutoModelForCausalLM.from_pretrained(path)
+    ids, mask = _prompts(1)
+    whole = _load(path, density=1.0, always_stream=True)
+    expected, _ = dense_generate(dense, ids, mask, NEW)
+    assert torch.equal(whole.generate(ids, max_new_tokens=NEW, do_sample=False), expected)
+
+    ids, mask = _prompts(2)
+    sets = [select_direct("topk", 64, shared_statistic_float64(z, mask)) for z in collect_z(dense, down, ids, mask)]
+    expected, logits = masked_generate(dense, down, ids, mask, sets, NEW)
+    model = _load(path, batch_size=2)
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, **options)
+    assert [chosen.tolist() for chosen in model.selected.values()] == [chosen.tolist() for chosen in sets]
+    assert torch.equal(output.sequences, expected)
+    assert (torch.stack(output.logits) - logits).norm() / logits.norm() < 1e-5
+    assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+
+
+@pytest.mark.parametrize("name", [*HYBRIDS, "gemma4"])
+def test_the_plan_counts_what_layers_keep(name: str, checkpoints):
+    """Against a KV cache of transformers' own, filled by the dense model."""
+    path = checkpoints(name)
+    ids = _prompts(1)[0]
+    filled = AutoModelForCausalLM.from_pretrained(path)(ids, use_cache=True).past_key_values
+    plan = _load(path, ctx_size=TOKENS, prompt_tokens=TOKENS).plan
+    assert plan.parts["states"] == state_bytes(filled)
+    if name in HYBRIDS:
+        assert plan.parts["states"] > 0
+        assert plan.decode_parts["kv_cache"] == cache_bytes(filled)
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_what_would_go_back_is_refused_by_the_kind_of_layer(name: str, kind: str, checkpoints):
+    path, ids = checkpoints(name), _prompts(1)[0]
+    for option in ({"exact": True}, {"refresh": 4}):
+        with pytest.raises(UsageError, match=NOT_BACK.format(kind)):
+            _load(path, **option)
+    with pytest.raises(UsageError, match=f"kv_bits=8 needs attention in all layers .* some are {kind}"):
+        _load(path, kv_bits=8)
+    model = _load(path, keep_prompts=True)
+    assert not model.keeps_contexts
+    assert model.plan.parts["statistic"] == 0  # nothing is kept for a next prompt
+    for call in (
+        model.new_context,
+        lambda: model.generate(ids, exact=True, max_new_tokens=2),
+        lambda: model.generate(ids, refresh=2, max_new_tokens=2),
+    ):
+        with pytest.raises(UsageError, match=NOT_BACK.format(kind)):
+            call()
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5"])
+def test_drafts_of_transformers_own_are_right_or_refused(name: str, checkpoints):
+    model = _load(checkpoints(name))
+    ids = _prompts(1)[0][:, :12].repeat(1, 3)
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    if name == "lfm2":  # a convolution's inputs can be kept until it is known which of them count
+        drafted = model.generate(ids, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
+        assert torch.equal(drafted, plain)
+        return
+    for draft in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model.model}):
+        with pytest.raises(UsageError, match=f"{next(iter(draft))} takes drafts back: {NOT_BACK.format(KINDS[name])}"):
+            model.generate(ids, max_new_tokens=8, do_sample=False, **draft)
+
+
+def test_a_conversation_is_read_again_every_turn(checkpoints, tmp_path: Path):
+    path = checkpoints("lfm2")
+    write_tokenizer(path, CHAT_TEMPLATE)
+    model = _load(path, ctx_size=256, keep_prompts=True)
+    session = model.chat_session(max_new_tokens=6, do_sample=False)
+    first, second = session.send("hello"), session.send("and again")
+    assert second.report.cached_prompt_tokens == 0
+    assert second.report.prompt_tokens > first.report.prompt_tokens
+    assert session.used_tokens == second.report.prompt_tokens + second.report.generated_tokens
+    messages = session.messages[:-1]
+    ids = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    again = model.generate(ids["input_ids"], max_new_tokens=6, do_sample=False)
+    assert model.tokenizer.decode(again[0, ids["input_ids"].shape[1] :], skip_special_tokens=True) == second.text
+    with pytest.raises(UsageError, match=f"nothing to save: {NOT_BACK.format('conv')}"):
+        session.save(tmp_path / "conversation.ctx")
+    assert session.undo()
+    assert session.send("and again").text == second.text
+    session.reset()
+    assert session.send("hello").text == first.text
+
+
+def test_one_layer_of_each_kind_is_measured(monkeypatch: pytest.MonkeyPatch):
+    """Layers like an earlier one are left out of the pass on the meta device: a plan takes no longer for 80 of them."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    from griffin_offload.blocks.sizes import build_on_meta, states_of
+
+    runs = []
+    stock = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda *args, **kwargs: runs.append(1) or stock(*args, **kwargs))
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 64}
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=20, **sizes)
+    model = build_on_meta(config, torch.float32)
+    states = states_of(model)
+    assert [(state.kv_width, state.kv_heads, state.state_bytes) for state in states] == [(2 * 2 * 24, 2, 0)] * 20
+    assert sum(runs) == 1
+    assert "forward" not in model.model.layers[3].__dict__
+    assert inspect.ismethod(model.model.layers[3].forward)
+
+
+@pytest.mark.parametrize("name", list(FURTHER))
+def test_exact_mode_and_contexts_where_layers_differ(name: str, checkpoints, tmp_path: Path):
+    """With drafts taken back, a prompt cut back, and one that was saved."""
+    path = checkpoints(name)
+    dense, model, ids = AutoModelForCausalLM.from_pretrained(path), _load(path), _prompts(1)[0]
+    context = model.new_context()
+    for tokens in (TOKENS, 20, 30):
+        expected, _ = dense_generate(dense, ids[:, :tokens], None, NEW)
+        options = {"max_new_tokens": NEW, "do_sample": False, "exact": True, "draft_tokens": 4}
+        assert torch.equal(model.generate(ids[:, :tokens], context=context, **options), expected)
+    model.generate(ids[:, :30], context=context, **options | {"max_new_tokens": 1})
+    model.save_context(context, tmp_path / "saved.ctx")
+    loaded, _ = model.load_context(tmp_path / "saved.ctx")
+    expected, _ = dense_generate(dense, ids, None, NEW)
+    assert torch.equal(model.generate(ids, context=loaded, **options), expected)
+    assert model.last_report.cached_prompt_tokens == 30
+
+
+def test_simulation_is_refused_where_rows_share_entries(checkpoints):
+    from griffin_offload.evaluation.samples import Sample
+    from griffin_offload.evaluation.simulation import simulate
+    from griffin_offload.method.variants import Variant
+
+    model = _load(checkpoints("gemma4"))
+    with pytest.raises(UsageError, match="gemma4_text has layers that read other layers' KV entries"):
+        simulate(model, [Sample(_prompts(1)[0][0], 30, 30)], [Variant(0.5)])
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the tensors that operators make and that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._sizes:
+                storage = tensor.untyped_storage()
+                self._sizes[storage._cdata] = storage.nbytes()
+                self._now += storage.nbytes()
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        return output
+
+    def _gone(self, storage: int) -> None:
+        self._now -= self._sizes.pop(storage)
+
+
+@pytest.mark.parametrize("name", list(HYBRIDS))
+def test_what_a_scan_makes_of_a_prompt_is_counted(name: str, checkpoints):
+    path, tokens = checkpoints(name), 256
+    dense = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad(), _Alive() as alive:
+        dense(torch.full((1, tokens), 5), use_cache=True, logits_to_keep=1)
+    parts = _load(path, ctx_size=tokens, density=1.0, prompt_tokens=tokens).plan.prefill_parts
+    assert alive.peak <= sum(parts[part] for part in ("workspace", "kv_cache", "states", "logits"))

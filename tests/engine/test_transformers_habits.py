@@ -1,0 +1,113 @@
+"""docs/transformers_habits.md, line by line: what works is called, what is refused says what does it here."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import VOCAB
+from transformers import DynamicCache, GenerationConfig
+
+from griffin_offload import GriffinModel, UsageError
+from griffin_offload.checkpoint import base
+from griffin_offload.engine.options import HUB, REFUSED, TRANSLATED, translated
+
+PAGE = Path(__file__).parents[2] / "docs" / "transformers_habits.md"
+Row = tuple[str, str, str]
+
+
+def _rows(table: int) -> list[Row]:
+    """(arguments, "works" or "refused", the rest) of each line of a table."""
+    part = PAGE.read_text().split("\n## ")[table]
+    lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| `")]
+    return [(arguments.strip("`"), here, rest) for arguments, here, rest in lines]
+
+
+def _arguments(text: str, **names: Any) -> dict[str, Any]:
+    named = {"np": np, "torch": torch, "DynamicCache": DynamicCache, "GenerationConfig": GenerationConfig, **names}
+    arguments: dict[str, Any] = eval(f"dict({text})", named)
+    return arguments
+
+
+def _ids() -> torch.Tensor:
+    return torch.randint(3, VOCAB, (1, 20), generator=torch.Generator().manual_seed(0))
+
+
+def _load(path: Any, **options: Any) -> GriffinModel:
+    settings = {"device": "cpu", "max_gpu_mem": "100MB", "ctx_size": 64}
+    if "device_map" in options:
+        del settings["device"]
+    return GriffinModel.from_pretrained(path, **(settings | options))
+
+
+@pytest.mark.parametrize(("arguments", "here", "rest"), _rows(1))
+def test_what_loading_takes(checkpoints, arguments: str, here: str, rest: str):
+    options = _arguments(arguments)
+    if here == "works":
+        with _load(checkpoints("llama3"), **options) as model:
+            assert model.generate(_ids(), max_new_tokens=2).shape == (1, 22)
+            assert model.dtype == torch.float32
+        return
+    assert here == "refused"
+    with pytest.raises(UsageError) as raised:
+        _load(checkpoints("llama3"), **options)
+    assert rest.strip("`") in str(raised.value)
+    assert next(iter(options)).split("_")[0] in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints) -> dict[str, GriffinModel]:
+    return {name: _load(checkpoints("llama3"), density=0.5, batch_size=2) for name in ("model", "other")}
+
+
+@pytest.mark.parametrize(("arguments", "here", "rest"), _rows(2))
+def test_what_generate_takes(models: dict[str, GriffinModel], arguments: str, here: str, rest: str):
+    options = {"max_new_tokens": 3} | _arguments(arguments, ids=_ids(), **models)
+    if "generation_config" in options:
+        del options["max_new_tokens"]
+    if here == "works":
+        output = models["model"].generate(_ids(), **options)
+        assert (output if isinstance(output, torch.Tensor) else output.sequences).shape == (1, 23)
+        return
+    assert here == "refused"
+    with pytest.raises(UsageError) as raised:
+        models["model"].generate(_ids(), **options)
+    assert rest.strip("`") in str(raised.value)
+
+
+def test_no_word_is_refused_without_a_way():
+    for name, reason in REFUSED.items():
+        with pytest.raises(UsageError, match=name) as raised:
+            translated({name: "something"})
+        assert reason in str(raised.value)
+        assert translated({name: None}).options == {}
+
+
+def test_words_that_contradict_each_other_are_refused():
+    for options in (
+        {"dtype": "float32", "torch_dtype": torch.bfloat16},
+        {"device": "cpu", "device_map": "cuda"},
+        {"offline": False, "local_files_only": True},
+    ):
+        with pytest.raises(UsageError, match="give one of them"):
+            translated(options)
+    same = translated({"dtype": "float32", "torch_dtype": torch.float32, "device": "cpu", "device_map": {"": "cpu:0"}})
+    assert same.options == {"dtype": "float32", "device": "cpu"}
+
+
+def test_words_for_the_hub_reach_its_client(checkpoints, monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, Any] = {}
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(checkpoints("llama3"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    given = {"revision": "v2", "cache_dir": "/somewhere", "token": "hf_x"}
+    assert given.keys() == set(HUB)
+    _load("org/name", **given, local_files_only=True).close()
+    assert asked.items() >= {**given, "name": "org/name", "local_files_only": True}.items()
+    assert "local_files_only" in TRANSLATED
+    assert base.locate("org/name") == checkpoints("llama3")
+    assert "token" not in asked or asked["token"] == "hf_x"

@@ -1,0 +1,146 @@
+"""Gathering commutes with quantising: chosen neurons of what is stored are what quantising the chosen ones gives."""
+
+from unittest import mock
+
+import pytest
+import quantised_reference as ref
+import torch
+from torch import Tensor
+
+from griffin_offload.devices.threads import limited_threads
+from griffin_offload.formats import gather
+from griffin_offload.formats.gather import gather_inputs, gather_outputs
+from griffin_offload.formats.linear import quantized
+from griffin_offload.kernels import gather as gathering
+
+HIDDEN, NEURONS, ROOM = 96, 200, 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KEPT = (0, 1, 70, NEURONS)
+
+precisions = pytest.mark.parametrize("precision", ["int8", "int4"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+kept_neurons = pytest.mark.parametrize("kept", KEPT)
+
+
+@pytest.fixture(autouse=True, params=[(128, True), (gather.CHUNK, True), (128, False), (gather.CHUNK, False)])
+def _ways(request: pytest.FixtureRequest):
+    """Several chunks, the last one incomplete, and one; by our kernels, where there are any, and without them."""
+    chunk, ours = request.param
+    with mock.patch.object(gather, "CHUNK", chunk):
+        if ours:
+            yield
+            return
+        with mock.patch.object(gathering, "library", return_value=None):
+            yield
+
+
+def _random(*shape: int, dtype: torch.dtype) -> Tensor:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    return (weight * torch.linspace(0.1, 3, shape[-1])).to(dtype)
+
+
+def _chosen(kept: int) -> Tensor:
+    return torch.randperm(NEURONS, generator=torch.Generator().manual_seed(kept))[:kept].sort().values
+
+
+def _rows_out(precision: str, parts: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    rows = parts * ROOM
+    beside = {"scale": torch.zeros(rows, dtype=dtype), "bias": torch.zeros(rows, dtype=dtype)}
+    if precision == "int8":
+        return {"weight": torch.zeros(rows, HIDDEN, dtype=torch.int8), **beside}
+    weight = torch.zeros(rows, HIDDEN // 2, dtype=torch.uint8)
+    return {"weight": weight, "groups": torch.zeros(rows, HIDDEN // 32, 2, dtype=torch.uint8), **beside}
+
+
+def _columns_out(precision: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    columns = torch.zeros(ROOM, dtype=dtype)
+    if precision == "int8":
+        weight = torch.zeros(HIDDEN, ROOM, dtype=torch.int8)
+        return {"weight": weight, "scale": torch.zeros(HIDDEN, dtype=dtype), "input_scale": columns}
+    weight = torch.zeros(2, ROOM, 32, dtype=torch.uint8)  # 96 outputs in strips of 64
+    return {"weight": weight, "groups": torch.zeros(4, ROOM, 2, dtype=torch.uint8), "input_scale": columns}
+
+
+def _stored(weight: Tensor, precision: str, *, is_down: bool) -> dict[str, Tensor]:
+    """The whole matrix quantised, as a conversion does."""
+    return quantized(weight, precision, weight.dtype, is_down=is_down)
+
+
+@precisions
+@dtypes
+@kept_neurons
+@pytest.mark.parametrize("parts", [1, 2])
+def test_rows(precision: str, dtype: torch.dtype, kept: int, parts: int):
+    weight, chosen = _random(parts * NEURONS, HIDDEN, dtype=dtype), _chosen(kept)
+    stored = _stored(weight, precision, is_down=False) | {"bias": _random(parts * NEURONS, dtype=dtype)}
+    out = _rows_out(precision, parts, dtype)
+    gather_outputs(stored, chosen, parts, out)
+    index = torch.cat([chosen + part * NEURONS for part in range(parts)])
+    place = torch.cat([torch.arange(kept) + part * ROOM for part in range(parts)])
+    expected = _rows_out(precision, parts, dtype)
+    expected["bias"][place] = stored["bias"][index]
+    for name in stored.keys() - {"bias"}:
+        expected[name][place] = stored[name][index]
+    _equal(out, expected)
+    on_the_way = _rows_out(precision, parts, dtype)
+    gather_outputs({"weight": weight, "bias": stored["bias"]}, chosen, parts, on_the_way)
+    _equal(on_the_way, expected)
+
+
+@precisions
+@dtypes
+@kept_neurons
+@pytest.mark.parametrize("turned", [False, True])
+def test_columns(precision: str, dtype: torch.dtype, kept: int, turned: bool):
+    """Also of a matrix that is stored the other way around (GPT-2)."""
+    weight, chosen = _random(HIDDEN, NEURONS, dtype=dtype), _chosen(kept)
+    weight = weight.t().contiguous().t() if turned else weight
+    stored, out = _stored(weight, precision, is_down=True), _columns_out(precision, dtype)
+    gather_inputs(stored, chosen, out)
+    expected = _columns_out(precision, dtype)
+    expected["input_scale"][:kept] = stored["input_scale"][chosen]
+    if precision == "int8":
+        expected["weight"][:, :kept], expected["scale"] = stored["weight"][:, chosen], stored["scale"]
+    else:
+        codes, groups = ref.rows_as_strips(stored["weight"][chosen], stored["groups"][chosen])
+        expected["weight"][:, :kept], expected["groups"][:, :kept] = codes, groups
+    _equal(out, expected)
+    on_the_way = _columns_out(precision, dtype)
+    gather_inputs({"weight": weight}, chosen, on_the_way)
+    _equal(on_the_way, expected)
+
+
+@precisions
+def test_a_second_prompt_leaves_nothing_of_the_first(precision: str):
+    """The same tensors are filled again for every prompt, with as many neurons."""
+    rows, columns = _random(NEURONS, HIDDEN, dtype=torch.float32), _random(HIDDEN, NEURONS, dtype=torch.float32)
+    bias = _random(NEURONS, dtype=torch.float32)
+    found = []
+    for prompts in ([0], [7, 0]):
+        out = _rows_out(precision, 1, torch.float32), _columns_out(precision, torch.float32)
+        for seed in prompts:
+            chosen = torch.randperm(NEURONS, generator=torch.Generator().manual_seed(seed))[:70].sort().values
+            gather_outputs({"weight": rows, "bias": bias}, chosen, 1, out[0])
+            gather_inputs({"weight": columns}, chosen, out[1])
+        found.append(out)
+    for once, twice in zip(*found, strict=True):
+        _equal(twice, once)
+
+
+def _equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_columns_are_shared_by_threads(rows: int, threads: int):
+    columns, generator = 50, torch.Generator().manual_seed(rows)
+    matrix = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
+    chosen = torch.randperm(columns, generator=generator)[: (columns + 1) // 2].sort().values
+    out = torch.zeros(rows, chosen.numel(), dtype=torch.int8)
+    with mock.patch.object(gather, "_SHARED_BYTES", 0), limited_threads(threads):
+        gather.take(matrix, 1, chosen, out)
+    assert torch.equal(out, matrix.index_select(1, chosen))

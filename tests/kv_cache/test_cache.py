@@ -1,0 +1,380 @@
+"""The KV cache against transformers' own, number by number and bit by bit, and against the bytes that were planned."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tiny_models import ARCHITECTURES, VOCAB
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, Lfm2Config, LlamaConfig, T5Config
+
+from griffin_offload import DoesNotFit, GriffinError, GriffinModel, UsageError
+from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
+from griffin_offload.kv_cache.sizes import kv_bytes
+
+WINDOW, ROLLBACK, SLACK = 16, 32, 64
+HEADS, SIZE = 2, 4
+ALTERNATING = LlamaConfig(
+    num_hidden_layers=2, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+)
+
+
+def _int8(states: torch.Tensor) -> torch.Tensor:
+    """[B, heads, T, D] as 8 bits keep it, written plainly: each vector by its largest number."""
+    kept = states.clone()
+    for vector in kept.view(-1, states.shape[-1]):
+        step = torch.tensor(max(abs(x) for x in vector.tolist()) / 127).to(states.dtype)
+        exact = (vector.float() / step.float()).tolist() if step else [0] * len(vector)
+        numbers = [max(-127, min(127, round(x))) for x in exact]
+        vector.copy_(torch.tensor(numbers).to(states.dtype) * step)
+    return kept
+
+
+class Everything:
+    """The plainest cache: every token that passed, of each layer, [B, heads, T, D]."""
+
+    def __init__(self) -> None:
+        self.past: list[list[torch.Tensor]] = [[], []]
+
+    def tokens(self) -> int:
+        return self.past[0][0].shape[2] if self.past[0] else 0
+
+    def change(self, function) -> None:
+        self.past = [[function(states) for states in layer] for layer in self.past]
+
+    def append(self, layer: int, states: list[torch.Tensor]) -> list[torch.Tensor]:
+        past = self.past[layer]
+        self.past[layer] = [torch.cat(pair, 2) for pair in zip(past, states, strict=True)] if past else states
+        return self.past[layer]
+
+
+LENGTHS = st.one_of(st.integers(1, 5), st.integers(1, 90))
+STEPS = st.one_of(
+    st.tuples(st.just("update"), LENGTHS),
+    st.tuples(st.just("update"), LENGTHS),
+    st.tuples(st.just("crop"), st.integers(0, ROLLBACK)),
+    st.tuples(st.sampled_from(["reorder", "repeat", "select", "reset"]), st.integers(0, 2)),
+)
+
+
+@settings(max_examples=100)
+@given(
+    steps=st.lists(STEPS, max_size=25),
+    prompt=LENGTHS,
+    bits=st.sampled_from([16, 8]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([1, 1, 5e-6, 0]),  # so small that the steps of float16 round by a third, and to nothing
+    seed=st.integers(0, 99),
+)
+@example(steps=[("update", 9)], prompt=20, bits=8, dtype=torch.float16, scale=5e-6, seed=0)
+def test_any_sequence_of_steps_reads_what_a_full_history_says(
+    steps, prompt: int, bits: int, dtype, scale: float, seed: int
+):
+    """A layer with a window is asked for the last window - 1 tokens and the new ones; crops go back at most ROLLBACK
+    from the furthest token."""
+    generator = torch.Generator().manual_seed(seed)
+    cache, truth, batch, furthest = KVCache(ALTERNATING, ctx_tokens=3000, bits=bits), Everything(), 2, 0
+    for kind, number in [("update", prompt), *steps]:
+        seen = truth.tokens()
+        if kind == "update":
+            for layer in (0, 1):
+                shape = (batch, HEADS, number, SIZE)
+                new = [(scale * torch.randn(shape, generator=generator)).to(dtype) for _ in range(2)]
+                sizes = cache.get_mask_sizes(number, layer)
+                read = cache.update(*new, layer)
+                expected = truth.append(layer, [_int8(states) for states in new] if bits == 8 else new)
+                visible = number + (seen if layer else min(seen, WINDOW - 1))
+                assert sizes == (visible, seen + number - visible)
+                expected = [states[:, :, -visible:].clone() for states in expected]
+                if seen == 0 or (layer == 0 and visible > WINDOW - 1 + SLACK):
+                    for states, exact in zip(expected, new, strict=True):
+                        states[:, :, -number:] = exact
+                assert all(torch.equal(*pair) for pair in zip(read, expected, strict=True))
+            furthest = max(furthest, seen + number)
+        elif kind == "crop":
+            number = min(number, max(seen - furthest + ROLLBACK, 0), seen)
+            cache.crop(-number)
+            truth.change(lambda states, kept=seen - number: states[:, :, :kept])
+        elif kind == "reset":
+            cache.reset()
+            truth, furthest = Everything(), 0
+        elif kind == "reorder":
+            order = torch.randint(batch, (batch,), generator=generator)
+            cache.reorder_cache(order)
+            truth.change(lambda states, order=order: states[order])
+        elif kind == "repeat" and seen:
+            cache.batch_repeat_interleave(number + 1)
+            truth.change(lambda states, repeats=number + 1: states.repeat_interleave(repeats, 0))
+        elif kind == "select" and seen:
+            cache.batch_select_indices(torch.tensor([0]))
+            truth.change(lambda states: states[:1])
+        batch = truth.past[0][0].shape[0] if truth.past[0] else batch
+        assert cache.get_seq_length() == cache.get_seq_length(1) == truth.tokens()
+
+
+@pytest.mark.parametrize("prompt", [3, WINDOW - 1, WINDOW, 200])
+def test_it_answers_as_dynamic_cache_does(prompt: int):
+    """With the calls of assisted decoding: drafts in one update, and a crop after each."""
+    ours, stock = KVCache(ALTERNATING, ctx_tokens=1000), DynamicCache(config=ALTERNATING)
+    assert ours.is_sliding == stock.is_sliding
+    stock.activate_past_recording()
+    ours.activate_past_recording()
+    for step in range(60):
+        new = prompt if step == 0 else 1 + step % 7
+        for layer in (0, 1):
+            states = torch.randn(1, HEADS, new, SIZE), torch.randn(1, HEADS, new, SIZE)
+            sizes = ours.get_mask_sizes(new, layer)
+            assert step == 0 or sizes == stock.get_mask_sizes(new, layer)
+            read, expected = ours.update(*states, layer), stock.update(*states, layer)
+            assert all(torch.equal(a, b[:, :, -a.shape[2] :]) for a, b in zip(read, expected, strict=True))
+            assert read[0].shape[2] == sizes[0]
+        for cache in (ours, stock):
+            cache.crop(-(step % (min(new, 6) + 1)))
+        assert ours.get_seq_length() == stock.get_seq_length()
+    assert not ours.is_compileable
+    assert ours.is_initialized
+    assert ours.get_max_length() == 1000
+
+
+def _filled(bits: int = 16, tokens: int = 40, kinds: list[str] = ALTERNATING.layer_types) -> KVCache:
+    config = LlamaConfig(num_hidden_layers=2, sliding_window=WINDOW, layer_types=kinds)
+    cache = KVCache(config, ctx_tokens=100, bits=bits)
+    states = torch.randn(1, HEADS, tokens, SIZE)
+    for layer in (0, 1):
+        cache.update(states, states, layer)
+    return cache
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_memory_is_fixed_and_written_in_place(bits: int):
+    cache = _filled(bits)
+    one = torch.randn(1, HEADS, 1, SIZE)
+    places, sizes = set(), set()
+    for _ in range(60):
+        keys, values = [cache.update(one, one, layer) for layer in (0, 1)][1]
+        places.add((keys.untyped_storage().data_ptr(), values.untyped_storage().data_ptr()))
+        sizes.add(cache.nbytes)
+    assert len(places) == len(sizes) == 1
+
+
+def test_a_window_can_always_go_back_half_its_slack():
+    """Wherever in its store it stands: a draft made token by token has to be undone."""
+    cache = _filled()
+    for _ in range(59):
+        one = torch.randn(1, HEADS, 1, SIZE)
+        past = [cache.update(one, one, layer)[0] for layer in (0, 1)]
+        undone = copy.deepcopy(cache)
+        undone.crop(-ROLLBACK)
+        read = undone.update(one, one, 0)[0]
+        expected = past[1][:, :, :-ROLLBACK][:, :, -(WINDOW - 1) :]
+        assert torch.equal(read[:, :, :-1], expected)
+
+
+def test_what_cannot_be_done_is_refused_with_numbers_and_changes_nothing():
+    cache = _filled(tokens=90, kinds=["full_attention", "sliding_attention"])
+    more = torch.randn(1, HEADS, 11, SIZE)
+    with pytest.raises(GriffinError, match="holds 100 tokens, and 11 more than its 90"):
+        cache.update(more, more, 1)
+    with pytest.raises(GriffinError, match="as a negative number"):
+        cache.crop(3)
+    with pytest.raises(GriffinError, match="91 tokens cannot be removed from a KV cache of 90"):
+        cache.crop(-91)
+    with pytest.raises(GriffinError, match=r"80 tokens cannot be removed from a layer with a window of 16.* only 79"):
+        cache.crop(-80)
+    assert cache.get_seq_length(0) == cache.get_seq_length(1) == 90
+    cache.crop(-64)
+    assert cache.get_seq_length() == 26
+
+
+PROMPT_TOKENS = 40
+
+
+def _ids(batch: int = 1, tokens: int = PROMPT_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(batch))
+    mask = torch.ones_like(ids)
+    for i in range(batch):
+        mask[i, : 7 * i] = 0
+    return ids * mask, mask
+
+
+def _load(path, **options: object) -> GriffinModel:
+    return GriffinModel.from_pretrained(path, device="cpu", max_gpu_mem="1GB", **{"ctx_size": 256} | options)
+
+
+STRATEGIES: dict[str, dict[str, object]] = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "several": {"do_sample": True, "num_return_sequences": 3, "temperature": 2.0},
+    "lookup": {"do_sample": False, "prompt_lookup_num_tokens": 6},
+    "far lookup": {"do_sample": False, "prompt_lookup_num_tokens": SLACK + 6},
+}
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+@pytest.mark.parametrize("name", ["llama3", "mistral", "gemma2", "gemma3", "cohere2"])
+def test_generation_is_the_dense_models_own_far_beyond_its_window(checkpoints, name: str, strategy: str):
+    """200 tokens behind a window of 16: the window has moved to the start of its store several times."""
+    path = checkpoints(name)
+    ids = _ids()[0].repeat(1, 2)[:, :44]  # so that there is something to look up
+    settings = STRATEGIES[strategy] | {"max_new_tokens": 150}
+    torch.manual_seed(0)
+    expected = AutoModelForCausalLM.from_pretrained(path).generate(ids, **settings, use_cache=True)
+    model = _load(path, density=1.0, batch_size=3)
+    torch.manual_seed(0)
+    output = model.generate(ids, **settings, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    ours = strategy != "far lookup" or name == "llama3"
+    assert type(output.past_key_values) is (KVCache if ours else DynamicCache)
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral", "gemma3", "bloom", "gpt2"])
+def test_logits_of_a_padded_batch_are_those_with_transformers_cache_bit_for_bit(checkpoints, name: str):
+    ids, mask = _ids(3)
+    settings = {"max_new_tokens": 100, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    model = _load(checkpoints(name), density=0.5, batch_size=3)
+    output, expected = (
+        model.generate(ids, attention_mask=mask, **settings, **cache)
+        for cache in ({}, {"cache_implementation": "dynamic"})
+    )
+    assert type(expected.past_key_values) is DynamicCache
+    assert torch.equal(torch.stack(output.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral"])
+def test_an_assistant_may_draft(checkpoints, name: str):
+    dense = AutoModelForCausalLM.from_pretrained(checkpoints(name))
+    ids = _ids()[0]
+    expected = dense.generate(ids, max_new_tokens=30, do_sample=False)
+    model = _load(checkpoints(name), density=1.0)
+    settings = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
+    output = model.generate(ids, **settings, assistant_model=dense)
+    assert torch.equal(output.sequences, expected)
+    # How much an assistant drafts is its own affair, and a window of ours rolls back only so far.
+    assert type(output.past_key_values) is (DynamicCache if name == "mistral" else KVCache)
+
+
+def test_drafts_reach_behind_the_context(checkpoints):
+    """Prompt lookup drafts past the last token that is wanted."""
+    ids = torch.tensor([[7, 8, 9, 10] * 10])
+    for new in range(1, 9):
+        model = _load(checkpoints("llama3"), density=1.0, ctx_size=40 + new)
+        output = model.generate(ids, max_new_tokens=new, do_sample=False, prompt_lookup_num_tokens=5)
+        assert output.shape[1] <= 40 + new
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama3", "mistral", "gemma3", "gpt2"])
+def test_eight_bits_stay_near_sixteen(checkpoints, name: str, dtype: torch.dtype):
+    """Rounding to 1/127 of a vector's largest number errs by 1/254 at most and 1/440 as a rule, which is under one
+    per cent of a vector's usual number; errors of three layers' keys and values add as a root of squares. 5 per cent
+    leaves room for scores that a softmax sharpens, and is far from what a wrong scale or place would do."""
+    ids, mask = _ids(2)
+    forced = torch.randint(3, VOCAB, (2, 60), generator=torch.Generator().manual_seed(9))
+    settings = {"max_new_tokens": 60, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings["prefix_allowed_tokens_fn"] = lambda sample, ids: [int(forced[sample, len(ids) - PROMPT_TOKENS])]
+    logits = {}
+    for bits in (16, 8):
+        model = _load(checkpoints(name, dtype), kv_bits=bits, density=0.5, batch_size=2)
+        output = model.generate(ids, attention_mask=mask, **settings)
+        assert torch.equal(output.sequences[:, PROMPT_TOKENS:], forced)  # the same tokens, so logits can be compared
+        logits[bits] = torch.stack(output.logits).double()
+    assert torch.equal(logits[16][0], logits[8][0])  # the prompt's own pass reads it unquantised
+    error = (logits[8][1:] - logits[16][1:]).norm() / logits[16][1:].norm()
+    assert 1e-4 < error < 0.05
+
+
+def _cells() -> Iterator[tuple[str, int, int]]:
+    yield from ((name, batch, bits) for name in ARCHITECTURES for batch, bits in [(1, 16), (3, 8)])
+    yield from (("llama3", 3, 16), ("mistral", 3, 16), ("gemma3", 1, 8))
+
+
+@pytest.mark.parametrize(("name", "batch", "bits"), list(_cells()))
+def test_planned_bytes_are_allocated_to_the_byte(checkpoints, name: str, batch: int, bits: int):
+    context = 100  # more than a window and its slack
+    model = _load(checkpoints(name), kv_bits=bits, batch_size=batch, density=0.5, ctx_size=context)
+    ids, mask = _ids(batch)
+    settings = {"max_new_tokens": context - PROMPT_TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    output = model.generate(ids, attention_mask=mask, **settings)
+    shape = model._model_spec.shape
+    stored = kv_bytes(shape, batch, context, bits)
+    scratch = batch * shape.kv_width * 4 * max(min(layer.window or context, context) for layer in shape.layers)
+    if all(layer.window for layer in shape.layers):
+        scratch = batch * shape.kv_width * 4 * (WINDOW - 1 + SLACK)
+    assert output.past_key_values.nbytes == stored + (scratch if bits == 8 else 0)
+    assert model.plan.prefill_parts["kv_cache"] == model.plan.decode_parts["kv_cache"] == stored
+    assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+
+
+def test_bytes_by_hand(checkpoints):
+    """llama3: 3 layers, 2 KV heads of 8 numbers; mistral the same, all with windows of 16; float32 outside int8."""
+    by_hand = {
+        ("llama3", 16): 3 * 2 * 2 * 8 * 256 * 4,
+        ("llama3", 8): 3 * 2 * 2 * 256 * (8 + 4),
+        ("mistral", 16): 3 * 2 * 2 * 8 * (15 + 64) * 4,
+        ("mistral", 8): 3 * 2 * 2 * (15 + 64) * (8 + 4),
+    }
+    for (name, bits), expected in by_hand.items():
+        assert _load(checkpoints(name), kv_bits=bits).plan.decode_parts["kv_cache"] == expected
+    sixteen, eight = (_load(checkpoints("llama3"), kv_bits=bits).plan.decode_parts["workspace"] for bits in (16, 8))
+    scratch, piece_moved, piece_quantised = 2 * 2 * 8 * 256 * 4, 2 * 8 * 128 * 4, 2 * 8 * 128 * 8
+    assert eight - sixteen == scratch + piece_quantised - piece_moved
+
+
+@settings(max_examples=20)
+@given(budget=st.integers(150_000, 700_000), prompt=st.integers(1, 60), new=st.integers(1, 60), beams=st.integers(1, 3))
+def test_eight_bits_stay_within_any_budget(checkpoints, budget: int, prompt: int, new: int, beams: int):
+    options = {"max_gpu_mem": budget, "ctx_size": prompt + new + 1, "batch_size": beams, "kv_bits": 8}
+    try:
+        model = GriffinModel.from_pretrained(checkpoints("gemma3"), device="cpu", **options)
+    except DoesNotFit:
+        return
+    model.generate(_ids(1, prompt)[0], max_new_tokens=new, do_sample=False, num_beams=beams)
+    assert model.last_report.peak_device_bytes <= budget
+
+
+def test_a_callers_own_cache_is_used(checkpoints):
+    model = _load(checkpoints("llama3"), density=0.5)
+    ids = _ids()[0]
+
+    def cache_of(**settings: object) -> Cache:
+        defaults = {"max_new_tokens": 4, "return_dict_in_generate": True}
+        if "generation_config" in settings:
+            defaults = {}
+        return model.generate(ids, **defaults | settings).past_key_values
+
+    assert type(cache_of()) is KVCache
+    given_cache = DynamicCache(config=model.model.config)
+    assert cache_of(past_key_values=given_cache) is given_cache
+    assert type(cache_of(cache_implementation="dynamic")) is DynamicCache
+    config = {"max_new_tokens": 4, "return_dict_in_generate": True, "pad_token_id": 0}
+    assert type(cache_of(generation_config=GenerationConfig(**config))) is KVCache
+    dynamic = GenerationConfig(**config, cache_implementation="dynamic")
+    assert type(cache_of(generation_config=dynamic)) is DynamicCache
+    model.model.generation_config.cache_implementation = "dynamic"
+    assert type(cache_of()) is DynamicCache
+    assert type(cache_of(generation_config=GenerationConfig(**config))) is DynamicCache  # transformers fills it in
+    model.model.generation_config.cache_implementation = "hybrid"  # what old hub configs say, and nobody means
+    assert type(cache_of()) is KVCache
+
+
+def test_layers_that_are_not_attention_alone_keep_transformers_cache(checkpoints, monkeypatch: pytest.MonkeyPatch):
+    """The way is walked with plain ones, whose bytes are known; real ones: test_hybrids.py."""
+    assert all(can_cache(architecture.build().config) for architecture in ARCHITECTURES.values())
+    assert not can_cache(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]))
+    assert not can_cache(T5Config())
+    monkeypatch.setattr("griffin_offload.engine.spec.can_cache", lambda config: False)
+    with pytest.raises(UsageError, match="kv_bits=8 needs attention in all layers of llama"):
+        _load(checkpoints("llama3"), kv_bits=8)
+    model = _load(checkpoints("llama3"), ctx_size=72, prompt_tokens=40, density=0.5)
+    output = model.generate(_ids()[0], max_new_tokens=32, do_sample=False, return_dict_in_generate=True)
+    assert type(output.past_key_values) is DynamicCache
+    parts = model.plan.prefill_parts, model.plan.decode_parts
+    assert parts[0]["kv_cache"] * 72 == parts[1]["kv_cache"] * 40
+    assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+
+
+def test_kv_bits_is_checked():
+    with pytest.raises(UsageError, match="kv_bits is 4: choose one of 16, 8"):
+        GriffinModel.from_pretrained("anything", kv_bits=4)
