@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -259,6 +260,15 @@ _REFUSED: dict[str, Architecture] = {
     "qwen2_moe": Architecture("qwen2_moe", hf.Qwen2MoeConfig, "", 48, {**_EXPERTS, **_SHARED}),
     "bitnet": Architecture("bitnet", hf.BitNetConfig, _DOWN, 128, {"intermediate_size": 128, **_GQA}),
 }
+
+
+# One of each way to lay a feed-forward out, to norm and to attend: what runs without --run-slow.
+QUICK = ("llama3", "gemma2", "phi3", "gpt_neox", "opt_350m", "falcon_new", "gpt2")
+
+
+def every_architecture() -> list[Any]:
+    """The names of ARCHITECTURES as parameters; most are slow."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES]
 
 
 def refused_models() -> dict[str, Callable[[], hf.PreTrainedModel]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.fork_server import ForkServer, Started
+from support.marks import mostly_slow
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from griffin_offload.engine import convert as runtime
@@ -71,7 +72,7 @@ def written_at(directory: Path) -> dict[str, tuple[int, int]]:
     return {name: (found.st_ino, found.st_mtime_ns) for name, found in stats.items()}
 
 
-@pytest.mark.parametrize(("name", "when", "finished"), DEATHS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "when", "finished"), mostly_slow(DEATHS, 3), ids=lambda value: str(value))
 def test_killed_and_run_again(cli, forks, converted, llama: Path, tmp_path: Path, name, when, finished):
     out = tmp_path / "out"
     command = ("convert", "-m", llama, out, "--quantize", "int8")
@@ -110,6 +111,7 @@ def wait_for_shards(running: Started, out: Path, count: int) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_real_process_killed_anywhere(cli, forks, many_layers: Path, tmp_path: Path):
     """Wherever it happens to be, twice in a row; and what stands in the file system meanwhile is never half a shard."""
     whole, out = tmp_path / "whole", tmp_path / "out"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.marks import mostly_slow
 
 from griffin_offload.checkpoint import tokenizer as prompts
 
@@ -135,7 +136,7 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", mostly_slow(TEMPLATES, 2))
 def test_chat_templates(cli, copy: Path, monkeypatch: pytest.MonkeyPatch, template: str):
     monkeypatch.setattr(prompts, "LIMIT_S", 1.0)
     (copy / "chat_template.jinja").write_text(TEMPLATES[template])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import mostly_slow
 from tiny_models import VOCAB
 from transformers import PreTrainedModel
 
@@ -59,7 +60,7 @@ def refusing(original: Callable[..., Any], refusal: Callable[[], BaseException],
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"keep_prompts": True}], ids=str)
+@pytest.mark.parametrize("options", mostly_slow([{}, {"dtype": "bfloat16"}, {"keep_prompts": True}], 1), ids=str)
 def test_in_a_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any]):
     """The pass, its slots and its KV cache are gone, while the error is still held; a shorter prompt is answered."""
     refusal, words = REFUSALS[kind]
