@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fork_server import ForkServer
 from hypothesis import settings
-from support.fork_server import ForkServer
 from tiny_models import write_checkpoint, write_tokenizer
 
 torch.set_num_threads(1)

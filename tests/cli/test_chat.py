@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.fork_server import Started
+from fork_server import Started
 from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
 
 from griffin_offload import GriffinModel

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fork_server import ForkServer
+from fork_server import ForkServer
 
 from griffin_offload.cli.chat import _Interrupts
 from griffin_offload.engine import chat as session

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.fork_server import ForkServer, Started
-from support.marks import mostly_slow
+from fork_server import ForkServer, Started
+from marks import mostly_slow
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from griffin_offload.engine import convert as runtime

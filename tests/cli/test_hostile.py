@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.marks import mostly_slow
+from marks import mostly_slow
 
 from griffin_offload.checkpoint import tokenizer as prompts
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from support.fork_server import ForkServer
+from fork_server import ForkServer
 
 from griffin_offload.cli.main import build_parser
 from griffin_offload.cli.serve import serve_config

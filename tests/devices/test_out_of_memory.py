@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.marks import mostly_slow
+from marks import mostly_slow
 from tiny_models import VOCAB
 from transformers import PreTrainedModel
 

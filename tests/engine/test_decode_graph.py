@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from marks import mostly_slow
 from op_recorder import OpRecorder
-from support.marks import mostly_slow
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import IO, Any
 
-from support.processes import Child
+from processes import Child
 
 _LARGEST_REQUEST = 2**17
 LONGEST_S = 300.0
@@ -107,7 +107,7 @@ class ForkServer:
             with theirs:
                 environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
                 environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-                command = [sys.executable, "-m", "support.fork_server", str(theirs.fileno())]
+                command = [sys.executable, "-m", "fork_server", str(theirs.fileno())]
                 self._server = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         return self._socket
 

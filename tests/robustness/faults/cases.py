@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from processes import Process
 from robustness.faults.inside import at_call, device_memory, failing_disk, little_memory
 from robustness.faults.server import harmed_server
 from robustness.faults.world import (
@@ -27,7 +28,6 @@ from robustness.faults.world import (
     shards_of,
     talk,
 )
-from support.processes import Process
 
 _NOBODY = 65534
 _HARMLESS_BYTES = 30_000  # of a saved conversation of one turn: less than it takes

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from processes import Outcome, Process
 from robustness.faults.cases import wrong_conversion
 from robustness.faults.server import PROMPTS, Server, read_stream, served
 from robustness.faults.world import (
@@ -20,7 +21,6 @@ from robustness.faults.world import (
     shards_of,
     talk,
 )
-from support.processes import Outcome, Process
 
 _SAVES = 8
 _ATTEMPTS = 10

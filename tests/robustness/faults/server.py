@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from processes import TIMEOUT_S, Process
 from robustness.faults.world import HARMS, SHARD, World, nothing
-from support.processes import TIMEOUT_S, Process
 
 PROMPTS = ("One day, a dog", "Once there was a big red bird", "The cat and the mouse were friends", "Sue had a box")
 _TOKENS = 12

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from support.processes import Outcome, Process
+from processes import Outcome, Process
 
 from griffin_offload.demo import PROMPT, demo_directory
 

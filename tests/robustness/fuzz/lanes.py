@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from processes import Child
 from robustness.fuzz import worker
 from robustness.fuzz.place import Place
 from robustness.fuzz.worker import Case, Verdict, run_cases
-from support.processes import Child
 
 _POLL_S = 0.005
 

@@ -1,7 +1,7 @@
 """Every causal language model that transformers knows, in miniature: does it work, or by which words is it refused?
 
-    python tests/architecture_sweep.py            # all of them, a table and the counts
-    python tests/architecture_sweep.py lfm2 phi3  # some
+    python tests/robustness/architecture_sweep.py            # all of them, a table and the counts
+    python tests/robustness/architecture_sweep.py lfm2 phi3  # some
 
 Not part of the test suite: it takes minutes. "works" means that greedy tokens at density 1, streamed, are those of
 dense transformers. Each model has a process of its own (forked, so that nothing is imported twice): one that dies is a
