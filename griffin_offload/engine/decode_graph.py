@@ -24,6 +24,7 @@ from griffin_offload.engine.stock import Guard
 from griffin_offload.errors import one_line
 from griffin_offload.kv_cache.kv_cache import KVCache, KVLayer, can_cache
 from griffin_offload.planner.workspace import MAX_GRAPHS
+from griffin_offload.transformers_api import CACHE
 
 # The KV cache of the last run, kept for the next one: captured graphs belong to the addresses of one.
 
@@ -105,7 +106,7 @@ class StaticDecodeStep:
             **{self._name: self._inputs},
             attention_mask=self._masks(),
             position_ids=self._positions,
-            past_key_values=Cache(layers=[_FixedLayer(layer, self._kinds[layer.window]) for layer in cache.layers]),
+            **{CACHE: Cache(layers=[_FixedLayer(layer, self._kinds[layer.window]) for layer in cache.layers])},
             use_cache=True,
             return_dict=True,
         )
@@ -176,7 +177,7 @@ class _FixedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 # Arguments of a forward that a static step takes, or that are the same for every token.
-_TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
+_TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", CACHE, "use_cache", "return_dict"}
 _TAKEN |= {"logits_to_keep", "cache_position"}
 _OUTPUT_HOOKS = "transformers.utils.output_capturing"
 _WARM_UP = "first token of a length"
@@ -266,7 +267,7 @@ class DecodeGraphs:
         if reason is not None:
             report.eager[reason] = report.eager.get(reason, 0) + 1
             return None
-        cache: KVCache = arguments["past_key_values"]
+        cache: KVCache = arguments[CACHE]
         inputs = arguments.get("input_ids")
         if inputs is None:
             inputs = arguments["inputs_embeds"]
@@ -276,7 +277,7 @@ class DecodeGraphs:
         captured.step.advance(cache, inputs, arguments.get("position_ids"))
         self._compute(captured, cache, report)
         # A copy: the next token is written over the step's own.
-        return CausalLMOutputWithPast(logits=captured.step.logits.clone(), past_key_values=cache)
+        return CausalLMOutputWithPast(logits=captured.step.logits.clone(), **{CACHE: cache})
 
     def _compute(self, captured: _Captured, cache: KVCache, report: GraphReport) -> None:
         step = captured.step
@@ -363,7 +364,7 @@ def _why_not(arguments: dict[str, Any]) -> str | None:
     """Why a forward with these arguments is not a static step; nothing is read from the device."""
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
-    if not isinstance(arguments.get("past_key_values"), KVCache):
+    if not isinstance(arguments.get(CACHE), KVCache):
         return "a KV cache of the caller's"
     if tokens is None or tokens.shape[1] != 1:
         return "several tokens at once"

@@ -17,6 +17,7 @@ from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sizes import Workload
+from griffin_offload.transformers_api import CACHE
 
 if TYPE_CHECKING:
     from griffin_offload.engine.runner import ModelRunner
@@ -108,7 +109,7 @@ class Past:
         kept = self._sequences if self.tokens else None
         if kept not in (None, sequences):
             raise UsageError(
-                f"past_key_values holds {kept} sequences and {sequences} are to be generated: its "
+                f"{CACHE} holds {kept} sequences and {sequences} are to be generated: its "
                 "batch_repeat_interleave(n) or batch_select_indices(indices) make them as many"
             )
 
@@ -126,16 +127,16 @@ class Past:
 
 
 def past_of(prompt: Tensor, kwargs: dict[str, Any]) -> Past:
-    """What `past_key_values` holds of `prompt` [B, T]; UsageError where the two do not belong together.
+    """What the KV cache among `kwargs` holds of `prompt` [B, T]; UsageError where the two do not belong together.
 
     Ids are the whole sequence, or the new tokens alone if an attention mask over the whole one is given; transformers
     tells them apart by the mask's length, and would compute nonsense where neither is the case.
     """
-    cache, given = kwargs.get("past_key_values"), prompt.shape[1]
+    cache, given = kwargs.get(CACHE), prompt.shape[1]
     if cache is None:
         return Past(0, given)
     if not hasattr(cache, "get_seq_length"):
-        raise UsageError(f"past_key_values is a {type(cache).__name__}: give a Cache, as generate returns it")
+        raise UsageError(f"{CACHE} is a {type(cache).__name__}: give a Cache, as generate returns it")
     past, mask = cache.get_seq_length(), kwargs.get("attention_mask")
     if past == 0:
         return Past(0, given, cache)
@@ -143,7 +144,7 @@ def past_of(prompt: Tensor, kwargs: dict[str, Any]) -> Past:
     whole = given if masked == given else past + given
     if whole <= past or masked != whole:
         raise UsageError(
-            f"past_key_values holds {past} tokens, the prompt {given} and the attention mask {masked}: give the whole "
+            f"{CACHE} holds {past} tokens, the prompt {given} and the attention mask {masked}: give the whole "
             "sequence, longer than what is in the cache, or the new tokens alone with an attention mask over all"
         )
     return Past(past, whole, cache)
@@ -271,8 +272,8 @@ def tokens_of(arguments: dict[str, Any]) -> Tensor:
 
 
 def cache_of(output: Any, arguments: dict[str, Any]) -> Any:
-    cache = arguments.get("past_key_values")
-    return cache if cache is not None else getattr(output, "past_key_values", None)
+    cache = arguments.get(CACHE)
+    return cache if cache is not None else getattr(output, CACHE, None)
 
 
 def prompt_mask(tokens: Tensor, given: Any, prompt_tokens: int | None) -> Tensor:

@@ -32,6 +32,7 @@ from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context
 from griffin_offload.planner.plan import Plan
+from griffin_offload.transformers_api import with_own_name
 
 if TYPE_CHECKING:
     from griffin_offload.engine.chat import ChatSession
@@ -221,7 +222,8 @@ class GriffinModel(StockInterface):
         `RunConfig.max_new_tokens` are generated. `exact`, `draft_tokens` and `refresh` are as in `LoadConfig`, and
         those of loading by default. With a `context` the prompt [1, T] goes on from what that remembers: tokens at its
         start that the context knows are not computed again. `prompt_done` is called with it when the prompt has passed.
-        `past_key_values` of an earlier call goes on, too, as in transformers, with the neurons that were chosen then.
+        `past_key_values` of an earlier call (`cache` since transformers 5.24; both names are taken) goes on, too, with
+        the neurons that were chosen then.
         `wait_s` is as the attribute, for this call alone. Raises Busy when that is over, UsageError for a prompt that
         is empty or too long for `plan.context_tokens`, DoesNotFit when the batch or its length needs more than the
         budget.
@@ -229,7 +231,7 @@ class GriffinModel(StockInterface):
         inputs = next((kwargs.pop(k) for k in ("inputs", "input_ids") if k in kwargs), inputs)
         given = inputs if inputs is not None else kwargs.get("inputs_embeds")
         prompt = checked_prompt(given, self._engine.shape.vocab_size)
-        kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in with_own_name(kwargs).items()}
         if self.generation_config.stop_strings and "stop_strings" not in kwargs:
             kwargs.setdefault("tokenizer", self.tokenizer)  # of the checkpoint's settings
         check_wait(wait_s)

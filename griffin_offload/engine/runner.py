@@ -46,6 +46,7 @@ from griffin_offload.offload.weight_store import MmapStore
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
 from griffin_offload.planner.workspace import logits_bytes, statistics_bytes, workspace_bytes
+from griffin_offload.transformers_api import CACHE, with_own_name
 
 
 class ModelRunner:
@@ -265,16 +266,17 @@ class ModelRunner:
             return self._forward(args, kwargs)
 
     def _forward(self, args: Any, kwargs: Any) -> Any:
+        kwargs = with_own_name(kwargs)
         run, again = self.run, False
-        if run is not None and self.border is not None and not args and kwargs.get("past_key_values") is None:
+        if run is not None and self.border is not None and not args and kwargs.get(CACHE) is None:
             # Phi-3's way to have everything computed anew, behind the border of its positions.
-            kwargs, again = kwargs | {"past_key_values": run.own_cache}, True
+            kwargs, again = kwargs | {CACHE: run.own_cache}, True
         if run is not None and run.prefilled:
             output = self._read_again(run, kwargs) if again else self._resident(run, args, kwargs)
             run.cache = cache_of(output, kwargs)
             return self._seen(run, output)
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
-        given = arguments.get("past_key_values")
+        given = arguments.get(CACHE)
         if self.border is not None and self.border.moving and (given is None or given.get_seq_length() == 0):
             begin_anew(self.loaded.model)
         if run is not None:
@@ -346,7 +348,7 @@ class ModelRunner:
         if context is not None and run.ready is not None:
             context.cache.restore(tokens.shape[1])
             self._resume(context, 0)
-            output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], past_key_values=context.cache)
+            output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], **{CACHE: context.cache})
             slots = 0
         elif context is not None and context.tokens and run.mode.refresh == "never" and not run.mode.exact:
             self._resume(context, tokens.shape[1])
@@ -436,7 +438,7 @@ class ModelRunner:
     def _go_on(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """The tokens behind a KV cache of the caller's: of residents, as every forward with a filled one."""
         start, before = time.perf_counter(), self.loaded.layers.fetched_bytes
-        chosen = self._adopt(arguments["past_key_values"])
+        chosen = self._adopt(arguments[CACHE])
         output = self.stock_forward(*args, **kwargs)
         seconds, streamed_bytes = time.perf_counter() - start, self.loaded.layers.fetched_bytes - before
         tokens = tokens_of(arguments).shape[0] * (run.prompt_tokens - run.past_tokens)

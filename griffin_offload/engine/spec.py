@@ -34,6 +34,7 @@ from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
+from griffin_offload.transformers_api import warn_if_untested
 from griffin_offload.units import format_bytes, parse_size
 
 
@@ -92,6 +93,7 @@ def examine(model: str | Path, config: LoadConfig, *, anywhere: bool = False) ->
 def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: bool = False) -> ModelSpec:
     """The same for a checkpoint that was opened, or of which only the config is known. `anywhere`: the device may be
     another machine's, if its memory is given."""
+    warn_if_untested()
     absent = anywhere and config.device not in ("auto", *devices_here())
     device = torch.device(config.device) if absent else choose_device(config.device)
     overhead_bytes = assumed_overhead_bytes(device) if absent else device_overhead_bytes(device)
