@@ -17,6 +17,7 @@ from shared_layers import load_repeated
 from transformers.utils import logging as transformers_logging
 
 from griffin_offload import GriffinModel
+from griffin_offload.devices.registry import choose_device
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.evaluation.ceilings import decode_bytes_per_s, host_copy_rate
 
@@ -114,19 +115,18 @@ def loaded(setting: Setting, case: Case, density: Any, **more: Any) -> Iterator[
 
 def ceilings(setting: Setting) -> None:
     """Link, memory, and one row times matrices in every precision; gate and up apart and in one."""
-    device = setting.device
+    device, door = setting.device, choose_device(setting.device.type)
     hidden, neurons = SHAPES["llama-2-13b" if setting.scale == "full" else "tiny"][:2]
     copied = device_copy_rate(_COPIED_BYTES[setting.scale], device)
     dtype = torch.bfloat16
     gemv = {
-        precision: decode_bytes_per_s(precision, hidden, neurons, dtype, device)
-        for precision in ("none", "int8", "int4")
+        precision: decode_bytes_per_s(precision, hidden, neurons, dtype, door) for precision in ("none", "int8", "int4")
     }
     emit(
         {
             "is": named(device),
-            "copy_pinned_bytes_per_s": host_copy_rate(device, pinned=True),
-            "copy_pageable_bytes_per_s": host_copy_rate(device, pinned=False),
+            "copy_pinned_bytes_per_s": host_copy_rate(door, pinned=True),
+            "copy_pageable_bytes_per_s": host_copy_rate(door, pinned=False),
             "device_copy_bytes_per_s": copied,
             "gemv_bytes_per_s": gemv,
             "memory_bytes_per_s": max(copied, gemv["none"] or 0.0),
@@ -176,7 +176,7 @@ def _captured(work: Callable[[], None], device: torch.device) -> Callable[[], ob
     """As decode runs it: without the launches' own time."""
     if device.type != "cuda":
         return work
-    from griffin_offload.engine.decode_graph import CudaRecorder
+    from griffin_offload.devices.cuda import CudaRecorder
 
     recorder = CudaRecorder(device)
     recorder.warm_up(work)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from griffin_offload.blocks.feedforward import FeedForward
 from griffin_offload.config import WEIGHT_NORMS, LoadConfig
-from griffin_offload.devices.memory import give_back_freed
+from griffin_offload.devices.host_memory import give_back_freed
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.method.selection import layer_generator, select_neurons
 from griffin_offload.method.statistic import share_kept, shared_score, squared_statistic

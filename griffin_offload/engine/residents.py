@@ -92,7 +92,7 @@ def materialise(layers: DecoderLayers, selected: dict[int, Tensor], model_spec: 
         assert layers.source is not None, "streamed layers have a source"
         full = layers.source.fetch_rows(index, block.rows_needed(chosen_here))
         full = [tensor.to(stream_dtype(tensor, model_spec.dtype)) for tensor in full]
-        if model_spec.device.type == "cpu":
+        if model_spec.hardware.shares_host_memory:
             block.gather(full, chosen_here, compact)
         else:
             _gather_through_host(block, full, chosen_here, compact)

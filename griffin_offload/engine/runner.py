@@ -16,10 +16,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from griffin_offload.blocks.feedforward import FeedForward
 from griffin_offload.blocks.rope import begin_anew, rope_border
 from griffin_offload.blocks.states import shares_entries
-from griffin_offload.devices.memory import RefusalsNamed
+from griffin_offload.devices.base import Recorder
+from griffin_offload.devices.ledger import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
-from griffin_offload.engine.decode_graph import CudaRecorder, DecodeGraphs, Recorder, ReusedKVCache
+from griffin_offload.engine.decode_graph import DecodeGraphs, ReusedKVCache
 from griffin_offload.engine.generation import (
     GenerationState,
     cache_bytes,
@@ -77,10 +78,10 @@ class ModelRunner:
         loaded.layers.decoder[0].register_forward_pre_hook(Guard(self._check_whole, whole=not plan.streamed))
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
         self.kept_cache = ReusedKVCache(loaded.model.config, plan.kv_bits)
-        if model_spec.device.type == "cuda" and self.shape.precision == "int8":
+        if self.shape.precision == "int8":
             int8_kernel(model_spec.device, model_spec.dtype)  # compiled now, not at the first token
         if model_spec.request.graphs:
-            self.capture_with(CudaRecorder(model_spec.device))
+            self.capture_with(model_spec.hardware.recorder())
 
     @property
     def blocks(self) -> list[FeedForward]:
@@ -185,11 +186,11 @@ class ModelRunner:
         whole = replace(use, ctx_tokens=max(use.ctx_tokens, self.plan.context_tokens))
         return (whole if self._plan_of(whole).fits else use).cache_tokens
 
-    def guarded(self) -> RefusalsNamed:
+    def guarded(self) -> OutOfMemoryAsError:
         """OutOfMemory inside when memory is refused."""
         remedy = "ask for less (a shorter prompt, fewer sequences), or close other programs"
         budget_bytes = self.plan.budget_bytes
-        return RefusalsNamed("generating", remedy, self.model_spec.device, budget_bytes, self.kept_cache.release)
+        return OutOfMemoryAsError("generating", remedy, self.model_spec.hardware, budget_bytes, self.kept_cache.release)
 
     def keep_idle(self, idle_bytes: int) -> None:
         """Count so many bytes of contexts that nobody uses at the moment against the budget."""
@@ -293,7 +294,7 @@ class ModelRunner:
     def observe(self, logits: Tensor) -> None:
         """Show the run's observers the logits [B, V] of its next token, which have to be numbers."""
         if self.run is not None:
-            self.run.check_numbers(logits, self.model_spec.dtype)
+            self.run.check_numbers(logits, self.model_spec.dtype, waits=self.model_spec.hardware.queues_work)
             for observer in self.run.observers:
                 observer.observe(logits)
 

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 
@@ -99,7 +99,7 @@ def test_shown_defaults_and_choices_are_those_of_the_dataclass(cli, command: str
     text = " ".join(cli(command, "--help").out.split())
     assert f"80% or auto (default: {LoadConfig.max_gpu_mem})" in text
     for name, kind in {
-        "device": config.Device,
+        "device": Literal[tuple(config.DEVICE_NAMES)],
         "offload": config.Offload,
         "selection": config.SelectionMethod,
         "quantize": config.Quantize,
