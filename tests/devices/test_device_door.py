@@ -1,6 +1,8 @@
 """The door `Device`: one that is registered at run time runs whole prompts and answers, by asynchronous copies."""
 
+import ast
 import gc
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from threaded_device import Counts, ThreadedDevice
 from tiny_models import VOCAB
 
+import griffin_offload
 from griffin_offload import GriffinModel, UsageError
 from griffin_offload.config import DEVICE_NAMES, LoadConfig
 from griffin_offload.devices.base import Device
@@ -201,3 +204,39 @@ def test_what_a_device_does_not_have_is_not_asked_for():
     for ask in (device.copy_stream, device.recorder, device.record, lambda: device.pinned(1)):
         with pytest.raises(AssertionError, match="cpu"):
             ask()
+
+
+# Facts of devices stand in devices/ alone.
+
+_TORCH = re.compile(r"torch\.(?:backends\.)?(?:cuda|mps|xpu|accelerator)\b")
+# Kernels and formats ask where a tensor lies; the engine where int4 and kernels in C were tried.
+_MOST_TESTS_OF_A_TYPE = 10
+
+
+def _elsewhere() -> dict[str, str]:
+    """Path and text of every file of the package outside devices/."""
+    package = Path(griffin_offload.__file__).parent
+    paths = [path.relative_to(package) for path in package.rglob("*.py")]
+    return {str(path): (package / path).read_text() for path in paths if path.parts[0] != "devices"}
+
+
+def _tests_of_a_type(text: str) -> list[str]:
+    """Comparisons with the name of a device's type."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Compare):
+            parts = [inner for side in (node.left, *node.comparators) for inner in getattr(side, "elts", [side])]
+            values = {part.value for part in parts if isinstance(part, ast.Constant)}
+            found += [ast.unparse(node)] * bool(values & {"cpu", "cuda", "mps"})
+    return found
+
+
+def test_torch_is_asked_about_devices_in_one_room():
+    assert {path: found for path, text in _elsewhere().items() if (found := _TORCH.findall(text))} == {}
+
+
+def test_the_type_of_a_device_is_hardly_asked_elsewhere():
+    found = {path: tests for path, text in _elsewhere().items() if (tests := _tests_of_a_type(text))}
+    assert sum(map(len, found.values())) <= _MOST_TESTS_OF_A_TYPE, found
+    rooms = {path.split("/")[0] for path in found}
+    assert rooms <= {"formats", "kernels", "engine"}, found
