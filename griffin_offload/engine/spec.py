@@ -23,6 +23,7 @@ from griffin_offload.devices.base import Device
 from griffin_offload.devices.host_memory import host_bytes
 from griffin_offload.devices.registry import choose_device, device_kind, devices_here
 from griffin_offload.engine.cpu_modules import emulates_halves
+from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats.linear import PRECISIONS, Precision
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
@@ -129,7 +130,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         weight_norms=config.selection in WEIGHT_NORMS,
         # Where no context can be kept every prompt is read from its start.
         continued=config.keep_prompts and can_cache(checkpoint.config),
-        graphs=hardware.captures and config.cuda_graphs,
+        graphs=GRAPH_COSTS if hardware.captures and config.cuda_graphs else None,
     )
     assumed = f"no {hardware.name} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
     model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, others, request, assumed if absent else None)
