@@ -145,7 +145,7 @@ def test_its_facts_reach_the_request(checkpoints, threaded: type[ThreadedDevice]
     """The budget's percentage is of its memory; embeddings may stay on the host; nothing is captured or translated."""
     spec = examine(checkpoints("llama2"), LoadConfig(device="threaded", max_gpu_mem="50%", dtype="bfloat16"))
     assert spec.request.budget_bytes == threaded.memory[1] // 2
-    assert (spec.request.host_embeddings, spec.request.stored_share, spec.request.graphs) == (True, 0.0, False)
+    assert (spec.request.host_embeddings, spec.request.stored_share, spec.request.graphs) == (True, 0.0, None)
     on_cpu = examine(checkpoints("llama2"), LoadConfig(device="cpu", max_gpu_mem="1GB", dtype="bfloat16"))
     assert (on_cpu.request.host_embeddings, on_cpu.request.stored_share) == (False, 2.0)
     spec = examine(checkpoints("llama2"), LoadConfig(device="threaded", max_gpu_mem="1GB", max_cpu_mem="1MB"))
