@@ -19,8 +19,9 @@ from griffin_offload.devices.cpu import CpuDevice
 from griffin_offload.devices.cuda import CudaDevice
 from griffin_offload.devices.mps import MpsDevice
 from griffin_offload.devices.registry import choose_device, device_kind, devices_here
-from griffin_offload.engine.spec import examine
+from griffin_offload.engine.spec import budget_bytes, examine
 from griffin_offload.evaluation.ceilings import host_copy_rate
+from griffin_offload.evaluation.distributed import Processes
 from griffin_offload.offload.layer_stream import LayerStream, StreamConfig
 from griffin_offload.offload.weight_store import HostStore, MmapStore, Source
 
@@ -204,6 +205,36 @@ def test_what_a_device_does_not_have_is_not_asked_for():
     for ask in (device.copy_stream, device.recorder, device.record, lambda: device.pinned(1)):
         with pytest.raises(AssertionError, match="cpu"):
             ask()
+
+
+class _Counted:
+    """accelerate's, of which `share` needs the wait alone."""
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+def test_processes_share_a_device_or_take_their_own(register_device: Register, monkeypatch: pytest.MonkeyPatch):
+    taken = []
+
+    class Several(ThreadedDevice):
+        name = "several"
+
+        def give_processes_their_own(self, processes: int, rank: int) -> bool:
+            taken.append((processes, rank))
+            return True
+
+    register_device(Several)
+    register_device(ThreadedDevice)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    processes = Processes(1, 4, _Counted())
+    assert processes.share({"device": "several"}) == {"device": "several"}
+    assert taken == [(2, 1)]
+    free = budget_bytes(LoadConfig(device="threaded"), ThreadedDevice.current())
+    assert processes.share({"device": "threaded"})["max_gpu_mem"] == free // 2
+    named = {"device": "threaded", "max_gpu_mem": "1GB"}
+    assert processes.share(named) == named
 
 
 # Facts of devices stand in devices/ alone.
