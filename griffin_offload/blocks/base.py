@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.devices.host_memory import untouched_zeros
-from griffin_offload.formats.linear import Precision, Spec
+from griffin_offload.formats.base import Format, Spec
 from griffin_offload.method.statistic import squared_statistic, weighted_sum
 
 
@@ -93,7 +93,7 @@ class Block(ABC):
 
     @property
     @abstractmethod
-    def precision(self) -> Precision:
+    def precision(self) -> Format:
         """Of the resident neurons."""
 
     @abstractmethod
@@ -105,15 +105,15 @@ class Block(ABC):
         """The installed tensors, which are the full ones until compact ones are installed."""
 
     @abstractmethod
-    def full_specs(self, precision: Precision | None = None) -> list[Spec]:
+    def full_specs(self, precision: Format | None = None) -> list[Spec]:
         """Tensors as they are stored; `precision` asks about another one."""
 
     @abstractmethod
-    def compact_specs(self, kept: int, precision: Precision | None = None) -> list[Spec]:
+    def compact_specs(self, kept: int, precision: Format | None = None) -> list[Spec]:
         """Tensors that hold `kept` neurons, filled up to whole multiples (`multiple`); linear in these."""
 
     @abstractmethod
-    def multiple(self, precision: Precision) -> int:
+    def multiple(self, precision: Format) -> int:
         """Compact tensors hold multiples of so many neurons."""
 
     @abstractmethod
@@ -159,10 +159,9 @@ class Block(ABC):
         """The block as a function of hidden states [B, T, H], with what is installed."""
 
     @property
+    @abstractmethod
     def read_numbers(self) -> int:
         """Numbers of matrices that one token is multiplied by."""
-        shapes = [shape for shape, _ in self.full_specs("none")]
-        return sum(shape[0] * shape[1] for shape in shapes if len(shape) > 1)
 
     def weight_norms(self, kind: str, full: Sequence[Tensor]) -> Tensor:
         """The norms [F] that a selection of `kind`, one of WEIGHT_NORMS, asks for."""

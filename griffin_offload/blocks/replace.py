@@ -8,7 +8,9 @@ from transformers.pytorch_utils import Conv1D
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.devices.torch_state import put
-from griffin_offload.formats.linear import Precision, QuantizedLinear, Scratch, check_sizes, specs
+from griffin_offload.formats.base import Format
+from griffin_offload.formats.linear import QuantizedLinear
+from griffin_offload.kernels.by_blocks import Scratch
 
 
 def linear_names(layer: nn.Module) -> list[str]:
@@ -16,18 +18,18 @@ def linear_names(layer: nn.Module) -> list[str]:
     return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
-def check_layer(layer: nn.Module, block: Block, precision: Precision) -> None:
-    """UnsupportedModel when a matrix of the layer has no form of `precision`."""
+def check_layer(layer: nn.Module, block: Block, precision: Format) -> None:
+    """UnsupportedModel when a matrix of the layer cannot be in `precision`."""
     for name in linear_names(layer):
         module = layer.get_submodule(name)
-        check_sizes(precision, *features(module), name, is_down=block.is_down(module))
+        precision.check(*features(module), name, is_down=block.is_down(module))
 
 
 def swap_linears(
     decoder: nn.ModuleList,
     blocks: Sequence[Block],
-    precision: Precision,
-    stored: Precision,
+    precision: Format,
+    stored: Format,
     scratch: Scratch,
     importance: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -46,19 +48,20 @@ def swap_linears(
 
 
 def _quantized(
-    module: nn.Module, precision: Precision, stored: Precision, scratch: Scratch, *, is_down: bool
+    module: nn.Module, precision: Format, stored: Format, scratch: Scratch, *, is_down: bool
 ) -> QuantizedLinear:
     outputs, inputs = features(module)
-    new = QuantizedLinear(outputs, inputs, is_down=is_down, precision=precision, stored=stored, scratch=scratch)
+    full, resident = stored.stored(is_down=is_down), precision.resident(is_down=is_down)
+    new = QuantizedLinear(outputs, inputs, is_down=is_down, full=full, resident=resident, scratch=scratch)
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     if isinstance(bias, Tensor):
         put(new, "bias", bias.detach())
-    if stored == "none":
+    if stored.is_plain:
         matrix = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
         put(new, "weight", matrix)
         return new
-    for name, (shape, own) in specs(new.full_form, outputs, inputs, is_down=is_down).items():
+    for name, (shape, own) in full.specs(outputs, inputs, is_down=is_down).items():
         tensor = weight.new_empty(shape, dtype=own or weight.dtype)
         put(new, name, tensor)
     return new

@@ -6,6 +6,7 @@ from torch import Tensor
 from griffin_offload.blocks.base import Activations, Block
 from griffin_offload.blocks.layouts import REGISTER_HINT
 from griffin_offload.errors import UnsupportedModel
+from griffin_offload.formats.base import is_plain
 
 # Differences are summation order alone; a wrong neuron shows as an error of order one.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -25,7 +26,7 @@ def self_check(block: Block) -> None:
         .sort()
         .values
     )
-    dtype = next(tensor.dtype for tensor in full if tensor.is_floating_point())
+    dtype = next(tensor.dtype for tensor in full if is_plain(tensor))
     # Unit rows, scaled so that activations neither vanish nor saturate.
     x = torch.randn(1, 2, block.hidden, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     masked = _masked(block, chosen, x)

@@ -1,6 +1,5 @@
 """The sizes of a model, read off its architecture on the meta device: what the planner calculates with."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from griffin_offload.blocks.states import LayerState, kept_states, windows_of
 from griffin_offload.blocks.towers import leave_out_towers
 from griffin_offload.devices.torch_state import building
 from griffin_offload.errors import CheckpointError, one_line
+from griffin_offload.formats.base import Format, specs_bytes
 from griffin_offload.formats.embedding import table_bytes
-from griffin_offload.formats.linear import Precision, Spec, resident_form, specs
+from griffin_offload.formats.floats import FLOATS
 
 ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
 
@@ -46,7 +46,7 @@ class LayerSizes:
     """Norms, biases and whatever else has one axis."""
     window: int | None
     """Tokens the KV cache of this layer keeps; None keeps all."""
-    precision: Precision = "none"
+    precision: Format = FLOATS
     ff_fixed_bytes: int = 0
     """Resident FF bytes that belong to no neuron: in int8, one scale per output of the down projection."""
     plain_neuron_bytes: int = 0
@@ -103,9 +103,9 @@ class ModelSizes:
     """Both without quantisation."""
     dtype: str = "bfloat16"
     """Precision of the computation, in words."""
-    precision: Precision = "none"
+    precision: Format = FLOATS
     """Of the resident matrices inside the layers."""
-    stored: Precision = "none"
+    stored: Format = FLOATS
     """Of the same matrices in the checkpoint."""
 
     @property
@@ -135,7 +135,7 @@ class ModelSizes:
         return sum(layer.state_bytes for layer in self.layers)
 
     def _stored_attention(self, layer: LayerSizes) -> int:
-        return layer.plain_attention_bytes if self.stored == "none" else layer.attention_bytes
+        return layer.plain_attention_bytes if self.stored.is_plain else layer.attention_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -159,9 +159,9 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
 
 def model_shape(
     model: Any,
-    precision: Precision = "none",
-    stored: Precision = "none",
-    tables: Precision = "none",
+    precision: Format = FLOATS,
+    stored: Format = FLOATS,
+    tables: Format = FLOATS,
     states: Sequence[LayerState] | None = None,
 ) -> ModelSizes:
     """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
@@ -182,12 +182,12 @@ def model_shape(
     head_bytes = 0 if tied else _nbytes([head.weight])
     plain_tables = (_nbytes([embedding]), head_bytes)
     other_bytes = _nbytes(outside.values()) - sum(plain_tables)
-    if tables == "int8":
-        head_bytes = 0 if tied else table_bytes(head.weight.shape, embedding.dtype)
+    if not tables.is_plain:
+        head_bytes = 0 if tied else table_bytes(head.weight.shape, tables, embedding.dtype)
     heads, attention_width = _attention_sizes(config)
     return ModelSizes(
         layers=tuple(layers),
-        embedding_bytes=table_bytes(embedding.shape, embedding.dtype) if tables == "int8" else plain_tables[0],
+        embedding_bytes=table_bytes(embedding.shape, tables, embedding.dtype),
         head_bytes=head_bytes,
         other_bytes=other_bytes,
         plain_embedding_bytes=plain_tables[0],
@@ -227,8 +227,8 @@ def _layer_shape(
     block: Block,
     window: int | None,
     state: LayerState,
-    precision: Precision,
-    stored: Precision,
+    precision: Format,
+    stored: Format,
 ) -> LayerSizes:
     check_layer(layer, block, precision)
     projections = {id(linear) for linear in block.linears}
@@ -244,14 +244,14 @@ def _layer_shape(
     )
     # Sizes are linear in whole multiples of neurons.
     step = block.multiple(precision)
-    one, two = (_specs_bytes(block.compact_specs(count, precision), dtype) for count in (step, 2 * step))
+    one, two = (specs_bytes(block.compact_specs(count, precision), dtype) for count in (step, 2 * step))
     neuron_bytes = (two - one) // step
-    plain = [_specs_bytes(block.compact_specs(count, "none"), dtype) for count in (1, 2)]
+    plain = [specs_bytes(block.compact_specs(count, FLOATS), dtype) for count in (1, 2)]
     return LayerSizes(
         neurons=block.neurons,
         neuron_bytes=neuron_bytes,
-        ff_bytes=_specs_bytes(block.full_specs(stored), dtype),
-        ff_flat_bytes=sum(_aligned(_specs_bytes([spec], dtype)) for spec in block.full_specs(stored)),
+        ff_bytes=specs_bytes(block.full_specs(stored), dtype),
+        ff_flat_bytes=sum(_aligned(specs_bytes([spec], dtype)) for spec in block.full_specs(stored)),
         attention_bytes=attention + quantised,
         norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
         window=window,
@@ -273,17 +273,12 @@ def _mixing_bytes(state: LayerState, widths: list[int]) -> int:
     return sum(widths) * each
 
 
-def _linear_bytes(linear: Any, precision: Precision, dtype: torch.dtype) -> int:
-    form = resident_form(precision, is_down=False)
-    return _specs_bytes(list(specs(form, *features(linear), is_down=False).values()), dtype)
+def _linear_bytes(linear: Any, precision: Format, dtype: torch.dtype) -> int:
+    return precision.resident(is_down=False).nbytes(*features(linear), dtype, is_down=False)
 
 
 def _aligned(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def _specs_bytes(found: list[Spec], dtype: torch.dtype) -> int:
-    return sum(math.prod(shape) * (own or dtype).itemsize for shape, own in found)
 
 
 def _nbytes(tensors: Any) -> int:

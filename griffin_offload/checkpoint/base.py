@@ -27,7 +27,7 @@ from griffin_offload.checkpoint.safetensors import (
 )
 from griffin_offload.checkpoint.unsupported import check_numbers, is_gguf, refuse_gguf, refuse_gguf_in
 from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, one_line
-from griffin_offload.formats.linear import Precision
+from griffin_offload.formats import FLOATS, Format, get
 
 # Lies in a directory that convert has not finished.
 UNFINISHED = ".converting.json"
@@ -45,9 +45,9 @@ class Checkpoint:
     """The stored precision: the one most bytes have."""
     files: tuple[Path, ...]
     weight_bytes: int
-    precision: Precision = "none"
+    precision: Format = FLOATS
     """What its matrices were converted to."""
-    tables: Precision = "none"
+    tables: Format = FLOATS
     """What its embeddings and its head were converted to."""
     untied: bool = False
     """The files hold another head than the embeddings that config.json ties it to."""
@@ -92,7 +92,7 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
         converted=converted_tensors(headers.values(), DTYPES[stored]),
         states=states,
     )
-    return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
+    return checkpoint if mark is None else replace(checkpoint, precision=get(mark.precision), tables=get(mark.tables))
 
 
 def _bytes_by_dtype(config: PretrainedConfig, headers: Iterable[Header]) -> Counter[str]:
@@ -117,7 +117,7 @@ def read_config(path: str | Path) -> Checkpoint:
     check_numbers(file, getattr(config, "quantization_config", None), None)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     checkpoint = Checkpoint(file.parent, config, dtype, (), 0)
-    return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
+    return checkpoint if mark is None else replace(checkpoint, precision=get(mark.precision), tables=get(mark.tables))
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

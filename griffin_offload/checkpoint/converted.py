@@ -22,29 +22,29 @@ from griffin_offload.checkpoint.config_files import read_generation_config
 from griffin_offload.checkpoint.mapped import map_file
 from griffin_offload.devices.torch_state import building, parameters_on_meta, put
 from griffin_offload.errors import CheckpointError, UnsupportedModel, memory_refused, one_line
-from griffin_offload.formats.embedding import swap_tables, tie_tables
-from griffin_offload.formats.linear import PRECISIONS, Precision, Scratch
+from griffin_offload.formats import FLOATS, Format, every, get
+from griffin_offload.formats.base import is_plain
+from griffin_offload.formats.embedding import TABLE_FORMATS, swap_tables, tie_tables
+from griffin_offload.kernels.by_blocks import Scratch
 
 METHOD = "griffin-offload"
-VERSIONS: dict[Precision, int] = {"int8": 1, "int4": 2}
-"""Of the layouts. int4 had one scale a neuron in its down projection before, which trained models did not survive."""
 # One key: safetensors writes several in no fixed order, and equal conversions are equal byte for byte.
 METADATA_KEY = "griffin_offload"
 
 
 @dataclass(frozen=True)
 class ConversionInfo:
-    """What a conversion writes into every file."""
+    """What a conversion writes into every file: formats by their names."""
 
-    precision: Precision
+    precision: str
     source: str
     """Fingerprint of the checkpoint it was made from."""
-    tables: Precision = "none"
-    """Of the embeddings and the head: none or int8."""
+    tables: str = FLOATS.name
+    """Of the embeddings and the head."""
     version: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "version", VERSIONS[self.precision])
+        object.__setattr__(self, "version", get(self.precision).version)
 
     def metadata(self) -> dict[str, str]:
         """Of a shard."""
@@ -62,15 +62,16 @@ def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
     if not isinstance(found, dict) or found.get("method") != METHOD:
         return None
     version, precision, source, tables = (found.get(key) for key in ("version", "precision", "source", "tables"))
-    if isinstance(precision, str) and precision in VERSIONS and version != VERSIONS[precision]:
+    format = next((other for other in every() if other.name == precision and not other.is_plain), None)
+    if format is not None and version != format.version:
         raise UnsupportedModel(
             f"{directory} was converted to {precision} in format {version}, this version reads format "
-            f"{VERSIONS[precision]}: convert again"
+            f"{format.version}: convert again"
         )
-    if precision not in PRECISIONS[1:] or not isinstance(source, str) or tables not in ("none", "int8"):
+    if format is None or not isinstance(source, str) or tables not in [other.name for other in TABLE_FORMATS]:
         raise CheckpointError(f"{directory / 'config.json'} has a damaged quantization_config: convert again")
     del config.quantization_config
-    return ConversionInfo(precision, source, tables)
+    return ConversionInfo(format.name, source, str(tables))
 
 
 def check_shard(path: Path, mark: ConversionInfo | None) -> None:
@@ -105,8 +106,8 @@ def map_converted(
     files: tuple[Path, ...],
     config: PretrainedConfig,
     dtype: torch.dtype,
-    precision: Precision,
-    tables: Precision,
+    precision: Format,
+    tables: Format,
     scratch: Scratch,
 ) -> Any:
     """The model with quantised layers, its parameters views of the mapped files; every one has to be there."""
@@ -115,8 +116,8 @@ def map_converted(
     swap_linears(decoder, blocks, precision, precision, scratch)
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
-    if tables == "int8":
-        swap_tables(model, scratch)
+    if not tables.is_plain:
+        swap_tables(model, tables, scratch)
     expected: dict[str, Tensor] = dict(model.named_parameters())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     for path in files:
@@ -126,7 +127,7 @@ def map_converted(
             elif name in buffers:
                 _check(name, tensor, buffers[name], path)
                 buffers[name].copy_(tensor)
-    if tables == "int8":
+    if not tables.is_plain:
         tie_tables(model, tied=tied)
     else:
         model.tie_weights()
@@ -144,7 +145,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, expected: Tensor, path:
 
 
 def _check(name: str, tensor: Tensor, expected: Tensor, path: Path) -> None:
-    kind = tensor.is_floating_point(), expected.is_floating_point()
+    kind = is_plain(tensor), is_plain(expected)
     if tensor.shape != expected.shape or kind[0] != kind[1] or (not kind[0] and tensor.dtype != expected.dtype):
         raise CheckpointError(
             f"{path}: {name} is {_describe(tensor)}, the model needs {_describe(expected)}: convert again"

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, get_args
 from griffin_offload.config import (
     DEVICE_NAMES,
     FLOOR_AUTO_CTX,
+    FORMAT_NAMES,
     MAX_AUTO_CTX,
     DType,
     KVBits,
     LoadConfig,
     Offload,
-    Quantize,
     SelectionMethod,
 )
 from griffin_offload.demo import demo_directory
@@ -58,8 +58,10 @@ def heavy_imports() -> Iterator[None]:
 
 @contextmanager
 def _hidden(names: Sequence[str]) -> Iterator[None]:
-    """Packages that nobody has imported yet are as if they were not installed; afterwards they can be imported."""
-    hidden = {name: None for name in names if name not in sys.modules}
+    """Packages that nobody has imported yet are as if they were not installed; afterwards they can be imported.
+
+    Not where transformers is there already: it asks once what is installed, and would import what it was told of."""
+    hidden = {name: None for name in names if name not in sys.modules and "transformers" not in sys.modules}
     sys.modules.update(hidden)  # type: ignore[arg-type]  # None is Python's own sign for it
     try:
         yield
@@ -224,7 +226,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--quantize",
-        choices=get_args(Quantize),
+        choices=("auto", *FORMAT_NAMES),
         default=_DEFAULTS.quantize,
         help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
         "neurons, else the last)",

@@ -26,7 +26,7 @@ from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
 from griffin_offload.engine.cpu_modules import emulates_halves, use_own_linears
 from griffin_offload.engine.layer_pass import LayerPass, PageFeed
 from griffin_offload.errors import CheckpointError
-from griffin_offload.formats.linear import Scratch
+from griffin_offload.kernels.by_blocks import Scratch
 
 Importance = Mapping[str, Tensor]
 """Mean squares float32 [I] of the inputs of a linear layer, by "layer.name"."""

@@ -32,8 +32,9 @@ from griffin_offload.devices.ledger import OutOfMemoryAsError
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.load import check_stored, map_model
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
-from griffin_offload.formats.int4 import OFF, missed_weights
-from griffin_offload.formats.linear import Precision, quantized
+from griffin_offload.formats import FLOATS, Format, get
+from griffin_offload.formats.base import Tensors
+from griffin_offload.formats.int4 import OFF
 from griffin_offload.units import format_bytes
 
 try:
@@ -56,7 +57,7 @@ class Conversion:
     """What was written."""
 
     directory: Path
-    precision: Precision
+    precision: str
     shards: int
     resumed_shards: int
     """Shards that an earlier, interrupted conversion had finished."""
@@ -68,24 +69,26 @@ class Conversion:
 def convert(
     model: str | Path,
     out: str | Path,
-    precision: Precision,
+    precision: str,
     *,
-    tables: Precision = "none",
+    tables: str = FLOATS.name,
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write `model` in `precision` ("int8" or "int4"), its embeddings and head in `tables` ("none" or "int8").
+    """Write `model` in `precision`, a weight format by its name, its embeddings and head in `tables` ("none" or
+    "int8").
 
     The directory `out` must not exist yet, or hold the same conversion unfinished. Raises UsageError, ModelError,
     DoesNotFit (the disk) or GriffinError (writing)."""
     checkpoint = open_checkpoint(model, offline=offline)
     directory = Path(os.path.expanduser(out))
     check_name(directory)
-    if checkpoint.precision != "none":
+    if not checkpoint.precision.is_plain:
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
     meta = build_on_meta(checkpoint.config, checkpoint.dtype)
     check_stored(checkpoint, sum(parameter.nbytes for parameter in meta.parameters()))
-    shape = model_shape(meta, precision, precision, tables)
+    format = get(precision)
+    shape = model_shape(meta, format, format, get(tables))
     with _failures_named(directory), contextlib.closing(checkpoint.watched()) as files, _locked(directory):
         files.check()
         mark = ConversionInfo(precision, fingerprint(checkpoint), tables)
@@ -190,15 +193,16 @@ def _write_shards(
     weight_map: dict[str, str] = {}
     unfinished = any(not (directory / name).is_file() for name in names[:-1])
     importance: Importance = {}
-    if mark.precision == "int4" and unfinished:
+    format = get(mark.precision)
+    if format.wants_importance and unfinished:
         importance = importance_of(checkpoint, model, decoder, blocks, evict=True)
-    missed = _Missed()
+    missed = _Missed(format)
     with contextlib.closing(_Reader(model, checkpoint, progress)) as reader:
         for index, (name, (start, layer, block)) in enumerate(zip(names, groups, strict=False)):
             path = directory / name
             if not path.is_file():
                 own = {linear: importance.get(f"{index}.{linear}") for linear in linear_names(layer)}
-                tensors = _layer_tensors(start, layer, block, mark.precision, checkpoint.dtype, reader, own, missed)
+                tensors = _layer_tensors(start, layer, block, format, checkpoint.dtype, reader, own, missed)
                 _write_shard(path, tensors, mark)
             else:
                 reader.skip(layer)
@@ -212,17 +216,16 @@ def _write_shards(
 
 @dataclass
 class _Missed:
-    """Large weights that int4 does not bring back, and where it misses worst."""
+    """Large weights that `format` does not bring back, and where it misses worst."""
 
+    format: Format
     weights: int = 0
     worst: float = 0.0
     where: str = ""
 
-    def count(self, name: str, matrix: Tensor, found: Mapping[str, Tensor]) -> None:
-        """Those of `matrix` [O, I], a down projection where `found`, its stored tensors, have an input_scale."""
-        scale = found.get("input_scale")
-        rows, scale = (matrix, found["scale"]) if scale is None else (matrix.t(), scale)
-        weights, worst = missed_weights(rows, scale, (found["weight"], found["groups"]))
+    def count(self, name: str, matrix: Tensor, found: Tensors, *, is_down: bool) -> None:
+        """Those of `matrix` [O, I], of which `found` are the stored tensors."""
+        weights, worst = self.format.missed(matrix, found, is_down=is_down)
         self.weights += weights
         if weights and worst > self.worst:
             self.worst, self.where = worst, name
@@ -230,7 +233,7 @@ class _Missed:
     def warn(self) -> None:
         if self.weights:
             warnings.warn(
-                f"{self.weights} large weights come back from int4 more than {OFF:.0%} off, the worst by "
+                f"{self.weights} large weights come back from {self.format} more than {OFF:.0%} off, the worst by "
                 f"{self.worst:.0%}, in {self.where}: compare it with int8 by eval ppl",
                 stacklevel=2,
             )
@@ -266,7 +269,7 @@ def _layer_tensors(
     prefix: str,
     layer: nn.Module,
     block: Block,
-    precision: Precision,
+    precision: Format,
     dtype: torch.dtype,
     reader: _Reader,
     importance: Mapping[str, Tensor | None],
@@ -282,11 +285,10 @@ def _layer_tensors(
                 matrix = values if isinstance(module, nn.Linear) else values.t()  # Conv1D
                 try:
                     is_down, own = block.is_down(module), importance.get(owner)
-                    found = quantized(matrix, precision, dtype, is_down=is_down, importance=own)
+                    found = precision.quantize(matrix, dtype, is_down=is_down, importance=own)
                 except CheckpointError as error:
                     raise CheckpointError(f"{prefix}{name}: {error}") from error
-                if precision == "int4":
-                    missed.count(prefix + owner, matrix, found)
+                missed.count(prefix + owner, matrix, found, is_down=is_down)
                 tensors |= {f"{prefix}{owner}.{key}": tensor for key, tensor in found.items()}
             else:
                 tensors[prefix + name] = values.clone()
@@ -297,7 +299,8 @@ def _tensors_outside(
     model: Any, prefix: str, mark: ConversionInfo, dtype: torch.dtype, reader: _Reader
 ) -> dict[str, Tensor]:
     """Embeddings, head, last norm, and the buffers that a checkpoint holds; all but the first two as they are."""
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()] if mark.tables == "int8" else []
+    tables_format = get(mark.tables)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()] if not tables_format.is_plain else []
     table_ids = {id(module.weight) for module in tables if module is not None}
     parameters = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
@@ -308,7 +311,7 @@ def _tensors_outside(
             with reader.reading(tensor) as values:
                 if id(parameters.get(name)) in table_ids:
                     owner = name.rpartition(".")[0]
-                    found = quantized(values, "int8", dtype, is_down=False)
+                    found = tables_format.quantize(values, dtype, is_down=False)
                     tensors |= {f"{owner}.{key}": quantised for key, quantised in found.items()}
                 else:
                     tensors[name] = values.clone()

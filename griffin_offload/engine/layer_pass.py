@@ -283,7 +283,7 @@ class LayerPass:
         if index in self._feed.layers:
             self._full = self._feed.bring(index)
         else:
-            self._full = block.full() if block.precision == "none" else []
+            self._full = block.full() if block.precision.is_plain else []
         for visitor in self._visitors:
             visitor.start(index, block, self._full)
 

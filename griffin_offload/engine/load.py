@@ -32,7 +32,8 @@ from griffin_offload.engine.layer_pass import DecoderLayers
 from griffin_offload.engine.residents import HostEmbedding, compact_blocks, place_residents, resident_bytes
 from griffin_offload.engine.spec import ModelSpec, evicts
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
-from griffin_offload.formats.linear import Scratch
+from griffin_offload.formats import FLOATS
+from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
 from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.offload.layer_stream import StreamConfig
@@ -165,7 +166,7 @@ def _load(
 
 def _scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
     """What matrices are multiplied through that are not multiplied as they rest; empty where there are none."""
-    needed = model_spec.request.translated or shape.precision != "none"
+    needed = model_spec.request.translated or not shape.precision.is_plain
     dtype = torch.float32 if model_spec.request.translated else model_spec.dtype
     return Scratch(scratch_bytes(shape) if needed else 0, dtype, model_spec.device)
 
@@ -174,16 +175,16 @@ def _map_layers(
     checkpoint: Checkpoint, shape: ModelSizes, scratch: Scratch, *, evict: bool
 ) -> tuple[Any, nn.ModuleList, list[Block]]:
     """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
-    converted = checkpoint.precision != "none"
+    converted = not checkpoint.precision.is_plain
     model = _map_converted(checkpoint, scratch) if converted else map_model(checkpoint)
     decoder, blocks = find_feed_forwards(model, len(shape.layers))
     settle_generation_config(model, shape.vocab_size, checkpoint.directory)
     self_check(blocks[0])
-    if shape.precision != "none" and not converted:
+    if not shape.precision.is_plain and not converted:
         importance: Importance = {}
-        if shape.precision == "int4":
+        if shape.precision.wants_importance:
             importance = importance_of(checkpoint, model, decoder, blocks, evict=evict)
-        swap_linears(decoder, blocks, shape.precision, "none", scratch, importance)
+        swap_linears(decoder, blocks, shape.precision, FLOATS, scratch, importance)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
     return model, decoder, blocks
 

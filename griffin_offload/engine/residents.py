@@ -17,8 +17,7 @@ from griffin_offload.devices.host_memory import touch, untouched_zeros
 from griffin_offload.devices.torch_state import put
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed, Visitor
 from griffin_offload.engine.spec import ModelSpec
-from griffin_offload.formats.gather import gather_outputs
-from griffin_offload.formats.linear import QuantizedLinear, specs
+from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.offload.background_loader import Job
 from griffin_offload.planner.plan import Plan
 
@@ -67,7 +66,7 @@ def compact_blocks(
     compact: dict[int, list[nn.Parameter]] = {}
     jobs: list[list[Job]] = [[] for _ in blocks]
     for index, block in enumerate(blocks):
-        if index not in full and block.precision == "none":
+        if index not in full and block.precision.is_plain:
             continue
         compact[index] = block.allocate(plan.kept[index], model_spec.dtype, model_spec.device)
         if index in full:
@@ -105,7 +104,7 @@ def materialise(layers: DecoderLayers, selected: dict[int, Tensor], model_spec: 
 
 def _gather_through_host(block: Block, full: list[Tensor], chosen: Tensor, compact: list[nn.Parameter]) -> None:
     # Quantising wants the device; plain neurons are gathered where they rest.
-    if block.precision == "none":
+    if block.precision.is_plain:
         host = [torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in compact]
         block.gather(full, chosen, host)
         for parameter, gathered in zip(compact, host, strict=True):
@@ -143,7 +142,7 @@ def place_residents(
     placed = {id(parameter): parameter for parameters in compact.values() for parameter in parameters}
     for stage, of_stage in zip(stages, jobs, strict=True):
         for module in stage.modules():
-            if isinstance(module, QuantizedLinear) and module.form != module.resident_form:
+            if isinstance(module, QuantizedLinear) and module.layout is not module.resident:
                 of_stage.append(_quantize_resident(module, model_spec, pages))
                 placed |= {id(p): p for p in module.parameters() if p is not module.bias}
     modules = [module for module in model.modules() if id(module) not in stay]
@@ -169,7 +168,7 @@ def place_residents(
 
 def _allocated(parameter: nn.Parameter, model_spec: ModelSpec) -> nn.Parameter:
     # Only the stored precision is translated: what transformers keeps in float32 stays so.
-    changed = parameter.dtype == model_spec.checkpoint.dtype and parameter.is_floating_point()
+    changed = parameter.dtype == model_spec.checkpoint.dtype
     dtype = model_spec.dtype if changed else parameter.dtype
     return nn.Parameter(untouched_zeros(parameter.shape, dtype, model_spec.device), requires_grad=False)
 
@@ -180,18 +179,19 @@ def _quantize_resident(module: QuantizedLinear, model_spec: ModelSpec, pages: Fi
     outputs, inputs = module.out_features, module.in_features
     resident = {
         name: untouched_zeros(shape, own or model_spec.dtype, model_spec.device)
-        for name, (shape, own) in specs(module.resident_form, outputs, inputs, is_down=False).items()
+        for name, (shape, own) in module.resident.specs(outputs, inputs, is_down=False).items()
     }
     for name, tensor in resident.items():
         put(module, name, tensor)
-    module.form = module.resident_form
+    module.layout = module.resident
 
     @torch.no_grad()
     def fill() -> None:
         everything = torch.arange(outputs, dtype=torch.long, device=model_spec.device)
+        gather = module.resident.format.gather
         with pages.reading(list(full.values())):
             here = {name: tensor.to(model_spec.device) for name, tensor in full.items()}
-            gather_outputs(here, everything, 1, resident, module.importance)
+            gather(here, module.full, everything, resident, is_down=False, importance=module.importance)
 
     return fill
 

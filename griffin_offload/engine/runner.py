@@ -38,7 +38,7 @@ from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
 from griffin_offload.engine.stock import Guard, hand_out, hollow, stock_forward
 from griffin_offload.engine.turns import FifoLock
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
-from griffin_offload.formats.linear import int8_kernel
+from griffin_offload.kernels import table
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
@@ -78,8 +78,7 @@ class ModelRunner:
         loaded.layers.decoder[0].register_forward_pre_hook(Guard(self._check_whole, whole=not plan.streamed))
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
         self.kept_cache = ReusedKVCache(loaded.model.config, plan.kv_bits)
-        if self.shape.precision == "int8":
-            int8_kernel(model_spec.device, model_spec.dtype)  # compiled now, not at the first token
+        table.prepare([layout.name for layout in self.shape.precision.layouts()], model_spec.device, model_spec.dtype)
         if model_spec.request.graphs:
             self.capture_with(model_spec.hardware.recorder())
 
@@ -153,7 +152,7 @@ class ModelRunner:
         whole = all(kept == layer.neurons for kept, layer in zip(self.plan.kept, self.shape.layers, strict=True))
         if self._closed:
             return "it is closed"
-        if self.shape.precision != "none":
+        if not self.shape.precision.is_plain:
             return (
                 f"its matrices are {self.shape.precision}: load it with quantize='none', or make a copy on the disk by "
                 "griffin-offload convert"

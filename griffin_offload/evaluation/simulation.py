@@ -227,7 +227,7 @@ class _Simulation:
 
     def _check_stored(self, variants: Sequence[Variant]) -> None:
         dense = len(self._layers.decoder) > len(self._layers.compact)
-        if dense and self._shape.precision != "none" and any(v.selection in WEIGHT_NORMS for v in variants):
+        if dense and not self._shape.precision.is_plain and any(v.selection in WEIGHT_NORMS for v in variants):
             raise UsageError(
                 f"selection by norms needs the stored weights, and {self._plan.precision} ones are resident: load with "
                 "a density below 1 or always_stream=True"

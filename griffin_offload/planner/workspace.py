@@ -4,9 +4,6 @@ from collections.abc import Sequence
 
 from griffin_offload.blocks.hooks import whole_chunk
 from griffin_offload.blocks.sizes import ModelSizes
-from griffin_offload.formats.base import BLOCK_NUMBERS
-from griffin_offload.formats.gather import CHUNK
-from griffin_offload.formats.int4 import STRIP
 from griffin_offload.kernels.attention import attending_bytes
 from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
 from griffin_offload.kv_cache.sizes import Workload
@@ -41,7 +38,7 @@ def workspace_bytes(
     """
     tokens, item = use.batch * new_tokens, shape.item_bytes
     chunk = chunk_tokens(shape, request, use.batch)
-    blocks = request.translated or shape.precision != "none"
+    blocks = request.translated or not shape.precision.is_plain
     translation = _translation_bytes(shape, use, new_tokens, chunk) if blocks else 0
     hidden = tokens * shape.hidden_size * (5 * item + 2 * _FLOAT_BYTES)
     projections = tokens * 2 * (shape.attention_width + shape.kv_width) * item
@@ -60,20 +57,14 @@ def workspace_bytes(
 
 
 def _gather_bytes(shape: ModelSizes) -> int:
-    """Chunks of a matrix on their way into a quantised layout: as stored, packed, and float32 blocks."""
-    if shape.precision == "none":
-        return 0
-    neurons = shape.width
-    numbers = max(min(CHUNK, neurons) * shape.hidden_size, min(CHUNK, shape.hidden_size) * neurons)
-    return numbers * (shape.item_bytes + 2) + 3 * min(numbers, BLOCK_NUMBERS) * _FLOAT_BYTES
+    """A matrix on its way into the layout that it rests in."""
+    return shape.precision.gather_bytes(shape.hidden_size, shape.width, shape.item_bytes)
 
 
 def scratch_bytes(shape: ModelSizes) -> int:
     """The scratch that linear layers share which multiply block by block: small against a slot, inside a cache."""
     layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
-    row_bytes = max(shape.hidden_size, layer.width) * _FLOAT_BYTES
-    if shape.precision == "int4":
-        row_bytes *= STRIP  # which are unpacked whole
+    row_bytes = max(shape.hidden_size, layer.width) * _FLOAT_BYTES * shape.precision.scratch_rows
     return max(row_bytes, min(layer.ff_bytes // 8, _MAX_SCRATCH_BYTES))
 
 

@@ -27,7 +27,8 @@ from griffin_offload.engine.convert import convert
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import simulate
-from griffin_offload.formats.linear import Precision, Spec
+from griffin_offload.formats import Format
+from griffin_offload.formats.base import Spec
 from griffin_offload.method.variants import Variant
 
 GROUP, NEURONS, DOWN = 4, 128, "model.layers.{i}.mlp.shrink"
@@ -82,8 +83,12 @@ class GroupBlock(Block):
         return True
 
     @property
-    def precision(self) -> Precision:
+    def precision(self) -> Format:
         return self.single.precision
+
+    @property
+    def read_numbers(self) -> int:
+        return self.single.read_numbers
 
     def is_down(self, linear: nn.Module) -> bool:
         return self.single.is_down(linear)
@@ -91,13 +96,13 @@ class GroupBlock(Block):
     def full(self) -> list[Tensor]:
         return self.single.full()
 
-    def full_specs(self, precision: Precision | None = None) -> list[Spec]:
+    def full_specs(self, precision: Format | None = None) -> list[Spec]:
         return self.single.full_specs(precision)
 
-    def compact_specs(self, kept: int, precision: Precision | None = None) -> list[Spec]:
+    def compact_specs(self, kept: int, precision: Format | None = None) -> list[Spec]:
         return self.single.compact_specs(kept * GROUP, precision)
 
-    def multiple(self, precision: Precision) -> int:
+    def multiple(self, precision: Format) -> int:
         return max(self.single.multiple(precision) // GROUP, 1)
 
     def install_full(self, tensors: Sequence[Tensor]) -> None:
@@ -269,7 +274,7 @@ def test_simulation(grouped, compensate: bool):
 
 
 @pytest.mark.parametrize("precision", ["int8"])
-def test_a_converted_copy(grouped, tmp_path: Path, precision: Precision):
+def test_a_converted_copy(grouped, tmp_path: Path, precision: str):
     convert(grouped, tmp_path / "copy", precision)
     model, ids = _load(tmp_path / "copy", density=0.5), _ids()
     found = model.generate(ids, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
