@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from griffin_offload.checkpoint.changes import FileMapping, FileState, WatchedFiles, file_mappings
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent
+from griffin_offload.devices.host_memory import in_host_memory
 from griffin_offload.errors import CheckpointChanged, CheckpointError, GriffinError, memory_refused, one_line
 
 _PAGE = mmap.PAGESIZE
@@ -94,7 +95,7 @@ class FilePages:
         """Copy a mapped tensor to another one of its size, in any precision and on any device. Of a large one, such as
         a table of embeddings, a part at a time is mapped: pages count as the process's memory while they are."""
         extents = self.extents([source])
-        if self.direct and extents and source.dtype == target.dtype and target.device.type == "cpu":
+        if self.direct and extents and source.dtype == target.dtype and in_host_memory(target):
             self.direct.copy(extents[0], target.view(-1).view(torch.uint8))
             return
         parts = [(source, target)]

@@ -207,7 +207,7 @@ def _record(model_spec: "ModelSpec", ceilings: "Ceilings", speeds: "list[Speed]"
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "machine": {"processor": platform.processor() or platform.machine(), "device": model_spec.device.type},
+        "machine": {"processor": platform.processor() or platform.machine(), "device": model_spec.hardware.name},
         "model": {"type": model_spec.checkpoint.config.model_type, "weight_bytes": model_spec.checkpoint.weight_bytes},
         "ceilings": asdict(ceilings),
         "rows": [speed.to_json() for speed in speeds],

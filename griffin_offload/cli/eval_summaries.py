@@ -110,13 +110,13 @@ def _settings(arguments: argparse.Namespace, checkpoint: "Checkpoint", config: S
     import hashlib
 
     from griffin_offload.checkpoint.base import fingerprint
-    from griffin_offload.devices.memory import choose_device
+    from griffin_offload.devices.registry import choose_device
 
     names = ("max_new_tokens", "temperature", "top_p", "seed", "end")
     return {
         "model": fingerprint(checkpoint),
         "data": hashlib.sha256(arguments.data.read_bytes()).hexdigest(),
-        "device": choose_device(arguments.device).type,
+        "device": choose_device(arguments.device).name,
         "dtype": arguments.dtype,
         **{name: getattr(config, name) for name in names},
     }

@@ -151,7 +151,7 @@ def _print_result(model: "GriffinModel", answer: tuple[str, "Finish"], arguments
         print(json.dumps({"text": text, "finish_reason": finish, **report.to_json()}))
         return
     if not arguments.quiet:
-        print("\n".join(report.lines(model.device.type.upper())), file=sys.stderr)
+        print("\n".join(report.lines(model.hardware.name.upper())), file=sys.stderr)
         measured = report.activation_kept_heldout is not None or report.cached_prompt_tokens
         if not measured and model.plan.streamed:
             print("note: the prompt is too short to tell how much of its activation is kept", file=sys.stderr)

@@ -28,7 +28,7 @@ from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.files import check_name, renamed, temporary_name, write_text
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.checkpoint.safetensors import INDEX, said_untied
-from griffin_offload.devices.memory import RefusalsNamed
+from griffin_offload.devices.ledger import OutOfMemoryAsError
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.load import check_stored, map_model
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
@@ -113,7 +113,7 @@ def convert(
 def _failures_named(directory: Path) -> Iterator[None]:
     remedy = "close other programs; finished shards are kept, run the same command again"
     try:
-        with RefusalsNamed("converting", remedy):
+        with OutOfMemoryAsError("converting", remedy):
             yield
     except (OSError, SafetensorError) as error:
         raise GriffinError(

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.blocks.states import shares_entries
 from griffin_offload.config import KVBits
+from griffin_offload.devices.base import Recorder
 from griffin_offload.engine.stock import Guard
 from griffin_offload.errors import one_line
 from griffin_offload.kv_cache.kv_cache import KVCache, KVLayer, can_cache
@@ -210,42 +211,6 @@ _TAKEN |= {"logits_to_keep", "cache_position"}
 _OUTPUT_HOOKS = "transformers.utils.output_capturing"
 _WARM_UP = "first token of a length"
 _CLOSED = "the graphs are closed"
-
-
-class Recorder(Protocol):
-    """Makes something that does again what a function did on the device."""
-
-    def warm_up(self, function: Callable[[], None]) -> None:
-        """Run it for the first time: libraries set themselves up."""
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """What replays it; nothing has been computed yet. RuntimeError if it cannot be captured."""
-
-
-class CudaRecorder:
-    """Captures CUDA graphs, all on one side stream and with one memory pool: they are replayed one at a time, and
-    leave nothing in the pool that is read later."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, function: Callable[[], None]) -> None:
-        # On the capturing stream: cuBLAS keeps a handle and a workspace for each.
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            function()
-        current.wait_stream(self._stream)
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (a server's) may touch the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            function()
-        replay: Callable[[], None] = graph.replay
-        return replay
 
 
 class _Captured:

@@ -217,14 +217,14 @@ class GenerationState:
         self.own_cache: KVCache | None = None
         """Ours, where the forwards are to fill that."""
 
-    def check_numbers(self, logits: Tensor, dtype: torch.dtype) -> None:
+    def check_numbers(self, logits: Tensor, dtype: torch.dtype, *, waits: bool) -> None:
         """NotFinite if `logits` [B, V] are none. One of each row tells: the head adds up all hidden numbers for each.
-        On a device that would have to be waited for, only the prompt's are looked at at once, `end_check` does the
+        On a device that is waited for (`waits`), only the prompt's are looked at at once, `end_check` does the
         rest."""
         if self.keeps_invalid:
             return
         invalid = logits[:, 0].isnan().any()
-        if logits.device.type == "cpu" or self._invalid is None:
+        if not waits or self._invalid is None:
             raise_if_invalid(bool(invalid), dtype)
             self._invalid = invalid
         else:

@@ -22,8 +22,9 @@ from griffin_offload.checkpoint.config_files import read_generation_config, sett
 from griffin_offload.checkpoint.converted import map_converted
 from griffin_offload.checkpoint.mapped import FilePages, Untouched, map_file
 from griffin_offload.config import LoadConfig
-from griffin_offload.devices.memory import Ledger, device_bytes
-from griffin_offload.devices.threads import choose_threads, limited_threads
+from griffin_offload.devices.host_memory import host_bytes
+from griffin_offload.devices.ledger import Ledger
+from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import building
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.cpu_modules import use_own_attention, use_own_linears, use_own_norms
@@ -121,8 +122,9 @@ def _unchanged(checkpoint: Checkpoint) -> Iterator[None]:
 def _load(
     model_spec: ModelSpec, plan: Plan, config: LoadConfig, threads: int | None, on_failure: contextlib.ExitStack
 ) -> Loaded:
-    ledger = Ledger(model_spec.device, model_spec.request.overhead_bytes)
-    _cap_allocator(model_spec)
+    hardware, overhead_bytes = model_spec.hardware, model_spec.request.overhead_bytes
+    ledger = Ledger(hardware, overhead_bytes)
+    hardware.cap(model_spec.request.budget_bytes - overhead_bytes)
     shape = model_spec.shape_of(plan)
     scratch = _scratch(model_spec, shape)
     model, decoder, blocks = _map_layers(model_spec.checkpoint, shape, scratch, evict=evicts(model_spec))
@@ -140,7 +142,7 @@ def _load(
     host_embedding = place_residents(model, stages, model_spec, plan, compact, pages, jobs)
     if host_embedding is not None:
         on_failure.callback(host_embedding.close)
-    if model_spec.device.type == "cpu" and model_spec.dtype in HALVES:
+    if hardware.computes_on_cpu and model_spec.dtype in HALVES:
         use_own_linears(model, scratch, translated=model_spec.request.translated)
         use_own_attention(model)
         use_own_norms(model)
@@ -150,7 +152,7 @@ def _load(
         compact={index: compact[index] for index in full},
         kept=plan.kept,
         source=source,
-        stream=StreamConfig(model_spec.device, model_spec.dtype, plan.slots),
+        stream=StreamConfig(hardware, model_spec.dtype, plan.slots),
         ff_chunk_tokens=plan.ff_chunk_tokens,
         config=config,
     )
@@ -193,9 +195,9 @@ def _map_converted(checkpoint: Checkpoint, scratch: Scratch) -> Any:
 
 
 def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
-    if model_spec.device.type != "cpu":
+    if not model_spec.hardware.computes_on_cpu:
         return None
-    return config.threads or choose_threads(
+    return config.threads or model_spec.hardware.choose_threads(
         model_spec.shape.hidden_size, model_spec.shape.layers[0].width, model_spec.dtype
     )
 
@@ -212,21 +214,13 @@ def check_stored(checkpoint: Checkpoint, described_bytes: int) -> None:
 
 
 def _check_free_memory(model_spec: ModelSpec, plan: Plan) -> None:
-    free, _ = device_bytes(model_spec.device)
+    free, _ = model_spec.hardware.memory_bytes()
     needed = plan.peak_bytes - plan.parts["overhead"]
     if needed > free:
         raise DoesNotFit(
-            f"the plan needs {format_bytes(needed)} but only {format_bytes(free)} of the {model_spec.device.type} "
+            f"the plan needs {format_bytes(needed)} but only {format_bytes(free)} of the {model_spec.hardware.name} "
             "device's memory are free: close other programs or lower --max-gpu-mem"
         )
-
-
-def _cap_allocator(model_spec: ModelSpec) -> None:
-    # A backstop, not the promise: it covers the caching allocator alone, so the context comes off first.
-    if model_spec.device.type == "cuda":
-        budget = model_spec.request.budget_bytes - model_spec.request.overhead_bytes
-        _, total = device_bytes(model_spec.device)
-        torch.cuda.set_per_process_memory_fraction(min(max(budget / total, 0.0), 1.0), model_spec.device)
 
 
 @contextlib.contextmanager
@@ -278,10 +272,10 @@ def _offload_tier(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> str:
         raise UsageError(
             "--max-cpu-mem limits what RAM holds, and --offload disk holds nothing there: give one of them"
         )
-    if model_spec.device.type == "cpu":
+    if model_spec.hardware.shares_host_memory:
         return "ram" if config.offload == "ram" else "disk"  # the budget has counted it
     stored = sum(model_spec.shape_of(plan).layers[i].ff_bytes for i in plan.streamed)
-    free, total = device_bytes(torch.device("cpu"))
+    free, total = host_bytes()
     room = int(free * _RAM_SHARE)
     if config.max_cpu_mem is not None:
         room = min(room, parse_size(config.max_cpu_mem, total_bytes=total, free_bytes=free))
@@ -303,11 +297,11 @@ def _make_source(full: dict[int, list[Tensor]], model_spec: ModelSpec, offload: 
             warnings.warn(f"{size} of the weights were converted while loading and rest in RAM", stacklevel=2)
         return mapped
     with contextlib.closing(MmapStore(full, evict=evicts(model_spec))) as mapped:
-        return HostStore(mapped, list(full), model_spec.dtype, pin=model_spec.device.type == "cuda")
+        return HostStore(mapped, list(full), model_spec.dtype, model_spec.hardware)
 
 
 def _offloaded_in_budget(model_spec: ModelSpec, source: Source | None) -> int:
-    """Host bytes of full weights that count against the budget: on the CPU, those no file backs."""
-    if model_spec.device.type != "cpu" or source is None:
+    """Host bytes of full weights that count against the budget: in host memory, those no file backs."""
+    if not model_spec.hardware.shares_host_memory or source is None:
         return 0
     return source.nbytes if isinstance(source, HostStore) else source.unmapped_bytes

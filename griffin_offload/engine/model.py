@@ -15,7 +15,8 @@ from torch import Tensor
 from griffin_offload.checkpoint.base import locate
 from griffin_offload.checkpoint.tokenizer import tokenizer_of
 from griffin_offload.config import LoadConfig
-from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, RefusalsNamed, give_back_freed, peak_host_bytes
+from griffin_offload.devices.host_memory import HOST_OVERHEAD_BYTES, give_back_freed, peak_host_bytes
+from griffin_offload.devices.ledger import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
 from griffin_offload.engine.arguments import checked_prompt, empty_context, prepared
@@ -52,7 +53,7 @@ class GriffinModel(StockInterface):
 
     def __init__(self, model_spec: ModelSpec, plan: Plan, loaded: Loaded, load_s: float) -> None:
         self.plan = plan
-        self.device = model_spec.device
+        self.device, self.hardware = model_spec.device, model_spec.hardware
         self.directory: Path = model_spec.checkpoint.directory
         self.last_report: RunReport | None = None
         """Figures of the last `generate`."""
@@ -82,7 +83,8 @@ class GriffinModel(StockInterface):
             model_spec = examine(model, config)
             plan = plan_for(model_spec)
             remedy = "close other programs or lower --max-gpu-mem"
-            with RefusalsNamed("loading", remedy, model_spec.device, plan.budget_bytes), own_modes(model_spec.device):
+            refusals = OutOfMemoryAsError("loading", remedy, model_spec.hardware, plan.budget_bytes)
+            with refusals, own_modes(model_spec.device):
                 return cls(model_spec, plan, load(model_spec, plan, config), time.perf_counter() - start)
 
     def __repr__(self) -> str:
@@ -161,9 +163,8 @@ class GriffinModel(StockInterface):
         from then on. A call of another thread ends first. Without it, the same happens when nobody keeps either."""
         self._engine.close()
         give_back_freed()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)  # the cap is the process's, not ours
+        self.hardware.empty_cache()
+        self.hardware.uncap()  # the cap is the process's, not ours
 
     def __enter__(self) -> "GriffinModel":
         return self
@@ -241,7 +242,7 @@ class GriffinModel(StockInterface):
             mode = self._mode(exact, draft_tokens, refresh)
             output, report = self._answer(inputs, prompt, kwargs, mode, context, prompt_done)
             self.last_report = report
-        large = self.device.type == "cpu" and self.plan.full_bytes > _LARGE_MODEL_BYTES
+        large = self.hardware.shares_host_memory and self.plan.full_bytes > _LARGE_MODEL_BYTES
         for broken in report.broken_promises(HOST_OVERHEAD_BYTES if large else None):
             warnings.warn(broken, BudgetExceeded, stacklevel=2)
         return output
@@ -286,8 +287,7 @@ class GriffinModel(StockInterface):
                 start = time.perf_counter()
                 with probabilities_named(self._model_spec.dtype):
                     output = self._held.generate(None if inputs is None else inputs.to(self.device), **kwargs)
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
+                self.hardware.synchronize()
                 run.end_check(self._model_spec.dtype)
                 sequences = output if isinstance(output, Tensor) else output.sequences
                 offset = prompt.shape[1] if inputs is not None else 0

@@ -86,7 +86,7 @@ class GatherSelected(Visitor):
 
     def end(self, index: int, block: Block, full: list[Tensor]) -> None:
         chosen, compact = self._selected[index].cpu(), self._layers.compact[index]
-        if self._layers.stream.device.type == "cpu":
+        if self._layers.stream.device.shares_host_memory:
             block.gather(full, chosen, compact)
         else:
             _gather_through_host(block, full, chosen, compact)

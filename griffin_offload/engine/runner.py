@@ -16,10 +16,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.rope import begin_anew, rope_border
 from griffin_offload.blocks.states import shares_entries
-from griffin_offload.devices.memory import RefusalsNamed
+from griffin_offload.devices.base import Recorder
+from griffin_offload.devices.ledger import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
-from griffin_offload.engine.decode_graph import CudaRecorder, DecodeGraphs, Recorder, ReusedKVCache
+from griffin_offload.engine.decode_graph import DecodeGraphs, ReusedKVCache
 from griffin_offload.engine.generation import (
     GenerationState,
     cache_bytes,
@@ -80,7 +81,7 @@ class ModelRunner:
         self.kept_cache = ReusedKVCache(loaded.model.config, plan.kv_bits)
         table.prepare([layout.name for layout in self.shape.precision.layouts()], model_spec.device, model_spec.dtype)
         if model_spec.request.graphs:
-            self.capture_with(CudaRecorder(model_spec.device))
+            self.capture_with(model_spec.hardware.recorder())
 
     @property
     def blocks(self) -> list[Block]:
@@ -185,11 +186,11 @@ class ModelRunner:
         whole = replace(use, ctx_tokens=max(use.ctx_tokens, self.plan.context_tokens))
         return (whole if self._plan_of(whole).fits else use).cache_tokens
 
-    def guarded(self) -> RefusalsNamed:
+    def guarded(self) -> OutOfMemoryAsError:
         """OutOfMemory inside when memory is refused."""
         remedy = "ask for less (a shorter prompt, fewer sequences), or close other programs"
         budget_bytes = self.plan.budget_bytes
-        return RefusalsNamed("generating", remedy, self.model_spec.device, budget_bytes, self.kept_cache.release)
+        return OutOfMemoryAsError("generating", remedy, self.model_spec.hardware, budget_bytes, self.kept_cache.release)
 
     def keep_idle(self, idle_bytes: int) -> None:
         """Count so many bytes of contexts that nobody uses at the moment against the budget."""
@@ -294,7 +295,7 @@ class ModelRunner:
     def observe(self, logits: Tensor) -> None:
         """Show the run's observers the logits [B, V] of its next token, which have to be numbers."""
         if self.run is not None:
-            self.run.check_numbers(logits, self.model_spec.dtype)
+            self.run.check_numbers(logits, self.model_spec.dtype, waits=self.model_spec.hardware.queues_work)
             for observer in self.run.observers:
                 observer.observe(logits)
 

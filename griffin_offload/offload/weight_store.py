@@ -13,8 +13,8 @@ from torch import Tensor
 from griffin_offload.blocks.sizes import ALIGNMENT
 from griffin_offload.checkpoint.direct_io import SlotLayout
 from griffin_offload.checkpoint.mapped import FilePages
+from griffin_offload.devices.base import Device
 from griffin_offload.devices.host_memory import in_huge_pages
-from griffin_offload.errors import GriffinError
 from griffin_offload.formats.base import is_plain
 
 MIN_DIRECT_BYTES = 16 * 2**20
@@ -57,35 +57,29 @@ class FlatLayout:
 class HostStore:
     """Full FF weights in host memory, one flat buffer a layer, in the precision of the computation."""
 
-    def __init__(self, origin: "MmapStore", layers: Sequence[int], dtype: torch.dtype, *, pin: bool) -> None:
-        """Copy `layers` out of `origin`, several at a time; `pin` registers the buffers with CUDA."""
+    def __init__(self, origin: "MmapStore", layers: Sequence[int], dtype: torch.dtype, device: Device) -> None:
+        """Copy `layers` out of `origin`, several at a time, into buffers that `device` copies from."""
         self._layers: dict[int, list[Tensor]] = {}
         self.flat: dict[int, Tensor] = {}
-        self._pinned: list[Tensor] = []
+        self._device = device
+        self._registered: list[Tensor] = []
         self.fetched_bytes = 0
         try:
             with ThreadPoolExecutor(_COPY_THREADS) as pool:
-                list(pool.map(lambda index: self._copy_layer(origin, index, dtype, pin), layers))
+                list(pool.map(lambda index: self._copy_layer(origin, index, dtype), layers))
         except BaseException:
             self.close()
             raise
 
-    def _copy_layer(self, origin: "MmapStore", index: int, dtype: torch.dtype, pin: bool) -> None:
+    def _copy_layer(self, origin: "MmapStore", index: int, dtype: torch.dtype) -> None:
         tensors = origin.tensors(index)
         layout = FlatLayout(tensors, dtype)
         buffer = in_huge_pages(torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu"))
-        if pin:
-            self._pin(buffer)
+        self._device.register(buffer)
+        self._registered.append(buffer)
         views = layout.views(buffer)
         origin.copy(index, views)
         self.flat[index], self._layers[index] = buffer, views
-
-    def _pin(self, buffer: Tensor) -> None:
-        # Registered, not allocated pinned: torch's pinned allocator rounds up to powers of two.
-        status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
-        if int(status) != 0:
-            raise GriffinError(f"cudaHostRegister refused {buffer.nbytes} bytes (status {int(status)})")
-        self._pinned.append(buffer)
 
     @property
     def nbytes(self) -> int:
@@ -116,8 +110,8 @@ class HostStore:
         """Nothing to check: no file is read any more."""
 
     def close(self) -> None:
-        while self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr())
+        while self._registered:
+            self._device.unregister(self._registered.pop())
 
 
 class MmapStore:
