@@ -39,6 +39,7 @@ def _counting(function: Callable[..., Any], counted: list[None], number: int, ha
 def _places() -> dict[str, list[tuple[Any, str]]]:
     """Where a fault can come from inside a process."""
     from griffin_offload.blocks.feedforward import FeedForward
+    from griffin_offload.blocks.hooks import ChunkedForward
     from griffin_offload.checkpoint import mapped
     from griffin_offload.engine import prefill
     from griffin_offload.offload.weight_store import MmapStore
@@ -48,7 +49,7 @@ def _places() -> dict[str, list[tuple[Any, str]]]:
         "fetch_or_check": [(MmapStore, "fetch"), (MmapStore, "read"), (MmapStore, "check")],
         "preadv": [(os, "preadv")],
         "madvise": [(mapped._libc, "madvise")],
-        "compute": [(prefill, "select_neurons"), (FeedForward, "gather"), (prefill, "_in_chunks")],
+        "compute": [(prefill, "select_neurons"), (FeedForward, "gather"), (ChunkedForward, "_in_chunks")],
     }
 
 

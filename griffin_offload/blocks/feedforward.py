@@ -4,13 +4,15 @@ A block maps H to F neurons by one or two input projections and back by the down
 projections and column j of the down projection belong to neuron j; the bias of the down projection to none.
 """
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from griffin_offload.devices.host_memory import untouched_zeros
+from griffin_offload.blocks.base import ActivationCallback, Activations, Block, padded
+from griffin_offload.blocks.hooks import ChunkedForward, PassHook, unhook
 from griffin_offload.devices.torch_state import put
 from griffin_offload.formats.base import Format, Layout, Spec, Tensors, take
 from griffin_offload.formats.floats import FLOATS
@@ -54,7 +56,7 @@ class Projection:
         for name, tensor in tensors.items():
             put(self.owner, name, tensor)
         if isinstance(self.owner, QuantizedLinear):
-            self.owner.layout = layout
+            self.owner.take_layout(layout)
             self.owner.declare_features()
         else:
             _declare_features(self.owner, tensors["weight"])
@@ -81,33 +83,37 @@ class Projection:
             take(full["bias"], 0, index, out["bias"])
 
 
-class FeedForward:
-    """The FF block of one decoder layer: its projections, installing and gathering them.
-
-    Tensors travel as lists, in the order of `full_specs` and `compact_specs`.
-    """
+class FeedForward(Block):
+    """A dense block: its projections, installing and gathering them."""
 
     def __init__(self, module: nn.Module, inputs: Sequence[str], down: str, *, inline: bool) -> None:
         self.module = module
         self.inline = inline
-        """Whether `module` is the decoder layer itself, whose forward does more than the FF (OPT)."""
         self.down: nn.Module = getattr(module, down)
-        self.neurons = features(self.down)[1]
+        self.hidden, self.neurons = features(self.down)
+        self.width = self.neurons
         first = [Projection(getattr(module, name), self.neurons, is_down=False) for name in inputs]
         self.projections = (*first, Projection(self.down, self.neurons, is_down=True))
+        self.linears = tuple(projection.owner for projection in self.projections)
 
     @property
     def gated(self) -> bool:
-        """Whether two activations per neuron exist (gate and up), in one matrix or in two."""
         return sum(projection.stacked for projection in self.projections[:-1]) > 1
 
     @property
     def precision(self) -> Format:
-        """Of the resident neurons."""
         return self.projections[-1].resident.format
 
+    @property
+    def rounds_again(self) -> bool:
+        return any(
+            not own.full.format.is_plain and own.full.format is not own.resident.format for own in self.projections
+        )
+
+    def is_down(self, linear: nn.Module) -> bool:
+        return linear is self.down
+
     def full(self) -> list[Tensor]:
-        """The installed tensors, which are the full ones until compact ones are installed."""
         return [
             getattr(projection.owner, name)
             for projection in self.projections
@@ -115,7 +121,6 @@ class FeedForward:
         ]
 
     def full_specs(self, precision: Format | None = None) -> list[Spec]:
-        """Tensors as they are stored; `precision` asks about another one."""
         return [
             spec
             for projection in self.projections
@@ -128,42 +133,34 @@ class FeedForward:
         Conv1D reshapes by its input's size and cannot have none: a block of them keeps one, which `gather` zeroes.
         """
         precision = self.precision if precision is None else precision
-        padded = padded_neurons(kept, precision)
+        room = padded(kept, self.multiple(precision))
         if isinstance(self.down, Conv1D) and precision.is_plain:
-            padded = max(padded, 1)
+            room = max(room, 1)
         return [
             spec
             for projection in self.projections
-            for spec in projection.specs(precision.resident(is_down=projection.is_down), padded).values()
+            for spec in projection.specs(precision.resident(is_down=projection.is_down), room).values()
         ]
 
-    def allocate(self, kept: int, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
-        """Compact tensors; what `gather` never writes is zero."""
-        return [
-            nn.Parameter(untouched_zeros(shape, own or dtype, device), requires_grad=False)
-            for shape, own in self.compact_specs(kept)
-        ]
+    def multiple(self, precision: Format) -> int:
+        return precision.rests_as().neuron_multiple
 
     def install_full(self, tensors: Sequence[Tensor]) -> None:
-        """Make `tensors` the block's; nothing is copied."""
         for projection, named in zip(self.projections, self._by_projection(tensors, compact=False), strict=True):
             projection.install(named, projection.full)
 
     def install_compact(self, tensors: Sequence[Tensor]) -> None:
-        """Make `tensors` the block's; nothing is copied."""
         for projection, named in zip(self.projections, self._by_projection(tensors, compact=True), strict=True):
             projection.install(named, projection.resident)
 
     @torch.no_grad()
     def gather(self, full: Sequence[Tensor], chosen: Tensor, out: Sequence[Tensor]) -> None:
-        """Write the `chosen` neurons (sorted indices [K]) of `full` into `out`, the compact tensors."""
         sources = self._by_projection([tensor.detach() for tensor in full], compact=False)
         targets = self._by_projection([tensor.detach() for tensor in out], compact=True)
         for projection, source, target in zip(self.projections, sources, targets, strict=True):
             projection.gather(source, chosen, target)
 
     def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:
-        """For every tensor of `full_specs`, the rows that gathering `chosen` reads; None: all of it."""
         needed: list[Tensor | None] = []
         for projection in self.projections:
             rows = projection.rows(chosen)
@@ -172,7 +169,6 @@ class FeedForward:
         return needed
 
     def neuron_norms(self, full: Sequence[Tensor]) -> Tensor:
-        """Static score of "magnitude" [F]: product of the norms of each neuron's input rows."""
         product = torch.ones(self.neurons, dtype=torch.float32, device=full[0].device)
         for projection, named in zip(self.projections[:-1], self._by_projection(full, compact=False), strict=False):
             norms = row_norms(named, projection.full, swapped=projection.swapped)
@@ -181,9 +177,36 @@ class FeedForward:
         return product
 
     def output_norms(self, full: Sequence[Tensor]) -> Tensor:
-        """What a neuron's activation weighs in the output [F]: the norms of the down projection's columns."""
         last = self.projections[-1]
         return column_norms(self._by_projection(full, compact=False)[-1], last.full, swapped=last.swapped)
+
+    def observe(self, callback: ActivationCallback) -> None:
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            # The FF's own forward knows which tokens it has; an inline one has all of them.
+            forward = self.module.__dict__.get("forward")
+            start = forward.start if isinstance(forward, ChunkedForward) else 0
+            callback(Activations(args[0].detach(), start))
+
+        self.down.register_forward_pre_hook(PassHook(see))
+
+    def chunked(self, limit: int) -> None:
+        if not self.inline:
+            self.module.forward = ChunkedForward(self.module.forward, limit)
+
+    def unhook(self) -> None:
+        unhook(self.down)
+        if not self.inline:
+            unhook(self.module)
+
+    def run(self, x: Tensor) -> Tensor:
+        if self.inline:
+            first = self.projections[0].owner
+            found: Tensor = self.down(torch.relu(first(x)))
+            return found
+        parameters = inspect.signature(self.module.forward).parameters.values()
+        needed = sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+        output: Tensor = self.module(*(x,) * needed)  # BLOOM's FF takes the residual, too, and adds it
+        return output
 
     def _by_projection(self, tensors: Sequence[Tensor], *, compact: bool) -> list[Tensors]:
         names = [
@@ -195,12 +218,6 @@ class FeedForward:
         for (i, name), tensor in zip(names, tensors, strict=True):
             found[i][name] = tensor
         return found
-
-
-def padded_neurons(kept: int, precision: Format) -> int:
-    """Neurons that a compact block has room for when `kept` are chosen."""
-    multiple = precision.rests_as().neuron_multiple
-    return kept if multiple == 1 else max(-(-kept // multiple), 1) * multiple
 
 
 def features(linear: nn.Module) -> tuple[int, int]:

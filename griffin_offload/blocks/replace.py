@@ -1,11 +1,12 @@
 """Every linear layer inside the decoder layers, swapped for a `QuantizedLinear` once, at load."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from griffin_offload.blocks.feedforward import FeedForward, features
+from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.feedforward import features
 from griffin_offload.devices.torch_state import put
 from griffin_offload.formats.base import Format
 from griffin_offload.formats.linear import QuantizedLinear
@@ -17,16 +18,16 @@ def linear_names(layer: nn.Module) -> list[str]:
     return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
-def check_layer(layer: nn.Module, block: FeedForward, precision: Format) -> None:
+def check_layer(layer: nn.Module, block: Block, precision: Format) -> None:
     """UnsupportedModel when a matrix of the layer cannot be in `precision`."""
     for name in linear_names(layer):
         module = layer.get_submodule(name)
-        precision.check(*features(module), name, is_down=module is block.down)
+        precision.check(*features(module), name, is_down=block.is_down(module))
 
 
 def swap_linears(
     decoder: nn.ModuleList,
-    blocks: list[FeedForward],
+    blocks: Sequence[Block],
     precision: Format,
     stored: Format,
     scratch: Scratch,
@@ -38,11 +39,10 @@ def swap_linears(
     Conv1D's matrix is turned around: every QuantizedLinear is [outputs, inputs].
     """
     for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True)):
-        down = block.down  # the block's own attribute refers to the module that is replaced
         for name in linear_names(layer):
             module = layer.get_submodule(name)
             parent, _, attribute = name.rpartition(".")
-            new = _quantized(module, precision, stored, scratch, is_down=module is down)
+            new = _quantized(module, precision, stored, scratch, is_down=block.is_down(module))
             new.importance = (importance or {}).get(f"{index}.{name}")
             setattr(layer.get_submodule(parent), attribute, new)
 

@@ -1,12 +1,9 @@
 """The check at load: do the layout's names mean what the table says? compact(x) must equal masked(x)."""
 
-import inspect
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.base import Activations, Block
 from griffin_offload.blocks.layouts import REGISTER_HINT
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.formats.base import is_plain
@@ -18,7 +15,7 @@ _TOLERANCE_ROUNDED = 0.3
 
 
 @torch.no_grad()
-def self_check(block: FeedForward) -> None:
+def self_check(block: Block) -> None:
     """Run the block on two random tokens, once with half its neurons masked and once gathered.
 
     The block is left as it was. Raises UnsupportedModel when the results differ or when the input of the down
@@ -33,54 +30,41 @@ def self_check(block: FeedForward) -> None:
     )
     dtype = next(tensor.dtype for tensor in full if is_plain(tensor))
     # Unit rows, scaled so that activations neither vanish nor saturate.
-    x = torch.randn(1, 2, block.projections[0].hidden, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
-    forward = _forward(block)
-    masked = _masked(block, forward, chosen, x)
+    x = torch.randn(1, 2, block.hidden, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+    masked = _masked(block, chosen, x)
     compact = block.allocate(chosen.numel(), dtype, full[0].device)
     block.gather(full, chosen, compact)
     try:
         block.install_compact(compact)
-        gathered = forward(x)
+        gathered = block.run(x)
     finally:
         block.install_full(full)
     scale = masked.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     error = ((gathered - masked).abs().max() / scale).item()
-    rounded = any(not p.full.format.is_plain and p.resident.format is not p.full.format for p in block.projections)
-    if not error <= max(_TOLERANCE[dtype], _TOLERANCE_ROUNDED * rounded):
+    if not error <= max(_TOLERANCE[dtype], _TOLERANCE_ROUNDED * block.rounds_again):
         raise UnsupportedModel(
             f"self-check failed: the gathered FF of {type(block.module).__name__} differs from the masked one by "
             f"{error:.1e} of its output, so its neurons are not laid out as assumed; {REGISTER_HINT}"
         )
 
 
-def _forward(block: FeedForward) -> Callable[[Tensor], Tensor]:
-    """The block as a function of hidden states: its module's forward, or its projections where it is inline."""
-    module = block.module
-    if block.inline:
-        first = block.projections[0].owner
-        return lambda x: block.down(torch.relu(first(x)))
-    parameters = inspect.signature(module.forward).parameters.values()
-    needed = sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
-    # BLOOM's FF takes the residual, too, and adds it.
-    return lambda x: module(*(x,) * needed)
-
-
-def _masked(block: FeedForward, forward: Callable[[Tensor], Tensor], chosen: Tensor, x: Tensor) -> Tensor:
+def _masked(block: Block, chosen: Tensor, x: Tensor) -> Tensor:
     seen = []
+    kept = torch.zeros(block.neurons, dtype=torch.bool, device=chosen.device).index_fill_(0, chosen, True)
 
-    def mask(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(args[0].shape[-1])
-        keep = torch.zeros_like(args[0]).index_fill(-1, chosen, 1)
-        return (args[0] * keep, *args[1:])
+    def mask(found: Activations) -> None:
+        seen.append(found.z.shape[-1])
+        if seen == [block.width]:
+            found.by_sample(x.shape[0]).leave_out(kept)
 
-    handle = block.down.register_forward_pre_hook(mask)
+    block.observe(mask)
     try:
-        output = forward(x)
+        output = block.run(x)
     finally:
-        handle.remove()
-    if seen != [block.neurons]:
+        block.unhook()
+    if seen != [block.width]:
         raise UnsupportedModel(
             f"self-check failed: the down projection of {type(block.module).__name__} is not called once with all "
-            f"{block.neurons} activations (seen: {seen})"
+            f"{block.width} activations (seen: {seen})"
         )
     return output

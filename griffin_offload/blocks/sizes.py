@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from griffin_offload.blocks.feedforward import FeedForward, features, padded_neurons
+from griffin_offload.blocks.base import Block, padded
+from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import check_layer, linear_names
 from griffin_offload.blocks.rope import positions_reached
@@ -58,10 +59,18 @@ class LayerSizes:
     """Of convolutions and recurrences: what it keeps of a sequence, however long that is."""
     mixing_bytes: int = 0
     """Activations per token while a recurrence or a convolution passes over a prompt."""
+    multiple: int = 1
+    """Resident neurons come in multiples of so many."""
+    own_width: int | None = None
+    """Numbers of a token that go into the down projection; None: one for every neuron."""
+
+    @property
+    def width(self) -> int:
+        return self.neurons if self.own_width is None else self.own_width
 
     def resident_ff_bytes(self, kept: int) -> int:
         """Bytes of the compact FF with room for `kept` neurons."""
-        return padded_neurons(kept, self.precision) * self.neuron_bytes + self.ff_fixed_bytes
+        return padded(kept, self.multiple) * self.neuron_bytes + self.ff_fixed_bytes
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,16 @@ class ModelSizes:
     """Of the resident matrices inside the layers."""
     stored: Format = FLOATS
     """Of the same matrices in the checkpoint."""
+
+    @property
+    def neurons(self) -> int:
+        """Of the widest layer."""
+        return max(layer.neurons for layer in self.layers)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token that go into the widest down projection."""
+        return max(layer.width for layer in self.layers)
 
     @property
     def tied(self) -> bool:
@@ -205,17 +224,16 @@ def _attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
 
 def _layer_shape(
     layer: nn.Module,
-    block: FeedForward,
+    block: Block,
     window: int | None,
     state: LayerState,
     precision: Format,
     stored: Format,
 ) -> LayerSizes:
     check_layer(layer, block, precision)
-    projections = {id(projection.owner) for projection in block.projections}
+    projections = {id(linear) for linear in block.linears}
     inside = [layer.get_submodule(name) for name in linear_names(layer)]
-    ff = {id(p) for module in inside if id(module) in projections for p in module.parameters(recurse=False)}
-    ff -= {id(block.down.bias)}
+    ff = {id(tensor) for tensor in block.full()}
     rest = [p for p in layer.parameters() if id(p) not in ff]
     attention = _nbytes(p for p in rest if p.dim() > 1)
     dtype = next(layer.parameters()).dtype
@@ -224,8 +242,8 @@ def _layer_shape(
         for module in inside
         if id(module) not in projections
     )
-    # Sizes are linear in whole blocks of neurons.
-    step = padded_neurons(1, precision)
+    # Sizes are linear in whole multiples of neurons.
+    step = block.multiple(precision)
     one, two = (specs_bytes(block.compact_specs(count, precision), dtype) for count in (step, 2 * step))
     neuron_bytes = (two - one) // step
     plain = [specs_bytes(block.compact_specs(count, FLOATS), dtype) for count in (1, 2)]
@@ -244,6 +262,8 @@ def _layer_shape(
         kv_width=state.kv_width,
         kv_heads=state.kv_heads,
         state_bytes=state.state_bytes,
+        multiple=step,
+        own_width=block.width,
         mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in inside if id(module) not in projections]),
     )
 

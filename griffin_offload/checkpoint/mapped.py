@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,16 @@ class FilePages:
             if self._evict:
                 # In this order: fadvise skips pages that are still mapped.
                 os.posix_fadvise(self.files.descriptors[span.path], span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
+
+    @contextlib.contextmanager
+    def reading(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Inside, the pages of `tensors` are there; behind it they are dropped. CheckpointChanged behind it if one of
+        the files was written to or cut meanwhile."""
+        spans = self.spans(tensors)
+        self.read(spans)
+        yield [tensor.detach() for tensor in tensors]
+        self.files.check_contents()
+        self.drop(spans)
 
     def close(self) -> None:
         """Close the files; the mappings are not ours."""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import linear_names
 from griffin_offload.blocks.sizes import build_on_meta, model_shape
@@ -249,11 +249,8 @@ class _Reader:
 
     @contextlib.contextmanager
     def reading(self, tensor: Tensor) -> Iterator[Tensor]:
-        spans = self._pages.spans([tensor])
-        self._pages.read(spans)
-        yield tensor.detach()
-        self._pages.files.check_contents()
-        self._pages.drop(spans)
+        with self._pages.reading([tensor]):
+            yield tensor.detach()
         self._count(tensor.nbytes)
 
     def close(self) -> None:
@@ -271,7 +268,7 @@ class _Reader:
 def _layer_tensors(
     prefix: str,
     layer: nn.Module,
-    block: FeedForward,
+    block: Block,
     precision: Format,
     dtype: torch.dtype,
     reader: _Reader,
@@ -287,7 +284,7 @@ def _layer_tensors(
                 module = linears[owner]
                 matrix = values if isinstance(module, nn.Linear) else values.t()  # Conv1D
                 try:
-                    is_down, own = module is block.down, importance.get(owner)
+                    is_down, own = block.is_down(module), importance.get(owner)
                     found = precision.quantize(matrix, dtype, is_down=is_down, importance=own)
                 except CheckpointError as error:
                     raise CheckpointError(f"{prefix}{name}: {error}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import swap_linears
 from griffin_offload.blocks.self_check import self_check
@@ -27,7 +27,7 @@ from griffin_offload.devices.threads import choose_threads, limited_threads
 from griffin_offload.devices.torch_state import building
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.cpu_modules import use_own_attention, use_own_linears, use_own_norms
-from griffin_offload.engine.prefill import DecoderLayers
+from griffin_offload.engine.layer_pass import DecoderLayers
 from griffin_offload.engine.residents import HostEmbedding, compact_blocks, place_residents, resident_bytes
 from griffin_offload.engine.spec import ModelSpec, evicts
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
@@ -171,7 +171,7 @@ def _scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
 
 def _map_layers(
     checkpoint: Checkpoint, shape: ModelSizes, scratch: Scratch, *, evict: bool
-) -> tuple[Any, nn.ModuleList, list[FeedForward]]:
+) -> tuple[Any, nn.ModuleList, list[Block]]:
     """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
     converted = not checkpoint.precision.is_plain
     model = _map_converted(checkpoint, scratch) if converted else map_model(checkpoint)
@@ -196,7 +196,7 @@ def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
     if model_spec.device.type != "cpu":
         return None
     return config.threads or choose_threads(
-        model_spec.shape.hidden_size, model_spec.shape.layers[0].neurons, model_spec.dtype
+        model_spec.shape.hidden_size, model_spec.shape.layers[0].width, model_spec.dtype
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.rope import begin_anew, rope_border
 from griffin_offload.blocks.states import shares_entries
 from griffin_offload.devices.memory import RefusalsNamed
@@ -28,8 +28,9 @@ from griffin_offload.engine.generation import (
     state_bytes,
     tokens_of,
 )
+from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.load import Loaded
-from griffin_offload.engine.prefill import Progress, StreamedPass
+from griffin_offload.engine.prefill import StreamedPass, grouped, sums_until
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
 from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
@@ -38,10 +39,9 @@ from griffin_offload.engine.turns import FifoLock
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
 from griffin_offload.kernels import table
 from griffin_offload.kv_cache.kv_cache import KVCache
-from griffin_offload.kv_cache.sequence import Chosen, Context, Statistic, chosen_for, remember, seams_of
+from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.kv_cache.sizes import Workload
-from griffin_offload.method.statistic import split_at, split_tokens
 from griffin_offload.offload.weight_store import MmapStore
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
@@ -82,7 +82,7 @@ class ModelRunner:
             self.capture_with(CudaRecorder(model_spec.device))
 
     @property
-    def blocks(self) -> list[FeedForward]:
+    def blocks(self) -> list[Block]:
         """The FF block of every layer."""
         return self.loaded.layers.blocks
 
@@ -394,7 +394,7 @@ class ModelRunner:
         context's, whose earlier ones choose, too."""
         self.last_prefill = None  # until this prompt has chosen its neurons, none are
         seams = seams_of(mask.shape[1]) if context is not None and not context.tokens else []
-        groups, choosing = _grouped(mask, seams)
+        groups, choosing = grouped(mask, seams)
         streamed = StreamedPass(
             self.loaded.layers,
             groups,
@@ -412,7 +412,7 @@ class ModelRunner:
             context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, start)
             context.selected = self.loaded.layers.selected
             if seams and streamed.sums:
-                context.mark_seams(seams, _sums_until(streamed.sums, groups, seams))
+                context.mark_seams(seams, sums_until(streamed.sums, groups, seams))
         self.last_prefill = streamed.report()
         return output, streamed
 
@@ -464,21 +464,3 @@ class ModelRunner:
     def embedding_bytes(self) -> int:
         """Bytes of embedding rows that came from the host."""
         return self.loaded.host_embedding.row_bytes if self.loaded.host_embedding else 0
-
-
-def _grouped(mask: Tensor, seams: list[int]) -> tuple[Tensor, int]:
-    """The parts of a prompt that are summed apart, float32 [B, G, T], and how many of them choose for those held out;
-    with `seams`, of one sequence without padding, none goes across one."""
-    if not seams:
-        return split_tokens(mask), 1
-    halves = split_tokens(torch.ones(1, mask.shape[1], dtype=torch.int64, device="cpu"))
-    groups = split_at(halves, seams)
-    choosing = int((groups[0].sum(1).cumsum(0) <= halves[0, 0].sum()).sum())
-    return groups.to(mask.device), choosing
-
-
-def _sums_until(sums: Statistic, groups: Tensor, seams: list[int]) -> list[Statistic]:
-    """s^2 [1, F] of the first tokens up to each of `seams`, by layer."""
-    ends = groups[0].sum(1).cumsum(0).tolist()
-    counts = [sum(end <= seam for end in ends) for seam in seams]
-    return [{index: table[:, :count].sum(1) for index, table in sums.items()} for count in counts]

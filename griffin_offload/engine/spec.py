@@ -27,6 +27,7 @@ from griffin_offload.devices.memory import (
     devices_here,
 )
 from griffin_offload.engine.cpu_modules import emulates_halves
+from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats import Format, every, planned_as
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
@@ -127,7 +128,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         weight_norms=config.selection in WEIGHT_NORMS,
         # Where no context can be kept every prompt is read from its start.
         continued=config.keep_prompts and can_cache(checkpoint.config),
-        graphs=device.type == "cuda" and config.cuda_graphs,
+        graphs=GRAPH_COSTS if device.type == "cuda" and config.cuda_graphs else None,
     )
     assumed = f"no {device.type} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
     model_spec = ModelSpec(checkpoint, device, dtype, shapes, others, request, assumed if absent else None)

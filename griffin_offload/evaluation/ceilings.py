@@ -107,7 +107,7 @@ class Ceilings:
 def measure_ceilings(model_spec: ModelSpec, precision: Format, prompts: list[int], threads: int | None) -> Ceilings:
     """Before the model is loaded: a few hundred MB are needed for a moment. Threads: as loading would choose them."""
     shape, device, dtype = model_spec.shape, model_spec.device, model_spec.dtype
-    hidden, neurons = shape.hidden_size, max(layer.neurons for layer in shape.layers)
+    hidden, neurons = shape.hidden_size, shape.width
     if device.type == "cpu" and threads is None:
         threads = choose_threads(hidden, neurons, dtype)
     with limited_threads(threads), torch.no_grad():

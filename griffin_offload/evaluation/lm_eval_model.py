@@ -19,8 +19,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from griffin_offload.checkpoint.base import Checkpoint, open_checkpoint
 from griffin_offload.checkpoint.tokenizer import load_tokenizer
 from griffin_offload.config import MIN_AUTO_CTX, BosRule, EvalMode, SelectionMethod, TasksConfig
+from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.engine.prefill import Progress
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.evaluation.distributed import Processes
 from griffin_offload.evaluation.likelihoods import LikelihoodRequest, LikelihoodResult, Likelihoods

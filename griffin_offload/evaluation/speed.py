@@ -176,7 +176,7 @@ def _prefill_ceiling(
     model: GriffinModel, tokens: int, ceilings: Ceilings, streamed_bytes: int, from_disk: bool
 ) -> float | None:
     """The larger of reading (or copying) what is streamed and of multiplying by every matrix in the layers."""
-    weights = sum(block.neurons * block.projections[0].hidden * _matrices(block) for block in model.engine.blocks)
+    weights = sum(block.read_numbers for block in model.engine.blocks)
     shape = model.engine.shape
     attention = sum(layer.plain_attention_bytes for layer in shape.layers) // shape.item_bytes
     bounds = [2.0 * tokens * (weights + attention) / ceilings.gemm_flops_per_s[tokens]]
@@ -187,10 +187,6 @@ def _prefill_ceiling(
     if rate is not None:
         bounds.append(streamed_bytes / rate)
     return max(bounds)
-
-
-def _matrices(block: Any) -> int:
-    return sum(projection.stacked for projection in block.projections)
 
 
 def _decode_ceiling(model: GriffinModel, ceilings: Ceilings) -> float | None:

@@ -243,7 +243,8 @@ def forget_format(format: Format) -> None:
     """Take back what `register_format` did."""
     del _REGISTRY[format.name]
     FORMAT_NAMES.remove(format.name)
-    table.remove(*(layout.multiply for layout in format.layouts()))
+    names = {layout.name for layout in format.layouts()}
+    table.remove(lambda kernel: kernel.layout in names)
 
 
 def get(name: str) -> Format:

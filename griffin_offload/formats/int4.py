@@ -155,7 +155,7 @@ class _Grid:
         bits = step.nan_to_num(nan=0.0, posinf=32.0).clamp(0.0, 32.0).contiguous().view(torch.int32)
         stored = (((bits + (1 << (_STEP_SHIFT - 1))) >> _STEP_SHIFT) - _STEP_BIAS).clamp_(0, 255)
         value = ((stored + _STEP_BIAS) << _STEP_SHIFT).view(torch.float32)
-        eighths = (offset / value * 8).round_().nan_to_num(nan=-128.0).clamp_(-128, 127)
+        eighths = (offset * (1 / value) * 8).round_().nan_to_num(nan=-128.0).clamp_(-128, 127)
         return cls(stored, eighths, value, eighths / 8)
 
     def codes(self, numbers: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def _best_grid(numbers: Tensor, importance: Tensor) -> _Grid:
     low, high = numbers.amin(-1, keepdim=True), numbers.amax(-1, keepdim=True)
     best, least = None, None
     for share in _SHARES:
-        step = torch.maximum((high - low) * (share / 15), torch.maximum(high, -low) / _REACH)
+        step = torch.maximum((high - low) * (share / 15), torch.maximum(high, -low) * (1 / _REACH))
         # The middle of 16 levels lies half a step below level 8.
         offset = (low + high + step) / 2
         for _ in range(_FITS):

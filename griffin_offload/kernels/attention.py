@@ -12,6 +12,7 @@ from torch import Tensor
 
 from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, check, library, needs_gradient
 
+_FLOAT_BYTES = 4
 _ATTENTION = struct.Struct("@6P17qf")
 """The struct Attention of attention.c."""
 
@@ -75,3 +76,8 @@ def _added(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.float()
     return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def attending_bytes(samples: int, heads: int, width: int, tokens: int) -> int:
+    """What `attend` has in float32 for queries of `width` numbers over `tokens`: queries, results, scores, a mask."""
+    return samples * (2 * width + 2 * heads * tokens) * _FLOAT_BYTES

@@ -69,9 +69,9 @@ def add(*kernels: Kernel, last: bool = False) -> None:
     _found.clear()
 
 
-def remove(*functions: Callable[..., Any]) -> None:
-    """Take back the rows of these functions."""
-    _rows[:] = [kernel for kernel in _rows if kernel.function not in functions]
+def remove(unwanted: Callable[[Kernel], bool]) -> None:
+    """Take rows back."""
+    _rows[:] = [kernel for kernel in _rows if not unwanted(kernel)]
     _found.clear()
 
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from griffin_offload.checkpoint.files import check_name, renamed
 from griffin_offload.errors import SavedContextError, one_line
 from griffin_offload.formats import planned_as
-from griffin_offload.kv_cache.sequence import Context, Snapshot
-from griffin_offload.kv_cache.sizes import MAX_MARKS
+from griffin_offload.kv_cache.sequence import MAX_MARKS, Context, Snapshot
 
 _FORMAT, _VERSION = "griffin-offload context", 1
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}

@@ -1,5 +1,6 @@
 """What a command imports is out of the collector's sight, and all that is made later is in it."""
 
+import importlib.util
 import json
 
 import pytest
@@ -24,6 +25,15 @@ except ImportError:
 after, behind = gc.isenabled(), weakref.ref(Cycle())
 gc.collect()
 print(json.dumps([during, after, inside() is not None, behind() is not None]))
+"""
+# Which modules of a package that nothing here needs are there after a command, and whether it can be imported then.
+PLANS = """
+import sys
+from griffin_offload.cli.main import main
+code = main(["plan", "-q", "--device", "cpu", "--max-gpu-mem", "100MB"])
+there = [name for name in sys.modules if name.partition(".")[0] == "scipy"]
+import scipy.optimize
+print(code, there)
 """
 MODEL_THERE = "sys.modules['griffin_offload.engine.model'] = sys"
 # Runs a command and prints whether the collector is on, how many objects it sees and how many never.
@@ -54,3 +64,9 @@ def test_run_leaves_the_collector_on_and_little_to_it(process):
     code, on, seen, unseen = json.loads(outcome.out.splitlines()[-1])
     assert (code, on) == (0, True), outcome.err
     assert unseen > 10 * seen
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="scipy is not installed")
+def test_plan_leaves_out_what_only_losses_of_vision_models_need(process):
+    outcome = process("-c", PLANS)
+    assert outcome.out.split("\n")[0] == "0 []", outcome.err

@@ -15,8 +15,8 @@ from tiny_models import VOCAB
 from transformers import PreTrainedModel
 
 from griffin_offload import GriffinModel
+from griffin_offload.blocks.hooks import ChunkedForward
 from griffin_offload.engine import load as loading
-from griffin_offload.engine import prefill
 from griffin_offload.engine.stock import Guard
 from griffin_offload.errors import DoesNotFit, GriffinError, OutOfMemory, memory_refused
 from griffin_offload.kv_cache.kv_cache import KVCache
@@ -74,7 +74,7 @@ def test_in_a_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, opti
         original(self, *arguments, **settings)
 
     monkeypatch.setattr(KVCache, "__init__", remembered)
-    monkeypatch.setattr(prefill, "_in_chunks", refusing(prefill._in_chunks, refusal, 30))
+    monkeypatch.setattr(ChunkedForward, "_in_chunks", refusing(ChunkedForward._in_chunks, refusal, 30))
     message = f"^out of memory while generating: {words}.*; the budget is 10.0 MB: ask for less"
     context = model.new_context() if options.get("keep_prompts") else None
     threads = set(threading.enumerate())
@@ -99,7 +99,7 @@ def test_in_a_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, opti
 def test_a_bare_forward(checkpoints, monkeypatch: pytest.MonkeyPatch):
     model = make(checkpoints("llama2"))
     expected = model.model(ids(20)).logits
-    monkeypatch.setattr(prefill, "_in_chunks", refusing(prefill._in_chunks, REFUSALS["torch"][0], 30))
+    monkeypatch.setattr(ChunkedForward, "_in_chunks", refusing(ChunkedForward._in_chunks, REFUSALS["torch"][0], 30))
     with pytest.raises(OutOfMemory, match="while generating"):
         model.model(ids(40))
     assert torch.equal(model.model(ids(20)).logits, expected)

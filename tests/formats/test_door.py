@@ -95,7 +95,7 @@ def test_it_is_converted_to(fp8: Format, checkpoints, tmp_path: Path):
     assert open_checkpoint(copy).precision is fp8
     sources = [(copy, {}), (path, {"quantize": "fp8"})]
     logits = [_logits(_load(source, density=1.0, **options)) for source, options in sources]
-    assert torch.equal(*logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)  # multiplied in other blocks
     streamed = _load(copy, density=0.5)
     assert torch.isfinite(_logits(streamed)).all()
     assert streamed.last_report.decode_streamed_bytes == 0

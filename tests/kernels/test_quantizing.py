@@ -4,7 +4,6 @@ but for ties)."""
 from contextlib import AbstractContextManager
 
 import pytest
-import quantised_reference as ref
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,16 +65,11 @@ def _importance(draw: st.DrawFn, width: int) -> Tensor | None:
     return None if seed is None else torch.rand(width, generator=torch.Generator().manual_seed(seed)).square()
 
 
-def _same_but_for_ties(found: int4.Packed, expected: int4.Packed, numbers: Tensor, importance: Tensor | None) -> None:
-    """The same bytes, but for a few groups that are missed by about as much: where a number lies between two levels (of
-    16 bits many do), or two grids miss alike, sums that are rounded in another order may choose the other one."""
+def _same_but_for_ties(found: int4.Packed, expected: int4.Packed) -> None:
+    """The same bytes, but for a few groups: sums that are rounded in another order may take another one of two steps
+    that lie as near. How little either way misses is held against plain grids in weights/test_int4.py."""
     differ = (found[1] != expected[1]).any(-1) | (found[0] != expected[0]).view(*found[1].shape[:2], -1).any(-1)
-    assert differ.sum() <= 2 + 0.1 * differ.numel()
-    values = [ref.Int4.of_bytes(*of).values.view(*differ.shape, ref.GROUP) for of in (found, expected)]
-    numbers = numbers.double().view(values[0].shape)
-    counts = (torch.ones(numbers[0].numel()) if importance is None else importance).double().view(-1, ref.GROUP)
-    ours, theirs = (((value - numbers).square() * counts).sum(-1)[differ] for value in values)
-    torch.testing.assert_close(ours, theirs, rtol=0.5, atol=1e-2)
+    assert differ.sum() <= 1 + 0.01 * differ.numel()
 
 
 @needs_kernels
@@ -86,7 +80,7 @@ def test_int4_rows(weight: Tensor, data: st.DataObject):
     found = int4.quantize_rows(weight, scale, importance)
     with _by_torch():
         expected = int4.quantize_rows(weight, scale, importance)
-    _same_but_for_ties(found, expected, weight.float() / torch.where(scale == 0, 1, scale)[:, None], importance)
+    _same_but_for_ties(found, expected)
 
 
 @needs_kernels
@@ -97,7 +91,7 @@ def test_int4_neurons(weight: Tensor, data: st.DataObject):
     found = int4.quantize_neurons(weight, columns, importance)
     with _by_torch():
         expected = int4.quantize_neurons(weight, columns, importance)
-    _same_but_for_ties(found, expected, (weight.float() / torch.where(columns == 0, 1, columns)).t(), importance)
+    _same_but_for_ties(found, expected)
 
 
 @needs_kernels

@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, build_on_meta, model_shape
+from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.formats import Format, every, get
 from griffin_offload.kv_cache.sizes import Workload, kv_bytes
 from griffin_offload.offload.weight_store import slot_bytes
@@ -316,7 +317,7 @@ def test_captured_graphs_are_counted_in_both_phases():
     shape = _shape_of(**LLAMA_13B)
     request = PlanRequest(budget_bytes=24 * 10**9, ctx_tokens=2176, density=0.5)
     plain = best_plan(shape, request, 2176)
-    graphs = best_plan(shape, dataclasses.replace(request, graphs=True), 2176)
+    graphs = best_plan(shape, dataclasses.replace(request, graphs=GRAPH_COSTS), 2176)
     assert plain.parts["graphs"] == 0
     # Pool and kernels of eight captures: a hundredth of the budget that 13B is meant for.
     assert 90 * 2**20 < graphs.parts["graphs"] < 0.01 * 12e9

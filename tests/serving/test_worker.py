@@ -15,7 +15,7 @@ import openai
 import pytest
 import torch
 
-from griffin_offload.engine import prefill
+from griffin_offload.blocks.hooks import ChunkedForward
 from griffin_offload.engine.runner import ModelRunner
 from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.serving.queue import Job
@@ -243,7 +243,7 @@ def test_refused_memory_is_told_and_the_next_answer_is_right(chatty, serve_one, 
     with serve_one(chatty) as server:
         expected = server.post(BODY).json()["choices"][0]["text"]
         with monkeypatch.context() as patch:
-            patch.setattr(prefill, "_in_chunks", out_of_memory)
+            patch.setattr(ChunkedForward, "_in_chunks", out_of_memory)
             refused = server.post(BODY | {"prompt": "a dog"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
         assert server.post(BODY).json()["choices"][0]["text"] == expected
