@@ -141,6 +141,14 @@ def why_not(kernel: Kernel, devices: Iterable[str]) -> str | None:
     return kernel.needs()
 
 
+def rows_in_words(kernel: Kernel) -> str:
+    """Of x, that a row of the table is best for."""
+    least, most = kernel.rows
+    if most >= MANY:
+        return "all" if least <= 1 else f"{least} or more"
+    return f"up to {most}"
+
+
 def _find(
     key: tuple[Any, ...], operations: tuple[str, ...], rows: int | None, computes: torch.dtype | None
 ) -> tuple[Kernel, ...]:
