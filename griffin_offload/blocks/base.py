@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from griffin_offload.devices.host_memory import untouched_zeros
 from griffin_offload.formats.base import Format, Spec
-from griffin_offload.formats.floats import FLOATS
 from griffin_offload.method.statistic import squared_statistic, weighted_sum
 
 
@@ -165,10 +164,9 @@ class Block(ABC):
         return False
 
     @property
+    @abstractmethod
     def read_numbers(self) -> int:
         """Numbers of matrices that one token is multiplied by."""
-        shapes = [shape for shape, _ in self.full_specs(FLOATS)]
-        return sum(shape[0] * shape[1] for shape in shapes if len(shape) > 1)
 
     def weight_norms(self, kind: str, full: Sequence[Tensor]) -> Tensor:
         """The norms [F] that a selection of `kind`, one of WEIGHT_NORMS, asks for."""

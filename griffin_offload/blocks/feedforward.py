@@ -110,6 +110,10 @@ class FeedForward(Block):
             not own.full.format.is_plain and own.full.format is not own.resident.format for own in self.projections
         )
 
+    @property
+    def read_numbers(self) -> int:
+        return sum(projection.stacked for projection in self.projections) * self.neurons * self.hidden
+
     def is_down(self, linear: nn.Module) -> bool:
         return linear is self.down
 

@@ -188,9 +188,9 @@ def _quantize_resident(module: QuantizedLinear, model_spec: ModelSpec, pages: Fi
     @torch.no_grad()
     def fill() -> None:
         everything = torch.arange(outputs, dtype=torch.long, device=model_spec.device)
+        gather = module.resident.format.gather
         with pages.reading(list(full.values())):
             here = {name: tensor.to(model_spec.device) for name, tensor in full.items()}
-            gather = module.resident.format.gather
             gather(here, module.full, everything, resident, is_down=False, importance=module.importance)
 
     return fill

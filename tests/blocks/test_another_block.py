@@ -27,7 +27,8 @@ from griffin_offload.engine.convert import convert
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import simulate
-from griffin_offload.formats.base import Format, Spec
+from griffin_offload.formats import Format
+from griffin_offload.formats.base import Spec
 from griffin_offload.method.variants import Variant
 
 GROUP, NEURONS, DOWN = 4, 128, "model.layers.{i}.mlp.shrink"
@@ -84,6 +85,10 @@ class GroupBlock(Block):
     @property
     def precision(self) -> Format:
         return self.single.precision
+
+    @property
+    def read_numbers(self) -> int:
+        return self.single.read_numbers
 
     def is_down(self, linear: nn.Module) -> bool:
         return self.single.is_down(linear)

@@ -67,7 +67,7 @@ def _importance(draw: st.DrawFn, width: int) -> Tensor | None:
 
 def _same_but_for_ties(found: int4.Packed, expected: int4.Packed) -> None:
     """The same bytes, but for a few groups: sums that are rounded in another order may take another one of two steps
-    that lie as near. How little either way misses is held against plain grids in weights/test_int4.py."""
+    that lie as near. How little either way misses is held against plain grids in formats/test_int4.py."""
     differ = (found[1] != expected[1]).any(-1) | (found[0] != expected[0]).view(*found[1].shape[:2], -1).any(-1)
     assert differ.sum() <= 1 + 0.01 * differ.numel()
 
