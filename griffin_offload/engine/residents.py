@@ -183,7 +183,7 @@ def _quantize_resident(module: QuantizedLinear, model_spec: ModelSpec, pages: Fi
     }
     for name, tensor in resident.items():
         put(module, name, tensor)
-    module.layout = module.resident
+    module.take_layout(module.resident)
 
     @torch.no_grad()
     def fill() -> None:

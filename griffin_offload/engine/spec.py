@@ -62,7 +62,7 @@ class ModelSpec:
 
     def check_exact(self, precision: Format) -> None:
         """UsageError unless residents of `precision` can draft for the full model: all but FFs must be as stored."""
-        if precision != self.checkpoint.precision:
+        if precision is not self.checkpoint.precision or precision.rests_as() is not precision:
             raise UsageError(
                 f"exact mode needs residents in the stored precision, these are {precision}: load with exact=True"
             )
@@ -179,17 +179,18 @@ def _shapes(
     states = states_of(meta)
     allowed: list[ModelSizes] = []
     others: list[ModelSizes] = []
-    for precision in every() if stored.is_plain else (stored,):
+    for precision in every() if stored.is_plain else (stored.rests_as(),):
         try:
             precision.check_device(device.type)
             # In exact mode another precision is one of a converted copy.
             shape = model_shape(meta, precision, precision if config.exact else stored, checkpoint.tables, states)
         except UnsupportedModel:
-            if precision is stored or precision.name == config.quantize:
+            if not stored.is_plain or precision.name in (config.quantize, stored.name):
                 raise
             continue
         wanted = stored.name if config.exact else config.quantize
-        (allowed if wanted in ("auto", precision.name) else others).append(shape)
+        fits = not stored.is_plain or wanted in ("auto", precision.name)
+        (allowed if fits else others).append(shape)
     return tuple(allowed), tuple(others)
 
 

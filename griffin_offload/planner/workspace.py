@@ -58,7 +58,8 @@ def workspace_bytes(
 
 def _gather_bytes(shape: ModelSizes) -> int:
     """A matrix on its way into the layout that it rests in."""
-    return shape.precision.gather_bytes(shape.hidden_size, shape.width, shape.item_bytes)
+    sizes = shape.hidden_size, shape.width, shape.item_bytes
+    return shape.precision.gather_bytes(*sizes) + shape.stored.floats_bytes(*sizes)
 
 
 def scratch_bytes(shape: ModelSizes) -> int:
