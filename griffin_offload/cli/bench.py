@@ -235,7 +235,7 @@ def _print_kernels(*, as_json: bool) -> int:
 def _kernel_rows() -> list[dict[str, Any]]:
     # Both add rows of torch's.
     from griffin_offload import formats  # noqa: F401
-    from griffin_offload.devices.memory import devices_here
+    from griffin_offload.devices.registry import devices_here
     from griffin_offload.engine import cpu_modules  # noqa: F401
     from griffin_offload.kernels import table
 
