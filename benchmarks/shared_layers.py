@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
-from griffin_offload.checkpoint.base import open_checkpoint
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine import load as loading
 from griffin_offload.engine.spec import examine_checkpoint, plan_for
@@ -41,10 +41,10 @@ def load_repeated(directory: Path, layers: int, **options: Any) -> GriffinModel:
 
 @contextlib.contextmanager
 def _repeating(distinct: int) -> Iterator[None]:
-    map_few, copy_one = loading.map_model, HostStore._copy_layer
+    map_few, copy_one = loading.build, HostStore._copy_layer
 
-    def map_many(checkpoint: Any) -> Any:
-        return _repeated(map_few(checkpoint), checkpoint.config, checkpoint.dtype)
+    def map_many(checkpoint: Any, scratch: Any) -> Any:
+        return _repeated(map_few(checkpoint, scratch), checkpoint.config, checkpoint.dtype)
 
     def copy_or_share(self: HostStore, origin: Any, index: int, *more: Any) -> None:
         first = index % distinct
@@ -54,7 +54,7 @@ def _repeating(distinct: int) -> Iterator[None]:
             copy_one(self, origin, index, *more)
 
     with (
-        mock.patch.object(loading, "map_model", map_many),
+        mock.patch.object(loading, "build", map_many),
         mock.patch.object(loading, "_offload_tier", return_value="ram"),  # it would count every layer's bytes
         mock.patch.object(HostStore, "_copy_layer", copy_or_share),
     ):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from griffin_offload.blocks.feedforward import FeedForward
 from griffin_offload.blocks.layouts import REGISTER_HINT
 from griffin_offload.errors import UnsupportedModel
+from griffin_offload.formats.translated import plain
 
 # Differences are summation order alone; a wrong neuron shows as an error of order one.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -21,7 +22,8 @@ def self_check(block: FeedForward) -> None:
     The block is left as it was. Raises UnsupportedModel when the results differ or when the input of the down
     projection is never seen. A block that is written inline in its layer (OPT) is checked by its projections.
     """
-    full = block.full()
+    stored = block.full()
+    full = [plain(tensor) for tensor in stored]
     generator = torch.Generator().manual_seed(0)
     chosen = (
         torch.randperm(block.neurons, generator=generator, dtype=torch.long, device="cpu")[: block.neurons // 2]
@@ -32,14 +34,15 @@ def self_check(block: FeedForward) -> None:
     # Unit rows, scaled so that activations neither vanish nor saturate.
     x = torch.randn(1, 2, block.projections[0].hidden, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     forward = _forward(block)
-    masked = _masked(block, forward, chosen, x)
-    compact = block.allocate(chosen.numel(), dtype, full[0].device)
-    block.gather(full, chosen, compact)
     try:
+        block.install_full(full)
+        masked = _masked(block, forward, chosen, x)
+        compact = block.allocate(chosen.numel(), dtype, full[0].device)
+        block.gather(full, chosen, compact)
         block.install_compact(compact)
         gathered = forward(x)
     finally:
-        block.install_full(full)
+        block.install_full(stored)
     scale = masked.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     error = ((gathered - masked).abs().max() / scale).item()
     if not error <= _TOLERANCE[dtype]:

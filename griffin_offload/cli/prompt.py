@@ -95,10 +95,9 @@ def adopt_saved(path: Path, options: dict[str, Any], checkpoint: "Checkpoint") -
     """Make what is "auto" in `options` (`LoadConfig`'s fields) what the context saved at `path` has, and a context that
     is too small for it as large. SavedContextError if it is of another model than `checkpoint`, whose options these
     would not be."""
-    from griffin_offload.checkpoint.base import fingerprint
     from griffin_offload.kv_cache.sequence_file import options_of
 
-    saved = options_of(path, model=fingerprint(checkpoint))
+    saved = options_of(path, model=checkpoint.fingerprint())
     ctx_size = saved.pop("ctx_size")
     options |= {name: value for name, value in saved.items() if options[name] == "auto"}
     if options["ctx_size"] is not None:

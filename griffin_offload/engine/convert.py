@@ -23,17 +23,21 @@ from griffin_offload.blocks.feedforward import FeedForward
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import linear_names
 from griffin_offload.blocks.sizes import build_on_meta, model_shape
-from griffin_offload.checkpoint.base import UNFINISHED, Checkpoint, fingerprint, open_checkpoint
+from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.files import check_name, renamed, temporary_name, write_text
 from griffin_offload.checkpoint.mapped import FilePages
-from griffin_offload.checkpoint.safetensors import INDEX, said_untied
+from griffin_offload.checkpoint.registry import open_checkpoint
+from griffin_offload.checkpoint.safetensors import INDEX, UNFINISHED
+from griffin_offload.checkpoint.tied_head import said_untied
 from griffin_offload.devices.memory import RefusalsNamed
+from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Importance, importance_of
-from griffin_offload.engine.load import check_stored, map_model
+from griffin_offload.engine.load import check_stored
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.formats.int4 import OFF, missed_weights
 from griffin_offload.formats.linear import Precision, quantized
+from griffin_offload.formats.translated import plain, stored_bytes
 from griffin_offload.units import format_bytes
 
 try:
@@ -43,8 +47,6 @@ except ImportError:  # Windows
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all) after each tensor."""
-# What a checkpoint holds beside weights: tokenizer, templates, generation settings.
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 # Beside the tensors: headers, index, tokenizer.
 _MARGIN_BYTES = 50_000_000
 # Our temporary names, and those that safetensors writes under before it renames to ours.
@@ -88,7 +90,7 @@ def convert(
     shape = model_shape(meta, precision, precision, tables)
     with _failures_named(directory), contextlib.closing(checkpoint.watched()) as files, _locked(directory):
         files.check()
-        mark = ConversionInfo(precision, fingerprint(checkpoint), tables)
+        mark = ConversionInfo(precision, checkpoint.fingerprint(), tables)
         finished = _finished_shards(directory, mark)
         _check_disk(directory, shape.weight_bytes - sum(path.stat().st_size for path in finished))
         write_text(directory / UNFINISHED, json.dumps(asdict(mark)))
@@ -182,7 +184,7 @@ def _write_shards(
     checkpoint: Checkpoint, directory: Path, mark: ConversionInfo, progress: Progress | None
 ) -> dict[str, str]:
     """Every shard that is not there yet; the file of every tensor."""
-    model = map_model(checkpoint)
+    model = build(checkpoint)
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     groups = [(f"{prefix}.{i}.", layer, block) for i, (layer, block) in enumerate(zip(decoder, blocks, strict=True))]
@@ -248,16 +250,16 @@ class _Reader:
     def reading(self, tensor: Tensor) -> Iterator[Tensor]:
         spans = self._pages.spans([tensor])
         self._pages.read(spans)
-        yield tensor.detach()
+        yield plain(tensor.detach())
         self._pages.files.check_contents()
         self._pages.drop(spans)
-        self._count(tensor.nbytes)
+        self._count(stored_bytes(tensor))
 
     def close(self) -> None:
         self._pages.close()
 
     def skip(self, module: nn.Module) -> None:
-        self._count(sum(parameter.nbytes for parameter in module.parameters()))
+        self._count(sum(stored_bytes(parameter) for parameter in module.parameters()))
 
     def _count(self, size_bytes: int) -> None:
         self._done += size_bytes
@@ -332,12 +334,8 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], mark: ConversionInfo) -
 
 def _write_rest(checkpoint: Checkpoint, directory: Path, mark: ConversionInfo, weight_map: dict[str, str]) -> None:
     """Tokenizer, config, and last the index, which makes the directory a checkpoint."""
-    own = {"config.json", INDEX}
-    for path in sorted({path for pattern in _COPIED for path in checkpoint.directory.glob(pattern)}):
-        if path.is_file() and path.name not in own:
-            with renamed(directory / path.name) as temporary:
-                shutil.copyfile(path, temporary)
-    config: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_bytes())
+    checkpoint.write_beside(directory, {"config.json", INDEX})
+    config = checkpoint.config_json()
     if checkpoint.untied:
         config = said_untied(config)
     write_text(directory / "config.json", json.dumps(config | {"quantization_config": mark.config()}, indent=2))

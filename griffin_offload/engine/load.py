@@ -9,22 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from griffin_offload.blocks.feedforward import FeedForward
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import swap_linears
 from griffin_offload.blocks.self_check import self_check
-from griffin_offload.blocks.sizes import ModelSizes, build_on_meta
-from griffin_offload.blocks.towers import leave_out_towers
+from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint
-from griffin_offload.checkpoint.config_files import read_generation_config, settle_generation_config
-from griffin_offload.checkpoint.converted import map_converted
-from griffin_offload.checkpoint.mapped import FilePages, Untouched, map_file
+from griffin_offload.checkpoint.config_files import settle_generation_config
+from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
 from griffin_offload.devices.memory import Ledger, device_bytes
 from griffin_offload.devices.threads import choose_threads, limited_threads
-from griffin_offload.devices.torch_state import building
+from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.cpu_modules import use_own_attention, use_own_linears, use_own_norms
 from griffin_offload.engine.prefill import DecoderLayers
@@ -172,23 +169,17 @@ def _map_layers(
     checkpoint: Checkpoint, shape: ModelSizes, scratch: Scratch, *, evict: bool
 ) -> tuple[Any, nn.ModuleList, list[FeedForward]]:
     """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
-    converted = checkpoint.precision != "none"
-    model = _map_converted(checkpoint, scratch) if converted else map_model(checkpoint)
+    model = build(checkpoint, scratch)
     decoder, blocks = find_feed_forwards(model, len(shape.layers))
     settle_generation_config(model, shape.vocab_size, checkpoint.directory)
     self_check(blocks[0])
-    if shape.precision != "none" and not converted:
+    if shape.precision != "none" and checkpoint.precision == "none":
         importance: Importance = {}
         if shape.precision == "int4":
             importance = importance_of(checkpoint, model, decoder, blocks, evict=evict)
         swap_linears(decoder, blocks, shape.precision, "none", scratch, importance)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
     return model, decoder, blocks
-
-
-def _map_converted(checkpoint: Checkpoint, scratch: Scratch) -> Any:
-    c = checkpoint
-    return map_converted(c.directory, c.files, c.config, c.dtype, c.precision, c.tables, scratch)
 
 
 def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
@@ -202,7 +193,7 @@ def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
 def check_stored(checkpoint: Checkpoint, described_bytes: int) -> None:
     """CheckpointError where the files hold far less than the config describes: what they lack would be made of random
     numbers, in memory, before it is found missing by name."""
-    stored_bytes = checkpoint.weight_bytes
+    stored_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors().values())
     if described_bytes > 2 * stored_bytes + _SLACK_BYTES:  # files of several precisions, buffers that are none
         raise CheckpointError(
             f"{checkpoint.directory / 'config.json'} describes {format_bytes(described_bytes)} of weights, the files "
@@ -226,49 +217,6 @@ def _cap_allocator(model_spec: ModelSpec) -> None:
         budget = model_spec.request.budget_bytes - model_spec.request.overhead_bytes
         _, total = device_bytes(model_spec.device)
         torch.cuda.set_per_process_memory_fraction(min(max(budget / total, 0.0), 1.0), model_spec.device)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def map_model(checkpoint: Checkpoint) -> Any:
-    """The stock model on the CPU, its parameters views of the mapped files; every parameter must be there."""
-    stock = build_on_meta(checkpoint.config, checkpoint.dtype)
-    tensors = {name: tensor for path in checkpoint.files for name, tensor in map_file(path).items()}
-    try:
-        with building(checkpoint.dtype), _quiet_transformers(), Untouched(tensors.values()):
-            model, info = type(stock).from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel
-                None,
-                config=stock.config,
-                state_dict=tensors,
-                dtype=checkpoint.dtype,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                output_loading_info=True,
-            )
-    except Exception as error:  # each architecture fails in its own way
-        if memory_refused(error):
-            raise
-        raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {one_line(error)}") from error
-    left_out = tuple(f"{name}." for name in leave_out_towers(model))
-    for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info[problem] if not str(name).startswith(left_out))
-        if names:
-            raise CheckpointError(
-                f"{checkpoint.directory} does not match its config.json: {len(names)} {problem.replace('_', ' ')}, "
-                f"first {names[0]}"
-            )
-    read_generation_config(model, checkpoint.directory)
-    return model.eval()
 
 
 def _offload_tier(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> str:

@@ -19,6 +19,7 @@ from griffin_offload.engine.prefill import DecoderLayers
 from griffin_offload.engine.spec import ModelSpec
 from griffin_offload.formats.gather import gather_outputs
 from griffin_offload.formats.linear import QuantizedLinear, specs
+from griffin_offload.formats.translated import plain
 from griffin_offload.offload.background_loader import Job
 from griffin_offload.offload.weight_store import stream_dtype
 from griffin_offload.planner.plan import Plan
@@ -91,7 +92,7 @@ def materialise(layers: DecoderLayers, selected: dict[int, Tensor], model_spec: 
         block, compact, chosen_here = layers.blocks[index], layers.compact[index], chosen.cpu()
         assert layers.source is not None, "streamed layers have a source"
         full = layers.source.fetch_rows(index, block.rows_needed(chosen_here))
-        full = [tensor.to(stream_dtype(tensor, model_spec.dtype)) for tensor in full]
+        full = [plain(tensor).to(stream_dtype(tensor, model_spec.dtype)) for tensor in full]
         if model_spec.device.type == "cpu":
             block.gather(full, chosen_here, compact)
         else:
@@ -120,7 +121,7 @@ def _fill_whole(
     spans = pages.spans(source)
     pages.read(spans)
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
-    block.gather([tensor.to(model_spec.device) for tensor in source], everything, target)
+    block.gather([plain(tensor).to(model_spec.device) for tensor in source], everything, target)
     pages.drop(spans)
 
 
@@ -191,7 +192,7 @@ def _quantize_resident(module: QuantizedLinear, model_spec: ModelSpec, pages: Fi
         spans = pages.spans(list(full.values()))
         pages.read(spans)
         everything = torch.arange(outputs, dtype=torch.long, device=model_spec.device)
-        here = {name: tensor.to(model_spec.device) for name, tensor in full.items()}
+        here = {name: plain(tensor).to(model_spec.device) for name, tensor in full.items()}
         gather_outputs(here, everything, 1, resident, module.importance)
         pages.drop(spans)
 

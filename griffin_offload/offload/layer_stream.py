@@ -21,6 +21,7 @@ from griffin_offload.checkpoint.direct_io import SlotLayout
 from griffin_offload.devices.host_memory import block_buffer
 from griffin_offload.devices.threads import BackgroundThread
 from griffin_offload.errors import GriffinError, one_line
+from griffin_offload.formats.translated import TranslatedTensor, plain, stored_bytes
 from griffin_offload.offload.weight_store import FlatLayout, HostStore, MmapStore, Source, stream_dtype
 
 _STAGING_BYTES = 32 * 2**20
@@ -126,7 +127,7 @@ class _CudaCopies:
             for view, tensor in pairs:
                 step = _STAGING_BYTES // view.element_size()
                 for target, source in zip(
-                    view.flatten().split(step), tensor.detach().flatten().split(step), strict=True
+                    view.flatten().split(step), plain(tensor).detach().flatten().split(step), strict=True
                 ):
                     self._copy_chunk(target, source)
             return self._recorded()
@@ -146,6 +147,11 @@ class _CudaCopies:
         return event
 
 
+def _as_streamed(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether it can be used as it is stored."""
+    return tensor.dtype == stream_dtype(tensor, dtype) and not isinstance(tensor, TranslatedTensor)
+
+
 class LayerStream:
     """A context manager that hands out the FF tensors of `layers`, each once, in order.
 
@@ -157,7 +163,7 @@ class LayerStream:
     def __init__(self, source: Source, layers: Sequence[int], config: StreamConfig) -> None:
         self._source, self._layers, self._config = source, list(layers), config
         first = source.tensors(self._layers[0])
-        stored = config.device.type == "cpu" and all(t.dtype == stream_dtype(t, config.dtype) for t in first)
+        stored = config.device.type == "cpu" and all(_as_streamed(t, config.dtype) for t in first)
         direct = source if stored and isinstance(source, MmapStore) and source.placements else None
         self._direct = direct
         in_place = stored and direct is None
@@ -233,7 +239,7 @@ class LayerStream:
         """Device bytes of a layer on its way; on the CPU the pages it is copied from count, too."""
         if self._slots is None and isinstance(self._source, HostStore):
             return 0  # used where it rests
-        stored = sum(tensor.nbytes for tensor in tensors)
+        stored = sum(stored_bytes(tensor) for tensor in tensors)
         if self._slots is None:
             return stored
         if self._direct is not None:
@@ -253,5 +259,5 @@ class LayerStream:
             return arrival
         self._source.drop(layer)
         if self._config.device.type == "cpu":
-            self._in_flight[layer] -= sum(tensor.nbytes for tensor in tensors)
+            self._in_flight[layer] -= sum(stored_bytes(tensor) for tensor in tensors)
         return arrival

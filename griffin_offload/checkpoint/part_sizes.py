@@ -1,0 +1,60 @@
+"""What of a checkpoint does not stay in its files as the model needs it: sizes by part, for the planner."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.towers import left_out_parts
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
+
+_IN_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """Bytes that loading makes of other precisions, in the checkpoint's own, and what translating needs."""
+
+    feed_forward: tuple[int, ...] = ()
+    """Of each layer: they are streamed from there, as long as the model lives."""
+    embeddings: int = 0
+    rest: int = 0
+    """Gone when the residents are there."""
+    translated_share: float = 0.0
+    """Of a layer's feed-forward that is translated while it streams, the stored bytes for each of the model's; 0 where
+    all are used as they lie."""
+
+
+def part_sizes(model: Any, checkpoint: Checkpoint) -> PartSizes:
+    """Of `checkpoint`, whose model is on the meta device. A name that no other part has counts as feed-forward."""
+    tensors = checkpoint.tensors()
+    decoder, blocks = find_feed_forwards(model, model.config.get_text_config().num_hidden_layers)
+    feed_forward, embeddings, rest = [0] * len(blocks), 0, 0
+    others = [_names_outside_ff(layer, block) for layer, block in zip(decoder, blocks, strict=True)]
+    table = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    left_out, shares = left_out_parts(model), [0.0]
+    for name, tensor in tensors.items():
+        if left_out & set(name.split(".")):
+            continue  # given up before anything else is allocated
+        match, made = _IN_LAYER.search(name), _made_bytes(tensor, checkpoint)
+        index = int(match[1]) if match else len(blocks)
+        if match and index < len(blocks) and match[2] not in others[index]:
+            feed_forward[index] += made
+            shares.append(tensor.stored_bytes / tensor.nbytes if tensor.decode and tensor.nbytes else 0.0)
+        elif name.split(".")[-2:-1] == table.split(".")[-1:]:
+            embeddings += made
+        else:
+            rest += made
+    return PartSizes(tuple(feed_forward), embeddings, rest, max(shares))
+
+
+def _made_bytes(tensor: StoredTensor, checkpoint: Checkpoint) -> int:
+    """What loading makes of a tensor of floats that is not of the checkpoint's precision; translated ones stay."""
+    other = tensor.dtype.is_floating_point and tensor.dtype != checkpoint.dtype and tensor.decode is None
+    return math.prod(tensor.shape) * checkpoint.dtype.itemsize if other else 0
+
+
+def _names_outside_ff(layer: Any, block: Any) -> set[str]:
+    inside = {id(tensor) for part in block.projections for tensor in part.owner.parameters(recurse=False)}
+    return {name for name, tensor in layer.named_parameters() if id(tensor) not in inside}
