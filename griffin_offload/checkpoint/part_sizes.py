@@ -20,33 +20,58 @@ class PartSizes:
     """Of each layer: they are streamed from there, as long as the model lives."""
     embeddings: int = 0
     rest: int = 0
-    """Gone when the residents are there."""
+    """Gone when the residents are there; of what is translated, the largest layer, while its residents are made."""
     translated_share: float = 0.0
     """Of a layer's feed-forward that is translated while it streams, the stored bytes for each of the model's; 0 where
     all are used as they lie."""
+
+
+class _LayerSizes:
+    """Of one decoder layer."""
+
+    def __init__(self) -> None:
+        self.made = self.translated = 0
+        self._stored = self._full = self._translated_ff = 0
+
+    def count(self, tensor: StoredTensor, made: int, *, inside: bool) -> None:
+        """`inside`: it belongs to the feed-forward."""
+        translated = tensor.nbytes if tensor.decode else 0
+        self.translated += translated
+        if inside:
+            self.made += made
+            self._stored += tensor.stored_bytes
+            self._full += tensor.nbytes
+            self._translated_ff += translated
+
+    @property
+    def share(self) -> float:
+        return self._stored / self._full if self._translated_ff else 0.0
 
 
 def part_sizes(model: Any, checkpoint: Checkpoint) -> PartSizes:
     """Of `checkpoint`, whose model is on the meta device. A name that no other part has counts as feed-forward."""
     tensors = checkpoint.tensors()
     decoder, blocks = find_feed_forwards(model, model.config.get_text_config().num_hidden_layers)
-    feed_forward, embeddings, rest = [0] * len(blocks), 0, 0
+    layers, embeddings, rest = [_LayerSizes() for _ in blocks], 0, 0
     others = [_names_outside_ff(layer, block) for layer, block in zip(decoder, blocks, strict=True)]
     table = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    left_out, shares = left_out_parts(model), [0.0]
+    left_out = left_out_parts(model)
     for name, tensor in tensors.items():
         if left_out & set(name.split(".")):
             continue  # given up before anything else is allocated
         match, made = _IN_LAYER.search(name), _made_bytes(tensor, checkpoint)
         index = int(match[1]) if match else len(blocks)
-        if match and index < len(blocks) and match[2] not in others[index]:
-            feed_forward[index] += made
-            shares.append(tensor.stored_bytes / tensor.nbytes if tensor.decode and tensor.nbytes else 0.0)
-        elif name.split(".")[-2:-1] == table.split(".")[-1:]:
+        inside = match is not None and index < len(blocks) and match[2] not in others[index]
+        if index < len(blocks):
+            layers[index].count(tensor, made, inside=inside)
+        if inside:
+            continue
+        if name.split(".")[-2:-1] == table.split(".")[-1:]:
             embeddings += made
         else:
             rest += made
-    return PartSizes(tuple(feed_forward), embeddings, rest, max(shares))
+    rest += max(layer.translated for layer in layers)
+    return PartSizes(tuple(layer.made for layer in layers), embeddings, rest, max(layer.share for layer in layers))
 
 
 def _made_bytes(tensor: StoredTensor, checkpoint: Checkpoint) -> int:

@@ -137,9 +137,8 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
 
 def _stored_share(checkpoint: Checkpoint, parts: PartSizes, dtype: torch.dtype) -> float:
     """Of a layer in a slot, the stored bytes that it is made of; 0 where it is used as it is stored."""
-    if parts.translated_share:
-        return parts.translated_share
-    return checkpoint.dtype.itemsize / dtype.itemsize if dtype != checkpoint.dtype else 0.0
+    in_place = dtype == checkpoint.dtype and not parts.translated_share
+    return 0.0 if in_place else (parts.translated_share or 1) * checkpoint.dtype.itemsize / dtype.itemsize
 
 
 def pass_tokens(exact: bool, draft_tokens: int | None, refresh: Refresh) -> int:

@@ -14,6 +14,7 @@ import torch
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
+from griffin_offload.checkpoint import renaming
 from griffin_offload.engine import load as loading
 from griffin_offload.engine import prefill
 from griffin_offload.engine.stock import Guard
