@@ -28,12 +28,11 @@ from griffin_offload.cli.options import (
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.cli.prompt import adopt_saved
 from griffin_offload.config import ChatConfig, LoadConfig, Overflow
-from griffin_offload.engine.chat import ChatSession, Reply
 from griffin_offload.errors import GriffinError, UsageError, as_line
 from griffin_offload.units import format_bytes
 
 if TYPE_CHECKING:
-    from griffin_offload.engine.chat import ChatSession
+    from griffin_offload.engine.chat import ChatSession, Reply
 
 
 # Where a conversation is held: a terminal, in which Ctrl-C stops an answer, or a pipe, which the first error ends.
@@ -53,7 +52,7 @@ _HELP = """\
 class Terminal:
     """Reads messages and commands; answers go to stdout, all else to stderr."""
 
-    def __init__(self, session: ChatSession, *, stops: Sequence[str], quiet: bool, as_json: bool) -> None:
+    def __init__(self, session: "ChatSession", *, stops: Sequence[str], quiet: bool, as_json: bool) -> None:
         self._session, self._stops, self._quiet, self._as_json = session, stops, quiet, as_json
         self._interactive = sys.stdin.isatty()
         self._leaving = False
@@ -149,13 +148,13 @@ class Terminal:
         elif not quiet:
             _say("\n".join(self._figures(reply)))
 
-    def _count(self, reply: Reply) -> None:
+    def _count(self, reply: "Reply") -> None:
         report = reply.report
         self._answered += 1
         self._streamed_bytes += report.prefill_streamed_bytes + report.decode_streamed_bytes
         self._passes += report.drafting.passes if report.drafting else 0
 
-    def _figures(self, reply: Reply) -> Iterator[str]:
+    def _figures(self, reply: "Reply") -> Iterator[str]:
         report, known = reply.report, self._session.used_tokens
         if reply.dropped_messages:
             yield f"(context full: the oldest {reply.dropped_messages} messages were dropped)"
@@ -229,7 +228,7 @@ class _Interrupts:
         self._pressed = True
 
 
-def _as_json(reply: Reply) -> dict[str, Any]:
+def _as_json(reply: "Reply") -> dict[str, Any]:
     return {
         "text": reply.text,
         "finish_reason": reply.finish,
@@ -274,7 +273,6 @@ def chat(arguments: argparse.Namespace) -> int:
     _check_conversation(arguments)
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     with heavy_imports():
-        pass
         from griffin_offload.checkpoint.registry import open_checkpoint
         from griffin_offload.engine.model import GriffinModel
         from griffin_offload.kv_cache.sequence_file import read_notes

@@ -5,13 +5,15 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from griffin_offload import __version__
-from griffin_offload.cli import bench, chat, convert, eval, inspect, plan, run, serve
 from griffin_offload.errors import GriffinError, OutOfMemory, as_line, limit_reached, memory_refused
 
 _INTERRUPTED = 130
+COMMANDS = ("run", "chat", "serve", "plan", "convert", "bench", "eval", "inspect")
+"""Each is a module beside this one."""
 
 
 class _Help(argparse.HelpFormatter):
@@ -32,17 +34,17 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": _Help, **settings})
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command; imports no torch."""
+def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of `commands`; imports no torch."""
     parser = _Parser(
         prog="griffin-offload",
         description="Run language models larger than the device: each prompt streams the weights once and keeps the "
         "feed-forward neurons it uses; generation then runs fully on the device.",
     )
     parser.add_argument("--version", action="version", version=f"griffin-offload {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, chat, serve, plan, convert, bench, eval, inspect):
-        command.add_parser(commands)
+    parsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in commands:
+        import_module(f"griffin_offload.cli.{command}").add_parser(parsers)
     return parser
 
 
@@ -61,7 +63,8 @@ def _print_any_letter() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 runtime, 2 usage, 3 does not fit, 4 model, 130 Ctrl-C."""
     _print_any_letter()
-    parsed = build_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    parsed = build_parser(words[:1] if words and words[0] in COMMANDS else COMMANDS).parse_args(words)
     # Warnings are news for the user, one line each, not for the author of a Python file.
     warnings.showwarning = lambda message, *_: _warn(message)
     try:

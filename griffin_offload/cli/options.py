@@ -25,7 +25,7 @@ from griffin_offload.demo import demo_directory
 from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
-    from griffin_offload.engine.model import GriffinModel
+    from griffin_offload.engine.chat import ChatModel
 
 
 # The imports that a command waits for: torch, transformers and what of ours stands on them.
@@ -149,7 +149,7 @@ def check_utf8(text: str, name: str) -> None:
 class PrefillBar:
     """A bar of prefill's layers on stderr, if that is a terminal."""
 
-    def __init__(self, model: "GriffinModel", *, quiet: bool) -> None:
+    def __init__(self, model: "ChatModel", *, quiet: bool) -> None:
         from tqdm import tqdm
 
         layers = len(model.plan.kept)

@@ -40,11 +40,11 @@ def add_parser(commands: Any) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
-    with heavy_imports():  # most of transformers is imported when it is first asked, by `_prospect`
+    with heavy_imports():  # most of transformers is imported when it is first asked, by `_examined`
         from griffin_offload.planner.solve import describe_shortfall, solve
 
         quiet_libraries()
-        model_spec = _prospect(arguments)
+        model_spec = _examined(arguments)
     found, remedy = solve(model_spec.shapes, model_spec.request, model_spec.others)
     if arguments.json:
         others = {"alternatives": _alternatives(model_spec, found)} if arguments.verbose else {}
@@ -60,7 +60,7 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prospect(arguments: argparse.Namespace) -> "ModelSpec":
+def _examined(arguments: argparse.Namespace) -> "ModelSpec":
     from griffin_offload.checkpoint.registry import read_config
     from griffin_offload.engine.spec import examine, examine_checkpoint
 

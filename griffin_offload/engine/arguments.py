@@ -135,7 +135,7 @@ def prepared(
         # Otherwise transformers takes every pad token for padding, also one that was generated.
         settings["attention_mask"] = torch.ones_like(prompt, device=engine.model_spec.device)
     elif past.tokens:
-        past.make_room(engine, use)
+        past.make_room(use, engine.roomy_tokens)
     elif use.cache == "ours" and kwargs.get("past_key_values") is None:
         run.own_cache = engine.kv_cache(use, returned=returns_cache(kwargs, configs))
         settings["past_key_values"] = run.own_cache

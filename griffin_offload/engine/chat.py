@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,13 +13,53 @@ from griffin_offload.checkpoint.tokenizer import encode, encode_messages, thinki
 from griffin_offload.config import ChatConfig, Overflow
 from griffin_offload.engine.arguments import ONE_ANSWER
 from griffin_offload.engine.generation import Finish, StopStrings, cut, end_tokens, ends_of, finish_of
-from griffin_offload.engine.model import GriffinModel
+from griffin_offload.engine.prefill import Progress
 from griffin_offload.engine.report import RunReport
 from griffin_offload.errors import CheckpointError, SavedContextError, UsageError
 from griffin_offload.kv_cache.kv_cache import why_not_back
+from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import read_notes
+from griffin_offload.planner.plan import Plan
 
 Message = dict[str, str]
+
+
+class ChatModel(Protocol):
+    """What a conversation needs of its model: of a `GriffinModel`."""
+
+    progress: Progress | None
+
+    def generate(self, inputs: Tensor | None = None, *, context: Context | None = None, **kwargs: Any) -> Any: ...
+
+    def new_context(self) -> Context: ...
+
+    def save_context(self, context: Context, path: str | Path, notes: dict[str, Any] | None = None) -> None: ...
+
+    def load_context(self, path: str | Path, context: Context | None = None) -> tuple[Context, dict[str, Any]]: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def generation_config(self) -> Any: ...
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def keeps_contexts(self) -> bool: ...
+
+    @property
+    def resident_bytes(self) -> int: ...
+
+    @property
+    def last_report(self) -> RunReport | None: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +90,7 @@ class ChatSession:
 
     def __init__(
         self,
-        model: GriffinModel,
+        model: ChatModel,
         *,
         system: str | None = None,
         raw: bool = False,
@@ -74,9 +114,7 @@ class ChatSession:
         """None where every turn reads the whole conversation."""
         self.used_tokens = 0
         """Of the context, by the conversation so far."""
-        self._end_tokens = end_tokens(
-            model.tokenizer, model.generation_config, model.engine.shape.vocab_size, chat=self.templated
-        )
+        self._end_tokens = end_tokens(model.tokenizer, model.generation_config, model.vocab_size, chat=self.templated)
 
     @property
     def turns(self) -> int:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +17,6 @@ from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sizes import Workload
-
-if TYPE_CHECKING:
-    from griffin_offload.engine.runner import ModelRunner
-
 
 # Where an answer ends: checkpoints say it in up to three places, which need not agree.
 
@@ -119,10 +115,10 @@ class Past:
         keys = (getattr(layer, "keys", None) for layer in getattr(self.cache, "layers", ()))
         return next((found.shape[0] for found in keys if isinstance(found, Tensor)), None)
 
-    def make_room(self, engine: "ModelRunner", use: Workload) -> None:
-        """Ours was made for the answer before: it becomes as large as `use` asks for."""
+    def make_room(self, use: Workload, roomy_tokens: Callable[[Workload], int]) -> None:
+        """Ours was made for the answer before: it grows to `roomy_tokens(use)` if it is too small for `use`."""
         if isinstance(self.cache, KVCache) and self.cache.ctx_tokens < use.cache_tokens:
-            self.cache.grow(engine.roomy_tokens(use))
+            self.cache.grow(roomy_tokens(use))
 
 
 def past_of(prompt: Tensor, kwargs: dict[str, Any]) -> Past:

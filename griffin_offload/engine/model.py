@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, RefusalsNamed, g
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
 from griffin_offload.engine.arguments import checked_prompt, empty_context, prepared
+from griffin_offload.engine.chat import ChatSession
 from griffin_offload.engine.generation import GenerationMode, GenerationState, probabilities_named
 from griffin_offload.engine.load import Loaded, load
 from griffin_offload.engine.model_interface import StockInterface
@@ -31,9 +32,6 @@ from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context
 from griffin_offload.planner.plan import Plan
-
-if TYPE_CHECKING:
-    from griffin_offload.engine.chat import ChatSession
 
 # From here on the process's growth is a figure of the model and no longer of the interpreter.
 _LARGE_MODEL_BYTES = 10**9
@@ -56,7 +54,7 @@ class GriffinModel(StockInterface):
         self.directory: Path = model_spec.checkpoint.directory
         self.last_report: RunReport | None = None
         """Figures of the last `generate`."""
-        self._prospect, self._loaded, self._load_s = model_spec, loaded, load_s
+        self._model_spec, self._loaded, self._load_s = model_spec, loaded, load_s
         self._engine = ModelRunner(model_spec, plan, loaded)
         self._held = loaded.hand_over()
         weakref.finalize(self._held, loaded.close)
@@ -104,12 +102,17 @@ class GriffinModel(StockInterface):
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, loaded when it is asked for first, unless one was set before; CheckpointError if
         there is none that can be loaded."""
-        return self._prospect.checkpoint.tokenizer()
+        return self._model_spec.checkpoint.tokenizer()
 
     @property
     def engine(self) -> ModelRunner:
         """What forwards go through: for measurements, which need more than `generate`."""
         return self._engine
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding and logits of a token."""
+        return self._engine.shape.vocab_size
 
     @property
     def last_prefill(self) -> PrefillReport | None:
@@ -175,12 +178,10 @@ class GriffinModel(StockInterface):
     def keeps_contexts(self) -> bool:
         """Whether prompts can be gone on from: not where layers keep a state (of convolutions, of recurrences) that
         cannot be rolled back."""
-        return self._prospect.request.cache == "ours"
+        return self._model_spec.request.cache == "ours"
 
-    def chat_session(self, **options: Any) -> "ChatSession":
+    def chat_session(self, **options: Any) -> ChatSession:
         """A conversation; see `ChatSession` for the options."""
-        from griffin_offload.engine.chat import ChatSession
-
         return ChatSession(self, **options)
 
     def save_context(self, context: Context, path: str | Path, notes: dict[str, Any] | None = None) -> None:
@@ -227,7 +228,7 @@ class GriffinModel(StockInterface):
         """
         inputs = next((kwargs.pop(k) for k in ("inputs", "input_ids") if k in kwargs), inputs)
         given = inputs if inputs is not None else kwargs.get("inputs_embeds")
-        prompt = checked_prompt(given, self._engine.shape.vocab_size)
+        prompt = checked_prompt(given, self.vocab_size)
         kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         if self.generation_config.stop_strings and "stop_strings" not in kwargs:
             kwargs.setdefault("tokenizer", self.tokenizer)  # of the checkpoint's settings
@@ -268,7 +269,7 @@ class GriffinModel(StockInterface):
             refresh=config.refresh if refresh is None else refresh,
         )
         if mode.exact:
-            self._prospect.check_exact(self._engine.shape.precision)
+            self._model_spec.check_exact(self._engine.shape.precision)
         return mode
 
     def _generate(
@@ -280,11 +281,11 @@ class GriffinModel(StockInterface):
             self._engine.run = run
             with self._loaded.ledger.measuring(), limited_threads(self._loaded.threads):
                 start = time.perf_counter()
-                with probabilities_named(self._prospect.dtype):
+                with probabilities_named(self._model_spec.dtype):
                     output = self._held.generate(None if inputs is None else inputs.to(self.device), **kwargs)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
-                run.end_check(self._prospect.dtype)
+                run.end_check(self._model_spec.dtype)
                 sequences = output if isinstance(output, Tensor) else output.sequences
                 offset = prompt.shape[1] if inputs is not None else 0
                 report = self._report(run, sequences.shape[1] - offset, time.perf_counter() - start)

@@ -151,7 +151,7 @@ def test_the_signal_is_given_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-PLACES = {"pass": "MappedWeights, 'fetch'", "answer": "_Interrupted, '__call__'"}
+PLACES = {"pass": "MmapStore, 'fetch'", "answer": "_Interrupted, '__call__'"}
 
 
 class Pty:
@@ -161,7 +161,7 @@ class Pty:
         program = (
             "import sys, time\n"
             "from griffin_offload.cli.main import main\n"
-            "from griffin_offload.offload.weight_store import MappedWeights\n"
+            "from griffin_offload.offload.weight_store import MmapStore\n"
             "from griffin_offload.engine.chat import _Interrupted\n"
             f"kind, name = {PLACES[where]}\n"
             "original = getattr(kind, name)\n"

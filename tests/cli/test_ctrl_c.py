@@ -41,12 +41,12 @@ def test_ctrl_c_in_a_process(process, llama: Path):
     program = (
         "import os, signal, sys, time\n"
         "from griffin_offload.cli.main import main\n"
-        "from griffin_offload.offload.weight_store import MappedWeights\n"
-        "fetch = MappedWeights.fetch\n"
+        "from griffin_offload.offload.weight_store import MmapStore\n"
+        "fetch = MmapStore.fetch\n"
         "def slow(self, layer):\n"
         "    if layer == 1: time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT), time.sleep(0.2)\n"
         "    return fetch(self, layer)\n"
-        "MappedWeights.fetch = slow\n"
+        "MmapStore.fetch = slow\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     outcome = process("-c", program, "run", "the cat sat", "-m", llama, "--density", 0.5)
