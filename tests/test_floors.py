@@ -85,6 +85,39 @@ def test_files_are_short():
     } == {}
 
 
+def _names_imported(path: Path) -> Iterator[tuple[str, str]]:
+    """(room, name) of everything that a file imports from the package."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("griffin_offload."):
+            for alias in node.names:
+                yield _room((node.module or "").removeprefix("griffin_offload.")), alias.name
+
+
+def test_one_kind_of_block_is_not_known_by_name():
+    """Rooms other than its own ask the contract (blocks/base.py)."""
+    others = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "blocks"]
+    assert not [path for path in others if ("blocks", "FeedForward") in _names_imported(path)]
+    assert not [path for path in others if ".projections" in path.read_text() or "block.down" in path.read_text()]
+
+
+def test_the_planner_has_no_numbers_of_the_workers():
+    """Whoever allocates memory prices it. What users may set is in `config`."""
+    numbers = [
+        f"{path.stem}: {name}"
+        for path in (PACKAGE / "planner").glob("*.py")
+        for room, name in _names_imported(path)
+        if name.isupper() and room not in ("config", "planner")
+    ]
+    assert not numbers
+
+
+def test_the_workers_have_no_numbers_of_the_planner():
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "planner":
+            numbers = [name for room, name in _names_imported(path) if room == "planner" and name.isupper()]
+            assert set(numbers) <= {"RESIDENT_PARTS"}, path  # names of parts
+
+
 def test_the_planner_knows_no_device():
     text = "".join(path.read_text() for path in (PACKAGE / "planner").glob("*.py"))
     assert "cuda" not in text.replace("CUDA", "")

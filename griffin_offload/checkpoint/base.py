@@ -26,7 +26,7 @@ from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.renaming import Conversion, conversions_of
 from griffin_offload.checkpoint.tokenizer import tokenizer_of
 from griffin_offload.errors import CheckpointError
-from griffin_offload.formats.linear import Precision
+from griffin_offload.formats import FLOATS, Format
 from griffin_offload.formats.translated import Decode, TranslatedTensor
 
 # What a directory holds beside weights: tokenizer, templates, generation settings.
@@ -43,7 +43,7 @@ class StoredTensor:
     dtype: torch.dtype
     parts: tuple[Extent, ...]
     """Bytes of files. One part, without `decode`, is the tensor itself, and used where it lies."""
-    format: Precision = "none"
+    format: Format = FLOATS
     """Of the matrix that it belongs to: the model gets a module of this format for it, of whose tensors this is one."""
     decode: Decode | None = None
     """Makes its numbers out of the parts' bytes, whenever they are needed."""
@@ -85,9 +85,9 @@ class Checkpoint(ABC):
     """Of all tensors, in the files."""
     states: Mapping[str, FileState]
     """Of `files`, by resolved path, from before anything was read of them."""
-    precision: Precision = "none"
+    precision: Format = FLOATS
     """The format of the matrices in its layers."""
-    tables: Precision = "none"
+    tables: Format = FLOATS
     """The same for its embeddings and its head."""
     untied: bool = False
     """It holds another head than the embeddings that its own config ties it to."""

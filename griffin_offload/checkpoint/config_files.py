@@ -169,6 +169,7 @@ _WAYS = (
     "prompt_lookup_num_tokens",
     "assistant_early_exit",
     "use_mtp",
+    "is_assistant",
     "compile_config",
     "prefill_chunk_size",
 )
@@ -181,6 +182,7 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "constraints": (lambda value: value is not None, _ELSEWHERE),
     "force_words_ids": (lambda value: value is not None, _ELSEWHERE),
     "penalty_alpha": (lambda value: bool(value), _ELSEWHERE),
+    "num_beam_groups": (lambda value: value not in (None, 1), _ELSEWHERE),
     "guidance_scale": (lambda value: value not in (None, 1), "it needs a second prompt"),
     "watermarking_config": (lambda value: value is not None, "conversations and exact answers are not watermarked"),
 }

@@ -17,7 +17,7 @@ from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, read_object
 from griffin_offload.checkpoint.renaming import Conversion, same_names
 from griffin_offload.checkpoint.safetensors import (
-    FLOATS,
+    FLOAT_TYPES,
     METADATA_KEY,
     UNFINISHED,
     SafetensorsCheckpoint,
@@ -27,27 +27,26 @@ from griffin_offload.checkpoint.safetensors import (
 )
 from griffin_offload.checkpoint.unsupported import check_numbers
 from griffin_offload.errors import CheckpointError, UnsupportedModel
-from griffin_offload.formats.linear import PRECISIONS, Precision
+from griffin_offload.formats import FLOATS, Format, every, get
+from griffin_offload.formats.embedding import TABLE_FORMATS
 
 METHOD = "griffin-offload"
-VERSIONS: dict[Precision, int] = {"int8": 1, "int4": 2}
-"""Of the layouts. int4 had one scale a neuron in its down projection before, which trained models did not survive."""
 _IN_LAYER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
 class ConversionInfo:
-    """What a conversion writes into every file."""
+    """What a conversion writes into every file: formats by their names."""
 
-    precision: Precision
+    precision: str
     source: str
     """Fingerprint of the checkpoint it was made from."""
-    tables: Precision = "none"
-    """Of the embeddings and the head: none or int8."""
+    tables: str = FLOATS.name
+    """Of the embeddings and the head."""
     version: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "version", VERSIONS[self.precision])
+        object.__setattr__(self, "version", get(self.precision).version)
 
     def metadata(self) -> dict[str, str]:
         """Of a shard."""
@@ -65,15 +64,16 @@ def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
     if not isinstance(found, dict) or found.get("method") != METHOD:
         return None
     version, precision, source, tables = (found.get(key) for key in ("version", "precision", "source", "tables"))
-    if isinstance(precision, str) and precision in VERSIONS and version != VERSIONS[precision]:
+    format = next((other for other in every() if other.name == precision and not other.is_plain), None)
+    if format is not None and version != format.version:
         raise UnsupportedModel(
             f"{directory} was converted to {precision} in format {version}, this version reads format "
-            f"{VERSIONS[precision]}: convert again"
+            f"{format.version}: convert again"
         )
-    if precision not in PRECISIONS[1:] or not isinstance(source, str) or tables not in ("none", "int8"):
+    if format is None or not isinstance(source, str) or tables not in [other.name for other in TABLE_FORMATS]:
         raise CheckpointError(f"{directory / 'config.json'} has a damaged quantization_config: convert again")
     del config.quantization_config
-    return ConversionInfo(precision, source, tables)
+    return ConversionInfo(format.name, source, str(tables))
 
 
 def check_shard(path: Path, mark: ConversionInfo | None) -> None:
@@ -85,16 +85,16 @@ def check_shard(path: Path, mark: ConversionInfo | None) -> None:
 class ConvertedCheckpoint(SafetensorsCheckpoint):
     """What `convert` made: its tensors are those of the formats' modules, by the model's own names."""
 
-    precision: Precision = "none"
-    tables: Precision = "none"
+    precision: Format = FLOATS
+    tables: Format = FLOATS
 
     def tensors(self) -> Mapping[str, StoredTensor]:
         found = super().tensors()
         quantised = {name.rpartition(".")[0] for name in found if name.endswith((".scale", ".input_scale"))}
-        formats = {name: self._format_of(name) if name.rpartition(".")[0] in quantised else "none" for name in found}
+        formats = {name: self._format_of(name) if name.rpartition(".")[0] in quantised else FLOATS for name in found}
         return {name: replace(tensor, format=formats[name]) for name, tensor in found.items()}
 
-    def _format_of(self, name: str) -> Precision:
+    def _format_of(self, name: str) -> Format:
         return self.precision if _IN_LAYER.search(name) else self.tables
 
     def conversions(self, model: Any, names: Iterable[str]) -> Sequence[Conversion]:
@@ -119,15 +119,15 @@ def open_converted(path: Path) -> Checkpoint | None:
     mark = mark_of(config, path)
     assert mark is not None
     checked = check_files(path, config, mark.metadata()[METADATA_KEY])
-    stored = checked.most_bytes(FLOATS)
-    check_numbers(path, None, None if stored in FLOATS else stored)
+    stored = checked.most_bytes(FLOAT_TYPES)
+    check_numbers(path, None, None if stored in FLOAT_TYPES else stored)
     return ConvertedCheckpoint(
         path,
         config,
-        FLOATS[stored],
+        FLOAT_TYPES[stored],
         checked.files,
         checked.weight_bytes,
         checked.states,
-        precision=mark.precision,
-        tables=mark.tables,
+        precision=get(mark.precision),
+        tables=get(mark.tables),
     )

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 from griffin_offload.checkpoint.changes import FileMapping, FileState, WatchedFiles, file_mappings
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent
 from griffin_offload.errors import CheckpointChanged, CheckpointError, GriffinError, memory_refused, one_line
-from griffin_offload.formats.translated import TranslatedTensor, stored_parts
+from griffin_offload.formats.translated import TranslatedTensor, in_memory, stored_parts
 
 _PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else ctypes.CDLL("msvcrt")  # called on Linux alone
@@ -161,6 +161,16 @@ class FilePages:
             if self._evict:
                 # In this order: fadvise skips pages that are still mapped.
                 os.posix_fadvise(self.files.descriptors[span.path], span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
+
+    @contextlib.contextmanager
+    def reading(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Inside, the numbers of `tensors`, in their pages or translated; the pages are dropped behind it.
+        CheckpointChanged behind it if one of the files was written to or cut meanwhile."""
+        spans = self.spans(tensors)
+        self.read(spans)
+        yield [in_memory(tensor.detach()) for tensor in tensors]
+        self.files.check_contents()
+        self.drop(spans)
 
     def close(self) -> None:
         """Close the files; the mappings are not ours."""

@@ -14,6 +14,7 @@ from griffin_offload.checkpoint.files import check_name
 from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
 from griffin_offload.checkpoint.unsupported import check_numbers, is_gguf, refuse_gguf
 from griffin_offload.errors import ModelNotFound, UsageError, one_line
+from griffin_offload.formats import get
 
 Opener = Callable[[Path], Checkpoint | None]
 """Opens the file or directory if it is of its kind; None if it is not. Errors: CheckpointError, UnsupportedModel."""
@@ -55,7 +56,9 @@ def read_config(path: str | Path) -> Checkpoint:
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     if mark is None:
         return SafetensorsCheckpoint(file.parent, config, dtype, (), 0)
-    return ConvertedCheckpoint(file.parent, config, dtype, (), 0, precision=mark.precision, tables=mark.tables)
+    return ConvertedCheckpoint(
+        file.parent, config, dtype, (), 0, precision=get(mark.precision), tables=get(mark.tables)
+    )
 
 
 def locate(model: str | Path, *, offline: bool = False, **hub: Any) -> Path:

@@ -30,9 +30,9 @@ from griffin_offload.checkpoint.unsupported import check_numbers, refuse_gguf_in
 from griffin_offload.errors import CheckpointError, limit_reached, memory_refused, one_line
 
 INDEX = "model.safetensors.index.json"
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+FLOAT_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 """Stored precisions that are loaded as they are, by the headers' words for them."""
-DTYPES = FLOATS | {
+DTYPES = FLOAT_TYPES | {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -122,7 +122,7 @@ def read_header(path: Path) -> Header:
 
 
 def _tensor_bytes(part: Any) -> int:
-    item = FLOATS.get(part.get_dtype())
+    item = FLOAT_TYPES.get(part.get_dtype())
     return int(math.prod(part.get_shape())) * (item.itemsize if item is not None else 1)
 
 
@@ -153,8 +153,8 @@ def open_safetensors(path: Path) -> Checkpoint | None:
     check_numbers(path, getattr(config, "quantization_config", None), None)
     checked = check_files(path, config, None)
     stored = checked.most_bytes(set(checked.sizes))
-    check_numbers(path, None, None if stored in FLOATS else stored)
-    dtype = FLOATS[stored]
+    check_numbers(path, None, None if stored in FLOAT_TYPES else stored)
+    dtype = FLOAT_TYPES[stored]
     untied = untie_other_head(config, dtype, checked.headers)
     return SafetensorsCheckpoint(path, config, dtype, checked.files, checked.weight_bytes, checked.states, untied)
 

@@ -5,11 +5,11 @@ import json
 import platform
 import sys
 from itertools import product
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.eval_options import columns, numbers
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
-from griffin_offload.config import BenchConfig, LoadConfig, Quantize
+from griffin_offload.config import FORMAT_NAMES, BenchConfig, LoadConfig
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.units import format_bytes
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from griffin_offload.engine.spec import ModelSpec
     from griffin_offload.evaluation.ceilings import Ceilings
     from griffin_offload.evaluation.speed import Speed
+    from griffin_offload.formats import Format
 
 _DEFAULTS = BenchConfig()
 _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "quantize", "offline")
@@ -46,7 +47,7 @@ def add_parser(commands: Any) -> None:
     add("-d", "--density", default=LoadConfig.density, metavar="D[,D...]", help="auto, or several to compare")
     add("-o", "--output", choices=("md", "json"), default="md", help="a table and a line of JSON, or that alone")
     add("--cold", action="store_true", help="drop the checkpoint from the page cache before every prompt")
-    add("--quantize", choices=get_args(Quantize), default=LoadConfig.quantize, help="precision of the residents")
+    add("--quantize", choices=("auto", *FORMAT_NAMES), default=LoadConfig.quantize, help="precision of the residents")
     add("--threads", type=int, metavar="N", help="threads that compute on the CPU")
     add("-q", "--quiet", action="store_true", help="no progress bar")
     add_model_option(parser)
@@ -151,7 +152,7 @@ def _measure(arguments: argparse.Namespace, density: Any, ceilings: "Ceilings", 
         ]
 
 
-def _ceiling_lines(ceilings: "Ceilings", precision: str) -> list[str]:
+def _ceiling_lines(ceilings: "Ceilings", precision: "Format") -> list[str]:
     def rate(value: float | None) -> str:
         return "not measured" if value is None else f"{format_bytes(value)}/s"
 
@@ -164,7 +165,7 @@ def _ceiling_lines(ceilings: "Ceilings", precision: str) -> list[str]:
         lines.append(
             f"host to device              {rate(ceilings.copy_pinned_bytes_per_s)} pinned, {pageable} pageable"
         )
-    kind = "16 bit" if precision == "none" else precision
+    kind = "16 bit" if precision.is_plain else precision.name
     threads = f", {ceilings.threads} threads" if ceilings.threads else ""
     lines.append(f"one row times matrices      {rate(ceilings.gemv_bytes_per_s)} of {kind}{threads}")
     return [*lines, f"many rows                   {gemm}"]

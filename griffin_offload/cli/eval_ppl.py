@@ -19,7 +19,7 @@ from griffin_offload.cli.eval_options import (
     variants_of,
 )
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
-from griffin_offload.config import EvalConfig, Quantize, WindowStart
+from griffin_offload.config import FORMAT_NAMES, EvalConfig, WindowStart
 from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add_parser(kinds: Any) -> None:
     ppl.add_argument("--window-start", choices=get_args(WindowStart), default=_DEFAULTS.window_start, help=starts)
     ppl.add_argument(
         "--quantize",
-        choices=get_args(Quantize)[1:],
+        choices=FORMAT_NAMES,
         help="measure what convert makes of the checkpoint, in a temporary directory (default: as it is stored)",
     )
     add_measuring_options(ppl)
@@ -84,10 +84,10 @@ def _in_precision(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "I
     from griffin_offload.checkpoint.registry import open_checkpoint
     from griffin_offload.engine.convert import convert
 
-    if arguments.quantize in (None, checkpoint.precision):
+    if arguments.quantize in (None, checkpoint.precision.name):
         yield checkpoint
         return
-    if checkpoint.precision != "none":
+    if not checkpoint.precision.is_plain:
         raise UsageError(
             f"--quantize {arguments.quantize} needs the original: {checkpoint.directory} was converted to "
             f"{checkpoint.precision} already"

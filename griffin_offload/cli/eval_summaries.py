@@ -137,7 +137,7 @@ def _run(
     wanted = missing(journal, variant, articles)
     if not wanted:
         return
-    options = {name: getattr(arguments, name) for name in _MEMORY} | {"quantize": checkpoint.precision}
+    options = {name: getattr(arguments, name) for name in _MEMORY} | {"quantize": checkpoint.precision.name}
     options |= {"density": variant.density, "selection": variant.selection, "seed": config.seed}
     options |= {"prompt_tokens": articles.longest, "ctx_size": articles.longest + config.max_new_tokens}
     done, every = len(articles.fitting) - len(wanted), len(articles.fitting)

@@ -14,9 +14,9 @@ from griffin_offload.engine.generation import GenerationMode, GenerationState, L
 from griffin_offload.engine.spec import ModelSpec
 from griffin_offload.engine.speculative import loop_of
 from griffin_offload.errors import UsageError, one_line
-from griffin_offload.kv_cache.kv_cache import KVCache, why_not_back
-from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.kv_cache.sizes import KV_SLACK_TOKENS, MAX_MARKS, Workload
+from griffin_offload.kv_cache.kv_cache import KV_SLACK_TOKENS, KVCache, why_not_back
+from griffin_offload.kv_cache.sequence import Context, snapshots_kept
+from griffin_offload.kv_cache.sizes import Workload
 from griffin_offload.planner.request import statistics_kept
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def usage_of(
         past_tokens=context.known(prompt[0], exact=mode.exact) if context is not None else past.tokens,
         pass_tokens=pass_tokens,
         statistics=statistics_kept(pass_tokens, exact, context is not None),
-        marks=MAX_MARKS if context is not None else 0,
+        marks=snapshots_kept(continued=context is not None),
         kept_scores=kept_scores,
     )
 

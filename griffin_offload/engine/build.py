@@ -21,15 +21,16 @@ from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.renaming import KeptTypes
 from griffin_offload.devices.torch_state import building, parameters_on_meta, put
 from griffin_offload.errors import CheckpointError, GriffinError, memory_refused, one_line
+from griffin_offload.formats.base import is_plain
 from griffin_offload.formats.embedding import swap_tables
-from griffin_offload.formats.linear import Scratch
+from griffin_offload.kernels.by_blocks import Scratch
 
 
 def build(checkpoint: Checkpoint, scratch: Scratch | None = None) -> Any:
     """The model on the CPU; every tensor of it has to be there. `scratch` is for matrices that the checkpoint holds in
     a format. CheckpointError where the checkpoint and its config do not agree."""
     model = build_unfilled(checkpoint.config, checkpoint.dtype)
-    if checkpoint.precision != "none":
+    if not checkpoint.precision.is_plain:
         _swap_formats(model, checkpoint, scratch or Scratch(0, checkpoint.dtype, torch.device("cpu")))
     try:
         _Filling(model, checkpoint).fill()
@@ -56,8 +57,8 @@ def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> Any:
 def _swap_formats(model: Any, checkpoint: Checkpoint, scratch: Scratch) -> None:
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     swap_linears(decoder, blocks, checkpoint.precision, checkpoint.precision, scratch)
-    if checkpoint.tables != "none":
-        swap_tables(model, scratch)
+    if not checkpoint.tables.is_plain:
+        swap_tables(model, checkpoint.tables, scratch)
 
 
 class _Filling:
@@ -94,7 +95,7 @@ class _Filling:
         """`stored`, floats in the precision that the model has there."""
         tensor = stored.tensor(self._maps)
         dtype = self._types.of(target, expected)
-        both = tensor.is_floating_point() and dtype.is_floating_point
+        both = is_plain(tensor) and dtype.is_floating_point
         return tensor.to(dtype) if both and tensor.dtype != dtype else tensor
 
     def _put(self, name: str, tensor: Tensor) -> None:
@@ -102,7 +103,7 @@ class _Filling:
         if expected is None or id(expected) in self._filled:
             return
         self._filled.add(id(expected))
-        floats = tensor.is_floating_point() and expected.is_floating_point()
+        floats = is_plain(tensor) and is_plain(expected)
         if tensor.shape != expected.shape or not (floats or tensor.dtype == expected.dtype):
             self._unfitting[name] = f"is {_describe(tensor)}, the model needs {_describe(expected)}"
             return

@@ -16,17 +16,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from griffin_offload.blocks.feedforward import FeedForward, features
+from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.replace import linear_names
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.files import renamed
-from griffin_offload.checkpoint.mapped import FilePages, Span
+from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.torch_state import put
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
 from griffin_offload.engine.cpu_modules import emulates_halves, use_own_linears
+from griffin_offload.engine.layer_pass import LayerPass, PageFeed
 from griffin_offload.errors import CheckpointError
-from griffin_offload.formats.linear import Scratch
-from griffin_offload.formats.translated import TranslatedTensor, plain
+from griffin_offload.formats.translated import TranslatedTensor, in_memory
+from griffin_offload.kernels.by_blocks import Scratch
 
 Importance = Mapping[str, Tensor]
 """Mean squares float32 [I] of the inputs of a linear layer, by "layer.name"."""
@@ -40,7 +42,7 @@ _FORMAT = 2
 
 @torch.no_grad()
 def importance_of(
-    checkpoint: Checkpoint, model: Any, decoder: nn.ModuleList, blocks: Sequence[FeedForward], *, evict: bool
+    checkpoint: Checkpoint, model: Any, decoder: nn.ModuleList, blocks: Sequence[Block], *, evict: bool
 ) -> Importance:
     """Of every linear layer in `decoder` but down projections. `model` is mapped and as stored; `evict` frees its pages
     behind each layer. Empty where the checkpoint has no tokenizer that fits it: then all inputs count alike."""
@@ -48,7 +50,7 @@ def importance_of(
         f"{index}.{name}": module
         for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True))
         for name in linear_names(layer)
-        if (module := layer.get_submodule(name)) is not block.down
+        if not block.is_down(module := layer.get_submodule(name))
     }
     path = _cache_path(checkpoint)
     found = _read(path, {name: features(module)[1] for name, module in wanted.items()})
@@ -56,7 +58,7 @@ def importance_of(
         ids = _token_ids(checkpoint, model)
         if ids is None:
             return {}
-        with _a_layer_at_a_time(model, decoder, checkpoint, evict):
+        with _a_layer_at_a_time(model, decoder, blocks, checkpoint, evict):
             found = _measured(model, wanted, ids)
         with contextlib.suppress(OSError):  # measured again by the next run
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +119,9 @@ def _measured(model: Any, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[
 
 
 @contextlib.contextmanager
-def _a_layer_at_a_time(model: Any, decoder: nn.ModuleList, checkpoint: Checkpoint, evict: bool) -> Iterator[None]:
+def _a_layer_at_a_time(
+    model: Any, decoder: nn.ModuleList, blocks: Sequence[Block], checkpoint: Checkpoint, evict: bool
+) -> Iterator[None]:
     """Inside it a forward reads each layer's pages when it comes to it, and drops them behind it."""
     pages = FilePages(list(model.parameters()), evict=evict, known=checkpoint.states)
     scratch = Scratch(_SCRATCH_BYTES, torch.float32, torch.device("cpu"))
@@ -126,14 +130,13 @@ def _a_layer_at_a_time(model: Any, decoder: nn.ModuleList, checkpoint: Checkpoin
         if emulates_halves(torch.device("cpu"), checkpoint.dtype):
             use_own_linears(model, scratch, translated=True)
             stack.callback(_use_stock_linears, model)
+        stack.enter_context(LayerPass(decoder, blocks, PageFeed(pages, decoder)))
         head = model.get_output_embeddings()
         for stage in [*decoder, *([] if head is None else [head])]:
-            spans = pages.spans(list(stage.parameters()) if stage is not head else [])
-            read = partial(_read_stage, pages, spans, _translated_in(stage))
-            drop = partial(_drop_stage, pages, spans, _translated_in(stage))
-            stack.callback(stage.register_forward_pre_hook(read).remove)
-            stack.callback(stage.register_forward_hook(drop).remove)
-            stack.callback(drop)
+            here, gone = partial(_put_numbers, _translated_in(stage)), partial(_put_back, _translated_in(stage))
+            stack.callback(stage.register_forward_pre_hook(here).remove)
+            stack.callback(stage.register_forward_hook(gone).remove)
+            stack.callback(gone)
         yield
 
 
@@ -150,16 +153,14 @@ def _translated_in(stage: nn.Module) -> _Translated:
     ]
 
 
-def _read_stage(pages: FilePages, spans: list[Span], translated: _Translated, *_: Any) -> None:
-    pages.read(spans)
+def _put_numbers(translated: _Translated, *_: Any) -> None:
     for module, name, parameter in translated:
-        put(module, name, plain(parameter))
+        put(module, name, in_memory(parameter))
 
 
-def _drop_stage(pages: FilePages, spans: list[Span], translated: _Translated, *_: Any) -> None:
+def _put_back(translated: _Translated, *_: Any) -> None:
     for module, name, parameter in translated:
         put(module, name, parameter)
-    pages.drop(spans)
 
 
 def _use_stock_linears(model: nn.Module) -> None:

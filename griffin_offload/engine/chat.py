@@ -13,7 +13,7 @@ from griffin_offload.checkpoint.tokenizer import encode, encode_messages, thinki
 from griffin_offload.config import ChatConfig, Overflow
 from griffin_offload.engine.arguments import ONE_ANSWER
 from griffin_offload.engine.generation import Finish, StopStrings, cut, end_tokens, ends_of, finish_of
-from griffin_offload.engine.prefill import Progress
+from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.report import RunReport
 from griffin_offload.errors import SavedContextError, UsageError
 from griffin_offload.kv_cache.kv_cache import why_not_back

@@ -10,6 +10,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,11 +20,38 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.blocks.states import shares_entries
 from griffin_offload.config import KVBits
-from griffin_offload.engine.report import GraphReport
 from griffin_offload.engine.stock import Guard
 from griffin_offload.errors import one_line
 from griffin_offload.kv_cache.kv_cache import KVCache, KVLayer, can_cache
-from griffin_offload.planner.workspace import MAX_GRAPHS
+from griffin_offload.planner.request import GraphCosts
+
+GRAPH_COSTS = GraphCosts(
+    most=8,  # KV caches times length buckets
+    # A workspace of cuBLAS for the stream that captures (32 MiB on Hopper), one more of cuBLASLt, and rounding.
+    pool_bytes=80 * 2**20,
+    # What the driver keeps of one kernel, times kernels of a layer: estimates, beside which benchmarks/gpu.py puts
+    # figures.
+    layer_bytes=64 * 1024,
+)
+"""What captures keep, for the planner."""
+
+
+@dataclass
+class GraphReport:
+    """Resident forwards on CUDA: replays of captured graphs, and those that ran kernel by kernel."""
+
+    replayed: int = 0
+    captured: int = 0
+    """Graphs made in this run; those of earlier ones are replayed, too."""
+    capture_s: float = 0.0
+    eager: dict[str, int] = field(default_factory=dict)
+    """Forwards that ran kernel by kernel, by reason."""
+
+    def line(self) -> str:
+        reasons = ", ".join(f"{count} kernel by kernel ({reason})" for reason, count in self.eager.items())
+        made = f", {self.captured} captured in {self.capture_s:.2f} s" if self.captured else ""
+        return f"graphs   {self.replayed} forwards replayed{made}" + (f"   {reasons}" if reasons else "")
+
 
 # The KV cache of the last run, kept for the next one: captured graphs belong to the addresses of one.
 
@@ -324,7 +352,7 @@ class DecodeGraphs:
     def _make_room(self) -> None:
         """Drop the capture that was used longest ago, if there are as many as were planned for."""
         kept = [(found.used, of_cache, key) for of_cache in self._captured.values() for key, found in of_cache.items()]
-        if len(kept) >= MAX_GRAPHS:
+        if len(kept) >= GRAPH_COSTS.most:
             _, of_cache, key = min(kept, key=lambda entry: entry[0])
             del of_cache[key]
 

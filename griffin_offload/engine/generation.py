@@ -11,7 +11,8 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from griffin_offload.checkpoint.tokenizer import template_end
 from griffin_offload.config import LoadConfig, Refresh
-from griffin_offload.engine.report import GraphReport, PrefillReport
+from griffin_offload.engine.decode_graph import GraphReport
+from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.spec import pass_tokens
 from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
@@ -63,7 +64,7 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         if self._stops and not self.happened:
             tail = input_ids[0, max(self._start, input_ids.shape[1] - self._window) :]
-            text = self._tokenizer.decode(tail, skip_special_tokens=True)
+            text = self._tokenizer.decode(tail, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             self.happened = any(stop in text for stop in self._stops)
         return torch.full((input_ids.shape[0],), self.happened, dtype=torch.bool, device=input_ids.device)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import swap_linears
 from griffin_offload.blocks.self_check import self_check
@@ -24,11 +24,12 @@ from griffin_offload.devices.threads import choose_threads, limited_threads
 from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.cpu_modules import use_own_attention, use_own_linears, use_own_norms
-from griffin_offload.engine.prefill import DecoderLayers
+from griffin_offload.engine.layer_pass import DecoderLayers
 from griffin_offload.engine.residents import HostEmbedding, compact_blocks, place_residents, resident_bytes
 from griffin_offload.engine.spec import ModelSpec, evicts
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
-from griffin_offload.formats.linear import Scratch
+from griffin_offload.formats import FLOATS
+from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
 from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.offload.layer_stream import StreamConfig
@@ -160,24 +161,24 @@ def _load(
 
 def _scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
     """What matrices are multiplied through that are not multiplied as they rest; empty where there are none."""
-    needed = model_spec.request.translated or shape.precision != "none"
+    needed = model_spec.request.translated or not shape.precision.is_plain
     dtype = torch.float32 if model_spec.request.translated else model_spec.dtype
     return Scratch(scratch_bytes(shape) if needed else 0, dtype, model_spec.device)
 
 
 def _map_layers(
     checkpoint: Checkpoint, shape: ModelSizes, scratch: Scratch, *, evict: bool
-) -> tuple[Any, nn.ModuleList, list[FeedForward]]:
+) -> tuple[Any, nn.ModuleList, list[Block]]:
     """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
     model = build(checkpoint, scratch)
     decoder, blocks = find_feed_forwards(model, len(shape.layers))
     settle_generation_config(model, shape.vocab_size, checkpoint.directory)
     self_check(blocks[0])
-    if shape.precision != "none" and checkpoint.precision == "none":
+    if not shape.precision.is_plain and checkpoint.precision.is_plain:
         importance: Importance = {}
-        if shape.precision == "int4":
+        if shape.precision.wants_importance:
             importance = importance_of(checkpoint, model, decoder, blocks, evict=evict)
-        swap_linears(decoder, blocks, shape.precision, "none", scratch, importance)
+        swap_linears(decoder, blocks, shape.precision, FLOATS, scratch, importance)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
     return model, decoder, blocks
 
@@ -186,7 +187,7 @@ def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
     if model_spec.device.type != "cpu":
         return None
     return config.threads or choose_threads(
-        model_spec.shape.hidden_size, model_spec.shape.layers[0].neurons, model_spec.dtype
+        model_spec.shape.hidden_size, model_spec.shape.layers[0].width, model_spec.dtype
     )
 
 

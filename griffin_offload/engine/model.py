@@ -20,10 +20,10 @@ from griffin_offload.devices.torch_state import own_modes
 from griffin_offload.engine.arguments import checked_prompt, empty_context, prepared
 from griffin_offload.engine.chat import ChatSession
 from griffin_offload.engine.generation import GenerationMode, GenerationState, probabilities_named
+from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.load import Loaded, load
 from griffin_offload.engine.model_interface import StockInterface
 from griffin_offload.engine.options import translated
-from griffin_offload.engine.prefill import Progress
 from griffin_offload.engine.report import PrefillReport, RunReport, planned_figures
 from griffin_offload.engine.runner import ModelRunner
 from griffin_offload.engine.spec import ModelSpec, examine, plan_for

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.rope import begin_anew, rope_border
 from griffin_offload.blocks.states import shares_entries
 from griffin_offload.devices.memory import RefusalsNamed
@@ -28,20 +28,20 @@ from griffin_offload.engine.generation import (
     state_bytes,
     tokens_of,
 )
+from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.load import Loaded
-from griffin_offload.engine.prefill import Progress, StreamedPass
+from griffin_offload.engine.prefill import StreamedPass, grouped, sums_until
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
 from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
 from griffin_offload.engine.stock import Guard, hand_out, hollow, stock_forward
 from griffin_offload.engine.turns import FifoLock
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
-from griffin_offload.formats.linear import int8_kernel
+from griffin_offload.kernels import table
 from griffin_offload.kv_cache.kv_cache import KVCache
-from griffin_offload.kv_cache.sequence import Chosen, Context, Statistic, chosen_for, remember, seams_of
+from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.kv_cache.sizes import Workload
-from griffin_offload.method.statistic import split_at, split_tokens
 from griffin_offload.offload.weight_store import MmapStore
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
@@ -77,13 +77,12 @@ class ModelRunner:
         loaded.layers.decoder[0].register_forward_pre_hook(Guard(self._check_whole, whole=not plan.streamed))
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
         self.kept_cache = ReusedKVCache(loaded.model.config, plan.kv_bits)
-        if model_spec.device.type == "cuda" and self.shape.precision == "int8":
-            int8_kernel(model_spec.device, model_spec.dtype)  # compiled now, not at the first token
+        table.prepare([layout.name for layout in self.shape.precision.layouts()], model_spec.device, model_spec.dtype)
         if model_spec.request.graphs:
             self.capture_with(CudaRecorder(model_spec.device))
 
     @property
-    def blocks(self) -> list[FeedForward]:
+    def blocks(self) -> list[Block]:
         """The FF block of every layer."""
         return self.loaded.layers.blocks
 
@@ -152,7 +151,7 @@ class ModelRunner:
         whole = all(kept == layer.neurons for kept, layer in zip(self.plan.kept, self.shape.layers, strict=True))
         if self._closed:
             return "it is closed"
-        if self.shape.precision != "none":
+        if not self.shape.precision.is_plain:
             return (
                 f"its matrices are {self.shape.precision}: load it with quantize='none', or make a copy on the disk by "
                 "griffin-offload convert"
@@ -395,7 +394,7 @@ class ModelRunner:
         context's, whose earlier ones choose, too."""
         self.last_prefill = None  # until this prompt has chosen its neurons, none are
         seams = seams_of(mask.shape[1]) if context is not None and not context.tokens else []
-        groups, choosing = _grouped(mask, seams)
+        groups, choosing = grouped(mask, seams)
         streamed = StreamedPass(
             self.loaded.layers,
             groups,
@@ -413,7 +412,7 @@ class ModelRunner:
             context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, start)
             context.selected = self.loaded.layers.selected
             if seams and streamed.sums:
-                context.mark_seams(seams, _sums_until(streamed.sums, groups, seams))
+                context.mark_seams(seams, sums_until(streamed.sums, groups, seams))
         self.last_prefill = streamed.report()
         return output, streamed
 
@@ -465,21 +464,3 @@ class ModelRunner:
     def embedding_bytes(self) -> int:
         """Bytes of embedding rows that came from the host."""
         return self.loaded.host_embedding.row_bytes if self.loaded.host_embedding else 0
-
-
-def _grouped(mask: Tensor, seams: list[int]) -> tuple[Tensor, int]:
-    """The parts of a prompt that are summed apart, float32 [B, G, T], and how many of them choose for those held out;
-    with `seams`, of one sequence without padding, none goes across one."""
-    if not seams:
-        return split_tokens(mask), 1
-    halves = split_tokens(torch.ones(1, mask.shape[1], dtype=torch.int64, device="cpu"))
-    groups = split_at(halves, seams)
-    choosing = int((groups[0].sum(1).cumsum(0) <= halves[0, 0].sum()).sum())
-    return groups.to(mask.device), choosing
-
-
-def _sums_until(sums: Statistic, groups: Tensor, seams: list[int]) -> list[Statistic]:
-    """s^2 [1, F] of the first tokens up to each of `seams`, by layer."""
-    ends = groups[0].sum(1).cumsum(0).tolist()
-    counts = [sum(end <= seam for end in ends) for seam in seams]
-    return [{index: table[:, :count].sum(1) for index, table in sums.items()} for count in counts]

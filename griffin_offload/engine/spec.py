@@ -28,8 +28,9 @@ from griffin_offload.devices.memory import (
     devices_here,
 )
 from griffin_offload.engine.cpu_modules import emulates_halves
+from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.errors import UnsupportedModel, UsageError
-from griffin_offload.formats.linear import PRECISIONS, Precision
+from griffin_offload.formats import Format, every, planned_as
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.planner.plan import Plan
@@ -58,7 +59,7 @@ class ModelSpec:
         """What does not depend on the precision."""
         return self.shapes[0]
 
-    def check_exact(self, precision: Precision) -> None:
+    def check_exact(self, precision: Format) -> None:
         """UsageError unless residents of `precision` can draft for the full model: all but FFs must be as stored."""
         if precision != self.checkpoint.precision:
             raise UsageError(
@@ -72,13 +73,13 @@ class ModelSpec:
             )
 
     @staticmethod
-    def precision_of(plan: Plan) -> Precision:
+    def precision_of(plan: Plan) -> Format:
         """Of the residents: a plan names the precision of the computation where they have that."""
-        return next((precision for precision in PRECISIONS if precision == plan.precision), "none")
+        return planned_as(plan.precision)
 
     def quantises(self, plan: Plan) -> bool:
         """Whether every prompt quantises the neurons it keeps: the checkpoint holds floats, the residents do not."""
-        return self.precision_of(plan) != self.checkpoint.precision == "none"
+        return self.checkpoint.precision.is_plain and not self.precision_of(plan).is_plain
 
     def shape_of(self, plan: Plan) -> ModelSizes:
         """The sizes in the precision of `plan`."""
@@ -125,7 +126,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         weight_norms=config.selection in WEIGHT_NORMS,
         # Where no context can be kept every prompt is read from its start.
         continued=config.keep_prompts and can_cache(checkpoint.config),
-        graphs=device.type == "cuda" and config.cuda_graphs,
+        graphs=GRAPH_COSTS if device.type == "cuda" and config.cuda_graphs else None,
     )
     assumed = f"no {device.type} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
     model_spec = ModelSpec(checkpoint, device, dtype, shapes, others, request, assumed if absent else None)
@@ -166,11 +167,11 @@ def _shapes(
     """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
     have."""
     stored = checkpoint.precision
-    if stored != "none" and config.quantize not in ("auto", stored):
+    if not stored.is_plain and config.quantize not in ("auto", stored.name):
         raise UsageError(
             f"the checkpoint was converted to {stored}, --quantize {config.quantize} needs the original: leave it out"
         )
-    if config.exact and config.quantize not in ("auto", stored):
+    if config.exact and config.quantize not in ("auto", stored.name):
         raise UsageError(
             f"exact mode keeps the stored precision, --quantize {config.quantize} another one: leave it out, or "
             "convert the checkpoint first"
@@ -178,25 +179,18 @@ def _shapes(
     states = states_of(meta)
     allowed: list[ModelSizes] = []
     others: list[ModelSizes] = []
-    for precision in PRECISIONS if stored == "none" else (stored,):
+    for precision in every() if stored.is_plain else (stored,):
         try:
-            if precision == "int4":
-                _check_int4(device)
+            precision.check_device(device.type)
             # In exact mode another precision is one of a converted copy.
             shape = model_shape(meta, precision, precision if config.exact else stored, checkpoint.tables, states)
         except UnsupportedModel:
-            if precision in (config.quantize, stored):
+            if precision is stored or precision.name == config.quantize:
                 raise
             continue
-        wanted = stored if config.exact else config.quantize
-        (allowed if wanted in ("auto", precision) else others).append(shape)
+        wanted = stored.name if config.exact else config.quantize
+        (allowed if wanted in ("auto", precision.name) else others).append(shape)
     return tuple(allowed), tuple(others)
-
-
-def _check_int4(device: torch.device) -> None:
-    """UnsupportedModel where int4 was never tried."""
-    if device.type not in ("cpu", "cuda"):
-        raise UnsupportedModel(f"int4 is not supported on {device.type}: use int8")
 
 
 def _cache_kind(config: Any, bits: KVBits) -> CacheKind:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ from griffin_offload.checkpoint.direct_io import DirectReader, Extent
 from griffin_offload.devices.host_memory import block_buffer, untouched_zeros
 from griffin_offload.devices.threads import choose_threads, limited_threads
 from griffin_offload.engine.spec import ModelSpec
-from griffin_offload.formats.linear import Precision, QuantizedLinear, Scratch, resident_form, specs
-from griffin_offload.kernels import gemv
-from griffin_offload.kernels.library import HALVES
+from griffin_offload.formats import Format, Layout
+from griffin_offload.formats.linear import QuantizedLinear
+from griffin_offload.kernels import table
+from griffin_offload.kernels.by_blocks import Scratch
 
 # How fast this device reads weights when it decodes one token: a short trial per precision, for `plan -v`.
 
@@ -32,7 +34,7 @@ _BANDWIDTH_REPEATS = 5
 
 
 def decode_bytes_per_s(
-    precision: Precision,
+    precision: Format,
     inputs: int,
     outputs: int,
     dtype: torch.dtype,
@@ -45,11 +47,11 @@ def decode_bytes_per_s(
         threads = choose_threads(inputs, outputs, dtype)
     scratch = Scratch(_SCRATCH_BYTES, dtype, device)
     layers: list[QuantizedLinear] = []
+    layout = precision.resident(is_down=False)
     made_bytes = 0
     while made_bytes < _BYTES and len(layers) < _MATRICES:
-        layer = QuantizedLinear(outputs, inputs, is_down=False, precision=precision, stored="none", scratch=scratch)
-        layer.form = resident_form(precision, is_down=False)
-        for name, (shape, own) in specs(layer.form, outputs, inputs, is_down=False).items():
+        layer = QuantizedLinear(outputs, inputs, is_down=False, full=layout, resident=layout, scratch=scratch)
+        for name, (shape, own) in layout.specs(outputs, inputs, is_down=False).items():
             tensor = untouched_zeros(shape, own or dtype, device).fill_(1)
             setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
             made_bytes += tensor.nbytes
@@ -57,13 +59,20 @@ def decode_bytes_per_s(
     row = torch.ones(1, inputs, dtype=dtype, device=device)
     with torch.no_grad(), limited_threads(threads):
         kernels: list[Callable[[], object]] = [lambda: [layer(row) for layer in layers]]
-        if precision == "none":
+        if precision.is_plain:
             kernels.append(lambda: [torch.mv(layer.weight, row[0]) for layer in layers])
-            ours = gemv.kernels() if device.type == "cpu" and dtype in HALVES else None
-            if ours is not None:
-                kernels.append(lambda: [ours.multiply_floats(row, layer.weight) for layer in layers])
+            kernels += [partial(_all_products, kernel.function, layers, row) for kernel in _of_floats(layout, row)]
         taken = [statistics.median(_seconds(kernel, device) for _ in range(_BANDWIDTH_REPEATS)) for kernel in kernels]
     return made_bytes / min(taken)
+
+
+def _of_floats(layout: Layout, row: Tensor) -> tuple[table.Kernel, ...]:
+    return table.products(layout.name, 1, row, None, True)
+
+
+def _all_products(multiply: Callable[..., Tensor], layers: list[QuantizedLinear], row: Tensor) -> None:
+    for layer in layers:
+        multiply(row, layer._parameters, layer.out_features, None)
 
 
 def _seconds(compute: Callable[[], object], device: torch.device) -> float:
@@ -95,10 +104,10 @@ class Ceilings:
     """By tokens."""
 
 
-def measure_ceilings(model_spec: ModelSpec, precision: Precision, prompts: list[int], threads: int | None) -> Ceilings:
+def measure_ceilings(model_spec: ModelSpec, precision: Format, prompts: list[int], threads: int | None) -> Ceilings:
     """Before the model is loaded: a few hundred MB are needed for a moment. Threads: as loading would choose them."""
     shape, device, dtype = model_spec.shape, model_spec.device, model_spec.dtype
-    hidden, neurons = shape.hidden_size, max(layer.neurons for layer in shape.layers)
+    hidden, neurons = shape.hidden_size, shape.width
     if device.type == "cpu" and threads is None:
         threads = choose_threads(hidden, neurons, dtype)
     with limited_threads(threads), torch.no_grad():

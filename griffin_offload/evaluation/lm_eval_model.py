@@ -19,8 +19,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import MIN_AUTO_CTX, BosRule, EvalMode, SelectionMethod, TasksConfig
+from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.engine.prefill import Progress
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.evaluation.distributed import Processes
 from griffin_offload.evaluation.likelihoods import LikelihoodRequest, LikelihoodResult, Likelihoods
@@ -36,7 +36,7 @@ class ModelSlot:
 
     def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
         self._checkpoint = checkpoint
-        self._options = options | {"quantize": checkpoint.precision}
+        self._options = options | {"quantize": checkpoint.precision.name}
         self._model: GriffinModel | None = None
         self._purpose: Variant | None = None
 

@@ -55,6 +55,12 @@ class Speed:
     streamed_bytes: int
     resident_bytes: int
     peak_bytes: int
+    budget_bytes: int
+    """What `peak_bytes` may reach."""
+    decode_streamed_bytes: int
+    """Weights fetched while tokens were generated: 0."""
+    graphs: dict[str, Any] | None
+    """CUDA graphs of the last run."""
 
     @property
     def prefill_share(self) -> float | None:
@@ -138,6 +144,9 @@ def measure_speed(
         streamed_bytes=streamed_bytes,
         resident_bytes=model.resident_bytes,
         peak_bytes=max(report.peak_device_bytes for report in reports),
+        budget_bytes=model.plan.budget_bytes,
+        decode_streamed_bytes=sum(report.decode_streamed_bytes for report in reports),
+        graphs=reports[-1].to_json()["graphs"],
     )
 
 
@@ -176,7 +185,7 @@ def _prefill_ceiling(
     model: GriffinModel, tokens: int, ceilings: Ceilings, streamed_bytes: int, from_disk: bool
 ) -> float | None:
     """The larger of reading (or copying) what is streamed and of multiplying by every matrix in the layers."""
-    weights = sum(block.neurons * block.projections[0].hidden * _matrices(block) for block in model.engine.blocks)
+    weights = sum(block.read_numbers for block in model.engine.blocks)
     shape = model.engine.shape
     attention = sum(layer.plain_attention_bytes for layer in shape.layers) // shape.item_bytes
     bounds = [2.0 * tokens * (weights + attention) / ceilings.gemm_flops_per_s[tokens]]
@@ -187,10 +196,6 @@ def _prefill_ceiling(
     if rate is not None:
         bounds.append(streamed_bytes / rate)
     return max(bounds)
-
-
-def _matrices(block: Any) -> int:
-    return sum(projection.stacked for projection in block.projections)
 
 
 def _decode_ceiling(model: GriffinModel, ceilings: Ceilings) -> float | None:

@@ -22,7 +22,7 @@ class TranslatedTensor(Tensor):
 
     Copying it, to any precision and device, and looking rows up translates what is needed; whatever else is done with
     it translates all of it once for that. It goes where a view of a mapped file goes: into a parameter, into a layer's
-    list of full tensors. Kernels that take an address need `plain` first.
+    list of full tensors. Kernels that take an address need `in_memory` first.
     """
 
     parts: tuple[Tensor, ...]
@@ -94,7 +94,7 @@ class TranslatedTensor(Tensor):
         return func(*plain_args, **plain_kwargs)
 
 
-def plain(tensor: Tensor) -> Tensor:
+def in_memory(tensor: Tensor) -> Tensor:
     """`tensor` itself, or its numbers in memory where it has to be translated."""
     return tensor.translated() if isinstance(tensor, TranslatedTensor) else tensor
 

@@ -21,7 +21,7 @@ from griffin_offload.checkpoint.direct_io import SlotLayout
 from griffin_offload.devices.host_memory import block_buffer
 from griffin_offload.devices.threads import BackgroundThread
 from griffin_offload.errors import GriffinError, one_line
-from griffin_offload.formats.translated import TranslatedTensor, plain, stored_bytes
+from griffin_offload.formats.translated import TranslatedTensor, in_memory, stored_bytes
 from griffin_offload.offload.weight_store import FlatLayout, HostStore, MmapStore, Source, stream_dtype
 
 _STAGING_BYTES = 32 * 2**20
@@ -127,7 +127,7 @@ class _CudaCopies:
             for view, tensor in pairs:
                 step = _STAGING_BYTES // view.element_size()
                 for target, source in zip(
-                    view.flatten().split(step), plain(tensor).detach().flatten().split(step), strict=True
+                    view.flatten().split(step), in_memory(tensor).detach().flatten().split(step), strict=True
                 ):
                     self._copy_chunk(target, source)
             return self._recorded()

@@ -15,6 +15,7 @@ from griffin_offload.checkpoint.direct_io import SlotLayout
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.host_memory import in_huge_pages
 from griffin_offload.errors import GriffinError
+from griffin_offload.formats.base import is_plain
 from griffin_offload.formats.translated import TranslatedTensor, stored_bytes
 
 MIN_DIRECT_BYTES = 16 * 2**20
@@ -31,7 +32,7 @@ def slot_bytes(flat_bytes: int) -> int:
 
 def stream_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     """What `tensor` is streamed as: floats in the precision of the computation, quantised numbers as they are."""
-    return dtype if tensor.is_floating_point() else tensor.dtype
+    return dtype if is_plain(tensor) else tensor.dtype
 
 
 class FlatLayout:

@@ -88,7 +88,7 @@ class ModelManager:
         self._options |= {
             "max_gpu_mem": plan.budget_bytes,
             "density": [kept / neurons for kept, neurons in zip(plan.kept, self._neurons, strict=True)],
-            "quantize": shape.precision,
+            "quantize": shape.precision.name,
             "ctx_size": plan.context_tokens,
             "session_mem": plan.decode_parts["sessions"] or None,
         }

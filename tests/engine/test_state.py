@@ -85,7 +85,7 @@ def test_hooks_of_a_pass_that_never_ended_are_taken_off(checkpoints):
     model = _model(checkpoints)
     stale = StreamedPass(model._loaded.layers, torch.ones(1, 24), progress=None)
     stale._begin()
-    stale._stream.__exit__(None, None, None)
+    stale._feed.stream.__exit__(None, None, None)
     assert torch.equal(_greedy(model, _ids()), _greedy(_model(checkpoints), _ids()))
     hooks = [h for m in model.model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     assert [type(hook) for hook in hooks] == [Guard]
