@@ -61,7 +61,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def _examined(arguments: argparse.Namespace) -> "ModelSpec":
-    from griffin_offload.checkpoint.base import read_config
+    from griffin_offload.checkpoint.registry import read_config
     from griffin_offload.engine.spec import examine, examine_checkpoint
 
     config = LoadConfig(**load_options(arguments))

@@ -61,17 +61,16 @@ def run(arguments: argparse.Namespace) -> int:
     options = load_options(arguments)
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     with heavy_imports():
-        from griffin_offload.checkpoint.base import locate, open_checkpoint
+        from griffin_offload.checkpoint.registry import locate, open_checkpoint
 
     quiet_libraries()
     prompt_cache = PromptCache(arguments.prompt_cache) if arguments.prompt_cache is not None else None
     directory = locate(model_of(arguments), offline=arguments.offline)
     with heavy_imports():  # the larger half; a wrong --model is told without it
-        from griffin_offload.checkpoint.tokenizer import tokenizer_of
         from griffin_offload.engine.model import GriffinModel
 
     checkpoint = open_checkpoint(directory)  # its headers are checked before its tokenizer is loaded
-    tokenizer = tokenizer_of(directory)
+    tokenizer = checkpoint.tokenizer()
     tokens = tokenize(tokenizer, text, arguments)
     prompt_tokens = tokens.shape[1]
     if arguments.ctx_size is None:

@@ -9,23 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import swap_linears
 from griffin_offload.blocks.self_check import self_check
-from griffin_offload.blocks.sizes import ModelSizes, build_on_meta
-from griffin_offload.blocks.towers import leave_out_towers
+from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint
-from griffin_offload.checkpoint.config_files import read_generation_config, settle_generation_config
-from griffin_offload.checkpoint.converted import map_converted
-from griffin_offload.checkpoint.mapped import FilePages, Untouched, map_file
+from griffin_offload.checkpoint.config_files import settle_generation_config
+from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
 from griffin_offload.devices.host_memory import host_bytes
 from griffin_offload.devices.ledger import Ledger
 from griffin_offload.devices.threads import limited_threads
-from griffin_offload.devices.torch_state import building
+from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.cpu_modules import use_own_attention, use_own_linears, use_own_norms
 from griffin_offload.engine.layer_pass import DecoderLayers
@@ -175,23 +172,17 @@ def _map_layers(
     checkpoint: Checkpoint, shape: ModelSizes, scratch: Scratch, *, evict: bool
 ) -> tuple[Any, nn.ModuleList, list[Block]]:
     """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
-    converted = not checkpoint.precision.is_plain
-    model = _map_converted(checkpoint, scratch) if converted else map_model(checkpoint)
+    model = build(checkpoint, scratch)
     decoder, blocks = find_feed_forwards(model, len(shape.layers))
     settle_generation_config(model, shape.vocab_size, checkpoint.directory)
     self_check(blocks[0])
-    if not shape.precision.is_plain and not converted:
+    if not shape.precision.is_plain and checkpoint.precision.is_plain:
         importance: Importance = {}
         if shape.precision.wants_importance:
             importance = importance_of(checkpoint, model, decoder, blocks, evict=evict)
         swap_linears(decoder, blocks, shape.precision, FLOATS, scratch, importance)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
     return model, decoder, blocks
-
-
-def _map_converted(checkpoint: Checkpoint, scratch: Scratch) -> Any:
-    c = checkpoint
-    return map_converted(c.directory, c.files, c.config, c.dtype, c.precision, c.tables, scratch)
 
 
 def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
@@ -205,7 +196,7 @@ def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
 def check_stored(checkpoint: Checkpoint, described_bytes: int) -> None:
     """CheckpointError where the files hold far less than the config describes: what they lack would be made of random
     numbers, in memory, before it is found missing by name."""
-    stored_bytes = checkpoint.weight_bytes
+    stored_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors().values())
     if described_bytes > 2 * stored_bytes + _SLACK_BYTES:  # files of several precisions, buffers that are none
         raise CheckpointError(
             f"{checkpoint.directory / 'config.json'} describes {format_bytes(described_bytes)} of weights, the files "
@@ -221,49 +212,6 @@ def _check_free_memory(model_spec: ModelSpec, plan: Plan) -> None:
             f"the plan needs {format_bytes(needed)} but only {format_bytes(free)} of the {model_spec.hardware.name} "
             "device's memory are free: close other programs or lower --max-gpu-mem"
         )
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def map_model(checkpoint: Checkpoint) -> Any:
-    """The stock model on the CPU, its parameters views of the mapped files; every parameter must be there."""
-    stock = build_on_meta(checkpoint.config, checkpoint.dtype)
-    tensors = {name: tensor for path in checkpoint.files for name, tensor in map_file(path).items()}
-    try:
-        with building(checkpoint.dtype), _quiet_transformers(), Untouched(tensors.values()):
-            model, info = type(stock).from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel
-                None,
-                config=stock.config,
-                state_dict=tensors,
-                dtype=checkpoint.dtype,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                output_loading_info=True,
-            )
-    except Exception as error:  # each architecture fails in its own way
-        if memory_refused(error):
-            raise
-        raise CheckpointError(f"{checkpoint.directory} cannot be loaded: {one_line(error)}") from error
-    left_out = tuple(f"{name}." for name in leave_out_towers(model))
-    for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info[problem] if not str(name).startswith(left_out))
-        if names:
-            raise CheckpointError(
-                f"{checkpoint.directory} does not match its config.json: {len(names)} {problem.replace('_', ' ')}, "
-                f"first {names[0]}"
-            )
-    read_generation_config(model, checkpoint.directory)
-    return model.eval()
 
 
 def _offload_tier(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> str:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin_offload.checkpoint.base import locate
-from griffin_offload.checkpoint.tokenizer import tokenizer_of
+from griffin_offload.checkpoint.registry import locate
 from griffin_offload.config import LoadConfig
 from griffin_offload.devices.host_memory import HOST_OVERHEAD_BYTES, give_back_freed, peak_host_bytes
 from griffin_offload.devices.ledger import OutOfMemoryAsError
@@ -106,7 +105,7 @@ class GriffinModel(StockInterface):
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, loaded when it is asked for first, unless one was set before; CheckpointError if
         there is none that can be loaded."""
-        return tokenizer_of(self.directory)
+        return self._model_spec.checkpoint.tokenizer()
 
     @property
     def engine(self) -> ModelRunner:

@@ -119,8 +119,8 @@ def _fill_whole(
     block: Block, source: list[Tensor], target: list[nn.Parameter], model_spec: ModelSpec, pages: FilePages
 ) -> None:
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
-    with pages.reading(source):
-        block.gather([tensor.to(model_spec.device) for tensor in source], everything, target)
+    with pages.reading(source) as found:
+        block.gather([tensor.to(model_spec.device) for tensor in found], everything, target)
 
 
 def place_residents(
@@ -189,8 +189,8 @@ def _quantize_resident(module: QuantizedLinear, model_spec: ModelSpec, pages: Fi
     def fill() -> None:
         everything = torch.arange(outputs, dtype=torch.long, device=model_spec.device)
         gather = module.resident.format.gather
-        with pages.reading(list(full.values())):
-            here = {name: tensor.to(model_spec.device) for name, tensor in full.items()}
+        with pages.reading(list(full.values())) as found:
+            here = {name: tensor.to(model_spec.device) for name, tensor in zip(full, found, strict=True)}
             gather(here, module.full, everything, resident, is_down=False, importance=module.importance)
 
     return fill

@@ -8,8 +8,9 @@ import torch
 
 from griffin_offload.blocks.sizes import ModelSizes, build_on_meta, model_shape, states_of
 from griffin_offload.blocks.states import lasting_kinds
-from griffin_offload.checkpoint.base import Checkpoint, fingerprint, open_checkpoint
-from griffin_offload.checkpoint.safetensors import ConvertedSizes, converted_sizes
+from griffin_offload.checkpoint.base import Checkpoint
+from griffin_offload.checkpoint.part_sizes import PartSizes, part_sizes
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import (
     AUTO_DRAFT_TOKENS,
     MAX_DRAFT_TOKENS,
@@ -103,9 +104,8 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     meta = build_on_meta(checkpoint.config, dtype)
     shapes, others = _shapes(checkpoint, meta, device, config)
-    converted = ConvertedSizes((), 0, 0)
-    if hardware.shares_host_memory and checkpoint.converted:  # elsewhere they take none of the device's memory
-        converted = converted_sizes(meta, checkpoint.converted)
+    # Elsewhere they take none of the device's memory.
+    parts = part_sizes(meta, checkpoint) if hardware.shares_host_memory else PartSizes()
     request = PlanRequest(
         budget_bytes=_size_of_absent(config.max_gpu_mem, hardware) if absent else budget_bytes(config, hardware),
         session_bytes=_session_bytes(config, hardware, absent=absent),
@@ -119,13 +119,11 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         always_stream=config.always_stream,
         kv_bits=config.kv_bits,
         cache=_cache_kind(checkpoint.config, config.kv_bits),
-        converted_ff=converted.feed_forward,
-        converted_bytes=converted.embeddings + converted.rest,
+        converted_ff=parts.feed_forward,
+        converted_bytes=parts.embeddings + parts.rest,
         # In host memory the rows are read in place, so their precision has to be the stored one.
-        host_embeddings=not hardware.shares_host_memory or (dtype == checkpoint.dtype and not converted.embeddings),
-        stored_share=checkpoint.dtype.itemsize / dtype.itemsize
-        if hardware.shares_host_memory and dtype != checkpoint.dtype
-        else 0.0,
+        host_embeddings=not hardware.shares_host_memory or (dtype == checkpoint.dtype and not parts.embeddings),
+        stored_share=_stored_share(checkpoint, parts, dtype) if hardware.shares_host_memory else 0.0,
         translated=emulates_halves(device, dtype),
         pass_tokens=pass_tokens(config.exact, config.draft_tokens, config.refresh),
         verifies=config.exact,
@@ -140,6 +138,12 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         model_spec.check_exact(checkpoint.precision)
     _check_passes(model_spec)
     return model_spec
+
+
+def _stored_share(checkpoint: Checkpoint, parts: PartSizes, dtype: torch.dtype) -> float:
+    """Of a layer in a slot, the stored bytes that it is made of; 0 where it is used as it is stored."""
+    in_place = dtype == checkpoint.dtype and not parts.translated_share
+    return 0.0 if in_place else (parts.translated_share or 1) * checkpoint.dtype.itemsize / dtype.itemsize
 
 
 def pass_tokens(exact: bool, draft_tokens: int | None, refresh: Refresh) -> int:
@@ -252,7 +256,7 @@ def identity_of(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> ModelI
     """What the numbers in a context depend on."""
     layers = model_spec.shape_of(plan).layers
     return {
-        "model": fingerprint(model_spec.checkpoint),
+        "model": model_spec.checkpoint.fingerprint(),
         "precision": plan.precision,
         "dtype": str(model_spec.dtype).removeprefix("torch."),
         "density": [kept / layer.neurons for kept, layer in zip(plan.kept, layers, strict=True)],

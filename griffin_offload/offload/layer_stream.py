@@ -21,6 +21,7 @@ from griffin_offload.checkpoint.direct_io import SlotLayout
 from griffin_offload.devices.base import Device, Event
 from griffin_offload.devices.threads import BackgroundThread
 from griffin_offload.errors import GriffinError, one_line
+from griffin_offload.formats.translated import TranslatedTensor, in_memory, stored_bytes
 from griffin_offload.offload.weight_store import FlatLayout, HostStore, MmapStore, Source, stream_dtype
 
 _STAGING_BUFFERS = 3
@@ -116,7 +117,8 @@ class _AsyncCopies:
         """Host copy (and change of precision) into a staging buffer, then its copy to the device, in turn."""
         for view, tensor in pairs:
             step = self._staging_bytes // view.element_size()
-            for target, source in zip(view.flatten().split(step), tensor.detach().flatten().split(step), strict=True):
+            whole = in_memory(tensor).detach().flatten()
+            for target, source in zip(view.flatten().split(step), whole.split(step), strict=True):
                 self._copy_chunk(target, source)
         return self._stream.record()
 
@@ -136,6 +138,11 @@ class _AsyncCopies:
         return staging
 
 
+def _as_streamed(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether it can be used as it is stored."""
+    return tensor.dtype == stream_dtype(tensor, dtype) and not isinstance(tensor, TranslatedTensor)
+
+
 class LayerStream:
     """A context manager that hands out the FF tensors of `layers`, each once, in order.
 
@@ -147,7 +154,7 @@ class LayerStream:
     def __init__(self, source: Source, layers: Sequence[int], config: StreamConfig) -> None:
         self._source, self._layers, self._config = source, list(layers), config
         first = source.tensors(self._layers[0])
-        stored = config.device.shares_host_memory and all(t.dtype == stream_dtype(t, config.dtype) for t in first)
+        stored = config.device.shares_host_memory and all(_as_streamed(t, config.dtype) for t in first)
         direct = source if stored and isinstance(source, MmapStore) and source.placements else None
         self._direct = direct
         in_place = stored and direct is None
@@ -222,7 +229,7 @@ class LayerStream:
         """Device bytes of a layer on its way; in host memory the pages it is copied from count, too."""
         if self._slots is None and isinstance(self._source, HostStore):
             return 0  # used where it rests
-        stored = sum(tensor.nbytes for tensor in tensors)
+        stored = sum(stored_bytes(tensor) for tensor in tensors)
         if self._slots is None:
             return stored
         if self._direct is not None:
@@ -242,5 +249,5 @@ class LayerStream:
             return arrival
         self._source.drop(layer)
         if self._config.device.shares_host_memory:
-            self._in_flight[layer] -= sum(tensor.nbytes for tensor in tensors)
+            self._in_flight[layer] -= sum(stored_bytes(tensor) for tensor in tensors)
         return arrival

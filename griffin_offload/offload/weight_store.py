@@ -16,6 +16,7 @@ from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.base import Device
 from griffin_offload.devices.host_memory import in_huge_pages
 from griffin_offload.formats.base import is_plain
+from griffin_offload.formats.translated import TranslatedTensor, stored_bytes
 
 MIN_DIRECT_BYTES = 16 * 2**20
 """Layers of at least so many bytes are read directly where the page cache is too small: slots have whole blocks."""
@@ -142,7 +143,7 @@ class MmapStore:
     def fetch(self, layer: int) -> list[Tensor]:
         """Read the layer and map its pages; blocks; counted."""
         self._pages.read(self._spans[layer])
-        self.fetched_bytes += sum(tensor.nbytes for tensor in self._layers[layer])
+        self.fetched_bytes += sum(stored_bytes(tensor) for tensor in self._layers[layer])
         return self._layers[layer]
 
     def copy(self, layer: int, targets: Sequence[Tensor]) -> None:
@@ -159,9 +160,9 @@ class MmapStore:
     def fetch_rows(self, layer: int, rows: Sequence[Tensor | None]) -> list[Tensor]:
         """Read `rows` of each of the layer's tensors (None: all of it) and map their pages; blocks; counted."""
         for tensor, needed in zip(self._layers[layer], rows, strict=True):
-            if needed is None:
+            if needed is None or isinstance(tensor, TranslatedTensor):
                 self._pages.read(self._pages.spans([tensor]))
-                self.fetched_bytes += tensor.nbytes
+                self.fetched_bytes += stored_bytes(tensor)
             else:
                 self.fetched_bytes += self._pages.read_rows(tensor, needed)
         return self._layers[layer]
