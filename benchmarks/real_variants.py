@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import divergence, window_nll
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -138,7 +137,12 @@ def measure_stock(folder: Path, texts: Mapping[str, Sequence[str]], windows: Win
 
 def mean_nll(log_probs: Tensor, ids: Tensor) -> float:
     """Of the last tokens of a window, [G, V]."""
-    return window_nll(log_probs[None], ids[None, -len(log_probs) :])[0]
+    return -log_probs.gather(-1, ids[-len(log_probs) :, None]).double().mean().item()
+
+
+def divergence(reference: Tensor, log_probs: Tensor) -> float:
+    """KL(reference || log_probs) of [G, V], nats per token."""
+    return (reference.exp() * (reference - log_probs)).double().sum(-1).mean().item()
 
 
 @torch.no_grad()

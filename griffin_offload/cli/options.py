@@ -58,8 +58,10 @@ def heavy_imports() -> Iterator[None]:
 
 @contextmanager
 def _hidden(names: Sequence[str]) -> Iterator[None]:
-    """Packages that nobody has imported yet are as if they were not installed; afterwards they can be imported."""
-    hidden = {name: None for name in names if name not in sys.modules}
+    """Packages that nobody has imported yet are as if they were not installed; afterwards they can be imported.
+
+    Not where transformers is there already: it asks once what is installed, and would import what it was told of."""
+    hidden = {name: None for name in names if name not in sys.modules and "transformers" not in sys.modules}
     sys.modules.update(hidden)  # type: ignore[arg-type]  # None is Python's own sign for it
     try:
         yield

@@ -55,6 +55,12 @@ class Speed:
     streamed_bytes: int
     resident_bytes: int
     peak_bytes: int
+    budget_bytes: int
+    """What `peak_bytes` may reach."""
+    decode_streamed_bytes: int
+    """Weights fetched while tokens were generated: 0."""
+    graphs: dict[str, Any] | None
+    """CUDA graphs of the last run."""
 
     @property
     def prefill_share(self) -> float | None:
@@ -138,6 +144,9 @@ def measure_speed(
         streamed_bytes=streamed_bytes,
         resident_bytes=model.resident_bytes,
         peak_bytes=max(report.peak_device_bytes for report in reports),
+        budget_bytes=model.plan.budget_bytes,
+        decode_streamed_bytes=sum(report.decode_streamed_bytes for report in reports),
+        graphs=reports[-1].to_json()["graphs"],
     )
 
 

@@ -35,6 +35,14 @@ there = [name for name in sys.modules if name.partition(".")[0] == "scipy"]
 import scipy.optimize
 print(code, there)
 """
+# serve silences transformers before it imports what it needs of it.
+KNOWN = """
+import transformers
+from griffin_offload.cli.options import heavy_imports
+with heavy_imports():
+    from transformers.modeling_utils import PreTrainedModel
+print(PreTrainedModel.__name__)
+"""
 MODEL_THERE = "sys.modules['griffin_offload.engine.model'] = sys"
 # Runs a command and prints whether the collector is on, how many objects it sees and how many never.
 COUNTS = """
@@ -70,3 +78,8 @@ def test_run_leaves_the_collector_on_and_little_to_it(process):
 def test_plan_leaves_out_what_only_losses_of_vision_models_need(process):
     outcome = process("-c", PLANS)
     assert outcome.out.split("\n")[0] == "0 []", outcome.err
+
+
+def test_what_transformers_was_told_of_is_not_hidden(process):
+    outcome = process("-c", KNOWN)
+    assert outcome.out == "PreTrainedModel\n", outcome.err

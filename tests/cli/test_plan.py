@@ -178,6 +178,7 @@ def test_density_remedies_are_not_rounded_up(cli, tmp_path: Path):
     assert followed > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [(), ("--density", "0.9"), ("--offload", "ram", "--density", "0.5"), ("--ctx-size", "200")], ids=" ".join
 )

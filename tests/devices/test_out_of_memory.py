@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import mostly_slow
 from tiny_models import VOCAB
 from transformers import PreTrainedModel
 
@@ -59,7 +60,7 @@ def refusing(original: Callable[..., Any], refusal: Callable[[], BaseException],
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"keep_prompts": True}], ids=str)
+@pytest.mark.parametrize("options", mostly_slow([{}, {"dtype": "bfloat16"}, {"keep_prompts": True}], 1), ids=str)
 def test_in_a_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any]):
     """The pass, its slots and its KV cache are gone, while the error is still held; a shorter prompt is answered."""
     refusal, words = REFUSALS[kind]
@@ -177,16 +178,11 @@ except OutOfMemory as error:
 """
 
 
-def test_a_process_under_a_limit(checkpoints, tmp_path: Path):
+def test_a_process_under_a_limit(forks, checkpoints):
     """The system's own refusal, and while the error is still held, a smaller request."""
-    import subprocess
-    import sys
-
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LIMITED, str(checkpoints("llama2"))]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stderr
-    message, again = found.stdout.splitlines()
+    found = forks.run("-c", LIMITED, checkpoints("llama2"))
+    assert found.returncode == 0, found.err
+    message, again = found.out.splitlines()
     assert message.startswith("out of memory while generating: the machine refused ")
     assert "are free; the budget is 4.00 GB: ask for less (a shorter prompt, fewer sequences)" in message
     assert again == "True"

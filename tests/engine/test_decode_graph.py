@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import mostly_slow
 from op_recorder import OpRecorder
 from tiny_models import VOCAB
 
@@ -56,7 +57,7 @@ def _logits(model: GriffinModel, ids: torch.Tensor, **options: Any) -> torch.Ten
     return torch.stack(output.logits)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", mostly_slow(ARCHITECTURES, 2))
 def test_replayed_logits_are_those_of_the_stock_forward(checkpoints, name: str):
     plain, graphs = _pair(checkpoints(name))
     for seed, tokens, new in ((0, 24, NEW), (1, 40, 12)):
