@@ -36,7 +36,6 @@ from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.offload.layer_stream import StreamConfig
 from griffin_offload.offload.weight_store import HostStore, MmapStore, Source
 from griffin_offload.planner.plan import Plan
-from griffin_offload.planner.workspace import scratch_bytes
 from griffin_offload.units import format_bytes, parse_size
 
 # The host keeps this share of its free memory when full weights are put into it.
@@ -165,7 +164,7 @@ def _scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
     """What matrices are multiplied through that are not multiplied as they rest; empty where there are none."""
     needed = model_spec.request.translated or not shape.precision.is_plain
     dtype = torch.float32 if model_spec.request.translated else model_spec.dtype
-    return Scratch(scratch_bytes(shape) if needed else 0, dtype, model_spec.device)
+    return Scratch(shape.scratch_bytes if needed else 0, dtype, model_spec.device)
 
 
 def _map_layers(
