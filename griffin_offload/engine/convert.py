@@ -232,8 +232,8 @@ class _Missed:
     def warn(self) -> None:
         if self.weights:
             warnings.warn(
-                f"{self.weights} large weights come back from {self.format} more than {self.format.missed_from:.0%} off, the worst by "
-                f"{self.worst:.0%}, in {self.where}: compare it with int8 by eval ppl",
+                f"{self.weights} large weights come back from {self.format} more than "
+                f"{self.format.missed_from:.0%} off, the worst by {self.worst:.0%}, in {self.where}: compare it with int8 by eval ppl",
                 stacklevel=2,
             )
 
