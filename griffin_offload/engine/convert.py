@@ -233,7 +233,8 @@ class _Missed:
         if self.weights:
             warnings.warn(
                 f"{self.weights} large weights come back from {self.format} more than "
-                f"{self.format.missed_from:.0%} off, the worst by {self.worst:.0%}, in {self.where}: compare it with int8 by eval ppl",
+                f"{self.format.missed_from:.0%} off, the worst by {self.worst:.0%}, in "
+                f"{self.where}: compare it with int8 by eval ppl",
                 stacklevel=2,
             )
 
