@@ -37,7 +37,6 @@ from griffin_offload.engine.load import check_stored
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.formats import FLOATS, Format, get
 from griffin_offload.formats.base import Tensors
-from griffin_offload.formats.int4 import OFF
 from griffin_offload.formats.translated import stored_bytes
 from griffin_offload.units import format_bytes
 
@@ -235,8 +234,9 @@ class _Missed:
     def warn(self) -> None:
         if self.weights:
             warnings.warn(
-                f"{self.weights} large weights come back from {self.format} more than {OFF:.0%} off, the worst by "
-                f"{self.worst:.0%}, in {self.where}: compare it with int8 by eval ppl",
+                f"{self.weights} large weights come back from {self.format} more than "
+                f"{self.format.missed_from:.0%} off, the worst by {self.worst:.0%}, in "
+                f"{self.where}: compare it with int8 by eval ppl",
                 stacklevel=2,
             )
 

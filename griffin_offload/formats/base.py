@@ -89,6 +89,8 @@ class Format:
     """Rows of a matrix that torch's way translates at least at once."""
     wants_importance: ClassVar[bool] = False
     """Whether quantising asks for the mean square of every input, which a pass over a text measures."""
+    missed_from: ClassVar[float] = 0.25
+    """A weight that is off by a larger share has not come back (`missed`)."""
     chunk: ClassVar[int] = 1024
     """Neurons that are on their way at once: a multiple of every block, and small enough for a cache."""
 
