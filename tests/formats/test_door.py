@@ -215,14 +215,16 @@ def test_no_name_of_a_format_or_layout_is_written_elsewhere():
 
 
 def test_not_quantised_is_asked_of_the_format():
-    """A tensor's type says it of no format of 8-bit floats. Where it is asked, ids are told from what is no id."""
+    """A tensor's type says it of no format of 8-bit floats. Where it is asked, ids are told from what is no id, and
+    tables of integers from floats of another precision."""
     asked = {
         name
         for name, tree in _outside()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr == "is_floating_point"
     }
-    assert asked == {"engine/arguments.py", "engine/decode_graph.py", "kv_cache/sequence_file.py"}
+    integers = {"checkpoint/part_sizes.py", "engine/build.py"}
+    assert asked == {"engine/arguments.py", "engine/decode_graph.py", "kv_cache/sequence_file.py"} | integers
 
 
 def test_every_layout_can_be_multiplied_by_torch():
