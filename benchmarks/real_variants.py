@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from griffin_offload import GriffinModel
 from griffin_offload.checkpoint.tokenizer import encode_messages
 from griffin_offload.cli.options import quiet_libraries
+from griffin_offload.devices.cpu import CpuDevice
 from griffin_offload.errors import one_line
 from griffin_offload.evaluation.ceilings import decode_bytes_per_s
 from griffin_offload.evaluation.samples import SEPARATOR, first_tokens, take_windows, tokenize
@@ -129,7 +130,7 @@ def measure_stock(folder: Path, texts: Mapping[str, Sequence[str]], windows: Win
         perplexity[name] = math.exp(statistics.mean(nll))
     torch.save(kept, out)
     rates = [
-        decode_bytes_per_s(p, config.hidden_size, config.intermediate_size, config.dtype, torch.device("cpu"), threads)
+        decode_bytes_per_s(p, config.hidden_size, config.intermediate_size, config.dtype, CpuDevice.current(), threads)
         for p in every()
     ]
     return Stock(perplexity, max(rate for rate in rates if rate))

@@ -11,7 +11,8 @@ from typing import Literal, get_args
 
 from griffin_offload.errors import UsageError
 
-Device = Literal["auto", "cuda", "mps", "cpu"]
+DEVICE_NAMES = ["auto", "cuda", "mps", "cpu"]
+"""The kinds in devices/registry.py, which adds those that are registered later."""
 Offload = Literal["auto", "ram", "disk"]
 SelectionMethod = Literal["topk", "output_aware", "sample", "topk_sample", "random", "magnitude"]
 BatchStatistic = Literal["sum", "mean"]
@@ -54,7 +55,7 @@ class LoadConfig:
     """The device budget: "12GB", "12GiB", "80%", bytes, or "auto" (free memory less a margin)."""
     max_cpu_mem: str | int | None = None
     """What the host may hold of the offloaded weights when the device is not the CPU; None: what is free."""
-    device: Device = "auto"
+    device: str = "auto"
     density: Density | Literal["auto"] = "auto"
     """Fraction of FF neurons kept, one number or one per layer; "auto" is all of them, or in the last
     precision that is left to try the most that fit."""
@@ -103,7 +104,8 @@ class LoadConfig:
     """Stream layers that fit whole, too: for tests and measurements of the streamed pass."""
 
     def __post_init__(self) -> None:
-        named = (("device", Device), ("offload", Offload), ("selection", SelectionMethod))
+        _one_of("device", self.device, tuple(DEVICE_NAMES))
+        named = (("offload", Offload), ("selection", SelectionMethod))
         for name, kind in (*named, ("batch_statistic", BatchStatistic), ("dtype", DType), ("kv_bits", KVBits)):
             _one_of(name, getattr(self, name), get_args(kind))
         _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES))

@@ -19,6 +19,9 @@ from fork_server import ForkServer
 from hypothesis import settings
 from tiny_models import write_checkpoint, write_tokenizer
 
+from griffin_offload.devices import registry
+from griffin_offload.devices.base import Device
+
 torch.set_num_threads(1)
 # A busy machine is no failure: nothing here is judged by time.
 settings.register_profile("untimed", deadline=None)
@@ -72,6 +75,20 @@ def forks(fork_server: ForkServer) -> Iterator[ForkServer]:
         pytest.skip("processes with threads are forked on Linux alone")
     yield fork_server
     fork_server.end_all()
+
+
+@pytest.fixture
+def register_device() -> Iterator[Callable[[type[Device]], None]]:
+    """`register_device(kind)` is the registry's, until the test ends."""
+    kinds: list[type[Device]] = []
+
+    def register(kind: type[Device]) -> None:
+        registry.register_device(kind)
+        kinds.append(kind)
+
+    yield register
+    for kind in kinds:
+        registry.unregister_device(kind)
 
 
 @pytest.fixture

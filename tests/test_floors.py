@@ -9,8 +9,9 @@ import griffin_offload
 PACKAGE = Path(griffin_offload.__file__).parent
 # From the ground up. A room imports from those before it and from itself.
 ROOMS = (
-    *("errors", "units", "config", "method", "kernels", "formats", "devices", "blocks", "checkpoint", "offload"),
-    *("kv_cache", "planner", "engine", "evaluation", "serving", "demo", "cli", "__init__", "__main__"),
+    *("errors", "units", "config", "transformers_api", "method", "kernels", "formats", "devices", "blocks"),
+    *("checkpoint", "offload", "kv_cache", "planner", "engine", "evaluation", "serving", "demo", "cli"),
+    *("__init__", "__main__"),
 )
 MOST_LINES, LONGEST_CHAIN = 490, 30
 

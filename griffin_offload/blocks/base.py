@@ -159,6 +159,11 @@ class Block(ABC):
         """The block as a function of hidden states [B, T, H], with what is installed."""
 
     @property
+    def rounds_again(self) -> bool:
+        """Whether stored numbers are of a format whose gathered neurons rest in another one."""
+        return False
+
+    @property
     @abstractmethod
     def read_numbers(self) -> int:
         """Numbers of matrices that one token is multiplied by."""

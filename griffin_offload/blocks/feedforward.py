@@ -56,7 +56,7 @@ class Projection:
         for name, tensor in tensors.items():
             put(self.owner, name, tensor)
         if isinstance(self.owner, QuantizedLinear):
-            self.owner.layout = layout
+            self.owner.take_layout(layout)
             self.owner.declare_features()
         else:
             _declare_features(self.owner, tensors["weight"])
@@ -103,6 +103,12 @@ class FeedForward(Block):
     @property
     def precision(self) -> Format:
         return self.projections[-1].resident.format
+
+    @property
+    def rounds_again(self) -> bool:
+        return any(
+            not own.full.format.is_plain and own.full.format is not own.resident.format for own in self.projections
+        )
 
     @property
     def read_numbers(self) -> int:

@@ -21,6 +21,7 @@ from griffin_offload.errors import CheckpointError, one_line
 from griffin_offload.formats.base import Format, specs_bytes
 from griffin_offload.formats.embedding import table_bytes
 from griffin_offload.formats.floats import FLOATS
+from griffin_offload.kernels.by_blocks import scratch_bytes
 
 ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
 
@@ -117,6 +118,13 @@ class ModelSizes:
     def width(self) -> int:
         """Numbers of a token that go into the widest down projection."""
         return max(layer.width for layer in self.layers)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of what linear layers share that are multiplied block by block."""
+        layer = max(self.layers, key=lambda layer: layer.ff_bytes)
+        width = max(self.hidden_size, layer.width)
+        return scratch_bytes(width, self.precision.scratch_rows, layer.ff_bytes)
 
     @property
     def tied(self) -> bool:

@@ -50,6 +50,7 @@ def add_parser(commands: Any) -> None:
     add("--quantize", choices=("auto", *FORMAT_NAMES), default=LoadConfig.quantize, help="precision of the residents")
     add("--threads", type=int, metavar="N", help="threads that compute on the CPU")
     add("-q", "--quiet", action="store_true", help="no progress bar")
+    add("--kernels", action="store_true", help="which function does what on this machine, and why others do not")
     add_model_option(parser)
     add_memory_options(parser)
     parser.set_defaults(command=bench)
@@ -57,6 +58,8 @@ def add_parser(commands: Any) -> None:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Ceilings first, then a row for every density and pair of lengths; the last line is JSON."""
+    if arguments.kernels:
+        return _print_kernels(as_json=arguments.output == "json" or arguments.json)
     densities = _densities(arguments.density)
     if min(*arguments.prompt_tokens, arguments.repeats) < 1 or min(arguments.generate_tokens) < 2:
         raise UsageError("-p and -r are 1 or more, -n at least 2: the first token is the prompt's")
@@ -207,8 +210,46 @@ def _record(model_spec: "ModelSpec", ceilings: "Ceilings", speeds: "list[Speed]"
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "machine": {"processor": platform.processor() or platform.machine(), "device": model_spec.device.type},
+        "machine": {"processor": platform.processor() or platform.machine(), "device": model_spec.hardware.name},
         "model": {"type": model_spec.checkpoint.config.model_type, "weight_bytes": model_spec.checkpoint.weight_bytes},
         "ceilings": asdict(ceilings),
         "rows": [speed.to_json() for speed in speeds],
     }
+
+
+def _print_kernels(*, as_json: bool) -> int:
+    """The table of kernels; of each operation and layout, the first row that applies does the work."""
+    quiet_libraries()
+    rows = _kernel_rows()
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    heads = ("operation", "layout", "rows", "device", "multiplies", "function")
+    lines = [(*heads, "here"), *((*(row[head] for head in heads), row["why_not"] or "yes") for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return 0
+
+
+def _kernel_rows() -> list[dict[str, Any]]:
+    # Both add rows of torch's.
+    from griffin_offload import formats  # noqa: F401
+    from griffin_offload.devices.registry import devices_here
+    from griffin_offload.engine import cpu_modules  # noqa: F401
+    from griffin_offload.kernels import table
+
+    devices, order = devices_here(), list(dict.fromkeys(kernel.operation for kernel in table.rows()))
+    rows = sorted(table.rows(), key=lambda kernel: (order.index(kernel.operation), kernel.layout))
+    return [
+        {
+            "operation": kernel.operation,
+            "layout": kernel.layout,
+            "rows": table.rows_in_words(kernel),
+            "device": kernel.device or "any",
+            "multiplies": str(kernel.computes or "any").removeprefix("torch."),
+            "function": f"{kernel.name}{'' if kernel.ours else ', torch'}",
+            "why_not": table.why_not(kernel, devices),
+        }
+        for kernel in rows
+    ]

@@ -57,7 +57,7 @@ def evaluate_latency(arguments: argparse.Namespace) -> int:
         raise UsageError("--repeats is 1 or more")
     variants = variants_of(arguments)
     quiet_libraries()
-    from griffin_offload.checkpoint.base import open_checkpoint
+    from griffin_offload.checkpoint.registry import open_checkpoint
     from griffin_offload.method.variants import Variant
 
     checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
@@ -102,7 +102,6 @@ def _tokens(arguments: argparse.Namespace, checkpoint: "Checkpoint", sizes: list
     """As many as the longest prompt has."""
     import torch
 
-    from griffin_offload.checkpoint.tokenizer import load_tokenizer
     from griffin_offload.evaluation.samples import read_documents, take_windows, tokenize
 
     config = checkpoint.config.get_text_config()
@@ -114,7 +113,7 @@ def _tokens(arguments: argparse.Namespace, checkpoint: "Checkpoint", sizes: list
     if arguments.text is None:
         drawn = torch.Generator().manual_seed(arguments.seed)
         return torch.randint(config.vocab_size, (longest,), generator=drawn, dtype=torch.long, device="cpu")
-    documents = tokenize(read_documents(arguments.text), load_tokenizer(checkpoint.directory))
+    documents = tokenize(read_documents(arguments.text), checkpoint.tokenizer())
     return take_windows(documents, longest, 1, "even")[0]
 
 
@@ -137,7 +136,7 @@ def _measure(
     options |= {"ctx_size": sum(size), "prompt_tokens": size[0]}
     title = f"{variant_name(variant.selection, variant.density)} {size[0]}+{size[1]}"
     with (
-        GriffinModel.from_pretrained(checkpoint.directory, **options) as model,
+        GriffinModel.from_pretrained(checkpoint.path, **options) as model,
         tqdm(
             total=arguments.repeats,
             desc=title,

@@ -60,7 +60,7 @@ def perplexity(arguments: argparse.Namespace) -> int:
         raise UsageError("--prompt-tokens, --generate-tokens and --windows are 1 or more")
     variants = variants_of(arguments)
     quiet_libraries()
-    from griffin_offload.checkpoint.base import open_checkpoint
+    from griffin_offload.checkpoint.registry import open_checkpoint
     from griffin_offload.evaluation.perplexity import measure
 
     stored = open_checkpoint(model_of(arguments), offline=arguments.offline)
@@ -81,7 +81,7 @@ def perplexity(arguments: argparse.Namespace) -> int:
 def _in_precision(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Iterator[Checkpoint]":
     """The checkpoint as `convert` makes it for --quantize, in a temporary directory if it is not so already. UsageError
     where it was converted to something else."""
-    from griffin_offload.checkpoint.base import open_checkpoint
+    from griffin_offload.checkpoint.registry import open_checkpoint
     from griffin_offload.engine.convert import convert
 
     if arguments.quantize in (None, checkpoint.precision.name):
@@ -93,17 +93,16 @@ def _in_precision(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "I
             f"{checkpoint.precision} already"
         )
     with tempfile.TemporaryDirectory(prefix="griffin-offload-") as place:
-        made = convert(checkpoint.directory, Path(place) / "converted", arguments.quantize)
+        made = convert(checkpoint.path, Path(place) / "converted", arguments.quantize)
         yield open_checkpoint(made.directory)
 
 
 def _windows(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[tuple[int, int], list[Tensor]]":
     """Windows of every size (prompt, generated)."""
-    from griffin_offload.checkpoint.tokenizer import load_tokenizer
     from griffin_offload.evaluation.samples import first_tokens, read_documents, take_windows, tokenize
 
     texts = read_documents(arguments.text)
-    tokenizer = load_tokenizer(checkpoint.directory)
+    tokenizer = checkpoint.tokenizer()
     documents, first = tokenize(texts, tokenizer), first_tokens(checkpoint.config, tokenizer)
     return {
         (p, g): take_windows(documents, p + g, arguments.windows, arguments.window_start, first)

@@ -40,12 +40,11 @@ def inspect_prompt(arguments: argparse.Namespace) -> int:
         check_matplotlib()
         make_directory(arguments.output)
     quiet_libraries()
-    from griffin_offload.checkpoint.base import open_checkpoint
-    from griffin_offload.checkpoint.tokenizer import tokenizer_of
+    from griffin_offload.checkpoint.registry import open_checkpoint
     from griffin_offload.evaluation.inspection import prompt_loss
 
     checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
-    ids = tokenize(tokenizer_of(checkpoint.directory), text, arguments)[0]
+    ids = tokenize(checkpoint.tokenizer(), text, arguments)[0]
     plan, shortfall = _planned(options | {"ctx_size": ids.numel() + room, "prompt_tokens": ids.numel()}, checkpoint)
     planned = plan["densities"] if plan is not None else None
     with (

@@ -7,6 +7,7 @@ layer's pages at a time; they are the same for every run of a checkpoint, so the
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from torch import Tensor, nn
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.replace import linear_names
-from griffin_offload.checkpoint.base import Checkpoint, fingerprint
+from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.files import renamed
 from griffin_offload.checkpoint.mapped import FilePages
-from griffin_offload.checkpoint.tokenizer import load_tokenizer
+from griffin_offload.devices.torch_state import put
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
 from griffin_offload.engine.cpu_modules import emulates_halves, use_own_linears
 from griffin_offload.engine.layer_pass import LayerPass, PageFeed
 from griffin_offload.errors import CheckpointError
+from griffin_offload.formats.translated import TranslatedTensor, in_memory
 from griffin_offload.kernels.by_blocks import Scratch
 
 Importance = Mapping[str, Tensor]
@@ -68,7 +70,7 @@ def importance_of(
 def _cache_path(checkpoint: Checkpoint) -> Path:
     own = os.environ.get(CACHE_VARIABLE)
     root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "griffin-offload"
-    return root / f"importance-{_FORMAT}-{fingerprint(checkpoint)}.safetensors"
+    return root / f"importance-{_FORMAT}-{checkpoint.fingerprint()}.safetensors"
 
 
 def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:
@@ -83,7 +85,7 @@ def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:
 
 def _token_ids(checkpoint: Checkpoint, model: Any) -> Tensor | None:
     try:
-        tokenizer = load_tokenizer(checkpoint.directory)
+        tokenizer = checkpoint.tokenizer()
     except CheckpointError:
         return None
     ids = tokenizer(CALIBRATION_TEXT, return_tensors="pt", verbose=False).input_ids[0]  # it is cut below
@@ -129,7 +131,36 @@ def _a_layer_at_a_time(
             use_own_linears(model, scratch, translated=True)
             stack.callback(_use_stock_linears, model)
         stack.enter_context(LayerPass(decoder, blocks, PageFeed(pages, decoder)))
+        head = model.get_output_embeddings()
+        for stage in [*decoder, *([] if head is None else [head])]:
+            here, gone = partial(_put_numbers, _translated_in(stage)), partial(_put_back, _translated_in(stage))
+            stack.callback(stage.register_forward_pre_hook(here).remove)
+            stack.callback(stage.register_forward_hook(gone).remove)
+            stack.callback(gone)
         yield
+
+
+_Translated = list[tuple[nn.Module, str, Tensor]]
+
+
+def _translated_in(stage: nn.Module) -> _Translated:
+    """Module, name and parameter of all that kernels cannot take as it lies."""
+    return [
+        (module, name, parameter)
+        for module in stage.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and isinstance(parameter, TranslatedTensor)
+    ]
+
+
+def _put_numbers(translated: _Translated, *_: Any) -> None:
+    for module, name, parameter in translated:
+        put(module, name, in_memory(parameter))
+
+
+def _put_back(translated: _Translated, *_: Any) -> None:
+    for module, name, parameter in translated:
+        put(module, name, parameter)
 
 
 def _use_stock_linears(model: nn.Module) -> None:

@@ -23,18 +23,21 @@ from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import linear_names
 from griffin_offload.blocks.sizes import build_on_meta, model_shape
-from griffin_offload.checkpoint.base import UNFINISHED, Checkpoint, fingerprint, open_checkpoint
+from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.files import check_name, renamed, temporary_name, write_text
 from griffin_offload.checkpoint.mapped import FilePages
-from griffin_offload.checkpoint.safetensors import INDEX, said_untied
-from griffin_offload.devices.memory import RefusalsNamed
+from griffin_offload.checkpoint.registry import open_checkpoint
+from griffin_offload.checkpoint.safetensors import INDEX, UNFINISHED
+from griffin_offload.checkpoint.tied_head import said_untied
+from griffin_offload.devices.ledger import OutOfMemoryAsError
+from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Importance, importance_of
-from griffin_offload.engine.load import check_stored, map_model
+from griffin_offload.engine.load import check_stored
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.formats import FLOATS, Format, get
 from griffin_offload.formats.base import Tensors
-from griffin_offload.formats.int4 import OFF
+from griffin_offload.formats.translated import stored_bytes
 from griffin_offload.units import format_bytes
 
 try:
@@ -44,8 +47,6 @@ except ImportError:  # Windows
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all) after each tensor."""
-# What a checkpoint holds beside weights: tokenizer, templates, generation settings.
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 # Beside the tensors: headers, index, tokenizer.
 _MARGIN_BYTES = 50_000_000
 # Our temporary names, and those that safetensors writes under before it renames to ours.
@@ -91,7 +92,7 @@ def convert(
     shape = model_shape(meta, format, format, get(tables))
     with _failures_named(directory), contextlib.closing(checkpoint.watched()) as files, _locked(directory):
         files.check()
-        mark = ConversionInfo(precision, fingerprint(checkpoint), tables)
+        mark = ConversionInfo(precision, checkpoint.fingerprint(), tables)
         finished = _finished_shards(directory, mark)
         _check_disk(directory, shape.weight_bytes - sum(path.stat().st_size for path in finished))
         write_text(directory / UNFINISHED, json.dumps(asdict(mark)))
@@ -113,7 +114,7 @@ def convert(
 def _failures_named(directory: Path) -> Iterator[None]:
     remedy = "close other programs; finished shards are kept, run the same command again"
     try:
-        with RefusalsNamed("converting", remedy):
+        with OutOfMemoryAsError("converting", remedy):
             yield
     except (OSError, SafetensorError) as error:
         raise GriffinError(
@@ -185,7 +186,7 @@ def _write_shards(
     checkpoint: Checkpoint, directory: Path, mark: ConversionInfo, progress: Progress | None
 ) -> dict[str, str]:
     """Every shard that is not there yet; the file of every tensor."""
-    model = map_model(checkpoint)
+    model = build(checkpoint)
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     groups = [(f"{prefix}.{i}.", layer, block) for i, (layer, block) in enumerate(zip(decoder, blocks, strict=True))]
@@ -233,8 +234,9 @@ class _Missed:
     def warn(self) -> None:
         if self.weights:
             warnings.warn(
-                f"{self.weights} large weights come back from {self.format} more than {OFF:.0%} off, the worst by "
-                f"{self.worst:.0%}, in {self.where}: compare it with int8 by eval ppl",
+                f"{self.weights} large weights come back from {self.format} more than "
+                f"{self.format.missed_from:.0%} off, the worst by {self.worst:.0%}, in "
+                f"{self.where}: compare it with int8 by eval ppl",
                 stacklevel=2,
             )
 
@@ -249,15 +251,15 @@ class _Reader:
 
     @contextlib.contextmanager
     def reading(self, tensor: Tensor) -> Iterator[Tensor]:
-        with self._pages.reading([tensor]):
-            yield tensor.detach()
-        self._count(tensor.nbytes)
+        with self._pages.reading([tensor]) as found:
+            yield found[0]
+        self._count(stored_bytes(tensor))
 
     def close(self) -> None:
         self._pages.close()
 
     def skip(self, module: nn.Module) -> None:
-        self._count(sum(parameter.nbytes for parameter in module.parameters()))
+        self._count(sum(stored_bytes(parameter) for parameter in module.parameters()))
 
     def _count(self, size_bytes: int) -> None:
         self._done += size_bytes
@@ -332,12 +334,8 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], mark: ConversionInfo) -
 
 def _write_rest(checkpoint: Checkpoint, directory: Path, mark: ConversionInfo, weight_map: dict[str, str]) -> None:
     """Tokenizer, config, and last the index, which makes the directory a checkpoint."""
-    own = {"config.json", INDEX}
-    for path in sorted({path for pattern in _COPIED for path in checkpoint.directory.glob(pattern)}):
-        if path.is_file() and path.name not in own:
-            with renamed(directory / path.name) as temporary:
-                shutil.copyfile(path, temporary)
-    config: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_bytes())
+    checkpoint.write_beside(directory, {"config.json", INDEX})
+    config = checkpoint.config_json()
     if checkpoint.untied:
         config = said_untied(config)
     write_text(directory / "config.json", json.dumps(config | {"quantization_config": mark.config()}, indent=2))

@@ -20,6 +20,7 @@ from griffin_offload.blocks.base import Activations, Block
 from griffin_offload.blocks.hooks import PassHook, unhook
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
+from griffin_offload.formats.translated import in_memory
 from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.offload.layer_stream import LayerStream, StreamConfig
 from griffin_offload.offload.weight_store import Source, stream_dtype
@@ -150,7 +151,7 @@ class RowFeed:
         assert self._layers.source is not None, "streamed layers have a source"
         needed = self._layers.blocks[index].rows_needed(self._selected[index].cpu())
         full = self._layers.source.fetch_rows(index, needed)
-        return [tensor.to(stream_dtype(tensor, self._dtype)) for tensor in full]
+        return [in_memory(tensor).to(stream_dtype(tensor, self._dtype)) for tensor in full]
 
     def drop(self, index: int) -> None:
         assert self._layers.source is not None, "streamed layers have a source"

@@ -86,7 +86,7 @@ class GatherSelected(Visitor):
 
     def end(self, index: int, block: Block, full: list[Tensor]) -> None:
         chosen, compact = self._selected[index].cpu(), self._layers.compact[index]
-        if self._layers.stream.device.type == "cpu":
+        if self._layers.stream.device.shares_host_memory:
             block.gather(full, chosen, compact)
         else:
             _gather_through_host(block, full, chosen, compact)
@@ -119,8 +119,8 @@ def _fill_whole(
     block: Block, source: list[Tensor], target: list[nn.Parameter], model_spec: ModelSpec, pages: FilePages
 ) -> None:
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
-    with pages.reading(source):
-        block.gather([tensor.to(model_spec.device) for tensor in source], everything, target)
+    with pages.reading(source) as found:
+        block.gather([tensor.to(model_spec.device) for tensor in found], everything, target)
 
 
 def place_residents(
@@ -183,14 +183,14 @@ def _quantize_resident(module: QuantizedLinear, model_spec: ModelSpec, pages: Fi
     }
     for name, tensor in resident.items():
         put(module, name, tensor)
-    module.layout = module.resident
+    module.take_layout(module.resident)
 
     @torch.no_grad()
     def fill() -> None:
         everything = torch.arange(outputs, dtype=torch.long, device=model_spec.device)
         gather = module.resident.format.gather
-        with pages.reading(list(full.values())):
-            here = {name: tensor.to(model_spec.device) for name, tensor in full.items()}
+        with pages.reading(list(full.values())) as found:
+            here = {name: tensor.to(model_spec.device) for name, tensor in zip(full, found, strict=True)}
             gather(here, module.full, everything, resident, is_down=False, importance=module.importance)
 
     return fill

@@ -16,10 +16,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.rope import begin_anew, rope_border
 from griffin_offload.blocks.states import shares_entries
-from griffin_offload.devices.memory import RefusalsNamed
+from griffin_offload.devices.base import Recorder
+from griffin_offload.devices.ledger import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
-from griffin_offload.engine.decode_graph import CudaRecorder, DecodeGraphs, Recorder, ReusedKVCache
+from griffin_offload.engine.decode_graph import DecodeGraphs, ReusedKVCache
 from griffin_offload.engine.generation import (
     GenerationState,
     cache_bytes,
@@ -46,6 +47,7 @@ from griffin_offload.offload.weight_store import MmapStore
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
 from griffin_offload.planner.workspace import logits_bytes, statistics_bytes, workspace_bytes
+from griffin_offload.transformers_api import CACHE, with_own_name
 
 
 class ModelRunner:
@@ -79,7 +81,7 @@ class ModelRunner:
         self.kept_cache = ReusedKVCache(loaded.model.config, plan.kv_bits)
         table.prepare([layout.name for layout in self.shape.precision.layouts()], model_spec.device, model_spec.dtype)
         if model_spec.request.graphs:
-            self.capture_with(CudaRecorder(model_spec.device))
+            self.capture_with(model_spec.hardware.recorder())
 
     @property
     def blocks(self) -> list[Block]:
@@ -184,11 +186,11 @@ class ModelRunner:
         whole = replace(use, ctx_tokens=max(use.ctx_tokens, self.plan.context_tokens))
         return (whole if self._plan_of(whole).fits else use).cache_tokens
 
-    def guarded(self) -> RefusalsNamed:
+    def guarded(self) -> OutOfMemoryAsError:
         """OutOfMemory inside when memory is refused."""
         remedy = "ask for less (a shorter prompt, fewer sequences), or close other programs"
         budget_bytes = self.plan.budget_bytes
-        return RefusalsNamed("generating", remedy, self.model_spec.device, budget_bytes, self.kept_cache.release)
+        return OutOfMemoryAsError("generating", remedy, self.model_spec.hardware, budget_bytes, self.kept_cache.release)
 
     def keep_idle(self, idle_bytes: int) -> None:
         """Count so many bytes of contexts that nobody uses at the moment against the budget."""
@@ -264,16 +266,17 @@ class ModelRunner:
             return self._forward(args, kwargs)
 
     def _forward(self, args: Any, kwargs: Any) -> Any:
+        kwargs = with_own_name(kwargs)
         run, again = self.run, False
-        if run is not None and self.border is not None and not args and kwargs.get("past_key_values") is None:
+        if run is not None and self.border is not None and not args and kwargs.get(CACHE) is None:
             # Phi-3's way to have everything computed anew, behind the border of its positions.
-            kwargs, again = kwargs | {"past_key_values": run.own_cache}, True
+            kwargs, again = kwargs | {CACHE: run.own_cache}, True
         if run is not None and run.prefilled:
             output = self._read_again(run, kwargs) if again else self._resident(run, args, kwargs)
             run.cache = cache_of(output, kwargs)
             return self._seen(run, output)
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
-        given = arguments.get("past_key_values")
+        given = arguments.get(CACHE)
         if self.border is not None and self.border.moving and (given is None or given.get_seq_length() == 0):
             begin_anew(self.loaded.model)
         if run is not None:
@@ -292,7 +295,7 @@ class ModelRunner:
     def observe(self, logits: Tensor) -> None:
         """Show the run's observers the logits [B, V] of its next token, which have to be numbers."""
         if self.run is not None:
-            self.run.check_numbers(logits, self.model_spec.dtype)
+            self.run.check_numbers(logits, self.model_spec.dtype, waits=self.model_spec.hardware.queues_work)
             for observer in self.run.observers:
                 observer.observe(logits)
 
@@ -345,7 +348,7 @@ class ModelRunner:
         if context is not None and run.ready is not None:
             context.cache.restore(tokens.shape[1])
             self._resume(context, 0)
-            output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], past_key_values=context.cache)
+            output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], **{CACHE: context.cache})
             slots = 0
         elif context is not None and context.tokens and run.mode.refresh == "never" and not run.mode.exact:
             self._resume(context, tokens.shape[1])
@@ -435,7 +438,7 @@ class ModelRunner:
     def _go_on(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """The tokens behind a KV cache of the caller's: of residents, as every forward with a filled one."""
         start, before = time.perf_counter(), self.loaded.layers.fetched_bytes
-        chosen = self._adopt(arguments["past_key_values"])
+        chosen = self._adopt(arguments[CACHE])
         output = self.stock_forward(*args, **kwargs)
         seconds, streamed_bytes = time.perf_counter() - start, self.loaded.layers.fetched_bytes - before
         tokens = tokens_of(arguments).shape[0] * (run.prompt_tokens - run.past_tokens)

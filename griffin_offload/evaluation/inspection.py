@@ -72,7 +72,7 @@ def observe_sequences(
             rows = [found[row].heatmaps[layer], shown] if layer in found[row].heatmaps else [shown]
             found[row].heatmaps[layer] = torch.cat(rows)
 
-    kept_bytes = corner.bytes if model.device.type == "cpu" else 0
+    kept_bytes = corner.bytes if model.hardware.shares_host_memory else 0
     observe(model, sequences, look, tables=2, kept_bytes=kept_bytes, progress=progress)
     return found
 

@@ -44,7 +44,7 @@ class Choices:
         if prior is not None and [layer.numel() for layer in prior] != neurons:
             raise UsageError("the prior is another model's: its layers have other numbers of neurons")
         self._layers, self._variants = layers, variants
-        device = layers.stream.device
+        device = layers.stream.device.torch_device
         self._prior = None if prior is None else [layer.to(device) for layer in prior]
         self._norms: dict[tuple[str, int], Tensor] = {}
         self._counts: Counts = {}

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from griffin_offload.checkpoint.base import Checkpoint
@@ -169,8 +168,7 @@ def _timed_forwards(model: GriffinModel) -> Iterator[list[float]]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         output = own(*args, **kwargs)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+        model.hardware.synchronize()
         taken.append(time.perf_counter() - start)
         return output
 
@@ -189,10 +187,9 @@ def _prefill_ceiling(
     shape = model.engine.shape
     attention = sum(layer.plain_attention_bytes for layer in shape.layers) // shape.item_bytes
     bounds = [2.0 * tokens * (weights + attention) / ceilings.gemm_flops_per_s[tokens]]
-    if model.device.type == "cuda":
-        rate = ceilings.copy_pinned_bytes_per_s
-    else:
-        rate = ceilings.read_bytes_per_s if from_disk else None
+    rate = ceilings.copy_pinned_bytes_per_s
+    if rate is None and from_disk:
+        rate = ceilings.read_bytes_per_s
     if rate is not None:
         bounds.append(streamed_bytes / rate)
     return max(bounds)

@@ -89,6 +89,8 @@ class Format:
     """Rows of a matrix that torch's way translates at least at once."""
     wants_importance: ClassVar[bool] = False
     """Whether quantising asks for the mean square of every input, which a pass over a text measures."""
+    missed_from: ClassVar[float] = 0.25
+    """A weight that is off by a larger share has not come back (`missed`)."""
     chunk: ClassVar[int] = 1024
     """Neurons that are on their way at once: a multiple of every block, and small enough for a cache."""
 
@@ -105,8 +107,9 @@ class Format:
         raise NotImplementedError
 
     def resident(self, *, is_down: bool) -> Layout:
-        """Of the neurons that decoding multiplies: the stored layout where nothing else is said."""
-        return self.rests_as().stored(is_down=is_down)
+        """Of the neurons that decoding multiplies: the stored layout, or that of the format it rests as."""
+        other = self.rests_as()
+        return self.stored(is_down=is_down) if other is self else other.resident(is_down=is_down)
 
     def rests_as(self) -> "Format":
         """The format that gathered neurons have: this one, if it is closed under gathering."""
@@ -197,9 +200,15 @@ class Format:
         numbers = max(min(self.chunk, neurons) * outputs, min(self.chunk, outputs) * neurons)
         return numbers * (item_bytes + 2) + 3 * min(numbers, BLOCK_NUMBERS) * _FLOAT_BYTES
 
+    def floats_bytes(self, outputs: int, neurons: int, item_bytes: int) -> int:
+        """Of `floats`, for formats whose neurons rest in another one."""
+        return 0 if self.rests_as() is self else outputs * neurons * item_bytes
+
 
 def take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
     """`source.index_select(axis, index)` of a matrix or a vector into `out`."""
+    if source.dtype.itemsize == 1:  # torch indexes no floats of 8 bits
+        source, out = source.view(torch.uint8), out.view(torch.uint8)
     if axis == 0:
         torch.index_select(source, 0, index, out=out)
     else:
@@ -236,7 +245,8 @@ def forget_format(format: Format) -> None:
     """Take back what `register_format` did."""
     del _REGISTRY[format.name]
     FORMAT_NAMES.remove(format.name)
-    table.remove(*(layout.multiply for layout in format.layouts()))
+    names = {layout.name for layout in format.layouts()}
+    table.remove(lambda kernel: kernel.layout in names)
 
 
 def get(name: str) -> Format:

@@ -219,7 +219,7 @@ class Int4(Format):
     """Rows where neurons are outputs; a down projection is stored as neurons, and rests as strips."""
 
     name, bits, version = "int4", 4.5, 2  # version 1 had one scale a neuron in its down projection
-    neuron_multiple, scratch_rows, wants_importance = 64, STRIP, True
+    neuron_multiple, scratch_rows, wants_importance, missed_from = 64, STRIP, True, OFF
 
     def __init__(self) -> None:
         self._rows = Layout("int4_rows", self, _row_specs, _multiply_rows)

@@ -28,9 +28,18 @@ class QuantizedLinear(nn.Module):
         self.scratch = scratch
         self.importance: Tensor | None = None
         """[I] of the inputs, for formats that want it when they quantise floats."""
-        named = (name for layout in (full, resident) for name in layout.specs(outputs, inputs, is_down=is_down))
-        for name in dict.fromkeys(("weight", *named, "bias", "input_scale")):
+        stored, resting = (layout.specs(outputs, inputs, is_down=is_down) for layout in (full, resident))
+        for name in dict.fromkeys(("weight", *stored, *resting, "bias", "input_scale")):
             self.register_parameter(name, None)
+        self._only_stored = stored.keys() - resting.keys()
+
+    def take_layout(self, layout: Layout) -> None:
+        """Say that the tensors of `layout` were installed. What only the full matrix has goes; what only the resident
+        one has stays where it is while a full one passes."""
+        self.layout = layout
+        if layout is self.resident:
+            for name in self._only_stored:
+                self._parameters[name] = None
 
     def declare_features(self) -> None:
         """Take the sizes from the tensors that were installed."""

@@ -5,6 +5,20 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+_MAX_SCRATCH_BYTES = 16 * 2**20
+_FLOAT_BYTES = 4
+
+
+def scratch_bytes(width: int, rows: int, layer_bytes: int) -> int:
+    """Of a scratch for matrices whose rows are up to `width` numbers, of which so many are translated together: small
+    against a layer of `layer_bytes`, inside a cache."""
+    return max(width * rows * _FLOAT_BYTES, min(layer_bytes // 8, _MAX_SCRATCH_BYTES))
+
+
+def product_bytes(tokens: int, width: int, scratch: int) -> int:
+    """Of the product of `tokens` with a block that a scratch of so many bytes holds, rows being `width` numbers."""
+    return tokens * scratch // width
+
 
 class Scratch:
     """One buffer for all blocks of a model, which never compute at the same time."""

@@ -69,9 +69,9 @@ def add(*kernels: Kernel, last: bool = False) -> None:
     _found.clear()
 
 
-def remove(*functions: Callable[..., Any]) -> None:
-    """Take back the rows of these functions."""
-    _rows[:] = [kernel for kernel in _rows if kernel.function not in functions]
+def remove(unwanted: Callable[[Kernel], bool]) -> None:
+    """Take rows back."""
+    _rows[:] = [kernel for kernel in _rows if not unwanted(kernel)]
     _found.clear()
 
 
@@ -139,6 +139,14 @@ def why_not(kernel: Kernel, devices: Iterable[str]) -> str | None:
     if kernel.device is not None and kernel.device not in devices:
         return f"no {kernel.device} device is here"
     return kernel.needs()
+
+
+def rows_in_words(kernel: Kernel) -> str:
+    """Of x, that a row of the table is best for."""
+    least, most = kernel.rows
+    if most >= MANY:
+        return "all" if least <= 1 else f"{least} or more"
+    return f"up to {most}"
 
 
 def _find(

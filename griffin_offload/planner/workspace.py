@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from griffin_offload.blocks.hooks import whole_chunk
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.kernels.attention import attending_bytes
+from griffin_offload.kernels.by_blocks import product_bytes
 from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
 from griffin_offload.kv_cache.sizes import Workload
 from griffin_offload.method.statistic import summing_bytes
@@ -13,7 +14,6 @@ from griffin_offload.planner.request import PlanRequest
 # FF activations of one chunk take at most this share of a slot, and a chunk at most so many tokens.
 _CHUNK_SHARE_OF_SLOT = 0.25
 _MAX_CHUNK_TOKENS = 512
-_MAX_SCRATCH_BYTES = 16 * 2**20
 _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
 
@@ -58,23 +58,18 @@ def workspace_bytes(
 
 def _gather_bytes(shape: ModelSizes) -> int:
     """A matrix on its way into the layout that it rests in."""
-    return shape.precision.gather_bytes(shape.hidden_size, shape.width, shape.item_bytes)
-
-
-def scratch_bytes(shape: ModelSizes) -> int:
-    """The scratch that linear layers share which multiply block by block: small against a slot, inside a cache."""
-    layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
-    row_bytes = max(shape.hidden_size, layer.width) * _FLOAT_BYTES * shape.precision.scratch_rows
-    return max(row_bytes, min(layer.ff_bytes // 8, _MAX_SCRATCH_BYTES))
+    sizes = shape.hidden_size, shape.width, shape.item_bytes
+    return shape.precision.gather_bytes(*sizes) + shape.stored.floats_bytes(*sizes)
 
 
 def _translation_bytes(shape: ModelSizes, use: Workload, new_tokens: int, chunk: int) -> int:
     """The scratch, a copy of a layer's input, scaled or in float32, and the product with one block."""
-    tokens, scratch = use.batch * new_tokens, scratch_bytes(shape)
+    tokens, scratch = use.batch * new_tokens, shape.scratch_bytes
     neurons = shape.width
     ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
     widest = max(tokens * max(shape.hidden_size, shape.attention_width), ff_tokens * neurons)
-    product = max(tokens * scratch // min(shape.hidden_size, neurons), tokens * shape.hidden_size * _FLOAT_BYTES)
+    block = product_bytes(tokens, min(shape.hidden_size, neurons), scratch)
+    product = max(block, tokens * shape.hidden_size * _FLOAT_BYTES)
     return scratch + widest * _FLOAT_BYTES + product
 
 

@@ -257,6 +257,16 @@ def test_the_plan_counts_groups(grouped, capsys: pytest.CaptureFixture[str]):
     assert plan["streamed_bytes"] == LAYERS * 3 * HIDDEN * NEURONS * 4
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_what_is_planned_is_what_is_allocated(grouped, quantize: str):
+    """Twelve groups: quantised neurons come in blocks of 64, which are 16 groups."""
+    model = _load(grouped, density=0.4, quantize=quantize)
+    allocated = sum(p.nbytes for compact in model.engine.loaded.layers.compact.values() for p in compact)
+    assert model.plan.kept == (12,) * LAYERS
+    assert allocated == model.plan.resident_parts["feed_forward"]
+    model.close()
+
+
 @pytest.mark.parametrize("compensate", [False, True])
 def test_simulation(grouped, compensate: bool):
     dense, ids, prompt = _dense(grouped), _ids()[0], 25

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from griffin_offload import GriffinModel
-from griffin_offload.checkpoint.base import open_checkpoint
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.errors import ModelNotFound
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from griffin_offload.checkpoint.changes import WatchedFiles, file_mappings, mapping_at, states_of
-from griffin_offload.checkpoint.mapped import FilePages, map_file
+from griffin_offload.checkpoint.mapped import FilePages
+from griffin_offload.checkpoint.safetensors import map_file
 from griffin_offload.errors import CheckpointChanged
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mappings are found on Linux alone")
@@ -133,7 +134,7 @@ import os, sys, threading, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from griffin_offload.errors import CheckpointChanged
-from griffin_offload.checkpoint.mapped import map_file
+from griffin_offload.checkpoint.safetensors import map_file
 from griffin_offload.checkpoint.changes import WatchedFiles
 path, watched_before = Path(sys.argv[1]), sys.argv[2]
 save_file({"x": torch.ones(1000, 1000)}, path)

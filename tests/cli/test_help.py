@@ -100,7 +100,7 @@ def test_shown_defaults_and_choices_are_those_of_the_dataclass(cli, command: str
     text = " ".join(cli(command, "--help").out.split())
     assert f"80% or auto (default: {LoadConfig.max_gpu_mem})" in text
     for name, kind in {
-        "device": get_args(config.Device),
+        "device": tuple(config.DEVICE_NAMES),
         "offload": get_args(config.Offload),
         "selection": get_args(config.SelectionMethod),
         "quantize": ("auto", *(format.name for format in every())),

@@ -13,10 +13,10 @@ import pytest
 import torch
 from marks import mostly_slow
 from tiny_models import VOCAB
-from transformers import PreTrainedModel
 
 from griffin_offload import GriffinModel
 from griffin_offload.blocks.hooks import ChunkedForward
+from griffin_offload.checkpoint import renaming
 from griffin_offload.engine import load as loading
 from griffin_offload.engine.stock import Guard
 from griffin_offload.errors import DoesNotFit, GriffinError, OutOfMemory, memory_refused
@@ -107,7 +107,7 @@ def test_a_bare_forward(checkpoints, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-@pytest.mark.parametrize("place", ["map_model", "compact_blocks", "place_residents"])
+@pytest.mark.parametrize("place", ["build", "compact_blocks", "place_residents"])
 def test_while_loading(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, place: str):
     refusal, words = REFUSALS[kind]
 
@@ -145,7 +145,7 @@ def test_transformers_is_not_blamed(checkpoints, monkeypatch: pytest.MonkeyPatch
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError(HOST)
 
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
+    monkeypatch.setattr(renaming, "get_model_conversion_mapping", refuse)
     with pytest.raises(OutOfMemory, match=r"the machine refused 4\.10 kB"):
         make(checkpoints("llama2"))
 

@@ -9,7 +9,7 @@ from tiny_models import VOCAB
 from transformers import GenerationConfig, StoppingCriteria
 
 from griffin_offload import DoesNotFit, GriffinError, GriffinModel, UsageError
-from griffin_offload.devices.memory import choose_device
+from griffin_offload.devices.registry import choose_device
 from griffin_offload.engine.stock import Guard
 
 
@@ -146,7 +146,7 @@ def test_a_cuda_device_has_its_index(monkeypatch: pytest.MonkeyPatch):
     """torch's own memory settings refuse one without."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert choose_device("auto") == torch.device("cuda", 3)
+    assert choose_device("auto").torch_device == torch.device("cuda", 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="device cuda is not available"):
         choose_device("cuda")

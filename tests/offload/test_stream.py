@@ -9,10 +9,11 @@ import torch
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinError, GriffinModel
+from griffin_offload.devices.cpu import CpuDevice
 from griffin_offload.offload.layer_stream import LayerStream, StreamConfig
 from griffin_offload.offload.weight_store import HostStore, MmapStore
 
-CPU = torch.device("cpu")
+CPU = CpuDevice.current()
 
 
 def _model(path: Path, **options: object) -> GriffinModel:
@@ -94,7 +95,7 @@ def test_leaving_early_stops_the_reader():
 
 def test_ram_weights_are_copies_in_the_precision_of_the_computation():
     original = {0: [torch.randn(5, 3), torch.randn(7)]}
-    source = HostStore(MmapStore(original, evict=False), [0], torch.bfloat16, pin=False)
+    source = HostStore(MmapStore(original, evict=False), [0], torch.bfloat16, CPU)
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(source.fetch(0), original[0], strict=True))
     assert source.fetched_bytes == 22 * 2
     assert source.nbytes >= 22 * 2

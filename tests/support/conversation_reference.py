@@ -10,6 +10,8 @@ from reference import _down_projections, _zero_others
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from griffin_offload.transformers_api import CACHE
+
 
 class MaskedConversation:
     """Greedy turns [1, T] of one sequence; `kept` neurons a layer."""
@@ -53,7 +55,7 @@ class MaskedConversation:
         inputs = self._model.prepare_inputs_for_generation(
             ids,
             next_sequence_length=ids.shape[1] - past,
-            past_key_values=self._cache,
+            **{CACHE: self._cache},
             attention_mask=torch.ones_like(ids),
             use_cache=True,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from griffin_offload.formats import get
 
 GROUP = 32
+Values = Callable[..., Tensor]
+"""Of a matrix, the type of its scales and is_down: what it becomes in a format that is none of the package's."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,11 @@ def row_scale(weight: Tensor) -> Tensor:
     return torch.stack([row.square().mean().sqrt() for row in weight.double().unbind(0)])
 
 
-def stored_values(weight: Tensor, precision: str, dtype: torch.dtype, *, is_down: bool) -> Tensor:
+def stored_values(weight: Tensor, precision: str | Values, dtype: torch.dtype, *, is_down: bool) -> Tensor:
     """What `weight` becomes, in float64. int8 by the formulas above; what int4 searches has tests of its own
     (formats/test_int4.py): here the package's bytes are read by the formula of the format."""
+    if not isinstance(precision, str):
+        return precision(weight, dtype, is_down=is_down)
     if precision == "int4":
         return int4_matrix(get("int4").quantize(weight, dtype, is_down=is_down))
     return quantised(weight, dtype, is_down=is_down).values
@@ -182,7 +186,9 @@ def in_feed_forward(matrix: Tensor, neurons: int, *, is_down: bool) -> bool:
 
 
 @torch.no_grad()
-def round_layers(model: PreTrainedModel, down: str, neurons: int, precision: str, *, feed_forward: bool) -> None:
+def round_layers(
+    model: PreTrainedModel, down: str, neurons: int, precision: str | Values, *, feed_forward: bool
+) -> None:
     """Replace the attention's or the FF's matrices by what they are on their grids."""
     downs = {down.format(i=i) for i in range(model.config.num_hidden_layers)}
     for name, matrix in layer_matrices(model).items():
@@ -194,7 +200,7 @@ def quantised_generate(
     model: PreTrainedModel,
     down: str,
     neurons: int,
-    precision: str,
+    precision: str | Values,
     inputs: tuple[Tensor, Tensor],
     sets: Sequence[Tensor] | None,
     new_tokens: int,
@@ -211,7 +217,7 @@ def quantised_generate(
 
 
 @contextlib.contextmanager
-def _rounded_after_prefill(model: PreTrainedModel, down: str, neurons: int, precision: str) -> Iterator[None]:
+def _rounded_after_prefill(model: PreTrainedModel, down: str, neurons: int, precision: str | Values) -> Iterator[None]:
     def hook(*_: Any) -> None:
         handle.remove()
         round_layers(model, down, neurons, precision, feed_forward=True)

@@ -24,7 +24,7 @@ from robustness.fuzz.parsers import MAPS
 from robustness.fuzz.place import Place
 from robustness.fuzz.worker import Unnamed
 
-from griffin_offload.checkpoint.base import fingerprint, open_checkpoint
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.checkpoint.safetensors import INDEX
 from griffin_offload.checkpoint.tokenizer import encode, encode_messages, load_tokenizer
 from griffin_offload.cli.main import main
@@ -109,7 +109,7 @@ class SavedContexts:
 
     def __init__(self, directory: Path) -> None:
         self._model = GriffinModel.from_pretrained(directory, density=0.5, ctx_size=64)
-        self._fingerprint = fingerprint(open_checkpoint(directory))
+        self._fingerprint = open_checkpoint(directory).fingerprint()
 
     def __call__(self, generator: random.Random, place: Place) -> None:
         content = place.valid("a.ctx")

@@ -11,10 +11,9 @@ from robustness.fuzz.files import shards
 from robustness.fuzz.place import Place
 from robustness.fuzz.worker import Unnamed
 
-from griffin_offload.checkpoint.base import open_checkpoint, read_config
 from griffin_offload.checkpoint.converted import check_shard
-from griffin_offload.checkpoint.mapped import map_file
-from griffin_offload.checkpoint.safetensors import INDEX, read_header, read_headers, weight_files
+from griffin_offload.checkpoint.registry import open_checkpoint, read_config
+from griffin_offload.checkpoint.safetensors import INDEX, map_file, read_header, read_headers, weight_files
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine.spec import examine_checkpoint, plan_for
 from griffin_offload.units import parse_seconds, parse_size
