@@ -17,8 +17,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from griffin_offload.checkpoint.files import check_content
-from griffin_offload.devices.memory import give_back_freed
-from griffin_offload.errors import CheckpointError, UsageError, one_line
+from griffin_offload.devices.host_memory import give_back_freed
+from griffin_offload.errors import CheckpointError, TemplateError, UsageError, one_line
 from griffin_offload.units import format_bytes
 
 # Every kind of tokenizer has a file with such a name.
@@ -131,17 +131,20 @@ def encode(tokenizer: Any, text: str) -> Ids:
 
 
 def encode_messages(tokenizer: Any, messages: list[dict[str, str]], *, thinking: bool | None = None) -> Ids:
-    """Token ids of `messages` in the chat template, up to where the answer begins. CheckpointError where it fails,
+    """Token ids of `messages` in the chat template, up to where the answer begins. TemplateError where it fails,
     UsageError if `thinking` is given and the template has no switch for it."""
     letters = sum(len(text) for message in messages for text in message.values())
     switches = {} if thinking is None else dict.fromkeys(thinking_switches(tokenizer), thinking)
-    ids = _bounded(
-        lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **switches)[
-            "input_ids"
-        ],
-        letters,
-    )
-    return _begun_once(tokenizer, ids)
+
+    def templated() -> Ids:
+        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **switches)
+        ids: Ids = made["input_ids"]
+        return ids
+
+    try:
+        return _begun_once(tokenizer, _bounded(templated, letters))
+    except CheckpointError as error:
+        raise TemplateError(str(error)) from error
 
 
 def _begun_once(tokenizer: Any, ids: Ids) -> Ids:

@@ -6,19 +6,19 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 from griffin_offload.config import (
+    DEVICE_NAMES,
     FLOOR_AUTO_CTX,
+    FORMAT_NAMES,
     MAX_AUTO_CTX,
-    Device,
     DType,
     KVBits,
     LoadConfig,
     Offload,
-    Quantize,
     SelectionMethod,
 )
 from griffin_offload.demo import demo_directory
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 
 _MODEL = "griffin_offload.engine.model"
+# Packages that transformers imports where they are installed, for the losses of vision models: a tenth of its imports.
+_NOT_NEEDED = ("scipy",)
 
 
 @contextmanager
@@ -47,10 +49,25 @@ def heavy_imports() -> Iterator[None]:
         return
     gc.disable()
     try:
-        yield
+        with _hidden(_NOT_NEEDED):
+            yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def _hidden(names: Sequence[str]) -> Iterator[None]:
+    """Packages that nobody has imported yet are as if they were not installed; afterwards they can be imported.
+
+    Not where transformers is there already: it asks once what is installed, and would import what it was told of."""
+    hidden = {name: None for name in names if name not in sys.modules and "transformers" not in sys.modules}
+    sys.modules.update(hidden)  # type: ignore[arg-type]  # None is Python's own sign for it
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 # What run and chat share: how tokens are drawn, and the bar of a prompt's layers.
@@ -190,7 +207,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGr
     add = group.add_argument
     add("--max-gpu-mem", "--max-mem", default=_DEFAULTS.max_gpu_mem, metavar="SIZE", help=_SIZES)
     add("--max-cpu-mem", metavar="SIZE", help="host memory for offloaded weights, when the device is not the CPU")
-    add("--device", choices=get_args(Device), default=_DEFAULTS.device, help="where the model computes")
+    add("--device", choices=DEVICE_NAMES, default=_DEFAULTS.device, help="where the model computes")
     add("--offload", choices=get_args(Offload), default=_DEFAULTS.offload, help="where the full weights rest")
     add("--dtype", choices=get_args(DType), default=_DEFAULTS.dtype, help="precision of the computation")
     return group
@@ -209,7 +226,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--quantize",
-        choices=get_args(Quantize),
+        choices=("auto", *FORMAT_NAMES),
         default=_DEFAULTS.quantize,
         help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
         "neurons, else the last)",

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,26 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import linear_names
 from griffin_offload.blocks.sizes import build_on_meta, model_shape
-from griffin_offload.checkpoint.base import UNFINISHED, Checkpoint, fingerprint, open_checkpoint
+from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.files import check_name, renamed, temporary_name, write_text
 from griffin_offload.checkpoint.mapped import FilePages
-from griffin_offload.checkpoint.safetensors import INDEX, said_untied
-from griffin_offload.devices.memory import RefusalsNamed
+from griffin_offload.checkpoint.registry import open_checkpoint
+from griffin_offload.checkpoint.safetensors import INDEX, UNFINISHED
+from griffin_offload.checkpoint.tied_head import said_untied
+from griffin_offload.devices.ledger import OutOfMemoryAsError
+from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Inputs, visit_inputs
-from griffin_offload.engine.load import check_stored, map_model
+from griffin_offload.engine.load import check_stored
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
+from griffin_offload.formats import FLOATS, Format, get
+from griffin_offload.formats.base import Tensors
 from griffin_offload.formats.compensation import Compensation
-from griffin_offload.formats.int4 import NEAREST, OFF, Rounder, missed_weights
-from griffin_offload.formats.linear import Precision, quantized
+from griffin_offload.formats.translated import stored_bytes
 from griffin_offload.units import format_bytes
 
 try:
@@ -44,8 +48,6 @@ except ImportError:  # Windows
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all) after each tensor."""
-# What a checkpoint holds beside weights: tokenizer, templates, generation settings.
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 # Beside the tensors: headers, index, tokenizer.
 _MARGIN_BYTES = 50_000_000
 # Our temporary names, and those that safetensors writes under before it renames to ours.
@@ -57,7 +59,7 @@ class Conversion:
     """What was written."""
 
     directory: Path
-    precision: Precision
+    precision: str
     shards: int
     resumed_shards: int
     """Shards that an earlier, interrupted conversion had finished."""
@@ -69,27 +71,29 @@ class Conversion:
 def convert(
     model: str | Path,
     out: str | Path,
-    precision: Precision,
+    precision: str,
     *,
-    tables: Precision = "none",
+    tables: str = FLOATS.name,
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write `model` in `precision` ("int8" or "int4"), its embeddings and head in `tables` ("none" or "int8").
+    """Write `model` in `precision`, a weight format by its name, its embeddings and head in `tables` ("none" or
+    "int8").
 
     The directory `out` must not exist yet, or hold the same conversion unfinished. Raises UsageError, ModelError,
     DoesNotFit (the disk) or GriffinError (writing)."""
     checkpoint = open_checkpoint(model, offline=offline)
     directory = Path(os.path.expanduser(out))
     check_name(directory)
-    if checkpoint.precision != "none":
+    if not checkpoint.precision.is_plain:
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
     meta = build_on_meta(checkpoint.config, checkpoint.dtype)
     check_stored(checkpoint, sum(parameter.nbytes for parameter in meta.parameters()))
-    shape = model_shape(meta, precision, precision, tables)
+    format = get(precision)
+    shape = model_shape(meta, format, format, get(tables))
     with _failures_named(directory), contextlib.closing(checkpoint.watched()) as files, _locked(directory):
         files.check()
-        mark = ConversionInfo(precision, fingerprint(checkpoint), tables)
+        mark = ConversionInfo(precision, checkpoint.fingerprint(), tables)
         finished = _finished_shards(directory, mark)
         _check_disk(directory, shape.weight_bytes - sum(path.stat().st_size for path in finished))
         write_text(directory / UNFINISHED, json.dumps(asdict(mark)))
@@ -111,7 +115,7 @@ def convert(
 def _failures_named(directory: Path) -> Iterator[None]:
     remedy = "close other programs; finished shards are kept, run the same command again"
     try:
-        with RefusalsNamed("converting", remedy):
+        with OutOfMemoryAsError("converting", remedy):
             yield
     except (OSError, SafetensorError) as error:
         raise GriffinError(
@@ -183,29 +187,29 @@ def _write_shards(
     checkpoint: Checkpoint, directory: Path, mark: ConversionInfo, progress: Progress | None
 ) -> dict[str, str]:
     """Every shard that is not there yet; the file of every tensor."""
-    model = map_model(checkpoint)
+    model = build(checkpoint)
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     groups = [(f"{prefix}.{i}.", layer, block) for i, (layer, block) in enumerate(zip(decoder, blocks, strict=True))]
+    # As they are mapped: during a forward other numbers may be in their places.
+    parameters = [dict(layer.named_parameters()) for layer in decoder]
     names = [f"model-{i + 1:05d}-of-{len(groups) + 1:05d}.safetensors" for i in range(len(groups) + 1)]
     weight_map: dict[str, str] = {}
-    missed = _Missed()
+    format = get(mark.precision)
+    missed = _Missed(format)
     with contextlib.closing(_Reader(model, checkpoint, progress)) as reader:
 
         def write_layer(index: int, inputs: Inputs) -> None:
             path, (start, layer, block) = directory / names[index], groups[index]
             if path.is_file():
-                reader.skip(layer)
+                reader.skip(parameters[index].values())
             else:
-                rounders = _Rounders(inputs)
-                tensors = _layer_tensors(
-                    start, layer, block, mark.precision, checkpoint.dtype, reader, rounders, missed
-                )
-                _write_shard(path, tensors, mark)
+                quantizing = _Quantizing(format, checkpoint.dtype, inputs, missed)
+                _write_shard(path, _layer_tensors(start, layer, block, parameters[index], reader, quantizing), mark)
             weight_map.update(dict.fromkeys(_names_in(path), names[index]))
 
-        if mark.precision == "int4" and any(not (directory / name).is_file() for name in names[:-1]):
-            visit_inputs(checkpoint, model, decoder, write_layer)
+        if format.wants_importance and any(not (directory / name).is_file() for name in names[:-1]):
+            visit_inputs(checkpoint, model, decoder, blocks, write_layer)
         else:
             for index in range(len(groups)):
                 write_layer(index, {})
@@ -216,37 +220,18 @@ def _write_shards(
     return weight_map | dict.fromkeys(_names_in(path), names[-1])
 
 
-class _Rounders:
-    """How each matrix of a layer is rounded: by what its inputs were, if they are known."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self._inputs = inputs
-        self._last: tuple[Tensor, Compensation] | None = None
-        """Of modules that have the same inputs and follow one another."""
-
-    def of(self, name: str, *, is_down: bool) -> Rounder:
-        x = self._inputs.get(name)
-        if x is None:
-            return NEAREST
-        if self._last is None or self._last[0] is not x:
-            self._last = None  # before the next: two take twice the memory
-            self._last = x, Compensation(x, are_neurons=is_down)
-        return self._last[1]
-
-
 @dataclass
 class _Missed:
-    """Large weights that int4 does not bring back, and where it misses worst."""
+    """Large weights that `format` does not bring back, and where it misses worst."""
 
+    format: Format
     weights: int = 0
     worst: float = 0.0
     where: str = ""
 
-    def count(self, name: str, matrix: Tensor, found: Mapping[str, Tensor]) -> None:
-        """Those of `matrix` [O, I], a down projection where `found`, its stored tensors, have an input_scale."""
-        scale = found.get("input_scale")
-        rows, scale = (matrix, found["scale"]) if scale is None else (matrix.t(), scale)
-        weights, worst = missed_weights(rows, scale, (found["weight"], found["groups"]))
+    def count(self, name: str, matrix: Tensor, found: Tensors, *, is_down: bool) -> None:
+        """Those of `matrix` [O, I], of which `found` are the stored tensors."""
+        weights, worst = self.format.missed(matrix, found, is_down=is_down)
         self.weights += weights
         if weights and worst > self.worst:
             self.worst, self.where = worst, name
@@ -254,8 +239,9 @@ class _Missed:
     def warn(self) -> None:
         if self.weights:
             warnings.warn(
-                f"{self.weights} large weights come back from int4 more than {OFF:.0%} off, the worst by "
-                f"{self.worst:.0%}, in {self.where}: compare it with int8 by eval ppl",
+                f"{self.weights} large weights come back from {self.format} more than "
+                f"{self.format.missed_from:.0%} off, the worst by {self.worst:.0%}, in "
+                f"{self.where}: compare it with int8 by eval ppl",
                 stacklevel=2,
             )
 
@@ -270,18 +256,15 @@ class _Reader:
 
     @contextlib.contextmanager
     def reading(self, tensor: Tensor) -> Iterator[Tensor]:
-        spans = self._pages.spans([tensor])
-        self._pages.read(spans)
-        yield tensor.detach()
-        self._pages.files.check_contents()
-        self._pages.drop(spans)
-        self._count(tensor.nbytes)
+        with self._pages.reading([tensor]) as found:
+            yield found[0]
+        self._count(stored_bytes(tensor))
 
     def close(self) -> None:
         self._pages.close()
 
-    def skip(self, module: nn.Module) -> None:
-        self._count(sum(parameter.nbytes for parameter in module.parameters()))
+    def skip(self, tensors: Iterable[Tensor]) -> None:
+        self._count(sum(map(stored_bytes, tensors)))
 
     def _count(self, size_bytes: int) -> None:
         self._done += size_bytes
@@ -289,32 +272,51 @@ class _Reader:
             self._progress(min(self._done, self._total), self._total)
 
 
+class _Quantizing:
+    """How matrices of a layer are quantised, whose `inputs` may be known."""
+
+    def __init__(self, format: Format, dtype: torch.dtype, inputs: Inputs, missed: _Missed) -> None:
+        self._format, self._dtype, self._inputs, self._missed = format, dtype, inputs, missed
+        self._last: tuple[Tensor, Compensation] | None = None
+        """Of modules that have the same inputs and follow one another."""
+
+    def quantize(self, prefix: str, name: str, matrix: Tensor, *, is_down: bool) -> Tensors:
+        """The stored tensors of `matrix` [O, I], the module `name` of the layer."""
+        own = self._compensation(name, is_down=is_down)
+        found = self._format.quantize(matrix, self._dtype, is_down=is_down, compensation=own)
+        self._missed.count(prefix + name, matrix, found, is_down=is_down)
+        return found
+
+    def _compensation(self, name: str, *, is_down: bool) -> Compensation | None:
+        x = self._inputs.get(name)
+        if x is None:
+            return None
+        if self._last is None or self._last[0] is not x:
+            self._last = None  # before the next: two take twice the memory
+            self._last = x, self._format.compensation(x, is_down=is_down)
+        return self._last[1]
+
+
 def _layer_tensors(
     prefix: str,
     layer: nn.Module,
-    block: FeedForward,
-    precision: Precision,
-    dtype: torch.dtype,
+    block: Block,
+    parameters: Mapping[str, Tensor],
     reader: _Reader,
-    rounders: _Rounders,
-    missed: _Missed,
+    quantizing: _Quantizing,
 ) -> dict[str, Tensor]:
     linears = {name: layer.get_submodule(name) for name in linear_names(layer)}
     tensors: dict[str, Tensor] = {}
-    for name, parameter in layer.named_parameters():
+    for name, parameter in parameters.items():
         owner, _, attribute = name.rpartition(".")
         with reader.reading(parameter) as values:
             if owner in linears and attribute == "weight":
                 module = linears[owner]
                 matrix = values if isinstance(module, nn.Linear) else values.t()  # Conv1D
                 try:
-                    is_down = module is block.down
-                    rounder = rounders.of(owner, is_down=is_down)
-                    found = quantized(matrix, precision, dtype, is_down=is_down, rounder=rounder)
+                    found = quantizing.quantize(prefix, owner, matrix, is_down=block.is_down(module))
                 except CheckpointError as error:
                     raise CheckpointError(f"{prefix}{name}: {error}") from error
-                if precision == "int4":
-                    missed.count(prefix + owner, matrix, found)
                 tensors |= {f"{prefix}{owner}.{key}": tensor for key, tensor in found.items()}
             else:
                 tensors[prefix + name] = values.clone()
@@ -325,7 +327,8 @@ def _tensors_outside(
     model: Any, prefix: str, mark: ConversionInfo, dtype: torch.dtype, reader: _Reader
 ) -> dict[str, Tensor]:
     """Embeddings, head, last norm, and the buffers that a checkpoint holds; all but the first two as they are."""
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()] if mark.tables == "int8" else []
+    tables_format = get(mark.tables)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()] if not tables_format.is_plain else []
     table_ids = {id(module.weight) for module in tables if module is not None}
     parameters = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
@@ -336,7 +339,7 @@ def _tensors_outside(
             with reader.reading(tensor) as values:
                 if id(parameters.get(name)) in table_ids:
                     owner = name.rpartition(".")[0]
-                    found = quantized(values, "int8", dtype, is_down=False)
+                    found = tables_format.quantize(values, dtype, is_down=False)
                     tensors |= {f"{owner}.{key}": quantised for key, quantised in found.items()}
                 else:
                     tensors[name] = values.clone()
@@ -357,12 +360,8 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], mark: ConversionInfo) -
 
 def _write_rest(checkpoint: Checkpoint, directory: Path, mark: ConversionInfo, weight_map: dict[str, str]) -> None:
     """Tokenizer, config, and last the index, which makes the directory a checkpoint."""
-    own = {"config.json", INDEX}
-    for path in sorted({path for pattern in _COPIED for path in checkpoint.directory.glob(pattern)}):
-        if path.is_file() and path.name not in own:
-            with renamed(directory / path.name) as temporary:
-                shutil.copyfile(path, temporary)
-    config: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_bytes())
+    checkpoint.write_beside(directory, {"config.json", INDEX})
+    config = checkpoint.config_json()
     if checkpoint.untied:
         config = said_untied(config)
     write_text(directory / "config.json", json.dumps(config | {"quantization_config": mark.config()}, indent=2))

@@ -1,4 +1,4 @@
-"""Int4 whose rounding errors later inputs make up for: what convert does, where there is time for it.
+"""Rounding errors that later inputs make up for: what convert does, where there is time for it.
 
 Rounding to the nearest keeps weights, but it is products that count. Here one input of a matrix is rounded after
 another, those first that count most, and what one misses of the products with inputs X [T, I] of a page of text is
@@ -18,16 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from griffin_offload.formats.int4 import GROUP, Int4, pack, quantize_rows, steps_of
-
 SHRINKING = 0.5
 """s. benchmarks/NOTES.md has what others gave."""
 FLOOR = 0.5
 """Of the inputs' mean root mean square, squared: what an input counts that the page shows nothing of."""
-_LEVELS = 15
+BLOCK = 32
+"""Inputs whose grids are chosen together."""
 
-_Search = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""Of numbers [J, O] and the indices of their inputs: pairs of bytes, and steps and offsets that broadcast to [J, O]."""
+Grids = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Steps and offsets, which broadcast to [J, O], of the levels that numbers [J, O] of the inputs [J] can have: a number
+is step * (level + offset)."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class _Block:
 
 
 class Compensation:
-    """Quantises matrices [O, I] whose inputs were X [T, I]; several that have the same inputs share one. Inputs of a
-    down projection are neurons, and have no groups along them."""
+    """Rounds matrices [O, I] whose inputs were X [T, I]; several that have the same inputs share one. Where groups of
+    32 numbers run along the inputs, `grouped`, they stay together."""
 
-    def __init__(self, x: Tensor, *, are_neurons: bool, shrinking: float = SHRINKING) -> None:
+    def __init__(self, x: Tensor, *, grouped: bool) -> None:
         x = x.float()
         squares = x.square().mean(0)
         self.importance = squares + FLOOR * squares.sqrt().mean().square()
@@ -57,62 +57,34 @@ class Compensation:
         x = x / self._norms
         if x.shape[0] > x.shape[1]:
             x = torch.linalg.qr(x, mode="r").R  # fewer rows with the same moments
-        self._blocks = list(_blocks(x, _order(self.importance, are_neurons), shrinking / (1 - shrinking)))
+        order = _order(self.importance, BLOCK if grouped else 1)
+        self._blocks = list(_blocks(x, order, SHRINKING / (1 - SHRINKING)))
 
-    def quantize_rows(self, weight: Tensor, scale: Tensor) -> Int4:
-        """Codes [O, I / 2] and groups [O, I / 32, 2] of `weight` [O, I] over its rows' `scale` [O]."""
-        ones = torch.ones_like(scale, dtype=torch.float32)
-
-        def search(numbers: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            _, pairs = quantize_rows(numbers.t().contiguous(), ones, self.importance[inputs])
-            return pairs, *steps_of(pairs[:, 0], torch.float32)
-
-        codes = torch.empty(len(scale), weight.shape[1] // GROUP, GROUP // 2, dtype=torch.uint8, device=weight.device)
-        groups = codes.new_empty(*codes.shape[:2], 2)
-        for block, levels, pairs in self._rounded(weight, _divisor(scale), self._norms, search):
-            group = int(block[0]) // GROUP
-            codes[:, group], groups[:, group] = pack(levels.t()), pairs[:, 0]
-        return codes.flatten(1), groups
-
-    def quantize_neurons(self, columns: Tensor, scale: Tensor) -> Int4:
-        """Codes [I, O / 2] and groups [I, O / 32, 2] of a down projection's `columns` [O, I] over their `scale` [I]."""
-        divisor = _divisor(scale)
-
-        def search(numbers: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            _, pairs = quantize_rows(numbers, torch.ones(len(numbers), device=numbers.device))
-            step, offset = (part.repeat_interleave(GROUP, dim=1) for part in steps_of(pairs, torch.float32))
-            return pairs, step, offset
-
-        outputs, inputs = columns.shape
-        codes = torch.empty(inputs, outputs // 2, dtype=torch.uint8, device=columns.device)
-        groups = codes.new_empty(inputs, outputs // GROUP, 2)
-        for block, levels, pairs in self._rounded(columns, divisor[:, None], self._norms * divisor, search):
-            codes[block], groups[block] = pack(levels), pairs
-        return codes, groups
-
-    def _rounded(
-        self, weight: Tensor, divisor: Tensor, units: Tensor, search: _Search
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Indices of inputs, levels [J, O] and pairs of each block of `weight` [O, I]. `divisor`, [O] or [I, 1], makes
-        numbers of it, of which `units` [I] are as far as one of x."""
+    def rounded(
+        self, weight: Tensor, row_scale: Tensor | None, input_scale: Tensor | None, highest: int, grids: Grids
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Indices of inputs [J] and levels uint8 [J, O], 0 to `highest`, of each block of `weight` [O, I] over the
+        scales [O] or [I], none of which is 0."""
+        units = self._norms if input_scale is None else self._norms * input_scale
         missed = torch.zeros(len(self._blocks[0].x), weight.shape[0], device=weight.device)
         for block in self._blocks:
             numbers = weight[:, block.inputs].t().float()
-            numbers = numbers / (divisor if divisor.dim() == 1 else divisor[block.inputs])
+            if row_scale is not None:
+                numbers = numbers / row_scale
+            if input_scale is not None:
+                numbers = numbers / input_scale[block.inputs, None]
             own = units[block.inputs, None]
-            numbers += block.x.t() @ missed / own
-            pairs, step, offset = search(numbers, block.inputs)
-            levels, left = _one_after_another(numbers, step, offset, block.inside * own / own.t())
+            numbers = numbers + block.x.t() @ missed / own
+            step, offset = grids(numbers, block.inputs)
+            levels, left = _one_after_another(numbers, step, offset, highest, block.inside * own / own.t())
             missed.addmm_(block.carry, left * own)
-            yield block.inputs, levels, pairs
+            yield block.inputs, levels
 
 
-def _order(importance: Tensor, are_neurons: bool) -> Tensor:
-    """What counts most first, while there are many to make up for it; whole groups where they run along the inputs."""
-    if are_neurons:
-        return importance.argsort(descending=True, stable=True)
-    groups = importance.view(-1, GROUP).sum(1).argsort(descending=True, stable=True)
-    return torch.arange(len(importance), device=importance.device).view(-1, GROUP)[groups].flatten()
+def _order(importance: Tensor, group: int) -> Tensor:
+    """What counts most first, while there are many to make up for it; whole groups."""
+    groups = importance.view(-1, group).sum(1).argsort(descending=True, stable=True)
+    return torch.arange(len(importance), device=importance.device).view(-1, group)[groups].flatten()
 
 
 def _blocks(x: Tensor, order: Tensor, a: float) -> Iterator[_Block]:
@@ -120,7 +92,7 @@ def _blocks(x: Tensor, order: Tensor, a: float) -> Iterator[_Block]:
     rest = x.double() @ x.double().t()
     rest.diagonal().add_(a)
     inverse = torch.linalg.inv(rest)  # of S of all inputs that are not rounded yet
-    for inputs in order.split(GROUP):
+    for inputs in order.split(BLOCK):
         own = x[:, inputs]
         part = own.double()
         seen = inverse @ part
@@ -133,17 +105,15 @@ def _blocks(x: Tensor, order: Tensor, a: float) -> Iterator[_Block]:
         yield _Block(inputs, own, carry.float(), inside.float())
 
 
-def _one_after_another(numbers: Tensor, step: Tensor, offset: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+def _one_after_another(
+    numbers: Tensor, step: Tensor, offset: Tensor, highest: int, inside: Tensor
+) -> tuple[Tensor, Tensor]:
     """Levels uint8 [J, O] of `numbers` [J, O], and what they miss of what these were."""
     levels, now = torch.empty_like(numbers), numbers.clone()
     step, offset = step.expand_as(numbers), offset.expand_as(numbers)
     values = torch.empty_like(numbers)
     for j in range(len(numbers)):
-        levels[j] = (now[j] / step[j] - offset[j]).round_().clamp_(0, _LEVELS)
+        levels[j] = (now[j] / step[j] - offset[j]).round_().clamp_(0, highest)
         values[j] = (levels[j] + offset[j]) * step[j]
         now[j + 1 :].addr_(inside[j, j + 1 :], now[j] - values[j], alpha=-1)
     return levels.to(torch.uint8), numbers - values
-
-
-def _divisor(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 1, scale).float()

@@ -10,7 +10,7 @@ import pytest
 import quantised_reference as ref
 import torch
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES, VOCAB, write_checkpoint
+from tiny_models import ARCHITECTURES, VOCAB, every_architecture, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -22,7 +22,7 @@ PRECISIONS = ["int8", "int4"]
 both = pytest.mark.parametrize("precision", PRECISIONS)
 # Of uniform steps on normal numbers. In int4 numbers move to make up for others, most where inputs are much alike, as
 # those of tiny models behind ReLU are.
-LARGEST_ERROR = {"int8": 0.01, "int4": 0.6}
+LARGEST_ERROR = {"int8": 0.01, "int4": 0.9}
 PROMPT = torch.randint(3, VOCAB, (1, 20), generator=torch.Generator().manual_seed(3))
 
 
@@ -48,7 +48,7 @@ def dequantised(stored: dict[str, Tensor], linear: str, precision: str) -> Tenso
 
 
 @both
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", every_architecture())
 def test_every_architecture(cli, converted, name: str, precision: str):
     """The names are those of the model and its scales, and tokens those of dense transformers with these matrices."""
     out = converted(name, precision)

@@ -21,7 +21,7 @@ SILENT = [
     {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True},
     {"cache_implementation": "hybrid"},
     {"cache_implementation": "dynamic"},
-    {"penalty_alpha": 0.0, "guidance_scale": 1.0, "token_healing": False},
+    {"penalty_alpha": 0.0, "guidance_scale": 1.0, "token_healing": False, "num_beam_groups": 1},
 ]
 SET_ASIDE = [
     {"cache_implementation": "offloaded"},
@@ -32,6 +32,7 @@ SET_ASIDE = [
     {"prompt_lookup_num_tokens": 4},
     {"assistant_early_exit": 1},
     {"prefill_chunk_size": 2},
+    {"is_assistant": True},
     SAMPLES | {"num_return_sequences": 2},
 ]
 REFUSED = [
@@ -39,6 +40,7 @@ REFUSED = [
     {"dola_layers": "low"},
     {"force_words_ids": [[5]]},
     {"penalty_alpha": 0.6, "top_k": 4},
+    {"num_beam_groups": 2, "num_beams": 2, "diversity_penalty": 1.0},
     {"guidance_scale": 1.5},
     {"watermarking_config": {"greenlist_ratio": 0.25, "bias": 2.0}},
     {"stop_strings": [""]},

@@ -1,5 +1,6 @@
 """What a command imports is out of the collector's sight, and all that is made later is in it."""
 
+import importlib.util
 import json
 
 import pytest
@@ -24,6 +25,23 @@ except ImportError:
 after, behind = gc.isenabled(), weakref.ref(Cycle())
 gc.collect()
 print(json.dumps([during, after, inside() is not None, behind() is not None]))
+"""
+# Which modules of a package that nothing here needs are there after a command, and whether it can be imported then.
+PLANS = """
+import sys
+from griffin_offload.cli.main import main
+code = main(["plan", "-q", "--device", "cpu", "--max-gpu-mem", "100MB"])
+there = [name for name in sys.modules if name.partition(".")[0] == "scipy"]
+import scipy.optimize
+print(code, there)
+"""
+# serve silences transformers before it imports what it needs of it.
+KNOWN = """
+import transformers
+from griffin_offload.cli.options import heavy_imports
+with heavy_imports():
+    from transformers.modeling_utils import PreTrainedModel
+print(PreTrainedModel.__name__)
 """
 MODEL_THERE = "sys.modules['griffin_offload.engine.model'] = sys"
 # Runs a command and prints whether the collector is on, how many objects it sees and how many never.
@@ -54,3 +72,14 @@ def test_run_leaves_the_collector_on_and_little_to_it(process):
     code, on, seen, unseen = json.loads(outcome.out.splitlines()[-1])
     assert (code, on) == (0, True), outcome.err
     assert unseen > 10 * seen
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="scipy is not installed")
+def test_plan_leaves_out_what_only_losses_of_vision_models_need(process):
+    outcome = process("-c", PLANS)
+    assert outcome.out.split("\n")[0] == "0 []", outcome.err
+
+
+def test_what_transformers_was_told_of_is_not_hidden(process):
+    outcome = process("-c", KNOWN)
+    assert outcome.out == "PreTrainedModel\n", outcome.err

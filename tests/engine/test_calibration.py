@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.checkpoint.base import open_checkpoint
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine import calibration
+from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import CACHE_VARIABLE, Importance, Inputs, importance_of, visit_inputs
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
 from griffin_offload.engine.convert import convert
-from griffin_offload.engine.load import map_model
-from griffin_offload.formats.linear import quantized
+from griffin_offload.formats import get
 
 SEQUENCES, TOKENS, SKIPPED = 4, 128, 4
 
@@ -46,7 +46,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def _importance(directory: Path, *, evict: bool = False) -> tuple[Importance, nn.Module]:
     checkpoint = open_checkpoint(directory)
-    model = map_model(checkpoint)
+    model = build(checkpoint)
     decoder, blocks = find_feed_forwards(model, checkpoint.config.num_hidden_layers)
     return importance_of(checkpoint, model, decoder, blocks, evict=evict), model
 
@@ -96,15 +96,15 @@ def test_mean_squares_of_inputs(checkpoints: Callable[..., Path], name: str, dty
 @torch.no_grad()
 def _visited(directory: Path) -> tuple[list[dict[str, Tensor]], nn.Module]:
     checkpoint = open_checkpoint(directory)
-    model = map_model(checkpoint)
-    decoder, _ = find_feed_forwards(model, checkpoint.config.num_hidden_layers)
+    model = build(checkpoint)
+    decoder, blocks = find_feed_forwards(model, checkpoint.config.num_hidden_layers)
     found: list[dict[str, Tensor]] = []
 
     def visit(index: int, inputs: Inputs) -> None:
         assert index == len(found)
         found.append(dict(inputs))
 
-    visit_inputs(checkpoint, model, decoder, visit)
+    visit_inputs(checkpoint, model, decoder, blocks, visit)
     return found, model
 
 
@@ -148,7 +148,7 @@ def test_converting_makes_up_for_errors(checkpoints: Callable[..., Path], tmp_pa
         tensors = {key: shard[f"model.layers.1.{name}.{key}"] for key in ("weight", "groups")}
         kind = "input_scale" if name.endswith("down_proj") else "scale"
         tensors[kind] = shard[f"model.layers.1.{name}.{kind}"]
-        plain = quantized(weight, "int4", torch.float32, is_down=kind == "input_scale")
+        plain = get("int4").quantize(weight, torch.float32, is_down=kind == "input_scale")
         errors = [(x.double() @ (ref.int4_matrix(of) - weight).t()).norm() for of in (tensors, plain)]
         assert errors[0] < 0.95 * errors[1], name
 
@@ -160,7 +160,7 @@ def test_nothing_is_left_behind(checkpoints: Callable[..., Path]):
         _, model = _importance(directory)
         _stock(model)
         checkpoint = open_checkpoint(directory)
-        model = map_model(checkpoint)
+        model = build(checkpoint)
         decoder, blocks = find_feed_forwards(model, checkpoint.config.num_hidden_layers)
         shutil.rmtree(os.environ[CACHE_VARIABLE])
         with (

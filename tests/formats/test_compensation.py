@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation
-from griffin_offload.formats.int4 import NEAREST, Int4, quantize_rows
-from griffin_offload.formats.int8 import neuron_scale, row_scale
+from griffin_offload.formats.int4 import (
+    Packed,
+    compensated_neurons,
+    compensated_rows,
+    quantize_neurons,
+    quantize_rows,
+)
+from griffin_offload.formats.scales import neuron_scale, row_scale
 
 GROUP = ref.GROUP
 
@@ -65,8 +71,8 @@ SIZES = pytest.mark.parametrize("tokens", [20, 400], ids=["fewer tokens than inp
 def test_rows(tokens: int, dtype: torch.dtype):
     weight, x = _random(12, 128, seed=5).to(dtype), _inputs(tokens, 128)
     scale = row_scale(weight, torch.float32)
-    compensation = Compensation(x, are_neurons=False)
-    codes, groups = compensation.quantize_rows(weight, scale)
+    compensation = Compensation(x, grouped=True)
+    codes, groups = compensated_rows(weight, scale, compensation)
     stored = ref.Int4.of_bytes(codes, groups)
     order = _in_order(_moments(x).diagonal(), neurons=False)
     expected = _by_least_squares(weight / scale[:, None], stored, _moments(x), order)
@@ -81,7 +87,7 @@ def test_neurons(tokens: int):
     """Whose scales are part of what their inputs are worth."""
     columns, x = _random(64, 96, seed=6) * torch.exp(_random(96, seed=7)), _inputs(tokens, 96)
     scale = neuron_scale(columns, torch.float32)
-    codes, groups = Compensation(x, are_neurons=True).quantize_neurons(columns, scale)
+    codes, groups = compensated_neurons(columns, scale, Compensation(x, grouped=False))
     stored = ref.Int4.of_bytes(codes, groups)  # [I, O]
     turned = ref.Int4(stored.levels.t(), stored.step.t(), stored.offset.t())
     moments = scale.double()[:, None] * _moments(x) * scale.double()
@@ -89,7 +95,7 @@ def test_neurons(tokens: int):
     assert (turned.levels == expected).all(1).sum() >= 60
 
 
-def _values(found: Int4, scale: Tensor) -> Tensor:
+def _values(found: Packed, scale: Tensor) -> Tensor:
     return ref.Int4.of_bytes(*found).values * scale.double()[:, None]
 
 
@@ -97,12 +103,12 @@ def _values(found: Int4, scale: Tensor) -> Tensor:
 def test_products_err_less_than_those_of_what_is_nearest(tokens: int):
     weight, x = _random(96, 256, seed=8), _inputs(tokens, 256)
     scale = row_scale(weight, torch.float32)
-    rounders = (Compensation(x, are_neurons=False), NEAREST)
-    errors = [_objective(x, _values(of.quantize_rows(weight, scale), scale) - weight) for of in rounders]
+    ways = compensated_rows(weight, scale, Compensation(x, grouped=True)), quantize_rows(weight, scale)
+    errors = [_objective(x, _values(found, scale) - weight) for found in ways]
     assert errors[0] < 0.7 * errors[1]
     scale = neuron_scale(weight, torch.float32)
-    rounders = (Compensation(x, are_neurons=True), NEAREST)
-    errors = [_objective(x, _values(of.quantize_neurons(weight, scale), scale).t() - weight) for of in rounders]
+    ways = compensated_neurons(weight, scale, Compensation(x, grouped=False)), quantize_neurons(weight, scale)
+    errors = [_objective(x, _values(found, scale).t() - weight) for found in ways]
     assert errors[0] < 0.7 * errors[1]
 
 
@@ -127,8 +133,8 @@ def test_odd_inputs(kind: str):
     weight, x = _random(32, 96, seed=10), ODD[kind]()
     weight[4] = 0
     scale, norms = row_scale(weight, torch.float32), neuron_scale(weight, torch.float32)
-    rows = _values(Compensation(x, are_neurons=False).quantize_rows(weight, scale), scale)
-    neurons = _values(Compensation(x, are_neurons=True).quantize_neurons(weight, norms), norms).t()
+    rows = _values(compensated_rows(weight, scale, Compensation(x, grouped=True)), scale)
+    neurons = _values(compensated_neurons(weight, norms, Compensation(x, grouped=False)), norms).t()
     assert not rows[4].any()
     for values in (rows, neurons):
         assert (values - weight).norm() < 0.5 * weight.norm()
@@ -138,6 +144,6 @@ def test_inputs_that_never_are_anything_make_up_for_nothing():
     """And nothing makes up for them: they are rounded to the nearest."""
     weight = _random(8, 96, seed=11)
     scale = row_scale(weight, torch.float32)
-    found = Compensation(torch.zeros(7, 96), are_neurons=False).quantize_rows(weight, scale)
+    found = compensated_rows(weight, scale, Compensation(torch.zeros(7, 96), grouped=True))
     stored = ref.Int4.of_bytes(*found)
     assert torch.equal(stored.levels.long(), stored.nearest(weight / scale[:, None]))

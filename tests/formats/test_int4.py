@@ -14,6 +14,7 @@ from torch import Tensor
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats import base
 from griffin_offload.formats.int4 import (
+    INT4,
     gather_neurons,
     missed_weights,
     quantize_neurons,
@@ -22,10 +23,8 @@ from griffin_offload.formats.int4 import (
     unpack_strip,
     write_neurons,
 )
-from griffin_offload.formats.int8 import neuron_scale, row_scale
-from griffin_offload.formats.linear import quantized
-from griffin_offload.kernels import gather, quantize
-from griffin_offload.kernels.library import library
+from griffin_offload.formats.scales import neuron_scale, row_scale
+from griffin_offload.kernels import table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Numbers are divided and rounded in float32: so much of a level is lost, of numbers of one step.
@@ -36,8 +35,7 @@ GROUP = ref.GROUP
 @pytest.fixture(autouse=True, params=["kernels", "torch"])
 def _by(request: pytest.FixtureRequest) -> Iterator[None]:
     """Both ways, whichever this machine would choose."""
-    loaded = library if request.param == "kernels" else lambda: None
-    with mock.patch.object(quantize, "library", loaded), mock.patch.object(gather, "library", loaded):
+    with table.leaving_out(lambda kernel: kernel.ours and request.param == "torch"):
         yield
 
 
@@ -176,7 +174,7 @@ def test_large_weights_that_do_not_come_back_are_counted(dtype: torch.dtype, is_
     rows[0, :64], rows[1, 5] = 1, 7  # 512 of its root mean squares: of one sign, the offset helps
     rows[2, 40], rows[2, 41] = 3, -3  # 362
     matrix = rows.t().contiguous() if is_down else rows
-    found = quantized(matrix, "int4", dtype, is_down=is_down)
+    found = INT4.quantize(matrix, dtype, is_down=is_down)
     scale, stored = found["input_scale" if is_down else "scale"], (found["weight"], found["groups"])
     count, worst = missed_weights(matrix.t() if is_down else matrix, scale, stored)
     values = ref.Int4.of_bytes(*stored).values[2, 40:42] * scale[2].double()
@@ -228,7 +226,7 @@ def test_what_is_no_number_is_refused(value: float, dtype: torch.dtype, is_down:
     weight = torch.ones(32, 64, dtype=dtype)
     weight[3, 41] = value
     with pytest.raises(CheckpointError, match=r"infinities or NaN.*--quantize none"):
-        quantized(weight, "int4", dtype, is_down=is_down)
+        INT4.quantize(weight, dtype, is_down=is_down)
 
 
 @st.composite
