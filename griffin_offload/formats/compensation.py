@@ -50,6 +50,8 @@ class Compensation:
 
     def __init__(self, x: Tensor, *, grouped: bool) -> None:
         x = x.float()
+        x = x[x.isfinite().all(1)]  # a token whose states are no numbers says nothing
+        x = x if len(x) else x.new_zeros(1, x.shape[1])
         squares = x.square().mean(0)
         self.importance = squares + FLOOR * squares.sqrt().mean().square()
         """Mean squares of the inputs [I], and the floor."""

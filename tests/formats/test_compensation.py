@@ -112,14 +112,15 @@ def test_products_err_less_than_those_of_what_is_nearest(tokens: int):
     assert errors[0] < 0.7 * errors[1]
 
 
-def _dead(x: Tensor) -> Tensor:
-    x[:, 3:40] = 0
+def _with(x: Tensor, columns: slice, value: float) -> Tensor:
+    x[:, columns] = value
     return x
 
 
 ODD: dict[str, Callable[[], Tensor]] = {
     "no input counts": lambda: torch.zeros(5, 96),
-    "some are never anything": lambda: _dead(_inputs(30, 96)),
+    "some are never anything": lambda: _with(_inputs(30, 96), slice(3, 40), 0),
+    "none is a number": lambda: _with(_inputs(30, 96), slice(7, 8), float("nan")),
     "one token": lambda: _inputs(1, 96),
     "inputs that are the same": lambda: _random(30, 1, seed=9).expand(30, 96),
     "tiny": lambda: _inputs(30, 96) * 1e-12,
@@ -138,6 +139,16 @@ def test_odd_inputs(kind: str):
     assert not rows[4].any()
     for values in (rows, neurons):
         assert (values - weight).norm() < 0.5 * weight.norm()
+
+
+def test_tokens_that_are_no_numbers_say_nothing():
+    weight, x = _random(8, 96, seed=12), _inputs(30, 96)
+    scale, broken = row_scale(weight, torch.float32), x.clone()
+    broken[4, 9], broken[20, 90] = float("inf"), float("nan")
+    kept = x[[i for i in range(30) if i not in (4, 20)]]
+    found, expected = (compensated_rows(weight, scale, Compensation(of, grouped=True)) for of in (broken, kept))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 def test_inputs_that_never_are_anything_make_up_for_nothing():
