@@ -90,7 +90,7 @@ def visit_inputs(
         return
     kept = _KeptInputs(decoder, ids, visit)
     with kept, _a_layer_at_a_time(model, decoder, blocks, checkpoint, True, kept):
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        model.base_model(input_ids=ids, use_cache=False)  # logits are not asked for
 
 
 class _KeptInputs(Visitor):
@@ -175,7 +175,7 @@ def _measured(model: Any, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[
         for name, module in wanted.items():
             handle = module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
             hooks.callback(handle.remove)
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        model.base_model(input_ids=ids, use_cache=False)  # logits are not asked for
     return squares
 
 
