@@ -137,15 +137,21 @@ def locate(model: str | Path, *, offline: bool = False, **hub: Any) -> Path:
     """The directory of `model`, fetched from the hub if need be; `hub` are more arguments of its client (revision,
     cache_dir, token). Errors: UsageError, ModelNotFound."""
     model = str(model)
+    if not model:
+        raise ModelNotFound("the model's name is empty: give a checkpoint directory or a hub id such as org/name")
     path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
     check_name(path)
-    if path.is_dir():
+    try:
+        there, directory = path.exists(), path.is_dir()
+    except OSError as error:  # a folder on the way may not be entered, or a prompt stands in the name's place
+        raise ModelNotFound(f"{model[:80]!r} cannot be looked at: {error.strerror}") from error
+    if directory:
         if hub.get("revision") not in (None, "main"):  # a token and a cache are for what has to be fetched
             raise UsageError(
                 f"revision is {hub['revision']!r}, and {model} is a directory, which has none: leave it out"
             )
         return path
-    if path.exists():
+    if there:
         if is_gguf(path):
             refuse_gguf(path)
         raise ModelNotFound(f"{model} is a file: give the checkpoint's directory")
