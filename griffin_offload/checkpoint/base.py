@@ -16,7 +16,7 @@ from griffin_offload.blocks.towers import left_out_parts
 from griffin_offload.checkpoint.changes import FileState, WatchedFiles, states_of
 from griffin_offload.checkpoint.config_files import load_config
 from griffin_offload.checkpoint.converted import check_shard, mark_of
-from griffin_offload.checkpoint.files import check_name
+from griffin_offload.checkpoint.files import check_name, unreadable
 from griffin_offload.checkpoint.safetensors import (
     DTYPES,
     Header,
@@ -176,7 +176,12 @@ def _hub_snapshot(model: str, offline: bool, hub: dict[str, Any]) -> Path:
 
 
 def _read_config(directory: Path) -> PretrainedConfig:
-    if (directory / UNFINISHED).is_file():
+    try:
+        os.listdir(directory)
+        unfinished = (directory / UNFINISHED).is_file()
+    except OSError as error:  # another user's
+        raise CheckpointError(unreadable(directory, error)) from error
+    if unfinished:
         raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
     if not (directory / "config.json").is_file():
         refuse_gguf_in(directory)
