@@ -25,7 +25,7 @@ from griffin_offload.checkpoint.safetensors import (
     untie_other_head,
     weight_files,
 )
-from griffin_offload.checkpoint.unsupported import check_numbers, is_gguf, refuse_gguf, refuse_gguf_in
+from griffin_offload.checkpoint.unsupported import check_numbers, is_gguf, refuse_gguf, refuse_what_is_no_checkpoint
 from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, one_line
 from griffin_offload.formats.linear import Precision
 
@@ -184,7 +184,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
     if unfinished:
         raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
     if not (directory / "config.json").is_file():
-        refuse_gguf_in(directory)
+        refuse_what_is_no_checkpoint(directory)
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
     return load_config(directory / "config.json")
 

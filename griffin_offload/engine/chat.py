@@ -210,7 +210,9 @@ class ChatSession:
             except CheckpointError as error:  # a template is a program of the checkpoint's author
                 raise CheckpointError(f"the model's chat template fails: {error}") from error
         if not ids:
-            raise UsageError("the message is empty: the tokenizer makes no token of it")
+            raise UsageError(
+                "the tokenizer makes no token of the message: its files or its chat template are incomplete"
+            )
         return torch.tensor([ids], dtype=torch.long, device="cpu")
 
     def _decoded(self, answer: Tensor) -> str:
