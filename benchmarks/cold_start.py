@@ -22,13 +22,14 @@ from typing import Any
 from cgroup import memory_cgroup
 from disk import checkpoint_files, drop_page_cache
 from host_memory import memory_at_hand
-from measured import measure_disk, measure_rates
-from model_bytes import ModelBytes, parse_bytes
+from measured import measure_rates
+from model_bytes import ModelBytes
 from report import markdown_table, origin_lines, provenance, seconds, write
 from sides import environment
 from transformers import AutoTokenizer
 
 from griffin_offload.demo import demo_directory
+from griffin_offload.units import parse_size
 
 TEXT = Path(__file__).parent.parent / "README.md"
 
@@ -45,7 +46,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--as-found", action="store_true", help="a host may have to find memory first: let it")
     parser.add_argument("--out", type=Path, help="folder for the record")
     args = parser.parse_args(arguments)
-    args.cap_bytes, args.overhead_bytes = parse_bytes(args.cap), parse_bytes(args.overhead)
+    args.cap_bytes, args.overhead_bytes = parse_size(args.cap), parse_size(args.overhead)
     return args
 
 
@@ -92,12 +93,11 @@ def first_token(folder: Path, prompt: Path, args: argparse.Namespace) -> dict[st
 def measure(args: argparse.Namespace, folder: Path, prompt: Path, tokens: int) -> dict[str, Any]:
     model, files = ModelBytes.of(args.dir), checkpoint_files(args.dir)
     stored_bytes = sum(path.stat().st_size for path in files)
-    disk = measure_disk(args.dir)
-    [rates] = measure_rates(model, tokens, [len(os.sched_getaffinity(0))])
+    rates = measure_rates(args.dir, tokens, len(os.sched_getaffinity(0)))
     drop_page_cache(files)
     run = first_token(folder, prompt, args)
-    read_s = stored_bytes / disk
-    gemm_s = model.prefill_flops(run["report"]["prompt_tokens"]) / max(rates.gemm_flops_per_s.values())
+    read_s = stored_bytes / rates.read_bytes_per_s
+    gemm_s = model.prefill_flops(run["report"]["prompt_tokens"]) / rates.gemm_flops_per_s
     ratio = run["first_s"] / max(read_s, gemm_s)
     return run | {"stored_bytes": stored_bytes, "read_s": read_s, "gemm_s": gemm_s, "ratio": ratio}
 

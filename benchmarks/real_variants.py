@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import divergence, window_nll
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from griffin_offload import GriffinModel
 from griffin_offload.checkpoint.tokenizer import encode_messages
 from griffin_offload.cli.options import quiet_libraries
+from griffin_offload.devices.cpu import CpuDevice
 from griffin_offload.errors import one_line
 from griffin_offload.evaluation.ceilings import decode_bytes_per_s
 from griffin_offload.evaluation.samples import SEPARATOR, first_tokens, take_windows, tokenize
 from griffin_offload.evaluation.speed import run_fixed
-from griffin_offload.formats.linear import PRECISIONS
+from griffin_offload.formats import every
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -130,15 +130,20 @@ def measure_stock(folder: Path, texts: Mapping[str, Sequence[str]], windows: Win
         perplexity[name] = math.exp(statistics.mean(nll))
     torch.save(kept, out)
     rates = [
-        decode_bytes_per_s(p, config.hidden_size, config.intermediate_size, config.dtype, torch.device("cpu"), threads)
-        for p in PRECISIONS
+        decode_bytes_per_s(p, config.hidden_size, config.intermediate_size, config.dtype, CpuDevice.current(), threads)
+        for p in every()
     ]
     return Stock(perplexity, max(rate for rate in rates if rate))
 
 
 def mean_nll(log_probs: Tensor, ids: Tensor) -> float:
     """Of the last tokens of a window, [G, V]."""
-    return window_nll(log_probs[None], ids[None, -len(log_probs) :])[0]
+    return -log_probs.gather(-1, ids[-len(log_probs) :, None]).double().mean().item()
+
+
+def divergence(reference: Tensor, log_probs: Tensor) -> float:
+    """KL(reference || log_probs) of [G, V], nats per token."""
+    return (reference.exp() * (reference - log_probs)).double().sum(-1).mean().item()
 
 
 @torch.no_grad()

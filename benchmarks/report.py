@@ -77,14 +77,6 @@ def seconds(value_s: float | None) -> str:
     return "-" if value_s is None else f"{value_s:.0f} s" if value_s >= 100 else f"{value_s:.3g} s"
 
 
-def with_bound(value_s: float, bound_s: float) -> str:
-    return f"{seconds(value_s)} ({bound_s / value_s:.0%} of the ceiling's {seconds(bound_s)})"
-
-
-def table(rows: Sequence[tuple[str, str, str, str]]) -> str:
-    return markdown_table([("", "ours", "rival", "rival / ours"), *rows])
-
-
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """The first row is the header."""
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]

@@ -1,4 +1,4 @@
-"""One side of `over_budget.py`, in a process of its own: load, generate, print one JSON line.
+"""One side of a comparison, in a process of its own: load, generate, print one JSON line.
 
 Both sides are timed by the same instrument, a streamer that notes the clock and the process's own disk reads
 (/proc/self/io, threads included) at every token.
@@ -6,6 +6,7 @@ Both sides are timed by the same instrument, a streamer that notes the clock and
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -14,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from exact_streaming import simulate
 from instrument import Mark, figures, mark
-from model_bytes import parse_bytes
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from griffin_offload import GriffinModel  # with all that transformers imports late: no side's time
+from griffin_offload.engine.speculative import ExactLoop
 from griffin_offload.formats.linear import QuantizedLinear
+from griffin_offload.units import parse_size
 
 SEED = 0
 BETWEEN = 4  # tokens
@@ -93,6 +94,16 @@ def load_ours(args: argparse.Namespace) -> Any:
     )
 
 
+def simulate(acceptance: float) -> None:
+    """From now on drafts are accepted with this probability; drafting, streaming and choosing anew stay real."""
+    draws = random.Random(0)
+
+    def verdict(self: ExactLoop, scores: torch.Tensor, draft: int, drafted_from: Any) -> int:
+        return draft if draws.random() < acceptance else (draft + 1) % scores.shape[-1]
+
+    ExactLoop._verdict = verdict  # type: ignore[method-assign]
+
+
 def exact_options(args: argparse.Namespace) -> dict[str, Any]:
     """Random weights accept nothing meaningful, so acceptance can be simulated; all the rest of the mode is real."""
     if not args.exact:
@@ -128,7 +139,7 @@ def load_accelerate(args: argparse.Namespace) -> Any:
         args.dir,
         dtype="auto",
         device_map="auto",
-        max_memory={"cpu": parse_bytes(args.ram_share)},
+        max_memory={"cpu": parse_size(args.ram_share)},
         offload_folder=args.offload_folder,
     )
     if args.copy_share:  # kinder than its default: mapped pages of the share would be evicted again

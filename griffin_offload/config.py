@@ -11,12 +11,16 @@ from typing import Literal, get_args
 
 from griffin_offload.errors import UsageError
 
-Device = Literal["auto", "cuda", "mps", "cpu"]
+DEVICE_NAMES = ["auto", "cuda", "mps", "cpu"]
+"""The kinds in devices/registry.py, which adds those that are registered later."""
 Offload = Literal["auto", "ram", "disk"]
 SelectionMethod = Literal["topk", "output_aware", "sample", "topk_sample", "random", "magnitude"]
 BatchStatistic = Literal["sum", "mean"]
+# Weight formats (formats/) by name, from the most to the fewest bits; `register_format` keeps it.
+FORMAT_NAMES: list[str] = ["none", "int8", "int4"]
+# Of embeddings and head in a converted copy, by the bits that the command line asks for.
+TABLE_FORMATS = {"16": "none", "int8": "int8"}
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
-Quantize = Literal["auto", "none", "int8", "int4"]
 KVBits = Literal[16, 8]
 Overflow = Literal["error", "drop"]
 WindowStart = Literal["even", "documents"]
@@ -53,13 +57,13 @@ class LoadConfig:
     """The device budget: "12GB", "12GiB", "80%", bytes, or "auto" (free memory less a margin)."""
     max_cpu_mem: str | int | None = None
     """What the host may hold of the offloaded weights when the device is not the CPU; None: what is free."""
-    device: Device = "auto"
+    device: str = "auto"
     density: Density | Literal["auto"] = "auto"
     """Fraction of FF neurons kept, one number or one per layer; "auto" is all of them, or in the last
     precision that is left to try the most that fit."""
     dtype: DType = "auto"
     """Precision of the computation; "auto" is the one that is stored."""
-    quantize: Quantize = "auto"
+    quantize: str = "auto"
     """Precision of the resident matrices inside the layers: "none" keeps the stored one, "auto" is the first of none,
     int8 and int4 in which all neurons fit (or those of a density that is given), else the last; a converted checkpoint
     has one already."""
@@ -102,9 +106,11 @@ class LoadConfig:
     """Stream layers that fit whole, too: for tests and measurements of the streamed pass."""
 
     def __post_init__(self) -> None:
-        named = (("device", Device), ("offload", Offload), ("selection", SelectionMethod), ("quantize", Quantize))
+        _one_of("device", self.device, tuple(DEVICE_NAMES))
+        named = (("offload", Offload), ("selection", SelectionMethod))
         for name, kind in (*named, ("batch_statistic", BatchStatistic), ("dtype", DType), ("kv_bits", KVBits)):
             _one_of(name, getattr(self, name), get_args(kind))
+        _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES))
         check_density(self.density)
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed is {self.seed}: from 0 to 2**63 - 1")

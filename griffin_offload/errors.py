@@ -11,6 +11,7 @@ GriffinError                    1  anything that went wrong while running
 |   +-- ModelNotFound           4  no such directory, or not in the hub's cache
 |   +-- CheckpointError         4  files missing, truncated or contradicting the config
 |   |   +-- CheckpointChanged   4  files that were changed after the model was loaded from them
+|   |   +-- TemplateError       4  its chat template fails, or refuses the messages
 |   +-- UnsupportedModel        4  no known feed-forward layout
 +-- SavedContextError           4  a saved prompt or conversation cannot be written or used
 
@@ -69,6 +70,14 @@ class ModelNotFound(ModelError):
 
 class CheckpointError(ModelError):
     """The files of a checkpoint are missing, damaged or contradict its config."""
+
+
+class TemplateError(CheckpointError):
+    """A chat template, a program of the checkpoint's author, fails or refuses messages."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the model's chat template fails, --raw turns it off: {reason}")
+        self.reason = reason
 
 
 class CheckpointChanged(CheckpointError):

@@ -4,17 +4,23 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: several tests run at once
 
+import contextlib
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from fork_server import ForkServer
 from hypothesis import settings
 from tiny_models import write_checkpoint, write_tokenizer
+
+from griffin_offload.devices import registry
+from griffin_offload.devices.base import Device
 
 torch.set_num_threads(1)
 # A busy machine is no failure: nothing here is judged by time.
@@ -25,17 +31,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Checkpoints = Callable[..., Path]
 CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--run-slow", action="store_true", help="run tests that fetch a trained model, too")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--run-slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow, fetches a trained model: --run-slow runs it"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,6 +60,35 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         return written[key]
 
     return checkpoint
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    with contextlib.closing(ForkServer()) as server:
+        yield server
+
+
+@pytest.fixture
+def forks(fork_server: ForkServer) -> Iterator[ForkServer]:
+    """Processes without the seconds that imports take; those that a test leaves are killed."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("processes with threads are forked on Linux alone")
+    yield fork_server
+    fork_server.end_all()
+
+
+@pytest.fixture
+def register_device() -> Iterator[Callable[[type[Device]], None]]:
+    """`register_device(kind)` is the registry's, until the test ends."""
+    kinds: list[type[Device]] = []
+
+    def register(kind: type[Device]) -> None:
+        registry.register_device(kind)
+        kinds.append(kind)
+
+    yield register
+    for kind in kinds:
+        registry.unregister_device(kind)
 
 
 @pytest.fixture

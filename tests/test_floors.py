@@ -9,8 +9,9 @@ import griffin_offload
 PACKAGE = Path(griffin_offload.__file__).parent
 # From the ground up. A room imports from those before it and from itself.
 ROOMS = (
-    *("errors", "units", "config", "method", "kernels", "formats", "devices", "blocks", "checkpoint", "offload"),
-    *("kv_cache", "planner", "engine", "evaluation", "serving", "demo", "cli", "__init__", "__main__"),
+    *("errors", "units", "config", "transformers_api", "method", "kernels", "formats", "devices", "blocks"),
+    *("checkpoint", "offload", "kv_cache", "planner", "engine", "evaluation", "serving", "demo", "cli"),
+    *("__init__", "__main__"),
 )
 MOST_LINES, LONGEST_CHAIN = 490, 30
 
@@ -83,6 +84,39 @@ def test_files_are_short():
     assert {
         name: lines for name, path in _files().items() if (lines := len(path.read_text().split("\n"))) > MOST_LINES
     } == {}
+
+
+def _names_imported(path: Path) -> Iterator[tuple[str, str]]:
+    """(room, name) of everything that a file imports from the package."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("griffin_offload."):
+            for alias in node.names:
+                yield _room((node.module or "").removeprefix("griffin_offload.")), alias.name
+
+
+def test_one_kind_of_block_is_not_known_by_name():
+    """Rooms other than its own ask the contract (blocks/base.py)."""
+    others = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "blocks"]
+    assert not [path for path in others if ("blocks", "FeedForward") in _names_imported(path)]
+    assert not [path for path in others if ".projections" in path.read_text() or "block.down" in path.read_text()]
+
+
+def test_the_planner_has_no_numbers_of_the_workers():
+    """Whoever allocates memory prices it. What users may set is in `config`."""
+    numbers = [
+        f"{path.stem}: {name}"
+        for path in (PACKAGE / "planner").glob("*.py")
+        for room, name in _names_imported(path)
+        if name.isupper() and room not in ("config", "planner")
+    ]
+    assert not numbers
+
+
+def test_the_workers_have_no_numbers_of_the_planner():
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "planner":
+            numbers = [name for room, name in _names_imported(path) if room == "planner" and name.isupper()]
+            assert set(numbers) <= {"RESIDENT_PARTS"}, path  # names of parts
 
 
 def test_the_planner_knows_no_device():

@@ -4,23 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measured import measure_disk, measure_rates
+from measured import PRECISIONS, measure_rates
 from model_bytes import ModelBytes
 
-PRECISIONS = ("none", "int8", "int4")
 
-
-def measure(
-    folder: Path, model: ModelBytes, prompt_tokens: int, threads: int, precisions: Sequence[str] = PRECISIONS
-) -> dict[str, Any]:
+def measure(folder: Path, prompt_tokens: int, threads: int, precisions: Sequence[str] = PRECISIONS) -> dict[str, Any]:
     """`memory_bytes_per_s` is the best rate at which any kernel multiplies one row with weights of the model's shape,
     `gemm_flops_per_s` the best for the prompt."""
-    rates = {name: measure_rates(model, prompt_tokens, [threads], name)[0] for name in precisions}
+    rates = {name: measure_rates(folder, prompt_tokens, threads, name) for name in precisions}
     return {
-        "disk_bytes_per_s": measure_disk(folder),
-        "memory_bytes_per_s": max(rate.best_gemv for rate in rates.values()),
-        "gemm_flops_per_s": max(max(rate.gemm_flops_per_s.values()) for rate in rates.values()),
-        "gemv_bytes_per_s": {name: rate.best_gemv for name, rate in rates.items()},
+        "disk_bytes_per_s": max(rate.read_bytes_per_s for rate in rates.values()),
+        "memory_bytes_per_s": max(rate.gemv_bytes_per_s for rate in rates.values()),
+        "gemm_flops_per_s": max(rate.gemm_flops_per_s for rate in rates.values()),
+        "gemv_bytes_per_s": {name: rate.gemv_bytes_per_s for name, rate in rates.items()},
     }
 
 

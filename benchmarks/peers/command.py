@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from make_checkpoint import SHAPES, make_checkpoint
-from model_bytes import ModelBytes, parse_bytes
+from model_bytes import ModelBytes
 from peers import bounds, contestants, copies, environments
 from peers.contestants import Settings
 from peers.journal import Journal
 from peers.page import Page
 from sides import RIVAL_SHARES, Result, Side, Workload, rival_settings, run_rival_trials, run_side
 from worker import prompt
+
+from griffin_offload.errors import UsageError
+from griffin_offload.units import parse_size
 
 DEFAULT_CAPS = (
     "12GiB=ours-int8,ours-int4,ours-exact,llama-q4_k_m,accelerate,mmap,airllm,ollm",
@@ -52,10 +55,10 @@ def parse_arguments(arguments: Sequence[str], description: str) -> argparse.Name
     parser.add_argument("--keep-split", action="store_true", help="do not delete AirLLM's copy behind its run")
     args = parser.parse_args(arguments)
     try:
-        args.overhead_bytes = parse_bytes(args.overhead)
+        args.overhead_bytes = parse_size(args.overhead)
         args.runs = [(cap, side) for entry in args.caps for cap, side in parse_cap(entry)]
         args.tokens = {side: int(count) for side, count in (entry.split("=") for entry in args.tokens)}
-    except ValueError as error:
+    except (ValueError, UsageError) as error:
         parser.error(str(error))
     if min(args.new_tokens, args.slow_tokens, *args.tokens.values()) < 2:
         parser.error("at least 2 new tokens: the first belongs to the prompt")
@@ -65,7 +68,7 @@ def parse_arguments(arguments: Sequence[str], description: str) -> argparse.Name
 def parse_cap(entry: str) -> list[tuple[str, str]]:
     """'12GiB=mmap,ollm' -> [('12GiB', 'mmap'), ('12GiB', 'ollm')]"""
     cap, _, sides = entry.partition("=")
-    parse_bytes(cap)
+    parse_size(cap)
     unknown = [side for side in sides.split(",") if not contestants.is_known(side)]
     if unknown:
         known = ", ".join([*contestants.OURS, *contestants.FULL, "llama-TYPE", "llama-TYPE-mapped"])
@@ -96,9 +99,8 @@ class Comparison:
 
     def measure_ceilings(self) -> None:
         if "ceilings" not in self.journal.content or "ceilings" in self.args.again:
-            self.journal.content["ceilings"] = bounds.measure(
-                self.args.dir, self.model, self.args.prompt_tokens, self.args.threads
-            )
+            found = bounds.measure(self.args.dir, self.args.prompt_tokens, self.args.threads)
+            self.journal.content["ceilings"] = found
             self.journal.save()
 
     def waiting(self) -> list[tuple[str, str]]:
@@ -119,7 +121,7 @@ class Comparison:
                 copies.delete_split(self.args.dir)
 
     def run(self, cap: str, key: str, folder: Path) -> None:
-        cap_bytes = parse_bytes(cap)
+        cap_bytes = parse_size(cap)
         tokens = self.args.slow_tokens if contestants.reads_everything(key) else self.args.new_tokens
         tokens = self.args.tokens.get(key, tokens)
         work = Workload(folder, self.args.prompt_tokens, cap_bytes, self.args.timeout, self.prompt_ids)
@@ -140,7 +142,7 @@ class Comparison:
         if key not in contestants.OURS:
             return []
         precision = contestants.OURS[key][1]
-        return [bounds.measure(folder, self.model, self.args.prompt_tokens, self.args.threads, [precision])]
+        return [bounds.measure(folder, self.args.prompt_tokens, self.args.threads, [precision])]
 
     def best_accelerate(self, work: Workload, new_tokens: int) -> tuple[list[Result], Side | None]:
         """A short trial of every share of the cap in RAM, mapped and copied."""

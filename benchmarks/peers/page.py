@@ -4,9 +4,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from model_bytes import ModelBytes, parse_bytes
+from model_bytes import ModelBytes
 from peers import bounds
 from report import gigabytes, markdown_table, seconds
+
+from griffin_offload.units import parse_size
 
 Run = dict[str, Any]
 HEADS = (
@@ -69,7 +71,7 @@ class Page:
         self.reference, self.expected = found or (None, None)
 
     def text(self) -> str:
-        caps = sorted({split_key(key)[0] for key in self.runs}, key=parse_bytes)
+        caps = sorted({split_key(key)[0] for key in self.runs}, key=parse_size)
         parts = [f"# Peers: {self.model.name}", self.origin()]
         if self.content.get("ceilings"):
             parts += bounds.statement(self.content["ceilings"], self.settings["threads"])

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from griffin_offload.blocks.base import Block, Finder
 from griffin_offload.blocks.feedforward import FeedForward, features
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.formats.linear import QuantizedLinear
@@ -40,7 +41,15 @@ def register_layout(layout: Layout) -> None:
     _LAYOUTS.insert(0, layout)
 
 
-def find_feed_forwards(model: nn.Module, layers: int) -> tuple[nn.ModuleList, list[FeedForward]]:
+_FINDERS: list[Finder] = []
+
+
+def register_block(finder: Finder) -> None:
+    """Let `finder` look at decoder layers that match no layout, or hold experts, ahead of those registered before."""
+    _FINDERS.insert(0, finder)
+
+
+def find_feed_forwards(model: nn.Module, layers: int) -> tuple[nn.ModuleList, list[Block]]:
     """The decoder layers of `model` and the FF block of each; UnsupportedModel names what was found instead."""
     if layers < 1:
         raise UnsupportedModel(f"{type(model).__name__} has {layers} decoder layers")
@@ -52,8 +61,9 @@ def find_feed_forwards(model: nn.Module, layers: int) -> tuple[nn.ModuleList, li
     candidates = next((lists for lists in found if lists), [])
     if not candidates:
         raise UnsupportedModel(f"{type(model).__name__} has no list of {layers} decoder layers; {REGISTER_HINT}")
-    decoder = next((c for c in candidates if _matches(c[0])), candidates[0])
-    return decoder, [_block_of(layer, f"{type(model).__name__} layer {i}") for i, layer in enumerate(decoder)]
+    name = type(model).__name__
+    decoder = next((c for c in candidates if _matches(c[0]) or _found(c[0], f"{name} layer 0")), candidates[0])
+    return decoder, [_block_of(layer, f"{name} layer {i}") for i, layer in enumerate(decoder)]
 
 
 def _matches(layer: nn.Module) -> list[tuple[nn.Module, Layout]]:
@@ -66,11 +76,19 @@ def _matches(layer: nn.Module) -> list[tuple[nn.Module, Layout]]:
     return found
 
 
-def _block_of(layer: nn.Module, where: str) -> FeedForward:
-    experts = _experts(layer)
+def _found(layer: nn.Module, where: str) -> Block | None:
+    """Of another kind than the table's, by the first finder that knows it."""
+    return next((block for finder in _FINDERS if (block := finder(layer, where)) is not None), None)
+
+
+def _block_of(layer: nn.Module, where: str) -> Block:
+    experts, found = _experts(layer), _matches(layer)
+    if experts is not None or len(found) != 1:
+        other = _found(layer, where)
+        if other is not None:
+            return other
     if experts is not None:
         raise UnsupportedModel(f"{where} holds mixture-of-experts parameters ({experts}): only dense FFs work")
-    found = _matches(layer)
     if len(found) != 1:
         names = ", ".join(dict.fromkeys(name.rsplit(".", 1)[0] for name, _ in layer.named_parameters()))
         raise UnsupportedModel(f"{where} has {len(found)} FF blocks of a known layout among {names}; {REGISTER_HINT}")

@@ -1,13 +1,16 @@
 """Every linear layer inside the decoder layers, swapped for a `QuantizedLinear` once, at load."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from griffin_offload.blocks.feedforward import FeedForward, features
+from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.feedforward import features
 from griffin_offload.devices.torch_state import put
-from griffin_offload.formats.linear import Precision, QuantizedLinear, Scratch, check_sizes, specs
+from griffin_offload.formats.base import Format
+from griffin_offload.formats.linear import QuantizedLinear
+from griffin_offload.kernels.by_blocks import Scratch
 
 
 def linear_names(layer: nn.Module) -> list[str]:
@@ -15,18 +18,18 @@ def linear_names(layer: nn.Module) -> list[str]:
     return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
-def check_layer(layer: nn.Module, block: FeedForward, precision: Precision) -> None:
-    """UnsupportedModel when a matrix of the layer has no form of `precision`."""
+def check_layer(layer: nn.Module, block: Block, precision: Format) -> None:
+    """UnsupportedModel when a matrix of the layer cannot be in `precision`."""
     for name in linear_names(layer):
         module = layer.get_submodule(name)
-        check_sizes(precision, *features(module), name, is_down=module is block.down)
+        precision.check(*features(module), name, is_down=block.is_down(module))
 
 
 def swap_linears(
     decoder: nn.ModuleList,
-    blocks: list[FeedForward],
-    precision: Precision,
-    stored: Precision,
+    blocks: Sequence[Block],
+    precision: Format,
+    stored: Format,
     scratch: Scratch,
     importance: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -36,29 +39,29 @@ def swap_linears(
     Conv1D's matrix is turned around: every QuantizedLinear is [outputs, inputs].
     """
     for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True)):
-        down = block.down  # the block's own attribute refers to the module that is replaced
         for name in linear_names(layer):
             module = layer.get_submodule(name)
             parent, _, attribute = name.rpartition(".")
-            new = _quantized(module, precision, stored, scratch, is_down=module is down)
+            new = _quantized(module, precision, stored, scratch, is_down=block.is_down(module))
             new.importance = (importance or {}).get(f"{index}.{name}")
             setattr(layer.get_submodule(parent), attribute, new)
 
 
 def _quantized(
-    module: nn.Module, precision: Precision, stored: Precision, scratch: Scratch, *, is_down: bool
+    module: nn.Module, precision: Format, stored: Format, scratch: Scratch, *, is_down: bool
 ) -> QuantizedLinear:
     outputs, inputs = features(module)
-    new = QuantizedLinear(outputs, inputs, is_down=is_down, precision=precision, stored=stored, scratch=scratch)
+    full, resident = stored.stored(is_down=is_down), precision.resident(is_down=is_down)
+    new = QuantizedLinear(outputs, inputs, is_down=is_down, full=full, resident=resident, scratch=scratch)
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     if isinstance(bias, Tensor):
         put(new, "bias", bias.detach())
-    if stored == "none":
+    if stored.is_plain:
         matrix = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
         put(new, "weight", matrix)
         return new
-    for name, (shape, own) in specs(new.full_form, outputs, inputs, is_down=is_down).items():
+    for name, (shape, own) in full.specs(outputs, inputs, is_down=is_down).items():
         tensor = weight.new_empty(shape, dtype=own or weight.dtype)
         put(new, name, tensor)
     return new

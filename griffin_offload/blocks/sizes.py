@@ -1,6 +1,5 @@
 """The sizes of a model, read off its architecture on the meta device: what the planner calculates with."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from griffin_offload.blocks.feedforward import FeedForward, features, padded_neurons
+from griffin_offload.blocks.base import Block, padded
+from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import check_layer, linear_names
 from griffin_offload.blocks.rope import positions_reached
@@ -18,8 +18,10 @@ from griffin_offload.blocks.states import LayerState, kept_states, windows_of
 from griffin_offload.blocks.towers import leave_out_towers
 from griffin_offload.devices.torch_state import building
 from griffin_offload.errors import CheckpointError, one_line
+from griffin_offload.formats.base import Format, specs_bytes
 from griffin_offload.formats.embedding import table_bytes
-from griffin_offload.formats.linear import Precision, Spec, resident_form, specs
+from griffin_offload.formats.floats import FLOATS
+from griffin_offload.kernels.by_blocks import scratch_bytes
 
 ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
 
@@ -45,7 +47,7 @@ class LayerSizes:
     """Norms, biases and whatever else has one axis."""
     window: int | None
     """Tokens the KV cache of this layer keeps; None keeps all."""
-    precision: Precision = "none"
+    precision: Format = FLOATS
     ff_fixed_bytes: int = 0
     """Resident FF bytes that belong to no neuron: in int8, one scale per output of the down projection."""
     plain_neuron_bytes: int = 0
@@ -58,10 +60,18 @@ class LayerSizes:
     """Of convolutions and recurrences: what it keeps of a sequence, however long that is."""
     mixing_bytes: int = 0
     """Activations per token while a recurrence or a convolution passes over a prompt."""
+    multiple: int = 1
+    """Resident neurons come in multiples of so many."""
+    own_width: int | None = None
+    """Numbers of a token that go into the down projection; None: one for every neuron."""
+
+    @property
+    def width(self) -> int:
+        return self.neurons if self.own_width is None else self.own_width
 
     def resident_ff_bytes(self, kept: int) -> int:
         """Bytes of the compact FF with room for `kept` neurons."""
-        return padded_neurons(kept, self.precision) * self.neuron_bytes + self.ff_fixed_bytes
+        return padded(kept, self.multiple) * self.neuron_bytes + self.ff_fixed_bytes
 
 
 @dataclass(frozen=True)
@@ -94,10 +104,27 @@ class ModelSizes:
     """Both without quantisation."""
     dtype: str = "bfloat16"
     """Precision of the computation, in words."""
-    precision: Precision = "none"
+    precision: Format = FLOATS
     """Of the resident matrices inside the layers."""
-    stored: Precision = "none"
+    stored: Format = FLOATS
     """Of the same matrices in the checkpoint."""
+
+    @property
+    def neurons(self) -> int:
+        """Of the widest layer."""
+        return max(layer.neurons for layer in self.layers)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token that go into the widest down projection."""
+        return max(layer.width for layer in self.layers)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of what linear layers share that are multiplied block by block."""
+        layer = max(self.layers, key=lambda layer: layer.ff_bytes)
+        width = max(self.hidden_size, layer.width)
+        return scratch_bytes(width, self.precision.scratch_rows, layer.ff_bytes)
 
     @property
     def tied(self) -> bool:
@@ -116,7 +143,7 @@ class ModelSizes:
         return sum(layer.state_bytes for layer in self.layers)
 
     def _stored_attention(self, layer: LayerSizes) -> int:
-        return layer.plain_attention_bytes if self.stored == "none" else layer.attention_bytes
+        return layer.plain_attention_bytes if self.stored.is_plain else layer.attention_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -140,9 +167,9 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
 
 def model_shape(
     model: Any,
-    precision: Precision = "none",
-    stored: Precision = "none",
-    tables: Precision = "none",
+    precision: Format = FLOATS,
+    stored: Format = FLOATS,
+    tables: Format = FLOATS,
     states: Sequence[LayerState] | None = None,
 ) -> ModelSizes:
     """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
@@ -163,12 +190,12 @@ def model_shape(
     head_bytes = 0 if tied else _nbytes([head.weight])
     plain_tables = (_nbytes([embedding]), head_bytes)
     other_bytes = _nbytes(outside.values()) - sum(plain_tables)
-    if tables == "int8":
-        head_bytes = 0 if tied else table_bytes(head.weight.shape, embedding.dtype)
+    if not tables.is_plain:
+        head_bytes = 0 if tied else table_bytes(head.weight.shape, tables, embedding.dtype)
     heads, attention_width = _attention_sizes(config)
     return ModelSizes(
         layers=tuple(layers),
-        embedding_bytes=table_bytes(embedding.shape, embedding.dtype) if tables == "int8" else plain_tables[0],
+        embedding_bytes=table_bytes(embedding.shape, tables, embedding.dtype),
         head_bytes=head_bytes,
         other_bytes=other_bytes,
         plain_embedding_bytes=plain_tables[0],
@@ -205,17 +232,16 @@ def _attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
 
 def _layer_shape(
     layer: nn.Module,
-    block: FeedForward,
+    block: Block,
     window: int | None,
     state: LayerState,
-    precision: Precision,
-    stored: Precision,
+    precision: Format,
+    stored: Format,
 ) -> LayerSizes:
     check_layer(layer, block, precision)
-    projections = {id(projection.owner) for projection in block.projections}
+    projections = {id(linear) for linear in block.linears}
     inside = [layer.get_submodule(name) for name in linear_names(layer)]
-    ff = {id(p) for module in inside if id(module) in projections for p in module.parameters(recurse=False)}
-    ff -= {id(block.down.bias)}
+    ff = {id(tensor) for tensor in block.full()}
     rest = [p for p in layer.parameters() if id(p) not in ff]
     attention = _nbytes(p for p in rest if p.dim() > 1)
     dtype = next(layer.parameters()).dtype
@@ -224,16 +250,16 @@ def _layer_shape(
         for module in inside
         if id(module) not in projections
     )
-    # Sizes are linear in whole blocks of neurons.
-    step = padded_neurons(1, precision)
-    one, two = (_specs_bytes(block.compact_specs(count, precision), dtype) for count in (step, 2 * step))
+    # Sizes are linear in whole multiples of neurons.
+    step = block.multiple(precision)
+    one, two = (specs_bytes(block.compact_specs(count, precision), dtype) for count in (step, 2 * step))
     neuron_bytes = (two - one) // step
-    plain = [_specs_bytes(block.compact_specs(count, "none"), dtype) for count in (1, 2)]
+    plain = [specs_bytes(block.compact_specs(count, FLOATS), dtype) for count in (1, 2)]
     return LayerSizes(
         neurons=block.neurons,
         neuron_bytes=neuron_bytes,
-        ff_bytes=_specs_bytes(block.full_specs(stored), dtype),
-        ff_flat_bytes=sum(_aligned(_specs_bytes([spec], dtype)) for spec in block.full_specs(stored)),
+        ff_bytes=specs_bytes(block.full_specs(stored), dtype),
+        ff_flat_bytes=sum(_aligned(specs_bytes([spec], dtype)) for spec in block.full_specs(stored)),
         attention_bytes=attention + quantised,
         norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
         window=window,
@@ -244,6 +270,8 @@ def _layer_shape(
         kv_width=state.kv_width,
         kv_heads=state.kv_heads,
         state_bytes=state.state_bytes,
+        multiple=step,
+        own_width=block.width,
         mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in inside if id(module) not in projections]),
     )
 
@@ -253,17 +281,12 @@ def _mixing_bytes(state: LayerState, widths: list[int]) -> int:
     return sum(widths) * each
 
 
-def _linear_bytes(linear: Any, precision: Precision, dtype: torch.dtype) -> int:
-    form = resident_form(precision, is_down=False)
-    return _specs_bytes(list(specs(form, *features(linear), is_down=False).values()), dtype)
+def _linear_bytes(linear: Any, precision: Format, dtype: torch.dtype) -> int:
+    return precision.resident(is_down=False).nbytes(*features(linear), dtype, is_down=False)
 
 
 def _aligned(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def _specs_bytes(found: list[Spec], dtype: torch.dtype) -> int:
-    return sum(math.prod(shape) * (own or dtype).itemsize for shape, own in found)
 
 
 def _nbytes(tensors: Any) -> int:

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
 
 from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
+from griffin_offload.transformers_api import CACHE, DummyLayer, stock_cache
 
 _TOKENS = 2
 # The last is a layer without entries of its own: it reads another one's, or attends to nothing.
@@ -45,7 +45,7 @@ class LayerState:
 def cache_layers(config: PretrainedConfig) -> list[Any]:
     """The layers of transformers' own KV cache; CheckpointError where it cannot make them of the config."""
     try:
-        layers: list[Any] = DynamicCache(config=config).layers
+        layers: list[Any] = stock_cache(config).layers
     except Exception as error:  # what a config says of its layers is not checked before
         raise CheckpointError(f"the config does not describe layers with a KV cache: {one_line(error)}") from error
     return layers
@@ -83,7 +83,7 @@ def kept_states(model: Any, decoder: nn.ModuleList) -> list[LayerState]:
     the KV cache that it is given, or cannot be known before weights are read."""
     _check_takes_cache(model)
     config = model.config
-    cache = DynamicCache(config=config)
+    cache = stock_cache(config)
     if len(cache.layers) != len(decoder):
         raise UnsupportedModel(f"{_name(model)} has {len(decoder)} decoder layers and caches {len(cache.layers)}")
     first = _first_of_kind(decoder, cache.layers)
@@ -105,7 +105,7 @@ def _name(model: Any) -> str:
 
 def _check_takes_cache(model: Any) -> None:
     parameters = inspect.signature(model.forward).parameters
-    if "past_key_values" in parameters:
+    if CACHE in parameters:
         return
     own = next((name for name in ("cache_params", "state", "mems") if name in parameters), None)
     what = "has no KV cache" if own is None else f"keeps its past in {own}, not in a KV cache"
@@ -124,7 +124,7 @@ def _first_of_kind(decoder: nn.ModuleList, cached: Sequence[Any]) -> list[int]:
 
 
 @torch.no_grad()
-def _pass_tokens(model: Any, decoder: nn.ModuleList, first: list[int], cache: DynamicCache) -> None:
+def _pass_tokens(model: Any, decoder: nn.ModuleList, first: list[int], cache: Any) -> None:
     """A forward, for what it leaves in `cache`, in which layers like an earlier one do nothing."""
     made: list[Any] = []
 
@@ -141,7 +141,7 @@ def _pass_tokens(model: Any, decoder: nn.ModuleList, first: list[int], cache: Dy
             layer.forward = partial(run, layer.forward) if first[index] == index else skip
         model.eval()
         tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        model(input_ids=tokens, use_cache=True, **{CACHE: cache})
     finally:
         model.train(training)
         for layer in decoder:

@@ -1,196 +1,160 @@
-"""A checkpoint on disk in Hugging Face layout: found, its headers read and checked, no weight touched."""
+"""The door for sources of weights: a `Checkpoint` says what a model is made of, whatever its files are.
+
+A kind of files is one class here, and one function for `registry.register_kind` that answers for a path "this is mine"
+by a checkpoint. Opening reads headers, not weights; whoever reads a weight asks `tensors()` where it lies.
+"""
 
 import hashlib
-import os
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+import json
+import math
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
-from griffin_offload.blocks.sizes import build_on_meta
-from griffin_offload.blocks.towers import left_out_parts
-from griffin_offload.checkpoint.changes import FileState, WatchedFiles, states_of
-from griffin_offload.checkpoint.config_files import load_config
-from griffin_offload.checkpoint.converted import check_shard, mark_of
-from griffin_offload.checkpoint.files import check_name, unreadable
-from griffin_offload.checkpoint.safetensors import (
-    DTYPES,
-    Header,
-    converted_tensors,
-    read_headers,
-    untie_other_head,
-    weight_files,
-)
-from griffin_offload.checkpoint.unsupported import check_numbers, is_gguf, refuse_gguf, refuse_what_is_no_checkpoint
-from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, one_line
-from griffin_offload.formats.linear import Precision
+from griffin_offload.checkpoint.changes import FileState, WatchedFiles
+from griffin_offload.checkpoint.config_files import read_generation_config
+from griffin_offload.checkpoint.direct_io import Extent
+from griffin_offload.checkpoint.files import renamed
+from griffin_offload.checkpoint.mapped import FileMaps
+from griffin_offload.checkpoint.renaming import Conversion, conversions_of
+from griffin_offload.checkpoint.tokenizer import tokenizer_of
+from griffin_offload.errors import CheckpointError
+from griffin_offload.formats import FLOATS, Format
+from griffin_offload.formats.translated import Decode, TranslatedTensor
 
-# Lies in a directory that convert has not finished.
-UNFINISHED = ".converting.json"
+# What a directory holds beside weights: tokenizer, templates, generation settings.
+_BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
 # Of every file so many pieces go into a fingerprint, evenly spread.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A directory whose files are whole and whose config transformers knows."""
+class StoredTensor:
+    """One tensor as the model gets it, and where its bytes lie."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[Extent, ...]
+    """Bytes of files. One part, without `decode`, is the tensor itself, and used where it lies."""
+    format: Format = FLOATS
+    """Of the matrix that it belongs to: the model gets a module of this format for it, of whose tensors this is one."""
+    decode: Decode | None = None
+    """Makes its numbers out of the parts' bytes, whenever they are needed."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """In the files."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """In memory, once it is there."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def tensor(self, maps: FileMaps) -> Tensor:
+        """A view of its mapped file, or a `TranslatedTensor` over such views; nothing is read. Not to be written to.
+        CheckpointError where a file is no longer what it was."""
+        views = [maps.view(part) for part in self.parts]
+        if self.decode is not None:
+            return TranslatedTensor(self.shape, self.dtype, views, self.decode)
+        # Views want addresses in multiples of the type's size; files that are padded otherwise are copied.
+        aligned = self.parts[0].offset % self.dtype.itemsize == 0
+        content = views[0] if aligned else views[0].clone()
+        numbers: Tensor = content.view(self.dtype)
+        return numbers.view(self.shape)
+
+
+class Checkpoint(ABC):
+    """What is loaded, planned with and converted. The errors of every method are CheckpointErrors."""
 
     directory: Path
+    """Where it lies, in messages, too."""
     config: PretrainedConfig
     dtype: torch.dtype
-    """The stored precision: the one most bytes have."""
+    """Of plain tensors: the one most bytes of the language model have."""
     files: tuple[Path, ...]
+    """Those that hold weights."""
     weight_bytes: int
-    precision: Precision = "none"
-    """What its matrices were converted to."""
-    tables: Precision = "none"
-    """What its embeddings and its head were converted to."""
+    """Of all tensors, in the files."""
+    states: Mapping[str, FileState]
+    """Of `files`, by resolved path, from before anything was read of them."""
+    precision: Format = FLOATS
+    """The format of the matrices in its layers."""
+    tables: Format = FLOATS
+    """The same for its embeddings and its head."""
     untied: bool = False
-    """The files hold another head than the embeddings that config.json ties it to."""
-    converted: dict[str, int] = field(default_factory=dict, compare=False)
-    """Bytes, in `dtype`, of the tensors that are stored in another precision."""
-    states: dict[str, FileState] = field(default_factory=dict, compare=False)
-    """Of `files`, by resolved path, from before their headers were read."""
+    """It holds another head than the embeddings that its own config ties it to."""
+
+    @property
+    def path(self) -> Path:
+        """What opens it again."""
+        return self.directory
+
+    @abstractmethod
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Everything it holds, by the names that `conversions` knows. Cheap: no weight is read."""
+
+    def conversions(self, model: Any, names: Iterable[str]) -> Sequence[Conversion]:
+        """Which of its tensors make which of those of `model`, a stock one with the formats' modules in it. By default
+        its names are those of transformers' checkpoints: renamed and merged as transformers does it."""
+        return conversions_of(model, names)
+
+    def tokenizer(self) -> Any:
+        """A tokenizer of transformers'; a new one whenever it is asked for."""
+        return tokenizer_of(self.directory)
+
+    def set_generation_config(self, model: Any) -> None:
+        """Give `model` its settings for generation, where it has any."""
+        read_generation_config(model, self.directory)
+
+    def fingerprint(self) -> str:
+        """Of config, headers and samples of every file: tells two fine-tunes of a model apart without reading them."""
+        digest = hashlib.sha256(self._identity())
+        for path in self.files:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for sample in range(_SAMPLES):
+                    file.seek(sample * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()[:32]
+
+    def _identity(self) -> bytes:
+        return (self.directory / "config.json").read_bytes()
 
     def watched(self) -> WatchedFiles:
         """`files`, held against what they were when they were checked. OSError for one that cannot be opened."""
         return WatchedFiles(self.states, self.states)
 
+    def config_json(self) -> dict[str, Any]:
+        """What config.json of a converted copy says of the model."""
+        found: dict[str, Any] = json.loads((self.directory / "config.json").read_bytes())
+        return found
 
-def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
-    """Find the directory or hub id `model` and check its headers. Errors: UsageError, ModelNotFound,
-    CheckpointError, UnsupportedModel. No weight is read."""
-    directory = locate(model, offline=offline)
-    config = _read_config(directory)
-    mark = mark_of(config, directory)
-    check_numbers(directory, getattr(config, "quantization_config", None), None)
-    files, promised = weight_files(directory)
-    states = _states(files)
-    headers = read_headers(directory, files, promised)
-    weight_bytes = sum(size_bytes for header in headers.values() for _, size_bytes in header.values())
-    if not any(headers.values()):
-        raise CheckpointError(f"{directory} holds no tensors")
-    sizes = _bytes_by_dtype(config, headers.values())
-    for path in headers:
-        check_shard(path, mark)
-    if mark is not None:
-        sizes = Counter({name: count for name, count in sizes.items() if name in DTYPES})
-    stored = max(sizes, key=lambda name: sizes[name], default="no floats")
-    check_numbers(directory, None, None if stored in DTYPES else stored)
-    untied = mark is None and untie_other_head(config, DTYPES[stored], headers)
-    checkpoint = Checkpoint(
-        directory,
-        config,
-        DTYPES[stored],
-        tuple(headers),
-        weight_bytes,
-        untied=untied,
-        converted=converted_tensors(headers.values(), DTYPES[stored]),
-        states=states,
-    )
-    return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
+    def write_beside(self, directory: Path, own: set[str]) -> None:
+        """Write into `directory` what it holds beside weights and config: tokenizer, templates, settings. Not the files
+        named in `own`, which the caller writes."""
+        for path in sorted({path for pattern in _BESIDE for path in self.directory.glob(pattern)}):
+            if path.is_file() and path.name not in own:
+                with renamed(directory / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
 
+    def lacking(self, names: Sequence[str]) -> CheckpointError:
+        """The error for tensors of the model that nothing here makes."""
+        return self._unlike_config(names, "missing")
 
-def _bytes_by_dtype(config: PretrainedConfig, headers: Iterable[Header]) -> Counter[str]:
-    """Of the language model: a tower may outweigh it, in another precision."""
-    sees = config.get_text_config() is not config
-    towers = left_out_parts(build_on_meta(config, torch.bfloat16)) if sees else set()
-    sizes: Counter[str] = Counter()
-    for header in headers:
-        for name, (dtype, size_bytes) in header.items():
-            if not towers & set(name.split(".")):
-                sizes[dtype] += size_bytes
-    return sizes
+    def unfitting(self, problems: Mapping[str, str]) -> CheckpointError:
+        """The error for tensors of other shapes or kinds than the model's: by name, what they are and should be."""
+        return self._unlike_config(list(problems), "mismatched")
 
-
-def read_config(path: str | Path) -> Checkpoint:
-    """A checkpoint of which only config.json is known, `path` being that file: enough to plan with."""
-    file = Path(os.path.expanduser(path))
-    if not file.is_file():
-        raise ModelNotFound(f"no file {file}: give a config.json")
-    config = load_config(file)
-    mark = mark_of(config, file.parent)
-    check_numbers(file, getattr(config, "quantization_config", None), None)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    checkpoint = Checkpoint(file.parent, config, dtype, (), 0)
-    return checkpoint if mark is None else replace(checkpoint, precision=mark.precision, tables=mark.tables)
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Of config, headers and samples of every file: tells two fine-tunes of one model apart without reading them."""
-    digest = hashlib.sha256((checkpoint.directory / "config.json").read_bytes())
-    for path in checkpoint.files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(sample * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
-
-
-def locate(model: str | Path, *, offline: bool = False, **hub: Any) -> Path:
-    """The directory of `model`, fetched from the hub if need be; `hub` are more arguments of its client (revision,
-    cache_dir, token). Errors: UsageError, ModelNotFound."""
-    model = str(model)
-    if not model:
-        raise ModelNotFound("the model's name is empty: give a checkpoint directory or a hub id such as org/name")
-    path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
-    check_name(path)
-    try:
-        there, directory = path.exists(), path.is_dir()
-    except OSError as error:  # a folder on the way may not be entered, or a prompt stands in the name's place
-        raise ModelNotFound(f"{model[:80]!r} cannot be looked at: {error.strerror}") from error
-    if directory:
-        if hub.get("revision") not in (None, "main"):  # a token and a cache are for what has to be fetched
-            raise UsageError(
-                f"revision is {hub['revision']!r}, and {model} is a directory, which has none: leave it out"
-            )
-        return path
-    if there:
-        if is_gguf(path):
-            refuse_gguf(path)
-        raise ModelNotFound(f"{model} is a file: give the checkpoint's directory")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise ModelNotFound(f"no directory {model}: give a checkpoint directory or a hub id such as org/name")
-    return _hub_snapshot(model, offline, hub)
-
-
-def _hub_snapshot(model: str, offline: bool, hub: dict[str, Any]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    unwanted = ["consolidated*", "*/*"]  # the same weights again, in other layouts
-    try:
-        found = snapshot_download(
-            model, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=offline, **hub
+    def _unlike_config(self, names: Sequence[str], how: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.directory} does not match its config.json: {len(names)} {how} keys, first {min(names)}"
         )
-        return Path(found)
-    except Exception as error:  # the hub's client raises errors of many libraries
-        where = "the local hub cache" if offline else "this directory or the hub"
-        raise ModelNotFound(f"{model} was not found in {where}: {one_line(error)}") from error
-
-
-def _read_config(directory: Path) -> PretrainedConfig:
-    try:
-        os.listdir(directory)
-        unfinished = (directory / UNFINISHED).is_file()
-    except OSError as error:  # another user's
-        raise CheckpointError(unreadable(directory, error)) from error
-    if unfinished:
-        raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
-    if not (directory / "config.json").is_file():
-        refuse_what_is_no_checkpoint(directory)
-        raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
-    return load_config(directory / "config.json")
-
-
-def _states(files: list[Path]) -> dict[str, FileState]:
-    try:
-        return states_of(str(path.resolve()) for path in files)
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
-        raise CheckpointError(f"{files[0].parent} cannot be read: {one_line(error)}") from error

@@ -40,7 +40,7 @@ MAX_LAYERS = 1024
 """Far above any model there is; every one costs milliseconds before anything is known to fit."""
 _MAX_LABELS = 100_000
 _MAX_SIZE = 2**40
-_MOST_BYTES = 16_000_000
+MOST_CONFIG_BYTES = 16_000_000
 _LAYER_COUNT = re.compile(r"layers?$|^depth$")
 # Others are packages, or repositories of compiled code that transformers would download and run.
 _IMPLEMENTATIONS = (None, "eager", "sdpa")
@@ -58,7 +58,7 @@ _SIZES = (
 def load_config(file: Path) -> PretrainedConfig:
     """The config in `file`; CheckpointError for one that transformers cannot use, or that would cost it the machine,
     UnsupportedModel for what is no causal language model."""
-    for key, value in _entries(read_object(file, _MOST_BYTES)):
+    for key, value in _entries(read_object(file, MOST_CONFIG_BYTES)):
         _check_entry(key, value, file)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)

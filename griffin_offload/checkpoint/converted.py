@@ -5,46 +5,48 @@ every shard carries the same mark, so that shards of two conversions are not mix
 """
 
 import json
-import warnings
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.blocks.replace import swap_linears
-from griffin_offload.blocks.towers import leave_out_towers
-from griffin_offload.checkpoint.config_files import read_generation_config
-from griffin_offload.checkpoint.mapped import map_file
-from griffin_offload.devices.torch_state import building, parameters_on_meta, put
-from griffin_offload.errors import CheckpointError, UnsupportedModel, memory_refused, one_line
-from griffin_offload.formats.embedding import swap_tables, tie_tables
-from griffin_offload.formats.linear import PRECISIONS, Precision, Scratch
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
+from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, read_object
+from griffin_offload.checkpoint.renaming import Conversion, same_names
+from griffin_offload.checkpoint.safetensors import (
+    FLOAT_TYPES,
+    METADATA_KEY,
+    UNFINISHED,
+    SafetensorsCheckpoint,
+    check_files,
+    check_mark,
+    directory_config,
+)
+from griffin_offload.checkpoint.unsupported import check_numbers
+from griffin_offload.errors import CheckpointError, UnsupportedModel
+from griffin_offload.formats import FLOATS, Format, every, get
+from griffin_offload.formats.embedding import TABLE_FORMATS
 
 METHOD = "griffin-offload"
-VERSIONS: dict[Precision, int] = {"int8": 1, "int4": 2}
-"""Of the layouts. int4 had one scale a neuron in its down projection before, which trained models did not survive."""
-# One key: safetensors writes several in no fixed order, and equal conversions are equal byte for byte.
-METADATA_KEY = "griffin_offload"
+_IN_LAYER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
 class ConversionInfo:
-    """What a conversion writes into every file."""
+    """What a conversion writes into every file: formats by their names."""
 
-    precision: Precision
+    precision: str
     source: str
     """Fingerprint of the checkpoint it was made from."""
-    tables: Precision = "none"
-    """Of the embeddings and the head: none or int8."""
+    tables: str = FLOATS.name
+    """Of the embeddings and the head."""
     version: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "version", VERSIONS[self.precision])
+        object.__setattr__(self, "version", get(self.precision).version)
 
     def metadata(self) -> dict[str, str]:
         """Of a shard."""
@@ -62,94 +64,70 @@ def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
     if not isinstance(found, dict) or found.get("method") != METHOD:
         return None
     version, precision, source, tables = (found.get(key) for key in ("version", "precision", "source", "tables"))
-    if isinstance(precision, str) and precision in VERSIONS and version != VERSIONS[precision]:
+    format = next((other for other in every() if other.name == precision and not other.is_plain), None)
+    if format is not None and version != format.version:
         raise UnsupportedModel(
             f"{directory} was converted to {precision} in format {version}, this version reads format "
-            f"{VERSIONS[precision]}: convert again"
+            f"{format.version}: convert again"
         )
-    if precision not in PRECISIONS[1:] or not isinstance(source, str) or tables not in ("none", "int8"):
+    if format is None or not isinstance(source, str) or tables not in [other.name for other in TABLE_FORMATS]:
         raise CheckpointError(f"{directory / 'config.json'} has a damaged quantization_config: convert again")
     del config.quantization_config
-    return ConversionInfo(precision, source, tables)
+    return ConversionInfo(format.name, source, str(tables))
 
 
 def check_shard(path: Path, mark: ConversionInfo | None) -> None:
     """CheckpointError unless the shard belongs to the conversion, or to none where there is no mark."""
-    try:
-        with safe_open(path, framework="np") as file:
-            found = (file.metadata() or {}).get(METADATA_KEY)
-    except (SafetensorError, OSError) as error:
-        if memory_refused(error):
-            raise
-        raise CheckpointError(f"{path} was changed while it was read: {one_line(error)}") from error
-    if mark is None:
-        if found is not None:
-            raise CheckpointError(f"{path} was converted, config.json has lost its quantization_config: convert again")
-        return
-    if found != mark.metadata()[METADATA_KEY]:
-        raise CheckpointError(f"{path} belongs to another conversion than config.json: shards are mixed, convert again")
+    check_mark(path, None if mark is None else mark.metadata()[METADATA_KEY])
 
 
-def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> Any:
-    """The stock model with its buffers, and every parameter on the meta device."""
-    with building(dtype), parameters_on_meta(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice about initialisation, which never happens here
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
-    model.tie_weights()  # each parameter went to the meta device by itself
-    leave_out_towers(model)
-    return model
+@dataclass(frozen=True)
+class ConvertedCheckpoint(SafetensorsCheckpoint):
+    """What `convert` made: its tensors are those of the formats' modules, by the model's own names."""
+
+    precision: Format = FLOATS
+    tables: Format = FLOATS
+
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        found = super().tensors()
+        quantised = {name.rpartition(".")[0] for name in found if name.endswith((".scale", ".input_scale"))}
+        formats = {name: self._format_of(name) if name.rpartition(".")[0] in quantised else FLOATS for name in found}
+        return {name: replace(tensor, format=formats[name]) for name, tensor in found.items()}
+
+    def _format_of(self, name: str) -> Format:
+        return self.precision if _IN_LAYER.search(name) else self.tables
+
+    def conversions(self, model: Any, names: Iterable[str]) -> Sequence[Conversion]:
+        return same_names(model, names)
+
+    def lacking(self, names: Sequence[str]) -> CheckpointError:
+        return CheckpointError(f"{self.directory} lacks {len(names)} tensors, first {names[0]}: convert again")
+
+    def unfitting(self, problems: Mapping[str, str]) -> CheckpointError:
+        name, words = next(iter(problems.items()))
+        return CheckpointError(f"{self.directory}: {name} {words}: convert again")
 
 
-def map_converted(
-    directory: Path,
-    files: tuple[Path, ...],
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    precision: Precision,
-    tables: Precision,
-    scratch: Scratch,
-) -> Any:
-    """The model with quantised layers, its parameters views of the mapped files; every one has to be there."""
-    model = build_unfilled(config, dtype)
-    decoder, blocks = find_feed_forwards(model, config.get_text_config().num_hidden_layers)
-    swap_linears(decoder, blocks, precision, precision, scratch)
-    head = model.get_output_embeddings()
-    tied = head is not None and head.weight is model.get_input_embeddings().weight
-    if tables == "int8":
-        swap_tables(model, scratch)
-    expected: dict[str, Tensor] = dict(model.named_parameters())
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
-    for path in files:
-        for name, tensor in map_file(path).items():
-            if name in expected:
-                _assign(model, name, tensor, expected.pop(name), path)
-            elif name in buffers:
-                _check(name, tensor, buffers[name], path)
-                buffers[name].copy_(tensor)
-    if tables == "int8":
-        tie_tables(model, tied=tied)
-    else:
-        model.tie_weights()
-    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if absent:
-        raise CheckpointError(f"{directory} lacks {len(absent)} tensors, first {absent[0]}: convert again")
-    read_generation_config(model, directory)
-    return model
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor, expected: Tensor, path: Path) -> None:
-    _check(name, tensor, expected, path)
-    owner, _, attribute = name.rpartition(".")
-    put(model.get_submodule(owner), attribute, tensor)
-
-
-def _check(name: str, tensor: Tensor, expected: Tensor, path: Path) -> None:
-    kind = tensor.is_floating_point(), expected.is_floating_point()
-    if tensor.shape != expected.shape or kind[0] != kind[1] or (not kind[0] and tensor.dtype != expected.dtype):
-        raise CheckpointError(
-            f"{path}: {name} is {_describe(tensor)}, the model needs {_describe(expected)}: convert again"
-        )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def open_converted(path: Path) -> Checkpoint | None:
+    """The converted checkpoint in the directory `path`; None where it is none. Errors as `open_safetensors`."""
+    if (path / UNFINISHED).is_file() or not (path / "config.json").is_file():
+        return None
+    raw = read_object(path / "config.json", MOST_CONFIG_BYTES).get("quantization_config")
+    if not isinstance(raw, dict) or raw.get("method") != METHOD:
+        return None
+    config = directory_config(path)
+    mark = mark_of(config, path)
+    assert mark is not None
+    checked = check_files(path, config, mark.metadata()[METADATA_KEY])
+    stored = checked.most_bytes(FLOAT_TYPES)
+    check_numbers(path, None, None if stored in FLOAT_TYPES else stored)
+    return ConvertedCheckpoint(
+        path,
+        config,
+        FLOAT_TYPES[stored],
+        checked.files,
+        checked.weight_bytes,
+        checked.states,
+        precision=get(mark.precision),
+        tables=get(mark.tables),
+    )

@@ -7,25 +7,23 @@ found (not Linux, or a tensor that was copied), nothing is advised and the opera
 import contextlib
 import ctypes
 import errno
-import json
 import mmap
 import os
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from griffin_offload.checkpoint.changes import FileMapping, FileState, WatchedFiles, file_mappings
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent
+from griffin_offload.devices.host_memory import in_host_memory
 from griffin_offload.errors import CheckpointChanged, CheckpointError, GriffinError, memory_refused, one_line
+from griffin_offload.formats.translated import TranslatedTensor, in_memory, stored_parts
 
 _PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else ctypes.CDLL("msvcrt")  # called on Linux alone
@@ -62,13 +60,14 @@ class FilePages:
     read past it, by `direct`, where the file system can do that.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], *, evict: bool, known: dict[str, FileState] | None = None) -> None:
+    def __init__(self, tensors: Sequence[Tensor], *, evict: bool, known: Mapping[str, FileState] | None = None) -> None:
         """`known` are states of the files from before they were mapped."""
         self._evict = evict
         self.direct: DirectReader | None = None
         self._mappings = file_mappings()
-        used = {mapping for tensor in tensors if (mapping := self._mapping_of(tensor)) is not None}
-        self.unmapped_bytes = sum(t.nbytes for t in tensors if self._mappings and self._mapping_of(t) is None)
+        parts = [part for tensor in tensors for part in stored_parts(tensor)]
+        used = {mapping for part in parts if (mapping := self._mapping_of(part)) is not None}
+        self.unmapped_bytes = sum(p.nbytes for p in parts if self._mappings and self._mapping_of(p) is None)
         for mapping in used:
             if mapping.deleted:
                 raise CheckpointChanged(f"{mapping.path} was deleted or replaced while it was loaded: load it again")
@@ -81,9 +80,11 @@ class FilePages:
                 self.direct = DirectReader(self.files.descriptors)
 
     def extents(self, tensors: Sequence[Tensor]) -> list[Extent] | None:
-        """The bytes of `tensors` in their files; None if one lies in none."""
+        """The bytes of `tensors` in their files; None if one lies in none, or is translated."""
         found = []
         for tensor in tensors:
+            if isinstance(tensor, TranslatedTensor):
+                return None
             mapping = self._mapping_of(tensor)
             if mapping is None or not tensor.is_contiguous():
                 return None
@@ -94,8 +95,14 @@ class FilePages:
         """Copy a mapped tensor to another one of its size, in any precision and on any device. Of a large one, such as
         a table of embeddings, a part at a time is mapped: pages count as the process's memory while they are."""
         extents = self.extents([source])
-        if self.direct and extents and source.dtype == target.dtype and target.device.type == "cpu":
+        if self.direct and extents and source.dtype == target.dtype and in_host_memory(target):
             self.direct.copy(extents[0], target.view(-1).view(torch.uint8))
+            return
+        if isinstance(source, TranslatedTensor):
+            spans = self.spans([source])
+            self.read(spans)
+            source.read(target)
+            self.drop(spans)
             return
         parts = [(source, target)]
         if source.is_contiguous() and target.is_contiguous():
@@ -113,11 +120,12 @@ class FilePages:
     def spans(self, tensors: Sequence[Tensor]) -> list[Span]:
         """The whole pages under `tensors`, neighbours joined first so that the pages they share count, too."""
         joined: list[tuple[int, int, FileMapping]] = []
-        for tensor in sorted(tensors, key=lambda t: t.data_ptr()):
-            mapping = self._mapping_of(tensor)
+        parts = [part for tensor in tensors for part in stored_parts(tensor)]
+        for part in sorted(parts, key=lambda p: p.data_ptr()):
+            mapping = self._mapping_of(part)
             if mapping is None:
                 continue
-            begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+            begin, end = part.data_ptr(), part.data_ptr() + part.nbytes
             if joined and begin - joined[-1][1] in range(_PAGE) and joined[-1][2] == mapping:
                 begin = joined.pop()[0]
             joined.append((begin, end, mapping))
@@ -155,6 +163,16 @@ class FilePages:
                 # In this order: fadvise skips pages that are still mapped.
                 os.posix_fadvise(self.files.descriptors[span.path], span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
 
+    @contextlib.contextmanager
+    def reading(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Inside, the numbers of `tensors`, in their pages or translated; the pages are dropped behind it.
+        CheckpointChanged behind it if one of the files was written to or cut meanwhile."""
+        spans = self.spans(tensors)
+        self.read(spans)
+        yield [in_memory(tensor.detach()) for tensor in tensors]
+        self.files.check_contents()
+        self.drop(spans)
+
     def close(self) -> None:
         """Close the files; the mappings are not ours."""
         if self.direct is not None:
@@ -163,7 +181,8 @@ class FilePages:
 
     def paths(self, tensors: Sequence[Tensor]) -> set[str]:
         """The files under `tensors`."""
-        return {mapping.path for t in tensors if (mapping := self._mapping_of(t)) is not None}
+        parts = [part for tensor in tensors for part in stored_parts(tensor)]
+        return {mapping.path for part in parts if (mapping := self._mapping_of(part)) is not None}
 
     def _advise(self, span: Span, advice: int) -> None:
         """madvise(2); advice the kernel does not know is left out. CheckpointChanged or GriffinError when the file
@@ -184,86 +203,39 @@ def _inner_pages(begin: int, end: int, mapping: FileMapping) -> Span:
     return Span(first, last - first, mapping.path, mapping.offset + first - mapping.start)
 
 
-# The tensors of one safetensors file as views of its mapping, none of which is touched.
+# Files mapped to be read alone.
 
 
-_LENGTH_BYTES = 8
 _FAILED = ctypes.c_void_p(-1).value  # what mmap(2) returns for an error
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "C64": torch.complex64,
-    "BOOL": torch.bool,
-}
 
 
-class Untouched(TorchDispatchMode):
-    """Inside it, what would write into one of `tensors` does nothing.
+class FileMaps:
+    """Files, each mapped once when it is first asked for; none of their pages is touched. A mapping lives as long as a
+    tensor of it."""
 
-    transformers initialises modules after it has loaded them, for the buffers that no file holds, and leaves the loaded
-    weights out by a mark on each tensor, which a view of one lacks: some architectures set a row to zero by such a
-    view. The files are mapped to be read alone, so that would end the process, and the weights are the checkpoint's.
-    """
+    def __init__(self) -> None:
+        self._contents: dict[str, Tensor] = {}
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+    def view(self, extent: Extent) -> Tensor:
+        """Its bytes, uint8, not to be written to. CheckpointError for a file that is no longer what it was."""
+        try:
+            content = self._content(extent.path)
+        except OSError as error:
+            if memory_refused(error):
+                raise
+            raise CheckpointError(f"{extent.path} was changed while it was loaded: {one_line(error)}") from error
+        end = extent.offset + extent.nbytes
+        if end > content.numel():
+            raise CheckpointError(
+                f"{extent.path} was changed while it was loaded: a tensor ends at byte {end} of {content.numel()}"
+            )
+        return content[extent.offset : end]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        written = (
-            value
-            for argument, value in zip(func._schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor)
-        )
-        for target in written if func._schema.is_mutable else ():
-            if not target.is_meta and target.untyped_storage().data_ptr() in self._storages:
-                return target
-        return func(*args, **(kwargs or {}))
-
-
-def map_file(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file by its name, not to be written to. CheckpointError for a file that is no longer what it
-    was."""
-    try:
-        return _views(path)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        if memory_refused(error):
-            raise
-        raise CheckpointError(f"{path} was changed while it was loaded: {one_line(error)}") from error
-
-
-def _views(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        header = json.loads(file.read(length))
-        content = _mapped(file.fileno())
-    start = _LENGTH_BYTES + length
-    found = {}
-    for name, part in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = (start + offset for offset in part["data_offsets"])
-        dtype = _DTYPES.get(part["dtype"])
-        if dtype is None or end > content.numel():
-            raise ValueError(f"{name} has the type {part['dtype']} and ends at byte {end} of {content.numel()}")
-        piece = content[begin:end]
-        # Views want addresses in multiples of the type's size; files that are padded otherwise are copied.
-        aligned = begin % dtype.itemsize == 0
-        found[name] = (piece if aligned else piece.clone()).view(dtype).view(part["shape"])
-    return found
+    def _content(self, path: str) -> Tensor:
+        if path not in self._contents:
+            with open(path, "rb") as file:
+                self._contents[path] = _mapped(file.fileno())
+        return self._contents[path]
 
 
 def _mapped(descriptor: int) -> Tensor:

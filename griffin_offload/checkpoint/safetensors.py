@@ -1,10 +1,14 @@
-"""Which files of a directory hold the weights, and what their headers say; no weight is read."""
+"""A directory in Hugging Face layout: which of its files hold the weights, and what their headers say.
 
+No weight is read, but for the two tables of a model whose files may hold another head (tied_head.py).
+"""
+
+import json
 import math
 import os
-import re
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +17,40 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.sizes import build_on_meta
 from griffin_offload.blocks.towers import left_out_parts
-from griffin_offload.checkpoint.config_files import read_object
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
+from griffin_offload.checkpoint.changes import FileState, states_of
+from griffin_offload.checkpoint.config_files import load_config, read_object
+from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import check_content
-from griffin_offload.checkpoint.unsupported import refuse_gguf_in
+from griffin_offload.checkpoint.mapped import FileMaps
+from griffin_offload.checkpoint.tied_head import untie_other_head
+from griffin_offload.checkpoint.unsupported import check_numbers, refuse_gguf_in, refuse_what_is_no_checkpoint
 from griffin_offload.errors import CheckpointError, limit_reached, memory_refused, one_line
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-"""Stored precisions that are loaded as they are."""
+FLOAT_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+"""Stored precisions that are loaded as they are, by the headers' words for them."""
+DTYPES = FLOAT_TYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "BOOL": torch.bool,
+}
+# Lies in a directory that convert has not finished.
+UNFINISHED = ".converting.json"
+# One key: safetensors writes several in no fixed order, and equal conversions are equal byte for byte.
+METADATA_KEY = "griffin_offload"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # The largest open models have 10 MB of them.
@@ -95,127 +122,153 @@ def read_header(path: Path) -> Header:
 
 
 def _tensor_bytes(part: Any) -> int:
-    item = DTYPES.get(part.get_dtype())
+    item = FLOAT_TYPES.get(part.get_dtype())
     return int(math.prod(part.get_shape())) * (item.itemsize if item is not None else 1)
 
 
-# Files of several precisions: what is not of the model's own is converted by loading, and rests in memory then.
-
-
-_IN_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+# The checkpoint.
 
 
 @dataclass(frozen=True)
-class ConvertedSizes:
-    """Bytes that loading makes of other precisions, in the model's."""
+class SafetensorsCheckpoint(Checkpoint):
+    """A directory whose files are whole and whose config transformers knows."""
 
-    feed_forward: tuple[int, ...]
-    """Of each layer: they are streamed from there, as long as the model lives."""
-    embeddings: int
-    rest: int
-    """Gone when the residents are there."""
+    directory: Path
+    config: PretrainedConfig
+    dtype: torch.dtype
+    files: tuple[Path, ...]
+    weight_bytes: int
+    states: Mapping[str, FileState] = field(default_factory=dict, compare=False)
+    untied: bool = False
 
-
-def converted_tensors(headers: Iterable[Header], dtype: torch.dtype) -> dict[str, int]:
-    """Name and bytes, in `dtype`, of every tensor of floats that is stored in another one."""
-    return {
-        name: size_bytes // DTYPES[stored].itemsize * dtype.itemsize
-        for header in headers
-        for name, (stored, size_bytes) in header.items()
-        if stored in DTYPES and DTYPES[stored] != dtype
-    }
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        return {name: tensor for path in self.files for name, tensor in stored_tensors(path).items()}
 
 
-def converted_sizes(model: Any, tensors: dict[str, int]) -> ConvertedSizes:
-    """What `tensors` (`converted_tensors`) are in `model`. A name that no other part has counts as feed-forward."""
-    decoder, blocks = find_feed_forwards(model, model.config.get_text_config().num_hidden_layers)
-    feed_forward, embeddings, rest = [0] * len(blocks), 0, 0
-    others = [_names_outside_ff(layer, block) for layer, block in zip(decoder, blocks, strict=True)]
-    table = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    left_out = left_out_parts(model)
-    for name, size_bytes in tensors.items():
-        if left_out & set(name.split(".")):
-            continue  # given up before anything else is allocated
-        match = _IN_LAYER.search(name)
-        index = int(match[1]) if match else len(blocks)
-        if match and index < len(blocks) and match[2] not in others[index]:
-            feed_forward[index] += size_bytes
-        elif name.split(".")[-2:-1] == table.split(".")[-1:]:
-            embeddings += size_bytes
-        else:
-            rest += size_bytes
-    return ConvertedSizes(tuple(feed_forward), embeddings, rest)
+def open_safetensors(path: Path) -> Checkpoint | None:
+    """The checkpoint in the directory `path`; None where that is a file. Errors: CheckpointError, UnsupportedModel."""
+    if not path.is_dir():
+        return None
+    config = directory_config(path)
+    check_numbers(path, getattr(config, "quantization_config", None), None)
+    checked = check_files(path, config, None)
+    stored = checked.most_bytes(set(checked.sizes))
+    check_numbers(path, None, None if stored in FLOAT_TYPES else stored)
+    dtype = FLOAT_TYPES[stored]
+    untied = untie_other_head(config, dtype, checked.headers)
+    return SafetensorsCheckpoint(path, config, dtype, checked.files, checked.weight_bytes, checked.states, untied)
 
 
-def _names_outside_ff(layer: Any, block: Any) -> set[str]:
-    inside = {id(tensor) for part in block.projections for tensor in part.owner.parameters(recurse=False)}
-    return {name for name, tensor in layer.named_parameters() if id(tensor) not in inside}
+def directory_config(directory: Path) -> PretrainedConfig:
+    """The config of a checkpoint's directory, which is a finished one."""
+    if (directory / UNFINISHED).is_file():
+        raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
+    if not (directory / "config.json").is_file():
+        refuse_what_is_no_checkpoint(directory)
+        raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
+    return load_config(directory / "config.json")
 
 
-# A head that config.json ties to the embeddings while the files hold another one: the files are right.
+@dataclass(frozen=True)
+class CheckedFiles:
+    """Files of weights, whole and of one checkpoint."""
+
+    headers: dict[Path, Header]
+    states: Mapping[str, FileState]
+    sizes: Counter[str]
+    """Bytes of the language model by stored precision."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self.headers)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(size_bytes for header in self.headers.values() for _, size_bytes in header.values())
+
+    def most_bytes(self, kinds: Collection[str]) -> str:
+        """Of `kinds`, the stored precision that most bytes have."""
+        found = {name: size_bytes for name, size_bytes in self.sizes.items() if name in kinds}
+        return max(found, key=lambda name: found[name], default="no floats")
 
 
-# Of each table as much is compared at once.
-_PIECE_BYTES = 16 * 2**20
+def check_files(directory: Path, config: PretrainedConfig, mark: str | None) -> CheckedFiles:
+    """The weights in `directory`, each of whose files has `mark` in its metadata (None: no such mark)."""
+    files, promised = weight_files(directory)
+    states = _states(files)
+    headers = read_headers(directory, files, promised)
+    if not any(headers.values()):
+        raise CheckpointError(f"{directory} holds no tensors")
+    sizes = _bytes_by_dtype(config, headers.values())
+    for path in headers:
+        check_mark(path, mark)
+    return CheckedFiles(headers, states, sizes)
 
 
-def untie_other_head(config: PretrainedConfig, dtype: torch.dtype, headers: dict[Path, Header]) -> bool:
-    """Whether `config` ties the head to the embeddings and the files hold another head, which `config` then says.
-
-    Reads both tables, up to the first difference, where the files hold two; nothing elsewhere."""
-    text = config.get_text_config()
-    if not (getattr(config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False)):
-        return False
-    model: Any = build_on_meta(config, dtype)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return False
-    names = {id(module): name for name, module in model.named_modules()}
-    here, there = (_place(f"{names[id(module)]}.weight", headers) for module in (head, embedding))
-    if here is None or there is None or _equal(here, there, dtype):
-        return False
-    for found in (config, text):
-        found.tie_word_embeddings = False
-    return True
-
-
-def said_untied(raw: dict[str, Any]) -> dict[str, Any]:
-    """The text of a config.json, saying that the head is not tied."""
-    inner = {key: said_untied(value) for key, value in raw.items() if key == "text_config" and isinstance(value, dict)}
-    return raw | inner | {"tie_word_embeddings": False}
-
-
-_Place = tuple[Path, str]
-
-
-def _place(name: str, headers: dict[Path, Header]) -> _Place | None:
-    """The file that holds the parameter, which may have other names in front there; and its name in it."""
-    tail = ".".join(name.split(".")[-2:])
-    found = [
-        (key != name, len(key), path, key)
-        for path, header in headers.items()
-        for key in header
-        if key == tail or key.endswith(f".{tail}")
-    ]
-    return min(found)[2:] if found else None
-
-
-def _equal(head: _Place, embedding: _Place, dtype: torch.dtype) -> bool:
+def check_mark(path: Path, mark: str | None) -> None:
+    """CheckpointError unless the file belongs to the conversion whose `mark` this is, or to none for None."""
     try:
-        with safe_open(head[0], framework="pt") as one, safe_open(embedding[0], framework="pt") as other:
-            tables = one.get_slice(head[1]), other.get_slice(embedding[1])
-            shapes = [tuple(table.get_shape()) for table in tables]
-            if shapes[0] != shapes[1] or len(shapes[0]) != 2 or 0 in shapes[0]:
-                return False  # no head of this model: loading says so
-            return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in zip(*map(_pieces, tables), strict=True))
-    except (SafetensorError, OSError, RuntimeError) as error:
+        with safe_open(path, framework="np") as file:
+            found = (file.metadata() or {}).get(METADATA_KEY)
+    except (SafetensorError, OSError) as error:
         if memory_refused(error):
             raise
-        raise CheckpointError(f"{head[0]} cannot be read: {one_line(error)}") from error
+        raise CheckpointError(f"{path} was changed while it was read: {one_line(error)}") from error
+    if mark is None and found is not None:
+        raise CheckpointError(f"{path} was converted, config.json has lost its quantization_config: convert again")
+    if found != mark:
+        raise CheckpointError(f"{path} belongs to another conversion than config.json: shards are mixed, convert again")
 
 
-def _pieces(table: Any) -> Iterator[Tensor]:
-    rows, width = table.get_shape()
-    step = max(_PIECE_BYTES // (8 * width), 1)
-    for at in range(0, rows, step):
-        yield table[at : at + step]
+def _states(files: list[Path]) -> dict[str, FileState]:
+    try:
+        return states_of(str(path.resolve()) for path in files)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise CheckpointError(f"{files[0].parent} cannot be read: {one_line(error)}") from error
+
+
+def _bytes_by_dtype(config: PretrainedConfig, headers: Iterable[Header]) -> Counter[str]:
+    """Of the language model: a tower may outweigh it, in another precision."""
+    sees = config.get_text_config() is not config
+    towers = left_out_parts(build_on_meta(config, torch.bfloat16)) if sees else set()
+    sizes: Counter[str] = Counter()
+    for header in headers:
+        for name, (dtype, size_bytes) in header.items():
+            if not towers & set(name.split(".")):
+                sizes[dtype] += size_bytes
+    return sizes
+
+
+# Where the tensors of one file lie, which its header alone knows.
+
+
+_LENGTH_BYTES = 8
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a file that `read_header` has found whole. CheckpointError for one that it was not."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            header = json.loads(file.read(length))
+        start = _LENGTH_BYTES + length
+        return {name: _stored(path, start, name, part) for name, part in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if memory_refused(error):
+            raise
+        raise CheckpointError(f"{path} was changed while it was loaded: {one_line(error)}") from error
+
+
+def _stored(path: Path, start: int, name: str, part: Any) -> StoredTensor:
+    begin, end = part["data_offsets"]
+    shape, dtype = tuple(part["shape"]), DTYPES.get(part["dtype"])
+    if dtype is None or math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError(f"{name} has the type {part['dtype']}, the shape {shape} and {end - begin} bytes")
+    return StoredTensor(shape, dtype, (Extent(str(path), start + begin, end - begin),))
+
+
+def map_file(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file by its name, a view of the mapped file, not to be written to. CheckpointError for a file
+    that is no longer what it was."""
+    maps = FileMaps()
+    return {name: stored.tensor(maps) for name, stored in stored_tensors(path).items()}

@@ -17,8 +17,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from griffin_offload.checkpoint.files import check_content
-from griffin_offload.devices.memory import give_back_freed
-from griffin_offload.errors import CheckpointError, UsageError, one_line
+from griffin_offload.devices.host_memory import give_back_freed
+from griffin_offload.errors import CheckpointError, TemplateError, UsageError, one_line
 from griffin_offload.units import format_bytes
 
 # Every kind of tokenizer has a file with such a name.
@@ -131,13 +131,15 @@ def encode(tokenizer: Any, text: str) -> Ids:
 
 
 def encode_messages(tokenizer: Any, messages: list[dict[str, str]], *, thinking: bool | None = None) -> Ids:
-    """Token ids of `messages` in the chat template, up to where the answer begins. CheckpointError where it fails,
+    """Token ids of `messages` in the chat template, up to where the answer begins. TemplateError where it fails,
     UsageError if `thinking` is given and the template has no switch for it."""
     letters = sum(len(text) for message in messages for text in message.values())
     switches = {} if thinking is None else dict.fromkeys(thinking_switches(tokenizer), thinking)
     settings: dict[str, Any] = {"add_generation_prompt": True, **switches}
-    ids = _bounded(lambda: _templated(tokenizer, messages, settings), letters)
-    return _begun_once(tokenizer, ids)
+    try:
+        return _begun_once(tokenizer, _bounded(lambda: _templated(tokenizer, messages, settings), letters))
+    except CheckpointError as error:
+        raise TemplateError(str(error)) from error
 
 
 def _templated(tokenizer: Any, messages: list[dict[str, str]], settings: dict[str, Any]) -> Ids:

@@ -5,11 +5,11 @@ import json
 import platform
 import sys
 from itertools import product
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.eval_options import columns, numbers
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
-from griffin_offload.config import BenchConfig, LoadConfig, Quantize
+from griffin_offload.config import FORMAT_NAMES, BenchConfig, LoadConfig
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.units import format_bytes
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from griffin_offload.engine.spec import ModelSpec
     from griffin_offload.evaluation.ceilings import Ceilings
     from griffin_offload.evaluation.speed import Speed
+    from griffin_offload.formats import Format
 
 _DEFAULTS = BenchConfig()
 _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "quantize", "offline")
@@ -46,9 +47,10 @@ def add_parser(commands: Any) -> None:
     add("-d", "--density", default=LoadConfig.density, metavar="D[,D...]", help="auto, or several to compare")
     add("-o", "--output", choices=("md", "json"), default="md", help="a table and a line of JSON, or that alone")
     add("--cold", action="store_true", help="drop the checkpoint from the page cache before every prompt")
-    add("--quantize", choices=get_args(Quantize), default=LoadConfig.quantize, help="precision of the residents")
+    add("--quantize", choices=("auto", *FORMAT_NAMES), default=LoadConfig.quantize, help="precision of the residents")
     add("--threads", type=int, metavar="N", help="threads that compute on the CPU")
     add("-q", "--quiet", action="store_true", help="no progress bar")
+    add("--kernels", action="store_true", help="which function does what on this machine, and why others do not")
     add_model_option(parser)
     add_memory_options(parser)
     parser.set_defaults(command=bench)
@@ -56,6 +58,8 @@ def add_parser(commands: Any) -> None:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Ceilings first, then a row for every density and pair of lengths; the last line is JSON."""
+    if arguments.kernels:
+        return _print_kernels(as_json=arguments.output == "json" or arguments.json)
     densities = _densities(arguments.density)
     if min(*arguments.prompt_tokens, arguments.repeats) < 1 or min(arguments.generate_tokens) < 2:
         raise UsageError("-p and -r are 1 or more, -n at least 2: the first token is the prompt's")
@@ -151,7 +155,7 @@ def _measure(arguments: argparse.Namespace, density: Any, ceilings: "Ceilings", 
         ]
 
 
-def _ceiling_lines(ceilings: "Ceilings", precision: str) -> list[str]:
+def _ceiling_lines(ceilings: "Ceilings", precision: "Format") -> list[str]:
     def rate(value: float | None) -> str:
         return "not measured" if value is None else f"{format_bytes(value)}/s"
 
@@ -164,7 +168,7 @@ def _ceiling_lines(ceilings: "Ceilings", precision: str) -> list[str]:
         lines.append(
             f"host to device              {rate(ceilings.copy_pinned_bytes_per_s)} pinned, {pageable} pageable"
         )
-    kind = "16 bit" if precision == "none" else precision
+    kind = "16 bit" if precision.is_plain else precision.name
     threads = f", {ceilings.threads} threads" if ceilings.threads else ""
     lines.append(f"one row times matrices      {rate(ceilings.gemv_bytes_per_s)} of {kind}{threads}")
     return [*lines, f"many rows                   {gemm}"]
@@ -206,8 +210,46 @@ def _record(model_spec: "ModelSpec", ceilings: "Ceilings", speeds: "list[Speed]"
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "machine": {"processor": platform.processor() or platform.machine(), "device": model_spec.device.type},
+        "machine": {"processor": platform.processor() or platform.machine(), "device": model_spec.hardware.name},
         "model": {"type": model_spec.checkpoint.config.model_type, "weight_bytes": model_spec.checkpoint.weight_bytes},
         "ceilings": asdict(ceilings),
         "rows": [speed.to_json() for speed in speeds],
     }
+
+
+def _print_kernels(*, as_json: bool) -> int:
+    """The table of kernels; of each operation and layout, the first row that applies does the work."""
+    quiet_libraries()
+    rows = _kernel_rows()
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    heads = ("operation", "layout", "rows", "device", "multiplies", "function")
+    lines = [(*heads, "here"), *((*(row[head] for head in heads), row["why_not"] or "yes") for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return 0
+
+
+def _kernel_rows() -> list[dict[str, Any]]:
+    # Both add rows of torch's.
+    from griffin_offload import formats  # noqa: F401
+    from griffin_offload.devices.registry import devices_here
+    from griffin_offload.engine import cpu_modules  # noqa: F401
+    from griffin_offload.kernels import table
+
+    devices, order = devices_here(), list(dict.fromkeys(kernel.operation for kernel in table.rows()))
+    rows = sorted(table.rows(), key=lambda kernel: (order.index(kernel.operation), kernel.layout))
+    return [
+        {
+            "operation": kernel.operation,
+            "layout": kernel.layout,
+            "rows": table.rows_in_words(kernel),
+            "device": kernel.device or "any",
+            "multiplies": str(kernel.computes or "any").removeprefix("torch."),
+            "function": f"{kernel.name}{'' if kernel.ours else ', torch'}",
+            "why_not": table.why_not(kernel, devices),
+        }
+        for kernel in rows
+    ]

@@ -273,8 +273,7 @@ def chat(arguments: argparse.Namespace) -> int:
     _check_conversation(arguments)
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     with heavy_imports():
-        from griffin_offload.checkpoint.base import open_checkpoint
-        from griffin_offload.checkpoint.tokenizer import tokenizer_of
+        from griffin_offload.checkpoint.registry import open_checkpoint
         from griffin_offload.engine.model import GriffinModel
         from griffin_offload.kv_cache.sequence_file import read_notes
 
@@ -284,9 +283,9 @@ def chat(arguments: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
     if arguments.load is not None:
         adopt_saved(arguments.load, options, checkpoint)
-    tokenizer = tokenizer_of(checkpoint.directory)
+    tokenizer = checkpoint.tokenizer()
     _check_template(tokenizer, arguments)
-    model = GriffinModel.from_pretrained(checkpoint.directory, **options)
+    model = GriffinModel.from_pretrained(checkpoint.path, **options)
     model.tokenizer = tokenizer
     session = model.chat_session(
         system=arguments.system,

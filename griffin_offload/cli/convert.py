@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from griffin_offload.cli.options import add_model_option, model_of, quiet_libraries
+from griffin_offload.config import FORMAT_NAMES, TABLE_FORMATS
 from griffin_offload.units import format_bytes
 
 
@@ -15,9 +16,12 @@ def add_parser(commands: Any) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser("convert", help="write a quantised copy of a checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; an unfinished conversion continues")
-    parser.add_argument("--quantize", choices=("int8", "int4"), required=True, help="precision of the matrices")
+    parser.add_argument("--quantize", choices=FORMAT_NAMES[1:], required=True, help="precision of the matrices")
     parser.add_argument(
-        "--embeddings", choices=("16", "int8"), default="16", help="bits of embeddings and head (default: as stored)"
+        "--embeddings",
+        choices=tuple(TABLE_FORMATS),
+        default="16",
+        help="bits of embeddings and head (default: as stored)",
     )
     add_model_option(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
@@ -42,7 +46,7 @@ def convert(arguments: argparse.Namespace) -> int:
             model_of(arguments),
             arguments.out,
             arguments.quantize,
-            tables="int8" if arguments.embeddings == "int8" else "none",
+            tables=TABLE_FORMATS[arguments.embeddings],
             offline=arguments.offline,
             progress=progress,
         )

@@ -5,7 +5,7 @@ import json
 import sys
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.eval_options import (
     add_measuring_options,
@@ -16,7 +16,7 @@ from griffin_offload.cli.eval_options import (
     variants_of,
 )
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
-from griffin_offload.config import LatencyConfig, Quantize
+from griffin_offload.config import FORMAT_NAMES, LatencyConfig
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.units import format_bytes
 
@@ -42,7 +42,7 @@ def add_parser(kinds: Any) -> None:
     add("--sizes", default=sizes, metavar="P+G[,P+G...]", help="tokens of the prompt and generated")
     add("-r", "--repeats", type=int, default=_DEFAULTS.repeats, metavar="N", help="after a warm-up")
     add("--text", type=Path, metavar="FILE", help="prompts are its start (default: random tokens)")
-    add("--quantize", choices=get_args(Quantize)[1:], help="precision of the residents (default: the stored one)")
+    add("--quantize", choices=FORMAT_NAMES, help="precision of the residents (default: the stored one)")
     add_variant_options(parser, _DEFAULTS.densities, _DEFAULTS.selections[0])
     add_measuring_options(parser)
     add_model_option(parser)
@@ -57,7 +57,7 @@ def evaluate_latency(arguments: argparse.Namespace) -> int:
         raise UsageError("--repeats is 1 or more")
     variants = variants_of(arguments)
     quiet_libraries()
-    from griffin_offload.checkpoint.base import open_checkpoint
+    from griffin_offload.checkpoint.registry import open_checkpoint
     from griffin_offload.method.variants import Variant
 
     checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
@@ -102,7 +102,6 @@ def _tokens(arguments: argparse.Namespace, checkpoint: "Checkpoint", sizes: list
     """As many as the longest prompt has."""
     import torch
 
-    from griffin_offload.checkpoint.tokenizer import load_tokenizer
     from griffin_offload.evaluation.samples import read_documents, take_windows, tokenize
 
     config = checkpoint.config.get_text_config()
@@ -114,7 +113,7 @@ def _tokens(arguments: argparse.Namespace, checkpoint: "Checkpoint", sizes: list
     if arguments.text is None:
         drawn = torch.Generator().manual_seed(arguments.seed)
         return torch.randint(config.vocab_size, (longest,), generator=drawn, dtype=torch.long, device="cpu")
-    documents = tokenize(read_documents(arguments.text), load_tokenizer(checkpoint.directory))
+    documents = tokenize(read_documents(arguments.text), checkpoint.tokenizer())
     return take_windows(documents, longest, 1, "even")[0]
 
 
@@ -132,12 +131,12 @@ def _measure(
     from griffin_offload.evaluation.latency import time_generation
 
     options = {name: getattr(arguments, name) for name in _MEMORY}
-    options |= {"quantize": arguments.quantize or checkpoint.precision}
+    options |= {"quantize": arguments.quantize or checkpoint.precision.name}
     options |= {"density": variant.density, "selection": variant.selection}
     options |= {"ctx_size": sum(size), "prompt_tokens": size[0]}
     title = f"{variant_name(variant.selection, variant.density)} {size[0]}+{size[1]}"
     with (
-        GriffinModel.from_pretrained(checkpoint.directory, **options) as model,
+        GriffinModel.from_pretrained(checkpoint.path, **options) as model,
         tqdm(
             total=arguments.repeats,
             desc=title,

@@ -19,7 +19,7 @@ from griffin_offload.cli.eval_options import (
     variants_of,
 )
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
-from griffin_offload.config import EvalConfig, Quantize, WindowStart
+from griffin_offload.config import FORMAT_NAMES, EvalConfig, WindowStart
 from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add_parser(kinds: Any) -> None:
     ppl.add_argument("--window-start", choices=get_args(WindowStart), default=_DEFAULTS.window_start, help=starts)
     ppl.add_argument(
         "--quantize",
-        choices=get_args(Quantize)[1:],
+        choices=FORMAT_NAMES,
         help="measure what convert makes of the checkpoint, in a temporary directory (default: as it is stored)",
     )
     add_measuring_options(ppl)
@@ -60,7 +60,7 @@ def perplexity(arguments: argparse.Namespace) -> int:
         raise UsageError("--prompt-tokens, --generate-tokens and --windows are 1 or more")
     variants = variants_of(arguments)
     quiet_libraries()
-    from griffin_offload.checkpoint.base import open_checkpoint
+    from griffin_offload.checkpoint.registry import open_checkpoint
     from griffin_offload.evaluation.perplexity import measure
 
     stored = open_checkpoint(model_of(arguments), offline=arguments.offline)
@@ -81,29 +81,28 @@ def perplexity(arguments: argparse.Namespace) -> int:
 def _in_precision(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Iterator[Checkpoint]":
     """The checkpoint as `convert` makes it for --quantize, in a temporary directory if it is not so already. UsageError
     where it was converted to something else."""
-    from griffin_offload.checkpoint.base import open_checkpoint
+    from griffin_offload.checkpoint.registry import open_checkpoint
     from griffin_offload.engine.convert import convert
 
-    if arguments.quantize in (None, checkpoint.precision):
+    if arguments.quantize in (None, checkpoint.precision.name):
         yield checkpoint
         return
-    if checkpoint.precision != "none":
+    if not checkpoint.precision.is_plain:
         raise UsageError(
             f"--quantize {arguments.quantize} needs the original: {checkpoint.directory} was converted to "
             f"{checkpoint.precision} already"
         )
     with tempfile.TemporaryDirectory(prefix="griffin-offload-") as place:
-        made = convert(checkpoint.directory, Path(place) / "converted", arguments.quantize)
+        made = convert(checkpoint.path, Path(place) / "converted", arguments.quantize)
         yield open_checkpoint(made.directory)
 
 
 def _windows(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[tuple[int, int], list[Tensor]]":
     """Windows of every size (prompt, generated)."""
-    from griffin_offload.checkpoint.tokenizer import load_tokenizer
     from griffin_offload.evaluation.samples import first_tokens, read_documents, take_windows, tokenize
 
     texts = read_documents(arguments.text)
-    tokenizer = load_tokenizer(checkpoint.directory)
+    tokenizer = checkpoint.tokenizer()
     documents, first = tokenize(texts, tokenizer), first_tokens(checkpoint.config, tokenizer)
     return {
         (p, g): take_windows(documents, p + g, arguments.windows, arguments.window_start, first)

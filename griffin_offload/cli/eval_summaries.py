@@ -54,7 +54,7 @@ def evaluate_summaries(arguments: argparse.Namespace) -> int:
     if find_spec("rouge_score") is None:
         raise GriffinError('eval summaries needs rouge-score: pip install "griffin-offload[eval]"')
     quiet_libraries()
-    from griffin_offload.checkpoint.base import open_checkpoint
+    from griffin_offload.checkpoint.registry import open_checkpoint
     from griffin_offload.evaluation.summaries import Journal
 
     checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
@@ -87,11 +87,10 @@ def _config(arguments: argparse.Namespace) -> SummariesConfig:
 
 
 def _articles(arguments: argparse.Namespace, checkpoint: "Checkpoint", config: SummariesConfig) -> "Articles":
-    from griffin_offload.checkpoint.tokenizer import load_tokenizer
     from griffin_offload.evaluation.samples import first_tokens
     from griffin_offload.evaluation.summaries import read_articles
 
-    tokenizer = load_tokenizer(checkpoint.directory)
+    tokenizer = checkpoint.tokenizer()
     first = first_tokens(checkpoint.config, tokenizer)
     positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None) or 2**31
     if config.max_new_tokens >= positions:
@@ -109,14 +108,13 @@ def _settings(arguments: argparse.Namespace, checkpoint: "Checkpoint", config: S
     """What finished summaries depend on, besides their variant."""
     import hashlib
 
-    from griffin_offload.checkpoint.base import fingerprint
-    from griffin_offload.devices.memory import choose_device
+    from griffin_offload.devices.registry import choose_device
 
     names = ("max_new_tokens", "temperature", "top_p", "seed", "end")
     return {
-        "model": fingerprint(checkpoint),
+        "model": checkpoint.fingerprint(),
         "data": hashlib.sha256(arguments.data.read_bytes()).hexdigest(),
-        "device": choose_device(arguments.device).type,
+        "device": choose_device(arguments.device).name,
         "dtype": arguments.dtype,
         **{name: getattr(config, name) for name in names},
     }
@@ -139,13 +137,13 @@ def _run(
     wanted = missing(journal, variant, articles)
     if not wanted:
         return
-    options = {name: getattr(arguments, name) for name in _MEMORY} | {"quantize": checkpoint.precision}
+    options = {name: getattr(arguments, name) for name in _MEMORY} | {"quantize": checkpoint.precision.name}
     options |= {"density": variant.density, "selection": variant.selection, "seed": config.seed}
     options |= {"prompt_tokens": articles.longest, "ctx_size": articles.longest + config.max_new_tokens}
     done, every = len(articles.fitting) - len(wanted), len(articles.fitting)
     title = variant_name(variant.selection, variant.density)
     with (
-        GriffinModel.from_pretrained(checkpoint.directory, **options) as model,
+        GriffinModel.from_pretrained(checkpoint.path, **options) as model,
         tqdm(total=every, initial=done, desc=title, disable=arguments.quiet or None, file=sys.stderr) as bar,
     ):
         for row in summarise(model, wanted, variant, config):

@@ -14,7 +14,7 @@ from griffin_offload.config import BosRule, EvalMode, TasksConfig
 from griffin_offload.errors import GriffinError, UsageError
 
 if TYPE_CHECKING:
-    from griffin_offload.engine.prefill import Progress
+    from griffin_offload.engine.layer_pass import Progress
     from griffin_offload.evaluation.distributed import Processes
     from griffin_offload.evaluation.lm_eval_tasks import Results, TaskRun, Tasks
 

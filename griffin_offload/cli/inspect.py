@@ -4,14 +4,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from griffin_offload.checkpoint.files import write_text
 from griffin_offload.cli import inspect_text
 from griffin_offload.cli.eval_options import Bar, add_measuring_options, load_streamed, numbers
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, parse_density, quiet_libraries
 from griffin_offload.cli.prompt import prompt_text, tokenize
-from griffin_offload.config import InspectConfig, LoadConfig, Quantize, RunConfig
+from griffin_offload.config import FORMAT_NAMES, InspectConfig, LoadConfig, RunConfig
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.evaluation.plots import check_matplotlib, draw, make_directory
 from griffin_offload.units import format_bytes
@@ -40,12 +40,11 @@ def inspect_prompt(arguments: argparse.Namespace) -> int:
         check_matplotlib()
         make_directory(arguments.output)
     quiet_libraries()
-    from griffin_offload.checkpoint.base import open_checkpoint
-    from griffin_offload.checkpoint.tokenizer import tokenizer_of
+    from griffin_offload.checkpoint.registry import open_checkpoint
     from griffin_offload.evaluation.inspection import prompt_loss
 
     checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
-    ids = tokenize(tokenizer_of(checkpoint.directory), text, arguments)[0]
+    ids = tokenize(checkpoint.tokenizer(), text, arguments)[0]
     plan, shortfall = _planned(options | {"ctx_size": ids.numel() + room, "prompt_tokens": ids.numel()}, checkpoint)
     planned = plan["densities"] if plan is not None else None
     with (
@@ -122,7 +121,7 @@ def _add_prompt_options(add: Any) -> None:
     add("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     add("--system", metavar="TEXT", help="system message, for models with a chat template")
     add("--raw", action="store_true", default=None, help="do not apply the model's chat template")
-    add("--quantize", choices=get_args(Quantize), help=f"of the plan (default: {LoadConfig.quantize})")
+    add("--quantize", choices=("auto", *FORMAT_NAMES), help=f"of the plan (default: {LoadConfig.quantize})")
     add(
         "-n",
         "--max-new-tokens",

@@ -162,15 +162,14 @@ class _Inspection:
     def run(self) -> None:
         """Everything is cut out of the text before the model is loaded, which may take long."""
         quiet_libraries()
-        from griffin_offload.checkpoint.base import open_checkpoint
-        from griffin_offload.checkpoint.tokenizer import load_tokenizer
+        from griffin_offload.checkpoint.registry import open_checkpoint
         from griffin_offload.evaluation.samples import first_tokens, read_documents, tokenize
 
         arguments = self._arguments
         checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
         self._layers = _layers(arguments.layers, checkpoint)
         texts = read_documents(arguments.text)
-        tokenizer = load_tokenizer(checkpoint.directory)
+        tokenizer = checkpoint.tokenizer()
         self._documents = tokenize(texts, tokenizer)
         self._first = first_tokens(checkpoint.config, tokenizer)
         windows = {name: self._windows(size) for name, size in self._sizes().items()}

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 from griffin_offload.config import (
+    DEVICE_NAMES,
     FLOOR_AUTO_CTX,
+    FORMAT_NAMES,
     MAX_AUTO_CTX,
-    Device,
     DType,
     KVBits,
     LoadConfig,
     Offload,
-    Quantize,
     SelectionMethod,
 )
 from griffin_offload.demo import demo_directory
@@ -207,7 +207,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGr
     add = group.add_argument
     add("--max-gpu-mem", "--max-mem", default=_DEFAULTS.max_gpu_mem, metavar="SIZE", help=_SIZES)
     add("--max-cpu-mem", metavar="SIZE", help="host memory for offloaded weights, when the device is not the CPU")
-    add("--device", choices=get_args(Device), default=_DEFAULTS.device, help="where the model computes")
+    add("--device", choices=DEVICE_NAMES, default=_DEFAULTS.device, help="where the model computes")
     add("--offload", choices=get_args(Offload), default=_DEFAULTS.offload, help="where the full weights rest")
     add("--dtype", choices=get_args(DType), default=_DEFAULTS.dtype, help="precision of the computation")
     return group
@@ -226,7 +226,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--quantize",
-        choices=get_args(Quantize),
+        choices=("auto", *FORMAT_NAMES),
         default=_DEFAULTS.quantize,
         help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
         "neurons, else the last)",

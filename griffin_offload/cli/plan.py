@@ -48,7 +48,7 @@ def plan(arguments: argparse.Namespace) -> int:
     found, remedy = solve(model_spec.shapes, model_spec.request, model_spec.others)
     if arguments.json:
         others = {"alternatives": _alternatives(model_spec, found)} if arguments.verbose else {}
-        device = {"device": model_spec.device.type, "assumed": model_spec.assumed}
+        device = {"device": model_spec.hardware.name, "assumed": model_spec.assumed}
         print(json.dumps(found.to_json(remedy) | device | others))
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
@@ -61,7 +61,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def _examined(arguments: argparse.Namespace) -> "ModelSpec":
-    from griffin_offload.checkpoint.base import read_config
+    from griffin_offload.checkpoint.registry import read_config
     from griffin_offload.engine.spec import examine, examine_checkpoint
 
     config = LoadConfig(**load_options(arguments))
@@ -107,7 +107,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     from griffin_offload.planner.solve import alternatives
 
     shapes = [*model_spec.shapes, *model_spec.others]
-    hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].neurons
+    hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].width
     plans = alternatives(shapes, model_spec.request, chosen.context_tokens)
     if chosen.fits and all((plan.precision, plan.kept) != (chosen.precision, chosen.kept) for plan in plans):
         plans = [chosen, *plans]  # a density that was asked for
@@ -116,7 +116,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
         precision = model_spec.precision_of(plan)
         rate = None  # of a device that is not here
         if model_spec.assumed is None:
-            rate = decode_bytes_per_s(precision, hidden, neurons, model_spec.dtype, model_spec.device)
+            rate = decode_bytes_per_s(precision, hidden, neurons, model_spec.dtype, model_spec.hardware)
         read_bytes = plan.decoded_bytes + plan.decode_parts["kv_cache"]
         rows.append(
             {

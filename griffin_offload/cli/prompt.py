@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import check_utf8, thinking_flag
 from griffin_offload.demo import PROMPT
-from griffin_offload.errors import CheckpointError, SavedContextError, UsageError
+from griffin_offload.errors import SavedContextError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,10 +82,7 @@ def _templated(tokenizer: Any, text: str, system: str | None, thinking: bool | N
 
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
-    try:
-        return encode_messages(tokenizer, messages, thinking=thinking)
-    except CheckpointError as error:  # a template is a program of the checkpoint's author
-        raise CheckpointError(f"the model's chat template fails, --raw turns it off: {error}") from error
+    return encode_messages(tokenizer, messages, thinking=thinking)
 
 
 # `run --prompt-cache FILE`: a prompt that was saved, or is to be.
@@ -95,10 +92,9 @@ def adopt_saved(path: Path, options: dict[str, Any], checkpoint: "Checkpoint") -
     """Make what is "auto" in `options` (`LoadConfig`'s fields) what the context saved at `path` has, and a context that
     is too small for it as large. SavedContextError if it is of another model than `checkpoint`, whose options these
     would not be."""
-    from griffin_offload.checkpoint.base import fingerprint
     from griffin_offload.kv_cache.sequence_file import options_of
 
-    saved = options_of(path, model=fingerprint(checkpoint))
+    saved = options_of(path, model=checkpoint.fingerprint())
     ctx_size = saved.pop("ctx_size")
     options |= {name: value for name, value in saved.items() if options[name] == "auto"}
     if options["ctx_size"] is not None:

@@ -61,17 +61,16 @@ def run(arguments: argparse.Namespace) -> int:
     options = load_options(arguments)
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     with heavy_imports():
-        from griffin_offload.checkpoint.base import locate, open_checkpoint
+        from griffin_offload.checkpoint.registry import locate, open_checkpoint
 
     quiet_libraries()
     prompt_cache = PromptCache(arguments.prompt_cache) if arguments.prompt_cache is not None else None
     directory = locate(model_of(arguments), offline=arguments.offline)
     with heavy_imports():  # the larger half; a wrong --model is told without it
-        from griffin_offload.checkpoint.tokenizer import tokenizer_of
         from griffin_offload.engine.model import GriffinModel
 
     checkpoint = open_checkpoint(directory)  # its headers are checked before its tokenizer is loaded
-    tokenizer = tokenizer_of(directory)
+    tokenizer = checkpoint.tokenizer()
     tokens = tokenize(tokenizer, text, arguments)
     prompt_tokens = tokens.shape[1]
     if arguments.ctx_size is None:
@@ -151,7 +150,7 @@ def _print_result(model: "GriffinModel", answer: tuple[str, "Finish"], arguments
         print(json.dumps({"text": text, "finish_reason": finish, **report.to_json()}))
         return
     if not arguments.quiet:
-        print("\n".join(report.lines(model.device.type.upper())), file=sys.stderr)
+        print("\n".join(report.lines(model.hardware.name.upper())), file=sys.stderr)
         measured = report.activation_kept_heldout is not None or report.cached_prompt_tokens
         if not measured and model.plan.streamed:
             print("note: the prompt is too short to tell how much of its activation is kept", file=sys.stderr)

@@ -14,10 +14,11 @@ from griffin_offload.engine.generation import GenerationMode, GenerationState, L
 from griffin_offload.engine.spec import ModelSpec
 from griffin_offload.engine.speculative import loop_of
 from griffin_offload.errors import UsageError, one_line
-from griffin_offload.kv_cache.kv_cache import KVCache, why_not_back
-from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.kv_cache.sizes import KV_SLACK_TOKENS, MAX_MARKS, Workload
+from griffin_offload.kv_cache.kv_cache import KV_SLACK_TOKENS, KVCache, why_not_back
+from griffin_offload.kv_cache.sequence import Context, snapshots_kept
+from griffin_offload.kv_cache.sizes import Workload
 from griffin_offload.planner.request import statistics_kept
+from griffin_offload.transformers_api import CACHE, FOREIGN_CACHE_NAMES
 
 if TYPE_CHECKING:
     from griffin_offload.engine.runner import ModelRunner
@@ -40,7 +41,7 @@ REFUSED = {
     "negative_prompt_ids": "a second prompt would choose the same neurons anew: generate twice, and mix the scores",
     "compile_config": "decode is captured as CUDA graphs where there are some: cuda_graphs= of from_pretrained",
     "token_healing": "neurons would be another prompt's: give model.model.heal_tokens(ids, tokenizer) as the prompt",
-    "cache": "the argument is called past_key_values",
+    **dict.fromkeys(FOREIGN_CACHE_NAMES, f"the argument is called {CACHE}"),
 }
 """Arguments that are refused if they ask for something, and why."""
 # What processors of checkpoints make that see or hear.
@@ -132,14 +133,14 @@ def prepared(
         check_one_sequence(prompt, use, kwargs, configs)
         run.prompt_ids = prompt[0].tolist() if prompt.dim() == 2 else []
         run.context = empty_context(engine) if context is None else context
-        settings["past_key_values"] = run.own_cache = run.context.cache
+        settings[CACHE] = run.own_cache = run.context.cache
         # Otherwise transformers takes every pad token for padding, also one that was generated.
         settings["attention_mask"] = torch.ones_like(prompt, device=engine.model_spec.device)
     elif past.tokens:
         past.make_room(use, engine.roomy_tokens)
-    elif use.cache == "ours" and kwargs.get("past_key_values") is None:
+    elif use.cache == "ours" and kwargs.get(CACHE) is None:
         run.own_cache = engine.kv_cache(use, returned=returns_cache(kwargs, configs))
-        settings["past_key_values"] = run.own_cache
+        settings[CACHE] = run.own_cache
     kwargs = stop_strings_as_criteria(kwargs, (given, defaults), settings)
     if passes:
         settings["custom_generate"] = run.loop = loop_of(run, engine, kwargs.get("streamer"))
@@ -181,7 +182,7 @@ def returns_cache(kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...])
 _ONE_SEQUENCE_REFUSES = (
     "assistant_model",
     "prompt_lookup_num_tokens",
-    "past_key_values",
+    CACHE,
     "cache_implementation",
     "watermarking_config",
     "guidance_scale",
@@ -266,7 +267,7 @@ def usage_of(
     total = tokens + new if new is not None else max(value("max_length") + tokens - prompt.shape[1], tokens + 1)
     kept_scores = sum(bool(value(name)) for name in ("output_scores", "output_logits")) * (total - tokens)
     drafts = value("prompt_lookup_num_tokens") or 0
-    cache = _cache_of_caller(kwargs.get("past_key_values"), value("cache_implementation"))
+    cache = _cache_of_caller(kwargs.get(CACHE), value("cache_implementation"))
     if cache is None and any(layer.window is not None for layer in model_spec.shape.layers):
         # A window of ours rolls back so many tokens; an assistant may draft more.
         drafted = kwargs.get("assistant_model") is not None or getattr(configs[0], "is_assistant", False)
@@ -281,7 +282,7 @@ def usage_of(
         past_tokens=context.known(prompt[0], exact=mode.exact) if context is not None else past.tokens,
         pass_tokens=pass_tokens,
         statistics=statistics_kept(pass_tokens, exact, context is not None),
-        marks=MAX_MARKS if context is not None else 0,
+        marks=snapshots_kept(continued=context is not None),
         kept_scores=kept_scores,
     )
 

@@ -7,6 +7,7 @@ layer's pages at a time; they are the same for every run of a checkpoint, so the
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from griffin_offload.blocks.feedforward import FeedForward, features
+from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.replace import linear_names
-from griffin_offload.checkpoint.base import Checkpoint, fingerprint
+from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.files import renamed
 from griffin_offload.checkpoint.mapped import FilePages
-from griffin_offload.checkpoint.tokenizer import load_tokenizer
+from griffin_offload.devices.torch_state import put
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
 from griffin_offload.engine.cpu_modules import emulates_halves, use_own_linears
+from griffin_offload.engine.layer_pass import LayerPass, PageFeed
 from griffin_offload.errors import CheckpointError
-from griffin_offload.formats.linear import Scratch
+from griffin_offload.formats.translated import TranslatedTensor, in_memory
+from griffin_offload.kernels.by_blocks import Scratch
 
 Importance = Mapping[str, Tensor]
 """Mean squares float32 [I] of the inputs of a linear layer, by "layer.name"."""
@@ -38,7 +42,7 @@ _FORMAT = 2
 
 @torch.no_grad()
 def importance_of(
-    checkpoint: Checkpoint, model: Any, decoder: nn.ModuleList, blocks: Sequence[FeedForward], *, evict: bool
+    checkpoint: Checkpoint, model: Any, decoder: nn.ModuleList, blocks: Sequence[Block], *, evict: bool
 ) -> Importance:
     """Of every linear layer in `decoder` but down projections. `model` is mapped and as stored; `evict` frees its pages
     behind each layer. Empty where the checkpoint has no tokenizer that fits it: then all inputs count alike."""
@@ -46,7 +50,7 @@ def importance_of(
         f"{index}.{name}": module
         for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True))
         for name in linear_names(layer)
-        if (module := layer.get_submodule(name)) is not block.down
+        if not block.is_down(module := layer.get_submodule(name))
     }
     path = _cache_path(checkpoint)
     found = _read(path, {name: features(module)[1] for name, module in wanted.items()})
@@ -54,7 +58,7 @@ def importance_of(
         ids = _token_ids(checkpoint, model)
         if ids is None:
             return {}
-        with _a_layer_at_a_time(model, decoder, checkpoint, evict):
+        with _a_layer_at_a_time(model, decoder, blocks, checkpoint, evict):
             found = _measured(model, wanted, ids)
         with contextlib.suppress(OSError):  # measured again by the next run
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,7 @@ def importance_of(
 def _cache_path(checkpoint: Checkpoint) -> Path:
     own = os.environ.get(CACHE_VARIABLE)
     root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "griffin-offload"
-    return root / f"importance-{_FORMAT}-{fingerprint(checkpoint)}.safetensors"
+    return root / f"importance-{_FORMAT}-{checkpoint.fingerprint()}.safetensors"
 
 
 def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:
@@ -81,7 +85,7 @@ def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:
 
 def _token_ids(checkpoint: Checkpoint, model: Any) -> Tensor | None:
     try:
-        tokenizer = load_tokenizer(checkpoint.directory)
+        tokenizer = checkpoint.tokenizer()
     except CheckpointError:
         return None
     ids = tokenizer(CALIBRATION_TEXT, return_tensors="pt", verbose=False).input_ids[0]  # it is cut below
@@ -115,7 +119,9 @@ def _measured(model: Any, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[
 
 
 @contextlib.contextmanager
-def _a_layer_at_a_time(model: Any, decoder: nn.ModuleList, checkpoint: Checkpoint, evict: bool) -> Iterator[None]:
+def _a_layer_at_a_time(
+    model: Any, decoder: nn.ModuleList, blocks: Sequence[Block], checkpoint: Checkpoint, evict: bool
+) -> Iterator[None]:
     """Inside it a forward reads each layer's pages when it comes to it, and drops them behind it."""
     pages = FilePages(list(model.parameters()), evict=evict, known=checkpoint.states)
     scratch = Scratch(_SCRATCH_BYTES, torch.float32, torch.device("cpu"))
@@ -124,13 +130,37 @@ def _a_layer_at_a_time(model: Any, decoder: nn.ModuleList, checkpoint: Checkpoin
         if emulates_halves(torch.device("cpu"), checkpoint.dtype):
             use_own_linears(model, scratch, translated=True)
             stack.callback(_use_stock_linears, model)
-        for layer in decoder:
-            spans = pages.spans(list(layer.parameters()))
-            before = layer.register_forward_pre_hook(lambda *_, spans=spans: pages.read(spans))
-            after = layer.register_forward_hook(lambda *_, spans=spans: pages.drop(spans))
-            stack.callback(before.remove)
-            stack.callback(after.remove)
+        stack.enter_context(LayerPass(decoder, blocks, PageFeed(pages, decoder)))
+        head = model.get_output_embeddings()
+        for stage in [*decoder, *([] if head is None else [head])]:
+            here, gone = partial(_put_numbers, _translated_in(stage)), partial(_put_back, _translated_in(stage))
+            stack.callback(stage.register_forward_pre_hook(here).remove)
+            stack.callback(stage.register_forward_hook(gone).remove)
+            stack.callback(gone)
         yield
+
+
+_Translated = list[tuple[nn.Module, str, Tensor]]
+
+
+def _translated_in(stage: nn.Module) -> _Translated:
+    """Module, name and parameter of all that kernels cannot take as it lies."""
+    return [
+        (module, name, parameter)
+        for module in stage.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and isinstance(parameter, TranslatedTensor)
+    ]
+
+
+def _put_numbers(translated: _Translated, *_: Any) -> None:
+    for module, name, parameter in translated:
+        put(module, name, in_memory(parameter))
+
+
+def _put_back(translated: _Translated, *_: Any) -> None:
+    for module, name, parameter in translated:
+        put(module, name, parameter)
 
 
 def _use_stock_linears(model: nn.Module) -> None:

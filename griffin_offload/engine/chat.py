@@ -13,9 +13,9 @@ from griffin_offload.checkpoint.tokenizer import encode, encode_messages, thinki
 from griffin_offload.config import ChatConfig, Overflow
 from griffin_offload.engine.arguments import ONE_ANSWER
 from griffin_offload.engine.generation import Finish, StopStrings, cut, end_tokens, ends_of, finish_of
-from griffin_offload.engine.prefill import Progress
+from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.report import RunReport
-from griffin_offload.errors import CheckpointError, SavedContextError, UsageError
+from griffin_offload.errors import SavedContextError, UsageError
 from griffin_offload.kv_cache.kv_cache import why_not_back
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import read_notes
@@ -205,10 +205,7 @@ class ChatSession:
             text = _joined([message["content"] for message in messages])
             ids = encode(tokenizer, text)
         else:
-            try:
-                ids = encode_messages(tokenizer, messages, thinking=self._thinking)
-            except CheckpointError as error:  # a template is a program of the checkpoint's author
-                raise CheckpointError(f"the model's chat template fails: {error}") from error
+            ids = encode_messages(tokenizer, messages, thinking=self._thinking)
         if not ids:
             raise UsageError(
                 "the tokenizer makes no token of the message: its files or its chat template are incomplete"

@@ -19,21 +19,25 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import linear_names
 from griffin_offload.blocks.sizes import build_on_meta, model_shape
-from griffin_offload.checkpoint.base import UNFINISHED, Checkpoint, fingerprint, open_checkpoint
+from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.files import check_name, renamed, temporary_name, write_text
 from griffin_offload.checkpoint.mapped import FilePages
-from griffin_offload.checkpoint.safetensors import INDEX, said_untied
-from griffin_offload.devices.memory import RefusalsNamed
+from griffin_offload.checkpoint.registry import open_checkpoint
+from griffin_offload.checkpoint.safetensors import INDEX, UNFINISHED
+from griffin_offload.checkpoint.tied_head import said_untied
+from griffin_offload.devices.ledger import OutOfMemoryAsError
+from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Importance, importance_of
-from griffin_offload.engine.load import check_stored, map_model
+from griffin_offload.engine.load import check_stored
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
-from griffin_offload.formats.int4 import OFF, missed_weights
-from griffin_offload.formats.linear import Precision, quantized
+from griffin_offload.formats import FLOATS, Format, get
+from griffin_offload.formats.base import Tensors
+from griffin_offload.formats.translated import stored_bytes
 from griffin_offload.units import format_bytes
 
 try:
@@ -43,8 +47,6 @@ except ImportError:  # Windows
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all) after each tensor."""
-# What a checkpoint holds beside weights: tokenizer, templates, generation settings.
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 # Beside the tensors: headers, index, tokenizer.
 _MARGIN_BYTES = 50_000_000
 # Our temporary names, and those that safetensors writes under before it renames to ours.
@@ -56,7 +58,7 @@ class Conversion:
     """What was written."""
 
     directory: Path
-    precision: Precision
+    precision: str
     shards: int
     resumed_shards: int
     """Shards that an earlier, interrupted conversion had finished."""
@@ -68,27 +70,29 @@ class Conversion:
 def convert(
     model: str | Path,
     out: str | Path,
-    precision: Precision,
+    precision: str,
     *,
-    tables: Precision = "none",
+    tables: str = FLOATS.name,
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write `model` in `precision` ("int8" or "int4"), its embeddings and head in `tables` ("none" or "int8").
+    """Write `model` in `precision`, a weight format by its name, its embeddings and head in `tables` ("none" or
+    "int8").
 
     The directory `out` must not exist yet, or hold the same conversion unfinished. Raises UsageError, ModelError,
     DoesNotFit (the disk) or GriffinError (writing)."""
     checkpoint = open_checkpoint(model, offline=offline)
     directory = Path(os.path.expanduser(out))
     check_name(directory)
-    if checkpoint.precision != "none":
+    if not checkpoint.precision.is_plain:
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
     meta = build_on_meta(checkpoint.config, checkpoint.dtype)
     check_stored(checkpoint, sum(parameter.nbytes for parameter in meta.parameters()))
-    shape = model_shape(meta, precision, precision, tables)
+    format = get(precision)
+    shape = model_shape(meta, format, format, get(tables))
     with _failures_named(directory), contextlib.closing(checkpoint.watched()) as files, _locked(directory):
         files.check()
-        mark = ConversionInfo(precision, fingerprint(checkpoint), tables)
+        mark = ConversionInfo(precision, checkpoint.fingerprint(), tables)
         finished = _finished_shards(directory, mark)
         _check_disk(directory, shape.weight_bytes - sum(path.stat().st_size for path in finished))
         write_text(directory / UNFINISHED, json.dumps(asdict(mark)))
@@ -110,7 +114,7 @@ def convert(
 def _failures_named(directory: Path) -> Iterator[None]:
     remedy = "close other programs; finished shards are kept, run the same command again"
     try:
-        with RefusalsNamed("converting", remedy):
+        with OutOfMemoryAsError("converting", remedy):
             yield
     except (OSError, SafetensorError) as error:
         raise GriffinError(
@@ -182,7 +186,7 @@ def _write_shards(
     checkpoint: Checkpoint, directory: Path, mark: ConversionInfo, progress: Progress | None
 ) -> dict[str, str]:
     """Every shard that is not there yet; the file of every tensor."""
-    model = map_model(checkpoint)
+    model = build(checkpoint)
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     groups = [(f"{prefix}.{i}.", layer, block) for i, (layer, block) in enumerate(zip(decoder, blocks, strict=True))]
@@ -190,15 +194,16 @@ def _write_shards(
     weight_map: dict[str, str] = {}
     unfinished = any(not (directory / name).is_file() for name in names[:-1])
     importance: Importance = {}
-    if mark.precision == "int4" and unfinished:
+    format = get(mark.precision)
+    if format.wants_importance and unfinished:
         importance = importance_of(checkpoint, model, decoder, blocks, evict=True)
-    missed = _Missed()
+    missed = _Missed(format)
     with contextlib.closing(_Reader(model, checkpoint, progress)) as reader:
         for index, (name, (start, layer, block)) in enumerate(zip(names, groups, strict=False)):
             path = directory / name
             if not path.is_file():
                 own = {linear: importance.get(f"{index}.{linear}") for linear in linear_names(layer)}
-                tensors = _layer_tensors(start, layer, block, mark.precision, checkpoint.dtype, reader, own, missed)
+                tensors = _layer_tensors(start, layer, block, format, checkpoint.dtype, reader, own, missed)
                 _write_shard(path, tensors, mark)
             else:
                 reader.skip(layer)
@@ -212,17 +217,16 @@ def _write_shards(
 
 @dataclass
 class _Missed:
-    """Large weights that int4 does not bring back, and where it misses worst."""
+    """Large weights that `format` does not bring back, and where it misses worst."""
 
+    format: Format
     weights: int = 0
     worst: float = 0.0
     where: str = ""
 
-    def count(self, name: str, matrix: Tensor, found: Mapping[str, Tensor]) -> None:
-        """Those of `matrix` [O, I], a down projection where `found`, its stored tensors, have an input_scale."""
-        scale = found.get("input_scale")
-        rows, scale = (matrix, found["scale"]) if scale is None else (matrix.t(), scale)
-        weights, worst = missed_weights(rows, scale, (found["weight"], found["groups"]))
+    def count(self, name: str, matrix: Tensor, found: Tensors, *, is_down: bool) -> None:
+        """Those of `matrix` [O, I], of which `found` are the stored tensors."""
+        weights, worst = self.format.missed(matrix, found, is_down=is_down)
         self.weights += weights
         if weights and worst > self.worst:
             self.worst, self.where = worst, name
@@ -230,8 +234,9 @@ class _Missed:
     def warn(self) -> None:
         if self.weights:
             warnings.warn(
-                f"{self.weights} large weights come back from int4 more than {OFF:.0%} off, the worst by "
-                f"{self.worst:.0%}, in {self.where}: compare it with int8 by eval ppl",
+                f"{self.weights} large weights come back from {self.format} more than "
+                f"{self.format.missed_from:.0%} off, the worst by {self.worst:.0%}, in "
+                f"{self.where}: compare it with int8 by eval ppl",
                 stacklevel=2,
             )
 
@@ -246,18 +251,15 @@ class _Reader:
 
     @contextlib.contextmanager
     def reading(self, tensor: Tensor) -> Iterator[Tensor]:
-        spans = self._pages.spans([tensor])
-        self._pages.read(spans)
-        yield tensor.detach()
-        self._pages.files.check_contents()
-        self._pages.drop(spans)
-        self._count(tensor.nbytes)
+        with self._pages.reading([tensor]) as found:
+            yield found[0]
+        self._count(stored_bytes(tensor))
 
     def close(self) -> None:
         self._pages.close()
 
     def skip(self, module: nn.Module) -> None:
-        self._count(sum(parameter.nbytes for parameter in module.parameters()))
+        self._count(sum(stored_bytes(parameter) for parameter in module.parameters()))
 
     def _count(self, size_bytes: int) -> None:
         self._done += size_bytes
@@ -268,8 +270,8 @@ class _Reader:
 def _layer_tensors(
     prefix: str,
     layer: nn.Module,
-    block: FeedForward,
-    precision: Precision,
+    block: Block,
+    precision: Format,
     dtype: torch.dtype,
     reader: _Reader,
     importance: Mapping[str, Tensor | None],
@@ -284,12 +286,11 @@ def _layer_tensors(
                 module = linears[owner]
                 matrix = values if isinstance(module, nn.Linear) else values.t()  # Conv1D
                 try:
-                    is_down, own = module is block.down, importance.get(owner)
-                    found = quantized(matrix, precision, dtype, is_down=is_down, importance=own)
+                    is_down, own = block.is_down(module), importance.get(owner)
+                    found = precision.quantize(matrix, dtype, is_down=is_down, importance=own)
                 except CheckpointError as error:
                     raise CheckpointError(f"{prefix}{name}: {error}") from error
-                if precision == "int4":
-                    missed.count(prefix + owner, matrix, found)
+                missed.count(prefix + owner, matrix, found, is_down=is_down)
                 tensors |= {f"{prefix}{owner}.{key}": tensor for key, tensor in found.items()}
             else:
                 tensors[prefix + name] = values.clone()
@@ -300,7 +301,8 @@ def _tensors_outside(
     model: Any, prefix: str, mark: ConversionInfo, dtype: torch.dtype, reader: _Reader
 ) -> dict[str, Tensor]:
     """Embeddings, head, last norm, and the buffers that a checkpoint holds; all but the first two as they are."""
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()] if mark.tables == "int8" else []
+    tables_format = get(mark.tables)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()] if not tables_format.is_plain else []
     table_ids = {id(module.weight) for module in tables if module is not None}
     parameters = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
@@ -311,7 +313,7 @@ def _tensors_outside(
             with reader.reading(tensor) as values:
                 if id(parameters.get(name)) in table_ids:
                     owner = name.rpartition(".")[0]
-                    found = quantized(values, "int8", dtype, is_down=False)
+                    found = tables_format.quantize(values, dtype, is_down=False)
                     tensors |= {f"{owner}.{key}": quantised for key, quantised in found.items()}
                 else:
                     tensors[name] = values.clone()
@@ -332,12 +334,8 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], mark: ConversionInfo) -
 
 def _write_rest(checkpoint: Checkpoint, directory: Path, mark: ConversionInfo, weight_map: dict[str, str]) -> None:
     """Tokenizer, config, and last the index, which makes the directory a checkpoint."""
-    own = {"config.json", INDEX}
-    for path in sorted({path for pattern in _COPIED for path in checkpoint.directory.glob(pattern)}):
-        if path.is_file() and path.name not in own:
-            with renamed(directory / path.name) as temporary:
-                shutil.copyfile(path, temporary)
-    config: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_bytes())
+    checkpoint.write_beside(directory, {"config.json", INDEX})
+    config = checkpoint.config_json()
     if checkpoint.untied:
         config = said_untied(config)
     write_text(directory / "config.json", json.dumps(config | {"quantization_config": mark.config()}, indent=2))

@@ -15,12 +15,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from griffin_offload.formats.linear import Scratch, multiply
-from griffin_offload.kernels import attention, gemm, gemv, rms_norm
-from griffin_offload.kernels.library import HALVES, needs_gradient
-
-# Up to so many rows ours are faster than torch's with 16-bit instructions, and than translated matrices without.
-_ROWS, _ROWS_EMULATED = 2, 32
+from griffin_offload.formats import FLOATS
+from griffin_offload.kernels import table
+from griffin_offload.kernels.by_blocks import Scratch
+from griffin_offload.kernels.library import HALVES
 
 
 def emulates_halves(device: torch.device, dtype: torch.dtype) -> bool:
@@ -49,27 +47,18 @@ class _OwnLinear:
 
     def __init__(self, linear: nn.Linear, scratch: Scratch | None) -> None:
         self._linear, self._scratch = weakref.ref(linear), scratch
-        self._kernels = gemv.kernels()
-        self._most = 0 if self._kernels is None else _ROWS if scratch is None else _ROWS_EMULATED
+        self._computes = None if scratch is None else scratch.dtype
+        self._layout = FLOATS.stored(is_down=False).name
 
     def __call__(self, x: Tensor) -> Tensor:
         linear = self._linear()
         assert linear is not None, "its own forward runs"
-        weight, bias = linear.weight, linear.bias
-        own = x.dtype == weight.dtype and x.dtype in HALVES and x.numel() and weight.numel() and not needs_gradient(x)
-        rows = x.numel() // x.shape[-1] if own else 0
-        if own and rows <= self._most and self._kernels is not None and weight.shape[1] == x.shape[-1]:
-            return self._kernels.multiply_floats(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
-        if own and self._scratch is not None:
-            return self._translated(x.reshape(rows, -1), weight, bias, self._scratch).view(*x.shape[:-1], -1)
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    def _translated(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> Tensor:
-        own = gemm.kernels(scratch.dtype)
-        if own is not None and own.take("float", x, weight):
-            return own.multiply("float", x, weight, None, bias)
-        return multiply(x, weight, scratch, None, bias)
+        rows, tensors = x.numel() // max(x.shape[-1], 1), linear._parameters
+        for kernel in table.products(self._layout, rows, x, self._computes, True):
+            if kernel.takes is None or kernel.takes(x, tensors):
+                product: Tensor = kernel.function(x, tensors, linear.out_features, self._scratch)
+                return product
+        raise AssertionError("torch multiplies what nothing else does")
 
 
 # Attention of one token on the CPU: our kernel in place of torch's, for models that take theirs from transformers.
@@ -92,15 +81,15 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """As `sdpa_attention_forward`: query [B, heads, T, D], key and value [B, kv heads, S, D] to [B, T, heads, D]."""
-    # Each changes what is computed, or is refused by the stock function.
-    plain = not any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache"))
-    plain = plain and not kwargs.get("dropout")
-    if not (plain and attention.can_attend(query, key, value)):
-        stock: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return stock
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention.attend(query, key, value, attention_mask, scaling), None
+    found: tuple[Tensor, None]
+    for kernel in table.candidates("attention", "one_token", query):
+        if kernel.takes is None or kernel.takes(module, query, key, value, attention_mask, **kwargs):
+            found = kernel.function(module, query, key, value, attention_mask, **kwargs)
+            return found
+    raise AssertionError("torch attends where nothing else does")
+
+
+table.add(table.Kernel("attention", "one_token", "sdpa", sdpa_attention_forward, ours=False), last=True)
 
 
 # Root mean square norms on the CPU: our kernel for a few rows in place of torch's operators, one by one.
@@ -129,10 +118,10 @@ def _agrees(module: nn.Module) -> bool:
         torch.randn(own.shape, generator=generator, dtype=torch.float32, device="cpu").mul_(3).to(own.dtype)
         for _ in range(2)
     )
-    if own.dim() != 1 or not rms_norm.can_norm(x, weight):
+    if own.dim() != 1 or not any(kernel.ours for kernel in table.candidates("rms_norm", "rows", x)):
         return False
+    ours = table.call("rms_norm", "rows", x, weight, float(module.variance_epsilon), module)  # type: ignore[arg-type]
     stock = torch.func.functional_call(module, {"weight": weight}, (x,))
-    ours = rms_norm.rms_norm(x, weight, float(module.variance_epsilon))  # type: ignore[arg-type]
     step = torch.finfo(own.dtype).eps
     return stock.dtype == ours.dtype and torch.allclose(ours.float(), stock.float(), rtol=2 * step, atol=0)
 
@@ -149,7 +138,16 @@ class _OwnNorm:
         assert module is not None, "its own forward runs"
         weight = module.weight
         assert isinstance(weight, Tensor)
-        if rms_norm.can_norm(hidden_states, weight):
-            return rms_norm.rms_norm(hidden_states, weight, self._epsilon)
-        normed: Tensor = type(module).forward(module, hidden_states)
-        return normed
+        for kernel in table.candidates("rms_norm", "rows", hidden_states):
+            if kernel.takes is None or kernel.takes(hidden_states, weight):
+                normed: Tensor = kernel.function(hidden_states, weight, self._epsilon, module)
+                return normed
+        raise AssertionError("a stock norm takes everything")
+
+
+def _stock_norm(x: Tensor, weight: Tensor, epsilon: float, module: nn.Module) -> Tensor:
+    normed: Tensor = type(module).forward(module, x)
+    return normed
+
+
+table.add(table.Kernel("rms_norm", "rows", "the stock module", _stock_norm, ours=False), last=True)

@@ -10,7 +10,8 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,40 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.blocks.states import shares_entries
 from griffin_offload.config import KVBits
-from griffin_offload.engine.report import GraphReport
+from griffin_offload.devices.base import Recorder
 from griffin_offload.engine.stock import Guard
 from griffin_offload.errors import one_line
 from griffin_offload.kv_cache.kv_cache import KVCache, KVLayer, can_cache
-from griffin_offload.planner.workspace import MAX_GRAPHS
+from griffin_offload.planner.request import GraphCosts
+from griffin_offload.transformers_api import CACHE
+
+GRAPH_COSTS = GraphCosts(
+    most=8,  # KV caches times length buckets
+    # A workspace of cuBLAS for the stream that captures (32 MiB on Hopper), one more of cuBLASLt, and rounding.
+    pool_bytes=80 * 2**20,
+    # What the driver keeps of one kernel, times kernels of a layer: estimates, beside which benchmarks/gpu.py puts
+    # figures.
+    layer_bytes=64 * 1024,
+)
+"""What captures keep, for the planner."""
+
+
+@dataclass
+class GraphReport:
+    """Resident forwards on CUDA: replays of captured graphs, and those that ran kernel by kernel."""
+
+    replayed: int = 0
+    captured: int = 0
+    """Graphs made in this run; those of earlier ones are replayed, too."""
+    capture_s: float = 0.0
+    eager: dict[str, int] = field(default_factory=dict)
+    """Forwards that ran kernel by kernel, by reason."""
+
+    def line(self) -> str:
+        reasons = ", ".join(f"{count} kernel by kernel ({reason})" for reason, count in self.eager.items())
+        made = f", {self.captured} captured in {self.capture_s:.2f} s" if self.captured else ""
+        return f"graphs   {self.replayed} forwards replayed{made}" + (f"   {reasons}" if reasons else "")
+
 
 # The KV cache of the last run, kept for the next one: captured graphs belong to the addresses of one.
 
@@ -105,7 +135,7 @@ class StaticDecodeStep:
             **{self._name: self._inputs},
             attention_mask=self._masks(),
             position_ids=self._positions,
-            past_key_values=Cache(layers=[_FixedLayer(layer, self._kinds[layer.window]) for layer in cache.layers]),
+            **{CACHE: Cache(layers=[_FixedLayer(layer, self._kinds[layer.window]) for layer in cache.layers])},
             use_cache=True,
             return_dict=True,
         )
@@ -176,47 +206,11 @@ class _FixedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 # Arguments of a forward that a static step takes, or that are the same for every token.
-_TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
+_TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", CACHE, "use_cache", "return_dict"}
 _TAKEN |= {"logits_to_keep", "cache_position"}
 _OUTPUT_HOOKS = "transformers.utils.output_capturing"
 _WARM_UP = "first token of a length"
 _CLOSED = "the graphs are closed"
-
-
-class Recorder(Protocol):
-    """Makes something that does again what a function did on the device."""
-
-    def warm_up(self, function: Callable[[], None]) -> None:
-        """Run it for the first time: libraries set themselves up."""
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """What replays it; nothing has been computed yet. RuntimeError if it cannot be captured."""
-
-
-class CudaRecorder:
-    """Captures CUDA graphs, all on one side stream and with one memory pool: they are replayed one at a time, and
-    leave nothing in the pool that is read later."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, function: Callable[[], None]) -> None:
-        # On the capturing stream: cuBLAS keeps a handle and a workspace for each.
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            function()
-        current.wait_stream(self._stream)
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (a server's) may touch the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            function()
-        replay: Callable[[], None] = graph.replay
-        return replay
 
 
 class _Captured:
@@ -266,7 +260,7 @@ class DecodeGraphs:
         if reason is not None:
             report.eager[reason] = report.eager.get(reason, 0) + 1
             return None
-        cache: KVCache = arguments["past_key_values"]
+        cache: KVCache = arguments[CACHE]
         inputs = arguments.get("input_ids")
         if inputs is None:
             inputs = arguments["inputs_embeds"]
@@ -276,7 +270,7 @@ class DecodeGraphs:
         captured.step.advance(cache, inputs, arguments.get("position_ids"))
         self._compute(captured, cache, report)
         # A copy: the next token is written over the step's own.
-        return CausalLMOutputWithPast(logits=captured.step.logits.clone(), past_key_values=cache)
+        return CausalLMOutputWithPast(logits=captured.step.logits.clone(), **{CACHE: cache})
 
     def _compute(self, captured: _Captured, cache: KVCache, report: GraphReport) -> None:
         step = captured.step
@@ -324,7 +318,7 @@ class DecodeGraphs:
     def _make_room(self) -> None:
         """Drop the capture that was used longest ago, if there are as many as were planned for."""
         kept = [(found.used, of_cache, key) for of_cache in self._captured.values() for key, found in of_cache.items()]
-        if len(kept) >= MAX_GRAPHS:
+        if len(kept) >= GRAPH_COSTS.most:
             _, of_cache, key = min(kept, key=lambda entry: entry[0])
             del of_cache[key]
 
@@ -363,7 +357,7 @@ def _why_not(arguments: dict[str, Any]) -> str | None:
     """Why a forward with these arguments is not a static step; nothing is read from the device."""
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
-    if not isinstance(arguments.get("past_key_values"), KVCache):
+    if not isinstance(arguments.get(CACHE), KVCache):
         return "a KV cache of the caller's"
     if tokens is None or tokens.shape[1] != 1:
         return "several tokens at once"

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin_offload.checkpoint.base import locate
-from griffin_offload.checkpoint.tokenizer import tokenizer_of
+from griffin_offload.checkpoint.registry import locate
 from griffin_offload.config import LoadConfig
-from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, RefusalsNamed, give_back_freed, peak_host_bytes
+from griffin_offload.devices.host_memory import HOST_OVERHEAD_BYTES, give_back_freed, peak_host_bytes
+from griffin_offload.devices.ledger import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
 from griffin_offload.engine.arguments import checked_prompt, empty_context, prepared
 from griffin_offload.engine.chat import ChatSession
 from griffin_offload.engine.generation import GenerationMode, GenerationState, probabilities_named
+from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.load import Loaded, load
 from griffin_offload.engine.model_interface import StockInterface
 from griffin_offload.engine.options import translated
-from griffin_offload.engine.prefill import Progress
 from griffin_offload.engine.report import PrefillReport, RunReport, planned_figures
 from griffin_offload.engine.runner import ModelRunner
 from griffin_offload.engine.spec import ModelSpec, examine, plan_for
@@ -33,6 +33,7 @@ from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context
 from griffin_offload.planner.plan import Plan
+from griffin_offload.transformers_api import with_own_name
 
 # From here on the process's growth is a figure of the model and no longer of the interpreter.
 _LARGE_MODEL_BYTES = 10**9
@@ -51,7 +52,7 @@ class GriffinModel(StockInterface):
 
     def __init__(self, model_spec: ModelSpec, plan: Plan, loaded: Loaded, load_s: float) -> None:
         self.plan = plan
-        self.device = model_spec.device
+        self.device, self.hardware = model_spec.device, model_spec.hardware
         self.directory: Path = model_spec.checkpoint.directory
         self.last_report: RunReport | None = None
         """Figures of the last `generate`."""
@@ -81,7 +82,8 @@ class GriffinModel(StockInterface):
             model_spec = examine(model, config)
             plan = plan_for(model_spec)
             remedy = "close other programs or lower --max-gpu-mem"
-            with RefusalsNamed("loading", remedy, model_spec.device, plan.budget_bytes), own_modes(model_spec.device):
+            refusals = OutOfMemoryAsError("loading", remedy, model_spec.hardware, plan.budget_bytes)
+            with refusals, own_modes(model_spec.device):
                 return cls(model_spec, plan, load(model_spec, plan, config), time.perf_counter() - start)
 
     def __repr__(self) -> str:
@@ -103,7 +105,7 @@ class GriffinModel(StockInterface):
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, loaded when it is asked for first, unless one was set before; CheckpointError if
         there is none that can be loaded."""
-        return tokenizer_of(self.directory)
+        return self._model_spec.checkpoint.tokenizer()
 
     @property
     def engine(self) -> ModelRunner:
@@ -160,9 +162,8 @@ class GriffinModel(StockInterface):
         from then on. A call of another thread ends first. Without it, the same happens when nobody keeps either."""
         self._engine.close()
         give_back_freed()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)  # the cap is the process's, not ours
+        self.hardware.empty_cache()
+        self.hardware.uncap()  # the cap is the process's, not ours
 
     def __enter__(self) -> "GriffinModel":
         return self
@@ -222,7 +223,8 @@ class GriffinModel(StockInterface):
         `RunConfig.max_new_tokens` are generated. `exact`, `draft_tokens` and `refresh` are as in `LoadConfig`, and
         those of loading by default. With a `context` the prompt [1, T] goes on from what that remembers: tokens at its
         start that the context knows are not computed again. `prompt_done` is called with it when the prompt has passed.
-        `past_key_values` of an earlier call goes on, too, as in transformers, with the neurons that were chosen then.
+        `past_key_values` of an earlier call (`cache` since transformers 5.24; both names are taken) goes on, too, with
+        the neurons that were chosen then.
         `wait_s` is as the attribute, for this call alone. Raises Busy when that is over, UsageError for a prompt that
         is empty or too long for `plan.context_tokens`, DoesNotFit when the batch or its length needs more than the
         budget.
@@ -230,7 +232,7 @@ class GriffinModel(StockInterface):
         inputs = next((kwargs.pop(k) for k in ("inputs", "input_ids") if k in kwargs), inputs)
         given = inputs if inputs is not None else kwargs.get("inputs_embeds")
         prompt = checked_prompt(given, self.vocab_size)
-        kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in with_own_name(kwargs).items()}
         if self.generation_config.stop_strings and "stop_strings" not in kwargs:
             kwargs.setdefault("tokenizer", self.tokenizer)  # of the checkpoint's settings
         check_wait(wait_s)
@@ -239,7 +241,7 @@ class GriffinModel(StockInterface):
             mode = self._mode(exact, draft_tokens, refresh)
             output, report = self._answer(inputs, prompt, kwargs, mode, context, prompt_done)
             self.last_report = report
-        large = self.device.type == "cpu" and self.plan.full_bytes > _LARGE_MODEL_BYTES
+        large = self.hardware.shares_host_memory and self.plan.full_bytes > _LARGE_MODEL_BYTES
         for broken in report.broken_promises(HOST_OVERHEAD_BYTES if large else None):
             warnings.warn(broken, BudgetExceeded, stacklevel=2)
         return output
@@ -284,8 +286,7 @@ class GriffinModel(StockInterface):
                 start = time.perf_counter()
                 with probabilities_named(self._model_spec.dtype):
                     output = self._held.generate(None if inputs is None else inputs.to(self.device), **kwargs)
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
+                self.hardware.synchronize()
                 run.end_check(self._model_spec.dtype)
                 sequences = output if isinstance(output, Tensor) else output.sequences
                 offset = prompt.shape[1] if inputs is not None else 0

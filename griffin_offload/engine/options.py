@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from griffin_offload.config import LoadConfig
+from griffin_offload.config import DEVICE_NAMES, LoadConfig
+from griffin_offload.devices.registry import device_kind
 from griffin_offload.errors import UsageError
 
 _NO_TRAINING = "a checkpoint is loaded as it is stored: save what you want to load with transformers first"
@@ -245,19 +246,9 @@ def _device(value: Any) -> str:
         device = torch.device("cuda", value) if isinstance(value, int) else torch.device(value)
     except RuntimeError:  # torch knows no such device: told by LoadConfig, with those that there are
         return str(value)
-    _check_index(device)
+    if device.type in DEVICE_NAMES:
+        device_kind(device.type).check_index(device)
     return device.type
 
 
 _BUDGET = "max_gpu_mem= is its budget, and layers that do not fit stream from the checkpoint"
-
-
-def _check_index(device: torch.device) -> None:
-    current = torch.cuda.current_device() if device.type == "cuda" and torch.cuda.is_available() else 0
-    if device.type != "cuda" and device.index not in (None, 0):
-        raise UsageError(f"device is {device}: there is one {device.type}, write {device.type!r}")
-    if device.index not in (None, current):
-        raise UsageError(
-            f"device is {device}, and the current one is {device.type}:{current}: call torch.cuda.set_device("
-            f"{device.index}) first, or set CUDA_VISIBLE_DEVICES"
-        )

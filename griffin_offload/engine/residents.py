@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.base import Block
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.host_memory import touch, untouched_zeros
 from griffin_offload.devices.torch_state import put
-from griffin_offload.engine.prefill import DecoderLayers
+from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed, Visitor
 from griffin_offload.engine.spec import ModelSpec
-from griffin_offload.formats.gather import gather_outputs
-from griffin_offload.formats.linear import QuantizedLinear, specs
+from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.offload.background_loader import Job
-from griffin_offload.offload.weight_store import stream_dtype
 from griffin_offload.planner.plan import Plan
 
 # Embeddings that stay on the host: looked up there, only the rows of the tokens at hand are moved.
@@ -60,7 +58,7 @@ _COPY_THREADS = 4
 
 
 def compact_blocks(
-    blocks: list[FeedForward], full: dict[int, list[Tensor]], model_spec: ModelSpec, plan: Plan, pages: FilePages
+    blocks: list[Block], full: dict[int, list[Tensor]], model_spec: ModelSpec, plan: Plan, pages: FilePages
 ) -> tuple[dict[int, list[nn.Parameter]], list[list[Job]]]:
     """Compact tensors of every layer that has them, installed: streamed layers', to be filled by each prompt, and
     those of quantised layers that stay whole, filled by the jobs of their layer. `full` are the streamed layers' full
@@ -68,7 +66,7 @@ def compact_blocks(
     compact: dict[int, list[nn.Parameter]] = {}
     jobs: list[list[Job]] = [[] for _ in blocks]
     for index, block in enumerate(blocks):
-        if index not in full and block.precision == "none":
+        if index not in full and block.precision.is_plain:
             continue
         compact[index] = block.allocate(plan.kept[index], model_spec.dtype, model_spec.device)
         if index in full:
@@ -80,30 +78,33 @@ def compact_blocks(
     return compact, jobs
 
 
+class GatherSelected(Visitor):
+    """Gathers neurons that were chosen before into the compact parameters."""
+
+    def __init__(self, layers: DecoderLayers, selected: dict[int, Tensor]) -> None:
+        self._layers, self._selected = layers, selected
+
+    def end(self, index: int, block: Block, full: list[Tensor]) -> None:
+        chosen, compact = self._selected[index].cpu(), self._layers.compact[index]
+        if self._layers.stream.device.shares_host_memory:
+            block.gather(full, chosen, compact)
+        else:
+            _gather_through_host(block, full, chosen, compact)
+
+
 @torch.no_grad()
 def materialise(layers: DecoderLayers, selected: dict[int, Tensor], model_spec: ModelSpec) -> None:
     """Gather `selected` from where the full weights rest: a layer at a time, of which only their rows are read, and
     matrices that hold neurons as columns."""
     layers.selected = {}
-    if layers.source is not None:
-        layers.source.check_files()
-    for index, chosen in selected.items():
-        block, compact, chosen_here = layers.blocks[index], layers.compact[index], chosen.cpu()
-        assert layers.source is not None, "streamed layers have a source"
-        full = layers.source.fetch_rows(index, block.rows_needed(chosen_here))
-        full = [tensor.to(stream_dtype(tensor, model_spec.dtype)) for tensor in full]
-        if model_spec.device.type == "cpu":
-            block.gather(full, chosen_here, compact)
-        else:
-            _gather_through_host(block, full, chosen_here, compact)
-        layers.source.check(index)
-        layers.source.drop(index)
+    feed = RowFeed(layers, selected, model_spec.dtype)
+    LayerPass(layers.decoder, layers.blocks, feed, [GatherSelected(layers, selected)]).walk()
     layers.selected = selected
 
 
-def _gather_through_host(block: FeedForward, full: list[Tensor], chosen: Tensor, compact: list[nn.Parameter]) -> None:
+def _gather_through_host(block: Block, full: list[Tensor], chosen: Tensor, compact: list[nn.Parameter]) -> None:
     # Quantising wants the device; plain neurons are gathered where they rest.
-    if block.precision == "none":
+    if block.precision.is_plain:
         host = [torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in compact]
         block.gather(full, chosen, host)
         for parameter, gathered in zip(compact, host, strict=True):
@@ -115,13 +116,11 @@ def _gather_through_host(block: FeedForward, full: list[Tensor], chosen: Tensor,
 
 @torch.no_grad()
 def _fill_whole(
-    block: FeedForward, source: list[Tensor], target: list[nn.Parameter], model_spec: ModelSpec, pages: FilePages
+    block: Block, source: list[Tensor], target: list[nn.Parameter], model_spec: ModelSpec, pages: FilePages
 ) -> None:
-    spans = pages.spans(source)
-    pages.read(spans)
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
-    block.gather([tensor.to(model_spec.device) for tensor in source], everything, target)
-    pages.drop(spans)
+    with pages.reading(source) as found:
+        block.gather([tensor.to(model_spec.device) for tensor in found], everything, target)
 
 
 def place_residents(
@@ -143,7 +142,7 @@ def place_residents(
     placed = {id(parameter): parameter for parameters in compact.values() for parameter in parameters}
     for stage, of_stage in zip(stages, jobs, strict=True):
         for module in stage.modules():
-            if isinstance(module, QuantizedLinear) and module.form != module.resident_form:
+            if isinstance(module, QuantizedLinear) and module.layout is not module.resident:
                 of_stage.append(_quantize_resident(module, model_spec, pages))
                 placed |= {id(p): p for p in module.parameters() if p is not module.bias}
     modules = [module for module in model.modules() if id(module) not in stay]
@@ -169,7 +168,7 @@ def place_residents(
 
 def _allocated(parameter: nn.Parameter, model_spec: ModelSpec) -> nn.Parameter:
     # Only the stored precision is translated: what transformers keeps in float32 stays so.
-    changed = parameter.dtype == model_spec.checkpoint.dtype and parameter.is_floating_point()
+    changed = parameter.dtype == model_spec.checkpoint.dtype
     dtype = model_spec.dtype if changed else parameter.dtype
     return nn.Parameter(untouched_zeros(parameter.shape, dtype, model_spec.device), requires_grad=False)
 
@@ -180,20 +179,19 @@ def _quantize_resident(module: QuantizedLinear, model_spec: ModelSpec, pages: Fi
     outputs, inputs = module.out_features, module.in_features
     resident = {
         name: untouched_zeros(shape, own or model_spec.dtype, model_spec.device)
-        for name, (shape, own) in specs(module.resident_form, outputs, inputs, is_down=False).items()
+        for name, (shape, own) in module.resident.specs(outputs, inputs, is_down=False).items()
     }
     for name, tensor in resident.items():
         put(module, name, tensor)
-    module.form = module.resident_form
+    module.take_layout(module.resident)
 
     @torch.no_grad()
     def fill() -> None:
-        spans = pages.spans(list(full.values()))
-        pages.read(spans)
         everything = torch.arange(outputs, dtype=torch.long, device=model_spec.device)
-        here = {name: tensor.to(model_spec.device) for name, tensor in full.items()}
-        gather_outputs(here, everything, 1, resident, module.importance)
-        pages.drop(spans)
+        gather = module.resident.format.gather
+        with pages.reading(list(full.values())) as found:
+            here = {name: tensor.to(model_spec.device) for name, tensor in zip(full, found, strict=True)}
+            gather(here, module.full, everything, resident, is_down=False, importance=module.importance)
 
     return fill
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.rope import begin_anew, rope_border
 from griffin_offload.blocks.states import shares_entries
-from griffin_offload.devices.memory import RefusalsNamed
+from griffin_offload.devices.base import Recorder
+from griffin_offload.devices.ledger import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
-from griffin_offload.engine.decode_graph import CudaRecorder, DecodeGraphs, Recorder, ReusedKVCache
+from griffin_offload.engine.decode_graph import DecodeGraphs, ReusedKVCache
 from griffin_offload.engine.generation import (
     GenerationState,
     cache_bytes,
@@ -28,24 +29,25 @@ from griffin_offload.engine.generation import (
     state_bytes,
     tokens_of,
 )
+from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.load import Loaded
-from griffin_offload.engine.prefill import Progress, StreamedPass
+from griffin_offload.engine.prefill import StreamedPass, grouped, sums_until
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
 from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
 from griffin_offload.engine.stock import Guard, hand_out, hollow, stock_forward
 from griffin_offload.engine.turns import FifoLock
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
-from griffin_offload.formats.linear import int8_kernel
+from griffin_offload.kernels import table
 from griffin_offload.kv_cache.kv_cache import KVCache
-from griffin_offload.kv_cache.sequence import Chosen, Context, Statistic, chosen_for, remember, seams_of
+from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.kv_cache.sizes import Workload
-from griffin_offload.method.statistic import split_at, split_tokens
 from griffin_offload.offload.weight_store import MmapStore
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
 from griffin_offload.planner.workspace import logits_bytes, statistics_bytes, workspace_bytes
+from griffin_offload.transformers_api import CACHE, with_own_name
 
 
 class ModelRunner:
@@ -77,13 +79,12 @@ class ModelRunner:
         loaded.layers.decoder[0].register_forward_pre_hook(Guard(self._check_whole, whole=not plan.streamed))
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
         self.kept_cache = ReusedKVCache(loaded.model.config, plan.kv_bits)
-        if model_spec.device.type == "cuda" and self.shape.precision == "int8":
-            int8_kernel(model_spec.device, model_spec.dtype)  # compiled now, not at the first token
+        table.prepare([layout.name for layout in self.shape.precision.layouts()], model_spec.device, model_spec.dtype)
         if model_spec.request.graphs:
-            self.capture_with(CudaRecorder(model_spec.device))
+            self.capture_with(model_spec.hardware.recorder())
 
     @property
-    def blocks(self) -> list[FeedForward]:
+    def blocks(self) -> list[Block]:
         """The FF block of every layer."""
         return self.loaded.layers.blocks
 
@@ -152,7 +153,7 @@ class ModelRunner:
         whole = all(kept == layer.neurons for kept, layer in zip(self.plan.kept, self.shape.layers, strict=True))
         if self._closed:
             return "it is closed"
-        if self.shape.precision != "none":
+        if not self.shape.precision.is_plain:
             return (
                 f"its matrices are {self.shape.precision}: load it with quantize='none', or make a copy on the disk by "
                 "griffin-offload convert"
@@ -185,11 +186,11 @@ class ModelRunner:
         whole = replace(use, ctx_tokens=max(use.ctx_tokens, self.plan.context_tokens))
         return (whole if self._plan_of(whole).fits else use).cache_tokens
 
-    def guarded(self) -> RefusalsNamed:
+    def guarded(self) -> OutOfMemoryAsError:
         """OutOfMemory inside when memory is refused."""
         remedy = "ask for less (a shorter prompt, fewer sequences), or close other programs"
         budget_bytes = self.plan.budget_bytes
-        return RefusalsNamed("generating", remedy, self.model_spec.device, budget_bytes, self.kept_cache.release)
+        return OutOfMemoryAsError("generating", remedy, self.model_spec.hardware, budget_bytes, self.kept_cache.release)
 
     def keep_idle(self, idle_bytes: int) -> None:
         """Count so many bytes of contexts that nobody uses at the moment against the budget."""
@@ -265,16 +266,17 @@ class ModelRunner:
             return self._forward(args, kwargs)
 
     def _forward(self, args: Any, kwargs: Any) -> Any:
+        kwargs = with_own_name(kwargs)
         run, again = self.run, False
-        if run is not None and self.border is not None and not args and kwargs.get("past_key_values") is None:
+        if run is not None and self.border is not None and not args and kwargs.get(CACHE) is None:
             # Phi-3's way to have everything computed anew, behind the border of its positions.
-            kwargs, again = kwargs | {"past_key_values": run.own_cache}, True
+            kwargs, again = kwargs | {CACHE: run.own_cache}, True
         if run is not None and run.prefilled:
             output = self._read_again(run, kwargs) if again else self._resident(run, args, kwargs)
             run.cache = cache_of(output, kwargs)
             return self._seen(run, output)
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
-        given = arguments.get("past_key_values")
+        given = arguments.get(CACHE)
         if self.border is not None and self.border.moving and (given is None or given.get_seq_length() == 0):
             begin_anew(self.loaded.model)
         if run is not None:
@@ -293,7 +295,7 @@ class ModelRunner:
     def observe(self, logits: Tensor) -> None:
         """Show the run's observers the logits [B, V] of its next token, which have to be numbers."""
         if self.run is not None:
-            self.run.check_numbers(logits, self.model_spec.dtype)
+            self.run.check_numbers(logits, self.model_spec.dtype, waits=self.model_spec.hardware.queues_work)
             for observer in self.run.observers:
                 observer.observe(logits)
 
@@ -346,7 +348,7 @@ class ModelRunner:
         if context is not None and run.ready is not None:
             context.cache.restore(tokens.shape[1])
             self._resume(context, 0)
-            output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], past_key_values=context.cache)
+            output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], **{CACHE: context.cache})
             slots = 0
         elif context is not None and context.tokens and run.mode.refresh == "never" and not run.mode.exact:
             self._resume(context, tokens.shape[1])
@@ -395,7 +397,7 @@ class ModelRunner:
         context's, whose earlier ones choose, too."""
         self.last_prefill = None  # until this prompt has chosen its neurons, none are
         seams = seams_of(mask.shape[1]) if context is not None and not context.tokens else []
-        groups, choosing = _grouped(mask, seams)
+        groups, choosing = grouped(mask, seams)
         streamed = StreamedPass(
             self.loaded.layers,
             groups,
@@ -413,7 +415,7 @@ class ModelRunner:
             context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, start)
             context.selected = self.loaded.layers.selected
             if seams and streamed.sums:
-                context.mark_seams(seams, _sums_until(streamed.sums, groups, seams))
+                context.mark_seams(seams, sums_until(streamed.sums, groups, seams))
         self.last_prefill = streamed.report()
         return output, streamed
 
@@ -436,7 +438,7 @@ class ModelRunner:
     def _go_on(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """The tokens behind a KV cache of the caller's: of residents, as every forward with a filled one."""
         start, before = time.perf_counter(), self.loaded.layers.fetched_bytes
-        chosen = self._adopt(arguments["past_key_values"])
+        chosen = self._adopt(arguments[CACHE])
         output = self.stock_forward(*args, **kwargs)
         seconds, streamed_bytes = time.perf_counter() - start, self.loaded.layers.fetched_bytes - before
         tokens = tokens_of(arguments).shape[0] * (run.prompt_tokens - run.past_tokens)
@@ -465,21 +467,3 @@ class ModelRunner:
     def embedding_bytes(self) -> int:
         """Bytes of embedding rows that came from the host."""
         return self.loaded.host_embedding.row_bytes if self.loaded.host_embedding else 0
-
-
-def _grouped(mask: Tensor, seams: list[int]) -> tuple[Tensor, int]:
-    """The parts of a prompt that are summed apart, float32 [B, G, T], and how many of them choose for those held out;
-    with `seams`, of one sequence without padding, none goes across one."""
-    if not seams:
-        return split_tokens(mask), 1
-    halves = split_tokens(torch.ones(1, mask.shape[1], dtype=torch.int64, device="cpu"))
-    groups = split_at(halves, seams)
-    choosing = int((groups[0].sum(1).cumsum(0) <= halves[0, 0].sum()).sum())
-    return groups.to(mask.device), choosing
-
-
-def _sums_until(sums: Statistic, groups: Tensor, seams: list[int]) -> list[Statistic]:
-    """s^2 [1, F] of the first tokens up to each of `seams`, by layer."""
-    ends = groups[0].sum(1).cumsum(0).tolist()
-    counts = [sum(end <= seam for end in ends) for seam in seams]
-    return [{index: table[:, :count].sum(1) for index, table in sums.items()} for count in counts]

@@ -8,8 +8,9 @@ import torch
 
 from griffin_offload.blocks.sizes import ModelSizes, build_on_meta, model_shape, states_of
 from griffin_offload.blocks.states import lasting_kinds
-from griffin_offload.checkpoint.base import Checkpoint, fingerprint, open_checkpoint
-from griffin_offload.checkpoint.safetensors import ConvertedSizes, converted_sizes
+from griffin_offload.checkpoint.base import Checkpoint
+from griffin_offload.checkpoint.part_sizes import PartSizes, part_sizes
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import (
     AUTO_DRAFT_TOKENS,
     MAX_DRAFT_TOKENS,
@@ -19,21 +20,19 @@ from griffin_offload.config import (
     LoadConfig,
     Refresh,
 )
-from griffin_offload.devices.memory import (
-    assumed_overhead_bytes,
-    choose_device,
-    device_bytes,
-    device_overhead_bytes,
-    devices_here,
-)
+from griffin_offload.devices.base import Device
+from griffin_offload.devices.host_memory import host_bytes
+from griffin_offload.devices.registry import choose_device, device_kind, devices_here
 from griffin_offload.engine.cpu_modules import emulates_halves
+from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.errors import UnsupportedModel, UsageError
-from griffin_offload.formats.linear import PRECISIONS, Precision
+from griffin_offload.formats import Format, every, planned_as
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
+from griffin_offload.transformers_api import warn_if_untested
 from griffin_offload.units import format_bytes, parse_size
 
 
@@ -42,7 +41,7 @@ class ModelSpec:
     """Everything known before a weight is read."""
 
     checkpoint: Checkpoint
-    device: torch.device
+    hardware: Device
     dtype: torch.dtype
     shapes: tuple[ModelSizes, ...]
     """The model in every precision its residents may have, best first."""
@@ -53,13 +52,18 @@ class ModelSpec:
     """What is not known of a device that is not here; None where it is."""
 
     @property
+    def device(self) -> torch.device:
+        """torch's name for the hardware."""
+        return self.hardware.torch_device
+
+    @property
     def shape(self) -> ModelSizes:
         """What does not depend on the precision."""
         return self.shapes[0]
 
-    def check_exact(self, precision: Precision) -> None:
+    def check_exact(self, precision: Format) -> None:
         """UsageError unless residents of `precision` can draft for the full model: all but FFs must be as stored."""
-        if precision != self.checkpoint.precision:
+        if precision is not self.checkpoint.precision or precision.rests_as() is not precision:
             raise UsageError(
                 f"exact mode needs residents in the stored precision, these are {precision}: load with exact=True"
             )
@@ -71,13 +75,13 @@ class ModelSpec:
             )
 
     @staticmethod
-    def precision_of(plan: Plan) -> Precision:
+    def precision_of(plan: Plan) -> Format:
         """Of the residents: a plan names the precision of the computation where they have that."""
-        return next((precision for precision in PRECISIONS if precision == plan.precision), "none")
+        return planned_as(plan.precision)
 
     def quantises(self, plan: Plan) -> bool:
         """Whether every prompt quantises the neurons it keeps: the checkpoint holds floats, the residents do not."""
-        return self.precision_of(plan) != self.checkpoint.precision == "none"
+        return self.checkpoint.precision.is_plain and not self.precision_of(plan).is_plain
 
     def shape_of(self, plan: Plan) -> ModelSizes:
         """The sizes in the precision of `plan`."""
@@ -92,49 +96,54 @@ def examine(model: str | Path, config: LoadConfig, *, anywhere: bool = False) ->
 def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: bool = False) -> ModelSpec:
     """The same for a checkpoint that was opened, or of which only the config is known. `anywhere`: the device may be
     another machine's, if its memory is given."""
+    warn_if_untested()
     absent = anywhere and config.device not in ("auto", *devices_here())
-    device = torch.device(config.device) if absent else choose_device(config.device)
-    overhead_bytes = assumed_overhead_bytes(device) if absent else device_overhead_bytes(device)
+    hardware = device_kind(config.device).absent() if absent else choose_device(config.device)
+    device = hardware.torch_device
+    overhead_bytes = hardware.assumed_overhead_bytes if absent else hardware.overhead_bytes()
     dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     meta = build_on_meta(checkpoint.config, dtype)
     shapes, others = _shapes(checkpoint, meta, device, config)
-    converted = ConvertedSizes((), 0, 0)
-    if device.type == "cpu" and checkpoint.converted:  # elsewhere they take none of the device's memory
-        converted = converted_sizes(meta, checkpoint.converted)
+    # Elsewhere they take none of the device's memory.
+    parts = part_sizes(meta, checkpoint) if hardware.shares_host_memory else PartSizes()
     request = PlanRequest(
-        budget_bytes=_size_of_absent(config.max_gpu_mem, device) if absent else budget_bytes(config, device),
-        session_bytes=_session_bytes(config, device, absent=absent),
+        budget_bytes=_size_of_absent(config.max_gpu_mem, hardware) if absent else budget_bytes(config, hardware),
+        session_bytes=_session_bytes(config, hardware, absent=absent),
         ctx_tokens=config.ctx_size,
         prompt_tokens=config.prompt_tokens,
         batch=config.batch_size,
         density=config.density,
         overhead_bytes=overhead_bytes,
-        offloaded_in_budget=device.type == "cpu" and config.offload == "ram",
+        offloaded_in_budget=hardware.shares_host_memory and config.offload == "ram",
         ff_chunk_tokens=config.ff_chunk_tokens,
         always_stream=config.always_stream,
         kv_bits=config.kv_bits,
         cache=_cache_kind(checkpoint.config, config.kv_bits),
-        converted_ff=converted.feed_forward,
-        converted_bytes=converted.embeddings + converted.rest,
-        # On the CPU the rows are read in place, so their precision has to be the stored one.
-        host_embeddings=device.type != "cpu" or (dtype == checkpoint.dtype and not converted.embeddings),
-        stored_share=checkpoint.dtype.itemsize / dtype.itemsize
-        if device.type == "cpu" and dtype != checkpoint.dtype
-        else 0.0,
+        converted_ff=parts.feed_forward,
+        converted_bytes=parts.embeddings + parts.rest,
+        # In host memory the rows are read in place, so their precision has to be the stored one.
+        host_embeddings=not hardware.shares_host_memory or (dtype == checkpoint.dtype and not parts.embeddings),
+        stored_share=_stored_share(checkpoint, parts, dtype) if hardware.shares_host_memory else 0.0,
         translated=emulates_halves(device, dtype),
         pass_tokens=pass_tokens(config.exact, config.draft_tokens, config.refresh),
         verifies=config.exact,
         weight_norms=config.selection in WEIGHT_NORMS,
         # Where no context can be kept every prompt is read from its start.
         continued=config.keep_prompts and can_cache(checkpoint.config),
-        graphs=device.type == "cuda" and config.cuda_graphs,
+        graphs=GRAPH_COSTS if hardware.captures and config.cuda_graphs else None,
     )
-    assumed = f"no {device.type} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
-    model_spec = ModelSpec(checkpoint, device, dtype, shapes, others, request, assumed if absent else None)
+    assumed = f"no {hardware.name} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
+    model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, others, request, assumed if absent else None)
     if config.exact:
         model_spec.check_exact(checkpoint.precision)
     _check_passes(model_spec)
     return model_spec
+
+
+def _stored_share(checkpoint: Checkpoint, parts: PartSizes, dtype: torch.dtype) -> float:
+    """Of a layer in a slot, the stored bytes that it is made of; 0 where it is used as it is stored."""
+    in_place = dtype == checkpoint.dtype and not parts.translated_share
+    return 0.0 if in_place else (parts.translated_share or 1) * checkpoint.dtype.itemsize / dtype.itemsize
 
 
 def pass_tokens(exact: bool, draft_tokens: int | None, refresh: Refresh) -> int:
@@ -162,11 +171,11 @@ def _shapes(
     """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
     have."""
     stored = checkpoint.precision
-    if stored != "none" and config.quantize not in ("auto", stored):
+    if not stored.is_plain and config.quantize not in ("auto", stored.name):
         raise UsageError(
             f"the checkpoint was converted to {stored}, --quantize {config.quantize} needs the original: leave it out"
         )
-    if config.exact and config.quantize not in ("auto", stored):
+    if config.exact and config.quantize not in ("auto", stored.name):
         raise UsageError(
             f"exact mode keeps the stored precision, --quantize {config.quantize} another one: leave it out, or "
             "convert the checkpoint first"
@@ -174,25 +183,19 @@ def _shapes(
     states = states_of(meta)
     allowed: list[ModelSizes] = []
     others: list[ModelSizes] = []
-    for precision in PRECISIONS if stored == "none" else (stored,):
+    for precision in every() if stored.is_plain else (stored.rests_as(),):
         try:
-            if precision == "int4":
-                _check_int4(device)
+            precision.check_device(device.type)
             # In exact mode another precision is one of a converted copy.
             shape = model_shape(meta, precision, precision if config.exact else stored, checkpoint.tables, states)
         except UnsupportedModel:
-            if precision in (config.quantize, stored):
+            if not stored.is_plain or precision.name in (config.quantize, stored.name):
                 raise
             continue
-        wanted = stored if config.exact else config.quantize
-        (allowed if wanted in ("auto", precision) else others).append(shape)
+        wanted = stored.name if config.exact else config.quantize
+        fits = not stored.is_plain or wanted in ("auto", precision.name)
+        (allowed if fits else others).append(shape)
     return tuple(allowed), tuple(others)
-
-
-def _check_int4(device: torch.device) -> None:
-    """UnsupportedModel where int4 was never tried."""
-    if device.type not in ("cpu", "cuda"):
-        raise UnsupportedModel(f"int4 is not supported on {device.type}: use int8")
 
 
 def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
@@ -204,35 +207,35 @@ def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
     return "dynamic"
 
 
-def budget_bytes(config: LoadConfig, device: torch.device) -> int:
-    """The device budget in bytes. On the CPU there is one budget, so only one of the two limits may be given."""
+def budget_bytes(config: LoadConfig, device: Device) -> int:
+    """The device budget in bytes. In host memory there is one budget, so only one of the two limits may be given."""
     limit = config.max_gpu_mem
-    if device.type == "cpu" and config.max_cpu_mem is not None:
+    if device.shares_host_memory and config.max_cpu_mem is not None:
         if limit != "auto":
             raise UsageError(
                 "on the CPU device there is one budget: give --max-gpu-mem (or its alias --max-mem) alone, "
                 "without --max-cpu-mem"
             )
         limit = config.max_cpu_mem
-    free, total = device_bytes(device)
+    free, total = device.memory_bytes()
     return parse_size(limit, total_bytes=total, free_bytes=free)
 
 
-def _size_of_absent(size: str | int, device: torch.device) -> int:
+def _size_of_absent(size: str | int, device: Device) -> int:
     """Bytes of a device whose memory cannot be asked; UsageError where that would be needed."""
     if isinstance(size, str) and (size.strip().lower() == "auto" or size.strip().endswith("%")):
         raise UsageError(
-            f"no {device.type} device is here whose memory could be asked: give --max-gpu-mem as a size, such as 12GB"
+            f"no {device.name} device is here whose memory could be asked: give --max-gpu-mem as a size, such as 12GB"
         )
     return parse_size(size)
 
 
-def _session_bytes(config: LoadConfig, device: torch.device, *, absent: bool) -> int:
+def _session_bytes(config: LoadConfig, device: Device, *, absent: bool) -> int:
     if config.session_mem is None:
         return 0
     if absent:
         return _size_of_absent(config.session_mem, device)
-    return parse_size(config.session_mem, total_bytes=device_bytes(device)[1])
+    return parse_size(config.session_mem, total_bytes=device.memory_bytes()[1])
 
 
 def plan_for(model_spec: ModelSpec) -> Plan:
@@ -242,7 +245,7 @@ def plan_for(model_spec: ModelSpec) -> Plan:
 
 def evicts(model_spec: ModelSpec) -> bool:
     """Whether used file pages are dropped from the page cache: when the whole file would not fit beside us."""
-    free, _ = device_bytes(torch.device("cpu"))
+    free, _ = host_bytes()
     return model_spec.checkpoint.weight_bytes + model_spec.request.budget_bytes > free
 
 
@@ -253,7 +256,7 @@ def identity_of(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> ModelI
     """What the numbers in a context depend on."""
     layers = model_spec.shape_of(plan).layers
     return {
-        "model": fingerprint(model_spec.checkpoint),
+        "model": model_spec.checkpoint.fingerprint(),
         "precision": plan.precision,
         "dtype": str(model_spec.dtype).removeprefix("torch."),
         "density": [kept / layer.neurons for kept, layer in zip(plan.kept, layers, strict=True)],

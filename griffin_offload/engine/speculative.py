@@ -17,6 +17,7 @@ from griffin_offload.engine.generation import GenerationState
 from griffin_offload.engine.report import DraftReport
 from griffin_offload.engine.runner import ModelRunner
 from griffin_offload.kv_cache.sequence import Context
+from griffin_offload.transformers_api import CACHE
 
 # How many tokens to draft before the next verifying pass.
 
@@ -133,7 +134,7 @@ class DraftingLoop:
         """All tokens but those to come, streamed once more; whether the answer ends with the next one."""
         start, known = time.perf_counter(), self._ids.shape[1]
         self._context.begin_again()
-        inputs = self._inputs(self._ids, self._kwargs, known) | {"past_key_values": self._context.cache}
+        inputs = self._inputs(self._ids, self._kwargs, known) | {CACHE: self._context.cache}
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 1
         output, sums = self._engine.full_pass(inputs, choose=self._choose, each=False)
@@ -208,7 +209,7 @@ class DraftingLoop:
             sequences=self._ids,
             scores=tuple(self._scores) or None,
             logits=tuple(self._raw) or None,
-            past_key_values=self._context.cache,
+            **{CACHE: self._context.cache},
         )
 
 

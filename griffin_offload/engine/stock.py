@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.devices.memory import give_back_freed
+from griffin_offload.devices.host_memory import give_back_freed
 from griffin_offload.errors import GriffinError, UsageError
 
 _OWNER, _KIND = "_griffin_offload", "_griffin_offload_kind"

@@ -7,18 +7,21 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent
+from griffin_offload.devices.base import Device
 from griffin_offload.devices.host_memory import block_buffer, untouched_zeros
-from griffin_offload.devices.threads import choose_threads, limited_threads
+from griffin_offload.devices.threads import limited_threads
 from griffin_offload.engine.spec import ModelSpec
-from griffin_offload.formats.linear import Precision, QuantizedLinear, Scratch, resident_form, specs
-from griffin_offload.kernels import gemv
-from griffin_offload.kernels.library import HALVES
+from griffin_offload.formats import Format, Layout
+from griffin_offload.formats.linear import QuantizedLinear
+from griffin_offload.kernels import table
+from griffin_offload.kernels.by_blocks import Scratch
 
 # How fast this device reads weights when it decodes one token: a short trial per precision, for `plan -v`.
 
@@ -32,45 +35,51 @@ _BANDWIDTH_REPEATS = 5
 
 
 def decode_bytes_per_s(
-    precision: Precision,
+    precision: Format,
     inputs: int,
     outputs: int,
     dtype: torch.dtype,
-    device: torch.device,
+    device: Device,
     threads: int | None = None,
 ) -> float:
     """Bytes per second of one row times matrices [outputs, inputs] in the resident form.
     On the CPU by `threads`, or as many as loading would choose."""
-    if device.type == "cpu" and threads is None:
-        threads = choose_threads(inputs, outputs, dtype)
-    scratch = Scratch(_SCRATCH_BYTES, dtype, device)
+    if threads is None:
+        threads = device.choose_threads(inputs, outputs, dtype)
+    scratch = Scratch(_SCRATCH_BYTES, dtype, device.torch_device)
     layers: list[QuantizedLinear] = []
+    layout = precision.resident(is_down=False)
     made_bytes = 0
     while made_bytes < _BYTES and len(layers) < _MATRICES:
-        layer = QuantizedLinear(outputs, inputs, is_down=False, precision=precision, stored="none", scratch=scratch)
-        layer.form = resident_form(precision, is_down=False)
-        for name, (shape, own) in specs(layer.form, outputs, inputs, is_down=False).items():
-            tensor = untouched_zeros(shape, own or dtype, device).fill_(1)
+        layer = QuantizedLinear(outputs, inputs, is_down=False, full=layout, resident=layout, scratch=scratch)
+        for name, (shape, own) in layout.specs(outputs, inputs, is_down=False).items():
+            tensor = untouched_zeros(shape, own or dtype, device.torch_device).fill_(1)
             setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
             made_bytes += tensor.nbytes
         layers.append(layer)
-    row = torch.ones(1, inputs, dtype=dtype, device=device)
+    row = torch.ones(1, inputs, dtype=dtype, device=device.torch_device)
     with torch.no_grad(), limited_threads(threads):
         kernels: list[Callable[[], object]] = [lambda: [layer(row) for layer in layers]]
-        if precision == "none":
+        if precision.is_plain:
             kernels.append(lambda: [torch.mv(layer.weight, row[0]) for layer in layers])
-            ours = gemv.kernels() if device.type == "cpu" and dtype in HALVES else None
-            if ours is not None:
-                kernels.append(lambda: [ours.multiply_floats(row, layer.weight) for layer in layers])
+            kernels += [partial(_all_products, kernel.function, layers, row) for kernel in _of_floats(layout, row)]
         taken = [statistics.median(_seconds(kernel, device) for _ in range(_BANDWIDTH_REPEATS)) for kernel in kernels]
     return made_bytes / min(taken)
 
 
-def _seconds(compute: Callable[[], object], device: torch.device) -> float:
+def _of_floats(layout: Layout, row: Tensor) -> tuple[table.Kernel, ...]:
+    return table.products(layout.name, 1, row, None, True)
+
+
+def _all_products(multiply: Callable[..., Tensor], layers: list[QuantizedLinear], row: Tensor) -> None:
+    for layer in layers:
+        multiply(row, layer._parameters, layer.out_features, None)
+
+
+def _seconds(compute: Callable[[], object], device: Device) -> float:
     start = time.perf_counter()
     compute()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    device.synchronize()
     return time.perf_counter() - start
 
 
@@ -88,19 +97,19 @@ class Ceilings:
     """Of the disk, past the page cache."""
     copy_pageable_bytes_per_s: float | None
     copy_pinned_bytes_per_s: float | None
-    """From the host to a CUDA device."""
+    """From the host to a device with asynchronous copies."""
     gemv_bytes_per_s: float | None
     """Bytes of matrices in the residents' precision, times one row."""
     gemm_flops_per_s: dict[int, float]
     """By tokens."""
 
 
-def measure_ceilings(model_spec: ModelSpec, precision: Precision, prompts: list[int], threads: int | None) -> Ceilings:
+def measure_ceilings(model_spec: ModelSpec, precision: Format, prompts: list[int], threads: int | None) -> Ceilings:
     """Before the model is loaded: a few hundred MB are needed for a moment. Threads: as loading would choose them."""
-    shape, device, dtype = model_spec.shape, model_spec.device, model_spec.dtype
-    hidden, neurons = shape.hidden_size, max(layer.neurons for layer in shape.layers)
-    if device.type == "cpu" and threads is None:
-        threads = choose_threads(hidden, neurons, dtype)
+    shape, device, dtype = model_spec.shape, model_spec.hardware, model_spec.dtype
+    hidden, neurons = shape.hidden_size, shape.width
+    if threads is None:
+        threads = device.choose_threads(hidden, neurons, dtype)
     with limited_threads(threads), torch.no_grad():
         return Ceilings(
             threads=threads,
@@ -141,21 +150,22 @@ def read_bytes_per_s(paths: list[Path]) -> float | None:
         return sum(extent.nbytes for extent in extents) / (time.perf_counter() - start)
 
 
-def host_copy_rate(device: torch.device, *, pinned: bool) -> float | None:
-    """Bytes per second from the host to a CUDA device; None elsewhere."""
-    if device.type != "cuda":
+def host_copy_rate(device: Device, *, pinned: bool) -> float | None:
+    """Bytes per second from the host to a device with asynchronous copies; None elsewhere."""
+    if not device.asynchronous_copies:
         return None
-    host = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned).fill_(1)
-    target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+    host = device.pinned(_COPY_BYTES) if pinned else torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cpu")
+    host.fill_(1)
+    target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device.torch_device)
     return _COPY_BYTES / _median_s(lambda: target.copy_(host, non_blocking=pinned), device)
 
 
-def _gemm_rate(tokens: int, hidden: int, neurons: int, dtype: torch.dtype, device: torch.device) -> float:
-    """The faster of the computation's precision and, on the CPU, float32."""
+def _gemm_rate(tokens: int, hidden: int, neurons: int, dtype: torch.dtype, device: Device) -> float:
+    """The fastest of the types that the device has for the computation's."""
     rates = []
-    for precision in {dtype, torch.float32} if device.type == "cpu" else {dtype}:
-        weight = untouched_zeros((neurons, hidden), precision, device).fill_(0.01)
-        rows = torch.ones(tokens, hidden, dtype=precision, device=device)
+    for precision in device.gemm_dtypes(dtype):
+        weight = untouched_zeros((neurons, hidden), precision, device.torch_device).fill_(0.01)
+        rows = torch.ones(tokens, hidden, dtype=precision, device=device.torch_device)
         seconds = _median_s(_product(rows, weight), device)
         rates.append(2.0 * tokens * hidden * neurons / seconds)
     return max(rates)
@@ -165,12 +175,11 @@ def _product(rows: Tensor, weight: Tensor) -> Callable[[], object]:
     return lambda: torch.nn.functional.linear(rows, weight)
 
 
-def _median_s(work: Callable[[], object], device: torch.device) -> float:
+def _median_s(work: Callable[[], object], device: Device) -> float:
     taken = []
     for _ in range(_REPEATS + 1):
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        device.synchronize()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[1:])

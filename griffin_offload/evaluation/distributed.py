@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from griffin_offload.config import LoadConfig
-from griffin_offload.devices.memory import choose_device
+from griffin_offload.devices.registry import choose_device
 from griffin_offload.engine.spec import budget_bytes
-from griffin_offload.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,9 @@ class Processes:
         if self.size == 1:
             return options
         device = choose_device(options.get("device", LoadConfig.device))
-        if device.type == "cuda":
-            self._take_gpu(on_this_machine)
-        elif options.get("max_gpu_mem", LoadConfig.max_gpu_mem) == "auto" and not options.get("max_cpu_mem"):
+        if device.give_processes_their_own(on_this_machine, int(os.environ.get("LOCAL_RANK", "0"))):
+            return options
+        if options.get("max_gpu_mem", LoadConfig.max_gpu_mem) == "auto" and not options.get("max_cpu_mem"):
             free = budget_bytes(LoadConfig(**options), device)
             self.accelerator.wait_for_everyone()
             options = options | {"max_gpu_mem": free // on_this_machine}
@@ -66,9 +65,3 @@ class Processes:
         if self.size > 1:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
-
-    def _take_gpu(self, on_this_machine: int) -> None:
-        found = torch.cuda.device_count()
-        if on_this_machine > found:
-            raise UsageError(f"{on_this_machine} processes and {found} GPUs: start as many processes, or --device cpu")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

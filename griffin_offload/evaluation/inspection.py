@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.engine.prefill import SHORT_PROMPT_TOKENS, Progress
+from griffin_offload.engine.prefill import SHORT_PROMPT_TOKENS
 from griffin_offload.evaluation.simulation import observe
 from griffin_offload.method.selection import neurons_kept
 from griffin_offload.method.statistic import ROWS_AT_ONCE, split_tokens, squared_statistic
@@ -71,7 +72,7 @@ def observe_sequences(
             rows = [found[row].heatmaps[layer], shown] if layer in found[row].heatmaps else [shown]
             found[row].heatmaps[layer] = torch.cat(rows)
 
-    kept_bytes = corner.bytes if model.device.type == "cpu" else 0
+    kept_bytes = corner.bytes if model.hardware.shares_host_memory else 0
     observe(model, sequences, look, tables=2, kept_bytes=kept_bytes, progress=progress)
     return found
 

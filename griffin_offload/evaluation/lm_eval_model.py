@@ -16,11 +16,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from griffin_offload.checkpoint.base import Checkpoint, open_checkpoint
-from griffin_offload.checkpoint.tokenizer import load_tokenizer
+from griffin_offload.checkpoint.base import Checkpoint
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import MIN_AUTO_CTX, BosRule, EvalMode, SelectionMethod, TasksConfig
+from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.engine.prefill import Progress
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.evaluation.distributed import Processes
 from griffin_offload.evaluation.likelihoods import LikelihoodRequest, LikelihoodResult, Likelihoods
@@ -36,7 +36,7 @@ class ModelSlot:
 
     def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
         self._checkpoint = checkpoint
-        self._options = options | {"quantize": checkpoint.precision}
+        self._options = options | {"quantize": checkpoint.precision.name}
         self._model: GriffinModel | None = None
         self._purpose: Variant | None = None
 
@@ -72,7 +72,7 @@ class ModelSlot:
     def _load(self, purpose: Variant | None, prompt_tokens: int, ctx_tokens: int, **kept: Any) -> None:
         self.close()
         options = self._options | kept | {"prompt_tokens": prompt_tokens, "ctx_size": ctx_tokens}
-        self._model = GriffinModel.from_pretrained(self._checkpoint.directory, **options)
+        self._model = GriffinModel.from_pretrained(self._checkpoint.path, **options)
         self._purpose = purpose
 
 
@@ -115,7 +115,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
     ) -> None:
         processes = processes or Processes.launched()
         checkpoint = open_checkpoint(pretrained, offline=options.get("offline", False))
-        load_tokenizer(checkpoint.directory)  # fails with an error of ours
+        tokenizer = checkpoint.tokenizer()  # fails with an error of ours
         self.variants = [Variant(density, selection)] if variants is None else list(variants)
         self.row = 1
         self._mode, self._bos = mode, bos
@@ -127,7 +127,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         super().__init__(
             pretrained=Standin(checkpoint, self._generate),
             backend="causal",
-            tokenizer=str(checkpoint.directory),
+            tokenizer=tokenizer,
             add_bos_token=None if bos == "tokenizer" else gemma,
             max_length=max_length,
         )

@@ -93,7 +93,7 @@ class Sizer:
     def _parts(self, samples: int, rows: int, positions: int, columns: int, padded: bool) -> dict[str, int]:
         shape, request = self.shape, as_loaded(self.request, self.plan)
         neurons = sum(layer.neurons for layer in shape.layers)
-        widest = max(layer.neurons for layer in shape.layers)
+        widest = shape.width
         use = Workload(rows, columns, columns)
         # Sums, means and masks of the rows inside a layer; keys and values are repeated where there is a mask.
         state = rows * widest * (1 + 2 * _FLOAT_BYTES) + widest * (_INDEX_BYTES + 4 * _FLOAT_BYTES)

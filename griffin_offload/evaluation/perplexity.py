@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.engine.prefill import Progress
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.scoring import Scores
 from griffin_offload.evaluation.simulation import Simulated, simulate

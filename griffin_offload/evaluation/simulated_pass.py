@@ -8,16 +8,14 @@ inside a layer at once, T columns, F neurons.
 
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.blocks.feedforward import FeedForward
-from griffin_offload.engine.prefill import ChunkedForward, DecoderLayers, PassHook, Progress
-from griffin_offload.method.statistic import squared_statistic, weighted_sum
-from griffin_offload.offload.layer_stream import LayerStream
+from griffin_offload.blocks.base import Activations, Block
+from griffin_offload.blocks.hooks import PassForward
+from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, Progress, StreamFeed, Visitor
 
 
 class NeuronChoice(NamedTuple):
@@ -43,7 +41,108 @@ class Observer(Protocol):
     def __call__(self, layer: int, row: int, start: int, z: Tensor) -> None: ...
 
 
-class SimulatedPass:
+class _RowVisitor(Visitor):
+    """One that is told which of the pass's rows are inside a layer."""
+
+    rows = slice(0, 0)
+
+    def rows_start(self, block: Block, rows: slice) -> None:
+        self.rows = rows
+
+    def by_row(self, found: Activations) -> Activations:
+        return found.by_sample(self.rows.stop - self.rows.start)
+
+
+class _Watch(_RowVisitor):
+    """Shows an observer every z, before anything is left out."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def see(self, index: int, found: Activations) -> None:
+        own = self.by_row(found)
+        for row, z in enumerate(own.values(), start=self.rows.start):
+            self._observer(index, row, own.start, z)
+
+
+class _PromptStatistic(_RowVisitor):
+    """Sums s^2 [M, F] of the rows' prompts, and with `means` their mean activations [M, W]; `keep` keeps s^2."""
+
+    def __init__(self, weights: Tensor, *, means: bool, keep: bool) -> None:
+        self._weights, self._with_means, self._keep = weights, means, keep
+        self.prompt = weights.shape[-1]
+        self.squared = self.means = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.sums: list[Tensor] = []
+        self._layer_sums: list[Tensor] = []
+
+    def rows_start(self, block: Block, rows: slice) -> None:
+        super().rows_start(block, rows)
+        count, device = rows.stop - rows.start, self._weights.device
+        self.squared = torch.zeros(count, block.neurons, dtype=torch.float32, device=device)
+        width = block.width if self._with_means else 0
+        self.means = torch.zeros(count, width, dtype=torch.float32, device=device)
+
+    def see(self, index: int, found: Activations) -> None:
+        own = self.by_row(found)
+        inside = min(max(self.prompt - own.start, 0), own.tokens)
+        if inside:
+            weights = self._weights[self.rows, :, own.start : own.start + inside]
+            of_prompt = own.part(slice(None), slice(0, inside))
+            self.squared += of_prompt.squared(weights)[:, 0]
+            if self._with_means:
+                self.means += of_prompt.summed(weights)[:, 0]
+        if own.start < self.prompt <= own.start + own.tokens:
+            self._prompts_end()
+
+    def _prompts_end(self) -> None:
+        if self._with_means:
+            self.means /= self._weights[self.rows].sum(-1)
+        if self._keep:
+            self._layer_sums.append(self.squared.cpu())
+
+    def end(self, index: int, block: Block, full: list[Tensor]) -> None:
+        if self._keep:
+            self.sums.append(torch.cat(self._layer_sums))
+        self._layer_sums = []
+
+
+class _LeaveOut(_RowVisitor):
+    """Lets each row choose when its prompt ends, and leaves out the others of what follows."""
+
+    def __init__(self, statistic: _PromptStatistic, rows: int, choose: Chooser | None) -> None:
+        self._statistic, self._choose = statistic, choose
+        self.shares: list[list[Tensor]] = [[] for _ in range(rows)]
+        self._choices: list[NeuronChoice | None] = []
+        self._full: list[Tensor] = []
+
+    def start(self, index: int, block: Block, full: list[Tensor]) -> None:
+        self._full = full
+
+    def end(self, index: int, block: Block, full: list[Tensor]) -> None:
+        self._full = []
+
+    def rows_start(self, block: Block, rows: slice) -> None:
+        super().rows_start(block, rows)
+        self._choices = []
+
+    def see(self, index: int, found: Activations) -> None:
+        own, prompt = self.by_row(found), self._statistic.prompt
+        if own.start < prompt <= own.start + own.tokens:
+            self._prompts_end(index)
+        if own.start + own.tokens > prompt:
+            for row, choice in enumerate(self._choices):
+                behind = own.part(slice(row, row + 1), slice(max(prompt - own.start, 0), own.tokens))
+                if choice is not None:
+                    behind.leave_out(choice.kept, self._statistic.means[row] if choice.compensate else None)
+
+    def _prompts_end(self, index: int) -> None:
+        for row, squared in enumerate(self._statistic.squared, start=self.rows.start):
+            choice = self._choose(index, row, squared, self._full) if self._choose is not None else None
+            self._choices.append(choice)
+            self.shares[row].append(squared.new_ones(()) if choice is None else choice.share)
+
+
+class SimulatedPass(LayerPass):
     """A context manager: inside it, one forward of the stack of layers over [R, T] is a simulated pass.
 
     `mask` is [R, T] on the device, 0 for padding; the first `prompt_columns` columns are prompts. Without `choose` all
@@ -64,143 +163,52 @@ class SimulatedPass:
         observe: Observer | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self._layers, self._choose, self._progress = layers, choose, progress
-        self._observe = observe
-        self._weights = mask[:, None, :prompt_columns].float()  # [R, 1, P]
-        self._prompt, self._rows_at_once = prompt_columns, rows_at_once
-        self._with_means = means
-        self.sums: list[Tensor] | None = [] if keep else None
-        """s^2 [R, F] of each layer."""
-        self._shares: list[list[Tensor]] = [[] for _ in range(mask.shape[0])]
-        self._stream = LayerStream(layers.source, list(layers.compact), layers.stream) if layers.source else None
-        self._full: list[Tensor] = []
-        self._rows = slice(0, 0)
-        self._position = 0
-        self._squared = self._means = torch.empty(0, dtype=torch.float32, device="cpu")
-        self._choices: list[NeuronChoice | None] = []
-        self._layer_sums: list[Tensor] = []
+        weights = mask[:, None, :prompt_columns].float()  # [R, 1, P]
+        self._statistic = _PromptStatistic(weights, means=means, keep=keep)
+        self._left_out = _LeaveOut(self._statistic, mask.shape[0], choose)
+        self._of_rows: list[_RowVisitor] = [self._statistic, self._left_out]
+        if observe is not None:
+            self._of_rows.insert(0, _Watch(observe))
+        self._stream, self._rows_at_once = StreamFeed(layers), rows_at_once
+        super().__init__(
+            layers.decoder,
+            layers.blocks,
+            self._stream,
+            self._of_rows,
+            every_layer=True,
+            chunk_tokens=layers.ff_chunk_tokens,
+            progress=progress,
+        )
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """s^2 [R, F] of each layer; none without `keep`."""
+        return self._statistic.sums
 
     @property
     def peak_in_flight_bytes(self) -> int:
-        return self._stream.peak_in_flight_bytes if self._stream else 0
+        return self._stream.peak_in_flight_bytes
 
     def activation_kept(self) -> list[float]:
         """Of each row, the share of s^2 / S that the chosen neurons hold, mean over layers; waits for the device."""
-        found: list[float] = torch.stack([torch.stack(shares).mean() for shares in self._shares]).tolist()
+        found: list[float] = torch.stack([torch.stack(shares).mean() for shares in self._left_out.shares]).tolist()
         return found
 
-    def __enter__(self) -> "SimulatedPass":
-        try:
-            self._begin()
-        except BaseException as error:  # Ctrl-C, too: no hook may stay behind
-            self.__exit__(type(error), error, None)
-            raise
-        return self
+    def _hook_layer(self, index: int, layer: nn.Module, block: Block) -> None:
+        layer.forward = _RowByRow(layer.forward, self._rows_at_once, partial(self._rows_start, block))
+        super()._hook_layer(index, layer, block)
 
-    def _begin(self) -> None:
-        self._end_hooks()  # of a pass whose end was interrupted
-        if self._stream is not None:
-            self._stream.__enter__()
-        for index, (layer, block) in enumerate(zip(self._layers.decoder, self._layers.blocks, strict=True)):
-            if not block.inline:
-                block.module.forward = ChunkedForward(block.module.forward, self._layers.ff_chunk_tokens)
-            layer.forward = _RowByRow(layer.forward, self._rows_at_once, partial(self._rows_start, index))
-            layer.register_forward_pre_hook(PassHook(partial(self._layer_starts, index)))
-            block.down.register_forward_pre_hook(PassHook(partial(self._at_down, index, block)))
-            layer.register_forward_hook(PassHook(partial(self._layer_ends, index)))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._end(kind, error, trace)
-        except KeyboardInterrupt:  # a second Ctrl-C must not leave half of it
-            self._end(kind, error, trace)
-            raise
-
-    def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._end_hooks()
-        self._layers.install_compact()
-        if self._stream is not None:
-            self._stream.__exit__(kind, error, trace)
-
-    def _end_hooks(self) -> None:
-        for layer in self._layers.decoder:
-            if isinstance(layer.__dict__.get("forward"), _RowByRow):
-                del layer.forward
-        self._layers.remove_hooks()
-
-    def _layer_starts(self, index: int, *_: Any) -> None:
-        block = self._layers.blocks[index]
-        if index in self._layers.compact:
-            assert self._stream is not None
-            self._full = self._stream.acquire(index)
-            block.install_full(self._full)
-        else:
-            self._full = block.full() if block.precision == "none" else []
-        self._layer_sums = []
-
-    def _rows_start(self, index: int, rows: slice) -> None:
-        neurons, device = self._layers.blocks[index].neurons, self._weights.device
-        self._rows, self._position, self._choices = rows, 0, []
-        self._squared = torch.zeros(rows.stop - rows.start, neurons, dtype=torch.float32, device=device)
-        self._means = torch.zeros_like(self._squared) if self._with_means else self._squared
-
-    def _at_down(self, index: int, block: FeedForward, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """One chunk of z, [M, T, F] or, where the model flattens (OPT), [M * T, F]: in place, it is nobody else's."""
-        z = args[0].view(self._squared.shape[0], -1, block.neurons)
-        begin, end = self._position, self._position + z.shape[1]
-        if self._observe is not None:
-            for row, own in enumerate(z, start=self._rows.start):
-                self._observe(index, row, begin, own)
-        inside = min(max(self._prompt - begin, 0), z.shape[1])
-        if inside:
-            weights = self._weights[self._rows, :, begin : begin + inside]
-            self._squared += squared_statistic(z[:, :inside], weights)[:, 0]
-            if self._with_means:
-                self._means += weighted_sum(z[:, :inside], weights)[:, 0]
-        if begin < self._prompt <= end:
-            self._prompts_end(index)
-        if inside < z.shape[1]:
-            self._leave_out(z[:, inside:])
-        self._position = end
-
-    def _prompts_end(self, index: int) -> None:
-        if self._with_means:
-            self._means /= self._weights[self._rows].sum(-1)
-        for row, squared in enumerate(self._squared, start=self._rows.start):
-            choice = self._choose(index, row, squared, self._full) if self._choose is not None else None
-            self._choices.append(choice)
-            self._shares[row].append(squared.new_ones(()) if choice is None else choice.share)
-        if self.sums is not None:
-            self._layer_sums.append(self._squared.cpu())
-
-    def _leave_out(self, z: Tensor) -> None:
-        for row, (choice, own) in enumerate(zip(self._choices, z, strict=True)):
-            if choice is None:
-                continue
-            if choice.compensate:
-                own.copy_(torch.where(choice.kept, own, self._means[row].to(own.dtype)))
-            else:
-                own.mul_(choice.kept)
-
-    def _layer_ends(self, index: int, *_: Any) -> None:
-        if index in self._layers.compact:
-            assert self._stream is not None
-            self._layers.blocks[index].install_compact(self._layers.compact[index])
-            self._stream.release()
-        self._full = []
-        if self.sums is not None:
-            self.sums.append(torch.cat(self._layer_sums))
-        if self._progress is not None:
-            self._progress(index + 1, len(self._layers.decoder))
+    def _rows_start(self, block: Block, rows: slice) -> None:
+        for visitor in self._of_rows:
+            visitor.rows_start(block, rows)
 
 
-class _RowByRow:
+class _RowByRow(PassForward):
     """The forward of a decoder layer during a pass: the stock one, over some of the rows at a time."""
 
     def __init__(self, forward: Callable[..., Any], limit: int, start: Callable[[slice], None]) -> None:
-        self._forward, self._limit, self._start = forward, limit, start
+        super().__init__(forward)
+        self._limit, self._start = limit, start
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = hidden.shape[0]

@@ -13,8 +13,8 @@ from torch import Tensor
 from griffin_offload.blocks.states import shares_entries
 from griffin_offload.config import WEIGHT_NORMS
 from griffin_offload.devices.threads import limited_threads
+from griffin_offload.engine.layer_pass import DecoderLayers, Progress
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.engine.prefill import DecoderLayers, Progress
 from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.evaluation.pass_size import PassSize, Sizer
 from griffin_offload.evaluation.samples import Batch, Sample, columns_of
@@ -44,7 +44,7 @@ class Choices:
         if prior is not None and [layer.numel() for layer in prior] != neurons:
             raise UsageError("the prior is another model's: its layers have other numbers of neurons")
         self._layers, self._variants = layers, variants
-        device = layers.stream.device
+        device = layers.stream.device.torch_device
         self._prior = None if prior is None else [layer.to(device) for layer in prior]
         self._norms: dict[tuple[str, int], Tensor] = {}
         self._counts: Counts = {}
@@ -97,9 +97,7 @@ class Choices:
             return None
         key = variant.selection, layer
         if key not in self._norms:
-            block = self._layers.blocks[layer]
-            of_weights = block.neuron_norms if variant.selection == "magnitude" else block.output_norms
-            self._norms[key] = of_weights(full)
+            self._norms[key] = self._layers.blocks[layer].weight_norms(variant.selection, full)
         return self._norms[key]
 
 
@@ -229,7 +227,7 @@ class _Simulation:
 
     def _check_stored(self, variants: Sequence[Variant]) -> None:
         dense = len(self._layers.decoder) > len(self._layers.compact)
-        if dense and self._shape.precision != "none" and any(v.selection in WEIGHT_NORMS for v in variants):
+        if dense and not self._shape.precision.is_plain and any(v.selection in WEIGHT_NORMS for v in variants):
             raise UsageError(
                 f"selection by norms needs the stored weights, and {self._plan.precision} ones are resident: load with "
                 "a density below 1 or always_stream=True"
@@ -301,7 +299,6 @@ class _Simulation:
         batch = Batch.of([_prompt_of(sample) for sample in group.samples])
         with self._holding(group.size), self._pass(batch, group.size, None) as simulated:
             self._run_stack(batch, 1)
-        assert simulated.sums is not None
         return simulated.sums
 
     def observe(self, group: _Group, observer: Observer) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from griffin_offload.checkpoint.base import Checkpoint
@@ -55,6 +54,12 @@ class Speed:
     streamed_bytes: int
     resident_bytes: int
     peak_bytes: int
+    budget_bytes: int
+    """What `peak_bytes` may reach."""
+    decode_streamed_bytes: int
+    """Weights fetched while tokens were generated: 0."""
+    graphs: dict[str, Any] | None
+    """CUDA graphs of the last run."""
 
     @property
     def prefill_share(self) -> float | None:
@@ -138,6 +143,9 @@ def measure_speed(
         streamed_bytes=streamed_bytes,
         resident_bytes=model.resident_bytes,
         peak_bytes=max(report.peak_device_bytes for report in reports),
+        budget_bytes=model.plan.budget_bytes,
+        decode_streamed_bytes=sum(report.decode_streamed_bytes for report in reports),
+        graphs=reports[-1].to_json()["graphs"],
     )
 
 
@@ -160,8 +168,7 @@ def _timed_forwards(model: GriffinModel) -> Iterator[list[float]]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         output = own(*args, **kwargs)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+        model.hardware.synchronize()
         taken.append(time.perf_counter() - start)
         return output
 
@@ -176,21 +183,16 @@ def _prefill_ceiling(
     model: GriffinModel, tokens: int, ceilings: Ceilings, streamed_bytes: int, from_disk: bool
 ) -> float | None:
     """The larger of reading (or copying) what is streamed and of multiplying by every matrix in the layers."""
-    weights = sum(block.neurons * block.projections[0].hidden * _matrices(block) for block in model.engine.blocks)
+    weights = sum(block.read_numbers for block in model.engine.blocks)
     shape = model.engine.shape
     attention = sum(layer.plain_attention_bytes for layer in shape.layers) // shape.item_bytes
     bounds = [2.0 * tokens * (weights + attention) / ceilings.gemm_flops_per_s[tokens]]
-    if model.device.type == "cuda":
-        rate = ceilings.copy_pinned_bytes_per_s
-    else:
-        rate = ceilings.read_bytes_per_s if from_disk else None
+    rate = ceilings.copy_pinned_bytes_per_s
+    if rate is None and from_disk:
+        rate = ceilings.read_bytes_per_s
     if rate is not None:
         bounds.append(streamed_bytes / rate)
     return max(bounds)
-
-
-def _matrices(block: Any) -> int:
-    return sum(projection.stacked for projection in block.projections)
 
 
 def _decode_ceiling(model: GriffinModel, ceilings: Ceilings) -> float | None:

@@ -1,1 +1,14 @@
-"""Weight formats: how a matrix is stored, gathered and multiplied. One file each."""
+"""Weight formats: how a matrix is stored, gathered and multiplied. One file each, and a registry by name.
+
+A new one is a subclass of `Format` (base.py) and `register_format(...)`, here or at run time.
+"""
+
+from griffin_offload.formats.base import Format, Layout, every, forget_format, get, register_format
+from griffin_offload.formats.floats import FLOATS, planned_as
+from griffin_offload.formats.int4 import INT4
+from griffin_offload.formats.int8 import INT8
+
+__all__ = ["FLOATS", "Format", "Layout", "every", "forget_format", "get", "planned_as", "register_format"]
+
+for _format in (FLOATS, INT8, INT4):
+    register_format(_format)

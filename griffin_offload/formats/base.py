@@ -1,11 +1,218 @@
-"""A matrix a few rows at a time."""
+"""What every weight format answers: how a matrix lies, is quantised, gathered and multiplied; and what it takes.
 
-from collections.abc import Iterator
+Shapes: O outputs, I inputs, K chosen neurons, M rows of activations, G groups. A down projection is a matrix [O, I]
+whose inputs are neurons; of all others the outputs may be.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from griffin_offload.config import FORMAT_NAMES
+from griffin_offload.errors import UsageError
+from griffin_offload.kernels import table
+
+Tensors = dict[str, Tensor]
+"""Of a matrix, by name: weight, bias, and what its layout has beside them."""
+Spec = tuple[tuple[int, ...], torch.dtype | None]
+"""Shape and type of a tensor; None is the precision of the computation."""
+Specs = Callable[[int, int, bool], dict[str, Spec]]
 BLOCK_NUMBERS = 2**20  # float32 copies of a block stay in the cache
+PLAIN_TYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+"""What is computed in, and what plain weights are of; 8-bit floats are numbers of a quantised matrix."""
+_FLOAT_BYTES = 4
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers are computed with as they are: false of quantised ones, in floats of 8 bits, too."""
+    return tensor.dtype in PLAIN_TYPES
+
+
+def specs_bytes(specs: Iterable[Spec], dtype: torch.dtype) -> int:
+    """Bytes of tensors, computing in `dtype`."""
+    return sum(math.prod(shape) * (own or dtype).itemsize for shape, own in specs)
+
+
+def _second_axis(weight: Tensor) -> int:
+    return weight.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """One way in which the tensors of a matrix lie."""
+
+    name: str
+    """As rows of the table of kernels name it."""
+    format: "Format"
+    tensors: Specs
+    """Of a matrix of (outputs, inputs), a down projection or not, without its bias."""
+    multiply: Callable[[Tensor, table.Tensors, int, Any], Tensor]
+    """torch's way, the last row of the table: x [M, I], tensors, outputs and the scratch to [M, O]."""
+    torchs: str = "by blocks"
+    """What the table calls it."""
+    neurons_first: bool = False
+    """Whether a down projection holds a neuron as a row, so that chosen ones can be read alone."""
+    inputs: Callable[[Tensor], int] = _second_axis
+    """Inputs of a matrix by its weight."""
+
+    def specs(self, outputs: int, inputs: int, *, is_down: bool) -> dict[str, Spec]:
+        """Tensors of a matrix [outputs, inputs], without its bias."""
+        return self.tensors(outputs, inputs, is_down)
+
+    def nbytes(self, outputs: int, inputs: int, dtype: torch.dtype, *, is_down: bool) -> int:
+        """Of the same, computing in `dtype`."""
+        return specs_bytes(self.specs(outputs, inputs, is_down=is_down).values(), dtype)
+
+
+class Format:
+    """A weight format. Those that are not plain keep a matrix in few bits, with scales beside them.
+
+    Stored layouts are those of a full matrix in a checkpoint; the resident ones hold chosen neurons, and are what
+    decoding multiplies. Gathering into them reads floats, or what is stored in the same format; a format that is not
+    closed under gathering neurons names the one that its matrices rest in (`rests_as`) and gives floats.
+    """
+
+    name: ClassVar[str]
+    bits: ClassVar[float]
+    """Of a number, about: "auto" tries formats in this order."""
+    is_plain: ClassVar[bool] = False
+    """Whether its numbers are those that are computed with."""
+    version: ClassVar[int] = 1
+    """Of the stored layout: converted checkpoints of another one are refused."""
+    neuron_multiple: ClassVar[int] = 1
+    """Compact blocks hold whole groups of so many neurons."""
+    scratch_rows: ClassVar[int] = 1
+    """Rows of a matrix that torch's way translates at least at once."""
+    wants_importance: ClassVar[bool] = False
+    """Whether quantising asks for the mean square of every input, which a pass over a text measures."""
+    missed_from: ClassVar[float] = 0.25
+    """A weight that is off by a larger share has not come back (`missed`)."""
+    chunk: ClassVar[int] = 1024
+    """Neurons that are on their way at once: a multiple of every block, and small enough for a cache."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __reduce__(self) -> tuple[Any, ...]:  # one object a format, in copies and other processes, too
+        return get, (self.name,)
+
+    # How it lies -----------------------------------------------------------------------------------------------
+
+    def stored(self, *, is_down: bool) -> Layout:
+        """Of a full matrix in a checkpoint."""
+        raise NotImplementedError
+
+    def resident(self, *, is_down: bool) -> Layout:
+        """Of the neurons that decoding multiplies: the stored layout, or that of the format it rests as."""
+        other = self.rests_as()
+        return self.stored(is_down=is_down) if other is self else other.resident(is_down=is_down)
+
+    def rests_as(self) -> "Format":
+        """The format that gathered neurons have: this one, if it is closed under gathering."""
+        return self
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """All that are this format's own."""
+        found = (way(is_down=is_down) for way in (self.stored, self.resident) for is_down in (False, True))
+        return tuple(dict.fromkeys(layout for layout in found if layout.format is self))
+
+    def check(self, outputs: int, inputs: int, where: str, *, is_down: bool) -> None:
+        """UnsupportedModel when a matrix of these sizes cannot be in this format."""
+
+    def check_device(self, device: str) -> None:
+        """UnsupportedModel when this type of device cannot multiply by it."""
+
+    # What is made of it ----------------------------------------------------------------------------------------
+
+    def quantize(
+        self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, importance: Tensor | None = None
+    ) -> Tensors:
+        """The stored tensors of a matrix [O, I] of floats, scales in `dtype`. Errors may count by the `importance` [I]
+        of their input. CheckpointError for what is no number."""
+        raise NotImplementedError
+
+    def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:
+        """How many weights of `matrix` [O, I] do not come back from `found`, its stored tensors, and by which share
+        the worst is off; of formats that can miss some."""
+        return 0, 0.0
+
+    def floats(self, full: Tensors, dtype: torch.dtype, *, is_down: bool) -> Tensor:
+        """The matrix [O, I] in `dtype`: asked of formats that are not closed under gathering."""
+        raise NotImplementedError
+
+    def gather(
+        self,
+        full: Tensors,
+        source: Layout,
+        chosen: Tensor,
+        out: Tensors,
+        *,
+        is_down: bool,
+        parts: int = 1,
+        importance: Tensor | None = None,
+    ) -> None:
+        """Write neurons `chosen` (sorted indices [K]) of a matrix in `source` into `out`, its resident tensors, which
+        were zeros and hold at least so many: rows of each of its `parts` stacked matrices (gate and up), or columns of
+        a down projection. What fills them up to whole blocks stays zero. Floats are quantised on the way with the
+        scales of the full matrix."""
+        plain = source.format.is_plain
+        if not plain and source.format is not self:
+            dtype = out["scale"].dtype if "scale" in out else out["input_scale"].dtype
+            full, plain = full | {"weight": source.format.floats(full, dtype, is_down=is_down)}, True
+        if is_down:
+            self.gather_columns(full, chosen, out, plain=plain)
+            return
+        neurons, padded = (tensors["weight"].shape[0] // parts for tensors in (full, out))
+        for part in range(parts):
+            index, base = chosen + part * neurons, part * padded
+            if "bias" in out:
+                out["bias"][base : base + index.numel()] = full["bias"][index]
+            for start in range(0, index.numel(), self.chunk):
+                rows = index[start : start + self.chunk]
+                self.gather_rows(full, rows, base + start, out, importance, plain=plain)
+
+    def gather_rows(
+        self, full: Tensors, index: Tensor, start: int, out: Tensors, importance: Tensor | None, *, plain: bool
+    ) -> None:
+        """Make rows `index` of a matrix, of floats or stored in this format, rows start.. of `out`."""
+        raise NotImplementedError
+
+    def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, *, plain: bool) -> None:
+        """Make columns `chosen` of a down projection, of floats or stored in this format, the first of `out`."""
+        raise NotImplementedError
+
+    def row_norms(self, full: Tensors) -> Tensor:
+        """Norms float32 [O] of the rows of a stored matrix that is no down projection."""
+        raise NotImplementedError
+
+    def column_norms(self, full: Tensors) -> Tensor:
+        """Norms float32 [I] of the columns of a stored down projection, up to a factor common to all."""
+        return full["input_scale"].float()  # that is how neuron_scale defines it
+
+    # What it takes ---------------------------------------------------------------------------------------------
+
+    def gather_bytes(self, outputs: int, neurons: int, item_bytes: int) -> int:
+        """Of a matrix on its way into the resident layout: chunks as stored, packed, and float32 blocks."""
+        numbers = max(min(self.chunk, neurons) * outputs, min(self.chunk, outputs) * neurons)
+        return numbers * (item_bytes + 2) + 3 * min(numbers, BLOCK_NUMBERS) * _FLOAT_BYTES
+
+    def floats_bytes(self, outputs: int, neurons: int, item_bytes: int) -> int:
+        """Of `floats`, for formats whose neurons rest in another one."""
+        return 0 if self.rests_as() is self else outputs * neurons * item_bytes
+
+
+def take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
+    """`source.index_select(axis, index)` of a matrix or a vector into `out`."""
+    if source.dtype.itemsize == 1:  # torch indexes no floats of 8 bits
+        source, out = source.view(torch.uint8), out.view(torch.uint8)
+    if axis == 0:
+        torch.index_select(source, 0, index, out=out)
+    else:
+        table.call("gather", "columns", source, index, out)
 
 
 def row_blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -13,3 +220,43 @@ def row_blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
     rows = max(1, BLOCK_NUMBERS // max(weight.shape[1], 1))
     for start in range(0, weight.shape[0], rows):
         yield start, weight[start : start + rows].to(torch.float32, copy=True).contiguous()
+
+
+_REGISTRY: dict[str, Format] = {}
+
+
+def register_format(format: Format) -> None:
+    """Add a weight format: every option, command and checkpoint knows its name from now on, and the table of kernels
+    torch's way to multiply its layouts. "auto" tries it behind those of as many bits. UsageError for a second one of a
+    name."""
+    if format.name in _REGISTRY:
+        raise UsageError(f"there is a weight format {format.name} already: give this one another name")
+    known = [*_REGISTRY.values(), format]
+    known.sort(key=lambda other: -other.bits)
+    _REGISTRY.clear()
+    _REGISTRY.update((other.name, other) for other in known)
+    if format.name not in FORMAT_NAMES:
+        FORMAT_NAMES[:] = list(_REGISTRY)
+    for layout in format.layouts():
+        table.add(table.Kernel("gemm", layout.name, layout.torchs, layout.multiply, ours=False), last=True)
+
+
+def forget_format(format: Format) -> None:
+    """Take back what `register_format` did."""
+    del _REGISTRY[format.name]
+    FORMAT_NAMES.remove(format.name)
+    names = {layout.name for layout in format.layouts()}
+    table.remove(lambda kernel: kernel.layout in names)
+
+
+def get(name: str) -> Format:
+    """The format of that name; UsageError where there is none."""
+    found = _REGISTRY.get(name)
+    if found is None:
+        raise UsageError(f"there is no weight format {name}: give one of {', '.join(_REGISTRY)}")
+    return found
+
+
+def every() -> tuple[Format, ...]:
+    """All formats, from the most to the fewest bits."""
+    return tuple(_REGISTRY.values())

@@ -17,14 +17,17 @@ squares, the one that errs least. An error counts by the importance of its numbe
 the input that it is multiplied by.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from griffin_offload.formats.base import row_blocks
-from griffin_offload.kernels import quantize
-from griffin_offload.kernels.gather import gather_neurons_to_strips
+from griffin_offload.errors import UnsupportedModel
+from griffin_offload.formats.base import Format, Layout, Spec, Tensors, row_blocks, take
+from griffin_offload.formats.scales import divisor, neuron_scale, row_scale
+from griffin_offload.kernels import by_blocks, table
+from griffin_offload.kernels.by_blocks import Scratch, scaled
 
 GROUP = 32
 STRIP = 64
@@ -36,7 +39,7 @@ _REACH = 22.0
 _CENTRE = 8
 _STEP_SHIFT, _STEP_BIAS = 19, 116 << 4
 
-Int4 = tuple[Tensor, Tensor]
+Packed = tuple[Tensor, Tensor]
 """Codes and groups."""
 LARGE = 16.0
 """Root mean squares of its row from which on a weight is large: one that a model may hang on."""
@@ -45,13 +48,14 @@ OFF = 0.25
 _MISS_ROWS = 256
 
 
-def quantize_rows(weight: Tensor, scale: Tensor, importance: Tensor | None = None) -> Int4:
+def quantize_rows(weight: Tensor, scale: Tensor, importance: Tensor | None = None) -> Packed:
     """Codes [O, I / 2] and groups [O, I / 32, 2] of `weight` [O, I] over its rows' `scale` [O], of which a row of zeros
     has none; `importance` [I] of the inputs."""
-    divisor = _divisor(scale)
-    found = quantize.quantize_int4_rows(weight, divisor, importance)
-    if found is not None:
-        return found
+    found: Packed = table.call("quantize", "int4_rows", weight, divisor(scale), importance)
+    return found
+
+
+def _rows_by_torch(weight: Tensor, divisor: Tensor, importance: Tensor | None) -> Packed:
     outputs, inputs = weight.shape
     codes = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=weight.device)
     groups = torch.empty(outputs, inputs // GROUP, 2, dtype=torch.uint8, device=weight.device)
@@ -63,19 +67,22 @@ def quantize_rows(weight: Tensor, scale: Tensor, importance: Tensor | None = Non
     return codes, groups
 
 
-def quantize_neurons(columns: Tensor, scale: Tensor, importance: Tensor | None = None) -> Int4:
+def quantize_neurons(columns: Tensor, scale: Tensor, importance: Tensor | None = None) -> Packed:
     """Codes [K, O / 2] and groups [K, O / 32, 2] of K neurons' `columns` [O, K] of a down projection over their `scale`
     [K]; `importance` [O] of the outputs."""
-    found = quantize.quantize_int4_neurons(columns, _divisor(scale), importance)
-    return quantize_rows(columns.t(), scale, importance) if found is None else found
+    found: Packed = table.call("quantize", "int4_neurons", columns, divisor(scale), importance)
+    return found
 
 
-def missed_weights(rows: Tensor, scale: Tensor, quantised: Int4) -> tuple[int, float]:
+def _neurons_by_torch(columns: Tensor, divisor: Tensor, importance: Tensor | None) -> Packed:
+    found: Packed = table.call("quantize", "int4_rows", columns.t(), divisor, importance)
+    return found
+
+
+def missed_weights(rows: Tensor, scale: Tensor, quantised: Packed) -> tuple[int, float]:
     """How many large weights of `rows` [R, C], a matrix or a down projection turned around, are missed by what they
     became, and by which share the worst: such as are beyond what the steps reach, or whose inputs count little."""
-    largest = quantize.largest_of_rows(rows, None)
-    if largest is None:
-        largest = torch.maximum(rows.amax(1), -rows.amin(1)).float()
+    largest = table.call("quantize", "largest_of_rows", rows, None)
     count, worst = 0, 0.0
     for index in (largest > LARGE * scale.float()).nonzero()[:, 0].split(_MISS_ROWS):
         numbers, own = rows.index_select(0, index).float(), scale[index, None].float()
@@ -104,15 +111,17 @@ def unpack_strip(codes: Tensor, groups: Tensor, out: Tensor) -> Tensor:
     return unpack(codes, groups.transpose(0, 1), out)
 
 
-def gather_neurons(neurons: Int4, chosen: Tensor, strips: Int4, start: int) -> None:
+def gather_neurons(neurons: Packed, chosen: Tensor, strips: Packed, start: int) -> None:
     """Make neurons `chosen` [K] inputs start.. of `strips`."""
+    table.call("gather", "int4_strips", neurons, chosen, strips, start, like=neurons[0])
+
+
+def _neurons_to_strips_by_torch(neurons: Packed, chosen: Tensor, strips: Packed, start: int) -> None:
     codes, groups = neurons
-    if codes.device.type == "cpu" and gather_neurons_to_strips(neurons, chosen, strips, start):
-        return
     write_neurons((codes.index_select(0, chosen), groups.index_select(0, chosen)), strips, start)
 
 
-def write_neurons(neurons: Int4, strips: Int4, start: int) -> None:
+def write_neurons(neurons: Packed, strips: Packed, start: int) -> None:
     """Make all of `neurons` [R, ...] inputs start.. of `strips`."""
     (codes, groups), (to_codes, to_groups) = neurons, strips
     part = slice(start, start + codes.shape[0])
@@ -146,7 +155,7 @@ class _Grid:
         bits = step.nan_to_num(nan=0.0, posinf=32.0).clamp(0.0, 32.0).contiguous().view(torch.int32)
         stored = (((bits + (1 << (_STEP_SHIFT - 1))) >> _STEP_SHIFT) - _STEP_BIAS).clamp_(0, 255)
         value = ((stored + _STEP_BIAS) << _STEP_SHIFT).view(torch.float32)
-        eighths = (offset / value * 8).round_().nan_to_num(nan=-128.0).clamp_(-128, 127)
+        eighths = (offset * (1 / value) * 8).round_().nan_to_num(nan=-128.0).clamp_(-128, 127)
         return cls(stored, eighths, value, eighths / 8)
 
     def codes(self, numbers: Tensor) -> Tensor:
@@ -172,7 +181,7 @@ def _best_grid(numbers: Tensor, importance: Tensor) -> _Grid:
     low, high = numbers.amin(-1, keepdim=True), numbers.amax(-1, keepdim=True)
     best, least = None, None
     for share in _SHARES:
-        step = torch.maximum((high - low) * (share / 15), torch.maximum(high, -low) / _REACH)
+        step = torch.maximum((high - low) * (share / 15), torch.maximum(high, -low) * (1 / _REACH))
         # The middle of 16 levels lies half a step below level 8.
         offset = (low + high + step) / 2
         for _ in range(_FITS):
@@ -203,6 +212,158 @@ def _missed(numbers: Tensor, importance: Tensor, grid: _Grid) -> tuple[Tensor, T
     return total(missed), step, (sum_av - step * sum_q) / sum_a
 
 
-def _divisor(scale: Tensor) -> Tensor:
-    # A row of zeros has scale 0, and stays zero whatever it is divided by.
-    return torch.where(scale == 0, torch.ones_like(scale), scale).float()
+# The format.
+
+
+class Int4(Format):
+    """Rows where neurons are outputs; a down projection is stored as neurons, and rests as strips."""
+
+    name, bits, version = "int4", 4.5, 2  # version 1 had one scale a neuron in its down projection
+    neuron_multiple, scratch_rows, wants_importance, missed_from = 64, STRIP, True, OFF
+
+    def __init__(self) -> None:
+        self._rows = Layout("int4_rows", self, _row_specs, _multiply_rows)
+        self._neurons = Layout(
+            *("int4_neurons", self, _neuron_specs, _multiply_neurons),
+            neurons_first=True,
+            inputs=lambda weight: weight.shape[0],
+        )
+        self._strips = Layout("int4_strips", self, _strip_specs, _multiply_strips)
+
+    def stored(self, *, is_down: bool) -> Layout:
+        return self._neurons if is_down else self._rows
+
+    def resident(self, *, is_down: bool) -> Layout:
+        return self._strips if is_down else self._rows
+
+    def check(self, outputs: int, inputs: int, where: str, *, is_down: bool) -> None:
+        size = outputs if is_down else inputs  # what groups run along
+        if size % GROUP:
+            raise UnsupportedModel(
+                f"{where}: int4 needs rows in groups of {GROUP}, this one has {size} numbers: use int8"
+            )
+
+    def check_device(self, device: str) -> None:
+        if device not in ("cpu", "cuda"):  # it was never tried
+            raise UnsupportedModel(f"int4 is not supported on {device}: use int8")
+
+    def quantize(
+        self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, importance: Tensor | None = None
+    ) -> Tensors:
+        if is_down:
+            input_scale = neuron_scale(weight, dtype)
+            codes, groups = quantize_neurons(weight, input_scale)
+            return {"weight": codes, "groups": groups, "input_scale": input_scale}
+        scale = row_scale(weight, dtype)
+        codes, groups = quantize_rows(weight, scale, importance)
+        return {"weight": codes, "groups": groups, "scale": scale}
+
+    def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:
+        rows, scale = (matrix.t(), found["input_scale"]) if is_down else (matrix, found["scale"])
+        return missed_weights(rows, scale, (found["weight"], found["groups"]))
+
+    def gather_rows(
+        self, full: Tensors, index: Tensor, start: int, out: Tensors, importance: Tensor | None, *, plain: bool
+    ) -> None:
+        target = slice(start, start + index.numel())
+        if not plain:
+            take(full["weight"], 0, index, out["weight"][target])
+            take(full["groups"], 0, index, out["groups"][target])
+            out["scale"][target] = full["scale"][index]
+            return
+        rows = full["weight"].index_select(0, index)
+        out["scale"][target] = scale = row_scale(rows, out["scale"].dtype)
+        counts = None if importance is None else importance.to(rows.device)
+        out["weight"][target], out["groups"][target] = quantize_rows(rows, scale, counts)
+
+    def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, *, plain: bool) -> None:
+        weight, strips = full["weight"], (out["weight"], out["groups"])
+        room = weight.new_empty(weight.shape[0], min(self.chunk, chosen.numel()) if plain else 0)
+        for start in range(0, chosen.numel(), self.chunk):
+            index = chosen[start : start + self.chunk]
+            target = out["input_scale"][start : start + index.numel()]
+            if not plain:
+                target.copy_(full["input_scale"][index])
+                gather_neurons((weight, full["groups"]), index, strips, start)
+                continue
+            columns = room[:, : index.numel()]
+            take(weight, 1, index, columns)
+            target.copy_(neuron_scale(columns, target.dtype))
+            everything = torch.arange(index.numel(), dtype=torch.int64, device=weight.device)
+            gather_neurons(quantize_neurons(columns, target), everything, strips, start)
+
+    def row_norms(self, full: Tensors) -> Tensor:
+        return full["scale"].float() * math.sqrt(2 * full["weight"].shape[1])  # the root mean square is the scale
+
+
+def _packed_specs(codes: tuple[int, ...], groups: tuple[int, ...]) -> dict[str, Spec]:
+    return {"weight": (codes, torch.uint8), "groups": (groups, torch.uint8)}
+
+
+def _row_specs(outputs: int, inputs: int, is_down: bool) -> dict[str, Spec]:
+    return _packed_specs((outputs, inputs // 2), (outputs, inputs // GROUP, 2)) | {"scale": ((outputs,), None)}
+
+
+def _neuron_specs(outputs: int, inputs: int, is_down: bool) -> dict[str, Spec]:
+    found = _packed_specs((inputs, outputs // 2), (inputs, outputs // GROUP, 2))
+    return found | {"input_scale": ((inputs,), None)}
+
+
+def _strip_specs(outputs: int, inputs: int, is_down: bool) -> dict[str, Spec]:
+    strips = -(-outputs // STRIP)
+    found = _packed_specs((strips, inputs, STRIP // 2), (strips * STRIP // GROUP, inputs, 2))
+    return found | {"input_scale": ((inputs,), None)}
+
+
+def _multiply_rows(x: Tensor, tensors: table.Tensors, outputs: int, scratch: Scratch) -> Tensor:
+    """x [M, I] times int4 rows, codes [O, I / 2], groups [O, I / 32, 2] and their scale [O]."""
+    codes, groups = _packed(tensors)
+    inputs = 2 * codes.shape[1]
+
+    def fill(start: int, end: int) -> Tensor:
+        return unpack(codes[start:end], groups[start:end], scratch.block(end - start, inputs)).t()
+
+    step = scratch.rows(inputs)
+    rows = scaled(x, tensors)
+    return by_blocks.by_outputs(rows, codes.shape[0], step, scratch.dtype, fill, tensors["scale"], tensors["bias"])
+
+
+def _multiply_strips(x: Tensor, tensors: table.Tensors, outputs: int, scratch: Scratch) -> Tensor:
+    """x [M, I] times the first `outputs` outputs of int4 strips."""
+    codes, groups = _packed(tensors)
+    inputs, pairs = codes.shape[1], groups.view(-1, 2, *groups.shape[1:])
+
+    def fill(start: int, _: int) -> Tensor:
+        return unpack_strip(codes[start // STRIP], pairs[start // STRIP], scratch.block(inputs, STRIP))
+
+    return by_blocks.by_outputs(scaled(x, tensors), outputs, STRIP, scratch.dtype, fill, None, tensors["bias"])
+
+
+def _multiply_neurons(x: Tensor, tensors: table.Tensors, _: int, scratch: Scratch) -> Tensor:
+    """x [M, I] times int4 neurons, codes [I, O / 2] and groups [I, O / 32, 2]."""
+    (codes, groups), bias, rows = _packed(tensors), tensors["bias"], scaled(x, tensors)
+    outputs = 2 * codes.shape[1]
+    wide, step = rows.to(scratch.dtype), scratch.rows(outputs)
+    total = torch.zeros(rows.shape[0], outputs, dtype=scratch.dtype, device=x.device)
+    for start in range(0, codes.shape[0], step):
+        part = slice(start, start + step)
+        block = unpack(codes[part], groups[part], scratch.block(codes[part].shape[0], outputs))
+        total.addmm_(wide[:, part], block)
+    return (total if bias is None else total.add_(bias)).to(rows.dtype)
+
+
+def _packed(tensors: table.Tensors) -> Packed:
+    codes, groups = tensors["weight"], tensors["groups"]
+    assert codes is not None
+    assert groups is not None
+    return codes, groups
+
+
+table.add(
+    table.Kernel("quantize", "int4_rows", "by blocks", _rows_by_torch, ours=False),
+    table.Kernel("quantize", "int4_neurons", "by blocks", _neurons_by_torch, ours=False),
+    table.Kernel("gather", "int4_strips", "index_select", _neurons_to_strips_by_torch, ours=False),
+    last=True,
+)
+
+INT4 = Int4()

@@ -5,24 +5,36 @@ every product where the processor has no instructions for 16 bits (benchmarks/NO
 """
 
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, check, library, needs_gradient
 
+_FLOAT_BYTES = 4
 _ATTENTION = struct.Struct("@6P17qf")
 """The struct Attention of attention.c."""
 
 
-def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `attend` takes these: one token, 16 bits, on the CPU, numbers of a token side by side."""
-    one = query.dim() == key.dim() == value.dim() == 4 and query.shape[2] == 1 and query.device.type == "cpu"
-    alike = query.dtype in HALVES and query.dtype == key.dtype == value.dtype
-    if not (one and alike):
+def takes(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> bool:
+    """Whether `attend` takes these: one token, 16 bits, on the CPU, numbers of a token side by side; and no option of
+    transformers' that changes what is computed, or that the stock function refuses."""
+    if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[2] == 1):
         return False
-    plain = key.stride(3) == value.stride(3) == 1 and not any(map(needs_gradient, (query, key, value)))
-    return plain and library() is not None
+    if not query.dtype == key.dtype == value.dtype or options.get("dropout"):
+        return False
+    if any(options.get(name) is not None for name in ("position_bias", "softcap", "cache")):
+        return False
+    return key.stride(3) == value.stride(3) == 1 and not any(map(needs_gradient, (query, key, value)))
+
+
+def one_token(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """`attend` as transformers calls an attention."""
+    scaling = options.get("scaling")
+    return attend(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -31,7 +43,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
     `mask` broadcasts to [B, heads, 1, S]: booleans, true where a token is seen, or numbers that are added to scores.
     """
     found = library()
-    assert found is not None, "can_attend was not asked"
+    assert found is not None, "the table was not asked"
     (batch, heads, _, size), (kv_heads, tokens) = query.shape, key.shape[1:3]
     if heads % kv_heads or key.shape != (batch, kv_heads, tokens, size) or value.shape[:3] != key.shape[:3]:
         raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}")
@@ -64,3 +76,8 @@ def _added(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.float()
     return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def attending_bytes(samples: int, heads: int, width: int, tokens: int) -> int:
+    """What `attend` has in float32 for queries of `width` numbers over `tokens`: queries, results, scores, a mask."""
+    return samples * (2 * width + 2 * heads * tokens) * _FLOAT_BYTES

@@ -4,30 +4,33 @@ torch and numpy take every number by its index; here bits say which columns stay
 """
 
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.library import Library, check, check_rows, library
+from griffin_offload.kernels.library import check, check_rows, library
 
 _GATHERING = struct.Struct("@6P9q")
 """The struct Gathering of gather.c."""
 _MASK_BITS = 64
+# One thread is done with less than that before a second one has begun.
+_SHARED_BYTES = 2**20
+# numpy copies what does not lie in one piece to a buffer of such rows.
+_COPIED_ROWS = 1024
 _HALF = 16  # bytes of a group of 32 codes
 
 
-def gather_columns(source: Tensor, chosen: Tensor, out: Tensor) -> bool:
-    """Copy columns `chosen` [K] of `source` [R, C], of 8 or 16 bits, to `out` [R, K], whose rows may lie apart. False
-    where torch has to: another processor, or columns that are not in order."""
-    rows, columns = source.shape
+def takes_columns(source: Tensor, chosen: Tensor, out: Tensor) -> bool:
+    """Whether `gather_columns` takes these: rows in one piece, columns in order."""
     plain = source.stride(1) == 1 and out.stride(1) == 1 and out.stride(0) >= out.shape[1]
-    if not plain or source.element_size() > 2:
-        return False  # before the library is asked for: where there is none it warns, and nothing needs it here
-    found = library()
-    if found is None or not found.leaves_out or not _in_order(chosen):
-        return False
-    kept = chosen.numel()
+    return plain and _in_order(chosen)
+
+
+def gather_columns(source: Tensor, chosen: Tensor, out: Tensor) -> None:
+    """Copy columns `chosen` [K] of `source` [R, C], of 8 or 16 bits, to `out` [R, K], whose rows may lie apart."""
+    (rows, columns), kept = source.shape, chosen.numel()
     check_rows(source, (rows, columns), source.dtype, "the matrix")
     if out.shape != (rows, kept) or out.dtype != source.dtype or (kept and int(chosen[-1]) >= columns):
         raise ValueError(f"{kept} of {columns} columns of {source.dtype} do not make {tuple(out.shape)} of {out.dtype}")
@@ -41,19 +44,47 @@ def gather_columns(source: Tensor, chosen: Tensor, out: Tensor) -> bool:
     item = source.element_size()
     addresses = (source.data_ptr(), 0, 0, taken.ctypes.data, out.data_ptr(), 0)
     sizes = (kept, rows, columns * item, source.stride(0) * item, out.stride(0) * item, item, 0, 0)
-    _run(found, "gather_columns", addresses, sizes)
-    return True
+    _run("gather_columns", addresses, sizes)
+
+
+def columns_by_numpy(source: Tensor, chosen: Tensor, out: Tensor) -> None:
+    """The same on other processors, of other numbers, and in any order: numpy's take is 4x torch's index_select
+    (benchmarks/NOTES.md), and one thread's work, so each of torch's takes a share of the rows."""
+    # It knows no bfloat16: bits are moved as integers. Mode "wrap" because "raise" would buffer the whole output.
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
+    columns, target, indices = source.view(bits).numpy(), out.view(bits).numpy(), chosen.numpy()
+
+    def take_rows(rows: slice) -> None:
+        np.take(columns[rows], indices, axis=1, out=target[rows], mode="wrap")
+
+    threads = torch.get_num_threads() if out.nbytes >= _SHARED_BYTES else 1
+    step = -(-source.shape[0] // threads)
+    if not out.is_contiguous():
+        step = min(step, _COPIED_ROWS)
+    parts = [slice(start, start + step) for start in range(0, source.shape[0], step)]
+    if len(parts) == 1:
+        take_rows(parts[0])
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(take_rows, parts))
+
+
+def columns_by_torch(source: Tensor, chosen: Tensor, out: Tensor) -> None:
+    """The same on other devices."""
+    torch.index_select(source, 1, chosen, out=out)
+
+
+def takes_neurons(neurons: tuple[Tensor, Tensor], *beside: object) -> bool:
+    """Whether `gather_neurons_to_strips` takes these."""
+    return neurons[0].is_contiguous()
 
 
 def gather_neurons_to_strips(
     neurons: tuple[Tensor, Tensor], chosen: Tensor, strips: tuple[Tensor, Tensor], start: int
-) -> bool:
+) -> None:
     """Make neurons `chosen` [K] of int4 neurons, codes [R, O / 2] and groups [R, O / 32, 2] on the CPU, inputs start..
-    of `strips`; formats/int4.py describes both. False where torch has to."""
+    of `strips`; formats/int4.py describes both."""
     (codes, groups), (target, target_groups) = neurons, strips
-    found = library()
-    if found is None or not codes.is_contiguous():
-        return False
     (stored, row_bytes), count = codes.shape, chosen.numel()
     per_neuron, kept = row_bytes // _HALF, target.shape[1]
     check(codes, (stored, per_neuron * _HALF), torch.uint8)
@@ -64,11 +95,12 @@ def gather_neurons_to_strips(
         raise ValueError(f"{count} neurons do not fit strips of {kept} from {start} on")
     chosen = _inside(chosen, stored)
     addresses = (codes.data_ptr(), groups.data_ptr(), chosen.data_ptr(), 0, target.data_ptr(), target_groups.data_ptr())
-    _run(found, "gather_neurons_to_strips", addresses, (count, 0, row_bytes, 0, 0, 0, start, kept))
-    return True
+    _run("gather_neurons_to_strips", addresses, (count, 0, row_bytes, 0, 0, 0, start, kept))
 
 
-def _run(found: Library, function: str, addresses: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+def _run(function: str, addresses: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    found = library()
+    assert found is not None, "the table was not asked"
     found.call(function, _GATHERING.pack(*addresses, *sizes, torch.get_num_threads()))
 
 

@@ -5,19 +5,20 @@ the rates).
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, Beside, Library, Sizes, check, library, run
+from griffin_offload.kernels.by_blocks import typed
+from griffin_offload.kernels.library import HALVES, Beside, Library, Sizes, check, library, run
 
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may; gemv_int8.c knows it, too
 _INT4_GROUP = 32
 _STRIP = 64  # outputs
 _FILLED = 128  # inputs of int4 rows are filled up to a multiple of it, as gemv.h says
 _LANES = 16
-TYPES = frozenset(NUMBER_TYPES)
-"""What x may be."""
 ROWS = 32
 """Up to so many rows the kernels for quantised matrices are faster than translating the matrix."""
 
@@ -122,3 +123,36 @@ def kernels() -> GemvKernels | None:
     """Ours, or None where torch's have to do."""
     loaded = library()
     return GemvKernels(loaded) if loaded is not None else None
+
+
+# As the table calls them: x [M, I], the matrix's tensors by name, its outputs, and the scratch of other kernels.
+Tensors = Mapping[str, Tensor | None]
+
+
+def int8_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
+    """Of int8 rows."""
+    own, dtype, weight, scale = kernels(), x.dtype, tensors["weight"], tensors["scale"]
+    assert own is not None and weight is not None and scale is not None  # noqa: PT018
+    return own.multiply_int8(x, weight, scale, typed(tensors["bias"], dtype), typed(tensors["input_scale"], dtype))
+
+
+def int4_rows_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
+    """Of int4 rows."""
+    own, weight, groups, scale = kernels(), tensors["weight"], tensors["groups"], tensors["scale"]
+    assert own is not None and weight is not None and groups is not None and scale is not None  # noqa: PT018
+    return own.multiply_int4_rows(x, weight, groups, scale, typed(tensors["bias"], x.dtype))
+
+
+def int4_strips_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
+    """Of int4 strips."""
+    own, dtype, weight, groups = kernels(), x.dtype, tensors["weight"], tensors["groups"]
+    inputs = typed(tensors["input_scale"], dtype)
+    assert own is not None and weight is not None and groups is not None and inputs is not None  # noqa: PT018
+    return own.multiply_int4_strips(x, weight, groups, inputs, typed(tensors["bias"], dtype), outputs)
+
+
+def float_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
+    """Of 16-bit floats; x may have more axes."""
+    own, weight = kernels(), tensors["weight"]
+    assert own is not None and weight is not None  # noqa: PT018
+    return own.multiply_floats(x.reshape(-1, x.shape[-1]), weight, tensors["bias"]).view(*x.shape[:-1], -1)

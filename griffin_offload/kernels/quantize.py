@@ -1,8 +1,7 @@
 """Matrices of floats quantised row by row in the cache (quantize.c), by the threads that multiply.
 
-torch goes over a float32 copy of every number a dozen times (benchmarks/NOTES.md). formats/int8.py and int4.py
-have the formulas and ask for these; whatever returns None, or False, is left to torch: other devices and processors,
-float64, and matrices whose rows do not lie in one piece.
+torch goes over a float32 copy of every number a dozen times (benchmarks/NOTES.md). formats/ has the formulas, and
+torch's way for what these do not take: other devices and processors, float64, and rows that do not lie in one piece.
 """
 
 import struct
@@ -10,7 +9,7 @@ import struct
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.library import NUMBER_TYPES, Library, check, check_rows, library
+from griffin_offload.kernels.library import NUMBER_TYPES, check, check_rows, library
 
 _QUANTIZING = struct.Struct("@6P6q")
 """The struct Quantizing of quantize.c."""
@@ -18,74 +17,55 @@ _GROUP = 32
 _HALF = 16  # its bytes
 
 
-def largest_of_rows(weight: Tensor, divisor: Tensor | None) -> Tensor | None:
+def takes(weight: Tensor, *beside: object) -> bool:
+    """Whether these take `weight`, of one of NUMBER_TYPES on the CPU."""
+    return weight.stride(1) == 1
+
+
+def largest_of_rows(weight: Tensor, divisor: Tensor | None) -> Tensor:
     """The largest magnitude of each row of `weight` [O, I], float32 [O], of its columns over `divisor` [I]; NaN where
     there is one."""
-    found = _library_for(weight)
-    if found is None:
-        return None
     largest = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
-    _run(found, "quantize_largest", weight, largest, divisor=divisor)
+    _run("quantize_largest", weight, largest, divisor=divisor)
     return largest
 
 
-def quantize_int8(weight: Tensor, scale: Tensor, out: Tensor, divisor: Tensor | None) -> bool:
+def quantize_int8(weight: Tensor, scale: Tensor, out: Tensor, divisor: Tensor | None) -> None:
     """`weight` [O, I] over `scale` [O] and `divisor` [I], whole numbers within 127, to `out` int8 [O, I], whose rows
     may lie apart."""
-    found = _library_for(weight)
-    if found is None:
-        return False
     check_rows(out, (weight.shape[0], weight.shape[1]), torch.int8, "the numbers", written=True)
-    _run(found, "quantize_int8", weight, out, divisor=divisor, scale=scale)
-    return True
+    _run("quantize_int8", weight, out, divisor=divisor, scale=scale)
 
 
-def quantize_int4_rows(weight: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def quantize_int4_rows(weight: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes [O, I / 2] and groups [O, I / 32, 2] of `weight` [O, I] over `scale` [O], none of which is 0; errors count
     by the `importance` [I] of their input."""
-    found = _library_for(weight)
-    if found is None:
-        return None
     outputs, groups = weight.shape[0], _groups(weight.shape[1])
     made = _int4_of(outputs, groups)
-    _run(found, "quantize_int4_rows", weight, made[0], scale=scale, groups=made[1], importance=importance)
+    _run("quantize_int4_rows", weight, made[0], scale=scale, groups=made[1], importance=importance)
     return made
 
 
-def quantize_int4_neurons(columns: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def quantize_int4_neurons(columns: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes [K, O / 2] and groups [K, O / 32, 2] of `columns` [O, K] over `scale` [K], none of which is 0; errors
     count by the `importance` [O] of their output."""
-    found = _library_for(columns)
-    if found is None:
-        return None
     made = _int4_of(columns.shape[1], _groups(columns.shape[0]))
-    _run(found, "quantize_int4_neurons", columns, made[0], scale=scale, groups=made[1], importance=importance)
+    _run("quantize_int4_neurons", columns, made[0], scale=scale, groups=made[1], importance=importance)
     return made
 
 
-def row_norms(weight: Tensor) -> Tensor | None:
+def row_norms(weight: Tensor) -> Tensor:
     """Root mean squares of the rows of `weight` [O, I], float32 [O]."""
-    found = _library_for(weight)
-    if found is None:
-        return None
     norms = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
-    _run(found, "quantize_row_norms", weight, norms)
+    _run("quantize_row_norms", weight, norms)
     return norms
 
 
-def column_norms(weight: Tensor) -> Tensor | None:
+def column_norms(weight: Tensor) -> Tensor:
     """Root mean squares of the columns of `weight` [O, I], float32 [I]."""
-    found = _library_for(weight)
-    if found is None:
-        return None
     norms = torch.empty(weight.shape[1], dtype=torch.float32, device="cpu")
-    _run(found, "quantize_column_norms", weight, norms)
+    _run("quantize_column_norms", weight, norms)
     return norms
-
-
-def _library_for(weight: Tensor) -> Library | None:
-    known = weight.dtype in NUMBER_TYPES and weight.device.type == "cpu" and weight.stride(1) == 1
-    return library() if known else None
 
 
 def _groups(numbers: int) -> int:
@@ -101,7 +81,6 @@ def _int4_of(rows: int, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def _run(
-    found: Library,
     function: str,
     weight: Tensor,
     out: Tensor,
@@ -111,7 +90,8 @@ def _run(
     groups: Tensor | None = None,
     importance: Tensor | None = None,
 ) -> None:
-    rows, columns = weight.shape
+    found, (rows, columns) = library(), weight.shape
+    assert found is not None, "the table was not asked"
     if divisor is not None:
         check(divisor, (columns,), name="the divisor")
         divisor = torch.nn.functional.pad(divisor.float(), (0, -columns % _GROUP), value=1)

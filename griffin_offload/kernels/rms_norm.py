@@ -13,17 +13,17 @@ _NORM = struct.Struct("@3P3qf")
 """The struct Norm of rms_norm.c."""
 
 
-def can_norm(x: Tensor, weight: Tensor) -> bool:
+def takes(x: Tensor, weight: Tensor, *beside: object) -> bool:
     """Whether `rms_norm` takes these: a few rows of 16 bits on the CPU."""
-    alike = x.dtype == weight.dtype and x.dtype in HALVES and weight.is_contiguous()
-    few = x.device.type == "cpu" and x.is_contiguous() and 0 < x.numel() <= ROWS * weight.numel()
-    return alike and few and x.shape[-1:] == weight.shape and not needs_gradient(x) and library() is not None
+    alike = x.dtype == weight.dtype and weight.is_contiguous() and x.is_contiguous()
+    few = 0 < x.numel() <= ROWS * weight.numel() and x.shape[-1:] == weight.shape
+    return alike and few and not needs_gradient(x)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *beside: object) -> Tensor:
     """x [..., H] over the root of its mean square and `epsilon`, rounded, times `weight` [H]: as x."""
     found = library()
-    assert found is not None, "can_norm was not asked"
+    assert found is not None, "the table was not asked"
     if x.dtype not in HALVES or x.shape[-1:] != weight.shape:
         raise ValueError(f"x, {tuple(x.shape)} of {x.dtype}, must be of 16-bit rows of {weight.numel()}")
     check(x, x.shape, name="x")

@@ -10,12 +10,14 @@ from torch import Tensor
 from griffin_offload.blocks.rope import RopeBorder
 from griffin_offload.config import BatchStatistic
 from griffin_offload.kv_cache.kv_cache import KVCache
-from griffin_offload.kv_cache.sizes import MAX_MARKS
 from griffin_offload.method import statistic
 
 # Which neurons a KV cache goes on with: those that its own prompt chose, whoever was asked in between.
 
 
+MAX_MARKS = 4
+"""Earlier states of a conversation that are kept, to go back to."""
+_INDEX_BYTES, _FLOAT_BYTES = 8, 4
 _NAME = "_griffin_offload_chosen"
 
 
@@ -64,6 +66,21 @@ class Snapshot:
     selected: dict[int, Tensor]
     logits: Tensor | None
     """Of the last token, [1, V]."""
+
+
+def statistic_bytes(samples: int, neurons: int) -> int:
+    """Of s^2 of so many neurons, all streamed layers together."""
+    return samples * neurons * _FLOAT_BYTES
+
+
+def snapshot_bytes(samples: int, neurons: int, kept: int, vocab_size: int) -> int:
+    """Of a snapshot: the statistic of so many neurons, those of them that are kept, and logits."""
+    return statistic_bytes(samples, neurons) + kept * _INDEX_BYTES + vocab_size * _FLOAT_BYTES
+
+
+def snapshots_kept(*, continued: bool) -> int:
+    """Snapshots of a sequence at most: none where no later prompt goes on from it."""
+    return MAX_MARKS if continued else 0
 
 
 class Context:

@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from griffin_offload.checkpoint.files import check_name, renamed
+from griffin_offload.checkpoint.safetensors import DTYPES
 from griffin_offload.errors import SavedContextError, one_line
-from griffin_offload.kv_cache.sequence import Context, Snapshot
-from griffin_offload.kv_cache.sizes import MAX_MARKS
+from griffin_offload.formats import planned_as
+from griffin_offload.kv_cache.sequence import MAX_MARKS, Context, Snapshot
 
 _FORMAT, _VERSION = "griffin-offload context", 1
-_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
-_DTYPES |= {torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
+_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_MULTIPLE = 8
 
 ModelIdentity = dict[str, Any]
@@ -160,7 +160,7 @@ def options_of(path: Path, *, model: str) -> dict[str, Any]:
     same = len(set(densities)) == 1
     return {
         "density": densities[0] if same else densities,
-        "quantize": precision if precision in ("int8", "int4") else "none",
+        "quantize": planned_as(precision).name,
         "ctx_size": ctx_size,
     }
 

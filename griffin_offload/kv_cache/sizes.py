@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import CacheKind, KVBits
-
-# Earlier states of a conversation that are kept, to go back to.
-MAX_MARKS = 4
+from griffin_offload.kv_cache.kv_cache import kv_tokens_kept
+from griffin_offload.kv_cache.store import piece_bytes
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,6 @@ class Workload:
         return self.ctx_tokens + self.drafts
 
 
-_FLOAT_BYTES = 4
-# A layer with a window has room for so many tokens more: they are moved seldom, and some can be rolled back.
-KV_SLACK_TOKENS = 64
-# Tokens of a layer that are moved or quantised at once.
-KV_PIECE_TOKENS = 128
-
-
-def kv_tokens_kept(window: int | None, ctx_tokens: int) -> int:
-    """Tokens that a layer of our KV cache has room for."""
-    return ctx_tokens if window is None else min(ctx_tokens, window - 1 + KV_SLACK_TOKENS)
-
-
 def kv_bytes(shape: ModelSizes, batch: int, ctx_tokens: int, bits: KVBits = 16) -> int:
     """Bytes of our KV cache, exactly; its scratch with 8 bits is in `kv_workspace_bytes`."""
     return batch * sum(
@@ -65,10 +52,9 @@ def _token_bytes(shape: ModelSizes, layer: LayerSizes, bits: KVBits = 16) -> int
 
 
 def kv_workspace_bytes(shape: ModelSizes, batch: int, ctx_tokens: int, bits: KVBits, decoding: bool) -> int:
-    """What our KV cache makes beside itself: a piece of keys that is quantised (as two float32 copies) or moved, and
-    with 8 bits in decode, the scratch, which is one layer's keys and values."""
-    number_bytes = 2 * _FLOAT_BYTES if bits == 8 else shape.item_bytes * decoding
-    piece = batch * shape.kv_width // 2 * min(ctx_tokens, KV_PIECE_TOKENS) * number_bytes
+    """What our KV cache makes beside itself: a piece of keys that is quantised or moved, and with 8 bits in decode, the
+    scratch, which is one layer's keys and values."""
+    piece = piece_bytes(batch * shape.kv_width // 2, shape.item_bytes, ctx_tokens, bits, moves=decoding)
     largest = max(kv_tokens_kept(layer.window, ctx_tokens) for layer in shape.layers)
     scratch = batch * shape.kv_width * largest * shape.item_bytes if bits == 8 and decoding else 0
     return piece + scratch

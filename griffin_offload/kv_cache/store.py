@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from griffin_offload.config import KVBits
 from griffin_offload.devices.host_memory import untouched_zeros
-from griffin_offload.kv_cache.sizes import KV_PIECE_TOKENS
 
 _LARGEST_INT8 = 127
+# Tokens of a layer that are moved or quantised at once.
+_PIECE_TOKENS = 128
+_FLOAT_BYTES = 4
 
 
 class Store:
@@ -137,4 +140,11 @@ class DequantBuffer:
 
 def _pieces(tokens: int) -> Iterator[slice]:
     """[0, tokens) in pieces: what is made of one beside the cache stays small."""
-    return (slice(start, min(start + KV_PIECE_TOKENS, tokens)) for start in range(0, tokens, KV_PIECE_TOKENS))
+    return (slice(start, min(start + _PIECE_TOKENS, tokens)) for start in range(0, tokens, _PIECE_TOKENS))
+
+
+def piece_bytes(numbers: int, item_bytes: int, tokens: int, bits: KVBits, *, moves: bool) -> int:
+    """What is made beside a store of `tokens` of so many numbers: a piece that is quantised, as two float32 copies, or
+    one that is moved."""
+    number_bytes = 2 * _FLOAT_BYTES if bits == 8 else item_bytes * moves
+    return numbers * min(tokens, _PIECE_TOKENS) * number_bytes

@@ -15,6 +15,7 @@ from griffin_offload.config import BatchStatistic
 
 # Tokens squared at a time: the float32 copy of Z stays small whatever the prompt's length.
 ROWS_AT_ONCE = 128
+_FLOAT_BYTES = 4
 # The set chosen from the first three quarters of a prompt is measured on the last quarter.
 _HELD_OUT_SHARE = 0.25
 
@@ -53,6 +54,12 @@ def squared_statistic(z: Tensor, weights: Tensor) -> Tensor:
         scale = torch.where(norms > 0, norms, 1).reciprocal()
         total.baddbmm_(weights[:, :, start : start + ROWS_AT_ONCE] * scale[:, None, :], squares)
     return total
+
+
+def summing_bytes(samples: int, neurons: int, tokens: int) -> int:
+    """What `squared_statistic` of so many tokens per sample takes: squares of as many as are squared at once, and the
+    sums, old and new, of both halves of a prompt."""
+    return samples * neurons * _FLOAT_BYTES * (min(tokens, ROWS_AT_ONCE) + 8)
 
 
 def shared_score(squared: Tensor, batch_statistic: BatchStatistic) -> Tensor:

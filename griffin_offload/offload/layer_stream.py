@@ -2,8 +2,8 @@
 
 A reader thread fetches; `slots` layers exist at a time. On the CPU, where the precision is the stored one, nothing is
 copied: the mapped pages themselves are the slots, or, where the page cache is too small for the model, the disk is
-read straight into them. Elsewhere a slot is a flat buffer on the device; with CUDA it is filled through pinned staging
-buffers on a side stream.
+read straight into them. Elsewhere a slot is a flat buffer on the device, filled through pinned staging buffers on a
+side stream where the device has such.
 """
 
 import errno
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from griffin_offload.checkpoint.direct_io import SlotLayout
-from griffin_offload.devices.host_memory import block_buffer
+from griffin_offload.devices.base import Device, Event
 from griffin_offload.devices.threads import BackgroundThread
 from griffin_offload.errors import GriffinError, one_line
+from griffin_offload.formats.translated import TranslatedTensor, in_memory, stored_bytes
 from griffin_offload.offload.weight_store import FlatLayout, HostStore, MmapStore, Source, stream_dtype
 
-_STAGING_BYTES = 32 * 2**20
 _STAGING_BUFFERS = 3
 
 
@@ -31,16 +31,18 @@ _STAGING_BUFFERS = 3
 class StreamConfig:
     """Where the bytes go."""
 
-    device: torch.device
+    device: Device
     dtype: torch.dtype
     slots: int
+    staging_bytes: int = 32 * 2**20
+    """Of each pinned buffer, where the device copies asynchronously."""
 
 
 @dataclass
 class _LoadedLayer:
     layer: int
     tensors: list[Tensor]
-    event: torch.cuda.Event | None
+    event: Event | None
 
 
 class _DeviceSlots:
@@ -49,13 +51,8 @@ class _DeviceSlots:
     def __init__(self, source: Source, layers: Sequence[int], config: StreamConfig, direct: MmapStore | None) -> None:
         self._source, self._config, self._direct = source, config, direct
         largest = max(self._layout(layer).nbytes for layer in layers)
-        self._buffers = [self._buffer(largest) for _ in range(min(config.slots, len(layers)))]
-        self._cuda = _CudaCopies(config) if config.device.type == "cuda" else None
-
-    def _buffer(self, nbytes: int) -> Tensor:
-        if self._config.device.type == "cpu":
-            return block_buffer(nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._config.device)
+        self._buffers = [config.device.slot(largest) for _ in range(min(config.slots, len(layers)))]
+        self._copies = _AsyncCopies(config) if config.device.asynchronous_copies else None
 
     def _layout(self, layer: int) -> FlatLayout | SlotLayout:
         if self._direct is not None:
@@ -70,80 +67,80 @@ class _DeviceSlots:
         self._source.fetch(layer)
         layout = self._layout(layer)
         views = layout.views(buffer)
-        if self._cuda is None:
+        if self._copies is None:
             for view, tensor in zip(views, self._source.tensors(layer), strict=True):
                 view.copy_(tensor)
             return _LoadedLayer(layer, views, None)
         if isinstance(self._source, HostStore):
             # One copy a layer: the host's flat buffer is laid out like the slot.
             flat = self._source.flat[layer]
-            return _LoadedLayer(layer, views, self._cuda.copy_pinned(buffer[: flat.nbytes], flat))
+            return _LoadedLayer(layer, views, self._copies.copy_pinned(buffer[: flat.nbytes], flat))
         pairs = list(zip(views, self._source.tensors(layer), strict=True))
-        return _LoadedLayer(layer, views, self._cuda.copy_staged(pairs))
+        return _LoadedLayer(layer, views, self._copies.copy_staged(pairs))
 
     def freed(self) -> None:
         """The computation has used a slot: later copies have to wait for it."""
-        if self._cuda is not None:
-            self._cuda.mark_free()
+        if self._copies is not None:
+            self._copies.mark_free()
 
     def wait_free(self) -> None:
-        if self._cuda is not None:
-            self._cuda.wait_free()
+        if self._copies is not None:
+            self._copies.wait_free()
 
 
-class _CudaCopies:
-    """Asynchronous copies to the device on a side stream, through pinned staging buffers where needed."""
+class _AsyncCopies:
+    """Copies to the device on a stream of their own, through pinned staging buffers where needed.
+
+    The computing thread makes it and calls `mark_free`, the reader calls the rest.
+    """
 
     def __init__(self, config: StreamConfig) -> None:
-        self._stream = torch.cuda.Stream(config.device)
-        self._free: queue.SimpleQueue[torch.cuda.Event] = queue.SimpleQueue()
-        self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
-        self._turn = 0
-        # Slots were allocated on the computing stream: nothing may be written before that has happened.
-        self._stream.wait_stream(torch.cuda.current_stream(config.device))
+        self._device, self._stream = config.device, config.device.copy_stream()
+        self._staging_bytes = config.staging_bytes
+        self._free: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._staging: list[tuple[Tensor, Event]] = []
+        # Slots were allocated by the computing thread: nothing may be written before that has happened.
+        self._stream.wait(self._device.record())
 
     def mark_free(self) -> None:
-        event = torch.cuda.Event()
-        event.record()
-        self._free.put(event)
+        self._free.put(self._device.record())
 
     def wait_free(self) -> None:
         while not self._free.empty():
-            self._stream.wait_event(self._free.get())
+            self._stream.wait(self._free.get())
 
-    def copy_pinned(self, slot: Tensor, flat: Tensor) -> torch.cuda.Event:
-        with torch.cuda.stream(self._stream):
-            slot.copy_(flat, non_blocking=True)
-            return self._recorded()
+    def copy_pinned(self, slot: Tensor, flat: Tensor) -> Event:
+        self._stream.copy(slot, flat)
+        return self._stream.record()
 
-    def copy_staged(self, pairs: list[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
+    def copy_staged(self, pairs: list[tuple[Tensor, Tensor]]) -> Event:
         """Host copy (and change of precision) into a staging buffer, then its copy to the device, in turn."""
-        if not self._staging:
-            for _ in range(_STAGING_BUFFERS):
-                buffer = torch.empty(_STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
-                self._staging.append((buffer, torch.cuda.Event()))
-        with torch.cuda.stream(self._stream):
-            for view, tensor in pairs:
-                step = _STAGING_BYTES // view.element_size()
-                for target, source in zip(
-                    view.flatten().split(step), tensor.detach().flatten().split(step), strict=True
-                ):
-                    self._copy_chunk(target, source)
-            return self._recorded()
+        for view, tensor in pairs:
+            step = self._staging_bytes // view.element_size()
+            whole = in_memory(tensor).detach().flatten()
+            for target, source in zip(view.flatten().split(step), whole.split(step), strict=True):
+                self._copy_chunk(target, source)
+        return self._stream.record()
 
     def _copy_chunk(self, target: Tensor, source: Tensor) -> None:
-        staging, copied = self._staging[self._turn % _STAGING_BUFFERS]
-        self._turn += 1
-        copied.synchronize()  # returns at once for an event that was never recorded
+        staging = self._free_staging()
         staged = staging[: target.nbytes].view(target.dtype)
         staged.copy_(source)
-        target.copy_(staged, non_blocking=True)
-        copied.record()
+        self._stream.copy(target, staged)
+        self._staging.append((staging, self._stream.record()))
 
-    def _recorded(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record()
-        return event
+    def _free_staging(self) -> Tensor:
+        """The buffer that was copied from longest ago, or a new one."""
+        if len(self._staging) < _STAGING_BUFFERS:
+            return self._device.pinned(self._staging_bytes)
+        staging, copied = self._staging.pop(0)
+        copied.synchronize()
+        return staging
+
+
+def _as_streamed(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether it can be used as it is stored."""
+    return tensor.dtype == stream_dtype(tensor, dtype) and not isinstance(tensor, TranslatedTensor)
 
 
 class LayerStream:
@@ -157,7 +154,7 @@ class LayerStream:
     def __init__(self, source: Source, layers: Sequence[int], config: StreamConfig) -> None:
         self._source, self._layers, self._config = source, list(layers), config
         first = source.tensors(self._layers[0])
-        stored = config.device.type == "cpu" and all(t.dtype == stream_dtype(t, config.dtype) for t in first)
+        stored = config.device.shares_host_memory and all(_as_streamed(t, config.dtype) for t in first)
         direct = source if stored and isinstance(source, MmapStore) and source.placements else None
         self._direct = direct
         in_place = stored and direct is None
@@ -184,8 +181,8 @@ class LayerStream:
         self._reader.join()
         for layer in list(self._in_flight):
             self._source.drop(layer)
-        if self._slots is not None and self._config.device.type == "cuda":
-            torch.cuda.synchronize(self._config.device)  # a copy may still be under way into a slot
+        if self._slots is not None:
+            self._config.device.synchronize()  # a copy may still be under way into a slot
 
     def acquire(self, layer: int) -> list[Tensor]:
         """The full FF tensors of `layer` on the device, valid until `release`."""
@@ -200,7 +197,7 @@ class LayerStream:
             raise arrival
         assert arrival.layer == layer, f"layer {layer} asked for, {arrival.layer} is next"
         if arrival.event is not None:
-            torch.cuda.current_stream(self._config.device).wait_event(arrival.event)
+            self._config.device.wait(arrival.event)
         self._held = layer
         return arrival.tensors
 
@@ -218,8 +215,7 @@ class LayerStream:
 
     def _read(self) -> None:
         try:
-            if self._config.device.type == "cuda":
-                torch.cuda.set_device(self._config.device)
+            self._config.device.make_current()
             for position, layer in enumerate(self._layers):
                 self._free.acquire()
                 if self._stop:
@@ -230,16 +226,16 @@ class LayerStream:
             self._arrivals.put(error)
 
     def _slot_bytes(self, layer: int, tensors: list[Tensor]) -> int:
-        """Device bytes of a layer on its way; on the CPU the pages it is copied from count, too."""
+        """Device bytes of a layer on its way; in host memory the pages it is copied from count, too."""
         if self._slots is None and isinstance(self._source, HostStore):
             return 0  # used where it rests
-        stored = sum(tensor.nbytes for tensor in tensors)
+        stored = sum(stored_bytes(tensor) for tensor in tensors)
         if self._slots is None:
             return stored
         if self._direct is not None:
             return self._direct.placements[layer].nbytes
         copied = sum(tensor.numel() * stream_dtype(tensor, self._config.dtype).itemsize for tensor in tensors)
-        return copied + (stored if self._config.device.type == "cpu" else 0)
+        return copied + (stored if self._config.device.shares_host_memory else 0)
 
     def _fetch(self, position: int, layer: int) -> _LoadedLayer:
         tensors = self._source.tensors(layer)
@@ -252,6 +248,6 @@ class LayerStream:
         if self._direct is not None:
             return arrival
         self._source.drop(layer)
-        if self._config.device.type == "cpu":
-            self._in_flight[layer] -= sum(tensor.nbytes for tensor in tensors)
+        if self._config.device.shares_host_memory:
+            self._in_flight[layer] -= sum(stored_bytes(tensor) for tensor in tensors)
         return arrival

@@ -13,8 +13,10 @@ from torch import Tensor
 from griffin_offload.blocks.sizes import ALIGNMENT
 from griffin_offload.checkpoint.direct_io import SlotLayout
 from griffin_offload.checkpoint.mapped import FilePages
+from griffin_offload.devices.base import Device
 from griffin_offload.devices.host_memory import in_huge_pages
-from griffin_offload.errors import GriffinError
+from griffin_offload.formats.base import is_plain
+from griffin_offload.formats.translated import TranslatedTensor, stored_bytes
 
 MIN_DIRECT_BYTES = 16 * 2**20
 """Layers of at least so many bytes are read directly where the page cache is too small: slots have whole blocks."""
@@ -30,7 +32,7 @@ def slot_bytes(flat_bytes: int) -> int:
 
 def stream_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     """What `tensor` is streamed as: floats in the precision of the computation, quantised numbers as they are."""
-    return dtype if tensor.is_floating_point() else tensor.dtype
+    return dtype if is_plain(tensor) else tensor.dtype
 
 
 class FlatLayout:
@@ -56,35 +58,29 @@ class FlatLayout:
 class HostStore:
     """Full FF weights in host memory, one flat buffer a layer, in the precision of the computation."""
 
-    def __init__(self, origin: "MmapStore", layers: Sequence[int], dtype: torch.dtype, *, pin: bool) -> None:
-        """Copy `layers` out of `origin`, several at a time; `pin` registers the buffers with CUDA."""
+    def __init__(self, origin: "MmapStore", layers: Sequence[int], dtype: torch.dtype, device: Device) -> None:
+        """Copy `layers` out of `origin`, several at a time, into buffers that `device` copies from."""
         self._layers: dict[int, list[Tensor]] = {}
         self.flat: dict[int, Tensor] = {}
-        self._pinned: list[Tensor] = []
+        self._device = device
+        self._registered: list[Tensor] = []
         self.fetched_bytes = 0
         try:
             with ThreadPoolExecutor(_COPY_THREADS) as pool:
-                list(pool.map(lambda index: self._copy_layer(origin, index, dtype, pin), layers))
+                list(pool.map(lambda index: self._copy_layer(origin, index, dtype), layers))
         except BaseException:
             self.close()
             raise
 
-    def _copy_layer(self, origin: "MmapStore", index: int, dtype: torch.dtype, pin: bool) -> None:
+    def _copy_layer(self, origin: "MmapStore", index: int, dtype: torch.dtype) -> None:
         tensors = origin.tensors(index)
         layout = FlatLayout(tensors, dtype)
         buffer = in_huge_pages(torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu"))
-        if pin:
-            self._pin(buffer)
+        self._device.register(buffer)
+        self._registered.append(buffer)
         views = layout.views(buffer)
         origin.copy(index, views)
         self.flat[index], self._layers[index] = buffer, views
-
-    def _pin(self, buffer: Tensor) -> None:
-        # Registered, not allocated pinned: torch's pinned allocator rounds up to powers of two.
-        status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
-        if int(status) != 0:
-            raise GriffinError(f"cudaHostRegister refused {buffer.nbytes} bytes (status {int(status)})")
-        self._pinned.append(buffer)
 
     @property
     def nbytes(self) -> int:
@@ -115,8 +111,8 @@ class HostStore:
         """Nothing to check: no file is read any more."""
 
     def close(self) -> None:
-        while self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr())
+        while self._registered:
+            self._device.unregister(self._registered.pop())
 
 
 class MmapStore:
@@ -147,7 +143,7 @@ class MmapStore:
     def fetch(self, layer: int) -> list[Tensor]:
         """Read the layer and map its pages; blocks; counted."""
         self._pages.read(self._spans[layer])
-        self.fetched_bytes += sum(tensor.nbytes for tensor in self._layers[layer])
+        self.fetched_bytes += sum(stored_bytes(tensor) for tensor in self._layers[layer])
         return self._layers[layer]
 
     def copy(self, layer: int, targets: Sequence[Tensor]) -> None:
@@ -164,9 +160,9 @@ class MmapStore:
     def fetch_rows(self, layer: int, rows: Sequence[Tensor | None]) -> list[Tensor]:
         """Read `rows` of each of the layer's tensors (None: all of it) and map their pages; blocks; counted."""
         for tensor, needed in zip(self._layers[layer], rows, strict=True):
-            if needed is None:
+            if needed is None or isinstance(tensor, TranslatedTensor):
                 self._pages.read(self._pages.spans([tensor]))
-                self.fetched_bytes += tensor.nbytes
+                self.fetched_bytes += stored_bytes(tensor)
             else:
                 self.fetched_bytes += self._pages.read_rows(tensor, needed)
         return self._layers[layer]

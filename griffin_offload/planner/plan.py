@@ -204,7 +204,7 @@ def price(
         slots=slots,
         ff_chunk_tokens=chunk_tokens(shape, request, use.batch),
         embeddings=embeddings,
-        precision=shape.dtype if shape.precision == "none" else shape.precision,
+        precision=shape.dtype if shape.precision.is_plain else shape.precision.name,
         context_tokens=use.ctx_tokens,
         prompt_tokens=use.prompt_tokens,
         batch=use.batch,

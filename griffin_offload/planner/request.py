@@ -4,7 +4,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from griffin_offload.config import CacheKind, Density, KVBits
-from griffin_offload.kv_cache.sizes import MAX_MARKS, Workload
+from griffin_offload.kv_cache.sequence import snapshots_kept
+from griffin_offload.kv_cache.sizes import Workload
+
+
+@dataclass(frozen=True)
+class GraphCosts:
+    """What captured decode steps keep, beside the workspace of a token, which they hold for good."""
+
+    most: int
+    """Captures that are kept at once."""
+    pool_bytes: int
+    """Of the pool that they have in common."""
+    layer_bytes: int
+    """Of the kernels of one layer, in each."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +61,8 @@ class PlanRequest:
     """A table of norms is kept, one for every neuron of the streamed layers."""
     translated: bool = False
     """Linear layers multiply in float32, block by block (engine/cpu_modules.py)."""
-    graphs: bool = False
-    """Decode steps are captured as CUDA graphs."""
+    graphs: GraphCosts | None = None
+    """What captured decode steps cost; None where none are captured."""
 
 
 def planned_use(request: PlanRequest, prompt_tokens: int, ctx_tokens: int) -> Workload:
@@ -62,7 +75,7 @@ def planned_use(request: PlanRequest, prompt_tokens: int, ctx_tokens: int) -> Wo
         pass_tokens=request.pass_tokens,
         logit_positions=request.pass_tokens if request.verifies else 1,
         statistics=statistics_kept(request.pass_tokens, request.verifies, request.continued),
-        marks=MAX_MARKS if request.continued else 0,
+        marks=snapshots_kept(continued=request.continued),
     )
 
 

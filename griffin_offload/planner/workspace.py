@@ -2,26 +2,18 @@
 
 from collections.abc import Sequence
 
+from griffin_offload.blocks.hooks import whole_chunk
 from griffin_offload.blocks.sizes import ModelSizes
-from griffin_offload.formats.base import BLOCK_NUMBERS
-from griffin_offload.formats.gather import CHUNK
-from griffin_offload.formats.int4 import STRIP
+from griffin_offload.kernels.attention import attending_bytes
+from griffin_offload.kernels.by_blocks import product_bytes
+from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
 from griffin_offload.kv_cache.sizes import Workload
-from griffin_offload.method.statistic import ROWS_AT_ONCE
+from griffin_offload.method.statistic import summing_bytes
 from griffin_offload.planner.request import PlanRequest
 
-# Chunks of tokens come in multiples of this: the GEMM kernels' row blocks.
-CHUNK_MULTIPLE = 16
 # FF activations of one chunk take at most this share of a slot, and a chunk at most so many tokens.
 _CHUNK_SHARE_OF_SLOT = 0.25
 _MAX_CHUNK_TOKENS = 512
-_MAX_SCRATCH_BYTES = 16 * 2**20
-# Captured CUDA graphs that are kept: KV caches times length buckets.
-MAX_GRAPHS = 8
-# A workspace of cuBLAS for the stream that captures (32 MiB on Hopper), one more of cuBLASLt, and rounding.
-_GRAPH_POOL_BYTES = 80 * 2**20
-# What the driver keeps of one kernel, and kernels of a layer: estimates, beside which benchmarks/gpu.py puts figures.
-_GRAPH_NODE_BYTES, _GRAPH_NODES = 1024, 64
 _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
 
@@ -46,50 +38,38 @@ def workspace_bytes(
     """
     tokens, item = use.batch * new_tokens, shape.item_bytes
     chunk = chunk_tokens(shape, request, use.batch)
-    blocks = request.translated or shape.precision != "none"
+    blocks = request.translated or not shape.precision.is_plain
     translation = _translation_bytes(shape, use, new_tokens, chunk) if blocks else 0
     hidden = tokens * shape.hidden_size * (5 * item + 2 * _FLOAT_BYTES)
     projections = tokens * 2 * (shape.attention_width + shape.kv_width) * item
     mixing = tokens * max(layer.mixing_bytes for layer in shape.layers)
     ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
-    neurons = max(layer.neurons for layer in shape.layers)
     activations = _activation_bytes(shape, ff_tokens)
-    rows = min(new_tokens, ROWS_AT_ONCE) if shape.inline_ff else min(new_tokens, chunk, ROWS_AT_ONCE)
-    statistic = use.batch * neurons * _FLOAT_BYTES * (rows + 8)
+    at_once = new_tokens if shape.inline_ff else min(new_tokens, chunk)
+    statistic = summing_bytes(use.batch, shape.neurons, at_once)
     selection = sum(kept) * _INDEX_BYTES
     masks = _score_bytes(shape, use, new_tokens, seen_tokens)
     if new_tokens == 1:
-        masks += _one_token_bytes(shape, use, seen_tokens)
+        masks += attending_bytes(use.batch, shape.heads, shape.attention_width, seen_tokens)
     streamed = request.always_stream or any(k < n.neurons for k, n in zip(kept, shape.layers, strict=True))
     gathering = _gather_bytes(shape) if streamed and new_tokens > 1 else 0
     return hidden + max(projections + masks, mixing, activations + statistic, gathering) + selection + translation
 
 
 def _gather_bytes(shape: ModelSizes) -> int:
-    """Chunks of a matrix on their way into a quantised layout: as stored, packed, and float32 blocks."""
-    if shape.precision == "none":
-        return 0
-    neurons = max(layer.neurons for layer in shape.layers)
-    numbers = max(min(CHUNK, neurons) * shape.hidden_size, min(CHUNK, shape.hidden_size) * neurons)
-    return numbers * (shape.item_bytes + 2) + 3 * min(numbers, BLOCK_NUMBERS) * _FLOAT_BYTES
-
-
-def scratch_bytes(shape: ModelSizes) -> int:
-    """The scratch that linear layers share which multiply block by block: small against a slot, inside a cache."""
-    layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
-    row_bytes = max(shape.hidden_size, layer.neurons) * _FLOAT_BYTES
-    if shape.precision == "int4":
-        row_bytes *= STRIP  # which are unpacked whole
-    return max(row_bytes, min(layer.ff_bytes // 8, _MAX_SCRATCH_BYTES))
+    """A matrix on its way into the layout that it rests in."""
+    sizes = shape.hidden_size, shape.width, shape.item_bytes
+    return shape.precision.gather_bytes(*sizes) + shape.stored.floats_bytes(*sizes)
 
 
 def _translation_bytes(shape: ModelSizes, use: Workload, new_tokens: int, chunk: int) -> int:
     """The scratch, a copy of a layer's input, scaled or in float32, and the product with one block."""
-    tokens, scratch = use.batch * new_tokens, scratch_bytes(shape)
-    neurons = max(layer.neurons for layer in shape.layers)
+    tokens, scratch = use.batch * new_tokens, shape.scratch_bytes
+    neurons = shape.width
     ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
     widest = max(tokens * max(shape.hidden_size, shape.attention_width), ff_tokens * neurons)
-    product = max(tokens * scratch // min(shape.hidden_size, neurons), tokens * shape.hidden_size * _FLOAT_BYTES)
+    block = product_bytes(tokens, min(shape.hidden_size, neurons), scratch)
+    product = max(block, tokens * shape.hidden_size * _FLOAT_BYTES)
     return scratch + widest * _FLOAT_BYTES + product
 
 
@@ -100,13 +80,12 @@ def chunk_tokens(shape: ModelSizes, request: PlanRequest, batch: int) -> int:
     layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
     token_bytes = _activation_bytes(shape, batch)
     fitting = int(layer.ff_bytes * _CHUNK_SHARE_OF_SLOT / token_bytes)
-    rounded = fitting // CHUNK_MULTIPLE * CHUNK_MULTIPLE
-    return max(CHUNK_MULTIPLE, min(rounded, _MAX_CHUNK_TOKENS))
+    return whole_chunk(min(fitting, _MAX_CHUNK_TOKENS))
 
 
 def _activation_bytes(shape: ModelSizes, tokens: int) -> int:
     """FF activations of `tokens`: gate, up, the activated gate and the product, or two of them without a gate."""
-    neurons = max(layer.neurons for layer in shape.layers)
+    neurons = shape.width
     return tokens * neurons * shape.item_bytes * (4 if shape.gated else 2)
 
 
@@ -125,30 +104,26 @@ def _score_bytes(shape: ModelSizes, use: Workload, new_tokens: int, seen_tokens:
     return per_head * (1 + shape.item_bytes) + use.batch * seen_tokens * width * shape.item_bytes
 
 
-def _one_token_bytes(shape: ModelSizes, use: Workload, seen_tokens: int) -> int:
-    """What the CPU's attention of one token has in float32: queries, results, scores and a mask."""
-    return use.batch * (2 * shape.attention_width + 2 * shape.heads * seen_tokens) * _FLOAT_BYTES
-
-
 def graphs_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int]) -> int:
     """Of captured decode steps: their common pool, which holds one token's workspace for good, and each one's kernels
     and logits. Their attention always has a mask."""
-    if not request.graphs:
+    costs = request.graphs
+    if costs is None:
         return 0
     step = workspace_bytes(shape, request, use, 1, use.ctx_tokens, kept)
     scores = use.batch * use.ctx_tokens * shape.heads * (shape.item_bytes + _FLOAT_BYTES)
     logits = use.batch * shape.vocab_size * shape.item_bytes
-    nodes = len(shape.layers) * _GRAPH_NODES * _GRAPH_NODE_BYTES
-    return _GRAPH_POOL_BYTES + step + scores + MAX_GRAPHS * (logits + nodes)
+    nodes = len(shape.layers) * costs.layer_bytes
+    return costs.pool_bytes + step + scores + costs.most * (logits + nodes)
 
 
 def statistics_bytes(
     shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int], streamed: Sequence[int]
 ) -> int:
     """What outlives a pass: tables of s^2 and of norms, and marks."""
-    table = use.batch * sum(shape.layers[i].neurons for i in streamed) * _FLOAT_BYTES
-    mark = table + sum(kept[i] for i in streamed) * _INDEX_BYTES + shape.vocab_size * _FLOAT_BYTES
-    return (use.statistics + request.weight_norms) * table + use.marks * mark
+    neurons, chosen = sum(shape.layers[i].neurons for i in streamed), sum(kept[i] for i in streamed)
+    tables = (use.statistics + request.weight_norms) * statistic_bytes(use.batch, neurons)
+    return tables + use.marks * snapshot_bytes(use.batch, neurons, chosen, shape.vocab_size)
 
 
 def logits_bytes(shape: ModelSizes, use: Workload) -> int:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from griffin_offload.config import LoadConfig
-from griffin_offload.devices.memory import give_back_freed
+from griffin_offload.devices.host_memory import give_back_freed
 from griffin_offload.engine.generation import end_tokens
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.spec import examine, plan_for
@@ -50,7 +49,7 @@ class LoadedModel:
     @property
     def host_budget_bytes(self) -> int:
         """What was allowed of the host's memory; 0 if nothing was said."""
-        if self.model.device.type == "cpu":
+        if self.model.hardware.shares_host_memory:
             return self.model.plan.budget_bytes
         allowed = self.model.engine.loaded.layers.config.max_cpu_mem
         if allowed is None:
@@ -88,11 +87,11 @@ class ModelManager:
         self._options |= {
             "max_gpu_mem": plan.budget_bytes,
             "density": [kept / neurons for kept, neurons in zip(plan.kept, self._neurons, strict=True)],
-            "quantize": shape.precision,
+            "quantize": shape.precision.name,
             "ctx_size": plan.context_tokens,
             "session_mem": plan.decode_parts["sessions"] or None,
         }
-        if model.device.type == "cpu":
+        if model.hardware.shares_host_memory:
             self._options["max_cpu_mem"] = None
         return held
 
@@ -121,14 +120,13 @@ class ModelManager:
         """Give the model's memory back."""
         if self.held is None:
             return
-        cuda = self.held.model.device.type == "cuda"
+        hardware = self.held.model.hardware
         if self.held.sessions is not None:
             self.held.sessions.drop_all()
         self.held.model.close()
         self.held = None
         gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
+        hardware.empty_cache()
         give_back_freed()
 
     @property

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from griffin_offload.checkpoint.tokenizer import encode, encode_messages
-from griffin_offload.errors import CheckpointError, one_line
+from griffin_offload.errors import CheckpointError, TemplateError, one_line
 from griffin_offload.serving.api_errors import invalid
 from griffin_offload.serving.requests import Message, Prompt, Request
 
@@ -41,8 +41,8 @@ class Encoder:
             raise invalid("this model has no chat template: use /v1/completions", "messages", code="no_chat_template")
         try:
             ids = encode_messages(self._tokenizer, list(messages))
-        except CheckpointError as error:  # many templates refuse an odd order of roles
-            raise invalid(f"the model's chat template refuses these messages: {one_line(error)}", "messages") from error
+        except TemplateError as error:  # many refuse an odd order of roles
+            raise invalid(f"the model's chat template refuses these messages: {error.reason}", "messages") from error
         return _checked(ids, "messages")
 
     def _completion(self, prompt: Prompt) -> list[int]:

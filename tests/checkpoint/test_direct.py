@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from griffin_offload.checkpoint import direct_io as direct_module
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent, SlotLayout
+from griffin_offload.devices.cpu import CpuDevice
 from griffin_offload.devices.host_memory import block_buffer, untouched_zeros
 from griffin_offload.errors import GriffinError
 from griffin_offload.offload import weight_store as source_module
@@ -114,7 +115,7 @@ def test_a_stream_reads_layers_into_slots_that_are_used_again(layers):
     source = MmapStore(layers, evict=True)
     if not source.placements:
         pytest.skip("this file system has no direct reads")
-    with LayerStream(source, [0, 1], StreamConfig(CPU, torch.float32, 1)) as stream:
+    with LayerStream(source, [0, 1], StreamConfig(CpuDevice.current(), torch.float32, 1)) as stream:
         addresses = []
         for layer, tensors in layers.items():
             tensors = [tensor.clone() for tensor in tensors]

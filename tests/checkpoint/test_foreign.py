@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from griffin_offload.checkpoint.base import open_checkpoint, read_config
+from griffin_offload.checkpoint.registry import open_checkpoint, read_config
 from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel
 
 _METHODS: dict[str, tuple[dict[str, Any], str]] = {

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from griffin_offload.checkpoint import tokenizer
-from griffin_offload.checkpoint.base import open_checkpoint
 from griffin_offload.checkpoint.config_files import read_generation_config
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.checkpoint.tokenizer import load_tokenizer
 from griffin_offload.errors import CheckpointError, GriffinError, limit_reached
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from griffin_offload.checkpoint.changes import WatchedFiles, file_mappings, mapping_at, states_of
-from griffin_offload.checkpoint.mapped import FilePages, map_file
+from griffin_offload.checkpoint.mapped import FilePages
+from griffin_offload.checkpoint.safetensors import map_file
 from griffin_offload.errors import CheckpointChanged
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mappings are found on Linux alone")
@@ -134,7 +134,7 @@ import os, sys, threading, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from griffin_offload.errors import CheckpointChanged
-from griffin_offload.checkpoint.mapped import map_file
+from griffin_offload.checkpoint.safetensors import map_file
 from griffin_offload.checkpoint.changes import WatchedFiles
 path, watched_before = Path(sys.argv[1]), sys.argv[2]
 save_file({"x": torch.ones(1000, 1000)}, path)
@@ -159,11 +159,11 @@ print("never printed")
 """
 
 
-def test_lost_pages_are_an_error_where_they_are_watched(tmp_path: Path):
+def test_lost_pages_are_an_error_where_they_are_watched(forks, tmp_path: Path):
     """Touched by several threads at once; unwatched, they are what they always were: the end."""
-    command = [sys.executable, "-u", "-c", LOST, str(tmp_path / "x")]
-    found = subprocess.run([*command, "watched"], capture_output=True, text=True, timeout=300)
+    command = ("-c", "import sys; sys.stdout.reconfigure(line_buffering=True)\n" + LOST, tmp_path / "x")
+    found = forks.run(*command, "watched")
     words = "parts of it are gone: it was cut, or its disk fails"
-    assert found.returncode == -signal.SIGBUS, found
-    assert found.stdout == f"{tmp_path / 'x'} has changed since it was loaded ({words}): load the model again\n"
-    assert subprocess.run([*command, "unwatched"], capture_output=True, timeout=300).returncode == -signal.SIGBUS
+    assert found.returncode == -signal.SIGBUS, found.err
+    assert found.out == f"{tmp_path / 'x'} has changed since it was loaded ({words}): load the model again\n"
+    assert forks.run(*command, "unwatched").returncode == -signal.SIGBUS

@@ -21,7 +21,6 @@ from tiny_models import CHAT_TEMPLATE, write_tokenizer
 
 from griffin_offload.cli.main import main
 from griffin_offload.engine.convert import convert as convert_checkpoint
-from griffin_offload.formats.linear import Precision
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def converted(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPat
     """`converted(name, precision, dtype)` is the directory of a converted tiny checkpoint, which no test may change."""
     written: dict[tuple[object, ...], Path] = {}
 
-    def convert(name: str, precision: Precision, dtype: torch.dtype = torch.float32) -> Path:
+    def convert(name: str, precision: str, dtype: torch.dtype = torch.float32) -> Path:
         key = (name, precision, dtype)
         if key not in written:
             written[key] = tmp_path_factory.mktemp(f"{name}-{precision}") / "model"

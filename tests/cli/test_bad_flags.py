@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from griffin_offload.devices.cpu import CpuDevice
+
 PLAN_FLAGS = [
     ("--max-gpu-mem=12XB", "cannot read the size '12XB'"),
     ("--max-gpu-mem=", "cannot read the size ''"),
@@ -175,6 +177,14 @@ def test_no_room_for_offloaded_weights(cli, llama: Path):
     cli.refuses(3, "offloaded 147.5 kB.* --offload disk", *flags, "--offload", "ram")
 
 
-def test_no_free_memory(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("griffin_offload.engine.load.device_bytes", lambda device: (100_000, 10**9))
-    cli.refuses(3, "only 100.0 kB .* are free", "run", "the cat", "-n", 4, "-m", llama, "--max-gpu-mem", "1MB")
+class _Crowded(CpuDevice):
+    name, torch_type = "crowded", "cpu"
+
+    def memory_bytes(self) -> tuple[int, int]:
+        return 100_000, 10**9
+
+
+def test_no_free_memory(cli, llama: Path, register_device):
+    flags = ("run", "the cat", "-n", 4, "-m", llama, "--max-gpu-mem", "1MB", "--device", "crowded")
+    register_device(_Crowded)
+    cli.refuses(3, "only 100.0 kB of the crowded device's memory are free", *flags)

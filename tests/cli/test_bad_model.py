@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint, write_tokenizer
 
-from griffin_offload.checkpoint.base import locate
+from griffin_offload.checkpoint.registry import locate
 from griffin_offload.errors import ModelNotFound
 
 INDEX = "model.safetensors.index.json"

@@ -21,6 +21,8 @@ def _check(row: dict, density: float) -> None:
     assert row["prefill_share"] == pytest.approx(row["prefill_ceiling_s"] / row["prefill"]["median"])
     assert row["decode_share"] == pytest.approx(row["decode_ceiling_s"] / row["decode"]["median"])
     assert (row["streamed_bytes"] > 0) == (density < 1)
+    assert 0 < row["peak_bytes"] <= row["budget_bytes"] == 10**9
+    assert (row["decode_streamed_bytes"], row["graphs"]) == (0, None)
 
 
 def test_json(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,13 +2,12 @@
 
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fork_server import Started
 from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
 
 from griffin_offload import GriffinModel
@@ -222,29 +221,16 @@ def test_bytes_that_a_locale_lets_through(cli, chatty: Path, monkeypatch: pytest
     cli.refuses(2, "the message is not UTF-8", "chat", "-m", chatty, "-q", *OPTIONS)
 
 
-def test_processes_hand_a_conversation_on(chatty: Path, tmp_path: Path):
-    """Real pipes, and a file from one process to the next."""
+def test_processes_hand_a_conversation_on(forks, chatty: Path, tmp_path: Path):
+    """A file from one process to the next."""
 
-    def talk(script: bytes, *flags: object) -> subprocess.CompletedProcess[bytes]:
-        command = [
-            sys.executable,
-            "-m",
-            "griffin_offload",
-            "chat",
-            "-m",
-            chatty,
-            "-q",
-            *OPTIONS,
-            "--threads",
-            1,
-            *flags,
-        ]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        return subprocess.run([*map(str, command)], input=script, capture_output=True, timeout=300, env=environment)
+    def talk(script: bytes, *flags: object) -> Started:
+        command = ("-m", "griffin_offload", "chat", "-m", chatty, "-q", *OPTIONS, "--threads", 1, *flags)
+        return forks.run(*command, stdin=script)
 
     whole = talk(b"the cat\nthe dog\n")
     first = talk(f"the cat\n/save {tmp_path / 'a.ctx'}\n".encode())
     second = talk(b"the dog\n", "--load", tmp_path / "a.ctx")
     assert (whole.returncode, first.returncode, second.returncode) == (0, 0, 0)
-    assert whole.stdout == first.stdout + second.stdout
-    assert whole.stderr == b""
+    assert whole.out == first.out + second.out
+    assert whole.err == ""

@@ -6,7 +6,6 @@ import pty
 import re
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkServer
 
 from griffin_offload.cli.chat import _Interrupts
 from griffin_offload.engine import chat as session
@@ -157,7 +157,7 @@ PLACES = {"pass": "MmapStore, 'fetch'", "answer": "_Interrupted, '__call__'"}
 class Pty:
     """A chat behind a pseudo-terminal, slow in every layer of a pass, or after every token: it says <here> then."""
 
-    def __init__(self, model: Path, where: str) -> None:
+    def __init__(self, forks: ForkServer, model: Path, where: str) -> None:
         program = (
             "import sys, time\n"
             "from griffin_offload.cli.main import main\n"
@@ -175,9 +175,7 @@ class Pty:
         )
         arguments = ["chat", "-m", str(model), *map(str, OPTIONS)]
         self.fd, child = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program, *arguments], stdin=child, stdout=child, stderr=child, start_new_session=True
-        )
+        self.process = forks.start("-c", program, *arguments, terminal=child)
         os.close(child)
         self.seen = ""
 
@@ -205,11 +203,9 @@ class Pty:
 
 
 @pytest.fixture
-def terminal(chat: Path, request: pytest.FixtureRequest) -> Iterator[Pty]:
-    talk = Pty(chat, request.param)
+def terminal(forks: ForkServer, chat: Path, request: pytest.FixtureRequest) -> Iterator[Pty]:
+    talk = Pty(forks, chat, request.param)
     yield talk
-    talk.process.kill()
-    talk.process.wait()
     os.close(talk.fd)
 
 

@@ -10,7 +10,7 @@ import pytest
 import quantised_reference as ref
 import torch
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES, VOCAB
+from tiny_models import ARCHITECTURES, VOCAB, every_architecture
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -46,7 +46,7 @@ def dequantised(stored: dict[str, Tensor], linear: str, precision: str) -> Tenso
 
 
 @both
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", every_architecture())
 def test_every_architecture(cli, converted, name: str, precision: str):
     """The names are those of the model and its scales, and tokens those of dense transformers with these matrices."""
     out = converted(name, precision)

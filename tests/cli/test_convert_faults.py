@@ -155,15 +155,15 @@ def test_a_source_that_changes_before_it_is_mapped(cli, converted, copy: Path, t
     """No shard of the other numbers may be there when the old ones are back: it would be kept."""
     shard, out = copy / "model-00001-of-00003.safetensors", tmp_path / "out"
     whole, command = shard.read_bytes(), ("convert", out, "-m", copy, "--quantize", "int8")
-    map_model = runtime.map_model
+    build = runtime.build
 
     def changed(*arguments: object) -> object:
         shard.write_bytes(whole[:-4096] + bytes(4096))
         os.utime(shard, ns=(0, 1))  # as if a tick of the clock had passed
-        return map_model(*arguments)
+        return build(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "map_model", changed)
+        patch.setattr(runtime, "build", changed)
         cli.refuses(4, "has changed since it was loaded .it was written to", *command)
     shard.write_bytes(whole)
     assert cli(*command).code == 0

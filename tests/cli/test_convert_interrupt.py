@@ -2,13 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer, Started
+from marks import mostly_slow
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from griffin_offload.engine import convert as runtime
 
@@ -71,12 +72,12 @@ def written_at(directory: Path) -> dict[str, tuple[int, int]]:
     return {name: (found.st_ino, found.st_mtime_ns) for name, found in stats.items()}
 
 
-@pytest.mark.parametrize(("name", "when", "finished"), DEATHS, ids=lambda value: str(value))
-def test_killed_and_run_again(cli, process, converted, llama: Path, tmp_path: Path, name, when, finished):
+@pytest.mark.parametrize(("name", "when", "finished"), mostly_slow(DEATHS, 3), ids=lambda value: str(value))
+def test_killed_and_run_again(cli, forks, converted, llama: Path, tmp_path: Path, name, when, finished):
     out = tmp_path / "out"
     command = ("convert", "-m", llama, out, "--quantize", "int8")
-    killed = process("-c", KILLER, name, when, *command)
-    assert killed.code == -signal.SIGKILL, killed
+    killed = forks.run("-c", KILLER, name, when, *command)
+    assert killed.returncode == -signal.SIGKILL, killed.err
     before = written_at(out)
     assert len(before) == finished
     if (out / NOTE).is_file():
@@ -93,35 +94,33 @@ def test_killed_and_run_again(cli, process, converted, llama: Path, tmp_path: Pa
 @pytest.fixture(scope="module")
 def many_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that takes a while: a hundred layers."""
-    directory = tmp_path_factory.mktemp("many") / "model"
-    script = Path(__file__).parents[2] / "benchmarks" / "make_checkpoint.py"
-    flags = ["--shape", "tiny", "--layers", "100", str(directory)]
-    subprocess.run([sys.executable, str(script), *flags], check=True, capture_output=True)
+    directory: Path = tmp_path_factory.mktemp("many") / "model"
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, num_hidden_layers=100, vocab_size=512, max_position_embeddings=64)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
     return directory
 
 
-def start(model: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "griffin_offload", "convert", "-m", str(model), str(out), "--quantize", "int8"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(forks: ForkServer, model: Path, out: Path, *flags: str) -> Started:
+    return forks.start("-m", "griffin_offload", "convert", "-m", model, out, "--quantize", "int8", *flags)
 
 
-def wait_for_shards(running: subprocess.Popen[str], out: Path, count: int) -> None:
+def wait_for_shards(running: Started, out: Path, count: int) -> None:
     deadline = time.monotonic() + 200
     while len(list(out.glob("*.safetensors"))) < count and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
 
 
-def test_a_real_process_killed_anywhere(cli, many_layers: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_a_real_process_killed_anywhere(cli, forks, many_layers: Path, tmp_path: Path):
     """Wherever it happens to be, twice in a row; and what stands in the file system meanwhile is never half a shard."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert cli("convert", whole, "-m", many_layers, "--quantize", "int8", "-q").code == 0
     for count in (5, 60):
-        running = start(many_layers, out)
+        running = start(forks, many_layers, out)
         wait_for_shards(running, out, count)
-        running.kill()
-        running.communicate()
-        assert running.returncode == -signal.SIGKILL
+        running.send_signal(signal.SIGKILL)
+        assert running.wait() == -signal.SIGKILL
         shards = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
         assert count <= len(shards) < 101
         assert shards == {name: (whole / name).read_bytes() for name in shards}
@@ -134,11 +133,11 @@ def test_a_real_process_killed_anywhere(cli, many_layers: Path, tmp_path: Path):
     assert {name: written_at(out)[name] for name in before} == before
 
 
-def test_two_at_once(cli, many_layers: Path, tmp_path: Path):
+def test_two_at_once(cli, forks, many_layers: Path, tmp_path: Path):
     """The second one is told, and harms nothing."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert cli("convert", whole, "-m", many_layers, "--quantize", "int8", "-q").code == 0
-    running = start(many_layers, out)
+    running = start(forks, many_layers, out)
     wait_for_shards(running, out, 1)
     os.kill(running.pid, signal.SIGSTOP)
     try:
@@ -149,18 +148,14 @@ def test_two_at_once(cli, many_layers: Path, tmp_path: Path):
         assert half.read_bytes() == b"being written"
     finally:
         os.kill(running.pid, signal.SIGCONT)
-    _, text = running.communicate(timeout=300)
-    assert running.returncode == 0, text
+    assert running.wait() == 0, running.err
     assert files_of(out) == files_of(whole)
 
 
-def test_many_at_once(converted, llama: Path, tmp_path: Path):
+def test_many_at_once(forks, converted, llama: Path, tmp_path: Path):
     """Started at the same moment: one of them writes, the others are refused, before or after."""
-    command = [sys.executable, "-m", "griffin_offload", "convert", "-m", str(llama), str(tmp_path / "out")]
-    running = [subprocess.Popen([*command, "--quantize", "int8", "-q"], stderr=subprocess.PIPE) for _ in range(3)]
-    for process in running:
-        process.communicate(timeout=300)
-    assert sorted(process.returncode for process in running) == [0, 2, 2]
+    running = [start(forks, llama, tmp_path / "out", "-q") for _ in range(3)]
+    assert sorted(process.wait() for process in running) == [0, 2, 2]
     assert files_of(tmp_path / "out") == files_of(converted("llama2", "int8"))
 
 

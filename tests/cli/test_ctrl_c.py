@@ -36,7 +36,7 @@ def test_ctrl_c_on_the_command_line(cli, llama: Path, monkeypatch: pytest.Monkey
     assert "griffin-offload-reader" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_ctrl_c_in_a_process(process, llama: Path):
+def test_ctrl_c_in_a_process(forks, llama: Path):
     """The whole way: the signal, the exit code, one line, no traceback at the interpreter's end."""
     program = (
         "import os, signal, sys, time\n"
@@ -49,5 +49,5 @@ def test_ctrl_c_in_a_process(process, llama: Path):
         "MmapStore.fetch = slow\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    outcome = process("-c", program, "run", "the cat sat", "-m", llama, "--density", 0.5)
-    assert (outcome.code, outcome.out, outcome.err) == (130, "", "\ngriffin-offload: interrupted\n")
+    outcome = forks.run("-c", program, "run", "the cat sat", "-m", llama, "--density", 0.5)
+    assert (outcome.returncode, outcome.out, outcome.err) == (130, "", "\ngriffin-offload: interrupted\n")

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -69,15 +67,15 @@ def test_results_and_going_on(cli, llama: Path, data: Path, tmp_path: Path):
     assert parts.read_bytes() == before  # nothing was left to do
 
 
-def test_a_killed_run_goes_on(cli, llama: Path, data: Path, tmp_path: Path):
+def test_a_killed_run_goes_on(cli, forks, llama: Path, data: Path, tmp_path: Path):
     expected, killed = tmp_path / "expected.jsonl", tmp_path / "killed.jsonl"
     assert cli(*_command(llama, data, "--output", expected)).code == 0
-    command = [sys.executable, "-m", "griffin_offload", *map(str, _command(llama, data, "--output", killed))]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        end = time.monotonic() + 120
-        while time.monotonic() < end and not (killed.exists() and killed.read_bytes().count(b"\n") > 2):
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
+    running = forks.start("-m", "griffin_offload", *_command(llama, data, "--output", killed))
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (killed.exists() and killed.read_bytes().count(b"\n") > 2):
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
     assert killed.read_bytes().count(b"\n") > 2
     assert cli(*_command(llama, data, "--output", killed)).code == 0
     assert _rows(killed) == _rows(expected)

@@ -84,6 +84,7 @@ def test_the_table(cli, llama: Path):
     assert [line[:2] for line in lines[1:-1]] == [["tiny_choices", "acc"], ["tiny_choices", "acc_norm"]]
 
 
+@pytest.mark.slow
 def test_two_processes_split_the_requests_and_give_equal_results(process, llama: Path, tmp_path: Path):
     """Few-shot examples, which are drawn, too. Every process writes how many requests it simulates and generates."""
     counting = tmp_path / "counting"

@@ -12,6 +12,7 @@ import pytest
 from griffin_offload import __version__, config
 from griffin_offload.cli.main import build_parser
 from griffin_offload.config import ChatConfig, LoadConfig, RunConfig
+from griffin_offload.formats import every
 
 # Prints what a command printed, its exit code and the heavy modules it brought in.
 PROBE = """
@@ -99,15 +100,15 @@ def test_shown_defaults_and_choices_are_those_of_the_dataclass(cli, command: str
     text = " ".join(cli(command, "--help").out.split())
     assert f"80% or auto (default: {LoadConfig.max_gpu_mem})" in text
     for name, kind in {
-        "device": config.Device,
-        "offload": config.Offload,
-        "selection": config.SelectionMethod,
-        "quantize": config.Quantize,
-        "dtype": config.DType,
+        "device": tuple(config.DEVICE_NAMES),
+        "offload": get_args(config.Offload),
+        "selection": get_args(config.SelectionMethod),
+        "quantize": ("auto", *(format.name for format in every())),
+        "dtype": get_args(config.DType),
     }.items():
         if command == "plan" and name in OF_RUN:
             continue
-        assert f"--{name} {{{','.join(get_args(kind))}}}" in text
+        assert f"--{name} {{{','.join(kind)}}}" in text
 
 
 def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

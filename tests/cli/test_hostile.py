@@ -1,10 +1,11 @@
-"""What the fuzzer (benchmarks/fuzz.py) found and what it was built to find: each is one line and an exit code now."""
+"""What the fuzzer (tests/robustness/fuzz) found and was built to find: each is one line and an exit code now."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from marks import mostly_slow
 
 from griffin_offload.checkpoint import tokenizer as prompts
 
@@ -135,7 +136,7 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", mostly_slow(TEMPLATES, 2))
 def test_chat_templates(cli, copy: Path, monkeypatch: pytest.MonkeyPatch, template: str):
     monkeypatch.setattr(prompts, "LIMIT_S", 1.0)
     (copy / "chat_template.jinja").write_text(TEMPLATES[template])

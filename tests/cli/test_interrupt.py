@@ -12,6 +12,7 @@ import torch
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinError, GriffinModel
+from griffin_offload.blocks.feedforward import FeedForward
 from griffin_offload.checkpoint.mapped import FilePages
 
 OPTIONS = [
@@ -91,7 +92,7 @@ def test_a_failing_reader(checkpoints, monkeypatch: pytest.MonkeyPatch, options:
     expected = answer(make(path, **options))
     model = make(path, **options)
     before = traces(model)
-    source = model._loaded.layers.source
+    source = model.engine.loaded.layers.source
     fetch = source.fetch
 
     def broken(layer: int) -> list[torch.Tensor]:
@@ -107,7 +108,7 @@ def test_a_failing_reader(checkpoints, monkeypatch: pytest.MonkeyPatch, options:
     assert torch.equal(answer(model), expected)
 
 
-@pytest.mark.parametrize("at", ["_hook_layer", "_select"])
+@pytest.mark.parametrize("at", ["chunked", "gather"])
 def test_interrupted_inside_the_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, at: str):
     """While hooks are still being placed, and while a layer's neurons are chosen."""
     path = checkpoints("llama2")
@@ -125,10 +126,8 @@ def test_interrupted_inside_the_pass(checkpoints, monkeypatch: pytest.MonkeyPatc
 
         return call
 
-    from griffin_offload.engine.prefill import StreamedPass
-
     with monkeypatch.context() as patch:
-        patch.setattr(StreamedPass, at, interrupted(getattr(StreamedPass, at)))
+        patch.setattr(FeedForward, at, interrupted(getattr(FeedForward, at)))
         with pytest.raises(KeyboardInterrupt):
             answer(model)
     assert len(calls) == 2

@@ -7,8 +7,8 @@ import pytest
 from tiny_models import VOCAB
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from griffin_offload.devices import memory
-from griffin_offload.engine import spec
+from griffin_offload.devices.cuda import CudaDevice
+from griffin_offload.devices.mps import MpsDevice
 from griffin_offload.units import format_bytes
 
 KEYS = {
@@ -87,8 +87,8 @@ def test_table(cli, llama: Path):
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_device_of_another_machine(cli, llama: Path, monkeypatch: pytest.MonkeyPatch, device: str):
     """Planning is arithmetic: what cannot be asked is assumed and said, or has to be given."""
-    monkeypatch.setattr(spec, "devices_here", lambda: ["cpu"])
-    monkeypatch.setattr(memory, "devices_here", lambda: ["cpu"])
+    for kind in (CudaDevice, MpsDevice):
+        monkeypatch.setattr(kind, "available", lambda: False)
     flags = ("plan", "-m", llama, "--device", device)
     here = cli("plan", "-m", llama, "--device", "cpu", "--max-gpu-mem", "2GB", "--json").json
     outcome, plan = cli(*flags, "--max-gpu-mem", "2GB"), cli(*flags, "--max-gpu-mem", "2GB", "--json").json
@@ -178,6 +178,7 @@ def test_density_remedies_are_not_rounded_up(cli, tmp_path: Path):
     assert followed > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [(), ("--density", "0.9"), ("--offload", "ram", "--density", "0.5"), ("--ctx-size", "200")], ids=" ".join
 )

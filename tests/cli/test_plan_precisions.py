@@ -9,7 +9,9 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES
 
+from griffin_offload.devices.cpu import CpuDevice
 from griffin_offload.evaluation import ceilings
+from griffin_offload.formats import get
 
 _LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5}
 
@@ -178,10 +180,10 @@ def test_the_measured_matrices_are_few(monkeypatch: pytest.MonkeyPatch):
     made = []
     linear = ceilings.QuantizedLinear
     monkeypatch.setattr(ceilings, "QuantizedLinear", lambda *a, **k: made.append(a) or linear(*a, **k))
-    assert ceilings.decode_bytes_per_s("int8", 32, 64, torch.float32, torch.device("cpu")) > 0
+    assert ceilings.decode_bytes_per_s(get("int8"), 32, 64, torch.float32, CpuDevice.current()) > 0
     assert 0 < len(made) <= 1000
     made.clear()
-    assert ceilings.decode_bytes_per_s("int8", 4096, 8192, torch.bfloat16, torch.device("cpu")) > 0
+    assert ceilings.decode_bytes_per_s(get("int8"), 4096, 8192, torch.bfloat16, CpuDevice.current()) > 0
     assert len(made) == 8
 
 

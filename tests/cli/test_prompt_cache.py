@@ -115,6 +115,7 @@ def test_exact_mode_uses_and_saves_prompts(cli, llama: Path, tmp_path: Path):
         assert bool(outcome["cached_prompt_tokens"]) == cached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", [0.5, 1])
 def test_tokens_that_the_longer_prompt_joins_are_all_that_is_lost(cli, llama: Path, tmp_path: Path, density: float):
     """Saved in the middle of a word, of which the longer prompt makes other tokens. The answer is a fresh one's."""

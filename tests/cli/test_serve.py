@@ -1,20 +1,18 @@
 """`griffin-offload serve` as a process: start, answers, signals, and what it refuses."""
 
-import contextlib
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from fork_server import ForkServer
 
 from griffin_offload.cli.main import build_parser
 from griffin_offload.cli.serve import serve_config
@@ -28,14 +26,11 @@ KEY = "sk-a-secret"
 class Process:
     """A server in a process of its own; `url` once it answers."""
 
-    def __init__(self, *arguments: object, **variables: str) -> None:
-        command = [sys.executable, "-m", "griffin_offload", "serve", "--json", *map(str, (*OPTIONS, *arguments))]
-        self.process = subprocess.Popen(
-            command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        line = self.process.stdout.readline()
-        assert line, self.process.communicate()[1]
-        self.ready = json.loads(line)
+    def __init__(self, forks: ForkServer, *arguments: object, **variables: str) -> None:
+        self.process = forks.start("-m", "griffin_offload", "serve", "--json", *OPTIONS, *arguments, **variables)
+        while "\n" not in self.process.out:
+            assert self.process.wait(0.01) is None, self.process.err
+        self.ready = json.loads(self.process.out)
         self.url = self.ready["url"]
 
     def post(self, **options: Any) -> httpx.Response:
@@ -44,21 +39,14 @@ class Process:
     def end(self, number: int) -> tuple[int, str]:
         """Exit code and stderr after a signal."""
         self.process.send_signal(number)
-        err = self.process.communicate(timeout=30)[1]
-        return self.process.returncode, err
+        code = self.process.wait(30)
+        assert code is not None
+        return code, self.process.err
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Process]]:
-    with contextlib.ExitStack() as stack:
-
-        def begin(*arguments: object, **variables: str) -> Process:
-            found = Process(*arguments, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **variables)
-            stack.callback(found.process.wait)
-            stack.callback(found.process.kill)
-            return found
-
-        yield begin
+def start(forks: ForkServer) -> Callable[..., Process]:
+    return partial(Process, forks)
 
 
 def test_a_process_answers_the_openai_client_and_ends_by_sigterm(start, chat: Path):

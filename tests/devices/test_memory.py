@@ -5,13 +5,15 @@ import ctypes
 import pytest
 import torch
 
-from griffin_offload.devices.memory import Ledger, anonymous_bytes, give_back_freed
+from griffin_offload.devices.cpu import CpuDevice
+from griffin_offload.devices.host_memory import anonymous_bytes, give_back_freed
+from griffin_offload.devices.ledger import Ledger
 
 HELD_BYTES = 2**28
 
 
 def test_growth_of_a_run_shorter_than_the_time_between_samples():
-    ledger = Ledger(torch.device("cpu"), 0)
+    ledger = Ledger(CpuDevice.current(), 0)
     held = torch.ones(HELD_BYTES, dtype=torch.uint8)
     with ledger.measuring():
         pass
@@ -20,7 +22,7 @@ def test_growth_of_a_run_shorter_than_the_time_between_samples():
 
 
 def test_what_a_run_gives_back_before_its_end_counts():
-    ledger = Ledger(torch.device("cpu"), 0)
+    ledger = Ledger(CpuDevice.current(), 0)
     with ledger.measuring():
         for _ in range(20):
             torch.ones(HELD_BYTES, dtype=torch.uint8)

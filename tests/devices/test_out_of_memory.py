@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from marks import mostly_slow
 from tiny_models import VOCAB
-from transformers import PreTrainedModel
 
 from griffin_offload import GriffinModel
+from griffin_offload.blocks.hooks import ChunkedForward
+from griffin_offload.checkpoint import renaming
 from griffin_offload.engine import load as loading
-from griffin_offload.engine import prefill
 from griffin_offload.engine.stock import Guard
 from griffin_offload.errors import DoesNotFit, GriffinError, OutOfMemory, memory_refused
 from griffin_offload.kv_cache.kv_cache import KVCache
@@ -59,7 +60,7 @@ def refusing(original: Callable[..., Any], refusal: Callable[[], BaseException],
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"keep_prompts": True}], ids=str)
+@pytest.mark.parametrize("options", mostly_slow([{}, {"dtype": "bfloat16"}, {"keep_prompts": True}], 1), ids=str)
 def test_in_a_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any]):
     """The pass, its slots and its KV cache are gone, while the error is still held; a shorter prompt is answered."""
     refusal, words = REFUSALS[kind]
@@ -74,7 +75,7 @@ def test_in_a_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, opti
         original(self, *arguments, **settings)
 
     monkeypatch.setattr(KVCache, "__init__", remembered)
-    monkeypatch.setattr(prefill, "_in_chunks", refusing(prefill._in_chunks, refusal, 30))
+    monkeypatch.setattr(ChunkedForward, "_in_chunks", refusing(ChunkedForward._in_chunks, refusal, 30))
     message = f"^out of memory while generating: {words}.*; the budget is 10.0 MB: ask for less"
     context = model.new_context() if options.get("keep_prompts") else None
     threads = set(threading.enumerate())
@@ -99,14 +100,14 @@ def test_in_a_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, opti
 def test_a_bare_forward(checkpoints, monkeypatch: pytest.MonkeyPatch):
     model = make(checkpoints("llama2"))
     expected = model.model(ids(20)).logits
-    monkeypatch.setattr(prefill, "_in_chunks", refusing(prefill._in_chunks, REFUSALS["torch"][0], 30))
+    monkeypatch.setattr(ChunkedForward, "_in_chunks", refusing(ChunkedForward._in_chunks, REFUSALS["torch"][0], 30))
     with pytest.raises(OutOfMemory, match="while generating"):
         model.model(ids(40))
     assert torch.equal(model.model(ids(20)).logits, expected)
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-@pytest.mark.parametrize("place", ["map_model", "compact_blocks", "place_residents"])
+@pytest.mark.parametrize("place", ["build", "compact_blocks", "place_residents"])
 def test_while_loading(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, place: str):
     refusal, words = REFUSALS[kind]
 
@@ -144,7 +145,7 @@ def test_transformers_is_not_blamed(checkpoints, monkeypatch: pytest.MonkeyPatch
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError(HOST)
 
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
+    monkeypatch.setattr(renaming, "get_model_conversion_mapping", refuse)
     with pytest.raises(OutOfMemory, match=r"the machine refused 4\.10 kB"):
         make(checkpoints("llama2"))
 
@@ -177,16 +178,11 @@ except OutOfMemory as error:
 """
 
 
-def test_a_process_under_a_limit(checkpoints, tmp_path: Path):
+def test_a_process_under_a_limit(forks, checkpoints):
     """The system's own refusal, and while the error is still held, a smaller request."""
-    import subprocess
-    import sys
-
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LIMITED, str(checkpoints("llama2"))]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stderr
-    message, again = found.stdout.splitlines()
+    found = forks.run("-c", LIMITED, checkpoints("llama2"))
+    assert found.returncode == 0, found.err
+    message, again = found.out.splitlines()
     assert message.startswith("out of memory while generating: the machine refused ")
     assert "are free; the budget is 4.00 GB: ask for less (a shorter prompt, fewer sequences)" in message
     assert again == "True"

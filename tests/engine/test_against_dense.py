@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import collect_z, dense_forward, dense_generate, masked_generate, select_direct, shared_statistic_float64
-from tiny_models import ARCHITECTURES, VOCAB
+from tiny_models import ARCHITECTURES, VOCAB, every_architecture
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
@@ -41,7 +41,7 @@ def _generate(model: GriffinModel, ids: torch.Tensor, mask: torch.Tensor) -> tup
     return output.sequences[:, ids.shape[1] :], torch.stack(output.logits)
 
 
-@pytest.fixture(params=list(ARCHITECTURES))
+@pytest.fixture(params=every_architecture())
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 

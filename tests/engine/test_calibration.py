@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.checkpoint.base import open_checkpoint
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine import calibration
+from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import CACHE_VARIABLE, Importance, importance_of
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
 from griffin_offload.engine.convert import convert
-from griffin_offload.engine.load import map_model
 
 SEQUENCES, TOKENS, SKIPPED = 4, 128, 4
 
@@ -44,7 +44,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def _importance(directory: Path, *, evict: bool = False) -> tuple[Importance, nn.Module]:
     checkpoint = open_checkpoint(directory)
-    model = map_model(checkpoint)
+    model = build(checkpoint)
     decoder, blocks = find_feed_forwards(model, checkpoint.config.num_hidden_layers)
     return importance_of(checkpoint, model, decoder, blocks, evict=evict), model
 
@@ -98,7 +98,7 @@ def test_nothing_is_left_behind(checkpoints: Callable[..., Path]):
         _, model = _importance(directory)
         _stock(model)
         checkpoint = open_checkpoint(directory)
-        model = map_model(checkpoint)
+        model = build(checkpoint)
         decoder, blocks = find_feed_forwards(model, checkpoint.config.num_hidden_layers)
         shutil.rmtree(os.environ[CACHE_VARIABLE])
         with (

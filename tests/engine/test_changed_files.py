@@ -174,7 +174,7 @@ def test_embeddings_on_the_host(directory: Path, monkeypatch: pytest.MonkeyPatch
 
     model = make(directory, offload="ram")
     embedding = HostEmbedding(
-        loading.map_model(model._model_spec.checkpoint).get_input_embeddings(), torch.device("cpu"), torch.float32
+        loading.build(model._model_spec.checkpoint).get_input_embeddings(), torch.device("cpu"), torch.float32
     )
     module = torch.nn.Embedding(4, 4)
     assert embedding._pages.files.descriptors

@@ -10,7 +10,8 @@ from torch import nn
 
 from griffin_offload import GriffinModel
 from griffin_offload.engine import cpu_modules, spec
-from griffin_offload.kernels.attention import attend, can_attend
+from griffin_offload.kernels import table
+from griffin_offload.kernels.attention import attend
 from griffin_offload.kernels.library import library
 
 needs_kernel = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
@@ -67,7 +68,8 @@ def test_equals_float64_up_to_rounding(batch, kv_heads, shared, new, past, width
     module.num_key_value_groups = shared
     with torch.no_grad():
         result, _ = cpu_modules._attention(module, query, key, value, mask, scaling=width**-0.5)
-    assert can_attend(query, key, value) == (new == 1 and library() is not None)
+    by = table.choose("attention", "one_token", module, query, key, value, mask, like=query)
+    assert by.ours == (new == 1 and library() is not None)
     assert result.dtype == dtype
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(

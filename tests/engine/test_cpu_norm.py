@@ -10,8 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from griffin_offload import GriffinModel
 from griffin_offload.engine.cpu_modules import _OwnNorm, use_own_norms
+from griffin_offload.kernels import table
 from griffin_offload.kernels.library import library
-from griffin_offload.kernels.rms_norm import ROWS, can_norm, rms_norm
+from griffin_offload.kernels.rms_norm import ROWS, rms_norm
 
 pytestmark = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
 
@@ -56,7 +57,8 @@ def test_only_norms_that_do_the_same_are_replaced():
     x = torch.randn(ROWS + 1, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     norms[0].weight.data.uniform_(-2, 2)
     for rows in (x, x[:3], x[:3, :].t().contiguous().t()):  # many, few, and not side by side
-        assert can_norm(rows, norms[0].weight) == (rows.shape[0] == 3 and rows.is_contiguous())
+        few = rows.shape[0] == 3 and rows.is_contiguous()
+        assert table.choose("rms_norm", "rows", rows, norms[0].weight).ours == few
         expected = LlamaRMSNorm.forward(norms[0], rows)
         torch.testing.assert_close(norms[0](rows), expected, rtol=2**-7, atol=0)
 

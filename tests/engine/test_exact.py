@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, VOCAB
+from tiny_models import VOCAB, every_architecture
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from griffin_offload import GriffinModel, UsageError
@@ -105,7 +105,7 @@ class _Recorder:
         self.ends += 1
 
 
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
+@pytest.mark.parametrize("name", every_architecture())
 def test_every_architecture_in_float32(checkpoints, name: str):
     """With the draft length that suits: tokens, streamer, logits, figures."""
     path = checkpoints(name)

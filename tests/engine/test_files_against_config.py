@@ -12,7 +12,7 @@ from tiny_models import LAYERS, VOCAB
 from torch import Tensor
 
 from griffin_offload import DoesNotFit, GriffinModel
-from griffin_offload.checkpoint.base import open_checkpoint
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine.convert import convert
 from griffin_offload.engine.spec import examine, plan_for
@@ -107,7 +107,7 @@ def test_a_head_of_another_shape_is_said(checkpoints, tmp_path: Path, shape: tup
 
 
 def test_a_head_without_a_tie_in_the_config_is_not_read(checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("griffin_offload.checkpoint.safetensors._equal", None)
+    monkeypatch.setattr("griffin_offload.checkpoint.tied_head._equal", None)
     assert not open_checkpoint(checkpoints("llama2")).untied
 
 
@@ -128,7 +128,7 @@ def test_layers_of_another_precision_stay_in_memory(checkpoints, tmp_path: Path)
     with GriffinModel.from_pretrained(mixed, max_gpu_mem=plan.peak_bytes, **OPTIONS, density=0.5, quantize="none") as m:
         m.generate(torch.arange(5, 45)[None], max_new_tokens=4, do_sample=False)
         assert m.last_report.peak_device_bytes <= m.plan.budget_bytes
-        assert m._loaded.layers.source.unmapped_bytes == layer
+        assert m.engine.loaded.layers.source.unmapped_bytes == layer
     with pytest.raises(DoesNotFit, match="offloaded"):
         GriffinModel.from_pretrained(mixed, max_gpu_mem=plan.peak_bytes // 2, **OPTIONS, density=0.5, quantize="none")
 

@@ -10,6 +10,7 @@ from transformers import StoppingCriteria, TextStreamer, pipeline
 from griffin_offload import GriffinError, GriffinModel, UsageError
 from griffin_offload.engine import prefill
 from griffin_offload.offload.layer_stream import LayerStream
+from griffin_offload.transformers_api import CACHE
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +92,9 @@ def test_forward_streams_with_an_empty_cache_and_decodes_with_a_filled_one(model
     output = model.model(ids, use_cache=True)
     fetched = model.last_prefill.streamed_bytes
     assert fetched == model.plan.streamed_bytes
-    before = model._loaded.layers.fetched_bytes
+    before = model.engine.loaded.layers.fetched_bytes
     step = model.model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values)
-    assert model._loaded.layers.fetched_bytes == before
+    assert model.engine.loaded.layers.fetched_bytes == before
     assert step.logits.shape == (1, 1, VOCAB)
 
 
@@ -148,7 +149,7 @@ def test_what_cannot_work_is_refused(model: GriffinModel, ids: torch.Tensor, kwa
 
 def test_a_filled_cache_is_refused_by_generate(model: GriffinModel, ids: torch.Tensor):
     cache = model.model(ids, use_cache=True).past_key_values
-    with pytest.raises(UsageError, match="past_key_values"):
+    with pytest.raises(UsageError, match=f"{CACHE} holds"):
         model.generate(ids, past_key_values=cache)
 
 

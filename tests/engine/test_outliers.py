@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from griffin_offload import GriffinModel
 from griffin_offload.engine.convert import convert
 from griffin_offload.formats import int4
+from griffin_offload.transformers_api import CACHE
 
 DOWN = "model.layers.{i}.mlp.down_proj"
 PROMPT = torch.randint(3, VOCAB, (1, 40), generator=torch.Generator().manual_seed(4))
@@ -60,7 +61,7 @@ def _dense_logits(model: PreTrainedModel, tokens: Tensor, sets: list[Tensor]) ->
         out = model(PROMPT, use_cache=True)
         logits = [out.logits[:, -1]]
         for token in tokens[0, PROMPT.shape[1] : -1]:
-            out = model(token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+            out = model(token.view(1, 1), use_cache=True, **{CACHE: out[CACHE]})
             logits.append(out.logits[:, -1])
     return torch.stack(logits)
 

@@ -8,6 +8,7 @@ from tiny_models import VOCAB
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from griffin_offload import GriffinModel, UsageError
+from griffin_offload.transformers_api import CACHE
 
 
 def _load(path: Any, **options: Any) -> GriffinModel:
@@ -32,10 +33,10 @@ def _in_turns(model: Any, *, alone: bool = False, turns: int = 3, **options: Any
         new = torch.cat([found[-1][:, -1:], _ids(turn, 4 * turn)], 1)
         whole = torch.cat([found[-1][:, :-1], new], 1)
         given = new if alone else whole
-        cache = output.past_key_values
+        cache = output[CACHE]
         assert cache.get_seq_length() == whole.shape[1] - new.shape[1]
         output = _generate(
-            model, given, attention_mask=torch.ones_like(whole), past_key_values=cache, return_dict_in_generate=True
+            model, given, attention_mask=torch.ones_like(whole), return_dict_in_generate=True, **{CACHE: cache}
         )
         found.append(torch.cat([whole, output.sequences[:, given.shape[1] :]], 1))
     return found
@@ -64,7 +65,7 @@ def test_caches_of_the_caller_go_on_too(checkpoints, kind: Any):
     found = []
     for model in (AutoModelForCausalLM.from_pretrained(path), _load(path)):
         more = {"max_cache_len": 120} if kind is StaticCache else {}
-        found.append(_in_turns(model, past_key_values=kind(config=model.config, **more)))
+        found.append(_in_turns(model, **{CACHE: kind(config=model.config, **more)}))
     assert all(map(torch.equal, *found))
 
 
@@ -93,7 +94,7 @@ def test_batches_and_beams_go_on(checkpoints):
     for model in (AutoModelForCausalLM.from_pretrained(path), _load(path, batch_size=4)):
         first = _generate(model, ids, return_dict_in_generate=True)
         longer = torch.cat([first.sequences, _ids(3, 4, batch=2)], 1)
-        found.append(_generate(model, longer, past_key_values=first.past_key_values))
+        found.append(_generate(model, longer, **{CACHE: first[CACHE]}))
     assert torch.equal(*found)
     first = _generate(model, ids, return_dict_in_generate=True)
     with pytest.raises(UsageError, match="holds 2 sequences and 4"):
@@ -120,13 +121,17 @@ def test_what_does_not_belong_together_is_refused(checkpoints, given: int, maske
     model = _load(checkpoints("llama3"))
     cache = _generate(model, _ids(), return_dict_in_generate=True).past_key_values
     mask = torch.ones(1, masked, dtype=torch.long)
-    with pytest.raises(UsageError, match="past_key_values holds 24 tokens"):
+    with pytest.raises(UsageError, match=f"{CACHE} holds 24 tokens"):
         _generate(model, _ids(0, given), attention_mask=mask, past_key_values=cache)
 
 
 def test_what_is_no_cache_is_refused_by_name(checkpoints):
     model = _load(checkpoints("llama3"))
-    with pytest.raises(UsageError, match="past_key_values is a tuple"):
+    with pytest.raises(UsageError, match=f"{CACHE} is a tuple"):
         _generate(model, _ids(), past_key_values=((torch.zeros(1, 2, 3, 4),) * 2,) * 3)
-    with pytest.raises(UsageError, match="the argument is called past_key_values"):
-        _generate(model, _ids(), cache=DynamicCache())
+    if CACHE == "past_key_values":
+        with pytest.raises(UsageError, match="the argument is called past_key_values"):
+            _generate(model, _ids(), cache=DynamicCache())
+    else:
+        with pytest.raises(UsageError, match="one argument by two names"):
+            _generate(model, _ids(), cache=DynamicCache(), past_key_values=DynamicCache())

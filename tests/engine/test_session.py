@@ -2,8 +2,6 @@
 reference: test_context.py.)"""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +218,9 @@ from griffin_offload import GriffinModel
 path, saved, question, options, generation = sys.argv[1], sys.argv[2], sys.argv[3], *map(json.loads, sys.argv[4:])
 model = GriffinModel.from_pretrained(path, **options)
 chat = model.chat_session(**generation)
-before = model._loaded.layers.fetched_bytes
+before = model.engine.loaded.layers.fetched_bytes
 chat.load(saved)
-loaded = model._loaded.layers.fetched_bytes - before
+loaded = model.engine.loaded.layers.fetched_bytes - before
 reply = chat.send(question)
 print(json.dumps([loaded, reply.report.prefill_streamed_bytes, reply.report.prompt_tokens, reply.text, chat.messages]))
 """
@@ -232,7 +230,7 @@ print(json.dumps([loaded, reply.report.prefill_streamed_bytes, reply.report.prom
     "generation", [{"do_sample": False}, {"do_sample": True, "seed": 5}], ids=["greedy", "sampled"]
 )
 @pytest.mark.parametrize("kv_bits", [16, 8])
-def test_a_new_process_goes_on_as_this_one(chatty: tuple[str, Path], tmp_path: Path, generation: Any, kv_bits: int):
+def test_a_new_process_goes_on_as_this_one(forks, chatty, tmp_path: Path, generation: Any, kv_bits: int):
     _, path = chatty
     options = {"device": "cpu", "max_gpu_mem": "1GB", "density": 0.5, "ctx_size": CTX, "always_stream": True}
     options |= {"keep_prompts": True, "kv_bits": kv_bits, "quantize": "none", "threads": 1}
@@ -243,8 +241,9 @@ def test_a_new_process_goes_on_as_this_one(chatty: tuple[str, Path], tmp_path: P
         chat.send(question)
     chat.save(tmp_path / "chat.ctx")
     arguments = [str(path), str(tmp_path / "chat.ctx"), QUESTIONS[3], json.dumps(options), json.dumps(generation)]
-    done = subprocess.run([sys.executable, "-c", _CONTINUE, *arguments], capture_output=True, text=True, check=True)
-    loaded, streamed, prompt_tokens, text, messages = json.loads(done.stdout)
+    done = forks.run("-c", _CONTINUE, *arguments)
+    assert done.returncode == 0, done.err
+    loaded, streamed, prompt_tokens, text, messages = json.loads(done.out)
     reply = chat.send(QUESTIONS[3])
     assert text == reply.text
     assert messages == chat.messages

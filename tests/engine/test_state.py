@@ -9,7 +9,7 @@ from tiny_models import VOCAB
 from transformers import GenerationConfig, StoppingCriteria
 
 from griffin_offload import DoesNotFit, GriffinError, GriffinModel, UsageError
-from griffin_offload.devices.memory import choose_device
+from griffin_offload.devices.registry import choose_device
 from griffin_offload.engine.stock import Guard
 
 
@@ -83,9 +83,9 @@ def test_hooks_of_a_pass_that_never_ended_are_taken_off(checkpoints):
     from griffin_offload.engine.prefill import StreamedPass
 
     model = _model(checkpoints)
-    stale = StreamedPass(model._loaded.layers, torch.ones(1, 24), progress=None)
+    stale = StreamedPass(model.engine.loaded.layers, torch.ones(1, 24), progress=None)
     stale._begin()
-    stale._stream.__exit__(None, None, None)
+    stale._feed.stream.__exit__(None, None, None)
     assert torch.equal(_greedy(model, _ids()), _greedy(_model(checkpoints), _ids()))
     hooks = [h for m in model.model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     assert [type(hook) for hook in hooks] == [Guard]
@@ -146,7 +146,7 @@ def test_a_cuda_device_has_its_index(monkeypatch: pytest.MonkeyPatch):
     """torch's own memory settings refuse one without."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert choose_device("auto") == torch.device("cuda", 3)
+    assert choose_device("auto").torch_device == torch.device("cuda", 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="device cuda is not available"):
         choose_device("cuda")

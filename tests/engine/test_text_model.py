@@ -11,7 +11,7 @@ from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel, UsageError
 from griffin_offload.blocks.towers import LeftOut
-from griffin_offload.checkpoint.base import read_config
+from griffin_offload.checkpoint.registry import read_config
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine.convert import convert
 from griffin_offload.engine.spec import examine, examine_checkpoint, plan_for

@@ -10,7 +10,7 @@ from tiny_models import VOCAB
 from transformers import CompileConfig, DynamicCache, GenerationConfig
 
 from griffin_offload import GriffinModel, UsageError
-from griffin_offload.checkpoint import base
+from griffin_offload.checkpoint.registry import locate
 from griffin_offload.engine.options import HUB, REFUSED, TRANSLATED, translated
 
 PAGE = Path(__file__).parents[2] / "docs" / "transformers_habits.md"
@@ -116,5 +116,5 @@ def test_words_for_the_hub_reach_its_client(checkpoints, monkeypatch: pytest.Mon
     _load("org/name", **given, local_files_only=True).close()
     assert asked.items() >= {**given, "name": "org/name", "local_files_only": True}.items()
     assert "local_files_only" in TRANSLATED
-    assert base.locate("org/name") == checkpoints("llama3")
+    assert locate("org/name") == checkpoints("llama3")
     assert "token" not in asked or asked["token"] == "hf_x"

@@ -13,6 +13,7 @@ from transformers import DynamicCache, StoppingCriteria
 from griffin_offload import GriffinError, UsageError
 from griffin_offload.engine.turns import FifoLock
 from griffin_offload.errors import Busy
+from griffin_offload.transformers_api import CACHE
 
 
 class _Holding(StoppingCriteria):
@@ -130,8 +131,8 @@ def test_closing_waits_for_the_answer_of_another_thread(checkpoints):
 
 
 def _by_hand(stock: Any, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-    output = stock(ids, past_key_values=cache, use_cache=True)
-    return output.logits[:, -1:].argmax(-1), output.past_key_values
+    output = stock(ids, use_cache=True, **{CACHE: cache})
+    return output.logits[:, -1:].argmax(-1), output[CACHE]
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "opt"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import dense_forward
-from tiny_models import ARCHITECTURES, VOCAB, WINDOW
+from tiny_models import VOCAB, WINDOW, every_architecture
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -51,7 +51,7 @@ def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("_pieces")
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
+@pytest.mark.parametrize("name", every_architecture())
 def test_equals_generation(checkpoints, name: str):
     """Greedy continuations of one prompt each, re-scored alone and all together, padded: the same log-probabilities."""
     assert max(LENGTHS) > WINDOW

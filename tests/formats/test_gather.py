@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from griffin_offload.devices.threads import limited_threads
-from griffin_offload.formats import gather
-from griffin_offload.formats.gather import gather_inputs, gather_outputs
-from griffin_offload.formats.linear import quantized
-from griffin_offload.kernels import gather as gathering
+from griffin_offload.formats import FLOATS, Format, get
+from griffin_offload.formats.base import Tensors, take
+from griffin_offload.kernels import gather, table
 
 HIDDEN, NEURONS, ROOM = 96, 200, 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -22,15 +21,15 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 kept_neurons = pytest.mark.parametrize("kept", KEPT)
 
 
-@pytest.fixture(autouse=True, params=[(128, True), (gather.CHUNK, True), (128, False), (gather.CHUNK, False)])
+@pytest.fixture(autouse=True, params=[(128, True), (Format.chunk, True), (128, False), (Format.chunk, False)])
 def _ways(request: pytest.FixtureRequest):
     """Several chunks, the last one incomplete, and one; by our kernels, where there are any, and without them."""
     chunk, ours = request.param
-    with mock.patch.object(gather, "CHUNK", chunk):
+    with mock.patch.object(Format, "chunk", chunk):
         if ours:
             yield
             return
-        with mock.patch.object(gathering, "library", return_value=None):
+        with table.leaving_out(lambda kernel: kernel.ours):
             yield
 
 
@@ -61,9 +60,17 @@ def _columns_out(precision: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"weight": weight, "groups": torch.zeros(4, ROOM, 2, dtype=torch.uint8), "input_scale": columns}
 
 
+def _gather(
+    precision: str, full: Tensors, chosen: Tensor, out: Tensors, stored_in: Format = FLOATS, *, parts: int = 1
+) -> None:
+    """No parts: of a down projection."""
+    source = stored_in.stored(is_down=not parts)
+    get(precision).gather(full, source, chosen, out, is_down=not parts, parts=parts or 1)
+
+
 def _stored(weight: Tensor, precision: str, *, is_down: bool) -> dict[str, Tensor]:
     """The whole matrix quantised, as a conversion does."""
-    return quantized(weight, precision, weight.dtype, is_down=is_down)
+    return get(precision).quantize(weight, weight.dtype, is_down=is_down)
 
 
 @precisions
@@ -74,7 +81,7 @@ def test_rows(precision: str, dtype: torch.dtype, kept: int, parts: int):
     weight, chosen = _random(parts * NEURONS, HIDDEN, dtype=dtype), _chosen(kept)
     stored = _stored(weight, precision, is_down=False) | {"bias": _random(parts * NEURONS, dtype=dtype)}
     out = _rows_out(precision, parts, dtype)
-    gather_outputs(stored, chosen, parts, out)
+    _gather(precision, stored, chosen, out, get(precision), parts=parts)
     index = torch.cat([chosen + part * NEURONS for part in range(parts)])
     place = torch.cat([torch.arange(kept) + part * ROOM for part in range(parts)])
     expected = _rows_out(precision, parts, dtype)
@@ -83,7 +90,7 @@ def test_rows(precision: str, dtype: torch.dtype, kept: int, parts: int):
         expected[name][place] = stored[name][index]
     _equal(out, expected)
     on_the_way = _rows_out(precision, parts, dtype)
-    gather_outputs({"weight": weight, "bias": stored["bias"]}, chosen, parts, on_the_way)
+    _gather(precision, {"weight": weight, "bias": stored["bias"]}, chosen, on_the_way, parts=parts)
     _equal(on_the_way, expected)
 
 
@@ -96,7 +103,7 @@ def test_columns(precision: str, dtype: torch.dtype, kept: int, turned: bool):
     weight, chosen = _random(HIDDEN, NEURONS, dtype=dtype), _chosen(kept)
     weight = weight.t().contiguous().t() if turned else weight
     stored, out = _stored(weight, precision, is_down=True), _columns_out(precision, dtype)
-    gather_inputs(stored, chosen, out)
+    _gather(precision, stored, chosen, out, get(precision), parts=0)
     expected = _columns_out(precision, dtype)
     expected["input_scale"][:kept] = stored["input_scale"][chosen]
     if precision == "int8":
@@ -106,7 +113,7 @@ def test_columns(precision: str, dtype: torch.dtype, kept: int, turned: bool):
         expected["weight"][:, :kept], expected["groups"][:, :kept] = codes, groups
     _equal(out, expected)
     on_the_way = _columns_out(precision, dtype)
-    gather_inputs({"weight": weight}, chosen, on_the_way)
+    _gather(precision, {"weight": weight}, chosen, on_the_way, parts=0)
     _equal(on_the_way, expected)
 
 
@@ -120,8 +127,8 @@ def test_a_second_prompt_leaves_nothing_of_the_first(precision: str):
         out = _rows_out(precision, 1, torch.float32), _columns_out(precision, torch.float32)
         for seed in prompts:
             chosen = torch.randperm(NEURONS, generator=torch.Generator().manual_seed(seed))[:70].sort().values
-            gather_outputs({"weight": rows, "bias": bias}, chosen, 1, out[0])
-            gather_inputs({"weight": columns}, chosen, out[1])
+            _gather(precision, {"weight": rows, "bias": bias}, chosen, out[0])
+            _gather(precision, {"weight": columns}, chosen, out[1], parts=0)
         found.append(out)
     for once, twice in zip(*found, strict=True):
         _equal(twice, once)
@@ -142,5 +149,5 @@ def test_columns_are_shared_by_threads(rows: int, threads: int):
     chosen = torch.randperm(columns, generator=generator)[: (columns + 1) // 2].sort().values
     out = torch.zeros(rows, chosen.numel(), dtype=torch.int8)
     with mock.patch.object(gather, "_SHARED_BYTES", 0), limited_threads(threads):
-        gather.take(matrix, 1, chosen, out)
+        take(matrix, 1, chosen, out)
     assert torch.equal(out, matrix.index_select(1, chosen))

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from griffin_offload.demo import demo_directory
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats import base
-from griffin_offload.formats.int8 import int8_scale, neuron_scale, quantize_int8, row_scale
-from griffin_offload.kernels import quantize
-from griffin_offload.kernels.library import library
+from griffin_offload.formats.int8 import INT8
+from griffin_offload.formats.scales import neuron_scale, row_scale
+from griffin_offload.kernels import table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Quotients are computed in float32: so much of a level is lost.
@@ -43,7 +43,7 @@ def matrices(draw: st.DrawFn, outputs: st.SearchStrategy[int], inputs: st.Search
 @pytest.fixture(autouse=True, params=["kernels", "torch"])
 def _by(request: pytest.FixtureRequest) -> Iterator[None]:
     """Both ways, whichever this machine would choose."""
-    with mock.patch.object(quantize, "library", library if request.param == "kernels" else lambda: None):
+    with table.leaving_out(lambda kernel: kernel.ours and request.param == "torch"):
         yield
 
 
@@ -83,8 +83,8 @@ def test_int8_is_within_half_a_step(weight: Tensor, dtype: torch.dtype, block: i
     levels = torch.empty(weight.shape, dtype=torch.int8)
     before = weight.clone()
     with mock.patch.object(base, "BLOCK_NUMBERS", block):
-        scale = int8_scale(weight, dtype)
-        quantize_int8(weight, scale, levels)
+        scale = INT8.scale_of(weight, dtype)
+        INT8.write(weight, scale, levels)
     assert torch.equal(weight, before)
     _close_to_exact(scale, ref.int8_scale(weight))
     error = _on_the_nearest_level(weight, levels, ref.int8(weight, scale))
@@ -100,8 +100,8 @@ def test_int8_of_a_down_projection_is_within_half_a_step(weight: Tensor, dtype: 
     levels = torch.empty(weight.shape, dtype=torch.int8)
     with mock.patch.object(base, "BLOCK_NUMBERS", block):
         columns = neuron_scale(weight, dtype)
-        scale = int8_scale(weight, dtype, columns)
-        quantize_int8(weight, scale, levels, columns)
+        scale = INT8.scale_of(weight, dtype, columns)
+        INT8.write(weight, scale, levels, columns)
     _close_to_exact(columns, ref.neuron_scale(weight))
     _close_to_exact(scale, ref.int8_scale(weight, columns))
     error = _on_the_nearest_level(weight, levels, ref.int8(weight, scale, columns))
@@ -124,8 +124,8 @@ def test_infinities_are_refused(value: float, dtype: torch.dtype):
     weight[3, 5] = value
     columns = torch.ones(32, dtype=dtype)
     for quantise in (
-        lambda: int8_scale(weight, dtype),
-        lambda: int8_scale(weight, dtype, columns),
+        lambda: INT8.scale_of(weight, dtype),
+        lambda: INT8.scale_of(weight, dtype, columns),
         lambda: neuron_scale(weight, dtype),
         lambda: row_scale(weight, dtype),
     ):
@@ -136,7 +136,7 @@ def test_infinities_are_refused(value: float, dtype: torch.dtype):
 def test_scales_that_their_precision_cannot_hold_are_refused():
     weight = torch.full((32, 32), 1e8)
     weight[:, ::2] = -1e8
-    for quantise in (int8_scale, neuron_scale, row_scale):
+    for quantise in (INT8.scale_of, neuron_scale, row_scale):
         with pytest.raises(CheckpointError, match="cannot be quantised"):
             quantise(weight, torch.float16)
 
@@ -148,9 +148,9 @@ def test_int8_loses_less_than_a_percent_of_every_matrix_of_the_demo():
     for name, weight in matrices.items():
         weight = weight.detach()
         columns = neuron_scale(weight, torch.bfloat16) if name.endswith("down_proj") else None
-        scale = int8_scale(weight, torch.bfloat16, columns)
+        scale = INT8.scale_of(weight, torch.bfloat16, columns)
         levels = torch.empty(weight.shape, dtype=torch.int8)
-        quantize_int8(weight, scale, levels, columns)
+        INT8.write(weight, scale, levels, columns)
         values = levels.double() * scale.double()[:, None]
         values = values if columns is None else values * columns.double()
         assert (values - weight.double()).norm() < 0.01 * weight.double().norm(), name

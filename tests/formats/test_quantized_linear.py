@@ -1,5 +1,6 @@
 """`QuantizedLinear` in every form against float64, a few rows by kernels, ours or torch's, and many by blocks."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.formats.linear import QuantizedLinear, Scratch, check_sizes, int8_kernel, quantized, row_norms
-from griffin_offload.kernels import gemm, gemv
+from griffin_offload.formats import every, get
+from griffin_offload.formats.linear import QuantizedLinear, row_norms
+from griffin_offload.kernels import gemv, table
+from griffin_offload.kernels.by_blocks import Scratch
+from griffin_offload.kernels.library import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (form, outputs, inputs): ordinary sizes and, where the form allows them, no multiples of anything.
@@ -23,17 +27,16 @@ SIZES = [
 DOWN = {"int4_neurons": (True,), "int4_strips": (True,), "int4_rows": (False,)}
 
 
+LAYOUTS = {layout.name: layout for format in every() for layout in format.layouts()}
+
+
 @pytest.fixture(params=["ours", "torch's"])
-def whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def whose(request: pytest.FixtureRequest) -> Iterator[str]:
     """Whose kernels multiply."""
-    if request.param == "torch's":
-        monkeypatch.setattr(gemv, "kernels", lambda: None)
-        monkeypatch.setattr(gemm, "kernels", lambda _: None)
-    elif gemv.kernels() is None:
+    if request.param == "ours" and library() is None:
         pytest.skip("ours are not here: another processor, or no compiler")
-    int8_kernel.cache_clear()
-    yield request.param
-    int8_kernel.cache_clear()
+    with table.leaving_out(lambda kernel: kernel.ours and request.param != "ours"):
+        yield request.param
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -68,8 +71,10 @@ def _tensors(form: str, outputs: int, inputs: int, dtype: torch.dtype) -> tuple[
 def _module(
     form: str, tensors: dict[str, Tensor], outputs: int, inputs: int, scratch: Scratch, *, is_down: bool
 ) -> QuantizedLinear:
-    module = QuantizedLinear(outputs, inputs, is_down=is_down, precision="int8", stored="none", scratch=scratch)
-    module.form = form
+    layout = LAYOUTS[form]
+    passes_by = form in ("float", "int4_neurons")
+    resident = get("int8").resident(is_down=is_down) if passes_by else layout
+    module = QuantizedLinear(outputs, inputs, is_down=is_down, full=layout, resident=resident, scratch=scratch)
     for name, tensor in tensors.items():
         setattr(module, name, nn.Parameter(tensor, requires_grad=False))
     return module
@@ -89,13 +94,13 @@ def _check(module: QuantizedLinear, matrix: Tensor, dtype: torch.dtype, worst: t
         found = module(x)
         assert found.dtype == dtype
         assert found.shape == exact.shape
-        allowed = 3 * torch.finfo(worst).eps + _coarse(module.form, dtype, x[..., 0].numel())
+        allowed = 3 * torch.finfo(worst).eps + _coarse(module.layout.name, dtype, x[..., 0].numel())
         assert (found.double() - exact).norm() <= allowed * exact.norm(), (module, shape)
 
 
 def _coarse(form: str, dtype: torch.dtype, rows: int) -> float:
     """What 8 bits of inputs beside int4 rows cost, of float32 inputs 15."""
-    few = form == "int4_rows" and rows <= gemv.ROWS and gemv.kernels() is not None
+    few = form == "int4_rows" and rows <= gemv.ROWS and library() is not None
     return {torch.float32: 1e-4, torch.float64: 0.0}.get(dtype, 0.01) if few else 0.0
 
 
@@ -117,31 +122,55 @@ def test_equals_float64(form: str, outputs: int, inputs: int, dtype: torch.dtype
 
 @pytest.mark.parametrize("form", ["int8", "int4_rows", "int4_strips"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_few_rows_go_through_the_kernel_and_many_do_not(
-    form: str, dtype: torch.dtype, whose: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_few_rows_go_through_the_kernel_and_many_do_not(form: str, dtype: torch.dtype, whose: str):
     tensors, _ = _tensors(form, 64, 96, dtype)
     ours, is_down = whose == "ours", form == "int4_strips"
     more = {"input_scale": torch.ones(96, dtype=dtype)} if is_down else {}
     module = _module(form, tensors | more, 64, 96, _scratch(2**12, dtype), is_down=is_down)
-    taken: list[str] = []
-    for name in ("_few", "_many", "_by_few", "_by_many"):
-        method = getattr(QuantizedLinear, name)
-        monkeypatch.setattr(QuantizedLinear, name, lambda s, *x, n=name, m=method: (taken.append(n), m(s, *x))[1])
-    many = gemm.kernels(dtype)
-    most = (gemv.ROWS if many is None else many.from_rows(form) - 1) if ours else 4
-    for rows in (1, most, most + 1):
-        module(torch.ones(rows, 96, dtype=dtype))
+    many = _many_from(form, dtype) if ours else None
+    most = (many or gemv.ROWS + 1) - 1 if ours else 4
     slow = form == "int8" and torch.backends.cpu.get_cpu_capability() == "AVX2" and dtype != torch.bfloat16
     none = dtype == torch.float64 or ((slow or form != "int8") and not ours)
-    few, many_by = "_by_few" if ours else "_few", "_many" if many is None else "_by_many"
-    assert taken == (["_many"] * 3 if none else [few, few, many_by])
+    few, many_by = ("gemv", ours), ("gemm", many is not None)
+    taken = [_multiplies(module, torch.ones(rows, 96, dtype=dtype)) for rows in (1, most, most + 1)]
+    assert taken == ([("gemm", False)] * 3 if none else [few, few, many_by])
+
+
+def _many_from(form: str, dtype: torch.dtype) -> int | None:
+    """From how many rows on our kernels for many multiply; None where there are none for this type."""
+    found = library()
+    if found is None or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if dtype == torch.bfloat16 and found.sums_pairs:
+        of_tiles, of_pairs = 9 if form == "int8" else 24, 4 if form == "int8" else gemv.ROWS + 1
+        return of_tiles if found.sums_tiles else of_pairs
+    is_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return gemv.ROWS + 1 if dtype == torch.float32 and is_avx2 else None
+
+
+def _multiplies(module: QuantizedLinear, x: Tensor) -> tuple[str, bool]:
+    """The operation that does this product, and whether it is ours: by what is called, not by what would be."""
+    called: list[tuple[str, bool]] = []
+
+    def noting(kernel: table.Kernel) -> table.Kernel:
+        def function(*arguments: object) -> Tensor:
+            called.append((kernel.operation, kernel.ours))
+            return kernel.function(*arguments)
+
+        return dataclasses.replace(kernel, function=function)
+
+    noted = [noting(kernel) for kernel in table.rows()]
+    with table.leaving_out(lambda kernel: True):
+        table.add(*noted)
+        module(x)
+    assert len(called) == 1
+    return called[0]
 
 
 @pytest.mark.parametrize("form", ["int8", "int4_rows", "int4_neurons", "int4_strips"])
 def test_many_rows_are_not_translated_where_ours_multiply(form: str, monkeypatch: pytest.MonkeyPatch):
-    dtype = torch.bfloat16 if gemm.kernels(torch.bfloat16) else torch.float32
-    if gemm.kernels(dtype) is None:
+    dtype = torch.bfloat16 if _many_from(form, torch.bfloat16) else torch.float32
+    if _many_from(form, dtype) is None:
         pytest.skip("ours are not here: another processor, or no compiler")
     tensors, matrix = _tensors(form, 64, 96, dtype)
     module = _module(form, tensors, 64, 96, _scratch(2**12, dtype), is_down=form == "int4_neurons")
@@ -154,7 +183,6 @@ def test_many_rows_are_not_translated_where_ours_multiply(form: str, monkeypatch
 @pytest.mark.parametrize("inputs", [1, 8, 33, 40, 50])
 def test_the_int8_kernel_is_kept_from_widths_that_it_reads_past(inputs: int, monkeypatch: pytest.MonkeyPatch):
     """torch's kernel returns garbage there in bfloat16, or takes the process down: so it must not even be called."""
-    monkeypatch.setattr(gemv, "kernels", lambda: None)
 
     def forbidden(*_: Tensor) -> Tensor:
         raise AssertionError("called")
@@ -162,7 +190,8 @@ def test_the_int8_kernel_is_kept_from_widths_that_it_reads_past(inputs: int, mon
     monkeypatch.setattr(torch, "_weight_int8pack_mm", forbidden)
     tensors, matrix = _tensors("int8", 40, inputs, torch.bfloat16)
     module = _module("int8", tensors, 40, inputs, _scratch(2**12, torch.bfloat16), is_down=False)
-    _check(module, matrix, torch.bfloat16, torch.bfloat16)
+    with table.leaving_out(lambda kernel: kernel.ours and kernel.operation == "gemv"):
+        _check(module, matrix, torch.bfloat16, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("whose")
@@ -183,7 +212,6 @@ def test_nothing_needs_to_be_aligned(rows: int, weight_offset: int, input_offset
 
 def test_the_scratch_is_used_and_not_outgrown(monkeypatch: pytest.MonkeyPatch):
     """What many rows need beside it is a block that no scratch could hold."""
-    monkeypatch.setattr(gemm, "kernels", lambda _: None)
     for form, row_bytes in (("int8", 96 * 4), ("int4_rows", 96 * 4), ("int4_neurons", 64 * 4)):
         tensors, matrix = _tensors(form, 64, 96, torch.float32)
         scratch = _scratch(3 * row_bytes, torch.float32)
@@ -193,7 +221,8 @@ def test_the_scratch_is_used_and_not_outgrown(monkeypatch: pytest.MonkeyPatch):
             scratch, "block", lambda *shape, b=block, kept=blocks: (kept.append(b(*shape)), kept[-1])[1]
         )
         module = _module(form, tensors, 64, 96, scratch, is_down=form == "int4_neurons")
-        module(torch.ones(40, 96))
+        with table.leaving_out(lambda kernel: kernel.ours and kernel.operation == "gemm"):
+            module(torch.ones(40, 96))
         assert len(blocks) == -(-matrix.shape[form == "int4_neurons"] // 3), form
         assert {b.data_ptr() for b in blocks} == {scratch._buffer.data_ptr()}
 
@@ -206,16 +235,20 @@ def test_row_norms(form: str, dtype: torch.dtype):
     rtol = 1e-5 if form != "float" else 1e-6
     if form == "int4_rows":  # the norms before they were rounded
         matrix = _random(300, 64).double()
-        tensors, rtol = quantized(matrix, "int4", dtype, is_down=False), max(1e-6, torch.finfo(dtype).eps)
-    torch.testing.assert_close(row_norms(tensors, swapped=False).double(), matrix.norm(dim=1), rtol=rtol, atol=0)
+        tensors, rtol = get("int4").quantize(matrix, dtype, is_down=False), max(1e-6, torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        row_norms(tensors, LAYOUTS[form], swapped=False).double(), matrix.norm(dim=1), rtol=rtol, atol=0
+    )
     if form == "float":
         turned = {"weight": tensors["weight"].t()}
-        torch.testing.assert_close(row_norms(turned, swapped=True).double(), matrix.norm(dim=1), rtol=rtol, atol=0)
+        torch.testing.assert_close(
+            row_norms(turned, LAYOUTS[form], swapped=True).double(), matrix.norm(dim=1), rtol=rtol, atol=0
+        )
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "is_down"), [(64, 40, False), (40, 64, True)])
 def test_sizes_that_int4_cannot_group_are_refused(outputs: int, inputs: int, is_down: bool):
     with pytest.raises(UnsupportedModel, match=r"fc: int4 needs rows in groups of 32, this one has 40 numbers"):
-        check_sizes("int4", outputs, inputs, "fc", is_down=is_down)
-    check_sizes("int8", outputs, inputs, "fc", is_down=is_down)
-    check_sizes("int4", outputs, inputs, "fc", is_down=not is_down)
+        get("int4").check(outputs, inputs, "fc", is_down=is_down)
+    get("int8").check(outputs, inputs, "fc", is_down=is_down)
+    get("int4").check(outputs, inputs, "fc", is_down=not is_down)

@@ -7,8 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin_offload.kernels import gather
-from griffin_offload.kernels.gather import gather_columns, gather_neurons_to_strips
+from griffin_offload.kernels import table
+from griffin_offload.kernels.gather import (
+    gather_columns,
+    gather_neurons_to_strips,
+    takes_columns,
+    takes_neurons,
+)
 from griffin_offload.kernels.library import library
 
 LOADED = library()
@@ -41,7 +46,9 @@ def test_columns(data: st.DataObject):
     source = _numbers(rows, (before + columns) * bytes_each)
     room = torch.zeros(rows, chosen.numel() + apart, dtype=dtype)
     out = room.view(torch.uint8).fill_(MARK)
-    assert gather_columns(source.view(dtype)[:, before:], chosen, room[:, : chosen.numel()])
+    columns = source.view(dtype)[:, before:], chosen, room[:, : chosen.numel()]
+    assert takes_columns(*columns)
+    gather_columns(*columns)
     expected = torch.full_like(out, MARK)
     expected[:, : chosen.numel() * bytes_each] = source.view(rows, -1, bytes_each)[:, before + chosen].flatten(1)
     assert torch.equal(out, expected)
@@ -57,7 +64,8 @@ def test_neurons_to_strips(data: st.DataObject):
     codes, groups = _numbers(stored, per_neuron * 16), _numbers(stored, per_neuron, 2)
     kept, strips = before + chosen.numel() + after, -(-per_neuron // 2)
     out = torch.full((strips, kept, 32), MARK).byte(), torch.full((2 * strips, kept, 2), MARK).byte()
-    assert gather_neurons_to_strips((codes, groups), chosen, out, before)
+    assert takes_neurons((codes, groups))
+    gather_neurons_to_strips((codes, groups), chosen, out, before)
     expected = torch.full((kept, strips * 32), MARK).byte(), torch.full((kept, 2 * strips, 2), MARK).byte()
     inside = slice(before, before + chosen.numel())
     expected[0][inside, : per_neuron * 16], expected[1][inside, :per_neuron] = codes[chosen], groups[chosen]
@@ -69,13 +77,14 @@ def test_neurons_to_strips(data: st.DataObject):
 def test_columns_that_are_not_in_order_are_left_to_torch():
     source = _numbers(3, 100)
     for chosen in ([5, 4], [5, 5], [-1, 5]):
-        assert not gather_columns(source, torch.tensor(chosen), torch.empty(3, 2, dtype=torch.uint8))
+        assert not takes_columns(source, torch.tensor(chosen), torch.empty(3, 2, dtype=torch.uint8))
 
 
 def test_columns_that_the_kernel_does_not_know_need_no_library(monkeypatch: pytest.MonkeyPatch):
     """Where there is none, asking for it warns."""
-    monkeypatch.setattr(gather, "library", lambda: pytest.fail("the library was asked for"))
-    assert not gather_columns(torch.zeros(3, 100), torch.tensor([0, 1]), torch.empty(3, 2))
+    table.forget()
+    monkeypatch.setattr(table, "library", lambda: pytest.fail("the library was asked for"))
+    assert not any(kernel.ours for kernel in table.candidates("gather", "columns", torch.zeros(3, 100)))
 
 
 @needs_vbmi2
@@ -108,4 +117,6 @@ def test_neurons_of_wrong_sizes_are_refused(chosen: list[int], start: int, chang
 @needs_kernels
 def test_neurons_that_do_not_lie_in_one_piece_are_left_to_torch():
     codes, out = _numbers(10, 96)[:, ::2], (_numbers(2, 32, 32), _numbers(4, 32, 2))
-    assert not gather_neurons_to_strips((codes, _numbers(10, 3, 2)), torch.tensor([1]), out, 0)
+    assert not table.choose(
+        "gather", "int4_strips", (codes, _numbers(10, 3, 2)), torch.tensor([1]), out, 0, like=codes
+    ).ours

@@ -5,8 +5,8 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from griffin_offload.engine.cpu_modules import use_own_linears, use_own_norms
-from griffin_offload.formats.linear import Scratch
-from griffin_offload.kernels.attention import can_attend
+from griffin_offload.kernels import table
+from griffin_offload.kernels.by_blocks import Scratch
 
 
 def test_gradients_are_torchs():
@@ -23,11 +23,13 @@ def test_gradients_are_torchs():
     assert torch.equal(*gradients)
 
 
+def _is_ours(query: torch.Tensor, key: torch.Tensor) -> bool:
+    return table.choose("attention", "one_token", None, query, key, key, None, like=query).ours
+
+
 def test_attention_is():
     query = torch.ones(1, 2, 1, 16).bfloat16()
     for requires_grad in (True, False):
-        assert not can_attend(query.clone().requires_grad_(), query, query)
+        assert not _is_ours(query.clone().requires_grad_(), query)
         with torch.no_grad():
-            assert can_attend(query, query, query) == can_attend(
-                query.clone().requires_grad_(requires_grad), query, query
-            )
+            assert _is_ours(query, query) == _is_ours(query.clone().requires_grad_(requires_grad), query)

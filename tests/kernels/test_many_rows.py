@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin_offload.kernels import gemm
+from griffin_offload.kernels import gemm, table
 from griffin_offload.kernels.library import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,7 +104,7 @@ def _check(
     x = torch.randn(rows, inputs, generator=generator).to(x_dtype)
     bias = torch.randn(features, generator=generator).to(x_dtype) if has_bias else None
     kernels = _kernels(*kind)
-    assert kernels.take(form, x, matrix.weight)
+    assert _takes(kind[0], form, x, matrix.weight)
     found = kernels.multiply(form, x, matrix.weight, matrix.scale, bias, matrix.groups, features)
     exact = x.double() @ matrix.exact[:features].t() + (0 if bias is None else bias.double())
     # Numbers of the matrix are rounded to what is multiplied, sums are in float32, and the product is rounded again.
@@ -193,15 +193,24 @@ def test_what_would_be_read_or_written_wrongly_is_refused(form: str, arguments: 
 
 @needs_kernels
 def test_what_they_take():
-    floats, pairs = _kernels(torch.float32), _kernels(torch.bfloat16)
+    floats, pairs = torch.float32, torch.bfloat16
     weight, odd = torch.ones(4, 64, dtype=torch.int8), torch.ones(4, 33, dtype=torch.int8)
-    assert floats.take("int8", torch.ones(3, 33), odd)
-    assert not pairs.take("int8", torch.ones(3, 33).bfloat16(), odd)
-    assert pairs.take("int8", _X, weight)
-    assert not pairs.take("int8", _X.half(), weight)
-    assert not floats.take("float", _X, weight.half())
-    assert not floats.take("int8", _X.double(), weight)
-    assert not floats.take("int8", _X.float().requires_grad_(), weight)
+    assert _takes(floats, "int8", torch.ones(3, 33), odd)
+    assert not _takes(pairs, "int8", torch.ones(3, 33).bfloat16(), odd)
+    assert _takes(pairs, "int8", _X, weight)
+    assert not _takes(pairs, "int8", _X.half(), weight)
+    assert not _takes(floats, "float", _X, weight.half())
+    assert not _takes(floats, "int8", _X.double(), weight)
+    assert not _takes(floats, "int8", _X.float().requires_grad_(), weight)
+
+
+def _takes(computes: torch.dtype, layout: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether a row of the table does, on a processor that has what the row needs."""
+    return any(
+        x.dtype in kernel.numbers and kernel.takes(x, {"weight": weight})
+        for kernel in table.rows()
+        if kernel.ours and (kernel.operation, kernel.layout, kernel.computes) == ("gemm", layout, computes)
+    )
 
 
 @needs_tiles
@@ -220,12 +229,15 @@ def test_torch_and_ours_leave_each_other_their_tiles(rows: int):
 
 def test_which_processor_has_which(monkeypatch: pytest.MonkeyPatch):
     """Only what was measured is replaced."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    gemm.kernels.cache_clear()
-    assert (gemm.kernels(torch.float32) is None) == (LOADED is None)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    gemm.kernels.cache_clear()
-    assert gemm.kernels(torch.float32) is None
-    assert (gemm.kernels(torch.bfloat16) is None) == (LOADED is None or not LOADED.sums_pairs)
-    assert gemm.kernels(torch.float64) is None
-    gemm.kernels.cache_clear()
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        table.forget()
+        assert _applies(torch.float32) == (LOADED is not None and capability == "AVX2")
+        assert _applies(torch.bfloat16) == (LOADED is not None and LOADED.sums_pairs)
+        assert not _applies(torch.float64)
+    table.forget()
+
+
+def _applies(dtype: torch.dtype) -> bool:
+    found = table.products("int8", table.MANY, torch.ones(1, 64, dtype=dtype), dtype, True)
+    return any(kernel.ours and kernel.operation == "gemm" for kernel in found)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from marks import mostly_slow
 from tiny_models import ARCHITECTURES, VOCAB
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, Lfm2Config, LlamaConfig, T5Config
 
@@ -213,7 +214,7 @@ STRATEGIES: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
-@pytest.mark.parametrize("name", ["llama3", "mistral", "gemma2", "gemma3", "cohere2"])
+@pytest.mark.parametrize("name", mostly_slow(["gemma3", "llama3", "mistral", "gemma2", "cohere2"], 1))
 def test_generation_is_the_dense_models_own_far_beyond_its_window(checkpoints, name: str, strategy: str):
     """200 tokens behind a window of 16: the window has moved to the start of its store several times."""
     path = checkpoints(name)
@@ -290,7 +291,7 @@ def _cells() -> Iterator[tuple[str, int, int]]:
     yield from (("llama3", 3, 16), ("mistral", 3, 16), ("gemma3", 1, 8))
 
 
-@pytest.mark.parametrize(("name", "batch", "bits"), list(_cells()))
+@pytest.mark.parametrize(("name", "batch", "bits"), mostly_slow(_cells(), 6))
 def test_planned_bytes_are_allocated_to_the_byte(checkpoints, name: str, batch: int, bits: int):
     context = 100  # more than a window and its slack
     model = _load(checkpoints(name), kv_bits=bits, batch_size=batch, density=0.5, ctx_size=context)

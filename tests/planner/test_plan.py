@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, build_on_meta, model_shape
-from griffin_offload.formats.linear import PRECISIONS, Precision
+from griffin_offload.engine.decode_graph import GRAPH_COSTS
+from griffin_offload.formats import Format, every, get
 from griffin_offload.kv_cache.sizes import Workload, kv_bytes
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.plan import price
@@ -162,7 +163,7 @@ def test_density_is_solved_in_multiples_of_64():
     assert not price(shape, PlanRequest(16 * 10**9), Workload(1, 1024, 1024), one_more, 2, "host").fits
 
 
-def _in_fewer_bits(shape: ModelSizes, precision: Precision, share: int) -> ModelSizes:
+def _in_fewer_bits(shape: ModelSizes, precision: Format, share: int) -> ModelSizes:
     layers = tuple(
         dataclasses.replace(
             layer,
@@ -179,7 +180,7 @@ def _in_fewer_bits(shape: ModelSizes, precision: Precision, share: int) -> Model
 @given(shapes(), requests(), st.integers(1, 3), st.lists(st.floats(0, 2), min_size=4, max_size=12))
 def test_more_memory_is_never_worse(shape: ModelSizes, request: PlanRequest, count: int, budgets: list[float]):
     """Precision, then density, then context: in this order none is ever given up for another, or for want of less."""
-    precisions = [shape, _in_fewer_bits(shape, "int8", 2), _in_fewer_bits(shape, "int4", 4)][:count]
+    precisions = [shape, _in_fewer_bits(shape, get("int8"), 2), _in_fewer_bits(shape, get("int4"), 4)][:count]
     whole = best_plan(shape, dataclasses.replace(request, budget_bytes=1, density=1.0), 2048).peak_bytes
     before: tuple[int, float, int] | None = None
     for budget in sorted(max(int(share * whole), 1) for share in budgets):
@@ -195,7 +196,7 @@ def test_more_memory_is_never_worse(shape: ModelSizes, request: PlanRequest, cou
 
 def test_the_ladder():
     """All neurons in 16, 8 and 4 bit come before fewer neurons, and those before less than 2048 tokens."""
-    shapes = [model_shape(build_on_meta(LlamaConfig(**LLAMA_13B), torch.bfloat16), p) for p in PRECISIONS]
+    shapes = [model_shape(build_on_meta(LlamaConfig(**LLAMA_13B), torch.bfloat16), p) for p in every()]
     plans = [make_plan(shapes, PlanRequest(int(gb * 1e9))) for gb in (34, 29, 18, 16, 13, 10, 9, 6)]
     assert [plan.precision for plan in plans] == ["bfloat16"] * 2 + ["int8"] * 2 + ["int4"] * 4
     assert [plan.density for plan in plans[:6]] == [1.0] * 6
@@ -278,7 +279,7 @@ def test_planned_bytes_are_the_measured_ones(checkpoints, name: str, batch: int)
         batch_size=batch,
     )
     held: list[dict[str, int]] = []
-    ledger = model._loaded.ledger
+    ledger = model.engine.loaded.ledger
     hold, ledger.hold = ledger.hold, lambda **parts: (held.append(parts), hold(**parts))[1]
     model.generate(torch.randint(3, VOCAB, (batch, 40)), max_new_tokens=8, do_sample=False)
     assert model.resident_bytes == model.plan.resident_bytes
@@ -316,7 +317,7 @@ def test_captured_graphs_are_counted_in_both_phases():
     shape = _shape_of(**LLAMA_13B)
     request = PlanRequest(budget_bytes=24 * 10**9, ctx_tokens=2176, density=0.5)
     plain = best_plan(shape, request, 2176)
-    graphs = best_plan(shape, dataclasses.replace(request, graphs=True), 2176)
+    graphs = best_plan(shape, dataclasses.replace(request, graphs=GRAPH_COSTS), 2176)
     assert plain.parts["graphs"] == 0
     # Pool and kernels of eight captures: a hundredth of the budget that 13B is meant for.
     assert 90 * 2**20 < graphs.parts["graphs"] < 0.01 * 12e9

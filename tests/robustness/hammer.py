@@ -118,7 +118,7 @@ def int4(r: random.Random, library: compiled.Library) -> None:
     index = torch.tensor([r.randrange(inputs) for _ in range(r.randint(1, kept))], dtype=torch.long)
     strips = _bytes(-(-outputs // 64) * kept, 32).view(-1, kept, 32), _bytes(-(-outputs // 64) * 2 * kept, 2)
     strips = strips[0], strips[1].view(-1, kept, 2)
-    assert gathering.gather_neurons_to_strips(neurons, index, strips, kept - index.numel())
+    gathering.gather_neurons_to_strips(neurons, index, strips, kept - index.numel())
     few.multiply_int4_strips(
         _numbers(r, r.randint(1, 9), kept, dtype), *strips, torch.rand(kept).to(dtype), features=features
     )
@@ -146,7 +146,7 @@ def load(path: str) -> compiled.Library:
 
 def overflow(library: compiled.Library) -> None:
     """What happened where torch's default type was bfloat16: float32 numbers in memory of half the size."""
-    quantize._run(library, "quantize_largest", torch.ones(64, 64), torch.empty(64, dtype=torch.bfloat16))
+    quantize._run("quantize_largest", torch.ones(64, 64), torch.empty(64, dtype=torch.bfloat16))
 
 
 def race(library: compiled.Library) -> None:

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from griffin_offload import GriffinModel
 from griffin_offload.demo import demo_directory
 from griffin_offload.engine.convert import convert
-from griffin_offload.formats import int4, int8
+from griffin_offload.formats import int4, scales
+from griffin_offload.formats.int8 import INT8
 from griffin_offload.kernels import attention, gemv, rms_norm
 from griffin_offload.kernels.library import library
 
@@ -217,7 +218,7 @@ def test_inference_mode(precision: str, loading: bool, generating: bool, right: 
         assert answer(model) == right[precision]
 
 
-def _strips(neurons: int4.Int4) -> int4.Int4:
+def _strips(neurons: int4.Packed) -> int4.Packed:
     stored = neurons[0].shape[0]
     strips = torch.zeros(1, stored, 32, dtype=torch.uint8), torch.zeros(2, stored, 2, dtype=torch.uint8)
     int4.gather_neurons(neurons, torch.arange(stored, dtype=torch.long), strips, 0)
@@ -238,16 +239,16 @@ def test_kernels_under_a_default_type(default: torch.dtype):
         seen = torch.arange(200)[None, None, None] > 20
         numbers = torch.empty(70, 96, dtype=torch.int8)
         with default_type(dtype):
-            scale = int8.int8_scale(weight, torch.bfloat16)
-            int8.quantize_int8(weight, scale, numbers)
+            scale = INT8.scale_of(weight, torch.bfloat16)
+            INT8.write(weight, scale, numbers)
             kernels = gemv.kernels()
             assert kernels is not None
             results.append(
                 [
                     scale,
                     numbers,
-                    int8.neuron_scale(weight, torch.float32),
-                    int8.row_scale(weight, torch.float32),
+                    scales.neuron_scale(weight, torch.float32),
+                    scales.row_scale(weight, torch.float32),
                     *(rows := int4.quantize_rows(weight, ones[:70], ones)),
                     *(neurons := int4.quantize_neurons(weight[:64], ones, ones[:64])),
                     kernels.multiply_int4_rows(x, *rows, ones[:70]),

@@ -22,7 +22,7 @@ KEY = "sk-a-secret"
 
 
 def eventually(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.01)
@@ -68,7 +68,7 @@ def test_a_client_that_loses_patience(chatty, serve_one, gate, jobs):
     with serve_one(chatty) as one, one.client() as client:
         gate.release(2)
         with pytest.raises(openai.APITimeoutError):
-            client.with_options(timeout=0.4).chat.completions.create(**CHAT)
+            client.with_options(timeout=3.0).chat.completions.create(**CHAT)
         eventually(disconnected(one, "chat"))
         eventually(lambda: one.metric("sessions") == 1)
         assert len(jobs) == 3
@@ -87,8 +87,8 @@ def test_async_clients_at_once_and_one_of_them_cancelled(chatty, serve_one, gate
 
     async def talk(one: Any, url: str) -> list[str]:
         async with (
-            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=30) as first,
-            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=30) as second,
+            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=300) as first,
+            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=300) as second,
         ):
             leaving = asyncio.create_task(text(first))
             while not jobs:

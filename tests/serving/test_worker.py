@@ -1,6 +1,7 @@
 """The queue, clients that leave, time, idleness and the end."""
 
 import gc
+import json
 import os
 import shutil
 import socket
@@ -15,16 +16,18 @@ import openai
 import pytest
 import torch
 
-from griffin_offload.engine import prefill
+from griffin_offload.blocks.hooks import ChunkedForward
 from griffin_offload.engine.runner import ModelRunner
 from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.serving.queue import Job
 
+LONGEST_S = 300  # how busy the machine may be
+TIMEOUT_S = 2.0  # of a request whose tokens never come
 BODY = {"model": "tiny", "prompt": "the cat sat on the mat", "max_tokens": 100, "temperature": 0}
 
 
 def eventually(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + LONGEST_S
     while not condition():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.01)
@@ -39,13 +42,26 @@ class Asking:
         self._thread.start()
 
     def _ask(self, server: Any, body: dict[str, Any]) -> None:
-        with httpx.Client(base_url=server.url, timeout=30) as client:
+        with httpx.Client(base_url=server.url, timeout=LONGEST_S) as client:
             self.answer = client.post("/v1/completions", json=body)
 
     def wait(self) -> httpx.Response:
-        self._thread.join(30)
+        self._thread.join(LONGEST_S)
         assert self.answer is not None
         return self.answer
+
+
+class Leaving:
+    """A client that asks and does not wait for the end."""
+
+    def __init__(self, server: Any, body: dict[str, Any]) -> None:
+        address, content = httpx.URL(server.url), json.dumps(body)
+        self._socket = socket.create_connection((address.host, address.port))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.host}\r\nContent-Type: application/json\r\n"
+        self._socket.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+
+    def leave(self) -> None:
+        self._socket.close()
 
 
 @pytest.fixture
@@ -86,16 +102,10 @@ def test_a_full_queue_says_when_to_come_again(chatty, serve_one, gate, tokens):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_the_worker_within_a_token(chatty, serve_one, gate, tokens, stream: bool):
     with serve_one(chatty) as one:
-        leaving = httpx.Client(base_url=one.url, timeout=30 if stream else 0.3)
         gate.release(3)
-        if stream:
-            with leaving.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as answer:
-                assert answer.status_code == 200
-                eventually(lambda: len(tokens) == 4)
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                leaving.post("/v1/completions", json=BODY)
-        leaving.close()
+        leaving = Leaving(one, BODY | {"stream": stream})
+        eventually(lambda: len(tokens) == 4)
+        leaving.leave()
         eventually(lambda: one.metric("requests_total", endpoint="completions", outcome="disconnected") == 1)
         eventually(lambda: one.metric("sessions") == 1)  # what was said is kept
         assert len(tokens) == 4
@@ -106,7 +116,7 @@ def test_a_client_that_leaves_frees_the_worker_within_a_token(chatty, serve_one,
 def test_a_client_that_leaves_while_the_prompt_streams(chatty, serve_one, monkeypatch: pytest.MonkeyPatch):
     """After the layer that is being computed; hooks and weights are as before."""
     layers: list[int] = []
-    left, go = threading.Event(), threading.Event()
+    begun, go = threading.Event(), threading.Event()
     prefill = ModelRunner._prefill
 
     def slow(engine: ModelRunner, *args: Any) -> Any:
@@ -115,8 +125,8 @@ def test_a_client_that_leaves_while_the_prompt_streams(chatty, serve_one, monkey
         def progress(done: int, of: int) -> None:
             layers.append(done)
             if done == 1:
-                left.set()
-                assert go.wait(20)
+                begun.set()
+                assert go.wait(LONGEST_S)
             ask(done, of)
 
         engine.progress = progress
@@ -125,9 +135,9 @@ def test_a_client_that_leaves_while_the_prompt_streams(chatty, serve_one, monkey
     with serve_one(chatty) as one:
         expected = one.post(BODY | {"prompt": "a boat"}).json()["choices"][0]["text"]
         monkeypatch.setattr(ModelRunner, "_prefill", slow)
-        with httpx.Client(base_url=one.url, timeout=0.5) as leaving, pytest.raises(httpx.ReadTimeout):
-            leaving.post("/v1/completions", json=BODY)
-        assert left.is_set()
+        leaving = Leaving(one, BODY)
+        assert begun.wait(LONGEST_S)
+        leaving.leave()
         eventually(lambda: one.metric("requests_total", endpoint="completions", outcome="disconnected") == 1)
         go.set()
         monkeypatch.undo()
@@ -140,8 +150,9 @@ def test_a_client_that_leaves_the_queue(chatty, serve_one, gate, tokens):
     with serve_one(chatty) as one:
         first = Asking(one, BODY)
         eventually(lambda: tokens)
-        with httpx.Client(base_url=one.url, timeout=0.3) as leaving, pytest.raises(httpx.ReadTimeout):
-            leaving.post("/v1/completions", json=BODY)
+        leaving = Leaving(one, BODY)
+        eventually(lambda: one.server._worker.waiting == 1)
+        leaving.leave()
         eventually(lambda: one.server._worker.waiting == 0)
         gate.release(1000)
         assert first.wait().status_code == 200
@@ -150,7 +161,7 @@ def test_a_client_that_leaves_the_queue(chatty, serve_one, gate, tokens):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_time_is_up(chatty, serve_one, gate, tokens, stream: bool):
-    with serve_one(chatty, request_timeout_s=0.5) as one:
+    with serve_one(chatty, request_timeout_s=TIMEOUT_S) as one:
         gate.release(3)
         answer = one.post(BODY | {"stream": stream})
         if stream:
@@ -159,9 +170,10 @@ def test_time_is_up(chatty, serve_one, gate, tokens, stream: bool):
         else:
             assert answer.status_code == 408
             assert answer.headers["x-should-retry"] == "false"
-            assert "within 0.5 s" in answer.json()["error"]["message"]
+            assert f"within {TIMEOUT_S:g} s" in answer.json()["error"]["message"]
         gate.release(1000)
-        assert one.post(BODY | {"max_tokens": 2}).status_code == 200
+        # The next one is answered; a busy machine may need several attempts within the same time.
+        eventually(lambda: one.post(BODY | {"max_tokens": 2}).status_code == 200)
 
 
 def test_a_body_that_never_ends_is_given_up(chatty, serve_one):
@@ -172,7 +184,7 @@ def test_a_body_that_never_ends_is_given_up(chatty, serve_one):
     ):
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         raw.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-        raw.settimeout(20)
+        raw.settimeout(LONGEST_S)
         assert raw.recv(100).startswith(b"HTTP/1.1 408")
         raw.close()
 
@@ -185,9 +197,10 @@ def test_idle_memory_is_given_back_and_the_next_request_loads_again(chatty, serv
         assert loaded() is None
         assert one.http.get("/health").json()["loaded"] is False
         assert (one.metric("sessions"), one.metric("session_bytes")) == (0, 0)
+        loads = one.metric("model_loads")  # a busy machine may have been idle before the first answer, too
         again = one.post(BODY)
         assert again.json()["choices"][0]["text"] == first
-        assert one.metric("model_loads") == 2
+        assert one.metric("model_loads") == loads + 1
 
 
 def test_what_is_kept_goes_for_a_request_that_has_no_room_beside_it(chatty, serve_one, smallest_budget):
@@ -243,7 +256,7 @@ def test_refused_memory_is_told_and_the_next_answer_is_right(chatty, serve_one, 
     with serve_one(chatty) as server:
         expected = server.post(BODY).json()["choices"][0]["text"]
         with monkeypatch.context() as patch:
-            patch.setattr(prefill, "_in_chunks", out_of_memory)
+            patch.setattr(ChunkedForward, "_in_chunks", out_of_memory)
             refused = server.post(BODY | {"prompt": "a dog"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
         assert server.post(BODY).json()["choices"][0]["text"] == expected

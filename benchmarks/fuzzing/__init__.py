@@ -1,1 +1,0 @@
-"""Hostile files: made, given to the package, and watched."""

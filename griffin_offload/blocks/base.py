@@ -1,0 +1,189 @@
+"""The contract of a feed-forward (FF) block: all that the rest of the program knows of what a layer's neurons are.
+
+A block is a part of a decoder layer whose neurons are scored while a prompt passes, kept or left out. What a neuron is
+belongs to the block: an FF neuron (`FeedForward`), several that stay together, an expert, a neuron of an expert.
+Passes, sizes, residents, conversion and the check at load ask the contract; a new kind is a class and a finder
+(`layouts.register_block`). How experts are to fill it: docs/how_it_works.md.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from griffin_offload.devices.host_memory import untouched_zeros
+from griffin_offload.formats.base import Format, Spec
+from griffin_offload.method.statistic import squared_statistic, weighted_sum
+
+
+class Activations:
+    """What a block's neurons say to some tokens of every sequence: inside a call of an observer, as its model has it.
+
+    The model's own tensor, [B * T, W] or [B, T, W], W numbers a token; F neurons are made of them. Here W is F.
+    """
+
+    def __init__(self, z: Tensor, start: int, *, copied: bool = False) -> None:
+        self.z = z
+        self.start = start
+        """Number of the first of these tokens in each sequence of the pass."""
+        self._copied = copied
+
+    def by_sample(self, samples: int) -> "Activations":
+        """The same as [B, T, W], for B `samples`."""
+        z = self.z.reshape(samples, -1, self.z.shape[-1])
+        return type(self)(z, self.start, copied=z.data_ptr() != self.z.data_ptr())
+
+    @property
+    def tokens(self) -> int:
+        """Of each sequence; asked by sample, as what follows."""
+        return self.z.shape[1]
+
+    def part(self, rows: slice, columns: slice) -> "Activations":
+        """Those of some samples and tokens, without a copy; `columns` has a start."""
+        return type(self)(self.z[rows, columns], self.start + columns.start, copied=self._copied)
+
+    def values(self) -> Tensor:
+        """One number for every neuron, [B, T, F]: what it adds to its token's output, or how much."""
+        return self.z
+
+    def squared(self, weights: Tensor) -> Tensor:
+        """Sum over tokens of weights * value^2 / ||values||^2: float32 [B, G, F] for weights [B, G, T]."""
+        return squared_statistic(self.values(), weights)
+
+    def summed(self, weights: Tensor) -> Tensor:
+        """Sum over tokens of weights * z: float32 [B, G, W] for weights [B, G, T]."""
+        return weighted_sum(self.z, weights)
+
+    def leave_out(self, kept: Tensor, instead: Tensor | None = None) -> None:
+        """In the model's own tensor, set all but the neurons `kept` (booleans [F]) to zero, or to `instead` [W]."""
+        assert not self._copied, "not the model's own tensor"
+        if instead is None:
+            self.z.mul_(kept)
+        else:
+            self.z.copy_(torch.where(kept, self.z, instead.to(self.z.dtype)))
+
+
+ActivationCallback = Callable[[Activations], None]
+
+
+class Block(ABC):
+    """The FF block of one decoder layer: what its neurons are, how they are installed, gathered and watched.
+
+    Tensors travel as lists, in the order of `full_specs` and `compact_specs`.
+    """
+
+    module: nn.Module
+    """Whose forward the block is."""
+    inline: bool
+    """Whether `module` is the decoder layer itself, whose forward does more than the FF (OPT)."""
+    neurons: int
+    """F: what a statistic has numbers for, and what is kept or left out."""
+    hidden: int
+    """H."""
+    width: int
+    """W, numbers of one token that `Activations` hold: F unless a neuron is several of them."""
+    linears: tuple[nn.Module, ...]
+    """The linear layers that it consists of: they are quantised as a part of it."""
+
+    @property
+    @abstractmethod
+    def gated(self) -> bool:
+        """Whether two activations exist for each of W (gate and up), in one matrix or in two."""
+
+    @property
+    @abstractmethod
+    def precision(self) -> Format:
+        """Of the resident neurons."""
+
+    @abstractmethod
+    def is_down(self, linear: nn.Module) -> bool:
+        """Whether the inputs of `linear` are neurons, whose numbers then stand in its columns."""
+
+    @abstractmethod
+    def full(self) -> list[Tensor]:
+        """The installed tensors, which are the full ones until compact ones are installed."""
+
+    @abstractmethod
+    def full_specs(self, precision: Format | None = None) -> list[Spec]:
+        """Tensors as they are stored; `precision` asks about another one."""
+
+    @abstractmethod
+    def compact_specs(self, kept: int, precision: Format | None = None) -> list[Spec]:
+        """Tensors that hold `kept` neurons, filled up to whole multiples (`multiple`); linear in these."""
+
+    @abstractmethod
+    def multiple(self, precision: Format) -> int:
+        """Compact tensors hold multiples of so many neurons."""
+
+    @abstractmethod
+    def install_full(self, tensors: Sequence[Tensor]) -> None:
+        """Make `tensors` the block's; nothing is copied."""
+
+    @abstractmethod
+    def install_compact(self, tensors: Sequence[Tensor]) -> None:
+        """Make `tensors` the block's; nothing is copied."""
+
+    @abstractmethod
+    def gather(self, full: Sequence[Tensor], chosen: Tensor, out: Sequence[Tensor]) -> None:
+        """Write the `chosen` neurons (sorted indices [K]) of `full` into `out`, the compact tensors."""
+
+    @abstractmethod
+    def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:
+        """For every tensor of `full_specs`, the rows that gathering `chosen` reads; None: all of it."""
+
+    @abstractmethod
+    def neuron_norms(self, full: Sequence[Tensor]) -> Tensor:
+        """Static score of "magnitude" [F]: product of the norms of each neuron's input rows."""
+
+    @abstractmethod
+    def output_norms(self, full: Sequence[Tensor]) -> Tensor:
+        """What a neuron's activation weighs in the output [F]: the norms of the down projection's columns."""
+
+    @abstractmethod
+    def observe(self, callback: ActivationCallback) -> None:
+        """Until `unhook`, call `callback` with the activations of every token that passes, each token once; what it
+        changes in them goes on."""
+
+    @abstractmethod
+    def chunked(self, limit: int) -> None:
+        """Until `unhook`, let at most `limit` tokens of each sequence pass at once. Nothing where the block is inline:
+        the plan counts such ones unchunked."""
+
+    @abstractmethod
+    def unhook(self) -> None:
+        """Take off what `observe` and `chunked` put on, also where they were interrupted."""
+
+    @abstractmethod
+    def run(self, x: Tensor) -> Tensor:
+        """The block as a function of hidden states [B, T, H], with what is installed."""
+
+    @property
+    def rounds_again(self) -> bool:
+        """Whether stored numbers are of a format whose gathered neurons rest in another one."""
+        return False
+
+    @property
+    @abstractmethod
+    def read_numbers(self) -> int:
+        """Numbers of matrices that one token is multiplied by."""
+
+    def weight_norms(self, kind: str, full: Sequence[Tensor]) -> Tensor:
+        """The norms [F] that a selection of `kind`, one of WEIGHT_NORMS, asks for."""
+        return self.neuron_norms(full) if kind == "magnitude" else self.output_norms(full)
+
+    def allocate(self, kept: int, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
+        """Compact tensors; what `gather` never writes is zero."""
+        return [
+            nn.Parameter(untouched_zeros(shape, own or dtype, device), requires_grad=False)
+            for shape, own in self.compact_specs(kept)
+        ]
+
+
+Finder = Callable[[nn.Module, str], Block | None]
+"""Finds the block of a decoder layer, which an error calls by the text; None where it is of another kind."""
+
+
+def padded(kept: int, multiple: int) -> int:
+    """Neurons that compact tensors have room for when `kept` are chosen."""
+    return kept if multiple == 1 else max(-(-kept // multiple), 1) * multiple

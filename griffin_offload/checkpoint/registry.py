@@ -1,0 +1,110 @@
+"""Where a checkpoint is found, and which kind it is: each is asked in turn."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from griffin_offload.checkpoint.base import Checkpoint
+from griffin_offload.checkpoint.config_files import load_config
+from griffin_offload.checkpoint.converted import ConvertedCheckpoint, mark_of, open_converted
+from griffin_offload.checkpoint.files import check_name, unreadable
+from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
+from griffin_offload.checkpoint.unsupported import check_numbers, is_gguf, refuse_gguf
+from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, one_line
+from griffin_offload.formats import get
+
+Opener = Callable[[Path], Checkpoint | None]
+"""Opens the file or directory if it is of its kind; None if it is not. Errors: CheckpointError, UnsupportedModel."""
+_KINDS: list[Opener] = [open_converted, open_safetensors]
+
+
+def register_kind(opener: Opener) -> None:
+    """Have `opener` asked before all others from now on."""
+    if opener not in _KINDS:
+        _KINDS.insert(0, opener)
+
+
+def forget_kind(opener: Opener) -> None:
+    """Undo `register_kind`."""
+    _KINDS.remove(opener)
+
+
+def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
+    """Find the file, directory or hub id `model` and check its headers. Errors: UsageError, ModelNotFound,
+    CheckpointError, UnsupportedModel. No weight is read."""
+    path = locate(model, offline=offline)
+    if path.is_dir():
+        _check_readable(path)
+    for kind in _KINDS:
+        found = kind(path)
+        if found is not None:
+            return found
+    if is_gguf(path):
+        refuse_gguf(path)
+    raise ModelNotFound(f"{model} is a file: give the checkpoint's directory")
+
+
+def _check_readable(directory: Path) -> None:
+    """CheckpointError for a directory whose files nobody but another user may list or open."""
+    try:
+        os.listdir(directory)
+        (directory / "config.json").is_file()
+    except OSError as error:
+        raise CheckpointError(unreadable(directory, error)) from error
+
+
+def read_config(path: str | Path) -> Checkpoint:
+    """A checkpoint of which only config.json is known, `path` being that file: enough to plan with."""
+    file = Path(os.path.expanduser(path))
+    if not file.is_file():
+        raise ModelNotFound(f"no file {file}: give a config.json")
+    config = load_config(file)
+    mark = mark_of(config, file.parent)
+    check_numbers(file, getattr(config, "quantization_config", None), None)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    if mark is None:
+        return SafetensorsCheckpoint(file.parent, config, dtype, (), 0)
+    return ConvertedCheckpoint(
+        file.parent, config, dtype, (), 0, precision=get(mark.precision), tables=get(mark.tables)
+    )
+
+
+def locate(model: str | Path, *, offline: bool = False, **hub: Any) -> Path:
+    """The path of `model`, fetched from the hub if need be; `hub` are more arguments of its client (revision,
+    cache_dir, token). Errors: UsageError, ModelNotFound."""
+    model = str(model)
+    if not model:
+        raise ModelNotFound("the model's name is empty: give a checkpoint directory or a hub id such as org/name")
+    path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
+    check_name(path)
+    try:
+        there = path.exists()
+    except OSError as error:  # a folder on the way may not be entered, or a prompt stands in the name's place
+        raise ModelNotFound(f"{model[:80]!r} cannot be looked at: {error.strerror}") from error
+    if there:
+        if hub.get("revision") not in (None, "main"):  # a token and a cache are for what has to be fetched
+            raise UsageError(
+                f"revision is {hub['revision']!r}, and {model} is a directory, which has none: leave it out"
+            )
+        return path
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ModelNotFound(f"no directory {model}: give a checkpoint directory or a hub id such as org/name")
+    return _hub_snapshot(model, offline, hub)
+
+
+def _hub_snapshot(model: str, offline: bool, hub: dict[str, Any]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    unwanted = ["consolidated*", "*/*"]  # the same weights again, in other layouts
+    try:
+        found = snapshot_download(
+            model, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=offline, **hub
+        )
+        return Path(found)
+    except Exception as error:  # the hub's client raises errors of many libraries
+        where = "the local hub cache" if offline else "this directory or the hub"
+        raise ModelNotFound(f"{model} was not found in {where}: {one_line(error)}") from error

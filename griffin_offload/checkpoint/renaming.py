@@ -1,0 +1,92 @@
+"""How transformers names what a checkpoint calls otherwise: its own mapping, asked without loading anything.
+
+Old names, names without the base model's prefix or with another one, several tensors that became one. The rules are
+transformers' (conversion_mapping.py, core_model_loading.py; the same functions from 5.20 to 5.24), and so is the code
+that applies them.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What makes one tensor of the model, or several at once."""
+
+    target: str
+    """The first of them."""
+    sources: tuple[str, ...]
+    """The checkpoint's names, in order."""
+    rule: Any = None
+    """transformers' own, where more than the name changes."""
+    patterns: tuple[str, ...] = ()
+    """Of the rule, one for each of `sources`."""
+
+    def apply(self, model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of `model` by name, made of `tensors`, which are the sources'."""
+        if self.rule is None:
+            return {self.target: tensors[self.sources[0]]}
+        rule = copy.deepcopy(self.rule)
+        for name, pattern in zip(self.sources, self.patterns, strict=True):
+            rule.add_tensor(self.target, name, pattern, tensors[name])
+        made = rule.convert(self.target, model=model, config=model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def conversions_of(model: Any, names: Iterable[str]) -> list[Conversion]:
+    """Which tensors of `names` make which of those of `model`. Names that lead nowhere are left out. What was used is
+    noted in `model`, as transformers does for saving it under the same names."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    rules = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    there, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, Conversion] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, there)
+        if target not in there and name in there:
+            target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=there)
+        if target in there and pattern is None:
+            found.setdefault(target, Conversion(target, (name,)))
+        elif target in there:
+            before = found.get(target, Conversion(target, (), rules[pattern]))
+            more = (*before.sources, name), before.rule, (*before.patterns, pattern)
+            found[target] = Conversion(target, *more)
+    model._weight_conversions = [transform for transform in transforms if transform.was_used()]
+    return list(found.values())
+
+
+def same_names(model: Any, names: Iterable[str]) -> list[Conversion]:
+    """The same for checkpoints that name every tensor as the model does."""
+    there = model.state_dict()
+    return [Conversion(name, (name,)) for name in names if name in there]
+
+
+class KeptTypes:
+    """Which tensors of a model transformers keeps in another precision than the model's."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        plan = model._get_dtype_plan(dtype)
+        self._types = plan
+        self._pattern, self._globs, _ = build_glob_alternation(list(plan)) if plan else (None, {}, {})
+
+    def of(self, name: str, expected: Tensor) -> torch.dtype:
+        """The type of `name`, which is `expected` in the model as it was built."""
+        match = self._pattern.search(name) if self._pattern is not None else None
+        if match is None or match.lastgroup is None:
+            return expected.dtype
+        found: torch.dtype = self._types[self._globs[match.lastgroup]]
+        return found

@@ -1,0 +1,313 @@
+"""One pass over the decoder layers: each is brought in full, used, checked, and dropped before its slot is used again.
+
+The stock model runs over its tokens once, driven by hooks that live for one pass; or, without a forward, layers are
+brought one after another (`walk`). A `Feed` knows where full tensors come from; visitors, a few lines each, know what
+the pass is for: they sum, choose, gather, leave out, watch.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from griffin_offload.blocks.base import Activations, Block
+from griffin_offload.blocks.hooks import PassHook, unhook
+from griffin_offload.checkpoint.mapped import FilePages
+from griffin_offload.config import LoadConfig
+from griffin_offload.formats.translated import in_memory
+from griffin_offload.offload.background_loader import BackgroundLoader
+from griffin_offload.offload.layer_stream import LayerStream, StreamConfig
+from griffin_offload.offload.weight_store import Source, stream_dtype
+
+Progress = Callable[[int, int], None]
+"""Called with (layers done, layers in all) after each layer."""
+
+
+@dataclass
+class DecoderLayers:
+    """The layers of a loaded model: fixed for its life, but for what each prompt selects."""
+
+    decoder: nn.ModuleList
+    blocks: list[Block]
+    compact: dict[int, list[nn.Parameter]]
+    """Compact parameters of the streamed layers, allocated once and refilled for every prompt."""
+    kept: tuple[int, ...]
+    source: Source | None
+    """None when no layer is streamed."""
+    stream: StreamConfig
+    ff_chunk_tokens: int
+    config: LoadConfig
+    selected: dict[int, Tensor] = field(default_factory=dict)
+    """Sorted indices of the neurons in the compact parameters, per streamed layer: a new dict for every choice."""
+    arrival: BackgroundLoader | None = None
+    """Residents of layers that are still on their way; None where nobody fills any."""
+    norms: dict[int, Tensor] = field(default_factory=dict)
+    """Of the weights, for selections that ask for them: computed when a layer passes for the first time."""
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Weight bytes fetched from where the full weights rest, since loading."""
+        return self.source.fetched_bytes if self.source else 0
+
+    @property
+    def arrival_wait_s(self) -> float:
+        """Seconds that forwards have waited for residents, since loading."""
+        return self.arrival.wait_s if self.arrival else 0.0
+
+    def give_back(self) -> None:
+        """Let go of weights in host memory and of compact ones; nothing can be streamed from then on."""
+        self.source = None
+        self.compact.clear()
+        self.norms.clear()
+
+    def install_compact(self) -> None:
+        """Make every streamed layer's compact parameters its parameters."""
+        for index, parameters in self.compact.items():
+            self.blocks[index].install_compact(parameters)
+
+
+class Feed(Protocol):
+    """Brings the full tensors of layers, each once, in order, and takes them away again; a context manager."""
+
+    @property
+    def layers(self) -> Collection[int]:
+        """Those that are brought."""
+
+    def bring(self, index: int) -> list[Tensor]:
+        """The layer's full tensors, valid until `drop`."""
+
+    def drop(self, index: int) -> None:
+        """The layer is used up. CheckpointChanged if its file was written to meanwhile."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class StreamFeed:
+    """Full FFs through the device's slots, read one layer ahead, and installed while they are there."""
+
+    def __init__(self, layers: DecoderLayers) -> None:
+        self._layers, self.layers = layers, layers.compact.keys()
+        self.stream = LayerStream(layers.source, list(layers.compact), layers.stream) if layers.source else None
+
+    @property
+    def peak_in_flight_bytes(self) -> int:
+        return self.stream.peak_in_flight_bytes if self.stream else 0
+
+    @property
+    def wait_s(self) -> float:
+        return self.stream.wait_s if self.stream else 0.0
+
+    def __enter__(self) -> "StreamFeed":
+        if self.stream is not None:
+            self.stream.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._layers.install_compact()
+        if self.stream is not None:
+            self.stream.__exit__(kind, error, trace)
+
+    def bring(self, index: int) -> list[Tensor]:
+        assert self.stream is not None, "streamed layers have a source"
+        full = self.stream.acquire(index)
+        self._layers.blocks[index].install_full(full)
+        return full
+
+    def drop(self, index: int) -> None:
+        assert self.stream is not None, "streamed layers have a source"
+        self._layers.blocks[index].install_compact(self._layers.compact[index])
+        self.stream.release()
+
+
+class RowFeed:
+    """Rows of full FFs alone, from where they rest: those that the neurons `selected` need, and matrices that hold
+    neurons as columns."""
+
+    def __init__(self, layers: DecoderLayers, selected: dict[int, Tensor], dtype: torch.dtype) -> None:
+        self._layers, self._selected, self._dtype = layers, selected, dtype
+        self.layers = selected.keys()
+
+    def __enter__(self) -> "RowFeed":
+        if self._layers.source is not None:
+            self._layers.source.check_files()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held."""
+
+    def bring(self, index: int) -> list[Tensor]:
+        assert self._layers.source is not None, "streamed layers have a source"
+        needed = self._layers.blocks[index].rows_needed(self._selected[index].cpu())
+        full = self._layers.source.fetch_rows(index, needed)
+        return [in_memory(tensor).to(stream_dtype(tensor, self._dtype)) for tensor in full]
+
+    def drop(self, index: int) -> None:
+        assert self._layers.source is not None, "streamed layers have a source"
+        self._layers.source.check(index)
+        self._layers.source.drop(index)
+
+
+class PageFeed:
+    """All parameters of each layer of a mapped model, in place: their pages are read, and dropped behind it."""
+
+    def __init__(self, pages: FilePages, decoder: nn.ModuleList) -> None:
+        self._pages, self._decoder, self.layers = pages, decoder, range(len(decoder))
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> "PageFeed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Pages of a layer that failed go with the mapping."""
+
+    def bring(self, index: int) -> list[Tensor]:
+        return self._held.enter_context(self._pages.reading(list(self._decoder[index].parameters())))
+
+    def drop(self, index: int) -> None:
+        self._held.close()
+
+
+class Visitor:
+    """What a pass is for: called for each layer that it visits, in order. Does nothing by itself."""
+
+    def begin(self) -> None:
+        """The pass begins."""
+
+    def start(self, index: int, block: Block, full: list[Tensor]) -> None:
+        """The layer is there, its full tensors are installed; none where they are neither brought nor plain."""
+
+    def see(self, index: int, found: Activations) -> None:
+        """Some of its tokens pass, not yet by sample; what is changed goes on."""
+
+    def end(self, index: int, block: Block, full: list[Tensor]) -> None:
+        """All its tokens have passed; then it is dropped."""
+
+    def done(self, hidden: Tensor) -> None:
+        """A layer of the model, visited or not, has given these hidden states."""
+
+
+PassT = TypeVar("PassT", bound="LayerPass")
+
+
+class LayerPass:
+    """A context manager: inside it, one forward of the stock model (or of its stack of layers) is a pass.
+
+    Layers that `feed` brings are visited; with `every_layer` the others too. `chunk_tokens` pass an FF at once.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.ModuleList,
+        blocks: Sequence[Block],
+        feed: Feed,
+        visitors: Sequence[Visitor] = (),
+        *,
+        every_layer: bool = False,
+        chunk_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._decoder, self._blocks, self._feed, self._visitors = decoder, blocks, feed, visitors
+        self._every_layer, self._chunk_tokens, self._progress = every_layer, chunk_tokens, progress
+        self._full: list[Tensor] = []
+        self.visited = 0
+        """Layers so far."""
+        self.seconds = self.see_s = self.end_s = 0.0
+        """Of the whole pass; of visitors while tokens pass; of visitors, and of dropping, behind layers."""
+
+    def __enter__(self: PassT) -> PassT:
+        self._entered = time.perf_counter()
+        try:
+            self._begin()
+        except BaseException as error:  # Ctrl-C, too: no hook may stay behind
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def _begin(self) -> None:
+        self._remove_hooks()  # of a pass whose end was interrupted
+        for visitor in self._visitors:
+            visitor.begin()
+        self._feed.__enter__()
+        for index, (layer, block) in enumerate(zip(self._decoder, self._blocks, strict=True)):
+            if self._chunk_tokens is not None:
+                block.chunked(self._chunk_tokens)
+            if self._every_layer or index in self._feed.layers:
+                self._hook_layer(index, layer, block)
+            layer.register_forward_hook(PassHook(partial(self._layer_done, index)))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._end(kind, error, trace)
+        except KeyboardInterrupt:  # a second Ctrl-C must not leave half of it
+            self._end(kind, error, trace)
+            raise
+        self.seconds = time.perf_counter() - self._entered
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._remove_hooks()
+        self._feed.__exit__(kind, error, trace)
+
+    def _remove_hooks(self) -> None:
+        for layer, block in zip(self._decoder, self._blocks, strict=True):
+            block.unhook()
+            unhook(layer)
+
+    def walk(self) -> None:
+        """Visit the layers that the feed brings without a forward."""
+        with self._feed:
+            for index in self._feed.layers:
+                self._layer_starts(index)
+                self._layer_ends(index)
+
+    def _hook_layer(self, index: int, layer: nn.Module, block: Block) -> None:
+        layer.register_forward_pre_hook(PassHook(partial(self._layer_starts, index)))
+        if self._visitors:
+            block.observe(partial(self._see, index))
+        layer.register_forward_hook(PassHook(partial(self._layer_ends, index)))
+
+    def _layer_starts(self, index: int, *_: Any) -> None:
+        block = self._blocks[index]
+        if index in self._feed.layers:
+            self._full = self._feed.bring(index)
+        else:
+            self._full = block.full() if block.precision.is_plain else []
+        for visitor in self._visitors:
+            visitor.start(index, block, self._full)
+
+    def _see(self, index: int, found: Activations) -> None:
+        start = time.perf_counter()
+        for visitor in self._visitors:
+            visitor.see(index, found)
+        self.see_s += time.perf_counter() - start
+
+    @torch.no_grad()
+    def _layer_ends(self, index: int, *_: Any) -> None:
+        start = time.perf_counter()
+        for visitor in self._visitors:
+            visitor.end(index, self._blocks[index], self._full)
+        self.visited += 1
+        self._full = []
+        if index in self._feed.layers:
+            self._feed.drop(index)
+        self.end_s += time.perf_counter() - start
+
+    def _layer_done(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        for visitor in self._visitors:
+            visitor.done(hidden)
+        if self._progress is not None:
+            self._progress(index + 1, len(self._decoder))

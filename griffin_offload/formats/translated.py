@@ -1,0 +1,109 @@
+"""Tensors that lie in files in a form nothing here multiplies: translated where they are used, a few rows at a time."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+Decode = Callable[[Sequence[Tensor], int, int, Tensor], None]
+"""Called with (parts, first, end, into): write the rows from `first` to `end`, of the first axis, into `into`, of their
+shape and the tensor's type. The parts are uint8 tensors, the stored bytes as they lie; they may not be written to.
+Called by several threads at once."""
+
+_aten = torch.ops.aten
+# Numbers of a tensor that are translated at once, where they need not stay.
+_PIECE_NUMBERS = 2**22
+
+
+class TranslatedTensor(Tensor):
+    """A tensor on the CPU without numbers of its own: `parts` and `decode` say how they come about.
+
+    Copying it, to any precision and device, and looking rows up translates what is needed; whatever else is done with
+    it translates all of it once for that. It goes where a view of a mapped file goes: into a parameter, into a layer's
+    list of full tensors. Kernels that take an address need `in_memory` first.
+    """
+
+    parts: tuple[Tensor, ...]
+    decode: Decode
+
+    @staticmethod
+    def __new__(
+        cls, shape: Sequence[int], dtype: torch.dtype, parts: Sequence[Tensor], decode: Decode
+    ) -> "TranslatedTensor":
+        made: TranslatedTensor = Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype, device=torch.device("cpu")
+        )
+        made.parts, made.decode = tuple(parts), decode
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"TranslatedTensor({list(self.shape)}, {self.dtype}, of {self.stored_bytes} bytes)"
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the files."""
+        return sum(part.nbytes for part in self.parts)
+
+    def rows(self, first: int, end: int, into: Tensor) -> None:
+        """Translate rows of the first axis into `into`, of their shape, in any precision and on any device."""
+        if into.dtype == self.dtype and into.device.type == "cpu" and into.is_contiguous():
+            self.decode(self.parts, first, end, into)
+            return
+        made = torch.empty(into.shape, dtype=self.dtype, device="cpu")
+        self.decode(self.parts, first, end, made)
+        into.copy_(made)
+
+    def read(self, into: Tensor) -> None:
+        """Translate all of it into `into`, a part at a time."""
+        step = max(_PIECE_NUMBERS * max(self.shape[0], 1) // max(self.numel(), 1), 1)
+        for first in range(0, self.shape[0], step):
+            end = min(first + step, self.shape[0])
+            self.rows(first, end, into[first:end])
+
+    def translated(self) -> Tensor:
+        """All of it, in memory."""
+        made = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        self.read(made)
+        return made
+
+    def looked_up(self, indices: Tensor) -> Tensor:
+        """Rows [..., *] of `indices` [...]: each is translated once."""
+        wanted, places = indices.to("cpu").unique(return_inverse=True)
+        made = torch.empty((wanted.numel(), *self.shape[1:]), dtype=self.dtype, device="cpu")
+        for place, row in enumerate(wanted.tolist()):
+            self.rows(row, row + 1, made[place : place + 1])
+        return made[places]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        first = args[0]
+        if func in (_aten.detach.default, _aten.alias.default):
+            return cls(first.shape, first.dtype, first.parts, first.decode)
+        if func is _aten.embedding.default and not isinstance(args[1], cls):
+            return first.looked_up(args[1])
+        if func is _aten.copy_.default and args[1].shape == first.shape and not isinstance(first, cls):
+            args[1].read(first)
+            return first
+        plain_args, plain_kwargs = tree_map_only(cls, lambda tensor: tensor.translated(), (args, kwargs or {}))
+        return func(*plain_args, **plain_kwargs)
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or its numbers in memory where it has to be translated."""
+    return tensor.translated() if isinstance(tensor, TranslatedTensor) else tensor
+
+
+def stored_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What of `tensor` lies in files."""
+    return tensor.parts if isinstance(tensor, TranslatedTensor) else (tensor,)
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """How many bytes of it lie there."""
+    return sum(part.nbytes for part in stored_parts(tensor))

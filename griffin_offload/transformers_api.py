@@ -1,0 +1,95 @@
+"""What differs between the releases of transformers that this package runs with: here, and nowhere else.
+
+Each difference is decided by what the installed release has, not by its number.
+
+| from | what |
+|---|---|
+| 5.23 | `DummyLayer` stands for a layer without KV entries of its own; before, the cache had no layer there |
+| 5.24 | the KV cache is called `cache`, as an argument and in outputs; before, `past_key_values` |
+"""
+
+import functools
+import warnings
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Any
+
+from packaging.version import Version
+from transformers import DynamicCache, PretrainedConfig, cache_utils
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from griffin_offload.errors import UsageError
+
+NEWEST_TESTED = (5, 24)
+"""The release series whose every test was last seen to pass: `benchmarks/versions.py`."""
+
+_NAMES = ("cache", "past_key_values")
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+"""What the KV cache is called: in arguments of `forward` and `generate`, and in what they return."""
+FOREIGN_CACHE_NAMES = () if CACHE == "cache" else ("cache",)
+"""Names of newer releases, that this one would take for something else."""
+
+
+class _NoEntries:
+    """What `DummyLayer` is, for releases that have none."""
+
+    is_compileable = is_croppable = is_initialized = True
+    is_sliding = supports_early_init = False
+    keys = values = None
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        """There is nothing to forget, to move or to repeat."""
+
+    offload = prefetch = reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _nothing
+
+
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", _NoEntries)
+"""A layer of a KV cache that keeps nothing: it reads another one's entries, or attends to nothing."""
+
+
+def stock_cache(config: PretrainedConfig) -> Any:
+    """transformers' own empty KV cache, with one layer per decoder layer. Whatever that raises of a config."""
+    cache = DynamicCache(config=config)
+    if DummyLayer is _NoEntries:
+        text = config.get_text_config(decoder=True)
+        names = getattr(text, "layer_types", None) or []
+        layers = [
+            _NoEntries() if name in ("moe", "mlp") else layer
+            for name, layer in zip([*names, *[None] * len(cache.layers)], cache.layers, strict=False)
+        ]
+        missing = text.num_hidden_layers - len(layers) if getattr(text, "num_kv_shared_layers", None) else 0
+        cache.layers[:] = layers + [_NoEntries() for _ in range(missing)]
+    return cache
+
+
+def with_own_name(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments` with the KV cache under the name that the installed release knows, whichever of the two that are
+    its own it came by. UsageError for both at once."""
+    if CACHE == "past_key_values" or "past_key_values" not in arguments:
+        return arguments
+    if arguments.get("cache") is not None:
+        raise UsageError("cache and past_key_values are one argument by two names: give one of them")
+    return {("cache" if name == "past_key_values" else name): value for name, value in arguments.items()}
+
+
+def untested(installed: str) -> str | None:
+    """What to tell whoever runs with transformers `installed`: None unless it is newer than what was tested."""
+    series = Version(installed).release[:2]
+    if series <= NEWEST_TESTED:
+        return None
+    tested, after = (f"{major}.{minor}" for major, minor in (NEWEST_TESTED, (NEWEST_TESTED[0], NEWEST_TESTED[1] + 1)))
+    return (
+        f"transformers {installed} is newer than {tested}, the newest that this griffin-offload was tested with: if "
+        f"something fails or answers look wrong, pip install 'transformers<{after}' or a newer griffin-offload"
+    )
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """Once per process: a UserWarning where the installed transformers is newer than what was tested."""
+    told = untested(version("transformers"))
+    if told is not None:
+        warnings.warn(told, stacklevel=3)

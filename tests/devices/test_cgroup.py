@@ -1,0 +1,83 @@
+"""What memory cgroups leave free: the kernel's files in both versions, made by hand."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from griffin_offload.devices import host_memory
+
+LIMIT = 1_000_000_000
+GROUP = "box/inner"
+
+
+@pytest.fixture(params=["v1", "v2"])
+def cgroup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes the files of a group with `used` bytes charged, of which `file` are pages of files on a disk."""
+    v1 = request.param == "v1"
+    root = tmp_path / "memory" if v1 else tmp_path
+    own = tmp_path / "own"
+    own.write_text(f"5:devices:/\n4:memory:/{GROUP}\n0::/\n" if v1 else f"0::/{GROUP}\n")
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(host_memory, "_OWN_CGROUP", own)
+    monkeypatch.setattr(
+        host_memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * LIMIT, available=64 * LIMIT)
+    )
+
+    def write(used: int, file: int, limit: int | str = LIMIT, group: str = GROUP, **files: int) -> None:
+        place = root / group
+        place.mkdir(parents=True, exist_ok=True)
+        prefix = "total_" if v1 else ""
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
+        for name, value in zip(names, (limit, used), strict=True):
+            (place / name).write_text(f"{value}\n")
+        lines = {f"{prefix}active_file": file - file // 3, f"{prefix}inactive_file": file // 3}
+        # What is left is anonymous, shared or locked: nothing of it may count as free, whatever it is called.
+        lines |= {f"{prefix}rss": 1, "anon": 1, f"{prefix}shmem": used - file - 1}
+        (place / "memory.stat").write_text("".join(f"{name} {value}\n" for name, value in lines.items()))
+        for name, value in files.items():
+            (place / name.replace("_", ".")).write_text(f"{value}\n")
+
+    write.v1 = v1
+    return write
+
+
+def free() -> int:
+    return host_memory.host_bytes()[0]
+
+
+def test_pages_of_files_on_a_disk_are_free(cgroup):
+    cgroup(700_000_000, file=600_000_000)
+    assert host_memory.host_bytes() == (900_000_000, LIMIT)
+
+
+def test_files_in_memory_are_not(cgroup):
+    cgroup(700_000_000, file=0)
+    assert free() == 300_000_000
+
+
+def test_more_than_the_limit_is_nothing(cgroup):
+    cgroup(LIMIT + 5_000_000, file=1_000_000)
+    assert free() == 0
+
+
+def test_the_tightest_group_above_counts(cgroup):
+    cgroup(100_000_000, file=0)
+    cgroup(850_000_000, file=0, group="box")
+    assert free() == 150_000_000
+
+
+def test_a_group_without_a_limit(cgroup):
+    cgroup(100_000_000, file=0, limit=2**63 - 4096 if cgroup.v1 else "max")
+    assert host_memory.host_bytes() == (64 * LIMIT, 64 * LIMIT)
+
+
+def test_a_group_whose_own_path_is_not_there(cgroup):
+    """As a container sees it that has no name space of its own: the limit lies at the root."""
+    cgroup(400_000_000, file=0, group=".")
+    assert free() == LIMIT - 400_000_000
+
+
+def test_where_a_process_is_slowed_down_is_a_limit(cgroup):
+    cgroup(100_000_000, file=0, memory_high=400_000_000)
+    assert free() == (900_000_000 if cgroup.v1 else 300_000_000)
