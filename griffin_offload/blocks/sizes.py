@@ -11,16 +11,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from griffin_offload.blocks.base import Block, padded
 from griffin_offload.blocks.feedforward import features
-from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.layouts import find_feed_forwards, leave_out_towers
 from griffin_offload.blocks.replace import check_layer, linear_names
 from griffin_offload.blocks.rope import positions_reached
 from griffin_offload.blocks.states import LayerState, kept_states, windows_of
-from griffin_offload.blocks.towers import leave_out_towers
 from griffin_offload.devices.torch_state import building
 from griffin_offload.errors import CheckpointError, one_line
 from griffin_offload.formats.base import Format, specs_bytes
-from griffin_offload.formats.embedding import table_bytes
 from griffin_offload.formats.floats import FLOATS
+from griffin_offload.formats.linear import table_bytes
 from griffin_offload.kernels.by_blocks import scratch_bytes
 
 ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like

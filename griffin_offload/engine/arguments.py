@@ -14,9 +14,8 @@ from griffin_offload.engine.generation import GenerationMode, GenerationState, L
 from griffin_offload.engine.spec import ModelSpec
 from griffin_offload.engine.speculative import loop_of
 from griffin_offload.errors import UsageError, one_line
-from griffin_offload.kv_cache.kv_cache import KV_SLACK_TOKENS, KVCache, why_not_back
+from griffin_offload.kv_cache.kv_cache import KV_SLACK_TOKENS, KVCache, Workload, why_not_back
 from griffin_offload.kv_cache.sequence import Context, snapshots_kept
-from griffin_offload.kv_cache.sizes import Workload
 from griffin_offload.planner.request import statistics_kept
 from griffin_offload.transformers_api import CACHE, FOREIGN_CACHE_NAMES
 

@@ -30,7 +30,7 @@ from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.checkpoint.safetensors import INDEX, UNFINISHED
 from griffin_offload.checkpoint.tied_head import said_untied
-from griffin_offload.devices.ledger import OutOfMemoryAsError
+from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.load import check_stored

@@ -15,9 +15,8 @@ from griffin_offload.engine.decode_graph import GraphReport
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.spec import pass_tokens
 from griffin_offload.errors import CheckpointError, NotFinite, UsageError
-from griffin_offload.kv_cache.kv_cache import KVCache
+from griffin_offload.kv_cache.kv_cache import KVCache, Workload
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.kv_cache.sizes import Workload
 from griffin_offload.transformers_api import CACHE
 
 # Where an answer ends: checkpoints say it in up to three places, which need not agree.

@@ -19,8 +19,7 @@ from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import settle_generation_config
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
-from griffin_offload.devices.host_memory import host_bytes
-from griffin_offload.devices.ledger import Ledger
+from griffin_offload.devices.memory import Ledger, host_bytes
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Importance, importance_of

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from griffin_offload.checkpoint.registry import locate
 from griffin_offload.config import LoadConfig
-from griffin_offload.devices.host_memory import HOST_OVERHEAD_BYTES, give_back_freed, peak_host_bytes
-from griffin_offload.devices.ledger import OutOfMemoryAsError
+from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, OutOfMemoryAsError, give_back_freed, peak_host_bytes
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
 from griffin_offload.engine.arguments import checked_prompt, empty_context, prepared
@@ -28,7 +27,7 @@ from griffin_offload.engine.options import translated
 from griffin_offload.engine.report import PrefillReport, RunReport, planned_figures
 from griffin_offload.engine.runner import ModelRunner
 from griffin_offload.engine.spec import ModelSpec, examine, plan_for
-from griffin_offload.engine.turns import check_wait
+from griffin_offload.engine.stock import check_wait
 from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
 from griffin_offload.checkpoint.mapped import FilePages
-from griffin_offload.devices.host_memory import touch, untouched_zeros
+from griffin_offload.devices.memory import touch, untouched_zeros
 from griffin_offload.devices.torch_state import put
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed, Visitor
 from griffin_offload.engine.spec import ModelSpec

@@ -17,7 +17,7 @@ from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.rope import begin_anew, rope_border
 from griffin_offload.blocks.states import shares_entries
 from griffin_offload.devices.base import Recorder
-from griffin_offload.devices.ledger import OutOfMemoryAsError
+from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
 from griffin_offload.engine.decode_graph import DecodeGraphs, ReusedKVCache
@@ -35,18 +35,15 @@ from griffin_offload.engine.prefill import StreamedPass, grouped, sums_until
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
 from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
-from griffin_offload.engine.stock import Guard, hand_out, hollow, stock_forward
-from griffin_offload.engine.turns import FifoLock
+from griffin_offload.engine.stock import FifoLock, Guard, hand_out, hollow, stock_forward
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
 from griffin_offload.kernels import table
-from griffin_offload.kv_cache.kv_cache import KVCache
+from griffin_offload.kv_cache.kv_cache import KVCache, Workload
 from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
-from griffin_offload.kv_cache.sizes import Workload
 from griffin_offload.offload.weight_store import MmapStore
-from griffin_offload.planner.plan import Plan
+from griffin_offload.planner.plan import Plan, logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
-from griffin_offload.planner.workspace import logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.transformers_api import CACHE, with_own_name
 
 

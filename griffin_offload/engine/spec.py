@@ -21,7 +21,7 @@ from griffin_offload.config import (
     Refresh,
 )
 from griffin_offload.devices.base import Device
-from griffin_offload.devices.host_memory import host_bytes
+from griffin_offload.devices.memory import host_bytes
 from griffin_offload.devices.registry import choose_device, device_kind, devices_here
 from griffin_offload.engine.cpu_modules import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS

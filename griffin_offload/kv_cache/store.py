@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.config import KVBits
-from griffin_offload.devices.host_memory import untouched_zeros
+from griffin_offload.devices.memory import untouched_zeros
 
 _LARGEST_INT8 = 127
 # Tokens of a layer that are moved or quantised at once.

@@ -11,7 +11,7 @@ from tiny_models import VOCAB
 from transformers import DynamicCache, StoppingCriteria
 
 from griffin_offload import GriffinError, GriffinModel, UsageError
-from griffin_offload.engine.turns import FifoLock
+from griffin_offload.engine.stock import FifoLock
 from griffin_offload.errors import Busy
 from griffin_offload.transformers_api import CACHE
 
