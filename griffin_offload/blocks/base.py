@@ -16,6 +16,8 @@ from griffin_offload.devices.memory import untouched_zeros
 from griffin_offload.formats.base import Format, Spec
 from griffin_offload.method.statistic import squared_statistic, weighted_sum
 
+ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
+
 
 class Activations:
     """What a block's neurons say to some tokens of every sequence: inside a call of an observer, as its model has it.

@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from griffin_offload.blocks.layouts import left_out_parts
-from griffin_offload.blocks.sizes import build_on_meta
+from griffin_offload.blocks.layouts import build_on_meta, left_out_parts
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import load_config, read_object
 from griffin_offload.checkpoint.direct_io import Extent

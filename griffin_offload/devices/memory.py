@@ -173,8 +173,6 @@ def give_back_freed() -> None:
 # The ledger that a budget is held against, and refused memory as one error.
 
 
-pass
-
 _SAMPLE_S = 0.01
 
 

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
-from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.blocks.replace import linear_names
-from griffin_offload.blocks.sizes import build_on_meta, model_shape
+from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.files import check_name, renamed, temporary_name, write_text

@@ -25,7 +25,11 @@ from griffin_offload.errors import Busy, GriffinError, UsageError
 _OWNER, _KIND = "_griffin_offload", "_griffin_offload_kind"
 
 
-def stock_forward(model: Any) -> Callable[..., Any]:
+StockForward = Callable[..., Any]
+"""transformers' forward of a model, whose arguments differ between architectures."""
+
+
+def stock_forward(model: Any) -> StockForward:
     """transformers' forward of `model`, handed out or not, which it does not keep alive."""
     weak, function = weakref.ref(model), getattr(type(model), _KIND, type(model)).forward
 

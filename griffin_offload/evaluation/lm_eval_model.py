@@ -114,8 +114,6 @@ def _summed(scores: Scores) -> LikelihoodResult:
     return LikelihoodResult(float(scores.log_probs.double().sum()), bool(scores.greedy.all()))
 
 
-pass
-
 # The one model an evaluation has loaded at a time: to stream all layers for a simulation, or to generate.
 
 

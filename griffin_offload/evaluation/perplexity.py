@@ -132,8 +132,6 @@ def measure_lengths(
 # Metrics relative to the full model's, from what the measuring commands wrote (paper, figure 4).
 
 
-pass
-
 # Metrics of lm-eval, in the order of preference where a task has several; the paper's come first.
 _METRICS = ("acc", "f1", "f1_abstractive", "rouge1", "rouge2", "rougeL", "em", "exact_match", "acc_norm")
 

@@ -20,7 +20,7 @@ from griffin_offload.blocks.hooks import PassForward
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, Progress, StreamFeed, Visitor
 from griffin_offload.errors import DoesNotFit
-from griffin_offload.kv_cache.kv_cache import Workload
+from griffin_offload.kv_cache.store import Workload
 from griffin_offload.planner.plan import Plan, workspace_bytes
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import as_loaded

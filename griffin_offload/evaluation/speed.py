@@ -209,9 +209,6 @@ def _decode_ceiling(model: GriffinModel, ceilings: Ceilings) -> float | None:
 # Latency of generation: prompts and answers of fixed lengths (paper, table 3).
 
 
-pass
-
-
 @dataclass(frozen=True)
 class Timing:
     """One variant at one size; seconds are medians, with the smallest and largest total beside."""

@@ -266,9 +266,6 @@ def every() -> tuple[Format, ...]:
 # Scales of rows and of neurons, in the precision of the computation, that several formats share.
 
 
-pass
-
-
 def neuron_scale(down: Tensor, dtype: torch.dtype) -> Tensor:
     """input_scale [I] of a down projection [O, I]: the norm of each neuron's column, over the root of O."""
     return finite(table.call("quantize", "column_norms", down), dtype)

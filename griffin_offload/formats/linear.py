@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.formats.base import Format, Layout
-from griffin_offload.formats.floats import FLOATS
-from griffin_offload.formats.int8 import INT8
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.table import products
 
@@ -77,12 +75,6 @@ def column_norms(full: dict[str, Tensor], layout: Layout, *, swapped: bool) -> T
 
 
 # Embeddings and head in 8 bits, optional in a converted checkpoint: rows of tokens with one scale each.
-
-
-pass
-
-TABLE_FORMATS = (FLOATS, INT8)
-"""What embeddings and head may be in."""
 
 
 class QuantizedEmbedding(nn.Module):

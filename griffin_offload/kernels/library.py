@@ -104,8 +104,6 @@ def library() -> Library | None:
 # A matrix product as the kernels are asked for it: the struct of gemm_args.h, and what has to be true of it.
 
 
-pass
-pass
 Sizes = tuple[int, int, int, int, int, int]
 """Rows, parts, outputs, features, inputs, group."""
 Beside = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from griffin_offload.blocks.sizes import ALIGNMENT
+from griffin_offload.blocks.base import ALIGNMENT
 from griffin_offload.checkpoint.direct_io import SlotLayout
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.base import Device

@@ -15,13 +15,11 @@ from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.config import KVBits
 from griffin_offload.kernels.attention_and_norm import attending_bytes
 from griffin_offload.kernels.by_blocks import product_bytes
-from griffin_offload.kv_cache.kv_cache import Workload, cache_parts
 from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
+from griffin_offload.kv_cache.store import Workload, cache_parts
 from griffin_offload.method.statistic import summing_bytes
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.request import PlanRequest
-
-pass
 
 EmbeddingDevice = Literal["device", "host"]
 
@@ -84,6 +82,16 @@ class Plan:
     @property
     def resident_parts(self) -> dict[str, int]:
         return {name: self.decode_parts[name] for name in RESIDENT_PARTS}
+
+    def run_figures(self) -> dict[str, Any]:
+        """The part of a run's report that the plan knows."""
+        return {
+            "budget_bytes": self.budget_bytes,
+            "density": self.density,
+            "precision": self.precision,
+            "parts": self.resident_parts,
+            "parts_16bit": self.plain_parts,
+        }
 
     @property
     def decoded_bytes(self) -> int:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from griffin_offload.config import CacheKind, Density, KVBits
-from griffin_offload.kv_cache.kv_cache import Workload
 from griffin_offload.kv_cache.sequence import snapshots_kept
+from griffin_offload.kv_cache.store import Workload
 
 
 @dataclass(frozen=True)

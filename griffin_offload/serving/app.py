@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
@@ -19,7 +19,6 @@ from griffin_offload.serving.requests import Caps, Endpoint, Request, check_serv
 from griffin_offload.serving.responses import LAST_EVENT, Response, encode, server_sent
 from griffin_offload.serving.tokenization import Encoder
 from griffin_offload.serving.validation import parse_object
-from griffin_offload.serving.worker import Worker
 from griffin_offload.units import parse_size
 
 # One client's request: its body as it comes in, its answer as it goes out, and the end of its patience.
@@ -144,8 +143,6 @@ class HttpExchange:
         await self.write(body, more=False)
 
 
-pass
-
 log = logging.getLogger(__name__)
 
 _ASKING: dict[str, Endpoint] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
@@ -155,11 +152,27 @@ _STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-co
 _OUTCOMES = {408: "timeout", 429: "queue_full"}
 
 
+class JobQueue(Protocol):
+    """What the routes ask of the worker."""
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def loaded(self) -> bool: ...
+    @property
+    def unusable(self) -> bool: ...
+    @property
+    def closing(self) -> bool: ...
+    def check_room(self) -> None: ...
+    def submit(self, job: Job) -> None: ...
+    def cancel(self, job: Job) -> None: ...
+
+
 @dataclass(frozen=True)
 class Service:
     """What the routes need."""
 
-    worker: Worker
+    worker: JobQueue
     encoder: Encoder
     metrics: Metrics
     config: ServeConfig

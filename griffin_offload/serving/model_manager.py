@@ -89,9 +89,6 @@ class PrefixCache:
         return evicted
 
 
-pass
-
-
 @dataclass
 class LoadedModel:
     """A model on the device, and the contexts that belong to it."""

@@ -12,7 +12,8 @@ from tiny_models import ARCHITECTURES, VOCAB
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, Lfm2Config, LlamaConfig, T5Config
 
 from griffin_offload import DoesNotFit, GriffinError, GriffinModel, UsageError
-from griffin_offload.kv_cache.kv_cache import KVCache, can_cache, kv_bytes
+from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
+from griffin_offload.kv_cache.store import kv_bytes
 
 WINDOW, ROLLBACK, SLACK = 16, 32, 64
 HEADS, SIZE = 2, 4
