@@ -27,7 +27,8 @@ def takes_token(
         return False
     if not query.dtype == key.dtype == value.dtype or options.get("dropout"):
         return False
-    if any(options.get(name) is not None for name in ("position_bias", "softcap", "cache")):
+    asked = options.get  # one by one: this is asked in every layer for every token
+    if asked("position_bias") is not None or asked("softcap") is not None or asked("cache") is not None:
         return False
     return key.stride(3) == value.stride(3) == 1 and not any(map(needs_gradient, (query, key, value)))
 
@@ -65,7 +66,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
             raise ValueError(f"the mask, on {added.device}, must be in the CPU's memory")
         mask_strides = (added.stride(0), added.stride(1), added.stride(3))
     job = _ATTENTION.pack(
-        *(0 if part is None else part.data_ptr() for part in (floats, key, value, added, scores, output)),
+        *[0 if part is None else part.data_ptr() for part in (floats, key, value, added, scores, output)],
         *(batch, kv_heads, heads // kv_heads, tokens, size, value.shape[3], NUMBER_TYPES[key.dtype]),
         torch.get_num_threads(),
         *(*key.stride()[:3], *value.stride()[:3], *mask_strides),
