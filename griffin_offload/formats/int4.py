@@ -24,8 +24,17 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.formats.base import Format, Layout, Spec, Tensors, row_blocks, take
-from griffin_offload.formats.scales import divisor, neuron_scale, row_scale
+from griffin_offload.formats.base import (
+    Format,
+    Layout,
+    Spec,
+    Tensors,
+    divisor,
+    neuron_scale,
+    row_blocks,
+    row_scale,
+    take,
+)
 from griffin_offload.kernels import by_blocks, table
 from griffin_offload.kernels.by_blocks import Scratch, scaled
 
