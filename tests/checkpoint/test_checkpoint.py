@@ -32,7 +32,7 @@ def test_a_hub_id_is_found_offline_and_streams_from_the_cache(hub_cache: Path):
         "org/tiny", offline=True, device="cpu", max_gpu_mem="100MB", density=0.5, ctx_size=32
     )
     assert model.directory.is_relative_to(hub_cache)
-    source = model._loaded.layers.source
+    source = model.engine.loaded.layers.source
     assert source.unmapped_bytes == 0
     model.generate(torch.arange(3, 23)[None], max_new_tokens=4, do_sample=False)
     assert model.last_report.decode_streamed_bytes == 0

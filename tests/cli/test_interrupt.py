@@ -92,7 +92,7 @@ def test_a_failing_reader(checkpoints, monkeypatch: pytest.MonkeyPatch, options:
     expected = answer(make(path, **options))
     model = make(path, **options)
     before = traces(model)
-    source = model._loaded.layers.source
+    source = model.engine.loaded.layers.source
     fetch = source.fetch
 
     def broken(layer: int) -> list[torch.Tensor]:

@@ -128,7 +128,7 @@ def test_layers_of_another_precision_stay_in_memory(checkpoints, tmp_path: Path)
     with GriffinModel.from_pretrained(mixed, max_gpu_mem=plan.peak_bytes, **OPTIONS, density=0.5, quantize="none") as m:
         m.generate(torch.arange(5, 45)[None], max_new_tokens=4, do_sample=False)
         assert m.last_report.peak_device_bytes <= m.plan.budget_bytes
-        assert m._loaded.layers.source.unmapped_bytes == layer
+        assert m.engine.loaded.layers.source.unmapped_bytes == layer
     with pytest.raises(DoesNotFit, match="offloaded"):
         GriffinModel.from_pretrained(mixed, max_gpu_mem=plan.peak_bytes // 2, **OPTIONS, density=0.5, quantize="none")
 

@@ -92,9 +92,9 @@ def test_forward_streams_with_an_empty_cache_and_decodes_with_a_filled_one(model
     output = model.model(ids, use_cache=True)
     fetched = model.last_prefill.streamed_bytes
     assert fetched == model.plan.streamed_bytes
-    before = model._loaded.layers.fetched_bytes
+    before = model.engine.loaded.layers.fetched_bytes
     step = model.model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values)
-    assert model._loaded.layers.fetched_bytes == before
+    assert model.engine.loaded.layers.fetched_bytes == before
     assert step.logits.shape == (1, 1, VOCAB)
 
 

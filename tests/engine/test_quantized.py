@@ -106,7 +106,7 @@ def _check(model: GriffinModel, path: Path, name: str, batch: int = 1, **options
     report = model.last_report
     assert report.decode_streamed_bytes == 0
     # What is stored in 16 bit is read in 16 bit, whatever it is computed in.
-    stored = model._loaded.layers.source
+    stored = model.engine.loaded.layers.source
     assert report.prefill_streamed_bytes == (
         sum(t.nbytes for i in model.plan.streamed for t in stored.tensors(i)) if stored else 0
     )

@@ -30,7 +30,7 @@ def test_kept_promises_are_silent_and_broken_ones_are_named(checkpoints):
 
 def test_a_budget_that_was_exceeded_warns(checkpoints, monkeypatch: pytest.MonkeyPatch):
     model, _ = _report(checkpoints)
-    monkeypatch.setattr(type(model._loaded.ledger), "peak_bytes", property(lambda self: 10**9))
+    monkeypatch.setattr(type(model.engine.loaded.ledger), "peak_bytes", property(lambda self: 10**9))
     with pytest.warns(BudgetExceeded, match="the ledger reached 1000000000 bytes"):
         model.generate(torch.randint(3, VOCAB, (1, 32)), max_new_tokens=2, do_sample=False)
 

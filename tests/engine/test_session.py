@@ -218,9 +218,9 @@ from griffin_offload import GriffinModel
 path, saved, question, options, generation = sys.argv[1], sys.argv[2], sys.argv[3], *map(json.loads, sys.argv[4:])
 model = GriffinModel.from_pretrained(path, **options)
 chat = model.chat_session(**generation)
-before = model._loaded.layers.fetched_bytes
+before = model.engine.loaded.layers.fetched_bytes
 chat.load(saved)
-loaded = model._loaded.layers.fetched_bytes - before
+loaded = model.engine.loaded.layers.fetched_bytes - before
 reply = chat.send(question)
 print(json.dumps([loaded, reply.report.prefill_streamed_bytes, reply.report.prompt_tokens, reply.text, chat.messages]))
 """

@@ -83,7 +83,7 @@ def test_hooks_of_a_pass_that_never_ended_are_taken_off(checkpoints):
     from griffin_offload.engine.prefill import StreamedPass
 
     model = _model(checkpoints)
-    stale = StreamedPass(model._loaded.layers, torch.ones(1, 24), progress=None)
+    stale = StreamedPass(model.engine.loaded.layers, torch.ones(1, 24), progress=None)
     stale._begin()
     stale._feed.stream.__exit__(None, None, None)
     assert torch.equal(_greedy(model, _ids()), _greedy(_model(checkpoints), _ids()))

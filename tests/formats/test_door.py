@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import griffin_offload
 from griffin_offload import GriffinModel
-from griffin_offload.checkpoint.base import fingerprint, open_checkpoint
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import FORMAT_NAMES, LoadConfig
 from griffin_offload.engine.convert import convert
 from griffin_offload.engine.spec import examine
@@ -107,7 +107,7 @@ def test_a_saved_prompt_says_what_it_needs(fp8: Format, checkpoints, tmp_path: P
     context = model.new_context()
     told = model.generate(PROMPT, context=context, max_new_tokens=NEW_TOKENS, do_sample=False)
     model.save_context(context, file)
-    options = options_of(file, model=fingerprint(open_checkpoint(path)))
+    options = options_of(file, model=open_checkpoint(path).fingerprint())
     assert options["quantize"] == "fp8"
     later = _load(path, **{**options, "ctx_size": 64})
     longer = torch.cat([told, PROMPT[:, :5]], dim=1)
@@ -117,7 +117,7 @@ def test_a_saved_prompt_says_what_it_needs(fp8: Format, checkpoints, tmp_path: P
     forget_format(fp8)
     try:
         with pytest.raises(UnsupportedModel, match="fp8 is no weight format here, there are none, int8, int4"):
-            options_of(file, model=fingerprint(open_checkpoint(path)))
+            options_of(file, model=open_checkpoint(path).fingerprint())
     finally:
         register_format(fp8)
 
@@ -215,14 +215,16 @@ def test_no_name_of_a_format_or_layout_is_written_elsewhere():
 
 
 def test_not_quantised_is_asked_of_the_format():
-    """A tensor's type says it of no format of 8-bit floats. Where it is asked, ids are told from what is no id."""
+    """A tensor's type says it of no format of 8-bit floats. Where it is asked, ids are told from what is no id, and
+    tables of integers from floats of another precision."""
     asked = {
         name
         for name, tree in _outside()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr == "is_floating_point"
     }
-    assert asked == {"engine/arguments.py", "engine/decode_graph.py", "kv_cache/sequence_file.py"}
+    integers = {"checkpoint/part_sizes.py", "engine/build.py"}
+    assert asked == {"engine/arguments.py", "engine/decode_graph.py", "kv_cache/sequence_file.py"} | integers
 
 
 def test_every_layout_can_be_multiplied_by_torch():

@@ -42,11 +42,11 @@ def test_turns_equal_a_masked_reference(checkpoints, name: str, density: float):
     ids = _ids(1, 20)
     for turn in range(5):
         expected = reference.turn(ids, 8)
-        fetched, known = model._loaded.layers.fetched_bytes, len(context.tokens)
+        fetched, known = model.engine.loaded.layers.fetched_bytes, len(context.tokens)
         assert torch.equal(_greedy(model, ids, context=context), expected)
         report = model.last_report
         assert (report.cached_prompt_tokens, report.prompt_tokens) == (known, ids.shape[1] - known)
-        assert model._loaded.layers.fetched_bytes - fetched == model.plan.streamed_bytes
+        assert model.engine.loaded.layers.fetched_bytes - fetched == model.plan.streamed_bytes
         assert all(torch.equal(model.selected[i], chosen) for i, chosen in enumerate(reference.selected))
         assert report.peak_device_bytes <= model.plan.budget_bytes
         ids = torch.cat([expected, _ids(turn + 2, 6)], dim=1)
@@ -116,9 +116,9 @@ def test_two_contexts_take_turns_on_one_model(checkpoints, name: str):
     for i in (0, 1):
         assert torch.equal(_greedy(model, _ids(i, 24), context=contexts[i]), expected[i])
     for i in (0, 1, 0):
-        before = model._loaded.layers.fetched_bytes
+        before = model.engine.loaded.layers.fetched_bytes
         assert torch.equal(_greedy(model, _ids(i, 24), context=contexts[i]), expected[i])
-        read = model._loaded.layers.fetched_bytes - before
+        read = model.engine.loaded.layers.fetched_bytes - before
         assert read == model.last_report.prefill_streamed_bytes > 0
         assert all(torch.equal(model.selected[layer], alone[i].selected[layer]) for layer in model.selected)
 

@@ -57,10 +57,11 @@ def test_the_same_prompt_reads_only_the_rows_it_selected(checkpoints, tmp_path: 
     expected = _greedy(model, _ids(0, 40), context, 1)
     model.save_context(context, tmp_path / "a.ctx")
     again, _ = other.load_context(tmp_path / "a.ctx")
-    before = other._loaded.layers.fetched_bytes
+    before = other.engine.loaded.layers.fetched_bytes
     assert torch.equal(_greedy(other, _ids(0, 40), again, 1), expected)
     full = other.plan.streamed_bytes
-    assert other._loaded.layers.fetched_bytes - before == full // 3 + full // 3 * 2 // 2  # down, half of gate and up
+    fetched = other.engine.loaded.layers.fetched_bytes - before
+    assert fetched == full // 3 + full // 3 * 2 // 2  # down, half of gate and up
     assert other.last_report.cached_prompt_tokens == 40
 
 

@@ -105,12 +105,12 @@ def test_ram_weights_are_copies_in_the_precision_of_the_computation():
 @pytest.mark.parametrize("offload", ["disk", "ram"])
 def test_each_tensor_is_fetched_once_per_prompt(checkpoints, name: str, offload: str):
     model = _model(checkpoints(name), offload=offload)
-    full = sum(t.nbytes for i in model.plan.streamed for t in model._loaded.layers.source.tensors(i))
+    full = sum(t.nbytes for i in model.plan.streamed for t in model.engine.loaded.layers.source.tensors(i))
     for prompts in (1, 2):
         model.generate(_ids(), max_new_tokens=8, do_sample=False)
         assert model.last_report.prefill_streamed_bytes == full == model.plan.streamed_bytes
         assert model.last_report.decode_streamed_bytes == 0
-        assert model._loaded.layers.fetched_bytes == prompts * full
+        assert model.engine.loaded.layers.fetched_bytes == prompts * full
 
 
 def test_tiers_and_slot_copies_give_the_same_tokens(checkpoints):
@@ -170,10 +170,10 @@ def test_the_disk_is_read_while_streaming_and_never_while_decoding(tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="10MB")
     model = _model(tmp_path)
-    model._loaded.layers.source._pages._evict = True
+    model.engine.loaded.layers.source._pages._evict = True
     model.generate(_ids(), max_new_tokens=2, do_sample=False)  # code and tables are in memory afterwards
     for layer in model.plan.streamed:
-        model._loaded.layers.source.drop(layer)
+        model.engine.loaded.layers.source.drop(layer)
     _evict(tmp_path)
     marks = [_read_bytes()]
     model.progress = lambda done, layers: marks.append(_read_bytes()) if done == layers else None

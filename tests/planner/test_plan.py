@@ -279,7 +279,7 @@ def test_planned_bytes_are_the_measured_ones(checkpoints, name: str, batch: int)
         batch_size=batch,
     )
     held: list[dict[str, int]] = []
-    ledger = model._loaded.ledger
+    ledger = model.engine.loaded.ledger
     hold, ledger.hold = ledger.hold, lambda **parts: (held.append(parts), hold(**parts))[1]
     model.generate(torch.randint(3, VOCAB, (batch, 40)), max_new_tokens=8, do_sample=False)
     assert model.resident_bytes == model.plan.resident_bytes
