@@ -287,7 +287,10 @@ def read_bitsandbytes(module: Module, packing: Packing, dtype: torch.dtype) -> S
 def _int8_rows(module: Module, dtype: torch.dtype) -> StoredTensor:
     weight = module.need("weight", _I8, None, None)
     scales = module.need("SCB", _FLOATS, weight.shape[0])
-    if "weight_format" in module.tensors and int(module.numbers("weight_format").sum()):
+    layout = module.tensors.get("weight_format")
+    if layout is not None and (
+        layout.dtype != torch.uint8 or layout.nbytes != 1 or module.numbers("weight_format").any()
+    ):
         raise UnsupportedModel(f"{module.name} lies in tiles for one kind of GPU (weight_format): save it in rows")
     grid = Grid(1, scales.dtype, 1, constant=1 / 127)
     outputs, inputs = weight.shape
@@ -309,7 +312,7 @@ def _read_4bit(module: Module, state_name: str, dtype: torch.dtype) -> StoredTen
     outer_table = module.need("weight.nested_quant_map", (torch.float32,), 256)
     offset = state.get("nested_offset")
     if not isinstance(offset, int | float) or isinstance(offset, bool):
-        raise CheckpointError(f"{module.name}.{state_name} says nested_offset is {str(offset)[:40]!r}, not a number")
+        raise CheckpointError(f"{module.name}.{state_name} says nested_offset is {repr(offset)[:40]}, not a number")
     decode = Blocks4(inputs, block, outer_block, float(offset))
     return _made((outputs, inputs), dtype, [codes, table, largest, outer_table, outer], decode)
 
@@ -332,5 +335,5 @@ def _state(module: Module, name: str) -> dict[str, Any]:
 
 def _positive(module: Module, name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**40:
-        raise CheckpointError(f"{module.name}.{name} has {str(value)[:40]!r} where a size above 0 has to be")
+        raise CheckpointError(f"{module.name}.{name} has {repr(value)[:40]} where a size above 0 has to be")
     return value

@@ -126,7 +126,7 @@ class _Said:
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MOST_SIZE:
             raise CheckpointError(
-                f"{self.where} says in its quantization_config that {key} is {str(value)[:40]!r}: it has to be a whole "
+                f"{self.where} says in its quantization_config that {key} is {repr(value)[:40]}: it has to be a whole "
                 f"number from 1 to {_MOST_SIZE}"
             )
         return value
@@ -137,7 +137,7 @@ class _Said:
             return (), ()
         if not isinstance(value, list) or len(value) != 2:
             raise CheckpointError(
-                f"{self.where} says in its quantization_config that {key} is {str(value)[:40]!r}: two sizes are needed"
+                f"{self.where} says in its quantization_config that {key} is {repr(value)[:40]}: two sizes are needed"
             )
         rows, columns = (self.size(key, size) for size in value)
         return (rows,), (columns,)
