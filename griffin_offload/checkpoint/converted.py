@@ -27,8 +27,7 @@ from griffin_offload.checkpoint.safetensors import (
 )
 from griffin_offload.checkpoint.unsupported import check_numbers
 from griffin_offload.errors import CheckpointError, UnsupportedModel
-from griffin_offload.formats import FLOATS, Format, every, get
-from griffin_offload.formats.embedding import TABLE_FORMATS
+from griffin_offload.formats import FLOATS, TABLE_FORMATS, Format, every, get
 
 METHOD = "griffin-offload"
 _IN_LAYER = re.compile(r"\.\d+\.")
@@ -120,7 +119,7 @@ def open_converted(path: Path) -> Checkpoint | None:
     assert mark is not None
     checked = check_files(path, config, mark.metadata()[METADATA_KEY])
     stored = checked.most_bytes(FLOAT_TYPES)
-    check_numbers(path, None, None if stored in FLOAT_TYPES else stored)
+    check_numbers(path, None if stored in FLOAT_TYPES else stored)
     return ConvertedCheckpoint(
         path,
         config,

@@ -17,13 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from griffin_offload.blocks.sizes import build_on_meta
-from griffin_offload.blocks.towers import left_out_parts
+from griffin_offload.blocks.layouts import build_on_meta, left_out_parts
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
-from griffin_offload.checkpoint.changes import FileState, states_of
 from griffin_offload.checkpoint.config_files import load_config, read_object
 from griffin_offload.checkpoint.direct_io import Extent
-from griffin_offload.checkpoint.files import check_content
+from griffin_offload.checkpoint.files import FileState, check_content, states_of
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.tied_head import untie_other_head
 from griffin_offload.checkpoint.unsupported import check_numbers, refuse_gguf_in, refuse_what_is_no_checkpoint
@@ -150,10 +148,9 @@ def open_safetensors(path: Path) -> Checkpoint | None:
     if not path.is_dir():
         return None
     config = directory_config(path)
-    check_numbers(path, getattr(config, "quantization_config", None), None)
     checked = check_files(path, config, None)
     stored = checked.most_bytes(set(checked.sizes))
-    check_numbers(path, None, None if stored in FLOAT_TYPES else stored)
+    check_numbers(path, None if stored in FLOAT_TYPES else stored)
     dtype = FLOAT_TYPES[stored]
     untied = untie_other_head(config, dtype, checked.headers)
     return SafetensorsCheckpoint(path, config, dtype, checked.files, checked.weight_bytes, checked.states, untied)

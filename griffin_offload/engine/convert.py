@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
-from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.blocks.replace import linear_names
-from griffin_offload.blocks.sizes import build_on_meta, model_shape
+from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.files import check_name, renamed, temporary_name, write_text
@@ -30,7 +30,7 @@ from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.checkpoint.safetensors import INDEX, UNFINISHED
 from griffin_offload.checkpoint.tied_head import said_untied
-from griffin_offload.devices.ledger import OutOfMemoryAsError
+from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Inputs, visit_inputs
 from griffin_offload.engine.load import check_stored

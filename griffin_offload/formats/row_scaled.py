@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from griffin_offload.formats.base import Format, Layout, Spec, Tensors, row_blocks, take
+from griffin_offload.formats.base import Format, Layout, Spec, Tensors, divisor, finite, neuron_scale, row_blocks, take
 from griffin_offload.formats.compensation import Compensation
-from griffin_offload.formats.scales import divisor, finite, neuron_scale
 from griffin_offload.kernels import by_blocks, table
 from griffin_offload.kernels.by_blocks import scaled
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import quantised_reference as ref
 import torch
+from griffin_offload.formats.scales import neuron_scale, row_scale
 from torch import Tensor
 
 from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation
@@ -15,7 +16,6 @@ from griffin_offload.formats.int4 import (
     quantize_neurons,
     quantize_rows,
 )
-from griffin_offload.formats.scales import neuron_scale, row_scale
 
 GROUP = ref.GROUP
 
