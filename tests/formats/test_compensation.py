@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import quantised_reference as ref
 import torch
-from griffin_offload.formats.scales import neuron_scale, row_scale
 from torch import Tensor
 
+from griffin_offload.formats.base import neuron_scale, row_scale
 from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation
 from griffin_offload.formats.int4 import (
     Packed,
