@@ -40,7 +40,7 @@ from griffin_offload.kv_cache.store import Workload
 from griffin_offload.offload.weight_store import MmapStore
 from griffin_offload.planner.plan import Plan, logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
-from griffin_offload.transformers_api import CACHE, with_own_name
+from griffin_offload.transformers_api import CACHE, StockCache, with_own_name
 
 
 class ModelRunner:
@@ -203,7 +203,7 @@ class ModelRunner:
         request = replace(self.model_spec.request, session_bytes=self.idle_bytes)
         return replan_for(self.shape, request, self.plan, use)
 
-    def hold(self, use: Workload, new_tokens: int, cache: Any, slots: int = 0) -> None:
+    def hold(self, use: Workload, new_tokens: int, cache: StockCache | None, slots: int = 0) -> None:
         """Enter a forward of `new_tokens` into the ledger: activations as the plan counts them, the KV cache and
         slots as they are."""
         request = as_loaded(self.model_spec.request, self.plan)
