@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from griffin_offload.blocks.hooks import hooks_on
 from griffin_offload.blocks.states import shares_entries
 from griffin_offload.config import KVBits
 from griffin_offload.devices.base import Recorder
@@ -237,6 +238,11 @@ class DecodeGraphs:
         if _hooked(self._model, self._model.get_input_embeddings() if self._embeds_on_host else None):
             self._run_reason = self._run_reason or "hooks on the model's modules"
 
+    @property
+    def caches(self) -> list[KVCache]:
+        """Those there are captures for."""
+        return list(self._captured)
+
     def forward(self, arguments: dict[str, Any], report: GraphReport) -> Any:
         """The stock model's output for a forward with these `arguments`, or None: it has to run kernel by kernel."""
         reason = self._run_reason or self.reason or _why_not(arguments)
@@ -332,7 +338,7 @@ def _hooked(model: StockModel, but: Any) -> bool:
         # pass what is inside a forward.
         getattr(hook, "__module__", "") != _OUTPUT_HOOKS and not isinstance(hook, Guard)
         for module in modules
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        for hook in hooks_on(module)
     )
 
 

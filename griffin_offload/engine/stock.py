@@ -170,6 +170,11 @@ class FifoLock:
         self._row: deque[_Ticket] = deque()
 
     @property
+    def callers(self) -> int:
+        """In the row, the one that has its turn among them."""
+        return len(self._row)
+
+    @property
     def mine(self) -> bool:
         """Whether this thread has its turn."""
         with contextlib.suppress(IndexError):  # an empty row
