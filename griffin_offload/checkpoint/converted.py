@@ -120,7 +120,7 @@ def open_converted(path: Path) -> Checkpoint | None:
     assert mark is not None
     checked = check_files(path, config, mark.metadata()[METADATA_KEY])
     stored = checked.most_bytes(FLOAT_TYPES)
-    check_numbers(path, None, None if stored in FLOAT_TYPES else stored)
+    check_numbers(path, None if stored in FLOAT_TYPES else stored)
     return ConvertedCheckpoint(
         path,
         config,

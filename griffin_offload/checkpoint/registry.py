@@ -11,14 +11,15 @@ from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import load_config
 from griffin_offload.checkpoint.converted import ConvertedCheckpoint, mark_of, open_converted
 from griffin_offload.checkpoint.files import check_name, unreadable
+from griffin_offload.checkpoint.quantised import open_quantised, read_quantised_config
 from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
-from griffin_offload.checkpoint.unsupported import check_numbers, is_gguf, refuse_gguf
+from griffin_offload.checkpoint.unsupported import is_gguf, refuse_gguf
 from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, one_line
 from griffin_offload.formats import get
 
 Opener = Callable[[Path], Checkpoint | None]
 """Opens the file or directory if it is of its kind; None if it is not. Errors: CheckpointError, UnsupportedModel."""
-_KINDS: list[Opener] = [open_converted, open_safetensors]
+_KINDS: list[Opener] = [open_converted, open_quantised, open_safetensors]
 
 
 def register_kind(opener: Opener) -> None:
@@ -63,9 +64,11 @@ def read_config(path: str | Path) -> Checkpoint:
         raise ModelNotFound(f"no file {file}: give a config.json")
     config = load_config(file)
     mark = mark_of(config, file.parent)
-    check_numbers(file, getattr(config, "quantization_config", None), None)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     if mark is None:
+        quantised = read_quantised_config(file, config, dtype)
+        if quantised is not None:
+            return quantised
         return SafetensorsCheckpoint(file.parent, config, dtype, (), 0)
     return ConvertedCheckpoint(
         file.parent, config, dtype, (), 0, precision=get(mark.precision), tables=get(mark.tables)

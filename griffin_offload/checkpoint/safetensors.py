@@ -148,10 +148,9 @@ def open_safetensors(path: Path) -> Checkpoint | None:
     if not path.is_dir():
         return None
     config = directory_config(path)
-    check_numbers(path, getattr(config, "quantization_config", None), None)
     checked = check_files(path, config, None)
     stored = checked.most_bytes(set(checked.sizes))
-    check_numbers(path, None, None if stored in FLOAT_TYPES else stored)
+    check_numbers(path, None if stored in FLOAT_TYPES else stored)
     dtype = FLOAT_TYPES[stored]
     untied = untie_other_head(config, dtype, checked.headers)
     return SafetensorsCheckpoint(path, config, dtype, checked.files, checked.weight_bytes, checked.states, untied)

@@ -1,7 +1,7 @@
 """Checkpoints of other kinds, refused by the name that people know them by, with what to do instead."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import (
@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import (
 
 from griffin_offload.errors import UnsupportedModel
 
-_LOADED = "only 16, 32 and 64 bit floats are loaded, or what griffin-offload convert made of them"
+_READ = "FP8, compressed-tensors, modelopt, GPTQ, AWQ and bitsandbytes"
 _ORIGINAL = "take the checkpoint it was made from, and --quantize int8 or int4"
 _GGUF_MAGIC = b"GGUF"
 # As the headers of safetensors files name the numbers in them.
@@ -44,25 +44,32 @@ def refuse_gguf_in(directory: Path) -> None:
         refuse_gguf(found[0])
 
 
-def check_numbers(where: Path, quantization: Any, stored: str | None) -> None:
-    """UnsupportedModel for a checkpoint that others quantised: `quantization` is its config's own word for that, or
-    None, `stored` the kind of its numbers where that is no float that is loaded."""
-    if quantization is not None:
-        raise UnsupportedModel(f"{where} is quantised by {_method(quantization)}: {_LOADED}; {_ORIGINAL}")
+def check_numbers(where: Path, stored: str | None) -> None:
+    """UnsupportedModel for a checkpoint that others quantised without saying how: `stored` is the kind of its numbers
+    where that is no float that is loaded."""
     if stored is not None:
         words = f"{_WORDS[stored]}, " if stored in _WORDS else ""
-        raise UnsupportedModel(f"{where} is quantised ({words}{stored}): {_LOADED}; {_ORIGINAL}")
+        raise UnsupportedModel(
+            f"{where} is quantised ({words}{stored}), and its config.json does not say how (quantization_config): "
+            f"{_ORIGINAL}"
+        )
 
 
-def _method(quantization: Any) -> str:
+def refuse_quantised(where: Path, said: dict[str, Any], why: str | None = None) -> NoReturn:
+    """UnsupportedModel for a checkpoint that was quantised as its config `said`, which is not read."""
+    words = f": {why}" if why else f", which is not read here ({_READ} are)"
+    raise UnsupportedModel(f"{where} is quantised by {_method(said)}{words}; {_ORIGINAL}")
+
+
+def _method(said: dict[str, Any]) -> str:
     """The name of a method of quantisation with its bits, from what config.json says."""
-    said = quantization if isinstance(quantization, dict) else vars(quantization)
     bits = next((f"{n} bit" for n in (4, 8) if said.get(f"load_in_{n}bit") or said.get(f"_load_in_{n}bit")), None)
-    name = said.get("quant_method") or ("bitsandbytes" if bits else "a method that its config.json does not name")
-    name = str(getattr(name, "value", name))
+    unnamed = "bitsandbytes" if bits else "a method that its config.json does not name"
+    name = str(said.get("quant_method") or unnamed)[:60]
     number = said.get("bits", said.get("w_bit"))
-    details = (bits or (f"{number} bit" if number else None), said.get("format"), said.get("fmt"))
-    known = ", ".join(str(detail) for detail in details if detail)
+    more = (said.get(key) for key in ("format", "fmt", "quant_algo"))
+    details = (bits or (f"{number} bit" if number else None), *more)
+    known = ", ".join(str(detail)[:40] for detail in details if detail)
     return f"{name} ({known})" if known else name
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from griffin_offload.config import FORMAT_NAMES
 from griffin_offload.errors import CheckpointError, UsageError
+from griffin_offload.formats.compensation import Compensation
 from griffin_offload.kernels import table
 
 Tensors = dict[str, Tensor]
@@ -89,7 +90,8 @@ class Format:
     scratch_rows: ClassVar[int] = 1
     """Rows of a matrix that torch's way translates at least at once."""
     wants_importance: ClassVar[bool] = False
-    """Whether quantising asks for the mean square of every input, which a pass over a text measures."""
+    """Whether quantising asks for the mean square of every input, which a pass over a text measures; and converting
+    for the inputs themselves."""
     missed_from: ClassVar[float] = 0.25
     """A weight that is off by a larger share has not come back (`missed`)."""
     chunk: ClassVar[int] = 1024
@@ -130,10 +132,14 @@ class Format:
     # What is made of it ----------------------------------------------------------------------------------------
 
     def quantize(
-        self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, importance: Tensor | None = None
+        self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, compensation: Compensation | None = None
     ) -> Tensors:
-        """The stored tensors of a matrix [O, I] of floats, scales in `dtype`. Errors may count by the `importance` [I]
-        of their input. CheckpointError for what is no number."""
+        """The stored tensors of a matrix [O, I] of floats, scales in `dtype`; `compensation`, of its inputs, where they
+        are known and wanted. CheckpointError for what is no number."""
+        raise NotImplementedError
+
+    def compensation(self, x: Tensor, *, is_down: bool) -> Compensation:
+        """Of matrices whose inputs were x [T, I], in formats that want it."""
         raise NotImplementedError
 
     def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:

@@ -13,17 +13,35 @@ from griffin_offload.checkpoint.registry import open_checkpoint, read_config
 from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel
 
 _METHODS: dict[str, tuple[dict[str, Any], str]] = {
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, r"awq \(4 bit\)"),
-    "gptq": ({"quant_method": "gptq", "bits": 3, "group_size": 128}, r"gptq \(3 bit\)"),
-    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"bitsandbytes \(8 bit\)"),
-    "bitsandbytes of old": ({"load_in_4bit": True}, r"bitsandbytes \(4 bit\)"),
-    "fp8": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, r"fp8 \(e4m3\)"),
-    "mxfp4": ({"quant_method": "mxfp4"}, "mxfp4"),
-    "compressed": (
-        {"quant_method": "compressed-tensors", "format": "float-quantized"},
-        r"compressed-tensors \(float-quantized\)",
+    "hqq": ({"quant_method": "hqq"}, "hqq, which is not read here"),
+    "mxfp4": ({"quant_method": "mxfp4"}, "mxfp4, which is not read here"),
+    "no name": ({"scheme": "mine"}, "a method that its config.json does not name, which is not read here"),
+    "gptq of 3 bits": ({"quant_method": "gptq", "bits": 3, "group_size": 128}, r"gptq \(3 bit\): 2, 4 and 8 bits are"),
+    "gptq of a kernel": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        r"gptq \(4 bit\): it is laid out for one kernel",
     ),
-    "no name": ({"scheme": "mine"}, "a method that its config.json does not name"),
+    "gptq of several bits": (
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down_proj": {"bits": 8}}},
+        r"gptq \(4 bit\): its modules have different bits",
+    ),
+    "awq of a kernel": (
+        {"quant_method": "awq", "bits": 4, "version": "GEMV"},
+        r"awq \(4 bit\): the layout gemm is read",
+    ),
+    "sparse": (
+        {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": {"format": "sparse-24-bitmask"}},
+        r"compressed-tensors \(dense\): its matrices are sparse",
+    ),
+    "turned": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "transform_config": {"R1": {}}},
+        r"compressed-tensors \(pack-quantized\): its activations are turned",
+    ),
+    "of the future": (
+        {"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"},
+        r"compressed-tensors \(mxfp6-pack-quantized\): this format is not read",
+    ),
+    "modelopt's AWQ": ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r"modelopt \(W4A8_AWQ\): this format"),
 }
 
 
@@ -46,7 +64,7 @@ def _say(directory: Path, **entries: Any) -> None:
 def test_others_quantisation_is_named_by_its_method(name: str, copy: Path):
     said, words = _METHODS[name]
     _say(copy, quantization_config=said)
-    message = f"is quantised by {words}: only 16, 32 and 64 bit floats .* take the checkpoint it was made from"
+    message = f"is quantised by {words}.*; take the checkpoint it was made from, and --quantize int8 or int4"
     with pytest.raises(UnsupportedModel, match=message):
         open_checkpoint(copy)
     with pytest.raises(UnsupportedModel, match=message):

@@ -1,0 +1,188 @@
+"""Checkpoints that other libraries quantised: read as they lie, their matrices decoded wherever they are needed.
+
+Which method it is stands in config.json; which matrices are packed is seen in the files, so lists of modules that were
+left out need no reading. Only weights are taken: activations and the KV cache stay in the checkpoint's floats.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
+from griffin_offload.checkpoint.converted import METHOD
+from griffin_offload.checkpoint.direct_io import Extent
+from griffin_offload.checkpoint.mapped import FileMaps
+from griffin_offload.checkpoint.packed import Module
+from griffin_offload.checkpoint.quantisation_config import Method, method_of, said_of
+from griffin_offload.checkpoint.safetensors import (
+    FLOAT_TYPES,
+    SafetensorsCheckpoint,
+    check_files,
+    directory_config,
+    stored_tensors,
+)
+from griffin_offload.checkpoint.tied_head import untie_other_head
+from griffin_offload.errors import CheckpointError
+
+# Of a module that is not packed, and of attention: scales of activations and of the KV cache, and what is left of
+# weights that were only rounded.
+_ASIDE = {
+    *("input_scale", "input_zero_point", "input_global_scale", "activation_scale", "output_scale"),
+    *("k_scale", "v_scale", "q_scale", "prob_output_scale", "k_zero_point", "v_zero_point", "output_zero_point"),
+    *("weight_scale", "weight_scale_inv", "weight_zero_point", "weight_global_scale", "weight_g_idx", "weight_shape"),
+}
+_OF_CACHE = {"k_scale", "v_scale", "output_scale"}
+_INSIDE = ".weight."
+
+
+@dataclass(frozen=True)
+class QuantisedCheckpoint(SafetensorsCheckpoint):
+    """A directory in Hugging Face layout whose matrices are packed."""
+
+    method: str = ""
+    """In words."""
+    listed: Mapping[str, StoredTensor] = field(default_factory=dict, compare=False)
+
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        return self.listed
+
+    def config_json(self) -> dict[str, Any]:
+        found = super().config_json()
+        found.pop("compression_config", None)
+        if isinstance(found.get("text_config"), dict):
+            found["text_config"].pop("quantization_config", None)
+        return found
+
+
+def open_quantised(path: Path) -> Checkpoint | None:
+    """The checkpoint in the directory `path`; None where nothing says that it is quantised. Errors: CheckpointError,
+    UnsupportedModel."""
+    said = said_of(path / "config.json")
+    if said is None or said.get("method") == METHOD:
+        return None
+    config = directory_config(path)
+    method = method_of(said, path)
+    _forget(config)
+    checked = check_files(path, config, None)
+    stored = {name: tensor for file in checked.files for name, tensor in stored_tensors(file).items()}
+    dtype = _dtype(config, checked.most_bytes(FLOAT_TYPES), path)
+    modules = _modules(stored)
+    listed = dict(_listed(modules, method, dtype))
+    _warn(path, method, dtype, modules)
+    untied = _unties(config, listed) or untie_other_head(config, dtype, checked.headers)
+    weight_bytes = sum(tensor.stored_bytes for tensor in listed.values())
+    return QuantisedCheckpoint(
+        path, config, dtype, checked.files, weight_bytes, checked.states, untied, method.words, listed
+    )
+
+
+def read_quantised_config(file: Path, config: PretrainedConfig, dtype: torch.dtype) -> Checkpoint | None:
+    """The same of a config.json alone, as `config`: what packed matrices would take; None where it is not quantised."""
+    said = said_of(file)
+    if said is None or said.get("method") == METHOD:
+        return None
+    method = method_of(said, file)
+    _forget(config)
+    listed = dict(_expected(config, method, dtype))
+    return QuantisedCheckpoint(file.parent, config, dtype, (), 0, method=method.words, listed=listed)
+
+
+def _forget(config: PretrainedConfig) -> None:
+    """Take the method out of `config`: transformers would make modules of its own for it."""
+    for part in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(part, key):
+                delattr(part, key)
+
+
+def _dtype(config: PretrainedConfig, most: str, path: Path) -> torch.dtype:
+    """Of the model: as its makers say, as scales may outweigh all other floats."""
+    said = config.get_text_config().dtype or config.dtype
+    if isinstance(said, torch.dtype) and said in FLOAT_TYPES.values():
+        return said
+    if most not in FLOAT_TYPES:
+        raise CheckpointError(f"{path} holds no floats beside packed weights, and its config.json names no dtype")
+    return FLOAT_TYPES[most]
+
+
+# What the files hold.
+
+
+def _modules(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """By module, then by what follows its name."""
+    found: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in stored.items():
+        module, inside, rest = name.rpartition(_INSIDE)
+        if not inside:
+            module, _, rest = name.rpartition(".")
+        suffix = inside[1:] + rest
+        found.setdefault(module, {})[suffix] = tensor
+    return found
+
+
+def _listed(
+    modules: Mapping[str, Mapping[str, StoredTensor]], method: Method, dtype: torch.dtype
+) -> Iterator[tuple[str, StoredTensor]]:
+    maps = FileMaps()
+    for name, tensors in modules.items():
+        reader = method.reader_of(tensors)
+        if reader is not None:
+            yield f"{name}.weight", reader(Module(name, tensors, maps), method.packing, dtype)
+            tensors = {key: tensor for key, tensor in tensors.items() if key == "bias"}
+        for suffix, tensor in tensors.items():
+            if suffix not in _ASIDE:
+                yield (f"{name}.{suffix}" if name else suffix), tensor
+
+
+def _unties(config: PretrainedConfig, listed: Mapping[str, StoredTensor]) -> bool:
+    """Whether a packed head is there that `config` would tie to the embeddings; `config` says so then."""
+    text = config.get_text_config()
+    head = next((tensor for name, tensor in listed.items() if name.endswith("lm_head.weight")), None)
+    if head is None or head.decode is None or not (text.tie_word_embeddings or config.tie_word_embeddings):
+        return False
+    text.tie_word_embeddings = config.tie_word_embeddings = False
+    return True
+
+
+def _warn(path: Path, method: Method, dtype: torch.dtype, modules: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+    suffixes = {suffix for tensors in modules.values() for suffix in tensors}
+    cache = method.quantises_cache or bool(suffixes & _OF_CACHE)
+    left = ["activations"] * method.quantises_activations + ["the KV cache"] * cache
+    if left:
+        kept = str(dtype).removeprefix("torch.")
+        words = f"{path.name} is read as {method.words}, weights only: {' and '.join(left)}"
+        warnings.warn(f"{words}, quantised by its makers' plan, stay in {kept}", stacklevel=4)
+
+
+# What a config alone says.
+
+
+def _expected(config: PretrainedConfig, method: Method, dtype: torch.dtype) -> Iterator[tuple[str, StoredTensor]]:
+    model: Any = build_on_meta(config, dtype)
+    decoder, _ = find_feed_forwards(model, config.get_text_config().num_hidden_layers)
+    packed = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if _is_packed(name, module, decoder) and not method.leaves_out(name)
+    }
+    for name, parameter in model.named_parameters():
+        decoded = id(parameter) in packed
+        nbytes = int(parameter.numel() * method.bits_per_weight / 8) if decoded else parameter.nbytes
+        decode = _nothing_to_decode if decoded else None
+        yield name, StoredTensor(tuple(parameter.shape), dtype, (Extent("", 0, nbytes),), decode=decode)
+
+
+def _is_packed(name: str, module: nn.Module, decoder: nn.ModuleList) -> bool:
+    inside = any(module is one for layer in decoder for one in layer.modules())
+    return inside and isinstance(module, nn.Linear)
+
+
+def _nothing_to_decode(parts: Any, first: int, end: int, into: Tensor) -> None:
+    raise AssertionError("of a config.json alone no weight is read")
