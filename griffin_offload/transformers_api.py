@@ -10,11 +10,14 @@ Each difference is decided by what the installed release has, not by its number.
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from packaging.version import Version
+from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, cache_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -93,3 +96,33 @@ def warn_if_untested() -> None:
     told = untested(version("transformers"))
     if told is not None:
         warnings.warn(told, stacklevel=3)
+
+
+class StockModel(nn.Module):
+    """What is asked of transformers' causal language models, whichever class they are of: for types alone, nothing is
+    made of it. `config`, and what modules are made of, differ between architectures; a model may have no head."""
+
+    config: Any
+    generation_config: Any
+    dtype: torch.dtype
+    device: torch.device
+    get_input_embeddings: Callable[[], Any]
+    get_output_embeddings: Callable[[], Any]
+    set_input_embeddings: Callable[[nn.Module], None]
+    set_output_embeddings: Callable[[nn.Module], None]
+    get_decoder: Callable[[], Any]
+    set_attn_implementation: Callable[[str], None]
+    prepare_inputs_for_generation: Callable[..., dict[str, Any]]
+    _update_model_kwargs_for_generation: Callable[..., dict[str, Any]]
+    _supports_attention_backend: bool
+    _keys_to_ignore_on_load_missing: Any
+    _weight_conversions: Any
+    _get_dtype_plan: Callable[[torch.dtype], dict[str, torch.dtype]]
+    _prepare_special_tokens: Callable[..., None]
+    _get_logits_processor: Callable[..., Callable[[Tensor, Tensor], Tensor]]
+
+
+class StockCache(Protocol):
+    """A KV cache as transformers' models know it: ours, one of theirs, or a caller's."""
+
+    def get_seq_length(self) -> int: ...

@@ -27,6 +27,11 @@ class PassForward:
         self._forward = forward
 
 
+def hooks_on(module: nn.Module) -> list[Any]:
+    """All forward hooks of `module`, whoever put them there, those before it last."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
 def unhook(module: nn.Module) -> None:
     """Take every hook and forward of a pass off `module`."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):

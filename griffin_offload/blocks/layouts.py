@@ -16,6 +16,7 @@ from griffin_offload.blocks.feedforward import FeedForward, features
 from griffin_offload.devices.torch_state import building
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError, one_line
 from griffin_offload.formats.linear import QuantizedLinear
+from griffin_offload.transformers_api import StockModel
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class LeftOut(nn.Module):
         raise UsageError(f"{self._name} is left out: text alone is run here, give no images, videos or sound")
 
 
-def leave_out_towers(model: Any) -> list[str]:
+def leave_out_towers(model: StockModel) -> list[str]:
     """Replace every module of `model` that its language model does not consist of, all parameters gone; their names,
     none where the model knows text alone."""
     if model.config.get_text_config() is model.config:
@@ -170,7 +171,7 @@ def leave_out_towers(model: Any) -> list[str]:
     return found
 
 
-def left_out_parts(model: Any) -> set[str]:
+def left_out_parts(model: StockModel) -> set[str]:
     """What the names of tensors have in them, between dots, that belong to a module left out of `model`."""
     return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LeftOut)}
 
@@ -184,12 +185,12 @@ def _is_outside(name: str, kept: list[str], module: nn.Module) -> bool:
     return not around and not inside and beside and next(module.parameters(), None) is not None
 
 
-def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> StockModel:
     """The language model of `config` with no storage: every name and shape of it, in well under a second for 70B."""
     with building(dtype), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about initialisation and attention, which never happens here
         try:
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model: StockModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         except Exception as error:  # each architecture fails in its own way
             reason = one_line(error).partition(" Model type should be one of")[0]  # a page of names
             raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error

@@ -18,6 +18,7 @@ from griffin_offload.formats.base import Format, specs_bytes
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.linear import table_bytes
 from griffin_offload.kernels.by_blocks import scratch_bytes
+from griffin_offload.transformers_api import StockModel
 
 # Bytes alive at once per number that a layer's projections make of a token, outside of its FF. torch's scans work in
 # float32, chunk by chunk, all chunks at once: 28 with the gated delta rule, 24 to 46 with Mamba 2, counted in sizes as
@@ -140,7 +141,7 @@ class ModelSizes:
 
 
 def model_shape(
-    model: Any,
+    model: StockModel,
     precision: Format = FLOATS,
     stored: Format = FLOATS,
     tables: Format = FLOATS,
@@ -191,7 +192,7 @@ def model_shape(
     )
 
 
-def states_of(model: Any) -> list[LayerState]:
+def states_of(model: StockModel) -> list[LayerState]:
     """What each decoder layer of `model` keeps of a sequence; errors as `kept_states`."""
     return kept_states(model, find_feed_forwards(model, model.config.get_text_config().num_hidden_layers)[0])
 

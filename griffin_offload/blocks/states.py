@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 )
 
 from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
-from griffin_offload.transformers_api import CACHE, DummyLayer, stock_cache
+from griffin_offload.transformers_api import CACHE, DummyLayer, StockCache, StockModel, stock_cache
 
 _TOKENS = 2
 # The last is a layer without entries of its own: it reads another one's, or attends to nothing.
@@ -78,7 +78,7 @@ def _kind(layer: Any) -> str:
     return "linear_attention" if isinstance(layer, LinearAttentionCacheLayerMixin) else type(layer).__name__
 
 
-def kept_states(model: Any, decoder: nn.ModuleList) -> list[LayerState]:
+def kept_states(model: StockModel, decoder: nn.ModuleList) -> list[LayerState]:
     """What each layer of `decoder`, those of `model` on the meta device, keeps. UnsupportedModel where that is not in
     the KV cache that it is given, or cannot be known before weights are read."""
     _check_takes_cache(model)
@@ -99,11 +99,11 @@ def kept_states(model: Any, decoder: nn.ModuleList) -> list[LayerState]:
     return [_state_of(cache.layers[index], model) for index in first]
 
 
-def _name(model: Any) -> str:
+def _name(model: StockModel) -> str:
     return type(model).__name__
 
 
-def _check_takes_cache(model: Any) -> None:
+def _check_takes_cache(model: StockModel) -> None:
     parameters = inspect.signature(model.forward).parameters
     if CACHE in parameters:
         return
@@ -124,7 +124,7 @@ def _first_of_kind(decoder: nn.ModuleList, cached: Sequence[Any]) -> list[int]:
 
 
 @torch.no_grad()
-def _pass_tokens(model: Any, decoder: nn.ModuleList, first: list[int], cache: Any) -> None:
+def _pass_tokens(model: StockModel, decoder: nn.ModuleList, first: list[int], cache: StockCache) -> None:
     """A forward, for what it leaves in `cache`, in which layers like an earlier one do nothing."""
     made: list[Any] = []
 
@@ -148,7 +148,7 @@ def _pass_tokens(model: Any, decoder: nn.ModuleList, first: list[int], cache: An
             layer.__dict__.pop("forward", None)
 
 
-def _state_of(kept: Any, model: Any) -> LayerState:
+def _state_of(kept: Any, model: StockModel) -> LayerState:
     keys, values = getattr(kept, "keys", None), getattr(kept, "values", None)
     fixed = [
         state

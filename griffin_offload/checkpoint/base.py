@@ -27,6 +27,7 @@ from griffin_offload.checkpoint.tokenizer import tokenizer_of
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats import FLOATS, Format
 from griffin_offload.formats.translated import Decode, TranslatedTensor
+from griffin_offload.transformers_api import StockModel
 
 # What a directory holds beside weights: tokenizer, templates, generation settings.
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -100,7 +101,7 @@ class Checkpoint(ABC):
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Everything it holds, by the names that `conversions` knows. Cheap: no weight is read."""
 
-    def conversions(self, model: Any, names: Iterable[str]) -> Sequence[Conversion]:
+    def conversions(self, model: StockModel, names: Iterable[str]) -> Sequence[Conversion]:
         """Which of its tensors make which of those of `model`, a stock one with the formats' modules in it. By default
         its names are those of transformers' checkpoints: renamed and merged as transformers does it."""
         return conversions_of(model, names)
@@ -109,7 +110,7 @@ class Checkpoint(ABC):
         """A tokenizer of transformers'; a new one whenever it is asked for."""
         return tokenizer_of(self.directory)
 
-    def set_generation_config(self, model: Any) -> None:
+    def set_generation_config(self, model: StockModel) -> None:
         """Give `model` its settings for generation, where it has any."""
         read_generation_config(model, self.directory)
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from griffin_offload.checkpoint.files import check_content
 from griffin_offload.checkpoint.unsupported import check_kind
 from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
+from griffin_offload.transformers_api import StockModel
 from griffin_offload.units import format_bytes
 
 # JSON that a stranger wrote: of bounded size, an object, or a named error.
@@ -147,7 +148,7 @@ _SWITCHES = (
 )
 
 
-def read_generation_config(model: Any, directory: Path) -> None:
+def read_generation_config(model: StockModel, directory: Path) -> None:
     """Give `model` the settings of the file, where there is one."""
     path = directory / "generation_config.json"
     if not path.is_file():
@@ -188,7 +189,7 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def settle_generation_config(model: Any, vocab_size: int, directory: Path) -> None:
+def settle_generation_config(model: StockModel, vocab_size: int, directory: Path) -> None:
     """Make the `model`'s generation settings ones that `generate` can honour. CheckpointError where that cannot be."""
     config = model.generation_config
     config.use_cache = True  # training with gradient checkpointing leaves it off; decoding here is never without
@@ -225,7 +226,7 @@ def _set_aside(config: Any, directory: Path) -> None:
             warnings.warn(f"{told}: the plan decides how the answer is computed", stacklevel=3)
 
 
-def _try_out(model: Any, vocab_size: int, directory: Path) -> None:
+def _try_out(model: StockModel, vocab_size: int, directory: Path) -> None:
     """Have the settings change the scores of a token once, where they fail if they will ever."""
     config = copy.deepcopy(model.generation_config)
     config.max_length = 8

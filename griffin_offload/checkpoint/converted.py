@@ -28,6 +28,7 @@ from griffin_offload.checkpoint.safetensors import (
 from griffin_offload.checkpoint.unsupported import check_numbers
 from griffin_offload.errors import CheckpointError, UnsupportedModel
 from griffin_offload.formats import FLOATS, TABLE_FORMATS, Format, every, get
+from griffin_offload.transformers_api import StockModel
 
 METHOD = "griffin-offload"
 _IN_LAYER = re.compile(r"\.\d+\.")
@@ -96,7 +97,7 @@ class ConvertedCheckpoint(SafetensorsCheckpoint):
     def _format_of(self, name: str) -> Format:
         return self.precision if _IN_LAYER.search(name) else self.tables
 
-    def conversions(self, model: Any, names: Iterable[str]) -> Sequence[Conversion]:
+    def conversions(self, model: StockModel, names: Iterable[str]) -> Sequence[Conversion]:
         return same_names(model, names)
 
     def lacking(self, names: Sequence[str]) -> CheckpointError:

@@ -7,6 +7,7 @@ from typing import Any
 
 from griffin_offload.blocks.layouts import find_feed_forwards, left_out_parts
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
+from griffin_offload.transformers_api import StockModel
 
 _IN_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
@@ -47,7 +48,7 @@ class _LayerSizes:
         return self._stored / self._full if self._translated_ff else 0.0
 
 
-def part_sizes(model: Any, checkpoint: Checkpoint) -> PartSizes:
+def part_sizes(model: StockModel, checkpoint: Checkpoint) -> PartSizes:
     """Of `checkpoint`, whose model is on the meta device. A name that no other part has counts as feed-forward."""
     tensors = checkpoint.tensors()
     decoder, blocks = find_feed_forwards(model, model.config.get_text_config().num_hidden_layers)

@@ -21,6 +21,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from griffin_offload.transformers_api import StockModel
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -35,7 +37,7 @@ class Conversion:
     patterns: tuple[str, ...] = ()
     """Of the rule, one for each of `sources`."""
 
-    def apply(self, model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def apply(self, model: StockModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of `model` by name, made of `tensors`, which are the sources'."""
         if self.rule is None:
             return {self.target: tensors[self.sources[0]]}
@@ -46,7 +48,7 @@ class Conversion:
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
 
-def conversions_of(model: Any, names: Iterable[str]) -> list[Conversion]:
+def conversions_of(model: StockModel, names: Iterable[str]) -> list[Conversion]:
     """Which tensors of `names` make which of those of `model`. Names that lead nowhere are left out. What was used is
     noted in `model`, as transformers does for saving it under the same names."""
     transforms = get_model_conversion_mapping(model)
@@ -69,7 +71,7 @@ def conversions_of(model: Any, names: Iterable[str]) -> list[Conversion]:
     return list(found.values())
 
 
-def same_names(model: Any, names: Iterable[str]) -> list[Conversion]:
+def same_names(model: StockModel, names: Iterable[str]) -> list[Conversion]:
     """The same for checkpoints that name every tensor as the model does."""
     there = model.state_dict()
     return [Conversion(name, (name,)) for name in names if name in there]
@@ -78,7 +80,7 @@ def same_names(model: Any, names: Iterable[str]) -> list[Conversion]:
 class KeptTypes:
     """Which tensors of a model transformers keeps in another precision than the model's."""
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: StockModel, dtype: torch.dtype) -> None:
         plan = model._get_dtype_plan(dtype)
         self._types = plan
         self._pattern, self._globs, _ = build_glob_alternation(list(plan)) if plan else (None, {}, {})

@@ -18,7 +18,7 @@ from griffin_offload.kv_cache.sequence import Context, snapshots_kept
 from griffin_offload.kv_cache.store import KV_SLACK_TOKENS, ModelKV, Workload
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest, statistics_kept
-from griffin_offload.transformers_api import CACHE, FOREIGN_CACHE_NAMES
+from griffin_offload.transformers_api import CACHE, FOREIGN_CACHE_NAMES, StockCache, StockModel
 
 
 class _Spec(Protocol):
@@ -178,7 +178,7 @@ def prepared(
     return run, as_arguments(kwargs, settings, given)
 
 
-def _refuse_drafts(model: Any, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> None:
+def _refuse_drafts(model: StockModel, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> None:
     """UsageError for drafts of transformers' own where they could not be taken back."""
     for name in ("prompt_lookup_num_tokens", "assistant_model"):
         if _value(name, kwargs, configs) is not None and getattr(model, "_is_stateful", False):
@@ -318,7 +318,7 @@ def usage_of(
     )
 
 
-def _cache_of_caller(cache: Any, implementation: str | None) -> CacheKind | None:
+def _cache_of_caller(cache: StockCache | None, implementation: str | None) -> CacheKind | None:
     """What kind of KV cache the caller asked for, or None; "hybrid" in a config is what transformers overrides."""
     if isinstance(cache, KVCache):
         return "ours"

@@ -23,6 +23,7 @@ from griffin_offload.errors import CheckpointError, GriffinError, memory_refused
 from griffin_offload.formats.base import is_plain
 from griffin_offload.formats.linear import swap_tables
 from griffin_offload.kernels.by_blocks import Scratch
+from griffin_offload.transformers_api import StockModel
 
 
 def build(checkpoint: Checkpoint, scratch: Scratch | None = None) -> Any:
@@ -53,7 +54,7 @@ def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     return model
 
 
-def _swap_formats(model: Any, checkpoint: Checkpoint, scratch: Scratch) -> None:
+def _swap_formats(model: StockModel, checkpoint: Checkpoint, scratch: Scratch) -> None:
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     swap_linears(decoder, blocks, checkpoint.precision, checkpoint.precision, scratch)
     if not checkpoint.tables.is_plain:
@@ -63,7 +64,7 @@ def _swap_formats(model: Any, checkpoint: Checkpoint, scratch: Scratch) -> None:
 class _Filling:
     """The tensors of a model, given their places in the files of a checkpoint, by name."""
 
-    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: StockModel, checkpoint: Checkpoint) -> None:
         self._model, self._checkpoint, self._maps = model, checkpoint, FileMaps()
         self._there: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self._types = KeptTypes(model, checkpoint.dtype)

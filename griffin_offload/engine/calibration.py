@@ -31,6 +31,7 @@ from griffin_offload.engine.layer_pass import LayerPass, PageFeed, Visitor
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats.translated import TranslatedTensor, in_memory
 from griffin_offload.kernels.by_blocks import Scratch
+from griffin_offload.transformers_api import StockModel
 
 Importance = Mapping[str, Tensor]
 """Mean squares float32 [I] of the inputs of a linear layer, by "layer.name"."""
@@ -48,7 +49,7 @@ _FORMAT = 2
 
 @torch.no_grad()
 def importance_of(
-    checkpoint: Checkpoint, model: Any, decoder: nn.ModuleList, blocks: Sequence[Block], *, evict: bool
+    checkpoint: Checkpoint, model: StockModel, decoder: nn.ModuleList, blocks: Sequence[Block], *, evict: bool
 ) -> Importance:
     """Of every linear layer in `decoder` but down projections. `model` is mapped and as stored; `evict` frees its pages
     behind each layer. Empty where the checkpoint has no tokenizer that fits it: then all inputs count alike."""
@@ -143,7 +144,7 @@ def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:
     return found if kept == sizes else None
 
 
-def _token_ids(checkpoint: Checkpoint, model: Any, most: int) -> Tensor | None:
+def _token_ids(checkpoint: Checkpoint, model: StockModel, most: int) -> Tensor | None:
     """Up to `most` sequences; None: of no tokenizer that fits the model."""
     try:
         tokenizer = checkpoint.tokenizer()
@@ -164,7 +165,7 @@ def _token_ids(checkpoint: Checkpoint, model: Any, most: int) -> Tensor | None:
     return torch.cat([begin.expand(sequences, len(begin)), rows], dim=1)
 
 
-def _measured(model: Any, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:
+def _measured(model: StockModel, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:
     squares: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
@@ -181,7 +182,7 @@ def _measured(model: Any, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[
 
 @contextlib.contextmanager
 def _a_layer_at_a_time(
-    model: Any,
+    model: StockModel,
     decoder: nn.ModuleList,
     blocks: Sequence[Block],
     checkpoint: Checkpoint,

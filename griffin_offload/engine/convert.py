@@ -39,6 +39,7 @@ from griffin_offload.formats import FLOATS, Format, get
 from griffin_offload.formats.base import Tensors
 from griffin_offload.formats.compensation import Compensation
 from griffin_offload.formats.translated import stored_bytes
+from griffin_offload.transformers_api import StockModel
 from griffin_offload.units import format_bytes
 
 try:
@@ -324,7 +325,7 @@ def _layer_tensors(
 
 
 def _tensors_outside(
-    model: Any, prefix: str, mark: ConversionInfo, dtype: torch.dtype, reader: _Reader
+    model: StockModel, prefix: str, mark: ConversionInfo, dtype: torch.dtype, reader: _Reader
 ) -> dict[str, Tensor]:
     """Embeddings, head, last norm, and the buffers that a checkpoint holds; all but the first two as they are."""
     tables_format = get(mark.tables)

@@ -19,6 +19,7 @@ from griffin_offload.formats import FLOATS
 from griffin_offload.kernels import table
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
+from griffin_offload.transformers_api import StockModel
 
 
 def emulates_halves(device: torch.device, dtype: torch.dtype) -> bool:
@@ -67,7 +68,7 @@ class _OwnLinear:
 _NAME, _STOCK = "griffin_offload_one_token", "sdpa"
 
 
-def use_own_attention(model: Any) -> None:
+def use_own_attention(model: StockModel) -> None:
     """Let our kernel attend for single tokens where a model's attention is torch's, found by transformers' interface;
     others stay as they are."""
     if model.config._attn_implementation != _STOCK or not model._supports_attention_backend:

@@ -17,15 +17,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from griffin_offload.blocks.hooks import hooks_on
 from griffin_offload.blocks.states import shares_entries
 from griffin_offload.config import KVBits
 from griffin_offload.devices.base import Recorder
 from griffin_offload.engine.report import GraphReport
-from griffin_offload.engine.stock import Guard
+from griffin_offload.engine.stock import Guard, StockForward
 from griffin_offload.errors import one_line
 from griffin_offload.kv_cache.kv_cache import KVCache, KVLayer, can_cache
 from griffin_offload.planner.request import GraphCosts
-from griffin_offload.transformers_api import CACHE
+from griffin_offload.transformers_api import CACHE, StockModel
 
 GRAPH_COSTS = GraphCosts(
     most=8,  # KV caches times length buckets
@@ -88,7 +89,7 @@ class StaticDecodeStep:
     [B, 1, V] are the result. Only `compute` is captured. The KV cache is an argument, and not kept alive.
     """
 
-    def __init__(self, model: Any, forward: Callable[..., Any], cache: KVCache, tokens: int, like: Tensor) -> None:
+    def __init__(self, model: StockModel, forward: StockForward, cache: KVCache, tokens: int, like: Tensor) -> None:
         self._forward = forward
         self._name = "inputs_embeds" if like.is_floating_point() else "input_ids"
         self._inputs = torch.zeros_like(like, memory_format=torch.contiguous_format)
@@ -209,7 +210,7 @@ class _Captured:
 class DecodeGraphs:
     """The captures of one model. `reason` says why there are none, if it has one that lasts."""
 
-    def __init__(self, model: Any, forward: Callable[..., Any], recorder: Recorder, *, embeds_on_host: bool) -> None:
+    def __init__(self, model: StockModel, forward: StockForward, recorder: Recorder, *, embeds_on_host: bool) -> None:
         self._weak = weakref.ref(model)  # whose forward keeps the engine alive, and this
         self._forward, self._recorder = forward, recorder
         self._embeds_on_host = embeds_on_host
@@ -236,6 +237,11 @@ class DecodeGraphs:
             self._run_reason = self._run_reason or "hidden states or attentions by config"
         if _hooked(self._model, self._model.get_input_embeddings() if self._embeds_on_host else None):
             self._run_reason = self._run_reason or "hooks on the model's modules"
+
+    @property
+    def caches(self) -> list[KVCache]:
+        """Those there are captures for."""
+        return list(self._captured)
 
     def forward(self, arguments: dict[str, Any], report: GraphReport) -> Any:
         """The stock model's output for a forward with these `arguments`, or None: it has to run kernel by kernel."""
@@ -306,7 +312,7 @@ class DecodeGraphs:
             del of_cache[key]
 
 
-def _unsuited(model: Any) -> str | None:
+def _unsuited(model: StockModel) -> str | None:
     """Why no forward of `model` can be a static step."""
     config = model.config
     if getattr(config, "alibi", False) or config.model_type == "bloom":
@@ -324,7 +330,7 @@ def _unsuited(model: Any) -> str | None:
     return None
 
 
-def _hooked(model: Any, but: Any) -> bool:
+def _hooked(model: StockModel, but: Any) -> bool:
     """Whether a forward would call hooks, which a replay cannot; `but` is a module that it does not run."""
     modules = (module for module in model.modules() if module is not but and module is not model)  # its own run around
     return any(
@@ -332,7 +338,7 @@ def _hooked(model: Any, but: Any) -> bool:
         # pass what is inside a forward.
         getattr(hook, "__module__", "") != _OUTPUT_HOOKS and not isinstance(hook, Guard)
         for module in modules
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        for hook in hooks_on(module)
     )
 
 

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from griffin_offload.checkpoint.tokenizer import template_end
 from griffin_offload.config import LoadConfig, Refresh, pass_tokens
-from griffin_offload.engine.report import GraphReport, PrefillReport
+from griffin_offload.engine.report import DraftReport, GraphReport, PrefillReport
 from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.store import Workload
-from griffin_offload.transformers_api import CACHE
+from griffin_offload.transformers_api import CACHE, StockCache, StockModel
 
 # Where an answer ends: checkpoints say it in up to three places, which need not agree.
 
@@ -97,7 +97,7 @@ class Past:
 
     tokens: int
     whole: int
-    cache: Any = None
+    cache: StockCache | None = None
 
     def check_batch(self, sequences: int) -> None:
         """UsageError unless the cache is one of so many sequences, beams included."""
@@ -174,6 +174,22 @@ class LogitsObserver(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
+class TokenLoop(Protocol):
+    """What makes the tokens of an answer that has streamed passes between them: transformers' `custom_generate`."""
+
+    @property
+    def report(self) -> DraftReport: ...
+    def __call__(
+        self,
+        model: StockModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any: ...
+
+
 class GenerationState:
     """The state of one `generate`."""
 
@@ -203,7 +219,7 @@ class GenerationState:
         self._invalid: Tensor | None = None
         """On the device, whether logits were no numbers."""
         self.observers: list[LogitsObserver] = []
-        self.loop: Any = None
+        self.loop: TokenLoop | None = None
         """What drafts, if something does."""
         self.graphs = GraphReport()
         self.prefilled = False
@@ -211,7 +227,7 @@ class GenerationState:
         self.fetched_bytes = 0
         """What had been fetched when prefill was over: more at the end would be decode's."""
         self.embedding_bytes = 0
-        self.cache: Any = None
+        self.cache: StockCache | None = None
         self.own_cache: KVCache | None = None
         """Ours, where the forwards are to fill that."""
 
@@ -266,7 +282,7 @@ def tokens_of(arguments: dict[str, Any]) -> Tensor:
     return found
 
 
-def cache_of(output: Any, arguments: dict[str, Any]) -> Any:
+def cache_of(output: Any, arguments: dict[str, Any]) -> StockCache | None:
     cache = arguments.get(CACHE)
     return cache if cache is not None else getattr(output, CACHE, None)
 
@@ -286,7 +302,7 @@ def prompt_mask(tokens: Tensor, given: Any, prompt_tokens: int | None) -> Tensor
     return mask
 
 
-def cache_bytes(cache: Any) -> int:
+def cache_bytes(cache: StockCache | None) -> int:
     """Bytes that the KV cache keeps alive; a sliced layer of transformers' keeps its whole storage."""
     if isinstance(cache, KVCache):
         return cache.nbytes
@@ -299,7 +315,7 @@ def cache_bytes(cache: Any) -> int:
     return sum(storages.values())
 
 
-def state_bytes(cache: Any) -> int:
+def state_bytes(cache: StockCache | None) -> int:
     """Bytes of the convolutions' and recurrences' states in it."""
     layers = getattr(cache, "layers", ())
     kinds = (getattr(layer, kind, {}) for layer in layers for kind in ("conv_states", "recurrent_states"))

@@ -17,7 +17,7 @@ from griffin_offload.engine.residents import materialise
 from griffin_offload.engine.stock import StockForward
 from griffin_offload.errors import GriffinError
 from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
-from griffin_offload.transformers_api import CACHE
+from griffin_offload.transformers_api import CACHE, StockCache
 
 
 class PromptPasses:
@@ -111,7 +111,7 @@ class PromptPasses:
         self.last = PrefillReport(tokens, seconds, fetched_bytes, 0.0, 0.0, kept, None)
         return output
 
-    def adopt(self, cache: Any) -> Chosen | None:
+    def adopt(self, cache: StockCache) -> Chosen | None:
         """Make resident what the prompt in `cache` chose, if another one has chosen since; None where all neurons are.
         GriffinError if no prompt of this model has filled it."""
         if not self._chooses:
@@ -124,7 +124,7 @@ class PromptPasses:
         self._gather(chosen.selected)
         return chosen
 
-    def note_chosen(self, cache: Any) -> None:
+    def note_chosen(self, cache: StockCache | None) -> None:
         """The neurons that are resident are those that `cache` goes on with."""
         if self._chooses and self.last is not None:
             remember(cache, Chosen(self._key, self._layers.selected, self.last.activation_kept))

@@ -22,6 +22,7 @@ from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed,
 from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.offload.background_loader import Job
 from griffin_offload.planner.plan import Plan
+from griffin_offload.transformers_api import StockModel
 
 # Embeddings that stay on the host: looked up there, only the rows of the tokens at hand are moved.
 
@@ -179,7 +180,7 @@ def _fill_whole(
 
 
 def place_residents(
-    model: Any,
+    model: StockModel,
     stages: list[nn.Module],
     model_spec: Placement,
     plan: Plan,
@@ -251,6 +252,6 @@ def _quantize_resident(module: QuantizedLinear, model_spec: Placement, pages: Fi
     return fill
 
 
-def resident_bytes(model: Any) -> int:
+def resident_bytes(model: StockModel) -> int:
     """Bytes of all parameters and buffers; an embedding that stays on the host is none of them."""
     return sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())

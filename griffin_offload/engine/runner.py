@@ -40,7 +40,7 @@ from griffin_offload.kv_cache.store import Workload
 from griffin_offload.offload.weight_store import MmapStore
 from griffin_offload.planner.plan import Plan, logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
-from griffin_offload.transformers_api import CACHE, with_own_name
+from griffin_offload.transformers_api import CACHE, StockCache, with_own_name
 
 
 class ModelRunner:
@@ -68,7 +68,7 @@ class ModelRunner:
             forward=self.stock_forward,
         )
         self.border = rope_border(loaded.model.config, type(loaded.model))
-        self._turns, self._closed = FifoLock(), False
+        self.turns, self._closed = FifoLock(), False
         hand_out(loaded.model, self)
         loaded.layers.decoder[0].register_forward_pre_hook(Guard(self._check_whole, whole=not plan.streamed))
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
@@ -125,7 +125,7 @@ class ModelRunner:
             "processor, an assistant): call it when that has ended, or load it once more"
         )
         wait_s = self.wait_s if wait_s is not None and wait_s < 0 else wait_s
-        with self._turns.turn(nested, wait_s):
+        with self.turns.turn(nested, wait_s):
             if self._closed:
                 raise GriffinError("this model is closed: load it again")
             with own_modes(self.model_spec.device):
@@ -133,7 +133,7 @@ class ModelRunner:
 
     def _check_whole(self) -> None:
         """Before the first layer: the layers' neurons are those of some prompt outside of our own forwards."""
-        if self._turns.mine:
+        if self.turns.mine:
             return
         if self._closed:
             raise GriffinError("this model is closed: load it again")
@@ -203,7 +203,7 @@ class ModelRunner:
         request = replace(self.model_spec.request, session_bytes=self.idle_bytes)
         return replan_for(self.shape, request, self.plan, use)
 
-    def hold(self, use: Workload, new_tokens: int, cache: Any, slots: int = 0) -> None:
+    def hold(self, use: Workload, new_tokens: int, cache: StockCache | None, slots: int = 0) -> None:
         """Enter a forward of `new_tokens` into the ledger: activations as the plan counts them, the KV cache and
         slots as they are."""
         request = as_loaded(self.model_spec.request, self.plan)
@@ -232,7 +232,7 @@ class ModelRunner:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock model's forward is: inside a `generate` a part of that, else a call by itself."""
-        if self._turns.mine:
+        if self.turns.mine:
             return self._forward(args, kwargs)
         with self.alone():
             return self._forward(args, kwargs)

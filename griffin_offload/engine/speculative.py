@@ -17,7 +17,7 @@ from griffin_offload.config import AUTO_DRAFT_TOKENS
 from griffin_offload.engine.generation import GenerationState
 from griffin_offload.engine.report import DraftReport
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.transformers_api import CACHE
+from griffin_offload.transformers_api import CACHE, StockModel
 
 # How many tokens to draft before the next verifying pass.
 
@@ -99,7 +99,7 @@ class DraftingLoop:
 
     def __call__(
         self,
-        model: Any,
+        model: StockModel,
         input_ids: Tensor,
         logits_processor: Any,
         stopping_criteria: Any,

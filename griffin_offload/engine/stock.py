@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.errors import Busy, GriffinError, UsageError
+from griffin_offload.transformers_api import StockModel
 
 _OWNER, _KIND = "_griffin_offload", "_griffin_offload_kind"
 
@@ -29,7 +30,7 @@ StockForward = Callable[..., Any]
 """transformers' forward of a model, whose arguments differ between architectures."""
 
 
-def stock_forward(model: Any) -> StockForward:
+def stock_forward(model: StockModel) -> StockForward:
     """transformers' forward of `model`, handed out or not, which it does not keep alive."""
     weak, function = weakref.ref(model), getattr(type(model), _KIND, type(model)).forward
 
@@ -49,7 +50,7 @@ class Owner(Protocol):
         """Why the stock model's parameters are no checkpoint; None if they are one."""
 
 
-def hand_out(model: Any, owner: Owner) -> None:
+def hand_out(model: StockModel, owner: Owner) -> None:
     """Let calls of `model` go through `owner`, which it keeps alive."""
     model.__class__ = _handed_out(type(model))  # type: ignore[arg-type]  # a class is hashable
     model.__dict__[_OWNER] = owner
@@ -86,7 +87,7 @@ def _handed_out(kind: type) -> type:
     return type(kind.__name__, (kind,), {**own, **named})
 
 
-def _unmoved(model: Any, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+def _unmoved(model: StockModel, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
     """`model`, if `function`, which `to`, `half`, `cuda` and their like would apply to every tensor, changes none."""
     probe = torch.empty(1, dtype=model.dtype, device=model.device)
     try:
@@ -167,6 +168,11 @@ class FifoLock:
 
     def __init__(self) -> None:
         self._row: deque[_Ticket] = deque()
+
+    @property
+    def callers(self) -> int:
+        """In the row, the one that has its turn among them."""
+        return len(self._row)
 
     @property
     def mine(self) -> bool:

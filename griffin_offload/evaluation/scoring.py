@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from griffin_offload.engine.stock import stock_forward
 from griffin_offload.errors import UnsupportedModel
+from griffin_offload.transformers_api import StockModel
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,16 @@ class Scores:
         )
 
 
-def stack_of(model: Any, decoder: nn.ModuleList) -> nn.Module:
+def stack_of(model: StockModel, decoder: nn.ModuleList) -> nn.Module:
     """The module that runs the decoder layers, from token ids to the last norm."""
     for module in model.modules():
         if any(child is decoder for child in module.children()):
-            return module  # type: ignore[no-any-return]
+            return module
     raise UnsupportedModel("the decoder layers belong to no module of the model")
 
 
 @contextlib.contextmanager
-def stock_head(model: Any, stack: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+def stock_head(model: StockModel, stack: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function from hidden states [N, H] to the model's logits [N, V] inside the context.
 
     It is the stock forward with the stack's output given: head, scale and soft cap are the model's own.

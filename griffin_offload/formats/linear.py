@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from griffin_offload.formats.base import Format, Layout
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.table import products
+from griffin_offload.transformers_api import StockModel
 
 
 class QuantizedLinear(nn.Module):
@@ -96,7 +97,7 @@ class QuantizedEmbedding(nn.Module):
         return rows if self.embed_scale is None else rows * self.embed_scale.to(rows)
 
 
-def swap_tables(model: Any, format: Format, scratch: Scratch) -> None:
+def swap_tables(model: StockModel, format: Format, scratch: Scratch) -> None:
     """Put into `format` the embedding of token ids and the head; tied ones stay tied."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -111,7 +112,7 @@ def swap_tables(model: Any, format: Format, scratch: Scratch) -> None:
     model.set_output_embeddings(linear)
 
 
-def tie_tables(model: Any, *, tied: bool) -> None:
+def tie_tables(model: StockModel, *, tied: bool) -> None:
     """After the embedding's tensors were assigned: make the head's the same."""
     if tied:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

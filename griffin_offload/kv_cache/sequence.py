@@ -11,6 +11,7 @@ from griffin_offload.blocks.rope import RopeBorder
 from griffin_offload.config import BatchStatistic
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.method import statistic
+from griffin_offload.transformers_api import StockCache
 
 # Which neurons a KV cache goes on with: those that its own prompt chose, whoever was asked in between.
 
@@ -36,13 +37,13 @@ class Chosen:
         return self
 
 
-def remember(cache: Any, chosen: Chosen) -> None:
+def remember(cache: StockCache | None, chosen: Chosen) -> None:
     """`cache` was filled for these."""
     if cache is not None:
         setattr(cache, _NAME, chosen)
 
 
-def chosen_for(cache: Any) -> Chosen | None:
+def chosen_for(cache: StockCache) -> Chosen | None:
     """What `cache` was filled for, if anything is known of it."""
     found = getattr(cache, _NAME, None)
     return found if isinstance(found, Chosen) else None

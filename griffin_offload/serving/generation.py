@@ -4,20 +4,20 @@ import contextlib
 import secrets
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from griffin_offload.engine.arguments import ONE_ANSWER
+from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.report import RunReport
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.serving.logprobs import LogprobRecorder, TokenLogprob
-from griffin_offload.serving.model_manager import NO_PENALTIES, LoadedModel
 from griffin_offload.serving.queue import Finish, Finished, Job, Piece
-from griffin_offload.serving.requests import Request
+from griffin_offload.serving.requests import NO_PENALTIES, Request
 from griffin_offload.serving.text_stream import Detokeniser, StopHolder
 
 # One answer while it is generated: tokens become text, stop strings end it, an interruption, too.
@@ -95,7 +95,31 @@ class Interrupted(Exception):
     """Nobody waits for the answer any more, or nobody may."""
 
 
-def answer_all(held: LoadedModel, job: Job, interrupted: Callable[[], bool]) -> None:
+class KeptContexts(Protocol):
+    """Contexts of earlier requests."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def __len__(self) -> int: ...
+    def take(self, ids: Tensor, *, exact: bool) -> Context: ...
+    def keep(self, context: Context) -> None: ...
+    def drop_all(self) -> None: ...
+
+
+class Held(Protocol):
+    """The model in the worker's hands, and what belongs to it."""
+
+    @property
+    def model(self) -> GriffinModel: ...
+    @property
+    def sessions(self) -> KeptContexts | None: ...
+    @property
+    def chat_ends(self) -> frozenset[int]: ...
+    @property
+    def text_ends(self) -> frozenset[int]: ...
+
+
+def answer_all(held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
     """Deliver every answer of `job`. Interrupted, when `interrupted` says so: after a token, or a layer of a streamed
     pass. Any GriffinError of `generate`."""
     seed = job.request.seed
@@ -112,7 +136,7 @@ def answer_all(held: LoadedModel, job: Job, interrupted: Callable[[], bool]) -> 
 class _Generation:
     """The answers to one job."""
 
-    def __init__(self, held: LoadedModel, job: Job, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
         self._held, self._model, self._job, self._interrupted = held, held.model, job, interrupted
         self._request, self._tokenizer = job.request, held.model.tokenizer
         self._ends = held.chat_ends if job.request.endpoint == "chat" else held.text_ends

@@ -1,16 +1,36 @@
 """Figures of a running server for Prometheus, in a registry of its own."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from griffin_offload.devices.memory import anonymous_bytes
-from griffin_offload.serving.model_manager import LoadedModel
+from griffin_offload.devices.memory import Ledger, anonymous_bytes
 from griffin_offload.serving.queue import Job
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATES = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 _SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
+
+
+class _Contexts(Protocol):
+    @property
+    def limit_bytes(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def __len__(self) -> int: ...
+
+
+class HeldModel(Protocol):
+    """Of the model in the worker's hands, what there are figures of."""
+
+    @property
+    def budget_bytes(self) -> int: ...
+    @property
+    def host_budget_bytes(self) -> int: ...
+    @property
+    def ledger(self) -> Ledger: ...
+    @property
+    def sessions(self) -> _Contexts | None: ...
 
 
 class Metrics:
@@ -52,8 +72,8 @@ class Metrics:
         """In Prometheus's text format."""
         return generate_latest(self.registry)
 
-    def loaded(self, held: LoadedModel, loads: int) -> None:
-        self.device_budget.set(held.model.plan.budget_bytes)
+    def loaded(self, held: HeldModel, loads: int) -> None:
+        self.device_budget.set(held.budget_bytes)
         self.host_budget.set(held.host_budget_bytes)
         self.model_loaded.set(1)
         self.loads.set(loads)
@@ -64,7 +84,7 @@ class Metrics:
         for gauge in (self.model_loaded, self.sessions, self.session_bytes):
             gauge.set(0)
 
-    def finished(self, job: Job, held: LoadedModel | None, loads: int) -> None:
+    def finished(self, job: Job, held: HeldModel | None, loads: int) -> None:
         """A job left the worker, whatever became of it."""
         if held is None:
             self.unloaded()
@@ -77,7 +97,7 @@ class Metrics:
         self.prompt_tokens.labels("kept").inc(figures.cached_tokens)
         self.generated_tokens.inc(job.tokens)  # also of answers that nobody waited for
         peaks = [report.peak_device_bytes for report in figures.reports]
-        ledger = held.model.engine.loaded.ledger  # knows of answers, too, that were given up
+        ledger = held.ledger  # knows of answers, too, that were given up
         self._peak_bytes = max(self._peak_bytes, ledger.peak_bytes, *peaks)
         self.device_peak.set(self._peak_bytes)
         self.host_growth.set(ledger.host_growth_bytes)

@@ -14,7 +14,7 @@ import psutil
 from torch import Tensor
 
 from griffin_offload.config import LoadConfig
-from griffin_offload.devices.memory import give_back_freed
+from griffin_offload.devices.memory import Ledger, give_back_freed
 from griffin_offload.engine.generation import end_tokens
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.spec import examine, plan_for
@@ -23,6 +23,7 @@ from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.method.selection import neurons_kept
 from griffin_offload.planner.plan import Plan
 from griffin_offload.serving.api_errors import ApiError
+from griffin_offload.serving.requests import NO_PENALTIES
 from griffin_offload.units import parse_size
 
 # Contexts of earlier requests, kept as far as the budget goes: a request that continues one computes only the rest.
@@ -110,6 +111,16 @@ class LoadedModel:
     def _ends(self, *, chat: bool) -> frozenset[int]:
         model = self.model
         return frozenset(end_tokens(model.tokenizer, model.generation_config, model.engine.shape.vocab_size, chat=chat))
+
+    @property
+    def budget_bytes(self) -> int:
+        """Of the device's memory."""
+        return self.model.plan.budget_bytes
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of what was held of it, answers that were given up included."""
+        return self.model.engine.loaded.ledger
 
     @property
     def host_budget_bytes(self) -> int:
@@ -222,16 +233,6 @@ class ModelManager:
             sessions = PrefixCache(model.new_context, session_limit(model.plan), self._most_sessions)
         self.held = LoadedModel(model, sessions)
         return self.held
-
-
-NO_PENALTIES: dict[str, Any] = {
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "exponential_decay_length_penalty": None,
-}
-"""Arguments of `generate`: clients get no penalty that they did not ask for; they can ask for the first one."""
 
 
 def _warn_of_penalties(settings: Any) -> None:

@@ -9,6 +9,15 @@ from griffin_offload.serving.validation import FieldReader
 
 # The messages of a chat: roles that a template knows, and texts.
 
+NO_PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+}
+"""Arguments of `generate`: clients get no penalty that they did not ask for; they can ask for the first one."""
+
 
 Message = dict[str, str]
 

@@ -87,8 +87,8 @@ class Server:
         check_bind(config)
         self._config = config
         self._name = config.served_name or _last_part(str(model))
-        self._metrics = Metrics()
-        self._worker = Worker(ModelManager(model, options, config.max_sessions), config, self._metrics)
+        self.metrics = Metrics()
+        self.worker = Worker(ModelManager(model, options, config.max_sessions), config, self.metrics)
         self._socket = _bound(config.host, config.port)
         self._uvicorn: _Uvicorn | None = None
         self._signal: int | None = None
@@ -99,21 +99,27 @@ class Server:
         return self._name
 
     @property
+    def address(self) -> tuple[Any, ...]:
+        """Of the socket: host, port and, with IPv6, two numbers more."""
+        found: tuple[Any, ...] = self._socket.getsockname()
+        return found
+
+    @property
     def url(self) -> str:
-        host, port = self._socket.getsockname()[:2]
+        host, port = self.address[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def load(self) -> Plan:
         """Load the model; any GriffinError of that. The model stays the worker's alone, which may unload it."""
         try:
-            model = self._worker.start().model
+            model = self.worker.start().model
             plan = model.plan
             encoder = Encoder(model.tokenizer, model.engine.shape.vocab_size)
         except BaseException:
             self.close()
             raise
         caps = caps_of(self._config, plan.context_tokens, plan.prompt_tokens)
-        service = Service(self._worker, encoder, self._metrics, self._config, caps, self._name, int(time.time()))
+        service = Service(self.worker, encoder, self.metrics, self._config, caps, self._name, int(time.time()))
         self._encoder = encoder
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
@@ -142,17 +148,17 @@ class Server:
 
     def stop(self, grace_s: float | None = None) -> None:
         """End `run`: no new request is taken, the running answer has `grace_s` seconds left. From any thread."""
-        self._worker.close(self._config.shutdown_grace_s if grace_s is None else grace_s)
+        self.worker.close(self._config.shutdown_grace_s if grace_s is None else grace_s)
         if self._uvicorn is not None:
             self._uvicorn.should_exit = True
 
     def close(self) -> bool:
         """Give everything back; False if the worker's thread does not end in time, and only the process's end helps."""
-        self._worker.close(0)
+        self.worker.close(0)
         self._socket.close()
         if self._uvicorn is not None:
             self._encoder.close()
-        return self._worker.join(_LAST_TOKEN_S)
+        return self.worker.join(_LAST_TOKEN_S)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

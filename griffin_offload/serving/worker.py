@@ -39,8 +39,8 @@ _LONGEST_RETRY_S = 60
 class Worker:
     """Answers jobs in the order of their arrival. All methods but `_work`'s may be called from any thread."""
 
-    def __init__(self, keeper: ModelManager, config: ServeConfig, metrics: Metrics) -> None:
-        self._keeper, self._config, self._metrics = keeper, config, metrics
+    def __init__(self, manager: ModelManager, config: ServeConfig, metrics: Metrics) -> None:
+        self.manager, self._config, self._metrics = manager, config, metrics
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -56,8 +56,8 @@ class Worker:
         self._loaded.wait()
         if self._load_error is not None:
             raise self._load_error
-        assert self._keeper.held is not None, "loaded"
-        return self._keeper.held
+        assert self.manager.held is not None, "loaded"
+        return self.manager.held
 
     @property
     def waiting(self) -> int:
@@ -65,12 +65,12 @@ class Worker:
 
     @property
     def loaded(self) -> bool:
-        return self._keeper.held is not None
+        return self.manager.held is not None
 
     @property
     def unusable(self) -> bool:
         """Whether the model could not be loaded when it was needed last."""
-        return self._keeper.unusable
+        return self.manager.unusable
 
     @property
     def closing(self) -> bool:
@@ -121,32 +121,32 @@ class Worker:
 
     def _work(self) -> None:
         try:
-            held = self._keeper.first()
+            held = self.manager.first()
         except BaseException as error:  # raised where the model was asked for
             self._load_error = error
             return
         finally:
             self._loaded.set()
-        self._metrics.loaded(held, self._keeper.loads)
+        self._metrics.loaded(held, self.manager.loads)
         del held
         try:
             while self._serve_next():
                 pass
         finally:
             self.close(0)  # also when a bug ended the loop: nobody shall wait for nothing
-            self._keeper.unload()
+            self.manager.unload()
 
     def _serve_next(self) -> bool:
         """One job, or one idle unload; False at the end."""
         with self._changed:
-            timeout = self._config.idle_unload_s if self._keeper.held is not None else None
+            timeout = self._config.idle_unload_s if self.manager.held is not None else None
             self._changed.wait_for(lambda: self._waiting or self._closing, timeout)
             if self._closing:
                 return False
             job = self._waiting.popleft() if self._waiting else None
             self._metrics.queue_depth.set(len(self._waiting))
         if job is None:
-            self._keeper.unload()
+            self.manager.unload()
             self._metrics.unloaded()
             log.info("idle: the model's memory was given back")
             return True
@@ -156,10 +156,10 @@ class Worker:
         except BaseException:  # the thread ends with it, but not without a word
             job.deliver(Failed(broken()))
             raise
-        if self._keeper.held is not None and self._keeper.held.model.engine.broken:
-            self._keeper.unload()  # the next request loads it again
+        if self.manager.held is not None and self.manager.held.model.engine.broken:
+            self.manager.unload()  # the next request loads it again
         self._seconds_per_job += (time.monotonic() - start - self._seconds_per_job) / 4
-        self._metrics.finished(job, self._keeper.held, self._keeper.loads)
+        self._metrics.finished(job, self.manager.held, self.manager.loads)
         if outcome is not None:
             job.deliver(outcome)
         return True
@@ -172,7 +172,7 @@ class Worker:
         if job.cancelled:
             return None
         try:
-            answer_all(self._keeper.get(job.request.density), job, lambda: self._interrupted(job))
+            answer_all(self.manager.get(job.request.density), job, lambda: self._interrupted(job))
         except Interrupted:
             return None if job.cancelled else Failed(shutting_down())
         except ApiError as failure:
@@ -183,7 +183,7 @@ class Worker:
         except CheckpointChanged:
             log.error("a file of the model was changed: the next request loads it again")
             log.debug("what changed", exc_info=True)
-            self._keeper.unload()  # the next request loads what is there now, or is told that it cannot be used
+            self.manager.unload()  # the next request loads what is there now, or is told that it cannot be used
             return Failed(changed())
         except OutOfMemory as error:
             log.error("%s", error)

@@ -13,6 +13,7 @@ from tiny_models import VOCAB
 
 from griffin_offload import GriffinError, GriffinModel
 from griffin_offload.blocks.feedforward import FeedForward
+from griffin_offload.blocks.hooks import hooks_on
 from griffin_offload.checkpoint.mapped import FilePages
 
 OPTIONS = [
@@ -41,10 +42,7 @@ def answer(model: GriffinModel) -> torch.Tensor:
 
 def traces(model: GriffinModel) -> dict[str, Any]:
     """Everything a prompt could leave behind: hooks, replaced forwards, full weights, threads, descriptors."""
-    modules = {
-        name: (len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
-        for name, module in model.model.named_modules()
-    }
+    modules = {name: (len(hooks_on(module)), "forward" in vars(module)) for name, module in model.model.named_modules()}
     return {
         "modules": modules,
         "parameters": {name: (p.shape, p.data_ptr()) for name, p in model.model.named_parameters()},

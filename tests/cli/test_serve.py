@@ -101,7 +101,7 @@ def test_the_command_does_not_hold_the_model_itself(cli, chat: Path, monkeypatch
 
     def run(server: Server, ready: Callable[[], None]) -> int:
         ready()
-        keeper = server._worker._keeper
+        keeper = server.worker.manager
         assert keeper.held is not None
         loaded = weakref.ref(keeper.held.model)
         keeper.unload()

@@ -15,7 +15,7 @@ from marks import mostly_slow
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
-from griffin_offload.blocks.hooks import ChunkedForward
+from griffin_offload.blocks.hooks import ChunkedForward, hooks_on
 from griffin_offload.checkpoint import renaming
 from griffin_offload.engine import load as loading
 from griffin_offload.engine.stock import Guard
@@ -84,7 +84,7 @@ def test_in_a_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, opti
     assert isinstance(raised.value, DoesNotFit)
     assert raised.value.exit_code == 3
     modules = list(model.model.modules())
-    hooks = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    hooks = [hook for m in modules for hook in hooks_on(m)]
     assert [type(hook) for hook in hooks] == [Guard]
     assert [m for m in modules if "forward" in vars(m)] == forwards
     assert not set(threading.enumerate()) - threads

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from griffin_offload.blocks.hooks import hooks_on
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine import calibration
@@ -173,8 +174,7 @@ def test_nothing_is_left_behind(checkpoints: Callable[..., Path]):
 
 def _stock(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        assert not module._forward_pre_hooks, path
-        assert not module._forward_hooks, path
+        assert not hooks_on(module), path
         assert "forward" not in vars(module), path
 
 

@@ -11,6 +11,7 @@ import torch
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
+from griffin_offload.blocks.hooks import hooks_on
 from griffin_offload.engine import load as loading
 from griffin_offload.engine.stock import Guard
 from griffin_offload.errors import CheckpointChanged
@@ -57,7 +58,7 @@ def answer(model: GriffinModel, seed: int = 1) -> torch.Tensor:
 
 def hooks(model: GriffinModel) -> list[Any]:
     modules = list(model.model.modules())
-    found = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    found = [hook for m in modules for hook in hooks_on(m)]
     return [hook for hook in found if not isinstance(hook, Guard)]
 
 
@@ -174,7 +175,7 @@ def test_embeddings_on_the_host(directory: Path, monkeypatch: pytest.MonkeyPatch
 
     model = make(directory, offload="ram")
     embedding = HostEmbedding(
-        loading.build(model._model_spec.checkpoint).get_input_embeddings(), torch.device("cpu"), torch.float32
+        loading.build(model.engine.model_spec.checkpoint).get_input_embeddings(), torch.device("cpu"), torch.float32
     )
     module = torch.nn.Embedding(4, 4)
     assert embedding._pages.files.descriptors

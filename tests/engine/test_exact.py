@@ -11,6 +11,7 @@ from tiny_models import VOCAB, every_architecture
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from griffin_offload import GriffinModel, UsageError
+from griffin_offload.blocks.hooks import hooks_on
 from griffin_offload.engine.convert import convert
 from griffin_offload.engine.stock import Guard
 
@@ -127,7 +128,7 @@ def test_every_architecture_in_float32(checkpoints, name: str):
     assert drafting.judged_by_position[0] <= drafting.passes
     assert report.peak_device_bytes <= model.plan.peak_bytes <= model.plan.budget_bytes
     modules = model.model.modules()
-    hooks = [h for m in modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    hooks = [h for m in modules for h in hooks_on(m)]
     assert [type(hook) for hook in hooks] == [Guard]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from griffin_offload.blocks.base import Activations, Block
+from griffin_offload.blocks.hooks import hooks_on
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.engine.layer_pass import LayerPass, Visitor
 
@@ -69,7 +70,7 @@ def _ids() -> Tensor:
 
 
 def _traces(model: nn.Module) -> list[object]:
-    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    hooks = [hook for m in model.modules() for hook in hooks_on(m)]
     return hooks + [m for m in model.modules() if "forward" in vars(m)]
 
 

@@ -9,6 +9,7 @@ from tiny_models import VOCAB
 from transformers import GenerationConfig, StoppingCriteria
 
 from griffin_offload import DoesNotFit, GriffinError, GriffinModel, UsageError
+from griffin_offload.blocks.hooks import hooks_on
 from griffin_offload.devices.registry import choose_device
 from griffin_offload.engine.stock import Guard
 
@@ -87,7 +88,7 @@ def test_hooks_of_a_pass_that_never_ended_are_taken_off(checkpoints):
     stale._begin()
     stale._feed.stream.__exit__(None, None, None)
     assert torch.equal(_greedy(model, _ids()), _greedy(_model(checkpoints), _ids()))
-    hooks = [h for m in model.model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    hooks = [h for m in model.model.modules() for h in hooks_on(m)]
     assert [type(hook) for hook in hooks] == [Guard]
 
 

@@ -30,7 +30,7 @@ class _Holding(StoppingCriteria):
 
 def _wait_for_row(turns: FifoLock, callers: int) -> None:
     end = time.monotonic() + 60
-    while len(turns._row) < callers:
+    while turns.callers < callers:
         assert time.monotonic() < end
         time.sleep(0.001)
 
@@ -69,7 +69,7 @@ def test_a_caller_that_gives_up_leaves_the_row():
         thread = threading.Thread(target=call)
         thread.start()
         thread.join()
-        assert len(turns._row) == 1
+        assert turns.callers == 1
     assert errors == [
         "waited 0.01 s for this model and 1 call is still before this one: wait longer (wait_s), or load the model "
         "once more"
@@ -121,7 +121,7 @@ def test_closing_waits_for_the_answer_of_another_thread(checkpoints):
     assert holding.inside.wait(60)
     closer = threading.Thread(target=model.close)
     closer.start()
-    _wait_for_row(model.engine._turns, 2)
+    _wait_for_row(model.engine.turns, 2)
     holding.go_on.set()
     holder.join()
     closer.join()

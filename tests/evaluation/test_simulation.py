@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
+from griffin_offload.blocks.hooks import hooks_on
 from griffin_offload.engine.convert import convert
 from griffin_offload.evaluation import simulated_pass
 from griffin_offload.evaluation.samples import Sample
@@ -154,7 +155,7 @@ def _shapes(model: GriffinModel) -> list[torch.Size]:
 
 
 def _hooks(model: GriffinModel) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.model.modules())
+    return sum(len(hooks_on(module)) for module in model.model.modules())
 
 
 @pytest.mark.parametrize("name", ["llama2", "opt"])

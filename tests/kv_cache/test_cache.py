@@ -298,7 +298,7 @@ def test_planned_bytes_are_allocated_to_the_byte(checkpoints, name: str, batch: 
     ids, mask = _ids(batch)
     settings = {"max_new_tokens": context - PROMPT_TOKENS, "do_sample": False, "return_dict_in_generate": True}
     output = model.generate(ids, attention_mask=mask, **settings)
-    shape = model._model_spec.shape
+    shape = model.engine.model_spec.shape
     stored = kv_bytes(shape, batch, context, bits)
     scratch = batch * shape.kv_width * 4 * max(min(layer.window or context, context) for layer in shape.layers)
     if all(layer.window for layer in shape.layers):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from griffin_offload import GriffinModel
+from griffin_offload.blocks.hooks import hooks_on
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.errors import GriffinError
 from griffin_offload.offload.background_loader import BackgroundLoader
@@ -34,7 +35,7 @@ def test_a_layer_waits_for_its_own_residents_and_no_others() -> None:
     behind.join(10)
     assert passed
     assert done.is_set()
-    assert not any(layer._forward_pre_hooks for layer in layers)
+    assert not any(hooks_on(layer) for layer in layers)
 
 
 def test_a_failure_is_raised_by_every_forward_that_needs_it() -> None:

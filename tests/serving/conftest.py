@@ -39,7 +39,7 @@ class Running:
         return self.http.post(path, json=body, **options)
 
     def metric(self, name: str, **labels: str) -> float:
-        found = self.server._metrics.registry.get_sample_value(f"griffin_offload_{name}", labels or None)
+        found = self.server.metrics.registry.get_sample_value(f"griffin_offload_{name}", labels or None)
         assert found is not None or labels, name
         return found or 0.0  # labels come to be when they are counted first
 

@@ -20,7 +20,7 @@ KEY = "sk-a-secret"
 
 @contextlib.contextmanager
 def raw(running: Any) -> Iterator[socket.socket]:
-    with socket.create_connection(running.server._socket.getsockname()) as found:
+    with socket.create_connection(running.server.address) as found:
         found.settimeout(30)
         yield found
 

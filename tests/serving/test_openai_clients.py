@@ -199,7 +199,7 @@ def test_every_refusal_is_its_class(chatty, serve_one, gate):
             gate.release(1)
             with pytest.raises(openai.APIError, match=r"within 0\.5 s"):
                 list(client.completions.create(**BODY, stream=True))
-            one.server._worker.close(0)
+            one.server.worker.close(0)
             with pytest.raises(openai.InternalServerError) as closing:
                 client.completions.create(**BODY)
             assert (closing.value.status_code, closing.value.code) == (503, "shutting_down")

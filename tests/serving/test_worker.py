@@ -83,7 +83,7 @@ def test_a_full_queue_says_when_to_come_again(chatty, serve_one, gate, tokens):
         first = Asking(one, BODY)
         eventually(lambda: tokens)
         others = [Asking(one, BODY), Asking(one, BODY)]
-        eventually(lambda: one.server._worker.waiting == 2)
+        eventually(lambda: one.server.worker.waiting == 2)
         assert one.metric("queue_depth") == 2
         refused = one.post(BODY)
         assert refused.status_code == 429
@@ -151,9 +151,9 @@ def test_a_client_that_leaves_the_queue(chatty, serve_one, gate, tokens):
         first = Asking(one, BODY)
         eventually(lambda: tokens)
         leaving = Leaving(one, BODY)
-        eventually(lambda: one.server._worker.waiting == 1)
+        eventually(lambda: one.server.worker.waiting == 1)
         leaving.leave()
-        eventually(lambda: one.server._worker.waiting == 0)
+        eventually(lambda: one.server.worker.waiting == 0)
         gate.release(1000)
         assert first.wait().status_code == 200
         assert len(set(tokens)) == 1
@@ -180,7 +180,7 @@ def test_a_body_that_never_ends_is_given_up(chatty, serve_one):
 
     with (
         serve_one(chatty, request_timeout_s=0.5) as one,
-        socket.create_connection(one.server._socket.getsockname()) as raw,
+        socket.create_connection(one.server.address) as raw,
     ):
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         raw.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
@@ -191,7 +191,7 @@ def test_a_body_that_never_ends_is_given_up(chatty, serve_one):
 
 def test_idle_memory_is_given_back_and_the_next_request_loads_again(chatty, serve_one):
     with serve_one(chatty, idle_unload_s=0.3) as one:
-        loaded = weakref.ref(one.server._worker._keeper.held.model)
+        loaded = weakref.ref(one.server.worker.manager.held.model)
         first = one.post(BODY).json()["choices"][0]["text"]
         eventually(lambda: one.metric("model_loaded") == 0)
         assert loaded() is None
@@ -206,7 +206,7 @@ def test_idle_memory_is_given_back_and_the_next_request_loads_again(chatty, serv
 def test_what_is_kept_goes_for_a_request_that_has_no_room_beside_it(chatty, serve_one, smallest_budget):
     """As exact mode may, in a budget that was planned without it; here because too much is let stay."""
     with serve_one(chatty, {"max_gpu_mem": smallest_budget, "quantize": "none"}) as one:
-        one.server._worker._keeper.held.sessions.limit_bytes = 10**9
+        one.server.worker.manager.held.sessions.limit_bytes = 10**9
         for first, kept in ((6, 1), (7, 1), (8, 1)):
             long = BODY | {"prompt": [first] * 190, "max_tokens": 10}
             assert one.post(long).status_code == 200
@@ -280,7 +280,7 @@ def test_the_end_lets_the_running_answer_finish(chatty, serve_one, gate, tokens)
         first = Asking(one, BODY)
         eventually(lambda: tokens)
         waiting = Asking(one, BODY)
-        eventually(lambda: one.server._worker.waiting == 1)
+        eventually(lambda: one.server.worker.waiting == 1)
         one.server.stop(20)
         assert waiting.wait().status_code == 503
         assert waiting.wait().json()["error"]["code"] == "shutting_down"
@@ -319,7 +319,7 @@ def test_nobody_waits_for_a_thread_that_is_gone(chatty, serve_one, gate, tokens,
         first = Asking(one, BODY)
         eventually(lambda: tokens)
         second = Asking(one, BODY)
-        eventually(lambda: one.server._worker.waiting == 1)
+        eventually(lambda: one.server.worker.waiting == 1)
 
         def fail(job: Job) -> None:
             raise Worse

@@ -1,4 +1,4 @@
-/* Attention of one new token over 16-bit keys and values, on x86-64 with AVX2. Called by attention.py.
+/* Attention of one new token over 16-bit keys and values, on x86-64 with AVX2. Called by attention_and_norm.py.
  *
  * Scores, weights and sums are in float32. Keys and values are read once for all heads that share them.
  */
@@ -14,7 +14,7 @@
 #define BLOCK 64 /* tokens whose keys, or values, stay in the first cache while several heads read them */
 #define WIDTH 4  /* vectors of a head that are summed at once */
 
-/* attention.py packs these fields, in this order. */
+/* attention_and_norm.py packs these fields, in this order. */
 typedef struct {
     const float *query; /* [batch, kv_heads, shared, size] */
     const uint16_t *key, *value; /* [batch, kv_heads, tokens, size], tokens' numbers side by side */
