@@ -40,6 +40,8 @@ NEURON_MULTIPLE = 64
 # Drafts at once in exact mode: what is planned for when nobody says, and the most that layers with a window take back.
 AUTO_DRAFT_TOKENS = 16
 MAX_DRAFT_TOKENS = 31
+# More were never of use, and a process in which some could not be started can start none afterwards.
+MAX_THREADS = 1024
 # Selections by norms of the weights, of which a table is kept.
 WEIGHT_NORMS = ("output_aware", "magnitude")
 # The context when nobody says one: precision and density are solved with room for the floor; what they leave over
@@ -124,6 +126,10 @@ class LoadConfig:
         if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
             raise UsageError(f"draft_tokens is {self.draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
         _at_least_one(self, "ff_chunk_tokens", "batch_size", "prompt_tokens", "threads")
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise UsageError(
+                f"threads is {self.threads}: at most {MAX_THREADS}, and more than there are cores only wait"
+            )
 
 
 @dataclass(frozen=True)

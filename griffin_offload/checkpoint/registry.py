@@ -11,11 +11,11 @@ from griffin_offload.checkpoint.adapter import with_adapter
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import load_config
 from griffin_offload.checkpoint.converted import ConvertedCheckpoint, mark_of, open_converted
-from griffin_offload.checkpoint.files import check_name
+from griffin_offload.checkpoint.files import check_name, unreadable
 from griffin_offload.checkpoint.quantised import open_quantised, read_quantised_config
 from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
 from griffin_offload.checkpoint.unsupported import is_gguf, refuse_gguf
-from griffin_offload.errors import ModelNotFound, UsageError, one_line
+from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, one_line
 from griffin_offload.formats import get
 
 Opener = Callable[[Path], Checkpoint | None]
@@ -42,6 +42,8 @@ def open_checkpoint(model: str | Path, *, offline: bool = False, adapter: str | 
 
 
 def _opened(model: str | Path, path: Path) -> Checkpoint:
+    if path.is_dir():
+        _check_readable(path)
     for kind in _KINDS:
         found = kind(path)
         if found is not None:
@@ -49,6 +51,15 @@ def _opened(model: str | Path, path: Path) -> Checkpoint:
     if is_gguf(path):
         refuse_gguf(path)
     raise ModelNotFound(f"{model} is a file: give the checkpoint's directory")
+
+
+def _check_readable(directory: Path) -> None:
+    """CheckpointError for a directory whose files nobody but another user may list or open."""
+    try:
+        os.listdir(directory)
+        (directory / "config.json").is_file()
+    except OSError as error:
+        raise CheckpointError(unreadable(directory, error)) from error
 
 
 def read_config(path: str | Path) -> Checkpoint:
@@ -73,9 +84,15 @@ def locate(model: str | Path, *, offline: bool = False, **hub: Any) -> Path:
     """The path of `model`, fetched from the hub if need be; `hub` are more arguments of its client (revision,
     cache_dir, token). Errors: UsageError, ModelNotFound."""
     model = str(model)
+    if not model:
+        raise ModelNotFound("the model's name is empty: give a checkpoint directory or a hub id such as org/name")
     path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
     check_name(path)
-    if path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # a folder on the way may not be entered, or a prompt stands in the name's place
+        raise ModelNotFound(f"{model[:80]!r} cannot be looked at: {error.strerror}") from error
+    if there:
         if hub.get("revision") not in (None, "main"):  # a token and a cache are for what has to be fetched
             raise UsageError(
                 f"revision is {hub['revision']!r}, and {model} is a directory, which has none: leave it out"

@@ -26,7 +26,7 @@ from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import check_content
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.tied_head import untie_other_head
-from griffin_offload.checkpoint.unsupported import check_numbers, refuse_gguf_in
+from griffin_offload.checkpoint.unsupported import check_numbers, refuse_gguf_in, refuse_what_is_no_checkpoint
 from griffin_offload.errors import CheckpointError, limit_reached, memory_refused, one_line
 
 INDEX = "model.safetensors.index.json"
@@ -163,7 +163,7 @@ def directory_config(directory: Path) -> PretrainedConfig:
     if (directory / UNFINISHED).is_file():
         raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
     if not (directory / "config.json").is_file():
-        refuse_gguf_in(directory)
+        refuse_what_is_no_checkpoint(directory)
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
     return load_config(directory / "config.json")
 

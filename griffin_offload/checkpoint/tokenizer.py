@@ -135,16 +135,28 @@ def encode_messages(tokenizer: Any, messages: list[dict[str, str]], *, thinking:
     UsageError if `thinking` is given and the template has no switch for it."""
     letters = sum(len(text) for message in messages for text in message.values())
     switches = {} if thinking is None else dict.fromkeys(thinking_switches(tokenizer), thinking)
-
-    def templated() -> Ids:
-        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **switches)
-        ids: Ids = made["input_ids"]
-        return ids
-
+    settings: dict[str, Any] = {"add_generation_prompt": True, **switches}
     try:
-        return _begun_once(tokenizer, _bounded(templated, letters))
+        return _begun_once(tokenizer, _bounded(lambda: _templated(tokenizer, messages, settings), letters))
     except CheckpointError as error:
         raise TemplateError(str(error)) from error
+
+
+def _templated(tokenizer: Any, messages: list[dict[str, str]], settings: dict[str, Any]) -> Ids:
+    taken = _as_taken(tokenizer, messages, settings)
+    found: Ids = tokenizer.apply_chat_template(taken, return_dict=True, **settings)["input_ids"]
+    return found
+
+
+def _as_taken(tokenizer: Any, messages: list[dict[str, str]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """`messages`, or with lists of parts for texts, where the template leaves the last text out or fails otherwise:
+    those of models that see or hear go through parts, and may find none in a text."""
+    parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+    for form in (messages, parts):
+        with contextlib.suppress(Exception):  # told by whoever uses what is returned
+            if messages[-1]["content"].strip() in tokenizer.apply_chat_template(form, tokenize=False, **settings):
+                return form
+    return messages
 
 
 def _begun_once(tokenizer: Any, ids: Ids) -> Ids:
@@ -167,7 +179,7 @@ def template_end(tokenizer: Any) -> Ids:
 
 def _behind_answer(tokenizer: Any) -> Ids:
     messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = tokenizer.apply_chat_template(_as_taken(tokenizer, messages, {}), tokenize=False)
     _, found, behind = text.rpartition(_ANSWER)
     special = {one.content: token for token, one in tokenizer.added_tokens_decoder.items() if one.special}
     first = [word for word in special if found and behind.lstrip().startswith(word)]

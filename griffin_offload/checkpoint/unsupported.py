@@ -88,3 +88,21 @@ def check_kind(config: PretrainedConfig, where: Path) -> None:
             f"{config.get_text_config().model_type}: only text models are loaded, take one without a vision tower"
         )
     raise UnsupportedModel(f"{where} is of a {kind} model, which transformers knows no causal language model of")
+
+
+def refuse_what_is_no_checkpoint(directory: Path) -> None:
+    """UnsupportedModel for a directory without config.json in which something else that is known lies."""
+    refuse_gguf_in(directory)
+    if (directory / "adapter_config.json").is_file():
+        raise UnsupportedModel(
+            f"{directory} holds an adapter (PEFT), no whole model: give its base model, and this directory as --adapter"
+        )
+    if (directory / "params.json").is_file():
+        raise UnsupportedModel(
+            f"{directory} holds weights in their maker's own layout (params.json): take the model's version for "
+            "transformers"
+        )
+    inside = [*directory.glob("*/config.json"), *directory.glob("snapshots/*/config.json")]  # as in the hub's cache
+    found = sorted(path.parent for path in inside if path.is_file())
+    if found:
+        raise UnsupportedModel(f"{directory} has no config.json, {found[0]} has one: give that directory")

@@ -73,7 +73,7 @@ def tokenize(tokenizer: Any, text: str, arguments: argparse.Namespace) -> "Tenso
             raise UsageError(f"{flag} needs a chat template: this model has none, or --raw turned it off")
     ids = _templated(tokenizer, text, arguments.system, thinking) if templated else encode(tokenizer, text)
     if not ids:
-        raise UsageError("the prompt is empty: the tokenizer makes no token of it")
+        raise UsageError("the tokenizer makes no token of the prompt: its files or its chat template are incomplete")
     return torch.tensor([ids], dtype=torch.long, device="cpu")
 
 

@@ -40,6 +40,7 @@ REFUSED = {
     "synced_gpus": "one process runs the whole model: leave it out",
     "negative_prompt_ids": "a second prompt would choose the same neurons anew: generate twice, and mix the scores",
     "compile_config": "decode is captured as CUDA graphs where there are some: cuda_graphs= of from_pretrained",
+    "token_healing": "neurons would be another prompt's: give model.model.heal_tokens(ids, tokenizer) as the prompt",
     **dict.fromkeys(FOREIGN_CACHE_NAMES, f"the argument is called {CACHE}"),
 }
 """Arguments that are refused if they ask for something, and why."""

@@ -207,7 +207,9 @@ class ChatSession:
         else:
             ids = encode_messages(tokenizer, messages, thinking=self._thinking)
         if not ids:
-            raise UsageError("the message is empty: the tokenizer makes no token of it")
+            raise UsageError(
+                "the tokenizer makes no token of the message: its files or its chat template are incomplete"
+            )
         return torch.tensor([ids], dtype=torch.long, device="cpu")
 
     def _decoded(self, answer: Tensor) -> str:

@@ -172,6 +172,7 @@ def _map_layers(
 ) -> tuple[Any, nn.ModuleList, list[Block]]:
     """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
     model = build(checkpoint, scratch)
+    model.name_or_path = model.config.name_or_path = str(checkpoint.directory)
     decoder, blocks = find_feed_forwards(model, len(shape.layers))
     settle_generation_config(model, shape.vocab_size, checkpoint.directory)
     self_check(blocks[0])

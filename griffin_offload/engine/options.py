@@ -37,6 +37,22 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "offload_state_dict": (False,),
     "local_files_only": (),
 }
+# What transformers takes as an argument in place of a key of config.json.
+_IN_CONFIG = (
+    "rope_scaling",
+    "rope_parameters",
+    "rope_theta",
+    "max_position_embeddings",
+    "sliding_window",
+    "use_sliding_window",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "eos_token_id",
+    "bos_token_id",
+    "attention_dropout",
+    "output_hidden_states",
+    "output_attentions",
+)
 REFUSED = {
     "trust_remote_code": "code that comes with a checkpoint is never run: leave it out",
     "low_cpu_mem_usage": "weights are always mapped, never held twice: leave it out",
@@ -63,8 +79,8 @@ REFUSED = {
     "variant": "give a directory that holds this variant alone",
     "from_tf": "only safetensors are read: save_pretrained of transformers 5 writes them",
     "from_flax": "only safetensors are read: save_pretrained of transformers 5 writes them",
-    "adapter_kwargs": "merge an adapter first: merge_and_unload() and save_pretrained of peft",
-    "adapter_name": "merge an adapter first: merge_and_unload() and save_pretrained of peft",
+    "adapter_kwargs": "adapter= merges a LoRA adapter, a directory that peft has written",
+    "adapter_name": "adapter= merges a LoRA adapter, a directory that peft has written",
     "tp_plan": _ONE_PROCESS,
     "tp_size": _ONE_PROCESS,
     "device_mesh": _ONE_PROCESS,
@@ -72,6 +88,13 @@ REFUSED = {
     "experts_implementation": "experts run as this package does it: leave it out",
     "proxies": "set HTTPS_PROXY in the environment",
     "code_revision": "code that comes with a checkpoint is never run: leave it out",
+    "use_auth_token": "the word for it is token=",
+    "resume_download": "a download that was broken off is always gone on with: leave it out",
+    "mirror": "set HF_ENDPOINT in the environment",
+    "use_flash_attention_2": "attention is torch's sdpa and kernels of this package: leave it out",
+    "generation_config": "give it to generate, or change generation_config.json in the checkpoint's directory",
+    "_fast_init": "weights are never initialised: leave it out",
+    **dict.fromkeys(_IN_CONFIG, "change config.json in the checkpoint's directory"),
     "max_length": "it is an argument of generate; ctx_size= plans the memory for prompt and answer",
     "max_new_tokens": "it is an argument of generate; ctx_size= plans the memory for prompt and answer",
     "n_ctx": "ctx_size= does it here",
@@ -83,6 +106,7 @@ HUB = ("revision", "cache_dir", "token")
 TRANSLATED = ("torch_dtype", "device_map", "local_files_only")
 """Other words for fields of `LoadConfig`."""
 _NUMBERS = ("ctx_size", "prompt_tokens", "batch_size", "seed", "draft_tokens", "ff_chunk_tokens", "threads", "kv_bits")
+_SIZES = ("max_gpu_mem", "max_cpu_mem", "session_mem")
 _SWITCHES = ("exact", "keep_prompts", "cuda_graphs", "offline", "always_stream")
 _SEVERAL = ("balanced", "balanced_low_0", "sequential")
 
@@ -162,8 +186,10 @@ def _plain(name: str, value: Any) -> Any:
         return _whole(name, value)
     if name in _SWITCHES and not isinstance(value, bool):
         raise UsageError(f"{name} is {value!r}: give True or False")
-    if name == "density" and isinstance(value, str) and value != "auto":
+    if name == "density" and value != "auto" and not _numbers(value):
         raise UsageError(f"density is {value!r}: give a number from 0 to 1, one per layer, or 'auto'")
+    if name in _SIZES and value is not None and (isinstance(value, bool) or not isinstance(value, int | float | str)):
+        raise UsageError(f"{name} is {value!r}: give bytes, or a size such as '12GB'")
     if name in ("decay", "density") and isinstance(value, bool):
         raise UsageError(f"{name} is {value!r}: give a number from 0 to 1")
     if name == "decay" and not isinstance(value, int | float):
@@ -173,13 +199,18 @@ def _plain(name: str, value: Any) -> Any:
     return value
 
 
+def _numbers(value: Any) -> bool:
+    """Whether it is a number, or a list of them."""
+    return all(isinstance(one, int | float) for one in (value if isinstance(value, list) else [value]))
+
+
 def _number(value: Any) -> Any:
     """Python's own number, or list of numbers, for those of numpy and torch."""
     if isinstance(value, list | tuple):
         return [_number(one) for one in value]
     if isinstance(value, bool | int | float | str) or value is None:
         return value
-    if hasattr(value, "tolist") and hasattr(value, "shape"):
+    if hasattr(value, "tolist") and hasattr(value, "shape") and not isinstance(value, type):
         return _number(value.tolist())
     if isinstance(value, numbers.Integral):
         return int(value)
@@ -195,7 +226,8 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _dtype(value: Any) -> str:
-    return str(value).removeprefix("torch.")
+    """Its name, also of numpy's classes."""
+    return str(value.__name__ if isinstance(value, type) else value).removeprefix("torch.")
 
 
 def _device(value: Any) -> str:

@@ -81,7 +81,10 @@ def _handed_out(kind: type) -> type:
 def _unmoved(model: Any, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
     """`model`, if `function`, which `to`, `half`, `cuda` and their like would apply to every tensor, changes none."""
     probe = torch.empty(1, dtype=model.dtype, device=model.device)
-    changed = function(probe)
+    try:
+        changed = function(probe)
+    except (AssertionError, RuntimeError):  # torch was built without such a device, or the machine has none
+        changed = probe.to("meta")
     moved = (changed.dtype, changed.device.type) != (probe.dtype, probe.device.type)
     moved = moved or (changed.device.index or 0) != (probe.device.index or 0)
     if moved or (probe.is_cpu and changed.is_shared()):

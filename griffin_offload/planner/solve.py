@@ -97,7 +97,11 @@ def _contexts(shape: ModelSizes, request: PlanRequest) -> _Contexts:
         if prompt > given:
             raise UsageError(f"a prompt of {prompt} tokens exceeds the context of {given}")
         if given > shape.max_positions:
-            raise UsageError(f"a context of {given} tokens is more than the model's {shape.max_positions}")
+            of_prompt = f" of {prompt} tokens" if prompt else ""
+            raise UsageError(
+                f"a context of {given} tokens is more than the model's {shape.max_positions}: shorten the prompt"
+                f"{of_prompt}, or take a smaller -n or --ctx-size (ctx_size)"
+            )
         return _Contexts(given, given, given)
     most = min(MAX_AUTO_CTX, shape.max_positions)
     if prompt > most:

@@ -174,11 +174,10 @@ class _Generation:
                 exact=request.exact,
                 max_new_tokens=max_tokens,
                 **ONE_ANSWER,
-                **NO_PENALTIES,
                 **ends,
                 stopping_criteria=StoppingCriteriaList([answer]),
                 logits_processor=LogitsProcessorList([recorder] if recorder is not None else []),
-                **sampling_of(request, model.generation_config),
+                **(NO_PENALTIES | sampling_of(request, model.generation_config)),
             )
         finally:
             model.progress = model.engine.pass_progress = None

@@ -166,7 +166,7 @@ NO_PENALTIES: dict[str, Any] = {
     "encoder_no_repeat_ngram_size": 0,
     "exponential_decay_length_penalty": None,
 }
-"""Arguments of `generate`: clients cannot ask for penalties, so they get none that they did not ask for."""
+"""Arguments of `generate`: clients get no penalty that they did not ask for; they can ask for the first one."""
 
 
 def _warn_of_penalties(settings: Any) -> None:
@@ -174,7 +174,7 @@ def _warn_of_penalties(settings: Any) -> None:
     asked = [f"{name} {value}" for name, value in found.items() if value not in (None, NO_PENALTIES[name])]
     if asked:
         what = f"the checkpoint's generation settings ask for {', '.join(asked)}"
-        warnings.warn(f"{what}: the server has no penalties and leaves them out", stacklevel=2)
+        warnings.warn(f"{what}: the server leaves out what no request asks for", stacklevel=2)
 
 
 def session_limit(plan: Plan) -> int:

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from griffin_offload.checkpoint.registry import open_checkpoint, read_config
-from griffin_offload.errors import ModelNotFound, UnsupportedModel
+from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel
 
 _METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "hqq": ({"quant_method": "hqq"}, "hqq, which is not read here"),
@@ -115,3 +115,20 @@ def test_other_kinds_of_models_are_named(kind: str, words: str, copy: Path):
     transformers.AutoConfig.for_model(kind).save_pretrained(copy)
     with pytest.raises(UnsupportedModel, match=words):
         open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adapter_config.json", r"holds an adapter \(PEFT\).*give its base model, and this directory as --adapter"),
+        ("params.json", "their maker's own layout.*version for transformers"),
+        ("model/config.json", "model has one: give that directory"),
+        ("snapshots/0123abc/config.json", "snapshots/0123abc has one: give that directory"),
+        ("model.onnx", "has no config.json"),
+    ],
+)
+def test_directories_of_other_kinds(tmp_path: Path, name: str, words: str):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises((UnsupportedModel, CheckpointError), match=words):
+        open_checkpoint(tmp_path)

@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -103,15 +104,38 @@ def test_packages_that_old_tokenizers_need(copy: Path, monkeypatch, name: str, i
 def test_files_of_another_user(copy: Path, name: str):
     """Mode 600, as the safetensors library writes files; root may read everything, so the question is another's."""
     private = copy / name
+    _let_others_read(copy)
+    use(shutil.copytree(copy, copy.with_name("readable")))  # imports what is late before the rights are given up
+    private.chmod(0o600 if os.geteuid() == 0 else 0)
+    said = _said_to_another_user(copy)
+    assert said.startswith("CheckpointError: "), said
+    assert f"{name} cannot be read: Permission denied (mode " in said
+    assert "damaged" not in said
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no users as POSIX has them")
+@pytest.mark.parametrize("rights", [0o700, 0o711, 0o744], ids=["closed", "not listed", "not entered"])
+def test_directories_of_another_user(copy: Path, rights: int):
+    _let_others_read(copy)
+    use(shutil.copytree(copy, copy.with_name("readable")))
+    copy.chmod(rights if os.geteuid() == 0 else rights % 8 << 6)
+    said = _said_to_another_user(copy)
+    copy.chmod(0o755)
+    assert re.fullmatch(r"CheckpointError: \S+copy cannot be read: Permission denied \(mode \d+\): let this.*", said), (
+        said
+    )
+
+
+def _let_others_read(copy: Path) -> None:
     for path in copy.iterdir():
         path.chmod(0o644)
     for parent in (copy, *copy.parents[:4]):  # one of them is of a process among several
-        if parent.owner() == private.owner() and parent != Path("/"):
+        if parent.owner() == copy.owner() and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o055)
-    readable = shutil.copytree(copy, copy.with_name("readable"))
-    (readable / name).chmod(0o644)
-    use(readable)  # what is imported late is read before the rights are given up
-    private.chmod(0o600 if os.geteuid() == 0 else 0)
+
+
+def _said_to_another_user(copy: Path) -> str:
+    """The error of a process without root's rights that uses the checkpoint."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -130,9 +154,7 @@ def test_files_of_another_user(copy: Path, name: str):
     os.waitpid(child, 0)
     said = os.read(read, 10_000).decode()
     os.close(read)
-    assert said.startswith("CheckpointError: "), said
-    assert f"{name} cannot be read: Permission denied (mode " in said
-    assert "damaged" not in said
+    return said
 
 
 LIMITS = [

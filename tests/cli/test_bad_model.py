@@ -8,6 +8,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint, write_tokenizer
 
+from griffin_offload.checkpoint.registry import locate
+from griffin_offload.errors import ModelNotFound
+
 INDEX = "model.safetensors.index.json"
 COMMANDS = [("run", "the cat", "-n", "4"), ("plan",)]
 both = pytest.mark.parametrize("command", COMMANDS, ids=["run", "plan"])
@@ -207,3 +210,9 @@ def test_a_name_that_is_not_utf_8(cli, copy: Path, llama: Path, tmp_path: Path):
     words = r"odd \\udcff' is not UTF-8, .* rename it"
     cli.refuses(2, words, "run", "the cat", "-m", odd)
     cli.refuses(2, words, "convert", odd, "-m", llama, "--quantize", "int8")
+
+
+@pytest.mark.parametrize("name", ["", "x" * 300, "Once upon a time there was " * 20], ids=["none", "long", "a prompt"])
+def test_names_that_no_directory_has(name: str):
+    with pytest.raises(ModelNotFound, match=r"is empty|cannot be looked at: File name too long"):
+        locate(name)

@@ -12,17 +12,23 @@ import torch
 from tiny_models import VOCAB
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
+    CompileConfig,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     TextIteratorStreamer,
+    WatermarkingConfig,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from griffin_offload import GriffinModel, UsageError
 
-ARCHITECTURES = ("llama3", "mistral", "gemma3", "gpt2", "opt", "falcon_alibi", "cohere2", "phi3", "bloom", "qwen2")
+ARCHITECTURES = (
+    "llama3", "mistral", "gemma3", "gpt2", "opt", "falcon_alibi", "cohere2", "phi3", "bloom", "qwen2",
+    "glm4", "starcoder2",
+)  # fmt: skip
 
 
 class _Kept(BaseStreamer):
@@ -75,12 +81,43 @@ def _everything(model: Any, **options: Any) -> Any:
     )  # fmt: skip
 
 
+def _goes_on(model: Any, **options: Any) -> Any:
+    """A second answer from the first one's cache: the whole sequence, or what is new alone with a mask over all."""
+    first = model.generate(_ids(), max_new_tokens=5, do_sample=False, return_dict_in_generate=True, **options)
+    whole, cache = torch.cat([first.sequences, _ids(6, seed=1)], 1), first.past_key_values
+    given = whole[:, cache.get_seq_length() :] if options.get("use_cache") else whole
+    more = model.generate(
+        given, attention_mask=torch.ones_like(whole), past_key_values=cache, max_new_tokens=5, do_sample=False
+    )
+    return torch.cat([first.sequences, more], 1)
+
+
+def _assisted(model: Any, **options: Any) -> Any:
+    """By another model of the same vocabulary, a copy of one that is given."""
+    assistant = AutoModelForCausalLM.from_pretrained(model.name_or_path)
+    with torch.no_grad():
+        next(iter(assistant.parameters())).mul_(1.05)  # some drafts are wrong
+    return model.generate(_ids(), assistant_model=assistant, max_new_tokens=10, do_sample=False, **options)
+
+
+def _own_loop(model: Any, input_ids: torch.Tensor, generation_config: Any, **_: Any) -> torch.Tensor:
+    """A decoding method of the caller's: the second likeliest token each time."""
+    for _step in range(generation_config.max_new_tokens):
+        second = model(input_ids).logits[:, -1].topk(2).indices[:, 1:]
+        input_ids = torch.cat([input_ids, second], 1)
+    return input_ids
+
+
 def _config_is_left_alone(model: Any) -> Any:
     config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, repetition_penalty=1.2)
     before = config.to_dict()
     output = model.generate(_ids(), generation_config=config)
     assert config.to_dict() == before
     return output
+
+
+def _tokenizer(model: Any) -> Any:
+    return AutoTokenizer.from_pretrained(model.name_or_path)
 
 
 UNABLE = {("static cache", "falcon")}
@@ -112,6 +149,19 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "static cache": {"cache_implementation": "static"},
     "dynamic cache": {"cache_implementation": "dynamic"},
     "renormalised": {"num_beams": 2, "renormalize_logits": True},
+    "forced_bos": {"forced_bos_token_id": 7},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(3, 200))},
+    "exponential_decay": {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": 9},
+    "encoder penalties": {"encoder_repetition_penalty": 1.3, "encoder_no_repeat_ngram_size": 3},
+    "watermark": {"watermarking_config": WatermarkingConfig(bias=2.0)},
+    "remove_invalid_values": {"remove_invalid_values": True},
+    "max_time": {"max_time": 600.0},
+    "top_h": {"do_sample": True, "top_h": 0.5},
+    "an end given twice": {"eos_token_id": [5, 5, 9], "min_length": 23},
+    "prompt_lookup sampled": {"prompt_lookup_num_tokens": 2, "do_sample": True},
+    "early_stopping never": {"num_beams": 3, "early_stopping": "never", "eos_token_id": list(range(3, 60))},
+    "beams with n-grams": {"num_beams": 3, "no_repeat_ngram_size": 2, "eos_token_id": 9},
+    "own decoding method": {"custom_generate": _own_loop},
 }
 CHECKS: dict[str, Check] = {
     name: (
@@ -130,6 +180,19 @@ CHECKS |= {
     ),
     "ids by name": lambda model: model.generate(input_ids=_ids(), max_new_tokens=8, do_sample=False),
     "streamer": _streamed,
+    "goes on": _goes_on,
+    "goes on with new tokens": lambda model: _goes_on(model, use_cache=True),
+    "assisted": _assisted,
+    "assisted, everything": lambda model: _assisted(model, return_dict_in_generate=True, output_scores=True),
+    "padded samples": lambda model: model.generate(
+        **_padded(), max_new_tokens=6, do_sample=True, num_return_sequences=2
+    ),
+    "embeddings and ids": lambda model: model.generate(
+        input_ids=_ids(), inputs_embeds=model.get_input_embeddings()(_ids()), max_new_tokens=6, do_sample=False
+    ),
+    "stop strings": lambda model: model.generate(
+        _ids(), stop_strings=["the", "a"], tokenizer=_tokenizer(model), max_new_tokens=30, do_sample=False
+    ),
     "everything": _everything,
     "everything of beams": lambda model: _everything(model, num_beams=2),
     "config": _config_is_left_alone,
@@ -145,6 +208,9 @@ REFUSED: dict[str, tuple[Check, str]] = {
         ("code of the hub", {"custom_generate": "me/mine"}, "custom_generate.*give a function, or exact=True"),
         ("chunked prompt", {"prefill_chunk_size": 4}, "prefill_chunk_size.*ff_chunk_tokens"),
         ("early exit", {"assistant_early_exit": 1}, "assistant_early_exit.*exact=True"),
+        ("compile config", {"compile_config": CompileConfig()}, "compile_config.*cuda_graphs"),
+        ("constraints", {"constraints": [object()]}, "constraints.*use num_beams"),
+        ("token healing", {"token_healing": True}, "token_healing.*heal_tokens"),
         ("no cache", {"use_cache": False}, "use_cache=False.*KV cache"),
         ("quantised cache", {"cache_implementation": "quantized"}, "kv_bits=8"),
         ("offloaded cache", {"cache_implementation": "offloaded"}, "kv_bits=8"),

@@ -9,25 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB
+from loaded_model import greedy, ids, load
 from transformers import AutoModelForCausalLM
 
-from griffin_offload import GriffinError, GriffinModel, UsageError
+from griffin_offload import GriffinError, UsageError
 from griffin_offload.engine import model as model_module
 from griffin_offload.engine import stock as stock_module
-
-
-def _load(path: Any, **options: Any) -> GriffinModel:
-    settings = {"device": "cpu", "max_gpu_mem": "100MB", "density": 0.5, "ctx_size": 96, "quantize": "none"}
-    return GriffinModel.from_pretrained(path, **(settings | options))
-
-
-def _ids(seed: int = 0, tokens: int = 24) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def _greedy(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    return model.generate(ids, **({"max_new_tokens": 6, "do_sample": False} | options))
 
 
 @contextlib.contextmanager
@@ -55,8 +42,8 @@ def test_a_model_goes_with_its_last_name(checkpoints, name: str, dtype: torch.dt
     """Without the collector of cycles: a notebook's cell that is run again loads beside nothing."""
     path = checkpoints(name, dtype)
     with _no_collector():
-        model = _load(path, **options)
-        _greedy(model, _ids())
+        model = load(path, **options)
+        greedy(model, ids())
         parts = [*map(weakref.ref, model.model.modules()), *map(weakref.ref, model.model.parameters())]
         parts += [weakref.ref(model), weakref.ref(model.engine), weakref.ref(model.engine.loaded)]
         del model
@@ -65,10 +52,10 @@ def test_a_model_goes_with_its_last_name(checkpoints, name: str, dtype: torch.dt
 
 def test_contexts_and_caches_that_stay_keep_no_weights(checkpoints):
     with _no_collector():
-        model = _load(checkpoints("llama3"), keep_prompts=True)
+        model = load(checkpoints("llama3"), keep_prompts=True)
         context = model.new_context()
-        _greedy(model, _ids(), context=context)
-        output = _greedy(model, _ids(), return_dict_in_generate=True)
+        greedy(model, ids(), context=context)
+        output = greedy(model, ids(), return_dict_in_generate=True)
         weight = weakref.ref(next(model.model.parameters()))
         del model
         assert weight() is None
@@ -77,11 +64,11 @@ def test_contexts_and_caches_that_stay_keep_no_weights(checkpoints):
 
 
 def test_the_stock_model_alone_keeps_all_that_it_needs(checkpoints):
-    expected = _greedy(_load(checkpoints("llama3")), _ids())
-    stock = _load(checkpoints("llama3")).model
+    expected = greedy(load(checkpoints("llama3")), ids())
+    stock = load(checkpoints("llama3")).model
     gc.collect()
     for _ in range(2):
-        assert torch.equal(_greedy(stock, _ids()), expected)
+        assert torch.equal(greedy(stock, ids()), expected)
         gc.collect()
 
 
@@ -91,7 +78,7 @@ def test_the_heap_is_trimmed_when_the_weights_have_gone(checkpoints, monkeypatch
         monkeypatch.setattr(
             stock_module, "give_back_freed", lambda: alive.append(any(w() is not None for w in weights))
         )
-        model = _load(checkpoints("llama3"))
+        model = load(checkpoints("llama3"))
         weights = [weakref.ref(parameter) for parameter in model.model.parameters()]
         del model
         assert alive == [False]
@@ -99,9 +86,9 @@ def test_the_heap_is_trimmed_when_the_weights_have_gone(checkpoints, monkeypatch
 
 def test_closing_takes_the_weights_from_whoever_keeps_the_model(checkpoints, monkeypatch: pytest.MonkeyPatch):
     alive: list[bool] = []
-    with _load(checkpoints("llama3"), offload="ram") as model:
+    with load(checkpoints("llama3"), offload="ram") as model:
         stock = model.model
-        _greedy(model, _ids())
+        greedy(model, ids())
         weights = [weakref.ref(parameter) for parameter in stock.parameters()]
         weights += [weakref.ref(buffer) for buffer in model.engine.loaded.layers.source.flat.values()]
         monkeypatch.setattr(
@@ -109,21 +96,21 @@ def test_closing_takes_the_weights_from_whoever_keeps_the_model(checkpoints, mon
         )
     assert alive == [False]
     assert stock.config.model_type == model.config.model_type == "llama"
-    for call in (lambda: _greedy(model, _ids()), lambda: _greedy(stock, _ids()), lambda: model.save_pretrained("x")):
+    for call in (lambda: greedy(model, ids()), lambda: greedy(stock, ids()), lambda: model.save_pretrained("x")):
         with pytest.raises(GriffinError, match="closed"):
             call()
 
 
 def test_closing_while_residents_are_on_their_way(checkpoints):
     for _ in range(3):
-        _load(checkpoints("llama3"), quantize="int8").close()
+        load(checkpoints("llama3"), quantize="int8").close()
 
 
 def test_a_part_of_a_pruned_model_does_not_run_by_itself(checkpoints):
-    model = _load(checkpoints("llama3"))
-    _greedy(model, _ids())
+    model = load(checkpoints("llama3"))
+    greedy(model, ids())
     with pytest.raises(UsageError, match="call the whole model"):
-        model.model.model(_ids())
+        model.model.model(ids())
     layers = model.model.model.layers
     hidden = torch.zeros(1, 3, model.config.hidden_size)
     del model
@@ -133,8 +120,8 @@ def test_a_part_of_a_pruned_model_does_not_run_by_itself(checkpoints):
 
 def test_a_part_of_a_whole_model_does(checkpoints):
     path = checkpoints("llama3")
-    found = _load(path, density=1.0).model.model(_ids()).last_hidden_state
-    expected = AutoModelForCausalLM.from_pretrained(path).model(_ids()).last_hidden_state
+    found = load(path, density=1.0).model.model(ids()).last_hidden_state
+    expected = AutoModelForCausalLM.from_pretrained(path).model(ids()).last_hidden_state
     torch.testing.assert_close(found, expected)
 
 
@@ -142,7 +129,7 @@ def test_a_part_of_a_whole_model_does(checkpoints):
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "gpt2"])
 def test_a_whole_model_is_saved_as_it_is(checkpoints, tmp_path, name: str, dtype: torch.dtype):
     path = checkpoints(name, dtype)
-    _load(path, density=1.0).save_pretrained(tmp_path)
+    load(path, density=1.0).save_pretrained(tmp_path)
     saved, stored = (AutoModelForCausalLM.from_pretrained(place, dtype="auto") for place in (tmp_path, path))
     assert saved.dtype == dtype
     assert "griffin" not in (tmp_path / "config.json").read_text()
@@ -160,7 +147,7 @@ def test_a_whole_model_is_saved_as_it_is(checkpoints, tmp_path, name: str, dtype
     ],
 )
 def test_what_is_no_checkpoint_is_not_saved(checkpoints, tmp_path, options: dict[str, Any], reason: str):
-    model = _load(checkpoints("llama3"), **options)
+    model = load(checkpoints("llama3"), **options)
     saving: list[Callable[[], Any]] = [
         lambda: model.save_pretrained(tmp_path),
         lambda: model.model.save_pretrained(tmp_path),
@@ -175,7 +162,7 @@ def test_what_is_no_checkpoint_is_not_saved(checkpoints, tmp_path, options: dict
 
 
 def test_copies_and_pickles_are_refused(checkpoints, tmp_path):
-    model = _load(checkpoints("llama3"), dtype="float32")
+    model = load(checkpoints("llama3"), dtype="float32")
     for whole in (model, model.model):
         with pytest.raises(UsageError, match="load it once more"):
             copy.deepcopy(whole)
@@ -185,7 +172,7 @@ def test_copies_and_pickles_are_refused(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("move", ["to", "half", "float64", "cuda"])
 def test_residents_stay_where_they_are(checkpoints, move: str):
-    model = _load(checkpoints("llama3"))
+    model = load(checkpoints("llama3"))
     change: dict[str, Callable[[Any], Any]] = {
         "to": lambda m: m.to("meta"),
         "half": lambda m: m.half(),
@@ -201,27 +188,27 @@ def test_residents_stay_where_they_are(checkpoints, move: str):
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_modes_of_torch_do_not_reach_a_model(checkpoints, mode: Callable[[], Any]):
     """Loaded in one and used outside, or the other way round; contexts and captures outlive calls."""
-    expected = _greedy(_load(checkpoints("llama3")), _ids())
+    expected = greedy(load(checkpoints("llama3")), ids())
     with mode():
-        inside = _load(checkpoints("llama3"), keep_prompts=True)
+        inside = load(checkpoints("llama3"), keep_prompts=True)
         context = inside.new_context()
-        first = _greedy(inside, _ids(), context=context, return_dict_in_generate=True)
+        first = greedy(inside, ids(), context=context, return_dict_in_generate=True)
     assert torch.equal(first.sequences, expected)
-    longer = torch.cat([expected, _ids(1, 4)], 1)
-    again = _greedy(inside, longer, context=context)
+    longer = torch.cat([expected, ids(1, 4)], 1)
+    again = greedy(inside, longer, context=context)
     with mode():
-        assert torch.equal(_greedy(inside, longer, context=context), again)
-        assert not inside.model(_ids()).logits.is_inference()
-    assert torch.equal(_greedy(inside, _ids()), expected)
+        assert torch.equal(greedy(inside, longer, context=context), again)
+        assert not inside.model(ids()).logits.is_inference()
+    assert torch.equal(greedy(inside, ids()), expected)
 
 
 @pytest.mark.parametrize("name", ["llama3", "opt"])
 def test_autocast_does_not_change_the_precision(checkpoints, name: str):
-    model = _load(checkpoints(name))
-    ids = _ids()
-    expected, tokens = model.model(ids).logits, _greedy(model, ids)
+    model = load(checkpoints(name))
+    prompt = ids()
+    expected, tokens = model.model(prompt).logits, greedy(model, prompt)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = _load(checkpoints(name))
+        inside = load(checkpoints(name))
         for one in (model, inside):
-            assert torch.equal(one.model(ids).logits, expected)
-            assert torch.equal(_greedy(one, ids), tokens)
+            assert torch.equal(one.model(prompt).logits, expected)
+            assert torch.equal(greedy(one, prompt), tokens)

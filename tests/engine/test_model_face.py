@@ -111,6 +111,8 @@ def test_its_defaults_can_be_changed(checkpoints):
         (lambda m: m.requires_grad_(), "train it in transformers"),
         (lambda m: m.half(), "dtype="),
         (lambda m: m.to("meta"), "device="),
+        (lambda m: m.to("xpu:3"), "device="),
+        (lambda m: m.model.to("xla"), "device="),
         (lambda m: m.resize_token_embeddings, r"\.model\.resize_token_embeddings"),
         (lambda m: m.generate("Once upon a time"), "batch, tokens"),
         (lambda m: m.generate(["Once", "upon"]), "batch, tokens"),
@@ -124,6 +126,12 @@ def test_its_defaults_can_be_changed(checkpoints):
 def test_what_cannot_be_is_refused_with_what_can(model: GriffinModel, asked: Any, answer: str):
     with pytest.raises((UsageError, AttributeError), match=answer):
         asked(model)
+
+
+def test_it_says_where_it_is_from(checkpoints):
+    model, stock = _load(checkpoints("llama3")), AutoModelForCausalLM.from_pretrained(checkpoints("llama3"))
+    assert model.name_or_path == model.model.name_or_path == stock.name_or_path
+    assert model.config.name_or_path == stock.config.name_or_path
 
 
 def test_what_nobody_knows_is_an_attribute_error(model: GriffinModel):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import VOCAB
-from transformers import DynamicCache, GenerationConfig
+from transformers import CompileConfig, DynamicCache, GenerationConfig
 
 from griffin_offload import GriffinModel, UsageError
 from griffin_offload.checkpoint.registry import locate
@@ -25,7 +25,14 @@ def _rows(table: int) -> list[Row]:
 
 
 def _arguments(text: str, **names: Any) -> dict[str, Any]:
-    named = {"np": np, "torch": torch, "DynamicCache": DynamicCache, "GenerationConfig": GenerationConfig, **names}
+    named = {
+        "np": np,
+        "torch": torch,
+        "DynamicCache": DynamicCache,
+        "GenerationConfig": GenerationConfig,
+        "CompileConfig": CompileConfig,
+        **names,
+    }
     arguments: dict[str, Any] = eval(f"dict({text})", named)
     return arguments
 

@@ -7,26 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB
+from loaded_model import greedy, ids, load
 from transformers import DynamicCache, StoppingCriteria
 
-from griffin_offload import GriffinError, GriffinModel, UsageError
+from griffin_offload import GriffinError, UsageError
 from griffin_offload.engine.turns import FifoLock
 from griffin_offload.errors import Busy
 from griffin_offload.transformers_api import CACHE
-
-
-def _load(path: Any, **options: Any) -> GriffinModel:
-    settings = {"device": "cpu", "max_gpu_mem": "100MB", "density": 0.5, "ctx_size": 96, "quantize": "none"}
-    return GriffinModel.from_pretrained(path, **(settings | options))
-
-
-def _ids(seed: int = 0, tokens: int = 24) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def _greedy(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    return model.generate(ids, **({"max_new_tokens": 6, "do_sample": False} | options))
 
 
 class _Holding(StoppingCriteria):
@@ -92,13 +79,13 @@ def test_a_caller_that_gives_up_leaves_the_row():
 @pytest.mark.parametrize("stock", [False, True])
 def test_answers_of_threads_are_those_of_one_after_the_other(checkpoints, stock: bool):
     """Also where each forward is a call by itself, and others choose neurons in between."""
-    model = _load(checkpoints("llama3"))
+    model = load(checkpoints("llama3"))
     called = model.model if stock else model
-    prompts = [_ids(seed) for seed in range(4)]
-    expected = [_greedy(_load(checkpoints("llama3")), ids) for ids in prompts]
+    prompts = [ids(seed) for seed in range(4)]
+    expected = [greedy(load(checkpoints("llama3")), ids) for ids in prompts]
     found: dict[int, torch.Tensor] = {}
     threads = [
-        threading.Thread(target=lambda i=i: found.update({i: _greedy(called, prompts[i])})) for i in range(len(prompts))
+        threading.Thread(target=lambda i=i: found.update({i: greedy(called, prompts[i])})) for i in range(len(prompts))
     ]
     for thread in threads:
         thread.start()
@@ -108,28 +95,28 @@ def test_answers_of_threads_are_those_of_one_after_the_other(checkpoints, stock:
 
 
 def test_waiting_has_an_end_if_one_is_named(checkpoints):
-    model, holding = _load(checkpoints("llama3")), _Holding()
-    holder = threading.Thread(target=lambda: _greedy(model, _ids(), stopping_criteria=[holding]))
+    model, holding = load(checkpoints("llama3")), _Holding()
+    holder = threading.Thread(target=lambda: greedy(model, ids(), stopping_criteria=[holding]))
     holder.start()
     try:
         assert holding.inside.wait(60)
         with pytest.raises(Busy, match=r"waited 0\.01 s"):
-            _greedy(model, _ids(1), wait_s=0.01)
+            greedy(model, ids(1), wait_s=0.01)
         model.wait_s = 0
-        for call in (lambda: _greedy(model, _ids(1)), lambda: model(_ids(1)), lambda: _greedy(model.model, _ids(1))):
+        for call in (lambda: greedy(model, ids(1)), lambda: model(ids(1)), lambda: greedy(model.model, ids(1))):
             with pytest.raises(Busy, match="waited 0 s"):
                 call()
     finally:
         holding.go_on.set()
         holder.join()
-    assert _greedy(model, _ids(1)).shape == (1, 30)
+    assert greedy(model, ids(1)).shape == (1, 30)
     with pytest.raises(UsageError, match="wait_s is -1"):
         model.wait_s = -1
 
 
 def test_closing_waits_for_the_answer_of_another_thread(checkpoints):
-    model, holding, found = _load(checkpoints("llama3")), _Holding(), list[torch.Tensor]()
-    holder = threading.Thread(target=lambda: found.append(_greedy(model, _ids(), stopping_criteria=[holding])))
+    model, holding, found = load(checkpoints("llama3")), _Holding(), list[torch.Tensor]()
+    holder = threading.Thread(target=lambda: found.append(greedy(model, ids(), stopping_criteria=[holding])))
     holder.start()
     assert holding.inside.wait(60)
     closer = threading.Thread(target=model.close)
@@ -138,9 +125,9 @@ def test_closing_waits_for_the_answer_of_another_thread(checkpoints):
     holding.go_on.set()
     holder.join()
     closer.join()
-    assert torch.equal(found[0], _greedy(_load(checkpoints("llama3")), _ids()))
+    assert torch.equal(found[0], greedy(load(checkpoints("llama3")), ids()))
     with pytest.raises(GriffinError, match="closed"):
-        _greedy(model, _ids())
+        greedy(model, ids())
 
 
 def _by_hand(stock: Any, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
@@ -151,8 +138,8 @@ def _by_hand(stock: Any, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, A
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "opt"])
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_sequences_decoded_in_turns_keep_their_neurons(checkpoints, name: str, quantize: str):
-    model, prompts = _load(checkpoints(name), quantize=quantize), [_ids(0), _ids(1, 30)]
-    expected = [_greedy(model, ids)[0, ids.shape[1] :].tolist() for ids in prompts]
+    model, prompts = load(checkpoints(name), quantize=quantize), [ids(0), ids(1, 30)]
+    expected = [greedy(model, ids)[0, ids.shape[1] :].tolist() for ids in prompts]
     tokens, caches, found = list(prompts), [None, None], [[], []]
     for _ in range(6):
         for i in range(2):
@@ -162,24 +149,24 @@ def test_sequences_decoded_in_turns_keep_their_neurons(checkpoints, name: str, q
 
 
 def test_copies_of_a_beginning_keep_its_neurons(checkpoints):
-    model = _load(checkpoints("llama3"))
-    _, beginning = _by_hand(model.model, _ids(), None)
+    model = load(checkpoints("llama3"))
+    _, beginning = _by_hand(model.model, ids(), None)
     expected = model(torch.tensor([[7]]), past_key_values=copy.deepcopy(beginning)).logits
-    model(_ids(1))
+    model(ids(1))
     assert torch.equal(model(torch.tensor([[7]]), past_key_values=copy.deepcopy(beginning)).logits, expected)
 
 
 def test_caches_that_nobody_chose_for_are_refused(checkpoints):
-    model, other = _load(checkpoints("llama3")), _load(checkpoints("llama3"))
-    model(_ids())
-    _, theirs = _by_hand(other.model, _ids(), None)
+    model, other = load(checkpoints("llama3")), load(checkpoints("llama3"))
+    model(ids())
+    _, theirs = _by_hand(other.model, ids(), None)
     filled = DynamicCache()
     for layer in range(model.config.num_hidden_layers):
         filled.update(theirs.layers[layer].keys, theirs.layers[layer].values, layer)
     for cache in (theirs, filled):
         with pytest.raises(GriffinError, match="no neurons are chosen"):
-            model(_ids()[:, :1], past_key_values=cache)
+            model(ids()[:, :1], past_key_values=cache)
         with pytest.raises(GriffinError, match="no neurons are chosen"):
-            _greedy(model, _ids(0, 30), past_key_values=cache)
-    whole = _load(checkpoints("llama3"), density=1.0)
-    assert whole(_ids()[:, :1], past_key_values=theirs).logits.isfinite().all()
+            greedy(model, ids(0, 30), past_key_values=cache)
+    whole = load(checkpoints("llama3"), density=1.0)
+    assert whole(ids()[:, :1], past_key_values=theirs).logits.isfinite().all()

@@ -21,7 +21,7 @@ def test_log_probabilities_are_the_models_own(serve_one, chatty: Path, tmp_path:
     tokenizer, dense = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
     body = {"model": "tiny", "prompt": TEXT, "max_tokens": 6, "temperature": 0, "logprobs": 5}
     with (
-        pytest.warns(UserWarning, match=r"repetition_penalty 1.5, no_repeat_ngram_size 2: the server has no penalties"),
+        pytest.warns(UserWarning, match=r"repetition_penalty 1.5, no_repeat_ngram_size 2: the server leaves out"),
         serve_one(directory, {"density": 1.0, "quantize": "none"}) as server,
     ):
         answers = [server.post(body | {"exact": exact}).json()["choices"][0] for exact in (False, True)]
@@ -38,6 +38,25 @@ def test_log_probabilities_are_the_models_own(serve_one, chatty: Path, tmp_path:
             assert value == pytest.approx(float(expected[token]), abs=1e-4)
             assert max(best.values()) == pytest.approx(float(expected.max()), abs=1e-4)
             sequence = torch.cat([sequence, torch.tensor([[token]])], dim=1)
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint's generation settings")
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 3.0}], ids=["none", "the checkpoint's"])
+def test_a_penalty_that_a_request_asks_for(serve_one, chatty: Path, tmp_path: Path, settings: dict[str, float]):
+    directory = Path(shutil.copytree(chatty, tmp_path / "copy"))
+    file = directory / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    tokenizer, dense = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    texts = []
+    for penalty in (1.0, 1.3):
+        made = dense.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, repetition_penalty=penalty)
+        texts.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    assert texts[0] != texts[1]
+    body = {"model": "tiny", "prompt": TEXT, "max_tokens": 12, "temperature": 0}
+    with serve_one(directory, {"density": 1.0, "quantize": "none"}) as server:
+        for more, text in (({}, texts[0]), ({"repetition_penalty": 1.3}, texts[1])):
+            assert server.post(body | more).json()["choices"][0]["text"] == text
 
 
 def test_stop_strings_and_ends_of_a_checkpoint(serve_one, tmp_path: Path):
