@@ -29,7 +29,7 @@ import psutil
 from load_clients import Client, Tally
 from report import markdown_table, origin_lines, provenance, write
 
-from griffin_offload.devices.host_memory import HOST_OVERHEAD_BYTES
+from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES
 
 SAMPLE_S = 0.5
 # Answers before the clients begin: threads are started and kernels chosen.

@@ -322,3 +322,10 @@ def check_density(density: Density | str) -> None:
     for value in (density,) if isinstance(density, float | int) else density:
         if not 0.0 <= value <= 1.0:
             raise UsageError(f"density is {value}: it is the fraction of neurons kept, from 0 to 1")
+
+
+def pass_tokens(exact: bool, draft_tokens: int | None, refresh: Refresh) -> int:
+    """Tokens of the streamed passes between two tokens of an answer; 0: there are none."""
+    if exact:
+        return 1 + (draft_tokens or AUTO_DRAFT_TOKENS)
+    return refresh if isinstance(refresh, int) else 0

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.devices.host_memory import untouched_zeros
+from griffin_offload.devices.memory import untouched_zeros
 from griffin_offload.formats.base import Format, Spec
 from griffin_offload.method.statistic import squared_statistic, weighted_sum
+
+ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
 
 
 class Activations:

@@ -1,15 +1,20 @@
-"""Where the feed-forward block of a layer is found, in every architecture: a table of names."""
+"""Where the feed-forward block of a layer is found, in every architecture, and the language model of a
+checkpoint that sees as well: tables of names."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from griffin_offload.blocks.base import Block, Finder
 from griffin_offload.blocks.feedforward import FeedForward, features
-from griffin_offload.errors import UnsupportedModel
+from griffin_offload.devices.torch_state import building
+from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError, one_line
 from griffin_offload.formats.linear import QuantizedLinear
 
 
@@ -134,3 +139,59 @@ def _check_shapes(block: FeedForward, layer: nn.Module, where: str) -> None:
                 f"{where}: parameter {name} of size {block.neurons} belongs to the neurons too, in a way no "
                 f"layout describes; {REGISTER_HINT}"
             )
+
+
+# The language model of a checkpoint that sees or hears as well: all else is left out, for text alone is run.
+
+
+class LeftOut(nn.Module):
+    """In the place of a tower or a projector: holds nothing, and says so when it is used."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        raise UsageError(f"{self._name} is left out: text alone is run here, give no images, videos or sound")
+
+
+def leave_out_towers(model: Any) -> list[str]:
+    """Replace every module of `model` that its language model does not consist of, all parameters gone; their names,
+    none where the model knows text alone."""
+    if model.config.get_text_config() is model.config:
+        return []
+    names = {id(module): name for name, module in model.named_modules()}
+    kept = [names[id(part)] for part in (model.get_decoder(), model.get_output_embeddings()) if id(part) in names]
+    if "" in kept:
+        return []
+    found = [name for name, module in model.named_modules() if name and _is_outside(name, kept, module)]
+    for name in found:
+        model.set_submodule(name, LeftOut(name))
+    return found
+
+
+def left_out_parts(model: Any) -> set[str]:
+    """What the names of tensors have in them, between dots, that belong to a module left out of `model`."""
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LeftOut)}
+
+
+def _is_outside(name: str, kept: list[str], module: nn.Module) -> bool:
+    """Neither kept, nor around what is kept, nor inside of something that is outside itself."""
+    around = [part for part in kept if part.startswith(f"{name}.")]
+    inside = [part for part in kept if name == part or name.startswith(f"{part}.")]
+    parent = name.rpartition(".")[0]
+    beside = not parent or any(part.startswith(f"{parent}.") for part in kept)
+    return not around and not inside and beside and next(module.parameters(), None) is not None
+
+
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The language model of `config` with no storage: every name and shape of it, in well under a second for 70B."""
+    with building(dtype), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about initialisation and attention, which never happens here
+        try:
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        except Exception as error:  # each architecture fails in its own way
+            reason = one_line(error).partition(" Model type should be one of")[0]  # a page of names
+            raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error
+    leave_out_towers(model)
+    return model

@@ -1,29 +1,23 @@
 """The sizes of a model, read off its architecture on the meta device: what the planner calculates with."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from griffin_offload.blocks.base import Block, padded
+from griffin_offload.blocks.base import ALIGNMENT, Block, padded
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import check_layer, linear_names
 from griffin_offload.blocks.rope import positions_reached
 from griffin_offload.blocks.states import LayerState, kept_states, windows_of
-from griffin_offload.blocks.towers import leave_out_towers
-from griffin_offload.devices.torch_state import building
-from griffin_offload.errors import CheckpointError, one_line
 from griffin_offload.formats.base import Format, specs_bytes
-from griffin_offload.formats.embedding import table_bytes
 from griffin_offload.formats.floats import FLOATS
+from griffin_offload.formats.linear import table_bytes
 from griffin_offload.kernels.by_blocks import scratch_bytes
-
-ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
 
 # Bytes alive at once per number that a layer's projections make of a token, outside of its FF. torch's scans work in
 # float32, chunk by chunk, all chunks at once: 28 with the gated delta rule, 24 to 46 with Mamba 2, counted in sizes as
@@ -130,13 +124,6 @@ class ModelSizes:
     def tied(self) -> bool:
         return self.head_bytes == 0
 
-    def kv_width_of(self, layer: LayerSizes) -> int:
-        """Numbers per token in the keys and values of `layer`."""
-        return self.kv_width if layer.kv_width is None else layer.kv_width
-
-    def kv_heads_of(self, layer: LayerSizes) -> int:
-        return self.kv_heads if layer.kv_heads is None else layer.kv_heads
-
     @property
     def state_bytes(self) -> int:
         """What all layers keep of one sequence beside its KV cache."""
@@ -150,19 +137,6 @@ class ModelSizes:
         """Of the model as it is stored."""
         layers = sum(layer.ff_bytes + self._stored_attention(layer) + layer.norm_bytes for layer in self.layers)
         return layers + self.embedding_bytes + self.head_bytes + self.other_bytes
-
-
-def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """The language model of `config` with no storage: every name and shape of it, in well under a second for 70B."""
-    with building(dtype), torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice about initialisation and attention, which never happens here
-        try:
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        except Exception as error:  # each architecture fails in its own way
-            reason = one_line(error).partition(" Model type should be one of")[0]  # a page of names
-            raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error
-    leave_out_towers(model)
-    return model
 
 
 def model_shape(

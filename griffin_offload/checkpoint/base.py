@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from griffin_offload.checkpoint.changes import FileState, WatchedFiles
 from griffin_offload.checkpoint.config_files import read_generation_config
 from griffin_offload.checkpoint.direct_io import Extent
-from griffin_offload.checkpoint.files import renamed
+from griffin_offload.checkpoint.files import FileState, WatchedFiles, renamed
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.renaming import Conversion, conversions_of
 from griffin_offload.checkpoint.tokenizer import tokenizer_of

@@ -27,8 +27,7 @@ from griffin_offload.checkpoint.safetensors import (
 )
 from griffin_offload.checkpoint.unsupported import check_numbers
 from griffin_offload.errors import CheckpointError, UnsupportedModel
-from griffin_offload.formats import FLOATS, Format, every, get
-from griffin_offload.formats.embedding import TABLE_FORMATS
+from griffin_offload.formats import FLOATS, TABLE_FORMATS, Format, every, get
 
 METHOD = "griffin-offload"
 _IN_LAYER = re.compile(r"\.\d+\.")

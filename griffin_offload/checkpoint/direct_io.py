@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from griffin_offload.devices.host_memory import BLOCK_BYTES, block_buffer
+from griffin_offload.devices.memory import BLOCK_BYTES, block_buffer
 from griffin_offload.errors import GriffinError
 
 _PIECE_BYTES = 2 * 2**20

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from griffin_offload.checkpoint.changes import FileMapping, FileState, WatchedFiles, file_mappings
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent
-from griffin_offload.devices.host_memory import in_host_memory
+from griffin_offload.checkpoint.files import FileMapping, FileState, WatchedFiles, file_mappings
+from griffin_offload.devices.memory import in_host_memory
 from griffin_offload.errors import CheckpointChanged, CheckpointError, GriffinError, memory_refused, one_line
 from griffin_offload.formats.translated import TranslatedTensor, in_memory, stored_parts
 

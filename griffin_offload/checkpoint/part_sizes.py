@@ -5,8 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.blocks.towers import left_out_parts
+from griffin_offload.blocks.layouts import find_feed_forwards, left_out_parts
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 
 _IN_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")

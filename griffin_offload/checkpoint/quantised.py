@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.blocks.sizes import build_on_meta
+from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.converted import METHOD
 from griffin_offload.checkpoint.direct_io import Extent

@@ -17,13 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from griffin_offload.blocks.sizes import build_on_meta
-from griffin_offload.blocks.towers import left_out_parts
+from griffin_offload.blocks.layouts import build_on_meta, left_out_parts
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
-from griffin_offload.checkpoint.changes import FileState, states_of
 from griffin_offload.checkpoint.config_files import load_config, read_object
 from griffin_offload.checkpoint.direct_io import Extent
-from griffin_offload.checkpoint.files import check_content
+from griffin_offload.checkpoint.files import FileState, check_content, states_of
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.tied_head import untie_other_head
 from griffin_offload.checkpoint.unsupported import check_numbers, refuse_gguf_in, refuse_what_is_no_checkpoint

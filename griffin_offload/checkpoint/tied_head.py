@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from griffin_offload.blocks.sizes import build_on_meta
+from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.errors import CheckpointError, memory_refused, one_line
 
 # Of each table as much is compared at once.

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from griffin_offload.checkpoint.files import check_content
-from griffin_offload.devices.host_memory import give_back_freed
+from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.errors import CheckpointError, TemplateError, UsageError, one_line
 from griffin_offload.units import format_bytes
 

@@ -126,7 +126,7 @@ class Terminal:
             self._commands[name]()
 
     def _answer(self, text: str) -> None:
-        from griffin_offload.cli.streaming import TextPrinter
+        from griffin_offload.cli.prompt import TextPrinter
 
         check_utf8(text, "the message")
         model, quiet = self._session.model, self._quiet or self._as_json

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from griffin_offload.checkpoint.base import Checkpoint
-    from griffin_offload.evaluation.latency import Timing
+    from griffin_offload.evaluation.speed import Timing
     from griffin_offload.method.variants import Variant
 
     _Short = tuple[Variant, tuple[int, int], str]
@@ -128,7 +128,7 @@ def _measure(
     from tqdm import tqdm
 
     from griffin_offload.engine.model import GriffinModel
-    from griffin_offload.evaluation.latency import time_generation
+    from griffin_offload.evaluation.speed import time_generation
 
     options = {name: getattr(arguments, name) for name in _MEMORY}
     options |= {"quantize": arguments.quantize or checkpoint.precision.name}
@@ -150,7 +150,7 @@ def _measure(
 
 
 def _lines(timings: "list[Timing]") -> list[str]:
-    from griffin_offload.evaluation.latency import full_total_s
+    from griffin_offload.evaluation.speed import full_total_s
 
     sizes, rates = ("prompt", "generate"), ("tokens/s", "against full", "streamed", "peak")
     heads = ("neurons", "precision", *sizes, "prefill s", "decode s", "total s", "(least-most)", *rates)

@@ -127,8 +127,8 @@ class _Files:
 
 
 def _draw_rows(paths: Sequence[Path], files: _Files) -> None:
+    from griffin_offload.evaluation.perplexity import read_points
     from griffin_offload.evaluation.plots import sparsity
-    from griffin_offload.evaluation.sparsity import read_points
 
     points = [point.to_json() for path in paths for point in read_points(path)]
     note = f"from {', '.join(path.name for path in paths)}"
@@ -226,9 +226,8 @@ class _Inspection:
                 self._files.add_matrices(name, seen.heatmaps[name])
 
     def _draw_sparsity(self, model: "GriffinModel", windows: "list[Tensor]") -> None:
-        from griffin_offload.evaluation.perplexity import measure
+        from griffin_offload.evaluation.perplexity import measure, points_of_rows
         from griffin_offload.evaluation.plots import sparsity
-        from griffin_offload.evaluation.sparsity import points_of_rows
 
         variants = self._variants(_DEFAULTS.sparsity_densities, _DEFAULTS.sparsity_selections)
         with Bar("sparsity", quiet=self._arguments.quiet) as bar:

@@ -112,7 +112,7 @@ def _generate(
     import torch
     from transformers import StoppingCriteriaList
 
-    from griffin_offload.cli.streaming import TextPrinter
+    from griffin_offload.cli.prompt import TextPrinter
     from griffin_offload.engine.arguments import ONE_ANSWER
     from griffin_offload.engine.generation import StopStrings, cut, finish_of
     from griffin_offload.serving.text_stream import whole_text

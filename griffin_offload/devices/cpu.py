@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.devices.base import Device
-from griffin_offload.devices.host_memory import block_buffer, host_bytes
+from griffin_offload.devices.memory import block_buffer, host_bytes
 
 
 class CpuDevice(Device):

@@ -3,7 +3,7 @@
 import torch
 
 from griffin_offload.devices.base import Device
-from griffin_offload.devices.host_memory import host_bytes
+from griffin_offload.devices.memory import host_bytes
 
 
 class MpsDevice(Device):

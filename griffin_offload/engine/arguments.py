@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,17 +11,48 @@ from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, St
 from griffin_offload.blocks.rope import RopeBorder
 from griffin_offload.config import CacheKind, RunConfig
 from griffin_offload.engine.generation import GenerationMode, GenerationState, LogitsObserver, Past, past_of
-from griffin_offload.engine.spec import ModelSpec
-from griffin_offload.engine.speculative import loop_of
+from griffin_offload.engine.speculative import FullModel, loop_of
 from griffin_offload.errors import UsageError, one_line
-from griffin_offload.kv_cache.kv_cache import KV_SLACK_TOKENS, KVCache, why_not_back
+from griffin_offload.kv_cache.kv_cache import KVCache, why_not_back
 from griffin_offload.kv_cache.sequence import Context, snapshots_kept
-from griffin_offload.kv_cache.sizes import Workload
-from griffin_offload.planner.request import statistics_kept
+from griffin_offload.kv_cache.store import KV_SLACK_TOKENS, ModelKV, Workload
+from griffin_offload.planner.plan import Plan
+from griffin_offload.planner.request import PlanRequest, statistics_kept
 from griffin_offload.transformers_api import CACHE, FOREIGN_CACHE_NAMES
 
-if TYPE_CHECKING:
-    from griffin_offload.engine.runner import ModelRunner
+
+class _Spec(Protocol):
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def request(self) -> PlanRequest: ...
+    @property
+    def shape(self) -> ModelKV: ...
+
+
+class _HasStock(Protocol):
+    @property
+    def model(self) -> Any: ...
+
+
+class _KeptCache(Protocol):
+    def release(self) -> None: ...
+
+
+class LoadedModel(FullModel, Protocol):
+    """What the arguments of a generate are checked against and made for (a `ModelRunner`)."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def model_spec(self) -> _Spec: ...
+    @property
+    def loaded(self) -> _HasStock: ...
+    @property
+    def kept_cache(self) -> _KeptCache: ...
+    def require(self, use: Workload) -> None: ...
+    def roomy_tokens(self, use: Workload) -> int: ...
+    def kv_cache(self, use: Workload, *, returned: bool) -> KVCache: ...
 
 
 # Arguments of transformers' `generate` that cannot work here, each with what can: a table, and its check.
@@ -103,7 +134,7 @@ _LIMITS = ("max_new_tokens", "max_length")
 
 
 def prepared(
-    engine: "ModelRunner", prompt: Tensor, kwargs: dict[str, Any], mode: GenerationMode, context: Context | None
+    engine: LoadedModel, prompt: Tensor, kwargs: dict[str, Any], mode: GenerationMode, context: Context | None
 ) -> tuple[GenerationState, dict[str, Any]]:
     """The run, and transformers' arguments for it, after checking the caller's against the plan."""
     plan, defaults = engine.plan, engine.loaded.model.generation_config
@@ -249,7 +280,7 @@ def usage_of(
     prompt: Tensor,
     kwargs: dict[str, Any],
     configs: tuple[GenerationConfig, ...],
-    model_spec: ModelSpec,
+    model_spec: _Spec,
     mode: GenerationMode,
     passes: bool,
     context: Context | None,
@@ -337,7 +368,7 @@ def check_length(use: Workload, context_tokens: int) -> None:
         )
 
 
-def empty_context(engine: "ModelRunner") -> Context:
+def empty_context(engine: LoadedModel) -> Context:
     """With a KV cache for all that was planned. UsageError where layers keep a state that cannot be taken back."""
     config, plan = engine.loaded.model.config, engine.plan
     if engine.model_spec.request.cache != "ours":

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.layouts import find_feed_forwards, leave_out_towers
 from griffin_offload.blocks.replace import swap_linears
-from griffin_offload.blocks.towers import leave_out_towers
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.renaming import KeptTypes
 from griffin_offload.devices.torch_state import building, parameters_on_meta, put
 from griffin_offload.errors import CheckpointError, GriffinError, memory_refused, one_line
 from griffin_offload.formats.base import is_plain
-from griffin_offload.formats.embedding import swap_tables
+from griffin_offload.formats.linear import swap_tables
 from griffin_offload.kernels.by_blocks import Scratch
 
 

@@ -1,12 +1,14 @@
-"""How much an error in each input of a matrix counts: the mean squares of its inputs over a page of text.
+"""Inputs of a model's matrices over pages of text: what int4 is fitted by.
 
-Int4 groups are fitted by them (formats/int4.py). One forward of the stock model over its mapped weights finds them, a
-layer's pages at a time; they are the same for every run of a checkpoint, so they are kept in the user's cache.
+One forward of the stock model over its mapped weights finds them, a layer's pages at a time. Where weights are
+quantised for every prompt, their mean squares over the first page count (formats/int4.py): the same for every run of a
+checkpoint, so that they are kept in the user's cache. `convert` takes the inputs themselves over all pages, a layer at
+a time (formats/compensation.py).
 """
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.torch_state import put
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
 from griffin_offload.engine.cpu_modules import emulates_halves, use_own_linears
-from griffin_offload.engine.layer_pass import LayerPass, PageFeed
+from griffin_offload.engine.layer_pass import LayerPass, PageFeed, Visitor
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats.translated import TranslatedTensor, in_memory
 from griffin_offload.kernels.by_blocks import Scratch
@@ -33,8 +35,12 @@ from griffin_offload.kernels.by_blocks import Scratch
 Importance = Mapping[str, Tensor]
 """Mean squares float32 [I] of the inputs of a linear layer, by "layer.name"."""
 CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
-_SEQUENCES, _TOKENS = 4, 128
-# The first tokens' states are unlike all others', in every trained model.
+Inputs = Mapping[str, Tensor]
+"""Inputs [T, I] of a layer's linear modules by their names, in the type of the computation; the same tensor for modules
+that have the same inputs."""
+_SEQUENCES, _ALL_SEQUENCES, _TOKENS = 4, 16, 128
+# The first tokens' states are unlike all others', in every trained model: they are no measure of what counts, but a few
+# weights make them, and what makes up for errors must know of these.
 _SKIPPED_TOKENS = 4
 _SCRATCH_BYTES = 2**22
 _FORMAT = 2
@@ -55,7 +61,7 @@ def importance_of(
     path = _cache_path(checkpoint)
     found = _read(path, {name: features(module)[1] for name, module in wanted.items()})
     if found is None:
-        ids = _token_ids(checkpoint, model)
+        ids = _token_ids(checkpoint, model, _SEQUENCES)
         if ids is None:
             return {}
         with _a_layer_at_a_time(model, decoder, blocks, checkpoint, evict):
@@ -65,6 +71,60 @@ def importance_of(
             with renamed(path) as temporary:
                 save_file(found, temporary)
     return found
+
+
+@torch.no_grad()
+def visit_inputs(
+    checkpoint: Checkpoint,
+    model: Any,
+    decoder: nn.ModuleList,
+    blocks: Sequence[Block],
+    visit: Callable[[int, Inputs], None],
+) -> None:
+    """Call `visit` with the index of every layer, in order, and the inputs of its linear modules, of those that its
+    forward calls: of none where the checkpoint has no tokenizer that fits it. `model` is mapped and as stored."""
+    ids = _token_ids(checkpoint, model, _ALL_SEQUENCES)
+    if ids is None:
+        for index in range(len(decoder)):
+            visit(index, {})
+        return
+    kept = _KeptInputs(decoder, ids, visit)
+    with kept, _a_layer_at_a_time(model, decoder, blocks, checkpoint, True, kept):
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+
+class _KeptInputs(Visitor):
+    """Keeps the inputs of a layer's linear modules until it is over, and calls `visit` with them; a context manager, in
+    which it listens."""
+
+    def __init__(self, decoder: nn.ModuleList, ids: Tensor, visit: Callable[[int, Inputs], None]) -> None:
+        self._decoder, self._tokens, self._visit = decoder, ids.numel(), visit
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        """What modules were given, which stays until the layer is over, and its rows."""
+        self._found: dict[str, Tensor] = {}
+        self._hooks = contextlib.ExitStack()
+
+    def __enter__(self) -> "_KeptInputs":
+        for layer in self._decoder:
+            for name in linear_names(layer):
+                module = layer.get_submodule(name)
+                self._hooks.callback(module.register_forward_pre_hook(partial(self._keep, name)).remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def _keep(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = next((rows for given, rows in self._seen if given is args[0]), None)
+        if rows is None:
+            rows = args[0].reshape(self._tokens, -1).clone()
+            self._seen.append((args[0], rows))
+        self._found[name] = rows
+
+    def end(self, index: int, block: Block, full: list[Tensor]) -> None:
+        found, self._found = self._found, {}
+        self._seen.clear()
+        self._visit(index, found)
 
 
 def _cache_path(checkpoint: Checkpoint) -> Path:
@@ -83,7 +143,8 @@ def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:
     return found if kept == sizes else None
 
 
-def _token_ids(checkpoint: Checkpoint, model: Any) -> Tensor | None:
+def _token_ids(checkpoint: Checkpoint, model: Any, most: int) -> Tensor | None:
+    """Up to `most` sequences; None: of no tokenizer that fits the model."""
     try:
         tokenizer = checkpoint.tokenizer()
     except CheckpointError:
@@ -96,7 +157,7 @@ def _token_ids(checkpoint: Checkpoint, model: Any) -> Tensor | None:
     ids = ids[len(begin) :]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
     tokens = min(_TOKENS, longest, ids.numel()) - len(begin)
-    sequences = min(_SEQUENCES, ids.numel() // tokens) if tokens > _SKIPPED_TOKENS else 0
+    sequences = min(most, ids.numel() // tokens) if tokens > _SKIPPED_TOKENS else 0
     if not sequences or int(ids.max()) >= model.get_input_embeddings().weight.shape[0]:
         return None
     rows = ids[: sequences * tokens].view(sequences, tokens)
@@ -120,7 +181,12 @@ def _measured(model: Any, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[
 
 @contextlib.contextmanager
 def _a_layer_at_a_time(
-    model: Any, decoder: nn.ModuleList, blocks: Sequence[Block], checkpoint: Checkpoint, evict: bool
+    model: Any,
+    decoder: nn.ModuleList,
+    blocks: Sequence[Block],
+    checkpoint: Checkpoint,
+    evict: bool,
+    *visitors: Visitor,
 ) -> Iterator[None]:
     """Inside it a forward reads each layer's pages when it comes to it, and drops them behind it."""
     pages = FilePages(list(model.parameters()), evict=evict, known=checkpoint.states)
@@ -130,7 +196,7 @@ def _a_layer_at_a_time(
         if emulates_halves(torch.device("cpu"), checkpoint.dtype):
             use_own_linears(model, scratch, translated=True)
             stack.callback(_use_stock_linears, model)
-        stack.enter_context(LayerPass(decoder, blocks, PageFeed(pages, decoder)))
+        stack.enter_context(LayerPass(decoder, blocks, PageFeed(pages, decoder), visitors))
         head = model.get_output_embeddings()
         for stage in [*decoder, *([] if head is None else [head])]:
             here, gone = partial(_put_numbers, _translated_in(stage)), partial(_put_back, _translated_in(stage))

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
-from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.blocks.replace import linear_names
-from griffin_offload.blocks.sizes import build_on_meta, model_shape
+from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.files import check_name, renamed, temporary_name, write_text
@@ -30,13 +30,14 @@ from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.checkpoint.safetensors import INDEX, UNFINISHED
 from griffin_offload.checkpoint.tied_head import said_untied
-from griffin_offload.devices.ledger import OutOfMemoryAsError
+from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.engine.build import build
-from griffin_offload.engine.calibration import Importance, importance_of
+from griffin_offload.engine.calibration import Inputs, visit_inputs
 from griffin_offload.engine.load import check_stored
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.formats import FLOATS, Format, get
 from griffin_offload.formats.base import Tensors
+from griffin_offload.formats.compensation import Compensation
 from griffin_offload.formats.translated import stored_bytes
 from griffin_offload.units import format_bytes
 
@@ -191,24 +192,28 @@ def _write_shards(
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     groups = [(f"{prefix}.{i}.", layer, block) for i, (layer, block) in enumerate(zip(decoder, blocks, strict=True))]
+    # As they are mapped: during a forward other numbers may be in their places.
+    parameters = [dict(layer.named_parameters()) for layer in decoder]
     names = [f"model-{i + 1:05d}-of-{len(groups) + 1:05d}.safetensors" for i in range(len(groups) + 1)]
     weight_map: dict[str, str] = {}
-    unfinished = any(not (directory / name).is_file() for name in names[:-1])
-    importance: Importance = {}
     format = get(mark.precision)
-    if format.wants_importance and unfinished:
-        importance = importance_of(checkpoint, model, decoder, blocks, evict=True)
     missed = _Missed(format)
     with contextlib.closing(_Reader(model, checkpoint, progress)) as reader:
-        for index, (name, (start, layer, block)) in enumerate(zip(names, groups, strict=False)):
-            path = directory / name
-            if not path.is_file():
-                own = {linear: importance.get(f"{index}.{linear}") for linear in linear_names(layer)}
-                tensors = _layer_tensors(start, layer, block, format, checkpoint.dtype, reader, own, missed)
-                _write_shard(path, tensors, mark)
+
+        def write_layer(index: int, inputs: Inputs) -> None:
+            path, (start, layer, block) = directory / names[index], groups[index]
+            if path.is_file():
+                reader.skip(parameters[index].values())
             else:
-                reader.skip(layer)
-            weight_map |= dict.fromkeys(_names_in(path), name)
+                quantizing = _Quantizing(format, checkpoint.dtype, inputs, missed)
+                _write_shard(path, _layer_tensors(start, layer, block, parameters[index], reader, quantizing), mark)
+            weight_map.update(dict.fromkeys(_names_in(path), names[index]))
+
+        if format.wants_importance and any(not (directory / name).is_file() for name in names[:-1]):
+            visit_inputs(checkpoint, model, decoder, blocks, write_layer)
+        else:
+            for index in range(len(groups)):
+                write_layer(index, {})
         path = directory / names[-1]
         if not path.is_file():
             _write_shard(path, _tensors_outside(model, prefix, mark, checkpoint.dtype, reader), mark)
@@ -259,8 +264,8 @@ class _Reader:
     def close(self) -> None:
         self._pages.close()
 
-    def skip(self, module: nn.Module) -> None:
-        self._count(sum(stored_bytes(parameter) for parameter in module.parameters()))
+    def skip(self, tensors: Iterable[Tensor]) -> None:
+        self._count(sum(map(stored_bytes, tensors)))
 
     def _count(self, size_bytes: int) -> None:
         self._done += size_bytes
@@ -268,30 +273,51 @@ class _Reader:
             self._progress(min(self._done, self._total), self._total)
 
 
+class _Quantizing:
+    """How matrices of a layer are quantised, whose `inputs` may be known."""
+
+    def __init__(self, format: Format, dtype: torch.dtype, inputs: Inputs, missed: _Missed) -> None:
+        self._format, self._dtype, self._inputs, self._missed = format, dtype, inputs, missed
+        self._last: tuple[Tensor, Compensation] | None = None
+        """Of modules that have the same inputs and follow one another."""
+
+    def quantize(self, prefix: str, name: str, matrix: Tensor, *, is_down: bool) -> Tensors:
+        """The stored tensors of `matrix` [O, I], the module `name` of the layer."""
+        own = self._compensation(name, is_down=is_down)
+        found = self._format.quantize(matrix, self._dtype, is_down=is_down, compensation=own)
+        self._missed.count(prefix + name, matrix, found, is_down=is_down)
+        return found
+
+    def _compensation(self, name: str, *, is_down: bool) -> Compensation | None:
+        x = self._inputs.get(name)
+        if x is None:
+            return None
+        if self._last is None or self._last[0] is not x:
+            self._last = None  # before the next: two take twice the memory
+            self._last = x, self._format.compensation(x, is_down=is_down)
+        return self._last[1]
+
+
 def _layer_tensors(
     prefix: str,
     layer: nn.Module,
     block: Block,
-    precision: Format,
-    dtype: torch.dtype,
+    parameters: Mapping[str, Tensor],
     reader: _Reader,
-    importance: Mapping[str, Tensor | None],
-    missed: _Missed,
+    quantizing: _Quantizing,
 ) -> dict[str, Tensor]:
     linears = {name: layer.get_submodule(name) for name in linear_names(layer)}
     tensors: dict[str, Tensor] = {}
-    for name, parameter in layer.named_parameters():
+    for name, parameter in parameters.items():
         owner, _, attribute = name.rpartition(".")
         with reader.reading(parameter) as values:
             if owner in linears and attribute == "weight":
                 module = linears[owner]
                 matrix = values if isinstance(module, nn.Linear) else values.t()  # Conv1D
                 try:
-                    is_down, own = block.is_down(module), importance.get(owner)
-                    found = precision.quantize(matrix, dtype, is_down=is_down, importance=own)
+                    found = quantizing.quantize(prefix, owner, matrix, is_down=block.is_down(module))
                 except CheckpointError as error:
                     raise CheckpointError(f"{prefix}{name}: {error}") from error
-                missed.count(prefix + owner, matrix, found, is_down=is_down)
                 tensors |= {f"{prefix}{owner}.{key}": tensor for key, tensor in found.items()}
             else:
                 tensors[prefix + name] = values.clone()

@@ -1,4 +1,4 @@
-"""Decode by CUDA graphs: a static step (decode_step.py) is captured once and replayed for every further token.
+"""Decode by CUDA graphs: a static step is captured once and replayed for every further token.
 
 Launching the kernels of a token one by one takes Python and the driver longer than a fast device needs to compute
 them. Compact weights and the KV cache stay where they are, so a capture serves all prompts. There is one for every KV
@@ -10,7 +10,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from griffin_offload.blocks.states import shares_entries
 from griffin_offload.config import KVBits
 from griffin_offload.devices.base import Recorder
+from griffin_offload.engine.report import GraphReport
 from griffin_offload.engine.stock import Guard
 from griffin_offload.errors import one_line
 from griffin_offload.kv_cache.kv_cache import KVCache, KVLayer, can_cache
@@ -36,23 +36,6 @@ GRAPH_COSTS = GraphCosts(
     layer_bytes=64 * 1024,
 )
 """What captures keep, for the planner."""
-
-
-@dataclass
-class GraphReport:
-    """Resident forwards on CUDA: replays of captured graphs, and those that ran kernel by kernel."""
-
-    replayed: int = 0
-    captured: int = 0
-    """Graphs made in this run; those of earlier ones are replayed, too."""
-    capture_s: float = 0.0
-    eager: dict[str, int] = field(default_factory=dict)
-    """Forwards that ran kernel by kernel, by reason."""
-
-    def line(self) -> str:
-        reasons = ", ".join(f"{count} kernel by kernel ({reason})" for reason, count in self.eager.items())
-        made = f", {self.captured} captured in {self.capture_s:.2f} s" if self.captured else ""
-        return f"graphs   {self.replayed} forwards replayed{made}" + (f"   {reasons}" if reasons else "")
 
 
 # The KV cache of the last run, kept for the next one: captured graphs belong to the addresses of one.
@@ -83,7 +66,7 @@ class ReusedKVCache:
 
 
 # One token of decode as a static step: everything that changes from token to token is in tensors that stay where they
-# are, so that the same kernels can run again without Python: as a captured CUDA graph (decode_graph.py).
+# are, so that the same kernels can run again without Python: as a captured CUDA graph.
 
 
 _SMALLEST_BUCKET = 256

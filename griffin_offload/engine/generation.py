@@ -10,14 +10,12 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from griffin_offload.checkpoint.tokenizer import template_end
-from griffin_offload.config import LoadConfig, Refresh
-from griffin_offload.engine.decode_graph import GraphReport
-from griffin_offload.engine.report import PrefillReport
-from griffin_offload.engine.spec import pass_tokens
+from griffin_offload.config import LoadConfig, Refresh, pass_tokens
+from griffin_offload.engine.report import GraphReport, PrefillReport
 from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.kv_cache.sizes import Workload
+from griffin_offload.kv_cache.store import Workload
 from griffin_offload.transformers_api import CACHE
 
 # Where an answer ends: checkpoints say it in up to three places, which need not agree.

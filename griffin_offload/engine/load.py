@@ -2,9 +2,7 @@
 
 import contextlib
 import warnings
-import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +17,13 @@ from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import settle_generation_config
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
-from griffin_offload.devices.host_memory import host_bytes
-from griffin_offload.devices.ledger import Ledger
+from griffin_offload.devices.memory import Ledger, host_bytes
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.cpu_modules import use_own_attention, use_own_linears, use_own_norms
 from griffin_offload.engine.layer_pass import DecoderLayers
-from griffin_offload.engine.residents import HostEmbedding, compact_blocks, place_residents, resident_bytes
+from griffin_offload.engine.residents import Loaded, compact_blocks, place_residents, resident_bytes
 from griffin_offload.engine.spec import ModelSpec, evicts
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
 from griffin_offload.formats import FLOATS
@@ -41,43 +38,6 @@ from griffin_offload.units import format_bytes, parse_size
 # The host keeps this share of its free memory when full weights are put into it.
 _RAM_SHARE = 0.8
 _SLACK_BYTES = 100_000_000
-
-
-@dataclass
-class Loaded:
-    """A model that is ready for its first prompt; residents of the layers may still be on their way.
-
-    `owned` is the stock model until somebody takes it over (`hand_over`); it is only referred to weakly from then on.
-    """
-
-    owned: Any
-    layers: DecoderLayers
-    ledger: Ledger
-    host_embedding: HostEmbedding | None
-    resident_bytes: int
-    offload: str
-    threads: int | None
-    """Threads that compute; None where the device is not the CPU."""
-
-    def __post_init__(self) -> None:
-        self._model = weakref.ref(self.owned)
-
-    @property
-    def model(self) -> Any:
-        """The stock model."""
-        return self._model()
-
-    def hand_over(self) -> Any:
-        """The stock model, which whoever calls keeps alive now."""
-        model, self.owned = self.owned, None
-        return model
-
-    def close(self) -> None:
-        """End what is on its way, give back files, pinned memory and weights that are not the stock model's."""
-        for owner in (self.layers.arrival, self.layers.source, self.host_embedding):
-            if owner is not None:
-                owner.close()
-        self.layers.give_back()
 
 
 def load(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> Loaded:

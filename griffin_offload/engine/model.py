@@ -14,21 +14,21 @@ from torch import Tensor
 
 from griffin_offload.checkpoint.registry import locate
 from griffin_offload.config import LoadConfig
-from griffin_offload.devices.host_memory import HOST_OVERHEAD_BYTES, give_back_freed, peak_host_bytes
-from griffin_offload.devices.ledger import OutOfMemoryAsError
+from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, OutOfMemoryAsError, give_back_freed, peak_host_bytes
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
 from griffin_offload.engine.arguments import checked_prompt, empty_context, prepared
 from griffin_offload.engine.chat import ChatSession
 from griffin_offload.engine.generation import GenerationMode, GenerationState, probabilities_named
 from griffin_offload.engine.layer_pass import Progress
-from griffin_offload.engine.load import Loaded, load
+from griffin_offload.engine.load import load
 from griffin_offload.engine.model_interface import StockInterface
 from griffin_offload.engine.options import translated
-from griffin_offload.engine.report import PrefillReport, RunReport, planned_figures
+from griffin_offload.engine.report import PrefillReport, RunReport
+from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.runner import ModelRunner
 from griffin_offload.engine.spec import ModelSpec, examine, plan_for
-from griffin_offload.engine.turns import check_wait
+from griffin_offload.engine.stock import check_wait
 from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context
@@ -120,16 +120,16 @@ class GriffinModel(StockInterface):
     @property
     def last_prefill(self) -> PrefillReport | None:
         """Figures of the last prompt's streamed pass, whoever caused it."""
-        return self._engine.last_prefill
+        return self._engine.passes.last
 
     @property
     def progress(self) -> Progress | None:
         """Called with (layers done, layers in all) while a prompt streams."""
-        return self._engine.progress
+        return self._engine.passes.progress
 
     @progress.setter
     def progress(self, progress: Progress | None) -> None:
-        self._engine.progress = progress
+        self._engine.passes.progress = progress
 
     @property
     def selected(self) -> dict[int, Tensor]:
@@ -295,7 +295,7 @@ class GriffinModel(StockInterface):
         finally:
             self._engine.run = None
             if completed:
-                self._engine.note_chosen(run.cache)  # streamed passes between tokens choose anew
+                self._engine.passes.note_chosen(run.cache)  # streamed passes between tokens choose anew
             if run.context is not None:
                 run.context.finish(sequences[0].tolist() if completed else None)
                 self._engine.forget_mixed(run.context, run.prompt_tokens)
@@ -321,7 +321,7 @@ class GriffinModel(StockInterface):
             host_growth_bytes=ledger.host_growth_bytes,
             drafting=run.loop.report if run.loop is not None else None,
             graphs=run.graphs if self._engine.graphs is not None else None,
-            **planned_figures(self.plan),
+            **self.plan.run_figures(),
             **prefill.run_figures(),
         )
 

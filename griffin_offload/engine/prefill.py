@@ -13,7 +13,7 @@ from torch import Tensor
 
 from griffin_offload.blocks.base import Activations, Block
 from griffin_offload.config import WEIGHT_NORMS
-from griffin_offload.devices.host_memory import give_back_freed
+from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, Progress, StreamFeed, Visitor
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.kv_cache.sequence import Statistic

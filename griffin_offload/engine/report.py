@@ -3,8 +3,6 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from griffin_offload.engine.decode_graph import GraphReport
-from griffin_offload.planner.plan import Plan
 from griffin_offload.units import format_bytes
 
 
@@ -39,15 +37,21 @@ class PrefillReport:
         }
 
 
-def planned_figures(plan: Plan) -> dict[str, Any]:
-    """The part of a run's report that the plan knows."""
-    return {
-        "budget_bytes": plan.budget_bytes,
-        "density": plan.density,
-        "precision": plan.precision,
-        "parts": plan.resident_parts,
-        "parts_16bit": plan.plain_parts,
-    }
+@dataclass
+class GraphReport:
+    """Resident forwards on CUDA: replays of captured graphs, and those that ran kernel by kernel."""
+
+    replayed: int = 0
+    captured: int = 0
+    """Graphs made in this run; those of earlier ones are replayed, too."""
+    capture_s: float = 0.0
+    eager: dict[str, int] = field(default_factory=dict)
+    """Forwards that ran kernel by kernel, by reason."""
+
+    def line(self) -> str:
+        reasons = ", ".join(f"{count} kernel by kernel ({reason})" for reason, count in self.eager.items())
+        made = f", {self.captured} captured in {self.capture_s:.2f} s" if self.captured else ""
+        return f"graphs   {self.replayed} forwards replayed{made}" + (f"   {reasons}" if reasons else "")
 
 
 @dataclass

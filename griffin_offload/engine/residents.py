@@ -1,22 +1,24 @@
-"""What stays on the device: compact FFs, allocated once, and copies of everything that is not an FF.
+"""What stays on the device: compact FFs, allocated once, and copies of everything that is not an FF; and all that a
+loaded model is made of.
 
 Tensors of the embedding, the layers and the head are allocated and installed at once, and filled by jobs, in the order
 of their use (`Arrival`). The others are there when `place_residents` returns.
 """
 
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
 from griffin_offload.checkpoint.mapped import FilePages
-from griffin_offload.devices.host_memory import touch, untouched_zeros
+from griffin_offload.devices.memory import Ledger, touch, untouched_zeros
 from griffin_offload.devices.torch_state import put
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed, Visitor
-from griffin_offload.engine.spec import ModelSpec
 from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.offload.background_loader import Job
 from griffin_offload.planner.plan import Plan
@@ -54,11 +56,64 @@ class HostEmbedding:
         self._pages.close()
 
 
+@dataclass
+class Loaded:
+    """A model that is ready for its first prompt; residents of the layers may still be on their way.
+
+    `owned` is the stock model until somebody takes it over (`hand_over`); it is only referred to weakly from then on.
+    """
+
+    owned: Any
+    layers: DecoderLayers
+    ledger: Ledger
+    host_embedding: HostEmbedding | None
+    resident_bytes: int
+    offload: str
+    threads: int | None
+    """Threads that compute; None where the device is not the CPU."""
+
+    def __post_init__(self) -> None:
+        self._model = weakref.ref(self.owned)
+
+    @property
+    def model(self) -> Any:
+        """The stock model."""
+        return self._model()
+
+    def hand_over(self) -> Any:
+        """The stock model, which whoever calls keeps alive now."""
+        model, self.owned = self.owned, None
+        return model
+
+    def close(self) -> None:
+        """End what is on its way, give back files, pinned memory and weights that are not the stock model's."""
+        for owner in (self.layers.arrival, self.layers.source, self.host_embedding):
+            if owner is not None:
+                owner.close()
+        self.layers.give_back()
+
+
 _COPY_THREADS = 4
 
 
+class _Stored(Protocol):
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class Placement(Protocol):
+    """What is asked of a `ModelSpec` here: where residents go, in which precision, and in which they are stored."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def checkpoint(self) -> _Stored: ...
+
+
 def compact_blocks(
-    blocks: list[Block], full: dict[int, list[Tensor]], model_spec: ModelSpec, plan: Plan, pages: FilePages
+    blocks: list[Block], full: dict[int, list[Tensor]], model_spec: Placement, plan: Plan, pages: FilePages
 ) -> tuple[dict[int, list[nn.Parameter]], list[list[Job]]]:
     """Compact tensors of every layer that has them, installed: streamed layers', to be filled by each prompt, and
     those of quantised layers that stay whole, filled by the jobs of their layer. `full` are the streamed layers' full
@@ -93,11 +148,11 @@ class GatherSelected(Visitor):
 
 
 @torch.no_grad()
-def materialise(layers: DecoderLayers, selected: dict[int, Tensor], model_spec: ModelSpec) -> None:
+def materialise(layers: DecoderLayers, selected: dict[int, Tensor], dtype: torch.dtype) -> None:
     """Gather `selected` from where the full weights rest: a layer at a time, of which only their rows are read, and
-    matrices that hold neurons as columns."""
+    matrices that hold neurons as columns. `dtype` is the computation's."""
     layers.selected = {}
-    feed = RowFeed(layers, selected, model_spec.dtype)
+    feed = RowFeed(layers, selected, dtype)
     LayerPass(layers.decoder, layers.blocks, feed, [GatherSelected(layers, selected)]).walk()
     layers.selected = selected
 
@@ -116,7 +171,7 @@ def _gather_through_host(block: Block, full: list[Tensor], chosen: Tensor, compa
 
 @torch.no_grad()
 def _fill_whole(
-    block: Block, source: list[Tensor], target: list[nn.Parameter], model_spec: ModelSpec, pages: FilePages
+    block: Block, source: list[Tensor], target: list[nn.Parameter], model_spec: Placement, pages: FilePages
 ) -> None:
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
     with pages.reading(source) as found:
@@ -126,7 +181,7 @@ def _fill_whole(
 def place_residents(
     model: Any,
     stages: list[nn.Module],
-    model_spec: ModelSpec,
+    model_spec: Placement,
     plan: Plan,
     compact: dict[int, list[nn.Parameter]],
     pages: FilePages,
@@ -166,14 +221,14 @@ def place_residents(
     return HostEmbedding(embedding, model_spec.device, model_spec.dtype) if stay else None
 
 
-def _allocated(parameter: nn.Parameter, model_spec: ModelSpec) -> nn.Parameter:
+def _allocated(parameter: nn.Parameter, model_spec: Placement) -> nn.Parameter:
     # Only the stored precision is translated: what transformers keeps in float32 stays so.
     changed = parameter.dtype == model_spec.checkpoint.dtype
     dtype = model_spec.dtype if changed else parameter.dtype
     return nn.Parameter(untouched_zeros(parameter.shape, dtype, model_spec.device), requires_grad=False)
 
 
-def _quantize_resident(module: QuantizedLinear, model_spec: ModelSpec, pages: FilePages) -> Job:
+def _quantize_resident(module: QuantizedLinear, model_spec: Placement, pages: FilePages) -> Job:
     """Give a matrix outside the FF (attention) its resident form; the job fills it."""
     full = {name: p.detach() for name, p in module.named_parameters() if name != "bias"}
     outputs, inputs = module.out_features, module.in_features

@@ -3,9 +3,7 @@
 import contextlib
 import functools
 import inspect
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +15,7 @@ from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.rope import begin_anew, rope_border
 from griffin_offload.blocks.states import shares_entries
 from griffin_offload.devices.base import Recorder
-from griffin_offload.devices.ledger import OutOfMemoryAsError
+from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
 from griffin_offload.engine.decode_graph import DecodeGraphs, ReusedKVCache
@@ -29,24 +27,19 @@ from griffin_offload.engine.generation import (
     state_bytes,
     tokens_of,
 )
-from griffin_offload.engine.layer_pass import Progress
-from griffin_offload.engine.load import Loaded
-from griffin_offload.engine.prefill import StreamedPass, grouped, sums_until
-from griffin_offload.engine.report import PrefillReport
-from griffin_offload.engine.residents import materialise
+from griffin_offload.engine.prompt_passes import PromptPasses
+from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
-from griffin_offload.engine.stock import Guard, hand_out, hollow, stock_forward
-from griffin_offload.engine.turns import FifoLock
+from griffin_offload.engine.stock import FifoLock, Guard, hand_out, hollow, stock_forward
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
 from griffin_offload.kernels import table
 from griffin_offload.kv_cache.kv_cache import KVCache
-from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
+from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
-from griffin_offload.kv_cache.sizes import Workload
+from griffin_offload.kv_cache.store import Workload
 from griffin_offload.offload.weight_store import MmapStore
-from griffin_offload.planner.plan import Plan
+from griffin_offload.planner.plan import Plan, logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
-from griffin_offload.planner.workspace import logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.transformers_api import CACHE, with_own_name
 
 
@@ -61,20 +54,21 @@ class ModelRunner:
         self.model_spec, self.plan, self.loaded = model_spec, plan, loaded
         self.shape = model_spec.shape_of(plan)
         self.run: GenerationState | None = None
-        self.last_prefill: PrefillReport | None = None
-        self.progress: Progress | None = None
-        self.pass_progress: Progress | None = None
-        """The same for streamed passes between two tokens of an answer."""
         self.idle_bytes = 0
         """Of contexts that are kept beside the one in use, see `keep_idle`."""
         self.wait_s: float | None = None
         """Seconds that calls wait for those of other threads; None: as long as these take."""
-        self.stock_forward: Callable[..., Any] = stock_forward(loaded.model)
+        self.stock_forward = stock_forward(loaded.model)
         self._signature = inspect.signature(self.stock_forward)
-        self._skips_tokens = shares_entries(loaded.model.config)
+        self.passes = PromptPasses(
+            loaded.layers,
+            model_spec.device,
+            chooses=bool(plan.streamed),
+            skips_tokens=shares_entries(loaded.model.config),
+            forward=self.stock_forward,
+        )
         self.border = rope_border(loaded.model.config, type(loaded.model))
         self._turns, self._closed = FifoLock(), False
-        self._key = uuid.uuid4().hex
         hand_out(loaded.model, self)
         loaded.layers.decoder[0].register_forward_pre_hook(Guard(self._check_whole, whole=not plan.streamed))
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
@@ -95,6 +89,11 @@ class ModelRunner:
         return isinstance(source, MmapStore) and bool(source.placements)
 
     @property
+    def decay(self) -> float:
+        """What an answer's earlier statistic is multiplied by at each streamed pass between its tokens."""
+        return self.loaded.layers.config.decay
+
+    @property
     def closed(self) -> bool:
         return self._closed
 
@@ -103,10 +102,6 @@ class ModelRunner:
         """Whether residents could not be read, so that only loading again helps."""
         arrival = self.loaded.layers.arrival
         return arrival is not None and arrival.failed
-
-    def takes(self, argument: str) -> bool:
-        """Whether the stock model's forward knows an argument of this name."""
-        return argument in self._signature.parameters
 
     def close(self) -> None:
         """Give the memory back, whoever keeps the stock model, whose forward is refused from now on. A call of another
@@ -228,32 +223,9 @@ class ModelRunner:
         run = self.run
         assert run is not None, "a pass of a run"
         assert run.context is not None, "with a context"
-        tokens, context = tokens_of(inputs).shape[1], run.context
-        groups = (
-            torch.eye(tokens, dtype=torch.float32, device=self.model_spec.device)[None]
-            if each
-            else self._ones(tokens)[:, None]
-        )
-        earlier, progress = context.squared, self.pass_progress
-        streamed = StreamedPass(
-            self.loaded.layers, groups, earlier=earlier, choose=choose, keep=True, progress=progress
-        )
-        with streamed:
-            output = self.stock_forward(**self._for_every_token(inputs, tokens), return_dict=True)
-        if choose:
-            context.selected = self.loaded.layers.selected
-        self.hold(run.use, tokens, run.cache, streamed.peak_in_flight_bytes)
+        output, streamed = self.passes.between_tokens(inputs, run.context, choose=choose, each=each)
+        self.hold(run.use, tokens_of(inputs).shape[1], run.cache, streamed.peak_in_flight_bytes)
         return output, streamed.sums
-
-    def _for_every_token(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
-        """`kwargs` with which every one of `tokens` passes all layers: those that read other layers' KV entries are
-        passed by the tokens alone whose logits are asked for by number, but not by place, and every token chooses."""
-        keep = kwargs.get("logits_to_keep")
-        if not self._skips_tokens or not isinstance(keep, int) or not keep:
-            return kwargs
-        first, device = tokens - min(keep, tokens), self.model_spec.device
-        places = torch.arange(first, tokens, dtype=torch.int64, device=device)
-        return kwargs | {"logits_to_keep": places}
 
     def _ones(self, tokens: int) -> Tensor:
         return torch.ones(1, tokens, dtype=torch.float32, device=self.model_spec.device)
@@ -282,7 +254,7 @@ class ModelRunner:
         if run is not None:
             return self._seen(run, self._first(run, arguments, args, kwargs))
         if given is not None and given.get_seq_length() > 0:
-            self._adopt(given)
+            self.passes.adopt(given)
             return self.stock_forward(*args, **kwargs)
         return self._bare_prefill(arguments, args, kwargs)
 
@@ -317,54 +289,33 @@ class ModelRunner:
         self.require(Workload(tokens.shape[0], tokens.shape[1], tokens.shape[1], "dynamic", logit_positions=positions))
         mask = prompt_mask(tokens, arguments.get("attention_mask"), None)
         with self.guarded(), limited_threads(self.loaded.threads):
-            output = self._prefill(mask, None, args, kwargs)[0]
-        self.note_chosen(cache_of(output, arguments))
+            output = self.passes.prefill(mask, None, args, kwargs)[0]
+        self.passes.note_chosen(cache_of(output, arguments))
         return output
-
-    def note_chosen(self, cache: Any) -> None:
-        """The neurons that are resident are those that `cache` goes on with."""
-        selected, prefill = self.loaded.layers.selected, self.last_prefill
-        if self.plan.streamed and prefill is not None:
-            remember(cache, Chosen(self._key, selected, prefill.activation_kept))
-
-    def _adopt(self, cache: Any) -> Chosen | None:
-        """Make resident what the prompt in `cache` chose, if another one has chosen since; None where all neurons are.
-        GriffinError if no prompt of this model has filled it."""
-        if not self.plan.streamed:
-            return None
-        chosen = chosen_for(cache)
-        if chosen is None or chosen.engine != self._key:
-            raise GriffinError(
-                "the KV cache is filled but no neurons are chosen for it: no prompt was streamed into it by this model"
-            )
-        if self.loaded.layers.selected is not chosen.selected:
-            self.last_prefill = None
-            materialise(self.loaded.layers, chosen.selected, self.model_spec)
-        return chosen
 
     def _first(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """A run's first forward: its prompt, or what a context does not know of it."""
         tokens, context = tokens_of(arguments), run.context
         if context is not None and run.ready is not None:
             context.cache.restore(tokens.shape[1])
-            self._resume(context, 0)
+            self.passes.resume(context, 0)
             output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], **{CACHE: context.cache})
             slots = 0
         elif context is not None and context.tokens and run.mode.refresh == "never" and not run.mode.exact:
-            self._resume(context, tokens.shape[1])
+            self.passes.resume(context, tokens.shape[1])
             output, slots = self.stock_forward(*args, **kwargs), 0
         elif run.past_tokens:
-            output, slots = self._go_on(run, arguments, args, kwargs), 0
+            output, slots = self.passes.go_on(run, arguments, args, kwargs), 0
         else:
             given = run.mask if run.mask is not None else arguments.get("attention_mask")
             past = context is not None and bool(context.tokens)
             mask = self._ones(tokens.shape[1]) if past else prompt_mask(tokens, given, run.prompt_tokens)
-            output, streamed = self._prefill(mask, context, args, kwargs)
+            output, streamed = self.passes.prefill(mask, context, args, kwargs)
             slots = streamed.peak_in_flight_bytes
         if self.graphs is not None:
             self.graphs.begin(run.mask)
         run.cache = cache_of(output, arguments)
-        self.note_chosen(run.cache)
+        self.passes.note_chosen(run.cache)
         if context is not None:
             self._remember(context, run, output.logits[:, -1])
             if run.prompt_done is not None:
@@ -372,7 +323,7 @@ class ModelRunner:
         seen = max(run.prompt_tokens, tokens.shape[1])  # prompt lookup appends drafts
         use = replace(run.use, batch=tokens.shape[0], ctx_tokens=seen, logit_positions=1, kept_scores=0)
         self.hold(use, tokens.shape[1], run.cache, slots)
-        run.prefilled, run.batch, run.prefill = True, tokens.shape[0], self.last_prefill
+        run.prefilled, run.batch, run.prefill = True, tokens.shape[0], self.passes.last
         run.fetched_bytes, run.embedding_bytes = self.loaded.layers.fetched_bytes, self.embedding_bytes
         return output
 
@@ -384,67 +335,17 @@ class ModelRunner:
         if run.context is not None:
             run.context.begin_again()
         mask = prompt_mask(tokens, kwargs.get("attention_mask"), None)
-        output, streamed = self._prefill(mask, run.context, (), kwargs, start=0)
+        output, streamed = self.passes.prefill(mask, run.context, (), kwargs, start=0)
         if self.graphs is not None:
             self.graphs.begin(mask)
         self.hold(run.use, tokens.shape[1], cache_of(output, kwargs), streamed.peak_in_flight_bytes)
         return output
-
-    def _prefill(
-        self, mask: Tensor, context: Context | None, args: Any, kwargs: Any, start: int | None = None
-    ) -> tuple[Any, StreamedPass]:
-        """The streamed pass over a prompt's tokens, the first of which is number `start`, by default that behind the
-        context's, whose earlier ones choose, too."""
-        self.last_prefill = None  # until this prompt has chosen its neurons, none are
-        seams = seams_of(mask.shape[1]) if context is not None and not context.tokens else []
-        groups, choosing = grouped(mask, seams)
-        streamed = StreamedPass(
-            self.loaded.layers,
-            groups,
-            earlier=context.squared if context is not None else None,
-            choosing_groups=choosing,
-            keep=context is not None,
-            progress=self.progress,
-        )
-        with streamed:
-            output = self.stock_forward(*args, **self._for_every_token(kwargs, mask.shape[1]))
-        if streamed.unvisited:
-            raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
-        if context is not None:
-            start = len(context.tokens) if start is None else start
-            context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, start)
-            context.selected = self.loaded.layers.selected
-            if seams and streamed.sums:
-                context.mark_seams(seams, sums_until(streamed.sums, groups, seams))
-        self.last_prefill = streamed.report()
-        return output, streamed
-
-    def _resume(self, context: Context, tokens: int) -> None:
-        """Make the compact parameters those that `context` chose, if another one has chosen since."""
-        start, before = time.perf_counter(), self.loaded.layers.fetched_bytes
-        if self.loaded.layers.selected is not context.selected:
-            self.last_prefill = None
-            materialise(self.loaded.layers, context.selected, self.model_spec)
-        seconds, streamed_bytes = time.perf_counter() - start, self.loaded.layers.fetched_bytes - before
-        kept = context.share_kept(self.loaded.layers.config.batch_statistic, len(self.loaded.layers.decoder))
-        self.last_prefill = PrefillReport(tokens, seconds, streamed_bytes, 0.0, seconds, kept, None)
 
     def forget_mixed(self, context: Context, prompt_tokens: int) -> None:
         """Forget entries of which some were turned by the angles of this side of the border and some by the other's."""
         border = self.border
         if border is not None and not border.rereads and border.crossed(prompt_tokens, len(context.tokens)):
             context.clear()
-
-    def _go_on(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
-        """The tokens behind a KV cache of the caller's: of residents, as every forward with a filled one."""
-        start, before = time.perf_counter(), self.loaded.layers.fetched_bytes
-        chosen = self._adopt(arguments[CACHE])
-        output = self.stock_forward(*args, **kwargs)
-        seconds, streamed_bytes = time.perf_counter() - start, self.loaded.layers.fetched_bytes - before
-        tokens = tokens_of(arguments).shape[0] * (run.prompt_tokens - run.past_tokens)
-        kept = 1.0 if chosen is None else chosen.activation_kept
-        self.last_prefill = PrefillReport(tokens, seconds, streamed_bytes, 0.0, 0.0, kept, None)
-        return output
 
     def _remember(self, context: Context, run: GenerationState, logits: Tensor) -> None:
         """The prompt has passed; only what the full model computed is a state to go back to."""

@@ -6,22 +6,22 @@ from typing import Any
 
 import torch
 
-from griffin_offload.blocks.sizes import ModelSizes, build_on_meta, model_shape, states_of
+from griffin_offload.blocks.layouts import build_on_meta
+from griffin_offload.blocks.sizes import ModelSizes, model_shape, states_of
 from griffin_offload.blocks.states import lasting_kinds
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.part_sizes import PartSizes, part_sizes
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import (
-    AUTO_DRAFT_TOKENS,
     MAX_DRAFT_TOKENS,
     WEIGHT_NORMS,
     CacheKind,
     KVBits,
     LoadConfig,
-    Refresh,
+    pass_tokens,
 )
 from griffin_offload.devices.base import Device
-from griffin_offload.devices.host_memory import host_bytes
+from griffin_offload.devices.memory import host_bytes
 from griffin_offload.devices.registry import choose_device, device_kind, devices_here
 from griffin_offload.engine.cpu_modules import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
@@ -29,6 +29,7 @@ from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats import Format, every, planned_as
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
+from griffin_offload.kv_cache.store import width_of
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
@@ -146,13 +147,6 @@ def _stored_share(checkpoint: Checkpoint, parts: PartSizes, dtype: torch.dtype) 
     """Of a layer in a slot, the stored bytes that it is made of; 0 where it is used as it is stored."""
     in_place = dtype == checkpoint.dtype and not parts.translated_share
     return 0.0 if in_place else (parts.translated_share or 1) * checkpoint.dtype.itemsize / dtype.itemsize
-
-
-def pass_tokens(exact: bool, draft_tokens: int | None, refresh: Refresh) -> int:
-    """Tokens of the streamed passes between two tokens of an answer; 0: there are none."""
-    if exact:
-        return 1 + (draft_tokens or AUTO_DRAFT_TOKENS)
-    return refresh if isinstance(refresh, int) else 0
 
 
 def _check_passes(model_spec: ModelSpec) -> None:
@@ -274,5 +268,5 @@ def like_of(model_spec: ModelSpec, plan: Plan) -> ContextSchema:
     """What the parts of a saved context must look like."""
     shape = model_spec.shape_of(plan)
     neurons = {index: (shape.layers[index].neurons, plan.kept[index]) for index in plan.streamed}
-    widths = tuple(width for layer in shape.layers if (width := shape.kv_width_of(layer)))
+    widths = tuple(width for layer in shape.layers if (width := width_of(shape, layer)))
     return ContextSchema(plan.context_tokens, shape.vocab_size, widths, model_spec.dtype, neurons)

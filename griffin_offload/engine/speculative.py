@@ -1,21 +1,21 @@
 """Drafting: the residents write some tokens, one streamed pass of the full model goes over them.
 
 A pass over drafted tokens replaces their KV entries by the full model's, adds their statistic, and chooses neurons
-anew. Here is what such a `generate` is made of, and the plain case, a refresh every so many tokens; exact mode, in
-which the pass also judges the tokens, is in `exact.py`.
+anew. Here is what such a `generate` is made of; the plain case, a refresh every so many tokens; and exact mode, in
+which the pass also judges the tokens.
 """
 
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from griffin_offload.blocks.rope import RopeBorder
 from griffin_offload.config import AUTO_DRAFT_TOKENS
 from griffin_offload.engine.generation import GenerationState
 from griffin_offload.engine.report import DraftReport
-from griffin_offload.engine.runner import ModelRunner
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.transformers_api import CACHE
 
@@ -31,7 +31,7 @@ class DraftLength:
     """A fixed number of drafts, or the one that gives the most tokens per second by what was measured so far.
 
     If every draft is accepted with probability a, a pass after N drafts yields (1 - a^(N+1)) / (1 - a) tokens in
-    T_pass + N * t_draft seconds (DESIGN, section 6).
+    T_pass + N * t_draft seconds.
     """
 
     def __init__(self, fixed: int | None) -> None:
@@ -71,6 +71,17 @@ def _mean(before: float, now: float) -> float:
     return (before + now) / 2 if before else now
 
 
+class FullModel(Protocol):
+    """What a loop asks of the model that drafts are made with and passed through."""
+
+    @property
+    def border(self) -> RopeBorder | None: ...
+    @property
+    def decay(self) -> float: ...
+    def observe(self, logits: Tensor) -> None: ...
+    def full_pass(self, inputs: dict[str, Any], *, choose: bool, each: bool) -> tuple[Any, dict[int, Tensor]]: ...
+
+
 class DraftingLoop:
     """One `generate` of one sequence; transformers calls it as its `custom_generate`.
 
@@ -80,7 +91,7 @@ class DraftingLoop:
 
     verifies = False
 
-    def __init__(self, engine: ModelRunner, context: Context, *, choose: bool, streamer: Any) -> None:
+    def __init__(self, engine: FullModel, context: Context, *, choose: bool, streamer: Any) -> None:
         self._engine, self._context, self._choose, self._streamer = engine, context, choose, streamer
         self._raw: list[Tensor] = []
         self._scores: list[Tensor] = []
@@ -174,7 +185,7 @@ class DraftingLoop:
         inputs = self._inputs(ids, kwargs, drafted + 1)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = drafted + 1 if judged else 1
-        self._context.fade(self._engine.loaded.layers.config.decay)
+        self._context.fade(self._engine.decay)
         output, sums = self._engine.full_pass(inputs, choose=self._choose, each=judged)
         return output.logits, sums
 
@@ -241,9 +252,6 @@ class RefreshLoop(DraftingLoop):
 # Exact mode: the pruned model drafts, one streamed pass of the full model verifies.
 
 
-pass
-
-
 class ExactLoop(DraftingLoop):
     """Rounds of drafting and verifying."""
 
@@ -306,7 +314,7 @@ class ExactLoop(DraftingLoop):
         return int(torch.multinomial(rest if rest.sum() > 0 else distribution, 1))
 
 
-def loop_of(run: GenerationState, engine: ModelRunner, streamer: Any) -> DraftingLoop:
+def loop_of(run: GenerationState, engine: FullModel, streamer: Any) -> DraftingLoop:
     """What makes the tokens of a run that has streamed passes between them."""
     mode, context = run.mode, run.context
     assert context is not None, "drafts are taken back from a context"

@@ -1,27 +1,35 @@
 """The stock model as it is handed out: its forward is the engine's, it keeps all that it needs alive and nothing keeps
-it, and what would break it is refused by name.
+it, what would break it is refused by name, and callers have it one at a time.
 
 The stock model owns the engine, and whatever must not outlive the stock model refers to it weakly: no cycle, so that
 weights go when the last name of the model goes. Methods are replaced on a class of its own, a child of transformers'
 with the same name: a method that is bound keeps its model.
 """
 
+import contextlib
 import functools
 import inspect
+import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.devices.host_memory import give_back_freed
-from griffin_offload.errors import GriffinError, UsageError
+from griffin_offload.devices.memory import give_back_freed
+from griffin_offload.errors import Busy, GriffinError, UsageError
 
 _OWNER, _KIND = "_griffin_offload", "_griffin_offload_kind"
 
 
-def stock_forward(model: Any) -> Callable[..., Any]:
+StockForward = Callable[..., Any]
+"""transformers' forward of a model, whose arguments differ between architectures."""
+
+
+def stock_forward(model: Any) -> StockForward:
     """transformers' forward of `model`, handed out or not, which it does not keep alive."""
     weak, function = weakref.ref(model), getattr(type(model), _KIND, type(model)).forward
 
@@ -128,3 +136,78 @@ def hollow(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="meta")
+
+
+# Turns: what one thread at a time may use, and others wait for in the order in which they came.
+
+
+# Waiting is looked at anew after so long: a turn whose end was interrupted twice cannot be told of.
+_LOOK_S = 1.0
+
+
+def check_wait(wait_s: object) -> None:
+    """UsageError unless this is a time to wait: seconds from 0 on, or None."""
+    if wait_s is not None and (not isinstance(wait_s, int | float) or not wait_s >= 0):
+        raise UsageError(f"wait_s is {wait_s!r}: give seconds, 0 or more, or None to wait as long as it takes")
+
+
+class _Ticket:
+    """A caller's place in the row."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.called = threading.Event()
+
+
+class FifoLock:
+    """A row of callers, of whom the first has its turn.
+
+    No lock: a Ctrl-C between taking one and `try` would leave it taken. Every step is one atomic call of a deque.
+    """
+
+    def __init__(self) -> None:
+        self._row: deque[_Ticket] = deque()
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread has its turn."""
+        with contextlib.suppress(IndexError):  # an empty row
+            return self._row[0].thread == threading.get_ident()
+        return False
+
+    @contextlib.contextmanager
+    def turn(self, nested: str, wait_s: float | None) -> Iterator[None]:
+        """Wait for a turn, at most `wait_s` seconds (None: as long as it takes), and have it inside. Busy when the time
+        is up, GriffinError with the message `nested` where this thread has its turn already: it would wait forever."""
+        if self.mine:
+            raise GriffinError(nested)
+        ticket = _Ticket()
+        try:
+            self._row.append(ticket)
+            self._wait(ticket, wait_s)
+            yield
+        finally:
+            try:
+                self._leave(ticket)
+            except KeyboardInterrupt:  # a second Ctrl-C must not leave everybody waiting
+                self._leave(ticket)
+                raise
+
+    def _wait(self, ticket: _Ticket, wait_s: float | None) -> None:
+        end = None if wait_s is None else time.monotonic() + wait_s
+        while self._row[0] is not ticket:
+            left = _LOOK_S if end is None else min(end - time.monotonic(), _LOOK_S)
+            if left <= 0:
+                before = max(list(self._row).index(ticket), 1)
+                calls = "1 call is" if before == 1 else f"{before} calls are"
+                raise Busy(
+                    f"waited {wait_s:g} s for this model and {calls} still before this one: wait longer (wait_s), or "
+                    "load the model once more"
+                )
+            ticket.called.wait(left)
+
+    def _leave(self, ticket: _Ticket) -> None:
+        with contextlib.suppress(ValueError):  # it never came into the row, or left it already
+            self._row.remove(ticket)
+        with contextlib.suppress(IndexError):
+            self._row[0].called.set()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent
 from griffin_offload.devices.base import Device
-from griffin_offload.devices.host_memory import block_buffer, untouched_zeros
+from griffin_offload.devices.memory import block_buffer, untouched_zeros
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.engine.spec import ModelSpec
 from griffin_offload.formats import Format, Layout

@@ -31,6 +31,7 @@ from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.errors import GriffinError, UsageError, one_line
 from griffin_offload.evaluation.distributed import Processes
 from griffin_offload.evaluation.lm_eval_model import GriffinLM
+from griffin_offload.evaluation.samples import json_lines
 
 # Silence of lm-eval and its libraries: what concerns users is said by us, on their stderr.
 
@@ -159,29 +160,6 @@ def check_lines(path: Path) -> None:
         pass
 
 
-def json_lines(path: Path, *, whole: bool = False) -> Iterator[Any]:
-    """The values of a jsonl file, blank lines left out; with `whole`, the file's one value where it is one."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        raise UsageError(f"cannot read {path}: {one_line(error)}") from error
-    if whole:
-        try:
-            yield json.loads(text)
-            return
-        except ValueError:
-            pass
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-                json.dumps(value, ensure_ascii=False).encode()  # an escape may be half of a letter
-            except (ValueError, RecursionError) as error:
-                raise UsageError(f"{path}, line {number} is not JSON: {one_line(error)}") from error
-            yield value
-
-
-pass
 Results = dict[str, Any]
 """What lm-eval writes for one model: results, configs, versions, n-shot, higher_is_better, n-samples, config, ..."""
 BarOf = Callable[[str], AbstractContextManager[Progress]]

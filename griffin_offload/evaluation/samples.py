@@ -1,5 +1,6 @@
 """What is measured on: token sequences, which of their tokens choose neurons and which are predicted."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from griffin_offload.checkpoint.files import read_text
 from griffin_offload.config import WindowStart
-from griffin_offload.errors import UsageError
+from griffin_offload.errors import UsageError, one_line
 
 
 @dataclass(frozen=True)
@@ -189,3 +190,25 @@ def _even_starts(last: int, count: int) -> Iterator[int]:
     if last + 1 < count:
         raise UsageError(f"the text has {last + 1} places for a window, {count} were asked for: fewer --windows")
     yield from (round(number * last / max(count - 1, 1)) for number in range(count))
+
+
+def json_lines(path: Path, *, whole: bool = False) -> Iterator[Any]:
+    """The values of a jsonl file, blank lines left out; with `whole`, the file's one value where it is one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise UsageError(f"cannot read {path}: {one_line(error)}") from error
+    if whole:
+        try:
+            yield json.loads(text)
+            return
+        except ValueError:
+            pass
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+                json.dumps(value, ensure_ascii=False).encode()  # an escape may be half of a letter
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"{path}, line {number} is not JSON: {one_line(error)}") from error
+            yield value

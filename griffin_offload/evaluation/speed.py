@@ -1,10 +1,11 @@
-"""Speed of prefill and decode against ceilings, and where the rest of the time goes."""
+"""Speed of prefill and decode against ceilings, where the rest of the time goes, and the latency of the paper's
+table 3."""
 
 import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.report import RunReport
 from griffin_offload.evaluation.ceilings import Ceilings
+from griffin_offload.method.variants import Variant
 
 _WARM_UP_TOKENS = 4
 
@@ -202,3 +204,74 @@ def _decode_ceiling(model: GriffinModel, ceilings: Ceilings) -> float | None:
     shape = model.engine.shape
     table = 0 if shape.tied or model.plan.embeddings == "host" else shape.embedding_bytes
     return (model.resident_bytes - table) / ceilings.gemv_bytes_per_s
+
+
+# Latency of generation: prompts and answers of fixed lengths (paper, table 3).
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One variant at one size; seconds are medians, with the smallest and largest total beside."""
+
+    selection: str
+    density: float
+    precision: str
+    prompt_tokens: int
+    generate_tokens: int
+    repeats: int
+    prefill_s: float
+    decode_s: float
+    total_s: float
+    least_s: float
+    most_s: float
+    tokens_per_s: float
+    """Of the tokens behind the first, while decoding."""
+    streamed_bytes: int
+    """Weights that were fetched for the prompt."""
+    resident_bytes: int
+    peak_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def time_generation(
+    model: GriffinModel,
+    prompt: Tensor,
+    generate_tokens: int,
+    variant: Variant,
+    repeats: int,
+    done: Callable[[], None] = lambda: None,
+) -> Timing:
+    """Generate exactly so many tokens behind `prompt` [P], greedily, `repeats` times after a warm-up."""
+    warm_up(model, prompt, generate_tokens)
+    reports = []
+    for _ in range(repeats):
+        reports.append(run_fixed(model, prompt, generate_tokens))
+        done()
+    totals = [report.prefill_s + report.decode_s for report in reports]
+    decode_s = statistics.median(report.decode_s for report in reports)
+    return Timing(
+        selection=variant.selection,
+        density=variant.density,
+        precision=model.plan.precision,
+        prompt_tokens=prompt.numel(),
+        generate_tokens=generate_tokens,
+        repeats=repeats,
+        prefill_s=statistics.median(report.prefill_s for report in reports),
+        decode_s=decode_s,
+        total_s=statistics.median(totals),
+        least_s=min(totals),
+        most_s=max(totals),
+        tokens_per_s=(generate_tokens - 1) / decode_s,
+        streamed_bytes=reports[-1].prefill_streamed_bytes,
+        resident_bytes=model.resident_bytes,
+        peak_bytes=max(report.peak_device_bytes for report in reports),
+    )
+
+
+def full_total_s(timings: Sequence[Timing], like: Timing) -> float | None:
+    """Seconds of the full model at the size of `like`, if it was measured."""
+    size = (like.prompt_tokens, like.generate_tokens)
+    same = [t.total_s for t in timings if t.density == 1 and (t.prompt_tokens, t.generate_tokens) == size]
+    return same[0] if same else None

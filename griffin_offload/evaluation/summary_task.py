@@ -7,8 +7,8 @@ from datasets import Dataset
 
 from griffin_offload.config import SummariesConfig
 from griffin_offload.errors import UsageError
-from griffin_offload.evaluation.lm_eval_tasks import json_lines
 from griffin_offload.evaluation.rouge import rouge as summary_scores
+from griffin_offload.evaluation.samples import json_lines
 
 
 def documents(task: str, data: dict[str, str] | None = None, **_: Any) -> dict[str, Dataset]:

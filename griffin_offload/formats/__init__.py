@@ -8,7 +8,19 @@ from griffin_offload.formats.floats import FLOATS, planned_as
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
 
-__all__ = ["FLOATS", "Format", "Layout", "every", "forget_format", "get", "planned_as", "register_format"]
+TABLE_FORMATS = (FLOATS, INT8)
+"""What embeddings and head may be in."""
+__all__ = [
+    "FLOATS",
+    "TABLE_FORMATS",
+    "Format",
+    "Layout",
+    "every",
+    "forget_format",
+    "get",
+    "planned_as",
+    "register_format",
+]
 
 for _format in (FLOATS, INT8, INT4):
     register_format(_format)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.formats.base import PLAIN_TYPES, Format, Layout, Spec, Tensors, every, take
-from griffin_offload.formats.scales import neuron_scale
+from griffin_offload.formats.base import PLAIN_TYPES, Format, Layout, Spec, Tensors, every, neuron_scale, take
+from griffin_offload.formats.compensation import Compensation
 from griffin_offload.kernels import by_blocks, table
 from griffin_offload.kernels.library import HALVES
 
@@ -24,7 +24,7 @@ class Floats(Format):
         return self._layout
 
     def quantize(
-        self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, importance: Tensor | None = None
+        self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, compensation: Compensation | None = None
     ) -> Tensors:
         return {"weight": weight.to(dtype)}
 

@@ -18,26 +18,30 @@ the input that it is multiplied by.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.formats.base import Format, Layout, Spec, Tensors, row_blocks, take
-from griffin_offload.formats.scales import divisor, neuron_scale, row_scale
+from griffin_offload.formats.base import (
+    Format,
+    Layout,
+    Spec,
+    Tensors,
+    divisor,
+    neuron_scale,
+    row_blocks,
+    row_scale,
+    take,
+)
+from griffin_offload.formats.compensation import Compensation
+from griffin_offload.formats.int4_grid import CENTRE, best_grid, steps_of
 from griffin_offload.kernels import by_blocks, table
 from griffin_offload.kernels.by_blocks import Scratch, scaled
 
 GROUP = 32
 STRIP = 64
 _HALF = GROUP // 2
-# The same as in quantize.c.
-_SHARES = (1.0, 0.9, 0.8)
-_FITS = 3
-_REACH = 22.0
-_CENTRE = 8
-_STEP_SHIFT, _STEP_BIAS = 19, 116 << 4
 
 Packed = tuple[Tensor, Tensor]
 """Codes and groups."""
@@ -94,6 +98,45 @@ def missed_weights(rows: Tensor, scale: Tensor, quantised: Packed) -> tuple[int,
     return count, worst
 
 
+def compensated_rows(weight: Tensor, scale: Tensor, compensation: Compensation) -> Packed:
+    """As `quantize_rows`, but that inputs make up for the errors of others."""
+    outputs, inputs = weight.shape
+    codes = torch.empty(outputs, inputs // GROUP, _HALF, dtype=torch.uint8, device=weight.device)
+    groups = codes.new_empty(outputs, inputs // GROUP, 2)
+    ones = torch.ones_like(scale, dtype=torch.float32)
+
+    def grids(numbers: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        _, pairs = quantize_rows(numbers.t().contiguous(), ones, compensation.importance[index])
+        groups[:, int(index[0]) // GROUP] = pairs[:, 0]
+        return steps_of(pairs[:, 0], torch.float32)
+
+    for index, levels in compensation.rounded(weight, divisor(scale), None, 2 * CENTRE - 1, grids):
+        codes[:, int(index[0]) // GROUP] = pack(levels.t())
+    return codes.flatten(1), groups
+
+
+def compensated_neurons(columns: Tensor, scale: Tensor, compensation: Compensation) -> Packed:
+    """As `quantize_neurons`, but that neurons make up for the errors of others."""
+    outputs, inputs = columns.shape
+    codes = torch.empty(inputs, outputs // 2, dtype=torch.uint8, device=columns.device)
+    groups = codes.new_empty(inputs, outputs // GROUP, 2)
+
+    def grids(numbers: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        _, groups[index] = quantize_rows(numbers, torch.ones(len(numbers), device=numbers.device))
+        step, offset = steps_of(groups[index], torch.float32)
+        return step.repeat_interleave(GROUP, dim=1), offset.repeat_interleave(GROUP, dim=1)
+
+    for index, levels in compensation.rounded(columns, None, divisor(scale), 2 * CENTRE - 1, grids):
+        codes[index] = pack(levels)
+    return codes, groups
+
+
+def pack(levels: Tensor) -> Tensor:
+    """Codes [R, C / 2] of `levels` uint8 [R, C]."""
+    groups = levels.reshape(levels.shape[0], -1, 2, _HALF)
+    return (groups[:, :, 0] | (groups[:, :, 1] << 4)).flatten(1)
+
+
 def unpack(codes: Tensor, groups: Tensor, out: Tensor) -> Tensor:
     """step * (code + offset) of rows or neurons, written into `out`, floats [R, C]: numbers without their scale."""
     shape = groups.shape[:-1]
@@ -101,7 +144,7 @@ def unpack(codes: Tensor, groups: Tensor, out: Tensor) -> Tensor:
     pairs = codes.view(*shape, _HALF)
     low.copy_(pairs & 15)
     high.copy_(pairs >> 4)
-    step, offset = _steps(groups, out.dtype)
+    step, offset = steps_of(groups, out.dtype)
     out.view(*shape, GROUP).add_(offset[..., None]).mul_(step[..., None])
     return out
 
@@ -132,84 +175,12 @@ def write_neurons(neurons: Packed, strips: Packed, start: int) -> None:
     to_groups[: groups.shape[1], part] = groups.transpose(0, 1)
 
 
-def _steps(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """step and offset [..., G] of pairs of bytes [..., G, 2]."""
-    step, offset = groups.unbind(-1)
-    bits = (step.to(torch.int32) + _STEP_BIAS) << _STEP_SHIFT
-    # One byte after another: a view of every second one as signed is no view.
-    signed = offset.contiguous().view(torch.int8)
-    return bits.view(torch.float32).to(dtype), (signed.to(torch.float32) / 8 - _CENTRE).to(dtype)
-
-
-@dataclass
-class _Grid:
-    """Steps and offsets [R, G, 1] as they are stored, and what they are worth."""
-
-    step: Tensor
-    offset: Tensor
-    value: Tensor
-    middle: Tensor
-
-    @classmethod
-    def nearest(cls, step: Tensor, offset: Tensor) -> "_Grid":
-        bits = step.nan_to_num(nan=0.0, posinf=32.0).clamp(0.0, 32.0).contiguous().view(torch.int32)
-        stored = (((bits + (1 << (_STEP_SHIFT - 1))) >> _STEP_SHIFT) - _STEP_BIAS).clamp_(0, 255)
-        value = ((stored + _STEP_BIAS) << _STEP_SHIFT).view(torch.float32)
-        eighths = (offset * (1 / value) * 8).round_().nan_to_num(nan=-128.0).clamp_(-128, 127)
-        return cls(stored, eighths, value, eighths / 8)
-
-    def codes(self, numbers: Tensor) -> Tensor:
-        """-8 to 7 of `numbers` [R, G, 32]."""
-        return (numbers * (1 / self.value)).sub_(self.middle).round_().clamp_(-_CENTRE, _CENTRE - 1)
-
-    def take(self, other: "_Grid", better: Tensor) -> None:
-        """Be `other` where that is `better` [R, G, 1]."""
-        for name in ("step", "offset", "value", "middle"):
-            setattr(self, name, torch.where(better, getattr(other, name), getattr(self, name)))
-
-
 def _quantize(numbers: Tensor, importance: Tensor, codes: Tensor, groups: Tensor) -> None:
     """`numbers` [R, G, 32] over their rows' scale become `codes` [R, 16 G] and `groups` [R, G, 2]."""
-    grid = _best_grid(numbers, importance)
-    levels = grid.codes(numbers).add_(_CENTRE).to(torch.uint8)
-    codes.copy_((levels[..., :_HALF] | (levels[..., _HALF:] << 4)).view(codes.shape))
+    grid = best_grid(numbers, importance)
+    codes.copy_(pack(grid.codes(numbers).add_(CENTRE).to(torch.uint8).view(len(codes), -1)))
     groups[..., 0] = grid.step[..., 0].to(torch.uint8)
     groups[..., 1] = grid.offset[..., 0].to(torch.int8).view(torch.uint8)
-
-
-def _best_grid(numbers: Tensor, importance: Tensor) -> _Grid:
-    low, high = numbers.amin(-1, keepdim=True), numbers.amax(-1, keepdim=True)
-    best, least = None, None
-    for share in _SHARES:
-        step = torch.maximum((high - low) * (share / 15), torch.maximum(high, -low) * (1 / _REACH))
-        # The middle of 16 levels lies half a step below level 8.
-        offset = (low + high + step) / 2
-        for _ in range(_FITS):
-            grid = _Grid.nearest(step, offset)
-            error, step, offset = _missed(numbers, importance, grid)
-            if best is None or least is None:
-                best, least = grid, error
-            else:
-                best.take(grid, error < least)
-                least = torch.minimum(error, least)
-    assert best is not None
-    return best
-
-
-def _missed(numbers: Tensor, importance: Tensor, grid: _Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """What the grid misses [R, G, 1], and step and offset that fit its codes best."""
-    codes = grid.codes(numbers)
-    counted = codes * importance
-
-    def total(tensor: Tensor) -> Tensor:
-        return tensor.sum(-1, keepdim=True)
-
-    missed = ((codes + grid.middle) * grid.value).sub_(numbers).square_().mul_(importance)
-    sum_a, sum_av = total(importance), total(numbers * importance)
-    sum_q, sum_qq, sum_qv = total(counted), total(counted * codes), total(counted * numbers)
-    fitted = (sum_a * sum_qv - sum_q * sum_av) / (sum_a * sum_qq - sum_q.square())
-    step = torch.where(fitted > 0, fitted, grid.value)  # one code alone fits no step
-    return total(missed), step, (sum_av - step * sum_q) / sum_a
 
 
 # The format.
@@ -248,15 +219,18 @@ class Int4(Format):
             raise UnsupportedModel(f"int4 is not supported on {device}: use int8")
 
     def quantize(
-        self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, importance: Tensor | None = None
+        self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, compensation: Compensation | None = None
     ) -> Tensors:
-        if is_down:
-            input_scale = neuron_scale(weight, dtype)
-            codes, groups = quantize_neurons(weight, input_scale)
-            return {"weight": codes, "groups": groups, "input_scale": input_scale}
-        scale = row_scale(weight, dtype)
-        codes, groups = quantize_rows(weight, scale, importance)
-        return {"weight": codes, "groups": groups, "scale": scale}
+        scale = neuron_scale(weight, dtype) if is_down else row_scale(weight, dtype)
+        if compensation is None:
+            codes, groups = quantize_neurons(weight, scale) if is_down else quantize_rows(weight, scale)
+        else:
+            way = compensated_neurons if is_down else compensated_rows
+            codes, groups = way(weight, scale, compensation)
+        return {"weight": codes, "groups": groups, "input_scale" if is_down else "scale": scale}
+
+    def compensation(self, x: Tensor, *, is_down: bool) -> Compensation:
+        return Compensation(x, grouped=not is_down)
 
     def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:
         rows, scale = (matrix.t(), found["input_scale"]) if is_down else (matrix, found["scale"])

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from griffin_offload.formats.base import divisor
 from griffin_offload.formats.row_scaled import RowScaled
-from griffin_offload.formats.scales import divisor
 from griffin_offload.kernels import table
 
 

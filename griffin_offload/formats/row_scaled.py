@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from griffin_offload.formats.base import Format, Layout, Spec, Tensors, row_blocks, take
-from griffin_offload.formats.scales import divisor, finite, neuron_scale
+from griffin_offload.formats.base import Format, Layout, Spec, Tensors, divisor, finite, neuron_scale, row_blocks, take
+from griffin_offload.formats.compensation import Compensation
 from griffin_offload.kernels import by_blocks, table
 from griffin_offload.kernels.by_blocks import scaled
 
@@ -53,7 +53,7 @@ class RowScaled(Format):
         return numbers.clamp_(-self.largest, self.largest).to(self.number_type)
 
     def quantize(
-        self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, importance: Tensor | None = None
+        self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, compensation: Compensation | None = None
     ) -> Tensors:
         beside = {"input_scale": neuron_scale(weight, dtype)} if is_down else {}
         scale = self.scale_of(weight, dtype, beside.get("input_scale"))

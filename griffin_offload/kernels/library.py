@@ -40,8 +40,12 @@ def number_type(tensor: Tensor, name: str) -> int:
     """Of the enum in float16.h; ValueError, by `name`, for numbers that kernels do not know."""
     known = NUMBER_TYPES.get(tensor.dtype)
     if known is None:
-        raise ValueError(f"{name}, {_told(tensor)}, must be of one of {', '.join(map(str, NUMBER_TYPES))}")
+        raise _of_no_known_type(tensor, name)
     return known
+
+
+def _of_no_known_type(tensor: Tensor, name: str) -> ValueError:
+    return ValueError(f"{name}, {_told(tensor)}, must be of one of {', '.join(map(str, NUMBER_TYPES))}")
 
 
 def _told(tensor: Tensor) -> str:
@@ -104,8 +108,6 @@ def library() -> Library | None:
 # A matrix product as the kernels are asked for it: the struct of gemm_args.h, and what has to be true of it.
 
 
-pass
-pass
 Sizes = tuple[int, int, int, int, int, int]
 """Rows, parts, outputs, features, inputs, group."""
 Beside = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -130,7 +132,9 @@ def run(
     (input_scale, weight, groups, scale, bias), dtype = beside, x.dtype
     if not 0 <= sizes[3] <= sizes[2]:
         raise ValueError(f"features, {sizes[3]}, must be some of {sizes[2]} outputs")
-    x_type, x = number_type(x, "x"), x.contiguous()
+    x_type, x = NUMBER_TYPES.get(dtype), x.contiguous()
+    if x_type is None:
+        raise _of_no_known_type(x, "x")
     check(x, (sizes[0], sizes[4]), dtype, "x")
     if input_scale is not None:
         check(input_scale, (sizes[4],), dtype, "the inputs' scale")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels import attention, gather, gemm, gemv, int8pack, quantize, rms_norm
+from griffin_offload.kernels import attention_and_norm, gather, gemm, gemv, int8pack, quantize
 from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library, needs_gradient
 
 Tensors = Mapping[str, Tensor | None]
@@ -296,8 +296,17 @@ def _others_of_ours() -> list[Kernel]:
         Kernel("quantize", "int8", "quantize_int8", quantize.quantize_int8, **made),
         Kernel("quantize", "int4_rows", "quantize_int4_rows", quantize.quantize_int4_rows, **made),
         Kernel("quantize", "int4_neurons", "quantize_int4_neurons", quantize.quantize_int4_neurons, **made),
-        Kernel("attention", "one_token", "attend_to", attention.one_token, **halves, takes=attention.takes),
-        Kernel("rms_norm", "rows", "rms_norm", rms_norm.rms_norm, **halves, takes=rms_norm.takes),
+        Kernel(
+            "attention",
+            "one_token",
+            "attend_to",
+            attention_and_norm.one_token,
+            **halves,
+            takes=attention_and_norm.takes_token,
+        ),
+        Kernel(
+            "rms_norm", "rows", "rms_norm", attention_and_norm.rms_norm, **halves, takes=attention_and_norm.takes_rows
+        ),
     ]
 
 

@@ -15,17 +15,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from griffin_offload.blocks.states import cache_layers, lasting_kinds, windows_of
 from griffin_offload.config import KVBits
 from griffin_offload.errors import GriffinError
-from griffin_offload.kv_cache.store import DequantBuffer, Int8Store, Store
+from griffin_offload.kv_cache.store import KV_SLACK_TOKENS, DequantBuffer, Int8Store, Store, kv_tokens_kept
 from griffin_offload.transformers_api import DummyLayer
 
-KV_SLACK_TOKENS = 64
-"""A layer with a window has room for so many tokens more: they are moved seldom, and some can be rolled back."""
 _Scratches = tuple[DequantBuffer, DequantBuffer]
-
-
-def kv_tokens_kept(window: int | None, ctx_tokens: int) -> int:
-    """Tokens that a layer has room for."""
-    return ctx_tokens if window is None else min(ctx_tokens, window - 1 + KV_SLACK_TOKENS)
 
 
 def can_cache(config: PretrainedConfig) -> bool:

@@ -1,16 +1,21 @@
-"""Where a layer's keys or values lie: tensors of their final size, written and moved in place.
+"""Where a layer's keys or values lie, tensors of their final size, written and moved in place; and how many bytes they
+take, for a whole model and use.
 
 Shapes: B batch, D size of a head; all parts of a store are [B, heads, tokens, ...].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from griffin_offload.config import KVBits
-from griffin_offload.devices.host_memory import untouched_zeros
+from griffin_offload.config import CacheKind, KVBits
+from griffin_offload.devices.memory import untouched_zeros
 
+KV_SLACK_TOKENS = 64
+"""A layer with a window has room for so many tokens more: they are moved seldom, and some can be rolled back."""
 _LARGEST_INT8 = 127
 # Tokens of a layer that are moved or quantised at once.
 _PIECE_TOKENS = 128
@@ -148,3 +153,114 @@ def piece_bytes(numbers: int, item_bytes: int, tokens: int, bits: KVBits, *, mov
     one that is moved."""
     number_bytes = 2 * _FLOAT_BYTES if bits == 8 else item_bytes * moves
     return numbers * min(tokens, _PIECE_TOKENS) * number_bytes
+
+
+def kv_tokens_kept(window: int | None, ctx_tokens: int) -> int:
+    """Tokens that a layer has room for."""
+    return ctx_tokens if window is None else min(ctx_tokens, window - 1 + KV_SLACK_TOKENS)
+
+
+# Bytes of the KV cache: ours, allocated for the whole context before prefill, and transformers' own kinds.
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One use of a planned model: what the KV cache and the workspace depend on."""
+
+    batch: int
+    prompt_tokens: int
+    ctx_tokens: int
+    cache: CacheKind = "ours"
+    """Allocated for the whole context before decode ("ours", "static"), or growing with every token ("dynamic")."""
+    drafts: int = 0
+    """Tokens of prompt lookup that are in the KV cache behind the context before they are rolled back."""
+    logit_positions: int = 1
+    """Positions per sequence whose logits exist at once: drafts of prompt lookup, all of them in a bare forward."""
+    past_tokens: int = 0
+    """Tokens of the prompt that are in the KV cache already."""
+    pass_tokens: int = 0
+    """Tokens of a streamed pass between two tokens of the answer; 0: none."""
+    statistics: int = 0
+    """Tables of s^2, float32 for every neuron of the streamed layers, that outlive a pass."""
+    marks: int = 0
+    """Earlier states of a conversation that are kept: a table, what it selected, and logits."""
+    kept_scores: int = 0
+    """float32 scores that are kept for the caller (output_scores, output_logits), per sequence."""
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that our KV cache is made for."""
+        return self.ctx_tokens + self.drafts
+
+
+class LayerKV(Protocol):
+    """What of a layer's sizes (`LayerSizes`) its KV cache depends on."""
+
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def kv_width(self) -> int | None: ...
+    @property
+    def kv_heads(self) -> int | None: ...
+
+
+class ModelKV(Protocol):
+    """And of a model's (`ModelSizes`), whose width and heads are those of layers without their own."""
+
+    @property
+    def layers(self) -> Sequence[LayerKV]: ...
+    @property
+    def item_bytes(self) -> int: ...
+    @property
+    def kv_width(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+
+
+def width_of(shape: ModelKV, layer: LayerKV) -> int:
+    """Numbers per token in the keys and values of `layer`."""
+    return shape.kv_width if layer.kv_width is None else layer.kv_width
+
+
+def kv_bytes(shape: ModelKV, batch: int, ctx_tokens: int, bits: KVBits = 16) -> int:
+    """Bytes of our KV cache, exactly; its scratch with 8 bits is in `kv_workspace_bytes`."""
+    return batch * sum(
+        _token_bytes(shape, layer, bits) * kv_tokens_kept(layer.window, ctx_tokens) for layer in shape.layers
+    )
+
+
+def _token_bytes(shape: ModelKV, layer: LayerKV, bits: KVBits = 16) -> int:
+    """Bytes of one token in the KV cache of `layer`."""
+    heads = shape.kv_heads if layer.kv_heads is None else layer.kv_heads
+    width, scales = width_of(shape, layer), 2 * heads * shape.item_bytes
+    return width + scales if bits == 8 else width * shape.item_bytes
+
+
+def kv_workspace_bytes(shape: ModelKV, batch: int, ctx_tokens: int, bits: KVBits, decoding: bool) -> int:
+    """What our KV cache makes beside itself: a piece of keys that is quantised or moved, and with 8 bits in decode, the
+    scratch, which is one layer's keys and values."""
+    piece = piece_bytes(batch * shape.kv_width // 2, shape.item_bytes, ctx_tokens, bits, moves=decoding)
+    largest = max(kv_tokens_kept(layer.window, ctx_tokens) for layer in shape.layers)
+    scratch = batch * shape.kv_width * largest * shape.item_bytes if bits == 8 and decoding else 0
+    return piece + scratch
+
+
+def _stock_kv_bytes(shape: ModelKV, use: Workload, tokens: int) -> int:
+    """Bytes of a KV cache of transformers' when `tokens` have passed. Layers with a window keep that many, but a
+    growing one keeps the whole prompt of such a layer alive until its first decode step."""
+    at_least = min(tokens, use.prompt_tokens) if use.cache == "dynamic" else 0
+    return use.batch * sum(
+        _token_bytes(shape, layer) * (tokens if layer.window is None else max(min(tokens, layer.window), at_least))
+        for layer in shape.layers
+    )
+
+
+def cache_parts(shape: ModelKV, use: Workload, bits: KVBits, decoding: bool) -> tuple[int, int]:
+    """(bytes of the KV cache, bytes of workspace it needs) at the end of prefill, or of decode."""
+    if use.cache == "ours":
+        beside = kv_workspace_bytes(shape, use.batch, use.cache_tokens, bits, decoding)
+        return kv_bytes(shape, use.batch, use.cache_tokens, bits), beside
+    whole = decoding or use.cache == "static"
+    # A dynamic cache grows by copying: one layer's keys exist twice for a moment.
+    copied = use.batch * shape.kv_width * shape.item_bytes * use.ctx_tokens // 2 if decoding else 0
+    return _stock_kv_bytes(shape, use, use.ctx_tokens if whole else use.prompt_tokens), copied

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from griffin_offload.blocks.sizes import ALIGNMENT
+from griffin_offload.blocks.base import ALIGNMENT
 from griffin_offload.checkpoint.direct_io import SlotLayout
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.base import Device
-from griffin_offload.devices.host_memory import in_huge_pages
+from griffin_offload.devices.memory import in_huge_pages
 from griffin_offload.formats.base import is_plain
 from griffin_offload.formats.translated import TranslatedTensor, stored_bytes
 

@@ -8,7 +8,7 @@ from typing import Any
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.config import FLOOR_AUTO_CTX, MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITY, NEURON_MULTIPLE
 from griffin_offload.errors import DoesNotFit, UsageError
-from griffin_offload.kv_cache.sizes import Workload
+from griffin_offload.kv_cache.store import Workload
 from griffin_offload.method.selection import densities_per_layer, neurons_kept
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.plan import EmbeddingDevice, Plan, price

@@ -165,7 +165,7 @@ class _Generation:
             recorder = LogprobRecorder(self._tokenizer, request.top_logprobs, begins=chat)
         answer = self._new_answer(ids, recorder, choice)
         ends: dict[str, Any] = {"eos_token_id": sorted(self._ends)} if self._ends else {}
-        model.progress = model.engine.pass_progress = self._layer_done
+        model.progress = model.engine.passes.progress_between = self._layer_done
         try:
             model.generate(
                 ids,
@@ -180,7 +180,7 @@ class _Generation:
                 **(NO_PENALTIES | sampling_of(request, model.generation_config)),
             )
         finally:
-            model.progress = model.engine.pass_progress = None
+            model.progress = model.engine.passes.progress_between = None
         if answer.interrupted:
             raise Interrupted
         self._job.deliver(Finished(choice, answer.finish()))

@@ -4,7 +4,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from griffin_offload.devices.host_memory import anonymous_bytes
+from griffin_offload.devices.memory import anonymous_bytes
 from griffin_offload.serving.model_manager import LoadedModel
 from griffin_offload.serving.queue import Job
 

@@ -1,27 +1,92 @@
-"""The loaded model: loaded when it is needed, as it was the first time, and given back when it is not."""
+"""The loaded model: loaded when it is needed, as it was the first time, and given back when it is not;
+and the contexts that it keeps."""
 
 import contextlib
 import functools
 import gc
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from torch import Tensor
 
 from griffin_offload.config import LoadConfig
-from griffin_offload.devices.host_memory import give_back_freed
+from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.engine.generation import end_tokens
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.errors import GriffinError, ModelError
+from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.method.selection import neurons_kept
 from griffin_offload.planner.plan import Plan
 from griffin_offload.serving.api_errors import ApiError
-from griffin_offload.serving.prefix_cache import PrefixCache
 from griffin_offload.units import parse_size
+
+# Contexts of earlier requests, kept as far as the budget goes: a request that continues one computes only the rest.
+
+
+class PrefixCache:
+    """Contexts that no request uses at the moment, the longest unused first.
+
+    Besides one context, which the plan has counted as the one in use, they take at most `limit_bytes`, and are at
+    most `most`.
+    """
+
+    def __init__(self, new_context: Callable[[], Context], limit_bytes: int, most: int) -> None:
+        self._new_context, self.limit_bytes, self._most = new_context, limit_bytes, most
+        self._kept: list[Context] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(context.nbytes for context in self._kept)
+
+    def take(self, ids: Tensor, *, exact: bool) -> Context:
+        """The context that knows the longest start of the prompt `ids` [T], or one that knows nothing. The others are
+        within the limit afterwards, and the caller gives it back by `keep`."""
+        known = [context.known(ids, exact=exact) for context in self._kept]
+        longest = max(range(len(known)), key=lambda i: (known[i], i), default=None)
+        if longest is not None and self._worth(self._kept[longest], known[longest]):
+            context = self._kept.pop(longest)
+            self._evict()
+            return context
+        evicted = self._evict()
+        if evicted is None:
+            return self._new_context()
+        evicted.clear()  # its memory is of the right size
+        return evicted
+
+    def keep(self, context: Context) -> None:
+        """Keep `context` for requests that continue it."""
+        if context.tokens:
+            self._kept.append(context)
+
+    def drop_all(self) -> None:
+        self._kept.clear()
+
+    @property
+    def _full(self) -> bool:
+        """More is kept than may be beside the context in use."""
+        return self.nbytes > self.limit_bytes or len(self._kept) > self._most
+
+    def _worth(self, context: Context, known: int) -> bool:
+        """Whether a prompt that shares so many tokens may have `context`, which is cut back to them: a long
+        conversation is not given for its first question, while there is room for both."""
+        if known == 0:
+            return False
+        return 2 * known >= len(context.tokens) or self._full
+
+    def _evict(self) -> Context | None:
+        """Drop the longest unused until the rest is within the limit; the last one that went."""
+        evicted = None
+        while self._full:
+            evicted = self._kept.pop(0)
+        return evicted
 
 
 @dataclass

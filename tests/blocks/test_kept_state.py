@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers as hf
 
-from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.blocks.sizes import build_on_meta, model_shape
+from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
+from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.errors import UnsupportedModel
+from griffin_offload.kv_cache.store import width_of
 
 _SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 64}
 _HEADS: dict[str, Any] = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -54,7 +55,7 @@ def test_layers_of_different_heads_are_counted_one_by_one():
         sliding_window=16,
     )
     shape = model_shape(build_on_meta(config, torch.float32))
-    assert [shape.kv_width_of(layer) for layer in shape.layers] == [2 * 2 * 8, 2 * 2 * 16]
+    assert [width_of(shape, layer) for layer in shape.layers] == [2 * 2 * 8, 2 * 2 * 16]
     assert [layer.window for layer in shape.layers] == [16, None]
     assert (shape.kv_width, shape.attention_width) == (64, 4 * 16)
 

@@ -17,9 +17,9 @@ from transformers import PretrainedConfig
 
 from griffin_offload import GriffinModel
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
-from griffin_offload.checkpoint.changes import FileState, states_of
 from griffin_offload.checkpoint.config_files import load_config
 from griffin_offload.checkpoint.direct_io import Extent
+from griffin_offload.checkpoint.files import FileState, states_of
 from griffin_offload.checkpoint.registry import forget_kind, open_checkpoint, register_kind
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine.convert import convert

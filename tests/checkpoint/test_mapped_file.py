@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from griffin_offload import GriffinModel
-from griffin_offload.checkpoint.changes import file_mappings
+from griffin_offload.checkpoint.files import file_mappings
 from griffin_offload.checkpoint.safetensors import DTYPES as TYPES
 from griffin_offload.checkpoint.safetensors import map_file, read_header
 from griffin_offload.errors import CheckpointError

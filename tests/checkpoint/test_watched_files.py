@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from griffin_offload.checkpoint.changes import WatchedFiles, file_mappings, mapping_at, states_of
+from griffin_offload.checkpoint.files import WatchedFiles, file_mappings, mapping_at, states_of
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.checkpoint.safetensors import map_file
 from griffin_offload.errors import CheckpointChanged
@@ -135,7 +135,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from griffin_offload.errors import CheckpointChanged
 from griffin_offload.checkpoint.safetensors import map_file
-from griffin_offload.checkpoint.changes import WatchedFiles
+from griffin_offload.checkpoint.files import WatchedFiles
 path, watched_before = Path(sys.argv[1]), sys.argv[2]
 save_file({"x": torch.ones(1000, 1000)}, path)
 x = map_file(path)["x"]

@@ -8,7 +8,7 @@ from griffin_offload import GriffinModel
 from griffin_offload.cli.main import build_parser
 from griffin_offload.config import LatencyConfig
 from griffin_offload.errors import GriffinError
-from griffin_offload.evaluation import latency
+from griffin_offload.evaluation import speed
 
 COMMON = ("--device", "cpu", "--sizes", "24+6,12+8", "-r", 2, "--density", ".5,.25", "--selection", "magnitude,topk")
 
@@ -56,7 +56,7 @@ def test_a_long_answer_that_does_not_fit_leaves_the_short_one(cli):
 
 
 def test_what_was_measured_is_printed_when_something_stops_the_rest(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
-    time_generation, calls = latency.time_generation, []
+    time_generation, calls = speed.time_generation, []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -64,7 +64,7 @@ def test_what_was_measured_is_printed_when_something_stops_the_rest(cli, llama: 
             raise GriffinError("the disk is gone")
         return time_generation(*arguments)
 
-    monkeypatch.setattr(latency, "time_generation", failing)
+    monkeypatch.setattr(speed, "time_generation", failing)
     outcome = cli("eval", "latency", "-m", llama, "--max-mem", "1GB", "--json", *COMMON)
     assert (outcome.code, outcome.err) == (1, "griffin-offload: error: the disk is gone\n")
     assert [(row["density"], row["prompt_tokens"]) for row in outcome.json] == [(1, 24), (1, 12)]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from griffin_offload.devices import host_memory
+from griffin_offload.devices import memory
 
 LIMIT = 1_000_000_000
 GROUP = "box/inner"
@@ -18,10 +18,10 @@ def cgroup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     root = tmp_path / "memory" if v1 else tmp_path
     own = tmp_path / "own"
     own.write_text(f"5:devices:/\n4:memory:/{GROUP}\n0::/\n" if v1 else f"0::/{GROUP}\n")
-    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
-    monkeypatch.setattr(host_memory, "_OWN_CGROUP", own)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_CGROUP", own)
     monkeypatch.setattr(
-        host_memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * LIMIT, available=64 * LIMIT)
+        memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * LIMIT, available=64 * LIMIT)
     )
 
     def write(used: int, file: int, limit: int | str = LIMIT, group: str = GROUP, **files: int) -> None:
@@ -43,12 +43,12 @@ def cgroup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def free() -> int:
-    return host_memory.host_bytes()[0]
+    return memory.host_bytes()[0]
 
 
 def test_pages_of_files_on_a_disk_are_free(cgroup):
     cgroup(700_000_000, file=600_000_000)
-    assert host_memory.host_bytes() == (900_000_000, LIMIT)
+    assert memory.host_bytes() == (900_000_000, LIMIT)
 
 
 def test_files_in_memory_are_not(cgroup):
@@ -69,7 +69,7 @@ def test_the_tightest_group_above_counts(cgroup):
 
 def test_a_group_without_a_limit(cgroup):
     cgroup(100_000_000, file=0, limit=2**63 - 4096 if cgroup.v1 else "max")
-    assert host_memory.host_bytes() == (64 * LIMIT, 64 * LIMIT)
+    assert memory.host_bytes() == (64 * LIMIT, 64 * LIMIT)
 
 
 def test_a_group_whose_own_path_is_not_there(cgroup):

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from griffin_offload.devices.cpu import CpuDevice
-from griffin_offload.devices.host_memory import anonymous_bytes, give_back_freed
-from griffin_offload.devices.ledger import Ledger
+from griffin_offload.devices.memory import Ledger, anonymous_bytes, give_back_freed
 
 HELD_BYTES = 2**28
 

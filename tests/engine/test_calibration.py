@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import quantised_reference as ref
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, MAX_POSITIONS, write_checkpoint
@@ -19,9 +20,10 @@ from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine import calibration
 from griffin_offload.engine.build import build
-from griffin_offload.engine.calibration import CACHE_VARIABLE, Importance, importance_of
+from griffin_offload.engine.calibration import CACHE_VARIABLE, Importance, Inputs, importance_of, visit_inputs
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
 from griffin_offload.engine.convert import convert
+from griffin_offload.formats import get
 
 SEQUENCES, TOKENS, SKIPPED = 4, 128, 4
 
@@ -91,6 +93,66 @@ def test_mean_squares_of_inputs(checkpoints: Callable[..., Path], name: str, dty
             assert (found[layer].double() - squares).norm() < 0.1 * squares.norm(), layer
 
 
+@torch.no_grad()
+def _visited(directory: Path) -> tuple[list[dict[str, Tensor]], nn.Module]:
+    checkpoint = open_checkpoint(directory)
+    model = build(checkpoint)
+    decoder, blocks = find_feed_forwards(model, checkpoint.config.num_hidden_layers)
+    found: list[dict[str, Tensor]] = []
+
+    def visit(index: int, inputs: Inputs) -> None:
+        assert index == len(found)
+        found.append(dict(inputs))
+
+    visit_inputs(checkpoint, model, decoder, blocks, visit)
+    return found, model
+
+
+@pytest.mark.parametrize("name", ["llama2", "gpt2", "phi3", "opt", "gemma3"])
+def test_inputs_layer_by_layer(checkpoints: Callable[..., Path], name: str):
+    """Their mean squares over the first sequences are those that are measured for every prompt; down is among them."""
+    directory = checkpoints(name, torch.float32)
+    found, model = _visited(directory)
+    _stock(model)
+    squares, down = _expected(directory, name), ARCHITECTURES[name].down.partition("{i}.")[2]
+    assert {f"{i}.{name}" for i, inputs in enumerate(found) for name in inputs if name != down} == squares.keys()
+    length = min(TOKENS, MAX_POSITIONS)
+    for index, inputs in enumerate(found):
+        assert down in inputs
+        assert len({len(x) for x in inputs.values()}) == 1
+        for linear, x in inputs.items():
+            assert x.shape[0] % length == 0
+            assert x.shape[0] > SEQUENCES * length
+            if linear != down:
+                sequences = x.view(-1, length, x.shape[1])[:SEQUENCES, SKIPPED:]
+                first = sequences.double().square().mean((0, 1))
+                torch.testing.assert_close(first, squares[f"{index}.{linear}"], rtol=1e-3, atol=1e-6)
+
+
+def test_modules_with_the_same_inputs_share_them(checkpoints: Callable[..., Path]):
+    inputs = _visited(checkpoints("llama2"))[0][1]
+    attention, feed_forward = (f"self_attn.{name}_proj" for name in "qkv"), ("mlp.gate_proj", "mlp.up_proj")
+    for names in (attention, feed_forward):
+        assert len({id(inputs[name]) for name in names}) == 1
+    assert len({id(x) for x in inputs.values()}) == 4
+
+
+def test_converting_makes_up_for_errors(checkpoints: Callable[..., Path], tmp_path: Path):
+    """Products with the inputs of the page err less than those of matrices that were rounded to the nearest."""
+    directory = checkpoints("llama2", torch.float32)
+    convert(directory, tmp_path / "out", "int4")
+    shard = load_file(tmp_path / "out" / "model-00002-of-00004.safetensors")
+    stored = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    for name, x in _visited(directory)[0][1].items():
+        weight = stored[f"model.layers.1.{name}.weight"]
+        tensors = {key: shard[f"model.layers.1.{name}.{key}"] for key in ("weight", "groups")}
+        kind = "input_scale" if name.endswith("down_proj") else "scale"
+        tensors[kind] = shard[f"model.layers.1.{name}.{kind}"]
+        plain = get("int4").quantize(weight, torch.float32, is_down=kind == "input_scale")
+        errors = [(x.double() @ (ref.int4_matrix(of) - weight).t()).norm() for of in (tensors, plain)]
+        assert errors[0] < 0.95 * errors[1], name
+
+
 def test_nothing_is_left_behind(checkpoints: Callable[..., Path]):
     """Neither hooks nor forwards of ours, whether it succeeds or fails."""
     directory = checkpoints("llama2", torch.bfloat16)
@@ -129,7 +191,7 @@ def test_the_cache_is_used(checkpoints: Callable[..., Path], cache: Path, passes
     assert not torch.equal(other["1.mlp.gate_proj"], first["1.mlp.gate_proj"])
 
 
-def test_loading_and_converting_share_it(checkpoints: Callable[..., Path], tmp_path: Path, passes: list[int]):
+def test_loading_shares_it_and_converting_needs_none(checkpoints, tmp_path: Path, passes: list[int]):
     from griffin_offload import GriffinModel
 
     for _ in range(2):
@@ -137,7 +199,6 @@ def test_loading_and_converting_share_it(checkpoints: Callable[..., Path], tmp_p
     convert(checkpoints("llama2"), tmp_path / "out", "int4")
     assert passes == [1]
     GriffinModel.from_pretrained(tmp_path / "out", device="cpu", max_gpu_mem="100MB").close()
-    convert(checkpoints("reglu"), tmp_path / "int8", "int8")  # which asks for none
     assert passes == [1]
 
 
@@ -200,6 +261,7 @@ def test_without_a_tokenizer_all_inputs_count_alike(tmp_path: Path, passes: list
     write_checkpoint("llama2", tmp_path / "model")
     assert _importance(tmp_path / "model")[0] == {}
     assert passes == []
+    assert _visited(tmp_path / "model")[0] == [{}] * 3
     convert(tmp_path / "model", tmp_path / "out", "int4")
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from griffin_offload import GriffinModel
 from griffin_offload.engine import cpu_modules, spec
 from griffin_offload.kernels import table
-from griffin_offload.kernels.attention import attend
+from griffin_offload.kernels.attention_and_norm import attend
 from griffin_offload.kernels.library import library
 
 needs_kernel = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel, UsageError
-from griffin_offload.blocks.towers import LeftOut
+from griffin_offload.blocks.layouts import LeftOut
 from griffin_offload.checkpoint.registry import read_config
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine.convert import convert

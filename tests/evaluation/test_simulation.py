@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
 from griffin_offload.engine.convert import convert
-from griffin_offload.evaluation import pass_size
+from griffin_offload.evaluation import simulated_pass
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import simulate
 from griffin_offload.method.variants import Variant
@@ -46,8 +46,8 @@ def _generated(model: GriffinModel, prompt: Tensor) -> tuple[Sample, Tensor]:
 @pytest.fixture(params=["all rows at once", "few rows and positions at once"])
 def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     if request.param != "all rows at once":
-        monkeypatch.setattr(pass_size, "_TOKENS_AT_ONCE", 160)
-        monkeypatch.setattr(pass_size, "_POSITIONS_AT_ONCE", 5)
+        monkeypatch.setattr(simulated_pass, "_TOKENS_AT_ONCE", 160)
+        monkeypatch.setattr(simulated_pass, "_POSITIONS_AT_ONCE", 5)
 
 
 @pytest.mark.usefixtures("_pieces")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats import base
+from griffin_offload.formats.base import neuron_scale, row_scale
 from griffin_offload.formats.int4 import (
     INT4,
     gather_neurons,
@@ -23,7 +24,6 @@ from griffin_offload.formats.int4 import (
     unpack_strip,
     write_neurons,
 )
-from griffin_offload.formats.scales import neuron_scale, row_scale
 from griffin_offload.kernels import table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from griffin_offload.demo import demo_directory
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats import base
+from griffin_offload.formats.base import neuron_scale, row_scale
 from griffin_offload.formats.int8 import INT8
-from griffin_offload.formats.scales import neuron_scale, row_scale
 from griffin_offload.kernels import table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from griffin_offload.errors import CheckpointError
-from griffin_offload.formats import int4, scales
+from griffin_offload.formats import base, int4
 from griffin_offload.formats.int8 import INT8
 from griffin_offload.kernels import quantize as quantizing
 from griffin_offload.kernels import table
@@ -76,7 +76,7 @@ def _same_but_for_ties(found: int4.Packed, expected: int4.Packed) -> None:
 @settings(max_examples=60)
 @given(matrices(st.integers(1, 20), st.sampled_from([32, 64, 96, 512, 544, 1600])), st.data())
 def test_int4_rows(weight: Tensor, data: st.DataObject):
-    scale, importance = scales.row_scale(weight, torch.float32), _importance(data.draw, weight.shape[1])
+    scale, importance = base.row_scale(weight, torch.float32), _importance(data.draw, weight.shape[1])
     found = int4.quantize_rows(weight, scale, importance)
     with _by_torch():
         expected = int4.quantize_rows(weight, scale, importance)
@@ -114,22 +114,22 @@ def test_neurons_are_the_rows_of_the_matrix_turned_around(weight: Tensor, data: 
 @settings(max_examples=60)
 @given(matrices(st.integers(1, 20), WIDTHS))
 def test_norms_of_rows(weight: Tensor):
-    found = scales.row_scale(weight, torch.float32)
+    found = base.row_scale(weight, torch.float32)
     exact = weight.double().square().mean(1).sqrt()
     torch.testing.assert_close(found.double(), exact, rtol=1e-7, atol=0)
     with _by_torch():
-        torch.testing.assert_close(scales.row_scale(weight, torch.float32), found, rtol=2e-7, atol=0)
+        torch.testing.assert_close(base.row_scale(weight, torch.float32), found, rtol=2e-7, atol=0)
 
 
 @needs_kernels
 @settings(max_examples=60)
 @given(matrices(st.integers(1, 20), WIDTHS))
 def test_norms_of_columns(weight: Tensor):
-    found = scales.neuron_scale(weight, torch.float32)
+    found = base.neuron_scale(weight, torch.float32)
     exact = weight.double().square().mean(0).sqrt()
     torch.testing.assert_close(found.double(), exact, rtol=1e-7, atol=0)
     with _by_torch():
-        assert torch.equal(scales.neuron_scale(weight, torch.float32), found)
+        assert torch.equal(base.neuron_scale(weight, torch.float32), found)
 
 
 @needs_kernels
@@ -142,8 +142,8 @@ def test_one_number_that_is_none_is_found_anywhere(value: float, place: int):
     for quantise in (
         lambda: INT8.scale_of(weight, torch.float32),
         lambda: INT8.scale_of(weight, torch.float32, columns),
-        lambda: scales.neuron_scale(weight, torch.float32),
-        lambda: scales.row_scale(weight, torch.float32),
+        lambda: base.neuron_scale(weight, torch.float32),
+        lambda: base.row_scale(weight, torch.float32),
     ):
         with pytest.raises(CheckpointError, match="infinities or NaN"):
             quantise()

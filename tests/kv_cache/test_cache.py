@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationCo
 
 from griffin_offload import DoesNotFit, GriffinError, GriffinModel, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
-from griffin_offload.kv_cache.sizes import kv_bytes
+from griffin_offload.kv_cache.store import kv_bytes
 
 WINDOW, ROLLBACK, SLACK = 16, 32, 64
 HEADS, SIZE = 2, 4

@@ -10,10 +10,11 @@ from tiny_models import ARCHITECTURES, VOCAB
 from transformers import LlamaConfig
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
-from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, build_on_meta, model_shape
+from griffin_offload.blocks.layouts import build_on_meta
+from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, model_shape
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.formats import Format, every, get
-from griffin_offload.kv_cache.sizes import Workload, kv_bytes
+from griffin_offload.kv_cache.store import Workload, kv_bytes
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.plan import price
 from griffin_offload.planner.request import PlanRequest

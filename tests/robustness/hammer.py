@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels import attention, gemm, gemv, quantize, rms_norm
+from griffin_offload.kernels import attention_and_norm, gemm, gemv, quantize
 from griffin_offload.kernels import gather as gathering
 from griffin_offload.kernels import library as compiled
 
@@ -72,12 +72,12 @@ def attend(r: random.Random, library: compiled.Library) -> None:
     key = torch.randn(batch, kv_heads, tokens + 3, size).to(dtype)[:, :, 3:]
     value = torch.randn(batch, kv_heads, tokens + 5, value_size).to(dtype)[:, :, 5:]
     masks = [None, torch.rand(batch, 1, 1, tokens) < 0.7, torch.randn(1, kv_heads * shared, 1, tokens)]
-    attention.attend(query, key, value, r.choice(masks), 0.3)
+    attention_and_norm.attend(query, key, value, r.choice(masks), 0.3)
 
 
 def norms(r: random.Random, library: compiled.Library) -> None:
     size, dtype = r.randint(1, 300), r.choice(HALVES)
-    rms_norm.rms_norm(_numbers(r, r.randint(1, 5), size, dtype), torch.randn(size).to(dtype), 1e-6)
+    attention_and_norm.rms_norm(_numbers(r, r.randint(1, 5), size, dtype), torch.randn(size).to(dtype), 1e-6)
 
 
 def quantise(r: random.Random, library: compiled.Library) -> None:
@@ -139,7 +139,7 @@ def load(path: str) -> compiled.Library:
     """The library at `path` in place of the installed one, on threads that sanitizers understand."""
     library = compiled.Library(path)
     library._parallel = ctypes.cast(library._functions.plain_threads, ctypes.c_void_p)
-    for module in (attention, gathering, rms_norm, quantize):
+    for module in (attention_and_norm, gathering, attention_and_norm, quantize):
         module.library = lambda: library  # type: ignore[attr-defined]
     return library
 

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from griffin_offload import GriffinModel
 from griffin_offload.demo import demo_directory
 from griffin_offload.engine.convert import convert
-from griffin_offload.formats import int4, scales
+from griffin_offload.formats import base, int4
 from griffin_offload.formats.int8 import INT8
-from griffin_offload.kernels import attention, gemv, rms_norm
+from griffin_offload.kernels import attention_and_norm, gemv
 from griffin_offload.kernels.library import library
 
 OTHER_TYPES = (torch.bfloat16, torch.float16, torch.float64)
@@ -247,16 +247,16 @@ def test_kernels_under_a_default_type(default: torch.dtype):
                 [
                     scale,
                     numbers,
-                    scales.neuron_scale(weight, torch.float32),
-                    scales.row_scale(weight, torch.float32),
+                    base.neuron_scale(weight, torch.float32),
+                    base.row_scale(weight, torch.float32),
                     *(rows := int4.quantize_rows(weight, ones[:70], ones)),
                     *(neurons := int4.quantize_neurons(weight[:64], ones, ones[:64])),
                     kernels.multiply_int4_rows(x, *rows, ones[:70]),
                     kernels.multiply_int4_strips(x, *_strips(neurons), ones.bfloat16()),
                     kernels.multiply_int8(x, numbers, scale),
                     kernels.multiply_floats(x, weight.bfloat16()),
-                    attention.attend(query, key, key, seen, 0.25),
-                    rms_norm.rms_norm(x, ones.bfloat16(), 1e-6),
+                    attention_and_norm.attend(query, key, key, seen, 0.25),
+                    attention_and_norm.rms_norm(x, ones.bfloat16(), 1e-6),
                 ]
             )
     for found, expected in zip(*results, strict=True):

@@ -5,8 +5,7 @@ import torch
 
 from griffin_offload import DoesNotFit, GriffinModel
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.serving.model_manager import session_limit
-from griffin_offload.serving.prefix_cache import PrefixCache
+from griffin_offload.serving.model_manager import PrefixCache, session_limit
 
 
 def say(model: GriffinModel, sessions: PrefixCache, *ids: int) -> Context:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from griffin_offload.blocks.hooks import ChunkedForward
-from griffin_offload.engine.runner import ModelRunner
+from griffin_offload.engine.prompt_passes import PromptPasses
 from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.serving.queue import Job
 
@@ -117,10 +117,10 @@ def test_a_client_that_leaves_while_the_prompt_streams(chatty, serve_one, monkey
     """After the layer that is being computed; hooks and weights are as before."""
     layers: list[int] = []
     begun, go = threading.Event(), threading.Event()
-    prefill = ModelRunner._prefill
+    prefill = PromptPasses.prefill
 
-    def slow(engine: ModelRunner, *args: Any) -> Any:
-        ask = engine.progress
+    def slow(passes: PromptPasses, *args: Any) -> Any:
+        ask = passes.progress
 
         def progress(done: int, of: int) -> None:
             layers.append(done)
@@ -129,12 +129,12 @@ def test_a_client_that_leaves_while_the_prompt_streams(chatty, serve_one, monkey
                 assert go.wait(LONGEST_S)
             ask(done, of)
 
-        engine.progress = progress
-        return prefill(engine, *args)
+        passes.progress = progress
+        return prefill(passes, *args)
 
     with serve_one(chatty) as one:
         expected = one.post(BODY | {"prompt": "a boat"}).json()["choices"][0]["text"]
-        monkeypatch.setattr(ModelRunner, "_prefill", slow)
+        monkeypatch.setattr(PromptPasses, "prefill", slow)
         leaving = Leaving(one, BODY)
         assert begun.wait(LONGEST_S)
         leaving.leave()

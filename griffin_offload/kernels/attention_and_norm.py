@@ -1,7 +1,8 @@
-"""Attention of one new token over 16-bit keys and values (attention.c).
+"""What a new token passes beside its matrices: attention over 16-bit keys and values (attention.c), and norms
+(rms_norm.c).
 
-torch's kernel is made for many queries: for one it reads keys and values at a tenth of the memory's rate, and emulates
-every product where the processor has no instructions for 16 bits (benchmarks/NOTES.md).
+torch's kernel of attention is made for many queries: for one it reads keys and values at a tenth of the memory's rate,
+and emulates every product where the processor has no instructions for 16 bits (benchmarks/NOTES.md).
 """
 
 import struct
@@ -17,14 +18,17 @@ _ATTENTION = struct.Struct("@6P17qf")
 """The struct Attention of attention.c."""
 
 
-def takes(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> bool:
+def takes_token(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any
+) -> bool:
     """Whether `attend` takes these: one token, 16 bits, on the CPU, numbers of a token side by side; and no option of
     transformers' that changes what is computed, or that the stock function refuses."""
     if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[2] == 1):
         return False
     if not query.dtype == key.dtype == value.dtype or options.get("dropout"):
         return False
-    if any(options.get(name) is not None for name in ("position_bias", "softcap", "cache")):
+    asked = options.get  # one by one: this is asked in every layer for every token
+    if asked("position_bias") is not None or asked("softcap") is not None or asked("cache") is not None:
         return False
     return key.stride(3) == value.stride(3) == 1 and not any(map(needs_gradient, (query, key, value)))
 
@@ -62,7 +66,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
             raise ValueError(f"the mask, on {added.device}, must be in the CPU's memory")
         mask_strides = (added.stride(0), added.stride(1), added.stride(3))
     job = _ATTENTION.pack(
-        *(0 if part is None else part.data_ptr() for part in (floats, key, value, added, scores, output)),
+        *[0 if part is None else part.data_ptr() for part in (floats, key, value, added, scores, output)],
         *(batch, kv_heads, heads // kv_heads, tokens, size, value.shape[3], NUMBER_TYPES[key.dtype]),
         torch.get_num_threads(),
         *(*key.stride()[:3], *value.stride()[:3], *mask_strides),
@@ -81,3 +85,33 @@ def _added(mask: Tensor) -> Tensor:
 def attending_bytes(samples: int, heads: int, width: int, tokens: int) -> int:
     """What `attend` has in float32 for queries of `width` numbers over `tokens`: queries, results, scores, a mask."""
     return samples * (2 * width + 2 * heads * tokens) * _FLOAT_BYTES
+
+
+# Root mean square norm of a few 16-bit rows (rms_norm.c): one call in place of eight small ones.
+
+
+ROWS = 32
+"""Up to so many rows one thread is faster than torch's operators."""
+_NORM = struct.Struct("@3P3qf")
+"""The struct Norm of rms_norm.c."""
+
+
+def takes_rows(x: Tensor, weight: Tensor, *beside: object) -> bool:
+    """Whether `rms_norm` takes these: a few rows of 16 bits on the CPU."""
+    alike = x.dtype == weight.dtype and weight.is_contiguous() and x.is_contiguous()
+    few = 0 < x.numel() <= ROWS * weight.numel() and x.shape[-1:] == weight.shape
+    return alike and few and not needs_gradient(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *beside: object) -> Tensor:
+    """x [..., H] over the root of its mean square and `epsilon`, rounded, times `weight` [H]: as x."""
+    found = library()
+    assert found is not None, "the table was not asked"
+    if x.dtype not in HALVES or x.shape[-1:] != weight.shape:
+        raise ValueError(f"x, {tuple(x.shape)} of {x.dtype}, must be of 16-bit rows of {weight.numel()}")
+    check(x, x.shape, name="x")
+    check(weight, weight.shape, x.dtype, "the weight")
+    normed, size = torch.empty_like(x), weight.numel()
+    where = (x.data_ptr(), weight.data_ptr(), normed.data_ptr())
+    found.call("rms_norm", _NORM.pack(*where, x.numel() // size, size, NUMBER_TYPES[x.dtype], epsilon))
+    return normed

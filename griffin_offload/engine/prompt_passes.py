@@ -1,0 +1,135 @@
+"""How neurons come to be resident: the streamed pass of a prompt chooses them; or they were chosen before, by the
+prompt of a context or of a caller's KV cache, and are gathered again.
+"""
+
+import time
+import uuid
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from griffin_offload.engine.generation import GenerationState, tokens_of
+from griffin_offload.engine.layer_pass import DecoderLayers, Progress
+from griffin_offload.engine.prefill import StreamedPass, grouped, sums_until
+from griffin_offload.engine.report import PrefillReport
+from griffin_offload.engine.residents import materialise
+from griffin_offload.engine.stock import StockForward
+from griffin_offload.errors import GriffinError
+from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
+from griffin_offload.transformers_api import CACHE
+
+
+class PromptPasses:
+    """Forwards of prompts through a loaded model, and what they choose. Nothing here asks for memory or books it."""
+
+    def __init__(
+        self, layers: DecoderLayers, device: torch.device, *, chooses: bool, skips_tokens: bool, forward: StockForward
+    ) -> None:
+        """`chooses`: layers are streamed, so that prompts choose. `skips_tokens`: some layers are passed by the tokens
+        alone whose logits are asked for. `forward` is the stock model's."""
+        self._layers, self._device, self._forward = layers, device, forward
+        self._chooses, self._skips_tokens = chooses, skips_tokens
+        self._key = uuid.uuid4().hex
+        self.last: PrefillReport | None = None
+        self.progress: Progress | None = None
+        self.progress_between: Progress | None = None
+        """The same for streamed passes between two tokens of an answer."""
+
+    def prefill(
+        self, mask: Tensor, context: Context | None, args: Any, kwargs: Any, start: int | None = None
+    ) -> tuple[Any, StreamedPass]:
+        """The streamed pass over a prompt's tokens, the first of which is number `start`, by default that behind the
+        context's, whose earlier ones choose, too."""
+        self.last = None  # until this prompt has chosen its neurons, none are
+        seams = seams_of(mask.shape[1]) if context is not None and not context.tokens else []
+        groups, choosing = grouped(mask, seams)
+        streamed = StreamedPass(
+            self._layers,
+            groups,
+            earlier=context.squared if context is not None else None,
+            choosing_groups=choosing,
+            keep=context is not None,
+            progress=self.progress,
+        )
+        with streamed:
+            output = self._forward(*args, **self._for_every_token(kwargs, mask.shape[1]))
+        if streamed.unvisited:
+            raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
+        if context is not None:
+            start = len(context.tokens) if start is None else start
+            context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, start)
+            context.selected = self._layers.selected
+            if seams and streamed.sums:
+                context.mark_seams(seams, sums_until(streamed.sums, groups, seams))
+        self.last = streamed.report()
+        return output, streamed
+
+    def between_tokens(
+        self, inputs: dict[str, Any], context: Context, *, choose: bool, each: bool
+    ) -> tuple[Any, StreamedPass]:
+        """A streamed pass over `inputs` behind `context`, between two tokens of its answer: (the model's output, the
+        pass with its s^2 [1, G, F] by layer), G being one, or with `each` the tokens."""
+        tokens, device = tokens_of(inputs).shape[1], self._device
+        groups = torch.eye(tokens, dtype=torch.float32, device=device)
+        groups = groups if each else torch.ones_like(groups[:1])
+        earlier, progress = context.squared, self.progress_between
+        streamed = StreamedPass(
+            self._layers, groups[None], earlier=earlier, choose=choose, keep=True, progress=progress
+        )
+        with streamed:
+            output = self._forward(**self._for_every_token(inputs, tokens), return_dict=True)
+        if choose:
+            context.selected = self._layers.selected
+        return output, streamed
+
+    def _for_every_token(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+        """`kwargs` with which every one of `tokens` passes all layers: those that read other layers' KV entries are
+        passed by the tokens alone whose logits are asked for by number, but not by place, and every token chooses."""
+        keep = kwargs.get("logits_to_keep")
+        if not self._skips_tokens or not isinstance(keep, int) or not keep:
+            return kwargs
+        places = torch.arange(tokens - min(keep, tokens), tokens, dtype=torch.int64, device=self._device)
+        return kwargs | {"logits_to_keep": places}
+
+    def resume(self, context: Context, tokens: int) -> None:
+        """Make the compact parameters those that `context` chose, if another one has chosen since; `tokens` go on."""
+        start, before = time.perf_counter(), self._layers.fetched_bytes
+        self._gather(context.selected)
+        seconds, fetched_bytes = time.perf_counter() - start, self._layers.fetched_bytes - before
+        kept = context.share_kept(self._layers.config.batch_statistic, len(self._layers.decoder))
+        self.last = PrefillReport(tokens, seconds, fetched_bytes, 0.0, seconds, kept, None)
+
+    def go_on(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        """The tokens behind a KV cache of the caller's: of residents, as every forward with a filled one."""
+        start, before = time.perf_counter(), self._layers.fetched_bytes
+        chosen = self.adopt(arguments[CACHE])
+        output = self._forward(*args, **kwargs)
+        seconds, fetched_bytes = time.perf_counter() - start, self._layers.fetched_bytes - before
+        tokens = tokens_of(arguments).shape[0] * (run.prompt_tokens - run.past_tokens)
+        kept = 1.0 if chosen is None else chosen.activation_kept
+        self.last = PrefillReport(tokens, seconds, fetched_bytes, 0.0, 0.0, kept, None)
+        return output
+
+    def adopt(self, cache: Any) -> Chosen | None:
+        """Make resident what the prompt in `cache` chose, if another one has chosen since; None where all neurons are.
+        GriffinError if no prompt of this model has filled it."""
+        if not self._chooses:
+            return None
+        chosen = chosen_for(cache)
+        if chosen is None or chosen.engine != self._key:
+            raise GriffinError(
+                "the KV cache is filled but no neurons are chosen for it: no prompt was streamed into it by this model"
+            )
+        self._gather(chosen.selected)
+        return chosen
+
+    def note_chosen(self, cache: Any) -> None:
+        """The neurons that are resident are those that `cache` goes on with."""
+        if self._chooses and self.last is not None:
+            remember(cache, Chosen(self._key, self._layers.selected, self.last.activation_kept))
+
+    def _gather(self, selected: dict[int, Tensor]) -> None:
+        if self._layers.selected is not selected:
+            self.last = None
+            materialise(self._layers, selected, self._layers.stream.dtype)

@@ -1,0 +1,160 @@
+"""Int4 whose errors later inputs make up for, against least squares solved anew for every input, in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import quantised_reference as ref
+import torch
+from griffin_offload.formats.scales import neuron_scale, row_scale
+from torch import Tensor
+
+from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation
+from griffin_offload.formats.int4 import (
+    Packed,
+    compensated_neurons,
+    compensated_rows,
+    quantize_neurons,
+    quantize_rows,
+)
+
+GROUP = ref.GROUP
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _inputs(tokens: int, inputs: int) -> Tensor:
+    """[T, I], which go together, and of which some are large."""
+    x = _random(tokens, inputs, seed=1) + _random(tokens, 8, seed=2) @ _random(8, inputs, seed=3)
+    return x * torch.exp(_random(inputs, seed=4))
+
+
+def _moments(x: Tensor) -> Tensor:
+    """[I, I], shrunk towards their diagonal, which has a floor."""
+    moments = x.double().t() @ x.double() / len(x)
+    own = moments.diagonal() + FLOOR * moments.diagonal().sqrt().mean() ** 2
+    return (1 - SHRINKING) * moments + SHRINKING * own.diag()
+
+
+def _objective(x: Tensor, change: Tensor) -> float:
+    """Of a change [O, I] of the weights."""
+    return float(((change.double() @ _moments(x)) * change.double()).sum())
+
+
+def _in_order(counts: Tensor, *, neurons: bool) -> list[int]:
+    """Indices of inputs, or of whole groups, from those that count most on."""
+    if neurons:
+        return sorted(range(len(counts)), key=lambda i: -float(counts[i]))
+    groups = sorted(range(len(counts) // GROUP), key=lambda g: -float(counts[g * GROUP : (g + 1) * GROUP].sum()))
+    return [g * GROUP + i for g in groups for i in range(GROUP)]
+
+
+def _by_least_squares(weight: Tensor, stored: ref.Int4, moments: Tensor, order: list[int]) -> Tensor:
+    """Levels [O, I] of `weight` [O, I]: one input after another goes to its nearest level, and all that are left become
+    what errs least. Steps and offsets [O, I] are those that were stored."""
+    now, levels = weight.double().clone(), torch.zeros(weight.shape)
+    for at, i in enumerate(order):
+        grid = stored.step[:, i, None] * (torch.arange(16).double() + stored.offset[:, i, None])
+        levels[:, i] = (grid - now[:, i, None]).abs().argmin(-1)
+        missed = now[:, i] - grid.gather(1, levels[:, i, None].long())[:, 0]
+        rest = torch.tensor(order[at + 1 :], dtype=torch.long)
+        now[:, rest] += missed[:, None] * torch.linalg.solve(moments[rest][:, rest], moments[rest, i])
+    return levels
+
+
+SIZES = pytest.mark.parametrize("tokens", [20, 400], ids=["fewer tokens than inputs", "more"])
+
+
+@SIZES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows(tokens: int, dtype: torch.dtype):
+    weight, x = _random(12, 128, seed=5).to(dtype), _inputs(tokens, 128)
+    scale = row_scale(weight, torch.float32)
+    compensation = Compensation(x, grouped=True)
+    codes, groups = compensated_rows(weight, scale, compensation)
+    stored = ref.Int4.of_bytes(codes, groups)
+    order = _in_order(_moments(x).diagonal(), neurons=False)
+    expected = _by_least_squares(weight / scale[:, None], stored, _moments(x), order)
+    assert (stored.levels == expected).all(1).sum() >= 11  # but for ties, behind which all is another
+    first = slice(order[0], order[0] + GROUP)
+    _, expected_groups = quantize_rows(weight[:, first].contiguous(), scale, compensation.importance[first])
+    assert torch.equal(groups[:, order[0] // GROUP], expected_groups[:, 0])
+
+
+@SIZES
+def test_neurons(tokens: int):
+    """Whose scales are part of what their inputs are worth."""
+    columns, x = _random(64, 96, seed=6) * torch.exp(_random(96, seed=7)), _inputs(tokens, 96)
+    scale = neuron_scale(columns, torch.float32)
+    codes, groups = compensated_neurons(columns, scale, Compensation(x, grouped=False))
+    stored = ref.Int4.of_bytes(codes, groups)  # [I, O]
+    turned = ref.Int4(stored.levels.t(), stored.step.t(), stored.offset.t())
+    moments = scale.double()[:, None] * _moments(x) * scale.double()
+    expected = _by_least_squares(columns / scale, turned, moments, _in_order(_moments(x).diagonal(), neurons=True))
+    assert (turned.levels == expected).all(1).sum() >= 60
+
+
+def _values(found: Packed, scale: Tensor) -> Tensor:
+    return ref.Int4.of_bytes(*found).values * scale.double()[:, None]
+
+
+@SIZES
+def test_products_err_less_than_those_of_what_is_nearest(tokens: int):
+    weight, x = _random(96, 256, seed=8), _inputs(tokens, 256)
+    scale = row_scale(weight, torch.float32)
+    ways = compensated_rows(weight, scale, Compensation(x, grouped=True)), quantize_rows(weight, scale)
+    errors = [_objective(x, _values(found, scale) - weight) for found in ways]
+    assert errors[0] < 0.7 * errors[1]
+    scale = neuron_scale(weight, torch.float32)
+    ways = compensated_neurons(weight, scale, Compensation(x, grouped=False)), quantize_neurons(weight, scale)
+    errors = [_objective(x, _values(found, scale).t() - weight) for found in ways]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def _with(x: Tensor, columns: slice, value: float) -> Tensor:
+    x[:, columns] = value
+    return x
+
+
+ODD: dict[str, Callable[[], Tensor]] = {
+    "no input counts": lambda: torch.zeros(5, 96),
+    "some are never anything": lambda: _with(_inputs(30, 96), slice(3, 40), 0),
+    "none is a number": lambda: _with(_inputs(30, 96), slice(7, 8), float("nan")),
+    "one token": lambda: _inputs(1, 96),
+    "inputs that are the same": lambda: _random(30, 1, seed=9).expand(30, 96),
+    "tiny": lambda: _inputs(30, 96) * 1e-12,
+    "large": lambda: _inputs(30, 96) * 1e12,
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_inputs(kind: str):
+    """Codes are some: every number comes back within a step or two of what makes up for others."""
+    weight, x = _random(32, 96, seed=10), ODD[kind]()
+    weight[4] = 0
+    scale, norms = row_scale(weight, torch.float32), neuron_scale(weight, torch.float32)
+    rows = _values(compensated_rows(weight, scale, Compensation(x, grouped=True)), scale)
+    neurons = _values(compensated_neurons(weight, norms, Compensation(x, grouped=False)), norms).t()
+    assert not rows[4].any()
+    for values in (rows, neurons):
+        assert (values - weight).norm() < 0.5 * weight.norm()
+
+
+def test_tokens_that_are_no_numbers_say_nothing():
+    weight, x = _random(8, 96, seed=12), _inputs(30, 96)
+    scale, broken = row_scale(weight, torch.float32), x.clone()
+    broken[4, 9], broken[20, 90] = float("inf"), float("nan")
+    kept = x[[i for i in range(30) if i not in (4, 20)]]
+    found, expected = (compensated_rows(weight, scale, Compensation(of, grouped=True)) for of in (broken, kept))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_inputs_that_never_are_anything_make_up_for_nothing():
+    """And nothing makes up for them: they are rounded to the nearest."""
+    weight = _random(8, 96, seed=11)
+    scale = row_scale(weight, torch.float32)
+    found = compensated_rows(weight, scale, Compensation(torch.zeros(7, 96), grouped=True))
+    stored = ref.Int4.of_bytes(*found)
+    assert torch.equal(stored.levels.long(), stored.nearest(weight / scale[:, None]))
