@@ -102,6 +102,8 @@ class LoadConfig:
     cuda_graphs: bool = True
     """On CUDA, capture the decode of one token and replay it; off: every kernel is launched by itself."""
     offline: bool = False
+    adapter: str | None = None
+    """Directory or hub id of a LoRA adapter (peft), which is merged into the weights while they pass."""
     always_stream: bool = False
     """Stream layers that fit whole, too: for tests and measurements of the streamed pass."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from griffin_offload.checkpoint.adapter import with_adapter
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import load_config
 from griffin_offload.checkpoint.converted import ConvertedCheckpoint, mark_of, open_converted
@@ -33,10 +34,14 @@ def forget_kind(opener: Opener) -> None:
     _KINDS.remove(opener)
 
 
-def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
-    """Find the file, directory or hub id `model` and check its headers. Errors: UsageError, ModelNotFound,
-    CheckpointError, UnsupportedModel. No weight is read."""
-    path = locate(model, offline=offline)
+def open_checkpoint(model: str | Path, *, offline: bool = False, adapter: str | Path | None = None) -> Checkpoint:
+    """Find the file, directory or hub id `model` and check its headers; the LoRA `adapter`, a directory or hub id, is
+    merged into it. Errors: UsageError, ModelNotFound, CheckpointError, UnsupportedModel. No weight is read."""
+    found = _opened(model, locate(model, offline=offline))
+    return found if adapter is None else with_adapter(found, locate(adapter, offline=offline))
+
+
+def _opened(model: str | Path, path: Path) -> Checkpoint:
     if path.is_dir():
         _check_readable(path)
     for kind in _KINDS:

@@ -95,8 +95,7 @@ def refuse_what_is_no_checkpoint(directory: Path) -> None:
     refuse_gguf_in(directory)
     if (directory / "adapter_config.json").is_file():
         raise UnsupportedModel(
-            f"{directory} holds an adapter (PEFT), no whole model: merge it into its base with merge_and_unload() and "
-            "save_pretrained() of peft"
+            f"{directory} holds an adapter (PEFT), no whole model: give its base model, and this directory as --adapter"
         )
     if (directory / "params.json").is_file():
         raise UnsupportedModel(

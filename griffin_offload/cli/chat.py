@@ -280,7 +280,7 @@ def chat(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     if arguments.load is not None:
         read_notes(arguments.load)  # a file that is none is told before the model is looked for
-    checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline)
+    checkpoint = open_checkpoint(model_of(arguments), offline=arguments.offline, adapter=arguments.adapter)
     if arguments.load is not None:
         adopt_saved(arguments.load, options, checkpoint)
     tokenizer = checkpoint.tokenizer()

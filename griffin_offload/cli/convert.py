@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from griffin_offload.cli.options import add_model_option, model_of, quiet_libraries
+from griffin_offload.cli.options import add_adapter_option, add_model_option, model_of, quiet_libraries
 from griffin_offload.config import FORMAT_NAMES, TABLE_FORMATS
 from griffin_offload.units import format_bytes
 
@@ -24,6 +24,7 @@ def add_parser(commands: Any) -> None:
         help="bits of embeddings and head (default: as stored)",
     )
     add_model_option(parser)
+    add_adapter_option(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.set_defaults(command=convert)
 
@@ -48,6 +49,7 @@ def convert(arguments: argparse.Namespace) -> int:
             arguments.quantize,
             tables=TABLE_FORMATS[arguments.embeddings],
             offline=arguments.offline,
+            adapter=arguments.adapter,
             progress=progress,
         )
     if arguments.json:

@@ -201,6 +201,11 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
+def add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    """A LoRA adapter."""
+    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter (peft) to merge into the weights as they pass")
+
+
 def add_memory_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     """The budget, where the weights rest and how they are computed with; the group, for more of its kind."""
     group = parser.add_argument_group("memory")
@@ -216,6 +221,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGr
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What a plan depends on: the model, the budget, the density, under the names of `LoadConfig`."""
     add_model_option(parser)
+    add_adapter_option(parser)
     add = add_memory_options(parser).add_argument
     add("--ctx-size", type=int, metavar="TOKENS", help=_CONTEXT)
     add("--kv-bits", type=int, choices=get_args(KVBits), default=_DEFAULTS.kv_bits, help="precision of the KV cache")

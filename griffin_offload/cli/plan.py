@@ -69,6 +69,8 @@ def _examined(arguments: argparse.Namespace) -> "ModelSpec":
         return examine(model_of(arguments), config, anywhere=True)
     if arguments.model not in (None, os.environ.get(MODEL_VARIABLE)):
         raise UsageError("--config plans without a model: give one of --config and --model")
+    if arguments.adapter is not None:
+        raise UsageError("--adapter is merged into weights, and --config has none: give --model")
     return examine_checkpoint(read_config(arguments.config), config, anywhere=True)
 
 

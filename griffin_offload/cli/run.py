@@ -69,7 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     with heavy_imports():  # the larger half; a wrong --model is told without it
         from griffin_offload.engine.model import GriffinModel
 
-    checkpoint = open_checkpoint(directory)  # its headers are checked before its tokenizer is loaded
+    checkpoint = open_checkpoint(
+        directory, adapter=arguments.adapter
+    )  # its headers are checked before its tokenizer is loaded
     tokenizer = checkpoint.tokenizer()
     tokens = tokenize(tokenizer, text, arguments)
     prompt_tokens = tokens.shape[1]

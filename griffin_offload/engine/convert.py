@@ -76,14 +76,15 @@ def convert(
     *,
     tables: str = FLOATS.name,
     offline: bool = False,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write `model` in `precision`, a weight format by its name, its embeddings and head in `tables` ("none" or
-    "int8").
+    "int8"), with the LoRA `adapter` merged into it.
 
     The directory `out` must not exist yet, or hold the same conversion unfinished. Raises UsageError, ModelError,
     DoesNotFit (the disk) or GriffinError (writing)."""
-    checkpoint = open_checkpoint(model, offline=offline)
+    checkpoint = open_checkpoint(model, offline=offline, adapter=adapter)
     directory = Path(os.path.expanduser(out))
     check_name(directory)
     if not checkpoint.precision.is_plain:

@@ -68,8 +68,8 @@ class GriffinModel(StockInterface):
 
         `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, quantize, dtype, offload,
         ctx_size, prompt_tokens, kv_bits, batch_size, selection, batch_statistic, seed, exact, draft_tokens, refresh,
-        decay, keep_prompts, session_mem, ff_chunk_tokens, threads, cuda_graphs, offline, always_stream. Words of
-        transformers' `from_pretrained` (torch_dtype, device_map, revision, token ...) are taken, or refused with the
+        decay, keep_prompts, session_mem, ff_chunk_tokens, threads, cuda_graphs, offline, adapter, always_stream. Words
+        of transformers' `from_pretrained` (torch_dtype, device_map, revision, token ...) are taken, or refused with the
         option that does it here: `loading_words`. Raises UsageError, DoesNotFit or ModelError before any weight is
         read, where that is possible.
         """

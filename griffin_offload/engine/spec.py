@@ -91,7 +91,9 @@ class ModelSpec:
 
 def examine(model: str | Path, config: LoadConfig, *, anywhere: bool = False) -> ModelSpec:
     """Read headers and config of `model`, and turn `config` into a request to the planner."""
-    return examine_checkpoint(open_checkpoint(model, offline=config.offline), config, anywhere=anywhere)
+    return examine_checkpoint(
+        open_checkpoint(model, offline=config.offline, adapter=config.adapter), config, anywhere=anywhere
+    )
 
 
 def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: bool = False) -> ModelSpec:

@@ -120,7 +120,7 @@ def test_other_kinds_of_models_are_named(kind: str, words: str, copy: Path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("adapter_config.json", r"holds an adapter \(PEFT\).*merge_and_unload"),
+        ("adapter_config.json", r"holds an adapter \(PEFT\).*give its base model, and this directory as --adapter"),
         ("params.json", "their maker's own layout.*version for transformers"),
         ("model/config.json", "model has one: give that directory"),
         ("snapshots/0123abc/config.json", "snapshots/0123abc has one: give that directory"),
