@@ -103,6 +103,7 @@ class StockModel(nn.Module):
     made of it. `config`, and what modules are made of, differ between architectures; a model may have no head."""
 
     config: Any
+    base_model: Any
     generation_config: Any
     dtype: torch.dtype
     device: torch.device
