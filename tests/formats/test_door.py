@@ -190,12 +190,12 @@ def test_names_are_known_once(fp8: Format):
 # Facts of formats live nowhere else.
 
 PACKAGE = Path(griffin_offload.__file__).parent
-# Names of other things that are called the same.
-# Words of others that look alike: of OpenAI's API, of uvicorn, of bitsandbytes.
+# Words of others: of OpenAI's API, of uvicorn, of bitsandbytes, of peft.
 OTHERS = {
     ("serving/requests.py", "none"),
     ("serving/server.py", "none"),
     ("checkpoint/quantisation_config.py", "int8"),
+    ("checkpoint/adapter.py", "none"),
 }
 # Where names of formats are listed, for what starts without torch.
 LISTED = {"config.py"}
@@ -228,7 +228,7 @@ def test_not_quantised_is_asked_of_the_format():
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr == "is_floating_point"
     }
-    integers = {"checkpoint/part_sizes.py", "checkpoint/decoding.py", "engine/build.py"}
+    integers = {"checkpoint/part_sizes.py", "checkpoint/decoding.py", "checkpoint/adapter.py", "engine/build.py"}
     assert asked == {"engine/arguments.py", "engine/decode_graph.py", "kv_cache/sequence_file.py"} | integers
 
 
