@@ -213,7 +213,8 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         super().__init__(
             pretrained=Standin(checkpoint, self._generate),
             backend="causal",
-            tokenizer=tokenizer,
+            # Given a directory, lm-eval loads it by `add_bos_token`, which an object is not told.
+            tokenizer=str(checkpoint.directory) if checkpoint.path == checkpoint.directory else tokenizer,
             add_bos_token=None if bos == "tokenizer" else gemma,
             max_length=max_length,
         )
