@@ -106,6 +106,10 @@ class Checkpoint(ABC):
         its names are those of transformers' checkpoints: renamed and merged as transformers does it."""
         return conversions_of(model, names)
 
+    def in_precision(self, dtype: torch.dtype) -> "Checkpoint":
+        """The same for a model of `dtype`: itself, unless plain tensors are made from what is stored anyway."""
+        return self
+
     def tokenizer(self) -> Any:
         """A tokenizer of transformers'; a new one whenever it is asked for."""
         return tokenizer_of(self.directory)

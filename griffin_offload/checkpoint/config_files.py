@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,21 @@ _SIZES = (
 def load_config(file: Path) -> PretrainedConfig:
     """The config in `file`; CheckpointError for one that transformers cannot use, or that would cost it the machine,
     UnsupportedModel for what is no causal language model."""
-    for key, value in _entries(read_object(file, MOST_CONFIG_BYTES)):
+    read = partial(AutoConfig.from_pretrained, file, local_files_only=True, trust_remote_code=False)
+    return _checked(read_object(file, MOST_CONFIG_BYTES), read, file)
+
+
+def config_from(raw: dict[str, Any], file: Path) -> PretrainedConfig:
+    """The same of what a config.json would say, which `file` says in other words."""
+    settings = {key: value for key, value in raw.items() if key != "model_type"}
+    return _checked(raw, partial(AutoConfig.for_model, raw["model_type"], **settings), file)
+
+
+def _checked(raw: dict[str, Any], read: Callable[[], PretrainedConfig], file: Path) -> PretrainedConfig:
+    for key, value in _entries(raw):
         _check_entry(key, value, file)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
+        config = read()
         check_kind(config, file)
         text = config.get_text_config()
         sizes = {name: _values(text, name) for name in _SIZES}

@@ -12,15 +12,15 @@ from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import load_config
 from griffin_offload.checkpoint.converted import ConvertedCheckpoint, mark_of, open_converted
 from griffin_offload.checkpoint.files import check_name, unreadable
+from griffin_offload.checkpoint.gguf import open_gguf
 from griffin_offload.checkpoint.quantised import open_quantised, read_quantised_config
 from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
-from griffin_offload.checkpoint.unsupported import is_gguf, refuse_gguf
 from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, one_line
 from griffin_offload.formats import get
 
 Opener = Callable[[Path], Checkpoint | None]
 """Opens the file or directory if it is of its kind; None if it is not. Errors: CheckpointError, UnsupportedModel."""
-_KINDS: list[Opener] = [open_converted, open_quantised, open_safetensors]
+_KINDS: list[Opener] = [open_converted, open_gguf, open_quantised, open_safetensors]
 
 
 def register_kind(opener: Opener) -> None:
@@ -48,9 +48,7 @@ def _opened(model: str | Path, path: Path) -> Checkpoint:
         found = kind(path)
         if found is not None:
             return found
-    if is_gguf(path):
-        refuse_gguf(path)
-    raise ModelNotFound(f"{model} is a file: give the checkpoint's directory")
+    raise ModelNotFound(f"{model} is a file, and no GGUF file: give the checkpoint's directory")
 
 
 def _check_readable(directory: Path) -> None:

@@ -24,7 +24,7 @@ from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import FileState, check_content, states_of
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.tied_head import untie_other_head
-from griffin_offload.checkpoint.unsupported import check_numbers, refuse_gguf_in, refuse_what_is_no_checkpoint
+from griffin_offload.checkpoint.unsupported import check_numbers, refuse_what_is_no_checkpoint
 from griffin_offload.errors import CheckpointError, limit_reached, memory_refused, one_line
 
 INDEX = "model.safetensors.index.json"
@@ -49,7 +49,7 @@ DTYPES = FLOAT_TYPES | {
 UNFINISHED = ".converting.json"
 # One key: safetensors writes several in no fixed order, and equal conversions are equal byte for byte.
 METADATA_KEY = "griffin_offload"
-_SINGLE = "model.safetensors"
+SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # The largest open models have 10 MB of them.
 _MOST_INDEX_BYTES = 100_000_000
@@ -61,8 +61,8 @@ Header = dict[str, tuple[str, int]]
 def weight_files(directory: Path) -> tuple[list[Path], Collection[str]]:
     """The files that transformers will load: the single one, or those of the index; and the tensors that the index
     promises. CheckpointError where there are none."""
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE], ()
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE], ()
     if (directory / INDEX).is_file():
         return _indexed_files(directory)
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
@@ -70,8 +70,7 @@ def weight_files(directory: Path) -> tuple[list[Path], Collection[str]]:
         raise CheckpointError(
             f"{directory} has only pickled weights ({pickles[0]}): they can run code, convert them to safetensors"
         )
-    refuse_gguf_in(directory)
-    raise CheckpointError(f"{directory} has no {_SINGLE} and no {INDEX}")
+    raise CheckpointError(f"{directory} has no {SINGLE} and no {INDEX}")
 
 
 def read_headers(directory: Path, files: list[Path], promised: Collection[str]) -> dict[Path, Header]:

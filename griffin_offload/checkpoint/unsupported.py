@@ -13,35 +13,9 @@ from griffin_offload.errors import UnsupportedModel
 
 _READ = "FP8, compressed-tensors, modelopt, GPTQ, AWQ and bitsandbytes"
 _ORIGINAL = "take the checkpoint it was made from, and --quantize int8 or int4"
-_GGUF_MAGIC = b"GGUF"
 # As the headers of safetensors files name the numbers in them.
 _WORDS = {"F8_E4M3": "FP8", "F8_E5M2": "FP8", "F4": "FP4", "I8": "8-bit integers", "U8": "packed bytes"}
 _WORDS |= {"I32": "packed integers", "I64": "integers", "U32": "packed integers"}
-
-
-def is_gguf(file: Path) -> bool:
-    """Whether `file` is llama.cpp's kind, by its first bytes."""
-    try:
-        with file.open("rb") as opened:
-            return opened.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
-    except OSError:
-        return False
-
-
-def refuse_gguf(file: Path) -> None:
-    """UnsupportedModel that says how such a file becomes a directory that can be loaded."""
-    raise UnsupportedModel(
-        f"{file} is a GGUF file (llama.cpp): give the model's Hugging Face directory, or write one with transformers: "
-        f"AutoModelForCausalLM.from_pretrained({str(file.parent)!r}, gguf_file={file.name!r}).save_pretrained(...), "
-        "and the same for AutoTokenizer"
-    )
-
-
-def refuse_gguf_in(directory: Path) -> None:
-    """UnsupportedModel where `directory` holds GGUF files."""
-    found = sorted(path for path in directory.glob("*.gguf") if path.is_file())
-    if found:
-        refuse_gguf(found[0])
 
 
 def check_numbers(where: Path, stored: str | None) -> None:
@@ -92,7 +66,6 @@ def check_kind(config: PretrainedConfig, where: Path) -> None:
 
 def refuse_what_is_no_checkpoint(directory: Path) -> None:
     """UnsupportedModel for a directory without config.json in which something else that is known lies."""
-    refuse_gguf_in(directory)
     if (directory / "adapter_config.json").is_file():
         raise UnsupportedModel(
             f"{directory} holds an adapter (PEFT), no whole model: give its base model, and this directory as --adapter"

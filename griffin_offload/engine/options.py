@@ -75,7 +75,7 @@ REFUSED = {
     "config": "change config.json in the checkpoint's directory",
     "state_dict": _NO_TRAINING,
     "key_mapping": _NO_TRAINING,
-    "gguf_file": "only safetensors are read: load it in transformers with gguf_file=, and save_pretrained",
+    "gguf_file": "give the path of the GGUF file itself as the model",
     "variant": "give a directory that holds this variant alone",
     "from_tf": "only safetensors are read: save_pretrained of transformers 5 writes them",
     "from_flax": "only safetensors are read: save_pretrained of transformers 5 writes them",

@@ -105,6 +105,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     device = hardware.torch_device
     overhead_bytes = hardware.assumed_overhead_bytes if absent else hardware.overhead_bytes()
     dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    checkpoint = checkpoint.in_precision(dtype)
     meta = build_on_meta(checkpoint.config, dtype)
     shapes, others = _shapes(checkpoint, meta, device, config)
     # Elsewhere they take none of the device's memory.

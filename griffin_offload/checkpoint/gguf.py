@@ -1,0 +1,237 @@
+"""GGUF files (llama.cpp) as checkpoints: one file, or the shards of one model, with all that a directory would hold.
+
+The files are mapped. Matrices are made of their blocks row by row whenever they are copied or streamed; stored bytes
+are what is read and counted. Config, tokenizer and end tokens come from the header.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig
+
+from griffin_offload.blocks.layouts import build_on_meta
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
+from griffin_offload.checkpoint.config_files import config_from
+from griffin_offload.checkpoint.files import FileState, renamed, states_of
+from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types, gguf_package
+from griffin_offload.checkpoint.gguf_config import ROPE_TENSORS, Architecture, Described, config_of
+from griffin_offload.checkpoint.gguf_file import GgufFile, GgufTensor, is_gguf, read_gguf
+from griffin_offload.checkpoint.gguf_tokenizer import end_tokens, tokenizer_from
+from griffin_offload.checkpoint.renaming import Conversion, same_names
+from griffin_offload.checkpoint.safetensors import INDEX, SINGLE
+from griffin_offload.devices.memory import give_back_freed
+from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedModel, UsageError, one_line
+
+_SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+_MOST_SHARDS = 1000
+_STORED_AS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What blocks are made into: their steps are rougher than the rounding, and every kernel has it.
+_TRANSLATED_AS = torch.bfloat16
+_LAYER = re.compile(r"^blk\.\d+\.(?P<rest>.+)$")
+_SUFFIX = re.compile(r"\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class GgufCheckpoint(Checkpoint):
+    """Files whose headers are whole and whose architecture transformers knows."""
+
+    directory: Path
+    """The path that was opened: a file, or the directory that it is alone in."""
+    config: PretrainedConfig
+    dtype: torch.dtype
+    files: tuple[Path, ...]
+    weight_bytes: int
+    states: Mapping[str, FileState]
+    architecture: Architecture
+    raw_config: Mapping[str, Any]
+    headers: tuple[GgufFile, ...]
+    names: Mapping[str, str]
+    """transformers' names of tensors by those in the files."""
+
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        return {
+            self.names[name]: self._stored(tensor) for name, tensor in _all(self.headers).items() if name in self.names
+        }
+
+    def _stored(self, tensor: GgufTensor) -> StoredTensor:
+        name = self.names[tensor.name]
+        match = _LAYER.match(tensor.name)
+        part = _SUFFIX.sub("", match["rest"] if match else tensor.name)
+        index = self.architecture.rows.get(part)
+        transposed = name.endswith(self.architecture.transposed or ("\0",)) and len(tensor.shape) == 2
+        minus = float(self.architecture.norms_minus_one and tensor.name.endswith("norm.weight"))
+        shape = tensor.shape[::-1] if transposed else tensor.shape
+        shape = (shape[0], 1, shape[1]) if part == "shortconv.conv" else shape
+        if not (index or transposed or minus) and _STORED_AS.get(tensor.type.name) == self.dtype:
+            return StoredTensor(shape, self.dtype, (tensor.extent,))
+        order = None if index is None else _checked(index(self.raw_config), tensor, self.directory)
+        width = tensor.shape[-1] if len(tensor.shape) > 1 else 1
+        rows = tensor.shape[0] if len(tensor.shape) != 3 else tensor.shape[0] * tensor.shape[1]
+        decode = BlockDecoder(tensor.type, rows, width, order, transposed, minus)
+        return StoredTensor(shape, self.dtype, (tensor.extent,), decode=decode)
+
+    def conversions(self, model: Any, names: Iterable[str]) -> Sequence[Conversion]:
+        return same_names(model, names)
+
+    def in_precision(self, dtype: torch.dtype) -> "GgufCheckpoint":
+        return dataclasses.replace(self, dtype=dtype) if self._translated else self
+
+    @property
+    def _translated(self) -> bool:
+        return _most_bytes(self.headers) not in _STORED_AS
+
+    def tokenizer(self) -> Any:
+        made = tokenizer_from(self.headers[0], self.directory)
+        give_back_freed()
+        return made
+
+    def set_generation_config(self, model: Any) -> None:
+        model.generation_config = GenerationConfig.from_dict(self._generation())
+
+    def _generation(self) -> dict[str, Any]:
+        ids = {key: self.raw_config[key] for key in ("bos_token_id", "pad_token_id")}
+        return ids | {"eos_token_id": end_tokens(self.headers[0]) or None}
+
+    def _identity(self) -> bytes:
+        return b"".join(header.header() for header in self.headers)
+
+    def config_json(self) -> dict[str, Any]:
+        return dict(self.raw_config) | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+    def write_beside(self, directory: Path, own: set[str]) -> None:
+        with tempfile.TemporaryDirectory() as place:
+            made = Path(place)
+            (made / "generation_config.json").write_text(json.dumps(self._generation(), indent=2))
+            if "tokenizer.ggml.tokens" in self.headers[0].metadata:
+                self.tokenizer().save_pretrained(made)
+            for path in sorted(made.iterdir()):
+                if path.name not in own:
+                    with renamed(directory / path.name) as temporary:
+                        temporary.write_bytes(path.read_bytes())
+
+    def _unlike_config(self, names: Sequence[str], how: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.directory} does not match its own header: {len(names)} {how} tensors, first {min(names)}"
+        )
+
+
+def open_gguf(path: Path) -> Checkpoint | None:
+    """The checkpoint in the file `path`, or in the directory that holds one alone; None where there is none. Errors:
+    UsageError, CheckpointError, UnsupportedModel."""
+    files = _files(path)
+    if not files:
+        return None
+    types = block_types()
+    headers = tuple(read_gguf(file, types) for file in files)
+    described = Described(path, headers[0].metadata, _all(headers))
+    architecture, raw = config_of(described)
+    config = config_from(raw, path)
+    dtype = _STORED_AS.get(_most_bytes(headers), _TRANSLATED_AS)
+    names = _names(described, architecture, config, dtype)
+    weight_bytes = sum(tensor.extent.nbytes for tensor in described.tensors.values())
+    states = states_of(str(file.resolve()) for file in files)
+    return GgufCheckpoint(path, config, dtype, tuple(files), weight_bytes, states, architecture, raw, headers, names)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of the model at `path`, in order; none where that is no GGUF model."""
+    if path.is_file():
+        return _shards(path) if is_gguf(path) else []
+    if (path / SINGLE).exists() or (path / INDEX).exists():
+        return []
+    found = sorted(file for file in path.glob("*.gguf") if file.is_file() and "mmproj" not in file.name)
+    models = {_stem(file) for file in found}
+    if len(models) > 1:
+        raise UsageError(f"{path} holds {len(models)} models as GGUF files: give one of them, such as {found[0]}")
+    return _shards(found[0]) if found else []
+
+
+def _stem(file: Path) -> str:
+    match = _SHARD.match(file.name)
+    return match["stem"] if match else file.name
+
+
+def _shards(file: Path) -> list[Path]:
+    match = _SHARD.match(file.name)
+    if match is None:
+        return [file]
+    count = int(match["count"])
+    if not 1 <= count <= _MOST_SHARDS:
+        raise CheckpointError(f"{file} is one of {count} files by its name: at most {_MOST_SHARDS} are read")
+    files = [file.with_name(f"{match['stem']}-{n + 1:05d}-of-{count:05d}.gguf") for n in range(count)]
+    for shard in files:
+        if not shard.is_file():
+            raise CheckpointError(f"{shard} is absent, one of the {count} files of this model: download it again")
+    return files
+
+
+def _all(headers: Iterable[GgufFile]) -> dict[str, GgufTensor]:
+    found: dict[str, GgufTensor] = {}
+    for header in headers:
+        for name, tensor in header.tensors.items():
+            if found.setdefault(name, tensor) is not tensor:
+                raise CheckpointError(f"{header.path} and another shard both hold {name}: they are of several models")
+    return found
+
+
+def _most_bytes(headers: Iterable[GgufFile]) -> str:
+    """The name of the type that most numbers of matrices have."""
+    counted: Counter[str] = Counter({"F32": 0})
+    for tensor in _all(headers).values():
+        if len(tensor.shape) > 1:
+            counted[tensor.type.name] += tensor.extent.nbytes
+    return counted.most_common(1)[0][0]
+
+
+def _names(
+    described: Described, architecture: Architecture, config: PretrainedConfig, dtype: torch.dtype
+) -> dict[str, str]:
+    """The model's names of tensors by the file's, from the package's tables. UnsupportedModel where the file holds a
+    tensor that the model has no place for: leaving it out would change every answer."""
+    table = _table(architecture.names, config.num_hidden_layers)
+    try:
+        model: Any = build_on_meta(config, dtype)
+    except GriffinError:
+        raise
+    except Exception as error:  # each architecture validates its config in its own way
+        raise CheckpointError(f"{described.where} describes no model: {one_line(error)}") from error
+    found: dict[str, str] = {}
+    for name in model.state_dict():
+        match = _SUFFIX.search(name)
+        stem = name[: match.start()] if match else name
+        there = table.get_name(stem) or table.get_name(stem.removeprefix(f"{model.base_model_prefix}."))
+        if there is not None:
+            there += match[0] if match else ""
+            if described.has(there):
+                found.setdefault(there, name)
+    unused = sorted(set(described.tensors) - set(found) - set(ROPE_TENSORS))
+    if unused:
+        raise UnsupportedModel(
+            f"{described.where} holds {len(unused)} tensors that transformers' {config.model_type} has no place for, "
+            f"first {unused[0]}: give the model's Hugging Face directory"
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _table(names: str, layers: int) -> Any:
+    package = gguf_package()
+    arch = next(arch for arch, name in package.MODEL_ARCH_NAMES.items() if name == names)
+    return package.get_tensor_name_map(arch, layers)
+
+
+def _checked(order: torch.Tensor, tensor: GgufTensor, where: Path) -> torch.Tensor:
+    if len(order) != tensor.shape[0]:
+        raise CheckpointError(
+            f"{where}: {tensor.name} has {tensor.shape[0]} rows, by its heads it should have {len(order)}"
+        )
+    return order

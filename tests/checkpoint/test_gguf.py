@@ -1,0 +1,254 @@
+"""GGUF files: every architecture's model is the one that was written, every block type's the one that transformers
+makes of it, streamed, resident and converted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from support.gguf_files import write_gguf
+from support.tiny_models import ARCHITECTURES, HYBRIDS
+
+from griffin_offload import GriffinModel
+from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types
+from griffin_offload.checkpoint.registry import open_checkpoint
+from griffin_offload.config import LoadConfig
+from griffin_offload.engine.build import build
+from griffin_offload.engine.convert import convert
+from griffin_offload.engine.spec import examine, plan_for
+from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
+
+IDS = torch.arange(5, 45)[None]
+OPTIONS = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB", "quantize": "none"}
+NAMES = ["llama2", "llama3", "llama_bias", "mistral", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "stablelm"]
+NAMES += ["starcoder2", "falcon_multi_query", "falcon_new", "gpt2", "bloom", "lfm2"]
+TABLE = ARCHITECTURES | HYBRIDS
+
+
+def model_of(name: str) -> Any:
+    """As GGUF names it: Mistral's files are Llama's."""
+    model = TABLE[name].build()
+    if name == "mistral":
+        settings = {key: value for key, value in model.config.to_dict().items() if key in _COMMON_KEYS}
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
+        llama.load_state_dict(model.state_dict())
+        return llama
+    return model
+
+
+_COMMON_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    return model(ids).logits[0].float()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_is_the_one_that_was_written(name: str, tmp_path: Path):
+    model = model_of(name)
+    checkpoint = open_checkpoint(write_gguf(model, tmp_path / "tiny.gguf"))
+    assert checkpoint.dtype == torch.float32
+    torch.testing.assert_close(logits_of(build(checkpoint)), logits_of(model), rtol=1e-5, atol=2e-5)
+
+
+def test_factors_of_frequencies_are_kept_beyond_the_trained_length(tmp_path: Path):
+    """transformers drops them; they are all that tells Llama 3.1 from Llama 3."""
+    model = TABLE["llama3"].build()
+    ids = torch.arange(300)[None] % 311
+    found = build(open_checkpoint(write_gguf(model, tmp_path / "tiny.gguf")))
+    torch.testing.assert_close(logits_of(found, ids), logits_of(model, ids), rtol=1e-5, atol=2e-5)
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
+    plain = type(model)(model.config).eval()
+    plain.load_state_dict(model.state_dict())
+    assert not torch.allclose(logits_of(found, ids), logits_of(plain, ids), rtol=1e-2, atol=1e-2)
+
+
+BLOCKS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
+"""What the package can write."""
+
+
+def wide_model() -> Any:
+    """Rows of whole blocks of 256."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=320, num_key_value_heads=2, max_position_embeddings=512, **sizes)
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def by_transformers(path: Path) -> Any:
+    plain = transformers.GgufConfig(dequantize=True)
+    settings = {"gguf_file": path.name, "dtype": torch.float32, "quantization_config": plain}
+    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, **settings).eval()
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_are_what_transformers_makes_of_them(kind: str, tmp_path: Path):
+    path = write_gguf(wide_model(), tmp_path / "tiny.gguf", kind)
+    expected = by_transformers(path)
+    checkpoint = open_checkpoint(path).in_precision(torch.float32)
+    torch.testing.assert_close(logits_of(build(checkpoint).float()), logits_of(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_every_type_that_the_package_reads_is_decoded_by_row(tmp_path: Path):
+    """Rows, one at a time and out of order, against all at once."""
+    generator = np.random.default_rng(0)
+    for kind in block_types().values():
+        row = kind.nbytes * (256 // min(kind.numbers, 256) or 1) * 2
+        stored = generator.integers(0, 60, (6, row), dtype=np.uint8)
+        if kind.name == "F64":
+            continue
+        expected = torch.from_numpy(np.array(gguf.quants.dequantize(stored, gguf.GGMLQuantizationType(kind.id))))
+        order = torch.tensor([3, 0, 5, 1, 4, 2])
+        decode = BlockDecoder(kind, 6, expected.shape[1], order)
+        into = torch.empty(2, expected.shape[1], dtype=torch.float64)
+        decode([torch.from_numpy(stored).flatten()], 2, 4, into)
+        assert torch.equal(torch.nan_to_num(into), torch.nan_to_num(expected[order[2:4]].double())), kind.name
+        turned = BlockDecoder(kind, 6, expected.shape[1], transposed=True)
+        into = torch.empty(7, 6, dtype=torch.float64)
+        turned([torch.from_numpy(stored).flatten()], 3, 10, into)
+        assert torch.equal(torch.nan_to_num(into), torch.nan_to_num(expected[:, 3:10].t().double())), kind.name
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A file in Q8_0, and the directory with the same numbers."""
+    place = tmp_path_factory.mktemp("pair")
+    path = write_gguf(wide_model(), place / "tiny.gguf", "Q8_0")
+    by_transformers(path).save_pretrained(place / "plain")
+    return path, place / "plain"
+
+
+def answer(path: Path, **options: Any) -> tuple[list[int], Any]:
+    with GriffinModel.from_pretrained(path, **{**OPTIONS, **options}) as model:
+        tokens = model.generate(IDS, max_new_tokens=8, do_sample=False)
+        assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+        assert model.resident_bytes == model.plan.resident_bytes
+        return tokens[0, IDS.shape[1] :].tolist(), model.last_prefill
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_answers_are_those_of_the_same_numbers_in_a_directory(pair: tuple[Path, Path], density: float, dtype: str):
+    plain = {"float32": "float32", "auto": "bfloat16"}[dtype]
+    found, prefill = answer(pair[0], density=density, dtype=dtype)
+    assert found == answer(pair[1], density=density, dtype=plain)[0]
+    stored = sum(t.stored_bytes for name, t in open_checkpoint(pair[0]).tensors().items() if ".mlp." in name)
+    assert prefill.streamed_bytes == (stored if density < 1 else 0)
+
+
+def test_a_plan_counts_the_numbers_that_are_made(pair: tuple[Path, Path]):
+    options = LoadConfig(**{**OPTIONS, "dtype": "float32"}, density=0.5, max_cpu_mem=None)
+    ours, plain = (plan_for(examine(path, options)) for path in pair)
+    assert ours.full_bytes == plain.full_bytes
+    assert ours.resident_bytes == plain.resident_bytes
+    assert ours.prefill_parts["slots"] > plain.prefill_parts["slots"]  # stored bytes beside what is made of them
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_converted_copies_are_those_of_the_same_numbers(precision: str, tmp_path: Path, checkpoints):
+    tokens = checkpoints("llama2")
+    file = write_gguf(wide_model(), tmp_path / "tiny.gguf", "F32", tokenizer=tokens)
+    wide_model().save_pretrained(tmp_path / "plain")
+    transformers.AutoTokenizer.from_pretrained(tokens).save_pretrained(tmp_path / "plain")  # int4 calibrates with text
+    made, plain = (convert(source, tmp_path / f"{source.name}-out", precision) for source in (file, tmp_path / "plain"))
+    found = [build(open_checkpoint(one.directory)).state_dict() for one in (made, plain)]
+    assert [name for name, tensor in found[0].items() if not torch.equal(tensor, found[1][name])] == []
+    assert answer(made.directory, quantize=precision)[0] == answer(plain.directory, quantize=precision)[0]
+    text = "the cat sat on the mat 123 </s> river"
+    expected = transformers.AutoTokenizer.from_pretrained(tokens)(text)["input_ids"]
+    assert open_checkpoint(file).tokenizer()(text)["input_ids"] == expected
+    assert transformers.AutoTokenizer.from_pretrained(made.directory)(text)["input_ids"] == expected
+
+
+def test_shards_and_a_directory_of_one_file_are_one_model(pair: tuple[Path, Path], tmp_path: Path):
+    write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q8_0", shard=8)
+    shards = sorted(tmp_path.glob("*.gguf"))
+    assert len(shards) > 2
+    expected = answer(pair[0], density=0.5)[0]
+    assert answer(shards[1], density=0.5)[0] == expected
+    assert answer(tmp_path, density=0.5)[0] == expected
+    write_gguf(wide_model(), tmp_path / "other.gguf")
+    with pytest.raises(UsageError, match="holds 2 models as GGUF files: give one of them"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "other.gguf").unlink()
+    shards[2].unlink()
+    with pytest.raises(CheckpointError, match=f"{shards[2].name} is absent"):
+        open_checkpoint(tmp_path)
+
+
+def test_end_tokens_begin_and_template_come_from_the_file(checkpoints, tmp_path: Path):
+    tokens = checkpoints("llama2")
+    more = {"tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": "{{ messages[0]['content'] }}!"}
+    path = write_gguf(TABLE["llama2"].build(), tmp_path / "tiny.gguf", tokenizer=tokens, more=more)
+    checkpoint = open_checkpoint(path)
+    tokenizer = checkpoint.tokenizer()
+    assert tokenizer("the cat")["input_ids"][0] == tokenizer.bos_token_id == 1
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}], tokenize=False)
+    assert chat == "the cat!"
+    model = build(checkpoint)
+    assert model.generation_config.eos_token_id == [2]
+    assert model.generation_config.bos_token_id == 1
+
+
+def test_digits_are_cut_as_the_file_says(checkpoints, tmp_path: Path):
+    """SmolLM's and StarCoder's words hold no two digits; transformers cuts all such files as GPT-2 does."""
+    tokens = checkpoints("llama2")
+    said = json.loads((tokens / "tokenizer.json").read_text())
+    vocabulary = [*sorted(said["model"]["vocab"], key=said["model"]["vocab"].__getitem__), "12"]
+    merges = [*(" ".join(merge) for merge in said["model"]["merges"]), "1 2"]
+    more = {"tokenizer.ggml.tokens": vocabulary, "tokenizer.ggml.merges": merges}
+    found = {}
+    for kind in ("gpt-2", "smollm"):
+        said_kind = more | {"tokenizer.ggml.pre": kind, "tokenizer.ggml.token_type": [1] * len(vocabulary)}
+        path = write_gguf(TABLE["llama2"].build(), tmp_path / f"{kind}.gguf", tokenizer=tokens, more=said_kind)
+        tokenizer = open_checkpoint(path).tokenizer()
+        found[kind] = tokenizer.convert_ids_to_tokens(tokenizer("12")["input_ids"])
+    assert found == {"gpt-2": ["12"], "smollm": ["1", "2"]}
+
+
+def test_sentencepiece_words_are_joined_by_score(tmp_path: Path):
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["\u2581", "a", "b", "ab", "ba", "\u2581a", "aba"]
+    scores = [0.0] * 259 + [-9.0, -9.0, -9.0, -2.0, -1.0, -3.0, -4.0]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * 7
+    more = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": words, "tokenizer.ggml.token_type": kinds}
+    more |= {"tokenizer.ggml.scores": scores, "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+    path = write_gguf(TABLE["llama2"].build(), tmp_path / "tiny.gguf", more=more)
+    tokenizer = open_checkpoint(path).tokenizer()
+    ids = tokenizer("aba bé")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "\u2581a", "ba", "\u2581", "b", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "aba bé"
+
+
+def test_mixtures_and_unknown_architectures_are_refused_by_name(tmp_path: Path):
+    model = TABLE["llama2"].build()
+    path = write_gguf(model, tmp_path / "tiny.gguf", more={"llama.expert_count": 8})
+    with pytest.raises(UnsupportedModel, match=r"is a mixture of 8 experts \(llama\)"):
+        open_checkpoint(path)
+    write_gguf(model, path, architecture="mamba")
+    with pytest.raises(UnsupportedModel, match=r"is of the architecture mamba, .* \(read are bloom, "):
+        open_checkpoint(path)
+
+
+def test_what_is_lacking_or_too_much_is_named(tmp_path: Path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(TABLE["llama2"].build(), path, drop=("llama.block_count",))
+    with pytest.raises(CheckpointError, match=r"does not say llama\.block_count"):
+        open_checkpoint(path)
+    write_gguf(TABLE["llama2"].build(), path, more={"llama.block_count": 2})
+    with pytest.raises(UnsupportedModel, match=r"has no place for, first blk\.2\.attn_k\.weight"):
+        open_checkpoint(path)
+    write_gguf(TABLE["llama2"].build(), path, more={"llama.block_count": 4})
+    with pytest.raises(CheckpointError, match=r"missing tensors, first model\.layers\.3\."):
+        build(open_checkpoint(path))
+    write_gguf(TABLE["llama2"].build(), path, more={"llama.attention.head_count_kv": 2})
+    with pytest.raises(CheckpointError, match=r"attn_k\.weight has 32 rows, by its heads it should have 16"):
+        open_checkpoint(path).tensors()

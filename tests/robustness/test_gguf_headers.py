@@ -1,0 +1,118 @@
+"""GGUF headers that a stranger wrote: a named error, or the model, in bounded time and memory; nothing else."""
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.gguf_files import write_gguf
+from support.tiny_models import ARCHITECTURES
+
+from griffin_offload.checkpoint.gguf_blocks import block_types
+from griffin_offload.checkpoint.gguf_file import read_gguf
+from griffin_offload.checkpoint.registry import open_checkpoint
+from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedModel
+
+SAMPLE = 150 * int(os.environ.get("GRIFFIN_ROBUSTNESS", "1"))
+HUGE = [0, 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("whole") / "tiny.gguf"
+    more = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "a"],
+        "tokenizer.ggml.scores": [0.0, 1.0],
+    }
+    return write_gguf(ARCHITECTURES["llama3"].build(), path, "Q8_0", more=more).read_bytes()
+
+
+@settings(max_examples=SAMPLE, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_changed_headers_give_named_errors(data: st.DataObject, whole: bytes, tmp_path: Path):
+    header = 4096
+    content = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(4, header))
+        piece = data.draw(st.sampled_from(HUGE).map(lambda n: struct.pack("<Q", n)) | st.binary(min_size=1, max_size=8))
+        content[place : place + len(piece)] = piece
+    cut = data.draw(st.none() | st.integers(4, len(whole)))
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(content[:cut])
+    said = _said_of(path)
+    assert "\n" not in said
+    assert len(said) < 1000
+
+
+def _said_of(path: Path) -> str:
+    try:
+        checkpoint = open_checkpoint(path)
+        checkpoint.tensors()
+        checkpoint.tokenizer()
+    except GriffinError as error:
+        return str(error)
+    return ""
+
+
+def _header(*, tensors: int = 0, keys: bytes = b"", count: int = 0, infos: bytes = b"", version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, count) + keys + infos
+
+
+def _text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def _info(name: bytes, shape: list[int], kind: int, offset: int) -> bytes:
+    return _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+_NESTED = _text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000
+_LONG = _text(b"a") + struct.pack("<IIQ", 9, 8, 2**23 + 1)
+_SHARED = _info(b"a", [32], 0, 0) + _info(b"b", [32], 0, 64)
+CASES: dict[str, tuple[bytes, type[GriffinError], str]] = {
+    "many tensors": (_header(tensors=2**62), CheckpointError, r"promises 4611686018427387904 tensors"),
+    "many keys": (_header(count=2**40), CheckpointError, "and 1099511627776 keys"),
+    "nested arrays": (_header(keys=_NESTED, count=1), CheckpointError, "'a' is an array of type 9"),
+    "long array": (_header(keys=_LONG, count=1), CheckpointError, "'a' has 8388609 elements"),
+    "long text": (_header(keys=struct.pack("<Q", 2**60), count=1), CheckpointError, "a key is a text of 1152921"),
+    "cut": (_header(keys=_text(b"general"), count=1), CheckpointError, "its header goes on to byte"),
+    "many axes": (_header(tensors=1, infos=_text(b"a") + b"\0\0\0\x80"), CheckpointError, "has 2147483648 axes"),
+    "no numbers": (_header(tensors=1, infos=_info(b"a", [0], 0, 0)), CheckpointError, r"'a' has the shape \[0\]"),
+    "many numbers": (_header(tensors=1, infos=_info(b"a", [2**40, 2**40], 0, 0)), CheckpointError, "has the shape"),
+    "cut blocks": (_header(tensors=1, infos=_info(b"a", [33], 2, 0)), CheckpointError, "a has rows of 33, Q4_0 has"),
+    "unknown type": (_header(tensors=1, infos=_info(b"a", [32], 99, 0)), UnsupportedModel, "a has the block type 99"),
+    "odd place": (_header(tensors=1, infos=_info(b"a", [32], 0, 7)), CheckpointError, "begins at byte 7"),
+    "beyond the end": (_header(tensors=1, infos=_info(b"a", [32], 0, 2**40)), CheckpointError, "is truncated, down"),
+    "shared bytes": (_header(tensors=2, infos=_SHARED) + bytes(1024), CheckpointError, "a and b share bytes"),
+    "twice": (_header(tensors=2, infos=_info(b"a", [32], 0, 0) * 2), CheckpointError, "'a' is there twice"),
+    "version": (_header(version=1), UnsupportedModel, "is of version 1"),
+    "big-endian": (_header(version=3 << 24), UnsupportedModel, "is written for big-endian machines"),
+    "nothing": (_header(), CheckpointError, r"does not name its architecture"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_lie_is_named(case: str, tmp_path: Path):
+    content, error, words = CASES[case]
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(content)
+    with pytest.raises(error, match=words):
+        open_checkpoint(path)
+
+
+def test_the_reader_agrees_with_the_package(whole: bytes, tmp_path: Path):
+    import gguf
+
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(whole)
+    ours, theirs = read_gguf(path, block_types()), gguf.GGUFReader(path)
+    assert {t.name: (t.data_offset, t.n_bytes, tuple(reversed(t.shape.tolist()))) for t in theirs.tensors} == {
+        t.name: (t.extent.offset, t.extent.nbytes, t.shape) for t in ours.tensors.values()
+    }
+    for key, value in ours.metadata.items():
+        expected = theirs.fields[key].contents()
+        found = ours.texts(key) if isinstance(expected, list) and isinstance(expected[0], str) else value
+        assert (found.tolist() if hasattr(found, "tolist") else found) == expected, key
