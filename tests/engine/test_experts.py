@@ -354,3 +354,31 @@ def test_what_a_loaded_model_refuses(mixtures, checkpoints, tmp_path: Path):
             simulate(model, [Sample(_ids()[0], 10, 10)], [Variant(0.5)])
     with pytest.raises(UsageError, match="is for mixtures of experts, and llama is none"):
         _load(checkpoints("llama2"), missing_experts="route")
+
+
+def _as_fp8(tensors: dict[str, Tensor], *, decoded: bool) -> None:
+    """Matrices of experts and attention in FP8, one scale each; or the numbers that these stand for."""
+    for name in [name for name in tensors if "experts." in name or "_proj." in name]:
+        scale = tensors[name].abs().max() / 448
+        codes = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        tensors[name] = codes.float() * scale if decoded else codes
+        if not decoded:
+            tensors[f"{name}_scale_inv"] = scale.view(1, 1)
+
+
+def test_experts_that_others_quantised_are_read_as_they_lie(mixtures, tmp_path: Path):
+    source, found = mixtures("qwen3_moe"), {}
+    for kind in ("decoded", "packed"):
+        (tmp_path / kind).mkdir()
+        directory = _damaged(source, tmp_path / kind, lambda t, kind=kind: _as_fp8(t, decoded=kind == "decoded"))
+        config = json.loads((directory / "config.json").read_text())
+        method = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head", "gate"]}
+        if kind == "packed":
+            (directory / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+        with _load(directory, density=0.5, dtype="float32") as model:
+            found[kind] = (model.generate(**_greedy(_ids(), new=8)), model.last_report)
+    (plain, wide), (packed, narrow) = found["decoded"], found["packed"]
+    assert torch.equal(packed.sequences, plain.sequences)
+    _close(packed.logits, plain.logits)
+    assert narrow.experts.misses == wide.experts.misses > 0
+    assert narrow.decode_streamed_bytes < 0.26 * wide.decode_streamed_bytes  # a byte in the place of four, and scales
