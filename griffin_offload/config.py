@@ -26,6 +26,7 @@ Overflow = Literal["error", "drop"]
 WindowStart = Literal["even", "documents"]
 EvalMode = Literal["gen", "class", "strict"]
 BosRule = Literal["paper", "tokenizer"]
+MissingExperts = Literal["fetch", "route"]
 CacheKind = Literal["ours", "static", "dynamic"]
 Refresh = Literal["turn", "never"] | int
 Density = float | Sequence[float]
@@ -77,6 +78,9 @@ class LoadConfig:
     """8: the KV cache as int8 with a scale per token and head; 16: as it is computed, whatever the precision."""
     batch_size: int = 1
     """Sequences at once (beams count) that are planned for."""
+    missing_experts: MissingExperts = "fetch"
+    """Of a mixture of experts, what happens to a token that is sent to an expert that is not resident: it is read from
+    where it rests ("fetch"), or the router chooses among the residents alone ("route")."""
     selection: SelectionMethod = "topk"
     batch_statistic: BatchStatistic = "sum"
     """How samples share experts: the sum of s^2, or the mean of s^2 / S ("mean"); METHOD: batch > 1."""
@@ -109,7 +113,7 @@ class LoadConfig:
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, tuple(DEVICE_NAMES))
-        named = (("offload", Offload), ("selection", SelectionMethod))
+        named = (("offload", Offload), ("missing_experts", MissingExperts), ("selection", SelectionMethod))
         for name, kind in (*named, ("batch_statistic", BatchStatistic), ("dtype", DType), ("kv_bits", KVBits)):
             _one_of(name, getattr(self, name), get_args(kind))
         _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from griffin_offload.blocks.base import Block, Finder
+from griffin_offload.blocks.experts import find_experts
 from griffin_offload.blocks.feedforward import FeedForward, features
 from griffin_offload.devices.torch_state import building
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError, one_line
@@ -47,7 +48,7 @@ def register_layout(layout: Layout) -> None:
     _LAYOUTS.insert(0, layout)
 
 
-_FINDERS: list[Finder] = []
+_FINDERS: list[Finder] = [find_experts]
 
 
 def register_block(finder: Finder) -> None:
@@ -94,7 +95,10 @@ def _block_of(layer: nn.Module, where: str) -> Block:
         if other is not None:
             return other
     if experts is not None:
-        raise UnsupportedModel(f"{where} holds mixture-of-experts parameters ({experts}): only dense FFs work")
+        raise UnsupportedModel(
+            f"{where} holds mixture-of-experts parameters ({experts}) that are not of an experts module of "
+            "transformers': not supported"
+        )
     if len(found) != 1:
         names = ", ".join(dict.fromkeys(name.rsplit(".", 1)[0] for name, _ in layer.named_parameters()))
         raise UnsupportedModel(f"{where} has {len(found)} FF blocks of a known layout among {names}; {REGISTER_HINT}")

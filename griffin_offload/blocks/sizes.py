@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from griffin_offload.blocks.base import ALIGNMENT, Block, padded
+from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import check_layer, linear_names
@@ -57,6 +58,8 @@ class LayerSizes:
     """Activations per token while a recurrence or a convolution passes over a prompt."""
     multiple: int = 1
     """Resident neurons come in multiples of so many."""
+    experts: int = 0
+    """Of a mixture of experts, which are its neurons: how many a token is sent to. 0: the FF is dense."""
     own_width: int | None = None
     """Numbers of a token that go into the down projection; None: one for every neuron."""
 
@@ -113,6 +116,11 @@ class ModelSizes:
     def width(self) -> int:
         """Numbers of a token that go into the widest down projection."""
         return max(layer.width for layer in self.layers)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some layers are mixtures of experts: `density` then is the share of experts that are resident."""
+        return any(layer.experts for layer in self.layers)
 
     @property
     def scratch_bytes(self) -> int:
@@ -247,6 +255,7 @@ def _layer_shape(
         state_bytes=state.state_bytes,
         multiple=step,
         own_width=block.width,
+        experts=block.active if isinstance(block, Experts) else 0,
         mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in inside if id(module) not in projections]),
     )
 

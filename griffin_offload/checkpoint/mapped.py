@@ -131,6 +131,11 @@ class FilePages:
             joined.append((begin, end, mapping))
         return [span for begin, end, mapping in joined if (span := _inner_pages(begin, end, mapping)).nbytes > 0]
 
+    def ask(self, spans: Sequence[Span]) -> None:
+        """Have the disk read the spans; does not wait."""
+        for step in (step for span in spans for step in span.steps()):
+            self._advise(step, _MADV_WILLNEED)
+
     def read(self, spans: Sequence[Span]) -> None:
         """Read the spans and map their pages, so that using them takes no page fault; blocks."""
         steps = [step for span in spans for step in span.steps()]

@@ -82,4 +82,5 @@ def _made_bytes(tensor: StoredTensor, checkpoint: Checkpoint) -> int:
 
 def _names_outside_ff(layer: Any, block: Any) -> set[str]:
     inside = {id(tensor) for linear in block.linears for tensor in linear.parameters(recurse=False)}
+    inside |= {id(tensor) for tensor in block.full()}
     return {name for name, tensor in layer.named_parameters() if id(tensor) not in inside}

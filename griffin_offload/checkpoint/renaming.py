@@ -6,6 +6,7 @@ that applies them.
 """
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -37,6 +40,32 @@ class Conversion:
     patterns: tuple[str, ...] = ()
     """Of the rule, one for each of `sources`."""
 
+    @property
+    def of_experts(self) -> bool:
+        """Whether it makes one tensor of those of all experts of a layer."""
+        return self.rule is not None and any(isinstance(step, MergeModulelist) for step in self.rule.operations)
+
+    def by_expert(self) -> list[dict[str, str | None]] | None:
+        """For each expert the checkpoint's names by pattern, in the order in which they lie one above the other in its
+        row of the target, None for one that is missing; None where the rule does more than laying them so."""
+        steps = self.rule.operations
+        simple = [isinstance(step, kind) for step, kind in zip(steps, (MergeModulelist, Concatenate), strict=False)]
+        if len(steps) > 2 or not all(simple) or steps[0].dim != 0 or (len(steps) == 2 and steps[1].dim != 1):
+            return None
+        patterns = list(self.rule.source_patterns)
+        numbers: dict[int, dict[str, str | None]] = {}
+        for name, pattern in zip(self.sources, self.patterns, strict=True):
+            match = re.search(_numbered(pattern), name)
+            if match is None or not match.groups():
+                return None
+            numbers.setdefault(int(match[1]), dict.fromkeys(patterns))[pattern] = name
+        return [numbers.get(expert, dict.fromkeys(patterns)) for expert in range(max(numbers) + 1)]
+
+    def missing(self, expert: int, pattern: str) -> str:
+        """The name that `pattern` would have for `expert`."""
+        known = next(name for name, own in zip(self.sources, self.patterns, strict=True) if own == pattern)
+        return re.sub(_numbered(pattern), lambda found: pattern.replace("*", str(expert)), known)
+
     def apply(self, model: StockModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of `model` by name, made of `tensors`, which are the sources'."""
         if self.rule is None:
@@ -46,6 +75,10 @@ class Conversion:
             rule.add_tensor(self.target, name, pattern, tensors[name])
         made = rule.convert(self.target, model=model, config=model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def _numbered(pattern: str) -> str:
+    return re.escape(pattern).replace(r"\*", r"(\d+)")
 
 
 def conversions_of(model: StockModel, names: Iterable[str]) -> list[Conversion]:

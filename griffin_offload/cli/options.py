@@ -18,6 +18,7 @@ from griffin_offload.config import (
     DType,
     KVBits,
     LoadConfig,
+    MissingExperts,
     Offload,
     SelectionMethod,
 )
@@ -236,6 +237,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.quantize,
         help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
         "neurons, else the last)",
+    )
+    add(
+        "--missing-experts",
+        choices=get_args(MissingExperts),
+        default=_DEFAULTS.missing_experts,
+        help="mixtures of experts: read an expert that is not on the device when a token is sent to it, or send tokens "
+        "to those that are",
     )
     add = parser.add_argument_group("exactness").add_argument
     add(

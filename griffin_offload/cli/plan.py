@@ -91,15 +91,16 @@ def plan_lines(plan: "Plan") -> list[str]:
     ]
     lines.append(f"{'budget':<14}{format_bytes(plan.budget_bytes):>12}{format_bytes(plan.budget_bytes):>12}")
     kept = f"density {plan.density:.2f}" if plan.streamed else "all neurons resident, nothing streamed"
+    if plan.streamed and plan.experts:
+        kept = f"{plan.experts[0]} of {plan.experts[1]} experts a layer"
     lines.append(
         f"{kept}, {plan.precision}, context {plan.context_tokens} tokens (prompt {plan.prompt_tokens}, "
         f"{plan.kv_bits}-bit KV cache), embeddings on the {plan.embeddings}"
     )
     if plan.streamed:
-        lines.append(
-            f"streams {format_bytes(plan.streamed_bytes)} of {format_bytes(plan.full_bytes)} once per prompt through "
-            f"{plan.slots} slot{'s' if plan.slots != 1 else ''}"
-        )
+        streamed = f"{format_bytes(plan.streamed_bytes)} of {format_bytes(plan.full_bytes)} once per prompt"
+        through = f"through {plan.slots} slot{'s' if plan.slots != 1 else ''}"
+        lines.append(f"streams at most {streamed}" if plan.experts else f"streams {streamed} {through}")
     return lines
 
 

@@ -7,6 +7,7 @@ checkpoint holds in them, and every parameter is then a view of the mapped files
 import copy
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from griffin_offload.blocks.layouts import find_feed_forwards, leave_out_towers
 from griffin_offload.blocks.replace import swap_linears
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.mapped import FileMaps
-from griffin_offload.checkpoint.renaming import KeptTypes
+from griffin_offload.checkpoint.renaming import Conversion, KeptTypes
 from griffin_offload.devices.torch_state import building, parameters_on_meta, put
-from griffin_offload.errors import CheckpointError, GriffinError, memory_refused, one_line
+from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedModel, memory_refused, one_line
 from griffin_offload.formats.base import is_plain
 from griffin_offload.formats.linear import swap_tables
+from griffin_offload.formats.stacked import stacked
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.transformers_api import StockModel
 
@@ -81,6 +83,9 @@ class _Filling:
         first = {names[0] for names in self._names.values()}
         for conversion in sorted(conversions, key=lambda c: c.target not in first):  # of tied ones the embeddings
             expected = self._there[conversion.target]
+            if conversion.of_experts:
+                self._stack(conversion, tensors, expected)
+                continue
             sources = {name: self._mapped(tensors[name], conversion.target, expected) for name in conversion.sources}
             for name, tensor in conversion.apply(self._model, sources).items():
                 self._put(name, tensor)
@@ -90,6 +95,31 @@ class _Filling:
         lacking = [name for name in lacking if not self._needless(name)]
         if lacking:
             raise self._checkpoint.lacking(lacking)
+
+    def _stack(self, conversion: Conversion, tensors: Mapping[str, StoredTensor], expected: Tensor) -> None:
+        """The experts of a layer as they lie: merging them would copy all of them into memory."""
+        experts, shape = conversion.by_expert(), tuple(expected.shape)
+        if experts is None:
+            raise UnsupportedModel(f"{conversion.target} would be merged in memory: its experts do not lie as they are")
+        missing = [
+            conversion.missing(expert, pattern)
+            for expert in range(shape[0])
+            for pattern, name in (experts[expert] if expert < len(experts) else experts[0]).items()
+            if name is None or expert >= len(experts)
+        ]
+        if missing:
+            raise self._checkpoint.lacking(missing)
+        rows = [[tensors[name] for name in found.values() if name is not None] for found in experts]
+        for expert, row in enumerate(rows):
+            made = (sum(part.shape[0] for part in row), *row[0].shape[1:])
+            if made != shape[1:] or any(part.shape[1:] != row[0].shape[1:] for part in row) or expert >= shape[0]:
+                first = next(iter(experts[expert].values())) or conversion.target
+                needed = f"of {list(shape)}" if expert >= shape[0] else list(shape[1:])
+                self._unfitting[first] = f"makes {list(made)} of expert {expert}, the model needs {needed}"
+                self._filled.add(id(expected))
+                return
+        views = [[part.tensor(self._maps) for part in row] for row in rows]
+        self._put(conversion.target, stacked(shape, rows[0][0].dtype, views))
 
     def _mapped(self, stored: StoredTensor, target: str, expected: Tensor) -> Tensor:
         """`stored`, floats in the precision that the model has there."""

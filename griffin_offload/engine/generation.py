@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from griffin_offload.checkpoint.tokenizer import template_end
 from griffin_offload.config import LoadConfig, Refresh, pass_tokens
-from griffin_offload.engine.report import DraftReport, GraphReport, PrefillReport
+from griffin_offload.engine.report import DraftReport, ExpertReport, GraphReport, PrefillReport
 from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
@@ -227,6 +227,8 @@ class GenerationState:
         self.fetched_bytes = 0
         """What had been fetched when prefill was over: more at the end would be decode's."""
         self.embedding_bytes = 0
+        self.experts: ExpertReport | None = None
+        """What had been counted then."""
         self.cache: StockCache | None = None
         self.own_cache: KVCache | None = None
         """Ours, where the forwards are to fill that."""

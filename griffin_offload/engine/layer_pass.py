@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Activations, Block
 from griffin_offload.blocks.hooks import PassHook, unhook
+from griffin_offload.blocks.routing import RestrictedForward
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
+from griffin_offload.engine.report import ExpertReport
 from griffin_offload.formats.translated import in_memory
 from griffin_offload.offload.background_loader import BackgroundLoader
+from griffin_offload.offload.expert_store import ExpertBuffers, ExpertCache, ExpertStore
 from griffin_offload.offload.layer_stream import LayerStream, StreamConfig
 from griffin_offload.offload.weight_store import Source, stream_dtype
 
@@ -47,13 +50,34 @@ class DecoderLayers:
     """Sorted indices of the neurons in the compact parameters, per streamed layer: a new dict for every choice."""
     arrival: BackgroundLoader | None = None
     """Residents of layers that are still on their way; None where nobody fills any."""
+    experts: dict[int, ExpertCache] = field(default_factory=dict)
+    """Of the streamed layers that are mixtures of experts: what of them is on the device."""
+    expert_store: ExpertStore | None = None
+    """Where their experts rest; None where there are none."""
+    routers: dict[int, RestrictedForward] = field(default_factory=dict)
+    """Of the same layers, where routing is kept to residents."""
+    expert_buffers: ExpertBuffers = field(default_factory=ExpertBuffers)
     norms: dict[int, Tensor] = field(default_factory=dict)
     """Of the weights, for selections that ask for them: computed when a layer passes for the first time."""
 
     @property
     def fetched_bytes(self) -> int:
         """Weight bytes fetched from where the full weights rest, since loading."""
-        return self.source.fetched_bytes if self.source else 0
+        return sum(store.fetched_bytes for store in (self.source, self.expert_store) if store is not None)
+
+    @property
+    def expert_report(self) -> ExpertReport:
+        """Counts since loading, and what the last prompt has chosen."""
+        caches = self.experts.values()
+        kept = [cache.routing_kept for cache in caches if cache.routing_kept is not None]
+        return ExpertReport(
+            resident=sum(len(cache.residents) for cache in caches),
+            hits=sum(cache.hits for cache in caches),
+            misses=sum(cache.misses for cache in caches),
+            routing_kept=sum(kept) / len(kept) if kept else 1.0,
+            choices=sum(router.choices for router in self.routers.values()),
+            redirected=sum(router.redirected for router in self.routers.values()),
+        )
 
     @property
     def arrival_wait_s(self) -> float:
@@ -62,7 +86,9 @@ class DecoderLayers:
 
     def give_back(self) -> None:
         """Let go of weights in host memory and of compact ones; nothing can be streamed from then on."""
-        self.source = None
+        self.source = self.expert_store = None
+        self.experts.clear()
+        self.routers.clear()
         self.compact.clear()
         self.norms.clear()
 
@@ -97,17 +123,24 @@ class StreamFeed:
 
     def __init__(self, layers: DecoderLayers) -> None:
         self._layers, self.layers = layers, layers.compact.keys()
-        self.stream = LayerStream(layers.source, list(layers.compact), layers.stream) if layers.source else None
+        self._waited_before = layers.expert_store.wait_s if layers.expert_store else 0.0
+        dense = [index for index in layers.compact if index not in layers.experts]
+        self.stream = LayerStream(layers.source, dense, layers.stream) if layers.source else None
 
     @property
     def peak_in_flight_bytes(self) -> int:
-        return self.stream.peak_in_flight_bytes if self.stream else 0
+        dense = self.stream.peak_in_flight_bytes if self.stream else 0
+        return dense + self._layers.expert_buffers.peak_bytes
 
     @property
     def wait_s(self) -> float:
-        return self.stream.wait_s if self.stream else 0.0
+        store, dense = self._layers.expert_store, self.stream.wait_s if self.stream else 0.0
+        return dense + (store.wait_s - self._waited_before if store else 0.0)
 
     def __enter__(self) -> "StreamFeed":
+        if self._layers.expert_store is not None:
+            self._layers.expert_store.check_files()
+            self._layers.expert_buffers.begin()
         if self.stream is not None:
             self.stream.__enter__()
         return self
@@ -116,16 +149,24 @@ class StreamFeed:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._layers.install_compact()
+        for cache in self._layers.experts.values():
+            cache.end_pass()
+        self._layers.expert_buffers.shrink()
         if self.stream is not None:
             self.stream.__exit__(kind, error, trace)
 
     def bring(self, index: int) -> list[Tensor]:
+        if index in self._layers.experts:
+            return self._layers.experts[index].start_pass()  # which of them are needed, the router will say
         assert self.stream is not None, "streamed layers have a source"
         full = self.stream.acquire(index)
         self._layers.blocks[index].install_full(full)
         return full
 
     def drop(self, index: int) -> None:
+        if index in self._layers.experts:
+            self._layers.experts[index].end_pass()
+            return
         assert self.stream is not None, "streamed layers have a source"
         self._layers.blocks[index].install_compact(self._layers.compact[index])
         self.stream.release()

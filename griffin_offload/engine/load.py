@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import swap_linears
 from griffin_offload.blocks.self_check import self_check
@@ -23,13 +24,14 @@ from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.cpu_modules import use_own_attention, use_own_linears, use_own_norms
 from griffin_offload.engine.layer_pass import DecoderLayers
-from griffin_offload.engine.residents import Loaded, compact_blocks, place_residents, resident_bytes
+from griffin_offload.engine.residents import Loaded, cache_experts, compact_blocks, place_residents, resident_bytes
 from griffin_offload.engine.spec import ModelSpec, evicts
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
 from griffin_offload.formats import FLOATS
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
 from griffin_offload.offload.background_loader import BackgroundLoader
+from griffin_offload.offload.expert_store import ExpertStore
 from griffin_offload.offload.layer_stream import StreamConfig
 from griffin_offload.offload.weight_store import HostStore, MmapStore, Source
 from griffin_offload.planner.plan import Plan
@@ -86,9 +88,13 @@ def _load(
     model, decoder, blocks = _map_layers(model_spec.checkpoint, shape, scratch, evict=evicts(model_spec))
     full = {index: blocks[index].full() for index in plan.streamed}
     offload = _offload_tier(model_spec, plan, config)
-    source = _make_source(full, model_spec, offload) if full else None
+    dense = {index: tensors for index, tensors in full.items() if not isinstance(blocks[index], Experts)}
+    source = _make_source(dense, model_spec, offload) if dense else None
     if source is not None:
         on_failure.callback(source.close)
+    store = _expert_store({index: full[index] for index in full if index not in dense}, model_spec)
+    if store is not None:
+        on_failure.callback(store.close)
     pages = FilePages(list(model.parameters()), evict=evicts(model_spec))
     on_failure.callback(pages.close)
     compact, jobs = compact_blocks(blocks, full, model_spec, plan, pages)
@@ -111,13 +117,19 @@ def _load(
         stream=StreamConfig(hardware, model_spec.dtype, plan.slots),
         ff_chunk_tokens=plan.ff_chunk_tokens,
         config=config,
+        expert_store=store,
     )
+    cache_experts(layers)
     resident = resident_bytes(model)
     ledger.hold(residents=resident, offloaded=_offloaded_in_budget(model_spec, source))
     layers.arrival = BackgroundLoader(stages, jobs, check=pages.files.check_contents, finished=pages.close)
     on_failure.callback(layers.arrival.close)
     layers.arrival.start()
     return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
+
+
+def _expert_store(full: dict[int, list[Tensor]], model_spec: ModelSpec) -> ExpertStore | None:
+    return ExpertStore(full, evict=evicts(model_spec)) if full else None
 
 
 def _scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
@@ -135,7 +147,10 @@ def _map_layers(
     model.name_or_path = model.config.name_or_path = str(checkpoint.directory)
     decoder, blocks = find_feed_forwards(model, len(shape.layers))
     settle_generation_config(model, shape.vocab_size, checkpoint.directory)
-    self_check(blocks[0])
+    for block in blocks:
+        if not isinstance(block, Experts):  # whose own code says how they lie
+            self_check(block)
+            break
     if not shape.precision.is_plain and checkpoint.precision.is_plain:
         importance: Importance = {}
         if shape.precision.wants_importance:

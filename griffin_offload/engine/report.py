@@ -1,6 +1,6 @@
 """What a run did, in figures."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from griffin_offload.units import format_bytes
@@ -96,6 +96,49 @@ class DraftReport:
 
 
 @dataclass(frozen=True)
+class ExpertReport:
+    """What became of the experts that tokens were sent to while they were decoded."""
+
+    resident: int
+    """On the device, in all layers, when the answer was over."""
+    hits: int
+    """Experts of a layer and a forward that were on the device."""
+    misses: int
+    """Those that were read."""
+    routing_kept: float
+    """Share of the prompt's routing weights that went to the experts that it chose, mean over layers."""
+    choices: int = 0
+    redirected: int = 0
+    """Of the routers' `choices`, those that a resident expert stood in for."""
+
+    def since(self, before: "ExpertReport | None") -> "ExpertReport":
+        """With what was counted after `before`."""
+        if before is None:
+            return self
+        counts = ("hits", "misses", "choices", "redirected")
+        return replace(self, **{name: getattr(self, name) - getattr(before, name) for name in counts})
+
+    @property
+    def hit_rate(self) -> float:
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 1.0
+
+    @property
+    def redirected_share(self) -> float:
+        return self.redirected / self.choices if self.choices else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"hit_rate": self.hit_rate, "redirected_share": self.redirected_share}
+
+    def line(self) -> str:
+        """For people."""
+        found = f"{self.hit_rate:.1%} of {self.hits + self.misses} on the device"
+        if self.choices:
+            found = f"{self.redirected_share:.1%} of {self.choices} choices redirected"
+        return f"experts  {self.resident} resident   {found}   routing kept {self.routing_kept:.2f}"
+
+
+@dataclass(frozen=True)
 class RunReport:
     """One `generate`: field names are those of `griffin-offload run --json`."""
 
@@ -129,6 +172,8 @@ class RunReport:
     statistic_s: float
     drafting: DraftReport | None = None
     """In exact mode, and with refresh: the passes between tokens of the answer."""
+    experts: ExpertReport | None = None
+    """None where FFs are dense, or all experts are resident."""
     graphs: GraphReport | None = None
     """None where there are none to capture: the device is not CUDA."""
 
@@ -164,6 +209,7 @@ class RunReport:
             "decode_tokens_per_s": self.decode_tokens_per_s,
             "decode_streamed_bytes_per_token": self.decode_streamed_bytes_per_token,
             "drafting": self.drafting.to_json() if self.drafting else None,
+            "experts": self.experts.to_json() if self.experts else None,
         }
 
     def _unquantised(self) -> str:
@@ -199,6 +245,7 @@ class RunReport:
             f"streamed {format_bytes(self.decode_streamed_bytes)}   density {self.density:.2f}, "
             f"activation kept {kept}",
             *self._draft_lines(),
+            *([] if self.experts is None else [self.experts.line()]),
             *([] if self.graphs is None else [self.graphs.line()]),
             f"resident {format_bytes(self.resident_bytes)} {self.precision}{self._unquantised()}   peak {device} "
             f"{format_bytes(self.peak_device_bytes)} of {format_bytes(self.budget_bytes)}   "

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.experts import Experts
+from griffin_offload.blocks.routing import RestrictedForward
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.memory import Ledger, touch, untouched_zeros
 from griffin_offload.devices.torch_state import put
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed, Visitor
 from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.offload.background_loader import Job
+from griffin_offload.offload.expert_store import ExpertCache
 from griffin_offload.planner.plan import Plan
 from griffin_offload.transformers_api import StockModel
 
@@ -88,7 +91,7 @@ class Loaded:
 
     def close(self) -> None:
         """End what is on its way, give back files, pinned memory and weights that are not the stock model's."""
-        for owner in (self.layers.arrival, self.layers.source, self.host_embedding):
+        for owner in (self.layers.arrival, self.layers.source, self.layers.expert_store, self.host_embedding):
             if owner is not None:
                 owner.close()
         self.layers.give_back()
@@ -134,6 +137,20 @@ def compact_blocks(
     return compact, jobs
 
 
+def cache_experts(layers: DecoderLayers) -> None:
+    """Give every streamed layer of experts what keeps account of its places; with `route`, keep its router to them."""
+    fetch = layers.config.missing_experts == "fetch"
+    for index, places in layers.compact.items():
+        block = layers.blocks[index]
+        if not isinstance(block, Experts):
+            continue
+        assert layers.expert_store is not None, "streamed experts rest somewhere"
+        cache = ExpertCache(index, layers.expert_store, places, layers.expert_buffers, block.neurons, fetch=fetch)
+        block.source = layers.experts[index] = cache
+        if not fetch:
+            layers.routers[index] = block.parent.forward = RestrictedForward(block.parent, cache.allowed)
+
+
 class GatherSelected(Visitor):
     """Gathers neurons that were chosen before into the compact parameters."""
 
@@ -153,8 +170,12 @@ def materialise(layers: DecoderLayers, selected: dict[int, Tensor], dtype: torch
     """Gather `selected` from where the full weights rest: a layer at a time, of which only their rows are read, and
     matrices that hold neurons as columns. `dtype` is the computation's."""
     layers.selected = {}
-    feed = RowFeed(layers, selected, dtype)
-    LayerPass(layers.decoder, layers.blocks, feed, [GatherSelected(layers, selected)]).walk()
+    dense = {index: chosen for index, chosen in selected.items() if index not in layers.experts}
+    feed = RowFeed(layers, dense, dtype)
+    LayerPass(layers.decoder, layers.blocks, feed, [GatherSelected(layers, dense)]).walk()
+    if layers.config.missing_experts == "route":  # else any that are there will do
+        for index, cache in layers.experts.items():
+            cache.place(selected[index].tolist())
     layers.selected = selected
 
 

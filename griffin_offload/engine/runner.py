@@ -207,6 +207,7 @@ class ModelRunner:
         """Enter a forward of `new_tokens` into the ledger: activations as the plan counts them, the KV cache and
         slots as they are."""
         request = as_loaded(self.model_spec.request, self.plan)
+        slots = max(slots, self.loaded.layers.expert_buffers.nbytes)
         self.loaded.ledger.hold(
             kv_cache=cache_bytes(cache),
             states=state_bytes(cache),
@@ -325,6 +326,7 @@ class ModelRunner:
         self.hold(use, tokens.shape[1], run.cache, slots)
         run.prefilled, run.batch, run.prefill = True, tokens.shape[0], self.passes.last
         run.fetched_bytes, run.embedding_bytes = self.loaded.layers.fetched_bytes, self.embedding_bytes
+        run.experts = self.loaded.layers.expert_report
         return output
 
     def _read_again(self, run: GenerationState, kwargs: dict[str, Any]) -> Any:

@@ -36,6 +36,8 @@ from griffin_offload.planner.solve import make_plan
 from griffin_offload.transformers_api import warn_if_untested
 from griffin_offload.units import format_bytes, parse_size
 
+NO_PASSES = "with missing_experts='fetch', the default, every token is the full model's own already"
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -64,6 +66,8 @@ class ModelSpec:
 
     def check_exact(self, precision: Format) -> None:
         """UsageError unless residents of `precision` can draft for the full model: all but FFs must be as stored."""
+        if self.shape.has_experts:
+            raise UsageError(f"exact mode does not draft with experts yet: {NO_PASSES}")
         if precision is not self.checkpoint.precision or precision.rests_as() is not precision:
             raise UsageError(
                 f"exact mode needs residents in the stored precision, these are {precision}: load with exact=True"
@@ -134,14 +138,33 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         weight_norms=config.selection in WEIGHT_NORMS,
         # Where no context can be kept every prompt is read from its start.
         continued=config.keep_prompts and can_cache(checkpoint.config),
-        graphs=GRAPH_COSTS if hardware.captures and config.cuda_graphs else None,
+        # A forward that asks which experts it needs cannot be captured.
+        graphs=GRAPH_COSTS if hardware.captures and config.cuda_graphs and not shapes[0].has_experts else None,
     )
     assumed = f"no {hardware.name} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
     model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, others, request, assumed if absent else None)
     if config.exact:
         model_spec.check_exact(checkpoint.precision)
     _check_passes(model_spec)
+    _check_experts(model_spec, config)
     return model_spec
+
+
+def _check_experts(model_spec: ModelSpec, config: LoadConfig) -> None:
+    """UsageError for what does not go together with a mixture of experts, and for its options where there is none."""
+    if not model_spec.shape.has_experts:
+        if config.missing_experts != "fetch":
+            raise UsageError(
+                f"missing_experts={config.missing_experts!r} is for mixtures of experts, and "
+                f"{model_spec.checkpoint.config.model_type} is none: leave it out"
+            )
+        return
+    if config.offload == "ram":
+        raise UsageError(
+            "offload='ram' does not hold experts yet: take offload='disk', which reads each when it is needed"
+        )
+    if config.selection in WEIGHT_NORMS:
+        raise UsageError(f"selection={config.selection!r} is by norms of neurons, and experts are none: take 'topk'")
 
 
 def _stored_share(checkpoint: Checkpoint, parts: PartSizes, dtype: torch.dtype) -> float:
@@ -152,6 +175,8 @@ def _stored_share(checkpoint: Checkpoint, parts: PartSizes, dtype: torch.dtype) 
 
 def _check_passes(model_spec: ModelSpec) -> None:
     """UsageError where the passes between two tokens cannot take the drafted ones back."""
+    if model_spec.request.pass_tokens and model_spec.shape.has_experts:
+        raise UsageError(f"refresh={model_spec.request.pass_tokens} does not work with experts yet: {NO_PASSES}")
     if model_spec.request.pass_tokens and model_spec.request.cache != "ours":
         reason = why_not_back(model_spec.checkpoint.config)
         raise UsageError(f"refresh={model_spec.request.pass_tokens} takes tokens back: {reason}")

@@ -15,7 +15,7 @@ from griffin_offload.config import WEIGHT_NORMS
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.engine.layer_pass import DecoderLayers, Progress
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.errors import BudgetExceeded, UsageError
+from griffin_offload.errors import BudgetExceeded, UnsupportedModel, UsageError
 from griffin_offload.evaluation.samples import Batch, Sample, columns_of
 from griffin_offload.evaluation.scoring import Scores, score_rows, stack_of, stock_head
 from griffin_offload.evaluation.simulated_pass import NeuronChoice, Observer, PassSize, SimulatedPass, Sizer
@@ -179,6 +179,8 @@ def _running(
     kept_bytes: int = 0,
 ) -> Iterator["_Simulation"]:
     """A simulation that is alone on the model; what was computed inside is checked against the budget afterwards."""
+    if model.plan.experts:
+        raise UnsupportedModel("a simulation leaves FF neurons out, and mixtures of experts are not simulated yet")
     loaded = model.engine.loaded
     simulation = _Simulation(model, variants, prior, progress, observed_tables, kept_bytes)
     with (

@@ -51,7 +51,9 @@ class Plan:
     full_bytes: int
     """All weights of the model, for comparison."""
     streamed_bytes: int
-    """Weight bytes streamed per prompt."""
+    """Weight bytes streamed per prompt; of experts, all, of which tokens need a part."""
+    experts: tuple[int, int] | None = None
+    """Of a mixture of experts, how many a layer keeps and has, in the layer that keeps the smallest share."""
 
     @property
     def peak_prefill_bytes(self) -> int:
@@ -105,6 +107,7 @@ class Plan:
         return {
             "fits": self.fits,
             "density": self.density,
+            "experts": self.experts,
             "precision": self.precision,
             "context_tokens": self.context_tokens,
             "prompt_tokens": self.prompt_tokens,
@@ -134,8 +137,16 @@ def _slot_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]
     """The largest layers that can be on their way at once, and the pages one of them is copied from."""
     if request.offloaded_in_budget:
         return 0  # used where they rest
-    largest = sorted((slot_bytes(shape.layers[i].ff_flat_bytes) for i in streamed), reverse=True)[:slots]
+    dense = [i for i in streamed if not shape.layers[i].experts]
+    largest = sorted((slot_bytes(shape.layers[i].ff_flat_bytes) for i in dense), reverse=True)[:slots]
+    # Of experts one layer's are there at once: all that its tokens are sent to, until it is known which ones stay.
+    largest.append(max((shape.layers[i].ff_flat_bytes for i in streamed if shape.layers[i].experts), default=0))
     return sum(largest) + int(max(largest, default=0) * request.stored_share)
+
+
+def _missing_bytes(shape: ModelSizes, streamed: Sequence[int]) -> int:
+    """Room for an expert that is read while tokens are decoded, and finds none in its layer."""
+    return max((shape.layers[i].neuron_bytes for i in streamed if shape.layers[i].experts), default=0)
 
 
 def _decode_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: tuple[int, ...]) -> int:
@@ -162,6 +173,17 @@ def _resident_parts(
         "feed_forward": sum(k * layer.plain_neuron_bytes for k, layer in zip(kept, shape.layers, strict=True)),
     }
     return resident, plain
+
+
+def _density(shape: ModelSizes, kept: tuple[int, ...]) -> float:
+    """Of neurons, or where there are experts, of these."""
+    counted = [i for i, layer in enumerate(shape.layers) if bool(layer.experts) == shape.has_experts]
+    return sum(kept[i] for i in counted) / sum(shape.layers[i].neurons for i in counted)
+
+
+def _experts(shape: ModelSizes, kept: tuple[int, ...]) -> tuple[int, int] | None:
+    pairs = [(k, layer.neurons) for k, layer in zip(kept, shape.layers, strict=True) if layer.experts]
+    return min(pairs, key=lambda pair: pair[0] / pair[1], default=None)
 
 
 def price(
@@ -198,14 +220,15 @@ def price(
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
     decode = {
         "kv_cache": kv_cache,
-        "slots": in_slots if use.pass_tokens else 0,
+        "slots": in_slots if use.pass_tokens else _missing_bytes(shape, streamed),
         "workspace": _decode_workspace_bytes(shape, request, use, kept) + beside,
     }
     if request.converted_bytes or any(request.converted_ff):
         settled = sum(size for i, size in enumerate(request.converted_ff) if i not in streamed)
         prefill["converted"], decode["converted"] = request.converted_bytes + settled, 0
     return Plan(
-        density=sum(kept) / sum(layer.neurons for layer in shape.layers),
+        density=_density(shape, kept),
+        experts=_experts(shape, kept),
         kept=kept,
         streamed=streamed,
         slots=slots,
@@ -263,7 +286,7 @@ def workspace_bytes(
     ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
     activations = _activation_bytes(shape, ff_tokens)
     at_once = new_tokens if shape.inline_ff else min(new_tokens, chunk)
-    statistic = summing_bytes(use.batch, shape.neurons, at_once)
+    statistic = summing_bytes(use.batch, shape.neurons, at_once) + _routing_bytes(shape, tokens)
     selection = sum(kept) * _INDEX_BYTES
     masks = _score_bytes(shape, use, new_tokens, seen_tokens)
     if new_tokens == 1:
@@ -271,6 +294,16 @@ def workspace_bytes(
     streamed = request.always_stream or any(k < n.neurons for k, n in zip(kept, shape.layers, strict=True))
     gathering = _gather_bytes(shape) if streamed and new_tokens > 1 else 0
     return hidden + max(projections + masks, mixing, activations + statistic, gathering) + selection + translation
+
+
+def _routing_bytes(shape: ModelSizes, tokens: int) -> int:
+    """Of routers: scores of all experts several times in float32, chosen ones with index, weight and norm; and an
+    expert's tokens on their way into it and out of it, which may be all of them."""
+    if not shape.has_experts:
+        return 0
+    most = max((layer for layer in shape.layers if layer.experts), key=lambda layer: layer.neurons)
+    routing = 4 * most.neurons * _FLOAT_BYTES + most.experts * (2 * _INDEX_BYTES + 3 * _FLOAT_BYTES)
+    return tokens * (routing + shape.hidden_size * (3 * shape.item_bytes + _FLOAT_BYTES))
 
 
 def _gather_bytes(shape: ModelSizes) -> int:

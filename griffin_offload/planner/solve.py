@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from griffin_offload.blocks.sizes import ModelSizes
+from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import FLOOR_AUTO_CTX, MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITY, NEURON_MULTIPLE
-from griffin_offload.errors import DoesNotFit, UsageError
+from griffin_offload.errors import DoesNotFit, UnsupportedModel, UsageError
 from griffin_offload.kv_cache.store import Workload
 from griffin_offload.method.selection import densities_per_layer, neurons_kept
 from griffin_offload.offload.weight_store import slot_bytes
@@ -155,15 +155,42 @@ def _use(request: PlanRequest, ctx_tokens: int) -> Workload:
 class _Choices(Sequence[tuple[int, ...]]):
     """Kept neurons per layer, made when asked for: a config may promise more neurons than a list has room for."""
 
-    def __init__(self, neurons: tuple[int, ...], kept_of_widest: Sequence[int]) -> None:
-        self._neurons, self._kept, self._widest = neurons, kept_of_widest, max(neurons)
+    def __init__(self, shape: ModelSizes, kept_of_widest: Sequence[int]) -> None:
+        self._shape, self._kept, self._widest = shape, kept_of_widest, _widest(shape)
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __getitem__(self, index: Any) -> Any:
         density = self._kept[index] / self._widest
-        return tuple(neurons_kept(neurons, density) for neurons in self._neurons)
+        return tuple(max(_kept_at(self._shape, layer, density), layer.experts) for layer in self._shape.layers)
+
+
+def _kept_at(shape: ModelSizes, layer: LayerSizes, density: float) -> int:
+    """Dense layers beside experts stay whole: a density is the experts' there."""
+    whole = shape.has_experts and not layer.experts
+    return layer.neurons if whole else neurons_kept(layer.neurons, density)
+
+
+def _widest(shape: ModelSizes) -> int:
+    """Neurons, or experts, of the layer that has most."""
+    return max(layer.neurons for layer in shape.layers if bool(layer.experts) == shape.has_experts)
+
+
+def _check_experts(shape: ModelSizes, kept: tuple[int, ...]) -> None:
+    """UsageError where a layer would keep fewer experts than a token is sent to; UnsupportedModel where none, as
+    measurements by simulation ask for."""
+    if shape.has_experts and not any(k for k, layer in zip(kept, shape.layers, strict=True) if layer.experts):
+        raise UnsupportedModel(
+            "density 0 keeps no experts: eval and inspect simulate FF neurons, and mixtures of experts are not "
+            "simulated yet"
+        )
+    for index, (layer, count) in enumerate(zip(shape.layers, kept, strict=True)):
+        if count < layer.experts:
+            raise UsageError(
+                f"layer {index} would keep {count} of {layer.neurons} experts, and a token is sent to {layer.experts}: "
+                f"the density is at least {math.ceil(layer.experts / layer.neurons * 100) / 100:.2f}"
+            )
 
 
 @dataclass(frozen=True)
@@ -184,7 +211,8 @@ def _rungs(shape: ModelSizes, request: PlanRequest) -> Iterator[_Candidate]:
     everything = tuple(layer.neurons for layer in shape.layers)
     if request.density != "auto":
         densities = densities_per_layer(request.density, len(shape.layers))
-        everything = tuple(neurons_kept(f, d) for f, d in zip(everything, densities, strict=True))
+        everything = tuple(_kept_at(shape, one, d) for one, d in zip(shape.layers, densities, strict=True))
+        _check_experts(shape, everything)
     yield _Candidate([everything], two)
     yield _Candidate([everything], one, grows=False)
     if request.density != "auto":
@@ -201,6 +229,8 @@ def _second_slot_density(shape: ModelSizes, request: PlanRequest) -> float:
     """What a second slot costs in kept neurons, at most."""
     if request.offloaded_in_budget:
         return 0.0  # there are no slots
+    if shape.has_experts:
+        return 0.0  # they pass one by one
     slot = slot_bytes(max(layer.ff_flat_bytes for layer in shape.layers))
     return slot / max(sum(layer.neurons * layer.neuron_bytes for layer in shape.layers), 1)
 
@@ -212,11 +242,14 @@ def _placements(shape: ModelSizes, request: PlanRequest) -> tuple[EmbeddingDevic
 
 def pruned_choices(shape: ModelSizes) -> Sequence[tuple[int, ...]]:
     """Kept neurons per layer for every density the planner considers, ascending, all below 1."""
-    widest = max(layer.neurons for layer in shape.layers)
+    widest = _widest(shape)
+    if shape.has_experts:
+        fewest = max(math.ceil(one.experts * widest / one.neurons) for one in shape.layers if one.experts)
+        return _Choices(shape, range(fewest, widest) or [widest])
     step = NEURON_MULTIPLE if widest % NEURON_MULTIPLE == 0 and widest >= 4 * NEURON_MULTIPLE else 1
     lowest = math.ceil(widest * MIN_AUTO_DENSITY / step) * step
     kept_of_widest = range(lowest, widest, step) or [widest]  # one neuron a layer leaves no choice
-    return _Choices(tuple(layer.neurons for layer in shape.layers), kept_of_widest)
+    return _Choices(shape, kept_of_widest)
 
 
 def _largest_fitting(
@@ -258,8 +291,12 @@ def describe_shortfall(plan: Plan, remedy: str) -> str:
     parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in _by_size(plan.parts))
     return (
         f"needs {format_bytes(plan.peak_bytes)}, budget {format_bytes(plan.budget_bytes)} "
-        f"(density {plan.density:.2f}, context {plan.context_tokens}: {parts}): try {remedy}"
+        f"(density {plan.density:.2f}{_of_experts(plan)}, context {plan.context_tokens}: {parts}): try {remedy}"
     )
+
+
+def _of_experts(plan: Plan) -> str:
+    return "" if plan.experts is None else f", {plan.experts[0]} of {plan.experts[1]} experts a layer"
 
 
 def _by_size(parts: dict[str, int]) -> list[tuple[str, int]]:

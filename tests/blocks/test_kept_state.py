@@ -21,17 +21,9 @@ _REASONS = {
         "keeps the past of its recurrent layers in its modules, not in a cache",
     ),
     "no feed-forward block": (hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64), "has 0 FF blocks"),
-    "experts": (hf.MixtralConfig(**_HEADS, num_local_experts=4), r"mixture-of-experts parameters \(mlp\.experts\."),
-    "experts beside convolutions": (
-        hf.Lfm2MoeConfig(
-            **_HEADS,
-            moe_intermediate_size=32,
-            num_experts=4,
-            num_experts_per_tok=2,
-            num_dense_layers=1,
-            layer_types=["conv", "full_attention"],
-        ),
-        r"mixture-of-experts parameters \(feed_forward\.experts\.",
+    "experts that are called otherwise": (
+        hf.JetMoeConfig(**_HEADS, num_local_experts=4),
+        r"mixture-of-experts parameters \(mlp\.input_linear",
     ),
 }
 

@@ -171,7 +171,7 @@ def test_parameters_missing_from_the_files(cli, copy: Path):
 @both
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("mixtral", "mixture-of-experts"), ("qwen2_moe", "mixture-of-experts"), ("bitnet", "ffn_sub_norm")],
+    [("jetmoe", "mixture-of-experts"), ("bitnet", "ffn_sub_norm")],
 )
 def test_architectures_that_are_refused(cli, tmp_path: Path, name: str, words: str, command: tuple[str, ...]):
     write_checkpoint(name, tmp_path, shards=1)

@@ -190,12 +190,14 @@ def test_names_are_known_once(fp8: Format):
 # Facts of formats live nowhere else.
 
 PACKAGE = Path(griffin_offload.__file__).parent
-# Words of others: of OpenAI's API, of uvicorn, of bitsandbytes, of peft.
+# Words of others: of OpenAI's API, of uvicorn, of bitsandbytes, peft and GGUF.
 OTHERS = {
     ("serving/requests.py", "none"),
     ("serving/server.py", "none"),
     ("checkpoint/quantisation_config.py", "int8"),
     ("checkpoint/adapter.py", "none"),
+    ("checkpoint/gguf_config.py", "none"),
+    ("checkpoint/gguf_tokenizer.py", "none"),
 }
 # Where names of formats are listed, for what starts without torch.
 LISTED = {"config.py"}

@@ -75,7 +75,9 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+_GROUPS = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
 _OF_TYPE: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "axk1"), _GROUPS),
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8},
     "codegen": {"rotary_dim": 4},
     "dots1": {"n_shared_experts": 1},
@@ -88,9 +90,9 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     },
     "gptj": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_dense_layers": 1},
-    "gemma4_text": {"enable_moe_block": False},
+    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "mamba2": {"num_heads": 8, "head_dim": 16},

@@ -249,15 +249,62 @@ _further(
 )
 
 
-_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "intermediate_size": 128, **_GQA}
-_SHARED: dict[str, Any] = {
-    "moe_intermediate_size": 48,
-    "shared_expert_intermediate_size": 80,
-    "num_experts": 4,
+MIXTURES: dict[str, Architecture] = {}
+"""Mixtures of 8 experts, of which a token is sent to 2; `down` is the module of experts."""
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "intermediate_size": 96, **_GQA}
+_MANY: dict[str, Any] = {"num_experts": 8, "moe_intermediate_size": 48}
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": HEADS,
 }
+_ROUTED: dict[str, Any] = {"n_routed_experts": 8, "moe_intermediate_size": 48, "n_shared_experts": 1}
+_GROUPS: dict[str, Any] = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+
+
+def _mixture(name: str, config_class: Any, down: str = "model.layers.{i}.mlp.experts", **settings: Any) -> None:
+    MIXTURES[name] = Architecture(name, config_class, down, 8, {**_EXPERTS, **settings})
+
+
+_mixture("mixtral", hf.MixtralConfig, num_local_experts=8)
+_mixture("gpt_oss", hf.GptOssConfig, num_local_experts=8, head_dim=16, layer_types=["full_attention"] * LAYERS)
+_mixture("deepseek_v3", hf.DeepseekV3Config, **{**_LATENT, **_ROUTED, **_GROUPS})
+_mixture("qwen3_moe", hf.Qwen3MoeConfig, **_MANY, norm_topk_prob=True, head_dim=16)
+_mixture("qwen2_moe", hf.Qwen2MoeConfig, **_MANY, shared_expert_intermediate_size=80)
+_mixture("olmoe", hf.OlmoeConfig, num_experts=8)
+_mixture("deepseek_v2", hf.DeepseekV2Config, **{**_LATENT, **_ROUTED}, first_k_dense_replace=1)
+_mixture("glm4_moe", hf.Glm4MoeConfig, **{**_ROUTED, **_GROUPS}, head_dim=16)
+_mixture("granitemoe", hf.GraniteMoeConfig, "model.layers.{i}.block_sparse_moe.experts", num_local_experts=8)
+_mixture("ernie4_5_moe", hf.Ernie4_5_MoeConfig, moe_num_experts=8, moe_k=2, moe_intermediate_size=48)
+_mixture("phimoe", hf.PhimoeConfig, num_local_experts=8)
+_mixture("minimax_m2", hf.MiniMaxM2Config, num_local_experts=8, head_dim=16)
+_mixture("flex_olmo", hf.FlexOlmoConfig, num_experts=8)
+_mixture("hunyuan_v1_moe", hf.HunYuanMoEV1Config, num_experts=8, moe_topk=2, head_dim=16)
+_mixture(
+    "lfm2_moe",
+    hf.Lfm2MoeConfig,
+    "model.layers.{i}.feed_forward.experts",
+    **_MANY,
+    num_dense_layers=1,
+    layer_types=["conv", "full_attention", "conv"],
+)
+_mixture(
+    "qwen3_next",
+    hf.Qwen3NextConfig,
+    **_MANY,
+    shared_expert_intermediate_size=80,
+    head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+)
 _REFUSED: dict[str, Architecture] = {
-    "mixtral": Architecture("mixtral", hf.MixtralConfig, "", 128, {**_EXPERTS, "num_local_experts": 4}),
-    "qwen2_moe": Architecture("qwen2_moe", hf.Qwen2MoeConfig, "", 48, {**_EXPERTS, **_SHARED}),
+    "jetmoe": Architecture("jetmoe", hf.JetMoeConfig, "", 128, {**_EXPERTS, "num_local_experts": 4, "kv_channels": 16}),
     "bitnet": Architecture("bitnet", hf.BitNetConfig, _DOWN, 128, {"intermediate_size": 128, **_GQA}),
 }
 
@@ -278,7 +325,7 @@ def refused_models() -> dict[str, Callable[[], hf.PreTrainedModel]]:
 
 def write_checkpoint(name: str, directory: Path, dtype: torch.dtype = torch.float32, shards: int = 2) -> Path:
     """Save a model of either table in at least `shards` safetensors files; returns the directory."""
-    model = (ARCHITECTURES | FURTHER | HYBRIDS | _REFUSED)[name].build().to(dtype)
+    model = (ARCHITECTURES | FURTHER | HYBRIDS | MIXTURES | _REFUSED)[name].build().to(dtype)
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(directory, max_shard_size=n_bytes // shards if shards > 1 else n_bytes + 1)
     assert len(list(Path(directory).glob("*.safetensors"))) >= shards

@@ -1,0 +1,36 @@
+"""Mixtures of experts on the command line: what is shown, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from tiny_models import write_checkpoint, write_tokenizer
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    directory = write_checkpoint("mixtral", tmp_path / "model", shards=1)
+    write_tokenizer(directory)
+    return directory
+
+
+def test_plan_and_run(cli, mixture: Path):
+    flags = ("-m", mixture, "--device", "cpu", "--density", "0.5", "--ctx-size", "64")
+    assert "4 of 8 experts a layer" in cli("plan", *flags).out
+    assert cli("plan", *flags, "--json").json["experts"] == [4, 8]
+    fetched = cli("run", "the cat", *flags, "-n", "8", "--raw", "--json").json
+    assert fetched["experts"]["misses"] * 3 * 96 * 32 * 4 == fetched["decode_streamed_bytes"]
+    routed = cli("run", "the cat", *flags, "-n", "8", "--raw", "--json", "--missing-experts", "route").json
+    assert routed["decode_streamed_bytes"] == 0
+    assert 0 < routed["experts"]["redirected_share"] < 1
+
+
+def test_what_does_not_work_yet(cli, mixture: Path, tmp_path: Path):
+    run = ("run", "the cat", "-m", mixture, "--device", "cpu", "--ctx-size", "64", "-n", "4", "--raw")
+    cli.refuses(4, "not saved yet", *run, "--prompt-cache", tmp_path / "saved")
+    cli.refuses(2, "exact mode does not draft with experts yet", *run, "--exact")
+    cli.refuses(4, "not quantised yet", *run, "--quantize", "int8")
+    cli.refuses(4, "not quantised yet", "convert", tmp_path / "copy", "-m", mixture, "--quantize", "int8")
+    text = tmp_path / "text"
+    text.write_text("the cat sat on the mat and thought of another river " * 40)
+    few = ("--prompt-tokens", "16", "--generate-tokens", "16", "--windows", "1")
+    cli.refuses(4, "not simulated yet", "eval", "ppl", "-m", mixture, "--text", text, *few)
