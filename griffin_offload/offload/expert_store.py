@@ -7,7 +7,6 @@ buffer that all layers share.
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,10 +167,10 @@ class ExpertCache:
         arriving = [expert for expert in chosen if expert in held]
         self._give_up(chosen, None if not self._fetch else len(arriving))
         for expert in arriving:
-            place = self._free.pop(0)
+            place = self._free[0]  # taken when it is full: an interrupt may come between
             for source, target in zip(held[expert], self._places[place], strict=True):
                 target.copy_(source)
-            self._place_of[expert] = place
+            self._place_of[expert] = self._free.pop(0)
         if not self._fetch:
             self.place(chosen)
         self._note_residents()
@@ -269,7 +268,7 @@ class ExpertCache:
 
 def _shares(index: Tensor, weights: Tensor, experts: int) -> Tensor:
     """Of the routing of some tokens [T, k], what went to each expert: float64 [E], one for each token in all."""
-    size: Any = weights.detach().abs().double()
+    size = weights.detach().cpu().abs().double()
     total = size.sum(-1, keepdim=True)
     share = size / torch.where(total > 0, total, 1)
     return torch.zeros(experts, dtype=torch.float64, device="cpu").index_add_(

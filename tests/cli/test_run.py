@@ -20,6 +20,7 @@ TEXT = "the cat sat on the mat and thought of another river while nothing was le
 NEW = 12
 KEYS = {
     "graphs",
+    "experts",
     "finish_reason",
     *("text", "prompt_tokens", "generated_tokens", "load_s", "prefill_s", "decode_s", "prefill_tokens_per_s"),
     *("decode_tokens_per_s", "prefill_streamed_bytes", "decode_streamed_bytes", "decode_embedding_bytes"),
