@@ -46,24 +46,24 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 @functools.cache
 def _numbers_of(dtype: torch.dtype) -> Tensor:
     """What each byte is in a type of one byte, [256]: looked up faster than torch converts it."""
-    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float()
 
 
 def pairs_of(numbers: Tensor, *, upper_first: bool = False) -> Tensor:
     """Of 16 numbers, float32, those that each byte holds two of: [256], two in an int64."""
-    byte = torch.arange(256)
+    byte = torch.arange(256, dtype=torch.int64, device="cpu")
     halves = (byte >> 4, byte & 15) if upper_first else (byte & 15, byte >> 4)
     return torch.stack([numbers[half] for half in halves], dim=-1).view(torch.int64).view(-1)
 
 
 @functools.cache
 def _pairs_less(offset: int) -> Tensor:
-    return pairs_of(torch.arange(16).float() - offset)
+    return pairs_of(torch.arange(16, dtype=torch.float32, device="cpu") - offset)
 
 
 @functools.cache
 def _pairs_fp4() -> Tensor:
-    return pairs_of(torch.tensor(_FP4))
+    return pairs_of(torch.tensor(_FP4, dtype=torch.float32, device="cpu"))
 
 
 def _looked_up(table: Tensor, bytes_: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class PackedAcross(Rows):
         per_word = _WORD_BITS // self.bits
         skipped, last = first // per_word, -(-end // per_word)
         words = typed(parts[self.part], torch.int32).view(-1, self.words)[:, skipped:last].t().contiguous()
-        numbers = torch.empty(words.shape[0], per_word, words.shape[1])
+        numbers = torch.empty(words.shape[0], per_word, words.shape[1], dtype=torch.float32, device="cpu")
         for output in range(per_word):
             place = _AWQ_NIBBLES[output] if self.interleaved else output
             codes = words >> (self.bits * place)
@@ -216,7 +216,7 @@ class Grid(Rows):
         if self.transposed:
             found = numbers.view(self.columns, -1)[:, first:end].t().to(torch.float32, copy=True)
         else:
-            row = torch.arange(first, end) // self.block_rows
+            row = torch.arange(first, end, dtype=torch.int64, device="cpu") // self.block_rows
             begin, last = first // self.block_rows, -(-end // self.block_rows)
             found = numbers.view(-1, self.columns)[begin:last].float()[row - begin]
         if self.factor is not None:
@@ -284,7 +284,7 @@ class SpreadByIndex(Rows):
 
     def change(self, numbers: Tensor, change: Change, parts: Parts, first: int, end: int) -> None:
         index = typed(parts[self.index], torch.int32)
-        in_order = torch.arange(len(index), dtype=torch.int32) // self.ordered.group
+        in_order = torch.arange(len(index), dtype=torch.int32, device="cpu") // self.ordered.group
         if bool((index == -1).any()) or torch.equal(index, in_order):
             self.ordered.change(numbers, change, parts, first, end)
         else:
@@ -315,7 +315,8 @@ class Blocks4:
     def _numbers(self, parts: Parts, pairs: Tensor, begin: int, last: int) -> Tensor:
         """Those from `begin` to `last` of the whole matrix, in a row."""
         numbers = _looked_up(pairs, parts[0][begin // 2 : -(-last // 2)])[begin % 2 :][: last - begin]
-        magnitudes = self._magnitudes(parts, torch.arange(begin // self.block, -(-last // self.block)))
+        blocks = torch.arange(begin // self.block, -(-last // self.block), dtype=torch.int64, device="cpu")
+        magnitudes = self._magnitudes(parts, blocks)
         if begin % self.block == 0 and last % self.block == 0:
             return numbers.view(-1, self.block).mul_(magnitudes[:, None])
         start = begin % self.block

@@ -224,7 +224,8 @@ def _pairs_apart(heads: str) -> Index:
 
     def index(config: Mapping[str, Any]) -> Tensor:
         half = config["head_dim"] // 2
-        return torch.arange(config[heads] * 2 * half).view(-1, half, 2).transpose(1, 2).reshape(-1)
+        rows = torch.arange(config[heads] * 2 * half, dtype=torch.int64, device="cpu")
+        return rows.view(-1, half, 2).transpose(1, 2).reshape(-1)
 
     return index
 
@@ -233,7 +234,8 @@ def _grouped_qkv(config: Mapping[str, Any]) -> Tensor:
     """Queries, keys and values, each of all heads, back to heads in groups with the keys and values they share."""
     heads, groups = config["num_attention_heads"], config["num_kv_heads"]
     size = config["hidden_size"] // heads
-    q, kv = torch.arange(heads * size), torch.arange(groups * size).view(groups, -1)
+    q = torch.arange(heads * size, dtype=torch.int64, device="cpu")
+    kv = torch.arange(groups * size, dtype=torch.int64, device="cpu").view(groups, -1)
     keys, values = kv + heads * size, kv + (heads + groups) * size
     return torch.cat([q.view(groups, -1), keys, values], dim=1).reshape(-1)
 

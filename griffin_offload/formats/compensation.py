@@ -68,7 +68,7 @@ class Compensation:
         """Indices of inputs [J] and levels uint8 [J, O], 0 to `highest`, of each block of `weight` [O, I] over the
         scales [O] or [I], none of which is 0."""
         units = self._norms if input_scale is None else self._norms * input_scale
-        missed = torch.zeros(len(self._blocks[0].x), weight.shape[0], device=weight.device)
+        missed = torch.zeros(len(self._blocks[0].x), weight.shape[0], dtype=torch.float32, device=weight.device)
         for block in self._blocks:
             numbers = weight[:, block.inputs].t().float()
             if row_scale is not None:
@@ -86,7 +86,8 @@ class Compensation:
 def _order(importance: Tensor, group: int) -> Tensor:
     """What counts most first, while there are many to make up for it; whole groups."""
     groups = importance.view(-1, group).sum(1).argsort(descending=True, stable=True)
-    return torch.arange(len(importance), device=importance.device).view(-1, group)[groups].flatten()
+    order = torch.arange(len(importance), dtype=torch.int64, device=importance.device)
+    return order.view(-1, group)[groups].flatten()
 
 
 def _blocks(x: Tensor, order: Tensor, a: float) -> Iterator[_Block]:

@@ -122,7 +122,7 @@ def compensated_neurons(columns: Tensor, scale: Tensor, compensation: Compensati
     groups = codes.new_empty(inputs, outputs // GROUP, 2)
 
     def grids(numbers: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        _, groups[index] = quantize_rows(numbers, torch.ones(len(numbers), device=numbers.device))
+        _, groups[index] = quantize_rows(numbers, numbers.new_ones(len(numbers)))
         step, offset = steps_of(groups[index], torch.float32)
         return step.repeat_interleave(GROUP, dim=1), offset.repeat_interleave(GROUP, dim=1)
 

@@ -84,7 +84,10 @@ def test_damaged_files(cli, copy: Path, damage: str, command: tuple[str, ...]):
 @both
 def test_no_directory(cli, llama: Path, tmp_path: Path, command: tuple[str, ...]):
     cli.refuses(4, "no directory", *command, "-m", tmp_path / "absent")
-    cli.refuses(4, "is a file: give the checkpoint's directory", *command, "-m", llama / "config.json")
+    file = llama / "config.json"
+    cli.refuses(4, "is a file, and no GGUF file: give the checkpoint's directory", *command, "-m", file)
+        4, "is a file, and no GGUF file: give the checkpoint's directory", *command, "-m", llama / "config.json"
+    )
     cli.refuses(4, "no directory", *command, "-m", "a/b/c")
 
 

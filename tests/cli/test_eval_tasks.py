@@ -118,7 +118,7 @@ class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "griffin_offload.evaluation.lm_eval_tasks":
             sys.meta_path.remove(self)
-            from griffin_offload.evaluation import harness
+            from griffin_offload.evaluation import lm_eval_model as harness
             of_samples, generate, counts = harness.simulate, harness.GriffinLM._generate, [0, 0]
             def simulate(model, samples, *args, **kwargs):
                 counts[0] += len(samples)

@@ -214,7 +214,7 @@ def test_configs_that_cannot_be_used(cli, config, tmp_path: Path, edit):
     file = config("8b")
     cli.refuses(4, "no file .*absent.json: give a config.json", "plan", "--config", tmp_path / "absent.json")
     cli.refuses(4, "no file", "plan", "--config", tmp_path)
-    edit(file, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    edit(file, quantization_config={"quant_method": "hqq", "bits": 4, "group_size": 128})
     cli.refuses(4, "is quantised by", "plan", "--config", file)
     edit(file, quantization_config=None, model_type="jetmoe")
     cli.refuses(4, "mixture-of-experts", "plan", "--config", file)
