@@ -18,6 +18,7 @@ from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_s
 from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, one_line
 from griffin_offload.formats import get
 
+_WHAT_IS_A_MODEL = "give a checkpoint directory, a GGUF file or a hub id such as org/name"
 Opener = Callable[[Path], Checkpoint | None]
 """Opens the file or directory if it is of its kind; None if it is not. Errors: CheckpointError, UnsupportedModel."""
 _KINDS: list[Opener] = [open_converted, open_gguf, open_quantised, open_safetensors]
@@ -83,7 +84,7 @@ def locate(model: str | Path, *, offline: bool = False, **hub: Any) -> Path:
     cache_dir, token). Errors: UsageError, ModelNotFound."""
     model = str(model)
     if not model:
-        raise ModelNotFound("the model's name is empty: give a checkpoint directory or a hub id such as org/name")
+        raise ModelNotFound(f"the model's name is empty: {_WHAT_IS_A_MODEL}")
     path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
     check_name(path)
     try:
@@ -97,7 +98,7 @@ def locate(model: str | Path, *, offline: bool = False, **hub: Any) -> Path:
             )
         return path
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise ModelNotFound(f"no directory {model}: give a checkpoint directory or a hub id such as org/name")
+        raise ModelNotFound(f"no directory or file {model}: {_WHAT_IS_A_MODEL}")
     return _hub_snapshot(model, offline, hub)
 
 
