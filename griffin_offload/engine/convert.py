@@ -50,7 +50,7 @@ except ImportError:  # Windows
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all) after each tensor."""
 # Beside the tensors: headers, index, tokenizer.
-_MARGIN_BYTES = 50_000_000
+MARGIN_BYTES = 50_000_000
 # Our temporary names, and those that safetensors writes under before it renames to ours.
 _HALVES = (".*.tmp", ".tmp*")
 
@@ -178,7 +178,7 @@ def _read_note(note: Path) -> Any:
 
 
 def _check_disk(directory: Path, missing_bytes: int) -> None:
-    free, needed = shutil.disk_usage(directory).free, missing_bytes + _MARGIN_BYTES
+    free, needed = shutil.disk_usage(directory).free, missing_bytes + MARGIN_BYTES
     if needed > free and missing_bytes > 0:
         raise DoesNotFit(
             f"the conversion needs {format_bytes(needed)} on the disk of {directory}, {format_bytes(free)} are free"

@@ -27,7 +27,7 @@ from griffin_offload.units import parse_size
 # How long a client may take to read that it got no answer.
 _LAST_WORDS_S = 5.0
 # How long a body may take.
-_BODY_S = 60.0
+BODY_S = 60.0
 # So much of a body that is too large is still read, for the client to see the refusal and not a broken pipe.
 _DISCARDED_BODIES = 8
 
@@ -66,7 +66,7 @@ class HttpExchange:
 
     async def body(self, most_bytes: int) -> bytes:
         """The body; Failure 413 if it is larger, whatever its headers say, 408 if it takes too long."""
-        patience_s = min(_BODY_S, self._timeout_s)
+        patience_s = min(BODY_S, self._timeout_s)
         try:
             return await asyncio.wait_for(self._whole_body(most_bytes), patience_s)
         except (TimeoutError, asyncio.TimeoutError):
