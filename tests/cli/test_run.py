@@ -123,10 +123,12 @@ def test_json_has_exactly_the_documented_keys(cli, run):
     assert report["decode_tokens_per_s"] == pytest.approx((NEW - 1) / report["decode_s"])
 
 
-def test_an_answer_by_a_json_schema(cli, run, tmp_path: Path):
+def test_an_answer_by_a_json_schema(cli, llama: Path, tmp_path: Path):
+    run = ("run", TEXT, "-m", llama, "--seed", 7)
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "array", "items": {"enum": [1, "two"]}, "minItems": 1, "maxItems": 2}')
     outcome = cli(*run, "--json-schema", schema, "-n", 60)
+    assert outcome.code == 0, outcome.err
     answer = json.loads(outcome.out)
     assert 1 <= len(answer) <= 2
     assert set(answer) <= {1, "two"}
