@@ -148,7 +148,8 @@ class ChatSession:
         report = self.model.last_report
         assert report is not None, "a generate that ended well has a report"
         ends = ends_of(self.model.generation_config, arguments)
-        finish = "interrupted" if interrupt.happened else finish_of(answer, most, ends, stopped=stop.happened)
+        stopped = stop.happened or (report.structure is not None and report.structure.over)
+        finish = "interrupted" if interrupt.happened else finish_of(answer, most, ends, stopped=stopped)
         return Reply(reply, report, dropped, finish, most, shortened=most < wanted)
 
     def undo(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from griffin_offload.engine.report import RunReport
 from griffin_offload.serving.logprobs import TokenLogprob
 from griffin_offload.serving.queue import Event, Figures, Finished, Piece
 from griffin_offload.serving.requests import Request
@@ -160,7 +161,11 @@ def summary(figures: Figures) -> dict[str, Any]:
         "activation_kept_heldout": last.activation_kept_heldout,
         "streamed_bytes": figures.streamed_bytes,
         "exact": last.drafting is not None and last.drafting.verified,
-    }
+    } | ({} if last.structure is None else {"structure": {"complete": all(_complete(r) for r in figures.reports)}})
+
+
+def _complete(report: RunReport) -> bool:
+    return report.structure is not None and report.structure.complete
 
 
 def encode(value: dict[str, Any]) -> bytes:
