@@ -55,7 +55,7 @@ class DecoderLayers:
     expert_store: ExpertStore | None = None
     """Where their experts rest; None where there are none."""
     routers: dict[int, RestrictedForward] = field(default_factory=dict)
-    """Of the same layers, where routing is kept to residents."""
+    """Of the same layers: what can keep routing to residents."""
     expert_buffers: ExpertBuffers = field(default_factory=ExpertBuffers)
     norms: dict[int, Tensor] = field(default_factory=dict)
     """Of the weights, for selections that ask for them: computed when a layer passes for the first time."""
@@ -78,6 +78,11 @@ class DecoderLayers:
             choices=sum(router.choices for router in self.routers.values()),
             redirected=sum(router.redirected for router in self.routers.values()),
         )
+
+    def restrict(self, *, drafting: bool = False) -> None:
+        """Have missing experts read or not, as the model was loaded; while it is `drafting`, not."""
+        for cache in self.experts.values():
+            cache.restrict(drafting or self.config.missing_experts == "route")
 
     @property
     def arrival_wait_s(self) -> float:

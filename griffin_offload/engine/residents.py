@@ -138,17 +138,16 @@ def compact_blocks(
 
 
 def cache_experts(layers: DecoderLayers) -> None:
-    """Give every streamed layer of experts what keeps account of its places; with `route`, keep its router to them."""
-    fetch = layers.config.missing_experts == "fetch"
+    """Give every streamed layer of experts what keeps account of its places, and what keeps its router to them."""
     for index, places in layers.compact.items():
         block = layers.blocks[index]
         if not isinstance(block, Experts):
             continue
         assert layers.expert_store is not None, "streamed experts rest somewhere"
-        cache = ExpertCache(index, layers.expert_store, places, layers.expert_buffers, block.neurons, fetch=fetch)
+        cache = ExpertCache(index, layers.expert_store, places, layers.expert_buffers, block.neurons)
         block.source = layers.experts[index] = cache
-        if not fetch:
-            layers.routers[index] = block.parent.forward = RestrictedForward(block.parent, cache.allowed)
+        layers.routers[index] = block.parent.forward = RestrictedForward(block.parent, cache.allowed)
+    layers.restrict()
 
 
 class GatherSelected(Visitor):
@@ -173,8 +172,8 @@ def materialise(layers: DecoderLayers, selected: dict[int, Tensor], dtype: torch
     dense = {index: chosen for index, chosen in selected.items() if index not in layers.experts}
     feed = RowFeed(layers, dense, dtype)
     LayerPass(layers.decoder, layers.blocks, feed, [GatherSelected(layers, dense)]).walk()
-    if layers.config.missing_experts == "route":  # else any that are there will do
-        for index, cache in layers.experts.items():
+    for index, cache in layers.experts.items():
+        if cache.restricted:  # else any that are there will do
             cache.place(selected[index].tolist())
     layers.selected = selected
 
