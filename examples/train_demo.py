@@ -42,6 +42,7 @@ NUMBERS = (
     ("valid-sequences", 64, "at most this many sequences of each held-out file, 0 for all"),
     ("threads", 1, "CPU threads"),
     ("seed", 0, "seed of the weights and of the windows drawn"),
+    ("balance", 0.02, "what unequal use of experts costs"),
     ("experts", 0, "split each FF among as many, 2 of which see a token (Mixtral); 0: a Llama"),
     *((name.replace("_", "-"), size, "of a fresh model") for name, size in SIZES.items()),
 )
@@ -133,12 +134,26 @@ def split_among_experts(llama, experts: int):
 def loss_of(model, windows: torch.Tensor, args) -> torch.Tensor:
     """Mean loss over windows of shape (B, T + 1); in training also what unequal use of experts costs."""
     windows = windows.to(args.device)
-    balance = getattr(model.config, "router_aux_loss_coef", 0.0) if model.training else 0.0
-    more = {"output_router_logits": True} if balance else {}
+    more = {"output_router_logits": True} if model.training and is_mixture(model) else {}
     with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=not args.float32):
         output = model(input_ids=windows[:, :-1], use_cache=False, **more)
     loss = cross_entropy(output.logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-    return loss + balance * output.aux_loss if balance else loss
+    return loss + args.balance * unequal_use(output.router_logits) if more else loss
+
+
+def is_mixture(model) -> bool:
+    return hasattr(model.config, "num_local_experts")
+
+
+def unequal_use(router_logits) -> torch.Tensor:
+    """Mean over layers of E * sum over experts of (share of tokens * mean probability); 1 where all are alike. Layer by
+    layer: transformers' own sums over all layers first, and then each may use two experts, as long as they differ."""
+    costs = []
+    for logits in router_logits:
+        probabilities = logits.float().softmax(-1)
+        chosen = torch.zeros_like(probabilities).scatter_(1, logits.topk(2, -1).indices, 0.5)
+        costs.append(logits.shape[-1] * (chosen.mean(0) * probabilities.mean(0)).sum())
+    return torch.stack(costs).mean()
 
 
 @torch.no_grad()

@@ -141,11 +141,20 @@ class Experts(Block):
     def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:
         return [chosen for _ in self.names]
 
+    @torch.no_grad()
     def neuron_norms(self, full: Sequence[Tensor]) -> Tensor:
-        raise UnsupportedModel("experts are chosen by what they do, not by their weights: take --selection topk")
+        """Product of the norms of an expert's matrices, for comparison: reads every expert."""
+        product = torch.ones(self.neurons, dtype=torch.float32, device=full[0].device)
+        for tensor in full:
+            if tensor.dim() > 2:  # the others are biases
+                own = torch.empty(tensor.shape[1:], dtype=torch.float32, device=tensor.device)
+                for expert in range(self.neurons):
+                    read_row(tensor, expert, own)
+                    product[expert] *= own.norm()
+        return product
 
     def output_norms(self, full: Sequence[Tensor]) -> Tensor:
-        return self.neuron_norms(full)
+        raise UnsupportedModel("what experts add is in their statistic already: take --selection topk")
 
     def observe(self, callback: ActivationCallback) -> None:
         self._observer = callback

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from griffin_offload.blocks.base import ALIGNMENT, Block, padded
-from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import check_layer, linear_names
@@ -255,7 +254,7 @@ def _layer_shape(
         state_bytes=state.state_bytes,
         multiple=step,
         own_width=block.width,
-        experts=block.active if isinstance(block, Experts) else 0,
+        experts=block.active,
         mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in inside if id(module) not in projections]),
     )
 
