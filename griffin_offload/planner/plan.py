@@ -203,7 +203,7 @@ def price(
     elif any(request.converted_ff):
         resident["offloaded"] = sum(request.converted_ff[i] for i in streamed)
     common = {
-        "states": use.batch * shape.state_bytes,
+        "states": states_bytes(shape, use),
         "logits": logits_bytes(shape, use),
         "statistic": statistics_bytes(shape, request, use, kept, streamed),
         "graphs": graphs_bytes(shape, request, use, kept),
@@ -373,7 +373,15 @@ def statistics_bytes(
     """What outlives a pass: tables of s^2 and of norms, and marks."""
     neurons, chosen = sum(shape.layers[i].neurons for i in streamed), sum(kept[i] for i in streamed)
     tables = (use.statistics + request.weight_norms) * statistic_bytes(use.batch, neurons)
-    return tables + use.marks * snapshot_bytes(use.batch, neurons, chosen, shape.vocab_size)
+    mark_bytes = snapshot_bytes(use.batch, neurons, chosen, shape.vocab_size, use.batch * shape.state_bytes)
+    return tables + use.marks * mark_bytes
+
+
+def states_bytes(shape: ModelSizes, use: Workload) -> int:
+    """Of convolutions and recurrences: the states themselves; and where tokens are drafted a copy of them, and what
+    the layers are given of those tokens."""
+    drafting = bool(use.pass_tokens)
+    return use.batch * ((1 + drafting) * shape.state_bytes + use.pass_tokens * shape.taken_back_bytes)
 
 
 def logits_bytes(shape: ModelSizes, use: Workload) -> int:
