@@ -96,7 +96,7 @@ class KVCache(Cache):  # type: ignore[misc]
         """Have room for `ctx_tokens`, if there is less: a layer after the other is copied into a larger store."""
         if ctx_tokens > self.ctx_tokens:
             self.ctx_tokens = ctx_tokens
-            for layer in self.layers:
+            for layer in self.kept:
                 layer.grow(ctx_tokens)
 
 
