@@ -227,6 +227,8 @@ class GenerationState:
         self.loop: TokenLoop | None = None
         """What drafts, if something does."""
         self.graphs = GraphReport()
+        self.joint = False
+        """Whether its tokens are computed together with other sequences', whose prompts choose with it."""
         self.prefilled = False
         self.batch = 1
         self.fetched_bytes = 0
