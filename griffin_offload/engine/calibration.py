@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.experts import EXPERTS_INPUT, Experts, is_experts
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.replace import linear_names
 from griffin_offload.checkpoint.base import Checkpoint
@@ -31,6 +32,7 @@ from griffin_offload.engine.layer_pass import LayerPass, PageFeed, Visitor
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats.translated import TranslatedTensor, in_memory
 from griffin_offload.kernels.by_blocks import Scratch
+from griffin_offload.offload.expert_store import ExpertStore, PassingExperts
 from griffin_offload.transformers_api import StockModel
 
 Importance = Mapping[str, Tensor]
@@ -51,22 +53,28 @@ _FORMAT = 2
 def importance_of(
     checkpoint: Checkpoint, model: StockModel, decoder: nn.ModuleList, blocks: Sequence[Block], *, evict: bool
 ) -> Importance:
-    """Of every linear layer in `decoder` but down projections. `model` is mapped and as stored; `evict` frees its pages
-    behind each layer. Empty where the checkpoint has no tokenizer that fits it: then all inputs count alike."""
+    """Of every linear layer in `decoder` but down projections, and of experts. `model` is mapped and as stored; `evict`
+    frees its pages behind each layer. Empty where the checkpoint has no tokenizer that fits it: then all inputs count
+    alike."""
     wanted = {
-        f"{index}.{name}": module
+        f"{index}.{name}": (module, features(module)[1])
         for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True))
         for name in linear_names(layer)
         if not block.is_down(module := layer.get_submodule(name))
     }
+    wanted |= {
+        f"{index}.{EXPERTS_INPUT}": (block.module, block.hidden)
+        for index, block in enumerate(blocks)
+        if isinstance(block, Experts)
+    }
     path = _cache_path(checkpoint)
-    found = _read(path, {name: features(module)[1] for name, module in wanted.items()})
+    found = _read(path, {name: inputs for name, (_, inputs) in wanted.items()})
     if found is None:
         ids = _token_ids(checkpoint, model, _SEQUENCES)
         if ids is None:
             return {}
         with _a_layer_at_a_time(model, decoder, blocks, checkpoint, evict):
-            found = _measured(model, wanted, ids)
+            found = _measured(model, {name: module for name, (module, _) in wanted.items()}, ids)
         with contextlib.suppress(OSError):  # measured again by the next run
             path.parent.mkdir(parents=True, exist_ok=True)
             with renamed(path) as temporary:
@@ -197,6 +205,7 @@ def _a_layer_at_a_time(
         if emulates_halves(torch.device("cpu"), checkpoint.dtype):
             use_own_linears(model, scratch, translated=True)
             stack.callback(_use_stock_linears, model)
+        stack.enter_context(_experts_one_by_one(blocks, evict))
         stack.enter_context(LayerPass(decoder, blocks, PageFeed(pages, decoder), visitors))
         head = model.get_output_embeddings()
         for stage in [*decoder, *([] if head is None else [head])]:
@@ -207,6 +216,24 @@ def _a_layer_at_a_time(
         yield
 
 
+@contextlib.contextmanager
+def _experts_one_by_one(blocks: Sequence[Block], evict: bool) -> Iterator[None]:
+    """Inside it every expert is read when tokens were sent to it, and none stays."""
+    found = {index: block for index, block in enumerate(blocks) if isinstance(block, Experts)}
+    if not found:
+        yield
+        return
+    store = ExpertStore({index: block.full() for index, block in found.items()}, evict=evict)
+    with contextlib.closing(store):
+        for index, block in found.items():
+            block.source = PassingExperts(index, store)
+        try:
+            yield
+        finally:
+            for block in found.values():
+                block.source = None
+
+
 _Translated = list[tuple[nn.Module, str, Tensor]]
 
 
@@ -215,6 +242,7 @@ def _translated_in(stage: nn.Module) -> _Translated:
     return [
         (module, name, parameter)
         for module in stage.modules()
+        if not is_experts(module)
         for name, parameter in module._parameters.items()
         if parameter is not None and isinstance(parameter, TranslatedTensor)
     ]

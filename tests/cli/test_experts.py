@@ -28,8 +28,6 @@ def test_what_does_not_work_yet(cli, mixture: Path, tmp_path: Path):
     run = ("run", "the cat", "-m", mixture, "--device", "cpu", "--ctx-size", "64", "-n", "4", "--raw")
     cli.refuses(4, "not saved yet", *run, "--prompt-cache", tmp_path / "saved")
     cli.refuses(2, "exact mode does not draft with experts yet", *run, "--exact")
-    cli.refuses(4, "not quantised yet", *run, "--quantize", "int8")
-    cli.refuses(4, "not quantised yet", "convert", tmp_path / "copy", "-m", mixture, "--quantize", "int8")
     text = tmp_path / "text"
     text.write_text("the cat sat on the mat and thought of another river " * 40)
     few = ("--prompt-tokens", "16", "--generate-tokens", "16", "--windows", "1")
