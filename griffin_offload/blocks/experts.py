@@ -18,7 +18,6 @@ from griffin_offload.blocks.base import ActivationCallback, Activations, Block
 from griffin_offload.errors import CheckpointError, UnsupportedModel
 from griffin_offload.formats.base import Format, Spec, Tensors
 from griffin_offload.formats.expert_form import RECORDS, ExpertForm, ExpertMatrix
-from griffin_offload.formats.floats import FLOATS
 from griffin_offload.kernels.by_blocks import Scratch
 
 EXPERTS_INPUT = "experts"
@@ -115,7 +114,9 @@ class Experts(Block):
         if records is not None:
             return self.form.views(records.detach())
         compact = self.module._parameters.keys() >= set(self.form.names)
-        return [getattr(self.module, name) for name in (self.form.names if compact else self.form.specs(FLOATS))]
+        return [
+            getattr(self.module, name) for name in (self.form.names if compact else self.form.specs(self.form.stored))
+        ]
 
     def full_specs(self, precision: Format | None = None) -> list[Spec]:
         return self.compact_specs(self.neurons, precision)
@@ -142,19 +143,30 @@ class Experts(Block):
     def take_form(
         self,
         precision: Format,
+        stored: Format,
         records: torch.dtype | None,
         scratch: Scratch | None = None,
         importance: Tensor | None = None,
     ) -> None:
         """Say, once, what experts are computed in, and how files hold them; as records they are on meta, to be
         assigned."""
-        self.form = replace(self.form, precision=precision, records=records, scratch=scratch, importance=importance)
+        known = replace(self.form, scratch=scratch, importance=importance)
+        self.form = replace(known, precision=precision, stored=stored, records=records)
         self.module.__dict__[_FORM] = self.form
-        if records is not None:
+        if records is not None and RECORDS not in self.module._parameters:
             shape = (self.neurons, self.form.record_bytes)
             self.module._parameters.clear()
             rows = torch.empty(shape, dtype=torch.uint8, device="meta")
             self.module.register_parameter(RECORDS, nn.Parameter(rows, requires_grad=False))
+
+    def take_rows(self) -> None:
+        """Say that matrices of experts lie as [outputs, inputs] from now on; they are on meta, to be assigned."""
+        self.form = self.module.__dict__[_FORM] = self.form.as_rows()
+        for matrix in self.form.matrices:
+            own = self.module._parameters[matrix.name]
+            assert own is not None, "the stock parameters are there"
+            rows = own.new_empty((self.neurons, *matrix.shape), device="meta")
+            self.module._parameters[matrix.name] = nn.Parameter(rows, requires_grad=False)
 
     @torch.no_grad()
     def gather(self, full: Sequence[Tensor], chosen: Tensor, out: Sequence[Tensor]) -> None:

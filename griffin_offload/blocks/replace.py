@@ -33,14 +33,17 @@ def check_layer(layer: nn.Module, block: Block, precision: Format) -> None:
 def swap_experts(
     blocks: Sequence[Block],
     precision: Format,
+    stored: Format,
     records: torch.dtype | None,
     scratch: Scratch,
     importance: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Have experts be computed in `precision`; with `records` a checkpoint holds them as such, floats of that type."""
+    """Have experts be computed in `precision`; a checkpoint holds them as `stored`, with `records` as such, floats of
+    that type."""
     for index, block in enumerate(blocks):
         if isinstance(block, Experts):
-            block.take_form(precision, records, scratch, (importance or {}).get(f"{index}.{EXPERTS_INPUT}"))
+            known = (importance or {}).get(f"{index}.{EXPERTS_INPUT}")
+            block.take_form(precision, stored, records, scratch, known)
 
 
 def swap_linears(
@@ -63,6 +66,13 @@ def swap_linears(
             new = _quantized(module, precision, stored, scratch, is_down=block.is_down(module))
             new.importance = (importance or {}).get(f"{index}.{name}")
             setattr(layer.get_submodule(parent), attribute, new)
+
+
+def turn_experts(blocks: Sequence[Block]) -> None:
+    """Have all matrices of experts as [outputs, inputs], on meta, to be assigned."""
+    for block in blocks:
+        if isinstance(block, Experts):
+            block.take_rows()
 
 
 def _quantized(

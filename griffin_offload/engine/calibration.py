@@ -40,7 +40,7 @@ Importance = Mapping[str, Tensor]
 CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
 Inputs = Mapping[str, Tensor]
 """Inputs [T, I] of a layer's linear modules by their names, in the type of the computation; the same tensor for modules
-that have the same inputs."""
+that have the same inputs. Of experts (EXPERTS_INPUT) the mean squares [H] of what they are given."""
 _SEQUENCES, _ALL_SEQUENCES, _TOKENS = 4, 16, 128
 # The first tokens' states are unlike all others', in every trained model: they are no measure of what counts, but a few
 # weights make them, and what makes up for errors must know of these.
@@ -97,7 +97,7 @@ def visit_inputs(
         for index in range(len(decoder)):
             visit(index, {})
         return
-    kept = _KeptInputs(decoder, ids, visit)
+    kept = _KeptInputs(decoder, blocks, ids, visit)
     with kept, _a_layer_at_a_time(model, decoder, blocks, checkpoint, True, kept):
         model.base_model(input_ids=ids, use_cache=False)  # logits are not asked for
 
@@ -106,15 +106,20 @@ class _KeptInputs(Visitor):
     """Keeps the inputs of a layer's linear modules until it is over, and calls `visit` with them; a context manager, in
     which it listens."""
 
-    def __init__(self, decoder: nn.ModuleList, ids: Tensor, visit: Callable[[int, Inputs], None]) -> None:
-        self._decoder, self._tokens, self._visit = decoder, ids.numel(), visit
+    def __init__(
+        self, decoder: nn.ModuleList, blocks: Sequence[Block], ids: Tensor, visit: Callable[[int, Inputs], None]
+    ) -> None:
+        self._decoder, self._blocks, self._visit = decoder, blocks, visit
+        self._shape, self._tokens = ids.shape, ids.numel()
         self._seen: list[tuple[Tensor, Tensor]] = []
         """What modules were given, which stays until the layer is over, and its rows."""
         self._found: dict[str, Tensor] = {}
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> "_KeptInputs":
-        for layer in self._decoder:
+        for layer, block in zip(self._decoder, self._blocks, strict=True):
+            if isinstance(block, Experts):
+                self._hooks.callback(block.module.register_forward_pre_hook(self._keep_squares).remove)
             for name in linear_names(layer):
                 module = layer.get_submodule(name)
                 self._hooks.callback(module.register_forward_pre_hook(partial(self._keep, name)).remove)
@@ -129,6 +134,9 @@ class _KeptInputs(Visitor):
             rows = args[0].reshape(self._tokens, -1).clone()
             self._seen.append((args[0], rows))
         self._found[name] = rows
+
+    def _keep_squares(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._found[EXPERTS_INPUT] = _mean_squares(args[0], self._shape)
 
     def end(self, index: int, block: Block, full: list[Tensor]) -> None:
         found, self._found = self._found, {}
@@ -177,8 +185,7 @@ def _measured(model: StockModel, wanted: Mapping[str, nn.Module], ids: Tensor) -
     squares: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
-        rows = x.reshape(*ids.shape, -1)[:, _SKIPPED_TOKENS:].flatten(0, 1)
-        squares[name] = rows.float().square_().mean(0)
+        squares[name] = _mean_squares(x, ids.shape)
 
     with contextlib.ExitStack() as hooks:
         for name, module in wanted.items():
@@ -186,6 +193,12 @@ def _measured(model: StockModel, wanted: Mapping[str, nn.Module], ids: Tensor) -
             hooks.callback(handle.remove)
         model.base_model(input_ids=ids, use_cache=False)  # logits are not asked for
     return squares
+
+
+def _mean_squares(x: Tensor, shape: torch.Size) -> Tensor:
+    """[I] of inputs of sequences [S, T]."""
+    rows = x.reshape(*shape, -1)[:, _SKIPPED_TOKENS:].flatten(0, 1)
+    return rows.float().square().mean(0)
 
 
 @contextlib.contextmanager

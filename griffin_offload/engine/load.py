@@ -157,7 +157,7 @@ def _map_layers(
         if shape.precision.wants_importance:
             importance = importance_of(checkpoint, model, decoder, blocks, evict=evict)
         swap_linears(decoder, blocks, shape.precision, FLOATS, scratch, importance)
-        swap_experts(blocks, shape.precision, None, scratch, importance)
+        swap_experts(blocks, shape.precision, FLOATS, checkpoint.records, scratch, importance)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
     return model, decoder, blocks
 

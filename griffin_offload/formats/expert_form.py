@@ -6,7 +6,7 @@ A record is all of an expert in a row of bytes, as it is computed with: one expe
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ RECORDS = "records"
 """The parameter that experts of a converted checkpoint lie in: uint8 [E, bytes of a record]."""
 RECORD_VERSION = 1
 _ALIGNMENT = 64  # of each tensor in a record: what vector units like
+BLOCK_BYTES = 4096
+"""Records of a file begin at a multiple of this."""
+_LARGE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,13 @@ class ExpertMatrix:
 
 @dataclass(frozen=True)
 class ExpertForm:
-    """How one expert lies: `precision` is that of places."""
+    """How one expert lies: `precision` is that of places, `stored` that of files."""
 
     matrices: tuple[ExpertMatrix, ...]
     precision: Format = FLOATS
+    stored: Format = FLOATS
     records: torch.dtype | None = None
-    """Of floats in files that hold experts as records, in that precision; None: they hold them as the model does."""
+    """Of floats in files that hold experts as records; None: they hold them as the model does."""
     scratch: Scratch | None = field(default=None, compare=False)
     importance: Tensor | None = field(default=None, compare=False)
     """[H] of what experts are given, for formats that want it when they quantise floats."""
@@ -82,7 +86,7 @@ class ExpertForm:
     @torch.no_grad()
     def fill(self, full: Sequence[Tensor], expert: int, into: Sequence[Tensor]) -> None:
         """Write an expert of `full`, the experts of a layer as files hold them, into `into`, its tensors in places."""
-        if self.records is not None or self.precision.is_plain:
+        if self.stored is self.precision:
             read_rows(full, expert, into)
             return
         stored = dict(zip(self.specs(FLOATS), full, strict=True))
@@ -136,7 +140,26 @@ class ExpertForm:
 
     @property
     def record_bytes(self) -> int:
+        """Of one expert in files."""
         return self._places()[1]
+
+    def record(self, full: Sequence[Tensor], expert: int) -> Tensor:
+        """An expert of `full` as a record: uint8 [bytes], in the precision of places, its matrices as rows."""
+        own = replace(self.as_rows(), stored=self.precision)
+        made = torch.zeros(1, own.record_bytes, dtype=torch.uint8, device="cpu")
+        into = [tensor[0] for tensor in own.views(made)]
+        if self.stored is not self.precision:
+            self.fill(full, expert, into)
+            return made[0]
+        turned = {matrix.name for matrix in self.matrices if matrix.transposed}
+        for name, tensor, target in zip(self.names, full, into, strict=True):
+            row = _row(tensor, expert)
+            target.copy_(row.t() if name in turned else row)
+        return made[0]
+
+    def as_rows(self) -> "ExpertForm":
+        """The same for matrices that lie as [outputs, inputs]."""
+        return replace(self, matrices=tuple(replace(matrix, transposed=False) for matrix in self.matrices))
 
     def views(self, records: Tensor) -> list[Tensor]:
         """The tensors [E, ...] inside `records` [E, bytes], each a view: of one expert they are contiguous."""
@@ -148,10 +171,15 @@ class ExpertForm:
     def _places(self) -> tuple[list[tuple[int, tuple[int, ...], torch.dtype]], int]:
         assert self.records is not None, "experts lie as the model has them"
         found, end, dtype = [], 0, self.records
-        for shape, own in self.specs(self.precision).values():
+        for shape, own in self.specs(self.stored).values():
             found.append((end, shape, own or dtype))
-            end += -(-math.prod(shape) * (own or dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
-        return found, end
+            end = _up_to(end + math.prod(shape) * (own or dtype).itemsize, _ALIGNMENT)
+        # Large ones begin at blocks of the disk, whose whole ones are read past the page cache.
+        return found, _up_to(end, BLOCK_BYTES) if end >= _LARGE_BYTES else end
+
+
+def _up_to(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _name(matrix: ExpertMatrix, key: str) -> str:
