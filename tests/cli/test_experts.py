@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from packed_experts import write_mxfp4
 from tiny_models import write_checkpoint, write_tokenizer
 
 
@@ -32,3 +33,12 @@ def test_what_does_not_work_yet(cli, mixture: Path, tmp_path: Path):
     text.write_text("the cat sat on the mat and thought of another river " * 40)
     few = ("--prompt-tokens", "16", "--generate-tokens", "16", "--windows", "1")
     cli.refuses(4, "not simulated yet", "eval", "ppl", "-m", mixture, "--text", text, *few)
+
+
+def test_plan_of_a_packed_config_alone(cli, tmp_path: Path):
+    packed = write_mxfp4(tmp_path / "model")
+    flags = ("--device", "cpu", "--max-gpu-mem", "40MB", "--ctx-size", "64", "--density", "0.5", "--quantize", "int8")
+    alone = cli("plan", "--config", packed / "config.json", *flags, "--json").json
+    whole = cli("plan", "-m", packed, *flags, "--json").json
+    assert alone["experts"] == whole["experts"] == [4, 8]
+    assert alone["resident_bytes"] == whole["resident_bytes"]
