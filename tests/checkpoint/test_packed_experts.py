@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from foreign_formats import fp8_blocks
 from loaded_model import ids
 from packed_experts import write_mxfp4
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB
+from tiny_models import VOCAB, write_checkpoint
 from torch import Tensor
 
 from griffin_offload import GriffinModel
@@ -128,3 +129,28 @@ def test_damaged_files(packed: Path, tmp_path: Path, harm: str):
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=words):
         _answer(tmp_path / "model", density=0.5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_fp8_in_blocks(name: str, tmp_path: Path):
+    """DeepSeek's and Qwen3's kind: of each matrix of each expert codes and a grid of scales."""
+    source = write_checkpoint(name, tmp_path / "source", torch.bfloat16, shards=1)
+    tensors = {key: tensor for file in source.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    plain = dict(tensors)
+    for key in [key for key in tensors if "experts." in key and key.endswith("_proj.weight")]:
+        packed, plain[key] = fp8_blocks(tensors.pop(key).float(), 20, 24)
+        tensors |= {f"{key.removesuffix('weight')}{suffix}": tensor for suffix, tensor in packed.items()}
+        plain[key] = plain[key].bfloat16()
+    config = json.loads((source / "config.json").read_text())
+    method = {"quant_method": "fp8", "weight_block_size": [20, 24], "modules_to_not_convert": ["lm_head"]}
+    for kind, found, more in (("packed", tensors, {"quantization_config": method}), ("plain", plain, {})):
+        (tmp_path / kind).mkdir()
+        save_file(found, tmp_path / kind / "model.safetensors", {"format": "pt"})
+        (tmp_path / kind / "config.json").write_text(json.dumps(config | more))
+    for precision in ("none", "int8", "int4"):
+        expected = _answer(tmp_path / "plain", quantize=precision, density=1.0)[1]
+        _, logits, report = _answer(tmp_path / "packed", quantize=precision, density=0.25)
+        assert torch.equal(logits, expected)
+        assert report.experts.misses > 0
+        convert(tmp_path / "packed", tmp_path / precision, precision)
+        assert torch.equal(_answer(tmp_path / precision, quantize=precision, density=0.5)[1], expected)
