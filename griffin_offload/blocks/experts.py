@@ -18,6 +18,7 @@ from griffin_offload.blocks.base import ActivationCallback, Activations, Block
 from griffin_offload.errors import CheckpointError, UnsupportedModel
 from griffin_offload.formats.base import Format, Spec, Tensors
 from griffin_offload.formats.expert_form import RECORDS, ExpertForm, ExpertMatrix
+from griffin_offload.formats.floats import FLOATS
 from griffin_offload.kernels.by_blocks import Scratch
 
 EXPERTS_INPUT = "experts"
@@ -77,7 +78,7 @@ class Experts(Block):
     def __init__(self, module: nn.Module, parent: nn.Module, active: int) -> None:
         self.module, self.parent, self.active = module, parent, active
         form: ExpertForm | None = module.__dict__.get(_FORM)
-        self.form = form or ExpertForm(_matrices(module))
+        self.form = form or ExpertForm(_matrices(module), FLOATS, FLOATS)
         """Its `precision` is that of the experts that are computed with, resident or not."""
         self.neurons = expert_count(module)
         self.hidden, self.inner = self.form.matrices[-1].outputs, self.form.matrices[-1].inputs

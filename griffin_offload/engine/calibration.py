@@ -67,14 +67,14 @@ def importance_of(
         for index, block in enumerate(blocks)
         if isinstance(block, Experts)
     }
-    path = _cache_path(checkpoint)
+    path = cache_path(checkpoint)
     found = _read(path, {name: inputs for name, (_, inputs) in wanted.items()})
     if found is None:
         ids = _token_ids(checkpoint, model, _SEQUENCES)
         if ids is None:
             return {}
         with _a_layer_at_a_time(model, decoder, blocks, checkpoint, evict):
-            found = _measured(model, {name: module for name, (module, _) in wanted.items()}, ids)
+            found = measure(model, {name: module for name, (module, _) in wanted.items()}, ids)
         with contextlib.suppress(OSError):  # measured again by the next run
             path.parent.mkdir(parents=True, exist_ok=True)
             with renamed(path) as temporary:
@@ -144,7 +144,7 @@ class _KeptInputs(Visitor):
         self._visit(index, found)
 
 
-def _cache_path(checkpoint: Checkpoint) -> Path:
+def cache_path(checkpoint: Checkpoint) -> Path:
     own = os.environ.get(CACHE_VARIABLE)
     root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "griffin-offload"
     return root / f"importance-{_FORMAT}-{checkpoint.fingerprint()}.safetensors"
@@ -181,7 +181,7 @@ def _token_ids(checkpoint: Checkpoint, model: StockModel, most: int) -> Tensor |
     return torch.cat([begin.expand(sequences, len(begin)), rows], dim=1)
 
 
-def _measured(model: StockModel, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:
+def measure(model: StockModel, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:
     squares: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:

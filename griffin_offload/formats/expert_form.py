@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from griffin_offload.formats.base import Format, Layout, Spec, Tensors
-from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.stacked import read_row, read_rows
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.table import products
@@ -49,8 +48,8 @@ class ExpertForm:
     """How one expert lies: `precision` is that of places, `stored` that of files."""
 
     matrices: tuple[ExpertMatrix, ...]
-    precision: Format = FLOATS
-    stored: Format = FLOATS
+    precision: Format
+    stored: Format
     records: torch.dtype | None = None
     """Of floats in files that hold experts as records; None: they hold them as the model does."""
     scratch: Scratch | None = field(default=None, compare=False)
@@ -89,7 +88,7 @@ class ExpertForm:
         if self.stored is self.precision:
             read_rows(full, expert, into)
             return
-        stored = dict(zip(self.specs(FLOATS), full, strict=True))
+        stored = dict(zip(self.specs(self.stored), full, strict=True))
         targets = dict(zip(self.names, into, strict=True))
         for matrix in self.matrices:
             self._quantise(matrix, stored, expert, self._of(matrix, targets))
@@ -103,7 +102,7 @@ class ExpertForm:
             if matrix.is_down:  # it belongs to no neuron: gathering leaves it alone
                 out["bias"].copy_(full["bias"])
         neurons = torch.arange(matrix.inputs if matrix.is_down else matrix.outputs, dtype=torch.long, device=device)
-        layout = FLOATS.stored(is_down=matrix.is_down)
+        layout = self.stored.stored(is_down=matrix.is_down)
         importance = None if matrix.is_down else self.importance
         self.precision.gather(full, layout, neurons, out, is_down=matrix.is_down, importance=importance)
 
