@@ -21,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from griffin_offload.engine.stock import StockForward
 from griffin_offload.errors import one_line
-from griffin_offload.kv_cache.kv_cache import KVCache, KVLayer, can_cache, why_not_back
+from griffin_offload.kv_cache.kv_cache import KVCache, can_cache, why_not_back
+from griffin_offload.kv_cache.kv_layer import KVLayer
 from griffin_offload.transformers_api import CACHE, StockModel
 
 _NAME = "griffin_offload_joint"

@@ -53,7 +53,7 @@ class ContextSchema:
     def holds(self, parts: dict[str, _Part], prefix: str) -> bool:
         """Whether all states are there under names that begin like this, and look like ours."""
         return all(
-            parts.get(name := _state_name(prefix, number, state.name)) == (name, _DTYPES[state.dtype], state.shape)
+            parts.get(name := _state_name(prefix, number, state.name)) == (name, DTYPE_NAMES[state.dtype], state.shape)
             for number, layer in enumerate(self.states)
             for state in layer
         )
