@@ -170,14 +170,14 @@ def header_digest(metadata: dict[str, str], parts: list[_Part]) -> str:
 
 def read_notes(path: Path) -> dict[str, Any]:
     """The notes of a saved context, whatever it belongs to; errors as `load_context`."""
-    with _readable(path) as file:
+    with readable(path) as file:
         return _notes(_checked_metadata(file, path), path)
 
 
 def options_of(path: Path, *, model: str) -> dict[str, Any]:
     """What `model`, a fingerprint, has to be loaded with to go on from `path`: density, precision and the smallest
     context, as `LoadConfig`'s fields; errors as `load_context`."""
-    with _readable(path) as file:
+    with readable(path) as file:
         identity = json.loads(_checked_metadata(file, path)["identity"])
         if identity["model"] != model:
             raise SavedContextError(f"{path} was saved with another model: use that one, or name another file")
@@ -192,7 +192,7 @@ def options_of(path: Path, *, model: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[Any]:
+def readable(path: Path) -> Iterator[Any]:
     check_name(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -211,7 +211,7 @@ def load_context(
     `identity` is what it has to belong to. SavedContextError, and `context` unchanged, for a file that is damaged, of
     another model or of a newer version, or too long.
     """
-    with _readable(path) as file:
+    with readable(path) as file:
         metadata = _checked_metadata(file, path)
         _check_identity(json.loads(metadata["identity"]), identity, path)
         notes = _notes(metadata, path)
