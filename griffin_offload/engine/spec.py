@@ -152,6 +152,13 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     return model_spec
 
 
+def by_residents_alone(checkpoint: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, fields of `LoadConfig`, and what they lack for answers in which nothing left out has a part: of
+    mixtures of experts, missing ones are not read."""
+    routed = examine_checkpoint(checkpoint, LoadConfig(**options)).shape.has_experts
+    return options | {"missing_experts": "route"} if routed else options
+
+
 def _check_experts(model_spec: ModelSpec, config: LoadConfig) -> None:
     """UsageError for what does not go together with a mixture of experts, and for its options where there is none."""
     if not model_spec.shape.has_experts:

@@ -4,7 +4,6 @@ Requests are encoded by lm-eval's own `HFLM`. Log-likelihoods come from the simu
 generations from the runtime, one request at a time, because samples of a batch would share experts.
 """
 
-import functools
 import hashlib
 import math
 import warnings
@@ -22,10 +21,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.registry import open_checkpoint
-from griffin_offload.config import MIN_AUTO_CTX, BosRule, EvalMode, LoadConfig, SelectionMethod, TasksConfig
+from griffin_offload.config import MIN_AUTO_CTX, BosRule, EvalMode, SelectionMethod, TasksConfig
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.engine.spec import examine_checkpoint
+from griffin_offload.engine.spec import by_residents_alone
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.evaluation.distributed import Processes
 from griffin_offload.evaluation.samples import Sample
@@ -141,9 +140,9 @@ class ModelSlot:
         where it does not fit, answers in exact mode."""
         plan = self.model.plan if self.model is not None and self._purpose == variant else None
         if plan is None or plan.context_tokens < ctx_tokens or plan.prompt_tokens < prompt_tokens:
-            kept: dict[str, Any] = {"density": variant.density, "selection": variant.selection}
-            if self._has_experts:  # the full model's answer does not need all of them
-                kept = kept | {"missing_experts": "route"} if variant.density < 1 else {}
+            kept = self._options | {"density": variant.density, "selection": variant.selection}
+            if variant.density < 1:
+                kept = by_residents_alone(self._checkpoint, kept)
             try:
                 self._load(variant, prompt_tokens, ctx_tokens, **kept)
             except DoesNotFit:
@@ -152,10 +151,6 @@ class ModelSlot:
                 self._load(variant, prompt_tokens, ctx_tokens, exact=True)
         assert self.model is not None
         return self.model
-
-    @functools.cached_property
-    def _has_experts(self) -> bool:
-        return examine_checkpoint(self._checkpoint, LoadConfig(**self._options)).shape.has_experts
 
     def close(self) -> None:
         """Give back the memory."""
