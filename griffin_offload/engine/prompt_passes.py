@@ -119,15 +119,20 @@ class PromptPasses:
         layers = context.cache.stateful
         held: States = [{} for _ in layers]
 
-        def copy(number: int) -> None:
+        @contextlib.contextmanager
+        def behind(number: int) -> Iterator[None]:
             held[number] = copies(layers[number : number + 1])[0]
+            context.cache.halted = context.cache.layers.index(layers[number])
+            yield
+            context.cache.halted = None
 
         try:
             for number, writer in enumerate(self._writers):
                 unhook(writer)  # of a pass whose end was interrupted
-                writer.__dict__["forward"] = SplitWriter(writer, tokens, seams[0], partial(copy, number))
+                writer.__dict__["forward"] = SplitWriter(writer, tokens, seams[0], partial(behind, number))
             yield [held]
         finally:
+            context.cache.halted = None
             for writer in self._writers:
                 unhook(writer)
 

@@ -6,6 +6,7 @@ reads are views. Shapes: B batch, T tokens, D size of a head.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -56,6 +57,8 @@ class KVCache(Cache):  # type: ignore[misc]
         self._start: tuple[int, States] | None = None
         self.writers: Sequence[RecordedWriter] = ()
         """Of the one pass behind the start."""
+        self.halted: int | None = None
+        """The layer that is halted inside a prompt, whose states alone are those of its first tokens."""
         super().__init__(layers=layers)
 
     @property
@@ -70,6 +73,11 @@ class KVCache(Cache):  # type: ignore[misc]
         now = sum(state.nbytes for layer in self.stateful for state in layer.held().values())
         start = copies_bytes(self._start[1]) if self._start is not None else 0
         return now + start + sum(writer.nbytes for writer in self.writers)
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Whether tokens have passed a layer; before transformers 5.23 some ask for none, and mean their own."""
+        found: bool = super().has_previous_state(self.halted if layer_idx is None else layer_idx, *args, **kwargs)
+        return found
 
     @property
     def is_linear(self) -> list[bool]:

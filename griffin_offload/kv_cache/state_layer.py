@@ -6,6 +6,7 @@ which is resident, runs once more over what it was given.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -103,19 +104,21 @@ class RecordedWriter(PassForward):
 
 class SplitWriter(PassForward):
     """The forward of a part that writes states, over a prompt of `tokens` tokens: first those in front of `seam`, then
-    `at_seam` is called, then the rest."""
+    the rest inside of `behind`."""
 
-    def __init__(self, part: nn.Module, tokens: int, seam: int, at_seam: Callable[[], None]) -> None:
+    def __init__(
+        self, part: nn.Module, tokens: int, seam: int, behind: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         super().__init__(part.forward)
-        self._tokens, self._seam, self._at_seam = tokens, seam, at_seam
+        self._tokens, self._seam, self._behind = tokens, seam, behind
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = []
-        for start, end in ((0, self._seam), (self._seam, self._tokens)):
-            part_args, part_kwargs = _of_tokens((args, kwargs), start, end, self._tokens)
-            outputs.append(self._forward(*part_args, **part_kwargs))
-            if not start:
-                self._at_seam()
+        first, rest = (
+            _of_tokens((args, kwargs), *part, self._tokens) for part in ((0, self._seam), (self._seam, self._tokens))
+        )
+        outputs = [self._forward(*first[0], **first[1])]
+        with self._behind():
+            outputs.append(self._forward(*rest[0], **rest[1]))
         if not all(isinstance(output, Tensor) for output in outputs):
             raise GriffinError(f"a part that writes states gave {type(outputs[0]).__name__}: hidden states are known")
         return torch.cat(outputs, dim=1)
