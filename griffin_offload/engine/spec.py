@@ -1,5 +1,6 @@
 """What is known of a model before a weight is read: its checkpoint, its sizes, the budget, and the plan."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ def _shapes(
     states = states_of(meta)
     allowed: list[ModelSizes] = []
     others: list[ModelSizes] = []
-    for precision in every() if stored.is_plain else (stored.rests_as(),):
+    for precision in _precisions(config.quantize) if stored.is_plain else (stored.rests_as(),):
         try:
             precision.check_device(device.type)
             # In exact mode another precision is one of a converted copy.
@@ -218,6 +219,11 @@ def _shapes(
         fits = not stored.is_plain or wanted in ("auto", precision.name)
         (allowed if fits else others).append(shape)
     return tuple(allowed), tuple(others)
+
+
+def _precisions(wanted: str) -> Iterator[Format]:
+    """All that a plain checkpoint may be planned in; those that a user has to ask for, only then."""
+    return (format for format in every() if not format.by_name_only or format.name == wanted)
 
 
 def _cache_kind(config: Any, bits: KVBits) -> CacheKind:

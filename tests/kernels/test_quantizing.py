@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from griffin_offload.errors import CheckpointError
-from griffin_offload.formats import base, int4
+from griffin_offload.formats import base
+from griffin_offload.formats.grouped import Packed
+from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
 from griffin_offload.kernels import quantize as quantizing
 from griffin_offload.kernels import table
@@ -65,7 +67,7 @@ def _importance(draw: st.DrawFn, width: int) -> Tensor | None:
     return None if seed is None else torch.rand(width, generator=torch.Generator().manual_seed(seed)).square()
 
 
-def _same_but_for_ties(found: int4.Packed, expected: int4.Packed) -> None:
+def _same_but_for_ties(found: Packed, expected: Packed) -> None:
     """The same bytes, but for a few groups: sums that are rounded in another order may take another one of two steps
     that lie as near. How little either way misses is held against plain grids in formats/test_int4.py."""
     differ = (found[1] != expected[1]).any(-1) | (found[0] != expected[0]).view(*found[1].shape[:2], -1).any(-1)
@@ -77,9 +79,9 @@ def _same_but_for_ties(found: int4.Packed, expected: int4.Packed) -> None:
 @given(matrices(st.integers(1, 20), st.sampled_from([32, 64, 96, 512, 544, 1600])), st.data())
 def test_int4_rows(weight: Tensor, data: st.DataObject):
     scale, importance = base.row_scale(weight, torch.float32), _importance(data.draw, weight.shape[1])
-    found = int4.quantize_rows(weight, scale, importance)
+    found = INT4.quantize_rows(weight, scale, importance)
     with _by_torch():
-        expected = int4.quantize_rows(weight, scale, importance)
+        expected = INT4.quantize_rows(weight, scale, importance)
     _same_but_for_ties(found, expected)
 
 
@@ -88,9 +90,9 @@ def test_int4_rows(weight: Tensor, data: st.DataObject):
 @given(matrices(st.sampled_from([32, 64, 160, 320]), st.integers(1, 100)), st.data())
 def test_int4_neurons(weight: Tensor, data: st.DataObject):
     columns, importance = _norms(weight).float(), _importance(data.draw, weight.shape[0])
-    found = int4.quantize_neurons(weight, columns, importance)
+    found = INT4.quantize_neurons(weight, columns, importance)
     with _by_torch():
-        expected = int4.quantize_neurons(weight, columns, importance)
+        expected = INT4.quantize_neurons(weight, columns, importance)
     _same_but_for_ties(found, expected)
 
 
@@ -100,12 +102,12 @@ def test_int4_neurons(weight: Tensor, data: st.DataObject):
 def test_neurons_are_the_rows_of_the_matrix_turned_around(weight: Tensor, data: st.DataObject):
     """Bit by bit, and each the same whatever lies beside it: a selection is quantised as the whole is."""
     columns, importance = _norms(weight).float(), _importance(data.draw, weight.shape[0])
-    codes, groups = int4.quantize_neurons(weight, columns, importance)
-    rows = int4.quantize_rows(weight.t().contiguous(), columns, importance)
+    codes, groups = INT4.quantize_neurons(weight, columns, importance)
+    rows = INT4.quantize_rows(weight.t().contiguous(), columns, importance)
     assert torch.equal(rows[0], codes)
     assert torch.equal(rows[1], groups)
     some = torch.arange(0, weight.shape[1], 3)
-    chosen = int4.quantize_neurons(weight[:, some].contiguous(), columns[some], importance)
+    chosen = INT4.quantize_neurons(weight[:, some].contiguous(), columns[some], importance)
     assert torch.equal(chosen[0], codes[some])
     assert torch.equal(chosen[1], groups[some])
 
