@@ -20,6 +20,7 @@ from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.stacked import read_row
 from griffin_offload.kernels import table
 from griffin_offload.kernels.library import HALVES
+from griffin_offload.method.allocation import Counts
 
 IMPLEMENTATION = "griffin_offload"
 """Under which transformers finds ours."""
@@ -95,8 +96,8 @@ class Experts(Block):
         return bool(self.module.has_gate)
 
     @property
-    def precision(self) -> Format:
-        return FLOATS
+    def formats(self) -> tuple[Format, ...]:
+        return (FLOATS,)
 
     @property
     def read_numbers(self) -> int:
@@ -109,14 +110,14 @@ class Experts(Block):
         return [getattr(self.module, name) for name in self.names]
 
     def full_specs(self, precision: Format | None = None) -> list[Spec]:
-        return self.compact_specs(self.neurons, precision)
+        return self.compact_specs((self.neurons,), None if precision is None else (precision,))
 
-    def compact_specs(self, kept: int, precision: Format | None = None) -> list[Spec]:
-        if precision is not None and not precision.is_plain:
+    def compact_specs(self, counts: Counts, formats: Sequence[Format] | None = None) -> list[Spec]:
+        if formats is not None and not all(format.is_plain for format in formats):
             raise UnsupportedModel(
                 f"{type(self.module).__name__} is a mixture of experts: not quantised yet, take --quantize none"
             )
-        return [((kept, *tensor.shape[1:]), None) for tensor in self.full()]
+        return [((sum(counts), *tensor.shape[1:]), None) for tensor in self.full()]
 
     def multiple(self, precision: Format) -> int:
         return 1
@@ -130,12 +131,13 @@ class Experts(Block):
             self.module._parameters[name] = own
 
     @torch.no_grad()
-    def gather(self, full: Sequence[Tensor], chosen: Tensor, out: Sequence[Tensor]) -> None:
+    def gather(self, full: Sequence[Tensor], chosen: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        experts = torch.cat(list(chosen)).tolist()
         if self.source is not None:  # whose places `out` are, and which has the experts already
-            self.source.settle(chosen.tolist())
+            self.source.settle(experts)
             return
         for source, target in zip(full, out, strict=True):
-            for place, expert in enumerate(chosen.tolist()):
+            for place, expert in enumerate(experts):
                 read_row(source, expert, target[place])
 
     def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:

@@ -51,11 +51,11 @@ class FewBits(Grouped):
 
     def read_codes(self, codes: Tensor, out: Tensor) -> None:
         shape = codes.shape[:-1]
-        low = codes[..., :_LOW_BYTES].view(*shape, _HALVES, -1)
+        low = codes[..., :_LOW_BYTES].unflatten(-1, (_HALVES, _LOW_BYTES // _HALVES))  # there may be no rows
         numbers = out.view(*shape, _HALVES, _QUADS, low.shape[-1])
         high = None
         if self.code_bits == 3:
-            both = codes[..., _LOW_BYTES:].view(*shape, _HALVES, -1)
+            both = codes[..., _LOW_BYTES:].unflatten(-1, (_HALVES, _LOW_BYTES // _HALVES // 2))
             high = torch.stack([both & 15, both >> 4], dim=-1).flatten(-2)
         for place in range(_QUADS):
             found = (low >> 2 * place) & 3
@@ -69,12 +69,14 @@ class Int3(FewBits):
     """Codes 0..7."""
 
     name, bits, code_bits, grid = "int3", 3.5, 3, Levels.of_bits(3)
+    is_tier, distortion = True, 0.04
 
 
 class Int2(FewBits):
     """Codes 0..3."""
 
     name, bits, code_bits, grid = "int2", 2.5, 2, Levels.of_bits(2)
+    is_tier, distortion = True, 0.145
 
 
 INT3, INT2 = Int3(), Int2()

@@ -31,6 +31,8 @@ class PlanRequest:
     """Longest prompt; None: the whole context."""
     batch: int = 1
     density: Density | Literal["auto"] = "auto"
+    bits: float | Literal["auto"] = "auto"
+    """Of a number of the FFs, that tiers take at most."""
     overhead_bytes: int = 0
     """What the device's own runtime takes (a CUDA context); 0 on the CPU."""
     offloaded_in_budget: bool = False
