@@ -29,7 +29,7 @@ from griffin_offload.cli.options import quiet_libraries
 from griffin_offload.errors import GriffinError, one_line
 from griffin_offload.planner.tiers import bits_of, expected_error
 
-BITS = (4.0, 3.5, 3.0, 2.5, 2.25)
+BITS = (4.0, 3.5, 3.0, 2.5)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Way:
 
 
 WAYS = (
-    *(Way(f"all in {name}", {"quantize": name, "density": 1.0}) for name in ("int8", "int4", "int3", "int2")),
+    *(Way(f"all in {name}", {"quantize": name, "density": 1.0}) for name in ("int4", "int3", "int2")),
     *(Way(f"{density:g} of int4", {"quantize": "int4", "density": density}) for density in (0.75, 0.5)),
     *(Way(f"tiers, {bits:g}", {"quantize": "tiers", "bits": bits}) for bits in BITS),
 )

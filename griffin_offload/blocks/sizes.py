@@ -170,6 +170,11 @@ class ModelSizes:
         """What they call all of it."""
         return self.level_names[0] if len(self.levels) == 1 else TIERS
 
+    @property
+    def option(self) -> str:
+        """What `--quantize` calls it."""
+        return self.precision.name if len(self.levels) == 1 else TIERS
+
     def choosing(self, counts: Sequence[Counts]) -> tuple[int, ...]:
         """Layers of which a prompt chooses: neurons that are left out, or that rest in other formats than others."""
         pairs = enumerate(zip(self.layers, counts, strict=True))

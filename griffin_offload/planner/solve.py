@@ -60,7 +60,7 @@ def solve(
     remedy = remedy_for(shapes[-1], request, plan)
     for shape in others:
         if best_plan(shape, request, plan.context_tokens).fits:
-            other = f"a copy converted to {shape.precision}" if request.verifies else f"--quantize {shape.precision}"
+            other = f"a copy converted to {shape.precision}" if request.verifies else f"--quantize {shape.option}"
             return plan, f"{remedy} or {other}"
     return plan, remedy
 
@@ -77,11 +77,15 @@ def _ladder(shapes: Sequence[ModelSizes], request: PlanRequest) -> Iterator[tupl
 
 
 def alternatives(shapes: Sequence[ModelSizes], request: PlanRequest, ctx_tokens: int) -> list[Plan]:
-    """The largest plan of every precision, and its dense one, that fit at `ctx_tokens`."""
-    found = [
-        best_plan(shape, replace(request, density=density), ctx_tokens) for shape in shapes for density in (1.0, "auto")
-    ]
-    return [plan for i, plan in enumerate(found) if plan.fits and plan not in found[:i]]
+    """The largest plan of every precision, and its dense one, that fit at `ctx_tokens`; tiers where they are some."""
+    found: list[Plan] = []
+    for shape in shapes:
+        tiered = len(shape.levels) > 1
+        for density in ("auto",) if tiered else (1.0, "auto"):
+            plan = best_plan(shape, replace(request, density=density), ctx_tokens)
+            if plan.fits and plan not in found and not (tiered and plan.counts == tiers_within(shape, "auto")):
+                found.append(plan)
+    return found
 
 
 @dataclass(frozen=True)

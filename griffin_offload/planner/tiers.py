@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from griffin_offload.blocks.sizes import ModelSizes
-from griffin_offload.config import MIN_AUTO_DENSITY, NEURON_MULTIPLE, TIERS
+from griffin_offload.config import MIN_AUTO_DENSITY, NEURON_MULTIPLE
 from griffin_offload.errors import UsageError
 from griffin_offload.method.allocation import Allocation, Counts, Level, distortion_of, typical_energies
 
@@ -71,9 +71,9 @@ def tiers_within(shape: ModelSizes, bits: float | Literal["auto"]) -> tuple[Coun
 def options_again(shape: ModelSizes, counts: Sequence[Counts]) -> dict[str, Any]:
     """Fields of `LoadConfig` with which a model has these residents again."""
     if len(shape.levels) > 1:
-        return {"quantize": TIERS, "bits": bits_of(shape, counts), "density": "auto"}
+        return {"quantize": shape.option, "bits": bits_of(shape, counts), "density": "auto"}
     densities = [sum(own) / layer.neurons for own, layer in zip(counts, shape.layers, strict=True)]
-    return {"quantize": shape.precision.name, "density": densities}
+    return {"quantize": shape.option, "density": densities}
 
 
 def expected_error(shape: ModelSizes, counts: Sequence[Counts]) -> float | None:

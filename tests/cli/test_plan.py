@@ -20,7 +20,8 @@ KEYS = {
 }
 BUDGETS = ["2kB", "150kB", "180kB", "210kB", "240kB", "300kB", "340kB", "400kB", "470kB", "600kB", "700kB"]
 REMEDY = re.compile(
-    r"(--max-gpu-mem) (\S+)|(--ctx-size) (\d+)|(--density) ([\d.]+) or auto|(--offload) (disk)|(--quantize) (int8|int4)"
+    r"(--max-gpu-mem) (\S+)|(--ctx-size) (\d+)|(--density) ([\d.]+) or auto|(--offload) (disk)"
+    r"|(--quantize) (int8|int4|tiers)"
 )
 
 

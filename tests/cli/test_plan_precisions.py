@@ -250,3 +250,6 @@ def test_13b_in_tiers(cli, config):
     rows = cli("plan", "--config", config("13b"), *flags, "--json", "-v").json["alternatives"]
     errors = {row["precision"]: row["expected_error"] for row in rows if row["chosen"]}
     assert 0.01 < errors["tiers"] < 0.1
+    unasked = cli("plan", "--config", config("13b"), *flags[:-2], "--json", "-v").json["alternatives"]
+    errors = {(row["precision"], row["chosen"]): row["expected_error"] for row in unasked}
+    assert errors[("tiers", False)] < 0.7 * errors[("int4", True)]
