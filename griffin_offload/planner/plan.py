@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from griffin_offload.blocks.sizes import ModelSizes
+from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import KVBits
 from griffin_offload.kv_cache.store import Workload, cache_parts
 from griffin_offload.method.allocation import Counts, tiers_of
@@ -21,6 +21,7 @@ from griffin_offload.planner.workspace import (
     graphs_bytes,
     logits_bytes,
     prompt_workspace_bytes,
+    states_bytes,
     statistics_bytes,
     workspace_bytes,
 )
@@ -163,13 +164,26 @@ def _slot_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]
     dense = [i for i in streamed if not shape.layers[i].experts]
     largest = sorted((slot_bytes(shape.layers[i].ff_flat_bytes) for i in dense), reverse=True)[:slots]
     # Of experts one layer's are there at once: all that its tokens are sent to, until it is known which ones stay.
-    largest.append(max((shape.layers[i].ff_flat_bytes for i in streamed if shape.layers[i].experts), default=0))
-    return sum(largest) + int(max(largest, default=0) * request.stored_share)
+    experts = max(
+        (_expert_bytes(shape, request, shape.layers[i], shape.layers[i].neurons) for i in streamed), default=0
+    )
+    return sum(largest) + int(max(largest, default=0) * request.stored_share) + experts
 
 
-def _missing_bytes(shape: ModelSizes, streamed: Sequence[int]) -> int:
+def _missing_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]) -> int:
     """Room for an expert that is read while tokens are decoded, and finds none in its layer."""
-    return max((shape.layers[i].neuron_bytes for i in streamed if shape.layers[i].experts), default=0)
+    return max((_expert_bytes(shape, request, shape.layers[i], 1) for i in streamed), default=0)
+
+
+def _expert_bytes(shape: ModelSizes, request: PlanRequest, layer: LayerSizes, count: int) -> int:
+    """Of `count` experts beside the residents, and of one that is made from what is stored, in floats and on its way;
+    0 for a dense layer."""
+    if not layer.experts:
+        return 0
+    made = shape.stored is not shape.precision or request.stored_share > 0
+    sizes = shape.hidden_size, layer.width, shape.item_bytes
+    making = layer.plain_neuron_bytes + shape.precision.gather_bytes(*sizes) if made else 0
+    return count * layer.neuron_bytes + making
 
 
 def _decode_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, counts: tuple[Counts, ...]) -> int:
@@ -228,9 +242,9 @@ def price(
     elif any(request.converted_ff):
         resident["offloaded"] = sum(request.converted_ff[i] for i in streamed)
     common = {
-        "states": use.batch * shape.state_bytes,
+        "states": states_bytes(shape, use),
         "logits": logits_bytes(shape, use),
-        "statistic": statistics_bytes(shape, request, use, counts, streamed),
+        "statistic": request.sequences * statistics_bytes(shape, request, use, counts, streamed),
         "graphs": graphs_bytes(shape, request, use, counts),
         "sessions": request.session_bytes,
         "overhead": request.overhead_bytes,
@@ -238,14 +252,14 @@ def price(
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)
     in_slots = _slot_bytes(shape, request, streamed, slots)
     prefill = {
-        "kv_cache": kv_cache,
+        "kv_cache": request.sequences * kv_cache,
         "slots": in_slots,
         "workspace": prompt_workspace_bytes(shape, request, use, counts) + beside,
     }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
     decode = {
-        "kv_cache": kv_cache,
-        "slots": in_slots if use.pass_tokens else _missing_bytes(shape, streamed),
+        "kv_cache": request.sequences * kv_cache,
+        "slots": in_slots if use.pass_tokens else _missing_bytes(shape, request, streamed),
         "workspace": _decode_workspace_bytes(shape, request, use, counts) + beside,
     }
     if request.converted_bytes or any(request.converted_ff):
