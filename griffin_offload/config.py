@@ -19,6 +19,8 @@ SelectionMethod = Literal["topk", "output_aware", "sample", "topk_sample", "rand
 BatchStatistic = Literal["sum", "mean"]
 # Weight formats (formats/) by name, from the most to the fewest bits; `register_format` keeps it.
 FORMAT_NAMES: list[str] = ["none", "int8", "int4", "int3", "int2"]
+TIERS = "tiers"
+"""What options and plans call neurons that rest in several formats."""
 # Of embeddings and head in a converted copy, by the bits that the command line asks for.
 TABLE_FORMATS = {"16": "none", "int8": "int8"}
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
@@ -68,7 +70,9 @@ class LoadConfig:
     quantize: str = "auto"
     """Precision of the resident matrices inside the layers: "none" keeps the stored one, "auto" is the first of none,
     int8 and int4 in which all neurons fit (or those of a density that is given), else the last; a converted checkpoint
-    has one already."""
+    has one already. "tiers": each prompt says which neurons of a layer rest in how many bits, or are left out."""
+    bits: float | Literal["auto"] = "auto"
+    """With quantize="tiers", bits per weight of the FFs, scales and what is left out included; "auto" is what fits."""
     offload: Offload = "auto"
     ctx_size: int | None = None
     """Tokens of prompt and answer that the KV cache is planned for; None: at least FLOOR_AUTO_CTX if that fits with the
@@ -117,8 +121,9 @@ class LoadConfig:
         named = (("offload", Offload), ("missing_experts", MissingExperts), ("selection", SelectionMethod))
         for name, kind in (*named, ("batch_statistic", BatchStatistic), ("dtype", DType), ("kv_bits", KVBits)):
             _one_of(name, getattr(self, name), get_args(kind))
-        _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES))
+        _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES, TIERS))
         check_density(self.density)
+        _check_tiers(self)
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed is {self.seed}: from 0 to 2**63 - 1")
         if self.ctx_size is not None and self.ctx_size < 2:
@@ -336,6 +341,18 @@ class ChatConfig:
     """When the context is full: the message is refused, or the oldest turns are dropped."""
     max_new_tokens: int = 1024
     """Of one answer; fewer where the context has no room for so many."""
+
+
+def _check_tiers(config: LoadConfig) -> None:
+    if config.bits != "auto":
+        if config.quantize != TIERS:
+            raise UsageError(f"bits={config.bits} is for tiers: add quantize='{TIERS}' (--quantize {TIERS})")
+        if isinstance(config.bits, str) or not config.bits > 0:
+            raise UsageError(f"bits is {config.bits!r}: auto, or bits per weight of the FFs, such as 3.5")
+    if config.quantize == TIERS and config.density != "auto":
+        raise UsageError("tiers say how many neurons are left out: give bits (--bits) in place of a density")
+    if config.quantize == TIERS and config.exact:
+        raise UsageError(f"exact mode drafts in the stored precision, not in tiers: leave out quantize='{TIERS}'")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -15,6 +15,7 @@ from griffin_offload.config import (
     FLOOR_AUTO_CTX,
     FORMAT_NAMES,
     MAX_AUTO_CTX,
+    TIERS,
     DType,
     KVBits,
     LoadConfig,
@@ -233,10 +234,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--quantize",
-        choices=("auto", *FORMAT_NAMES),
+        choices=("auto", *FORMAT_NAMES, TIERS),
         default=_DEFAULTS.quantize,
         help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
-        "neurons, else the last)",
+        f"neurons, else the last; {TIERS}: the prompt's neurons in more bits than the others)",
+    )
+    add(
+        "--bits",
+        type=_bits,
+        default=_DEFAULTS.bits,
+        metavar="auto|N",
+        help=f"with --quantize {TIERS}: bits per weight of the FFs, such as 3.5 (default: {_DEFAULTS.bits}, what fits)",
     )
     add(
         "--missing-experts",
@@ -275,6 +283,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-v", "--verbose", action="store_true", help="the plan, too")
     loudness.add_argument("-q", "--quiet", action="store_true", help="the text alone")
+
+
+def _bits(text: str) -> str | float:
+    return text if text == "auto" else float(text)
 
 
 def _refresh(text: str) -> str | int:

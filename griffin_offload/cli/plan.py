@@ -76,6 +76,8 @@ def _examined(arguments: argparse.Namespace) -> "ModelSpec":
 
 def plan_lines(plan: "Plan") -> list[str]:
     """The table of bytes for people."""
+    from griffin_offload.engine.report import tier_shares
+
     quantised = {name for name, size in plan.plain_parts.items() if plan.decode_parts[name] != size}
     rows = [
         (name.replace("_", " "), plan.prefill_parts[name], plan.decode_parts[name], plan.plain_parts.get(name, 0))
@@ -93,8 +95,9 @@ def plan_lines(plan: "Plan") -> list[str]:
     kept = f"density {plan.density:.2f}" if plan.streamed else "all neurons resident, nothing streamed"
     if plan.streamed and plan.experts:
         kept = f"{plan.experts[0]} of {plan.experts[1]} experts a layer"
+    precision = tier_shares(plan.tiers, plan.density) if plan.tiers else plan.precision
     lines.append(
-        f"{kept}, {plan.precision}, context {plan.context_tokens} tokens (prompt {plan.prompt_tokens}, "
+        f"{kept}, {precision}, context {plan.context_tokens} tokens (prompt {plan.prompt_tokens}, "
         f"{plan.kv_bits}-bit KV cache), embeddings on the {plan.embeddings}"
     )
     if plan.streamed:
@@ -108,15 +111,17 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     """The chosen plan, and every precision, dense and with the largest density, that fits at the same context."""
     from griffin_offload.evaluation.ceilings import decode_bytes_per_s
     from griffin_offload.planner.solve import alternatives
+    from griffin_offload.planner.tiers import expected_error
 
     shapes = [*model_spec.shapes, *model_spec.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].width
     plans = alternatives(shapes, model_spec.request, chosen.context_tokens)
-    if chosen.fits and all((plan.precision, plan.kept) != (chosen.precision, chosen.kept) for plan in plans):
+    if chosen.fits and all((plan.precision, plan.counts) != (chosen.precision, chosen.counts) for plan in plans):
         plans = [chosen, *plans]  # a density that was asked for
     rows = []
     for plan in plans:
         precision = model_spec.precision_of(plan)
+        shape = next(shape for shape in shapes if shape.precision_name == plan.precision)
         rate = None  # of a device that is not here
         if model_spec.assumed is None:
             rate = decode_bytes_per_s(precision, hidden, neurons, model_spec.dtype, model_spec.hardware)
@@ -125,10 +130,12 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
             {
                 "precision": plan.precision,
                 "density": plan.density,
+                "tiers": plan.tiers,
+                "expected_error": expected_error(shape, plan.counts),
                 "resident_bytes": plan.resident_bytes,
                 "peak_bytes": plan.peak_bytes,
                 "expected_tokens_per_s": None if rate is None else rate / read_bytes,
-                "chosen": (plan.precision, plan.kept) == (chosen.precision, chosen.kept),
+                "chosen": (plan.precision, plan.counts) == (chosen.precision, chosen.counts),
             }
         )
     return rows
@@ -141,12 +148,13 @@ def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:
     rates = " (tokens/s: the GEMV rate measured just now over the bytes one token reads, context full)"
     lines = [
         f"what fits{rates if known else ''}",
-        f"{'':<2}{'precision':<12}{'density':>8}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
+        f"{'':<2}{'precision':<12}{'density':>8}{'error':>8}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
     ]
     for row in rows:
-        rate = row["expected_tokens_per_s"]
+        rate, error = row["expected_tokens_per_s"], row["expected_error"]
         lines.append(
             f"{'*' if row['chosen'] else '':<2}{row['precision']:<12}{row['density']:>8.2f}"
+            f"{'?' if error is None else f'{error:.4f}':>8}"
             f"{format_bytes(row['resident_bytes']):>12}{format_bytes(row['peak_bytes']):>12}"
             f"{'?' if rate is None else f'{rate:.3g}':>10}"
         )

@@ -33,6 +33,8 @@ class PlanRequest:
     sequences: int = 1
     """Answers at once, each with a KV cache of its own (`serve --parallel`); their prompts pass one by one."""
     density: Density | Literal["auto"] = "auto"
+    bits: float | Literal["auto"] = "auto"
+    """Of a number of the FFs, that tiers take at most."""
     overhead_bytes: int = 0
     """What the device's own runtime takes (a CUDA context); 0 on the CPU."""
     offloaded_in_budget: bool = False

@@ -13,14 +13,15 @@ from griffin_offload.units import format_bytes
 
 KEYS = {
     "experts",
-    *("fits", "density", "precision", "context_tokens", "prompt_tokens", "batch", "kv_bits"),
+    *("fits", "density", "precision", "tiers", "context_tokens", "prompt_tokens", "batch", "kv_bits"),
     *("peak_prefill_bytes", "peak_decode_bytes", "resident_bytes", "streamed_bytes", "slots", "ff_chunk_tokens"),
     *("budget_bytes", "full_bytes", "embeddings", "parts", "parts_prefill", "parts_decode", "parts_16bit", "remedy"),
     *("device", "assumed"),
 }
 BUDGETS = ["2kB", "150kB", "180kB", "210kB", "240kB", "300kB", "340kB", "400kB", "470kB", "600kB", "700kB"]
 REMEDY = re.compile(
-    r"(--max-gpu-mem) (\S+)|(--ctx-size) (\d+)|(--density) ([\d.]+) or auto|(--offload) (disk)|(--quantize) (int8|int4)"
+    r"(--max-gpu-mem) (\S+)|(--ctx-size) (\d+)|(--density) ([\d.]+) or auto|(--offload) (disk)"
+    r"|(--quantize) (int8|int4|tiers)"
 )
 
 

@@ -34,6 +34,7 @@ KEYS = {
         "select_s",
         "statistic_s",
         "precision",
+        "tiers",
         "parts",
         "parts_16bit",
     ),
