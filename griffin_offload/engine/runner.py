@@ -38,8 +38,9 @@ from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.kv_cache.store import Workload
 from griffin_offload.offload.weight_store import MmapStore
-from griffin_offload.planner.plan import Plan, logits_bytes, statistics_bytes, workspace_bytes
+from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
+from griffin_offload.planner.workspace import logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.transformers_api import CACHE, StockCache, with_own_name
 
 

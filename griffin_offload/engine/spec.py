@@ -84,6 +84,13 @@ class ModelSpec:
         """Whether every prompt quantises the neurons it keeps: the checkpoint holds floats, the residents do not."""
         return self.checkpoint.precision.is_plain and not self.precision_of(plan).is_plain
 
+    @property
+    def stored_expert_share(self) -> float:
+        """Stored bytes of what is packed, as experts are where anything is, for each in the checkpoint's floats."""
+        packed = [tensor for tensor in self.checkpoint.tensors().values() if tensor.decode is not None]
+        full = sum(tensor.nbytes for tensor in packed)
+        return sum(tensor.stored_bytes for tensor in packed) / full if full else 1.0
+
     def shape_of(self, plan: Plan) -> ModelSizes:
         """The sizes in the precision of `plan`."""
         return next(shape for shape in self.shapes if shape.precision == self.precision_of(plan))

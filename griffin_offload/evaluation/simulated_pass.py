@@ -21,9 +21,10 @@ from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, Progress, StreamFeed, Visitor
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.kv_cache.store import Workload
-from griffin_offload.planner.plan import Plan, workspace_bytes
+from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import as_loaded
+from griffin_offload.planner.workspace import workspace_bytes
 from griffin_offload.units import format_bytes
 
 # How many samples go through the model in one streamed pass, and how many rows through a layer at once.

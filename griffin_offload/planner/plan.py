@@ -7,19 +7,22 @@ bring transformers' growing one, which is full in decode alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from griffin_offload.blocks.hooks import whole_chunk
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import KVBits
-from griffin_offload.kernels.attention_and_norm import attending_bytes
-from griffin_offload.kernels.by_blocks import product_bytes
-from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
 from griffin_offload.kv_cache.store import Workload, cache_parts
-from griffin_offload.method.statistic import summing_bytes
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.request import PlanRequest
+from griffin_offload.planner.workspace import (
+    chunk_tokens,
+    graphs_bytes,
+    logits_bytes,
+    prompt_workspace_bytes,
+    statistics_bytes,
+    workspace_bytes,
+)
 
 EmbeddingDevice = Literal["device", "host"]
 
@@ -52,6 +55,8 @@ class Plan:
     """All weights of the model, for comparison."""
     streamed_bytes: int
     """Weight bytes streamed per prompt; of experts, all, of which tokens need a part."""
+    expert_slots: int = 0
+    """Experts of a layer that are there beside its residents while a prompt passes."""
     experts: tuple[int, int] | None = None
     """Of a mixture of experts, how many a layer keeps and has, in the layer that keeps the smallest share."""
 
@@ -108,6 +113,7 @@ class Plan:
             "fits": self.fits,
             "density": self.density,
             "experts": self.experts,
+            "expert_slots": self.expert_slots,
             "precision": self.precision,
             "context_tokens": self.context_tokens,
             "prompt_tokens": self.prompt_tokens,
@@ -139,16 +145,22 @@ def _slot_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]
         return 0  # used where they rest
     dense = [i for i in streamed if not shape.layers[i].experts]
     largest = sorted((slot_bytes(shape.layers[i].ff_flat_bytes) for i in dense), reverse=True)[:slots]
-    # Of experts one layer's are there at once: all that its tokens are sent to, until it is known which ones stay.
-    experts = max(
-        (_expert_bytes(shape, request, shape.layers[i], shape.layers[i].neurons) for i in streamed), default=0
-    )
-    return sum(largest) + int(max(largest, default=0) * request.stored_share) + experts
+    return sum(largest) + int(max(largest, default=0) * request.stored_share)
 
 
-def _missing_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]) -> int:
-    """Room for an expert that is read while tokens are decoded, and finds none in its layer."""
-    return max((_expert_bytes(shape, request, shape.layers[i], 1) for i in streamed), default=0)
+def _expert_slots(shape: ModelSizes, kept: tuple[int, ...], streamed: Sequence[int]) -> tuple[int, int]:
+    """The fewest and the most experts of a layer that may be there beside its residents while a prompt passes: all of
+    them, until it is known which ones stay. (0, 0) where none pass."""
+    beside = [(shape.layers[i].neurons - kept[i], shape.layers[i].experts) for i in streamed if shape.layers[i].experts]
+    if not beside:
+        return 0, 0
+    most = max(max(count, 1) for count, _ in beside)
+    return min(most, max(2, *(active for _, active in beside))), most
+
+
+def _experts_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int], count: int) -> int:
+    """Of `count` experts beside the residents, in the layer where they are largest."""
+    return max((_expert_bytes(shape, request, shape.layers[i], count) for i in streamed), default=0)
 
 
 def _expert_bytes(shape: ModelSizes, request: PlanRequest, layer: LayerSizes, count: int) -> int:
@@ -207,7 +219,26 @@ def price(
     slots: int,
     embeddings: EmbeddingDevice,
 ) -> Plan:
-    """The bytes of one combination, whether it fits or not."""
+    """The bytes of one combination, whether it fits or not; with as many slots for experts as there is room for."""
+    plan = _priced(shape, request, use, kept, slots, embeddings)
+    if plan.fits or request.expert_slots is not None:
+        return plan
+    fewest, most = _expert_slots(shape, kept, plan.streamed)
+    size = max((shape.layers[i].neuron_bytes for i in plan.streamed if shape.layers[i].experts), default=0)
+    if fewest == most or not size:
+        return plan
+    fitting = most - -(-(plan.peak_bytes - plan.budget_bytes) // size)
+    return _priced(shape, replace(request, expert_slots=max(fewest, fitting)), use, kept, slots, embeddings)
+
+
+def _priced(
+    shape: ModelSizes,
+    request: PlanRequest,
+    use: Workload,
+    kept: tuple[int, ...],
+    slots: int,
+    embeddings: EmbeddingDevice,
+) -> Plan:
     streamed = tuple(i for i, layer in enumerate(shape.layers) if request.always_stream or kept[i] < layer.neurons)
     slots = min(slots, len(streamed))
     resident, plain = _resident_parts(shape, kept, embeddings)
@@ -224,7 +255,9 @@ def price(
         "overhead": request.overhead_bytes,
     }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)
-    in_slots = _slot_bytes(shape, request, streamed, slots)
+    _, most = _expert_slots(shape, kept, streamed)
+    expert_slots = most if request.expert_slots is None else request.expert_slots
+    in_slots = _slot_bytes(shape, request, streamed, slots) + _experts_bytes(shape, request, streamed, expert_slots)
     prefill = {
         "kv_cache": kv_cache,
         "slots": in_slots,
@@ -233,7 +266,9 @@ def price(
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
     decode = {
         "kv_cache": kv_cache,
-        "slots": in_slots if use.pass_tokens else _missing_bytes(shape, request, streamed),
+        "slots": in_slots
+        if use.pass_tokens
+        else _experts_bytes(shape, request, streamed, shape.expert_slots_in_decode(expert_slots)),
         "workspace": _decode_workspace_bytes(shape, request, use, kept) + beside,
     }
     if request.converted_bytes or any(request.converted_ff):
@@ -242,6 +277,7 @@ def price(
     return Plan(
         density=_density(shape, kept),
         experts=_experts(shape, kept),
+        expert_slots=expert_slots,
         kept=kept,
         streamed=streamed,
         slots=slots,
@@ -259,139 +295,3 @@ def price(
         full_bytes=shape.weight_bytes,
         streamed_bytes=sum(shape.layers[i].ff_bytes for i in streamed),
     )
-
-
-# Bytes that live for a moment: activations, the statistic, scratch, logits.
-
-
-# FF activations of one chunk take at most this share of a slot, and a chunk at most so many tokens.
-_CHUNK_SHARE_OF_SLOT = 0.25
-_MAX_CHUNK_TOKENS = 512
-_FLOAT_BYTES = 4
-_INDEX_BYTES = 8
-
-
-def prompt_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int]) -> int:
-    """The workspace of a prompt's pass; where prompts are continued, of one whose first half has passed before, too:
-    attention then needs a mask."""
-    pasts = {use.past_tokens, use.prompt_tokens // 2} if request.continued else {use.past_tokens}
-    seen = use.prompt_tokens
-    return max(workspace_bytes(shape, request, use, seen - past, seen, kept) for past in pasts)
-
-
-def workspace_bytes(
-    shape: ModelSizes, request: PlanRequest, use: Workload, new_tokens: int, seen_tokens: int, kept: Sequence[int]
-) -> int:
-    """Activations alive at once while `new_tokens` per sample pass a layer, and the statistic beside them; attention
-    reads `seen_tokens`, of which they are the last.
-
-    An upper estimate by counting: hidden states (residual, normed, two float32 copies in the norm, output),
-    queries, keys, values and their rotated copies, then either the attention's masks and scores, or a recurrence's
-    scan, or one FF chunk.
-    """
-    tokens, item = use.batch * new_tokens, shape.item_bytes
-    chunk = chunk_tokens(shape, request, use.batch)
-    blocks = request.translated or not shape.precision.is_plain
-    translation = _translation_bytes(shape, use, new_tokens, chunk) if blocks else 0
-    hidden = tokens * shape.hidden_size * (5 * item + 2 * _FLOAT_BYTES)
-    projections = tokens * 2 * (shape.attention_width + shape.kv_width) * item
-    mixing = tokens * max(layer.mixing_bytes for layer in shape.layers)
-    ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
-    activations = _activation_bytes(shape, ff_tokens)
-    at_once = new_tokens if shape.inline_ff else min(new_tokens, chunk)
-    statistic = summing_bytes(use.batch, shape.neurons, at_once) + _routing_bytes(shape, tokens)
-    selection = sum(kept) * _INDEX_BYTES
-    masks = _score_bytes(shape, use, new_tokens, seen_tokens)
-    if new_tokens == 1:
-        masks += attending_bytes(use.batch, shape.heads, shape.attention_width, seen_tokens)
-    streamed = request.always_stream or any(k < n.neurons for k, n in zip(kept, shape.layers, strict=True))
-    gathering = _gather_bytes(shape) if streamed and new_tokens > 1 else 0
-    return hidden + max(projections + masks, mixing, activations + statistic, gathering) + selection + translation
-
-
-def _routing_bytes(shape: ModelSizes, tokens: int) -> int:
-    """Of routers: scores of all experts several times in float32, chosen ones with index, weight and norm; and an
-    expert's tokens on their way into it and out of it, which may be all of them."""
-    if not shape.has_experts:
-        return 0
-    most = max((layer for layer in shape.layers if layer.experts), key=lambda layer: layer.neurons)
-    routing = 4 * most.neurons * _FLOAT_BYTES + most.experts * (2 * _INDEX_BYTES + 3 * _FLOAT_BYTES)
-    return tokens * (routing + shape.hidden_size * (3 * shape.item_bytes + _FLOAT_BYTES))
-
-
-def _gather_bytes(shape: ModelSizes) -> int:
-    """A matrix on its way into the layout that it rests in."""
-    sizes = shape.hidden_size, shape.width, shape.item_bytes
-    return shape.precision.gather_bytes(*sizes) + shape.stored.floats_bytes(*sizes)
-
-
-def _translation_bytes(shape: ModelSizes, use: Workload, new_tokens: int, chunk: int) -> int:
-    """The scratch, a copy of a layer's input, scaled or in float32, and the product with one block."""
-    tokens, scratch = use.batch * new_tokens, shape.scratch_bytes
-    neurons = shape.width
-    ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
-    widest = max(tokens * max(shape.hidden_size, shape.attention_width), ff_tokens * neurons)
-    block = product_bytes(tokens, min(shape.hidden_size, neurons), scratch)
-    product = max(block, tokens * shape.hidden_size * _FLOAT_BYTES)
-    return scratch + widest * _FLOAT_BYTES + product
-
-
-def chunk_tokens(shape: ModelSizes, request: PlanRequest, batch: int) -> int:
-    """Tokens of each sequence that pass a full FF at once."""
-    if request.ff_chunk_tokens is not None:
-        return request.ff_chunk_tokens
-    layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
-    token_bytes = _activation_bytes(shape, batch)
-    fitting = int(layer.ff_bytes * _CHUNK_SHARE_OF_SLOT / token_bytes)
-    return whole_chunk(min(fitting, _MAX_CHUNK_TOKENS))
-
-
-def _activation_bytes(shape: ModelSizes, tokens: int) -> int:
-    """FF activations of `tokens`: gate, up, the activated gate and the product, or two of them without a gate."""
-    neurons = shape.width
-    return tokens * neurons * shape.item_bytes * (4 if shape.gated else 2)
-
-
-def _score_bytes(shape: ModelSizes, use: Workload, new_tokens: int, seen_tokens: int) -> int:
-    per_head = use.batch * new_tokens * seen_tokens
-    if shape.materialises_scores:
-        return per_head * shape.heads * (3 * shape.item_bytes + _FLOAT_BYTES)
-    # A mask is built for padded batches, for windows, and behind a filled cache; else attention is causal without one.
-    windows = any(layer.window is not None for layer in shape.layers)
-    if use.batch == 1 and not windows and not 1 < new_tokens < seen_tokens:
-        return 0
-    # With a mask, keys and values are repeated for every head that shares them.
-    width = 2 * shape.attention_width if shape.attention_width > shape.kv_width // 2 else 0
-    if windows and 1 < new_tokens < seen_tokens:
-        width += shape.kv_width  # a window's past and many new tokens are put together beside the KV cache
-    return per_head * (1 + shape.item_bytes) + use.batch * seen_tokens * width * shape.item_bytes
-
-
-def graphs_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int]) -> int:
-    """Of captured decode steps: their common pool, which holds one token's workspace for good, and each one's kernels
-    and logits. Their attention always has a mask."""
-    costs = request.graphs
-    if costs is None:
-        return 0
-    step = workspace_bytes(shape, request, use, 1, use.ctx_tokens, kept)
-    scores = use.batch * use.ctx_tokens * shape.heads * (shape.item_bytes + _FLOAT_BYTES)
-    logits = use.batch * shape.vocab_size * shape.item_bytes
-    nodes = len(shape.layers) * costs.layer_bytes
-    return costs.pool_bytes + step + scores + costs.most * (logits + nodes)
-
-
-def statistics_bytes(
-    shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int], streamed: Sequence[int]
-) -> int:
-    """What outlives a pass: tables of s^2 and of norms, and marks."""
-    neurons, chosen = sum(shape.layers[i].neurons for i in streamed), sum(kept[i] for i in streamed)
-    tables = (use.statistics + request.weight_norms) * statistic_bytes(use.batch, neurons)
-    return tables + use.marks * snapshot_bytes(use.batch, neurons, chosen, shape.vocab_size)
-
-
-def logits_bytes(shape: ModelSizes, use: Workload) -> int:
-    """Scores of the last position: the model's own, float32 copies, and what sampling sorts, indices included; of
-    further positions the model's own; and those that are kept for the caller."""
-    last = shape.vocab_size * (shape.item_bytes + 6 * _FLOAT_BYTES + 2 * _INDEX_BYTES)
-    others = (use.logit_positions - 1) * shape.vocab_size * (shape.item_bytes + _FLOAT_BYTES)
-    return use.batch * (last + others + use.kept_scores * shape.vocab_size * _FLOAT_BYTES)
