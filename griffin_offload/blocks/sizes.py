@@ -145,6 +145,10 @@ class ModelSizes:
         """Whether some layers are mixtures of experts: `density` then is the share of experts that are resident."""
         return any(layer.experts for layer in self.layers)
 
+    def expert_slots_in_decode(self, slots: int) -> int:
+        """Of `slots` for experts that have no place in their layer, those that a token can need at once."""
+        return min(slots, max(layer.experts for layer in self.layers))
+
     @property
     def scratch_bytes(self) -> int:
         """Of what linear layers share that are multiplied block by block."""

@@ -12,8 +12,8 @@ from griffin_offload.devices.mps import MpsDevice
 from griffin_offload.units import format_bytes
 
 KEYS = {
-    "experts",
-    *("fits", "density", "precision", "tiers", "context_tokens", "prompt_tokens", "batch", "kv_bits"),
+    *("experts", "expert_slots", "expert_forecast", "tiers"),
+    *("fits", "density", "precision", "context_tokens", "prompt_tokens", "batch", "kv_bits"),
     *("peak_prefill_bytes", "peak_decode_bytes", "resident_bytes", "streamed_bytes", "slots", "ff_chunk_tokens"),
     *("budget_bytes", "full_bytes", "embeddings", "parts", "parts_prefill", "parts_decode", "parts_16bit", "remedy"),
     *("device", "assumed"),
