@@ -168,6 +168,14 @@ class Block(ABC):
         return False
 
     @property
+    def rests_as_stored(self) -> bool:
+        """Whether all neurons, when they stay, are copies of what is stored."""
+        return self.precision.is_plain
+
+    def check(self, precision: Format) -> None:  # noqa: B027
+        """UnsupportedModel when what is not of `linears` cannot be in `precision`."""
+
+    @property
     @abstractmethod
     def read_numbers(self) -> int:
         """Numbers of matrices that one token is multiplied by."""

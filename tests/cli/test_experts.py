@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from packed_experts import write_mxfp4
 from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
 
 
@@ -63,7 +64,10 @@ def test_perplexity(cli, mixture: Path, text: Path):
     cli.refuses(2, "keeps 1 of the 8 experts", "eval", "ppl", "-m", mixture, "--text", text, "--density", "0.2", *few)
 
 
-def test_what_does_not_work_yet(cli, mixture: Path, tmp_path: Path):
-    run = ("run", "the cat", "-m", mixture, "--device", "cpu", "--ctx-size", "64", "-n", "4", "--raw")
-    cli.refuses(4, "not quantised yet", *run, "--quantize", "int8")
-    cli.refuses(4, "not quantised yet", "convert", tmp_path / "copy", "-m", mixture, "--quantize", "int8")
+def test_plan_of_a_packed_config_alone(cli, tmp_path: Path):
+    packed = write_mxfp4(tmp_path / "model")
+    flags = ("--device", "cpu", "--max-gpu-mem", "40MB", "--ctx-size", "64", "--density", "0.5", "--quantize", "int8")
+    alone = cli("plan", "--config", packed / "config.json", *flags, "--json").json
+    whole = cli("plan", "-m", packed, *flags, "--json").json
+    assert alone["experts"] == whole["experts"] == [4, 8]
+    assert alone["resident_bytes"] == whole["resident_bytes"]

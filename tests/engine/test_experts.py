@@ -307,7 +307,7 @@ def test_loading_merges_nothing(mixtures):
 
 
 def test_more_memory_is_more_experts(mixtures):
-    kept, sizes = [], {"max_gpu_mem": "40MB", "ctx_size": 64}
+    kept, sizes = [], {"max_gpu_mem": "40MB", "ctx_size": 64, "quantize": "none"}
     with _load(mixtures("mixtral"), density=0.25) as model:
         least = model.plan.peak_bytes
     for budget in range(least, least + 600_000, 120_000):
@@ -352,7 +352,6 @@ def test_a_router_that_asks_for_more_experts_than_there_are(mixtures, tmp_path: 
 
 
 _REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "quantize": ({"quantize": "int8"}, "not quantised yet, take --quantize none"),
     "ram": ({"offload": "ram"}, "offload='ram' does not hold experts yet"),
     "selection": ({"selection": "magnitude"}, "selection='magnitude' is by norms of neurons"),
 }
