@@ -130,6 +130,8 @@ ONE_ANSWER: dict[str, Any] = {
     "output_hidden_states": False,
 }
 """Arguments of `generate` for whoever wants the tokens of one answer, whatever a checkpoint's settings say."""
+# A context's KV cache grows by so many tokens, copied each time.
+_CONTEXT_STEP = 256
 _LIMITS = ("max_new_tokens", "max_length")
 
 
@@ -151,6 +153,8 @@ def prepared(
     configs = (given, defaults)
     use = usage_of(prompt, kwargs | settings, configs, engine.model_spec, mode, passes, context, past)
     check_length(use, plan.context_tokens)
+    if context is not None:
+        use = replace(use, reserved_tokens=_roomy(context, use.ctx_tokens, plan.context_tokens))
     past.check_batch(use.batch)
     use = _across_border(engine.border, use, passes)
     if use.cache != "ours" or passes or context is not None:
@@ -165,6 +169,7 @@ def prepared(
         run.prompt_ids = prompt[0].tolist() if prompt.dim() == 2 else []
         run.context = empty_context(engine) if context is None else context
         settings[CACHE] = run.own_cache = run.context.cache
+        run.own_cache.grow(use.cache_tokens)
         # Otherwise transformers takes every pad token for padding, also one that was generated.
         settings["attention_mask"] = torch.ones_like(prompt, device=engine.model_spec.device)
     elif past.tokens:
@@ -183,6 +188,11 @@ def _refuse_drafts(model: StockModel, kwargs: dict[str, Any], configs: tuple[Gen
     for name in ("prompt_lookup_num_tokens", "assistant_model"):
         if _value(name, kwargs, configs) is not None and getattr(model, "_is_stateful", False):
             raise UsageError(f"{name} takes drafts back: {why_not_back(model.config)}; exact=True can")
+
+
+def _roomy(context: Context, tokens: int, most: int) -> int:
+    """Tokens that the KV cache of `context` shall hold for a use of so many: in large steps, for what may follow."""
+    return max(context.cache.ctx_tokens, min(-(-tokens // _CONTEXT_STEP) * _CONTEXT_STEP, most))
 
 
 def _across_border(border: RopeBorder | None, use: Workload, passes: bool) -> Workload:
@@ -369,10 +379,11 @@ def check_length(use: Workload, context_tokens: int) -> None:
         )
 
 
-def empty_context(engine: LoadedModel) -> Context:
-    """With a KV cache for all that was planned. UsageError where layers keep a state that cannot be taken back."""
+def empty_context(engine: LoadedModel, tokens: int | None = None) -> Context:
+    """With a KV cache for so many tokens at first, else for all that was planned. UsageError where layers keep a state
+    that cannot be taken back."""
     config, plan = engine.loaded.model.config, engine.plan
     if engine.model_spec.request.cache != "ours":
         raise UsageError(f"no context can be kept: {why_not_back(config)}")
-    cache = KVCache(config, ctx_tokens=plan.context_tokens, bits=plan.kv_bits)
+    cache = KVCache(config, ctx_tokens=plan.context_tokens if tokens is None else tokens, bits=plan.kv_bits)
     return Context(cache, engine.loaded, border=engine.border)

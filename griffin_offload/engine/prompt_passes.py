@@ -5,7 +5,7 @@ prompt of a context or of a caller's KV cache, and are gathered again.
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from griffin_offload.blocks.hooks import unhook
 from griffin_offload.engine.generation import GenerationState, tokens_of
 from griffin_offload.engine.layer_pass import DecoderLayers, Progress
-from griffin_offload.engine.prefill import StreamedPass, grouped, sums_until
+from griffin_offload.engine.prefill import StreamedPass, choose_together, grouped, sums_until
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
 from griffin_offload.engine.stock import StockForward
@@ -50,10 +50,16 @@ class PromptPasses:
         """The same for streamed passes between two tokens of an answer."""
 
     def prefill(
-        self, mask: Tensor, context: Context | None, args: Any, kwargs: Any, start: int | None = None
+        self,
+        mask: Tensor,
+        context: Context | None,
+        args: Any,
+        kwargs: Any,
+        start: int | None = None,
+        beside: Sequence[Context] = (),
     ) -> tuple[Any, StreamedPass]:
         """The streamed pass over a prompt's tokens, the first of which is number `start`, by default that behind the
-        context's, whose earlier ones choose, too."""
+        context's, whose earlier ones choose, too; and so do the sequences that decode `beside` it."""
         self.last = None  # until this prompt has chosen its neurons, none are
         seams = self._seams(mask.shape[1], context)
         groups, choosing = grouped(mask, seams)
@@ -61,6 +67,7 @@ class PromptPasses:
             self._layers,
             groups,
             earlier=context.squared if context is not None else None,
+            beside=[other.squared for other in beside],
             choosing_groups=choosing,
             keep=context is not None,
             progress=self.progress,
@@ -156,10 +163,15 @@ class PromptPasses:
         places = torch.arange(tokens - min(keep, tokens), tokens, dtype=torch.int64, device=self._device)
         return kwargs | {"logits_to_keep": places}
 
-    def resume(self, context: Context, tokens: int) -> None:
-        """Make the compact parameters those that `context` chose, if another one has chosen since; `tokens` go on."""
+    def resume(self, context: Context, tokens: int, beside: Sequence[Context] = (), *, joint: bool = False) -> None:
+        """Make the compact parameters those that `context` chose, if another one has chosen since; `tokens` go on. A
+        `joint` sequence chooses anew, with those that decode `beside` it."""
         start, before = time.perf_counter(), self._layers.fetched_bytes
-        self._gather(context.selected)
+        if joint and context.squared:
+            self.choose_together([context, *beside])
+            context.selected = self._layers.selected
+        else:
+            self.keep_resident(context.selected)
         seconds, fetched_bytes = time.perf_counter() - start, self._layers.fetched_bytes - before
         kept = context.share_kept(self._layers.config.batch_statistic, len(self._layers.decoder))
         self.last = PrefillReport(tokens, seconds, fetched_bytes, 0.0, seconds, kept, None)
@@ -185,7 +197,7 @@ class PromptPasses:
             raise GriffinError(
                 "the KV cache is filled but no neurons are chosen for it: no prompt was streamed into it by this model"
             )
-        self._gather(chosen.selected)
+        self.keep_resident(chosen.selected)
         return chosen
 
     def note_chosen(self, cache: StockCache | None) -> None:
@@ -193,7 +205,20 @@ class PromptPasses:
         if self._chooses and self.last is not None:
             remember(cache, Chosen(self._key, self._layers.selected, self.last.activation_kept))
 
-    def _gather(self, selected: dict[int, Tensor]) -> None:
+    def choose_together(self, contexts: Sequence[Context]) -> None:
+        """Make resident what the prompts of all `contexts` choose together."""
+        chosen = {
+            index: choose_together(
+                self._layers, index, [context.squared[index] for context in contexts], self._layers.norms.get(index)
+            )
+            for index in contexts[0].squared
+        }
+        now = self._layers.selected
+        if chosen and not (now and all(torch.equal(now[index], found) for index, found in chosen.items())):
+            self.keep_resident(chosen)
+
+    def keep_resident(self, selected: dict[int, Tensor]) -> None:
+        """Gather `selected`, unless they are resident."""
         if self._layers.selected is not selected:
             self.last = None
             materialise(self._layers, selected, self._layers.stream.dtype)

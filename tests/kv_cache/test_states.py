@@ -135,7 +135,7 @@ def test_a_file_whose_states_are_others_is_damaged(half, tmp_path: Path):
     _greedy(model, _ids(0, 20), context=context)
     model.save_context(context, path)
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    with sequence_file._readable(path) as file:
+    with sequence_file.readable(path) as file:
         metadata = file.metadata()
     for change in ({"states.now.0.conv.0": None}, {"states.now.1.recurrent.0": torch.zeros(1, 2, 3)}):
         changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
