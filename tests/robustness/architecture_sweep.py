@@ -80,6 +80,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # Written as encoders, they decode when they are told to.
 _ENCODERS = (
     *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
@@ -91,6 +92,7 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     **{kind: {"is_decoder": True} for kind in _ENCODERS},
     "xmod": {"is_decoder": True, "languages": ["en_XX"], "default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "codegen": {"rotary_dim": 4},
     "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_n_heads": 4},
@@ -262,7 +264,7 @@ def page(found: dict[str, Outcome]) -> str:
         "",
         f"{len(found)} types: {len(works)} work, {len(tried) - len(works)} do not, {len(found) - len(tried)} could not",
         f"be built in small. Of decoders with a dense feed-forward {sum(o.word == 'works' for o in dense.values())} of "
-        f"{len(dense)} work ({share:.0%}).",
+        f"{len(dense)} work ({share:.1%}).",
         _BEFORE,
         "",
     ]
