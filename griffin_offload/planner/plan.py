@@ -21,7 +21,6 @@ from griffin_offload.planner.workspace import (
     graphs_bytes,
     logits_bytes,
     prompt_workspace_bytes,
-    states_bytes,
     statistics_bytes,
     workspace_bytes,
 )
@@ -272,7 +271,7 @@ def _priced(
     elif any(request.converted_ff):
         resident["offloaded"] = sum(request.converted_ff[i] for i in streamed)
     common = {
-        "states": states_bytes(shape, use),
+        "states": use.batch * shape.states_kept_bytes(use.pass_tokens),
         "logits": logits_bytes(shape, use),
         "statistic": request.sequences * statistics_bytes(shape, request, use, counts, streamed),
         "graphs": graphs_bytes(shape, request, use, counts),
