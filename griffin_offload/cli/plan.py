@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
-    with heavy_imports():  # most of transformers is imported when it is first asked, by `_examined`
+    with heavy_imports(planning=True):  # most of transformers is imported when it is first asked, by `_examined`
         from griffin_offload.planner.solve import describe_shortfall, solve
 
         quiet_libraries()
