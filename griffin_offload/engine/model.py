@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.checkpoint.registry import locate
-from griffin_offload.config import LoadConfig
+from griffin_offload.config import MOST_TOGETHER, LoadConfig
 from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, OutOfMemoryAsError, give_back_freed, peak_host_bytes
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
@@ -27,7 +27,7 @@ from griffin_offload.engine.options import translated
 from griffin_offload.engine.report import PrefillReport, RunReport
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.runner import ModelRunner
-from griffin_offload.engine.scheduler import MOST_TOGETHER, GeneratedAnswer, SequenceScheduler, answers
+from griffin_offload.engine.scheduler import GeneratedAnswer, SequenceScheduler, answers
 from griffin_offload.engine.spec import NO_PASSES, ModelSpec, examine, plan_for
 from griffin_offload.engine.stock import check_wait
 from griffin_offload.errors import BudgetExceeded, SavedContextError, UsageError
@@ -172,10 +172,11 @@ class GriffinModel(StockInterface):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def new_context(self) -> Context:
-        """An empty context for `generate`, with a KV cache for `plan.context_tokens`. UsageError where layers keep a
-        state that cannot be taken back, see `keeps_contexts`."""
-        return empty_context(self._engine)
+    def new_context(self, tokens: int | None = None) -> Context:
+        """An empty context for `generate`, with a KV cache for so many `tokens` at first, or for `plan.context_tokens`;
+        it grows with what it is used for. UsageError where layers keep a state that cannot be taken back, see
+        `keeps_contexts`."""
+        return empty_context(self._engine, tokens)
 
     @property
     def keeps_contexts(self) -> bool:
@@ -298,6 +299,13 @@ class GriffinModel(StockInterface):
         if most < 1:
             raise UsageError(f"most is {most}: at least one sequence is decoded")
         return SequenceScheduler(self._engine, self._report, most)
+
+    @property
+    def shares_neurons(self) -> bool:
+        """Whether sequences that are decoded together have to share a choice of neurons, and so change each other's
+        answers: not where all are resident, nor where an expert that is not is read."""
+        fetches = self.plan.experts is not None and self._loaded.layers.config.missing_experts == "fetch"
+        return self.plan.density < 1 and not fetches
 
     @property
     def why_alone(self) -> str | None:

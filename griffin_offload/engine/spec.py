@@ -120,6 +120,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         ctx_tokens=config.ctx_size,
         prompt_tokens=config.prompt_tokens,
         batch=config.batch_size,
+        sequences=config.sequences,
         density=config.density,
         overhead_bytes=overhead_bytes,
         offloaded_in_budget=hardware.shares_host_memory and config.offload == "ram",
