@@ -2,14 +2,14 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from griffin_offload.engine.generation import GenerationState
 from griffin_offload.engine.report import RunReport
-from griffin_offload.engine.runner import ModelRunner
+from griffin_offload.engine.residents import Loaded
 from griffin_offload.transformers_api import StockModel
 
 
@@ -47,10 +47,20 @@ def _generator(seed: int | None, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
+class DecodingEngine(Protocol):
+    """What an answer on its way asks of its model (a `ModelRunner`)."""
+
+    run: GenerationState | None
+
+    @property
+    def loaded(self) -> Loaded: ...
+    def observe(self, logits: Tensor) -> None: ...
+
+
 class DecodingSequence:
     """One answer on its way."""
 
-    def __init__(self, engine: ModelRunner, run: GenerationState, ready: PreparedAnswer, seed: Seed) -> None:
+    def __init__(self, engine: DecodingEngine, run: GenerationState, ready: PreparedAnswer, seed: Seed) -> None:
         assert run.context is not None, "a sequence of its own"
         self._engine, self.run, self.context = engine, run, run.context
         self._processor, self._criteria, self._config = ready.processor, ready.criteria, ready.config

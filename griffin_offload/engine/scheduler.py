@@ -7,7 +7,8 @@ sequence's own: transformers' `generate` prepares them as for an answer alone.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -16,22 +17,57 @@ import torch
 from torch import Tensor
 
 from griffin_offload.config import MOST_TOGETHER
+from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
-from griffin_offload.engine.arguments import ONE_ANSWER, checked_prompt, empty_context, prepared
-from griffin_offload.engine.decoding import DecodingSequence, PreparedAnswer, Seed
+from griffin_offload.engine.arguments import ONE_ANSWER, LoadedModel, checked_prompt, empty_context, prepared
+from griffin_offload.engine.decoding import DecodingEngine, DecodingSequence, PreparedAnswer, Seed
 from griffin_offload.engine.generation import GenerationMode, GenerationState, probabilities_named
+from griffin_offload.engine.joint_step import JointStep
 from griffin_offload.engine.report import RunReport
-from griffin_offload.engine.runner import ModelRunner
+from griffin_offload.engine.residents import Loaded
+from griffin_offload.engine.spec import ModelSpec
 from griffin_offload.errors import DoesNotFit, GriffinError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.store import Workload
+from griffin_offload.transformers_api import StockCache
 
 _CHECK_TOKENS = 4
 
 
 class HasToWait(GriffinError):
     """A sequence cannot join those that are being decoded; it may when some of them have left."""
+
+
+class _Passes(Protocol):
+    def keep_resident(self, selected: dict[int, Tensor]) -> None: ...
+
+
+class _Sizes(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class JointEngine(DecodingEngine, LoadedModel, Protocol):
+    """What is asked of a model whose sequences are decoded together (a `ModelRunner`)."""
+
+    @property
+    def loaded(self) -> Loaded: ...
+    @property
+    def model_spec(self) -> ModelSpec: ...
+    @property
+    def joint(self) -> JointStep: ...
+    @property
+    def passes(self) -> _Passes: ...
+    @property
+    def shape(self) -> _Sizes: ...
+    @property
+    def embedding_bytes(self) -> int: ...
+    def alone(self) -> AbstractContextManager[None]: ...
+    def guarded(self) -> OutOfMemoryAsError: ...
+    def decode_beside(self, contexts: Sequence[Context]) -> None: ...
+    def hold(self, use: Workload, new_tokens: int, cache: StockCache | None) -> None: ...
+    def forget_mixed(self, context: Context, prompt_tokens: int) -> None: ...
 
 
 class SequenceScheduler:
@@ -41,7 +77,7 @@ class SequenceScheduler:
     """
 
     def __init__(
-        self, engine: ModelRunner, report: Callable[[GenerationState, int, float], RunReport], most: int = MOST_TOGETHER
+        self, engine: JointEngine, report: Callable[[GenerationState, int, float], RunReport], most: int = MOST_TOGETHER
     ) -> None:
         self._engine, self._report, self.most = engine, report, most
         self.running: list[DecodingSequence] = []
@@ -219,7 +255,7 @@ class _Model(Protocol):
     @property
     def keeps_contexts(self) -> bool: ...
     @property
-    def engine(self) -> ModelRunner: ...
+    def engine(self) -> JointEngine: ...
     @property
     def last_report(self) -> RunReport | None: ...
     def generate(self, inputs: Tensor, **kwargs: Any) -> Any: ...
