@@ -187,7 +187,7 @@ def _refuse_drafts(model: StockModel, kwargs: dict[str, Any], configs: tuple[Gen
     """UsageError for drafts of transformers' own where they could not be taken back."""
     for name in ("prompt_lookup_num_tokens", "assistant_model"):
         if _value(name, kwargs, configs) is not None and getattr(model, "_is_stateful", False):
-            raise UsageError(f"{name} takes drafts back: {why_not_back(model.config)}")
+            raise UsageError(f"{name} takes drafts back: {why_not_back(model.config)}; exact=True can")
 
 
 def _roomy(context: Context, tokens: int, most: int) -> int:
@@ -309,10 +309,11 @@ def usage_of(
     kept_scores = sum(bool(value(name)) for name in ("output_scores", "output_logits")) * (total - tokens)
     drafts = value("prompt_lookup_num_tokens") or 0
     cache = _cache_of_caller(kwargs.get(CACHE), value("cache_implementation"))
-    if cache is None and any(layer.window is not None for layer in model_spec.shape.layers):
-        # A window of ours rolls back so many tokens; an assistant may draft more.
+    if cache is None and any(layer.window is not None or layer.states for layer in model_spec.shape.layers):
+        # A window of ours rolls back so many tokens; an assistant may draft more. States of ours go back to no draft.
         drafted = kwargs.get("assistant_model") is not None or getattr(configs[0], "is_assistant", False)
-        cache = "dynamic" if drafts > KV_SLACK_TOKENS or drafted else None
+        most = 0 if any(layer.states for layer in model_spec.shape.layers) else KV_SLACK_TOKENS
+        cache = "dynamic" if drafts > most or drafted else None
     return Workload(
         batch=prompt.shape[0] * max(value("num_beams") or 1, value("num_return_sequences") or 1),
         prompt_tokens=tokens,

@@ -124,6 +124,11 @@ class DecodingSequence:
             self._shares[-1].tokens += 1
         self.done = bool(self._criteria(self.ids, None).all())
 
+    def close(self) -> None:
+        """Nothing more is asked of what computes beside it."""
+        if self.run.guide is not None:
+            self.run.guide.close()
+
     def share_anew(self) -> None:
         """Others have joined, or this one: the resident neurons are not those of before."""
         layers = self._engine.loaded.layers

@@ -69,6 +69,7 @@ class ModelRunner:
             model_spec.device,
             chooses=bool(plan.streamed),
             skips_tokens=shares_entries(loaded.model.config),
+            state_writers=self.shape.state_writers,
             forward=self.stock_forward,
         )
         self.border = rope_border(loaded.model.config, type(loaded.model))

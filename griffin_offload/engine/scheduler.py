@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from griffin_offload.config import MOST_TOGETHER
+from griffin_offload.config import MOST_TOGETHER, Structure
 from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.engine.arguments import ONE_ANSWER, LoadedModel, checked_prompt, empty_context, prepared
@@ -26,6 +26,7 @@ from griffin_offload.engine.joint_step import JointStep
 from griffin_offload.engine.report import RunReport
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.spec import ModelSpec
+from griffin_offload.engine.structure import StructureGuide
 from griffin_offload.errors import DoesNotFit, GriffinError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
@@ -88,6 +89,7 @@ class SequenceScheduler:
         """The model is this scheduler's inside: other callers of it wait."""
         engine = self._engine
         with engine.alone(), engine.loaded.ledger.measuring(), limited_threads(engine.loaded.threads):
+            engine.loaded.layers.restrict(drafting=False)
             engine.decode_beside([sequence.context for sequence in self.running])
             yield
 
@@ -105,11 +107,17 @@ class SequenceScheduler:
         return engine.joint.why_alone is None
 
     def begin(
-        self, prompt: Tensor, *, context: Context | None = None, seed: Seed = None, **arguments: Any
+        self,
+        prompt: Tensor,
+        *,
+        context: Context | None = None,
+        seed: Seed = None,
+        guide: StructureGuide | None = None,
+        **arguments: Any,
     ) -> DecodingSequence:
         """Let a prompt [1, T] pass, behind what `context` knows of it, and its answer join the others. `arguments` are
         those of `generate` for one sequence; `seed` is a number, or what draws; without it torch's global generator
-        gives one.
+        gives one. With a `guide` it is kept to a structure.
 
         HasToWait where it would fit if others were not there; whatever `generate` raises of its arguments or its
         prompt. The others go on as before.
@@ -117,13 +125,15 @@ class SequenceScheduler:
         engine = self._engine
         with engine.guarded():
             context = empty_context(engine, 1) if context is None else context
-            run, ready = self._prepared(prompt, context, arguments)
+            run, ready = self._prepared(prompt, context, arguments if guide is None else guide.among(arguments))
+            run.guide = guide
             sequence = DecodingSequence(engine, run, ready, seed)
             before = engine.loaded.layers.fetched_bytes, engine.embedding_bytes
             try:
                 with probabilities_named(engine.model_spec.dtype):
                     sequence.first()
             except BaseException:
+                sequence.close()
                 context.finish(None)
                 self._count()  # a pass that was cut short chose for some layers: `step` gathers what was there before
                 raise
@@ -209,6 +219,7 @@ class SequenceScheduler:
         engine.decode_beside([other.context for other in self.running])
         if sequence.error is None:
             self._end(sequence)
+        sequence.close()
         sequence.context.finish(sequence.ids[0].tolist() if sequence.error is None else None)
         engine.forget_mixed(sequence.context, sequence.run.prompt_tokens)
         self._count()
@@ -217,6 +228,8 @@ class SequenceScheduler:
         engine, run = self._engine, sequence.run
         try:
             run.end_check(engine.model_spec.dtype)
+            if run.guide is not None:
+                run.guide.complete([sequence.answer.tolist()])
         except GriffinError as error:
             sequence.error = error
             return
@@ -234,6 +247,8 @@ class SequenceScheduler:
 
     def abandon(self) -> None:
         """Forget all of them, also outside of `working`."""
+        for sequence in self.running:
+            sequence.close()
         self.running.clear()
         self._selected = None
         self._engine.decode_beside(())
@@ -259,6 +274,7 @@ class _Model(Protocol):
     @property
     def last_report(self) -> RunReport | None: ...
     def generate(self, inputs: Tensor, **kwargs: Any) -> Any: ...
+    def guide(self, structure: Structure | None, arguments: dict[str, Any]) -> StructureGuide | None: ...
 
 
 _MODE = ("exact", "draft_tokens", "refresh")  # of `generate` alone
@@ -300,8 +316,10 @@ def _begin(model: _Model, scheduler: SequenceScheduler, asked: _Asked) -> Decodi
     """The sequence that has begun; None while it has to wait for the end of others."""
     if _needs_the_model(model, asked[1]):
         return None
+    arguments = {name: value for name, value in asked[1].items() if name not in _MODE}
     try:
-        return scheduler.begin(asked[0], **{name: value for name, value in asked[1].items() if name not in _MODE})
+        guide = model.guide(arguments.pop("structure", None), arguments)
+        return scheduler.begin(asked[0], guide=guide, **arguments)
     except HasToWait:
         return None
 

@@ -6,7 +6,7 @@ Shapes: B batch, D size of a head; all parts of a store are [B, heads, tokens, .
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -206,6 +206,8 @@ class LayerKV(Protocol):
     def kv_width(self) -> int | None: ...
     @property
     def kv_heads(self) -> int | None: ...
+    @property
+    def states(self) -> Sequence[Any]: ...
 
 
 class ModelKV(Protocol):

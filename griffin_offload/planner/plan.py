@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from griffin_offload.blocks.hooks import whole_chunk
-from griffin_offload.blocks.sizes import ModelSizes
+from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import KVBits
 from griffin_offload.kernels.attention_and_norm import attending_bytes
 from griffin_offload.kernels.by_blocks import product_bytes
@@ -140,13 +140,26 @@ def _slot_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]
     dense = [i for i in streamed if not shape.layers[i].experts]
     largest = sorted((slot_bytes(shape.layers[i].ff_flat_bytes) for i in dense), reverse=True)[:slots]
     # Of experts one layer's are there at once: all that its tokens are sent to, until it is known which ones stay.
-    largest.append(max((shape.layers[i].ff_flat_bytes for i in streamed if shape.layers[i].experts), default=0))
-    return sum(largest) + int(max(largest, default=0) * request.stored_share)
+    experts = max(
+        (_expert_bytes(shape, request, shape.layers[i], shape.layers[i].neurons) for i in streamed), default=0
+    )
+    return sum(largest) + int(max(largest, default=0) * request.stored_share) + experts
 
 
-def _missing_bytes(shape: ModelSizes, streamed: Sequence[int]) -> int:
+def _missing_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]) -> int:
     """Room for an expert that is read while tokens are decoded, and finds none in its layer."""
-    return max((shape.layers[i].neuron_bytes for i in streamed if shape.layers[i].experts), default=0)
+    return max((_expert_bytes(shape, request, shape.layers[i], 1) for i in streamed), default=0)
+
+
+def _expert_bytes(shape: ModelSizes, request: PlanRequest, layer: LayerSizes, count: int) -> int:
+    """Of `count` experts beside the residents, and of one that is made from what is stored, in floats and on its way;
+    0 for a dense layer."""
+    if not layer.experts:
+        return 0
+    made = shape.stored is not shape.precision or request.stored_share > 0
+    sizes = shape.hidden_size, layer.width, shape.item_bytes
+    making = layer.plain_neuron_bytes + shape.precision.gather_bytes(*sizes) if made else 0
+    return count * layer.neuron_bytes + making
 
 
 def _decode_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: tuple[int, ...]) -> int:
@@ -203,7 +216,7 @@ def price(
     elif any(request.converted_ff):
         resident["offloaded"] = sum(request.converted_ff[i] for i in streamed)
     common = {
-        "states": use.batch * shape.state_bytes,
+        "states": states_bytes(shape, use),
         "logits": logits_bytes(shape, use),
         "statistic": request.sequences * statistics_bytes(shape, request, use, kept, streamed),
         "graphs": graphs_bytes(shape, request, use, kept),
@@ -220,7 +233,7 @@ def price(
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
     decode = {
         "kv_cache": request.sequences * kv_cache,
-        "slots": in_slots if use.pass_tokens else _missing_bytes(shape, streamed),
+        "slots": in_slots if use.pass_tokens else _missing_bytes(shape, request, streamed),
         "workspace": _decode_workspace_bytes(shape, request, use, kept) + beside,
     }
     if request.converted_bytes or any(request.converted_ff):
@@ -373,7 +386,15 @@ def statistics_bytes(
     """What outlives a pass: tables of s^2 and of norms, and marks."""
     neurons, chosen = sum(shape.layers[i].neurons for i in streamed), sum(kept[i] for i in streamed)
     tables = (use.statistics + request.weight_norms) * statistic_bytes(use.batch, neurons)
-    return tables + use.marks * snapshot_bytes(use.batch, neurons, chosen, shape.vocab_size)
+    mark_bytes = snapshot_bytes(use.batch, neurons, chosen, shape.vocab_size, use.batch * shape.state_bytes)
+    return tables + use.marks * mark_bytes
+
+
+def states_bytes(shape: ModelSizes, use: Workload) -> int:
+    """Of convolutions and recurrences: the states themselves; and where tokens are drafted a copy of them, and what
+    the layers are given of those tokens."""
+    drafting = bool(use.pass_tokens)
+    return use.batch * ((1 + drafting) * shape.state_bytes + use.pass_tokens * shape.taken_back_bytes)
 
 
 def logits_bytes(shape: ModelSizes, use: Workload) -> int:

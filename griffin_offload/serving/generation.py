@@ -80,13 +80,13 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
         if text or tokens:
             self._show(text, tuple(tokens))
 
-    def finish(self) -> Finish:
-        """The generation is over: show what was held back, and say why it ended."""
+    def finish(self, *, over: bool = False) -> Finish:
+        """The generation is over: show what was held back, and say why it ended; `over`: nothing could follow."""
         if not self._holder.stopped:
             self._grow(self._detokeniser.flush())
         if not self._holder.stopped:
             self._give(self._holder.flush(), self._letters + 1)
-        return "stop" if self._ended or self._holder.stopped else "length"
+        return "stop" if over or self._ended or self._holder.stopped else "length"
 
 
 # Scores are divided by the temperature in float32: below this that would be a division by nothing.
@@ -205,9 +205,11 @@ class _Generation:
         model = self._model
         answer, arguments = self.asked(ids, max_tokens, choice)
         with self.watching():
-            model.generate(ids, context=context, exact=self._request.exact, **arguments)
-        self.finish(answer, choice)
+            model.generate(
+                ids, context=context, exact=self._request.exact, structure=self._request.structure, **arguments
+            )
         assert model.last_report is not None, "a generate that ended well has a report"
+        self.finish(answer, choice, model.last_report)
         return model.last_report
 
     def asked(self, ids: Tensor, max_tokens: int, choice: int) -> tuple[Answer, dict[str, Any]]:
@@ -237,11 +239,12 @@ class _Generation:
         finally:
             model.progress = model.engine.passes.progress_between = None
 
-    def finish(self, answer: Answer, choice: int) -> None:
+    def finish(self, answer: Answer, choice: int, report: RunReport) -> None:
         """Say that `answer` is complete; Interrupted if it is not."""
         if answer.interrupted:
             raise Interrupted
-        self._job.deliver(Finished(choice, answer.finish()))
+        over = report.structure is not None and report.structure.over
+        self._job.deliver(Finished(choice, answer.finish(over=over)))
 
     def _new_answer(self, ids: Tensor, recorder: LogprobRecorder | None, choice: int) -> Answer:
         before = ids[0].tolist() if self._request.endpoint == "completions" else ()
@@ -311,8 +314,9 @@ class JobBeside:
 
     def _beginning(self, ids: Tensor, max_tokens: int) -> DecodingSequence:
         self._answer, arguments = self._generation.asked(ids, max_tokens, self._choice)
+        guide = self._held.model.guide(self.job.request.structure, arguments)
         with self._generation.watching():
-            return self._scheduler.begin(ids, context=self._of_prompt, seed=self._random, **arguments)
+            return self._scheduler.begin(ids, context=self._of_prompt, seed=self._random, guide=guide, **arguments)
 
     def ended(self) -> bool:
         """The sequence has ended: whether it was the last one."""
@@ -321,8 +325,8 @@ class JobBeside:
         self.sequence = None
         if sequence.error is not None:
             raise sequence.error
-        self._generation.finish(answer, self._choice)
         assert sequence.report is not None, "it has ended well"
+        self._generation.finish(answer, self._choice, sequence.report)
         first = self._choice % job.request.n == 0
         job.figures.add(sequence.report, first=first)
         self._choice += 1
