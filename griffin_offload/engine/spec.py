@@ -133,6 +133,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         ctx_tokens=config.ctx_size,
         prompt_tokens=config.prompt_tokens,
         batch=config.batch_size,
+        sequences=config.sequences,
         density=config.density,
         bits=config.bits,
         overhead_bytes=overhead_bytes,
