@@ -52,11 +52,11 @@ class FewBits(Grouped):
 
     def read_codes(self, codes: Tensor, out: Tensor) -> None:
         shape = codes.shape[:-1]
-        low = codes[..., :_LOW_BYTES].view(*shape, _HALVES, _BYTES)
+        low = codes[..., :_LOW_BYTES].unflatten(-1, (_HALVES, _BYTES))  # there may be no rows
         numbers = out.view(*shape, _HALVES, _PLACES, _BYTES)
         high = None
         if self.code_bits == 3:
-            both = codes[..., _LOW_BYTES:].view(*shape, _HALVES, _BYTES // 2)
+            both = codes[..., _LOW_BYTES:].unflatten(-1, (_HALVES, _BYTES // 2))
             high = torch.stack([both & 15, both >> 4], dim=-1).flatten(-2)
         for place in range(_PLACES):
             found = (low >> 2 * place) & 3
@@ -70,12 +70,14 @@ class Int3(FewBits):
     """Codes 0..7."""
 
     name, bits, code_bits, grid = "int3", 3.5, 3, Levels.of_bits(3)
+    is_tier, distortion = True, 0.04
 
 
 class Int2(FewBits):
     """Codes 0..3."""
 
     name, bits, code_bits, grid = "int2", 2.5, 2, Levels.of_bits(2)
+    is_tier, distortion = True, 0.145
 
 
 INT3, INT2 = Int3(), Int2()
