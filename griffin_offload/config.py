@@ -48,6 +48,8 @@ MAX_DRAFT_TOKENS = 31
 MAX_THREADS = 1024
 # Selections by norms of the weights, of which a table is kept.
 WEIGHT_NORMS = ("output_aware", "magnitude")
+# Sequences that are decoded in one step when nobody says: the kernels for few rows gain little beyond.
+MOST_TOGETHER = 8
 # The context when nobody says one: precision and density are solved with room for the floor; what they leave over
 # makes it longer, up to the largest, and where nothing fits it is shorter, down to the smallest.
 MIN_AUTO_CTX, FLOOR_AUTO_CTX, MAX_AUTO_CTX = 256, 2048, 4096
@@ -83,6 +85,9 @@ class LoadConfig:
     """8: the KV cache as int8 with a scale per token and head; 16: as it is computed, whatever the precision."""
     batch_size: int = 1
     """Sequences at once (beams count) that are planned for."""
+    sequences: int = 1
+    """Answers at once, each with a KV cache of its own for the whole context (`generate_many`), that are planned
+    for."""
     missing_experts: MissingExperts = "fetch"
     """Of a mixture of experts, what happens to a token that is sent to an expert that is not resident: it is read from
     where it rests ("fetch"), or the router chooses among the residents alone ("route")."""
@@ -135,7 +140,7 @@ class LoadConfig:
             raise UsageError("draft_tokens is for exact mode: add --exact (exact=True)")
         if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
             raise UsageError(f"draft_tokens is {self.draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
-        _at_least_one(self, "ff_chunk_tokens", "batch_size", "prompt_tokens", "threads")
+        _at_least_one(self, "ff_chunk_tokens", "batch_size", "sequences", "prompt_tokens", "threads")
         if self.threads is not None and self.threads > MAX_THREADS:
             raise UsageError(
                 f"threads is {self.threads}: at most {MAX_THREADS}, and more than there are cores only wait"
@@ -301,8 +306,11 @@ class ServeConfig:
     """Names in the Host header that are answered beside localhost and the bound address."""
     cors_origin: tuple[str, ...] = ()
     """Web pages whose scripts may ask."""
+    parallel: int | Literal["auto"] = "auto"
+    """Requests that are answered at once; "auto": up to MOST_TOGETHER, as far as the budget has room for their KV
+    caches, but one after the other where they would have to share a choice of neurons."""
     queue_size: int = 16
-    """Requests that wait for the one that is answered; further ones are told to come again."""
+    """Requests that wait for those that are answered; further ones are told to come again."""
     idle_unload_s: float | None = None
     """After so long without a request the model's memory is given back; None: never."""
     max_body: str | int = "2MB"
@@ -324,6 +332,8 @@ class ServeConfig:
         if not 0 <= self.port < 2**16:
             raise UsageError(f"port is {self.port}: from 0 to {2**16 - 1}")
         _at_least_one(self, "queue_size", "max_sessions", "max_choices", "max_connections")
+        if self.parallel != "auto":
+            _at_least_one(self, "parallel")
         _at_least_one(self, "max_prompt_tokens", "max_output_tokens")
         for host in self.allow_host:
             if not _HOST.fullmatch(host):

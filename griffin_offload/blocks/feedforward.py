@@ -104,10 +104,10 @@ class FeedForward(Block):
     def __init__(self, module: nn.Module, inputs: Sequence[str], down: str, *, inline: bool) -> None:
         self.module = module
         self.inline = inline
-        self.down: nn.Module = getattr(module, down)
+        self.down: nn.Module = module.get_submodule(down)
         self.hidden, self.neurons = features(self.down)
         self.width = self.neurons
-        first = [Projection(getattr(module, name), self.neurons, is_down=False) for name in inputs]
+        first = [Projection(module.get_submodule(name), self.neurons, is_down=False) for name in inputs]
         self.projections = (*first, Projection(self.down, self.neurons, is_down=True))
         self.linears = tuple(projection.owner for projection in self.projections)
 

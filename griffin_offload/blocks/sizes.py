@@ -145,6 +145,10 @@ class ModelSizes:
         """Whether some layers are mixtures of experts: `density` then is the share of experts that are resident."""
         return any(layer.experts for layer in self.layers)
 
+    def expert_slots_in_decode(self, slots: int) -> int:
+        """Of `slots` for experts that have no place in their layer, those that a token can need at once."""
+        return min(slots, max(layer.experts for layer in self.layers))
+
     @property
     def scratch_bytes(self) -> int:
         """Of what linear layers share that are multiplied block by block."""
@@ -202,10 +206,11 @@ class ModelSizes:
         found = {i: layer.state_writer for i, layer in enumerate(self.layers) if layer.state_writer is not None}
         return found if self.splits_states else {}
 
-    @property
-    def taken_back_bytes(self) -> int:
-        """What layers with states are given of one token: kept until it is known whether the token stays."""
-        return sum(bool(layer.states) for layer in self.layers) * self.hidden_size * self.item_bytes
+    def states_kept_bytes(self, pass_tokens: int) -> int:
+        """The same; and where `pass_tokens` at once may be taken back, a copy of it, and what layers with states are
+        given of those tokens."""
+        given = sum(bool(layer.states) for layer in self.layers) * self.hidden_size * self.item_bytes
+        return (1 + bool(pass_tokens)) * self.state_bytes + pass_tokens * given
 
     def _stored_attention(self, layer: LayerSizes) -> int:
         return layer.plain_attention_bytes if self.stored.is_plain else layer.attention_bytes

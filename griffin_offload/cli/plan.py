@@ -20,6 +20,7 @@ from griffin_offload.units import format_bytes
 
 if TYPE_CHECKING:
     from griffin_offload.engine.spec import ModelSpec
+    from griffin_offload.planner.experts import ExpertForecast
     from griffin_offload.planner.plan import Plan
 
 
@@ -40,7 +41,7 @@ def add_parser(commands: Any) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
-    with heavy_imports():  # most of transformers is imported when it is first asked, by `_examined`
+    with heavy_imports(planning=True):  # most of transformers is imported when it is first asked, by `_examined`
         from griffin_offload.planner.solve import describe_shortfall, solve
 
         quiet_libraries()
@@ -49,15 +50,42 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         others = {"alternatives": _alternatives(model_spec, found)} if arguments.verbose else {}
         device = {"device": model_spec.hardware.name, "assumed": model_spec.assumed}
-        print(json.dumps(found.to_json(remedy) | device | others))
+        expected = _forecast(model_spec, found)
+        experts = {"expert_forecast": None if expected is None else expected.to_json()}
+        print(json.dumps(found.to_json(remedy) | device | experts | others))
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
-        print("\n".join([*plan_lines(found), *([] if model_spec.assumed is None else [model_spec.assumed])]))
+        lines = [*plan_lines(found), *_forecast_lines(_forecast(model_spec, found))]
+        print("\n".join([*lines, *([] if model_spec.assumed is None else [model_spec.assumed])]))
     if arguments.verbose:
         print("\n".join(["", *_alternative_lines(_alternatives(model_spec, found))]))
     if remedy is not None:
         raise DoesNotFit(describe_shortfall(found, remedy))
     return 0
+
+
+def _forecast(model_spec: "ModelSpec", plan: "Plan") -> "ExpertForecast | None":
+    """None where there are no experts."""
+    from griffin_offload.planner.experts import forecast
+
+    if plan.experts is None:
+        return None
+    return forecast(model_spec.shape_of(plan), plan, model_spec.stored_expert_share)
+
+
+def _forecast_lines(expected: "ExpertForecast | None") -> list[str]:
+    if expected is None:
+        return []
+    numbers = (expected.parameters, expected.active_parameters, expected.resident_parameters)
+    total, active, resident = (f"{number / 1e9:.3g}" for number in numbers)
+    lines = [f"{total} billion parameters, {active} for a token, {resident} resident"]
+    if expected.expected_hit_rate < 1:
+        fetched = format_bytes(round(expected.fetched_bytes_per_token))
+        lines.append(
+            f"expected: {expected.expected_hit_rate:.0%} of what tokens are sent to is resident, {fetched} fetched for "
+            f"each token (assumed: routing by Zipf's law, exponent {expected.assumed_skew}, the most used resident)"
+        )
+    return lines
 
 
 def _examined(arguments: argparse.Namespace) -> "ModelSpec":
@@ -125,7 +153,11 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
         rate = None  # of a device that is not here
         if model_spec.assumed is None:
             rate = decode_bytes_per_s(precision, hidden, neurons, model_spec.dtype, model_spec.hardware)
-        read_bytes = plan.decoded_bytes + plan.decode_parts["kv_cache"]
+        expected = _forecast(model_spec, plan)
+        weights = plan.decoded_bytes if expected is None else expected.read_bytes_per_token
+        if expected is not None and expected.expected_hit_rate < 1:
+            rate = None  # the disk decides, which nobody has asked
+        read_bytes = weights + plan.decode_parts["kv_cache"]
         rows.append(
             {
                 "precision": plan.precision,

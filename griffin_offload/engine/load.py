@@ -31,6 +31,7 @@ from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
 from griffin_offload.method.allocation import tiers_of
 from griffin_offload.offload.background_loader import BackgroundLoader
+from griffin_offload.offload.expert_cache import ExpertBuffers
 from griffin_offload.offload.expert_store import ExpertStore
 from griffin_offload.offload.layer_stream import StreamConfig
 from griffin_offload.offload.weight_store import HostStore, MmapStore, Source
@@ -118,6 +119,7 @@ def _load(
         ff_chunk_tokens=plan.ff_chunk_tokens,
         config=config,
         expert_store=store,
+        expert_buffers=ExpertBuffers(plan.expert_slots, shape.expert_slots_in_decode(plan.expert_slots)),
     )
     cache_experts(layers)
     resident = resident_bytes(model)
@@ -129,7 +131,8 @@ def _load(
 
 
 def _expert_store(full: dict[int, list[Tensor]], blocks: list[Block], model_spec: ModelSpec) -> ExpertStore | None:
-    fills = {index: block.form.fill for index, block in enumerate(blocks) if isinstance(block, Experts)}
+    made = (block if isinstance(block, Experts) and block.form.makes else None for block in blocks)
+    fills = {index: block.form.fill for index, block in enumerate(made) if block is not None}
     return ExpertStore(full, evict=evicts(model_spec), fills=fills) if full else None
 
 

@@ -25,7 +25,7 @@ from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed,
 from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.formats.stacked import row_parts
 from griffin_offload.offload.background_loader import Job
-from griffin_offload.offload.expert_store import ExpertCache
+from griffin_offload.offload.expert_cache import ExpertCache
 from griffin_offload.planner.plan import Plan
 from griffin_offload.transformers_api import StockModel
 

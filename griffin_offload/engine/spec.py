@@ -94,6 +94,13 @@ class ModelSpec:
         residents = [planned_as(level) for level in plan.levels]
         return any(not format.is_plain and format is not self.checkpoint.precision.rests_as() for format in residents)
 
+    @property
+    def stored_expert_share(self) -> float:
+        """Stored bytes of what is packed, as experts are where anything is, for each in the checkpoint's floats."""
+        packed = [tensor for tensor in self.checkpoint.tensors().values() if tensor.decode is not None]
+        full = sum(tensor.nbytes for tensor in packed)
+        return sum(tensor.stored_bytes for tensor in packed) / full if full else 1.0
+
     def shape_of(self, plan: Plan) -> ModelSizes:
         """The sizes in the precision of `plan`."""
         return next(shape for shape in self.shapes if shape.precision_name == plan.precision)
@@ -126,6 +133,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         ctx_tokens=config.ctx_size,
         prompt_tokens=config.prompt_tokens,
         batch=config.batch_size,
+        sequences=config.sequences,
         density=config.density,
         bits=config.bits,
         overhead_bytes=overhead_bytes,

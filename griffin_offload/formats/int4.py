@@ -30,7 +30,7 @@ class Int4(Grouped):
         return grid.codes(numbers).add_(CENTRE).to(torch.uint8), pairs
 
     def pack(self, levels: Tensor) -> Tensor:
-        groups = levels.reshape(levels.shape[0], -1, 2, _HALF)
+        groups = levels.reshape(levels.shape[0], levels.shape[1] // GROUP, 2, _HALF)
         return (groups[:, :, 0] | (groups[:, :, 1] << 4)).flatten(1)
 
     def read_codes(self, codes: Tensor, out: Tensor) -> None:

@@ -7,7 +7,7 @@ bring transformers' growing one, which is full in decode alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
@@ -21,7 +21,6 @@ from griffin_offload.planner.workspace import (
     graphs_bytes,
     logits_bytes,
     prompt_workspace_bytes,
-    states_bytes,
     statistics_bytes,
     workspace_bytes,
 )
@@ -59,6 +58,8 @@ class Plan:
     """All weights of the model, for comparison."""
     streamed_bytes: int
     """Weight bytes streamed per prompt; of experts, all, of which tokens need a part."""
+    expert_slots: int = 0
+    """Experts of a layer that are there beside its residents while a prompt passes."""
     experts: tuple[int, int] | None = None
     """Of a mixture of experts, how many a layer keeps and has, in the layer that keeps the smallest share."""
 
@@ -131,6 +132,7 @@ class Plan:
             "fits": self.fits,
             "density": self.density,
             "experts": self.experts,
+            "expert_slots": self.expert_slots,
             "precision": self.precision,
             "tiers": self.tiers,
             "context_tokens": self.context_tokens,
@@ -163,16 +165,24 @@ def _slot_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]
         return 0  # used where they rest
     dense = [i for i in streamed if not shape.layers[i].experts]
     largest = sorted((slot_bytes(shape.layers[i].ff_flat_bytes) for i in dense), reverse=True)[:slots]
-    # Of experts one layer's are there at once: all that its tokens are sent to, until it is known which ones stay.
-    experts = max(
-        (_expert_bytes(shape, request, shape.layers[i], shape.layers[i].neurons) for i in streamed), default=0
-    )
-    return sum(largest) + int(max(largest, default=0) * request.stored_share) + experts
+    return sum(largest) + int(max(largest, default=0) * request.stored_share)
 
 
-def _missing_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]) -> int:
-    """Room for an expert that is read while tokens are decoded, and finds none in its layer."""
-    return max((_expert_bytes(shape, request, shape.layers[i], 1) for i in streamed), default=0)
+def _expert_slots(shape: ModelSizes, counts: tuple[Counts, ...], streamed: Sequence[int]) -> tuple[int, int]:
+    """The fewest and the most experts of a layer that may be there beside its residents while a prompt passes: all of
+    them, until it is known which ones stay. (0, 0) where none pass."""
+    beside = [
+        (shape.layers[i].neurons - sum(counts[i]), shape.layers[i].experts) for i in streamed if shape.layers[i].experts
+    ]
+    if not beside:
+        return 0, 0
+    most = max(max(count, 1) for count, _ in beside)
+    return min(most, max(2, *(active for _, active in beside))), most
+
+
+def _experts_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int], count: int) -> int:
+    """Of `count` experts beside the residents, in the layer where they are largest."""
+    return max((_expert_bytes(shape, request, shape.layers[i], count) for i in streamed), default=0)
 
 
 def _expert_bytes(shape: ModelSizes, request: PlanRequest, layer: LayerSizes, count: int) -> int:
@@ -233,7 +243,26 @@ def price(
     slots: int,
     embeddings: EmbeddingDevice,
 ) -> Plan:
-    """The bytes of one combination, whether it fits or not."""
+    """The bytes of one combination, whether it fits or not; with as many slots for experts as there is room for."""
+    plan = _priced(shape, request, use, counts, slots, embeddings)
+    if plan.fits or request.expert_slots is not None:
+        return plan
+    fewest, most = _expert_slots(shape, counts, plan.streamed)
+    size = max((shape.layers[i].neuron_bytes for i in plan.streamed if shape.layers[i].experts), default=0)
+    if fewest == most or not size:
+        return plan
+    fitting = most - -(-(plan.peak_bytes - plan.budget_bytes) // size)
+    return _priced(shape, replace(request, expert_slots=max(fewest, fitting)), use, counts, slots, embeddings)
+
+
+def _priced(
+    shape: ModelSizes,
+    request: PlanRequest,
+    use: Workload,
+    counts: tuple[Counts, ...],
+    slots: int,
+    embeddings: EmbeddingDevice,
+) -> Plan:
     streamed = tuple(range(len(counts))) if request.always_stream else shape.choosing(counts)
     slots = min(slots, len(streamed))
     resident, plain = _resident_parts(shape, counts, embeddings)
@@ -242,7 +271,7 @@ def price(
     elif any(request.converted_ff):
         resident["offloaded"] = sum(request.converted_ff[i] for i in streamed)
     common = {
-        "states": states_bytes(shape, use),
+        "states": use.batch * shape.states_kept_bytes(use.pass_tokens),
         "logits": logits_bytes(shape, use),
         "statistic": request.sequences * statistics_bytes(shape, request, use, counts, streamed),
         "graphs": graphs_bytes(shape, request, use, counts),
@@ -250,7 +279,9 @@ def price(
         "overhead": request.overhead_bytes,
     }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)
-    in_slots = _slot_bytes(shape, request, streamed, slots)
+    _, most = _expert_slots(shape, counts, streamed)
+    expert_slots = most if request.expert_slots is None else request.expert_slots
+    in_slots = _slot_bytes(shape, request, streamed, slots) + _experts_bytes(shape, request, streamed, expert_slots)
     prefill = {
         "kv_cache": request.sequences * kv_cache,
         "slots": in_slots,
@@ -259,7 +290,9 @@ def price(
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
     decode = {
         "kv_cache": request.sequences * kv_cache,
-        "slots": in_slots if use.pass_tokens else _missing_bytes(shape, request, streamed),
+        "slots": in_slots
+        if use.pass_tokens
+        else _experts_bytes(shape, request, streamed, shape.expert_slots_in_decode(expert_slots)),
         "workspace": _decode_workspace_bytes(shape, request, use, counts) + beside,
     }
     if request.converted_bytes or any(request.converted_ff):
@@ -268,6 +301,7 @@ def price(
     return Plan(
         density=_density(shape, counts),
         experts=_experts(shape, counts),
+        expert_slots=expert_slots,
         counts=counts,
         streamed=streamed,
         slots=slots,

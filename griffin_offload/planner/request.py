@@ -45,6 +45,8 @@ class PlanRequest:
     converted_bytes: int = 0
     """Other weights that loading converts: in memory until the first prompt has passed."""
     ff_chunk_tokens: int | None = None
+    expert_slots: int | None = None
+    """Experts of a layer beside its residents while a prompt passes; None: as many as there is room for."""
     always_stream: bool = False
     host_embeddings: bool = True
     """Whether the embeddings may stay on the host where that helps."""

@@ -296,7 +296,7 @@ def replan_for(shape: ModelSizes, request: PlanRequest, plan: Plan, use: Workloa
 
 def as_loaded(request: PlanRequest, plan: Plan) -> PlanRequest:
     """The request with what was solved when the model was loaded, and is fixed since."""
-    return replace(request, ff_chunk_tokens=plan.ff_chunk_tokens)
+    return replace(request, ff_chunk_tokens=plan.ff_chunk_tokens, expert_slots=plan.expert_slots)
 
 
 def describe_shortfall(plan: Plan, remedy: str) -> str:

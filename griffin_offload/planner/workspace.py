@@ -141,13 +141,6 @@ def statistics_bytes(
     return tables + use.marks * mark_bytes
 
 
-def states_bytes(shape: ModelSizes, use: Workload) -> int:
-    """Of convolutions and recurrences: the states themselves; and where tokens are drafted a copy of them, and what
-    the layers are given of those tokens."""
-    drafting = bool(use.pass_tokens)
-    return use.batch * ((1 + drafting) * shape.state_bytes + use.pass_tokens * shape.taken_back_bytes)
-
-
 def logits_bytes(shape: ModelSizes, use: Workload) -> int:
     """Scores of the last position: the model's own, float32 copies, and what sampling sorts, indices included; of
     further positions the model's own, and of uses decoded together; and those that are kept for the caller."""

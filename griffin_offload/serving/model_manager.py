@@ -7,6 +7,7 @@ import gc
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class PrefixCache:
     def __init__(self, new_context: Callable[[], Context], limit_bytes: int, most: int) -> None:
         self._new_context, self.limit_bytes, self._most = new_context, limit_bytes, most
         self._kept: list[Context] = []
+        self._beside_bytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -48,9 +50,11 @@ class PrefixCache:
     def nbytes(self) -> int:
         return sum(context.nbytes for context in self._kept)
 
-    def take(self, ids: Tensor, *, exact: bool) -> Context:
+    def take(self, ids: Tensor, *, exact: bool, beside_bytes: int = 0) -> Context:
         """The context that knows the longest start of the prompt `ids` [T], or one that knows nothing. The others are
-        within the limit afterwards, and the caller gives it back by `keep`."""
+        within the limit afterwards, together with the `beside_bytes` of those that others decode with, and the caller
+        gives it back by `keep`."""
+        self._beside_bytes = beside_bytes
         known = [context.known(ids, exact=exact) for context in self._kept]
         longest = max(range(len(known)), key=lambda i: (known[i], i), default=None)
         if longest is not None and self._worth(self._kept[longest], known[longest]):
@@ -74,7 +78,7 @@ class PrefixCache:
     @property
     def _full(self) -> bool:
         """More is kept than may be beside the context in use."""
-        return self.nbytes > self.limit_bytes or len(self._kept) > self._most
+        return self.nbytes + self._beside_bytes > self.limit_bytes or len(self._kept) > self._most
 
     def _worth(self, context: Context, known: int) -> bool:
         """Whether a prompt that shares so many tokens may have `context`, which is cut back to them: a long
@@ -86,7 +90,7 @@ class PrefixCache:
     def _evict(self) -> Context | None:
         """Drop the longest unused until the rest is within the limit; the last one that went."""
         evicted = None
-        while self._full:
+        while self._kept and self._full:
             evicted = self._kept.pop(0)
         return evicted
 
@@ -192,6 +196,11 @@ class ModelManager:
             reason = "its checkpoint cannot be used any more" if isinstance(error, ModelError) else str(error)
             raise ApiError(503, f"the model cannot be loaded: {reason}", code="model_unavailable") from error
 
+    def is_held(self, density: float | None) -> bool:
+        """Whether the model is there, at `density` or the one that it was first loaded with."""
+        wanted = self._kept_first if density is None else self._kept(density)
+        return self.held is not None and self.held.model.plan.kept == wanted
+
     def unload(self) -> None:
         """Give the model's memory back."""
         if self.held is None:
@@ -225,7 +234,10 @@ class ModelManager:
         sessions = None
         with contextlib.suppress(GriffinError):  # layers whose past cannot be taken back: every prompt from its start
             model.new_context()
-            sessions = PrefixCache(model.new_context, session_limit(model.plan), self._most_sessions)
+            sequences = model.engine.model_spec.request.sequences
+            sessions = PrefixCache(
+                partial(model.new_context, 1), session_limit(model.plan, sequences), self._most_sessions
+            )
         self.held = LoadedModel(model, sessions)
         return self.held
 
@@ -238,6 +250,8 @@ def _warn_of_penalties(settings: Any) -> None:
         warnings.warn(f"{what}: the server leaves out what no request asks for", stacklevel=2)
 
 
-def session_limit(plan: Plan) -> int:
-    """Bytes for contexts beside the one in use: what was set aside for them, and what the plan has left over."""
-    return plan.budget_bytes - plan.peak_bytes + plan.parts["sessions"]
+def session_limit(plan: Plan, sequences: int = 1) -> int:
+    """Bytes for contexts beside the one in use: what was set aside for them, what was planned for the others of so many
+    `sequences` at once, and what the plan has left over."""
+    others = sum(plan.parts[part] * (sequences - 1) // sequences for part in ("kv_cache", "statistic"))
+    return plan.budget_bytes - plan.peak_bytes + plan.parts["sessions"] + others
