@@ -87,6 +87,8 @@ class Block(ABC):
     """W, numbers of one token that `Activations` hold: F unless a neuron is several of them."""
     linears: tuple[nn.Module, ...]
     """The linear layers that it consists of: they are quantised as a part of it."""
+    active: int = 0
+    """To how many of its neurons a router sends a token. 0: there is none, and all of them compute."""
 
     @property
     @abstractmethod

@@ -19,6 +19,7 @@ from griffin_offload.errors import CheckpointError, UnsupportedModel
 from griffin_offload.formats.base import Format, Spec, Tensors
 from griffin_offload.formats.expert_form import RECORDS, ExpertForm, ExpertMatrix
 from griffin_offload.formats.floats import FLOATS
+from griffin_offload.formats.stacked import read_row
 from griffin_offload.kernels.by_blocks import Scratch
 
 EXPERTS_INPUT = "experts"
@@ -180,11 +181,22 @@ class Experts(Block):
     def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:
         return [chosen for _ in self.form.names]
 
+    @torch.no_grad()
     def neuron_norms(self, full: Sequence[Tensor]) -> Tensor:
-        raise UnsupportedModel("experts are chosen by what they do, not by their weights: take --selection topk")
+        """Product of the norms of an expert's matrices, for comparison: reads every expert."""
+        if not self.form.stored.is_plain:
+            raise UnsupportedModel(f"the norms of experts in {self.form.stored} are not known: take --selection topk")
+        product = torch.ones(self.neurons, dtype=torch.float32, device=full[0].device)
+        for tensor in full:
+            if tensor.dim() > 2:  # the others are biases
+                own = torch.empty(tensor.shape[1:], dtype=torch.float32, device=tensor.device)
+                for expert in range(self.neurons):
+                    read_row(tensor, expert, own)
+                    product[expert] *= own.norm()
+        return product
 
     def output_norms(self, full: Sequence[Tensor]) -> Tensor:
-        return self.neuron_norms(full)
+        raise UnsupportedModel("what experts add is in their statistic already: take --selection topk")
 
     def observe(self, callback: ActivationCallback) -> None:
         self._observer = callback

@@ -1,35 +1,21 @@
-"""Converting a checkpoint: every matrix of the decoder layers quantised once, one shard per layer.
-
-A shard gets its name when it is whole, and the index is written last: until then a note lies in the directory that
-makes every command refuse it, and the same conversion continue it.
-"""
+"""Converting a checkpoint: every matrix of the decoder layers quantised once, one shard per layer."""
 
 import contextlib
-import json
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
-from griffin_offload.checkpoint.files import check_name, one_writer, renamed, temporary_name, write_text
 from griffin_offload.checkpoint.registry import open_checkpoint
-from griffin_offload.checkpoint.safetensors import INDEX, UNFINISHED
-from griffin_offload.checkpoint.tied_head import said_untied
-from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Inputs, visit_inputs
+from griffin_offload.engine.copy_directory import CopyDirectory, shard_names
 from griffin_offload.engine.load import check_stored
 from griffin_offload.engine.shards import (
     Missed,
@@ -40,15 +26,9 @@ from griffin_offload.engine.shards import (
     tensors_outside,
     write_with_experts,
 )
-from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
+from griffin_offload.errors import UsageError
 from griffin_offload.formats import FLOATS, get
 from griffin_offload.formats.expert_form import RECORD_VERSION
-from griffin_offload.units import format_bytes
-
-# Beside the tensors: headers, index, tokenizer.
-MARGIN_BYTES = 50_000_000
-# Our temporary names, and those that safetensors writes under before it renames to ours.
-_HALVES = (".*.tmp", ".tmp*")
 
 
 @dataclass(frozen=True)
@@ -81,8 +61,6 @@ def convert(
     The directory `out` must not exist yet, or hold the same conversion unfinished. Raises UsageError, ModelError,
     DoesNotFit (the disk) or GriffinError (writing)."""
     checkpoint = open_checkpoint(model, offline=offline, adapter=adapter)
-    directory = Path(os.path.expanduser(out))
-    check_name(directory)
     if not checkpoint.precision.is_plain:
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
     meta = build_on_meta(checkpoint.config, checkpoint.dtype)
@@ -92,24 +70,22 @@ def convert(
     if format.is_plain and not has_experts:
         raise UsageError(f"{checkpoint.directory} has no experts, all that {precision} rewrites: give int8 or int4")
     shape = model_shape(meta, format, format, get(tables))
-    with _failures_named(directory), contextlib.closing(checkpoint.watched()) as files, _locked(directory):
+    records = RECORD_VERSION if has_experts else 0
+    mark = ConversionInfo(precision, checkpoint.fingerprint(), tables, records=records)
+    directory = CopyDirectory(out, "conversion", mark.entries(), mark.metadata(), partial(check_shard, mark=mark))
+    with directory.writing() as finished, contextlib.closing(checkpoint.watched()) as files:
         files.check()
-        records = RECORD_VERSION if has_experts else 0
-        mark = ConversionInfo(precision, checkpoint.fingerprint(), tables, records=records)
-        finished = _finished_shards(directory, mark)
-        _check_disk(directory, shape.weight_bytes - sum(path.stat().st_size for path in finished))
-        write_text(directory / UNFINISHED, json.dumps(mark.entries()))
-        weight_map = _write_shards(checkpoint, directory, mark, progress)
+        directory.begin(shape.weight_bytes)
+        names = _write_shards(checkpoint, directory, mark, progress)
         files.check()
-        _write_rest(checkpoint, directory, mark, weight_map)
-    shards = set(weight_map.values())
+        directory.finish(checkpoint, checkpoint.config_json() | {"quantization_config": mark.config()}, names)
     return Conversion(
-        directory=directory,
+        directory=directory.path,
         precision=precision,
-        shards=len(shards),
+        shards=len(names),
         resumed_shards=len(finished),
         read_bytes=checkpoint.weight_bytes,
-        written_bytes=sum((directory / name).stat().st_size for name in shards),
+        written_bytes=sum((directory.path / name).stat().st_size for name in names),
     )
 
 
@@ -117,85 +93,23 @@ def _layers_of(checkpoint: Checkpoint) -> int:
     return int(checkpoint.config.get_text_config().num_hidden_layers)
 
 
-@contextlib.contextmanager
-def _failures_named(directory: Path) -> Iterator[None]:
-    remedy = "close other programs; finished shards are kept, run the same command again"
-    try:
-        with OutOfMemoryAsError("converting", remedy):
-            yield
-    except (OSError, SafetensorError) as error:
-        raise GriffinError(
-            f"{directory} cannot be written ({one_line(error)}); finished shards are kept, run the same command again"
-        ) from error
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Make the directory and keep other conversions out of it: they would remove each other's temporary files."""
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory} is a file: nothing is overwritten, give a new directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    with one_writer(directory, "conversion"):
-        yield
-
-
-def _finished_shards(directory: Path, mark: ConversionInfo) -> list[Path]:
-    """What the same conversion finished before it was interrupted, its halves deleted; UsageError when the directory
-    holds anything else."""
-    note = directory / UNFINISHED
-    halves = {path for pattern in _HALVES for path in directory.glob(pattern)}
-    if note.is_file():
-        if _read_note(note) != mark.entries():
-            raise UsageError(f"{directory} holds an unfinished conversion of another model or precision: remove it")
-    elif set(directory.iterdir()) - {temporary_name(note)}:
-        raise UsageError(f"{directory} exists already: nothing is overwritten, give a new directory")
-    for path in halves:
-        path.unlink()
-    shards = sorted(directory.glob("*.safetensors"))
-    for path in shards:
-        try:
-            check_shard(path, mark)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{path} is damaged or of another conversion ({one_line(error)}): remove it and run the same command "
-                "again"
-            ) from error
-    return shards
-
-
-def _read_note(note: Path) -> Any:
-    try:
-        return json.loads(note.read_bytes())
-    except ValueError:
-        return None
-
-
-def _check_disk(directory: Path, missing_bytes: int) -> None:
-    free, needed = shutil.disk_usage(directory).free, missing_bytes + MARGIN_BYTES
-    if needed > free and missing_bytes > 0:
-        raise DoesNotFit(
-            f"the conversion needs {format_bytes(needed)} on the disk of {directory}, {format_bytes(free)} are free"
-        )
-
-
 def _write_shards(
-    checkpoint: Checkpoint, directory: Path, mark: ConversionInfo, progress: Progress | None
-) -> dict[str, str]:
-    """Every shard that is not there yet; the file of every tensor."""
+    checkpoint: Checkpoint, directory: CopyDirectory, mark: ConversionInfo, progress: Progress | None
+) -> list[str]:
+    """Every shard that is not there yet; the names of all."""
     model = build(checkpoint)
     decoder, blocks = find_feed_forwards(model, _layers_of(checkpoint))
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     groups = [(f"{prefix}.{i}.", layer, block) for i, (layer, block) in enumerate(zip(decoder, blocks, strict=True))]
     # As they are mapped: during a forward other numbers may be in their places.
     parameters = [dict(layer.named_parameters()) for layer in decoder]
-    names = [f"model-{i + 1:05d}-of-{len(groups) + 1:05d}.safetensors" for i in range(len(groups) + 1)]
-    weight_map: dict[str, str] = {}
+    names = shard_names(len(groups) + 1)
     format = get(mark.precision)
     missed = Missed(format)
     with contextlib.closing(Reader(model, checkpoint, progress)) as reader:
 
         def write_layer(index: int, inputs: Inputs) -> None:
-            path, (start, layer, block) = directory / names[index], groups[index]
+            path, (start, layer, block) = directory.path / names[index], groups[index]
             if path.is_file():
                 reader.skip(parameters[index].values())
             else:
@@ -204,41 +118,14 @@ def _write_shards(
                 if isinstance(block, Experts):
                     write_with_experts(path, tensors, start, layer, block, reader, quantizing, mark)
                 else:
-                    _write_shard(path, tensors, mark)
-            weight_map.update(dict.fromkeys(_names_in(path), names[index]))
+                    directory.write_shard(names[index], tensors)
 
-        if format.wants_importance and any(not (directory / name).is_file() for name in names[:-1]):
+        if format.wants_importance and any(not (directory.path / name).is_file() for name in names[:-1]):
             visit_inputs(checkpoint, model, decoder, blocks, write_layer)
         else:
             for index in range(len(groups)):
                 write_layer(index, {})
-        path = directory / names[-1]
-        if not path.is_file():
-            _write_shard(path, tensors_outside(model, prefix, mark, checkpoint.dtype, reader), mark)
+        if not (directory.path / names[-1]).is_file():
+            directory.write_shard(names[-1], tensors_outside(model, prefix, mark, checkpoint.dtype, reader))
     missed.warn()
-    return weight_map | dict.fromkeys(_names_in(path), names[-1])
-
-
-def _names_in(path: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        return list(file.keys())
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor], mark: ConversionInfo) -> None:
-    with renamed(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, mark.metadata())
-
-
-def _write_rest(checkpoint: Checkpoint, directory: Path, mark: ConversionInfo, weight_map: dict[str, str]) -> None:
-    """Tokenizer, config, and last the index, which makes the directory a checkpoint."""
-    checkpoint.write_beside(directory, {"config.json", INDEX})
-    config = checkpoint.config_json()
-    if checkpoint.untied:
-        config = said_untied(config)
-    write_text(directory / "config.json", json.dumps(config | {"quantization_config": mark.config()}, indent=2))
-    total = sum((directory / name).stat().st_size for name in set(weight_map.values()))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(directory / INDEX, json.dumps(index, indent=2))
-    (directory / UNFINISHED).unlink()
+    return names

@@ -79,6 +79,11 @@ class Reader:
             yield
         self.skip(parts)
 
+    def copy(self, tensor: Tensor) -> Tensor:
+        """In memory of its own."""
+        with self.reading(tensor) as values:
+            return values.clone()
+
     def close(self) -> None:
         self._pages.close()
 

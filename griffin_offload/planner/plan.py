@@ -20,6 +20,7 @@ from griffin_offload.planner.workspace import (
     graphs_bytes,
     logits_bytes,
     prompt_workspace_bytes,
+    states_bytes,
     statistics_bytes,
     workspace_bytes,
 )
@@ -247,9 +248,9 @@ def _priced(
     elif any(request.converted_ff):
         resident["offloaded"] = sum(request.converted_ff[i] for i in streamed)
     common = {
-        "states": use.batch * shape.state_bytes,
+        "states": states_bytes(shape, use),
         "logits": logits_bytes(shape, use),
-        "statistic": statistics_bytes(shape, request, use, kept, streamed),
+        "statistic": request.sequences * statistics_bytes(shape, request, use, kept, streamed),
         "graphs": graphs_bytes(shape, request, use, kept),
         "sessions": request.session_bytes,
         "overhead": request.overhead_bytes,
@@ -259,13 +260,13 @@ def _priced(
     expert_slots = most if request.expert_slots is None else request.expert_slots
     in_slots = _slot_bytes(shape, request, streamed, slots) + _experts_bytes(shape, request, streamed, expert_slots)
     prefill = {
-        "kv_cache": kv_cache,
+        "kv_cache": request.sequences * kv_cache,
         "slots": in_slots,
         "workspace": prompt_workspace_bytes(shape, request, use, kept) + beside,
     }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
     decode = {
-        "kv_cache": kv_cache,
+        "kv_cache": request.sequences * kv_cache,
         "slots": in_slots
         if use.pass_tokens
         else _experts_bytes(shape, request, streamed, shape.expert_slots_in_decode(expert_slots)),

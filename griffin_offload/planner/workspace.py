@@ -8,7 +8,7 @@ from griffin_offload.kernels.attention_and_norm import attending_bytes
 from griffin_offload.kernels.by_blocks import product_bytes
 from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
 from griffin_offload.kv_cache.store import Workload
-from griffin_offload.method.statistic import summing_bytes
+from griffin_offload.method.statistic import sharing_bytes, summing_bytes
 from griffin_offload.planner.request import PlanRequest
 
 # FF activations of one chunk take at most this share of a slot, and a chunk at most so many tokens.
@@ -34,19 +34,21 @@ def workspace_bytes(
 
     An upper estimate by counting: hidden states (residual, normed, two float32 copies in the norm, output),
     queries, keys, values and their rotated copies, then either the attention's masks and scores, or a recurrence's
-    scan, or one FF chunk.
+    scan, or one FF chunk. Uses that are decoded together pass everything but attention at once.
     """
-    tokens, item = use.batch * new_tokens, shape.item_bytes
+    together = use.together if new_tokens == 1 else 1
+    tokens, item = use.batch * new_tokens * together, shape.item_bytes
     chunk = chunk_tokens(shape, request, use.batch)
     blocks = request.translated or not shape.precision.is_plain
-    translation = _translation_bytes(shape, use, new_tokens, chunk) if blocks else 0
+    ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * max(chunk, together))
+    translation = _translation_bytes(shape, tokens, ff_tokens) if blocks else 0
     hidden = tokens * shape.hidden_size * (5 * item + 2 * _FLOAT_BYTES)
     projections = tokens * 2 * (shape.attention_width + shape.kv_width) * item
     mixing = tokens * max(layer.mixing_bytes for layer in shape.layers)
-    ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
     activations = _activation_bytes(shape, ff_tokens)
     at_once = new_tokens if shape.inline_ff else min(new_tokens, chunk)
-    statistic = summing_bytes(use.batch, shape.neurons, at_once) + _routing_bytes(shape, tokens)
+    statistic = summing_bytes(use.batch, shape.neurons, at_once) + sharing_bytes(use.together, shape.neurons)
+    statistic += _routing_bytes(shape, tokens)
     selection = sum(kept) * _INDEX_BYTES
     masks = _score_bytes(shape, use, new_tokens, seen_tokens)
     if new_tokens == 1:
@@ -72,11 +74,9 @@ def _gather_bytes(shape: ModelSizes) -> int:
     return shape.precision.gather_bytes(*sizes) + shape.stored.floats_bytes(*sizes)
 
 
-def _translation_bytes(shape: ModelSizes, use: Workload, new_tokens: int, chunk: int) -> int:
+def _translation_bytes(shape: ModelSizes, tokens: int, ff_tokens: int) -> int:
     """The scratch, a copy of a layer's input, scaled or in float32, and the product with one block."""
-    tokens, scratch = use.batch * new_tokens, shape.scratch_bytes
-    neurons = shape.width
-    ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
+    scratch, neurons = shape.scratch_bytes, shape.width
     widest = max(tokens * max(shape.hidden_size, shape.attention_width), ff_tokens * neurons)
     block = product_bytes(tokens, min(shape.hidden_size, neurons), scratch)
     product = max(block, tokens * shape.hidden_size * _FLOAT_BYTES)
@@ -133,12 +133,21 @@ def statistics_bytes(
     """What outlives a pass: tables of s^2 and of norms, and marks."""
     neurons, chosen = sum(shape.layers[i].neurons for i in streamed), sum(kept[i] for i in streamed)
     tables = (use.statistics + request.weight_norms) * statistic_bytes(use.batch, neurons)
-    return tables + use.marks * snapshot_bytes(use.batch, neurons, chosen, shape.vocab_size)
+    mark_bytes = snapshot_bytes(use.batch, neurons, chosen, shape.vocab_size, use.batch * shape.state_bytes)
+    return tables + use.marks * mark_bytes
+
+
+def states_bytes(shape: ModelSizes, use: Workload) -> int:
+    """Of convolutions and recurrences: the states themselves; and where tokens are drafted a copy of them, and what
+    the layers are given of those tokens."""
+    drafting = bool(use.pass_tokens)
+    return use.batch * ((1 + drafting) * shape.state_bytes + use.pass_tokens * shape.taken_back_bytes)
 
 
 def logits_bytes(shape: ModelSizes, use: Workload) -> int:
     """Scores of the last position: the model's own, float32 copies, and what sampling sorts, indices included; of
-    further positions the model's own; and those that are kept for the caller."""
+    further positions the model's own, and of uses decoded together; and those that are kept for the caller."""
     last = shape.vocab_size * (shape.item_bytes + 6 * _FLOAT_BYTES + 2 * _INDEX_BYTES)
     others = (use.logit_positions - 1) * shape.vocab_size * (shape.item_bytes + _FLOAT_BYTES)
-    return use.batch * (last + others + use.kept_scores * shape.vocab_size * _FLOAT_BYTES)
+    beside = (use.together - 1) * shape.vocab_size * shape.item_bytes
+    return use.batch * (last + others + use.kept_scores * shape.vocab_size * _FLOAT_BYTES + beside)

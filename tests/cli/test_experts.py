@@ -14,6 +14,13 @@ def mixture(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.write_text("the cat sat on the mat and thought of another river " * 40)
+    return path
+
+
 def test_plan_and_run(cli, mixture: Path):
     flags = ("-m", mixture, "--device", "cpu", "--density", "0.5", "--ctx-size", "64")
     assert "4 of 8 experts a layer" in cli("plan", *flags).out
@@ -48,11 +55,13 @@ def test_a_conversation(cli, mixture: Path):
     assert cli("chat", *flags, "--density", "0.25", "--missing-experts", "route", stdin=talk).code == 0
 
 
-def test_what_does_not_work_yet(cli, mixture: Path, tmp_path: Path):
-    text = tmp_path / "text"
-    text.write_text("the cat sat on the mat and thought of another river " * 40)
-    few = ("--prompt-tokens", "16", "--generate-tokens", "16", "--windows", "1")
-    cli.refuses(4, "not simulated yet", "eval", "ppl", "-m", mixture, "--text", text, *few)
+def test_perplexity(cli, mixture: Path, text: Path):
+    few = ("--prompt-tokens", "16", "--generate-tokens", "16", "--windows", "2", "--json")
+    rows = cli("eval", "ppl", "-m", mixture, "--text", text, "--selection", "topk,random,magnitude", *few).json
+    assert {row["density"] for row in rows} == {0.75, 0.5, 0.25}
+    by_topk = [row for row in rows if row["selection"] == "topk"]
+    assert all(0 < row["activation_kept"] < 1 and row["kl"] > 0 for row in by_topk)
+    cli.refuses(2, "keeps 1 of the 8 experts", "eval", "ppl", "-m", mixture, "--text", text, "--density", "0.2", *few)
 
 
 def test_plan_of_a_packed_config_alone(cli, tmp_path: Path):

@@ -22,9 +22,6 @@ from griffin_offload.errors import (
     UnsupportedModel,
     UsageError,
 )
-from griffin_offload.evaluation.samples import Sample
-from griffin_offload.evaluation.simulation import simulate
-from griffin_offload.method.variants import Variant
 
 NEW, EXPERTS, ACTIVE = 32, 8, 2
 
@@ -339,9 +336,7 @@ def test_what_does_not_work_yet_is_refused(mixtures, name: str):
         _load(mixtures("mixtral"), **options)
 
 
-def test_what_a_loaded_model_refuses(mixtures, checkpoints):
-    with _load(mixtures("mixtral"), density=0.5) as model, pytest.raises(UnsupportedModel, match="not simulated yet"):
-        simulate(model, [Sample(_ids()[0], 10, 10)], [Variant(0.5)])
+def test_a_dense_model_has_no_experts_to_miss(checkpoints):
     with pytest.raises(UsageError, match="is for mixtures of experts, and llama is none"):
         _load(checkpoints("llama2"), missing_experts="route")
 
