@@ -70,6 +70,9 @@ def _randomised(config: hf.PreTrainedConfig, seed: int) -> hf.PreTrainedModel:
             else:
                 gain = 1 if id(parameter) in tables else 2
                 parameter.copy_(gain * noise / math.sqrt(HIDDEN))
+        for name, buffer in sorted(model.named_buffers()):
+            if name.endswith("bias"):  # by which routers choose
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.generation_config.eos_token_id = None
     return model
 
