@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from griffin_offload.blocks.layouts import Layout, register_layout
-    from griffin_offload.config import LoadConfig
+    from griffin_offload.config import LoadConfig, Structure
     from griffin_offload.engine.model import GriffinModel
     from griffin_offload.engine.report import PrefillReport, RunReport
     from griffin_offload.errors import BudgetExceeded, DoesNotFit, GriffinError, ModelError, UsageError
@@ -27,6 +27,7 @@ _HOMES = {
     "Plan": "planner.plan",
     "PrefillReport": "engine.report",
     "RunReport": "engine.report",
+    "Structure": "config",
     "UsageError": "errors",
     "register_layout": "blocks.layouts",
 }
@@ -41,6 +42,7 @@ __all__ = [
     "Plan",
     "PrefillReport",
     "RunReport",
+    "Structure",
     "UsageError",
     "__version__",
     "register_layout",

@@ -4,10 +4,11 @@ Shape notation of the whole package: B batch, T tokens, H hidden size, F feed-fo
 K kept neurons of a layer, L layers, V vocabulary. GB is 10**9 bytes, GiB is 2**30.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from griffin_offload.errors import UsageError
 
@@ -17,7 +18,7 @@ Offload = Literal["auto", "ram", "disk"]
 SelectionMethod = Literal["topk", "output_aware", "sample", "topk_sample", "random", "magnitude"]
 BatchStatistic = Literal["sum", "mean"]
 # Weight formats (formats/) by name, from the most to the fewest bits; `register_format` keeps it.
-FORMAT_NAMES: list[str] = ["none", "int8", "int4"]
+FORMAT_NAMES: list[str] = ["none", "int8", "int4", "int3", "int2"]
 # Of embeddings and head in a converted copy, by the bits that the command line asks for.
 TABLE_FORMATS = {"16": "none", "int8": "int8"}
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
@@ -146,6 +147,49 @@ class RunConfig:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+
+
+_STRUCTURES = {"json_schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What an answer has to be: JSON by a schema (an object, or its text), a match of a regular expression, or what a
+    grammar makes (Lark, as llguidance reads it). Exactly one of them is given."""
+
+    json_schema: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in _STRUCTURES if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UsageError(f"a structure is one of json_schema, regex and grammar: {len(given)} are given")
+        value = getattr(self, given[0])
+        if isinstance(value, Mapping):
+            object.__setattr__(self, "json_schema", json.dumps(value))
+        elif not isinstance(value, str):
+            raise UsageError(f"{given[0]} is of type {type(value).__name__}: give a text")
+        if self.json_schema is not None:
+            self._check_schema(str(self.json_schema))
+
+    def _check_schema(self, text: str) -> None:
+        try:
+            schema = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"the JSON schema is no JSON: {str(error)[:200]}") from None
+        if not isinstance(schema, dict):
+            raise UsageError("the JSON schema has to be an object")
+
+    @property
+    def name(self) -> str:
+        """Of the field that is given."""
+        return next(name for name in _STRUCTURES if getattr(self, name) is not None)
+
+    @property
+    def kind(self) -> str:
+        """In messages."""
+        return _STRUCTURES[self.name]
 
 
 @dataclass(frozen=True)

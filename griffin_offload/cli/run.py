@@ -21,7 +21,7 @@ from griffin_offload.cli.options import (
 )
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.cli.prompt import PromptCache, is_demos, prompt_text, tokenize
-from griffin_offload.config import LoadConfig, RunConfig
+from griffin_offload.config import LoadConfig, RunConfig, Structure
 from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +48,12 @@ def add_parser(commands: Any) -> None:
         help="start from the prompt saved there, if this one begins with it token by token (--raw keeps a template's "
         "closing words out of it); where there is no such file, save this prompt",
     )
+    parser.add_argument(
+        "--json-schema",
+        type=Path,
+        metavar="FILE",
+        help="the answer is JSON by the schema in this file (needs the extra structured)",
+    )
     add_generation_options(parser, RunConfig.max_new_tokens)
     add_model_options(parser)
     add_run_options(parser)
@@ -58,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate; the text goes to stdout as it comes, the figures to stderr."""
     text = prompt_text(arguments)
     sampling, stops = sampling_of(arguments), stops_of(arguments)
+    structure = _structure(arguments.json_schema)
     options = load_options(arguments)
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     with heavy_imports():
@@ -68,6 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
     directory = locate(model_of(arguments), offline=arguments.offline)
     with heavy_imports():  # the larger half; a wrong --model is told without it
         from griffin_offload.engine.model import GriffinModel
+        from griffin_offload.engine.structure import check_structure
+
+    if structure is not None:
+        check_structure(structure)
 
     checkpoint = open_checkpoint(
         directory, adapter=arguments.adapter
@@ -86,8 +97,6 @@ def run(arguments: argparse.Namespace) -> int:
         options["keep_prompts"] = True
         prompt_cache.adopt(options, checkpoint)
     model = GriffinModel.from_pretrained(directory, **options, prompt_tokens=prompt_tokens)
-    if prompt_cache is not None:
-        model.check_saving()
     model.tokenizer = tokenizer
     if arguments.verbose:
         print("\n".join(plan_lines(model.plan)), file=sys.stderr)
@@ -95,11 +104,23 @@ def run(arguments: argparse.Namespace) -> int:
     if is_demos(arguments) and not quiet:
         print(f"prompt   {text}", file=sys.stderr, flush=True)
     with PrefillBar(model, quiet=quiet):
-        answer = _generate(model, tokens, sampling, stops, arguments, prompt_cache)
+        answer = _generate(model, tokens, sampling, stops, arguments, prompt_cache, structure)
     _print_result(model, answer, arguments)
     if prompt_cache is not None:
         prompt_cache.close(quiet=quiet)
     return 0
+
+
+def _structure(file: Path | None) -> Structure | None:
+    """What the answer has to be; UsageError for a file that holds no schema."""
+    if file is None:
+        return None
+    try:
+        return Structure(json_schema=file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--json-schema {file} cannot be read: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"--json-schema {file}: {error}") from error
 
 
 def _generate(
@@ -109,6 +130,7 @@ def _generate(
     stops: tuple[str, ...],
     arguments: argparse.Namespace,
     prompt_cache: PromptCache | None,
+    structure: Structure | None,
 ) -> tuple[str, "Finish"]:
     """The answer, and why it ended; printed as it comes, unless JSON is asked for."""
     import torch
@@ -130,6 +152,7 @@ def _generate(
         max_new_tokens=most,
         streamer=None if arguments.json else TextPrinter(model.tokenizer, stops),
         stopping_criteria=StoppingCriteriaList([stop] if stops else []),
+        structure=structure,
         **ONE_ANSWER,
         **own_ends,
         **kept,
@@ -137,7 +160,9 @@ def _generate(
     )
     answer = output[0, prompt_tokens:]
     text = cut(whole_text(model.tokenizer, answer.tolist()), stops)
-    return text, finish_of(answer, most, ends, stopped=stop.happened)
+    report = model.last_report
+    over = report is not None and report.structure is not None and report.structure.over
+    return text, finish_of(answer, most, ends, stopped=stop.happened or over)
 
 
 def _ends(model: "GriffinModel", arguments: argparse.Namespace) -> list[int]:

@@ -18,13 +18,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.blocks.hooks import hooks_on
-from griffin_offload.blocks.states import shares_entries
+from griffin_offload.blocks.states import shares_entries, state_kinds
 from griffin_offload.config import KVBits
 from griffin_offload.devices.base import Recorder
 from griffin_offload.engine.report import GraphReport
 from griffin_offload.engine.stock import Guard, StockForward
 from griffin_offload.errors import one_line
-from griffin_offload.kv_cache.kv_cache import KVCache, KVLayer, can_cache
+from griffin_offload.kv_cache.kv_cache import KVCache
+from griffin_offload.kv_cache.kv_layer import KVLayer
 from griffin_offload.planner.request import GraphCosts
 from griffin_offload.transformers_api import CACHE, StockModel
 
@@ -70,13 +71,13 @@ class ReusedKVCache:
 # are, so that the same kernels can run again without Python: as a captured CUDA graph.
 
 
-_SMALLEST_BUCKET = 256
+SMALLEST_BUCKET = 256
 
 
 def bucket_of(tokens: int, room: int) -> int:
     """The length that `tokens` of a KV cache with this `room` are read by: a power of two, or half way to the next
     one, so that attention reads at most half as much again as there is, and few lengths exist."""
-    bucket = _SMALLEST_BUCKET
+    bucket = SMALLEST_BUCKET
     while bucket < tokens:
         bucket += bucket // 2 if bucket & (bucket - 1) == 0 else bucket // 3
     return min(bucket, room)
@@ -117,7 +118,7 @@ class StaticDecodeStep:
         """The same kernels at the same addresses every time."""
         output = self._forward(
             **{self._name: self._inputs},
-            attention_mask=self._masks(),
+            attention_mask=self.masks(),
             position_ids=self._positions,
             **{CACHE: Cache(layers=[_FixedLayer(layer, self._kinds[layer.window]) for layer in cache.layers])},
             use_cache=True,
@@ -129,7 +130,7 @@ class StaticDecodeStep:
         else:  # the first time, which is never captured
             self.logits = logits.clone()
 
-    def _masks(self) -> Any:
+    def masks(self) -> Any:
         """One mask, or one by type of layer where a config has types, as transformers makes them for static caches."""
         masks = {_type_of(window): kind.mask(self._dtype) for window, kind in self._kinds.items()}
         return masks if self._by_type else next(iter(masks.values()))
@@ -321,7 +322,7 @@ def _unsuited(model: StockModel) -> str | None:
         return "Falcon brings indices of heads from the host"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} attention"
-    if not can_cache(config) or shares_entries(config):
+    if state_kinds(config) or shares_entries(config):
         return "layers without KV entries of their own"
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+from griffin_offload.blocks.states import states_in
 from griffin_offload.checkpoint.tokenizer import template_end
 from griffin_offload.config import LoadConfig, Refresh, pass_tokens
 from griffin_offload.engine.report import DraftReport, ExpertReport, GraphReport, PrefillReport
+from griffin_offload.engine.structure import StructureGuide
 from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
@@ -83,7 +85,8 @@ def ends_of(generation_config: Any, arguments: dict[str, Any] | None = None) -> 
 
 
 def finish_of(answer: Tensor, most_tokens: int, ends: Collection[int], *, stopped: bool) -> Finish:
-    """Why the `answer` [T] is over; `stopped`: by a stop string. Also with its last allowed token it may have ended."""
+    """Why the `answer` [T] is over; `stopped`: by a stop string or its structure. Also with its last allowed token it
+    may have ended."""
     full = answer.numel() >= most_tokens and not stopped
     return "length" if full and int(answer[-1]) not in ends else "stop"
 
@@ -219,9 +222,13 @@ class GenerationState:
         self._invalid: Tensor | None = None
         """On the device, whether logits were no numbers."""
         self.observers: list[LogitsObserver] = []
+        self.guide: StructureGuide | None = None
+        """What its answers are held to."""
         self.loop: TokenLoop | None = None
         """What drafts, if something does."""
         self.graphs = GraphReport()
+        self.joint = False
+        """Whether its tokens are computed together with other sequences', whose prompts choose with it."""
         self.prefilled = False
         self.batch = 1
         self.fetched_bytes = 0
@@ -318,7 +325,8 @@ def cache_bytes(cache: StockCache | None) -> int:
 
 
 def state_bytes(cache: StockCache | None) -> int:
-    """Bytes of the convolutions' and recurrences' states in it."""
+    """Bytes of the convolutions' and recurrences' states in it, and of what takes them back."""
+    if isinstance(cache, KVCache):
+        return cache.state_bytes
     layers = getattr(cache, "layers", ())
-    kinds = (getattr(layer, kind, {}) for layer in layers for kind in ("conv_states", "recurrent_states"))
-    return sum(state.nbytes for states in kinds for state in states.values() if isinstance(state, Tensor))
+    return sum(state.nbytes for layer in layers for state in states_in(layer).values())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.blocks.replace import swap_linears
+from griffin_offload.blocks.replace import swap_experts, swap_linears
 from griffin_offload.blocks.self_check import self_check
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint
@@ -48,7 +48,7 @@ def load(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> Loaded:
         model_spec.shape_of(plan).weight_bytes * model_spec.checkpoint.dtype.itemsize // model_spec.dtype.itemsize
     )
     check_stored(model_spec.checkpoint, described)
-    _check_free_memory(model_spec, plan)
+    check_free_memory(model_spec, plan)
     threads = _threads(model_spec, config)  # its trial needs memory that the residents will take
     # Tensors of inference mode could not be filled again outside of it.
     with limited_threads(threads), torch.inference_mode(False), contextlib.ExitStack() as on_failure:
@@ -84,7 +84,7 @@ def _load(
     ledger = Ledger(hardware, overhead_bytes)
     hardware.cap(model_spec.request.budget_bytes - overhead_bytes)
     shape = model_spec.shape_of(plan)
-    scratch = _scratch(model_spec, shape)
+    scratch = make_scratch(model_spec, shape)
     model, decoder, blocks = _map_layers(model_spec.checkpoint, shape, scratch, evict=evicts(model_spec))
     full = {index: blocks[index].full() for index in plan.streamed}
     offload = _offload_tier(model_spec, plan, config)
@@ -92,7 +92,7 @@ def _load(
     source = _make_source(dense, model_spec, offload) if dense else None
     if source is not None:
         on_failure.callback(source.close)
-    store = _expert_store({index: full[index] for index in full if index not in dense}, model_spec)
+    store = _expert_store({index: full[index] for index in full if index not in dense}, blocks, model_spec)
     if store is not None:
         on_failure.callback(store.close)
     pages = FilePages(list(model.parameters()), evict=evicts(model_spec))
@@ -128,11 +128,12 @@ def _load(
     return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
 
 
-def _expert_store(full: dict[int, list[Tensor]], model_spec: ModelSpec) -> ExpertStore | None:
-    return ExpertStore(full, evict=evicts(model_spec)) if full else None
+def _expert_store(full: dict[int, list[Tensor]], blocks: list[Block], model_spec: ModelSpec) -> ExpertStore | None:
+    fills = {index: block.form.fill for index, block in enumerate(blocks) if isinstance(block, Experts)}
+    return ExpertStore(full, evict=evicts(model_spec), fills=fills) if full else None
 
 
-def _scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
+def make_scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
     """What matrices are multiplied through that are not multiplied as they rest; empty where there are none."""
     needed = model_spec.request.translated or not shape.precision.is_plain
     dtype = torch.float32 if model_spec.request.translated else model_spec.dtype
@@ -156,6 +157,7 @@ def _map_layers(
         if shape.precision.wants_importance:
             importance = importance_of(checkpoint, model, decoder, blocks, evict=evict)
         swap_linears(decoder, blocks, shape.precision, FLOATS, scratch, importance)
+        swap_experts(blocks, shape.precision, FLOATS, checkpoint.records, scratch, importance)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
     return model, decoder, blocks
 
@@ -179,7 +181,7 @@ def check_stored(checkpoint: Checkpoint, described_bytes: int) -> None:
         )
 
 
-def _check_free_memory(model_spec: ModelSpec, plan: Plan) -> None:
+def check_free_memory(model_spec: ModelSpec, plan: Plan) -> None:
     free, _ = model_spec.hardware.memory_bytes()
     needed = plan.peak_bytes - plan.parts["overhead"]
     if needed > free:

@@ -4,7 +4,7 @@ import functools
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from griffin_offload.checkpoint.registry import locate
-from griffin_offload.config import LoadConfig
+from griffin_offload.config import LoadConfig, Structure
 from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, OutOfMemoryAsError, give_back_freed, peak_host_bytes
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
 from griffin_offload.engine.arguments import checked_prompt, empty_context, prepared
 from griffin_offload.engine.chat import ChatSession
-from griffin_offload.engine.generation import GenerationMode, GenerationState, probabilities_named
+from griffin_offload.engine.generation import GenerationMode, GenerationState, ends_of, probabilities_named
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.load import load
 from griffin_offload.engine.model_interface import StockInterface
@@ -27,9 +27,11 @@ from griffin_offload.engine.options import translated
 from griffin_offload.engine.report import PrefillReport, RunReport
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.runner import ModelRunner
-from griffin_offload.engine.spec import NO_PASSES, ModelSpec, examine, plan_for
+from griffin_offload.engine.scheduler import MOST_TOGETHER, GeneratedAnswer, SequenceScheduler, answers
+from griffin_offload.engine.spec import ModelSpec, check_no_passes, examine, plan_for
 from griffin_offload.engine.stock import check_wait
-from griffin_offload.errors import BudgetExceeded, SavedContextError, UsageError
+from griffin_offload.engine.structure import StructureGuide
+from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context
 from griffin_offload.planner.plan import Plan
@@ -189,26 +191,17 @@ class GriffinModel(StockInterface):
     def save_context(self, context: Context, path: str | Path, notes: dict[str, Any] | None = None) -> None:
         """Write what `context` remembers to a file, and `notes` (JSON values) beside it. SavedContextError if that
         cannot be done; a file that was there stays as it was then."""
-        self.check_saving()
         self._check_owner(context)
         save_context(context, Path(path), self._engine.identity, notes or {})
 
     def load_context(self, path: str | Path, context: Context | None = None) -> tuple[Context, dict[str, Any]]:
         """A context, or `context` made the one, that was saved with this model, precision and density; and its notes.
         No weight is read. SavedContextError, and `context` as it was, if the file cannot be used."""
-        self.check_saving()
         context = self.new_context() if context is None else context
         self._check_owner(context)
         engine = self._engine
         with own_modes(self.device):
             return context, load_context(context, Path(path), engine.identity, engine.like, self.device)
-
-    def check_saving(self) -> None:
-        """SavedContextError where what a context remembers cannot be written to a file: of mixtures of experts."""
-        if self.plan.experts:
-            raise SavedContextError(
-                "prompts of mixtures of experts are not saved yet: keep the context, or read it again"
-            )
 
     def _check_owner(self, context: Context) -> None:
         if not context.belongs_to(self._loaded):
@@ -223,6 +216,7 @@ class GriffinModel(StockInterface):
         refresh: Any = None,
         context: Context | None = None,
         prompt_done: Callable[[Context], None] | None = None,
+        structure: Structure | None = None,
         wait_s: float | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -233,7 +227,8 @@ class GriffinModel(StockInterface):
         those of loading by default. With a `context` the prompt [1, T] goes on from what that remembers: tokens at its
         start that the context knows are not computed again. `prompt_done` is called with it when the prompt has passed.
         `past_key_values` of an earlier call (`cache` since transformers 5.24; both names are taken) goes on, too, with
-        the neurons that were chosen then.
+        the neurons that were chosen then. With a `structure` tokens that it does not allow are never chosen; the report
+        says whether the answer was complete when it ended.
         `wait_s` is as the attribute, for this call alone. Raises Busy when that is over, UsageError for a prompt that
         is empty or too long for `plan.context_tokens`, DoesNotFit when the batch or its length needs more than the
         budget.
@@ -248,7 +243,7 @@ class GriffinModel(StockInterface):
         wait_s = self.wait_s if wait_s is None else wait_s
         with self._engine.alone(wait_s=wait_s), self._engine.guarded():
             mode = self._mode(exact, draft_tokens, refresh)
-            output, report = self._answer(inputs, prompt, kwargs, mode, context, prompt_done)
+            output, report = self._answer(inputs, prompt, kwargs, mode, context, prompt_done, structure)
             self.last_report = report
         large = self.hardware.shares_host_memory and self.plan.full_bytes > _LARGE_MODEL_BYTES
         for broken in report.broken_promises(HOST_OVERHEAD_BYTES if large else None):
@@ -263,15 +258,53 @@ class GriffinModel(StockInterface):
         mode: GenerationMode,
         context: Context | None,
         prompt_done: Callable[[Context], None] | None,
+        structure: Structure | None,
     ) -> tuple[Any, RunReport]:
         """All of `generate` that holds memory: an error that is raised outside keeps none of it."""
         if context is not None:
             self._check_owner(context)
+        guide = None
+        if structure is not None:
+            ends = ends_of(kwargs.get("generation_config") or self.generation_config, kwargs)
+            guide = StructureGuide(structure, self.tokenizer, self.vocab_size, ends)
+            kwargs = guide.among(kwargs)
         run, kwargs = prepared(self._engine, prompt, kwargs, mode, context)
         if context is not None:
             run.ready, run.prompt_done = context.start(prompt[0], exact=mode.exact), prompt_done
             run.cached_tokens = len(context.tokens)
+        run.guide = guide
         return self._generate(run, prompt, inputs, kwargs)
+
+    def generate_many(
+        self,
+        prompts: Iterable[Tensor | tuple[Tensor, dict[str, Any]]],
+        *,
+        most: int = MOST_TOGETHER,
+        **kwargs: Any,
+    ) -> Iterator[GeneratedAnswer]:
+        """Answers to `prompts`, ids [1, T] each, in the order in which they end; up to `most` are computed together.
+
+        A prompt may come with arguments of `generate` of its own, as a pair; `kwargs` are those of all: those for one
+        sequence, and `seed`, by which an answer draws whatever its neighbours do. Prompts are taken when there is room,
+        and pass one by one, between two tokens of the others. Neurons are chosen by all that are being decoded, so with
+        a density below 1 answers depend on their neighbours; `report.activation_kept` says how much of its own
+        activation each one had. Exact mode, refresh, and architectures whose sequences cannot be computed together
+        (`why_alone`) are answered one after the other. Other callers have the model between two answers.
+        """
+        given = (prompt if isinstance(prompt, tuple) else (prompt, {}) for prompt in prompts)
+        return answers(self, self.scheduler(most), ((prompt, kwargs | own) for prompt, own in given))
+
+    def scheduler(self, most: int = MOST_TOGETHER) -> SequenceScheduler:
+        """What decodes up to `most` sequences together."""
+        if most < 1:
+            raise UsageError(f"most is {most}: at least one sequence is decoded")
+        return SequenceScheduler(self._engine, self._report, most)
+
+    @property
+    def why_alone(self) -> str | None:
+        """Why sequences are computed one after the other; None where several can be at once, as far as that is known
+        before the first two have met."""
+        return self._engine.joint.why_alone
 
     def _mode(self, exact: bool | None, draft_tokens: int | None, refresh: Any) -> GenerationMode:
         config = self._loaded.layers.config
@@ -280,8 +313,8 @@ class GriffinModel(StockInterface):
             draft_tokens=config.draft_tokens if draft_tokens is None and exact is not False else draft_tokens,
             refresh=config.refresh if refresh is None else refresh,
         )
-        if mode.pass_tokens and self.plan.experts and not mode.exact:
-            raise UsageError(f"refresh={mode.refresh} does not work with experts yet: {NO_PASSES}")
+        if self.plan.experts and not mode.exact and config.missing_experts == "fetch":
+            check_no_passes(mode.pass_tokens)
         if mode.exact:
             self._model_spec.check_exact(self._engine.shape.precision)
         return mode
@@ -293,6 +326,7 @@ class GriffinModel(StockInterface):
         completed = False
         try:
             self._engine.run = run
+            self._loaded.layers.restrict(drafting=run.mode.exact)
             with self._loaded.ledger.measuring(), limited_threads(self._loaded.threads):
                 start = time.perf_counter()
                 with probabilities_named(self._model_spec.dtype):
@@ -301,10 +335,15 @@ class GriffinModel(StockInterface):
                 run.end_check(self._model_spec.dtype)
                 sequences = output if isinstance(output, Tensor) else output.sequences
                 offset = prompt.shape[1] if inputs is not None else 0
+                if run.guide is not None:
+                    run.guide.complete(sequences[:, offset:].tolist())
                 report = self._report(run, sequences.shape[1] - offset, time.perf_counter() - start)
                 completed = True
         finally:
             self._engine.run = None
+            if run.guide is not None:
+                run.guide.close()
+            self._loaded.layers.restrict()
             if completed:
                 self._engine.passes.note_chosen(run.cache)  # streamed passes between tokens choose anew
             if run.context is not None:
@@ -333,6 +372,7 @@ class GriffinModel(StockInterface):
             experts=layers.expert_report.since(run.experts) if layers.experts else None,
             drafting=run.loop.report if run.loop is not None else None,
             graphs=run.graphs if self._engine.graphs is not None else None,
+            structure=run.guide.report if run.guide is not None else None,
             **self.plan.run_figures(),
             **prefill.run_figures(),
         )

@@ -95,6 +95,29 @@ class DraftReport:
         return asdict(self) | {"mean_accepted": self.mean_accepted}
 
 
+@dataclass
+class StructureReport:
+    """What it took to hold an answer to its structure."""
+
+    kind: str
+    complete: bool = False
+    """Whether the answer is a whole one; not if it ended by its length or a stop string before."""
+    over: bool = False
+    """Whether nothing could have followed it."""
+    compile_s: float = 0.0
+    masks: int = 0
+    """Computed, one for every token; and for drafts."""
+    mask_s: float = 0.0
+    wait_s: float = 0.0
+    """What of that the model waited for: it computes the next scores meanwhile."""
+
+    def line(self) -> str:
+        """For people."""
+        each_ms = 1000 * self.mask_s / max(self.masks, 1)
+        whole = "complete" if self.complete else "NOT complete: the answer ended too early"
+        return f"{self.kind}  {whole}   {each_ms:.2f} ms per mask, {1000 * self.wait_s:.0f} ms of all waited for"
+
+
 @dataclass(frozen=True)
 class ExpertReport:
     """What became of the experts that tokens were sent to while they were decoded."""
@@ -176,6 +199,8 @@ class RunReport:
     """None where FFs are dense, or all experts are resident."""
     graphs: GraphReport | None = None
     """None where there are none to capture: the device is not CUDA."""
+    structure: StructureReport | None = None
+    """None where none was asked for."""
 
     @property
     def decode_streamed_bytes_per_token(self) -> float:
@@ -247,6 +272,7 @@ class RunReport:
             *self._draft_lines(),
             *([] if self.experts is None else [self.experts.line()]),
             *([] if self.graphs is None else [self.graphs.line()]),
+            *([] if self.structure is None else [self.structure.line()]),
             f"resident {format_bytes(self.resident_bytes)} {self.precision}{self._unquantised()}   peak {device} "
             f"{format_bytes(self.peak_device_bytes)} of {format_bytes(self.budget_bytes)}   "
             f"RAM {format_bytes(self.peak_host_bytes)} (process)",

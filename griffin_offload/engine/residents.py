@@ -22,6 +22,7 @@ from griffin_offload.devices.memory import Ledger, touch, untouched_zeros
 from griffin_offload.devices.torch_state import put
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed, Visitor
 from griffin_offload.formats.linear import QuantizedLinear
+from griffin_offload.formats.stacked import row_parts
 from griffin_offload.offload.background_loader import Job
 from griffin_offload.offload.expert_store import ExpertCache
 from griffin_offload.planner.plan import Plan
@@ -37,7 +38,7 @@ class HostEmbedding:
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
-        self._pages = FilePages(list(module.parameters()), evict=False)
+        self.pages = FilePages(list(module.parameters()), evict=False)
         self.row_bytes = 0
         # A plain tensor: transformers takes a model's device from its first parameter, and moves inputs there.
         for name, parameter in list(module._parameters.items()):  # a quantised one has scales, too
@@ -45,19 +46,19 @@ class HostEmbedding:
                 del module._parameters[name]
                 setattr(module, name, parameter.detach())
         module.register_forward_pre_hook(self._to_host)
-        module.register_forward_hook(self._to_device)
+        module.register_forward_hook(self.to_device)
 
     def _to_host(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].to("cpu"), *args[1:])
 
-    def _to_device(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
-        self._pages.files.check_contents()
+    def to_device(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
+        self.pages.files.check_contents()
         self.row_bytes += rows.nbytes
         return rows.to(device=self._device, dtype=self._dtype)
 
     def close(self) -> None:
         """Close the file."""
-        self._pages.close()
+        self.pages.close()
 
 
 @dataclass
@@ -125,7 +126,7 @@ def compact_blocks(
     compact: dict[int, list[nn.Parameter]] = {}
     jobs: list[list[Job]] = [[] for _ in blocks]
     for index, block in enumerate(blocks):
-        if index not in full and block.precision.is_plain:
+        if index not in full and block.rests_as_stored:
             continue
         compact[index] = block.allocate(plan.kept[index], model_spec.dtype, model_spec.device)
         if index in full:
@@ -138,17 +139,16 @@ def compact_blocks(
 
 
 def cache_experts(layers: DecoderLayers) -> None:
-    """Give every streamed layer of experts what keeps account of its places; with `route`, keep its router to them."""
-    fetch = layers.config.missing_experts == "fetch"
+    """Give every streamed layer of experts what keeps account of its places, and what keeps its router to them."""
     for index, places in layers.compact.items():
         block = layers.blocks[index]
         if not isinstance(block, Experts):
             continue
         assert layers.expert_store is not None, "streamed experts rest somewhere"
-        cache = ExpertCache(index, layers.expert_store, places, layers.expert_buffers, block.neurons, fetch=fetch)
+        cache = ExpertCache(index, layers.expert_store, places, layers.expert_buffers, block.neurons)
         block.source = layers.experts[index] = cache
-        if not fetch:
-            layers.routers[index] = block.parent.forward = RestrictedForward(block.parent, cache.allowed)
+        layers.routers[index] = block.parent.forward = RestrictedForward(block.parent, cache.allowed)
+    layers.restrict()
 
 
 class GatherSelected(Visitor):
@@ -173,8 +173,8 @@ def materialise(layers: DecoderLayers, selected: dict[int, Tensor], dtype: torch
     dense = {index: chosen for index, chosen in selected.items() if index not in layers.experts}
     feed = RowFeed(layers, dense, dtype)
     LayerPass(layers.decoder, layers.blocks, feed, [GatherSelected(layers, dense)]).walk()
-    if layers.config.missing_experts == "route":  # else any that are there will do
-        for index, cache in layers.experts.items():
+    for index, cache in layers.experts.items():
+        if cache.restricted:  # else any that are there will do
             cache.place(selected[index].tolist())
     layers.selected = selected
 
@@ -195,6 +195,11 @@ def _gather_through_host(block: Block, full: list[Tensor], chosen: Tensor, compa
 def _fill_whole(
     block: Block, source: list[Tensor], target: list[nn.Parameter], model_spec: Placement, pages: FilePages
 ) -> None:
+    if isinstance(block, Experts):
+        for expert in range(block.neurons):
+            with pages.reading([part for tensor in source for part in row_parts(tensor, expert)]):
+                block.form.fill(source, expert, [tensor[expert] for tensor in target])
+        return
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
     with pages.reading(source) as found:
         block.gather([tensor.to(model_spec.device) for tensor in found], everything, target)

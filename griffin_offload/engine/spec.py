@@ -1,5 +1,6 @@
 """What is known of a model before a weight is read: its checkpoint, its sizes, the budget, and the plan."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.blocks.sizes import ModelSizes, model_shape, states_of
-from griffin_offload.blocks.states import lasting_kinds
+from griffin_offload.blocks.states import lasting_kinds, state_kinds
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.part_sizes import PartSizes, part_sizes
 from griffin_offload.checkpoint.registry import open_checkpoint
@@ -35,8 +36,6 @@ from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
 from griffin_offload.transformers_api import warn_if_untested
 from griffin_offload.units import format_bytes, parse_size
-
-NO_PASSES = "with missing_experts='fetch', the default, every token is the full model's own already"
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,17 @@ class ModelSpec:
 
     def check_exact(self, precision: Format) -> None:
         """UsageError unless residents of `precision` can draft for the full model: all but FFs must be as stored."""
-        if self.shape.has_experts:
-            raise UsageError(f"exact mode does not draft with experts yet: {NO_PASSES}")
         if precision is not self.checkpoint.precision or precision.rests_as() is not precision:
             raise UsageError(
                 f"exact mode needs residents in the stored precision, these are {precision}: load with exact=True"
             )
         if self.request.cache != "ours":
             raise UsageError(f"exact mode takes drafts back: {why_not_back(self.checkpoint.config)}")
+        if not self.shape.splits_states:
+            raise UsageError(
+                f"exact mode takes drafts back: layers of kind {state_kinds(self.checkpoint.config)} write keys, "
+                "values and a state in one part, which cannot run once more over fewer tokens"
+            )
         if self.request.kv_bits != LoadConfig.kv_bits:
             raise UsageError(
                 f"exact mode needs the KV cache as it is computed: leave out kv_bits={self.request.kv_bits}"
@@ -145,9 +147,16 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, others, request, assumed if absent else None)
     if config.exact:
         model_spec.check_exact(checkpoint.precision)
-    _check_passes(model_spec)
+    _check_passes(model_spec, config)
     _check_experts(model_spec, config)
     return model_spec
+
+
+def by_residents_alone(checkpoint: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, fields of `LoadConfig`, and what they lack for answers in which nothing left out has a part: of
+    mixtures of experts, missing ones are not read."""
+    routed = examine_checkpoint(checkpoint, LoadConfig(**options)).shape.has_experts
+    return options | {"missing_experts": "route"} if routed else options
 
 
 def _check_experts(model_spec: ModelSpec, config: LoadConfig) -> None:
@@ -173,10 +182,19 @@ def _stored_share(checkpoint: Checkpoint, parts: PartSizes, dtype: torch.dtype) 
     return 0.0 if in_place else (parts.translated_share or 1) * checkpoint.dtype.itemsize / dtype.itemsize
 
 
-def _check_passes(model_spec: ModelSpec) -> None:
+def check_no_passes(refresh: int) -> None:
+    """UsageError for passes between two tokens where missing experts are read: there is nothing to correct."""
+    if refresh:
+        raise UsageError(
+            f"refresh={refresh} corrects what residents alone have computed, and with missing_experts='fetch' every "
+            "token is the full model's own: leave it out, or load with missing_experts='route'"
+        )
+
+
+def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
     """UsageError where the passes between two tokens cannot take the drafted ones back."""
-    if model_spec.request.pass_tokens and model_spec.shape.has_experts:
-        raise UsageError(f"refresh={model_spec.request.pass_tokens} does not work with experts yet: {NO_PASSES}")
+    if model_spec.shape.has_experts and not config.exact and config.missing_experts == "fetch":
+        check_no_passes(model_spec.request.pass_tokens)
     if model_spec.request.pass_tokens and model_spec.request.cache != "ours":
         reason = why_not_back(model_spec.checkpoint.config)
         raise UsageError(f"refresh={model_spec.request.pass_tokens} takes tokens back: {reason}")
@@ -205,7 +223,7 @@ def _shapes(
     states = states_of(meta)
     allowed: list[ModelSizes] = []
     others: list[ModelSizes] = []
-    for precision in every() if stored.is_plain else (stored.rests_as(),):
+    for precision in _precisions(config.quantize) if stored.is_plain else (stored.rests_as(),):
         try:
             precision.check_device(device.type)
             # In exact mode another precision is one of a converted copy.
@@ -220,12 +238,19 @@ def _shapes(
     return tuple(allowed), tuple(others)
 
 
+def _precisions(wanted: str) -> Iterator[Format]:
+    """All that a plain checkpoint may be planned in; those that a user has to ask for, only then."""
+    return (format for format in every() if not format.by_name_only or format.name == wanted)
+
+
 def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
     if can_cache(config):
         return "ours"
     if bits != LoadConfig.kv_bits:
-        kinds = lasting_kinds(config)
-        raise UsageError(f"kv_bits={bits} needs attention in all layers of {config.model_type}, some are {kinds}")
+        kinds = lasting_kinds(config) or state_kinds(config)
+        raise UsageError(
+            f"kv_bits={bits} needs layers of {config.model_type} that keep keys and values, some are {kinds}"
+        )
     return "dynamic"
 
 
@@ -277,7 +302,8 @@ def evicts(model_spec: ModelSpec) -> bool:
 def identity_of(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> ModelIdentity:
     """What the numbers in a context depend on."""
     layers = model_spec.shape_of(plan).layers
-    return {
+    of_experts: ModelIdentity = {"missing_experts": config.missing_experts} if plan.experts else {}
+    return of_experts | {
         "model": model_spec.checkpoint.fingerprint(),
         "precision": plan.precision,
         "dtype": str(model_spec.dtype).removeprefix("torch."),
@@ -295,4 +321,5 @@ def like_of(model_spec: ModelSpec, plan: Plan) -> ContextSchema:
     shape = model_spec.shape_of(plan)
     neurons = {index: (shape.layers[index].neurons, plan.kept[index]) for index in plan.streamed}
     widths = tuple(width for layer in shape.layers if (width := width_of(shape, layer)))
-    return ContextSchema(plan.context_tokens, shape.vocab_size, widths, model_spec.dtype, neurons)
+    states = tuple(layer.states for layer in shape.layers if layer.states)
+    return ContextSchema(plan.context_tokens, shape.vocab_size, widths, model_spec.dtype, neurons, states)

@@ -233,6 +233,7 @@ class RefreshLoop(DraftingLoop):
         self._every = every
 
     def _round(self) -> bool:
+        self._context.cache.keep_start()
         start, drafted = time.perf_counter(), self._this_side(self._every - 1)
         for _ in range(drafted):
             raw, scores = self._step(self._ids, self._kwargs)
@@ -262,6 +263,7 @@ class ExactLoop(DraftingLoop):
         self._length = length
 
     def _round(self) -> bool:
+        self._context.cache.keep_start()
         start, known = time.perf_counter(), self._ids.shape[1]
         ids, kwargs, distributions = self._draft(self._this_side(min(self._length.next(), self._room - 1)))
         drafts: list[int] = ids[0, known:].tolist()

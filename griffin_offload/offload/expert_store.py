@@ -6,14 +6,14 @@ buffer that all layers share.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from griffin_offload.checkpoint.mapped import FilePages, Span
 from griffin_offload.errors import GriffinError
-from griffin_offload.formats.stacked import read_row, row_parts
+from griffin_offload.formats.stacked import Fill, read_rows, row_parts
 
 # Of what a token has made of use, so much remains behind the next one: the last 50 or so count.
 FADING = 0.98
@@ -24,7 +24,11 @@ _READ_AHEAD = 4
 class ExpertStore:
     """The experts of all streamed layers in their files; every byte that is read is counted."""
 
-    def __init__(self, layers: dict[int, list[Tensor]], *, evict: bool) -> None:
+    def __init__(
+        self, layers: dict[int, list[Tensor]], *, evict: bool, fills: Mapping[int, Fill] | None = None
+    ) -> None:
+        """`fills` are of the layers whose experts are not computed with as they are stored."""
+        self._fills = fills or {}
         self._layers = {index: [tensor.detach() for tensor in tensors] for index, tensors in layers.items()}
         self._pages = FilePages([tensor for tensors in self._layers.values() for tensor in tensors], evict=evict)
         self._spans: dict[tuple[int, int], list[Span]] = {}
@@ -48,11 +52,10 @@ class ExpertStore:
             self._pages.ask(self._spans_of(layer, expert))
 
     def read(self, layer: int, expert: int, into: Sequence[Tensor]) -> None:
-        """Read an expert into tensors of its shapes, in any precision and on any device; blocks; counted."""
+        """Read an expert into its tensors, in any precision and on any device; blocks; counted."""
         start, spans = time.perf_counter(), self._spans_of(layer, expert)
         self._pages.read(spans)
-        for tensor, target in zip(self._layers[layer], into, strict=True):
-            read_row(tensor, expert, target)
+        self._fills.get(layer, read_rows)(self._layers[layer], expert, into)
         self._pages.files.check_contents()
         self._pages.drop(spans)
         self.fetched_bytes += self.expert_bytes(layer)
@@ -72,6 +75,34 @@ class ExpertStore:
             parts = [part for tensor in self._layers[layer] for part in row_parts(tensor, expert)]
             self._spans[key] = self._pages.spans(parts)
         return self._spans[key]
+
+
+class PassingExperts:
+    """`ExpertSource` of a layer of which none stays: they pass one by one through one buffer, as they are stored."""
+
+    def __init__(self, layer: int, store: ExpertStore) -> None:
+        self._layer, self._store = layer, store
+        self._buffer: list[Tensor] = []
+        self._waiting: list[int] = []
+
+    def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> None:
+        """The first are asked for."""
+        self._waiting = list(experts)
+        self._store.ask(self._layer, self._waiting[:_READ_AHEAD])
+        if not self._buffer:
+            full = self._store.tensors(self._layer)
+            self._buffer = [torch.empty(t.shape[1:], dtype=t.dtype, device="cpu") for t in full]
+
+    def tensors(self, expert: int) -> Sequence[Tensor]:
+        """Those of `expert`, in the buffer."""
+        self._waiting.remove(expert)
+        self._store.ask(self._layer, self._waiting[_READ_AHEAD - 1 : _READ_AHEAD])
+        self._store.read(self._layer, expert, self._buffer)
+        return self._buffer
+
+    def settle(self, chosen: Sequence[int]) -> None:
+        """None stays, and the buffer goes."""
+        self._buffer = []
 
 
 class ExpertBuffers:
@@ -113,7 +144,8 @@ class ExpertBuffers:
 class ExpertCache:
     """The experts of one layer that are on the device, in places that never move: `ExpertSource` of its block.
 
-    With `fetch` one that is missing is read; without, GriffinError: the router was to be kept from it.
+    One that is missing is read; while routing is kept to residents (`restrict`), GriffinError: the router was to be
+    kept from it.
     """
 
     def __init__(
@@ -123,11 +155,9 @@ class ExpertCache:
         places: Sequence[Tensor],
         buffers: ExpertBuffers,
         experts: int,
-        *,
-        fetch: bool,
     ) -> None:
         """`places` [N, ...] have room for N of `experts`."""
-        self._layer, self._store, self._buffers, self._fetch = layer, store, buffers, fetch
+        self._layer, self._store, self._buffers, self._restricted = layer, store, buffers, False
         self._places = [[tensor.detach()[place] for tensor in places] for place in range(places[0].shape[0])]
         self._free = list(range(len(self._places)))
         self._place_of: dict[int, int] = {}
@@ -147,9 +177,20 @@ class ExpertCache:
         """Numbers of the experts that are on the device."""
         return sorted(self._place_of)
 
+    @property
+    def restricted(self) -> bool:
+        """Whether routing is kept to residents when tokens are decoded."""
+        return self._restricted
+
+    def restrict(self, on: bool) -> None:
+        """Keep routing to residents from now on, or have what is missing read."""
+        self._restricted = on
+        self._note_residents()
+
     def allowed(self) -> Tensor | None:
-        """Which experts a router may choose (booleans [E], on the device); None: all of them, while a prompt passes."""
-        return None if self._held is not None else self._resident
+        """Which experts a router may choose (booleans [E], on the device); None: all of them, also while a prompt
+        passes."""
+        return self._resident if self._restricted and self._held is None else None
 
     # Of a pass.
 
@@ -160,18 +201,18 @@ class ExpertCache:
 
     def settle(self, chosen: Sequence[int]) -> None:
         """Make `chosen` the residents, as far as they are there or tokens of this pass were sent to them. What no token
-        needed is read only where nothing will be read later."""
+        needed is read only where nothing will be read later, routing being restricted."""
         held = self._held or {}
         total = float(self._routed.sum())
         self.routing_kept = float(self._routed[list(chosen)].sum()) / total if total else 1.0
         arriving = [expert for expert in chosen if expert in held]
-        self._give_up(chosen, None if not self._fetch else len(arriving))
+        self._give_up(chosen, None if self._restricted else len(arriving))
         for expert in arriving:
             place = self._free[0]  # taken when it is full: an interrupt may come between
             for source, target in zip(held[expert], self._places[place], strict=True):
                 target.copy_(source)
             self._place_of[expert] = self._free.pop(0)
-        if not self._fetch:
+        if self._restricted:
             self.place(chosen)
         self._note_residents()
         if total:
@@ -212,10 +253,10 @@ class ExpertCache:
             self._routed += routed
             self._store.ask(self._layer, missing[:_READ_AHEAD])
             return
-        if missing and not self._fetch:
+        if missing and self._restricted:
             raise GriffinError(
                 f"layer {self._layer}: this model's router cannot be kept to residents, it chose {missing} beside "
-                f"{self.residents}: load it with missing_experts='fetch'"
+                f"{self.residents}: load it with missing_experts='fetch', and without exact mode"
             )
         self._used = self._used * FADING ** index.shape[0] + routed
         self.misses += len(missing)

@@ -78,13 +78,13 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
         if text or tokens:
             self._show(text, tuple(tokens))
 
-    def finish(self) -> Finish:
-        """The generation is over: show what was held back, and say why it ended."""
+    def finish(self, *, over: bool = False) -> Finish:
+        """The generation is over: show what was held back, and say why it ended; `over`: nothing could follow."""
         if not self._holder.stopped:
             self._grow(self._detokeniser.flush())
         if not self._holder.stopped:
             self._give(self._holder.flush(), self._letters + 1)
-        return "stop" if self._ended or self._holder.stopped else "length"
+        return "stop" if over or self._ended or self._holder.stopped else "length"
 
 
 # Scores are divided by the temperature in float32: below this that would be a division by nothing.
@@ -196,6 +196,7 @@ class _Generation:
                 attention_mask=torch.ones_like(ids),
                 context=context,
                 exact=request.exact,
+                structure=request.structure,
                 max_new_tokens=max_tokens,
                 **ONE_ANSWER,
                 **ends,
@@ -207,9 +208,11 @@ class _Generation:
             model.progress = model.engine.passes.progress_between = None
         if answer.interrupted:
             raise Interrupted
-        self._job.deliver(Finished(choice, answer.finish()))
-        assert model.last_report is not None, "a generate that ended well has a report"
-        return model.last_report
+        report = model.last_report
+        assert report is not None, "a generate that ended well has a report"
+        over = report.structure is not None and report.structure.over
+        self._job.deliver(Finished(choice, answer.finish(over=over)))
+        return report
 
     def _new_answer(self, ids: Tensor, recorder: LogprobRecorder | None, choice: int) -> Answer:
         before = ids[0].tolist() if self._request.endpoint == "completions" else ()

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from griffin_offload.config import ServeConfig
+from griffin_offload.config import ServeConfig, Structure
+from griffin_offload.errors import UsageError
 from griffin_offload.serving.api_errors import ApiError, invalid, unsupported
 from griffin_offload.serving.validation import FieldReader
 
@@ -82,6 +83,8 @@ def _content(fields: FieldReader) -> str:
 
 
 Endpoint = Literal["chat", "completions"]
+ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+"""By their paths."""
 Prompt = str | list[int]
 
 MAX_STOPS = 4
@@ -107,6 +110,9 @@ _COMMON = {
     "exact",
     "min_p",
     "repetition_penalty",
+    "response_format",
+    "regex",
+    "grammar",
 }
 _KNOWN = {
     "chat": {*_COMMON, "messages", "max_completion_tokens", "top_logprobs"},
@@ -130,7 +136,6 @@ _NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
         "reasoning_effort": (),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "tool_choice": ("none", "auto"),
@@ -172,6 +177,8 @@ class Request:
     exact: bool | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    structure: Structure | None = None
+    """What the answer has to be."""
 
 
 def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, config: ServeConfig) -> Request:
@@ -199,6 +206,7 @@ def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, confi
         exact=fields.flag("exact"),
         min_p=fields.number("min_p", 0, 1),
         repetition_penalty=fields.number("repetition_penalty", _LEAST_PENALTY, _MOST_PENALTY),
+        structure=_structure(fields),
     )
 
 
@@ -215,6 +223,47 @@ def check_served(model: str, served: str) -> None:
         raise ApiError(
             404, f"no model {model[:100]!r}: {served!r} is served here", param="model", code="model_not_found"
         )
+
+
+_JSON_OBJECT = Structure(json_schema={"type": "object"})
+
+
+def _structure(fields: FieldReader) -> Structure | None:
+    """By one of three fields; Failure for several of them."""
+    found = {name: fields.text(name) for name in ("regex", "grammar")}
+    given = {name: text for name, text in found.items() if text is not None}
+    form = _response_format(fields)
+    if (form is not None and given) or len(given) > 1:
+        raise invalid(
+            "response_format, regex and grammar each say what an answer has to be: give one", "response_format"
+        )
+    return Structure(**given) if given else form
+
+
+def _response_format(fields: FieldReader) -> Structure | None:
+    form = fields.raw("response_format")
+    if form is None:
+        return None
+    if not isinstance(form, dict):
+        raise fields.wrong("response_format", "an object")
+    kind = form.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise invalid("response_format.type has to be text, json_object or json_schema", "response_format.type")
+    known = ("type", "json_schema") if kind == "json_schema" else ("type",)
+    inner = FieldReader(form, known=known, where="response_format").raw("json_schema")
+    if kind != "json_schema":
+        return _JSON_OBJECT if kind == "json_object" else None
+    where = "response_format.json_schema"
+    if not isinstance(inner, dict) or not isinstance(inner.get("schema"), dict):
+        raise invalid(f"{where}.schema has to be given, an object", f"{where}.schema")
+    reader = FieldReader(inner, known=("name", "schema", "strict", "description"), where=where)
+    for name in ("name", "description"):
+        reader.text(name)
+    reader.flag("strict")  # the schema is kept to in either case
+    try:
+        return Structure(json_schema=inner["schema"])
+    except UsageError as error:
+        raise invalid(str(error), f"{where}.schema") from error
 
 
 def _max_tokens(fields: FieldReader) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from griffin_offload.engine.report import RunReport
 from griffin_offload.serving.logprobs import TokenLogprob
 from griffin_offload.serving.queue import Event, Figures, Finished, Piece
 from griffin_offload.serving.requests import Request
@@ -102,9 +103,9 @@ class Response:
         if self._request.endpoint == "chat":
             return {"content": [_chat_token(token) for token in tokens], "refusal": None}
         return {
-            "tokens": [_label(token) for token in tokens],
+            "tokens": [label(token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [_by_label(token) for token in tokens],
+            "top_logprobs": [by_label(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
 
@@ -113,15 +114,15 @@ def _chat_token(token: TokenLogprob) -> dict[str, Any]:
     return _plain(token) | {"top_logprobs": [_plain(other) for other in token.alternatives]}
 
 
-def _by_label(token: TokenLogprob) -> dict[str, float]:
+def by_label(token: TokenLogprob) -> dict[str, float]:
     """Of `token` and its alternatives; of several with one name the likeliest is told."""
     found: dict[str, float] = {}
     for other in (*token.alternatives, token):
-        found.setdefault(_label(other), other.logprob)
+        found.setdefault(label(other), other.logprob)
     return found
 
 
-def _label(token: TokenLogprob) -> str:
+def label(token: TokenLogprob) -> str:
     """A name by which tokens differ that decode to the same text by themselves: parts of letters, and words with and
     without the space in front of them. A list of these names makes the text."""
     if not token.bytes:
@@ -160,7 +161,11 @@ def summary(figures: Figures) -> dict[str, Any]:
         "activation_kept_heldout": last.activation_kept_heldout,
         "streamed_bytes": figures.streamed_bytes,
         "exact": last.drafting is not None and last.drafting.verified,
-    }
+    } | ({} if last.structure is None else {"structure": {"complete": all(_complete(r) for r in figures.reports)}})
+
+
+def _complete(report: RunReport) -> bool:
+    return report.structure is not None and report.structure.complete
 
 
 def encode(value: dict[str, Any]) -> bytes:

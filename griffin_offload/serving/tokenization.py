@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from griffin_offload.checkpoint.tokenizer import encode, encode_messages
-from griffin_offload.errors import CheckpointError, TemplateError, one_line
+from griffin_offload.engine.structure import check_structure
+from griffin_offload.errors import CheckpointError, TemplateError, UsageError, one_line
 from griffin_offload.serving.api_errors import invalid
 from griffin_offload.serving.requests import Message, Prompt, Request
 
@@ -29,6 +30,12 @@ class Encoder:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def prompts_of(self, request: Request) -> list[list[int]]:
+        if request.structure is not None:
+            try:
+                check_structure(request.structure)
+            except UsageError as error:
+                name = request.structure.name
+                raise invalid(str(error), "response_format" if name == "json_schema" else name) from error
         if request.endpoint == "chat":
             return [self._chat(request.messages)]
         return [self._completion(prompt) for prompt in request.prompts]

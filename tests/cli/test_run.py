@@ -24,6 +24,7 @@ KEYS = {
     "graphs",
     "experts",
     "finish_reason",
+    "structure",
     *("text", "prompt_tokens", "generated_tokens", "load_s", "prefill_s", "decode_s", "prefill_tokens_per_s"),
     *("decode_tokens_per_s", "prefill_streamed_bytes", "decode_streamed_bytes", "decode_embedding_bytes"),
     *("resident_bytes", "peak_device_bytes", "budget_bytes", "peak_host_bytes", "host_growth_bytes", "density"),
@@ -121,6 +122,27 @@ def test_json_has_exactly_the_documented_keys(cli, run):
     assert 0 < report["activation_kept_heldout"] <= report["activation_kept"] <= 1
     assert report["prefill_tokens_per_s"] == pytest.approx(37 / report["prefill_s"])
     assert report["decode_tokens_per_s"] == pytest.approx((NEW - 1) / report["decode_s"])
+
+
+def test_an_answer_by_a_json_schema(cli, llama: Path, tmp_path: Path):
+    run = ("run", TEXT, "-m", llama, "--seed", 7)
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, "two"]}, "minItems": 1, "maxItems": 2}')
+    outcome = cli(*run, "--json-schema", schema, "-n", 60)
+    assert outcome.code == 0, outcome.err
+    answer = json.loads(outcome.out)
+    assert 1 <= len(answer) <= 2
+    assert set(answer) <= {1, "two"}
+    assert "\nJSON schema  complete   " in outcome.err
+    cut = cli(*run, "--json-schema", schema, "-n", 1)
+    assert "\nJSON schema  NOT complete" in cut.err
+    assert cli(*run, "--json-schema", schema, "-n", 60, "--json").json["finish_reason"] == "stop"
+    for text, reason in (("{", "is no JSON"), ('{"not": {}}', 'Unimplemented keys: ["not"]'), ("\0", "is no JSON")):
+        schema.write_text(text)
+        refused = cli(*run, "--json-schema", schema)
+        assert refused.code == 2
+        assert reason in refused.err
+    assert "cannot be read" in cli(*run, "--json-schema", tmp_path / "none").err
 
 
 @pytest.mark.parametrize(

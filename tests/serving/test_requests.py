@@ -82,7 +82,6 @@ def test_values_that_cannot_be(endpoint: str, name: str, value: object):
     [
         ("chat", "tools", [{"type": "function"}]),
         ("chat", "tool_choice", "required"),
-        ("chat", "response_format", {"type": "json_object"}),
         ("chat", "presence_penalty", 0.5),
         ("chat", "logit_bias", {"5": 1}),
         ("chat", "store", True),
