@@ -21,7 +21,6 @@ from griffin_offload.planner.workspace import (
     graphs_bytes,
     logits_bytes,
     prompt_workspace_bytes,
-    states_bytes,
     statistics_bytes,
     workspace_bytes,
 )
