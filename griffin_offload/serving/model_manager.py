@@ -23,6 +23,7 @@ from griffin_offload.errors import GriffinError, ModelError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.method.selection import neurons_kept
 from griffin_offload.planner.plan import Plan
+from griffin_offload.planner.tiers import options_again
 from griffin_offload.serving.api_errors import ApiError
 from griffin_offload.serving.requests import NO_PENALTIES
 from griffin_offload.units import parse_size
@@ -150,6 +151,7 @@ class ModelManager:
         self._model, self._options = model, dict(options) | {"keep_prompts": True}
         self._most_sessions = most_sessions
         self._neurons: list[int] = []
+        self._kept_first: tuple[int, ...] = ()
         self.held: LoadedModel | None = None
         self._tokenizer: Any = None
         self.loads = 0
@@ -162,12 +164,11 @@ class ModelManager:
         _warn_of_penalties(held.model.generation_config)
         model, plan = held.model, held.model.plan
         shape = model.engine.shape
-        self._neurons = [layer.neurons for layer in shape.layers]
+        self._neurons, self._kept_first = [layer.neurons for layer in shape.layers], plan.kept
         self._model = model.directory
         self._options |= {
             "max_gpu_mem": plan.budget_bytes,
-            "density": [kept / neurons for kept, neurons in zip(plan.kept, self._neurons, strict=True)],
-            "quantize": shape.precision.name,
+            **options_again(shape, plan.counts),
             "ctx_size": plan.context_tokens,
             "session_mem": plan.decode_parts["sessions"] or None,
         }
@@ -178,10 +179,9 @@ class ModelManager:
     def get(self, density: float | None) -> LoadedModel:
         """The model, at `density` or the one that it was first loaded with. Failure 400 with the numbers, and nothing
         is changed, if that density does not fit; 503 if loading fails."""
-        options = dict(self._options)
-        if density is not None and self._kept(density) != self._kept_first:
-            options["density"] = density
-        wanted = self._kept(options["density"])
+        options, wanted = dict(self._options), self._kept_first
+        if density is not None and self._kept(density) != wanted:
+            options["density"], wanted = density, self._kept(density)
         if self.held is not None and self.held.model.plan.kept == wanted:
             return self.held
         if density is not None:
@@ -214,13 +214,8 @@ class ModelManager:
         hardware.empty_cache()
         give_back_freed()
 
-    @property
-    def _kept_first(self) -> tuple[int, ...]:
-        return self._kept(self._options["density"])
-
-    def _kept(self, density: Any) -> tuple[int, ...]:
-        densities = density if isinstance(density, list) else [density] * len(self._neurons)
-        return tuple(neurons_kept(n, d) for n, d in zip(self._neurons, densities, strict=True))
+    def _kept(self, density: float) -> tuple[int, ...]:
+        return tuple(neurons_kept(neurons, density) for neurons in self._neurons)
 
     def _check_plan(self, options: dict[str, Any], density: float) -> None:
         try:
