@@ -324,6 +324,14 @@ def _others_of_ours() -> list[Kernel]:
             takes=attention_and_norm.takes_token,
         ),
         Kernel(
+            "attention",
+            "each_token",
+            "attend_to",
+            attention_and_norm.each_token,
+            **halves,
+            takes=attention_and_norm.takes_each,
+        ),
+        Kernel(
             "rms_norm", "rows", "rms_norm", attention_and_norm.rms_norm, **halves, takes=attention_and_norm.takes_rows
         ),
     ]
