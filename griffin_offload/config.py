@@ -19,6 +19,8 @@ SelectionMethod = Literal["topk", "output_aware", "sample", "topk_sample", "rand
 BatchStatistic = Literal["sum", "mean"]
 # Weight formats (formats/) by name, from the most to the fewest bits; `register_format` keeps it.
 FORMAT_NAMES: list[str] = ["none", "int8", "int4", "int3", "int2"]
+TIERS = "tiers"
+"""What options and plans call neurons that rest in several formats."""
 # Of embeddings and head in a converted copy, by the bits that the command line asks for.
 TABLE_FORMATS = {"16": "none", "int8": "int8"}
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
@@ -46,6 +48,8 @@ MAX_DRAFT_TOKENS = 31
 MAX_THREADS = 1024
 # Selections by norms of the weights, of which a table is kept.
 WEIGHT_NORMS = ("output_aware", "magnitude")
+# Sequences that are decoded in one step when nobody says: the kernels for few rows gain little beyond.
+MOST_TOGETHER = 8
 # The context when nobody says one: precision and density are solved with room for the floor; what they leave over
 # makes it longer, up to the largest, and where nothing fits it is shorter, down to the smallest.
 MIN_AUTO_CTX, FLOOR_AUTO_CTX, MAX_AUTO_CTX = 256, 2048, 4096
@@ -68,7 +72,9 @@ class LoadConfig:
     quantize: str = "auto"
     """Precision of the resident matrices inside the layers: "none" keeps the stored one, "auto" is the first of none,
     int8 and int4 in which all neurons fit (or those of a density that is given), else the last; a converted checkpoint
-    has one already."""
+    has one already. "tiers": each prompt says which neurons of a layer rest in how many bits, or are left out."""
+    bits: float | Literal["auto"] = "auto"
+    """With quantize="tiers", bits per weight of the FFs, scales and what is left out included; "auto" is what fits."""
     offload: Offload = "auto"
     ctx_size: int | None = None
     """Tokens of prompt and answer that the KV cache is planned for; None: at least FLOOR_AUTO_CTX if that fits with the
@@ -79,6 +85,9 @@ class LoadConfig:
     """8: the KV cache as int8 with a scale per token and head; 16: as it is computed, whatever the precision."""
     batch_size: int = 1
     """Sequences at once (beams count) that are planned for."""
+    sequences: int = 1
+    """Answers at once, each with a KV cache of its own for the whole context (`generate_many`), that are planned
+    for."""
     missing_experts: MissingExperts = "fetch"
     """Of a mixture of experts, what happens to a token that is sent to an expert that is not resident: it is read from
     where it rests ("fetch"), or the router chooses among the residents alone ("route")."""
@@ -117,8 +126,9 @@ class LoadConfig:
         named = (("offload", Offload), ("missing_experts", MissingExperts), ("selection", SelectionMethod))
         for name, kind in (*named, ("batch_statistic", BatchStatistic), ("dtype", DType), ("kv_bits", KVBits)):
             _one_of(name, getattr(self, name), get_args(kind))
-        _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES))
+        _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES, TIERS))
         check_density(self.density)
+        _check_tiers(self)
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed is {self.seed}: from 0 to 2**63 - 1")
         if self.ctx_size is not None and self.ctx_size < 2:
@@ -130,7 +140,7 @@ class LoadConfig:
             raise UsageError("draft_tokens is for exact mode: add --exact (exact=True)")
         if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
             raise UsageError(f"draft_tokens is {self.draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
-        _at_least_one(self, "ff_chunk_tokens", "batch_size", "prompt_tokens", "threads")
+        _at_least_one(self, "ff_chunk_tokens", "batch_size", "sequences", "prompt_tokens", "threads")
         if self.threads is not None and self.threads > MAX_THREADS:
             raise UsageError(
                 f"threads is {self.threads}: at most {MAX_THREADS}, and more than there are cores only wait"
@@ -193,93 +203,12 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """What `griffin-offload eval ppl` measures when not told otherwise."""
-
-    prompt_tokens: int = 128
-    generate_tokens: int = 128
-    densities: tuple[float, ...] = (0.75, 0.5, 0.25)
-    selection: SelectionMethod = "topk"
-    windows: int = 16
-    window_start: WindowStart = "even"
-
-
-@dataclass(frozen=True)
-class TasksConfig:
-    """What `griffin-offload eval tasks` measures when not told otherwise."""
-
-    mode: EvalMode = "gen"
-    """Which tokens of a log-likelihood pass through chosen neurons: docs/evaluation.md."""
-    densities: tuple[float, ...] = (0.5,)
-    selection: SelectionMethod = "topk"
-    bos: BosRule = "paper"
-    """A BOS token in front of every text: for Gemma alone, as in the paper, or as the tokenizer does by default."""
-    num_fewshot: int | None = None
-    """None: what the task says, else 0."""
-    limit: int | None = None
-    """Documents per task; None: all."""
-    max_length: int | None = None
-    """Tokens that a request is cut to, on the left; None: the model's context."""
-    bootstrap_iters: int = 1000
-    """Resamples for standard errors of metrics that are not means; lm-eval's own number, 100000, takes minutes."""
-
-
-@dataclass(frozen=True)
-class SummariesConfig:
-    """What `griffin-offload eval summaries` measures when not told otherwise: the reference's settings."""
-
-    samples: int = 1000
-    max_new_tokens: int = 128
-    temperature: float = 0.3
-    top_p: float = 1.0
-    seed: int = 42
-    end: str = "###"
-    """A summary is cut there; where it does not occur nothing is cut."""
-    densities: tuple[float, ...] = (1.0, 0.5)
-    selection: SelectionMethod = "topk"
-
-
-@dataclass(frozen=True)
-class LatencyConfig:
-    """What `griffin-offload eval latency` measures when not told otherwise: the paper's table 3."""
-
-    sizes: tuple[tuple[int, int], ...] = ((2048, 128), (2048, 2048))
-    """Tokens of the prompt, tokens generated."""
-    densities: tuple[float, ...] = (0.5, 0.25)
-    selections: tuple[SelectionMethod, ...] = ("magnitude", "topk")
-    repeats: int = 3
-
-
-@dataclass(frozen=True)
 class BenchConfig:
     """What `griffin-offload bench` measures when not told otherwise."""
 
     prompt_tokens: int = 512
     generate_tokens: int = 128
     repeats: int = 5
-
-
-@dataclass(frozen=True)
-class InspectConfig:
-    """What `griffin-offload inspect` looks at when not told otherwise."""
-
-    figures: tuple[str, ...] = ("flocking", "jaccard", "inputs", "statistic", "sparsity", "lengths")
-    layers: int = 4
-    """Layers that heatmaps show, spread evenly."""
-    windows: int = 16
-    tokens: int = 512
-    """Of a window in flocking, jaccard, inputs and statistic; heatmaps show all of them."""
-    features: int = 512
-    """The first ones of a layer, that heatmaps show."""
-    prompt_tokens: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
-    generate_tokens: tuple[int, ...] = (32, 64, 128, 256)
-    jaccard_densities: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
-    sparsity_densities: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-    lengths_densities: tuple[float, ...] = (0.5,)
-    sparsity_selections: tuple[SelectionMethod, ...] = ("topk", "magnitude", "random")
-    lengths_selections: tuple[SelectionMethod, ...] = ("topk",)
-    prompt_densities: tuple[float, ...] = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
-    """Of the loss on one prompt."""
 
 
 @dataclass(frozen=True)
@@ -296,8 +225,11 @@ class ServeConfig:
     """Names in the Host header that are answered beside localhost and the bound address."""
     cors_origin: tuple[str, ...] = ()
     """Web pages whose scripts may ask."""
+    parallel: int | Literal["auto"] = "auto"
+    """Requests that are answered at once; "auto": up to MOST_TOGETHER, as far as the budget has room for their KV
+    caches, but one after the other where they would have to share a choice of neurons."""
     queue_size: int = 16
-    """Requests that wait for the one that is answered; further ones are told to come again."""
+    """Requests that wait for those that are answered; further ones are told to come again."""
     idle_unload_s: float | None = None
     """After so long without a request the model's memory is given back; None: never."""
     max_body: str | int = "2MB"
@@ -319,6 +251,8 @@ class ServeConfig:
         if not 0 <= self.port < 2**16:
             raise UsageError(f"port is {self.port}: from 0 to {2**16 - 1}")
         _at_least_one(self, "queue_size", "max_sessions", "max_choices", "max_connections")
+        if self.parallel != "auto":
+            _at_least_one(self, "parallel")
         _at_least_one(self, "max_prompt_tokens", "max_output_tokens")
         for host in self.allow_host:
             if not _HOST.fullmatch(host):
@@ -336,6 +270,18 @@ class ChatConfig:
     """When the context is full: the message is refused, or the oldest turns are dropped."""
     max_new_tokens: int = 1024
     """Of one answer; fewer where the context has no room for so many."""
+
+
+def _check_tiers(config: LoadConfig) -> None:
+    if config.bits != "auto":
+        if config.quantize != TIERS:
+            raise UsageError(f"bits={config.bits} is for tiers: add quantize='{TIERS}' (--quantize {TIERS})")
+        if isinstance(config.bits, str) or not config.bits > 0:
+            raise UsageError(f"bits is {config.bits!r}: auto, or bits per weight of the FFs, such as 3.5")
+    if config.quantize == TIERS and config.density != "auto":
+        raise UsageError("tiers say how many neurons are left out: give bits (--bits) in place of a density")
+    if config.quantize == TIERS and config.exact:
+        raise UsageError(f"exact mode drafts in the stored precision, not in tiers: leave out quantize='{TIERS}'")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -1,4 +1,4 @@
-"""One request on the worker's thread: every prompt, every answer, one after the other."""
+"""One request on the worker's thread: every prompt, every answer, one after the other, alone or beside others'."""
 
 import contextlib
 import secrets
@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from griffin_offload.engine.arguments import ONE_ANSWER
+from griffin_offload.engine.decoding import DecodingSequence
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.report import RunReport
+from griffin_offload.engine.scheduler import HasToWait, SequenceScheduler
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.serving.logprobs import LogprobRecorder, TokenLogprob
@@ -101,7 +103,7 @@ class KeptContexts(Protocol):
     @property
     def nbytes(self) -> int: ...
     def __len__(self) -> int: ...
-    def take(self, ids: Tensor, *, exact: bool) -> Context: ...
+    def take(self, ids: Tensor, *, exact: bool, beside_bytes: int = 0) -> Context: ...
     def keep(self, context: Context) -> None: ...
     def drop_all(self) -> None: ...
 
@@ -122,15 +124,32 @@ class Held(Protocol):
 def answer_all(held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
     """Deliver every answer of `job`. Interrupted, when `interrupted` says so: after a token, or a layer of a streamed
     pass. Any GriffinError of `generate`."""
-    seed = job.request.seed
-    torch.manual_seed(secrets.randbits(63) if seed is None else seed)
+    torch.manual_seed(_seed_of(job))
     generation = _Generation(held, job, interrupted)
     for index, prompt in enumerate(job.prompts):
-        ids = torch.tensor([prompt], dtype=torch.long, device="cpu")
+        ids = _as_ids(prompt)
         with generation.context_for(ids) as context:
             for number in range(job.request.n):
                 choice = index * job.request.n + number
                 job.figures.add(generation.answer(ids, context, job.max_tokens[index], choice), first=number == 0)
+
+
+def why_not_beside(held: Held, job: Job) -> str | None:
+    """Why `job` is not answered beside others; None if it may be."""
+    config = held.model.engine.loaded.layers.config
+    if config.exact if job.request.exact is None else job.request.exact:
+        return "exact mode verifies its own drafts"
+    if isinstance(config.refresh, int):
+        return f"refresh={config.refresh} streams between its tokens"
+    return held.model.why_alone if held.sessions is not None else "no context can be kept"
+
+
+def _seed_of(job: Job) -> int:
+    return secrets.randbits(63) if job.request.seed is None else job.request.seed
+
+
+def _as_ids(prompt: list[int]) -> Tensor:
+    return torch.tensor([prompt], dtype=torch.long, device="cpu")
 
 
 class _Generation:
@@ -151,14 +170,14 @@ class _Generation:
     def context_for(self, ids: Tensor) -> Iterator[Context | None]:
         """The kept context that knows most of the prompt `ids` [1, T]; it is kept again afterwards. None for models
         of which none can be kept."""
-        sessions = self._held.sessions
+        sessions, engine = self._held.sessions, self._model.engine
         if sessions is None:
             yield None
             return
-        loaded = self._model.engine.loaded.layers.config.exact
+        loaded = engine.loaded.layers.config.exact
         exact = loaded if self._request.exact is None else self._request.exact
-        context = sessions.take(ids[0], exact=exact)
-        self._model.engine.keep_idle(sessions.nbytes)
+        context = sessions.take(ids[0], exact=exact, beside_bytes=sum(other.nbytes for other in engine.beside))
+        engine.keep_idle(sessions.nbytes)
         try:
             yield context
         except BaseException:
@@ -167,6 +186,7 @@ class _Generation:
             raise
         finally:
             sessions.keep(context)
+            engine.keep_idle(sessions.nbytes)
 
     def answer(self, ids: Tensor, context: Context | None, max_tokens: int, choice: int) -> RunReport:
         """Deliver one answer to the prompt `ids` [1, T]."""
@@ -182,37 +202,49 @@ class _Generation:
         return self._answer(ids, context, max_tokens, choice)
 
     def _answer(self, ids: Tensor, context: Context | None, max_tokens: int, choice: int) -> RunReport:
-        request, model = self._request, self._model
-        recorder = None
+        model = self._model
+        answer, arguments = self.asked(ids, max_tokens, choice)
+        with self.watching():
+            model.generate(
+                ids, context=context, exact=self._request.exact, structure=self._request.structure, **arguments
+            )
+        assert model.last_report is not None, "a generate that ended well has a report"
+        self.finish(answer, choice, model.last_report)
+        return model.last_report
+
+    def asked(self, ids: Tensor, max_tokens: int, choice: int) -> tuple[Answer, dict[str, Any]]:
+        """What an answer is taken by, and arguments of `generate` for it."""
+        request, recorder = self._request, None
         if request.top_logprobs is not None:
             chat = request.endpoint == "chat"
             recorder = LogprobRecorder(self._tokenizer, request.top_logprobs, begins=chat)
         answer = self._new_answer(ids, recorder, choice)
-        ends: dict[str, Any] = {"eos_token_id": sorted(self._ends)} if self._ends else {}
+        return answer, {
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": max_tokens,
+            **ONE_ANSWER,
+            **({"eos_token_id": sorted(self._ends)} if self._ends else {}),
+            "stopping_criteria": StoppingCriteriaList([answer]),
+            "logits_processor": LogitsProcessorList([recorder] if recorder is not None else []),
+            **(NO_PENALTIES | sampling_of(request, self._model.generation_config)),
+        }
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, a streamed pass ends with a layer after which nobody waits any more."""
+        model = self._model
         model.progress = model.engine.passes.progress_between = self._layer_done
         try:
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                context=context,
-                exact=request.exact,
-                structure=request.structure,
-                max_new_tokens=max_tokens,
-                **ONE_ANSWER,
-                **ends,
-                stopping_criteria=StoppingCriteriaList([answer]),
-                logits_processor=LogitsProcessorList([recorder] if recorder is not None else []),
-                **(NO_PENALTIES | sampling_of(request, model.generation_config)),
-            )
+            yield
         finally:
             model.progress = model.engine.passes.progress_between = None
+
+    def finish(self, answer: Answer, choice: int, report: RunReport) -> None:
+        """Say that `answer` is complete; Interrupted if it is not."""
         if answer.interrupted:
             raise Interrupted
-        report = model.last_report
-        assert report is not None, "a generate that ended well has a report"
         over = report.structure is not None and report.structure.over
         self._job.deliver(Finished(choice, answer.finish(over=over)))
-        return report
 
     def _new_answer(self, ids: Tensor, recorder: LogprobRecorder | None, choice: int) -> Answer:
         before = ids[0].tolist() if self._request.endpoint == "completions" else ()
@@ -233,6 +265,79 @@ class _Generation:
     def _layer_done(self, *_: int) -> None:
         if self._interrupted():
             raise Interrupted
+
+
+class JobBeside:
+    """A job whose answers are decoded beside those of others, one of its own at a time.
+
+    Errors are those of `answer_all`. HasToWait from `begin_next`, which may be called again when others have left.
+    """
+
+    def __init__(self, held: Held, job: Job, scheduler: SequenceScheduler, interrupted: Callable[[], bool]) -> None:
+        self.job, self._held, self._scheduler = job, held, scheduler
+        self._generation = _Generation(held, job, interrupted)
+        self._interrupted = interrupted
+        self._random = torch.Generator(held.model.device).manual_seed(_seed_of(job))
+        self._choice = 0
+        self._context = contextlib.ExitStack()
+        self._of_prompt: Context | None = None
+        self._answer: Answer | None = None
+        self.sequence: DecodingSequence | None = None
+        """What is being decoded."""
+
+    def begin_next(self) -> None:
+        """Let the prompt of the next answer pass."""
+        if self._interrupted():
+            raise Interrupted
+        index = self._choice // self.job.request.n
+        ids = _as_ids(self.job.prompts[index])
+        if self._of_prompt is None:
+            self._of_prompt = self._context.enter_context(self._generation.context_for(ids))
+        try:
+            self.sequence = self._begin(ids, self.job.max_tokens[index])
+        except HasToWait:
+            if self._choice % self.job.request.n == 0:
+                self.close()  # others may have its context meanwhile
+            raise
+
+    def _begin(self, ids: Tensor, max_tokens: int) -> DecodingSequence:
+        sessions = self._held.sessions
+        try:
+            return self._beginning(ids, max_tokens)
+        except (DoesNotFit, HasToWait):
+            if not sessions:
+                raise
+        # What is decoded comes before what is kept for others.
+        sessions.drop_all()
+        self._held.model.engine.keep_idle(0)
+        return self._beginning(ids, max_tokens)
+
+    def _beginning(self, ids: Tensor, max_tokens: int) -> DecodingSequence:
+        self._answer, arguments = self._generation.asked(ids, max_tokens, self._choice)
+        guide = self._held.model.guide(self.job.request.structure, arguments)
+        with self._generation.watching():
+            return self._scheduler.begin(ids, context=self._of_prompt, seed=self._random, guide=guide, **arguments)
+
+    def ended(self) -> bool:
+        """The sequence has ended: whether it was the last one."""
+        sequence, answer, job = self.sequence, self._answer, self.job
+        assert sequence is not None and answer is not None, "an answer has begun"  # noqa: PT018
+        self.sequence = None
+        if sequence.error is not None:
+            raise sequence.error
+        assert sequence.report is not None, "it has ended well"
+        self._generation.finish(answer, self._choice, sequence.report)
+        first = self._choice % job.request.n == 0
+        job.figures.add(sequence.report, first=first)
+        self._choice += 1
+        if self._choice % job.request.n == 0:
+            self.close()
+        return self._choice == len(job.prompts) * job.request.n
+
+    def close(self) -> None:
+        """Keep the context for others."""
+        self._of_prompt = None
+        self._context.close()
 
 
 def sampling_of(request: Request, given: Any) -> dict[str, Any]:

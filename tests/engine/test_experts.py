@@ -302,7 +302,7 @@ def test_loading_merges_nothing(mixtures):
     with _load(mixtures("mixtral"), density=0.5) as model:
         store = model.engine.loaded.layers.expert_store
         assert store.unmapped_bytes == 0
-        assert {type(tensor).__name__ for tensor in store.tensors(0)} == {"StackedTensor"}
+        assert {type(tensor).__name__ for tensor in store.tensors(0)} == {"JoinedTensor"}
         assert model.resident_bytes == model.plan.resident_bytes
 
 
@@ -317,7 +317,7 @@ def test_more_memory_is_more_experts(mixtures):
             assert model.resident_bytes == model.plan.resident_bytes
             kept.append(model.plan.kept[0])
     assert kept == sorted(kept)
-    assert kept[0] == ACTIVE < kept[-1]
+    assert ACTIVE <= kept[0] < kept[-1]
     with pytest.raises(DoesNotFit, match=r"density 0\.25, 2 of 8 experts a layer.*--max-gpu-mem"):
         _load(mixtures("mixtral"), max_gpu_mem=150_000)
     with pytest.raises(UsageError, match=r"layer 0 would keep 1 of 8 experts, and a token is sent to 2: .* 0\.25"):
