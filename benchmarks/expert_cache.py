@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--dir", type=Path, required=True, help="a mixture of experts")
-    add("--text", type=Path, nargs="+", required=True, help=".txt or .txt.xz, documents between <|endoftext|>")
+    add("--text", type=Path, action="append", required=True, help=".txt or .txt.xz, documents between <|endoftext|>")
     add("--prompt-tokens", type=int, default=128)
     add("--generate-tokens", type=int, default=128)
     add("--windows", type=int, default=16, help="of each text, spread evenly")
