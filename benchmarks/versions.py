@@ -78,7 +78,7 @@ def main() -> int:
     print(markdown(rows))
     if arguments.out is not None:
         record = provenance("versions.py", sys.argv[1:]) | {"environments": rows}
-        text = f"# Oldest and newest releases\n\n{origin_lines(record)}\n{markdown(rows)}\n"
+        text = f"# Oldest and newest releases\n\n{origin_lines(record)}\n\n{markdown(rows)}\n"
         write(arguments.out, "versions", text, record)
     return int(any(row["failed"] or not row["passed"] for row in rows))
 
