@@ -25,7 +25,8 @@ from griffin_offload.evaluation.perplexity import Row, rows_of
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import observe, prompt_prior, simulate
 from griffin_offload.method.variants import Variant
-from griffin_offload.offload.expert_store import ExpertBuffers, ExpertCache, ExpertStore
+from griffin_offload.offload.expert_cache import ExpertBuffers, ExpertCache
+from griffin_offload.offload.expert_store import ExpertStore
 
 SHARES = (0.25, 0.5, 0.75)
 SEEDS = 3
@@ -90,7 +91,7 @@ def hits_of_ours(routing: Routing, prompt: int, places: int) -> tuple[int, int]:
     """(hits, all) of the runtime's own cache; experts are numbers here."""
     experts = routing.shares.shape[1]
     store = ExpertStore({0: [torch.zeros(experts, 1)]}, evict=False)
-    cache = ExpertCache(0, store, [torch.zeros(places, 1)], ExpertBuffers(), experts)
+    cache = ExpertCache(0, store, [torch.zeros(places, 1)], ExpertBuffers(experts), experts)
 
     def tokens(part: slice) -> None:
         index = routing.index[part]
