@@ -255,3 +255,14 @@ def test_the_end_of_the_server_ends_them_all(chatty, serve_one, gate):
         eventually(lambda: time.monotonic() > one.server.worker.stop_at)
         gate.release(10_000)
         assert {answer.wait().status_code for answer in asking} == {503}
+
+
+def test_structured_answers_beside_others(chatty, serve_one, alone, gate):
+    asked = [body(PROMPTS[0], regex="(cat|mat)( on a (cat|mat))*"), body(PROMPTS[1])]
+    expected = [alone(one) for one in asked]
+    with serve_one(chatty, WHOLE, parallel=2) as one:
+        asking = [Asking(one, request) for request in asked]
+        all_asked(one, 2)
+        gate.release(10_000)
+        assert [answer.wait().json()["choices"] for answer in asking] == expected
+    assert expected[0][0]["text"][:3] in ("cat", "mat")
