@@ -307,8 +307,9 @@ class GriffinModel(StockInterface):
     def shares_neurons(self) -> bool:
         """Whether sequences decoded together share a choice of neurons, and so change each other's answers: not where
         all are resident, nor where an expert that is not is read."""
-        fetches = self.plan.experts is not None and self._loaded.layers.config.missing_experts == "fetch"
-        return self.plan.density < 1 and not fetches
+        layers = self._loaded.layers
+        chooses = any(max(counts) < layers.blocks[index].neurons for index, counts in enumerate(layers.counts))
+        return chooses and not (self.plan.experts is not None and layers.config.missing_experts == "fetch")
 
     @property
     def why_alone(self) -> str | None:
