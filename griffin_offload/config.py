@@ -90,6 +90,10 @@ class LoadConfig:
     """The full model's own tokens: the residents draft, streamed passes of the full model verify."""
     draft_tokens: int | None = None
     """Drafts per verifying pass; None: chosen by what is accepted and what a pass costs, at most AUTO_DRAFT_TOKENS."""
+    lookup: bool | None = None
+    """Drafts from the text itself, where the last tokens were there before: as many as measured seconds say that it
+    pays. None: where a trial shows that rows computed together are the same to the last bit; and in exact mode. Where
+    draft_tokens is given exact mode has none."""
     refresh: Refresh = "turn"
     """When neurons are chosen anew: with every prompt ("turn"; in exact mode with every pass, too), with a
     conversation's first one alone ("never"; in exact mode with every prompt), or with every prompt and by a streamed

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from griffin_offload.checkpoint.tokenizer import template_end
 from griffin_offload.config import LoadConfig, Refresh, pass_tokens
-from griffin_offload.engine.report import DraftReport, ExpertReport, GraphReport, PrefillReport
+from griffin_offload.engine.report import DraftReport, ExpertReport, GraphReport, LookupReport, PrefillReport
 from griffin_offload.engine.structure import StructureGuide
 from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
@@ -154,6 +154,7 @@ class GenerationMode:
     exact: bool = False
     draft_tokens: int | None = None
     refresh: Refresh = "turn"
+    lookup: bool | None = None
 
     def __post_init__(self) -> None:
         LoadConfig(exact=self.exact, draft_tokens=self.draft_tokens, refresh=self.refresh)  # checks them
@@ -177,10 +178,12 @@ class LogitsObserver(LogitsProcessor):  # type: ignore[misc]
 
 
 class TokenLoop(Protocol):
-    """What makes the tokens of an answer that has streamed passes between them: transformers' `custom_generate`."""
+    """What makes the tokens of an answer that has drafts: transformers' `custom_generate`."""
 
     @property
-    def report(self) -> DraftReport: ...
+    def report(self) -> DraftReport | None: ...
+    @property
+    def looked_up(self) -> LookupReport | None: ...
     def __call__(
         self,
         model: StockModel,
@@ -221,6 +224,10 @@ class GenerationState:
         self._invalid: Tensor | None = None
         """On the device, whether logits were no numbers."""
         self.observers: list[LogitsObserver] = []
+        self.passes = False
+        """Whether there are streamed passes between its tokens."""
+        self.lookup = 0
+        """Most drafts from the text at once; 0: none."""
         self.guide: StructureGuide | None = None
         """What its answers are held to."""
         self.loop: TokenLoop | None = None
@@ -279,6 +286,37 @@ def probabilities_named(dtype: torch.dtype) -> Iterator[None]:
             f"no token can be drawn: scores are infinite in {name}, or settings rule out every token; try "
             "--temperature 0, or another --dtype"
         ) from error
+
+
+def checked_prompt(prompt: Any, vocab_size: int) -> Tensor:
+    """`prompt`; UsageError unless it holds token ids [B, T] of the vocabulary, or embeddings [B, T, H]."""
+    if prompt is not None and not isinstance(prompt, Tensor):
+        raise UsageError(f"the prompt is {_described(prompt)}")
+    if prompt is not None and prompt.dim() == 1:
+        raise UsageError("the prompt has one dimension: give a batch, a tensor of [batch, tokens], as in ids[None]")
+    if prompt is None or prompt.dim() < 2 or prompt.shape[1] == 0:
+        raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
+    if prompt.dim() == 2 and (prompt.is_floating_point() or prompt.dtype == torch.bool):
+        raise UsageError(f"the prompt's ids are {prompt.dtype}: give whole numbers, as a tensor of [batch, tokens]")
+    least, largest = (int(prompt.min()), int(prompt.max())) if prompt.dim() == 2 else (0, 0)
+    if least < 0 or largest >= vocab_size:
+        raise UsageError(
+            f"the prompt has token ids from {least} to {largest}, the vocabulary ends at {vocab_size - 1}: the "
+            "tokenizer is of another model"
+        )
+    return prompt
+
+
+def _described(prompt: Any) -> str:
+    """What was given in a prompt's place, and what to do."""
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], str)):
+        return (
+            "a text: give its token ids, a tensor of [batch, tokens], as in generate(**tokenizer(text, "
+            "return_tensors='pt')); the tokenizer is .tokenizer"
+        )
+    if hasattr(prompt, "keys"):
+        return "what a tokenizer returns: give its parts as arguments, generate(**tokens), tensors of [batch, tokens]"
+    return f"of type {type(prompt).__name__}: give a tensor of [batch, tokens]"
 
 
 def tokens_of(arguments: dict[str, Any]) -> Tensor:

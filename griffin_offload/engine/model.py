@@ -17,9 +17,15 @@ from griffin_offload.config import LoadConfig, Structure
 from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, OutOfMemoryAsError, give_back_freed, peak_host_bytes
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
-from griffin_offload.engine.arguments import checked_prompt, empty_context, prepared
+from griffin_offload.engine.arguments import empty_context, prepared
 from griffin_offload.engine.chat import ChatSession
-from griffin_offload.engine.generation import GenerationMode, GenerationState, ends_of, probabilities_named
+from griffin_offload.engine.generation import (
+    GenerationMode,
+    GenerationState,
+    checked_prompt,
+    ends_of,
+    probabilities_named,
+)
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.load import load
 from griffin_offload.engine.model_interface import StockInterface
@@ -222,6 +228,7 @@ class GriffinModel(StockInterface):
         exact: bool | None = None,
         draft_tokens: int | None = None,
         refresh: Any = None,
+        lookup: bool | None = None,
         context: Context | None = None,
         prompt_done: Callable[[Context], None] | None = None,
         structure: Structure | None = None,
@@ -231,9 +238,10 @@ class GriffinModel(StockInterface):
         """transformers' `generate` on the stock model, with its arguments and its result.
 
         The prompt is streamed once; every further token is computed from residents. Without any length, up to
-        `RunConfig.max_new_tokens` are generated. `exact`, `draft_tokens` and `refresh` are as in `LoadConfig`, and
-        those of loading by default. With a `context` the prompt [1, T] goes on from what that remembers: tokens at its
-        start that the context knows are not computed again. `prompt_done` is called with it when the prompt has passed.
+        `RunConfig.max_new_tokens` are generated. `exact`, `draft_tokens`, `refresh` and `lookup` are as in
+        `LoadConfig`, and those of loading by default. With a `context` the prompt [1, T] goes on from what that
+        remembers: tokens at its start that the context knows are not computed again. `prompt_done` is called with it
+        when the prompt has passed.
         `past_key_values` of an earlier call (`cache` since transformers 5.24; both names are taken) goes on, too, with
         the neurons that were chosen then. With a `structure` tokens that it does not allow are never chosen; the report
         says whether the answer was complete when it ended.
@@ -250,7 +258,7 @@ class GriffinModel(StockInterface):
         check_wait(wait_s)
         wait_s = self.wait_s if wait_s is None else wait_s
         with self._engine.alone(wait_s=wait_s), self._engine.guarded():
-            mode = self._mode(exact, draft_tokens, refresh)
+            mode = self._mode(exact, draft_tokens, refresh, lookup)
             output, report = self._answer(inputs, prompt, kwargs, mode, context, prompt_done, structure)
             self.last_report = report
         large = self.hardware.shares_host_memory and self.plan.full_bytes > _LARGE_MODEL_BYTES
@@ -276,19 +284,19 @@ class GriffinModel(StockInterface):
             ends = ends_of(kwargs.get("generation_config") or self.generation_config, kwargs)
             guide = StructureGuide(structure, self.tokenizer, self.vocab_size, ends)
             kwargs = guide.among(kwargs)
-        run, kwargs = prepared(self._engine, prompt, kwargs, mode, context)
+        run, kwargs = prepared(self._engine, prompt, kwargs, mode, context, guide)
         if context is not None:
             run.ready, run.prompt_done = context.start(prompt[0], exact=mode.exact), prompt_done
             run.cached_tokens = len(context.tokens)
-        run.guide = guide
         return self._generate(run, prompt, inputs, kwargs)
 
-    def _mode(self, exact: bool | None, draft_tokens: int | None, refresh: Any) -> GenerationMode:
+    def _mode(self, exact: bool | None, draft_tokens: int | None, refresh: Any, lookup: bool | None) -> GenerationMode:
         config = self._loaded.layers.config
         mode = GenerationMode(
             exact=config.exact if exact is None else exact,
             draft_tokens=config.draft_tokens if draft_tokens is None and exact is not False else draft_tokens,
             refresh=config.refresh if refresh is None else refresh,
+            lookup=config.lookup if lookup is None else lookup,
         )
         if mode.pass_tokens and self.plan.experts and not mode.exact:
             raise UsageError(f"refresh={mode.refresh} does not work with experts yet: {NO_PASSES}")
@@ -346,6 +354,7 @@ class GriffinModel(StockInterface):
             host_growth_bytes=ledger.host_growth_bytes,
             experts=layers.expert_report.since(run.experts) if layers.experts else None,
             drafting=run.loop.report if run.loop is not None else None,
+            lookup=run.loop.looked_up if run.loop is not None else None,
             graphs=run.graphs if self._engine.graphs is not None else None,
             structure=run.guide.report if run.guide is not None else None,
             **self.plan.run_figures(),
