@@ -1,4 +1,4 @@
-"""Train, continue or measure the small demo Llama on local text files.
+"""Train, continue or measure the small demo Llama, or a mixture of experts, on local text files.
 
     python examples/train_demo.py --text stories.txt.xz:60 books.txt:40 \
         --valid stories_valid.txt.xz books_valid.txt --out demo --minutes 60
@@ -42,6 +42,7 @@ NUMBERS = (
     ("valid-sequences", 64, "at most this many sequences of each held-out file, 0 for all"),
     ("threads", 1, "CPU threads"),
     ("seed", 0, "seed of the weights and of the windows drawn"),
+    ("experts", 0, "split each FF among as many, 2 of which see a token (Mixtral); 0: a Llama"),
     *((name.replace("_", "-"), size, "of a fresh model") for name, size in SIZES.items()),
 )
 
@@ -100,31 +101,57 @@ def load_or_create(args: argparse.Namespace):
     if args.init:
         # Master weights stay float32: a bf16 weight would round small updates away.
         model = transformers.AutoModelForCausalLM.from_pretrained(args.init, dtype=torch.float32)
-        return model, transformers.AutoTokenizer.from_pretrained(args.init)
+        split = args.experts and model.config.model_type == "llama"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.init)
+        return (split_among_experts(model, args.experts) if split else model), tokenizer
     tokenizer = train_tokenizer([path for path, _ in args.text], args.vocab_size)
     sizes = {name: getattr(args, name) for name in SIZES} | {"vocab_size": len(tokenizer)}
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     config = transformers.LlamaConfig(**sizes, **ends, rms_norm_eps=1e-5, tie_word_embeddings=True)
-    return transformers.LlamaForCausalLM(config), tokenizer
+    model = transformers.LlamaForCausalLM(config)
+    return (split_among_experts(model, args.experts) if args.experts else model), tokenizer
+
+
+@torch.no_grad()
+def split_among_experts(llama, experts: int):
+    """A Mixtral with the same attention, whose experts are equal parts of the Llama's FFs; 2 for each token."""
+    shared = ("rope_parameters", "rms_norm_eps", "tie_word_embeddings", "head_dim")
+    shared += ("bos_token_id", "eos_token_id", "pad_token_id")
+    kept = {name: getattr(llama.config, name) for name in (*SIZES, *shared)}
+    kept["intermediate_size"] //= experts
+    config = transformers.MixtralConfig(**kept, num_local_experts=experts, num_experts_per_tok=2, sliding_window=None)
+    model = transformers.MixtralForCausalLM(config)
+    model.load_state_dict(llama.state_dict(), strict=False)
+    for own, full in zip(model.model.layers, llama.model.layers, strict=True):
+        gates, ups = (m.weight.view(experts, -1, m.in_features) for m in (full.mlp.gate_proj, full.mlp.up_proj))
+        own.mlp.experts.gate_up_proj.copy_(torch.cat([gates, ups], 1))
+        downs = full.mlp.down_proj.weight.view(config.hidden_size, experts, -1).transpose(0, 1)
+        own.mlp.experts.down_proj.copy_(2 * downs)  # the weights of a token's two experts sum to 1
+    return model
 
 
 def loss_of(model, windows: torch.Tensor, args) -> torch.Tensor:
-    """Mean loss over windows of shape (B, T + 1)."""
+    """Mean loss over windows of shape (B, T + 1); in training also what unequal use of experts costs."""
     windows = windows.to(args.device)
+    balance = getattr(model.config, "router_aux_loss_coef", 0.0) if model.training else 0.0
+    more = {"output_router_logits": True} if balance else {}
     with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=not args.float32):
-        logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-    return cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+        output = model(input_ids=windows[:, :-1], use_cache=False, **more)
+    loss = cross_entropy(output.logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+    return loss + balance * output.aux_loss if balance else loss
 
 
 @torch.no_grad()
 def held_out_losses(model, valid: dict[str, torch.Tensor], args) -> dict[str, float]:
     losses = {}
+    model.eval()
     for name, windows in valid.items():
         count = min(args.valid_sequences or len(windows), len(windows))
         # Spread over the whole file: its books differ more than its pages.
         windows = windows[torch.linspace(0, len(windows) - 1, count).long()]
         total = sum(loss_of(model, w, args).item() * len(w) for w in windows.split(args.batch))
         losses[name] = round(total / count, 4)
+    model.train()
     return losses
 
 
@@ -136,11 +163,29 @@ def draw(texts, generator: torch.Generator, args) -> torch.Tensor:
     return torch.stack([w[torch.randint(len(w), (), generator=generator)] for w in windows])
 
 
+class ExpertsMuon(torch.optim.Muon):
+    """Muon takes matrices: those of experts are views of the tensor of all of them."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], **settings: float) -> None:
+        self.stacked = parameters
+        self.views = [[torch.nn.Parameter(matrix) for matrix in p.data] for p in parameters]
+        super().__init__([view for views in self.views for view in views], **settings)
+
+    def step(self, closure=None):
+        for stacked, views in zip(self.stacked, self.views, strict=True):
+            for view, gradient in zip(views, stacked.grad, strict=True):
+                view.grad = gradient
+        return super().step(closure)
+
+
 def make_optimizers(model, args) -> list[torch.optim.Optimizer]:
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    layers = [p for name, p in model.model.layers.named_parameters() if "mlp.gate.weight" not in name]
+    matrices, experts = ([p for p in layers if p.ndim == axes] for axes in (2, 3))
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices + experts)]
     adam = torch.optim.AdamW(others, lr=args.other_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    return [torch.optim.Muon(matrices, lr=args.matrix_rate, weight_decay=0.0), adam]
+    muon = torch.optim.Muon(matrices, lr=args.matrix_rate, weight_decay=0.0)
+    more = [ExpertsMuon(experts, lr=args.matrix_rate, weight_decay=0.0)] if experts else []
+    return [muon, adam, *more]
 
 
 def update(model, optimizers: list[torch.optim.Optimizer], factor: float) -> None:
@@ -149,7 +194,7 @@ def update(model, optimizers: list[torch.optim.Optimizer], factor: float) -> Non
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("peak", group["lr"])
         optimizer.step()
-        optimizer.zero_grad()
+    model.zero_grad()
 
 
 def save(model, tokenizer, out: Path) -> None:

@@ -33,7 +33,7 @@ FOREIGN_CACHE_NAMES = () if CACHE == "cache" else ("cache",)
 """Names of newer releases, that this one would take for something else."""
 
 
-class _NoEntries:
+class NoEntries:
     """What `DummyLayer` is, for releases that have none."""
 
     is_compileable = is_croppable = is_initialized = True
@@ -49,22 +49,22 @@ class _NoEntries:
     offload = prefetch = reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _nothing
 
 
-DummyLayer: Any = getattr(cache_utils, "DummyLayer", _NoEntries)
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", NoEntries)
 """A layer of a KV cache that keeps nothing: it reads another one's entries, or attends to nothing."""
 
 
 def stock_cache(config: PretrainedConfig) -> Any:
     """transformers' own empty KV cache, with one layer per decoder layer. Whatever that raises of a config."""
     cache = DynamicCache(config=config)
-    if DummyLayer is _NoEntries:
+    if DummyLayer is NoEntries:
         text = config.get_text_config(decoder=True)
         names = getattr(text, "layer_types", None) or []
         layers = [
-            _NoEntries() if name in ("moe", "mlp") else layer
+            NoEntries() if name in ("moe", "mlp") else layer
             for name, layer in zip([*names, *[None] * len(cache.layers)], cache.layers, strict=False)
         ]
         missing = text.num_hidden_layers - len(layers) if getattr(text, "num_kv_shared_layers", None) else 0
-        cache.layers[:] = layers + [_NoEntries() for _ in range(missing)]
+        cache.layers[:] = layers + [NoEntries() for _ in range(missing)]
     return cache
 
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaConfig, cache_utils
 
 import griffin_offload
 from griffin_offload import GriffinModel, UsageError
-from griffin_offload.transformers_api import CACHE, DummyLayer, _NoEntries, stock_cache, untested, with_own_name
+from griffin_offload.transformers_api import CACHE, DummyLayer, NoEntries, stock_cache, untested, with_own_name
 
 _PACKAGE = Path(griffin_offload.__file__).parent
 
@@ -51,7 +51,7 @@ def test_a_shared_layer_stands_for_itself_in_every_release():
     config = LlamaConfig(num_hidden_layers=4, layer_types=["full_attention"] * 4)
     assert len(stock_cache(config).layers) == 4
     assert not any(isinstance(layer, DummyLayer) for layer in stock_cache(config).layers)
-    own = {name for name in vars(_NoEntries) if not name.startswith("_")}
+    own = {name for name in vars(NoEntries) if not name.startswith("_")}
     theirs = getattr(cache_utils, "DummyLayer", None)
     if theirs is not None:  # what newer releases ask of such a layer, our own for older ones answers
         assert {name for name in vars(theirs) if not name.startswith("_")} - own <= {"update", "supports_early_init"}

@@ -52,9 +52,9 @@ class ChunkedForward(PassForward):
 
     def __call__(self, *args: Tensor) -> Tensor:
         self.start = 0
-        return self._in_chunks(args)
+        return self.in_chunks(args)
 
-    def _in_chunks(self, args: tuple[Tensor, ...]) -> Tensor:
+    def in_chunks(self, args: tuple[Tensor, ...]) -> Tensor:
         """At most `limit` tokens at a time; all arguments are [B, T, H] and so is the result."""
         tokens = args[0].shape[1]
         if tokens <= self._limit:

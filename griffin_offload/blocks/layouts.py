@@ -29,7 +29,7 @@ class Layout:
 
 
 # Whether an input projection holds gate and up together is decided by its shape, never by its name.
-_LAYOUTS = [
+LAYOUTS = [
     Layout(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Gemma, Qwen, OLMo 2, Cohere 2, StableLM
     Layout(("gate_up_proj",), "down_proj"),  # Phi-3, GLM 4
     Layout(("up_proj",), "down_proj"),  # Nemotron
@@ -45,15 +45,15 @@ REGISTER_HINT = "register others with griffin_offload.register_layout(Layout(inp
 
 def register_layout(layout: Layout) -> None:
     """Make blocks with the names of `layout` known, ahead of the built-in ones."""
-    _LAYOUTS.insert(0, layout)
+    LAYOUTS.insert(0, layout)
 
 
-_FINDERS: list[Finder] = [find_experts]
+FINDERS: list[Finder] = [find_experts]
 
 
 def register_block(finder: Finder) -> None:
     """Let `finder` look at decoder layers that match no layout, or hold experts, ahead of those registered before."""
-    _FINDERS.insert(0, finder)
+    FINDERS.insert(0, finder)
 
 
 def find_feed_forwards(model: nn.Module, layers: int) -> tuple[nn.ModuleList, list[Block]]:
@@ -77,7 +77,7 @@ def _matches(layer: nn.Module) -> list[tuple[nn.Module, Layout]]:
     found: list[tuple[nn.Module, Layout]] = []
     for module in layer.modules():
         children = set(module._modules)
-        layout = next((lay for lay in _LAYOUTS if {*lay.inputs, lay.down} <= children), None)
+        layout = next((lay for lay in LAYOUTS if {*lay.inputs, lay.down} <= children), None)
         if layout is not None:
             found.append((module, layout))
     return found
@@ -85,7 +85,7 @@ def _matches(layer: nn.Module) -> list[tuple[nn.Module, Layout]]:
 
 def _found(layer: nn.Module, where: str) -> Block | None:
     """Of another kind than the table's, by the first finder that knows it."""
-    return next((block for finder in _FINDERS if (block := finder(layer, where)) is not None), None)
+    return next((block for finder in FINDERS if (block := finder(layer, where)) is not None), None)
 
 
 def _block_of(layer: nn.Module, where: str) -> Block:

@@ -20,9 +20,9 @@ from torch import Tensor
 from griffin_offload.devices.memory import BLOCK_BYTES, block_buffer
 from griffin_offload.errors import GriffinError
 
-_PIECE_BYTES = 2 * 2**20
+PIECE_BYTES = 2 * 2**20
 _READERS = 4  # a network disk wants several requests at a time (benchmarks/NOTES.md)
-_libc = ctypes.CDLL(None) if sys.platform != "win32" else ctypes.CDLL("msvcrt")  # called on Linux alone
+LIBC = ctypes.CDLL(None) if sys.platform != "win32" else ctypes.CDLL("msvcrt")  # called on Linux alone
 _MADV_DONTNEED, _MADV_POPULATE_READ = 4, 22
 _CACHESTAT = 451  # the system call's number, on every architecture; Linux 6.5
 
@@ -61,7 +61,7 @@ class SlotLayout:
         ]
 
 
-class _CachedPages:
+class CachedPages:
     """What the page cache holds of a file, taken through a mapping: pread(2) would go on to read ahead, behind what is
     asked for and whatever was advised, so that the cache filled with what is read past it anyway."""
 
@@ -78,11 +78,11 @@ class _CachedPages:
         """Copy bytes from `offset`, a multiple of blocks, to `target`, and keep no page mapped. False if they are not
         all there, or pages are larger than blocks."""
         source, nbytes = ctypes.c_void_p(self._address + offset), ctypes.c_size_t(target.numel())
-        if _libc.madvise(source, nbytes, _MADV_POPULATE_READ):
+        if LIBC.madvise(source, nbytes, _MADV_POPULATE_READ):
             return False
         # By ctypes, without the interpreter's lock: the handler of bus errors takes it, should the file be cut now.
         ctypes.memmove(target.data_ptr(), source, target.numel())
-        _libc.madvise(source, nbytes, _MADV_DONTNEED)
+        LIBC.madvise(source, nbytes, _MADV_DONTNEED)
         return True
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class _File:
     cached: int
     """A descriptor that somebody else closes."""
     direct: int
-    pages: _CachedPages
+    pages: CachedPages
     nbytes: int
 
     def close(self) -> None:
@@ -113,7 +113,7 @@ class DirectReader:
         self._pool = ThreadPoolExecutor(_READERS, "griffin-offload-direct")
         try:
             for path, cached in files.items():
-                pages = _CachedPages(cached)
+                pages = CachedPages(cached)
                 direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
                 self._files[path] = _File(cached, direct, pages, os.fstat(cached).st_size)
         except OSError:
@@ -129,9 +129,9 @@ class DirectReader:
     def read(self, placement: SlotLayout, buffer: Tensor) -> list[Tensor]:
         """Read a layer's extents into `buffer`, of `block_buffer`; blocks."""
         pieces = [
-            (extent.path, extent.offset + at, buffer[place + at : place + at + min(_PIECE_BYTES, extent.nbytes - at)])
+            (extent.path, extent.offset + at, buffer[place + at : place + at + min(PIECE_BYTES, extent.nbytes - at)])
             for extent, place in placement.reads
-            for at in range(0, extent.nbytes, _PIECE_BYTES)
+            for at in range(0, extent.nbytes, PIECE_BYTES)
         ]
         for _ in self._pool.map(lambda piece: self._read(*piece), pieces):
             pass
@@ -140,12 +140,12 @@ class DirectReader:
     def copy(self, extent: Extent, target: Tensor) -> None:
         """Read `extent` into `target`, a contiguous uint8 tensor in host memory at any address; by this thread."""
         if not hasattr(self._bounce, "buffer"):
-            self._bounce.buffer = block_buffer(_PIECE_BYTES)
+            self._bounce.buffer = block_buffer(PIECE_BYTES)
         bounce, numbers = self._bounce.buffer, target.numpy()  # numpy copies by this thread alone
         end, at = extent.offset + extent.nbytes, extent.offset
         while at < end:
             first = at // BLOCK_BYTES * BLOCK_BYTES
-            wanted = min(_PIECE_BYTES, -(-(end - first) // BLOCK_BYTES) * BLOCK_BYTES)
+            wanted = min(PIECE_BYTES, -(-(end - first) // BLOCK_BYTES) * BLOCK_BYTES)
             self._read(extent.path, first, bounce[:wanted])
             upto = min(first + wanted, end)
             numbers[at - extent.offset : upto - extent.offset] = bounce[at - first : upto - first].numpy()
@@ -154,7 +154,8 @@ class DirectReader:
     def _read(self, path: str, offset: int, target: Tensor) -> None:
         file = self._files[path]
         expected = min(target.numel(), file.nbytes - offset)
-        if _is_cached(file.cached, offset, target.numel()) and file.pages.copy(offset, target[:expected]):
+        cached = cached_bytes(file.cached, offset, target.numel()) >= target.numel()
+        if cached and file.pages.copy(offset, target[:expected]):
             found = os.fstat(file.cached).st_size - offset
         else:
             view = memoryview(target.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
@@ -171,8 +172,8 @@ class _CacheStatistics(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recent"))
 
 
-def _is_cached(descriptor: int, offset: int, nbytes: int) -> bool:
-    """Whether all these bytes are in the page cache, by cachestat(2); False where the kernel cannot say."""
+def cached_bytes(descriptor: int, offset: int, nbytes: int) -> int:
+    """How many of these bytes are in the page cache, in whole pages, by cachestat(2); 0 where the kernel cannot say."""
     asked, found = _Range(offset, nbytes), _CacheStatistics()
-    failed = _libc.syscall(_CACHESTAT, descriptor, ctypes.byref(asked), ctypes.byref(found), 0)
-    return not failed and found.cached * mmap.PAGESIZE >= nbytes
+    failed = LIBC.syscall(_CACHESTAT, descriptor, ctypes.byref(asked), ctypes.byref(found), 0)
+    return 0 if failed else found.cached * mmap.PAGESIZE

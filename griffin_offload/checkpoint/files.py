@@ -15,6 +15,11 @@ from pathlib import Path
 
 from griffin_offload.errors import CheckpointChanged, CheckpointError, UsageError, limit_reached
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 def check_name(path: Path) -> None:
     """UsageError for a name that is no Unicode text: Python opens it, torch and safetensors do not."""
@@ -68,6 +73,24 @@ def renamed(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def one_writer(path: Path, what: str) -> Iterator[None]:
+    """Keep others who call this out of `path`, a file or a directory; UsageError if one, a `what`, is there already."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another {what} is writing {path}: wait for it or stop it") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

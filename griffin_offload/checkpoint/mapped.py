@@ -26,7 +26,7 @@ from griffin_offload.errors import CheckpointChanged, CheckpointError, GriffinEr
 from griffin_offload.formats.translated import TranslatedTensor, in_memory, stored_parts
 
 _PAGE = mmap.PAGESIZE
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else ctypes.CDLL("msvcrt")  # called on Linux alone
+LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else ctypes.CDLL("msvcrt")  # called on Linux alone
 _MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED, _MADV_POPULATE_READ = 1, 3, 4, 22
 # The kernel reads ahead at most the disk's window for one call, however long the range: so ask in steps, and keep
 # some of them in flight (benchmarks/NOTES.md).
@@ -62,7 +62,7 @@ class FilePages:
 
     def __init__(self, tensors: Sequence[Tensor], *, evict: bool, known: Mapping[str, FileState] | None = None) -> None:
         """`known` are states of the files from before they were mapped."""
-        self._evict = evict
+        self.evict = evict
         self.direct: DirectReader | None = None
         self._mappings = file_mappings()
         parts = [part for tensor in tensors for part in stored_parts(tensor)]
@@ -164,7 +164,7 @@ class FilePages:
         """Unmap the spans' pages and, when evicting, free them."""
         for span in spans:
             self._advise(span, _MADV_DONTNEED)
-            if self._evict:
+            if self.evict:
                 # In this order: fadvise skips pages that are still mapped.
                 os.posix_fadvise(self.files.descriptors[span.path], span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
 
@@ -192,7 +192,7 @@ class FilePages:
     def _advise(self, span: Span, advice: int) -> None:
         """madvise(2); advice the kernel does not know is left out. CheckpointChanged or GriffinError when the file
         cannot be read."""
-        failed = _libc.madvise(ctypes.c_void_p(span.address), ctypes.c_size_t(span.nbytes), advice)
+        failed = LIBC.madvise(ctypes.c_void_p(span.address), ctypes.c_size_t(span.nbytes), advice)
         if failed and ctypes.get_errno() == errno.EFAULT:
             self.files.check_contents([span.path])
             raise GriffinError(f"{span.path} cannot be read any more: its disk fails")

@@ -135,7 +135,7 @@ class Terminal:
             streamer = TextPrinter(model.tokenizer, self._stops)
         try:
             # In a script Ctrl-C ends the program; here it ends the answer.
-            with PrefillBar(model, quiet=quiet), _Interrupts(catch=self._interactive) as interrupts:
+            with PrefillBar(model, quiet=quiet), Interrupts(catch=self._interactive) as interrupts:
                 reply = self._session.send(text, streamer=streamer, interrupted=interrupts.asked)
         except KeyboardInterrupt:
             if not self._interactive:
@@ -201,7 +201,7 @@ class Terminal:
         )
 
 
-class _Interrupts:
+class Interrupts:
     """Ctrl-C during an answer: while tokens come it ends the answer, before the first one, or again, the turn."""
 
     def __init__(self, *, catch: bool) -> None:
@@ -213,7 +213,7 @@ class _Interrupts:
         self._decoding = True
         return self._pressed
 
-    def __enter__(self) -> "_Interrupts":
+    def __enter__(self) -> "Interrupts":
         self._before = signal.signal(signal.SIGINT, self._on_signal)
         return self
 

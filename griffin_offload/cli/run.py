@@ -97,8 +97,6 @@ def run(arguments: argparse.Namespace) -> int:
         options["keep_prompts"] = True
         prompt_cache.adopt(options, checkpoint)
     model = GriffinModel.from_pretrained(directory, **options, prompt_tokens=prompt_tokens)
-    if prompt_cache is not None:
-        model.check_saving()
     model.tokenizer = tokenizer
     if arguments.verbose:
         print("\n".join(plan_lines(model.plan)), file=sys.stderr)

@@ -106,10 +106,7 @@ def serve(arguments: argparse.Namespace) -> int:
     options, config = load_options(arguments), serve_config(arguments)
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     parse_size(config.max_body)
-    _check_extra()
-    for name, value in _KERNELS.items():
-        os.environ.setdefault(name, value)  # read when torch is loaded
-    quiet_libraries()
+    prepare_serving("serve")
     _log_to_stderr(arguments)
     with heavy_imports():
         from griffin_offload.serving.server import Server
@@ -160,13 +157,17 @@ def _warn_of_readers(mode: int) -> None:
         print(f"griffin-offload: {what}", file=sys.stderr)
 
 
-def _check_extra() -> None:
+def prepare_serving(command: str) -> None:
+    """What a process needs before torch is loaded if it answers many requests; UsageError where the extra lacks."""
     try:
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"serve needs {error.name}: pip install 'griffin-offload[serve]'") from error
+        raise UsageError(f"{command} needs {error.name}: pip install 'griffin-offload[serve]'") from error
+    for name, value in _KERNELS.items():
+        os.environ.setdefault(name, value)  # read when torch is loaded
+    quiet_libraries()
 
 
 def _log_to_stderr(arguments: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _HUGE_BYTES = 2 * 2**20
 HOST_OVERHEAD_BYTES = 500_000_000
 """On the CPU: allocator caches, thread stacks and Python objects, beside the ledger, for any model over 1 GB."""
-_CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
 
 
@@ -87,9 +87,9 @@ def host_bytes() -> tuple[int, int]:
 def _cgroup_limit() -> tuple[int | None, int]:
     """(limit, used) of the tightest memory cgroup we are in, v2 or v1; (None, 0) without one."""
     try:
-        groups = dict(line.split(":", 2)[1:] for line in _OWN_CGROUP.read_text().splitlines())
+        groups = dict(line.split(":", 2)[1:] for line in OWN_CGROUP.read_text().splitlines())
         version = _V1 if "memory" in groups else _V2
-        root = _CGROUP / version.root
+        root = CGROUP / version.root
         group = root / groups[version.controller].lstrip("/")
     except (OSError, KeyError, ValueError):
         return None, 0

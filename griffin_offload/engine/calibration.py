@@ -59,14 +59,14 @@ def importance_of(
         for name in linear_names(layer)
         if not block.is_down(module := layer.get_submodule(name))
     }
-    path = _cache_path(checkpoint)
+    path = cache_path(checkpoint)
     found = _read(path, {name: features(module)[1] for name, module in wanted.items()})
     if found is None:
         ids = _token_ids(checkpoint, model, _SEQUENCES)
         if ids is None:
             return {}
         with _a_layer_at_a_time(model, decoder, blocks, checkpoint, evict):
-            found = _measured(model, wanted, ids)
+            found = measure(model, wanted, ids)
         with contextlib.suppress(OSError):  # measured again by the next run
             path.parent.mkdir(parents=True, exist_ok=True)
             with renamed(path) as temporary:
@@ -128,7 +128,7 @@ class _KeptInputs(Visitor):
         self._visit(index, found)
 
 
-def _cache_path(checkpoint: Checkpoint) -> Path:
+def cache_path(checkpoint: Checkpoint) -> Path:
     own = os.environ.get(CACHE_VARIABLE)
     root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "griffin-offload"
     return root / f"importance-{_FORMAT}-{checkpoint.fingerprint()}.safetensors"
@@ -165,7 +165,7 @@ def _token_ids(checkpoint: Checkpoint, model: StockModel, most: int) -> Tensor |
     return torch.cat([begin.expand(sequences, len(begin)), rows], dim=1)
 
 
-def _measured(model: StockModel, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:
+def measure(model: StockModel, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:
     squares: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:

@@ -135,7 +135,7 @@ class ChatSession:
         messages, dropped, ids = self._fitting(messages, wanted)
         most = arguments["max_new_tokens"] = min(wanted, self.model.plan.context_tokens - ids.shape[1])
         torch.manual_seed(self._seed + self.turns)  # so that a conversation that was saved goes on in the same way
-        interrupt, stop = _Interrupted(interrupted), StopStrings(self.model.tokenizer, stops, ids.shape[1])
+        interrupt, stop = Interrupted(interrupted), StopStrings(self.model.tokenizer, stops, ids.shape[1])
         criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or []), interrupt, stop])
         if arguments.get("generation_config") is None and self._end_tokens:
             arguments.setdefault("eos_token_id", self._end_tokens)
@@ -187,7 +187,7 @@ class ChatSession:
         """The messages that fit the context with an answer, how many were dropped, and their ids [1, T]."""
         room, dropped = self.model.plan.context_tokens, 0
         while True:
-            ids, oldest = self._ids(messages), len(self._system)
+            ids, oldest = self.prompt_ids(messages), len(self._system)
             left, droppable = room - ids.shape[1], self.overflow == "drop" and len(messages) - oldest >= 3
             if left >= (min(new_tokens, room // 4) if droppable else 1):
                 return messages, dropped, ids
@@ -200,7 +200,7 @@ class ChatSession:
             messages = messages[:oldest] + messages[oldest + 2 :]
             dropped += 2
 
-    def _ids(self, messages: list[Message]) -> Tensor:
+    def prompt_ids(self, messages: list[Message]) -> Tensor:
         tokenizer = self.model.tokenizer
         if not self.templated:
             text = _joined([message["content"] for message in messages])
@@ -233,7 +233,7 @@ def _joined(texts: list[str]) -> str:
     return joined
 
 
-class _Interrupted(StoppingCriteria):  # type: ignore[misc]
+class Interrupted(StoppingCriteria):  # type: ignore[misc]
     """Ends an answer when its caller says so."""
 
     def __init__(self, asked: Callable[[], bool] | None) -> None:

@@ -25,7 +25,7 @@ from griffin_offload.blocks.replace import linear_names
 from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
-from griffin_offload.checkpoint.files import check_name, renamed, temporary_name, write_text
+from griffin_offload.checkpoint.files import check_name, one_writer, renamed, temporary_name, write_text
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.checkpoint.safetensors import INDEX, UNFINISHED
@@ -42,15 +42,10 @@ from griffin_offload.formats.translated import stored_bytes
 from griffin_offload.transformers_api import StockModel
 from griffin_offload.units import format_bytes
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all) after each tensor."""
 # Beside the tensors: headers, index, tokenizer.
-_MARGIN_BYTES = 50_000_000
+MARGIN_BYTES = 50_000_000
 # Our temporary names, and those that safetensors writes under before it renames to ours.
 _HALVES = (".*.tmp", ".tmp*")
 
@@ -131,19 +126,8 @@ def _locked(directory: Path) -> Iterator[None]:
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file: nothing is overwritten, give a new directory")
     directory.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
+    with one_writer(directory, "conversion"):
         yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"another conversion is writing {directory}: wait for it or stop it") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _finished_shards(directory: Path, mark: ConversionInfo) -> list[Path]:
@@ -178,7 +162,7 @@ def _read_note(note: Path) -> Any:
 
 
 def _check_disk(directory: Path, missing_bytes: int) -> None:
-    free, needed = shutil.disk_usage(directory).free, missing_bytes + _MARGIN_BYTES
+    free, needed = shutil.disk_usage(directory).free, missing_bytes + MARGIN_BYTES
     if needed > free and missing_bytes > 0:
         raise DoesNotFit(
             f"the conversion needs {format_bytes(needed)} on the disk of {directory}, {format_bytes(free)} are free"

@@ -65,20 +65,20 @@ class _OwnLinear:
 # Attention of one token on the CPU: our kernel in place of torch's, for models that take theirs from transformers.
 
 
-_NAME, _STOCK = "griffin_offload_one_token", "sdpa"
+ATTENTION_NAME, STOCK_ATTENTION = "griffin_offload_one_token", "sdpa"
 
 
 def use_own_attention(model: StockModel) -> None:
     """Let our kernel attend for single tokens where a model's attention is torch's, found by transformers' interface;
     others stay as they are."""
-    if model.config._attn_implementation != _STOCK or not model._supports_attention_backend:
+    if model.config._attn_implementation != STOCK_ATTENTION or not model._supports_attention_backend:
         return
-    AttentionInterface.register(_NAME, _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS[_STOCK])
-    model.set_attn_implementation(_NAME)
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, ALL_MASK_ATTENTION_FUNCTIONS[STOCK_ATTENTION])
+    model.set_attn_implementation(ATTENTION_NAME)
 
 
-def _attention(
+def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """As `sdpa_attention_forward`: query [B, heads, T, D], key and value [B, kv heads, S, D] to [B, T, heads, D]."""
@@ -100,7 +100,7 @@ def use_own_norms(model: nn.Module) -> None:
     """Let our kernel norm a few rows in every module that is seen to do what it does."""
     for module in model.modules():
         if _is_plain(module) and _agrees(module):
-            module.__dict__["forward"] = _OwnNorm(module)
+            module.__dict__["forward"] = CpuNorm(module)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -127,7 +127,7 @@ def _agrees(module: nn.Module) -> bool:
     return stock.dtype == ours.dtype and torch.allclose(ours.float(), stock.float(), rtol=2 * step, atol=0)
 
 
-class _OwnNorm:
+class CpuNorm:
     """The forward of one norm, which it does not keep alive: that would be a cycle."""
 
     def __init__(self, module: nn.Module) -> None:

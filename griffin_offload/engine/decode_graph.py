@@ -70,13 +70,13 @@ class ReusedKVCache:
 # are, so that the same kernels can run again without Python: as a captured CUDA graph.
 
 
-_SMALLEST_BUCKET = 256
+SMALLEST_BUCKET = 256
 
 
 def bucket_of(tokens: int, room: int) -> int:
     """The length that `tokens` of a KV cache with this `room` are read by: a power of two, or half way to the next
     one, so that attention reads at most half as much again as there is, and few lengths exist."""
-    bucket = _SMALLEST_BUCKET
+    bucket = SMALLEST_BUCKET
     while bucket < tokens:
         bucket += bucket // 2 if bucket & (bucket - 1) == 0 else bucket // 3
     return min(bucket, room)
@@ -117,7 +117,7 @@ class StaticDecodeStep:
         """The same kernels at the same addresses every time."""
         output = self._forward(
             **{self._name: self._inputs},
-            attention_mask=self._masks(),
+            attention_mask=self.masks(),
             position_ids=self._positions,
             **{CACHE: Cache(layers=[_FixedLayer(layer, self._kinds[layer.window]) for layer in cache.layers])},
             use_cache=True,
@@ -129,7 +129,7 @@ class StaticDecodeStep:
         else:  # the first time, which is never captured
             self.logits = logits.clone()
 
-    def _masks(self) -> Any:
+    def masks(self) -> Any:
         """One mask, or one by type of layer where a config has types, as transformers makes them for static caches."""
         masks = {_type_of(window): kind.mask(self._dtype) for window, kind in self._kinds.items()}
         return masks if self._by_type else next(iter(masks.values()))

@@ -55,7 +55,7 @@ class DecoderLayers:
     expert_store: ExpertStore | None = None
     """Where their experts rest; None where there are none."""
     routers: dict[int, RestrictedForward] = field(default_factory=dict)
-    """Of the same layers, where routing is kept to residents."""
+    """Of the same layers: what can keep routing to residents."""
     expert_buffers: ExpertBuffers = field(default_factory=ExpertBuffers)
     norms: dict[int, Tensor] = field(default_factory=dict)
     """Of the weights, for selections that ask for them: computed when a layer passes for the first time."""
@@ -78,6 +78,11 @@ class DecoderLayers:
             choices=sum(router.choices for router in self.routers.values()),
             redirected=sum(router.redirected for router in self.routers.values()),
         )
+
+    def restrict(self, *, drafting: bool = False) -> None:
+        """Have missing experts read or not, as the model was loaded; while it is `drafting`, not."""
+        for cache in self.experts.values():
+            cache.restrict(drafting or self.config.missing_experts == "route")
 
     @property
     def arrival_wait_s(self) -> float:
@@ -259,7 +264,7 @@ class LayerPass:
         chunk_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self._decoder, self._blocks, self._feed, self._visitors = decoder, blocks, feed, visitors
+        self._decoder, self._blocks, self.feed, self._visitors = decoder, blocks, feed, visitors
         self._every_layer, self._chunk_tokens, self._progress = every_layer, chunk_tokens, progress
         self._full: list[Tensor] = []
         self.visited = 0
@@ -270,21 +275,21 @@ class LayerPass:
     def __enter__(self: PassT) -> PassT:
         self._entered = time.perf_counter()
         try:
-            self._begin()
+            self.begin()
         except BaseException as error:  # Ctrl-C, too: no hook may stay behind
             self.__exit__(type(error), error, None)
             raise
         return self
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         self._remove_hooks()  # of a pass whose end was interrupted
         for visitor in self._visitors:
             visitor.begin()
-        self._feed.__enter__()
+        self.feed.__enter__()
         for index, (layer, block) in enumerate(zip(self._decoder, self._blocks, strict=True)):
             if self._chunk_tokens is not None:
                 block.chunked(self._chunk_tokens)
-            if self._every_layer or index in self._feed.layers:
+            if self._every_layer or index in self.feed.layers:
                 self._hook_layer(index, layer, block)
             layer.register_forward_hook(PassHook(partial(self._layer_done, index)))
 
@@ -300,7 +305,7 @@ class LayerPass:
 
     def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._remove_hooks()
-        self._feed.__exit__(kind, error, trace)
+        self.feed.__exit__(kind, error, trace)
 
     def _remove_hooks(self) -> None:
         for layer, block in zip(self._decoder, self._blocks, strict=True):
@@ -309,8 +314,8 @@ class LayerPass:
 
     def walk(self) -> None:
         """Visit the layers that the feed brings without a forward."""
-        with self._feed:
-            for index in self._feed.layers:
+        with self.feed:
+            for index in self.feed.layers:
                 self._layer_starts(index)
                 self._layer_ends(index)
 
@@ -322,8 +327,8 @@ class LayerPass:
 
     def _layer_starts(self, index: int, *_: Any) -> None:
         block = self._blocks[index]
-        if index in self._feed.layers:
-            self._full = self._feed.bring(index)
+        if index in self.feed.layers:
+            self._full = self.feed.bring(index)
         else:
             self._full = block.full() if block.precision.is_plain else []
         for visitor in self._visitors:
@@ -342,8 +347,8 @@ class LayerPass:
             visitor.end(index, self._blocks[index], self._full)
         self.visited += 1
         self._full = []
-        if index in self._feed.layers:
-            self._feed.drop(index)
+        if index in self.feed.layers:
+            self.feed.drop(index)
         self.end_s += time.perf_counter() - start
 
     def _layer_done(self, index: int, _: nn.Module, __: Any, output: Any) -> None:

@@ -48,7 +48,7 @@ def load(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> Loaded:
         model_spec.shape_of(plan).weight_bytes * model_spec.checkpoint.dtype.itemsize // model_spec.dtype.itemsize
     )
     check_stored(model_spec.checkpoint, described)
-    _check_free_memory(model_spec, plan)
+    check_free_memory(model_spec, plan)
     threads = _threads(model_spec, config)  # its trial needs memory that the residents will take
     # Tensors of inference mode could not be filled again outside of it.
     with limited_threads(threads), torch.inference_mode(False), contextlib.ExitStack() as on_failure:
@@ -84,7 +84,7 @@ def _load(
     ledger = Ledger(hardware, overhead_bytes)
     hardware.cap(model_spec.request.budget_bytes - overhead_bytes)
     shape = model_spec.shape_of(plan)
-    scratch = _scratch(model_spec, shape)
+    scratch = make_scratch(model_spec, shape)
     model, decoder, blocks = _map_layers(model_spec.checkpoint, shape, scratch, evict=evicts(model_spec))
     full = {index: blocks[index].full() for index in plan.streamed}
     offload = _offload_tier(model_spec, plan, config)
@@ -132,7 +132,7 @@ def _expert_store(full: dict[int, list[Tensor]], model_spec: ModelSpec) -> Exper
     return ExpertStore(full, evict=evicts(model_spec)) if full else None
 
 
-def _scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
+def make_scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
     """What matrices are multiplied through that are not multiplied as they rest; empty where there are none."""
     needed = model_spec.request.translated or not shape.precision.is_plain
     dtype = torch.float32 if model_spec.request.translated else model_spec.dtype
@@ -179,7 +179,7 @@ def check_stored(checkpoint: Checkpoint, described_bytes: int) -> None:
         )
 
 
-def _check_free_memory(model_spec: ModelSpec, plan: Plan) -> None:
+def check_free_memory(model_spec: ModelSpec, plan: Plan) -> None:
     free, _ = model_spec.hardware.memory_bytes()
     needed = plan.peak_bytes - plan.parts["overhead"]
     if needed > free:

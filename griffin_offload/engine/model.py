@@ -33,10 +33,10 @@ from griffin_offload.engine.options import translated
 from griffin_offload.engine.report import PrefillReport, RunReport
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.runner import ModelRunner
-from griffin_offload.engine.spec import NO_PASSES, ModelSpec, examine, plan_for
+from griffin_offload.engine.spec import ModelSpec, check_no_passes, examine, plan_for
 from griffin_offload.engine.stock import check_wait
 from griffin_offload.engine.structure import StructureGuide
-from griffin_offload.errors import BudgetExceeded, SavedContextError, UsageError
+from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context
 from griffin_offload.planner.plan import Plan
@@ -196,26 +196,17 @@ class GriffinModel(StockInterface):
     def save_context(self, context: Context, path: str | Path, notes: dict[str, Any] | None = None) -> None:
         """Write what `context` remembers to a file, and `notes` (JSON values) beside it. SavedContextError if that
         cannot be done; a file that was there stays as it was then."""
-        self.check_saving()
         self._check_owner(context)
         save_context(context, Path(path), self._engine.identity, notes or {})
 
     def load_context(self, path: str | Path, context: Context | None = None) -> tuple[Context, dict[str, Any]]:
         """A context, or `context` made the one, that was saved with this model, precision and density; and its notes.
         No weight is read. SavedContextError, and `context` as it was, if the file cannot be used."""
-        self.check_saving()
         context = self.new_context() if context is None else context
         self._check_owner(context)
         engine = self._engine
         with own_modes(self.device):
             return context, load_context(context, Path(path), engine.identity, engine.like, self.device)
-
-    def check_saving(self) -> None:
-        """SavedContextError where what a context remembers cannot be written to a file: of mixtures of experts."""
-        if self.plan.experts:
-            raise SavedContextError(
-                "prompts of mixtures of experts are not saved yet: keep the context, or read it again"
-            )
 
     def _check_owner(self, context: Context) -> None:
         if not context.belongs_to(self._loaded):
@@ -298,8 +289,8 @@ class GriffinModel(StockInterface):
             refresh=config.refresh if refresh is None else refresh,
             lookup=config.lookup if lookup is None else lookup,
         )
-        if mode.pass_tokens and self.plan.experts and not mode.exact:
-            raise UsageError(f"refresh={mode.refresh} does not work with experts yet: {NO_PASSES}")
+        if self.plan.experts and not mode.exact and config.missing_experts == "fetch":
+            check_no_passes(mode.pass_tokens)
         if mode.exact:
             self._model_spec.check_exact(self._engine.shape.precision)
         return mode
@@ -311,6 +302,7 @@ class GriffinModel(StockInterface):
         completed = False
         try:
             self._engine.run = run
+            self._loaded.layers.restrict(drafting=run.mode.exact)
             with self._loaded.ledger.measuring(), limited_threads(self._loaded.threads):
                 start = time.perf_counter()
                 with probabilities_named(self._model_spec.dtype):
@@ -327,6 +319,7 @@ class GriffinModel(StockInterface):
             self._engine.run = None
             if run.guide is not None:
                 run.guide.close()
+            self._loaded.layers.restrict()
             if completed:
                 self._engine.passes.note_chosen(run.cache)  # streamed passes between tokens choose anew
             if run.context is not None:

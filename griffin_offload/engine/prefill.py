@@ -21,7 +21,7 @@ from griffin_offload.method.selection import layer_generator, select_neurons
 from griffin_offload.method.statistic import share_kept, shared_score, split_at, split_tokens
 
 # After so many bytes of hidden states, on the CPU, freed memory is given back: it costs a few ms then.
-_GIVE_BACK_BYTES = 32 * 2**20
+GIVE_BACK_BYTES = 32 * 2**20
 # Below this many tokens the last quarter is too little to measure on.
 SHORT_PROMPT_TOKENS = 16
 
@@ -104,7 +104,7 @@ class GiveBack(Visitor):
 
     def done(self, hidden: Tensor) -> None:
         self._since_bytes += hidden.nbytes if hidden.is_cpu else 0
-        if self._since_bytes >= _GIVE_BACK_BYTES:
+        if self._since_bytes >= GIVE_BACK_BYTES:
             self._since_bytes = 0
             give_back_freed()
 

@@ -37,7 +37,7 @@ class HostEmbedding:
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
-        self._pages = FilePages(list(module.parameters()), evict=False)
+        self.pages = FilePages(list(module.parameters()), evict=False)
         self.row_bytes = 0
         # A plain tensor: transformers takes a model's device from its first parameter, and moves inputs there.
         for name, parameter in list(module._parameters.items()):  # a quantised one has scales, too
@@ -45,19 +45,19 @@ class HostEmbedding:
                 del module._parameters[name]
                 setattr(module, name, parameter.detach())
         module.register_forward_pre_hook(self._to_host)
-        module.register_forward_hook(self._to_device)
+        module.register_forward_hook(self.to_device)
 
     def _to_host(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].to("cpu"), *args[1:])
 
-    def _to_device(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
-        self._pages.files.check_contents()
+    def to_device(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
+        self.pages.files.check_contents()
         self.row_bytes += rows.nbytes
         return rows.to(device=self._device, dtype=self._dtype)
 
     def close(self) -> None:
         """Close the file."""
-        self._pages.close()
+        self.pages.close()
 
 
 @dataclass
@@ -138,17 +138,16 @@ def compact_blocks(
 
 
 def cache_experts(layers: DecoderLayers) -> None:
-    """Give every streamed layer of experts what keeps account of its places; with `route`, keep its router to them."""
-    fetch = layers.config.missing_experts == "fetch"
+    """Give every streamed layer of experts what keeps account of its places, and what keeps its router to them."""
     for index, places in layers.compact.items():
         block = layers.blocks[index]
         if not isinstance(block, Experts):
             continue
         assert layers.expert_store is not None, "streamed experts rest somewhere"
-        cache = ExpertCache(index, layers.expert_store, places, layers.expert_buffers, block.neurons, fetch=fetch)
+        cache = ExpertCache(index, layers.expert_store, places, layers.expert_buffers, block.neurons)
         block.source = layers.experts[index] = cache
-        if not fetch:
-            layers.routers[index] = block.parent.forward = RestrictedForward(block.parent, cache.allowed)
+        layers.routers[index] = block.parent.forward = RestrictedForward(block.parent, cache.allowed)
+    layers.restrict()
 
 
 class GatherSelected(Visitor):
@@ -173,8 +172,8 @@ def materialise(layers: DecoderLayers, selected: dict[int, Tensor], dtype: torch
     dense = {index: chosen for index, chosen in selected.items() if index not in layers.experts}
     feed = RowFeed(layers, dense, dtype)
     LayerPass(layers.decoder, layers.blocks, feed, [GatherSelected(layers, dense)]).walk()
-    if layers.config.missing_experts == "route":  # else any that are there will do
-        for index, cache in layers.experts.items():
+    for index, cache in layers.experts.items():
+        if cache.restricted:  # else any that are there will do
             cache.place(selected[index].tolist())
     layers.selected = selected
 

@@ -36,8 +36,6 @@ from griffin_offload.planner.solve import make_plan
 from griffin_offload.transformers_api import warn_if_untested
 from griffin_offload.units import format_bytes, parse_size
 
-NO_PASSES = "with missing_experts='fetch', the default, every token is the full model's own already"
-
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -66,8 +64,6 @@ class ModelSpec:
 
     def check_exact(self, precision: Format) -> None:
         """UsageError unless residents of `precision` can draft for the full model: all but FFs must be as stored."""
-        if self.shape.has_experts:
-            raise UsageError(f"exact mode does not draft with experts yet: {NO_PASSES}")
         if precision is not self.checkpoint.precision or precision.rests_as() is not precision:
             raise UsageError(
                 f"exact mode needs residents in the stored precision, these are {precision}: load with exact=True"
@@ -145,7 +141,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, others, request, assumed if absent else None)
     if config.exact:
         model_spec.check_exact(checkpoint.precision)
-    _check_passes(model_spec)
+    _check_passes(model_spec, config)
     _check_experts(model_spec, config)
     return model_spec
 
@@ -173,10 +169,19 @@ def _stored_share(checkpoint: Checkpoint, parts: PartSizes, dtype: torch.dtype) 
     return 0.0 if in_place else (parts.translated_share or 1) * checkpoint.dtype.itemsize / dtype.itemsize
 
 
-def _check_passes(model_spec: ModelSpec) -> None:
+def check_no_passes(refresh: int) -> None:
+    """UsageError for passes between two tokens where missing experts are read: there is nothing to correct."""
+    if refresh:
+        raise UsageError(
+            f"refresh={refresh} corrects what residents alone have computed, and with missing_experts='fetch' every "
+            "token is the full model's own: leave it out, or load with missing_experts='route'"
+        )
+
+
+def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
     """UsageError where the passes between two tokens cannot take the drafted ones back."""
-    if model_spec.request.pass_tokens and model_spec.shape.has_experts:
-        raise UsageError(f"refresh={model_spec.request.pass_tokens} does not work with experts yet: {NO_PASSES}")
+    if model_spec.shape.has_experts and not config.exact and config.missing_experts == "fetch":
+        check_no_passes(model_spec.request.pass_tokens)
     if model_spec.request.pass_tokens and model_spec.request.cache != "ours":
         reason = why_not_back(model_spec.checkpoint.config)
         raise UsageError(f"refresh={model_spec.request.pass_tokens} takes tokens back: {reason}")
@@ -277,7 +282,8 @@ def evicts(model_spec: ModelSpec) -> bool:
 def identity_of(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> ModelIdentity:
     """What the numbers in a context depend on."""
     layers = model_spec.shape_of(plan).layers
-    return {
+    of_experts: ModelIdentity = {"missing_experts": config.missing_experts} if plan.experts else {}
+    return of_experts | {
         "model": model_spec.checkpoint.fingerprint(),
         "precision": plan.precision,
         "dtype": str(model_spec.dtype).removeprefix("torch."),

@@ -123,21 +123,21 @@ class ModelSlot:
     def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
         self._checkpoint = checkpoint
         self._options = options | {"quantize": checkpoint.precision.name}
-        self._model: GriffinModel | None = None
+        self.model: GriffinModel | None = None
         self._purpose: Variant | None = None
 
     def streaming(self) -> GriffinModel:
         """A model without resident neurons. Its plan's context does not matter: a simulation has no KV cache."""
         ctx_tokens = min(MIN_AUTO_CTX, getattr(self._checkpoint.config, "max_position_embeddings", MIN_AUTO_CTX))
-        if self._model is None or self._purpose is not None:
+        if self.model is None or self._purpose is not None:
             self._load(None, ctx_tokens, ctx_tokens, density=0.0, always_stream=True)
-        assert self._model is not None
-        return self._model
+        assert self.model is not None
+        return self.model
 
     def generating(self, variant: Variant, prompt_tokens: int, ctx_tokens: int) -> GriffinModel:
         """A model with the neurons of `variant` resident, for prompts and answers of these lengths. The full model,
         where it does not fit, answers in exact mode."""
-        plan = self._model.plan if self._model is not None and self._purpose == variant else None
+        plan = self.model.plan if self.model is not None and self._purpose == variant else None
         if plan is None or plan.context_tokens < ctx_tokens or plan.prompt_tokens < prompt_tokens:
             kept = {"density": variant.density, "selection": variant.selection}
             try:
@@ -146,19 +146,19 @@ class ModelSlot:
                 if variant.density < 1:
                     raise
                 self._load(variant, prompt_tokens, ctx_tokens, exact=True)
-        assert self._model is not None
-        return self._model
+        assert self.model is not None
+        return self.model
 
     def close(self) -> None:
         """Give back the memory."""
-        if self._model is not None:
-            self._model.close()
-        self._model = None
+        if self.model is not None:
+            self.model.close()
+        self.model = None
 
     def _load(self, purpose: Variant | None, prompt_tokens: int, ctx_tokens: int, **kept: Any) -> None:
         self.close()
         options = self._options | kept | {"prompt_tokens": prompt_tokens, "ctx_size": ctx_tokens}
-        self._model = GriffinModel.from_pretrained(self._checkpoint.path, **options)
+        self.model = GriffinModel.from_pretrained(self._checkpoint.path, **options)
         self._purpose = purpose
 
 
@@ -207,7 +207,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         self._mode, self._bos = mode, bos
         self.progress: Progress | None = None
         self._options = {name: value for name, value in options.items() if value is not None}
-        self._slot = ModelSlot(checkpoint, processes.share(options))
+        self.slot = ModelSlot(checkpoint, processes.share(options))
         self._likelihoods = Likelihoods(mode, self._simulate)
         gemma = checkpoint.config.model_type.startswith("gemma")
         super().__init__(
@@ -235,7 +235,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
 
     def close(self) -> None:
         """Give the model's memory back."""
-        self._slot.close()
+        self.slot.close()
 
     def forget(self) -> None:
         """Drop log-likelihoods that were kept for other rows."""
@@ -270,11 +270,11 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         return self._likelihoods.of(found, self.row)
 
     def _simulate(self, samples: list[Sample]) -> list[Simulated]:
-        return simulate(self._slot.streaming(), samples, self.variants, progress=self.progress)
+        return simulate(self.slot.streaming(), samples, self.variants, progress=self.progress)
 
     def _generate(self, **arguments: Any) -> Any:
         variant = Variant(1.0) if self.row == 0 else self.variants[self.row - 1]
-        output = self._slot.generating(variant, self._prompt_tokens, self._ctx_tokens).generate(**arguments)
+        output = self.slot.generating(variant, self._prompt_tokens, self._ctx_tokens).generate(**arguments)
         self._generated += 1
         if self.progress is not None:
             self.progress(self._generated, self._generations)

@@ -34,8 +34,8 @@ from griffin_offload.units import format_bytes
 
 
 # More tokens at once in a layer, or positions in the head, make nothing faster.
-_TOKENS_AT_ONCE = 2048
-_POSITIONS_AT_ONCE = 64
+TOKENS_AT_ONCE = 2048
+POSITIONS_AT_ONCE = 64
 _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
 # Of a plan's prefill: what a simulated pass has in another form, or not at all.
@@ -86,9 +86,9 @@ class Sizer:
 
         # Every further pass fetches all weights again: samples come before what only makes a layer or the head faster.
         count = most(samples, lambda n: self._parts(n, 1, 1, columns, padded))
-        limit = min(max(_TOKENS_AT_ONCE // columns, 1), count * self.variants)
+        limit = min(max(TOKENS_AT_ONCE // columns, 1), count * self.variants)
         rows = most(limit, lambda n: self._parts(count, n, 1, columns, padded))
-        positions = most(_POSITIONS_AT_ONCE, lambda n: self._parts(count, rows, n, columns, padded))
+        positions = most(POSITIONS_AT_ONCE, lambda n: self._parts(count, rows, n, columns, padded))
         return PassSize(count, rows, positions, self._parts(count, rows, positions, columns, padded))
 
     def refuse(self, columns: int) -> DoesNotFit:

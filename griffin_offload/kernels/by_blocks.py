@@ -25,20 +25,20 @@ class Scratch:
 
     def __init__(self, nbytes: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
-        self._buffer = torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=device)
+        self.buffer = torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=device)
 
     def rows(self, width: int) -> int:
         """Rows of `width` numbers that one block holds, at least one."""
-        return max(self._buffer.numel() // width, 1)
+        return max(self.buffer.numel() // width, 1)
 
     def block(self, *shape: int) -> Tensor:
         """A view of `shape`; a row longer than the scratch (the head of a tiny plan) gets memory of its own."""
         numbers = 1
         for size in shape:
             numbers *= size
-        if numbers > self._buffer.numel():
-            return torch.empty(shape, dtype=self.dtype, device=self._buffer.device)
-        return self._buffer[:numbers].view(shape)
+        if numbers > self.buffer.numel():
+            return torch.empty(shape, dtype=self.dtype, device=self.buffer.device)
+        return self.buffer[:numbers].view(shape)
 
 
 def multiply(x: Tensor, weight: Tensor, scratch: Scratch, scale: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ _GATHERING = struct.Struct("@6P9q")
 """The struct Gathering of gather.c."""
 _MASK_BITS = 64
 # One thread is done with less than that before a second one has begun.
-_SHARED_BYTES = 2**20
+SHARED_BYTES = 2**20
 # numpy copies what does not lie in one piece to a buffer of such rows.
 _COPIED_ROWS = 1024
 _HALF = 16  # bytes of a group of 32 codes
@@ -57,7 +57,7 @@ def columns_by_numpy(source: Tensor, chosen: Tensor, out: Tensor) -> None:
     def take_rows(rows: slice) -> None:
         np.take(columns[rows], indices, axis=1, out=target[rows], mode="wrap")
 
-    threads = torch.get_num_threads() if out.nbytes >= _SHARED_BYTES else 1
+    threads = torch.get_num_threads() if out.nbytes >= SHARED_BYTES else 1
     step = -(-source.shape[0] // threads)
     if not out.is_contiguous():
         step = min(step, _COPIED_ROWS)

@@ -30,7 +30,7 @@ class GemvKernels:
     def __init__(self, library: Library, *, wide: bool = True, ahead: bool | None = None) -> None:
         self._library = library
         self._ahead = library.fetches_ahead if ahead is None else ahead
-        self._bytes, self._pairs = wide and library.sums_bytes, wide and library.sums_pairs
+        self.uses_bytes, self._pairs = wide and library.sums_bytes, wide and library.sums_pairs
 
     def multiply_int8(
         self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None
@@ -42,7 +42,7 @@ class GemvKernels:
         check(scale, (outputs,), name="the scale")
         sizes = (rows, _parts(x), outputs, outputs, inputs, _INT8_GROUP)
         beside = (input_scale, weight, None, scale, bias)
-        return self._quantised("multiply_int8", x, beside, sizes, self._bytes)
+        return self._quantised("multiply_int8", x, beside, sizes, self.uses_bytes)
 
     def multiply_int4_rows(
         self, x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, bias: Tensor | None = None
@@ -58,7 +58,7 @@ class GemvKernels:
             raise ValueError(f"{inputs} inputs must be whole groups of {_INT4_GROUP}")
         sizes = (rows, _parts(x), outputs, outputs, inputs, _INT4_GROUP)
         beside = (None, codes, groups, scale, bias)
-        return self._quantised("multiply_int4_rows", x, beside, sizes, self._bytes)
+        return self._quantised("multiply_int4_rows", x, beside, sizes, self.uses_bytes)
 
     def multiply_int4_strips(
         self,
@@ -82,7 +82,9 @@ class GemvKernels:
         made = (own.data_ptr(), own.data_ptr() + 4 * rows * parts * outputs, 0, 0, 0, 0)
         beside = (input_scale, codes, groups, None, bias)
         sizes = (rows, parts, outputs, wanted, inputs, _INT4_GROUP)
-        return run(self._library, "multiply_int4_strips", x, beside, made, sizes, wide=self._bytes, ahead=self._ahead)
+        return run(
+            self._library, "multiply_int4_strips", x, beside, made, sizes, wide=self.uses_bytes, ahead=self._ahead
+        )
 
     def multiply_floats(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [M, I] times `weight` [O, I] plus `bias` [O], all of the same 16-bit type: [M, O] in it; sums are in

@@ -67,26 +67,26 @@ class Library:
     """Functions of the library at `path`. OSError or AttributeError if it, or torch's OpenMP, is not there."""
 
     def __init__(self, path: str) -> None:
-        self._functions = ctypes.CDLL(path)
+        self.functions = ctypes.CDLL(path)
         # A symbol of torch's own dependencies: other OpenMP runtimes in the process are other pools.
         torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        self._parallel = ctypes.cast(torch_library.GOMP_parallel, ctypes.c_void_p)
-        self.supported = bool(self._functions.has_avx2())
-        self.sums_bytes = bool(self._functions.has_vnni())
+        self.parallel = ctypes.cast(torch_library.GOMP_parallel, ctypes.c_void_p)
+        self.supported = bool(self.functions.has_avx2())
+        self.sums_bytes = bool(self.functions.has_vnni())
         """Whether one instruction of this processor multiplies and sums many 8-bit numbers."""
-        self.sums_pairs = bool(self._functions.has_bf16())
+        self.sums_pairs = bool(self.functions.has_bf16())
         """The same of bfloat16 numbers."""
-        self.sums_tiles = bool(self._functions.has_amx())
+        self.sums_tiles = bool(self.functions.has_amx())
         """The same of whole tiles of them (AMX)."""
-        self.fetches_ahead = bool(self._functions.fetches_ahead())
+        self.fetches_ahead = bool(self.functions.fetches_ahead())
         """Whether products are faster if weights are asked for before they are needed."""
-        self.leaves_out = bool(self._functions.has_vbmi2())
+        self.leaves_out = bool(self.functions.has_vbmi2())
         """Whether one instruction of this processor brings chosen numbers of a vector side by side."""
 
     def call(self, function: str, job: bytes) -> None:
         """Run `function` for `job`, its packed struct, on as many threads as that says; the interpreter is free
         meanwhile."""
-        getattr(self._functions, function)(job, self._parallel)
+        getattr(self.functions, function)(job, self.parallel)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ def largest_of_rows(weight: Tensor, divisor: Tensor | None) -> Tensor:
     """The largest magnitude of each row of `weight` [O, I], float32 [O], of its columns over `divisor` [I]; NaN where
     there is one."""
     largest = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
-    _run("quantize_largest", weight, largest, divisor=divisor)
+    run("quantize_largest", weight, largest, divisor=divisor)
     return largest
 
 
@@ -34,7 +34,7 @@ def quantize_int8(weight: Tensor, scale: Tensor, out: Tensor, divisor: Tensor | 
     """`weight` [O, I] over `scale` [O] and `divisor` [I], whole numbers within 127, to `out` int8 [O, I], whose rows
     may lie apart."""
     check_rows(out, (weight.shape[0], weight.shape[1]), torch.int8, "the numbers", written=True)
-    _run("quantize_int8", weight, out, divisor=divisor, scale=scale)
+    run("quantize_int8", weight, out, divisor=divisor, scale=scale)
 
 
 def quantize_int4_rows(weight: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def quantize_int4_rows(weight: Tensor, scale: Tensor, importance: Tensor | None)
     by the `importance` [I] of their input."""
     outputs, groups = weight.shape[0], _groups(weight.shape[1])
     made = _int4_of(outputs, groups)
-    _run("quantize_int4_rows", weight, made[0], scale=scale, groups=made[1], importance=importance)
+    run("quantize_int4_rows", weight, made[0], scale=scale, groups=made[1], importance=importance)
     return made
 
 
@@ -50,21 +50,21 @@ def quantize_int4_neurons(columns: Tensor, scale: Tensor, importance: Tensor | N
     """Codes [K, O / 2] and groups [K, O / 32, 2] of `columns` [O, K] over `scale` [K], none of which is 0; errors
     count by the `importance` [O] of their output."""
     made = _int4_of(columns.shape[1], _groups(columns.shape[0]))
-    _run("quantize_int4_neurons", columns, made[0], scale=scale, groups=made[1], importance=importance)
+    run("quantize_int4_neurons", columns, made[0], scale=scale, groups=made[1], importance=importance)
     return made
 
 
 def row_norms(weight: Tensor) -> Tensor:
     """Root mean squares of the rows of `weight` [O, I], float32 [O]."""
     norms = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
-    _run("quantize_row_norms", weight, norms)
+    run("quantize_row_norms", weight, norms)
     return norms
 
 
 def column_norms(weight: Tensor) -> Tensor:
     """Root mean squares of the columns of `weight` [O, I], float32 [I]."""
     norms = torch.empty(weight.shape[1], dtype=torch.float32, device="cpu")
-    _run("quantize_column_norms", weight, norms)
+    run("quantize_column_norms", weight, norms)
     return norms
 
 
@@ -80,7 +80,7 @@ def _int4_of(rows: int, groups: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def _run(
+def run(
     function: str,
     weight: Tensor,
     out: Tensor,

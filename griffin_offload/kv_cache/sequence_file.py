@@ -24,7 +24,7 @@ from griffin_offload.formats import planned_as
 from griffin_offload.kv_cache.sequence import MAX_MARKS, Context, Snapshot
 
 _FORMAT, _VERSION = "griffin-offload context", 1
-_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_MULTIPLE = 8
 
 ModelIdentity = dict[str, Any]
@@ -72,8 +72,8 @@ class ContextSchema:
         """Whether the KV entries, a layer's parts being these, can be ours."""
         shapes = [[list(shape) for _, _, shape in layer] for layer in parts]
         fitting = all(layer.could_load(tokens, shape) for layer, shape in zip(context.cache.kept, shapes, strict=True))
-        exact = _DTYPES[self.dtype]
-        kinds = {2: [exact, exact], 4: [_DTYPES[torch.int8], exact] * 2}
+        exact = DTYPE_NAMES[self.dtype]
+        kinds = {2: [exact, exact], 4: [DTYPE_NAMES[torch.int8], exact] * 2}
         return fitting and all(
             [kind for _, kind, _ in layer] == kinds[len(layer)]
             and shape[0][1] * (shape[0][3] + shape[len(shape) // 2][3]) == width
@@ -98,7 +98,7 @@ def save_context(context: Context, path: Path, identity: ModelIdentity, notes: d
         if path.exists() and not path.is_file():
             raise OSError("it is no file")  # a directory, or a device that a file would take the place of
         with renamed(path) as temporary:
-            _write(temporary, dict(_tensors(context)), metadata)
+            write_tensors(temporary, dict(_tensors(context)), metadata)
     except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
         raise SavedContextError(f"{path} cannot be written ({one_line(error)}): choose another place") from error
 
@@ -120,14 +120,14 @@ def _tensors(context: Context) -> Iterator[tuple[str, Tensor]]:
         yield "logits", mark.logits
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, tensor by tensor: the library's own writer copies all of them first."""
-    parts = [(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-    header: dict[str, Any] = {"__metadata__": metadata | {"digest": _digest(metadata, parts)}}
+    parts = [(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    header: dict[str, Any] = {"__metadata__": metadata | {"digest": header_digest(metadata, parts)}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _HEADER_MULTIPLE)
     with path.open("wb") as file:
@@ -136,7 +136,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _digest(metadata: dict[str, str], parts: list[_Part]) -> str:
+def header_digest(metadata: dict[str, str], parts: list[_Part]) -> str:
     """Of all that a header says but this."""
     said = [sorted(item for item in metadata.items() if item[0] != "digest"), sorted(parts)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
@@ -255,7 +255,7 @@ def _checked_metadata(file: Any, path: Path) -> dict[str, str]:
         raise SavedContextError(
             f"{path} has version {metadata['version']}, this program reads up to {_VERSION}: update griffin-offload"
         )
-    if metadata["digest"] != _digest(metadata, [_part(file, name) for name in file.keys()]):  # noqa: SIM118
+    if metadata["digest"] != header_digest(metadata, [_part(file, name) for name in file.keys()]):  # noqa: SIM118
         raise SavedContextError(f"{path} is damaged: its header is not the one that was written")
     return metadata
 

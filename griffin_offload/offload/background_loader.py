@@ -107,7 +107,7 @@ class BackgroundLoader:
         try:
             with contextlib.suppress(queue.Empty):
                 while not self._stop:
-                    self._do(*self._queue.get_nowait())
+                    self.do(*self._queue.get_nowait())
         except BaseException as error:  # raised by whoever waits
             self._failure, self._stop = error, True
             for ready in self._ready:
@@ -119,7 +119,7 @@ class BackgroundLoader:
             if last:
                 self._finished()
 
-    def _do(self, stage: int, job: Job) -> None:
+    def do(self, stage: int, job: Job) -> None:
         job()
         self._check()
         with self._lock:

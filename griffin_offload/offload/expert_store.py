@@ -113,7 +113,8 @@ class ExpertBuffers:
 class ExpertCache:
     """The experts of one layer that are on the device, in places that never move: `ExpertSource` of its block.
 
-    With `fetch` one that is missing is read; without, GriffinError: the router was to be kept from it.
+    One that is missing is read; while routing is kept to residents (`restrict`), GriffinError: the router was to be
+    kept from it.
     """
 
     def __init__(
@@ -123,11 +124,9 @@ class ExpertCache:
         places: Sequence[Tensor],
         buffers: ExpertBuffers,
         experts: int,
-        *,
-        fetch: bool,
     ) -> None:
         """`places` [N, ...] have room for N of `experts`."""
-        self._layer, self._store, self._buffers, self._fetch = layer, store, buffers, fetch
+        self._layer, self._store, self._buffers, self._restricted = layer, store, buffers, False
         self._places = [[tensor.detach()[place] for tensor in places] for place in range(places[0].shape[0])]
         self._free = list(range(len(self._places)))
         self._place_of: dict[int, int] = {}
@@ -147,9 +146,20 @@ class ExpertCache:
         """Numbers of the experts that are on the device."""
         return sorted(self._place_of)
 
+    @property
+    def restricted(self) -> bool:
+        """Whether routing is kept to residents when tokens are decoded."""
+        return self._restricted
+
+    def restrict(self, on: bool) -> None:
+        """Keep routing to residents from now on, or have what is missing read."""
+        self._restricted = on
+        self._note_residents()
+
     def allowed(self) -> Tensor | None:
-        """Which experts a router may choose (booleans [E], on the device); None: all of them, while a prompt passes."""
-        return None if self._held is not None else self._resident
+        """Which experts a router may choose (booleans [E], on the device); None: all of them, also while a prompt
+        passes."""
+        return self._resident if self._restricted and self._held is None else None
 
     # Of a pass.
 
@@ -160,18 +170,18 @@ class ExpertCache:
 
     def settle(self, chosen: Sequence[int]) -> None:
         """Make `chosen` the residents, as far as they are there or tokens of this pass were sent to them. What no token
-        needed is read only where nothing will be read later."""
+        needed is read only where nothing will be read later, routing being restricted."""
         held = self._held or {}
         total = float(self._routed.sum())
         self.routing_kept = float(self._routed[list(chosen)].sum()) / total if total else 1.0
         arriving = [expert for expert in chosen if expert in held]
-        self._give_up(chosen, None if not self._fetch else len(arriving))
+        self._give_up(chosen, None if self._restricted else len(arriving))
         for expert in arriving:
             place = self._free[0]  # taken when it is full: an interrupt may come between
             for source, target in zip(held[expert], self._places[place], strict=True):
                 target.copy_(source)
             self._place_of[expert] = self._free.pop(0)
-        if not self._fetch:
+        if self._restricted:
             self.place(chosen)
         self._note_residents()
         if total:
@@ -212,10 +222,10 @@ class ExpertCache:
             self._routed += routed
             self._store.ask(self._layer, missing[:_READ_AHEAD])
             return
-        if missing and not self._fetch:
+        if missing and self._restricted:
             raise GriffinError(
                 f"layer {self._layer}: this model's router cannot be kept to residents, it chose {missing} beside "
-                f"{self.residents}: load it with missing_experts='fetch'"
+                f"{self.residents}: load it with missing_experts='fetch', and without exact mode"
             )
         self._used = self._used * FADING ** index.shape[0] + routed
         self.misses += len(missing)

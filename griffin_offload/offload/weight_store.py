@@ -120,10 +120,10 @@ class MmapStore:
 
     def __init__(self, layers: dict[int, list[Tensor]], *, evict: bool) -> None:
         self._layers = layers
-        self._pages = FilePages([tensor for tensors in layers.values() for tensor in tensors], evict=evict)
-        self._spans = {index: self._pages.spans(tensors) for index, tensors in layers.items()}
-        self._paths = {index: self._pages.paths(tensors) for index, tensors in layers.items()}
-        self.unmapped_bytes = self._pages.unmapped_bytes
+        self.pages = FilePages([tensor for tensors in layers.values() for tensor in tensors], evict=evict)
+        self._spans = {index: self.pages.spans(tensors) for index, tensors in layers.items()}
+        self._paths = {index: self.pages.paths(tensors) for index, tensors in layers.items()}
+        self.unmapped_bytes = self.pages.unmapped_bytes
         self.fetched_bytes = 0
         self.placements = self._placements()
         """Where layers lie in slots that they are read into; empty where they are used in their mapped pages."""
@@ -131,7 +131,7 @@ class MmapStore:
     def _placements(self) -> dict[int, SlotLayout]:
         found = {}
         for index, tensors in self._layers.items():
-            extents = self._pages.extents(tensors) if self._pages.direct else None
+            extents = self.pages.extents(tensors) if self.pages.direct else None
             if extents is None or sum(tensor.nbytes for tensor in tensors) < MIN_DIRECT_BYTES:
                 return {}
             found[index] = SlotLayout(tensors, extents)
@@ -142,45 +142,45 @@ class MmapStore:
 
     def fetch(self, layer: int) -> list[Tensor]:
         """Read the layer and map its pages; blocks; counted."""
-        self._pages.read(self._spans[layer])
+        self.pages.read(self._spans[layer])
         self.fetched_bytes += sum(stored_bytes(tensor) for tensor in self._layers[layer])
         return self._layers[layer]
 
     def copy(self, layer: int, targets: Sequence[Tensor]) -> None:
         """Copy the layer's tensors to `targets` of their sizes; blocks."""
         for tensor, target in zip(self._layers[layer], targets, strict=True):
-            self._pages.copy(tensor.detach(), target)
+            self.pages.copy(tensor.detach(), target)
 
     def read(self, layer: int, slot: Tensor) -> list[Tensor]:
         """Read the layer into `slot`, a block buffer, past the page cache; blocks; counted."""
-        assert self._pages.direct is not None, "only what has a placement"
+        assert self.pages.direct is not None, "only what has a placement"
         self.fetched_bytes += sum(tensor.nbytes for tensor in self._layers[layer])
-        return self._pages.direct.read(self.placements[layer], slot)
+        return self.pages.direct.read(self.placements[layer], slot)
 
     def fetch_rows(self, layer: int, rows: Sequence[Tensor | None]) -> list[Tensor]:
         """Read `rows` of each of the layer's tensors (None: all of it) and map their pages; blocks; counted."""
         for tensor, needed in zip(self._layers[layer], rows, strict=True):
             if needed is None or isinstance(tensor, TranslatedTensor):
-                self._pages.read(self._pages.spans([tensor]))
+                self.pages.read(self.pages.spans([tensor]))
                 self.fetched_bytes += stored_bytes(tensor)
             else:
-                self.fetched_bytes += self._pages.read_rows(tensor, needed)
+                self.fetched_bytes += self.pages.read_rows(tensor, needed)
         return self._layers[layer]
 
     def drop(self, layer: int) -> None:
         """Unmap the layer's pages and, when evicting, free them."""
-        self._pages.drop(self._spans[layer])
+        self.pages.drop(self._spans[layer])
 
     def check_files(self) -> None:
         """CheckpointChanged unless the files are those that were mapped, and whole: to ask before a pass."""
-        self._pages.files.check()
+        self.pages.files.check()
 
     def check(self, layer: int) -> None:
         """CheckpointChanged if a file of the layer was written to or cut: to ask when the layer was used."""
-        self._pages.files.check_contents(self._paths[layer])
+        self.pages.files.check_contents(self._paths[layer])
 
     def close(self) -> None:
-        self._pages.close()
+        self.pages.close()
 
 
 Source = HostStore | MmapStore

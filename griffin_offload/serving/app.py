@@ -15,7 +15,15 @@ from griffin_offload.serving.api_errors import ApiError, broken, out_of_time, sl
 from griffin_offload.serving.auth import AccessGuard
 from griffin_offload.serving.metrics import Metrics
 from griffin_offload.serving.queue import Done, Event, Failed, Figures, Job
-from griffin_offload.serving.requests import Caps, Endpoint, Request, check_served, output_tokens, parse_request
+from griffin_offload.serving.requests import (
+    ENDPOINTS,
+    Caps,
+    Endpoint,
+    Request,
+    check_served,
+    output_tokens,
+    parse_request,
+)
 from griffin_offload.serving.responses import LAST_EVENT, Response, encode, server_sent
 from griffin_offload.serving.tokenization import Encoder
 from griffin_offload.serving.validation import parse_object
@@ -27,7 +35,7 @@ from griffin_offload.units import parse_size
 # How long a client may take to read that it got no answer.
 _LAST_WORDS_S = 5.0
 # How long a body may take.
-_BODY_S = 60.0
+BODY_S = 60.0
 # So much of a body that is too large is still read, for the client to see the refusal and not a broken pipe.
 _DISCARDED_BODIES = 8
 
@@ -66,7 +74,7 @@ class HttpExchange:
 
     async def body(self, most_bytes: int) -> bytes:
         """The body; Failure 413 if it is larger, whatever its headers say, 408 if it takes too long."""
-        patience_s = min(_BODY_S, self._timeout_s)
+        patience_s = min(BODY_S, self._timeout_s)
         try:
             return await asyncio.wait_for(self._whole_body(most_bytes), patience_s)
         except (TimeoutError, asyncio.TimeoutError):
@@ -145,7 +153,6 @@ class HttpExchange:
 
 log = logging.getLogger(__name__)
 
-_ASKING: dict[str, Endpoint] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 _MODELS = "/v1/models"
 _READING = {"/health": "health", "/metrics": "metrics", _MODELS: "models"}
 _STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
@@ -227,18 +234,18 @@ class App:
             raise too_many_connections()
         self._guard.check(method, path, headers)
         exchange.headers = self._guard.cors_headers(headers)
-        if path not in _ASKING and path not in _READING and not path.startswith(f"{_MODELS}/"):
+        if path not in ENDPOINTS and path not in _READING and not path.startswith(f"{_MODELS}/"):
             raise ApiError(404, "there is nothing at this path", code="not_found")
         if self._guard.is_preflight(method, headers):
             exchange.headers = self._guard.preflight_headers(headers)
             await exchange.answer(204, b"")
             return
-        allowed = ("POST",) if path in _ASKING else ("GET", "HEAD")
+        allowed = ("POST",) if path in ENDPOINTS else ("GET", "HEAD")
         if method not in allowed:
             allow = {"allow": ", ".join(allowed)}
             raise ApiError(405, f"{method[:20]} is not answered here: use {allowed[0]}", code="method", headers=allow)
-        if path in _ASKING:
-            await self._ask(exchange, headers, _ASKING[path])
+        if path in ENDPOINTS:
+            await self._ask(exchange, headers, ENDPOINTS[path])
         else:
             await self._read(exchange, path)
 
@@ -318,4 +325,4 @@ def _check_content(headers: Headers) -> None:
 
 def _kind(path: str) -> str:
     """A name for figures and logs, from a fixed list: paths are the client's words."""
-    return _ASKING.get(path) or _READING.get(path) or ("models" if path.startswith(f"{_MODELS}/") else "other")
+    return ENDPOINTS.get(path) or _READING.get(path) or ("models" if path.startswith(f"{_MODELS}/") else "other")

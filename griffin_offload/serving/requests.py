@@ -83,6 +83,8 @@ def _content(fields: FieldReader) -> str:
 
 
 Endpoint = Literal["chat", "completions"]
+ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+"""By their paths."""
 Prompt = str | list[int]
 
 MAX_STOPS = 4

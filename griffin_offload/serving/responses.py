@@ -103,9 +103,9 @@ class Response:
         if self._request.endpoint == "chat":
             return {"content": [_chat_token(token) for token in tokens], "refusal": None}
         return {
-            "tokens": [_label(token) for token in tokens],
+            "tokens": [label(token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [_by_label(token) for token in tokens],
+            "top_logprobs": [by_label(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
 
@@ -114,15 +114,15 @@ def _chat_token(token: TokenLogprob) -> dict[str, Any]:
     return _plain(token) | {"top_logprobs": [_plain(other) for other in token.alternatives]}
 
 
-def _by_label(token: TokenLogprob) -> dict[str, float]:
+def by_label(token: TokenLogprob) -> dict[str, float]:
     """Of `token` and its alternatives; of several with one name the likeliest is told."""
     found: dict[str, float] = {}
     for other in (*token.alternatives, token):
-        found.setdefault(_label(other), other.logprob)
+        found.setdefault(label(other), other.logprob)
     return found
 
 
-def _label(token: TokenLogprob) -> str:
+def label(token: TokenLogprob) -> str:
     """A name by which tokens differ that decode to the same text by themselves: parts of letters, and words with and
     without the space in front of them. A list of these names makes the text."""
     if not token.bytes:

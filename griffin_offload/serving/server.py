@@ -86,7 +86,7 @@ class Server:
     def __init__(self, model: str | Path, options: Mapping[str, Any], config: ServeConfig) -> None:
         check_bind(config)
         self._config = config
-        self._name = config.served_name or _last_part(str(model))
+        self._name = config.served_name or served_name(str(model))
         self.metrics = Metrics()
         self.worker = Worker(ModelManager(model, options, config.max_sessions), config, self.metrics)
         self._socket = _bound(config.host, config.port)
@@ -212,6 +212,6 @@ def _bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def _last_part(model: str) -> str:
+def served_name(model: str) -> str:
     """A name that says no path: of a directory its last part, of a hub id the model's."""
     return Path(model).resolve().name if Path(model).exists() else model.rstrip("/").rpartition("/")[2]

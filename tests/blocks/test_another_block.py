@@ -183,7 +183,7 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "_FINDERS", [])
+    monkeypatch.setattr(layouts, "FINDERS", [])
     register_block(_find)
 
 
@@ -210,7 +210,7 @@ def test_it_is_found_when_it_is_registered(grouped, monkeypatch: pytest.MonkeyPa
     _, blocks = find_feed_forwards(model, LAYERS)
     assert all(isinstance(block, GroupBlock) for block in blocks)
     self_check(blocks[0])
-    monkeypatch.setattr(layouts, "_FINDERS", [])
+    monkeypatch.setattr(layouts, "FINDERS", [])
     with pytest.raises(UnsupportedModel, match=r"mlp\.shrink, .*; register"):
         find_feed_forwards(model, LAYERS)
 

@@ -84,7 +84,7 @@ class _Renamed(nn.Module):
 
 
 def test_a_registered_layout_is_found(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(layouts, "_LAYOUTS", list(layouts._LAYOUTS))
+    monkeypatch.setattr(layouts, "LAYOUTS", list(layouts.LAYOUTS))
     model = _Model(_Renamed())
     with pytest.raises(UnsupportedModel, match=r"ff\.expand, ff\.shrink; register"):
         find_feed_forwards(model, 1)

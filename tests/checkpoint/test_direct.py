@@ -1,7 +1,5 @@
 """Direct reads: any extent of any file, into blocks or to any address, equals the file."""
 
-import ctypes
-import mmap
 import os
 import sys
 from pathlib import Path
@@ -14,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from griffin_offload.checkpoint import direct_io as direct_module
-from griffin_offload.checkpoint.direct_io import DirectReader, Extent, SlotLayout
+from griffin_offload.checkpoint.direct_io import DirectReader, Extent, SlotLayout, cached_bytes
 from griffin_offload.devices.cpu import CpuDevice
 from griffin_offload.devices.memory import block_buffer, untouched_zeros
 from griffin_offload.errors import GriffinError
@@ -70,13 +68,13 @@ def test_what_is_cached_is_taken_from_there_and_nothing_is_read_ahead(tmp_path: 
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         for at in range(0, 2**20, 2**16):
             os.pread(file.fileno(), 2**16, at)  # and what the kernel reads behind it
-        before = _cached_bytes(file.fileno())
+        before = cached_bytes(file.fileno(), 0, 2**40)
         if not 2**20 <= before < len(content) // 2:
             pytest.skip("the kernel has another read-ahead here, or cannot say what is cached")
         taken = []
-        copy = direct_module._CachedPages.copy
-        monkeypatch.setattr(direct_module._CachedPages, "copy", lambda *a: (taken.append(a[2].numel()), copy(*a)))
-        monkeypatch.setattr(direct_module, "_PIECE_BYTES", 2**17)
+        copy = direct_module.CachedPages.copy
+        monkeypatch.setattr(direct_module.CachedPages, "copy", lambda *a: (taken.append(a[2].numel()), copy(*a)))
+        monkeypatch.setattr(direct_module, "PIECE_BYTES", 2**17)
         try:
             reader = DirectReader({str(path): file.fileno()})
         except OSError:
@@ -86,15 +84,7 @@ def test_what_is_cached_is_taken_from_there_and_nothing_is_read_ahead(tmp_path: 
         reader.close()
         assert target.numpy().tobytes() == content
         assert sum(taken) > 0
-        assert _cached_bytes(file.fileno()) <= before
-
-
-def _cached_bytes(descriptor: int) -> int:
-    asked, found = direct_module._Range(0, 2**40), direct_module._CacheStatistics()
-    failed = direct_module._libc.syscall(
-        direct_module._CACHESTAT, descriptor, ctypes.byref(asked), ctypes.byref(found), 0
-    )
-    return 0 if failed else found.cached * mmap.PAGESIZE
+        assert cached_bytes(file.fileno(), 0, 2**40) <= before
 
 
 @pytest.fixture
@@ -155,11 +145,11 @@ def test_a_file_that_is_cut_while_it_is_copied_from_the_cache_is_an_error(
 ):
     path, content = file
 
-    def cut(*_: int) -> bool:
+    def cut(*_: int) -> int:
         os.truncate(path, 4096)
-        return True
+        return 2**40
 
-    monkeypatch.setattr(direct_module, "_is_cached", cut)
+    monkeypatch.setattr(direct_module, "cached_bytes", cut)
     try:
         with pytest.raises(GriffinError, match="cannot be read any more"):
             reader.copy(Extent(str(path), 0, 9000), torch.zeros(9000, dtype=torch.uint8))

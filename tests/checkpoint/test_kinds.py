@@ -158,7 +158,7 @@ def test_only_stored_bytes_are_fetched(pair: tuple[Path, Path]):
     with GriffinModel.from_pretrained(pair[1], **OPTIONS, density=0.5, quantize="none") as model:
         model.generate(IDS, max_new_tokens=2, do_sample=False)
         assert model.last_prefill.streamed_bytes == stored
-        assert model._loaded.layers.source.unmapped_bytes == 0
+        assert model.engine.loaded.layers.source.unmapped_bytes == 0
 
 
 def test_saved_prompts_go_on(pair: tuple[Path, Path], tmp_path: Path):

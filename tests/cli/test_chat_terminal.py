@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from fork_server import ForkServer
 
-from griffin_offload.cli.chat import _Interrupts
+from griffin_offload.cli.chat import Interrupts
 from griffin_offload.engine import chat as session
 from griffin_offload.engine.chat import ChatSession
 from griffin_offload.offload.weight_store import MmapStore
@@ -49,7 +49,7 @@ def type_in(cli, chat: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
 
 def interrupting(at: int, times: int = 1) -> Callable[..., Any]:
     """What is asked after every token, with a user who presses Ctrl-C after token `at`."""
-    original, calls = session._Interrupted.__call__, []
+    original, calls = session.Interrupted.__call__, []
 
     def pressed(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -85,20 +85,20 @@ def test_the_prompt_is_not_written_among_answers(type_in):
 
 def test_an_interrupted_answer_stays_as_far_as_it_came(type_in, monkeypatch: pytest.MonkeyPatch):
     whole = type_in(["the cat"], "-q").out
-    monkeypatch.setattr(session._Interrupted, "__call__", interrupting(3))
+    monkeypatch.setattr(session.Interrupted, "__call__", interrupting(3))
     outcome = type_in(["the cat", "/stats"])
     assert outcome.code == 0
     assert "(interrupted: kept as far as it came)" in outcome.err
     assert "turns 1 (1 answered here)" in outcome.err
     assert 0 < len(outcome.out) < len(whole)
     assert whole.startswith(outcome.out.rstrip("\n\ufffd"))
-    monkeypatch.setattr(session._Interrupted, "__call__", interrupting(3))
+    monkeypatch.setattr(session.Interrupted, "__call__", interrupting(3))
     assert type_in(["the cat"], "--json").json["finish_reason"] == "interrupted"
 
 
 def test_a_second_ctrl_c_takes_the_message_back(type_in, monkeypatch: pytest.MonkeyPatch):
     second = type_in(["the dog"], "-q").out
-    monkeypatch.setattr(session._Interrupted, "__call__", interrupting(3, times=2))
+    monkeypatch.setattr(session.Interrupted, "__call__", interrupting(3, times=2))
     outcome = type_in(["the cat", "/stats", "the dog"])
     assert outcome.code == 0
     assert "(cancelled: the message was not added)" in outcome.err
@@ -139,19 +139,19 @@ def test_ctrl_c_between_answers_is_no_end(type_in, monkeypatch: pytest.MonkeyPat
 
 def test_ctrl_c_in_a_script_ends_it(cli, chat: Path, monkeypatch: pytest.MonkeyPatch):
     for times in (1, 2):
-        monkeypatch.setattr(session._Interrupted, "__call__", interrupting(3, times))
+        monkeypatch.setattr(session.Interrupted, "__call__", interrupting(3, times))
         outcome = cli("chat", "-m", chat, "-q", *OPTIONS, stdin="the cat\nthe dog\n")
         assert (outcome.code, outcome.err) == (130, "\ngriffin-offload: interrupted\n")
 
 
 def test_the_signal_is_given_back():
     before = signal.getsignal(signal.SIGINT)
-    with _Interrupts(catch=True):
+    with Interrupts(catch=True):
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
 
 
-PLACES = {"pass": "MmapStore, 'fetch'", "answer": "_Interrupted, '__call__'"}
+PLACES = {"pass": "MmapStore, 'fetch'", "answer": "Interrupted, '__call__'"}
 
 
 class Pty:
@@ -162,7 +162,7 @@ class Pty:
             "import sys, time\n"
             "from griffin_offload.cli.main import main\n"
             "from griffin_offload.offload.weight_store import MmapStore\n"
-            "from griffin_offload.engine.chat import _Interrupted\n"
+            "from griffin_offload.engine.chat import Interrupted\n"
             f"kind, name = {PLACES[where]}\n"
             "original = getattr(kind, name)\n"
             "def slow(*a, **k):\n"

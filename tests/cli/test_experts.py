@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_models import write_checkpoint, write_tokenizer
+from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
 
 
 @pytest.fixture
@@ -24,10 +24,31 @@ def test_plan_and_run(cli, mixture: Path):
     assert 0 < routed["experts"]["redirected_share"] < 1
 
 
+def test_drafts_and_saved_prompts(cli, mixture: Path, tmp_path: Path):
+    flags = ("-m", mixture, "--device", "cpu", "--density", "0.5", "--ctx-size", "64", "-n", "8", "--raw", "--json")
+    fetched = cli("run", "the cat", *flags).json
+    exact = cli("run", "the cat", *flags, "--exact").json
+    assert exact["text"] == fetched["text"]
+    assert exact["drafting"]["passes"] > 0 == exact["experts"]["misses"]
+    saved = [cli("run", "the cat", *flags, "--prompt-cache", tmp_path / "saved").json for _ in range(2)]
+    assert [run["text"] for run in saved] == [fetched["text"]] * 2
+    assert saved[1]["prefill_streamed_bytes"] == 0 < saved[0]["prefill_streamed_bytes"]
+    cli.refuses(2, "missing_experts='route'", "run", "the cat", *flags, "--refresh", "4")
+
+
+def test_a_conversation(cli, mixture: Path):
+    """Every turn of one that is fetched is what the full model answers, whatever is resident."""
+    write_tokenizer(mixture, CHAT_TEMPLATE)
+    flags = ("-m", mixture, "--device", "cpu", "--ctx-size", "160", "-n", "6", "--temperature", "0", "-q")
+    talk = "the cat\nthe dog\nthe river\n"
+    whole = cli("chat", *flags, "--density", "1", stdin=talk).out
+    for more in ((), ("--exact",)):
+        assert cli("chat", *flags, "--density", "0.25", *more, stdin=talk).out == whole
+    assert cli("chat", *flags, "--density", "0.25", "--missing-experts", "route", stdin=talk).code == 0
+
+
 def test_what_does_not_work_yet(cli, mixture: Path, tmp_path: Path):
     run = ("run", "the cat", "-m", mixture, "--device", "cpu", "--ctx-size", "64", "-n", "4", "--raw")
-    cli.refuses(4, "not saved yet", *run, "--prompt-cache", tmp_path / "saved")
-    cli.refuses(2, "exact mode does not draft with experts yet", *run, "--exact")
     cli.refuses(4, "not quantised yet", *run, "--quantize", "int8")
     cli.refuses(4, "not quantised yet", "convert", tmp_path / "copy", "-m", mixture, "--quantize", "int8")
     text = tmp_path / "text"

@@ -18,8 +18,8 @@ def cgroup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     root = tmp_path / "memory" if v1 else tmp_path
     own = tmp_path / "own"
     own.write_text(f"5:devices:/\n4:memory:/{GROUP}\n0::/\n" if v1 else f"0::/{GROUP}\n")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "_OWN_CGROUP", own)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUP", own)
     monkeypatch.setattr(
         memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * LIMIT, available=64 * LIMIT)
     )

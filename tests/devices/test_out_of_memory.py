@@ -75,7 +75,7 @@ def test_in_a_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, opti
         original(self, *arguments, **settings)
 
     monkeypatch.setattr(KVCache, "__init__", remembered)
-    monkeypatch.setattr(ChunkedForward, "_in_chunks", refusing(ChunkedForward._in_chunks, refusal, 30))
+    monkeypatch.setattr(ChunkedForward, "in_chunks", refusing(ChunkedForward.in_chunks, refusal, 30))
     message = f"^out of memory while generating: {words}.*; the budget is 10.0 MB: ask for less"
     context = model.new_context() if options.get("keep_prompts") else None
     threads = set(threading.enumerate())
@@ -100,7 +100,7 @@ def test_in_a_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, opti
 def test_a_bare_forward(checkpoints, monkeypatch: pytest.MonkeyPatch):
     model = make(checkpoints("llama2"))
     expected = model.model(ids(20)).logits
-    monkeypatch.setattr(ChunkedForward, "_in_chunks", refusing(ChunkedForward._in_chunks, REFUSALS["torch"][0], 30))
+    monkeypatch.setattr(ChunkedForward, "in_chunks", refusing(ChunkedForward.in_chunks, REFUSALS["torch"][0], 30))
     with pytest.raises(OutOfMemory, match="while generating"):
         model.model(ids(40))
     assert torch.equal(model.model(ids(20)).logits, expected)
@@ -130,7 +130,7 @@ def test_residents_that_arrive_in_the_background(checkpoints, monkeypatch: pytes
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(BackgroundLoader, "_do", refuse)
+        patch.setattr(BackgroundLoader, "do", refuse)
         model = make(checkpoints("llama2"))
         for _ in range(2):
             with pytest.raises(OutOfMemory, match="while generating"):

@@ -40,8 +40,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for every forward that measures."""
     seen: list[int] = []
-    measured = calibration._measured
-    monkeypatch.setattr(calibration, "_measured", lambda *args: (seen.append(1), measured(*args))[1])
+    measured = calibration.measure
+    monkeypatch.setattr(calibration, "measure", lambda *args: (seen.append(1), measured(*args))[1])
     return seen
 
 
@@ -281,7 +281,7 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, checkpoints, tmp_
     checkpoint = open_checkpoint(checkpoints("llama2"))
     monkeypatch.delenv(CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert calibration._cache_path(checkpoint).parent == tmp_path / "xdg" / "griffin-offload"
+    assert calibration.cache_path(checkpoint).parent == tmp_path / "xdg" / "griffin-offload"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert calibration._cache_path(checkpoint).parent == tmp_path / ".cache" / "griffin-offload"
+    assert calibration.cache_path(checkpoint).parent == tmp_path / ".cache" / "griffin-offload"

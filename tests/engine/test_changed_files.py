@@ -134,7 +134,7 @@ def test_weights_in_ram_need_no_file(directory: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("change", [cut, overwrite, delete, replace])
-@pytest.mark.parametrize("moment", ["_check_free_memory", "_scratch", "compact_blocks", "resident_bytes"])
+@pytest.mark.parametrize("moment", ["check_free_memory", "make_scratch", "compact_blocks", "resident_bytes"])
 def test_while_it_is_loaded(
     directory: Path, monkeypatch: pytest.MonkeyPatch, moment: str, change: Callable[[Path], None]
 ):
@@ -178,8 +178,8 @@ def test_embeddings_on_the_host(directory: Path, monkeypatch: pytest.MonkeyPatch
         loading.build(model.engine.model_spec.checkpoint).get_input_embeddings(), torch.device("cpu"), torch.float32
     )
     module = torch.nn.Embedding(4, 4)
-    assert embedding._pages.files.descriptors
-    overwrite(Path(next(iter(embedding._pages.files.descriptors))))
+    assert embedding.pages.files.descriptors
+    overwrite(Path(next(iter(embedding.pages.files.descriptors))))
     with pytest.raises(CheckpointChanged):
-        embedding._to_device(module, (), torch.ones(1))
+        embedding.to_device(module, (), torch.ones(1))
     embedding.close()

@@ -67,7 +67,7 @@ def test_equals_float64_up_to_rounding(batch, kv_heads, shared, new, past, width
     module = nn.Module()
     module.num_key_value_groups = shared
     with torch.no_grad():
-        result, _ = cpu_modules._attention(module, query, key, value, mask, scaling=width**-0.5)
+        result, _ = cpu_modules.attention_forward(module, query, key, value, mask, scaling=width**-0.5)
     by = table.choose("attention", "one_token", module, query, key, value, mask, like=query)
     assert by.ours == (new == 1 and library() is not None)
     assert result.dtype == dtype
@@ -138,9 +138,9 @@ def test_a_loaded_model_answers_as_the_stock_one(checkpoints, monkeypatch, name)
     found = []
     for own in (True, False):
         monkeypatch.setattr(spec, "emulates_halves", lambda *_, own=own: own)
-        monkeypatch.setattr(cpu_modules, "_STOCK", "sdpa" if own else "none of ours")
+        monkeypatch.setattr(cpu_modules, "STOCK_ATTENTION", "sdpa" if own else "none of ours")
         with GriffinModel.from_pretrained(folder, device="cpu", density=1.0, always_stream=True) as model:
-            uses_ours = model.model.config._attn_implementation == cpu_modules._NAME
+            uses_ours = model.model.config._attn_implementation == cpu_modules.ATTENTION_NAME
             assert uses_ours == (own and name != "falcon_new")  # whose attention is its own
             cache = model.model(prompt).past_key_values
             found.append(model.model(torch.tensor([[7]]), past_key_values=cache).logits.float())

@@ -9,7 +9,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from griffin_offload import GriffinModel
-from griffin_offload.engine.cpu_modules import _OwnNorm, use_own_norms
+from griffin_offload.engine.cpu_modules import CpuNorm, use_own_norms
 from griffin_offload.kernels import table
 from griffin_offload.kernels.attention_and_norm import ROWS, rms_norm
 from griffin_offload.kernels.library import library
@@ -53,7 +53,7 @@ def test_only_norms_that_do_the_same_are_replaced():
     norms.append(LlamaRMSNorm(16))  # in float32
     norms[0].weight.data.zero_()  # still on its way
     use_own_norms(norms)
-    assert [isinstance(norm.forward, _OwnNorm) for norm in norms] == [True, False, False, False, False]
+    assert [isinstance(norm.forward, CpuNorm) for norm in norms] == [True, False, False, False, False]
     x = torch.randn(ROWS + 1, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     norms[0].weight.data.uniform_(-2, 2)
     for rows in (x, x[:3], x[:3, :].t().contiguous().t()):  # many, few, and not side by side
@@ -68,4 +68,4 @@ def test_a_loaded_model_has_them(checkpoints, name: str):
     with GriffinModel.from_pretrained(checkpoints(name, torch.bfloat16), device="cpu", density=0.5) as model:
         norms = [m for m in model.model.modules() if type(m).__name__.endswith("RMSNorm")]
         assert norms
-        assert all(isinstance(norm.forward, _OwnNorm) for norm in norms)
+        assert all(isinstance(norm.forward, CpuNorm) for norm in norms)

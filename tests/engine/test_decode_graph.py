@@ -22,7 +22,7 @@ NEW = 72  # behind 24 tokens: more than a layer with a window of 16 has room for
 
 @pytest.fixture(autouse=True)
 def _short_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_graph, "_SMALLEST_BUCKET", 32)
+    monkeypatch.setattr(decode_graph, "SMALLEST_BUCKET", 32)
 
 
 @pytest.fixture(autouse=True)
@@ -175,13 +175,13 @@ def test_models_that_cannot_be_captured_are_known(checkpoints, name: str, reason
 
 def test_a_capture_that_fails_is_said_and_costs_nothing_else(checkpoints, monkeypatch: pytest.MonkeyPatch):
     plain, graphs = _pair(checkpoints("llama2"))
-    original = decode_graph.StaticDecodeStep._masks
+    original = decode_graph.StaticDecodeStep.masks
 
     def reading(self: Any) -> Any:
         int(self._positions[0, 0])
         return original(self)
 
-    monkeypatch.setattr(decode_graph.StaticDecodeStep, "_masks", reading)
+    monkeypatch.setattr(decode_graph.StaticDecodeStep, "masks", reading)
     with pytest.warns(UserWarning, match="decoding kernel by kernel, capturing failed: .*not permitted"):
         tokens = _generate(graphs, _ids())
     assert torch.equal(tokens, _generate(plain, _ids()))

@@ -19,7 +19,6 @@ from griffin_offload.errors import (
     CheckpointError,
     DoesNotFit,
     GriffinError,
-    SavedContextError,
     UnsupportedModel,
     UsageError,
 )
@@ -328,8 +327,6 @@ def test_a_router_that_asks_for_more_experts_than_there_are(mixtures, tmp_path: 
 
 
 _REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "exact": ({"exact": True}, "exact mode does not draft with experts yet"),
-    "refresh": ({"refresh": 4}, "refresh=4 does not work with experts yet"),
     "quantize": ({"quantize": "int8"}, "not quantised yet, take --quantize none"),
     "ram": ({"offload": "ram"}, "offload='ram' does not hold experts yet"),
     "selection": ({"selection": "magnitude"}, "selection='magnitude' is by norms of neurons"),
@@ -343,15 +340,9 @@ def test_what_does_not_work_yet_is_refused(mixtures, name: str):
         _load(mixtures("mixtral"), **options)
 
 
-def test_what_a_loaded_model_refuses(mixtures, checkpoints, tmp_path: Path):
-    with _load(mixtures("mixtral"), density=0.5, keep_prompts=True) as model:
-        for mode in ({"exact": True}, {"refresh": 4}):
-            with pytest.raises(UsageError, match="experts yet"):
-                model.generate(_ids(), max_new_tokens=4, context=model.new_context(), **mode)
-        with pytest.raises(SavedContextError, match="not saved yet"):
-            model.save_context(model.new_context(), tmp_path / "context")
-        with pytest.raises(UnsupportedModel, match="not simulated yet"):
-            simulate(model, [Sample(_ids()[0], 10, 10)], [Variant(0.5)])
+def test_what_a_loaded_model_refuses(mixtures, checkpoints):
+    with _load(mixtures("mixtral"), density=0.5) as model, pytest.raises(UnsupportedModel, match="not simulated yet"):
+        simulate(model, [Sample(_ids()[0], 10, 10)], [Variant(0.5)])
     with pytest.raises(UsageError, match="is for mixtures of experts, and llama is none"):
         _load(checkpoints("llama2"), missing_experts="route")
 

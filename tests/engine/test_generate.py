@@ -183,6 +183,6 @@ def test_a_pass_over_many_tokens_gives_freed_memory_back(model: GriffinModel, id
     monkeypatch.setattr(prefill, "give_back_freed", lambda: given.append(1))
     _greedy(model, ids)
     assert not given
-    monkeypatch.setattr(prefill, "_GIVE_BACK_BYTES", LAYERS * ids.numel() * HIDDEN * 4)
+    monkeypatch.setattr(prefill, "GIVE_BACK_BYTES", LAYERS * ids.numel() * HIDDEN * 4)
     _greedy(model, ids)
     assert len(given) == 1

@@ -77,7 +77,7 @@ def test_undo_and_reset(chatty: tuple[str, Path]):
 def test_a_full_context_is_an_error_or_drops_the_oldest_turns(chatty: tuple[str, Path]):
     model = _load(chatty[1], ctx_size=96)
     chat = model.chat_session(system="be brief", max_new_tokens=8, do_sample=False)
-    while len(chat._ids([*chat.messages, {"role": "user", "content": QUESTIONS[4]}])[0]) < 96:
+    while len(chat.prompt_ids([*chat.messages, {"role": "user", "content": QUESTIONS[4]}])[0]) < 96:
         reply = chat.send(QUESTIONS[4])
         assert (reply.most_tokens, reply.shortened) == (8, False) or (reply.most_tokens < 8 and reply.shortened)
     before = list(chat.messages)

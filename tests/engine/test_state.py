@@ -85,8 +85,8 @@ def test_hooks_of_a_pass_that_never_ended_are_taken_off(checkpoints):
 
     model = _model(checkpoints)
     stale = StreamedPass(model.engine.loaded.layers, torch.ones(1, 24), progress=None)
-    stale._begin()
-    stale._feed.stream.__exit__(None, None, None)
+    stale.begin()
+    stale.feed.stream.__exit__(None, None, None)
     assert torch.equal(_greedy(model, _ids()), _greedy(_model(checkpoints), _ids()))
     hooks = [h for m in model.model.modules() for h in hooks_on(m)]
     assert [type(hook) for hook in hooks] == [Guard]

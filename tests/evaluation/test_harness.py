@@ -168,7 +168,7 @@ def test_a_full_model_that_does_not_fit_generates_in_exact_mode():
             lm = GriffinLM(demo_directory(), device="cpu", dtype="float32", max_gpu_mem=budget, density=0.25)
         lm.row = 0
         found[budget] = lm.generate_until(GENERATIONS)
-        model = lm._slot._model
+        model = lm.slot.model
         assert model is not None
         assert (model.plan.kept[0] < 1024) == (budget == "11MB")
     assert found["11MB"] == found["40MB"]

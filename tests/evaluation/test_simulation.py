@@ -47,8 +47,8 @@ def _generated(model: GriffinModel, prompt: Tensor) -> tuple[Sample, Tensor]:
 @pytest.fixture(params=["all rows at once", "few rows and positions at once"])
 def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     if request.param != "all rows at once":
-        monkeypatch.setattr(simulated_pass, "_TOKENS_AT_ONCE", 160)
-        monkeypatch.setattr(simulated_pass, "_POSITIONS_AT_ONCE", 5)
+        monkeypatch.setattr(simulated_pass, "TOKENS_AT_ONCE", 160)
+        monkeypatch.setattr(simulated_pass, "POSITIONS_AT_ONCE", 5)
 
 
 @pytest.mark.usefixtures("_pieces")

@@ -148,6 +148,6 @@ def test_columns_are_shared_by_threads(rows: int, threads: int):
     matrix = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
     chosen = torch.randperm(columns, generator=generator)[: (columns + 1) // 2].sort().values
     out = torch.zeros(rows, chosen.numel(), dtype=torch.int8)
-    with mock.patch.object(gather, "_SHARED_BYTES", 0), limited_threads(threads):
+    with mock.patch.object(gather, "SHARED_BYTES", 0), limited_threads(threads):
         take(matrix, 1, chosen, out)
     assert torch.equal(out, matrix.index_select(1, chosen))

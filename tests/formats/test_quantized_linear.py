@@ -224,7 +224,7 @@ def test_the_scratch_is_used_and_not_outgrown(monkeypatch: pytest.MonkeyPatch):
         with table.leaving_out(lambda kernel: kernel.ours and kernel.operation == "gemm"):
             module(torch.ones(40, 96))
         assert len(blocks) == -(-matrix.shape[form == "int4_neurons"] // 3), form
-        assert {b.data_ptr() for b in blocks} == {scratch._buffer.data_ptr()}
+        assert {b.data_ptr() for b in blocks} == {scratch.buffer.data_ptr()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

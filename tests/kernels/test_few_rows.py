@@ -96,7 +96,7 @@ def test_int4_rows(kind: Kind, data: st.DataObject, outputs: int, groups: int, t
     sizes = scales * stored.step * (stored.levels.double() + stored.offset.abs())  # which are added up apart
     kernels = _kernels(**kind)
     found = kernels.multiply_int4_rows(x, codes, pairs, scale)
-    _check(found, x, scales * stored.values, sizes, 32, 8 if kernels._bytes else 16)
+    _check(found, x, scales * stored.values, sizes, 32, 8 if kernels.uses_bytes else 16)
 
 
 @needs_kernels

@@ -110,8 +110,8 @@ def _changed(path: Path, target: Path, metadata: dict[str, str] | None = None, *
     header = json.loads(path.read_bytes()[8 : 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]])
     found |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
     said = {**header["__metadata__"], **(metadata or {})}
-    parts = [(name, saved_module._DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in found.items()]
-    save_file(found, target, said | {"digest": saved_module._digest(said, parts)})
+    parts = [(name, saved_module.DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in found.items()]
+    save_file(found, target, said | {"digest": saved_module.header_digest(said, parts)})
     return target
 
 
@@ -234,7 +234,7 @@ def test_what_cannot_be_written_leaves_the_old_file(written, tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(saved_module, "_write", full)
+        patch.setattr(saved_module, "write_tensors", full)
         with pytest.raises(SavedContextError, match="No space left"):
             model.save_context(context, target)
     assert target.read_text() == "old"
@@ -286,8 +286,8 @@ def test_writing_makes_no_second_copy_of_the_kv_cache(checkpoints, tmp_path: Pat
     original = torch.Tensor.contiguous
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: copied.append(self.nbytes) or original(self))
     alive: list[int] = []
-    write = saved_module._write
-    monkeypatch.setattr(saved_module, "_write", lambda *a: (alive.append(len(copied)), write(*a))[1])
+    write = saved_module.write_tensors
+    monkeypatch.setattr(saved_module, "write_tensors", lambda *a: (alive.append(len(copied)), write(*a))[1])
     model.save_context(context, tmp_path / "a.ctx")
     assert alive == [0]  # nothing before the file is open
     assert max(copied) <= context.cache.nbytes // len(context.cache.layers)

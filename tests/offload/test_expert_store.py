@@ -30,7 +30,7 @@ def _layer() -> tuple[list[Tensor], Unreliable, ExpertCache]:
     full = [torch.arange(EXPERTS, dtype=torch.float32)[:, None, None] + torch.zeros(EXPERTS, *s) for s in SHAPES]
     store = Unreliable({0: full}, evict=False)
     places = [torch.zeros(PLACES, *shape) for shape in SHAPES]
-    return full, store, ExpertCache(0, store, places, ExpertBuffers(), EXPERTS, fetch=True)
+    return full, store, ExpertCache(0, store, places, ExpertBuffers(), EXPERTS)
 
 
 def _right(full: list[Tensor], found: Sequence[Tensor], expert: int) -> bool:

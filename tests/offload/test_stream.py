@@ -152,7 +152,7 @@ def _read_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
-def _evict(path: Path) -> None:
+def evict(path: Path) -> None:
     for file in path.glob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -170,11 +170,11 @@ def test_the_disk_is_read_while_streaming_and_never_while_decoding(tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="10MB")
     model = _model(tmp_path)
-    model.engine.loaded.layers.source._pages._evict = True
+    model.engine.loaded.layers.source.pages.evict = True
     model.generate(_ids(), max_new_tokens=2, do_sample=False)  # code and tables are in memory afterwards
     for layer in model.plan.streamed:
         model.engine.loaded.layers.source.drop(layer)
-    _evict(tmp_path)
+    evict(tmp_path)
     marks = [_read_bytes()]
     model.progress = lambda done, layers: marks.append(_read_bytes()) if done == layers else None
     model.generate(_ids(), max_new_tokens=16, do_sample=False)

@@ -138,7 +138,7 @@ CALLS: tuple[Call, ...] = (few, many, attend, norms, quantise, gather, int4)
 def load(path: str) -> compiled.Library:
     """The library at `path` in place of the installed one, on threads that sanitizers understand."""
     library = compiled.Library(path)
-    library._parallel = ctypes.cast(library._functions.plain_threads, ctypes.c_void_p)
+    library.parallel = ctypes.cast(library.functions.plain_threads, ctypes.c_void_p)
     for module in (attention_and_norm, gathering, attention_and_norm, quantize):
         module.library = lambda: library  # type: ignore[attr-defined]
     return library
@@ -146,12 +146,12 @@ def load(path: str) -> compiled.Library:
 
 def overflow(library: compiled.Library) -> None:
     """What happened where torch's default type was bfloat16: float32 numbers in memory of half the size."""
-    quantize._run("quantize_largest", torch.ones(64, 64), torch.empty(64, dtype=torch.bfloat16))
+    quantize.run("quantize_largest", torch.ones(64, 64), torch.empty(64, dtype=torch.bfloat16))
 
 
 def race(library: compiled.Library) -> None:
     """Two threads write the same number, and nothing orders them."""
-    library._functions.write_twice()
+    library.functions.write_twice()
 
 
 def hammer(library: compiled.Library, seconds: float) -> None:

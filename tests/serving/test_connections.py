@@ -97,7 +97,7 @@ def test_a_long_answer_is_not_cut_off(chatty, serve_one, gate, monkeypatch: pyte
 
 def test_a_body_that_drips_is_given_up_and_so_is_its_connection(chatty, serve_one, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server, "UNANSWERED_S", 0.3)
-    monkeypatch.setattr(app, "_BODY_S", 0.3)
+    monkeypatch.setattr(app, "BODY_S", 0.3)
     with serve_one(chatty) as one, raw(one) as slow:
         slow.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
         answer = until_closed(slow, b"1\r\n{\r\n")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from griffin_offload.serving.logprobs import LogprobRecorder, TokenLogprob, token_bytes
-from griffin_offload.serving.responses import _by_label, _label
+from griffin_offload.serving.responses import by_label, label
 from griffin_offload.serving.text_stream import Detokeniser, whole_text
 
 
@@ -109,7 +109,7 @@ def test_logprob_tokens_join_to_the_text(begins: bool, data: st.DataObject):
     records = [recorder.record(token, 0) for token in tokens]
     assert b"".join(bytes(record.bytes) for record in records).decode() == text
     spoken = [record for record, token in zip(records, tokens, strict=True) if token not in (BOS, EOS)]
-    assert "".join(record.text for record in spoken) == "".join(map(_label, spoken)) == text
+    assert "".join(record.text for record in spoken) == "".join(map(label, spoken)) == text
 
 
 def test_words_with_and_without_a_space_have_names_of_their_own():
@@ -119,11 +119,11 @@ def test_words_with_and_without_a_space_have_names_of_their_own():
     logits[0, likely] = torch.tensor([4.0, 3.0, 2.0, 1.0])
     recorder = LogprobRecorder(tokenizer, 4)
     recorder.observe(logits)
-    named = _by_label(recorder.record(likely[1], 0))
+    named = by_label(recorder.record(likely[1], 0))
     assert list(named) == [" the", "the", "bytes:\\xc3", "bytes:\\xa9"]
     assert list(named.values()) == sorted(named.values(), reverse=True)
 
 
 def test_of_two_tokens_with_one_name_the_likelier_is_told():
     one, other = TokenLogprob("A", (65,), -0.5), TokenLogprob("A", (65,), -3.0)  # "A" and <0x41>
-    assert _by_label(TokenLogprob("A", (65,), -3.0, (one, other))) == {"A": -0.5}
+    assert by_label(TokenLogprob("A", (65,), -3.0, (one, other))) == {"A": -0.5}

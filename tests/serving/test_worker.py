@@ -256,13 +256,13 @@ def test_refused_memory_is_told_and_the_next_answer_is_right(chatty, serve_one, 
     with serve_one(chatty) as server:
         expected = server.post(BODY).json()["choices"][0]["text"]
         with monkeypatch.context() as patch:
-            patch.setattr(ChunkedForward, "_in_chunks", out_of_memory)
+            patch.setattr(ChunkedForward, "in_chunks", out_of_memory)
             refused = server.post(BODY | {"prompt": "a dog"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
         assert server.post(BODY).json()["choices"][0]["text"] == expected
         assert server.metric("model_loads") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(BackgroundLoader, "_do", out_of_memory)
+        patch.setattr(BackgroundLoader, "do", out_of_memory)
         started = serve_one(chatty)
         server = started.__enter__()
         assert server.post(BODY).status_code == 503

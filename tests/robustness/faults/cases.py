@@ -98,7 +98,7 @@ def full_disk_converting(world: World, rng: random.Random, place: Path) -> Resul
     def believe_in_room() -> None:
         from griffin_offload.engine import convert
 
-        convert._MARGIN_BYTES = -(10**9)
+        convert.MARGIN_BYTES = -(10**9)
 
     command = convert_command(world.pristine("stock"), out)
     found = Process(command, place, prepare=believe_in_room).outcome()

@@ -48,8 +48,8 @@ def _places() -> dict[str, list[tuple[Any, str]]]:
         # Before and after the computation with a layer, alternately.
         "fetch_or_check": [(MmapStore, "fetch"), (MmapStore, "read"), (MmapStore, "check")],
         "preadv": [(os, "preadv")],
-        "madvise": [(mapped._libc, "madvise")],
-        "compute": [(prefill, "select_neurons"), (FeedForward, "gather"), (ChunkedForward, "_in_chunks")],
+        "madvise": [(mapped.LIBC, "madvise")],
+        "compute": [(prefill, "select_neurons"), (FeedForward, "gather"), (ChunkedForward, "in_chunks")],
     }
 
 

@@ -1,0 +1,168 @@
+"""`griffin-offload batch`: a file of requests, answered into another file."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from griffin_offload.cli.options import (
+    add_model_options,
+    add_run_options,
+    heavy_imports,
+    load_options,
+    model_of,
+)
+from griffin_offload.cli.serve import prepare_serving
+from griffin_offload.config import LoadConfig, ServeConfig
+from griffin_offload.demo import SERVED_NAME
+from griffin_offload.errors import UsageError
+
+_CONFIG = ServeConfig()  # its limits hold here, too
+
+_LAST_TOKEN_S = 5.0
+
+if TYPE_CHECKING:
+    from griffin_offload.serving.batch import AnswerFile, Line, Work
+    from griffin_offload.serving.queue import Figures
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the main parser."""
+    parser = commands.add_parser(
+        "batch",
+        help="answer a file of requests",
+        description="Answers every request of INPUT, a file in OpenAI's batch format (a line is a JSON object with "
+        "custom_id, method, url and body). Each answer is a line of OUTPUT, written at once: after an interruption the "
+        "same command goes on. Exit code 1 if any request failed.",
+    )
+    parser.add_argument("input", type=Path, metavar="INPUT", help="requests, a line each")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="file for the answers; one that is there continues")
+    parser.add_argument(
+        "--served-name", metavar="NAME", help="the model's name in requests (default: the last part of --model)"
+    )
+    add_model_options(parser)
+    add_run_options(parser)
+    parser.set_defaults(command=batch)
+
+
+def batch(arguments: argparse.Namespace) -> int:
+    """Answer what is not answered yet, and say how many were."""
+    options = load_options(arguments)
+    LoadConfig(**options)  # a bad flag is reported before any file is looked at
+    prepare_serving("batch")
+    with heavy_imports():
+        from griffin_offload.serving.batch import AnswerFile, check_model, read_lines
+        from griffin_offload.serving.server import served_name
+
+    lines = read_lines(arguments.input)
+    model = model_of(arguments)
+    name = arguments.served_name or (SERVED_NAME if arguments.model is None else served_name(model))
+    check_model(lines, name)
+    if arguments.output.exists() and arguments.output.samefile(arguments.input):
+        raise UsageError(f"{arguments.output} is the file of requests: give another OUTPUT")
+    with AnswerFile(arguments.output) as answers:
+        before, start = len(answers.answered), time.monotonic()
+        _check_same(answers, lines)
+        left = [line for line in lines if line.custom_id not in answers.answered]
+        tokens = 0
+        try:
+            if left:
+                tokens = _answer(left, answers, name, options, arguments)
+        finally:
+            _say(answers, len(lines), before, tokens, time.monotonic() - start, arguments)
+        return 1 if answers.failed or len(answers.answered) < len(lines) else 0
+
+
+def _check_same(answers: "AnswerFile", lines: Sequence["Line"]) -> None:
+    others = answers.answered - {line.custom_id for line in lines}
+    if others:
+        raise UsageError(
+            f"{answers.path} holds {len(others)} answers to requests that the input lacks, one is {min(others)!r}: "
+            "give another OUTPUT"
+        )
+
+
+def _answer(
+    lines: Sequence["Line"], answers: "AnswerFile", name: str, options: dict[str, Any], arguments: argparse.Namespace
+) -> int:
+    """Answer or refuse `lines`; tokens that were generated."""
+    from griffin_offload.checkpoint.registry import locate, open_checkpoint
+    from griffin_offload.serving.batch import longest, prepare
+    from griffin_offload.serving.tokenization import Encoder
+
+    directory = locate(model_of(arguments), offline=arguments.offline)
+    checkpoint = open_checkpoint(directory, adapter=arguments.adapter)
+    encoder = Encoder(checkpoint.tokenizer(), checkpoint.config.get_text_config().vocab_size)
+    works, refused = prepare(lines, encoder, name, _CONFIG)
+    encoder.close()
+    for line, failure in refused:
+        answers.refuse(line, failure)
+    if not works:
+        return 0
+    prompt, context = longest(works)
+    if options["ctx_size"] is None and context is not None:
+        options |= {"ctx_size": context, "prompt_tokens": prompt}
+    return _generate(works, answers, name, directory, options, quiet=arguments.quiet or arguments.json)
+
+
+def _generate(
+    works: Sequence["Work"],
+    answers: "AnswerFile",
+    name: str,
+    directory: Path,
+    options: dict[str, Any],
+    *,
+    quiet: bool,
+) -> int:
+    """Load the model and answer `works`; tokens that were generated."""
+    from tqdm import tqdm
+
+    from griffin_offload.serving.batch import Batch
+    from griffin_offload.serving.metrics import Metrics
+    from griffin_offload.serving.model_manager import ModelManager
+    from griffin_offload.serving.requests import caps_of
+    from griffin_offload.serving.worker import Worker
+
+    worker = Worker(ModelManager(directory, options, _CONFIG.max_sessions), _CONFIG, Metrics())
+    generated = 0
+    try:
+        plan = worker.start().model.plan
+        caps = caps_of(_CONFIG, plan.context_tokens, plan.prompt_tokens)
+        with tqdm(total=len(works), desc="batch", unit="request", leave=False, disable=quiet or None) as bar:
+            start = time.monotonic()
+
+            def answered(figures: "Figures") -> None:
+                nonlocal generated
+                generated += figures.completion_tokens
+                bar.set_postfix_str(f"{generated / (time.monotonic() - start):.1f} tokens/s", refresh=False)
+                bar.update()
+
+            Batch(worker, answers, name, caps, _CONFIG.queue_size).run(works, answered)
+    finally:
+        worker.close(0)
+        worker.join(_LAST_TOKEN_S)
+    return generated
+
+
+def _say(
+    answers: "AnswerFile", requests: int, before: int, tokens: int, seconds: float, arguments: argparse.Namespace
+) -> None:
+    """How far it came, also when it was interrupted."""
+    done = len(answers.answered)
+    if arguments.json:
+        found = {"requests": requests, "answered": done, "before": before, "failed": answers.failed}
+        print(json.dumps(found | {"generated_tokens": tokens, "seconds": seconds}))
+        return
+    if arguments.quiet:
+        return
+    failed = f", {answers.failed} of them refused" if answers.failed else ""
+    earlier = f", {before} before" if before else ""
+    rest = f"; {requests - done} are left, the same command goes on" if done < requests else ""
+    print(
+        f"griffin-offload: {done} of {requests} requests answered in {answers.path}{failed}{earlier}, {tokens} tokens "
+        f"in {seconds:.1f} s{rest}",
+        file=sys.stderr,
+    )
