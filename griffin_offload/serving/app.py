@@ -155,6 +155,9 @@ log = logging.getLogger(__name__)
 
 _MODELS = "/v1/models"
 _READING = {"/health": "health", "/metrics": "metrics", _MODELS: "models"}
+_TOKENIZE = "/tokenize"
+_POSTED = {*ENDPOINTS, _TOKENIZE}
+_NOT_SERVED = {"/v1/embeddings": "this server writes text, and computes no embeddings"}
 _STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 _OUTCOMES = {408: "timeout", 429: "queue_full"}
 
@@ -234,17 +237,21 @@ class App:
             raise too_many_connections()
         self._guard.check(method, path, headers)
         exchange.headers = self._guard.cors_headers(headers)
-        if path not in ENDPOINTS and path not in _READING and not path.startswith(f"{_MODELS}/"):
+        if path in _NOT_SERVED:
+            raise ApiError(404, f"{path} is not served: {_NOT_SERVED[path]}", code="not_found")
+        if path not in _POSTED and path not in _READING and not path.startswith(f"{_MODELS}/"):
             raise ApiError(404, "there is nothing at this path", code="not_found")
         if self._guard.is_preflight(method, headers):
             exchange.headers = self._guard.preflight_headers(headers)
             await exchange.answer(204, b"")
             return
-        allowed = ("POST",) if path in ENDPOINTS else ("GET", "HEAD")
+        allowed = ("POST",) if path in _POSTED else ("GET", "HEAD")
         if method not in allowed:
             allow = {"allow": ", ".join(allowed)}
             raise ApiError(405, f"{method[:20]} is not answered here: use {allowed[0]}", code="method", headers=allow)
-        if path in ENDPOINTS:
+        if path == _TOKENIZE:
+            await self._tokenize(exchange, headers)
+        elif path in ENDPOINTS:
             await self._ask(exchange, headers, ENDPOINTS[path])
         else:
             await self._read(exchange, path)
@@ -265,6 +272,22 @@ class App:
                 await exchange.answer(200, encode(model))
             else:
                 await exchange.answer(200, encode({"object": "list", "data": [model]}))
+
+    async def _tokenize(self, exchange: HttpExchange, headers: Headers) -> None:
+        """The prompt that a body makes, as token ids: vLLM's and llama-server's route."""
+        service = self._service
+        body = await exchange.body(self._max_body)
+        _check_content(headers)
+        values = {"model": service.served, **parse_object(body)}
+        endpoint: Endpoint = "chat" if "messages" in values else "completions"
+        request = parse_request(endpoint, values, service.served, service.config)
+        prompts = await exchange.within_time(service.encoder.encode(request))
+        if len(prompts) != 1:
+            raise ApiError(400, f"prompt holds {len(prompts)}: one at a time", param="prompt", code="invalid_value")
+        tokens = prompts[0]
+        await exchange.answer(
+            200, encode({"tokens": tokens, "count": len(tokens), "max_model_len": service.caps.context})
+        )
 
     async def _ask(self, exchange: HttpExchange, headers: Headers, endpoint: Endpoint) -> None:
         service = self._service
@@ -325,4 +348,9 @@ def _check_content(headers: Headers) -> None:
 
 def _kind(path: str) -> str:
     """A name for figures and logs, from a fixed list: paths are the client's words."""
-    return ENDPOINTS.get(path) or _READING.get(path) or ("models" if path.startswith(f"{_MODELS}/") else "other")
+    return (
+        ENDPOINTS.get(path)
+        or ("tokenize" if path == _TOKENIZE else "")
+        or _READING.get(path)
+        or ("models" if path.startswith(f"{_MODELS}/") else "other")
+    )

@@ -8,17 +8,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from griffin_offload.engine.arguments import ONE_ANSWER
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.report import RunReport
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.kv_cache.sequence import Context
+from griffin_offload.serving.answer_parts import AnswerFormat, AnswerParser, Part, format_of, parser_for
 from griffin_offload.serving.logprobs import LogprobRecorder, TokenLogprob
 from griffin_offload.serving.queue import Finish, Finished, Job, Piece
 from griffin_offload.serving.requests import NO_PENALTIES, Request
-from griffin_offload.serving.text_stream import Detokeniser, StopHolder
+from griffin_offload.serving.text_stream import Detokeniser, StopHolder, special_ids, whole_text
+from griffin_offload.serving.tokenization import structure_of
+
+Tokens = tuple[TokenLogprob, ...]
 
 # One answer while it is generated: tokens become text, stop strings end it, an interruption, too.
 
@@ -133,6 +137,53 @@ def answer_all(held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
                 job.figures.add(generation.answer(ids, context, job.max_tokens[index], choice), first=number == 0)
 
 
+class LogitBias(LogitsProcessor):  # type: ignore[misc]
+    """Adds to the scores of some tokens."""
+
+    def __init__(self, bias: tuple[tuple[int, float], ...]) -> None:
+        self._tokens, self._added = zip(*bias, strict=True)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        added = torch.tensor(self._added, dtype=scores.dtype, device=scores.device)
+        places = torch.tensor(self._tokens, dtype=torch.long, device=scores.device)
+        return scores.index_add(1, places, added.expand(scores.shape[0], -1))
+
+
+# Tokens of a prompt's end that say whether it has begun the answer's thoughts.
+_PROMPT_END = 16
+
+
+class PartsShown:
+    """Delivers an answer by its parts: text, thoughts, calls."""
+
+    def __init__(self, found: AnswerFormat, parser: AnswerParser, deliver: Callable[[Part, Tokens], None]) -> None:
+        self._format, self._parser, self._deliver = found, parser, deliver
+        self._called = False
+
+    def kept(self, tokenizer: Any) -> frozenset[int]:
+        """Special tokens by which the parts are told."""
+        special = special_ids(tokenizer)
+        if self._format.own:
+            return special
+        return special & {tokenizer.convert_tokens_to_ids(marker) for marker in self._format.markers}
+
+    def show(self, text: str, tokens: Tokens) -> None:
+        self._all(self._parser.feed(text), tokens)
+
+    def finish(self) -> bool:
+        """The answer is over: deliver what was held back, and say whether something was called."""
+        self._all(self._parser.finish(), ())
+        return self._called
+
+    def _all(self, parts: list[Part], tokens: Tokens) -> None:
+        if tokens and not parts:
+            parts = [Part()]  # log probabilities are of all tokens
+        for part in parts:
+            self._called = self._called or part.call is not None
+            self._deliver(part, tokens)
+            tokens = ()
+
+
 class _Generation:
     """The answers to one job."""
 
@@ -187,7 +238,10 @@ class _Generation:
         if request.top_logprobs is not None:
             chat = request.endpoint == "chat"
             recorder = LogprobRecorder(self._tokenizer, request.top_logprobs, begins=chat)
-        answer = self._new_answer(ids, recorder, choice)
+        parts = self._parts(ids, choice)
+        answer = self._new_answer(ids, recorder, choice, parts)
+        if request.echo:
+            self._job.deliver(Piece(choice, whole_text(self._tokenizer, ids[0].tolist())))
         ends: dict[str, Any] = {"eos_token_id": sorted(self._ends)} if self._ends else {}
         model.progress = model.engine.passes.progress_between = self._layer_done
         try:
@@ -196,12 +250,12 @@ class _Generation:
                 attention_mask=torch.ones_like(ids),
                 context=context,
                 exact=request.exact,
-                structure=request.structure,
+                structure=structure_of(request, self._tokenizer),
                 max_new_tokens=max_tokens,
                 **ONE_ANSWER,
                 **ends,
                 stopping_criteria=StoppingCriteriaList([answer]),
-                logits_processor=LogitsProcessorList([recorder] if recorder is not None else []),
+                logits_processor=self._processors(recorder),
                 **(NO_PENALTIES | sampling_of(request, model.generation_config)),
             )
         finally:
@@ -211,18 +265,41 @@ class _Generation:
         report = model.last_report
         assert report is not None, "a generate that ended well has a report"
         over = report.structure is not None and report.structure.over
-        self._job.deliver(Finished(choice, answer.finish(over=over)))
+        reason = answer.finish(over=over)
+        called = parts is not None and parts.finish()
+        self._job.deliver(Finished(choice, "tool_calls" if called and reason == "stop" else reason))
         return report
 
-    def _new_answer(self, ids: Tensor, recorder: LogprobRecorder | None, choice: int) -> Answer:
+    def _processors(self, recorder: LogprobRecorder | None) -> LogitsProcessorList:
+        bias = LogitBias(self._request.logit_bias) if self._request.logit_bias else None
+        return LogitsProcessorList([one for one in (recorder, bias) if one is not None])
+
+    def _parts(self, ids: Tensor, choice: int) -> "PartsShown | None":
+        """What takes a chat's answer apart, if the model writes more than text."""
+        found = format_of(self._tokenizer) if self._request.endpoint == "chat" else None
+        if found is None:
+            return None
+        prompt: str = self._tokenizer.decode(ids[0].tolist() if found.own else ids[0, -_PROMPT_END:].tolist())
+        tools = list(self._request.tools.functions) or None
+        return PartsShown(
+            found,
+            parser_for(found, prompt, tools),
+            lambda part, tokens: self._job.deliver(Piece(choice, part.text, tokens, part.kind, part.call)),
+        )
+
+    def _new_answer(
+        self, ids: Tensor, recorder: LogprobRecorder | None, choice: int, parts: "PartsShown | None"
+    ) -> Answer:
         before = ids[0].tolist() if self._request.endpoint == "completions" else ()
         return Answer(
             ids.shape[1],
-            Detokeniser(self._tokenizer, before),
+            Detokeniser(self._tokenizer, before, () if parts is None else parts.kept(self._tokenizer)),
             StopHolder((*self._request.stops, *_texts(self._model.generation_config.stop_strings))),
             recorder,
             ends=self._ends | self._ending_words,
-            show=lambda text, tokens: self._job.deliver(Piece(choice, text, tokens)),
+            show=parts.show
+            if parts is not None
+            else lambda text, tokens: self._job.deliver(Piece(choice, text, tokens)),
             interrupted=self._token_done,
         )
 
@@ -243,7 +320,7 @@ def sampling_of(request: Request, given: Any) -> dict[str, Any]:
     penalty = {} if request.repetition_penalty is None else {"repetition_penalty": request.repetition_penalty}
     if temperature < _COLDEST or top_p == 0:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None, **penalty}
-    top_k = _first(given.top_k if samples else None, 0)
+    top_k = _first(request.top_k, given.top_k if samples else None, 0)
     min_p = given.min_p if samples and request.min_p is None else request.min_p
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, **penalty}
 
