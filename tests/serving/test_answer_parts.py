@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from griffin_offload.serving.answer_parts import _FORMATS, AnswerFormat, Part, format_of, parser_for
+from griffin_offload.serving.answer_parts import FORMATS, AnswerFormat, Part, format_of, parser_for
 from griffin_offload.transformers_api import response_parser
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -65,7 +65,7 @@ def _parts(form: AnswerFormat, prompt: str, pieces: list[str]) -> list[Part]:
 def test_in_any_pieces(form: str, prompt: str, answer: str, text: str, thoughts: str, calls: int, data: st.DataObject):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(answer)), max_size=8)))
     pieces = [answer[a:b] for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)]
-    parts = _parts(_FORMATS[form], prompt, pieces)
+    parts = _parts(FORMATS[form], prompt, pieces)
     found = [part.call for part in parts if part.call is not None]
     assert "".join(part.text for part in parts if part.kind == "content").strip() == text.strip()
     assert "".join(part.text for part in parts if part.kind == "reasoning") == thoughts
