@@ -1,4 +1,4 @@
-"""Quality and speed of trained models: {16 bit, int8, int4} x {1, .75, .5}, converted and quantised on the way.
+"""Quality and speed of trained models: 16 bit and int8 to int2 x {1, .75, .5}, converted and quantised on the way.
 
     python benchmarks/real_models.py --text wikitext2=wikitext2_valid.txt.xz --text books=books_valid.txt.xz
     python benchmarks/real_models.py --only smollm2 --quick
@@ -47,7 +47,8 @@ from griffin_offload.errors import GriffinError
 ROOT = Path(__file__).parents[1]
 DEFAULT_TEXT = ROOT / "tests" / "data" / "books_kids.txt"
 DENSITIES = (1.0, 0.75, 0.5)
-WAYS = (("none", False), ("int8", True), ("int8", False), ("int4", True), ("int4", False))
+QUANTISED = ("int8", "int4", "int3", "int2")
+WAYS = (("none", False), *((precision, once) for precision in QUANTISED for once in (True, False)))
 # What rounding in another order may do to a dense 16-bit model, in nats per token.
 SAME_KL = 0.005
 Result = TypeVar("Result")
@@ -135,7 +136,7 @@ def measure_section(
     texts = {name: documents_of(path) for name, path in args.text.items()}
     reference = scratch / "reference.pt"
     section.stock = in_own_process(measure_stock, folder, texts, windows, args.threads, reference)
-    copies = {precision: scratch / precision for precision in ("int8", "int4")}
+    copies = {precision: scratch / precision for precision in QUANTISED}
     refused = {precision: converted(folder, copy, precision) for precision, copy in copies.items()}
     densities = args.densities if section.permuted_kl is None else [1.0]
     for density, (precision, once) in product(densities, WAYS):

@@ -42,6 +42,8 @@ NUMBERS = (
     ("valid-sequences", 64, "at most this many sequences of each held-out file, 0 for all"),
     ("threads", 1, "CPU threads"),
     ("seed", 0, "seed of the weights and of the windows drawn"),
+    ("balance", 0.02, "what unequal use of experts costs"),
+    ("differ", 0.0, "what is given for sequences that use other experts than others"),
     ("experts", 0, "split each FF among as many, 2 of which see a token (Mixtral); 0: a Llama"),
     *((name.replace("_", "-"), size, "of a fresh model") for name, size in SIZES.items()),
 )
@@ -131,14 +133,35 @@ def split_among_experts(llama, experts: int):
 
 
 def loss_of(model, windows: torch.Tensor, args) -> torch.Tensor:
-    """Mean loss over windows of shape (B, T + 1); in training also what unequal use of experts costs."""
+    """Mean loss over windows of shape (B, T + 1); in training also the routers'."""
     windows = windows.to(args.device)
-    balance = getattr(model.config, "router_aux_loss_coef", 0.0) if model.training else 0.0
-    more = {"output_router_logits": True} if balance else {}
+    more = {"output_router_logits": True} if model.training and is_mixture(model) else {}
     with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=not args.float32):
         output = model(input_ids=windows[:, :-1], use_cache=False, **more)
     loss = cross_entropy(output.logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-    return loss + balance * output.aux_loss if balance else loss
+    return loss + routing_loss(output.router_logits, len(windows), args) if more else loss
+
+
+def is_mixture(model) -> bool:
+    return hasattr(model.config, "num_local_experts")
+
+
+def routing_loss(router_logits, sequences: int, args) -> torch.Tensor:
+    """What the routers of all layers [B * T, E] are to minimise beside the loss, mean over layers.
+
+    `--balance` weighs E * sum over experts of (share of tokens * mean probability), 1 where all are used alike. Layer
+    by layer: transformers' own sums over layers first, and each may then use two experts, as long as they differ.
+    `--differ` rewards the mutual information of sequence and expert: that one sequence uses other experts than another.
+    """
+    costs = []
+    for logits in router_logits:
+        probabilities = logits.float().softmax(-1)
+        chosen = torch.zeros_like(probabilities).scatter_(1, logits.topk(2, -1).indices, 0.5)
+        balance = logits.shape[-1] * (chosen.mean(0) * probabilities.mean(0)).sum()
+        each = probabilities.unflatten(0, (sequences, -1)).mean(1)
+        information = (each * (each / each.mean(0)).log()).sum(-1).mean()
+        costs.append(args.balance * balance - args.differ * information)
+    return torch.stack(costs).mean()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ Offload = Literal["auto", "ram", "disk"]
 SelectionMethod = Literal["topk", "output_aware", "sample", "topk_sample", "random", "magnitude"]
 BatchStatistic = Literal["sum", "mean"]
 # Weight formats (formats/) by name, from the most to the fewest bits; `register_format` keeps it.
-FORMAT_NAMES: list[str] = ["none", "int8", "int4"]
+FORMAT_NAMES: list[str] = ["none", "int8", "int4", "int3", "int2"]
 # Of embeddings and head in a converted copy, by the bits that the command line asks for.
 TABLE_FORMATS = {"16": "none", "int8": "int8"}
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]

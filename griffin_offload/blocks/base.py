@@ -87,6 +87,8 @@ class Block(ABC):
     """W, numbers of one token that `Activations` hold: F unless a neuron is several of them."""
     linears: tuple[nn.Module, ...]
     """The linear layers that it consists of: they are quantised as a part of it."""
+    active: int = 0
+    """To how many of its neurons a router sends a token. 0: there is none, and all of them compute."""
 
     @property
     @abstractmethod
@@ -164,6 +166,14 @@ class Block(ABC):
     def rounds_again(self) -> bool:
         """Whether stored numbers are of a format whose gathered neurons rest in another one."""
         return False
+
+    @property
+    def rests_as_stored(self) -> bool:
+        """Whether all neurons, when they stay, are copies of what is stored."""
+        return self.precision.is_plain
+
+    def check(self, precision: Format) -> None:  # noqa: B027
+        """UnsupportedModel when what is not of `linears` cannot be in `precision`."""
 
     @property
     @abstractmethod

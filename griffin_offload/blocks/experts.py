@@ -6,7 +6,8 @@ numbers, over all of its tokens; an `ExpertSource` knows where an expert's tenso
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,16 +16,17 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from griffin_offload.blocks.base import ActivationCallback, Activations, Block
 from griffin_offload.errors import CheckpointError, UnsupportedModel
-from griffin_offload.formats.base import Format, Spec
+from griffin_offload.formats.base import Format, Spec, Tensors
+from griffin_offload.formats.expert_form import RECORDS, ExpertForm, ExpertMatrix
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.stacked import read_row
-from griffin_offload.kernels import table
-from griffin_offload.kernels.library import HALVES
+from griffin_offload.kernels.by_blocks import Scratch
 
+EXPERTS_INPUT = "experts"
+"""What importances call the input that all experts of a layer have."""
 IMPLEMENTATION = "griffin_offload"
 """Under which transformers finds ours."""
-_BLOCK = "_griffin_offload_block"
-_LAYOUT = FLOATS.stored(is_down=False).name
+_BLOCK, _FORM = "_griffin_offload_block", "_griffin_offload_form"
 # As configs call the number of experts that a token is sent to.
 _ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
 
@@ -76,11 +78,11 @@ class Experts(Block):
 
     def __init__(self, module: nn.Module, parent: nn.Module, active: int) -> None:
         self.module, self.parent, self.active = module, parent, active
-        self.names = tuple(name for name, _ in module.named_parameters(recurse=False))
-        down, transposed = module.down_proj, bool(module.is_transposed)
-        assert isinstance(down, Tensor)
-        self.neurons = down.shape[0]
-        self.hidden, self.inner = down.shape[2 if transposed else 1], down.shape[1 if transposed else 2]
+        form: ExpertForm | None = module.__dict__.get(_FORM)
+        self.form = form or ExpertForm(_matrices(module), FLOATS, FLOATS)
+        """Its `precision` is that of the experts that are computed with, resident or not."""
+        self.neurons = expert_count(module)
+        self.hidden, self.inner = self.form.matrices[-1].outputs, self.form.matrices[-1].inputs
         self.width = active * self.inner
         self.source: ExpertSource | None = None
         """None: all experts are the module's own."""
@@ -96,7 +98,11 @@ class Experts(Block):
 
     @property
     def precision(self) -> Format:
-        return FLOATS
+        return self.form.precision
+
+    @property
+    def rests_as_stored(self) -> bool:
+        return self.precision.is_plain and not self.form.records
 
     @property
     def read_numbers(self) -> int:
@@ -106,17 +112,23 @@ class Experts(Block):
         return False
 
     def full(self) -> list[Tensor]:
-        return [getattr(self.module, name) for name in self.names]
+        records = self.module._parameters.get(RECORDS)
+        if records is not None:
+            return self.form.views(records.detach())
+        compact = self.module._parameters.keys() >= set(self.form.names)
+        return [
+            getattr(self.module, name) for name in (self.form.names if compact else self.form.specs(self.form.stored))
+        ]
 
     def full_specs(self, precision: Format | None = None) -> list[Spec]:
         return self.compact_specs(self.neurons, precision)
 
     def compact_specs(self, kept: int, precision: Format | None = None) -> list[Spec]:
-        if precision is not None and not precision.is_plain:
-            raise UnsupportedModel(
-                f"{type(self.module).__name__} is a mixture of experts: not quantised yet, take --quantize none"
-            )
-        return [((kept, *tensor.shape[1:]), None) for tensor in self.full()]
+        specs = self.form.specs(self.precision if precision is None else precision)
+        return [((kept, *shape), own) for shape, own in specs.values()]
+
+    def check(self, precision: Format) -> None:
+        self.form.check(precision, type(self.module).__name__)
 
     def multiple(self, precision: Format) -> int:
         return 1
@@ -125,27 +137,66 @@ class Experts(Block):
         """Nothing: a source hands out full experts one by one."""
 
     def install_compact(self, tensors: Sequence[Tensor]) -> None:
-        for name, tensor in zip(self.names, tensors, strict=True):
+        self.module._parameters.clear()
+        for name, tensor in zip(self.form.names, tensors, strict=True):
             own = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
             self.module._parameters[name] = own
+
+    def take_form(
+        self,
+        precision: Format,
+        stored: Format,
+        records: torch.dtype | None,
+        scratch: Scratch | None = None,
+        importance: Tensor | None = None,
+    ) -> None:
+        """Say, once, what experts are computed in, and how files hold them; as records they are on meta, to be
+        assigned."""
+        known = replace(self.form, scratch=scratch, importance=importance)
+        self.form = replace(known, precision=precision, stored=stored, records=records)
+        self.module.__dict__[_FORM] = self.form
+        if records is not None and RECORDS not in self.module._parameters:
+            shape = (self.neurons, self.form.record_bytes)
+            self.module._parameters.clear()
+            rows = torch.empty(shape, dtype=torch.uint8, device="meta")
+            self.module.register_parameter(RECORDS, nn.Parameter(rows, requires_grad=False))
+
+    def take_rows(self) -> None:
+        """Say that matrices of experts lie as [outputs, inputs] from now on; they are on meta, to be assigned."""
+        self.form = self.module.__dict__[_FORM] = self.form.as_rows()
+        for matrix in self.form.matrices:
+            own = self.module._parameters[matrix.name]
+            assert own is not None, "the stock parameters are there"
+            rows = own.new_empty((self.neurons, *matrix.shape), device="meta")
+            self.module._parameters[matrix.name] = nn.Parameter(rows, requires_grad=False)
 
     @torch.no_grad()
     def gather(self, full: Sequence[Tensor], chosen: Tensor, out: Sequence[Tensor]) -> None:
         if self.source is not None:  # whose places `out` are, and which has the experts already
             self.source.settle(chosen.tolist())
             return
-        for source, target in zip(full, out, strict=True):
-            for place, expert in enumerate(chosen.tolist()):
-                read_row(source, expert, target[place])
+        for place, expert in enumerate(chosen.tolist()):
+            self.form.fill(full, expert, [tensor[place] for tensor in out])
 
     def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:
-        return [chosen for _ in self.names]
+        return [chosen for _ in self.form.names]
 
+    @torch.no_grad()
     def neuron_norms(self, full: Sequence[Tensor]) -> Tensor:
-        raise UnsupportedModel("experts are chosen by what they do, not by their weights: take --selection topk")
+        """Product of the norms of an expert's matrices, for comparison: reads every expert."""
+        if not self.form.stored.is_plain:
+            raise UnsupportedModel(f"the norms of experts in {self.form.stored} are not known: take --selection topk")
+        product = torch.ones(self.neurons, dtype=torch.float32, device=full[0].device)
+        for tensor in full:
+            if tensor.dim() > 2:  # the others are biases
+                own = torch.empty(tensor.shape[1:], dtype=torch.float32, device=tensor.device)
+                for expert in range(self.neurons):
+                    read_row(tensor, expert, own)
+                    product[expert] *= own.norm()
+        return product
 
     def output_norms(self, full: Sequence[Tensor]) -> Tensor:
-        return self.neuron_norms(full)
+        raise UnsupportedModel("what experts add is in their statistic already: take --selection topk")
 
     def observe(self, callback: ActivationCallback) -> None:
         self._observer = callback
@@ -169,11 +220,11 @@ class Experts(Block):
         source.begin(experts, index, weights)
         output, norms = torch.zeros_like(hidden), torch.zeros(index.shape, dtype=torch.float32, device=index.device)
         for expert in experts:
-            tensors = dict(zip(self.names, source.tensors(expert), strict=True))
+            tensors = self.form.by_matrix(source.tensors(expert))
             places = torch.where(index == expert)
             limit = self._limit or places[0].numel()
             for token, choice in zip(*(found.split(limit) for found in places), strict=True):
-                added = _expert(self.module, hidden[token], tensors) * weights[token, choice, None]
+                added = _expert(self.module, self.form, hidden[token], tensors) * weights[token, choice, None]
                 norms[token, choice] = added.float().norm(dim=-1)
                 output.index_add_(0, token, added.to(output.dtype))
         if self._observer is not None:
@@ -197,23 +248,23 @@ class _Own:
         """All stay."""
 
 
-def _expert(module: Any, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _linear(x, tensors[first], tensors.get(f"{first}_bias"), transposed=module.is_transposed)
+def _matrices(module: Any) -> tuple[ExpertMatrix, ...]:
+    """Those of a stock module, in the order in which they are multiplied."""
+    found = []
+    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        _, rows, columns = getattr(module, name).shape
+        outputs, inputs = (columns, rows) if module.is_transposed else (rows, columns)
+        bias = f"{name}_bias" in module._parameters
+        found.append(ExpertMatrix(name, outputs, inputs, name == "down_proj", bool(module.is_transposed), bias))
+    return tuple(found)
+
+
+def _expert(module: Any, form: ExpertForm, x: Tensor, tensors: Mapping[str, Tensors]) -> Tensor:
+    first, down = form.matrices
+    inner = form.multiply(x, first, tensors[first.name])
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    output = _linear(inner, tensors["down_proj"], tensors.get("down_proj_bias"), transposed=module.is_transposed)
+    output = form.multiply(inner, down, tensors[down.name])
     return module.post_expert_norm(output) if module.has_post_expert_norm else output
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
-    if transposed or not x.is_cpu or x.dtype not in HALVES:
-        return nn.functional.linear(x, weight.t() if transposed else weight, bias)
-    tensors = {"weight": weight, "bias": bias}
-    for kernel in table.products(_LAYOUT, x.shape[0], x, None, True):
-        if kernel.takes is None or kernel.takes(x, tensors):
-            product: Tensor = kernel.function(x, tensors, weight.shape[0], None)
-            return product
-    raise AssertionError("torch multiplies what nothing else does")
 
 
 def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -234,6 +285,11 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "has_gate", "_apply_gate"))
 
 
+def expert_count(module: nn.Module) -> int:
+    """Of a module of experts."""
+    return next(module.parameters(recurse=False)).shape[0]
+
+
 def find_experts(layer: nn.Module, where: str) -> Block | None:
     """The experts of a decoder layer; None where it has none that are called as transformers' own. UnsupportedModel,
     CheckpointError for such that do not go together."""
@@ -245,6 +301,8 @@ def find_experts(layer: nn.Module, where: str) -> Block | None:
     name, module = found[0]
     parent = layer.get_submodule(name.rpartition(".")[0])
     sizes = {own: parameter.shape[0] for own, parameter in module.named_parameters(recurse=False)}
+    if RECORDS in sizes:
+        sizes["down_proj"] = sizes.pop(RECORDS)
     if len(set(sizes.values())) != 1 or "down_proj" not in sizes:
         raise UnsupportedModel(f"{where}: parameters of {name} are not one for each expert: {sizes}")
     config: Any = module.config

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.experts import EXPERTS_INPUT, Experts, expert_count, is_experts
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.devices.torch_state import put
 from griffin_offload.formats.base import Format
@@ -14,8 +16,10 @@ from griffin_offload.kernels.by_blocks import Scratch
 
 
 def linear_names(layer: nn.Module) -> list[str]:
-    """Names, inside the layer, of what is quantised."""
-    return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    """Names, inside the layer, of what is quantised. Routers stay as they are: few numbers, on which much depends."""
+    found = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    experts = next((expert_count(module) for module in layer.modules() if is_experts(module)), None)
+    return [name for name in found if experts is None or features(layer.get_submodule(name))[0] not in (1, experts)]
 
 
 def check_layer(layer: nn.Module, block: Block, precision: Format) -> None:
@@ -23,6 +27,23 @@ def check_layer(layer: nn.Module, block: Block, precision: Format) -> None:
     for name in linear_names(layer):
         module = layer.get_submodule(name)
         precision.check(*features(module), name, is_down=block.is_down(module))
+    block.check(precision)
+
+
+def swap_experts(
+    blocks: Sequence[Block],
+    precision: Format,
+    stored: Format,
+    records: torch.dtype | None,
+    scratch: Scratch,
+    importance: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Have experts be computed in `precision`; a checkpoint holds them as `stored`, with `records` as such, floats of
+    that type."""
+    for index, block in enumerate(blocks):
+        if isinstance(block, Experts):
+            known = (importance or {}).get(f"{index}.{EXPERTS_INPUT}")
+            block.take_form(precision, stored, records, scratch, known)
 
 
 def swap_linears(
@@ -45,6 +66,13 @@ def swap_linears(
             new = _quantized(module, precision, stored, scratch, is_down=block.is_down(module))
             new.importance = (importance or {}).get(f"{index}.{name}")
             setattr(layer.get_submodule(parent), attribute, new)
+
+
+def turn_experts(blocks: Sequence[Block]) -> None:
+    """Have all matrices of experts as [outputs, inputs], on meta, to be assigned."""
+    for block in blocks:
+        if isinstance(block, Experts):
+            block.take_rows()
 
 
 def _quantized(

@@ -17,6 +17,30 @@ from torch.overrides import TorchFunctionMode
 _CHOOSING = (torch.topk, Tensor.topk)
 
 
+class RoutingKept(TorchFunctionMode):
+    """A context manager: inside it, whatever chooses by `topk` over as many scores as `allowed` has for a token,
+    booleans [E] for all tokens or [N, E] for each, chooses among those alone. `count` is called with what would have
+    been chosen, and with `allowed` [N, E]."""
+
+    def __init__(self, allowed: Tensor, count: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._allowed, self._count = allowed, count
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _CHOOSING or not self._concerns(args[0].shape):
+            return func(*args, **kwargs)
+        each = self._allowed.view(args[0].shape) if self._allowed.dim() > 1 else self._allowed.expand(args[0].shape)
+        self._count(func(*args, **kwargs).indices, each)
+        # Residents that the router has ruled out already (other groups) come last, but before all that are not there.
+        least = args[0].clamp_min(torch.finfo(args[0].dtype).min)
+        return func(torch.where(each, least, -torch.inf), *args[1:], **kwargs)
+
+    def _concerns(self, scores: torch.Size) -> bool:
+        own = self._allowed.shape
+        return scores[-1] == own[-1] and (len(own) == 1 or scores.numel() == own.numel())
+
+
 class RestrictedForward:
     """The forward of a module that routes and calls experts, with the choice kept to `allowed`, which says for each
     of them (booleans [E]) whether it is resident, or None while all are."""
@@ -36,25 +60,9 @@ class RestrictedForward:
         allowed = self._allowed()
         if allowed is None:
             return self._function(self._module(), *args, **kwargs)
-        with _Choosing(self, allowed):
+        with RoutingKept(allowed, self._count):
             return self._function(self._module(), *args, **kwargs)
 
-    def count(self, own: Tensor, allowed: Tensor) -> None:
-        """The router's `own` choice is known."""
+    def _count(self, own: Tensor, allowed: Tensor) -> None:
         self.choices += own.numel()
-        self._redirected = self._redirected + (~allowed[own]).sum()
-
-
-class _Choosing(TorchFunctionMode):
-    def __init__(self, forward: RestrictedForward, allowed: Tensor) -> None:
-        super().__init__()
-        self._forward, self._allowed = forward, allowed
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _CHOOSING or args[0].shape[-1] != self._allowed.numel():
-            return func(*args, **kwargs)
-        self._forward.count(func(*args, **kwargs).indices, self._allowed)
-        # Residents that the router has ruled out already (other groups) come last, but before all that are not there.
-        least = args[0].clamp_min(torch.finfo(args[0].dtype).min)
-        return func(torch.where(self._allowed, least, -torch.inf), *args[1:], **kwargs)
+        self._redirected = self._redirected + (~allowed.gather(-1, own)).sum()

@@ -9,12 +9,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from griffin_offload.blocks.base import ALIGNMENT, Block, padded
-from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import check_layer, linear_names
 from griffin_offload.blocks.rope import positions_reached
-from griffin_offload.blocks.states import LayerState, kept_states, windows_of
+from griffin_offload.blocks.states import LayerState, StateTensor, check_takes_cache, kept_states, windows_of
 from griffin_offload.formats.base import Format, specs_bytes
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.linear import table_bytes
@@ -52,8 +51,10 @@ class LayerSizes:
     kv_width: int | None = None
     """Numbers per token in its keys and values together; None: the model's."""
     kv_heads: int | None = None
-    state_bytes: int = 0
+    states: tuple[StateTensor, ...] = ()
     """Of convolutions and recurrences: what it keeps of a sequence, however long that is."""
+    state_writer: str | None = None
+    """The part of the layer that writes these and no KV entries."""
     mixing_bytes: int = 0
     """Activations per token while a recurrence or a convolution passes over a prompt."""
     multiple: int = 1
@@ -136,7 +137,23 @@ class ModelSizes:
     @property
     def state_bytes(self) -> int:
         """What all layers keep of one sequence beside its KV cache."""
-        return sum(layer.state_bytes for layer in self.layers)
+        return sum(state.nbytes for layer in self.layers for state in layer.states)
+
+    @property
+    def splits_states(self) -> bool:
+        """Whether wherever there are states a part of the layer writes them and nothing else."""
+        return all(layer.state_writer is not None for layer in self.layers if layer.states)
+
+    @property
+    def state_writers(self) -> dict[int, str]:
+        """By layer the part that writes its states, where it can run in parts and once more."""
+        found = {i: layer.state_writer for i, layer in enumerate(self.layers) if layer.state_writer is not None}
+        return found if self.splits_states else {}
+
+    @property
+    def taken_back_bytes(self) -> int:
+        """What layers with states are given of one token: kept until it is known whether the token stays."""
+        return sum(bool(layer.states) for layer in self.layers) * self.hidden_size * self.item_bytes
 
     def _stored_attention(self, layer: LayerSizes) -> int:
         return layer.plain_attention_bytes if self.stored.is_plain else layer.attention_bytes
@@ -202,6 +219,7 @@ def model_shape(
 
 def states_of(model: StockModel) -> list[LayerState]:
     """What each decoder layer of `model` keeps of a sequence; errors as `kept_states`."""
+    check_takes_cache(model)
     return kept_states(model, find_feed_forwards(model, model.config.get_text_config().num_hidden_layers)[0])
 
 
@@ -252,10 +270,11 @@ def _layer_shape(
         plain_attention_bytes=attention,
         kv_width=state.kv_width,
         kv_heads=state.kv_heads,
-        state_bytes=state.state_bytes,
+        states=state.states,
+        state_writer=state.writer,
         multiple=step,
         own_width=block.width,
-        experts=block.active if isinstance(block, Experts) else 0,
+        experts=block.active,
         mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in inside if id(module) not in projections]),
     )
 

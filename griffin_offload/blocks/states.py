@@ -5,11 +5,13 @@ another size than values, entries shared between layers, convolutions, recurrenc
 meta device, into transformers' own cache.
 """
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +20,37 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
 )
 
 from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
-from griffin_offload.transformers_api import CACHE, DummyLayer, StockCache, StockModel, stock_cache
+from griffin_offload.transformers_api import CACHE, DummyLayer, StockModel, stock_cache
 
 _TOKENS = 2
 # The last is a layer without entries of its own: it reads another one's, or attends to nothing.
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+_WITH_STATES = (
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+STATE_KINDS = ("conv", "recurrent")
+"""What a layer keeps beside KV entries: the last inputs of convolutions, and recurrences."""
+
+
+class StateTensor(NamedTuple):
+    """Of one sequence; `name` is the kind and a number, as in "conv.0"."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -36,10 +60,19 @@ class LayerState:
     kv_width: int
     """Numbers per token in keys and values together; 0 where none are kept."""
     kv_heads: int
-    state_bytes: int = 0
+    states: tuple[StateTensor, ...] = ()
     """Of convolutions and recurrences, however many tokens have passed."""
-    recurrent: bool = False
-    """Whether a recurrence is among them."""
+    writer: str | None = None
+    """The part of the layer that writes these and nothing else: it can run again over fewer tokens, or in parts."""
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(state.nbytes for state in self.states)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a recurrence is among them."""
+        return any(state.name.startswith(STATE_KINDS[1]) for state in self.states)
 
 
 def cache_layers(config: PretrainedConfig) -> list[Any]:
@@ -61,11 +94,20 @@ def windows_of(config: PretrainedConfig) -> list[int | None]:
 
 
 def lasting_kinds(config: PretrainedConfig) -> str:
-    """The kinds of layers, in the config's words, that keep a state whose past cannot be taken back; empty where every
-    layer keeps the keys and values of plain attention, or nothing."""
+    """The kinds of layers, in the config's words, that keep something else than the keys and values of plain attention
+    and states of convolutions and recurrences; empty where there are none."""
+    return _kinds_but(config, (*_PLAIN, *_WITH_STATES))
+
+
+def state_kinds(config: PretrainedConfig) -> str:
+    """The kinds of layers, in the config's words, that keep more than the keys and values of plain attention."""
+    return _kinds_but(config, _PLAIN)
+
+
+def _kinds_but(config: PretrainedConfig, known: tuple[Any, ...]) -> str:
     layers, names = cache_layers(config), getattr(config.get_text_config(), "layer_types", None)
     names = names if names and len(names) == len(layers) else [_kind(layer) for layer in layers]
-    other = [name for layer, name in zip(layers, names, strict=True) if type(layer) not in _PLAIN]
+    other = [name for layer, name in zip(layers, names, strict=True) if type(layer) not in known]
     return ", ".join(dict.fromkeys(str(name) for name in other))
 
 
@@ -81,29 +123,30 @@ def _kind(layer: Any) -> str:
 def kept_states(model: StockModel, decoder: nn.ModuleList) -> list[LayerState]:
     """What each layer of `decoder`, those of `model` on the meta device, keeps. UnsupportedModel where that is not in
     the KV cache that it is given, or cannot be known before weights are read."""
-    _check_takes_cache(model)
     config = model.config
     cache = stock_cache(config)
     if len(cache.layers) != len(decoder):
         raise UnsupportedModel(f"{_name(model)} has {len(decoder)} decoder layers and caches {len(cache.layers)}")
     first = _first_of_kind(decoder, cache.layers)
+    writers: dict[int, set[str]] = {}
     try:
-        _pass_tokens(model, decoder, first, cache)
+        _pass_tokens(model, decoder, first, cache, writers)
     except Exception as error:  # not every architecture can be traced
         if all(type(layer) in _PLAIN for layer in cache.layers):
             return _from_config(config, len(decoder))
         raise UnsupportedModel(
-            f"{_name(model)}: what its layers ({lasting_kinds(config)}) keep cannot be known before weights are read: "
+            f"{_name(model)}: what its layers ({state_kinds(config)}) keep cannot be known before weights are read: "
             f"{one_line(error)}"
         ) from error
-    return [_state_of(cache.layers[index], model) for index in first]
+    return [_state_of(cache.layers[index], model, writers.get(index, set())) for index in first]
 
 
 def _name(model: StockModel) -> str:
     return type(model).__name__
 
 
-def _check_takes_cache(model: StockModel) -> None:
+def check_takes_cache(model: StockModel) -> None:
+    """UnsupportedModel for a model that is given no KV cache."""
     parameters = inspect.signature(model.forward).parameters
     if CACHE in parameters:
         return
@@ -124,12 +167,16 @@ def _first_of_kind(decoder: nn.ModuleList, cached: Sequence[Any]) -> list[int]:
 
 
 @torch.no_grad()
-def _pass_tokens(model: StockModel, decoder: nn.ModuleList, first: list[int], cache: StockCache) -> None:
-    """A forward, for what it leaves in `cache`, in which layers like an earlier one do nothing."""
+def _pass_tokens(
+    model: StockModel, decoder: nn.ModuleList, first: list[int], cache: Any, writers: dict[int, set[str]]
+) -> None:
+    """A forward, for what it leaves in `cache`, in which layers like an earlier one do nothing. `writers` are told, of
+    each layer that runs, which of its parts have written states."""
     made: list[Any] = []
 
-    def run(forward: Any, *args: Any, **kwargs: Any) -> Any:
-        made[:] = [forward(*args, **kwargs)]
+    def run(index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        with _writing(decoder[index], cache.layers[index]) as writers[index]:
+            made[:] = [forward(*args, **kwargs)]
         return made[0]
 
     def skip(*args: Any, **kwargs: Any) -> Any:
@@ -138,7 +185,7 @@ def _pass_tokens(model: StockModel, decoder: nn.ModuleList, first: list[int], ca
     training = model.training
     try:
         for index, layer in enumerate(decoder):
-            layer.forward = partial(run, layer.forward) if first[index] == index else skip
+            layer.forward = partial(run, index, layer.forward) if first[index] == index else skip
         model.eval()
         tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
         model(input_ids=tokens, use_cache=True, **{CACHE: cache})
@@ -148,24 +195,58 @@ def _pass_tokens(model: StockModel, decoder: nn.ModuleList, first: list[int], ca
             layer.__dict__.pop("forward", None)
 
 
-def _state_of(kept: Any, model: StockModel) -> LayerState:
+@contextlib.contextmanager
+def _writing(layer: nn.Module, kept: Any) -> Iterator[set[str]]:
+    """The names of the parts of `layer` that write states into `kept` meanwhile; a "" among them says that some part
+    writes KV entries, too."""
+    running, found, by_both = [""], set[str](), set[str]()
+
+    def told(who: set[str], stock: Any, *args: Any, **kwargs: Any) -> Any:
+        who.add(running[0])
+        return stock(*args, **kwargs)
+
+    def started(name: str, *_: Any) -> None:
+        running[0] = name
+
+    hooks = [part.register_forward_pre_hook(partial(started, name)) for name, part in layer.named_children()]
+    watched = {"update_conv_state": found, "update_recurrent_state": found, "update": by_both}
+    watched = {name: who for name, who in watched.items() if hasattr(kept, name)}
+    try:
+        for name, who in watched.items():
+            setattr(kept, name, partial(told, who, getattr(kept, name)))
+        yield found
+    finally:
+        found |= {""} if found & by_both else set()
+        for name in watched:
+            kept.__dict__.pop(name, None)
+        for hook in hooks:
+            hook.remove()
+
+
+def _state_of(kept: Any, model: StockModel, writers: set[str]) -> LayerState:
     keys, values = getattr(kept, "keys", None), getattr(kept, "values", None)
-    fixed = [
-        state
-        for states in (getattr(kept, "conv_states", {}), getattr(kept, "recurrent_states", {}))
-        for state in states.values()
-        if isinstance(state, Tensor)
-    ]
-    if isinstance(kept, LinearAttentionCacheLayerMixin) and not fixed:
+    states = tuple(StateTensor(name, tuple(state.shape), state.dtype) for name, state in states_in(kept).items())
+    if isinstance(kept, LinearAttentionCacheLayerMixin) and not states:
         raise UnsupportedModel(f"{_name(model)} keeps the past of its recurrent layers in its modules, not in a cache")
     if isinstance(kept, CacheLayerMixin) and not isinstance(keys, Tensor):
         raise UnsupportedModel(f"{_name(model)} does not fill the KV cache that it is given")
-    state_bytes = sum(state.numel() * state.element_size() for state in fixed)
-    recurrent = any(isinstance(state, Tensor) for state in getattr(kept, "recurrent_states", {}).values())
+    if isinstance(keys, Tensor) and keys.dim() == 4 and keys.shape[-2] > _TOKENS:
+        raise UnsupportedModel(f"{_name(model)} puts {keys.shape[-2] - _TOKENS} tokens of its own in front of a prompt")
+    writer = next(iter(writers)) if len(writers) == 1 and "" not in writers else None
     if isinstance(kept, DummyLayer) or not isinstance(keys, Tensor) or not isinstance(values, Tensor):
-        return LayerState(0, 0, state_bytes, recurrent)
+        return LayerState(0, 0, states, writer)
     width = keys.shape[1] * keys.shape[3] + values.shape[1] * values.shape[3]
-    return LayerState(width, keys.shape[1], state_bytes, recurrent)
+    return LayerState(width, keys.shape[1], states, writer)
+
+
+def states_in(kept: Any) -> dict[str, Tensor]:
+    """What a layer of a KV cache holds of convolutions and recurrences, by name; nothing before tokens have passed."""
+    return {
+        f"{kind}.{number}": state
+        for kind in STATE_KINDS
+        for number, state in getattr(kept, f"{kind}_states", {}).items()
+        if isinstance(state, Tensor)
+    }
 
 
 def _from_config(config: PretrainedConfig, layers: int) -> list[LayerState]:

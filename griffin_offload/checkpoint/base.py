@@ -26,6 +26,7 @@ from griffin_offload.checkpoint.renaming import Conversion, conversions_of
 from griffin_offload.checkpoint.tokenizer import tokenizer_of
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats import FLOATS, Format
+from griffin_offload.formats.stacked import StackedTensor
 from griffin_offload.formats.translated import Decode, TranslatedTensor
 from griffin_offload.transformers_api import StockModel
 
@@ -47,6 +48,8 @@ class StoredTensor:
     """Of the matrix that it belongs to: the model gets a module of this format for it, of whose tensors this is one."""
     decode: Decode | None = None
     """Makes its numbers out of the parts' bytes, whenever they are needed."""
+    of_experts: bool = False
+    """Its rows are experts, each made of as many of the parts, in their order."""
 
     @property
     def stored_bytes(self) -> int:
@@ -63,7 +66,8 @@ class StoredTensor:
         CheckpointError where a file is no longer what it was."""
         views = [maps.view(part) for part in self.parts]
         if self.decode is not None:
-            return TranslatedTensor(self.shape, self.dtype, views, self.decode)
+            kind = StackedTensor if self.of_experts else TranslatedTensor
+            return kind(self.shape, self.dtype, views, self.decode)
         # Views want addresses in multiples of the type's size; files that are padded otherwise are copied.
         aligned = self.parts[0].offset % self.dtype.itemsize == 0
         content = views[0] if aligned else views[0].clone()
@@ -89,6 +93,10 @@ class Checkpoint(ABC):
     """The format of the matrices in its layers."""
     tables: Format = FLOATS
     """The same for its embeddings and its head."""
+    records: torch.dtype | None = None
+    """Of floats, where it holds experts as records (formats/expert_form.py); None: as the model does."""
+    expert_rows: bool = False
+    """It holds matrices of experts as [outputs, inputs], whichever way the model has them."""
     untied: bool = False
     """It holds another head than the embeddings that its own config ties it to."""
 

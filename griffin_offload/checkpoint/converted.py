@@ -5,18 +5,22 @@ every shard carries the same mark, so that shards of two conversions are not mix
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, read_object
 from griffin_offload.checkpoint.renaming import Conversion, same_names
 from griffin_offload.checkpoint.safetensors import (
+    DTYPES,
     FLOAT_TYPES,
     METADATA_KEY,
     UNFINISHED,
@@ -28,6 +32,7 @@ from griffin_offload.checkpoint.safetensors import (
 from griffin_offload.checkpoint.unsupported import check_numbers
 from griffin_offload.errors import CheckpointError, UnsupportedModel
 from griffin_offload.formats import FLOATS, TABLE_FORMATS, Format, every, get
+from griffin_offload.formats.expert_form import BLOCK_BYTES, RECORD_VERSION
 from griffin_offload.transformers_api import StockModel
 
 METHOD = "griffin-offload"
@@ -44,18 +49,24 @@ class ConversionInfo:
     tables: str = FLOATS.name
     """Of the embeddings and the head."""
     version: int = field(init=False)
+    records: int = 0
+    """Version of the records that experts lie in; 0: there are none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "version", get(self.precision).version)
 
+    def entries(self) -> dict[str, Any]:
+        """What is written down."""
+        return {name: value for name, value in asdict(self).items() if name != "records" or value}
+
     def metadata(self) -> dict[str, str]:
         """Of a shard."""
-        return {METADATA_KEY: json.dumps(asdict(self), sort_keys=True)}
+        return {METADATA_KEY: json.dumps(self.entries(), sort_keys=True)}
 
     def config(self) -> dict[str, Any]:
         """`quantization_config` of config.json. No `quant_method`: one that transformers does not know it skips with a
         warning and computes with int8 numbers that lack their scales; without any it refuses."""
-        return {"method": METHOD, **asdict(self)}
+        return {"method": METHOD, **self.entries()}
 
 
 def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
@@ -64,7 +75,14 @@ def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
     if not isinstance(found, dict) or found.get("method") != METHOD:
         return None
     version, precision, source, tables = (found.get(key) for key in ("version", "precision", "source", "tables"))
-    format = next((other for other in every() if other.name == precision and not other.is_plain), None)
+    records = found.get("records", 0)
+    if records not in (0, RECORD_VERSION):
+        raise UnsupportedModel(
+            f"{directory} holds experts as records of version {records}, this version reads {RECORD_VERSION}: convert "
+            "again"
+        )
+    known = [other for other in every() if not other.is_plain or records]
+    format = next((other for other in known if other.name == precision), None)
     if format is not None and version != format.version:
         raise UnsupportedModel(
             f"{directory} was converted to {precision} in format {version}, this version reads format "
@@ -73,7 +91,7 @@ def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
     if format is None or not isinstance(source, str) or tables not in [other.name for other in TABLE_FORMATS]:
         raise CheckpointError(f"{directory / 'config.json'} has a damaged quantization_config: convert again")
     del config.quantization_config
-    return ConversionInfo(format.name, source, str(tables))
+    return ConversionInfo(format.name, source, str(tables), records=records)
 
 
 def check_shard(path: Path, mark: ConversionInfo | None) -> None:
@@ -87,6 +105,7 @@ class ConvertedCheckpoint(SafetensorsCheckpoint):
 
     precision: Format = FLOATS
     tables: Format = FLOATS
+    records: torch.dtype | None = None
 
     def tensors(self) -> Mapping[str, StoredTensor]:
         found = super().tensors()
@@ -130,4 +149,33 @@ def open_converted(path: Path) -> Checkpoint | None:
         checked.states,
         precision=get(mark.precision),
         tables=get(mark.tables),
+        records=FLOAT_TYPES[stored] if mark.records else None,
     )
+
+
+# Shards with experts, which are written one by one.
+
+
+def save_with_records(
+    tensors: Mapping[str, Tensor], name: str, records: Iterable[Tensor], shape: tuple[int, int], path: Path, mark: str
+) -> None:
+    """A safetensors file of `tensors` behind `name`: uint8 of `shape`, a row for each of `records`, which are made one
+    after another. They begin at a block of the disk."""
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: mark}}
+    end = math.prod(shape)
+    header[name] = {"dtype": "U8", "shape": list(shape), "data_offsets": [0, end]}
+    # Every one at a multiple of its type's size: it is used where it lies.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    for own, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[own] = {"dtype": words[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    content = json.dumps(header).encode()
+    content += b" " * (-(len(content) + 8) % BLOCK_BYTES)
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little"))
+        file.write(content)
+        for record in records:
+            file.write(memoryview(record.numpy()))  # type: ignore[arg-type]  # numpy's stubs know no buffers
+        for _, tensor in ordered:
+            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]

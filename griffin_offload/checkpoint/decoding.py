@@ -106,6 +106,19 @@ class Scaled:
             into[at - first : last - first].copy_(numbers)
 
 
+@dataclass(frozen=True)
+class EachExpert:
+    """Matrices of experts, [E, O, I]: each is decoded from `count` parts of its own."""
+
+    decode: Callable[[Parts, int, int, Tensor], None]
+    count: int
+
+    def __call__(self, parts: Parts, first: int, end: int, into: Tensor) -> None:
+        for expert in range(first, end):
+            own = parts[expert * self.count : (expert + 1) * self.count]
+            self.decode(own, 0, into.shape[1], into[expert - first])
+
+
 # Codes.
 
 

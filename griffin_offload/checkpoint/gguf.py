@@ -24,6 +24,7 @@ from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.files import FileState, renamed, states_of
 from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types, gguf_package
 from griffin_offload.checkpoint.gguf_config import ROPE_TENSORS, Architecture, Described, config_of
+from griffin_offload.checkpoint.gguf_experts import MIXTURES, sources_of, stored_experts
 from griffin_offload.checkpoint.gguf_file import GgufFile, GgufTensor, is_gguf, read_gguf
 from griffin_offload.checkpoint.gguf_tokenizer import end_tokens, tokenizer_from
 from griffin_offload.checkpoint.renaming import Conversion, same_names
@@ -37,6 +38,7 @@ _STORED_AS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16
 # What blocks are made into: their steps are rougher than the rounding, and every kernel has it.
 _TRANSLATED_AS = torch.bfloat16
 _LAYER = re.compile(r"^blk\.\d+\.(?P<rest>.+)$")
+_IN_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _SUFFIX = re.compile(r"\.(weight|bias)$")
 
 
@@ -58,9 +60,28 @@ class GgufCheckpoint(Checkpoint):
     """transformers' names of tensors by those in the files."""
 
     def tensors(self) -> Mapping[str, StoredTensor]:
-        return {
-            self.names[name]: self._stored(tensor) for name, tensor in _all(self.headers).items() if name in self.names
-        }
+        there = _all(self.headers)
+        made = (self.names[name] for name in there if name in self.names)
+        sources: dict[str, list[GgufTensor]] = {name: [] for name in made}
+        for name, tensor in there.items():
+            if name in self.names:
+                sources[self.names[name]].append(tensor)
+        return {name: self._made_of(name, tensors) for name, tensors in sources.items()}
+
+    @property
+    def expert_rows(self) -> bool:  # type: ignore[override]
+        return any(sources_of(name) for name in self.names.values())
+
+    def _made_of(self, name: str, tensors: list[GgufTensor]) -> StoredTensor:
+        wanted = sources_of(name)
+        if not wanted:
+            return self._stored(tensors[0])
+        by_end = {tensor.name.split(".", 2)[-1]: tensor for tensor in tensors}
+        lacking = [source for source in wanted if source not in by_end]
+        if lacking:
+            raise CheckpointError(f"{self.directory} has no {lacking[0]} beside {tensors[0].name}: download it again")
+        ordered = [by_end[source] for source in wanted]
+        return stored_experts(ordered, self.architecture.model_type, self.dtype, self.directory)
 
     def _stored(self, tensor: GgufTensor) -> StoredTensor:
         name = self.names[tensor.name]
@@ -71,6 +92,7 @@ class GgufCheckpoint(Checkpoint):
         minus = float(self.architecture.norms_minus_one and tensor.name.endswith("norm.weight"))
         shape = tensor.shape[::-1] if transposed else tensor.shape
         shape = (shape[0], 1, shape[1]) if part == "shortconv.conv" else shape
+        shape = (1, *shape) if part == "ffn_gate_inp_shexp" and len(shape) == 1 else shape
         if not (index or transposed or minus) and _STORED_AS.get(tensor.type.name) == self.dtype:
             return StoredTensor(shape, self.dtype, (tensor.extent,))
         order = None if index is None else _checked(index(self.raw_config), tensor, self.directory)
@@ -133,7 +155,7 @@ def open_gguf(path: Path) -> Checkpoint | None:
     types = block_types()
     headers = tuple(read_gguf(file, types) for file in files)
     described = Described(path, headers[0].metadata, _all(headers))
-    architecture, raw = config_of(described)
+    architecture, raw = config_of(described, MIXTURES)
     config = config_from(raw, path)
     dtype = _STORED_AS.get(_most_bytes(headers), _TRANSLATED_AS)
     names = _names(described, architecture, config, dtype)
@@ -208,11 +230,15 @@ def _names(
     for name in model.state_dict():
         match = _SUFFIX.search(name)
         stem = name[: match.start()] if match else name
+        layer = _IN_LAYER.search(name)
+        if layer is not None:
+            found |= {f"blk.{layer[1]}.{source}": name for source in sources_of(name)}
         there = table.get_name(stem) or table.get_name(stem.removeprefix(f"{model.base_model_prefix}."))
         if there is not None:
-            there += match[0] if match else ""
+            there += match[0] if match else "" if described.has(there) else ".weight"
             if described.has(there):
                 found.setdefault(there, name)
+    found = {there: name for there, name in found.items() if described.has(there)}
     unused = sorted(set(described.tensors) - set(found) - set(ROPE_TENSORS))
     if unused:
         raise UnsupportedModel(

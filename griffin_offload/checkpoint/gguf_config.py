@@ -115,10 +115,10 @@ class Architecture:
     """Other layers have 0 heads of keys and values."""
 
 
-def config_of(described: Described) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture, and what config.json would say. UnsupportedModel for an architecture that is not read,
-    CheckpointError for a header that lacks something."""
-    architecture = known(described)
+def config_of(described: Described, mixtures: Mapping[str, Architecture]) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture, one of `mixtures` where there are experts, and what config.json would say. UnsupportedModel for
+    an architecture that is not read, CheckpointError for a header that lacks something."""
+    architecture = known(described, mixtures)
     config = _common(described, architecture)
     if architecture.rotary:
         config["rope_parameters"] = _rope(described, config)
@@ -126,13 +126,15 @@ def config_of(described: Described) -> tuple[Architecture, dict[str, Any]]:
     return architecture, config
 
 
-def known(described: Described) -> Architecture:
+def known(described: Described, mixtures: Mapping[str, Architecture]) -> Architecture:
     name, where = described.architecture, described.where
     experts = described.metadata.get(f"{name}.expert_count", 0)
     if experts or any("_exps." in tensor for tensor in described.tensors):
+        if name in mixtures:
+            return mixtures[name]
         raise UnsupportedModel(
-            f"{where} is a mixture of {experts or 'several'} experts ({name}): only models with one dense feed-forward "
-            "a layer are loaded from GGUF files"
+            f"{where} is a mixture of {experts or 'several'} experts of the architecture {name}, which is not read "
+            f"from GGUF files: give the model's Hugging Face directory (read are {', '.join(sorted(mixtures))})"
         )
     if name not in ARCHITECTURES:
         raise UnsupportedModel(
@@ -156,7 +158,7 @@ def _common(described: Described, architecture: Architecture) -> dict[str, Any]:
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.model_type]],
         "vocab_size": embeddings.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": described.integer("feed_forward_length"),
+        "intermediate_size": _neurons(described),
         "num_hidden_layers": described.integer("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": _kv_heads(described, architecture, heads),
@@ -166,6 +168,11 @@ def _common(described: Described, architecture: Architecture) -> dict[str, Any]:
         "tie_word_embeddings": not described.has("output.weight"),
     }
     return config | {f"{name}_token_id": _token(described, key) for name, key in _TOKENS.items()}
+
+
+def _neurons(described: Described) -> Any:
+    of_experts = described.integer("expert_feed_forward_length", None)
+    return described.integer("feed_forward_length", *([] if of_experts is None else [of_experts]))
 
 
 def _kv_heads(described: Described, architecture: Architecture, heads: int) -> int:
@@ -346,12 +353,12 @@ def _lfm2(described: Described, config: dict[str, Any]) -> None:
     config["layer_types"] = ["full_attention" if yes else "conv" for yes in attends]
 
 
-_LLAMA_ROWS = {"attn_q": _pairs_apart("num_attention_heads"), "attn_k": _pairs_apart("num_key_value_heads")}
+LLAMA_ROWS = {"attn_q": _pairs_apart("num_attention_heads"), "attn_k": _pairs_apart("num_key_value_heads")}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", "llama", _biases, rows=_LLAMA_ROWS),
+    "llama": Architecture("llama", "llama", _biases, rows=LLAMA_ROWS),
     "qwen2": Architecture("qwen2", "qwen2"),
     "qwen3": Architecture("qwen3", "qwen3", _qwen3),
     "phi3": Architecture("phi3", "phi3", _phi3),

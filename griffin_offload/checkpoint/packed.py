@@ -6,7 +6,7 @@ All sizes are checked here, so that decoding reads nothing that is not there.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from griffin_offload.checkpoint.base import StoredTensor
 from griffin_offload.checkpoint.decoding import (
     Blocks4,
+    EachExpert,
     Fp4Rows,
     Grid,
     Numbers,
@@ -28,6 +29,7 @@ from griffin_offload.checkpoint.decoding import (
     Spread,
     SpreadByIndex,
 )
+from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.errors import CheckpointError, UnsupportedModel
 from griffin_offload.formats.translated import Decode
@@ -38,6 +40,7 @@ _INT32, _U8, _I8 = (torch.int32,), (torch.uint8,), (torch.int8,)
 _MX_SCALES = (torch.uint8, torch.float8_e8m0fnu)
 _WORD_BITS = 32
 _FP4_GROUP, _MX_GROUP = 16, 32
+_BLOCKS = "_blocks"
 _MOST_STATE_BYTES = 10_000
 _NF4_STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 
@@ -90,6 +93,8 @@ class Module:
 
 Reader = Callable[[Module, Packing, torch.dtype], StoredTensor]
 """Makes the matrix of a module, in a type. Errors: CheckpointError, UnsupportedModel."""
+ExpertReader = Callable[[Module, Packing, torch.dtype], Iterator[tuple[str, StoredTensor]]]
+"""The same of the matrices of all experts of a module, by what follows its name."""
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -238,6 +243,27 @@ def read_fp4(module: Module, packing: Packing, dtype: torch.dtype) -> StoredTens
     grid = Grid(1, scales.dtype, scales.shape[1], factor=None if divides else 2, divisor=2 if divides else None)
     spread = Spread(grid, _FP4_GROUP, inputs)
     return _made((outputs, inputs), dtype, [codes, scales, whole], Scaled(Fp4Rows(0, inputs), spread))
+
+
+def read_mxfp4_experts(module: Module, packing: Packing, dtype: torch.dtype) -> Iterator[tuple[str, StoredTensor]]:
+    """gpt-oss' experts, by what follows the module's name: of each matrix blocks [E, O, I / 32, 16], two numbers
+    a byte, and their scales [E, O, I / 32]; the model has it turned around."""
+    for name in (suffix.removesuffix(_BLOCKS) for suffix in module.tensors if suffix.endswith(_BLOCKS)):
+        blocks = module.need(f"{name}{_BLOCKS}", _U8, None, None, None, _MX_GROUP // 2)
+        scales = module.need(f"{name}_scales", _MX_SCALES, *blocks.shape[:3])
+        experts, outputs, groups, _ = blocks.shape
+        inputs = groups * _MX_GROUP
+        spread = Spread(Grid(1, torch.float8_e8m0fnu, groups), _MX_GROUP, inputs)
+        parts = tuple(part for pair in zip(_by_row(blocks), _by_row(scales), strict=True) for part in pair)
+        decode = EachExpert(Scaled(Fp4Rows(0, inputs), spread), 2)
+        yield name, StoredTensor((experts, outputs, inputs), dtype, parts, decode=decode, of_experts=True)
+
+
+def _by_row(tensor: StoredTensor) -> list[Extent]:
+    """Where each row of the first axis lies."""
+    (whole,), count = tensor.parts, tensor.shape[0]
+    size = whole.nbytes // count
+    return [Extent(whole.path, whole.offset + row * size, size) for row in range(count)]
 
 
 # GPTQ and AWQ: matrices that lie the other way.

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import find_feed_forwards, left_out_parts
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.transformers_api import StockModel
@@ -27,16 +29,17 @@ class PartSizes:
 
 
 class _LayerSizes:
-    """Of one decoder layer."""
+    """Of one decoder layer; `experts` of a mixture are translated one by one."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: int) -> None:
+        self._experts = experts
         self.made = self.translated = 0
         self._stored = self._full = self._translated_ff = 0
 
     def count(self, tensor: StoredTensor, made: int, *, inside: bool) -> None:
         """`inside`: it belongs to the feed-forward."""
         translated = tensor.nbytes if tensor.decode else 0
-        self.translated += translated
+        self.translated += translated // self._experts if inside else translated
         if inside:
             self.made += made
             self._stored += tensor.stored_bytes
@@ -52,7 +55,7 @@ def part_sizes(model: StockModel, checkpoint: Checkpoint) -> PartSizes:
     """Of `checkpoint`, whose model is on the meta device. A name that no other part has counts as feed-forward."""
     tensors = checkpoint.tensors()
     decoder, blocks = find_feed_forwards(model, model.config.get_text_config().num_hidden_layers)
-    layers, embeddings, rest = [_LayerSizes() for _ in blocks], 0, 0
+    layers, embeddings, rest = [_LayerSizes(_experts(block)) for block in blocks], 0, 0
     others = [_names_outside_ff(layer, block) for layer, block in zip(decoder, blocks, strict=True)]
     table = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     left_out = left_out_parts(model)
@@ -72,6 +75,10 @@ def part_sizes(model: StockModel, checkpoint: Checkpoint) -> PartSizes:
             rest += made
     rest += max(layer.translated for layer in layers)
     return PartSizes(tuple(layer.made for layer in layers), embeddings, rest, max(layer.share for layer in layers))
+
+
+def _experts(block: Block) -> int:
+    return block.neurons if isinstance(block, Experts) else 1
 
 
 def _made_bytes(tensor: StoredTensor, checkpoint: Checkpoint) -> int:

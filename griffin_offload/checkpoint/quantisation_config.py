@@ -16,12 +16,14 @@ import torch
 from griffin_offload.checkpoint.base import StoredTensor
 from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, read_object
 from griffin_offload.checkpoint.packed import (
+    ExpertReader,
     Packing,
     Reader,
     read_awq,
     read_bitsandbytes,
     read_fp4,
     read_gptq,
+    read_mxfp4_experts,
     read_packed,
     read_scaled,
 )
@@ -56,6 +58,8 @@ class Method:
     """Of GPTQ and AWQ, whose matrices are called qweight."""
     own: Reader | None = None
     """Of bitsandbytes, whose matrices keep their name."""
+    experts: ExpertReader | None = None
+    """Of MXFP4, which packs the experts of a layer together, and nothing else."""
 
     def reader_of(self, tensors: Mapping[str, StoredTensor]) -> Reader | None:
         """What reads the module with these tensors; None where it is not packed."""
@@ -277,7 +281,13 @@ def _bitsandbytes(said: _Said) -> Method:
     return Method(f"{kind} of bitsandbytes", Packing(), 4.5 if four else 8, left_out, own=read_bitsandbytes)
 
 
+def _mxfp4(said: _Said) -> Method:
+    left_out = said.names("modules_to_not_convert")
+    return Method("MXFP4", Packing(), 4.25, left_out, experts=read_mxfp4_experts)
+
+
 _METHODS = {
+    "mxfp4": _mxfp4,
     "fp8": _fp8,
     "fbgemm_fp8": _fp8,
     "compressed-tensors": _compressed,

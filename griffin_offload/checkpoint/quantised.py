@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from griffin_offload.blocks.experts import is_experts
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.converted import METHOD
@@ -46,6 +47,7 @@ _INSIDE = ".weight."
 class QuantisedCheckpoint(SafetensorsCheckpoint):
     """A directory in Hugging Face layout whose matrices are packed."""
 
+    expert_rows: bool = False
     method: str = ""
     """In words."""
     listed: Mapping[str, StoredTensor] = field(default_factory=dict, compare=False)
@@ -79,7 +81,16 @@ def open_quantised(path: Path) -> Checkpoint | None:
     untied = _unties(config, listed) or untie_other_head(config, dtype, checked.headers)
     weight_bytes = sum(tensor.stored_bytes for tensor in listed.values())
     return QuantisedCheckpoint(
-        path, config, dtype, checked.files, weight_bytes, checked.states, untied, method.words, listed
+        path,
+        config,
+        dtype,
+        checked.files,
+        weight_bytes,
+        checked.states,
+        untied,
+        method=method.words,
+        listed=listed,
+        expert_rows=method.experts is not None,
     )
 
 
@@ -136,9 +147,18 @@ def _listed(
         if reader is not None:
             yield f"{name}.weight", reader(Module(name, tensors, maps), method.packing, dtype)
             tensors = {key: tensor for key, tensor in tensors.items() if key == "bias"}
+        if method.experts is not None:
+            made = dict(method.experts(Module(name, tensors, maps), method.packing, dtype))
+            yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in made.items())
+            tensors = {key: tensor for key, tensor in tensors.items() if not _packs(key, made)}
         for suffix, tensor in tensors.items():
             if suffix not in _ASIDE:
                 yield (f"{name}.{suffix}" if name else suffix), tensor
+
+
+def _packs(suffix: str, made: Mapping[str, StoredTensor]) -> bool:
+    """Whether one of `made` is made of the tensor."""
+    return suffix.rpartition("_")[0] in made and suffix.endswith(("_blocks", "_scales"))
 
 
 def _unties(config: PretrainedConfig, listed: Mapping[str, StoredTensor]) -> bool:
@@ -168,9 +188,11 @@ def _expected(config: PretrainedConfig, method: Method, dtype: torch.dtype) -> I
     model: Any = build_on_meta(config, dtype)
     decoder, _ = find_feed_forwards(model, config.get_text_config().num_hidden_layers)
     packed = {
-        id(module.weight)
+        id(parameter)
         for name, module in model.named_modules()
-        if _is_packed(name, module, decoder) and not method.leaves_out(name)
+        if _is_packed(module, decoder, method) and not method.leaves_out(name)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() > 1
     }
     for name, parameter in model.named_parameters():
         decoded = id(parameter) in packed
@@ -179,9 +201,9 @@ def _expected(config: PretrainedConfig, method: Method, dtype: torch.dtype) -> I
         yield name, StoredTensor(tuple(parameter.shape), dtype, (Extent("", 0, nbytes),), decode=decode)
 
 
-def _is_packed(name: str, module: nn.Module, decoder: nn.ModuleList) -> bool:
+def _is_packed(module: nn.Module, decoder: nn.ModuleList, method: Method) -> bool:
     inside = any(module is one for layer in decoder for one in layer.modules())
-    return inside and isinstance(module, nn.Linear)
+    return inside and (isinstance(module, nn.Linear) if method.experts is None else is_experts(module))
 
 
 def _nothing_to_decode(parts: Any, first: int, end: int, into: Tensor) -> None:

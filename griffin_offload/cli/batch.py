@@ -14,8 +14,8 @@ from griffin_offload.cli.options import (
     heavy_imports,
     load_options,
     model_of,
+    prepare_serving,
 )
-from griffin_offload.cli.serve import prepare_serving
 from griffin_offload.config import LoadConfig, ServeConfig
 from griffin_offload.demo import SERVED_NAME
 from griffin_offload.errors import UsageError

@@ -16,7 +16,12 @@ def add_parser(commands: Any) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser("convert", help="write a quantised copy of a checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; an unfinished conversion continues")
-    parser.add_argument("--quantize", choices=FORMAT_NAMES[1:], required=True, help="precision of the matrices")
+    parser.add_argument(
+        "--quantize",
+        choices=FORMAT_NAMES,
+        required=True,
+        help="precision of the matrices; none: of experts alone, each in one piece",
+    )
     parser.add_argument(
         "--embeddings",
         choices=tuple(TABLE_FORMATS),

@@ -132,6 +132,7 @@ def _run(
     from tqdm import tqdm
 
     from griffin_offload.engine.model import GriffinModel
+    from griffin_offload.engine.spec import by_residents_alone
     from griffin_offload.evaluation.summaries import means, missing, summarise
 
     wanted = missing(journal, variant, articles)
@@ -140,6 +141,8 @@ def _run(
     options = {name: getattr(arguments, name) for name in _MEMORY} | {"quantize": checkpoint.precision.name}
     options |= {"density": variant.density, "selection": variant.selection, "seed": config.seed}
     options |= {"prompt_tokens": articles.longest, "ctx_size": articles.longest + config.max_new_tokens}
+    if variant.density < 1:
+        options = by_residents_alone(checkpoint, options)
     done, every = len(articles.fitting) - len(wanted), len(articles.fitting)
     title = variant_name(variant.selection, variant.density)
     with (

@@ -81,9 +81,12 @@ def _planned(options: dict[str, Any], checkpoint: "Checkpoint") -> tuple[dict[st
 
 def _show(numbers: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
+        from griffin_offload.evaluation.plots import experts
         from griffin_offload.evaluation.plots import prompt_loss as picture
 
         files = draw(lambda: picture(numbers), arguments.output, "prompt")
+        if numbers["unit"] == "experts":
+            files += draw(lambda: experts(numbers), arguments.output, "experts")
         write_text(arguments.output / "prompt.json", json.dumps(numbers, indent=1))
         if not arguments.quiet:
             print(f"wrote {', '.join(map(str, [*files, arguments.output / 'prompt.json']))}", file=sys.stderr)

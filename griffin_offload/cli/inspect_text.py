@@ -226,10 +226,12 @@ class _Inspection:
                 self._files.add_matrices(name, seen.heatmaps[name])
 
     def _draw_sparsity(self, model: "GriffinModel", windows: "list[Tensor]") -> None:
+        from griffin_offload.evaluation.inspection import enough_for_a_token
         from griffin_offload.evaluation.perplexity import measure, points_of_rows
         from griffin_offload.evaluation.plots import sparsity
 
-        variants = self._variants(_DEFAULTS.sparsity_densities, _DEFAULTS.sparsity_selections)
+        densities = enough_for_a_token(model, _DEFAULTS.sparsity_densities)
+        variants = self._variants(densities, _DEFAULTS.sparsity_selections)
         with Bar("sparsity", quiet=self._arguments.quiet) as bar:
             rows = measure(model, windows, self._sparsity_prompt, variants, bar.step)
         note = f"{len(windows)} windows of {self._sparsity_prompt} + {self._sparsity_generate} tokens"

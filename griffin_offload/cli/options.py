@@ -321,3 +321,24 @@ def parse_density(text: str) -> Any:
     except ValueError:
         raise UsageError(f"cannot read the density {text!r}: auto, 0.5, or one number per layer (0.5,0.7)") from None
     return values if "," in text else values[0]
+
+
+# What serve and batch share.
+
+
+# On CPUs oneDNN and torch's layer over it keep compiled kernels for every length of a prompt, 1024 of them each: 1.5 MB
+# for every new length, up to some 200 MB. A layer has fewer than this many.
+_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+
+
+def prepare_serving(command: str) -> None:
+    """What a process needs before torch is loaded if it answers many requests; UsageError where the extra lacks."""
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"{command} needs {error.name}: pip install 'griffin-offload[serve]'") from error
+    for name, value in _KERNELS.items():
+        os.environ.setdefault(name, value)  # read when torch is loaded
+    quiet_libraries()

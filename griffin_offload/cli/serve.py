@@ -17,7 +17,7 @@ from griffin_offload.cli.options import (
     heavy_imports,
     load_options,
     model_of,
-    quiet_libraries,
+    prepare_serving,
 )
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.config import LoadConfig, ServeConfig
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 _DEFAULTS = ServeConfig()
 _LONGEST_KEY_FILE = 10_000
-# On CPUs oneDNN and torch's layer over it keep compiled kernels for every length of a prompt, 1024 of them each: 1.5 MB
-# for every new length, up to some 200 MB. A layer has fewer than this many.
-_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 
 
 def add_parser(commands: Any) -> None:
@@ -155,19 +152,6 @@ def _warn_of_readers(mode: int) -> None:
     if os.name == "posix" and stat.S_ISREG(mode) and mode & stat.S_IROTH:
         what = f"others can read --api-key-file (mode {stat.S_IMODE(mode):o}): chmod o= it"
         print(f"griffin-offload: {what}", file=sys.stderr)
-
-
-def prepare_serving(command: str) -> None:
-    """What a process needs before torch is loaded if it answers many requests; UsageError where the extra lacks."""
-    try:
-        import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"{command} needs {error.name}: pip install 'griffin-offload[serve]'") from error
-    for name, value in _KERNELS.items():
-        os.environ.setdefault(name, value)  # read when torch is loaded
-    quiet_libraries()
 
 
 def _log_to_stderr(arguments: argparse.Namespace) -> None:

@@ -132,6 +132,8 @@ ONE_ANSWER: dict[str, Any] = {
     "output_hidden_states": False,
 }
 """Arguments of `generate` for whoever wants the tokens of one answer, whatever a checkpoint's settings say."""
+# A context's KV cache grows by so many tokens, copied each time.
+_CONTEXT_STEP = 256
 _LIMITS = ("max_new_tokens", "max_length")
 
 
@@ -158,6 +160,8 @@ def prepared(
     configs = (given, defaults)
     use = usage_of(prompt, kwargs | settings, configs, engine.model_spec, mode, passes, context, past)
     check_length(use, plan.context_tokens)
+    if context is not None:
+        use = replace(use, reserved_tokens=_roomy(context, use.ctx_tokens, plan.context_tokens))
     past.check_batch(use.batch)
     use = _across_border(engine.border, use, passes)
     if use.cache != "ours" or passes or context is not None:
@@ -174,6 +178,7 @@ def prepared(
         run.prompt_ids = prompt[0].tolist() if prompt.dim() == 2 else []
         run.context = empty_context(engine) if context is None else context
         settings[CACHE] = run.own_cache = run.context.cache
+        run.own_cache.grow(use.cache_tokens)
         # Otherwise transformers takes every pad token for padding, also one that was generated.
         settings["attention_mask"] = torch.ones_like(prompt, device=engine.model_spec.device)
     elif past.tokens:
@@ -220,7 +225,12 @@ def _refuse_drafts(model: StockModel, kwargs: dict[str, Any], configs: tuple[Gen
     """UsageError for drafts of transformers' own where they could not be taken back."""
     for name in ("prompt_lookup_num_tokens", "assistant_model"):
         if _value(name, kwargs, configs) is not None and getattr(model, "_is_stateful", False):
-            raise UsageError(f"{name} takes drafts back: {why_not_back(model.config)}")
+            raise UsageError(f"{name} takes drafts back: {why_not_back(model.config)}; exact=True can")
+
+
+def _roomy(context: Context, tokens: int, most: int) -> int:
+    """Tokens that the KV cache of `context` shall hold for a use of so many: in large steps, for what may follow."""
+    return max(context.cache.ctx_tokens, min(-(-tokens // _CONTEXT_STEP) * _CONTEXT_STEP, most))
 
 
 def _across_border(border: RopeBorder | None, use: Workload, passes: bool) -> Workload:
@@ -337,10 +347,11 @@ def usage_of(
     kept_scores = sum(bool(value(name)) for name in ("output_scores", "output_logits")) * (total - tokens)
     drafts = value("prompt_lookup_num_tokens") or 0
     cache = _cache_of_caller(kwargs.get(CACHE), value("cache_implementation"))
-    if cache is None and any(layer.window is not None for layer in model_spec.shape.layers):
-        # A window of ours rolls back so many tokens; an assistant may draft more.
+    if cache is None and any(layer.window is not None or layer.states for layer in model_spec.shape.layers):
+        # A window of ours rolls back so many tokens; an assistant may draft more. States of ours go back to no draft.
         drafted = kwargs.get("assistant_model") is not None or getattr(configs[0], "is_assistant", False)
-        cache = "dynamic" if drafts > KV_SLACK_TOKENS or drafted else None
+        most = 0 if any(layer.states for layer in model_spec.shape.layers) else KV_SLACK_TOKENS
+        cache = "dynamic" if drafts > most or drafted else None
     return Workload(
         batch=prompt.shape[0] * max(value("num_beams") or 1, value("num_return_sequences") or 1),
         prompt_tokens=tokens,
@@ -375,10 +386,11 @@ def check_length(use: Workload, context_tokens: int) -> None:
         )
 
 
-def empty_context(engine: LoadedModel) -> Context:
-    """With a KV cache for all that was planned. UsageError where layers keep a state that cannot be taken back."""
+def empty_context(engine: LoadedModel, tokens: int | None = None) -> Context:
+    """With a KV cache for so many tokens at first, else for all that was planned. UsageError where layers keep a state
+    that cannot be taken back."""
     config, plan = engine.loaded.model.config, engine.plan
     if engine.model_spec.request.cache != "ours":
         raise UsageError(f"no context can be kept: {why_not_back(config)}")
-    cache = KVCache(config, ctx_tokens=plan.context_tokens, bits=plan.kv_bits)
+    cache = KVCache(config, ctx_tokens=plan.context_tokens if tokens is None else tokens, bits=plan.kv_bits)
     return Context(cache, engine.loaded, border=engine.border)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from griffin_offload.blocks.layouts import find_feed_forwards, leave_out_towers
-from griffin_offload.blocks.replace import swap_linears
+from griffin_offload.blocks.replace import swap_experts, swap_linears, turn_experts
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.renaming import Conversion, KeptTypes
@@ -32,7 +32,7 @@ def build(checkpoint: Checkpoint, scratch: Scratch | None = None) -> Any:
     """The model on the CPU; every tensor of it has to be there. `scratch` is for matrices that the checkpoint holds in
     a format. CheckpointError where the checkpoint and its config do not agree."""
     model = build_unfilled(checkpoint.config, checkpoint.dtype)
-    if not checkpoint.precision.is_plain:
+    if not checkpoint.precision.is_plain or checkpoint.records is not None or checkpoint.expert_rows:
         _swap_formats(model, checkpoint, scratch or Scratch(0, checkpoint.dtype, torch.device("cpu")))
     try:
         _Filling(model, checkpoint).fill()
@@ -58,7 +58,12 @@ def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> Any:
 
 def _swap_formats(model: StockModel, checkpoint: Checkpoint, scratch: Scratch) -> None:
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
-    swap_linears(decoder, blocks, checkpoint.precision, checkpoint.precision, scratch)
+    if not checkpoint.precision.is_plain:
+        swap_linears(decoder, blocks, checkpoint.precision, checkpoint.precision, scratch)
+    own = checkpoint.precision.rests_as()
+    if checkpoint.expert_rows or checkpoint.records is not None:
+        turn_experts(blocks)
+    swap_experts(blocks, own, own, checkpoint.records, scratch)
     if not checkpoint.tables.is_plain:
         swap_tables(model, checkpoint.tables, scratch)
 

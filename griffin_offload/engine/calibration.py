@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.experts import EXPERTS_INPUT, Experts, is_experts
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.replace import linear_names
 from griffin_offload.checkpoint.base import Checkpoint
@@ -31,6 +32,7 @@ from griffin_offload.engine.layer_pass import LayerPass, PageFeed, Visitor
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats.translated import TranslatedTensor, in_memory
 from griffin_offload.kernels.by_blocks import Scratch
+from griffin_offload.offload.expert_store import ExpertStore, PassingExperts
 from griffin_offload.transformers_api import StockModel
 
 Importance = Mapping[str, Tensor]
@@ -38,7 +40,7 @@ Importance = Mapping[str, Tensor]
 CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
 Inputs = Mapping[str, Tensor]
 """Inputs [T, I] of a layer's linear modules by their names, in the type of the computation; the same tensor for modules
-that have the same inputs."""
+that have the same inputs. Of experts (EXPERTS_INPUT) the mean squares [H] of what they are given."""
 _SEQUENCES, _ALL_SEQUENCES, _TOKENS = 4, 16, 128
 # The first tokens' states are unlike all others', in every trained model: they are no measure of what counts, but a few
 # weights make them, and what makes up for errors must know of these.
@@ -51,22 +53,28 @@ _FORMAT = 2
 def importance_of(
     checkpoint: Checkpoint, model: StockModel, decoder: nn.ModuleList, blocks: Sequence[Block], *, evict: bool
 ) -> Importance:
-    """Of every linear layer in `decoder` but down projections. `model` is mapped and as stored; `evict` frees its pages
-    behind each layer. Empty where the checkpoint has no tokenizer that fits it: then all inputs count alike."""
+    """Of every linear layer in `decoder` but down projections, and of experts. `model` is mapped and as stored; `evict`
+    frees its pages behind each layer. Empty where the checkpoint has no tokenizer that fits it: then all inputs count
+    alike."""
     wanted = {
-        f"{index}.{name}": module
+        f"{index}.{name}": (module, features(module)[1])
         for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True))
         for name in linear_names(layer)
         if not block.is_down(module := layer.get_submodule(name))
     }
+    wanted |= {
+        f"{index}.{EXPERTS_INPUT}": (block.module, block.hidden)
+        for index, block in enumerate(blocks)
+        if isinstance(block, Experts)
+    }
     path = cache_path(checkpoint)
-    found = _read(path, {name: features(module)[1] for name, module in wanted.items()})
+    found = _read(path, {name: inputs for name, (_, inputs) in wanted.items()})
     if found is None:
         ids = _token_ids(checkpoint, model, _SEQUENCES)
         if ids is None:
             return {}
         with _a_layer_at_a_time(model, decoder, blocks, checkpoint, evict):
-            found = measure(model, wanted, ids)
+            found = measure(model, {name: module for name, (module, _) in wanted.items()}, ids)
         with contextlib.suppress(OSError):  # measured again by the next run
             path.parent.mkdir(parents=True, exist_ok=True)
             with renamed(path) as temporary:
@@ -89,7 +97,7 @@ def visit_inputs(
         for index in range(len(decoder)):
             visit(index, {})
         return
-    kept = _KeptInputs(decoder, ids, visit)
+    kept = _KeptInputs(decoder, blocks, ids, visit)
     with kept, _a_layer_at_a_time(model, decoder, blocks, checkpoint, True, kept):
         model.base_model(input_ids=ids, use_cache=False)  # logits are not asked for
 
@@ -98,15 +106,20 @@ class _KeptInputs(Visitor):
     """Keeps the inputs of a layer's linear modules until it is over, and calls `visit` with them; a context manager, in
     which it listens."""
 
-    def __init__(self, decoder: nn.ModuleList, ids: Tensor, visit: Callable[[int, Inputs], None]) -> None:
-        self._decoder, self._tokens, self._visit = decoder, ids.numel(), visit
+    def __init__(
+        self, decoder: nn.ModuleList, blocks: Sequence[Block], ids: Tensor, visit: Callable[[int, Inputs], None]
+    ) -> None:
+        self._decoder, self._blocks, self._visit = decoder, blocks, visit
+        self._shape, self._tokens = ids.shape, ids.numel()
         self._seen: list[tuple[Tensor, Tensor]] = []
         """What modules were given, which stays until the layer is over, and its rows."""
         self._found: dict[str, Tensor] = {}
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> "_KeptInputs":
-        for layer in self._decoder:
+        for layer, block in zip(self._decoder, self._blocks, strict=True):
+            if isinstance(block, Experts):
+                self._hooks.callback(block.module.register_forward_pre_hook(self._keep_squares).remove)
             for name in linear_names(layer):
                 module = layer.get_submodule(name)
                 self._hooks.callback(module.register_forward_pre_hook(partial(self._keep, name)).remove)
@@ -121,6 +134,9 @@ class _KeptInputs(Visitor):
             rows = args[0].reshape(self._tokens, -1).clone()
             self._seen.append((args[0], rows))
         self._found[name] = rows
+
+    def _keep_squares(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._found[EXPERTS_INPUT] = _mean_squares(args[0], self._shape)
 
     def end(self, index: int, block: Block, full: list[Tensor]) -> None:
         found, self._found = self._found, {}
@@ -169,8 +185,7 @@ def measure(model: StockModel, wanted: Mapping[str, nn.Module], ids: Tensor) -> 
     squares: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
-        rows = x.reshape(*ids.shape, -1)[:, _SKIPPED_TOKENS:].flatten(0, 1)
-        squares[name] = rows.float().square_().mean(0)
+        squares[name] = _mean_squares(x, ids.shape)
 
     with contextlib.ExitStack() as hooks:
         for name, module in wanted.items():
@@ -178,6 +193,12 @@ def measure(model: StockModel, wanted: Mapping[str, nn.Module], ids: Tensor) -> 
             hooks.callback(handle.remove)
         model.base_model(input_ids=ids, use_cache=False)  # logits are not asked for
     return squares
+
+
+def _mean_squares(x: Tensor, shape: torch.Size) -> Tensor:
+    """[I] of inputs of sequences [S, T]."""
+    rows = x.reshape(*shape, -1)[:, _SKIPPED_TOKENS:].flatten(0, 1)
+    return rows.float().square().mean(0)
 
 
 @contextlib.contextmanager
@@ -197,6 +218,7 @@ def _a_layer_at_a_time(
         if emulates_halves(torch.device("cpu"), checkpoint.dtype):
             use_own_linears(model, scratch, translated=True)
             stack.callback(_use_stock_linears, model)
+        stack.enter_context(_experts_one_by_one(blocks, evict))
         stack.enter_context(LayerPass(decoder, blocks, PageFeed(pages, decoder), visitors))
         head = model.get_output_embeddings()
         for stage in [*decoder, *([] if head is None else [head])]:
@@ -207,6 +229,24 @@ def _a_layer_at_a_time(
         yield
 
 
+@contextlib.contextmanager
+def _experts_one_by_one(blocks: Sequence[Block], evict: bool) -> Iterator[None]:
+    """Inside it every expert is read when tokens were sent to it, and none stays."""
+    found = {index: block for index, block in enumerate(blocks) if isinstance(block, Experts)}
+    if not found:
+        yield
+        return
+    store = ExpertStore({index: block.full() for index, block in found.items()}, evict=evict)
+    with contextlib.closing(store):
+        for index, block in found.items():
+            block.source = PassingExperts(index, store)
+        try:
+            yield
+        finally:
+            for block in found.values():
+                block.source = None
+
+
 _Translated = list[tuple[nn.Module, str, Tensor]]
 
 
@@ -215,6 +255,7 @@ def _translated_in(stage: nn.Module) -> _Translated:
     return [
         (module, name, parameter)
         for module in stage.modules()
+        if not is_experts(module)
         for name, parameter in module._parameters.items()
         if parameter is not None and isinstance(parameter, TranslatedTensor)
     ]

@@ -18,13 +18,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.blocks.hooks import hooks_on
-from griffin_offload.blocks.states import shares_entries
+from griffin_offload.blocks.states import shares_entries, state_kinds
 from griffin_offload.config import KVBits
 from griffin_offload.devices.base import Recorder
 from griffin_offload.engine.report import GraphReport
 from griffin_offload.engine.stock import Guard, StockForward
 from griffin_offload.errors import one_line
-from griffin_offload.kv_cache.kv_cache import KVCache, KVLayer, can_cache
+from griffin_offload.kv_cache.kv_cache import KVCache
+from griffin_offload.kv_cache.kv_layer import KVLayer
 from griffin_offload.planner.request import GraphCosts
 from griffin_offload.transformers_api import CACHE, StockModel
 
@@ -321,7 +322,7 @@ def _unsuited(model: StockModel) -> str | None:
         return "Falcon brings indices of heads from the host"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} attention"
-    if not can_cache(config) or shares_entries(config):
+    if state_kinds(config) or shares_entries(config):
         return "layers without KV entries of their own"
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+from griffin_offload.blocks.states import states_in
 from griffin_offload.checkpoint.tokenizer import template_end
 from griffin_offload.config import LoadConfig, Refresh, pass_tokens
 from griffin_offload.engine.report import DraftReport, ExpertReport, GraphReport, LookupReport, PrefillReport
@@ -233,6 +234,8 @@ class GenerationState:
         self.loop: TokenLoop | None = None
         """What drafts, if something does."""
         self.graphs = GraphReport()
+        self.joint = False
+        """Whether its tokens are computed together with other sequences', whose prompts choose with it."""
         self.prefilled = False
         self.batch = 1
         self.fetched_bytes = 0
@@ -360,7 +363,8 @@ def cache_bytes(cache: StockCache | None) -> int:
 
 
 def state_bytes(cache: StockCache | None) -> int:
-    """Bytes of the convolutions' and recurrences' states in it."""
+    """Bytes of the convolutions' and recurrences' states in it, and of what takes them back."""
+    if isinstance(cache, KVCache):
+        return cache.state_bytes
     layers = getattr(cache, "layers", ())
-    kinds = (getattr(layer, kind, {}) for layer in layers for kind in ("conv_states", "recurrent_states"))
-    return sum(state.nbytes for states in kinds for state in states.values() if isinstance(state, Tensor))
+    return sum(state.nbytes for layer in layers for state in states_in(layer).values())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Activations, Block
+from griffin_offload.blocks.experts import is_experts
 from griffin_offload.blocks.hooks import PassHook, unhook
 from griffin_offload.blocks.routing import RestrictedForward
 from griffin_offload.checkpoint.mapped import FilePages
@@ -205,11 +206,21 @@ class RowFeed:
         self._layers.source.drop(index)
 
 
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those that no other module inside of it has."""
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
 class PageFeed:
-    """All parameters of each layer of a mapped model, in place: their pages are read, and dropped behind it."""
+    """All parameters of each layer of a mapped model, in place: their pages are read, and dropped behind it. Not those
+    of experts, which have a source of their own."""
 
     def __init__(self, pages: FilePages, decoder: nn.ModuleList) -> None:
-        self._pages, self._decoder, self.layers = pages, decoder, range(len(decoder))
+        self._pages, self.layers = pages, range(len(decoder))
+        self._parameters = [
+            [parameter for module in layer.modules() if not is_experts(module) for parameter in own_parameters(module)]
+            for layer in decoder
+        ]
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "PageFeed":
@@ -219,7 +230,7 @@ class PageFeed:
         """Pages of a layer that failed go with the mapping."""
 
     def bring(self, index: int) -> list[Tensor]:
-        return self._held.enter_context(self._pages.reading(list(self._decoder[index].parameters())))
+        return self._held.enter_context(self._pages.reading(self._parameters[index]))
 
     def drop(self, index: int) -> None:
         self._held.close()

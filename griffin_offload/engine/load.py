@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.blocks.replace import swap_linears
+from griffin_offload.blocks.replace import swap_experts, swap_linears
 from griffin_offload.blocks.self_check import self_check
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint
@@ -92,7 +92,7 @@ def _load(
     source = _make_source(dense, model_spec, offload) if dense else None
     if source is not None:
         on_failure.callback(source.close)
-    store = _expert_store({index: full[index] for index in full if index not in dense}, model_spec)
+    store = _expert_store({index: full[index] for index in full if index not in dense}, blocks, model_spec)
     if store is not None:
         on_failure.callback(store.close)
     pages = FilePages(list(model.parameters()), evict=evicts(model_spec))
@@ -128,8 +128,9 @@ def _load(
     return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
 
 
-def _expert_store(full: dict[int, list[Tensor]], model_spec: ModelSpec) -> ExpertStore | None:
-    return ExpertStore(full, evict=evicts(model_spec)) if full else None
+def _expert_store(full: dict[int, list[Tensor]], blocks: list[Block], model_spec: ModelSpec) -> ExpertStore | None:
+    fills = {index: block.form.fill for index, block in enumerate(blocks) if isinstance(block, Experts)}
+    return ExpertStore(full, evict=evicts(model_spec), fills=fills) if full else None
 
 
 def make_scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
@@ -156,6 +157,7 @@ def _map_layers(
         if shape.precision.wants_importance:
             importance = importance_of(checkpoint, model, decoder, blocks, evict=evict)
         swap_linears(decoder, blocks, shape.precision, FLOATS, scratch, importance)
+        swap_experts(blocks, shape.precision, FLOATS, checkpoint.records, scratch, importance)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
     return model, decoder, blocks
 

@@ -4,7 +4,7 @@ import functools
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from griffin_offload.engine.options import translated
 from griffin_offload.engine.report import PrefillReport, RunReport
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.runner import ModelRunner
+from griffin_offload.engine.scheduler import MOST_TOGETHER, GeneratedAnswer, SequenceScheduler, answers
 from griffin_offload.engine.spec import ModelSpec, check_no_passes, examine, plan_for
 from griffin_offload.engine.stock import check_wait
 from griffin_offload.engine.structure import StructureGuide
@@ -280,6 +281,37 @@ class GriffinModel(StockInterface):
             run.ready, run.prompt_done = context.start(prompt[0], exact=mode.exact), prompt_done
             run.cached_tokens = len(context.tokens)
         return self._generate(run, prompt, inputs, kwargs)
+
+    def generate_many(
+        self,
+        prompts: Iterable[Tensor | tuple[Tensor, dict[str, Any]]],
+        *,
+        most: int = MOST_TOGETHER,
+        **kwargs: Any,
+    ) -> Iterator[GeneratedAnswer]:
+        """Answers to `prompts`, ids [1, T] each, in the order in which they end; up to `most` are computed together.
+
+        A prompt may come with arguments of `generate` of its own, as a pair; `kwargs` are those of all: those for one
+        sequence, and `seed`, by which an answer draws whatever its neighbours do. Prompts are taken when there is room,
+        and pass one by one, between two tokens of the others. Neurons are chosen by all that are being decoded, so with
+        a density below 1 answers depend on their neighbours; `report.activation_kept` says how much of its own
+        activation each one had. Exact mode, refresh, and architectures whose sequences cannot be computed together
+        (`why_alone`) are answered one after the other. Other callers have the model between two answers.
+        """
+        given = (prompt if isinstance(prompt, tuple) else (prompt, {}) for prompt in prompts)
+        return answers(self, self.scheduler(most), ((prompt, kwargs | own) for prompt, own in given))
+
+    def scheduler(self, most: int = MOST_TOGETHER) -> SequenceScheduler:
+        """What decodes up to `most` sequences together."""
+        if most < 1:
+            raise UsageError(f"most is {most}: at least one sequence is decoded")
+        return SequenceScheduler(self._engine, self._report, most)
+
+    @property
+    def why_alone(self) -> str | None:
+        """Why sequences are computed one after the other; None where several can be at once, as far as that is known
+        before the first two have met."""
+        return self._engine.joint.why_alone
 
     def _mode(self, exact: bool | None, draft_tokens: int | None, refresh: Any, lookup: bool | None) -> GenerationMode:
         config = self._loaded.layers.config

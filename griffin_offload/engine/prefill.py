@@ -6,7 +6,7 @@ the layer's compact parameters. The tokens are a prompt, a conversation's next t
 drafted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,10 +53,15 @@ class GatherChosen(Visitor):
     Chosen is by all tokens; of a prompt, by its first groups, too, to measure the choice on the rest."""
 
     def __init__(
-        self, layers: DecoderLayers, statistic: StatisticSum, earlier: Mapping[int, Tensor], choosing_groups: int
+        self,
+        layers: DecoderLayers,
+        statistic: StatisticSum,
+        earlier: Mapping[int, Tensor],
+        beside: Sequence[Mapping[int, Tensor]],
+        choosing_groups: int,
     ) -> None:
         self._layers, self._statistic = layers, statistic
-        self._earlier, self._first = earlier, choosing_groups
+        self._earlier, self._beside, self._first = earlier, beside, choosing_groups
         self.kept_shares: list[Tensor] = []
         self.held_out_shares: list[Tensor] = []
 
@@ -71,14 +76,25 @@ class GatherChosen(Visitor):
     def _select(self, index: int, block: Block, full: list[Tensor]) -> Tensor:
         summed, earlier = self._statistic.squared, self._earlier.get(index, 0)
         formula, norms = self._layers.config.batch_statistic, _norms(self._layers, index, block, full)
-        squared = shared_score(summed.sum(1) + earlier, formula)
-        chosen = _choose(self._layers, index, squared, norms)
-        self.kept_shares.append(share_kept(squared, chosen))
+        own = summed.sum(1) + earlier
+        chosen = self._choose(index, own, norms)
+        self.kept_shares.append(share_kept(shared_score(own, formula), chosen))
         if self._first:
-            first = shared_score(summed[:, : self._first].sum(1) + earlier, formula)
-            last = shared_score(summed[:, self._first :].sum(1), formula)
-            self.held_out_shares.append(share_kept(last, _choose(self._layers, index, first, norms)))
+            first, last = summed[:, : self._first].sum(1) + earlier, summed[:, self._first :].sum(1)
+            held_out = share_kept(shared_score(last, formula), self._choose(index, first, norms))
+            self.held_out_shares.append(held_out)
         return chosen
+
+    def _choose(self, index: int, own: Tensor, norms: Tensor | None) -> Tensor:
+        """By the pass's own statistic [B, F], and by those of the sequences beside it."""
+        return choose_together(self._layers, index, [own, *(squared[index] for squared in self._beside)], norms)
+
+
+def choose_together(layers: DecoderLayers, index: int, squared: Sequence[Tensor], norms: Tensor | None) -> Tensor:
+    """What sequences with the statistics `squared`, [B, F] each, choose together in a layer: by the mean of s^2 / S,
+    so that a long prompt weighs as much as a short one, whatever samples of one batch do."""
+    formula = "mean" if len(squared) > 1 else layers.config.batch_statistic
+    return _choose(layers, index, shared_score(torch.cat(list(squared)), formula), norms)
 
 
 def _choose(layers: DecoderLayers, index: int, squared: Tensor, norms: Tensor | None) -> Tensor:
@@ -115,8 +131,8 @@ class StreamedPass(LayerPass):
     `groups` [B, G, T] on the device say which tokens choose, in G groups whose statistics are summed apart: the parts
     of a prompt, of which those behind the first `choosing_groups` measure the choice of these (0: nothing is measured);
     or each token for itself. `earlier` is the statistic of passes before, s^2 [B, F] of each streamed layer: it
-    chooses, too. Without `choose` the compact parameters stay as they are. `keep` keeps the sums of each group in
-    `sums`.
+    chooses, too, and so do those of sequences that decode `beside`. Without `choose` the compact parameters stay as
+    they are. `keep` keeps the sums of each group in `sums`.
     """
 
     def __init__(
@@ -125,6 +141,7 @@ class StreamedPass(LayerPass):
         groups: Tensor,
         *,
         earlier: Mapping[int, Tensor] | None = None,
+        beside: Sequence[Mapping[int, Tensor]] = (),
         choose: bool = True,
         choosing_groups: int = 0,
         keep: bool = False,
@@ -132,7 +149,7 @@ class StreamedPass(LayerPass):
     ) -> None:
         self._layers, self._stream = layers, StreamFeed(layers)
         self._statistic = StatisticSum(groups, keep=keep)
-        self._chosen = GatherChosen(layers, self._statistic, earlier or {}, choosing_groups)
+        self._chosen = GatherChosen(layers, self._statistic, earlier or {}, beside, choosing_groups)
         visitors = [self._statistic, *([self._chosen] if choose else []), GiveBack()]
         super().__init__(
             layers.decoder,

@@ -2,21 +2,26 @@
 prompt of a context or of a caller's KV cache, and are gathered again.
 """
 
+import contextlib
 import time
 import uuid
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from griffin_offload.blocks.hooks import unhook
 from griffin_offload.engine.generation import GenerationState, tokens_of
 from griffin_offload.engine.layer_pass import DecoderLayers, Progress
-from griffin_offload.engine.prefill import StreamedPass, grouped, sums_until
+from griffin_offload.engine.prefill import StreamedPass, choose_together, grouped, sums_until
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
 from griffin_offload.engine.stock import StockForward
 from griffin_offload.errors import GriffinError
 from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
+from griffin_offload.kv_cache.state_layer import RecordedWriter, SplitWriter, States, copies
 from griffin_offload.transformers_api import CACHE, StockCache
 
 
@@ -24,11 +29,19 @@ class PromptPasses:
     """Forwards of prompts through a loaded model, and what they choose. Nothing here asks for memory or books it."""
 
     def __init__(
-        self, layers: DecoderLayers, device: torch.device, *, chooses: bool, skips_tokens: bool, forward: StockForward
+        self,
+        layers: DecoderLayers,
+        device: torch.device,
+        *,
+        chooses: bool,
+        skips_tokens: bool,
+        forward: StockForward,
+        state_writers: dict[int, str],
     ) -> None:
         """`chooses`: layers are streamed, so that prompts choose. `skips_tokens`: some layers are passed by the tokens
-        alone whose logits are asked for. `forward` is the stock model's."""
+        alone whose logits are asked for. `forward` is the stock model's. `state_writers` are `ModelSizes`'."""
         self._layers, self._device, self._forward = layers, device, forward
+        self._writers = [layers.decoder[index].get_submodule(name) for index, name in state_writers.items()]
         self._chooses, self._skips_tokens = chooses, skips_tokens
         self._key = uuid.uuid4().hex
         self.last: PrefillReport | None = None
@@ -37,22 +50,29 @@ class PromptPasses:
         """The same for streamed passes between two tokens of an answer."""
 
     def prefill(
-        self, mask: Tensor, context: Context | None, args: Any, kwargs: Any, start: int | None = None
+        self,
+        mask: Tensor,
+        context: Context | None,
+        args: Any,
+        kwargs: Any,
+        start: int | None = None,
+        beside: Sequence[Context] = (),
     ) -> tuple[Any, StreamedPass]:
         """The streamed pass over a prompt's tokens, the first of which is number `start`, by default that behind the
-        context's, whose earlier ones choose, too."""
+        context's, whose earlier ones choose, too; and so do the sequences that decode `beside` it."""
         self.last = None  # until this prompt has chosen its neurons, none are
-        seams = seams_of(mask.shape[1]) if context is not None and not context.tokens else []
+        seams = self._seams(mask.shape[1], context)
         groups, choosing = grouped(mask, seams)
         streamed = StreamedPass(
             self._layers,
             groups,
             earlier=context.squared if context is not None else None,
+            beside=[other.squared for other in beside],
             choosing_groups=choosing,
             keep=context is not None,
             progress=self.progress,
         )
-        with streamed:
+        with streamed, self._split_at(seams, mask.shape[1], context) as held:
             output = self._forward(*args, **self._for_every_token(kwargs, mask.shape[1]))
         if streamed.unvisited:
             raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
@@ -61,7 +81,7 @@ class PromptPasses:
             context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, start)
             context.selected = self._layers.selected
             if seams and streamed.sums:
-                context.mark_seams(seams, sums_until(streamed.sums, groups, seams))
+                context.mark_seams(seams, sums_until(streamed.sums, groups, seams), held)
         self.last = streamed.report()
         return output, streamed
 
@@ -77,11 +97,62 @@ class PromptPasses:
         streamed = StreamedPass(
             self._layers, groups[None], earlier=earlier, choose=choose, keep=True, progress=progress
         )
-        with streamed:
+        with streamed, self._recorded(context, tokens if each else 0):
             output = self._forward(**self._for_every_token(inputs, tokens), return_dict=True)
         if choose:
             context.selected = self._layers.selected
         return output, streamed
+
+    def _seams(self, tokens: int, context: Context | None) -> list[int]:
+        """Where in a prompt of so many tokens there are states to go back to."""
+        if context is None or context.tokens or (context.cache.stateful and not self._writers):
+            return []
+        return seams_of(tokens, stateful=bool(context.cache.stateful))
+
+    @contextlib.contextmanager
+    def _split_at(self, seams: list[int], tokens: int, context: Context | None) -> Iterator[list[States | None]]:
+        """While a prompt of so many tokens passes, layers with states are halted at the one of `seams` that there is
+        then: copies of what they hold."""
+        if context is None or not context.cache.stateful or not seams:
+            yield [None] * len(seams)
+            return
+        layers = context.cache.stateful
+        held: States = [{} for _ in layers]
+
+        @contextlib.contextmanager
+        def behind(number: int) -> Iterator[None]:
+            held[number] = copies(layers[number : number + 1])[0]
+            context.cache.halted = context.cache.layers.index(layers[number])
+            yield
+            context.cache.halted = None
+
+        try:
+            for number, writer in enumerate(self._writers):
+                unhook(writer)  # of a pass whose end was interrupted
+                writer.__dict__["forward"] = SplitWriter(writer, tokens, seams[0], partial(behind, number))
+            yield [held]
+        finally:
+            context.cache.halted = None
+            for writer in self._writers:
+                unhook(writer)
+
+    @contextlib.contextmanager
+    def _recorded(self, context: Context, tokens: int) -> Iterator[None]:
+        """While drafts pass, what writes states is recorded, so that these can go back to any of the `tokens`."""
+        if tokens < 2 or not context.cache.stateful:
+            yield
+            return
+        recorded = []
+        try:
+            for writer in self._writers:
+                unhook(writer)
+                recorded.append(RecordedWriter(writer, tokens))
+                writer.__dict__["forward"] = recorded[-1]
+            yield
+        finally:
+            for writer in self._writers:
+                unhook(writer)
+        context.cache.writers = recorded
 
     def _for_every_token(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
         """`kwargs` with which every one of `tokens` passes all layers: those that read other layers' KV entries are
@@ -92,10 +163,15 @@ class PromptPasses:
         places = torch.arange(tokens - min(keep, tokens), tokens, dtype=torch.int64, device=self._device)
         return kwargs | {"logits_to_keep": places}
 
-    def resume(self, context: Context, tokens: int) -> None:
-        """Make the compact parameters those that `context` chose, if another one has chosen since; `tokens` go on."""
+    def resume(self, context: Context, tokens: int, beside: Sequence[Context] = (), *, joint: bool = False) -> None:
+        """Make the compact parameters those that `context` chose, if another one has chosen since; `tokens` go on. A
+        `joint` sequence chooses anew, with those that decode `beside` it."""
         start, before = time.perf_counter(), self._layers.fetched_bytes
-        self._gather(context.selected)
+        if joint and context.squared:
+            self.choose_together([context, *beside])
+            context.selected = self._layers.selected
+        else:
+            self.keep_resident(context.selected)
         seconds, fetched_bytes = time.perf_counter() - start, self._layers.fetched_bytes - before
         kept = context.share_kept(self._layers.config.batch_statistic, len(self._layers.decoder))
         self.last = PrefillReport(tokens, seconds, fetched_bytes, 0.0, seconds, kept, None)
@@ -121,7 +197,7 @@ class PromptPasses:
             raise GriffinError(
                 "the KV cache is filled but no neurons are chosen for it: no prompt was streamed into it by this model"
             )
-        self._gather(chosen.selected)
+        self.keep_resident(chosen.selected)
         return chosen
 
     def note_chosen(self, cache: StockCache | None) -> None:
@@ -129,7 +205,20 @@ class PromptPasses:
         if self._chooses and self.last is not None:
             remember(cache, Chosen(self._key, self._layers.selected, self.last.activation_kept))
 
-    def _gather(self, selected: dict[int, Tensor]) -> None:
+    def choose_together(self, contexts: Sequence[Context]) -> None:
+        """Make resident what the prompts of all `contexts` choose together."""
+        chosen = {
+            index: choose_together(
+                self._layers, index, [context.squared[index] for context in contexts], self._layers.norms.get(index)
+            )
+            for index in contexts[0].squared
+        }
+        now = self._layers.selected
+        if chosen and not (now and all(torch.equal(now[index], found) for index, found in chosen.items())):
+            self.keep_resident(chosen)
+
+    def keep_resident(self, selected: dict[int, Tensor]) -> None:
+        """Gather `selected`, unless they are resident."""
         if self._layers.selected is not selected:
             self.last = None
             materialise(self._layers, selected, self._layers.stream.dtype)

@@ -22,6 +22,7 @@ from griffin_offload.devices.memory import Ledger, touch, untouched_zeros
 from griffin_offload.devices.torch_state import put
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed, Visitor
 from griffin_offload.formats.linear import QuantizedLinear
+from griffin_offload.formats.stacked import row_parts
 from griffin_offload.offload.background_loader import Job
 from griffin_offload.offload.expert_store import ExpertCache
 from griffin_offload.planner.plan import Plan
@@ -125,7 +126,7 @@ def compact_blocks(
     compact: dict[int, list[nn.Parameter]] = {}
     jobs: list[list[Job]] = [[] for _ in blocks]
     for index, block in enumerate(blocks):
-        if index not in full and block.precision.is_plain:
+        if index not in full and block.rests_as_stored:
             continue
         compact[index] = block.allocate(plan.kept[index], model_spec.dtype, model_spec.device)
         if index in full:
@@ -194,6 +195,11 @@ def _gather_through_host(block: Block, full: list[Tensor], chosen: Tensor, compa
 def _fill_whole(
     block: Block, source: list[Tensor], target: list[nn.Parameter], model_spec: Placement, pages: FilePages
 ) -> None:
+    if isinstance(block, Experts):
+        for expert in range(block.neurons):
+            with pages.reading([part for tensor in source for part in row_parts(tensor, expert)]):
+                block.form.fill(source, expert, [tensor[expert] for tensor in target])
+        return
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
     with pages.reading(source) as found:
         block.gather([tensor.to(model_spec.device) for tensor in found], everything, target)

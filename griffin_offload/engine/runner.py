@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from griffin_offload.engine.generation import (
     state_bytes,
     tokens_of,
 )
+from griffin_offload.engine.joint_step import JointStep
 from griffin_offload.engine.prompt_passes import PromptPasses
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
@@ -58,15 +59,19 @@ class ModelRunner:
         self.run: GenerationState | None = None
         self.idle_bytes = 0
         """Of contexts that are kept beside the one in use, see `keep_idle`."""
+        self.beside: tuple[Context, ...] = ()
+        """Of sequences that are being decoded, beside the one whose turn it is (scheduler.py)."""
         self.wait_s: float | None = None
         """Seconds that calls wait for those of other threads; None: as long as these take."""
         self.stock_forward = stock_forward(loaded.model)
+        self.joint = JointStep(loaded.model, self.stock_forward)
         self._signature = inspect.signature(self.stock_forward)
         self.passes = PromptPasses(
             loaded.layers,
             model_spec.device,
             chooses=bool(plan.streamed),
             skips_tokens=shares_entries(loaded.model.config),
+            state_writers=self.shape.state_writers,
             forward=self.stock_forward,
         )
         # Our kernels for a few rows are of 16 bits, on the CPU; elsewhere drafts are for those who ask.
@@ -196,7 +201,16 @@ class ModelRunner:
     def keep_idle(self, idle_bytes: int) -> None:
         """Count so many bytes of contexts that nobody uses at the moment against the budget."""
         self.idle_bytes = idle_bytes
-        self.loaded.ledger.hold(sessions=idle_bytes)
+        self.loaded.ledger.hold(sessions=self._other_bytes)
+
+    def decode_beside(self, contexts: Sequence[Context]) -> None:
+        """Whose contexts there are beside that of the next run: of sequences whose answers go on."""
+        self.beside = tuple(contexts)
+        self.loaded.ledger.hold(sessions=self._other_bytes)
+
+    @property
+    def _other_bytes(self) -> int:
+        return self.idle_bytes + sum(context.nbytes for context in self.beside)
 
     def require(self, use: Workload) -> None:
         """DoesNotFit unless `use` stays within the budget with the residents and idle contexts as they are."""
@@ -206,8 +220,8 @@ class ModelRunner:
             raise DoesNotFit(describe_shortfall(plan, remedy))
 
     def _plan_of(self, use: Workload) -> Plan:
-        request = replace(self.model_spec.request, session_bytes=self.idle_bytes)
-        return replan_for(self.shape, request, self.plan, use)
+        request = replace(self.model_spec.request, session_bytes=self._other_bytes, sequences=1)
+        return replan_for(self.shape, request, self.plan, replace(use, together=1 + len(self.beside)))
 
     def hold(self, use: Workload, new_tokens: int, cache: StockCache | None, slots: int = 0) -> None:
         """Enter a forward of `new_tokens` into the ledger: activations as the plan counts them, the KV cache and
@@ -303,13 +317,14 @@ class ModelRunner:
     def _first(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """A run's first forward: its prompt, or what a context does not know of it."""
         tokens, context = tokens_of(arguments), run.context
+        beside = self.beside if run.joint else ()
         if context is not None and run.ready is not None:
             context.cache.restore(tokens.shape[1])
-            self.passes.resume(context, 0)
+            self.passes.resume(context, 0, beside, joint=run.joint)
             output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], **{CACHE: context.cache})
             slots = 0
         elif context is not None and context.tokens and run.mode.refresh == "never" and not run.mode.exact:
-            self.passes.resume(context, tokens.shape[1])
+            self.passes.resume(context, tokens.shape[1], beside, joint=run.joint)
             output, slots = self.stock_forward(*args, **kwargs), 0
         elif run.past_tokens:
             output, slots = self.passes.go_on(run, arguments, args, kwargs), 0
@@ -317,7 +332,7 @@ class ModelRunner:
             given = run.mask if run.mask is not None else arguments.get("attention_mask")
             past = context is not None and bool(context.tokens)
             mask = self._ones(tokens.shape[1]) if past else prompt_mask(tokens, given, run.prompt_tokens)
-            output, streamed = self.passes.prefill(mask, context, args, kwargs)
+            output, streamed = self.passes.prefill(mask, context, args, kwargs, None, beside)
             slots = streamed.peak_in_flight_bytes
         if self.graphs is not None:
             self.graphs.begin(run.mask)

@@ -1,5 +1,6 @@
 """What is known of a model before a weight is read: its checkpoint, its sizes, the budget, and the plan."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.blocks.sizes import ModelSizes, model_shape, states_of
-from griffin_offload.blocks.states import lasting_kinds
+from griffin_offload.blocks.states import lasting_kinds, state_kinds
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.part_sizes import PartSizes, part_sizes
 from griffin_offload.checkpoint.registry import open_checkpoint
@@ -70,6 +71,11 @@ class ModelSpec:
             )
         if self.request.cache != "ours":
             raise UsageError(f"exact mode takes drafts back: {why_not_back(self.checkpoint.config)}")
+        if not self.shape.splits_states:
+            raise UsageError(
+                f"exact mode takes drafts back: layers of kind {state_kinds(self.checkpoint.config)} write keys, "
+                "values and a state in one part, which cannot run once more over fewer tokens"
+            )
         if self.request.kv_bits != LoadConfig.kv_bits:
             raise UsageError(
                 f"exact mode needs the KV cache as it is computed: leave out kv_bits={self.request.kv_bits}"
@@ -146,6 +152,13 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     return model_spec
 
 
+def by_residents_alone(checkpoint: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, fields of `LoadConfig`, and what they lack for answers in which nothing left out has a part: of
+    mixtures of experts, missing ones are not read."""
+    routed = examine_checkpoint(checkpoint, LoadConfig(**options)).shape.has_experts
+    return options | {"missing_experts": "route"} if routed else options
+
+
 def _check_experts(model_spec: ModelSpec, config: LoadConfig) -> None:
     """UsageError for what does not go together with a mixture of experts, and for its options where there is none."""
     if not model_spec.shape.has_experts:
@@ -210,7 +223,7 @@ def _shapes(
     states = states_of(meta)
     allowed: list[ModelSizes] = []
     others: list[ModelSizes] = []
-    for precision in every() if stored.is_plain else (stored.rests_as(),):
+    for precision in _precisions(config.quantize) if stored.is_plain else (stored.rests_as(),):
         try:
             precision.check_device(device.type)
             # In exact mode another precision is one of a converted copy.
@@ -225,12 +238,19 @@ def _shapes(
     return tuple(allowed), tuple(others)
 
 
+def _precisions(wanted: str) -> Iterator[Format]:
+    """All that a plain checkpoint may be planned in; those that a user has to ask for, only then."""
+    return (format for format in every() if not format.by_name_only or format.name == wanted)
+
+
 def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
     if can_cache(config):
         return "ours"
     if bits != LoadConfig.kv_bits:
-        kinds = lasting_kinds(config)
-        raise UsageError(f"kv_bits={bits} needs attention in all layers of {config.model_type}, some are {kinds}")
+        kinds = lasting_kinds(config) or state_kinds(config)
+        raise UsageError(
+            f"kv_bits={bits} needs layers of {config.model_type} that keep keys and values, some are {kinds}"
+        )
     return "dynamic"
 
 
@@ -301,4 +321,5 @@ def like_of(model_spec: ModelSpec, plan: Plan) -> ContextSchema:
     shape = model_spec.shape_of(plan)
     neurons = {index: (shape.layers[index].neurons, plan.kept[index]) for index in plan.streamed}
     widths = tuple(width for layer in shape.layers if (width := width_of(shape, layer)))
-    return ContextSchema(plan.context_tokens, shape.vocab_size, widths, model_spec.dtype, neurons)
+    states = tuple(layer.states for layer in shape.layers if layer.states)
+    return ContextSchema(plan.context_tokens, shape.vocab_size, widths, model_spec.dtype, neurons, states)

@@ -230,6 +230,7 @@ class RefreshLoop(DraftingLoop):
         self._every = every
 
     def _round(self) -> bool:
+        self._context.cache.keep_start()
         start, drafted = time.perf_counter(), self._this_side(self._every - 1)
         for _ in range(drafted):
             raw, scores = self._step(self._ids, self._kwargs)
@@ -259,6 +260,7 @@ class ExactLoop(DraftingLoop):
         self._length = length
 
     def _round(self) -> bool:
+        self._context.cache.keep_start()
         start, known = time.perf_counter(), self._ids.shape[1]
         looked_up = self._looked_up()
         ids, kwargs, distributions = looked_up or self._draft(self._this_side(min(self._length.next(), self._room - 1)))

@@ -25,6 +25,8 @@ class Observed:
     tokens: int
     parts: list[Tensor]
     """s^2 [2, F] of each layer: of the first three quarters of the tokens, and of the last."""
+    used: list[Tensor]
+    """Of each layer, how many tokens each of its neurons [F] has answered to: of experts, those sent to it."""
     heatmaps: dict[int, Tensor] = field(default_factory=dict)
     """abs(Zbar) [tokens, features] by layer: z of a token over its L2 norm."""
 
@@ -59,7 +61,11 @@ def observe_sequences(
     neurons = [block.neurons for block in model.engine.loaded.layers.blocks]
     tokens = sequences[0].numel()
     found = [
-        Observed(tokens, [torch.zeros(2, count, dtype=torch.float32, device="cpu") for count in neurons])
+        Observed(
+            tokens,
+            [torch.zeros(2, count, dtype=torch.float32, device="cpu") for count in neurons],
+            [torch.zeros(count, dtype=torch.float32, device="cpu") for count in neurons],
+        )
         for _ in sequences
     ]
     weights = split_tokens(torch.ones(1, tokens, dtype=torch.float32, device="cpu"))
@@ -67,13 +73,14 @@ def observe_sequences(
     def look(layer: int, row: int, start: int, z: Tensor) -> None:
         part = weights[:, :, start : start + z.shape[0]].to(z.device)
         found[row].parts[layer] += squared_statistic(z[None], part)[0].cpu()
+        found[row].used[layer] += (z != 0).sum(0).cpu()
         if corner.holds(layer, row, start):
             shown = _directions(z[: corner.tokens - start], corner.features)
             rows = [found[row].heatmaps[layer], shown] if layer in found[row].heatmaps else [shown]
             found[row].heatmaps[layer] = torch.cat(rows)
 
     kept_bytes = corner.bytes if model.hardware.shares_host_memory else 0
-    observe(model, sequences, look, tables=2, kept_bytes=kept_bytes, progress=progress)
+    observe(model, sequences, look, tables=3, kept_bytes=kept_bytes, progress=progress)
     return found
 
 
@@ -193,6 +200,12 @@ def look(model: GriffinModel, windows: Sequence[Tensor], what: Look, progress: P
     return Seen(numbers, {name: heatmaps[name] for name in heatmaps if name in what.figures})
 
 
+def enough_for_a_token(model: GriffinModel, densities: Sequence[float]) -> list[float]:
+    """Those of `densities` that keep as many experts as a token is sent to; of neurons, all."""
+    least = max((block.active / block.neurons for block in model.engine.blocks), default=0.0)
+    return [density for density in densities if density >= least]
+
+
 def prompt_loss(
     model: GriffinModel,
     ids: Tensor,
@@ -202,7 +215,10 @@ def prompt_loss(
 ) -> Numbers:
     """What pruning would cost on one prompt, ids [T]: by layer and density the activation kept, of the whole prompt and
     held out (chosen on its first three quarters, measured on its last; None below SHORT_PROMPT_TOKENS). `planned` is
-    one more density for each layer."""
+    one more density for each layer. Of mixtures of experts, their layers alone, and how often each expert is used."""
+    active = [block.active for block in model.engine.blocks]
+    routed = [layer for layer, count in enumerate(active) if count]
+    densities = enough_for_a_token(model, densities)
     seen = observe_sequences(model, [ids], progress=progress)[0]
     tokens = (
         0
@@ -210,7 +226,8 @@ def prompt_loss(
         else int(split_tokens(torch.ones(1, ids.numel(), dtype=torch.float32, device="cpu"))[0, 1].sum())
     )
     layers = []
-    for layer, parts in enumerate(seen.parts):
+    for layer in routed or range(len(seen.parts)):
+        parts = seen.parts[layer]
         points = [*densities, *(planned[layer : layer + 1] if planned else ())]
         shares = {"kept": share_of_largest(seen.squared(layer), points)}
         if tokens:
@@ -218,10 +235,13 @@ def prompt_loss(
         own: Numbers = {"layer": layer, "neurons": parts.shape[1], "held_out": None, "planned_held_out": None}
         for name, values in shares.items():
             own |= {name: values[: len(densities)], f"planned_{name}": values[-1] if planned else None}
+        if routed:
+            own |= _use_of_experts(seen, layer, active[layer], planned[layer] if planned else None)
         layers.append(own)
     means = {name: _mean([layer[name] for layer in layers]) for name in ("planned_kept", "planned_held_out")}
     columns = {name: [layer[name] for layer in layers] for name in ("kept", "held_out")}
     return {
+        "unit": "experts" if routed else "neurons",
         "prompt_tokens": ids.numel(),
         "held_out_tokens": tokens,
         "densities": list(densities),
@@ -232,6 +252,14 @@ def prompt_loss(
         **means,
         "layers": layers,
     }
+
+
+def _use_of_experts(seen: Observed, layer: int, active: int, planned: float | None) -> Numbers:
+    """To how many experts a token is sent, the share of tokens that is sent to each, and which ones would stay."""
+    squared = seen.squared(layer)
+    stay = None if planned is None else squared.topk(neurons_kept(squared.numel(), planned)).indices.sort().values
+    used = (seen.used[layer] / seen.tokens).tolist()
+    return {"active": active, "used": used, "stay": None if stay is None else stay.tolist()}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -24,6 +24,7 @@ from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import MIN_AUTO_CTX, BosRule, EvalMode, SelectionMethod, TasksConfig
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
+from griffin_offload.engine.spec import by_residents_alone
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.evaluation.distributed import Processes
 from griffin_offload.evaluation.samples import Sample
@@ -139,7 +140,9 @@ class ModelSlot:
         where it does not fit, answers in exact mode."""
         plan = self.model.plan if self.model is not None and self._purpose == variant else None
         if plan is None or plan.context_tokens < ctx_tokens or plan.prompt_tokens < prompt_tokens:
-            kept = {"density": variant.density, "selection": variant.selection}
+            kept = self._options | {"density": variant.density, "selection": variant.selection}
+            if variant.density < 1:
+                kept = by_residents_alone(self._checkpoint, kept)
             try:
                 self._load(variant, prompt_tokens, ctx_tokens, **kept)
             except DoesNotFit:

@@ -224,7 +224,7 @@ def prompt_loss(numbers: Numbers) -> Any:
     for layer, colour in zip(layers, shades(len(layers)), strict=True):
         axes.plot([0, *x, 100], [0, *layer[key], 1], color=colour, linewidth=1, label=f"layer {layer['layer']}")
     axes.plot([0, *x, 100], [0, *numbers[key], 1], color="black", linewidth=2.4, label="mean")
-    axes.set(xlabel="neurons kept (%)", xlim=(0, 100), ylim=(0, 1.01))
+    axes.set(xlabel=f"{numbers['unit']} kept (%)", xlim=(0, 100), ylim=(0, 1.01))
     axes.set_ylabel("activation kept" + (", held out" if held_out else ""))
     planned = numbers["plan"]
     if planned is not None:
@@ -234,6 +234,28 @@ def prompt_loss(numbers: Numbers) -> Any:
         text = f"planned: {planned['density']:.2f} {planned['precision']}\nin {planned['budget']}"
         axes.text(y=0.04, s=text, color=CATEGORIES[1], fontsize=8.5, **side)
     _layers_key(figure, axes, len(layers))
+    return figure
+
+
+def experts(numbers: Numbers) -> Any:
+    """Layers down, experts across: how often each is used by one prompt, and which ones stay."""
+    layers = numbers["layers"]
+    widest = max(len(layer["used"]) for layer in layers)
+    note = f"prompt of {numbers['prompt_tokens']} tokens; layers of fewer experts end earlier"
+    if numbers["plan"] is not None:
+        note = f"prompt of {numbers['prompt_tokens']} tokens; dots: what stays in {numbers['plan']['budget']}"
+    title = "Which experts this prompt uses"
+    figure = new_figure(min(max(0.3 * widest, 5), 14), 1.4 + 0.3 * len(layers), title, note)
+    axes = figure.subplots()
+    rows = [[*layer["used"], *[0.0] * (widest - len(layer["used"]))] for layer in layers]
+    image = axes.imshow(rows, cmap="cividis", aspect="auto", interpolation="nearest", vmin=0)
+    stay = [(expert, row) for row, layer in enumerate(layers) for expert in layer["stay"] or ()]
+    axes.plot([x for x, _ in stay], [y for _, y in stay], "o", color=CATEGORIES[1], markersize=3)
+    axes.grid(visible=False)
+    axes.set(xlabel="expert", ylabel="layer")
+    shown = spread(len(layers), 24)
+    axes.set_yticks(shown, [str(layers[row]["layer"]) for row in shown])
+    figure.colorbar(image, ax=axes, pad=0.02).set_label("share of tokens")
     return figure
 
 

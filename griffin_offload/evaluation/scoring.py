@@ -52,6 +52,13 @@ def stack_of(model: StockModel, decoder: nn.ModuleList) -> nn.Module:
     raise UnsupportedModel("the decoder layers belong to no module of the model")
 
 
+@dataclass
+class _StackOutput(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
+    """With all that the models around the stack read of it."""
+
+    router_logits: Any = None
+
+
 @contextlib.contextmanager
 def stock_head(model: StockModel, stack: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function from hidden states [N, H] to the model's logits [N, V] inside the context.
@@ -60,8 +67,8 @@ def stock_head(model: StockModel, stack: nn.Module) -> Iterator[Callable[[Tensor
     """
     given: list[Tensor] = []
 
-    def output(*_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=given[-1])
+    def output(*_: Any, **__: Any) -> _StackOutput:
+        return _StackOutput(last_hidden_state=given[-1])
 
     def logits(hidden: Tensor) -> Tensor:
         given[:] = [hidden[:, None]]

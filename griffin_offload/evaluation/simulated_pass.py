@@ -2,8 +2,9 @@
 with the chosen ones alone, layer by layer, while each full layer visits the device once.
 
 Prompt positions never see later ones, so this equals generation. What is chosen differs from row to row: instead of
-gathering, the input of the down projection is set to zero for neurons that a row left out. Shapes: R rows, M rows
-inside a layer at once, T columns, F neurons.
+gathering, the input of the down projection is set to zero for neurons that a row left out. Experts are chosen before
+they compute, so rows pass such a layer again when their prompts have chosen, routed among those. Shapes: R rows, M rows
+inside a layer at once, T columns, F neurons, or experts.
 """
 
 import bisect
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Activations, Block
 from griffin_offload.blocks.hooks import PassForward
+from griffin_offload.blocks.routing import RoutingKept
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, Progress, StreamFeed, Visitor
-from griffin_offload.errors import DoesNotFit
+from griffin_offload.errors import DoesNotFit, UnsupportedModel
 from griffin_offload.kv_cache.store import Workload
 from griffin_offload.planner.plan import Plan, workspace_bytes
 from griffin_offload.planner.request import PlanRequest
@@ -113,12 +115,21 @@ class Sizer:
         # Sums, means and masks of the rows inside a layer; keys and values are repeated where there is a mask.
         state = rows * widest * (1 + 2 * _FLOAT_BYTES) + widest * (_INDEX_BYTES + 4 * _FLOAT_BYTES)
         repeated = rows * columns * 2 * shape.attention_width * shape.item_bytes
+        workspace = workspace_bytes(shape, request, use, columns, columns, self.plan.kept) + state + repeated
         return {
             "rows": samples * self.variants * self._row_bytes(columns, padded),
-            "workspace": workspace_bytes(shape, request, use, columns, columns, self.plan.kept) + state + repeated,
+            "workspace": workspace + self._routing_bytes(rows * columns),
             "logits": positions * shape.vocab_size * (2 * shape.item_bytes + 6 * _FLOAT_BYTES),
             "statistic": (self.norm_tables + self.sample_tables * samples) * neurons * _FLOAT_BYTES + self.kept_bytes,
         }
+
+    def _routing_bytes(self, tokens: int) -> int:
+        """Which experts each token may be sent to, and its scores with and without the others; where norms are asked
+        for, an expert in float32."""
+        layers = [layer for layer in self.shape.layers if layer.experts]
+        largest = max((layer.neuron_bytes for layer in layers), default=0) // self.shape.item_bytes * _FLOAT_BYTES
+        masks = tokens * max((layer.neurons for layer in layers), default=0) * (1 + 2 * _FLOAT_BYTES)
+        return masks + (2 * largest if self.norm_tables else 0)
 
     def _row_bytes(self, columns: int, padded: bool) -> int:
         """What exists of every row during the whole pass: hidden states, the last norm's copies, positions, masks."""
@@ -229,6 +240,7 @@ class _LeaveOut(_RowVisitor):
         self._statistic, self._choose = statistic, choose
         self.shares: list[list[Tensor]] = [[] for _ in range(rows)]
         self._choices: list[NeuronChoice | None] = []
+        self._routed = False
         self._full: list[Tensor] = []
 
     def start(self, index: int, block: Block, full: list[Tensor]) -> None:
@@ -239,13 +251,13 @@ class _LeaveOut(_RowVisitor):
 
     def rows_start(self, block: Block, rows: slice) -> None:
         super().rows_start(block, rows)
-        self._choices = []
+        self._choices, self._routed = [], block.active > 0
 
     def see(self, index: int, found: Activations) -> None:
         own, prompt = self.by_row(found), self._statistic.prompt
         if own.start < prompt <= own.start + own.tokens:
             self._prompts_end(index)
-        if own.start + own.tokens > prompt:
+        if own.start + own.tokens > prompt and not self._routed:
             for row, choice in enumerate(self._choices):
                 behind = own.part(slice(row, row + 1), slice(max(prompt - own.start, 0), own.tokens))
                 if choice is not None:
@@ -256,6 +268,19 @@ class _LeaveOut(_RowVisitor):
             choice = self._choose(index, row, squared, self._full) if self._choose is not None else None
             self._choices.append(choice)
             self.shares[row].append(squared.new_ones(()) if choice is None else choice.share)
+
+    def allowed(self, columns: int) -> Tensor | None:
+        """Which experts each of the `columns` of the rows may be sent to, booleans [M * T, E]: behind their prompts the
+        chosen ones. None where the rows have left out nothing, or did so already."""
+        chosen = [choice.kept for choice in self._choices if choice is not None]
+        if not self._routed or not chosen or columns <= self._statistic.prompt:
+            return None
+        shape = len(self._choices), columns, chosen[0].numel()
+        found = torch.ones(shape, dtype=torch.bool, device=chosen[0].device)
+        for row, choice in enumerate(self._choices):
+            if choice is not None:
+                found[row, self._statistic.prompt :] = choice.kept
+        return found.flatten(0, 1)
 
 
 class SimulatedPass(LayerPass):
@@ -285,7 +310,7 @@ class SimulatedPass(LayerPass):
         self._of_rows: list[_RowVisitor] = [self._statistic, self._left_out]
         if observe is not None:
             self._of_rows.insert(0, _Watch(observe))
-        self._stream, self._rows_at_once = StreamFeed(layers), rows_at_once
+        self._stream, self._rows_at_once, self._again = StreamFeed(layers), rows_at_once, False
         super().__init__(
             layers.decoder,
             layers.blocks,
@@ -311,20 +336,38 @@ class SimulatedPass(LayerPass):
         return found
 
     def _hook_layer(self, index: int, layer: nn.Module, block: Block) -> None:
-        layer.forward = _RowByRow(layer.forward, self._rows_at_once, partial(self._rows_start, block))
+        layer.forward = _RowByRow(layer.forward, self._rows_at_once, partial(self._pass_rows, index, block))
         super()._hook_layer(index, layer, block)
 
-    def _rows_start(self, block: Block, rows: slice) -> None:
+    def _pass_rows(self, index: int, block: Block, rows: slice, columns: int, forward: Callable[[], Any]) -> Any:
+        """What the layer answers to some rows: `forward`, or once more where they have chosen experts in it."""
         for visitor in self._of_rows:
             visitor.rows_start(block, rows)
+        found, allowed = forward(), self._left_out.allowed(columns)
+        if allowed is None:
+            return found
+        found, counted = None, []
+        with RoutingKept(allowed, lambda own, _: counted.append(own.numel())):
+            self._again = True
+            found = forward()
+            self._again = False
+        if not counted:
+            raise UnsupportedModel(f"layer {index}: this model's router cannot be kept to some of its experts")
+        return found
+
+    def _see(self, index: int, found: Activations) -> None:
+        if not self._again:
+            super()._see(index, found)
 
 
 class _RowByRow(PassForward):
     """The forward of a decoder layer during a pass: the stock one, over some of the rows at a time."""
 
-    def __init__(self, forward: Callable[..., Any], limit: int, start: Callable[[slice], None]) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], limit: int, pass_rows: Callable[[slice, int, Callable[[], Any]], Any]
+    ) -> None:
         super().__init__(forward)
-        self._limit, self._start = limit, start
+        self._limit, self._pass_rows = limit, pass_rows
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = hidden.shape[0]
@@ -332,9 +375,9 @@ class _RowByRow(PassForward):
         rest: tuple[Any, ...] | None = None
         for first in range(0, rows, self._limit):
             part = slice(first, min(first + self._limit, rows))
-            self._start(part)
-            mine = {name: _of_rows(value, rows, part) for name, value in kwargs.items()}
-            found = self._forward(hidden[part], *(_of_rows(value, rows, part) for value in args), **mine)
+            mine = [hidden[part], *(_of_rows(value, rows, part) for value in args)]
+            named = {name: _of_rows(value, rows, part) for name, value in kwargs.items()}
+            found = self._pass_rows(part, hidden.shape[1], partial(self._forward, *mine, **named))
             if isinstance(found, tuple):  # beside the hidden states are a cache and attentions, which nobody asked for
                 rest, found = found[1:], found[0]
             output[part] = found

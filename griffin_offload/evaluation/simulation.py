@@ -43,6 +43,9 @@ class Choices:
         if prior is not None and [layer.numel() for layer in prior] != neurons:
             raise UsageError("the prior is another model's: its layers have other numbers of neurons")
         self._layers, self._variants = layers, variants
+        self._routed = any(block.active for block in layers.blocks)
+        if self._routed and any(variant.compensate or variant.allocation == "global" for variant in variants):
+            raise UnsupportedModel("experts have no means, and no threshold for all layers: leave out these variants")
         device = layers.stream.device.torch_device
         self._prior = None if prior is None else [layer.to(device) for layer in prior]
         self._norms: dict[tuple[str, int], Tensor] = {}
@@ -75,11 +78,18 @@ class Choices:
         sample, place = divmod(row, self.rows_per_sample)
         if place == 0:
             return None
-        variant = self._variants[place - 1]
+        variant, block = self._variants[place - 1], self._layers.blocks[layer]
+        if self._routed and not block.active:
+            return None  # beside experts, dense layers stay whole
         if variant.allocation == "global":
             kept = self._counts[variant.density][sample][layer]
         else:
             kept = neurons_kept(squared.numel(), variant.density)
+        if kept < block.active:
+            raise UsageError(
+                f"density {variant.density:g} keeps {kept} of the {block.neurons} experts of layer {layer}, and a "
+                f"token is sent to {block.active}"
+            )
         chosen = choose(
             variant,
             squared,
@@ -149,9 +159,10 @@ def observe(
     kept_bytes: int = 0,
     progress: Progress | None = None,
 ) -> None:
-    """Show `observer` the input z of every down projection, while the full model runs over `prompts`, ids [T] of one
-    length: it is called with (layer, place of the prompt, first token, z [t, F]). `tables` of F floats is what it
-    keeps of each prompt in each layer, `kept_bytes` what it keeps besides. Raises as `simulate` does."""
+    """Show `observer` the input z of every down projection, or of experts the norms of what each adds, while the full
+    model runs over `prompts`, ids [T] of one length: it is called with (layer, place of the prompt, first token,
+    z [t, F]). `tables` of F floats is what it keeps of each prompt in each layer, `kept_bytes` what it keeps besides.
+    Raises as `simulate` does."""
     if len({ids.numel() for ids in prompts}) > 1:
         raise UsageError("prompts to observe have one length")
     samples = [Sample.prompt_alone(ids) for ids in prompts]
@@ -179,8 +190,6 @@ def _running(
     kept_bytes: int = 0,
 ) -> Iterator["_Simulation"]:
     """A simulation that is alone on the model; what was computed inside is checked against the budget afterwards."""
-    if model.plan.experts:
-        raise UnsupportedModel("a simulation leaves FF neurons out, and mixtures of experts are not simulated yet")
     loaded = model.engine.loaded
     simulation = _Simulation(model, variants, prior, progress, observed_tables, kept_bytes)
     with (

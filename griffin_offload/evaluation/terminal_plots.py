@@ -1,5 +1,6 @@
 """The loss on one prompt, drawn in a terminal; plain text where the output is none."""
 
+import math
 from collections.abc import Mapping
 from typing import IO, Any
 
@@ -12,6 +13,7 @@ from griffin_offload.evaluation.plots import spread
 Numbers = Mapping[str, Any]
 # More layers than this are shown by some of them: the table is to be seen at once.
 _MOST_LAYERS = 16
+_MOST_EXPERTS = 48
 _BAR = 34
 _PLANNED = "bold #D55E00"
 # From little kept to all of it: Okabe-Ito's vermilion, orange, sky blue, bluish green.
@@ -24,9 +26,9 @@ def show_prompt_loss(numbers: Numbers, file: IO[str]) -> None:
     console.width = min(console.width, 80)
     held_out = numbers["held_out"] is not None
     console.print(Text.assemble(("What this prompt would lose", "bold"), f"   {numbers['model']}"))
-    chosen = numbers["prompt_tokens"] - numbers["held_out_tokens"]
+    unit, chosen = numbers["unit"], numbers["prompt_tokens"] - numbers["held_out_tokens"]
     console.print(
-        f"{numbers['prompt_tokens']} tokens: neurons chosen on the first {chosen}, activation measured on the rest"
+        f"{numbers['prompt_tokens']} tokens: {unit} chosen on the first {chosen}, activation measured on the rest"
         if held_out
         else f"{numbers['prompt_tokens']} tokens: too few to hold some out, so the figures flatter"
     )
@@ -34,6 +36,9 @@ def show_prompt_loss(numbers: Numbers, file: IO[str]) -> None:
     console.print(_densities(numbers, "held_out" if held_out else "kept", ascii_only=_ascii(console)))
     console.print()
     console.print(_layers(numbers, "held_out" if held_out else "kept"))
+    if numbers["unit"] == "experts":
+        console.print()
+        console.print(_experts(numbers, ascii_only=_ascii(console)))
     if len(numbers["layers"]) > _MOST_LAYERS:
         console.print(f"{_MOST_LAYERS} of {len(numbers['layers'])} layers: --json has all", style="dim")
     console.print()
@@ -104,8 +109,36 @@ def _layers(numbers: Numbers, key: str) -> Table:
         cells = [_cell(layer[key][i]) for i in columns]
         if numbers["plan"] is not None:
             cells.append(_cell(layer[f"planned_{key}"]))
-        table.add_row(str(place), *cells)
+        table.add_row(str(layer["layer"]), *cells)
     return table
+
+
+def _experts(numbers: Numbers, *, ascii_only: bool) -> Table:
+    """A sign for each expert of a layer, the higher the more tokens are sent to it; those that stay stand out. Where
+    they are many, those that are used most, from left to right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    table.add_column("layer", justify="right")
+    table.add_column("share of tokens, by expert" + ("" if numbers["plan"] is None else "; kept ones coloured"))
+    table.add_column("used", justify="right")
+    if numbers["plan"] is not None:
+        table.add_column("kept", justify="right", header_style=_PLANNED)
+    for place in spread(len(numbers["layers"]), _MOST_LAYERS):
+        layer = numbers["layers"][place]
+        used, stay = layer["used"], set(layer["stay"] or ())
+        order = range(len(used)) if len(used) <= _MOST_EXPERTS else sorted(range(len(used)), key=lambda e: -used[e])
+        signs = Text()
+        for expert in order[:_MOST_EXPERTS]:
+            signs.append(_level(used[expert] / max(*used, 1e-9), ascii_only), _PLANNED if expert in stay else "dim")
+        found = f"{sum(share > 0 for share in used)} of {len(used)}"
+        kept = [] if layer["stay"] is None else [str(len(stay))]
+        table.add_row(str(layer["layer"]), signs, found, *kept)
+    return table
+
+
+def _level(share: float, ascii_only: bool) -> str:
+    """0 to 1 as one of nine signs; nothing at all has its own."""
+    signs = " .:-=+*#@" if ascii_only else "·▁▂▃▄▅▆▇█"
+    return signs[math.ceil(share * 8)]
 
 
 def _cell(share: float) -> Text:

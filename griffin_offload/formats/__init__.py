@@ -4,6 +4,7 @@ A new one is a subclass of `Format` (base.py) and `register_format(...)`, here o
 """
 
 from griffin_offload.formats.base import Format, Layout, every, forget_format, get, register_format
+from griffin_offload.formats.few_bits import INT2, INT3
 from griffin_offload.formats.floats import FLOATS, planned_as
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
@@ -22,5 +23,5 @@ __all__ = [
     "register_format",
 ]
 
-for _format in (FLOATS, INT8, INT4):
+for _format in (FLOATS, INT8, INT4, INT3, INT2):
     register_format(_format)

@@ -83,6 +83,10 @@ class Format:
     """Of a number, about: "auto" tries formats in this order."""
     is_plain: ClassVar[bool] = False
     """Whether its numbers are those that are computed with."""
+    by_name_only: ClassVar[bool] = False
+    """Whether a plan takes it only where it is named: "auto" does not try it, and no advice mentions it."""
+    gives_chosen: ClassVar[bool] = False
+    """Whether `chosen_floats` reads a part of a stored matrix, so that another format can be made of it by chunks."""
     version: ClassVar[int] = 1
     """Of the stored layout: converted checkpoints of another one are refused."""
     neuron_multiple: ClassVar[int] = 1
@@ -149,6 +153,11 @@ class Format:
 
     def floats(self, full: Tensors, dtype: torch.dtype, *, is_down: bool) -> Tensor:
         """The matrix [O, I] in `dtype`: asked of formats that are not closed under gathering."""
+        raise NotImplementedError
+
+    def chosen_floats(self, full: Tensors, index: Tensor, dtype: torch.dtype, *, is_down: bool) -> Tensor:
+        """Rows `index` [K] of a stored matrix, [K, I], or columns of a down projection, [O, K], in `dtype`: asked of
+        formats that say so."""
         raise NotImplementedError
 
     def gather(
@@ -278,7 +287,7 @@ def neuron_scale(down: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def row_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale [O] of int4 rows: the root mean square of each row of `weight` [O, I]."""
+    """scale [O] of rows in groups: the root mean square of each row of `weight` [O, I]."""
     return finite(table.call("quantize", "row_norms", weight), dtype)
 
 

@@ -27,6 +27,7 @@ class RowScaled(Format):
     """The number that the largest of a row becomes."""
     bits = 8
     neuron_multiple = 64
+    gives_chosen = True
 
     def __init__(self) -> None:
         self._layout = Layout(self.name, self, self._specs, multiply)
@@ -96,6 +97,14 @@ class RowScaled(Format):
             columns = room[: rows.shape[0]]
             take(rows, 1, chosen, columns)
             self.write(columns, scale[start : start + self.chunk], target[start : start + self.chunk], kept)
+
+    def chosen_floats(self, full: Tensors, index: Tensor, dtype: torch.dtype, *, is_down: bool) -> Tensor:
+        weight, scale = full["weight"], full["scale"].to(dtype)
+        if not is_down:
+            return weight.index_select(0, index).to(dtype).mul_(scale[index, None])
+        numbers = weight.new_empty(weight.shape[0], index.numel())
+        take(weight, 1, index, numbers)
+        return numbers.to(dtype).mul_(scale[:, None]).mul_(full["input_scale"][index].to(dtype))
 
     def row_norms(self, full: Tensors) -> Tensor:
         return torch.cat([part.float().norm(dim=1) for part in full["weight"].split(256)]) * full["scale"].float()

@@ -1,11 +1,15 @@
 """Experts that lie in files one by one, seen as the one tensor that the model has of all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from griffin_offload.formats.translated import TranslatedTensor, stored_parts
+
+Fill = Callable[[Sequence[Tensor], int, Sequence[Tensor]], None]
+"""Called with (full, expert, into): write an expert of `full`, all experts of a layer as they are stored, into `into`,
+its tensors."""
 
 
 class StackedTensor(TranslatedTensor):
@@ -41,3 +45,9 @@ def read_row(tensor: Tensor, row: int, into: Tensor) -> None:
         tensor.rows(row, row + 1, into[None])
     else:
         into.copy_(tensor[row])
+
+
+def read_rows(full: Sequence[Tensor], expert: int, into: Sequence[Tensor]) -> None:
+    """The `Fill` of experts that are computed with as they are stored."""
+    for tensor, target in zip(full, into, strict=True):
+        read_row(tensor, expert, target)

@@ -19,7 +19,7 @@ _MASK_BITS = 64
 SHARED_BYTES = 2**20
 # numpy copies what does not lie in one piece to a buffer of such rows.
 _COPIED_ROWS = 1024
-_HALF = 16  # bytes of a group of 32 codes
+_CODE_BYTES = (8, 12, 16)  # of a group of 32, by bits
 
 
 def takes_columns(source: Tensor, chosen: Tensor, out: Tensor) -> bool:
@@ -82,20 +82,22 @@ def takes_neurons(neurons: tuple[Tensor, Tensor], *beside: object) -> bool:
 def gather_neurons_to_strips(
     neurons: tuple[Tensor, Tensor], chosen: Tensor, strips: tuple[Tensor, Tensor], start: int
 ) -> None:
-    """Make neurons `chosen` [K] of int4 neurons, codes [R, O / 2] and groups [R, O / 32, 2] on the CPU, inputs start..
-    of `strips`; formats/int4.py describes both."""
+    """Make neurons `chosen` [K] of neurons of 2 to 4 bits, codes [R, O bits / 8] and groups [R, O / 32, 2] on the CPU,
+    inputs start.. of `strips`; formats/grouped.py describes both."""
     (codes, groups), (target, target_groups) = neurons, strips
     (stored, row_bytes), count = codes.shape, chosen.numel()
-    per_neuron, kept = row_bytes // _HALF, target.shape[1]
-    check(codes, (stored, per_neuron * _HALF), torch.uint8)
+    (per_neuron, own), kept = (groups.shape[1], target.shape[2] // 2), target.shape[1]
+    if own not in _CODE_BYTES:
+        raise ValueError(f"codes of a group must be of one of {_CODE_BYTES} bytes, and are of {own}")
+    check(codes, (stored, per_neuron * own), torch.uint8)
     check(groups, (stored, per_neuron, 2), torch.uint8)
-    check(target, (-(-per_neuron // 2), kept, 2 * _HALF), torch.uint8)
+    check(target, (-(-per_neuron // 2), kept, 2 * own), torch.uint8)
     check(target_groups, (2 * target.shape[0], kept, 2), torch.uint8)
     if start + count > kept:
         raise ValueError(f"{count} neurons do not fit strips of {kept} from {start} on")
     chosen = _inside(chosen, stored)
     addresses = (codes.data_ptr(), groups.data_ptr(), chosen.data_ptr(), 0, target.data_ptr(), target_groups.data_ptr())
-    _run("gather_neurons_to_strips", addresses, (count, 0, row_bytes, 0, 0, 0, start, kept))
+    _run("gather_neurons_to_strips", addresses, (count, 0, row_bytes, 0, 0, own, start, kept))
 
 
 def _run(function: str, addresses: tuple[int, ...], sizes: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from griffin_offload.kernels.by_blocks import Scratch, scaled, typed
 from griffin_offload.kernels.library import NOTHING_MADE, Library, check, library, run
 
-_GROUP = 32  # of int4: inputs of rows, outputs of neurons and strips
+_GROUP = 32  # of 2 to 4 bits: inputs of rows, outputs of neurons and strips
 _STRIP = 64  # outputs
 
 
@@ -38,8 +38,8 @@ class GemmKernels:
     ) -> Tensor:
         """x [M, I], which they `take`, times a matrix [O, I] in `layout` plus `bias` [O], in the type of x.
 
-        The layouts are those of quantize.py and int4.py; "float" is of the type of x. int8 and int4 rows have a `scale`
-        [O], all int4 has `groups`. Of strips the first `features` outputs are wanted.
+        The layouts are those of formats/; "float" is of the type of x. int8 and rows in groups have a `scale` [O], all
+        in groups have `groups`. Of strips the first `features` outputs are wanted.
         """
         inputs, outputs = x.shape[1], _check(layout, x, weight, scale, groups)
         wanted = outputs if features is None else min(features, outputs)
@@ -56,24 +56,25 @@ def _check(layout: str, x: Tensor, weight: Tensor, scale: Tensor | None, groups:
         outputs = weight.shape[0]
         check(weight, (outputs, inputs), x.dtype if layout == "float" else torch.int8, "the matrix")
     else:
-        outputs = _check_int4(layout, inputs, weight, _there(groups))
-    if layout in ("int8", "int4_rows"):
+        name, kind = layout.split("_")
+        outputs = _check_groups(kind, int(name.removeprefix("int")), inputs, weight, _there(groups))
+    if layout == "int8" or layout.endswith("rows"):
         check(_there(scale), (outputs,), name="the scale")
     return outputs
 
 
-def _check_int4(layout: str, inputs: int, codes: Tensor, groups: Tensor) -> int:
-    if layout == "int4_strips":
+def _check_groups(kind: str, bits: int, inputs: int, codes: Tensor, groups: Tensor) -> int:
+    if kind == "strips":
         outputs = codes.shape[0] * _STRIP
-        check(codes, (codes.shape[0], inputs, _STRIP // 2), torch.uint8, "the codes")
+        check(codes, (codes.shape[0], inputs, _STRIP * bits // 8), torch.uint8, "the codes")
         check(groups, (outputs // _GROUP, inputs, 2), torch.uint8, "the groups")
         return outputs
-    rows, width = codes.shape[0], inputs if layout == "int4_rows" else 2 * codes.shape[1]
+    rows, width = codes.shape[0], inputs if kind == "rows" else codes.shape[1] * 8 // bits
     if width % _GROUP:
-        raise ValueError(f"{layout}: {width} numbers must be whole groups of {_GROUP}")
-    check(codes, (rows if layout == "int4_rows" else inputs, width // 2), torch.uint8, "the codes")
+        raise ValueError(f"{kind} of {bits} bits: {width} numbers must be whole groups of {_GROUP}")
+    check(codes, (rows if kind == "rows" else inputs, width * bits // 8), torch.uint8, "the codes")
     check(groups, (codes.shape[0], width // _GROUP, 2), torch.uint8, "the groups")
-    return rows if layout == "int4_rows" else width
+    return rows if kind == "rows" else width
 
 
 def _there(tensor: Tensor | None) -> Tensor:

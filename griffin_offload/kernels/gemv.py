@@ -1,7 +1,7 @@
-"""A few rows times a matrix: int8 rows, int4 rows and strips, or 16-bit floats (gemv.c).
+"""A few rows times a matrix: int8 rows, rows and strips of 2 to 4 bits, or 16-bit floats (gemv.c).
 
-torch 2.13 has its 8-bit kernel for bfloat16 in the first place, and none for these int4 forms (benchmarks/NOTES.md has
-the rates).
+torch 2.13 has its 8-bit kernel for bfloat16 in the first place, and none for forms like these of int4 or less
+(benchmarks/NOTES.md has the rates).
 """
 
 import functools
@@ -15,9 +15,10 @@ from griffin_offload.kernels.by_blocks import typed
 from griffin_offload.kernels.library import HALVES, Beside, Library, Sizes, check, library, run
 
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may; gemv_int8.c knows it, too
-_INT4_GROUP = 32
+_GROUP = 32
+_HALF = 16
 _STRIP = 64  # outputs
-_FILLED = 128  # inputs of int4 rows are filled up to a multiple of it, as gemv.h says
+_FILLED = 256  # inputs of rows in groups are filled up to a multiple of it at most, as gemv.h says
 _LANES = 16
 ROWS = 32
 """Up to so many rows the kernels for quantised matrices are faster than translating the matrix."""
@@ -44,23 +45,23 @@ class GemvKernels:
         beside = (input_scale, weight, None, scale, bias)
         return self._quantised("multiply_int8", x, beside, sizes, self.uses_bytes)
 
-    def multiply_int4_rows(
-        self, x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, bias: Tensor | None = None
+    def multiply_rows(
+        self, x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, bias: Tensor | None = None, *, bits: int = 4
     ) -> Tensor:
-        """x [M, I] times int4 rows, codes [O, I / 2], groups [O, I / 32, 2] and `scale` [O], plus `bias` [O]: as of
-        `multiply_int8`."""
+        """x [M, I] times rows of 2 to 4 `bits`, codes [O, I bits / 8], groups [O, I / 32, 2] and `scale` [O], plus
+        `bias` [O]: as of `multiply_int8`."""
         (rows, inputs), outputs = x.shape, codes.shape[0]
-        per_row = inputs // _INT4_GROUP
-        check(codes, (outputs, per_row * _INT4_GROUP // 2), torch.uint8, "the codes")
+        per_row = inputs // _GROUP
+        check(codes, (outputs, per_row * 4 * bits), torch.uint8, "the codes")
         check(groups, (outputs, per_row, 2), torch.uint8, "the groups")
         check(scale, (outputs,), name="the scale")
-        if inputs % _INT4_GROUP:
-            raise ValueError(f"{inputs} inputs must be whole groups of {_INT4_GROUP}")
-        sizes = (rows, _parts(x), outputs, outputs, inputs, _INT4_GROUP)
+        if inputs % _GROUP:
+            raise ValueError(f"{inputs} inputs must be whole groups of {_GROUP}")
+        sizes = (rows, _parts(x), outputs, outputs, inputs, _GROUP if bits == 4 else _HALF)
         beside = (None, codes, groups, scale, bias)
-        return self._quantised("multiply_int4_rows", x, beside, sizes, self.uses_bytes)
+        return self._quantised(f"multiply_int{bits}_rows", x, beside, sizes, self.uses_bytes)
 
-    def multiply_int4_strips(
+    def multiply_strips(
         self,
         x: Tensor,
         codes: Tensor,
@@ -68,23 +69,24 @@ class GemvKernels:
         input_scale: Tensor,
         bias: Tensor | None = None,
         features: int | None = None,
+        *,
+        bits: int = 4,
     ) -> Tensor:
-        """x [M, I] times `input_scale` [I] times int4 strips, codes [O / 64, I, 32] and groups [O / 32, I, 2], plus
-        `bias`: the first `features` outputs, as of `multiply_int8`. M is at most ROWS, I a multiple of 16."""
+        """x [M, I] times `input_scale` [I] times strips of 2 to 4 `bits`, codes [O / 64, I, 8 bits] and groups
+        [O / 32, I, 2], plus `bias`: the first `features` outputs, as of `multiply_int8`. M is at most ROWS, I a
+        multiple of 16."""
         (rows, inputs), outputs = x.shape, codes.shape[0] * _STRIP
-        check(codes, (outputs // _STRIP, inputs, _STRIP // 2), torch.uint8, "the codes")
-        check(groups, (outputs // _INT4_GROUP, inputs, 2), torch.uint8, "the groups")
+        check(codes, (outputs // _STRIP, inputs, _STRIP * bits // 8), torch.uint8, "the codes")
+        check(groups, (outputs // _GROUP, inputs, 2), torch.uint8, "the groups")
         if inputs % _LANES or rows > ROWS:
             raise ValueError(f"{rows} rows of {inputs} inputs: up to {ROWS} of a multiple of {_LANES} are known")
         parts = _parts(x)
         wanted = outputs if features is None else features
         own = torch.empty(rows * (parts * outputs + inputs), dtype=torch.float32, device="cpu")
         made = (own.data_ptr(), own.data_ptr() + 4 * rows * parts * outputs, 0, 0, 0, 0)
-        beside = (input_scale, codes, groups, None, bias)
-        sizes = (rows, parts, outputs, wanted, inputs, _INT4_GROUP)
-        return run(
-            self._library, "multiply_int4_strips", x, beside, made, sizes, wide=self.uses_bytes, ahead=self._ahead
-        )
+        beside, function = (input_scale, codes, groups, None, bias), f"multiply_int{bits}_strips"
+        sizes = (rows, parts, outputs, wanted, inputs, _GROUP)
+        return run(self._library, function, x, beside, made, sizes, wide=self.uses_bytes, ahead=self._ahead)
 
     def multiply_floats(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [M, I] times `weight` [O, I] plus `bias` [O], all of the same 16-bit type: [M, O] in it; sums are in
@@ -138,19 +140,19 @@ def int8_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Ten
     return own.multiply_int8(x, weight, scale, typed(tensors["bias"], dtype), typed(tensors["input_scale"], dtype))
 
 
-def int4_rows_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
-    """Of int4 rows."""
+def rows_product(bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
+    """Of rows of 2 to 4 `bits`."""
     own, weight, groups, scale = kernels(), tensors["weight"], tensors["groups"], tensors["scale"]
     assert own is not None and weight is not None and groups is not None and scale is not None  # noqa: PT018
-    return own.multiply_int4_rows(x, weight, groups, scale, typed(tensors["bias"], x.dtype))
+    return own.multiply_rows(x, weight, groups, scale, typed(tensors["bias"], x.dtype), bits=bits)
 
 
-def int4_strips_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
-    """Of int4 strips."""
+def strips_product(bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
+    """Of strips of 2 to 4 `bits`."""
     own, dtype, weight, groups = kernels(), x.dtype, tensors["weight"], tensors["groups"]
     inputs = typed(tensors["input_scale"], dtype)
     assert own is not None and weight is not None and groups is not None and inputs is not None  # noqa: PT018
-    return own.multiply_int4_strips(x, weight, groups, inputs, typed(tensors["bias"], dtype), outputs)
+    return own.multiply_strips(x, weight, groups, inputs, typed(tensors["bias"], dtype), outputs, bits=bits)
 
 
 def float_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:

@@ -14,7 +14,6 @@ from griffin_offload.kernels.library import NUMBER_TYPES, check, check_rows, lib
 _QUANTIZING = struct.Struct("@6P6q")
 """The struct Quantizing of quantize.c."""
 _GROUP = 32
-_HALF = 16  # its bytes
 
 
 def takes(weight: Tensor, *beside: object) -> bool:
@@ -37,20 +36,21 @@ def quantize_int8(weight: Tensor, scale: Tensor, out: Tensor, divisor: Tensor | 
     run("quantize_int8", weight, out, divisor=divisor, scale=scale)
 
 
-def quantize_int4_rows(weight: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes [O, I / 2] and groups [O, I / 32, 2] of `weight` [O, I] over `scale` [O], none of which is 0; errors count
-    by the `importance` [I] of their input."""
+def quantize_rows(bits: int, weight: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes [O, I bits / 8] and groups [O, I / 32, 2] of `weight` [O, I] over `scale` [O], none of which is 0, in 2 to
+    4 bits; errors count by the `importance` [I] of their input."""
     outputs, groups = weight.shape[0], _groups(weight.shape[1])
-    made = _int4_of(outputs, groups)
-    run("quantize_int4_rows", weight, made[0], scale=scale, groups=made[1], importance=importance)
+    made = _packed_of(bits, outputs, groups)
+    run(f"quantize_int{bits}_rows", weight, made[0], scale=scale, groups=made[1], importance=importance)
     return made
 
 
-def quantize_int4_neurons(columns: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes [K, O / 2] and groups [K, O / 32, 2] of `columns` [O, K] over `scale` [K], none of which is 0; errors
+def quantize_neurons(bits: int, columns: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes [K, O bits / 8] and groups [K, O / 32, 2] of `columns` [O, K] over `scale` [K], none of which is 0; errors
     count by the `importance` [O] of their output."""
-    made = _int4_of(columns.shape[1], _groups(columns.shape[0]))
-    run("quantize_int4_neurons", columns, made[0], scale=scale, groups=made[1], importance=importance)
+    made = _packed_of(bits, columns.shape[1], _groups(columns.shape[0]))
+    function = f"quantize_int{bits}_neurons"
+    run(function, columns, made[0], scale=scale, groups=made[1], importance=importance, by_columns=True)
     return made
 
 
@@ -74,10 +74,9 @@ def _groups(numbers: int) -> int:
     return numbers // _GROUP
 
 
-def _int4_of(rows: int, groups: int) -> tuple[Tensor, Tensor]:
-    return torch.empty(rows, groups * _HALF, dtype=torch.uint8, device="cpu"), torch.empty(
-        rows, groups, 2, dtype=torch.uint8, device="cpu"
-    )
+def _packed_of(bits: int, rows: int, groups: int) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(rows, groups * _GROUP * bits // 8, dtype=torch.uint8, device="cpu")
+    return codes, torch.empty(rows, groups, 2, dtype=torch.uint8, device="cpu")
 
 
 def run(
@@ -89,6 +88,7 @@ def run(
     scale: Tensor | None = None,
     groups: Tensor | None = None,
     importance: Tensor | None = None,
+    by_columns: bool = False,
 ) -> None:
     found, (rows, columns) = library(), weight.shape
     assert found is not None, "the table was not asked"
@@ -96,10 +96,10 @@ def run(
         check(divisor, (columns,), name="the divisor")
         divisor = torch.nn.functional.pad(divisor.float(), (0, -columns % _GROUP), value=1)
     if scale is not None:
-        check(scale, (columns if function == "quantize_int4_neurons" else rows,), name="the scale")
+        check(scale, (columns if by_columns else rows,), name="the scale")
         scale = scale.float()
     if importance is not None:
-        check(importance, (rows if function == "quantize_int4_neurons" else columns,), name="the importance")
+        check(importance, (rows if by_columns else columns,), name="the importance")
         importance = importance.float()
     job = _QUANTIZING.pack(
         weight.data_ptr(),

@@ -233,7 +233,8 @@ def alike(x: Tensor, tensors: Tensors) -> bool:
 
 _NUMBERS = frozenset(NUMBER_TYPES)
 _SHORT = frozenset((torch.int8, torch.uint8, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2))
-_RESIDENT = ("int8", "int4_rows", "int4_strips")
+_FEW_BITS = (4, 3, 2)  # of formats in groups
+_RESIDENT = ("int8", *(f"int{bits}_{form}" for bits in _FEW_BITS for form in ("rows", "strips")))
 
 
 def _gemm(name: str, needs: Callable[[], str | None], computes: torch.dtype, best_from: dict[str, int]) -> list[Kernel]:
@@ -252,7 +253,7 @@ def _gemm(name: str, needs: Callable[[], str | None], computes: torch.dtype, bes
             computes=computes,
             rows=(best_from.get(layout, MANY if layout in _RESIDENT else 0), MANY),
         )
-        for layout in (*_RESIDENT, "int4_neurons")
+        for layout in (*_RESIDENT, *(f"int{bits}_neurons" for bits in _FEW_BITS))
     ]
 
 
@@ -262,12 +263,19 @@ def _products_of_ours() -> list[Kernel]:
     pack: dict[str, Any] = {"numbers": _NUMBERS, "rows": (0, int8pack.ROWS)}
     float32 = torch.float32
     return [
-        *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 9, "int4_rows": 24, "int4_strips": 24}),
+        *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 9, **dict.fromkeys(_RESIDENT[1:], 24)}),
         *_gemm("AVX512-BF16", _pairs, torch.bfloat16, {"int8": 4}),
         *_gemm("AVX2", _float32, float32, {}),
         Kernel("gemv", "int8", "multiply_int8", gemv.int8_product, **few, rows=(0, gemv.ROWS)),
-        Kernel("gemv", "int4_rows", "multiply_int4_rows", gemv.int4_rows_product, **few, rows=(0, gemv.ROWS)),
-        Kernel("gemv", "int4_strips", "multiply_int4_strips", gemv.int4_strips_product, **few, rows=(0, gemv.ROWS)),
+        *(
+            Kernel(
+                *("gemv", f"int{bits}_{form}", f"multiply_int{bits}_{form}", functools.partial(product, bits)),
+                **few,
+                rows=(0, gemv.ROWS),
+            )
+            for bits in _FEW_BITS
+            for form, product in (("rows", gemv.rows_product), ("strips", gemv.strips_product))
+        ),
         Kernel(
             *("gemv", "int8", "multiply_int8 (Triton)", int8pack.triton_product, "cuda", _triton),
             takes=int8pack.triton_takes,
@@ -301,17 +309,25 @@ def _others_of_ours() -> list[Kernel]:
         ),
         Kernel("gather", "columns", "numpy.take", gather.columns_by_numpy, "cpu", ours=False),
         Kernel("gather", "columns", "index_select", gather.columns_by_torch, ours=False),
-        Kernel(
-            *("gather", "int4_strips", "gather_neurons_to_strips", gather.gather_neurons_to_strips),
-            **own,
-            takes=gather.takes_neurons,
+        *(
+            Kernel(
+                *("gather", f"int{bits}_strips", "gather_neurons_to_strips", gather.gather_neurons_to_strips),
+                **own,
+                takes=gather.takes_neurons,
+            )
+            for bits in _FEW_BITS
         ),
         Kernel("quantize", "largest_of_rows", "quantize_largest", quantize.largest_of_rows, **made),
         Kernel("quantize", "row_norms", "quantize_row_norms", quantize.row_norms, **made),
         Kernel("quantize", "column_norms", "quantize_column_norms", quantize.column_norms, **made),
         Kernel("quantize", "int8", "quantize_int8", quantize.quantize_int8, **made),
-        Kernel("quantize", "int4_rows", "quantize_int4_rows", quantize.quantize_int4_rows, **made),
-        Kernel("quantize", "int4_neurons", "quantize_int4_neurons", quantize.quantize_int4_neurons, **made),
+        *(
+            Kernel(
+                "quantize", f"int{bits}_{form}", f"quantize_int{bits}_{form}", functools.partial(function, bits), **made
+            )
+            for bits in _FEW_BITS
+            for form, function in (("rows", quantize.quantize_rows), ("neurons", quantize.quantize_neurons))
+        ),
         Kernel(
             "attention",
             "one_token",

@@ -5,51 +5,60 @@ the answer. Here a layer's keys and values have their final size from the layer'
 reads are views. Shapes: B batch, T tokens, D size of a head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from griffin_offload.blocks.states import cache_layers, lasting_kinds, windows_of
+from griffin_offload.blocks.states import cache_layers, lasting_kinds, state_kinds, windows_of
 from griffin_offload.config import KVBits
 from griffin_offload.errors import GriffinError
-from griffin_offload.kv_cache.store import KV_SLACK_TOKENS, DequantBuffer, Int8Store, Store, kv_tokens_kept
-from griffin_offload.transformers_api import DummyLayer
-
-_Scratches = tuple[DequantBuffer, DequantBuffer]
+from griffin_offload.kv_cache.kv_layer import KVLayer, layer_like
+from griffin_offload.kv_cache.state_layer import RecordedWriter, StateLayer, States, copies, copies_bytes
+from griffin_offload.kv_cache.store import DequantBuffer
 
 
 def can_cache(config: PretrainedConfig) -> bool:
-    """Whether every layer of `config`'s model caches plain attention: all of the past, or a window of it, or nothing
-    where it reads another layer's."""
+    """Whether every layer of `config`'s model caches plain attention (all of the past, or a window of it, or nothing
+    where it reads another layer's), states of convolutions and recurrences, or both; and some layer attention."""
+    if not any(isinstance(layer, CacheLayerMixin) for layer in cache_layers(config)):
+        return False
     return not config.is_encoder_decoder and not lasting_kinds(config)
 
 
 def why_not_back(config: PretrainedConfig) -> str:
     """Why tokens that have passed cannot be taken back, for a model of which `can_cache` is false."""
-    return f"layers of kind {lasting_kinds(config)} keep a state that cannot be rolled back ({config.model_type})"
+    kinds = lasting_kinds(config) or state_kinds(config)
+    return f"layers of kind {kinds} keep a state that cannot be rolled back ({config.model_type})"
 
 
 class KVCache(Cache):  # type: ignore[misc]
-    """Keys and values of every layer, for a model of which `can_cache` is true.
+    """Keys and values of every layer, and states, for a model of which `can_cache` is true.
 
     A layer holds [B, heads, tokens, D] from its first update on: `ctx_tokens`, or its window and KV_SLACK_TOKENS. With
     16 `bits` numbers are kept as they come, in the precision of the computation; with 8 as int8 with a scale per
     token and head, and a layer is dequantised into a scratch of all layers when it is read. More tokens than
-    `ctx_tokens`, or a rollback further than is kept, raise GriffinError.
+    `ctx_tokens`, or a rollback further than is kept, raise GriffinError. States go back to where `keep_start` was
+    called, and to any token of one pass behind that whose `writers` were recorded.
     """
 
     def __init__(self, config: PretrainedConfig, *, ctx_tokens: int, bits: KVBits = 16) -> None:
         self._scratches = (DequantBuffer(), DequantBuffer())
         self.ctx_tokens = ctx_tokens
         layers = [
-            DummyLayer() if isinstance(layer, DummyLayer) else KVLayer(ctx_tokens, window, bits, self._scratches)
+            layer_like(layer, ctx_tokens, window, bits, self._scratches)
             for layer, window in zip(cache_layers(config), windows_of(config), strict=True)
         ]
         self.kept = [layer for layer in layers if isinstance(layer, KVLayer)]
         """Those that hold entries: a layer may read another one's."""
+        self.stateful: list[StateLayer] = [layer for layer in layers if isinstance(layer, StateLayer)]
+        """Those that hold states."""
+        self._start: tuple[int, States] | None = None
+        self.writers: Sequence[RecordedWriter] = ()
+        """Of the one pass behind the start."""
+        self.halted: int | None = None
+        """The layer that is halted inside a prompt, whose states alone are those of its first tokens."""
         super().__init__(layers=layers)
 
     @property
@@ -57,6 +66,23 @@ class KVCache(Cache):  # type: ignore[misc]
         """Bytes allocated so far, the scratch included."""
         scratch = sum(scratch.nbytes for scratch in self._scratches)
         return scratch + sum(layer.nbytes for layer in self.kept)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of states, of their copies at the start, and of what is kept to write them again."""
+        now = sum(state.nbytes for layer in self.stateful for state in layer.held().values())
+        start = copies_bytes(self._start[1]) if self._start is not None else 0
+        return now + start + sum(writer.nbytes for writer in self.writers)
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Whether tokens have passed a layer; before transformers 5.23 some ask for none, and mean their own."""
+        found: bool = super().has_previous_state(self.halted if layer_idx is None else layer_idx, *args, **kwargs)
+        return found
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of every layer, whether it holds states alone."""
+        return [isinstance(layer, StateLayer) and not isinstance(layer, KVLayer) for layer in self.layers]
 
     @property
     def batch(self) -> int:
@@ -72,7 +98,43 @@ class KVCache(Cache):  # type: ignore[misc]
         """Forget the last `-tokens_to_remove` tokens (transformers counts them below zero): in all layers or none."""
         for layer in self.kept:
             layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        if self.stateful and tokens_to_remove:
+            self._take_states_back(self.get_seq_length() + tokens_to_remove)
+        self.hide(-tokens_to_remove)
+
+    def hide(self, tokens: int) -> None:
+        """Forget the entries of the last `tokens`, and leave states as they are: to be followed by `restore`."""
+        for layer in self.kept:
+            layer.crop(-tokens)
+
+    def keep_start(self) -> None:
+        """Copy the states: what comes behind is about to be taken back."""
+        self.forget_start()
+        if self.stateful:
+            self._start = self.get_seq_length(), copies(self.stateful)
+
+    def forget_start(self) -> None:
+        """No more tokens are taken back."""
+        self._start, self.writers = None, ()
+
+    def copied_states(self) -> States | None:
+        """For `put_back`; None where no layer holds any."""
+        return copies(self.stateful) if self.stateful else None
+
+    def put_back(self, states: States) -> None:
+        """Hold states as they were when these were copied."""
+        for layer, held in zip(self.stateful, states, strict=True):
+            layer.put_back(held)
+
+    def _take_states_back(self, tokens: int) -> None:
+        """States of the first `tokens`. GriffinError where nothing was kept to make them of."""
+        first, states = self._start or (tokens + 1, [])
+        behind = tokens - first
+        if behind < 0 or (behind and not self.writers):
+            raise GriffinError(f"no states were kept that go back to token {tokens}: call keep_start() there")
+        self.put_back(states)
+        for writer in self.writers if behind else ():
+            writer.again(behind)
 
     def trim(self, tokens: int) -> bool:
         """Forget all but the first `tokens`, also when layers hold different numbers of them, as after an interrupted
@@ -92,210 +154,13 @@ class KVCache(Cache):  # type: ignore[misc]
         for layer in self.kept:
             layer.restore(tokens)
 
+    def reset(self) -> None:
+        self.forget_start()
+        super().reset()
+
     def grow(self, ctx_tokens: int) -> None:
         """Have room for `ctx_tokens`, if there is less: a layer after the other is copied into a larger store."""
         if ctx_tokens > self.ctx_tokens:
             self.ctx_tokens = ctx_tokens
-            for layer in self.layers:
+            for layer in self.kept:
                 layer.grow(ctx_tokens)
-
-
-class KVLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer. The last `_held` of the `_seen` tokens lie at the start of the store, the oldest one first.
-
-    A layer with a window is asked for `window - 1` past tokens. It has KV_SLACK_TOKENS more room: tokens are moved to
-    the start only when that is full, and half of it stays behind then, so that as many can always be rolled back, or
-    an update of up to all of it whole.
-    """
-
-    is_compileable = False
-    is_croppable = True
-
-    def __init__(self, ctx_tokens: int, window: int | None, bits: KVBits, scratches: _Scratches) -> None:
-        super().__init__()
-        self.is_sliding = window is not None
-        self._ctx_tokens, self.window, self._bits, self._scratches = ctx_tokens, window, bits, scratches
-        self.room = kv_tokens_kept(window, ctx_tokens)
-        """Tokens that there is memory for."""
-        self._stores: list[Store] = []
-        self._seen = self._held = 0
-
-    @property
-    def nbytes(self) -> int:
-        return sum(store.nbytes for store in self._stores)
-
-    @property
-    def batch(self) -> int:
-        return self._stores[0].parts(0)[0].shape[0] if self._stores else 0
-
-    @property
-    def addresses(self) -> tuple[int, ...]:
-        return tuple(address for store in self._stores for address in store.addresses)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for keys and values like these, [B, heads, T, D] for any T."""
-        both, self.dtype = (key_states, value_states), key_states.dtype
-        if self._bits == 16:
-            self._stores = [Store(states, self.room) for states in both]
-        else:
-            pairs = zip(both, self._scratches, strict=True)
-            self._stores = [Int8Store(states, self.room, scratch) for states, scratch in pairs]
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append [B, heads, T, D]; return what attention reads: the past that the layer sees, and these tokens.
-
-        The result is valid until the next update: of this layer, and with 8 bits of any layer. The first tokens of
-        a cache, which are the prompt, are returned as they are given, whatever is kept of them; so are later ones
-        of which more come at once than a layer with a window has room for.
-        """
-        new = key_states.shape[-2]
-        self._check_room(new)
-        if self._seen == 0 and not (self._stores and self._stores[0].suits(key_states)):
-            self.lazy_initialization(key_states, value_states)
-        past, states = self._past, (key_states, value_states)
-        read: list[Tensor] = list(states) if past == 0 else []
-        if past + new > self.room and past:  # more at once than the slack: beside the store, before it goes
-            old = [store.read(self._held - past, self._held) for store in self._stores]
-            read = [torch.cat(pair, dim=-2) for pair in zip(old, states, strict=True)]
-        self._append(states, past)
-        if not read:
-            read = [store.read(self._held - past - new, self._held) for store in self._stores]
-        return read[0], read[1]
-
-    def advance(self) -> tuple[int, int]:
-        """Count one token more, which `put` will write: its place in the store, and that of the first one it sees."""
-        self._check_room(1)
-        past = self._past
-        place = self._make_room(1, past)
-        return place, place - past
-
-    def put(self, place: Tensor, key_states: Tensor, value_states: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """Write one token [B, heads, 1, D] at `place` [1] on the device, and return the first `tokens` of the store,
-        whatever they are. Nothing here depends on how many tokens have passed: it can be captured in a graph."""
-        read = []
-        for store, states in zip(self._stores, (key_states, value_states), strict=True):
-            store.put(place, states)
-            read.append(store.read(0, tokens))
-        return read[0], read[1]
-
-    def _check_room(self, new: int) -> None:
-        if self._seen + new > self._ctx_tokens:
-            raise GriffinError(
-                f"the KV cache holds {self._ctx_tokens} tokens, and {new} more than its {self._seen} were given: "
-                "make it with a larger ctx_tokens"
-            )
-
-    @property
-    def _past(self) -> int:
-        """Tokens of the past that the next ones see."""
-        return self._seen if self.window is None else min(self._seen, self.window - 1)
-
-    def _append(self, states: tuple[Tensor, Tensor], past: int) -> None:
-        place = self._make_room(states[0].shape[-2], past)
-        for store, tokens in zip(self._stores, states, strict=True):
-            store.write(place, tokens[:, :, -self.room :])
-
-    def _make_room(self, new: int, past: int) -> int:
-        """Count `new` tokens more, `past` of those before still being seen, and move what stays; where they go."""
-        kept = self._held
-        if kept + new > self.room:
-            kept = min(kept, past + KV_SLACK_TOKENS // 2, max(self.room - new, 0))
-        for store in self._stores:
-            store.move_to_start(self._held - kept, kept)
-        self._seen += new
-        self._held = min(kept + new, self.room)
-        return kept
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length of what `update` will return for `query_length` tokens, and the position of its first one."""
-        return self._past + query_length, self._seen - self._past
-
-    def get_seq_length(self) -> int:
-        """Tokens that have passed."""
-        return self._seen
-
-    def get_max_length(self) -> int:
-        """Tokens that there is room for; of a layer with a window, the window."""
-        return self.window or self._ctx_tokens
-
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """GriffinError unless `crop` can do it."""
-        removed = -tokens_to_remove
-        if removed < 0:
-            raise GriffinError(
-                f"crop({tokens_to_remove}) of a KV cache: give the tokens to remove as a negative number"
-            )
-        if removed > self._seen:
-            raise GriffinError(f"{removed} tokens cannot be removed from a KV cache of {self._seen}")
-        seen = self._seen - removed
-        visible = seen if self.window is None else min(seen, self.window - 1)
-        if self._held - removed < visible:
-            raise GriffinError(
-                f"{removed} tokens cannot be removed from a layer with a window of {self.window}: before its last "
-                f"{visible + removed} tokens only {self._held} are kept"
-            )
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens."""
-        self.check_crop(tokens_to_remove)
-        self._seen += tokens_to_remove
-        self._held += tokens_to_remove
-
-    def restore(self, tokens: int) -> None:
-        """Take back a crop of `tokens`, if nothing was written since."""
-        self._seen += tokens
-        self._held += tokens
-
-    def saved(self) -> list[Tensor]:
-        """Views of what is kept: first the keys' parts, then the values'."""
-        return [part for store in self._stores for part in store.parts(self._held)]
-
-    def could_load(self, seen: int, shapes: list[list[int]]) -> bool:
-        """Whether parts of these shapes can be what a layer like this one `saved` after `seen` tokens."""
-        if len(shapes) != (2 if self._bits == 16 else 4) or any(len(shape) != 4 for shape in shapes):
-            return False
-        held = shapes[0][2]
-        visible = seen if self.window is None else min(seen, self.window - 1)
-        alike = all(shape[:3] == [1, shapes[0][1], held] for shape in shapes)
-        return alike and visible <= held <= min(seen, self.room)
-
-    def load(self, seen: int, parts: list[Tensor]) -> None:
-        """Become a layer that `saved` these after `seen` tokens."""
-        half = len(parts) // 2
-        keys, values = parts[:half], parts[half:]
-        self.lazy_initialization(
-            *(part[-1].new_empty(*part[0].shape[:2], 0, part[0].shape[-1]) for part in (keys, values))
-        )
-        for store, saved in zip(self._stores, (keys, values), strict=True):
-            store.fill(saved)
-        self._seen, self._held = seen, parts[0].shape[2]
-
-    def grow(self, ctx_tokens: int) -> None:
-        """Have room for `ctx_tokens`, or for the window where that is less."""
-        parts, seen = self.saved(), self._seen
-        self._ctx_tokens = ctx_tokens
-        room = kv_tokens_kept(self.window, ctx_tokens)
-        if room > self.room:
-            self.room = room
-            if parts:
-                self.load(seen, parts)
-
-    def reset(self) -> None:
-        """Forget every token; the memory stays."""
-        self._seen = self._held = 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sample i of the batch becomes sample `beam_idx[i]`, in place."""
-        for store in self._stores:
-            store.reorder(beam_idx, self._held)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sample `repeats` times, one after the other."""
-        for store in self._stores:
-            store.replace(lambda part: part.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the samples `indices` of the batch."""
-        for store in self._stores:
-            store.replace(lambda part: part[indices])

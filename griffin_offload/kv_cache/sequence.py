@@ -10,6 +10,7 @@ from torch import Tensor
 from griffin_offload.blocks.rope import RopeBorder
 from griffin_offload.config import BatchStatistic
 from griffin_offload.kv_cache.kv_cache import KVCache
+from griffin_offload.kv_cache.state_layer import States, copies_bytes
 from griffin_offload.method import statistic
 from griffin_offload.transformers_api import StockCache
 
@@ -56,6 +57,8 @@ Statistic = dict[int, Tensor]
 # So many tokens in front of a first prompt's end are states to go back to, too: a longer prompt seldom begins with the
 # last of its tokens, which tokenizers join with what follows (a line's end, the rest of a word).
 _SEAMS = (8, 3, 1)
+# With states of convolutions and recurrences each is a copy of all of them: one is enough.
+_STATE_SEAMS = _SEAMS[:1]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Snapshot:
     selected: dict[int, Tensor]
     logits: Tensor | None
     """Of the last token, [1, V]."""
+    states: States | None = None
+    """Of convolutions and recurrences; None where there are none."""
 
 
 def statistic_bytes(samples: int, neurons: int) -> int:
@@ -74,9 +79,9 @@ def statistic_bytes(samples: int, neurons: int) -> int:
     return samples * neurons * _FLOAT_BYTES
 
 
-def snapshot_bytes(samples: int, neurons: int, kept: int, vocab_size: int) -> int:
-    """Of a snapshot: the statistic of so many neurons, those of them that are kept, and logits."""
-    return statistic_bytes(samples, neurons) + kept * _INDEX_BYTES + vocab_size * _FLOAT_BYTES
+def snapshot_bytes(samples: int, neurons: int, kept: int, vocab_size: int, state_bytes: int) -> int:
+    """Of a snapshot: the statistic of so many neurons, those of them that are kept, logits, and states."""
+    return statistic_bytes(samples, neurons) + kept * _INDEX_BYTES + vocab_size * _FLOAT_BYTES + state_bytes
 
 
 def snapshots_kept(*, continued: bool) -> int:
@@ -89,7 +94,8 @@ class Context:
 
     `tokens` are the ids whose KV entries exist. `squared` is the statistic of the streamed ones among them, the last
     of which is token `covered` - 1, `selected` the neurons it chose; tensors are replaced, never changed in place.
-    The entries of the first `exact_tokens` are the full model's: exact mode goes on from no others.
+    The entries of the first `exact_tokens` are the full model's: exact mode goes on from no others. States of
+    convolutions and recurrences are those behind the last token; they go back to marks alone.
     It belongs to the model that is `loaded`, which it does not keep alive.
     """
 
@@ -124,7 +130,8 @@ class Context:
             tensors += [*mark.squared.values(), *mark.selected.values()]
             tensors += [mark.logits] if mark.logits is not None else []
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return self.cache.nbytes + sum(storages.values())
+        states = sum(copies_bytes(mark.states) for mark in self.marks if mark.states is not None)
+        return self.cache.nbytes + self.cache.state_bytes + states + sum(storages.values())
 
     def common(self, ids: Tensor) -> int:
         """How many of the first tokens are those of `ids` [T]."""
@@ -134,10 +141,10 @@ class Context:
 
     def known(self, ids: Tensor, *, exact: bool) -> int:
         """How many tokens at the start of `ids` [T] need not be computed again: where layers are streamed, their
-        statistic only goes back to marks. (Layers with a window may turn out to have lost what these would see; then it
-        is none.)"""
+        statistic only goes back to marks, and so do states wherever there are some. (Layers with a window may turn out
+        to have lost what these would see; then it is none.)"""
         known = min(self.common(ids), self.exact_tokens) if exact else self.common(ids)
-        if known < self.covered and self.squared:
+        if (known < self.covered and self.squared) or (known < len(self.tokens) and self.cache.stateful):
             known = max((mark.tokens for mark in self.marks if mark.tokens <= known), default=0)
         if self.border is not None and not self.border.goes_on(known, len(self.tokens), ids.numel()):
             return 0  # their positions were turned by other angles
@@ -153,11 +160,18 @@ class Context:
         if logits is None:
             self.rewind(self.known(ids[:-1], exact=exact))
         else:
-            self.cache.crop(-1)
+            self.cache.hide(1)
         return logits
 
-    def rewind(self, tokens: int) -> None:
-        """Forget all but the first `tokens`, which are a mark's if they are fewer than `covered`."""
+    def rewind(self, tokens: int, *, failed: bool = False) -> None:
+        """Forget all but the first `tokens`, which are a mark's if they are fewer than `covered`, and where there are
+        states if they are not all, or some forward has `failed` and left nobody knows what."""
+        if self.cache.stateful and (failed or tokens < len(self.tokens)):
+            states = next((mark.states for mark in self.marks if mark.tokens == tokens), None)
+            if states is None:
+                self.clear()
+                return
+            self.cache.put_back(states)
         if tokens < self.covered:
             self.marks = [mark for mark in self.marks if mark.tokens <= tokens]
             if self.squared and (not self.marks or self.marks[-1].tokens != tokens):
@@ -173,9 +187,13 @@ class Context:
 
     def finish(self, sequence: list[int] | None) -> None:
         """The end of a `generate`: all its tokens, prompt included, or None if it failed."""
+        self.cache.forget_start()
         if sequence is not None:
             self.tokens = sequence[: self.cache.get_seq_length()]
-        self.rewind(len(self.tokens))
+        tokens, failed = len(self.tokens), sequence is None
+        if failed and self.cache.stateful:
+            tokens = max((mark.tokens for mark in self.marks if mark.tokens <= tokens), default=0)
+        self.rewind(tokens, failed=failed)
 
     def begin_again(self) -> None:
         """Forget entries and statistic: all tokens are about to be streamed once more."""
@@ -207,13 +225,17 @@ class Context:
     def mark(self, logits: Tensor) -> None:
         """Remember the state at the end of `tokens`, which have all been covered."""
         logits = logits.detach().reshape(1, -1).clone()
-        self.marks.append(Snapshot(len(self.tokens), dict(self.squared), self.selected, logits))
+        states = self.cache.copied_states()
+        self.marks.append(Snapshot(len(self.tokens), dict(self.squared), self.selected, logits, states))
         del self.marks[:-MAX_MARKS]
 
-    def mark_seams(self, seams: list[int], squared: list[Statistic]) -> None:
+    def mark_seams(self, seams: list[int], squared: list[Statistic], states: list[States | None]) -> None:
         """Remember states inside a first prompt, which are the first ones to be forgotten: `squared` is s^2 of so many
         tokens. What the whole prompt selected stays, until the pass over what follows selects anew."""
-        self.marks = [Snapshot(tokens, sums, self.selected, None) for tokens, sums in zip(seams, squared, strict=True)]
+        self.marks = [
+            Snapshot(tokens, sums, self.selected, None, held)
+            for tokens, sums, held in zip(seams, squared, states, strict=True)
+        ]
 
     @property
     def seams(self) -> list[Snapshot]:
@@ -221,6 +243,6 @@ class Context:
         return [mark for mark in self.marks if mark.tokens < self.covered and mark.selected is self.selected]
 
 
-def seams_of(tokens: int) -> list[int]:
-    """Where in a first prompt of so many tokens there are states to go back to."""
-    return [tokens - before for before in _SEAMS if tokens > before]
+def seams_of(tokens: int, *, stateful: bool) -> list[int]:
+    """Where in a first prompt of so many tokens there are states to go back to; `stateful`: of recurrences, too."""
+    return [tokens - before for before in (_STATE_SEAMS if stateful else _SEAMS) if tokens > before]

@@ -17,11 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from griffin_offload.blocks.states import StateTensor
 from griffin_offload.checkpoint.files import check_name, renamed
 from griffin_offload.checkpoint.safetensors import DTYPES
 from griffin_offload.errors import SavedContextError, one_line
 from griffin_offload.formats import planned_as
 from griffin_offload.kv_cache.sequence import MAX_MARKS, Context, Snapshot
+from griffin_offload.kv_cache.state_layer import States
 
 _FORMAT, _VERSION = "griffin-offload context", 1
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -45,6 +47,16 @@ class ContextSchema:
     """Of the KV cache, or of its scales."""
     neurons: dict[int, tuple[int, int]]
     """(F, K) of each streamed layer."""
+    states: tuple[tuple[StateTensor, ...], ...] = ()
+    """Of each layer that has some."""
+
+    def holds(self, parts: dict[str, _Part], prefix: str) -> bool:
+        """Whether all states are there under names that begin like this, and look like ours."""
+        return all(
+            parts.get(name := _state_name(prefix, number, state.name)) == (name, DTYPE_NAMES[state.dtype], state.shape)
+            for number, layer in enumerate(self.states)
+            for state in layer
+        )
 
     def selections(self, squared: dict[int, Tensor], selected: dict[int, Tensor]) -> bool:
         """Whether the tables can be ours: K rising indices below F."""
@@ -108,6 +120,7 @@ def _tensors(context: Context) -> Iterator[tuple[str, Tensor]]:
     for index, layer in enumerate(context.cache.kept):
         for number, part in enumerate(layer.saved()):
             yield f"layers.{index}.kv.{number}", part
+    yield from _states("now", context.cache.copied_states())
     for index, squared in context.squared.items():
         yield f"layers.{index}.squared", squared
     for index, selected in context.selected.items():
@@ -115,9 +128,22 @@ def _tensors(context: Context) -> Iterator[tuple[str, Tensor]]:
     for number, seam in enumerate(context.seams):
         for index, squared in seam.squared.items():
             yield f"layers.{index}.seam.{number}", squared
+        yield from _states(f"seam.{number}", seam.states)
     mark = context.marks[-1] if context.marks else None
     if mark is not None and mark.tokens == context.covered and mark.logits is not None:
         yield "logits", mark.logits
+    if mark is not None and mark.tokens == context.covered < len(context.tokens):
+        yield from _states("covered", mark.states)
+
+
+def _states(prefix: str, states: States | None) -> Iterator[tuple[str, Tensor]]:
+    for number, held in enumerate(states or ()):
+        for name, state in held.items():
+            yield _state_name(prefix, number, name), state
+
+
+def _state_name(prefix: str, number: int, name: str) -> str:
+    return f"states.{prefix}.{number}.{name}"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -144,14 +170,14 @@ def header_digest(metadata: dict[str, str], parts: list[_Part]) -> str:
 
 def read_notes(path: Path) -> dict[str, Any]:
     """The notes of a saved context, whatever it belongs to; errors as `load_context`."""
-    with _readable(path) as file:
+    with readable(path) as file:
         return _notes(_checked_metadata(file, path), path)
 
 
 def options_of(path: Path, *, model: str) -> dict[str, Any]:
     """What `model`, a fingerprint, has to be loaded with to go on from `path`: density, precision and the smallest
     context, as `LoadConfig`'s fields; errors as `load_context`."""
-    with _readable(path) as file:
+    with readable(path) as file:
         identity = json.loads(_checked_metadata(file, path)["identity"])
         if identity["model"] != model:
             raise SavedContextError(f"{path} was saved with another model: use that one, or name another file")
@@ -166,7 +192,7 @@ def options_of(path: Path, *, model: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[Any]:
+def readable(path: Path) -> Iterator[Any]:
     check_name(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -185,7 +211,7 @@ def load_context(
     `identity` is what it has to belong to. SavedContextError, and `context` unchanged, for a file that is damaged, of
     another model or of a newer version, or too long.
     """
-    with _readable(path) as file:
+    with readable(path) as file:
         metadata = _checked_metadata(file, path)
         _check_identity(json.loads(metadata["identity"]), identity, path)
         notes = _notes(metadata, path)
@@ -199,6 +225,7 @@ def load_context(
         ]
         logits = file.get_tensor("logits") if "logits" in set(file.keys()) else None
         kv = [[_part(file, name) for name in _kv_names(file, i)] for i in range(len(context.cache.kept))]
+        there = {name: _part(file, name) for name in file.keys()}  # noqa: SIM118
         if ids.numel() > like.ctx_tokens:
             raise SavedContextError(
                 f"{path} holds {ids.numel()} tokens, the context is {like.ctx_tokens}: raise --ctx-size"
@@ -211,20 +238,35 @@ def load_context(
             and all(0 < seam < covered for seam in seams)
             and all(like.selections(tables, selected) for tables in (squared, *inside))
             and like.caches(context, kv, ids.numel())
+            and all(like.holds(there, prefix) for prefix in ("now", *(f"seam.{n}" for n in range(len(seams)))))
             and like.last(logits)
         ):
             raise SavedContextError(f"{path} is damaged: its parts contradict each other")
         tokens = ids.tolist()
         _fill(context, file, tokens, device)
+        now, *at_seams = [_states_of(file, like, p, device) for p in ("now", *(f"seam.{n}" for n in range(len(seams))))]
+        covering = "now" if covered == len(tokens) else "covered"
+        at_end = _states_of(file, like, covering, device) if like.holds(there, covering) else None
     context.tokens, context.covered, context.exact_tokens = tokens, covered, exact_tokens
     # Copies: what safetensors gives are views of the mapped file.
     context.squared = {index: table.to(device, copy=True) for index, table in squared.items()}
     context.selected = {index: chosen.to(device, copy=True) for index, chosen in selected.items()}
     last = logits.to(device, copy=True) if logits is not None else None
     tables = [{index: table.to(device, copy=True) for index, table in tables.items()} for tables in inside]
-    context.mark_seams(seams, tables)
-    context.marks.append(Snapshot(covered, dict(context.squared), context.selected, last))
+    if now is not None:
+        context.cache.put_back(now)
+    context.mark_seams(seams, tables, at_seams)
+    if at_end is not None or not like.states:
+        context.marks.append(Snapshot(covered, dict(context.squared), context.selected, last, at_end))
     return notes
+
+
+def _states_of(file: Any, like: ContextSchema, prefix: str, device: torch.device) -> States | None:
+    """Copies of the states that lie under this name; None where there are none at all."""
+    return [
+        {state.name: file.get_tensor(_state_name(prefix, number, state.name)).to(device, copy=True) for state in layer}
+        for number, layer in enumerate(like.states)
+    ] or None
 
 
 def _seams(metadata: dict[str, str]) -> list[int]:

@@ -6,7 +6,7 @@ Shapes: B batch, D size of a head; all parts of a store are [B, heads, tokens, .
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -186,11 +186,15 @@ class Workload:
     """Earlier states of a conversation that are kept: a table, what it selected, and logits."""
     kept_scores: int = 0
     """float32 scores that are kept for the caller (output_scores, output_logits), per sequence."""
+    reserved_tokens: int = 0
+    """Tokens that our KV cache has room for at least."""
+    together: int = 1
+    """Uses that are decoded in one step, this one among them; the others' KV caches are none of its own."""
 
     @property
     def cache_tokens(self) -> int:
         """Tokens that our KV cache is made for."""
-        return self.ctx_tokens + self.drafts
+        return max(self.ctx_tokens + self.drafts, self.reserved_tokens)
 
 
 class LayerKV(Protocol):
@@ -202,6 +206,8 @@ class LayerKV(Protocol):
     def kv_width(self) -> int | None: ...
     @property
     def kv_heads(self) -> int | None: ...
+    @property
+    def states(self) -> Sequence[Any]: ...
 
 
 class ModelKV(Protocol):

@@ -80,6 +80,11 @@ def share_kept(squared: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(total > 0, squared.index_select(0, chosen).sum() / total, torch.ones_like(total))
 
 
+def sharing_bytes(sequences: int, neurons: int) -> int:
+    """What `shared_score` of several sequences makes: their tables side by side, and each over its sum."""
+    return 2 * sequences * neurons * _FLOAT_BYTES if sequences > 1 else 0
+
+
 def weighted_sum(z: Tensor, weights: Tensor) -> Tensor:
     """Sum over tokens of weights * z: float32 [B, G, F] for z [B, T, F] and weights [B, G, T]."""
     total = torch.zeros(z.shape[0], weights.shape[1], z.shape[2], dtype=torch.float32, device=z.device)

@@ -6,14 +6,14 @@ buffer that all layers share.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from griffin_offload.checkpoint.mapped import FilePages, Span
 from griffin_offload.errors import GriffinError
-from griffin_offload.formats.stacked import read_row, row_parts
+from griffin_offload.formats.stacked import Fill, read_rows, row_parts
 
 # Of what a token has made of use, so much remains behind the next one: the last 50 or so count.
 FADING = 0.98
@@ -24,7 +24,11 @@ _READ_AHEAD = 4
 class ExpertStore:
     """The experts of all streamed layers in their files; every byte that is read is counted."""
 
-    def __init__(self, layers: dict[int, list[Tensor]], *, evict: bool) -> None:
+    def __init__(
+        self, layers: dict[int, list[Tensor]], *, evict: bool, fills: Mapping[int, Fill] | None = None
+    ) -> None:
+        """`fills` are of the layers whose experts are not computed with as they are stored."""
+        self._fills = fills or {}
         self._layers = {index: [tensor.detach() for tensor in tensors] for index, tensors in layers.items()}
         self._pages = FilePages([tensor for tensors in self._layers.values() for tensor in tensors], evict=evict)
         self._spans: dict[tuple[int, int], list[Span]] = {}
@@ -48,11 +52,10 @@ class ExpertStore:
             self._pages.ask(self._spans_of(layer, expert))
 
     def read(self, layer: int, expert: int, into: Sequence[Tensor]) -> None:
-        """Read an expert into tensors of its shapes, in any precision and on any device; blocks; counted."""
+        """Read an expert into its tensors, in any precision and on any device; blocks; counted."""
         start, spans = time.perf_counter(), self._spans_of(layer, expert)
         self._pages.read(spans)
-        for tensor, target in zip(self._layers[layer], into, strict=True):
-            read_row(tensor, expert, target)
+        self._fills.get(layer, read_rows)(self._layers[layer], expert, into)
         self._pages.files.check_contents()
         self._pages.drop(spans)
         self.fetched_bytes += self.expert_bytes(layer)
@@ -72,6 +75,34 @@ class ExpertStore:
             parts = [part for tensor in self._layers[layer] for part in row_parts(tensor, expert)]
             self._spans[key] = self._pages.spans(parts)
         return self._spans[key]
+
+
+class PassingExperts:
+    """`ExpertSource` of a layer of which none stays: they pass one by one through one buffer, as they are stored."""
+
+    def __init__(self, layer: int, store: ExpertStore) -> None:
+        self._layer, self._store = layer, store
+        self._buffer: list[Tensor] = []
+        self._waiting: list[int] = []
+
+    def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> None:
+        """The first are asked for."""
+        self._waiting = list(experts)
+        self._store.ask(self._layer, self._waiting[:_READ_AHEAD])
+        if not self._buffer:
+            full = self._store.tensors(self._layer)
+            self._buffer = [torch.empty(t.shape[1:], dtype=t.dtype, device="cpu") for t in full]
+
+    def tensors(self, expert: int) -> Sequence[Tensor]:
+        """Those of `expert`, in the buffer."""
+        self._waiting.remove(expert)
+        self._store.ask(self._layer, self._waiting[_READ_AHEAD - 1 : _READ_AHEAD])
+        self._store.read(self._layer, expert, self._buffer)
+        return self._buffer
+
+    def settle(self, chosen: Sequence[int]) -> None:
+        """None stays, and the buffer goes."""
+        self._buffer = []
 
 
 class ExpertBuffers:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from griffin_offload.blocks.hooks import whole_chunk
-from griffin_offload.blocks.sizes import ModelSizes
+from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import KVBits
 from griffin_offload.kernels.attention_and_norm import attending_bytes
 from griffin_offload.kernels.by_blocks import product_bytes
 from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
 from griffin_offload.kv_cache.store import Workload, cache_parts
-from griffin_offload.method.statistic import summing_bytes
+from griffin_offload.method.statistic import sharing_bytes, summing_bytes
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.request import PlanRequest
 
@@ -140,13 +140,26 @@ def _slot_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]
     dense = [i for i in streamed if not shape.layers[i].experts]
     largest = sorted((slot_bytes(shape.layers[i].ff_flat_bytes) for i in dense), reverse=True)[:slots]
     # Of experts one layer's are there at once: all that its tokens are sent to, until it is known which ones stay.
-    largest.append(max((shape.layers[i].ff_flat_bytes for i in streamed if shape.layers[i].experts), default=0))
-    return sum(largest) + int(max(largest, default=0) * request.stored_share)
+    experts = max(
+        (_expert_bytes(shape, request, shape.layers[i], shape.layers[i].neurons) for i in streamed), default=0
+    )
+    return sum(largest) + int(max(largest, default=0) * request.stored_share) + experts
 
 
-def _missing_bytes(shape: ModelSizes, streamed: Sequence[int]) -> int:
+def _missing_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]) -> int:
     """Room for an expert that is read while tokens are decoded, and finds none in its layer."""
-    return max((shape.layers[i].neuron_bytes for i in streamed if shape.layers[i].experts), default=0)
+    return max((_expert_bytes(shape, request, shape.layers[i], 1) for i in streamed), default=0)
+
+
+def _expert_bytes(shape: ModelSizes, request: PlanRequest, layer: LayerSizes, count: int) -> int:
+    """Of `count` experts beside the residents, and of one that is made from what is stored, in floats and on its way;
+    0 for a dense layer."""
+    if not layer.experts:
+        return 0
+    made = shape.stored is not shape.precision or request.stored_share > 0
+    sizes = shape.hidden_size, layer.width, shape.item_bytes
+    making = layer.plain_neuron_bytes + shape.precision.gather_bytes(*sizes) if made else 0
+    return count * layer.neuron_bytes + making
 
 
 def _decode_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: tuple[int, ...]) -> int:
@@ -203,9 +216,9 @@ def price(
     elif any(request.converted_ff):
         resident["offloaded"] = sum(request.converted_ff[i] for i in streamed)
     common = {
-        "states": use.batch * shape.state_bytes,
+        "states": states_bytes(shape, use),
         "logits": logits_bytes(shape, use),
-        "statistic": statistics_bytes(shape, request, use, kept, streamed),
+        "statistic": request.sequences * statistics_bytes(shape, request, use, kept, streamed),
         "graphs": graphs_bytes(shape, request, use, kept),
         "sessions": request.session_bytes,
         "overhead": request.overhead_bytes,
@@ -213,14 +226,14 @@ def price(
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)
     in_slots = _slot_bytes(shape, request, streamed, slots)
     prefill = {
-        "kv_cache": kv_cache,
+        "kv_cache": request.sequences * kv_cache,
         "slots": in_slots,
         "workspace": prompt_workspace_bytes(shape, request, use, kept) + beside,
     }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
     decode = {
-        "kv_cache": kv_cache,
-        "slots": in_slots if use.pass_tokens else _missing_bytes(shape, streamed),
+        "kv_cache": request.sequences * kv_cache,
+        "slots": in_slots if use.pass_tokens else _missing_bytes(shape, request, streamed),
         "workspace": _decode_workspace_bytes(shape, request, use, kept) + beside,
     }
     if request.converted_bytes or any(request.converted_ff):
@@ -274,19 +287,21 @@ def workspace_bytes(
 
     An upper estimate by counting: hidden states (residual, normed, two float32 copies in the norm, output),
     queries, keys, values and their rotated copies, then either the attention's masks and scores, or a recurrence's
-    scan, or one FF chunk.
+    scan, or one FF chunk. Uses that are decoded together pass everything but attention at once.
     """
-    tokens, item = use.batch * new_tokens, shape.item_bytes
+    together = use.together if new_tokens == 1 else 1
+    tokens, item = use.batch * new_tokens * together, shape.item_bytes
     chunk = chunk_tokens(shape, request, use.batch)
     blocks = request.translated or not shape.precision.is_plain
-    translation = _translation_bytes(shape, use, new_tokens, chunk) if blocks else 0
+    ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * max(chunk, together))
+    translation = _translation_bytes(shape, tokens, ff_tokens) if blocks else 0
     hidden = tokens * shape.hidden_size * (5 * item + 2 * _FLOAT_BYTES)
     projections = tokens * 2 * (shape.attention_width + shape.kv_width) * item
     mixing = tokens * max(layer.mixing_bytes for layer in shape.layers)
-    ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
     activations = _activation_bytes(shape, ff_tokens)
     at_once = new_tokens if shape.inline_ff else min(new_tokens, chunk)
-    statistic = summing_bytes(use.batch, shape.neurons, at_once) + _routing_bytes(shape, tokens)
+    statistic = summing_bytes(use.batch, shape.neurons, at_once) + sharing_bytes(use.together, shape.neurons)
+    statistic += _routing_bytes(shape, tokens)
     selection = sum(kept) * _INDEX_BYTES
     masks = _score_bytes(shape, use, new_tokens, seen_tokens)
     if new_tokens == 1:
@@ -312,11 +327,9 @@ def _gather_bytes(shape: ModelSizes) -> int:
     return shape.precision.gather_bytes(*sizes) + shape.stored.floats_bytes(*sizes)
 
 
-def _translation_bytes(shape: ModelSizes, use: Workload, new_tokens: int, chunk: int) -> int:
+def _translation_bytes(shape: ModelSizes, tokens: int, ff_tokens: int) -> int:
     """The scratch, a copy of a layer's input, scaled or in float32, and the product with one block."""
-    tokens, scratch = use.batch * new_tokens, shape.scratch_bytes
-    neurons = shape.width
-    ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * chunk)
+    scratch, neurons = shape.scratch_bytes, shape.width
     widest = max(tokens * max(shape.hidden_size, shape.attention_width), ff_tokens * neurons)
     block = product_bytes(tokens, min(shape.hidden_size, neurons), scratch)
     product = max(block, tokens * shape.hidden_size * _FLOAT_BYTES)
@@ -373,12 +386,21 @@ def statistics_bytes(
     """What outlives a pass: tables of s^2 and of norms, and marks."""
     neurons, chosen = sum(shape.layers[i].neurons for i in streamed), sum(kept[i] for i in streamed)
     tables = (use.statistics + request.weight_norms) * statistic_bytes(use.batch, neurons)
-    return tables + use.marks * snapshot_bytes(use.batch, neurons, chosen, shape.vocab_size)
+    mark_bytes = snapshot_bytes(use.batch, neurons, chosen, shape.vocab_size, use.batch * shape.state_bytes)
+    return tables + use.marks * mark_bytes
+
+
+def states_bytes(shape: ModelSizes, use: Workload) -> int:
+    """Of convolutions and recurrences: the states themselves; and where tokens are drafted a copy of them, and what
+    the layers are given of those tokens."""
+    drafting = bool(use.pass_tokens)
+    return use.batch * ((1 + drafting) * shape.state_bytes + use.pass_tokens * shape.taken_back_bytes)
 
 
 def logits_bytes(shape: ModelSizes, use: Workload) -> int:
     """Scores of the last position: the model's own, float32 copies, and what sampling sorts, indices included; of
-    further positions the model's own; and those that are kept for the caller."""
+    further positions the model's own, and of uses decoded together; and those that are kept for the caller."""
     last = shape.vocab_size * (shape.item_bytes + 6 * _FLOAT_BYTES + 2 * _INDEX_BYTES)
     others = (use.logit_positions - 1) * shape.vocab_size * (shape.item_bytes + _FLOAT_BYTES)
-    return use.batch * (last + others + use.kept_scores * shape.vocab_size * _FLOAT_BYTES)
+    beside = (use.together - 1) * shape.vocab_size * shape.item_bytes
+    return use.batch * (last + others + use.kept_scores * shape.vocab_size * _FLOAT_BYTES + beside)

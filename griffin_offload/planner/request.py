@@ -30,6 +30,8 @@ class PlanRequest:
     prompt_tokens: int | None = None
     """Longest prompt; None: the whole context."""
     batch: int = 1
+    sequences: int = 1
+    """Answers at once, each with a KV cache of its own (`serve --parallel`); their prompts pass one by one."""
     density: Density | Literal["auto"] = "auto"
     overhead_bytes: int = 0
     """What the device's own runtime takes (a CUDA context); 0 on the CPU."""
@@ -69,6 +71,7 @@ def planned_use(request: PlanRequest, prompt_tokens: int, ctx_tokens: int) -> Wo
     """The use that `request` plans for."""
     return Workload(
         batch=request.batch,
+        together=request.sequences,
         prompt_tokens=prompt_tokens,
         ctx_tokens=ctx_tokens,
         cache=request.cache,

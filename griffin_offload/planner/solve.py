@@ -7,7 +7,7 @@ from typing import Any
 
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import FLOOR_AUTO_CTX, MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITY, NEURON_MULTIPLE
-from griffin_offload.errors import DoesNotFit, UnsupportedModel, UsageError
+from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.kv_cache.store import Workload
 from griffin_offload.method.selection import densities_per_layer, neurons_kept
 from griffin_offload.offload.weight_store import slot_bytes
@@ -178,13 +178,7 @@ def _widest(shape: ModelSizes) -> int:
 
 
 def _check_experts(shape: ModelSizes, kept: tuple[int, ...]) -> None:
-    """UsageError where a layer would keep fewer experts than a token is sent to; UnsupportedModel where none, as
-    measurements by simulation ask for."""
-    if shape.has_experts and not any(k for k, layer in zip(kept, shape.layers, strict=True) if layer.experts):
-        raise UnsupportedModel(
-            "density 0 keeps no experts: eval and inspect simulate FF neurons, and mixtures of experts are not "
-            "simulated yet"
-        )
+    """UsageError where a layer would keep fewer experts than a token is sent to."""
     for index, (layer, count) in enumerate(zip(shape.layers, kept, strict=True)):
         if count < layer.experts:
             raise UsageError(
@@ -212,6 +206,8 @@ def _rungs(shape: ModelSizes, request: PlanRequest) -> Iterator[_Candidate]:
     if request.density != "auto":
         densities = densities_per_layer(request.density, len(shape.layers))
         everything = tuple(_kept_at(shape, one, d) for one, d in zip(shape.layers, densities, strict=True))
+        if request.always_stream and request.density == 0:  # a measurement, for which nothing need stay
+            everything = tuple(max(kept, one.experts) for kept, one in zip(everything, shape.layers, strict=True))
         _check_experts(shape, everything)
     yield _Candidate([everything], two)
     yield _Candidate([everything], one, grows=False)

@@ -14,7 +14,6 @@ from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedMo
 
 _METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "hqq": ({"quant_method": "hqq"}, "hqq, which is not read here"),
-    "mxfp4": ({"quant_method": "mxfp4"}, "mxfp4, which is not read here"),
     "no name": ({"scheme": "mine"}, "a method that its config.json does not name, which is not read here"),
     "gptq of 3 bits": ({"quant_method": "gptq", "bits": 3, "group_size": 128}, r"gptq \(3 bit\): 2, 4 and 8 bits are"),
     "gptq of a kernel": (

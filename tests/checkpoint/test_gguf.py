@@ -230,8 +230,8 @@ def test_sentencepiece_words_are_joined_by_score(tmp_path: Path):
 
 def test_mixtures_and_unknown_architectures_are_refused_by_name(tmp_path: Path):
     model = TABLE["llama2"].build()
-    path = write_gguf(model, tmp_path / "tiny.gguf", more={"llama.expert_count": 8})
-    with pytest.raises(UnsupportedModel, match=r"is a mixture of 8 experts \(llama\)"):
+    path = write_gguf(model, tmp_path / "tiny.gguf", architecture="deepseek2", more={"deepseek2.expert_count": 8})
+    with pytest.raises(UnsupportedModel, match=r"is a mixture of 8 experts of the architecture deepseek2, "):
         open_checkpoint(path)
     write_gguf(model, path, architecture="mamba")
     with pytest.raises(UnsupportedModel, match=r"is of the architecture mamba, .* \(read are bloom, "):

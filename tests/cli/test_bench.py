@@ -25,6 +25,18 @@ def _check(row: dict, density: float) -> None:
     assert (row["decode_streamed_bytes"], row["graphs"]) == (0, None)
 
 
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_a_mixture_of_experts(cli, checkpoints, density: float):
+    """Bytes while decoding are those of missing experts."""
+    flags = ("--max-mem", "1GB", "-d", density, "-o", "json", "--quantize", "none", *SIZES)
+    rows = cli("bench", "-m", checkpoints("qwen3_moe"), *flags).json["rows"]
+    assert [row["density"] for row in rows] == [density] * 2
+    for row in rows:
+        assert (row["streamed_bytes"] > 0) == (density < 1)
+        assert (row["decode_streamed_bytes"] > 0) == (density < 1)
+        assert 0 < row["decode_ceiling_s"] < row["decode"]["median"]
+
+
 def test_json(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
     lengths = []
     generate = GriffinModel.generate

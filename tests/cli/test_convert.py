@@ -42,7 +42,7 @@ def dequantised(stored: dict[str, Tensor], linear: str, precision: str) -> Tenso
     parts = ("weight", "groups", "scale", "input_scale")
     tensors = {part: stored[f"{linear}.{part}"] for part in parts if f"{linear}.{part}" in stored}
     if precision == "int4":
-        return ref.int4_matrix(tensors).float()
+        return ref.grouped_matrix(tensors).float()
     matrix = tensors["weight"].float() * tensors["scale"][:, None]
     return matrix * tensors["input_scale"] if "input_scale" in tensors else matrix
 

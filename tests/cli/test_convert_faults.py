@@ -105,13 +105,13 @@ def test_a_finished_shard_that_is_not(cli, converted, llama: Path, made: Path, h
     assert files_of(made) == files_of(converted("llama2", "int8"))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "jetmoe", "bitnet"])
+@pytest.mark.parametrize("name", ["jetmoe", "bitnet"])
 def test_architectures_that_are_refused(cli, tmp_path: Path, name: str):
     write_checkpoint(name, tmp_path / "model", shards=1)
     out = tmp_path / "out"
     cli.refuses(
         4,
-        "is a mixture of experts: not quantised yet|mixture-of-experts|ffn_sub_norm",
+        "mixture-of-experts|ffn_sub_norm",
         "convert",
         out,
         "-m",
@@ -156,7 +156,7 @@ def test_a_model_that_is_missing_or_damaged(cli, copy: Path, tmp_path: Path):
 def test_bad_flags(cli, llama: Path, tmp_path: Path):
     cli.refuses_usage("required: --quantize", "convert", tmp_path / "out", "-m", llama)
     cli.refuses_usage("required: OUT", "convert", "-m", llama, "--quantize", "int8")
-    for precision in ("none", "auto", "int3"):
+    for precision in ("auto", "int3"):
         cli.refuses_usage("invalid choice", "convert", tmp_path / "out", "-m", llama, "--quantize", precision)
 
 

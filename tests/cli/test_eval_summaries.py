@@ -144,6 +144,16 @@ def test_a_full_disk_keeps_what_is_finished(
     assert output.read_text().startswith(kept)
 
 
+def test_experts_that_are_left_out_write_no_summary(cli, checkpoints, data: Path, tmp_path: Path):
+    """Missing ones would be read, and every density would be the full model."""
+    output = tmp_path / "rows.jsonl"
+    assert cli(*_command(checkpoints("qwen3_moe"), data, "--density", "1,0.25", "--output", output)).code == 0
+    rows = _rows(output)[1:]
+    full, routed = ([row["summary"] for row in rows if row["density"] == density] for density in (1, 0.25))
+    assert len(full) == len(routed) == 5
+    assert full != routed
+
+
 def test_the_full_model_is_one_whatever_the_selection(cli, llama: Path, data: Path):
     outcome = cli(*_command(llama, data, "--samples", 1, "--selection", "magnitude,topk"))
     variants = [(row["selection"], row["density"]) for row in outcome.json]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from packed_experts import write_mxfp4
 from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
 
 
@@ -11,6 +12,13 @@ def mixture(tmp_path: Path) -> Path:
     directory = write_checkpoint("mixtral", tmp_path / "model", shards=1)
     write_tokenizer(directory)
     return directory
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.write_text("the cat sat on the mat and thought of another river " * 40)
+    return path
 
 
 def test_plan_and_run(cli, mixture: Path):
@@ -47,11 +55,19 @@ def test_a_conversation(cli, mixture: Path):
     assert cli("chat", *flags, "--density", "0.25", "--missing-experts", "route", stdin=talk).code == 0
 
 
-def test_what_does_not_work_yet(cli, mixture: Path, tmp_path: Path):
-    run = ("run", "the cat", "-m", mixture, "--device", "cpu", "--ctx-size", "64", "-n", "4", "--raw")
-    cli.refuses(4, "not quantised yet", *run, "--quantize", "int8")
-    cli.refuses(4, "not quantised yet", "convert", tmp_path / "copy", "-m", mixture, "--quantize", "int8")
-    text = tmp_path / "text"
-    text.write_text("the cat sat on the mat and thought of another river " * 40)
-    few = ("--prompt-tokens", "16", "--generate-tokens", "16", "--windows", "1")
-    cli.refuses(4, "not simulated yet", "eval", "ppl", "-m", mixture, "--text", text, *few)
+def test_perplexity(cli, mixture: Path, text: Path):
+    few = ("--prompt-tokens", "16", "--generate-tokens", "16", "--windows", "2", "--json")
+    rows = cli("eval", "ppl", "-m", mixture, "--text", text, "--selection", "topk,random,magnitude", *few).json
+    assert {row["density"] for row in rows} == {0.75, 0.5, 0.25}
+    by_topk = [row for row in rows if row["selection"] == "topk"]
+    assert all(0 < row["activation_kept"] < 1 and row["kl"] > 0 for row in by_topk)
+    cli.refuses(2, "keeps 1 of the 8 experts", "eval", "ppl", "-m", mixture, "--text", text, "--density", "0.2", *few)
+
+
+def test_plan_of_a_packed_config_alone(cli, tmp_path: Path):
+    packed = write_mxfp4(tmp_path / "model")
+    flags = ("--device", "cpu", "--max-gpu-mem", "40MB", "--ctx-size", "64", "--density", "0.5", "--quantize", "int8")
+    alone = cli("plan", "--config", packed / "config.json", *flags, "--json").json
+    whole = cli("plan", "-m", packed, *flags, "--json").json
+    assert alone["experts"] == whole["experts"] == [4, 8]
+    assert alone["resident_bytes"] == whole["resident_bytes"]

@@ -70,7 +70,7 @@ def test_help_names_every_command_and_flag(cli):
     words = set(cli("plan", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
     assert {*shared.split(), "--prompt-tokens", "--batch-size", "--config"} <= words
     words = set(cli("convert", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
-    assert {"OUT", "--model", "-m", "--offline", "--json", "--quiet", "-q", "{int8", "int4}"} <= words
+    assert {"OUT", "--model", "-m", "--offline", "--json", "--quiet", "-q", "{int8", "int4", "int3", "int2}"} <= words
 
 
 @pytest.mark.parametrize("command", ["run", "chat", "serve", "plan"])

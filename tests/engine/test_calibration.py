@@ -150,7 +150,7 @@ def test_converting_makes_up_for_errors(checkpoints: Callable[..., Path], tmp_pa
         kind = "input_scale" if name.endswith("down_proj") else "scale"
         tensors[kind] = shard[f"model.layers.1.{name}.{kind}"]
         plain = get("int4").quantize(weight, torch.float32, is_down=kind == "input_scale")
-        errors = [(x.double() @ (ref.int4_matrix(of) - weight).t()).norm() for of in (tensors, plain)]
+        errors = [(x.double() @ (ref.grouped_matrix(of) - weight).t()).norm() for of in (tensors, plain)]
         assert errors[0] < 0.95 * errors[1], name
 
 

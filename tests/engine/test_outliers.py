@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from griffin_offload import GriffinModel
 from griffin_offload.engine.convert import convert
-from griffin_offload.formats import int4
+from griffin_offload.formats import grouped
 from griffin_offload.transformers_api import CACHE
 
 DOWN = "model.layers.{i}.mlp.down_proj"
@@ -122,7 +122,7 @@ def _resident(tensors: dict[str, Tensor]) -> Tensor:
     if tensors["weight"].dim() == 3:
         rows = ref.strips_as_rows(tensors["weight"], tensors["groups"])
         tensors = {"weight": rows[0], "groups": rows[1], "input_scale": tensors["input_scale"]}
-    return ref.int4_matrix(tensors)
+    return ref.grouped_matrix(tensors)
 
 
 @precisions
@@ -135,7 +135,7 @@ def test_weights_of_30_rms_come_back(precision: str, converted: bool, dtype: tor
         path = tmp_path / precision
         convert(tmp_path / "none", path, precision)
         stored = {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
-        _check_places(model, stored, lambda t: ref.int4_matrix(t) if "groups" in t else _resident(t))
+        _check_places(model, stored, lambda t: ref.grouped_matrix(t) if "groups" in t else _resident(t))
     loaded = _load(path, precision, 1.0)
     loaded.generate(PROMPT, max_new_tokens=2, do_sample=False)
     _check_places(model, dict(loaded.model.named_parameters()), _resident)
@@ -154,8 +154,8 @@ def _check_places(model: PreTrainedModel, tensors: dict[str, Tensor], decode: Ca
 
 def test_large_weights_that_are_missed_are_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """How many, where the worst is, and by how much: as the stored files have it."""
-    monkeypatch.setattr(int4, "LARGE", 4.0)
-    monkeypatch.setattr(int4, "OFF", 0.05)
+    monkeypatch.setattr(grouped, "LARGE", 4.0)
+    monkeypatch.setattr(grouped, "OFF", 0.05)
     model = with_outliers()
     path = _save(model, tmp_path / "model")
     with pytest.warns(UserWarning, match="large weights come back from int4") as warned:
@@ -166,7 +166,7 @@ def test_large_weights_that_are_missed_are_said_once(tmp_path: Path, monkeypatch
         parts = ("weight", "groups", "scale", "input_scale")
         tensors = {part: stored[f"{name}.{part}"] for part in parts if f"{name}.{part}" in stored}
         scale = tensors["input_scale"] if "input_scale" in tensors else tensors["scale"][:, None]
-        off = (ref.int4_matrix(tensors) / matrix.detach().double() - 1).abs()[matrix.detach().abs() > 4 * scale]
+        off = (ref.grouped_matrix(tensors) / matrix.detach().double() - 1).abs()[matrix.detach().abs() > 4 * scale]
         count += int((off > 0.05).sum())
         worst = max(worst, (float(off.max()) if off.numel() else 0.0, name))
     assert count > 1

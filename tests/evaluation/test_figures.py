@@ -23,7 +23,7 @@ def _loss(layers: int = 3, planned: float | None = 0.4, held_out: bool = True) -
     own = {"kept": shares, "held_out": lower, "planned_kept": 0.8, "planned_held_out": 0.75 if held_out else None}
     plan = {"density": planned, "precision": "int8", "budget": "12 GB"} if planned is not None else None
     rows = [{"layer": layer, "neurons": 64, **own} for layer in range(layers)]
-    sizes = {"prompt_tokens": 40, "held_out_tokens": 10 if held_out else 0, "densities": densities}
+    sizes = {"unit": "neurons", "prompt_tokens": 40, "held_out_tokens": 10 if held_out else 0, "densities": densities}
     return {"model": "demo", **sizes, **own, "layers": rows, "plan": plan}
 
 

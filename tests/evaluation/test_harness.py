@@ -51,7 +51,7 @@ def _dense(path: Path, bos: bool | None, **options: Any) -> HFLM:
         return HFLM(str(path), add_bos_token=bos, **settings, **options)
 
 
-@pytest.mark.parametrize(("name", "bos"), [("llama2", False), ("gemma", True), ("opt", False)])
+@pytest.mark.parametrize(("name", "bos"), [("llama2", False), ("gemma", True), ("opt", False), ("qwen3_moe", False)])
 @pytest.mark.parametrize("mode", ["gen", "class", "strict"])
 @pytest.mark.filterwarnings("ignore:.* too few tokens")
 def test_density_one_is_hflm(checkpoints, name: str, bos: bool, mode: str):
@@ -140,13 +140,15 @@ def test_requests_with_too_few_tokens_are_the_full_models(checkpoints):
         assert pruned[1].log_likelihood != pytest.approx(full[1].log_likelihood, abs=1e-3)
 
 
-def test_generations_are_the_runtimes(checkpoints):
-    """A variant's generations are those of a model loaded at its density, and differ from the full model's."""
+@pytest.mark.parametrize(("name", "kept"), [("llama2", {}), ("qwen3_moe", {"missing_experts": "route"})])
+def test_generations_are_the_runtimes(checkpoints, name: str, kept: dict[str, Any]):
+    """A variant's generations are those of a model loaded at its density, and differ from the full model's; of experts
+    none that was left out stands in for it."""
     from griffin_offload import GriffinModel
 
-    path = checkpoints("llama2")
+    path = checkpoints(name)
     lm = _griffin(path, density=0.25)
-    model = GriffinModel.from_pretrained(path, device="cpu", max_gpu_mem="200MB", density=0.25, ctx_size=64)
+    model = GriffinModel.from_pretrained(path, device="cpu", max_gpu_mem="200MB", density=0.25, ctx_size=64, **kept)
     expected = []
     for prompt in PROMPTS:
         ids = torch.tensor([lm.tok_encode(prompt)])

@@ -9,13 +9,8 @@ from torch import Tensor
 
 from griffin_offload.formats.base import neuron_scale, row_scale
 from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation
-from griffin_offload.formats.int4 import (
-    Packed,
-    compensated_neurons,
-    compensated_rows,
-    quantize_neurons,
-    quantize_rows,
-)
+from griffin_offload.formats.grouped import Packed
+from griffin_offload.formats.int4 import INT4
 
 GROUP = ref.GROUP
 
@@ -72,13 +67,13 @@ def test_rows(tokens: int, dtype: torch.dtype):
     weight, x = _random(12, 128, seed=5).to(dtype), _inputs(tokens, 128)
     scale = row_scale(weight, torch.float32)
     compensation = Compensation(x, grouped=True)
-    codes, groups = compensated_rows(weight, scale, compensation)
+    codes, groups = INT4.compensated_rows(weight, scale, compensation)
     stored = ref.Int4.of_bytes(codes, groups)
     order = _in_order(_moments(x).diagonal(), neurons=False)
     expected = _by_least_squares(weight / scale[:, None], stored, _moments(x), order)
     assert (stored.levels == expected).all(1).sum() >= 11  # but for ties, behind which all is another
     first = slice(order[0], order[0] + GROUP)
-    _, expected_groups = quantize_rows(weight[:, first].contiguous(), scale, compensation.importance[first])
+    _, expected_groups = INT4.quantize_rows(weight[:, first].contiguous(), scale, compensation.importance[first])
     assert torch.equal(groups[:, order[0] // GROUP], expected_groups[:, 0])
 
 
@@ -87,7 +82,7 @@ def test_neurons(tokens: int):
     """Whose scales are part of what their inputs are worth."""
     columns, x = _random(64, 96, seed=6) * torch.exp(_random(96, seed=7)), _inputs(tokens, 96)
     scale = neuron_scale(columns, torch.float32)
-    codes, groups = compensated_neurons(columns, scale, Compensation(x, grouped=False))
+    codes, groups = INT4.compensated_neurons(columns, scale, Compensation(x, grouped=False))
     stored = ref.Int4.of_bytes(codes, groups)  # [I, O]
     turned = ref.Int4(stored.levels.t(), stored.step.t(), stored.offset.t())
     moments = scale.double()[:, None] * _moments(x) * scale.double()
@@ -103,11 +98,11 @@ def _values(found: Packed, scale: Tensor) -> Tensor:
 def test_products_err_less_than_those_of_what_is_nearest(tokens: int):
     weight, x = _random(96, 256, seed=8), _inputs(tokens, 256)
     scale = row_scale(weight, torch.float32)
-    ways = compensated_rows(weight, scale, Compensation(x, grouped=True)), quantize_rows(weight, scale)
+    ways = INT4.compensated_rows(weight, scale, Compensation(x, grouped=True)), INT4.quantize_rows(weight, scale)
     errors = [_objective(x, _values(found, scale) - weight) for found in ways]
     assert errors[0] < 0.7 * errors[1]
     scale = neuron_scale(weight, torch.float32)
-    ways = compensated_neurons(weight, scale, Compensation(x, grouped=False)), quantize_neurons(weight, scale)
+    ways = INT4.compensated_neurons(weight, scale, Compensation(x, grouped=False)), INT4.quantize_neurons(weight, scale)
     errors = [_objective(x, _values(found, scale).t() - weight) for found in ways]
     assert errors[0] < 0.7 * errors[1]
 
@@ -134,8 +129,8 @@ def test_odd_inputs(kind: str):
     weight, x = _random(32, 96, seed=10), ODD[kind]()
     weight[4] = 0
     scale, norms = row_scale(weight, torch.float32), neuron_scale(weight, torch.float32)
-    rows = _values(compensated_rows(weight, scale, Compensation(x, grouped=True)), scale)
-    neurons = _values(compensated_neurons(weight, norms, Compensation(x, grouped=False)), norms).t()
+    rows = _values(INT4.compensated_rows(weight, scale, Compensation(x, grouped=True)), scale)
+    neurons = _values(INT4.compensated_neurons(weight, norms, Compensation(x, grouped=False)), norms).t()
     assert not rows[4].any()
     for values in (rows, neurons):
         assert (values - weight).norm() < 0.5 * weight.norm()
@@ -146,7 +141,7 @@ def test_tokens_that_are_no_numbers_say_nothing():
     scale, broken = row_scale(weight, torch.float32), x.clone()
     broken[4, 9], broken[20, 90] = float("inf"), float("nan")
     kept = x[[i for i in range(30) if i not in (4, 20)]]
-    found, expected = (compensated_rows(weight, scale, Compensation(of, grouped=True)) for of in (broken, kept))
+    found, expected = (INT4.compensated_rows(weight, scale, Compensation(of, grouped=True)) for of in (broken, kept))
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
 
@@ -155,6 +150,6 @@ def test_inputs_that_never_are_anything_make_up_for_nothing():
     """And nothing makes up for them: they are rounded to the nearest."""
     weight = _random(8, 96, seed=11)
     scale = row_scale(weight, torch.float32)
-    found = compensated_rows(weight, scale, Compensation(torch.zeros(7, 96), grouped=True))
+    found = INT4.compensated_rows(weight, scale, Compensation(torch.zeros(7, 96), grouped=True))
     stored = ref.Int4.of_bytes(*found)
     assert torch.equal(stored.levels.long(), stored.nearest(weight / scale[:, None]))

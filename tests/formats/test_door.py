@@ -116,7 +116,7 @@ def test_a_saved_prompt_says_what_it_needs(fp8: Format, checkpoints, tmp_path: P
     assert torch.equal(again, expected)
     forget_format(fp8)
     try:
-        with pytest.raises(UnsupportedModel, match="fp8 is no weight format here, there are none, int8, int4"):
+        with pytest.raises(UnsupportedModel, match="fp8 is no weight format here, there are none, int8, int4, int3"):
             options_of(file, model=open_checkpoint(path).fingerprint())
     finally:
         register_format(fp8)
@@ -129,10 +129,10 @@ def _logits(model: GriffinModel) -> Tensor:
 
 def test_it_is_planned(fp8: Format, checkpoints):
     """ "auto" tries it between those of more and of fewer bits, at the bytes of its own tensors."""
-    assert FORMAT_NAMES == ["none", "int8", "fp8", "int4"]
+    assert FORMAT_NAMES == ["none", "int8", "fp8", "int4", "int3", "int2"]
     spec = examine(checkpoints("llama2"), LoadConfig(device="cpu", max_gpu_mem="100MB"))
     sizes = {shape.precision.name: shape.layers[0] for shape in spec.shapes}
-    assert list(sizes) == FORMAT_NAMES
+    assert list(sizes) == ["none", "int8", "fp8", "int4"]
     assert sizes["fp8"].neuron_bytes == sizes["int8"].neuron_bytes > sizes["int4"].neuron_bytes
 
 
@@ -176,8 +176,8 @@ def test_a_format_that_is_not_closed_rests_as_another(density: float, checkpoint
 def test_names_are_known_once(fp8: Format):
     with pytest.raises(UsageError, match="there is a weight format fp8 already"):
         register_format(FP8())
-    with pytest.raises(UsageError, match=r"no weight format int3: give one of none, int8, fp8, int4"):
-        get("int3")
+    with pytest.raises(UsageError, match=r"no weight format int5: give one of none, int8, fp8, int4, int3"):
+        get("int5")
     assert pickle.loads(pickle.dumps(fp8)) is fp8
     assert planned_as("bfloat16").is_plain
     assert planned_as("fp8") is fp8

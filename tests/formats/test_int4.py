@@ -14,16 +14,7 @@ from torch import Tensor
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats import base
 from griffin_offload.formats.base import neuron_scale, row_scale
-from griffin_offload.formats.int4 import (
-    INT4,
-    gather_neurons,
-    missed_weights,
-    quantize_neurons,
-    quantize_rows,
-    unpack,
-    unpack_strip,
-    write_neurons,
-)
+from griffin_offload.formats.int4 import INT4
 from griffin_offload.kernels import table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -126,7 +117,7 @@ def test_rows(data: st.DataObject, weight: Tensor, dtype: torch.dtype, block: in
     importance, before = data.draw(importances(weight.shape[1])), weight.clone()
     with mock.patch.object(base, "BLOCK_NUMBERS", block):
         scale = row_scale(weight, dtype)
-        found = quantize_rows(weight, scale, importance)
+        found = INT4.quantize_rows(weight, scale, importance)
     assert torch.equal(weight, before)
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     tiny = max(torch.finfo(dtype).smallest_normal * eps, 1.5e-45)  # scales are found in float32
@@ -145,7 +136,7 @@ def test_neurons_are_rows(data: st.DataObject, neurons: Tensor, dtype: torch.dty
     for lying in (columns, columns.contiguous()):
         scale = neuron_scale(lying, dtype)
         if bool((scale[scale > 0] >= 1e-37).all()):
-            _check(neurons, scale, quantize_neurons(lying, scale, importance), importance)
+            _check(neurons, scale, INT4.quantize_neurons(lying, scale, importance), importance)
 
 
 @pytest.mark.parametrize("ratio", [8, 30, 100, 200])
@@ -158,7 +149,7 @@ def test_outliers_come_back(ratio: int, sign: int, both: bool):
     if both:
         weight[2, 71] = -sign * ratio
     scale = row_scale(weight, torch.float32)
-    values = ref.Int4.of_bytes(*quantize_rows(weight, scale)).values * scale.double()[:, None]
+    values = ref.Int4.of_bytes(*INT4.quantize_rows(weight, scale)).values * scale.double()[:, None]
     assert values[2, 70:72] == pytest.approx([float(weight[2, 70]), float(weight[2, 71])], rel=0.07, abs=ratio / 15)
     assert values[2, 70] == pytest.approx(sign * ratio, rel=0.07)
     others = torch.ones_like(weight, dtype=torch.bool)
@@ -176,7 +167,7 @@ def test_large_weights_that_do_not_come_back_are_counted(dtype: torch.dtype, is_
     matrix = rows.t().contiguous() if is_down else rows
     found = INT4.quantize(matrix, dtype, is_down=is_down)
     scale, stored = found["input_scale" if is_down else "scale"], (found["weight"], found["groups"])
-    count, worst = missed_weights(matrix.t() if is_down else matrix, scale, stored)
+    count, worst = INT4.missed(matrix, found, is_down=is_down)
     values = ref.Int4.of_bytes(*stored).values[2, 40:42] * scale[2].double()
     off = (values / rows[2, 40:42].double() - 1).abs()
     assert count == int((off > 0.25).sum()) == 2
@@ -188,7 +179,9 @@ def test_few_numbers_hold_no_large_weight(weight: Tensor):
     """None is farther out than the root of how many there are."""
     scale = row_scale(weight.double(), torch.float64)
     if weight.shape[1] < 256 and bool((scale[scale > 0] > 1e-30).all()):
-        assert missed_weights(weight, scale, quantize_rows(weight, scale)) == (0, 0.0)
+        codes, groups = INT4.quantize_rows(weight, scale)
+        found = {"weight": codes, "groups": groups, "scale": scale}
+        assert INT4.missed(weight, found, is_down=False) == (0, 0.0)
 
 
 def test_an_error_counts_by_the_importance_of_its_input():
@@ -198,7 +191,7 @@ def test_an_error_counts_by_the_importance_of_its_input():
     scale = row_scale(weight, torch.float32)
     errors = []
     for counts in (None, importance):
-        values = ref.Int4.of_bytes(*quantize_rows(weight, scale, counts)).values * scale.double()[:, None]
+        values = ref.Int4.of_bytes(*INT4.quantize_rows(weight, scale, counts)).values * scale.double()[:, None]
         errors.append((values - weight).square().mul(importance).sum())
     assert errors[1] < 0.7 * errors[0]
 
@@ -208,13 +201,13 @@ def test_zeros_stay_zeros():
     weight[1], weight[3, 32:64] = 0, 0
     scale = row_scale(weight, torch.float32)
     assert scale[1] == 0
-    values = ref.Int4.of_bytes(*quantize_rows(weight, scale)).values * scale.double()[:, None]
+    values = ref.Int4.of_bytes(*INT4.quantize_rows(weight, scale)).values * scale.double()[:, None]
     assert not values[1].any()
     assert not values[3, 32:64].any()
 
 
 def test_no_rows():
-    codes, groups = quantize_neurons(torch.zeros(64, 0), torch.zeros(0))
+    codes, groups = INT4.quantize_neurons(torch.zeros(64, 0), torch.zeros(0))
     assert codes.shape == (0, 32)
     assert groups.shape == (0, 2, 2)
 
@@ -244,12 +237,14 @@ def stored_rows(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 @given(rows=stored_rows(), dtype=st.sampled_from(DTYPES))
 def test_unpacking_is_the_formula(rows: tuple[Tensor, Tensor], dtype: torch.dtype):
     stored = ref.Int4.of_bytes(*rows)
-    found = unpack(*rows, torch.empty(stored.levels.shape, dtype=dtype))
+    found = INT4.unpack(*rows, torch.empty(stored.levels.shape, dtype=dtype))
     # Code and offset have eight bits together, so at most their product is rounded.
     assert torch.all((found.double() - stored.values).abs() <= torch.finfo(dtype).eps * stored.values.abs())
     codes, groups = ref.rows_as_strips(*rows)
     pairs = groups.view(-1, 2, *groups.shape[1:])
-    strips = [unpack_strip(c, g, torch.empty(c.shape[0], 64, dtype=dtype)) for c, g in zip(codes, pairs, strict=True)]
+    strips = [
+        INT4.unpack_strip(c, g, torch.empty(c.shape[0], 64, dtype=dtype)) for c, g in zip(codes, pairs, strict=True)
+    ]
     assert torch.equal(torch.cat(strips, dim=1)[:, : found.shape[1]], found)
 
 
@@ -266,10 +261,10 @@ Write = Callable[[tuple[Tensor, Tensor], Tensor, tuple[Tensor, Tensor], int], No
 
 
 def _write_all(neurons: tuple[Tensor, Tensor], chosen: Tensor, strips: tuple[Tensor, Tensor], start: int) -> None:
-    write_neurons((neurons[0][chosen], neurons[1][chosen]), strips, start)
+    INT4.write_neurons((neurons[0][chosen], neurons[1][chosen]), strips, start)
 
 
-@pytest.mark.parametrize("write", [gather_neurons, _write_all])
+@pytest.mark.parametrize("write", [INT4.gather_neurons, _write_all])
 @given(neurons=stored_rows(), data=st.data())
 def test_neurons_become_inputs_of_strips(write: Write, neurons: tuple[Tensor, Tensor], data: st.DataObject):
     """Those chosen, from a place on; nothing else is touched."""

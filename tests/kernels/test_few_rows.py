@@ -49,9 +49,13 @@ def _check(found: Tensor, x: Tensor, matrix: Tensor, sizes: Tensor, group: int, 
     assert torch.all(((found.double() - exact).abs() <= allowed) | (size > limits.max / 2))
 
 
-def _int4(rows: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Codes and groups of rows of any numbers, of steps of up to 2."""
+def _packed(rows: int, groups: int, bits: int = 4) -> tuple[Tensor, Tensor]:
+    """Codes and groups of rows of any numbers, of int4 with steps of up to 2."""
     generator = torch.Generator().manual_seed(rows + groups)
+    if bits < 4:
+        shapes = (rows, 4 * bits * groups), (rows, groups, 2)
+        codes, pairs = (torch.randint(0, 256, s, generator=generator, dtype=torch.uint8) for s in shapes)
+        return codes, pairs
     codes = torch.randint(0, 256, (rows, 16 * groups), generator=generator, dtype=torch.uint8)
     steps = torch.randint(0, 12 * 16, (rows, groups), generator=generator, dtype=torch.uint8)
     offsets = torch.randint(0, 256, (rows, groups), generator=generator, dtype=torch.uint8)
@@ -85,30 +89,32 @@ def test_int8(kind: Kind, data: st.DataObject, outputs: int, inputs: int, thread
 
 @needs_kernels
 @of_all_processors
-@given(data=st.data(), outputs=st.integers(1, 300), groups=st.integers(1, 13), threads=st.integers(1, 3))
-def test_int4_rows(kind: Kind, data: st.DataObject, outputs: int, groups: int, threads: int):
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@given(data=st.data(), outputs=st.integers(1, 300), groups=st.integers(1, 19), threads=st.integers(1, 3))
+def test_rows(kind: Kind, bits: int, data: st.DataObject, outputs: int, groups: int, threads: int):
     """Numbers of groups that are no multiple of anything, any number of outputs."""
     torch.set_num_threads(threads)
-    x, (codes, pairs) = data.draw(inputs_of(groups * 32)), _int4(outputs, groups)
+    x, (codes, pairs) = data.draw(inputs_of(groups * 32)), _packed(outputs, groups, bits)
     generator = torch.Generator().manual_seed(outputs)
     scale = torch.rand(outputs, generator=generator).add(0.1).to(data.draw(st.sampled_from(DTYPES)))
-    stored, scales = ref.Int4.of_bytes(codes, pairs), scale.double()[:, None]
+    stored, scales = ref.of_bytes(codes, pairs), scale.double()[:, None]
     sizes = scales * stored.step * (stored.levels.double() + stored.offset.abs())  # which are added up apart
     kernels = _kernels(**kind)
-    found = kernels.multiply_int4_rows(x, codes, pairs, scale)
-    _check(found, x, scales * stored.values, sizes, 32, 8 if kernels.uses_bytes else 16)
+    found = kernels.multiply_rows(x, codes, pairs, scale, bits=bits)
+    _check(found, x, scales * stored.values, sizes, 32 if bits == 4 else 16, 8 if kernels.uses_bytes else 16)
 
 
 @needs_kernels
 @of_all_processors
+@pytest.mark.parametrize("bits", [4, 3, 2])
 @given(data=st.data(), groups=st.integers(1, 7), sixteens=st.integers(1, 20), threads=st.integers(1, 3))
-def test_int4_strips(kind: Kind, data: st.DataObject, groups: int, sixteens: int, threads: int):
+def test_strips(kind: Kind, bits: int, data: st.DataObject, groups: int, sixteens: int, threads: int):
     torch.set_num_threads(threads)
     inputs = 16 * sixteens
-    x, neurons = data.draw(inputs_of(inputs)), _int4(inputs, groups)
+    x, neurons = data.draw(inputs_of(inputs)), _packed(inputs, groups, bits)
     scale = torch.rand(inputs, generator=torch.Generator().manual_seed(inputs)).add(0.1).to(x.dtype)
-    stored = ref.Int4.of_bytes(*neurons)
-    found = _kernels(**kind).multiply_int4_strips(x, *ref.rows_as_strips(*neurons), scale, features=32 * groups)
+    stored, own = ref.of_bytes(*neurons), _kernels(**kind)
+    found = own.multiply_strips(x, *ref.rows_as_strips(*neurons), scale, features=32 * groups, bits=bits)
     sizes = (stored.step * (stored.levels.double() + stored.offset.abs())).t()
     # A block of neurons has one scale, of its largest product of input and step.
     scaled = (x.double() * scale.double())[:, None] * stored.step.t()  # [M, O, I]
@@ -116,6 +122,8 @@ def test_int4_strips(kind: Kind, data: st.DataObject, groups: int, sixteens: int
     levels = (stored.levels.double() + stored.offset.abs()).t()
     exact, size = (x.double() * scale.double()) @ stored.values, (x.double() * scale.double()).abs() @ sizes.t()
     limits, step = torch.finfo(x.dtype), 2.0**-30 if x.dtype == torch.float32 else 2.0**-15
+    if bits < 4 and own._bytes:  # which are coarse enough themselves
+        step = 128 / 127 * (2.0**-13 if x.dtype == torch.float32 else 2.0**-7)
     allowed = 4 * limits.eps * size + step / 2 * (largest * levels).sum(2) + limits.tiny
     assert found.dtype == x.dtype
     assert found.shape == exact.shape
@@ -153,10 +161,10 @@ def test_bias_scaled_inputs_and_features(kind: Kind, form: str, dtype: torch.dty
         codes, groups = ref.packed(levels), torch.tensor([11 * 16, 0], dtype=torch.uint8).expand(128, 2, 2)
         if form == "int4_rows":
             rows = codes[:features].contiguous(), groups[:features].contiguous()
-            found = own.multiply_int4_rows(x, *rows, torch.ones(features), bias)
+            found = own.multiply_rows(x, *rows, torch.ones(features), bias)
         elif form == "int4_strips":
             neurons = ref.packed(levels.t()), torch.tensor([11 * 16, 0], dtype=torch.uint8).expand(64, 4, 2)
-            found = own.multiply_int4_strips(x, *ref.rows_as_strips(*neurons), input_scale, bias, features)
+            found = own.multiply_strips(x, *ref.rows_as_strips(*neurons), input_scale, bias, features)
         else:
             weight = (levels - 8).to(torch.int8)[:features].contiguous()
             found = own.multiply_int8(x, weight, torch.ones(features), bias, input_scale)
@@ -175,11 +183,11 @@ def test_what_is_no_number_stays_none(kind: Kind, bad: float, dtype: torch.dtype
     x = torch.ones(3, 256, dtype=dtype)
     x[1, 200] = bad
     weight, scale = torch.ones(40, 256, dtype=torch.int8), torch.ones(40, dtype=dtype)
-    rows, neurons, own = _int4(40, 8), _int4(256, 2), _kernels(**kind)
+    rows, neurons, own = _packed(40, 8), _packed(256, 2), _kernels(**kind)
     for found in (
         own.multiply_int8(x, weight, scale),
-        own.multiply_int4_rows(x, *rows, scale),
-        own.multiply_int4_strips(x, *ref.rows_as_strips(*neurons), torch.ones(256, dtype=dtype)),
+        own.multiply_rows(x, *rows, scale),
+        own.multiply_strips(x, *ref.rows_as_strips(*neurons), torch.ones(256, dtype=dtype)),
     ):
         assert found[1].isnan().all()
         assert found[::2].isfinite().all()
@@ -193,10 +201,10 @@ def test_numbers_of_any_size(kind: Kind, size: float):
     found = _kernels(**kind).multiply_int8(x, torch.full((1, 128), 2, dtype=torch.int8), torch.ones(1))
     torch.testing.assert_close(found, torch.full((1, 1), 256 * size), rtol=1e-6, atol=1e-27)
     one, codes = torch.tensor([11 * 16, 0], dtype=torch.uint8), torch.full((1, 64), 0xAA, dtype=torch.uint8)
-    found = _kernels(**kind).multiply_int4_rows(x, codes, one.repeat(1, 4, 1), torch.ones(1))
+    found = _kernels(**kind).multiply_rows(x, codes, one.repeat(1, 4, 1), torch.ones(1))
     torch.testing.assert_close(found, torch.full((1, 1), 256 * size), rtol=1e-4, atol=1e-27)
     strips = torch.full((1, 128, 32), 0xAA, dtype=torch.uint8), one.repeat(2, 128, 1)
-    found = _kernels(**kind).multiply_int4_strips(x, *strips, torch.ones(128))
+    found = _kernels(**kind).multiply_strips(x, *strips, torch.ones(128))
     torch.testing.assert_close(found, torch.full((1, 64), 256 * size), rtol=1e-6, atol=1e-27)
 
 
@@ -211,10 +219,10 @@ def test_largest_sums(kind: Kind):
     one = torch.tensor([11 * 16, 0], dtype=torch.uint8)  # the step 1
     for level in (0, 15):
         codes, exact = torch.full((64, 128), level * 17, dtype=torch.uint8), 3.0 * 256 * (level - 8)
-        found = _kernels(**kind).multiply_int4_rows(x, codes, one.repeat(64, 8, 1), torch.ones(64))
+        found = _kernels(**kind).multiply_rows(x, codes, one.repeat(64, 8, 1), torch.ones(64))
         torch.testing.assert_close(found, torch.full((1, 64), exact), rtol=1e-4, atol=0)
         strips = codes.view(1, 256, 32), one.repeat(2, 256, 1)
-        found = _kernels(**kind).multiply_int4_strips(x, *strips, torch.ones(256))
+        found = _kernels(**kind).multiply_strips(x, *strips, torch.ones(256))
         torch.testing.assert_close(found, torch.full((1, 64), exact), rtol=1e-6, atol=0)
 
 
@@ -236,23 +244,23 @@ _STRIP_PAIRS = torch.ones(2, 64, 2, dtype=torch.uint8)
         ("int8", (torch.ones(1, 64), _INT8, torch.ones(4), torch.ones(8)[::2])),
         ("int8", (torch.ones(1, 64), _INT8, torch.ones(4), torch.ones(4).half())),
         ("int8", (torch.ones(1, 64), _INT8, torch.ones(4), None, torch.ones(128)[::2])),
-        ("int4_rows", (torch.ones(1, 128), _CODES, _PAIRS, torch.ones(4))),
-        ("int4_rows", (torch.ones(1, 48), _CODES[:, :24].contiguous(), _PAIRS, torch.ones(4))),
-        ("int4_rows", (torch.ones(1, 64), _CODES, _PAIRS[:, :1].contiguous(), torch.ones(4))),
-        ("int4_rows", (torch.ones(1, 64), _CODES, _PAIRS[:3], torch.ones(4))),
-        ("int4_rows", (torch.ones(1, 64), _CODES, _PAIRS.view(torch.int8), torch.ones(4))),
-        ("int4_rows", (torch.ones(1, 64), _CODES.view(torch.int8), _PAIRS, torch.ones(4))),
-        ("int4_rows", (torch.ones(1, 64), _CODES.t().contiguous().t(), _PAIRS, torch.ones(4))),
-        ("int4_rows", (torch.ones(1, 64), _CODES, _PAIRS, torch.ones(5))),
-        ("int4_rows", (torch.ones(1, 64), _CODES, _PAIRS, torch.ones(4), torch.ones(5))),
-        ("int4_strips", (torch.ones(1, 32), _STRIP, _STRIP_PAIRS, torch.ones(32))),
-        ("int4_strips", (torch.ones(1, 64), _STRIP, _STRIP_PAIRS[:1], torch.ones(64))),
-        ("int4_strips", (torch.ones(1, 64), _STRIP, _STRIP_PAIRS, torch.ones(32))),
-        ("int4_strips", (torch.ones(1, 64), _STRIP, _STRIP_PAIRS, torch.ones(64), torch.ones(63))),
-        ("int4_strips", (torch.ones(1, 64), _STRIP, _STRIP_PAIRS, torch.ones(64), None, 65)),
-        ("int4_strips", (torch.ones(33, 64), _STRIP, _STRIP_PAIRS, torch.ones(64))),
+        ("rows", (torch.ones(1, 128), _CODES, _PAIRS, torch.ones(4))),
+        ("rows", (torch.ones(1, 48), _CODES[:, :24].contiguous(), _PAIRS, torch.ones(4))),
+        ("rows", (torch.ones(1, 64), _CODES, _PAIRS[:, :1].contiguous(), torch.ones(4))),
+        ("rows", (torch.ones(1, 64), _CODES, _PAIRS[:3], torch.ones(4))),
+        ("rows", (torch.ones(1, 64), _CODES, _PAIRS.view(torch.int8), torch.ones(4))),
+        ("rows", (torch.ones(1, 64), _CODES.view(torch.int8), _PAIRS, torch.ones(4))),
+        ("rows", (torch.ones(1, 64), _CODES.t().contiguous().t(), _PAIRS, torch.ones(4))),
+        ("rows", (torch.ones(1, 64), _CODES, _PAIRS, torch.ones(5))),
+        ("rows", (torch.ones(1, 64), _CODES, _PAIRS, torch.ones(4), torch.ones(5))),
+        ("strips", (torch.ones(1, 32), _STRIP, _STRIP_PAIRS, torch.ones(32))),
+        ("strips", (torch.ones(1, 64), _STRIP, _STRIP_PAIRS[:1], torch.ones(64))),
+        ("strips", (torch.ones(1, 64), _STRIP, _STRIP_PAIRS, torch.ones(32))),
+        ("strips", (torch.ones(1, 64), _STRIP, _STRIP_PAIRS, torch.ones(64), torch.ones(63))),
+        ("strips", (torch.ones(1, 64), _STRIP, _STRIP_PAIRS, torch.ones(64), None, 65)),
+        ("strips", (torch.ones(33, 64), _STRIP, _STRIP_PAIRS, torch.ones(64))),
         (
-            "int4_strips",
+            "strips",
             (torch.ones(1, 40), _STRIP[:, :40].contiguous(), _STRIP_PAIRS[:, :40].contiguous(), torch.ones(40)),
         ),
         ("floats", (torch.ones(1, 64), torch.ones(64, 64))),

@@ -57,18 +57,18 @@ def test_columns(data: st.DataObject):
 @needs_kernels
 @given(data=st.data())
 def test_neurons_to_strips(data: st.DataObject):
-    """As what int4.py describes; outputs that fill up the last strip and neurons beside those chosen stay."""
-    stored, per_neuron = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 7))
+    """As what grouped.py describes; outputs that fill up the last strip and neurons beside those chosen stay."""
+    stored, per_neuron, own = data.draw(st.tuples(st.integers(1, 300), st.integers(1, 7), st.sampled_from([8, 12, 16])))
     chosen, before, after = data.draw(st.composite(_chosen)(stored)), *data.draw(st.tuples(*2 * [st.integers(0, 70)]))
     torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3])))
-    codes, groups = _numbers(stored, per_neuron * 16), _numbers(stored, per_neuron, 2)
+    codes, groups = _numbers(stored, per_neuron * own), _numbers(stored, per_neuron, 2)
     kept, strips = before + chosen.numel() + after, -(-per_neuron // 2)
-    out = torch.full((strips, kept, 32), MARK).byte(), torch.full((2 * strips, kept, 2), MARK).byte()
+    out = torch.full((strips, kept, 2 * own), MARK).byte(), torch.full((2 * strips, kept, 2), MARK).byte()
     assert takes_neurons((codes, groups))
     gather_neurons_to_strips((codes, groups), chosen, out, before)
-    expected = torch.full((kept, strips * 32), MARK).byte(), torch.full((kept, 2 * strips, 2), MARK).byte()
+    expected = torch.full((kept, strips * 2 * own), MARK).byte(), torch.full((kept, 2 * strips, 2), MARK).byte()
     inside = slice(before, before + chosen.numel())
-    expected[0][inside, : per_neuron * 16], expected[1][inside, :per_neuron] = codes[chosen], groups[chosen]
+    expected[0][inside, : per_neuron * own], expected[1][inside, :per_neuron] = codes[chosen], groups[chosen]
     for found, whole in zip(out, ref.rows_as_strips(*expected), strict=True):
         assert torch.equal(found, whole)
 

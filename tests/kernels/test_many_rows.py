@@ -15,7 +15,8 @@ from griffin_offload.kernels import gemm, table
 from griffin_offload.kernels.library import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMS = ("float", "int8", "int4_rows", "int4_neurons", "int4_strips")
+KINDS = ("rows", "neurons", "strips")
+FORMS = ("float", "int8", *(f"int{bits}_{kind}" for bits in (4, 3, 2) for kind in KINDS))
 LOADED = library()
 needs_kernels = pytest.mark.skipif(LOADED is None, reason="another processor, or no compiler")
 needs_pairs = pytest.mark.skipif(
@@ -62,17 +63,19 @@ def _matrix(form: str, outputs: int, inputs: int, dtype: torch.dtype, x_dtype: t
         scale = torch.rand(outputs, generator=generator).add(0.1).to(dtype)
         exact = levels * scale.double()[:, None]
         return Matrix(levels.to(torch.int8), scale, None, exact, exact.abs())
-    shape = (outputs, inputs) if form == "int4_rows" else (inputs, outputs)
-    codes = torch.randint(0, 256, (shape[0], shape[1] // 2), generator=generator, dtype=torch.uint8)
+    bits, lying = int(form[3]), form.removeprefix(form[:5])
+    shape = (outputs, inputs) if lying == "rows" else (inputs, outputs)
+    codes = torch.randint(0, 256, (shape[0], shape[1] * bits // 8), generator=generator, dtype=torch.uint8)
     groups = torch.randint(0, 256, (shape[0], shape[1] // 32, 2), generator=generator, dtype=torch.uint8)
-    groups[..., 0] %= 12 * 16  # steps of up to 2
-    stored = ref.Int4.of_bytes(codes, groups)
+    if bits == 4:
+        groups[..., 0] %= 12 * 16  # steps of up to 2
+    stored = ref.of_bytes(codes, groups)
     size = stored.step * (stored.levels + stored.offset.abs())
-    if form == "int4_rows":
+    if lying == "rows":
         scale = torch.rand(outputs, generator=generator).add(0.1).to(dtype)
         rows = scale.double()[:, None]
         return Matrix(codes, scale, groups, rows * stored.values, rows * size)
-    if form == "int4_strips":
+    if lying == "strips":
         codes, groups = ref.rows_as_strips(codes, groups)
     return Matrix(codes, None, groups, stored.values.t(), size.t())
 
@@ -94,11 +97,11 @@ def _check(
         x_dtype, inputs = torch.bfloat16, inputs + inputs % 2
     if form == "float" and x_dtype == torch.float32:
         x_dtype = torch.float16
-    if form == "int4_rows":
+    if form.endswith("rows"):
         inputs *= 32
-    if form in ("int4_neurons", "int4_strips"):
+    if form.endswith(("neurons", "strips")):
         outputs += -outputs % 32
-    features = outputs - fewer if form == "int4_strips" else outputs
+    features = outputs - fewer if form.endswith("strips") else outputs
     matrix = _matrix(form, outputs, inputs, scale_dtype, x_dtype)
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, inputs, generator=generator).to(x_dtype)
@@ -133,7 +136,7 @@ def test_equals_float64(form: str, kind: Kind, data: st.DataObject, sizes: tuple
 @of_all
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_more_rows_and_inputs_than_a_part_has(form: str, kind: Kind):
-    inputs = 35 if form == "int4_rows" else 1111
+    inputs = 35 if form.endswith("rows") else 1111
     _check(form, kind, (530, 70, inputs), (torch.bfloat16, torch.float32))
 
 

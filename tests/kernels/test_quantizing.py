@@ -1,5 +1,5 @@
-"""The kernels of quantize.c against torch, which does their work elsewhere: the same numbers, bit by bit (of int4:
-but for ties)."""
+"""The kernels of quantize.c against torch, which does their work elsewhere: the same numbers, bit by bit (of int4
+and fewer: but for ties)."""
 
 from contextlib import AbstractContextManager
 
@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from griffin_offload.errors import CheckpointError
-from griffin_offload.formats import base, int4
+from griffin_offload.formats import base
+from griffin_offload.formats.few_bits import INT2, INT3
+from griffin_offload.formats.grouped import Grouped, Packed
+from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
 from griffin_offload.kernels import quantize as quantizing
 from griffin_offload.kernels import table
@@ -19,6 +22,7 @@ from griffin_offload.kernels.library import library
 needs_kernels = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MARK = 77
+in_groups = pytest.mark.parametrize("format", [INT4, INT3, INT2], ids=str)
 
 
 @st.composite
@@ -65,47 +69,50 @@ def _importance(draw: st.DrawFn, width: int) -> Tensor | None:
     return None if seed is None else torch.rand(width, generator=torch.Generator().manual_seed(seed)).square()
 
 
-def _same_but_for_ties(found: int4.Packed, expected: int4.Packed) -> None:
+def _same_but_for_ties(found: Packed, expected: Packed) -> None:
     """The same bytes, but for a few groups: sums that are rounded in another order may take another one of two steps
-    that lie as near. How little either way misses is held against plain grids in formats/test_int4.py."""
+    that lie as near. How little either way misses is held against plain grids in formats/."""
     differ = (found[1] != expected[1]).any(-1) | (found[0] != expected[0]).view(*found[1].shape[:2], -1).any(-1)
     assert differ.sum() <= 1 + 0.01 * differ.numel()
 
 
 @needs_kernels
+@in_groups
 @settings(max_examples=60)
-@given(matrices(st.integers(1, 20), st.sampled_from([32, 64, 96, 512, 544, 1600])), st.data())
-def test_int4_rows(weight: Tensor, data: st.DataObject):
+@given(weight=matrices(st.integers(1, 20), st.sampled_from([32, 64, 96, 512, 544, 1600])), data=st.data())
+def test_rows(format: Grouped, weight: Tensor, data: st.DataObject):
     scale, importance = base.row_scale(weight, torch.float32), _importance(data.draw, weight.shape[1])
-    found = int4.quantize_rows(weight, scale, importance)
+    found = format.quantize_rows(weight, scale, importance)
     with _by_torch():
-        expected = int4.quantize_rows(weight, scale, importance)
+        expected = format.quantize_rows(weight, scale, importance)
     _same_but_for_ties(found, expected)
 
 
 @needs_kernels
+@in_groups
 @settings(max_examples=60)
-@given(matrices(st.sampled_from([32, 64, 160, 320]), st.integers(1, 100)), st.data())
-def test_int4_neurons(weight: Tensor, data: st.DataObject):
+@given(weight=matrices(st.sampled_from([32, 64, 160, 320]), st.integers(1, 100)), data=st.data())
+def test_neurons(format: Grouped, weight: Tensor, data: st.DataObject):
     columns, importance = _norms(weight).float(), _importance(data.draw, weight.shape[0])
-    found = int4.quantize_neurons(weight, columns, importance)
+    found = format.quantize_neurons(weight, columns, importance)
     with _by_torch():
-        expected = int4.quantize_neurons(weight, columns, importance)
+        expected = format.quantize_neurons(weight, columns, importance)
     _same_but_for_ties(found, expected)
 
 
 @needs_kernels
+@in_groups
 @settings(max_examples=30)
-@given(matrices(st.sampled_from([32, 96]), st.integers(1, 70)), st.data())
-def test_neurons_are_the_rows_of_the_matrix_turned_around(weight: Tensor, data: st.DataObject):
+@given(weight=matrices(st.sampled_from([32, 96, 288]), st.integers(1, 70)), data=st.data())
+def test_neurons_are_the_rows_of_the_matrix_turned_around(format: Grouped, weight: Tensor, data: st.DataObject):
     """Bit by bit, and each the same whatever lies beside it: a selection is quantised as the whole is."""
     columns, importance = _norms(weight).float(), _importance(data.draw, weight.shape[0])
-    codes, groups = int4.quantize_neurons(weight, columns, importance)
-    rows = int4.quantize_rows(weight.t().contiguous(), columns, importance)
+    codes, groups = format.quantize_neurons(weight, columns, importance)
+    rows = format.quantize_rows(weight.t().contiguous(), columns, importance)
     assert torch.equal(rows[0], codes)
     assert torch.equal(rows[1], groups)
     some = torch.arange(0, weight.shape[1], 3)
-    chosen = int4.quantize_neurons(weight[:, some].contiguous(), columns[some], importance)
+    chosen = format.quantize_neurons(weight[:, some].contiguous(), columns[some], importance)
     assert torch.equal(chosen[0], codes[some])
     assert torch.equal(chosen[1], groups[some])
 
@@ -153,7 +160,13 @@ def test_one_number_that_is_none_is_found_anywhere(value: float, place: int):
 def test_matrices_that_stay_torchs():
     ones = torch.ones(32, 64)
     for weight in (ones.double(), ones.t(), torch.ones(32, 32, device="meta")):
-        for made in ("largest_of_rows", "column_norms", "row_norms", "int8", "int4_rows", "int4_neurons"):
+        for made in (
+            "largest_of_rows",
+            "column_norms",
+            "row_norms",
+            "int8",
+            *(f"int{b}_{form}" for b in (4, 3, 2) for form in ("rows", "neurons")),
+        ):
             assert not table.choose("quantize", made, weight).ours
             assert table.choose("quantize", made, ones).ours
 
@@ -167,12 +180,12 @@ def test_sizes_that_do_not_fit_are_refused():
         lambda: quantizing.quantize_int8(weight, ones, bytes_of, None),
         lambda: quantizing.quantize_int8(weight, ones[:40], bytes_of[1:], None),
         lambda: quantizing.quantize_int8(weight, ones[:40], bytes_of.view(torch.uint8), None),
-        lambda: quantizing.quantize_int4_rows(weight, ones[:40], None),
-        lambda: quantizing.quantize_int4_rows(weight[:, :32], ones, None),
-        lambda: quantizing.quantize_int4_rows(weight[:, :32], ones[:40], ones),
-        lambda: quantizing.quantize_int4_neurons(weight, ones, None),
-        lambda: quantizing.quantize_int4_neurons(weight[:32], ones[:40], None),
-        lambda: quantizing.quantize_int4_neurons(weight[:32], ones, ones),
+        lambda: quantizing.quantize_rows(4, weight, ones[:40], None),
+        lambda: quantizing.quantize_rows(4, weight[:, :32], ones, None),
+        lambda: quantizing.quantize_rows(4, weight[:, :32], ones[:40], ones),
+        lambda: quantizing.quantize_neurons(4, weight, ones, None),
+        lambda: quantizing.quantize_neurons(4, weight[:32], ones[:40], None),
+        lambda: quantizing.quantize_neurons(4, weight[:32], ones, ones),
     ):
         with pytest.raises(ValueError, match="must be"):
             wrong()

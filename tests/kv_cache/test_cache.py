@@ -360,13 +360,14 @@ def test_a_callers_own_cache_is_used(checkpoints):
     assert type(cache_of()) is KVCache
 
 
-def test_layers_that_are_not_attention_alone_keep_transformers_cache(checkpoints, monkeypatch: pytest.MonkeyPatch):
-    """The way is walked with plain ones, whose bytes are known; real ones: test_hybrids.py."""
+def test_layers_of_other_kinds_keep_transformers_cache(checkpoints, monkeypatch: pytest.MonkeyPatch):
+    """The way is walked with plain ones, whose bytes are known."""
     assert all(can_cache(architecture.build().config) for architecture in ARCHITECTURES.values())
-    assert not can_cache(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]))
+    assert can_cache(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]))
+    assert not can_cache(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "conv"]))  # nothing counts tokens
     assert not can_cache(T5Config())
     monkeypatch.setattr("griffin_offload.engine.spec.can_cache", lambda config: False)
-    with pytest.raises(UsageError, match="kv_bits=8 needs attention in all layers of llama"):
+    with pytest.raises(UsageError, match="kv_bits=8 needs layers of llama that keep keys and values, some are "):
         _load(checkpoints("llama3"), kv_bits=8)
     model = _load(checkpoints("llama3"), ctx_size=72, prompt_tokens=40, density=0.5)
     output = model.generate(_ids()[0], max_new_tokens=32, do_sample=False, return_dict_in_generate=True)

@@ -101,38 +101,42 @@ def gather(r: random.Random, library: compiled.Library) -> None:
         gathering.gather_columns(matrix, chosen, torch.empty(rows, chosen.numel(), dtype=matrix.dtype))
 
 
-def int4(r: random.Random, library: compiled.Library) -> None:
-    """Both 4-bit forms: quantised, gathered into strips, multiplied by few and many rows."""
+def in_groups(r: random.Random, library: compiled.Library) -> None:
+    """The forms of 2 to 4 bits: quantised, gathered into strips, multiplied by few and many rows."""
+    bits = r.choice([4, 3, 2])
     outputs, inputs = 32 * r.randint(1, 5), 32 * r.randint(1, 9)
     weight = _numbers(r, outputs, inputs, r.choice(DTYPES), apart=r.random() < 0.5)
     importance = torch.rand(inputs) if r.random() < 0.5 else None
     quantize.row_norms(weight)
-    rows = quantize.quantize_int4_rows(weight, torch.rand(outputs) + 0.1, importance)
-    neurons = quantize.quantize_int4_neurons(weight, torch.rand(inputs) + 0.1, None)
+    rows = quantize.quantize_rows(bits, weight, torch.rand(outputs) + 0.1, importance)
+    neurons = quantize.quantize_neurons(bits, weight, torch.rand(inputs) + 0.1, None)
     assert rows is not None
     assert neurons is not None
     few = gemv.GemvKernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
     scale, dtype = torch.rand(outputs).to(r.choice(DTYPES)), r.choice(DTYPES)
-    few.multiply_int4_rows(_numbers(r, r.randint(1, 9), inputs, dtype), *rows, scale)
+    few.multiply_rows(_numbers(r, r.randint(1, 9), inputs, dtype), *rows, scale, bits=bits)
     kept, features = 16 * r.randint(1, 8), r.randint(1, outputs)
     index = torch.tensor([r.randrange(inputs) for _ in range(r.randint(1, kept))], dtype=torch.long)
-    strips = _bytes(-(-outputs // 64) * kept, 32).view(-1, kept, 32), _bytes(-(-outputs // 64) * 2 * kept, 2)
+    strips = (
+        _bytes(-(-outputs // 64) * kept, 8 * bits).view(-1, kept, 8 * bits),
+        _bytes(-(-outputs // 64) * 2 * kept, 2),
+    )
     strips = strips[0], strips[1].view(-1, kept, 2)
     gathering.gather_neurons_to_strips(neurons, index, strips, kept - index.numel())
-    few.multiply_int4_strips(
-        _numbers(r, r.randint(1, 9), kept, dtype), *strips, torch.rand(kept).to(dtype), features=features
+    few.multiply_strips(
+        _numbers(r, r.randint(1, 9), kept, dtype), *strips, torch.rand(kept).to(dtype), features=features, bits=bits
     )
     pairs = library.sums_pairs and r.random() < 0.5
     many = gemm.GemmKernels(library, torch.bfloat16 if pairs else torch.float32)
     count = r.choice([3, 40])
     x = _numbers(r, count, inputs, torch.bfloat16)
-    many.multiply("int4_rows", x, rows[0], scale, None, rows[1])
-    many.multiply("int4_neurons", x, neurons[0], None, None, neurons[1])
+    many.multiply(f"int{bits}_rows", x, rows[0], scale, None, rows[1])
+    many.multiply(f"int{bits}_neurons", x, neurons[0], None, None, neurons[1])
     chosen = _numbers(r, count, kept, torch.bfloat16)
-    many.multiply("int4_strips", chosen, strips[0], None, None, strips[1], features)
+    many.multiply(f"int{bits}_strips", chosen, strips[0], None, None, strips[1], features)
 
 
-CALLS: tuple[Call, ...] = (few, many, attend, norms, quantise, gather, int4)
+CALLS: tuple[Call, ...] = (few, many, attend, norms, quantise, gather, in_groups)
 
 
 def load(path: str) -> compiled.Library:

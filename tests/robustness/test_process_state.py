@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from griffin_offload import GriffinModel
 from griffin_offload.demo import demo_directory
 from griffin_offload.engine.convert import convert
-from griffin_offload.formats import base, int4
+from griffin_offload.formats import base
+from griffin_offload.formats.grouped import Packed
+from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
 from griffin_offload.kernels import attention_and_norm, gemv
 from griffin_offload.kernels.library import library
@@ -218,10 +220,10 @@ def test_inference_mode(precision: str, loading: bool, generating: bool, right: 
         assert answer(model) == right[precision]
 
 
-def _strips(neurons: int4.Packed) -> int4.Packed:
+def _strips(neurons: Packed) -> Packed:
     stored = neurons[0].shape[0]
     strips = torch.zeros(1, stored, 32, dtype=torch.uint8), torch.zeros(2, stored, 2, dtype=torch.uint8)
-    int4.gather_neurons(neurons, torch.arange(stored, dtype=torch.long), strips, 0)
+    INT4.gather_neurons(neurons, torch.arange(stored, dtype=torch.long), strips, 0)
     return strips
 
 
@@ -249,10 +251,10 @@ def test_kernels_under_a_default_type(default: torch.dtype):
                     numbers,
                     base.neuron_scale(weight, torch.float32),
                     base.row_scale(weight, torch.float32),
-                    *(rows := int4.quantize_rows(weight, ones[:70], ones)),
-                    *(neurons := int4.quantize_neurons(weight[:64], ones, ones[:64])),
-                    kernels.multiply_int4_rows(x, *rows, ones[:70]),
-                    kernels.multiply_int4_strips(x, *_strips(neurons), ones.bfloat16()),
+                    *(rows := INT4.quantize_rows(weight, ones[:70], ones)),
+                    *(neurons := INT4.quantize_neurons(weight[:64], ones, ones[:64])),
+                    kernels.multiply_rows(x, *rows, ones[:70]),
+                    kernels.multiply_strips(x, *_strips(neurons), ones.bfloat16()),
                     kernels.multiply_int8(x, numbers, scale),
                     kernels.multiply_floats(x, weight.bfloat16()),
                     attention_and_norm.attend(query, key, key, seen, 0.25),

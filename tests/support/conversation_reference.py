@@ -10,6 +10,7 @@ from reference import _down_projections, _zero_others
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from griffin_offload.blocks.states import state_kinds
 from griffin_offload.transformers_api import CACHE
 
 
@@ -19,7 +20,8 @@ class MaskedConversation:
     def __init__(self, model: PreTrainedModel, down_pattern: str, kept: int) -> None:
         self._model, self._kept = model, kept
         self._down = _down_projections(model, down_pattern)
-        self._cache = DynamicCache()  # without the config: layers with a window keep everything, masks do the rest
+        # Without the config layers with a window keep everything, and masks do the rest; states need one.
+        self._cache = DynamicCache(config=model.config) if state_kinds(model.config) else DynamicCache()
         self._squared = [torch.zeros(1, dtype=torch.float64) for _ in self._down]
         self.selected: list[Tensor] = []
 

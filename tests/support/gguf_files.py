@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_NAMES = {"gemma3_text": "gemma3"}
+_NAMES = {"gemma3_text": "gemma3", "mixtral": "llama", "gpt_oss": "gpt-oss"}
+_NAMES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 _NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
 Q = gguf.GGMLQuantizationType
 
@@ -38,13 +39,13 @@ def write_gguf(
             _add(writer, key, value)
     table = gguf.get_tensor_name_map(_arch(name), config.num_hidden_layers)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    for hf_name, tensor in model.state_dict().items():
+    for hf_name, tensor in _split(model):
         stem, _, suffix = hf_name.rpartition(".")
         found = table.get_name(stem) or table.get_name(stem.removeprefix("transformer."))
         if found is None or suffix not in ("weight", "bias") or (tied and found == "output"):
             continue
         numbers = _stored(name, config, f"{found}.{suffix}", hf_name, tensor.float()).contiguous().numpy()
-        plain = numbers.ndim == 1 or numbers.shape[-1] % gguf.GGML_QUANT_SIZES[Q[kind]][0]
+        plain = numbers.ndim == 1 or suffix == "bias" or numbers.shape[-1] % gguf.GGML_QUANT_SIZES[Q[kind]][0]
         stored = Q.F32 if plain else Q[kind]
         writer.add_tensor(f"{found}.{suffix}", gguf.quants.quantize(numbers, stored), raw_dtype=stored)
     _add_rope_tensors(writer, model)
@@ -53,6 +54,26 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _split(model: Any) -> list[tuple[str, Tensor]]:
+    """The state of a model, experts as llama.cpp has them: gate, up and down of all, [E, outputs, inputs] each."""
+    found: list[tuple[str, Tensor]] = []
+    oss = model.config.model_type == "gpt_oss"
+    for name, tensor in model.state_dict().items():
+        path, _, own = name.rpartition(".experts.")
+        bias = own.endswith("_bias")
+        suffix = "bias" if bias else "weight"
+        if not path:
+            found.append((f"{name}.weight" if name.endswith(".sinks") else name, tensor))
+            continue
+        turned = tensor.transpose(1, 2) if oss and not bias else tensor
+        if own.startswith("down"):
+            found.append((f"{path}.experts.down_proj.{suffix}", turned))
+            continue
+        gate, up = (turned[:, 0::2], turned[:, 1::2]) if oss else turned.chunk(2, dim=1)
+        found += [(f"{path}.experts.gate_proj.{suffix}", gate), (f"{path}.experts.up_proj.{suffix}", up)]
+    return found
 
 
 def _arch(name: str) -> Any:
@@ -115,7 +136,19 @@ def _metadata(config: Any, name: str) -> dict[str, Any]:
         said["shortconv.l_cache"] = config.conv_L_cache
         kinds = config.layer_types
         said["attention.head_count_kv"] = [config.num_key_value_heads * (k == "full_attention") for k in kinds]
+    said |= _of_experts(config, name)
     return {"general.name": "tiny"} | {f"{name}.{key}": value for key, value in said.items()}
+
+
+def _of_experts(config: Any, name: str) -> dict[str, Any]:
+    count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not count:
+        return {}
+    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    said = {"expert_count": count, "expert_used_count": config.num_experts_per_tok, "expert_feed_forward_length": inner}
+    if name == "qwen2moe":
+        said["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    return said
 
 
 def _groups(config: Any, name: str) -> int:
@@ -134,6 +167,8 @@ def _stored(name: str, config: Any, found: str, hf_name: str, tensor: Tensor) ->
         return tensor.t()
     if name in ("falcon", "bloom") and ".attn_qkv." in found:
         return _three(tensor, config.num_attention_heads, _groups(config, name))
+    if "ffn_gate_inp_shexp" in found:
+        return tensor.squeeze(0)
     return tensor.squeeze(1) if "shortconv.conv" in found else tensor
 
 

@@ -116,25 +116,68 @@ class Int4:
         return (grid - numbers.double()[..., None]).abs().argmin(-1)
 
 
+@dataclass(frozen=True)
+class FewBits:
+    """Rows of int3 or int2 as they are stored, without their scale; number by number, from where its bits lie."""
+
+    levels: Tensor
+    """0 to 7 or 3, [R, C]."""
+    step: Tensor
+    """Of each number, [R, C]."""
+    offset: Tensor
+
+    @classmethod
+    def of_bytes(cls, codes: Tensor, groups: Tensor) -> FewBits:
+        """Codes [R, C B / 8] and bytes of halves [R, C / 32, 2]."""
+        bits = codes.shape[1] // groups.shape[1] // 4
+        own = codes.view(*groups.shape[:2], 4 * bits).long()
+        half, place, byte = (n // d % m for n in [torch.arange(GROUP)] for d, m in ((16, 2), (4, 4), (1, 4)))
+        levels = own[..., 4 * half + byte] >> 2 * place & 3
+        if bits == 3:
+            levels += 4 * (own[..., 8 + 2 * half + byte // 2] >> 4 * (byte % 2) + place & 1)
+        index = groups.long().flatten(1).repeat_interleave(GROUP // 2, dim=1)
+        return cls(levels.flatten(1), few_bits_steps(bits)[index % 16], few_bits_offsets(bits)[index // 16])
+
+    @property
+    def values(self) -> Tensor:
+        return self.step * (self.levels.double() + self.offset)
+
+
+def few_bits_steps(bits: int) -> Tensor:
+    """float64 [16]: all steps of int3 or int2."""
+    steps = [10, 20, 29, 35, 42, 49, 56, 65, 75, 87, 103, 125, 176, 288, 448, 672]
+    return torch.tensor(steps).double() / 2 ** (4 + bits)
+
+
+def few_bits_offsets(bits: int) -> Tensor:
+    """float64 [16]: what is added to codes, from the middle of all levels upwards and then from there downwards."""
+    sixteenths = {3: [2, 5, 8, 11, 16, 23, 34, 56], 2: [1, 3, 4.5, 6, 8, 11, 15, 24]}[bits]
+    return torch.tensor([*sixteenths, *(-n for n in sixteenths)]).double() / 16 - (2**bits - 1) / 2
+
+
+def of_bytes(codes: Tensor, groups: Tensor) -> Int4 | FewBits:
+    """Rows of any format in groups, told by how many bytes a group has."""
+    return (Int4 if codes.shape[1] == 16 * groups.shape[1] else FewBits).of_bytes(codes, groups)
+
+
 def strips_as_rows(codes: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [S, R, 32] and groups [2 S, R, 2] of strips, as codes [R, 32 S] and groups [R, 2 S, 2] of their inputs."""
+    """Codes [S, R, 8 B] and groups [2 S, R, 2] of strips, as codes [R, 8 B S] and groups [R, 2 S, 2] of inputs."""
     return torch.cat(list(codes), dim=1), groups.transpose(0, 1).contiguous()
 
 
 def rows_as_strips(codes: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse; what fills up the last strip is zeros."""
-    fill = groups.shape[1] % 2
+    fill, own = groups.shape[1] % 2, codes.shape[1] // groups.shape[1]
     codes, groups = (
-        torch.cat([codes, codes.new_zeros(codes.shape[0], 16 * fill)], dim=1),
+        torch.cat([codes, codes.new_zeros(codes.shape[0], own * fill)], dim=1),
         torch.cat([groups, groups.new_zeros(groups.shape[0], fill, 2)], dim=1),
     )
-    strips = [codes[:, start : start + 32] for start in range(0, codes.shape[1], 32)]
-    return torch.stack(strips), groups.transpose(0, 1).contiguous()
+    return torch.stack(codes.split(2 * own, dim=1)), groups.transpose(0, 1).contiguous()
 
 
-def int4_matrix(tensors: Mapping[str, Tensor]) -> Tensor:
-    """The matrix [O, I] in float64 of stored rows, or of a down projection's neurons."""
-    values = Int4.of_bytes(tensors["weight"], tensors["groups"]).values
+def grouped_matrix(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The matrix [O, I] in float64 of stored rows, or of a down projection's neurons, of any format in groups."""
+    values = of_bytes(tensors["weight"], tensors["groups"]).values
     if "input_scale" in tensors:
         return (values * tensors["input_scale"].double()[:, None]).t()
     return values * tensors["scale"].double()[:, None]
@@ -146,12 +189,12 @@ def row_scale(weight: Tensor) -> Tensor:
 
 
 def stored_values(weight: Tensor, precision: str | Values, dtype: torch.dtype, *, is_down: bool) -> Tensor:
-    """What `weight` becomes, in float64. int8 by the formulas above; what int4 searches has tests of its own
-    (formats/test_int4.py): here the package's bytes are read by the formula of the format."""
+    """What `weight` becomes, in float64. int8 by the formulas above; what formats in groups search has tests of
+    its own (formats/test_int4.py, test_few_bits.py): here the package's bytes are read by the formula of the format."""
     if not isinstance(precision, str):
         return precision(weight, dtype, is_down=is_down)
-    if precision == "int4":
-        return int4_matrix(get("int4").quantize(weight, dtype, is_down=is_down))
+    if precision != "int8":
+        return grouped_matrix(get(precision).quantize(weight, dtype, is_down=is_down))
     return quantised(weight, dtype, is_down=is_down).values
 
 

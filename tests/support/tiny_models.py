@@ -261,7 +261,7 @@ _LATENT: dict[str, Any] = {
     "v_head_dim": 16,
     "num_key_value_heads": HEADS,
 }
-_ROUTED: dict[str, Any] = {"n_routed_experts": 8, "moe_intermediate_size": 48, "n_shared_experts": 1}
+_ROUTED: dict[str, Any] = {"n_routed_experts": 8, "moe_intermediate_size": 64, "n_shared_experts": 1}
 _GROUPS: dict[str, Any] = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 
 
@@ -273,7 +273,7 @@ _mixture("mixtral", hf.MixtralConfig, num_local_experts=8)
 _mixture("gpt_oss", hf.GptOssConfig, num_local_experts=8, head_dim=16, layer_types=["full_attention"] * LAYERS)
 _mixture("deepseek_v3", hf.DeepseekV3Config, **{**_LATENT, **_ROUTED, **_GROUPS})
 _mixture("qwen3_moe", hf.Qwen3MoeConfig, **_MANY, norm_topk_prob=True, head_dim=16)
-_mixture("qwen2_moe", hf.Qwen2MoeConfig, **_MANY, shared_expert_intermediate_size=80)
+_mixture("qwen2_moe", hf.Qwen2MoeConfig, **_MANY, shared_expert_intermediate_size=96)
 _mixture("olmoe", hf.OlmoeConfig, num_experts=8)
 _mixture("deepseek_v2", hf.DeepseekV2Config, **{**_LATENT, **_ROUTED}, first_k_dense_replace=1)
 _mixture("glm4_moe", hf.Glm4MoeConfig, **{**_ROUTED, **_GROUPS}, head_dim=16)
@@ -295,7 +295,7 @@ _mixture(
     "qwen3_next",
     hf.Qwen3NextConfig,
     **_MANY,
-    shared_expert_intermediate_size=80,
+    shared_expert_intermediate_size=96,
     head_dim=16,
     linear_num_key_heads=2,
     linear_num_value_heads=4,

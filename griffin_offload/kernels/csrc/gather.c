@@ -14,17 +14,17 @@
 /* gathering.py packs these fields, in this order. */
 typedef struct {
     const uint8_t *source;       /* rows of `row_bytes` */
-    const uint8_t *groups;       /* of int4 neurons: a pair for each of their groups */
-    const int64_t *chosen;       /* int4: rows of `source` */
+    const uint8_t *groups;       /* of neurons: a pair for each of their groups */
+    const int64_t *chosen;       /* neurons: rows of `source` */
     const uint8_t *taken;        /* columns: a bit for each, filled up to 8 bytes */
-    uint8_t *target;             /* columns: rows of `target_bytes`; int4: strips */
+    uint8_t *target;             /* columns: rows of `target_bytes`; neurons: strips */
     uint8_t *target_groups;      /* of strips: [groups, kept] pairs */
     int64_t count;               /* of chosen columns or neurons */
     int64_t rows;                /* of columns */
     int64_t row_bytes;           /* of the source */
     int64_t source_bytes;        /* columns: from a row of the source to the next */
     int64_t target_bytes;        /* columns: from a row to the next */
-    int64_t item_bytes;          /* of a column's number */
+    int64_t item_bytes;          /* of a column's number; of a group's codes */
     int64_t first;               /* neuron of the strips that the first chosen one becomes */
     int64_t kept;                /* neurons of the strips */
     int64_t threads;
@@ -59,22 +59,30 @@ COLUMNS(8, 64, __mmask64, __builtin_popcountll)
 COLUMNS(16, 32, __mmask32, __builtin_popcount)
 
 /* Neurons `start` to `end` of the chosen ones: their codes, and then their pairs, side by side in strips. */
-static void neurons_to_strips(const void *gathering, int64_t start, int64_t end) {
-    const Gathering *g = gathering;
-    const int64_t groups = g->row_bytes / INT4_BYTES;
+INLINED void neurons_to_strips(const Gathering *g, int64_t start, int64_t end, const int code_bytes) {
+    const int64_t groups = g->row_bytes / code_bytes;
     for (int64_t some = start; some < end; some += NEURONS) {
         const int64_t stop = least(some + NEURONS, end);
         for (int64_t group = 0; group < groups; group++) {
-            uint8_t *to = g->target + (group / 2 * g->kept + g->first + some) * STRIP_BYTES + group % 2 * INT4_BYTES;
+            uint8_t *to = g->target + ((group / 2 * g->kept + g->first + some) * 2 + group % 2) * code_bytes;
             uint8_t *pair = g->target_groups + (group * g->kept + g->first + some) * PAIR_BYTES;
-            for (int64_t neuron = some; neuron < stop; neuron++, to += STRIP_BYTES, pair += PAIR_BYTES) {
+            for (int64_t neuron = some; neuron < stop; neuron++, to += 2 * code_bytes, pair += PAIR_BYTES) {
                 const int64_t at = g->chosen[neuron] * groups + group;
-                memcpy(to, g->source + at * INT4_BYTES, INT4_BYTES);
+                memcpy(to, g->source + at * code_bytes, (size_t)code_bytes);
                 memcpy(pair, g->groups + at * PAIR_BYTES, PAIR_BYTES);
             }
         }
     }
 }
+
+#define NEURONS_OF(bits)                                                                      \
+    static void int##bits##_neurons(const void *gathering, int64_t start, int64_t end) {      \
+        neurons_to_strips(gathering, start, end, 4 * bits);                                   \
+    }
+
+NEURONS_OF(4)
+NEURONS_OF(3)
+NEURONS_OF(2)
 
 void gather_columns(const Gathering *g, Parallel parallel) {
     Part part = g->item_bytes == 1 ? columns_of_8 : columns_of_16;
@@ -82,7 +90,8 @@ void gather_columns(const Gathering *g, Parallel parallel) {
 }
 
 void gather_neurons_to_strips(const Gathering *g, Parallel parallel) {
-    in_parallel(parallel, g->threads, neurons_to_strips, g, g->count, NEURONS);
+    const Part parts[] = {int2_neurons, int3_neurons, int4_neurons};
+    in_parallel(parallel, g->threads, parts[g->item_bytes / 4 - 2], g, g->count, NEURONS);
 }
 
 #endif

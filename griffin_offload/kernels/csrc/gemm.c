@@ -12,15 +12,13 @@ static void multiply(const Product *p, Parallel parallel, const Part *parts) {
     in_chunks(parallel, p->threads, parts[p->wide], p, p->outputs, MANY_OUTPUTS);
 }
 
-#define MULTIPLY(form)                                                                                 \
-    void multiply_many_##form(const Product *p, Parallel parallel) {                                   \
-        multiply(p, parallel, (Part[]){many_##form##_by_avx2, many_##form##_by_bf16, many_##form##_by_amx}); \
+#define MULTIPLY(name, form)                                                                              \
+    void multiply_many_##name(const Product *p, Parallel parallel) {                                      \
+        multiply(p, parallel, (Part[]){many_##name##_by_avx2, many_##name##_by_bf16, many_##name##_by_amx}); \
     }
 
-MULTIPLY(int8)
-MULTIPLY(int4_rows)
-MULTIPLY(int4_neurons)
-MULTIPLY(int4_strips)
+MULTIPLY(int8, INT8)
+IN_GROUPS(MULTIPLY)
 
 void multiply_many_float(const Product *p, Parallel parallel) {
     in_chunks(parallel, p->threads, many_float_by_avx2, p, p->outputs, MANY_OUTPUTS);

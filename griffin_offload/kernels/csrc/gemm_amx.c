@@ -155,23 +155,21 @@ AMX INLINED void multiply_outputs(const Product *p, int64_t output, const int fo
     _tile_release();
 }
 
-MANY(AMX, amx, int8, INT8)
-MANY(AMX, amx, int4_rows, INT4_ROWS)
-MANY(AMX, amx, int4_neurons, INT4_NEURONS)
-MANY(AMX, amx, int4_strips, INT4_STRIPS)
+#define BY_AMX(name, form) MANY(AMX, amx, name, form)
+
+BY_AMX(int8, INT8)
+IN_GROUPS(BY_AMX)
 
 #elif defined(__x86_64__) /* a compiler that does not know these instructions */
 
 #include "gemm.h"
 
-#define PAIRS_INSTEAD(form)                                                          \
-    void many_##form##_by_amx(const void *product, int64_t start, int64_t end) {     \
-        many_##form##_by_bf16(product, start, end);                                  \
+#define PAIRS_INSTEAD(name, form)                                                    \
+    void many_##name##_by_amx(const void *product, int64_t start, int64_t end) {     \
+        many_##name##_by_bf16(product, start, end);                                  \
     }
 
-PAIRS_INSTEAD(int8)
-PAIRS_INSTEAD(int4_rows)
-PAIRS_INSTEAD(int4_neurons)
-PAIRS_INSTEAD(int4_strips)
+PAIRS_INSTEAD(int8, INT8)
+IN_GROUPS(PAIRS_INSTEAD)
 
 #endif

@@ -97,6 +97,56 @@ AVX2 INLINED void fill_by_int4_rows(const Product *p, int64_t output, int64_t in
         }
 }
 
+/* The 32 numbers of a group of int3 or int2, without their scale. */
+AVX2 INLINED void few_numbers(const uint8_t *from, const uint8_t *pair, float *numbers, const int bits) {
+    __m256i codes[2];
+    codes_of_group(from, codes, bits);
+    for (int place = 0; place < PLACES; place++) {
+        const __m256i own = codes[place / 2];
+        const __m128i both = place % 2 ? _mm256_extracti128_si256(own, 1) : _mm256_castsi256_si128(own);
+        for (int half = 0; half < 2; half++) {
+            const __m128 some = _mm_cvtepi32_ps(_mm_cvtepu16_epi32(half ? _mm_srli_si128(both, 8) : both));
+            const __m128 sum = _mm_add_ps(some, _mm_set1_ps(OFFSETS(bits)[pair[half] >> 4])); /* it is exact */
+            _mm_storeu_ps(numbers + half * HALF + 4 * place, _mm_mul_ps(sum, _mm_set1_ps(STEPS_OF(bits)[pair[half] & 15])));
+        }
+    }
+}
+
+AVX2 INLINED void fill_by_few_rows(const Product *p, int64_t output, int64_t input, int64_t count, Panels panels,
+                                   const int bits) {
+    for (int64_t first = 0; first < MANY_OUTPUTS; first += LANES)
+        for (int64_t at = 0; at < count; at += INT4_GROUP) {
+            float numbers[LANES][INT4_GROUP];
+            for (int i = 0; i < LANES; i++) {
+                /* An output past the end is another one again: what it makes is not stored. */
+                const int64_t here = least(output + first + i, p->outputs - 1);
+                const int64_t group = (here * p->inputs + input + at) / INT4_GROUP;
+                const uint8_t *from = (const uint8_t *)p->weight + group * CODE_BYTES(bits);
+                few_numbers(from, p->groups + group * PAIR_BYTES, numbers[i], bits);
+            }
+            for (int k = 0; k < INT4_GROUP; k += LANES) {
+                __m256 rows[LANES];
+                for (int i = 0; i < LANES; i++) rows[i] = _mm256_loadu_ps(numbers[i] + k);
+                store_square(rows, panels, first, at + k);
+            }
+        }
+}
+
+AVX2 INLINED void fill_by_few_neurons(const Product *p, int64_t output, int64_t input, int64_t count, Panels panels,
+                                      const int form) {
+    for (int64_t first = 0; first < MANY_OUTPUTS; first += INT4_GROUP) {
+        Neurons from = neurons_at(p, least(output + first, p->outputs - INT4_GROUP), input, form);
+        for (int64_t at = 0; at < count; at++) {
+            float numbers[INT4_GROUP];
+            few_numbers(from.codes, from.pairs, numbers, BITS_OF(form));
+            for (int k = 0; k < INT4_GROUP; k += LANES)
+                _mm256_store_ps(place_of(panels, first + k, at), _mm256_loadu_ps(numbers + k));
+            from.codes += from.codes_apart;
+            from.pairs += from.pairs_apart;
+        }
+    }
+}
+
 AVX2 INLINED void fill_by_neurons(const Product *p, int64_t output, int64_t input, int64_t count, Panels panels,
                                   const int form) {
     for (int64_t first = 0; first < MANY_OUTPUTS; first += LANES) {
@@ -176,7 +226,7 @@ AVX2 INLINED void finish(const Product *p, int64_t first, int64_t rows, int64_t 
         const int64_t at = output + v, count = least(LANES, p->features - at);
         if (count <= 0) return;
         float scale[LANES] = {1, 1, 1, 1, 1, 1, 1, 1}, bias[LANES] = {0};
-        if (form == INT8 || form == INT4_ROWS) widen(p->scale, at, count, p->scale_type, scale);
+        if (HAS_SCALE(form)) widen(p->scale, at, count, p->scale_type, scale);
         if (p->bias) widen(p->bias, at, count, p->x_type, bias);
         for (int64_t r = 0; r < rows; r++) {
             __m256 numbers = _mm256_load_ps(&sums[r][v]);
@@ -201,9 +251,11 @@ AVX2 INLINED void multiply_outputs(const Product *p, int64_t output, const int f
         memset(sums, 0, (size_t)rows * sizeof *sums);
         for (int64_t input = 0; input < p->inputs; input += DEPTH) {
             const int64_t count = least(DEPTH, p->inputs - input);
-            if (form == INT4_ROWS) fill_by_int4_rows(p, output, input, count, panels);
-            else if (form == INT4_NEURONS || form == INT4_STRIPS)
-                fill_by_neurons(p, output, input, count, panels, form);
+            const int few = BITS_OF(form) < 4;
+            if (KIND_OF(form) == ROWS_IN_GROUPS && few) fill_by_few_rows(p, output, input, count, panels, BITS_OF(form));
+            else if (KIND_OF(form) == ROWS_IN_GROUPS) fill_by_int4_rows(p, output, input, count, panels);
+            else if (BY_NEURONS(form) && few) fill_by_few_neurons(p, output, input, count, panels, form);
+            else if (BY_NEURONS(form)) fill_by_neurons(p, output, input, count, panels, form);
             else fill_by_inputs(p, output, input, count, panels, form);
             add_part(p, first, rows, input, count, panels, sums);
         }
@@ -211,10 +263,10 @@ AVX2 INLINED void multiply_outputs(const Product *p, int64_t output, const int f
     }
 }
 
-MANY(AVX2, avx2, float, FLOATS)
-MANY(AVX2, avx2, int8, INT8)
-MANY(AVX2, avx2, int4_rows, INT4_ROWS)
-MANY(AVX2, avx2, int4_neurons, INT4_NEURONS)
-MANY(AVX2, avx2, int4_strips, INT4_STRIPS)
+#define BY_AVX2(name, form) MANY(AVX2, avx2, name, form)
+
+BY_AVX2(float, FLOATS)
+BY_AVX2(int8, INT8)
+IN_GROUPS(BY_AVX2)
 
 #endif

@@ -46,9 +46,9 @@ BF16 INLINED void multiply_outputs(const Product *p, int64_t output, const int f
     }
 }
 
-MANY(BF16, bf16, int8, INT8)
-MANY(BF16, bf16, int4_rows, INT4_ROWS)
-MANY(BF16, bf16, int4_neurons, INT4_NEURONS)
-MANY(BF16, bf16, int4_strips, INT4_STRIPS)
+#define BY_BF16(name, form) MANY(BF16, bf16, name, form)
+
+BY_BF16(int8, INT8)
+IN_GROUPS(BY_BF16)
 
 #endif

@@ -7,7 +7,7 @@
 #include <math.h>
 
 #include "gemv.h"
-#include "int4.h"
+#include "few_bits.h"
 #include "threads.h"
 
 #define MOST_GROUP 128
@@ -93,6 +93,31 @@ AVX2 static void quantize_by_fours(const Product *p) {
         }
 }
 
+/* As int3 and int2 rows are multiplied: a scale for each half of a group. Bytes lie as gemv.h says, 16-bit numbers as
+ * `codes_of_group` has codes; `floats` become the halves' sums. */
+AVX2 static void quantize_by_halves(const Product *p) {
+    const int64_t halves = p->inputs / HALF;
+    float values[HALF];
+    int16_t numbers[HALF];
+    if (p->wide) memset(p->numbers, 0, (size_t)(p->rows * p->parts * few_filled(p)));
+    for (int64_t row = 0; row < p->rows; row++)
+        for (int64_t half = 0; half < halves; half++) {
+            inputs_of(p, row, half * HALF, HALF, values);
+            for (int64_t part = row * p->parts; part < (row + 1) * p->parts; part++) {
+                const int64_t at = part * halves + half;
+                int8_t *bytes = few_bytes(p, part) + half / 16 * FEW_FILLED + half % 16 * PLACES;
+                int16_t *shorts = p->numbers + part * p->inputs + half / 2 * INT4_GROUP + half % 2 * 4;
+                int32_t sum;
+                quantize_group(values, HALF, p->wide ? LARGEST_BYTE : LARGEST, numbers, p->step + at, &sum);
+                p->floats[at] = (float)sum * p->step[at];
+                for (int k = 0; k < HALF; k++) {
+                    if (p->wide) bytes[k / 4 * 64 + k % 4] = (int8_t)numbers[k];
+                    else shorts[k / 4 * 8 + k % 4] = numbers[k];
+                }
+            }
+        }
+}
+
 typedef struct {
     const Product *product;
     Part kernel;
@@ -128,12 +153,30 @@ void multiply_int4_rows(const Product *p, Parallel parallel) {
     multiply(p, parallel, p->wide ? int4_rows_by_vnni : int4_rows_by_avx2);
 }
 
-AVX2 void multiply_int4_strips(const Product *p, Parallel parallel) {
+/* x times the neurons' scales. */
+AVX2 static void scale_inputs(const Product *p) {
     for (int64_t row = 0; row < p->rows; row++)
         for (int64_t start = 0; start < p->inputs; start += MOST_GROUP)
             inputs_of(p, row, start, least(MOST_GROUP, p->inputs - start), p->floats + row * p->inputs + start);
-    multiply(p, parallel, p->wide ? int4_strips_by_vnni : int4_strips_by_avx2);
 }
+
+#define MULTIPLY_STRIPS(name)                                                      \
+    void multiply_##name##_strips(const Product *p, Parallel parallel) {           \
+        scale_inputs(p);                                                           \
+        multiply(p, parallel, p->wide ? name##_strips_by_vnni : name##_strips_by_avx2); \
+    }
+
+#define MULTIPLY_FEW(name)                                                         \
+    void multiply_##name##_rows(const Product *p, Parallel parallel) {             \
+        quantize_by_halves(p);                                                     \
+        multiply(p, parallel, p->wide ? name##_rows_by_vnni : name##_rows_by_avx2); \
+    }
+
+MULTIPLY_STRIPS(int4)
+MULTIPLY_STRIPS(int3)
+MULTIPLY_STRIPS(int2)
+MULTIPLY_FEW(int3)
+MULTIPLY_FEW(int2)
 
 AVX2 void multiply_floats(const Product *p, Parallel parallel) {
     if (!p->wide) widen(p->x, 0, p->rows * p->inputs, p->x_type, p->floats);

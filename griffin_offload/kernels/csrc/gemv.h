@@ -29,6 +29,13 @@ INLINED int64_t filled_inputs(const Product *p) { return (p->inputs + FILLED - 1
 
 INLINED int8_t *filled_bytes(const Product *p, int64_t row) { return (int8_t *)p->numbers + row * filled_inputs(p); }
 
+/* Of a row where int3 or int2 rows are multiplied by bytes: eight groups at a time, whose halves are lanes, by places. */
+#define FEW_FILLED 256
+
+INLINED int64_t few_filled(const Product *p) { return (p->inputs + FEW_FILLED - 1) / FEW_FILLED * FEW_FILLED; }
+
+INLINED int8_t *few_bytes(const Product *p, int64_t row) { return (int8_t *)p->numbers + row * few_filled(p); }
+
 /* Each makes `sums` of outputs from `start` to `end`. */
 void int8_by_avx2(const void *product, int64_t start, int64_t end);
 void int8_by_vnni(const void *product, int64_t start, int64_t end);
@@ -37,6 +44,14 @@ void int4_rows_by_avx2(const void *product, int64_t start, int64_t end);
 void int4_rows_by_vnni(const void *product, int64_t start, int64_t end);
 void int4_strips_by_avx2(const void *product, int64_t start, int64_t end);
 void int4_strips_by_vnni(const void *product, int64_t start, int64_t end);
+void int3_rows_by_avx2(const void *product, int64_t start, int64_t end);
+void int3_rows_by_vnni(const void *product, int64_t start, int64_t end);
+void int3_strips_by_avx2(const void *product, int64_t start, int64_t end);
+void int3_strips_by_vnni(const void *product, int64_t start, int64_t end);
+void int2_rows_by_avx2(const void *product, int64_t start, int64_t end);
+void int2_rows_by_vnni(const void *product, int64_t start, int64_t end);
+void int2_strips_by_avx2(const void *product, int64_t start, int64_t end);
+void int2_strips_by_vnni(const void *product, int64_t start, int64_t end);
 void floats_by_avx2(const void *product, int64_t start, int64_t end);
 void pairs_by_bf16(const void *product, int64_t start, int64_t end);
 

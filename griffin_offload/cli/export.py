@@ -1,0 +1,178 @@
+"""`griffin-offload export`: a smaller ordinary checkpoint with the neurons that a set of prompts uses."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from griffin_offload.cli.options import (
+    add_memory_options,
+    add_model_option,
+    check_utf8,
+    heavy_imports,
+    load_options,
+    model_of,
+    quiet_libraries,
+)
+from griffin_offload.config import FORMAT_NAMES, LoadConfig, SelectionMethod
+from griffin_offload.errors import UsageError
+from griffin_offload.units import format_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from griffin_offload.engine.export import Choice, Export, Probabilities
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the main parser."""
+    parser = commands.add_parser(
+        "export",
+        help="write a smaller checkpoint for one domain",
+        description="Writes a checkpoint with the neurons that a set of prompts uses, which any software loads. Every "
+        "fourth prompt does not choose, and measures what the choice costs.",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; an unfinished export continues")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='jsonl, a line {"prompt": ...} or {"messages": [...]} each, or text, its documents separated by '
+        "<|endoftext|>",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message in front of every prompt")
+    parser.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
+    parser.add_argument("--density", default="0.5", metavar="D", help="fraction of neurons kept")
+    parser.add_argument(
+        "--selection", choices=get_args(SelectionMethod), default=LoadConfig.selection, help="how neurons are chosen"
+    )
+    add_model_option(parser)
+    add_memory_options(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.set_defaults(command=export)
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Choose, write, measure, and say what was written."""
+    options = load_options(arguments) | {"quantize": FORMAT_NAMES[0], "always_stream": True}
+    density = options["density"]
+    if not isinstance(density, float) or not 0 < density < 1:
+        raise UsageError(f"--density is {arguments.density}: one number, more than 0 and less than 1")
+    LoadConfig(**options)
+    quiet_libraries()
+    with heavy_imports():
+        from griffin_offload.checkpoint.registry import locate, open_checkpoint
+        from griffin_offload.engine import export as runtime
+
+    directory = locate(model_of(arguments), offline=arguments.offline)
+    checkpoint = open_checkpoint(directory)
+    runtime.check(directory, arguments.out, density)
+    prompts = _prompts(arguments, checkpoint.tokenizer())
+    options["ctx_size"] = max(ids.numel() for ids in prompts) + 1
+    choice, before = _chosen(directory, prompts, options, arguments)
+    found = runtime.export(directory, arguments.out, choice, density, selection=arguments.selection)
+    found = runtime.measured(found, before, _after(found, prompts, options), prompts)
+    source = "the demo" if arguments.model is None else Path(arguments.model).name
+    runtime.write_card(found, source, arguments.selection, checkpoint.fingerprint())
+    if arguments.json:
+        print(json.dumps(asdict(found) | {"directory": str(found.directory)}))
+    elif not arguments.quiet:
+        print("\n".join(_lines(found)), file=sys.stderr)
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> "list[Tensor]":
+    """Token ids of every prompt of the file."""
+    import torch
+
+    from griffin_offload.checkpoint.tokenizer import encode, encode_messages
+
+    if arguments.system is not None:
+        check_utf8(arguments.system, "the system message")
+    templated = tokenizer.chat_template is not None and not arguments.raw
+    if arguments.system is not None and not templated:
+        raise UsageError("--system needs a chat template: this model has none, or --raw turned it off")
+    system = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
+    found = []
+    for messages in _messages(arguments.prompts):
+        if templated:
+            ids = encode_messages(tokenizer, system + messages)
+        else:
+            ids = encode(tokenizer, "\n".join(message["content"] for message in messages))
+        found.append(torch.tensor(ids, dtype=torch.long, device="cpu"))
+    found = [ids for ids in found if ids.numel()]
+    if not found:
+        raise UsageError(f"{arguments.prompts} holds no prompt")
+    return found
+
+
+def _messages(path: Path) -> list[list[dict[str, str]]]:
+    from griffin_offload.evaluation.samples import json_lines, read_documents
+
+    if path.suffix != ".jsonl":
+        return [[{"role": "user", "content": text}] for text in read_documents(path)]
+    found = []
+    for number, row in enumerate(json_lines(path), start=1):
+        given = row if isinstance(row, dict) else {}
+        messages = given.get("messages", [{"role": "user", "content": given.get("prompt")}])
+        if not _is_chat(messages):
+            raise UsageError(f"{path}, prompt {number} has neither a text prompt nor messages with role and content")
+        found.append([{"role": message["role"], "content": message["content"]} for message in messages])
+    return found
+
+
+def _is_chat(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+    )
+
+
+def _chosen(
+    directory: Path, prompts: "list[Tensor]", options: dict[str, Any], arguments: argparse.Namespace
+) -> "tuple[Choice, Probabilities]":
+    """What the prompts say of the neurons, and what the full model predicts on those held out."""
+    from tqdm import tqdm
+
+    from griffin_offload.engine.export import choose, predictions
+    from griffin_offload.engine.model import GriffinModel
+
+    quiet = arguments.quiet or arguments.json
+    with (
+        GriffinModel.from_pretrained(directory, **options, keep_prompts=True) as model,
+        tqdm(total=len(prompts), desc="prompts", unit="prompt", leave=False, disable=quiet or None) as bar,
+    ):
+        return choose(model, prompts, bar.update), predictions(model, prompts)
+
+
+def _after(found: "Export", prompts: "list[Tensor]", options: dict[str, Any]) -> "Probabilities":
+    from griffin_offload.engine.export import held_out_of, predictions
+    from griffin_offload.engine.model import GriffinModel
+
+    if not held_out_of(prompts):
+        return []
+    whole = options | {"density": 1.0, "always_stream": False}
+    with GriffinModel.from_pretrained(found.directory, **whole) as model:
+        return predictions(model, prompts)
+
+
+def _lines(found: "Export") -> list[str]:
+    lines = [
+        f"{found.directory}: {found.neurons} of {found.of_neurons} neurons a layer, {format_bytes(found.read_bytes)} "
+        f"became {format_bytes(found.written_bytes)}",
+        f"kept     {found.activation_kept:.3f} of the activation of {found.prompts} prompts",
+    ]
+    if found.activation_kept_heldout is None:
+        return [*lines, "note: too few prompts to hold some out: what the choice costs is not known"]
+    return [
+        *lines,
+        f"held out {found.activation_kept_heldout:.3f} of the activation, KL {found.kl:.3f}, perplexity "
+        f"{found.perplexity_before:.2f} became {found.perplexity:.2f}",
+    ]

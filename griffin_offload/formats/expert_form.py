@@ -1,0 +1,194 @@
+"""The matrices of one expert, in a weight format: how they lie in the model, in places on the device, and in the
+records of converted files; made from each other, and multiplied.
+
+A record is all of an expert in a row of bytes, as it is computed with: one expert is one contiguous read.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from griffin_offload.formats.base import Format, Layout, Spec, Tensors
+from griffin_offload.formats.stacked import read_row, read_rows
+from griffin_offload.kernels.by_blocks import Scratch
+from griffin_offload.kernels.table import products
+
+RECORDS = "records"
+"""The parameter that experts of a converted checkpoint lie in: uint8 [E, bytes of a record]."""
+RECORD_VERSION = 1
+_ALIGNMENT = 64  # of each tensor in a record: what vector units like
+BLOCK_BYTES = 4096
+"""Records of a file begin at a multiple of this."""
+_LARGE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class ExpertMatrix:
+    """One that every expert of a layer has."""
+
+    name: str
+    """Of the model's parameter, [E, outputs, inputs], or turned around."""
+    outputs: int
+    inputs: int
+    is_down: bool
+    transposed: bool
+    bias: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """In the model."""
+        return (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
+
+
+@dataclass(frozen=True)
+class ExpertForm:
+    """How one expert lies: `precision` is that of places, `stored` that of files."""
+
+    matrices: tuple[ExpertMatrix, ...]
+    precision: Format
+    stored: Format
+    records: torch.dtype | None = None
+    """Of floats in files that hold experts as records; None: they hold them as the model does."""
+    scratch: Scratch | None = field(default=None, compare=False)
+    importance: Tensor | None = field(default=None, compare=False)
+    """[H] of what experts are given, for formats that want it when they quantise floats."""
+
+    def specs(self, precision: Format) -> dict[str, Spec]:
+        """Tensors of an expert by the names of parameters; those of floats are the model's own."""
+        found: dict[str, Spec] = {}
+        for matrix in self.matrices:
+            if precision.is_plain:
+                found[matrix.name] = (matrix.shape, None)
+            else:
+                layout = precision.resident(is_down=matrix.is_down)
+                own = layout.specs(matrix.outputs, matrix.inputs, is_down=matrix.is_down)
+                found |= {_name(matrix, key): spec for key, spec in own.items()}
+            if matrix.bias:
+                found[_name(matrix, "bias")] = ((matrix.outputs,), None)
+        return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors in places, in order."""
+        return tuple(self.specs(self.precision))
+
+    def check(self, precision: Format, where: str) -> None:
+        """UnsupportedModel when an expert cannot be in `precision`."""
+        for matrix in self.matrices:
+            precision.check(matrix.outputs, matrix.inputs, f"{where}.{matrix.name}", is_down=matrix.is_down)
+
+    # Made.
+
+    @torch.no_grad()
+    def fill(self, full: Sequence[Tensor], expert: int, into: Sequence[Tensor]) -> None:
+        """Write an expert of `full`, the experts of a layer as files hold them, into `into`, its tensors in places."""
+        if self.stored is self.precision:
+            read_rows(full, expert, into)
+            return
+        stored = dict(zip(self.specs(self.stored), full, strict=True))
+        targets = dict(zip(self.names, into, strict=True))
+        for matrix in self.matrices:
+            self._quantise(matrix, stored, expert, self._of(matrix, targets))
+
+    def _quantise(self, matrix: ExpertMatrix, stored: Mapping[str, Tensor], expert: int, out: Tensors) -> None:
+        source, device = stored[matrix.name], out["weight"].device
+        floats = _row(source, expert).to(device)
+        full = {"weight": floats.t() if matrix.transposed else floats}
+        if matrix.bias:
+            full["bias"] = _row(stored[_name(matrix, "bias")], expert).to(device)
+            if matrix.is_down:  # it belongs to no neuron: gathering leaves it alone
+                out["bias"].copy_(full["bias"])
+        neurons = torch.arange(matrix.inputs if matrix.is_down else matrix.outputs, dtype=torch.long, device=device)
+        layout = self.stored.stored(is_down=matrix.is_down)
+        importance = None if matrix.is_down else self.importance
+        self.precision.gather(full, layout, neurons, out, is_down=matrix.is_down, importance=importance)
+
+    # Multiplied.
+
+    def by_matrix(self, tensors: Sequence[Tensor]) -> dict[str, Tensors]:
+        """The tensors of an expert, in their order, by the matrices that they belong to."""
+        named = dict(zip(self.names, tensors, strict=True))
+        return {matrix.name: self._of(matrix, named) for matrix in self.matrices}
+
+    def _of(self, matrix: ExpertMatrix, named: Mapping[str, Tensor]) -> Tensors:
+        keys = self.layout(matrix).specs(matrix.outputs, matrix.inputs, is_down=matrix.is_down)
+        names = {key: _name(matrix, key) for key in (*keys, *(["bias"] if matrix.bias else []))}
+        return {key: named[name] for key, name in names.items()}
+
+    def layout(self, matrix: ExpertMatrix) -> Layout:
+        """Of the matrix in a place."""
+        return self.precision.resident(is_down=matrix.is_down)
+
+    def multiply(self, x: Tensor, matrix: ExpertMatrix, tensors: Tensors) -> Tensor:
+        """x [M, inputs] to [M, outputs], whether the expert is resident or passes: by what its rows alone decide."""
+        found: dict[str, Tensor | None] = {"bias": None, "input_scale": None, **tensors}
+        if self.precision.is_plain and (matrix.transposed or not x.is_cpu):
+            weight = tensors["weight"]
+            return torch.nn.functional.linear(x, weight.t() if matrix.transposed else weight, found["bias"])
+        computes = self.scratch.dtype if self.scratch is not None and not self.precision.is_plain else None
+        for kernel in products(self.layout(matrix).name, x.shape[0], x, computes, True):
+            if kernel.takes is None or kernel.takes(x, found):
+                product: Tensor = kernel.function(x, found, matrix.outputs, self.scratch)
+                return product
+        raise AssertionError("torch multiplies what nothing else does")
+
+    # Records.
+
+    @property
+    def record_bytes(self) -> int:
+        """Of one expert in files."""
+        return self._places()[1]
+
+    def record(self, full: Sequence[Tensor], expert: int) -> Tensor:
+        """An expert of `full` as a record: uint8 [bytes], in the precision of places, its matrices as rows."""
+        own = replace(self.as_rows(), stored=self.precision)
+        made = torch.zeros(1, own.record_bytes, dtype=torch.uint8, device="cpu")
+        into = [tensor[0] for tensor in own.views(made)]
+        if self.stored is not self.precision:
+            self.fill(full, expert, into)
+            return made[0]
+        turned = {matrix.name for matrix in self.matrices if matrix.transposed}
+        for name, tensor, target in zip(self.names, full, into, strict=True):
+            row = _row(tensor, expert)
+            target.copy_(row.t() if name in turned else row)
+        return made[0]
+
+    def as_rows(self) -> "ExpertForm":
+        """The same for matrices that lie as [outputs, inputs]."""
+        return replace(self, matrices=tuple(replace(matrix, transposed=False) for matrix in self.matrices))
+
+    def views(self, records: Tensor) -> list[Tensor]:
+        """The tensors [E, ...] inside `records` [E, bytes], each a view: of one expert they are contiguous."""
+        return [
+            records[:, start : start + math.prod(shape) * own.itemsize].view(own).unflatten(1, shape)
+            for start, shape, own in self._places()[0]
+        ]
+
+    def _places(self) -> tuple[list[tuple[int, tuple[int, ...], torch.dtype]], int]:
+        assert self.records is not None, "experts lie as the model has them"
+        found, end, dtype = [], 0, self.records
+        for shape, own in self.specs(self.stored).values():
+            found.append((end, shape, own or dtype))
+            end = _up_to(end + math.prod(shape) * (own or dtype).itemsize, _ALIGNMENT)
+        # Large ones begin at blocks of the disk, whose whole ones are read past the page cache.
+        return found, _up_to(end, BLOCK_BYTES) if end >= _LARGE_BYTES else end
+
+
+def _up_to(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _name(matrix: ExpertMatrix, key: str) -> str:
+    return matrix.name if key == "weight" else f"{matrix.name}_{key}"
+
+
+def _row(tensor: Tensor, row: int) -> Tensor:
+    """A view where it lies as it is, else made."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor.detach()[row]
+    made = torch.empty(tensor.shape[1:], dtype=tensor.dtype, device="cpu")
+    read_row(tensor, row, made)
+    return made

@@ -1,0 +1,166 @@
+/* A few rows times int3 and int2 rows, whose groups run along the inputs. */
+#include <stdint.h>
+
+#if defined(__x86_64__)
+
+#include "few_bits.h"
+#include "gemv.h"
+
+INLINED int64_t groups_of_row(const Product *p) { return p->inputs / INT4_GROUP; }
+
+AVX2 INLINED float row_scale(const Product *p, int64_t output) {
+    float scale;
+    widen(p->scale, output, 1, p->scale_type, &scale);
+    return scale;
+}
+
+/* 16-bit numbers: inputs lie as `codes_of_group` has codes. */
+
+#define FOUR 4 /* groups, whose halves fill a vector of floats */
+
+AVX2 INLINED __m256 floats_at(const float *from, int64_t count) {
+    if (count >= LANES) return _mm256_loadu_ps(from);
+    float numbers[LANES] = {0};
+    memcpy(numbers, from, (size_t)count * sizeof *numbers);
+    return _mm256_loadu_ps(numbers);
+}
+
+/* Add `count` groups, up to 4, of an output and of `rows` rows from `first`. */
+AVX2 INLINED void add_four(const Product *p, int64_t output, int64_t group, int64_t count, int64_t first, __m256 *total,
+                           const int rows, const int bits) {
+    const int64_t groups = groups_of_row(p), at = output * groups + group;
+    int64_t bytes = 0;
+    memcpy(&bytes, p->groups + at * PAIR_BYTES, (size_t)count * PAIR_BYTES);
+    __m256 step, offset, scale[4];
+    eight_halves(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes)), &step, &offset, bits);
+    offset = _mm256_mul_ps(step, offset);
+    for (int r = 0; r < rows; r++) {
+        const int64_t here = 2 * ((first + r) * groups + group);
+        scale[r] = _mm256_mul_ps(step, floats_at(p->step + here, 2 * count));
+        total[r] = _mm256_fmadd_ps(offset, floats_at(p->floats + here, 2 * count), total[r]);
+    }
+    const uint8_t *from = (const uint8_t *)p->weight + at * CODE_BYTES(bits);
+    const __m256i halves = _mm256_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1);
+    if (p->ahead) fetch_ahead(from, 1);
+    for (int64_t i = 0; i < count; i++, from += CODE_BYTES(bits)) {
+        __m256i codes[2];
+        codes_of_group(from, codes, bits);
+        for (int r = 0; r < rows; r++) {
+            const int16_t *x = p->numbers + (first + r) * p->inputs + (group + i) * INT4_GROUP;
+            __m256i sum = _mm256_madd_epi16(codes[0], _mm256_loadu_si256((const __m256i *)x));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes[1], _mm256_loadu_si256((const __m256i *)(x + 16))));
+            const __m256i lanes = _mm256_add_epi32(halves, _mm256_set1_epi32(2 * (int)i));
+            total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_permutevar8x32_ps(scale[r], lanes), total[r]);
+        }
+    }
+}
+
+AVX2 INLINED void shorts_output(const Product *p, int64_t output, int64_t first, const int rows, const int bits) {
+    const int64_t groups = groups_of_row(p), whole = groups / FOUR * FOUR;
+    __m256 total[4];
+    for (int r = 0; r < rows; r++) total[r] = _mm256_setzero_ps();
+    for (int64_t group = 0; group < whole; group += FOUR) add_four(p, output, group, FOUR, first, total, rows, bits);
+    if (whole < groups) add_four(p, output, whole, groups - whole, first, total, rows, bits);
+    for (int r = 0; r < rows; r++)
+        p->sums[(first + r) * p->outputs + output] = sum_of(total[r]) * row_scale(p, output);
+}
+
+/* 8-bit numbers: a vector has the codes' bytes of eight groups, a lane a half. */
+
+#define EIGHT 8
+
+/* The lower bits of codes, of any groups past the last one zeros; and for each group a vector's eighth of upper bits. */
+VNNI INLINED void load_eight(const uint8_t *from, int64_t count, __m512i *low, __m512i *high, const int bits) {
+    const int64_t left = count * CODE_BYTES(bits);
+    if (bits == 2) {
+        *low = count == EIGHT ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, from);
+        return;
+    }
+    uint8_t lower[64], upper[64];
+    for (int k = 0; k < 64; k++) {
+        lower[k] = (uint8_t)(k / 8 * CODE_BYTES(3) + k % 8);
+        upper[k] = (uint8_t)(k / 8 * CODE_BYTES(3) + LOW_BYTES + k % 4);
+    }
+    const __mmask64 all = ~(__mmask64)0, rest = ((__mmask64)1 << 32) - 1;
+    const __mmask64 first = left >= 64 ? all : ((__mmask64)1 << left) - 1;
+    const __mmask64 second = left >= 96 ? rest : left > 64 ? ((__mmask64)1 << (left - 64)) - 1 : 0;
+    const __m512i one = _mm512_maskz_loadu_epi8(first, from), other = _mm512_maskz_loadu_epi8(second, from + 64);
+    *low = _mm512_permutex2var_epi8(one, _mm512_loadu_si512(lower), other);
+    *high = _mm512_permutex2var_epi8(one, _mm512_loadu_si512(upper), other);
+}
+
+/* Codes of one place of every byte. */
+VNNI INLINED __m512i codes_of_place(__m512i low, __m512i high, const int place, const int bits) {
+    const __m512i codes = _mm512_and_si512(_mm512_srli_epi16(low, 2 * place), _mm512_set1_epi8(3));
+    if (bits == 2) return codes;
+    uint8_t from[64]; /* where a byte's bit 2 comes from, two bits before that */
+    for (int k = 0; k < 64; k++) from[k] = (uint8_t)((k % 8 * 4 + place + 62) % 64);
+    const __m512i bits_of_place = _mm512_multishift_epi64_epi8(_mm512_loadu_si512(from), high);
+    return _mm512_ternarylogic_epi32(codes, bits_of_place, _mm512_set1_epi8(4), 0xf8); /* codes | (bits & 4) */
+}
+
+/* Add `count` groups, up to 8, of an output and of `rows` rows from `first`. */
+VNNI INLINED void add_eight(const Product *p, int64_t output, int64_t group, const int64_t count, int64_t first,
+                            __m512 (*total)[2], int turn, const int rows, const int bits) {
+    const int64_t groups = groups_of_row(p), at = output * groups + group;
+    const __mmask16 wanted = (__mmask16)((1u << 2 * count) - 1);
+    __m512 step, offset, scale[4];
+    const __m128i bytes = _mm_maskz_loadu_epi8(wanted, p->groups + at * PAIR_BYTES);
+    sixteen_halves(_mm512_cvtepu8_epi32(bytes), &step, &offset, bits);
+    offset = _mm512_mul_ps(step, offset);
+    for (int r = 0; r < rows; r++) {
+        const int64_t here = 2 * ((first + r) * groups + group);
+        scale[r] = _mm512_mul_ps(step, _mm512_maskz_loadu_ps(wanted, p->step + here));
+        total[r][!turn] = _mm512_fmadd_ps(offset, _mm512_maskz_loadu_ps(wanted, p->floats + here), total[r][!turn]);
+    }
+    const uint8_t *from = (const uint8_t *)p->weight + at * CODE_BYTES(bits);
+    if (p->ahead) fetch_ahead(from, 2);
+    __m512i low, high = _mm512_setzero_si512(), sum[4];
+    load_eight(from, count, &low, &high, bits);
+    for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int place = 0; place < PLACES; place++) {
+        const __m512i codes = codes_of_place(low, high, place, bits);
+        for (int r = 0; r < rows; r++) {
+            const int8_t *x = few_bytes(p, first + r) + group * INT4_GROUP + 64 * place;
+            sum[r] = _mm512_dpbusd_epi32(sum[r], codes, _mm512_loadu_si512(x));
+        }
+    }
+    for (int r = 0; r < rows; r++) total[r][turn] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]), scale[r], total[r][turn]);
+}
+
+VNNI INLINED void bytes_output(const Product *p, int64_t output, int64_t first, const int rows, const int bits) {
+    const int64_t groups = groups_of_row(p), whole = groups / EIGHT * EIGHT;
+    __m512 total[4][2];
+    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
+    int64_t group = 0;
+    for (; group + EIGHT < whole; group += 2 * EIGHT) {
+        add_eight(p, output, group, EIGHT, first, total, 0, rows, bits);
+        add_eight(p, output, group + EIGHT, EIGHT, first, total, 1, rows, bits);
+    }
+    if (group < whole) add_eight(p, output, group, EIGHT, first, total, 0, rows, bits);
+    if (whole < groups) add_eight(p, output, whole, groups - whole, first, total, 1, rows, bits);
+    for (int r = 0; r < rows; r++) {
+        const float sum = _mm512_reduce_add_ps(_mm512_add_ps(total[r][0], total[r][1]));
+        p->sums[(first + r) * p->outputs + output] = sum * row_scale(p, output);
+    }
+}
+
+#define ROWS_BY(TARGET, processor, bits, of_output)                                                  \
+    TARGET void int##bits##_rows_by_##processor(const void *product, int64_t start, int64_t end) {   \
+        const Product *p = product;                                                                  \
+        const int64_t rows = p->rows * p->parts;                                                     \
+        for (int64_t output = start; output < end; output++) {                                       \
+            int64_t first = 0;                                                                       \
+            for (; first + 4 <= rows; first += 4) of_output(p, output, first, 4, bits);              \
+            for (; first + 2 <= rows; first += 2) of_output(p, output, first, 2, bits);              \
+            if (first < rows) of_output(p, output, first, 1, bits);                                  \
+        }                                                                                            \
+    }
+
+ROWS_BY(AVX2, avx2, 3, shorts_output)
+ROWS_BY(AVX2, avx2, 2, shorts_output)
+ROWS_BY(VNNI, vnni, 3, bytes_output)
+ROWS_BY(VNNI, vnni, 2, bytes_output)
+
+#endif

@@ -1,0 +1,103 @@
+"""GGUF files of mixtures of experts: the model that was written, what transformers reads, streamed and converted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from loaded_model import ids
+from marks import mostly_slow
+from support.gguf_files import write_gguf
+from tiny_models import LAYERS, MIXTURES, VOCAB
+from torch import Tensor
+
+from griffin_offload import GriffinModel
+from griffin_offload.checkpoint.registry import open_checkpoint
+from griffin_offload.engine.build import build
+from griffin_offload.engine.convert import convert
+from griffin_offload.errors import CheckpointError
+
+NAMES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
+GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 12}
+_PROMPT = ids(tokens=20) % (VOCAB - 8)
+
+
+def model_of(name: str) -> Any:
+    """As its files can say it: every other layer of gpt-oss sees a window, the others have none."""
+    more = {"gpt_oss": {"layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(LAYERS)]}}
+    settings = MIXTURES[name].build().config.to_dict() | more.get(name, {})
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**settings), dtype=torch.float32).eval()
+    model.load_state_dict(MIXTURES[name].build().state_dict())
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> Tensor:
+    return model(_PROMPT).logits[0].float()
+
+
+def _answer(path: Path, **options: Any) -> tuple[Tensor, Tensor]:
+    sizes = {"max_gpu_mem": "60MB", "ctx_size": 64}
+    with GriffinModel.from_pretrained(path, device="cpu", **sizes, **options) as model:
+        found = model.generate(_PROMPT, attention_mask=torch.ones_like(_PROMPT), **GREEDY)
+        assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+        assert model.resident_bytes == model.plan.resident_bytes
+        store = model.engine.loaded.layers.expert_store
+        assert store is None or store.unmapped_bytes == 0
+        return found.sequences, torch.stack(found.logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_is_the_one_that_was_written(name: str, tmp_path: Path):
+    model = model_of(name)
+    path = write_gguf(model, tmp_path / "tiny.gguf")
+    torch.testing.assert_close(logits_of(build(open_checkpoint(path))), logits_of(model), rtol=1e-5, atol=2e-5)
+    expected = model.generate(_PROMPT, attention_mask=torch.ones_like(_PROMPT), **GREEDY)
+    for density in (0.25, 1.0):
+        sequences, logits = _answer(path, quantize="none", density=density)
+        assert torch.equal(sequences, expected.sequences)
+        theirs = torch.stack(expected.logits)
+        assert (logits - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "MXFP4", "Q4_0", "BF16"])
+@pytest.mark.parametrize("name", mostly_slow(["qwen3_moe", "qwen2_moe"], 1))
+def test_blocks_are_what_transformers_makes_of_them(name: str, kind: str, tmp_path: Path):
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    config = model_of(name).config
+    for key, size in sizes.items():
+        if hasattr(config, key):
+            setattr(config, key, size)
+    torch.manual_seed(0)
+    path = write_gguf(hf.AutoModelForCausalLM.from_config(config).eval(), tmp_path / "tiny.gguf", kind)
+    # transformers does not read the neurons of an expert out of the file: the config is the one that was written.
+    settings = {"gguf_file": path.name, "dtype": torch.float32, "quantization_config": hf.GgufConfig(dequantize=True)}
+    expected = hf.AutoModelForCausalLM.from_pretrained(path.parent, config=config, **settings).eval()
+    checkpoint = open_checkpoint(path).in_precision(torch.float32)
+    torch.testing.assert_close(logits_of(build(checkpoint).float()), logits_of(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["none", "int8", "int4"])
+@pytest.mark.parametrize("name", mostly_slow(["gpt_oss", "mixtral"], 1))
+def test_fetched_resident_and_converted(name: str, precision: str, tmp_path: Path):
+    path = write_gguf(model_of(name), tmp_path / "tiny.gguf", "Q8_0")
+    expected = _answer(path, quantize=precision, density=1.0)[1]
+    assert torch.equal(_answer(path, quantize=precision, density=0.25)[1], expected)
+    convert(path, tmp_path / "copy", precision)
+    assert torch.equal(_answer(tmp_path / "copy", quantize=precision, density=0.5)[1], expected)
+
+
+def test_a_matrix_of_experts_that_is_not_there(tmp_path: Path):
+    import gguf
+
+    path = write_gguf(model_of("qwen3_moe"), tmp_path / "tiny.gguf")
+    reader = gguf.GGUFReader(path, "r+")
+    place = next(tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_up_exps.weight")
+    name = place.field.parts[1]
+    name[:] = memoryview(b"blk.1.ffn_xx_exps.weight")
+    del reader
+    with pytest.raises(Exception, match=r"ffn_xx_exps|ffn_up_exps") as found:
+        _answer(path, density=0.5)
+    assert isinstance(found.value, CheckpointError) or "no place for" in str(found.value)

@@ -1,0 +1,156 @@
+"""Experts that others packed: read as they lie, and what transformers makes of the same files."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from foreign_formats import fp8_blocks
+from loaded_model import ids
+from packed_experts import write_mxfp4
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCAB, write_checkpoint
+from torch import Tensor
+
+from griffin_offload import GriffinModel
+from griffin_offload.engine.convert import convert
+from griffin_offload.errors import CheckpointError
+
+GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 24}
+EXPERTS, HIDDEN, INNER = 8, 32, 96
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mxfp4(tmp_path_factory.mktemp("mxfp4") / "model")
+
+
+@pytest.fixture(scope="module")
+def unpacked(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What transformers makes of it, in a directory of its own."""
+    directory = tmp_path_factory.mktemp("bf16") / "model"
+    config = hf.Mxfp4Config(dequantize=True)
+    model = hf.AutoModelForCausalLM.from_pretrained(packed, quantization_config=config, dtype=torch.bfloat16)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    said = json.loads((packed / "config.json").read_text())
+    del said["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(said))
+    return directory
+
+
+def _answer(directory: Path, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    prompt = ids(tokens=20) % (VOCAB - 8)
+    sizes = {"max_gpu_mem": "40MB", "ctx_size": 64}
+    with GriffinModel.from_pretrained(directory, device="cpu", **sizes, **options) as model:
+        found = model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY)
+        report = model.last_report
+        assert report.peak_device_bytes <= model.plan.peak_bytes
+        assert model.resident_bytes == model.plan.resident_bytes
+        return found.sequences, torch.stack(found.logits), report
+
+
+def test_mxfp4_is_what_transformers_makes_of_it(packed: Path, unpacked: Path):
+    """Numbers of four bits times powers of two have all of their bits in bfloat16."""
+    dense = hf.AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32).eval()
+    prompt = ids(tokens=20) % (VOCAB - 8)
+    expected = dense.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY)
+    for density in (0.25, 0.5, 1.0):
+        sequences, logits, report = _answer(packed, quantize="none", density=density, dtype="float32")
+        assert torch.equal(sequences, expected.sequences)
+        theirs = torch.stack(expected.logits)
+        assert (logits - theirs).abs().max() < 1e-5 * theirs.abs().max()
+        numbers, biases = 3 * INNER * HIDDEN, 2 * INNER + HIDDEN
+        stored = numbers // 2 + numbers // 32 + 2 * biases
+        misses = report.experts.misses if density < 1 else 0
+        assert report.decode_streamed_bytes == misses * stored
+        assert (misses > 0) == (density < 1)
+
+
+@pytest.mark.parametrize("precision", ["none", "int8", "int4"])
+def test_packed_or_not_is_the_same(packed: Path, unpacked: Path, tmp_path: Path, precision: str):
+    """Quantised on the way, converted, fetched or resident."""
+    expected = _answer(unpacked, quantize=precision, density=1.0)[1]
+    found, resident = (_answer(packed, quantize=precision, density=density)[1] for density in (0.25, 1.0))
+    assert _near(found, expected, precision)
+    assert torch.equal(found, resident)
+    convert(packed, tmp_path / "copy", precision)
+    assert torch.equal(_answer(tmp_path / "copy", quantize=precision, density=0.5)[1], found)
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert config["quantization_config"]["method"] == "griffin-offload"
+
+
+def _near(found: Tensor, expected: Tensor, precision: str) -> bool:
+    """Matrices that lie the other way are multiplied by another product, in bfloat16; quantised ones are the same."""
+    if precision == "none":
+        return bool((found[0] - expected[0]).abs().max() < 0.05 * expected[0].abs().max())
+    return torch.equal(found, expected)
+
+
+def test_loading_unpacks_nothing(packed: Path):
+    sizes = {"max_gpu_mem": "40MB", "ctx_size": 64, "density": 0.5, "quantize": "none"}
+    with GriffinModel.from_pretrained(packed, device="cpu", **sizes) as model:
+        store = model.engine.loaded.layers.expert_store
+        assert store.unmapped_bytes == 0
+        kinds = [type(tensor).__name__ for tensor in store.tensors(0)]
+        assert kinds == ["StackedTensor", "Tensor", "StackedTensor", "Tensor"]
+        assert model.plan.kept == (4, 4, 4)
+
+
+_HARM: dict[str, tuple[Callable[[dict[str, Tensor], str], Any], str]] = {
+    "no scales": (lambda t, name: t.pop(f"{name}_scales"), r"lacks its down_proj_scales: download"),
+    "no blocks": (lambda t, name: t.pop(f"{name}_blocks"), r"missing keys, first .*experts\.down_proj"),
+    "another group": (
+        lambda t, name: t.update({f"{name}_blocks": t[f"{name}_blocks"][..., :8].contiguous()}),
+        r"down_proj_blocks is uint8 \[8, 32, 3, 8\], it has to be uint8 \?x\?x\?x16",
+    ),
+    "fewer scales": (
+        lambda t, name: t.update({f"{name}_scales": t[f"{name}_scales"][:, :31].contiguous()}),
+        r"down_proj_scales is uint8 \[8, 31, 3\], it has to be uint8 or float8_e8m0fnu 8x32x3",
+    ),
+    "fewer experts": (
+        lambda t, name: t.update({f"{name}_{k}": t[f"{name}_{k}"][:7].contiguous() for k in ("blocks", "scales")}),
+        r"1 mismatched keys, first .*experts\.down_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", _HARM)
+def test_damaged_files(packed: Path, tmp_path: Path, harm: str):
+    change, words = _HARM[harm]
+    shutil.copytree(packed, tmp_path / "model")
+    tensors = load_file(packed / "model.safetensors")
+    change(tensors, "model.layers.1.mlp.experts.down_proj")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=words):
+        _answer(tmp_path / "model", density=0.5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_fp8_in_blocks(name: str, tmp_path: Path):
+    """DeepSeek's and Qwen3's kind: of each matrix of each expert codes and a grid of scales."""
+    source = write_checkpoint(name, tmp_path / "source", torch.bfloat16, shards=1)
+    tensors = {key: tensor for file in source.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    plain = dict(tensors)
+    for key in [key for key in tensors if "experts." in key and key.endswith("_proj.weight")]:
+        packed, plain[key] = fp8_blocks(tensors.pop(key).float(), 20, 24)
+        tensors |= {f"{key.removesuffix('weight')}{suffix}": tensor for suffix, tensor in packed.items()}
+        plain[key] = plain[key].bfloat16()
+    config = json.loads((source / "config.json").read_text())
+    method = {"quant_method": "fp8", "weight_block_size": [20, 24], "modules_to_not_convert": ["lm_head"]}
+    for kind, found, more in (("packed", tensors, {"quantization_config": method}), ("plain", plain, {})):
+        (tmp_path / kind).mkdir()
+        save_file(found, tmp_path / kind / "model.safetensors", {"format": "pt"})
+        (tmp_path / kind / "config.json").write_text(json.dumps(config | more))
+    for precision in ("none", "int8", "int4"):
+        expected = _answer(tmp_path / "plain", quantize=precision, density=1.0)[1]
+        _, logits, report = _answer(tmp_path / "packed", quantize=precision, density=0.25)
+        assert torch.equal(logits, expected)
+        assert report.experts.misses > 0
+        convert(tmp_path / "packed", tmp_path / precision, precision)
+        assert torch.equal(_answer(tmp_path / precision, quantize=precision, density=0.5)[1], expected)

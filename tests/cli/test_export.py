@@ -1,0 +1,57 @@
+"""`griffin-offload export`: prompts in, a checkpoint and its card out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+OPTIONS = ("--device", "cpu", "--max-mem", "1GB")
+TEXTS = ["the cat sat", "on a private river", "she was there", "with all of them", "a river", "the cat", "she", "he"]
+
+
+def written(path: Path, chats: bool = False) -> Path:
+    rows = [{"messages": [{"role": "user", "content": text}]} if chats else {"prompt": text} for text in TEXTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_it_says_what_it_wrote_and_what_that_costs(cli, llama: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    outcome = cli("export", out, "--prompts", written(tmp_path / "p.jsonl"), "-m", llama, *OPTIONS, "--json")
+    found = outcome.json
+    assert (outcome.code, found["prompts"], found["directory"]) == (0, 8, str(out))
+    assert found["written_bytes"] < found["read_bytes"]
+    assert 0 < found["activation_kept_heldout"] < found["activation_kept"] < 1
+    assert found["kl"] > 0
+    card = (out / "README.md").read_text()
+    assert f"with {found['neurons']} of {found['of_neurons']} feed-forward neurons" in card
+    assert str(tmp_path) not in card
+    assert cli("run", "-m", out, "the cat", "-n", 4, *OPTIONS).code == 0
+    plan = cli("plan", "-m", out, *OPTIONS, "--json").json
+    assert plan["density"] == 1
+
+
+def test_texts_chats_and_few_prompts(cli, llama: Path, chat: Path, tmp_path: Path):
+    (tmp_path / "p.txt").write_text("the cat sat<|endoftext|>on a river")
+    outcome = cli("export", tmp_path / "a", "--prompts", tmp_path / "p.txt", "-m", llama, *OPTIONS)
+    assert outcome.code == 0
+    assert "too few prompts to hold some out" in outcome.err
+    command = ("export", tmp_path / "b", "--prompts", written(tmp_path / "p.jsonl", chats=True), "--system", "be brief")
+    assert cli(*command, "-m", chat, *OPTIONS).code == 0
+    cli.refuses(2, "--system needs a chat template", *command[:1], tmp_path / "c", *command[2:], "-m", llama, *OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [("{", "line 1 is not JSON"), ("3", "prompt 1 has neither"), ('{"messages": []}', "neither"), ("", "no prompt")],
+)
+def test_files_without_prompts(cli, llama: Path, tmp_path: Path, row: str, words: str):
+    (tmp_path / "p.jsonl").write_text(row)
+    cli.refuses(2, words, "export", tmp_path / "out", "--prompts", tmp_path / "p.jsonl", "-m", llama, *OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("density", ["0", "1", "0.5,0.5,0.5", "auto"])
+def test_densities_that_are_none(cli, llama: Path, tmp_path: Path, density: str):
+    command = ("export", tmp_path / "out", "--prompts", written(tmp_path / "p.jsonl"), "--density", density)
+    cli.refuses(2, "one number, more than 0 and less than 1", *command, "-m", llama, *OPTIONS)
