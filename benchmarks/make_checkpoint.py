@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig, LlamaConfig, PretrainedConfig
 
 # hidden H, feed-forward F, layers L, attention heads, key/value heads, vocabulary V
 SHAPES = {
@@ -33,6 +33,14 @@ SHAPES = {
     "costs": (1024, 4096, 8, 16, 4, 8192),
     "tiny": (64, 256, 4, 4, 2, 512),
 }
+# The same of gpt-oss, whose router has a bias: H, F of an expert, L, heads, key/value heads, V, experts, active ones.
+MIXTURES = {
+    "gpt-oss-20b": (2880, 2880, 24, 64, 8, 201088, 32, 4),
+    "gpt-oss-half": (1440, 1440, 8, 32, 8, 32000, 32, 4),
+    "gpt-oss-tiny": (64, 64, 3, 4, 2, 512, 8, 2),
+}
+ROUTER_SKEW = 0.8
+"""Exponent of Zipf's law that the biases of routers follow, in another order in every layer."""
 DTYPES = {"bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16"), "fp32": (torch.float32, "F32")}
 MAX_SHARD_BYTES = int(5e9)
 STD = 0.02
@@ -42,7 +50,9 @@ BLOCK_VALUES = 4_194_301  # prime: rows of a matrix never start at the same plac
 TensorShapes = dict[str, torch.Size]
 
 
-def model_config(shape: str, layers: int | None = None) -> LlamaConfig:
+def model_config(shape: str, layers: int | None = None) -> PretrainedConfig:
+    if shape in MIXTURES:
+        return _mixture_config(shape, layers)
     hidden, feed_forward, default_layers, heads, kv_heads, vocabulary = SHAPES[shape]
     return LlamaConfig(
         hidden_size=hidden,
@@ -57,7 +67,24 @@ def model_config(shape: str, layers: int | None = None) -> LlamaConfig:
     )
 
 
-def tensor_shapes(config: LlamaConfig, dtype: torch.dtype) -> TensorShapes:
+def _mixture_config(shape: str, layers: int | None) -> PretrainedConfig:
+    hidden, inner, default_layers, heads, kv_heads, vocabulary, experts, active = MIXTURES[shape]
+    return GptOssConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=default_layers if layers is None else layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=64,
+        vocab_size=vocabulary,
+        num_local_experts=experts,
+        num_experts_per_tok=active,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 150_000.0},
+    )
+
+
+def tensor_shapes(config: PretrainedConfig, dtype: torch.dtype) -> TensorShapes:
     """Names and shapes as transformers itself has them; nothing is allocated."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -97,6 +124,10 @@ class RandomBytes:
 
     def of(self, name: str, shape: torch.Size) -> Iterator[memoryview]:
         """Bytes of one tensor, in pieces of at most one block."""
+        if name.endswith("router.bias"):
+            ranks = torch.randperm(shape[0], generator=self.generator) + 1
+            yield memoryview((-ROUTER_SKEW * ranks.log()).to(self.dtype).view(torch.uint8).numpy())
+            return
         if len(shape) == 1:
             constant = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
             yield memoryview(constant.to(self.dtype).view(torch.uint8).numpy())
@@ -187,7 +218,7 @@ def make_checkpoint(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="checkpoint to write; must not exist")
-    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--shape", choices=[*SHAPES, *MIXTURES], required=True)
     parser.add_argument("--layers", type=int, help="override the number of layers")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES)

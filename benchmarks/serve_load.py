@@ -63,6 +63,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--minutes", type=float, help="so long in place of a number of requests")
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--parallel", default="auto", help="requests that the server answers at once")
+    parser.add_argument("--whole", action="store_true", help="all neurons: answers depend on no others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for the record, and with --minutes for a picture")
     return parser.parse_args(arguments)
@@ -71,6 +73,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def start_server(arguments: argparse.Namespace, files: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
     command = [sys.executable, "-m", "griffin_offload", "serve", "--port", "0", "--json", "-q", "--served-name", "demo"]
     command += ["--device", "cpu", "--max-mem", arguments.max_mem, "--quantize", "none"]
+    command += ["--parallel", arguments.parallel, *(["--density", "1"] if arguments.whole else [])]
     command += ["-m", str(arguments.dir)] if arguments.dir is not None else []
     environment = os.environ | {"TMPDIR": files}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -182,6 +185,8 @@ def measure_server(
     code = process.wait(60)
     return {
         "wall_s": wall_s,
+        # Neurons are chosen by all that are answered at once: nobody promises the same ones twice.
+        "comparable": arguments.whole or arguments.parallel in ("1", "auto"),
         "asked": tally.asked,
         "failures": tally.failures,
         "disagreements": tally.disagreements,
@@ -192,6 +197,7 @@ def measure_server(
         "prompt_tokens": tally.prompt_tokens,
         "cached_tokens": tally.cached_tokens,
         "first_token_s": {"median": quantile(tally.first_token_s, 0.5), "p95": quantile(tally.first_token_s, 0.95)},
+        "slowest_over_median_first_token": max(tally.first_token_s) / quantile(tally.first_token_s, 0.5),
         "answer_s": {"median": quantile(tally.seconds, 0.5), "p95": quantile(tally.seconds, 0.95)},
         "budget_bytes": int(metrics["griffin_offload_device_budget_bytes"]),
         "peak_device_bytes": after.device_bytes,
@@ -214,7 +220,7 @@ def measure_server(
 def broken_promises(found: dict[str, Any]) -> list[str]:
     promises = {
         "every good request is answered": not found["failures"],
-        "the same question has the same answer": not found["disagreements"],
+        "the same question has the same answer": not (found["comparable"] and found["disagreements"]),
         "the peak is within the budget": found["peak_device_bytes"] <= found["budget_bytes"],
         "the process keeps to budget and overhead": found["peak_growth_bytes"]
         <= found["budget_bytes"] + HOST_OVERHEAD_BYTES,
@@ -237,6 +243,7 @@ def table(found: dict[str, Any]) -> str:
         ["greedy answers that disagree", f"{found['disagreements']} (of {found['answers_compared']} questions)"],
         ["tokens/s, all clients", f"{found['tokens_per_s']:.0f}"],
         ["first token, median and p95", first],
+        ["first token, slowest over median", f"{found['slowest_over_median_first_token']:.1f}"],
         ["answer, median and p95", answer],
         ["prompt tokens that were kept", f"{found['cached_tokens']} of {found['prompt_tokens']}"],
         ["peak of the ledger", f"{found['peak_device_bytes']} of {found['budget_bytes']} bytes"],

@@ -4,11 +4,10 @@ Shape notation of the whole package: B batch, T tokens, H hidden size, F feed-fo
 K kept neurons of a layer, L layers, V vocabulary. GB is 10**9 bytes, GiB is 2**30.
 """
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from griffin_offload.errors import UsageError
 
@@ -19,6 +18,8 @@ SelectionMethod = Literal["topk", "output_aware", "sample", "topk_sample", "rand
 BatchStatistic = Literal["sum", "mean"]
 # Weight formats (formats/) by name, from the most to the fewest bits; `register_format` keeps it.
 FORMAT_NAMES: list[str] = ["none", "int8", "int4", "int3", "int2"]
+TIERS = "tiers"
+"""What options and plans call neurons that rest in several formats."""
 # Of embeddings and head in a converted copy, by the bits that the command line asks for.
 TABLE_FORMATS = {"16": "none", "int8": "int8"}
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
@@ -46,6 +47,8 @@ MAX_DRAFT_TOKENS = 31
 MAX_THREADS = 1024
 # Selections by norms of the weights, of which a table is kept.
 WEIGHT_NORMS = ("output_aware", "magnitude")
+# Sequences that are decoded in one step when nobody says: the kernels for few rows gain little beyond.
+MOST_TOGETHER = 8
 # The context when nobody says one: precision and density are solved with room for the floor; what they leave over
 # makes it longer, up to the largest, and where nothing fits it is shorter, down to the smallest.
 MIN_AUTO_CTX, FLOOR_AUTO_CTX, MAX_AUTO_CTX = 256, 2048, 4096
@@ -68,7 +71,9 @@ class LoadConfig:
     quantize: str = "auto"
     """Precision of the resident matrices inside the layers: "none" keeps the stored one, "auto" is the first of none,
     int8 and int4 in which all neurons fit (or those of a density that is given), else the last; a converted checkpoint
-    has one already."""
+    has one already. "tiers": each prompt says which neurons of a layer rest in how many bits, or are left out."""
+    bits: float | Literal["auto"] = "auto"
+    """With quantize="tiers", bits per weight of the FFs, scales and what is left out included; "auto" is what fits."""
     offload: Offload = "auto"
     ctx_size: int | None = None
     """Tokens of prompt and answer that the KV cache is planned for; None: at least FLOOR_AUTO_CTX if that fits with the
@@ -79,6 +84,9 @@ class LoadConfig:
     """8: the KV cache as int8 with a scale per token and head; 16: as it is computed, whatever the precision."""
     batch_size: int = 1
     """Sequences at once (beams count) that are planned for."""
+    sequences: int = 1
+    """Answers at once, each with a KV cache of its own for the whole context (`generate_many`), that are planned
+    for."""
     missing_experts: MissingExperts = "fetch"
     """Of a mixture of experts, what happens to a token that is sent to an expert that is not resident: it is read from
     where it rests ("fetch"), or the router chooses among the residents alone ("route")."""
@@ -121,8 +129,9 @@ class LoadConfig:
         named = (("offload", Offload), ("missing_experts", MissingExperts), ("selection", SelectionMethod))
         for name, kind in (*named, ("batch_statistic", BatchStatistic), ("dtype", DType), ("kv_bits", KVBits)):
             _one_of(name, getattr(self, name), get_args(kind))
-        _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES))
+        _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES, TIERS))
         check_density(self.density)
+        _check_tiers(self)
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed is {self.seed}: from 0 to 2**63 - 1")
         if self.ctx_size is not None and self.ctx_size < 2:
@@ -134,7 +143,7 @@ class LoadConfig:
             raise UsageError("draft_tokens is for exact mode: add --exact (exact=True)")
         if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
             raise UsageError(f"draft_tokens is {self.draft_tokens}: from 1 to {MAX_DRAFT_TOKENS}")
-        _at_least_one(self, "ff_chunk_tokens", "batch_size", "prompt_tokens", "threads")
+        _at_least_one(self, "ff_chunk_tokens", "batch_size", "sequences", "prompt_tokens", "threads")
         if self.threads is not None and self.threads > MAX_THREADS:
             raise UsageError(
                 f"threads is {self.threads}: at most {MAX_THREADS}, and more than there are cores only wait"
@@ -151,49 +160,6 @@ class RunConfig:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-
-
-_STRUCTURES = {"json_schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What an answer has to be: JSON by a schema (an object, or its text), a match of a regular expression, or what a
-    grammar makes (Lark, as llguidance reads it). Exactly one of them is given."""
-
-    json_schema: str | Mapping[str, Any] | None = None
-    regex: str | None = None
-    grammar: str | None = None
-
-    def __post_init__(self) -> None:
-        given = [name for name in _STRUCTURES if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise UsageError(f"a structure is one of json_schema, regex and grammar: {len(given)} are given")
-        value = getattr(self, given[0])
-        if isinstance(value, Mapping):
-            object.__setattr__(self, "json_schema", json.dumps(value))
-        elif not isinstance(value, str):
-            raise UsageError(f"{given[0]} is of type {type(value).__name__}: give a text")
-        if self.json_schema is not None:
-            self._check_schema(str(self.json_schema))
-
-    def _check_schema(self, text: str) -> None:
-        try:
-            schema = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"the JSON schema is no JSON: {str(error)[:200]}") from None
-        if not isinstance(schema, dict):
-            raise UsageError("the JSON schema has to be an object")
-
-    @property
-    def name(self) -> str:
-        """Of the field that is given."""
-        return next(name for name in _STRUCTURES if getattr(self, name) is not None)
-
-    @property
-    def kind(self) -> str:
-        """In messages."""
-        return _STRUCTURES[self.name]
 
 
 @dataclass(frozen=True)
@@ -300,8 +266,11 @@ class ServeConfig:
     """Names in the Host header that are answered beside localhost and the bound address."""
     cors_origin: tuple[str, ...] = ()
     """Web pages whose scripts may ask."""
+    parallel: int | Literal["auto"] = "auto"
+    """Requests that are answered at once; "auto": up to MOST_TOGETHER, as far as the budget has room for their KV
+    caches, but one after the other where they would have to share a choice of neurons."""
     queue_size: int = 16
-    """Requests that wait for the one that is answered; further ones are told to come again."""
+    """Requests that wait for those that are answered; further ones are told to come again."""
     idle_unload_s: float | None = None
     """After so long without a request the model's memory is given back; None: never."""
     max_body: str | int = "2MB"
@@ -323,6 +292,8 @@ class ServeConfig:
         if not 0 <= self.port < 2**16:
             raise UsageError(f"port is {self.port}: from 0 to {2**16 - 1}")
         _at_least_one(self, "queue_size", "max_sessions", "max_choices", "max_connections")
+        if self.parallel != "auto":
+            _at_least_one(self, "parallel")
         _at_least_one(self, "max_prompt_tokens", "max_output_tokens")
         for host in self.allow_host:
             if not _HOST.fullmatch(host):
@@ -340,6 +311,18 @@ class ChatConfig:
     """When the context is full: the message is refused, or the oldest turns are dropped."""
     max_new_tokens: int = 1024
     """Of one answer; fewer where the context has no room for so many."""
+
+
+def _check_tiers(config: LoadConfig) -> None:
+    if config.bits != "auto":
+        if config.quantize != TIERS:
+            raise UsageError(f"bits={config.bits} is for tiers: add quantize='{TIERS}' (--quantize {TIERS})")
+        if isinstance(config.bits, str) or not config.bits > 0:
+            raise UsageError(f"bits is {config.bits!r}: auto, or bits per weight of the FFs, such as 3.5")
+    if config.quantize == TIERS and config.density != "auto":
+        raise UsageError("tiers say how many neurons are left out: give bits (--bits) in place of a density")
+    if config.quantize == TIERS and config.exact:
+        raise UsageError(f"exact mode drafts in the stored precision, not in tiers: leave out quantize='{TIERS}'")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

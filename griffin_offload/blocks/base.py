@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from griffin_offload.devices.memory import untouched_zeros
 from griffin_offload.formats.base import Format, Spec
+from griffin_offload.method.allocation import Counts
 from griffin_offload.method.statistic import squared_statistic, weighted_sum
 
 ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
@@ -97,8 +98,8 @@ class Block(ABC):
 
     @property
     @abstractmethod
-    def precision(self) -> Format:
-        """Of the resident neurons."""
+    def formats(self) -> tuple[Format, ...]:
+        """Of the resident neurons, from the most bits to the fewest: one, or one for each tier of them."""
 
     @abstractmethod
     def is_down(self, linear: nn.Module) -> bool:
@@ -113,8 +114,9 @@ class Block(ABC):
         """Tensors as they are stored; `precision` asks about another one."""
 
     @abstractmethod
-    def compact_specs(self, kept: int, precision: Format | None = None) -> list[Spec]:
-        """Tensors that hold `kept` neurons, filled up to whole multiples (`multiple`); linear in these."""
+    def compact_specs(self, counts: Counts, formats: Sequence[Format] | None = None) -> list[Spec]:
+        """Tensors that hold so many neurons in each of `formats` (None: its own), filled up to whole multiples
+        (`multiple`); linear in these."""
 
     @abstractmethod
     def multiple(self, precision: Format) -> int:
@@ -129,8 +131,9 @@ class Block(ABC):
         """Make `tensors` the block's; nothing is copied."""
 
     @abstractmethod
-    def gather(self, full: Sequence[Tensor], chosen: Tensor, out: Sequence[Tensor]) -> None:
-        """Write the `chosen` neurons (sorted indices [K]) of `full` into `out`, the compact tensors."""
+    def gather(self, full: Sequence[Tensor], chosen: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Write the `chosen` neurons (sorted indices [K] for each of its formats) of `full` into `out`, the compact
+        tensors."""
 
     @abstractmethod
     def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:
@@ -163,6 +166,11 @@ class Block(ABC):
         """The block as a function of hidden states [B, T, H], with what is installed."""
 
     @property
+    def is_plain(self) -> bool:
+        """Whether resident neurons are not quantised."""
+        return all(format.is_plain for format in self.formats)
+
+    @property
     def rounds_again(self) -> bool:
         """Whether stored numbers are of a format whose gathered neurons rest in another one."""
         return False
@@ -170,7 +178,7 @@ class Block(ABC):
     @property
     def rests_as_stored(self) -> bool:
         """Whether all neurons, when they stay, are copies of what is stored."""
-        return self.precision.is_plain
+        return self.is_plain
 
     def check(self, precision: Format) -> None:  # noqa: B027
         """UnsupportedModel when what is not of `linears` cannot be in `precision`."""
@@ -184,11 +192,11 @@ class Block(ABC):
         """The norms [F] that a selection of `kind`, one of WEIGHT_NORMS, asks for."""
         return self.neuron_norms(full) if kind == "magnitude" else self.output_norms(full)
 
-    def allocate(self, kept: int, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
+    def allocate(self, counts: Counts, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
         """Compact tensors; what `gather` never writes is zero."""
         return [
             nn.Parameter(untouched_zeros(shape, own or dtype, device), requires_grad=False)
-            for shape, own in self.compact_specs(kept)
+            for shape, own in self.compact_specs(counts)
         ]
 
 

@@ -21,6 +21,7 @@ from griffin_offload.formats.expert_form import RECORDS, ExpertForm, ExpertMatri
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.stacked import read_row
 from griffin_offload.kernels.by_blocks import Scratch
+from griffin_offload.method.allocation import Counts
 
 EXPERTS_INPUT = "experts"
 """What importances call the input that all experts of a layer have."""
@@ -97,12 +98,12 @@ class Experts(Block):
         return bool(self.module.has_gate)
 
     @property
-    def precision(self) -> Format:
-        return self.form.precision
+    def formats(self) -> tuple[Format, ...]:
+        return (self.form.precision,)
 
     @property
     def rests_as_stored(self) -> bool:
-        return self.precision.is_plain and not self.form.records
+        return self.is_plain and not self.form.records
 
     @property
     def read_numbers(self) -> int:
@@ -121,11 +122,11 @@ class Experts(Block):
         ]
 
     def full_specs(self, precision: Format | None = None) -> list[Spec]:
-        return self.compact_specs(self.neurons, precision)
+        return self.compact_specs((self.neurons,), None if precision is None else (precision,))
 
-    def compact_specs(self, kept: int, precision: Format | None = None) -> list[Spec]:
-        specs = self.form.specs(self.precision if precision is None else precision)
-        return [((kept, *shape), own) for shape, own in specs.values()]
+    def compact_specs(self, counts: Counts, formats: Sequence[Format] | None = None) -> list[Spec]:
+        (kept,), (format,) = counts, self.formats if formats is None else formats
+        return [((kept, *shape), own) for shape, own in self.form.specs(format).values()]
 
     def check(self, precision: Format) -> None:
         self.form.check(precision, type(self.module).__name__)
@@ -171,11 +172,12 @@ class Experts(Block):
             self.module._parameters[matrix.name] = nn.Parameter(rows, requires_grad=False)
 
     @torch.no_grad()
-    def gather(self, full: Sequence[Tensor], chosen: Tensor, out: Sequence[Tensor]) -> None:
+    def gather(self, full: Sequence[Tensor], chosen: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        experts = torch.cat(list(chosen)).tolist()
         if self.source is not None:  # whose places `out` are, and which has the experts already
-            self.source.settle(chosen.tolist())
+            self.source.settle(experts)
             return
-        for place, expert in enumerate(chosen.tolist()):
+        for place, expert in enumerate(experts):
             self.form.fill(full, expert, [tensor[place] for tensor in out])
 
     def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:

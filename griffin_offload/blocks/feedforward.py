@@ -5,7 +5,7 @@ projections and column j of the down projection belong to neuron j; the bias of 
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from griffin_offload.blocks.hooks import ChunkedForward, PassHook, unhook
 from griffin_offload.devices.torch_state import put
 from griffin_offload.formats.base import Format, Layout, Spec, Tensors, take
 from griffin_offload.formats.floats import FLOATS
-from griffin_offload.formats.linear import QuantizedLinear, column_norms, row_norms
+from griffin_offload.formats.linear import QuantizedLinear, TieredLinear, column_norms, row_norms
+from griffin_offload.method.allocation import Counts
 
 
 class Projection:
@@ -29,16 +30,18 @@ class Projection:
         self.stacked = 1 if is_down else outputs // neurons
         """2 where gate and up are stacked in one matrix: neuron j then also sits at F + j."""
         self.swapped = isinstance(owner, Conv1D)
+        self.has_bias = not is_down and getattr(owner, "bias", None) is not None
+        """Whether one belongs to neurons: that of a down projection belongs to none of them."""
 
     def specs(self, layout: Layout, kept: int) -> dict[str, Spec]:
-        """Tensors with `kept` neurons: all but the bias of a down projection, which belongs to none of them."""
+        """Tensors with `kept` neurons."""
         outputs, inputs = self.stacked * kept, self.hidden
         if self.is_down:
             outputs, inputs = inputs, kept
         found = layout.specs(outputs, inputs, is_down=self.is_down)
         if self.swapped and layout.format.is_plain:
             found["weight"] = ((inputs, outputs), None)
-        if not self.is_down and getattr(self.owner, "bias", None) is not None:
+        if self.has_bias:
             found["bias"] = ((outputs,), None)
         return found
 
@@ -48,18 +51,25 @@ class Projection:
         return self.owner.full if isinstance(self.owner, QuantizedLinear) else FLOATS.stored(is_down=self.is_down)
 
     @property
-    def resident(self) -> Layout:
-        """As decoding multiplies it."""
-        return self.owner.resident if isinstance(self.owner, QuantizedLinear) else FLOATS.resident(is_down=self.is_down)
+    def tiers(self) -> list[tuple[nn.Module, Layout]]:
+        """What the resident neurons are tensors of, and how these lie as decoding multiplies them: one for every format
+        that neurons rest in."""
+        owner = self.owner
+        if isinstance(owner, TieredLinear):
+            return [(tier, tier.resident) for tier in owner.tiers]
+        resident = owner.resident if isinstance(owner, QuantizedLinear) else FLOATS.resident(is_down=self.is_down)
+        return [(owner, resident)]
 
-    def install(self, tensors: Tensors, layout: Layout) -> None:
-        for name, tensor in tensors.items():
-            put(self.owner, name, tensor)
-        if isinstance(self.owner, QuantizedLinear):
-            self.owner.take_layout(layout)
+    def install_full(self, tensors: Tensors) -> None:
+        _install(self.owner, tensors, self.full)
+
+    def install_compact(self, tensors: Sequence[Tensors]) -> None:
+        """Those of every tier."""
+        for (module, layout), own in zip(self.tiers, tensors, strict=True):
+            _install(module, own, layout)
+        if isinstance(self.owner, TieredLinear):
+            self.owner.take_tiers()
             self.owner.declare_features()
-        else:
-            _declare_features(self.owner, tensors["weight"])
 
     def rows(self, chosen: Tensor) -> Tensor | None:
         """Rows of the full matrix that the `chosen` neurons lie in; None where they are columns."""
@@ -67,11 +77,16 @@ class Projection:
             return chosen if self.swapped or self.full.neurons_first else None
         return None if self.swapped else torch.cat([chosen + part * self.neurons for part in range(self.stacked)])
 
-    def gather(self, full: Tensors, chosen: Tensor, out: Tensors) -> None:
-        if isinstance(self.owner, QuantizedLinear):
-            gather, importance = self.resident.format.gather, self.owner.importance
-            gather(full, self.full, chosen, out, is_down=self.is_down, parts=self.stacked, importance=importance)
-            return
+    def gather(self, full: Tensors, chosen: Sequence[Tensor], out: Sequence[Tensors]) -> None:
+        """Of every tier the `chosen` neurons [K]."""
+        for (_, layout), own, target in zip(self.tiers, chosen, out, strict=True):
+            if isinstance(self.owner, QuantizedLinear):
+                gather, importance = layout.format.gather, self.owner.importance
+                gather(full, self.full, own, target, is_down=self.is_down, parts=self.stacked, importance=importance)
+            else:
+                self._gather_floats(full, own, target)
+
+    def _gather_floats(self, full: Tensors, chosen: Tensor, out: Tensors) -> None:
         if chosen.numel() == 0:
             for target in out.values():
                 target.zero_()
@@ -89,10 +104,10 @@ class FeedForward(Block):
     def __init__(self, module: nn.Module, inputs: Sequence[str], down: str, *, inline: bool) -> None:
         self.module = module
         self.inline = inline
-        self.down: nn.Module = getattr(module, down)
+        self.down: nn.Module = module.get_submodule(down)
         self.hidden, self.neurons = features(self.down)
         self.width = self.neurons
-        first = [Projection(getattr(module, name), self.neurons, is_down=False) for name in inputs]
+        first = [Projection(module.get_submodule(name), self.neurons, is_down=False) for name in inputs]
         self.projections = (*first, Projection(self.down, self.neurons, is_down=True))
         self.linears = tuple(projection.owner for projection in self.projections)
 
@@ -101,14 +116,13 @@ class FeedForward(Block):
         return sum(projection.stacked for projection in self.projections[:-1]) > 1
 
     @property
-    def precision(self) -> Format:
-        return self.projections[-1].resident.format
+    def formats(self) -> tuple[Format, ...]:
+        return tuple(layout.format for _, layout in self.projections[-1].tiers)
 
     @property
     def rounds_again(self) -> bool:
-        return any(
-            not own.full.format.is_plain and own.full.format is not own.resident.format for own in self.projections
-        )
+        pairs = [(own.full.format, layout.format) for own in self.projections for _, layout in own.tiers]
+        return any(not full.is_plain and full is not resident for full, resident in pairs)
 
     @property
     def read_numbers(self) -> int:
@@ -131,36 +145,35 @@ class FeedForward(Block):
             for spec in projection.specs(_stored(projection, precision), self.neurons).values()
         ]
 
-    def compact_specs(self, kept: int, precision: Format | None = None) -> list[Spec]:
-        """Tensors that hold `kept` neurons: quantised ones are filled up to whole blocks, at least one.
-
-        Conv1D reshapes by its input's size and cannot have none: a block of them keeps one, which `gather` zeroes.
-        """
-        precision = self.precision if precision is None else precision
-        room = padded(kept, self.multiple(precision))
-        if isinstance(self.down, Conv1D) and precision.is_plain:
-            room = max(room, 1)
+    def compact_specs(self, counts: Counts, formats: Sequence[Format] | None = None) -> list[Spec]:
+        """Conv1D reshapes by its input's size and cannot have none: it keeps one, which `gather` zeroes."""
+        tiers = list(zip(counts, self.formats if formats is None else formats, strict=True))
         return [
             spec
             for projection in self.projections
-            for spec in projection.specs(precision.resident(is_down=projection.is_down), room).values()
+            for kept, format in tiers
+            for spec in projection.specs(format.resident(is_down=projection.is_down), self._room(kept, format)).values()
         ]
+
+    def _room(self, kept: int, format: Format) -> int:
+        room = padded(kept, self.multiple(format))
+        return max(room, 1) if isinstance(self.down, Conv1D) and format.is_plain else room
 
     def multiple(self, precision: Format) -> int:
         return precision.rests_as().neuron_multiple
 
     def install_full(self, tensors: Sequence[Tensor]) -> None:
-        for projection, named in zip(self.projections, self._by_projection(tensors, compact=False), strict=True):
-            projection.install(named, projection.full)
+        for projection, named in zip(self.projections, self._full(tensors), strict=True):
+            projection.install_full(named)
 
     def install_compact(self, tensors: Sequence[Tensor]) -> None:
-        for projection, named in zip(self.projections, self._by_projection(tensors, compact=True), strict=True):
-            projection.install(named, projection.resident)
+        for projection, named in zip(self.projections, self._compact(tensors), strict=True):
+            projection.install_compact(named)
 
     @torch.no_grad()
-    def gather(self, full: Sequence[Tensor], chosen: Tensor, out: Sequence[Tensor]) -> None:
-        sources = self._by_projection([tensor.detach() for tensor in full], compact=False)
-        targets = self._by_projection([tensor.detach() for tensor in out], compact=True)
+    def gather(self, full: Sequence[Tensor], chosen: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        sources = self._full([tensor.detach() for tensor in full])
+        targets = self._compact([tensor.detach() for tensor in out])
         for projection, source, target in zip(self.projections, sources, targets, strict=True):
             projection.gather(source, chosen, target)
 
@@ -174,7 +187,7 @@ class FeedForward(Block):
 
     def neuron_norms(self, full: Sequence[Tensor]) -> Tensor:
         product = torch.ones(self.neurons, dtype=torch.float32, device=full[0].device)
-        for projection, named in zip(self.projections[:-1], self._by_projection(full, compact=False), strict=False):
+        for projection, named in zip(self.projections[:-1], self._full(full), strict=False):
             norms = row_norms(named, projection.full, swapped=projection.swapped)
             for part in norms.split(self.neurons):
                 product = product * part
@@ -182,7 +195,7 @@ class FeedForward(Block):
 
     def output_norms(self, full: Sequence[Tensor]) -> Tensor:
         last = self.projections[-1]
-        return column_norms(self._by_projection(full, compact=False)[-1], last.full, swapped=last.swapped)
+        return column_norms(self._full(full)[-1], last.full, swapped=last.swapped)
 
     def observe(self, callback: ActivationCallback) -> None:
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -212,16 +225,30 @@ class FeedForward(Block):
         output: Tensor = self.module(*(x,) * needed)  # BLOOM's FF takes the residual, too, and adds it
         return output
 
-    def _by_projection(self, tensors: Sequence[Tensor], *, compact: bool) -> list[Tensors]:
-        names = [
-            (i, name)
-            for i, projection in enumerate(self.projections)
-            for name in projection.specs(projection.resident if compact else projection.full, 1)
-        ]
-        found: list[Tensors] = [{} for _ in self.projections]
-        for (i, name), tensor in zip(names, tensors, strict=True):
-            found[i][name] = tensor
-        return found
+    def _full(self, tensors: Sequence[Tensor]) -> list[Tensors]:
+        """Those of each projection by name."""
+        rest = iter(tensors)
+        return [_named(own, own.full, rest) for own in self.projections]
+
+    def _compact(self, tensors: Sequence[Tensor]) -> list[list[Tensors]]:
+        """The same of each of its tiers."""
+        rest = iter(tensors)
+        return [[_named(own, layout, rest) for _, layout in own.tiers] for own in self.projections]
+
+
+def _named(projection: Projection, layout: Layout, tensors: Iterator[Tensor]) -> Tensors:
+    """The next ones by the names of `layout`."""
+    return {name: next(tensors) for name in projection.specs(layout, 1)}
+
+
+def _install(module: nn.Module, tensors: Tensors, layout: Layout) -> None:
+    for name, tensor in tensors.items():
+        put(module, name, tensor)
+    if isinstance(module, QuantizedLinear):
+        module.take_layout(layout)
+        module.declare_features()
+    else:
+        _declare_features(module, tensors["weight"])
 
 
 def features(linear: nn.Module) -> tuple[int, int]:

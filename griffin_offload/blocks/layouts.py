@@ -22,7 +22,8 @@ from griffin_offload.transformers_api import StockModel
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of a block's projections, as attributes of one module (the FF module, or the decoder layer itself)."""
+    """Names of a block's projections, as attributes of one module (the FF module, or the decoder layer itself), or of
+    parts of it, with dots between."""
 
     inputs: tuple[str, ...]
     down: str
@@ -39,6 +40,10 @@ LAYOUTS = [
     Layout(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
     Layout(("fc_in",), "fc_out"),  # GPT-J, CodeGen
     Layout(("input_linear",), "output_linear"),  # Granite 4 without experts
+    Layout(("Wi",), "Wo"),  # ModernBERT's decoder
+    Layout(("w_in.w_0", "w_in.w_1"), "w_out"),  # CPM-Ant
+    Layout(("ffn.0",), "ffn.2"),  # CTRL
+    Layout(("intermediate.dense",), "output.dense"),  # BERT and its kin, as decoders
 ]
 REGISTER_HINT = "register others with griffin_offload.register_layout(Layout(inputs=..., down=...))"
 
@@ -64,23 +69,40 @@ def find_feed_forwards(model: nn.Module, layers: int) -> tuple[nn.ModuleList, li
     decoder_of: Callable[[], Any] | None = getattr(model, "get_decoder", None)
     own = decoder_of() if decoder_of is not None else None
     places = [place for place in (own, model) if isinstance(place, nn.Module)]
-    found = ([m for m in place.modules() if isinstance(m, nn.ModuleList) and len(m) == layers] for place in places)
+    found = (_lists(place, getattr(model, "config", None), layers) for place in places)
     candidates = next((lists for lists in found if lists), [])
     if not candidates:
-        raise UnsupportedModel(f"{type(model).__name__} has no list of {layers} decoder layers; {REGISTER_HINT}")
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no list of {layers} decoder layers: some may run several times a token, or "
+            "two be one; a pass here brings each layer once"
+        )
     name = type(model).__name__
     decoder = next((c for c in candidates if _matches(c[0]) or _found(c[0], f"{name} layer 0")), candidates[0])
     return decoder, [_block_of(layer, f"{name} layer {i}") for i, layer in enumerate(decoder)]
 
 
+def _lists(place: nn.Module, config: Any, layers: int) -> list[nn.ModuleList]:
+    """Lists of so many modules, those of parts last that have a config of their own."""
+    known = (None, config, config.get_text_config() if isinstance(config, PretrainedConfig) else None)
+    owners = [(place, place), *((part, child) for part in place.modules() for child in part.children())]
+    found = [(part, child) for part, child in owners if isinstance(child, nn.ModuleList) and len(child) == layers]
+    found.sort(key=lambda pair: all(getattr(pair[0], "config", None) is not other for other in known))
+    return [child for _, child in found]
+
+
 def _matches(layer: nn.Module) -> list[tuple[nn.Module, Layout]]:
     found: list[tuple[nn.Module, Layout]] = []
     for module in layer.modules():
-        children = set(module._modules)
-        layout = next((lay for lay in LAYOUTS if {*lay.inputs, lay.down} <= children), None)
+        layout = next((lay for lay in LAYOUTS if all(_has(module, name) for name in (*lay.inputs, lay.down))), None)
         if layout is not None:
             found.append((module, layout))
     return found
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    first, _, rest = path.partition(".")
+    child = module._modules.get(first)
+    return child is not None and (not rest or _has(child, rest))
 
 
 def _found(layer: nn.Module, where: str) -> Block | None:
@@ -122,7 +144,7 @@ def _experts(layer: nn.Module) -> str | None:
 
 def _check_projections(module: nn.Module, layout: Layout, where: str) -> None:
     for name in (*layout.inputs, layout.down):
-        projection = getattr(module, name)
+        projection = module.get_submodule(name)
         if not isinstance(projection, nn.Linear | Conv1D | QuantizedLinear):
             raise UnsupportedModel(f"{where}: {name} is a {type(projection).__name__}, not a plain linear layer")
         if 0 in features(projection):

@@ -1,6 +1,7 @@
 """Every linear layer inside the decoder layers, swapped for a `QuantizedLinear` once, at load."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,17 @@ from griffin_offload.blocks.experts import EXPERTS_INPUT, Experts, expert_count,
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.devices.torch_state import put
 from griffin_offload.formats.base import Format
-from griffin_offload.formats.linear import QuantizedLinear
+from griffin_offload.formats.linear import QuantizedLinear, TieredLinear
 from griffin_offload.kernels.by_blocks import Scratch
+
+Tiers = Sequence[tuple[Format, int]]
+"""Formats of a layer's resident neurons, and how many each has."""
 
 
 def linear_names(layer: nn.Module) -> list[str]:
     """Names, inside the layer, of what is quantised. Routers stay as they are: few numbers, on which much depends."""
-    found = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    kinds = nn.Linear | Conv1D | QuantizedLinear
+    found = [name for name, module in layer.named_modules() if isinstance(module, kinds)]
     experts = next((expert_count(module) for module in layer.modules() if is_experts(module)), None)
     return [name for name in found if experts is None or features(layer.get_submodule(name))[0] not in (1, experts)]
 
@@ -53,9 +58,11 @@ def swap_linears(
     stored: Format,
     scratch: Scratch,
     importance: Mapping[str, Tensor] | None = None,
+    tiers: Sequence[Tiers] = (),
 ) -> None:
     """Replace each by a module with the same parameters; those of a converted checkpoint are on meta, to be assigned.
-    `importance` [I], by "layer.name", is of the inputs of matrices that are quantised while the model runs.
+    `importance` [I], by "layer.name", is of the inputs of matrices that are quantised while the model runs; `tiers` are
+    of the FF of each layer, if it is not of `precision` alone.
 
     Conv1D's matrix is turned around: every QuantizedLinear is [outputs, inputs].
     """
@@ -63,7 +70,8 @@ def swap_linears(
         for name in linear_names(layer):
             module = layer.get_submodule(name)
             parent, _, attribute = name.rpartition(".")
-            new = _quantized(module, precision, stored, scratch, is_down=block.is_down(module))
+            own = tiers[index] if tiers and module in block.linears else ((precision, block.neurons),)
+            new = _replaced(module, own, block, stored, scratch)
             new.importance = (importance or {}).get(f"{index}.{name}")
             setattr(layer.get_submodule(parent), attribute, new)
 
@@ -75,12 +83,32 @@ def turn_experts(blocks: Sequence[Block]) -> None:
             block.take_rows()
 
 
-def _quantized(
-    module: nn.Module, precision: Format, stored: Format, scratch: Scratch, *, is_down: bool
-) -> QuantizedLinear:
-    outputs, inputs = features(module)
-    full, resident = stored.stored(is_down=is_down), precision.resident(is_down=is_down)
-    new = QuantizedLinear(outputs, inputs, is_down=is_down, full=full, resident=resident, scratch=scratch)
+def _replaced(module: nn.Module, tiers: Tiers, block: Block, stored: Format, scratch: Scratch) -> QuantizedLinear:
+    """One of a single format, or of several."""
+    (outputs, inputs), is_down = features(module), block.is_down(module)
+    full = stored.stored(is_down=is_down)
+    if len(tiers) == 1:
+        resident = tiers[0][0].resident(is_down=is_down)
+        new = QuantizedLinear(outputs, inputs, is_down=is_down, full=full, resident=resident, scratch=scratch)
+    else:
+        stacked = 1 if is_down else outputs // block.neurons
+        parts = []
+        for format, kept in tiers:
+            sizes = (outputs, kept) if is_down else (stacked * kept, inputs)
+            resident = format.resident(is_down=is_down)
+            parts.append(QuantizedLinear(*sizes, is_down=is_down, full=resident, resident=resident, scratch=scratch))
+        shape: dict[str, Any] = {"is_down": is_down, "full": full, "scratch": scratch}
+        new = TieredLinear(outputs, inputs, tiers=parts, stacked=stacked, **shape)
+    _take_tensors(new, module, stored)
+    return new
+
+
+def _take_tensors(new: QuantizedLinear, module: nn.Module, stored: Format) -> None:
+    """Those of the full matrix."""
+    if isinstance(module, QuantizedLinear):
+        for name, parameter in module.named_parameters(recurse=False):
+            put(new, name, parameter.detach())
+        return
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     if isinstance(bias, Tensor):
@@ -88,8 +116,7 @@ def _quantized(
     if stored.is_plain:
         matrix = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
         put(new, "weight", matrix)
-        return new
-    for name, (shape, own) in full.specs(outputs, inputs, is_down=is_down).items():
+        return
+    for name, (shape, own) in new.full.specs(new.out_features, new.in_features, is_down=new.is_down).items():
         tensor = weight.new_empty(shape, dtype=own or weight.dtype)
         put(new, name, tensor)
-    return new

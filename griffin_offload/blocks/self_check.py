@@ -36,8 +36,8 @@ def self_check(block: Block) -> None:
     try:
         block.install_full(full)
         masked = _masked(block, chosen, x)
-        compact = block.allocate(chosen.numel(), dtype, full[0].device)
-        block.gather(full, chosen, compact)
+        compact = block.allocate((chosen.numel(),), dtype, full[0].device)
+        block.gather(full, [chosen], compact)
         block.install_compact(compact)
         gathered = block.run(x)
     finally:

@@ -14,10 +14,13 @@ from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import check_layer, linear_names
 from griffin_offload.blocks.rope import positions_reached
 from griffin_offload.blocks.states import LayerState, StateTensor, check_takes_cache, kept_states, windows_of
+from griffin_offload.config import TIERS
+from griffin_offload.errors import UnsupportedModel
 from griffin_offload.formats.base import Format, specs_bytes
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.linear import table_bytes
 from griffin_offload.kernels.by_blocks import scratch_bytes
+from griffin_offload.method.allocation import Counts, tiers_of
 from griffin_offload.transformers_api import StockModel
 
 # Bytes alive at once per number that a layer's projections make of a token, outside of its FF. torch's scans work in
@@ -27,12 +30,28 @@ _RECURRENCE_BYTES, _CONVOLUTION_BYTES = 48, 16
 
 
 @dataclass(frozen=True)
+class NeuronSizes:
+    """Of resident neurons in one format."""
+
+    neuron_bytes: int
+    """Bytes of all resident FF tensors that belong to one neuron."""
+    fixed_bytes: int = 0
+    """Those that belong to none: in int8, one scale per output of the down projection."""
+    multiple: int = 1
+    """Neurons come in multiples of so many."""
+
+    def nbytes(self, kept: int) -> int:
+        """Of tensors with room for `kept` neurons."""
+        return padded(kept, self.multiple) * self.neuron_bytes + self.fixed_bytes
+
+
+@dataclass(frozen=True)
 class LayerSizes:
     """Sizes of one decoder layer: bytes of the precision that residents have, and of the one that is stored."""
 
     neurons: int
-    neuron_bytes: int
-    """Bytes of all resident FF tensors that belong to one neuron."""
+    levels: tuple[NeuronSizes, ...]
+    """Of the neurons in each format that they may rest in."""
     ff_bytes: int
     """Bytes of the full FF as it is stored and streamed."""
     ff_flat_bytes: int
@@ -42,9 +61,6 @@ class LayerSizes:
     """Norms, biases and whatever else has one axis."""
     window: int | None
     """Tokens the KV cache of this layer keeps; None keeps all."""
-    precision: Format = FLOATS
-    ff_fixed_bytes: int = 0
-    """Resident FF bytes that belong to no neuron: in int8, one scale per output of the down projection."""
     plain_neuron_bytes: int = 0
     """The same neuron, and the attention, without quantisation."""
     plain_attention_bytes: int = 0
@@ -57,8 +73,6 @@ class LayerSizes:
     """The part of the layer that writes these and no KV entries."""
     mixing_bytes: int = 0
     """Activations per token while a recurrence or a convolution passes over a prompt."""
-    multiple: int = 1
-    """Resident neurons come in multiples of so many."""
     experts: int = 0
     """Of a mixture of experts, which are its neurons: how many a token is sent to. 0: the FF is dense."""
     own_width: int | None = None
@@ -68,9 +82,15 @@ class LayerSizes:
     def width(self) -> int:
         return self.neurons if self.own_width is None else self.own_width
 
-    def resident_ff_bytes(self, kept: int) -> int:
-        """Bytes of the compact FF with room for `kept` neurons."""
-        return padded(kept, self.multiple) * self.neuron_bytes + self.ff_fixed_bytes
+    @property
+    def neuron_bytes(self) -> int:
+        """Of a neuron in the format of the most bits."""
+        return self.levels[0].neuron_bytes
+
+    def resident_ff_bytes(self, counts: Counts) -> int:
+        """Bytes of the compact FF with room for so many neurons on each level."""
+        tiers = tiers_of(counts)
+        return sum(self.levels[level].nbytes(kept) for level, kept in tiers)
 
 
 @dataclass(frozen=True)
@@ -104,7 +124,9 @@ class ModelSizes:
     dtype: str = "bfloat16"
     """Precision of the computation, in words."""
     precision: Format = FLOATS
-    """Of the resident matrices inside the layers."""
+    """Of the resident matrices inside the layers, but for FFs where these have several levels."""
+    levels: tuple[Format, ...] = (FLOATS,)
+    """Of resident FF neurons, from the most bits to the fewest."""
     stored: Format = FLOATS
     """Of the same matrices in the checkpoint."""
 
@@ -123,12 +145,46 @@ class ModelSizes:
         """Whether some layers are mixtures of experts: `density` then is the share of experts that are resident."""
         return any(layer.experts for layer in self.layers)
 
+    def expert_slots_in_decode(self, slots: int) -> int:
+        """Of `slots` for experts that have no place in their layer, those that a token can need at once."""
+        return min(slots, max(layer.experts for layer in self.layers))
+
     @property
     def scratch_bytes(self) -> int:
         """Of what linear layers share that are multiplied block by block."""
         layer = max(self.layers, key=lambda layer: layer.ff_bytes)
         width = max(self.hidden_size, layer.width)
-        return scratch_bytes(width, self.precision.scratch_rows, layer.ff_bytes)
+        return scratch_bytes(width, max(format.scratch_rows for format in self.formats), layer.ff_bytes)
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Of all resident matrices inside the layers."""
+        return tuple(dict.fromkeys((self.precision, *self.levels)))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether none of them is quantised."""
+        return all(format.is_plain for format in self.formats)
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """What plans and reports call the levels: floats by the precision of the computation."""
+        return tuple(self.dtype if format.is_plain else format.name for format in self.levels)
+
+    @property
+    def precision_name(self) -> str:
+        """What they call all of it."""
+        return self.level_names[0] if len(self.levels) == 1 else TIERS
+
+    @property
+    def option(self) -> str:
+        """What `--quantize` calls it."""
+        return self.precision.name if len(self.levels) == 1 else TIERS
+
+    def choosing(self, counts: Sequence[Counts]) -> tuple[int, ...]:
+        """Layers of which a prompt chooses: neurons that are left out, or that rest in other formats than others."""
+        pairs = enumerate(zip(self.layers, counts, strict=True))
+        return tuple(i for i, (layer, own) in pairs if sum(own) < layer.neurons or len(tiers_of(own)) > 1)
 
     @property
     def tied(self) -> bool:
@@ -150,10 +206,11 @@ class ModelSizes:
         found = {i: layer.state_writer for i, layer in enumerate(self.layers) if layer.state_writer is not None}
         return found if self.splits_states else {}
 
-    @property
-    def taken_back_bytes(self) -> int:
-        """What layers with states are given of one token: kept until it is known whether the token stays."""
-        return sum(bool(layer.states) for layer in self.layers) * self.hidden_size * self.item_bytes
+    def states_kept_bytes(self, pass_tokens: int) -> int:
+        """The same; and where `pass_tokens` at once may be taken back, a copy of it, and what layers with states are
+        given of those tokens."""
+        given = sum(bool(layer.states) for layer in self.layers) * self.hidden_size * self.item_bytes
+        return (1 + bool(pass_tokens)) * self.state_bytes + pass_tokens * given
 
     def _stored_attention(self, layer: LayerSizes) -> int:
         return layer.plain_attention_bytes if self.stored.is_plain else layer.attention_bytes
@@ -171,15 +228,18 @@ def model_shape(
     stored: Format = FLOATS,
     tables: Format = FLOATS,
     states: Sequence[LayerState] | None = None,
+    levels: Sequence[Format] = (),
 ) -> ModelSizes:
     """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
     device and `stored` in the checkpoint, and its embeddings and head of `tables`. `states` are `states_of(model)`,
-    for callers who ask more than once. Raises UnsupportedModel."""
+    for callers who ask more than once; `levels` are formats of FF neurons, if not `precision` alone. Raises
+    UnsupportedModel."""
+    levels = tuple(levels) or (precision,)
     config = model.config.get_text_config()
     decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
     states = states_of(model) if states is None else states
     layers = [
-        _layer_shape(layer, block, window, state, precision, stored)
+        _layer_shape(layer, block, window, state, precision, levels, stored)
         for layer, block, window, state in zip(decoder, blocks, windows_of(config), states, strict=True)
     ]
     embedding = model.get_input_embeddings().weight
@@ -213,6 +273,7 @@ def model_shape(
         materialises_scores=_materialises_scores(config),
         dtype=str(embedding.dtype).removeprefix("torch."),
         precision=precision,
+        levels=levels,
         stored=stored,
     )
 
@@ -237,9 +298,13 @@ def _layer_shape(
     window: int | None,
     state: LayerState,
     precision: Format,
+    levels: Sequence[Format],
     stored: Format,
 ) -> LayerSizes:
-    check_layer(layer, block, precision)
+    if block.active and len(levels) > 1:
+        raise UnsupportedModel("experts are of one format each, tiers are of FF neurons: take --quantize int4")
+    for format in dict.fromkeys((precision, *levels)):
+        check_layer(layer, block, format)
     projections = {id(linear) for linear in block.linears}
     inside = [layer.get_submodule(name) for name in linear_names(layer)]
     ff = {id(tensor) for tensor in block.full()}
@@ -251,32 +316,32 @@ def _layer_shape(
         for module in inside
         if id(module) not in projections
     )
-    # Sizes are linear in whole multiples of neurons.
-    step = block.multiple(precision)
-    one, two = (specs_bytes(block.compact_specs(count, precision), dtype) for count in (step, 2 * step))
-    neuron_bytes = (two - one) // step
-    plain = [specs_bytes(block.compact_specs(count, FLOATS), dtype) for count in (1, 2)]
     return LayerSizes(
         neurons=block.neurons,
-        neuron_bytes=neuron_bytes,
+        levels=tuple(_neuron_sizes(block, format, dtype) for format in levels),
         ff_bytes=specs_bytes(block.full_specs(stored), dtype),
         ff_flat_bytes=sum(_aligned(specs_bytes([spec], dtype)) for spec in block.full_specs(stored)),
         attention_bytes=attention + quantised,
         norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
         window=window,
-        precision=precision,
-        ff_fixed_bytes=one - step * neuron_bytes,
-        plain_neuron_bytes=plain[1] - plain[0],
+        plain_neuron_bytes=_neuron_sizes(block, FLOATS, dtype).neuron_bytes,
         plain_attention_bytes=attention,
         kv_width=state.kv_width,
         kv_heads=state.kv_heads,
         states=state.states,
         state_writer=state.writer,
-        multiple=step,
         own_width=block.width,
         experts=block.active,
         mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in inside if id(module) not in projections]),
     )
+
+
+def _neuron_sizes(block: Block, format: Format, dtype: torch.dtype) -> NeuronSizes:
+    """Sizes are linear in whole multiples of neurons."""
+    step = block.multiple(format)
+    one, two = (specs_bytes(block.compact_specs((count,), (format,)), dtype) for count in (step, 2 * step))
+    neuron_bytes = (two - one) // step
+    return NeuronSizes(neuron_bytes, one - step * neuron_bytes, step)
 
 
 def _mixing_bytes(state: LayerState, widths: list[int]) -> int:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, get_args
 
 from griffin_offload.config import (
@@ -15,6 +15,7 @@ from griffin_offload.config import (
     FLOOR_AUTO_CTX,
     FORMAT_NAMES,
     MAX_AUTO_CTX,
+    TIERS,
     DType,
     KVBits,
     LoadConfig,
@@ -33,16 +34,20 @@ if TYPE_CHECKING:
 
 
 _MODEL = "griffin_offload.engine.model"
-# Packages that transformers imports where they are installed, for the losses of vision models: a tenth of its imports.
+# What transformers imports where it is installed: scipy for the losses of vision models, a tenth of its imports, and
+# accelerate for weights that it places itself.
 _NOT_NEEDED = ("scipy",)
+_NOT_PLANNED = ("scipy", "accelerate")
 
 
 @contextmanager
-def heavy_imports() -> Iterator[None]:
+def heavy_imports(*, planning: bool = False) -> Iterator[None]:
     """Imports inside this are made without the collector of cycles, which never looks at what they leave.
 
     They make half a million objects that stay until the end. Going through them again and again was a sixth of the time
     to the first word; later, each full collection would pause an answer for them, and the one at exit the shell.
+
+    `planning`: nothing is loaded afterwards, so that a sixth of the imports can be left out.
     """
     if _MODEL in sys.modules or not gc.isenabled():
         # A process that knows the model may hold some, and those have to be collected when they are given up.
@@ -50,7 +55,7 @@ def heavy_imports() -> Iterator[None]:
         return
     gc.disable()
     try:
-        with _hidden(_NOT_NEEDED):
+        with _hidden(_NOT_PLANNED if planning else _NOT_NEEDED), _alone() if planning else nullcontext():
             yield
     finally:
         gc.freeze()
@@ -69,6 +74,20 @@ def _hidden(names: Sequence[str]) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Torch is as where it was built without processes that share tensors, and transformers leaves these out."""
+    from torch import distributed
+
+    asked = distributed.is_available
+    if "transformers" not in sys.modules:
+        vars(distributed)["is_available"] = lambda: False
+    try:
+        yield
+    finally:
+        vars(distributed)["is_available"] = asked
 
 
 # What run and chat share: how tokens are drawn, and the bar of a prompt's layers.
@@ -233,10 +252,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--quantize",
-        choices=("auto", *FORMAT_NAMES),
+        choices=("auto", *FORMAT_NAMES, TIERS),
         default=_DEFAULTS.quantize,
         help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
-        "neurons, else the last)",
+        f"neurons, else the last; {TIERS}: the prompt's neurons in more bits than the others)",
+    )
+    add(
+        "--bits",
+        type=_bits,
+        default=_DEFAULTS.bits,
+        metavar="auto|N",
+        help=f"with --quantize {TIERS}: bits per weight of the FFs, such as 3.5 (default: {_DEFAULTS.bits}, what fits)",
     )
     add(
         "--missing-experts",
@@ -281,6 +307,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-v", "--verbose", action="store_true", help="the plan, too")
     loudness.add_argument("-q", "--quiet", action="store_true", help="the text alone")
+
+
+def _bits(text: str) -> str | float:
+    return text if text == "auto" else float(text)
 
 
 def _refresh(text: str) -> str | int:

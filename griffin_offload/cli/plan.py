@@ -20,6 +20,7 @@ from griffin_offload.units import format_bytes
 
 if TYPE_CHECKING:
     from griffin_offload.engine.spec import ModelSpec
+    from griffin_offload.planner.experts import ExpertForecast
     from griffin_offload.planner.plan import Plan
 
 
@@ -40,7 +41,7 @@ def add_parser(commands: Any) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
-    with heavy_imports():  # most of transformers is imported when it is first asked, by `_examined`
+    with heavy_imports(planning=True):  # most of transformers is imported when it is first asked, by `_examined`
         from griffin_offload.planner.solve import describe_shortfall, solve
 
         quiet_libraries()
@@ -49,15 +50,42 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         others = {"alternatives": _alternatives(model_spec, found)} if arguments.verbose else {}
         device = {"device": model_spec.hardware.name, "assumed": model_spec.assumed}
-        print(json.dumps(found.to_json(remedy) | device | others))
+        expected = _forecast(model_spec, found)
+        experts = {"expert_forecast": None if expected is None else expected.to_json()}
+        print(json.dumps(found.to_json(remedy) | device | experts | others))
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
-        print("\n".join([*plan_lines(found), *([] if model_spec.assumed is None else [model_spec.assumed])]))
+        lines = [*plan_lines(found), *_forecast_lines(_forecast(model_spec, found))]
+        print("\n".join([*lines, *([] if model_spec.assumed is None else [model_spec.assumed])]))
     if arguments.verbose:
         print("\n".join(["", *_alternative_lines(_alternatives(model_spec, found))]))
     if remedy is not None:
         raise DoesNotFit(describe_shortfall(found, remedy))
     return 0
+
+
+def _forecast(model_spec: "ModelSpec", plan: "Plan") -> "ExpertForecast | None":
+    """None where there are no experts."""
+    from griffin_offload.planner.experts import forecast
+
+    if plan.experts is None:
+        return None
+    return forecast(model_spec.shape_of(plan), plan, model_spec.stored_expert_share)
+
+
+def _forecast_lines(expected: "ExpertForecast | None") -> list[str]:
+    if expected is None:
+        return []
+    numbers = (expected.parameters, expected.active_parameters, expected.resident_parameters)
+    total, active, resident = (f"{number / 1e9:.3g}" for number in numbers)
+    lines = [f"{total} billion parameters, {active} for a token, {resident} resident"]
+    if expected.expected_hit_rate < 1:
+        fetched = format_bytes(round(expected.fetched_bytes_per_token))
+        lines.append(
+            f"expected: {expected.expected_hit_rate:.0%} of what tokens are sent to is resident, {fetched} fetched for "
+            f"each token (assumed: routing by Zipf's law, exponent {expected.assumed_skew}, the most used resident)"
+        )
+    return lines
 
 
 def _examined(arguments: argparse.Namespace) -> "ModelSpec":
@@ -76,6 +104,8 @@ def _examined(arguments: argparse.Namespace) -> "ModelSpec":
 
 def plan_lines(plan: "Plan") -> list[str]:
     """The table of bytes for people."""
+    from griffin_offload.engine.report import tier_shares
+
     quantised = {name for name, size in plan.plain_parts.items() if plan.decode_parts[name] != size}
     rows = [
         (name.replace("_", " "), plan.prefill_parts[name], plan.decode_parts[name], plan.plain_parts.get(name, 0))
@@ -93,8 +123,9 @@ def plan_lines(plan: "Plan") -> list[str]:
     kept = f"density {plan.density:.2f}" if plan.streamed else "all neurons resident, nothing streamed"
     if plan.streamed and plan.experts:
         kept = f"{plan.experts[0]} of {plan.experts[1]} experts a layer"
+    precision = tier_shares(plan.tiers, plan.density) if plan.tiers else plan.precision
     lines.append(
-        f"{kept}, {plan.precision}, context {plan.context_tokens} tokens (prompt {plan.prompt_tokens}, "
+        f"{kept}, {precision}, context {plan.context_tokens} tokens (prompt {plan.prompt_tokens}, "
         f"{plan.kv_bits}-bit KV cache), embeddings on the {plan.embeddings}"
     )
     if plan.streamed:
@@ -108,27 +139,35 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     """The chosen plan, and every precision, dense and with the largest density, that fits at the same context."""
     from griffin_offload.evaluation.ceilings import decode_bytes_per_s
     from griffin_offload.planner.solve import alternatives
+    from griffin_offload.planner.tiers import expected_error
 
     shapes = [*model_spec.shapes, *model_spec.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].width
     plans = alternatives(shapes, model_spec.request, chosen.context_tokens)
-    if chosen.fits and all((plan.precision, plan.kept) != (chosen.precision, chosen.kept) for plan in plans):
+    if chosen.fits and all((plan.precision, plan.counts) != (chosen.precision, chosen.counts) for plan in plans):
         plans = [chosen, *plans]  # a density that was asked for
     rows = []
     for plan in plans:
         precision = model_spec.precision_of(plan)
+        shape = next(shape for shape in shapes if shape.precision_name == plan.precision)
         rate = None  # of a device that is not here
         if model_spec.assumed is None:
             rate = decode_bytes_per_s(precision, hidden, neurons, model_spec.dtype, model_spec.hardware)
-        read_bytes = plan.decoded_bytes + plan.decode_parts["kv_cache"]
+        expected = _forecast(model_spec, plan)
+        weights = plan.decoded_bytes if expected is None else expected.read_bytes_per_token
+        if expected is not None and expected.expected_hit_rate < 1:
+            rate = None  # the disk decides, which nobody has asked
+        read_bytes = weights + plan.decode_parts["kv_cache"]
         rows.append(
             {
                 "precision": plan.precision,
                 "density": plan.density,
+                "tiers": plan.tiers,
+                "expected_error": expected_error(shape, plan.counts),
                 "resident_bytes": plan.resident_bytes,
                 "peak_bytes": plan.peak_bytes,
                 "expected_tokens_per_s": None if rate is None else rate / read_bytes,
-                "chosen": (plan.precision, plan.kept) == (chosen.precision, chosen.kept),
+                "chosen": (plan.precision, plan.counts) == (chosen.precision, chosen.counts),
             }
         )
     return rows
@@ -141,12 +180,13 @@ def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:
     rates = " (tokens/s: the GEMV rate measured just now over the bytes one token reads, context full)"
     lines = [
         f"what fits{rates if known else ''}",
-        f"{'':<2}{'precision':<12}{'density':>8}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
+        f"{'':<2}{'precision':<12}{'density':>8}{'error':>8}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
     ]
     for row in rows:
-        rate = row["expected_tokens_per_s"]
+        rate, error = row["expected_tokens_per_s"], row["expected_error"]
         lines.append(
             f"{'*' if row['chosen'] else '':<2}{row['precision']:<12}{row['density']:>8.2f}"
+            f"{'?' if error is None else f'{error:.4f}':>8}"
             f"{format_bytes(row['resident_bytes']):>12}{format_bytes(row['peak_bytes']):>12}"
             f"{'?' if rate is None else f'{rate:.3g}':>10}"
         )

@@ -20,7 +20,7 @@ from griffin_offload.cli.options import (
     prepare_serving,
 )
 from griffin_offload.cli.plan import plan_lines
-from griffin_offload.config import LoadConfig, ServeConfig
+from griffin_offload.config import MOST_TOGETHER, LoadConfig, ServeConfig
 from griffin_offload.demo import SERVED_NAME
 from griffin_offload.errors import UsageError
 from griffin_offload.units import format_bytes, parse_seconds, parse_size
@@ -38,8 +38,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="answer OpenAI's API over HTTP",
-        description="Answers /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics, one request "
-        "after the other. A request that continues an earlier conversation streams only its new tokens. Nobody but "
+        description="Answers /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics, several "
+        "requests at once. A request that continues an earlier conversation streams only its new tokens. Nobody but "
         "this machine is answered unless --host and a key say so.",
     )
     _add_address(parser.add_argument_group("address").add_argument)
@@ -69,6 +69,14 @@ def _add_address(add: Any) -> None:
 
 
 def _add_limits(add: Any) -> None:
+    add(
+        "--parallel",
+        type=_parallel,
+        default=_DEFAULTS.parallel,
+        metavar="N",
+        help="requests that are answered at once, each with memory for the whole context. auto, the default: up to "
+        f"{MOST_TOGETHER}, as far as the budget has room, but one where they would have to share a choice of neurons",
+    )
     add("--queue-size", type=int, default=_DEFAULTS.queue_size, metavar="N", help="requests that may wait")
     add(
         "--idle-unload",
@@ -89,6 +97,12 @@ def _add_limits(add: Any) -> None:
     ):
         add(flag, type=_seconds, dest=name, default=default, metavar="TIME", help=f"default: {default:g}s")
     add("--max-connections", type=int, default=_DEFAULTS.max_connections, metavar="N", help="at once")
+
+
+def _parallel(text: str) -> int | str:
+    if text == "auto" or (text.isascii() and text.isdigit()):
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of requests: 1 or more, or auto")
 
 
 def _seconds(text: str) -> float:

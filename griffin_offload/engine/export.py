@@ -201,7 +201,7 @@ def _with_neurons(model: StockModel, layers: int, neurons: int) -> dict[str, tup
     found = _shapes(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for block in blocks:
-        specs = block.compact_specs(neurons, FLOATS)
+        specs = block.compact_specs((neurons,), (FLOATS,))
         for tensor, (shape, _) in zip(block.full(), specs, strict=True):
             found[names[id(tensor)]] = tuple(shape)
     return found
@@ -261,9 +261,9 @@ def _write_shards(
 
 
 def _gathered(block: Block, full: Sequence[Tensor], chosen: Tensor) -> list[Tensor]:
-    specs = block.compact_specs(chosen.numel(), FLOATS)
+    specs = block.compact_specs((chosen.numel(),), (FLOATS,))
     out = [torch.empty(shape, dtype=full[0].dtype, device="cpu") for shape, _ in specs]
-    block.gather(full, chosen, out)
+    block.gather(full, [chosen], out)
     return out
 
 

@@ -19,9 +19,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from griffin_offload.blocks.states import lasting_kinds, state_kinds
 from griffin_offload.engine.stock import StockForward
 from griffin_offload.errors import one_line
-from griffin_offload.kv_cache.kv_cache import KVCache, can_cache, why_not_back
+from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
 from griffin_offload.kv_cache.kv_layer import KVLayer
 from griffin_offload.transformers_api import CACHE, StockModel
 
@@ -144,8 +145,8 @@ class JointStep:
 
 def _why_alone(model: StockModel) -> str | None:
     config = model.config
-    if not can_cache(config):
-        return why_not_back(config)
+    if not can_cache(config) or state_kinds(config):
+        return f"layers of kind {lasting_kinds(config) or state_kinds(config)} keep states"
     if not model._supports_attention_backend:
         return f"the attention of {config.model_type} is its own"
     return None

@@ -24,8 +24,10 @@ from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine.report import ExpertReport
 from griffin_offload.formats.translated import in_memory
+from griffin_offload.method.allocation import Counts
 from griffin_offload.offload.background_loader import BackgroundLoader
-from griffin_offload.offload.expert_store import ExpertBuffers, ExpertCache, ExpertStore
+from griffin_offload.offload.expert_cache import ExpertBuffers, ExpertCache
+from griffin_offload.offload.expert_store import ExpertStore
 from griffin_offload.offload.layer_stream import LayerStream, StreamConfig
 from griffin_offload.offload.weight_store import Source, stream_dtype
 
@@ -41,14 +43,16 @@ class DecoderLayers:
     blocks: list[Block]
     compact: dict[int, list[nn.Parameter]]
     """Compact parameters of the streamed layers, allocated once and refilled for every prompt."""
-    kept: tuple[int, ...]
+    counts: tuple[Counts, ...]
+    """Resident neurons of each layer by format."""
     source: Source | None
     """None when no layer is streamed."""
     stream: StreamConfig
     ff_chunk_tokens: int
     config: LoadConfig
     selected: dict[int, Tensor] = field(default_factory=dict)
-    """Sorted indices of the neurons in the compact parameters, per streamed layer: a new dict for every choice."""
+    """Indices of the neurons in the compact parameters, sorted in each format, per streamed layer: a new dict for every
+    choice."""
     arrival: BackgroundLoader | None = None
     """Residents of layers that are still on their way; None where nobody fills any."""
     experts: dict[int, ExpertCache] = field(default_factory=dict)
@@ -196,7 +200,7 @@ class RowFeed:
 
     def bring(self, index: int) -> list[Tensor]:
         assert self._layers.source is not None, "streamed layers have a source"
-        needed = self._layers.blocks[index].rows_needed(self._selected[index].cpu())
+        needed = self._layers.blocks[index].rows_needed(self._selected[index].cpu().sort().values)
         full = self._layers.source.fetch_rows(index, needed)
         return [in_memory(tensor).to(stream_dtype(tensor, self._dtype)) for tensor in full]
 
@@ -341,7 +345,7 @@ class LayerPass:
         if index in self.feed.layers:
             self._full = self.feed.bring(index)
         else:
-            self._full = block.full() if block.precision.is_plain else []
+            self._full = block.full() if block.is_plain else []
         for visitor in self._visitors:
             visitor.start(index, block, self._full)
 

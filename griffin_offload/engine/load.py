@@ -27,10 +27,11 @@ from griffin_offload.engine.layer_pass import DecoderLayers
 from griffin_offload.engine.residents import Loaded, cache_experts, compact_blocks, place_residents, resident_bytes
 from griffin_offload.engine.spec import ModelSpec, evicts
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
-from griffin_offload.formats import FLOATS
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
+from griffin_offload.method.allocation import tiers_of
 from griffin_offload.offload.background_loader import BackgroundLoader
+from griffin_offload.offload.expert_cache import ExpertBuffers
 from griffin_offload.offload.expert_store import ExpertStore
 from griffin_offload.offload.layer_stream import StreamConfig
 from griffin_offload.offload.weight_store import HostStore, MmapStore, Source
@@ -85,7 +86,7 @@ def _load(
     hardware.cap(model_spec.request.budget_bytes - overhead_bytes)
     shape = model_spec.shape_of(plan)
     scratch = make_scratch(model_spec, shape)
-    model, decoder, blocks = _map_layers(model_spec.checkpoint, shape, scratch, evict=evicts(model_spec))
+    model, decoder, blocks = _map_layers(model_spec, plan, scratch)
     full = {index: blocks[index].full() for index in plan.streamed}
     offload = _offload_tier(model_spec, plan, config)
     dense = {index: tensors for index, tensors in full.items() if not isinstance(blocks[index], Experts)}
@@ -112,12 +113,13 @@ def _load(
         decoder=decoder,
         blocks=blocks,
         compact={index: compact[index] for index in full},
-        kept=plan.kept,
+        counts=tuple(plan.counts_of(index) for index in range(len(blocks))),
         source=source,
         stream=StreamConfig(hardware, model_spec.dtype, plan.slots),
         ff_chunk_tokens=plan.ff_chunk_tokens,
         config=config,
         expert_store=store,
+        expert_buffers=ExpertBuffers(plan.expert_slots, shape.expert_slots_in_decode(plan.expert_slots)),
     )
     cache_experts(layers)
     resident = resident_bytes(model)
@@ -129,21 +131,21 @@ def _load(
 
 
 def _expert_store(full: dict[int, list[Tensor]], blocks: list[Block], model_spec: ModelSpec) -> ExpertStore | None:
-    fills = {index: block.form.fill for index, block in enumerate(blocks) if isinstance(block, Experts)}
+    made = (block if isinstance(block, Experts) and block.form.makes else None for block in blocks)
+    fills = {index: block.form.fill for index, block in enumerate(made) if block is not None}
     return ExpertStore(full, evict=evicts(model_spec), fills=fills) if full else None
 
 
 def make_scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
     """What matrices are multiplied through that are not multiplied as they rest; empty where there are none."""
-    needed = model_spec.request.translated or not shape.precision.is_plain
+    needed = model_spec.request.translated or not shape.is_plain
     dtype = torch.float32 if model_spec.request.translated else model_spec.dtype
     return Scratch(shape.scratch_bytes if needed else 0, dtype, model_spec.device)
 
 
-def _map_layers(
-    checkpoint: Checkpoint, shape: ModelSizes, scratch: Scratch, *, evict: bool
-) -> tuple[Any, nn.ModuleList, list[Block]]:
+def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[Any, nn.ModuleList, list[Block]]:
     """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
+    checkpoint, shape = model_spec.checkpoint, model_spec.shape_of(plan)
     model = build(checkpoint, scratch)
     model.name_or_path = model.config.name_or_path = str(checkpoint.directory)
     decoder, blocks = find_feed_forwards(model, len(shape.layers))
@@ -152,12 +154,13 @@ def _map_layers(
         if not isinstance(block, Experts):  # whose own code says how they lie
             self_check(block)
             break
-    if not shape.precision.is_plain and checkpoint.precision.is_plain:
+    if not shape.is_plain and shape.formats != (checkpoint.precision.rests_as(),):
         importance: Importance = {}
-        if shape.precision.wants_importance:
-            importance = importance_of(checkpoint, model, decoder, blocks, evict=evict)
-        swap_linears(decoder, blocks, shape.precision, FLOATS, scratch, importance)
-        swap_experts(blocks, shape.precision, FLOATS, checkpoint.records, scratch, importance)
+        if any(format.wants_importance for format in shape.formats):
+            importance = importance_of(checkpoint, model, decoder, blocks, evict=evicts(model_spec))
+        tiers = [[(shape.levels[level], kept) for level, kept in tiers_of(own)] for own in plan.counts]
+        swap_linears(decoder, blocks, shape.precision, checkpoint.precision, scratch, importance, tiers)
+        swap_experts(blocks, shape.precision, checkpoint.precision, checkpoint.records, scratch, importance)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
     return model, decoder, blocks
 

@@ -13,19 +13,13 @@ import torch
 from torch import Tensor
 
 from griffin_offload.checkpoint.registry import locate
-from griffin_offload.config import LoadConfig, Structure
+from griffin_offload.config import MOST_TOGETHER, LoadConfig
 from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, OutOfMemoryAsError, give_back_freed, peak_host_bytes
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
 from griffin_offload.engine.arguments import empty_context, prepared
 from griffin_offload.engine.chat import ChatSession
-from griffin_offload.engine.generation import (
-    GenerationMode,
-    GenerationState,
-    checked_prompt,
-    ends_of,
-    probabilities_named,
-)
+from griffin_offload.engine.generation import GenerationMode, GenerationState, ends_of, probabilities_named
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.load import load
 from griffin_offload.engine.model_interface import StockInterface
@@ -33,10 +27,10 @@ from griffin_offload.engine.options import translated
 from griffin_offload.engine.report import PrefillReport, RunReport
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.runner import ModelRunner
-from griffin_offload.engine.scheduler import MOST_TOGETHER, GeneratedAnswer, SequenceScheduler, answers
+from griffin_offload.engine.scheduler import GeneratedAnswer, SequenceScheduler, answers
 from griffin_offload.engine.spec import ModelSpec, check_no_passes, examine, plan_for
-from griffin_offload.engine.stock import check_wait
-from griffin_offload.engine.structure import StructureGuide
+from griffin_offload.engine.stock import check_wait, checked_prompt
+from griffin_offload.engine.structure import Structure, StructureGuide
 from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context
@@ -179,10 +173,10 @@ class GriffinModel(StockInterface):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def new_context(self) -> Context:
-        """An empty context for `generate`, with a KV cache for `plan.context_tokens`. UsageError where layers keep a
-        state that cannot be taken back, see `keeps_contexts`."""
-        return empty_context(self._engine)
+    def new_context(self, tokens: int | None = None) -> Context:
+        """An empty context for `generate`, with a KV cache for so many `tokens` at first, or for `plan.context_tokens`.
+        UsageError where layers keep a state that cannot be taken back, see `keeps_contexts`."""
+        return empty_context(self._engine, tokens)
 
     @property
     def keeps_contexts(self) -> bool:
@@ -233,10 +227,9 @@ class GriffinModel(StockInterface):
         `RunConfig.max_new_tokens` are generated. `exact`, `draft_tokens`, `refresh` and `lookup` are as in
         `LoadConfig`, and those of loading by default. With a `context` the prompt [1, T] goes on from what that
         remembers: tokens at its start that the context knows are not computed again. `prompt_done` is called with it
-        when the prompt has passed.
-        `past_key_values` of an earlier call (`cache` since transformers 5.24; both names are taken) goes on, too, with
-        the neurons that were chosen then. With a `structure` tokens that it does not allow are never chosen; the report
-        says whether the answer was complete when it ended.
+        when the prompt has passed. `past_key_values` of an earlier call (`cache` since transformers 5.24; both names
+        are taken) goes on, too, with the neurons that were chosen then. With a `structure` tokens that it does not
+        allow are never chosen; the report says whether the answer was complete when it ended.
         `wait_s` is as the attribute, for this call alone. Raises Busy when that is over, UsageError for a prompt that
         is empty or too long for `plan.context_tokens`, DoesNotFit when the batch or its length needs more than the
         budget.
@@ -271,16 +264,18 @@ class GriffinModel(StockInterface):
         """All of `generate` that holds memory: an error that is raised outside keeps none of it."""
         if context is not None:
             self._check_owner(context)
-        guide = None
-        if structure is not None:
-            ends = ends_of(kwargs.get("generation_config") or self.generation_config, kwargs)
-            guide = StructureGuide(structure, self.tokenizer, self.vocab_size, ends)
-            kwargs = guide.among(kwargs)
+        guide = self.guide(structure, kwargs)
+        kwargs = kwargs if guide is None else guide.among(kwargs)
         run, kwargs = prepared(self._engine, prompt, kwargs, mode, context, guide)
         if context is not None:
             run.ready, run.prompt_done = context.start(prompt[0], exact=mode.exact), prompt_done
             run.cached_tokens = len(context.tokens)
         return self._generate(run, prompt, inputs, kwargs)
+
+    def guide(self, structure: Structure | None, arguments: dict[str, Any]) -> StructureGuide | None:
+        """What keeps an answer with these `arguments` of `generate` to `structure`; None without one."""
+        ends = ends_of(arguments.get("generation_config") or self.generation_config, arguments)
+        return None if structure is None else StructureGuide(structure, self.tokenizer, self.vocab_size, ends)
 
     def generate_many(
         self,
@@ -293,10 +288,9 @@ class GriffinModel(StockInterface):
 
         A prompt may come with arguments of `generate` of its own, as a pair; `kwargs` are those of all: those for one
         sequence, and `seed`, by which an answer draws whatever its neighbours do. Prompts are taken when there is room,
-        and pass one by one, between two tokens of the others. Neurons are chosen by all that are being decoded, so with
-        a density below 1 answers depend on their neighbours; `report.activation_kept` says how much of its own
-        activation each one had. Exact mode, refresh, and architectures whose sequences cannot be computed together
-        (`why_alone`) are answered one after the other. Other callers have the model between two answers.
+        and pass one by one, between two tokens of the others. All that are being decoded choose the neurons: with fewer
+        than all, answers depend on their neighbours, and `activation_kept` is of an answer's own. Exact mode, refresh
+        and some architectures (`why_alone`) are answered one by one. Other callers have the model between two answers.
         """
         given = (prompt if isinstance(prompt, tuple) else (prompt, {}) for prompt in prompts)
         return answers(self, self.scheduler(most), ((prompt, kwargs | own) for prompt, own in given))
@@ -308,9 +302,15 @@ class GriffinModel(StockInterface):
         return SequenceScheduler(self._engine, self._report, most)
 
     @property
+    def shares_neurons(self) -> bool:
+        """Whether sequences decoded together share a choice of neurons, and so change each other's answers: not where
+        all are resident, nor where an expert that is not is read."""
+        fetches = self.plan.experts is not None and self._loaded.layers.config.missing_experts == "fetch"
+        return self.plan.density < 1 and not fetches
+
+    @property
     def why_alone(self) -> str | None:
-        """Why sequences are computed one after the other; None where several can be at once, as far as that is known
-        before the first two have met."""
+        """Why sequences are computed one by one; None if several can be at once, as far as is known before two met."""
         return self._engine.joint.why_alone
 
     def _mode(self, exact: bool | None, draft_tokens: int | None, refresh: Any, lookup: bool | None) -> GenerationMode:

@@ -105,7 +105,17 @@ HUB = ("revision", "cache_dir", "token")
 """Words for the hub's client."""
 TRANSLATED = ("torch_dtype", "device_map", "local_files_only")
 """Other words for fields of `LoadConfig`."""
-_NUMBERS = ("ctx_size", "prompt_tokens", "batch_size", "seed", "draft_tokens", "ff_chunk_tokens", "threads", "kv_bits")
+_NUMBERS = (
+    "ctx_size",
+    "prompt_tokens",
+    "batch_size",
+    "sequences",
+    "seed",
+    "draft_tokens",
+    "ff_chunk_tokens",
+    "threads",
+    "kv_bits",
+)
 _SIZES = ("max_gpu_mem", "max_cpu_mem", "session_mem")
 _SWITCHES = ("exact", "keep_prompts", "cuda_graphs", "offline", "always_stream")
 _SEVERAL = ("balanced", "balanced_low_0", "sequential")

@@ -17,7 +17,8 @@ from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, Progress, StreamFeed, Visitor
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.kv_cache.sequence import Statistic
-from griffin_offload.method.selection import layer_generator, select_neurons
+from griffin_offload.method.allocation import split_levels
+from griffin_offload.method.selection import layer_generator, score_of, select_neurons
 from griffin_offload.method.statistic import share_kept, shared_score, split_at, split_tokens
 
 # After so many bytes of hidden states, on the CPU, freed memory is given back: it costs a few ms then.
@@ -70,7 +71,7 @@ class GatherChosen(Visitor):
 
     def end(self, index: int, block: Block, full: list[Tensor]) -> None:
         chosen = self._select(index, block, full)
-        block.gather(full, chosen, self._layers.compact[index])
+        block.gather(full, chosen.split(self._layers.counts[index]), self._layers.compact[index])
         self._layers.selected[index] = chosen
 
     def _select(self, index: int, block: Block, full: list[Tensor]) -> Tensor:
@@ -100,7 +101,9 @@ def choose_together(layers: DecoderLayers, index: int, squared: Sequence[Tensor]
 def _choose(layers: DecoderLayers, index: int, squared: Tensor, norms: Tensor | None) -> Tensor:
     config = layers.config
     generator = layer_generator(config.seed, index)
-    return select_neurons(squared, layers.kept[index], config.selection, generator, norms)
+    counts = layers.counts[index]
+    chosen = select_neurons(squared, sum(counts), config.selection, generator, norms)
+    return split_levels(score_of(squared, config.selection, norms), chosen, counts)
 
 
 def _norms(layers: DecoderLayers, index: int, block: Block, full: list[Tensor]) -> Tensor | None:

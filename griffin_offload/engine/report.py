@@ -6,6 +6,13 @@ from typing import Any
 from griffin_offload.units import format_bytes
 
 
+def tier_shares(tiers: dict[str, int], density: float) -> str:
+    """For people: shares of the neurons by format, of which `density` are kept."""
+    neurons = sum(tiers.values()) / density if density else 1.0
+    shares = [f"{name} {count / neurons:.0%}" for name, count in tiers.items() if count]
+    return f"tiers ({', '.join([*shares, *([f'none {1 - density:.0%}'] if density < 1 else [])])})"
+
+
 @dataclass(frozen=True)
 class PrefillReport:
     """One streamed pass."""
@@ -203,7 +210,9 @@ class RunReport:
     host_growth_bytes: int
     density: float
     precision: str
-    """Of the resident matrices: int8, int4, or the precision of the computation."""
+    """Of the resident matrices: a format, tiers, or the precision of the computation."""
+    tiers: dict[str, int]
+    """FF neurons of all layers by format; empty where there is one."""
     parts: dict[str, int]
     """Resident bytes by part."""
     parts_16bit: dict[str, int]
@@ -263,6 +272,9 @@ class RunReport:
         unquantised = sum(self.parts_16bit.values())
         return f" ({format_bytes(unquantised)} unquantised)" if unquantised != sum(self.parts.values()) else ""
 
+    def _in_words(self) -> str:
+        return tier_shares(self.tiers, self.density) if self.tiers else self.precision
+
     def _draft_lines(self) -> list[str]:
         drafting = self.drafting
         if drafting is None or not drafting.passes:
@@ -296,7 +308,7 @@ class RunReport:
             *([] if self.graphs is None else [self.graphs.line()]),
             *([self.lookup.line()] if self.lookup is not None and self.lookup.forwards else []),
             *([] if self.structure is None else [self.structure.line()]),
-            f"resident {format_bytes(self.resident_bytes)} {self.precision}{self._unquantised()}   peak {device} "
+            f"resident {format_bytes(self.resident_bytes)} {self._in_words()}{self._unquantised()}   peak {device} "
             f"{format_bytes(self.peak_device_bytes)} of {format_bytes(self.budget_bytes)}   "
             f"RAM {format_bytes(self.peak_host_bytes)} (process)",
         ]

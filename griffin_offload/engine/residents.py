@@ -6,6 +6,7 @@ of their use (`Arrival`). The others are there when `place_residents` returns.
 """
 
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed,
 from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.formats.stacked import row_parts
 from griffin_offload.offload.background_loader import Job
-from griffin_offload.offload.expert_store import ExpertCache
+from griffin_offload.offload.expert_cache import ExpertCache
 from griffin_offload.planner.plan import Plan
 from griffin_offload.transformers_api import StockModel
 
@@ -128,7 +129,7 @@ def compact_blocks(
     for index, block in enumerate(blocks):
         if index not in full and block.rests_as_stored:
             continue
-        compact[index] = block.allocate(plan.kept[index], model_spec.dtype, model_spec.device)
+        compact[index] = block.allocate(plan.counts_of(index), model_spec.dtype, model_spec.device)
         if index in full:
             # No prompt has to wait for their pages.
             jobs[index] += [partial(touch, parameter) for parameter in compact[index]]
@@ -158,7 +159,7 @@ class GatherSelected(Visitor):
         self._layers, self._selected = layers, selected
 
     def end(self, index: int, block: Block, full: list[Tensor]) -> None:
-        chosen, compact = self._selected[index].cpu(), self._layers.compact[index]
+        chosen, compact = self._selected[index].cpu().split(self._layers.counts[index]), self._layers.compact[index]
         if self._layers.stream.device.shares_host_memory:
             block.gather(full, chosen, compact)
         else:
@@ -179,16 +180,18 @@ def materialise(layers: DecoderLayers, selected: dict[int, Tensor], dtype: torch
     layers.selected = selected
 
 
-def _gather_through_host(block: Block, full: list[Tensor], chosen: Tensor, compact: list[nn.Parameter]) -> None:
+def _gather_through_host(
+    block: Block, full: list[Tensor], chosen: Sequence[Tensor], compact: list[nn.Parameter]
+) -> None:
     # Quantising wants the device; plain neurons are gathered where they rest.
-    if block.precision.is_plain:
+    if block.is_plain:
         host = [torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in compact]
         block.gather(full, chosen, host)
         for parameter, gathered in zip(compact, host, strict=True):
             parameter.copy_(gathered)
     else:
         device = compact[0].device
-        block.gather([tensor.to(device) for tensor in full], chosen.to(device), compact)
+        block.gather([tensor.to(device) for tensor in full], [own.to(device) for own in chosen], compact)
 
 
 @torch.no_grad()
@@ -202,7 +205,7 @@ def _fill_whole(
         return
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
     with pages.reading(source) as found:
-        block.gather([tensor.to(model_spec.device) for tensor in found], everything, target)
+        block.gather([tensor.to(model_spec.device) for tensor in found], [everything], target)
 
 
 def place_residents(

@@ -41,8 +41,9 @@ from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.kv_cache.store import Workload
 from griffin_offload.offload.weight_store import MmapStore
-from griffin_offload.planner.plan import Plan, logits_bytes, statistics_bytes, workspace_bytes
+from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
+from griffin_offload.planner.workspace import logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.transformers_api import CACHE, StockCache, with_own_name
 
 
@@ -83,7 +84,8 @@ class ModelRunner:
         loaded.layers.decoder[0].register_forward_pre_hook(Guard(self._check_whole, whole=not plan.streamed))
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
         self.kept_cache = ReusedKVCache(loaded.model.config, plan.kv_bits)
-        table.prepare([layout.name for layout in self.shape.precision.layouts()], model_spec.device, model_spec.dtype)
+        layouts = [layout.name for format in self.shape.formats for layout in format.layouts()]
+        table.prepare(layouts, model_spec.device, model_spec.dtype)
         if model_spec.request.graphs:
             self.capture_with(model_spec.hardware.recorder())
 
@@ -158,9 +160,9 @@ class ModelRunner:
         whole = all(kept == layer.neurons for kept, layer in zip(self.plan.kept, self.shape.layers, strict=True))
         if self._closed:
             return "it is closed"
-        if not self.shape.precision.is_plain:
+        if not self.shape.is_plain:
             return (
-                f"its matrices are {self.shape.precision}: load it with quantize='none', or make a copy on the disk by "
+                f"its matrices are {self.plan.precision}: load it with quantize='none', or make a copy on the disk by "
                 "griffin-offload convert"
             )
         if not whole:
@@ -232,9 +234,9 @@ class ModelRunner:
             kv_cache=cache_bytes(cache),
             states=state_bytes(cache),
             slots=slots,
-            workspace=workspace_bytes(self.shape, request, use, new_tokens, use.ctx_tokens, self.plan.kept),
+            workspace=workspace_bytes(self.shape, request, use, new_tokens, use.ctx_tokens, self.plan.counts),
             logits=logits_bytes(self.shape, use),
-            statistic=statistics_bytes(self.shape, request, use, self.plan.kept, self.plan.streamed),
+            statistic=statistics_bytes(self.shape, request, use, self.plan.counts, self.plan.streamed),
         )
         self.loaded.ledger.hold(slots=0)
 

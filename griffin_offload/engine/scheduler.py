@@ -7,8 +7,8 @@ sequence's own: transformers' `generate` prepares them as for an answer alone.
 """
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -16,135 +16,60 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from griffin_offload.config import MOST_TOGETHER
+from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
-from griffin_offload.engine.arguments import ONE_ANSWER, checked_prompt, empty_context, prepared
+from griffin_offload.engine.arguments import ONE_ANSWER, LoadedModel, empty_context, prepared
+from griffin_offload.engine.decoding import DecodingEngine, DecodingSequence, PreparedAnswer, Seed
 from griffin_offload.engine.generation import GenerationMode, GenerationState, probabilities_named
+from griffin_offload.engine.joint_step import JointStep
 from griffin_offload.engine.report import RunReport
-from griffin_offload.engine.runner import ModelRunner
+from griffin_offload.engine.residents import Loaded
+from griffin_offload.engine.spec import ModelSpec
+from griffin_offload.engine.stock import checked_prompt
+from griffin_offload.engine.structure import Structure, StructureGuide
 from griffin_offload.errors import DoesNotFit, GriffinError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.store import Workload
-from griffin_offload.transformers_api import StockModel
+from griffin_offload.transformers_api import StockCache
 
-MOST_TOGETHER = 8
-"""Sequences in one step, when nobody says: the kernels for few rows gain little beyond."""
 _CHECK_TOKENS = 4
-
-
-class _Prepared:
-    """What transformers' `generate` makes of its arguments, given as its `custom_generate`: nothing is generated."""
-
-    def __call__(
-        self,
-        model: StockModel,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        self.ids, self.processor, self.criteria = input_ids, logits_processor, stopping_criteria
-        self.config, self.kwargs = generation_config, model_kwargs
-        return input_ids
-
-
-@dataclass
-class _Share:
-    """What an answer's own activation had of the resident neurons while so many tokens were generated."""
-
-    kept: float
-    tokens: int = 0
-
-
-class DecodingSequence:
-    """One answer on its way."""
-
-    def __init__(self, engine: ModelRunner, run: GenerationState, ready: _Prepared, seed: int | None) -> None:
-        assert run.context is not None, "a sequence of its own"
-        self._engine, self.run, self.context = engine, run, run.context
-        self._processor, self._criteria, self._config = ready.processor, ready.criteria, ready.config
-        self.ids, self._kwargs, self._prompt_tokens = ready.ids, ready.kwargs, ready.ids.shape[1]
-        self._random = torch.Generator(self.ids.device)
-        self._random.manual_seed(
-            int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")) if seed is None else seed
-        )
-        self._started = time.perf_counter()
-        self._shares: list[_Share] = []
-        self.done = False
-        self.error: Exception | None = None
-        """What ended it, if it did not end well."""
-        self.report: RunReport | None = None
-        """When it has ended well."""
-
-    @property
-    def answer(self) -> Tensor:
-        """Its tokens so far [T], without the prompt."""
-        return self.ids[0, self._prompt_tokens :]
-
-    @property
-    def seconds(self) -> float:
-        """Since it joined."""
-        return time.perf_counter() - self._started
-
-    def first(self) -> None:
-        """Let the prompt, or what the context does not know of it, pass: the first token."""
-        new_tokens = self._prompt_tokens - self.context.cache.get_seq_length()
-        self._take(self._forward(new_tokens, is_first_iteration=True))
-
-    def step(self) -> None:
-        """One token, alone."""
-        self._take(self._forward(1))
-
-    def _forward(self, new_tokens: int, **more: Any) -> Tensor:
-        model, engine = self._engine.loaded.model, self._engine
-        inputs = model.prepare_inputs_for_generation(self.ids, next_sequence_length=new_tokens, **self._kwargs, **more)
-        engine.run = self.run
-        try:
-            logits: Tensor = model(**inputs, return_dict=True).logits[:, -1]
-        finally:
-            engine.run = None
-        return logits
-
-    def take(self, logits: Tensor) -> None:
-        """A token from logits [1, V] of a step with others."""
-        self._engine.run = self.run
-        try:
-            self._engine.observe(logits)
-        finally:
-            self._engine.run = None
-        self._take(logits)
-
-    def _take(self, logits: Tensor) -> None:
-        scores = self._processor(self.ids, logits.to(torch.float32, copy=True))
-        if self._config.do_sample:
-            token = torch.multinomial(scores.softmax(-1), 1, generator=self._random)
-        else:
-            token = scores.argmax(-1, keepdim=True)
-        self.ids = torch.cat([self.ids, token], dim=1)
-        self._kwargs = self._engine.loaded.model._update_model_kwargs_for_generation({}, self._kwargs)
-        if self._shares:
-            self._shares[-1].tokens += 1
-        self.done = bool(self._criteria(self.ids, None).all())
-
-    def share_anew(self) -> None:
-        """Others have joined, or this one: the resident neurons are not those of before."""
-        layers = self._engine.loaded.layers
-        self.context.selected = layers.selected
-        kept = self.context.share_kept(layers.config.batch_statistic, len(layers.decoder))
-        self._shares.append(_Share(kept))
-
-    @property
-    def activation_kept(self) -> float:
-        """Share of this answer's own activation in the resident neurons, mean over its tokens."""
-        tokens = sum(share.tokens for share in self._shares)
-        if not tokens:
-            return self._shares[-1].kept
-        return sum(share.kept * share.tokens for share in self._shares) / tokens
 
 
 class HasToWait(GriffinError):
     """A sequence cannot join those that are being decoded; it may when some of them have left."""
+
+
+class _Passes(Protocol):
+    def keep_resident(self, selected: dict[int, Tensor]) -> None: ...
+
+
+class _Sizes(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class JointEngine(DecodingEngine, LoadedModel, Protocol):
+    """What is asked of a model whose sequences are decoded together (a `ModelRunner`)."""
+
+    @property
+    def loaded(self) -> Loaded: ...
+    @property
+    def model_spec(self) -> ModelSpec: ...
+    @property
+    def joint(self) -> JointStep: ...
+    @property
+    def passes(self) -> _Passes: ...
+    @property
+    def shape(self) -> _Sizes: ...
+    @property
+    def embedding_bytes(self) -> int: ...
+    def alone(self) -> AbstractContextManager[None]: ...
+    def guarded(self) -> OutOfMemoryAsError: ...
+    def decode_beside(self, contexts: Sequence[Context]) -> None: ...
+    def hold(self, use: Workload, new_tokens: int, cache: StockCache | None) -> None: ...
+    def forget_mixed(self, context: Context, prompt_tokens: int) -> None: ...
 
 
 class SequenceScheduler:
@@ -154,7 +79,7 @@ class SequenceScheduler:
     """
 
     def __init__(
-        self, engine: ModelRunner, report: Callable[[GenerationState, int, float], RunReport], most: int = MOST_TOGETHER
+        self, engine: JointEngine, report: Callable[[GenerationState, int, float], RunReport], most: int = MOST_TOGETHER
     ) -> None:
         self._engine, self._report, self.most = engine, report, most
         self.running: list[DecodingSequence] = []
@@ -165,6 +90,7 @@ class SequenceScheduler:
         """The model is this scheduler's inside: other callers of it wait."""
         engine = self._engine
         with engine.alone(), engine.loaded.ledger.measuring(), limited_threads(engine.loaded.threads):
+            engine.loaded.layers.restrict(drafting=False)
             engine.decode_beside([sequence.context for sequence in self.running])
             yield
 
@@ -182,10 +108,17 @@ class SequenceScheduler:
         return engine.joint.why_alone is None
 
     def begin(
-        self, prompt: Tensor, *, context: Context | None = None, seed: int | None = None, **arguments: Any
+        self,
+        prompt: Tensor,
+        *,
+        context: Context | None = None,
+        seed: Seed = None,
+        guide: StructureGuide | None = None,
+        **arguments: Any,
     ) -> DecodingSequence:
         """Let a prompt [1, T] pass, behind what `context` knows of it, and its answer join the others. `arguments` are
-        those of `generate` for one sequence; without a `seed` torch's global generator gives one.
+        those of `generate` for one sequence; `seed` is a number, or what draws; without it torch's global generator
+        gives one. With a `guide` it is kept to a structure.
 
         HasToWait where it would fit if others were not there; whatever `generate` raises of its arguments or its
         prompt. The others go on as before.
@@ -193,13 +126,15 @@ class SequenceScheduler:
         engine = self._engine
         with engine.guarded():
             context = empty_context(engine, 1) if context is None else context
-            run, ready = self._prepared(prompt, context, arguments)
+            run, ready = self._prepared(prompt, context, arguments if guide is None else guide.among(arguments))
+            run.guide = guide
             sequence = DecodingSequence(engine, run, ready, seed)
             before = engine.loaded.layers.fetched_bytes, engine.embedding_bytes
             try:
                 with probabilities_named(engine.model_spec.dtype):
                     sequence.first()
             except BaseException:
+                sequence.close()
                 context.finish(None)
                 self._count()  # a pass that was cut short chose for some layers: `step` gathers what was there before
                 raise
@@ -212,10 +147,11 @@ class SequenceScheduler:
 
     def _prepared(
         self, prompt: Tensor, context: Context, arguments: dict[str, Any]
-    ) -> tuple[GenerationState, _Prepared]:
-        engine, ready = self._engine, _Prepared()
+    ) -> tuple[GenerationState, PreparedAnswer]:
+        engine, ready = self._engine, PreparedAnswer()
         prompt = checked_prompt(prompt, engine.shape.vocab_size).to(engine.model_spec.device)
-        mode = GenerationMode(refresh="never" if engine.loaded.layers.config.refresh == "never" else "turn")
+        refresh = engine.loaded.layers.config.refresh
+        mode = GenerationMode(refresh="never" if refresh == "never" else "turn", lookup=False)
         try:
             run, kwargs = prepared(engine, prompt, ONE_ANSWER | arguments, mode, context)
         except DoesNotFit as error:
@@ -245,6 +181,7 @@ class SequenceScheduler:
     def _count(self) -> None:
         """Enter what the running ones take into the ledger."""
         engine, running = self._engine, self.running
+        engine.loaded.ledger.hold(kv_cache=0)  # of the prompt that has passed: counted among those that are decoded
         engine.decode_beside([sequence.context for sequence in running])
         if running:
             largest = max((sequence.run.use for sequence in running), key=lambda use: use.ctx_tokens)
@@ -281,8 +218,10 @@ class SequenceScheduler:
         """Take `sequence` out, done or not. What its context knows stays, unless it failed."""
         engine = self._engine
         self.running.remove(sequence)
+        engine.decode_beside([other.context for other in self.running])
         if sequence.error is None:
             self._end(sequence)
+        sequence.close()
         sequence.context.finish(sequence.ids[0].tolist() if sequence.error is None else None)
         engine.forget_mixed(sequence.context, sequence.run.prompt_tokens)
         self._count()
@@ -291,6 +230,8 @@ class SequenceScheduler:
         engine, run = self._engine, sequence.run
         try:
             run.end_check(engine.model_spec.dtype)
+            if run.guide is not None:
+                run.guide.complete([sequence.answer.tolist()])
         except GriffinError as error:
             sequence.error = error
             return
@@ -308,6 +249,8 @@ class SequenceScheduler:
 
     def abandon(self) -> None:
         """Forget all of them, also outside of `working`."""
+        for sequence in self.running:
+            sequence.close()
         self.running.clear()
         self._selected = None
         self._engine.decode_beside(())
@@ -329,10 +272,11 @@ class _Model(Protocol):
     @property
     def keeps_contexts(self) -> bool: ...
     @property
-    def engine(self) -> ModelRunner: ...
+    def engine(self) -> JointEngine: ...
     @property
     def last_report(self) -> RunReport | None: ...
     def generate(self, inputs: Tensor, **kwargs: Any) -> Any: ...
+    def guide(self, structure: Structure | None, arguments: dict[str, Any]) -> StructureGuide | None: ...
 
 
 _MODE = ("exact", "draft_tokens", "refresh")  # of `generate` alone
@@ -374,8 +318,10 @@ def _begin(model: _Model, scheduler: SequenceScheduler, asked: _Asked) -> Decodi
     """The sequence that has begun; None while it has to wait for the end of others."""
     if _needs_the_model(model, asked[1]):
         return None
+    arguments = {name: value for name, value in asked[1].items() if name not in (*_MODE, "lookup")}
     try:
-        return scheduler.begin(asked[0], **{name: value for name, value in asked[1].items() if name not in _MODE})
+        guide = model.guide(arguments.pop("structure", None), arguments)
+        return scheduler.begin(asked[0], guide=guide, **arguments)
     except HasToWait:
         return None
 
@@ -384,7 +330,9 @@ def _needs_the_model(model: _Model, arguments: dict[str, Any]) -> bool:
     """Whether these arguments are for `generate` alone: passes between tokens, or layers that keep a state."""
     config = model.engine.loaded.layers.config
     exact, drafts, refresh = (arguments.get(name, getattr(config, name)) for name in _MODE)
-    return exact or drafts is not None or isinstance(refresh, int) or not model.keeps_contexts
+    return (
+        exact or arguments.get("lookup") or drafts is not None or isinstance(refresh, int) or not model.keeps_contexts
+    )
 
 
 def _alone(model: _Model, index: int, asked: _Asked) -> GeneratedAnswer:

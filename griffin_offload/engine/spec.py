@@ -15,6 +15,7 @@ from griffin_offload.checkpoint.part_sizes import PartSizes, part_sizes
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import (
     MAX_DRAFT_TOKENS,
+    TIERS,
     WEIGHT_NORMS,
     CacheKind,
     KVBits,
@@ -34,6 +35,7 @@ from griffin_offload.kv_cache.store import width_of
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
+from griffin_offload.planner.tiers import bits_of
 from griffin_offload.transformers_api import warn_if_untested
 from griffin_offload.units import format_bytes, parse_size
 
@@ -83,16 +85,25 @@ class ModelSpec:
 
     @staticmethod
     def precision_of(plan: Plan) -> Format:
-        """Of the residents: a plan names the precision of the computation where they have that."""
-        return planned_as(plan.precision)
+        """Of the residents, of tiers that of the most bits: a plan names the precision of the computation where they
+        have that."""
+        return planned_as(plan.levels[0])
 
     def quantises(self, plan: Plan) -> bool:
-        """Whether every prompt quantises the neurons it keeps: the checkpoint holds floats, the residents do not."""
-        return self.checkpoint.precision.is_plain and not self.precision_of(plan).is_plain
+        """Whether every prompt quantises the neurons it keeps: the checkpoint holds them in another format."""
+        residents = [planned_as(level) for level in plan.levels]
+        return any(not format.is_plain and format is not self.checkpoint.precision.rests_as() for format in residents)
+
+    @property
+    def stored_expert_share(self) -> float:
+        """Stored bytes of what is packed, as experts are where anything is, for each in the checkpoint's floats."""
+        packed = [tensor for tensor in self.checkpoint.tensors().values() if tensor.decode is not None]
+        full = sum(tensor.nbytes for tensor in packed)
+        return sum(tensor.stored_bytes for tensor in packed) / full if full else 1.0
 
     def shape_of(self, plan: Plan) -> ModelSizes:
         """The sizes in the precision of `plan`."""
-        return next(shape for shape in self.shapes if shape.precision == self.precision_of(plan))
+        return next(shape for shape in self.shapes if shape.precision_name == plan.precision)
 
 
 def examine(model: str | Path, config: LoadConfig, *, anywhere: bool = False) -> ModelSpec:
@@ -122,7 +133,9 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         ctx_tokens=config.ctx_size,
         prompt_tokens=config.prompt_tokens,
         batch=config.batch_size,
+        sequences=config.sequences,
         density=config.density,
+        bits=config.bits,
         overhead_bytes=overhead_bytes,
         offloaded_in_budget=hardware.shares_host_memory and config.offload == "ram",
         ff_chunk_tokens=config.ff_chunk_tokens,
@@ -211,7 +224,8 @@ def _shapes(
     """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
     have."""
     stored = checkpoint.precision
-    if not stored.is_plain and config.quantize not in ("auto", stored.name):
+    as_tiers = config.quantize == TIERS and stored.gives_chosen and stored.bits >= _tiers()[0].bits
+    if not stored.is_plain and config.quantize not in ("auto", stored.name) and not as_tiers:
         raise UsageError(
             f"the checkpoint was converted to {stored}, --quantize {config.quantize} needs the original: leave it out"
         )
@@ -223,24 +237,37 @@ def _shapes(
     states = states_of(meta)
     allowed: list[ModelSizes] = []
     others: list[ModelSizes] = []
-    for precision in _precisions(config.quantize) if stored.is_plain else (stored.rests_as(),):
+    for name, levels in _precisions(stored, config):
+        wanted = stored.name if config.exact else config.quantize
+        # Tiers have to be asked for: they are a remedy where what was asked for does not fit.
+        fits = wanted == name or (name != TIERS and (wanted == "auto" or not (stored.is_plain or as_tiers)))
+        precision = levels[0]
         try:
-            precision.check_device(device.type)
+            for format in levels:
+                format.check_device(device.type)
             # In exact mode another precision is one of a converted copy.
-            shape = model_shape(meta, precision, precision if config.exact else stored, checkpoint.tables, states)
+            full = precision if config.exact else stored
+            shape = model_shape(meta, precision, full, checkpoint.tables, states, levels)
         except UnsupportedModel:
-            if not stored.is_plain or precision.name in (config.quantize, stored.name):
+            if not stored.is_plain or name in (config.quantize, stored.name):
                 raise
             continue
-        wanted = stored.name if config.exact else config.quantize
-        fits = not stored.is_plain or wanted in ("auto", precision.name)
         (allowed if fits else others).append(shape)
     return tuple(allowed), tuple(others)
 
 
-def _precisions(wanted: str) -> Iterator[Format]:
-    """All that a plain checkpoint may be planned in; those that a user has to ask for, only then."""
-    return (format for format in every() if not format.by_name_only or format.name == wanted)
+def _precisions(stored: Format, config: LoadConfig) -> Iterator[tuple[str, tuple[Format, ...]]]:
+    """Names, and formats of neurons, of all that residents of a `stored` checkpoint may be planned in, best first."""
+    for format in every() if stored.is_plain else (stored.rests_as(),):
+        if not format.by_name_only or format.name == config.quantize or not stored.is_plain:
+            yield format.name, (format,)
+    if config.quantize == TIERS or (stored.is_plain and config.density == "auto" and not config.exact):
+        yield TIERS, _tiers()
+
+
+def _tiers() -> tuple[Format, ...]:
+    """From the most bits to the fewest."""
+    return tuple(format for format in every() if format.is_tier)
 
 
 def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
@@ -301,25 +328,26 @@ def evicts(model_spec: ModelSpec) -> bool:
 
 def identity_of(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> ModelIdentity:
     """What the numbers in a context depend on."""
-    layers = model_spec.shape_of(plan).layers
+    shape = model_spec.shape_of(plan)
     of_experts: ModelIdentity = {"missing_experts": config.missing_experts} if plan.experts else {}
     return of_experts | {
         "model": model_spec.checkpoint.fingerprint(),
         "precision": plan.precision,
         "dtype": str(model_spec.dtype).removeprefix("torch."),
-        "density": [kept / layer.neurons for kept, layer in zip(plan.kept, layers, strict=True)],
+        "density": [kept / layer.neurons for kept, layer in zip(plan.kept, shape.layers, strict=True)],
         "streamed": list(plan.streamed),
         "kv_bits": plan.kv_bits,
         "selection": config.selection,
         "batch_statistic": config.batch_statistic,
         "decay": config.decay,
+        **({"tiers": [list(own) for own in plan.counts], "bits": bits_of(shape, plan.counts)} if plan.tiers else {}),
     }
 
 
 def like_of(model_spec: ModelSpec, plan: Plan) -> ContextSchema:
     """What the parts of a saved context must look like."""
     shape = model_spec.shape_of(plan)
-    neurons = {index: (shape.layers[index].neurons, plan.kept[index]) for index in plan.streamed}
+    neurons = {index: (shape.layers[index].neurons, plan.counts_of(index)) for index in plan.streamed}
     widths = tuple(width for layer in shape.layers if (width := width_of(shape, layer)))
     states = tuple(layer.states for layer in shape.layers if layer.states)
     return ContextSchema(plan.context_tokens, shape.vocab_size, widths, model_spec.dtype, neurons, states)

@@ -23,9 +23,10 @@ from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, Progress, StreamFeed, Visitor
 from griffin_offload.errors import DoesNotFit, UnsupportedModel
 from griffin_offload.kv_cache.store import Workload
-from griffin_offload.planner.plan import Plan, workspace_bytes
+from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import as_loaded
+from griffin_offload.planner.workspace import workspace_bytes
 from griffin_offload.units import format_bytes
 
 # How many samples go through the model in one streamed pass, and how many rows through a layer at once.
@@ -115,7 +116,7 @@ class Sizer:
         # Sums, means and masks of the rows inside a layer; keys and values are repeated where there is a mask.
         state = rows * widest * (1 + 2 * _FLOAT_BYTES) + widest * (_INDEX_BYTES + 4 * _FLOAT_BYTES)
         repeated = rows * columns * 2 * shape.attention_width * shape.item_bytes
-        workspace = workspace_bytes(shape, request, use, columns, columns, self.plan.kept) + state + repeated
+        workspace = workspace_bytes(shape, request, use, columns, columns, self.plan.counts) + state + repeated
         return {
             "rows": samples * self.variants * self._row_bytes(columns, padded),
             "workspace": workspace + self._routing_bytes(rows * columns),

@@ -71,6 +71,11 @@ class ExpertForm:
         return found
 
     @property
+    def makes(self) -> bool:
+        """Whether experts are made of what files hold, and no copies of it."""
+        return self.stored is not self.precision
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of the tensors in places, in order."""
         return tuple(self.specs(self.precision))
@@ -85,7 +90,7 @@ class ExpertForm:
     @torch.no_grad()
     def fill(self, full: Sequence[Tensor], expert: int, into: Sequence[Tensor]) -> None:
         """Write an expert of `full`, the experts of a layer as files hold them, into `into`, its tensors in places."""
-        if self.stored is self.precision:
+        if not self.makes:
             read_rows(full, expert, into)
             return
         stored = dict(zip(self.specs(self.stored), full, strict=True))
@@ -147,7 +152,7 @@ class ExpertForm:
         own = replace(self.as_rows(), stored=self.precision)
         made = torch.zeros(1, own.record_bytes, dtype=torch.uint8, device="cpu")
         into = [tensor[0] for tensor in own.views(made)]
-        if self.stored is not self.precision:
+        if self.makes:
             self.fill(full, expert, into)
             return made[0]
         turned = {matrix.name for matrix in self.matrices if matrix.transposed}

@@ -23,7 +23,8 @@ from griffin_offload.formats.grouped import GROUP, Grouped
 
 _LOW_BYTES = 8
 _HALVES = 2
-_QUADS = 4  # numbers of a byte
+_PLACES = _BYTES = 4  # numbers of a byte; bytes of a half
+_HALF = GROUP // _HALVES
 
 
 class FewBits(Grouped):
@@ -33,15 +34,15 @@ class FewBits(Grouped):
     grid: ClassVar[Levels]
 
     def levels_of(self, numbers: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        halves = numbers.view(*numbers.shape[:-1], _HALVES, -1)
-        codes, pairs = best_grid(halves, importance.view(-1, _HALVES, halves.shape[-1]), self.grid)
+        halves = numbers.view(*numbers.shape[:-1], _HALVES, _HALF)
+        codes, pairs = best_grid(halves, importance.view(-1, _HALVES, _HALF), self.grid)
         return codes.view(numbers.shape), pairs
 
     def pack(self, levels: Tensor) -> Tensor:
         # [R, G, half, place in a byte, byte]
-        numbers = levels.reshape(levels.shape[0], -1, _HALVES, _QUADS, GROUP // _HALVES // _QUADS)
+        numbers = levels.reshape(levels.shape[0], levels.shape[1] // GROUP, _HALVES, _PLACES, _BYTES)
         low, high = torch.zeros_like(numbers[..., 0, :]), torch.zeros_like(numbers[..., 0, :])
-        for place in range(_QUADS):
+        for place in range(_PLACES):
             low |= (numbers[..., place, :] & 3) << 2 * place
             high |= (numbers[..., place, :] >> 2) << place
         codes = low.flatten(2)
@@ -51,13 +52,13 @@ class FewBits(Grouped):
 
     def read_codes(self, codes: Tensor, out: Tensor) -> None:
         shape = codes.shape[:-1]
-        low = codes[..., :_LOW_BYTES].view(*shape, _HALVES, -1)
-        numbers = out.view(*shape, _HALVES, _QUADS, low.shape[-1])
+        low = codes[..., :_LOW_BYTES].unflatten(-1, (_HALVES, _BYTES))  # there may be no rows
+        numbers = out.view(*shape, _HALVES, _PLACES, _BYTES)
         high = None
         if self.code_bits == 3:
-            both = codes[..., _LOW_BYTES:].view(*shape, _HALVES, -1)
+            both = codes[..., _LOW_BYTES:].unflatten(-1, (_HALVES, _BYTES // 2))
             high = torch.stack([both & 15, both >> 4], dim=-1).flatten(-2)
-        for place in range(_QUADS):
+        for place in range(_PLACES):
             found = (low >> 2 * place) & 3
             numbers[..., place, :] = found if high is None else found | ((high >> place & 1) << 2)
 
@@ -69,12 +70,14 @@ class Int3(FewBits):
     """Codes 0..7."""
 
     name, bits, code_bits, grid = "int3", 3.5, 3, Levels.of_bits(3)
+    is_tier, distortion = True, 0.04
 
 
 class Int2(FewBits):
     """Codes 0..3."""
 
     name, bits, code_bits, grid = "int2", 2.5, 2, Levels.of_bits(2)
+    is_tier, distortion = True, 0.145
 
 
 INT3, INT2 = Int3(), Int2()

@@ -22,6 +22,7 @@ class Int4(Grouped):
     """Codes 0..15."""
 
     name, bits, code_bits, version = "int4", 4.5, 4, 2  # version 1 had one scale a neuron in its down projection
+    is_tier, distortion = True, 0.013
 
     def levels_of(self, numbers: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         grid = best_grid(numbers, importance)
@@ -29,7 +30,7 @@ class Int4(Grouped):
         return grid.codes(numbers).add_(CENTRE).to(torch.uint8), pairs
 
     def pack(self, levels: Tensor) -> Tensor:
-        groups = levels.reshape(levels.shape[0], -1, 2, _HALF)
+        groups = levels.reshape(levels.shape[0], levels.shape[1] // GROUP, 2, _HALF)
         return (groups[:, :, 0] | (groups[:, :, 1] << 4)).flatten(1)
 
     def read_codes(self, codes: Tensor, out: Tensor) -> None:

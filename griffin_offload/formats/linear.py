@@ -4,6 +4,7 @@ Its tensors come in two layouts. The full one is what is stored: floats where a 
 format's own where it was converted. The resident one is what decoding multiplies. The table of kernels says by what.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,65 @@ class QuantizedLinear(nn.Module):
                 product: Tensor = kernel.function(flat, tensors, self.out_features, self.scratch)
                 return product.view(*x.shape[:-1], -1)
         raise AssertionError(f"nothing multiplies {layout.name}")
+
+
+class TieredLinear(QuantizedLinear):
+    """A linear layer whose resident neurons rest in several formats: `tiers` of them, each a matrix by itself, of as
+    many neurons as it will always hold. Outputs of the tiers stand behind each other, `stacked` matrices (gate and up)
+    apart; a down projection adds them up."""
+
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        *,
+        is_down: bool,
+        full: Layout,
+        tiers: Sequence[QuantizedLinear],
+        stacked: int,
+        scratch: Scratch,
+    ) -> None:
+        super().__init__(outputs, inputs, is_down=is_down, full=full, resident=full, scratch=scratch)
+        self.tiers, self.stacked = tuple(tiers), stacked
+        self._registered = nn.ModuleList(tiers)
+        self.tiered = False
+        """Whether the tiers are installed, and not the full matrix."""
+
+    def take_layout(self, layout: Layout) -> None:
+        super().take_layout(layout)
+        self.tiered = False
+
+    def take_tiers(self) -> None:
+        """Say that the tensors of all tiers were installed: those of the full matrix go, but for a bias of outputs that
+        are no neurons."""
+        self.tiered = True
+        for name in self._parameters:
+            if name != "bias" or not self.is_down:
+                self._parameters[name] = None
+
+    def declare_features(self) -> None:
+        if not self.tiered:
+            super().declare_features()
+        elif self.is_down:
+            self.in_features = sum(tier.in_features for tier in self.tiers)
+        else:
+            self.out_features = sum(tier.out_features for tier in self.tiers)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs], in the type of x."""
+        if not self.tiered:
+            return super().forward(x)
+        if not self.is_down:
+            parts = [tier(x).unflatten(-1, (self.stacked, -1)) for tier in self.tiers]
+            return torch.cat(parts, dim=-1).flatten(-2)
+        first, *others = x.split([tier.in_features for tier in self.tiers], dim=-1)
+        total: Tensor = self.tiers[0](first.contiguous())
+        for tier, rows in zip(self.tiers[1:], others, strict=True):
+            total = total + tier(rows.contiguous())
+        return total if self.bias is None else total + self.bias
 
 
 def row_norms(full: dict[str, Tensor], layout: Layout, *, swapped: bool) -> Tensor:

@@ -17,6 +17,10 @@ class StackedTensor(TranslatedTensor):
     until a row is read into its place."""
 
 
+class JoinedTensor(StackedTensor):
+    """One whose rows are their parts, copied one behind another."""
+
+
 def stacked(shape: Sequence[int], dtype: torch.dtype, experts: Sequence[Sequence[Tensor]]) -> StackedTensor:
     """A tensor of `shape` whose rows are `experts`: of each the matrices that lie one above the other."""
     heights = [matrix.shape[0] for matrix in experts[0]]
@@ -27,7 +31,8 @@ def stacked(shape: Sequence[int], dtype: torch.dtype, experts: Sequence[Sequence
             for matrix, place in zip(experts[row], into[row - first].split(heights), strict=True):
                 place.copy_(matrix)
 
-    return StackedTensor(shape, dtype, parts, decode)
+    as_they_lie = not any(isinstance(matrix, TranslatedTensor) for matrices in experts for matrix in matrices)
+    return (JoinedTensor if as_they_lie else StackedTensor)(shape, dtype, parts, decode)
 
 
 def row_parts(tensor: Tensor, row: int) -> tuple[Tensor, ...]:
@@ -36,6 +41,12 @@ def row_parts(tensor: Tensor, row: int) -> tuple[Tensor, ...]:
         count = len(tensor.parts) // tensor.shape[0]
         return tensor.parts[row * count : (row + 1) * count]
     return tensor.parts if isinstance(tensor, TranslatedTensor) else (tensor[row],)
+
+
+def copied_parts(tensor: Tensor, row: int) -> tuple[Tensor, ...] | None:
+    """The same where row `row` is these parts, copied one behind another; None where it has to be made of them."""
+    made = isinstance(tensor, TranslatedTensor) and not isinstance(tensor, JoinedTensor)
+    return None if made else row_parts(tensor, row)
 
 
 @torch.no_grad()

@@ -86,7 +86,9 @@ class GemvKernels:
         made = (own.data_ptr(), own.data_ptr() + 4 * rows * parts * outputs, 0, 0, 0, 0)
         beside, function = (input_scale, codes, groups, None, bias), f"multiply_int{bits}_strips"
         sizes = (rows, parts, outputs, wanted, inputs, _GROUP)
-        return run(self._library, function, x, beside, made, sizes, wide=self.uses_bytes, ahead=self._ahead)
+        # Bytes are too few for float32, where int4's kernel has two of each input.
+        wide = self.uses_bytes and (bits == 4 or parts == 1)
+        return run(self._library, function, x, beside, made, sizes, wide=wide, ahead=self._ahead)
 
     def multiply_floats(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [M, I] times `weight` [O, I] plus `bias` [O], all of the same 16-bit type: [M, O] in it; sums are in

@@ -20,10 +20,12 @@ from torch import Tensor
 from griffin_offload.blocks.states import StateTensor
 from griffin_offload.checkpoint.files import check_name, renamed
 from griffin_offload.checkpoint.safetensors import DTYPES
+from griffin_offload.config import TIERS
 from griffin_offload.errors import SavedContextError, one_line
 from griffin_offload.formats import planned_as
 from griffin_offload.kv_cache.sequence import MAX_MARKS, Context, Snapshot
 from griffin_offload.kv_cache.state_layer import States
+from griffin_offload.method.allocation import Counts
 
 _FORMAT, _VERSION = "griffin-offload context", 1
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -45,8 +47,8 @@ class ContextSchema:
     """Numbers that each layer caches for a token, those that cache none left out."""
     dtype: torch.dtype
     """Of the KV cache, or of its scales."""
-    neurons: dict[int, tuple[int, int]]
-    """(F, K) of each streamed layer."""
+    neurons: dict[int, tuple[int, Counts]]
+    """F, and how many are chosen for each format, of each streamed layer."""
     states: tuple[tuple[StateTensor, ...], ...] = ()
     """Of each layer that has some."""
 
@@ -59,15 +61,16 @@ class ContextSchema:
         )
 
     def selections(self, squared: dict[int, Tensor], selected: dict[int, Tensor]) -> bool:
-        """Whether the tables can be ours: K rising indices below F."""
+        """Whether the tables can be ours: for each format rising indices below F, none of them twice."""
         return all(
             squared[index].shape == (1, full)
             and squared[index].dtype == torch.float32
-            and chosen.shape == (kept,)
+            and chosen.shape == (sum(counts),)
             and chosen.dtype == torch.int64
-            and bool((chosen[1:] > chosen[:-1]).all())
-            and (kept == 0 or (int(chosen[0]) >= 0 and int(chosen[-1]) < full))
-            for index, (full, kept) in self.neurons.items()
+            and all(bool((own[1:] > own[:-1]).all()) for own in chosen.split(counts))
+            and chosen.unique().numel() == chosen.numel()
+            and (chosen.numel() == 0 or (int(chosen.min()) >= 0 and int(chosen.max()) < full))
+            for index, (full, counts) in self.neurons.items()
             for chosen in [selected[index]]
         )
 
@@ -183,6 +186,8 @@ def options_of(path: Path, *, model: str) -> dict[str, Any]:
             raise SavedContextError(f"{path} was saved with another model: use that one, or name another file")
         ctx_size = int(file.get_slice("tokens").get_shape()[0])
         densities, precision = [float(density) for density in identity["density"]], identity["precision"]
+        if precision == TIERS:
+            return {"density": "auto", "quantize": TIERS, "bits": float(identity["bits"]), "ctx_size": ctx_size}
     same = len(set(densities)) == 1
     return {
         "density": densities[0] if same else densities,

@@ -20,8 +20,13 @@ from torch import Tensor
 
 Counts = tuple[int, ...]
 """Neurons of a layer on each level, from the most bits to the fewest; the others are left out."""
-TYPICAL_GAIN = 0.4
+TYPICAL_GAIN = 0.5
 """Bits that allocation gains where nothing is known of a model: see `bits_gained`."""
+
+
+def tiers_of(counts: Counts) -> list[tuple[int, int]]:
+    """(level, neurons) of those that have some; of no neurons at all, the last level."""
+    return [(i, count) for i, count in enumerate(counts) if count] or [(len(counts) - 1, 0)]
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,16 @@ def _block_energies(energies: Tensor, block: int) -> Tensor:
     total = ordered.sum()
     shares = ordered / total if total > 0 else torch.full_like(ordered, 1 / max(ordered.numel(), 1))
     return torch.stack([part.sum() for part in shares.split(block)])
+
+
+def distortion_of(energies: Tensor, counts: Counts, distortions: Sequence[float]) -> float:
+    """Of a layer of these energies [F], those of the largest in the first level and so on; the rest is left out."""
+    ordered = energies.sort(descending=True).values
+    left_out = energies.numel() - sum(counts)
+    parts = ordered.split([*counts, left_out])
+    error = sum(float(part.sum()) * each for part, each in zip(parts, [*distortions, 1.0], strict=True))
+    total = float(energies.sum())
+    return error / total if total > 0 else 0.0
 
 
 def typical_energies(neurons: int, gain: float = TYPICAL_GAIN) -> Tensor:

@@ -29,6 +29,15 @@ def layer_generator(seed: int, layer: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 100_003 + layer) % 2**63)
 
 
+def score_of(squared: Tensor, method: SelectionMethod, norms: Tensor | None = None) -> Tensor:
+    """What neurons [F] are ranked by: s^2 where a method has no other score. Arguments as of `select_neurons`."""
+    if method not in WEIGHT_NORMS:
+        return squared
+    if norms is None:
+        raise ValueError(f"{method} selection needs the weights' norms")
+    return norms if method == "magnitude" else squared.sqrt() * norms
+
+
 def select_neurons(
     squared: Tensor,
     kept: int,
@@ -43,11 +52,7 @@ def select_neurons(
     proportion to s, "topk_sample" keeps the K // 2 largest and draws the rest. `generator` lives on the CPU, so
     that a seed chooses the same neurons on every device.
     """
-    if method in WEIGHT_NORMS:
-        if norms is None:
-            raise ValueError(f"{method} selection needs the weights' norms")
-        chosen = (norms if method == "magnitude" else squared.sqrt() * norms).topk(kept).indices
-    elif method == "random":
+    if method == "random":
         chosen = torch.randperm(squared.numel(), generator=generator, dtype=torch.long, device="cpu")[:kept]
     elif method == "sample":
         chosen = _draw(squared.sqrt().cpu(), kept, generator)
@@ -56,7 +61,7 @@ def select_neurons(
         rest = squared.sqrt().cpu().index_fill(0, top, 0.0)
         chosen = torch.cat([top, _draw(rest, kept - kept // 2, generator, excluded=top)])
     else:
-        chosen = squared.topk(kept).indices
+        chosen = score_of(squared, method, norms).topk(kept).indices
     return chosen.sort().values.to(squared.device)
 
 

@@ -1,4 +1,4 @@
-"""The bytes of one combination: how many neurons, slots, where the embeddings are; and what lives for a moment.
+"""The bytes of one combination: how many neurons, slots, where the embeddings are.
 
 Two moments bind. At the end of prefill the residents, every layer's compact FF, the stream's slots, the KV cache
 and the workspace of its last chunk are on the device at once; in decode the slots are gone, unless streamed passes
@@ -7,19 +7,23 @@ bring transformers' growing one, which is full in decode alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from griffin_offload.blocks.hooks import whole_chunk
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import KVBits
-from griffin_offload.kernels.attention_and_norm import attending_bytes
-from griffin_offload.kernels.by_blocks import product_bytes
-from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
 from griffin_offload.kv_cache.store import Workload, cache_parts
-from griffin_offload.method.statistic import sharing_bytes, summing_bytes
+from griffin_offload.method.allocation import Counts, tiers_of
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.request import PlanRequest
+from griffin_offload.planner.workspace import (
+    chunk_tokens,
+    graphs_bytes,
+    logits_bytes,
+    prompt_workspace_bytes,
+    statistics_bytes,
+    workspace_bytes,
+)
 
 EmbeddingDevice = Literal["device", "host"]
 
@@ -30,8 +34,8 @@ class Plan:
 
     density: float
     """Kept neurons over all neurons."""
-    kept: tuple[int, ...]
-    """Kept neurons per layer."""
+    counts: tuple[Counts, ...]
+    """Kept neurons per layer, on each of `levels`."""
     streamed: tuple[int, ...]
     """Layers whose full FF passes through the slots for every prompt."""
     slots: int
@@ -39,6 +43,8 @@ class Plan:
     """Tokens of a sequence that pass a full FF at once."""
     embeddings: EmbeddingDevice
     precision: str
+    levels: tuple[str, ...]
+    """Formats of resident neurons, from the most bits to the fewest: the precision alone, or those of tiers."""
     context_tokens: int
     prompt_tokens: int
     batch: int
@@ -52,8 +58,25 @@ class Plan:
     """All weights of the model, for comparison."""
     streamed_bytes: int
     """Weight bytes streamed per prompt; of experts, all, of which tokens need a part."""
+    expert_slots: int = 0
+    """Experts of a layer that are there beside its residents while a prompt passes."""
     experts: tuple[int, int] | None = None
     """Of a mixture of experts, how many a layer keeps and has, in the layer that keeps the smallest share."""
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Kept neurons per layer."""
+        return tuple(map(sum, self.counts))
+
+    def counts_of(self, layer: int) -> Counts:
+        """Neurons of a layer on those levels that have some."""
+        return tuple(kept for _, kept in tiers_of(self.counts[layer]))
+
+    @property
+    def tiers(self) -> dict[str, int]:
+        """Neurons of all layers by level; empty where there is one."""
+        totals = dict(zip(self.levels, map(sum, zip(*self.counts, strict=True)), strict=True))
+        return totals if len(totals) > 1 else {}
 
     @property
     def peak_prefill_bytes(self) -> int:
@@ -91,6 +114,7 @@ class Plan:
             "budget_bytes": self.budget_bytes,
             "density": self.density,
             "precision": self.precision,
+            "tiers": self.tiers,
             "parts": self.resident_parts,
             "parts_16bit": self.plain_parts,
         }
@@ -108,7 +132,9 @@ class Plan:
             "fits": self.fits,
             "density": self.density,
             "experts": self.experts,
+            "expert_slots": self.expert_slots,
             "precision": self.precision,
+            "tiers": self.tiers,
             "context_tokens": self.context_tokens,
             "prompt_tokens": self.prompt_tokens,
             "batch": self.batch,
@@ -139,16 +165,24 @@ def _slot_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]
         return 0  # used where they rest
     dense = [i for i in streamed if not shape.layers[i].experts]
     largest = sorted((slot_bytes(shape.layers[i].ff_flat_bytes) for i in dense), reverse=True)[:slots]
-    # Of experts one layer's are there at once: all that its tokens are sent to, until it is known which ones stay.
-    experts = max(
-        (_expert_bytes(shape, request, shape.layers[i], shape.layers[i].neurons) for i in streamed), default=0
-    )
-    return sum(largest) + int(max(largest, default=0) * request.stored_share) + experts
+    return sum(largest) + int(max(largest, default=0) * request.stored_share)
 
 
-def _missing_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int]) -> int:
-    """Room for an expert that is read while tokens are decoded, and finds none in its layer."""
-    return max((_expert_bytes(shape, request, shape.layers[i], 1) for i in streamed), default=0)
+def _expert_slots(shape: ModelSizes, counts: tuple[Counts, ...], streamed: Sequence[int]) -> tuple[int, int]:
+    """The fewest and the most experts of a layer that may be there beside its residents while a prompt passes: all of
+    them, until it is known which ones stay. (0, 0) where none pass."""
+    beside = [
+        (shape.layers[i].neurons - sum(counts[i]), shape.layers[i].experts) for i in streamed if shape.layers[i].experts
+    ]
+    if not beside:
+        return 0, 0
+    most = max(max(count, 1) for count, _ in beside)
+    return min(most, max(2, *(active for _, active in beside))), most
+
+
+def _experts_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int], count: int) -> int:
+    """Of `count` experts beside the residents, in the layer where they are largest."""
+    return max((_expert_bytes(shape, request, shape.layers[i], count) for i in streamed), default=0)
 
 
 def _expert_bytes(shape: ModelSizes, request: PlanRequest, layer: LayerSizes, count: int) -> int:
@@ -162,14 +196,14 @@ def _expert_bytes(shape: ModelSizes, request: PlanRequest, layer: LayerSizes, co
     return count * layer.neuron_bytes + making
 
 
-def _decode_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: tuple[int, ...]) -> int:
+def _decode_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, counts: tuple[Counts, ...]) -> int:
     """Of one token, and of the streamed passes between tokens."""
     passes = {1, min(max(use.pass_tokens, 1), use.ctx_tokens)}
-    return max(workspace_bytes(shape, request, use, tokens, use.ctx_tokens, kept) for tokens in passes)
+    return max(workspace_bytes(shape, request, use, tokens, use.ctx_tokens, counts) for tokens in passes)
 
 
 def _resident_parts(
-    shape: ModelSizes, kept: tuple[int, ...], embeddings: EmbeddingDevice
+    shape: ModelSizes, counts: tuple[Counts, ...], embeddings: EmbeddingDevice
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Weights on the device by part, in their precision and in the stored one."""
     resident = {
@@ -177,25 +211,27 @@ def _resident_parts(
         "norms": sum(layer.norm_bytes for layer in shape.layers) + shape.other_bytes,
         "embeddings": shape.embedding_bytes if embeddings == "device" else 0,
         "head": shape.head_bytes,
-        "feed_forward": sum(layer.resident_ff_bytes(k) for k, layer in zip(kept, shape.layers, strict=True)),
+        "feed_forward": sum(layer.resident_ff_bytes(own) for own, layer in zip(counts, shape.layers, strict=True)),
     }
     plain = resident | {
         "attention": sum(layer.plain_attention_bytes for layer in shape.layers),
         "embeddings": shape.plain_embedding_bytes if embeddings == "device" else 0,
         "head": shape.plain_head_bytes,
-        "feed_forward": sum(k * layer.plain_neuron_bytes for k, layer in zip(kept, shape.layers, strict=True)),
+        "feed_forward": sum(
+            sum(own) * layer.plain_neuron_bytes for own, layer in zip(counts, shape.layers, strict=True)
+        ),
     }
     return resident, plain
 
 
-def _density(shape: ModelSizes, kept: tuple[int, ...]) -> float:
+def _density(shape: ModelSizes, counts: tuple[Counts, ...]) -> float:
     """Of neurons, or where there are experts, of these."""
     counted = [i for i, layer in enumerate(shape.layers) if bool(layer.experts) == shape.has_experts]
-    return sum(kept[i] for i in counted) / sum(shape.layers[i].neurons for i in counted)
+    return sum(sum(counts[i]) for i in counted) / sum(shape.layers[i].neurons for i in counted)
 
 
-def _experts(shape: ModelSizes, kept: tuple[int, ...]) -> tuple[int, int] | None:
-    pairs = [(k, layer.neurons) for k, layer in zip(kept, shape.layers, strict=True) if layer.experts]
+def _experts(shape: ModelSizes, counts: tuple[Counts, ...]) -> tuple[int, int] | None:
+    pairs = [(sum(own), layer.neurons) for own, layer in zip(counts, shape.layers, strict=True) if layer.experts]
     return min(pairs, key=lambda pair: pair[0] / pair[1], default=None)
 
 
@@ -203,51 +239,76 @@ def price(
     shape: ModelSizes,
     request: PlanRequest,
     use: Workload,
-    kept: tuple[int, ...],
+    counts: tuple[Counts, ...],
     slots: int,
     embeddings: EmbeddingDevice,
 ) -> Plan:
-    """The bytes of one combination, whether it fits or not."""
-    streamed = tuple(i for i, layer in enumerate(shape.layers) if request.always_stream or kept[i] < layer.neurons)
+    """The bytes of one combination, whether it fits or not; with as many slots for experts as there is room for."""
+    plan = _priced(shape, request, use, counts, slots, embeddings)
+    if plan.fits or request.expert_slots is not None:
+        return plan
+    fewest, most = _expert_slots(shape, counts, plan.streamed)
+    size = max((shape.layers[i].neuron_bytes for i in plan.streamed if shape.layers[i].experts), default=0)
+    if fewest == most or not size:
+        return plan
+    fitting = most - -(-(plan.peak_bytes - plan.budget_bytes) // size)
+    return _priced(shape, replace(request, expert_slots=max(fewest, fitting)), use, counts, slots, embeddings)
+
+
+def _priced(
+    shape: ModelSizes,
+    request: PlanRequest,
+    use: Workload,
+    counts: tuple[Counts, ...],
+    slots: int,
+    embeddings: EmbeddingDevice,
+) -> Plan:
+    streamed = tuple(range(len(counts))) if request.always_stream else shape.choosing(counts)
     slots = min(slots, len(streamed))
-    resident, plain = _resident_parts(shape, kept, embeddings)
+    resident, plain = _resident_parts(shape, counts, embeddings)
     if request.offloaded_in_budget:
         resident["offloaded"] = sum(shape.layers[i].ff_flat_bytes for i in streamed)
     elif any(request.converted_ff):
         resident["offloaded"] = sum(request.converted_ff[i] for i in streamed)
     common = {
-        "states": states_bytes(shape, use),
+        "states": use.batch * shape.states_kept_bytes(use.pass_tokens),
         "logits": logits_bytes(shape, use),
-        "statistic": request.sequences * statistics_bytes(shape, request, use, kept, streamed),
-        "graphs": graphs_bytes(shape, request, use, kept),
+        "statistic": request.sequences * statistics_bytes(shape, request, use, counts, streamed),
+        "graphs": graphs_bytes(shape, request, use, counts),
         "sessions": request.session_bytes,
         "overhead": request.overhead_bytes,
     }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)
-    in_slots = _slot_bytes(shape, request, streamed, slots)
+    _, most = _expert_slots(shape, counts, streamed)
+    expert_slots = most if request.expert_slots is None else request.expert_slots
+    in_slots = _slot_bytes(shape, request, streamed, slots) + _experts_bytes(shape, request, streamed, expert_slots)
     prefill = {
         "kv_cache": request.sequences * kv_cache,
         "slots": in_slots,
-        "workspace": prompt_workspace_bytes(shape, request, use, kept) + beside,
+        "workspace": prompt_workspace_bytes(shape, request, use, counts) + beside,
     }
     kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
     decode = {
         "kv_cache": request.sequences * kv_cache,
-        "slots": in_slots if use.pass_tokens else _missing_bytes(shape, request, streamed),
-        "workspace": _decode_workspace_bytes(shape, request, use, kept) + beside,
+        "slots": in_slots
+        if use.pass_tokens
+        else _experts_bytes(shape, request, streamed, shape.expert_slots_in_decode(expert_slots)),
+        "workspace": _decode_workspace_bytes(shape, request, use, counts) + beside,
     }
     if request.converted_bytes or any(request.converted_ff):
         settled = sum(size for i, size in enumerate(request.converted_ff) if i not in streamed)
         prefill["converted"], decode["converted"] = request.converted_bytes + settled, 0
     return Plan(
-        density=_density(shape, kept),
-        experts=_experts(shape, kept),
-        kept=kept,
+        density=_density(shape, counts),
+        experts=_experts(shape, counts),
+        expert_slots=expert_slots,
+        counts=counts,
         streamed=streamed,
         slots=slots,
         ff_chunk_tokens=chunk_tokens(shape, request, use.batch),
         embeddings=embeddings,
-        precision=shape.dtype if shape.precision.is_plain else shape.precision.name,
+        precision=shape.precision_name,
+        levels=shape.level_names,
         context_tokens=use.ctx_tokens,
         prompt_tokens=use.prompt_tokens,
         batch=use.batch,
@@ -259,148 +320,3 @@ def price(
         full_bytes=shape.weight_bytes,
         streamed_bytes=sum(shape.layers[i].ff_bytes for i in streamed),
     )
-
-
-# Bytes that live for a moment: activations, the statistic, scratch, logits.
-
-
-# FF activations of one chunk take at most this share of a slot, and a chunk at most so many tokens.
-_CHUNK_SHARE_OF_SLOT = 0.25
-_MAX_CHUNK_TOKENS = 512
-_FLOAT_BYTES = 4
-_INDEX_BYTES = 8
-
-
-def prompt_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int]) -> int:
-    """The workspace of a prompt's pass; where prompts are continued, of one whose first half has passed before, too:
-    attention then needs a mask."""
-    pasts = {use.past_tokens, use.prompt_tokens // 2} if request.continued else {use.past_tokens}
-    seen = use.prompt_tokens
-    return max(workspace_bytes(shape, request, use, seen - past, seen, kept) for past in pasts)
-
-
-def workspace_bytes(
-    shape: ModelSizes, request: PlanRequest, use: Workload, new_tokens: int, seen_tokens: int, kept: Sequence[int]
-) -> int:
-    """Activations alive at once while `new_tokens` per sample pass a layer, and the statistic beside them; attention
-    reads `seen_tokens`, of which they are the last.
-
-    An upper estimate by counting: hidden states (residual, normed, two float32 copies in the norm, output),
-    queries, keys, values and their rotated copies, then either the attention's masks and scores, or a recurrence's
-    scan, or one FF chunk. Uses that are decoded together pass everything but attention at once.
-    """
-    together = use.together if new_tokens == 1 else 1
-    tokens, item = use.batch * new_tokens * together, shape.item_bytes
-    chunk = chunk_tokens(shape, request, use.batch)
-    blocks = request.translated or not shape.precision.is_plain
-    ff_tokens = tokens if shape.inline_ff else min(tokens, use.batch * max(chunk, together))
-    translation = _translation_bytes(shape, tokens, ff_tokens) if blocks else 0
-    hidden = tokens * shape.hidden_size * (5 * item + 2 * _FLOAT_BYTES)
-    projections = tokens * 2 * (shape.attention_width + shape.kv_width) * item
-    mixing = tokens * max(layer.mixing_bytes for layer in shape.layers)
-    activations = _activation_bytes(shape, ff_tokens)
-    at_once = new_tokens if shape.inline_ff else min(new_tokens, chunk)
-    statistic = summing_bytes(use.batch, shape.neurons, at_once) + sharing_bytes(use.together, shape.neurons)
-    statistic += _routing_bytes(shape, tokens)
-    selection = sum(kept) * _INDEX_BYTES
-    masks = _score_bytes(shape, use, new_tokens, seen_tokens)
-    if new_tokens == 1:
-        masks += attending_bytes(use.batch, shape.heads, shape.attention_width, seen_tokens)
-    streamed = request.always_stream or any(k < n.neurons for k, n in zip(kept, shape.layers, strict=True))
-    gathering = _gather_bytes(shape) if streamed and new_tokens > 1 else 0
-    return hidden + max(projections + masks, mixing, activations + statistic, gathering) + selection + translation
-
-
-def _routing_bytes(shape: ModelSizes, tokens: int) -> int:
-    """Of routers: scores of all experts several times in float32, chosen ones with index, weight and norm; and an
-    expert's tokens on their way into it and out of it, which may be all of them."""
-    if not shape.has_experts:
-        return 0
-    most = max((layer for layer in shape.layers if layer.experts), key=lambda layer: layer.neurons)
-    routing = 4 * most.neurons * _FLOAT_BYTES + most.experts * (2 * _INDEX_BYTES + 3 * _FLOAT_BYTES)
-    return tokens * (routing + shape.hidden_size * (3 * shape.item_bytes + _FLOAT_BYTES))
-
-
-def _gather_bytes(shape: ModelSizes) -> int:
-    """A matrix on its way into the layout that it rests in."""
-    sizes = shape.hidden_size, shape.width, shape.item_bytes
-    return shape.precision.gather_bytes(*sizes) + shape.stored.floats_bytes(*sizes)
-
-
-def _translation_bytes(shape: ModelSizes, tokens: int, ff_tokens: int) -> int:
-    """The scratch, a copy of a layer's input, scaled or in float32, and the product with one block."""
-    scratch, neurons = shape.scratch_bytes, shape.width
-    widest = max(tokens * max(shape.hidden_size, shape.attention_width), ff_tokens * neurons)
-    block = product_bytes(tokens, min(shape.hidden_size, neurons), scratch)
-    product = max(block, tokens * shape.hidden_size * _FLOAT_BYTES)
-    return scratch + widest * _FLOAT_BYTES + product
-
-
-def chunk_tokens(shape: ModelSizes, request: PlanRequest, batch: int) -> int:
-    """Tokens of each sequence that pass a full FF at once."""
-    if request.ff_chunk_tokens is not None:
-        return request.ff_chunk_tokens
-    layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
-    token_bytes = _activation_bytes(shape, batch)
-    fitting = int(layer.ff_bytes * _CHUNK_SHARE_OF_SLOT / token_bytes)
-    return whole_chunk(min(fitting, _MAX_CHUNK_TOKENS))
-
-
-def _activation_bytes(shape: ModelSizes, tokens: int) -> int:
-    """FF activations of `tokens`: gate, up, the activated gate and the product, or two of them without a gate."""
-    neurons = shape.width
-    return tokens * neurons * shape.item_bytes * (4 if shape.gated else 2)
-
-
-def _score_bytes(shape: ModelSizes, use: Workload, new_tokens: int, seen_tokens: int) -> int:
-    per_head = use.batch * new_tokens * seen_tokens
-    if shape.materialises_scores:
-        return per_head * shape.heads * (3 * shape.item_bytes + _FLOAT_BYTES)
-    # A mask is built for padded batches, for windows, and behind a filled cache; else attention is causal without one.
-    windows = any(layer.window is not None for layer in shape.layers)
-    if use.batch == 1 and not windows and not 1 < new_tokens < seen_tokens:
-        return 0
-    # With a mask, keys and values are repeated for every head that shares them.
-    width = 2 * shape.attention_width if shape.attention_width > shape.kv_width // 2 else 0
-    if windows and 1 < new_tokens < seen_tokens:
-        width += shape.kv_width  # a window's past and many new tokens are put together beside the KV cache
-    return per_head * (1 + shape.item_bytes) + use.batch * seen_tokens * width * shape.item_bytes
-
-
-def graphs_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int]) -> int:
-    """Of captured decode steps: their common pool, which holds one token's workspace for good, and each one's kernels
-    and logits. Their attention always has a mask."""
-    costs = request.graphs
-    if costs is None:
-        return 0
-    step = workspace_bytes(shape, request, use, 1, use.ctx_tokens, kept)
-    scores = use.batch * use.ctx_tokens * shape.heads * (shape.item_bytes + _FLOAT_BYTES)
-    logits = use.batch * shape.vocab_size * shape.item_bytes
-    nodes = len(shape.layers) * costs.layer_bytes
-    return costs.pool_bytes + step + scores + costs.most * (logits + nodes)
-
-
-def statistics_bytes(
-    shape: ModelSizes, request: PlanRequest, use: Workload, kept: Sequence[int], streamed: Sequence[int]
-) -> int:
-    """What outlives a pass: tables of s^2 and of norms, and marks."""
-    neurons, chosen = sum(shape.layers[i].neurons for i in streamed), sum(kept[i] for i in streamed)
-    tables = (use.statistics + request.weight_norms) * statistic_bytes(use.batch, neurons)
-    mark_bytes = snapshot_bytes(use.batch, neurons, chosen, shape.vocab_size, use.batch * shape.state_bytes)
-    return tables + use.marks * mark_bytes
-
-
-def states_bytes(shape: ModelSizes, use: Workload) -> int:
-    """Of convolutions and recurrences: the states themselves; and where tokens are drafted a copy of them, and what
-    the layers are given of those tokens."""
-    drafting = bool(use.pass_tokens)
-    return use.batch * ((1 + drafting) * shape.state_bytes + use.pass_tokens * shape.taken_back_bytes)
-
-
-def logits_bytes(shape: ModelSizes, use: Workload) -> int:
-    """Scores of the last position: the model's own, float32 copies, and what sampling sorts, indices included; of
-    further positions the model's own, and of uses decoded together; and those that are kept for the caller."""
-    last = shape.vocab_size * (shape.item_bytes + 6 * _FLOAT_BYTES + 2 * _INDEX_BYTES)
-    others = (use.logit_positions - 1) * shape.vocab_size * (shape.item_bytes + _FLOAT_BYTES)
-    beside = (use.together - 1) * shape.vocab_size * shape.item_bytes
-    return use.batch * (last + others + use.kept_scores * shape.vocab_size * _FLOAT_BYTES + beside)

@@ -33,6 +33,8 @@ class PlanRequest:
     sequences: int = 1
     """Answers at once, each with a KV cache of its own (`serve --parallel`); their prompts pass one by one."""
     density: Density | Literal["auto"] = "auto"
+    bits: float | Literal["auto"] = "auto"
+    """Of a number of the FFs, that tiers take at most."""
     overhead_bytes: int = 0
     """What the device's own runtime takes (a CUDA context); 0 on the CPU."""
     offloaded_in_budget: bool = False
@@ -43,6 +45,8 @@ class PlanRequest:
     converted_bytes: int = 0
     """Other weights that loading converts: in memory until the first prompt has passed."""
     ff_chunk_tokens: int | None = None
+    expert_slots: int | None = None
+    """Experts of a layer beside its residents while a prompt passes; None: as many as there is room for."""
     always_stream: bool = False
     host_embeddings: bool = True
     """Whether the embeddings may stay on the host where that helps."""

@@ -9,10 +9,12 @@ from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import FLOOR_AUTO_CTX, MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITY, NEURON_MULTIPLE
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.kv_cache.store import Workload
+from griffin_offload.method.allocation import Counts
 from griffin_offload.method.selection import densities_per_layer, neurons_kept
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.plan import EmbeddingDevice, Plan, price
 from griffin_offload.planner.request import PlanRequest, planned_use
+from griffin_offload.planner.tiers import tiered_choices, tiers_within
 from griffin_offload.units import format_bytes
 
 # One layer computes while the next one is read; one slot alone works, without the overlap.
@@ -58,7 +60,7 @@ def solve(
     remedy = remedy_for(shapes[-1], request, plan)
     for shape in others:
         if best_plan(shape, request, plan.context_tokens).fits:
-            other = f"a copy converted to {shape.precision}" if request.verifies else f"--quantize {shape.precision}"
+            other = f"a copy converted to {shape.precision}" if request.verifies else f"--quantize {shape.option}"
             return plan, f"{remedy} or {other}"
     return plan, remedy
 
@@ -75,11 +77,15 @@ def _ladder(shapes: Sequence[ModelSizes], request: PlanRequest) -> Iterator[tupl
 
 
 def alternatives(shapes: Sequence[ModelSizes], request: PlanRequest, ctx_tokens: int) -> list[Plan]:
-    """The largest plan of every precision, and its dense one, that fit at `ctx_tokens`."""
-    found = [
-        best_plan(shape, replace(request, density=density), ctx_tokens) for shape in shapes for density in (1.0, "auto")
-    ]
-    return [plan for i, plan in enumerate(found) if plan.fits and plan not in found[:i]]
+    """The largest plan of every precision, and its dense one, that fit at `ctx_tokens`; tiers where they are some."""
+    found: list[Plan] = []
+    for shape in shapes:
+        tiered = len(shape.levels) > 1
+        for density in ("auto",) if tiered else (1.0, "auto"):
+            plan = best_plan(shape, replace(request, density=density), ctx_tokens)
+            if plan.fits and plan not in found and not (tiered and plan.counts == tiers_within(shape, "auto")):
+                found.append(plan)
+    return found
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def _with_the_rest(shape: ModelSizes, request: PlanRequest, plan: Plan) -> Plan:
     the device."""
     use = _use(request, plan.context_tokens)
     for slots, placement in ((SLOTS[0], plan.embeddings), (plan.slots, "device")):
-        richer = price(shape, request, use, plan.kept, max(slots, plan.slots), placement)
+        richer = price(shape, request, use, plan.counts, max(slots, plan.slots), placement)
         if plan.fits and richer.fits:
             plan = richer
     return plan
@@ -152,7 +158,7 @@ def _use(request: PlanRequest, ctx_tokens: int) -> Workload:
     return planned_use(request, prompt, ctx_tokens)
 
 
-class _Choices(Sequence[tuple[int, ...]]):
+class _Choices(Sequence[tuple[Counts, ...]]):
     """Kept neurons per layer, made when asked for: a config may promise more neurons than a list has room for."""
 
     def __init__(self, shape: ModelSizes, kept_of_widest: Sequence[int]) -> None:
@@ -163,7 +169,7 @@ class _Choices(Sequence[tuple[int, ...]]):
 
     def __getitem__(self, index: Any) -> Any:
         density = self._kept[index] / self._widest
-        return tuple(max(_kept_at(self._shape, layer, density), layer.experts) for layer in self._shape.layers)
+        return tuple((max(_kept_at(self._shape, layer, density), layer.experts),) for layer in self._shape.layers)
 
 
 def _kept_at(shape: ModelSizes, layer: LayerSizes, density: float) -> int:
@@ -177,9 +183,9 @@ def _widest(shape: ModelSizes) -> int:
     return max(layer.neurons for layer in shape.layers if bool(layer.experts) == shape.has_experts)
 
 
-def _check_experts(shape: ModelSizes, kept: tuple[int, ...]) -> None:
+def _check_experts(shape: ModelSizes, counts: Sequence[Counts]) -> None:
     """UsageError where a layer would keep fewer experts than a token is sent to."""
-    for index, (layer, count) in enumerate(zip(shape.layers, kept, strict=True)):
+    for index, (layer, count) in enumerate(zip(shape.layers, map(sum, counts), strict=True)):
         if count < layer.experts:
             raise UsageError(
                 f"layer {index} would keep {count} of {layer.neurons} experts, and a token is sent to {layer.experts}: "
@@ -191,7 +197,7 @@ def _check_experts(shape: ModelSizes, kept: tuple[int, ...]) -> None:
 class _Candidate:
     """Kept neurons to choose from (ascending) with so many slots."""
 
-    choices: Sequence[tuple[int, ...]]
+    choices: Sequence[tuple[Counts, ...]]
     slots: int
     grows: bool = True
     """Whether the context may grow: not where one slot is all there is room for, so that it does not have to shrink
@@ -202,16 +208,10 @@ def _rungs(shape: ModelSizes, request: PlanRequest) -> Iterator[_Candidate]:
     """Best first. Which of them has two slots is a matter of the model, not of the budget: with more memory a second
     one must not cost neurons."""
     two, one = SLOTS
-    everything = tuple(layer.neurons for layer in shape.layers)
-    if request.density != "auto":
-        densities = densities_per_layer(request.density, len(shape.layers))
-        everything = tuple(_kept_at(shape, one, d) for one, d in zip(shape.layers, densities, strict=True))
-        if request.always_stream and request.density == 0:  # a measurement, for which nothing need stay
-            everything = tuple(max(kept, one.experts) for kept, one in zip(everything, shape.layers, strict=True))
-        _check_experts(shape, everything)
-    yield _Candidate([everything], two)
-    yield _Candidate([everything], one, grows=False)
-    if request.density != "auto":
+    wanted = _wanted(shape, request)
+    yield _Candidate([wanted], two)
+    yield _Candidate([wanted], one, grows=False)
+    if request.density != "auto" or request.bits != "auto":
         return
     choices = pruned_choices(shape)
     if _second_slot_density(shape, request) > _SECOND_SLOT_DENSITY:
@@ -219,6 +219,20 @@ def _rungs(shape: ModelSizes, request: PlanRequest) -> Iterator[_Candidate]:
         return
     yield _Candidate(choices, two)
     yield _Candidate([choices[0]], one, grows=False)
+
+
+def _wanted(shape: ModelSizes, request: PlanRequest) -> tuple[Counts, ...]:
+    """All neurons in the most bits, or what was asked for."""
+    if len(shape.levels) > 1:
+        return tiers_within(shape, request.bits)
+    if request.density == "auto":
+        return tuple((layer.neurons,) for layer in shape.layers)
+    densities = densities_per_layer(request.density, len(shape.layers))
+    counts = tuple((_kept_at(shape, one, d),) for one, d in zip(shape.layers, densities, strict=True))
+    if request.always_stream and request.density == 0:  # a measurement, for which nothing need stay
+        counts = tuple((max(*own, one.experts),) for own, one in zip(counts, shape.layers, strict=True))
+    _check_experts(shape, counts)
+    return counts
 
 
 def _second_slot_density(shape: ModelSizes, request: PlanRequest) -> float:
@@ -236,8 +250,11 @@ def _placements(shape: ModelSizes, request: PlanRequest) -> tuple[EmbeddingDevic
     return ("device",) if shape.tied or not request.host_embeddings else ("device", "host")
 
 
-def pruned_choices(shape: ModelSizes) -> Sequence[tuple[int, ...]]:
-    """Kept neurons per layer for every density the planner considers, ascending, all below 1."""
+def pruned_choices(shape: ModelSizes) -> Sequence[tuple[Counts, ...]]:
+    """Kept neurons per layer for every density the planner considers, ascending, all below 1; of tiers, for every
+    number of bytes."""
+    if len(shape.levels) > 1:
+        return tiered_choices(shape)
     widest = _widest(shape)
     if shape.has_experts:
         fewest = max(math.ceil(one.experts * widest / one.neurons) for one in shape.layers if one.experts)
@@ -252,7 +269,7 @@ def _largest_fitting(
     shape: ModelSizes,
     request: PlanRequest,
     use: Workload,
-    choices: Sequence[tuple[int, ...]],
+    choices: Sequence[tuple[Counts, ...]],
     slots: int,
     embeddings: EmbeddingDevice,
 ) -> Plan | None:
@@ -274,12 +291,12 @@ def _last_fitting(count: int, plan_of: Callable[[int], Plan]) -> Plan | None:
 
 def replan_for(shape: ModelSizes, request: PlanRequest, plan: Plan, use: Workload) -> Plan:
     """The same residents under another use (batch, prompt, context); its `fits` says whether it is allowed."""
-    return price(shape, as_loaded(request, plan), use, plan.kept, plan.slots, plan.embeddings)
+    return price(shape, as_loaded(request, plan), use, plan.counts, plan.slots, plan.embeddings)
 
 
 def as_loaded(request: PlanRequest, plan: Plan) -> PlanRequest:
     """The request with what was solved when the model was loaded, and is fixed since."""
-    return replace(request, ff_chunk_tokens=plan.ff_chunk_tokens)
+    return replace(request, ff_chunk_tokens=plan.ff_chunk_tokens, expert_slots=plan.expert_slots)
 
 
 def describe_shortfall(plan: Plan, remedy: str) -> str:

@@ -7,11 +7,18 @@ else by one of those here, told by the chat template. Answers in Llama 3's form,
 import json
 import re
 import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from griffin_offload.checkpoint.tokenizer import template_code
+from griffin_offload.serving.logprobs import TokenLogprob
+from griffin_offload.serving.text_stream import special_ids
 from griffin_offload.transformers_api import response_parser
+
+Tokens = tuple[TokenLogprob, ...]
+# Tokens of a prompt's end that say whether it has begun the answer's thoughts.
+_PROMPT_END = 16
 
 Kind = Literal["content", "reasoning"]
 _THINK = {"thinking": {"open": "<think>", "close": "</think>"}}
@@ -224,3 +231,40 @@ def _calls_in(text: str) -> list[Call] | None:
     except (ValueError, RecursionError):
         return None
     return _calls(found)
+
+
+class PartsShown:
+    """Delivers an answer by its parts: text, thoughts, calls. `kept` are the special tokens by which they are told."""
+
+    def __init__(self, parser: AnswerParser, kept: frozenset[int], deliver: Callable[[Part, Tokens], None]) -> None:
+        self._parser, self.kept, self._deliver = parser, kept, deliver
+        self._called = False
+
+    def show(self, text: str, tokens: Tokens) -> None:
+        self._all(self._parser.feed(text), tokens)
+
+    def finish(self) -> bool:
+        """The answer is over: deliver what was held back, and say whether something was called."""
+        self._all(self._parser.finish(), ())
+        return self._called
+
+    def _all(self, parts: list[Part], tokens: Tokens) -> None:
+        if tokens and not parts:
+            parts = [Part()]  # log probabilities are of all tokens
+        for part in parts:
+            self._called = self._called or part.call is not None
+            self._deliver(part, tokens)
+            tokens = ()
+
+
+def parts_shown(
+    tokenizer: Any, prompt: Sequence[int], functions: Sequence[dict[str, Any]], deliver: Callable[[Part, Tokens], None]
+) -> PartsShown | None:
+    """What takes an answer to `prompt` apart; None where the model writes text alone."""
+    found = format_of(tokenizer)
+    if found is None:
+        return None
+    special = special_ids(tokenizer)
+    kept = special & {tokenizer.convert_tokens_to_ids(marker) for marker in found.markers}
+    text: str = tokenizer.decode(list(prompt) if found.own else list(prompt[-_PROMPT_END:]))
+    return PartsShown(parser_for(found, text, list(functions) or None), special if found.own else kept, deliver)

@@ -1,4 +1,4 @@
-"""One request on the worker's thread: every prompt, every answer, one after the other."""
+"""One request on the worker's thread: every prompt, every answer, one after the other, alone or beside others'."""
 
 import contextlib
 import secrets
@@ -8,21 +8,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from griffin_offload.engine.arguments import ONE_ANSWER
+from griffin_offload.engine.decoding import DecodingSequence
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.report import RunReport
+from griffin_offload.engine.scheduler import HasToWait, SequenceScheduler
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.serving.answer_parts import AnswerFormat, AnswerParser, Part, format_of, parser_for
-from griffin_offload.serving.logprobs import LogprobRecorder, TokenLogprob
+from griffin_offload.serving.answer_parts import Part, PartsShown, parts_shown
+from griffin_offload.serving.logprobs import LogitBias, LogprobRecorder, TokenLogprob
 from griffin_offload.serving.queue import Finish, Finished, Job, Piece
 from griffin_offload.serving.requests import NO_PENALTIES, Request
-from griffin_offload.serving.text_stream import Detokeniser, StopHolder, special_ids, whole_text
+from griffin_offload.serving.text_stream import Detokeniser, StopHolder, whole_text
 from griffin_offload.serving.tokenization import structure_of
-
-Tokens = tuple[TokenLogprob, ...]
 
 # One answer while it is generated: tokens become text, stop strings end it, an interruption, too.
 
@@ -44,10 +44,12 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
         ends: Collection[int],
         show: Callable[[str, tuple[TokenLogprob, ...]], None],
         interrupted: Callable[[], bool],
+        parts: PartsShown | None = None,
+        echo: str = "",
     ) -> None:
         self._detokeniser, self._holder, self._recorder = detokeniser, holder, recorder
         self._ends, self._show, self._interrupted = ends, show, interrupted
-        self._seen = prompt_tokens
+        self._parts, self._echo, self._seen = parts, echo, prompt_tokens
         self._letters = 0
         self._waiting: deque[TokenLogprob] = deque()
         self.interrupted = self._ended = False
@@ -55,6 +57,9 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         tokens = input_ids[0, self._seen :].tolist()
         self._seen = input_ids.shape[1]
+        if self._echo:
+            self._show(self._echo, ())
+            self._echo = ""
         for token in tokens:
             self._add(token)
         self.interrupted = self.interrupted or self._interrupted()
@@ -88,7 +93,9 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
             self._grow(self._detokeniser.flush())
         if not self._holder.stopped:
             self._give(self._holder.flush(), self._letters + 1)
-        return "stop" if over or self._ended or self._holder.stopped else "length"
+        stopped = over or self._ended or self._holder.stopped
+        called = self._parts is not None and self._parts.finish()
+        return "length" if not stopped else "tool_calls" if called else "stop"
 
 
 # Scores are divided by the temperature in float32: below this that would be a division by nothing.
@@ -105,7 +112,7 @@ class KeptContexts(Protocol):
     @property
     def nbytes(self) -> int: ...
     def __len__(self) -> int: ...
-    def take(self, ids: Tensor, *, exact: bool) -> Context: ...
+    def take(self, ids: Tensor, *, exact: bool, beside_bytes: int = 0) -> Context: ...
     def keep(self, context: Context) -> None: ...
     def drop_all(self) -> None: ...
 
@@ -126,62 +133,32 @@ class Held(Protocol):
 def answer_all(held: Held, job: Job, interrupted: Callable[[], bool]) -> None:
     """Deliver every answer of `job`. Interrupted, when `interrupted` says so: after a token, or a layer of a streamed
     pass. Any GriffinError of `generate`."""
-    seed = job.request.seed
-    torch.manual_seed(secrets.randbits(63) if seed is None else seed)
+    torch.manual_seed(_seed_of(job))
     generation = _Generation(held, job, interrupted)
     for index, prompt in enumerate(job.prompts):
-        ids = torch.tensor([prompt], dtype=torch.long, device="cpu")
+        ids = _as_ids(prompt)
         with generation.context_for(ids) as context:
             for number in range(job.request.n):
                 choice = index * job.request.n + number
                 job.figures.add(generation.answer(ids, context, job.max_tokens[index], choice), first=number == 0)
 
 
-class LogitBias(LogitsProcessor):  # type: ignore[misc]
-    """Adds to the scores of some tokens."""
-
-    def __init__(self, bias: tuple[tuple[int, float], ...]) -> None:
-        self._tokens, self._added = zip(*bias, strict=True)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        added = torch.tensor(self._added, dtype=scores.dtype, device=scores.device)
-        places = torch.tensor(self._tokens, dtype=torch.long, device=scores.device)
-        return scores.index_add(1, places, added.expand(scores.shape[0], -1))
+def why_not_beside(held: Held, job: Job) -> str | None:
+    """Why `job` is not answered beside others; None if it may be."""
+    config = held.model.engine.loaded.layers.config
+    if config.exact if job.request.exact is None else job.request.exact:
+        return "exact mode verifies its own drafts"
+    if isinstance(config.refresh, int):
+        return f"refresh={config.refresh} streams between its tokens"
+    return held.model.why_alone if held.sessions is not None else "no context can be kept"
 
 
-# Tokens of a prompt's end that say whether it has begun the answer's thoughts.
-_PROMPT_END = 16
+def _seed_of(job: Job) -> int:
+    return secrets.randbits(63) if job.request.seed is None else job.request.seed
 
 
-class PartsShown:
-    """Delivers an answer by its parts: text, thoughts, calls."""
-
-    def __init__(self, found: AnswerFormat, parser: AnswerParser, deliver: Callable[[Part, Tokens], None]) -> None:
-        self._format, self._parser, self._deliver = found, parser, deliver
-        self._called = False
-
-    def kept(self, tokenizer: Any) -> frozenset[int]:
-        """Special tokens by which the parts are told."""
-        special = special_ids(tokenizer)
-        if self._format.own:
-            return special
-        return special & {tokenizer.convert_tokens_to_ids(marker) for marker in self._format.markers}
-
-    def show(self, text: str, tokens: Tokens) -> None:
-        self._all(self._parser.feed(text), tokens)
-
-    def finish(self) -> bool:
-        """The answer is over: deliver what was held back, and say whether something was called."""
-        self._all(self._parser.finish(), ())
-        return self._called
-
-    def _all(self, parts: list[Part], tokens: Tokens) -> None:
-        if tokens and not parts:
-            parts = [Part()]  # log probabilities are of all tokens
-        for part in parts:
-            self._called = self._called or part.call is not None
-            self._deliver(part, tokens)
-            tokens = ()
+def _as_ids(prompt: list[int]) -> Tensor:
+    return torch.tensor([prompt], dtype=torch.long, device="cpu")
 
 
 class _Generation:
@@ -202,14 +179,14 @@ class _Generation:
     def context_for(self, ids: Tensor) -> Iterator[Context | None]:
         """The kept context that knows most of the prompt `ids` [1, T]; it is kept again afterwards. None for models
         of which none can be kept."""
-        sessions = self._held.sessions
+        sessions, engine = self._held.sessions, self._model.engine
         if sessions is None:
             yield None
             return
-        loaded = self._model.engine.loaded.layers.config.exact
+        loaded = engine.loaded.layers.config.exact
         exact = loaded if self._request.exact is None else self._request.exact
-        context = sessions.take(ids[0], exact=exact)
-        self._model.engine.keep_idle(sessions.nbytes)
+        context = sessions.take(ids[0], exact=exact, beside_bytes=sum(other.nbytes for other in engine.beside))
+        engine.keep_idle(sessions.nbytes)
         try:
             yield context
         except BaseException:
@@ -218,6 +195,7 @@ class _Generation:
             raise
         finally:
             sessions.keep(context)
+            engine.keep_idle(sessions.nbytes)
 
     def answer(self, ids: Tensor, context: Context | None, max_tokens: int, choice: int) -> RunReport:
         """Deliver one answer to the prompt `ids` [1, T]."""
@@ -233,74 +211,69 @@ class _Generation:
         return self._answer(ids, context, max_tokens, choice)
 
     def _answer(self, ids: Tensor, context: Context | None, max_tokens: int, choice: int) -> RunReport:
-        request, model = self._request, self._model
-        recorder = None
+        model = self._model
+        answer, arguments = self.asked(ids, max_tokens, choice)
+        with self.watching():
+            structure = structure_of(self._request, self._tokenizer)
+            model.generate(ids, context=context, exact=self._request.exact, structure=structure, **arguments)
+        assert model.last_report is not None, "a generate that ended well has a report"
+        self.finish(answer, choice, model.last_report)
+        return model.last_report
+
+    def asked(self, ids: Tensor, max_tokens: int, choice: int) -> tuple[Answer, dict[str, Any]]:
+        """What an answer is taken by, and arguments of `generate` for it."""
+        request, recorder = self._request, None
         if request.top_logprobs is not None:
             chat = request.endpoint == "chat"
             recorder = LogprobRecorder(self._tokenizer, request.top_logprobs, begins=chat)
-        parts = self._parts(ids, choice)
-        answer = self._new_answer(ids, recorder, choice, parts)
-        if request.echo:
-            self._job.deliver(Piece(choice, whole_text(self._tokenizer, ids[0].tolist())))
-        ends: dict[str, Any] = {"eos_token_id": sorted(self._ends)} if self._ends else {}
+        bias = LogitBias(request.logit_bias) if request.logit_bias else None
+        answer = self._new_answer(ids, recorder, choice)
+        return answer, {
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": max_tokens,
+            **ONE_ANSWER,
+            **({"eos_token_id": sorted(self._ends)} if self._ends else {}),
+            "stopping_criteria": StoppingCriteriaList([answer]),
+            "logits_processor": LogitsProcessorList([one for one in (recorder, bias) if one is not None]),
+            **(NO_PENALTIES | sampling_of(request, self._model.generation_config)),
+        }
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, a streamed pass ends with a layer after which nobody waits any more."""
+        model = self._model
         model.progress = model.engine.passes.progress_between = self._layer_done
         try:
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                context=context,
-                exact=request.exact,
-                structure=structure_of(request, self._tokenizer),
-                max_new_tokens=max_tokens,
-                **ONE_ANSWER,
-                **ends,
-                stopping_criteria=StoppingCriteriaList([answer]),
-                logits_processor=self._processors(recorder),
-                **(NO_PENALTIES | sampling_of(request, model.generation_config)),
-            )
+            yield
         finally:
             model.progress = model.engine.passes.progress_between = None
+
+    def finish(self, answer: Answer, choice: int, report: RunReport) -> None:
+        """Say that `answer` is complete; Interrupted if it is not."""
         if answer.interrupted:
             raise Interrupted
-        report = model.last_report
-        assert report is not None, "a generate that ended well has a report"
         over = report.structure is not None and report.structure.over
-        reason = answer.finish(over=over)
-        called = parts is not None and parts.finish()
-        self._job.deliver(Finished(choice, "tool_calls" if called and reason == "stop" else reason))
-        return report
+        self._job.deliver(Finished(choice, answer.finish(over=over)))
 
-    def _processors(self, recorder: LogprobRecorder | None) -> LogitsProcessorList:
-        bias = LogitBias(self._request.logit_bias) if self._request.logit_bias else None
-        return LogitsProcessorList([one for one in (recorder, bias) if one is not None])
+    def _new_answer(self, ids: Tensor, recorder: LogprobRecorder | None, choice: int) -> Answer:
+        prompt: list[int] = ids[0].tolist()
+        chat, parts = self._request.endpoint == "chat", None
 
-    def _parts(self, ids: Tensor, choice: int) -> "PartsShown | None":
-        """What takes a chat's answer apart, if the model writes more than text."""
-        found = format_of(self._tokenizer) if self._request.endpoint == "chat" else None
-        if found is None:
-            return None
-        prompt: str = self._tokenizer.decode(ids[0].tolist() if found.own else ids[0, -_PROMPT_END:].tolist())
-        tools = list(self._request.tools.functions) or None
-        return PartsShown(
-            found,
-            parser_for(found, prompt, tools),
-            lambda part, tokens: self._job.deliver(Piece(choice, part.text, tokens, part.kind, part.call)),
-        )
+        def deliver(part: Part, tokens: tuple[TokenLogprob, ...]) -> None:
+            self._job.deliver(Piece(choice, part.text, tokens, part.kind, part.call))
 
-    def _new_answer(
-        self, ids: Tensor, recorder: LogprobRecorder | None, choice: int, parts: "PartsShown | None"
-    ) -> Answer:
-        before = ids[0].tolist() if self._request.endpoint == "completions" else ()
+        if chat:
+            parts = parts_shown(self._tokenizer, prompt, self._request.tools.functions, deliver)
         return Answer(
             ids.shape[1],
-            Detokeniser(self._tokenizer, before, () if parts is None else parts.kept(self._tokenizer)),
+            Detokeniser(self._tokenizer, () if chat else prompt, () if parts is None else parts.kept),
             StopHolder((*self._request.stops, *_texts(self._model.generation_config.stop_strings))),
             recorder,
             ends=self._ends | self._ending_words,
-            show=parts.show
-            if parts is not None
-            else lambda text, tokens: self._job.deliver(Piece(choice, text, tokens)),
+            show=parts.show if parts is not None else lambda text, tokens: deliver(Part(text), tokens),
             interrupted=self._token_done,
+            parts=parts,
+            echo=whole_text(self._tokenizer, prompt) if self._request.echo else "",
         )
 
     def _token_done(self) -> bool:
@@ -310,6 +283,80 @@ class _Generation:
     def _layer_done(self, *_: int) -> None:
         if self._interrupted():
             raise Interrupted
+
+
+class JobBeside:
+    """A job whose answers are decoded beside those of others, one of its own at a time.
+
+    Errors are those of `answer_all`. HasToWait from `begin_next`, which may be called again when others have left.
+    """
+
+    def __init__(self, held: Held, job: Job, scheduler: SequenceScheduler, interrupted: Callable[[], bool]) -> None:
+        self.job, self._held, self._scheduler = job, held, scheduler
+        self._generation = _Generation(held, job, interrupted)
+        self._interrupted = interrupted
+        self._random = torch.Generator(held.model.device).manual_seed(_seed_of(job))
+        self._choice = 0
+        self._context = contextlib.ExitStack()
+        self._of_prompt: Context | None = None
+        self._answer: Answer | None = None
+        self.sequence: DecodingSequence | None = None
+        """What is being decoded."""
+
+    def begin_next(self) -> None:
+        """Let the prompt of the next answer pass."""
+        if self._interrupted():
+            raise Interrupted
+        index = self._choice // self.job.request.n
+        ids = _as_ids(self.job.prompts[index])
+        if self._of_prompt is None:
+            self._of_prompt = self._context.enter_context(self._generation.context_for(ids))
+        try:
+            self.sequence = self._begin(ids, self.job.max_tokens[index])
+        except HasToWait:
+            if self._choice % self.job.request.n == 0:
+                self.close()  # others may have its context meanwhile
+            raise
+
+    def _begin(self, ids: Tensor, max_tokens: int) -> DecodingSequence:
+        sessions = self._held.sessions
+        try:
+            return self._beginning(ids, max_tokens)
+        except (DoesNotFit, HasToWait):
+            if not sessions:
+                raise
+        # What is decoded comes before what is kept for others.
+        sessions.drop_all()
+        self._held.model.engine.keep_idle(0)
+        return self._beginning(ids, max_tokens)
+
+    def _beginning(self, ids: Tensor, max_tokens: int) -> DecodingSequence:
+        self._answer, arguments = self._generation.asked(ids, max_tokens, self._choice)
+        model = self._held.model
+        guide = model.guide(structure_of(self.job.request, model.tokenizer), arguments)
+        with self._generation.watching():
+            return self._scheduler.begin(ids, context=self._of_prompt, seed=self._random, guide=guide, **arguments)
+
+    def ended(self) -> bool:
+        """The sequence has ended: whether it was the last one."""
+        sequence, answer, job = self.sequence, self._answer, self.job
+        assert sequence is not None and answer is not None, "an answer has begun"  # noqa: PT018
+        self.sequence = None
+        if sequence.error is not None:
+            raise sequence.error
+        assert sequence.report is not None, "it has ended well"
+        self._generation.finish(answer, self._choice, sequence.report)
+        first = self._choice % job.request.n == 0
+        job.figures.add(sequence.report, first=first)
+        self._choice += 1
+        if self._choice % job.request.n == 0:
+            self.close()
+        return self._choice == len(job.prompts) * job.request.n
+
+    def close(self) -> None:
+        """Keep the context for others."""
+        self._of_prompt = None
+        self._context.close()
 
 
 def sampling_of(request: Request, given: Any) -> dict[str, Any]:

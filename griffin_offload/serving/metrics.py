@@ -41,6 +41,7 @@ class Metrics:
         options: Any = {"namespace": "griffin_offload", "registry": self.registry}
         self.requests = Counter("requests", "Requests by endpoint and outcome", ("endpoint", "outcome"), **options)
         self.queue_depth = Gauge("queue_depth", "Requests that wait for the model", **options)
+        self.running = Gauge("running_requests", "Requests that are being answered", **options)
         self.first_token = Histogram(
             "time_to_first_token_seconds", "From a request's arrival, waiting included", buckets=_SECONDS, **options
         )

@@ -7,6 +7,7 @@ import gc
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from griffin_offload.errors import GriffinError, ModelError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.method.selection import neurons_kept
 from griffin_offload.planner.plan import Plan
+from griffin_offload.planner.tiers import options_again
 from griffin_offload.serving.api_errors import ApiError
 from griffin_offload.serving.requests import NO_PENALTIES
 from griffin_offload.units import parse_size
@@ -39,6 +41,7 @@ class PrefixCache:
     def __init__(self, new_context: Callable[[], Context], limit_bytes: int, most: int) -> None:
         self._new_context, self.limit_bytes, self._most = new_context, limit_bytes, most
         self._kept: list[Context] = []
+        self._beside_bytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -47,9 +50,11 @@ class PrefixCache:
     def nbytes(self) -> int:
         return sum(context.nbytes for context in self._kept)
 
-    def take(self, ids: Tensor, *, exact: bool) -> Context:
+    def take(self, ids: Tensor, *, exact: bool, beside_bytes: int = 0) -> Context:
         """The context that knows the longest start of the prompt `ids` [T], or one that knows nothing. The others are
-        within the limit afterwards, and the caller gives it back by `keep`."""
+        within the limit afterwards, together with the `beside_bytes` of those that others decode with, and the caller
+        gives it back by `keep`."""
+        self._beside_bytes = beside_bytes
         known = [context.known(ids, exact=exact) for context in self._kept]
         longest = max(range(len(known)), key=lambda i: (known[i], i), default=None)
         if longest is not None and self._worth(self._kept[longest], known[longest]):
@@ -73,7 +78,7 @@ class PrefixCache:
     @property
     def _full(self) -> bool:
         """More is kept than may be beside the context in use."""
-        return self.nbytes > self.limit_bytes or len(self._kept) > self._most
+        return self.nbytes + self._beside_bytes > self.limit_bytes or len(self._kept) > self._most
 
     def _worth(self, context: Context, known: int) -> bool:
         """Whether a prompt that shares so many tokens may have `context`, which is cut back to them: a long
@@ -85,7 +90,7 @@ class PrefixCache:
     def _evict(self) -> Context | None:
         """Drop the longest unused until the rest is within the limit; the last one that went."""
         evicted = None
-        while self._full:
+        while self._kept and self._full:
             evicted = self._kept.pop(0)
         return evicted
 
@@ -146,6 +151,7 @@ class ModelManager:
         self._model, self._options = model, dict(options) | {"keep_prompts": True}
         self._most_sessions = most_sessions
         self._neurons: list[int] = []
+        self._kept_first: tuple[int, ...] = ()
         self.held: LoadedModel | None = None
         self._tokenizer: Any = None
         self.loads = 0
@@ -158,12 +164,11 @@ class ModelManager:
         _warn_of_penalties(held.model.generation_config)
         model, plan = held.model, held.model.plan
         shape = model.engine.shape
-        self._neurons = [layer.neurons for layer in shape.layers]
+        self._neurons, self._kept_first = [layer.neurons for layer in shape.layers], plan.kept
         self._model = model.directory
         self._options |= {
             "max_gpu_mem": plan.budget_bytes,
-            "density": [kept / neurons for kept, neurons in zip(plan.kept, self._neurons, strict=True)],
-            "quantize": shape.precision.name,
+            **options_again(shape, plan.counts),
             "ctx_size": plan.context_tokens,
             "session_mem": plan.decode_parts["sessions"] or None,
         }
@@ -174,10 +179,9 @@ class ModelManager:
     def get(self, density: float | None) -> LoadedModel:
         """The model, at `density` or the one that it was first loaded with. Failure 400 with the numbers, and nothing
         is changed, if that density does not fit; 503 if loading fails."""
-        options = dict(self._options)
-        if density is not None and self._kept(density) != self._kept_first:
-            options["density"] = density
-        wanted = self._kept(options["density"])
+        options, wanted = dict(self._options), self._kept_first
+        if density is not None and self._kept(density) != wanted:
+            options["density"], wanted = density, self._kept(density)
         if self.held is not None and self.held.model.plan.kept == wanted:
             return self.held
         if density is not None:
@@ -192,6 +196,11 @@ class ModelManager:
             reason = "its checkpoint cannot be used any more" if isinstance(error, ModelError) else str(error)
             raise ApiError(503, f"the model cannot be loaded: {reason}", code="model_unavailable") from error
 
+    def is_held(self, density: float | None) -> bool:
+        """Whether the model is there, at `density` or the one that it was first loaded with."""
+        wanted = self._kept_first if density is None else self._kept(density)
+        return self.held is not None and self.held.model.plan.kept == wanted
+
     def unload(self) -> None:
         """Give the model's memory back."""
         if self.held is None:
@@ -205,13 +214,8 @@ class ModelManager:
         hardware.empty_cache()
         give_back_freed()
 
-    @property
-    def _kept_first(self) -> tuple[int, ...]:
-        return self._kept(self._options["density"])
-
-    def _kept(self, density: Any) -> tuple[int, ...]:
-        densities = density if isinstance(density, list) else [density] * len(self._neurons)
-        return tuple(neurons_kept(n, d) for n, d in zip(self._neurons, densities, strict=True))
+    def _kept(self, density: float) -> tuple[int, ...]:
+        return tuple(neurons_kept(neurons, density) for neurons in self._neurons)
 
     def _check_plan(self, options: dict[str, Any], density: float) -> None:
         try:
@@ -230,7 +234,10 @@ class ModelManager:
         sessions = None
         with contextlib.suppress(GriffinError):  # layers whose past cannot be taken back: every prompt from its start
             model.new_context()
-            sessions = PrefixCache(model.new_context, session_limit(model.plan), self._most_sessions)
+            sequences = model.engine.model_spec.request.sequences
+            sessions = PrefixCache(
+                partial(model.new_context, 1), session_limit(model.plan, sequences), self._most_sessions
+            )
         self.held = LoadedModel(model, sessions)
         return self.held
 
@@ -243,6 +250,8 @@ def _warn_of_penalties(settings: Any) -> None:
         warnings.warn(f"{what}: the server leaves out what no request asks for", stacklevel=2)
 
 
-def session_limit(plan: Plan) -> int:
-    """Bytes for contexts beside the one in use: what was set aside for them, and what the plan has left over."""
-    return plan.budget_bytes - plan.peak_bytes + plan.parts["sessions"]
+def session_limit(plan: Plan, sequences: int = 1) -> int:
+    """Bytes for contexts beside the one in use: what was set aside for them, what was planned for the others of so many
+    `sequences` at once, and what the plan has left over."""
+    others = sum(plan.parts[part] * (sequences - 1) // sequences for part in ("kv_cache", "statistic"))
+    return plan.budget_bytes - plan.peak_bytes + plan.parts["sessions"] + others

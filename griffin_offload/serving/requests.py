@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from griffin_offload.config import ServeConfig, Structure
+from griffin_offload.config import ServeConfig
+from griffin_offload.engine.structure import Structure
 from griffin_offload.errors import UsageError
 from griffin_offload.serving.api_errors import ApiError, invalid, unsupported
 from griffin_offload.serving.messages import Message, parse_messages

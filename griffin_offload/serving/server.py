@@ -88,7 +88,8 @@ class Server:
         self._config = config
         self._name = config.served_name or served_name(str(model))
         self.metrics = Metrics()
-        self.worker = Worker(ModelManager(model, options, config.max_sessions), config, self.metrics)
+        planned = dict(options) | ({} if config.parallel == "auto" else {"sequences": config.parallel})
+        self.worker = Worker(ModelManager(model, planned, config.max_sessions), config, self.metrics)
         self._socket = _bound(config.host, config.port)
         self._uvicorn: _Uvicorn | None = None
         self._signal: int | None = None
@@ -118,6 +119,9 @@ class Server:
         except BaseException:
             self.close()
             raise
+        alone = model.why_alone if model.keeps_contexts else "its layers keep a state"
+        if self._config.parallel not in ("auto", 1) and alone is not None:
+            log.warning("requests are answered one after the other: %s", alone)
         caps = caps_of(self._config, plan.context_tokens, plan.prompt_tokens)
         service = Service(self.worker, encoder, self.metrics, self._config, caps, self._name, int(time.time()))
         self._encoder = encoder

@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from griffin_offload.checkpoint.tokenizer import encode, encode_messages, template_has, thinking_switches
-from griffin_offload.config import Structure
-from griffin_offload.engine.structure import check_structure
+from griffin_offload.engine.structure import Structure, check_structure
 from griffin_offload.errors import CheckpointError, TemplateError, UsageError, one_line
 from griffin_offload.serving.answer_parts import AnswerFormat, format_of
 from griffin_offload.serving.api_errors import invalid, unsupported

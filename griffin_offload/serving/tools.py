@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from griffin_offload.config import Structure
+from griffin_offload.engine.structure import Structure
 from griffin_offload.serving.api_errors import invalid, unsupported
 from griffin_offload.serving.validation import FieldReader
 

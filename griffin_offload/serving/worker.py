@@ -1,11 +1,14 @@
-"""The one thread that owns the model, and the queue in front of it."""
+"""The one thread that owns the model, the queue in front of it, and the row of jobs whose answers are decoded."""
 
 import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
-from griffin_offload.config import ServeConfig
+from griffin_offload.config import MOST_TOGETHER, ServeConfig
+from griffin_offload.engine.decoding import DecodingSequence
+from griffin_offload.engine.scheduler import HasToWait, SequenceScheduler
 from griffin_offload.errors import (
     CheckpointChanged,
     DoesNotFit,
@@ -26,7 +29,7 @@ from griffin_offload.serving.api_errors import (
     out_of_memory,
     shutting_down,
 )
-from griffin_offload.serving.generation import Interrupted, answer_all
+from griffin_offload.serving.generation import Interrupted, JobBeside, answer_all, why_not_beside
 from griffin_offload.serving.metrics import Metrics
 from griffin_offload.serving.model_manager import LoadedModel, ModelManager
 from griffin_offload.serving.queue import Done, Event, Failed, Job
@@ -37,7 +40,8 @@ _LONGEST_RETRY_S = 60
 
 
 class Worker:
-    """Answers jobs in the order of their arrival. All methods but `_work`'s may be called from any thread."""
+    """Answers jobs in the order of their arrival, as many at once as there is room for. All methods but `_work`'s may
+    be called from any thread."""
 
     def __init__(self, manager: ModelManager, config: ServeConfig, metrics: Metrics) -> None:
         self.manager, self._config, self._metrics = manager, config, metrics
@@ -137,42 +141,129 @@ class Worker:
             self.manager.unload()
 
     def _serve_next(self) -> bool:
-        """One job, or one idle unload; False at the end."""
+        """One job, with those that may be answered beside it, or one idle unload; False at the end."""
         with self._changed:
             timeout = self._config.idle_unload_s if self.manager.held is not None else None
             self._changed.wait_for(lambda: self._waiting or self._closing, timeout)
             if self._closing:
                 return False
-            job = self._waiting.popleft() if self._waiting else None
-            self._metrics.queue_depth.set(len(self._waiting))
+            job = self._popped() if self._waiting else None
         if job is None:
             self.manager.unload()
             self._metrics.unloaded()
             log.info("idle: the model's memory was given back")
             return True
-        start = time.monotonic()
+        row = [_Asked(job)]
+        self._metrics.running.set(1)
         try:
-            outcome = self._outcome(job)
+            self._serve(row)
         except BaseException:  # the thread ends with it, but not without a word
-            job.deliver(Failed(broken()))
+            for asked in row:
+                asked.job.deliver(Failed(broken()))
             raise
         if self.manager.held is not None and self.manager.held.model.engine.broken:
             self.manager.unload()  # the next request loads it again
-        self._seconds_per_job += (time.monotonic() - start - self._seconds_per_job) / 4
-        self._metrics.finished(job, self.manager.held, self.manager.loads)
-        if outcome is not None:
-            job.deliver(outcome)
         return True
+
+    def _popped(self) -> Job:
+        job = self._waiting.popleft()
+        self._metrics.queue_depth.set(len(self._waiting))
+        return job
+
+    def _serve(self, row: list["_Asked"]) -> None:
+        """Answer the one job in `row`, and beside it those that come meanwhile, which are put there; none is left."""
+        job = row[0].job
+        try:
+            if job.cancelled:
+                self._leave(row, row[0], None)
+                return
+            held = self.manager.get(job.request.density)
+            if self._most(held) > 1 and why_not_beside(held, job) is None:
+                self._serve_together(held, row)
+            else:
+                answer_all(held, job, lambda: self._interrupted(job))
+                self._leave(row, row[0], Done(job.figures))
+        except Exception as error:
+            for asked in list(row):
+                self._leave(row, asked, self._failure(asked.job, error))
+
+    def _most(self, held: LoadedModel) -> int:
+        """Jobs that are answered at once at most."""
+        if self._config.parallel != "auto":
+            return self._config.parallel
+        return 1 if held.model.shares_neurons else MOST_TOGETHER
+
+    def _serve_together(self, held: LoadedModel, row: list["_Asked"]) -> None:
+        """The jobs in `row`, and from the queue as many as have room. An error that is raised concerns them all."""
+        scheduler = held.model.scheduler(self._most(held))
+        has_to_wait = False
+        try:
+            with scheduler.working():
+                while row:
+                    self._take_next(held, row, scheduler)
+                    waiting = next((asked for asked in row if not asked.decodes), None)
+                    if waiting is not None and not has_to_wait and scheduler.has_room:
+                        has_to_wait = self._begin(held, row, waiting, scheduler)
+                    for sequence in scheduler.step():
+                        has_to_wait = False
+                        self._ended(row, next(asked for asked in row if asked.decodes_as(sequence)))
+        finally:
+            scheduler.abandon()
+            for asked in row:
+                asked.close()
+
+    def _take_next(self, held: LoadedModel, row: list["_Asked"], scheduler: SequenceScheduler) -> None:
+        """Put the next job of the queue into `row`, if none there waits and it may be answered beside them; and let
+        those go that wait for nobody."""
+        for asked in [asked for asked in row if not asked.decodes and (asked.job.cancelled or self._closing)]:
+            self._leave(row, asked, None if asked.job.cancelled else Failed(shutting_down()))
+        full = len(row) >= scheduler.most or not all(asked.decodes for asked in row)
+        if full or not self._waiting or not scheduler.has_room:
+            return
+        with self._changed:
+            job = self._waiting[0] if self._waiting else None
+            if job is None or why_not_beside(held, job) is not None or not self.manager.is_held(job.request.density):
+                return  # its turn is when these have ended
+            row.append(_Asked(self._popped()))
+            self._metrics.running.set(len(row))
+
+    def _begin(self, held: LoadedModel, row: list["_Asked"], asked: "_Asked", scheduler: SequenceScheduler) -> bool:
+        """Let the prompt of a waiting answer pass; whether it has to wait for the end of others."""
+        try:
+            asked.begin(held, scheduler, lambda: self._interrupted(asked.job))
+        except HasToWait:
+            return True
+        except CheckpointChanged:
+            raise
+        except Exception as error:
+            self._leave(row, asked, self._failure(asked.job, error))
+        return False
+
+    def _ended(self, row: list["_Asked"], asked: "_Asked") -> None:
+        """A sequence has ended: deliver, and leave if it was the last one."""
+        try:
+            if asked.ended():
+                self._leave(row, asked, Done(asked.job.figures))
+        except Exception as error:
+            self._leave(row, asked, self._failure(asked.job, error))
+
+    def _leave(self, row: list["_Asked"], asked: "_Asked", outcome: Event | None) -> None:
+        """A job leaves the model, whatever became of it."""
+        asked.close()
+        row.remove(asked)
+        self._metrics.running.set(len(row))
+        self._seconds_per_job += (asked.seconds / (len(row) + 1) - self._seconds_per_job) / 4
+        self._metrics.finished(asked.job, self.manager.held, self.manager.loads)
+        if outcome is not None:
+            asked.job.deliver(outcome)
 
     def _interrupted(self, job: Job) -> bool:
         return job.cancelled or (self._stop_at is not None and time.monotonic() >= self._stop_at)
 
-    def _outcome(self, job: Job) -> Event | None:
-        """Answer `job`; what it is told in the end, None if nobody listens."""
-        if job.cancelled:
-            return None
+    def _failure(self, job: Job, error: Exception) -> Event | None:
+        """What `job` is told of what ended it, None if nobody listens."""
         try:
-            answer_all(self.manager.get(job.request.density), job, lambda: self._interrupted(job))
+            raise error
         except Interrupted:
             return None if job.cancelled else Failed(shutting_down())
         except ApiError as failure:
@@ -203,4 +294,38 @@ class Worker:
             level = logging.ERROR if isinstance(error, GriffinError) else logging.CRITICAL
             log.log(level, "a request failed: %s", type(error).__name__, exc_info=log.isEnabledFor(logging.DEBUG))
             return Failed(broken())
-        return Done(job.figures)
+
+
+class _Asked:
+    """A job that has left the queue, and its answers where they are decoded beside others'."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self._start = job, time.monotonic()
+        self._beside: JobBeside | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since it left the queue."""
+        return time.monotonic() - self._start
+
+    @property
+    def decodes(self) -> bool:
+        """Whether an answer of it is being decoded."""
+        return self._beside is not None and self._beside.sequence is not None
+
+    def decodes_as(self, sequence: DecodingSequence) -> bool:
+        return self._beside is not None and self._beside.sequence is sequence
+
+    def begin(self, held: LoadedModel, scheduler: SequenceScheduler, interrupted: Callable[[], bool]) -> None:
+        """Let the prompt of its next answer pass; what `JobBeside.begin_next` raises."""
+        if self._beside is None:
+            self._beside = JobBeside(held, self.job, scheduler, interrupted)
+        self._beside.begin_next()
+
+    def ended(self) -> bool:
+        assert self._beside is not None, "it has begun"
+        return self._beside.ended()
+
+    def close(self) -> None:
+        if self._beside is not None:
+            self._beside.close()

@@ -29,6 +29,7 @@ from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import simulate
 from griffin_offload.formats import Format
 from griffin_offload.formats.base import Spec
+from griffin_offload.method.allocation import Counts
 from griffin_offload.method.variants import Variant
 
 GROUP, NEURONS, DOWN = 4, 128, "model.layers.{i}.mlp.shrink"
@@ -83,8 +84,8 @@ class GroupBlock(Block):
         return True
 
     @property
-    def precision(self) -> Format:
-        return self.single.precision
+    def formats(self) -> tuple[Format, ...]:
+        return self.single.formats
 
     @property
     def read_numbers(self) -> int:
@@ -99,8 +100,8 @@ class GroupBlock(Block):
     def full_specs(self, precision: Format | None = None) -> list[Spec]:
         return self.single.full_specs(precision)
 
-    def compact_specs(self, kept: int, precision: Format | None = None) -> list[Spec]:
-        return self.single.compact_specs(kept * GROUP, precision)
+    def compact_specs(self, counts: Counts, formats: Sequence[Format] | None = None) -> list[Spec]:
+        return self.single.compact_specs(tuple(kept * GROUP for kept in counts), formats)
 
     def multiple(self, precision: Format) -> int:
         return max(self.single.multiple(precision) // GROUP, 1)
@@ -111,8 +112,8 @@ class GroupBlock(Block):
     def install_compact(self, tensors: Sequence[Tensor]) -> None:
         self.single.install_compact(tensors)
 
-    def gather(self, full: Sequence[Tensor], chosen: Tensor, out: Sequence[Tensor]) -> None:
-        self.single.gather(full, _members(chosen), out)
+    def gather(self, full: Sequence[Tensor], chosen: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        self.single.gather(full, [_members(own) for own in chosen], out)
 
     def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:
         return self.single.rows_needed(_members(chosen))

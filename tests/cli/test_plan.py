@@ -1,5 +1,6 @@
 """`griffin-offload plan`: the promise in bytes, exit code 3 when nothing fits, and remedies that work."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from griffin_offload.devices.mps import MpsDevice
 from griffin_offload.units import format_bytes
 
 KEYS = {
-    "experts",
+    *("experts", "expert_slots", "expert_forecast", "tiers"),
     *("fits", "density", "precision", "context_tokens", "prompt_tokens", "batch", "kv_bits"),
     *("peak_prefill_bytes", "peak_decode_bytes", "resident_bytes", "streamed_bytes", "slots", "ff_chunk_tokens"),
     *("budget_bytes", "full_bytes", "embeddings", "parts", "parts_prefill", "parts_decode", "parts_16bit", "remedy"),
@@ -20,7 +21,8 @@ KEYS = {
 }
 BUDGETS = ["2kB", "150kB", "180kB", "210kB", "240kB", "300kB", "340kB", "400kB", "470kB", "600kB", "700kB"]
 REMEDY = re.compile(
-    r"(--max-gpu-mem) (\S+)|(--ctx-size) (\d+)|(--density) ([\d.]+) or auto|(--offload) (disk)|(--quantize) (int8|int4)"
+    r"(--max-gpu-mem) (\S+)|(--ctx-size) (\d+)|(--density) ([\d.]+) or auto|(--offload) (disk)"
+    r"|(--quantize) (int8|int4|tiers)"
 )
 
 
@@ -105,6 +107,33 @@ def test_a_device_of_another_machine(cli, llama: Path, monkeypatch: pytest.Monke
     cli.refuses(2, f"device {device} is not available here", "run", "a", "-m", llama, "--device", device)
     verbose = cli(*flags, "--max-gpu-mem", "2GB", "-v", "--json").json
     assert {row["expected_tokens_per_s"] for row in verbose["alternatives"]} == {None}
+
+
+def test_a_config_for_a_device_of_another_machine(cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """13B's, of which nothing else is here: whatever a run there could be asked for is planned or refused alike."""
+    for kind in (CudaDevice, MpsDevice):
+        monkeypatch.setattr(kind, "available", lambda: False)
+    config = json.loads((llama / "config.json").read_text())
+    sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "dtype": "bfloat16"}
+    sizes |= {"num_attention_heads": 40, "num_key_value_heads": 40, "head_dim": 128, "vocab_size": 32000}
+    sizes |= {"max_position_embeddings": 4096}
+    file = tmp_path / "13b.json"
+    file.write_text(json.dumps(config | sizes))
+    there = ("plan", "--config", file, "--ctx-size", 2048, "--device")
+    whole = cli(*there, "cuda", "--max-gpu-mem", "40GB", "--json").json
+    assert (whole["precision"], whole["density"], whole["full_bytes"] > 25e9) == ("bfloat16", 1.0, True)
+    assert cli(*there, "cuda", "--max-gpu-mem", "12GB", "--json").json["precision"] == "int4"
+    assert (
+        cli(*there, "mps", "--max-gpu-mem", "16GB", "--json").json["precision"] == "int8"
+    )  # int4 was never tried there
+    half = cli(*there, "cuda", "--max-gpu-mem", "12GB", "--quantize", "int8", "--json").json
+    assert 0 < half["density"] < 1
+    for flags in (("--exact",), ("--kv-bits", 8), ("--offload", "ram"), ("--batch-size", 4), ("-q",)):
+        assert cli(*there, "cuda", "--max-gpu-mem", "40GB", *flags).code == 0
+    assert cli(*there, "cuda", "--max-gpu-mem", "3GB").code == 3
+    cli.refuses(
+        4, "int4 is not supported on mps: use int8", *there, "mps", "--max-gpu-mem", "16GB", "--quantize", "int4"
+    )
 
 
 def test_the_demo_and_the_variable(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """Plans of large models from their config alone, the ladder of precisions, and what else fits."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def test_what_else_fits(cli, config, flags: tuple[str, ...], listed: list[tuple[
     table = rows(outcome.out)
     assert [(row[1], row[0] == "*") for row in table] == listed
     assert [float(row[2]) for row in table] == [round(row["density"], 2) for row in found]
-    assert [float(row[5]) for row in table] == [float(f"{row['expected_tokens_per_s']:.3g}") for row in found]
+    assert [float(row[6]) for row in table] == [float(f"{row['expected_tokens_per_s']:.3g}") for row in found]
 
 
 def replanned(cli, command: tuple[object, ...], row: dict[str, Any]) -> dict[str, Any]:
@@ -229,3 +230,26 @@ def test_every_architecture_from_its_config(cli, checkpoints):
     for name in ARCHITECTURES:
         file = checkpoints(name) / "config.json"
         assert cli("plan", "--config", file, "--max-gpu-mem", "1GB", "--device", "cpu", "-q").code == 0, name
+
+
+def test_13b_in_tiers(cli, config):
+    """In 7.5 GB, where int4 would leave neurons out: the last line says how many have how many bits."""
+    flags = ("--max-gpu-mem", "7.5GB", "--ctx-size", 1024, "--device", "cpu", "--quantize", "tiers")
+    plan = cli("plan", "--config", config("13b"), *flags, "--json").json
+    assert (plan["fits"], plan["precision"]) == (True, "tiers")
+    assert list(plan["tiers"]) == ["int4", "int3", "int2"]
+    assert sum(plan["tiers"].values()) == round(plan["density"] * 40 * 13824)
+    assert plan["density"] > 0.9
+    text = cli("plan", "--config", config("13b"), *flags).out
+    assert re.search(
+        r"\n(density 0\.\d\d|.*), tiers \(int4 \d+%, int3 \d+%, int2 \d+%(, none \d+%)?\), context 1024", text
+    )
+    asked = cli("plan", "--config", config("13b"), *flags, "--bits", "3", "--json").json
+    numbers = 3 * 40 * 5120 * 13824
+    assert 2.95 < 8 * asked["parts"]["feed_forward"] / numbers <= 3
+    rows = cli("plan", "--config", config("13b"), *flags, "--json", "-v").json["alternatives"]
+    errors = {row["precision"]: row["expected_error"] for row in rows if row["chosen"]}
+    assert 0.01 < errors["tiers"] < 0.1
+    unasked = cli("plan", "--config", config("13b"), *flags[:-2], "--json", "-v").json["alternatives"]
+    errors = {(row["precision"], row["chosen"]): row["expected_error"] for row in unasked}
+    assert errors[("tiers", False)] < 0.7 * errors[("int4", True)]

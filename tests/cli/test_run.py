@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripted_model import EOS, byte_tokenizer, llama2_tokenizer, write_scripted
 from tiny_models import CHAT_TEMPLATE, write_tokenizer
 from transformers import AutoTokenizer
 
@@ -35,6 +36,7 @@ KEYS = {
         "select_s",
         "statistic_s",
         "precision",
+        "tiers",
         "parts",
         "parts_16bit",
     ),
@@ -225,6 +227,27 @@ def test_an_answer_ends_in_front_of_a_stop_string(cli, run):
     assert cli(*greedy, "--json", "--stop", "not there").json["text"] == whole["text"]
 
 
+def test_an_answer_that_is_not_cut_is_not_said_to_be(cli, tmp_path: Path):
+    """Whole where its last token is the one that ends it, or a stop string; cut one token earlier."""
+    tokenizer = byte_tokenizer()
+    answer = tokenizer("b quick")["input_ids"]
+    model = write_scripted(tmp_path, tokenizer, [*answer, EOS])
+    flags = ("-m", model, "--device", "cpu", "--max-gpu-mem", "100MB", "--temperature", 0)
+    note = r"answer was cut at its limit of %d tokens: -n N allows more"
+    for exact in ((), ("--exact",)):
+        for limit, stop, finish, text in (
+            (len(answer), (), "stop", " quick"),  # as many as there are, the end among them
+            (len(answer) - 1, (), "length", " quick"),
+            (len(answer) - 2, (), "length", " quic"),
+            (len(answer) - 2, ("--stop", "uic"), "stop", " q"),
+            (1, (), "length", ""),
+        ):
+            found = cli("run", "b", "-n", limit, *flags, *stop, *exact, "--json").json
+            assert (found["finish_reason"], found["text"].rstrip()) == (finish, text)
+            said = cli("run", "b", "-n", limit, *flags, *stop, *exact).err
+            assert bool(re.search(note % limit, said)) == (finish == "length"), said
+
+
 def test_flags_are_arguments_of_generate(cli, run, llama: Path):
     for flags, sampling in (
         (["--repetition-penalty", 1.7, "--temperature", 0], {"repetition_penalty": 1.7, "do_sample": False}),
@@ -259,6 +282,27 @@ def test_the_tokenizer_is_loaded_once(cli, chat: Path, monkeypatch: pytest.Monke
     typed = ["hello"] if command == "run" else []
     assert cli(command, *typed, "-n", 2, "-q", "-m", chat, **prompt).code == 0
     assert len(loads) == 1
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vocabulary of 150,000 words over the smallest of models: logits of 100 tokens would be 60 MB."""
+    directory, words = tmp_path_factory.mktemp("wide"), [f"w{i}" for i in range(150_000)]
+    write_scripted(directory, llama2_tokenizer(words), [])
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--exact",), ("--quantize", "int8"), ("--density", "0.5")], ids="-".join)
+def test_memory_beside_the_budget_with_a_large_vocabulary(process, wide: Path, tmp_path: Path, flags: tuple[str, ...]):
+    """docs/memory.md: interpreter, torch and its libraries, and the tokenizer once, with what reading it takes."""
+    file = tmp_path / "prompt.txt"
+    file.write_text("w7 " * 30)
+    options = ("--device", "cpu", "--max-gpu-mem", "200MB", "-n", 4, "--prompt-file", file, "--json", *flags)
+    outcome = process("-m", "griffin_offload", "run", "-m", wide, *options)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert found["peak_host_bytes"] - found["peak_device_bytes"] < 750e6
 
 
 def test_the_demo_needs_no_flags_and_less_memory_than_its_file(cli):

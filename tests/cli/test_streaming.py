@@ -1,6 +1,7 @@
 """Text on standard output: as it is streamed it is what all tokens decode to, in whatever encoding the output has."""
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -49,17 +50,61 @@ def test_every_token_is_shown_when_it_comes(writes_code: Path, monkeypatch: pyte
 
 
 @pytest.fixture(scope="module")
-def writes_japanese(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def writes_letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = byte_tokenizer()
-    return write_scripted(tmp_path_factory.mktemp("letters"), tokenizer, [*tokenizer("b 日end")["input_ids"], EOS])
+    return write_scripted(tmp_path_factory.mktemp("letters"), tokenizer, [*tokenizer("b 日🦊end")["input_ids"], EOS])
 
 
-@pytest.mark.parametrize(("encoding", "letter"), [("cp1252", "\\u65e5"), ("ascii", "\\u65e5"), ("utf-8", "日")])
-def test_letters_that_the_output_lacks(cli, writes_japanese: Path, monkeypatch, encoding: str, letter: str):
+def writing_to(monkeypatch: pytest.MonkeyPatch, encoding: str, errors: str = "strict") -> io.BytesIO:
+    """The bytes that reach a standard output of that encoding."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors=errors, write_through=True))
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("encoding", "letters"),
+    [
+        ("utf-8", "日🦊"),
+        ("utf-16-le", "日🦊"),
+        ("cp932", "日\\U0001f98a"),  # a Japanese Windows has the first and not the second
+        *((encoding, "\\u65e5\\U0001f98a") for encoding in ("cp1252", "ascii", "latin-1", "cp437", "koi8-r")),
+    ],
+)
+def test_letters_that_the_output_lacks(cli, writes_letters: Path, monkeypatch, encoding: str, letters: str):
     """Redirected on Windows, or under a locale of another age: written as Python writes them, and nothing is lost."""
-    flags = ("-m", writes_japanese, *FLAGS, "-q")
+    flags = ("-m", writes_letters, *FLAGS, "-q")
     for command, given in ((("run", "b"), None), (("chat",), "b\nb\n")):
-        raw = io.BytesIO()
-        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))
+        raw = writing_to(monkeypatch, encoding)
         assert cli(*command, *flags, stdin=given).code == 0
-        assert raw.getvalue().decode(encoding) == f" {letter}end\n" * (1 if given is None else 2)
+        assert raw.getvalue().decode(encoding) == f" {letters}end\n" * (1 if given is None else 2)
+
+
+@pytest.mark.parametrize(
+    ("errors", "shown"),
+    [("replace", " ??end\n"), ("ignore", " end\n"), ("surrogateescape", " \\u65e5\\U0001f98aend\n")],
+)
+def test_what_somebody_asked_for_letters_that_lack_is_kept(cli, writes_letters: Path, monkeypatch, errors, shown: str):
+    """PYTHONIOENCODING=ascii:replace. Python sets the last one by itself, for C and POSIX locales."""
+    raw = writing_to(monkeypatch, "ascii", errors)
+    assert cli("run", "b", "-m", writes_letters, *FLAGS, "-q").code == 0
+    assert raw.getvalue().decode() == shown
+
+
+@pytest.mark.parametrize("command", [("run", "b"), ("chat",)])
+def test_json_needs_no_letters(cli, writes_letters: Path, monkeypatch, command: tuple[str, ...]):
+    raw = writing_to(monkeypatch, "ascii")
+    assert cli(*command, "-m", writes_letters, *FLAGS, "--json", stdin="b\n").code == 0
+    assert json.loads(raw.getvalue())["text"] == " 日🦊end"
+
+
+def test_an_answer_that_ends_inside_a_letter(cli, writes_letters: Path, monkeypatch):
+    """-n 2 leaves a space and the first byte of three: nothing of these bytes can be shown, in no encoding."""
+    flags = list(FLAGS)
+    flags[flags.index("-n") + 1] = "2"
+    whole = cli("run", "b", "-m", writes_letters, *flags, "--json").json["text"]
+    for encoding in ("utf-8", "ascii"):
+        raw = writing_to(monkeypatch, encoding)
+        assert cli("run", "b", "-m", writes_letters, *flags, "-q").code == 0
+        shown = raw.getvalue().decode(encoding)
+        assert shown == whole.encode(encoding, "backslashreplace").decode(encoding) + "\n"

@@ -38,7 +38,7 @@ def cgroup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         for name, value in files.items():
             (place / name.replace("_", ".")).write_text(f"{value}\n")
 
-    write.v1 = v1
+    write.v1, write.root = v1, root
     return write
 
 
@@ -81,3 +81,25 @@ def test_a_group_whose_own_path_is_not_there(cgroup):
 def test_where_a_process_is_slowed_down_is_a_limit(cgroup):
     cgroup(100_000_000, file=0, memory_high=400_000_000)
     assert free() == (900_000_000 if cgroup.v1 else 300_000_000)
+
+
+@pytest.mark.parametrize(
+    ("charged", "free_bytes"),
+    [
+        ({"active_file": 100, "inactive_file": 200, "shmem": 300}, 700),  # a model copied to /dev/shm
+        ({"inactive_file": 300, "unevictable": 250, "anon": 50}, 700),  # pages that are locked
+        ({"inactive_file": 50, "mapped_file": 500, "shmem": 500}, 450),  # memory that processes share is mapped, too
+        ({"anon": 100, "inactive_anon": 100, "hugetlb": 0, "kernel_stack": 20, "pagetables": 30}, 400),
+        ({"inactive_file": 600, "dirty": 600}, 1000),  # it is written back before it is dropped, which the kernel does
+        ({}, 400),  # a kernel that tells nothing: all of it counts as used
+    ],
+    ids=["tmpfs", "locked", "shared", "kernel", "not written yet", "no word"],
+)
+def test_what_is_charged_and_can_be_dropped(cgroup, charged: dict[str, int], free_bytes: int):
+    """600 of 1000 MB are charged, by the lines of memory.stat; only pages of files on a disk come back."""
+    million = 1_000_000
+    cgroup(600 * million, file=0)
+    names = {name: f"total_{name}" if cgroup.v1 else name for name in charged}
+    lines = [f"{names[name]} {size * million}" for name, size in charged.items()]
+    (cgroup.root / GROUP / "memory.stat").write_text("\n".join(lines))
+    assert free() == free_bytes * million

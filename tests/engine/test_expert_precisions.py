@@ -1,5 +1,6 @@
 """Experts in int8 and int4: resident or fetched the same numbers, those of the formulas, inside the planned bytes."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,25 @@ def test_experts_that_do_not_come_in_groups(tmp_path: Path):
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match="int4 needs rows in groups of 32, this one has 40"):
         _load(tmp_path, quantize="int4")
+
+
+@pytest.mark.parametrize("missing", ["fetch", "route"])
+@pytest.mark.parametrize("precision", ["none", "int8"])
+def test_a_layer_passes_in_parts(mixtures, precision: str, missing: str):
+    """With less and less room beside the residents: the same answer, each expert read once as long as all have room."""
+    options = {"quantize": precision, "density": 0.25, "missing_experts": missing}
+    with _load(mixtures("mixtral"), **options) as model:
+        whole, most = _answer(model), model.plan
+        once = model.last_report.prefill_streamed_bytes
+    assert most.expert_slots == EXPERTS - ACTIVE
+    size, seen = most.prefill_parts["slots"] // most.expert_slots // 2, []
+    for budget in range(most.peak_bytes, most.peak_bytes - 8 * size, -size):
+        with contextlib.suppress(DoesNotFit), _load(mixtures("mixtral"), max_gpu_mem=budget, **options) as model:
+            assert ACTIVE <= model.plan.expert_slots <= most.expert_slots
+            found = _answer(model)
+            assert model.plan.peak_bytes <= budget
+            if missing == "fetch":
+                assert torch.equal(found[1], whole[1])
+                assert model.last_report.prefill_streamed_bytes == once
+            seen.append(model.plan.expert_slots)
+    assert min(seen) < max(seen)

@@ -22,9 +22,11 @@ DOWN = "model.layers.{i}.mlp.down_proj"
 PROMPT = torch.randint(3, VOCAB, (1, 40), generator=torch.Generator().manual_seed(4))
 NEW_TOKENS = 6
 # Of the logits' norm. What one scale a row makes of the int4 models is far beyond it: see the last test.
-LARGEST_ERROR = {"int8": 0.1, "int4": 0.35}
+LARGEST_ERROR = {"int8": 0.1, "int4": 0.35, "int3": 0.7, "int2": 1.2}
+# Of a large weight.
+MOST_OFF = {"int8": 0.1, "int4": 0.1, "int3": 0.2, "int2": 0.25}
 
-precisions = pytest.mark.parametrize("precision", ["int8", "int4"])
+precisions = pytest.mark.parametrize("precision", list(LARGEST_ERROR))
 ways = pytest.mark.parametrize("converted", [False, True], ids=["on the way", "converted"])
 densities = pytest.mark.parametrize("density", [1.0, 0.5])
 
@@ -135,13 +137,16 @@ def test_weights_of_30_rms_come_back(precision: str, converted: bool, dtype: tor
         path = tmp_path / precision
         convert(tmp_path / "none", path, precision)
         stored = {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
-        _check_places(model, stored, lambda t: ref.grouped_matrix(t) if "groups" in t else _resident(t))
+        decode = lambda t: ref.grouped_matrix(t) if "groups" in t else _resident(t)  # noqa: E731
+        _check_places(model, stored, decode, MOST_OFF[precision])
     loaded = _load(path, precision, 1.0)
     loaded.generate(PROMPT, max_new_tokens=2, do_sample=False)
-    _check_places(model, dict(loaded.model.named_parameters()), _resident)
+    _check_places(model, dict(loaded.model.named_parameters()), _resident, MOST_OFF[precision])
 
 
-def _check_places(model: PreTrainedModel, tensors: dict[str, Tensor], decode: Callable[[dict[str, Tensor]], Tensor]):
+def _check_places(
+    model: PreTrainedModel, tensors: dict[str, Tensor], decode: Callable[[dict[str, Tensor]], Tensor], off: float
+) -> None:
     matrices = ref.layer_matrices(model)
     assert len(matrices) == 2 * 7
     for name, matrix in matrices.items():
@@ -149,7 +154,7 @@ def _check_places(model: PreTrainedModel, tensors: dict[str, Tensor], decode: Ca
         found = decode({part: tensors[f"{name}.{part}"].detach() for part in parts if f"{name}.{part}" in tensors})
         for row, column, _ in PLACES:
             expected = float(matrix[row, column].detach())
-            assert float(found[row, column]) == pytest.approx(expected, rel=0.1), (name, row, column)
+            assert float(found[row, column]) == pytest.approx(expected, rel=off), (name, row, column)
 
 
 def test_large_weights_that_are_missed_are_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,9 +18,9 @@ from griffin_offload import GriffinModel
 NEW_TOKENS = 8
 PROMPT_TOKENS = 24  # past the window of 16
 # A few rows of float32 are multiplied by int4 as 15 bits beside the largest of a group.
-ROUNDING = {"int8": 1e-5, "int4": 2e-3}
+ROUNDING = {"int8": 1e-5, "int4": 2e-3, "int3": 2e-3, "int2": 2e-3}
 NEAR_TIE = 3e-5  # of a level: more than float32 is wrong by, at up to 127 levels
-PRECISIONS = ("int8", "int4")
+PRECISIONS = ("int8", "int4", "int3", "int2")
 OTHER_DENSITIES: tuple[object, ...] = (0.0, 0.3, [0.0, 0.4, 1.0])
 
 precisions = pytest.mark.parametrize("precision", PRECISIONS)

@@ -48,7 +48,7 @@ def _prompts(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
 def test_equals_generation_by_residents(checkpoints, monkeypatch: pytest.MonkeyPatch, name: str, rows: str):
     """Prompts of several lengths alone, and together, padded; hybrids, whose states padding would change, alone."""
     if rows == "few":
-        monkeypatch.setattr(simulated_pass, "_TOKENS_AT_ONCE", 120)
+        monkeypatch.setattr(simulated_pass, "TOKENS_AT_ONCE", 120)
     with _load(checkpoints(name), missing_experts="route") as model:
         samples, expected = zip(*(_generated(model, prompt) for prompt in _prompts()), strict=True)
         residents = {i: cache.residents for i, cache in model.engine.loaded.layers.experts.items()}

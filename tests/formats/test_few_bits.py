@@ -157,6 +157,15 @@ def test_zeros_stay_zeros(format: FewBits):
 
 
 @formats
+def test_no_rows(format: FewBits):
+    codes, groups = format.quantize_neurons(torch.zeros(64, 0), torch.zeros(0))
+    assert codes.shape == (0, 8 * format.code_bits)
+    assert groups.shape == (0, 2, 2)
+    assert format.unpack(codes, groups, torch.zeros(0, 64)).shape == (0, 64)
+    assert format.pack(torch.zeros(0, 64, dtype=torch.uint8)).shape == codes.shape
+
+
+@formats
 def test_bytes_are_bits_a_number(format: FewBits):
     layout = format.stored(is_down=False)
     assert layout.nbytes(64, 1024, torch.bfloat16, is_down=False) == 64 * (1024 * (format.code_bits + 0.5) / 8 + 2)

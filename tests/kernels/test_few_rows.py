@@ -122,7 +122,7 @@ def test_strips(kind: Kind, bits: int, data: st.DataObject, groups: int, sixteen
     levels = (stored.levels.double() + stored.offset.abs()).t()
     exact, size = (x.double() * scale.double()) @ stored.values, (x.double() * scale.double()).abs() @ sizes.t()
     limits, step = torch.finfo(x.dtype), 2.0**-30 if x.dtype == torch.float32 else 2.0**-15
-    if bits < 4 and own._bytes:  # which are coarse enough themselves
+    if bits < 4 and own.uses_bytes:  # which are coarse enough themselves
         step = 128 / 127 * (2.0**-13 if x.dtype == torch.float32 else 2.0**-7)
     allowed = 4 * limits.eps * size + step / 2 * (largest * levels).sum(2) + limits.tiny
     assert found.dtype == x.dtype

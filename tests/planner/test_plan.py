@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
 from griffin_offload.blocks.layouts import build_on_meta
-from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, model_shape
+from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, NeuronSizes, model_shape
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.formats import Format, every, get
 from griffin_offload.kv_cache.store import Workload, kv_bytes
@@ -47,7 +47,7 @@ def shapes(draw: st.DrawFn) -> ModelSizes:
         layers=tuple(
             LayerSizes(
                 n,
-                (3 if gated else 2) * hidden * item,
+                (NeuronSizes((3 if gated else 2) * hidden * item),),
                 n * (3 if gated else 2) * hidden * item,
                 n * (3 if gated else 2) * hidden * item + 100,
                 4 * hidden * hidden * item,
@@ -109,7 +109,7 @@ def test_no_feasible_density_is_missed(shape: ModelSizes, request: PlanRequest):
     second slot."""
     request = dataclasses.replace(request, density="auto", ctx_tokens=200)
     use = Workload(request.batch, min(request.prompt_tokens or 200, 200), 200)
-    everything = tuple(layer.neurons for layer in shape.layers)
+    everything = tuple((layer.neurons,) for layer in shape.layers)
     placements = ("device",) if shape.tied else ("device", "host")
     feasible = [
         plan.density
@@ -122,8 +122,10 @@ def test_no_feasible_density_is_missed(shape: ModelSizes, request: PlanRequest):
     assert found.fits == bool(feasible)
     if feasible:
         choices = pruned_choices(shape)
-        step = (sum(choices[1]) - sum(choices[0])) / sum(everything) if len(choices) > 1 else 0
-        assert found.density >= max(feasible) - 0.05 - step - len(everything) / sum(everything)
+        neurons = sum(layer.neurons for layer in shape.layers)
+        kept = [sum(map(sum, choices[i])) for i in range(min(len(choices), 2))]
+        step = (kept[1] - kept[0]) / neurons if len(kept) > 1 else 0
+        assert found.density >= max(feasible) - 0.05 - step - len(everything) / neurons
         assert max(feasible) < 1 or found.density == 1
 
 
@@ -160,7 +162,7 @@ def test_density_is_solved_in_multiples_of_64():
     assert plan.kept[0] % 64 == 0
     assert 0.25 <= plan.density < 1
     assert plan.embeddings == "host"
-    one_more = tuple(k + 64 for k in plan.kept)
+    one_more = tuple((k + 64,) for k in plan.kept)
     assert not price(shape, PlanRequest(16 * 10**9), Workload(1, 1024, 1024), one_more, 2, "host").fits
 
 
@@ -168,13 +170,12 @@ def _in_fewer_bits(shape: ModelSizes, precision: Format, share: int) -> ModelSiz
     layers = tuple(
         dataclasses.replace(
             layer,
-            neuron_bytes=max(layer.neuron_bytes // share, 1),
+            levels=(NeuronSizes(max(layer.neuron_bytes // share, 1)),),
             attention_bytes=layer.attention_bytes // share,
-            precision=precision,
         )
         for layer in shape.layers
     )
-    return dataclasses.replace(shape, layers=layers, precision=precision)
+    return dataclasses.replace(shape, layers=layers, precision=precision, levels=(precision,))
 
 
 @settings(max_examples=150)
@@ -207,7 +208,7 @@ def test_the_ladder():
     assert contexts[0] == contexts[2] == contexts[4] == 4096
     assert all(2048 <= context < 4096 for context in (contexts[1], contexts[3], contexts[5], contexts[6]))
     assert 256 <= contexts[7] < 2048
-    assert plans[7].density == min(sum(kept) for kept in pruned_choices(shapes[2])) / (40 * 13824)
+    assert plans[7].density == min(sum(map(sum, counts)) for counts in pruned_choices(shapes[2])) / (40 * 13824)
 
 
 @pytest.mark.parametrize(("asked", "found"), [({}, 2048), ({"prompt_tokens": 3000}, 3000), ({"ctx_tokens": 300}, 300)])
@@ -215,7 +216,7 @@ def test_the_context_that_quality_is_solved_for(asked: dict[str, int], found: in
     """Where the fewest neurons alone fit, nothing is left over: there is the floor, or the prompt's need."""
     shape = _shape_of(**LLAMA_13B)
     least = best_plan(shape, PlanRequest(1, density=0.25, **asked), found)
-    budget = price(shape, PlanRequest(1, **asked), _use(asked, found), least.kept, 1, "host").peak_bytes
+    budget = price(shape, PlanRequest(1, **asked), _use(asked, found), least.counts, 1, "host").peak_bytes
     plan = make_plan([shape], PlanRequest(budget, **asked))
     assert (plan.context_tokens, plan.kept) == (found, least.kept)
 

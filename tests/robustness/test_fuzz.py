@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from robustness.fuzz import worker
+from robustness.fuzz.files import FOREIGN
 from robustness.fuzz.kinds import Kind, make_kinds
 from robustness.fuzz.lanes import Lane, run_lanes
 from robustness.fuzz.place import Place
@@ -27,6 +28,8 @@ COUNTS = {
     "config to plan": 6,
     "tokenizer": 6,
     "saved context": 60,
+    "gguf": 200,
+    **{f"quantised by others: {name}": 40 for name in FOREIGN},
     "command line": 8,
 }
 

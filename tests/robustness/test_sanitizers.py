@@ -14,7 +14,7 @@ import pytest
 import griffin_offload
 from griffin_offload.kernels.library import library
 
-KERNELS, HERE = Path(griffin_offload.__file__).parent / "kernels", Path(__file__).parent
+SOURCES, HERE = Path(griffin_offload.__file__).parent / "kernels" / "csrc", Path(__file__).parent
 SECONDS = os.environ.get("GRIFFIN_SANITIZERS_SECONDS", "20")
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 # Python and torch give back little at their end, and start with what is no business of ours.
@@ -42,7 +42,7 @@ def _runtime(sanitizer: str) -> str:
 def _build(sanitizer: str, target: Path) -> Path:
     checks = "address,bounds,shift-exponent,signed-integer-overflow" if sanitizer == "address" else sanitizer
     flags = ["-std=c11", "-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fPIC", "-shared", "-pthread"]
-    sources = [*map(str, sorted(KERNELS.glob("*.c"))), str(HERE / "threads.c")]
+    sources = [*map(str, sorted(SOURCES.glob("*.c"))), str(HERE / "threads.c")]
     subprocess.run(["gcc", *flags, f"-fsanitize={checks}", "-o", str(target), *sources], check=True)
     return target
 

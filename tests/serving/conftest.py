@@ -86,7 +86,7 @@ def tiny(chatty: Path) -> Iterator[Running]:
         yield started
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve_one() -> Callable[..., "contextlib.AbstractContextManager[Running]"]:
     """`with serve_one(directory, options, **config)`: a server of one's own."""
     return running

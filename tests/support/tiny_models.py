@@ -70,6 +70,9 @@ def _randomised(config: hf.PreTrainedConfig, seed: int) -> hf.PreTrainedModel:
             else:
                 gain = 1 if id(parameter) in tables else 2
                 parameter.copy_(gain * noise / math.sqrt(HIDDEN))
+        for name, buffer in sorted(model.named_buffers()):
+            if name.endswith("bias"):  # by which routers choose
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.generation_config.eos_token_id = None
     return model
 
@@ -232,6 +235,16 @@ _further(FURTHER, "olmo3", hf.Olmo3Config, rope_parameters=_OLMO3_ROPE, **_WINDO
 _further(FURTHER, "exaone4", hf.Exaone4Config, rope_parameters=_LLAMA3_ROPE, **_GQA, **_WINDOWS_FIRST)
 _further(FURTHER, "granite", hf.GraniteConfig, **_GQA, **_GRANITE, **_TIED)
 _further(FURTHER, "gemma4", hf.Gemma4TextConfig, **_WIDE, **_GEMMA4)
+_further(
+    FURTHER,
+    "modernbert_decoder",
+    hf.ModernBertDecoderConfig,
+    "model.layers.{i}.mlp.Wo",
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    local_attention=WINDOW,
+)
+_further(FURTHER, "ctrl", hf.CTRLConfig, "transformer.h.{i}.ffn.2", dff=128)
+_further(FURTHER, "bert", hf.BertConfig, "bert.encoder.layer.{i}.output.dense", is_decoder=True)
 _further(HYBRIDS, "lfm2", hf.Lfm2Config, "model.layers.{i}.feed_forward.w2", **_GQA, **_LFM2)
 _further(HYBRIDS, "qwen3_5", hf.Qwen3_5TextConfig, **_WIDE, **_DELTA)
 _further(HYBRIDS, "olmo_hybrid", hf.OlmoHybridConfig, **_GQA, **_DELTA)

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from foreign_formats import FORMATS, write_foreign
+from gguf_files import write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from griffin_offload.demo import demo_directory
@@ -27,6 +29,7 @@ MORE: dict[str, dict[str, Any]] = {
     "bloom": {},
 }
 PLANTED = b"import os\nos.system('true')\nopen('/tmp/planted', 'w')\n"
+FOREIGN = ("fp8 blocks", "nvfp4 of modelopt", "gptq", "awq")  # packed by ourselves: no library has to be there
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -45,6 +48,21 @@ def make_files(folder: Path) -> tuple[dict[str, bytes], dict[str, bytes], bytes]
         loaded.save_context(context, folder / "a.ctx")
     read = [{path.name: path.read_bytes() for path in (folder / name).iterdir()} for name in ("plain", "converted")]
     return read[0], read[1], (folder / "a.ctx").read_bytes()
+
+
+def make_foreign(folder: Path) -> tuple[bytes, dict[str, dict[str, bytes]]]:
+    """A GGUF file with a vocabulary, and directories of some formats of others; `folder` is `make_files`'."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "plain")
+    words = {"tokens": ["<unk>", "a"], "scores": [0.0, 1.0]}
+    more = {"tokenizer.ggml.model": "llama", **{f"tokenizer.ggml.{name}": value for name, value in words.items()}}
+    gguf = write_gguf(model, folder / "a.gguf", "Q8_0", more=more).read_bytes()
+    model.save_pretrained(folder / "single")
+    packed = {}
+    for name in FOREIGN:
+        directory = folder / name
+        write_foreign(folder / "single", directory, FORMATS[name])
+        packed[name] = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    return gguf, packed
 
 
 def shards(files: dict[str, bytes]) -> list[str]:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustness.fuzz import loading, parsers
-from robustness.fuzz.files import MORE, PLANTED, SIZES, TOKENIZER_FILES, make_files
+from robustness.fuzz import foreign, loading, parsers
+from robustness.fuzz.files import MORE, PLANTED, SIZES, TOKENIZER_FILES, make_files, make_foreign
 from robustness.fuzz.worker import Case
 from transformers import AutoConfig
 
@@ -25,7 +25,10 @@ def make_kinds(folder: Path) -> list[Kind]:
     whole = plain | {"planted.py": PLANTED}
     tokenizer = {name: whole[name] for name in ("config.json", "planted.py", *TOKENIZER_FILES)}
     config, plan = parsers.config_cases(configs)
+    gguf, packed = make_foreign(folder)
     return [
+        *(Kind(f"quantised by others: {name}", foreign.quantised, files) for name, files in packed.items()),
+        Kind("gguf", foreign.gguf_header, {foreign.GGUF: gguf}),
         Kind("size", parsers.size, {}),
         Kind("header", parsers.header, plain),
         Kind("index", parsers.index, plain),

@@ -1,0 +1,145 @@
+"""One answer on its way, beside others: what transformers' `generate` prepared for it, and its tokens so far."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from griffin_offload.engine.generation import GenerationState
+from griffin_offload.engine.report import RunReport
+from griffin_offload.engine.residents import Loaded
+from griffin_offload.transformers_api import StockModel
+
+
+class PreparedAnswer:
+    """What transformers' `generate` makes of its arguments, given as its `custom_generate`: nothing is generated."""
+
+    def __call__(
+        self,
+        model: StockModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        self.ids, self.processor, self.criteria = input_ids, logits_processor, stopping_criteria
+        self.config, self.kwargs = generation_config, model_kwargs
+        return input_ids
+
+
+@dataclass
+class ActivationShare:
+    """What an answer's own activation had of the resident neurons while so many tokens were generated."""
+
+    kept: float
+    tokens: int = 0
+
+
+Seed = int | torch.Generator | None
+
+
+def _generator(seed: int | None, device: torch.device) -> torch.Generator:
+    if seed is None:
+        seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
+    return torch.Generator(device).manual_seed(seed)
+
+
+class DecodingEngine(Protocol):
+    """What an answer on its way asks of its model (a `ModelRunner`)."""
+
+    run: GenerationState | None
+
+    @property
+    def loaded(self) -> Loaded: ...
+    def observe(self, logits: Tensor) -> None: ...
+
+
+class DecodingSequence:
+    """One answer on its way."""
+
+    def __init__(self, engine: DecodingEngine, run: GenerationState, ready: PreparedAnswer, seed: Seed) -> None:
+        assert run.context is not None, "a sequence of its own"
+        self._engine, self.run, self.context = engine, run, run.context
+        self._processor, self._criteria, self._config = ready.processor, ready.criteria, ready.config
+        self.ids, self._kwargs, self._prompt_tokens = ready.ids, ready.kwargs, ready.ids.shape[1]
+        self._random = seed if isinstance(seed, torch.Generator) else _generator(seed, self.ids.device)
+        self._started = time.perf_counter()
+        self._shares: list[ActivationShare] = []
+        self.done = False
+        self.error: Exception | None = None
+        """What ended it, if it did not end well."""
+        self.report: RunReport | None = None
+        """When it has ended well."""
+
+    @property
+    def answer(self) -> Tensor:
+        """Its tokens so far [T], without the prompt."""
+        return self.ids[0, self._prompt_tokens :]
+
+    @property
+    def seconds(self) -> float:
+        """Since it joined."""
+        return time.perf_counter() - self._started
+
+    def first(self) -> None:
+        """Let the prompt, or what the context does not know of it, pass: the first token."""
+        new_tokens = self._prompt_tokens - self.context.cache.get_seq_length()
+        self._take(self._forward(new_tokens, is_first_iteration=True))
+
+    def step(self) -> None:
+        """One token, alone."""
+        self._take(self._forward(1))
+
+    def _forward(self, new_tokens: int, **more: Any) -> Tensor:
+        model, engine = self._engine.loaded.model, self._engine
+        inputs = model.prepare_inputs_for_generation(self.ids, next_sequence_length=new_tokens, **self._kwargs, **more)
+        engine.run = self.run
+        try:
+            logits: Tensor = model(**inputs, return_dict=True).logits[:, -1]
+        finally:
+            engine.run = None
+        return logits
+
+    def take(self, logits: Tensor) -> None:
+        """A token from logits [1, V] of a step with others."""
+        self._engine.run = self.run
+        try:
+            self._engine.observe(logits)
+        finally:
+            self._engine.run = None
+        self._take(logits)
+
+    def _take(self, logits: Tensor) -> None:
+        scores = self._processor(self.ids, logits.to(torch.float32, copy=True))
+        if self._config.do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=self._random)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        self.ids = torch.cat([self.ids, token], dim=1)
+        self._kwargs = self._engine.loaded.model._update_model_kwargs_for_generation({}, self._kwargs)
+        if self._shares:
+            self._shares[-1].tokens += 1
+        self.done = bool(self._criteria(self.ids, None).all())
+
+    def close(self) -> None:
+        """Nothing more is asked of what computes beside it."""
+        if self.run.guide is not None:
+            self.run.guide.close()
+
+    def share_anew(self) -> None:
+        """Others have joined, or this one: the resident neurons are not those of before."""
+        layers = self._engine.loaded.layers
+        self.context.selected = layers.selected
+        kept = self.context.share_kept(layers.config.batch_statistic, len(layers.decoder))
+        self._shares.append(ActivationShare(kept))
+
+    @property
+    def activation_kept(self) -> float:
+        """Share of this answer's own activation in the resident neurons, mean over its tokens."""
+        tokens = sum(share.tokens for share in self._shares)
+        if not tokens:
+            return self._shares[-1].kept
+        return sum(share.kept * share.tokens for share in self._shares) / tokens

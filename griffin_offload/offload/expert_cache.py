@@ -1,0 +1,306 @@
+"""Experts of a layer that are on the device: in places that never move, and in buffers that all layers share.
+
+A prompt's pass reads every expert that a token is sent to, once, while earlier ones compute, and the best stay; where
+there is less room than experts, those that the prompt's routing needs least are given up. While tokens are decoded
+experts that are not there are read together: into the place of another one where it has been of more use lately, else
+into a buffer.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from griffin_offload.errors import GriffinError
+from griffin_offload.offload.expert_store import READ_AHEAD, ExpertRead, ExpertStore
+
+# Of what a token has made of use, so much remains behind the next one: the last 50 or so count.
+FADING = 0.98
+
+
+class ExpertBuffers:
+    """Places on the device for experts that have none in their layer, which all layers share: at most `limit` at once
+    while a prompt passes, and `few` while tokens are decoded."""
+
+    def __init__(self, limit: int = 1, few: int = 1) -> None:
+        self.limit, self.few = limit, few
+        self._free: list[list[Tensor]] = []
+        self._taken: list[list[Tensor]] = []
+        self.peak_bytes = 0
+        """Since `begin`."""
+
+    def begin(self) -> None:
+        self.peak_bytes = self.nbytes
+
+    def take(self, like: Sequence[Tensor], limit: int) -> list[Tensor] | None:
+        """Tensors of the shapes and on the device of `like`, until they are given back; None where `limit` are."""
+        if len(self._taken) >= limit:
+            return None
+        shapes = [tensor.shape for tensor in like]
+        place = next((i for i, free in enumerate(self._free) if [tensor.shape for tensor in free] == shapes), None)
+        if place is None and len(self._free) + len(self._taken) >= limit:
+            self._free.pop()  # of another layer's shapes
+        found = [torch.empty_like(tensor) for tensor in like] if place is None else self._free.pop(place)
+        self._taken.append(found)
+        self.peak_bytes = max(self.peak_bytes, self.nbytes)
+        return found
+
+    def give_back(self, but: Sequence[Sequence[Tensor]] = ()) -> None:
+        """All that are taken may be used again, but those of which a tensor is in `but`."""
+        kept = {id(tensor) for one in but for tensor in one}
+        self._free += [one for one in self._taken if id(one[0]) not in kept]
+        self._taken = [one for one in self._taken if id(one[0]) in kept]
+
+    def shrink(self) -> None:
+        """Let go of all but the few that decoding needs."""
+        self.give_back()
+        del self._free[self.few :]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for one in (*self._free, *self._taken) for tensor in one)
+
+
+class ExpertCache:
+    """The experts of one layer that are on the device, in places that never move: `ExpertSource` of its block.
+
+    One that is missing is read; while routing is kept to residents (`restrict`), GriffinError: the router was to be
+    kept from it.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        store: ExpertStore,
+        places: Sequence[Tensor],
+        buffers: ExpertBuffers,
+        experts: int,
+    ) -> None:
+        """`places` [N, ...] have room for N of `experts`."""
+        self._layer, self._store, self._buffers, self._restricted = layer, store, buffers, False
+        self._places = [[tensor.detach()[place] for tensor in places] for place in range(places[0].shape[0])]
+        self._free = list(range(len(self._places)))
+        self._place_of: dict[int, int] = {}
+        self._held: dict[int, list[Tensor]] | None = None
+        self._waiting: list[int] = []
+        self._reads: dict[int, tuple[ExpertRead, int | None]] = {}
+        """On their way, and the places that they will have."""
+        self._used = torch.zeros(experts, dtype=torch.float64, device="cpu")
+        """How much of the routing went to each expert lately, in tokens."""
+        self.hits = self.misses = 0
+        """Experts that were there, and that were not, when tokens were decoded."""
+        self.routing_kept: float | None = None
+        """Share of the last prompt's routing weights that went to the experts that it chose."""
+        self._routed = torch.zeros_like(self._used)
+        self._resident = torch.zeros(experts, dtype=torch.bool, device=places[0].device)
+
+    @property
+    def residents(self) -> list[int]:
+        """Numbers of the experts that are on the device."""
+        return sorted(self._place_of)
+
+    @property
+    def restricted(self) -> bool:
+        """Whether routing is kept to residents when tokens are decoded."""
+        return self._restricted
+
+    def restrict(self, on: bool) -> None:
+        """Keep routing to residents from now on, or have what is missing read."""
+        self._restricted = on
+        self._note_residents()
+
+    def allowed(self) -> Tensor | None:
+        """Which experts a router may choose (booleans [E], on the device); None: all of them, also while a prompt
+        passes."""
+        return self._resident if self._restricted and self._held is None else None
+
+    # Of a pass.
+
+    def start_pass(self) -> list[Tensor]:
+        """Until `end_pass` nothing that is read is given up. Returns all experts, as they lie."""
+        self._held, self._routed = {}, torch.zeros_like(self._used)
+        return self._store.tensors(self._layer)
+
+    def settle(self, chosen: Sequence[int]) -> None:
+        """Make `chosen` the residents, as far as they are there or tokens of this pass were sent to them. What no token
+        needed is read only where nothing will be read later, routing being restricted."""
+        held = self._held or {}
+        total = float(self._routed.sum())
+        self.routing_kept = float(self._routed[list(chosen)].sum()) / total if total else 1.0
+        arriving = [expert for expert in chosen if expert in held]
+        self._give_up(chosen, None if self._restricted else len(arriving))
+        for expert in arriving:
+            place = self._free[0]  # taken when it is full: an interrupt may come between
+            for source, target in zip(held[expert], self._places[place], strict=True):
+                target.copy_(source)
+            self._place_of[expert] = self._free.pop(0)
+        if self._restricted:
+            self.place(chosen)
+        self._note_residents()
+        if total:
+            self._used = self._routed / total / (1 - FADING)  # as if the prompt had gone on for ever
+
+    def end_pass(self) -> None:
+        """What was read and has not become resident is given up."""
+        self._abandon()
+        self._held = None
+        self._buffers.give_back()
+        self._note_residents()
+
+    def place(self, chosen: Sequence[int]) -> None:
+        """Make `chosen` the residents, between prompts; those that are not there are read."""
+        self._give_up(chosen, None)
+        for expert in chosen:
+            if expert not in self._place_of:
+                self._read_into_place(expert, self._free.pop(0))
+        self._note_residents()
+
+    def _note_residents(self) -> None:
+        self._resident.zero_()
+        self._resident[self.residents] = True
+
+    def _give_up(self, chosen: Sequence[int], room: int | None) -> None:
+        """Free the places of residents that are not chosen: those of all, or until there is `room`."""
+        others = sorted(set(self._place_of) - set(chosen), key=lambda expert: float(self._used[expert]))
+        for expert in others:
+            if room is not None and len(self._free) >= room:
+                break
+            self._free.append(self._place_of.pop(expert))
+
+    # Of the layer's forward.
+
+    def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> None:
+        self._abandon()  # of a forward that failed
+        routed = _shares(index, weights, self._used.numel())
+        missing = [expert for expert in experts if expert not in self._place_of]
+        self._waiting = list(experts)
+        if self._held is not None:
+            self._routed += routed
+            self._read_ahead(None)
+            return
+        if missing and self._restricted:
+            raise GriffinError(
+                f"layer {self._layer}: this model's router cannot be kept to residents, it chose {missing} beside "
+                f"{self.residents}: load it with missing_experts='fetch', and without exact mode"
+            )
+        self._used = self._used * FADING ** index.shape[0] + routed
+        self.misses += len(missing)
+        self.hits += len(experts) - len(missing)
+        self._buffers.give_back()
+        for expert in missing:  # all at once
+            place = self._place_for(expert)
+            buffer = self._buffers.take(self._places[0], self._buffers.few) if place is None else None
+            if place is not None or buffer is not None:
+                self._start(expert, place, buffer)
+            else:
+                self._store.ask(self._layer, [expert])
+
+    def tensors(self, expert: int) -> Sequence[Tensor]:
+        self._waiting.remove(expert)
+        if self._held is not None:
+            found = self._found(expert, self._held)
+            self._read_ahead(expert)
+            return found
+        if expert in self._place_of:
+            return self._places[self._place_of[expert]]
+        if expert not in self._reads:
+            # Those of experts that have computed.
+            self._buffers.give_back([read.into for read, place in self._reads.values() if place is None])
+            self._start(expert, None, self._buffers.take(self._places[0], self._buffers.few))
+        return self._finish(expert)
+
+    def _found(self, expert: int, held: dict[int, list[Tensor]]) -> Sequence[Tensor]:
+        """An expert while a prompt passes: resident, held, on its way, or not even that."""
+        if expert in self._place_of:
+            return self._places[self._place_of[expert]]
+        if expert not in held:
+            if expert not in self._reads:
+                self._start(expert, *self._room_for(held, None, must=True))
+            held[expert] = self._finish(expert)
+            if expert in self._place_of:
+                return held.pop(expert)
+        return held[expert]
+
+    def _read_ahead(self, computing: int | None) -> None:
+        """Have readers begin with experts that will be asked for, as far as there is room beside the one that is
+        `computing`."""
+        held = self._held
+        assert held is not None, "a pass is on"
+        missing = [one for one in self._waiting if one not in self._place_of and one not in held]
+        for expert in missing[:READ_AHEAD]:
+            if expert in self._reads:
+                continue
+            place, buffer = self._room_for(held, computing, must=False)
+            if place is None and buffer is None:
+                self._store.ask(self._layer, [expert])
+                return
+            self._start(expert, place, buffer)
+
+    def _room_for(
+        self, held: dict[int, list[Tensor]], computing: int | None, *, must: bool
+    ) -> tuple[int | None, list[Tensor] | None]:
+        """A place or a buffer while a prompt passes: a free one, else that of what tokens of this prompt have needed
+        least. Where all are needed still: neither, or with `must` that of one that will be read again."""
+        if self._free:
+            return self._free.pop(0), None
+        buffer = self._buffers.take(self._places[0], self._buffers.limit)
+        if buffer is not None:
+            return None, buffer
+        busy = {computing, *self._waiting}
+        idle = [] if self._restricted else [one for one in self._place_of if not self._routed[one] and one not in busy]
+        if idle:
+            return self._place_of.pop(min(idle, key=lambda one: (float(self._used[one]), one))), None
+        over = [one for one in held if one not in busy] or [*held] * must
+        if not over:
+            return None, None
+        return None, held.pop(min(over, key=lambda one: (float(self._routed[one]), one)))
+
+    def _place_for(self, expert: int) -> int | None:
+        """A free place, or that of the resident that was used least lately, if that was less; none that is needed."""
+        if self._free:
+            return self._free.pop(0)
+        others = [other for other in self._place_of if other not in self._waiting]
+        if not others:
+            return None
+        least = min(others, key=lambda other: (float(self._used[other]), other))
+        return self._place_of.pop(least) if self._used[least] < self._used[expert] else None
+
+    def _start(self, expert: int, place: int | None, buffer: list[Tensor] | None) -> None:
+        into = buffer if place is None else self._places[place]
+        assert into is not None, "a place or a buffer"
+        self._reads[expert] = self._store.start(self._layer, expert, into), place
+
+    def _finish(self, expert: int) -> list[Tensor]:
+        """The expert, once it is there; in its place it is resident."""
+        read, place = self._reads.pop(expert)
+        try:
+            self._store.finish(read)
+        except BaseException:
+            if place is not None:
+                self._free.append(place)  # half of another expert is in it
+            raise
+        if place is not None:
+            self._place_of[expert] = place
+        return list(read.into)
+
+    def _abandon(self) -> None:
+        """Wait for what nobody has asked for, and give it up."""
+        for read, place in self._reads.values():
+            read.done.exception()
+            if place is not None:
+                self._free.append(place)
+        self._reads.clear()
+
+    def _read_into_place(self, expert: int, place: int) -> None:
+        self._start(expert, place, None)
+        self._finish(expert)
+
+
+def _shares(index: Tensor, weights: Tensor, experts: int) -> Tensor:
+    """Of the routing of some tokens [T, k], what went to each expert: float64 [E], one for each token in all."""
+    size = weights.detach().cpu().abs().double()
+    total = size.sum(-1, keepdim=True)
+    share = size / torch.where(total > 0, total, 1)
+    return torch.zeros(experts, dtype=torch.float64, device="cpu").index_add_(
+        0, index.flatten().cpu(), share.flatten().cpu()
+    )

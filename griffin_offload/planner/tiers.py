@@ -1,0 +1,88 @@
+"""Neurons in several formats: for every number of bytes how many a layer has of each.
+
+Nothing is known of a model before a weight is read, so that energies are taken as typical: every layer of a width has
+the same counts. Measured ones gave no better answers (benchmarks/NOTES.md).
+"""
+
+import functools
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from griffin_offload.blocks.sizes import ModelSizes
+from griffin_offload.config import MIN_AUTO_DENSITY, NEURON_MULTIPLE
+from griffin_offload.errors import UsageError
+from griffin_offload.method.allocation import Allocation, Counts, Level, distortion_of, typical_energies
+
+
+class TierChoices(Sequence[tuple[Counts, ...]]):
+    """Counts of all layers, ascending in bytes, down to the smallest share of neurons that a plan may keep."""
+
+    def __init__(self, shape: ModelSizes) -> None:
+        levels = [
+            [
+                Level(size.neuron_bytes, format.distortion)
+                for size, format in zip(layer.levels, shape.levels, strict=True)
+            ]
+            for layer in shape.layers
+        ]
+        block = max(NEURON_MULTIPLE, *(size.multiple for layer in shape.layers for size in layer.levels))
+        self.allocation = Allocation([typical_energies(layer.neurons) for layer in shape.layers], levels, block)
+        least = math.ceil(sum(layer.neurons for layer in shape.layers) * MIN_AUTO_DENSITY)
+        self.first = bisect_left(range(len(self.allocation)), least, key=lambda i: sum(map(sum, self.allocation[i])))
+
+    def __len__(self) -> int:
+        return len(self.allocation) - self.first
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.allocation[self.first + index % len(self)]
+
+
+@functools.lru_cache(maxsize=8)
+def tiered_choices(shape: ModelSizes) -> TierChoices:
+    """All that a plan considers."""
+    return TierChoices(shape)
+
+
+def bits_of(shape: ModelSizes, counts: Sequence[Counts]) -> float:
+    """Resident bits per number of all FFs, those that are left out included: scales and room for whole blocks count."""
+    taken = sum(layer.resident_ff_bytes(own) for layer, own in zip(shape.layers, counts, strict=True))
+    plain = sum(layer.neurons * layer.plain_neuron_bytes for layer in shape.layers)
+    return taken * 8 * shape.item_bytes / plain
+
+
+def tiers_within(shape: ModelSizes, bits: float | Literal["auto"]) -> tuple[Counts, ...]:
+    """The most in so many bits per number; "auto": all neurons in the most bits. UsageError where none is so small."""
+    choices = tiered_choices(shape)
+    if isinstance(bits, str):
+        found: tuple[Counts, ...] = choices[-1]
+        return found
+    index = bisect_right(range(len(choices)), bits, key=lambda i: bits_of(shape, choices[i])) - 1
+    if index < 0:
+        least, most = (bits_of(shape, choices[i]) for i in (0, -1))
+        raise UsageError(f"bits is {bits:g}: tiers of this model take {least:.2f} to {most:.2f} bits a weight")
+    found = choices[index]
+    return found
+
+
+def options_again(shape: ModelSizes, counts: Sequence[Counts]) -> dict[str, Any]:
+    """Fields of `LoadConfig` with which a model has these residents again."""
+    if len(shape.levels) > 1:
+        return {"quantize": shape.option, "bits": bits_of(shape, counts), "density": "auto"}
+    densities = [sum(own) / layer.neurons for own, layer in zip(counts, shape.layers, strict=True)]
+    return {"quantize": shape.option, "density": densities}
+
+
+def expected_error(shape: ModelSizes, counts: Sequence[Counts]) -> float | None:
+    """Squared, of what the layers' FFs give, relative to that, with typical neurons: the mean over layers. None for
+    mixtures of experts, whose experts are no neurons."""
+    if shape.has_experts:
+        return None
+    total = 0.0
+    for layer, own in zip(shape.layers, counts, strict=True):
+        errors = [format.distortion for format in shape.levels]
+        total += distortion_of(typical_energies(layer.neurons), own, errors)
+    return total / len(shape.layers)

@@ -1,0 +1,125 @@
+"""Plans whose neurons rest in several formats: within the budget, monotone in it, and the best that their bytes buy."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from griffin_offload import UsageError
+from griffin_offload.blocks.layouts import build_on_meta
+from griffin_offload.blocks.sizes import ModelSizes, model_shape
+from griffin_offload.config import TIERS
+from griffin_offload.formats import every, get
+from griffin_offload.method.allocation import Counts
+from griffin_offload.planner.request import PlanRequest
+from griffin_offload.planner.solve import best_plan, make_plan, solve
+from griffin_offload.planner.tiers import (
+    bits_of,
+    expected_error,
+    options_again,
+    tiered_choices,
+    tiers_within,
+)
+
+LLAMA = {"hidden_size": 256, "num_attention_heads": 8, "vocab_size": 1000, "max_position_embeddings": 2048}
+TIER_FORMATS = tuple(format for format in every() if format.is_tier)
+
+
+def _shapes(neurons: int = 1024, layers: int = 4) -> list[ModelSizes]:
+    """In all precisions that "auto" would try, then in tiers."""
+    meta = build_on_meta(LlamaConfig(intermediate_size=neurons, num_hidden_layers=layers, **LLAMA), torch.bfloat16)
+    plain = [model_shape(meta, get(name)) for name in ("none", "int8", "int4")]
+    return [*plain, model_shape(meta, TIER_FORMATS[0], levels=TIER_FORMATS)]
+
+
+SHAPES = _shapes()
+
+
+def _ff_bytes(shape: ModelSizes, counts: tuple[Counts, ...]) -> int:
+    return sum(layer.resident_ff_bytes(own) for layer, own in zip(shape.layers, counts, strict=True))
+
+
+@pytest.mark.parametrize("neurons", [1024, 1000, 96, 64, 40])
+def test_choices_ascend_in_bytes_and_never_expect_more_error(neurons: int):
+    shape = _shapes(neurons, 2)[-1]
+    choices = tiered_choices(shape)
+    found = [(_ff_bytes(shape, counts), expected_error(shape, counts), counts) for counts in choices]
+    for before, now in itertools.pairwise(found):
+        assert now[0] >= before[0]  # no neurons at all have the room of one block
+        assert now[1] < before[1]
+    assert sum(map(sum, choices[0])) >= 0.25 * 2 * neurons
+    assert choices[-1] == ((neurons, *([0] * (len(TIER_FORMATS) - 1))),) * 2
+    assert found[-1][1] == pytest.approx(TIER_FORMATS[0].distortion)
+    # Blocks are whole: what is expected by neurons is what was allocated by blocks.
+    for index, (_, error, _) in enumerate(found):
+        assert error == pytest.approx(choices.allocation.distortion(choices.first + index), abs=1e-9)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(2 * 10**6, 12 * 10**6), min_size=2, max_size=20), st.sampled_from([None, 300]))
+def test_more_memory_never_expects_a_worse_answer(budgets: list[int], ctx_tokens: int | None):
+    before = None
+    for budget in sorted(budgets):
+        plan, remedy = solve(SHAPES, PlanRequest(budget, ctx_tokens))
+        if remedy is not None:
+            assert before is None, "less was enough"
+            continue
+        assert plan.fits
+        shape = next(shape for shape in SHAPES if shape.precision_name == plan.precision)
+        now = expected_error(shape, plan.counts)
+        assert before is None or now <= before
+        before = now
+
+
+@settings(max_examples=60)
+@given(st.integers(10**6, 12 * 10**6))
+def test_no_choice_that_fits_and_errs_less_is_missed(budget: int):
+    shape, request = SHAPES[-1], PlanRequest(budget, 200)
+    plan = best_plan(shape, request, 200)
+    choices = tiered_choices(shape)
+    index = list(choices).index(plan.counts)
+    if plan.fits and index + 1 < len(choices):
+        richer = dataclasses.replace(request, bits=bits_of(shape, choices[index + 1]))
+        one = best_plan(shape, richer, 200)
+        assert one.counts == choices[index + 1]
+        # A second slot may cost so much.
+        assert not one.fits or plan.slots == 2
+
+
+def test_bits_that_are_asked_for():
+    shape = SHAPES[-1]
+    for bits in (2.0, 2.5, 3.0, 3.5, 4.0):
+        counts = tiers_within(shape, bits)
+        assert bits - 0.2 < bits_of(shape, counts) <= bits
+        again = options_again(shape, counts)
+        assert again == {"quantize": TIERS, "bits": bits_of(shape, counts), "density": "auto"}
+        assert tiers_within(shape, again["bits"]) == counts
+        plan = make_plan([shape], PlanRequest(10**8, bits=bits))
+        assert plan.counts == counts
+        assert sum(plan.tiers.values()) == sum(plan.kept)
+        assert set(plan.tiers) == {format.name for format in TIER_FORMATS}
+    assert tiers_within(shape, "auto") == tiered_choices(shape)[-1]
+    with pytest.raises(UsageError, match=r"take .* to .* bits a weight"):
+        tiers_within(shape, 0.3)
+
+
+def test_layers_of_one_format_are_not_streamed_and_those_of_several_are():
+    shape = SHAPES[-1]
+    whole = make_plan([shape], PlanRequest(10**8))
+    assert whole.streamed == ()
+    assert whole.kept == (1024,) * 4
+    some = make_plan([shape], PlanRequest(10**8, bits=4.0))
+    assert some.streamed == tuple(i for i, own in enumerate(some.counts) if sum(map(bool, own)) > 1)
+    assert some.streamed
+
+
+def test_a_plan_of_one_format_says_how_to_have_it_again():
+    shape = SHAPES[2]
+    plan = best_plan(shape, PlanRequest(10**8, density=0.5), 200)
+    again = options_again(shape, plan.counts)
+    assert again == {"quantize": "int4", "density": [0.5] * 4}
+    assert plan.tiers == {}
