@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, StopStringCriteria
 
 from griffin_offload.blocks.rope import RopeBorder
+from griffin_offload.blocks.states import state_kinds
 from griffin_offload.config import CacheKind, RunConfig
 from griffin_offload.engine.drafts import MOST_DRAFTS
 from griffin_offload.engine.generation import GenerationMode, GenerationState, LogitsObserver, Past, past_of
@@ -203,6 +204,8 @@ def _lookup(
 ) -> tuple[int, Workload]:
     """Most drafts from the text at once, 0 where there are none, and the `use` with them: not where they cannot be
     taken back, where the caller has another way to draft, or where memory is short."""
+    if state_kinds(engine.loaded.model.config):
+        return 0, use
     if passes:
         looks_up = mode.exact and mode.lookup is not False and mode.draft_tokens is None
         return (mode.pass_tokens - 1 if looks_up else 0), use
