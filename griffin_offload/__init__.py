@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from griffin_offload.blocks.layouts import Layout, register_layout
-    from griffin_offload.config import LoadConfig, Structure
+    from griffin_offload.config import LoadConfig
     from griffin_offload.engine.model import GriffinModel
     from griffin_offload.engine.report import PrefillReport, RunReport
+    from griffin_offload.engine.structure import Structure
     from griffin_offload.errors import BudgetExceeded, DoesNotFit, GriffinError, ModelError, UsageError
     from griffin_offload.planner.plan import Plan
 
@@ -27,7 +28,7 @@ _HOMES = {
     "Plan": "planner.plan",
     "PrefillReport": "engine.report",
     "RunReport": "engine.report",
-    "Structure": "config",
+    "Structure": "engine.structure",
     "UsageError": "errors",
     "register_layout": "blocks.layouts",
 }

@@ -4,11 +4,10 @@ Shape notation of the whole package: B batch, T tokens, H hidden size, F feed-fo
 K kept neurons of a layer, L layers, V vocabulary. GB is 10**9 bytes, GiB is 2**30.
 """
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from griffin_offload.errors import UsageError
 
@@ -99,6 +98,10 @@ class LoadConfig:
     """The full model's own tokens: the residents draft, streamed passes of the full model verify."""
     draft_tokens: int | None = None
     """Drafts per verifying pass; None: chosen by what is accepted and what a pass costs, at most AUTO_DRAFT_TOKENS."""
+    lookup: bool | None = None
+    """Drafts from the text itself, where the last tokens were there before: as many as measured seconds say that it
+    pays. None: where a trial shows that rows computed together are the same to the last bit; and in exact mode. Where
+    draft_tokens is given exact mode has none."""
     refresh: Refresh = "turn"
     """When neurons are chosen anew: with every prompt ("turn"; in exact mode with every pass, too), with a
     conversation's first one alone ("never"; in exact mode with every prompt), or with every prompt and by a streamed
@@ -157,49 +160,6 @@ class RunConfig:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-
-
-_STRUCTURES = {"json_schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What an answer has to be: JSON by a schema (an object, or its text), a match of a regular expression, or what a
-    grammar makes (Lark, as llguidance reads it). Exactly one of them is given."""
-
-    json_schema: str | Mapping[str, Any] | None = None
-    regex: str | None = None
-    grammar: str | None = None
-
-    def __post_init__(self) -> None:
-        given = [name for name in _STRUCTURES if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise UsageError(f"a structure is one of json_schema, regex and grammar: {len(given)} are given")
-        value = getattr(self, given[0])
-        if isinstance(value, Mapping):
-            object.__setattr__(self, "json_schema", json.dumps(value))
-        elif not isinstance(value, str):
-            raise UsageError(f"{given[0]} is of type {type(value).__name__}: give a text")
-        if self.json_schema is not None:
-            self._check_schema(str(self.json_schema))
-
-    def _check_schema(self, text: str) -> None:
-        try:
-            schema = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"the JSON schema is no JSON: {str(error)[:200]}") from None
-        if not isinstance(schema, dict):
-            raise UsageError("the JSON schema has to be an object")
-
-    @property
-    def name(self) -> str:
-        """Of the field that is given."""
-        return next(name for name in _STRUCTURES if getattr(self, name) is not None)
-
-    @property
-    def kind(self) -> str:
-        """In messages."""
-        return _STRUCTURES[self.name]
 
 
 @dataclass(frozen=True)

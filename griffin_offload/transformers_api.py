@@ -5,6 +5,7 @@ Each difference is decided by what the installed release has, not by its number.
 | from | what |
 |---|---|
 | 5.23 | `DummyLayer` stands for a layer without KV entries of its own; before, the cache had no layer there |
+| 5.23 | `ResponseParser` takes answers apart as they come; before, tools are refused by the server |
 | 5.24 | the KV cache is called `cache`, as an argument and in outputs; before, `past_key_values` |
 """
 
@@ -51,6 +52,15 @@ class NoEntries:
 
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", NoEntries)
 """A layer of a KV cache that keeps nothing: it reads another one's entries, or attends to nothing."""
+
+
+def response_parser() -> Any:
+    """What takes answers apart by a description of them; None in releases that have none."""
+    try:
+        from transformers.utils.chat_parsing import ResponseParser
+    except ImportError:
+        return None
+    return ResponseParser
 
 
 def stock_cache(config: PretrainedConfig) -> Any:

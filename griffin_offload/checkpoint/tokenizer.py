@@ -130,25 +130,28 @@ def encode(tokenizer: Any, text: str) -> Ids:
     return _begun_once(tokenizer, _bounded(lambda: tokenizer(text)["input_ids"], len(text)))
 
 
-def encode_messages(tokenizer: Any, messages: list[dict[str, str]], *, thinking: bool | None = None) -> Ids:
-    """Token ids of `messages` in the chat template, up to where the answer begins. TemplateError where it fails,
-    UsageError if `thinking` is given and the template has no switch for it."""
-    letters = sum(len(text) for message in messages for text in message.values())
+def encode_messages(
+    tokenizer: Any, messages: list[dict[str, Any]], *, thinking: bool | None = None, **variables: Any
+) -> Ids:
+    """Token ids of `messages` in the chat template, up to where the answer begins; `variables` are the template's,
+    tools among them. TemplateError where it fails, UsageError if `thinking` is given and the template has no switch
+    for it."""
+    letters = sum(len(str(part)) for message in [*messages, variables] for part in message.values())
     switches = {} if thinking is None else dict.fromkeys(thinking_switches(tokenizer), thinking)
-    settings: dict[str, Any] = {"add_generation_prompt": True, **switches}
+    settings: dict[str, Any] = {"add_generation_prompt": True, **switches, **variables}
     try:
         return _begun_once(tokenizer, _bounded(lambda: _templated(tokenizer, messages, settings), letters))
     except CheckpointError as error:
         raise TemplateError(str(error)) from error
 
 
-def _templated(tokenizer: Any, messages: list[dict[str, str]], settings: dict[str, Any]) -> Ids:
+def _templated(tokenizer: Any, messages: list[dict[str, Any]], settings: dict[str, Any]) -> Ids:
     taken = _as_taken(tokenizer, messages, settings)
     found: Ids = tokenizer.apply_chat_template(taken, return_dict=True, **settings)["input_ids"]
     return found
 
 
-def _as_taken(tokenizer: Any, messages: list[dict[str, str]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _as_taken(tokenizer: Any, messages: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """`messages`, or with lists of parts for texts, where the template leaves the last text out or fails otherwise:
     those of models that see or hear go through parts, and may find none in a text."""
     parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
@@ -186,11 +189,20 @@ def _behind_answer(tokenizer: Any) -> Ids:
     return [special[max(first, key=len)]] if first else []
 
 
+def template_code(tokenizer: Any) -> str:
+    """The text of the chat template, "" without one; of several that for tools, else the default."""
+    template = tokenizer.chat_template or ""
+    return template if isinstance(template, str) else template.get("tool_use", template.get("default", ""))
+
+
+def template_has(tokenizer: Any, variable: str) -> bool:
+    """Whether the chat template asks for a variable."""
+    return re.search(rf"\b{variable}\b", " ".join(_CODE.findall(template_code(tokenizer)))) is not None
+
+
 def thinking_switches(tokenizer: Any) -> list[str]:
     """Variables of the chat template that turn thinking on and off; UsageError if it has none."""
-    template = tokenizer.chat_template or ""
-    text = template if isinstance(template, str) else template.get("default", "")
-    code = " ".join(_CODE.findall(text))
+    code = " ".join(_CODE.findall(template_code(tokenizer)))
     found = [name for name in _THINKING if re.search(rf"\b{name}\b", code)]
     if not found:
         raise UsageError(

@@ -284,6 +284,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="drafts per verifying pass (default: by what is accepted and costs)",
     )
     add(
+        "--lookup",
+        action=argparse.BooleanOptionalAction,
+        default=_DEFAULTS.lookup,
+        help="draft from the text itself where it repeats, if measured seconds say that it pays",
+    )
+    add(
         "--refresh",
         type=_refresh,
         default=_DEFAULTS.refresh,

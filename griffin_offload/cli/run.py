@@ -21,7 +21,7 @@ from griffin_offload.cli.options import (
 )
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.cli.prompt import PromptCache, is_demos, prompt_text, tokenize
-from griffin_offload.config import LoadConfig, RunConfig, Structure
+from griffin_offload.config import LoadConfig, RunConfig
 from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from griffin_offload.engine.generation import Finish
     from griffin_offload.engine.model import GriffinModel
+    from griffin_offload.engine.structure import Structure
 
 
 _LONG_S = 2.0  # so long may neurons be quantised without a word
@@ -111,10 +112,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _structure(file: Path | None) -> Structure | None:
+def _structure(file: Path | None) -> "Structure | None":
     """What the answer has to be; UsageError for a file that holds no schema."""
     if file is None:
         return None
+    with heavy_imports():
+        from griffin_offload.engine.structure import Structure
+
     try:
         return Structure(json_schema=file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -130,7 +134,7 @@ def _generate(
     stops: tuple[str, ...],
     arguments: argparse.Namespace,
     prompt_cache: PromptCache | None,
-    structure: Structure | None,
+    structure: "Structure | None",
 ) -> tuple[str, "Finish"]:
     """The answer, and why it ended; printed as it comes, unless JSON is asked for."""
     import torch

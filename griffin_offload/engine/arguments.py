@@ -9,10 +9,13 @@ from torch import Tensor
 from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, StopStringCriteria
 
 from griffin_offload.blocks.rope import RopeBorder
+from griffin_offload.blocks.states import state_kinds
 from griffin_offload.config import CacheKind, RunConfig
+from griffin_offload.engine.drafts import MOST_DRAFTS
 from griffin_offload.engine.generation import GenerationMode, GenerationState, LogitsObserver, Past, past_of
 from griffin_offload.engine.speculative import FullModel, loop_of
-from griffin_offload.errors import UsageError, one_line
+from griffin_offload.engine.structure import StructureGuide
+from griffin_offload.errors import DoesNotFit, UsageError, one_line
 from griffin_offload.kv_cache.kv_cache import KVCache, why_not_back
 from griffin_offload.kv_cache.sequence import Context, snapshots_kept
 from griffin_offload.kv_cache.store import KV_SLACK_TOKENS, ModelKV, Workload
@@ -136,7 +139,12 @@ _LIMITS = ("max_new_tokens", "max_length")
 
 
 def prepared(
-    engine: LoadedModel, prompt: Tensor, kwargs: dict[str, Any], mode: GenerationMode, context: Context | None
+    engine: LoadedModel,
+    prompt: Tensor,
+    kwargs: dict[str, Any],
+    mode: GenerationMode,
+    context: Context | None,
+    guide: StructureGuide | None = None,
 ) -> tuple[GenerationState, dict[str, Any]]:
     """The run, and transformers' arguments for it, after checking the caller's against the plan."""
     plan, defaults = engine.plan, engine.loaded.model.generation_config
@@ -159,8 +167,10 @@ def prepared(
     use = _across_border(engine.border, use, passes)
     if use.cache != "ours" or passes or context is not None:
         engine.kept_cache.release()
+    lookup, use = _lookup(engine, prompt, use, kwargs, configs, mode, passes)
     engine.require(use)
     run = GenerationState(prompt.shape[0], past.whole, kwargs.get("attention_mask"), use, mode, context)
+    run.passes, run.lookup, run.guide = passes, lookup, guide
     run.past_tokens = run.cached_tokens = past.tokens
     run.keeps_invalid = bool(_value("remove_invalid_values", kwargs, configs))
     run.observers = [one for one in kwargs.get("logits_processor") or () if isinstance(one, LogitsObserver)]
@@ -178,9 +188,40 @@ def prepared(
         run.own_cache = engine.kv_cache(use, returned=returns_cache(kwargs, configs))
         settings[CACHE] = run.own_cache
     kwargs = stop_strings_as_criteria(kwargs, (given, defaults), settings)
-    if passes:
+    if passes or run.lookup:
         settings["custom_generate"] = run.loop = loop_of(run, engine, kwargs.get("streamer"))
     return run, as_arguments(kwargs, settings, given)
+
+
+def _lookup(
+    engine: LoadedModel,
+    prompt: Tensor,
+    use: Workload,
+    kwargs: dict[str, Any],
+    configs: tuple[GenerationConfig, ...],
+    mode: GenerationMode,
+    passes: bool,
+) -> tuple[int, Workload]:
+    """Most drafts from the text at once, 0 where there are none, and the `use` with them: not where they cannot be
+    taken back, where the caller has another way to draft, or where memory is short."""
+    if state_kinds(engine.loaded.model.config):
+        return 0, use
+    if passes:
+        looks_up = mode.exact and mode.lookup is not False and mode.draft_tokens is None
+        return (mode.pass_tokens - 1 if looks_up else 0), use
+    border, most = engine.border, min(MOST_DRAFTS, use.prompt_tokens - 1)
+    others = kwargs.get("custom_generate") is not None or getattr(configs[0], "is_assistant", False)
+    others = others or use.cache != "ours" or engine.plan.experts is not None
+    crosses = border is not None and use.ctx_tokens > border.tokens
+    if mode.lookup is False or engine.step_costs.rules_out(mode.lookup) or others or crosses or most < 1:
+        return 0, use
+    with_drafts = replace(use, logit_positions=max(use.logit_positions, 1 + most))
+    try:
+        check_one_sequence(prompt, use, kwargs, configs)
+        engine.require(with_drafts)
+    except (UsageError, DoesNotFit):
+        return 0, use
+    return most, with_drafts
 
 
 def _refuse_drafts(model: StockModel, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> None:
@@ -336,37 +377,6 @@ def _cache_of_caller(cache: StockCache | None, implementation: str | None) -> Ca
     if isinstance(cache, StaticCache) or str(implementation).startswith("static"):
         return "static"
     return None if cache is None and implementation in (None, "hybrid") else "dynamic"
-
-
-def checked_prompt(prompt: Any, vocab_size: int) -> Tensor:
-    """`prompt`; UsageError unless it holds token ids [B, T] of the vocabulary, or embeddings [B, T, H]."""
-    if prompt is not None and not isinstance(prompt, Tensor):
-        raise UsageError(f"the prompt is {_described(prompt)}")
-    if prompt is not None and prompt.dim() == 1:
-        raise UsageError("the prompt has one dimension: give a batch, a tensor of [batch, tokens], as in ids[None]")
-    if prompt is None or prompt.dim() < 2 or prompt.shape[1] == 0:
-        raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
-    if prompt.dim() == 2 and (prompt.is_floating_point() or prompt.dtype == torch.bool):
-        raise UsageError(f"the prompt's ids are {prompt.dtype}: give whole numbers, as a tensor of [batch, tokens]")
-    least, largest = (int(prompt.min()), int(prompt.max())) if prompt.dim() == 2 else (0, 0)
-    if least < 0 or largest >= vocab_size:
-        raise UsageError(
-            f"the prompt has token ids from {least} to {largest}, the vocabulary ends at {vocab_size - 1}: the "
-            "tokenizer is of another model"
-        )
-    return prompt
-
-
-def _described(prompt: Any) -> str:
-    """What was given in a prompt's place, and what to do."""
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], str)):
-        return (
-            "a text: give its token ids, a tensor of [batch, tokens], as in generate(**tokenizer(text, "
-            "return_tensors='pt')); the tokenizer is .tokenizer"
-        )
-    if hasattr(prompt, "keys"):
-        return "what a tokenizer returns: give its parts as arguments, generate(**tokens), tensors of [batch, tokens]"
-    return f"of type {type(prompt).__name__}: give a tensor of [batch, tokens]"
 
 
 def check_length(use: Workload, context_tokens: int) -> None:

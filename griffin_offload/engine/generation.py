@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from griffin_offload.blocks.states import states_in
 from griffin_offload.checkpoint.tokenizer import template_end
 from griffin_offload.config import LoadConfig, Refresh, pass_tokens
-from griffin_offload.engine.report import DraftReport, ExpertReport, GraphReport, PrefillReport
+from griffin_offload.engine.report import DraftReport, ExpertReport, GraphReport, LookupReport, PrefillReport
 from griffin_offload.engine.structure import StructureGuide
 from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
@@ -155,6 +155,7 @@ class GenerationMode:
     exact: bool = False
     draft_tokens: int | None = None
     refresh: Refresh = "turn"
+    lookup: bool | None = None
 
     def __post_init__(self) -> None:
         LoadConfig(exact=self.exact, draft_tokens=self.draft_tokens, refresh=self.refresh)  # checks them
@@ -178,10 +179,12 @@ class LogitsObserver(LogitsProcessor):  # type: ignore[misc]
 
 
 class TokenLoop(Protocol):
-    """What makes the tokens of an answer that has streamed passes between them: transformers' `custom_generate`."""
+    """What makes the tokens of an answer that has drafts: transformers' `custom_generate`."""
 
     @property
-    def report(self) -> DraftReport: ...
+    def report(self) -> DraftReport | None: ...
+    @property
+    def looked_up(self) -> LookupReport | None: ...
     def __call__(
         self,
         model: StockModel,
@@ -222,6 +225,10 @@ class GenerationState:
         self._invalid: Tensor | None = None
         """On the device, whether logits were no numbers."""
         self.observers: list[LogitsObserver] = []
+        self.passes = False
+        """Whether there are streamed passes between its tokens."""
+        self.lookup = 0
+        """Most drafts from the text at once; 0: none."""
         self.guide: StructureGuide | None = None
         """What its answers are held to."""
         self.loop: TokenLoop | None = None

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from griffin_offload.checkpoint.registry import locate
-from griffin_offload.config import MOST_TOGETHER, LoadConfig, Structure
+from griffin_offload.config import MOST_TOGETHER, LoadConfig
 from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, OutOfMemoryAsError, give_back_freed, peak_host_bytes
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
-from griffin_offload.engine.arguments import checked_prompt, empty_context, prepared
+from griffin_offload.engine.arguments import empty_context, prepared
 from griffin_offload.engine.chat import ChatSession
 from griffin_offload.engine.generation import GenerationMode, GenerationState, ends_of, probabilities_named
 from griffin_offload.engine.layer_pass import Progress
@@ -29,8 +29,8 @@ from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.runner import ModelRunner
 from griffin_offload.engine.scheduler import GeneratedAnswer, SequenceScheduler, answers
 from griffin_offload.engine.spec import ModelSpec, check_no_passes, examine, plan_for
-from griffin_offload.engine.stock import check_wait
-from griffin_offload.engine.structure import StructureGuide
+from griffin_offload.engine.stock import check_wait, checked_prompt
+from griffin_offload.engine.structure import Structure, StructureGuide
 from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context
@@ -214,6 +214,7 @@ class GriffinModel(StockInterface):
         exact: bool | None = None,
         draft_tokens: int | None = None,
         refresh: Any = None,
+        lookup: bool | None = None,
         context: Context | None = None,
         prompt_done: Callable[[Context], None] | None = None,
         structure: Structure | None = None,
@@ -223,12 +224,12 @@ class GriffinModel(StockInterface):
         """transformers' `generate` on the stock model, with its arguments and its result.
 
         The prompt is streamed once; every further token is computed from residents. Without any length, up to
-        `RunConfig.max_new_tokens` are generated. `exact`, `draft_tokens` and `refresh` are as in `LoadConfig`, and
-        those of loading by default. With a `context` the prompt [1, T] goes on from what that remembers: tokens at its
-        start that the context knows are not computed again. `prompt_done` is called with it when the prompt has passed.
-        `past_key_values` of an earlier call (`cache` since transformers 5.24; both names are taken) goes on, too, with
-        the neurons that were chosen then. With a `structure` tokens that it does not allow are never chosen; the report
-        says whether the answer was complete when it ended.
+        `RunConfig.max_new_tokens` are generated. `exact`, `draft_tokens`, `refresh` and `lookup` are as in
+        `LoadConfig`, and those of loading by default. With a `context` the prompt [1, T] goes on from what that
+        remembers: tokens at its start that the context knows are not computed again. `prompt_done` is called with it
+        when the prompt has passed. `past_key_values` of an earlier call (`cache` since transformers 5.24; both names
+        are taken) goes on, too, with the neurons that were chosen then. With a `structure` tokens that it does not
+        allow are never chosen; the report says whether the answer was complete when it ended.
         `wait_s` is as the attribute, for this call alone. Raises Busy when that is over, UsageError for a prompt that
         is empty or too long for `plan.context_tokens`, DoesNotFit when the batch or its length needs more than the
         budget.
@@ -242,7 +243,7 @@ class GriffinModel(StockInterface):
         check_wait(wait_s)
         wait_s = self.wait_s if wait_s is None else wait_s
         with self._engine.alone(wait_s=wait_s), self._engine.guarded():
-            mode = self._mode(exact, draft_tokens, refresh)
+            mode = self._mode(exact, draft_tokens, refresh, lookup)
             output, report = self._answer(inputs, prompt, kwargs, mode, context, prompt_done, structure)
             self.last_report = report
         large = self.hardware.shares_host_memory and self.plan.full_bytes > _LARGE_MODEL_BYTES
@@ -265,19 +266,16 @@ class GriffinModel(StockInterface):
             self._check_owner(context)
         guide = self.guide(structure, kwargs)
         kwargs = kwargs if guide is None else guide.among(kwargs)
-        run, kwargs = prepared(self._engine, prompt, kwargs, mode, context)
+        run, kwargs = prepared(self._engine, prompt, kwargs, mode, context, guide)
         if context is not None:
             run.ready, run.prompt_done = context.start(prompt[0], exact=mode.exact), prompt_done
             run.cached_tokens = len(context.tokens)
-        run.guide = guide
         return self._generate(run, prompt, inputs, kwargs)
 
     def guide(self, structure: Structure | None, arguments: dict[str, Any]) -> StructureGuide | None:
         """What keeps an answer with these `arguments` of `generate` to `structure`; None without one."""
-        if structure is None:
-            return None
         ends = ends_of(arguments.get("generation_config") or self.generation_config, arguments)
-        return StructureGuide(structure, self.tokenizer, self.vocab_size, ends)
+        return None if structure is None else StructureGuide(structure, self.tokenizer, self.vocab_size, ends)
 
     def generate_many(
         self,
@@ -316,12 +314,13 @@ class GriffinModel(StockInterface):
         """Why sequences are computed one by one; None if several can be at once, as far as is known before two met."""
         return self._engine.joint.why_alone
 
-    def _mode(self, exact: bool | None, draft_tokens: int | None, refresh: Any) -> GenerationMode:
+    def _mode(self, exact: bool | None, draft_tokens: int | None, refresh: Any, lookup: bool | None) -> GenerationMode:
         config = self._loaded.layers.config
         mode = GenerationMode(
             exact=config.exact if exact is None else exact,
             draft_tokens=config.draft_tokens if draft_tokens is None and exact is not False else draft_tokens,
             refresh=config.refresh if refresh is None else refresh,
+            lookup=config.lookup if lookup is None else lookup,
         )
         if self.plan.experts and not mode.exact and config.missing_experts == "fetch":
             check_no_passes(mode.pass_tokens)
@@ -381,6 +380,7 @@ class GriffinModel(StockInterface):
             host_growth_bytes=ledger.host_growth_bytes,
             experts=layers.expert_report.since(run.experts) if layers.experts else None,
             drafting=run.loop.report if run.loop is not None else None,
+            lookup=run.loop.looked_up if run.loop is not None else None,
             graphs=run.graphs if self._engine.graphs is not None else None,
             structure=run.guide.report if run.guide is not None else None,
             **self.plan.run_figures(),

@@ -103,6 +103,26 @@ class DraftReport:
 
 
 @dataclass
+class LookupReport:
+    """Drafts from the text itself."""
+
+    forwards: int = 0
+    """Over such drafts; in exact mode streamed passes."""
+    drafted: int = 0
+    accepted: int = 0
+
+    def add(self, drafted: int, accepted: int) -> None:
+        self.forwards += 1
+        self.drafted += drafted
+        self.accepted += accepted
+
+    def line(self) -> str:
+        """For people."""
+        each = f"{self.accepted / self.forwards:.1f} of {self.drafted / self.forwards:.1f} drafts accepted"
+        return f"lookup   {self.forwards} times the text itself was the draft, {each}"
+
+
+@dataclass
 class StructureReport:
     """What it took to hold an answer to its structure."""
 
@@ -210,6 +230,8 @@ class RunReport:
     """None where there are none to capture: the device is not CUDA."""
     structure: StructureReport | None = None
     """None where none was asked for."""
+    lookup: LookupReport | None = None
+    """None where the text was not searched for drafts."""
 
     @property
     def decode_streamed_bytes_per_token(self) -> float:
@@ -284,6 +306,7 @@ class RunReport:
             *self._draft_lines(),
             *([] if self.experts is None else [self.experts.line()]),
             *([] if self.graphs is None else [self.graphs.line()]),
+            *([self.lookup.line()] if self.lookup is not None and self.lookup.forwards else []),
             *([] if self.structure is None else [self.structure.line()]),
             f"resident {format_bytes(self.resident_bytes)} {self._in_words()}{self._unquantised()}   peak {device} "
             f"{format_bytes(self.peak_device_bytes)} of {format_bytes(self.budget_bytes)}   "

@@ -19,6 +19,7 @@ from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.devices.torch_state import own_modes
 from griffin_offload.engine.decode_graph import DecodeGraphs, ReusedKVCache
+from griffin_offload.engine.drafts import StepCosts
 from griffin_offload.engine.generation import (
     GenerationState,
     cache_bytes,
@@ -34,6 +35,7 @@ from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
 from griffin_offload.engine.stock import FifoLock, Guard, hand_out, hollow, stock_forward
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
 from griffin_offload.kernels import table
+from griffin_offload.kernels.library import HALVES
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
@@ -73,6 +75,9 @@ class ModelRunner:
             state_writers=self.shape.state_writers,
             forward=self.stock_forward,
         )
+        # Our kernels for a few rows are of 16 bits, on the CPU; elsewhere drafts are for those who ask.
+        own = model_spec.dtype in HALVES and not model_spec.hardware.queues_work
+        self.step_costs = StepCosts(alike=None if own else False)
         self.border = rope_border(loaded.model.config, type(loaded.model))
         self.turns, self._closed = FifoLock(), False
         hand_out(loaded.model, self)
@@ -173,6 +178,7 @@ class ModelRunner:
 
     def capture_with(self, recorder: Recorder) -> None:
         """Decode by what `recorder` captures from now on."""
+        self.step_costs.alike = False  # one token is a graph, several are none
         on_host = self.loaded.host_embedding is not None
         self.graphs = DecodeGraphs(self.loaded.model, self.stock_forward, recorder, embeds_on_host=on_host)
 

@@ -16,17 +16,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from griffin_offload.config import MOST_TOGETHER, Structure
+from griffin_offload.config import MOST_TOGETHER
 from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads
-from griffin_offload.engine.arguments import ONE_ANSWER, LoadedModel, checked_prompt, empty_context, prepared
+from griffin_offload.engine.arguments import ONE_ANSWER, LoadedModel, empty_context, prepared
 from griffin_offload.engine.decoding import DecodingEngine, DecodingSequence, PreparedAnswer, Seed
 from griffin_offload.engine.generation import GenerationMode, GenerationState, probabilities_named
 from griffin_offload.engine.joint_step import JointStep
 from griffin_offload.engine.report import RunReport
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.spec import ModelSpec
-from griffin_offload.engine.structure import StructureGuide
+from griffin_offload.engine.stock import checked_prompt
+from griffin_offload.engine.structure import Structure, StructureGuide
 from griffin_offload.errors import DoesNotFit, GriffinError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
@@ -149,7 +150,8 @@ class SequenceScheduler:
     ) -> tuple[GenerationState, PreparedAnswer]:
         engine, ready = self._engine, PreparedAnswer()
         prompt = checked_prompt(prompt, engine.shape.vocab_size).to(engine.model_spec.device)
-        mode = GenerationMode(refresh="never" if engine.loaded.layers.config.refresh == "never" else "turn")
+        refresh = engine.loaded.layers.config.refresh
+        mode = GenerationMode(refresh="never" if refresh == "never" else "turn", lookup=False)
         try:
             run, kwargs = prepared(engine, prompt, ONE_ANSWER | arguments, mode, context)
         except DoesNotFit as error:
@@ -316,7 +318,7 @@ def _begin(model: _Model, scheduler: SequenceScheduler, asked: _Asked) -> Decodi
     """The sequence that has begun; None while it has to wait for the end of others."""
     if _needs_the_model(model, asked[1]):
         return None
-    arguments = {name: value for name, value in asked[1].items() if name not in _MODE}
+    arguments = {name: value for name, value in asked[1].items() if name not in (*_MODE, "lookup")}
     try:
         guide = model.guide(arguments.pop("structure", None), arguments)
         return scheduler.begin(asked[0], guide=guide, **arguments)
@@ -328,7 +330,9 @@ def _needs_the_model(model: _Model, arguments: dict[str, Any]) -> bool:
     """Whether these arguments are for `generate` alone: passes between tokens, or layers that keep a state."""
     config = model.engine.loaded.layers.config
     exact, drafts, refresh = (arguments.get(name, getattr(config, name)) for name in _MODE)
-    return exact or drafts is not None or isinstance(refresh, int) or not model.keeps_contexts
+    return (
+        exact or arguments.get("lookup") or drafts is not None or isinstance(refresh, int) or not model.keeps_contexts
+    )
 
 
 def _alone(model: _Model, index: int, asked: _Asked) -> GeneratedAnswer:

@@ -6,6 +6,7 @@ which the pass also judges the tokens.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,62 +14,13 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from griffin_offload.blocks.rope import RopeBorder
-from griffin_offload.config import AUTO_DRAFT_TOKENS
+from griffin_offload.engine.drafts import DraftLength, LookupState, StepCosts, TextDrafts
 from griffin_offload.engine.generation import GenerationState
 from griffin_offload.engine.report import DraftReport
+from griffin_offload.kernels import table
+from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.transformers_api import CACHE, StockModel
-
-# How many tokens to draft before the next verifying pass.
-
-
-# What is assumed before anything was seen, and how fast that is forgotten.
-_PRIOR_ACCEPTED, _PRIOR_TESTED = 4.0, 5.0
-_DECAY = 0.9
-
-
-class DraftLength:
-    """A fixed number of drafts, or the one that gives the most tokens per second by what was measured so far.
-
-    If every draft is accepted with probability a, a pass after N drafts yields (1 - a^(N+1)) / (1 - a) tokens in
-    T_pass + N * t_draft seconds.
-    """
-
-    def __init__(self, fixed: int | None) -> None:
-        self._fixed = fixed
-        self._accepted, self._tested = _PRIOR_ACCEPTED, _PRIOR_TESTED
-        self._pass_s = self._draft_s = 0.0
-
-    @property
-    def acceptance(self) -> float:
-        """Estimated probability that a draft is accepted when all before it were."""
-        return self._accepted / self._tested
-
-    def next(self) -> int:
-        """Drafts before the next pass."""
-        if self._fixed is not None:
-            return self._fixed
-        if not self._draft_s:
-            return AUTO_DRAFT_TOKENS // 2  # nothing was measured yet
-        return max(range(1, AUTO_DRAFT_TOKENS + 1), key=self._tokens_per_s)
-
-    def _tokens_per_s(self, drafts: int) -> float:
-        a = min(self.acceptance, 0.999)
-        return (1 - a ** (drafts + 1)) / (1 - a) / (self._pass_s + drafts * self._draft_s)
-
-    def observe(self, drafted: int, accepted: int, draft_s: float, pass_s: float, *, ended: bool) -> None:
-        """A round: `draft_s` seconds for all its drafts, `pass_s` for the pass. In one that `ended` the answer, the
-        draft after the last accepted one was not judged."""
-        rejected = accepted < drafted and not ended
-        self._accepted = self._accepted * _DECAY + accepted
-        self._tested = self._tested * _DECAY + accepted + rejected
-        self._pass_s = _mean(self._pass_s, pass_s)
-        if drafted:
-            self._draft_s = _mean(self._draft_s, draft_s / drafted)
-
-
-def _mean(before: float, now: float) -> float:
-    return (before + now) / 2 if before else now
 
 
 class FullModel(Protocol):
@@ -78,6 +30,8 @@ class FullModel(Protocol):
     def border(self) -> RopeBorder | None: ...
     @property
     def decay(self) -> float: ...
+    @property
+    def step_costs(self) -> StepCosts: ...
     def observe(self, logits: Tensor) -> None: ...
     def full_pass(self, inputs: dict[str, Any], *, choose: bool, each: bool) -> tuple[Any, dict[int, Tensor]]: ...
 
@@ -91,11 +45,18 @@ class DraftingLoop:
 
     verifies = False
 
-    def __init__(self, engine: FullModel, context: Context, *, choose: bool, streamer: Any) -> None:
-        self._engine, self._context, self._choose, self._streamer = engine, context, choose, streamer
+    def __init__(
+        self, engine: FullModel, context: Context, *, choose: bool, streamer: Any, lookup: LookupState | None = None
+    ) -> None:
+        self._context, self._choose = context, choose
+        self._begin(engine, context.cache, streamer, lookup)
+        self.report: DraftReport | None = DraftReport(verified=self.verifies)
+
+    def _begin(self, engine: FullModel, cache: KVCache, streamer: Any, lookup: LookupState | None) -> None:
+        self._engine, self._cache, self._streamer, self._lookup = engine, cache, streamer, lookup
         self._raw: list[Tensor] = []
         self._scores: list[Tensor] = []
-        self.report = DraftReport(verified=self.verifies)
+        self.looked_up = lookup.report if lookup is not None else None
 
     def __call__(
         self,
@@ -111,7 +72,9 @@ class DraftingLoop:
         self._config, self._ids = generation_config, input_ids
         ends = generation_config._eos_token_tensor
         self._ends = set() if ends is None else set(ends.tolist())
-        new_tokens = input_ids.shape[1] - self._context.cache.get_seq_length()
+        if self._lookup is not None:
+            self._lookup.text = TextDrafts(input_ids[0].tolist())
+        new_tokens = input_ids.shape[1] - self._cache.get_seq_length()
         inputs = self._inputs(input_ids, model_kwargs, new_tokens, is_first_iteration=True)
         self._kwargs = self._grown(model_kwargs, 1)
         done = self._emit_own(model(**inputs, return_dict=True).logits[:, -1])
@@ -152,8 +115,15 @@ class DraftingLoop:
         self._context.passed({index: total.sum(1) for index, total in sums.items()}, 0)
         self._kwargs = self._grown(self._kwargs, 1)
         done = self._emit_own(output.logits[:, -1])
-        self.report.add_round(0, 0, 1, 0.0, time.perf_counter() - start)
+        self._add_round(0, 0, 1, 0.0, time.perf_counter() - start)
         return done
+
+    def _add_round(self, *figures: Any) -> None:
+        assert self.report is not None, "of loops with streamed passes"
+        self.report.add_round(*figures)
+
+    def _with(self, drafts: list[int]) -> Tensor:
+        return torch.cat([self._ids, self._ids.new_tensor([drafts])], dim=1)
 
     def _inputs(self, ids: Tensor, kwargs: dict[str, Any], new_tokens: int, **more: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
@@ -180,8 +150,10 @@ class DraftingLoop:
         self, ids: Tensor, kwargs: dict[str, Any], drafted: int, *, judged: bool
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The full model over the last `drafted` of `ids` and the token before them: logits [1, drafted + 1, V] and
-        s^2 [1, drafted + 1, F] by layer; if they are not judged, of the last token, and of all tokens together."""
-        self._context.cache.crop(-drafted)
+        s^2 [1, drafted + 1, F] by layer; if they are not judged, of the last token, and of all tokens together. What
+        drafting left in the KV cache goes first."""
+        known = ids.shape[1] - drafted - 1
+        self._cache.crop(known - self._cache.get_seq_length())
         inputs = self._inputs(ids, kwargs, drafted + 1)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = drafted + 1 if judged else 1
@@ -196,6 +168,29 @@ class DraftingLoop:
         distribution = scores.softmax(-1)
         return int(torch.multinomial(distribution, 1)), distribution
 
+    def _judge(self, logits: Tensor, drafts: list[int], distributions: Sequence[Tensor | None]) -> bool:
+        """Emit the drafts that the model of `logits` [1, drafts + 1, V] agrees with, and its own token after them.
+        Without what they were drawn from, drafts are tokens that it would have drawn."""
+        for position, draft in enumerate(drafts):
+            raw, scores = self._processed(self._ids, logits[:, position])
+            token = self._verdict(scores, draft, distributions[position])
+            if self._emit(token, raw, scores):
+                return True
+            if token != draft:
+                return False
+        return self._emit_own(logits[:, -1])
+
+    def _verdict(self, scores: Tensor, draft: int, drafted_from: Tensor | None) -> int:
+        """`draft`, or the full model's token in its place, by its scores [1, V]."""
+        if drafted_from is None:
+            return self._pick(scores)[0]
+        distribution = scores.softmax(-1)
+        if torch.rand((), dtype=torch.float32, device=scores.device) * drafted_from[0, draft] < distribution[0, draft]:
+            return draft
+        rest = (distribution - drafted_from).clamp_(min=0)
+        # Nothing left: the two are equal but for rounding.
+        return int(torch.multinomial(rest if rest.sum() > 0 else distribution, 1))
+
     def _emit_own(self, logits: Tensor) -> bool:
         """Emit the full model's token of logits [1, V]."""
         raw, scores = self._processed(self._ids, logits)
@@ -205,6 +200,8 @@ class DraftingLoop:
         """Append a token to the answer; whether it ends there."""
         following = self._ids.new_tensor([[token]])
         self._ids = torch.cat([self._ids, following], dim=1)
+        if self._lookup is not None:
+            self._lookup.text.add(token)
         if self._config.return_dict_in_generate and self._config.output_scores:
             self._scores.append(scores)
         if self._config.return_dict_in_generate and self._config.output_logits:
@@ -220,7 +217,7 @@ class DraftingLoop:
             sequences=self._ids,
             scores=tuple(self._scores) or None,
             logits=tuple(self._raw) or None,
-            **{CACHE: self._context.cache},
+            **{CACHE: self._cache},
         )
 
 
@@ -246,7 +243,7 @@ class RefreshLoop(DraftingLoop):
         self._context.passed({index: total.sum(1) for index, total in sums.items()}, start_token)
         self._kwargs = self._grown(self._kwargs, 1)
         done = self._emit_own(logits[:, -1])
-        self.report.add_round(drafted, drafted, drafted + 1, draft_s, time.perf_counter() - start)
+        self._add_round(drafted, drafted, drafted + 1, draft_s, time.perf_counter() - start)
         return done
 
 
@@ -265,7 +262,8 @@ class ExactLoop(DraftingLoop):
     def _round(self) -> bool:
         self._context.cache.keep_start()
         start, known = time.perf_counter(), self._ids.shape[1]
-        ids, kwargs, distributions = self._draft(self._this_side(min(self._length.next(), self._room - 1)))
+        looked_up = self._looked_up()
+        ids, kwargs, distributions = looked_up or self._draft(self._this_side(min(self._length.next(), self._room - 1)))
         drafts: list[int] = ids[0, known:].tolist()
         draft_s, start = time.perf_counter() - start, time.perf_counter()
         logits, sums = self._pass(ids, kwargs, len(drafts), judged=True)
@@ -276,9 +274,22 @@ class ExactLoop(DraftingLoop):
         self._kwargs = self._grown(self._kwargs, len(tokens))
         accepted = sum(token == draft for token, draft in zip(tokens, drafts, strict=False))
         pass_s = time.perf_counter() - start
-        self._length.observe(len(drafts), accepted, draft_s, pass_s, ended=done)
-        self.report.add_round(len(drafts), accepted, len(tokens), draft_s, pass_s)
+        if looked_up is None:
+            self._length.observe(len(drafts), accepted, draft_s, pass_s, ended=done)
+        elif self._lookup is not None:
+            self._lookup.judged(len(drafts), accepted, ended=done)
+        self._add_round(len(drafts), accepted, len(tokens), draft_s, pass_s)
         return done
+
+    def _looked_up(self) -> tuple[Tensor, dict[str, Any], list[Tensor | None]] | None:
+        """As `_draft`, from the text, if that is better."""
+        if self._lookup is None:
+            return None
+        found = self._lookup.find(self._ids, self._this_side(self._room - 1))
+        if not self._length.prefers(len(found), self._lookup.text.acceptance):
+            self._lookup.text.expect(found)
+            return None
+        return self._with(found), self._grown(self._kwargs, len(found)), [None] * len(found)
 
     def _draft(self, count: int) -> tuple[Tensor, dict[str, Any], list[Tensor | None]]:
         """`ids` and `kwargs` after up to `count` tokens of the residents, and what those were drawn from; nothing is
@@ -293,34 +304,83 @@ class ExactLoop(DraftingLoop):
                 break
         return ids, kwargs, distributions
 
-    def _judge(self, logits: Tensor, drafts: list[int], distributions: list[Tensor | None]) -> bool:
-        """Emit the drafts that the full model agrees with, and its own token after them."""
-        for position, draft in enumerate(drafts):
-            raw, scores = self._processed(self._ids, logits[:, position])
-            token = self._verdict(scores, draft, distributions[position])
-            if self._emit(token, raw, scores):
-                return True
-            if token != draft:
-                return False
-        return self._emit_own(logits[:, -1])
 
-    def _verdict(self, scores: Tensor, draft: int, drafted_from: Tensor | None) -> int:
-        """`draft`, or the full model's token in its place, by its scores [1, V]."""
-        if drafted_from is None:
-            return int(scores.argmax(-1))
-        distribution = scores.softmax(-1)
-        if torch.rand((), dtype=torch.float32, device=scores.device) * drafted_from[0, draft] < distribution[0, draft]:
-            return draft
-        rest = (distribution - drafted_from).clamp_(min=0)
-        # Nothing left: the two are equal but for rounding.
-        return int(torch.multinomial(rest if rest.sum() > 0 else distribution, 1))
+# Without streamed passes: the residents themselves judge what the text suggests.
+
+
+class LookupLoop(DraftingLoop):
+    """The residents' tokens, several in one forward where the text suggests them. With a seed they are those that
+    would have been drawn one by one."""
+
+    def __init__(self, engine: FullModel, cache: KVCache, lookup: LookupState, streamer: Any) -> None:
+        self._begin(engine, cache, streamer, lookup)
+        self._state, self._costs = lookup, engine.step_costs
+        self._lookup_asked = None if lookup.only_alike else True
+        self.report = None
+        self._found: list[int] = []
+
+    def _round(self) -> bool:
+        known, text = self._ids.shape[1], self._state.text
+        drafts = self._drafts()
+        if not drafts:
+            text.expect(self._found)
+        start = time.perf_counter()
+        logits = self._forward(drafts)
+        forward_s, start = time.perf_counter() - start, time.perf_counter()
+        done = self._judge(logits, drafts, [None] * len(drafts))
+        tokens: list[int] = self._ids[0, known:].tolist()
+        self._cache.crop(len(tokens) - len(drafts) - 1)
+        self._kwargs = self._grown(self._kwargs, len(tokens))
+        self._costs.observe(1 + len(drafts), forward_s, (time.perf_counter() - start) / len(tokens))
+        if drafts:
+            accepted = sum(token == draft for token, draft in zip(tokens, drafts, strict=False))
+            self._state.judged(len(drafts), accepted, ended=done)
+        return done
+
+    def _drafts(self) -> list[int]:
+        """Those that are worth their rows; after a trial, the first time."""
+        self._found = [] if self._costs.rules_out(self._lookup_asked) else self._state.find(self._ids, self._room - 1)
+        drafts = self._found[: self._costs.best(len(self._found), self._state.text.acceptance)]
+        if drafts and self._costs.alike is None:
+            self._costs.alike = self._rows_are_alike(drafts)
+        return [] if self._costs.rules_out(self._lookup_asked) else drafts
+
+    def _rows_are_alike(self, drafts: list[int]) -> bool:
+        """Whether the first two rows are the same alone and with the others, which are taken back."""
+        together = self._forward(drafts)[0, :2].clone()
+        self._cache.crop(-1 - len(drafts))
+        alone = [self._forward(drafts[:place], rows=1)[0, -1].clone() for place in range(2)]
+        self._cache.crop(-2)
+        return torch.equal(together, torch.stack(alone))
+
+    def _forward(self, drafts: list[int], rows: int | None = None) -> Tensor:
+        """Logits [1, rows, V] of the residents for the last tokens behind which are `drafts`, by default all of those
+        and the one before them."""
+        rows = 1 + len(drafts) if rows is None else rows
+        ids, kwargs = self._ids, self._kwargs
+        if drafts:
+            ids, kwargs = self._with(drafts), self._grown(kwargs, len(drafts))
+        inputs = self._inputs(ids, kwargs, rows)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = rows
+        with table.rows_alike():
+            logits: Tensor = self._model(**inputs, return_dict=True).logits
+        return logits[:, -rows:]
 
 
 def loop_of(run: GenerationState, engine: FullModel, streamer: Any) -> DraftingLoop:
-    """What makes the tokens of a run that has streamed passes between them."""
+    """What makes the tokens of a run that drafts."""
     mode, context = run.mode, run.context
+    lookup = None
+    if run.lookup:
+        allowed = run.guide.allowed if run.guide is not None else None
+        lookup = LookupState(run.lookup, allowed, only_alike=mode.lookup is None)
+    if not mode.pass_tokens or not run.passes:
+        assert lookup is not None, "nothing else drafts"
+        assert run.own_cache is not None, "drafts are taken back from it"
+        return LookupLoop(engine, run.own_cache, lookup, streamer)
     assert context is not None, "drafts are taken back from a context"
     shared: dict[str, Any] = {"choose": mode.refresh != "never", "streamer": streamer}
     if mode.exact:
-        return ExactLoop(DraftLength(mode.draft_tokens), engine, context, **shared)
+        return ExactLoop(DraftLength(mode.draft_tokens), engine, context, lookup=lookup, **shared)
     return RefreshLoop(mode.pass_tokens, engine, context, **shared)

@@ -7,8 +7,9 @@ back (drafts), and the next mask is computed while the model computes the scores
 import json
 import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -24,9 +25,51 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from griffin_offload.config import Structure
 from griffin_offload.engine.report import StructureReport
 from griffin_offload.errors import UsageError, one_line
+
+_STRUCTURES = {"json_schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What an answer has to be: JSON by a schema (an object, or its text), a match of a regular expression, or what a
+    grammar makes (Lark, as llguidance reads it). Exactly one of them is given."""
+
+    json_schema: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in _STRUCTURES if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UsageError(f"a structure is one of json_schema, regex and grammar: {len(given)} are given")
+        value = getattr(self, given[0])
+        if isinstance(value, Mapping):
+            object.__setattr__(self, "json_schema", json.dumps(value))
+        elif not isinstance(value, str):
+            raise UsageError(f"{given[0]} is of type {type(value).__name__}: give a text")
+        if self.json_schema is not None:
+            self._check_schema(str(self.json_schema))
+
+    def _check_schema(self, text: str) -> None:
+        try:
+            schema = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"the JSON schema is no JSON: {str(error)[:200]}") from None
+        if not isinstance(schema, dict):
+            raise UsageError("the JSON schema has to be an object")
+
+    @property
+    def name(self) -> str:
+        """Of the field that is given."""
+        return next(name for name in _STRUCTURES if getattr(self, name) is not None)
+
+    @property
+    def kind(self) -> str:
+        """In messages."""
+        return _STRUCTURES[self.name]
+
 
 # One space, or a line's end and what it is indented by: models that write JSON write it so, and cannot go on with
 # nothing but spaces.

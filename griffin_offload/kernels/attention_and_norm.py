@@ -6,6 +6,7 @@ and emulates every product where the processor has no instructions for 16 bits (
 """
 
 import struct
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,61 @@ def one_token(
     """`attend` as transformers calls an attention."""
     scaling = options.get("scaling")
     return attend(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+
+
+FEW = 16
+"""Up to so many tokens behind others are attended for one by one: each as if it came alone, to the last bit."""
+
+
+def takes_few(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any
+) -> bool:
+    """Whether `few_tokens` takes these: what `takes_token` says of each of a few tokens of one sequence, of which a
+    mask says what they see: tokens side by side."""
+    if mask is None or query.shape[0] != 1 or not 1 < query.shape[2] <= FEW or key.shape[2] <= query.shape[2]:
+        return False
+    if mask.shape != (1, 1, query.shape[2], key.shape[2]) or not mask.is_cpu:
+        return False
+    return takes_token(module, query[:, :, :1], key, value, None, **options) and _seen(mask) is not None
+
+
+def few_tokens(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
+) -> tuple[Tensor, None]:
+    """`attend` for each token, over what it sees, as transformers calls an attention."""
+    seen, scaling = _seen(mask), options.get("scaling")
+    assert seen is not None, "the table was not asked"
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = [
+        attend(query[:, :, i : i + 1], key[:, :, first:last], value[:, :, first:last], None, scaling)
+        for i, (first, last) in enumerate(seen)
+    ]
+    return torch.cat(rows, dim=1), None
+
+
+_last_mask: tuple[Any, list[tuple[int, int]] | None] = (None, None)
+
+
+def _seen(mask: Tensor) -> list[tuple[int, int]] | None:
+    """The first token that each row of `mask` [1, 1, T, S] sees, and the one behind its last; None where others than
+    all between are seen. One mask serves all layers of a kind: the last answer is remembered."""
+    global _last_mask
+    known, found = _last_mask
+    if known is None or known() is not mask:
+        found = _ranges(mask[0, 0])
+        _last_mask = weakref.ref(mask), found
+    return found
+
+
+def _ranges(rows: Tensor) -> list[tuple[int, int]] | None:
+    visible = rows if rows.dtype == torch.bool else rows == 0
+    plain = rows.dtype == torch.bool or bool((visible | (rows <= torch.finfo(rows.dtype).min)).all())
+    counts, first = visible.sum(1).tolist(), visible.int().argmax(1).tolist()
+    found = [(start, start + many) for start, many in zip(first, counts, strict=True)]
+    side_by_side = all(
+        many and bool(visible[i, a:b].all()) for i, (many, (a, b)) in enumerate(zip(counts, found, strict=True))
+    )
+    return found if plain and side_by_side else None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

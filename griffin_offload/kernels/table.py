@@ -93,10 +93,26 @@ def leaving_out(unwanted: Callable[[Kernel], bool]) -> Iterator[None]:
         _found.clear()
 
 
+_alike = False
+
+
+@contextlib.contextmanager
+def rows_alike() -> Iterator[None]:
+    """Up to gemv.ROWS rows are multiplied by what multiplies one: where that is ours, each row's product is then the
+    same to the last bit, however many there are."""
+    global _alike
+    before, _alike = _alike, True
+    try:
+        yield
+    finally:
+        _alike = before
+
+
 def products(layout: str, rows: int, x: Tensor, computes: torch.dtype | None, resident: bool) -> tuple[Kernel, ...]:
     """What multiplies `rows` rows like x by a matrix in `layout`, best first, in a scratch of `computes`. A matrix that
     is not `resident` passes by once, with a prompt: many rows are its case."""
     device = "cpu" if x.is_cpu else x.device.type
+    rows = 1 if _alike and 1 < rows <= gemv.ROWS else rows
     key = (layout, rows if rows < MANY else MANY, device, x.dtype, computes, resident)
     found = _found.get(key)
     return _find(key, ("gemv", "gemm") if resident else ("gemm",), key[1], computes) if found is None else found
@@ -330,6 +346,14 @@ def _others_of_ours() -> list[Kernel]:
             attention_and_norm.each_token,
             **halves,
             takes=attention_and_norm.takes_each,
+        ),
+        Kernel(
+            "attention",
+            "one_token",
+            "attend_to, token by token",
+            attention_and_norm.few_tokens,
+            **halves,
+            takes=attention_and_norm.takes_few,
         ),
         Kernel(
             "rms_norm", "rows", "rms_norm", attention_and_norm.rms_norm, **halves, takes=attention_and_norm.takes_rows

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 from griffin_offload.config import ServeConfig
 from griffin_offload.serving.api_errors import ApiError, broken, out_of_time, slow_body, too_many_connections
 from griffin_offload.serving.auth import AccessGuard
+from griffin_offload.serving.messages_api import MessagesForm, chat_of_messages
 from griffin_offload.serving.metrics import Metrics
-from griffin_offload.serving.queue import Done, Event, Failed, Figures, Job
+from griffin_offload.serving.queue import Done, Event, Failed, Job
 from griffin_offload.serving.requests import (
     ENDPOINTS,
     Caps,
@@ -24,7 +26,8 @@ from griffin_offload.serving.requests import (
     output_tokens,
     parse_request,
 )
-from griffin_offload.serving.responses import LAST_EVENT, Response, encode, server_sent
+from griffin_offload.serving.responses import Response, encode, server_sent
+from griffin_offload.serving.responses_api import ResponsesForm, chat_of_responses
 from griffin_offload.serving.tokenization import Encoder
 from griffin_offload.serving.validation import parse_object
 from griffin_offload.units import parse_size
@@ -155,6 +158,23 @@ log = logging.getLogger(__name__)
 
 _MODELS = "/v1/models"
 _READING = {"/health": "health", "/metrics": "metrics", _MODELS: "models"}
+_TOKENIZE = "/tokenize"
+
+
+@dataclass(frozen=True)
+class Api:
+    """A route of another interface: how its bodies become a chat's, and the form of its answers."""
+
+    chat_of: Callable[[dict[str, Any]], dict[str, Any]]
+    form: type[Response]
+
+
+APIS = {
+    "/v1/responses": Api(chat_of_responses, ResponsesForm),
+    "/v1/messages": Api(chat_of_messages, MessagesForm),
+}
+_POSTED = {*ENDPOINTS, *APIS, _TOKENIZE}
+_NOT_SERVED = {"/v1/embeddings": "this server writes text, and computes no embeddings"}
 _STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 _OUTCOMES = {408: "timeout", 429: "queue_full"}
 
@@ -234,18 +254,22 @@ class App:
             raise too_many_connections()
         self._guard.check(method, path, headers)
         exchange.headers = self._guard.cors_headers(headers)
-        if path not in ENDPOINTS and path not in _READING and not path.startswith(f"{_MODELS}/"):
+        if path in _NOT_SERVED:
+            raise ApiError(404, f"{path} is not served: {_NOT_SERVED[path]}", code="not_found")
+        if path not in _POSTED and path not in _READING and not path.startswith(f"{_MODELS}/"):
             raise ApiError(404, "there is nothing at this path", code="not_found")
         if self._guard.is_preflight(method, headers):
             exchange.headers = self._guard.preflight_headers(headers)
             await exchange.answer(204, b"")
             return
-        allowed = ("POST",) if path in ENDPOINTS else ("GET", "HEAD")
+        allowed = ("POST",) if path in _POSTED else ("GET", "HEAD")
         if method not in allowed:
             allow = {"allow": ", ".join(allowed)}
             raise ApiError(405, f"{method[:20]} is not answered here: use {allowed[0]}", code="method", headers=allow)
-        if path in ENDPOINTS:
-            await self._ask(exchange, headers, ENDPOINTS[path])
+        if path == _TOKENIZE:
+            await self._tokenize(exchange, headers)
+        elif path in _POSTED:
+            await self._ask(exchange, headers, path)
         else:
             await self._read(exchange, path)
 
@@ -266,16 +290,36 @@ class App:
             else:
                 await exchange.answer(200, encode({"object": "list", "data": [model]}))
 
-    async def _ask(self, exchange: HttpExchange, headers: Headers, endpoint: Endpoint) -> None:
+    async def _tokenize(self, exchange: HttpExchange, headers: Headers) -> None:
+        """The prompt that a body makes, as token ids: vLLM's and llama-server's route."""
         service = self._service
         body = await exchange.body(self._max_body)
         _check_content(headers)
-        request = parse_request(endpoint, parse_object(body), service.served, service.config)
+        values = {"model": service.served, **parse_object(body)}
+        endpoint: Endpoint = "chat" if "messages" in values else "completions"
+        request = parse_request(endpoint, values, service.served, service.config)
+        prompts = await exchange.within_time(service.encoder.encode(request))
+        if len(prompts) != 1:
+            raise ApiError(400, f"prompt holds {len(prompts)}: one at a time", param="prompt", code="invalid_value")
+        tokens = prompts[0]
+        await exchange.answer(
+            200, encode({"tokens": tokens, "count": len(tokens), "max_model_len": service.caps.context})
+        )
+
+    async def _ask(self, exchange: HttpExchange, headers: Headers, path: str) -> None:
+        service = self._service
+        body = await exchange.body(self._max_body)
+        _check_content(headers)
+        values, api = parse_object(body), APIS.get(path)
+        if api is not None:
+            values = api.chat_of(values)
+        request = parse_request(ENDPOINTS.get(path, "chat"), values, service.served, service.config)
         service.worker.check_room()
         prompts = await exchange.within_time(service.encoder.encode(request))
         max_tokens = [output_tokens(request, prompt, service.caps) for prompt in prompts]
         job = Job(request, prompts, max_tokens, exchange.deliver)
-        response = Response(request, service.served, len(prompts) * request.n)
+        form = Response if api is None else api.form
+        response = form(request, service.served, len(prompts) * request.n)
         service.worker.submit(job)
         try:
             await (_stream if request.stream else _whole)(exchange, request, response)
@@ -302,16 +346,13 @@ async def _stream(exchange: HttpExchange, request: Request, response: Response) 
             raise event.failure
         if not exchange.started:
             await exchange.start(200, _STREAM_HEADERS)
-            await exchange.write(b"".join(map(server_sent, response.opening())), more=True)
+            await exchange.write(response.sent_opening(), more=True)
         if isinstance(event, Done):
-            await exchange.write(_end(event.figures, request, response), more=False)
+            await exchange.write(response.sent_end(event.figures), more=False)
             return
-        await exchange.write(server_sent(response.chunk(event)), more=True)
-
-
-def _end(figures: Figures, request: Request, response: Response) -> bytes:
-    closing = server_sent(response.closing(figures)) if request.include_usage else b""
-    return closing + LAST_EVENT
+        found = response.sent(event)
+        if found:
+            await exchange.write(found, more=True)
 
 
 def _check_content(headers: Headers) -> None:
@@ -325,4 +366,9 @@ def _check_content(headers: Headers) -> None:
 
 def _kind(path: str) -> str:
     """A name for figures and logs, from a fixed list: paths are the client's words."""
-    return ENDPOINTS.get(path) or _READING.get(path) or ("models" if path.startswith(f"{_MODELS}/") else "other")
+    return (
+        ENDPOINTS.get(path)
+        or (path.rpartition("/")[2] if path in _POSTED else "")
+        or _READING.get(path)
+        or ("models" if path.startswith(f"{_MODELS}/") else "other")
+    )

@@ -17,10 +17,12 @@ from griffin_offload.engine.report import RunReport
 from griffin_offload.engine.scheduler import HasToWait, SequenceScheduler
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.serving.logprobs import LogprobRecorder, TokenLogprob
+from griffin_offload.serving.answer_parts import Part, PartsShown, parts_shown
+from griffin_offload.serving.logprobs import LogitBias, LogprobRecorder, TokenLogprob
 from griffin_offload.serving.queue import Finish, Finished, Job, Piece
 from griffin_offload.serving.requests import NO_PENALTIES, Request
-from griffin_offload.serving.text_stream import Detokeniser, StopHolder
+from griffin_offload.serving.text_stream import Detokeniser, StopHolder, whole_text
+from griffin_offload.serving.tokenization import structure_of
 
 # One answer while it is generated: tokens become text, stop strings end it, an interruption, too.
 
@@ -42,10 +44,12 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
         ends: Collection[int],
         show: Callable[[str, tuple[TokenLogprob, ...]], None],
         interrupted: Callable[[], bool],
+        parts: PartsShown | None = None,
+        echo: str = "",
     ) -> None:
         self._detokeniser, self._holder, self._recorder = detokeniser, holder, recorder
         self._ends, self._show, self._interrupted = ends, show, interrupted
-        self._seen = prompt_tokens
+        self._parts, self._echo, self._seen = parts, echo, prompt_tokens
         self._letters = 0
         self._waiting: deque[TokenLogprob] = deque()
         self.interrupted = self._ended = False
@@ -53,6 +57,9 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         tokens = input_ids[0, self._seen :].tolist()
         self._seen = input_ids.shape[1]
+        if self._echo:
+            self._show(self._echo, ())
+            self._echo = ""
         for token in tokens:
             self._add(token)
         self.interrupted = self.interrupted or self._interrupted()
@@ -86,7 +93,9 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
             self._grow(self._detokeniser.flush())
         if not self._holder.stopped:
             self._give(self._holder.flush(), self._letters + 1)
-        return "stop" if over or self._ended or self._holder.stopped else "length"
+        stopped = over or self._ended or self._holder.stopped
+        called = self._parts is not None and self._parts.finish()
+        return "length" if not stopped else "tool_calls" if called else "stop"
 
 
 # Scores are divided by the temperature in float32: below this that would be a division by nothing.
@@ -205,9 +214,8 @@ class _Generation:
         model = self._model
         answer, arguments = self.asked(ids, max_tokens, choice)
         with self.watching():
-            model.generate(
-                ids, context=context, exact=self._request.exact, structure=self._request.structure, **arguments
-            )
+            structure = structure_of(self._request, self._tokenizer)
+            model.generate(ids, context=context, exact=self._request.exact, structure=structure, **arguments)
         assert model.last_report is not None, "a generate that ended well has a report"
         self.finish(answer, choice, model.last_report)
         return model.last_report
@@ -218,6 +226,7 @@ class _Generation:
         if request.top_logprobs is not None:
             chat = request.endpoint == "chat"
             recorder = LogprobRecorder(self._tokenizer, request.top_logprobs, begins=chat)
+        bias = LogitBias(request.logit_bias) if request.logit_bias else None
         answer = self._new_answer(ids, recorder, choice)
         return answer, {
             "attention_mask": torch.ones_like(ids),
@@ -225,7 +234,7 @@ class _Generation:
             **ONE_ANSWER,
             **({"eos_token_id": sorted(self._ends)} if self._ends else {}),
             "stopping_criteria": StoppingCriteriaList([answer]),
-            "logits_processor": LogitsProcessorList([recorder] if recorder is not None else []),
+            "logits_processor": LogitsProcessorList([one for one in (recorder, bias) if one is not None]),
             **(NO_PENALTIES | sampling_of(request, self._model.generation_config)),
         }
 
@@ -247,15 +256,24 @@ class _Generation:
         self._job.deliver(Finished(choice, answer.finish(over=over)))
 
     def _new_answer(self, ids: Tensor, recorder: LogprobRecorder | None, choice: int) -> Answer:
-        before = ids[0].tolist() if self._request.endpoint == "completions" else ()
+        prompt: list[int] = ids[0].tolist()
+        chat, parts = self._request.endpoint == "chat", None
+
+        def deliver(part: Part, tokens: tuple[TokenLogprob, ...]) -> None:
+            self._job.deliver(Piece(choice, part.text, tokens, part.kind, part.call))
+
+        if chat:
+            parts = parts_shown(self._tokenizer, prompt, self._request.tools.functions, deliver)
         return Answer(
             ids.shape[1],
-            Detokeniser(self._tokenizer, before),
+            Detokeniser(self._tokenizer, () if chat else prompt, () if parts is None else parts.kept),
             StopHolder((*self._request.stops, *_texts(self._model.generation_config.stop_strings))),
             recorder,
             ends=self._ends | self._ending_words,
-            show=lambda text, tokens: self._job.deliver(Piece(choice, text, tokens)),
+            show=parts.show if parts is not None else lambda text, tokens: deliver(Part(text), tokens),
             interrupted=self._token_done,
+            parts=parts,
+            echo=whole_text(self._tokenizer, prompt) if self._request.echo else "",
         )
 
     def _token_done(self) -> bool:
@@ -314,7 +332,8 @@ class JobBeside:
 
     def _beginning(self, ids: Tensor, max_tokens: int) -> DecodingSequence:
         self._answer, arguments = self._generation.asked(ids, max_tokens, self._choice)
-        guide = self._held.model.guide(self.job.request.structure, arguments)
+        model = self._held.model
+        guide = model.guide(structure_of(self.job.request, model.tokenizer), arguments)
         with self._generation.watching():
             return self._scheduler.begin(ids, context=self._of_prompt, seed=self._random, guide=guide, **arguments)
 
@@ -348,7 +367,7 @@ def sampling_of(request: Request, given: Any) -> dict[str, Any]:
     penalty = {} if request.repetition_penalty is None else {"repetition_penalty": request.repetition_penalty}
     if temperature < _COLDEST or top_p == 0:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None, **penalty}
-    top_k = _first(given.top_k if samples else None, 0)
+    top_k = _first(request.top_k, given.top_k if samples else None, 0)
     min_p = given.min_p if samples and request.min_p is None else request.min_p
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, **penalty}
 

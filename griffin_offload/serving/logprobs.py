@@ -1,10 +1,13 @@
-"""Log probabilities of tokens, as the model gave them: before penalties, bans, temperature and top_p."""
+"""Log probabilities of tokens, as the model gave them: before penalties, bans, temperature and top_p. And what a client
+adds to some."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from griffin_offload.engine.generation import LogitsObserver
 from griffin_offload.serving.text_stream import special_ids, token_text
@@ -57,6 +60,18 @@ class LogprobRecorder(LogitsObserver):
             begins = self._first and "\ufffd" not in text
             spelt = tuple(text.encode()) if begins else token_bytes(self._tokenizer, token, text)
         return TokenLogprob(text, spelt, max(logprob, _LEAST))
+
+
+class LogitBias(LogitsProcessor):  # type: ignore[misc]
+    """Adds to the scores of some tokens."""
+
+    def __init__(self, bias: tuple[tuple[int, float], ...]) -> None:
+        self._tokens, self._added = zip(*bias, strict=True)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        added = torch.tensor(self._added, dtype=scores.dtype, device=scores.device)
+        places = torch.tensor(self._tokens, dtype=torch.long, device=scores.device)
+        return scores.index_add(1, places, added.expand(scores.shape[0], -1))
 
 
 def token_bytes(tokenizer: Any, token: int, text: str) -> tuple[int, ...] | None:

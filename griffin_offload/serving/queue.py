@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from griffin_offload.engine.report import RunReport
+from griffin_offload.serving.answer_parts import Call, Kind
 from griffin_offload.serving.api_errors import ApiError
 from griffin_offload.serving.logprobs import TokenLogprob
 from griffin_offload.serving.requests import Request
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Piece:
     choice: int
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
+    kind: Kind = "content"
+    call: Call | None = None
+    """In the place of text."""
 
 
 @dataclass(frozen=True)

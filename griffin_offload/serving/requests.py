@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from griffin_offload.config import ServeConfig, Structure
+from griffin_offload.config import ServeConfig
+from griffin_offload.engine.structure import Structure
 from griffin_offload.errors import UsageError
 from griffin_offload.serving.api_errors import ApiError, invalid, unsupported
+from griffin_offload.serving.messages import Message, parse_messages
+from griffin_offload.serving.tools import NO_TOOLS, Tools, parse_tools, template_variables
 from griffin_offload.serving.validation import FieldReader
-
-# The messages of a chat: roles that a template knows, and texts.
 
 NO_PENALTIES: dict[str, Any] = {
     "repetition_penalty": 1.0,
@@ -18,68 +19,6 @@ NO_PENALTIES: dict[str, Any] = {
     "exponential_decay_length_penalty": None,
 }
 """Arguments of `generate`: clients get no penalty that they did not ask for; they can ask for the first one."""
-
-
-Message = dict[str, str]
-
-ROLES = ("system", "user", "assistant")
-# What clients call instructions to models that think; templates know them as the system's.
-_INSTRUCTIONS = "developer"
-_MAX_MESSAGES = 10_000
-# What an answer of a client library carries when it is sent back; empty, or it would ask for something.
-_EMPTY: dict[str, tuple[Any, ...]] = {
-    "name": (),
-    "refusal": (),
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
-}
-
-
-def parse_messages(fields: FieldReader) -> tuple[Message, ...]:
-    """Role and text of each message; Failure names the one that cannot be used."""
-    found = fields.raw("messages")
-    if not isinstance(found, list) or not 0 < len(found) <= _MAX_MESSAGES:
-        raise fields.wrong("messages", f"a list of 1 to {_MAX_MESSAGES} messages")
-    return tuple(_message(value, f"messages[{index}]") for index, value in enumerate(found))
-
-
-def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, dict):
-        raise invalid(f"{where} has to be an object", where)
-    role = "system" if value.get("role") == _INSTRUCTIONS else value.get("role")
-    if role in ("tool", "function"):
-        raise unsupported(f"{where}.role", f"{role}: the roles are {', '.join(ROLES)}")
-    fields = FieldReader(value, known=("role", "content"), neutral=_EMPTY, where=where)
-    if role not in ROLES:
-        raise fields.wrong("role", f"one of {', '.join(ROLES)}")
-    return {"role": role, "content": _content(fields)}
-
-
-def _content(fields: FieldReader) -> str:
-    """One text, or the texts of all parts, a line each."""
-    found = fields.raw("content")
-    if not isinstance(found, list):
-        text = fields.text("content")
-        if text is None:
-            raise fields.wrong("content", "given: a string, or a list of text parts")
-        return text
-    texts = []
-    for index, part in enumerate(found):
-        where = f"{fields.path('content')}[{index}]"
-        if not isinstance(part, dict):
-            raise invalid(f"{where} has to be an object", where)
-        if part.get("type") != "text":
-            raise unsupported(f"{where}.type", "the model reads text parts alone")
-        text = FieldReader(part, known=("type", "text"), where=where).text("text")
-        if text is None:
-            raise invalid(f"{where}.text has to be given", f"{where}.text")
-        texts.append(text)
-    if not texts:
-        raise fields.wrong("content", "a string, or a list of text parts, of which it has none")
-    return "\n".join(texts)
 
 
 Endpoint = Literal["chat", "completions"]
@@ -93,6 +32,8 @@ _MAX_TOP_LOGPROBS = {"chat": 20, "completions": 5}
 # Of OpenAI's, for completions that name no length.
 _COMPLETION_TOKENS = 16
 _LARGEST = 2**31 - 1
+_MOST_BIASES = 1024
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 # 1 is none; 0 would be a division by nothing.
 _LEAST_PENALTY, _MOST_PENALTY = 0.01, 100
 _COMMON = {
@@ -110,13 +51,19 @@ _COMMON = {
     "exact",
     "min_p",
     "repetition_penalty",
+    "top_k",
+    "logit_bias",
     "response_format",
     "regex",
     "grammar",
 }
 _KNOWN = {
-    "chat": {*_COMMON, "messages", "max_completion_tokens", "top_logprobs"},
-    "completions": {*_COMMON, "prompt"},
+    "chat": {
+        *_COMMON,
+        *("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"),
+        *("reasoning_effort", "chat_template_kwargs"),
+    },
+    "completions": {*_COMMON, "prompt", "echo"},
 }
 # They say who asks and how others may bill or store it; no answer depends on them.
 _IGNORED = ("user", "safety_identifier", "prompt_cache_key", "metadata")
@@ -127,27 +74,20 @@ _NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
         "frequency_penalty": (0,),
         "function_call": ("none",),
         "functions": ([],),
-        "logit_bias": ({},),
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (True, False),
         "prediction": (),
         "presence_penalty": (0,),
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
-        "reasoning_effort": (),
         "service_tier": ("auto", "default"),
         "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": (),
         "web_search_options": (),
     },
     "completions": {
         "best_of": (1,),
-        "echo": (False,),
         "frequency_penalty": (0,),
-        "logit_bias": ({},),
         "presence_penalty": (0,),
         "suffix": (),
     },
@@ -179,6 +119,16 @@ class Request:
     repetition_penalty: float | None = None
     structure: Structure | None = None
     """What the answer has to be."""
+    top_k: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to their scores."""
+    echo: bool = False
+    """The answer begins with the prompt."""
+    tools: Tools = NO_TOOLS
+    variables: tuple[tuple[str, Any], ...] = ()
+    """Of the chat template."""
+    effort: str | None = None
+    """How much a model is to think, by OpenAI's word."""
 
 
 def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, config: ServeConfig) -> Request:
@@ -207,7 +157,40 @@ def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, confi
         min_p=fields.number("min_p", 0, 1),
         repetition_penalty=fields.number("repetition_penalty", _LEAST_PENALTY, _MOST_PENALTY),
         structure=_structure(fields),
+        top_k=fields.integer("top_k", 0, _LARGEST),
+        logit_bias=_logit_bias(fields),
+        **(_of_chats(fields) if chat else {"echo": _echo(fields)}),
     )
+
+
+def _of_chats(fields: FieldReader) -> dict[str, Any]:
+    tools = parse_tools(fields)
+    if tools.forced and (_structure(fields) is not None):
+        raise invalid("tool_choice asks for a call, and another field for another structure: give one", "tool_choice")
+    effort = fields.text("reasoning_effort")
+    if effort not in (None, *EFFORTS):
+        raise fields.wrong("reasoning_effort", f"one of {', '.join(EFFORTS)}")
+    return {"tools": tools, "variables": template_variables(fields), "effort": effort}
+
+
+def _echo(fields: FieldReader) -> bool:
+    echo = bool(fields.flag("echo"))
+    if echo and fields.raw("logprobs") is not None:
+        raise unsupported("echo", "log probabilities of prompts are not computed: leave logprobs out")
+    return echo
+
+
+def _logit_bias(fields: FieldReader) -> tuple[tuple[int, float], ...]:
+    found = fields.raw("logit_bias")
+    if found is None:
+        return ()
+    if not isinstance(found, dict) or len(found) > _MOST_BIASES:
+        raise fields.wrong("logit_bias", f"an object of up to {_MOST_BIASES} token ids")
+    reader = FieldReader(found, known=found, where="logit_bias")
+    for token in found:
+        if not token.isdecimal() or not token.isascii() or int(token) > _LARGEST:
+            raise invalid("logit_bias has to name token ids", f"logit_bias.{token[:20]}")
+    return tuple((int(token), reader.number(token, -100, 100) or 0.0) for token in found)
 
 
 def _check_model(fields: FieldReader, served: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from griffin_offload.engine.report import RunReport
+from griffin_offload.serving.answer_parts import Call
 from griffin_offload.serving.logprobs import TokenLogprob
 from griffin_offload.serving.queue import Event, Figures, Finished, Piece
 from griffin_offload.serving.requests import Request
@@ -30,6 +31,8 @@ class Choice:
 
     text: str = ""
     tokens: list[TokenLogprob] = field(default_factory=list)
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
     finish: str | None = None
 
 
@@ -41,12 +44,34 @@ class Response:
         self._id = ("chatcmpl-" if request.endpoint == "chat" else "cmpl-") + secrets.token_hex(12)
         self._created = int(time.time())
         self._choices = [Choice() for _ in range(choices)]
+        self._begin()
+
+    def _begin(self) -> None:
+        """What other forms begin with."""
+
+    def sent_opening(self) -> bytes:
+        """What a stream begins with."""
+        return b"".join(map(server_sent, self.opening()))
+
+    def sent(self, event: Piece | Finished) -> bytes:
+        """`event` in a stream."""
+        return server_sent(self.chunk(event))
+
+    def sent_end(self, figures: Figures) -> bytes:
+        """The end of a stream."""
+        closing = server_sent(self.closing(figures)) if self._request.include_usage else b""
+        return closing + LAST_EVENT
 
     def take(self, event: Event) -> None:
         """Gather `event`."""
         if isinstance(event, Piece):
-            self._choices[event.choice].text += event.text
-            self._choices[event.choice].tokens += event.tokens
+            choice = self._choices[event.choice]
+            if event.kind == "reasoning":
+                choice.reasoning += event.text
+            else:
+                choice.text += event.text
+            choice.tokens += event.tokens
+            choice.calls += [event.call] if event.call is not None else []
         elif isinstance(event, Finished):
             self._choices[event.choice].finish = event.reason
 
@@ -66,7 +91,14 @@ class Response:
         """`event` as a chunk of a stream."""
         if isinstance(event, Finished):
             return self._chunk(event.choice, {}, event.reason, ())
-        return self._chunk(event.choice, {"content": event.text}, None, event.tokens)
+        if event.call is not None:
+            index = len(self._choices[event.choice].calls)
+            self._choices[event.choice].calls.append(event.call)
+            return self._chunk(
+                event.choice, {"tool_calls": [{"index": index, **_called(event.call)}]}, None, event.tokens
+            )
+        name = "content" if event.kind == "content" else "reasoning_content"
+        return self._chunk(event.choice, {name: event.text}, None, event.tokens)
 
     def closing(self, figures: Figures) -> dict[str, Any]:
         """The chunk with the figures."""
@@ -84,7 +116,10 @@ class Response:
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         logprobs = self._logprobs(choice.tokens)
         if self._request.endpoint == "chat":
-            message = {"role": "assistant", "content": choice.text, "refusal": None}
+            text = None if choice.calls and not choice.text.strip() else choice.text
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            message |= {"reasoning_content": choice.reasoning} if choice.reasoning else {}
+            message |= {"tool_calls": [_called(call) for call in choice.calls]} if choice.calls else {}
             return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
         return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish}
 
@@ -108,6 +143,10 @@ class Response:
             "top_logprobs": [by_label(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
+
+
+def _called(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _chat_token(token: TokenLogprob) -> dict[str, Any]:

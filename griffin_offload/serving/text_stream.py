@@ -1,6 +1,6 @@
 """Tokens become text as they come, whole letters only."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -65,8 +65,9 @@ class Detokeniser:
     is complete. Only the tokens since the last complete letter, and those of the piece before it, are decoded again.
     """
 
-    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
-        self._tokenizer, self._special = tokenizer, special_ids(tokenizer)
+    def __init__(self, tokenizer: Any, before: Sequence[int] = (), kept: Collection[int] = ()) -> None:
+        """`kept` are special tokens that are text here, by their names."""
+        self._tokenizer, self._special = tokenizer, special_ids(tokenizer) - frozenset(kept)
         self._ids = list(before[-_BEFORE:])
         self._shown = len(self._ids)
 

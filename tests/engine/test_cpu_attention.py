@@ -95,6 +95,31 @@ def test_every_token_is_seen_once(tokens, threads):
 
 
 @needs_kernel
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("form", ["bool", "float"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_few_tokens_are_each_as_if_alone(window, form, dtype):
+    """To the last bit, in a window, too; and torch does masks with holes."""
+    generator, new, seen = torch.Generator().manual_seed(0), 5, 40
+    query = torch.randn(1, 4, new, 16, generator=generator).to(dtype)
+    key, value = (torch.randn(1, 2, seen, 16, generator=generator).to(dtype) for _ in range(2))
+    last = torch.arange(seen - new, seen)[:, None]
+    mask = (torch.arange(seen) <= last) & (torch.arange(seen) > last - (window or seen))
+    mask = mask[None, None]
+    given = mask if form == "bool" else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    with torch.no_grad():
+        found, _ = cpu_modules._attention(nn.Module(), query, key, value, given, scaling=0.25)
+        for row in range(new):
+            first, end = int(mask[0, 0, row].int().argmax()), seen - new + row + 1
+            alone = attend(query[:, :, row : row + 1], key[:, :, first:end], value[:, :, first:end], None, 0.25)
+            assert torch.equal(found[:, row : row + 1], alone)
+        holed = mask.clone()
+        holed[0, 0, 2, 20 if window is None else 34] = False
+        by = table.choose("attention", "one_token", nn.Module(), query, key, value, holed, like=query)
+        assert not by.ours
+
+
+@needs_kernel
 def test_what_is_no_number_stays_none():
     """In the head that has it and in no other."""
     query, key, value = torch.ones(1, 2, 1, 16), torch.ones(1, 2, 5, 16), torch.ones(1, 2, 5, 16)

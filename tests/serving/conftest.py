@@ -92,6 +92,12 @@ def serve_one() -> Callable[..., "contextlib.AbstractContextManager[Running]"]:
     return running
 
 
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., "contextlib.AbstractContextManager[Running]"]:
+    """As `serve_one`, for servers of a whole file."""
+    return running
+
+
 @pytest.fixture
 def client(tiny: Running) -> Iterator[openai.OpenAI]:
     with tiny.client() as found:

@@ -260,8 +260,8 @@ def test_errors_are_the_clients_own(client: openai.OpenAI):
         "invalid_request_error",
         "invalid_value",
     )
-    with pytest.raises(openai.BadRequestError, match="tools is not supported here"):
-        client.chat.completions.create(model="tiny", messages=MESSAGES, tools=[{"type": "function"}])
+    with pytest.raises(openai.BadRequestError, match="functions alone are called"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, tools=[{"type": "web_search"}])
     image: Any = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
     with pytest.raises(openai.BadRequestError, match="the model reads text parts alone"):
         client.chat.completions.create(model="tiny", messages=[image])
