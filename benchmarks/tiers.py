@@ -41,11 +41,13 @@ class Way:
     """Arguments of `from_pretrained`."""
 
 
-WAYS = (
-    *(Way(f"all in {name}", {"quantize": name, "density": 1.0}) for name in ("int4", "int3", "int2")),
-    *(Way(f"{density:g} of int4", {"quantize": "int4", "density": density}) for density in (0.75, 0.5)),
-    *(Way(f"tiers, {bits:g}", {"quantize": "tiers", "bits": bits}) for bits in BITS),
-)
+def ways(bits: Sequence[float]) -> list[Way]:
+    """Tiers of so many bits, fewer bits, fewer neurons."""
+    return [
+        *(Way(f"tiers, {one:g}", {"quantize": "tiers", "bits": one}) for one in bits),
+        *(Way(f"all in {name}", {"quantize": name, "density": 1.0}) for name in ("int4", "int3", "int2")),
+        *(Way(f"{density:g} of int4", {"quantize": "int4", "density": density}) for density in (0.75, 0.5)),
+    ]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def measure_model(section: Section, folder: Path, args: argparse.Namespace, step
         permuted, reference = Path(name) / "permuted", Path(name) / "reference.pt"
         section.permuted_kl = write_permuted(folder, permuted)
         in_own_process(measure_stock, permuted, texts, windows, args.threads, reference)
-        for way in WAYS:
+        for way in ways(args.bits):
             start = time.perf_counter()
             found = in_own_process(measure, permuted, way.options, reference, windows, args.threads)
             section.rows.append((way.name, found))
@@ -146,6 +148,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--models", type=Path, default=default_models(), help="where models are kept, and fetched to if absent")
     add("--text", action="append", metavar="NAME=FILE", help="UTF-8, .txt or .txt.xz (default: a children's book)")
     add("--only", choices=tuple(SOURCES), action="append", help="one of the models")
+    add("--bits", type=lambda text: [float(bits) for bits in text.split(",")], default=BITS, help="of tiers")
     add("--windows", type=int, default=24, help="of each text, spread evenly")
     add("--prompt-tokens", type=int, default=256)
     add("--scored-tokens", type=int, default=112)

@@ -90,9 +90,10 @@ class GgufCheckpoint(Checkpoint):
         index = self.architecture.rows.get(part)
         transposed = name.endswith(self.architecture.transposed or ("\0",)) and len(tensor.shape) == 2
         minus = float(self.architecture.norms_minus_one and tensor.name.endswith("norm.weight"))
+        if part == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:  # one row, of which files leave out the axis
+            tensor = dataclasses.replace(tensor, shape=(1, *tensor.shape))
         shape = tensor.shape[::-1] if transposed else tensor.shape
         shape = (shape[0], 1, shape[1]) if part == "shortconv.conv" else shape
-        shape = (1, *shape) if part == "ffn_gate_inp_shexp" and len(shape) == 1 else shape
         if not (index or transposed or minus) and _STORED_AS.get(tensor.type.name) == self.dtype:
             return StoredTensor(shape, self.dtype, (tensor.extent,))
         order = None if index is None else _checked(index(self.raw_config), tensor, self.directory)

@@ -16,8 +16,9 @@ from griffin_offload.cli.eval_options import (
     variants_of,
 )
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
-from griffin_offload.config import FORMAT_NAMES, LatencyConfig
+from griffin_offload.config import FORMAT_NAMES
 from griffin_offload.errors import DoesNotFit, UsageError
+from griffin_offload.evaluation.config import LatencyConfig
 from griffin_offload.units import format_bytes
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from griffin_offload.cli.eval_options import (
     variants_of,
 )
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
-from griffin_offload.config import FORMAT_NAMES, EvalConfig, WindowStart
+from griffin_offload.config import FORMAT_NAMES, WindowStart
 from griffin_offload.errors import UsageError
+from griffin_offload.evaluation.config import EvalConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,8 +16,8 @@ from griffin_offload.cli.eval_options import (
     variants_of,
 )
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
-from griffin_offload.config import SummariesConfig
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
+from griffin_offload.evaluation.config import SummariesConfig
 
 if TYPE_CHECKING:
     from griffin_offload.checkpoint.base import Checkpoint

@@ -11,8 +11,9 @@ from griffin_offload.cli import inspect_text
 from griffin_offload.cli.eval_options import Bar, add_measuring_options, load_streamed, numbers
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, parse_density, quiet_libraries
 from griffin_offload.cli.prompt import prompt_text, tokenize
-from griffin_offload.config import FORMAT_NAMES, InspectConfig, LoadConfig, RunConfig
+from griffin_offload.config import FORMAT_NAMES, LoadConfig, RunConfig
 from griffin_offload.errors import DoesNotFit, UsageError
+from griffin_offload.evaluation.config import InspectConfig
 from griffin_offload.evaluation.plots import check_matplotlib, draw, make_directory
 from griffin_offload.units import format_bytes
 

@@ -7,6 +7,7 @@ results differ by the order of summation alone. Figures: benchmarks/NOTES.md.
 """
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,6 +92,27 @@ def attention_forward(
 
 
 table.add(table.Kernel("attention", "one_token", "sdpa", sdpa_attention_forward, ours=False), last=True)
+
+
+def attend_to_each(
+    module: nn.Module, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], **kwargs: Any
+) -> tuple[Tensor, None]:
+    """`attention_forward` for every row of query [N, heads, 1, D], over keys and values of its own."""
+    for kernel in table.candidates("attention", "each_token", query):
+        if kernel.takes is None or kernel.takes(module, query, keys, values, **kwargs):
+            found: tuple[Tensor, None] = kernel.function(module, query, keys, values, **kwargs)
+            return found
+    raise AssertionError("one after the other takes everything")
+
+
+def _one_after_the_other(
+    module: nn.Module, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], **kwargs: Any
+) -> tuple[Tensor, None]:
+    pairs = enumerate(zip(keys, values, strict=True))
+    return torch.cat([attention_forward(module, query[i : i + 1], *pair, None, **kwargs)[0] for i, pair in pairs]), None
+
+
+table.add(table.Kernel("attention", "each_token", "one after the other", _one_after_the_other, ours=False), last=True)
 
 
 # Root mean square norms on the CPU: our kernel for a few rows in place of torch's operators, one by one.

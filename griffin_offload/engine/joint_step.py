@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from griffin_offload.blocks.states import lasting_kinds, state_kinds
+from griffin_offload.engine.cpu_modules import ATTENTION_NAME, attend_to_each
 from griffin_offload.engine.stock import StockForward
 from griffin_offload.errors import one_line
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
@@ -72,6 +73,8 @@ def _attend(
     module: nn.Module, query: Tensor, key: _JointStates, value: _JointStates, mask: object, **options: Any
 ) -> tuple[Tensor, None]:
     """As transformers calls an attention: query [N, heads, 1, D] to [N, 1, heads, D]."""
+    if key.implementation == ATTENTION_NAME:
+        return attend_to_each(module, query, key.parts, value.parts, **options)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(key.implementation, eager)
     pairs = enumerate(zip(key.parts, value.parts, strict=True))

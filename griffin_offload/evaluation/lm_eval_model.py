@@ -21,11 +21,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.registry import open_checkpoint
-from griffin_offload.config import MIN_AUTO_CTX, BosRule, EvalMode, SelectionMethod, TasksConfig
+from griffin_offload.config import MIN_AUTO_CTX, BosRule, EvalMode, SelectionMethod
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.spec import by_residents_alone
 from griffin_offload.errors import DoesNotFit
+from griffin_offload.evaluation.config import TasksConfig
 from griffin_offload.evaluation.distributed import Processes
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.scoring import Scores

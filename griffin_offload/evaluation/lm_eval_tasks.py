@@ -26,9 +26,9 @@ from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable
 
-from griffin_offload.config import TasksConfig
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.errors import GriffinError, UsageError, one_line
+from griffin_offload.evaluation.config import TasksConfig
 from griffin_offload.evaluation.distributed import Processes
 from griffin_offload.evaluation.lm_eval_model import GriffinLM
 from griffin_offload.evaluation.samples import json_lines

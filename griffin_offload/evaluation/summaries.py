@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from griffin_offload.config import SummariesConfig
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.errors import GriffinError, UsageError, one_line
+from griffin_offload.evaluation.config import SummariesConfig
 from griffin_offload.evaluation.rouge import METRICS, rouge
 from griffin_offload.evaluation.samples import json_lines
 from griffin_offload.method.variants import Variant

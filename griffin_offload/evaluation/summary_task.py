@@ -5,8 +5,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from griffin_offload.config import SummariesConfig
 from griffin_offload.errors import UsageError
+from griffin_offload.evaluation.config import SummariesConfig
 from griffin_offload.evaluation.rouge import rouge as summary_scores
 from griffin_offload.evaluation.samples import json_lines
 

@@ -116,8 +116,10 @@ class TieredLinear(QuantizedLinear):
         if not self.tiered:
             return super().forward(x)
         if not self.is_down:
-            parts = [tier(x).unflatten(-1, (self.stacked, -1)) for tier in self.tiers]
-            return torch.cat(parts, dim=-1).flatten(-2)
+            parts = [tier(x) for tier in self.tiers]
+            if self.stacked == 1:
+                return torch.cat(parts, dim=-1)
+            return torch.cat([part.unflatten(-1, (self.stacked, -1)) for part in parts], dim=-1).flatten(-2)
         first, *others = x.split([tier.in_features for tier in self.tiers], dim=-1)
         total: Tensor = self.tiers[0](first.contiguous())
         for tier, rows in zip(self.tiers[1:], others, strict=True):

@@ -7,6 +7,7 @@ and emulates every product where the processor has no instructions for 16 bits (
 
 import struct
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,6 +131,39 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
     )
     found.call("attend_to", job)
     return output.to(query.dtype)
+
+
+def takes_each(module: Any, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], **options: Any) -> bool:
+    """Whether `each_token` takes these: as `takes_token` of every row."""
+    alike = all(part.dtype == query.dtype and part.stride(3) == 1 for part in (*keys, *values))
+    return alike and takes_token(module, query, keys[0], values[0], None, **options)
+
+
+def each_token(
+    module: Any, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], **options: Any
+) -> tuple[Tensor, None]:
+    """`one_token` of every row of query [N, heads, 1, D], over keys and values of its own, [1, kv heads, S, D]."""
+    found = library()
+    assert found is not None, "the table was not asked"
+    scaling = options.get("scaling")
+    (count, heads, _, size), kv_heads, width = query.shape, keys[0].shape[1], values[0].shape[3]
+    scaling = size**-0.5 if scaling is None else scaling
+    floats, longest = query.float().contiguous(), max(key.shape[2] for key in keys)
+    output, scores = floats.new_empty(count, 1, heads, width), floats.new_empty(heads * longest)
+    queries, results, threads = floats.data_ptr(), output.data_ptr(), torch.get_num_threads()
+    for key, value in zip(keys, values, strict=True):
+        tokens = key.shape[2]
+        if key.shape != (1, kv_heads, tokens, size) or value.shape != (1, kv_heads, tokens, width):
+            raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} of a row")
+        job = _ATTENTION.pack(
+            *(queries, key.data_ptr(), value.data_ptr(), 0, scores.data_ptr(), results),
+            *(1, kv_heads, heads // kv_heads, tokens, size, width, NUMBER_TYPES[key.dtype], threads),
+            *(*key.stride()[:3], *value.stride()[:3], 0, 0, 0),
+            scaling,
+        )
+        found.call("attend_to", job)
+        queries, results = queries + heads * size * _FLOAT_BYTES, results + heads * width * _FLOAT_BYTES
+    return output.to(query.dtype), None
 
 
 def _added(mask: Tensor) -> Tensor:

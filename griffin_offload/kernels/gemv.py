@@ -5,14 +5,15 @@ torch 2.13 has its 8-bit kernel for bfloat16 in the first place, and none for fo
 """
 
 import functools
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from griffin_offload.kernels.by_blocks import typed
-from griffin_offload.kernels.library import HALVES, Beside, Library, Sizes, check, library, run
+from griffin_offload.kernels.library import HALVES, Beside, Library, Sizes, asked, check, library, needs_gradient, run
 
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may; gemv_int8.c knows it, too
 _GROUP = 32
@@ -22,6 +23,13 @@ _FILLED = 256  # inputs of rows in groups are filled up to a multiple of it at m
 _LANES = 16
 ROWS = 32
 """Up to so many rows the kernels for quantised matrices are faster than translating the matrix."""
+MOST_TIERS = 8
+_TIERS = struct.Struct(f"@{1 + MOST_TIERS}q")
+"""The beginning of the struct Tiers of gemv.c; as many structs of products follow."""
+Tier = tuple[int, Tensor, Tensor, Tensor]
+"""Bits, codes, groups, and the scale of the rows or of the strips' neurons."""
+Asked = tuple[Tensor, bytes, Tensor]
+"""Where a product will be, the struct that asks for it, and what is made on the way, which has to stay until then."""
 
 
 class GemvKernels:
@@ -50,16 +58,10 @@ class GemvKernels:
     ) -> Tensor:
         """x [M, I] times rows of 2 to 4 `bits`, codes [O, I bits / 8], groups [O, I / 32, 2] and `scale` [O], plus
         `bias` [O]: as of `multiply_int8`."""
-        (rows, inputs), outputs = x.shape, codes.shape[0]
-        per_row = inputs // _GROUP
-        check(codes, (outputs, per_row * 4 * bits), torch.uint8, "the codes")
-        check(groups, (outputs, per_row, 2), torch.uint8, "the groups")
-        check(scale, (outputs,), name="the scale")
-        if inputs % _GROUP:
-            raise ValueError(f"{inputs} inputs must be whole groups of {_GROUP}")
-        sizes = (rows, _parts(x), outputs, outputs, inputs, _GROUP if bits == 4 else _HALF)
-        beside = (None, codes, groups, scale, bias)
-        return self._quantised(f"multiply_int{bits}_rows", x, beside, sizes, self.uses_bytes)
+        x = x.contiguous()
+        product, job, _room = self._rows(x, codes, groups, scale, bias, bits)
+        self._library.call(f"multiply_int{bits}_rows", job)
+        return product
 
     def multiply_strips(
         self,
@@ -75,20 +77,77 @@ class GemvKernels:
         """x [M, I] times `input_scale` [I] times strips of 2 to 4 `bits`, codes [O / 64, I, 8 bits] and groups
         [O / 32, I, 2], plus `bias`: the first `features` outputs, as of `multiply_int8`. M is at most ROWS, I a
         multiple of 16."""
+        x = x.contiguous()
+        product, job, _room = self._strips(x, codes, groups, input_scale, bias, features, bits)
+        self._library.call(f"multiply_int{bits}_strips", job)
+        return product
+
+    def multiply_tiers_rows(self, x: Tensor, tiers: Sequence[Tier]) -> Tensor:
+        """x [M, I] times several matrices of rows by one call: their outputs behind each other, [M, sum of O]."""
+        x = x.contiguous()
+        parts = [self._rows(x, codes, groups, scale, None, bits) for bits, codes, groups, scale in tiers]
+        self._call_tiers("multiply_tiers_rows", tiers, parts)
+        return torch.cat([part[0] for part in parts], dim=1)
+
+    def multiply_tiers_strips(
+        self, x: Sequence[Tensor], tiers: Sequence[Tier], bias: Tensor | None = None, features: int | None = None
+    ) -> Tensor:
+        """The sum of each x [M, I] times its matrix of strips, plus `bias`, by one call: [M, features]."""
+        rows = [inputs.contiguous() for inputs in x]
+        if len({(inputs.shape[0], inputs.dtype) for inputs in rows}) != 1 or len(rows) != len(tiers):
+            raise ValueError(f"{len(rows)} inputs of {len(tiers)} tiers must be of one type and as many rows")
+        if len({codes.shape[0] for _, codes, *_ in tiers}) != 1:
+            raise ValueError("tiers that are added up must be of the same outputs")
+        parts = [
+            self._strips(inputs, codes, groups, scale, None if i else bias, features, bits)
+            for i, (inputs, (bits, codes, groups, scale)) in enumerate(zip(rows, tiers, strict=True))
+        ]
+        self._call_tiers("multiply_tiers_strips", tiers, parts)
+        return parts[0][0]
+
+    def _call_tiers(self, function: str, tiers: Sequence[Tier], parts: Sequence[Asked]) -> None:
+        bits = [tier[0] for tier in tiers]
+        if not 0 < len(bits) <= MOST_TIERS:
+            raise ValueError(f"{len(bits)} tiers: 1 to {MOST_TIERS} are known")
+        header = _TIERS.pack(len(bits), *bits, *(MOST_TIERS - len(bits)) * [0])
+        self._library.call(function, header + b"".join(part[1] for part in parts))
+
+    def _rows(self, x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Asked:
+        (rows, inputs), outputs = x.shape, codes.shape[0]
+        per_row = inputs // _GROUP
+        check(codes, (outputs, per_row * 4 * bits), torch.uint8, "the codes")
+        check(groups, (outputs, per_row, 2), torch.uint8, "the groups")
+        check(scale, (outputs,), name="the scale")
+        if inputs % _GROUP:
+            raise ValueError(f"{inputs} inputs must be whole groups of {_GROUP}")
+        sizes = (rows, _parts(x), outputs, outputs, inputs, _GROUP if bits == 4 else _HALF)
+        room, made = _made(sizes)
+        beside = (None, codes, groups, scale, bias)
+        return *asked(x, beside, made, sizes, wide=self.uses_bytes, ahead=self._ahead), room
+
+    def _strips(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        groups: Tensor,
+        input_scale: Tensor,
+        bias: Tensor | None,
+        features: int | None,
+        bits: int,
+    ) -> Asked:
         (rows, inputs), outputs = x.shape, codes.shape[0] * _STRIP
         check(codes, (outputs // _STRIP, inputs, _STRIP * bits // 8), torch.uint8, "the codes")
         check(groups, (outputs // _GROUP, inputs, 2), torch.uint8, "the groups")
         if inputs % _LANES or rows > ROWS:
             raise ValueError(f"{rows} rows of {inputs} inputs: up to {ROWS} of a multiple of {_LANES} are known")
         parts = _parts(x)
-        wanted = outputs if features is None else features
-        own = torch.empty(rows * (parts * outputs + inputs), dtype=torch.float32, device="cpu")
-        made = (own.data_ptr(), own.data_ptr() + 4 * rows * parts * outputs, 0, 0, 0, 0)
-        beside, function = (input_scale, codes, groups, None, bias), f"multiply_int{bits}_strips"
-        sizes = (rows, parts, outputs, wanted, inputs, _GROUP)
+        room = torch.empty(rows * (parts * outputs + inputs), dtype=torch.float32, device="cpu")
+        made = (room.data_ptr(), room.data_ptr() + 4 * rows * parts * outputs, 0, 0, 0, 0)
+        sizes = (rows, parts, outputs, outputs if features is None else features, inputs, _GROUP)
         # Bytes are too few for float32, where int4's kernel has two of each input.
         wide = self.uses_bytes and (bits == 4 or parts == 1)
-        return run(self._library, function, x, beside, made, sizes, wide=wide, ahead=self._ahead)
+        beside = (input_scale, codes, groups, None, bias)
+        return *asked(x, beside, made, sizes, wide=wide, ahead=self._ahead), room
 
     def multiply_floats(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [M, I] times `weight` [O, I] plus `bias` [O], all of the same 16-bit type: [M, O] in it; sums are in
@@ -105,17 +164,21 @@ class GemvKernels:
         return run(self._library, "multiply_floats", x, beside, made, sizes, wide=wide, ahead=self._ahead)
 
     def _quantised(self, function: str, x: Tensor, beside: Beside, sizes: Sizes, wide: bool) -> Tensor:
-        rows, parts, outputs, _, inputs, group = sizes
-        all_rows, groups, pairs = rows * parts, -(-inputs // group), -(-inputs // _FILLED) * _FILLED // 2
-        # One allocation for all that is made on the way: sums, integers of 16 and 32 bits, and scales.
-        own = torch.empty(all_rows * (outputs + pairs + (3 + _LANES) * groups), dtype=torch.float32, device="cpu")
-        sums = own.data_ptr()
-        numbers = sums + 4 * all_rows * outputs
-        step = numbers + 4 * all_rows * pairs
-        totals = step + 4 * all_rows * groups
-        floats = totals + 4 * all_rows * groups
-        made = (sums, floats, numbers, step, totals, floats + 4 * all_rows * groups)
+        _room, made = _made(sizes)
         return run(self._library, function, x, beside, made, sizes, wide=wide, ahead=self._ahead)
+
+
+def _made(sizes: Sizes) -> tuple[Tensor, tuple[int, ...]]:
+    """One allocation for all that is made on the way, sums, integers of 16 and 32 bits, and scales; and addresses."""
+    rows, parts, outputs, _, inputs, group = sizes
+    all_rows, groups, pairs = rows * parts, -(-inputs // group), -(-inputs // _FILLED) * _FILLED // 2
+    room = torch.empty(all_rows * (outputs + pairs + (3 + _LANES) * groups), dtype=torch.float32, device="cpu")
+    sums = room.data_ptr()
+    numbers = sums + 4 * all_rows * outputs
+    step = numbers + 4 * all_rows * pairs
+    totals = step + 4 * all_rows * groups
+    floats = totals + 4 * all_rows * groups
+    return room, (sums, floats, numbers, step, totals, floats + 4 * all_rows * groups)
 
 
 def _parts(x: Tensor) -> int:
@@ -155,6 +218,36 @@ def strips_product(bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch
     inputs = typed(tensors["input_scale"], dtype)
     assert own is not None and weight is not None and groups is not None and inputs is not None  # noqa: PT018
     return own.multiply_strips(x, weight, groups, inputs, typed(tensors["bias"], dtype), outputs, bits=bits)
+
+
+def takes_tiers(x: Tensor | Sequence[Tensor], tiers: Sequence[Any], *beside: Any) -> bool:
+    """Whether tiers, of each its layout's name and its tensors, are all of 2 to 4 bits, and few rows of x want them."""
+    first = x if isinstance(x, Tensor) else x[0]
+    known = all(name[:3] == "int" and name[3:4] in ("2", "3", "4") for name, _ in tiers)
+    return known and len(tiers) <= MOST_TIERS and first.shape[0] <= ROWS and not needs_gradient(first)
+
+
+def tiers_rows_product(x: Tensor, tiers: Sequence[tuple[str, Tensors]], scratch: Any) -> Tensor:
+    """x [M, I] times several matrices of rows, their outputs behind each other."""
+    own = kernels()
+    assert own is not None
+    return own.multiply_tiers_rows(x, [_tier(name, tensors, "scale", None) for name, tensors in tiers])
+
+
+def tiers_strips_product(
+    x: Sequence[Tensor], tiers: Sequence[tuple[str, Tensors]], bias: Tensor | None, outputs: int, scratch: Any
+) -> Tensor:
+    """The sum of each x [M, I] times its matrix of strips."""
+    own, dtype = kernels(), x[0].dtype
+    assert own is not None
+    parts = [_tier(name, tensors, "input_scale", dtype) for name, tensors in tiers]
+    return own.multiply_tiers_strips(x, parts, typed(bias, dtype), outputs)
+
+
+def _tier(name: str, tensors: Tensors, scale: str, dtype: torch.dtype | None) -> Tier:
+    weight, groups, own = tensors["weight"], tensors["groups"], tensors[scale]
+    assert weight is not None and groups is not None and own is not None  # noqa: PT018
+    return int(name[3]), weight, groups, own if dtype is None else own.to(dtype)
 
 
 def float_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:

@@ -129,10 +129,20 @@ def run(
     ahead: bool,
 ) -> Tensor:
     """The product [rows, features] in the type of x, made by `function` of the library; `made` are addresses."""
+    x = x.contiguous()
+    product, job = asked(x, beside, made, sizes, wide=wide, ahead=ahead)
+    library.call(function, job)
+    return product
+
+
+def asked(
+    x: Tensor, beside: Beside, made: tuple[int, ...], sizes: Sizes, *, wide: int, ahead: bool
+) -> tuple[Tensor, bytes]:
+    """Room for that product, and the struct that asks for it."""
     (input_scale, weight, groups, scale, bias), dtype = beside, x.dtype
     if not 0 <= sizes[3] <= sizes[2]:
         raise ValueError(f"features, {sizes[3]}, must be some of {sizes[2]} outputs")
-    x_type, x = NUMBER_TYPES.get(dtype), x.contiguous()
+    x_type = NUMBER_TYPES.get(dtype)
     if x_type is None:
         raise _of_no_known_type(x, "x")
     check(x, (sizes[0], sizes[4]), dtype, "x")
@@ -157,5 +167,4 @@ def run(
         wide,
         ahead,
     )
-    library.call(function, job)
-    return product
+    return product, job

@@ -58,6 +58,8 @@ class Plan:
     """All weights of the model, for comparison."""
     streamed_bytes: int
     """Weight bytes streamed per prompt; of experts, all, of which tokens need a part."""
+    active_experts: int = 0
+    """Of a mixture of experts, how many a token is sent to, in the layer where it is sent to most."""
     expert_slots: int = 0
     """Experts of a layer that are there beside its residents while a prompt passes."""
     experts: tuple[int, int] | None = None
@@ -301,6 +303,7 @@ def _priced(
     return Plan(
         density=_density(shape, counts),
         experts=_experts(shape, counts),
+        active_experts=max(layer.experts for layer in shape.layers),
         expert_slots=expert_slots,
         counts=counts,
         streamed=streamed,

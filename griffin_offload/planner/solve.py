@@ -309,7 +309,10 @@ def describe_shortfall(plan: Plan, remedy: str) -> str:
 
 
 def _of_experts(plan: Plan) -> str:
-    return "" if plan.experts is None else f", {plan.experts[0]} of {plan.experts[1]} experts a layer"
+    if plan.experts is None:
+        return ""
+    fewest = ", as many as a token is sent to" if plan.experts[0] <= plan.active_experts else ""
+    return f", {plan.experts[0]} of {plan.experts[1]} experts a layer{fewest}"
 
 
 def _by_size(parts: dict[str, int]) -> list[tuple[str, int]]:

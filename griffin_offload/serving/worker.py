@@ -48,7 +48,7 @@ class Worker:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._stop_at: float | None = None
+        self.stop_at: float | None = None
         self._seconds_per_job = 1.0
         self._loaded = threading.Event()
         self._load_error: BaseException | None = None
@@ -109,7 +109,7 @@ class Worker:
         """Take no job any more, refuse those that wait, and end the running one after `grace_s` seconds."""
         with self._changed:
             self._closing = True
-            self._stop_at = min(time.monotonic() + grace_s, self._stop_at or float("inf"))
+            self.stop_at = min(time.monotonic() + grace_s, self.stop_at or float("inf"))
             refused = list(self._waiting)
             self._waiting.clear()
             self._metrics.queue_depth.set(0)
@@ -178,7 +178,7 @@ class Worker:
                 self._leave(row, row[0], None)
                 return
             held = self.manager.get(job.request.density)
-            if self._most(held) > 1 and why_not_beside(held, job) is None:
+            if self.most_together(held) > 1 and why_not_beside(held, job) is None:
                 self._serve_together(held, row)
             else:
                 answer_all(held, job, lambda: self._interrupted(job))
@@ -187,7 +187,7 @@ class Worker:
             for asked in list(row):
                 self._leave(row, asked, self._failure(asked.job, error))
 
-    def _most(self, held: LoadedModel) -> int:
+    def most_together(self, held: LoadedModel) -> int:
         """Jobs that are answered at once at most."""
         if self._config.parallel != "auto":
             return self._config.parallel
@@ -195,7 +195,7 @@ class Worker:
 
     def _serve_together(self, held: LoadedModel, row: list["_Asked"]) -> None:
         """The jobs in `row`, and from the queue as many as have room. An error that is raised concerns them all."""
-        scheduler = held.model.scheduler(self._most(held))
+        scheduler = held.model.scheduler(self.most_together(held))
         has_to_wait = False
         try:
             with scheduler.working():
@@ -258,7 +258,7 @@ class Worker:
             asked.job.deliver(outcome)
 
     def _interrupted(self, job: Job) -> bool:
-        return job.cancelled or (self._stop_at is not None and time.monotonic() >= self._stop_at)
+        return job.cancelled or (self.stop_at is not None and time.monotonic() >= self.stop_at)
 
     def _failure(self, job: Job, error: Exception) -> Event | None:
         """What `job` is told of what ended it, None if nobody listens."""

@@ -6,9 +6,9 @@ import pytest
 
 from griffin_offload import GriffinModel
 from griffin_offload.cli.main import build_parser
-from griffin_offload.config import LatencyConfig
 from griffin_offload.errors import GriffinError
 from griffin_offload.evaluation import speed
+from griffin_offload.evaluation.config import LatencyConfig
 
 COMMON = ("--device", "cpu", "--sizes", "24+6,12+8", "-r", 2, "--density", ".5,.25", "--selection", "magnitude,topk")
 

@@ -6,7 +6,7 @@ import pytest
 from tiny_models import BOS
 
 from griffin_offload.cli.main import build_parser
-from griffin_offload.config import EvalConfig
+from griffin_offload.evaluation.config import EvalConfig
 from griffin_offload.evaluation.samples import take_windows
 
 KEYS = (

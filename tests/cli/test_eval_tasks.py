@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 
 import griffin_offload
 from griffin_offload.cli.main import build_parser
-from griffin_offload.config import TasksConfig
+from griffin_offload.evaluation.config import TasksConfig
 from griffin_offload.evaluation.lm_eval_tasks import quiet_harness
 
 TASKS = Path(__file__).parents[1] / "evaluation" / "tasks"

@@ -11,7 +11,7 @@ from reference import collect_z, statistic_float64
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from griffin_offload.cli.main import build_parser
-from griffin_offload.config import InspectConfig
+from griffin_offload.evaluation.config import InspectConfig
 
 ALL = InspectConfig.figures
 MEMORY = ("--device", "cpu", "--max-mem", "1GB")

@@ -108,7 +108,7 @@ def test_a_few_tokens_are_each_as_if_alone(window, form, dtype):
     mask = mask[None, None]
     given = mask if form == "bool" else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
     with torch.no_grad():
-        found, _ = cpu_modules._attention(nn.Module(), query, key, value, given, scaling=0.25)
+        found, _ = cpu_modules.attention_forward(nn.Module(), query, key, value, given, scaling=0.25)
         for row in range(new):
             first, end = int(mask[0, 0, row].int().argmax()), seen - new + row + 1
             alone = attend(query[:, :, row : row + 1], key[:, :, first:end], value[:, :, first:end], None, 0.25)
@@ -146,3 +146,32 @@ def test_a_loaded_model_answers_as_the_stock_one(checkpoints, monkeypatch, name)
             found.append(model.model(torch.tensor([[7]]), past_key_values=cache).logits.float())
     error = (found[0] - found[1]).norm() / found[1].norm()
     assert error < 0.02  # one rounding of bfloat16 is 0.004, and they accumulate over layers
+
+
+@needs_kernel
+@settings(max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    kv_heads=st.integers(1, 4),
+    shared=st.integers(1, 3),
+    width=st.sampled_from([1, 8, 17, 64]),
+    scaling=st.sampled_from([None, 0.3]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+)
+def test_rows_of_several_lengths_are_those_of_each_alone(lengths, kv_heads, shared, width, scaling, dtype):
+    """Bit by bit."""
+    generator = torch.Generator().manual_seed(0)
+
+    def states(rows, heads, tokens):
+        return torch.randn(rows, heads, tokens + 3, width, generator=generator).to(dtype)[:, :, :tokens]
+
+    query = states(len(lengths), kv_heads * shared, 1)
+    keys, values = ([states(1, kv_heads, tokens) for tokens in lengths] for _ in range(2))
+    pairs = enumerate(zip(keys, values, strict=True))
+    options = {} if scaling is None else {"scaling": scaling}
+    with torch.no_grad():
+        alone = [cpu_modules.attention_forward(None, query[i : i + 1], *pair, None, **options)[0] for i, pair in pairs]
+        together, _ = cpu_modules.attend_to_each(None, query, keys, values, **options)
+        with table.leaving_out(lambda kernel: kernel.layout == "each_token" and kernel.ours):
+            assert torch.equal(cpu_modules.attend_to_each(None, query, keys, values, **options)[0], together)
+    assert torch.equal(together, torch.cat(alone))

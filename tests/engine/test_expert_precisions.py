@@ -65,6 +65,14 @@ def test_fetched_experts_are_resident_ones_bit_for_bit(mixtures, name: str, prec
             assert model.last_report.experts.misses > 0
 
 
+@pytest.mark.parametrize("precision", ["int3", "int2"])
+def test_few_bits(mixtures, precision: str):
+    with _load(mixtures("mixtral"), quantize=precision, density=1.0) as model:
+        expected = _answer(model)[1]
+    with _load(mixtures("mixtral"), quantize=precision, density=0.25) as model:
+        assert torch.equal(_answer(model)[1], expected)
+
+
 @torch.no_grad()
 def _rounded(directory: Path, name: str, precision: str) -> hf.PreTrainedModel:
     """The dense model with every matrix as it is on its grid; routers stay as they are."""

@@ -318,7 +318,7 @@ def test_more_memory_is_more_experts(mixtures):
             kept.append(model.plan.kept[0])
     assert kept == sorted(kept)
     assert ACTIVE <= kept[0] < kept[-1]
-    with pytest.raises(DoesNotFit, match=r"density 0\.25, 2 of 8 experts a layer.*--max-gpu-mem"):
+    with pytest.raises(DoesNotFit, match=r"budget 150.* 2 of 8 experts a layer, as many as a token is sent to,.*--max"):
         _load(mixtures("mixtral"), max_gpu_mem=150_000)
     with pytest.raises(UsageError, match=r"layer 0 would keep 1 of 8 experts, and a token is sent to 2: .* 0\.25"):
         _load(mixtures("mixtral"), density=0.2)

@@ -9,7 +9,7 @@ from tiny_models import write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
-from griffin_offload.config import SummariesConfig
+from griffin_offload.evaluation.config import SummariesConfig
 from griffin_offload.evaluation.summaries import Article, Row, means, summarise
 from griffin_offload.method.variants import Variant
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import quantised_reference as ref
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -309,3 +309,48 @@ def test_there_is_one_pool_of_threads(tmp_path: Path):
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     before, after = map(int, found.stdout.split())
     assert before == after >= 2
+
+
+@needs_kernels
+@of_all_processors
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=20)
+@given(data=st.data(), threads=st.integers(1, 2), rows=st.integers(1, 5))
+def test_tiers_are_what_each_is_by_itself(kind: Kind, dtype: torch.dtype, data: st.DataObject, threads: int, rows: int):
+    """Outputs behind each other, or added up in float32."""
+    torch.set_num_threads(threads)
+    own, generator = _kernels(**kind), torch.Generator().manual_seed(rows)
+    bits = data.draw(st.lists(st.sampled_from([2, 3, 4]), min_size=1, max_size=gemv.MOST_TIERS))
+    x, outputs = torch.randn(rows, 96, generator=generator).to(dtype), data.draw(st.integers(1, 200))
+    tiers = [(b, *_packed(outputs + i, 3, b), torch.rand(outputs + i, generator=generator)) for i, b in enumerate(bits)]
+    found = own.multiply_tiers_rows(x, tiers)
+    assert torch.equal(found, torch.cat([own.multiply_rows(x, *tensors, bits=b) for b, *tensors in tiers], dim=1))
+    sizes = [16 * data.draw(st.integers(1, 9)) for _ in bits]
+    inputs = [torch.randn(rows, size, generator=generator).to(dtype) for size in sizes]
+    strips = [ref.rows_as_strips(*_packed(size, 3, b)) for size, b in zip(sizes, bits, strict=True)]
+    scales = [torch.rand(size, generator=generator).to(dtype) for size in sizes]
+    tiers = [(b, *matrix, scale) for b, matrix, scale in zip(bits, strips, scales, strict=True)]
+    bias = torch.randn(90, generator=generator).to(dtype)
+    found = own.multiply_tiers_strips(inputs, tiers, bias, 90)
+    alone = [own.multiply_strips(x, *of, features=90, bits=b) for x, (b, *of) in zip(inputs, tiers, strict=True)]
+    size = sum(part.double().abs() for part in alone) + bias.double().abs()
+    exact = sum(part.double() for part in alone) + bias.double()
+    assert found.dtype == dtype
+    assert torch.all(
+        (found.double() - exact).abs() <= (1 + len(bits)) * torch.finfo(dtype).eps * size + torch.finfo(dtype).tiny
+    )
+
+
+@needs_kernels
+def test_tiers_of_wrong_sizes_are_refused():
+    own, tier = _kernels(), (4, _CODES, _PAIRS, torch.ones(4))
+    with pytest.raises(ValueError, match="9 tiers: 1 to 8 are known"):
+        own.multiply_tiers_rows(torch.ones(1, 64), 9 * [tier])
+    with pytest.raises(ValueError, match="must be"):
+        own.multiply_tiers_rows(torch.ones(1, 64), [tier, (3, *tier[1:])])
+    strips = (4, _STRIP, _STRIP_PAIRS, torch.ones(64))
+    with pytest.raises(ValueError, match="as many rows"):
+        own.multiply_tiers_strips([torch.ones(1, 64), torch.ones(2, 64)], [strips, strips])
+    more = (4, torch.cat([_STRIP, _STRIP]), torch.cat([_STRIP_PAIRS, _STRIP_PAIRS]), torch.ones(64))
+    with pytest.raises(ValueError, match="of the same outputs"):
+        own.multiply_tiers_strips(2 * [torch.ones(1, 64)], [strips, more])

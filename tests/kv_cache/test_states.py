@@ -16,6 +16,7 @@ from griffin_offload.engine.generation import state_bytes
 from griffin_offload.errors import GriffinError, SavedContextError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.serving.model_manager import PrefixCache
+from griffin_offload.transformers_api import CACHE
 
 CTX = 96
 QUICK = ["lfm2", "qwen3_5", "falcon_h1"]
@@ -200,7 +201,7 @@ def test_copies_are_in_the_plan(checkpoints, name: str):
     alone, kept = (_load(path, keep_prompts=keeps) for keeps in (False, True))
     states = alone.plan.parts["states"]
     filled = DynamicCache(config=alone.model.config)
-    AutoModelForCausalLM.from_pretrained(path)(_ids(0, 20), use_cache=True, past_key_values=filled)
+    AutoModelForCausalLM.from_pretrained(path)(_ids(0, 20), use_cache=True, **{CACHE: filled})
     assert states == state_bytes(filled) > 0
     marks = 4 * states
     neurons, chosen = sum(layer.neurons for layer in kept.engine.shape.layers), sum(kept.plan.kept)
@@ -233,10 +234,10 @@ def test_states_go_back_to_where_they_were_copied_and_no_further(whole):
     dense, _ = whole["qwen3_5"]
     cache = KVCache(dense.config, ctx_tokens=64)
     with torch.no_grad():
-        dense(_ids(0, 10), use_cache=True, past_key_values=cache)
+        dense(_ids(0, 10), use_cache=True, **{CACHE: cache})
         before = cache.copied_states()
         cache.keep_start()
-        dense(_ids(1, 3), use_cache=True, past_key_values=cache)
+        dense(_ids(1, 3), use_cache=True, **{CACHE: cache})
     with pytest.raises(GriffinError, match="no states were kept that go back to token 12"):
         cache.crop(-1)
     assert cache.get_seq_length() == 13

@@ -143,7 +143,7 @@ def load(path: str) -> compiled.Library:
     """The library at `path` in place of the installed one, on threads that sanitizers understand."""
     library = compiled.Library(path)
     library.parallel = ctypes.cast(library.functions.plain_threads, ctypes.c_void_p)
-    for module in (attention_and_norm, gathering, attention_and_norm, quantize):
+    for module in (attention_and_norm, gathering, quantize):
         module.library = lambda: library  # type: ignore[attr-defined]
     return library
 

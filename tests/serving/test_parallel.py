@@ -192,7 +192,7 @@ def test_the_budget_lets_in_what_has_room(chatty, serve_one, smallest_budget, ga
     """One long request at a time where no more fit; the next one waits for its end and is answered."""
     options = {"max_gpu_mem": smallest_budget, "quantize": "none"}
     with serve_one(chatty, options) as one:
-        monkeypatch.setattr(one.server.worker, "_most", lambda _: 3)  # of the budget without --parallel
+        monkeypatch.setattr(one.server.worker, "most_together", lambda _: 3)  # of the budget without --parallel
         asking = [Asking(one, BODY | {"prompt": [number] * 150, "max_tokens": 10}) for number in (6, 7, 8)]
         all_asked(one, 3)
         gate.release(10_000)
@@ -255,6 +255,6 @@ def test_the_end_of_the_server_ends_them_all(chatty, serve_one, gate):
         gate.release(4)
         eventually(lambda: one.metric("running_requests") == 2)
         one.server.stop()
-        eventually(lambda: time.monotonic() > one.server.worker._stop_at)
+        eventually(lambda: time.monotonic() > one.server.worker.stop_at)
         gate.release(10_000)
         assert {answer.wait().status_code for answer in asking} == {503}

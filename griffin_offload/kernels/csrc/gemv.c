@@ -123,10 +123,8 @@ typedef struct {
     Part kernel;
 } Job;
 
-/* Sums of outputs from `start` to `end`, and from them the product. */
-AVX2 static void multiply_part(const void *job, int64_t start, int64_t end) {
-    const Product *p = ((const Job *)job)->product;
-    ((const Job *)job)->kernel(p, start, end);
+/* Of sums of outputs from `start` to `end` the product. */
+AVX2 static void store_part(const Product *p, int64_t start, int64_t end) {
     for (int64_t row = 0; row < p->rows; row++)
         for (int64_t output = start; output < least(end, p->features); output++) {
             float sum = p->sums[row * p->parts * p->outputs + output], bias = 0;
@@ -134,6 +132,12 @@ AVX2 static void multiply_part(const void *job, int64_t start, int64_t end) {
             if (p->bias) widen(p->bias, output, 1, p->x_type, &bias);
             store_narrowed(p->product, row * p->features + output, p->x_type, sum + bias);
         }
+}
+
+static void multiply_part(const void *job, int64_t start, int64_t end) {
+    const Product *p = ((const Job *)job)->product;
+    ((const Job *)job)->kernel(p, start, end);
+    store_part(p, start, end);
 }
 
 static void multiply(const Product *p, Parallel parallel, Part kernel) {
@@ -147,12 +151,6 @@ void multiply_int8(const Product *p, Parallel parallel) {
     multiply(p, parallel, p->wide ? int8_by_vnni : int8_by_avx2);
 }
 
-void multiply_int4_rows(const Product *p, Parallel parallel) {
-    if (p->wide) quantize_by_fours(p);
-    else quantize(p);
-    multiply(p, parallel, p->wide ? int4_rows_by_vnni : int4_rows_by_avx2);
-}
-
 /* x times the neurons' scales. */
 AVX2 static void scale_inputs(const Product *p) {
     for (int64_t row = 0; row < p->rows; row++)
@@ -160,23 +158,93 @@ AVX2 static void scale_inputs(const Product *p) {
             inputs_of(p, row, start, least(MOST_GROUP, p->inputs - start), p->floats + row * p->inputs + start);
 }
 
-#define MULTIPLY_STRIPS(name)                                                      \
-    void multiply_##name##_strips(const Product *p, Parallel parallel) {           \
-        scale_inputs(p);                                                           \
-        multiply(p, parallel, p->wide ? name##_strips_by_vnni : name##_strips_by_avx2); \
+/* Forms of 2 to 4 bits: what is made of x beforehand, and the kernels for processors of either kind. */
+typedef struct {
+    void (*prepare)(const Product *p);
+    Part kernels[2];
+} Form;
+
+static void quantize_for_int4(const Product *p) {
+    if (p->wide) quantize_by_fours(p);
+    else quantize(p);
+}
+
+static const Form rows_of_bits[] = {{quantize_by_halves, {int2_rows_by_avx2, int2_rows_by_vnni}},
+                                    {quantize_by_halves, {int3_rows_by_avx2, int3_rows_by_vnni}},
+                                    {quantize_for_int4, {int4_rows_by_avx2, int4_rows_by_vnni}}};
+static const Form strips_of_bits[] = {{scale_inputs, {int2_strips_by_avx2, int2_strips_by_vnni}},
+                                      {scale_inputs, {int3_strips_by_avx2, int3_strips_by_vnni}},
+                                      {scale_inputs, {int4_strips_by_avx2, int4_strips_by_vnni}}};
+
+static void multiply_form(const Product *p, Parallel parallel, const Form *form) {
+    form->prepare(p);
+    multiply(p, parallel, form->kernels[p->wide != 0]);
+}
+
+#define MULTIPLY_BITS(bits)                                                     \
+    void multiply_int##bits##_rows(const Product *p, Parallel parallel) {       \
+        multiply_form(p, parallel, &rows_of_bits[bits - 2]);                    \
+    }                                                                           \
+    void multiply_int##bits##_strips(const Product *p, Parallel parallel) {     \
+        multiply_form(p, parallel, &strips_of_bits[bits - 2]);                  \
     }
 
-#define MULTIPLY_FEW(name)                                                         \
-    void multiply_##name##_rows(const Product *p, Parallel parallel) {             \
-        quantize_by_halves(p);                                                     \
-        multiply(p, parallel, p->wide ? name##_rows_by_vnni : name##_rows_by_avx2); \
-    }
+MULTIPLY_BITS(2)
+MULTIPLY_BITS(3)
+MULTIPLY_BITS(4)
 
-MULTIPLY_STRIPS(int4)
-MULTIPLY_STRIPS(int3)
-MULTIPLY_STRIPS(int2)
-MULTIPLY_FEW(int3)
-MULTIPLY_FEW(int2)
+/* Matrices of several forms, tiers, by threads that begin and end once. */
+
+#define MOST_TIERS 8
+
+/* gemv.py packs these fields, in this order. */
+typedef struct {
+    int64_t count;
+    int64_t bits[MOST_TIERS];
+    Product tiers[MOST_TIERS]; /* as many as there are */
+} Tiers;
+
+INLINED int64_t whole_units(int64_t outputs) { return (outputs + UNIT - 1) / UNIT * UNIT; }
+
+/* Of all tiers' outputs, one tier behind another in whole units, those from `start` to `end`. */
+static void rows_part(const void *job, int64_t start, int64_t end) {
+    const Tiers *t = job;
+    int64_t base = 0;
+    for (int64_t i = 0; i < t->count; i++) {
+        const Product *p = &t->tiers[i];
+        const Job own = {p, rows_of_bits[t->bits[i] - 2].kernels[p->wide != 0]};
+        const int64_t from = start > base ? start - base : 0, to = least(end - base, p->outputs);
+        if (from < to) multiply_part(&own, from, to);
+        base += whole_units(p->outputs);
+    }
+}
+
+void multiply_tiers_rows(const Tiers *t, Parallel parallel) {
+    int64_t outputs = 0;
+    for (int64_t i = 0; i < t->count; i++) {
+        rows_of_bits[t->bits[i] - 2].prepare(&t->tiers[i]);
+        outputs += whole_units(t->tiers[i].outputs);
+    }
+    in_parallel(parallel, t->tiers[0].threads, rows_part, t, outputs, UNIT);
+}
+
+/* Outputs from `start` to `end`, which all tiers have: the sums of all, and from them the first one's product. */
+static void strips_part(const void *job, int64_t start, int64_t end) {
+    const Tiers *t = job;
+    const Product *p = &t->tiers[0];
+    for (int64_t i = 0; i < t->count; i++)
+        strips_of_bits[t->bits[i] - 2].kernels[t->tiers[i].wide != 0](&t->tiers[i], start, end);
+    for (int64_t i = 1; i < t->count; i++)
+        for (int64_t row = 0; row < p->rows * p->parts; row++)
+            for (int64_t output = start; output < end; output++)
+                p->sums[row * p->outputs + output] += t->tiers[i].sums[row * p->outputs + output];
+    store_part(p, start, end);
+}
+
+void multiply_tiers_strips(const Tiers *t, Parallel parallel) {
+    for (int64_t i = 0; i < t->count; i++) scale_inputs(&t->tiers[i]);
+    in_parallel(parallel, t->tiers[0].threads, strips_part, t, t->tiers[0].outputs, UNIT);
+}
 
 AVX2 void multiply_floats(const Product *p, Parallel parallel) {
     if (!p->wide) widen(p->x, 0, p->rows * p->inputs, p->x_type, p->floats);
