@@ -340,20 +340,14 @@ def _others_of_ours() -> list[Kernel]:
             takes=attention_and_norm.takes_token,
         ),
         Kernel(
-            "attention",
-            "each_token",
-            "attend_to",
-            attention_and_norm.each_token,
-            **halves,
-            takes=attention_and_norm.takes_each,
-        ),
-        Kernel(
-            "attention",
-            "one_token",
-            "attend_to, token by token",
-            attention_and_norm.few_tokens,
+            *("attention", "one_token", "attend_to, token by token", attention_and_norm.few_tokens),
             **halves,
             takes=attention_and_norm.takes_few,
+        ),
+        Kernel(
+            *("attention", "each_token", "attend_to", attention_and_norm.each_token),
+            **halves,
+            takes=attention_and_norm.takes_each,
         ),
         Kernel(
             "rms_norm", "rows", "rms_norm", attention_and_norm.rms_norm, **halves, takes=attention_and_norm.takes_rows

@@ -108,7 +108,7 @@ def test_a_few_tokens_are_each_as_if_alone(window, form, dtype):
     mask = mask[None, None]
     given = mask if form == "bool" else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
     with torch.no_grad():
-        found, _ = cpu_modules._attention(nn.Module(), query, key, value, given, scaling=0.25)
+        found, _ = cpu_modules.attention_forward(nn.Module(), query, key, value, given, scaling=0.25)
         for row in range(new):
             first, end = int(mask[0, 0, row].int().argmax()), seen - new + row + 1
             alone = attend(query[:, :, row : row + 1], key[:, :, first:end], value[:, :, first:end], None, 0.25)
