@@ -292,6 +292,10 @@ def _attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
     return max(heads), max(count * size for count, size in zip(heads, sizes, strict=True))
 
 
+# Allocation sorts all of a layer; the largest open models have 60 thousand.
+_MOST_TIERED = 2**22
+
+
 def _layer_shape(
     layer: nn.Module,
     block: Block,
@@ -303,6 +307,8 @@ def _layer_shape(
 ) -> LayerSizes:
     if block.active and len(levels) > 1:
         raise UnsupportedModel("experts are of one format each, tiers are of FF neurons: take --quantize int4")
+    if len(levels) > 1 and block.neurons > _MOST_TIERED:
+        raise UnsupportedModel(f"tiers rank up to {_MOST_TIERED} neurons a layer, here are {block.neurons}")
     for format in dict.fromkeys((precision, *levels)):
         check_layer(layer, block, format)
     projections = {id(linear) for linear in block.linears}

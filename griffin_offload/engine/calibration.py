@@ -7,6 +7,7 @@ a time (formats/compensation.py).
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -46,6 +47,7 @@ _SEQUENCES, _ALL_SEQUENCES, _TOKENS = 4, 16, 128
 # weights make them, and what makes up for errors must know of these.
 _SKIPPED_TOKENS = 4
 _SCRATCH_BYTES = 2**22
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges*")
 _FORMAT = 2
 
 
@@ -147,7 +149,11 @@ class _KeptInputs(Visitor):
 def cache_path(checkpoint: Checkpoint) -> Path:
     own = os.environ.get(CACHE_VARIABLE)
     root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "griffin-offload"
-    return root / f"importance-{_FORMAT}-{checkpoint.fingerprint()}.safetensors"
+    found = hashlib.sha256(checkpoint.fingerprint().encode())
+    for pattern in _TOKENIZER_FILES:  # the same weights without a tokenizer have no importance
+        for path in sorted(checkpoint.directory.glob(pattern)):
+            found.update(f"{path.name} {path.stat().st_size}".encode())
+    return root / f"importance-{_FORMAT}-{found.hexdigest()[:32]}.safetensors"
 
 
 def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:

@@ -274,8 +274,10 @@ class GriffinModel(StockInterface):
 
     def guide(self, structure: Structure | None, arguments: dict[str, Any]) -> StructureGuide | None:
         """What keeps an answer with these `arguments` of `generate` to `structure`; None without one."""
+        if structure is None:
+            return None
         ends = ends_of(arguments.get("generation_config") or self.generation_config, arguments)
-        return None if structure is None else StructureGuide(structure, self.tokenizer, self.vocab_size, ends)
+        return StructureGuide(structure, self.tokenizer, self.vocab_size, ends)
 
     def generate_many(
         self,

@@ -56,7 +56,7 @@ HEADERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "newer version": (mark(version=2), "was converted to int8 in format 2, this version reads format 1: convert again"),
     "no version": (mark(version=None), "was converted to int8 in format None"),
     "int4 before groups": (mark(precision="int4", version=1), "to int4 in format 1, .* reads format 2: convert again"),
-    "unknown precision": (mark(precision="int3"), "damaged quantization_config: convert again"),
+    "unknown precision": (mark(precision="int5"), "damaged quantization_config: convert again"),
     "other precision": (mark(precision="int4", version=2), "belongs to another conversion"),
     "precision a list": (mark(precision=["int8"]), "damaged quantization_config"),
     "no source": (mark(source=None), "damaged quantization_config"),

@@ -156,7 +156,7 @@ def test_a_model_that_is_missing_or_damaged(cli, copy: Path, tmp_path: Path):
 def test_bad_flags(cli, llama: Path, tmp_path: Path):
     cli.refuses_usage("required: --quantize", "convert", tmp_path / "out", "-m", llama)
     cli.refuses_usage("required: OUT", "convert", "-m", llama, "--quantize", "int8")
-    for precision in ("auto", "int3"):
+    for precision in ("auto", "int5"):
         cli.refuses_usage("invalid choice", "convert", tmp_path / "out", "-m", llama, "--quantize", precision)
 
 
