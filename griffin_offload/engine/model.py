@@ -280,11 +280,7 @@ class GriffinModel(StockInterface):
         return StructureGuide(structure, self.tokenizer, self.vocab_size, ends)
 
     def generate_many(
-        self,
-        prompts: Iterable[Tensor | tuple[Tensor, dict[str, Any]]],
-        *,
-        most: int = MOST_TOGETHER,
-        **kwargs: Any,
+        self, prompts: Iterable[Tensor | tuple[Tensor, dict[str, Any]]], *, most: int = MOST_TOGETHER, **kwargs: Any
     ) -> Iterator[GeneratedAnswer]:
         """Answers to `prompts`, ids [1, T] each, in the order in which they end; up to `most` are computed together.
 
