@@ -126,7 +126,7 @@ def test_names_twice_and_files_of_others(cli, llama: Path, tmp_path: Path):
     cli.refuses(2, "1 answers to requests that the input lacks, one is 'other'", "batch", file, out, *options)
 
 
-@pytest.mark.parametrize("deaths", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("deaths", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_misses_nothing(cli, forks: ForkServer, llama: Path, tmp_path: Path, deaths: int):
     requests, out = drawn(20 * deaths), tmp_path / "out"
     file, options = written(tmp_path / "in", requests), ("-m", llama, *OPTIONS)
