@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripted_model import byte_tokenizer, write_scripted
 from tiny_models import HYBRIDS, MIXTURES, VOCAB
@@ -58,6 +58,7 @@ def _repeating(seed: int, tokens: int, period: int) -> torch.Tensor:
     return words.repeat(-(-tokens // period))[None, :tokens]
 
 
+@example(name="gemma2", seed=0, prompt=2, period=2, new_tokens=15, penalty=None, sampled=False, end=False)
 @settings(max_examples=40)
 @given(
     name=st.sampled_from(FAMILIES),
@@ -93,7 +94,7 @@ def test_tokens_are_those_without(checkpoints, name, seed, prompt, period, new_t
         found = answer(lookup=True)
     assert torch.equal(found.sequences, plain.sequences)
     for ours, theirs in ((found.logits, plain.logits), (found.scores, plain.scores)):
-        assert torch.allclose(torch.stack(ours), torch.stack(theirs))
+        assert torch.allclose(torch.stack(ours), torch.stack(theirs), atol=1e-5)  # they are float32
 
 
 @pytest.fixture(scope="module")
