@@ -186,14 +186,18 @@ class Format:
         if is_down:
             self.gather_columns(full, chosen, out, plain=plain)
             return
+        for rows, start in self.row_chunks(full, chosen, out, parts):
+            self.gather_rows(full, rows, start, out, importance, plain=plain)
+
+    def row_chunks(self, full: Tensors, chosen: Tensor, out: Tensors, parts: int) -> Iterator[tuple[Tensor, int]]:
+        """Which rows of `full` go to which row of `out` on, a chunk at a time; their biases are there already."""
         neurons, padded = (tensors["weight"].shape[0] // parts for tensors in (full, out))
         for part in range(parts):
             index, base = chosen + part * neurons, part * padded
             if "bias" in out:
                 out["bias"][base : base + index.numel()] = full["bias"][index]
             for start in range(0, index.numel(), self.chunk):
-                rows = index[start : start + self.chunk]
-                self.gather_rows(full, rows, base + start, out, importance, plain=plain)
+                yield index[start : start + self.chunk], base + start
 
     def gather_rows(
         self, full: Tensors, index: Tensor, start: int, out: Tensors, importance: Tensor | None, *, plain: bool

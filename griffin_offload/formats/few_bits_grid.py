@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from griffin_offload.formats.int4_grid import fitted
+
 # The same as in few_bits.h.
 STEPS = (10, 20, 29, 35, 42, 49, 56, 65, 75, 87, 103, 125, 176, 288, 448, 672)
 _FITS = 3
@@ -112,17 +114,8 @@ def best_grid(numbers: Tensor, importance: Tensor, levels: Levels) -> tuple[Tens
 def _missed(numbers: Tensor, importance: Tensor, grid: Grid, levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
     """What the grid misses [R, G, 2, 1], and step and middle that fit its codes best."""
     codes = grid.codes(numbers, levels).sub_(levels.highest / 2)
-    counted = codes * importance
-
-    def total(tensor: Tensor) -> Tensor:
-        return tensor.sum(-1, keepdim=True)
-
     missed = ((codes + grid.middle) * grid.step).sub_(numbers).square_().mul_(importance)
-    sum_a, sum_av = total(importance), total(numbers * importance)
-    sum_q, sum_qq, sum_qv = total(counted), total(counted * codes), total(counted * numbers)
-    fitted = (sum_a * sum_qv - sum_q * sum_av) / (sum_a * sum_qq - sum_q.square())
-    step = torch.where(fitted > 0, fitted, grid.step)  # one code alone fits no step
-    return total(missed), step, (sum_av - step * sum_q) / sum_a
+    return missed.sum(-1, keepdim=True), *fitted(codes, numbers, importance, grid.step)
 
 
 def _floats(numbers: tuple[float, ...]) -> Tensor:

@@ -241,14 +241,10 @@ class Grouped(Format):
                     stored.chosen_floats(full, index, out["input_scale"].dtype, is_down=True), start, out
                 )
             return
-        neurons, padded = (tensors["weight"].shape[0] // parts for tensors in (full, out))
-        for index, base in ((chosen + part * neurons, part * padded) for part in range(parts)):
-            if "bias" in out:
-                out["bias"][base : base + index.numel()] = full["bias"][index]
-            for start in range(0, index.numel(), self.chunk):
-                some = index[start : start + self.chunk]
-                rows = stored.chosen_floats(full, some, out["scale"].dtype, is_down=False)
-                self._write_rows(rows, base + start, out, importance)
+        for some, start in self.row_chunks(full, chosen, out, parts):
+            self._write_rows(
+                stored.chosen_floats(full, some, out["scale"].dtype, is_down=False), start, out, importance
+            )
 
     def gather_rows(
         self, full: Tensors, index: Tensor, start: int, out: Tensors, importance: Tensor | None, *, plain: bool

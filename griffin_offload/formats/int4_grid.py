@@ -73,14 +73,20 @@ def best_grid(numbers: Tensor, importance: Tensor) -> Grid:
 def _missed(numbers: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """What the grid misses [R, G, 1], and step and offset that fit its codes best."""
     codes = grid.codes(numbers)
+    missed = ((codes + grid.middle) * grid.value).sub_(numbers).square_().mul_(importance)
+    return missed.sum(-1, keepdim=True), *fitted(codes, numbers, importance, grid.value)
+
+
+def fitted(codes: Tensor, numbers: Tensor, importance: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """By least squares the step and offset with which the `codes` of each group meet its `numbers` best; `step` is kept
+    where one code alone fits none."""
     counted = codes * importance
 
     def total(tensor: Tensor) -> Tensor:
         return tensor.sum(-1, keepdim=True)
 
-    missed = ((codes + grid.middle) * grid.value).sub_(numbers).square_().mul_(importance)
     sum_a, sum_av = total(importance), total(numbers * importance)
     sum_q, sum_qq, sum_qv = total(counted), total(counted * codes), total(counted * numbers)
-    fitted = (sum_a * sum_qv - sum_q * sum_av) / (sum_a * sum_qq - sum_q.square())
-    step = torch.where(fitted > 0, fitted, grid.value)  # one code alone fits no step
-    return total(missed), step, (sum_av - step * sum_q) / sum_a
+    best = (sum_a * sum_qv - sum_q * sum_av) / (sum_a * sum_qq - sum_q.square())
+    best = torch.where(best > 0, best, step)
+    return best, (sum_av - best * sum_q) / sum_a

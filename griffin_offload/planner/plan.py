@@ -237,6 +237,39 @@ def _experts(shape: ModelSizes, counts: tuple[Counts, ...]) -> tuple[int, int] |
     return min(pairs, key=lambda pair: pair[0] / pair[1], default=None)
 
 
+def _moments(
+    shape: ModelSizes,
+    request: PlanRequest,
+    use: Workload,
+    counts: tuple[Counts, ...],
+    streamed: Sequence[int],
+    slot_bytes: tuple[int, int],
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What is beside the weights at the end of prefill and in decode, by part; `slot_bytes` are of these two."""
+    common = {
+        "states": use.batch * shape.states_kept_bytes(use.pass_tokens),
+        "logits": logits_bytes(shape, use),
+        "statistic": request.sequences * statistics_bytes(shape, request, use, counts, streamed),
+        "graphs": graphs_bytes(shape, request, use, counts),
+        "sessions": request.session_bytes,
+        "overhead": request.overhead_bytes,
+    }
+    workspaces = (
+        prompt_workspace_bytes(shape, request, use, counts),
+        _decode_workspace_bytes(shape, request, use, counts),
+    )
+    found = []
+    for decoding, workspace in enumerate(workspaces):
+        kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=bool(decoding))
+        own = {"kv_cache": request.sequences * kv_cache, "slots": slot_bytes[decoding], "workspace": workspace + beside}
+        found.append(own | common)
+    prefill, decode = found
+    if request.converted_bytes or any(request.converted_ff):
+        settled = sum(size for i, size in enumerate(request.converted_ff) if i not in streamed)
+        prefill["converted"], decode["converted"] = request.converted_bytes + settled, 0
+    return prefill, decode
+
+
 def price(
     shape: ModelSizes,
     request: PlanRequest,
@@ -272,34 +305,12 @@ def _priced(
         resident["offloaded"] = sum(shape.layers[i].ff_flat_bytes for i in streamed)
     elif any(request.converted_ff):
         resident["offloaded"] = sum(request.converted_ff[i] for i in streamed)
-    common = {
-        "states": use.batch * shape.states_kept_bytes(use.pass_tokens),
-        "logits": logits_bytes(shape, use),
-        "statistic": request.sequences * statistics_bytes(shape, request, use, counts, streamed),
-        "graphs": graphs_bytes(shape, request, use, counts),
-        "sessions": request.session_bytes,
-        "overhead": request.overhead_bytes,
-    }
-    kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=False)
     _, most = _expert_slots(shape, counts, streamed)
     expert_slots = most if request.expert_slots is None else request.expert_slots
     in_slots = _slot_bytes(shape, request, streamed, slots) + _experts_bytes(shape, request, streamed, expert_slots)
-    prefill = {
-        "kv_cache": request.sequences * kv_cache,
-        "slots": in_slots,
-        "workspace": prompt_workspace_bytes(shape, request, use, counts) + beside,
-    }
-    kv_cache, beside = cache_parts(shape, use, request.kv_bits, decoding=True)
-    decode = {
-        "kv_cache": request.sequences * kv_cache,
-        "slots": in_slots
-        if use.pass_tokens
-        else _experts_bytes(shape, request, streamed, shape.expert_slots_in_decode(expert_slots)),
-        "workspace": _decode_workspace_bytes(shape, request, use, counts) + beside,
-    }
-    if request.converted_bytes or any(request.converted_ff):
-        settled = sum(size for i, size in enumerate(request.converted_ff) if i not in streamed)
-        prefill["converted"], decode["converted"] = request.converted_bytes + settled, 0
+    missing = _experts_bytes(shape, request, streamed, shape.expert_slots_in_decode(expert_slots))
+    in_decode = in_slots if use.pass_tokens else missing
+    prefill, decode = _moments(shape, request, use, counts, streamed, (in_slots, in_decode))
     return Plan(
         density=_density(shape, counts),
         experts=_experts(shape, counts),
@@ -317,8 +328,8 @@ def _priced(
         batch=use.batch,
         kv_bits=request.kv_bits,
         budget_bytes=request.budget_bytes,
-        prefill_parts={**resident, **prefill, **common},
-        decode_parts={**resident, **decode, **common},
+        prefill_parts=resident | prefill,
+        decode_parts=resident | decode,
         plain_parts=plain,
         full_bytes=shape.weight_bytes,
         streamed_bytes=sum(shape.layers[i].ff_bytes for i in streamed),

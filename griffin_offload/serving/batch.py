@@ -28,8 +28,9 @@ from griffin_offload.serving.tokenization import Encoder
 from griffin_offload.serving.worker import Worker
 
 _MOST_ID_LETTERS = 1000
-# Of the server's moment, not of the request: asked again, it may be answered.
+# Of the moment, not of the request: asked again, it may be answered. Where the model is gone, no other request is, too.
 _TRANSIENT = 503
+_GONE = ("model_unavailable", "shutting_down")
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Batch:
         self._events: _Events = queue.SimpleQueue()
 
     def run(self, works: Sequence[Work], progress: Progress) -> None:
-        """Ask for all of `works`; each is written when it is answered. Ends early where the model is gone."""
+        """Ask for all of `works`; each is written when it is answered. GriffinError where the model is gone."""
         asked: list[_Asked] = []
         waiting = self._asked(works)
         try:
@@ -224,6 +225,8 @@ class Batch:
     def _take(self, one: "_Asked", event: Event, progress: Progress) -> bool:
         """Whether this was the last of the request."""
         if isinstance(event, Failed):
+            if event.failure.code in _GONE:
+                raise GriffinError(f"{event.failure.message}; what is answered is kept, run the same command again")
             self._answers.refuse(one.work.line, event.failure)
             return True
         if isinstance(event, Done):

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from fork_server import ForkServer
 
+from griffin_offload.serving.api_errors import ApiError
 from griffin_offload.serving.batch import AnswerFile
+from griffin_offload.serving.model_manager import LoadedModel, ModelManager
 
 OPTIONS = ("--device", "cpu", "--density", 0.5, "--max-mem", "1GB", "--served-name", "tiny")
 WORDS = ["the", "cat", "sat", "on", "a", "private", "river", "and", "she", "was", "there", "with", "all", "of", "them"]
@@ -142,3 +144,26 @@ def test_killed_at_any_moment_it_misses_nothing(cli, forks: ForkServer, llama: P
     assert 0 < out.read_bytes().count(b"\n") < len(requests)
     assert cli("batch", file, out, *options).code == 0
     assert texts(out) == texts(tmp_path / "whole")
+
+
+def test_it_ends_where_the_model_is_gone(cli, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And asks for no other request; with the model back, the same command goes on."""
+    requests, out, asked = drawn(5), tmp_path / "out", []
+    command = ("batch", written(tmp_path / "in", requests), out, "-m", copy, *OPTIONS)
+    with monkeypatch.context() as patch:
+        get = ModelManager.get
+
+        def gone(self: ModelManager, density: float | None) -> LoadedModel:
+            asked.append(density)
+            if len(asked) > 2:
+                raise ApiError(503, "the model cannot be loaded", code="model_unavailable")
+            return get(self, density)
+
+        patch.setattr(ModelManager, "get", gone)
+        outcome = cli(*command)
+    assert outcome.code == 1
+    assert "the model cannot be loaded; what is answered is kept, run the same command again" in outcome.err
+    assert "2 of 5 requests answered" in outcome.err
+    assert len(texts(out)) == 2
+    assert cli(*command).code == 0
+    assert len(texts(out)) == 5

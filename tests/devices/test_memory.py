@@ -1,6 +1,8 @@
 """The ledger's measure of the process's own memory, and what malloc keeps of it."""
 
 import ctypes
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -37,3 +39,11 @@ def test_freed_memory_between_what_is_used_is_given_back():
     give_back_freed()
     assert held - anonymous_bytes() > 100_000_000
     assert all(int(block.sum()) == 100_000 for block in used)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell the two apart")
+def test_the_peak_of_a_process_is_its_own():
+    """Not that of who started it, which getrusage hands down."""
+    large = torch.ones(10**9, dtype=torch.uint8, device="cpu")
+    script = "from griffin_offload.devices.memory import peak_host_bytes; print(peak_host_bytes())"
+    assert 0 < int(subprocess.check_output([sys.executable, "-c", script])) < large.nbytes

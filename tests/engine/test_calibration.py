@@ -285,3 +285,12 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, checkpoints, tmp_
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert calibration.cache_path(checkpoint).parent == tmp_path / ".cache" / "griffin-offload"
+
+
+def test_the_same_weights_without_a_tokenizer_have_none(checkpoints, tmp_path: Path):
+    """What was measured with a tokenizer is not theirs."""
+    path = checkpoints("llama2")
+    assert _importance(path)[0]
+    bare = Path(shutil.copytree(path, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*")))
+    assert open_checkpoint(bare).fingerprint() == open_checkpoint(path).fingerprint()
+    assert _importance(bare)[0] == {}

@@ -25,19 +25,6 @@ EXPERTS, ACTIVE = 8, 2
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 16}
 
 
-@pytest.fixture(scope="module")
-def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Directories of checkpoints, each written once."""
-    written: dict[str, Path] = {}
-
-    def directory_of(name: str) -> Path:
-        if name not in written:
-            written[name] = write_checkpoint(name, tmp_path_factory.mktemp(name), shards=1)
-        return written[name]
-
-    return directory_of
-
-
 def _load(directory: Path, **options: Any) -> GriffinModel:
     sizes = {"max_gpu_mem": "40MB", "ctx_size": 64}
     return GriffinModel.from_pretrained(directory, device="cpu", **{**sizes, **options})

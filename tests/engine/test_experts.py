@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from marks import mostly_slow
 from safetensors.torch import load_file, save_file
-from tiny_models import LAYERS, MIXTURES, VOCAB, write_checkpoint
+from tiny_models import LAYERS, MIXTURES, VOCAB
 from torch import Tensor
 
 from griffin_offload import GriffinModel
@@ -24,19 +24,6 @@ from griffin_offload.errors import (
 )
 
 NEW, EXPERTS, ACTIVE = 32, 8, 2
-
-
-@pytest.fixture(scope="module")
-def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Directories of checkpoints, each written once."""
-    written: dict[str, Path] = {}
-
-    def directory_of(name: str) -> Path:
-        if name not in written:
-            written[name] = write_checkpoint(name, tmp_path_factory.mktemp(name), shards=1)
-        return written[name]
-
-    return directory_of
 
 
 def _ids(batch: int = 1, tokens: int = 20) -> Tensor:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from foreign_formats import FORMATS, write_foreign
 from reference import collect_z, masked_after_prefill, statistic_float64
 from tiny_models import ARCHITECTURES, VOCAB, every_architecture
 from transformers import AutoModelForCausalLM
@@ -112,3 +113,17 @@ def test_what_cannot_be_exported(checkpoints, tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         runtime.check(path, tmp_path / "file", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weights only")
+def test_what_others_quantised_is_exported_as_plain(checkpoints, tmp_path: Path):
+    """Its config says no more of a quantisation that the export has not."""
+    packed = tmp_path / "packed"
+    write_foreign(checkpoints("llama3", shards=1), packed, FORMATS["fp8 blocks"])
+    found = runtime.export(packed, tmp_path / "out", chosen_on(packed), 0.5)
+    assert "quantization_config" not in (found.directory / "config.json").read_text()
+    smaller, info = AutoModelForCausalLM.from_pretrained(found.directory, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with GriffinModel.from_pretrained(found.directory, device="cpu", max_gpu_mem="1GB", density=1.0) as model:
+        ids = prompts()[0][None]
+        assert torch.equal(model.model(ids).logits, smaller(ids).logits)
