@@ -16,10 +16,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.blocks.base import Activations, Block
-from griffin_offload.blocks.experts import is_experts
-from griffin_offload.blocks.hooks import PassHook, unhook
-from griffin_offload.blocks.routing import RestrictedForward
+from griffin_offload.blocks.base import Activations, Block, PassHook, unhook
+from griffin_offload.blocks.experts import RestrictedForward, is_experts
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine.report import ExpertReport

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import Experts
-from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.layouts import find_feed_forwards, self_check
 from griffin_offload.blocks.replace import swap_experts, swap_linears
-from griffin_offload.blocks.self_check import self_check
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import settle_generation_config

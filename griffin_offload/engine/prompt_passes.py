@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin_offload.blocks.hooks import unhook
+from griffin_offload.blocks.base import unhook
 from griffin_offload.engine.generation import GenerationState, tokens_of
 from griffin_offload.engine.layer_pass import DecoderLayers, Progress
 from griffin_offload.engine.prefill import StreamedPass, choose_together, grouped, sums_until

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.blocks.base import Block
-from griffin_offload.blocks.rope import begin_anew, rope_border
-from griffin_offload.blocks.states import shares_entries
+from griffin_offload.blocks.states import begin_anew, rope_border, shares_entries
 from griffin_offload.devices.base import Recorder
 from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads

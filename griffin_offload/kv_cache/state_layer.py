@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import LinearAttentionLayer
 
-from griffin_offload.blocks.hooks import PassForward
+from griffin_offload.blocks.base import PassForward
 from griffin_offload.blocks.states import states_in
 from griffin_offload.errors import GriffinError
 

@@ -15,7 +15,7 @@ from marks import mostly_slow
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
-from griffin_offload.blocks.hooks import ChunkedForward, hooks_on
+from griffin_offload.blocks.base import ChunkedForward, hooks_on
 from griffin_offload.checkpoint import renaming
 from griffin_offload.engine import load as loading
 from griffin_offload.engine.stock import Guard

@@ -11,7 +11,7 @@ import torch
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
-from griffin_offload.blocks.hooks import hooks_on
+from griffin_offload.blocks.base import hooks_on
 from griffin_offload.engine import load as loading
 from griffin_offload.engine.stock import Guard
 from griffin_offload.errors import CheckpointChanged

@@ -11,7 +11,7 @@ from tiny_models import VOCAB, every_architecture
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from griffin_offload import GriffinModel, UsageError
-from griffin_offload.blocks.hooks import hooks_on
+from griffin_offload.blocks.base import hooks_on
 from griffin_offload.engine.convert import convert
 from griffin_offload.engine.stock import Guard
 
