@@ -18,8 +18,7 @@ from torch import Tensor
 
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.files import check_name, one_writer, renamed, temporary_name, write_text
-from griffin_offload.checkpoint.safetensors import INDEX, UNFINISHED
-from griffin_offload.checkpoint.tied_head import said_untied
+from griffin_offload.checkpoint.safetensors import INDEX, UNFINISHED, said_untied
 from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.units import format_bytes
