@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from griffin_offload.blocks.base import Activations, Block, Finder
 from griffin_offload.blocks.experts import find_experts
 from griffin_offload.blocks.feedforward import FeedForward, features
-from griffin_offload.devices.torch_state import building
+from griffin_offload.devices.threads import building
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError, one_line
 from griffin_offload.formats.base import is_plain
 from griffin_offload.formats.linear import QuantizedLinear

@@ -24,7 +24,7 @@ from griffin_offload.config import (
 from griffin_offload.devices.base import Device
 from griffin_offload.devices.memory import host_bytes
 from griffin_offload.devices.registry import choose_device, device_kind, devices_here
-from griffin_offload.engine.cpu_modules import emulates_halves
+from griffin_offload.engine.build import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats import Format, every, planned_as
