@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,13 @@ def test_an_actor_answers_or_says_why_not(llama: Path, tmp_path: Path):
     assert "budget 1.00 kB" in said["error"]
 
 
-def test_flags(cli, llama: Path, tmp_path: Path):
+def test_flags(cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file, out = _written(tmp_path / "in", 1), tmp_path / "out"
     for flags in (("--workers", 2), ("--workers", 0, "--ray", "auto")):
         cli.refuses(2, f"--workers {flags[1]}: a number from 1, beside --ray", "batch", file, out, "-m", llama, *flags)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    flags = ("-q", "-m", llama, "--served-name", "tiny", "--ray", "auto")
+    cli.refuses(2, "--ray needs ray: pip install 'griffin-offload", "batch", file, out, *flags)
 
 
 @pytest.mark.slow
@@ -83,8 +87,9 @@ def test_a_cluster_answers_what_one_machine_does(cli, forks: ForkServer, llama: 
     """Also where one of its actors is killed in the middle."""
     pytest.importorskip("ray.data", reason="Ray is not installed")
     file, out = _written(tmp_path / "in", 60), tmp_path / "out"
-    options = ("-m", llama, "--device", "cpu", "--max-mem", "300MB", "--served-name", "tiny")
+    options = ("-q", "-m", llama, "--device", "cpu", "--max-mem", "300MB", "--served-name", "tiny")
     cli("batch", file, tmp_path / "whole", *options)
+    cli.refuses(2, "cannot reach a Ray cluster at 127.0.0.1:9: ", "batch", file, out, *options, "--ray", "127.0.0.1:9")
     process = forks.start("-m", "griffin_offload", "batch", file, out, *options, "--ray", "auto", "--workers", 2)
     killed = False
     while process.wait(0.05) is None:
