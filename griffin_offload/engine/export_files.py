@@ -18,7 +18,7 @@ from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.gguf_writing import GgufLayout
 from griffin_offload.checkpoint.packed import write_packed
 from griffin_offload.config import ExportForm
-from griffin_offload.engine.copy_directory import PART, CopyDirectory, shard_names
+from griffin_offload.engine.shards import PART, CopyDirectory, shard_names
 from griffin_offload.errors import UnsupportedModel
 
 Tensors = Mapping[str, Tensor]
