@@ -35,10 +35,9 @@ p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[3])
 server = xllamacpp.Server(p)
 found = []
 for end in range(first, len(ids)):
-    asked = {"prompt": ids[:end], "n_predict": 1, "temperature": 0, "cache_prompt": True, "return_tokens": True}
-    asked |= {"samplers": [], "ignore_eos": False, "n_probs": 1}
+    asked = {"prompt": ids[:end], "n_predict": 1, "temperature": 0, "cache_prompt": True, "samplers": [], "logprobs": 1}
     answer = server.handle_completions(asked)
-    found.append(answer["completion_probabilities"][0]["id"])
+    found.append(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["id"])
 print(json.dumps(found))
 """
 
@@ -109,7 +108,7 @@ def compared(
         return {"farthest_logit_from_transformers": float((one - other).abs().max())}
     if args.llama_cpp is None:
         return {}
-    command = [args.llama_cpp, "-c", _LLAMA_CPP, directory / "model.gguf", str(args.before), "2"]
+    command = [args.llama_cpp, "-c", _LLAMA_CPP, directory / "model.gguf", str(args.before), "1"]
     made = subprocess.run(command, input=json.dumps(ids.tolist()), stdout=subprocess.PIPE, text=True, check=True)
     choices = torch.tensor(json.loads(made.stdout.splitlines()[-1]))
     return {"same_first_choice_as_llama_cpp": float((choices == ours.argmax(-1)).float().mean())}
