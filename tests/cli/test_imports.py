@@ -36,14 +36,6 @@ there += [name for name in ("torch.distributed.checkpoint",) if name in sys.modu
 import torch, scipy.optimize
 print(code, there, torch.distributed.is_available())
 """
-HELPS = """
-import sys
-from griffin_offload.cli.main import main
-try:
-    main(sys.argv[1:])
-except SystemExit as leaving:
-    print(leaving.code, [name for name in ("torch", "transformers", "numpy", "asyncio") if name in sys.modules])
-"""
 # serve silences transformers before it imports what it needs of it.
 KNOWN = """
 import transformers
@@ -88,12 +80,6 @@ def test_plan_leaves_out_what_no_plan_needs(process):
     """Losses of vision models, weights that accelerate places, tensors that processes share."""
     outcome = process("-c", PLANS)
     assert outcome.out.split("\n")[0] == "0 [] True", outcome.err
-
-
-@pytest.mark.parametrize("flags", [("--version",), ("--help",), ("plan", "--help"), ("run", "--help")], ids=" ".join)
-def test_help_imports_nothing_heavy(process, flags: tuple[str, ...]):
-    outcome = process("-c", HELPS, *flags)
-    assert outcome.out.splitlines()[-1] == "0 []", outcome.err
 
 
 def test_what_transformers_was_told_of_is_not_hidden(process):
