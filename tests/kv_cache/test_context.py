@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaded_model import answer, load
 from loaded_model import ids as prompt_of
+from marks import by_turns
 from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
@@ -22,8 +23,7 @@ def _load(path: Path, **options: object) -> GriffinModel:
     return load(path, **{"ctx_size": CTX, "always_stream": True} | options)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("density", [0.5, 1.0])
+@pytest.mark.parametrize(("name", "density"), by_turns(FAMILIES, (0.5, 1.0), whole=FAMILIES[:4]))
 def test_turns_equal_a_masked_reference(checkpoints, name: str, density: float):
     """Past the windows of 16; at density 1 the reference is the dense model itself."""
     path = checkpoints(name)
