@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
@@ -33,6 +32,8 @@ def rouge(summary: str, reference: str, end: str) -> dict[str, float]:
     summary = summary.split(end)[0].strip() if end else summary.strip()
     if not summary:
         return dict.fromkeys(METRICS, 0.0)
+    from rouge_score.rouge_scorer import RougeScorer  # seconds of imports, for those alone who ask
+
     scores = RougeScorer(list(METRICS), use_stemmer=False).score(reference, summary)
     return {name: 100 * scores[name].fmeasure for name in METRICS}
 
