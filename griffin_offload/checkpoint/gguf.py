@@ -40,7 +40,7 @@ from griffin_offload.checkpoint.gguf_file import (
 from griffin_offload.checkpoint.gguf_tokenizer import end_tokens, tokenizer_from
 from griffin_offload.checkpoint.renaming import Conversion, same_names
 from griffin_offload.checkpoint.safetensors import INDEX, SINGLE
-from griffin_offload.devices.memory import give_back_freed
+from griffin_offload.checkpoint.tokenizer import kept
 from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedModel, UsageError, one_line
 
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
@@ -124,9 +124,7 @@ class GgufCheckpoint(Checkpoint):
         return _most_bytes(self.headers) not in _STORED_AS
 
     def tokenizer(self) -> Any:
-        made = tokenizer_from(self.headers[0], self.directory)
-        give_back_freed()
-        return made
+        return kept(self.path, tokenizer_from(self.headers[0], self.directory))
 
     def set_generation_config(self, model: Any) -> None:
         model.generation_config = GenerationConfig.from_dict(self._generation())

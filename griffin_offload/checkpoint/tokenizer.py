@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -115,14 +116,25 @@ _CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
 _PIECE_BYTES = 1 << 20
 
 Ids = list[int]
+_kept: WeakValueDictionary[Path, Any] = WeakValueDictionary()
 
 
 def tokenizer_of(directory: Path) -> Any:
     """The tokenizer of the checkpoint there, and back to the system what reading it took: its words are parsed from
     text, and malloc keeps what that needed (0.2 GB for 262,144 of them). CheckpointError if none can be loaded."""
-    tokenizer = load_tokenizer(directory)
+    return kept(directory, load_tokenizer(directory))
+
+
+def kept(path: Path, tokenizer: Any) -> Any:
+    """`tokenizer`, just made of what is at `path`: `kept_tokenizer` finds it as long as somebody keeps it."""
     give_back_freed()
+    _kept[path.resolve()] = tokenizer
     return tokenizer
+
+
+def kept_tokenizer(path: Path) -> Any | None:
+    """The tokenizer of the checkpoint there that somebody has, for those who read with it alone; None: nobody has."""
+    return _kept.get(path.resolve())
 
 
 def encode(tokenizer: Any, text: str) -> Ids:

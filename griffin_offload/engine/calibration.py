@@ -26,6 +26,7 @@ from griffin_offload.blocks.replace import linear_names
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.files import renamed
 from griffin_offload.checkpoint.mapped import FilePages
+from griffin_offload.checkpoint.tokenizer import kept_tokenizer
 from griffin_offload.devices.threads import put
 from griffin_offload.engine.build import emulates_halves, use_own_linears
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
@@ -169,7 +170,9 @@ def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:
 def _token_ids(checkpoint: Checkpoint, model: StockModel, most: int) -> Tensor | None:
     """Up to `most` sequences; None: of no tokenizer that fits the model."""
     try:
-        tokenizer = checkpoint.tokenizer()
+        tokenizer = kept_tokenizer(checkpoint.path)
+        if tokenizer is None:
+            tokenizer = checkpoint.tokenizer()
     except CheckpointError:
         return None
     ids = tokenizer(CALIBRATION_TEXT, return_tensors="pt", verbose=False).input_ids[0]  # it is cut below
