@@ -206,6 +206,8 @@ class ServeConfig:
     shutdown_grace_s: float = 10.0
     """How long a running answer may go on after SIGTERM or Ctrl-C."""
     max_connections: int = 128
+    page: bool = True
+    """Whether a page for people is at /."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:

@@ -1,5 +1,5 @@
 """Log probabilities of tokens, as the model gave them: before penalties, bans, temperature and top_p. And what a client
-adds to some."""
+adds to some, or takes from those that were there."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -72,6 +72,21 @@ class LogitBias(LogitsProcessor):  # type: ignore[misc]
         added = torch.tensor(self._added, dtype=scores.dtype, device=scores.device)
         places = torch.tensor(self._tokens, dtype=torch.long, device=scores.device)
         return scores.index_add(1, places, added.expand(scores.shape[0], -1))
+
+
+class CountPenalties(LogitsProcessor):  # type: ignore[misc]
+    """OpenAI's two penalties: tokens of the answer lose `presence` once, and `frequency` as often as they are there.
+
+    transformers has neither. The prompt, the first `prompt_tokens`, does not count.
+    """
+
+    def __init__(self, prompt_tokens: int, presence: float, frequency: float) -> None:
+        self._prompt_tokens, self._presence, self._frequency = prompt_tokens, presence, frequency
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        answer = input_ids[:, self._prompt_tokens :]
+        counts = torch.zeros_like(scores).scatter_add_(1, answer, torch.ones_like(answer, dtype=scores.dtype))
+        return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
 def token_bytes(tokenizer: Any, token: int, text: str) -> tuple[int, ...] | None:

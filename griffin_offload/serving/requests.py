@@ -18,7 +18,8 @@ NO_PENALTIES: dict[str, Any] = {
     "encoder_no_repeat_ngram_size": 0,
     "exponential_decay_length_penalty": None,
 }
-"""Arguments of `generate`: clients get no penalty that they did not ask for; they can ask for the first one."""
+"""Arguments of `generate`: clients get no penalty that they did not ask for; they can ask for the first one, and
+for OpenAI's two."""
 
 
 Endpoint = Literal["chat", "completions"]
@@ -56,6 +57,9 @@ _COMMON = {
     "response_format",
     "regex",
     "grammar",
+    "presence_penalty",
+    "frequency_penalty",
+    "return_progress",
 }
 _KNOWN = {
     "chat": {
@@ -71,13 +75,11 @@ _IGNORED = ("user", "safety_identifier", "prompt_cache_key", "metadata")
 _NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
     "chat": {
         "audio": (),
-        "frequency_penalty": (0,),
         "function_call": ("none",),
         "functions": ([],),
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
-        "presence_penalty": (0,),
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
         "service_tier": ("auto", "default"),
@@ -87,8 +89,6 @@ _NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "completions": {
         "best_of": (1,),
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
         "suffix": (),
     },
 }
@@ -105,6 +105,8 @@ class Request:
     """Of completions: texts or token ids."""
     stream: bool = False
     include_usage: bool = False
+    return_progress: bool = False
+    """The stream tells of layers and tokens, too."""
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -117,6 +119,8 @@ class Request:
     exact: bool | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     structure: Structure | None = None
     """What the answer has to be."""
     top_k: int | None = None
@@ -145,6 +149,7 @@ def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, confi
         prompts=prompts,
         stream=stream,
         include_usage=_include_usage(fields, stream),
+        return_progress=_return_progress(fields, stream),
         max_tokens=_max_tokens(fields) or (None if chat else _COMPLETION_TOKENS),
         temperature=fields.number("temperature", 0, 2),
         top_p=fields.number("top_p", 0, 1),
@@ -156,6 +161,8 @@ def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, confi
         exact=fields.flag("exact"),
         min_p=fields.number("min_p", 0, 1),
         repetition_penalty=fields.number("repetition_penalty", _LEAST_PENALTY, _MOST_PENALTY),
+        presence_penalty=fields.number("presence_penalty", -2, 2) or 0.0,
+        frequency_penalty=fields.number("frequency_penalty", -2, 2) or 0.0,
         structure=_structure(fields),
         top_k=fields.integer("top_k", 0, _LARGEST),
         logit_bias=_logit_bias(fields),
@@ -269,6 +276,13 @@ def _include_usage(fields: FieldReader, stream: bool) -> bool:
     return bool(
         FieldReader(options, known=("include_usage",), neutral=neutral, where="stream_options").flag("include_usage")
     )
+
+
+def _return_progress(fields: FieldReader, stream: bool) -> bool:
+    wanted = bool(fields.flag("return_progress"))
+    if wanted and not stream:
+        raise invalid("return_progress is for streams: add stream", "return_progress")
+    return wanted
 
 
 def _stops(fields: FieldReader) -> tuple[str, ...]:
