@@ -182,7 +182,7 @@ def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:
     rates = " (tokens/s: the GEMV rate measured just now over the bytes one token reads, context full)"
     lines = [
         f"what fits{rates if known else ''}",
-        "(error: of FFs, squared and relative; KL: what that is about in answers of small models, larger ones lose less)",
+        "(error: of FFs, squared, relative; KL: about what that makes of small models' answers; large ones lose less)",
         f"{'':<2}{'precision':<12}{'density':>8}{'error':>8}{'KL':>7}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
     ]
     for row in rows:

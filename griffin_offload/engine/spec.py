@@ -91,8 +91,9 @@ class ModelSpec:
 
     def quantises(self, plan: Plan) -> bool:
         """Whether every prompt quantises the neurons it keeps: the checkpoint holds them in another format."""
-        residents = [planned_as(level) for level in plan.levels]
-        return any(not format.is_plain and format is not self.checkpoint.precision.rests_as() for format in residents)
+        stored = self.checkpoint.precision
+        there = stored.holds or (stored.rests_as(),)
+        return any(not format.is_plain and format not in there for format in map(planned_as, plan.levels))
 
     @property
     def stored_expert_share(self) -> float:
@@ -224,7 +225,12 @@ def _shapes(
     """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
     have."""
     stored = checkpoint.precision
-    asked_of = ("auto", stored.name, *([TIERS] if _gives_tiers(stored) else []))
+    if config.exact and stored.holds:
+        raise UsageError(
+            f"exact mode drafts in the stored precision, and {checkpoint.directory} holds {stored}: give an int4 or "
+            "int8 copy, or the original"
+        )
+    asked_of = ("auto", stored.name, stored.option, *([TIERS] if _gives_tiers(stored) else []))
     if not stored.is_plain and config.quantize not in asked_of:
         raise UsageError(
             f"the checkpoint was converted to {stored}, --quantize {config.quantize} needs the original: leave it out"
@@ -240,7 +246,7 @@ def _shapes(
     for name, levels in _precisions(stored, config):
         wanted = stored.name if config.exact else config.quantize
         # A stored format may rest in another one, which has its own name.
-        fits = wanted in ("auto", name) or (wanted == stored.name and not stored.is_plain and name != TIERS)
+        fits = wanted in ("auto", name) or (wanted == stored.name != TIERS != name and not stored.is_plain)
         precision = levels[0]
         try:
             for format in levels:

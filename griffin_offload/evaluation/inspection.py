@@ -216,7 +216,8 @@ def prompt_loss(
 ) -> Numbers:
     """What pruning would cost on one prompt, ids [T]: by layer and density the activation kept, of the whole prompt and
     held out (chosen on its first three quarters, measured on its last; None below SHORT_PROMPT_TOKENS). `planned` is
-    one more density for each layer. `bits_gained` is what tiers save at equal error. Of mixtures of experts, their layers alone, and how often each expert is used."""
+    one more density for each layer. `bits_gained` is what tiers save at equal error. Of mixtures of
+    experts, their layers alone, and how often each expert is used."""
     active = [block.active for block in model.engine.blocks]
     routed = [layer for layer, count in enumerate(active) if count]
     densities = enough_for_a_token(model, densities)
