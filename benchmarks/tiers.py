@@ -9,6 +9,7 @@ of its own, and is held against the 16-bit model by stock transformers.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -29,7 +30,8 @@ from griffin_offload.cli.options import quiet_libraries
 from griffin_offload.errors import GriffinError, one_line
 from griffin_offload.planner.tiers import bits_of, expected_error
 
-BITS = (4.0, 3.5, 3.0, 2.5)
+BITS = (4.0, 3.5, 3.0, 2.5, 2.2)
+FORMATS = ("int8", "int4", "int3", "int2")
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,22 @@ class Way:
     """Arguments of `from_pretrained`."""
 
 
-def ways(bits: Sequence[float]) -> list[Way]:
-    """Tiers of so many bits, fewer bits, fewer neurons."""
-    return [
-        *(Way(f"tiers, {one:g}", {"quantize": "tiers", "bits": one}) for one in bits),
-        *(Way(f"all in {name}", {"quantize": name, "density": 1.0}) for name in ("int4", "int3", "int2")),
-        *(Way(f"{density:g} of int4", {"quantize": "int4", "density": density}) for density in (0.75, 0.5)),
+def ways(bits: Sequence[float], formats: Sequence[str]) -> list[Way]:
+    """For each number of bits tiers, and as many neurons of int4 as take no fewer bytes; all neurons in `formats`."""
+    pairs = [
+        (Way(f"tiers, {one:g}", {"quantize": "tiers", "bits": one}), _pruned(one)) for one in sorted(bits, reverse=True)
     ]
+    return [*(_whole(name) for name in formats), *(way for pair in pairs for way in pair)]
+
+
+def _whole(name: str) -> Way:
+    return Way(f"all in {name}", {"quantize": name, "density": 1.0})
+
+
+def _pruned(bits: float) -> Way:
+    """What an int4 of 4.5 bits and its scales keeps."""
+    density = min(math.ceil(bits / 4.52 * 50) / 50, 1.0)
+    return Way(f"{density:g} of int4", {"quantize": "int4", "density": density})
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ def measure_model(section: Section, folder: Path, args: argparse.Namespace, step
         permuted, reference = Path(name) / "permuted", Path(name) / "reference.pt"
         section.permuted_kl = write_permuted(folder, permuted)
         in_own_process(measure_stock, permuted, texts, windows, args.threads, reference)
-        for way in ways(args.bits):
+        for way in ways(args.bits, args.formats):
             start = time.perf_counter()
             found = in_own_process(measure, permuted, way.options, reference, windows, args.threads)
             section.rows.append((way.name, found))
@@ -149,6 +160,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--text", action="append", metavar="NAME=FILE", help="UTF-8, .txt or .txt.xz (default: a children's book)")
     add("--only", choices=tuple(SOURCES), action="append", help="one of the models")
     add("--bits", type=lambda text: [float(bits) for bits in text.split(",")], default=BITS, help="of tiers")
+    add("--formats", type=lambda text: text.split(","), default=FORMATS, help="of all neurons")
     add("--windows", type=int, default=24, help="of each text, spread evenly")
     add("--prompt-tokens", type=int, default=256)
     add("--scored-tokens", type=int, default=112)

@@ -199,7 +199,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     """The chosen plan, and every precision, dense and with the largest density, that fits at the same context."""
     from griffin_offload.evaluation.ceilings import decode_bytes_per_s
     from griffin_offload.planner.solve import alternatives
-    from griffin_offload.planner.tiers import expected_error
+    from griffin_offload.planner.tiers import expected_error, expected_kl
 
     shapes = [*model_spec.shapes, *model_spec.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].width
@@ -218,12 +218,14 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
         if expected is not None and expected.expected_hit_rate < 1:
             rate = None  # the disk decides, which nobody has asked
         read_bytes = weights + plan.decode_parts["kv_cache"]
+        error = expected_error(shape, plan.counts)
         rows.append(
             {
                 "precision": plan.precision,
                 "density": plan.density,
                 "tiers": plan.tiers,
-                "expected_error": expected_error(shape, plan.counts),
+                "expected_error": error,
+                "expected_kl": None if error is None else expected_kl(error),
                 "resident_bytes": plan.resident_bytes,
                 "peak_bytes": plan.peak_bytes,
                 "expected_tokens_per_s": None if rate is None else rate / read_bytes,
@@ -240,13 +242,14 @@ def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:
     rates = " (tokens/s: the GEMV rate measured just now over the bytes one token reads, context full)"
     lines = [
         f"what fits{rates if known else ''}",
-        f"{'':<2}{'precision':<12}{'density':>8}{'error':>8}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
+        "(error: of FFs, squared, relative; KL: about what that makes of small models' answers; large ones lose less)",
+        f"{'':<2}{'precision':<12}{'density':>8}{'error':>8}{'KL':>7}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
     ]
     for row in rows:
-        rate, error = row["expected_tokens_per_s"], row["expected_error"]
+        rate, error, kl = row["expected_tokens_per_s"], row["expected_error"], row["expected_kl"]
         lines.append(
             f"{'*' if row['chosen'] else '':<2}{row['precision']:<12}{row['density']:>8.2f}"
-            f"{'?' if error is None else f'{error:.4f}':>8}"
+            f"{'?' if error is None else f'{error:.4f}':>8}{'?' if kl is None else f'{kl:.1g}':>7}"
             f"{format_bytes(row['resident_bytes']):>12}{format_bytes(row['peak_bytes']):>12}"
             f"{'?' if rate is None else f'{rate:.3g}':>10}"
         )

@@ -68,6 +68,8 @@ def convert(
     check_stored(checkpoint, sum(parameter.nbytes for parameter in meta.parameters()))
     format = get(precision)
     has_experts = any(isinstance(block, Experts) for block in find_feed_forwards(meta, _layers_of(checkpoint))[1])
+    if format.holds and has_experts:
+        raise UsageError(f"experts are of one format each, {precision} are of FF neurons: give int4")
     if format.is_plain and not has_experts:
         raise UsageError(f"{checkpoint.directory} has no experts, all that {precision} rewrites: give int8 or int4")
     shape = model_shape(meta, format, format, get(tables))

@@ -153,7 +153,8 @@ def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[An
             break
     if not shape.is_plain and shape.formats != (checkpoint.precision.rests_as(),):
         importance: Importance = {}
-        if any(format.wants_importance for format in shape.formats):
+        rounded = [format for format in shape.formats if format not in checkpoint.precision.holds]
+        if any(format.wants_importance for format in rounded):
             importance = importance_of(checkpoint, model, decoder, blocks, evict=evicts(model_spec))
         tiers = [[(shape.levels[level], kept) for level, kept in tiers_of(own)] for own in plan.counts]
         swap_linears(decoder, blocks, shape.precision, checkpoint.precision, scratch, importance, tiers)

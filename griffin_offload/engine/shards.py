@@ -170,9 +170,9 @@ class Missed:
     worst: float = 0.0
     where: str = ""
 
-    def count(self, name: str, matrix: Tensor, found: Tensors, *, is_down: bool) -> None:
-        """Those of `matrix` [O, I], of which `found` are the stored tensors."""
-        weights, worst = self.format.missed(matrix, found, is_down=is_down)
+    def count(self, name: str, matrix: Tensor, format: Format, found: Tensors, *, is_down: bool) -> None:
+        """Those of `matrix` [O, I], of which `found` are the tensors as `format` stores them."""
+        weights, worst = format.missed(matrix, found, is_down=is_down)
         self.weights += weights
         if weights and worst > self.worst:
             self.worst, self.where = worst, name
@@ -234,11 +234,12 @@ class Quantizing:
         self._last: tuple[Tensor, Compensation] | None = None
         """Of modules that have the same inputs and follow one another."""
 
-    def quantize(self, prefix: str, name: str, matrix: Tensor, *, is_down: bool) -> Tensors:
-        """The stored tensors of `matrix` [O, I], the module `name` of the layer."""
+    def quantize(self, prefix: str, name: str, matrix: Tensor, *, neurons: bool, is_down: bool) -> Tensors:
+        """The stored tensors of `matrix` [O, I], the module `name` of the layer; whether it holds `neurons`."""
         own = self._compensation(name, is_down=is_down)
-        found = self._format.quantize(matrix, self._dtype, is_down=is_down, compensation=own)
-        self._missed.count(prefix + name, matrix, found, is_down=is_down)
+        format = self._format if neurons else self._format.outside()
+        found = format.quantize(matrix, self._dtype, is_down=is_down, compensation=own)
+        self._missed.count(prefix + name, matrix, format, found, is_down=is_down)
         return found
 
     @property
@@ -280,7 +281,8 @@ def layer_tensors(
                 module = linears[owner]
                 matrix = values if isinstance(module, nn.Linear) else values.t()  # Conv1D
                 try:
-                    found = quantizing.quantize(prefix, owner, matrix, is_down=block.is_down(module))
+                    kind = {"neurons": module in block.linears, "is_down": block.is_down(module)}
+                    found = quantizing.quantize(prefix, owner, matrix, **kind)
                 except CheckpointError as error:
                     raise CheckpointError(f"{prefix}{name}: {error}") from error
                 tensors |= {f"{prefix}{owner}.{key}": tensor for key, tensor in found.items()}

@@ -102,6 +102,8 @@ class Format:
     for the inputs themselves."""
     missed_from: ClassVar[float] = 0.25
     """A weight that is off by a larger share has not come back (`missed`)."""
+    holds: ClassVar[tuple["Format", ...]] = ()
+    """Formats whose neurons a copy in this one has side by side, so that nothing is rounded for a prompt."""
     chunk: ClassVar[int] = 1024
     """Neurons that are on their way at once: a multiple of every block, and small enough for a cache."""
 
@@ -125,6 +127,19 @@ class Format:
     def rests_as(self) -> "Format":
         """The format that gathered neurons have: this one, if it is closed under gathering."""
         return self
+
+    def outside(self) -> "Format":
+        """The format that matrices which hold no neurons are stored in beside it."""
+        return self
+
+    def part(self, format: "Format", full: Tensors) -> Tensors:
+        """Of a stored matrix the tensors in one of the formats that it holds."""
+        raise NotImplementedError
+
+    @property
+    def option(self) -> str:
+        """What `--quantize` calls residents that are as they are stored."""
+        return self.name
 
     def layouts(self) -> tuple[Layout, ...]:
         """All that are this format's own."""
@@ -247,6 +262,8 @@ def row_blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 _REGISTRY: dict[str, Format] = {}
+_COPIES: dict[str, Format] = {}
+"""Those that only copies have, and no residents."""
 
 
 def register_format(format: Format) -> None:
@@ -265,6 +282,16 @@ def register_format(format: Format) -> None:
         table.add(table.Kernel("gemm", layout.name, layout.torchs, layout.multiply, ours=False), last=True)
 
 
+def register_copy(format: Format) -> None:
+    """Add a format of converted copies, whose neurons rest in those that it holds."""
+    _COPIES[format.name] = format
+
+
+def of_copies() -> tuple[Format, ...]:
+    """All that a converted copy may be in."""
+    return (*every(), *_COPIES.values())
+
+
 def forget_format(format: Format) -> None:
     """Take back what `register_format` did."""
     del _REGISTRY[format.name]
@@ -275,7 +302,7 @@ def forget_format(format: Format) -> None:
 
 def get(name: str) -> Format:
     """The format of that name; UsageError where there is none."""
-    found = _REGISTRY.get(name)
+    found = _REGISTRY.get(name) or _COPIES.get(name)
     if found is None:
         raise UsageError(f"there is no weight format {name}: give one of {', '.join(_REGISTRY)}")
     return found

@@ -229,8 +229,12 @@ class Grouped(Format):
         parts: int = 1,
         importance: Tensor | None = None,
     ) -> None:
-        """As any format's; what is stored in another one that gives `chosen_floats` is read a chunk at a time."""
+        """As any format's; of a copy that holds several, its own; what is stored in another one that gives
+        `chosen_floats` is read a chunk at a time."""
         stored = source.format
+        if self in stored.holds:
+            full, source = stored.part(self, full), self.stored(is_down=is_down)
+            stored = self
         if stored is self or stored.is_plain or not stored.gives_chosen:
             super().gather(full, source, chosen, out, is_down=is_down, parts=parts, importance=importance)
             return
