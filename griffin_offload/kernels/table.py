@@ -259,12 +259,29 @@ def _gemm(name: str, needs: Callable[[], str | None], computes: torch.dtype, bes
 
 def _products_of_ours() -> list[Kernel]:
     few: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": _no_gradient, "numbers": _NUMBERS}
+    tiled: dict[str, Any] = few | {
+        "needs": _has("sums_tiles", "AMX"),
+        "numbers": frozenset((torch.bfloat16,)),
+        "rows": (3, gemv.TILE_ROWS),
+    }
     tiers: dict[str, Any] = few | {"takes": gemv.takes_tiers}
     plain: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": alike, "numbers": HALVES}
     pack: dict[str, Any] = {"numbers": _NUMBERS, "rows": (0, int8pack.ROWS)}
     float32 = torch.float32
     return [
-        *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 9, **dict.fromkeys(_RESIDENT[1:], 24)}),
+        *(
+            Kernel("gemv", layout, f"{name} (AMX)", functools.partial(product, tiles=True), **tiled)
+            for layout, name, product in (
+                ("int4_rows", "multiply_int4_rows", functools.partial(gemv.rows_product, 4)),
+                ("int4_strips", "multiply_int4_strips", functools.partial(gemv.strips_product, 4)),
+                ("int8", "multiply_int8", gemv.int8_product),
+            )
+        ),
+        Kernel(
+            *("gemv", "float", "multiply_floats (AMX)", functools.partial(gemv.float_product, tiles=True)),
+            **(tiled | {"takes": alike}),
+        ),
+        *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 17, **dict.fromkeys(_RESIDENT[1:], 24)}),
         *_gemm("AVX512-BF16", _pairs, torch.bfloat16, {"int8": 4}),
         *_gemm("AVX2", _float32, float32, {}),
         Kernel("tiers", "rows", "multiply_tiers_rows", gemv.tiers_rows_product, **tiers),
