@@ -229,7 +229,6 @@ def _names(
 ) -> dict[str, str]:
     """The model's names of tensors by the file's, from the package's tables. UnsupportedModel where the file holds a
     tensor that the model has no place for: leaving it out would change every answer."""
-    table = _table(architecture.names, config.num_hidden_layers)
     try:
         model: Any = build_on_meta(config, dtype)
     except GriffinError:
@@ -238,14 +237,12 @@ def _names(
         raise CheckpointError(f"{described.where} describes no model: {one_line(error)}") from error
     found: dict[str, str] = {}
     for name in model.state_dict():
-        match = _SUFFIX.search(name)
-        stem = name[: match.start()] if match else name
         layer = _IN_LAYER.search(name)
         if layer is not None:
             found |= {f"blk.{layer[1]}.{source}": name for source in sources_of(name)}
-        there = table.get_name(stem) or table.get_name(stem.removeprefix(f"{model.base_model_prefix}."))
-        if there is not None:
-            there += match[0] if match else "" if described.has(there) else ".weight"
+        there, end = name_in_file(name, architecture, model)
+        if there:
+            there += end or ("" if described.has(there) else ".weight")
             if described.has(there):
                 found.setdefault(there, name)
     found = {there: name for there, name in found.items() if described.has(there)}
@@ -256,6 +253,16 @@ def _names(
             f"first {unused[0]}: give the model's Hugging Face directory"
         )
     return found
+
+
+def name_in_file(name: str, architecture: Architecture, model: Any) -> tuple[str, str]:
+    """What files call the tensor `name` of `model`, by the package's tables, "" where they have no such thing; and what
+    `name` ends in: ".weight", ".bias" or ""."""
+    match = _SUFFIX.search(name)
+    stem = name[: match.start()] if match else name
+    table = _table(architecture.names, model.config.num_hidden_layers)
+    there = table.get_name(stem) or table.get_name(stem.removeprefix(f"{model.base_model_prefix}."))
+    return there or "", match[0] if match else ""
 
 
 @functools.lru_cache(maxsize=4)

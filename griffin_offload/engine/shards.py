@@ -42,6 +42,8 @@ from griffin_offload.units import format_bytes
 
 # Beside the tensors: headers, index, tokenizer.
 MARGIN_BYTES = 50_000_000
+PART = ".part"
+"""Ends the name of a file that grows layer by layer."""
 # Our temporary names, and those that safetensors writes under before it renames to ours.
 _HALVES = (".*.tmp", ".tmp*")
 
@@ -104,7 +106,8 @@ class CopyDirectory:
     def begin(self, nbytes: int) -> None:
         """Of `nbytes` in all shards, those that are missing have to fit the disk, or DoesNotFit; from now on no command
         takes the directory for a checkpoint."""
-        missing = nbytes - sum(path.stat().st_size for path in self.path.glob("*.safetensors"))
+        there = [*self.path.glob("*.safetensors"), *self.path.glob(f"*{PART}")]
+        missing = nbytes - sum(path.stat().st_size for path in there)
         free, needed = shutil.disk_usage(self.path).free, missing + MARGIN_BYTES
         if needed > free and missing > 0:
             raise DoesNotFit(
@@ -127,6 +130,10 @@ class CopyDirectory:
         total = sum((self.path / name).stat().st_size for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(self.path / INDEX, json.dumps(index, indent=2))
+        self.whole()
+
+    def whole(self) -> None:
+        """From now on it is what it says."""
         (self.path / UNFINISHED).unlink()
 
 
