@@ -4,7 +4,11 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import walks
+
 import griffin_offload
+from griffin_offload.cli.main import main
 
 PACKAGE = Path(griffin_offload.__file__).parent
 # From the ground up. A room imports from those before it and from itself.
@@ -13,7 +17,10 @@ ROOMS = (
     *("checkpoint", "offload", "kv_cache", "planner", "engine", "evaluation", "serving", "demo", "cli"),
     *("__init__", "__main__"),
 )
-MOST_LINES, LONGEST_FUNCTION, LONGEST_CHAIN = 400, 60, 21
+MOST_LINES, LONGEST_FUNCTION, LONGEST_CHAIN = 400, 60, 20
+# Files that a reader opens: for a command from its arguments to its text, for a layer of the streamed pass, for the
+# forward of a token (three of its files are a guard of the stock model and the thread that samples memory).
+MOST_FILES, RUN_FILES, LAYER_FILES, TOKEN_FILES = 174, 76, 24, 11
 
 
 def _files() -> dict[str, Path]:
@@ -133,3 +140,15 @@ def test_functions_are_short():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
     }
     assert {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION} == {}
+
+
+def test_files_are_few():
+    assert len(_files()) <= MOST_FILES
+
+
+@pytest.mark.slow
+def test_walks_are_short():
+    events = walks.walk(lambda: main(["run", "-n", "3", "-q", "--quantize", "none", "--density", "0.62"]))
+    assert len(walks.files(events)) <= RUN_FILES
+    assert len(walks.files(events, "+DecoderLayer", "+DecoderLayer", nth=1)) <= LAYER_FILES
+    assert len(walks.files(events, "+ForCausalLM", "-ForCausalLM", nth=2)) <= TOKEN_FILES

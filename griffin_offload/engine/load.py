@@ -28,9 +28,8 @@ from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, Us
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
 from griffin_offload.method.allocation import tiers_of
-from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.offload.expert_cache import ExpertBuffers
-from griffin_offload.offload.layer_stream import StreamConfig
+from griffin_offload.offload.layer_stream import BackgroundLoader, StreamConfig
 from griffin_offload.offload.weight_store import ExpertStore, HostStore, MmapStore, Source
 from griffin_offload.planner.plan import Plan
 from griffin_offload.units import format_bytes, parse_size
