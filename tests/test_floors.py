@@ -1,6 +1,7 @@
 """The house of the package: rooms in one order, imports that only go down it, and no circle of files."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,12 @@ MOST_LINES, LONGEST_FUNCTION, LONGEST_CHAIN = 400, 60, 20
 MOST_FILES, RUN_FILES, LAYER_FILES, TOKEN_FILES = 180, 78, 24, 11
 
 
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def _files() -> dict[str, Path]:
     """Module, without the package's name, and its file."""
     found = {}
@@ -34,7 +41,7 @@ def _files() -> dict[str, Path]:
 
 def _imported(path: Path) -> Iterator[str]:
     """Every module of the package that the file imports: lazily, and for types alone, too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "griffin_offload":
             module = node.module.removeprefix("griffin_offload").removeprefix(".")
             for alias in node.names:
@@ -42,6 +49,7 @@ def _imported(path: Path) -> Iterator[str]:
                 yield module or "__init__"
 
 
+@functools.cache
 def _imports() -> dict[str, set[str]]:
     files = _files()
     return {name: {other for other in _imported(path) if other in files} - {name} for name, path in files.items()}
@@ -95,7 +103,7 @@ def test_files_are_short():
 
 def _names_imported(path: Path) -> Iterator[tuple[str, str]]:
     """(room, name) of everything that a file imports from the package."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("griffin_offload."):
             for alias in node.names:
                 yield _room((node.module or "").removeprefix("griffin_offload.")), alias.name
@@ -136,7 +144,7 @@ def test_functions_are_short():
     found = {
         f"{name}.{node.name}": node.end_lineno - node.lineno + 1
         for name, path in _files().items()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(_tree(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
     }
     assert {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION} == {}

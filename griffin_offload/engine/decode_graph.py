@@ -193,8 +193,10 @@ class DecodeGraphs:
         self.reason = _unsuited(model)
 
     @property
-    def _model(self) -> Any:
-        return self._weak()
+    def _model(self) -> StockModel:
+        model = self._weak()
+        assert model is not None, "whoever decodes keeps it alive"
+        return model
 
     def close(self) -> None:
         """Give the captures' memory back."""
