@@ -11,8 +11,8 @@ from transformers import PretrainedConfig
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.blocks.sizes import ModelSizes, model_shape, states_of
 from griffin_offload.blocks.states import lasting_kinds, state_kinds
-from griffin_offload.checkpoint.base import Checkpoint, PartSizes, part_sizes
-from griffin_offload.checkpoint.registry import open_checkpoint
+from griffin_offload.checkpoint.base import Checkpoint
+from griffin_offload.checkpoint.registry import PartSizes, open_checkpoint, part_sizes
 from griffin_offload.config import (
     MAX_DRAFT_TOKENS,
     TIERS,
