@@ -34,7 +34,7 @@ class _Spec(Protocol):
 
 class _HasStock(Protocol):
     @property
-    def model(self) -> Any: ...
+    def model(self) -> StockModel: ...
 
 
 class _KeptCache(Protocol):

@@ -88,7 +88,7 @@ def importance_of(
 @torch.no_grad()
 def visit_inputs(
     checkpoint: Checkpoint,
-    model: Any,
+    model: StockModel,
     decoder: nn.ModuleList,
     blocks: Sequence[Block],
     visit: Callable[[int, Inputs], None],

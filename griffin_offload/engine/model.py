@@ -33,7 +33,7 @@ from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context
 from griffin_offload.planner.plan import Plan
-from griffin_offload.transformers_api import with_own_name
+from griffin_offload.transformers_api import StockModel, Tokenizer, with_own_name
 
 # From here on the process's growth is a figure of the model and no longer of the interpreter.
 _LARGE_MODEL_BYTES = 10**9
@@ -91,18 +91,18 @@ class GriffinModel(StockInterface):
         return f"GriffinModel({type(self).__name__}, {plan.precision}, density {plan.density:.2g}, on {self.device})"
 
     @property
-    def model(self) -> Any:
+    def model(self) -> StockModel:
         """The stock transformers model, with all its residents."""
         if self._loaded.layers.arrival is not None and not self._engine.closed:
             self._loaded.layers.arrival.wait()
         return self._held
 
     @property
-    def _stock(self) -> Any:
+    def _stock(self) -> StockModel:
         return self._held
 
     @functools.cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, loaded when it is asked for first, unless one was set before; CheckpointError if
         there is none that can be loaded."""
         return self._model_spec.checkpoint.tokenizer()
@@ -389,7 +389,7 @@ def _named(base: type, name: str) -> type:
     return type(name, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
-def _named_as(base: type, stock: Any) -> type:
+def _named_as(base: type, stock: StockModel) -> type:
     """A class like `base` with the name of the stock model's: pipelines ask the name whether they know what to do with
     a model, and write an error where they do not."""
     return _named(base, type(stock).__name__)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.errors import Busy, GriffinError, UsageError
@@ -287,11 +288,11 @@ class StockInterface:
     """The face of a transformers model; `model` is the stock one."""
 
     @property
-    def model(self) -> Any:
+    def model(self) -> StockModel:
         raise NotImplementedError
 
     @property
-    def _stock(self) -> Any:
+    def _stock(self) -> StockModel:
         """The stock model, whose residents may still be on their way."""
         raise NotImplementedError
 
@@ -313,19 +314,19 @@ class StockInterface:
         return value.to(self._stock.device) if isinstance(value, torch.Tensor) else value
 
     @property
-    def generation_config(self) -> Any:
+    def generation_config(self) -> GenerationConfig:
         """The defaults for `generate`: at first the checkpoint's."""
         return self._stock.generation_config
 
     @generation_config.setter
-    def generation_config(self, config: Any) -> None:
+    def generation_config(self, config: GenerationConfig) -> None:
         self._stock.generation_config = config
 
-    def eval(self) -> Any:
+    def eval(self) -> "StockInterface":
         """Nothing: a loaded model is for inference."""
         return self
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> "StockInterface":
         """UsageError but for train(False), which is `eval`."""
         if mode:
             raise UsageError(
@@ -333,32 +334,32 @@ class StockInterface:
             )
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
+    def requires_grad_(self, requires_grad: bool = True) -> "StockInterface":
         """UsageError but for requires_grad_(False), which is so already."""
         return self.train(requires_grad)
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
+    def to(self, *args: Any, **kwargs: Any) -> "StockInterface":
         """The model, if that is its device and precision; UsageError with the options that choose them otherwise."""
         self._stock.to(*args, **kwargs)
         return self
 
-    def cpu(self) -> Any:
+    def cpu(self) -> "StockInterface":
         """As `to`."""
         return self.to("cpu")
 
-    def cuda(self, device: Any = None) -> Any:
+    def cuda(self, device: torch.device | int | str | None = None) -> "StockInterface":
         """As `to`."""
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
 
-    def half(self) -> Any:
+    def half(self) -> "StockInterface":
         """As `to`."""
         return self.to(torch.float16)
 
-    def float(self) -> Any:
+    def float(self) -> "StockInterface":
         """As `to`."""
         return self.to(torch.float32)
 
-    def bfloat16(self) -> Any:
+    def bfloat16(self) -> "StockInterface":
         """As `to`."""
         return self.to(torch.bfloat16)
 

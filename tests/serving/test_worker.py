@@ -16,7 +16,7 @@ from server_clients import BODY, LONGEST_S, Asking, Leaving, eventually
 
 from griffin_offload.blocks.base import ChunkedForward
 from griffin_offload.engine.prompt_passes import PromptPasses
-from griffin_offload.offload.background_loader import BackgroundLoader
+from griffin_offload.offload.layer_stream import BackgroundLoader
 from griffin_offload.serving.queue import Job
 
 TIMEOUT_S = 2.0  # of a request whose tokens never come
