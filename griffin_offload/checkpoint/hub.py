@@ -125,7 +125,7 @@ def _fetch_large(repo: str, file: str | None, info: Any, hub: dict[str, Any]) ->
 
 
 def _needed(repo: str, file: str | None, there: list[HubFile], hub: dict[str, Any]) -> list[HubFile]:
-    """What of a repository's files belongs to the model: one GGUF, or weights by their index and what is beside them."""
+    """What of a repository belongs to the model: one GGUF, or the weights of its index and what is beside them."""
     from fnmatch import fnmatchcase
 
     if file is not None:

@@ -37,10 +37,10 @@ class _Answer(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         info = re.match(r"/api/models/([^/]+/[^/?]+)", self.path)
         file = re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/([^?]+)", self.path)
         if info is None and file is None:  # such as the client's own endpoints
