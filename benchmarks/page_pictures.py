@@ -1,6 +1,6 @@
 """Pictures of the server's page, in real headless Chromium: light, dark, narrow, in the middle of an answer, an error.
 
-    python benchmarks/page_pictures.py -m MODEL --max-gpu-mem 240MB --out benchmarks/results/page
+    python benchmarks/page_pictures.py --max-gpu-mem 10MB --density 0.5 --quantize none --out benchmarks/results/page
 
 Needs Playwright and a Chromium of the system; what is not named here is for `griffin-offload serve`.
 """
@@ -15,7 +15,6 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
-QUESTION = "What is the capital of France, and what is it known for?"
 WIDE, NARROW = {"width": 1180, "height": 820}, {"width": 390, "height": 780}
 LONG_MS = 300_000
 
@@ -25,7 +24,7 @@ def ask(page: Any, text: str) -> None:
     page.keyboard.press("Enter")
 
 
-def take(context: Any, url: str, out: Path, name: str, server: subprocess.Popen[str]) -> None:
+def take(context: Any, url: str, out: Path, name: str, question: str, server: subprocess.Popen[str]) -> None:
     """Pictures of one window; the server is ended for the one of an error."""
     context.set_default_timeout(LONG_MS)
     page = context.new_page()
@@ -40,7 +39,7 @@ def take(context: Any, url: str, out: Path, name: str, server: subprocess.Popen[
         page.locator("#settings").scroll_into_view_if_needed()
     else:
         page.get_by_text("Settings", exact=True).click()
-    ask(page, QUESTION)
+    ask(page, question)
     page.locator("#rate", has_text="second").wait_for()
     if name == "light":
         page.screenshot(path=out / "streaming.png")
@@ -53,7 +52,7 @@ def take(context: Any, url: str, out: Path, name: str, server: subprocess.Popen[
         server.terminate()
         server.wait(60)
         page.get_by_text("Memory and speed").click()
-        ask(page, "And of Spain?")
+        ask(page, "And then?")
         page.get_by_role("alert").wait_for()
         page.screenshot(path=out / "error.png")
 
@@ -61,6 +60,7 @@ def take(context: Any, url: str, out: Path, name: str, server: subprocess.Popen[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY")
+    parser.add_argument("--question", default="Once upon a time there was a little fox who", metavar="TEXT")
     arguments, serving = parser.parse_known_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     program = "import sys; from griffin_offload.cli.main import main; sys.exit(main())"
@@ -74,7 +74,7 @@ def main() -> None:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             for name, scheme, size in (("light", "light", WIDE), ("dark", "dark", WIDE), ("narrow", "light", NARROW)):
                 context = browser.new_context(viewport=size, color_scheme=scheme)
-                take(context, url, arguments.out, name, server)
+                take(context, url, arguments.out, name, arguments.question, server)
                 context.close()
             browser.close()
     finally:
