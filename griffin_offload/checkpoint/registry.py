@@ -20,13 +20,14 @@ from griffin_offload.checkpoint.config_files import load_config
 from griffin_offload.checkpoint.converted import ConvertedCheckpoint, mark_of, open_converted
 from griffin_offload.checkpoint.files import check_name, unreadable
 from griffin_offload.checkpoint.gguf import open_gguf
+from griffin_offload.checkpoint.hub import fetch
 from griffin_offload.checkpoint.quantised import open_quantised, read_quantised_config
 from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
-from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, one_line
+from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError
 from griffin_offload.formats import get
 from griffin_offload.transformers_api import StockModel
 
-_WHAT_IS_A_MODEL = "give a checkpoint directory, a GGUF file or a hub id such as org/name"
+_WHAT_IS_A_MODEL = "give a checkpoint directory, a GGUF file or a hub id such as org/name (or org/name:FILE.gguf)"
 Opener = Callable[[Path], Checkpoint | None]
 """Opens the file or directory if it is of its kind; None if it is not. Errors: CheckpointError, UnsupportedModel."""
 _KINDS: list[Opener] = [open_converted, open_gguf, open_quantised, open_safetensors]
@@ -107,22 +108,7 @@ def locate(model: str | Path, *, offline: bool = False, **hub: Any) -> Path:
         return path
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ModelNotFound(f"no directory or file {model}: {_WHAT_IS_A_MODEL}")
-    return _hub_snapshot(model, offline, hub)
-
-
-def _hub_snapshot(model: str, offline: bool, hub: dict[str, Any]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    unwanted = ["consolidated*", "*/*"]  # the same weights again, in other layouts
-    try:
-        found = snapshot_download(
-            model, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=offline, **hub
-        )
-        return Path(found)
-    except Exception as error:  # the hub's client raises errors of many libraries
-        where = "the local hub cache" if offline else "this directory or the hub"
-        raise ModelNotFound(f"{model} was not found in {where}: {one_line(error)}") from error
+    return fetch(model, offline=offline, **hub)
 
 
 _IN_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")

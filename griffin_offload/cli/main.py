@@ -12,7 +12,7 @@ from griffin_offload import __version__
 from griffin_offload.errors import GriffinError, OutOfMemory, as_line, limit_reached, memory_refused
 
 _INTERRUPTED = 130
-COMMANDS = ("run", "chat", "serve", "batch", "plan", "convert", "export", "bench", "eval", "inspect")
+COMMANDS = ("run", "chat", "serve", "batch", "models", "pull", "plan", "convert", "export", "bench", "eval", "inspect")
 """Each is a module beside this one."""
 
 

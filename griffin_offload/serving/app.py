@@ -161,6 +161,7 @@ _MODELS = "/v1/models"
 _PAGE = "/"
 _READING = {"/health": "health", "/metrics": "metrics", _MODELS: "models", _PAGE: "page"}
 _TOKENIZE = "/tokenize"
+_COUNT = "/v1/messages/count_tokens"
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ APIS = {
     "/v1/responses": Api(chat_of_responses, ResponsesForm),
     "/v1/messages": Api(chat_of_messages, MessagesForm),
 }
-_POSTED = {*ENDPOINTS, *APIS, _TOKENIZE}
+_POSTED = {*ENDPOINTS, *APIS, _TOKENIZE, _COUNT}
 _NOT_SERVED = {"/v1/embeddings": "this server writes text, and computes no embeddings"}
 _STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 _OUTCOMES = {408: "timeout", 429: "queue_full"}
@@ -270,8 +271,8 @@ class App:
         if method not in allowed:
             allow = {"allow": ", ".join(allowed)}
             raise ApiError(405, f"{method[:20]} is not answered here: use {allowed[0]}", code="method", headers=allow)
-        if path == _TOKENIZE:
-            await self._tokenize(exchange, headers)
+        if path in (_TOKENIZE, _COUNT):
+            await self._tokenize(exchange, headers, path)
         elif path in _POSTED:
             await self._ask(exchange, headers, path)
         else:
@@ -304,21 +305,22 @@ class App:
         state = {"loaded": service.worker.loaded, "waiting": service.worker.waiting}
         return state | {"limits": most, **service.metrics.model}
 
-    async def _tokenize(self, exchange: HttpExchange, headers: Headers) -> None:
-        """The prompt that a body makes, as token ids: vLLM's and llama-server's route."""
+    async def _tokenize(self, exchange: HttpExchange, headers: Headers, path: str) -> None:
+        """The prompt that a body makes, as token ids: vLLM's and llama-server's route; Anthropic's has their count."""
         service = self._service
         body = await exchange.body(self._max_body)
         _check_content(headers)
         values = {"model": service.served, **parse_object(body)}
+        if path == _COUNT:
+            values = chat_of_messages({"max_tokens": 1, **values})
         endpoint: Endpoint = "chat" if "messages" in values else "completions"
         request = parse_request(endpoint, values, service.served, service.config)
         prompts = await exchange.within_time(service.encoder.encode(request))
         if len(prompts) != 1:
             raise ApiError(400, f"prompt holds {len(prompts)}: one at a time", param="prompt", code="invalid_value")
         tokens = prompts[0]
-        await exchange.answer(
-            200, encode({"tokens": tokens, "count": len(tokens), "max_model_len": service.caps.context})
-        )
+        whole = {"tokens": tokens, "count": len(tokens), "max_model_len": service.caps.context}
+        await exchange.answer(200, encode({"input_tokens": len(tokens)} if path == _COUNT else whole))
 
     async def _ask(self, exchange: HttpExchange, headers: Headers, path: str) -> None:
         service = self._service

@@ -114,12 +114,16 @@ class AccessGuard:
 
     def _check_key(self, headers: Headers) -> None:
         scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = headers.get("x-api-key", "")  # as Anthropic's clients give it
         assert self._key is not None, "there is a key"
-        right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._key)
-        if scheme.lower() != "bearer" or not right:
+        if not hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._key):
             headers_401 = {"www-authenticate": "Bearer"}
             raise ApiError(
-                401, "a valid API key has to be given as a bearer token", code="invalid_api_key", headers=headers_401
+                401,
+                "a valid API key has to be given as a bearer token or x-api-key",
+                code="invalid_api_key",
+                headers=headers_401,
             )
 
 

@@ -164,6 +164,7 @@ def test_errors_are_told_in_words(visit, chatty, serve_one):
         ask(page, "hello")
         page.get_by_role("alert").get_by_text("max_tokens is 6, 5 are allowed").wait_for()
         page.get_by_label("Longest answer").fill("4")
+        page.get_by_label("Repetition penalty").fill("1.1")
         page.get_by_label("Temperature").fill("0")
         page.get_by_role("button", name="Try again").click()
         assert answered(page)
