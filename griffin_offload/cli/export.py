@@ -177,6 +177,8 @@ def _lines(found: "Export") -> list[str]:
         f"became {format_bytes(found.written_bytes)}",
         f"kept     {found.activation_kept:.3f} of the activation of {found.prompts} prompts",
     ]
+    if found.neurons != found.asked_neurons:
+        lines.append(f"note: {found.asked_neurons} neurons rounded down, as {found.form} is written in whole blocks")
     if found.activation_kept_heldout is None:
         return [*lines, "note: too few prompts to hold some out: what the choice costs is not known"]
     return [

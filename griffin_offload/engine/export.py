@@ -61,6 +61,8 @@ class Export:
     neurons: int
     """Of each layer."""
     of_neurons: int
+    asked_neurons: int
+    """What the density says, of which the form may not take all."""
     prompts: int
     read_bytes: int
     written_bytes: int
@@ -140,6 +142,7 @@ def export(
         form=form,
         neurons=kept,
         of_neurons=neurons,
+        asked_neurons=neurons_kept(neurons, density),
         prompts=choice.prompts,
         read_bytes=checkpoint.weight_bytes,
         written_bytes=written,
@@ -333,7 +336,8 @@ figures say. Every {HELD_OUT}th prompt did not choose: these are held out.
 |---|---|
 {rows}
 
-Fingerprint of the source: {fingerprint}. Written by griffin-offload; ordinary software loads it.
+Fingerprint of the source: {fingerprint}. Written by griffin-offload export --to {found.form}; ordinary software
+loads it.
 """
     write_text(found.directory / "README.md", text)
 
