@@ -2,10 +2,12 @@
 
     python benchmarks/tiers.py --text wikitext2=wikitext2_valid.txt.xz --text books=books_valid.txt.xz
     python benchmarks/tiers.py --only smollm2 --windows 4
+    python benchmarks/tiers.py --gather
 
 Two small trained models from the package index (real_checkpoints.py), residual channels permuted, so that no grid of
 the file that their numbers come from flatters a format. Each variant answers behind prompts as for a user, in a process
-of its own, and is held against the 16-bit model by stock transformers.
+of its own, and is held against the 16-bit model by stock transformers. `--gather` times what a prompt does with the
+neurons of one layer in 13B's shapes: making them of what is stored, on one thread.
 """
 
 import argparse
@@ -24,11 +26,15 @@ from real_checkpoints import SOURCES, NotFetched, default_models, fetched, write
 from real_models import DEFAULT_TEXT, ROOT, in_own_process, named_text
 from real_variants import Score, Windows, documents_of, measure_stock, score
 from report import markdown_table, origin_lines, provenance, write
+from transformers import LlamaConfig
 
 from griffin_offload import GriffinModel
+from griffin_offload.blocks.layouts import build_on_meta
+from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.cli.options import quiet_libraries
 from griffin_offload.errors import GriffinError, one_line
-from griffin_offload.planner.tiers import bits_of, expected_error
+from griffin_offload.formats import FLOATS, Format, every, get
+from griffin_offload.planner.tiers import bits_of, expected_error, tiers_within
 
 BITS = (4.0, 3.5, 3.0, 2.5, 2.2)
 FORMATS = ("int8", "int4", "int3", "int2")
@@ -117,6 +123,50 @@ def measure_model(section: Section, folder: Path, args: argparse.Namespace, step
             step()
 
 
+HIDDEN, NEURONS = 5120, 13824
+
+
+@torch.no_grad()
+def gather_seconds(bits: float) -> dict[str, float]:
+    """Processor time of one thread for a layer's neurons in tiers of so many bits, by the format that is stored: the
+    less of two."""
+    torch.set_num_threads(1)
+    tiers = [format for format in every() if format.is_tier]
+    meta = build_on_meta(
+        LlamaConfig(hidden_size=HIDDEN, intermediate_size=NEURONS, num_hidden_layers=1), torch.bfloat16
+    )
+    counts = tiers_within(model_shape(meta, tiers[0], levels=tiers), bits)[0]
+    order = torch.randperm(NEURONS, generator=torch.Generator().manual_seed(0))[: sum(counts)]
+    chosen = [part.sort().values for part in order.split(counts)]
+    weight = torch.randn(NEURONS, HIDDEN).bfloat16()
+    return {
+        stored.name: sum(
+            _seconds(stored, matrix, tiers, chosen, is_down=is_down) * times
+            for matrix, is_down, times in ((weight, False, 2), (weight.t().contiguous(), True, 1))
+        )
+        for stored in (FLOATS, get("int8"), get("int4"), get("tiers"))
+    }
+
+
+def _seconds(
+    stored: Format, matrix: torch.Tensor, tiers: Sequence[Format], chosen: Sequence[torch.Tensor], *, is_down: bool
+) -> float:
+    full = {"weight": matrix} if stored.is_plain else stored.quantize(matrix, matrix.dtype, is_down=is_down)
+    layout, importance = stored.stored(is_down=is_down), None if is_down else torch.ones(HIDDEN)
+    outs = []
+    for format, own in zip(tiers, chosen, strict=True):
+        sizes = (HIDDEN, -(-own.numel() // 64) * 64) if is_down else (own.numel(), HIDDEN)
+        specs = format.resident(is_down=is_down).specs(*sizes, is_down=is_down)
+        outs.append({name: torch.zeros(shape, dtype=kind or matrix.dtype) for name, (shape, kind) in specs.items()})
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()
+        for format, own, out in zip(tiers, chosen, outs, strict=True):
+            format.gather(full, layout, own, out, is_down=is_down, importance=importance)
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
 def page(record: dict[str, Any], sections: Sequence[Section], args: argparse.Namespace) -> str:
     lines = [
         f"{args.windows} windows of each text, {args.prompt_tokens} tokens of prompt and {args.scored_tokens} scored, "
@@ -160,6 +210,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--text", action="append", metavar="NAME=FILE", help="UTF-8, .txt or .txt.xz (default: a children's book)")
     add("--only", choices=tuple(SOURCES), action="append", help="one of the models")
     add("--bits", type=lambda text: [float(bits) for bits in text.split(",")], default=BITS, help="of tiers")
+    add("--gather", action="store_true", help="only time what a prompt does with a layer's neurons")
     add("--formats", type=lambda text: text.split(","), default=FORMATS, help="of all neurons")
     add("--windows", type=int, default=24, help="of each text, spread evenly")
     add("--prompt-tokens", type=int, default=256)
@@ -175,6 +226,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     args = parse_arguments(arguments)
+    if args.gather:
+        for name, seconds in gather_seconds(3.0).items():
+            print(f"{name}: {seconds:.2f} s a layer, {3 * HIDDEN * NEURONS / seconds / 1e6:.0f} million weights/s")
+        return 0
     origin = provenance("tiers.py", arguments)
     sections: list[Section] = []
 

@@ -71,8 +71,9 @@ class LoadConfig:
     """Precision of the computation; "auto" is the one that is stored."""
     quantize: str = "auto"
     """Precision of the resident matrices inside the layers: "none" keeps the stored one, "auto" is the first of none,
-    int8 and int4 in which all neurons fit (or those of a density that is given), else the last; a converted checkpoint
-    has one already. "tiers": each prompt says which neurons of a layer rest in how many bits, or are left out."""
+    int8 and int4 in which all neurons fit, else tiers (with a density that is given, or of experts, the last); a
+    converted checkpoint has one already. "tiers": each prompt says which neurons of a layer rest in how many bits, or
+    are left out."""
     bits: float | Literal["auto"] = "auto"
     """With quantize="tiers", bits per weight of the FFs, scales and what is left out included; "auto" is what fits."""
     offload: Offload = "auto"

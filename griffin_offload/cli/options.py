@@ -239,7 +239,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *FORMAT_NAMES, TIERS),
         default=_DEFAULTS.quantize,
         help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
-        f"neurons, else the last; {TIERS}: the prompt's neurons in more bits than the others)",
+        f"neurons, else {TIERS}: the prompt's neurons in more bits than the others)",
     )
     add(
         "--bits",

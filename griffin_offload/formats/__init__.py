@@ -13,11 +13,10 @@ from griffin_offload.formats.base import (
     register_copy,
     register_format,
 )
-from griffin_offload.formats.few_bits import INT2, INT3
+from griffin_offload.formats.few_bits import INT2, INT3, TIERS_COPY
 from griffin_offload.formats.floats import FLOATS, planned_as
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
-from griffin_offload.formats.tiers_copy import TIERS_COPY
 
 TABLE_FORMATS = (FLOATS, INT8)
 """What embeddings and head may be in."""

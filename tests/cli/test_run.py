@@ -85,7 +85,7 @@ def test_text_on_stdout_and_figures_on_stderr(cli, run):
 
 
 def test_neurons_that_are_quantised_for_every_prompt_are_told_of(cli, run, llama, tmp_path, monkeypatch):
-    note = "s of this prompt went into choosing and quantising neurons: griffin-offload convert quantises once"
+    note = "s of this prompt went into choosing and quantising neurons: griffin-offload convert"
     quantised = [*run[:-3], "int8", *run[-2:], "--density", 0.5]
     assert note not in cli(*quantised).err
     monkeypatch.setattr("griffin_offload.cli.run._LONG_S", 0.0)
