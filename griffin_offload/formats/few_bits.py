@@ -89,8 +89,8 @@ INT3, INT2 = Int3(), Int2()
 
 
 # Copies for tiers: every neuron in int4, in int3 and in int2, each rounded once and as well as the format can. A prompt
-# passes through int4, and residents are copied from the tensors of their own format: `weight_int3`, `groups_int3` beside
-# `weight` and `groups`; all have one scale. 10.5 bits a number; what holds no neurons is in int4 alone.
+# passes through int4, and residents are copied from the tensors of their own format: `weight_int3`, `groups_int3`
+# beside `weight` and `groups`; all have one scale. 10.5 bits a number; what holds no neurons is in int4 alone.
 
 _OWN = ("weight", "groups")
 """Tensors that each format has for itself."""
