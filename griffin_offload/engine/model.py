@@ -29,13 +29,12 @@ from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.runner import ModelRunner
 from griffin_offload.engine.scheduler import GeneratedAnswer, SequenceScheduler, answers
 from griffin_offload.engine.spec import ModelSpec, check_no_passes, examine, plan_for
-from griffin_offload.engine.stock import check_wait, checked_prompt
+from griffin_offload.engine.stock import check_wait, checked_arguments, checked_prompt
 from griffin_offload.engine.structure import Structure, StructureGuide
 from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context
 from griffin_offload.planner.plan import Plan
-from griffin_offload.transformers_api import with_own_name
 
 # From here on the process's growth is a figure of the model and no longer of the interpreter.
 _LARGE_MODEL_BYTES = 10**9
@@ -237,7 +236,8 @@ class GriffinModel(StockInterface):
         inputs = next((kwargs.pop(k) for k in ("inputs", "input_ids") if k in kwargs), inputs)
         given = inputs if inputs is not None else kwargs.get("inputs_embeds")
         prompt = checked_prompt(given, self.vocab_size)
-        kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in with_own_name(kwargs).items()}
+        kwargs = checked_arguments(kwargs, prompt)
+        kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         if self.generation_config.stop_strings and "stop_strings" not in kwargs:
             kwargs.setdefault("tokenizer", self.tokenizer)  # of the checkpoint's settings
         check_wait(wait_s)
@@ -360,7 +360,8 @@ class GriffinModel(StockInterface):
 
     def _report(self, run: GenerationState, generated_tokens: int, total_s: float) -> RunReport:
         prefill, ledger, layers = run.prefill, self._loaded.ledger, self._loaded.layers
-        assert prefill is not None
+        if prefill is None:
+            raise UsageError("custom_generate has not called the model: call the function itself")
         ctx_tokens = run.prompt_tokens + generated_tokens
         use = replace(run.use, batch=run.batch, ctx_tokens=ctx_tokens, logit_positions=1, kept_scores=0)
         self._engine.hold(use, 1, run.cache)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.errors import Busy, GriffinError, UsageError
-from griffin_offload.transformers_api import StockModel
+from griffin_offload.transformers_api import CACHE, StockModel, with_own_name
 
 _OWNER, _KIND = "_griffin_offload", "_griffin_offload_kind"
 
@@ -228,8 +228,10 @@ def checked_prompt(prompt: Any, vocab_size: int) -> Tensor:
         raise UsageError(f"the prompt is {_described(prompt)}")
     if prompt is not None and prompt.dim() == 1:
         raise UsageError("the prompt has one dimension: give a batch, a tensor of [batch, tokens], as in ids[None]")
-    if prompt is None or prompt.dim() < 2 or prompt.shape[1] == 0:
+    if prompt is None or prompt.dim() < 2 or 0 in prompt.shape[:2]:
         raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
+    if prompt.dim() > 3 or (prompt.dim() == 3 and not prompt.is_floating_point()):
+        raise UsageError(f"the prompt is of {list(prompt.shape)}: give token ids as a tensor of [batch, tokens]")
     if prompt.dim() == 2 and (prompt.is_floating_point() or prompt.dtype == torch.bool):
         raise UsageError(f"the prompt's ids are {prompt.dtype}: give whole numbers, as a tensor of [batch, tokens]")
     least, largest = (int(prompt.min()), int(prompt.max())) if prompt.dim() == 2 else (0, 0)
@@ -239,6 +241,46 @@ def checked_prompt(prompt: Any, vocab_size: int) -> Tensor:
             "tokenizer is of another model"
         )
     return prompt
+
+
+# Of each the least that it may be: where transformers compares with nothing, an answer would be another one's.
+_WHOLE = {"max_new_tokens": None, "max_length": None, "min_new_tokens": 0, "min_length": 0}
+_WHOLE |= {"num_beams": 1, "num_return_sequences": 1}
+
+
+def checked_arguments(kwargs: dict[str, Any], prompt: Tensor) -> dict[str, Any]:
+    """`kwargs` of a generate for `prompt`, the KV cache by the installed release's name, and whole numbers, in whatever
+    form they are written, as Python's own. UsageError for other numbers, single processors and criteria, and a mask of
+    another size."""
+    kwargs = with_own_name(kwargs)
+    config = kwargs.get("generation_config")
+    for name, least in _WHOLE.items():
+        value = kwargs.get(name, getattr(config, name, None))
+        if value is not None and type(value) is not int:
+            kwargs[name] = value = _whole(name, value)
+        if value is not None and least is not None and value < least:
+            raise UsageError(f"{name} is {value}: give a whole number of at least {least}")
+    for name in ("logits_processor", "stopping_criteria"):
+        if kwargs.get(name) is not None and not isinstance(kwargs[name], list | tuple):
+            raise UsageError(f"{name} is of type {type(kwargs[name]).__name__}: give a list, even of one")
+    mask = kwargs.get("attention_mask")
+    alone = kwargs.get(CACHE) is None and kwargs.get("inputs_embeds") is None
+    if isinstance(mask, Tensor) and alone and mask.shape != prompt.shape[:2]:
+        raise UsageError(
+            f"the attention mask is of {list(mask.shape)}, the prompt of {list(prompt.shape[:2])}: give both as "
+            "[batch, tokens]"
+        )
+    return kwargs
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or isinstance(value, str | bool) or number != value:
+        raise UsageError(f"{name} is {value!r}: give a whole number")
+    return number
 
 
 def _described(prompt: Any) -> str:
