@@ -267,10 +267,9 @@ _ONE_SEQUENCE_REFUSES = (
     "cache_implementation",
     "watermarking_config",
     "guidance_scale",
-    "penalty_alpha",
-    "dola_layers",
     "output_attentions",
     "output_hidden_states",
+    "custom_generate",
 )
 
 

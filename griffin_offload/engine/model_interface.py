@@ -223,40 +223,6 @@ class FifoLock:
             self._row[0].called.set()
 
 
-# What is given as a prompt.
-
-
-def checked_prompt(prompt: Any, vocab_size: int) -> Tensor:
-    """`prompt`; UsageError unless it holds token ids [B, T] of the vocabulary, or embeddings [B, T, H]."""
-    if prompt is not None and not isinstance(prompt, Tensor):
-        raise UsageError(f"the prompt is {_described(prompt)}")
-    if prompt is not None and prompt.dim() == 1:
-        raise UsageError("the prompt has one dimension: give a batch, a tensor of [batch, tokens], as in ids[None]")
-    if prompt is None or prompt.dim() < 2 or prompt.shape[1] == 0:
-        raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
-    if prompt.dim() == 2 and (prompt.is_floating_point() or prompt.dtype == torch.bool):
-        raise UsageError(f"the prompt's ids are {prompt.dtype}: give whole numbers, as a tensor of [batch, tokens]")
-    least, largest = (int(prompt.min()), int(prompt.max())) if prompt.dim() == 2 else (0, 0)
-    if least < 0 or largest >= vocab_size:
-        raise UsageError(
-            f"the prompt has token ids from {least} to {largest}, the vocabulary ends at {vocab_size - 1}: the "
-            "tokenizer is of another model"
-        )
-    return prompt
-
-
-def _described(prompt: Any) -> str:
-    """What was given in a prompt's place, and what to do."""
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], str)):
-        return (
-            "a text: give its token ids, a tensor of [batch, tokens], as in generate(**tokenizer(text, "
-            "return_tensors='pt')); the tokenizer is .tokenizer"
-        )
-    if hasattr(prompt, "keys"):
-        return "what a tokenizer returns: give its parts as arguments, generate(**tokens), tensors of [batch, tokens]"
-    return f"of type {type(prompt).__name__}: give a tensor of [batch, tokens]"
-
-
 _READ = (
     "config",
     "dtype",

@@ -30,7 +30,7 @@ def _choose(distribution: Distribution) -> None:
         library.optional = wanted != "required"
 
 
-class BuildLibrary(build_ext):
+class BuildLibrary(build_ext):  # type: ignore[misc]  # setuptools has no types for them
     """Compiles it, or not."""
 
     def finalize_options(self) -> None:
@@ -38,7 +38,7 @@ class BuildLibrary(build_ext):
         super().finalize_options()
 
 
-class Wheel(bdist_wheel):  # type: ignore[misc]  # setuptools has no types for it
+class Wheel(bdist_wheel):  # type: ignore[misc]
     """Pure where there is no library in it."""
 
     def finalize_options(self) -> None:
