@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.kernels.by_blocks import typed
-from griffin_offload.kernels.library import HALVES, Beside, Library, Sizes, asked, check, library, needs_gradient, run
+from griffin_offload.kernels.library import HALVES, Library, Sizes, asked, check, library, needs_gradient, run
 
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may; gemv_int8.c knows it, too
 _GROUP = 32
@@ -40,13 +40,11 @@ Asked = tuple[Tensor, bytes, Tensor]
 
 
 class GemvKernels:
-    """The products of a library. With `tiles` those of int4, int8 and bfloat16 by instructions for whole tiles: of up to
+    """The products of a library. With `tiles` those of int4, int8 and floats by instructions for whole tiles: of up to
     TILE_ROWS rows of bfloat16, whose products are the same however many there are, but summed in another order than
     without. `wide` and `ahead` are for tests: those of older processors, and as another processor would read."""
 
-    def __init__(
-        self, library: Library, *, wide: bool = True, ahead: bool | None = None, tiles: bool = False
-    ) -> None:
+    def __init__(self, library: Library, *, wide: bool = True, ahead: bool | None = None, tiles: bool = False) -> None:
         self._library, self._tiles = library, tiles
         self._ahead = library.fetches_ahead if ahead is None else ahead
         self.uses_bytes, self._pairs = wide and library.sums_bytes, wide and library.sums_pairs
@@ -242,9 +240,7 @@ def int8_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, til
     return own.multiply_int8(x, weight, scale, typed(tensors["bias"], dtype), typed(tensors["input_scale"], dtype))
 
 
-def rows_product(
-    bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, tiles: bool = False
-) -> Tensor:
+def rows_product(bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, tiles: bool = False) -> Tensor:
     """Of rows of 2 to 4 `bits`."""
     own, weight, groups, scale = kernels(tiles=tiles), tensors["weight"], tensors["groups"], tensors["scale"]
     assert own is not None and weight is not None and groups is not None and scale is not None  # noqa: PT018
