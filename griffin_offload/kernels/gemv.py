@@ -40,8 +40,8 @@ Asked = tuple[Tensor, bytes, Tensor]
 
 
 class GemvKernels:
-    """The products of a library. With `tiles` those of int4, int8 and bfloat16 by instructions for whole tiles: of up
-    to TILE_ROWS rows of bfloat16, whose products are the same however many there are, but summed in another order than
+    """The products of a library. With `tiles` those of int4, int8 and floats by instructions for whole tiles: of up to
+    TILE_ROWS rows of bfloat16, whose products are the same however many there are, but summed in another order than
     without. `wide` and `ahead` are for tests: those of older processors, and as another processor would read."""
 
     def __init__(self, library: Library, *, wide: bool = True, ahead: bool | None = None, tiles: bool = False) -> None:
