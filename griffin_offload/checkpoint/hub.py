@@ -162,7 +162,7 @@ def _blobs(repo: str, hub: dict[str, Any]) -> Path:
     from huggingface_hub.file_download import repo_folder_name
 
     cache = Path(hub.get("cache_dir") or constants.HF_HUB_CACHE).expanduser()
-    return cache / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
+    return cache / str(repo_folder_name(repo_id=repo, repo_type="model")) / "blobs"
 
 
 def _part(blobs: Path, file: HubFile) -> Path | None:

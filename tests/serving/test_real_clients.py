@@ -43,7 +43,8 @@ def test_anthropic(server):
         with client.messages.stream(**asked, max_tokens=5) as stream:
             text, message = "".join(stream.text_stream), stream.get_final_message()
         assert message.content[0].text == text
-        assert (message.usage.input_tokens, message.stop_reason) == (counted.input_tokens, "max_tokens")
+        assert message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0) == counted.input_tokens
+        assert message.stop_reason == "max_tokens"
         called = client.messages.create(**asked, max_tokens=150, tools=tools, tool_choice={"type": "any"})
         assert called.stop_reason == "tool_use"
         assert called.content[0].input["city"] in ("Rome", "Bern")
