@@ -16,7 +16,6 @@ from griffin_offload.formats.compensation import Compensation
 from griffin_offload.kernels import by_blocks, table
 from griffin_offload.kernels.by_blocks import scaled
 
-
 _SAMPLED_ROWS = 512
 _LEAST_SHARE = 0.25
 """Of the mean norm of all columns, what a column counts at least: a row may hold more there than the sampled ones."""
