@@ -1,8 +1,8 @@
 """What one process of `real_models.py` does: the stock model's own figures, or those of one variant of it.
 
 W windows, P prompt tokens, G scored tokens, V vocabulary. Of a window P tokens pass as a prompt of a user does, and the
-further ones as tokens of an answer, but that the text says which they are, so that a few can pass together. All G scored
-predictions come from the residents, by the kernels for few rows; the prompt's own is left out.
+further ones as tokens of an answer, but that the text says which they are, so that a few can pass together. All G
+scored predictions come from the residents, by the kernels for few rows; the prompt's own is left out.
 """
 
 import lzma
