@@ -161,8 +161,8 @@ class Format:
         are known and wanted. CheckpointError for what is no number."""
         raise NotImplementedError
 
-    def compensation(self, x: Tensor, *, is_down: bool) -> Compensation:
-        """Of matrices whose inputs were x [T, I], in formats that want it."""
+    def compensation(self, x: Tensor, *, is_down: bool, meant: Tensor | None = None) -> Compensation:
+        """Of matrices whose inputs were x [T, I], `meant` [T, I] of the model itself, in formats that want it."""
         raise NotImplementedError
 
     def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:

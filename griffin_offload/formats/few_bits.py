@@ -149,8 +149,8 @@ class TiersCopy(Format):
             found |= {_named(name, format): tensor for name, tensor in own.items()}
         return found
 
-    def compensation(self, x: Tensor, *, is_down: bool) -> Compensation:
-        return INT4.compensation(x, is_down=is_down)
+    def compensation(self, x: Tensor, *, is_down: bool, meant: Tensor | None = None) -> Compensation:
+        return INT4.compensation(x, is_down=is_down, meant=meant)
 
     def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:
         return INT4.missed(matrix, self.part(INT4, found), is_down=is_down)

@@ -19,8 +19,8 @@ def _with_rounded_tables(name: str, directory: Path) -> None:
     write_tokenizer(directory / "first")
     model = AutoModelForCausalLM.from_pretrained(directory / "first")
     with torch.no_grad():
-        for table in {id(t): t for t in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
-            weight = table.weight
+        tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        for weight in {id(weight): weight for weight in tables}.values():
             weight.copy_(ref.quantised(weight, torch.float32, is_down=False).values)
     model.save_pretrained(directory / "rounded")
     write_tokenizer(directory / "rounded")
