@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from griffin_offload.engine.export import Choice, Export, Probabilities
+    from griffin_offload.transformers_api import Tokenizer
 
 
 def add_parser(commands: Any) -> None:
@@ -91,7 +92,7 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> "list[Tensor]":
+def _prompts(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "list[Tensor]":
     """Token ids of every prompt of the file."""
     import torch
 
