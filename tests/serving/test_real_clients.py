@@ -62,7 +62,8 @@ def test_langchain(server):
     assert (call["name"], call["args"]["city"] in ("Rome", "Bern")) == ("Where", True)
 
 
-def test_litellm(server):
+def test_litellm(server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the internet when it is imported
     litellm = pytest.importorskip("litellm", reason="litellm is not installed")
     tool = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
     whole = litellm.completion(
