@@ -13,7 +13,7 @@ from griffin_offload.transformers_api import response_parser
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(response_parser() is None, reason="this release of transformers has no such parser"),
-    pytest.mark.filterwarnings("default"),  # theirs are not ours
+    pytest.mark.filterwarnings("ignore"),  # theirs are not ours
 ]
 KEY = "sk-a-secret"
 CITY = {
