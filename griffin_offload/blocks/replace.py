@@ -86,6 +86,7 @@ def turn_experts(blocks: Sequence[Block]) -> None:
 def _replaced(module: nn.Module, tiers: Tiers, block: Block, stored: Format, scratch: Scratch) -> QuantizedLinear:
     """One of a single format, or of several."""
     (outputs, inputs), is_down = features(module), block.is_down(module)
+    stored = stored if module in block.linears else stored.outside()
     full = stored.stored(is_down=is_down)
     if len(tiers) == 1:
         resident = tiers[0][0].resident(is_down=is_down)

@@ -30,7 +30,7 @@ from griffin_offload.checkpoint.safetensors import (
     directory_config,
 )
 from griffin_offload.errors import CheckpointError, UnsupportedModel
-from griffin_offload.formats import FLOATS, TABLE_FORMATS, Format, every, get
+from griffin_offload.formats import FLOATS, TABLE_FORMATS, Format, get, of_copies
 from griffin_offload.formats.expert_form import BLOCK_BYTES, RECORD_VERSION
 from griffin_offload.transformers_api import StockModel
 
@@ -80,7 +80,7 @@ def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
             f"{directory} holds experts as records of version {records}, this version reads {RECORD_VERSION}: convert "
             "again"
         )
-    known = [other for other in every() if not other.is_plain or records]
+    known = [other for other in of_copies() if not other.is_plain or records]
     format = next((other for other in known if other.name == precision), None)
     if format is not None and version != format.version:
         raise UnsupportedModel(

@@ -52,7 +52,7 @@ def load_streamed(arguments: argparse.Namespace, checkpoint: "Checkpoint", ctx_t
 
     names = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "seed", "threads", "offline")
     options = {name: getattr(arguments, name) for name in names}
-    options |= {"quantize": checkpoint.precision.name, "density": 0.0, "always_stream": True}
+    options |= {"quantize": checkpoint.precision.option, "density": 0.0, "always_stream": True}
     return GriffinModel.from_pretrained(checkpoint.path, **options, ctx_size=ctx_tokens, prompt_tokens=ctx_tokens)
 
 

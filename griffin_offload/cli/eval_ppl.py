@@ -85,7 +85,7 @@ def _in_precision(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "I
     from griffin_offload.checkpoint.registry import open_checkpoint
     from griffin_offload.engine.convert import convert
 
-    if arguments.quantize in (None, checkpoint.precision.name):
+    if arguments.quantize in (None, checkpoint.precision.option):
         yield checkpoint
         return
     if not checkpoint.precision.is_plain:

@@ -138,7 +138,7 @@ def _run(
     wanted = missing(journal, variant, articles)
     if not wanted:
         return
-    options = {name: getattr(arguments, name) for name in _MEMORY} | {"quantize": checkpoint.precision.name}
+    options = {name: getattr(arguments, name) for name in _MEMORY} | {"quantize": checkpoint.precision.option}
     options |= {"density": variant.density, "selection": variant.selection, "seed": config.seed}
     options |= {"prompt_tokens": articles.longest, "ctx_size": articles.longest + config.max_new_tokens}
     if variant.density < 1:

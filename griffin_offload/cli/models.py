@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
 
 def models(arguments: argparse.Namespace) -> int:
     """A line for each model; those that cannot be read say why."""
-    with heavy_imports(planning=True):
+    with heavy_imports():
         import griffin_offload.engine.spec  # noqa: F401
 
     quiet_libraries()

@@ -123,7 +123,7 @@ class ModelSlot:
 
     def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
         self._checkpoint = checkpoint
-        self._options = options | {"quantize": checkpoint.precision.name}
+        self._options = options | {"quantize": checkpoint.precision.option}
         self.model: GriffinModel | None = None
         self._purpose: Variant | None = None
 

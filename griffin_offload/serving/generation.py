@@ -20,7 +20,7 @@ from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.serving.answer_parts import Part, PartsShown, parts_shown
 from griffin_offload.serving.logprobs import CountPenalties, LogitBias, LogprobRecorder, TokenLogprob
 from griffin_offload.serving.queue import Finish, Finished, Job, Piece, Progress
-from griffin_offload.serving.requests import NO_PENALTIES, Request
+from griffin_offload.serving.requests import NO_PENALTIES, sampling_of
 from griffin_offload.serving.text_stream import Detokeniser, StopHolder, whole_text
 from griffin_offload.serving.tokenization import structure_of
 
@@ -96,10 +96,6 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
         stopped = over or self._ended or self._holder.stopped
         called = self._parts is not None and self._parts.finish()
         return "length" if not stopped else "tool_calls" if called else "stop"
-
-
-# Scores are divided by the temperature in float32: below this that would be a division by nothing.
-_COLDEST = 1e-4
 
 
 class Interrupted(Exception):
@@ -368,22 +364,5 @@ class JobBeside:
         self._context.close()
 
 
-def sampling_of(request: Request, given: Any) -> dict[str, Any]:
-    """Arguments of `generate`. What the request leaves out is the checkpoint's, if that samples, else OpenAI's 1."""
-    samples = bool(given.do_sample)
-    temperature = _first(request.temperature, given.temperature if samples else None, 1.0)
-    top_p = _first(request.top_p, given.top_p if samples else None, 1.0)
-    penalty = {} if request.repetition_penalty is None else {"repetition_penalty": request.repetition_penalty}
-    if temperature < _COLDEST or top_p == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None, **penalty}
-    top_k = _first(request.top_k, given.top_k if samples else None, 0)
-    min_p = given.min_p if samples and request.min_p is None else request.min_p
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, **penalty}
-
-
 def _texts(strings: str | list[str] | None) -> list[str]:
     return [strings] if isinstance(strings, str) else strings or []
-
-
-def _first(*values: Any) -> Any:
-    return next(value for value in values if value is not None)

@@ -3,7 +3,6 @@ adds to some, or takes from those that were there."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from transformers import LogitsProcessor
 
 from griffin_offload.engine.generation import LogitsObserver
 from griffin_offload.serving.text_stream import special_ids, token_text
+from griffin_offload.transformers_api import Tokenizer
 
 # Of a token that the model itself rules out; JSON knows no infinity.
 _LEAST = -9999.0
@@ -35,7 +35,7 @@ class LogprobRecorder(LogitsObserver):
     """Sees the logits of every token, and remembers the last ones. `begins`: the answer's text has nothing before it,
     so that its first token may lose a space."""
 
-    def __init__(self, tokenizer: Any, alternatives: int, *, begins: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, alternatives: int, *, begins: bool = False) -> None:
         self._tokenizer, self._alternatives, self._first = tokenizer, alternatives, begins
         self._logits: Tensor | None = None
 
@@ -89,7 +89,7 @@ class CountPenalties(LogitsProcessor):  # type: ignore[misc]
         return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
-def token_bytes(tokenizer: Any, token: int, text: str) -> tuple[int, ...] | None:
+def token_bytes(tokenizer: Tokenizer, token: int, text: str) -> tuple[int, ...] | None:
     """The bytes that `token` adds to a text, also where they are a part of a letter; `text` is what it decodes to."""
     if "\ufffd" not in text:
         return tuple(token_text(tokenizer, token).encode())

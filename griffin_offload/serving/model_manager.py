@@ -27,8 +27,8 @@ from griffin_offload.method.selection import neurons_kept
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.tiers import options_again
 from griffin_offload.serving.api_errors import ApiError
-from griffin_offload.serving.generation import sampling_of
-from griffin_offload.serving.requests import NO_PENALTIES, Request
+from griffin_offload.serving.requests import NO_PENALTIES, Request, sampling_of
+from griffin_offload.transformers_api import Tokenizer
 from griffin_offload.units import parse_size
 
 # Contexts of earlier requests, kept as far as the budget goes: a request that continues one computes only the rest.
@@ -191,7 +191,7 @@ class ModelManager:
         self._neurons: list[int] = []
         self._kept_first: tuple[int, ...] = ()
         self.held: LoadedModel | None = None
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer | None = None
         self.loads = 0
         self.unusable = False
         """Whether the last attempt to load failed."""

@@ -20,6 +20,8 @@ NO_PENALTIES: dict[str, Any] = {
 }
 """Arguments of `generate`: clients get no penalty that they did not ask for; they can ask for the first one, and
 for OpenAI's two."""
+# Scores are divided by the temperature in float32: below this that would be a division by nothing.
+_COLDEST = 1e-4
 
 
 Endpoint = Literal["chat", "completions"]
@@ -371,3 +373,20 @@ def _too_long(prompt_tokens: int, wanted: int, caps: Caps, param: str) -> ApiErr
         param,
         _CODE,
     )
+
+
+def sampling_of(request: Request, given: Any) -> dict[str, Any]:
+    """Arguments of `generate`. What the request leaves out is the checkpoint's, if that samples, else OpenAI's 1."""
+    samples = bool(given.do_sample)
+    temperature = _first(request.temperature, given.temperature if samples else None, 1.0)
+    top_p = _first(request.top_p, given.top_p if samples else None, 1.0)
+    penalty = {} if request.repetition_penalty is None else {"repetition_penalty": request.repetition_penalty}
+    if temperature < _COLDEST or top_p == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None, **penalty}
+    top_k = _first(request.top_k, given.top_k if samples else None, 0)
+    min_p = given.min_p if samples and request.min_p is None else request.min_p
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, **penalty}
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
