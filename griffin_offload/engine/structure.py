@@ -74,7 +74,7 @@ class Structure:
 
 # One space, or a line's end and what it is indented by: models that write JSON write it so, and cannot go on with
 # nothing but spaces.
-_WHITESPACE = r" |\n(?:(?:  ){0,10}|\t{0,10})"
+WHITESPACE = r" |\n(?:(?:  ){0,10}|\t{0,10})"
 # Of the lexer, a kilobyte or two each.
 _MOST_STATES = 50_000
 _COMPILED = 4
@@ -120,7 +120,7 @@ def _described(structure: Structure) -> str:
     _check_schema(schema)
     strict = {"lenient": False, "coerce_one_of": False}  # whatever the schema's own x-guidance says
     try:
-        return str(matcher.grammar_from_json_schema(schema, {"whitespace_pattern": _WHITESPACE}, strict))
+        return str(matcher.grammar_from_json_schema(schema, {"whitespace_pattern": WHITESPACE}, strict))
     except ValueError as error:
         raise UsageError(f"the JSON schema cannot be used: {one_line(error)}") from error
 

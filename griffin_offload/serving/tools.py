@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from griffin_offload.engine.structure import Structure
+from griffin_offload.engine.structure import WHITESPACE, Structure
 from griffin_offload.serving.api_errors import invalid, unsupported
 from griffin_offload.serving.validation import FieldReader
 
@@ -49,7 +49,7 @@ class Tools:
 
     def forced_structure(self, opening: str, closing: str) -> Structure:
         """A call between what opens and closes it, as grammars write tokens and texts."""
-        schema = json.dumps(self.call_schema)
+        schema = json.dumps({"x-guidance": {"whitespace_pattern": WHITESPACE}, **self.call_schema})
         return Structure(grammar=f"start: {opening} call {closing}\ncall: %json {schema}\n")
 
 

@@ -127,7 +127,7 @@ def test_an_answer_comes_is_stopped_and_survives_a_reload(visit, chatty, serve_o
     with serve_one(chatty) as server:
         page = visit(server.url)
         page.get_by_text("Ask something.").wait_for()
-        gate.release(4)
+        gate.release(12)
         ask(page, "where does the river go")
         page.get_by_text("Answering …").wait_for()
         eventually(lambda: len(page.locator("article.assistant .text").inner_text()) > 3)

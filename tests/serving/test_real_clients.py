@@ -13,7 +13,7 @@ from griffin_offload.transformers_api import response_parser
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(response_parser() is None, reason="this release of transformers has no such parser"),
-    pytest.mark.filterwarnings("default"),  # theirs are not ours
+    pytest.mark.filterwarnings("ignore"),  # theirs are not ours
 ]
 KEY = "sk-a-secret"
 CITY = {
@@ -62,7 +62,8 @@ def test_langchain(server):
     assert (call["name"], call["args"]["city"] in ("Rome", "Bern")) == ("Where", True)
 
 
-def test_litellm(server):
+def test_litellm(server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the internet when it is imported
     litellm = pytest.importorskip("litellm", reason="litellm is not installed")
     tool = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
     whole = litellm.completion(

@@ -10,6 +10,7 @@ import pytest
 from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
 
 from griffin_offload import GriffinModel
+from griffin_offload.serving.tools import Tools
 from griffin_offload.transformers_api import response_parser
 
 pytestmark = pytest.mark.skipif(response_parser() is None, reason="this release of transformers has no such parser")
@@ -213,3 +214,12 @@ def test_a_prompt_as_tokens(tiny, model: GriffinModel):
 def test_embeddings_are_refused_by_name(tiny):
     with tiny.client() as found, pytest.raises(openai.NotFoundError, match="/v1/embeddings is not served"):
         found.embeddings.create(model="tiny", input="x")
+
+
+@pytest.mark.parametrize(("space", "fits"), [("", True), ("\n    ", True), ("\n\n", False), ("\r\t", False)], ids=repr)
+def test_a_forced_call_does_not_run_away_in_spaces(space: str, fits: bool):
+    llguidance = pytest.importorskip("llguidance", reason="llguidance is not installed")
+    structure = Tools(tuple(TOOLS[1:]), ("clock",)).forced_structure('"<"', '">"')
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), llguidance.grammar_from("lark", structure.grammar))
+    text = f'<{{{space}"name": "clock", "arguments": {{}}}}>'.encode()
+    assert (matcher.validate_tokens(list(text)) == len(text)) is fits
