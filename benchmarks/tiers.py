@@ -2,13 +2,16 @@
 
     python benchmarks/tiers.py --text wikitext2=wikitext2_valid.txt.xz --text books=books_valid.txt.xz
     python benchmarks/tiers.py --only smollm2 --windows 4
+    python benchmarks/tiers.py --gather
 
 Two small trained models from the package index (real_checkpoints.py), residual channels permuted, so that no grid of
 the file that their numbers come from flatters a format. Each variant answers behind prompts as for a user, in a process
-of its own, and is held against the 16-bit model by stock transformers.
+of its own, and is held against the 16-bit model by stock transformers. `--gather` times what a prompt does with the
+neurons of one layer in 13B's shapes: making them of what is stored, on one thread.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -23,13 +26,18 @@ from real_checkpoints import SOURCES, NotFetched, default_models, fetched, write
 from real_models import DEFAULT_TEXT, ROOT, in_own_process, named_text
 from real_variants import Score, Windows, documents_of, measure_stock, score
 from report import markdown_table, origin_lines, provenance, write
+from transformers import LlamaConfig
 
 from griffin_offload import GriffinModel
+from griffin_offload.blocks.layouts import build_on_meta
+from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.cli.options import quiet_libraries
 from griffin_offload.errors import GriffinError, one_line
-from griffin_offload.planner.tiers import bits_of, expected_error
+from griffin_offload.formats import FLOATS, Format, every, get
+from griffin_offload.planner.tiers import bits_of, expected_error, tiers_within
 
-BITS = (4.0, 3.5, 3.0, 2.5)
+BITS = (4.0, 3.5, 3.0, 2.5, 2.2)
+FORMATS = ("int8", "int4", "int3", "int2")
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,22 @@ class Way:
     """Arguments of `from_pretrained`."""
 
 
-def ways(bits: Sequence[float]) -> list[Way]:
-    """Tiers of so many bits, fewer bits, fewer neurons."""
-    return [
-        *(Way(f"tiers, {one:g}", {"quantize": "tiers", "bits": one}) for one in bits),
-        *(Way(f"all in {name}", {"quantize": name, "density": 1.0}) for name in ("int4", "int3", "int2")),
-        *(Way(f"{density:g} of int4", {"quantize": "int4", "density": density}) for density in (0.75, 0.5)),
+def ways(bits: Sequence[float], formats: Sequence[str]) -> list[Way]:
+    """For each number of bits tiers, and as many neurons of int4 as take no fewer bytes; all neurons in `formats`."""
+    pairs = [
+        (Way(f"tiers, {one:g}", {"quantize": "tiers", "bits": one}), _pruned(one)) for one in sorted(bits, reverse=True)
     ]
+    return [*(_whole(name) for name in formats), *(way for pair in pairs for way in pair)]
+
+
+def _whole(name: str) -> Way:
+    return Way(f"all in {name}", {"quantize": name, "density": 1.0})
+
+
+def _pruned(bits: float) -> Way:
+    """What an int4 of 4.5 bits and its scales keeps."""
+    density = min(math.ceil(bits / 4.52 * 50) / 50, 1.0)
+    return Way(f"{density:g} of int4", {"quantize": "int4", "density": density})
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,7 @@ def measure_model(section: Section, folder: Path, args: argparse.Namespace, step
         permuted, reference = Path(name) / "permuted", Path(name) / "reference.pt"
         section.permuted_kl = write_permuted(folder, permuted)
         in_own_process(measure_stock, permuted, texts, windows, args.threads, reference)
-        for way in ways(args.bits):
+        for way in ways(args.bits, args.formats):
             start = time.perf_counter()
             found = in_own_process(measure, permuted, way.options, reference, windows, args.threads)
             section.rows.append((way.name, found))
@@ -106,10 +123,54 @@ def measure_model(section: Section, folder: Path, args: argparse.Namespace, step
             step()
 
 
+HIDDEN, NEURONS = 5120, 13824
+
+
+@torch.no_grad()
+def gather_seconds(bits: float) -> dict[str, float]:
+    """Processor time of one thread for a layer's neurons in tiers of so many bits, by the format that is stored: the
+    less of two."""
+    torch.set_num_threads(1)
+    tiers = [format for format in every() if format.is_tier]
+    meta = build_on_meta(
+        LlamaConfig(hidden_size=HIDDEN, intermediate_size=NEURONS, num_hidden_layers=1), torch.bfloat16
+    )
+    counts = tiers_within(model_shape(meta, tiers[0], levels=tiers), bits)[0]
+    order = torch.randperm(NEURONS, generator=torch.Generator().manual_seed(0))[: sum(counts)]
+    chosen = [part.sort().values for part in order.split(counts)]
+    weight = torch.randn(NEURONS, HIDDEN).bfloat16()
+    return {
+        stored.name: sum(
+            _seconds(stored, matrix, tiers, chosen, is_down=is_down) * times
+            for matrix, is_down, times in ((weight, False, 2), (weight.t().contiguous(), True, 1))
+        )
+        for stored in (FLOATS, get("int8"), get("int4"), get("tiers"))
+    }
+
+
+def _seconds(
+    stored: Format, matrix: torch.Tensor, tiers: Sequence[Format], chosen: Sequence[torch.Tensor], *, is_down: bool
+) -> float:
+    full = {"weight": matrix} if stored.is_plain else stored.quantize(matrix, matrix.dtype, is_down=is_down)
+    layout, importance = stored.stored(is_down=is_down), None if is_down else torch.ones(HIDDEN)
+    outs = []
+    for format, own in zip(tiers, chosen, strict=True):
+        sizes = (HIDDEN, -(-own.numel() // 64) * 64) if is_down else (own.numel(), HIDDEN)
+        specs = format.resident(is_down=is_down).specs(*sizes, is_down=is_down)
+        outs.append({name: torch.zeros(shape, dtype=kind or matrix.dtype) for name, (shape, kind) in specs.items()})
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()
+        for format, own, out in zip(tiers, chosen, outs, strict=True):
+            format.gather(full, layout, own, out, is_down=is_down, importance=importance)
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
 def page(record: dict[str, Any], sections: Sequence[Section], args: argparse.Namespace) -> str:
     lines = [
         f"{args.windows} windows of each text, {args.prompt_tokens} tokens of prompt and {args.scored_tokens} scored, "
-        "decoded one by one behind the text's own",
+        "a few at a time behind the text's own",
         "KL(16 bit by stock transformers || variant), nats per token, ± its standard error over the windows; top-1: "
         "share of tokens at which both have the same first choice",
         "bits: resident ones per weight of the FFs, scales and what is left out included; error: what the planner "
@@ -149,6 +210,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--text", action="append", metavar="NAME=FILE", help="UTF-8, .txt or .txt.xz (default: a children's book)")
     add("--only", choices=tuple(SOURCES), action="append", help="one of the models")
     add("--bits", type=lambda text: [float(bits) for bits in text.split(",")], default=BITS, help="of tiers")
+    add("--gather", action="store_true", help="only time what a prompt does with a layer's neurons")
+    add("--formats", type=lambda text: text.split(","), default=FORMATS, help="of all neurons")
     add("--windows", type=int, default=24, help="of each text, spread evenly")
     add("--prompt-tokens", type=int, default=256)
     add("--scored-tokens", type=int, default=112)
@@ -163,6 +226,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     args = parse_arguments(arguments)
+    if args.gather:
+        for name, seconds in gather_seconds(3.0).items():
+            print(f"{name}: {seconds:.2f} s a layer, {3 * HIDDEN * NEURONS / seconds / 1e6:.0f} million weights/s")
+        return 0
     origin = provenance("tiers.py", arguments)
     sections: list[Section] = []
 

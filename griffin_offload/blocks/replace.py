@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import EXPERTS_INPUT, Experts, expert_count, is_experts
 from griffin_offload.blocks.feedforward import features
-from griffin_offload.devices.torch_state import put
+from griffin_offload.devices.threads import put
 from griffin_offload.formats.base import Format
 from griffin_offload.formats.linear import QuantizedLinear, TieredLinear
 from griffin_offload.kernels.by_blocks import Scratch
@@ -86,6 +86,7 @@ def turn_experts(blocks: Sequence[Block]) -> None:
 def _replaced(module: nn.Module, tiers: Tiers, block: Block, stored: Format, scratch: Scratch) -> QuantizedLinear:
     """One of a single format, or of several."""
     (outputs, inputs), is_down = features(module), block.is_down(module)
+    stored = stored if module in block.linears else stored.outside()
     full = stored.stored(is_down=is_down)
     if len(tiers) == 1:
         resident = tiers[0][0].resident(is_down=is_down)

@@ -25,10 +25,11 @@ from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.renaming import Conversion, conversions_of
 from griffin_offload.checkpoint.tokenizer import tokenizer_of
 from griffin_offload.errors import CheckpointError
-from griffin_offload.formats import FLOATS, Format
+from griffin_offload.formats.base import Format
+from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.stacked import StackedTensor
 from griffin_offload.formats.translated import Decode, TranslatedTensor
-from griffin_offload.transformers_api import StockModel
+from griffin_offload.transformers_api import StockModel, Tokenizer
 
 # What a directory holds beside weights: tokenizer, templates, generation settings.
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -118,7 +119,7 @@ class Checkpoint(ABC):
         """The same for a model of `dtype`: itself, unless plain tensors are made from what is stored anyway."""
         return self
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """A tokenizer of transformers'; a new one whenever it is asked for."""
         return tokenizer_of(self.directory)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
-from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, read_object
+from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, check_numbers, read_object
 from griffin_offload.checkpoint.renaming import Conversion, same_names
 from griffin_offload.checkpoint.safetensors import (
     DTYPES,
@@ -29,9 +29,8 @@ from griffin_offload.checkpoint.safetensors import (
     check_mark,
     directory_config,
 )
-from griffin_offload.checkpoint.unsupported import check_numbers
 from griffin_offload.errors import CheckpointError, UnsupportedModel
-from griffin_offload.formats import FLOATS, TABLE_FORMATS, Format, every, get
+from griffin_offload.formats import FLOATS, TABLE_FORMATS, Format, get, of_copies
 from griffin_offload.formats.expert_form import BLOCK_BYTES, RECORD_VERSION
 from griffin_offload.transformers_api import StockModel
 
@@ -81,7 +80,7 @@ def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
             f"{directory} holds experts as records of version {records}, this version reads {RECORD_VERSION}: convert "
             "again"
         )
-    known = [other for other in every() if not other.is_plain or records]
+    known = [other for other in of_copies() if not other.is_plain or records]
     format = next((other for other in known if other.name == precision), None)
     if format is not None and version != format.version:
         raise UnsupportedModel(

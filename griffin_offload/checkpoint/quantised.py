@@ -28,8 +28,8 @@ from griffin_offload.checkpoint.safetensors import (
     check_files,
     directory_config,
     stored_tensors,
+    untie_other_head,
 )
-from griffin_offload.checkpoint.tied_head import untie_other_head
 from griffin_offload.errors import CheckpointError
 
 # Of a module that is not packed, and of attention: scales of activations and of the KV cache, and what is left of
@@ -185,7 +185,7 @@ def _warn(path: Path, method: Method, dtype: torch.dtype, modules: Mapping[str, 
 
 
 def _expected(config: PretrainedConfig, method: Method, dtype: torch.dtype) -> Iterator[tuple[str, StoredTensor]]:
-    model: Any = build_on_meta(config, dtype)
+    model = build_on_meta(config, dtype)
     decoder, _ = find_feed_forwards(model, config.get_text_config().num_hidden_layers)
     packed = {
         id(parameter)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from griffin_offload.cli.options import add_adapter_option, add_model_option, model_of, quiet_libraries
-from griffin_offload.config import FORMAT_NAMES, TABLE_FORMATS
+from griffin_offload.config import FORMAT_NAMES, TABLE_FORMATS, TIERS
 from griffin_offload.units import format_bytes
 
 
@@ -18,9 +18,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; an unfinished conversion continues")
     parser.add_argument(
         "--quantize",
-        choices=FORMAT_NAMES,
+        choices=(*FORMAT_NAMES, TIERS),
         required=True,
-        help="precision of the matrices; none: of experts alone, each in one piece",
+        help=f"precision of the matrices; none: of experts alone, each in one piece; {TIERS}: int4, int3 and int2 of "
+        "every neuron, of which each prompt takes one",
     )
     parser.add_argument(
         "--embeddings",

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.eval_options import (
+from griffin_offload.cli.eval import (
     add_measuring_options,
     add_variant_options,
     columns,
@@ -132,7 +132,7 @@ def _measure(
     from griffin_offload.evaluation.speed import time_generation
 
     options = {name: getattr(arguments, name) for name in _MEMORY}
-    options |= {"quantize": arguments.quantize or checkpoint.precision.name}
+    options |= {"quantize": arguments.quantize or checkpoint.precision.option}
     options |= {"density": variant.density, "selection": variant.selection}
     options |= {"ctx_size": sum(size), "prompt_tokens": size[0]}
     title = f"{variant_name(variant.selection, variant.density)} {size[0]}+{size[1]}"

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from griffin_offload.cli.eval_options import (
+from griffin_offload.cli.eval import (
     Bar,
     add_measuring_options,
     add_variant_options,
@@ -85,7 +85,7 @@ def _in_precision(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "I
     from griffin_offload.checkpoint.registry import open_checkpoint
     from griffin_offload.engine.convert import convert
 
-    if arguments.quantize in (None, checkpoint.precision.name):
+    if arguments.quantize in (None, checkpoint.precision.option):
         yield checkpoint
         return
     if not checkpoint.precision.is_plain:

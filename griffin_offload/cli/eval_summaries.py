@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.eval_options import (
+from griffin_offload.cli.eval import (
     add_measuring_options,
     add_variant_options,
     columns,
@@ -138,7 +138,7 @@ def _run(
     wanted = missing(journal, variant, articles)
     if not wanted:
         return
-    options = {name: getattr(arguments, name) for name in _MEMORY} | {"quantize": checkpoint.precision.name}
+    options = {name: getattr(arguments, name) for name in _MEMORY} | {"quantize": checkpoint.precision.option}
     options |= {"density": variant.density, "selection": variant.selection, "seed": config.seed}
     options |= {"prompt_tokens": articles.longest, "ctx_size": articles.longest + config.max_new_tokens}
     if variant.density < 1:

@@ -3,11 +3,17 @@
 import argparse
 import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import (
     MODEL_VARIABLE,
+    NOT_NEEDED,
     add_model_options,
     heavy_imports,
     load_options,
@@ -22,6 +28,9 @@ if TYPE_CHECKING:
     from griffin_offload.engine.spec import ModelSpec
     from griffin_offload.planner.experts import ExpertForecast
     from griffin_offload.planner.plan import Plan
+
+# Nothing is loaded, so that more can be left out: accelerate places weights.
+_NOT_PLANNED = (*NOT_NEEDED, "accelerate")
 
 
 def add_parser(commands: Any) -> None:
@@ -41,7 +50,8 @@ def add_parser(commands: Any) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
-    with heavy_imports(planning=True):  # most of transformers is imported when it is first asked, by `_examined`
+    # Most of transformers is imported when it is first asked, by `_examined`.
+    with heavy_imports(_NOT_PLANNED), _no_processes(), _no_compiler() if arguments.alone else nullcontext():
         from griffin_offload.planner.solve import describe_shortfall, solve
 
         quiet_libraries()
@@ -62,6 +72,56 @@ def plan(arguments: argparse.Namespace) -> int:
     if remedy is not None:
         raise DoesNotFit(describe_shortfall(found, remedy))
     return 0
+
+
+@contextmanager
+def _no_processes() -> Iterator[None]:
+    """Torch is as where it was built without processes that share tensors, and transformers leaves these out."""
+    from torch import distributed
+
+    asked = distributed.is_available
+    if "transformers" not in sys.modules:
+        vars(distributed)["is_available"] = lambda: False
+    try:
+        yield
+    finally:
+        vars(distributed)["is_available"] = asked
+
+
+@contextmanager
+def _no_compiler() -> Iterator[None]:
+    """transformers is imported without torch's compiler, a fifth of all imports. What it decorates for the compiler is
+    not decorated afterwards, so this is for a process in which nobody else uses it."""
+    import torch
+
+    if "transformers" in sys.modules or "torch._dynamo" in sys.modules:
+        yield
+        return
+    compiler = _NoCompiler("torch._dynamo")
+    compiler.__path__ = [os.path.join(path, "_dynamo") for path in torch.__path__]
+    sys.modules[compiler.__name__] = vars(torch)["_dynamo"] = compiler
+    try:
+        yield
+    finally:
+        if sys.modules.get(compiler.__name__) is compiler:
+            del sys.modules[compiler.__name__], vars(torch)["_dynamo"]
+
+
+class _NoCompiler(ModuleType):
+    """`torch._dynamo` where nothing is compiled; who asks for more than decorators gets the real one."""
+
+    @staticmethod
+    def disable(function: Any = None, *_: Any, **__: Any) -> Any:
+        """`function` as it is, or a decorator that leaves functions as they are."""
+        return function or _NoCompiler.disable
+
+    allow_in_graph = assume_constant_result = disable
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or sys.modules.get(self.__name__) is not self:
+            raise AttributeError(name)
+        del sys.modules[self.__name__]
+        return getattr(import_module(self.__name__), name)
 
 
 def _forecast(model_spec: "ModelSpec", plan: "Plan") -> "ExpertForecast | None":
@@ -139,7 +199,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     """The chosen plan, and every precision, dense and with the largest density, that fits at the same context."""
     from griffin_offload.evaluation.ceilings import decode_bytes_per_s
     from griffin_offload.planner.solve import alternatives
-    from griffin_offload.planner.tiers import expected_error
+    from griffin_offload.planner.tiers import expected_error, expected_kl
 
     shapes = [*model_spec.shapes, *model_spec.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].width
@@ -158,12 +218,14 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
         if expected is not None and expected.expected_hit_rate < 1:
             rate = None  # the disk decides, which nobody has asked
         read_bytes = weights + plan.decode_parts["kv_cache"]
+        error = expected_error(shape, plan.counts)
         rows.append(
             {
                 "precision": plan.precision,
                 "density": plan.density,
                 "tiers": plan.tiers,
-                "expected_error": expected_error(shape, plan.counts),
+                "expected_error": error,
+                "expected_kl": None if error is None else expected_kl(error),
                 "resident_bytes": plan.resident_bytes,
                 "peak_bytes": plan.peak_bytes,
                 "expected_tokens_per_s": None if rate is None else rate / read_bytes,
@@ -180,13 +242,14 @@ def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:
     rates = " (tokens/s: the GEMV rate measured just now over the bytes one token reads, context full)"
     lines = [
         f"what fits{rates if known else ''}",
-        f"{'':<2}{'precision':<12}{'density':>8}{'error':>8}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
+        "(error: of FFs, squared, relative; KL: about what that makes of small models' answers; large ones lose less)",
+        f"{'':<2}{'precision':<12}{'density':>8}{'error':>8}{'KL':>7}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
     ]
     for row in rows:
-        rate, error = row["expected_tokens_per_s"], row["expected_error"]
+        rate, error, kl = row["expected_tokens_per_s"], row["expected_error"], row["expected_kl"]
         lines.append(
             f"{'*' if row['chosen'] else '':<2}{row['precision']:<12}{row['density']:>8.2f}"
-            f"{'?' if error is None else f'{error:.4f}':>8}"
+            f"{'?' if error is None else f'{error:.4f}':>8}{'?' if kl is None else f'{kl:.1g}':>7}"
             f"{format_bytes(row['resident_bytes']):>12}{format_bytes(row['peak_bytes']):>12}"
             f"{'?' if rate is None else f'{rate:.3g}':>10}"
         )

@@ -190,7 +190,7 @@ def _print_result(model: "GriffinModel", answer: tuple[str, "Finish"], arguments
         if model.engine.model_spec.quantises(model.plan) and report.select_s > _LONG_S:
             print(
                 f"note: {report.select_s:.1f} s of this prompt went into choosing and quantising neurons: "
-                "griffin-offload convert quantises once, for all prompts",
+                f"griffin-offload convert --quantize {model.engine.shape.option} quantises once, for all prompts",
                 file=sys.stderr,
             )
         if finish == "length":

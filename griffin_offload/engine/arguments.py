@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, StopStringCriteria
 
-from griffin_offload.blocks.rope import RopeBorder
-from griffin_offload.blocks.states import state_kinds
+from griffin_offload.blocks.states import RopeBorder, state_kinds
 from griffin_offload.config import CacheKind, RunConfig
 from griffin_offload.engine.drafts import MOST_DRAFTS
 from griffin_offload.engine.generation import GenerationMode, GenerationState, LogitsObserver, Past, past_of
@@ -35,7 +34,7 @@ class _Spec(Protocol):
 
 class _HasStock(Protocol):
     @property
-    def model(self) -> Any: ...
+    def model(self) -> StockModel: ...
 
 
 class _KeptCache(Protocol):
@@ -268,10 +267,9 @@ _ONE_SEQUENCE_REFUSES = (
     "cache_implementation",
     "watermarking_config",
     "guidance_scale",
-    "penalty_alpha",
-    "dola_layers",
     "output_attentions",
     "output_hidden_states",
+    "custom_generate",
 )
 
 

@@ -3,16 +3,14 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import Experts
-from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.layouts import find_feed_forwards, self_check
 from griffin_offload.blocks.replace import swap_experts, swap_linears
-from griffin_offload.blocks.self_check import self_check
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import settle_generation_config
@@ -20,9 +18,8 @@ from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
 from griffin_offload.devices.memory import Ledger, host_bytes
 from griffin_offload.devices.threads import limited_threads
-from griffin_offload.engine.build import build
+from griffin_offload.engine.build import build, use_own_attention, use_own_linears, use_own_norms
 from griffin_offload.engine.calibration import Importance, importance_of
-from griffin_offload.engine.cpu_modules import use_own_attention, use_own_linears, use_own_norms
 from griffin_offload.engine.layer_pass import DecoderLayers
 from griffin_offload.engine.residents import Loaded, cache_experts, compact_blocks, place_residents, resident_bytes
 from griffin_offload.engine.spec import ModelSpec, evicts
@@ -30,12 +27,11 @@ from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, Us
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
 from griffin_offload.method.allocation import tiers_of
-from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.offload.expert_cache import ExpertBuffers
-from griffin_offload.offload.expert_store import ExpertStore
-from griffin_offload.offload.layer_stream import StreamConfig
-from griffin_offload.offload.weight_store import HostStore, MmapStore, Source
+from griffin_offload.offload.layer_stream import BackgroundLoader, StreamConfig
+from griffin_offload.offload.weight_store import ExpertStore, HostStore, MmapStore, Source
 from griffin_offload.planner.plan import Plan
+from griffin_offload.transformers_api import StockModel
 from griffin_offload.units import format_bytes, parse_size
 
 # The host keeps this share of its free memory when full weights are put into it.
@@ -143,7 +139,7 @@ def make_scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
     return Scratch(shape.scratch_bytes if needed else 0, dtype, model_spec.device)
 
 
-def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[Any, nn.ModuleList, list[Block]]:
+def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[StockModel, nn.ModuleList, list[Block]]:
     """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
     checkpoint, shape = model_spec.checkpoint, model_spec.shape_of(plan)
     model = build(checkpoint, scratch)
@@ -156,7 +152,8 @@ def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[An
             break
     if not shape.is_plain and shape.formats != (checkpoint.precision.rests_as(),):
         importance: Importance = {}
-        if any(format.wants_importance for format in shape.formats):
+        rounded = [format for format in shape.formats if format not in checkpoint.precision.holds]
+        if any(format.wants_importance for format in rounded):
             importance = importance_of(checkpoint, model, decoder, blocks, evict=evicts(model_spec))
         tiers = [[(shape.levels[level], kept) for level, kept in tiers_of(own)] for own in plan.counts]
         swap_linears(decoder, blocks, shape.precision, checkpoint.precision, scratch, importance, tiers)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.blocks.sizes import ModelSizes, model_shape, states_of
 from griffin_offload.blocks.states import lasting_kinds, state_kinds
 from griffin_offload.checkpoint.base import Checkpoint
-from griffin_offload.checkpoint.part_sizes import PartSizes, part_sizes
-from griffin_offload.checkpoint.registry import open_checkpoint
+from griffin_offload.checkpoint.registry import PartSizes, open_checkpoint, part_sizes
 from griffin_offload.config import (
     MAX_DRAFT_TOKENS,
     TIERS,
@@ -25,7 +25,7 @@ from griffin_offload.config import (
 from griffin_offload.devices.base import Device
 from griffin_offload.devices.memory import host_bytes
 from griffin_offload.devices.registry import choose_device, device_kind, devices_here
-from griffin_offload.engine.cpu_modules import emulates_halves
+from griffin_offload.engine.build import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats import Format, every, planned_as
@@ -36,7 +36,7 @@ from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
 from griffin_offload.planner.tiers import bits_of
-from griffin_offload.transformers_api import warn_if_untested
+from griffin_offload.transformers_api import StockModel, warn_if_untested
 from griffin_offload.units import format_bytes, parse_size
 
 
@@ -91,8 +91,9 @@ class ModelSpec:
 
     def quantises(self, plan: Plan) -> bool:
         """Whether every prompt quantises the neurons it keeps: the checkpoint holds them in another format."""
-        residents = [planned_as(level) for level in plan.levels]
-        return any(not format.is_plain and format is not self.checkpoint.precision.rests_as() for format in residents)
+        stored = self.checkpoint.precision
+        there = stored.holds or (stored.rests_as(),)
+        return any(not format.is_plain and format not in there for format in map(planned_as, plan.levels))
 
     @property
     def stored_expert_share(self) -> float:
@@ -219,13 +220,18 @@ def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
 
 
 def _shapes(
-    checkpoint: Checkpoint, meta: Any, device: torch.device, config: LoadConfig
+    checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig
 ) -> tuple[tuple[ModelSizes, ...], tuple[ModelSizes, ...]]:
     """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
     have."""
     stored = checkpoint.precision
-    as_tiers = config.quantize == TIERS and stored.gives_chosen and stored.bits >= _tiers()[0].bits
-    if not stored.is_plain and config.quantize not in ("auto", stored.name) and not as_tiers:
+    if config.exact and stored.holds:
+        raise UsageError(
+            f"exact mode drafts in the stored precision, and {checkpoint.directory} holds {stored}: give an int4 or "
+            "int8 copy, or the original"
+        )
+    asked_of = ("auto", stored.name, stored.option, *([TIERS] if _gives_tiers(stored) else []))
+    if not stored.is_plain and config.quantize not in asked_of:
         raise UsageError(
             f"the checkpoint was converted to {stored}, --quantize {config.quantize} needs the original: leave it out"
         )
@@ -239,8 +245,8 @@ def _shapes(
     others: list[ModelSizes] = []
     for name, levels in _precisions(stored, config):
         wanted = stored.name if config.exact else config.quantize
-        # Tiers have to be asked for: they are a remedy where what was asked for does not fit.
-        fits = wanted == name or (name != TIERS and (wanted == "auto" or not (stored.is_plain or as_tiers)))
+        # A stored format may rest in another one, which has its own name.
+        fits = wanted in ("auto", name) or (wanted == stored.name != TIERS != name and not stored.is_plain)
         precision = levels[0]
         try:
             for format in levels:
@@ -249,7 +255,7 @@ def _shapes(
             full = precision if config.exact else stored
             shape = model_shape(meta, precision, full, checkpoint.tables, states, levels)
         except UnsupportedModel:
-            if not stored.is_plain or name in (config.quantize, stored.name):
+            if name in (config.quantize, stored.name) or not (stored.is_plain or name == TIERS):
                 raise
             continue
         (allowed if fits else others).append(shape)
@@ -261,8 +267,14 @@ def _precisions(stored: Format, config: LoadConfig) -> Iterator[tuple[str, tuple
     for format in every() if stored.is_plain else (stored.rests_as(),):
         if not format.by_name_only or format.name == config.quantize or not stored.is_plain:
             yield format.name, (format,)
-    if config.quantize == TIERS or (stored.is_plain and config.density == "auto" and not config.exact):
+    # A density is of one format, and exact mode drafts in what is stored.
+    if config.quantize == TIERS or (_gives_tiers(stored) and config.density == "auto" and not config.exact):
         yield TIERS, _tiers()
+
+
+def _gives_tiers(stored: Format) -> bool:
+    """Whether neurons of all tiers can be made of what is `stored`."""
+    return stored.is_plain or (stored.gives_chosen and stored.bits >= _tiers()[0].bits)
 
 
 def _tiers() -> tuple[Format, ...]:
@@ -270,7 +282,7 @@ def _tiers() -> tuple[Format, ...]:
     return tuple(format for format in every() if format.is_tier)
 
 
-def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
+def _cache_kind(config: PretrainedConfig, bits: KVBits) -> CacheKind:
     if can_cache(config):
         return "ours"
     if bits != LoadConfig.kv_bits:

@@ -11,6 +11,7 @@ from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.prefill import SHORT_PROMPT_TOKENS
 from griffin_offload.evaluation.simulation import observe
+from griffin_offload.method.allocation import bits_gained
 from griffin_offload.method.selection import neurons_kept
 from griffin_offload.method.statistic import ROWS_AT_ONCE, split_tokens, squared_statistic
 
@@ -150,9 +151,6 @@ def uniform(ids: Tensor, fixed: int, vocabulary: int, generator: torch.Generator
 
 
 Numbers = dict[str, Any]
-OBSERVED = ("flocking", "jaccard", "inputs", "statistic")
-"""Figures that come from one observed pass."""
-INPUTS = ("original", "permuted", "random")
 # Ranks of the sorted statistic that are kept.
 _POINTS = 256
 # At which density the figures of an input are taken: the paper's.
@@ -215,7 +213,8 @@ def prompt_loss(
 ) -> Numbers:
     """What pruning would cost on one prompt, ids [T]: by layer and density the activation kept, of the whole prompt and
     held out (chosen on its first three quarters, measured on its last; None below SHORT_PROMPT_TOKENS). `planned` is
-    one more density for each layer. Of mixtures of experts, their layers alone, and how often each expert is used."""
+    one more density for each layer. `bits_gained` is what tiers save at equal error. Of mixtures of
+    experts, their layers alone, and how often each expert is used."""
     active = [block.active for block in model.engine.blocks]
     routed = [layer for layer, count in enumerate(active) if count]
     densities = enough_for_a_token(model, densities)
@@ -250,6 +249,7 @@ def prompt_loss(
             for name, rows in columns.items()
         },
         **means,
+        "bits_gained": None if routed else _mean([bits_gained(seen.squared(i)) for i in range(len(seen.parts))]),
         "layers": layers,
     }
 

@@ -150,7 +150,7 @@ def _colour(share: float) -> str:
 
 
 def _conclusions(numbers: Numbers, key: str) -> list[Text]:
-    """What to make of it, in two lines."""
+    """What to make of it, in a few lines."""
     lines, plan = [], numbers["plan"]
     if plan is not None:
         worst = min(numbers["layers"], key=lambda layer: float(layer[f"planned_{key}"]))
@@ -161,4 +161,10 @@ def _conclusions(numbers: Numbers, key: str) -> list[Text]:
     for goal in (0.95, 0.99):
         enough = [density for density, share, _, _ in _rows(numbers, key) if share >= goal]
         needs.append(f"{goal:.2f} takes density " + (f"{min(enough):.2f}" if enough else "1"))
-    return [*lines, Text("; ".join(needs))]
+    lines.append(Text("; ".join(needs)))
+    gained = numbers["bits_gained"]
+    if gained is not None:
+        lines.append(
+            Text(f"tiers gain {gained:.2f} bits a weight: so many fewer at the same error, where all have some")
+        )
+    return lines

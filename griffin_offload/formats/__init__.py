@@ -3,8 +3,17 @@
 A new one is a subclass of `Format` (base.py) and `register_format(...)`, here or at run time.
 """
 
-from griffin_offload.formats.base import Format, Layout, every, forget_format, get, register_format
-from griffin_offload.formats.few_bits import INT2, INT3
+from griffin_offload.formats.base import (
+    Format,
+    Layout,
+    every,
+    forget_format,
+    get,
+    of_copies,
+    register_copy,
+    register_format,
+)
+from griffin_offload.formats.few_bits import INT2, INT3, TIERS_COPY
 from griffin_offload.formats.floats import FLOATS, planned_as
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
@@ -19,9 +28,11 @@ __all__ = [
     "every",
     "forget_format",
     "get",
+    "of_copies",
     "planned_as",
     "register_format",
 ]
 
 for _format in (FLOATS, INT8, INT4, INT3, INT2):
     register_format(_format)
+register_copy(TIERS_COPY)

@@ -102,6 +102,8 @@ class Format:
     for the inputs themselves."""
     missed_from: ClassVar[float] = 0.25
     """A weight that is off by a larger share has not come back (`missed`)."""
+    holds: ClassVar[tuple["Format", ...]] = ()
+    """Formats whose neurons a copy in this one has side by side, so that nothing is rounded for a prompt."""
     chunk: ClassVar[int] = 1024
     """Neurons that are on their way at once: a multiple of every block, and small enough for a cache."""
 
@@ -126,6 +128,19 @@ class Format:
         """The format that gathered neurons have: this one, if it is closed under gathering."""
         return self
 
+    def outside(self) -> "Format":
+        """The format that matrices which hold no neurons are stored in beside it."""
+        return self
+
+    def part(self, format: "Format", full: Tensors) -> Tensors:
+        """Of a stored matrix the tensors in one of the formats that it holds."""
+        raise NotImplementedError
+
+    @property
+    def option(self) -> str:
+        """What `--quantize` calls residents that are as they are stored."""
+        return self.name
+
     def layouts(self) -> tuple[Layout, ...]:
         """All that are this format's own."""
         found = (way(is_down=is_down) for way in (self.stored, self.resident) for is_down in (False, True))
@@ -146,8 +161,8 @@ class Format:
         are known and wanted. CheckpointError for what is no number."""
         raise NotImplementedError
 
-    def compensation(self, x: Tensor, *, is_down: bool) -> Compensation:
-        """Of matrices whose inputs were x [T, I], in formats that want it."""
+    def compensation(self, x: Tensor, *, is_down: bool, meant: Tensor | None = None) -> Compensation:
+        """Of matrices whose inputs were x [T, I], `meant` [T, I] of the model itself, in formats that want it."""
         raise NotImplementedError
 
     def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:
@@ -186,8 +201,9 @@ class Format:
         if is_down:
             self.gather_columns(full, chosen, out, plain=plain)
             return
-        for rows, start in self.row_chunks(full, chosen, out, parts):
-            self.gather_rows(full, rows, start, out, importance, plain=plain)
+        self.start_rows(full, out, plain=plain)
+        for some, start in self.row_chunks(full, chosen, out, parts):
+            self.gather_rows(full, some, start, out, importance, plain=plain)
 
     def row_chunks(self, full: Tensors, chosen: Tensor, out: Tensors, parts: int) -> Iterator[tuple[Tensor, int]]:
         """Which rows of `full` go to which row of `out` on, a chunk at a time; their biases are there already."""
@@ -198,6 +214,13 @@ class Format:
                 out["bias"][base : base + index.numel()] = full["bias"][index]
             for start in range(0, index.numel(), self.chunk):
                 yield index[start : start + self.chunk], base + start
+
+    def start_rows(self, full: Tensors, out: Tensors, *, plain: bool) -> None:
+        """Write into `out` what all rows of a matrix have in common, before `gather_rows`."""
+
+    def rows_of_all(self, rows: int) -> range:
+        """Of a matrix of so many, floats and no down projection: those that are needed whichever are gathered."""
+        return range(0)
 
     def gather_rows(
         self, full: Tensors, index: Tensor, start: int, out: Tensors, importance: Tensor | None, *, plain: bool
@@ -247,6 +270,8 @@ def row_blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 _REGISTRY: dict[str, Format] = {}
+_COPIES: dict[str, Format] = {}
+"""Those that only copies have, and no residents."""
 
 
 def register_format(format: Format) -> None:
@@ -265,6 +290,16 @@ def register_format(format: Format) -> None:
         table.add(table.Kernel("gemm", layout.name, layout.torchs, layout.multiply, ours=False), last=True)
 
 
+def register_copy(format: Format) -> None:
+    """Add a format of converted copies, whose neurons rest in those that it holds."""
+    _COPIES[format.name] = format
+
+
+def of_copies() -> tuple[Format, ...]:
+    """All that a converted copy may be in."""
+    return (*every(), *_COPIES.values())
+
+
 def forget_format(format: Format) -> None:
     """Take back what `register_format` did."""
     del _REGISTRY[format.name]
@@ -275,7 +310,7 @@ def forget_format(format: Format) -> None:
 
 def get(name: str) -> Format:
     """The format of that name; UsageError where there is none."""
-    found = _REGISTRY.get(name)
+    found = _REGISTRY.get(name) or _COPIES.get(name)
     if found is None:
         raise UsageError(f"there is no weight format {name}: give one of {', '.join(_REGISTRY)}")
     return found

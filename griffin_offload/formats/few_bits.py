@@ -13,13 +13,20 @@
 offset each err less than groups of 32 with eight (benchmarks/NOTES.md).
 """
 
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from griffin_offload.config import TIERS
+from griffin_offload.formats.base import Format, Layout, Spec, Tensors
+from griffin_offload.formats.compensation import Compensation
 from griffin_offload.formats.few_bits_grid import Levels, best_grid
 from griffin_offload.formats.grouped import GROUP, Grouped
+from griffin_offload.formats.int4 import INT4
+from griffin_offload.kernels import table
 
 _LOW_BYTES = 8
 _HALVES = 2
@@ -81,3 +88,131 @@ class Int2(FewBits):
 
 
 INT3, INT2 = Int3(), Int2()
+
+
+# Copies for tiers: every neuron in int4, in int3 and in int2, each rounded once and as well as the format can. A prompt
+# passes through int4, and residents are copied from the tensors of their own format: `weight_int3`, `groups_int3`
+# beside `weight` and `groups`; all have one scale. 10.5 bits a number; what holds no neurons is in int4 alone.
+
+_OWN = ("weight", "groups")
+"""Tensors that each format has for itself."""
+
+
+class TiersCopy(Format):
+    """int4, and beside it what int3 and int2 have."""
+
+    name, holds, wants_importance = TIERS, (INT4, INT3, INT2), True
+    bits = sum(format.bits for format in holds)
+    gives_chosen, neuron_multiple, scratch_rows = True, INT4.neuron_multiple, INT4.scratch_rows
+
+    def __init__(self) -> None:
+        self._layouts = {is_down: self._layout(is_down=is_down) for is_down in (False, True)}
+
+    def _layout(self, *, is_down: bool) -> Layout:
+        def specs(outputs: int, inputs: int, down: bool) -> dict[str, Spec]:
+            found: dict[str, Spec] = {}
+            for format in self.holds:
+                for name, spec in format.stored(is_down=down).specs(outputs, inputs, is_down=down).items():
+                    found[_named(name, format)] = spec
+            return found
+
+        return replace(INT4.stored(is_down=is_down), format=self, tensors=specs)
+
+    def stored(self, *, is_down: bool) -> Layout:
+        return self._layouts[is_down]
+
+    @property
+    def option(self) -> str:
+        return INT4.name
+
+    def rests_as(self) -> Format:
+        return INT4
+
+    def outside(self) -> Format:
+        return INT4
+
+    def part(self, format: Format, full: Tensors) -> Tensors:
+        others = {_named(name, other) for other in self.holds for name in _OWN}
+        own = {name: full[_named(name, format)] for name in _OWN}
+        return {name: tensor for name, tensor in full.items() if name not in others} | own
+
+    def check(self, outputs: int, inputs: int, where: str, *, is_down: bool) -> None:
+        INT4.check(outputs, inputs, where, is_down=is_down)
+
+    def check_device(self, device: str) -> None:
+        INT4.check_device(device)
+
+    def quantize(
+        self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, compensation: Compensation | None = None
+    ) -> Tensors:
+        found: Tensors = {}
+        for format in self.holds:
+            own = format.quantize(weight, dtype, is_down=is_down, compensation=compensation)
+            found |= {_named(name, format): tensor for name, tensor in own.items()}
+        return found
+
+    def compensation(self, x: Tensor, *, is_down: bool, meant: Tensor | None = None) -> Compensation:
+        return INT4.compensation(x, is_down=is_down, meant=meant)
+
+    def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:
+        return INT4.missed(matrix, self.part(INT4, found), is_down=is_down)
+
+    def chosen_floats(self, full: Tensors, index: Tensor, dtype: torch.dtype, *, is_down: bool) -> Tensor:
+        return INT4.chosen_floats(full, index, dtype, is_down=is_down)
+
+    def row_norms(self, full: Tensors) -> Tensor:
+        return INT4.row_norms(full)
+
+    def gather_bytes(self, outputs: int, neurons: int, item_bytes: int) -> int:
+        return INT4.gather_bytes(outputs, neurons, item_bytes)
+
+    def floats_bytes(self, *sizes: Any) -> int:
+        return 0  # nothing is made floats
+
+
+def _named(name: str, format: Format) -> str:
+    return name if format is INT4 or name not in _OWN else f"{name}_{format.name}"
+
+
+TIERS_COPY = TiersCopy()
+
+
+# Of several matrices one by one, whatever they are in.
+
+
+def _product(x: Tensor, layout: str, tensors: table.Tensors, outputs: int, scratch: Any) -> Tensor:
+    for kernel in table.products(layout, x.shape[0], x, scratch.dtype, resident=True):
+        if kernel.takes is None or kernel.takes(x, tensors):
+            found: Tensor = kernel.function(x, tensors, outputs, scratch)
+            return found
+    raise AssertionError(f"nothing multiplies {layout}")
+
+
+def _rows_one_by_one(x: Tensor, tiers: Sequence[tuple[str, table.Tensors]], scratch: Any) -> Tensor:
+    """x [M, I] times the matrices of rows that tensors of each layout are: [M, sum of O]."""
+    found = []
+    for name, tensors in tiers:
+        scale = tensors["scale"]
+        assert scale is not None
+        own = {"bias": None, "input_scale": None, **tensors}
+        found.append(_product(x, name, own, scale.numel(), scratch))
+    return torch.cat(found, dim=1)
+
+
+def _strips_one_by_one(
+    x: Sequence[Tensor], tiers: Sequence[tuple[str, table.Tensors]], bias: Tensor | None, outputs: int, scratch: Any
+) -> Tensor:
+    """The sum of each x [M, I] times its down projection of neurons, plus `bias`: [M, outputs]."""
+    parts = [
+        _product(own.contiguous(), name, {"scale": None, **tensors, "bias": None}, outputs, scratch)
+        for own, (name, tensors) in zip(x, tiers, strict=True)
+    ]
+    total = torch.stack(parts).sum(0)
+    return total if bias is None else total + bias
+
+
+table.add(
+    table.Kernel("tiers", "rows", "one by one", _rows_one_by_one, ours=False),
+    table.Kernel("tiers", "strips", "one by one", _strips_one_by_one, ours=False),
+    last=True,
+)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from griffin_offload.formats.int4_grid import fitted
 
-# The same as in few_bits.h.
+# The same as in few_bits.h and quantize.c.
 STEPS = (10, 20, 29, 35, 42, 49, 56, 65, 75, 87, 103, 125, 176, 288, 448, 672)
-_FITS = 3
+_FITS = 2
 _FAR = 6.0
 
 
@@ -43,7 +43,7 @@ class Levels:
             between=(steps[1:] + steps[:-1]) / 2,
             middles=middle,
             halfway=(middle[1:] + middle[:-1]) / 2,
-            shares={3: (1.0, 0.9, 0.8), 2: (1.0, 0.8, 0.65)}[bits],
+            shares={3: (1.0, 0.85), 2: (1.0, 0.72)}[bits],
         )
 
     def steps_of(self, groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -141,6 +141,7 @@ class Grouped(Format):
     def quantize(
         self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, compensation: Compensation | None = None
     ) -> Tensors:
+        weight = weight if compensation is None else compensation.aimed(weight)
         scale = neuron_scale(weight, dtype) if is_down else row_scale(weight, dtype)
         if compensation is None:
             codes, groups = self.quantize_neurons(weight, scale) if is_down else self.quantize_rows(weight, scale)
@@ -161,8 +162,8 @@ class Grouped(Format):
         found: Packed = table.call("quantize", self._neurons.name, columns, divisor(scale), importance)
         return found
 
-    def compensation(self, x: Tensor, *, is_down: bool) -> Compensation:
-        return Compensation(x, grouped=not is_down)
+    def compensation(self, x: Tensor, *, is_down: bool, meant: Tensor | None = None) -> Compensation:
+        return Compensation(x, grouped=not is_down, meant=meant)
 
     def compensated_rows(self, weight: Tensor, scale: Tensor, compensation: Compensation) -> Packed:
         """As `quantize_rows`, but that inputs make up for the errors of others."""
@@ -229,8 +230,12 @@ class Grouped(Format):
         parts: int = 1,
         importance: Tensor | None = None,
     ) -> None:
-        """As any format's; what is stored in another one that gives `chosen_floats` is read a chunk at a time."""
+        """As any format's; of a copy that holds several, its own; what is stored in another one that gives
+        `chosen_floats` is read a chunk at a time."""
         stored = source.format
+        if self in stored.holds:
+            full, source = stored.part(self, full), self.stored(is_down=is_down)
+            stored = self
         if stored is self or stored.is_plain or not stored.gives_chosen:
             super().gather(full, source, chosen, out, is_down=is_down, parts=parts, importance=importance)
             return

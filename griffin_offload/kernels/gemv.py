@@ -63,7 +63,7 @@ class GemvKernels:
             self._check_tiles(x)
             tiles = -(-inputs // _INT8_GROUP) * (2 if rows > TILE_ROWS // 2 else 1)
             _room, (sums, numbers, step) = _parted(rows * outputs, 2 * _TILE * tiles, TILE_ROWS * tiles)
-            made = (sums, 0, numbers, step, 0, 0)
+            made: tuple[int, ...] = (sums, 0, numbers, step, 0, 0)
             return run(self._library, "multiply_int8", x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead)
         _room, made = _made(sizes)
         return run(self._library, "multiply_int8", x, beside, made, sizes, wide=self.uses_bytes, ahead=self._ahead)
@@ -142,7 +142,7 @@ class GemvKernels:
             filled, span = -(-per_row // 4) * 4, 1 if rows > TILE_ROWS // 2 else 2 if rows > TILE_ROWS // 4 else 4
             units = filled // span * TILE_ROWS
             room, (sums, floats, numbers, step) = _parted(rows * outputs, units, _TILE * filled // min(span, 2), units)
-            made = (sums, floats, numbers, step, 0, 0)
+            made: tuple[int, ...] = (sums, floats, numbers, step, 0, 0)
             return *asked(x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead), room
         room, made = _made(sizes)
         return *asked(x, beside, made, sizes, wide=self.uses_bytes, ahead=self._ahead), room

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from griffin_offload.kernels.library import NUMBER_TYPES, check, check_rows, library
 
-_QUANTIZING = struct.Struct("@6P6q")
+_QUANTIZING = struct.Struct("@6P7q")
 """The struct Quantizing of quantize.c."""
 _GROUP = 32
 
@@ -110,5 +110,6 @@ def run(
         out.stride(0),
         NUMBER_TYPES[weight.dtype],
         torch.get_num_threads(),
+        found.sums_bytes,
     )
     found.call(function, job)

@@ -8,7 +8,7 @@ or by `add`. `griffin-offload bench --kernels` prints the table.
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -372,43 +372,4 @@ def _others_of_ours() -> list[Kernel]:
     ]
 
 
-# Of several matrices one by one, whatever they are in.
-
-
-def _product(x: Tensor, layout: str, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
-    for kernel in products(layout, x.shape[0], x, scratch.dtype, resident=True):
-        if kernel.takes is None or kernel.takes(x, tensors):
-            found: Tensor = kernel.function(x, tensors, outputs, scratch)
-            return found
-    raise AssertionError(f"nothing multiplies {layout}")
-
-
-def _rows_one_by_one(x: Tensor, tiers: Sequence[tuple[str, Tensors]], scratch: Any) -> Tensor:
-    """x [M, I] times the matrices of rows that tensors of each layout are: [M, sum of O]."""
-    found = []
-    for name, tensors in tiers:
-        scale = tensors["scale"]
-        assert scale is not None
-        own = {"bias": None, "input_scale": None, **tensors}
-        found.append(_product(x, name, own, scale.numel(), scratch))
-    return torch.cat(found, dim=1)
-
-
-def _strips_one_by_one(
-    x: Sequence[Tensor], tiers: Sequence[tuple[str, Tensors]], bias: Tensor | None, outputs: int, scratch: Any
-) -> Tensor:
-    """The sum of each x [M, I] times its down projection of neurons, plus `bias`: [M, outputs]."""
-    parts = [
-        _product(own.contiguous(), name, {"scale": None, **tensors, "bias": None}, outputs, scratch)
-        for own, (name, tensors) in zip(x, tiers, strict=True)
-    ]
-    total = torch.stack(parts).sum(0)
-    return total if bias is None else total + bias
-
-
-add(
-    *_products_of_ours(),
-    *_others_of_ours(),
-    Kernel("tiers", "rows", "one by one", _rows_one_by_one, ours=False),
-    Kernel("tiers", "strips", "one by one", _strips_one_by_one, ours=False),
-)
+add(*_products_of_ours(), *_others_of_ours())

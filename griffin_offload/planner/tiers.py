@@ -15,6 +15,16 @@ from griffin_offload.config import MIN_AUTO_DENSITY, NEURON_MULTIPLE
 from griffin_offload.errors import UsageError
 from griffin_offload.method.allocation import Allocation, Counts, Level, distortion_of, typical_energies
 
+_KL_OF_ERROR = 9.0
+"""KL per token of small trained models to their 16 bit, by expected error: seven to twelve times it
+(docs/benchmarks.md)."""
+
+
+def expected_kl(error: float) -> float:
+    """What the KL divergence of answers to those in 16 bit is about, in nats per token: one digit, as no more is
+    known. Larger models than those of a few hundred million parameters lose less."""
+    return float(f"{_KL_OF_ERROR * error:.1g}")
+
 
 class TierChoices(Sequence[tuple[Counts, ...]]):
     """Counts of all layers, ascending in bytes, down to the smallest share of neurons that a plan may keep."""

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import quantised_reference as ref
 import torch
+from marks import by_turns
 from reference import collect_z, dense_generate, shared_statistic_float64
-from tiny_models import ARCHITECTURES, VOCAB, every_architecture, write_checkpoint
+from tiny_models import ARCHITECTURES, VOCAB, write_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine.convert import convert
+from griffin_offload.engine.spec import examine
 from griffin_offload.formats import every, get
 from griffin_offload.planner.tiers import bits_of
 
@@ -135,8 +137,7 @@ def _check_ranks(dense: PreTrainedModel, name: str, ids: Tensor, levels: Levels)
             assert fewer.numel() == 0 or more.min() >= fewer.max() - 1e-4
 
 
-@pytest.mark.parametrize("name", every_architecture())
-@pytest.mark.parametrize("bits", [BITS[1], pytest.param(BITS[3], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "bits"), by_turns(ARCHITECTURES, (BITS[1], BITS[3])))
 def test_logits_are_those_of_neurons_rounded_by_tiers(name: str, bits: float, plain):
     path = plain(name)
     model = _load(path, bits)
@@ -232,6 +233,71 @@ def test_an_int4_copy_keeps_its_int4(checkpoints, tmp_path: Path):
     assert kept == tier.weight.shape[1] == 64
     assert torch.equal(tier.weight, full.weight[:, chosen])
     assert torch.equal(tier.groups, full.groups[:, chosen])
+
+
+@pytest.mark.parametrize("name", ["llama2", "gpt2", "phi3"])
+def test_a_copy_for_tiers_has_all_of_them(name: str, checkpoints, tmp_path: Path):
+    """Each neuron's tensors are those that are stored in its format: nothing is rounded for a prompt."""
+    path, architecture = tmp_path / "copy", ARCHITECTURES[name]
+    convert(checkpoints(name), path, "tiers")
+    model = _load(path, 6.0, exact=False)
+    assert not model.engine.model_spec.quantises(model.plan)
+    model.generate(_ids(), max_new_tokens=3, do_sample=False)
+    levels, layer = _levels(model, 0), architecture.down_names()[0]
+    found = model.model.get_submodule(layer)
+    stored = model.engine.loaded.layers.source.tensors(0)
+    names = list(get("tiers").stored(is_down=True).specs(64, 64, is_down=True))
+    full = dict(zip(names, stored[-len(names) :], strict=True))
+    assert len(levels) == len(found.tiers) > 1
+    for tier, (format, neurons) in zip(found.tiers, levels.items(), strict=True):
+        own = (
+            {"weight": "weight", "groups": "groups"}
+            if format == "int4"
+            else {n: f"{n}_{format}" for n in ("weight", "groups")}
+        )
+        rows = full[own["weight"]][neurons], full[own["groups"]][neurons]
+        strips = torch.zeros_like(tier.weight), torch.zeros_like(tier.groups)
+        get(format).write_neurons(rows, strips, 0)
+        assert torch.equal(tier.weight[:, : len(neurons)], strips[0][:, : len(neurons)])
+        assert torch.equal(tier.groups[:, : len(neurons)], strips[1][:, : len(neurons)])
+
+
+def test_a_copy_for_tiers_is_an_int4_copy_too(checkpoints, tmp_path: Path):
+    """Where int4 fits whole it is taken, with the same numbers; what goes beyond it is refused by name."""
+    for precision in ("tiers", "int4"):
+        convert(checkpoints("llama2"), tmp_path / precision, precision)
+    answers = []
+    for precision in ("tiers", "int4"):
+        model = _load(tmp_path / precision, quantize="auto")
+        assert model.plan.precision == "int4"
+        answers.append(model.generate(_ids(), max_new_tokens=NEW, do_sample=False))
+    assert torch.equal(*answers)
+    with pytest.raises(UsageError, match="exact mode drafts in the stored precision"):
+        _load(tmp_path / "tiers", quantize="auto", exact=True)
+    with pytest.raises(UsageError, match="needs the original"):
+        _load(tmp_path / "tiers", quantize="int8")
+    pruned = _load(tmp_path / "tiers", quantize="int4", density=0.5)
+    pruned.generate(_ids(), max_new_tokens=2, do_sample=False)
+    assert (pruned.plan.precision, pruned.plan.density) == ("int4", 0.5)
+
+
+@pytest.mark.parametrize("source", ["none", "int8", "int4", "tiers"])
+def test_auto_tries_tiers_last(source: str, checkpoints, tmp_path: Path):
+    """Of every source; with a density, or in exact mode, the paper's method is what is planned."""
+    path = checkpoints("llama2")
+    if source != "none":
+        convert(path, tmp_path / "copy", source)
+        path = tmp_path / "copy"
+
+    def names(**options: Any) -> list[str]:
+        return [shape.precision_name for shape in examine(path, LoadConfig(device="cpu", **options)).shapes]
+
+    assert names()[-1] == "tiers"
+    assert len(names()) > 1
+    assert names(quantize="tiers") == ["tiers"]
+    assert "tiers" not in names(density=0.5)
+    if source != "tiers":
+        assert "tiers" not in names(exact=True)
 
 
 def test_what_tiers_cannot_be_made_of(checkpoints, tmp_path: Path):

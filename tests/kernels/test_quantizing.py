@@ -102,6 +102,24 @@ def test_neurons(format: Grouped, weight: Tensor, data: st.DataObject):
 
 @needs_kernels
 @in_groups
+@pytest.mark.parametrize("rows", [1, 15, 40])
+def test_every_width_of_vectors_gives_the_same_bytes(format: Grouped, rows: int, monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(rows)
+    weight, found = torch.randn(rows, 96, generator=generator), []
+    weight[0, 5] = 30  # one that is far from all others
+    for wide in (True, False):
+        monkeypatch.setattr(library(), "sums_bytes", wide and library().sums_bytes)
+        found.append(
+            (
+                *format.quantize_rows(weight, base.row_scale(weight, torch.float32)),
+                *format.quantize_neurons(weight.t(), base.row_scale(weight, torch.float32)),
+            )
+        )
+    assert all(map(torch.equal, *found))
+
+
+@needs_kernels
+@in_groups
 @settings(max_examples=30)
 @given(weight=matrices(st.sampled_from([32, 96, 288]), st.integers(1, 70)), data=st.data())
 def test_neurons_are_the_rows_of_the_matrix_turned_around(format: Grouped, weight: Tensor, data: st.DataObject):

@@ -26,6 +26,18 @@ static const float few_steps[2][STEPS] = {STEPS_OVER(64.0f), STEPS_OVER(128.0f)}
 static const float few_offsets[2][STEPS] = {OFFSETS_OF(1.5f, 1.0f, 3.0f, 4.5f, 6.0f, 8.0f, 11.0f, 15.0f, 24.0f),
                                             OFFSETS_OF(3.5f, 2.0f, 5.0f, 8.0f, 11.0f, 16.0f, 23.0f, 34.0f, 56.0f)};
 
+/* What lies between neighbours of the steps, and of the middles, above which the next one is the nearest. */
+#define BETWEEN(unit)                                                                                            \
+    {15 / unit, 24.5f / unit, 32 / unit, 38.5f / unit,  45.5f / unit, 52.5f / unit, 60.5f / unit, 70 / unit,       \
+     81 / unit, 95 / unit,   114 / unit, 150.5f / unit, 232 / unit,   368 / unit,   560 / unit,   1e30f}
+
+static const float between_steps[2][STEPS] = {BETWEEN(64.0f), BETWEEN(128.0f)};
+static const float between_middles[2][STEPS] = {
+    {2 / 16.0f, 3.75f / 16, 5.25f / 16, 7 / 16.0f, 9.5f / 16, 13 / 16.0f, 19.5f / 16, 1e30f},
+    {3.5f / 16, 6.5f / 16, 9.5f / 16, 13.5f / 16, 19.5f / 16, 28.5f / 16, 45 / 16.0f, 1e30f}};
+
+#define BETWEEN_STEPS(bits) between_steps[(bits) - 2]
+#define BETWEEN_MIDDLES(bits) between_middles[(bits) - 2]
 #define STEPS_OF(bits) few_steps[(bits) - 2]
 #define OFFSETS(bits) few_offsets[(bits) - 2]
 

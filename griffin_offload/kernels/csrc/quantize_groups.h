@@ -1,0 +1,326 @@
+/* Groups of 32 numbers as codes of two to four bits, a group of a row, or half of one, in each lane (lanes.h).
+ * formats/int4_grid.py and few_bits_grid.py have the same in words of torch. */
+#include "lanes.h"
+
+/* Numbers of a table of sixteen by the lower four bits of each lane. */
+TARGET INLINED V_F V_NAME(entry)(const float *table, V_I index) {
+#if WIDE
+    return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
+#else
+    return looked_up(table, index);
+#endif
+}
+
+/* What is known of numbers before a grid is tried. */
+typedef struct {
+    const V_F *v;
+    const float *importance;
+    V_F low, high, sum_a, sum_av;
+} V_NAME(Numbers);
+
+TARGET INLINED V_NAME(Numbers) V_NAME(numbers)(const V_F *v, const float *importance, const int count) {
+    V_NAME(Numbers) n = {v, importance, v[0], v[0], V_OP(setzero_ps)(), V_OP(setzero_ps)()};
+    for (int i = 0; i < count; i++) {
+        const V_F a = V_OP(set1_ps)(importance[i]);
+        n.low = V_OP(min_ps)(n.low, v[i]);
+        n.high = V_OP(max_ps)(n.high, v[i]);
+        n.sum_a = V_OP(add_ps)(n.sum_a, a);
+        n.sum_av = V_OP(fmadd_ps)(a, v[i], n.sum_av);
+    }
+    return n;
+}
+
+/* A grid as it is stored, and what it is worth: numbers lie at value * (code + middle), codes `first` to `last`. */
+typedef struct {
+    V_I step, offset;
+    V_F value, inverse, middle;
+} V_NAME(Grid);
+
+/* Rounded behind the product, as torch does: 16-bit numbers often lie between two levels, where the two ways would
+ * part. */
+TARGET INLINED V_F V_NAME(code)(V_F number, const V_NAME(Grid) *grid, const float first, const float last) {
+    const V_F code = v_round(V_OP(sub_ps)(V_OP(mul_ps)(number, grid->inverse), grid->middle));
+    return V_OP(min_ps)(V_OP(max_ps)(code, V_OP(set1_ps)(first)), V_OP(set1_ps)(last));
+}
+
+/* What a grid misses of the numbers; and, if they are asked for, step and the place of code `centre` that fit its
+ * codes best. */
+TARGET INLINED V_F V_NAME(missed)(const V_NAME(Numbers) *n, const int count, const V_NAME(Grid) *grid, const float first,
+                                  const float last, const float centre, V_F *step, V_F *place, const int fitting) {
+    V_F error = V_OP(setzero_ps)(), sum_q = error, sum_qq = error, sum_qv = error;
+    const V_F middle = V_OP(add_ps)(grid->middle, V_OP(set1_ps)(centre));
+    for (int i = 0; i < count; i++) {
+        const V_F a = V_OP(set1_ps)(n->importance[i]);
+        const V_F q = V_OP(sub_ps)(V_NAME(code)(n->v[i], grid, first, last), V_OP(set1_ps)(centre));
+        const V_F d = V_OP(fmsub_ps)(V_OP(add_ps)(q, middle), grid->value, n->v[i]);
+        error = V_OP(fmadd_ps)(V_OP(mul_ps)(d, d), a, error);
+        if (!fitting) continue;
+        const V_F aq = V_OP(mul_ps)(a, q);
+        sum_q = V_OP(add_ps)(sum_q, aq);
+        sum_qq = V_OP(fmadd_ps)(aq, q, sum_qq);
+        sum_qv = V_OP(fmadd_ps)(aq, n->v[i], sum_qv);
+    }
+    if (!fitting) return error;
+    const V_F spread = V_OP(fmsub_ps)(n->sum_a, sum_qq, V_OP(mul_ps)(sum_q, sum_q));
+    const V_F fitted = V_OP(div_ps)(V_OP(fmsub_ps)(n->sum_a, sum_qv, V_OP(mul_ps)(sum_q, n->sum_av)), spread);
+    /* One code alone fits no step. */
+    *step = v_pick(v_less(V_OP(setzero_ps)(), fitted), fitted, grid->value);
+    *place = V_OP(div_ps)(V_OP(fnmadd_ps)(*step, sum_q, n->sum_av), n->sum_a);
+    return error;
+}
+
+TARGET INLINED void V_NAME(take)(V_NAME(Grid) *best, const V_NAME(Grid) *grid, V_M better) {
+    best->value = v_pick(better, grid->value, best->value);
+    best->inverse = v_pick(better, grid->inverse, best->inverse);
+    best->middle = v_pick(better, grid->middle, best->middle);
+    best->step = v_pick_i(better, grid->step, best->step);
+    best->offset = v_pick_i(better, grid->offset, best->offset);
+}
+
+/* Int4. */
+
+/* The nearest step and offset that can be stored. */
+TARGET INLINED V_NAME(Grid) V_NAME(int4_grid)(V_F step, V_F offset) {
+    const V_I none = V_OP(set1_epi32)(0), bias = V_OP(set1_epi32)(STEP_BIAS >> STEP_SHIFT);
+    const V_I half = V_OP(set1_epi32)(1 << (STEP_SHIFT - 1));
+    step = V_OP(max_ps)(step, V_OP(setzero_ps)()); /* and no NaN: of those the second is taken */
+    V_NAME(Grid) grid;
+    grid.step = V_OP(srli_epi32)(V_OP(add_epi32)(v_bits(step), half), STEP_SHIFT);
+    grid.step = V_OP(max_epi32)(V_OP(sub_epi32)(grid.step, bias), none);
+    grid.step = V_OP(min_epi32)(grid.step, V_OP(set1_epi32)(255));
+    grid.value = v_floats(V_OP(slli_epi32)(V_OP(add_epi32)(grid.step, bias), STEP_SHIFT));
+    grid.inverse = V_OP(div_ps)(V_OP(set1_ps)(1), grid.value);
+    V_F eighths = V_OP(mul_ps)(V_OP(mul_ps)(offset, grid.inverse), V_OP(set1_ps)(1 / OFFSET_UNIT));
+    eighths = V_OP(min_ps)(V_OP(max_ps)(eighths, V_OP(set1_ps)(-128)), V_OP(set1_ps)(127));
+    grid.offset = V_OP(cvtps_epi32)(eighths);
+    grid.middle = V_OP(mul_ps)(V_OP(cvtepi32_ps)(grid.offset), V_OP(set1_ps)(OFFSET_UNIT));
+    return grid;
+}
+
+/* Of the ranges that are tried the grid that misses least; codes from -8 to 7. */
+TARGET INLINED V_NAME(Grid) V_NAME(best_int4)(const V_F *v, const float *importance) {
+    static const double shares[RANGES] = INT4_SHARES;
+    const V_NAME(Numbers) n = V_NAME(numbers)(v, importance, GROUP);
+    const V_F size = V_OP(max_ps)(n.high, V_OP(sub_ps)(V_OP(setzero_ps)(), n.low));
+    const V_F far = V_OP(mul_ps)(size, V_OP(set1_ps)((float)(1 / REACH))), range = V_OP(sub_ps)(n.high, n.low);
+    V_NAME(Grid) best;
+    V_F least_missed = V_OP(set1_ps)(INFINITY);
+    for (int i = 0; i < RANGES; i++) {
+        V_F step = V_OP(max_ps)(V_OP(mul_ps)(range, V_OP(set1_ps)((float)(shares[i] / 15))), far);
+        /* The middle of 16 levels lies half a step below level 8. */
+        V_F offset = V_OP(mul_ps)(V_OP(add_ps)(V_OP(add_ps)(n.low, n.high), step), V_OP(set1_ps)(0.5f));
+        for (int fit = 0; fit < FITS; fit++) {
+            const V_NAME(Grid) grid = V_NAME(int4_grid)(step, offset);
+            const V_F error =
+                V_NAME(missed)(&n, GROUP, &grid, -CENTRE, CENTRE - 1, 0, &step, &offset, fit + 1 < FITS);
+            const V_M better = v_less(error, least_missed);
+            if (i + fit == 0) best = grid;
+            else V_NAME(take)(&best, &grid, better);
+            least_missed = v_pick(better, error, least_missed);
+        }
+    }
+    return best;
+}
+
+/* Codes and pairs of as many groups as there are lanes, of which `count` are wanted, a distance apart. */
+TARGET INLINED void V_NAME(int4_groups)(const V_F *v, const float *importance, int64_t count, uint8_t *codes,
+                                        int64_t codes_apart, uint8_t *pairs, int64_t pairs_apart) {
+    const V_NAME(Grid) grid = V_NAME(best_int4)(v, importance);
+    uint32_t fours[4][V_LANES], both[V_LANES];
+    for (int four = 0; four < 4; four++) {
+        V_I bytes = V_OP(set1_epi32)(0);
+        for (int i = 3; i >= 0; i--) {
+            const V_F *own = v + 4 * four + i;
+            const V_I low = V_OP(cvtps_epi32)(V_NAME(code)(own[0], &grid, -CENTRE, CENTRE - 1));
+            const V_I high = V_OP(cvtps_epi32)(V_NAME(code)(own[INT4_BYTES], &grid, -CENTRE, CENTRE - 1));
+            const V_I centre = V_OP(set1_epi32)(CENTRE + 16 * CENTRE);
+            const V_I byte = V_OP(add_epi32)(V_OP(add_epi32)(low, V_OP(slli_epi32)(high, 4)), centre);
+            bytes = v_or(V_OP(slli_epi32)(bytes, 8), byte);
+        }
+        v_store_i(fours[four], bytes);
+    }
+    const V_I offset = V_OP(slli_epi32)(v_and(grid.offset, V_OP(set1_epi32)(255)), 8);
+    v_store_i(both, v_or(grid.step, offset));
+    for (int64_t lane = 0; lane < count; lane++) {
+        for (int four = 0; four < 4; four++) memcpy(codes + lane * codes_apart + 4 * four, &fours[four][lane], 4);
+        memcpy(pairs + lane * pairs_apart, &both[lane], PAIR_BYTES);
+    }
+}
+
+/* Int3 and int2: halves of 16 numbers. */
+
+/* How many of the points between the numbers of a table, of which there are `count`, lie at or below. */
+TARGET INLINED V_I V_NAME(nearest)(const float *between, const int count, V_F number) {
+    V_I found = V_OP(set1_epi32)(0);
+    for (int step = count / 2; step; step /= 2) {
+        const V_F point = V_NAME(entry)(between, V_OP(add_epi32)(found, V_OP(set1_epi32)(step - 1)));
+        found = V_OP(add_epi32)(found, v_pick_i(v_at_least(number, point), V_OP(set1_epi32)(step), V_OP(set1_epi32)(0)));
+    }
+    return found;
+}
+
+/* The nearest step, and the nearest middle of all levels; `step` is the byte of both. */
+TARGET INLINED V_NAME(Grid) V_NAME(few_grid)(V_F step, V_F middle, const int bits) {
+    V_NAME(Grid) grid;
+    const V_I own = V_NAME(nearest)(BETWEEN_STEPS(bits), STEPS, step);
+    grid.value = V_NAME(entry)(STEPS_OF(bits), own);
+    grid.inverse = V_OP(div_ps)(V_OP(set1_ps)(1), grid.value);
+    const V_F share = V_OP(mul_ps)(middle, grid.inverse), opposite = V_OP(sub_ps)(V_OP(setzero_ps)(), share);
+    V_I place = V_NAME(nearest)(BETWEEN_MIDDLES(bits), MIDDLES, V_OP(max_ps)(share, opposite));
+    const V_M below = v_less(share, V_OP(setzero_ps)());
+    place = V_OP(add_epi32)(place, v_pick_i(below, V_OP(set1_epi32)(MIDDLES), V_OP(set1_epi32)(0)));
+    grid.middle = V_NAME(entry)(OFFSETS(bits), place);
+    grid.step = v_or(own, V_OP(slli_epi32)(place, 4));
+    grid.offset = grid.step;
+    return grid;
+}
+
+/* Be what a start leads to where that misses less. */
+TARGET INLINED void V_NAME(try_few)(const V_NAME(Numbers) *n, V_F step, V_F middle, V_NAME(Grid) *best,
+                                    V_F *least_missed, const int bits) {
+    for (int fit = 0; fit < FEW_FITS; fit++) {
+        const V_NAME(Grid) grid = V_NAME(few_grid)(step, middle, bits);
+        const V_F error = V_NAME(missed)(n, HALF, &grid, 0, HIGHEST(bits), HIGHEST(bits) / 2.0f, &step, &middle,
+                                         fit + 1 < FEW_FITS);
+        const V_M better = v_less(error, *least_missed);
+        *least_missed = v_pick(better, error, *least_missed);
+        V_NAME(take)(best, &grid, better);
+    }
+}
+
+TARGET INLINED V_NAME(Grid) V_NAME(best_few)(const V_F *v, const float *importance, const int bits) {
+    static const double shares[2][FEW_RANGES] = {INT2_SHARES, INT3_SHARES};
+    const V_NAME(Numbers) n = V_NAME(numbers)(v, importance, HALF);
+    const V_F zero = V_OP(setzero_ps)(), below = V_OP(sub_ps)(zero, n.low), half = V_OP(set1_ps)(0.5f);
+    const V_F size = V_OP(max_ps)(n.high, below), range = V_OP(sub_ps)(n.high, n.low);
+    const float reach = HIGHEST(bits) / 2.0f + OFFSETS(bits)[MIDDLES - 1] + HIGHEST(bits) / 2.0f;
+    const V_F far = V_OP(div_ps)(size, V_OP(set1_ps)(reach)); /* no offset reaches beyond */
+    const V_F middle = V_OP(mul_ps)(V_OP(add_ps)(n.low, n.high), half);
+    V_NAME(Grid) best = V_NAME(few_grid)(far, middle, bits);
+    V_F found = V_OP(set1_ps)(INFINITY);
+    for (int i = 0; i < FEW_RANGES; i++) {
+        const V_F share = V_OP(set1_ps)((float)(shares[bits - 2][i] / HIGHEST(bits)));
+        V_NAME(try_few)(&n, V_OP(max_ps)(V_OP(mul_ps)(range, share), far), middle, &best, &found, bits);
+    }
+    /* Beside a far one all others are near zero, which had better be a level. */
+    const V_M alone = v_less(V_OP(set1_ps)(FAR_RMS), size);
+    if (v_any(alone)) {
+        const V_F farthest = v_pick(v_less(below, n.high), n.high, n.low);
+        const V_F step = V_OP(div_ps)(v_pick(alone, size, zero), V_OP(set1_ps)(HIGHEST(bits)));
+        V_NAME(Grid) other = best;
+        V_F most = v_pick(alone, found, zero); /* of which nothing is less */
+        V_NAME(try_few)(&n, step, V_OP(mul_ps)(farthest, half), &other, &most, bits);
+        V_NAME(take)(&best, &other, v_less(most, found));
+    }
+    return best;
+}
+
+/* Codes and bytes of as many halves as there are lanes, of which `count` are wanted, those of a group `half`; groups a
+ * distance apart. */
+TARGET INLINED void V_NAME(few_halves)(const V_F *v, const float *importance, int64_t count, const int half,
+                                       uint8_t *codes, int64_t codes_apart, uint8_t *pairs, int64_t pairs_apart,
+                                       const int bits) {
+    const V_NAME(Grid) grid = V_NAME(best_few)(v, importance, bits);
+    V_I low = V_OP(set1_epi32)(0), high = low;
+    for (int i = 0; i < HALF; i++) {
+        const V_I code = V_OP(cvtps_epi32)(V_NAME(code)(v[i], &grid, 0, HIGHEST(bits)));
+        const V_I lower = v_and(code, V_OP(set1_epi32)(3));
+        low = v_or(low, V_OP(slli_epi32)(lower, i % 4 * 8 + i / 4 * 2));
+        high = v_or(high, V_OP(slli_epi32)(V_OP(srli_epi32)(code, 2), i % 4 * 4 + i / 4));
+    }
+    uint32_t lower[V_LANES], upper[V_LANES], index[V_LANES];
+    v_store_i(lower, low);
+    v_store_i(upper, high);
+    v_store_i(index, grid.step);
+    for (int64_t lane = 0; lane < count; lane++) {
+        uint8_t *to = codes + lane * codes_apart;
+        memcpy(to + 4 * half, &lower[lane], 4);
+        if (bits == 3) memcpy(to + LOW_BYTES + 2 * half, &upper[lane], 2);
+        pairs[lane * pairs_apart + half] = (uint8_t)index[lane];
+    }
+}
+
+/* Of any of them. */
+
+TARGET INLINED void V_NAME(groups)(const V_F *v, const float *importance, int64_t count, uint8_t *codes,
+                                   int64_t codes_apart, uint8_t *pairs, int64_t pairs_apart, const int bits) {
+    if (bits == 4) V_NAME(int4_groups)(v, importance, count, codes, codes_apart, pairs, pairs_apart);
+    else
+        for (int half = 0; half < 2; half++)
+            V_NAME(few_halves)(v + half * HALF, importance + half * HALF, count, half, codes, codes_apart, pairs,
+                               pairs_apart, bits);
+}
+
+/* Numbers [lanes, 32] turned around. */
+TARGET INLINED void V_NAME(turned)(float numbers[V_LANES][GROUP], V_F v[GROUP]) {
+    const V_I rows = V_OP(mullo_epi32)(V_OP(set1_epi32)(GROUP),
+#if WIDE
+                                       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (int k = 0; k < GROUP; k++) v[k] = _mm512_i32gather_ps(rows, numbers[0] + k, 4);
+#else
+                                       _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    for (int k = 0; k < GROUP; k++) v[k] = _mm256_i32gather_ps(numbers[0] + k, rows, 4);
+#endif
+}
+
+/* Rows `first` to `end`, a lane each: groups run along them. */
+TARGET INLINED void V_NAME(rows_of)(const void *quantizing, int64_t first, int64_t end, const int bits) {
+    const Quantizing *q = quantizing;
+    const int64_t groups = q->columns / GROUP;
+    for (int64_t row = first; row < end; row += V_LANES) {
+        const int64_t count = least(V_LANES, end - row);
+        for (int64_t group = 0; group < groups; group++) {
+            _Alignas(64) float numbers[V_LANES][GROUP];
+            V_F v[GROUP];
+            if (count < V_LANES) memset(numbers, 0, sizeof numbers);
+            for (int64_t i = 0; i < count; i++) {
+                const __m256 inverse = _mm256_set1_ps(1 / q->scale[row + i]);
+                run_of(q, row + i, group * GROUP, GROUP, numbers[i]);
+                for (int k = 0; k < GROUP; k += LANES)
+                    _mm256_storeu_ps(numbers[i] + k, _mm256_mul_ps(_mm256_loadu_ps(numbers[i] + k), inverse));
+            }
+            V_NAME(turned)(numbers, v);
+            const int64_t at = row * groups + group;
+            V_NAME(groups)(v, importance_of(q, group * GROUP), count, (uint8_t *)q->out + at * CODE_BYTES(bits),
+                           groups * CODE_BYTES(bits), q->out_groups + at * PAIR_BYTES, groups * PAIR_BYTES, bits);
+        }
+    }
+}
+
+/* Outputs `first` to `end`, whole groups, of all neurons, which are columns: a lane each. */
+TARGET INLINED void V_NAME(neurons_of)(const void *quantizing, int64_t first, int64_t end, const int bits) {
+    const Quantizing *q = quantizing;
+    const int64_t groups = q->rows / GROUP;
+    for (int64_t start = 0; start < q->columns; start += GROUP) {
+        const int64_t neurons = least(GROUP, q->columns - start);
+        float inverse[GROUP] = {0};
+        for (int64_t i = 0; i < neurons; i++) inverse[i] = 1 / q->scale[start + i];
+        for (int64_t output = first; output < end; output += GROUP) {
+            float numbers[GROUP][GROUP];
+            for (int64_t i = 0; i < GROUP; i++) run_of(q, output + i, start, neurons, numbers[i]);
+            for (int64_t k = 0; k < neurons; k += V_LANES) {
+                V_F v[GROUP];
+                for (int i = 0; i < GROUP; i++)
+                    v[i] = V_OP(mul_ps)(V_OP(loadu_ps)(numbers[i] + k), V_OP(loadu_ps)(inverse + k));
+                const int64_t at = (start + k) * groups + output / GROUP;
+                V_NAME(groups)(v, importance_of(q, output), least(V_LANES, neurons - k),
+                               (uint8_t *)q->out + at * CODE_BYTES(bits), groups * CODE_BYTES(bits),
+                               q->out_groups + at * PAIR_BYTES, groups * PAIR_BYTES, bits);
+            }
+        }
+    }
+}
+
+#define OF_BITS(bits)                                                                                               \
+    TARGET static void V_NAME(int##bits##_rows)(const void *q, int64_t first, int64_t end) {                        \
+        V_NAME(rows_of)(q, first, end, bits);                                                                       \
+    }                                                                                                               \
+    TARGET static void V_NAME(int##bits##_neurons)(const void *q, int64_t first, int64_t end) {                     \
+        V_NAME(neurons_of)(q, first, end, bits);                                                                    \
+    }
+
+OF_BITS(4)
+OF_BITS(3)
+OF_BITS(2)
+
+#undef OF_BITS
