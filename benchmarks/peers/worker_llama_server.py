@@ -34,7 +34,7 @@ def ask(server: Any, number: int, prompt_tokens: int, tokens: int, counts: list[
     # Another prompt for everybody: nothing is shared.
     ids = [3 + (number * 997 + place * 31) % 30000 for place in range(prompt_tokens)]
     asked = {"prompt": ids, "n_predict": tokens, "ignore_eos": True, "temperature": 0, "cache_prompt": False}
-    found = server.handle_completions(json.dumps(asked))
+    found = server.handle_completions(asked)
     answer = json.loads(found) if isinstance(found, str | bytes) else found
     counts.append(int(answer.get("tokens_predicted") or answer["usage"]["completion_tokens"]))
 
