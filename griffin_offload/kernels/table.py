@@ -331,11 +331,12 @@ def _others_of_ours() -> list[Kernel]:
             for bits in _FEW_BITS
             for form, function in (("rows", quantize.quantize_rows), ("neurons", quantize.quantize_neurons))
         ),
+        *(
+            Kernel("quantize", f"int{n}_of_int4", "of_int4", functools.partial(quantize.of_int4, n), **own)
+            for n in (3, 2)
+        ),
         Kernel(
-            "attention",
-            "one_token",
-            "attend_to",
-            attention_and_norm.one_token,
+            *("attention", "one_token", "attend_to", attention_and_norm.one_token),
             **halves,
             takes=attention_and_norm.takes_token,
         ),
@@ -346,8 +347,7 @@ def _others_of_ours() -> list[Kernel]:
         ),
         Kernel(
             *("attention", "each_token", "attend_to", attention_and_norm.each_token),
-            **halves,
-            takes=attention_and_norm.takes_each,
+            **(halves | {"takes": attention_and_norm.takes_each}),
         ),
         Kernel(
             "rms_norm", "rows", "rms_norm", attention_and_norm.rms_norm, **halves, takes=attention_and_norm.takes_rows
