@@ -6,14 +6,22 @@ Rounds go in turn, in one process: as many prompts by `generate`, one after the 
 as many tokens as the others, so that all leave at once; prompts are passed within the time. Beside the clock stands the
 processor's time of all threads, which other processes disturb less. The ceiling is as many times faster as there are
 sequences: that of a memory-bound device, whose weights are read once for all. The last line is JSON.
+
+`--beside` is the command of peers/worker_llama_server.py, which answers as many prompts at once in a round of its own:
+
+    --threads 2 --beside "ENV/bin/python -m peers.worker_llama_server MODEL FILE.gguf --slots 4"
 """
 
 import argparse
+import contextlib
 import json
+import os
+import shlex
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +42,51 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quantize", default="auto")
     parser.add_argument("--max-mem", default="auto")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--beside", help="command of a peer that answers in turn with ours")
     parser.add_argument("--out", type=Path, help="folder for the record")
     return parser.parse_args(arguments)
 
 
-def rounds(model: GriffinModel, options: argparse.Namespace) -> dict[str, Callable[[], int]]:
-    """What is measured, by name; each gives the tokens that it generated."""
+Taken = tuple[int, float, float]
+"""Tokens, seconds of the clock, and of the processors."""
+
+
+def timed(generate: Callable[[], int]) -> Callable[[], Taken]:
+    def run() -> Taken:
+        clock, processor = time.perf_counter(), time.process_time()
+        tokens = generate()
+        return tokens, time.perf_counter() - clock, time.process_time() - processor
+
+    return run
+
+
+@contextlib.contextmanager
+def peer(options: argparse.Namespace) -> Iterator[dict[str, Callable[[], Taken]]]:
+    """Rounds of the peer, if there is one."""
+    if options.beside is None:
+        yield {}
+        return
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen(shlex.split(options.beside), **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None  # noqa: PT018
+        print(process.stdout.readline().strip(), file=sys.stderr, flush=True)
+
+        def round_of(count: int) -> Callable[[], Taken]:
+            def run() -> Taken:
+                process.stdin.write(f"{count} {options.prompt_tokens} {options.tokens}\n")
+                process.stdin.flush()
+                found = json.loads(process.stdout.readline())
+                return found["tokens"], found["seconds"], found["processor_s"]
+
+            return run
+
+        yield {f"the peer, {count} together": round_of(count) for count in map(int, options.together.split(","))}
+        process.stdin.close()
+
+
+def rounds(model: GriffinModel, options: argparse.Namespace) -> dict[str, Callable[[], Taken]]:
+    """What is measured, by name."""
     counts = [int(part) for part in options.together.split(",")]
     fixed: dict[str, Any] = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False}
     random = torch.Generator().manual_seed(0)
@@ -53,22 +100,22 @@ def rounds(model: GriffinModel, options: argparse.Namespace) -> dict[str, Callab
             len(answer.tokens) for answer in model.generate_many(iter(prompts[:count]), most=count, **fixed)
         )
 
-    return {"one after the other": alone, **{f"{count} together": together(count) for count in counts}}
+    ours = {"one after the other": alone, **{f"{count} together": together(count) for count in counts}}
+    return {name: timed(generate) for name, generate in ours.items()}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {"device": "cpu", "density": options.density, "quantize": options.quantize}
     settings |= {"ctx_size": options.prompt_tokens + options.tokens, "threads": options.threads}
-    with GriffinModel.from_pretrained(options.dir, max_gpu_mem=options.max_mem, **settings) as model:
-        kinds = rounds(model, options)
+    loading = GriffinModel.from_pretrained(options.dir, max_gpu_mem=options.max_mem, **settings)
+    with loading as model, peer(options) as theirs:
+        kinds = rounds(model, options) | theirs
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
         for repeat in range(options.repeats + 1):
             for name, run in kinds.items():
-                clock, processor = time.perf_counter(), time.process_time()
-                tokens = run()
+                tokens, wall, processor = run()
                 if repeat:  # the first round is a warm-up
-                    taken = (time.perf_counter() - clock, time.process_time() - processor)
-                    seconds[name].append((taken[0] / tokens, taken[1] / tokens))
+                    seconds[name].append((wall / tokens, processor / tokens))
         return {"model": str(options.dir.name), "precision": model.plan.precision, "rounds": figures(seconds)}
 
 

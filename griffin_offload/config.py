@@ -22,6 +22,7 @@ TIERS = "tiers"
 """What options and plans call neurons that rest in several formats."""
 # Of embeddings and head in a converted copy, by the bits that the command line asks for.
 TABLE_FORMATS = {"16": "none", "int8": "int8"}
+ExportForm = Literal["float", "int8", "int4", "gguf", "gguf-q8_0", "gguf-q4_0"]
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 KVBits = Literal[16, 8]
 Overflow = Literal["error", "drop"]
@@ -207,6 +208,8 @@ class ServeConfig:
     shutdown_grace_s: float = 10.0
     """How long a running answer may go on after SIGTERM or Ctrl-C."""
     max_connections: int = 128
+    page: bool = True
+    """Whether a page for people is at /."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:

@@ -126,11 +126,43 @@ class StockModel(nn.Module):
     prepare_inputs_for_generation: Callable[..., dict[str, Any]]
     _update_model_kwargs_for_generation: Callable[..., dict[str, Any]]
     _supports_attention_backend: bool
+    generate: Callable[..., Any]
+    tie_weights: Callable[[], None]
+    name_or_path: str
     _keys_to_ignore_on_load_missing: Any
     _weight_conversions: Any
     _get_dtype_plan: Callable[[torch.dtype], dict[str, torch.dtype]]
     _prepare_special_tokens: Callable[..., None]
     _get_logits_processor: Callable[..., Callable[[Tensor, Tensor], Tensor]]
+
+
+class Tokenizer(Protocol):
+    """What is asked of transformers' tokenizers."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    chat_template: str | dict[str, str] | None
+    response_template: Any
+    all_special_ids: list[int]
+    added_tokens_decoder: dict[int, Any]
+
+    def __call__(self, text: str, **options: Any) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def __hash__(self) -> int: ...
+
+    def decode(self, tokens: Any, **options: Any) -> str: ...
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> Any: ...
+
+    def save_pretrained(self, save_directory: Any) -> Any: ...
+
+    def get_added_vocab(self) -> dict[str, int]: ...
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any: ...
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
 
 
 class StockCache(Protocol):

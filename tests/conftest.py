@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: several tests run at once
 
 import contextlib
+import gc
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Checkpoints = Callable[..., Path]
 CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
+
+
+def pytest_collection_finish() -> None:
+    """Half a million objects of libraries stay for ever: no later collection need look at them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "griffin_offload"
@@ -40,3 +41,23 @@ def test_the_tree_names_every_file():
     named = {room: set(names.split()) for room, names in ROOM.findall(tree)}
     there = {room: {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"} for room in ROOMS}
     assert named == there | {"cli": set()}
+
+
+def test_all_names_every_extra():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (everything,) = map(Requirement, extras["all"])
+    assert (everything.name, everything.extras) == ("griffin-offload", set(extras) - {"all", "test"})
+
+
+def test_images_are_made_of_what_is_there():
+    """Files that the Dockerfiles copy are there, and reach the builder; the compose file names one of them."""
+    reached = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    for file in (ROOT / "examples").glob("Dockerfile*"):
+        copied = [
+            name for line in re.findall(r"^COPY (.*) \S+$", file.read_text(), re.MULTILINE) for name in line.split()
+        ]
+        assert set(copied) == set(reached)
+        assert all((ROOT / name).exists() for name in copied)
+    (named,) = re.findall(r"dockerfile: (\S+)", (ROOT / "examples" / "compose.yaml").read_text())
+    assert (ROOT / named).is_file()

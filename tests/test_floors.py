@@ -1,10 +1,15 @@
 """The house of the package: rooms in one order, imports that only go down it, and no circle of files."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import walks
+
 import griffin_offload
+from griffin_offload.cli.main import main
 
 PACKAGE = Path(griffin_offload.__file__).parent
 # From the ground up. A room imports from those before it and from itself.
@@ -13,9 +18,18 @@ ROOMS = (
     *("checkpoint", "offload", "kv_cache", "planner", "engine", "evaluation", "serving", "demo", "cli"),
     *("__init__", "__main__"),
 )
-MOST_LINES, LONGEST_FUNCTION, LONGEST_CHAIN = 400, 60, 21
+MOST_LINES, LONGEST_FUNCTION, LONGEST_CHAIN = 400, 60, 20
+# Files that a reader opens: for a command from its arguments to its text, for a layer of the streamed pass, for the
+# forward of a token (three of its files are a guard of the stock model and the thread that samples memory).
+MOST_FILES, RUN_FILES, LAYER_FILES, TOKEN_FILES = 184, 78, 24, 11
 
 
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def _files() -> dict[str, Path]:
     """Module, without the package's name, and its file."""
     found = {}
@@ -27,7 +41,7 @@ def _files() -> dict[str, Path]:
 
 def _imported(path: Path) -> Iterator[str]:
     """Every module of the package that the file imports: lazily, and for types alone, too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "griffin_offload":
             module = node.module.removeprefix("griffin_offload").removeprefix(".")
             for alias in node.names:
@@ -35,6 +49,7 @@ def _imported(path: Path) -> Iterator[str]:
                 yield module or "__init__"
 
 
+@functools.cache
 def _imports() -> dict[str, set[str]]:
     files = _files()
     return {name: {other for other in _imported(path) if other in files} - {name} for name, path in files.items()}
@@ -88,7 +103,7 @@ def test_files_are_short():
 
 def _names_imported(path: Path) -> Iterator[tuple[str, str]]:
     """(room, name) of everything that a file imports from the package."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("griffin_offload."):
             for alias in node.names:
                 yield _room((node.module or "").removeprefix("griffin_offload.")), alias.name
@@ -129,7 +144,19 @@ def test_functions_are_short():
     found = {
         f"{name}.{node.name}": node.end_lineno - node.lineno + 1
         for name, path in _files().items()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(_tree(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
     }
     assert {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION} == {}
+
+
+def test_files_are_few():
+    assert len(_files()) <= MOST_FILES
+
+
+@pytest.mark.slow
+def test_walks_are_short():
+    events = walks.walk(lambda: main(["run", "-n", "3", "-q", "--quantize", "none", "--density", "0.62"]))
+    assert len(walks.files(events)) <= RUN_FILES
+    assert len(walks.files(events, "+DecoderLayer", "+DecoderLayer", nth=1)) <= LAYER_FILES
+    assert len(walks.files(events, "+ForCausalLM", "-ForCausalLM", nth=2)) <= TOKEN_FILES

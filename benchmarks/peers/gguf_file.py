@@ -4,6 +4,7 @@
 
 Tensor by tensor from mapped files, so memory stays flat. 16-bit values are written as they are and only norms widened
 to 32 bit, so the unquantised file computes with the checkpoint's own weights. No vocabulary: callers give token ids.
+`write_gguf` of Q4_0 by the gguf package has one of numbers, for a server, and needs no llama.cpp.
 """
 
 import argparse
@@ -15,9 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+from gguf import (
+    MODEL_ARCH,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    TokenType,
+    get_tensor_name_map,
+    quants,
+)
 
 Kind = GGMLQuantizationType
 DTYPES = {
@@ -78,12 +86,20 @@ def add_config(writer: GGUFWriter, config: dict[str, Any], file_type: str) -> No
     writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
     writer.add_rope_freq_base(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_tokenizer_model("no_vocab")
+
+
+def add_vocabulary(writer: GGUFWriter, size: int) -> None:
+    """Words are numbers: nothing reads them."""
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"t{number}" for number in range(3, size))])
+    writer.add_token_scores([0.0] * size)
+    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenType.NORMAL] * (size - 3)]
+    writer.add_token_types([int(kind) for kind in kinds])
 
 
 def llama_file_type(name: str) -> int:
     prefixed = DTYPES[name][2] if name in DTYPES else f"MOSTLY_{name}"
-    return int(getattr(llama_cpp, f"LLAMA_FTYPE_{prefixed}"))
+    return int(LlamaFileType[prefixed])
 
 
 def interleaved(values: numpy.ndarray, heads: int) -> numpy.ndarray:
@@ -103,16 +119,25 @@ def converted(name: str, tensor: Tensor, config: dict[str, Any]) -> numpy.ndarra
     return values.astype(numpy.float32) if len(tensor.shape) == 1 else values
 
 
-def write_gguf(folder: Path, out: Path) -> None:
+def write_gguf(folder: Path, out: Path, *, q4_0: bool = False) -> None:
+    """With `q4_0` every matrix, head and embeddings too."""
     config, tensors = checked_config(folder), checkpoint_tensors(folder)
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     stored = max(tensors.values(), key=lambda tensor: len(tensor.shape)).dtype
     writer = GGUFWriter(out, "llama")
-    add_config(writer, config, stored)
+    add_config(writer, config, "Q4_0" if q4_0 else stored)
+    if q4_0:
+        add_vocabulary(writer, config["vocab_size"])
+    else:
+        writer.add_tokenizer_model("no_vocab")
     for name, tensor in tensors.items():
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None:
             raise SystemExit(f"error: llama.cpp has no name for {name}")
+        if q4_0 and len(tensor.shape) > 1:
+            shape = quants.quant_shape_to_byte_shape(tensor.shape, Kind.Q4_0)
+            writer.add_tensor_info(known, shape, numpy.dtype("u1"), int(numpy.prod(shape)), raw_dtype=Kind.Q4_0)
+            continue
         dtype, kind, _ = DTYPES["F32" if len(tensor.shape) == 1 else tensor.dtype]
         nbytes = dtype.itemsize * int(numpy.prod(tensor.shape))
         writer.add_tensor_info(known, tensor.shape, dtype, nbytes, raw_dtype=kind)
@@ -120,11 +145,16 @@ def write_gguf(folder: Path, out: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, tensor in tensors.items():
-        writer.write_tensor_data(numpy.ascontiguousarray(converted(name, tensor, config)))
+        values = converted(name, tensor, config)
+        if q4_0 and len(tensor.shape) > 1:
+            values = quants.quantize((values.astype(numpy.uint32) << 16).view(numpy.float32), Kind.Q4_0)
+        writer.write_tensor_data(numpy.ascontiguousarray(values))
     writer.close()
 
 
 def quantise(source: Path, out: Path, file_type: str, threads: int) -> None:
+    import llama_cpp  # what writes unquantised files, or Q4_0, does without
+
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = llama_file_type(file_type)
     settings.nthread = threads

@@ -320,7 +320,7 @@ def begin_anew(model: Any) -> None:
             module.max_seq_len_cached = module.original_max_seq_len
 
 
-def _ropes(config: Any) -> Iterator[dict[str, Any]]:
+def _ropes(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
     """Rope parameters: one set of all layers, or one of each kind of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     if "rope_type" in found:
@@ -328,7 +328,7 @@ def _ropes(config: Any) -> Iterator[dict[str, Any]]:
     yield from (value for value in found.values() if isinstance(value, dict))
 
 
-def _rereads(config: Any, model_class: type | None) -> bool:
+def _rereads(config: PretrainedConfig, model_class: type | None) -> bool:
     own = getattr(model_class, "prepare_inputs_for_generation", None)
     stock = GenerationMixin.prepare_inputs_for_generation
     return hasattr(config, "original_max_position_embeddings") and own not in (None, stock)

@@ -24,6 +24,7 @@ from griffin_offload.checkpoint.renaming import Conversion
 from griffin_offload.checkpoint.safetensors import read_header, stored_tensors
 from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, UsageError
 from griffin_offload.formats.translated import Decode
+from griffin_offload.transformers_api import StockModel, Tokenizer
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight")
@@ -94,13 +95,13 @@ class AdaptedCheckpoint(Checkpoint):
     def tensors(self) -> Mapping[str, StoredTensor]:
         return self.listed
 
-    def conversions(self, model: Any, names: Iterable[str]) -> Sequence[Conversion]:
+    def conversions(self, model: StockModel, names: Iterable[str]) -> Sequence[Conversion]:
         return self.base.conversions(model, names)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         return self.base.tokenizer()
 
-    def set_generation_config(self, model: Any) -> None:
+    def set_generation_config(self, model: StockModel) -> None:
         self.base.set_generation_config(model)
 
     def config_json(self) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def _changed(
     base: Checkpoint, pairs: Mapping[str, Mapping[str, StoredTensor]], said: dict[str, Any], directory: Path
 ) -> Iterator[tuple[str, StoredTensor]]:
     stored = base.tensors()
-    model: Any = build_on_meta(base.config, base.dtype)
+    model = build_on_meta(base.config, base.dtype)
     conversions = {conversion.target: conversion for conversion in base.conversions(model, stored)}
     for target, pair in pairs.items():
         conversion = conversions.get(target)

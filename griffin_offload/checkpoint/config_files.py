@@ -223,7 +223,7 @@ def settle_generation_config(model: StockModel, vocab_size: int, directory: Path
     _try_out(model, vocab_size, directory)
 
 
-def _refuse(config: Any, directory: Path) -> None:
+def _refuse(config: PretrainedConfig, directory: Path) -> None:
     for name, (asks, reason) in _REFUSED.items():
         value = getattr(config, name, None)
         if asks(value):
@@ -233,7 +233,7 @@ def _refuse(config: Any, directory: Path) -> None:
             )
 
 
-def _set_aside(config: Any, directory: Path) -> None:
+def _set_aside(config: PretrainedConfig, directory: Path) -> None:
     for name in _WAYS:
         value = getattr(config, name, None)
         if value in (None, False):
@@ -262,7 +262,7 @@ def _try_out(model: StockModel, vocab_size: int, directory: Path) -> None:
         raise CheckpointError(f"{where} has settings that generate refuses: {one_line(error)}") from error
 
 
-def check_generation_config(config: Any, vocab_size: int, directory: Path) -> None:
+def check_generation_config(config: GenerationConfig, vocab_size: int, directory: Path) -> None:
     """CheckpointError for settings of a checkpoint, a `GenerationConfig`, with which nothing can be generated."""
     rules: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
         (_IDS, lambda value: _ids(value, -1, _MOST), "a token id, or several"),

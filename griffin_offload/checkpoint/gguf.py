@@ -40,8 +40,9 @@ from griffin_offload.checkpoint.gguf_file import (
 from griffin_offload.checkpoint.gguf_tokenizer import end_tokens, tokenizer_from
 from griffin_offload.checkpoint.renaming import Conversion, same_names
 from griffin_offload.checkpoint.safetensors import INDEX, SINGLE
-from griffin_offload.devices.memory import give_back_freed
+from griffin_offload.checkpoint.tokenizer import kept
 from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedModel, UsageError, one_line
+from griffin_offload.transformers_api import StockModel, Tokenizer
 
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 _MOST_SHARDS = 1000
@@ -113,7 +114,7 @@ class GgufCheckpoint(Checkpoint):
         decode = BlockDecoder(tensor.type, rows, width, order, transposed, minus)
         return StoredTensor(shape, self.dtype, (tensor.extent,), decode=decode)
 
-    def conversions(self, model: Any, names: Iterable[str]) -> Sequence[Conversion]:
+    def conversions(self, model: StockModel, names: Iterable[str]) -> Sequence[Conversion]:
         return same_names(model, names)
 
     def in_precision(self, dtype: torch.dtype) -> "GgufCheckpoint":
@@ -123,12 +124,10 @@ class GgufCheckpoint(Checkpoint):
     def _translated(self) -> bool:
         return _most_bytes(self.headers) not in _STORED_AS
 
-    def tokenizer(self) -> Any:
-        made = tokenizer_from(self.headers[0], self.directory)
-        give_back_freed()
-        return made
+    def tokenizer(self) -> Tokenizer:
+        return kept(self.path, tokenizer_from(self.headers[0], self.directory))
 
-    def set_generation_config(self, model: Any) -> None:
+    def set_generation_config(self, model: StockModel) -> None:
         model.generation_config = GenerationConfig.from_dict(self._generation())
 
     def _generation(self) -> dict[str, Any]:
@@ -231,23 +230,20 @@ def _names(
 ) -> dict[str, str]:
     """The model's names of tensors by the file's, from the package's tables. UnsupportedModel where the file holds a
     tensor that the model has no place for: leaving it out would change every answer."""
-    table = _table(architecture.names, config.num_hidden_layers)
     try:
-        model: Any = build_on_meta(config, dtype)
+        model = build_on_meta(config, dtype)
     except GriffinError:
         raise
     except Exception as error:  # each architecture validates its config in its own way
         raise CheckpointError(f"{described.where} describes no model: {one_line(error)}") from error
     found: dict[str, str] = {}
     for name in model.state_dict():
-        match = _SUFFIX.search(name)
-        stem = name[: match.start()] if match else name
         layer = _IN_LAYER.search(name)
         if layer is not None:
             found |= {f"blk.{layer[1]}.{source}": name for source in sources_of(name)}
-        there = table.get_name(stem) or table.get_name(stem.removeprefix(f"{model.base_model_prefix}."))
-        if there is not None:
-            there += match[0] if match else "" if described.has(there) else ".weight"
+        there, end = name_in_file(name, architecture, model)
+        if there:
+            there += end or ("" if described.has(there) else ".weight")
             if described.has(there):
                 found.setdefault(there, name)
     found = {there: name for there, name in found.items() if described.has(there)}
@@ -258,6 +254,16 @@ def _names(
             f"first {unused[0]}: give the model's Hugging Face directory"
         )
     return found
+
+
+def name_in_file(name: str, architecture: Architecture, model: Any) -> tuple[str, str]:
+    """What files call the tensor `name` of `model`, by the package's tables, "" where they have no such thing; and what
+    `name` ends in: ".weight", ".bias" or ""."""
+    match = _SUFFIX.search(name)
+    stem = name[: match.start()] if match else name
+    table = _table(architecture.names, model.config.num_hidden_layers)
+    there = table.get_name(stem) or table.get_name(stem.removeprefix(f"{model.base_model_prefix}."))
+    return there or "", match[0] if match else ""
 
 
 @functools.lru_cache(maxsize=4)

@@ -38,7 +38,7 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
-_CUTS: dict[str, tuple[str, ...]] = (
+CUTS: dict[str, tuple[str, ...]] = (
     dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"), (_GPT2,))
     | dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (r"\p{N}", _GPT2))
     | dict.fromkeys(
@@ -48,13 +48,18 @@ _CUTS: dict[str, tuple[str, ...]] = (
     | dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "kormo", "megrez"), (_QWEN2,))
     | {"tekken": (_TEKKEN,), "falcon": _FALCON}
 )  # fmt: skip
-_CUTS |= dict.fromkeys(
+CUTS |= dict.fromkeys(
     ("bloom", "gpt3-finnish", "poro-chat"), (r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+",)
 )
 # Words that are in the vocabulary as a whole are not made of merges there, and texts begin with BOS.
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 
 Ids = list[int]
+
+
+def merges_whole_words(name: str) -> bool:
+    """Whether texts cut by the rule `name` are looked up as words before their letters are merged."""
+    return name in _WHOLE_WORDS
 
 
 def end_tokens(header: GgufFile) -> Ids:
@@ -136,7 +141,7 @@ def _add_tokens(backend: Tokenizer, header: GgufFile, tokens: Sequence[str]) -> 
 def _byte_level(header: GgufFile, tokens: Sequence[str], where: Path) -> Tokenizer:
     """Of GPT-2 and its like: bytes, cut by expressions, merged by a list."""
     name = header.metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _CUTS:
+    if name not in CUTS:
         warnings.warn(
             f"{where.name} says that texts are cut as {str(name)[:40]!r} does, which is not known: they are cut as for "
             "GPT-2, and tokens may differ",
@@ -145,8 +150,8 @@ def _byte_level(header: GgufFile, tokens: Sequence[str], where: Path) -> Tokeniz
     pairs = (merge.partition(" ") for merge in header.texts("tokenizer.ggml.merges"))
     merges = [(left, right) for left, _, right in pairs]
     vocabulary = {token: place for place, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name in _WHOLE_WORDS))
-    cuts = [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in _CUTS.get(str(name), (_GPT2,))]
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=merges_whole_words(str(name))))
+    cuts = [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in CUTS.get(str(name), (_GPT2,))]
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

@@ -363,3 +363,33 @@ def _positive(module: Module, name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**40:
         raise CheckpointError(f"{module.name}.{name} has {repr(value)[:40]} where a size above 0 has to be")
     return value
+
+
+# What an export is packed as: compressed-tensors' pack-quantized, symmetric.
+
+_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+_PIECE_NUMBERS = 2**22
+
+
+def write_packed(weight: Tensor, bits: int, group: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What `read_packed` reads as `weight` [O, I]: words of `bits`-bit codes, and for each `group` of inputs a scale in
+    `dtype`, of a few shares of the group's largest the one that errs least."""
+    packed = [_packed(rows, bits, group, dtype) for rows in weight.split(max(_PIECE_NUMBERS // weight.shape[1], 1))]
+    words, scales = (torch.cat(parts) for parts in zip(*packed, strict=True))
+    shape = torch.tensor(weight.shape, dtype=torch.int64, device="cpu")
+    return {"weight_packed": words, "weight_scale": scales, "weight_shape": shape}
+
+
+def _packed(rows: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    blocks, zero = rows.float().view(rows.shape[0], -1, group), 1 << (bits - 1)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    codes, scale, least = torch.zeros_like(blocks), torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    for share in _SHARES:
+        tried = (largest * (share / (zero - 1))).to(dtype).float()
+        found = (blocks / tried.where(tried > 0, 1)).round_().clamp_(-zero, zero - 1)
+        error = (found * tried - blocks).square_().sum(-1, keepdim=True)
+        better = error < least
+        codes, scale, least = (torch.where(better, a, b) for a, b in ((found, codes), (tried, scale), (error, least)))
+    shifts = torch.arange(0, 32, bits, dtype=torch.int64, device="cpu")
+    words = ((codes + zero).to(torch.int64).view(rows.shape[0], -1, len(shifts)) << shifts).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32), scale[..., 0].to(dtype)

@@ -185,7 +185,7 @@ def _warn(path: Path, method: Method, dtype: torch.dtype, modules: Mapping[str, 
 
 
 def _expected(config: PretrainedConfig, method: Method, dtype: torch.dtype) -> Iterator[tuple[str, StoredTensor]]:
-    model: Any = build_on_meta(config, dtype)
+    model = build_on_meta(config, dtype)
     decoder, _ = find_feed_forwards(model, config.get_text_config().num_hidden_layers)
     packed = {
         id(parameter)

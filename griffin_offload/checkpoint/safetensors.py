@@ -285,7 +285,7 @@ def untie_other_head(config: PretrainedConfig, dtype: torch.dtype, headers: Mapp
     text = config.get_text_config()
     if not (getattr(config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False)):
         return False
-    model: Any = build_on_meta(config, dtype)
+    model = build_on_meta(config, dtype)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return False

@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from griffin_offload.checkpoint.files import check_content
 from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.errors import CheckpointError, TemplateError, UsageError, one_line
+from griffin_offload.transformers_api import Tokenizer
 from griffin_offload.units import format_bytes
 
 # Every kind of tokenizer has a file with such a name.
@@ -32,14 +34,14 @@ _READERS = (
 )
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a checkpoint; CheckpointError if there is none that can be loaded."""
     files = sorted({path for pattern in _PATTERNS for path in directory.glob(pattern) if path.is_file()})
     for path in files:
         if path.suffix in (".json", ".jinja", ".txt") or not (directory / _WHOLE).is_file():
             check_content(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         _drop_copies(tokenizer)
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
@@ -48,7 +50,7 @@ def load_tokenizer(directory: Path) -> Any:
         raise CheckpointError(_reason(directory, files, error)) from error
 
 
-def _drop_copies(tokenizer: Any) -> None:
+def _drop_copies(tokenizer: Tokenizer) -> None:
     """Forget the tables of words and merges that transformers keeps as Python objects beside the native tokenizer's
     own: 0.15 GB for 262,144 words, of which nothing makes use once that has been built."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -115,23 +117,34 @@ _CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
 _PIECE_BYTES = 1 << 20
 
 Ids = list[int]
+_kept: WeakValueDictionary[Path, Tokenizer] = WeakValueDictionary()
 
 
-def tokenizer_of(directory: Path) -> Any:
+def tokenizer_of(directory: Path) -> Tokenizer:
     """The tokenizer of the checkpoint there, and back to the system what reading it took: its words are parsed from
     text, and malloc keeps what that needed (0.2 GB for 262,144 of them). CheckpointError if none can be loaded."""
-    tokenizer = load_tokenizer(directory)
+    return kept(directory, load_tokenizer(directory))
+
+
+def kept(path: Path, tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer`, just made of what is at `path`: `kept_tokenizer` finds it as long as somebody keeps it."""
     give_back_freed()
+    _kept[path.resolve()] = tokenizer
     return tokenizer
 
 
-def encode(tokenizer: Any, text: str) -> Ids:
+def kept_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of the checkpoint there that somebody has, for those who read with it alone; None: nobody has."""
+    return _kept.get(path.resolve())
+
+
+def encode(tokenizer: Tokenizer, text: str) -> Ids:
     """Token ids of `text`, with the special tokens that the tokenizer adds. CheckpointError where it fails."""
     return _begun_once(tokenizer, _bounded(lambda: tokenizer(text)["input_ids"], len(text)))
 
 
 def encode_messages(
-    tokenizer: Any, messages: list[dict[str, Any]], *, thinking: bool | None = None, **variables: Any
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], *, thinking: bool | None = None, **variables: Any
 ) -> Ids:
     """Token ids of `messages` in the chat template, up to where the answer begins; `variables` are the template's,
     tools among them. TemplateError where it fails, UsageError if `thinking` is given and the template has no switch
@@ -145,13 +158,13 @@ def encode_messages(
         raise TemplateError(str(error)) from error
 
 
-def _templated(tokenizer: Any, messages: list[dict[str, Any]], settings: dict[str, Any]) -> Ids:
+def _templated(tokenizer: Tokenizer, messages: list[dict[str, Any]], settings: dict[str, Any]) -> Ids:
     taken = _as_taken(tokenizer, messages, settings)
     found: Ids = tokenizer.apply_chat_template(taken, return_dict=True, **settings)["input_ids"]
     return found
 
 
-def _as_taken(tokenizer: Any, messages: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _as_taken(tokenizer: Tokenizer, messages: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """`messages`, or with lists of parts for texts, where the template leaves the last text out or fails otherwise:
     those of models that see or hear go through parts, and may find none in a text."""
     parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
@@ -162,7 +175,7 @@ def _as_taken(tokenizer: Any, messages: list[dict[str, Any]], settings: dict[str
     return messages
 
 
-def _begun_once(tokenizer: Any, ids: Ids) -> Ids:
+def _begun_once(tokenizer: Tokenizer, ids: Ids) -> Ids:
     """`ids` with one beginning of sequence: a text that starts with it, as templates write it, gets another from the
     tokenizer, and some models answer otherwise then (Gemma)."""
     begin, again = tokenizer.bos_token_id, 0
@@ -174,13 +187,13 @@ def _begun_once(tokenizer: Any, ids: Ids) -> Ids:
 _QUESTION, _ANSWER = "Question", "Answer"
 
 
-def template_end(tokenizer: Any) -> Ids:
+def template_end(tokenizer: Tokenizer) -> Ids:
     """The special token that the chat template writes behind an answer: one id or none. CheckpointError where the
     template fails."""
     return _bounded(lambda: _behind_answer(tokenizer), len(_QUESTION + _ANSWER))
 
 
-def _behind_answer(tokenizer: Any) -> Ids:
+def _behind_answer(tokenizer: Tokenizer) -> Ids:
     messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     text = tokenizer.apply_chat_template(_as_taken(tokenizer, messages, {}), tokenize=False)
     _, found, behind = text.rpartition(_ANSWER)
@@ -189,18 +202,18 @@ def _behind_answer(tokenizer: Any) -> Ids:
     return [special[max(first, key=len)]] if first else []
 
 
-def template_code(tokenizer: Any) -> str:
+def template_code(tokenizer: Tokenizer) -> str:
     """The text of the chat template, "" without one; of several that for tools, else the default."""
     template = tokenizer.chat_template or ""
     return template if isinstance(template, str) else template.get("tool_use", template.get("default", ""))
 
 
-def template_has(tokenizer: Any, variable: str) -> bool:
+def template_has(tokenizer: Tokenizer, variable: str) -> bool:
     """Whether the chat template asks for a variable."""
     return re.search(rf"\b{variable}\b", " ".join(_CODE.findall(template_code(tokenizer)))) is not None
 
 
-def thinking_switches(tokenizer: Any) -> list[str]:
+def thinking_switches(tokenizer: Tokenizer) -> list[str]:
     """Variables of the chat template that turn thinking on and off; UsageError if it has none."""
     code = " ".join(_CODE.findall(template_code(tokenizer)))
     found = [name for name in _THINKING if re.search(rf"\b{name}\b", code)]

@@ -33,6 +33,7 @@ from griffin_offload.units import format_bytes
 
 if TYPE_CHECKING:
     from griffin_offload.engine.chat import ChatSession, Reply
+    from griffin_offload.transformers_api import Tokenizer
 
 
 # Where a conversation is held: a terminal, in which Ctrl-C stops an answer, or a pipe, which the first error ends.
@@ -320,7 +321,7 @@ def _check_conversation(arguments: argparse.Namespace) -> None:
         raise UsageError(f"a saved conversation has its own beginning: leave out {flag} or --load")
 
 
-def _check_template(tokenizer: Any, arguments: argparse.Namespace) -> None:
+def _check_template(tokenizer: "Tokenizer", arguments: argparse.Namespace) -> None:
     """UsageError for flags that the model's chat template has no use for."""
     from griffin_offload.checkpoint.tokenizer import thinking_switches
 

@@ -16,7 +16,7 @@ from griffin_offload.cli.options import (
     model_of,
     quiet_libraries,
 )
-from griffin_offload.config import FORMAT_NAMES, LoadConfig, SelectionMethod
+from griffin_offload.config import FORMAT_NAMES, ExportForm, LoadConfig, SelectionMethod
 from griffin_offload.errors import UsageError
 from griffin_offload.units import format_bytes
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from griffin_offload.engine.export import Choice, Export, Probabilities
+    from griffin_offload.transformers_api import Tokenizer
 
 
 def add_parser(commands: Any) -> None:
@@ -49,6 +50,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--selection", choices=get_args(SelectionMethod), default=LoadConfig.selection, help="how neurons are chosen"
     )
+    parser.add_argument(
+        "--to",
+        choices=get_args(ExportForm),
+        default="float",
+        help="float: the original's precision; int8, int4: as compressed-tensors packs them; gguf: the original's "
+        "precision, or in blocks of Q8_0 or Q4_0",
+    )
     add_model_option(parser)
     add_memory_options(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
@@ -69,11 +77,11 @@ def export(arguments: argparse.Namespace) -> int:
 
     directory = locate(model_of(arguments), offline=arguments.offline)
     checkpoint = open_checkpoint(directory)
-    runtime.check(directory, arguments.out, density)
+    runtime.check(directory, arguments.out, density, arguments.to)
     prompts = _prompts(arguments, checkpoint.tokenizer())
     options["ctx_size"] = max(ids.numel() for ids in prompts) + 1
     choice, before = _chosen(directory, prompts, options, arguments)
-    found = runtime.export(directory, arguments.out, choice, density, selection=arguments.selection)
+    found = runtime.export(directory, arguments.out, choice, density, form=arguments.to, selection=arguments.selection)
     found = runtime.measured(found, before, _after(found, prompts, options), prompts)
     source = "the demo" if arguments.model is None else Path(arguments.model).name
     runtime.write_card(found, source, arguments.selection, checkpoint.fingerprint())
@@ -84,7 +92,7 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> "list[Tensor]":
+def _prompts(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "list[Tensor]":
     """Token ids of every prompt of the file."""
     import torch
 
@@ -169,6 +177,8 @@ def _lines(found: "Export") -> list[str]:
         f"became {format_bytes(found.written_bytes)}",
         f"kept     {found.activation_kept:.3f} of the activation of {found.prompts} prompts",
     ]
+    if found.neurons != found.asked_neurons:
+        lines.append(f"note: {found.asked_neurons} neurons rounded down, as {found.form} is written in whole blocks")
     if found.activation_kept_heldout is None:
         return [*lines, "note: too few prompts to hold some out: what the choice costs is not known"]
     return [

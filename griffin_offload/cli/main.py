@@ -12,7 +12,7 @@ from griffin_offload import __version__
 from griffin_offload.errors import GriffinError, OutOfMemory, as_line, limit_reached, memory_refused
 
 _INTERRUPTED = 130
-COMMANDS = ("run", "chat", "serve", "batch", "plan", "convert", "export", "bench", "eval", "inspect")
+COMMANDS = ("run", "chat", "serve", "batch", "models", "pull", "plan", "convert", "export", "bench", "eval", "inspect")
 """Each is a module beside this one."""
 
 
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _print_any_letter()
     words = sys.argv[1:] if arguments is None else arguments
     parsed = build_parser(words[:1] if words and words[0] in COMMANDS else COMMANDS).parse_args(words)
+    parsed.alone = arguments is None  # the process is this program
     # Warnings are news for the user, one line each, not for the author of a Python file.
     warnings.showwarning = lambda message, *_: _warn(message)
     try:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 from griffin_offload.config import (
@@ -34,20 +34,18 @@ if TYPE_CHECKING:
 
 
 _MODEL = "griffin_offload.engine.model"
-# What transformers imports where it is installed: scipy for the losses of vision models, a tenth of its imports, and
-# accelerate for weights that it places itself.
-_NOT_NEEDED = ("scipy",)
-_NOT_PLANNED = ("scipy", "accelerate")
+NOT_NEEDED = ("scipy",)
+"""What transformers imports where it is installed, for the losses of vision models: a tenth of its imports."""
 
 
 @contextmanager
-def heavy_imports(*, planning: bool = False) -> Iterator[None]:
+def heavy_imports(hidden: Sequence[str] = NOT_NEEDED) -> Iterator[None]:
     """Imports inside this are made without the collector of cycles, which never looks at what they leave.
 
     They make half a million objects that stay until the end. Going through them again and again was a sixth of the time
     to the first word; later, each full collection would pause an answer for them, and the one at exit the shell.
 
-    `planning`: nothing is loaded afterwards, so that a sixth of the imports can be left out.
+    Packages that are `hidden` are left out, as if they were not installed.
     """
     if _MODEL in sys.modules or not gc.isenabled():
         # A process that knows the model may hold some, and those have to be collected when they are given up.
@@ -55,7 +53,7 @@ def heavy_imports(*, planning: bool = False) -> Iterator[None]:
         return
     gc.disable()
     try:
-        with _hidden(_NOT_PLANNED if planning else _NOT_NEEDED), _alone() if planning else nullcontext():
+        with _hidden(hidden):
             yield
     finally:
         gc.freeze()
@@ -74,20 +72,6 @@ def _hidden(names: Sequence[str]) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Torch is as where it was built without processes that share tensors, and transformers leaves these out."""
-    from torch import distributed
-
-    asked = distributed.is_available
-    if "transformers" not in sys.modules:
-        vars(distributed)["is_available"] = lambda: False
-    try:
-        yield
-    finally:
-        vars(distributed)["is_available"] = asked
 
 
 # What run and chat share: how tokens are drawn, and the bar of a prompt's layers.

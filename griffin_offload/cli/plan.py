@@ -3,11 +3,17 @@
 import argparse
 import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import (
     MODEL_VARIABLE,
+    NOT_NEEDED,
     add_model_options,
     heavy_imports,
     load_options,
@@ -22,6 +28,9 @@ if TYPE_CHECKING:
     from griffin_offload.engine.spec import ModelSpec
     from griffin_offload.planner.experts import ExpertForecast
     from griffin_offload.planner.plan import Plan
+
+# Nothing is loaded, so that more can be left out: accelerate places weights.
+_NOT_PLANNED = (*NOT_NEEDED, "accelerate")
 
 
 def add_parser(commands: Any) -> None:
@@ -41,7 +50,8 @@ def add_parser(commands: Any) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
-    with heavy_imports(planning=True):  # most of transformers is imported when it is first asked, by `_examined`
+    # Most of transformers is imported when it is first asked, by `_examined`.
+    with heavy_imports(_NOT_PLANNED), _no_processes(), _no_compiler() if arguments.alone else nullcontext():
         from griffin_offload.planner.solve import describe_shortfall, solve
 
         quiet_libraries()
@@ -62,6 +72,56 @@ def plan(arguments: argparse.Namespace) -> int:
     if remedy is not None:
         raise DoesNotFit(describe_shortfall(found, remedy))
     return 0
+
+
+@contextmanager
+def _no_processes() -> Iterator[None]:
+    """Torch is as where it was built without processes that share tensors, and transformers leaves these out."""
+    from torch import distributed
+
+    asked = distributed.is_available
+    if "transformers" not in sys.modules:
+        vars(distributed)["is_available"] = lambda: False
+    try:
+        yield
+    finally:
+        vars(distributed)["is_available"] = asked
+
+
+@contextmanager
+def _no_compiler() -> Iterator[None]:
+    """transformers is imported without torch's compiler, a fifth of all imports. What it decorates for the compiler is
+    not decorated afterwards, so this is for a process in which nobody else uses it."""
+    import torch
+
+    if "transformers" in sys.modules or "torch._dynamo" in sys.modules:
+        yield
+        return
+    compiler = _NoCompiler("torch._dynamo")
+    compiler.__path__ = [os.path.join(path, "_dynamo") for path in torch.__path__]
+    sys.modules[compiler.__name__] = vars(torch)["_dynamo"] = compiler
+    try:
+        yield
+    finally:
+        if sys.modules.get(compiler.__name__) is compiler:
+            del sys.modules[compiler.__name__], vars(torch)["_dynamo"]
+
+
+class _NoCompiler(ModuleType):
+    """`torch._dynamo` where nothing is compiled; who asks for more than decorators gets the real one."""
+
+    @staticmethod
+    def disable(function: Any = None, *_: Any, **__: Any) -> Any:
+        """`function` as it is, or a decorator that leaves functions as they are."""
+        return function or _NoCompiler.disable
+
+    allow_in_graph = assume_constant_result = disable
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or sys.modules.get(self.__name__) is not self:
+            raise AttributeError(name)
+        del sys.modules[self.__name__]
+        return getattr(import_module(self.__name__), name)
 
 
 def _forecast(model_spec: "ModelSpec", plan: "Plan") -> "ExpertForecast | None":

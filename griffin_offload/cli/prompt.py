@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from griffin_offload.checkpoint.base import Checkpoint
     from griffin_offload.engine.model import GriffinModel
     from griffin_offload.kv_cache.sequence import Context
+    from griffin_offload.transformers_api import Tokenizer
 
 
 def prompt_text(arguments: argparse.Namespace) -> str:
@@ -62,7 +63,7 @@ def _standard_input() -> str:
         raise UsageError(f"the prompt on standard input is not UTF-8: {error}") from error
 
 
-def tokenize(tokenizer: Any, text: str, arguments: argparse.Namespace) -> "Tensor":
+def tokenize(tokenizer: "Tokenizer", text: str, arguments: argparse.Namespace) -> "Tensor":
     """Ids [1, T], in the model's chat template where it has one and `--raw` is not given."""
     import torch
 
@@ -79,7 +80,7 @@ def tokenize(tokenizer: Any, text: str, arguments: argparse.Namespace) -> "Tenso
     return torch.tensor([ids], dtype=torch.long, device="cpu")
 
 
-def _templated(tokenizer: Any, text: str, system: str | None, thinking: bool | None) -> list[int]:
+def _templated(tokenizer: "Tokenizer", text: str, system: str | None, thinking: bool | None) -> list[int]:
     from griffin_offload.checkpoint.tokenizer import encode_messages
 
     messages = [{"role": "system", "content": system}] if system is not None else []
@@ -165,7 +166,7 @@ class TextPrinter:
     printed is the text of all tokens together, whatever the tokenizer does with spaces between two decodings; up to the
     first of `stops`, of which nothing is printed."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: "Tokenizer", stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
         self._text: Detokeniser | None = None
 

@@ -38,9 +38,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="answer OpenAI's API over HTTP",
-        description="Answers /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics, several "
-        "requests at once. A request that continues an earlier conversation streams only its new tokens. Nobody but "
-        "this machine is answered unless --host and a key say so.",
+        description="Answers /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics, several requests "
+        "at once; at / is a page to chat with. A request that continues an earlier conversation streams only its new "
+        "tokens. Nobody but this machine is answered unless --host and a key say so.",
     )
     _add_address(parser.add_argument_group("address").add_argument)
     _add_limits(parser.add_argument_group("limits").add_argument)
@@ -66,6 +66,7 @@ def _add_address(add: Any) -> None:
         metavar="ORIGIN",
         help="web pages of this origin may ask (https://example.org, or * for any); repeatable",
     )
+    add("--no-page", action="store_false", dest="page", help="no page for people at /")
 
 
 def _add_limits(add: Any) -> None:

@@ -34,7 +34,7 @@ class _Spec(Protocol):
 
 class _HasStock(Protocol):
     @property
-    def model(self) -> Any: ...
+    def model(self) -> StockModel: ...
 
 
 class _KeptCache(Protocol):
@@ -267,10 +267,9 @@ _ONE_SEQUENCE_REFUSES = (
     "cache_implementation",
     "watermarking_config",
     "guidance_scale",
-    "penalty_alpha",
-    "dola_layers",
     "output_attentions",
     "output_hidden_states",
+    "custom_generate",
 )
 
 

@@ -40,7 +40,7 @@ from griffin_offload.kernels.library import HALVES
 from griffin_offload.transformers_api import StockModel
 
 
-def build(checkpoint: Checkpoint, scratch: Scratch | None = None) -> Any:
+def build(checkpoint: Checkpoint, scratch: Scratch | None = None) -> StockModel:
     """The model on the CPU; every tensor of it has to be there. `scratch` is for matrices that the checkpoint holds in
     a format. CheckpointError where the checkpoint and its config do not agree."""
     model = build_unfilled(checkpoint.config, checkpoint.dtype)
@@ -58,11 +58,12 @@ def build(checkpoint: Checkpoint, scratch: Scratch | None = None) -> Any:
     return model.eval()
 
 
-def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> Any:
+def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> StockModel:
     """The stock model with its buffers, and every parameter on the meta device."""
     with building(dtype), parameters_on_meta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about initialisation, which never happens here
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False).eval()
+        made = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
+    model: StockModel = made.eval()
     model.tie_weights()  # each parameter went to the meta device by itself
     leave_out_towers(model)
     return model

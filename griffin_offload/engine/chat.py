@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from griffin_offload.checkpoint.tokenizer import encode, encode_messages, thinking_switches
 from griffin_offload.config import ChatConfig, Overflow
@@ -20,6 +20,7 @@ from griffin_offload.kv_cache.kv_cache import why_not_back
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import read_notes
 from griffin_offload.planner.plan import Plan
+from griffin_offload.transformers_api import StockModel, Tokenizer
 
 Message = dict[str, str]
 
@@ -38,13 +39,13 @@ class ChatModel(Protocol):
     def load_context(self, path: str | Path, context: Context | None = None) -> tuple[Context, dict[str, Any]]: ...
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Tokenizer: ...
 
     @property
-    def generation_config(self) -> Any: ...
+    def generation_config(self) -> GenerationConfig: ...
 
     @property
-    def model(self) -> Any: ...
+    def model(self) -> StockModel: ...
 
     @property
     def plan(self) -> Plan: ...

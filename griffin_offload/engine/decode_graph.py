@@ -19,7 +19,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.blocks.base import hooks_on
 from griffin_offload.blocks.states import shares_entries, state_kinds
-from griffin_offload.config import KVBits
 from griffin_offload.devices.base import Recorder
 from griffin_offload.engine.model_interface import Guard, StockForward
 from griffin_offload.engine.report import GraphReport
@@ -38,33 +37,6 @@ GRAPH_COSTS = GraphCosts(
     layer_bytes=64 * 1024,
 )
 """What captures keep, for the planner."""
-
-
-# The KV cache of the last run, kept for the next one: captured graphs belong to the addresses of one.
-
-
-class ReusedKVCache:
-    """At most one KV cache, handed out again when another of its size is asked for."""
-
-    def __init__(self, config: Any, bits: KVBits) -> None:
-        self._config, self._bits = config, bits
-        self._cache: KVCache | None = None
-
-    def take(self, batch: int, ctx_tokens: int, *, keep: bool) -> KVCache:
-        """An empty one for `ctx_tokens` of `batch` sequences, kept or not; one of another size is released first."""
-        kept = self._cache
-        if keep and kept is not None and (kept.batch, kept.ctx_tokens) == (batch, ctx_tokens):
-            kept.reset()
-            return kept
-        del kept
-        self.release()
-        cache = KVCache(self._config, ctx_tokens=ctx_tokens, bits=self._bits)
-        self._cache = cache if keep else None
-        return cache
-
-    def release(self) -> None:
-        """Give back what the last run left, and with it the captures."""
-        self._cache = None
 
 
 # One token of decode as a static step: everything that changes from token to token is in tensors that stay where they
@@ -221,8 +193,10 @@ class DecodeGraphs:
         self.reason = _unsuited(model)
 
     @property
-    def _model(self) -> Any:
-        return self._weak()
+    def _model(self) -> StockModel:
+        model = self._weak()
+        assert model is not None, "whoever decodes keeps it alive"
+        return model
 
     def close(self) -> None:
         """Give the captures' memory back."""

@@ -7,12 +7,10 @@ neurons, and needs none of our code.
 
 import contextlib
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,18 +23,17 @@ from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.files import write_text
 from griffin_offload.checkpoint.registry import open_checkpoint
-from griffin_offload.config import WEIGHT_NORMS, SelectionMethod
+from griffin_offload.config import WEIGHT_NORMS, ExportForm, SelectionMethod
 from griffin_offload.engine.build import build
+from griffin_offload.engine.export_files import ExportFiles, Smaller, files_of, rounded_neurons
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.engine.shards import CopyDirectory, Reader, check_place, shard_names
+from griffin_offload.engine.shards import CopyDirectory, Reader, check_place
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError, one_line
 from griffin_offload.formats import FLOATS
 from griffin_offload.method.selection import layer_generator, neurons_kept, select_neurons
 from griffin_offload.method.statistic import share_kept
 from griffin_offload.transformers_api import StockModel
 
-MULTIPLE = 64
-"""Neurons of a layer are a multiple of it where there are so many: quantisers and kernels of others want that."""
 HELD_OUT = 4
 """Every so-manieth prompt measures the choice of the others."""
 _MEASURED_PROMPTS, _MEASURED_TOKENS = 8, 64
@@ -60,9 +57,12 @@ class Export:
     """What was written, and what it costs on held-out prompts of the set; None where there were too few."""
 
     directory: Path
+    form: ExportForm
     neurons: int
     """Of each layer."""
     of_neurons: int
+    asked_neurons: int
+    """What the density says, of which the form may not take all."""
     prompts: int
     read_bytes: int
     written_bytes: int
@@ -91,14 +91,18 @@ def choose(model: GriffinModel, prompts: Sequence[Tensor], progress: Callable[[]
     return Choice(chosen_on, held_out, len(prompts))
 
 
-def check(model: str | Path, out: str | Path, density: float, *, offline: bool = False) -> None:
-    """What can be known before any prompt passes: UsageError, ModelError; UnsupportedModel for what no ordinary
-    checkpoint can say."""
+def check(
+    model: str | Path, out: str | Path, density: float, form: ExportForm = "float", *, offline: bool = False
+) -> int:
+    """What can be known before any prompt passes: how many neurons a layer will have. UsageError, ModelError;
+    UnsupportedModel for what no ordinary checkpoint can say."""
     checkpoint = open_checkpoint(model, offline=offline)
     if not checkpoint.precision.is_plain:
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision}: give the original")
-    smaller_config(checkpoint, _counts(checkpoint, density)[1])
+    kept = _counts(checkpoint, density, form)[1]
+    files_of(Smaller(checkpoint, smaller_config(checkpoint, kept), kept), form)
     check_place(Path(out).expanduser())
+    return kept
 
 
 @torch.no_grad()
@@ -108,38 +112,40 @@ def export(
     choice: Choice,
     density: float,
     *,
+    form: ExportForm = "float",
     selection: SelectionMethod = "topk",
     offline: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Export:
-    """Write `model` with the share `density` of every layer's neurons, those of `choice`, in its own precision.
+    """Write `model` with the share `density` of every layer's neurons, those of `choice`, as `form` says.
 
     The directory `out` must not exist yet, or hold the same export unfinished. Raises what `check` raises, DoesNotFit
     (the disk) or GriffinError (writing)."""
-    check(model, out, density, offline=offline)
+    check_place(Path(out).expanduser())
     checkpoint = open_checkpoint(model, offline=offline)
-    neurons, kept = _counts(checkpoint, density)
-    config = smaller_config(checkpoint, kept)
+    neurons, kept = _counts(checkpoint, density, form)
+    made = files_of(Smaller(checkpoint, smaller_config(checkpoint, kept), kept), form)
     digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in choice.chosen_on.values())).hexdigest()
     note = {"source": checkpoint.fingerprint(), "neurons": kept, "selection": selection, "statistic": digest}
-    directory = CopyDirectory(out, "export", note, _METADATA, _check_shard)
-    meta = build_on_meta(config, checkpoint.dtype)
+    directory = CopyDirectory(out, "export", note | {"form": form}, _METADATA, _check_shard)
     shares: list[tuple[float, float | None]] = []
-    with directory.writing(), contextlib.closing(checkpoint.watched()) as files:
-        files.check()
-        directory.begin(sum(parameter.nbytes for parameter in meta.parameters()))
-        chooser = _Chooser(choice, kept, selection, shares)
-        names = _write_shards(checkpoint, directory, chooser, progress)
-        files.check()
-        directory.finish(checkpoint, config_json(config, checkpoint.dtype), names)
+    with directory.writing(), contextlib.closing(checkpoint.watched()) as watched:
+        watched.check()
+        files = made(directory)
+        directory.begin(files.nbytes)
+        _write_parts(checkpoint, files, _Chooser(choice, kept, selection, shares), progress)
+        watched.check()
+        written = files.finish()
     held_out = [share for _, share in shares if share is not None]
     return Export(
         directory=directory.path,
+        form=form,
         neurons=kept,
         of_neurons=neurons,
+        asked_neurons=neurons_kept(neurons, density),
         prompts=choice.prompts,
         read_bytes=checkpoint.weight_bytes,
-        written_bytes=sum((directory.path / name).stat().st_size for name in names),
+        written_bytes=written,
         activation_kept=sum(share for share, _ in shares) / len(shares),
         activation_kept_heldout=sum(held_out) / len(held_out) if held_out else None,
     )
@@ -153,7 +159,7 @@ def _check_shard(path: Path) -> None:
         raise CheckpointError(one_line(error)) from error
 
 
-def _counts(checkpoint: Checkpoint, density: float) -> tuple[int, int]:
+def _counts(checkpoint: Checkpoint, density: float, form: ExportForm) -> tuple[int, int]:
     """Neurons of each layer, and how many of them stay; UnsupportedModel where they differ."""
     layers = checkpoint.config.get_text_config().num_hidden_layers
     blocks = find_feed_forwards(build_on_meta(checkpoint.config, checkpoint.dtype), layers)[1]
@@ -163,8 +169,7 @@ def _counts(checkpoint: Checkpoint, density: float) -> tuple[int, int]:
     if len(sizes) > 1:
         raise UnsupportedModel(f"the layers have {min(sizes)} to {max(sizes)} neurons: a config has one number for all")
     neurons = sizes.pop()
-    kept = neurons_kept(neurons, density)
-    kept = kept // MULTIPLE * MULTIPLE if kept >= MULTIPLE else kept
+    kept = rounded_neurons(neurons_kept(neurons, density), form)
     if not 0 < kept < neurons:
         raise UsageError(f"a density of {density} keeps {kept} of {neurons} neurons: give a share between 0 and 1")
     return neurons, kept
@@ -206,13 +211,6 @@ def _with_neurons(model: StockModel, layers: int, neurons: int) -> dict[str, tup
     return found
 
 
-def config_json(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json says of the export."""
-    named = {"architectures": [type(build_on_meta(config, dtype)).__name__], "dtype": str(dtype).removeprefix("torch.")}
-    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    return found | named
-
-
 @dataclass
 class _Chooser:
     """Chooses each layer's neurons when it is there, and notes what they hold of the activation."""
@@ -233,17 +231,13 @@ class _Chooser:
         return chosen
 
 
-def _write_shards(
-    checkpoint: Checkpoint,
-    directory: CopyDirectory,
-    chooser: _Chooser,
-    progress: Callable[[int, int], None] | None,
-) -> list[str]:
-    """Every shard that is not there yet; the names of all."""
+def _write_parts(
+    checkpoint: Checkpoint, files: ExportFiles, chooser: _Chooser, progress: Callable[[int, int], None] | None
+) -> None:
+    """Every part that is not there yet."""
     model = build(checkpoint)
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    names = shard_names(len(blocks) + 1)
     parameters = dict(model.named_parameters())
     with contextlib.closing(Reader(model, checkpoint, progress)) as reader:
         for index, block in enumerate(blocks):
@@ -251,12 +245,11 @@ def _write_shards(
             with contextlib.ExitStack() as read:
                 full = [read.enter_context(reader.reading(tensor)) for tensor in block.full()]
                 chosen = chooser.choose(index, block, full)
-                if not (directory.path / names[index]).is_file():
+                if not files.has(index):
                     smaller = _gathered(block, full, chosen)
-                    directory.write_shard(names[index], _layer(own, block.full(), smaller, reader))
-        if not (directory.path / names[-1]).is_file():
-            directory.write_shard(names[-1], _outside(model, prefix, reader))
-    return names
+                    files.write(index, _layer(own, block.full(), smaller, reader))
+        if not files.has(len(blocks)):
+            files.write(len(blocks), _outside(model, prefix, reader))
 
 
 def _gathered(block: Block, full: Sequence[Tensor], chosen: Tensor) -> list[Tensor]:
@@ -343,7 +336,8 @@ figures say. Every {HELD_OUT}th prompt did not choose: these are held out.
 |---|---|
 {rows}
 
-Fingerprint of the source: {fingerprint}. Written by griffin-offload; ordinary software loads it.
+Fingerprint of the source: {fingerprint}. Written by griffin-offload export --to {found.form}; ordinary software
+loads it.
 """
     write_text(found.directory / "README.md", text)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from griffin_offload.blocks.states import states_in
 from griffin_offload.checkpoint.tokenizer import template_end
@@ -18,12 +18,12 @@ from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.store import Workload
-from griffin_offload.transformers_api import CACHE, StockCache, StockModel
+from griffin_offload.transformers_api import CACHE, StockCache, StockModel, Tokenizer
 
 # Where an answer ends: checkpoints say it in up to three places, which need not agree.
 
 
-def end_tokens(tokenizer: Any, settings: Any, vocab_size: int, *, chat: bool) -> list[int]:
+def end_tokens(tokenizer: Tokenizer, settings: GenerationConfig, vocab_size: int, *, chat: bool) -> list[int]:
     """Ids that end an answer, sorted: those of the generation `settings`, which transformers knows alone; the
     tokenizer's end of sequence, which fine-tunes change and forget to tell the settings; and for a `chat` what the
     template writes behind an answer, if that is a special token."""
@@ -34,7 +34,7 @@ def end_tokens(tokenizer: Any, settings: Any, vocab_size: int, *, chat: bool) ->
     return sorted(end for end in found if end is not None and 0 <= end < vocab_size)
 
 
-def _turn_ends(tokenizer: Any) -> set[int]:
+def _turn_ends(tokenizer: Tokenizer) -> set[int]:
     try:
         return set(template_end(tokenizer))
     except CheckpointError:  # a template that takes no such conversation says nothing here
@@ -57,7 +57,7 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]
     are decoded again for each new one.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], prompt_tokens: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], prompt_tokens: int) -> None:
         self._tokenizer, self._stops, self._start = tokenizer, tuple(stops), prompt_tokens
         self._window = _TOKENS_PER_LETTER * max(map(len, self._stops), default=0) + _SPARE_TOKENS
         self.happened = False
@@ -76,7 +76,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min(found)[1]] if found else text
 
 
-def ends_of(generation_config: Any, arguments: dict[str, Any] | None = None) -> set[int]:
+def ends_of(generation_config: GenerationConfig, arguments: dict[str, Any] | None = None) -> set[int]:
     """Ids that end a sequence, by the arguments of a `generate`, else by the model's config."""
     ends = (arguments or {}).get("eos_token_id", generation_config.eos_token_id)
     if ends is None:
@@ -189,9 +189,9 @@ class TokenLoop(Protocol):
         self,
         model: StockModel,
         input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Any: ...
 

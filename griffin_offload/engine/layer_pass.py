@@ -23,9 +23,8 @@ from griffin_offload.config import LoadConfig
 from griffin_offload.engine.report import ExpertReport
 from griffin_offload.formats.translated import in_memory
 from griffin_offload.method.allocation import Counts
-from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.offload.expert_cache import ExpertBuffers, ExpertCache
-from griffin_offload.offload.layer_stream import LayerStream, StreamConfig
+from griffin_offload.offload.layer_stream import BackgroundLoader, LayerStream, StreamConfig
 from griffin_offload.offload.weight_store import ExpertStore, Source, stream_dtype
 
 Progress = Callable[[int, int], None]

@@ -3,7 +3,6 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +27,11 @@ from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, Us
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
 from griffin_offload.method.allocation import tiers_of
-from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.offload.expert_cache import ExpertBuffers
-from griffin_offload.offload.layer_stream import StreamConfig
+from griffin_offload.offload.layer_stream import BackgroundLoader, StreamConfig
 from griffin_offload.offload.weight_store import ExpertStore, HostStore, MmapStore, Source
 from griffin_offload.planner.plan import Plan
+from griffin_offload.transformers_api import StockModel
 from griffin_offload.units import format_bytes, parse_size
 
 # The host keeps this share of its free memory when full weights are put into it.
@@ -140,7 +139,7 @@ def make_scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
     return Scratch(shape.scratch_bytes if needed else 0, dtype, model_spec.device)
 
 
-def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[Any, nn.ModuleList, list[Block]]:
+def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[StockModel, nn.ModuleList, list[Block]]:
     """The model with its parameters in the mapped files, linear layers swapped where residents are quantised."""
     checkpoint, shape = model_spec.checkpoint, model_spec.shape_of(plan)
     model = build(checkpoint, scratch)

@@ -21,8 +21,8 @@ from griffin_offload.engine.chat import ChatSession
 from griffin_offload.engine.generation import GenerationMode, GenerationState, ends_of, probabilities_named
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.load import load
-from griffin_offload.engine.model_interface import StockInterface, check_wait, checked_prompt
-from griffin_offload.engine.options import translated
+from griffin_offload.engine.model_interface import StockInterface, check_wait
+from griffin_offload.engine.options import checked_arguments, checked_prompt, translated
 from griffin_offload.engine.report import PrefillReport, RunReport
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.runner import ModelRunner
@@ -33,7 +33,7 @@ from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context
 from griffin_offload.planner.plan import Plan
-from griffin_offload.transformers_api import with_own_name
+from griffin_offload.transformers_api import StockModel, Tokenizer
 
 # From here on the process's growth is a figure of the model and no longer of the interpreter.
 _LARGE_MODEL_BYTES = 10**9
@@ -91,18 +91,18 @@ class GriffinModel(StockInterface):
         return f"GriffinModel({type(self).__name__}, {plan.precision}, density {plan.density:.2g}, on {self.device})"
 
     @property
-    def model(self) -> Any:
+    def model(self) -> StockModel:
         """The stock transformers model, with all its residents."""
         if self._loaded.layers.arrival is not None and not self._engine.closed:
             self._loaded.layers.arrival.wait()
         return self._held
 
     @property
-    def _stock(self) -> Any:
+    def _stock(self) -> StockModel:
         return self._held
 
     @functools.cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, loaded when it is asked for first, unless one was set before; CheckpointError if
         there is none that can be loaded."""
         return self._model_spec.checkpoint.tokenizer()
@@ -235,7 +235,8 @@ class GriffinModel(StockInterface):
         inputs = next((kwargs.pop(k) for k in ("inputs", "input_ids") if k in kwargs), inputs)
         given = inputs if inputs is not None else kwargs.get("inputs_embeds")
         prompt = checked_prompt(given, self.vocab_size)
-        kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in with_own_name(kwargs).items()}
+        kwargs = checked_arguments(kwargs, prompt)
+        kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         if self.generation_config.stop_strings and "stop_strings" not in kwargs:
             kwargs.setdefault("tokenizer", self.tokenizer)  # of the checkpoint's settings
         check_wait(wait_s)
@@ -358,7 +359,8 @@ class GriffinModel(StockInterface):
 
     def _report(self, run: GenerationState, generated_tokens: int, total_s: float) -> RunReport:
         prefill, ledger, layers = run.prefill, self._loaded.ledger, self._loaded.layers
-        assert prefill is not None
+        if prefill is None:
+            raise UsageError("custom_generate has not called the model: call the function itself")
         ctx_tokens = run.prompt_tokens + generated_tokens
         use = replace(run.use, batch=run.batch, ctx_tokens=ctx_tokens, logit_positions=1, kept_scores=0)
         self._engine.hold(use, 1, run.cache)
@@ -389,7 +391,7 @@ def _named(base: type, name: str) -> type:
     return type(name, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
-def _named_as(base: type, stock: Any) -> type:
+def _named_as(base: type, stock: StockModel) -> type:
     """A class like `base` with the name of the stock model's: pipelines ask the name whether they know what to do with
     a model, and write an error where they do not."""
     return _named(base, type(stock).__name__)

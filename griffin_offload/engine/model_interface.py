@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.errors import Busy, GriffinError, UsageError
@@ -222,40 +223,6 @@ class FifoLock:
             self._row[0].called.set()
 
 
-# What is given as a prompt.
-
-
-def checked_prompt(prompt: Any, vocab_size: int) -> Tensor:
-    """`prompt`; UsageError unless it holds token ids [B, T] of the vocabulary, or embeddings [B, T, H]."""
-    if prompt is not None and not isinstance(prompt, Tensor):
-        raise UsageError(f"the prompt is {_described(prompt)}")
-    if prompt is not None and prompt.dim() == 1:
-        raise UsageError("the prompt has one dimension: give a batch, a tensor of [batch, tokens], as in ids[None]")
-    if prompt is None or prompt.dim() < 2 or prompt.shape[1] == 0:
-        raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
-    if prompt.dim() == 2 and (prompt.is_floating_point() or prompt.dtype == torch.bool):
-        raise UsageError(f"the prompt's ids are {prompt.dtype}: give whole numbers, as a tensor of [batch, tokens]")
-    least, largest = (int(prompt.min()), int(prompt.max())) if prompt.dim() == 2 else (0, 0)
-    if least < 0 or largest >= vocab_size:
-        raise UsageError(
-            f"the prompt has token ids from {least} to {largest}, the vocabulary ends at {vocab_size - 1}: the "
-            "tokenizer is of another model"
-        )
-    return prompt
-
-
-def _described(prompt: Any) -> str:
-    """What was given in a prompt's place, and what to do."""
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], str)):
-        return (
-            "a text: give its token ids, a tensor of [batch, tokens], as in generate(**tokenizer(text, "
-            "return_tensors='pt')); the tokenizer is .tokenizer"
-        )
-    if hasattr(prompt, "keys"):
-        return "what a tokenizer returns: give its parts as arguments, generate(**tokens), tensors of [batch, tokens]"
-    return f"of type {type(prompt).__name__}: give a tensor of [batch, tokens]"
-
-
 _READ = (
     "config",
     "dtype",
@@ -287,11 +254,11 @@ class StockInterface:
     """The face of a transformers model; `model` is the stock one."""
 
     @property
-    def model(self) -> Any:
+    def model(self) -> StockModel:
         raise NotImplementedError
 
     @property
-    def _stock(self) -> Any:
+    def _stock(self) -> StockModel:
         """The stock model, whose residents may still be on their way."""
         raise NotImplementedError
 
@@ -313,19 +280,19 @@ class StockInterface:
         return value.to(self._stock.device) if isinstance(value, torch.Tensor) else value
 
     @property
-    def generation_config(self) -> Any:
+    def generation_config(self) -> GenerationConfig:
         """The defaults for `generate`: at first the checkpoint's."""
         return self._stock.generation_config
 
     @generation_config.setter
-    def generation_config(self, config: Any) -> None:
+    def generation_config(self, config: GenerationConfig) -> None:
         self._stock.generation_config = config
 
-    def eval(self) -> Any:
+    def eval(self) -> "StockInterface":
         """Nothing: a loaded model is for inference."""
         return self
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> "StockInterface":
         """UsageError but for train(False), which is `eval`."""
         if mode:
             raise UsageError(
@@ -333,32 +300,32 @@ class StockInterface:
             )
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
+    def requires_grad_(self, requires_grad: bool = True) -> "StockInterface":
         """UsageError but for requires_grad_(False), which is so already."""
         return self.train(requires_grad)
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
+    def to(self, *args: Any, **kwargs: Any) -> "StockInterface":
         """The model, if that is its device and precision; UsageError with the options that choose them otherwise."""
         self._stock.to(*args, **kwargs)
         return self
 
-    def cpu(self) -> Any:
+    def cpu(self) -> "StockInterface":
         """As `to`."""
         return self.to("cpu")
 
-    def cuda(self, device: Any = None) -> Any:
+    def cuda(self, device: torch.device | int | str | None = None) -> "StockInterface":
         """As `to`."""
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
 
-    def half(self) -> Any:
+    def half(self) -> "StockInterface":
         """As `to`."""
         return self.to(torch.float16)
 
-    def float(self) -> Any:
+    def float(self) -> "StockInterface":
         """As `to`."""
         return self.to(torch.float32)
 
-    def bfloat16(self) -> Any:
+    def bfloat16(self) -> "StockInterface":
         """As `to`."""
         return self.to(torch.bfloat16)
 

@@ -1,8 +1,8 @@
-"""Options of `from_pretrained` as users of transformers write them: objects for names, other words, None for a default.
+"""Options of `from_pretrained` and arguments of `generate` as users of transformers write them.
 
-`translated` makes them fields of `LoadConfig` and what finds the checkpoint. What cannot be honoured is refused with
-the option that does it here; nothing is dropped. Stated for users in docs/transformers_habits.md, which a test holds
-against this file.
+`translated` takes objects for names, other words and None for a default, and makes them fields of `LoadConfig` and what
+finds the checkpoint. What cannot be honoured is refused with the option that does it here; nothing is dropped. Stated
+for users in docs/transformers_habits.md, which a test holds against this file.
 """
 
 import difflib
@@ -12,10 +12,12 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from griffin_offload.config import DEVICE_NAMES, LoadConfig
 from griffin_offload.devices.registry import device_kind
 from griffin_offload.errors import UsageError
+from griffin_offload.transformers_api import CACHE, with_own_name
 
 _NO_TRAINING = "a checkpoint is loaded as it is stored: save what you want to load with transformers first"
 _STREAMED = "full layers stay in the checkpoint's own files: offload='disk' (or 'ram') says where they rest"
@@ -262,3 +264,69 @@ def _device(value: Any) -> str:
 
 
 _BUDGET = "max_gpu_mem= is its budget, and layers that do not fit stream from the checkpoint"
+
+
+# What is given to `generate`.
+
+
+def checked_prompt(prompt: Any, vocab_size: int) -> Tensor:
+    """`prompt`; UsageError unless it holds token ids [B, T] of the vocabulary, or embeddings [B, T, H]."""
+    if prompt is not None and not isinstance(prompt, Tensor):
+        raise UsageError(f"the prompt is {_described(prompt)}")
+    if prompt is not None and prompt.dim() == 1:
+        raise UsageError("the prompt has one dimension: give a batch, a tensor of [batch, tokens], as in ids[None]")
+    if prompt is None or prompt.dim() < 2 or 0 in prompt.shape[:2]:
+        raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
+    if prompt.dim() > 3 or (prompt.dim() == 3 and not prompt.is_floating_point()):
+        raise UsageError(f"the prompt is of {list(prompt.shape)}: give token ids as a tensor of [batch, tokens]")
+    if prompt.dim() == 2 and (prompt.is_floating_point() or prompt.dtype == torch.bool):
+        raise UsageError(f"the prompt's ids are {prompt.dtype}: give whole numbers, as a tensor of [batch, tokens]")
+    least, largest = (int(prompt.min()), int(prompt.max())) if prompt.dim() == 2 else (0, 0)
+    if least < 0 or largest >= vocab_size:
+        raise UsageError(
+            f"the prompt has token ids from {least} to {largest}, the vocabulary ends at {vocab_size - 1}: the "
+            "tokenizer is of another model"
+        )
+    return prompt
+
+
+# Of each the least that it may be: where transformers compares with nothing, an answer would be another one's.
+_LEAST = {"max_new_tokens": None, "max_length": None, "min_new_tokens": 0, "min_length": 0}
+_LEAST |= {"num_beams": 1, "num_return_sequences": 1}
+
+
+def checked_arguments(kwargs: dict[str, Any], prompt: Tensor) -> dict[str, Any]:
+    """`kwargs` of a generate for `prompt`, the KV cache by the installed release's name, and whole numbers, in whatever
+    form they are written, as Python's own. UsageError for other numbers, single processors and criteria, and a mask of
+    another size."""
+    kwargs = with_own_name(kwargs)
+    config = kwargs.get("generation_config")
+    for name, least in _LEAST.items():
+        value = kwargs.get(name, getattr(config, name, None))
+        if value is not None and type(value) is not int:
+            kwargs[name] = value = _whole(name, _number(value))
+        if value is not None and least is not None and value < least:
+            raise UsageError(f"{name} is {value}: give a whole number of at least {least}")
+    for name in ("logits_processor", "stopping_criteria"):
+        if kwargs.get(name) is not None and not isinstance(kwargs[name], list | tuple):
+            raise UsageError(f"{name} is of type {type(kwargs[name]).__name__}: give a list, even of one")
+    mask = kwargs.get("attention_mask")
+    alone = kwargs.get(CACHE) is None and kwargs.get("inputs_embeds") is None
+    if isinstance(mask, Tensor) and alone and mask.shape != prompt.shape[:2]:
+        raise UsageError(
+            f"the attention mask is of {list(mask.shape)}, the prompt of {list(prompt.shape[:2])}: give both as "
+            "[batch, tokens]"
+        )
+    return kwargs
+
+
+def _described(prompt: Any) -> str:
+    """What was given in a prompt's place, and what to do."""
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], str)):
+        return (
+            "a text: give its token ids, a tensor of [batch, tokens], as in generate(**tokenizer(text, "
+            "return_tensors='pt')); the tokenizer is .tokenizer"
+        )
+    if hasattr(prompt, "keys"):
+        return "what a tokenizer returns: give its parts as arguments, generate(**tokens), tensors of [batch, tokens]"
+    return f"of type {type(prompt).__name__}: give a tensor of [batch, tokens]"

@@ -23,8 +23,8 @@ from griffin_offload.devices.threads import put
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed, Visitor
 from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.formats.stacked import row_parts
-from griffin_offload.offload.background_loader import Job
 from griffin_offload.offload.expert_cache import ExpertCache
+from griffin_offload.offload.layer_stream import Job
 from griffin_offload.planner.plan import Plan
 from griffin_offload.transformers_api import StockModel
 
@@ -68,7 +68,7 @@ class Loaded:
     `owned` is the stock model until somebody takes it over (`hand_over`); it is only referred to weakly from then on.
     """
 
-    owned: Any
+    owned: StockModel
     layers: DecoderLayers
     ledger: Ledger
     host_embedding: HostEmbedding | None
@@ -81,13 +81,16 @@ class Loaded:
         self._model = weakref.ref(self.owned)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> StockModel:
         """The stock model."""
-        return self._model()
+        model = self._model()
+        assert model is not None, "whoever asks keeps it alive"
+        return model
 
-    def hand_over(self) -> Any:
+    def hand_over(self) -> StockModel:
         """The stock model, which whoever calls keeps alive now."""
-        model, self.owned = self.owned, None
+        model = self.owned
+        del self.owned
         return model
 
     def close(self) -> None:

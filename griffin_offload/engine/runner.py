@@ -16,7 +16,7 @@ from griffin_offload.blocks.states import begin_anew, rope_border, shares_entrie
 from griffin_offload.devices.base import Recorder
 from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.devices.threads import limited_threads, own_modes
-from griffin_offload.engine.decode_graph import DecodeGraphs, ReusedKVCache
+from griffin_offload.engine.decode_graph import DecodeGraphs
 from griffin_offload.engine.drafts import StepCosts
 from griffin_offload.engine.generation import (
     GenerationState,
@@ -34,7 +34,7 @@ from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
 from griffin_offload.kernels import table
 from griffin_offload.kernels.library import HALVES
-from griffin_offload.kv_cache.kv_cache import KVCache
+from griffin_offload.kv_cache.kv_cache import KVCache, ReusedKVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.kv_cache.store import Workload

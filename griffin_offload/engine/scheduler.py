@@ -23,7 +23,7 @@ from griffin_offload.engine.arguments import ONE_ANSWER, LoadedModel, empty_cont
 from griffin_offload.engine.decoding import DecodingEngine, DecodingSequence, PreparedAnswer, Seed
 from griffin_offload.engine.generation import GenerationMode, GenerationState, probabilities_named
 from griffin_offload.engine.joint_step import JointStep
-from griffin_offload.engine.model_interface import checked_prompt
+from griffin_offload.engine.options import checked_arguments, checked_prompt
 from griffin_offload.engine.report import RunReport
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.spec import ModelSpec
@@ -153,7 +153,8 @@ class SequenceScheduler:
         refresh = engine.loaded.layers.config.refresh
         mode = GenerationMode(refresh="never" if refresh == "never" else "turn", lookup=False)
         try:
-            run, kwargs = prepared(engine, prompt, ONE_ANSWER | arguments, mode, context)
+            arguments = ONE_ANSWER | checked_arguments(arguments, prompt)
+            run, kwargs = prepared(engine, prompt, arguments, mode, context)
         except DoesNotFit as error:
             if not self.running:
                 raise

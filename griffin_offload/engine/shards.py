@@ -29,7 +29,7 @@ from griffin_offload.checkpoint.files import check_name, one_writer, renamed, te
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.checkpoint.safetensors import INDEX, METADATA_KEY, UNFINISHED, said_untied
 from griffin_offload.devices.memory import OutOfMemoryAsError
-from griffin_offload.engine.calibration import Inputs
+from griffin_offload.engine.calibration import LayerInputs
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.formats import Format, get
 from griffin_offload.formats.base import Tensors
@@ -42,6 +42,8 @@ from griffin_offload.units import format_bytes
 
 # Beside the tensors: headers, index, tokenizer.
 MARGIN_BYTES = 50_000_000
+PART = ".part"
+"""Ends the name of a file that grows layer by layer."""
 # Our temporary names, and those that safetensors writes under before it renames to ours.
 _HALVES = (".*.tmp", ".tmp*")
 
@@ -104,7 +106,8 @@ class CopyDirectory:
     def begin(self, nbytes: int) -> None:
         """Of `nbytes` in all shards, those that are missing have to fit the disk, or DoesNotFit; from now on no command
         takes the directory for a checkpoint."""
-        missing = nbytes - sum(path.stat().st_size for path in self.path.glob("*.safetensors"))
+        there = [*self.path.glob("*.safetensors"), *self.path.glob(f"*{PART}")]
+        missing = nbytes - sum(path.stat().st_size for path in there)
         free, needed = shutil.disk_usage(self.path).free, missing + MARGIN_BYTES
         if needed > free and missing > 0:
             raise DoesNotFit(
@@ -127,6 +130,10 @@ class CopyDirectory:
         total = sum((self.path / name).stat().st_size for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(self.path / INDEX, json.dumps(index, indent=2))
+        self.whole()
+
+    def whole(self) -> None:
+        """From now on it is what it says."""
         (self.path / UNFINISHED).unlink()
 
 
@@ -229,7 +236,7 @@ class Reader:
 class Quantizing:
     """How matrices of a layer are quantised, whose `inputs` may be known."""
 
-    def __init__(self, format: Format, dtype: torch.dtype, inputs: Inputs, missed: Missed) -> None:
+    def __init__(self, format: Format, dtype: torch.dtype, inputs: LayerInputs, missed: Missed) -> None:
         self._format, self._dtype, self._inputs, self._missed = format, dtype, inputs, missed
         self._last: tuple[Tensor, Compensation] | None = None
         """Of modules that have the same inputs and follow one another."""
@@ -240,7 +247,19 @@ class Quantizing:
         format = self._format if neurons else self._format.outside()
         found = format.quantize(matrix, self._dtype, is_down=is_down, compensation=own)
         self._missed.count(prefix + name, matrix, format, found, is_down=is_down)
+        self.take(name, found, is_down=is_down)
         return found
+
+    def knows(self, name: str) -> bool:
+        """Whether the inputs of the module `name` are known."""
+        return name in self._inputs
+
+    def take(self, name: str, found: Tensors, *, is_down: bool) -> None:
+        """Let what follows know the stored tensors of the module `name`."""
+        if self.knows(name):
+            neurons = torch.arange(len(found["weight"]), dtype=torch.long, device="cpu")
+            dtype = self._inputs[name].dtype
+            self._inputs.rounded(name, self._format.chosen_floats(found, neurons, dtype, is_down=is_down))
 
     @property
     def quantises(self) -> bool:
@@ -258,8 +277,19 @@ class Quantizing:
             return None
         if self._last is None or self._last[0] is not x:
             self._last = None  # before the next: two take twice the memory
-            self._last = x, self._format.compensation(x, is_down=is_down)
+            behind = self._inputs.behind_rounded(name)
+            self._last = x, self._format.compensation(behind, is_down=is_down, meant=x)
         return self._last[1]
+
+
+def take_shard(path: Path, prefix: str, layer: nn.Module, block: Block, quantizing: Quantizing) -> None:
+    """Let layers behind it know a shard that is there already."""
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+        for name in filter(quantizing.knows, linear_names(layer)):
+            own = {key: f"{prefix}{name}.{key}" for key in ("weight", "groups", "scale", "input_scale")}
+            found = {key: file.get_tensor(stored) for key, stored in own.items() if stored in names}
+            quantizing.take(name, found, is_down=block.is_down(layer.get_submodule(name)))
 
 
 def layer_tensors(

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.blocks.sizes import ModelSizes, model_shape, states_of
 from griffin_offload.blocks.states import lasting_kinds, state_kinds
-from griffin_offload.checkpoint.base import Checkpoint, PartSizes, part_sizes
-from griffin_offload.checkpoint.registry import open_checkpoint
+from griffin_offload.checkpoint.base import Checkpoint
+from griffin_offload.checkpoint.registry import PartSizes, open_checkpoint, part_sizes
 from griffin_offload.config import (
     MAX_DRAFT_TOKENS,
     TIERS,
@@ -35,7 +36,7 @@ from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
 from griffin_offload.planner.tiers import bits_of
-from griffin_offload.transformers_api import warn_if_untested
+from griffin_offload.transformers_api import StockModel, warn_if_untested
 from griffin_offload.units import format_bytes, parse_size
 
 
@@ -219,7 +220,7 @@ def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
 
 
 def _shapes(
-    checkpoint: Checkpoint, meta: Any, device: torch.device, config: LoadConfig
+    checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig
 ) -> tuple[tuple[ModelSizes, ...], tuple[ModelSizes, ...]]:
     """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
     have."""
@@ -281,7 +282,7 @@ def _tiers() -> tuple[Format, ...]:
     return tuple(format for format in every() if format.is_tier)
 
 
-def _cache_kind(config: Any, bits: KVBits) -> CacheKind:
+def _cache_kind(config: PretrainedConfig, bits: KVBits) -> CacheKind:
     if can_cache(config):
         return "ours"
     if bits != LoadConfig.kv_bits:

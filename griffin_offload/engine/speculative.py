@@ -7,11 +7,13 @@ which the pass also judges the tokens.
 
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
 
 from griffin_offload.blocks.states import RopeBorder
 from griffin_offload.engine.drafts import DraftLength, LookupState, StepCosts, TextDrafts
@@ -21,6 +23,8 @@ from griffin_offload.kernels import table
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.transformers_api import CACHE, StockModel
+
+Streamer: TypeAlias = "BaseStreamer | None"
 
 
 class FullModel(Protocol):
@@ -46,13 +50,19 @@ class DraftingLoop:
     verifies = False
 
     def __init__(
-        self, engine: FullModel, context: Context, *, choose: bool, streamer: Any, lookup: LookupState | None = None
+        self,
+        engine: FullModel,
+        context: Context,
+        *,
+        choose: bool,
+        streamer: Streamer,
+        lookup: LookupState | None = None,
     ) -> None:
         self._context, self._choose = context, choose
         self._begin(engine, context.cache, streamer, lookup)
         self.report: DraftReport | None = DraftReport(verified=self.verifies)
 
-    def _begin(self, engine: FullModel, cache: KVCache, streamer: Any, lookup: LookupState | None) -> None:
+    def _begin(self, engine: FullModel, cache: KVCache, streamer: Streamer, lookup: LookupState | None) -> None:
         self._engine, self._cache, self._streamer, self._lookup = engine, cache, streamer, lookup
         self._raw: list[Tensor] = []
         self._scores: list[Tensor] = []
@@ -62,9 +72,9 @@ class DraftingLoop:
         self,
         model: StockModel,
         input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Any:
         """The signature of transformers' decoding methods, and what they return."""
@@ -312,7 +322,7 @@ class LookupLoop(DraftingLoop):
     """The residents' tokens, several in one forward where the text suggests them. With a seed they are those that
     would have been drawn one by one."""
 
-    def __init__(self, engine: FullModel, cache: KVCache, lookup: LookupState, streamer: Any) -> None:
+    def __init__(self, engine: FullModel, cache: KVCache, lookup: LookupState, streamer: Streamer) -> None:
         self._begin(engine, cache, streamer, lookup)
         self._state, self._costs = lookup, engine.step_costs
         self._lookup_asked = None if lookup.only_alike else True
@@ -368,7 +378,7 @@ class LookupLoop(DraftingLoop):
         return logits[:, -rows:]
 
 
-def loop_of(run: GenerationState, engine: FullModel, streamer: Any) -> DraftingLoop:
+def loop_of(run: GenerationState, engine: FullModel, streamer: Streamer) -> DraftingLoop:
     """What makes the tokens of a run that drafts."""
     mode, context = run.mode, run.context
     lookup = None

@@ -27,6 +27,7 @@ from transformers import (
 
 from griffin_offload.engine.report import StructureReport
 from griffin_offload.errors import UsageError, one_line
+from griffin_offload.transformers_api import Tokenizer
 
 _STRUCTURES = {"json_schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
 
@@ -94,7 +95,7 @@ def _library() -> Any:
     return llguidance
 
 
-def _vocabulary(tokenizer: Any, words: int) -> Any:
+def _vocabulary(tokenizer: Tokenizer, words: int) -> Any:
     """llguidance's view of the tokens; UsageError for a tokenizer that is no fast one."""
     _library()
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -234,7 +235,7 @@ class StructureGuide(LogitsProcessor):  # type: ignore[misc]
     """Lets through what `structure` allows, for one `generate`. Answers that end before they are complete are told by
     its `report`."""
 
-    def __init__(self, structure: Structure, tokenizer: Any, words: int, ends: Collection[int]) -> None:
+    def __init__(self, structure: Structure, tokenizer: Tokenizer, words: int, ends: Collection[int]) -> None:
         start = time.perf_counter()
         self._structure, self._words, self._ends = structure, words, frozenset(ends)
         vocabulary = _vocabulary(tokenizer, words)

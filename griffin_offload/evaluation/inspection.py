@@ -151,9 +151,6 @@ def uniform(ids: Tensor, fixed: int, vocabulary: int, generator: torch.Generator
 
 
 Numbers = dict[str, Any]
-OBSERVED = ("flocking", "jaccard", "inputs", "statistic")
-"""Figures that come from one observed pass."""
-INPUTS = ("original", "permuted", "random")
 # Ranks of the sorted statistic that are kept.
 _POINTS = 256
 # At which density the figures of an input are taken: the paper's.

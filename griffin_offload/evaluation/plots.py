@@ -4,10 +4,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from griffin_offload.checkpoint.files import renamed
 from griffin_offload.errors import GriffinError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 # Okabe and Ito's, in an order that also differs in lightness.
 CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -65,7 +70,7 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float, title: str, subtitle: str = "") -> Any:
+def new_figure(width: float, height: float, title: str, subtitle: str = "") -> "Figure":
     """An empty figure, sizes in inches, that no window manager knows of."""
     from matplotlib.figure import Figure
 
@@ -76,7 +81,7 @@ def new_figure(width: float, height: float, title: str, subtitle: str = "") -> A
     return figure
 
 
-def draw(make: Callable[[], Any], directory: Path, name: str) -> list[Path]:
+def draw(make: "Callable[[], Figure]", directory: Path, name: str) -> list[Path]:
     """Write `make()`'s figure as PNG and SVG; their paths."""
     paths = []
     with styled():
@@ -103,7 +108,7 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({round(place * (count - 1) / max(most - 1, 1)) for place in range(most)})
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> None:
+def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Any]]) -> None:
     """Names at the right end of lines, (x, y, name, colour), in place of a legend; close ones are moved apart."""
     low, high = axes.get_ylim()
     gap, last = (high - low) * 0.045, -float("inf")
@@ -121,7 +126,7 @@ Numbers = Mapping[str, Any]
 _NAMED = 12
 
 
-def jaccard(numbers: Numbers) -> Any:
+def jaccard(numbers: Numbers) -> "Figure":
     """A line per density over the layers, and what chance gives."""
     rows = numbers["rows"]
     densities = sorted({row["density"] for row in rows})
@@ -141,7 +146,7 @@ def jaccard(numbers: Numbers) -> Any:
     return figure
 
 
-def statistic(numbers: Numbers) -> Any:
+def statistic(numbers: Numbers) -> "Figure":
     """One line per layer."""
     layers = numbers["layers"]
     note = f"{numbers['tokens']} tokens; each layer's s divided by its largest"
@@ -156,7 +161,7 @@ def statistic(numbers: Numbers) -> Any:
     return figure
 
 
-def sparsity(numbers: Numbers) -> Any:
+def sparsity(numbers: Numbers) -> "Figure":
     """A panel per metric, a line per selection."""
     rows = numbers["rows"]
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
@@ -184,7 +189,7 @@ def sparsity(numbers: Numbers) -> Any:
     return figure
 
 
-def lengths(numbers: Numbers) -> Any:
+def lengths(numbers: Numbers) -> "Figure":
     """A panel per selection and density, a line per generation length."""
     rows = numbers["rows"]
     panels = list(dict.fromkeys((row["selection"], row["density"]) for row in rows))
@@ -209,7 +214,7 @@ def lengths(numbers: Numbers) -> Any:
     return figure
 
 
-def prompt_loss(numbers: Numbers) -> Any:
+def prompt_loss(numbers: Numbers) -> "Figure":
     """A line per layer over the densities, their mean, and the planned density."""
     held_out = numbers["held_out"] is not None
     key = "held_out" if held_out else "kept"
@@ -237,7 +242,7 @@ def prompt_loss(numbers: Numbers) -> Any:
     return figure
 
 
-def experts(numbers: Numbers) -> Any:
+def experts(numbers: Numbers) -> "Figure":
     """Layers down, experts across: how often each is used by one prompt, and which ones stay."""
     layers = numbers["layers"]
     widest = max(len(layer["used"]) for layer in layers)
@@ -259,11 +264,11 @@ def experts(numbers: Numbers) -> Any:
     return figure
 
 
-def _whole_ticks(axes: Any, count: int) -> None:
+def _whole_ticks(axes: "Axes", count: int) -> None:
     axes.set_xticks(spread(count, _NAMED))
 
 
-def _layers_key(figure: Any, axes: Any, count: int) -> None:
+def _layers_key(figure: "Figure", axes: "Axes", count: int) -> None:
     """Names of the layers, or their colours where they are many."""
     if count <= _NAMED:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -289,7 +294,7 @@ _COLUMNS = 4
 _ACROSS, _DOWN = 3.1, 3.3
 
 
-def flocking(numbers: Mapping[str, Any], heatmaps: Mapping[int, Matrix]) -> Any:
+def flocking(numbers: Numbers, heatmaps: Mapping[int, Matrix]) -> "Figure":
     """One heatmap per layer."""
     layers = sorted(heatmaps)
     columns = min(len(layers), _COLUMNS)
@@ -314,7 +319,7 @@ def flocking(numbers: Mapping[str, Any], heatmaps: Mapping[int, Matrix]) -> Any:
     return figure
 
 
-def inputs(numbers: Mapping[str, Any], heatmaps: Mapping[str, Mapping[int, Matrix]]) -> Any:
+def inputs(numbers: Numbers, heatmaps: Mapping[str, Mapping[int, Matrix]]) -> "Figure":
     """A row per layer, a column per input."""
     kinds, layers = list(heatmaps), sorted(heatmaps["original"])
     title = "Flocking with text, the same tokens permuted, and random tokens"
@@ -334,12 +339,12 @@ def inputs(numbers: Mapping[str, Any], heatmaps: Mapping[str, Mapping[int, Matri
     return figure
 
 
-def _row_of(numbers: Mapping[str, Any], kind: str, layer: int) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = next(row for row in numbers["rows"] if (row["input"], row["layer"]) == (kind, layer))
+def _row_of(numbers: Numbers, kind: str, layer: int) -> Numbers:
+    found: Numbers = next(row for row in numbers["rows"] if (row["input"], row["layer"]) == (kind, layer))
     return found
 
 
-def _size(numbers: Mapping[str, Any]) -> str:
+def _size(numbers: Numbers) -> str:
     text = f"{numbers['tokens']} tokens, first features of each layer. Top half: share of $s^2$ of the largest 50 %"
     if "windows" in numbers:
         text += f", mean of {numbers['windows']} windows;\nJaccard: of the windows' top halves (0.33 by chance)"
@@ -353,7 +358,7 @@ def _white_point(matrices: Sequence[Matrix]) -> float:
     return float(numpy.quantile(values, 1 - _CLIPPED)) or 1.0
 
 
-def _show(axis: Any, matrix: Matrix, top: float) -> Any:
+def _show(axis: "Axes", matrix: Matrix, top: float) -> "AxesImage":
     axis.grid(visible=False)
     for side in axis.spines.values():
         side.set_visible(False)

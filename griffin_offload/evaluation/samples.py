@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from griffin_offload.checkpoint.files import read_text
 from griffin_offload.config import WindowStart
 from griffin_offload.engine.model_interface import stock_forward
 from griffin_offload.errors import UnsupportedModel, UsageError, one_line
-from griffin_offload.transformers_api import StockModel
+from griffin_offload.transformers_api import StockModel, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -159,15 +160,16 @@ def read_documents(path: Path) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
-def tokenize(documents: list[str], tokenizer: Any) -> list[list[int]]:
+def tokenize(documents: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of every document, without what a tokenizer puts around a text: windows are cut out of it."""
     return [tokenizer(document, add_special_tokens=False)["input_ids"] for document in documents]
 
 
-def first_tokens(config: Any, tokenizer: Any) -> list[int]:
+def first_tokens(config: PretrainedConfig, tokenizer: Tokenizer) -> list[int]:
     """What every window starts with: the BOS token for Gemma, which is lost without it, nothing for others, as in the
     paper."""
-    return [tokenizer.bos_token_id] if config.model_type.startswith("gemma") else []
+    first = tokenizer.bos_token_id if config.model_type.startswith("gemma") else None
+    return [] if first is None else [first]
 
 
 def take_windows(

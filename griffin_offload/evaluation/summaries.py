@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
@@ -20,6 +19,7 @@ from griffin_offload.errors import GriffinError, UsageError, one_line
 from griffin_offload.evaluation.config import SummariesConfig
 from griffin_offload.evaluation.samples import json_lines
 from griffin_offload.method.variants import Variant
+from griffin_offload.transformers_api import Tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +33,8 @@ def rouge(summary: str, reference: str, end: str) -> dict[str, float]:
     summary = summary.split(end)[0].strip() if end else summary.strip()
     if not summary:
         return dict.fromkeys(METRICS, 0.0)
+    from rouge_score.rouge_scorer import RougeScorer  # seconds of imports, for those alone who ask
+
     scores = RougeScorer(list(METRICS), use_stemmer=False).score(reference, summary)
     return {name: 100 * scores[name].fmeasure for name in METRICS}
 
@@ -206,7 +208,7 @@ def means(rows: Sequence[Row]) -> dict[str, float]:
 class _Ended:
     """Ends generation where the summary will be cut: what would come later is thrown away."""
 
-    def __init__(self, tokenizer: Any, end: str, prompt_tokens: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, end: str, prompt_tokens: int) -> None:
         self._tokenizer, self._end, self._prompt_tokens = tokenizer, end, prompt_tokens
 
     def __call__(self, tokens: Tensor, scores: Any, **_: Any) -> Tensor:

@@ -13,6 +13,7 @@
 offset each err less than groups of 32 with eight (benchmarks/NOTES.md).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -194,8 +195,8 @@ class TiersCopy(Format):
             found |= {self._named(name, format): tensor for name, tensor in own.items()}
         return found
 
-    def compensation(self, x: Tensor, *, is_down: bool) -> Compensation:
-        return self._first.compensation(x, is_down=is_down)
+    def compensation(self, x: Tensor, *, is_down: bool, meant: Tensor | None = None) -> Compensation:
+        return self._first.compensation(x, is_down=is_down, meant=meant)
 
     def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:
         return self._first.missed(matrix, self.part(self._first, found), is_down=is_down)
@@ -214,3 +215,44 @@ class TiersCopy(Format):
 
     def _named(self, name: str, format: Format) -> str:
         return name if format is self._first or name not in _OWN else f"{name}_{format.name}"
+
+
+# Of several matrices one by one, whatever they are in.
+
+
+def _product(x: Tensor, layout: str, tensors: table.Tensors, outputs: int, scratch: Any) -> Tensor:
+    for kernel in table.products(layout, x.shape[0], x, scratch.dtype, resident=True):
+        if kernel.takes is None or kernel.takes(x, tensors):
+            found: Tensor = kernel.function(x, tensors, outputs, scratch)
+            return found
+    raise AssertionError(f"nothing multiplies {layout}")
+
+
+def _rows_one_by_one(x: Tensor, tiers: Sequence[tuple[str, table.Tensors]], scratch: Any) -> Tensor:
+    """x [M, I] times the matrices of rows that tensors of each layout are: [M, sum of O]."""
+    found = []
+    for name, tensors in tiers:
+        scale = tensors["scale"]
+        assert scale is not None
+        own = {"bias": None, "input_scale": None, **tensors}
+        found.append(_product(x, name, own, scale.numel(), scratch))
+    return torch.cat(found, dim=1)
+
+
+def _strips_one_by_one(
+    x: Sequence[Tensor], tiers: Sequence[tuple[str, table.Tensors]], bias: Tensor | None, outputs: int, scratch: Any
+) -> Tensor:
+    """The sum of each x [M, I] times its down projection of neurons, plus `bias`: [M, outputs]."""
+    parts = [
+        _product(own.contiguous(), name, {"scale": None, **tensors, "bias": None}, outputs, scratch)
+        for own, (name, tensors) in zip(x, tiers, strict=True)
+    ]
+    total = torch.stack(parts).sum(0)
+    return total if bias is None else total + bias
+
+
+table.add(
+    table.Kernel("tiers", "rows", "one by one", _rows_one_by_one, ours=False),
+    table.Kernel("tiers", "strips", "one by one", _strips_one_by_one, ours=False),
+    last=True,
+)

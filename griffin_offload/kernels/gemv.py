@@ -5,6 +5,7 @@ torch 2.13 has its 8-bit kernel for bfloat16 in the first place, and none for fo
 """
 
 import functools
+import itertools
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.kernels.by_blocks import typed
-from griffin_offload.kernels.library import HALVES, Beside, Library, Sizes, asked, check, library, needs_gradient, run
+from griffin_offload.kernels.library import HALVES, Library, Sizes, asked, check, library, needs_gradient, run
 
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may; gemv_int8.c knows it, too
 _GROUP = 32
@@ -21,6 +22,12 @@ _HALF = 16
 _STRIP = 64  # outputs
 _FILLED = 256  # inputs of rows in groups are filled up to a multiple of it at most, as gemv.h says
 _LANES = 16
+_BY_TILES = 2  # as gemv.c has it
+_TILE = 256  # floats of a tile
+_LEVELS = 2048  # floats, of a table of the tiles' kernel for strips
+_TILED_BITS = 4
+TILE_ROWS = 16
+"""Up to so many rows fill tiles."""
 ROWS = 32
 """Up to so many rows the kernels for quantised matrices are faster than translating the matrix."""
 MOST_TIERS = 8
@@ -33,11 +40,12 @@ Asked = tuple[Tensor, bytes, Tensor]
 
 
 class GemvKernels:
-    """The products of a library. `wide` and `ahead` are for tests: those of older processors, and as
-    another processor would read."""
+    """The products of a library. With `tiles` those of int4, int8 and floats by instructions for whole tiles: of up to
+    TILE_ROWS rows of bfloat16, whose products are the same however many there are, but summed in another order than
+    without. `wide` and `ahead` are for tests: those of older processors, and as another processor would read."""
 
-    def __init__(self, library: Library, *, wide: bool = True, ahead: bool | None = None) -> None:
-        self._library = library
+    def __init__(self, library: Library, *, wide: bool = True, ahead: bool | None = None, tiles: bool = False) -> None:
+        self._library, self._tiles = library, tiles
         self._ahead = library.fetches_ahead if ahead is None else ahead
         self.uses_bytes, self._pairs = wide and library.sums_bytes, wide and library.sums_pairs
 
@@ -51,7 +59,14 @@ class GemvKernels:
         check(scale, (outputs,), name="the scale")
         sizes = (rows, _parts(x), outputs, outputs, inputs, _INT8_GROUP)
         beside = (input_scale, weight, None, scale, bias)
-        return self._quantised("multiply_int8", x, beside, sizes, self.uses_bytes)
+        if self._tiles:
+            self._check_tiles(x)
+            tiles = -(-inputs // _INT8_GROUP) * (2 if rows > TILE_ROWS // 2 else 1)
+            _room, (sums, numbers, step) = _parted(rows * outputs, 2 * _TILE * tiles, TILE_ROWS * tiles)
+            made: tuple[int, ...] = (sums, 0, numbers, step, 0, 0)
+            return run(self._library, "multiply_int8", x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead)
+        _room, made = _made(sizes)
+        return run(self._library, "multiply_int8", x, beside, made, sizes, wide=self.uses_bytes, ahead=self._ahead)
 
     def multiply_rows(
         self, x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, bias: Tensor | None = None, *, bits: int = 4
@@ -121,8 +136,15 @@ class GemvKernels:
         if inputs % _GROUP:
             raise ValueError(f"{inputs} inputs must be whole groups of {_GROUP}")
         sizes = (rows, _parts(x), outputs, outputs, inputs, _GROUP if bits == 4 else _HALF)
-        room, made = _made(sizes)
         beside = (None, codes, groups, scale, bias)
+        if self._tiles and bits == _TILED_BITS:
+            self._check_tiles(x)
+            filled, span = -(-per_row // 4) * 4, 1 if rows > TILE_ROWS // 2 else 2 if rows > TILE_ROWS // 4 else 4
+            units = filled // span * TILE_ROWS
+            room, (sums, floats, numbers, step) = _parted(rows * outputs, units, _TILE * filled // min(span, 2), units)
+            made: tuple[int, ...] = (sums, floats, numbers, step, 0, 0)
+            return *asked(x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead), room
+        room, made = _made(sizes)
         return *asked(x, beside, made, sizes, wide=self.uses_bytes, ahead=self._ahead), room
 
     def _strips(
@@ -141,13 +163,18 @@ class GemvKernels:
         if inputs % _LANES or rows > ROWS:
             raise ValueError(f"{rows} rows of {inputs} inputs: up to {ROWS} of a multiple of {_LANES} are known")
         parts = _parts(x)
-        room = torch.empty(rows * (parts * outputs + inputs), dtype=torch.float32, device="cpu")
-        made = (room.data_ptr(), room.data_ptr() + 4 * rows * parts * outputs, 0, 0, 0, 0)
         sizes = (rows, parts, outputs, outputs if features is None else features, inputs, _GROUP)
+        beside = (input_scale, codes, groups, None, bias)
+        if self._tiles and bits == _TILED_BITS:
+            self._check_tiles(x)
+            filled = rows * (-(-inputs // _GROUP) * _GROUP)
+            room, (sums, floats, numbers, lanes) = _parted(rows * outputs, filled, filled, _LEVELS)
+            made = (sums, floats, numbers, 0, 0, lanes)
+            return *asked(x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead), room
+        room, (sums, floats) = _parted(rows * parts * outputs, rows * inputs)
         # Bytes are too few for float32, where int4's kernel has two of each input.
         wide = self.uses_bytes and (bits == 4 or parts == 1)
-        beside = (input_scale, codes, groups, None, bias)
-        return *asked(x, beside, made, sizes, wide=wide, ahead=self._ahead), room
+        return *asked(x, beside, (sums, floats, 0, 0, 0, 0), sizes, wide=wide, ahead=self._ahead), room
 
     def multiply_floats(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [M, I] times `weight` [O, I] plus `bias` [O], all of the same 16-bit type: [M, O] in it; sums are in
@@ -156,29 +183,37 @@ class GemvKernels:
             raise ValueError(f"x must be of 16-bit floats, and is of {x.dtype}")
         (rows, inputs), outputs, wide = x.shape, weight.shape[0], self._pairs and x.dtype == torch.bfloat16
         check(weight, (outputs, inputs), x.dtype, "the matrix")
-        own = torch.empty(rows * (outputs + (0 if wide else inputs)), dtype=torch.float32, device="cpu")
-        sums = own.data_ptr()
-        made = (sums, sums + 4 * rows * outputs, 0, 0, 0, 0)
         sizes = (rows, 1, outputs, outputs, inputs, 1)
         beside = (None, weight, None, None, bias)
-        return run(self._library, "multiply_floats", x, beside, made, sizes, wide=wide, ahead=self._ahead)
+        if self._tiles:
+            self._check_tiles(x)
+        tiled = _TILE * -(-inputs // _GROUP) if self._tiles else 0
+        _room, (sums, floats, numbers) = _parted(rows * outputs, 0 if wide else rows * inputs, tiled)
+        how = _BY_TILES if self._tiles else wide
+        made = (sums, floats, numbers, 0, 0, 0)
+        return run(self._library, "multiply_floats", x, beside, made, sizes, wide=how, ahead=self._ahead)
 
-    def _quantised(self, function: str, x: Tensor, beside: Beside, sizes: Sizes, wide: bool) -> Tensor:
-        _room, made = _made(sizes)
-        return run(self._library, function, x, beside, made, sizes, wide=wide, ahead=self._ahead)
+    def _check_tiles(self, x: Tensor) -> None:
+        if x.dtype != torch.bfloat16 or not 0 < x.shape[0] <= TILE_ROWS or not self._library.sums_tiles:
+            raise ValueError(f"{x.shape[0]} rows of {x.dtype}: up to {TILE_ROWS} of bfloat16 are known, with AMX")
+
+
+def _parted(*floats: int) -> tuple[Tensor, list[int]]:
+    """One allocation for so many floats each, and the addresses of all."""
+    room = torch.empty(sum(floats), dtype=torch.float32, device="cpu")
+    first = room.data_ptr()
+    return room, [first + 4 * before for before in itertools.accumulate(floats[:-1], initial=0)]
 
 
 def _made(sizes: Sizes) -> tuple[Tensor, tuple[int, ...]]:
     """One allocation for all that is made on the way, sums, integers of 16 and 32 bits, and scales; and addresses."""
     rows, parts, outputs, _, inputs, group = sizes
     all_rows, groups, pairs = rows * parts, -(-inputs // group), -(-inputs // _FILLED) * _FILLED // 2
-    room = torch.empty(all_rows * (outputs + pairs + (3 + _LANES) * groups), dtype=torch.float32, device="cpu")
-    sums = room.data_ptr()
-    numbers = sums + 4 * all_rows * outputs
-    step = numbers + 4 * all_rows * pairs
-    totals = step + 4 * all_rows * groups
-    floats = totals + 4 * all_rows * groups
-    return room, (sums, floats, numbers, step, totals, floats + 4 * all_rows * groups)
+    of_groups = all_rows * groups
+    room, (sums, numbers, step, totals, floats, lanes) = _parted(
+        all_rows * outputs, all_rows * pairs, of_groups, of_groups, of_groups, _LANES * of_groups
+    )
+    return room, (sums, floats, numbers, step, totals, lanes)
 
 
 def _parts(x: Tensor) -> int:
@@ -188,33 +223,35 @@ def _parts(x: Tensor) -> int:
 
 
 @functools.cache
-def kernels() -> GemvKernels | None:
+def kernels(*, tiles: bool = False) -> GemvKernels | None:
     """Ours, or None where torch's have to do."""
     loaded = library()
-    return GemvKernels(loaded) if loaded is not None else None
+    return GemvKernels(loaded, tiles=tiles) if loaded is not None else None
 
 
 # As the table calls them: x [M, I], the matrix's tensors by name, its outputs, and the scratch of other kernels.
 Tensors = Mapping[str, Tensor | None]
 
 
-def int8_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
+def int8_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, tiles: bool = False) -> Tensor:
     """Of int8 rows."""
-    own, dtype, weight, scale = kernels(), x.dtype, tensors["weight"], tensors["scale"]
+    own, dtype, weight, scale = kernels(tiles=tiles), x.dtype, tensors["weight"], tensors["scale"]
     assert own is not None and weight is not None and scale is not None  # noqa: PT018
     return own.multiply_int8(x, weight, scale, typed(tensors["bias"], dtype), typed(tensors["input_scale"], dtype))
 
 
-def rows_product(bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
+def rows_product(bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, tiles: bool = False) -> Tensor:
     """Of rows of 2 to 4 `bits`."""
-    own, weight, groups, scale = kernels(), tensors["weight"], tensors["groups"], tensors["scale"]
+    own, weight, groups, scale = kernels(tiles=tiles), tensors["weight"], tensors["groups"], tensors["scale"]
     assert own is not None and weight is not None and groups is not None and scale is not None  # noqa: PT018
     return own.multiply_rows(x, weight, groups, scale, typed(tensors["bias"], x.dtype), bits=bits)
 
 
-def strips_product(bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
+def strips_product(
+    bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, tiles: bool = False
+) -> Tensor:
     """Of strips of 2 to 4 `bits`."""
-    own, dtype, weight, groups = kernels(), x.dtype, tensors["weight"], tensors["groups"]
+    own, dtype, weight, groups = kernels(tiles=tiles), x.dtype, tensors["weight"], tensors["groups"]
     inputs = typed(tensors["input_scale"], dtype)
     assert own is not None and weight is not None and groups is not None and inputs is not None  # noqa: PT018
     return own.multiply_strips(x, weight, groups, inputs, typed(tensors["bias"], dtype), outputs, bits=bits)
@@ -250,8 +287,8 @@ def _tier(name: str, tensors: Tensors, scale: str, dtype: torch.dtype | None) ->
     return int(name[3]), weight, groups, own if dtype is None else own.to(dtype)
 
 
-def float_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
+def float_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, tiles: bool = False) -> Tensor:
     """Of 16-bit floats; x may have more axes."""
-    own, weight = kernels(), tensors["weight"]
+    own, weight = kernels(tiles=tiles), tensors["weight"]
     assert own is not None and weight is not None  # noqa: PT018
     return own.multiply_floats(x.reshape(-1, x.shape[-1]), weight, tensors["bias"]).view(*x.shape[:-1], -1)

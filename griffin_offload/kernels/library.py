@@ -2,11 +2,11 @@
 
 import ctypes
 import functools
-import importlib.util
 import platform
 import struct
 import sys
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -89,16 +89,23 @@ class Library:
         getattr(self.functions, function)(job, self.parallel)
 
 
+def built(directory: Path) -> Path | None:
+    """The library in `directory`: the one for every Python, which wheels have and installing compiles, before one that
+    an earlier version left there for this Python alone."""
+    names = [f"_library{suffix}" for suffix in sorted(EXTENSION_SUFFIXES, key=lambda suffix: "abi3" not in suffix)]
+    return next((directory / name for name in names if (directory / name).is_file()), None)
+
+
 @functools.cache
 def library() -> Library | None:
     """The library, or None where torch's kernels have to do; a warning if that could be otherwise."""
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return None
-    found = importlib.util.find_spec("griffin_offload.kernels._library")
+    found = built(Path(__file__).parent)
     try:
-        if found is None or found.origin is None:
+        if found is None:
             raise OSError("they were not compiled: install gcc or clang, and then griffin-offload again")
-        loaded = Library(found.origin)
+        loaded = Library(str(found))
     except (OSError, AttributeError) as error:
         warnings.warn(f"tokens are decoded by torch's slower kernels, without ours: {one_line(error)}", stacklevel=2)
         return None

@@ -8,7 +8,7 @@ or by `add`. `griffin-offload bench --kernels` prints the table.
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,12 +259,29 @@ def _gemm(name: str, needs: Callable[[], str | None], computes: torch.dtype, bes
 
 def _products_of_ours() -> list[Kernel]:
     few: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": _no_gradient, "numbers": _NUMBERS}
+    tiled: dict[str, Any] = few | {
+        "needs": _has("sums_tiles", "AMX"),
+        "numbers": frozenset((torch.bfloat16,)),
+        "rows": (3, gemv.TILE_ROWS),
+    }
     tiers: dict[str, Any] = few | {"takes": gemv.takes_tiers}
     plain: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": alike, "numbers": HALVES}
     pack: dict[str, Any] = {"numbers": _NUMBERS, "rows": (0, int8pack.ROWS)}
     float32 = torch.float32
     return [
-        *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 9, **dict.fromkeys(_RESIDENT[1:], 24)}),
+        *(
+            Kernel("gemv", layout, f"{name} (AMX)", functools.partial(product, tiles=True), **tiled)
+            for layout, name, product in (
+                ("int4_rows", "multiply_int4_rows", functools.partial(gemv.rows_product, 4)),
+                ("int4_strips", "multiply_int4_strips", functools.partial(gemv.strips_product, 4)),
+                ("int8", "multiply_int8", gemv.int8_product),
+            )
+        ),
+        Kernel(
+            *("gemv", "float", "multiply_floats (AMX)", functools.partial(gemv.float_product, tiles=True)),
+            **(tiled | {"takes": alike}),
+        ),
+        *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 17, **dict.fromkeys(_RESIDENT[1:], 24)}),
         *_gemm("AVX512-BF16", _pairs, torch.bfloat16, {"int8": 4}),
         *_gemm("AVX2", _float32, float32, {}),
         Kernel("tiers", "rows", "multiply_tiers_rows", gemv.tiers_rows_product, **tiers),
@@ -336,7 +353,10 @@ def _others_of_ours() -> list[Kernel]:
             for n in (3, 2)
         ),
         Kernel(
-            *("attention", "one_token", "attend_to", attention_and_norm.one_token),
+            "attention",
+            "one_token",
+            "attend_to",
+            attention_and_norm.one_token,
             **halves,
             takes=attention_and_norm.takes_token,
         ),
@@ -347,7 +367,8 @@ def _others_of_ours() -> list[Kernel]:
         ),
         Kernel(
             *("attention", "each_token", "attend_to", attention_and_norm.each_token),
-            **(halves | {"takes": attention_and_norm.takes_each}),
+            **halves,
+            takes=attention_and_norm.takes_each,
         ),
         Kernel(
             "rms_norm", "rows", "rms_norm", attention_and_norm.rms_norm, **halves, takes=attention_and_norm.takes_rows
@@ -355,43 +376,4 @@ def _others_of_ours() -> list[Kernel]:
     ]
 
 
-# Of several matrices one by one, whatever they are in.
-
-
-def _product(x: Tensor, layout: str, tensors: Tensors, outputs: int, scratch: Any) -> Tensor:
-    for kernel in products(layout, x.shape[0], x, scratch.dtype, resident=True):
-        if kernel.takes is None or kernel.takes(x, tensors):
-            found: Tensor = kernel.function(x, tensors, outputs, scratch)
-            return found
-    raise AssertionError(f"nothing multiplies {layout}")
-
-
-def _rows_one_by_one(x: Tensor, tiers: Sequence[tuple[str, Tensors]], scratch: Any) -> Tensor:
-    """x [M, I] times the matrices of rows that tensors of each layout are: [M, sum of O]."""
-    found = []
-    for name, tensors in tiers:
-        scale = tensors["scale"]
-        assert scale is not None
-        own = {"bias": None, "input_scale": None, **tensors}
-        found.append(_product(x, name, own, scale.numel(), scratch))
-    return torch.cat(found, dim=1)
-
-
-def _strips_one_by_one(
-    x: Sequence[Tensor], tiers: Sequence[tuple[str, Tensors]], bias: Tensor | None, outputs: int, scratch: Any
-) -> Tensor:
-    """The sum of each x [M, I] times its down projection of neurons, plus `bias`: [M, outputs]."""
-    parts = [
-        _product(own.contiguous(), name, {"scale": None, **tensors, "bias": None}, outputs, scratch)
-        for own, (name, tensors) in zip(x, tiers, strict=True)
-    ]
-    total = torch.stack(parts).sum(0)
-    return total if bias is None else total + bias
-
-
-add(
-    *_products_of_ours(),
-    *_others_of_ours(),
-    Kernel("tiers", "rows", "one by one", _rows_one_by_one, ours=False),
-    Kernel("tiers", "strips", "one by one", _strips_one_by_one, ours=False),
-)
+add(*_products_of_ours(), *_others_of_ours())

@@ -341,3 +341,28 @@ class KVCache(Cache):  # type: ignore[misc]
             self.ctx_tokens = ctx_tokens
             for layer in self.kept:
                 layer.grow(ctx_tokens)
+
+
+class ReusedKVCache:
+    """At most one KV cache, handed out again when another of its size is asked for: captured graphs belong to the
+    addresses of one."""
+
+    def __init__(self, config: PretrainedConfig, bits: KVBits) -> None:
+        self._config, self._bits = config, bits
+        self._cache: KVCache | None = None
+
+    def take(self, batch: int, ctx_tokens: int, *, keep: bool) -> KVCache:
+        """An empty one for `ctx_tokens` of `batch` sequences, kept or not; one of another size is released first."""
+        kept = self._cache
+        if keep and kept is not None and (kept.batch, kept.ctx_tokens) == (batch, ctx_tokens):
+            kept.reset()
+            return kept
+        del kept
+        self.release()
+        cache = KVCache(self._config, ctx_tokens=ctx_tokens, bits=self._bits)
+        self._cache = cache if keep else None
+        return cache
+
+    def release(self) -> None:
+        """Give back what the last run left, and with it the captures."""
+        self._cache = None

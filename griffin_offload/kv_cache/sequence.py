@@ -215,11 +215,15 @@ class Context:
 
     def share_kept(self, formula: BatchStatistic, layers: int) -> float:
         """Share of s^2 that the chosen neurons hold, mean over `layers`; one with all its neurons keeps everything."""
-        shares = [
-            float(statistic.share_kept(statistic.shared_score(squared, formula), self.selected[index]))
+        shares = self.shares_kept(formula)
+        return (sum(shares.values()) + layers - len(shares)) / layers
+
+    def shares_kept(self, formula: BatchStatistic) -> dict[int, float]:
+        """The same of each layer that has not all its neurons."""
+        return {
+            index: float(statistic.share_kept(statistic.shared_score(squared, formula), self.selected[index]))
             for index, squared in self.squared.items()
-        ]
-        return (sum(shares) + layers - len(shares)) / layers
+        }
 
     def mark(self, logits: Tensor) -> None:
         """Remember the state at the end of `tokens`, which have all been covered."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from griffin_offload.checkpoint.tokenizer import template_code
 from griffin_offload.serving.logprobs import TokenLogprob
 from griffin_offload.serving.text_stream import special_ids
-from griffin_offload.transformers_api import response_parser
+from griffin_offload.transformers_api import Tokenizer, response_parser
 
 Tokens = tuple[TokenLogprob, ...]
 # Tokens of a prompt's end that say whether it has begun the answer's thoughts.
@@ -94,7 +94,7 @@ FORMATS = {
 }
 
 
-def format_of(tokenizer: Any) -> AnswerFormat | None:
+def format_of(tokenizer: Tokenizer) -> AnswerFormat | None:
     """How answers are written by a model with this tokenizer; None: as text alone."""
     code = template_code(tokenizer)
     if response_parser() is None:
@@ -258,7 +258,10 @@ class PartsShown:
 
 
 def parts_shown(
-    tokenizer: Any, prompt: Sequence[int], functions: Sequence[dict[str, Any]], deliver: Callable[[Part, Tokens], None]
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    functions: Sequence[dict[str, Any]],
+    deliver: Callable[[Part, Tokens], None],
 ) -> PartsShown | None:
     """What takes an answer to `prompt` apart; None where the model writes text alone."""
     found = format_of(tokenizer)

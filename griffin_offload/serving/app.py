@@ -16,7 +16,8 @@ from griffin_offload.serving.api_errors import ApiError, broken, out_of_time, sl
 from griffin_offload.serving.auth import AccessGuard
 from griffin_offload.serving.messages_api import MessagesForm, chat_of_messages
 from griffin_offload.serving.metrics import Metrics
-from griffin_offload.serving.queue import Done, Event, Failed, Job
+from griffin_offload.serving.page import page_and_headers
+from griffin_offload.serving.queue import Done, Event, Failed, Job, Progress
 from griffin_offload.serving.requests import (
     ENDPOINTS,
     Caps,
@@ -157,8 +158,10 @@ class HttpExchange:
 log = logging.getLogger(__name__)
 
 _MODELS = "/v1/models"
-_READING = {"/health": "health", "/metrics": "metrics", _MODELS: "models"}
+_PAGE = "/"
+_READING = {"/health": "health", "/metrics": "metrics", _MODELS: "models", _PAGE: "page"}
 _TOKENIZE = "/tokenize"
+_COUNT = "/v1/messages/count_tokens"
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ APIS = {
     "/v1/responses": Api(chat_of_responses, ResponsesForm),
     "/v1/messages": Api(chat_of_messages, MessagesForm),
 }
-_POSTED = {*ENDPOINTS, *APIS, _TOKENIZE}
+_POSTED = {*ENDPOINTS, *APIS, _TOKENIZE, _COUNT}
 _NOT_SERVED = {"/v1/embeddings": "this server writes text, and computes no embeddings"}
 _STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 _OUTCOMES = {408: "timeout", 429: "queue_full"}
@@ -215,6 +218,7 @@ class App:
     def __init__(self, service: Service) -> None:
         self._service, self._guard = service, AccessGuard(service.config)
         self._max_body = parse_size(service.config.max_body)
+        self._page = page_and_headers() if service.config.page else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -256,7 +260,8 @@ class App:
         exchange.headers = self._guard.cors_headers(headers)
         if path in _NOT_SERVED:
             raise ApiError(404, f"{path} is not served: {_NOT_SERVED[path]}", code="not_found")
-        if path not in _POSTED and path not in _READING and not path.startswith(f"{_MODELS}/"):
+        nothing = path not in _POSTED and path not in _READING and not path.startswith(f"{_MODELS}/")
+        if nothing or (path == _PAGE and self._page is None):
             raise ApiError(404, "there is nothing at this path", code="not_found")
         if self._guard.is_preflight(method, headers):
             exchange.headers = self._guard.preflight_headers(headers)
@@ -266,8 +271,8 @@ class App:
         if method not in allowed:
             allow = {"allow": ", ".join(allowed)}
             raise ApiError(405, f"{method[:20]} is not answered here: use {allowed[0]}", code="method", headers=allow)
-        if path == _TOKENIZE:
-            await self._tokenize(exchange, headers)
+        if path in (_TOKENIZE, _COUNT):
+            await self._tokenize(exchange, headers, path)
         elif path in _POSTED:
             await self._ask(exchange, headers, path)
         else:
@@ -277,6 +282,9 @@ class App:
         service = self._service
         if path == "/metrics":
             await exchange.answer(200, service.metrics.text(), {"content-type": CONTENT_TYPE_LATEST})
+        elif path == _PAGE:
+            assert self._page is not None, "the path is answered"
+            await exchange.answer(200, *self._page)
         elif path == "/health":
             worker = service.worker
             status = "closing" if worker.closing else "model_unavailable" if worker.unusable else "ok"
@@ -286,25 +294,33 @@ class App:
             model = {"id": service.served, "object": "model", "created": service.created, "owned_by": "griffin-offload"}
             if path != _MODELS:
                 check_served(path.removeprefix(f"{_MODELS}/"), service.served)
-                await exchange.answer(200, encode(model))
+                await exchange.answer(200, encode(model | {"griffin": self._figures()}))
             else:
                 await exchange.answer(200, encode({"object": "list", "data": [model]}))
 
-    async def _tokenize(self, exchange: HttpExchange, headers: Headers) -> None:
-        """The prompt that a body makes, as token ids: vLLM's and llama-server's route."""
+    def _figures(self) -> dict[str, Any]:
+        """What is known of the model at this moment."""
+        service, caps = self._service, self._service.caps
+        most = {"prompt_tokens": caps.prompt, "output_tokens": caps.output, "context_tokens": caps.context}
+        state = {"loaded": service.worker.loaded, "waiting": service.worker.waiting}
+        return state | {"limits": most, **service.metrics.model}
+
+    async def _tokenize(self, exchange: HttpExchange, headers: Headers, path: str) -> None:
+        """The prompt that a body makes, as token ids: vLLM's and llama-server's route; Anthropic's has their count."""
         service = self._service
         body = await exchange.body(self._max_body)
         _check_content(headers)
         values = {"model": service.served, **parse_object(body)}
+        if path == _COUNT:
+            values = chat_of_messages({"max_tokens": 1, **values})
         endpoint: Endpoint = "chat" if "messages" in values else "completions"
         request = parse_request(endpoint, values, service.served, service.config)
         prompts = await exchange.within_time(service.encoder.encode(request))
         if len(prompts) != 1:
             raise ApiError(400, f"prompt holds {len(prompts)}: one at a time", param="prompt", code="invalid_value")
         tokens = prompts[0]
-        await exchange.answer(
-            200, encode({"tokens": tokens, "count": len(tokens), "max_model_len": service.caps.context})
-        )
+        whole = {"tokens": tokens, "count": len(tokens), "max_model_len": service.caps.context}
+        await exchange.answer(200, encode({"input_tokens": len(tokens)} if path == _COUNT else whole))
 
     async def _ask(self, exchange: HttpExchange, headers: Headers, path: str) -> None:
         service = self._service
@@ -350,7 +366,7 @@ async def _stream(exchange: HttpExchange, request: Request, response: Response) 
         if isinstance(event, Done):
             await exchange.write(response.sent_end(event.figures), more=False)
             return
-        found = response.sent(event)
+        found = response.sent_progress(event) if isinstance(event, Progress) else response.sent(event)
         if found:
             await exchange.write(found, more=True)
 

@@ -28,8 +28,8 @@ def check_key(key: str, source: str) -> str:
     return key
 
 
-# Answered without the key: whoever watches the process need not be able to use it.
-_OPEN_PATHS = ("/health",)
+# Answered without the key: whoever watches the process need not be able to use it, and the page has to ask for it.
+_OPEN_PATHS = ("/health", "/")
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -61,6 +61,7 @@ class AccessGuard:
 
     def __init__(self, config: ServeConfig) -> None:
         self._key = config.api_key.encode() if config.api_key is not None else None
+        self._page = config.page
         self._origins = frozenset(origin.lower().rstrip("/") for origin in config.cors_origin)
         self._hosts = _host_names([*_LOCAL_NAMES, config.host, *config.allow_host])
         bound = _address(config.host)
@@ -71,7 +72,7 @@ class AccessGuard:
         """Failure 403 or 401 for a request that is not answered."""
         self._check_host(headers)
         origin = headers.get("origin")
-        if origin is not None and not self._allowed_origin(origin):
+        if origin is not None and not (self._allowed_origin(origin) or self._is_our_page(origin, headers)):
             raise ApiError(
                 403, "this web page may not ask here: name its origin by --cors-origin", code="origin_not_allowed"
             )
@@ -98,6 +99,10 @@ class AccessGuard:
             "access-control-max-age": "600",
         }
 
+    def _is_our_page(self, origin: str, headers: Headers) -> bool:
+        """Whether the page that asks is the one that this server shows, under the name by which it is asked."""
+        return self._page and urlsplit(origin).netloc.lower() == headers["host"].lower()
+
     def _allowed_origin(self, origin: str) -> bool:
         return "*" in self._origins or origin.lower() in self._origins
 
@@ -109,12 +114,16 @@ class AccessGuard:
 
     def _check_key(self, headers: Headers) -> None:
         scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = headers.get("x-api-key", "")  # as Anthropic's clients give it
         assert self._key is not None, "there is a key"
-        right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._key)
-        if scheme.lower() != "bearer" or not right:
+        if not hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._key):
             headers_401 = {"www-authenticate": "Bearer"}
             raise ApiError(
-                401, "a valid API key has to be given as a bearer token", code="invalid_api_key", headers=headers_401
+                401,
+                "a valid API key has to be given as a bearer token or x-api-key",
+                code="invalid_api_key",
+                headers=headers_401,
             )
 
 

@@ -18,9 +18,9 @@ from griffin_offload.engine.scheduler import HasToWait, SequenceScheduler
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.serving.answer_parts import Part, PartsShown, parts_shown
-from griffin_offload.serving.logprobs import LogitBias, LogprobRecorder, TokenLogprob
-from griffin_offload.serving.queue import Finish, Finished, Job, Piece
-from griffin_offload.serving.requests import NO_PENALTIES, Request
+from griffin_offload.serving.logprobs import CountPenalties, LogitBias, LogprobRecorder, TokenLogprob
+from griffin_offload.serving.queue import Finish, Finished, Job, Piece, Progress
+from griffin_offload.serving.requests import NO_PENALTIES, sampling_of
 from griffin_offload.serving.text_stream import Detokeniser, StopHolder, whole_text
 from griffin_offload.serving.tokenization import structure_of
 
@@ -96,10 +96,6 @@ class Answer(StoppingCriteria):  # type: ignore[misc]
         stopped = over or self._ended or self._holder.stopped
         called = self._parts is not None and self._parts.finish()
         return "length" if not stopped else "tool_calls" if called else "stop"
-
-
-# Scores are divided by the temperature in float32: below this that would be a division by nothing.
-_COLDEST = 1e-4
 
 
 class Interrupted(Exception):
@@ -217,7 +213,7 @@ class _Generation:
             structure = structure_of(self._request, self._tokenizer)
             model.generate(ids, context=context, exact=self._request.exact, structure=structure, **arguments)
         assert model.last_report is not None, "a generate that ended well has a report"
-        self.finish(answer, choice, model.last_report)
+        self.finish(answer, choice, model.last_report, context)
         return model.last_report
 
     def asked(self, ids: Tensor, max_tokens: int, choice: int) -> tuple[Answer, dict[str, Any]]:
@@ -227,6 +223,9 @@ class _Generation:
             chat = request.endpoint == "chat"
             recorder = LogprobRecorder(self._tokenizer, request.top_logprobs, begins=chat)
         bias = LogitBias(request.logit_bias) if request.logit_bias else None
+        counted, asked = None, (request.presence_penalty, request.frequency_penalty)
+        if any(asked):
+            counted = CountPenalties(ids.shape[1], *asked)
         answer = self._new_answer(ids, recorder, choice)
         return answer, {
             "attention_mask": torch.ones_like(ids),
@@ -234,7 +233,7 @@ class _Generation:
             **ONE_ANSWER,
             **({"eos_token_id": sorted(self._ends)} if self._ends else {}),
             "stopping_criteria": StoppingCriteriaList([answer]),
-            "logits_processor": LogitsProcessorList([one for one in (recorder, bias) if one is not None]),
+            "logits_processor": LogitsProcessorList([one for one in (recorder, bias, counted) if one is not None]),
             **(NO_PENALTIES | sampling_of(request, self._model.generation_config)),
         }
 
@@ -248,10 +247,14 @@ class _Generation:
         finally:
             model.progress = model.engine.passes.progress_between = None
 
-    def finish(self, answer: Answer, choice: int, report: RunReport) -> None:
+    def finish(self, answer: Answer, choice: int, report: RunReport, context: Context | None) -> None:
         """Say that `answer` is complete; Interrupted if it is not."""
         if answer.interrupted:
             raise Interrupted
+        if context is not None:
+            layers = self._model.engine.loaded.layers
+            kept = context.shares_kept(layers.config.batch_statistic)
+            self._job.figures.kept_by_layer = [kept.get(index, 1.0) for index in range(len(layers.decoder))]
         over = report.structure is not None and report.structure.over
         self._job.deliver(Finished(choice, answer.finish(over=over)))
 
@@ -260,7 +263,7 @@ class _Generation:
         chat, parts = self._request.endpoint == "chat", None
 
         def deliver(part: Part, tokens: tuple[TokenLogprob, ...]) -> None:
-            self._job.deliver(Piece(choice, part.text, tokens, part.kind, part.call))
+            self._job.deliver(Piece(choice, part.text, tokens, part.kind, part.call, self._job.tokens))
 
         if chat:
             parts = parts_shown(self._tokenizer, prompt, self._request.tools.functions, deliver)
@@ -280,9 +283,11 @@ class _Generation:
         self._job.token()
         return self._interrupted()
 
-    def _layer_done(self, *_: int) -> None:
+    def _layer_done(self, done: int, layers: int) -> None:
         if self._interrupted():
             raise Interrupted
+        if self._request.return_progress:
+            self._job.deliver(Progress(done, layers))
 
 
 class JobBeside:
@@ -345,7 +350,7 @@ class JobBeside:
         if sequence.error is not None:
             raise sequence.error
         assert sequence.report is not None, "it has ended well"
-        self._generation.finish(answer, self._choice, sequence.report)
+        self._generation.finish(answer, self._choice, sequence.report, self._of_prompt)
         first = self._choice % job.request.n == 0
         job.figures.add(sequence.report, first=first)
         self._choice += 1
@@ -359,22 +364,5 @@ class JobBeside:
         self._context.close()
 
 
-def sampling_of(request: Request, given: Any) -> dict[str, Any]:
-    """Arguments of `generate`. What the request leaves out is the checkpoint's, if that samples, else OpenAI's 1."""
-    samples = bool(given.do_sample)
-    temperature = _first(request.temperature, given.temperature if samples else None, 1.0)
-    top_p = _first(request.top_p, given.top_p if samples else None, 1.0)
-    penalty = {} if request.repetition_penalty is None else {"repetition_penalty": request.repetition_penalty}
-    if temperature < _COLDEST or top_p == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None, **penalty}
-    top_k = _first(request.top_k, given.top_k if samples else None, 0)
-    min_p = given.min_p if samples and request.min_p is None else request.min_p
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, **penalty}
-
-
 def _texts(strings: str | list[str] | None) -> list[str]:
     return [strings] if isinstance(strings, str) else strings or []
-
-
-def _first(*values: Any) -> Any:
-    return next(value for value in values if value is not None)

@@ -1,9 +1,8 @@
 """Log probabilities of tokens, as the model gave them: before penalties, bans, temperature and top_p. And what a client
-adds to some."""
+adds to some, or takes from those that were there."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from transformers import LogitsProcessor
 
 from griffin_offload.engine.generation import LogitsObserver
 from griffin_offload.serving.text_stream import special_ids, token_text
+from griffin_offload.transformers_api import Tokenizer
 
 # Of a token that the model itself rules out; JSON knows no infinity.
 _LEAST = -9999.0
@@ -35,7 +35,7 @@ class LogprobRecorder(LogitsObserver):
     """Sees the logits of every token, and remembers the last ones. `begins`: the answer's text has nothing before it,
     so that its first token may lose a space."""
 
-    def __init__(self, tokenizer: Any, alternatives: int, *, begins: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, alternatives: int, *, begins: bool = False) -> None:
         self._tokenizer, self._alternatives, self._first = tokenizer, alternatives, begins
         self._logits: Tensor | None = None
 
@@ -74,7 +74,22 @@ class LogitBias(LogitsProcessor):  # type: ignore[misc]
         return scores.index_add(1, places, added.expand(scores.shape[0], -1))
 
 
-def token_bytes(tokenizer: Any, token: int, text: str) -> tuple[int, ...] | None:
+class CountPenalties(LogitsProcessor):  # type: ignore[misc]
+    """OpenAI's two penalties: tokens of the answer lose `presence` once, and `frequency` as often as they are there.
+
+    transformers has neither. The prompt, the first `prompt_tokens`, does not count.
+    """
+
+    def __init__(self, prompt_tokens: int, presence: float, frequency: float) -> None:
+        self._prompt_tokens, self._presence, self._frequency = prompt_tokens, presence, frequency
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        answer = input_ids[:, self._prompt_tokens :]
+        counts = torch.zeros_like(scores).scatter_add_(1, answer, torch.ones_like(answer, dtype=scores.dtype))
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+def token_bytes(tokenizer: Tokenizer, token: int, text: str) -> tuple[int, ...] | None:
     """The bytes that `token` adds to a text, also where they are a part of a letter; `text` is what it decodes to."""
     if "\ufffd" not in text:
         return tuple(token_text(tokenizer, token).encode())

@@ -1,4 +1,4 @@
-"""Figures of a running server for Prometheus, in a registry of its own."""
+"""Figures of a running server: for Prometheus, in a registry of its own, and of the model in its hands."""
 
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ class _Contexts(Protocol):
 class HeldModel(Protocol):
     """Of the model in the worker's hands, what there are figures of."""
 
+    def figures(self) -> dict[str, Any]: ...
     @property
     def budget_bytes(self) -> int: ...
     @property
@@ -68,12 +69,15 @@ class Metrics:
         self.session_limit = Gauge("session_limit_bytes", "What they may take beside the one in use", **options)
         self.model_loaded = Gauge("model_loaded", "1 while the model is in memory", **options)
         self.loads = Gauge("model_loads", "How often the model was loaded", **options)
+        self.model: dict[str, Any] = {}
+        """What the model's plan is, and what of it is on the device, when it was last in use; replaced, not changed."""
 
     def text(self) -> bytes:
         """In Prometheus's text format."""
         return generate_latest(self.registry)
 
     def loaded(self, held: HeldModel, loads: int) -> None:
+        self.model = held.figures()
         self.device_budget.set(held.budget_bytes)
         self.host_budget.set(held.host_budget_bytes)
         self.model_loaded.set(1)

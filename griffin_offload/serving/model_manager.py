@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from torch import Tensor
 
 from griffin_offload.config import LoadConfig
 from griffin_offload.devices.memory import Ledger, give_back_freed
 from griffin_offload.engine.generation import end_tokens
+from griffin_offload.engine.layer_pass import DecoderLayers
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.errors import GriffinError, ModelError
@@ -25,7 +27,8 @@ from griffin_offload.method.selection import neurons_kept
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.tiers import options_again
 from griffin_offload.serving.api_errors import ApiError
-from griffin_offload.serving.requests import NO_PENALTIES
+from griffin_offload.serving.requests import NO_PENALTIES, Request, sampling_of
+from griffin_offload.transformers_api import Tokenizer
 from griffin_offload.units import parse_size
 
 # Contexts of earlier requests, kept as far as the budget goes: a request that continues one computes only the rest.
@@ -138,6 +141,41 @@ class LoadedModel:
         host = psutil.virtual_memory()
         return parse_size(allowed, total_bytes=host.total, free_bytes=host.available)
 
+    def figures(self) -> dict[str, Any]:
+        """The plan, what requests get that say nothing, and which neurons are there: what is told of the model."""
+        model, layers = self.model, self.model.engine.loaded.layers
+        return {
+            "device": model.hardware.name,
+            "chat": model.tokenizer.chat_template is not None,
+            "plan": model.plan.to_json(),
+            "peak_bytes": self.ledger.peak_bytes,
+            "defaults": sampling_of(Request("chat"), model.generation_config) | {"exact": layers.config.exact},
+            "residents": {"unit": "experts" if layers.experts else "neurons", "layers": residents_by_part(layers)},
+        }
+
+
+_PARTS = 64
+
+
+def residents_by_part(layers: DecoderLayers) -> list[list[int]]:
+    """Of each layer, per cent of the neurons of each 64th that are on the device, or of every expert where there are
+    fewer; [100] where all are."""
+    found = []
+    for index, block in enumerate(layers.blocks):
+        if index not in layers.compact:
+            found.append([100])
+            continue
+        cache, parts = layers.experts.get(index), min(_PARTS, block.neurons)
+        there = layers.selected.get(index, torch.empty(0, dtype=torch.int64, device="cpu"))
+        if cache is not None:
+            there = torch.tensor(cache.residents, dtype=torch.int64, device="cpu")
+        every = torch.arange(block.neurons, dtype=torch.int64, device="cpu")
+        of_part, all_of_part = (
+            (one.cpu() * parts // block.neurons).bincount(minlength=parts) for one in (there, every)
+        )
+        found.append((100 * of_part / all_of_part).round().int().tolist())
+    return found
+
 
 class ModelManager:
     """Belongs to the worker's thread. `options` are `LoadConfig`'s.
@@ -153,7 +191,7 @@ class ModelManager:
         self._neurons: list[int] = []
         self._kept_first: tuple[int, ...] = ()
         self.held: LoadedModel | None = None
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer | None = None
         self.loads = 0
         self.unusable = False
         """Whether the last attempt to load failed."""

@@ -24,6 +24,16 @@ class Piece:
     kind: Kind = "content"
     call: Call | None = None
     """In the place of text."""
+    generated: int = 0
+    """Tokens of all the request's answers that were counted before it was shown."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A streamed pass has come so far."""
+
+    layers_done: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class Failed:
     failure: ApiError
 
 
-Event = Piece | Finished | Done | Failed
+Event = Piece | Progress | Finished | Done | Failed
 
 
 @dataclass
@@ -61,6 +71,9 @@ class Figures:
     completion_tokens: int = 0
     streamed_bytes: int = 0
     reports: list[RunReport] = field(default_factory=list)
+    kept_by_layer: list[float] | None = None
+    """Share of the last answer's activation in the neurons that were resident, layer by layer; None where it is not
+    known."""
 
     def add(self, report: RunReport, *, first: bool) -> None:
         """Another answer; a prompt counts once, with its `first`."""

@@ -18,7 +18,10 @@ NO_PENALTIES: dict[str, Any] = {
     "encoder_no_repeat_ngram_size": 0,
     "exponential_decay_length_penalty": None,
 }
-"""Arguments of `generate`: clients get no penalty that they did not ask for; they can ask for the first one."""
+"""Arguments of `generate`: clients get no penalty that they did not ask for; they can ask for the first one, and
+for OpenAI's two."""
+# Scores are divided by the temperature in float32: below this that would be a division by nothing.
+_COLDEST = 1e-4
 
 
 Endpoint = Literal["chat", "completions"]
@@ -56,6 +59,9 @@ _COMMON = {
     "response_format",
     "regex",
     "grammar",
+    "presence_penalty",
+    "frequency_penalty",
+    "return_progress",
 }
 _KNOWN = {
     "chat": {
@@ -71,13 +77,11 @@ _IGNORED = ("user", "safety_identifier", "prompt_cache_key", "metadata")
 _NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
     "chat": {
         "audio": (),
-        "frequency_penalty": (0,),
         "function_call": ("none",),
         "functions": ([],),
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
-        "presence_penalty": (0,),
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
         "service_tier": ("auto", "default"),
@@ -87,8 +91,6 @@ _NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "completions": {
         "best_of": (1,),
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
         "suffix": (),
     },
 }
@@ -105,6 +107,8 @@ class Request:
     """Of completions: texts or token ids."""
     stream: bool = False
     include_usage: bool = False
+    return_progress: bool = False
+    """The stream tells of layers and tokens, too."""
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -117,6 +121,8 @@ class Request:
     exact: bool | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     structure: Structure | None = None
     """What the answer has to be."""
     top_k: int | None = None
@@ -145,6 +151,7 @@ def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, confi
         prompts=prompts,
         stream=stream,
         include_usage=_include_usage(fields, stream),
+        return_progress=_return_progress(fields, stream),
         max_tokens=_max_tokens(fields) or (None if chat else _COMPLETION_TOKENS),
         temperature=fields.number("temperature", 0, 2),
         top_p=fields.number("top_p", 0, 1),
@@ -156,6 +163,8 @@ def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, confi
         exact=fields.flag("exact"),
         min_p=fields.number("min_p", 0, 1),
         repetition_penalty=fields.number("repetition_penalty", _LEAST_PENALTY, _MOST_PENALTY),
+        presence_penalty=fields.number("presence_penalty", -2, 2) or 0.0,
+        frequency_penalty=fields.number("frequency_penalty", -2, 2) or 0.0,
         structure=_structure(fields),
         top_k=fields.integer("top_k", 0, _LARGEST),
         logit_bias=_logit_bias(fields),
@@ -271,6 +280,13 @@ def _include_usage(fields: FieldReader, stream: bool) -> bool:
     )
 
 
+def _return_progress(fields: FieldReader, stream: bool) -> bool:
+    wanted = bool(fields.flag("return_progress"))
+    if wanted and not stream:
+        raise invalid("return_progress is for streams: add stream", "return_progress")
+    return wanted
+
+
 def _stops(fields: FieldReader) -> tuple[str, ...]:
     found = fields.raw("stop")
     if found is None:
@@ -357,3 +373,20 @@ def _too_long(prompt_tokens: int, wanted: int, caps: Caps, param: str) -> ApiErr
         param,
         _CODE,
     )
+
+
+def sampling_of(request: Request, given: Any) -> dict[str, Any]:
+    """Arguments of `generate`. What the request leaves out is the checkpoint's, if that samples, else OpenAI's 1."""
+    samples = bool(given.do_sample)
+    temperature = _first(request.temperature, given.temperature if samples else None, 1.0)
+    top_p = _first(request.top_p, given.top_p if samples else None, 1.0)
+    penalty = {} if request.repetition_penalty is None else {"repetition_penalty": request.repetition_penalty}
+    if temperature < _COLDEST or top_p == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None, **penalty}
+    top_k = _first(request.top_k, given.top_k if samples else None, 0)
+    min_p = given.min_p if samples and request.min_p is None else request.min_p
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, **penalty}
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)

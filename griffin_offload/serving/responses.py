@@ -10,7 +10,7 @@ from typing import Any
 from griffin_offload.engine.report import RunReport
 from griffin_offload.serving.answer_parts import Call
 from griffin_offload.serving.logprobs import TokenLogprob
-from griffin_offload.serving.queue import Event, Figures, Finished, Piece
+from griffin_offload.serving.queue import Event, Figures, Finished, Piece, Progress
 from griffin_offload.serving.requests import Request
 
 _OBJECTS = {
@@ -53,9 +53,17 @@ class Response:
         """What a stream begins with."""
         return b"".join(map(server_sent, self.opening()))
 
+    def sent_progress(self, event: Progress) -> bytes:
+        """How far a pass has come, in a stream that was to say so."""
+        done = {"layers_done": event.layers_done, "layers": event.layers}
+        return server_sent(self._object([], stream=True) | {"griffin": done})
+
     def sent(self, event: Piece | Finished) -> bytes:
         """`event` in a stream."""
-        return server_sent(self.chunk(event))
+        found = self.chunk(event)
+        if self._request.return_progress and isinstance(event, Piece):
+            found["griffin"] = {"tokens": event.generated}
+        return server_sent(found)
 
     def sent_end(self, figures: Figures) -> bytes:
         """The end of a stream."""
@@ -192,15 +200,22 @@ def usage(figures: Figures) -> dict[str, Any]:
 
 def summary(figures: Figures) -> dict[str, Any]:
     """What this server alone has to say: how much of the model the answer came from."""
-    last = figures.reports[-1]
+    last, kept = figures.reports[-1], figures.kept_by_layer
+    structure = {} if last.structure is None else {"complete": all(_complete(r) for r in figures.reports)}
     return {
         "density": last.density,
         "precision": last.precision,
         "activation_kept": last.activation_kept,
         "activation_kept_heldout": last.activation_kept_heldout,
+        "activation_kept_by_layer": None if kept is None else [round(share, 4) for share in kept],
         "streamed_bytes": figures.streamed_bytes,
+        "decode_streamed_bytes": sum(report.decode_streamed_bytes for report in figures.reports),
+        "prefill_s": last.prefill_s,
+        "prefill_tokens_per_s": last.prefill_tokens_per_s,
+        "decode_tokens_per_s": last.decode_tokens_per_s,
+        "peak_device_bytes": last.peak_device_bytes,
         "exact": last.drafting is not None and last.drafting.verified,
-    } | ({} if last.structure is None else {"structure": {"complete": all(_complete(r) for r in figures.reports)}})
+    } | ({"structure": structure} if structure else {})
 
 
 def _complete(report: RunReport) -> bool:

@@ -17,15 +17,16 @@ from griffin_offload.errors import CheckpointError, TemplateError, UsageError, o
 from griffin_offload.serving.answer_parts import AnswerFormat, format_of
 from griffin_offload.serving.api_errors import invalid, unsupported
 from griffin_offload.serving.requests import Prompt, Request
+from griffin_offload.transformers_api import Tokenizer
 
 
-def format_for_tools(tokenizer: Any) -> AnswerFormat | None:
+def format_for_tools(tokenizer: Tokenizer) -> AnswerFormat | None:
     """How the model writes calls; None where it is not known."""
     found = format_of(tokenizer)
     return found if found is not None and found.calls else None
 
 
-def structure_of(request: Request, tokenizer: Any) -> Structure | None:
+def structure_of(request: Request, tokenizer: Tokenizer) -> Structure | None:
     """What the answer has to be: what was asked for, or a call that is forced. Failure where the model's form of calls
     cannot be forced."""
     if not request.tools.forced:
@@ -52,7 +53,7 @@ def _in_grammar(text: str, added: dict[str, int]) -> str:
 class Encoder:
     """Makes the prompts of a request; tokenizing a long one must not keep other clients waiting for their tokens."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._thread = ThreadPoolExecutor(1, "griffin-offload-encoder")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from marks import by_turns
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES
 from torch import Tensor
@@ -31,11 +32,10 @@ def renamed(source: Path, directory: Path, names: Names, prefix: str) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("names", NAMES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "names"), by_turns(ARCHITECTURES, NAMES))
 def test_every_tensor_is_the_one_transformers_loads(checkpoints, tmp_path: Path, name: str, names: str):
-    reference = hf.AutoModelForCausalLM.from_pretrained(checkpoints(name))
-    directory = renamed(checkpoints(name), tmp_path / "renamed", NAMES[names], reference.base_model_prefix)
+    prefix = build(open_checkpoint(checkpoints(name))).base_model_prefix
+    directory = renamed(checkpoints(name), tmp_path / "renamed", NAMES[names], prefix)
     model, info = hf.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     if info["missing_keys"]:  # GPT-NeoX's head is called otherwise in files, and never with a prefix
         with pytest.raises(CheckpointError, match=f"1 missing keys, first {min(info['missing_keys'])}"):

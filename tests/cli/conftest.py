@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import CHAT_TEMPLATE, write_tokenizer
 
+from griffin_offload import GriffinModel
 from griffin_offload.cli.main import main
 from griffin_offload.engine.convert import convert as convert_checkpoint
 
@@ -98,6 +99,21 @@ def _loggers() -> Iterator[None]:
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
     return CommandLine(capsys, monkeypatch)
+
+
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Tokens of the prompt and the answer, of everything that is generated."""
+    seen = []
+    generate = GriffinModel.generate
+
+    def counted(self: GriffinModel, prompt: torch.Tensor, **options: Any) -> Any:
+        output = generate(self, prompt, **options)
+        seen.append((prompt.shape[1], output.shape[1] - prompt.shape[1]))
+        return output
+
+    monkeypatch.setattr(GriffinModel, "generate", counted)
+    return seen
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """`griffin-offload batch`: every request is answered once, whatever happens in between."""
 
 import json
+import os
 import random
 import signal
 from pathlib import Path
@@ -128,15 +129,21 @@ def test_names_twice_and_files_of_others(cli, llama: Path, tmp_path: Path):
     cli.refuses(2, "1 answers to requests that the input lacks, one is 'other'", "batch", file, out, *options)
 
 
-@pytest.mark.parametrize("deaths", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_misses_nothing(cli, forks: ForkServer, llama: Path, tmp_path: Path, deaths: int):
-    requests, out = drawn(20 * deaths), tmp_path / "out"
+ROBUST = pytest.mark.skipif("GRIFFIN_ROBUSTNESS" not in os.environ, reason="takes minutes: set GRIFFIN_ROBUSTNESS=1")
+
+
+@pytest.mark.parametrize(
+    ("deaths", "count"),
+    [(2, 40), pytest.param(4, 80, marks=pytest.mark.slow), pytest.param(10, 500, marks=[pytest.mark.slow, ROBUST])],
+)
+def test_killed_at_any_moment_it_misses_nothing(cli, forks: ForkServer, llama: Path, tmp_path: Path, deaths, count):
+    requests, out = drawn(count), tmp_path / "out"
     file, options = written(tmp_path / "in", requests), ("-m", llama, *OPTIONS)
     cli("batch", file, tmp_path / "whole", *options)
-    rng = random.Random(deaths)
+    rng, step = random.Random(deaths), count * 4 // (5 * deaths)
     for death in range(deaths):
         process = forks.start("-m", "griffin_offload", "batch", file, out, *options)
-        enough = rng.randint(16 * death + 1, 16 * death + 16)
+        enough = rng.randint(step * death + 1, step * death + step)
         while process.wait(0.001) is None and (not out.exists() or out.read_bytes().count(b"\n") < enough):
             pass
         process.send_signal(signal.SIGKILL)

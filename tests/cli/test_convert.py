@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import quantised_reference as ref
 import torch
+from marks import by_turns
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES, VOCAB, every_architecture, write_checkpoint
+from tiny_models import ARCHITECTURES, VOCAB, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -47,8 +48,7 @@ def dequantised(stored: dict[str, Tensor], linear: str, precision: str) -> Tenso
     return matrix * tensors["input_scale"] if "input_scale" in tensors else matrix
 
 
-@both
-@pytest.mark.parametrize("name", every_architecture())
+@pytest.mark.parametrize(("name", "precision"), by_turns(ARCHITECTURES, PRECISIONS))
 def test_every_architecture(cli, converted, name: str, precision: str):
     """The names are those of the model and its scales, and tokens those of dense transformers with these matrices."""
     out = converted(name, precision)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from loaded_model import ids
-from marks import mostly_slow
+from marks import by_turns
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import LAYERS, MIXTURES, VOCAB, write_checkpoint, write_tokenizer
@@ -23,6 +23,7 @@ from griffin_offload.formats.expert_form import ExpertForm
 
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 12}
 PRECISIONS = ["none", "int8", "int4"]
+NAMES = [name for name in MIXTURES if name != "phimoe"]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,7 @@ def _answer(directory: Path, **options: Any) -> tuple[Tensor, Tensor, Any]:
         return found.sequences, torch.stack(found.logits), model.last_report
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", mostly_slow([name for name in MIXTURES if name != "phimoe"], 3))
+@pytest.mark.parametrize(("name", "precision"), by_turns(NAMES, PRECISIONS, whole=("mixtral", "gpt_oss")))
 def test_a_copy_answers_as_the_original(copies, name: str, precision: str):
     source, copy = copies(name, precision)
     expected = _answer(source, quantize=precision, density=0.5)

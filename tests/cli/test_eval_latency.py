@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from griffin_offload import GriffinModel
 from griffin_offload.cli.main import build_parser
 from griffin_offload.errors import GriffinError
 from griffin_offload.evaluation import speed
@@ -13,16 +12,7 @@ from griffin_offload.evaluation.config import LatencyConfig
 COMMON = ("--device", "cpu", "--sizes", "24+6,12+8", "-r", 2, "--density", ".5,.25", "--selection", "magnitude,topk")
 
 
-def test_every_variant_at_every_size(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
-    lengths = []
-    generate = GriffinModel.generate
-
-    def counted(self, prompt, **kwargs):
-        output = generate(self, prompt, **kwargs)
-        lengths.append((prompt.shape[1], output.shape[1] - prompt.shape[1]))
-        return output
-
-    monkeypatch.setattr(GriffinModel, "generate", counted)
+def test_every_variant_at_every_size(cli, llama: Path, lengths):
     outcome = cli("eval", "latency", "-m", llama, "--max-mem", "1GB", "--json", *COMMON)
     assert outcome.code == 0, outcome
     rows = outcome.json

@@ -229,12 +229,3 @@ def test_defaults_are_those_of_the_dataclass():
     for name in ("mode", "selection", "bos", "num_fewshot", "limit", "max_length"):
         assert getattr(parsed, name) == getattr(config, name)
     assert [float(density) for density in parsed.density.split(",")] == list(config.densities)
-
-
-def test_help_imports_no_torch(process):
-    probe = "import sys; from griffin_offload.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print(\
-[name in sys.modules for name in ('torch', 'lm_eval')])"
-    package = Path(griffin_offload.__file__).parents[1]
-    outcome = process("-c", probe, "eval", "tasks", "--help", PYTHONPATH=str(package))
-    assert outcome.out.splitlines()[-1] == "[False, False]"
-    assert all(flag in outcome.out for flag in ("--tasks", "--include-path", "--mode", "--num-fewshot", "--output"))

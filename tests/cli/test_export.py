@@ -33,9 +33,13 @@ def test_it_says_what_it_wrote_and_what_that_costs(cli, llama: Path, tmp_path: P
 
 def test_texts_chats_and_few_prompts(cli, llama: Path, chat: Path, tmp_path: Path):
     (tmp_path / "p.txt").write_text("the cat sat<|endoftext|>on a river")
-    outcome = cli("export", tmp_path / "a", "--prompts", tmp_path / "p.txt", "-m", llama, *OPTIONS)
+    few = ("--prompts", tmp_path / "p.txt", "-m", llama, *OPTIONS)
+    outcome = cli("export", tmp_path / "a", *few, "--to", "gguf-q8_0", "--density", 0.4)
     assert outcome.code == 0
+    assert "neurons rounded down, as gguf-q8_0 is written in whole blocks" in outcome.err
     assert "too few prompts to hold some out" in outcome.err
+    assert "export --to gguf-q8_0" in (tmp_path / "a" / "README.md").read_text()
+    assert cli("run", "-m", tmp_path / "a", "the cat", "-n", 4, *OPTIONS).code == 0
     command = ("export", tmp_path / "b", "--prompts", written(tmp_path / "p.jsonl", chats=True), "--system", "be brief")
     assert cli(*command, "-m", chat, *OPTIONS).code == 0
     cli.refuses(2, "--system needs a chat template", *command[:1], tmp_path / "c", *command[2:], "-m", llama, *OPTIONS)

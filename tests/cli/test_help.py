@@ -14,19 +14,33 @@ from griffin_offload.cli.main import build_parser
 from griffin_offload.config import ChatConfig, LoadConfig, RunConfig
 from griffin_offload.formats import every
 
-# Prints what a command printed, its exit code and the heavy modules it brought in.
+# For each command line what it printed, its exit code and the heavy modules that it or one before it brought in.
 PROBE = """
 import contextlib, io, json, sys
 from griffin_offload.cli.main import main
-text = io.StringIO()
-with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-    try:
-        code = main(sys.argv[1:])
-    except SystemExit as leaving:
-        code = leaving.code
-heavy = [name for name in ("torch", "transformers", "numpy", "safetensors", "psutil") if name in sys.modules]
-print(json.dumps([code, text.getvalue(), heavy]))
+found = []
+for line in json.loads(sys.argv[1]):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            code = main(line)
+        except SystemExit as leaving:
+            code = leaving.code
+    found.append([code, text.getvalue(), [name for name in json.loads(sys.argv[2]) if name in sys.modules]])
+print(json.dumps(found))
 """
+HEAVY = ["torch", "transformers", "numpy", "safetensors", "psutil", "asyncio", "matplotlib", "rich", "lm_eval"]
+LINES = [
+    ["--version"],
+    ["--help"],
+    *([command, "--help"] for command in ("run", "chat", "serve", "plan", "convert", "inspect")),
+    *(["eval", command, "--help"] for command in ("ppl", "tasks")),
+    ["run", "-n", "0"],
+    ["chat", "-n", "0"],
+    ["serve", "--port", "-1"],
+    ["chat", "--raw", "--system", "x"],
+    *([command, "--density", "2"] for command in ("run", "chat", "serve")),
+]
 # Arguments of the API that have no flag: tests and measurements alone use them, or `generate` has its own.
 WITHOUT_FLAG = {"cuda_graphs", "batch_statistic", "ff_chunk_tokens", "always_stream", "decay", "keep_prompts"}
 WITHOUT_FLAG |= {"sequences"}  # what --parallel of a server makes of the budget
@@ -36,25 +50,12 @@ OF_PLAN = {"prompt_tokens", "batch_size"}
 OF_RUN = {"selection", "seed", "threads"}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        *([command, "--help"] for command in ("run", "chat", "serve", "plan", "convert")),
-        ["--version"],
-        ["run", "-n", "0"],
-        ["chat", "-n", "0"],
-        ["serve", "--port", "-1"],
-        ["chat", "--raw", "--system", "x"],
-        *([command, "--density", "2"] for command in ("run", "chat", "serve")),
-    ],
-)
-def test_help_imports_no_torch(process, arguments: list[str]):
-    outcome = process("-c", PROBE, *arguments)
-    code, text, heavy = json.loads(outcome.out)
-    assert heavy == []
-    assert code == (0 if arguments[-1] in ("--help", "--version") else 2)
-    assert text.startswith({"--version": f"griffin-offload {__version__}"}.get(arguments[-1], ("usage:", "griffin")))
+def test_help_and_mistakes_import_nothing_heavy(process):
+    outcome = process("-c", PROBE, json.dumps(LINES), json.dumps(HEAVY))
+    for line, (code, text, heavy) in zip(LINES, json.loads(outcome.out), strict=True):
+        assert set(heavy) <= ({"asyncio"} if code else set()), line  # with which ports are tried
+        assert code == (0 if line[-1] in ("--help", "--version") else 2), line
+        assert text.startswith({"--version": f"griffin-offload {__version__}"}.get(line[-1], ("usage:", "griffin")))
 
 
 def test_help_names_every_command_and_flag(cli):
@@ -70,6 +71,12 @@ def test_help_names_every_command_and_flag(cli):
     assert ours - {"--prompt-file"} <= words
     words = set(cli("plan", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
     assert {*shared.split(), "--prompt-tokens", "--batch-size", "--config"} <= words
+    words = set(cli("eval", "ppl", "--help").out.replace("[", " ").split())
+    ppl = "--text --prompt-tokens --generate-tokens --density --selection --windows --window-start --max-gpu-mem --json"
+    assert set(ppl.split()) <= words
+    assert {"--tasks", "--include-path", "--mode", "--num-fewshot", "--output"} <= set(
+        cli("eval", "tasks", "--help").out.replace("[", " ").split()
+    )
     words = set(cli("convert", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
     assert {"OUT", "--model", "-m", "--offline", "--json", "--quiet", "-q", "int8", "int4", "int3", "int2}"} <= words
 

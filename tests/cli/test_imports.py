@@ -36,6 +36,18 @@ there += [name for name in ("torch.distributed.checkpoint",) if name in sys.modu
 import torch, scipy.optimize
 print(code, there, torch.distributed.is_available())
 """
+# As its own program it leaves out torch's compiler, too, which can be used afterwards, and nobody else's is touched.
+COMPILES = """
+import sys
+from griffin_offload.cli.main import main
+words = ["plan", "-q", "--device", "cpu", "--max-gpu-mem", "100MB"]
+program = sys.argv[1] == "program"
+sys.argv[1:] = words
+code = main() if program else main(words)
+there = "torch._dynamo.convert_frame" in sys.modules
+import torch
+print(code, there, torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1, dtype=torch.float32, device="cpu")))
+"""
 HELPS = """
 import sys
 from griffin_offload.cli.main import main
@@ -88,6 +100,12 @@ def test_plan_leaves_out_what_no_plan_needs(process):
     """Losses of vision models, weights that accelerate places, tensors that processes share."""
     outcome = process("-c", PLANS)
     assert outcome.out.split("\n")[0] == "0 [] True", outcome.err
+
+
+@pytest.mark.parametrize(("whose", "there"), [("program", False), ("somebody's", True)])
+def test_plan_leaves_out_the_compiler_of_its_own_process_alone(process, whose: str, there: bool):
+    outcome = process("-c", COMPILES, whose)
+    assert outcome.out == f"0 {there} tensor([2.])\n", outcome.err
 
 
 @pytest.mark.parametrize("flags", [("--version",), ("--help",), ("plan", "--help"), ("run", "--help")], ids=" ".join)

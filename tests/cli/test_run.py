@@ -273,15 +273,18 @@ def test_thinking_is_turned_where_the_template_can(cli, llama: Path, chat: Path,
         assert tokens[0] == tokens[1] < tokens[2]
 
 
+@pytest.mark.parametrize("flags", [(), ("--quantize", "int4")], ids=["as stored", "calibrated"])
 @pytest.mark.parametrize("command", ["run", "chat"])
-def test_the_tokenizer_is_loaded_once(cli, chat: Path, monkeypatch: pytest.MonkeyPatch, command: str):
+def test_the_tokenizer_is_loaded_once(cli, chat: Path, monkeypatch, tmp_path: Path, command: str, flags):
+    monkeypatch.setenv("GRIFFIN_OFFLOAD_CACHE", str(tmp_path))  # nothing is known of the inputs of its matrices
     loads: list[object] = []
     real = AutoTokenizer.from_pretrained
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: loads.append(a) or real(*a, **k))
     prompt = {"stdin": "hello\n"} if command == "chat" else {}
     typed = ["hello"] if command == "run" else []
-    assert cli(command, *typed, "-n", 2, "-q", "-m", chat, **prompt).code == 0
+    assert cli(command, *typed, "-n", 2, "-q", "-m", chat, *flags, **prompt).code == 0
     assert len(loads) == 1
+    assert bool(list(tmp_path.glob("importance-*"))) == bool(flags)
 
 
 @pytest.fixture(scope="module")

@@ -267,5 +267,5 @@ def test_torch_is_asked_about_devices_in_one_room():
 def test_the_type_of_a_device_is_hardly_asked_elsewhere():
     found = {path: tests for path, text in _elsewhere().items() if (tests := _tests_of_a_type(text))}
     assert sum(map(len, found.values())) <= _MOST_TESTS_OF_A_TYPE, found
-    rooms = {path.split("/")[0] for path in found}
+    rooms = {path.split("/")[0] for path in found if path != "serving/cluster.py"}  # Ray has CUDA's alone
     assert rooms <= {"formats", "kernels", "engine"}, found

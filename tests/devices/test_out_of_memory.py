@@ -21,7 +21,7 @@ from griffin_offload.engine import load as loading
 from griffin_offload.engine.model_interface import Guard
 from griffin_offload.errors import DoesNotFit, GriffinError, OutOfMemory, memory_refused
 from griffin_offload.kv_cache.kv_cache import KVCache
-from griffin_offload.offload.background_loader import BackgroundLoader
+from griffin_offload.offload.layer_stream import BackgroundLoader
 
 CUDA = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB"
 HOST = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import by_turns
 from reference import collect_z, dense_forward, dense_generate, masked_generate, select_direct, shared_statistic_float64
 from tiny_models import ARCHITECTURES, VOCAB, every_architecture
 from transformers import AutoModelForCausalLM
@@ -41,11 +42,7 @@ def _generate(model: GriffinModel, ids: torch.Tensor, mask: torch.Tensor) -> tup
     return output.sequences[:, ids.shape[1] :], torch.stack(output.logits)
 
 
-@pytest.fixture(params=every_architecture())
-def architecture(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
+@pytest.mark.parametrize("architecture", every_architecture())
 def test_density_one_is_dense_bit_for_bit(architecture: str, checkpoints):
     """Streamed on purpose, and in chunks: at density 1 nothing needs to be, and this is about the streamed pass.
     (In one chunk: test_hybrids.py.)"""
@@ -61,7 +58,7 @@ def test_density_one_is_dense_bit_for_bit(architecture: str, checkpoints):
     assert model.last_report.activation_kept == pytest.approx(1)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("architecture", "batch"), by_turns(ARCHITECTURES, (1, 3)))
 def test_density_half_equals_the_masked_reference(architecture: str, batch: int, checkpoints):
     path = checkpoints(architecture)
     dense, down = AutoModelForCausalLM.from_pretrained(path), ARCHITECTURES[architecture].down

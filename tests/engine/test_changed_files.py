@@ -97,8 +97,9 @@ def test_between_two_prompts(directory: Path, monkeypatch: pytest.MonkeyPatch, t
     model.close()
 
 
-@pytest.mark.parametrize("layer", [1, 2])
-@pytest.mark.parametrize(("change", "told"), [(cut, True), (overwrite, True), (delete, False), (replace, False)])
+@pytest.mark.parametrize(
+    ("change", "told", "layer"), [(cut, True, 1), (overwrite, True, 2), (delete, False, 1), (replace, False, 2)]
+)
 @pytest.mark.parametrize("tier", TIERS)
 def test_in_the_middle_of_a_pass(
     directory: Path, monkeypatch: pytest.MonkeyPatch, tier, change, told: bool, layer: int
@@ -133,8 +134,8 @@ def test_weights_in_ram_need_no_file(directory: Path, monkeypatch: pytest.Monkey
     assert torch.equal(answer(model), expected)
 
 
-@pytest.mark.parametrize("change", [cut, overwrite, delete, replace])
 @pytest.mark.parametrize("moment", ["check_free_memory", "make_scratch", "compact_blocks", "resident_bytes"])
+@pytest.mark.parametrize("change", [cut, delete])  # what is mapped changes, or stays: test_between_two_prompts has all
 def test_while_it_is_loaded(
     directory: Path, monkeypatch: pytest.MonkeyPatch, moment: str, change: Callable[[Path], None]
 ):

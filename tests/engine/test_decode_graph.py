@@ -192,14 +192,14 @@ def test_a_capture_that_fails_is_said_and_costs_nothing_else(checkpoints, monkey
 
 def test_captures_go_with_their_kv_cache(checkpoints):
     _, graphs = _pair(checkpoints("llama2"), batch_size=2)
-    _generate(graphs, _ids())
+    _generate(graphs, _ids(), max_new_tokens=8)
     assert len(graphs.engine.graphs.caches) == 1
-    _generate(graphs, _ids(batch=2))  # of another size: the first is released
+    _generate(graphs, _ids(batch=2), max_new_tokens=8)  # of another size: the first is released
     gc.collect()
     assert [cache.batch for cache in graphs.engine.graphs.caches] == [2]
-    output = _generate(graphs, _ids(), return_dict_in_generate=True)
+    output = _generate(graphs, _ids(), max_new_tokens=8, return_dict_in_generate=True)
     kept = output.past_key_values.layers[0].saved()[0].clone()
-    _generate(graphs, _ids(seed=1))  # the caller's stays the caller's
+    _generate(graphs, _ids(seed=1), max_new_tokens=8)  # the caller's stays the caller's
     assert torch.equal(output.past_key_values.layers[0].saved()[0], kept)
     graphs.close()
     del output

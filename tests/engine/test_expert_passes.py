@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from marks import mostly_slow
+from marks import by_turns, mostly_slow
 from tiny_models import LAYERS, MIXTURES, VOCAB
 from torch import Tensor
 
@@ -106,8 +106,7 @@ def test_fetched_experts_leave_nothing_to_correct(checkpoints, where: str):
         _answer(model, _ids(), refresh=4, context=model.new_context())
 
 
-@pytest.mark.parametrize("name", mostly_slow(STATELESS, 2))
-@pytest.mark.parametrize("missing", ["fetch", "route"])
+@pytest.mark.parametrize(("name", "missing"), by_turns(STATELESS, ("fetch", "route"), whole=STATELESS[:2]))
 def test_a_saved_prompt_goes_on(checkpoints, tmp_path: Path, name: str, missing: str):
     """In another process's model, which has read no expert yet."""
     if name == "phimoe" and missing == "route":

@@ -11,7 +11,7 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaded_model import ids
-from marks import mostly_slow
+from marks import by_turns
 from quantised_reference import stored_values
 from tiny_models import LAYERS, MIXTURES, VOCAB, write_checkpoint, write_tokenizer
 from torch import Tensor
@@ -21,6 +21,7 @@ from griffin_offload.config import LoadConfig
 from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.errors import DoesNotFit, UnsupportedModel
 
+NAMES = [name for name in MIXTURES if name != "phimoe"]
 EXPERTS, ACTIVE = 8, 2
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 16}
 
@@ -38,8 +39,7 @@ def _answer(model: GriffinModel) -> tuple[Tensor, Tensor]:
     return found.sequences, torch.stack(found.logits)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("name", mostly_slow([name for name in MIXTURES if name != "phimoe"], 4))
+@pytest.mark.parametrize(("name", "precision"), by_turns(NAMES, ("int8", "int4"), whole=("mixtral", "gpt_oss")))
 def test_fetched_experts_are_resident_ones_bit_for_bit(mixtures, name: str, precision: str):
     with _load(mixtures(name), quantize=precision, density=1.0) as model:
         assert not model.plan.streamed

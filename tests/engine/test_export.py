@@ -1,16 +1,22 @@
 """`export`: what is written is an ordinary checkpoint that computes what the chosen neurons compute."""
 
+import contextlib
+import json
+import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from foreign_formats import FORMATS, write_foreign
+from gguf_files import write_gguf
 from reference import collect_z, masked_after_prefill, statistic_float64
 from tiny_models import ARCHITECTURES, VOCAB, every_architecture
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
 from griffin_offload.engine import export as runtime
+from griffin_offload.engine import export_files
 from griffin_offload.engine.convert import convert
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
 
@@ -127,3 +133,118 @@ def test_what_others_quantised_is_exported_as_plain(checkpoints, tmp_path: Path)
     with GriffinModel.from_pretrained(found.directory, device="cpu", max_gpu_mem="1GB", density=1.0) as model:
         ids = prompts()[0][None]
         assert torch.equal(model.model(ids).logits, smaller(ids).logits)
+
+
+# Forms of other engines.
+
+
+def logits(model: object, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits.float()  # type: ignore[operator]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+def test_packed_as_compressed_tensors_reads_it(checkpoints, tmp_path: Path, form: runtime.ExportForm):
+    """transformers with that library computes what ours reads, and packs the same numbers the same way."""
+    path, ids = checkpoints("llama3"), prompts()[1][None]
+    choice = chosen_on(path)
+    plain = AutoModelForCausalLM.from_pretrained(runtime.export(path, tmp_path / "plain", choice, 0.5).directory)
+    found = runtime.export(path, tmp_path / "out", choice, 0.5, form=form)
+    assert found.neurons == 64
+    theirs = AutoModelForCausalLM.from_pretrained(found.directory)
+    with GriffinModel.from_pretrained(found.directory, device="cpu", max_gpu_mem="1GB", density=1.0) as ours:
+        torch.testing.assert_close(logits(ours.model, ids), logits(theirs, ids), rtol=1e-5, atol=1e-5)
+    one, other = (model.get_parameter("model.layers.1.mlp.down_proj.weight") for model in (plain, theirs))
+    assert 0 < (one - other).norm() / one.norm() < {"int8": 0.01, "int4": 0.12}[form]
+
+
+GGUF_NAMES = ["llama2", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "stablelm", "starcoder2"]
+GGUF_NAMES += ["falcon_multi_query", "falcon_new", "gpt2", "lfm2"]
+
+
+def stored(path: Path) -> dict[str, tuple[str, list[int], object]]:
+    """Bytes; of factors of rope, which are computed in two ways, numbers."""
+    found = {}
+    for t in gguf.GGUFReader(path).tensors:
+        numbers = [round(float(x), 5) for x in t.data] if t.name.startswith("rope_") else t.data.tobytes()
+        found[t.name] = (t.tensor_type.name, t.shape.tolist(), numbers)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama3", *(pytest.param(name, marks=pytest.mark.slow) for name in GGUF_NAMES)])
+def test_gguf_files_hold_what_their_converter_writes(checkpoints, tmp_path: Path, name: str):
+    path = checkpoints(name)
+    choice = chosen_on(path)
+    plain = runtime.export(path, tmp_path / "plain", choice, 0.5)
+    smaller, ids = AutoModelForCausalLM.from_pretrained(plain.directory), prompts()[1][None]
+    found = runtime.export(path, tmp_path / "gguf", choice, 0.5, form="gguf").directory / "model.gguf"
+    theirs = write_gguf(smaller, tmp_path / "theirs.gguf", "F32", tokenizer=path)
+    assert stored(found) == stored(theirs)
+    said, wanted = (gguf.GGUFReader(file).fields for file in (found, theirs))
+    for key in set(wanted) & set(said) - {"GGUF.kv_count", "general.name"}:
+        ours, value = said[key].contents(), wanted[key].contents()
+        ours = ours[: len(value)] if key.startswith("tokenizer.ggml.token") else ours  # filled up to the embeddings
+        assert ours == pytest.approx(value), key
+    with GriffinModel.from_pretrained(found, device="cpu", max_gpu_mem="1GB", density=1.0) as read:
+        torch.testing.assert_close(logits(read.model, ids), logits(smaller, ids), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("Q8_0", marks=pytest.mark.slow), "Q4_0"])
+def test_gguf_files_in_blocks(checkpoints, tmp_path: Path, kind: str):
+    """Tables have 8 bits at least. What such a file is made of is exported again with the file's own tokenizer."""
+    path = checkpoints("llama2")
+    choice = chosen_on(path)
+    smaller = AutoModelForCausalLM.from_pretrained(runtime.export(path, tmp_path / "plain", choice, 0.5).directory)
+    form: runtime.ExportForm = "gguf-q8_0" if kind == "Q8_0" else "gguf-q4_0"
+    found = runtime.export(path, tmp_path / "out", choice, 0.5, form=form)
+    expected = stored(write_gguf(smaller, tmp_path / "theirs.gguf", kind))
+    eight = stored(write_gguf(smaller, tmp_path / "eight.gguf", "Q8_0"))
+    tables = ("token_embd.weight", "output.weight")
+    assert stored(found.directory / "model.gguf") == expected | {name: eight[name] for name in tables}
+    assert found.written_bytes == (found.directory / "model.gguf").stat().st_size
+    again = runtime.export(found.directory, tmp_path / "again", chosen_on(found.directory), 0.5, form="gguf")
+    one, two = (gguf.GGUFReader(e.directory / "model.gguf").fields for e in (found, again))
+    assert all(one[key].contents() == two[key].contents() for key in one if key.startswith("tokenizer."))
+
+
+def test_an_interrupted_gguf_file_goes_on(checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = checkpoints("llama2")
+    choice = chosen_on(path)
+    whole = runtime.export(path, tmp_path / "whole", choice, 0.5, form="gguf").directory / "model.gguf"
+    write, written = export_files.GgufLayout.write_group, []
+    for left in (3, 1, 9):  # it is interrupted in a layer's middle, and its last whole layer is written again
+
+        def failing(self: export_files.GgufLayout, file: Path, index: int, tensors: dict[str, torch.Tensor]) -> None:
+            write(self, file, index, tensors)
+            written.append(index)
+            if len(written) == left:  # noqa: B023
+                with file.open("r+b") as cut:
+                    cut.truncate(file.stat().st_size - 100)
+                raise KeyboardInterrupt
+
+        written.clear()
+        monkeypatch.setattr(export_files.GgufLayout, "write_group", failing)
+        with contextlib.suppress(KeyboardInterrupt):
+            runtime.export(path, tmp_path / "out", choice, 0.5, form="gguf")
+        if left < 9:
+            with pytest.raises(CheckpointError, match="unfinished"):
+                GriffinModel.from_pretrained(tmp_path / "out", device="cpu")
+    assert written == [0, 1, 2, 3] or written == [1, 2, 3]
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == whole.read_bytes()
+
+
+def test_what_a_form_cannot_hold_is_refused_before_prompts_pass(checkpoints, tmp_path: Path):
+    out = tmp_path / "out"
+    with pytest.raises(UnsupportedModel, match="opt is not written as GGUF"):
+        runtime.check(checkpoints("opt"), out, 0.5, "gguf")
+    with pytest.raises(UnsupportedModel, match=r"its matrices are no nn\.Linear, int4 packs only those"):
+        runtime.check(checkpoints("gpt2"), out, 0.5, "int4")
+    with pytest.raises(UsageError, match="keeps 0 of 128 neurons"):
+        runtime.check(checkpoints("llama3"), out, 0.2, "gguf-q4_0")
+    changed = tmp_path / "changed"
+    shutil.copytree(checkpoints("llama3"), changed)
+    said = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(said | {"hidden_act": "relu"}))
+    with pytest.raises(UnsupportedModel, match=r"a GGUF file cannot say that hidden_act is relu \(it would be silu\)"):
+        runtime.check(changed, out, 0.5, "gguf")

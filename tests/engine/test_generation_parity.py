@@ -4,7 +4,7 @@ may fail."""
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -123,15 +123,23 @@ def _tokenizer(model: Any) -> Any:
 UNABLE = {("static cache", "falcon")}
 """What transformers cannot do itself."""
 Check = Callable[[Any], Any]
-_SETTINGS: dict[str, dict[str, Any]] = {
+_OF_CACHES: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "sample": {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
-    "min_p and typical_p": {"do_sample": True, "min_p": 0.05, "typical_p": 0.9},
-    "epsilon and eta": {"do_sample": True, "epsilon_cutoff": 0.001, "eta_cutoff": 0.002},
     "several samples": {"do_sample": True, "num_return_sequences": 3},
     "beams": {"num_beams": 3},
     "beams returned": {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5, "early_stopping": True},
     "beams sampled": {"num_beams": 2, "do_sample": True},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 3},
+    "guidance": {"guidance_scale": 1.5},
+    "static cache": {"cache_implementation": "static"},
+    "dynamic cache": {"cache_implementation": "dynamic"},
+    "prompt_lookup sampled": {"prompt_lookup_num_tokens": 2, "do_sample": True},
+    "own decoding method": {"custom_generate": _own_loop},
+}
+_OF_LOGITS: dict[str, dict[str, Any]] = {
+    "sample": {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "min_p and typical_p": {"do_sample": True, "min_p": 0.05, "typical_p": 0.9},
+    "epsilon and eta": {"do_sample": True, "epsilon_cutoff": 0.001, "eta_cutoff": 0.002},
     "repetition_penalty": {"repetition_penalty": 1.4},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
     "bad_words_ids": {"bad_words_ids": [[5], [6, 7]]},
@@ -144,10 +152,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "stopping_criteria": {"stopping_criteria": [_After(23)]},
     "logits_processor": {"logits_processor": LogitsProcessorList([_Even()])},
     "prefix_allowed": {"prefix_allowed_tokens_fn": lambda batch, ids: [4, 5, 6 + len(ids)]},
-    "prompt_lookup": {"prompt_lookup_num_tokens": 3},
-    "guidance": {"guidance_scale": 1.5},
-    "static cache": {"cache_implementation": "static"},
-    "dynamic cache": {"cache_implementation": "dynamic"},
     "renormalised": {"num_beams": 2, "renormalize_logits": True},
     "forced_bos": {"forced_bos_token_id": 7},
     "begin_suppress_tokens": {"begin_suppress_tokens": list(range(3, 200))},
@@ -158,18 +162,17 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "max_time": {"max_time": 600.0},
     "top_h": {"do_sample": True, "top_h": 0.5},
     "an end given twice": {"eos_token_id": [5, 5, 9], "min_length": 23},
-    "prompt_lookup sampled": {"prompt_lookup_num_tokens": 2, "do_sample": True},
     "early_stopping never": {"num_beams": 3, "early_stopping": "never", "eos_token_id": list(range(3, 60))},
     "beams with n-grams": {"num_beams": 3, "no_repeat_ngram_size": 2, "eos_token_id": 9},
-    "own decoding method": {"custom_generate": _own_loop},
 }
+"""What works on logits or counts tokens, and does not know of which model."""
 CHECKS: dict[str, Check] = {
     name: (
         lambda model, settings=settings: model.generate(
             _ids(), **({"max_new_tokens": 8, "do_sample": False} | settings)
         )
     )
-    for name, settings in _SETTINGS.items()
+    for name, settings in (_OF_CACHES | _OF_LOGITS).items()
 }
 CHECKS |= {
     "padded batch": lambda model: model.generate(**_padded(), max_new_tokens=8, do_sample=False),
@@ -223,7 +226,7 @@ REFUSED: dict[str, tuple[Check, str]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module")
 def both(request: pytest.FixtureRequest, checkpoints) -> tuple[Any, GriffinModel]:
     """The stock model, and ours with all its neurons."""
     path = checkpoints(request.param)
@@ -246,7 +249,20 @@ def _assert_same(found: Any, expected: Any) -> None:
             _assert_same(found[name], expected[name])
 
 
-@pytest.mark.parametrize("name", CHECKS)
+def _pairs() -> Iterator[Any]:
+    """One architecture with everything; the others with what has to do with caches and positions, all of it in the end,
+    and in turn with the rest."""
+    first, *others = ARCHITECTURES
+    for at, name in enumerate(CHECKS):
+        yield pytest.param(first, name)
+        if name in _OF_LOGITS:
+            yield pytest.param(others[at % len(others)], name)
+        else:
+            for place, other in enumerate(others):
+                yield pytest.param(other, name, marks=() if (at + place) % 4 == 0 else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("both", "name"), list(_pairs()), indirect=["both"])
 def test_it_gives_what_transformers_gives(both: tuple[Any, GriffinModel], name: str):
     stock, model = both
     torch.manual_seed(0)

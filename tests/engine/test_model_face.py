@@ -121,6 +121,11 @@ def test_its_defaults_can_be_changed(checkpoints):
         (lambda m: m.generate(_ids().numpy()), "batch, tokens"),
         (lambda m: m.generate(m.tokenizer("the cat", return_tensors="pt")), r"generate\(\*\*tokens\)"),
         (lambda m: m.generate(_ids().float()), "whole numbers"),
+        (lambda m: m.generate(_ids()[:0]), "prompt is empty"),
+        (lambda m: m.generate(_ids()[None]), "batch, tokens"),
+        (lambda m: m.generate(_ids(), attention_mask=_ids()[None]), "batch, tokens"),
+        (lambda m: m.generate(_ids(), exact=True, custom_generate=lambda model, ids, **_: ids), "custom_generate"),
+        (lambda m: next(m.generate_many([_ids()], num_beams=0)), "at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_can(model: GriffinModel, asked: Any, answer: str):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import quantised_reference as ref
 import torch
-from tiny_models import ARCHITECTURES, VOCAB, every_architecture, write_checkpoint
+from marks import by_turns
+from tiny_models import ARCHITECTURES, VOCAB, write_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -58,11 +59,6 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return written[name, dtype]
 
     return checkpoint
-
-
-@pytest.fixture(params=every_architecture())
-def architecture(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def _prompt(batch: int) -> tuple[Tensor, Tensor]:
@@ -114,8 +110,9 @@ def _check(model: GriffinModel, path: Path, name: str, batch: int = 1, **options
     assert report.peak_device_bytes <= model.plan.peak_bytes <= model.plan.budget_bytes
 
 
-@precisions
-@pytest.mark.parametrize("density", [0.5, 1.0])
+@pytest.mark.parametrize(
+    ("architecture", "precision", "density"), by_turns(ARCHITECTURES, PRECISIONS, (0.5, 1.0), each=4)
+)
 def test_streamed(architecture: str, precision: str, density: float, untied):
     """The prompt passes quantised attention and the FF as it is stored, every further token quantised neurons."""
     path = untied(architecture)
@@ -127,7 +124,7 @@ def test_streamed(architecture: str, precision: str, density: float, untied):
     assert model.plan.precision == precision
 
 
-@precisions
+@pytest.mark.parametrize(("architecture", "precision"), by_turns(ARCHITECTURES, PRECISIONS, each=2))
 def test_dense(architecture: str, precision: str, untied):
     """Nothing is streamed: the prompt, too, passes quantised matrices."""
     path = untied(architecture)
@@ -136,7 +133,7 @@ def test_dense(architecture: str, precision: str, untied):
     _check(model, path, architecture)
 
 
-@precisions
+@pytest.mark.parametrize(("architecture", "precision"), by_turns(ARCHITECTURES, PRECISIONS))
 def test_bytes_are_those_of_the_plan(architecture: str, precision: str, untied):
     """The other densities in turns: what is allocated is what was promised."""
     turn = list(ARCHITECTURES).index(architecture) + PRECISIONS.index(precision)

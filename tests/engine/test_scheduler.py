@@ -63,7 +63,7 @@ def _quick(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", [_quick(name) for name in TOGETHER])
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(asked=st.lists(ASKED, min_size=2, max_size=7), most=st.integers(2, 4))
 def test_each_answers_as_it_does_alone(model_of, name: str, asked: list[Any], most: int):
     """With all neurons, whoever joins or leaves meanwhile; drawn tokens, too."""

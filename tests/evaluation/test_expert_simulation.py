@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import mostly_slow
+from marks import by_turns
 from tiny_models import MIXTURES, VOCAB
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,6 +19,7 @@ from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import prompt_prior, simulate
 from griffin_offload.method.variants import Variant
 
+NAMES = [name for name in MIXTURES if name != "phimoe"]
 LENGTHS = (40, 1, 23)
 HALF = Variant(0.5)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -43,8 +44,7 @@ def _prompts(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
     return [torch.randint(5, VOCAB - 8, (1, length), generator=generator) for length in lengths]
 
 
-@pytest.mark.parametrize("rows", ["all at once", "few"])
-@pytest.mark.parametrize("name", mostly_slow([name for name in MIXTURES if name != "phimoe"], 3))
+@pytest.mark.parametrize(("name", "rows"), by_turns(NAMES, ("all at once", "few"), whole=("mixtral", "gpt_oss")))
 def test_equals_generation_by_residents(checkpoints, monkeypatch: pytest.MonkeyPatch, name: str, rows: str):
     """Prompts of several lengths alone, and together, padded; hybrids, whose states padding would change, alone."""
     if rows == "few":

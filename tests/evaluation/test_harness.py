@@ -8,6 +8,7 @@ import torch
 from evaluation.direct import gated, kept_by, simulated_directly
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from marks import by_turns
 from tiny_models import ARCHITECTURES, BOS
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,8 @@ PAIRS = [
 PROMPTS = ["the cat sat on", "nothing was left in their boats and", "river"]
 TEXTS = ["the cat sat on the mat and thought of another river " * 4, "boats", "nothing was left"]
 CLOSE = {"abs": 1e-5, "rel": 1e-6}
+# Whether texts of the harness begin with BOS: Gemma's always do.
+WITH_BOS = {"llama2": False, "gemma": True, "opt": False, "qwen3_moe": False}
 
 
 def _requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
@@ -51,14 +54,15 @@ def _dense(path: Path, bos: bool | None, **options: Any) -> HFLM:
         return HFLM(str(path), add_bos_token=bos, **settings, **options)
 
 
-@pytest.mark.parametrize(("name", "bos"), [("llama2", False), ("gemma", True), ("opt", False), ("qwen3_moe", False)])
-@pytest.mark.parametrize("mode", ["gen", "class", "strict"])
+@pytest.mark.parametrize(
+    ("name", "mode"), by_turns(WITH_BOS, ("gen", "class", "strict"), whole=("llama2", "qwen3_moe"))
+)
 @pytest.mark.filterwarnings("ignore:.* too few tokens")
-def test_density_one_is_hflm(checkpoints, name: str, bos: bool, mode: str):
+def test_density_one_is_hflm(checkpoints, name: str, mode: str):
     """Log-likelihoods, windows of whole texts and generations, as the full model and as a variant that keeps all."""
     path = checkpoints(name)
     ours = _griffin(path, mode=mode, density=1.0, max_length=24)
-    dense = _dense(path, bos, max_length=24)
+    dense = _dense(path, WITH_BOS[name], max_length=24)
     with quiet_harness():
         expected = dense.loglikelihood(LIKELIHOODS), dense.loglikelihood_rolling(ROLLING)
         generated = dense.generate_until(GENERATIONS)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import by_turns
 from reference import dense_forward
-from tiny_models import VOCAB, WINDOW, every_architecture
+from tiny_models import ARCHITECTURES, VOCAB, WINDOW
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -44,17 +45,12 @@ def _generated(model: GriffinModel, prompt: Tensor) -> tuple[Sample, Tensor]:
     return Sample.generation(prompt[0], continuation), log_probs.gather(-1, continuation[:, None])[:, 0]
 
 
-@pytest.fixture(params=["all rows at once", "few rows and positions at once"])
-def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    if request.param != "all rows at once":
+@pytest.mark.parametrize(("name", "pieces"), by_turns(ARCHITECTURES, ("all rows", "few rows and positions")))
+def test_equals_generation(checkpoints, monkeypatch: pytest.MonkeyPatch, name: str, pieces: str):
+    """Greedy continuations of one prompt each, re-scored alone and all together, padded: the same log-probabilities."""
+    if pieces != "all rows":
         monkeypatch.setattr(simulated_pass, "TOKENS_AT_ONCE", 160)
         monkeypatch.setattr(simulated_pass, "POSITIONS_AT_ONCE", 5)
-
-
-@pytest.mark.usefixtures("_pieces")
-@pytest.mark.parametrize("name", every_architecture())
-def test_equals_generation(checkpoints, name: str):
-    """Greedy continuations of one prompt each, re-scored alone and all together, padded: the same log-probabilities."""
     assert max(LENGTHS) > WINDOW
     model = _load(checkpoints(name), ff_chunk_tokens=16)
     samples, expected = zip(*(_generated(model, prompt) for prompt in _prompts()), strict=True)

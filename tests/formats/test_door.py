@@ -41,7 +41,7 @@ VALUES = VALUES[VALUES.isfinite()]
 
 def _fp8_values(weight: Tensor, dtype: torch.dtype, *, is_down: bool) -> Tensor:
     """What `weight` becomes: the nearest of all 254 numbers, tried one by one."""
-    columns = ref.neuron_scale(weight).to(dtype) if is_down else torch.ones(weight.shape[1], dtype=dtype)
+    columns = (ref.neuron_scale if is_down else ref.input_scale)(weight).to(dtype)
     largest = (weight.float() / ref.divisor(columns).float()).abs().amax(1)
     rows = (largest / 448).to(dtype)
     quotient = weight.float() / ref.divisor(columns).float() / ref.divisor(rows).float()[:, None]
@@ -145,8 +145,7 @@ class Foreign(FP8):
         return get("int4")
 
     def floats(self, full: Tensors, dtype: torch.dtype, *, is_down: bool) -> Tensor:
-        weight = full["weight"].to(dtype) * full["scale"][:, None]
-        return weight * full["input_scale"] if is_down else weight
+        return full["weight"].to(dtype) * full["scale"][:, None] * full["input_scale"]
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
@@ -233,7 +232,7 @@ def test_not_quantised_is_asked_of_the_format():
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr == "is_floating_point"
     }
-    integers = {"checkpoint/base.py", "checkpoint/decoding.py", "checkpoint/adapter.py", "engine/build.py"}
+    integers = {"checkpoint/registry.py", "checkpoint/decoding.py", "checkpoint/adapter.py", "engine/build.py"}
     assert asked == {"engine/model_interface.py", "engine/decode_graph.py", "kv_cache/sequence_file.py"} | integers
 
 

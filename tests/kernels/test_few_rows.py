@@ -146,6 +146,62 @@ def test_floats(kind: Kind, data: st.DataObject, outputs: int, inputs: int, thre
     assert torch.all(((found.double() - exact).abs() <= allowed) | (exact.abs() > limits.max / 2))
 
 
+def _by_tiles() -> gemv.GemvKernels:
+    found = library()
+    assert found is not None
+    return gemv.GemvKernels(found, tiles=True)
+
+
+def _no_tiles() -> bool:
+    found = library()
+    return found is None or not found.sums_tiles
+
+
+@pytest.mark.skipif(_no_tiles(), reason="a processor without AMX, or no compiler")
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(1, 16), outputs=st.integers(1, 300), inputs=st.integers(1, 300), seed=st.integers(0, 99))
+def test_tiles_are_what_the_others_are(rows: int, outputs: int, inputs: int, seed: int):
+    """But for the order of sums; and of a row the same to the last bit, however many there are."""
+    generator = torch.Generator().manual_seed(seed)
+    groups, whole = -(-inputs // 32), -(-inputs // 16) * 16
+    drawn = torch.randn(rows, 32 * groups, generator=generator).bfloat16()
+    weight = torch.randint(-128, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+    floats = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    scale, (codes, pairs) = torch.rand(outputs, generator=generator), _packed(outputs, groups)
+    strips, own = ref.rows_as_strips(*_packed(whole, -(-outputs // 32))), drawn[:, :whole].abs().clone()
+    bias, features = torch.ones(outputs).bfloat16(), outputs
+    calls = {
+        "int8": lambda k, x: k.multiply_int8(x[:, :inputs], weight, scale, bias),
+        "floats": lambda k, x: k.multiply_floats(x[:, :inputs], floats, bias),
+        "rows": lambda k, x: k.multiply_rows(x, codes, pairs, scale, bias),
+        "strips": lambda k, x: k.multiply_strips(x[:, :whole], *strips, own[0], bias, features),
+    }
+    for name, call in calls.items():
+        found, expected = call(_by_tiles(), drawn), call(_kernels(), drawn)
+        assert found.shape == (rows, outputs)
+        size = expected.float().abs().max()
+        assert (found.float() - expected.float()).abs().max() <= 2**-7 * size, name  # a rounding
+        one_by_one = torch.cat([call(_by_tiles(), drawn[i : i + 1]) for i in range(rows)])
+        assert torch.equal(found, one_by_one), name
+
+
+@pytest.mark.skipif(_no_tiles(), reason="a processor without AMX, or no compiler")
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_tiles_leave_what_is_no_number_in_its_row(bad: float):
+    x = torch.ones(3, 256, dtype=torch.bfloat16)
+    x[1, 200] = bad
+    own, rows, neurons = _by_tiles(), _packed(40, 8), _packed(256, 2)
+    for found in (
+        own.multiply_int8(x, torch.ones(40, 256, dtype=torch.int8), torch.ones(40)),
+        own.multiply_rows(x, *rows, torch.ones(40)),
+        own.multiply_strips(x, *ref.rows_as_strips(*neurons), torch.ones(256).bfloat16()),
+    ):
+        assert found[1].isnan().all()
+        assert found[::2].isfinite().all()
+    with pytest.raises(ValueError, match="are known, with AMX"):
+        own.multiply_rows(x.float(), *rows, torch.ones(40))
+
+
 @needs_kernels
 @of_all_processors
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import pytest
 import quantised_reference as ref
@@ -15,7 +17,7 @@ from griffin_offload.formats import every, get
 from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.kernels import table
 from griffin_offload.kernels.by_blocks import Scratch
-from griffin_offload.kernels.library import library
+from griffin_offload.kernels.library import built, library
 
 
 @pytest.fixture
@@ -138,3 +140,12 @@ def test_several_matrices_at_once_are_each_of_them(dtype: torch.dtype):
             assert (found.double() - torch.cat(exact, dim=1)).norm() < 0.02 * torch.cat(exact, dim=1).norm()
             found = table.call("tiers", "strips", zs, strips, bias, 96, scratch, like=x)
             assert (found.double() - total - 1).norm() < 0.02 * total.norm()
+
+
+def test_the_library_for_every_python_comes_first(tmp_path: Path):
+    """An earlier version's, for one Python alone, may still lie beside it."""
+    assert built(tmp_path) is None
+    for suffix in (".cpython-39-x86_64-linux-gnu.so", EXTENSION_SUFFIXES[0], ".abi3.so"):
+        (tmp_path / f"_library{suffix}").touch()
+        usable = suffix in EXTENSION_SUFFIXES
+        assert built(tmp_path) == (tmp_path / f"_library{suffix}" if usable else None)

@@ -1,13 +1,12 @@
 """The KV cache against transformers' own, number by number and bit by bit, and against the bytes that were planned."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from marks import mostly_slow
+from marks import by_turns, mostly_slow
 from tiny_models import ARCHITECTURES, VOCAB
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, Lfm2Config, LlamaConfig, T5Config
 
@@ -286,12 +285,10 @@ def test_eight_bits_stay_near_sixteen(checkpoints, name: str, dtype: torch.dtype
     assert 1e-4 < error < 0.05
 
 
-def _cells() -> Iterator[tuple[str, int, int]]:
-    yield from ((name, batch, bits) for name in ARCHITECTURES for batch, bits in [(1, 16), (3, 8)])
-    yield from (("llama3", 3, 16), ("mistral", 3, 16), ("gemma3", 1, 8))
+WINDOWED = ("mistral", "gemma2", "gemma3")
 
 
-@pytest.mark.parametrize(("name", "batch", "bits"), mostly_slow(_cells(), 6))
+@pytest.mark.parametrize(("name", "batch", "bits"), by_turns(ARCHITECTURES, (1, 3), (16, 8), whole=WINDOWED))
 def test_planned_bytes_are_allocated_to_the_byte(checkpoints, name: str, batch: int, bits: int):
     context = 100  # more than a window and its slack
     model = _load(checkpoints(name), kv_bits=bits, batch_size=batch, density=0.5, ctx_size=context)

@@ -8,6 +8,8 @@ import torch
 from conversation_reference import MaskedConversation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loaded_model import answer, load
+from loaded_model import ids as prompt_of
 from tiny_models import HYBRIDS, VOCAB
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -23,16 +25,7 @@ QUICK = ["lfm2", "qwen3_5", "falcon_h1"]
 
 
 def _load(path: Path, **options: object) -> GriffinModel:
-    defaults = {"device": "cpu", "max_gpu_mem": "1GB", "density": 0.5, "ctx_size": CTX, "always_stream": True}
-    return GriffinModel.from_pretrained(path, **{**defaults, **options})
-
-
-def _ids(seed: int, tokens: int) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def _greedy(model: GriffinModel, ids: torch.Tensor, new_tokens: int = 8, **options: object) -> torch.Tensor:
-    return model.generate(ids, max_new_tokens=new_tokens, do_sample=False, **options)
+    return load(path, **{"ctx_size": CTX, "always_stream": True} | options)
 
 
 def _dense(model: object, ids: torch.Tensor, new_tokens: int = 8) -> torch.Tensor:
@@ -64,12 +57,12 @@ def test_any_prompt_after_any_other_equals_dense(whole, half, name, turns, draft
     """Each turn keeps some share of the sequence so far, in its prompt or in its answer, and goes on otherwise."""
     dense, model = whole[name]
     model = half[name] if exact else model
-    context, sequence = model.new_context(), _ids(0, 1)
+    context, sequence = model.new_context(), prompt_of(0, 1)
     options = {"exact": True, "draft_tokens": drafts} if exact else {}
     for number, (share, tokens, new_tokens) in enumerate(turns):
         kept = min(int(share * sequence.shape[1]), CTX - tokens - new_tokens)
-        ids = torch.cat([sequence[:, :kept], _ids(number, tokens)], dim=1)
-        sequence = _greedy(model, ids, new_tokens, context=context, **options)
+        ids = torch.cat([sequence[:, :kept], prompt_of(number, tokens)], dim=1)
+        sequence = answer(model, ids, new_tokens, context=context, **options)
         assert torch.equal(sequence, _dense(dense, ids, new_tokens))
         assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
 
@@ -79,27 +72,27 @@ def test_turns_equal_a_masked_reference(checkpoints, name: str):
     path, architecture = checkpoints(name), HYBRIDS[name]
     dense = AutoModelForCausalLM.from_pretrained(path)
     reference = MaskedConversation(dense, architecture.down, architecture.neurons // 2)
-    model, ids = _load(path), _ids(1, 20)
+    model, ids = _load(path), prompt_of(1, 20)
     context = model.new_context()
     for turn in range(3):
         expected, known = reference.turn(ids, 8), len(context.tokens)
-        assert torch.equal(_greedy(model, ids, context=context), expected)
+        assert torch.equal(answer(model, ids, context=context), expected)
         report = model.last_report
         assert (report.cached_prompt_tokens, report.prompt_tokens) == (known, ids.shape[1] - known)
-        ids = torch.cat([expected, _ids(turn + 2, 6)], dim=1)
+        ids = torch.cat([expected, prompt_of(turn + 2, 6)], dim=1)
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_a_prompt_that_differs_goes_on_from_the_end_of_an_earlier_one(half, name: str):
-    model, context, ids = half[name], half[name].new_context(), _ids(0, 30)
-    answered = _greedy(model, ids, context=context)
+    model, context, ids = half[name], half[name].new_context(), prompt_of(0, 30)
+    answered = answer(model, ids, context=context)
     for tokens, known in ((3, 30), (-2, 22), (-10, 0)):  # behind the prompt, in front of its end, further back
-        other = torch.cat([answered[:, : 30 + tokens], _ids(5, 4)], dim=1)
-        _greedy(model, other, context=context)
+        other = torch.cat([answered[:, : 30 + tokens], prompt_of(5, 4)], dim=1)
+        answer(model, other, context=context)
         assert model.last_report.cached_prompt_tokens == known
-        _greedy(model, ids, context=context)  # and back again
+        answer(model, ids, context=context)  # and back again
     fetched = model.engine.loaded.layers.fetched_bytes
-    assert torch.equal(_greedy(model, ids, context=context), answered)
+    assert torch.equal(answer(model, ids, context=context), answered)
     assert model.engine.loaded.layers.fetched_bytes == fetched
 
 
@@ -108,21 +101,21 @@ def test_passes_between_tokens_read_over_what_residents_left(checkpoints, refres
     """At density 1 both agree, so that the answer is the dense model's if and only if states went back."""
     dense = AutoModelForCausalLM.from_pretrained(checkpoints("qwen3_5"))
     model = _load(checkpoints("qwen3_5"), density=1.0, refresh=refresh)
-    assert torch.equal(_greedy(model, _ids(0, 20), 16), _dense(dense, _ids(0, 20), 16))
+    assert torch.equal(answer(model, prompt_of(0, 20), 16), _dense(dense, prompt_of(0, 20), 16))
 
 
 @pytest.mark.parametrize("name", list(HYBRIDS))
 def test_a_saved_context_goes_on_as_the_one_that_was_saved(checkpoints, half, tmp_path: Path, name: str):
     model, path = half[name], tmp_path / "saved.ctx"
-    context, ids = model.new_context(), _ids(0, 30)
-    first = _greedy(model, ids, context=context)
+    context, ids = model.new_context(), prompt_of(0, 30)
+    first = answer(model, ids, context=context)
     model.save_context(context, path)
-    others = [torch.cat([first[:, :kept], _ids(9, 5)], dim=1) for kept in (38, 31, 24)]  # the end, a mark, a seam
+    others = [torch.cat([first[:, :kept], prompt_of(9, 5)], dim=1) for kept in (38, 31, 24)]  # the end, a mark, a seam
     for other, known in zip(others, (37, 30, 22), strict=True):
-        expected = _greedy(model, other, context=model.load_context(path)[0])
+        expected = answer(model, other, context=model.load_context(path)[0])
         again = _load(checkpoints(name))
         loaded, _ = again.load_context(path)
-        assert torch.equal(_greedy(again, other, context=loaded), expected)
+        assert torch.equal(answer(again, other, context=loaded), expected)
         assert again.last_report.cached_prompt_tokens == known
 
 
@@ -133,7 +126,7 @@ def test_a_file_whose_states_are_others_is_damaged(half, tmp_path: Path):
 
     model, path = half["qwen3_5"], tmp_path / "saved.ctx"
     context = model.new_context()
-    _greedy(model, _ids(0, 20), context=context)
+    answer(model, prompt_of(0, 20), context=context)
     model.save_context(context, path)
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     with sequence_file.readable(path) as file:
@@ -151,8 +144,8 @@ def test_a_file_whose_states_are_others_is_damaged(half, tmp_path: Path):
 def test_a_failure_leaves_a_context_that_can_go_on(whole, half, name: str, exact: bool, where: str):
     dense, model = whole[name][0], (half if exact else {n: m for n, (_, m) in whole.items()})[name]
     context, calls = model.new_context(), []
-    first = _greedy(model, _ids(0, 24), context=context, exact=exact)
-    ids = torch.cat([first, _ids(1, 6)], dim=1)
+    first = answer(model, prompt_of(0, 24), context=context, exact=exact)
+    ids = torch.cat([first, prompt_of(1, 6)], dim=1)
 
     def fail(*_: object) -> None:
         calls.append(1)
@@ -164,23 +157,23 @@ def test_a_failure_leaves_a_context_that_can_go_on(whole, half, name: str, exact
     else:
         fail.put, fail.end = fail, fail
     with pytest.raises(RuntimeError, match="enough"):
-        _greedy(model, ids, context=context, exact=exact, **({"streamer": fail} if where == "answer" else {}))
+        answer(model, ids, context=context, exact=exact, **({"streamer": fail} if where == "answer" else {}))
     model.progress = None
-    assert torch.equal(_greedy(model, ids, context=context, exact=exact), _dense(dense, ids))
+    assert torch.equal(answer(model, ids, context=context, exact=exact), _dense(dense, ids))
 
 
 @pytest.mark.parametrize("name", list(HYBRIDS))
 def test_batches_and_beams_are_the_dense_models(whole, name: str):
     dense, model = whole[name]
     model.engine.kept_cache.release()
-    ids = torch.cat([_ids(seed, 20) for seed in (1, 2)])
+    ids = torch.cat([prompt_of(seed, 20) for seed in (1, 2)])
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(ids * mask, **options), dense.generate(ids * mask, **options))
     options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3}
-    expected = dense.generate(_ids(1, 20), attention_mask=torch.ones(1, 20, dtype=torch.long), **options)
-    assert torch.equal(model.generate(_ids(1, 20), **options), expected)
+    expected = dense.generate(prompt_of(1, 20), attention_mask=torch.ones(1, 20, dtype=torch.long), **options)
+    assert torch.equal(model.generate(prompt_of(1, 20), **options), expected)
 
 
 def test_keys_and_values_in_eight_bits_leave_states_alone(checkpoints):
@@ -188,7 +181,7 @@ def test_keys_and_values_in_eight_bits_leave_states_alone(checkpoints):
     assert model.plan.decode_parts["states"] == plain.plan.decode_parts["states"]
     assert model.plan.decode_parts["kv_cache"] < plain.plan.decode_parts["kv_cache"] / 2
     logits = [
-        torch.stack(_greedy(m, _ids(0, 20), output_logits=True, return_dict_in_generate=True).logits)
+        torch.stack(answer(m, prompt_of(0, 20), output_logits=True, return_dict_in_generate=True).logits)
         for m in (plain, model)
     ]
     assert 0 < (logits[0][:2] - logits[1][:2]).norm() / logits[0][:2].norm() < 0.05
@@ -201,7 +194,7 @@ def test_copies_are_in_the_plan(checkpoints, name: str):
     alone, kept = (_load(path, keep_prompts=keeps) for keeps in (False, True))
     states = alone.plan.parts["states"]
     filled = DynamicCache(config=alone.model.config)
-    AutoModelForCausalLM.from_pretrained(path)(_ids(0, 20), use_cache=True, **{CACHE: filled})
+    AutoModelForCausalLM.from_pretrained(path)(prompt_of(0, 20), use_cache=True, **{CACHE: filled})
     assert states == state_bytes(filled) > 0
     marks = 4 * states
     neurons, chosen = sum(layer.neurons for layer in kept.engine.shape.layers), sum(kept.plan.kept)
@@ -209,7 +202,7 @@ def test_copies_are_in_the_plan(checkpoints, name: str):
     assert kept.plan.parts["statistic"] == tables + marks
     context = kept.new_context()
     for turn in range(6):
-        _greedy(kept, _ids(turn, 12 + turn), context=context)
+        answer(kept, prompt_of(turn, 12 + turn), context=context)
         assert len(context.marks) <= 4
     assert context.nbytes <= sum(kept.plan.decode_parts[part] for part in ("kv_cache", "states", "statistic"))
     exact = _load(path, exact=True, draft_tokens=5)
@@ -220,13 +213,13 @@ def test_copies_are_in_the_plan(checkpoints, name: str):
 
 def test_the_server_reuses_the_prefix_of_an_earlier_request(half):
     model = half["qwen3_5"]
-    sessions, ids = PrefixCache(model.new_context, 10**8, 4), _ids(0, 30)
+    sessions, ids = PrefixCache(model.new_context, 10**8, 4), prompt_of(0, 30)
     context = sessions.take(ids[0], exact=False)
-    answered = _greedy(model, ids, context=context)
+    answered = answer(model, ids, context=context)
     sessions.keep(context)
-    following = torch.cat([answered, _ids(1, 6)], dim=1)
+    following = torch.cat([answered, prompt_of(1, 6)], dim=1)
     context = sessions.take(following[0], exact=False)
-    _greedy(model, following, context=context)
+    answer(model, following, context=context)
     assert model.last_report.cached_prompt_tokens == answered.shape[1] - 1
 
 
@@ -234,10 +227,10 @@ def test_states_go_back_to_where_they_were_copied_and_no_further(whole):
     dense, _ = whole["qwen3_5"]
     cache = KVCache(dense.config, ctx_tokens=64)
     with torch.no_grad():
-        dense(_ids(0, 10), use_cache=True, **{CACHE: cache})
+        dense(prompt_of(0, 10), use_cache=True, **{CACHE: cache})
         before = cache.copied_states()
         cache.keep_start()
-        dense(_ids(1, 3), use_cache=True, **{CACHE: cache})
+        dense(prompt_of(1, 3), use_cache=True, **{CACHE: cache})
     with pytest.raises(GriffinError, match="no states were kept that go back to token 12"):
         cache.crop(-1)
     assert cache.get_seq_length() == 13
@@ -250,4 +243,4 @@ def test_states_go_back_to_where_they_were_copied_and_no_further(whole):
 
 def test_drafts_of_others_are_still_refused(half):
     with pytest.raises(UsageError, match=r"prompt_lookup_num_tokens takes drafts back: .*; exact=True can"):
-        _greedy(half["qwen3_5"], _ids(0, 20), prompt_lookup_num_tokens=3)
+        answer(half["qwen3_5"], prompt_of(0, 20), prompt_lookup_num_tokens=3)

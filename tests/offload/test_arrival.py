@@ -11,7 +11,7 @@ from griffin_offload import GriffinModel
 from griffin_offload.blocks.base import hooks_on
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.errors import GriffinError
-from griffin_offload.offload.background_loader import BackgroundLoader
+from griffin_offload.offload.layer_stream import BackgroundLoader
 
 
 def decoder(layers: int) -> nn.ModuleList:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import by_turns
 from tiny_models import ARCHITECTURES, VOCAB
 from transformers import LlamaConfig
 
@@ -268,8 +269,7 @@ def test_planning_70b_from_its_config_alone():
     assert plan.fits
 
 
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("name", "batch"), by_turns(ARCHITECTURES, (1, 2)))
 def test_planned_bytes_are_the_measured_ones(checkpoints, name: str, batch: int):
     """Residents and KV cache exactly, per architecture; the measured peak within the plan's."""
     model = GriffinModel.from_pretrained(

@@ -30,7 +30,7 @@ class Running:
 
     def __init__(self, server: Server) -> None:
         self.server, self.url = server, server.url
-        self.http = httpx.Client(base_url=server.url, timeout=LONGEST_S)
+        self.http = httpx.Client(base_url=server.url, timeout=LONGEST_S, verify=False)  # no certificates to read
 
     def client(self, key: str = "unused") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=LONGEST_S)
@@ -98,7 +98,7 @@ def serving() -> Callable[..., "contextlib.AbstractContextManager[Running]"]:
     return running
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def client(tiny: Running) -> Iterator[openai.OpenAI]:
     with tiny.client() as found:
         yield found
@@ -136,6 +136,20 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
     monkeypatch.setattr(Job, "token", token)
     yield permits
     over.set()
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch, gate: threading.Semaphore) -> list[Job]:
+    """The job of every token so far."""
+    seen: list[Job] = []
+    gated = Job.token
+
+    def token(job: Job) -> None:
+        seen.append(job)
+        gated(job)
+
+    monkeypatch.setattr(Job, "token", token)
+    return seen
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A server's answers where a checkpoint's generation settings ask for what clients cannot: penalties, stop strings."""
 
+import collections
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from scripted_model import EOS, byte_tokenizer, write_scripted
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 PENALTIES = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": [40, 41]}
 TEXT = "the cat and the cat and"
@@ -75,3 +76,28 @@ def test_stop_strings_and_ends_of_a_checkpoint(serve_one, tmp_path: Path):
             chat = server.post(ask | {"messages": messages}, "/v1/chat/completions").json()["choices"][0]
         assert (completion["text"], completion["finish_reason"]) == (text, "stop")
         assert (chat["message"]["content"], chat["finish_reason"]) == (text, "stop")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_tokens_of_the_answer_are_counted_for_openais_penalties(tiny, model, exact: bool):
+    """Against the formula, by hand: what was said loses `presence` once and `frequency` each time; the prompt does not
+    count. Drafts of exact mode are counted for their own places."""
+    penalties = {"presence_penalty": 0.4, "frequency_penalty": 0.7}
+    body = {"model": "tiny", "prompt": TEXT, "max_tokens": 14, "temperature": 0, "exact": exact}
+    found = tiny.post(body | penalties | {"logprobs": 0}).json()["choices"][0]
+    assert found["text"] != tiny.post(body).json()["choices"][0]["text"]
+    ids = model.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    settings = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None, "exact": exact}
+    answer = model.generate(ids, **settings, logits_processor=LogitsProcessorList([_ByHand(ids.shape[1])]))
+    assert found["text"] == model.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+class _ByHand(LogitsProcessor):
+    def __init__(self, prompt_tokens: int) -> None:
+        self._prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        found = scores.clone()
+        for token, count in collections.Counter(input_ids[0, self._prompt_tokens :].tolist()).items():
+            found[0, token] -= 0.4 + 0.7 * count
+        return found

@@ -29,7 +29,7 @@ def error_of(answer: httpx.Response, status: int) -> dict:
 
 
 def test_paths_and_methods(tiny):
-    for path in ("/", "/v1", "/v1/models/", "/v1/chat/completions/", "/v1/embeddings", "/docs", "/../etc/passwd"):
+    for path in ("/v1", "/v1/models/", "/v1/chat/completions/", "/v1/embeddings", "/docs", "/../etc/passwd"):
         assert error_of(tiny.http.get(path), 404)["code"] in ("not_found", "model_not_found")
     for path in ("/v1/chat/completions", "/v1/completions"):
         for method in ("GET", "PUT", "DELETE", "OPTIONS"):
@@ -125,6 +125,8 @@ def test_key_host_and_origin(chatty, serve_one):
             assert answer.headers["www-authenticate"] == "Bearer"
             assert guarded.http.get(path, headers=right).status_code == 200
         assert error_of(guarded.post(BODY), 401)["type"] == "authentication_error"
+        for key, status in ((KEY, 200), ("sk-another", 401)):  # as Anthropic's clients give it
+            assert guarded.http.get("/v1/models", headers={"x-api-key": key}).status_code == status
         assert guarded.http.get("/health").status_code == 200
         assert guarded.post(BODY, headers=right | {"host": "box.lan:80"}).status_code == 200
         assert error_of(guarded.post(BODY, headers=right | {"host": "evil.example"}), 403)["code"] == "host_not_allowed"

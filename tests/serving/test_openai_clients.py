@@ -3,13 +3,13 @@
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
 import torch
+from server_clients import eventually
 
 from griffin_offload import GriffinModel
 from griffin_offload.serving.queue import Job
@@ -19,27 +19,6 @@ MESSAGES: list[Any] = [{"role": "user", "content": "the cat"}]
 BODY: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 100}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
 KEY = "sk-a-secret"
-
-
-def eventually(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch, gate: threading.Semaphore) -> list[Job]:
-    """The job of every token so far."""
-    seen: list[Job] = []
-    gated = Job.token
-
-    def token(job: Job) -> None:
-        seen.append(job)
-        gated(job)
-
-    monkeypatch.setattr(Job, "token", token)
-    return seen
 
 
 def disconnected(one: Any, endpoint: str) -> Callable[[], bool]:

@@ -132,3 +132,13 @@ def test_anthropics_own_client(tiny):
 def test_what_a_message_cannot_have(tiny, fields: dict[str, Any], param: str):
     refused = tiny.post(BODY | fields, "/v1/messages")
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+def test_tokens_of_a_message_are_counted(tiny):
+    """As coding agents ask before they send; without max_tokens."""
+    body = {"model": "tiny", "system": "be kind", "messages": [{"role": "user", "content": "the cat"}]}
+    counted = tiny.post(body, "/v1/messages/count_tokens").json()
+    answer = tiny.post(body | {"max_tokens": 2}, "/v1/messages").json()
+    assert counted == {
+        "input_tokens": answer["usage"]["input_tokens"] + answer["usage"].get("cache_read_input_tokens", 0)
+    }

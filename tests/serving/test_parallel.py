@@ -78,6 +78,22 @@ def test_requests_that_come_together_are_answered_together(chatty, serve_one, ga
         assert one.metric("sessions") == 5  # what was said is kept, for whoever goes on
 
 
+def test_what_an_answer_uses_is_nobody_elses_meanwhile(chatty, serve_one, gate):
+    """The same prompt is computed once more beside it, and not behind it."""
+
+    def cached(answer: Any) -> int:
+        return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    with serve_one(chatty, WHOLE, parallel=2) as one:
+        asking = [Asking(one, body(PROMPTS[0]))]
+        all_asked(one, 1)
+        asking.append(Asking(one, body(PROMPTS[0])))
+        all_asked(one, 2)
+        gate.release(10_000)
+        assert [cached(answer.wait()) for answer in asking] == [0, 0]
+        assert cached(one.post(body(PROMPTS[0]))) > 0
+
+
 def test_several_answers_to_one_request_are_its_own(chatty, serve_one, alone, gate):
     """One after the other, drawn as if alone, beside another request's."""
     asked = {"prompt": PROMPTS[:2], "n": 2, "temperature": 1, "seed": 3, "max_tokens": 10, "model": "tiny"}

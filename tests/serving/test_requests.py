@@ -29,9 +29,10 @@ def refused(endpoint: str, **values: object) -> ApiError:
 def test_everything_that_is_served():
     common = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0.5, "top_p": 1, "seed": -3}
     common |= {"stop": ["a", "b"], "n": 2, "density": 0.25, "exact": False, "user": "somebody"}
-    common |= {"min_p": 0.05, "repetition_penalty": 1.1}
+    common |= {"min_p": 0.05, "repetition_penalty": 1.1, "presence_penalty": -1, "frequency_penalty": 2}
     both = {"stream": True, "include_usage": True, "temperature": 0.5, "top_p": 1.0, "seed": -3, "stops": ("a", "b")}
     both |= {"n": 2, "density": 0.25, "exact": False, "min_p": 0.05, "repetition_penalty": 1.1}
+    both |= {"presence_penalty": -1.0, "frequency_penalty": 2.0}
     found = parse("chat", **common, max_completion_tokens=7, logprobs=True, top_logprobs=3)
     assert found == Request("chat", messages=(USER,), max_tokens=7, top_logprobs=3, **both)
     found = parse("completions", **common, max_tokens=7, logprobs=3, prompt=["a", [1, 2]])
@@ -57,6 +58,7 @@ def test_what_is_left_out_or_null():
     + [("top_p", value) for value in (-1, 1.5, "x", False)]
     + [("min_p", value) for value in (-0.1, 1.1, "x", True)]
     + [("repetition_penalty", value) for value in (0, -1, 101, "x", True)]
+    + [(f"{name}_penalty", value) for name in ("presence", "frequency") for value in (-2.1, 2.1, "x", False)]
     + [("n", value) for value in (0, 9, 1.0, "2", True, 10**30)]
     + [("max_tokens", value) for value in (0, -1, 1.5, "5", True, 10**400)]
     + [("seed", value) for value in (1.5, "1", 2**63, True)]
@@ -80,13 +82,11 @@ def test_values_that_cannot_be(endpoint: str, name: str, value: object):
 @pytest.mark.parametrize(
     ("endpoint", "name", "value"),
     [
-        ("chat", "presence_penalty", 0.5),
         ("chat", "store", True),
         ("chat", "store", 0),
         ("chat", "modalities", ["audio"]),
         ("completions", "best_of", 2),
         ("completions", "suffix", "x"),
-        ("completions", "frequency_penalty", -1),
     ],
 )
 def test_fields_of_openai_that_are_not_served(endpoint: str, name: str, value: object):

@@ -16,30 +16,16 @@ from server_clients import BODY, LONGEST_S, Asking, Leaving, eventually
 
 from griffin_offload.blocks.base import ChunkedForward
 from griffin_offload.engine.prompt_passes import PromptPasses
-from griffin_offload.offload.background_loader import BackgroundLoader
+from griffin_offload.offload.layer_stream import BackgroundLoader
 from griffin_offload.serving.queue import Job
 
 TIMEOUT_S = 2.0  # of a request whose tokens never come
 
 
-@pytest.fixture
-def tokens(monkeypatch: pytest.MonkeyPatch, gate: threading.Semaphore) -> list[Job]:
-    """The job of every token so far, in order."""
-    seen: list[Job] = []
-    gated = Job.token
-
-    def token(job: Job) -> None:
-        seen.append(job)
-        gated(job)
-
-    monkeypatch.setattr(Job, "token", token)
-    return seen
-
-
-def test_a_full_queue_says_when_to_come_again(chatty, serve_one, gate, tokens):
+def test_a_full_queue_says_when_to_come_again(chatty, serve_one, gate, jobs):
     with serve_one(chatty, queue_size=2) as one:
         first = Asking(one, BODY)
-        eventually(lambda: tokens)
+        eventually(lambda: jobs)
         others = [Asking(one, BODY), Asking(one, BODY)]
         eventually(lambda: one.server.worker.waiting == 2)
         assert one.metric("queue_depth") == 2
@@ -58,15 +44,15 @@ def test_a_full_queue_says_when_to_come_again(chatty, serve_one, gate, tokens):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_the_worker_within_a_token(chatty, serve_one, gate, tokens, stream: bool):
+def test_a_client_that_leaves_frees_the_worker_within_a_token(chatty, serve_one, gate, jobs, stream: bool):
     with serve_one(chatty) as one:
         gate.release(3)
         leaving = Leaving(one, BODY | {"stream": stream})
-        eventually(lambda: len(tokens) == 4)
+        eventually(lambda: len(jobs) == 4)
         leaving.leave()
         eventually(lambda: one.metric("requests_total", endpoint="completions", outcome="disconnected") == 1)
         eventually(lambda: one.metric("sessions") == 1)  # what was said is kept
-        assert len(tokens) == 4
+        assert len(jobs) == 4
         gate.release(1000)
         assert one.post(BODY).status_code == 200
 
@@ -104,21 +90,21 @@ def test_a_client_that_leaves_while_the_prompt_streams(chatty, serve_one, monkey
         assert again.json()["choices"][0]["text"] == expected
 
 
-def test_a_client_that_leaves_the_queue(chatty, serve_one, gate, tokens):
+def test_a_client_that_leaves_the_queue(chatty, serve_one, gate, jobs):
     with serve_one(chatty) as one:
         first = Asking(one, BODY)
-        eventually(lambda: tokens)
+        eventually(lambda: jobs)
         leaving = Leaving(one, BODY)
         eventually(lambda: one.server.worker.waiting == 1)
         leaving.leave()
         eventually(lambda: one.server.worker.waiting == 0)
         gate.release(1000)
         assert first.wait().status_code == 200
-        assert len(set(tokens)) == 1
+        assert len(set(jobs)) == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_time_is_up(chatty, serve_one, gate, tokens, stream: bool):
+def test_time_is_up(chatty, serve_one, gate, jobs, stream: bool):
     with serve_one(chatty, request_timeout_s=TIMEOUT_S) as one:
         gate.release(3)
         answer = one.post(BODY | {"stream": stream})
@@ -233,10 +219,10 @@ def out_of_memory(*_: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 
-def test_the_end_lets_the_running_answer_finish(chatty, serve_one, gate, tokens):
+def test_the_end_lets_the_running_answer_finish(chatty, serve_one, gate, jobs):
     with serve_one(chatty) as one:
         first = Asking(one, BODY)
-        eventually(lambda: tokens)
+        eventually(lambda: jobs)
         waiting = Asking(one, BODY)
         eventually(lambda: one.server.worker.waiting == 1)
         one.server.stop(20)
@@ -246,10 +232,10 @@ def test_the_end_lets_the_running_answer_finish(chatty, serve_one, gate, tokens)
         assert first.wait().status_code == 200
 
 
-def test_the_end_does_not_wait_for_ever(chatty, serve_one, gate, tokens):
+def test_the_end_does_not_wait_for_ever(chatty, serve_one, gate, jobs):
     with serve_one(chatty) as one:
         first = Asking(one, BODY)
-        eventually(lambda: tokens)
+        eventually(lambda: jobs)
         one.server.stop(0.2)
         time.sleep(0.3)
         gate.release(1)
@@ -269,13 +255,13 @@ def test_nothing_is_left_behind(chatty, serve_one):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_nobody_waits_for_a_thread_that_is_gone(chatty, serve_one, gate, tokens, monkeypatch: pytest.MonkeyPatch):
+def test_nobody_waits_for_a_thread_that_is_gone(chatty, serve_one, gate, jobs, monkeypatch: pytest.MonkeyPatch):
     class Worse(BaseException):
         """Than any Exception."""
 
     with serve_one(chatty) as one:
         first = Asking(one, BODY)
-        eventually(lambda: tokens)
+        eventually(lambda: jobs)
         second = Asking(one, BODY)
         eventually(lambda: one.server.worker.waiting == 1)
 

@@ -23,3 +23,8 @@ def ids(seed: int = 0, tokens: int = 24) -> torch.Tensor:
 def greedy(model: Any, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
     """The prompt and six tokens of any model's `generate`."""
     return model.generate(prompt, **({"max_new_tokens": 6, "do_sample": False} | options))
+
+
+def answer(model: Any, prompt: torch.Tensor, new_tokens: int = 8, **options: Any) -> torch.Tensor:
+    """The prompt and so many tokens, in `context` for example."""
+    return greedy(model, prompt, max_new_tokens=new_tokens, **options)

@@ -1,12 +1,32 @@
-"""Parameters of which the first run always, and all with `--run-slow`."""
+"""Parameters of which some run always, and all with `--run-slow`."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
+from tiny_models import QUICK
 
 
 def mostly_slow(values: Iterable[Any], quick: int) -> list[Any]:
     """`values` as parameters, those behind the first `quick` marked as slow; tuples are several parameters."""
     found = [value if isinstance(value, tuple) else (value,) for value in values]
     return [pytest.param(*value, marks=() if at < quick else pytest.mark.slow) for at, value in enumerate(found)]
+
+
+def by_turns(
+    names: Iterable[str], *choices: Collection[Any], each: int = 1, whole: Collection[str] = QUICK
+) -> list[Any]:
+    """(name, choice, ...): `each` combinations of `choices` for every name, other ones for the next name.
+
+    The names of `whole` have all combinations; quick are those of them whose turn it is. For what names and choices
+    do each for itself: a product of both would say the same many times.
+    """
+    found = list(itertools.product(*choices))
+    parameters = []
+    for at, name in enumerate(names):
+        turn = {(at + step * (len(found) // each)) % len(found) for step in range(each)}
+        for place in range(len(found)) if name in whole else sorted(turn):
+            quick = name in whole and place in turn
+            parameters.append(pytest.param(name, *found[place], marks=() if quick else pytest.mark.slow))
+    return parameters

@@ -3,13 +3,12 @@ without Python. What a capture forbids, reading the device and bringing data fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 _aten = torch.ops.aten
 _FORBIDDEN = {
@@ -56,9 +55,17 @@ class _Recording(TorchDispatchMode):
         made: dict[int, Tensor] = {}
 
         def now(value: Any) -> Any:
-            return made.get(id(value), value) if isinstance(value, Tensor) else value
+            """Operators take tensors, numbers and lists of them: a tree's own functions would cost more than they."""
+            if isinstance(value, Tensor):
+                return made.get(id(value), value)
+            return [now(part) for part in value] if isinstance(value, (list, tuple)) else value
 
         for func, args, kwargs, recorded in self.calls:
-            result = func(*tree_map(now, args), **tree_map(now, kwargs))
-            pairs = zip(tree_flatten(recorded)[0], tree_flatten(result)[0], strict=True)
-            made.update((id(old), new) for old, new in pairs if isinstance(old, Tensor))
+            result = func(*now(args), **{name: now(value) for name, value in kwargs.items()})
+            for old, new in zip(_parts(recorded), _parts(result), strict=True):
+                if isinstance(old, Tensor):
+                    made[id(old)] = new
+
+
+def _parts(result: Any) -> Sequence[Any]:
+    return result if isinstance(result, (list, tuple)) else (result,)

@@ -9,26 +9,25 @@ from types import FrameType
 import griffin_offload
 
 _PACKAGE = f"{Path(griffin_offload.__file__).parent}/"
-_OPTIMIZED = 1  # of code: functions, and no bodies of modules and classes
+_IN_FUNCTION = 1  # a flag of code: bodies of modules and classes lack it
 
 
 def walk(function: Callable[[], object]) -> list[str]:
-    """Run it. Returns, in their order, the files whose functions were called, in any thread ("room/file.py"), and the
-    names of the forwards of transformers' models; what imports run is left out."""
+    """Run it. Returns, in their order and in all threads, the files of functions that were called ("room/file.py"),
+    and of forwards in transformers' models the class, "+" before it for the call and "-" for the return."""
     events: list[str] = []
 
-    def called(frame: FrameType, event: str, _: object) -> None:
+    def note(frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
-        if event != "call" or not code.co_flags & _OPTIMIZED:
-            return
         if code.co_filename.startswith(_PACKAGE):
-            if (file := code.co_filename.removeprefix(_PACKAGE)) not in events[-1:] and not _is_import(frame):
+            file = code.co_filename.removeprefix(_PACKAGE)
+            if event == "call" and code.co_flags & _IN_FUNCTION and file not in events[-1:] and not _imports(frame):
                 events.append(file)
-        elif code.co_name == "forward" and "/transformers/models/" in code.co_filename:
-            events.append(frame.f_locals["self"].__class__.__qualname__)
+        elif code.co_name == "forward" and "/transformers/models/" in code.co_filename and event in ("call", "return"):
+            events.append(f"{'+' if event == 'call' else '-'}{type(frame.f_locals['self']).__qualname__}")
 
-    threading.setprofile(called)
-    sys.setprofile(called)
+    threading.setprofile(note)
+    sys.setprofile(note)
     try:
         function()
     finally:
@@ -37,7 +36,8 @@ def walk(function: Callable[[], object]) -> list[str]:
     return events
 
 
-def _is_import(frame: FrameType | None) -> bool:
+def _imports(frame: FrameType | None) -> bool:
+    """Whether it runs because a file of the package is imported."""
     while frame is not None:
         if frame.f_code.co_name == "<module>" and frame.f_code.co_filename.startswith(_PACKAGE):
             return True
@@ -45,11 +45,14 @@ def _is_import(frame: FrameType | None) -> bool:
     return False
 
 
-def files(events: list[str]) -> set[str]:
+def files(events: list[str], start: str = "", end: str = "", nth: int = 0) -> set[str]:
+    """All files, or those from the `nth` event `start` on to the next `end`: "+" or "-" and how the class is named."""
+
+    def matches(event: str, wanted: str) -> bool:
+        return event[0] == wanted[0] and event.endswith(wanted[1:])
+
+    if start:
+        first = [index for index, event in enumerate(events) if matches(event, start)][nth]
+        rest = events[first + 1 :]
+        events = rest[: next(index for index, event in enumerate(rest) if matches(event, end))]
     return {event for event in events if event.endswith(".py")}
-
-
-def between(events: list[str], name: str, call: int) -> set[str]:
-    """The files from the call of this number of a forward whose class's name ends in `name` to the next one."""
-    calls = [index for index, event in enumerate(events) if event.endswith(name)]
-    return files(events[slice(*(calls + calls[:0])[call : call + 2])])

@@ -11,6 +11,7 @@
 #include "threads.h"
 
 #define MOST_GROUP 128
+#define BY_TILES 2    /* as `wide` is */
 #define UNIT 64       /* outputs that stay together: whole strips, whole cache lines of results */
 
 /* `count` values become numbers of up to `largest`; what rounding leaves over stays in `values`. */
@@ -146,6 +147,11 @@ static void multiply(const Product *p, Parallel parallel, Part kernel) {
 }
 
 void multiply_int8(const Product *p, Parallel parallel) {
+    if (p->wide == BY_TILES) {
+        int8_for_tiles(p);
+        multiply(p, parallel, int8_by_tiles);
+        return;
+    }
     quantize(p);
     if (p->wide) int8_lanes(p);
     multiply(p, parallel, p->wide ? int8_by_vnni : int8_by_avx2);
@@ -161,24 +167,30 @@ AVX2 static void scale_inputs(const Product *p) {
 /* Forms of 2 to 4 bits: what is made of x beforehand, and the kernels for processors of either kind. */
 typedef struct {
     void (*prepare)(const Product *p);
-    Part kernels[2];
+    Part kernels[3];
 } Form;
 
 static void quantize_for_int4(const Product *p) {
-    if (p->wide) quantize_by_fours(p);
+    if (p->wide == BY_TILES) int4_rows_for_tiles(p);
+    else if (p->wide) quantize_by_fours(p);
     else quantize(p);
+}
+
+static void inputs_for_int4(const Product *p) {
+    if (p->wide == BY_TILES) int4_strips_for_tiles(p);
+    else scale_inputs(p);
 }
 
 static const Form rows_of_bits[] = {{quantize_by_halves, {int2_rows_by_avx2, int2_rows_by_vnni}},
                                     {quantize_by_halves, {int3_rows_by_avx2, int3_rows_by_vnni}},
-                                    {quantize_for_int4, {int4_rows_by_avx2, int4_rows_by_vnni}}};
+                                    {quantize_for_int4, {int4_rows_by_avx2, int4_rows_by_vnni, int4_rows_by_tiles}}};
 static const Form strips_of_bits[] = {{scale_inputs, {int2_strips_by_avx2, int2_strips_by_vnni}},
                                       {scale_inputs, {int3_strips_by_avx2, int3_strips_by_vnni}},
-                                      {scale_inputs, {int4_strips_by_avx2, int4_strips_by_vnni}}};
+                                      {inputs_for_int4, {int4_strips_by_avx2, int4_strips_by_vnni, int4_strips_by_tiles}}};
 
 static void multiply_form(const Product *p, Parallel parallel, const Form *form) {
     form->prepare(p);
-    multiply(p, parallel, form->kernels[p->wide != 0]);
+    multiply(p, parallel, form->kernels[p->wide]);
 }
 
 #define MULTIPLY_BITS(bits)                                                     \
@@ -247,6 +259,11 @@ void multiply_tiers_strips(const Tiers *t, Parallel parallel) {
 }
 
 AVX2 void multiply_floats(const Product *p, Parallel parallel) {
+    if (p->wide == BY_TILES) {
+        pairs_for_tiles(p);
+        multiply(p, parallel, pairs_by_tiles);
+        return;
+    }
     if (!p->wide) widen(p->x, 0, p->rows * p->inputs, p->x_type, p->floats);
     multiply(p, parallel, p->wide ? pairs_by_bf16 : floats_by_avx2);
 }

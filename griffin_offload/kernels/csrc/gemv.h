@@ -52,6 +52,15 @@ void int2_rows_by_avx2(const void *product, int64_t start, int64_t end);
 void int2_rows_by_vnni(const void *product, int64_t start, int64_t end);
 void int2_strips_by_avx2(const void *product, int64_t start, int64_t end);
 void int2_strips_by_vnni(const void *product, int64_t start, int64_t end);
+/* Of 3 to 16 rows of bfloat16, by tiles: what is made of x, and the sums. */
+void int4_rows_for_tiles(const Product *p);
+void int4_rows_by_tiles(const void *product, int64_t start, int64_t end);
+void int4_strips_for_tiles(const Product *p);
+void int4_strips_by_tiles(const void *product, int64_t start, int64_t end);
+void int8_for_tiles(const Product *p);
+void int8_by_tiles(const void *product, int64_t start, int64_t end);
+void pairs_for_tiles(const Product *p);
+void pairs_by_tiles(const void *product, int64_t start, int64_t end);
 void floats_by_avx2(const void *product, int64_t start, int64_t end);
 void pairs_by_bf16(const void *product, int64_t start, int64_t end);
 

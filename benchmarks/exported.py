@@ -1,0 +1,118 @@
+"""Exports of one set of prompts in every form, each run by this package and by the software that it is written for.
+
+    python benchmarks/exported.py -m MODEL --prompts prompts.jsonl --text held_out.txt --llama-cpp PYTHON
+
+`--llama-cpp` is the interpreter of an environment with `xllamacpp`: GGUF files are compared with llama.cpp by the first
+choice after each of `--tokens` tokens of the text, which both are given. transformers (with compressed-tensors) is
+compared by the logits, in float32. Ends in JSON.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from griffin_offload import GriffinModel
+from griffin_offload.checkpoint.registry import open_checkpoint
+from griffin_offload.checkpoint.tokenizer import encode
+from griffin_offload.config import ExportForm
+from griffin_offload.engine import export as runtime
+from griffin_offload.engine.build import build
+
+# Runs in the other environment: reads token ids, prints the first choice after each prefix from `first` on.
+_LLAMA_CPP = """
+import json, sys, xllamacpp
+path, first, ids = sys.argv[1], int(sys.argv[2]), json.load(sys.stdin)
+p = xllamacpp.CommonParams()
+p.model.path, p.n_ctx, p.n_parallel, p.warmup = path, len(ids) + 8, 1, False
+p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[3])
+server = xllamacpp.Server(p)
+found = []
+for end in range(first, len(ids)):
+    asked = {"prompt": ids[:end], "n_predict": 1, "temperature": 0, "cache_prompt": True, "samplers": [], "logprobs": 1}
+    answer = server.handle_completions(asked)
+    found.append(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["id"])
+print(json.dumps(found))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, required=True, help='jsonl, {"prompt": ...}')
+    parser.add_argument("--text", type=Path, required=True, help="held out")
+    parser.add_argument("--density", type=float, default=0.75)
+    parser.add_argument("--forms", nargs="+", choices=get_args(ExportForm), default=list(get_args(ExportForm)))
+    parser.add_argument("--most-prompts", type=int, default=48)
+    parser.add_argument("--before", type=int, default=256, help="tokens that only precede")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON")
+    args = parser.parse_args()
+    tokenizer = open_checkpoint(args.model).tokenizer()
+    rows = [json.loads(line)["prompt"] for line in args.prompts.read_text().splitlines()][: args.most_prompts]
+    prompts = [torch.tensor(encode(tokenizer, text)) for text in rows]
+    ids = torch.tensor(encode(tokenizer, args.text.read_text()[: 12 * (args.before + args.tokens)]))
+    ids = ids[: args.before + args.tokens + 1]
+    options: dict[str, Any] = {"device": "cpu", "max_gpu_mem": "4GB", "quantize": "none"}
+    longest = max(len(prompt) for prompt in prompts) + 1
+    chooses = {"density": args.density, "always_stream": True, "keep_prompts": True, "ctx_size": longest}
+    with GriffinModel.from_pretrained(args.model, **options, **chooses) as model:
+        choice = runtime.choose(model, prompts)
+    full = logits_of(args.model, ids, args.before, options)
+    found = {"original": figures(full, full, ids[args.before :])}
+    print(json.dumps(found), flush=True)
+    for form in args.forms:
+        with tempfile.TemporaryDirectory() as place:
+            made = runtime.export(args.model, Path(place) / "out", choice, args.density, form=form)
+            ours = logits_of(made.directory, ids, args.before, options)
+            found[form] = {"neurons": made.neurons, "MB": made.written_bytes / 1e6}
+            found[form] |= figures(ours, full, ids[args.before :]) | compared(made.directory, form, ours, ids, args)
+        print(json.dumps({form: found[form]}), flush=True)
+    print(json.dumps(found, indent=2))
+
+
+def logits_of(directory: Path, ids: torch.Tensor, before: int, options: dict[str, Any]) -> torch.Tensor:
+    """float32 [T, V] by this package, in float32, after each of `ids` from `before` - 1 on."""
+    settings = {"density": 1.0, "dtype": "float32", "ctx_size": len(ids)}
+    with torch.no_grad(), GriffinModel.from_pretrained(directory, **options, **settings) as model:
+        found: torch.Tensor = model.model(ids[None]).logits[0, before - 1 : -1].float()
+        return found.clone()
+
+
+def figures(ours: torch.Tensor, full: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    new, old = ours.log_softmax(-1), full.log_softmax(-1)
+    return {
+        "perplexity": math.exp(-float(new.gather(1, targets[:, None]).mean())),
+        "kl": float((old.exp() * (old - new)).sum(-1).mean()),
+    }
+
+
+def compared(
+    directory: Path, form: str, ours: torch.Tensor, ids: torch.Tensor, args: argparse.Namespace
+) -> dict[str, float]:
+    """What the others make of it."""
+    if not form.startswith("gguf"):
+        # Both make 16-bit weights of what is packed, and compute in float32.
+        theirs, read = (
+            AutoModelForCausalLM.from_pretrained(directory).float(),
+            build(open_checkpoint(directory)).float(),
+        )
+        with torch.no_grad():
+            one, other = (model(ids[None]).logits for model in (theirs, read))
+        return {"farthest_logit_from_transformers": float((one - other).abs().max())}
+    if args.llama_cpp is None:
+        return {}
+    command = [args.llama_cpp, "-c", _LLAMA_CPP, directory / "model.gguf", str(args.before), "1"]
+    made = subprocess.run(command, input=json.dumps(ids.tolist()), stdout=subprocess.PIPE, text=True, check=True)
+    choices = torch.tensor(json.loads(made.stdout.splitlines()[-1]))
+    return {"same_first_choice_as_llama_cpp": float((choices == ours.argmax(-1)).float().mean())}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What an export is written as: shards of safetensors, plain or packed as compressed-tensors has it, or one GGUF file.
+
+Either way a layer at a time, and what is written is kept when the same export is interrupted and goes on.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
+from griffin_offload.checkpoint.base import Checkpoint
+from griffin_offload.checkpoint.gguf_writing import GgufLayout
+from griffin_offload.checkpoint.packed import write_packed
+from griffin_offload.config import ExportForm
+from griffin_offload.engine.shards import PART, CopyDirectory, shard_names
+from griffin_offload.errors import UnsupportedModel
+
+Tensors = Mapping[str, Tensor]
+GGUF_FILE = "model.gguf"
+_GROUPS = (128, 64, 32)
+"""Of inputs with a scale, the sizes that other engines have kernels for."""
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """The model that is written."""
+
+    checkpoint: Checkpoint
+    """Its source."""
+    config: PretrainedConfig
+    neurons: int
+
+    def on_meta(self) -> Any:
+        """With the source's generation config."""
+        model = build_on_meta(self.config, self.checkpoint.dtype)
+        self.checkpoint.set_generation_config(model)
+        return model
+
+
+class ExportFiles(Protocol):
+    """Part 0 is the first layer; the last part is what lies outside of layers."""
+
+    nbytes: int
+    """About so many in all."""
+
+    def has(self, part: int) -> bool:
+        """Whether an earlier, interrupted export wrote it."""
+
+    def write(self, part: int, tensors: Tensors) -> None:
+        """Parts that are not there, in order."""
+
+    def finish(self) -> int:
+        """The rest of a checkpoint; bytes of all weights."""
+
+
+# Multiples of which as many neurons are kept: the first that is not too large. 16-bit kernels of others want whole
+# tiles, 4-bit ones whole groups of 128 inputs, and blocks of 32 are the least.
+_MULTIPLES: dict[ExportForm, tuple[int, ...]] = {
+    "float": (64, 1),
+    "int8": (128, 32),
+    "int4": (128, 32),
+    "gguf": (64, 1),
+    "gguf-q8_0": (64, 32),
+    "gguf-q4_0": (64, 32),
+}
+
+
+def rounded_neurons(wanted: int, form: ExportForm) -> int:
+    """As many as a layer of `form` can have; 0 where that is none."""
+    multiple = next((size for size in _MULTIPLES[form] if wanted >= size), _MULTIPLES[form][-1])
+    return wanted // multiple * multiple
+
+
+def files_of(smaller: Smaller, form: ExportForm) -> Callable[[CopyDirectory], ExportFiles]:
+    """What writes `form` into a directory. UnsupportedModel where the form cannot hold the model."""
+    model = smaller.on_meta()
+    if form.startswith("gguf"):
+        layout = _gguf_layout(smaller, model, form.removeprefix("gguf").removeprefix("-").upper())
+        return lambda directory: _Gguf(layout, directory)
+    packing = _Packing.of(model, form, smaller.checkpoint) if form != "float" else None
+    return lambda directory: _Shards(smaller, packing, directory)
+
+
+def _decoder(model: Any) -> tuple[nn.ModuleList, str]:
+    """The layers of `model`, and what their names begin with."""
+    decoder = find_feed_forwards(model, model.config.num_hidden_layers)[0]
+    return decoder, next(name for name, module in model.named_modules() if module is decoder)
+
+
+# Shards.
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """compressed-tensors' pack-quantized, of every nn.Linear inside of layers."""
+
+    bits: int
+    group: int | None
+    """None: a scale for each row."""
+    linears: frozenset[str]
+    left_out: tuple[str, ...]
+    """The others."""
+    nbytes: int
+
+    @classmethod
+    def of(cls, model: Any, form: ExportForm, checkpoint: Checkpoint) -> "_Packing":
+        _, prefix = _decoder(model)
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        inside = {name: module for name, module in linears.items() if name.startswith(f"{prefix}.")}
+        widths = {module.in_features for module in inside.values()}
+        bits = int(form.removeprefix("int"))
+        group = next((size for size in _GROUPS if not any(width % size for width in widths)), None)
+        if not inside:
+            raise UnsupportedModel(f"{checkpoint.directory}: its matrices are no nn.Linear, {form} packs only those")
+        if (bits == 4 and group is None) or any(width % 4 for width in widths):
+            raise UnsupportedModel(
+                f"{checkpoint.directory}: {form} needs rows in groups of {_GROUPS[-1] if bits == 4 else 4}, its "
+                f"matrices have rows of {', '.join(map(str, sorted(widths)))}: leave --to out"
+            )
+        plain = sum(p.nbytes for p in model.parameters()) - sum(m.weight.nbytes for m in inside.values())
+        packed = sum(_packed_bytes(m, bits, group if bits == 4 else None) for m in inside.values())
+        left_out = tuple(sorted(set(linears) - set(inside)))
+        return cls(bits, group if bits == 4 else None, frozenset(inside), left_out, plain + packed)
+
+    def config(self) -> dict[str, Any]:
+        """quantization_config of config.json."""
+        strategy = {"strategy": "channel"} if self.group is None else {"strategy": "group", "group_size": self.group}
+        weights = {"num_bits": self.bits, "type": "int", "symmetric": True, "dynamic": False, **strategy}
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": list(self.left_out),
+        }
+
+    def packed(self, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+        """All of `tensors`, those of linears packed."""
+        for name, tensor in tensors.items():
+            owner, _, own = name.rpartition(".")
+            if own != "weight" or owner not in self.linears:
+                yield name, tensor
+                continue
+            found = write_packed(tensor, self.bits, self.group or tensor.shape[1], tensor.dtype)
+            yield from ((f"{owner}.{key}", packed) for key, packed in found.items())
+
+
+def _packed_bytes(module: nn.Linear, bits: int, group: int | None) -> int:
+    scales = 1 if group is None else module.in_features // group
+    return module.out_features * (module.in_features * bits // 8 + scales * module.weight.element_size())
+
+
+class _Shards:
+    def __init__(self, smaller: Smaller, packing: _Packing | None, directory: CopyDirectory) -> None:
+        self._smaller, self._packing, self._directory = smaller, packing, directory
+        model = smaller.on_meta()
+        self._names = shard_names(model.config.num_hidden_layers + 1)
+        self._architecture = type(model).__name__
+        self.nbytes = sum(p.nbytes for p in model.parameters()) if packing is None else packing.nbytes
+
+    def has(self, part: int) -> bool:
+        return (self._directory.path / self._names[part]).is_file()
+
+    def write(self, part: int, tensors: Tensors) -> None:
+        found = tensors if self._packing is None else dict(self._packing.packed(tensors))
+        self._directory.write_shard(self._names[part], found)
+
+    def finish(self) -> int:
+        said = config_json(self._smaller.config, self._architecture, self._smaller.checkpoint.dtype)
+        said |= {} if self._packing is None else {"quantization_config": self._packing.config()}
+        self._directory.finish(self._smaller.checkpoint, said, self._names)
+        return sum((self._directory.path / name).stat().st_size for name in self._names)
+
+
+def config_json(config: PretrainedConfig, architecture: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What config.json says of the export."""
+    named = {"architectures": [architecture], "dtype": str(dtype).removeprefix("torch.")}
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return found | named
+
+
+# GGUF.
+
+
+def _gguf_layout(smaller: Smaller, model: Any, blocks: str) -> GgufLayout:
+    decoder, prefix = _decoder(model)
+    names = [name for name, _ in model.named_parameters()]
+    layers = [[name for name in names if name.startswith(f"{prefix}.{index}.")] for index in range(len(decoder))]
+    outside = [name for name in names if not name.startswith(f"{prefix}.")]
+    return GgufLayout(smaller.checkpoint, model, smaller.neurons, blocks, [*layers, outside])
+
+
+class _Gguf:
+    """The file grows under another name. How long it is says which parts are there; the last one may not have reached
+    the disk, and is written again."""
+
+    def __init__(self, layout: GgufLayout, directory: CopyDirectory) -> None:
+        self._layout, self._directory, self.nbytes = layout, directory, layout.nbytes
+        self._path = directory.path / (GGUF_FILE + PART)
+        self._ends: list[int] = []
+        self._done = 0
+
+    def _begin(self) -> None:
+        header = self._directory.path / ".header.tmp"
+        at = self._layout.begin(header)
+        for group in self._layout.groups:
+            self._ends.append(at)
+            at += sum(planned.padded_bytes for planned in group)
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        self._done = max(sum(end <= size for end in self._ends) - 2, 0)
+        if size and self._done:
+            header.unlink()
+            os.truncate(self._path, self._ends[self._done])
+        else:
+            header.replace(self._path)
+
+    def has(self, part: int) -> bool:
+        if not self._ends:
+            self._begin()
+        return part < self._done
+
+    def write(self, part: int, tensors: Tensors) -> None:
+        self._layout.write_group(self._path, part, tensors)
+
+    def finish(self) -> int:
+        made = self._path.with_name(GGUF_FILE)
+        self._path.replace(made)
+        self._directory.whole()
+        return made.stat().st_size

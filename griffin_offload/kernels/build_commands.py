@@ -1,0 +1,46 @@
+"""setuptools' commands for the kernels, which it loads from this file alone; nothing of the package is imported.
+
+One shared library for Linux on x86-64, without anything of Python in it, so that one wheel is for every Python.
+Elsewhere wheels are pure, and torch's kernels do the work. GRIFFIN_KERNELS=required fails where a compiler does, as
+published wheels need it; =none leaves them out. Without it they are compiled if that is possible.
+"""
+
+import os
+import platform
+import sys
+
+from setuptools import Distribution
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+_CHOICES = ("", "required", "none")
+
+
+def _choose(distribution: Distribution) -> None:
+    """Leave the library out, or insist on it."""
+    wanted = os.environ.get("GRIFFIN_KERNELS", "")
+    if wanted not in _CHOICES:
+        sys.exit(f"GRIFFIN_KERNELS is {wanted!r}: required, none, or not set")
+    here = sys.platform == "linux" and platform.machine() == "x86_64"
+    if wanted == "required" and not here:
+        sys.exit("GRIFFIN_KERNELS=required: there are kernels for Linux on x86-64 alone")
+    if wanted == "none" or not here:
+        distribution.ext_modules = []
+    for library in distribution.ext_modules or ():
+        library.optional = wanted != "required"
+
+
+class BuildLibrary(build_ext):  # type: ignore[misc]  # setuptools has no types for them
+    """Compiles it, or not."""
+
+    def finalize_options(self) -> None:
+        _choose(self.distribution)
+        super().finalize_options()
+
+
+class Wheel(bdist_wheel):  # type: ignore[misc]
+    """Pure where there is no library in it."""
+
+    def finalize_options(self) -> None:
+        _choose(self.distribution)
+        super().finalize_options()
