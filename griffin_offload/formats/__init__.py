@@ -13,7 +13,7 @@ from griffin_offload.formats.base import (
     register_copy,
     register_format,
 )
-from griffin_offload.formats.few_bits import INT2, INT3, TIERS_COPY
+from griffin_offload.formats.few_bits import INT2, INT3, TiersCopy
 from griffin_offload.formats.floats import FLOATS, planned_as
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
@@ -35,4 +35,4 @@ __all__ = [
 
 for _format in (FLOATS, INT8, INT4, INT3, INT2):
     register_format(_format)
-register_copy(TIERS_COPY)
+register_copy(TiersCopy(INT4, INT3, INT2))

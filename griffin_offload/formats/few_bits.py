@@ -24,8 +24,7 @@ from griffin_offload.config import TIERS
 from griffin_offload.formats.base import Format, Layout, Spec, Tensors
 from griffin_offload.formats.compensation import Compensation
 from griffin_offload.formats.few_bits_grid import Levels, best_grid
-from griffin_offload.formats.grouped import GROUP, Grouped
-from griffin_offload.formats.int4 import INT4
+from griffin_offload.formats.grouped import GROUP, Grouped, Packed
 from griffin_offload.kernels import table
 
 _LOW_BYTES = 8
@@ -72,6 +71,50 @@ class FewBits(Grouped):
     def steps_of(self, groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.grid.steps_of(groups, dtype)
 
+    def __init__(self) -> None:
+        super().__init__()
+        table.add(
+            table.Kernel("quantize", f"{self.name}_of_int4", "by blocks", self._of_int4_by_torch, ours=False), last=True
+        )
+
+    def gather(
+        self,
+        full: Tensors,
+        source: Layout,
+        chosen: Tensor,
+        out: Tensors,
+        *,
+        is_down: bool,
+        parts: int = 1,
+        importance: Tensor | None = None,
+    ) -> None:
+        """Of int4 group by group: its numbers are read, and rounded again by the same scale of the row."""
+        if not isinstance(source.format, Grouped) or source.format.code_bits != 4:
+            super().gather(full, source, chosen, out, is_down=is_down, parts=parts, importance=importance)
+            return
+        scale = "input_scale" if is_down else "scale"
+        starts = range(0, chosen.numel(), self.chunk)
+        chunks = (
+            ((chosen[i : i + self.chunk], i) for i in starts) if is_down else self.row_chunks(full, chosen, out, parts)
+        )
+        for index, start in chunks:
+            target = slice(start, start + index.numel())
+            out[scale][target] = full[scale][index]
+            rows = (full[name].index_select(0, index) for name in _OWN)
+            counts = None if is_down else importance
+            found = table.call("quantize", f"{self.name}_of_int4", *rows, counts, source.format)
+            if is_down:
+                every = torch.arange(index.numel(), dtype=torch.int64, device=index.device)
+                self.gather_neurons(found, every, (out["weight"], out["groups"]), start)
+            else:
+                out["weight"][target], out["groups"][target] = found
+
+    def _of_int4_by_torch(self, codes: Tensor, groups: Tensor, importance: Tensor | None, stored: Grouped) -> Packed:
+        """Rows of int4 in this format, of the same scales."""
+        numbers = torch.empty(codes.shape[0], groups.shape[1] * GROUP, dtype=torch.float32, device=codes.device)
+        stored.unpack(codes, groups, numbers)
+        return self.quantize_rows(numbers, numbers.new_ones(len(numbers)), importance)
+
 
 class Int3(FewBits):
     """Codes 0..7."""
@@ -91,8 +134,8 @@ INT3, INT2 = Int3(), Int2()
 
 
 # Copies for tiers: every neuron in int4, in int3 and in int2, each rounded once and as well as the format can. A prompt
-# passes through int4, and residents are copied from the tensors of their own format: `weight_int3`, `groups_int3`
-# beside `weight` and `groups`; all have one scale. 10.5 bits a number; what holds no neurons is in int4 alone.
+# passes through int4; residents are copied from the tensors of their own format: `weight_int3`, `groups_int3` beside
+# `weight` and `groups`; all have one scale. 10.5 bits a number; what holds no neurons is in int4 alone.
 
 _OWN = ("weight", "groups")
 """Tensors that each format has for itself."""
@@ -101,11 +144,12 @@ _OWN = ("weight", "groups")
 class TiersCopy(Format):
     """int4, and beside it what int3 and int2 have."""
 
-    name, holds, wants_importance = TIERS, (INT4, INT3, INT2), True
-    bits = sum(format.bits for format in holds)
-    gives_chosen, neuron_multiple, scratch_rows = True, INT4.neuron_multiple, INT4.scratch_rows
+    name, bits, wants_importance, gives_chosen = TIERS, 10.5, True, True
+    neuron_multiple, scratch_rows = Grouped.neuron_multiple, Grouped.scratch_rows
 
-    def __init__(self) -> None:
+    def __init__(self, first: Format, *others: Format) -> None:
+        """`first` is what a prompt passes through."""
+        self.holds, self._first = (first, *others), first
         self._layouts = {is_down: self._layout(is_down=is_down) for is_down in (False, True)}
 
     def _layout(self, *, is_down: bool) -> Layout:
@@ -113,34 +157,34 @@ class TiersCopy(Format):
             found: dict[str, Spec] = {}
             for format in self.holds:
                 for name, spec in format.stored(is_down=down).specs(outputs, inputs, is_down=down).items():
-                    found[_named(name, format)] = spec
+                    found[self._named(name, format)] = spec
             return found
 
-        return replace(INT4.stored(is_down=is_down), format=self, tensors=specs)
+        return replace(self._first.stored(is_down=is_down), format=self, tensors=specs)
 
     def stored(self, *, is_down: bool) -> Layout:
         return self._layouts[is_down]
 
     @property
     def option(self) -> str:
-        return INT4.name
+        return self._first.name
 
     def rests_as(self) -> Format:
-        return INT4
+        return self._first
 
     def outside(self) -> Format:
-        return INT4
+        return self._first
 
     def part(self, format: Format, full: Tensors) -> Tensors:
-        others = {_named(name, other) for other in self.holds for name in _OWN}
-        own = {name: full[_named(name, format)] for name in _OWN}
+        others = {self._named(name, other) for other in self.holds for name in _OWN}
+        own = {name: full[self._named(name, format)] for name in _OWN}
         return {name: tensor for name, tensor in full.items() if name not in others} | own
 
     def check(self, outputs: int, inputs: int, where: str, *, is_down: bool) -> None:
-        INT4.check(outputs, inputs, where, is_down=is_down)
+        self._first.check(outputs, inputs, where, is_down=is_down)
 
     def check_device(self, device: str) -> None:
-        INT4.check_device(device)
+        self._first.check_device(device)
 
     def quantize(
         self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, compensation: Compensation | None = None
@@ -148,33 +192,29 @@ class TiersCopy(Format):
         found: Tensors = {}
         for format in self.holds:
             own = format.quantize(weight, dtype, is_down=is_down, compensation=compensation)
-            found |= {_named(name, format): tensor for name, tensor in own.items()}
+            found |= {self._named(name, format): tensor for name, tensor in own.items()}
         return found
 
     def compensation(self, x: Tensor, *, is_down: bool, meant: Tensor | None = None) -> Compensation:
-        return INT4.compensation(x, is_down=is_down, meant=meant)
+        return self._first.compensation(x, is_down=is_down, meant=meant)
 
     def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:
-        return INT4.missed(matrix, self.part(INT4, found), is_down=is_down)
+        return self._first.missed(matrix, self.part(self._first, found), is_down=is_down)
 
     def chosen_floats(self, full: Tensors, index: Tensor, dtype: torch.dtype, *, is_down: bool) -> Tensor:
-        return INT4.chosen_floats(full, index, dtype, is_down=is_down)
+        return self._first.chosen_floats(full, index, dtype, is_down=is_down)
 
     def row_norms(self, full: Tensors) -> Tensor:
-        return INT4.row_norms(full)
+        return self._first.row_norms(full)
 
     def gather_bytes(self, outputs: int, neurons: int, item_bytes: int) -> int:
-        return INT4.gather_bytes(outputs, neurons, item_bytes)
+        return self._first.gather_bytes(outputs, neurons, item_bytes)
 
     def floats_bytes(self, *sizes: Any) -> int:
         return 0  # nothing is made floats
 
-
-def _named(name: str, format: Format) -> str:
-    return name if format is INT4 or name not in _OWN else f"{name}_{format.name}"
-
-
-TIERS_COPY = TiersCopy()
+    def _named(self, name: str, format: Format) -> str:
+        return name if format is self._first or name not in _OWN else f"{name}_{format.name}"
 
 
 # Of several matrices one by one, whatever they are in.

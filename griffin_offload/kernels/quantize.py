@@ -54,6 +54,28 @@ def quantize_neurons(bits: int, columns: Tensor, scale: Tensor, importance: Tens
     return made
 
 
+def of_int4(
+    bits: int, codes: Tensor, groups: Tensor, importance: Tensor | None, stored: object
+) -> tuple[Tensor, Tensor]:
+    """Codes and groups in 2 or 3 bits of rows that are int4 codes [O, I / 2] and groups [O, I / 32, 2], by the same
+    scales; errors count by the `importance` [I] of their input."""
+    (rows, count), found = groups.shape[:2], library()
+    check(codes, (rows, count * _GROUP // 2), torch.uint8, "the codes")
+    check(groups, (rows, count, 2), torch.uint8, "the groups")
+    made = _packed_of(bits, rows, count)
+    if importance is not None:
+        check(importance, (count * _GROUP,), name="the importance")
+        importance = importance.float()
+    addresses = (codes, groups, None, importance, *made)
+    job = _QUANTIZING.pack(
+        *(0 if tensor is None else tensor.data_ptr() for tensor in addresses),
+        *(rows, count * _GROUP, 0, 0, 0, torch.get_num_threads(), found is not None and found.sums_bytes),
+    )
+    assert found is not None, "the table was not asked"
+    found.call(f"quantize_int{bits}_of_int4", job)
+    return made
+
+
 def row_norms(weight: Tensor) -> Tensor:
     """Root mean squares of the rows of `weight` [O, I], float32 [O]."""
     norms = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")

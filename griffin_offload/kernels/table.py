@@ -348,6 +348,10 @@ def _others_of_ours() -> list[Kernel]:
             for bits in _FEW_BITS
             for form, function in (("rows", quantize.quantize_rows), ("neurons", quantize.quantize_neurons))
         ),
+        *(
+            Kernel("quantize", f"int{n}_of_int4", "of_int4", functools.partial(quantize.of_int4, n), **own)
+            for n in (3, 2)
+        ),
         Kernel(
             "attention",
             "one_token",

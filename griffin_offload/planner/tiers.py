@@ -15,8 +15,8 @@ from griffin_offload.config import MIN_AUTO_DENSITY, NEURON_MULTIPLE
 from griffin_offload.errors import UsageError
 from griffin_offload.method.allocation import Allocation, Counts, Level, distortion_of, typical_energies
 
-_KL_OF_ERROR = 9.0
-"""KL per token of small trained models to their 16 bit, by expected error: seven to twelve times it
+_KL_OF_ERROR = 8.0
+"""KL per token of small trained models to their 16 bit, by expected error: seven to nine times it
 (docs/benchmarks.md)."""
 
 

@@ -255,6 +255,6 @@ def test_13b_in_tiers(cli, config):
     rows = unasked["alternatives"]
     errors = {(row["precision"], row["chosen"]): row["expected_error"] for row in rows}
     assert errors[("tiers", True)] < 0.7 * errors[("int4", False)]
-    assert [row["expected_kl"] for row in rows if row["chosen"]] == [float(f"{9 * errors['tiers', True]:.1g}")]
+    assert [row["expected_kl"] for row in rows if row["chosen"]] == [float(f"{8 * errors['tiers', True]:.1g}")]
     pruned = cli("plan", "--config", config("13b"), *flags[:-2], "--json", "--quantize", "int4").json
     assert (pruned["precision"], pruned["density"] < 0.99) == ("int4", True)

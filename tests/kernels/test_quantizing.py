@@ -119,6 +119,23 @@ def test_every_width_of_vectors_gives_the_same_bytes(format: Grouped, rows: int,
 
 
 @needs_kernels
+@pytest.mark.parametrize("format", [INT3, INT2], ids=str)
+@pytest.mark.parametrize("wide", [True, False])
+def test_few_bits_of_int4(format: Grouped, wide: bool, monkeypatch: pytest.MonkeyPatch):
+    """As its numbers in float32 would be rounded, by the scale that the row has already."""
+    monkeypatch.setattr(library(), "sums_bytes", wide and library().sums_bytes)
+    weight = torch.randn(37, 160, generator=torch.Generator().manual_seed(0))
+    importance = torch.rand(160, generator=torch.Generator().manual_seed(1))
+    packed = INT4.quantize_rows(weight, base.row_scale(weight, torch.float32))
+    arguments = ("quantize", f"{format.name}_of_int4", *packed, importance, INT4)
+    found = table.call(*arguments)
+    numbers = INT4.unpack(*packed, torch.empty(37, 160))
+    assert all(map(torch.equal, found, format.quantize_rows(numbers, torch.ones(37), importance)))
+    with _by_torch():
+        _same_but_for_ties(found, table.call(*arguments))
+
+
+@needs_kernels
 @in_groups
 @settings(max_examples=30)
 @given(weight=matrices(st.sampled_from([32, 96, 288]), st.integers(1, 70)), data=st.data())

@@ -23,7 +23,7 @@
 /* quantizing.py packs these fields, in this order. */
 typedef struct {
     const void *weight;   /* [rows, columns] of `type`, rows `row_items` apart */
-    const float *divisor; /* [columns], filled up to whole groups; or none */
+    const void *divisor;  /* floats [columns], filled up to whole groups; or none; of int4 rows their pairs */
     const float *scale;   /* [rows], of numbers; of int4 neurons [columns]; none of them 0 */
     const float *importance; /* of int4: how much an error counts, for each number along the groups; or none */
     void *out;            /* numbers, rows `out_items` apart; floats; or codes of int4 */
@@ -38,7 +38,7 @@ AVX2 INLINED void run_of(const Quantizing *q, int64_t row, int64_t start, int64_
     for (int64_t k = count; k % GROUP; k++) run[k] = 0;
     if (!q->divisor) return;
     for (int64_t k = 0; k < count; k += LANES) {
-        __m256 divided = _mm256_div_ps(_mm256_loadu_ps(run + k), _mm256_loadu_ps(q->divisor + start + k));
+        __m256 divided = _mm256_div_ps(_mm256_loadu_ps(run + k), _mm256_loadu_ps((const float *)q->divisor + start + k));
         _mm256_storeu_ps(run + k, divided);
     }
 }
@@ -113,6 +113,20 @@ INLINED const float *importance_of(const Quantizing *q, int64_t number) {
     return q->importance ? q->importance + number : equally;
 }
 
+/* What the codes of a group of int4 rows stand for, over the row's scale. */
+AVX2 INLINED void int4_numbers(const Quantizing *q, int64_t group, float *numbers) {
+    const uint8_t *pair = (const uint8_t *)q->divisor + group * PAIR_BYTES;
+    const __m128i both = _mm_loadu_si128((const __m128i *)((const uint8_t *)q->weight + group * INT4_BYTES));
+    const __m128i low = _mm_set1_epi8(15), halves[2] = {_mm_and_si128(both, low),
+                                                        _mm_and_si128(_mm_srli_epi16(both, 4), low)};
+    const __m256 step = _mm256_set1_ps(int4_step(pair)), offset = _mm256_set1_ps(int4_offset(pair));
+    for (int i = 0; i < 4; i++) {
+        const __m128i eight = i % 2 ? _mm_srli_si128(halves[i / 2], LANES) : halves[i / 2];
+        const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
+        _mm256_storeu_ps(numbers + i * LANES, _mm256_mul_ps(_mm256_add_ps(code, offset), step));
+    }
+}
+
 #define WIDE 0
 #include "quantize_groups.h"
 #undef WIDE
@@ -133,6 +147,15 @@ INLINED const float *importance_of(const Quantizing *q, int64_t number) {
 QUANTIZE(4)
 QUANTIZE(3)
 QUANTIZE(2)
+
+#define QUANTIZE_INT4(bits)                                                                                \
+    void quantize_int##bits##_of_int4(const Quantizing *q, Parallel parallel) {                             \
+        Part part = q->wide ? int##bits##_of_int4_16 : int##bits##_of_int4_8;                                \
+        in_parallel(parallel, q->threads, part, q, q->rows, WIDE_LANES);                                    \
+    }
+
+QUANTIZE_INT4(3)
+QUANTIZE_INT4(2)
 
 /* Root mean squares of rows `first` to `end`. */
 AVX2 static void row_norms(const void *quantizing, int64_t first, int64_t end) {

@@ -264,7 +264,7 @@ TARGET INLINED void V_NAME(turned)(float numbers[V_LANES][GROUP], V_F v[GROUP]) 
 }
 
 /* Rows `first` to `end`, a lane each: groups run along them. */
-TARGET INLINED void V_NAME(rows_of)(const void *quantizing, int64_t first, int64_t end, const int bits) {
+TARGET INLINED void V_NAME(rows_of)(const void *quantizing, int64_t first, int64_t end, const int bits, const int stored) {
     const Quantizing *q = quantizing;
     const int64_t groups = q->columns / GROUP;
     for (int64_t row = first; row < end; row += V_LANES) {
@@ -274,6 +274,10 @@ TARGET INLINED void V_NAME(rows_of)(const void *quantizing, int64_t first, int64
             V_F v[GROUP];
             if (count < V_LANES) memset(numbers, 0, sizeof numbers);
             for (int64_t i = 0; i < count; i++) {
+                if (stored == 4) {
+                    int4_numbers(q, (row + i) * groups + group, numbers[i]);
+                    continue;
+                }
                 const __m256 inverse = _mm256_set1_ps(1 / q->scale[row + i]);
                 run_of(q, row + i, group * GROUP, GROUP, numbers[i]);
                 for (int k = 0; k < GROUP; k += LANES)
@@ -313,7 +317,7 @@ TARGET INLINED void V_NAME(neurons_of)(const void *quantizing, int64_t first, in
 
 #define OF_BITS(bits)                                                                                               \
     TARGET static void V_NAME(int##bits##_rows)(const void *q, int64_t first, int64_t end) {                        \
-        V_NAME(rows_of)(q, first, end, bits);                                                                       \
+        V_NAME(rows_of)(q, first, end, bits, 0);                                                                    \
     }                                                                                                               \
     TARGET static void V_NAME(int##bits##_neurons)(const void *q, int64_t first, int64_t end) {                     \
         V_NAME(neurons_of)(q, first, end, bits);                                                                    \
@@ -323,4 +327,13 @@ OF_BITS(4)
 OF_BITS(3)
 OF_BITS(2)
 
+#define OF_INT4(bits)                                                                                               \
+    TARGET static void V_NAME(int##bits##_of_int4)(const void *q, int64_t first, int64_t end) {                     \
+        V_NAME(rows_of)(q, first, end, bits, 4);                                                                    \
+    }
+
+OF_INT4(3)
+OF_INT4(2)
+
 #undef OF_BITS
+#undef OF_INT4
