@@ -22,7 +22,7 @@ TIERS = "tiers"
 """What options and plans call neurons that rest in several formats."""
 # Of embeddings and head in a converted copy, by the bits that the command line asks for.
 TABLE_FORMATS = {"16": "none", "int8": "int8"}
-ExportForm = Literal["float", "int8", "int4", "gguf", "gguf-q8_0", "gguf-q4_0"]
+ExportForm = Literal["unquantized", "w8a16", "w4a16", "gguf", "gguf-q8_0", "gguf-q4_0"]
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 KVBits = Literal[16, 8]
 Overflow = Literal["error", "drop"]

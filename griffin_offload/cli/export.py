@@ -53,9 +53,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--to",
         choices=get_args(ExportForm),
-        default="float",
-        help="float: the original's precision; int8, int4: as compressed-tensors packs them; gguf: the original's "
-        "precision, or in blocks of Q8_0 or Q4_0",
+        default="unquantized",
+        help="unquantized: the original's precision; w8a16, w4a16: 8 or 4 bits as compressed-tensors packs them; gguf: "
+        "the original's precision, or in blocks of Q8_0 or Q4_0 (default: unquantized)",
     )
     add_model_option(parser)
     add_memory_options(parser)

@@ -92,7 +92,7 @@ def choose(model: GriffinModel, prompts: Sequence[Tensor], progress: Callable[[]
 
 
 def check(
-    model: str | Path, out: str | Path, density: float, form: ExportForm = "float", *, offline: bool = False
+    model: str | Path, out: str | Path, density: float, form: ExportForm = "unquantized", *, offline: bool = False
 ) -> int:
     """What can be known before any prompt passes: how many neurons a layer will have. UsageError, ModelError;
     UnsupportedModel for what no ordinary checkpoint can say."""
@@ -112,7 +112,7 @@ def export(
     choice: Choice,
     density: float,
     *,
-    form: ExportForm = "float",
+    form: ExportForm = "unquantized",
     selection: SelectionMethod = "topk",
     offline: bool = False,
     progress: Callable[[int, int], None] | None = None,

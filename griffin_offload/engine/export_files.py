@@ -62,9 +62,9 @@ class ExportFiles(Protocol):
 # Multiples of which as many neurons are kept: the first that is not too large. 16-bit kernels of others want whole
 # tiles, 4-bit ones whole groups of 128 inputs, and blocks of 32 are the least.
 _MULTIPLES: dict[ExportForm, tuple[int, ...]] = {
-    "float": (64, 1),
-    "int8": (128, 32),
-    "int4": (128, 32),
+    "unquantized": (64, 1),
+    "w8a16": (128, 32),
+    "w4a16": (128, 32),
     "gguf": (64, 1),
     "gguf-q8_0": (64, 32),
     "gguf-q4_0": (64, 32),
@@ -83,7 +83,7 @@ def files_of(smaller: Smaller, form: ExportForm) -> Callable[[CopyDirectory], Ex
     if form.startswith("gguf"):
         layout = _gguf_layout(smaller, model, form.removeprefix("gguf").removeprefix("-").upper())
         return lambda directory: _Gguf(layout, directory)
-    packing = _Packing.of(model, form, smaller.checkpoint) if form != "float" else None
+    packing = _Packing.of(model, form, smaller.checkpoint) if form != "unquantized" else None
     return lambda directory: _Shards(smaller, packing, directory)
 
 
@@ -114,7 +114,7 @@ class _Packing:
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         inside = {name: module for name, module in linears.items() if name.startswith(f"{prefix}.")}
         widths = {module.in_features for module in inside.values()}
-        bits = int(form.removeprefix("int"))
+        bits = int(form[1])
         group = next((size for size in _GROUPS if not any(width % size for width in widths)), None)
         if not inside:
             raise UnsupportedModel(f"{checkpoint.directory}: its matrices are no nn.Linear, {form} packs only those")

@@ -144,7 +144,7 @@ def logits(model: object, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("form", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.parametrize("form", [pytest.param("w8a16", marks=pytest.mark.slow), "w4a16"])
 def test_packed_as_compressed_tensors_reads_it(checkpoints, tmp_path: Path, form: runtime.ExportForm):
     """transformers with that library computes what ours reads, and packs the same numbers the same way."""
     path, ids = checkpoints("llama3"), prompts()[1][None]
@@ -156,7 +156,7 @@ def test_packed_as_compressed_tensors_reads_it(checkpoints, tmp_path: Path, form
     with GriffinModel.from_pretrained(found.directory, device="cpu", max_gpu_mem="1GB", density=1.0) as ours:
         torch.testing.assert_close(logits(ours.model, ids), logits(theirs, ids), rtol=1e-5, atol=1e-5)
     one, other = (model.get_parameter("model.layers.1.mlp.down_proj.weight") for model in (plain, theirs))
-    assert 0 < (one - other).norm() / one.norm() < {"int8": 0.01, "int4": 0.12}[form]
+    assert 0 < (one - other).norm() / one.norm() < {"w8a16": 0.01, "w4a16": 0.12}[form]
 
 
 GGUF_NAMES = ["llama2", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "stablelm", "starcoder2"]
@@ -238,8 +238,8 @@ def test_what_a_form_cannot_hold_is_refused_before_prompts_pass(checkpoints, tmp
     out = tmp_path / "out"
     with pytest.raises(UnsupportedModel, match="opt is not written as GGUF"):
         runtime.check(checkpoints("opt"), out, 0.5, "gguf")
-    with pytest.raises(UnsupportedModel, match=r"its matrices are no nn\.Linear, int4 packs only those"):
-        runtime.check(checkpoints("gpt2"), out, 0.5, "int4")
+    with pytest.raises(UnsupportedModel, match=r"its matrices are no nn\.Linear, w4a16 packs only those"):
+        runtime.check(checkpoints("gpt2"), out, 0.5, "w4a16")
     with pytest.raises(UsageError, match="keeps 0 of 128 neurons"):
         runtime.check(checkpoints("llama3"), out, 0.2, "gguf-q4_0")
     changed = tmp_path / "changed"
