@@ -74,13 +74,7 @@ class Projection:
         """Rows of the full matrix that the `chosen` neurons lie in; None where they are columns."""
         if self.is_down:
             return chosen if self.swapped or self.full.neurons_first else None
-        if self.swapped:
-            return None
-        own = torch.cat([chosen + part * self.neurons for part in range(self.stacked)])
-        if not self.full.format.is_plain:
-            return own
-        others = [layout.format.rows_of_all(self.stacked * self.neurons) for _, layout in self.tiers]
-        return torch.cat([own, *map(torch.tensor, others)]).unique() if any(others) else own
+        return None if self.swapped else torch.cat([chosen + part * self.neurons for part in range(self.stacked)])
 
     def gather(self, full: Tensors, chosen: Sequence[Tensor], out: Sequence[Tensors]) -> None:
         """Of every tier the `chosen` neurons [K]."""

@@ -3,7 +3,7 @@
 One forward of the stock model over its mapped weights finds them, a layer's pages at a time. Where weights are
 quantised for every prompt, their mean squares over the first page count (formats/int4.py): the same for every run of a
 checkpoint, so that they are kept in the user's cache. `convert` takes the inputs themselves over all pages, a layer at
-a time (formats/compensation.py): as the model gives them, and as the matrices do that are rounded before.
+a time (formats/compensation.py).
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from griffin_offload.checkpoint.tokenizer import kept_tokenizer
 from griffin_offload.devices.threads import put
 from griffin_offload.engine.build import emulates_halves, use_own_linears
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
-from griffin_offload.engine.layer_pass import LayerPass, PageFeed
+from griffin_offload.engine.layer_pass import LayerPass, PageFeed, Visitor
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats.translated import TranslatedTensor, in_memory
 from griffin_offload.kernels.by_blocks import Scratch
@@ -41,6 +40,9 @@ from griffin_offload.transformers_api import StockModel
 Importance = Mapping[str, Tensor]
 """Mean squares float32 [I] of the inputs of a linear layer, by "layer.name"."""
 CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
+Inputs = Mapping[str, Tensor]
+"""Inputs [T, I] of a layer's linear modules by their names, in the type of the computation; the same tensor for modules
+that have the same inputs. Of experts (EXPERTS_INPUT) the mean squares [H] of what they are given."""
 _SEQUENCES, _ALL_SEQUENCES, _TOKENS = 4, 16, 128
 # The first tokens' states are unlike all others', in every trained model: they are no measure of what counts, but a few
 # weights make them, and what makes up for errors must know of these.
@@ -48,69 +50,6 @@ _SKIPPED_TOKENS = 4
 _SCRATCH_BYTES = 2**22
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges*")
 _FORMAT = 2
-
-
-class LayerInputs(dict[str, Tensor]):
-    """Inputs [T, I] of a layer's linear modules by their names, as the model gives them, in the type of the
-    computation; the same tensor for modules that have the same inputs. Of experts (EXPERTS_INPUT) the mean squares [H]
-    of what they are given."""
-
-    def __init__(self, found: Mapping[str, Tensor] = MappingProxyType({}), again: "_Again | None" = None) -> None:
-        super().__init__(found)
-        self._again = again
-
-    def behind_rounded(self, name: str) -> Tensor:
-        """Inputs [T, I] of a module as all that was `rounded` before gives them."""
-        return self[name] if self._again is None else self._again.inputs(name)
-
-    def rounded(self, name: str, matrix: Tensor) -> None:
-        """What a module multiplies by from now on: [O, I]."""
-        if self._again is not None:
-            self._again.put(name, matrix)
-
-
-class _Given(Exception):
-    """A module was given what it was asked for."""
-
-
-class _Again:
-    """A layer's forward once more, of other hidden states and with other weights, while its own are there."""
-
-    def __init__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._layer, self._args, self._kwargs = layer, args, kwargs
-        self._own: dict[nn.Module, Tensor] = {}
-
-    def inputs(self, name: str) -> Tensor:
-        """Rows [T, I] that the module gets."""
-        found: list[Tensor] = []
-
-        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found.append(args[0].flatten(0, -2).clone())
-            raise _Given
-
-        handle = self._layer.get_submodule(name).register_forward_pre_hook(stop)
-        try:
-            with contextlib.suppress(_Given):
-                self.run()
-        finally:
-            handle.remove()
-        return found[0]
-
-    def put(self, name: str, matrix: Tensor) -> None:
-        module = self._layer.get_submodule(name)
-        own = module._parameters["weight"]
-        assert own is not None
-        self._own.setdefault(module, own)
-        put(module, "weight", matrix if isinstance(module, nn.Linear) else matrix.t())  # Conv1D
-
-    def run(self) -> Tensor:
-        """Hidden states behind the layer."""
-        output = self._layer.forward(*self._args, **self._kwargs)
-        return output if isinstance(output, Tensor) else output[0]
-
-    def restore(self) -> None:
-        for module, own in self._own.items():
-            put(module, "weight", own)
 
 
 @torch.no_grad()
@@ -152,55 +91,47 @@ def visit_inputs(
     model: StockModel,
     decoder: nn.ModuleList,
     blocks: Sequence[Block],
-    visit: Callable[[int, LayerInputs], None],
+    visit: Callable[[int, Inputs], None],
 ) -> None:
     """Call `visit` with the index of every layer, in order, and the inputs of its linear modules, of those that its
-    forward calls: of none where the checkpoint has no tokenizer that fits it. `model` is mapped and as stored. Behind
-    layers that `visit` has rounded there are inputs as these give them, too, but for layers of experts."""
+    forward calls: of none where the checkpoint has no tokenizer that fits it. `model` is mapped and as stored."""
     ids = _token_ids(checkpoint, model, _ALL_SEQUENCES)
     if ids is None:
         for index in range(len(decoder)):
-            visit(index, LayerInputs())
+            visit(index, {})
         return
     kept = _KeptInputs(decoder, blocks, ids, visit)
-    with kept, _a_layer_at_a_time(model, decoder, blocks, checkpoint, True):
+    with kept, _a_layer_at_a_time(model, decoder, blocks, checkpoint, True, kept):
         model.base_model(input_ids=ids, use_cache=False)  # logits are not asked for
 
 
-class _KeptInputs:
+class _KeptInputs(Visitor):
     """Keeps the inputs of a layer's linear modules until it is over, and calls `visit` with them; a context manager, in
-    which it listens. Its hooks come before those that take the layer's weights away."""
+    which it listens."""
 
     def __init__(
-        self, decoder: nn.ModuleList, blocks: Sequence[Block], ids: Tensor, visit: Callable[[int, LayerInputs], None]
+        self, decoder: nn.ModuleList, blocks: Sequence[Block], ids: Tensor, visit: Callable[[int, Inputs], None]
     ) -> None:
         self._decoder, self._blocks, self._visit = decoder, blocks, visit
         self._shape, self._tokens = ids.shape, ids.numel()
         self._seen: list[tuple[Tensor, Tensor]] = []
         """What modules were given, which stays until the layer is over, and its rows."""
         self._found: dict[str, Tensor] = {}
-        self._hidden: Tensor | None = None
-        """What rounded layers give, [S, T, H]; None: what the model itself gives."""
-        self._listens = True
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> "_KeptInputs":
-        for index, (layer, block) in enumerate(zip(self._decoder, self._blocks, strict=True)):
+        for layer, block in zip(self._decoder, self._blocks, strict=True):
             if isinstance(block, Experts):
                 self._hooks.callback(block.module.register_forward_pre_hook(self._keep_squares).remove)
             for name in linear_names(layer):
                 module = layer.get_submodule(name)
                 self._hooks.callback(module.register_forward_pre_hook(partial(self._keep, name)).remove)
-            over = layer.register_forward_hook(partial(self._over, index), with_kwargs=True)
-            self._hooks.callback(over.remove)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
     def _keep(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not self._listens:
-            return
         rows = next((rows for given, rows in self._seen if given is args[0]), None)
         if rows is None:
             rows = args[0].reshape(self._tokens, -1).clone()
@@ -210,22 +141,10 @@ class _KeptInputs:
     def _keep_squares(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._found[EXPERTS_INPUT] = _mean_squares(args[0], self._shape)
 
-    def _over(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+    def end(self, index: int, block: Block, full: list[Tensor]) -> None:
         found, self._found = self._found, {}
         self._seen.clear()
-        if isinstance(self._blocks[index], Experts):  # they would be read once more for every matrix
-            self._hidden = None
-            self._visit(index, LayerInputs(found))
-            return
-        hidden = self._hidden if self._hidden is not None else (args[0] if args else kwargs["hidden_states"])
-        again = _Again(layer, (hidden, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"})
-        self._listens = False
-        try:
-            self._visit(index, LayerInputs(found, again))
-            self._hidden = again.run()
-        finally:
-            self._listens = True
-            again.restore()
+        self._visit(index, found)
 
 
 def cache_path(checkpoint: Checkpoint) -> Path:
@@ -298,6 +217,7 @@ def _a_layer_at_a_time(
     blocks: Sequence[Block],
     checkpoint: Checkpoint,
     evict: bool,
+    *visitors: Visitor,
 ) -> Iterator[None]:
     """Inside it a forward reads each layer's pages when it comes to it, and drops them behind it."""
     pages = FilePages(list(model.parameters()), evict=evict, known=checkpoint.states)
@@ -308,7 +228,7 @@ def _a_layer_at_a_time(
             use_own_linears(model, scratch, translated=True)
             stack.callback(_use_stock_linears, model)
         stack.enter_context(_experts_one_by_one(blocks, evict))
-        stack.enter_context(LayerPass(decoder, blocks, PageFeed(pages, decoder)))
+        stack.enter_context(LayerPass(decoder, blocks, PageFeed(pages, decoder), visitors))
         head = model.get_output_embeddings()
         for stage in [*decoder, *([] if head is None else [head])]:
             here, gone = partial(_put_numbers, _translated_in(stage)), partial(_put_back, _translated_in(stage))

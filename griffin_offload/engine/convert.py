@@ -14,7 +14,7 @@ from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine.build import build
-from griffin_offload.engine.calibration import LayerInputs, visit_inputs
+from griffin_offload.engine.calibration import Inputs, visit_inputs
 from griffin_offload.engine.load import check_stored
 from griffin_offload.engine.shards import (
     CopyDirectory,
@@ -24,7 +24,6 @@ from griffin_offload.engine.shards import (
     Reader,
     layer_tensors,
     shard_names,
-    take_shard,
     tensors_outside,
     write_with_experts,
 )
@@ -112,13 +111,12 @@ def _write_shards(
     missed = Missed(format)
     with contextlib.closing(Reader(model, checkpoint, progress)) as reader:
 
-        def write_layer(index: int, inputs: LayerInputs) -> None:
+        def write_layer(index: int, inputs: Inputs) -> None:
             path, (start, layer, block) = directory.path / names[index], groups[index]
-            quantizing = Quantizing(format, checkpoint.dtype, inputs, missed)
             if path.is_file():
                 reader.skip(parameters[index].values())
-                take_shard(path, start, layer, block, quantizing)
             else:
+                quantizing = Quantizing(format, checkpoint.dtype, inputs, missed)
                 tensors = layer_tensors(start, layer, block, parameters[index], reader, quantizing)
                 if isinstance(block, Experts):
                     write_with_experts(path, tensors, start, layer, block, reader, quantizing, mark)
@@ -129,7 +127,7 @@ def _write_shards(
             visit_inputs(checkpoint, model, decoder, blocks, write_layer)
         else:
             for index in range(len(groups)):
-                write_layer(index, LayerInputs())
+                write_layer(index, {})
         if not (directory.path / names[-1]).is_file():
             directory.write_shard(names[-1], tensors_outside(model, prefix, mark, checkpoint.dtype, reader))
     missed.warn()

@@ -29,7 +29,7 @@ from griffin_offload.checkpoint.files import check_name, one_writer, renamed, te
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.checkpoint.safetensors import INDEX, METADATA_KEY, UNFINISHED, said_untied
 from griffin_offload.devices.memory import OutOfMemoryAsError
-from griffin_offload.engine.calibration import LayerInputs
+from griffin_offload.engine.calibration import Inputs
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.formats import Format, get
 from griffin_offload.formats.base import Tensors
@@ -236,7 +236,7 @@ class Reader:
 class Quantizing:
     """How matrices of a layer are quantised, whose `inputs` may be known."""
 
-    def __init__(self, format: Format, dtype: torch.dtype, inputs: LayerInputs, missed: Missed) -> None:
+    def __init__(self, format: Format, dtype: torch.dtype, inputs: Inputs, missed: Missed) -> None:
         self._format, self._dtype, self._inputs, self._missed = format, dtype, inputs, missed
         self._last: tuple[Tensor, Compensation] | None = None
         """Of modules that have the same inputs and follow one another."""
@@ -247,19 +247,7 @@ class Quantizing:
         format = self._format if neurons else self._format.outside()
         found = format.quantize(matrix, self._dtype, is_down=is_down, compensation=own)
         self._missed.count(prefix + name, matrix, format, found, is_down=is_down)
-        self.take(name, found, is_down=is_down)
         return found
-
-    def knows(self, name: str) -> bool:
-        """Whether the inputs of the module `name` are known."""
-        return name in self._inputs
-
-    def take(self, name: str, found: Tensors, *, is_down: bool) -> None:
-        """Let what follows know the stored tensors of the module `name`."""
-        if self.knows(name):
-            neurons = torch.arange(len(found["weight"]), dtype=torch.long, device="cpu")
-            dtype = self._inputs[name].dtype
-            self._inputs.rounded(name, self._format.chosen_floats(found, neurons, dtype, is_down=is_down))
 
     @property
     def quantises(self) -> bool:
@@ -277,19 +265,8 @@ class Quantizing:
             return None
         if self._last is None or self._last[0] is not x:
             self._last = None  # before the next: two take twice the memory
-            behind = self._inputs.behind_rounded(name)
-            self._last = x, self._format.compensation(behind, is_down=is_down, meant=x)
+            self._last = x, self._format.compensation(x, is_down=is_down)
         return self._last[1]
-
-
-def take_shard(path: Path, prefix: str, layer: nn.Module, block: Block, quantizing: Quantizing) -> None:
-    """Let layers behind it know a shard that is there already."""
-    with safe_open(path, "pt") as file:
-        names = set(file.keys())
-        for name in filter(quantizing.knows, linear_names(layer)):
-            own = {key: f"{prefix}{name}.{key}" for key in ("weight", "groups", "scale", "input_scale")}
-            found = {key: file.get_tensor(stored) for key, stored in own.items() if stored in names}
-            quantizing.take(name, found, is_down=block.is_down(layer.get_submodule(name)))
 
 
 def layer_tensors(

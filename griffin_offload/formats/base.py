@@ -161,8 +161,8 @@ class Format:
         are known and wanted. CheckpointError for what is no number."""
         raise NotImplementedError
 
-    def compensation(self, x: Tensor, *, is_down: bool, meant: Tensor | None = None) -> Compensation:
-        """Of matrices whose inputs were x [T, I], `meant` [T, I] of the model itself, in formats that want it."""
+    def compensation(self, x: Tensor, *, is_down: bool) -> Compensation:
+        """Of matrices whose inputs were x [T, I], in formats that want it."""
         raise NotImplementedError
 
     def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:
@@ -201,9 +201,8 @@ class Format:
         if is_down:
             self.gather_columns(full, chosen, out, plain=plain)
             return
-        self.start_rows(full, out, plain=plain)
-        for some, start in self.row_chunks(full, chosen, out, parts):
-            self.gather_rows(full, some, start, out, importance, plain=plain)
+        for rows, start in self.row_chunks(full, chosen, out, parts):
+            self.gather_rows(full, rows, start, out, importance, plain=plain)
 
     def row_chunks(self, full: Tensors, chosen: Tensor, out: Tensors, parts: int) -> Iterator[tuple[Tensor, int]]:
         """Which rows of `full` go to which row of `out` on, a chunk at a time; their biases are there already."""
@@ -214,13 +213,6 @@ class Format:
                 out["bias"][base : base + index.numel()] = full["bias"][index]
             for start in range(0, index.numel(), self.chunk):
                 yield index[start : start + self.chunk], base + start
-
-    def start_rows(self, full: Tensors, out: Tensors, *, plain: bool) -> None:
-        """Write into `out` what all rows of a matrix have in common, before `gather_rows`."""
-
-    def rows_of_all(self, rows: int) -> range:
-        """Of a matrix of so many, floats and no down projection: those that are needed whichever are gathered."""
-        return range(0)
 
     def gather_rows(
         self, full: Tensors, index: Tensor, start: int, out: Tensors, importance: Tensor | None, *, plain: bool

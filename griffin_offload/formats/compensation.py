@@ -20,8 +20,6 @@ from torch import Tensor
 
 SHRINKING = 0.5
 """s. benchmarks/NOTES.md has what others gave."""
-REPAID = 0.5
-"""Share of what inputs are off, because matrices before are rounded, that is made up for, too."""
 FLOOR = 0.5
 """Of the inputs' mean root mean square, squared: what an input counts that the page shows nothing of."""
 BLOCK = 32
@@ -48,32 +46,21 @@ class _Block:
 
 class Compensation:
     """Rounds matrices [O, I] whose inputs were X [T, I]; several that have the same inputs share one. Where groups of
-    32 numbers run along the inputs, `grouped`, they stay together. `meant` [T, I] are the inputs that the model itself
-    would give."""
+    32 numbers run along the inputs, `grouped`, they stay together."""
 
-    def __init__(self, x: Tensor, *, grouped: bool, meant: Tensor | None = None) -> None:
-        x, meant = x.float(), None if meant is None else meant.float()
-        kept = x.isfinite().all(1) if meant is None else x.isfinite().all(1) & meant.isfinite().all(1)
-        x = x[kept]  # a token whose states are no numbers says nothing
-        off = None if meant is None else meant[kept] - x
+    def __init__(self, x: Tensor, *, grouped: bool) -> None:
+        x = x.float()
+        x = x[x.isfinite().all(1)]  # a token whose states are no numbers says nothing
         x = x if len(x) else x.new_zeros(1, x.shape[1])
         squares = x.square().mean(0)
         self.importance = squares + FLOOR * squares.sqrt().mean().square()
         """Mean squares of the inputs [I], and the floor."""
         self._norms = torch.where(self.importance == 0, 1, self.importance * len(x)).sqrt()
         x = x / self._norms
-        self._off = None if off is None or not bool(off.any()) else (off, _repaying(x, self._norms))
         if x.shape[0] > x.shape[1]:
             x = torch.linalg.qr(x, mode="r").R  # fewer rows with the same moments
         order = _order(self.importance, BLOCK if grouped else 1)
         self._blocks = list(_blocks(x, order, SHRINKING / (1 - SHRINKING)))
-
-    def aimed(self, weight: Tensor) -> Tensor:
-        """`weight` [O, I], changed so that products with X come nearer to what they are meant to be."""
-        if self._off is None:
-            return weight
-        off, repaying = self._off
-        return torch.addmm(weight.float(), weight.float() @ off.t(), repaying)
 
     def rounded(
         self, weight: Tensor, row_scale: Tensor | None, input_scale: Tensor | None, highest: int, grids: Grids
@@ -94,14 +81,6 @@ class Compensation:
             levels, left = _one_after_another(numbers, step, offset, highest, block.inside * own / own.t())
             missed.addmm_(block.carry, left * own)
             yield block.inputs, levels
-
-
-def _repaying(x: Tensor, norms: Tensor) -> Tensor:
-    """[T, I]: times what products miss, the change of weights that makes up for it; x [T, I] over `norms`."""
-    moments = x.double() @ x.double().t()
-    moments.diagonal().add_(SHRINKING / (1 - SHRINKING))
-    repaying: Tensor = torch.linalg.solve(moments, x.double()) / norms
-    return repaying.float() * REPAID
 
 
 def _order(importance: Tensor, group: int) -> Tensor:

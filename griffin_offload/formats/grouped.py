@@ -141,7 +141,6 @@ class Grouped(Format):
     def quantize(
         self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, compensation: Compensation | None = None
     ) -> Tensors:
-        weight = weight if compensation is None else compensation.aimed(weight)
         scale = neuron_scale(weight, dtype) if is_down else row_scale(weight, dtype)
         if compensation is None:
             codes, groups = self.quantize_neurons(weight, scale) if is_down else self.quantize_rows(weight, scale)
@@ -162,8 +161,8 @@ class Grouped(Format):
         found: Packed = table.call("quantize", self._neurons.name, columns, divisor(scale), importance)
         return found
 
-    def compensation(self, x: Tensor, *, is_down: bool, meant: Tensor | None = None) -> Compensation:
-        return Compensation(x, grouped=not is_down, meant=meant)
+    def compensation(self, x: Tensor, *, is_down: bool) -> Compensation:
+        return Compensation(x, grouped=not is_down)
 
     def compensated_rows(self, weight: Tensor, scale: Tensor, compensation: Compensation) -> Packed:
         """As `quantize_rows`, but that inputs make up for the errors of others."""

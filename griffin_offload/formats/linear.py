@@ -137,28 +137,25 @@ def column_norms(full: dict[str, Tensor], layout: Layout, *, swapped: bool) -> T
     return layout.format.row_norms(full) if swapped else layout.format.column_norms(full)
 
 
-# Embeddings and head in 8 bits, optional in a converted checkpoint: rows of tokens.
+# Embeddings and head in 8 bits, optional in a converted checkpoint: rows of tokens with one scale each.
 
 
 class QuantizedEmbedding(nn.Module):
-    """Token ids to rows, numbers [V, H] of `format` with a scale [V] and one [H]; stands for the stock module it is
-    made from."""
+    """Token ids to rows, numbers [V, H] of `format` with a scale [V]; stands for the stock module it is made from."""
 
     weight: nn.Parameter
     scale: nn.Parameter
-    input_scale: nn.Parameter
 
     def __init__(self, stock: nn.Module, format: Format) -> None:
         super().__init__()
-        for name, parameter in _parameters(stock, format).items():
-            self.register_parameter(name, parameter)
+        self.weight, self.scale = _parameters(stock, format)
         # Gemma 3 multiplies inside its embedding module.
         self.embed_scale: Tensor | None = getattr(stock, "embed_scale", None)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows [..., H] in the precision of the scales."""
         scale = self.scale[ids]
-        rows = self.weight[ids].to(scale.dtype) * scale[..., None] * self.input_scale
+        rows = self.weight[ids].to(scale.dtype) * scale[..., None]
         return rows if self.embed_scale is None else rows * self.embed_scale.to(rows)
 
 
@@ -173,9 +170,15 @@ def swap_tables(model: StockModel, format: Format, scratch: Scratch) -> None:
     (outputs, inputs), layout = head.weight.shape, format.stored(is_down=False)
     linear = QuantizedLinear(outputs, inputs, is_down=False, full=layout, resident=layout, scratch=scratch)
     linear.bias = head.bias
-    for name, parameter in (new._parameters if tied else _parameters(head, format)).items():
-        setattr(linear, name, parameter)
+    linear.weight, linear.scale = (new.weight, new.scale) if tied else _parameters(head, format)
     model.set_output_embeddings(linear)
+
+
+def tie_tables(model: StockModel, *, tied: bool) -> None:
+    """After the embedding's tensors were assigned: make the head's the same."""
+    if tied:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        head.weight, head.scale = embedding.weight, embedding.scale
 
 
 def table_bytes(shape: torch.Size, format: Format, dtype: torch.dtype) -> int:
@@ -183,10 +186,11 @@ def table_bytes(shape: torch.Size, format: Format, dtype: torch.dtype) -> int:
     return format.stored(is_down=False).nbytes(shape[0], shape[1], dtype, is_down=False)
 
 
-def _parameters(stock: Any, format: Format) -> dict[str, nn.Parameter]:
+def _parameters(stock: Any, format: Format) -> tuple[nn.Parameter, nn.Parameter]:
     outputs, inputs = stock.weight.shape
     specs = format.stored(is_down=False).specs(outputs, inputs, is_down=False)
-    return {
-        name: nn.Parameter(stock.weight.new_empty(shape, dtype=own or stock.weight.dtype), requires_grad=False)
-        for name, (shape, own) in specs.items()
-    }
+    weight, scale = (
+        nn.Parameter(stock.weight.new_empty(shape, dtype=own or stock.weight.dtype), requires_grad=False)
+        for shape, own in (specs["weight"], specs["scale"])
+    )
+    return weight, scale

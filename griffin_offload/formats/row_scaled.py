@@ -1,9 +1,8 @@
-"""Numbers of 8 bits with one scale per output row, and one per input.
+"""Numbers of 8 bits with one scale per output row, and in the down projection one per neuron, too.
 
 A gathered neuron takes its numbers and scales along and changes nothing else, so weights are quantised once. Norms of
-inputs' columns differ, and a scale of theirs costs one multiplication per activation. Inputs of a down projection are
-neurons, whose own norms they are; of all others columns belong to every neuron, and norms over some rows, always the
-same, tell enough. Scales are kept in the precision of the computation; numbers are rounded against the rounded scale.
+neurons differ, and a scale of theirs costs one multiplication per activation. Scales are kept in the precision of the
+computation; numbers are rounded against the rounded scale.
 """
 
 from typing import Any, ClassVar
@@ -16,21 +15,17 @@ from griffin_offload.formats.compensation import Compensation
 from griffin_offload.kernels import by_blocks, table
 from griffin_offload.kernels.by_blocks import scaled
 
-_SAMPLED_ROWS = 512
-_LEAST_SHARE = 0.25
-"""Of the mean norm of all columns, what a column counts at least: a row may hold more there than the sampled ones."""
-
 
 class RowScaled(Format):
     """What its formats share; a subclass says its numbers' type, the largest of them, and how they are rounded.
 
-    Tensors: weight [O, I], scale [O] and input_scale [I].
+    Tensors: weight [O, I], scale [O], and input_scale [I] of a down projection.
     """
 
     number_type: ClassVar[torch.dtype]
     largest: ClassVar[float]
     """The number that the largest of a row becomes."""
-    bits, version = 8, 2  # version 1 had scales of inputs in its down projection alone
+    bits = 8
     neuron_multiple = 64
     gives_chosen = True
 
@@ -61,25 +56,11 @@ class RowScaled(Format):
     def quantize(
         self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, compensation: Compensation | None = None
     ) -> Tensors:
-        own = neuron_scale(weight, dtype) if is_down else self._input_scale(weight, dtype)
-        scale = self.scale_of(weight, dtype, own)
+        beside = {"input_scale": neuron_scale(weight, dtype)} if is_down else {}
+        scale = self.scale_of(weight, dtype, beside.get("input_scale"))
         numbers = torch.empty(weight.shape, dtype=self.number_type, device=weight.device)
-        self.write(weight, scale, numbers, own)
-        return {"weight": numbers, "scale": scale, "input_scale": own}
-
-    def start_rows(self, full: Tensors, out: Tensors, *, plain: bool) -> None:
-        target = out["input_scale"]
-        target.copy_(self._input_scale(full["weight"], target.dtype) if plain else full["input_scale"])
-
-    def rows_of_all(self, rows: int) -> range:
-        return range(0, rows, max(1, -(-rows // _SAMPLED_ROWS)))
-
-    def _input_scale(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """[I], up to 1, of a matrix [O, I] that is no down projection."""
-        norms = table.call("quantize", "column_norms", weight[:: self.rows_of_all(weight.shape[0]).step])
-        norms = torch.maximum(norms, _LEAST_SHARE * norms.mean())
-        largest = norms.amax()
-        return finite(torch.where(largest == 0, 1, norms / largest), dtype)
+        self.write(weight, scale, numbers, beside.get("input_scale"))
+        return {"weight": numbers, "scale": scale, **beside}
 
     def gather_rows(
         self, full: Tensors, index: Tensor, start: int, out: Tensors, importance: Tensor | None, *, plain: bool
@@ -89,9 +70,9 @@ class RowScaled(Format):
             take(full["weight"], 0, index, out["weight"][target])
             out["scale"][target] = full["scale"][index]
             return
-        rows, columns = full["weight"].index_select(0, index), out["input_scale"]
-        out["scale"][target] = scale = self.scale_of(rows, out["scale"].dtype, columns)
-        self.write(rows, scale, out["weight"][target], columns)
+        rows = full["weight"].index_select(0, index)
+        out["scale"][target] = scale = self.scale_of(rows, out["scale"].dtype)
+        self.write(rows, scale, out["weight"][target])
 
     def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, *, plain: bool) -> None:
         weight, dtype = full["weight"], out["scale"].dtype
@@ -118,21 +99,19 @@ class RowScaled(Format):
             self.write(columns, scale[start : start + self.chunk], target[start : start + self.chunk], kept)
 
     def chosen_floats(self, full: Tensors, index: Tensor, dtype: torch.dtype, *, is_down: bool) -> Tensor:
-        weight, scale, columns = full["weight"], full["scale"].to(dtype), full["input_scale"].to(dtype)
+        weight, scale = full["weight"], full["scale"].to(dtype)
         if not is_down:
-            return weight.index_select(0, index).to(dtype).mul_(scale[index, None]).mul_(columns)
+            return weight.index_select(0, index).to(dtype).mul_(scale[index, None])
         numbers = weight.new_empty(weight.shape[0], index.numel())
         take(weight, 1, index, numbers)
-        return numbers.to(dtype).mul_(scale[:, None]).mul_(columns[index])
+        return numbers.to(dtype).mul_(scale[:, None]).mul_(full["input_scale"][index].to(dtype))
 
     def row_norms(self, full: Tensors) -> Tensor:
-        columns = full["input_scale"].float()
-        norms = [part.float().mul_(columns).norm(dim=1) for part in full["weight"].split(256)]
-        return torch.cat(norms) * full["scale"].float()
+        return torch.cat([part.float().norm(dim=1) for part in full["weight"].split(256)]) * full["scale"].float()
 
     def _specs(self, outputs: int, inputs: int, is_down: bool) -> dict[str, Spec]:
-        weight = ((outputs, inputs), self.number_type)
-        return {"weight": weight, "scale": ((outputs,), None), "input_scale": ((inputs,), None)}
+        beside: dict[str, Spec] = {"input_scale": ((inputs,), None)} if is_down else {}
+        return {"weight": ((outputs, inputs), self.number_type), "scale": ((outputs,), None), **beside}
 
 
 def multiply(x: Tensor, tensors: table.Tensors, outputs: int, scratch: Any) -> Tensor:

@@ -21,7 +21,7 @@ from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine import calibration
 from griffin_offload.engine.build import build
-from griffin_offload.engine.calibration import CACHE_VARIABLE, Importance, LayerInputs, importance_of, visit_inputs
+from griffin_offload.engine.calibration import CACHE_VARIABLE, Importance, Inputs, importance_of, visit_inputs
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
 from griffin_offload.engine.convert import convert
 from griffin_offload.formats import get
@@ -101,7 +101,7 @@ def _visited(directory: Path) -> tuple[list[dict[str, Tensor]], nn.Module]:
     decoder, blocks = find_feed_forwards(model, checkpoint.config.num_hidden_layers)
     found: list[dict[str, Tensor]] = []
 
-    def visit(index: int, inputs: LayerInputs) -> None:
+    def visit(index: int, inputs: Inputs) -> None:
         assert index == len(found)
         found.append(dict(inputs))
 

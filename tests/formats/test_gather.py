@@ -45,7 +45,6 @@ def _rows_out(precision: str, parts: int, dtype: torch.dtype) -> dict[str, Tenso
     rows = parts * ROOM
     beside = {"scale": torch.zeros(rows, dtype=dtype), "bias": torch.zeros(rows, dtype=dtype)}
     if precision == "int8":
-        beside["input_scale"] = torch.zeros(HIDDEN, dtype=dtype)
         return {"weight": torch.zeros(rows, HIDDEN, dtype=torch.int8), **beside}
     weight = torch.zeros(rows, HIDDEN // 2, dtype=torch.uint8)
     return {"weight": weight, "groups": torch.zeros(rows, HIDDEN // 32, 2, dtype=torch.uint8), **beside}
@@ -90,10 +89,8 @@ def _check_rows(precision: str, dtype: torch.dtype, kept: int, parts: int) -> No
     place = torch.cat([torch.arange(kept) + part * ROOM for part in range(parts)])
     expected = _rows_out(precision, parts, dtype)
     expected["bias"][place] = stored["bias"][index]
-    for name in stored.keys() - {"bias", "input_scale"}:
+    for name in stored.keys() - {"bias"}:
         expected[name][place] = stored[name][index]
-    if precision == "int8":
-        expected["input_scale"] = stored["input_scale"]
     _equal(out, expected)
     on_the_way = _rows_out(precision, parts, dtype)
     _gather(precision, {"weight": weight, "bias": stored["bias"]}, chosen, on_the_way, parts=parts)

@@ -7,7 +7,6 @@ Matrices are [O, I]. What a number is before it is rounded is its quotient: the 
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,13 +74,6 @@ def int8(weight: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> Qu
 def neuron_scale(down: Tensor) -> Tensor:
     """[I]: root mean square of every neuron's column."""
     return torch.stack([column.square().mean().sqrt() for column in down.double().unbind(1)])
-
-
-def input_scale(weight: Tensor) -> Tensor:
-    """[I] of other matrices: the same over up to 512 rows, at least a quarter of their mean, over the largest."""
-    norms = neuron_scale(weight[range(0, weight.shape[0], math.ceil(weight.shape[0] / 512))])
-    norms = norms.clamp(min=norms.mean() / 4)
-    return norms / norms.max() if norms.max() > 0 else torch.ones_like(norms)
 
 
 def step_of(code: Tensor) -> Tensor:
@@ -208,7 +200,7 @@ def stored_values(weight: Tensor, precision: str | Values, dtype: torch.dtype, *
 
 def quantised(weight: Tensor, dtype: torch.dtype, *, is_down: bool) -> Quantised:
     """`weight` in int8 with scales in `dtype`, by the formulas above."""
-    columns = (neuron_scale if is_down else input_scale)(weight).to(dtype)
+    columns = neuron_scale(weight).to(dtype) if is_down else None
     return int8(weight, int8_scale(weight, columns).to(dtype), columns)
 
 
