@@ -31,6 +31,7 @@ from real_variants import (
     EXACT_WINDOWS,
     QUESTIONS,
     SPEED_TOKENS,
+    TOGETHER,
     Measured,
     Stock,
     Variant,
@@ -48,7 +49,6 @@ ROOT = Path(__file__).parents[1]
 DEFAULT_TEXT = ROOT / "tests" / "data" / "books_kids.txt"
 DENSITIES = (1.0, 0.75, 0.5)
 QUANTISED = ("int8", "int4", "int3", "int2")
-WAYS = (("none", False), *((precision, once) for precision in QUANTISED for once in (True, False)))
 # What rounding in another order may do to a dense 16-bit model, in nats per token.
 SAME_KL = 0.005
 Result = TypeVar("Result")
@@ -95,6 +95,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16, help="of each text, spread evenly")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--scored-tokens", type=int, default=128)
+    parser.add_argument("--formats", type=lambda text: text.split(","), default=QUANTISED, help="quantised ones")
     parser.add_argument("--densities", type=lambda text: [float(d) for d in text.split(",")], default=DENSITIES)
     parser.add_argument("--repeats", type=int, default=5, help="timed generations, after one that is not")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -105,6 +106,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         args.windows, args.densities, args.repeats = min(args.windows, 4), [1.0], 1
     if min(args.windows, args.prompt_tokens, args.scored_tokens, args.repeats, args.threads) < 1:
         parser.error("windows, tokens, repeats and threads are 1 or more")
+    if not set(args.formats) <= set(QUANTISED):
+        parser.error(f"formats are {', '.join(QUANTISED)}")
     if not all(0 < density <= 1 for density in args.densities):
         parser.error("densities are above 0 and at most 1")
     part = [*(args.only or []), *(path.name for path in args.dir or []), *(["quick"] if args.quick else [])]
@@ -136,10 +139,11 @@ def measure_section(
     texts = {name: documents_of(path) for name, path in args.text.items()}
     reference = scratch / "reference.pt"
     section.stock = in_own_process(measure_stock, folder, texts, windows, args.threads, reference)
-    copies = {precision: scratch / precision for precision in QUANTISED}
+    copies = {precision: scratch / precision for precision in args.formats}
+    ways = [("none", False), *product(args.formats, (True, False))]
     refused = {precision: converted(folder, copy, precision) for precision, copy in copies.items()}
     densities = args.densities if section.permuted_kl is None else [1.0]
-    for density, (precision, once) in product(densities, WAYS):
+    for density, (precision, once) in product(densities, ways):
         variant = Variant(precision, once, density)
         start = time.perf_counter()
         found = refused[precision] if once else None
@@ -216,7 +220,7 @@ def notes(args: argparse.Namespace) -> list[str]:
     """What the columns are."""
     lines = [
         f"{args.windows} windows of each text, {args.prompt_tokens} tokens of prompt and {args.scored_tokens} scored, "
-        "decoded one by one behind the text's own: measured are the residents, by the kernels that answer",
+        f"{TOGETHER} at a time behind the text's own: measured are the residents, by the kernels for few rows",
         "KL(16 bit by stock transformers || variant), nats per token, ± its standard error over the windows; top-1: "
         "share of tokens at which both have the same first choice",
         f"tokens/s: median of {args.repeats} answers of {SPEED_TOKENS} tokens, {args.threads} threads; ceiling: the "

@@ -1,8 +1,8 @@
 """What one process of `real_models.py` does: the stock model's own figures, or those of one variant of it.
 
-W windows, P prompt tokens, G scored tokens, V vocabulary. A window goes through `generate` as a prompt of a user does:
-P tokens streamed, and every further one decoded by itself, but that the text says which token comes next. So all G
-scored predictions come from the residents, by the kernels that answers come from; the prompt's own is left out.
+W windows, P prompt tokens, G scored tokens, V vocabulary. Of a window P tokens pass as a prompt of a user does, and the
+further ones as tokens of an answer, but that the text says which they are, so that a few can pass together. All G
+scored predictions come from the residents, by the kernels for few rows; the prompt's own is left out.
 """
 
 import lzma
@@ -32,6 +32,8 @@ QUESTIONS = (
     "How many days are in a week?",
     "Name three colours of a rainbow.",
 )
+TOGETHER = 8
+"""Tokens of a text that pass at once: as many as the kernels for few rows take of every format."""
 ANSWER_TOKENS = 48
 SPEED_TOKENS = 64
 EXACT_DENSITY, EXACT_WINDOWS, EXACT_TOKENS = 0.5, 4, 64
@@ -181,20 +183,15 @@ def score(model: GriffinModel, windows: Tensor, reference: Tensor) -> Score:
 
 def forced_logits(model: GriffinModel, ids: Tensor, scored_tokens: int) -> Tensor:
     """float32 [G, V]: what the residents predict of a window [P + 1 + G], each token behind those of the text."""
-    text, new_tokens = ids.tolist(), scored_tokens + 1
-    output = generate(
-        model,
-        ids[:-new_tokens],
-        new_tokens,
-        eos_token_id=None,
-        prefix_allowed_tokens_fn=lambda _, so_far: [text[len(so_far)]],
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    assert output.sequences[0].tolist() == text, "the text was not followed"
-    if model.last_report.decode_streamed_bytes:
-        raise RuntimeError(f"decoding fetched {model.last_report.decode_streamed_bytes} bytes")
-    return torch.cat(output.logits[1:]).float()
+    stock, layers = model.model, model.engine.loaded.layers
+    prompt, answer = ids[: -scored_tokens - 1], ids[-scored_tokens - 1 : -1]
+    cache = stock(input_ids=prompt[None], use_cache=True, logits_to_keep=1).past_key_values
+    fetched, found = layers.fetched_bytes, []
+    for part in answer.split(TOGETHER):
+        found.append(stock(input_ids=part[None], past_key_values=cache, use_cache=True).logits[0])
+    if layers.fetched_bytes != fetched:
+        raise RuntimeError(f"decoding fetched {layers.fetched_bytes - fetched} bytes")
+    return torch.cat(found).float()
 
 
 def generate(model: GriffinModel, prompt: Tensor, new_tokens: int, **options: Any) -> Any:

@@ -109,7 +109,7 @@ def measure_model(section: Section, folder: Path, args: argparse.Namespace, step
 def page(record: dict[str, Any], sections: Sequence[Section], args: argparse.Namespace) -> str:
     lines = [
         f"{args.windows} windows of each text, {args.prompt_tokens} tokens of prompt and {args.scored_tokens} scored, "
-        "decoded one by one behind the text's own",
+        "a few at a time behind the text's own",
         "KL(16 bit by stock transformers || variant), nats per token, ± its standard error over the windows; top-1: "
         "share of tokens at which both have the same first choice",
         "bits: resident ones per weight of the FFs, scales and what is left out included; error: what the planner "
