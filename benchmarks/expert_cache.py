@@ -26,7 +26,7 @@ from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import observe, prompt_prior, simulate
 from griffin_offload.method.variants import Variant
 from griffin_offload.offload.expert_cache import ExpertBuffers, ExpertCache
-from griffin_offload.offload.expert_store import ExpertStore
+from griffin_offload.offload.weight_store import ExpertStore
 
 SHARES = (0.25, 0.5, 0.75)
 SEEDS = 3

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from griffin_offload import GriffinModel
 from griffin_offload.checkpoint.tokenizer import encode_messages
 from griffin_offload.cli.options import quiet_libraries
-from griffin_offload.devices.cpu import CpuDevice
+from griffin_offload.devices.registry import CpuDevice
 from griffin_offload.errors import one_line
 from griffin_offload.evaluation.ceilings import decode_bytes_per_s
 from griffin_offload.evaluation.samples import SEPARATOR, first_tokens, take_windows, tokenize

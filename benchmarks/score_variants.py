@@ -28,8 +28,7 @@ from transformers.utils import logging as transformers_logging
 from griffin_offload import GriffinModel
 from griffin_offload.demo import demo_directory
 from griffin_offload.engine.report import DraftReport
-from griffin_offload.evaluation.samples import SEPARATOR, Sample, first_tokens, take_windows, tokenize
-from griffin_offload.evaluation.scoring import Scores
+from griffin_offload.evaluation.samples import SEPARATOR, Sample, Scores, first_tokens, take_windows, tokenize
 from griffin_offload.evaluation.simulation import prompt_prior, simulate
 from griffin_offload.method.variants import Variant
 

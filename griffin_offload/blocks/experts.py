@@ -6,12 +6,13 @@ numbers, over all of its tokens; an `ExpertSource` knows where an expert's tenso
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from griffin_offload.blocks.base import ActivationCallback, Activations, Block
@@ -314,3 +315,63 @@ def find_experts(layer: nn.Module, where: str) -> Block | None:
     if not 1 <= active <= sizes["down_proj"]:
         raise CheckpointError(f"{where}: its router sends a token to {active} experts, there are {sizes['down_proj']}")
     return Experts(module, parent, active)
+
+
+_CHOOSING = (torch.topk, Tensor.topk)
+
+
+class RoutingKept(TorchFunctionMode):
+    """A context manager: inside it, whatever chooses by `topk` over as many scores as `allowed` has for a token,
+    booleans [E] for all tokens or [N, E] for each, chooses among those alone. `count` is called with what would have
+    been chosen, and with `allowed` [N, E].
+
+    Routers differ in what they do to their scores: softmax before or after the choice, sigmoids with a bias, groups,
+    normalising again or not. All choose by `topk` over the scores of all experts; there, and only there, those that
+    are not resident are left out. Setting router logits to -inf would be another thing where weights are not
+    normalised behind the choice, and for a sigmoid with a bias it leaves them in it.
+    """
+
+    def __init__(self, allowed: Tensor, count: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._allowed, self._count = allowed, count
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _CHOOSING or not self._concerns(args[0].shape):
+            return func(*args, **kwargs)
+        each = self._allowed.view(args[0].shape) if self._allowed.dim() > 1 else self._allowed.expand(args[0].shape)
+        self._count(func(*args, **kwargs).indices, each)
+        # Residents that the router has ruled out already (other groups) come last, but before all that are not there.
+        least = args[0].clamp_min(torch.finfo(args[0].dtype).min)
+        return func(torch.where(each, least, -torch.inf), *args[1:], **kwargs)
+
+    def _concerns(self, scores: torch.Size) -> bool:
+        own = self._allowed.shape
+        return scores[-1] == own[-1] and (len(own) == 1 or scores.numel() == own.numel())
+
+
+class RestrictedForward:
+    """The forward of a module that routes and calls experts, with the choice kept to `allowed`, which says for each
+    of them (booleans [E]) whether it is resident, or None while all are."""
+
+    def __init__(self, module: nn.Module, allowed: Callable[[], Tensor | None]) -> None:
+        self._module, self._function, self._allowed = weakref.ref(module), type(module).forward, allowed
+        self.choices = 0
+        """Experts that the router chose, in all."""
+        self._redirected: Tensor | int = 0
+
+    @property
+    def redirected(self) -> int:
+        """Those of its choices that another expert had to stand in for."""
+        return int(self._redirected)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        allowed = self._allowed()
+        if allowed is None:
+            return self._function(self._module(), *args, **kwargs)
+        with RoutingKept(allowed, self._count):
+            return self._function(self._module(), *args, **kwargs)
+
+    def _count(self, own: Tensor, allowed: Tensor) -> None:
+        self.choices += own.numel()
+        self._redirected = self._redirected + (~allowed.gather(-1, own)).sum()

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from griffin_offload.blocks.base import ActivationCallback, Activations, Block, padded
-from griffin_offload.blocks.hooks import ChunkedForward, PassHook, unhook
-from griffin_offload.devices.torch_state import put
+from griffin_offload.blocks.base import ActivationCallback, Activations, Block, ChunkedForward, PassHook, padded, unhook
+from griffin_offload.devices.threads import put
 from griffin_offload.formats.base import Format, Layout, Spec, Tensors, take
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.linear import QuantizedLinear, TieredLinear, column_norms, row_norms

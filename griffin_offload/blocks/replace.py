@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import EXPERTS_INPUT, Experts, expert_count, is_experts
 from griffin_offload.blocks.feedforward import features
-from griffin_offload.devices.torch_state import put
+from griffin_offload.devices.threads import put
 from griffin_offload.formats.base import Format
 from griffin_offload.formats.linear import QuantizedLinear, TieredLinear
 from griffin_offload.kernels.by_blocks import Scratch

@@ -12,8 +12,14 @@ from griffin_offload.blocks.base import ALIGNMENT, Block, padded
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import check_layer, linear_names
-from griffin_offload.blocks.rope import positions_reached
-from griffin_offload.blocks.states import LayerState, StateTensor, check_takes_cache, kept_states, windows_of
+from griffin_offload.blocks.states import (
+    LayerState,
+    StateTensor,
+    check_takes_cache,
+    kept_states,
+    positions_reached,
+    windows_of,
+)
 from griffin_offload.config import TIERS
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.formats.base import Format, specs_bytes

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
-from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, read_object
+from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, check_numbers, read_object
 from griffin_offload.checkpoint.renaming import Conversion, same_names
 from griffin_offload.checkpoint.safetensors import (
     DTYPES,
@@ -29,7 +29,6 @@ from griffin_offload.checkpoint.safetensors import (
     check_mark,
     directory_config,
 )
-from griffin_offload.checkpoint.unsupported import check_numbers
 from griffin_offload.errors import CheckpointError, UnsupportedModel
 from griffin_offload.formats import FLOATS, TABLE_FORMATS, Format, every, get
 from griffin_offload.formats.expert_form import BLOCK_BYTES, RECORD_VERSION

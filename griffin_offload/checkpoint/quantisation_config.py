@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from griffin_offload.checkpoint.base import StoredTensor
-from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, read_object
+from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, read_object, refuse_quantised
 from griffin_offload.checkpoint.packed import (
     ExpertReader,
     Packing,
@@ -27,7 +27,6 @@ from griffin_offload.checkpoint.packed import (
     read_packed,
     read_scaled,
 )
-from griffin_offload.checkpoint.unsupported import refuse_quantised
 from griffin_offload.errors import CheckpointError
 
 _MODELOPT = "hf_quant_config.json"

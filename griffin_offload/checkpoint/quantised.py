@@ -28,8 +28,8 @@ from griffin_offload.checkpoint.safetensors import (
     check_files,
     directory_config,
     stored_tensors,
+    untie_other_head,
 )
-from griffin_offload.checkpoint.tied_head import untie_other_head
 from griffin_offload.errors import CheckpointError
 
 # Of a module that is not packed, and of attention: scales of activations and of the KV cache, and what is left of

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,8 @@ from griffin_offload.errors import UsageError
 
 _CONFIG = ServeConfig()  # its limits hold here, too
 
-_LAST_TOKEN_S = 5.0
-
 if TYPE_CHECKING:
     from griffin_offload.serving.batch import AnswerFile, Line, Work
-    from griffin_offload.serving.queue import Figures
 
 
 def add_parser(commands: Any) -> None:
@@ -43,6 +40,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--served-name", metavar="NAME", help="the model's name in requests (default: the last part of --model)"
     )
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument(
+        "--ray", metavar="ADDRESS", help="answer on a Ray cluster: its address, or auto (the one of this machine)"
+    )
+    cluster.add_argument("--workers", type=int, metavar="N", help="models on the cluster (default: a machine each)")
     add_model_options(parser)
     add_run_options(parser)
     parser.set_defaults(command=batch)
@@ -52,6 +54,8 @@ def batch(arguments: argparse.Namespace) -> int:
     """Answer what is not answered yet, and say how many were."""
     options = load_options(arguments)
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
+    if arguments.workers is not None and (arguments.ray is None or arguments.workers < 1):
+        raise UsageError(f"--workers {arguments.workers}: a number from 1, beside --ray")
     prepare_serving("batch")
     with heavy_imports():
         from griffin_offload.serving.batch import AnswerFile, check_model, read_lines
@@ -89,10 +93,13 @@ def _answer(
     lines: Sequence["Line"], answers: "AnswerFile", name: str, options: dict[str, Any], arguments: argparse.Namespace
 ) -> int:
     """Answer or refuse `lines`; tokens that were generated."""
+    from tqdm import tqdm
+
     from griffin_offload.checkpoint.registry import locate, open_checkpoint
-    from griffin_offload.serving.batch import longest, prepare
+    from griffin_offload.serving.batch import Batch, longest, prepare
     from griffin_offload.serving.tokenization import Encoder
 
+    quiet = arguments.quiet or arguments.json
     directory = locate(model_of(arguments), offline=arguments.offline)
     checkpoint = open_checkpoint(directory, adapter=arguments.adapter)
     encoder = Encoder(checkpoint.tokenizer(), checkpoint.config.get_text_config().vocab_size)
@@ -105,46 +112,39 @@ def _answer(
     prompt, context = longest(works)
     if options["ctx_size"] is None and context is not None:
         options |= {"ctx_size": context, "prompt_tokens": prompt}
-    return _generate(works, answers, name, directory, options, quiet=arguments.quiet or arguments.json)
+    generated = 0
+    with tqdm(total=len(works), desc="batch", unit="request", leave=False, disable=quiet or None) as bar:
+        start = time.monotonic()
+
+        def answered(tokens: int) -> None:
+            nonlocal generated
+            generated += tokens
+            bar.set_postfix_str(f"{generated / (time.monotonic() - start):.1f} tokens/s", refresh=False)
+            bar.update()
+
+        if arguments.ray is None:
+            with Batch(directory, options, name, _CONFIG) as batch:
+                batch.run(works, answers, lambda figures: answered(figures.completion_tokens))
+        else:
+            _answer_on_cluster(works, answers, (str(directory.absolute()), options, name), arguments, answered)
+    return generated
 
 
-def _generate(
+def _answer_on_cluster(
     works: Sequence["Work"],
     answers: "AnswerFile",
-    name: str,
-    directory: Path,
-    options: dict[str, Any],
-    *,
-    quiet: bool,
-) -> int:
-    """Load the model and answer `works`; tokens that were generated."""
-    from tqdm import tqdm
+    model: tuple[str, dict[str, Any], str],
+    arguments: argparse.Namespace,
+    answered: Callable[[int], None],
+) -> None:
+    from griffin_offload.serving.cluster import answer, connected
 
-    from griffin_offload.serving.batch import Batch
-    from griffin_offload.serving.metrics import Metrics
-    from griffin_offload.serving.model_manager import ModelManager
-    from griffin_offload.serving.requests import caps_of
-    from griffin_offload.serving.worker import Worker
-
-    worker = Worker(ModelManager(directory, options, _CONFIG.max_sessions), _CONFIG, Metrics())
-    generated = 0
-    try:
-        plan = worker.start().model.plan
-        caps = caps_of(_CONFIG, plan.context_tokens, plan.prompt_tokens)
-        with tqdm(total=len(works), desc="batch", unit="request", leave=False, disable=quiet or None) as bar:
-            start = time.monotonic()
-
-            def answered(figures: "Figures") -> None:
-                nonlocal generated
-                generated += figures.completion_tokens
-                bar.set_postfix_str(f"{generated / (time.monotonic() - start):.1f} tokens/s", refresh=False)
-                bar.update()
-
-            Batch(worker, answers, name, caps, _CONFIG.queue_size).run(works, answered)
-    finally:
-        worker.close(0)
-        worker.join(_LAST_TOKEN_S)
-    return generated
+    with connected(arguments.ray) as machines:
+        workers = arguments.workers or len(machines)
+        for custom_id, status, body, tokens in answer(works, model, workers, machines):
+            if custom_id not in answers.answered:  # one whose worker died was asked again
+                answers.add(custom_id, status, body)
+                answered(tokens)
 
 
 def _say(

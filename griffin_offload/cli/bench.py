@@ -7,7 +7,7 @@ import sys
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.eval_options import columns, numbers
+from griffin_offload.cli.eval import columns, numbers
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
 from griffin_offload.config import FORMAT_NAMES, BenchConfig, LoadConfig
 from griffin_offload.errors import DoesNotFit, UsageError
@@ -236,7 +236,7 @@ def _kernel_rows() -> list[dict[str, Any]]:
     # Both add rows of torch's.
     from griffin_offload import formats  # noqa: F401
     from griffin_offload.devices.registry import devices_here
-    from griffin_offload.engine import cpu_modules  # noqa: F401
+    from griffin_offload.engine import build  # noqa: F401
     from griffin_offload.kernels import table
 
     devices, order = devices_here(), list(dict.fromkeys(kernel.operation for kernel in table.rows()))

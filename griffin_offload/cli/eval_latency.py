@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.eval_options import (
+from griffin_offload.cli.eval import (
     add_measuring_options,
     add_variant_options,
     columns,

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from griffin_offload.cli.eval_options import (
+from griffin_offload.cli.eval import (
     Bar,
     add_measuring_options,
     add_variant_options,

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin_offload.cli.eval_options import (
+from griffin_offload.cli.eval import (
     add_measuring_options,
     add_variant_options,
     columns,

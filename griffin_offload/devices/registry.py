@@ -1,11 +1,52 @@
-"""The kinds of devices by name: which of them are here, and which one is meant."""
+"""The kinds of devices by name: which of them are here, and which one is meant. The CPU and Apple's GPUs (torch's Metal
+backend: no asynchronous copies, and no measure of their own memory) take a few lines each, and are here, too."""
+
+import torch
+from torch import Tensor
 
 from griffin_offload.config import DEVICE_NAMES
 from griffin_offload.devices.base import Device
-from griffin_offload.devices.cpu import CpuDevice
 from griffin_offload.devices.cuda import CudaDevice
-from griffin_offload.devices.mps import MpsDevice
+from griffin_offload.devices.memory import block_buffer, host_bytes
 from griffin_offload.errors import UsageError
+
+
+class MpsDevice(Device):
+    """The machine's one GPU. Its memory is physically the host's, but tensors are copied to it as to another's."""
+
+    name = "mps"
+
+    @classmethod
+    def available(cls) -> bool:
+        return torch.backends.mps.is_available()
+
+    def memory_bytes(self) -> tuple[int, int]:
+        return host_bytes()
+
+    def synchronize(self) -> None:
+        torch.mps.synchronize()
+
+
+class CpuDevice(Device):
+    """The machine's processors."""
+
+    name = "cpu"
+    shares_host_memory = True
+    queues_work = False
+
+    @classmethod
+    def available(cls) -> bool:
+        return True
+
+    def memory_bytes(self) -> tuple[int, int]:
+        return host_bytes()
+
+    def slot(self, nbytes: int) -> Tensor:
+        return block_buffer(nbytes)
+
+    def gemm_dtypes(self, dtype: torch.dtype) -> set[torch.dtype]:
+        return {dtype, torch.float32}
+
 
 # Those first that "auto" prefers.
 _kinds: dict[str, type[Device]] = {kind.name: kind for kind in (CudaDevice, MpsDevice, CpuDevice)}

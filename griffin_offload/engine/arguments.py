@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, StopStringCriteria
 
-from griffin_offload.blocks.rope import RopeBorder
-from griffin_offload.blocks.states import state_kinds
+from griffin_offload.blocks.states import RopeBorder, state_kinds
 from griffin_offload.config import CacheKind, RunConfig
 from griffin_offload.engine.drafts import MOST_DRAFTS
 from griffin_offload.engine.generation import GenerationMode, GenerationState, LogitsObserver, Past, past_of

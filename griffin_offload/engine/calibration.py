@@ -26,14 +26,14 @@ from griffin_offload.blocks.replace import linear_names
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.files import renamed
 from griffin_offload.checkpoint.mapped import FilePages
-from griffin_offload.devices.torch_state import put
+from griffin_offload.devices.threads import put
+from griffin_offload.engine.build import emulates_halves, use_own_linears
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
-from griffin_offload.engine.cpu_modules import emulates_halves, use_own_linears
 from griffin_offload.engine.layer_pass import LayerPass, PageFeed, Visitor
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats.translated import TranslatedTensor, in_memory
 from griffin_offload.kernels.by_blocks import Scratch
-from griffin_offload.offload.expert_store import ExpertStore, PassingExperts
+from griffin_offload.offload.weight_store import ExpertStore, PassingExperts
 from griffin_offload.transformers_api import StockModel
 
 Importance = Mapping[str, Tensor]

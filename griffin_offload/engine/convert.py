@@ -15,14 +15,15 @@ from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Inputs, visit_inputs
-from griffin_offload.engine.copy_directory import CopyDirectory, shard_names
 from griffin_offload.engine.load import check_stored
 from griffin_offload.engine.shards import (
+    CopyDirectory,
     Missed,
     Progress,
     Quantizing,
     Reader,
     layer_tensors,
+    shard_names,
     tensors_outside,
     write_with_experts,
 )

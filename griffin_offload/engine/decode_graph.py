@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from griffin_offload.blocks.hooks import hooks_on
+from griffin_offload.blocks.base import hooks_on
 from griffin_offload.blocks.states import shares_entries, state_kinds
 from griffin_offload.config import KVBits
 from griffin_offload.devices.base import Recorder
+from griffin_offload.engine.model_interface import Guard, StockForward
 from griffin_offload.engine.report import GraphReport
-from griffin_offload.engine.stock import Guard, StockForward
 from griffin_offload.errors import one_line
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.kv_layer import KVLayer

@@ -27,9 +27,8 @@ from griffin_offload.checkpoint.files import write_text
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import WEIGHT_NORMS, SelectionMethod
 from griffin_offload.engine.build import build
-from griffin_offload.engine.copy_directory import CopyDirectory, check_place, shard_names
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.engine.shards import Reader
+from griffin_offload.engine.shards import CopyDirectory, Reader, check_place, shard_names
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError, one_line
 from griffin_offload.formats import FLOATS
 from griffin_offload.method.selection import layer_generator, neurons_kept, select_neurons

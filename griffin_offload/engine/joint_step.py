@@ -20,8 +20,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from griffin_offload.blocks.states import lasting_kinds, state_kinds
-from griffin_offload.engine.cpu_modules import ATTENTION_NAME, attend_to_each
-from griffin_offload.engine.stock import StockForward
+from griffin_offload.engine.build import ATTENTION_NAME, attend_to_each
+from griffin_offload.engine.model_interface import StockForward
 from griffin_offload.errors import one_line
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
 from griffin_offload.kv_cache.kv_layer import KVLayer

@@ -16,10 +16,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.blocks.base import Activations, Block
-from griffin_offload.blocks.experts import is_experts
-from griffin_offload.blocks.hooks import PassHook, unhook
-from griffin_offload.blocks.routing import RestrictedForward
+from griffin_offload.blocks.base import Activations, Block, PassHook, unhook
+from griffin_offload.blocks.experts import RestrictedForward, is_experts
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine.report import ExpertReport
@@ -27,9 +25,8 @@ from griffin_offload.formats.translated import in_memory
 from griffin_offload.method.allocation import Counts
 from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.offload.expert_cache import ExpertBuffers, ExpertCache
-from griffin_offload.offload.expert_store import ExpertStore
 from griffin_offload.offload.layer_stream import LayerStream, StreamConfig
-from griffin_offload.offload.weight_store import Source, stream_dtype
+from griffin_offload.offload.weight_store import ExpertStore, Source, stream_dtype
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all) after each layer."""

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import Experts
-from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.layouts import find_feed_forwards, self_check
 from griffin_offload.blocks.replace import swap_experts, swap_linears
-from griffin_offload.blocks.self_check import self_check
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import settle_generation_config
@@ -20,9 +19,8 @@ from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
 from griffin_offload.devices.memory import Ledger, host_bytes
 from griffin_offload.devices.threads import limited_threads
-from griffin_offload.engine.build import build
+from griffin_offload.engine.build import build, use_own_attention, use_own_linears, use_own_norms
 from griffin_offload.engine.calibration import Importance, importance_of
-from griffin_offload.engine.cpu_modules import use_own_attention, use_own_linears, use_own_norms
 from griffin_offload.engine.layer_pass import DecoderLayers
 from griffin_offload.engine.residents import Loaded, cache_experts, compact_blocks, place_residents, resident_bytes
 from griffin_offload.engine.spec import ModelSpec, evicts
@@ -32,9 +30,8 @@ from griffin_offload.kernels.library import HALVES
 from griffin_offload.method.allocation import tiers_of
 from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.offload.expert_cache import ExpertBuffers
-from griffin_offload.offload.expert_store import ExpertStore
 from griffin_offload.offload.layer_stream import StreamConfig
-from griffin_offload.offload.weight_store import HostStore, MmapStore, Source
+from griffin_offload.offload.weight_store import ExpertStore, HostStore, MmapStore, Source
 from griffin_offload.planner.plan import Plan
 from griffin_offload.units import format_bytes, parse_size
 

@@ -15,21 +15,19 @@ from torch import Tensor
 from griffin_offload.checkpoint.registry import locate
 from griffin_offload.config import MOST_TOGETHER, LoadConfig
 from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, OutOfMemoryAsError, give_back_freed, peak_host_bytes
-from griffin_offload.devices.threads import limited_threads
-from griffin_offload.devices.torch_state import own_modes
+from griffin_offload.devices.threads import limited_threads, own_modes
 from griffin_offload.engine.arguments import empty_context, prepared
 from griffin_offload.engine.chat import ChatSession
 from griffin_offload.engine.generation import GenerationMode, GenerationState, ends_of, probabilities_named
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.load import load
-from griffin_offload.engine.model_interface import StockInterface
+from griffin_offload.engine.model_interface import StockInterface, check_wait, checked_prompt
 from griffin_offload.engine.options import translated
 from griffin_offload.engine.report import PrefillReport, RunReport
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.runner import ModelRunner
 from griffin_offload.engine.scheduler import GeneratedAnswer, SequenceScheduler, answers
 from griffin_offload.engine.spec import ModelSpec, check_no_passes, examine, plan_for
-from griffin_offload.engine.stock import check_wait, checked_prompt
 from griffin_offload.engine.structure import Structure, StructureGuide
 from griffin_offload.errors import BudgetExceeded, UsageError
 from griffin_offload.kv_cache.sequence import Context

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin_offload.blocks.hooks import unhook
+from griffin_offload.blocks.base import unhook
 from griffin_offload.engine.generation import GenerationState, tokens_of
 from griffin_offload.engine.layer_pass import DecoderLayers, Progress
+from griffin_offload.engine.model_interface import StockForward
 from griffin_offload.engine.prefill import StreamedPass, choose_together, grouped, sums_until
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
-from griffin_offload.engine.stock import StockForward
 from griffin_offload.errors import GriffinError
+from griffin_offload.kv_cache.kv_cache import RecordedWriter, SplitWriter, States, copies
 from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
-from griffin_offload.kv_cache.state_layer import RecordedWriter, SplitWriter, States, copies
 from griffin_offload.transformers_api import CACHE, StockCache
 
 

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
-from griffin_offload.blocks.experts import Experts
-from griffin_offload.blocks.routing import RestrictedForward
+from griffin_offload.blocks.experts import Experts, RestrictedForward
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.memory import Ledger, touch, untouched_zeros
-from griffin_offload.devices.torch_state import put
+from griffin_offload.devices.threads import put
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed, Visitor
 from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.formats.stacked import row_parts

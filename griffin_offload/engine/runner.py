@@ -12,12 +12,10 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.blocks.base import Block
-from griffin_offload.blocks.rope import begin_anew, rope_border
-from griffin_offload.blocks.states import shares_entries
+from griffin_offload.blocks.states import begin_anew, rope_border, shares_entries
 from griffin_offload.devices.base import Recorder
 from griffin_offload.devices.memory import OutOfMemoryAsError
-from griffin_offload.devices.threads import limited_threads
-from griffin_offload.devices.torch_state import own_modes
+from griffin_offload.devices.threads import limited_threads, own_modes
 from griffin_offload.engine.decode_graph import DecodeGraphs, ReusedKVCache
 from griffin_offload.engine.drafts import StepCosts
 from griffin_offload.engine.generation import (
@@ -29,10 +27,10 @@ from griffin_offload.engine.generation import (
     tokens_of,
 )
 from griffin_offload.engine.joint_step import JointStep
+from griffin_offload.engine.model_interface import FifoLock, Guard, hand_out, hollow, stock_forward
 from griffin_offload.engine.prompt_passes import PromptPasses
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
-from griffin_offload.engine.stock import FifoLock, Guard, hand_out, hollow, stock_forward
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
 from griffin_offload.kernels import table
 from griffin_offload.kernels.library import HALVES

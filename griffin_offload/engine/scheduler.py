@@ -23,10 +23,10 @@ from griffin_offload.engine.arguments import ONE_ANSWER, LoadedModel, empty_cont
 from griffin_offload.engine.decoding import DecodingEngine, DecodingSequence, PreparedAnswer, Seed
 from griffin_offload.engine.generation import GenerationMode, GenerationState, probabilities_named
 from griffin_offload.engine.joint_step import JointStep
+from griffin_offload.engine.model_interface import checked_prompt
 from griffin_offload.engine.report import RunReport
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.spec import ModelSpec
-from griffin_offload.engine.stock import checked_prompt
 from griffin_offload.engine.structure import Structure, StructureGuide
 from griffin_offload.errors import DoesNotFit, GriffinError
 from griffin_offload.kv_cache.kv_cache import KVCache

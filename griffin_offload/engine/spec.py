@@ -10,8 +10,7 @@ import torch
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.blocks.sizes import ModelSizes, model_shape, states_of
 from griffin_offload.blocks.states import lasting_kinds, state_kinds
-from griffin_offload.checkpoint.base import Checkpoint
-from griffin_offload.checkpoint.part_sizes import PartSizes, part_sizes
+from griffin_offload.checkpoint.base import Checkpoint, PartSizes, part_sizes
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import (
     MAX_DRAFT_TOKENS,
@@ -25,7 +24,7 @@ from griffin_offload.config import (
 from griffin_offload.devices.base import Device
 from griffin_offload.devices.memory import host_bytes
 from griffin_offload.devices.registry import choose_device, device_kind, devices_here
-from griffin_offload.engine.cpu_modules import emulates_halves
+from griffin_offload.engine.build import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats import Format, every, planned_as

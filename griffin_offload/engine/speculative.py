@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from griffin_offload.blocks.rope import RopeBorder
+from griffin_offload.blocks.states import RopeBorder
 from griffin_offload.engine.drafts import DraftLength, LookupState, StepCosts, TextDrafts
 from griffin_offload.engine.generation import GenerationState
 from griffin_offload.engine.report import DraftReport

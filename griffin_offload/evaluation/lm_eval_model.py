@@ -28,8 +28,7 @@ from griffin_offload.engine.spec import by_residents_alone
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.evaluation.config import TasksConfig
 from griffin_offload.evaluation.distributed import Processes
-from griffin_offload.evaluation.samples import Sample
-from griffin_offload.evaluation.scoring import Scores
+from griffin_offload.evaluation.samples import Sample, Scores
 from griffin_offload.evaluation.simulation import Simulated, simulate
 from griffin_offload.method.variants import Variant
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.errors import UsageError
-from griffin_offload.evaluation.samples import Sample
-from griffin_offload.evaluation.scoring import Scores
+from griffin_offload.evaluation.samples import Sample, Scores
 from griffin_offload.evaluation.simulation import Simulated, simulate
 from griffin_offload.method.variants import Variant
 

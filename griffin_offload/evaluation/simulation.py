@@ -16,8 +16,7 @@ from griffin_offload.devices.threads import limited_threads
 from griffin_offload.engine.layer_pass import DecoderLayers, Progress
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.errors import BudgetExceeded, UnsupportedModel, UsageError
-from griffin_offload.evaluation.samples import Batch, Sample, columns_of
-from griffin_offload.evaluation.scoring import Scores, score_rows, stack_of, stock_head
+from griffin_offload.evaluation.samples import Batch, Sample, Scores, columns_of, score_rows, stack_of, stock_head
 from griffin_offload.evaluation.simulated_pass import NeuronChoice, Observer, PassSize, SimulatedPass, Sizer
 from griffin_offload.method.selection import layer_generator, neurons_kept
 from griffin_offload.method.statistic import share_kept

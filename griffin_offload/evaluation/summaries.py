@@ -8,18 +8,33 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.errors import GriffinError, UsageError, one_line
 from griffin_offload.evaluation.config import SummariesConfig
-from griffin_offload.evaluation.rouge import METRICS, rouge
 from griffin_offload.evaluation.samples import json_lines
 from griffin_offload.method.variants import Variant
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+METRICS = ("rouge1", "rouge2", "rougeL")
+
+
+def rouge(summary: str, reference: str, end: str) -> dict[str, float]:
+    """F1 of ROUGE-1, 2 and L, in percent, of what is before `end`; an empty summary scores 0."""
+    summary = summary.split(end)[0].strip() if end else summary.strip()
+    if not summary:
+        return dict.fromkeys(METRICS, 0.0)
+    scores = RougeScorer(list(METRICS), use_stemmer=False).score(reference, summary)
+    return {name: 100 * scores[name].fmeasure for name in METRICS}
 
 
 @dataclass(frozen=True)
@@ -206,3 +221,24 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
+
+
+def documents(task: str, data: dict[str, str] | None = None, **_: Any) -> "dict[str, Dataset]":
+    """Rows of the user's jsonl file for `task`: `article`, the whole 1-shot prompt, and `summary_gt`, the reference."""
+    from datasets import Dataset
+
+    path = (data or {}).get(task)
+    if path is None:
+        raise UsageError(f"task {task} reads its prompts from a file: give --data {task}=FILE.jsonl")
+    rows = list(json_lines(Path(path)))
+    for number, row in enumerate(rows, start=1):
+        if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("article", "summary_gt"))):
+            raise UsageError(f"{path}, document {number} lacks a text article or summary_gt")
+    if not rows:
+        raise UsageError(f"{path} holds no documents")
+    return {"test": Dataset.from_list([{key: row[key] for key in ("article", "summary_gt")} for row in rows])}
+
+
+def task_scores(document: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Scores of one summary, in percent."""
+    return rouge(results[0], document["summary_gt"], SummariesConfig.end)

@@ -1,18 +1,16 @@
-"""One layer of the KV cache: keys and values, allocated once, written in place, in 16 bits or in 8; and states beside
-them where a layer has both. Shapes: B batch, T tokens, D size of a head.
+"""One layer of the KV cache: keys and values, allocated once, written in place, in 16 bits or in 8. Shapes: B batch,
+T tokens, D size of a head.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from griffin_offload.config import KVBits
 from griffin_offload.errors import GriffinError
-from griffin_offload.kv_cache.state_layer import StateLayer
 from griffin_offload.kv_cache.store import KV_SLACK_TOKENS, DequantBuffer, Int8Store, Store, kv_tokens_kept
-from griffin_offload.transformers_api import DummyLayer
 
 Scratches = tuple[DequantBuffer, DequantBuffer]
 """For keys and for values, of all layers."""
@@ -217,55 +215,3 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         """Keep the samples `indices` of the batch."""
         for store in self._stores:
             store.replace(lambda part: part[indices])
-
-
-class StateAndKVLayer(StateLayer, KVLayer):
-    """One layer with states beside attention."""
-
-    def __init__(
-        self, ctx_tokens: int, window: int | None, bits: KVBits, scratches: Scratches, number_of_states: int
-    ) -> None:
-        KVLayer.__init__(self, ctx_tokens, window, bits, scratches)
-        self.number_of_states = number_of_states
-        StateLayer.forget(self)
-
-    is_compileable = False
-    is_croppable = True
-    grow, crop, get_max_length = KVLayer.grow, KVLayer.crop, KVLayer.get_max_length
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """For keys and values, which come by place, or for states, by name."""
-        (KVLayer if args else StateLayer).lazy_initialization(self, *args, **kwargs)
-
-    def forget(self) -> None:
-        dtype = self.dtype  # of keys and values, once they are there
-        StateLayer.forget(self)
-        self.dtype = dtype
-
-    def reset(self) -> None:
-        StateLayer.reset(self)
-        KVLayer.reset(self)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        StateLayer.reorder_cache(self, beam_idx)
-        KVLayer.reorder_cache(self, beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        StateLayer.batch_repeat_interleave(self, repeats)
-        KVLayer.batch_repeat_interleave(self, repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        StateLayer.batch_select_indices(self, indices)
-        KVLayer.batch_select_indices(self, indices)
-
-
-def layer_like(stock: Any, ctx_tokens: int, window: int | None, bits: KVBits, scratches: Scratches) -> Any:
-    """Ours in the place of one of transformers'."""
-    if isinstance(stock, DummyLayer):
-        return DummyLayer()
-    if not isinstance(stock, LinearAttentionCacheLayerMixin):
-        return KVLayer(ctx_tokens, window, bits, scratches)
-    states = getattr(stock, "number_of_states", 1)
-    if isinstance(stock, CacheLayerMixin):
-        return StateAndKVLayer(ctx_tokens, window, bits, scratches, states)
-    return StateLayer(number_of_states=states)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin_offload.blocks.rope import RopeBorder
+from griffin_offload.blocks.states import RopeBorder
 from griffin_offload.config import BatchStatistic
-from griffin_offload.kv_cache.kv_cache import KVCache
-from griffin_offload.kv_cache.state_layer import States, copies_bytes
+from griffin_offload.kv_cache.kv_cache import KVCache, States, copies_bytes
 from griffin_offload.method import statistic
 from griffin_offload.transformers_api import StockCache
 

@@ -23,8 +23,8 @@ from griffin_offload.checkpoint.safetensors import DTYPES
 from griffin_offload.config import TIERS
 from griffin_offload.errors import SavedContextError, one_line
 from griffin_offload.formats import planned_as
+from griffin_offload.kv_cache.kv_cache import States
 from griffin_offload.kv_cache.sequence import MAX_MARKS, Context, Snapshot
-from griffin_offload.kv_cache.state_layer import States
 from griffin_offload.method.allocation import Counts
 
 _FORMAT, _VERSION = "griffin-offload context", 1

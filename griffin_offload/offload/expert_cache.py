@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import GriffinError
-from griffin_offload.offload.expert_store import READ_AHEAD, ExpertRead, ExpertStore
+from griffin_offload.offload.weight_store import READ_AHEAD, ExpertRead, ExpertStore
 
 # Of what a token has made of use, so much remains behind the next one: the last 50 or so count.
 FADING = 0.98

@@ -66,7 +66,7 @@ class PlanRequest:
     weight_norms: bool = False
     """A table of norms is kept, one for every neuron of the streamed layers."""
     translated: bool = False
-    """Linear layers multiply in float32, block by block (engine/cpu_modules.py)."""
+    """Linear layers multiply in float32, block by block (engine/build.py)."""
     graphs: GraphCosts | None = None
     """What captured decode steps cost; None where none are captured."""
 

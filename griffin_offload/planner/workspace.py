@@ -5,7 +5,7 @@ Upper estimates, by counting what is alive at once.
 
 from collections.abc import Sequence
 
-from griffin_offload.blocks.hooks import whole_chunk
+from griffin_offload.blocks.base import whole_chunk
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.kernels.attention_and_norm import attending_bytes
 from griffin_offload.kernels.by_blocks import product_bytes

@@ -11,7 +11,8 @@ import json
 import os
 import queue
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from griffin_offload.config import ServeConfig
 from griffin_offload.errors import GriffinError, UsageError, one_line
 from griffin_offload.evaluation.samples import json_lines
 from griffin_offload.serving.api_errors import ApiError
+from griffin_offload.serving.metrics import Metrics
+from griffin_offload.serving.model_manager import ModelManager
 from griffin_offload.serving.queue import Done, Event, Failed, Figures, Job
-from griffin_offload.serving.requests import ENDPOINTS, Caps, Endpoint, Request, output_tokens, parse_request
+from griffin_offload.serving.requests import ENDPOINTS, Endpoint, Request, caps_of, output_tokens, parse_request
 from griffin_offload.serving.responses import Response
 from griffin_offload.serving.tokenization import Encoder
 from griffin_offload.serving.worker import Worker
@@ -31,6 +34,7 @@ _MOST_ID_LETTERS = 1000
 # Of the moment, not of the request: asked again, it may be answered. Where the model is gone, no other request is, too.
 _TRANSIENT = 503
 _GONE = ("model_unavailable", "shutting_down")
+_LAST_TOKEN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,20 @@ def check_model(lines: Sequence[Line], served: str) -> None:
         )
 
 
-class AnswerFile:
+class Answers(ABC):
+    """Where answers go."""
+
+    @abstractmethod
+    def add(self, custom_id: str, status: int, body: dict[str, Any]) -> None:
+        """Keep one more."""
+
+    def refuse(self, line: Line, failure: ApiError) -> None:
+        """Keep that there is no answer, unless another moment may bring one."""
+        if failure.status != _TRANSIENT:
+            self.add(line.custom_id, failure.status, failure.to_json())
+
+
+class AnswerFile(Answers):
     """The lines that are answered: a context manager that keeps other writers out."""
 
     def __init__(self, path: Path) -> None:
@@ -141,11 +158,6 @@ class AnswerFile:
         self.answered.add(custom_id)
         self.failed += status >= 400
 
-    def refuse(self, line: Line, failure: ApiError) -> None:
-        """Write that there is no answer, unless another moment may bring one."""
-        if failure.status != _TRANSIENT:
-            self.add(line.custom_id, failure.status, failure.to_json())
-
 
 @dataclass(frozen=True)
 class Work:
@@ -187,50 +199,66 @@ Progress = Callable[[Figures], None]
 
 
 class Batch:
-    """Asks a started worker and writes what it says."""
+    """A loaded model, and a worker that asks it: a context manager that gives it back."""
 
-    def __init__(self, worker: Worker, answers: AnswerFile, served: str, caps: Caps, most_waiting: int) -> None:
-        self._worker, self._answers, self._served = worker, answers, served
-        self._caps, self._most_waiting = caps, most_waiting
+    def __init__(self, directory: Path, options: Mapping[str, Any], served: str, config: ServeConfig) -> None:
+        self._served, self._most_waiting = served, config.queue_size
+        self._worker = Worker(ModelManager(directory, options, config.max_sessions), config, Metrics())
         self._events: _Events = queue.SimpleQueue()
+        try:
+            plan = self._worker.start().model.plan
+        except BaseException:
+            self._close()
+            raise
+        self._caps = caps_of(config, plan.context_tokens, plan.prompt_tokens)
 
-    def run(self, works: Sequence[Work], progress: Progress) -> None:
-        """Ask for all of `works`; each is written when it is answered. GriffinError where the model is gone."""
+    def __enter__(self) -> "Batch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._worker.close(0)
+        self._worker.join(_LAST_TOKEN_S)
+
+    def run(self, works: Sequence[Work], answers: Answers, progress: Progress) -> None:
+        """Ask for all of `works`; each is kept when it is answered. GriffinError where the model is gone."""
         asked: list[_Asked] = []
-        waiting = self._asked(works)
+        waiting = self._asked(works, answers)
         try:
             while True:
                 asked += itertools.islice(waiting, self._most_waiting - len(asked))
                 if not asked:
                     return
                 one, event = self._events.get()
-                if self._take(one, event, progress):
+                if self._take(one, event, answers, progress):
                     asked.remove(one)
         finally:
             for one in asked:
                 self._worker.cancel(one.job)
 
-    def _asked(self, works: Sequence[Work]) -> Iterator["_Asked"]:
+    def _asked(self, works: Sequence[Work], answers: Answers) -> Iterator["_Asked"]:
         """Submit one after the other, as they are taken from here."""
         for work in works:
             try:
                 most = [output_tokens(work.request, prompt, self._caps) for prompt in work.prompts]
             except ApiError as failure:
-                self._answers.refuse(work.line, failure)
+                answers.refuse(work.line, failure)
                 continue
             one = _Asked(work, self._served, most, self._events)
             self._worker.submit(one.job)
             yield one
 
-    def _take(self, one: "_Asked", event: Event, progress: Progress) -> bool:
+    def _take(self, one: "_Asked", event: Event, answers: Answers, progress: Progress) -> bool:
         """Whether this was the last of the request."""
         if isinstance(event, Failed):
             if event.failure.code in _GONE:
                 raise GriffinError(f"{event.failure.message}; what is answered is kept, run the same command again")
-            self._answers.refuse(one.work.line, event.failure)
+            answers.refuse(one.work.line, event.failure)
             return True
         if isinstance(event, Done):
-            self._answers.add(one.work.line.custom_id, 200, one.response.whole(event.figures))
+            answers.add(one.work.line.custom_id, 200, one.response.whole(event.figures))
             progress(event.figures)
             return True
         one.response.take(event)

@@ -20,8 +20,7 @@ from griffin_offload import GriffinModel
 from griffin_offload.blocks import layouts
 from griffin_offload.blocks.base import ActivationCallback, Activations, Block
 from griffin_offload.blocks.feedforward import FeedForward
-from griffin_offload.blocks.layouts import find_feed_forwards, register_block
-from griffin_offload.blocks.self_check import self_check
+from griffin_offload.blocks.layouts import find_feed_forwards, register_block, self_check
 from griffin_offload.cli.main import main
 from griffin_offload.engine.convert import convert
 from griffin_offload.errors import UnsupportedModel

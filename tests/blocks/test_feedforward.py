@@ -7,8 +7,7 @@ from torch import nn
 
 from griffin_offload.blocks import layouts
 from griffin_offload.blocks.feedforward import FeedForward
-from griffin_offload.blocks.layouts import Layout, find_feed_forwards, register_layout
-from griffin_offload.blocks.self_check import self_check
+from griffin_offload.blocks.layouts import Layout, find_feed_forwards, register_layout, self_check
 from griffin_offload.errors import UnsupportedModel
 
 LAYERS = 3

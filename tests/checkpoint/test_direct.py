@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from griffin_offload.checkpoint import direct_io as direct_module
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent, SlotLayout, cached_bytes
-from griffin_offload.devices.cpu import CpuDevice
 from griffin_offload.devices.memory import block_buffer, untouched_zeros
+from griffin_offload.devices.registry import CpuDevice
 from griffin_offload.errors import GriffinError
 from griffin_offload.offload import weight_store as source_module
 from griffin_offload.offload.layer_stream import LayerStream, StreamConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from griffin_offload.devices.cpu import CpuDevice
+from griffin_offload.devices.registry import CpuDevice
 
 PLAN_FLAGS = [
     ("--max-gpu-mem=12XB", "cannot read the size '12XB'"),

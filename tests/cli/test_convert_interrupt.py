@@ -11,7 +11,7 @@ from fork_server import ForkServer, Started
 from marks import mostly_slow
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from griffin_offload.engine import copy_directory as runtime
+from griffin_offload.engine import shards as runtime
 
 NOTE = ".converting.json"
 # Kills the process at a given step of a given file: its name when it is whole, and when.
@@ -19,7 +19,7 @@ KILLER = """
 import os, signal, sys
 from pathlib import Path
 from griffin_offload.cli.main import main
-from griffin_offload.engine import copy_directory as convert
+from griffin_offload.engine import shards as convert
 name, when = sys.argv[1:3]
 replace, save, unlink = Path.replace, convert.save_file, Path.unlink
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)

@@ -13,7 +13,7 @@ from griffin_offload.cli import eval_summaries
 from griffin_offload.cli.main import build_parser
 from griffin_offload.demo import demo_directory
 from griffin_offload.evaluation.config import SummariesConfig
-from griffin_offload.evaluation.rouge import rouge
+from griffin_offload.evaluation.summaries import rouge
 
 WORDS = "the cat sat on a mat and thought of rivers boats birds stones trees houses doors windows".split()  # noqa: SIM905
 

@@ -209,14 +209,14 @@ def test_summaries_from_a_file_of_prompts(cli, llama: Path, tmp_path: Path):
 
 
 def test_rouge_of_a_summary():
-    from griffin_offload.evaluation.summary_task import rouge
+    from griffin_offload.evaluation.summaries import task_scores
 
     document = {"summary_gt": "the cat sat on the mat"}
-    assert rouge(document, [" the cat sat### on the mat"]) == pytest.approx(
+    assert task_scores(document, [" the cat sat### on the mat"]) == pytest.approx(
         {"rouge1": 100 * 6 / 9, "rouge2": 100 * 4 / 7, "rougeL": 100 * 6 / 9}
     )
-    assert set(rouge(document, ["the cat sat on the mat"]).values()) == {100}
-    assert set(rouge(document, [" ### the"]).values()) == {0}
+    assert set(task_scores(document, ["the cat sat on the mat"]).values()) == {100}
+    assert set(task_scores(document, [" ### the"]).values()) == {0}
 
 
 def test_without_the_extra(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):

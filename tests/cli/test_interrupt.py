@@ -12,8 +12,8 @@ import torch
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinError, GriffinModel
+from griffin_offload.blocks.base import hooks_on
 from griffin_offload.blocks.feedforward import FeedForward
-from griffin_offload.blocks.hooks import hooks_on
 from griffin_offload.checkpoint.mapped import FilePages
 
 OPTIONS = [

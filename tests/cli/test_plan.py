@@ -9,7 +9,7 @@ from tiny_models import VOCAB
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from griffin_offload.devices.cuda import CudaDevice
-from griffin_offload.devices.mps import MpsDevice
+from griffin_offload.devices.registry import MpsDevice
 from griffin_offload.units import format_bytes
 
 KEYS = {

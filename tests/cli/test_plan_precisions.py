@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES
 
-from griffin_offload.devices.cpu import CpuDevice
+from griffin_offload.devices.registry import CpuDevice
 from griffin_offload.evaluation import ceilings
 from griffin_offload.formats import get
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from griffin_offload.devices.cpu import CpuDevice
 from griffin_offload.devices.memory import Ledger, anonymous_bytes, give_back_freed
+from griffin_offload.devices.registry import CpuDevice
 
 HELD_BYTES = 2**28
 

@@ -15,10 +15,10 @@ from marks import mostly_slow
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
-from griffin_offload.blocks.hooks import ChunkedForward, hooks_on
+from griffin_offload.blocks.base import ChunkedForward, hooks_on
 from griffin_offload.checkpoint import renaming
 from griffin_offload.engine import load as loading
-from griffin_offload.engine.stock import Guard
+from griffin_offload.engine.model_interface import Guard
 from griffin_offload.errors import DoesNotFit, GriffinError, OutOfMemory, memory_refused
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.offload.background_loader import BackgroundLoader

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from griffin_offload.blocks.hooks import hooks_on
+from griffin_offload.blocks.base import hooks_on
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine import calibration

@@ -11,9 +11,9 @@ import torch
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
-from griffin_offload.blocks.hooks import hooks_on
+from griffin_offload.blocks.base import hooks_on
 from griffin_offload.engine import load as loading
-from griffin_offload.engine.stock import Guard
+from griffin_offload.engine.model_interface import Guard
 from griffin_offload.errors import CheckpointChanged
 from griffin_offload.offload import weight_store
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from griffin_offload import GriffinModel
-from griffin_offload.engine import cpu_modules, spec
+from griffin_offload.engine import build, spec
 from griffin_offload.kernels import table
 from griffin_offload.kernels.attention_and_norm import attend
 from griffin_offload.kernels.library import library
@@ -67,7 +67,7 @@ def test_equals_float64_up_to_rounding(batch, kv_heads, shared, new, past, width
     module = nn.Module()
     module.num_key_value_groups = shared
     with torch.no_grad():
-        result, _ = cpu_modules.attention_forward(module, query, key, value, mask, scaling=width**-0.5)
+        result, _ = build.attention_forward(module, query, key, value, mask, scaling=width**-0.5)
     by = table.choose("attention", "one_token", module, query, key, value, mask, like=query)
     assert by.ours == (new == 1 and library() is not None)
     assert result.dtype == dtype
@@ -108,7 +108,7 @@ def test_a_few_tokens_are_each_as_if_alone(window, form, dtype):
     mask = mask[None, None]
     given = mask if form == "bool" else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
     with torch.no_grad():
-        found, _ = cpu_modules.attention_forward(nn.Module(), query, key, value, given, scaling=0.25)
+        found, _ = build.attention_forward(nn.Module(), query, key, value, given, scaling=0.25)
         for row in range(new):
             first, end = int(mask[0, 0, row].int().argmax()), seen - new + row + 1
             alone = attend(query[:, :, row : row + 1], key[:, :, first:end], value[:, :, first:end], None, 0.25)
@@ -138,9 +138,9 @@ def test_a_loaded_model_answers_as_the_stock_one(checkpoints, monkeypatch, name)
     found = []
     for own in (True, False):
         monkeypatch.setattr(spec, "emulates_halves", lambda *_, own=own: own)
-        monkeypatch.setattr(cpu_modules, "STOCK_ATTENTION", "sdpa" if own else "none of ours")
+        monkeypatch.setattr(build, "STOCK_ATTENTION", "sdpa" if own else "none of ours")
         with GriffinModel.from_pretrained(folder, device="cpu", density=1.0, always_stream=True) as model:
-            uses_ours = model.model.config._attn_implementation == cpu_modules.ATTENTION_NAME
+            uses_ours = model.model.config._attn_implementation == build.ATTENTION_NAME
             assert uses_ours == (own and name != "falcon_new")  # whose attention is its own
             cache = model.model(prompt).past_key_values
             found.append(model.model(torch.tensor([[7]]), past_key_values=cache).logits.float())
@@ -170,8 +170,8 @@ def test_rows_of_several_lengths_are_those_of_each_alone(lengths, kv_heads, shar
     pairs = enumerate(zip(keys, values, strict=True))
     options = {} if scaling is None else {"scaling": scaling}
     with torch.no_grad():
-        alone = [cpu_modules.attention_forward(None, query[i : i + 1], *pair, None, **options)[0] for i, pair in pairs]
-        together, _ = cpu_modules.attend_to_each(None, query, keys, values, **options)
+        alone = [build.attention_forward(None, query[i : i + 1], *pair, None, **options)[0] for i, pair in pairs]
+        together, _ = build.attend_to_each(None, query, keys, values, **options)
         with table.leaving_out(lambda kernel: kernel.layout == "each_token" and kernel.ours):
-            assert torch.equal(cpu_modules.attend_to_each(None, query, keys, values, **options)[0], together)
+            assert torch.equal(build.attend_to_each(None, query, keys, values, **options)[0], together)
     assert torch.equal(together, torch.cat(alone))

@@ -10,7 +10,7 @@ from torch import nn
 from griffin_offload import GriffinModel
 from griffin_offload.devices.threads import choose_threads, limited_threads
 from griffin_offload.engine import spec
-from griffin_offload.engine.cpu_modules import emulates_halves, use_own_linears
+from griffin_offload.engine.build import emulates_halves, use_own_linears
 from griffin_offload.kernels.by_blocks import Scratch
 
 

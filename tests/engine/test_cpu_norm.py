@@ -9,7 +9,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from griffin_offload import GriffinModel
-from griffin_offload.engine.cpu_modules import CpuNorm, use_own_norms
+from griffin_offload.engine.build import CpuNorm, use_own_norms
 from griffin_offload.kernels import table
 from griffin_offload.kernels.attention_and_norm import ROWS, rms_norm
 from griffin_offload.kernels.library import library

@@ -11,9 +11,9 @@ from tiny_models import VOCAB, every_architecture
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from griffin_offload import GriffinModel, UsageError
-from griffin_offload.blocks.hooks import hooks_on
+from griffin_offload.blocks.base import hooks_on
 from griffin_offload.engine.convert import convert
-from griffin_offload.engine.stock import Guard
+from griffin_offload.engine.model_interface import Guard
 
 FAMILIES = "llama2 llama3 mistral gemma2 gemma3 qwen2 phi3 opt gpt_neox falcon_alibi gpt2 bloom cohere2".split()  # noqa: SIM905
 CTX = 128

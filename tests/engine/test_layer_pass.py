@@ -10,8 +10,7 @@ from tiny_models import ARCHITECTURES, LAYERS, VOCAB
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from griffin_offload.blocks.base import Activations, Block
-from griffin_offload.blocks.hooks import hooks_on
+from griffin_offload.blocks.base import Activations, Block, hooks_on
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.engine.layer_pass import LayerPass, Visitor
 

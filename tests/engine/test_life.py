@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinError, UsageError
 from griffin_offload.engine import model as model_module
-from griffin_offload.engine import stock as stock_module
+from griffin_offload.engine import model_interface
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def test_the_heap_is_trimmed_when_the_weights_have_gone(checkpoints, monkeypatch
     alive: list[bool] = []
     with _no_collector():
         monkeypatch.setattr(
-            stock_module, "give_back_freed", lambda: alive.append(any(w() is not None for w in weights))
+            model_interface, "give_back_freed", lambda: alive.append(any(w() is not None for w in weights))
         )
         model = load(checkpoints("llama3"))
         weights = [weakref.ref(parameter) for parameter in model.model.parameters()]

@@ -9,7 +9,7 @@ from tiny_models import VOCAB
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel
 
 from griffin_offload import GriffinModel, UsageError
-from griffin_offload.blocks.rope import positions_reached, rope_border
+from griffin_offload.blocks.states import positions_reached, rope_border
 from griffin_offload.kv_cache.kv_cache import KVCache
 
 BORDER = 40

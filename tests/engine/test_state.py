@@ -9,9 +9,9 @@ from tiny_models import VOCAB
 from transformers import GenerationConfig, StoppingCriteria
 
 from griffin_offload import DoesNotFit, GriffinError, GriffinModel, UsageError
-from griffin_offload.blocks.hooks import hooks_on
+from griffin_offload.blocks.base import hooks_on
 from griffin_offload.devices.registry import choose_device
-from griffin_offload.engine.stock import Guard
+from griffin_offload.engine.model_interface import Guard
 
 
 def _model(checkpoints, **options: object) -> GriffinModel:

@@ -11,7 +11,7 @@ from loaded_model import greedy, ids, load
 from transformers import DynamicCache, StoppingCriteria
 
 from griffin_offload import GriffinError, UsageError
-from griffin_offload.engine.stock import FifoLock
+from griffin_offload.engine.model_interface import FifoLock
 from griffin_offload.errors import Busy
 from griffin_offload.transformers_api import CACHE
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
-from griffin_offload.blocks.hooks import hooks_on
+from griffin_offload.blocks.base import hooks_on
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.evaluation import simulated_pass
 from griffin_offload.evaluation.inspection import observe_sequences

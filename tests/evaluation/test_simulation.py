@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
-from griffin_offload.blocks.hooks import hooks_on
+from griffin_offload.blocks.base import hooks_on
 from griffin_offload.engine.convert import convert
 from griffin_offload.evaluation import simulated_pass
 from griffin_offload.evaluation.samples import Sample

@@ -233,8 +233,8 @@ def test_not_quantised_is_asked_of_the_format():
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr == "is_floating_point"
     }
-    integers = {"checkpoint/part_sizes.py", "checkpoint/decoding.py", "checkpoint/adapter.py", "engine/build.py"}
-    assert asked == {"engine/stock.py", "engine/decode_graph.py", "kv_cache/sequence_file.py"} | integers
+    integers = {"checkpoint/base.py", "checkpoint/decoding.py", "checkpoint/adapter.py", "engine/build.py"}
+    assert asked == {"engine/model_interface.py", "engine/decode_graph.py", "kv_cache/sequence_file.py"} | integers
 
 
 def test_every_layout_can_be_multiplied_by_torch():

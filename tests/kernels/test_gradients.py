@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from griffin_offload.engine.cpu_modules import use_own_linears, use_own_norms
+from griffin_offload.engine.build import use_own_linears, use_own_norms
 from griffin_offload.kernels import table
 from griffin_offload.kernels.by_blocks import Scratch
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.cli.main import main
-from griffin_offload.engine.cpu_modules import use_own_linears
+from griffin_offload.engine.build import use_own_linears
 from griffin_offload.formats import every, get
 from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.kernels import table

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from griffin_offload import GriffinModel
-from griffin_offload.blocks.hooks import hooks_on
+from griffin_offload.blocks.base import hooks_on
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.errors import GriffinError
 from griffin_offload.offload.background_loader import BackgroundLoader

@@ -14,7 +14,7 @@ from torch import Tensor
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent
 from griffin_offload.checkpoint.safetensors import map_file
 from griffin_offload.offload.expert_cache import ExpertBuffers, ExpertCache
-from griffin_offload.offload.expert_store import ExpertRead, ExpertStore
+from griffin_offload.offload.weight_store import ExpertRead, ExpertStore
 
 EXPERTS, PLACES, TOP = 6, 3, 2
 SHAPES = ((4, 3), (2, 5))

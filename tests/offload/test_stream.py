@@ -9,7 +9,7 @@ import torch
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinError, GriffinModel
-from griffin_offload.devices.cpu import CpuDevice
+from griffin_offload.devices.registry import CpuDevice
 from griffin_offload.offload.layer_stream import LayerStream, StreamConfig
 from griffin_offload.offload.weight_store import HostStore, MmapStore
 

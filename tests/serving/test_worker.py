@@ -14,7 +14,7 @@ import pytest
 import torch
 from server_clients import BODY, LONGEST_S, Asking, Leaving, eventually
 
-from griffin_offload.blocks.hooks import ChunkedForward
+from griffin_offload.blocks.base import ChunkedForward
 from griffin_offload.engine.prompt_passes import PromptPasses
 from griffin_offload.offload.background_loader import BackgroundLoader
 from griffin_offload.serving.queue import Job

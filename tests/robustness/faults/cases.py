@@ -96,9 +96,9 @@ def full_disk_converting(world: World, rng: random.Random, place: Path) -> Resul
     out = world.resize_disk(rng.randrange(20_000, needed)) / "out"
 
     def believe_in_room() -> None:
-        from griffin_offload.engine import copy_directory
+        from griffin_offload.engine import shards
 
-        copy_directory.MARGIN_BYTES = -(10**9)
+        shards.MARGIN_BYTES = -(10**9)
 
     command = convert_command(world.pristine("stock"), out)
     found = Process(command, place, prepare=believe_in_room).outcome()

@@ -38,8 +38,8 @@ def _counting(function: Callable[..., Any], counted: list[None], number: int, ha
 
 def _places() -> dict[str, list[tuple[Any, str]]]:
     """Where a fault can come from inside a process."""
+    from griffin_offload.blocks.base import ChunkedForward
     from griffin_offload.blocks.feedforward import FeedForward
-    from griffin_offload.blocks.hooks import ChunkedForward
     from griffin_offload.checkpoint import mapped
     from griffin_offload.engine import prefill
     from griffin_offload.offload.weight_store import MmapStore
