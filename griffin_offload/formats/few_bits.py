@@ -195,8 +195,8 @@ class TiersCopy(Format):
             found |= {self._named(name, format): tensor for name, tensor in own.items()}
         return found
 
-    def compensation(self, x: Tensor, *, is_down: bool, meant: Tensor | None = None) -> Compensation:
-        return self._first.compensation(x, is_down=is_down, meant=meant)
+    def compensation(self, x: Tensor, *, is_down: bool) -> Compensation:
+        return self._first.compensation(x, is_down=is_down)
 
     def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:
         return self._first.missed(matrix, self.part(self._first, found), is_down=is_down)

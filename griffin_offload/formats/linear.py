@@ -174,13 +174,6 @@ def swap_tables(model: StockModel, format: Format, scratch: Scratch) -> None:
     model.set_output_embeddings(linear)
 
 
-def tie_tables(model: StockModel, *, tied: bool) -> None:
-    """After the embedding's tensors were assigned: make the head's the same."""
-    if tied:
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        head.weight, head.scale = embedding.weight, embedding.scale
-
-
 def table_bytes(shape: torch.Size, format: Format, dtype: torch.dtype) -> int:
     """Of one table [V, H], scales in `dtype`."""
     return format.stored(is_down=False).nbytes(shape[0], shape[1], dtype, is_down=False)
