@@ -102,7 +102,7 @@ class Format:
     for the inputs themselves."""
     missed_from: ClassVar[float] = 0.25
     """A weight that is off by a larger share has not come back (`missed`)."""
-    holds: ClassVar[tuple["Format", ...]] = ()
+    holds: tuple["Format", ...] = ()
     """Formats whose neurons a copy in this one has side by side, so that nothing is rounded for a prompt."""
     chunk: ClassVar[int] = 1024
     """Neurons that are on their way at once: a multiple of every block, and small enough for a cache."""
