@@ -69,20 +69,21 @@ def peer(options: argparse.Namespace) -> Iterator[dict[str, Callable[[], Taken]]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     with subprocess.Popen(shlex.split(options.beside), **pipes) as process:
-        assert process.stdin is not None and process.stdout is not None  # noqa: PT018
-        print(process.stdout.readline().strip(), file=sys.stderr, flush=True)
+        asking, answers = process.stdin, process.stdout
+        assert asking is not None and answers is not None  # noqa: PT018
+        print(answers.readline().strip(), file=sys.stderr, flush=True)
 
         def round_of(count: int) -> Callable[[], Taken]:
             def run() -> Taken:
-                process.stdin.write(f"{count} {options.prompt_tokens} {options.tokens}\n")
-                process.stdin.flush()
-                found = json.loads(process.stdout.readline())
+                asking.write(f"{count} {options.prompt_tokens} {options.tokens}\n")
+                asking.flush()
+                found = json.loads(answers.readline())
                 return found["tokens"], found["seconds"], found["processor_s"]
 
             return run
 
         yield {f"the peer, {count} together": round_of(count) for count in map(int, options.together.split(","))}
-        process.stdin.close()
+        asking.close()
 
 
 def rounds(model: GriffinModel, options: argparse.Namespace) -> dict[str, Callable[[], Taken]]:
