@@ -53,8 +53,7 @@ SCALE, INPUT_SCALE, WEIGHT = (f"{DOWN}.{part}" for part in ("scale", "input_scal
 HEADERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard of a fine-tune": (other_seed, "00002-of-00004.* belongs to another conversion .*shards are mixed"),
     "shard cut short": (truncate, r"\(\d+ bytes\) is truncated or damaged"),
-    "newer version": (mark(version=3), "was converted to int8 in format 3, this version reads format 2: convert again"),
-    "int8 before scales of inputs": (mark(version=1), "to int8 in format 1, .* reads format 2: convert again"),
+    "newer version": (mark(version=2), "was converted to int8 in format 2, this version reads format 1: convert again"),
     "no version": (mark(version=None), "was converted to int8 in format None"),
     "int4 before groups": (mark(precision="int4", version=1), "to int4 in format 1, .* reads format 2: convert again"),
     "unknown precision": (mark(precision="int5"), "damaged quantization_config: convert again"),

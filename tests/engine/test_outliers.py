@@ -119,7 +119,8 @@ def _with_super_weights() -> PreTrainedModel:
 def _resident(tensors: dict[str, Tensor]) -> Tensor:
     """The matrix [O, I] that decoding multiplies by, of a module's tensors."""
     if tensors["weight"].dtype == torch.int8:
-        return tensors["weight"].double() * tensors["scale"].double()[:, None] * tensors["input_scale"].double()
+        columns = tensors.get("input_scale", torch.ones(tensors["weight"].shape[1])).double()
+        return tensors["weight"].double() * tensors["scale"].double()[:, None] * columns
     if tensors["weight"].dim() == 3:
         rows = ref.strips_as_rows(tensors["weight"], tensors["groups"])
         tensors = {"weight": rows[0], "groups": rows[1], "input_scale": tensors["input_scale"]}

@@ -232,7 +232,8 @@ def test_a_neuron_is_demoted_as_if_its_floats_were_quantised(
 def _values(source: str, stored: dict[str, Tensor]) -> Tensor:
     if source != "int8":
         return ref.grouped_matrix(stored)
-    return stored["weight"].double() * stored["scale"].double()[:, None] * stored["input_scale"].double()
+    columns = stored.get("input_scale", torch.ones(stored["weight"].shape[1])).double()
+    return stored["weight"].double() * stored["scale"].double()[:, None] * columns
 
 
 @formats
