@@ -11,6 +11,7 @@ import torch
 from tiny_models import ARCHITECTURES
 
 from griffin_offload.devices.registry import CpuDevice
+from griffin_offload.engine import spec
 from griffin_offload.evaluation import ceilings
 from griffin_offload.formats import get
 
@@ -230,6 +231,15 @@ def test_every_architecture_from_its_config(cli, checkpoints):
     for name in ARCHITECTURES:
         file = checkpoints(name) / "config.json"
         assert cli("plan", "--config", file, "--max-gpu-mem", "1GB", "--device", "cpu", "-q").code == 0, name
+
+
+def test_without_kernels_fewer_neurons_come_before_tiers(cli, config, monkeypatch: pytest.MonkeyPatch):
+    """torch would round them for minutes, before every answer."""
+    monkeypatch.setattr(spec, "library", lambda: None)
+    flags = ("--max-gpu-mem", "7.5GB", "--ctx-size", 1024, "--device", "cpu", "--json")
+    plan = cli("plan", "--config", config("13b"), *flags).json
+    assert (plan["fits"], plan["precision"]) == (True, "int4")
+    assert plan["density"] < 1
 
 
 def test_13b_in_tiers(cli, config):
