@@ -2,8 +2,10 @@
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from griffin_offload.transformers_api import Tokenizer
+if TYPE_CHECKING:  # run and chat read this before torch is there
+    from griffin_offload.transformers_api import Tokenizer
 
 # Stop strings in a text that comes in pieces: cut at the first one, and never shown in part.
 
@@ -66,7 +68,7 @@ class Detokeniser:
     is complete. Only the tokens since the last complete letter, and those of the piece before it, are decoded again.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), kept: Collection[int] = ()) -> None:
+    def __init__(self, tokenizer: "Tokenizer", before: Sequence[int] = (), kept: Collection[int] = ()) -> None:
         """`kept` are special tokens that are text here, by their names."""
         self._tokenizer, self._special = tokenizer, special_ids(tokenizer) - frozenset(kept)
         self._ids = list(before[-_BEFORE:])
@@ -100,19 +102,19 @@ class Detokeniser:
 
 
 @lru_cache(maxsize=4)
-def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+def special_ids(tokenizer: "Tokenizer") -> frozenset[int]:
     """Ids of the tokens that are no text of an answer."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
-def whole_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+def whole_text(tokenizer: "Tokenizer", tokens: Sequence[int]) -> str:
     """The text of an answer, all at once: what pieces of it make together."""
     text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 
 
-def token_text(tokenizer: Tokenizer, token: int, *, first: bool = False) -> str:
+def token_text(tokenizer: "Tokenizer", token: int, *, first: bool = False) -> str:
     """What `token` adds to a text, or begins one with: there some tokenizers drop a space."""
     alone: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     if first or _INCOMPLETE in alone:

@@ -78,7 +78,20 @@ def test_help_names_every_command_and_flag(cli):
         cli("eval", "tasks", "--help").out.replace("[", " ").split()
     )
     words = set(cli("convert", "--help").out.replace(",", " ").replace("[", " ").replace("]", " ").split())
-    assert {"OUT", "--model", "-m", "--offline", "--json", "--quiet", "-q", "int8", "int4", "int3", "int2}"} <= words
+    assert {
+        "OUT",
+        "--model",
+        "-m",
+        "--offline",
+        "--json",
+        "--quiet",
+        "-q",
+        "int8",
+        "int4",
+        "int3",
+        "int2",
+        "tiers}",
+    } <= words
 
 
 @pytest.mark.parametrize("command", ["run", "chat", "serve", "plan"])
