@@ -67,6 +67,7 @@ def test_layers_of_many_experts_show_those_that_are_used_most():
         "held_out": None,
         "planned_kept": 0.9,
         "planned_held_out": None,
+        "bits_gained": None,
         "layers": [layer],
         "plan": {"density": 0.75, "budget": "1 GB", "precision": "bfloat16"},
     }
