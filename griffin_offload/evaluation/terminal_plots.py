@@ -164,7 +164,5 @@ def _conclusions(numbers: Numbers, key: str) -> list[Text]:
     lines.append(Text("; ".join(needs)))
     gained = numbers["bits_gained"]
     if gained is not None:
-        lines.append(
-            Text(f"tiers gain {gained:.2f} bits a weight: so many fewer at the same error, where all have some")
-        )
+        lines.append(Text(f"tiers save {gained:.2f} bits a weight at the same error, where no neuron is left out"))
     return lines

@@ -23,6 +23,8 @@ NAMES = [name for name in MIXTURES if name != "phimoe"]
 LENGTHS = (40, 1, 23)
 HALF = Variant(0.5)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+# Their states are summed by chunks in a pass over a text, and token by token in an answer.
+HYBRIDS_CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
 def _load(path: Path, **options: Any) -> GriffinModel:
@@ -53,11 +55,12 @@ def test_equals_generation_by_residents(checkpoints, monkeypatch: pytest.MonkeyP
         samples, expected = zip(*(_generated(model, prompt) for prompt in _prompts()), strict=True)
         residents = {i: cache.residents for i, cache in model.engine.loaded.layers.experts.items()}
         padded = name not in ("lfm2_moe", "qwen3_next")
+        close = CLOSE if padded else HYBRIDS_CLOSE
         found = simulate(model, samples, [HALF]) if padded else []
         for place, (sample, log_probs) in enumerate(zip(samples, expected, strict=True)):
             alone = simulate(model, [sample], [HALF])[0]
             for scores in (alone, *found[place : place + 1]):
-                torch.testing.assert_close(scores.variants[0].log_probs, log_probs, **CLOSE)
+                torch.testing.assert_close(scores.variants[0].log_probs, log_probs, **close)
                 assert (scores.variants[0].log_probs - scores.full.log_probs).abs().max() > 1e-3
         assert residents == {i: cache.residents for i, cache in model.engine.loaded.layers.experts.items()}
         for layer in model.engine.loaded.layers.decoder:

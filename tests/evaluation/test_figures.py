@@ -24,7 +24,7 @@ def _loss(layers: int = 3, planned: float | None = 0.4, held_out: bool = True) -
     plan = {"density": planned, "precision": "int8", "budget": "12 GB"} if planned is not None else None
     rows = [{"layer": layer, "neurons": 64, **own} for layer in range(layers)]
     sizes = {"unit": "neurons", "prompt_tokens": 40, "held_out_tokens": 10 if held_out else 0, "densities": densities}
-    return {"model": "demo", **sizes, **own, "layers": rows, "plan": plan}
+    return {"model": "demo", **sizes, **own, "bits_gained": 0.39, "layers": rows, "plan": plan}
 
 
 def _row(selection: str, density: float, prompt: int, generate: int) -> dict[str, object]:
@@ -166,12 +166,13 @@ def test_the_terminal(layers: int, encoding: str):
     assert len(bars) == 6
     assert len([line for line in shown if line.split()[:1] and line.split()[0].isdecimal()]) >= min(layers, 16)
     assert any("16 of 80 layers" in line for line in shown) == (layers == 80)
-    assert "least in layer 0: 0.750" in shown[-2]
-    assert shown[-1] == "0.95 takes density 1; 0.99 takes density 1"
+    assert "least in layer 0: 0.750" in shown[-3]
+    assert shown[-2] == "0.95 takes density 1; 0.99 takes density 1"
+    assert shown[-1] == "tiers save 0.39 bits a weight at the same error, where no neuron is left out"
 
 
 def test_the_terminal_without_a_plan_and_with_a_short_prompt():
     shown = _shown(_loss(planned=None, held_out=False))
     assert "too few" in shown[1]
     assert not any("fits" in line or "planned" in line for line in shown)
-    assert shown[-1] == "0.95 takes density 0.75; 0.99 takes density 0.90"
+    assert shown[-2] == "0.95 takes density 0.75; 0.99 takes density 0.90"
