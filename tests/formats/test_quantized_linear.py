@@ -142,7 +142,7 @@ def _many_from(form: str, dtype: torch.dtype) -> int | None:
     if found is None or dtype not in (torch.float32, torch.bfloat16):
         return None
     if dtype == torch.bfloat16 and found.sums_pairs:
-        of_tiles, of_pairs = 9 if form == "int8" else 24, 4 if form == "int8" else gemv.ROWS + 1
+        of_tiles, of_pairs = 17 if form == "int8" else 24, 4 if form == "int8" else gemv.ROWS + 1
         return of_tiles if found.sums_tiles else of_pairs
     is_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
     return gemv.ROWS + 1 if dtype == torch.float32 and is_avx2 else None
