@@ -8,6 +8,7 @@ follow each other and reuse it.
 import contextlib
 import itertools
 import json
+import math
 import os
 import queue
 import secrets
@@ -194,6 +195,13 @@ def longest(works: Sequence[Work]) -> tuple[int, int | None]:
     return prompt, max(len(ids) + (work.request.max_tokens or 0) for work in works for ids in work.prompts)
 
 
+def in_turns(works: Sequence[Work], together: int) -> list[Work]:
+    """Works in the order of their tokens, so that of `together` that are asked at once each goes on from what the one
+    before in its own part left: the same beginning, asked by two at once, is computed twice."""
+    each = max(1, math.ceil(len(works) / together))
+    return [work for first in range(each) for work in works[first::each]]
+
+
 Progress = Callable[[Figures], None]
 """Called with what a request took after each that was answered."""
 
@@ -206,10 +214,12 @@ class Batch:
         self._worker = Worker(ModelManager(directory, options, config.max_sessions), config, Metrics())
         self._events: _Events = queue.SimpleQueue()
         try:
-            plan = self._worker.start().model.plan
+            held = self._worker.start()
         except BaseException:
             self._close()
             raise
+        plan = held.model.plan
+        self._together = self._worker.most_together(held)
         self._caps = caps_of(config, plan.context_tokens, plan.prompt_tokens)
 
     def __enter__(self) -> "Batch":
@@ -225,7 +235,7 @@ class Batch:
     def run(self, works: Sequence[Work], answers: Answers, progress: Progress) -> None:
         """Ask for all of `works`; each is kept when it is answered. GriffinError where the model is gone."""
         asked: list[_Asked] = []
-        waiting = self._asked(works, answers)
+        waiting = self._asked(in_turns(works, self._together), answers)
         try:
             while True:
                 asked += itertools.islice(waiting, self._most_waiting - len(asked))

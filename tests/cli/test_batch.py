@@ -11,7 +11,7 @@ import pytest
 from fork_server import ForkServer
 
 from griffin_offload.serving.api_errors import ApiError
-from griffin_offload.serving.batch import AnswerFile
+from griffin_offload.serving.batch import AnswerFile, in_turns
 from griffin_offload.serving.model_manager import LoadedModel, ModelManager
 
 OPTIONS = ("--device", "cpu", "--density", 0.5, "--max-mem", "1GB", "--served-name", "tiny")
@@ -92,6 +92,18 @@ def test_it_goes_on_behind_what_is_there(cli, llama: Path, tmp_path: Path):
     assert len(texts(out)) == 5
     assert cli(*command).json["generated_tokens"] == 0
     assert out.read_bytes() == again
+
+
+@pytest.mark.parametrize(("count", "together"), [(0, 4), (1, 8), (7, 1), (7, 3), (8, 4), (30, 8)])
+def test_those_that_are_asked_at_once_begin_differently(count: int, together: int):
+    works: list[Any] = list(range(count))
+    found = in_turns(works, together)
+    assert sorted(found) == works
+    assert together > 1 or found == works
+    ends = found[:together]  # each goes on where it is, or one further
+    for one in found[together:]:
+        assert one - 1 in ends
+        ends[ends.index(one - 1)] = one
 
 
 @pytest.mark.parametrize(
