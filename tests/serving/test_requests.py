@@ -142,9 +142,8 @@ _SYSTEM = {"role": "system", "content": "be brief"}
         [USER, {"role": "developer", "content": "be brief"}],
         [{"role": "developer", "content": "be brief"}, {"role": "system", "content": "be brief"}, USER],
         [{"role": "developer", "content": "be brief", "name": None}, USER],
-        [{"role": "system", "content": "be brief"}, USER],
     ],
-    ids=["in parts", "behind a question", "beside the system", "with a name that is null", "of the system"],
+    ids=["in parts", "behind a question", "beside the system", "with a name that is null"],
 )
 def test_instructions_are_the_systems_whoever_gives_them(said: list[dict[str, object]]):
     found = parse("chat", messages=said).messages
