@@ -255,7 +255,7 @@ HABITS: dict[str, Kind] = {
         """
         engine/test_rope.py::test_exact_mode_is_dense_on_both_sides_and_across[39-longrope | 60-longrope]
         engine/test_rope.py::test_plain_answers_at_density_one_are_dense_whatever_passed_before[dynamic | yarn]
-        engine/test_rope.py::test_a_context_that_crosses_is_read_anew[True-dynamic]
+        engine/test_rope.py::test_a_context_that_crosses_is_read_anew[True-longrope]
         engine/test_rope.py::test_a_saved_prompt_is_gone_on_from_on_its_own_side[longrope]
         engine/test_rope.py::test_refresh_across_the_border
         """,
