@@ -1,14 +1,18 @@
 """What the pages link to, and every file that they name, is there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
+from griffin_offload.cli.main import build_parser
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "griffin_offload"
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+_OWN = [page for page in PAGES if "benchmarks" not in page.parts]
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 FILE = re.compile(r"\b(?:benchmarks|docs|examples|tests)/[\w./-]+\.\w+")
 
@@ -43,11 +47,42 @@ def test_the_tree_names_every_file():
     assert named == there | {"cli": set()}
 
 
-def test_all_names_every_extra():
+def _extras() -> dict[str, list[str]]:
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    (everything,) = map(Requirement, extras["all"])
-    assert (everything.name, everything.extras) == ("griffin-offload", set(extras) - {"all", "test"})
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return dict(project["optional-dependencies"])
+
+
+def test_all_names_every_extra():
+    (everything,) = map(Requirement, _extras()["all"])
+    assert (everything.name, everything.extras) == ("griffin-offload", set(_extras()) - {"all", "test"})
+
+
+EXTRA = re.compile(r"(?:griffin-offload|\.)\[([a-z,]+)\]")
+
+
+@pytest.mark.parametrize("page", _OWN, ids=lambda path: path.name)
+def test_what_a_page_installs_is_the_checkout(page: Path):
+    """No index has this package; an installed one asks for its own extras, which pip finds without an index."""
+    lines = re.findall(r"pip install [^`\n]*", page.read_text(encoding="utf-8"))
+    assert not [line for line in lines if "griffin-offload[" in line]
+    assert {name for line in lines for names in EXTRA.findall(line) for name in names.split(",")} <= set(_extras())
+
+
+def test_extras_that_errors_name_are_there():
+    named = {names for path in PACKAGE.rglob("*.py") for names in EXTRA.findall(path.read_text())}
+    assert named
+    assert {name for names in named for name in names.split(",")} <= set(_extras())
+
+
+@pytest.mark.parametrize("page", _OWN, ids=lambda path: path.name)
+def test_commands_that_a_page_shows_are_understood(page: Path):
+    text = page.read_text(encoding="utf-8")
+    shown = re.findall(r"^griffin-offload .*", text, re.MULTILINE) + re.findall(
+        r"`(griffin-offload [^`]* -[^`]*)`", text
+    )
+    for line in shown:
+        build_parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
 def test_images_are_made_of_what_is_there():

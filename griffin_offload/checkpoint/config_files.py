@@ -328,6 +328,17 @@ def refuse_quantised(where: Path, said: dict[str, Any], why: str | None = None) 
     raise UnsupportedModel(f"{where} is quantised by {_method(said)}{words}; {_ORIGINAL}")
 
 
+def refuse_plain(where: Path, said: dict[str, Any], tensors: int, dtype: torch.dtype) -> NoReturn:
+    """UnsupportedModel for a checkpoint that config `said` was quantised, of whose `tensors` none is packed. Other
+    software would quantise them while loading, or look in vain for what is packed and make it up."""
+    plain = str(dtype).removeprefix("torch.")
+    raise UnsupportedModel(
+        f"{where} says that it is quantised by {_method(said)}, and holds plain {plain}: 0 of its {tensors} tensors "
+        "are packed; if they are the model's weights, take out what says so (quantization_config of config.json, or "
+        f"hf_quant_config.json), else {_ORIGINAL}"
+    )
+
+
 def _method(said: dict[str, Any]) -> str:
     """The name of a method of quantisation with its bits, from what config.json says."""
     bits = next((f"{n} bit" for n in (4, 8) if said.get(f"load_in_{n}bit") or said.get(f"_load_in_{n}bit")), None)

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from griffin_offload.blocks.experts import is_experts
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
+from griffin_offload.checkpoint.config_files import refuse_plain
 from griffin_offload.checkpoint.converted import METHOD
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.mapped import FileMaps
@@ -77,6 +78,8 @@ def open_quantised(path: Path) -> Checkpoint | None:
     dtype = _dtype(config, checked.most_bytes(FLOAT_TYPES), path)
     modules = _modules(stored)
     listed = dict(_listed(modules, method, dtype))
+    if not any(tensor.decode for tensor in listed.values()) and not any(map(_ASIDE.intersection, modules.values())):
+        refuse_plain(path, said, len(stored), dtype)
     _warn(path, method, dtype, modules)
     untied = _unties(config, listed) or untie_other_head(config, dtype, checked.headers)
     weight_bytes = sum(tensor.stored_bytes for tensor in listed.values())

@@ -102,7 +102,8 @@ def _answer(
     quiet = arguments.quiet or arguments.json
     directory = locate(model_of(arguments), offline=arguments.offline)
     checkpoint = open_checkpoint(directory, adapter=arguments.adapter)
-    encoder = Encoder(checkpoint.tokenizer(), checkpoint.config.get_text_config().vocab_size)
+    tokenizer = checkpoint.tokenizer()
+    encoder = Encoder(tokenizer, checkpoint.config.get_text_config().vocab_size)
     works, refused = prepare(lines, encoder, name, _CONFIG)
     encoder.close()
     for line, failure in refused:
@@ -123,7 +124,7 @@ def _answer(
             bar.update()
 
         if arguments.ray is None:
-            with Batch(directory, options, name, _CONFIG) as batch:
+            with Batch(directory, options, name, _CONFIG, tokenizer) as batch:
                 batch.run(works, answers, lambda figures: answered(figures.completion_tokens))
         else:
             _answer_on_cluster(works, answers, (str(directory.absolute()), options, name), arguments, answered)

@@ -30,6 +30,7 @@ from griffin_offload.serving.requests import ENDPOINTS, Endpoint, Request, caps_
 from griffin_offload.serving.responses import Response
 from griffin_offload.serving.tokenization import Encoder
 from griffin_offload.serving.worker import Worker
+from griffin_offload.transformers_api import Tokenizer
 
 _MOST_ID_LETTERS = 1000
 # Of the moment, not of the request: asked again, it may be answered. Where the model is gone, no other request is, too.
@@ -207,11 +208,20 @@ Progress = Callable[[Figures], None]
 
 
 class Batch:
-    """A loaded model, and a worker that asks it: a context manager that gives it back."""
+    """A loaded model, and a worker that asks it: a context manager that gives it back. `tokenizer` is the model's where
+    somebody has loaded it."""
 
-    def __init__(self, directory: Path, options: Mapping[str, Any], served: str, config: ServeConfig) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        options: Mapping[str, Any],
+        served: str,
+        config: ServeConfig,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         self._served, self._most_waiting = served, config.queue_size
-        self._worker = Worker(ModelManager(directory, options, config.max_sessions), config, Metrics())
+        manager = ModelManager(directory, options, config.max_sessions, tokenizer)
+        self._worker = Worker(manager, config, Metrics())
         self._events: _Events = queue.SimpleQueue()
         try:
             held = self._worker.start()

@@ -182,16 +182,18 @@ class ModelManager:
 
     What the planner solved when the model was loaded first (density, precision, context) stays: a later load fits the
     same budget, or fails. A request may name another density; the model is loaded anew for it, and again for the next
-    request that names none.
+    request that names none. `tokenizer` is the model's where somebody has loaded it.
     """
 
-    def __init__(self, model: str | Path, options: Mapping[str, Any], most_sessions: int) -> None:
+    def __init__(
+        self, model: str | Path, options: Mapping[str, Any], most_sessions: int, tokenizer: Tokenizer | None = None
+    ) -> None:
         self._model, self._options = model, dict(options) | {"keep_prompts": True}
         self._most_sessions = most_sessions
         self._neurons: list[int] = []
         self._kept_first: tuple[int, ...] = ()
         self.held: LoadedModel | None = None
-        self._tokenizer: Tokenizer | None = None
+        self._tokenizer = tokenizer
         self.loads = 0
         self.unusable = False
         """Whether the last attempt to load failed."""

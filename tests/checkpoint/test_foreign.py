@@ -70,6 +70,36 @@ def test_others_quantisation_is_named_by_its_method(name: str, copy: Path):
         read_config(copy / "config.json")
 
 
+_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
+    "awq": ({"quant_method": "awq", "bits": 4}, r"awq \(4 bit\)"),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, r"gptq \(4 bit\)"),
+    "bitsandbytes": ({"load_in_4bit": True}, r"bitsandbytes \(4 bit\)"),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+    "compressed": (
+        {"config_groups": {"0": {"weights": {"num_bits": 8, "type": "float"}}}, "format": "float-quantized"},
+        r"compressed-tensors \(float-quantized\)",
+    ),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, r"modelopt \(FP8\)"),
+    "mxfp4": ({"quant_method": "mxfp4"}, "mxfp4"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* weights only: ")
+@pytest.mark.parametrize("name", list(_PLAIN))
+def test_plain_weights_under_a_config_that_says_otherwise(name: str, copy: Path):
+    """As a merge or a fine-tune of a quantised model leaves it: neither packed nor refused without the reason."""
+    said, words = _PLAIN[name]
+    open_checkpoint(copy)
+    _say(copy, quantization_config=said)
+    message = rf"quantised by {words}, and holds plain bfloat16: 0 of its \d+ tensors are packed.*quantization_config"
+    with pytest.raises(UnsupportedModel, match=message):
+        open_checkpoint(copy)
+    tensors = load_file(copy / "model.safetensors")
+    rounded = next(name for name in tensors if name.endswith("down_proj.weight"))
+    save_file(tensors | {f"{rounded}_scale": torch.ones(1)}, copy / "model.safetensors")
+    assert open_checkpoint(copy).tensors().keys() == tensors.keys()
+
+
 @pytest.mark.parametrize(
     ("dtype", "words"),
     [(torch.float8_e4m3fn, "FP8, F8_E4M3"), (torch.int8, "8-bit integers, I8"), (torch.uint8, "packed bytes, U8")],

@@ -287,6 +287,28 @@ def test_the_tokenizer_is_loaded_once(cli, chat: Path, monkeypatch, tmp_path: Pa
     assert bool(list(tmp_path.glob("importance-*"))) == bool(flags)
 
 
+@pytest.mark.parametrize("command", ["batch", "eval ppl", "inspect", "convert", "export"])
+def test_other_commands_load_the_tokenizer_once(cli, chat: Path, monkeypatch, tmp_path: Path, command: str):
+    monkeypatch.setenv("GRIFFIN_OFFLOAD_CACHE", str(tmp_path))
+    text, asked, out = tmp_path / "text", tmp_path / "asked.jsonl", tmp_path / "out"
+    text.write_text("the cat sat on a private river and she was there with all of them " * 4)
+    body = {"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": "hello"}]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body, "prompt": "the cat sat on"}
+    asked.write_text("".join(f"{json.dumps(line | {'custom_id': name})}\n" for name in "abcd"))
+    flags = {
+        "batch": (asked, out, "--served-name", "tiny"),
+        "eval ppl": ("--text", text, "--prompt-tokens", 16, "--generate-tokens", 8, "--density", 0.5),
+        "inspect": ("--prompt-file", text),
+        "convert": (out, "--quantize", "int4"),
+        "export": (out, "--prompts", asked, "--density", 0.5),
+    }
+    loads: list[object] = []
+    real = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: loads.append(a) or real(*a, **k))
+    outcome = cli(*command.split(), *flags[command], "-m", chat)
+    assert (outcome.code, len(loads)) == (0, 1), outcome.err
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A vocabulary of 150,000 words over the smallest of models: logits of 100 tokens would be 60 MB."""

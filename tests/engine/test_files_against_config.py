@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from tiny_models import LAYERS, VOCAB
+from tiny_models import LAYERS, VOCAB, write_tokenizer
 from torch import Tensor
 
 from griffin_offload import DoesNotFit, GriffinModel
 from griffin_offload.checkpoint.registry import open_checkpoint
-from griffin_offload.config import LoadConfig
+from griffin_offload.config import ExportForm, LoadConfig
 from griffin_offload.engine.convert import convert
+from griffin_offload.engine.export import choose, export
 from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.errors import CheckpointError
 from griffin_offload.planner.plan import Plan
@@ -76,6 +77,49 @@ def test_another_head_than_the_tied_one(checkpoints, tmp_path: Path, name: str):
     assert json.loads((tmp_path / "int8" / "config.json").read_text())["tie_word_embeddings"] is False
     convert(source, tmp_path / "tables", "int8", tables="int8")
     assert answer(tmp_path / "tables", density=1.0)[1].parts["head"] > 0
+
+
+def saved(source: Path, target: Path) -> Path:
+    with GriffinModel.from_pretrained(source, max_gpu_mem="1GB", density=1.0, quantize="none", **OPTIONS) as model:
+        model.save_pretrained(target)
+    return target
+
+
+def exported(form: ExportForm) -> Callable[[Path, Path], Path]:
+    def write(source: Path, target: Path) -> Path:
+        options = {"always_stream": True, "density": 0.5, "keep_prompts": True}
+        with GriffinModel.from_pretrained(source, max_gpu_mem="1GB", **OPTIONS, **options) as model:
+            choice = choose(model, [torch.arange(5 + i, 25 + i) for i in range(3)])
+        return export(source, target, choice, 0.5, form=form).directory
+
+    return write
+
+
+COPIES: dict[str, Callable[[Path, Path], Path]] = {
+    "int4": lambda source, target: convert(source, target, "int4").directory,
+    "int2": lambda source, target: convert(source, target, "int2").directory,
+    "saved": saved,
+    "exported": exported("unquantized"),
+    "packed": exported("w4a16"),
+    "gguf": lambda source, target: exported("gguf")(source, target) / "model.gguf",
+    "copy of a copy": lambda source, target: (
+        convert(exported("unquantized")(source, target.with_name("first")), target, "int8").directory
+    ),
+}
+
+
+@pytest.mark.parametrize("way", list(COPIES))
+def test_every_way_to_write_a_copy_keeps_another_head(checkpoints, tmp_path: Path, way: str):
+    source = tmp_path / "untied"
+    source.mkdir()
+    tied = checkpoints("llama3")
+    rewritten(tied, source, with_head(turned))
+    write_tokenizer(source)
+    table = hf.AutoModelForCausalLM.from_pretrained(tied).get_input_embeddings().weight
+    with GriffinModel.from_pretrained(COPIES[way](source, tmp_path / "copy"), max_gpu_mem="1GB", **OPTIONS) as model:
+        found = [model.model.get_input_embeddings().weight, model.model.get_output_embeddings().weight]
+        for weight, expected in zip(found, (table, turned(table)), strict=True):
+            torch.testing.assert_close(weight[: len(expected)], expected)
 
 
 @pytest.mark.parametrize("same", [lambda table: table.clone(), lambda table: table.double()], ids=["same", "wider"])

@@ -1,5 +1,8 @@
 """docs/transformers_habits.md, line by line: what works is called, what is refused says what does it here."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import VOCAB
-from transformers import CompileConfig, DynamicCache, GenerationConfig
+from transformers import CompileConfig, DynamicCache, GenerationConfig, pipeline
 
 from griffin_offload import GriffinModel, UsageError
 from griffin_offload.checkpoint.registry import locate
@@ -118,3 +121,37 @@ def test_words_for_the_hub_reach_its_client(checkpoints, monkeypatch: pytest.Mon
     assert "local_files_only" in TRANSLATED
     assert locate("org/name") == checkpoints("llama3")
     assert "token" not in asked or asked["token"] == "hf_x"
+
+
+def _again(model: GriffinModel) -> torch.Tensor:
+    first = model.generate(_ids(), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, _ids()[:, :4]], dim=1)
+    return model.generate(longer, past_key_values=first.past_key_values, max_new_tokens=3, do_sample=False)
+
+
+_CACHED: dict[str, Callable[[GriffinModel], Any]] = {
+    "beams": lambda m: m.generate(_ids(), num_beams=2, max_new_tokens=4, do_sample=False).tolist(),
+    "the stock model": lambda m: m.model.generate(_ids(), max_new_tokens=4, do_sample=False).tolist(),
+    "a past": lambda m: _again(m).tolist(),
+    "a context": lambda m: m.generate(_ids(), max_new_tokens=4, do_sample=False, context=m.new_context()).tolist(),
+    "one of many": lambda m: [a.tokens.tolist() for a in m.generate_many([_ids()], max_new_tokens=4)],
+    "a pipeline": lambda m: pipeline("text-generation", model=m, tokenizer=m.tokenizer)(
+        "the cat", max_new_tokens=4, do_sample=False
+    ),
+    "a conversation": lambda m: m.chat_session(max_new_tokens=4, do_sample=False).send("the cat").text,
+    "logits": lambda m: m(_ids()).logits.tolist(),
+}
+
+
+@pytest.mark.parametrize("way", list(_CACHED))
+def test_a_cache_that_training_has_switched_off(models: dict[str, GriffinModel], uncached: GriffinModel, way: str):
+    assert _CACHED[way](uncached) == _CACHED[way](models["model"])
+
+
+@pytest.fixture(scope="module")
+def uncached(checkpoints, tmp_path_factory: pytest.TempPathFactory) -> GriffinModel:
+    directory = Path(shutil.copytree(checkpoints("llama3"), tmp_path_factory.mktemp("trained") / "model"))
+    for file in ("config.json", "generation_config.json"):
+        said = json.loads((directory / file).read_text())
+        (directory / file).write_text(json.dumps(said | {"use_cache": False}))
+    return _load(directory, density=0.5, batch_size=2)

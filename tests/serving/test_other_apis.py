@@ -1,10 +1,16 @@
 """OpenAI's responses by the real `openai` client, and Anthropic's messages by what their client reads."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
+
+from griffin_offload.config import ServeConfig
+from griffin_offload.serving.messages_api import chat_of_messages
+from griffin_offload.serving.requests import parse_request
+from griffin_offload.serving.responses_api import chat_of_responses
 
 SCHEMA = {
     "type": "object",
@@ -33,6 +39,24 @@ def test_a_response_is_the_chats_answer(client: openai.OpenAI):
         model="tiny", input=parts, instructions="be kind", max_output_tokens=8, temperature=0
     )
     assert again.output_text == response.output_text
+
+
+_KIND = {"role": "system", "content": "be kind"}
+_ASKED = {"role": "user", "content": "the cat"}
+
+
+@pytest.mark.parametrize(
+    ("made", "given"),
+    [
+        (chat_of_responses, {"instructions": "be kind", "input": "the cat"}),
+        (chat_of_responses, {"input": [_KIND | {"role": "developer"}, _ASKED]}),
+        (chat_of_messages, {"system": "be kind", "messages": [_ASKED], "max_tokens": 2}),
+    ],
+    ids=["instructions", "developer", "system"],
+)
+def test_instructions_are_the_systems(made: Callable[[dict[str, Any]], dict[str, Any]], given: dict[str, Any]):
+    chat = {name: value for name, value in made({"model": "m"} | given).items() if value is not None}
+    assert list(parse_request("chat", chat, "m", ServeConfig()).messages) == [_KIND, _ASKED]
 
 
 def test_a_response_in_events(client: openai.OpenAI):

@@ -132,6 +132,24 @@ def test_messages():
     assert all(set(message) == {"role", "content"} for message in found.messages)
 
 
+_SYSTEM = {"role": "system", "content": "be brief"}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [{"role": "developer", "content": [{"type": "text", "text": "be brief"}]}, USER],
+        [USER, {"role": "developer", "content": "be brief"}],
+        [{"role": "developer", "content": "be brief"}, {"role": "system", "content": "be brief"}, USER],
+        [{"role": "developer", "content": "be brief", "name": None}, USER],
+    ],
+    ids=["in parts", "behind a question", "beside the system", "with a name that is null"],
+)
+def test_instructions_are_the_systems_whoever_gives_them(said: list[dict[str, object]]):
+    found = parse("chat", messages=said).messages
+    assert list(found) == [USER if message is USER else _SYSTEM for message in said]
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 
