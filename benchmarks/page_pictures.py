@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import sync_playwright
-
 WIDE, NARROW = {"width": 1180, "height": 820}, {"width": 390, "height": 780}
 LONG_MS = 300_000
 
@@ -62,6 +60,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY")
     parser.add_argument("--question", default="Once upon a time there was a little fox who", metavar="TEXT")
     arguments, serving = parser.parse_known_args()
+    from playwright.sync_api import sync_playwright
+
     arguments.out.mkdir(parents=True, exist_ok=True)
     program = "import sys; from griffin_offload.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "serve", "--port", "0", "--json", "--quiet", *serving]

@@ -31,7 +31,10 @@ def greedy(model: GriffinModel, ids: torch.Tensor, tokens: int, **options: Any) 
 def test_models(client: openai.OpenAI):
     (listed,) = client.models.list().data
     assert (listed.id, listed.object) == ("tiny", "model")
-    assert client.models.retrieve("tiny") == listed
+    found = client.models.retrieve("tiny")
+    figures = (found.model_extra or {}).pop("griffin")  # of this one alone
+    assert found == listed
+    assert figures["loaded"] is True
     with pytest.raises(openai.NotFoundError, match="'tiny' is served here"):
         client.models.retrieve("a/b")
 
