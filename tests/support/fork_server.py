@@ -108,7 +108,9 @@ class ForkServer:
                 environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
                 environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
                 command = [sys.executable, "-m", "fork_server", str(theirs.fileno())]
-                self._server = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+                # Not in the checkout, whose package would come before the one that is installed, with its kernels.
+                folder = os.path.dirname(__file__)
+                self._server = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], cwd=folder)
         return self._socket
 
 
