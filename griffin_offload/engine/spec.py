@@ -29,7 +29,7 @@ from griffin_offload.engine.build import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats import Format, every, planned_as
-from griffin_offload.kernels.library import library
+from griffin_offload.kernels.library import compiled
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.kv_cache.store import width_of
@@ -270,7 +270,7 @@ def _precisions(stored: Format, config: LoadConfig) -> Iterator[tuple[str, tuple
             yield format.name, (format,)
     # A density is of one format, and exact mode drafts in what is stored. Without kernels of ours a prompt would wait
     # minutes for its neurons to be rounded.
-    quickly = bool(stored.holds) or library() is not None
+    quickly = bool(stored.holds) or compiled()
     unasked = config.density == "auto" and not config.exact and quickly
     if config.quantize == TIERS or (unasked and _gives_tiers(stored)):
         yield TIERS, _tiers()

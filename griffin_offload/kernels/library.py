@@ -96,6 +96,11 @@ def built(directory: Path) -> Path | None:
     return next((directory / name for name in names if (directory / name).is_file()), None)
 
 
+def compiled() -> bool:
+    """Whether there is a library, for who plans: nothing is loaded, and nothing said where there is none."""
+    return built(Path(__file__).parent) is not None
+
+
 @functools.cache
 def library() -> Library | None:
     """The library, or None where torch's kernels have to do; a warning if that could be otherwise."""
