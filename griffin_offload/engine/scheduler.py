@@ -75,7 +75,7 @@ class JointEngine(DecodingEngine, LoadedModel, Protocol):
 class SequenceScheduler:
     """The sequences that are being decoded by a model, at most `most`.
 
-    All calls but `working` are made inside of that. A step that fails as a whole ends all sequences: `leave_all`.
+    All calls but `working` are made inside of that. A step that fails as a whole ends all sequences: `abandon`.
     """
 
     def __init__(
@@ -238,15 +238,6 @@ class SequenceScheduler:
             return
         report = self._report(run, sequence.answer.numel(), sequence.seconds)
         sequence.report = replace(report, activation_kept=sequence.activation_kept)
-
-    def leave_all(self, error: Exception) -> list[DecodingSequence]:
-        """All of them, ended by `error`."""
-        gone = list(self.running)
-        for sequence in gone:
-            sequence.done, sequence.error = True, error
-            self.leave(sequence)
-        self._selected = None
-        return gone
 
     def abandon(self) -> None:
         """Forget all of them, also outside of `working`."""

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,9 @@ def test_those_that_are_asked_at_once_begin_differently(count: int, together: in
     found = in_turns(works, together)
     assert sorted(found) == works
     assert together > 1 or found == works
-    ends = found[:together]  # each goes on where it is, or one further
+    ends = found[:together]  # as far from each other as they can be; each goes on where it is, one further
+    assert all(other - one == ends[1] for one, other in pairwise(ends))
+    assert count < together or ends[-1] >= count - -(-count // together)
     for one in found[together:]:
         assert one - 1 in ends
         ends[ends.index(one - 1)] = one
