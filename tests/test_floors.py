@@ -2,14 +2,15 @@
 
 import ast
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import walks
+from fork_server import ForkServer
 
 import griffin_offload
-from griffin_offload.cli.main import main
 
 PACKAGE = Path(griffin_offload.__file__).parent
 # From the ground up. A room imports from those before it and from itself.
@@ -155,8 +156,9 @@ def test_files_are_few():
 
 
 @pytest.mark.slow
-def test_walks_are_short():
-    events = walks.walk(lambda: main(["run", "-n", "3", "-q", "--quantize", "none", "--density", "0.62"]))
+def test_walks_are_short(forks: ForkServer):
+    command = ("run", "-n", "3", "-q", "--quantize", "none", "--density", "0.62")
+    events = json.loads(forks.run("-m", "walks", *command).out.splitlines()[-1])
     assert len(walks.files(events)) <= RUN_FILES
     assert len(walks.files(events, "+DecoderLayer", "+DecoderLayer", nth=1)) <= LAYER_FILES
     assert len(walks.files(events, "+ForCausalLM", "-ForCausalLM", nth=2)) <= TOKEN_FILES

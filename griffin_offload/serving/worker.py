@@ -125,14 +125,13 @@ class Worker:
 
     def _work(self) -> None:
         try:
-            held = self.manager.first()
+            # Nothing of the model is held here once others are told that it is there, and may unload it.
+            self._metrics.loaded(self.manager.first(), self.manager.loads)
         except BaseException as error:  # raised where the model was asked for
             self._load_error = error
             return
         finally:
             self._loaded.set()
-        self._metrics.loaded(held, self.manager.loads)
-        del held
         try:
             while self._serve_next():
                 pass

@@ -1,5 +1,10 @@
-"""How far a reader walks: the files of the package in which functions run, from one point of a program to another."""
+"""How far a reader walks: the files of the package in which functions run, from one point of a program to another.
 
+`python -m walks COMMAND ...` walks a command of griffin-offload and prints the events as a line of JSON: a process of
+its own, where no object that an earlier one left is cleared away in between.
+"""
+
+import json
 import sys
 import threading
 from collections.abc import Callable
@@ -56,3 +61,9 @@ def files(events: list[str], start: str = "", end: str = "", nth: int = 0) -> se
         rest = events[first + 1 :]
         events = rest[: next(index for index, event in enumerate(rest) if matches(event, end))]
     return {event for event in events if event.endswith(".py")}
+
+
+if __name__ == "__main__":
+    from griffin_offload.cli.main import main
+
+    print(json.dumps(walk(lambda: main(sys.argv[1:]))))
