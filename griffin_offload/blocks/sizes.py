@@ -24,7 +24,7 @@ from griffin_offload.config import TIERS
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.formats.base import Format, specs_bytes
 from griffin_offload.formats.floats import FLOATS
-from griffin_offload.formats.linear import table_bytes
+from griffin_offload.formats.linear import head_bytes, table_bytes
 from griffin_offload.kernels.by_blocks import scratch_bytes
 from griffin_offload.method.allocation import Counts, tiers_of
 from griffin_offload.transformers_api import StockModel
@@ -106,7 +106,7 @@ class ModelSizes:
     layers: tuple[LayerSizes, ...]
     embedding_bytes: int
     head_bytes: int
-    """0 when the head is tied to the embeddings."""
+    """As it rests on the device; 0 when it rests as the embeddings, to which it is tied."""
     other_bytes: int
     """Outside the layers: last norm, learned positions, buffers."""
     item_bytes: int
@@ -124,9 +124,13 @@ class ModelSizes:
     """The FF is written in the layer's own forward (OPT): it cannot be chunked."""
     materialises_scores: bool
     """Attention builds the full matrix of scores (eager, ALiBi, soft-capped)."""
+    stored_head_bytes: int = 0
+    """0 when it is tied to the embeddings."""
     plain_embedding_bytes: int = 0
     plain_head_bytes: int = 0
     """Both without quantisation."""
+    head: Format = FLOATS
+    """Of the head as it rests on the device."""
     dtype: str = "bfloat16"
     """Precision of the computation, in words."""
     precision: Format = FLOATS
@@ -194,7 +198,13 @@ class ModelSizes:
 
     @property
     def tied(self) -> bool:
+        """Whether head and embeddings are one table on the device."""
         return self.head_bytes == 0
+
+    @property
+    def untied(self) -> bool:
+        """Whether they are one in the checkpoint alone."""
+        return self.head_bytes > 0 and self.stored_head_bytes == 0
 
     @property
     def state_bytes(self) -> int:
@@ -225,7 +235,7 @@ class ModelSizes:
     def weight_bytes(self) -> int:
         """Of the model as it is stored."""
         layers = sum(layer.ff_bytes + self._stored_attention(layer) + layer.norm_bytes for layer in self.layers)
-        return layers + self.embedding_bytes + self.head_bytes + self.other_bytes
+        return layers + self.embedding_bytes + self.stored_head_bytes + self.other_bytes
 
 
 def model_shape(
@@ -235,11 +245,12 @@ def model_shape(
     tables: Format = FLOATS,
     states: Sequence[LayerState] | None = None,
     levels: Sequence[Format] = (),
+    head: Format | None = None,
 ) -> ModelSizes:
     """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
     device and `stored` in the checkpoint, and its embeddings and head of `tables`. `states` are `states_of(model)`,
-    for callers who ask more than once; `levels` are formats of FF neurons, if not `precision` alone. Raises
-    UnsupportedModel."""
+    for callers who ask more than once; `levels` are formats of FF neurons, if not `precision` alone; `head` is the
+    format that the head rests in on the device, if not that of `tables`. Raises UnsupportedModel."""
     levels = tuple(levels) or (precision,)
     config = model.config.get_text_config()
     decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
@@ -249,23 +260,25 @@ def model_shape(
         for layer, block, window, state in zip(decoder, blocks, windows_of(config), states, strict=True)
     ]
     embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
-    tied = head is None or head.weight is embedding
+    linear = model.get_output_embeddings()
+    tied = linear is None or linear.weight is embedding
     in_layers = {id(t) for layer in decoder for t in (*layer.parameters(), *layer.buffers())}
     outside = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in in_layers}
-    head_bytes = 0 if tied else _nbytes([head.weight])
-    plain_tables = (_nbytes([embedding]), head_bytes)
+    plain_tables = (_nbytes([embedding]), 0 if tied else _nbytes([linear.weight]))
     other_bytes = _nbytes(outside.values()) - sum(plain_tables)
-    if not tables.is_plain:
-        head_bytes = 0 if tied else table_bytes(head.weight.shape, tables, embedding.dtype)
+    stored_head = 0 if tied else table_bytes(linear.weight.shape, tables, embedding.dtype)
+    head = head or tables
+    head_size = stored_head if head is tables else head_bytes(linear.weight.shape, head, embedding.dtype)
     heads, attention_width = _attention_sizes(config)
     return ModelSizes(
         layers=tuple(layers),
         embedding_bytes=table_bytes(embedding.shape, tables, embedding.dtype),
-        head_bytes=head_bytes,
+        head_bytes=head_size,
+        stored_head_bytes=stored_head,
         other_bytes=other_bytes,
         plain_embedding_bytes=plain_tables[0],
         plain_head_bytes=plain_tables[1],
+        head=head,
         item_bytes=embedding.element_size(),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,

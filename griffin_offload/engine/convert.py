@@ -30,6 +30,7 @@ from griffin_offload.engine.shards import (
 from griffin_offload.errors import UsageError
 from griffin_offload.formats import FLOATS, get
 from griffin_offload.formats.expert_form import RECORD_VERSION
+from griffin_offload.formats.linear import reads_head_itself
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def convert(
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision} already: give the original")
     meta = build_on_meta(checkpoint.config, checkpoint.dtype)
     check_stored(checkpoint, sum(parameter.nbytes for parameter in meta.parameters()))
+    if not get(tables).is_plain and reads_head_itself(type(meta)):
+        raise UsageError(
+            f"the code of {checkpoint.config.model_type} reads the head's matrix itself, so it stays in 16 bit: leave "
+            "out --embeddings"
+        )
     format = get(precision)
     has_experts = any(isinstance(block, Experts) for block in find_feed_forwards(meta, _layers_of(checkpoint))[1])
     if format.holds and has_experts:

@@ -24,6 +24,7 @@ from griffin_offload.engine.layer_pass import DecoderLayers
 from griffin_offload.engine.residents import Loaded, cache_experts, compact_blocks, place_residents, resident_bytes
 from griffin_offload.engine.spec import ModelSpec, evicts
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
+from griffin_offload.formats.linear import swap_head
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
 from griffin_offload.method.allocation import tiers_of
@@ -159,6 +160,8 @@ def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[St
         swap_linears(decoder, blocks, shape.precision, checkpoint.precision, scratch, importance, tiers)
         swap_experts(blocks, shape.precision, checkpoint.precision, checkpoint.records, scratch, importance)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
+    if shape.head is not checkpoint.tables:
+        swap_head(model, checkpoint.tables, shape.head, scratch)
     return model, decoder, blocks
 
 

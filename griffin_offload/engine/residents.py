@@ -261,12 +261,12 @@ def _allocated(parameter: nn.Parameter, model_spec: Placement) -> nn.Parameter:
 
 
 def _quantize_resident(module: QuantizedLinear, model_spec: Placement, pages: FilePages) -> Job:
-    """Give a matrix outside the FF (attention) its resident form; the job fills it."""
+    """Give a matrix outside the FF (attention, head) its resident form; the job fills it."""
     full = {name: p.detach() for name, p in module.named_parameters() if name != "bias"}
     outputs, inputs = module.out_features, module.in_features
     resident = {
         name: untouched_zeros(shape, own or model_spec.dtype, model_spec.device)
-        for name, (shape, own) in module.resident.specs(outputs, inputs, is_down=False).items()
+        for name, (shape, own) in module.resident.specs(outputs, inputs, is_down=module.is_down).items()
     }
     for name, tensor in resident.items():
         put(module, name, tensor)
@@ -274,11 +274,11 @@ def _quantize_resident(module: QuantizedLinear, model_spec: Placement, pages: Fi
 
     @torch.no_grad()
     def fill() -> None:
-        everything = torch.arange(outputs, dtype=torch.long, device=model_spec.device)
+        everything = torch.arange(inputs if module.is_down else outputs, dtype=torch.long, device=model_spec.device)
         gather = module.resident.format.gather
         with pages.reading(list(full.values())) as found:
             here = {name: tensor.to(model_spec.device) for name, tensor in zip(full, found, strict=True)}
-            gather(here, module.full, everything, resident, is_down=False, importance=module.importance)
+            gather(here, module.full, everything, resident, is_down=module.is_down, importance=module.importance)
 
     return fill
 

@@ -28,7 +28,8 @@ from griffin_offload.devices.registry import choose_device, device_kind, devices
 from griffin_offload.engine.build import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.errors import UnsupportedModel, UsageError
-from griffin_offload.formats import Format, every, planned_as
+from griffin_offload.formats import RESTING_HEAD, Format, every, planned_as
+from griffin_offload.formats.linear import reads_head_itself
 from griffin_offload.kernels.library import compiled
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
@@ -126,9 +127,12 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     checkpoint = checkpoint.in_precision(dtype)
     meta = build_on_meta(checkpoint.config, dtype)
-    shapes, others = _shapes(checkpoint, meta, device, config)
     # Elsewhere they take none of the device's memory.
     parts = part_sizes(meta, checkpoint) if hardware.shares_host_memory else PartSizes()
+    # In host memory the rows are read in place, so their precision has to be the stored one.
+    host_embeddings = not hardware.shares_host_memory or (dtype == checkpoint.dtype and not parts.embeddings)
+    head = checkpoint.tables if config.exact else _resting_head(checkpoint, meta, host_embeddings)
+    shapes, others = _shapes(checkpoint, meta, device, config, head)
     request = PlanRequest(
         budget_bytes=_size_of_absent(config.max_gpu_mem, hardware) if absent else budget_bytes(config, hardware),
         session_bytes=_session_bytes(config, hardware, absent=absent),
@@ -146,8 +150,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         cache=_cache_kind(checkpoint.config, config.kv_bits),
         converted_ff=parts.feed_forward,
         converted_bytes=parts.embeddings + parts.rest,
-        # In host memory the rows are read in place, so their precision has to be the stored one.
-        host_embeddings=not hardware.shares_host_memory or (dtype == checkpoint.dtype and not parts.embeddings),
+        host_embeddings=host_embeddings,
         stored_share=_stored_share(checkpoint, parts, dtype) if hardware.shares_host_memory else 0.0,
         translated=emulates_halves(device, dtype),
         pass_tokens=pass_tokens(config.exact, config.draft_tokens, config.refresh),
@@ -220,11 +223,20 @@ def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
         )
 
 
+def _resting_head(checkpoint: Checkpoint, meta: StockModel, host_embeddings: bool) -> Format:
+    """What the head rests in among quantised matrices. It stays as it is stored where that is no floats, where the
+    stock forward needs floats, and where the embeddings, to which it is tied, would need the device's memory, too."""
+    head, embedding = meta.get_output_embeddings(), meta.get_input_embeddings()
+    if head is None or not checkpoint.tables.is_plain or reads_head_itself(type(meta)):
+        return checkpoint.tables
+    return RESTING_HEAD if host_embeddings or head.weight is not embedding.weight else checkpoint.tables
+
+
 def _shapes(
-    checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig
+    checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig, head: Format
 ) -> tuple[tuple[ModelSizes, ...], tuple[ModelSizes, ...]]:
     """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
-    have."""
+    have; its head is in `head` where the others are quantised."""
     stored = checkpoint.precision
     if config.exact and stored.holds:
         raise UsageError(
@@ -254,7 +266,8 @@ def _shapes(
                 format.check_device(device.type)
             # In exact mode another precision is one of a converted copy.
             full = precision if config.exact else stored
-            shape = model_shape(meta, precision, full, checkpoint.tables, states, levels)
+            own_head = checkpoint.tables if precision.is_plain else head
+            shape = model_shape(meta, precision, full, checkpoint.tables, states, levels, own_head)
         except UnsupportedModel:
             if name in (config.quantize, stored.name) or not (stored.is_plain or name == TIERS):
                 raise

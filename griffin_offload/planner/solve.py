@@ -146,7 +146,7 @@ def _with_the_rest(shape: ModelSizes, request: PlanRequest, plan: Plan) -> Plan:
     """`plan` with what makes it faster and nothing better, as far as there is room: a second slot, then embeddings on
     the device."""
     use = _use(request, plan.context_tokens)
-    for slots, placement in ((SLOTS[0], plan.embeddings), (plan.slots, "device")):
+    for slots, placement in ((SLOTS[0], plan.embeddings), (plan.slots, _placements(shape, request)[0])):
         richer = price(shape, request, use, plan.counts, max(slots, plan.slots), placement)
         if plan.fits and richer.fits:
             plan = richer
@@ -246,7 +246,10 @@ def _second_slot_density(shape: ModelSizes, request: PlanRequest) -> float:
 
 
 def _placements(shape: ModelSizes, request: PlanRequest) -> tuple[EmbeddingDevice, ...]:
-    """Where the embeddings may be, the cheapest last: a token looks up a few kB of them."""
+    """Where the embeddings may be, the cheapest last: a token looks up a few kB of them. A table that the head is made
+    of is not on the device twice."""
+    if shape.untied:
+        return ("host",)
     return ("device",) if shape.tied or not request.host_embeddings else ("device", "host")
 
 

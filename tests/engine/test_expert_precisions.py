@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaded_model import ids
 from marks import by_turns
-from quantised_reference import stored_values
+from quantised_reference import round_head, stored_values
 from tiny_models import LAYERS, MIXTURES, VOCAB, write_checkpoint, write_tokenizer
 from torch import Tensor
 
@@ -76,6 +76,7 @@ def _rounded(directory: Path, name: str, precision: str) -> hf.PreTrainedModel:
                 matrix = expert.t() if name == "gpt_oss" else expert
                 values = stored_values(matrix.contiguous(), precision, torch.float32, is_down=own == "down_proj")
                 matrix.copy_(values)
+    round_head(model)
     return model
 
 

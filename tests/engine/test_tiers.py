@@ -109,6 +109,7 @@ def _check(model: GriffinModel, path: Path, name: str, batch: int = 1) -> None:
     ref.round_layers(
         dense, ARCHITECTURES[name].down, ARCHITECTURES[name].neurons, model.plan.levels[0], feed_forward=False
     )
+    ref.round_head(dense)
     streamed = {layer: levels[layer] for layer in model.plan.streamed}
     _round(dense, name, {layer: own for layer, own in enumerate(levels) if layer not in streamed})
     _check_ranks(dense, name, ids, streamed)

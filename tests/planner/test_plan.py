@@ -59,6 +59,7 @@ def shapes(draw: st.DrawFn) -> ModelSizes:
         ),
         embedding_bytes=draw(st.integers(1, 10**6)),
         head_bytes=draw(st.sampled_from([0, 10**6])),
+        stored_head_bytes=draw(st.sampled_from([0, 10**6])),
         other_bytes=hidden * item,
         item_bytes=item,
         hidden_size=hidden,
@@ -111,7 +112,7 @@ def test_no_feasible_density_is_missed(shape: ModelSizes, request: PlanRequest):
     request = dataclasses.replace(request, density="auto", ctx_tokens=200)
     use = Workload(request.batch, min(request.prompt_tokens or 200, 200), 200)
     everything = tuple((layer.neurons,) for layer in shape.layers)
-    placements = ("device",) if shape.tied else ("device", "host")
+    placements = ("host",) if shape.untied else ("device",) if shape.tied else ("device", "host")
     feasible = [
         plan.density
         for kept in [*pruned_choices(shape), everything]

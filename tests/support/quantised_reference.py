@@ -198,6 +198,11 @@ def stored_values(weight: Tensor, precision: str | Values, dtype: torch.dtype, *
     return quantised(weight, dtype, is_down=is_down).values
 
 
+def head_values(weight: Tensor) -> Tensor:
+    """What a head [V, H] rests as among quantised matrices, in its own type: int8 with a scale per row and column."""
+    return stored_values(weight, "int8", weight.dtype, is_down=True).to(weight.dtype)
+
+
 def quantised(weight: Tensor, dtype: torch.dtype, *, is_down: bool) -> Quantised:
     """`weight` in int8 with scales in `dtype`, by the formulas above."""
     columns = neuron_scale(weight).to(dtype) if is_down else None
@@ -239,6 +244,12 @@ def round_layers(
             matrix.copy_(stored_values(matrix, precision, matrix.dtype, is_down=name in downs))
 
 
+def round_head(model: PreTrainedModel) -> None:
+    """Give `model` the head that rests among quantised matrices; embeddings that it is tied to stay as they are."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head_values(head.weight.detach()))
+
+
 def quantised_generate(
     model: PreTrainedModel,
     down: str,
@@ -247,11 +258,16 @@ def quantised_generate(
     inputs: tuple[Tensor, Tensor],
     sets: Sequence[Tensor] | None,
     new_tokens: int,
+    *,
+    head: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """What `dense_generate` returns, of a quantised model. With `sets` the prompt runs with the FF as it is stored,
-    which is rounded and masked to the chosen neurons for every further token; without, all is rounded throughout."""
+    which is rounded and masked to the chosen neurons for every further token; without, all is rounded throughout. So is
+    the `head`, in int8; embeddings that it is tied to are as they were."""
     round_layers(model, down, neurons, precision, feed_forward=False)
+    if head:
+        round_head(model)
     if sets is None:
         round_layers(model, down, neurons, precision, feed_forward=True)
         return dense_generate(model, *inputs, new_tokens, **options)
