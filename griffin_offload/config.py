@@ -25,6 +25,7 @@ TABLE_FORMATS = {"16": "none", "int8": "int8"}
 ExportForm = Literal["unquantized", "w8a16", "w4a16", "gguf", "gguf-q8_0", "gguf-q4_0"]
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 KVBits = Literal[16, 8]
+AskedKVBits = Literal["auto", 16, 8]
 Overflow = Literal["error", "drop"]
 WindowStart = Literal["even", "documents"]
 EvalMode = Literal["gen", "class", "strict"]
@@ -82,8 +83,9 @@ class LoadConfig:
     fewest bits and neurons, and what the best precision and density leave over, up to MAX_AUTO_CTX."""
     prompt_tokens: int | None = None
     """Longest prompt that is planned for; None: the whole context."""
-    kv_bits: KVBits = 16
-    """8: the KV cache as int8 with a scale per token and head; 16: as it is computed, whatever the precision."""
+    kv_bits: AskedKVBits = "auto"
+    """16: the KV cache as it is computed, whatever the precision; 8: as int8 with a scale per token and head; "auto": 8
+    where 16 would cost all matrices bits, or neurons, and it need not be as computed (exact mode)."""
     batch_size: int = 1
     """Sequences at once (beams count) that are planned for."""
     sequences: int = 1
@@ -129,7 +131,7 @@ class LoadConfig:
     def __post_init__(self) -> None:
         _one_of("device", self.device, tuple(DEVICE_NAMES))
         named = (("offload", Offload), ("missing_experts", MissingExperts), ("selection", SelectionMethod))
-        for name, kind in (*named, ("batch_statistic", BatchStatistic), ("dtype", DType), ("kv_bits", KVBits)):
+        for name, kind in (*named, ("batch_statistic", BatchStatistic), ("dtype", DType), ("kv_bits", AskedKVBits)):
             _one_of(name, getattr(self, name), get_args(kind))
         _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES, TIERS))
         check_density(self.density)

@@ -16,8 +16,8 @@ from griffin_offload.config import (
     FORMAT_NAMES,
     MAX_AUTO_CTX,
     TIERS,
+    AskedKVBits,
     DType,
-    KVBits,
     LoadConfig,
     MissingExperts,
     Offload,
@@ -228,7 +228,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_adapter_option(parser)
     add = add_memory_options(parser).add_argument
     add("--ctx-size", type=int, metavar="TOKENS", help=_CONTEXT)
-    add("--kv-bits", type=int, choices=get_args(KVBits), default=_DEFAULTS.kv_bits, help="precision of the KV cache")
+    add(
+        "--kv-bits",
+        type=_number_or_word,
+        choices=get_args(AskedKVBits),
+        default=_DEFAULTS.kv_bits,
+        help="precision of the KV cache (default: auto, 8 where 16 would cost weights bits or neurons)",
+    )
     add(
         "--density",
         default=_DEFAULTS.density,
@@ -291,6 +297,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-v", "--verbose", action="store_true", help="the plan, too")
     loudness.add_argument("-q", "--quiet", action="store_true", help="the text alone")
+
+
+def _number_or_word(text: str) -> str | int:
+    return int(text) if text.isascii() and text.isdigit() else text
 
 
 def _bits(text: str) -> str | float:

@@ -322,7 +322,7 @@ class GriffinModel(StockInterface):
         if self.plan.experts and not mode.exact and config.missing_experts == "fetch":
             check_no_passes(mode.pass_tokens)
         if mode.exact:
-            self._model_spec.check_exact(self._engine.shape.precision)
+            self._model_spec.check_exact(self._engine.shape.precision, self.plan.kv_bits)
         return mode
 
     def _generate(

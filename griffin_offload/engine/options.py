@@ -116,7 +116,6 @@ _NUMBERS = (
     "draft_tokens",
     "ff_chunk_tokens",
     "threads",
-    "kv_bits",
 )
 _SIZES = ("max_gpu_mem", "max_cpu_mem", "session_mem")
 _SWITCHES = ("exact", "keep_prompts", "cuda_graphs", "offline", "always_stream")
@@ -206,7 +205,7 @@ def _plain(name: str, value: Any) -> Any:
         raise UsageError(f"{name} is {value!r}: give a number from 0 to 1")
     if name == "decay" and not isinstance(value, int | float):
         raise UsageError(f"decay is {value!r}: give a number from 0 to 1")
-    if name == "refresh" and not isinstance(value, str):
+    if name in ("refresh", "kv_bits") and not isinstance(value, str):
         return _whole(name, value)
     return value
 

@@ -17,6 +17,7 @@ from griffin_offload.config import (
     MAX_DRAFT_TOKENS,
     TIERS,
     WEIGHT_NORMS,
+    AskedKVBits,
     CacheKind,
     KVBits,
     LoadConfig,
@@ -67,7 +68,7 @@ class ModelSpec:
         """What does not depend on the precision."""
         return self.shapes[0]
 
-    def check_exact(self, precision: Format) -> None:
+    def check_exact(self, precision: Format, kv_bits: KVBits) -> None:
         """UsageError unless residents of `precision` can draft for the full model: all but FFs must be as stored."""
         if precision is not self.checkpoint.precision or precision.rests_as() is not precision:
             raise UsageError(
@@ -80,10 +81,9 @@ class ModelSpec:
                 f"exact mode takes drafts back: layers of kind {state_kinds(self.checkpoint.config)} write keys, "
                 "values and a state in one part, which cannot run once more over fewer tokens"
             )
-        if self.request.kv_bits != LoadConfig.kv_bits:
-            raise UsageError(
-                f"exact mode needs the KV cache as it is computed: leave out kv_bits={self.request.kv_bits}"
-            )
+        if kv_bits == 8:
+            how = "leave out" if self.request.kv_bits == 8 else "load with exact=True, or kv_bits=16 in place of"
+            raise UsageError(f"exact mode needs the KV cache as it is computed: {how} kv_bits=8")
 
     @staticmethod
     def precision_of(plan: Plan) -> Format:
@@ -133,6 +133,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     host_embeddings = not hardware.shares_host_memory or (dtype == checkpoint.dtype and not parts.embeddings)
     head = checkpoint.tables if config.exact else _resting_head(checkpoint, meta, host_embeddings)
     shapes, others = _shapes(checkpoint, meta, device, config, head)
+    cache = _cache_kind(checkpoint.config, config.kv_bits)
     request = PlanRequest(
         budget_bytes=_size_of_absent(config.max_gpu_mem, hardware) if absent else budget_bytes(config, hardware),
         session_bytes=_session_bytes(config, hardware, absent=absent),
@@ -146,8 +147,9 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         offloaded_in_budget=hardware.shares_host_memory and config.offload == "ram",
         ff_chunk_tokens=config.ff_chunk_tokens,
         always_stream=config.always_stream,
-        kv_bits=config.kv_bits,
-        cache=_cache_kind(checkpoint.config, config.kv_bits),
+        kv_bits=8 if config.kv_bits == 8 else 16,
+        halves_kv=config.kv_bits == "auto" and cache == "ours" and not config.exact and not shapes[0].has_experts,
+        cache=cache,
         converted_ff=parts.feed_forward,
         converted_bytes=parts.embeddings + parts.rest,
         host_embeddings=host_embeddings,
@@ -164,7 +166,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     assumed = f"no {hardware.name} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
     model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, others, request, assumed if absent else None)
     if config.exact:
-        model_spec.check_exact(checkpoint.precision)
+        model_spec.check_exact(checkpoint.precision, request.kv_bits)
     _check_passes(model_spec, config)
     _check_experts(model_spec, config)
     return model_spec
@@ -299,10 +301,10 @@ def _tiers() -> tuple[Format, ...]:
     return tuple(format for format in every() if format.is_tier)
 
 
-def _cache_kind(config: PretrainedConfig, bits: KVBits) -> CacheKind:
+def _cache_kind(config: PretrainedConfig, bits: AskedKVBits) -> CacheKind:
     if can_cache(config):
         return "ours"
-    if bits != LoadConfig.kv_bits:
+    if bits == 8:
         kinds = lasting_kinds(config) or state_kinds(config)
         raise UsageError(
             f"kv_bits={bits} needs layers of {config.model_type} that keep keys and values, some are {kinds}"

@@ -53,6 +53,8 @@ class PlanRequest:
     stored_share: float = 0.0
     """On the CPU in another precision than the stored one: pages of the source beside a slot, per byte of it."""
     kv_bits: KVBits = 16
+    halves_kv: bool = False
+    """The KV cache may be in 8 bits where a precision or neurons do not fit beside 16."""
     cache: CacheKind = "ours"
     """The KV cache that `generate` uses when not told otherwise: ours, unless the model's layers need another."""
     pass_tokens: int = 0

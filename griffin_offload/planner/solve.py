@@ -40,9 +40,10 @@ def solve(
     """The best plan that fits and None, or the smallest one that does not and what to change.
 
     `shapes` are the model in the precisions to choose from, best first. Best is the first rung of the ladder that
-    fits: all neurons in each precision, and only then fewer neurons, as many as fit, in the last. Without
-    `ctx_tokens` that is asked at the context's floor; what is left over lengthens the context, then pays for a second
-    slot and for embeddings on the device. Where not even the last rung has room for the floor, the context shrinks.
+    fits: all neurons in each precision, and only then fewer neurons, as many as fit, in the last; each with a KV cache
+    in 16 bits and then, where that is allowed, in 8. Without `ctx_tokens` that is asked at the context's floor; what is
+    left over lengthens a context in 16 bits, then pays for a second slot and for embeddings on the device. Where not
+    even the last rung has room for the floor, the context shrinks.
     So more memory never gives fewer bits or neurons, nor, with as many of both, a shorter context. `others` are
     precisions that were not asked for: a remedy.
     """
@@ -51,29 +52,30 @@ def solve(
     for shape, rung in ladder:
         plan, grows = _best_quality(shape, rung, contexts.floor)
         if plan.fits:
-            if grows:
+            if grows and rung.kv_bits == request.kv_bits:
                 plan = _lengthened(shape, rung, plan, contexts.floor, contexts.most)
             return _with_the_rest(shape, rung, plan), None
     plan = _lengthened(shape, rung, plan, contexts.least, contexts.floor)
     if plan.fits:
         return _with_the_rest(shape, rung, plan), None
-    remedy = remedy_for(shapes[-1], request, plan)
+    remedy = remedy_for(shapes[-1], rung, plan)
     for shape in others:
-        if best_plan(shape, request, plan.context_tokens).fits:
+        if best_plan(shape, rung, plan.context_tokens).fits:
             other = f"a copy converted to {shape.precision}" if request.verifies else f"--quantize {shape.option}"
             return plan, f"{remedy} or {other}"
     return plan, remedy
 
 
 def _ladder(shapes: Sequence[ModelSizes], request: PlanRequest) -> Iterator[tuple[ModelSizes, PlanRequest]]:
-    """What to try, best first: a neuron in fewer bits is worth more than none."""
-    if request.density == "auto":
-        for shape in shapes[:-1]:
-            yield shape, replace(request, density=1.0)
-        yield shapes[-1], request
-    else:
-        for shape in shapes:
-            yield shape, request
+    """What to try, best first: a neuron in fewer bits is worth more than none, and a KV cache in 8 bits costs less than
+    matrices in fewer."""
+    for shape in shapes:
+        whole = replace(request, density=1.0) if request.density == "auto" else request
+        asked = request if shape is shapes[-1] else whole
+        if request.halves_kv:
+            yield shape, whole
+            asked = replace(asked, kv_bits=8)
+        yield shape, asked
 
 
 def alternatives(shapes: Sequence[ModelSizes], request: PlanRequest, ctx_tokens: int) -> list[Plan]:
@@ -299,7 +301,8 @@ def replan_for(shape: ModelSizes, request: PlanRequest, plan: Plan, use: Workloa
 
 def as_loaded(request: PlanRequest, plan: Plan) -> PlanRequest:
     """The request with what was solved when the model was loaded, and is fixed since."""
-    return replace(request, ff_chunk_tokens=plan.ff_chunk_tokens, expert_slots=plan.expert_slots)
+    solved = replace(request, ff_chunk_tokens=plan.ff_chunk_tokens, expert_slots=plan.expert_slots)
+    return replace(solved, kv_bits=plan.kv_bits, halves_kv=False)
 
 
 def describe_shortfall(plan: Plan, remedy: str) -> str:

@@ -210,6 +210,7 @@ class ModelManager:
             "max_gpu_mem": plan.budget_bytes,
             **options_again(shape, plan.counts),
             "ctx_size": plan.context_tokens,
+            "kv_bits": plan.kv_bits,
             "session_mem": plan.decode_parts["sessions"] or None,
         }
         if model.hardware.shares_host_memory:

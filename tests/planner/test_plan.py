@@ -87,6 +87,7 @@ def requests(draw: st.DrawFn) -> PlanRequest:
         offloaded_in_budget=draw(st.booleans()),
         ff_chunk_tokens=draw(st.sampled_from([None, 1, 64])),
         always_stream=draw(st.booleans()),
+        halves_kv=draw(st.booleans()),
     )
 
 
@@ -183,17 +184,18 @@ def _in_fewer_bits(shape: ModelSizes, precision: Format, share: int) -> ModelSiz
 @settings(max_examples=150)
 @given(shapes(), requests(), st.integers(1, 3), st.lists(st.floats(0, 2), min_size=4, max_size=12))
 def test_more_memory_is_never_worse(shape: ModelSizes, request: PlanRequest, count: int, budgets: list[float]):
-    """Precision, then density, then context: in this order none is ever given up for another, or for want of less."""
+    """Precision, then density, then the KV cache's, then context: in this order none is ever given up for another, or
+    for want of less."""
     precisions = [shape, _in_fewer_bits(shape, get("int8"), 2), _in_fewer_bits(shape, get("int4"), 4)][:count]
     whole = best_plan(shape, dataclasses.replace(request, budget_bytes=1, density=1.0), 2048).peak_bytes
-    before: tuple[int, float, int] | None = None
+    before: tuple[int, float, int, int] | None = None
     for budget in sorted(max(int(share * whole), 1) for share in budgets):
         plan, remedy = solve(precisions, dataclasses.replace(request, budget_bytes=budget))
         if remedy is not None:
             assert before is None, "less was enough"
             continue
         bits = {"bfloat16": 3, "int8": 2, "int4": 1}[plan.precision]
-        now = (bits, plan.density, plan.context_tokens)
+        now = (bits, plan.density, plan.kv_bits, plan.context_tokens)
         assert before is None or now >= before
         before = now
 
@@ -211,6 +213,23 @@ def test_the_ladder():
     assert all(2048 <= context < 4096 for context in (contexts[1], contexts[3], contexts[5], contexts[6]))
     assert 256 <= contexts[7] < 2048
     assert plans[7].density == min(sum(map(sum, counts)) for counts in pruned_choices(shapes[2])) / (40 * 13824)
+
+
+def test_the_ladder_of_kv_caches():
+    """Of each precision 16 bits come first, and 8 before fewer bits or neurons; contexts in 8 are not lengthened."""
+    formats = [precision for precision in every() if not precision.by_name_only]
+    shapes = [model_shape(build_on_meta(LlamaConfig(**LLAMA_13B), torch.bfloat16), p) for p in formats]
+    found = []
+    for gb in (29.5, 27.5, 16.0, 15.0, 9.8, 9.2, 8.0):
+        plan = make_plan(shapes, PlanRequest(int(gb * 1e9), halves_kv=True))
+        found.append((plan.precision, plan.kv_bits, plan.density == 1))
+        assert plan.context_tokens == 2048 or plan.kv_bits == 16
+        in_16 = make_plan(shapes, PlanRequest(int(gb * 1e9)))
+        assert (plan.density, plan.decode_parts["kv_cache"]) >= (in_16.density, 0)
+    assert found == [
+        *(("bfloat16", 16, True), ("bfloat16", 8, True), ("int8", 16, True), ("int8", 8, True)),
+        *(("int4", 16, True), ("int4", 8, True), ("int4", 8, False)),
+    ]
 
 
 @pytest.mark.parametrize(("asked", "found"), [({}, 2048), ({"prompt_tokens": 3000}, 3000), ({"ctx_tokens": 300}, 300)])
