@@ -37,10 +37,8 @@ server = xllamacpp.Server(p)
 found = []
 for end in range(first, len(ids)):
     asked = {"prompt": ids[:end], "n_predict": 1, "temperature": 0, "cache_prompt": True, "samplers": [], "logprobs": 1}
-    answer = server.handle_completions(asked)
-    if "choices" not in answer or not answer["choices"][0]["logprobs"]:
-        sys.exit(f"after {end} tokens: {answer}")
-    found.append(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["id"])
+    said = server.handle_completions(asked)["choices"][0]["logprobs"]  # none where it is a part of a letter
+    found.append(said["content"][0]["top_logprobs"][0]["id"] if said else -1)
 print(json.dumps(found))
 """
 
@@ -138,9 +136,12 @@ def compared(
     command = [args.llama_cpp, "-c", _LLAMA_CPP, directory / "model.gguf", str(args.before), "1"]
     said = subprocess.run(command, input=json.dumps(ids.tolist()), stdout=subprocess.PIPE, text=True, check=True)
     theirs = torch.tensor(json.loads(said.stdout.splitlines()[-1]))
+    known = theirs >= 0
+    ours, theirs = ours[known], theirs[known]
     lost = ours.log_softmax(-1).max(-1).values - ours.log_softmax(-1).gather(1, theirs[:, None])[:, 0]
-    rounded = logits_with_rounded_inputs(directory, ids, args.before, made.form)
+    rounded = logits_with_rounded_inputs(directory, ids, args.before, made.form)[known]
     return {
+        "compared": len(theirs),
         "same_first_choice_as_llama_cpp": float((theirs == ours.argmax(-1)).float().mean()),
         "the_same_with_inputs_rounded_as_there": float((theirs == rounded.argmax(-1)).float().mean()),
         "ours_rounded_and_not": float((rounded.argmax(-1) == ours.argmax(-1)).float().mean()),
