@@ -141,8 +141,9 @@ def test_other_selections(checkpoints, tmp_path: Path, selection: runtime.Select
     assert shares[0] > shares[1]
 
 
-def test_an_interrupted_export_goes_on(checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = checkpoints("llama3")
+@pytest.mark.parametrize("name", ["llama3", "mixtral"])
+def test_an_interrupted_export_goes_on(checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    path = checkpoints(name)
     choice, written = chosen_on(path), []
     whole = runtime.export(path, tmp_path / "whole", choice, 0.5)
     with monkeypatch.context() as patch:
