@@ -32,8 +32,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="write a smaller checkpoint for one domain",
-        description="Writes a checkpoint with the neurons that a set of prompts uses, which any software loads. Every "
-        "fourth prompt does not choose, and measures what the choice costs.",
+        description="Writes a checkpoint with the neurons (or experts) that a set of prompts uses, for any software. "
+        "Every fourth prompt does not choose, and measures what the choice costs.",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; an unfinished export continues")
     parser.add_argument(

@@ -143,7 +143,7 @@ def rounded_neurons(wanted: int, form: ExportForm) -> int:
 def files_of(smaller: Smaller, form: ExportForm) -> Callable[[CopyDirectory], ExportFiles]:
     """What writes `form` into a directory. UnsupportedModel where the form cannot hold the model."""
     model = smaller.on_meta()
-    if form != "unquantized" and any(isinstance(block, Experts) for block in _decoder(model)[1]):
+    if form in ("w8a16", "w4a16") and any(isinstance(block, Experts) for block in _decoder(model)[1]):
         raise UnsupportedModel(f"a mixture of experts is not written as {form}: leave --to out")
     if form.startswith("gguf"):
         layout = _gguf_layout(smaller, model, form.removeprefix("gguf").removeprefix("-").upper())

@@ -227,7 +227,7 @@ def test_packed_as_compressed_tensors_reads_it(checkpoints, tmp_path: Path, form
 
 
 GGUF_NAMES = ["llama2", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "stablelm", "starcoder2"]
-GGUF_NAMES += ["falcon_multi_query", "falcon_new", "gpt2", "lfm2"]
+GGUF_NAMES += ["falcon_multi_query", "falcon_new", "gpt2", "lfm2", "mixtral", "qwen2_moe", "qwen3_moe"]
 
 
 def stored(path: Path) -> dict[str, tuple[str, list[int], object]]:
@@ -303,8 +303,9 @@ def test_an_interrupted_gguf_file_goes_on(checkpoints, tmp_path: Path, monkeypat
 
 def test_what_a_form_cannot_hold_is_refused_before_prompts_pass(checkpoints, tmp_path: Path):
     out = tmp_path / "out"
-    with pytest.raises(UnsupportedModel, match="opt is not written as GGUF"):
-        runtime.check(checkpoints("opt"), out, 0.5, "gguf")
+    for name in ("opt", "gpt_oss", "deepseek_v3"):
+        with pytest.raises(UnsupportedModel, match=f"{name} is not written as GGUF"):
+            runtime.check(checkpoints(name), out, 0.5, "gguf")
     with pytest.raises(UnsupportedModel, match=r"its matrices are no nn\.Linear, w4a16 packs only those"):
         runtime.check(checkpoints("gpt2"), out, 0.5, "w4a16")
     with pytest.raises(UsageError, match="keeps 0 of 128 neurons"):
