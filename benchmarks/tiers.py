@@ -2,12 +2,14 @@
 
     python benchmarks/tiers.py --text wikitext2=wikitext2_valid.txt.xz --text books=books_valid.txt.xz
     python benchmarks/tiers.py --only smollm2 --windows 4
+    python benchmarks/tiers.py --budgets 0.4,0.5,0.7,1 --name budgets
     python benchmarks/tiers.py --gather
 
 Two small trained models from the package index (real_checkpoints.py), residual channels permuted, so that no grid of
 the file that their numbers come from flatters a format. Each variant answers behind prompts as for a user, in a process
 of its own, and is held against the 16-bit model by stock transformers. `--gather` times what a prompt does with the
-neurons of one layer in 13B's shapes: making them of what is stored, on one thread.
+neurons of one layer in 13B's shapes: making them of what is stored, on one thread. `--budgets` asks the planner
+instead, for budgets that are these shares of the 16-bit weights' bytes.
 """
 
 import argparse
@@ -57,6 +59,13 @@ def ways(bits: Sequence[float], formats: Sequence[str]) -> list[Way]:
     return [*(_whole(name) for name in formats), *(way for pair in pairs for way in pair)]
 
 
+def budgets(folder: Path, shares: Sequence[float]) -> list[Way]:
+    """What the planner makes of each."""
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    sizes = [(share, round(share * weights)) for share in sorted(shares, reverse=True)]
+    return [Way(f"{share:g} ({size / 1e6:.0f} MB)", {"max_gpu_mem": size}) for share, size in sizes]
+
+
 def _whole(name: str) -> Way:
     return Way(f"all in {name}", {"quantize": name, "density": 1.0})
 
@@ -78,6 +87,8 @@ class Found:
     expected_error: float
     resident_bytes: int
     tiers: dict[str, int]
+    chosen: str
+    """By the planner."""
 
 
 @dataclass
@@ -102,7 +113,8 @@ def measure(folder: Path, options: dict[str, Any], reference: Path, windows: Win
             shape, plan = model.engine.shape, model.plan
             error = expected_error(shape, plan.counts)
             assert error is not None, "no mixture of experts"
-            return Found(scores, bits_of(shape, plan.counts), error, model.resident_bytes, plan.tiers)
+            chosen = f"{plan.precision}, {plan.kv_bits}-bit KV, density {plan.density:.2f}"
+            return Found(scores, bits_of(shape, plan.counts), error, model.resident_bytes, plan.tiers, chosen)
     except Exception as error:  # a row of the page says so
         return f"{type(error).__name__}: {one_line(error)}"
 
@@ -114,7 +126,8 @@ def measure_model(section: Section, folder: Path, args: argparse.Namespace, step
         permuted, reference = Path(name) / "permuted", Path(name) / "reference.pt"
         section.permuted_kl = write_permuted(folder, permuted)
         in_own_process(measure_stock, permuted, texts, windows, args.threads, reference)
-        for way in ways(args.bits, args.formats):
+        asked = budgets(permuted, args.budgets) if args.budgets else ways(args.bits, args.formats)
+        for way in asked:
             start = time.perf_counter()
             found = in_own_process(measure, permuted, way.options, reference, windows, args.threads)
             section.rows.append((way.name, found))
@@ -200,6 +213,7 @@ def row(name: str, found: Found | str, columns: int) -> list[str]:
         text for s in found.scores.values() for text in (f"{s.kl:.3f} ± {s.kl_error:.3f}", f"{s.top1_agreement:.3f}")
     ]
     size = f"{found.resident_bytes / 1e6:.1f} MB"
+    name = f"{name}: {found.chosen}" if "MB" in name else name
     return [name, f"{found.ff_bits:.2f}", f"{found.expected_error:.4f}", size, *scores]
 
 
@@ -210,6 +224,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--text", action="append", metavar="NAME=FILE", help="UTF-8, .txt or .txt.xz (default: a children's book)")
     add("--only", choices=tuple(SOURCES), action="append", help="one of the models")
     add("--bits", type=lambda text: [float(bits) for bits in text.split(",")], default=BITS, help="of tiers")
+    add("--budgets", type=lambda text: [float(share) for share in text.split(",")], help="shares of the 16-bit bytes")
     add("--gather", action="store_true", help="only time what a prompt does with a layer's neurons")
     add("--formats", type=lambda text: text.split(","), default=FORMATS, help="of all neurons")
     add("--windows", type=int, default=24, help="of each text, spread evenly")

@@ -46,7 +46,7 @@ class _Forbidden(StoppingCriteria):
         return input_ids[:, -1] == self.token
 
 
-@settings(max_examples=30)
+@settings(max_examples=16)
 @given(
     name=st.sampled_from(FAMILIES),
     density=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]),

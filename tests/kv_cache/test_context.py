@@ -65,7 +65,7 @@ def dense_and_ours(checkpoints) -> dict[str, tuple[object, GriffinModel]]:
     }
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     name=st.sampled_from(["llama3", "gemma2"]),
     turns=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 20), st.integers(1, 6)), min_size=1, max_size=5),

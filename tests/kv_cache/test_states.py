@@ -46,7 +46,7 @@ def half(checkpoints) -> dict[str, GriffinModel]:
     return {name: _load(checkpoints(name)) for name in HYBRIDS}
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     name=st.sampled_from(list(HYBRIDS)),
     turns=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 20), st.integers(1, 6)), min_size=1, max_size=5),

@@ -105,7 +105,7 @@ def test_a_plan_never_exceeds_its_budget_and_a_refusal_names_the_numbers(shape: 
             make_plan([shape], request)
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(shapes(), requests())
 def test_no_feasible_density_is_missed(shape: ModelSizes, request: PlanRequest):
     """Brute force over every density, slot count and placement; 0.05 and one step of densities may be given up for the
