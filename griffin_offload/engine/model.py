@@ -105,7 +105,7 @@ class GriffinModel(StockInterface):
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, loaded when it is asked for first, unless one was set before; CheckpointError if
         there is none that can be loaded."""
-        return self._model_spec.checkpoint.tokenizer()
+        return self._model_spec.checkpoint.own_tokenizer
 
     @property
     def engine(self) -> ModelRunner:
