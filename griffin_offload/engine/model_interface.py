@@ -67,6 +67,11 @@ def _handed_out(kind: type) -> type:
 
     @functools.wraps(kind.forward)  # type: ignore[attr-defined]  # a PreTrainedModel; generate reads the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+            raise UsageError(
+                "a loaded model cannot be traced or exported: its forward streams weights and chooses neurons; load it "
+                "with transformers for that"
+            )
         return self.__dict__[_OWNER].forward(*args, **kwargs)
 
     def whole(name: str, what: str) -> Callable[..., Any]:
@@ -300,9 +305,9 @@ class StockInterface:
     def __getattr__(self, name: str) -> Any:
         if name in DELEGATED:
             return getattr(self._stock if name in _READ else self.model, name)
-        if not name.startswith("_") and "_engine" in self.__dict__ and hasattr(self._stock, name):
+        if not name.startswith("__") and "_held" in self.__dict__ and hasattr(self._stock, name):
             raise AttributeError(f"a GriffinModel has no {name!r}: the stock transformers model has, use .model.{name}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(f"a GriffinModel has no attribute {name!r}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward, as the stock model's: streamed with an empty KV cache, resident with a filled one."""

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 from griffin_offload import GriffinModel, UsageError
 from griffin_offload.engine.model_interface import DELEGATED
+from griffin_offload.errors import ModelNotFound
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,11 @@ def test_its_defaults_can_be_changed(checkpoints):
         (lambda m: m.to("xpu:3"), "device="),
         (lambda m: m.model.to("xla"), "device="),
         (lambda m: setattr(m, "generation_config", None), "give a transformers.GenerationConfig"),
+        (lambda m: torch.jit.trace(m.model, _ids(), strict=False), "cannot be traced"),
+        (lambda m: torch.export.export(m.model, (_ids(),)), "cannot be traced or exported"),
+        (lambda m: m._modules, r"use \.model\._modules"),
+        (lambda m: m._nothing, "a GriffinModel has no attribute '_nothing'"),
+        (lambda m: GriffinModel.from_pretrained(), "the model's name is empty"),
         (lambda m: m.model.train(), "train it in transformers"),
         (lambda m: m.model.resize_token_embeddings(400), "save it, and load that"),
         (lambda m: m.model.set_input_embeddings(torch.nn.Embedding(9, 32)), "save it, and load that"),
@@ -144,9 +150,15 @@ def test_its_defaults_can_be_changed(checkpoints):
         (lambda m: next(m.generate_many([_ids()], num_beams=0)), "at least 1"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning", "ignore:.is_gradient_check:FutureWarning")
 def test_what_cannot_be_is_refused_with_what_can(model: GriffinModel, asked: Any, answer: str):
-    with pytest.raises((UsageError, AttributeError), match=answer):
+    with pytest.raises((UsageError, AttributeError, ModelNotFound), match=answer):
         asked(model)
+
+
+def test_the_model_by_the_name_that_transformers_has_for_it(checkpoints):
+    with GriffinModel.from_pretrained(pretrained_model_name_or_path=checkpoints("llama3"), device="cpu") as model:
+        assert model.config.model_type == "llama"
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
