@@ -289,6 +289,7 @@ HABITS: dict[str, Kind] = {
         """
         cli/test_run.py::test_the_tokenizer_is_loaded_once[run-calibrated | chat-as stored]
         cli/test_run.py::test_other_commands_load_the_tokenizer_once[batch | eval ppl | inspect | convert | export]
+        cli/test_run.py::test_the_tokenizer_of_a_model_is_what_its_matrices_were_quantised_by
         """,
     ),
     "answers that are cut without a word": (

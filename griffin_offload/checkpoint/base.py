@@ -4,6 +4,7 @@ A kind of files is one class here, and one function for `registry.register_kind`
 by a checkpoint. Opening reads headers, not weights; whoever reads a weight asks `tensors()` where it lies.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -122,6 +123,11 @@ class Checkpoint(ABC):
     def tokenizer(self) -> Tokenizer:
         """A tokenizer of transformers'; a new one whenever it is asked for."""
         return tokenizer_of(self.directory)
+
+    @functools.cached_property
+    def own_tokenizer(self) -> Tokenizer:
+        """`tokenizer()`, the same whenever it is asked for: that of the model that is loaded from here."""
+        return self.tokenizer()
 
     def set_generation_config(self, model: StockModel) -> None:
         """Give `model` its settings for generation, where it has any."""

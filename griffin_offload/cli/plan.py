@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import operator
 import os
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 # Nothing is loaded, so that more can be left out: accelerate places weights.
 _NOT_PLANNED = (*NOT_NEEDED, "accelerate")
+_MODELS = "transformers.modeling_utils"
+"""The part of transformers that asks for processes and the compiler."""
 
 
 def add_parser(commands: Any) -> None:
@@ -81,7 +84,7 @@ def _no_processes() -> Iterator[None]:
     from torch import distributed
 
     asked = distributed.is_available
-    if "transformers" not in sys.modules:
+    if _MODELS not in sys.modules:
         vars(distributed)["is_available"] = lambda: False
     try:
         yield
@@ -89,39 +92,69 @@ def _no_processes() -> Iterator[None]:
         vars(distributed)["is_available"] = asked
 
 
+def _same(condition: Any, *_: Any, **__: Any) -> Any:
+    return condition
+
+
+def _undecorated(function: Any = None, *_: Any, **__: Any) -> Any:
+    """`function` as it is, or a decorator that leaves functions as they are."""
+    return function or _undecorated
+
+
+# What torch asks of its compiler where nothing is compiled, and of sizes where all are numbers.
+_DECORATORS = ("disable", "allow_in_graph", "assume_constant_result")
+_GUARDS = ("guard_or_true", "guard_or_false", "guard_size_oblivious", "guarding_hint_or_throw")
+_STAND_INS: dict[str, dict[str, Any]] = {
+    "torch._dynamo": {**dict.fromkeys(_DECORATORS, _undecorated), "mark_static_address": lambda *_, **__: None},
+    "torch.fx.experimental.symbolic_shapes": {
+        **dict.fromkeys((*_GUARDS, "expect_true", "statically_known_true"), _same),
+        "sym_eq": operator.eq,
+        "sym_and": lambda *conditions: all(conditions),
+        "sym_or": lambda *conditions: any(conditions),
+        "has_guarding_hint": lambda size: True,
+        "is_nested_int": lambda size: False,
+    },
+    "sympy": {"Basic": type("Basic", (), {})},
+}
+
+
 @contextmanager
 def _no_compiler() -> Iterator[None]:
-    """transformers is imported without torch's compiler, a fifth of all imports. What it decorates for the compiler is
-    not decorated afterwards, so this is for a process in which nobody else uses it."""
-    import torch
+    """transformers and torch's meta tensors run without torch's compiler and its symbols. What is decorated for the
+    compiler meanwhile is not decorated afterwards, so this is for a process in which nobody else uses it."""
+    import torch  # noqa: F401  # it imports some of their neighbours
 
-    if "transformers" in sys.modules or "torch._dynamo" in sys.modules:
+    if _MODELS in sys.modules:
         yield
         return
-    compiler = _NoCompiler("torch._dynamo")
-    compiler.__path__ = [os.path.join(path, "_dynamo") for path in torch.__path__]
-    sys.modules[compiler.__name__] = vars(torch)["_dynamo"] = compiler
+    stand_ins = [_StandIn(name, known) for name, known in _STAND_INS.items() if name not in sys.modules]
     try:
         yield
     finally:
-        if sys.modules.get(compiler.__name__) is compiler:
-            del sys.modules[compiler.__name__], vars(torch)["_dynamo"]
+        for stand_in in stand_ins:
+            stand_in.leave()
 
 
-class _NoCompiler(ModuleType):
-    """`torch._dynamo` where nothing is compiled; who asks for more than decorators gets the real one."""
+class _StandIn(ModuleType):
+    """A module that has not been imported, with some of its names; who asks for others gets the real one."""
 
-    @staticmethod
-    def disable(function: Any = None, *_: Any, **__: Any) -> Any:
-        """`function` as it is, or a decorator that leaves functions as they are."""
-        return function or _NoCompiler.disable
+    def __init__(self, name: str, known: dict[str, Any]) -> None:
+        super().__init__(name)
+        vars(self).update(known)
+        package, _, own = name.rpartition(".")
+        self.__owner = vars(sys.modules[package]) if package else {}
+        self.__path__ = [os.path.join(path, own) for path in self.__owner.get("__path__", ())]
+        sys.modules[name] = self.__owner[own] = self
 
-    allow_in_graph = assume_constant_result = disable
+    def leave(self) -> None:
+        """Let the real one be imported from now on."""
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__], self.__owner[self.__name__.rpartition(".")[2]]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or sys.modules.get(self.__name__) is not self:
+        if name.startswith("__"):
             raise AttributeError(name)
-        del sys.modules[self.__name__]
+        self.leave()
         return getattr(import_module(self.__name__), name)
 
 

@@ -35,7 +35,7 @@ from griffin_offload.errors import CheckpointError
 from griffin_offload.formats.translated import TranslatedTensor, in_memory
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.offload.weight_store import ExpertStore, PassingExperts
-from griffin_offload.transformers_api import StockModel
+from griffin_offload.transformers_api import StockModel, Tokenizer
 
 Importance = Mapping[str, Tensor]
 """Mean squares float32 [I] of the inputs of a linear layer, by "layer.name"."""
@@ -73,7 +73,7 @@ def importance_of(
     path = cache_path(checkpoint)
     found = _read(path, {name: inputs for name, (_, inputs) in wanted.items()})
     if found is None:
-        ids = _token_ids(checkpoint, model, _SEQUENCES)
+        ids = _token_ids(checkpoint, model, _SEQUENCES, lambda: checkpoint.own_tokenizer)
         if ids is None:
             return {}
         with _a_layer_at_a_time(model, decoder, blocks, checkpoint, evict):
@@ -95,7 +95,7 @@ def visit_inputs(
 ) -> None:
     """Call `visit` with the index of every layer, in order, and the inputs of its linear modules, of those that its
     forward calls: of none where the checkpoint has no tokenizer that fits it. `model` is mapped and as stored."""
-    ids = _token_ids(checkpoint, model, _ALL_SEQUENCES)
+    ids = _token_ids(checkpoint, model, _ALL_SEQUENCES, checkpoint.tokenizer)
     if ids is None:
         for index in range(len(decoder)):
             visit(index, {})
@@ -167,12 +167,12 @@ def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:
     return found if kept == sizes else None
 
 
-def _token_ids(checkpoint: Checkpoint, model: StockModel, most: int) -> Tensor | None:
-    """Up to `most` sequences; None: of no tokenizer that fits the model."""
+def _token_ids(checkpoint: Checkpoint, model: StockModel, most: int, read: Callable[[], Tokenizer]) -> Tensor | None:
+    """Up to `most` sequences, by a tokenizer that somebody has or that is `read`; None: of none that fits the model."""
     try:
         tokenizer = kept_tokenizer(checkpoint.path)
         if tokenizer is None:
-            tokenizer = checkpoint.tokenizer()
+            tokenizer = read()
     except CheckpointError:
         return None
     ids = tokenizer(CALIBRATION_TEXT, return_tensors="pt", verbose=False).input_ids[0]  # it is cut below

@@ -63,7 +63,7 @@ class GriffinModel(StockInterface):
         self.__class__ = _named_as(type(self), self._held)
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, **options: Any) -> "GriffinModel":
+    def from_pretrained(cls, model: str | Path | None = None, **options: Any) -> "GriffinModel":
         """Plan and load a causal language model from a directory or hub id.
 
         `options` are the fields of `LoadConfig`: max_gpu_mem, max_cpu_mem, device, density, quantize, dtype, offload,
@@ -74,6 +74,7 @@ class GriffinModel(StockInterface):
         read, where that is possible.
         """
         start = time.perf_counter()
+        model = options.pop("pretrained_model_name_or_path", model) or ""  # as transformers calls it
         words = translated(options)
         config = LoadConfig(**words.options)
         if words.hub:
@@ -105,7 +106,7 @@ class GriffinModel(StockInterface):
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, loaded when it is asked for first, unless one was set before; CheckpointError if
         there is none that can be loaded."""
-        return self._model_spec.checkpoint.tokenizer()
+        return self._model_spec.checkpoint.own_tokenizer
 
     @property
     def engine(self) -> ModelRunner:

@@ -67,9 +67,14 @@ def _handed_out(kind: type) -> type:
 
     @functools.wraps(kind.forward)  # type: ignore[attr-defined]  # a PreTrainedModel; generate reads the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+            raise UsageError(
+                "a loaded model cannot be traced or exported: its forward streams weights and chooses neurons; load it "
+                "with transformers for that"
+            )
         return self.__dict__[_OWNER].forward(*args, **kwargs)
 
-    def saving(name: str, what: str) -> Callable[..., Any]:
+    def whole(name: str, what: str) -> Callable[..., Any]:
         stock = getattr(kind, name)
 
         @functools.wraps(stock)
@@ -84,11 +89,39 @@ def _handed_out(kind: type) -> type:
     def copied(self: Any, _: Any) -> Any:
         raise UsageError("a loaded model cannot be copied or pickled: load it once more with from_pretrained")
 
+    def train(self: Any, mode: bool = True) -> Any:
+        if mode:
+            raise UsageError(
+                "this model cannot be trained: its neurons change with every prompt; train it in transformers"
+            )
+        return kind.train(self, False)  # type: ignore[attr-defined]
+
     own: dict[str, Any] = {"forward": forward, "_apply": _unmoved, "__deepcopy__": copied, "__reduce_ex__": copied}
-    own |= {name: saving(name, "cannot be saved") for name in ("save_pretrained", "push_to_hub")}
-    own["state_dict"] = saving("state_dict", "has no state_dict")
+    own |= {"train": train} | {name: _refusing(name, instead) for name, instead in _REFUSED.items()}
+    own |= {name: whole(name, "cannot be saved") for name in ("save_pretrained", "push_to_hub")}
+    own["state_dict"] = whole("state_dict", "has no state_dict")
+    late = "takes no adapter any more (loaded with adapter=DIR it is merged while weights pass)"
+    own |= {name: whole(name, late) for name in ("add_adapter", "load_adapter")}
     named = {_KIND: kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), {**own, **named})
+
+
+_NEW_WORDS = "give the model in transformers its new words, save it, and load that"
+_REFUSED = {
+    "resize_token_embeddings": _NEW_WORDS,
+    "set_input_embeddings": _NEW_WORDS,
+    "set_output_embeddings": _NEW_WORDS,
+    "set_attn_implementation": "attention is chosen with the device, leave it out",
+}
+"""What would change the residents behind the plan's back, and what to do instead."""
+
+
+def _refusing(name: str, instead: str) -> Callable[..., Any]:
+    def method(_: Any, *args: Any, **kwargs: Any) -> Any:
+        raise UsageError(f"{name} cannot be used on a loaded model: {instead}")
+
+    method.__name__ = name
+    return method
 
 
 def _unmoved(model: StockModel, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -130,10 +163,17 @@ class Guard:
             raise GriffinError("the model that these layers belong to is gone: keep it, or load it with density=1.0")
 
 
+def _closed(*_: Any, **__: Any) -> None:
+    raise GriffinError("this model is closed: load it again")
+
+
 def hollow(model: nn.Module) -> None:
-    """Leave no weight in `model`, of which only the shapes stay."""
+    """Leave no weight in `model`, of which only the shapes stay, and no part that can be called: torch multiplies by a
+    matrix without memory, and gives what lies around."""
     gone: dict[int, nn.Parameter] = {}
     for module in model.modules():
+        if module is not model:  # whose forward asks its owner
+            module.__dict__["forward"] = _closed
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -265,9 +305,9 @@ class StockInterface:
     def __getattr__(self, name: str) -> Any:
         if name in DELEGATED:
             return getattr(self._stock if name in _READ else self.model, name)
-        if not name.startswith("_") and "_engine" in self.__dict__ and hasattr(self._stock, name):
+        if not name.startswith("__") and "_held" in self.__dict__ and hasattr(self._stock, name):
             raise AttributeError(f"a GriffinModel has no {name!r}: the stock transformers model has, use .model.{name}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(f"a GriffinModel has no attribute {name!r}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward, as the stock model's: streamed with an empty KV cache, resident with a filled one."""
@@ -286,6 +326,8 @@ class StockInterface:
 
     @generation_config.setter
     def generation_config(self, config: GenerationConfig) -> None:
+        if not isinstance(config, GenerationConfig):
+            raise UsageError(f"generation_config is {config!r}: give a transformers.GenerationConfig")
         self._stock.generation_config = config
 
     def eval(self) -> "StockInterface":
@@ -294,10 +336,7 @@ class StockInterface:
 
     def train(self, mode: bool = True) -> "StockInterface":
         """UsageError but for train(False), which is `eval`."""
-        if mode:
-            raise UsageError(
-                "this model cannot be trained: its neurons change with every prompt; train it in transformers"
-            )
+        self._stock.train(mode)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> "StockInterface":

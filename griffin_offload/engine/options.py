@@ -278,8 +278,8 @@ def checked_prompt(prompt: Any, vocab_size: int) -> Tensor:
         raise UsageError("the prompt is empty: give at least one token, as a tensor of [batch, tokens]")
     if prompt.dim() > 3 or (prompt.dim() == 3 and not prompt.is_floating_point()):
         raise UsageError(f"the prompt is of {list(prompt.shape)}: give token ids as a tensor of [batch, tokens]")
-    if prompt.dim() == 2 and (prompt.is_floating_point() or prompt.dtype == torch.bool):
-        raise UsageError(f"the prompt's ids are {prompt.dtype}: give whole numbers, as a tensor of [batch, tokens]")
+    if prompt.dim() == 2 and prompt.dtype not in (torch.int64, torch.int32):  # what torch's embeddings take
+        raise UsageError(f"the prompt's ids are {prompt.dtype}: give whole numbers of 64 or 32 bits, as in ids.long()")
     least, largest = (int(prompt.min()), int(prompt.max())) if prompt.dim() == 2 else (0, 0)
     if least < 0 or largest >= vocab_size:
         raise UsageError(

@@ -19,7 +19,7 @@ from griffin_offload.engine.model_interface import StockForward
 from griffin_offload.engine.prefill import StreamedPass, choose_together, grouped, sums_until
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
-from griffin_offload.errors import GriffinError
+from griffin_offload.errors import GriffinError, UsageError
 from griffin_offload.kv_cache.kv_cache import RecordedWriter, SplitWriter, States, copies
 from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
 from griffin_offload.transformers_api import CACHE, StockCache
@@ -43,6 +43,13 @@ class PromptPasses:
         self._layers, self._device, self._forward = layers, device, forward
         self._writers = [layers.decoder[index].get_submodule(name) for index, name in state_writers.items()]
         self._chooses, self._skips_tokens = chooses, skips_tokens
+        self._linears = [
+            (block.module, name, part)
+            for block, counts in zip(layers.blocks, layers.counts, strict=True)
+            for name, part in block.module.named_modules()
+            if sum(counts) < block.neurons and any(part is linear for linear in block.linears)
+        ]
+        """Of pruned feed-forwards: the module, and of each projection the name in it and the projection."""
         self._key = uuid.uuid4().hex
         self.last: PrefillReport | None = None
         self.progress: Progress | None = None
@@ -61,6 +68,7 @@ class PromptPasses:
         """The streamed pass over a prompt's tokens, the first of which is number `start`, by default that behind the
         context's, whose earlier ones choose, too; and so do the sequences that decode `beside` it."""
         self.last = None  # until this prompt has chosen its neurons, none are
+        self._check_linears()
         seams = self._seams(mask.shape[1], context)
         groups, choosing = grouped(mask, seams)
         streamed = StreamedPass(
@@ -84,6 +92,17 @@ class PromptPasses:
                 context.mark_seams(seams, sums_until(streamed.sums, groups, seams), held)
         self.last = streamed.report()
         return output, streamed
+
+    def _check_linears(self) -> None:
+        """UsageError where somebody has put another module in a projection's place, as peft does."""
+        for module, name, linear in self._linears:
+            there = module.get_submodule(name)
+            if there is not linear:
+                raise UsageError(
+                    f"{type(there).__name__} stands in the place of {name} in a feed-forward, whose neurons change "
+                    "with every prompt: merge an adapter while weights pass (from_pretrained(..., adapter=DIR)), or "
+                    "load the model with density=1.0"
+                )
 
     def between_tokens(
         self, inputs: dict[str, Any], context: Context, *, choose: bool, each: bool

@@ -28,6 +28,7 @@ from griffin_offload.engine.generation import (
 )
 from griffin_offload.engine.joint_step import JointStep
 from griffin_offload.engine.model_interface import FifoLock, Guard, hand_out, hollow, stock_forward
+from griffin_offload.engine.options import checked_prompt
 from griffin_offload.engine.prompt_passes import PromptPasses
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
@@ -274,6 +275,9 @@ class ModelRunner:
             begin_anew(self.loaded.model)
         if run is not None:
             return self._seen(run, self._first(run, arguments, args, kwargs))
+        if not torch.compiler.is_compiling():
+            ids = arguments.get("input_ids")
+            checked_prompt(arguments.get("inputs_embeds") if ids is None else ids, self.shape.vocab_size)
         if given is not None and given.get_seq_length() > 0:
             self.passes.adopt(given)
             return self.stock_forward(*args, **kwargs)

@@ -287,6 +287,19 @@ def test_the_tokenizer_is_loaded_once(cli, chat: Path, monkeypatch, tmp_path: Pa
     assert bool(list(tmp_path.glob("importance-*"))) == bool(flags)
 
 
+def test_the_tokenizer_of_a_model_is_what_its_matrices_were_quantised_by(chat: Path, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("GRIFFIN_OFFLOAD_CACHE", str(tmp_path))
+    chat = shutil.copytree(chat, tmp_path / "model")  # of which nobody has one
+    loads: list[object] = []
+    real = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: loads.append(a) or real(*a, **k))
+    options = {"device": "cpu", "max_gpu_mem": "100MB", "quantize": "int4"}
+    with GriffinModel.from_pretrained(chat, **options) as first, GriffinModel.from_pretrained(chat, **options) as other:
+        assert (len(loads), len(list(tmp_path.glob("importance-*")))) == (1, 1)
+        assert first.tokenizer is first.tokenizer is not other.tokenizer  # which others may change
+        assert len(loads) == 2
+
+
 @pytest.mark.parametrize("command", ["batch", "eval ppl", "inspect", "convert", "export"])
 def test_other_commands_load_the_tokenizer_once(cli, chat: Path, monkeypatch, tmp_path: Path, command: str):
     monkeypatch.setenv("GRIFFIN_OFFLOAD_CACHE", str(tmp_path))

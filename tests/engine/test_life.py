@@ -99,6 +99,9 @@ def test_closing_takes_the_weights_from_whoever_keeps_the_model(checkpoints, mon
     for call in (lambda: greedy(model, ids()), lambda: greedy(stock, ids()), lambda: model.save_pretrained("x")):
         with pytest.raises(GriffinError, match="closed"):
             call()
+    for part in list(stock.modules())[1:]:  # of which torch would multiply by what lies around
+        with pytest.raises(GriffinError, match="closed"):
+            part(torch.zeros(1, 1, stock.config.hidden_size))
 
 
 def test_closing_while_residents_are_on_their_way(checkpoints):

@@ -1,6 +1,7 @@
 """A GriffinModel where a transformers model is expected: pipelines, assistants, helpers that read and call it."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 from griffin_offload import GriffinModel, UsageError
 from griffin_offload.engine.model_interface import DELEGATED
+from griffin_offload.errors import ModelNotFound
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,19 @@ def test_its_defaults_can_be_changed(checkpoints):
         (lambda m: m.to("meta"), "device="),
         (lambda m: m.to("xpu:3"), "device="),
         (lambda m: m.model.to("xla"), "device="),
+        (lambda m: setattr(m, "generation_config", None), "give a transformers.GenerationConfig"),
+        (lambda m: torch.jit.trace(m.model, _ids(), strict=False), "cannot be traced"),
+        (lambda m: torch.export.export(m.model, (_ids(),)), "cannot be traced or exported"),
+        (lambda m: list(torch.nn.Module.named_children(m)), r"use \.model\._modules"),
+        (lambda m: m.nothing, "a GriffinModel has no attribute 'nothing'"),
+        (lambda m: GriffinModel.from_pretrained(), "the model's name is empty"),
+        (lambda m: m.model.train(), "train it in transformers"),
+        (lambda m: m.model.resize_token_embeddings(400), "save it, and load that"),
+        (lambda m: m.model.set_input_embeddings(torch.nn.Embedding(9, 32)), "save it, and load that"),
+        (lambda m: m.model.set_output_embeddings(torch.nn.Linear(32, 9)), "save it, and load that"),
+        (lambda m: m.model.set_attn_implementation("eager"), "leave it out"),
+        (lambda m: m.model.load_adapter("adapter"), "adapter=DIR"),
+        (lambda m: m.model.add_adapter(None), "adapter=DIR"),
         (lambda m: m.resize_token_embeddings, r"\.model\.resize_token_embeddings"),
         (lambda m: m.generate("Once upon a time"), "batch, tokens"),
         (lambda m: m.generate(["Once", "upon"]), "batch, tokens"),
@@ -121,6 +136,13 @@ def test_its_defaults_can_be_changed(checkpoints):
         (lambda m: m.generate(_ids().numpy()), "batch, tokens"),
         (lambda m: m.generate(m.tokenizer("the cat", return_tensors="pt")), r"generate\(\*\*tokens\)"),
         (lambda m: m.generate(_ids().float()), "whole numbers"),
+        (lambda m: m.generate(_ids().short()), r"ids\.long\(\)"),
+        (lambda m: m(_ids().bool()), r"ids\.long\(\)"),
+        (lambda m: m(), "prompt is empty"),
+        (lambda m: m(_ids()[:, :0]), "prompt is empty"),
+        (lambda m: m.model(_ids()[0]), r"ids\[None\]"),
+        (lambda m: m(_ids() + m.vocab_size), "the vocabulary ends"),
+        (lambda m: m(m.model(_ids()).logits[:, -1:].argmax(-1) - m.vocab_size), "the vocabulary ends"),
         (lambda m: m.generate(_ids()[:0]), "prompt is empty"),
         (lambda m: m.generate(_ids()[None]), "batch, tokens"),
         (lambda m: m.generate(_ids(), attention_mask=_ids()[None]), "batch, tokens"),
@@ -128,9 +150,37 @@ def test_its_defaults_can_be_changed(checkpoints):
         (lambda m: next(m.generate_many([_ids()], num_beams=0)), "at least 1"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning", "ignore:.is_gradient_check:FutureWarning")
 def test_what_cannot_be_is_refused_with_what_can(model: GriffinModel, asked: Any, answer: str):
-    with pytest.raises((UsageError, AttributeError), match=answer):
+    with pytest.raises((UsageError, AttributeError, ModelNotFound), match=answer):
         asked(model)
+
+
+def test_the_model_by_the_name_that_transformers_has_for_it(checkpoints):
+    with GriffinModel.from_pretrained(pretrained_model_name_or_path=checkpoints("llama3"), device="cpu") as model:
+        assert model.config.model_type == "llama"
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["gate_proj", "down_proj"]], ids="-".join)
+def test_an_adapter_that_peft_puts_on_it(checkpoints, tmp_path: Path, density: float, targets: list[str]):
+    """As if it was merged while weights passed; or refused, where it would be of neurons that come and go."""
+    peft, directory = pytest.importorskip("peft"), checkpoints("llama3")
+    settings = {"target_modules": targets, "task_type": "CAUSAL_LM", "init_lora_weights": False, "r": 2}
+    with _load(directory, density=density) as model:
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model.model, peft.LoraConfig(**settings)).eval()
+        if density < 1 and "down_proj" in targets:
+            with pytest.raises(UsageError, match=r"in the place of gate_proj.*adapter=DIR"):
+                adapted(input_ids=_ids())
+            return
+        found = adapted(input_ids=_ids()).logits
+    torch.manual_seed(0)
+    stock = AutoModelForCausalLM.from_pretrained(directory)
+    peft.get_peft_model(stock, peft.LoraConfig(**settings)).save_pretrained(tmp_path)
+    with _load(directory, density=density, adapter=tmp_path) as merged:
+        torch.testing.assert_close(found, merged(_ids()).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_it_says_where_it_is_from(checkpoints):
