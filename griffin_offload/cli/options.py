@@ -249,13 +249,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_adapter_option(parser)
     add = add_memory_options(parser).add_argument
     add("--ctx-size", type=int, metavar="TOKENS", help=_CONTEXT)
-    add(
-        "--kv-bits",
-        type=_number_or_word,
-        choices=get_args(AskedKVBits),
-        default=_DEFAULTS.kv_bits,
-        help="precision of the KV cache (default: auto, 8 where 16 would cost weights bits or neurons)",
-    )
+    add("--kv-bits", type=_number_or_word, choices=get_args(AskedKVBits), default=_DEFAULTS.kv_bits, help=_KV_BITS)
     add(
         "--density",
         default=_DEFAULTS.density,
@@ -336,6 +330,7 @@ _CONTEXT = (
     "context that memory is kept for (default: run: prompt and answer; else "
     f"{FLOOR_AUTO_CTX}, and up to {MAX_AUTO_CTX} with what is left over)"
 )
+_KV_BITS = "precision of the KV cache (default: auto, 8 where 16 would cost weights bits or neurons)"
 _SIZES = f"device budget: 12GB, 12G, 12GiB, 80%% or auto (default: {_DEFAULTS.max_gpu_mem})"
 
 
