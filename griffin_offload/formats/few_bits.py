@@ -22,9 +22,9 @@ from torch import Tensor
 
 from griffin_offload.config import TIERS
 from griffin_offload.formats.base import Format, Layout, Spec, Tensors
-from griffin_offload.formats.compensation import Compensation, counts_of
+from griffin_offload.formats.compensation import Compensation, Packed, counts_of
 from griffin_offload.formats.few_bits_grid import Levels, best_grid
-from griffin_offload.formats.grouped import GROUP, Grouped, Packed
+from griffin_offload.formats.grouped import GROUP, Grouped
 from griffin_offload.kernels import table
 
 _LOW_BYTES = 8

@@ -44,8 +44,8 @@ def quantize_rows(
     before it, and gives of its own."""
     outputs, groups = weight.shape[0], _groups(weight.shape[1])
     made = _packed_of(bits, outputs, groups)
-    beside = {"scale": scale, "groups": made[1], "importance": importance, "feedback": feedback}
-    run(f"quantize_int{bits}_rows", weight, made[0], **beside)
+    known = {"importance": importance, "feedback": feedback}
+    run(f"quantize_int{bits}_rows", weight, made[0], scale=scale, groups=made[1], by_columns=False, **known)
     return made
 
 
@@ -56,8 +56,8 @@ def quantize_neurons(
     count by the `importance` [O] of their output. `feedback` [2, K] as of rows."""
     made = _packed_of(bits, columns.shape[1], _groups(columns.shape[0]))
     function = f"quantize_int{bits}_neurons"
-    beside = {"scale": scale, "groups": made[1], "importance": importance, "feedback": feedback}
-    run(function, columns, made[0], by_columns=True, **beside)
+    known = {"importance": importance, "feedback": feedback}
+    run(function, columns, made[0], scale=scale, groups=made[1], by_columns=True, **known)
     return made
 
 

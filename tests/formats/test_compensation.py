@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from griffin_offload.formats.base import neuron_scale, row_scale
-from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation, feedback, known_of
+from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation, Packed, feedback, known_of
 from griffin_offload.formats.floats import FLOATS
-from griffin_offload.formats.grouped import Packed
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.kernels.by_blocks import Scratch
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats import base
-from griffin_offload.formats.compensation import known_of
+from griffin_offload.formats.compensation import Packed, known_of
 from griffin_offload.formats.few_bits import INT2, INT3
-from griffin_offload.formats.grouped import Grouped, Packed
+from griffin_offload.formats.grouped import Grouped
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
 from griffin_offload.kernels import quantize as quantizing
