@@ -228,8 +228,7 @@ class Grouped(Format):
         parts: int = 1,
         importance: Tensor | None = None,
     ) -> None:
-        """As any format's; of a copy that holds several, its own; what is stored in another one that gives
-        `chosen_floats` is read a chunk at a time."""
+        """As any format's; of a copy of several, its own; of another format that gives `chosen_floats`, in chunks."""
         stored = source.format
         if self in stored.holds:
             full, source = stored.part(self, full), self.stored(is_down=is_down)
