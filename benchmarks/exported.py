@@ -4,10 +4,11 @@
 
 `--llama-cpp` is the interpreter of an environment with `xllamacpp`: GGUF files are compared with llama.cpp by the first
 choice after each of `--tokens` tokens of the text, which both are given. transformers (with compressed-tensors) is
-compared by the logits, in float32. Ends in JSON.
+compared by the logits, in float32, and so is the original with its other neurons set to zero (a Llama). Ends in JSON.
 """
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
@@ -36,8 +37,8 @@ server = xllamacpp.Server(p)
 found = []
 for end in range(first, len(ids)):
     asked = {"prompt": ids[:end], "n_predict": 1, "temperature": 0, "cache_prompt": True, "samplers": [], "logprobs": 1}
-    answer = server.handle_completions(asked)
-    found.append(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["id"])
+    said = server.handle_completions(asked)["choices"][0]["logprobs"]  # none where it is a part of a letter
+    found.append(said["content"][0]["top_logprobs"][0]["id"] if said else -1)
 print(json.dumps(found))
 """
 
@@ -72,7 +73,7 @@ def main() -> None:
             made = runtime.export(args.model, Path(place) / "out", choice, args.density, form=form)
             ours = logits_of(made.directory, ids, args.before, options)
             found[form] = {"neurons": made.neurons, "MB": made.written_bytes / 1e6}
-            found[form] |= figures(ours, full, ids[args.before :]) | compared(made.directory, form, ours, ids, args)
+            found[form] |= figures(ours, full, ids[args.before :]) | compared(made, ours, ids, args, choice)
         print(json.dumps({form: found[form]}), flush=True)
     print(json.dumps(found, indent=2))
 
@@ -85,6 +86,28 @@ def logits_of(directory: Path, ids: torch.Tensor, before: int, options: dict[str
         return found.clone()
 
 
+@torch.no_grad()
+def transformers_logits(
+    directory: Path,
+    ids: torch.Tensor,
+    before: int,
+    dtype: torch.dtype,
+    choice: runtime.Choice | None = None,
+    kept: int = 0,
+) -> torch.Tensor:
+    """The same by transformers alone; with a `choice`, its neurons but the `kept` strongest being zero."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model(ids[None, :1])  # makes weights of the model's precision of what is packed
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    for index, squared in (choice.chosen_on if choice is not None else {}).items():
+        mask = torch.zeros_like(squared, dtype=dtype).index_fill_(0, squared.topk(kept).indices, 1.0)
+        down = model.model.layers[index].mlp.down_proj
+        down.register_forward_pre_hook(lambda _, given, mask=mask: (given[0] * mask,))
+    found: torch.Tensor = model(ids[None]).logits[0, before - 1 : -1]
+    return found
+
+
 def figures(ours: torch.Tensor, full: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
     new, old = ours.log_softmax(-1), full.log_softmax(-1)
     return {
@@ -94,24 +117,56 @@ def figures(ours: torch.Tensor, full: torch.Tensor, targets: torch.Tensor) -> di
 
 
 def compared(
-    directory: Path, form: str, ours: torch.Tensor, ids: torch.Tensor, args: argparse.Namespace
+    made: runtime.Export, ours: torch.Tensor, ids: torch.Tensor, args: argparse.Namespace, choice: runtime.Choice
 ) -> dict[str, float]:
     """What the others make of it."""
-    if not form.startswith("gguf"):
-        # Both make 16-bit weights of what is packed, and compute in float32.
-        theirs, read = (
-            AutoModelForCausalLM.from_pretrained(directory).float(),
-            build(open_checkpoint(directory)).float(),
-        )
-        with torch.no_grad():
-            one, other = (model(ids[None]).logits for model in (theirs, read))
-        return {"farthest_logit_from_transformers": float((one - other).abs().max())}
+    directory = made.directory
+    if not made.form.startswith("gguf"):
+        theirs = transformers_logits(directory, ids, args.before, torch.float32)
+        found = {"farthest_logit_from_transformers": float((ours - theirs).abs().max())}
+        if made.form == "unquantized":
+            for dtype in (torch.float32, torch.float64):
+                theirs = transformers_logits(directory, ids, args.before, dtype)
+                masked = transformers_logits(args.model, ids, args.before, dtype, choice, made.neurons)
+                found[f"farthest_logit_from_masked_{dtype}"] = float((theirs - masked).abs().max())
+            found["largest_logit"] = float(masked.abs().max())
+        return found
     if args.llama_cpp is None:
         return {}
     command = [args.llama_cpp, "-c", _LLAMA_CPP, directory / "model.gguf", str(args.before), "1"]
-    made = subprocess.run(command, input=json.dumps(ids.tolist()), stdout=subprocess.PIPE, text=True, check=True)
-    choices = torch.tensor(json.loads(made.stdout.splitlines()[-1]))
-    return {"same_first_choice_as_llama_cpp": float((choices == ours.argmax(-1)).float().mean())}
+    said = subprocess.run(command, input=json.dumps(ids.tolist()), stdout=subprocess.PIPE, text=True, check=True)
+    theirs = torch.tensor(json.loads(said.stdout.splitlines()[-1]))
+    known = theirs >= 0
+    ours, theirs = ours[known], theirs[known]
+    lost = ours.log_softmax(-1).max(-1).values - ours.log_softmax(-1).gather(1, theirs[:, None])[:, 0]
+    rounded = logits_with_rounded_inputs(directory, ids, args.before, made.form)[known]
+    return {
+        "compared": len(theirs),
+        "same_first_choice_as_llama_cpp": float((theirs == ours.argmax(-1)).float().mean()),
+        "the_same_with_inputs_rounded_as_there": float((theirs == rounded.argmax(-1)).float().mean()),
+        "ours_rounded_and_not": float((rounded.argmax(-1) == ours.argmax(-1)).float().mean()),
+        "farthest_of_its_choices_from_our_first_nats": float(lost.max()),
+    }
+
+
+@torch.no_grad()
+def logits_with_rounded_inputs(directory: Path, ids: torch.Tensor, before: int, form: str) -> torch.Tensor:
+    """Ours, but every matrix is given what llama.cpp gives it: bfloat16, or 8 bits in blocks of 32 numbers."""
+
+    def rounded(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = given[0]
+        if form == "gguf":
+            return (x.bfloat16().float(),)
+        blocks = x.unflatten(-1, (-1, 32))
+        step = (blocks.abs().amax(-1, keepdim=True) / 127).half().float().clamp_min(1e-12)
+        return ((blocks / step).round().mul(step).flatten(-2),)
+
+    model = build(open_checkpoint(directory)).float()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(rounded)
+    found: torch.Tensor = model(ids[None]).logits[0, before - 1 : -1]
+    return found
 
 
 if __name__ == "__main__":

@@ -287,6 +287,13 @@ _ROUTED = ".experts."
 _INTERLEAVED = ("gpt_oss",)
 
 
+def layer_of(name: str) -> int:
+    """The layer that the model's tensor `name` is in."""
+    match = _IN_LAYER.search(name)
+    assert match is not None, "experts are in layers"
+    return int(match[1])
+
+
 def sources_of(name: str) -> tuple[str, ...]:
     """What of a layer in the file makes the model's tensor `name`, without "blk.N."; none for one that is not of all
     experts."""

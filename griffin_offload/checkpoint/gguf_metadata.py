@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from griffin_offload.checkpoint.base import Checkpoint
-from griffin_offload.checkpoint.gguf import GgufCheckpoint
+from griffin_offload.checkpoint.gguf import MIXTURES, GgufCheckpoint
 from griffin_offload.checkpoint.gguf_config import ARCHITECTURES, Architecture
 from griffin_offload.checkpoint.gguf_file import block_types, gguf_package, read_gguf
 from griffin_offload.checkpoint.gguf_tokenizer import CUTS, merges_whole_words, tokenizer_from
@@ -58,10 +58,11 @@ def architecture_of(config: PretrainedConfig, where: Path) -> tuple[str, Archite
     kind = config.model_type
     if kind == "mistral" and config.sliding_window is None:
         kind = "llama"  # the same model, and how llama.cpp has it
-    for name, architecture in ARCHITECTURES.items():
+    written = [*ARCHITECTURES.items(), *((name, found) for name, found in MIXTURES.items() if name != "gpt-oss")]
+    for name, architecture in written:
         if architecture.model_type == kind:
             return name, architecture
-    known = ", ".join(sorted(architecture.model_type for architecture in ARCHITECTURES.values()))
+    known = ", ".join(sorted(architecture.model_type for _, architecture in written))
     raise UnsupportedModel(f"{where}: {kind} is not written as GGUF (written are {known}): leave --to out")
 
 
@@ -104,7 +105,20 @@ def metadata_of(config: Any, arch: str, neurons: int) -> Metadata:
         said["attention.head_count_kv"] = [
             config.num_key_value_heads * (kind == "full_attention") for kind in config.layer_types
         ]
-    return said
+    return said | _of_experts(config)
+
+
+def _of_experts(config: Any) -> Metadata:
+    count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not count:
+        return {}
+    shared = getattr(config, "shared_expert_intermediate_size", None)
+    return {
+        "feed_forward_length": config.intermediate_size,
+        "expert_count": count,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+    } | ({} if shared is None else {"expert_shared_feed_forward_length": shared})
 
 
 _EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")

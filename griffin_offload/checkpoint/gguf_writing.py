@@ -19,7 +19,7 @@ from torch import Tensor
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.direct_io import Extent
-from griffin_offload.checkpoint.gguf import name_in_file
+from griffin_offload.checkpoint.gguf import MIXTURES, layer_of, name_in_file, sources_of
 from griffin_offload.checkpoint.gguf_config import Described, config_of
 from griffin_offload.checkpoint.gguf_file import BlockType, GgufFile, GgufTensor, block_types, gguf_package, read_gguf
 from griffin_offload.checkpoint.gguf_metadata import (
@@ -39,8 +39,8 @@ _PIECE_NUMBERS = 2**22
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 _TABLES = ("token_embd.weight", "output.weight")
-# llama.cpp adds them in float32.
-_IN_FLOAT32 = ("position_embd.weight",)
+# llama.cpp adds them in float32, and chooses experts in it.
+_IN_FLOAT32 = ("position_embd.weight", "ffn_gate_inp.weight")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class Planned:
     name: str
     shape: tuple[int, ...]
     kind: BlockType
+    part: int = 0
+    parts: int = 0
+    """Of experts: how many matrices lie above each other in the source, and which one this is."""
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +75,7 @@ class GgufLayout:
         self._model, self._where = model, checkpoint.directory
         self._arch, self._architecture = architecture_of(model.config, self._where)
         rope = rope_tensors(model)
-        self.groups = [[self._planned(name) for name in group] for group in groups]
+        self.groups = [[planned for name in group for planned in self._planned(name)] for group in groups]
         """By shard, in the order of the file."""
         self._front = [Planned("", name, tuple(t.shape), self._types["F32"]) for name, t in rope.items()]
         self._front_bytes = b"".join(_padded(tensor.numpy().tobytes()) for tensor in rope.values())
@@ -84,14 +87,21 @@ class GgufLayout:
         """Of all tensors."""
         return sum(planned.padded_bytes for group in self.groups for planned in group)
 
-    def _planned(self, name: str) -> Planned:
+    def _planned(self, name: str) -> list[Planned]:
+        if parts := sources_of(name):
+            experts, rows, columns = self._model.get_parameter(name).shape
+            one = (experts, rows // len(parts), columns)
+            names = [f"blk.{layer_of(name)}.{part}" for part in parts]
+            kinds = [self._types[self._kind(there, one)] for there in names]
+            return [Planned(name, names[i], one, kinds[i], i, len(parts)) for i in range(len(parts))]
         there, end = name_in_file(name, self._architecture, self._model)
         if not there:
             raise UnsupportedModel(f"{self._where}: llama.cpp's {self._arch} has no place for {name}")
         there, shape = there + (end or ".weight"), tuple(self._model.get_parameter(name).shape)
         shape = shape[::-1] if self._is_transposed(name, shape) else shape
         shape = shape[::2] if len(shape) == 3 else shape  # a convolution of each channel by itself
-        return Planned(name, there, shape, self._types[self._kind(there, shape)])
+        shape = shape[1:] if there.endswith("ffn_gate_inp_shexp.weight") else shape
+        return [Planned(name, there, shape, self._types[self._kind(there, shape)])]
 
     def _is_transposed(self, name: str, shape: tuple[int, ...]) -> bool:
         return len(shape) == 2 and name.endswith(self._architecture.transposed or ("\0",))
@@ -146,7 +156,7 @@ class GgufLayout:
                 extent = Extent(str(path), at, planned.nbytes)
                 found[planned.name] = GgufTensor(planned.name, planned.shape, planned.kind, extent)
                 at += planned.padded_bytes
-            raw = config_of(Described(path, header.metadata, found), {})[1]
+            raw = config_of(Described(path, header.metadata, found), MIXTURES)[1]
             check_same(config_from(raw, path), self._model.config, self._where)
         return raw
 
@@ -180,6 +190,8 @@ class GgufLayout:
             tensor = tensor[torch.argsort(rows(self._raw))]
         if self._architecture.norms_minus_one and planned.name.endswith("norm.weight"):
             tensor = tensor.float() + 1
+        if planned.parts:
+            return tensor.chunk(planned.parts, dim=1)[planned.part].flatten(0, 1)
         if tensor.dim() == 3:
             return tensor.squeeze(1)
         return tensor.t() if self._is_transposed(planned.source, tuple(tensor.shape)) else tensor

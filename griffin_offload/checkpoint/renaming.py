@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     build_glob_alternation,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 from griffin_offload.transformers_api import StockModel
@@ -108,6 +109,12 @@ def same_names(model: StockModel, names: Iterable[str]) -> list[Conversion]:
     """The same for checkpoints that name every tensor as the model does."""
     there = model.state_dict()
     return [Conversion(name, (name,)) for name in names if name in there]
+
+
+def saved(model: StockModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` of `model`, by the names and in the pieces that checkpoints of it have: experts one by one."""
+    found: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    return found
 
 
 class KeptTypes:

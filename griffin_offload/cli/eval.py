@@ -15,6 +15,7 @@ from griffin_offload.errors import UsageError
 if TYPE_CHECKING:
     from griffin_offload.checkpoint.base import Checkpoint
     from griffin_offload.engine.model import GriffinModel
+    from griffin_offload.evaluation.distributed import Processes
     from griffin_offload.method.variants import Variant
 
 
@@ -46,13 +47,16 @@ def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
 
-def load_streamed(arguments: argparse.Namespace, checkpoint: "Checkpoint", ctx_tokens: int) -> "GriffinModel":
+def load_streamed(
+    arguments: argparse.Namespace, checkpoint: "Checkpoint", ctx_tokens: int, processes: "Processes | None" = None
+) -> "GriffinModel":
     """Every layer passes in full, so no neuron need stay: the budget is for layers on their way and activations."""
     from griffin_offload.engine.model import GriffinModel
 
     names = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "seed", "threads", "offline")
     options = {name: getattr(arguments, name) for name in names}
     options |= {"quantize": checkpoint.precision.option, "density": 0.0, "always_stream": True}
+    options = options if processes is None else processes.share(options)
     return GriffinModel.from_pretrained(checkpoint.path, **options, ctx_size=ctx_tokens, prompt_tokens=ctx_tokens)
 
 

@@ -62,19 +62,24 @@ def perplexity(arguments: argparse.Namespace) -> int:
     variants = variants_of(arguments)
     quiet_libraries()
     from griffin_offload.checkpoint.registry import open_checkpoint
-    from griffin_offload.evaluation.perplexity import measure
+    from griffin_offload.evaluation.distributed import Processes
+    from griffin_offload.evaluation.perplexity import measure, of_all
 
     stored = open_checkpoint(model_of(arguments), offline=arguments.offline)
     sizes = _windows(arguments, stored)  # before the model is loaded, which may take long
     rows: list[Row] = []
+    processes = Processes.launched()
     with (
         _in_precision(stored, arguments) as checkpoint,
-        load_streamed(arguments, checkpoint, max(prompts) + max(generates)) as model,
+        load_streamed(arguments, checkpoint, max(prompts) + max(generates), processes) as model,
     ):
         for (p, g), windows in sizes.items():
-            with Bar(f"{p} + {g} tokens", quiet=arguments.quiet) as bar:
-                rows += measure(model, windows, p, variants, bar.step)
-    print(json.dumps([row.to_json() for row in rows]) if arguments.json else "\n".join(_lines(rows)))
+            own = windows[processes.rank :: processes.size]
+            with Bar(f"{p} + {g} tokens", quiet=arguments.quiet or not processes.first) as bar:
+                rows += of_all(processes.gather(measure(model, own, p, variants, bar.step) if own else []))
+    if processes.first:
+        print(json.dumps([row.to_json() for row in rows]) if arguments.json else "\n".join(_lines(rows)))
+    processes.end()
     return 0
 
 

@@ -32,8 +32,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="write a smaller checkpoint for one domain",
-        description="Writes a checkpoint with the neurons that a set of prompts uses, which any software loads. Every "
-        "fourth prompt does not choose, and measures what the choice costs.",
+        description="Writes a checkpoint with the neurons (or experts) that a set of prompts uses, for any software. "
+        "Every fourth prompt does not choose, and measures what the choice costs.",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; an unfinished export continues")
     parser.add_argument(
@@ -84,12 +84,20 @@ def export(arguments: argparse.Namespace) -> int:
     found = runtime.export(directory, arguments.out, choice, density, form=arguments.to, selection=arguments.selection)
     found = runtime.measured(found, before, _after(found, prompts, options), prompts)
     source = "the demo" if arguments.model is None else Path(arguments.model).name
-    runtime.write_card(found, source, arguments.selection, checkpoint.fingerprint())
+    runtime.write_card(found, source, arguments.selection, _command(arguments), checkpoint.fingerprint())
     if arguments.json:
         print(json.dumps(asdict(found) | {"directory": str(found.directory)}))
     elif not arguments.quiet:
         print("\n".join(_lines(found)), file=sys.stderr)
     return 0
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """As the card says it: without places, and without texts."""
+    model = [] if arguments.model is None else ["-m", Path(arguments.model).name]
+    said = [*(["--system", "TEXT"] if arguments.system is not None else []), *(["--raw"] if arguments.raw else [])]
+    made = ["--density", arguments.density, "--selection", arguments.selection, "--to", arguments.to]
+    return " ".join(["griffin-offload export", arguments.out.name, *model, "--prompts", "FILE", *said, *made])
 
 
 def _prompts(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "list[Tensor]":
@@ -172,13 +180,15 @@ def _after(found: "Export", prompts: "list[Tensor]", options: dict[str, Any]) ->
 
 
 def _lines(found: "Export") -> list[str]:
+    unit = found.unit
     lines = [
-        f"{found.directory}: {found.neurons} of {found.of_neurons} neurons a layer, {format_bytes(found.read_bytes)} "
+        f"{found.directory}: {found.neurons} of {found.of_neurons} {unit} a layer, {format_bytes(found.read_bytes)} "
         f"became {format_bytes(found.written_bytes)}",
         f"kept     {found.activation_kept:.3f} of the activation of {found.prompts} prompts",
     ]
     if found.neurons != found.asked_neurons:
-        lines.append(f"note: {found.asked_neurons} neurons rounded down, as {found.form} is written in whole blocks")
+        whole = "the router's groups are alike" if unit == "experts" else f"{found.form} is written in whole blocks"
+        lines.append(f"note: {found.asked_neurons} {unit} rounded down, as {whole}")
     if found.activation_kept_heldout is None:
         return [*lines, "note: too few prompts to hold some out: what the choice costs is not known"]
     return [

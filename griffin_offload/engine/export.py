@@ -1,8 +1,9 @@
-"""A smaller ordinary checkpoint for one domain: the neurons that its prompts use, chosen once and written.
+"""A smaller ordinary checkpoint for one domain: the neurons or experts that its prompts use, chosen once and written.
 
 Every prompt of a set passes through the full model, streamed; the statistics of all, each by its length, choose as
 those of a batch would (arXiv 2404.01365, section 4.2). What is written has the architecture of the original with fewer
-neurons, and needs none of our code.
+neurons, and needs none of our code. Of a mixture of experts whole experts are chosen, and the router loses its rows of
+the others; layers without experts stay as they are.
 """
 
 import contextlib
@@ -14,8 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import PretrainedConfig
+from torch import Tensor
 
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import Experts
@@ -58,8 +58,10 @@ class Export:
 
     directory: Path
     form: ExportForm
+    unit: str
+    """What was chosen: neurons, or experts."""
     neurons: int
-    """Of each layer."""
+    """Or experts, of each layer."""
     of_neurons: int
     asked_neurons: int
     """What the density says, of which the form may not take all."""
@@ -94,13 +96,13 @@ def choose(model: GriffinModel, prompts: Sequence[Tensor], progress: Callable[[]
 def check(
     model: str | Path, out: str | Path, density: float, form: ExportForm = "unquantized", *, offline: bool = False
 ) -> int:
-    """What can be known before any prompt passes: how many neurons a layer will have. UsageError, ModelError;
-    UnsupportedModel for what no ordinary checkpoint can say."""
+    """What can be known before any prompt passes: how many neurons or experts a layer will have. UsageError,
+    ModelError; UnsupportedModel for what no ordinary checkpoint can say."""
     checkpoint = open_checkpoint(model, offline=offline)
     if not checkpoint.precision.is_plain:
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision}: give the original")
-    kept = _counts(checkpoint, density, form)[1]
-    files_of(Smaller(checkpoint, smaller_config(checkpoint, kept), kept), form)
+    kept = _Counts.of(checkpoint, density, form).kept
+    files_of(Smaller.of(checkpoint, kept), form)
     check_place(Path(out).expanduser())
     return kept
 
@@ -123,26 +125,28 @@ def export(
     (the disk) or GriffinError (writing)."""
     check_place(Path(out).expanduser())
     checkpoint = open_checkpoint(model, offline=offline)
-    neurons, kept = _counts(checkpoint, density, form)
-    made = files_of(Smaller(checkpoint, smaller_config(checkpoint, kept), kept), form)
+    counts = _Counts.of(checkpoint, density, form)
+    smaller = Smaller.of(checkpoint, counts.kept)
+    made = files_of(smaller, form)
     digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in choice.chosen_on.values())).hexdigest()
-    note = {"source": checkpoint.fingerprint(), "neurons": kept, "selection": selection, "statistic": digest}
+    note = {"source": checkpoint.fingerprint(), "neurons": counts.kept, "selection": selection, "statistic": digest}
     directory = CopyDirectory(out, "export", note | {"form": form}, _METADATA, _check_shard)
     shares: list[tuple[float, float | None]] = []
     with directory.writing(), contextlib.closing(checkpoint.watched()) as watched:
         watched.check()
         files = made(directory)
         directory.begin(files.nbytes)
-        _write_parts(checkpoint, files, _Chooser(choice, kept, selection, shares), progress)
+        _write_parts(smaller, files, _Chooser(choice, counts, selection, shares), progress)
         watched.check()
         written = files.finish()
     held_out = [share for _, share in shares if share is not None]
     return Export(
         directory=directory.path,
         form=form,
-        neurons=kept,
-        of_neurons=neurons,
-        asked_neurons=neurons_kept(neurons, density),
+        unit=counts.unit,
+        neurons=counts.kept,
+        of_neurons=counts.neurons,
+        asked_neurons=neurons_kept(counts.neurons, density),
         prompts=choice.prompts,
         read_bytes=checkpoint.weight_bytes,
         written_bytes=written,
@@ -159,56 +163,44 @@ def _check_shard(path: Path) -> None:
         raise CheckpointError(one_line(error)) from error
 
 
-def _counts(checkpoint: Checkpoint, density: float, form: ExportForm) -> tuple[int, int]:
-    """Neurons of each layer, and how many of them stay; UnsupportedModel where they differ."""
-    layers = checkpoint.config.get_text_config().num_hidden_layers
-    blocks = find_feed_forwards(build_on_meta(checkpoint.config, checkpoint.dtype), layers)[1]
-    if any(isinstance(block, Experts) for block in blocks):
-        raise UnsupportedModel("a mixture of experts is not exported yet: its layers hold experts, not neurons")
-    sizes = {block.neurons for block in blocks}
-    if len(sizes) > 1:
-        raise UnsupportedModel(f"the layers have {min(sizes)} to {max(sizes)} neurons: a config has one number for all")
-    neurons = sizes.pop()
-    kept = rounded_neurons(neurons_kept(neurons, density), form)
-    if not 0 < kept < neurons:
-        raise UsageError(f"a density of {density} keeps {kept} of {neurons} neurons: give a share between 0 and 1")
-    return neurons, kept
+@dataclass(frozen=True)
+class _Counts:
+    """Of what is chosen in each layer that has any: neurons, or experts."""
 
+    unit: str
+    neurons: int
+    kept: int
+    groups: int
+    """Of experts, among which the router chooses first: each keeps as many."""
 
-def smaller_config(checkpoint: Checkpoint, neurons: int) -> PretrainedConfig:
-    """The config of the language model with so many neurons a layer: its one number that makes all layers so, and
-    changes nothing else. UnsupportedModel where there is none."""
-    text = checkpoint.config.get_text_config()
-    layers = text.num_hidden_layers
-    wanted = _with_neurons(build_on_meta(text, checkpoint.dtype), layers, neurons)
-    for name, value in text.to_dict().items():
-        if not (value is None or type(value) is int) or name not in _SIZES:
-            continue
-        smaller = type(text).from_dict(text.to_dict() | {name: neurons})
-        with contextlib.suppress(CheckpointError):
-            if _shapes(build_on_meta(smaller, checkpoint.dtype)) == wanted:
-                return smaller
-    raise UnsupportedModel(f"{text.model_type}: its config has no number for the neurons of a layer")
-
-
-# What configs call it; the others have to stay as they are, whatever their value.
-_SIZES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_intermediate_size", "d_ff")
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-
-
-def _with_neurons(model: StockModel, layers: int, neurons: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of `model` if its blocks had so many."""
-    _, blocks = find_feed_forwards(model, layers)
-    found = _shapes(model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for block in blocks:
-        specs = block.compact_specs((neurons,), (FLOATS,))
-        for tensor, (shape, _) in zip(block.full(), specs, strict=True):
-            found[names[id(tensor)]] = tuple(shape)
-    return found
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, density: float, form: ExportForm) -> "_Counts":
+        """UnsupportedModel where layers differ; UsageError for a density that keeps none, all, or fewer than a token
+        needs."""
+        text = checkpoint.config.get_text_config()
+        blocks = find_feed_forwards(build_on_meta(checkpoint.config, checkpoint.dtype), text.num_hidden_layers)[1]
+        experts = [block for block in blocks if isinstance(block, Experts)]
+        unit = "experts" if experts else "neurons"
+        sizes = {block.neurons for block in experts or blocks}
+        if len(sizes) > 1:
+            raise UnsupportedModel(
+                f"the layers have {min(sizes)} to {max(sizes)} {unit}: a config has one number for all"
+            )
+        neurons, groups = sizes.pop(), (getattr(text, "n_group", None) or 1) if experts else 1
+        kept = neurons_kept(neurons, density)
+        kept = kept // groups * groups if experts else rounded_neurons(kept, form)
+        if not 0 < kept < neurons:
+            raise UsageError(f"a density of {density} keeps {kept} of {neurons} {unit}: give a share between 0 and 1")
+        # A group is judged by its best two, and those that a token goes to have to hold all of its experts.
+        least = experts[0].active if experts else 0
+        if groups > 1:
+            least = groups * max(2, -(-least // (getattr(text, "topk_group", None) or groups)))
+        if kept < least:
+            raise UsageError(
+                f"a density of {density} keeps {kept} of {neurons} experts, and the router needs {least}: give "
+                f"{math.ceil(100 * least / neurons) / 100:g} or more"
+            )
+        return cls(unit, neurons, kept, groups)
 
 
 @dataclass
@@ -216,15 +208,27 @@ class _Chooser:
     """Chooses each layer's neurons when it is there, and notes what they hold of the activation."""
 
     choice: Choice
-    kept: int
+    counts: _Counts
     selection: SelectionMethod
     shares: list[tuple[float, float | None]]
 
     def choose(self, index: int, block: Block, full: Sequence[Tensor]) -> Tensor:
         """Sorted indices [K]; `full` are the layer's tensors."""
-        squared = self.choice.chosen_on[index].cpu()
+        squared, groups = self.choice.chosen_on[index].cpu(), self.counts.groups
         norms = block.weight_norms(self.selection, full) if self.selection in WEIGHT_NORMS else None
-        chosen = select_neurons(squared, self.kept, self.selection, layer_generator(0, index), norms)
+        generator, each = layer_generator(0, index), self.counts.neurons // groups
+        parts = [
+            first
+            + select_neurons(
+                squared[first : first + each],
+                self.counts.kept // groups,
+                self.selection,
+                generator,
+                None if norms is None else norms[first : first + each],
+            )
+            for first in range(0, self.counts.neurons, each)
+        ]
+        chosen = torch.cat(parts)
         held_out = self.choice.held_out.get(index)
         measured = None if held_out is None else float(share_kept(held_out.cpu(), chosen))
         self.shares.append((float(share_kept(squared, chosen)), measured))
@@ -232,22 +236,27 @@ class _Chooser:
 
 
 def _write_parts(
-    checkpoint: Checkpoint, files: ExportFiles, chooser: _Chooser, progress: Callable[[int, int], None] | None
+    smaller: Smaller, files: ExportFiles, chooser: _Chooser, progress: Callable[[int, int], None] | None
 ) -> None:
     """Every part that is not there yet."""
+    checkpoint = smaller.checkpoint
     model = build(checkpoint)
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    parameters = dict(model.named_parameters())
+    state = model.state_dict(keep_vars=True)
     with contextlib.closing(Reader(model, checkpoint, progress)) as reader:
         for index, block in enumerate(blocks):
-            own = {name: tensor for name, tensor in parameters.items() if name.startswith(f"{prefix}.{index}.")}
+            own = {name: tensor for name, tensor in state.items() if name.startswith(f"{prefix}.{index}.")}
+            if chooser.counts.unit == "experts":
+                chosen = chooser.choose(index, block, block.full()) if isinstance(block, Experts) else None
+                if not files.has(index):
+                    files.write(index, _with_experts(own, block, chosen, smaller.axes, reader))
+                continue
             with contextlib.ExitStack() as read:
                 full = [read.enter_context(reader.reading(tensor)) for tensor in block.full()]
                 chosen = chooser.choose(index, block, full)
                 if not files.has(index):
-                    smaller = _gathered(block, full, chosen)
-                    files.write(index, _layer(own, block.full(), smaller, reader))
+                    files.write(index, _layer(own, block.full(), _gathered(block, full, chosen), reader))
         if not files.has(len(blocks)):
             files.write(len(blocks), _outside(model, prefix, reader))
 
@@ -260,19 +269,36 @@ def _gathered(block: Block, full: Sequence[Tensor], chosen: Tensor) -> list[Tens
 
 
 def _layer(
-    parameters: Mapping[str, Tensor], full: Sequence[Tensor], smaller: Sequence[Tensor], reader: Reader
+    own: Mapping[str, Tensor], full: Sequence[Tensor], smaller: Sequence[Tensor], reader: Reader
 ) -> dict[str, Tensor]:
-    """All `parameters` of a layer, its `full` FF tensors replaced by `smaller` ones."""
+    """All that is the layer's `own`, its `full` FF tensors replaced by `smaller` ones."""
     replaced = {id(old): new for old, new in zip(full, smaller, strict=True)}
-    return {name: replaced[id(t)] if id(t) in replaced else reader.copy(t) for name, t in parameters.items()}
+    return {name: replaced[id(t)] if id(t) in replaced else reader.copy(t) for name, t in own.items()}
+
+
+def _with_experts(
+    own: Mapping[str, Tensor], block: Block, chosen: Tensor | None, axes: Mapping[str, int], reader: Reader
+) -> dict[str, Tensor]:
+    """The same with the experts `chosen`, read one by one, and of the router what belongs to them."""
+    if chosen is None or not isinstance(block, Experts):
+        return _layer(own, (), (), reader)
+    full = block.full()
+    kept = [torch.empty((chosen.numel(), *t.shape[1:]), dtype=t.dtype, device="cpu") for t in full]
+    for place, expert in enumerate(chosen.tolist()):
+        with reader.reading_expert(full, expert):
+            block.form.fill(full, expert, [tensor[place] for tensor in kept])
+    experts = {id(tensor) for tensor in full}
+    found = _layer(own, full, kept, reader)
+    cut = {name: axes[name] for name in found if name in axes and id(own[name]) not in experts}
+    return found | {name: found[name].index_select(axis, chosen) for name, axis in cut.items()}
 
 
 def _outside(model: StockModel, prefix: str, reader: Reader) -> dict[str, Tensor]:
     """Embeddings, head, last norm, and the buffers that a checkpoint holds."""
     parameters = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
-    found = {name: t for name, t in model.state_dict().items() if name not in parameters and name not in tied}
-    found |= {name: t for name, t in parameters.items() if not name.startswith(f"{prefix}.")}
+    state = model.state_dict(keep_vars=True)
+    found = {name: t for name, t in state.items() if name not in tied and not name.startswith(f"{prefix}.")}
     return {name: reader.copy(tensor) for name, tensor in found.items()}
 
 
@@ -313,7 +339,7 @@ def measured(found: Export, before: Probabilities, after: Probabilities, prompts
     )
 
 
-def write_card(found: Export, source: str, selection: str, fingerprint: str) -> None:
+def write_card(found: Export, source: str, selection: str, command: str, fingerprint: str) -> None:
     """README.md of the export: what it is, and the figures."""
     figures = {
         "bytes before": f"{found.read_bytes:,}",
@@ -326,9 +352,10 @@ def write_card(found: Export, source: str, selection: str, fingerprint: str) -> 
         "perplexity, held out": _number(found.perplexity),
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    what = {"neurons": "feed-forward neurons"}.get(found.unit, found.unit)
     text = f"""# {found.directory.name}
 
-{source} with {found.neurons} of {found.of_neurons} feed-forward neurons in each layer: those that {found.prompts}
+{source} with {found.neurons} of {found.of_neurons} {what} in each layer: those that {found.prompts}
 prompts use most ({selection}, GRIFFIN, arXiv 2404.01365). About other things than these prompts it is worse than the
 figures say. Every {HELD_OUT}th prompt did not choose: these are held out.
 
@@ -336,8 +363,9 @@ figures say. Every {HELD_OUT}th prompt did not choose: these are held out.
 |---|---|
 {rows}
 
-Fingerprint of the source: {fingerprint}. Written by griffin-offload export --to {found.form}; ordinary software
-loads it.
+Fingerprint of the source: {fingerprint}. Ordinary software loads it. Written by
+
+    {command}
 """
     write_text(found.directory / "README.md", text)
 

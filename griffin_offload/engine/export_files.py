@@ -3,9 +3,10 @@
 Either way a layer at a time, and what is written is kept when the same export is interrupted and goes on.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,13 +14,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.gguf_writing import GgufLayout
 from griffin_offload.checkpoint.packed import write_packed
+from griffin_offload.checkpoint.renaming import saved
 from griffin_offload.config import ExportForm
 from griffin_offload.engine.shards import PART, CopyDirectory, shard_names
-from griffin_offload.errors import UnsupportedModel
+from griffin_offload.errors import CheckpointError, UnsupportedModel
+from griffin_offload.formats import FLOATS
+from griffin_offload.transformers_api import StockModel
 
 Tensors = Mapping[str, Tensor]
 GGUF_FILE = "model.gguf"
@@ -35,12 +41,69 @@ class Smaller:
     """Its source."""
     config: PretrainedConfig
     neurons: int
+    """Or experts, of each layer."""
+    axes: Mapping[str, int]
+    """Along which tensors are shorter, by name; what has the same shape is not there."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, neurons: int) -> "Smaller":
+        """With the one number of its config that makes all layers so, and changes nothing else but routers.
+        UnsupportedModel where there is none."""
+        text = checkpoint.config.get_text_config()
+        model = build_on_meta(text, checkpoint.dtype)
+        blocks = find_feed_forwards(model, text.num_hidden_layers)[1]
+        experts = {block.neurons for block in blocks if isinstance(block, Experts)}
+        before, wanted = _shapes(model), _with_neurons(model, blocks, neurons, bool(experts))
+        for name, value in text.to_dict().items():
+            if not (value is None or type(value) is int) or name not in (_EXPERTS if experts else _SIZES):
+                continue
+            smaller = type(text).from_dict(text.to_dict() | {name: neurons})
+            with contextlib.suppress(CheckpointError):
+                found = _shapes(build_on_meta(smaller, checkpoint.dtype))
+                axes = {name: _cut(before[name], found.get(name, ()), neurons) for name in before}
+                routers = {name for name in axes if experts and before[name] == wanted[name] and axes[name] is not None}
+                if found == wanted | {name: found[name] for name in routers}:
+                    return cls(checkpoint, smaller, neurons, {n: axis for n, axis in axes.items() if axis is not None})
+        unit = "experts" if experts else "neurons"
+        raise UnsupportedModel(f"{text.model_type}: its config has no number for the {unit} of a layer")
 
     def on_meta(self) -> Any:
         """With the source's generation config."""
         model = build_on_meta(self.config, self.checkpoint.dtype)
         self.checkpoint.set_generation_config(model)
         return model
+
+
+# What configs call it; the others have to stay as they are, whatever their value.
+_SIZES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_intermediate_size", "d_ff")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _with_neurons(
+    model: StockModel, blocks: Sequence[Block], neurons: int, experts: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of `model` if its blocks (those of experts alone) had so many."""
+    found = _shapes(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for block in blocks:
+        if experts and not isinstance(block, Experts):
+            continue
+        specs = block.compact_specs((neurons,), (FLOATS,))
+        for tensor, (shape, _) in zip(block.full(), specs, strict=True):
+            found[names[id(tensor)]] = tuple(shape)
+    return found
+
+
+def _cut(before: tuple[int, ...], after: tuple[int, ...], count: int) -> int | None:
+    """The one axis that became `count` long; None where that is not all that changed."""
+    if len(before) != len(after):
+        return None
+    changed = [axis for axis, (one, other) in enumerate(zip(before, after, strict=True)) if one != other]
+    return changed[0] if len(changed) == 1 and after[changed[0]] == count else None
 
 
 class ExportFiles(Protocol):
@@ -80,6 +143,8 @@ def rounded_neurons(wanted: int, form: ExportForm) -> int:
 def files_of(smaller: Smaller, form: ExportForm) -> Callable[[CopyDirectory], ExportFiles]:
     """What writes `form` into a directory. UnsupportedModel where the form cannot hold the model."""
     model = smaller.on_meta()
+    if form in ("w8a16", "w4a16") and any(isinstance(block, Experts) for block in _decoder(model)[1]):
+        raise UnsupportedModel(f"a mixture of experts is not written as {form}: leave --to out")
     if form.startswith("gguf"):
         layout = _gguf_layout(smaller, model, form.removeprefix("gguf").removeprefix("-").upper())
         return lambda directory: _Gguf(layout, directory)
@@ -87,10 +152,10 @@ def files_of(smaller: Smaller, form: ExportForm) -> Callable[[CopyDirectory], Ex
     return lambda directory: _Shards(smaller, packing, directory)
 
 
-def _decoder(model: Any) -> tuple[nn.ModuleList, str]:
-    """The layers of `model`, and what their names begin with."""
-    decoder = find_feed_forwards(model, model.config.num_hidden_layers)[0]
-    return decoder, next(name for name, module in model.named_modules() if module is decoder)
+def _decoder(model: Any) -> tuple[nn.ModuleList, Sequence[Block], str]:
+    """The layers of `model`, their blocks, and what their names begin with."""
+    decoder, blocks = find_feed_forwards(model, model.config.num_hidden_layers)
+    return decoder, blocks, next(name for name, module in model.named_modules() if module is decoder)
 
 
 # Shards.
@@ -110,7 +175,7 @@ class _Packing:
 
     @classmethod
     def of(cls, model: Any, form: ExportForm, checkpoint: Checkpoint) -> "_Packing":
-        _, prefix = _decoder(model)
+        prefix = _decoder(model)[-1]
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         inside = {name: module for name, module in linears.items() if name.startswith(f"{prefix}.")}
         widths = {module.in_features for module in inside.values()}
@@ -160,7 +225,7 @@ def _packed_bytes(module: nn.Linear, bits: int, group: int | None) -> int:
 class _Shards:
     def __init__(self, smaller: Smaller, packing: _Packing | None, directory: CopyDirectory) -> None:
         self._smaller, self._packing, self._directory = smaller, packing, directory
-        model = smaller.on_meta()
+        self._model = model = smaller.on_meta()
         self._names = shard_names(model.config.num_hidden_layers + 1)
         self._architecture = type(model).__name__
         self.nbytes = sum(p.nbytes for p in model.parameters()) if packing is None else packing.nbytes
@@ -169,7 +234,7 @@ class _Shards:
         return (self._directory.path / self._names[part]).is_file()
 
     def write(self, part: int, tensors: Tensors) -> None:
-        found = tensors if self._packing is None else dict(self._packing.packed(tensors))
+        found = saved(self._model, tensors) if self._packing is None else dict(self._packing.packed(tensors))
         self._directory.write_shard(self._names[part], found)
 
     def finish(self) -> int:
@@ -190,7 +255,7 @@ def config_json(config: PretrainedConfig, architecture: str, dtype: torch.dtype)
 
 
 def _gguf_layout(smaller: Smaller, model: Any, blocks: str) -> GgufLayout:
-    decoder, prefix = _decoder(model)
+    decoder, _, prefix = _decoder(model)
     names = [name for name, _ in model.named_parameters()]
     layers = [[name for name in names if name.startswith(f"{prefix}.{index}.")] for index in range(len(decoder))]
     outside = [name for name in names if not name.startswith(f"{prefix}.")]

@@ -44,6 +44,15 @@ class Processes:
             return ok
         return bool(self.accelerator.gather(torch.tensor([int(ok)], dtype=torch.long, device="cpu")).all())
 
+    def gather(self, own: Any) -> list[Any]:
+        """What every process has, in order."""
+        if self.size == 1:
+            return [own]
+        from accelerate.utils import gather_object
+
+        found: list[Any] = gather_object([own])
+        return found
+
     def share(self, options: dict[str, Any]) -> dict[str, Any]:
         """Options for this process's model: a GPU of its own, or its part of the free memory where the CPU computes and
         nobody said how much."""

@@ -3,8 +3,8 @@ and how this and other metrics compare with the full model's (figure 4)."""
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,26 @@ def rows_of(
             )
         )
     return rows
+
+
+def of_all(parts: Sequence[Sequence[Row]]) -> list[Row]:
+    """Rows of all windows, of which each of `parts` has measured some, or none, by the same variants."""
+
+    def mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
+        return math.fsum(row.windows * value(row) for row in rows) / sum(row.windows for row in rows)
+
+    return [
+        replace(
+            rows[0],
+            windows=sum(row.windows for row in rows),
+            ppl_full=math.exp(mean(rows, lambda row: math.log(row.ppl_full))),
+            ppl=math.exp(mean(rows, lambda row: math.log(row.ppl))),
+            kl=mean(rows, lambda row: row.kl),
+            top1=mean(rows, lambda row: row.top1),
+            activation_kept=mean(rows, lambda row: row.activation_kept),
+        )
+        for rows in zip(*(part for part in parts if part), strict=True)
+    ]
 
 
 def _perplexity(scores: Sequence[Scores]) -> float:

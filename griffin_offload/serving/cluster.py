@@ -46,7 +46,7 @@ class Resources:
         return min(math.floor(machine.get(name, 0) / each + 1e-6) for name, each in wanted.items() if each)
 
     def __str__(self) -> str:
-        parts = [f"{self.cpus:g} CPUs", *(["1 GPU"] if self.gpus else [])]
+        parts = [f"{self.cpus:g} CPU{'' if self.cpus == 1 else 's'}", *(["1 GPU"] if self.gpus else [])]
         return " and ".join([*parts, *([format_bytes(self.memory)] if self.memory else [])])
 
 
@@ -112,6 +112,8 @@ def connected(address: str) -> Iterator[list[dict[str, float]]]:
     """What each machine of the cluster has; "auto" is the one that runs here, or one of this machine that ends again.
     UsageError where Ray is not installed or there is no cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers about this run
+    # It warns as of an error of how Ray Data itself gives an actor its arguments.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
@@ -159,9 +161,11 @@ def answer(
     needed = resources_for(model[1], workers, machines)
     room = sum(needed.on(machine) for machine in machines)
     if room < workers:
+        asked = f"{workers} workers need {needed} each" if workers > 1 else f"1 worker needs {needed}"
+        machine = "1 machine" if len(machines) == 1 else f"{len(machines)} machines"
         raise UsageError(
-            f"{workers} workers need {needed} each, and the {len(machines)} machines of the cluster have room for "
-            f"{room}: give a smaller --workers"
+            f"{asked}, and the cluster ({machine}) has room for {room}: give a smaller "
+            f"{'--workers' if room else '--max-gpu-mem'}"
         )
     of_a_task = max(1, min(_REQUESTS_OF_A_TASK, len(works) // workers))
     rows = [{"work": pickle.dumps(work)} for work in works]

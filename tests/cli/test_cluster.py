@@ -83,14 +83,28 @@ def test_flags(cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_a_cluster_answers_what_one_machine_does(cli, forks: ForkServer, llama: Path, tmp_path: Path):
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_cluster_without_room(cli, llama: Path, tmp_path: Path):
+    pytest.importorskip("ray.data", reason="Ray is not installed")
+    file, out = _written(tmp_path / "in", 3), tmp_path / "out"
+    options = ("-q", "-m", llama, "--device", "cpu", "--served-name", "tiny", "--ray", "auto", "--workers")
+    for workers, words in ((1, "1 worker needs 1 CPU and 9000.0 TB"), (2, "2 workers need 1 CPU and 9000.0 TB each")):
+        room = r"the cluster \(1 machine\) has room for 0: give a smaller --max-gpu-mem"
+        cli.refuses(2, f"{words}, and {room}", "batch", file, out, *options, workers, "--max-mem", "9000TB")
+    cli.refuses(3, "a worker stopped: needs .* budget 1.00 kB", "batch", file, out, *options, 2, "--max-mem", "1kB")
+    assert out.read_bytes() == b""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 4])
+def test_a_cluster_answers_what_one_machine_does(cli, forks: ForkServer, llama: Path, tmp_path: Path, workers: int):
     """Also where one of its actors is killed in the middle."""
     pytest.importorskip("ray.data", reason="Ray is not installed")
     file, out = _written(tmp_path / "in", 60), tmp_path / "out"
     options = ("-q", "-m", llama, "--device", "cpu", "--max-mem", "300MB", "--served-name", "tiny")
     cli("batch", file, tmp_path / "whole", *options)
     cli.refuses(2, "cannot reach a Ray cluster at 127.0.0.1:9: ", "batch", file, out, *options, "--ray", "127.0.0.1:9")
-    process = forks.start("-m", "griffin_offload", "batch", file, out, *options, "--ray", "auto", "--workers", 2)
+    process = forks.start("-m", "griffin_offload", "batch", file, out, *options, "--ray", "auto", "--workers", workers)
     killed = False
     while process.wait(0.05) is None:
         if not killed and out.exists() and out.read_bytes().count(b"\n") > 1:

@@ -26,6 +26,7 @@ def test_it_says_what_it_wrote_and_what_that_costs(cli, llama: Path, tmp_path: P
     card = (out / "README.md").read_text()
     assert f"with {found['neurons']} of {found['of_neurons']} feed-forward neurons" in card
     assert str(tmp_path) not in card
+    assert f"-m {llama.name} --prompts FILE --density 0.5 --selection topk --to unquantized\n" in card
     assert cli("run", "-m", out, "the cat", "-n", 4, *OPTIONS).code == 0
     plan = cli("plan", "-m", out, *OPTIONS, "--json").json
     assert plan["density"] == 1
@@ -38,7 +39,7 @@ def test_texts_chats_and_few_prompts(cli, llama: Path, chat: Path, tmp_path: Pat
     assert outcome.code == 0
     assert "neurons rounded down, as gguf-q8_0 is written in whole blocks" in outcome.err
     assert "too few prompts to hold some out" in outcome.err
-    assert "export --to gguf-q8_0" in (tmp_path / "a" / "README.md").read_text()
+    assert "--density 0.4 --selection topk --to gguf-q8_0" in (tmp_path / "a" / "README.md").read_text()
     assert cli("run", "-m", tmp_path / "a", "the cat", "-n", 4, *OPTIONS).code == 0
     command = ("export", tmp_path / "b", "--prompts", written(tmp_path / "p.jsonl", chats=True), "--system", "be brief")
     assert cli(*command, "-m", chat, *OPTIONS).code == 0

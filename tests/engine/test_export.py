@@ -3,15 +3,20 @@
 import contextlib
 import json
 import shutil
+import unittest.mock
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
 from foreign_formats import FORMATS, write_foreign
 from gguf_files import write_gguf
+from marks import mostly_slow
 from reference import collect_z, masked_after_prefill, statistic_float64
-from tiny_models import ARCHITECTURES, VOCAB, every_architecture
+from safetensors.torch import load_file
+from tiny_models import ARCHITECTURES, MIXTURES, VOCAB, every_architecture
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
@@ -67,6 +72,64 @@ def test_transformers_loads_it_and_computes_with_the_chosen_neurons(checkpoints,
         torch.testing.assert_close(smaller(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@contextlib.contextmanager
+def without_experts(model: Any, layers: Mapping[int, list[int]], routers: Collection[str]) -> Iterator[None]:
+    """The `routers` give the experts of `layers` that are named no chance: their scores and biases are -inf."""
+    rows: dict[int, list[int]] = {}
+    for index, gone in layers.items():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if f"layers.{index}." in name and name in routers:
+                rows[tensor.data_ptr()] = gone
+                if tensor.dim() == 1:
+                    tensor.data[gone] = -torch.inf
+    linear = torch.nn.functional.linear
+
+    def masked(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        found = linear(x, weight, bias)
+        if weight.data_ptr() in rows:
+            found[..., rows[weight.data_ptr()]] = -torch.inf
+        return found
+
+    with unittest.mock.patch("torch.nn.functional.linear", masked):
+        yield
+
+
+@pytest.mark.parametrize("name", mostly_slow(MIXTURES, 3))
+def test_experts_that_the_prompts_use_and_a_router_for_them(checkpoints, tmp_path: Path, name: str):
+    """Written as transformers saves such a model, and the same as where the others have no chance."""
+    path = checkpoints(name)
+    choice = chosen_on(path)
+    found = runtime.export(path, tmp_path / "out", choice, 0.5)
+    assert (found.unit, found.neurons, found.of_neurons) == ("experts", 4, 8)
+    smaller, info = AutoModelForCausalLM.from_pretrained(found.directory, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    smaller.save_pretrained(tmp_path / "saved")
+    written, saved = (
+        {key: tuple(t.shape) for file in place.glob("*.safetensors") for key, t in load_file(file).items()}
+        for place in (found.directory, tmp_path / "saved")
+    )
+    assert written == saved
+    assert "griffin" not in (found.directory / "config.json").read_text()
+    dense = AutoModelForCausalLM.from_pretrained(path)
+    sizes = {key: tensor.shape for key, tensor in smaller.state_dict().items()}
+    routers = {key for key, t in dense.state_dict().items() if t.shape != sizes[key] and ".experts." not in key}
+    groups = getattr(dense.config, "n_group", None) or 1
+    gone = {}
+    for index, squared in choice.chosen_on.items():
+        if squared.numel() == 8:
+            weakest = squared.view(groups, -1).topk(4 // groups, largest=False).indices
+            gone[index] = (weakest + 8 // groups * torch.arange(groups)[:, None]).flatten().tolist()
+    ids = torch.randint(3, VOCAB, (2, 30), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        full = dense(ids).logits
+        with without_experts(dense, gone, routers):
+            expected = dense(ids).logits
+        assert (full - expected).abs().max() > 1e-3
+        torch.testing.assert_close(smaller(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    with GriffinModel.from_pretrained(found.directory, device="cpu", max_gpu_mem="1GB", density=1.0) as ours:
+        torch.testing.assert_close(logits(ours.model, ids), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("selection", ["magnitude", "output_aware", "random"])
 def test_other_selections(checkpoints, tmp_path: Path, selection: runtime.SelectionMethod):
     path = checkpoints("llama3")
@@ -78,8 +141,9 @@ def test_other_selections(checkpoints, tmp_path: Path, selection: runtime.Select
     assert shares[0] > shares[1]
 
 
-def test_an_interrupted_export_goes_on(checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = checkpoints("llama3")
+@pytest.mark.parametrize("name", ["llama3", "mixtral"])
+def test_an_interrupted_export_goes_on(checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    path = checkpoints(name)
     choice, written = chosen_on(path), []
     whole = runtime.export(path, tmp_path / "whole", choice, 0.5)
     with monkeypatch.context() as patch:
@@ -109,8 +173,11 @@ def test_what_cannot_be_exported(checkpoints, tmp_path: Path):
     for density, words in ((1.0, "keeps 128 of 128"), (0.001, "keeps 0 of 128")):
         with pytest.raises(UsageError, match=f"{words} neurons: give a share between 0 and 1"):
             runtime.check(path, tmp_path / "out", density)
-    with pytest.raises(UnsupportedModel, match="a mixture of experts is not exported yet"):
-        runtime.check(checkpoints("mixtral"), tmp_path / "out", 0.5)
+    with pytest.raises(UnsupportedModel, match="a mixture of experts is not written as w8a16: leave --to out"):
+        runtime.check(checkpoints("mixtral"), tmp_path / "out", 0.5, "w8a16")
+    for name, needs in (("mixtral", "needs 2: give 0.25"), ("deepseek_v3", "needs 4: give 0.5")):
+        with pytest.raises(UsageError, match=f"and the router {needs} or more"):
+            runtime.check(checkpoints(name), tmp_path / "out", 0.25 if name == "deepseek_v3" else 0.2)
     convert(path, tmp_path / "int8", "int8")
     with pytest.raises(UsageError, match="is converted to int8: give the original"):
         runtime.check(tmp_path / "int8", tmp_path / "out", 0.5)
@@ -160,7 +227,7 @@ def test_packed_as_compressed_tensors_reads_it(checkpoints, tmp_path: Path, form
 
 
 GGUF_NAMES = ["llama2", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "stablelm", "starcoder2"]
-GGUF_NAMES += ["falcon_multi_query", "falcon_new", "gpt2", "lfm2"]
+GGUF_NAMES += ["falcon_multi_query", "falcon_new", "gpt2", "lfm2", "mixtral", "qwen2_moe", "qwen3_moe"]
 
 
 def stored(path: Path) -> dict[str, tuple[str, list[int], object]]:
@@ -236,8 +303,9 @@ def test_an_interrupted_gguf_file_goes_on(checkpoints, tmp_path: Path, monkeypat
 
 def test_what_a_form_cannot_hold_is_refused_before_prompts_pass(checkpoints, tmp_path: Path):
     out = tmp_path / "out"
-    with pytest.raises(UnsupportedModel, match="opt is not written as GGUF"):
-        runtime.check(checkpoints("opt"), out, 0.5, "gguf")
+    for name in ("opt", "gpt_oss", "deepseek_v3"):
+        with pytest.raises(UnsupportedModel, match=f"{name} is not written as GGUF"):
+            runtime.check(checkpoints(name), out, 0.5, "gguf")
     with pytest.raises(UnsupportedModel, match=r"its matrices are no nn\.Linear, w4a16 packs only those"):
         runtime.check(checkpoints("gpt2"), out, 0.5, "w4a16")
     with pytest.raises(UsageError, match="keeps 0 of 128 neurons"):
