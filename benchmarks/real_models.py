@@ -5,7 +5,8 @@
     python benchmarks/real_models.py --dir MODEL --text TEXT    # a 16-bit checkpoint of one's own
 
 Two small models come from the package index, by name and version (real_checkpoints.py). Everything is held against the
-16-bit model by stock transformers. Every variant has a process of its own, so that one that dies is a row, too.
+same weights by stock transformers in float32: in 16 bit that itself differs from it. Every variant has a process of its
+own, so that one that dies is a row, too.
 """
 
 import argparse
@@ -221,8 +222,8 @@ def notes(args: argparse.Namespace) -> list[str]:
     lines = [
         f"{args.windows} windows of each text, {args.prompt_tokens} tokens of prompt and {args.scored_tokens} scored, "
         f"{TOGETHER} at a time behind the text's own: measured are the residents, by the kernels for few rows",
-        "KL(16 bit by stock transformers || variant), nats per token, ± its standard error over the windows; top-1: "
-        "share of tokens at which both have the same first choice",
+        "KL(float32 by stock transformers, of the same 16-bit weights || variant), nats per token, ± its standard "
+        "error over the windows; top-1: share of tokens at which both have the same first choice",
         f"tokens/s: median of {args.repeats} answers of {SPEED_TOKENS} tokens, {args.threads} threads; ceiling: the "
         "fastest rate at which one row times matrices beyond the caches reads here, over what a token reads",
         f"exact: tokens that a verifying pass gives, {EXACT_WINDOWS} prompts of the first text, {EXACT_TOKENS} tokens "
@@ -239,9 +240,11 @@ def section_lines(section: Section) -> list[str]:
         found.append(f"The same function as before: KL {section.permuted_kl:.1e} in float32.")
     if section.stock:
         perplexity = ", ".join(f"{name} {value:.2f}" for name, value in section.stock.perplexity.items())
+        rounding = ", ".join(f"{name} {value:.4f}" for name, value in section.stock.half_kl.items())
         same = {None: "not measured", True: "yes", False: "no"}[section.runtime_equals_transformers()]
         found.append(
-            f"Stock transformers: perplexity {perplexity}. The runtime at density 1 in 16 bit equals it: {same}."
+            f"Stock transformers in float32: perplexity {perplexity}; in 16 bit KL {rounding}. The runtime at density "
+            f"1 in 16 bit equals it: {same}."
         )
         found.append(markdown_table([head(section.stock), *(row(*of, section.stock) for of in section.rows)]))
         found += answers_lines(section)

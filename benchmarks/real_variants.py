@@ -55,17 +55,19 @@ class Windows:
 
 @dataclass(frozen=True)
 class Stock:
-    """Of the 16-bit model by stock transformers."""
+    """Of the model by stock transformers, in float32: its weights have 16 bits, and nothing else is rounded."""
 
     perplexity: dict[str, float]
     """By text."""
+    half_kl: dict[str, float]
+    """KL(float32 || the same by stock transformers in 16 bit) by text."""
     bytes_per_s: float
     """The fastest that one row is multiplied here by matrices of the model's FF that no cache holds, any precision."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one text, against the stock model; a list has a mean for every window. KL in nats per token."""
+    """Of one text, against the stock model in float32; a list has a mean for every window. KL in nats per token."""
 
     window_nll: list[float]
     window_kl: list[float]
@@ -118,24 +120,30 @@ class Variant:
 
 @torch.inference_mode()
 def measure_stock(folder: Path, texts: Mapping[str, Sequence[str]], windows: Windows, threads: int, out: Path) -> Stock:
-    """Windows of every text (its documents) and the stock model's logits for them, written to `out`."""
+    """Windows of every text (its documents) and the stock model's float32 logits for them, written to `out`."""
     quiet_libraries()
     torch.set_num_threads(threads)
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype)
-    first, kept, perplexity = first_tokens(config, tokenizer), {}, {}
+    exact, halves = (AutoModelForCausalLM.from_pretrained(folder, dtype=of) for of in (torch.float32, config.dtype))
+    first, kept = first_tokens(config, tokenizer), {}
+    perplexity, half_kl = {}, {}
     for name, documents in texts.items():
         cut = take_windows(tokenize(list(documents), tokenizer), windows.tokens, windows.count, "even", first)
-        logits = torch.stack([model(ids[None, :-1]).logits[0, windows.prompt_tokens :] for ids in cut])
+        logits = torch.empty(len(cut), windows.scored_tokens, config.get_text_config().vocab_size)
+        nll, kl = [], []
+        for own, ids in zip(logits, cut, strict=True):
+            same, rounded = (m(ids[None, :-1], logits_to_keep=len(own)).logits[0].float() for m in (exact, halves))
+            own.copy_(same)
+            nll.append(mean_nll(same.log_softmax(-1), ids))
+            kl.append(divergence(same.log_softmax(-1), rounded.log_softmax(-1)))
         kept[name] = {"ids": torch.stack(cut), "logits": logits}
-        nll = [mean_nll(own.float().log_softmax(-1), ids) for own, ids in zip(logits, cut, strict=True)]
-        perplexity[name] = math.exp(statistics.mean(nll))
+        perplexity[name], half_kl[name] = math.exp(statistics.mean(nll)), statistics.mean(kl)
     torch.save(kept, out)
     rates = [
         decode_bytes_per_s(p, config.hidden_size, config.intermediate_size, config.dtype, CpuDevice.current(), threads)
         for p in every()
     ]
-    return Stock(perplexity, max(rate for rate in rates if rate))
+    return Stock(perplexity, half_kl, max(rate for rate in rates if rate))
 
 
 def mean_nll(log_probs: Tensor, ids: Tensor) -> float:

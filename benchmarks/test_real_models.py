@@ -85,7 +85,7 @@ def test_what_cannot_be_loaded_says_so(tmp_path):
 
 
 def test_the_page_has_a_row_for_what_failed():
-    section = MeasuredSection("a model", ("a==1",), None, Stock({"text": 10.0}, 2e9))
+    section = MeasuredSection("a model", ("a==1",), None, Stock({"text": 10.0}, {"text": 0.001}, 2e9))
     scored = Score([2.0, 2.2], [0.1, 0.3], 0.9)
     section.rows = [
         (Variant("none", False, 1.0), Measured({"text": scored}, 10**7, 10**7, [90.0, 110.0, 100.0], [], None)),

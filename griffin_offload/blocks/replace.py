@@ -61,8 +61,8 @@ def swap_linears(
     tiers: Sequence[Tiers] = (),
 ) -> None:
     """Replace each by a module with the same parameters; those of a converted checkpoint are on meta, to be assigned.
-    `importance` [I], by "layer.name", is of the inputs of matrices that are quantised while the model runs; `tiers` are
-    of the FF of each layer, if it is not of `precision` alone.
+    `importance` [3, I], by "layer.name", is of the inputs of matrices that are quantised while the model runs; `tiers`
+    are of the FF of each layer, if it is not of `precision` alone.
 
     Conv1D's matrix is turned around: every QuantizedLinear is [outputs, inputs].
     """

@@ -1,9 +1,9 @@
 """Inputs of a model's matrices over pages of text: what int4 is fitted by.
 
 One forward of the stock model over its mapped weights finds them, a layer's pages at a time. Where weights are
-quantised for every prompt, their mean squares over the first page count (formats/int4.py): the same for every run of a
-checkpoint, so that they are kept in the user's cache. `convert` takes the inputs themselves over all pages, a layer at
-a time (formats/compensation.py).
+quantised for every prompt, their mean squares and their leading component count: the same for every run of a
+checkpoint, so that they are kept in the user's cache. `convert` takes the inputs themselves, a layer at a time
+(formats/compensation.py).
 """
 
 import contextlib
@@ -32,46 +32,47 @@ from griffin_offload.engine.build import emulates_halves, use_own_linears
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
 from griffin_offload.engine.layer_pass import LayerPass, PageFeed, Visitor
 from griffin_offload.errors import CheckpointError
+from griffin_offload.formats.compensation import known_of
 from griffin_offload.formats.translated import TranslatedTensor, in_memory
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.offload.weight_store import ExpertStore, PassingExperts
 from griffin_offload.transformers_api import StockModel, Tokenizer
 
 Importance = Mapping[str, Tensor]
-"""Mean squares float32 [I] of the inputs of a linear layer, by "layer.name"."""
+"""What is known of the inputs of a linear layer, float32 [3, I] (formats/compensation.py), by "layer.name"; of experts
+mean squares [H]."""
 CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
 Inputs = Mapping[str, Tensor]
 """Inputs [T, I] of a layer's linear modules by their names, in the type of the computation; the same tensor for modules
 that have the same inputs. Of experts (EXPERTS_INPUT) the mean squares [H] of what they are given."""
-_SEQUENCES, _ALL_SEQUENCES, _TOKENS = 4, 16, 128
-# The first tokens' states are unlike all others', in every trained model: they are no measure of what counts, but a few
-# weights make them, and what makes up for errors must know of these.
+_SEQUENCES, _ALL_SEQUENCES, _TOKENS = 8, 16, 128
+# The first tokens' states are unlike all others', in every trained model: they are no measure of what counts for
+# experts. What makes up for errors must know of these, too: a few weights make them.
 _SKIPPED_TOKENS = 4
 _SCRATCH_BYTES = 2**22
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges*")
-_FORMAT = 2
+_FORMAT = 3
 
 
 @torch.no_grad()
 def importance_of(
     checkpoint: Checkpoint, model: StockModel, decoder: nn.ModuleList, blocks: Sequence[Block], *, evict: bool
 ) -> Importance:
-    """Of every linear layer in `decoder` but down projections, and of experts. `model` is mapped and as stored; `evict`
-    frees its pages behind each layer. Empty where the checkpoint has no tokenizer that fits it: then all inputs count
-    alike."""
-    wanted = {
-        f"{index}.{name}": (module, features(module)[1])
-        for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True))
+    """Of every linear layer in `decoder`, and of experts. `model` is mapped and as stored; `evict` frees its pages
+    behind each layer. Empty where the checkpoint has no tokenizer that fits it: then all inputs count alike."""
+    wanted: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+        f"{index}.{name}": (module, (3, features(module)[1]))
+        for index, layer in enumerate(decoder)
         for name in linear_names(layer)
-        if not block.is_down(module := layer.get_submodule(name))
+        for module in (layer.get_submodule(name),)
     }
     wanted |= {
-        f"{index}.{EXPERTS_INPUT}": (block.module, block.hidden)
+        f"{index}.{EXPERTS_INPUT}": (block.module, (block.hidden,))
         for index, block in enumerate(blocks)
         if isinstance(block, Experts)
     }
     path = cache_path(checkpoint)
-    found = _read(path, {name: inputs for name, (_, inputs) in wanted.items()})
+    found = _read(path, {name: shape for name, (_, shape) in wanted.items()})
     if found is None:
         ids = _token_ids(checkpoint, model, _SEQUENCES, lambda: checkpoint.own_tokenizer)
         if ids is None:
@@ -157,14 +158,14 @@ def cache_path(checkpoint: Checkpoint) -> Path:
     return root / f"importance-{_FORMAT}-{found.hexdigest()[:32]}.safetensors"
 
 
-def _read(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor] | None:
-    """What was kept, if it is of these names and sizes."""
+def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
+    """What was kept, if it is of these names and shapes."""
     try:
         found = load_file(path)
     except (OSError, SafetensorError):
         return None
-    kept = {name: tensor.numel() for name, tensor in found.items() if tensor.dtype == torch.float32}
-    return found if kept == sizes else None
+    kept = {name: tuple(tensor.shape) for name, tensor in found.items() if tensor.dtype == torch.float32}
+    return found if kept == shapes else None
 
 
 def _token_ids(checkpoint: Checkpoint, model: StockModel, most: int, read: Callable[[], Tokenizer]) -> Tensor | None:
@@ -191,17 +192,25 @@ def _token_ids(checkpoint: Checkpoint, model: StockModel, most: int, read: Calla
 
 
 def measure(model: StockModel, wanted: Mapping[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:
-    squares: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    last: list[Tensor] = []
+    """What the last one was given, and what is known of it: several have the same inputs."""
 
     def add(name: str, x: Tensor) -> None:
-        squares[name] = _mean_squares(x, ids.shape)
+        if name.endswith(f".{EXPERTS_INPUT}"):
+            found[name] = _mean_squares(x, ids.shape)
+            return
+        if not last or last[0] is not x:
+            last[:] = x, known_of(x.reshape(ids.numel(), -1))
+        found[name] = last[1].clone()
 
     with contextlib.ExitStack() as hooks:
+        hooks.callback(last.clear)
         for name, module in wanted.items():
             handle = module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
             hooks.callback(handle.remove)
         model.base_model(input_ids=ids, use_cache=False)  # logits are not asked for
-    return squares
+    return found
 
 
 def _mean_squares(x: Tensor, shape: torch.Size) -> Tensor:

@@ -199,7 +199,7 @@ class Format:
             dtype = out["scale"].dtype if "scale" in out else out["input_scale"].dtype
             full, plain = full | {"weight": source.format.floats(full, dtype, is_down=is_down)}, True
         if is_down:
-            self.gather_columns(full, chosen, out, plain=plain)
+            self.gather_columns(full, chosen, out, importance, plain=plain)
             return
         for rows, start in self.row_chunks(full, chosen, out, parts):
             self.gather_rows(full, rows, start, out, importance, plain=plain)
@@ -220,7 +220,7 @@ class Format:
         """Make rows `index` of a matrix, of floats or stored in this format, rows start.. of `out`."""
         raise NotImplementedError
 
-    def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, *, plain: bool) -> None:
+    def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, known: Tensor | None, *, plain: bool) -> None:
         """Make columns `chosen` of a down projection, of floats or stored in this format, the first of `out`."""
         raise NotImplementedError
 

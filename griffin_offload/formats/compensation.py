@@ -1,4 +1,4 @@
-"""Rounding errors that later inputs make up for: what convert does, where there is time for it.
+"""Rounding errors that later inputs make up for: all of them, as far as there is time.
 
 Rounding to the nearest keeps weights, but it is products that count. Here one input of a matrix is rounded after
 another, those first that count most, and what one misses of the products with inputs X [T, I] of a page of text is
@@ -10,6 +10,9 @@ towards it, by the share s. Even so an input may be small on the page and large 
 With the columns x of X over its roots and a = s / (1 - s), a change d of weights in the same units errs by
 |x d|^2 + a |d|^2. Moments [I, I] are never formed: what the inputs R behind a block make up for follows from
 S = a + x_R x_R^T, [T, T], as (a + x_R^T x_R)^-1 x_R^T = x_R^T S^-1.
+
+That is for convert. Where weights are quantised for every prompt X is one row, the leading component of all inputs:
+then S is a number, and a few instructions a weight make up for most of what matters (`known_of`, `feedback`).
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +27,11 @@ FLOOR = 0.5
 """Of the inputs' mean root mean square, squared: what an input counts that the page shows nothing of."""
 BLOCK = 32
 """Inputs whose grids are chosen together."""
+_A = SHRINKING / (1 - SHRINKING)
+_POWERS = 24
 
+Packed = tuple[Tensor, Tensor]
+"""Codes and groups."""
 Grids = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Steps and offsets, which broadcast to [J, O], of the levels that numbers [J, O] of the inputs [J] can have: a number
 is step * (level + offset)."""
@@ -49,18 +56,15 @@ class Compensation:
     32 numbers run along the inputs, `grouped`, they stay together."""
 
     def __init__(self, x: Tensor, *, grouped: bool) -> None:
-        x = x.float()
-        x = x[x.isfinite().all(1)]  # a token whose states are no numbers says nothing
-        x = x if len(x) else x.new_zeros(1, x.shape[1])
-        squares = x.square().mean(0)
-        self.importance = squares + FLOOR * squares.sqrt().mean().square()
+        x = _finite(x)
+        self.importance = _counts(x.square().mean(0))
         """Mean squares of the inputs [I], and the floor."""
         self._norms = torch.where(self.importance == 0, 1, self.importance * len(x)).sqrt()
         x = x / self._norms
         if x.shape[0] > x.shape[1]:
             x = torch.linalg.qr(x, mode="r").R  # fewer rows with the same moments
         order = _order(self.importance, BLOCK if grouped else 1)
-        self._blocks = list(_blocks(x, order, SHRINKING / (1 - SHRINKING)))
+        self._blocks = list(_blocks(x, order, _A))
 
     def rounded(
         self, weight: Tensor, row_scale: Tensor | None, input_scale: Tensor | None, highest: int, grids: Grids
@@ -81,6 +85,73 @@ class Compensation:
             levels, left = _one_after_another(numbers, step, offset, highest, block.inside * own / own.t())
             missed.addmm_(block.carry, left * own)
             yield block.inputs, levels
+
+
+def known_of(x: Tensor) -> Tensor:
+    """[3, I] of inputs X [T, I], all that `feedback` needs: what an error of each counts, the leading component of all,
+    and what each takes of errors along it."""
+    x = _finite(x)
+    squares = x.square().mean(0)
+    importance = _counts(squares)
+    units = torch.where(importance == 0, 1, importance).sqrt()
+    x = x / units
+    leading = x[x.square().sum(1).argmax()]
+    for _ in range(_POWERS):
+        leading = torch.nn.functional.normalize((x @ leading) @ x, dim=0)
+    leading = leading * (x @ leading).square().mean().sqrt() * units
+    own = importance + (squares - leading.square()).clamp_(min=0) / _A
+    return torch.stack([importance, leading, leading / torch.where(own == 0, 1, own)])
+
+
+def counts_of(known: Tensor | None) -> Tensor | None:
+    """What errors of inputs count [I], of `known` as `known_of` has it, or that alone."""
+    return known if known is None or known.dim() == 1 else known[0]
+
+
+def feedback(known: Tensor | None, input_scale: Tensor | None = None) -> Tensor | None:
+    """[2, I]: what of the carried errors is added to each of the inputs, and what of its own error each adds to them
+    behind its block, where inputs pass in order. Numbers are over `input_scale` [I], none of which is 0."""
+    if known is None or known.dim() == 1:
+        return None
+    _, leading, takes = known
+    sizes = torch.nn.functional.pad((leading * takes).double(), (0, -len(leading) % BLOCK)).view(-1, BLOCK).sum(1)
+    behind = sizes.flip(0).cumsum(0).flip(0) - sizes
+    rest = (_A + behind).float().repeat_interleave(BLOCK)[: len(leading)]
+    scale = torch.ones_like(leading) if input_scale is None else input_scale.float()
+    return torch.stack([takes / scale, leading * scale / rest])
+
+
+def in_turns(
+    numbers: Tensor,
+    fed: Tensor,
+    packed: Callable[[Tensor, slice], Packed],
+    unpack: Callable[..., Tensor],
+    *,
+    along: bool,
+) -> Packed:
+    """`numbers` [I, O] packed a block of inputs after the other, with their `feedback`: `packed` is given rows, of the
+    inputs in a slice, and `unpack` reads them. Rows run `along` the inputs, or each is one."""
+    carried, found = numbers.new_zeros(numbers.shape[1]), []
+    for start in range(0, len(numbers), BLOCK):
+        part = slice(start, start + BLOCK)
+        takes, gives = fed[:, part]
+        block = numbers[part] + takes[:, None] * carried
+        rows = block.t().contiguous() if along else block
+        found.append(packed(rows, part))
+        missed = rows - unpack(*found[-1], torch.empty_like(rows))
+        carried = carried + gives @ (missed.t() if along else missed)
+    codes, groups = (torch.cat(parts, dim=int(along)) for parts in zip(*found, strict=True))
+    return codes, groups
+
+
+def _finite(x: Tensor) -> Tensor:
+    x = x.float()
+    x = x[x.isfinite().all(1)]  # a token whose states are no numbers says nothing
+    return x if len(x) else x.new_zeros(1, x.shape[1])
+
+
+def _counts(squares: Tensor) -> Tensor:
+    return squares + FLOOR * squares.sqrt().mean().square()
 
 
 def _order(importance: Tensor, group: int) -> Tensor:

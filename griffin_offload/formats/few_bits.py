@@ -22,9 +22,9 @@ from torch import Tensor
 
 from griffin_offload.config import TIERS
 from griffin_offload.formats.base import Format, Layout, Spec, Tensors
-from griffin_offload.formats.compensation import Compensation
+from griffin_offload.formats.compensation import Compensation, Packed, counts_of
 from griffin_offload.formats.few_bits_grid import Levels, best_grid
-from griffin_offload.formats.grouped import GROUP, Grouped, Packed
+from griffin_offload.formats.grouped import GROUP, Grouped
 from griffin_offload.kernels import table
 
 _LOW_BYTES = 8
@@ -101,7 +101,7 @@ class FewBits(Grouped):
             target = slice(start, start + index.numel())
             out[scale][target] = full[scale][index]
             rows = (full[name].index_select(0, index) for name in _OWN)
-            counts = None if is_down else importance
+            counts = None if is_down else counts_of(importance)
             found = table.call("quantize", f"{self.name}_of_int4", *rows, counts, source.format)
             if is_down:
                 every = torch.arange(index.numel(), dtype=torch.int64, device=index.device)

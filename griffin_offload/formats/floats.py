@@ -33,7 +33,7 @@ class Floats(Format):
     ) -> None:
         take(full["weight"], 0, index, out["weight"][start : start + index.numel()])
 
-    def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, *, plain: bool) -> None:
+    def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, known: Tensor | None, *, plain: bool) -> None:
         take(full["weight"], 1, chosen, out["weight"][:, : chosen.numel()])
 
     def row_norms(self, full: Tensors) -> Tensor:

@@ -10,7 +10,7 @@ codes [R, C B / 8] and groups [R, C / 32, 2]; "strips", the form in which neuron
 
 Step and offset are searched: of a few shares of a group's range, as they are and fitted to their codes by least
 squares, the one that errs least. An error counts by the importance of its number along the row: the mean square of
-the input that it is multiplied by.
+the input that it is multiplied by. What a group of inputs misses, those behind it make up for (compensation.py).
 """
 
 import math
@@ -32,16 +32,11 @@ from griffin_offload.formats.base import (
     row_scale,
     take,
 )
-from griffin_offload.formats.compensation import Compensation
+from griffin_offload.formats.compensation import Compensation, Packed, counts_of, feedback, in_turns
 from griffin_offload.kernels import by_blocks, table
 from griffin_offload.kernels.by_blocks import Scratch, scaled
 
-GROUP = 32
-STRIP = 64
-PAIR = 2
-
-Packed = tuple[Tensor, Tensor]
-"""Codes and groups."""
+GROUP, STRIP, PAIR = 32, 64, 2
 LARGE = 16.0
 """Root mean squares of its row from which on a weight is large: one that a model may hang on."""
 OFF = 0.25
@@ -149,16 +144,20 @@ class Grouped(Format):
             codes, groups = way(weight, scale, compensation)
         return {"weight": codes, "groups": groups, "input_scale" if is_down else "scale": scale}
 
-    def quantize_rows(self, weight: Tensor, scale: Tensor, importance: Tensor | None = None) -> Packed:
-        """Rows of `weight` [O, I] over their `scale` [O], of which a row of zeros has none; `importance` [I] of the
-        inputs."""
-        found: Packed = table.call("quantize", self._rows.name, weight, divisor(scale), importance)
+    def quantize_rows(self, weight: Tensor, scale: Tensor, known: Tensor | None = None) -> Packed:
+        """Rows of `weight` [O, I] over their `scale` [O], of which a row of zeros has none; what is `known` of the
+        inputs, [3, I] or their importance [I]."""
+        beside = divisor(scale), counts_of(known), feedback(known)
+        found: Packed = table.call("quantize", self._rows.name, weight, *beside)
         return found
 
-    def quantize_neurons(self, columns: Tensor, scale: Tensor, importance: Tensor | None = None) -> Packed:
+    def quantize_neurons(
+        self, columns: Tensor, scale: Tensor, importance: Tensor | None = None, known: Tensor | None = None
+    ) -> Packed:
         """Neurons of K `columns` [O, K] of a down projection over their `scale` [K]; `importance` [O] of the
-        outputs."""
-        found: Packed = table.call("quantize", self._neurons.name, columns, divisor(scale), importance)
+        outputs, and what is `known` of the inputs, [3, K]."""
+        beside = importance, feedback(known, divisor(scale))
+        found: Packed = table.call("quantize", self._neurons.name, columns, divisor(scale), *beside)
         return found
 
     def compensation(self, x: Tensor, *, is_down: bool) -> Compensation:
@@ -229,8 +228,7 @@ class Grouped(Format):
         parts: int = 1,
         importance: Tensor | None = None,
     ) -> None:
-        """As any format's; of a copy that holds several, its own; what is stored in another one that gives
-        `chosen_floats` is read a chunk at a time."""
+        """As any format's; of a copy of several, its own; of another format that gives `chosen_floats`, in chunks."""
         stored = source.format
         if self in stored.holds:
             full, source = stored.part(self, full), self.stored(is_down=is_down)
@@ -241,14 +239,12 @@ class Grouped(Format):
         if is_down:
             for start in range(0, chosen.numel(), self.chunk):
                 index = chosen[start : start + self.chunk]
-                self._write_columns(
-                    stored.chosen_floats(full, index, out["input_scale"].dtype, is_down=True), start, out
-                )
+                columns = stored.chosen_floats(full, index, out["input_scale"].dtype, is_down=True)
+                self._write_columns(columns, start, out, importance if importance is None else importance[:, index])
             return
         for some, start in self.row_chunks(full, chosen, out, parts):
-            self._write_rows(
-                stored.chosen_floats(full, some, out["scale"].dtype, is_down=False), start, out, importance
-            )
+            rows = stored.chosen_floats(full, some, out["scale"].dtype, is_down=False)
+            self._write_rows(rows, start, out, importance)
 
     def gather_rows(
         self, full: Tensors, index: Tensor, start: int, out: Tensors, importance: Tensor | None, *, plain: bool
@@ -265,10 +261,10 @@ class Grouped(Format):
         """Make `rows` of floats rows start.. of `out`."""
         target = slice(start, start + rows.shape[0])
         out["scale"][target] = scale = row_scale(rows, out["scale"].dtype)
-        counts = None if importance is None else importance.to(rows.device)
-        out["weight"][target], out["groups"][target] = self.quantize_rows(rows, scale, counts)
+        known = importance if importance is None else importance.to(rows.device)
+        out["weight"][target], out["groups"][target] = self.quantize_rows(rows, scale, known)
 
-    def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, *, plain: bool) -> None:
+    def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, known: Tensor | None, *, plain: bool) -> None:
         weight, strips = full["weight"], (out["weight"], out["groups"])
         room = weight.new_empty(weight.shape[0], min(self.chunk, chosen.numel()) if plain else 0)
         for start in range(0, chosen.numel(), self.chunk):
@@ -276,17 +272,18 @@ class Grouped(Format):
             if plain:
                 columns = room[:, : index.numel()]
                 take(weight, 1, index, columns)
-                self._write_columns(columns, start, out)
+                self._write_columns(columns, start, out, known if known is None else known[:, index])
             else:
                 out["input_scale"][start : start + index.numel()] = full["input_scale"][index]
                 self.gather_neurons((weight, full["groups"]), index, strips, start)
 
-    def _write_columns(self, columns: Tensor, start: int, out: Tensors) -> None:
+    def _write_columns(self, columns: Tensor, start: int, out: Tensors, known: Tensor | None) -> None:
         """Make `columns` of floats [O, K] neurons start.. of the strips of `out`."""
         target = out["input_scale"][start : start + columns.shape[1]]
         target.copy_(neuron_scale(columns, target.dtype))
         every = torch.arange(columns.shape[1], dtype=torch.int64, device=columns.device)
-        self.gather_neurons(self.quantize_neurons(columns, target), every, (out["weight"], out["groups"]), start)
+        packed = self.quantize_neurons(columns, target, known=None if known is None else known.to(columns.device))
+        self.gather_neurons(packed, every, (out["weight"], out["groups"]), start)
 
     def gather_neurons(self, neurons: Packed, chosen: Tensor, strips: Packed, start: int) -> None:
         """Make neurons `chosen` [K] inputs start.. of `strips`."""
@@ -333,11 +330,14 @@ class Grouped(Format):
 
     # torch's ways ---------------------------------------------------------------------------------------------
 
-    def _rows_by_torch(self, weight: Tensor, divisor: Tensor, importance: Tensor | None) -> Packed:
+    def _rows_by_torch(self, weight: Tensor, divisor: Tensor, importance: Tensor | None, fed: Tensor | None) -> Packed:
         outputs, inputs = weight.shape
         codes = torch.empty(outputs, inputs // GROUP * self.group_bytes, dtype=torch.uint8, device=weight.device)
         groups = codes.new_empty(outputs, inputs // GROUP, PAIR)
         counts = torch.ones(inputs, dtype=torch.float32, device=weight.device) if importance is None else importance
+        if fed is not None:
+            numbers = (weight.float() / divisor[:, None]).t()
+            return in_turns(numbers, fed, lambda rows, part: self._plain(rows, counts[part]), self.unpack, along=True)
         for start, block in row_blocks(weight):
             part = slice(start, start + block.shape[0])
             numbers = block.mul_(1 / divisor[part, None]).view(block.shape[0], -1, GROUP)
@@ -345,13 +345,17 @@ class Grouped(Format):
             codes[part] = self.pack(levels.flatten(1))
         return codes, groups
 
-    def _neurons_by_torch(self, columns: Tensor, divisor: Tensor, importance: Tensor | None) -> Packed:
-        found: Packed = table.call("quantize", self._rows.name, columns.t(), divisor, importance)
-        return found
+    def _neurons_by_torch(self, columns: Tensor, divisor: Tensor, counts: Tensor | None, fed: Tensor | None) -> Packed:
+        if fed is None:
+            return self._rows_by_torch(columns.t(), divisor, counts, None)
+        numbers = columns.t().float() / divisor[:, None]
+        return in_turns(numbers, fed, lambda rows, _: self._plain(rows, counts), self.unpack, along=False)
+
+    def _plain(self, rows: Tensor, importance: Tensor | None) -> Packed:
+        return self._rows_by_torch(rows, rows.new_ones(len(rows)), importance, None)
 
     def _to_strips_by_torch(self, neurons: Packed, chosen: Tensor, strips: Packed, start: int) -> None:
-        codes, groups = neurons
-        self.write_neurons((codes.index_select(0, chosen), groups.index_select(0, chosen)), strips, start)
+        self.write_neurons((neurons[0].index_select(0, chosen), neurons[1].index_select(0, chosen)), strips, start)
 
     def _multiply_rows(self, x: Tensor, tensors: table.Tensors, outputs: int, scratch: Scratch) -> Tensor:
         """x [M, I] times rows and their scale [O]."""

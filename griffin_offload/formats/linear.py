@@ -33,7 +33,7 @@ class QuantizedLinear(nn.Module):
         """Of the tensors that are installed."""
         self.scratch = scratch
         self.importance: Tensor | None = None
-        """[I] of the inputs, for formats that want it when they quantise floats."""
+        """What is known of the inputs, [3, I], for formats that want it when they quantise floats."""
         stored, resting = (layout.specs(outputs, inputs, is_down=is_down) for layout in (full, resident))
         for name in dict.fromkeys(("weight", *stored, *resting, "bias", "input_scale")):
             self.register_parameter(name, None)

@@ -74,7 +74,7 @@ class RowScaled(Format):
         out["scale"][target] = scale = self.scale_of(rows, out["scale"].dtype)
         self.write(rows, scale, out["weight"][target])
 
-    def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, *, plain: bool) -> None:
+    def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, known: Tensor | None, *, plain: bool) -> None:
         weight, dtype = full["weight"], out["scale"].dtype
         if plain:
             input_scale = neuron_scale(weight, dtype)

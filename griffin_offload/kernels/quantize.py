@@ -11,7 +11,7 @@ from torch import Tensor
 
 from griffin_offload.kernels.library import NUMBER_TYPES, check, check_rows, library
 
-_QUANTIZING = struct.Struct("@6P7q")
+_QUANTIZING = struct.Struct("@7P7q")
 """The struct Quantizing of quantize.c."""
 _GROUP = 32
 
@@ -36,21 +36,28 @@ def quantize_int8(weight: Tensor, scale: Tensor, out: Tensor, divisor: Tensor | 
     run("quantize_int8", weight, out, divisor=divisor, scale=scale)
 
 
-def quantize_rows(bits: int, weight: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    bits: int, weight: Tensor, scale: Tensor, importance: Tensor | None, feedback: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes [O, I bits / 8] and groups [O, I / 32, 2] of `weight` [O, I] over `scale` [O], none of which is 0, in 2 to
-    4 bits; errors count by the `importance` [I] of their input."""
+    4 bits; errors count by the `importance` [I] of their input. `feedback` [2, I]: what each input takes of the errors
+    before it, and gives of its own."""
     outputs, groups = weight.shape[0], _groups(weight.shape[1])
     made = _packed_of(bits, outputs, groups)
-    run(f"quantize_int{bits}_rows", weight, made[0], scale=scale, groups=made[1], importance=importance)
+    known = {"importance": importance, "feedback": feedback}
+    run(f"quantize_int{bits}_rows", weight, made[0], scale=scale, groups=made[1], by_columns=False, **known)
     return made
 
 
-def quantize_neurons(bits: int, columns: Tensor, scale: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_neurons(
+    bits: int, columns: Tensor, scale: Tensor, importance: Tensor | None, feedback: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes [K, O bits / 8] and groups [K, O / 32, 2] of `columns` [O, K] over `scale` [K], none of which is 0; errors
-    count by the `importance` [O] of their output."""
+    count by the `importance` [O] of their output. `feedback` [2, K] as of rows."""
     made = _packed_of(bits, columns.shape[1], _groups(columns.shape[0]))
     function = f"quantize_int{bits}_neurons"
-    run(function, columns, made[0], scale=scale, groups=made[1], importance=importance, by_columns=True)
+    known = {"importance": importance, "feedback": feedback}
+    run(function, columns, made[0], scale=scale, groups=made[1], by_columns=True, **known)
     return made
 
 
@@ -66,7 +73,7 @@ def of_int4(
     if importance is not None:
         check(importance, (count * _GROUP,), name="the importance")
         importance = importance.float()
-    addresses = (codes, groups, None, importance, *made)
+    addresses = (codes, groups, None, importance, None, *made)
     job = _QUANTIZING.pack(
         *(0 if tensor is None else tensor.data_ptr() for tensor in addresses),
         *(rows, count * _GROUP, 0, 0, 0, torch.get_num_threads(), found is not None and found.sums_bytes),
@@ -110,6 +117,7 @@ def run(
     scale: Tensor | None = None,
     groups: Tensor | None = None,
     importance: Tensor | None = None,
+    feedback: Tensor | None = None,
     by_columns: bool = False,
 ) -> None:
     found, (rows, columns) = library(), weight.shape
@@ -123,9 +131,11 @@ def run(
     if importance is not None:
         check(importance, (rows if by_columns else columns,), name="the importance")
         importance = importance.float()
+    if feedback is not None:
+        check(feedback, (2, columns), torch.float32, "the feedback")
     job = _QUANTIZING.pack(
         weight.data_ptr(),
-        *(0 if beside is None else beside.data_ptr() for beside in (divisor, scale, importance, out, groups)),
+        *(0 if beside is None else beside.data_ptr() for beside in (divisor, scale, importance, feedback, out, groups)),
         rows,
         columns,
         weight.stride(0),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from griffin_offload.formats.base import neuron_scale, row_scale
-from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation
-from griffin_offload.formats.grouped import Packed
+from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation, Packed, feedback, known_of
+from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.int4 import INT4
+from griffin_offload.kernels.by_blocks import Scratch
 
 GROUP = ref.GROUP
 
@@ -153,3 +154,58 @@ def test_inputs_that_never_are_anything_make_up_for_nothing():
     found = INT4.compensated_rows(weight, scale, Compensation(torch.zeros(7, 96), grouped=True))
     stored = ref.Int4.of_bytes(*found)
     assert torch.equal(stored.levels.long(), stored.nearest(weight / scale[:, None]))
+
+
+def _with_a_leading_one(tokens: int, inputs: int) -> Tensor:
+    """[T, I], most of which is one component."""
+    return _inputs(tokens, inputs) + 5 * _random(tokens, 1, seed=10) * _random(inputs, seed=11)
+
+
+def test_what_is_known_of_inputs():
+    """The component is that of the largest singular value, in units of what an error of each counts."""
+    x = _with_a_leading_one(300, 96)
+    counts, leading, takes = known_of(x).double()
+    squares = x.double().square().mean(0)
+    torch.testing.assert_close(counts, squares + FLOOR * squares.sqrt().mean() ** 2, rtol=1e-4, atol=0)
+    _, sizes, directions = torch.linalg.svd(x.double() / counts.sqrt(), full_matrices=False)
+    expected = sizes[0] / len(x) ** 0.5 * directions[0] * counts.sqrt()
+    expected = expected * (expected @ leading).sign()
+    torch.testing.assert_close(leading, expected, rtol=1e-3, atol=1e-3)
+    share = SHRINKING / (1 - SHRINKING)
+    torch.testing.assert_close(takes, leading / (counts + (squares - leading**2) / share), rtol=1e-3, atol=1e-4)
+    assert feedback(None) is None
+    assert feedback(counts) is None
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_where_there_is_no_time_the_leading_component_is_made_up_for(down: bool):
+    """At the cost of little elsewhere."""
+    x = _with_a_leading_one(300, 224)
+    known, weight = known_of(x), _random(96, 224, seed=12)
+    scale = neuron_scale(weight, torch.float32) if down else row_scale(weight, torch.float32)
+    if down:
+        found = [_values(INT4.quantize_neurons(weight, scale, known=of), scale).t() for of in (known, None)]
+    else:
+        found = [_values(INT4.quantize_rows(weight, scale, of), scale) for of in (known, known[0])]
+    leading = [float(((values - weight) @ known[1].double()).norm()) for values in found]
+    assert leading[0] < 0.6 * leading[1]
+    products = [float(((values - weight) @ x.double().t()).norm()) for values in found]
+    assert products[0] < 0.9 * products[1]
+    counted = [float(((values - weight) * known[0].sqrt()).norm()) for values in found]
+    assert counted[0] < 1.1 * counted[1]
+
+
+def test_a_selection_makes_up_for_its_own_errors():
+    """Whatever other neurons would have taken of them, also where a down projection is gathered a few at a time."""
+    x, weight = _with_a_leading_one(300, 320), _random(64, 320, seed=13)
+    known, chosen = known_of(x), torch.arange(0, 320, 3)
+    layout, full, errors = FLOATS.stored(is_down=True), {"weight": weight}, []
+    scratch = Scratch(2**20, torch.float32, torch.device("cpu"))
+    for of in (known, None):
+        specs = INT4.resident(is_down=True).specs(64, 128, is_down=True)
+        out = {name: torch.zeros(shape, dtype=own or torch.float32) for name, (shape, own) in specs.items()}
+        INT4.gather(full, layout, chosen, out, is_down=True, importance=of)
+        product = INT4.resident(is_down=True).multiply(torch.eye(128), {**out, "bias": None}, 64, scratch)
+        missed = product[: len(chosen)] - weight[:, chosen].t()
+        errors.append(float((known[1, chosen] @ missed).norm()))
+    assert errors[0] < 0.6 * errors[1]

@@ -1,7 +1,7 @@
 """The kernels of quantize.c against torch, which does their work elsewhere: the same numbers, bit by bit (of int4
 and fewer: but for ties)."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats import base
+from griffin_offload.formats.compensation import Packed, known_of
 from griffin_offload.formats.few_bits import INT2, INT3
-from griffin_offload.formats.grouped import Grouped, Packed
+from griffin_offload.formats.grouped import Grouped
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
 from griffin_offload.kernels import quantize as quantizing
@@ -221,6 +222,30 @@ def test_sizes_that_do_not_fit_are_refused():
         lambda: quantizing.quantize_neurons(4, weight, ones, None),
         lambda: quantizing.quantize_neurons(4, weight[:32], ones[:40], None),
         lambda: quantizing.quantize_neurons(4, weight[:32], ones, ones),
+        lambda: quantizing.quantize_rows(4, weight[:, :32], ones[:40], None, torch.ones(2, 31)),
     ):
         with pytest.raises(ValueError, match="must be"):
             wrong()
+
+
+@needs_kernels
+@in_groups
+@pytest.mark.parametrize("outputs", [1, 37])
+def test_errors_that_are_made_up_for_are_the_same_everywhere(
+    format: Grouped, outputs: int, monkeypatch: pytest.MonkeyPatch
+):
+    """By vectors of any width, any threads, and torch; inputs are no whole groups in a down projection."""
+    generator, found = torch.Generator().manual_seed(outputs), []
+    weight, columns = torch.randn(outputs, 160, generator=generator), torch.randn(320, 45, generator=generator)
+    known = known_of(torch.randn(50, 1, generator=generator) * torch.randn(160, generator=generator) + 0.1)
+    scales = base.row_scale(weight, torch.float32), base.neuron_scale(columns, torch.float32)
+    for wide, threads in ((True, 1), (False, 3), (None, 1)):
+        monkeypatch.setattr(library(), "sums_bytes", bool(wide) and library().sums_bytes)
+        torch.set_num_threads(threads)
+        with _by_torch() if wide is None else nullcontext():
+            rows = format.quantize_rows(weight, scales[0], known)
+            found.append((*rows, *format.quantize_neurons(columns, scales[1], known=known[:, :45])))
+    assert all(map(torch.equal, found[0], found[1]))
+    for ours, by_torch in ((found[0][:2], found[2][:2]), (found[0][2:], found[2][2:])):
+        _same_but_for_ties(ours, by_torch)
+    assert not torch.equal(found[0][0], format.quantize_rows(weight, scales[0], known[0])[0])

@@ -108,8 +108,9 @@ def in_groups(r: random.Random, library: compiled.Library) -> None:
     weight = _numbers(r, outputs, inputs, r.choice(DTYPES), apart=r.random() < 0.5)
     importance = torch.rand(inputs) if r.random() < 0.5 else None
     quantize.row_norms(weight)
-    rows = quantize.quantize_rows(bits, weight, torch.rand(outputs) + 0.1, importance)
-    neurons = quantize.quantize_neurons(bits, weight, torch.rand(inputs) + 0.1, None)
+    feedback = torch.rand(2, inputs) if r.random() < 0.5 else None
+    rows = quantize.quantize_rows(bits, weight, torch.rand(outputs) + 0.1, importance, feedback)
+    neurons = quantize.quantize_neurons(bits, weight, torch.rand(inputs) + 0.1, None, feedback)
     assert rows is not None
     assert neurons is not None
     few = gemv.GemvKernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)

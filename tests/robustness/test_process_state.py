@@ -19,7 +19,7 @@ from griffin_offload import GriffinModel
 from griffin_offload.demo import demo_directory
 from griffin_offload.engine.convert import convert
 from griffin_offload.formats import base
-from griffin_offload.formats.grouped import Packed
+from griffin_offload.formats.compensation import Packed
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
 from griffin_offload.kernels import attention_and_norm, gemv

@@ -26,6 +26,8 @@ typedef struct {
     const void *divisor;  /* floats [columns], filled up to whole groups; or none; of int4 rows their pairs */
     const float *scale;   /* [rows], of numbers; of int4 neurons [columns]; none of them 0 */
     const float *importance; /* of int4: how much an error counts, for each number along the groups; or none */
+    const float *feedback;   /* of int4: [2, columns], what an input takes of the errors of those before it, and gives of
+                                its own to those behind its group; or none */
     void *out;            /* numbers, rows `out_items` apart; floats; or codes of int4 */
     uint8_t *out_groups;  /* of int4: pairs of step and offset [rows or neurons, groups] */
     int64_t rows, columns, row_items, out_items, type, threads;
@@ -124,6 +126,17 @@ AVX2 INLINED void int4_numbers(const Quantizing *q, int64_t group, float *number
         const __m128i eight = i % 2 ? _mm_srli_si128(halves[i / 2], LANES) : halves[i / 2];
         const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
         _mm256_storeu_ps(numbers + i * LANES, _mm256_mul_ps(_mm256_add_ps(code, offset), step));
+    }
+}
+
+/* What a group of neurons misses of 32 outputs, [outputs, neurons], `count` of them in whole vectors: in the same order
+ * for vectors of any width. */
+AVX2 INLINED void add_missed(float missed[GROUP][GROUP], const float *gives, int64_t count, float *carried) {
+    for (int i = 0; i < GROUP; i++) {
+        __m256 sum = _mm256_setzero_ps();
+        for (int64_t k = 0; k < count; k += LANES)
+            sum = _mm256_fmadd_ps(_mm256_loadu_ps(missed[i] + k), _mm256_loadu_ps(gives + k), sum);
+        carried[i] += sum_of(sum);
     }
 }
 

@@ -122,9 +122,19 @@ TARGET INLINED V_NAME(Grid) V_NAME(best_int4)(const V_F *v, const float *importa
     return best;
 }
 
-/* Codes and pairs of as many groups as there are lanes, of which `count` are wanted, a distance apart. */
-TARGET INLINED void V_NAME(int4_groups)(const V_F *v, const float *importance, int64_t count, uint8_t *codes,
-                                        int64_t codes_apart, uint8_t *pairs, int64_t pairs_apart) {
+/* What codes of a grid miss of the numbers, in place of these. */
+TARGET INLINED void V_NAME(leave_missed)(V_F *v, const int count, const V_NAME(Grid) *grid, const float first,
+                                         const float last) {
+    for (int i = 0; i < count; i++) {
+        const V_F code = V_NAME(code)(v[i], grid, first, last);
+        v[i] = V_OP(fnmadd_ps)(V_OP(add_ps)(code, grid->middle), grid->value, v[i]);
+    }
+}
+
+/* Codes and pairs of as many groups as there are lanes, of which `count` are wanted, a distance apart. If `leaving`, what
+ * they miss takes the numbers' place. */
+TARGET INLINED void V_NAME(int4_groups)(V_F *v, const float *importance, int64_t count, uint8_t *codes,
+                                        int64_t codes_apart, uint8_t *pairs, int64_t pairs_apart, const int leaving) {
     const V_NAME(Grid) grid = V_NAME(best_int4)(v, importance);
     uint32_t fours[4][V_LANES], both[V_LANES];
     for (int four = 0; four < 4; four++) {
@@ -145,6 +155,7 @@ TARGET INLINED void V_NAME(int4_groups)(const V_F *v, const float *importance, i
         for (int four = 0; four < 4; four++) memcpy(codes + lane * codes_apart + 4 * four, &fours[four][lane], 4);
         memcpy(pairs + lane * pairs_apart, &both[lane], PAIR_BYTES);
     }
+    if (leaving) V_NAME(leave_missed)(v, GROUP, &grid, -CENTRE, CENTRE - 1);
 }
 
 /* Int3 and int2: halves of 16 numbers. */
@@ -217,9 +228,9 @@ TARGET INLINED V_NAME(Grid) V_NAME(best_few)(const V_F *v, const float *importan
 
 /* Codes and bytes of as many halves as there are lanes, of which `count` are wanted, those of a group `half`; groups a
  * distance apart. */
-TARGET INLINED void V_NAME(few_halves)(const V_F *v, const float *importance, int64_t count, const int half,
+TARGET INLINED void V_NAME(few_halves)(V_F *v, const float *importance, int64_t count, const int half,
                                        uint8_t *codes, int64_t codes_apart, uint8_t *pairs, int64_t pairs_apart,
-                                       const int bits) {
+                                       const int bits, const int leaving) {
     const V_NAME(Grid) grid = V_NAME(best_few)(v, importance, bits);
     V_I low = V_OP(set1_epi32)(0), high = low;
     for (int i = 0; i < HALF; i++) {
@@ -238,17 +249,18 @@ TARGET INLINED void V_NAME(few_halves)(const V_F *v, const float *importance, in
         if (bits == 3) memcpy(to + LOW_BYTES + 2 * half, &upper[lane], 2);
         pairs[lane * pairs_apart + half] = (uint8_t)index[lane];
     }
+    if (leaving) V_NAME(leave_missed)(v, HALF, &grid, 0, HIGHEST(bits));
 }
 
 /* Of any of them. */
 
-TARGET INLINED void V_NAME(groups)(const V_F *v, const float *importance, int64_t count, uint8_t *codes,
-                                   int64_t codes_apart, uint8_t *pairs, int64_t pairs_apart, const int bits) {
-    if (bits == 4) V_NAME(int4_groups)(v, importance, count, codes, codes_apart, pairs, pairs_apart);
+TARGET INLINED void V_NAME(groups)(V_F *v, const float *importance, int64_t count, uint8_t *codes, int64_t codes_apart,
+                                   uint8_t *pairs, int64_t pairs_apart, const int bits, const int leaving) {
+    if (bits == 4) V_NAME(int4_groups)(v, importance, count, codes, codes_apart, pairs, pairs_apart, leaving);
     else
         for (int half = 0; half < 2; half++)
             V_NAME(few_halves)(v + half * HALF, importance + half * HALF, count, half, codes, codes_apart, pairs,
-                               pairs_apart, bits);
+                               pairs_apart, bits, leaving);
 }
 
 /* Numbers [lanes, 32] turned around. */
@@ -269,6 +281,7 @@ TARGET INLINED void V_NAME(rows_of)(const void *quantizing, int64_t first, int64
     const int64_t groups = q->columns / GROUP;
     for (int64_t row = first; row < end; row += V_LANES) {
         const int64_t count = least(V_LANES, end - row);
+        V_F carried = V_OP(setzero_ps)();
         for (int64_t group = 0; group < groups; group++) {
             _Alignas(64) float numbers[V_LANES][GROUP];
             V_F v[GROUP];
@@ -284,33 +297,50 @@ TARGET INLINED void V_NAME(rows_of)(const void *quantizing, int64_t first, int64
                     _mm256_storeu_ps(numbers[i] + k, _mm256_mul_ps(_mm256_loadu_ps(numbers[i] + k), inverse));
             }
             V_NAME(turned)(numbers, v);
+            const float *takes = q->feedback + group * GROUP, *gives = takes + q->columns;
+            if (q->feedback)
+                for (int i = 0; i < GROUP; i++) v[i] = V_OP(fmadd_ps)(carried, V_OP(set1_ps)(takes[i]), v[i]);
             const int64_t at = row * groups + group;
             V_NAME(groups)(v, importance_of(q, group * GROUP), count, (uint8_t *)q->out + at * CODE_BYTES(bits),
-                           groups * CODE_BYTES(bits), q->out_groups + at * PAIR_BYTES, groups * PAIR_BYTES, bits);
+                           groups * CODE_BYTES(bits), q->out_groups + at * PAIR_BYTES, groups * PAIR_BYTES, bits,
+                           q->feedback != 0);
+            if (q->feedback)
+                for (int i = 0; i < GROUP; i++) carried = V_OP(fmadd_ps)(v[i], V_OP(set1_ps)(gives[i]), carried);
         }
     }
 }
 
-/* Outputs `first` to `end`, whole groups, of all neurons, which are columns: a lane each. */
+/* Outputs `first` to `end`, whole groups, up to LINE, of all neurons, which are columns: a lane each. */
 TARGET INLINED void V_NAME(neurons_of)(const void *quantizing, int64_t first, int64_t end, const int bits) {
     const Quantizing *q = quantizing;
     const int64_t groups = q->rows / GROUP;
+    float carried[LINE] = {0};
     for (int64_t start = 0; start < q->columns; start += GROUP) {
         const int64_t neurons = least(GROUP, q->columns - start);
-        float inverse[GROUP] = {0};
+        float inverse[GROUP] = {0}, takes[GROUP] = {0}, gives[GROUP] = {0};
         for (int64_t i = 0; i < neurons; i++) inverse[i] = 1 / q->scale[start + i];
+        if (q->feedback) {
+            memcpy(takes, q->feedback + start, (size_t)neurons * sizeof *takes);
+            memcpy(gives, q->feedback + q->columns + start, (size_t)neurons * sizeof *gives);
+        }
         for (int64_t output = first; output < end; output += GROUP) {
-            float numbers[GROUP][GROUP];
+            float numbers[GROUP][GROUP], *own = carried + (output - first);
             for (int64_t i = 0; i < GROUP; i++) run_of(q, output + i, start, neurons, numbers[i]);
             for (int64_t k = 0; k < neurons; k += V_LANES) {
                 V_F v[GROUP];
                 for (int i = 0; i < GROUP; i++)
                     v[i] = V_OP(mul_ps)(V_OP(loadu_ps)(numbers[i] + k), V_OP(loadu_ps)(inverse + k));
+                if (q->feedback)
+                    for (int i = 0; i < GROUP; i++)
+                        v[i] = V_OP(fmadd_ps)(V_OP(set1_ps)(own[i]), V_OP(loadu_ps)(takes + k), v[i]);
                 const int64_t at = (start + k) * groups + output / GROUP;
                 V_NAME(groups)(v, importance_of(q, output), least(V_LANES, neurons - k),
                                (uint8_t *)q->out + at * CODE_BYTES(bits), groups * CODE_BYTES(bits),
-                               q->out_groups + at * PAIR_BYTES, groups * PAIR_BYTES, bits);
+                               q->out_groups + at * PAIR_BYTES, groups * PAIR_BYTES, bits, q->feedback != 0);
+                if (q->feedback)
+                    for (int i = 0; i < GROUP; i++) V_OP(storeu_ps)(numbers[i] + k, v[i]);
             }
+            if (q->feedback) add_missed(numbers, gives, (neurons + LANES - 1) / LANES * LANES, own);
         }
     }
 }
