@@ -8,6 +8,9 @@ published wheels need it; =none leaves them out. Without it they are compiled if
 import os
 import platform
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from setuptools import Distribution
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -31,11 +34,22 @@ def _choose(distribution: Distribution) -> None:
 
 
 class BuildLibrary(build_ext):  # type: ignore[misc]  # setuptools has no types for them
-    """Compiles it, or not."""
+    """Compiles it, or not; as many files at once as there are processors, which setuptools does of libraries alone."""
 
     def finalize_options(self) -> None:
         _choose(self.distribution)
         super().finalize_options()
+
+    def build_extensions(self) -> None:
+        one_by_one = self.compiler.compile
+
+        def together(sources: Sequence[str], *options: Any, **named: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = pool.map(lambda source: one_by_one([source], *options, **named), sources)
+                return [name for names in made for name in names]
+
+        self.compiler.compile = together
+        super().build_extensions()
 
 
 class Wheel(bdist_wheel):  # type: ignore[misc]
