@@ -200,7 +200,7 @@ def _ids(batch: int = 1, tokens: int = PROMPT_TOKENS) -> tuple[torch.Tensor, tor
 
 
 def _load(path, **options: object) -> GriffinModel:
-    return GriffinModel.from_pretrained(path, device="cpu", max_gpu_mem="1GB", **{"ctx_size": 256} | options)
+    return GriffinModel.from_pretrained(path, device="cpu", **{"ctx_size": 256, "max_gpu_mem": "1GB"} | options)
 
 
 STRATEGIES: dict[str, dict[str, object]] = {
@@ -374,6 +374,23 @@ def test_layers_of_other_kinds_keep_transformers_cache(checkpoints, monkeypatch:
     assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
 
 
+def test_the_cache_is_halved_before_anything_else(checkpoints):
+    path, ids = checkpoints("llama3"), torch.arange(5, 25)[None]
+    options = {"quantize": "none", "ctx_size": 500, "prompt_tokens": 100}
+    whole = _load(path, density=1.0, **options).plan
+    assert (whole.kv_bits, whole.density) == (16, 1)
+    model = _load(path, **options | {"max_gpu_mem": whole.peak_bytes - 1})
+    assert (model.plan.kv_bits, model.plan.density, model.plan.precision) == (8, 1, whole.precision)
+    same = _load(path, density=1.0, kv_bits=8, **options)
+    answers = [one.generate(ids, max_new_tokens=8, do_sample=False) for one in (model, same)]
+    assert torch.equal(*answers)
+    with pytest.raises(UsageError, match="needs the KV cache as it is computed: load with exact=True"):
+        model.generate(ids, max_new_tokens=2, exact=True)
+    with pytest.raises(DoesNotFit):  # its passes take memory, too, and the cache has to be as it is computed
+        _load(path, exact=True, **options | {"max_gpu_mem": whole.peak_bytes - 1})
+    assert _load(path, exact=True, **options).plan.kv_bits == 16
+
+
 def test_kv_bits_is_checked():
-    with pytest.raises(UsageError, match="kv_bits is 4: choose one of 16, 8"):
+    with pytest.raises(UsageError, match="kv_bits is 4: choose one of auto, 16, 8"):
         GriffinModel.from_pretrained("anything", kv_bits=4)
