@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -237,7 +236,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
 
     shapes = [*model_spec.shapes, *model_spec.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].width
-    plans = alternatives(shapes, replace(model_spec.request, kv_bits=chosen.kv_bits), chosen.context_tokens)
+    plans = alternatives(shapes, model_spec.request, chosen.context_tokens)
     if chosen.fits and all((plan.precision, plan.counts) != (chosen.precision, chosen.counts) for plan in plans):
         plans = [chosen, *plans]  # a density that was asked for
     rows = []

@@ -84,7 +84,7 @@ def alternatives(shapes: Sequence[ModelSizes], request: PlanRequest, ctx_tokens:
     for shape in shapes:
         tiered = len(shape.levels) > 1
         for density in ("auto",) if tiered else (1.0, "auto"):
-            plan = best_plan(shape, replace(request, density=density), ctx_tokens)
+            plan, _ = solve([shape], replace(request, density=density, ctx_tokens=ctx_tokens))
             if plan.fits and plan not in found and not (tiered and plan.counts == tiers_within(shape, "auto")):
                 found.append(plan)
     return found

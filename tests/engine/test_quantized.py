@@ -63,7 +63,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def _prompt(batch: int) -> tuple[Tensor, Tensor]:
     """Token ids and mask [B, T]; with a batch, samples are padded on the left."""
-    ids = torch.randint(3, VOCAB, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(batch))
+    ids = torch.randint(3, VOCAB, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(100 + batch))
     mask = torch.ones_like(ids)
     for i in range(batch):
         mask[i, : 3 * i] = 0

@@ -155,7 +155,7 @@ def test_caps_of_tokens(chatty, serve_one):
 
 def test_what_the_planner_refuses(chatty, serve_one, smallest_budget):
     """The smallest budget for half of the neurons holds no more of them, and one session."""
-    with serve_one(chatty, {"max_gpu_mem": smallest_budget, "quantize": "none"}) as tight:
+    with serve_one(chatty, {"max_gpu_mem": smallest_budget, "quantize": "none", "kv_bits": 16}) as tight:
         error = error_of(tight.post(BODY | {"density": 0.95}), 400)
         assert (error["code"], error["param"]) == ("does_not_fit", "density")
         assert "budget" in error["message"]

@@ -204,7 +204,7 @@ def test_exact_answers_have_the_model_alone(chatty, serve_one, gate, together):
 
 def test_the_budget_lets_in_what_has_room(chatty, serve_one, smallest_budget, gate, together, monkeypatch):
     """One long request at a time where no more fit; the next one waits for its end and is answered."""
-    options = {"max_gpu_mem": smallest_budget, "quantize": "none"}
+    options = {"max_gpu_mem": smallest_budget, "quantize": "none", "kv_bits": 16}
     with serve_one(chatty, options) as one:
         monkeypatch.setattr(one.server.worker, "most_together", lambda _: 3)  # of the budget without --parallel
         asking = [Asking(one, BODY | {"prompt": [number] * 150, "max_tokens": 10}) for number in (6, 7, 8)]

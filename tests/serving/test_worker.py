@@ -149,7 +149,7 @@ def test_idle_memory_is_given_back_and_the_next_request_loads_again(chatty, serv
 
 def test_what_is_kept_goes_for_a_request_that_has_no_room_beside_it(chatty, serve_one, smallest_budget):
     """As exact mode may, in a budget that was planned without it; here because too much is let stay."""
-    with serve_one(chatty, {"max_gpu_mem": smallest_budget, "quantize": "none"}) as one:
+    with serve_one(chatty, {"max_gpu_mem": smallest_budget, "quantize": "none", "kv_bits": 16}) as one:
         one.server.worker.manager.held.sessions.limit_bytes = 10**9
         for first, kept in ((6, 1), (7, 1), (8, 1)):
             long = BODY | {"prompt": [first] * 190, "max_tokens": 10}
