@@ -49,20 +49,16 @@ def test_rows_of_all_variants_and_sizes(cli, llama: Path, text: Path):
 
 
 @pytest.mark.slow
-def test_processes_split_the_windows(process, llama: Path, text: Path):
-    """Some of them have none."""
+def test_processes_split_the_windows(cli, process, llama: Path, text: Path):
+    """One of them has none."""
     options = ("-m", llama, "--device", "cpu", "--max-mem", "1GB", "--text", text, "--json", "--windows", 3)
     sizes = ("--prompt-tokens", "8,16", "--generate-tokens", 12, "--density", "0.5,0.25")
-    command = ("-m", "griffin_offload", "eval", "ppl", *options, *sizes)
-    package, found = Path(griffin_offload.__file__).parents[1], []
-    for count in (1, 2, 4):
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count) if count > 1 else ()
-        outcome = process(*launcher, *command, PYTHONPATH=str(package))
-        assert outcome.code == 0, outcome
-        found.append(outcome.json)
-    for rows in found[1:]:
-        for row, one in zip(rows, found[0], strict=True):
-            assert row == {key: value if type(value) is str else pytest.approx(value) for key, value in one.items()}
+    command, package = ("eval", "ppl", *options, *sizes), Path(griffin_offload.__file__).parents[1]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4, "-m", "griffin_offload")
+    outcome = process(*launcher, *command, PYTHONPATH=str(package))
+    assert outcome.code == 0, outcome
+    for row, one in zip(outcome.json, cli(*command).json, strict=True):
+        assert row == {key: value if type(value) is str else pytest.approx(value) for key, value in one.items()}
 
 
 def test_the_table(cli, llama: Path, text: Path):

@@ -113,7 +113,7 @@ def _check(model: GriffinModel, path: Path, name: str, batch: int = 1, **options
 
 
 @pytest.mark.parametrize(
-    ("architecture", "precision", "density"), by_turns(ARCHITECTURES, PRECISIONS, (0.5, 1.0), each=4)
+    ("architecture", "precision", "density"), by_turns(ARCHITECTURES, PRECISIONS, (0.5, 1.0), each=2)
 )
 def test_streamed(architecture: str, precision: str, density: float, untied):
     """The prompt passes quantised attention and the FF as it is stored, every further token quantised neurons."""
@@ -126,7 +126,7 @@ def test_streamed(architecture: str, precision: str, density: float, untied):
     assert model.plan.precision == precision
 
 
-@pytest.mark.parametrize(("architecture", "precision"), by_turns(ARCHITECTURES, PRECISIONS, each=2))
+@pytest.mark.parametrize(("architecture", "precision"), by_turns(ARCHITECTURES, PRECISIONS))
 def test_dense(architecture: str, precision: str, untied):
     """Nothing is streamed: the prompt, too, passes quantised matrices."""
     path = untied(architecture)
