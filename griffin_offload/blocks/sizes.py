@@ -24,7 +24,7 @@ from griffin_offload.config import TIERS
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.formats.base import Format, specs_bytes
 from griffin_offload.formats.floats import FLOATS
-from griffin_offload.formats.linear import head_bytes, table_bytes
+from griffin_offload.formats.linear import table_bytes
 from griffin_offload.kernels.by_blocks import scratch_bytes
 from griffin_offload.method.allocation import Counts, tiers_of
 from griffin_offload.transformers_api import StockModel
@@ -268,12 +268,12 @@ def model_shape(
     other_bytes = _nbytes(outside.values()) - sum(plain_tables)
     stored_head = 0 if tied else table_bytes(linear.weight.shape, tables, embedding.dtype)
     head = head or tables
-    head_size = stored_head if head is tables else head_bytes(linear.weight.shape, head, embedding.dtype)
+    head_bytes = stored_head if head is tables else table_bytes(linear.weight.shape, head, embedding.dtype)
     heads, attention_width = _attention_sizes(config)
     return ModelSizes(
         layers=tuple(layers),
         embedding_bytes=table_bytes(embedding.shape, tables, embedding.dtype),
-        head_bytes=head_size,
+        head_bytes=head_bytes,
         stored_head_bytes=stored_head,
         other_bytes=other_bytes,
         plain_embedding_bytes=plain_tables[0],

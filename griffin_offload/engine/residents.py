@@ -266,7 +266,7 @@ def _quantize_resident(module: QuantizedLinear, model_spec: Placement, pages: Fi
     outputs, inputs = module.out_features, module.in_features
     resident = {
         name: untouched_zeros(shape, own or model_spec.dtype, model_spec.device)
-        for name, (shape, own) in module.resident.specs(outputs, inputs, is_down=module.is_down).items()
+        for name, (shape, own) in module.resident.specs(outputs, inputs, is_down=False).items()
     }
     for name, tensor in resident.items():
         put(module, name, tensor)
@@ -274,11 +274,11 @@ def _quantize_resident(module: QuantizedLinear, model_spec: Placement, pages: Fi
 
     @torch.no_grad()
     def fill() -> None:
-        everything = torch.arange(inputs if module.is_down else outputs, dtype=torch.long, device=model_spec.device)
+        everything = torch.arange(outputs, dtype=torch.long, device=model_spec.device)
         gather = module.resident.format.gather
         with pages.reading(list(full.values())) as found:
             here = {name: tensor.to(model_spec.device) for name, tensor in zip(full, found, strict=True)}
-            gather(here, module.full, everything, resident, is_down=module.is_down, importance=module.importance)
+            gather(here, module.full, everything, resident, is_down=False, importance=module.importance)
 
     return fill
 

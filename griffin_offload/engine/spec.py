@@ -226,7 +226,7 @@ def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
 
 
 def _resting_head(checkpoint: Checkpoint, meta: StockModel, host_embeddings: bool) -> Format:
-    """What the head rests in among quantised matrices. It stays as it is stored where that is no floats, where the
+    """What the head rests in among matrices of fewer bits. It stays as it is stored where that is no floats, where the
     stock forward needs floats, and where the embeddings, to which it is tied, would need the device's memory, too."""
     head, embedding = meta.get_output_embeddings(), meta.get_input_embeddings()
     if head is None or not checkpoint.tables.is_plain or reads_head_itself(type(meta)):
@@ -238,7 +238,7 @@ def _shapes(
     checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig, head: Format
 ) -> tuple[tuple[ModelSizes, ...], tuple[ModelSizes, ...]]:
     """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
-    have; its head is in `head` where the others are quantised."""
+    have; the head is in `head` where the others are in fewer bits."""
     stored = checkpoint.precision
     if config.exact and stored.holds:
         raise UsageError(
@@ -268,7 +268,7 @@ def _shapes(
                 format.check_device(device.type)
             # In exact mode another precision is one of a converted copy.
             full = precision if config.exact else stored
-            own_head = checkpoint.tables if precision.is_plain else head
+            own_head = head if precision.bits < head.bits else checkpoint.tables
             shape = model_shape(meta, precision, full, checkpoint.tables, states, levels, own_head)
         except UnsupportedModel:
             if name in (config.quantize, stored.name) or not (stored.is_plain or name == TIERS):

@@ -21,7 +21,7 @@ from griffin_offload.formats.int8 import INT8
 TABLE_FORMATS = (FLOATS, INT8)
 """What embeddings and head may be in."""
 RESTING_HEAD = INT8
-"""What a head rests in, in 16 bit in the checkpoint, where the matrices around it are quantised."""
+"""What a head rests in, in 16 bit in the checkpoint, where the matrices around it are in fewer bits than that."""
 __all__ = [
     "FLOATS",
     "RESTING_HEAD",

@@ -139,7 +139,7 @@ def column_norms(full: dict[str, Tensor], layout: Layout, *, swapped: bool) -> T
 
 
 # Embeddings and head in 8 bits: rows of tokens with one scale each. Both in a converted checkpoint that has them so,
-# the head alone wherever it rests among quantised matrices.
+# the head alone where it rests among matrices in fewer bits.
 
 
 class QuantizedEmbedding(nn.Module):
@@ -177,13 +177,10 @@ def swap_tables(model: StockModel, format: Format, scratch: Scratch) -> None:
 
 
 def swap_head(model: StockModel, stored: Format, format: Format, scratch: Scratch) -> None:
-    """Let the head, `stored` in floats, rest in `format`; embeddings that it is tied to stay as they are.
-
-    It is laid out as a down projection, with a scale per input, too: channels of tables differ by a factor of six, and
-    without it int8 costs a KL of .002 in place of .0004 (Gemma 3 270M)."""
+    """Let the head, `stored` in floats, rest in `format`; embeddings that it is tied to stay as they are."""
     head = model.get_output_embeddings()
-    (outputs, inputs), full, resident = head.weight.shape, stored.stored(is_down=True), format.resident(is_down=True)
-    linear = QuantizedLinear(outputs, inputs, is_down=True, full=full, resident=resident, scratch=scratch)
+    (outputs, inputs), full, resident = head.weight.shape, stored.stored(is_down=False), format.resident(is_down=False)
+    linear = QuantizedLinear(outputs, inputs, is_down=False, full=full, resident=resident, scratch=scratch)
     linear.weight, linear.bias = head.weight, head.bias
     model.set_output_embeddings(linear)
 
@@ -195,13 +192,8 @@ def reads_head_itself(kind: type[StockModel]) -> bool:
 
 
 def table_bytes(shape: torch.Size, format: Format, dtype: torch.dtype) -> int:
-    """Of one table [V, H] as it is stored, scales in `dtype`."""
+    """Of one table [V, H], scales in `dtype`."""
     return format.stored(is_down=False).nbytes(shape[0], shape[1], dtype, is_down=False)
-
-
-def head_bytes(shape: torch.Size, format: Format, dtype: torch.dtype) -> int:
-    """Of a head [V, H] after `swap_head`."""
-    return format.resident(is_down=True).nbytes(shape[0], shape[1], dtype, is_down=True)
 
 
 def _parameters(stock: Any, format: Format) -> tuple[nn.Parameter, nn.Parameter]:

@@ -291,7 +291,6 @@ def test_a_converted_copy(grouped, tmp_path: Path, precision: str):
     dense = _dense(grouped)
     for feed_forward in (False, True):
         quantised.round_layers(dense, DOWN, NEURONS, precision, feed_forward=feed_forward)
-    quantised.round_head(dense)
     chosen = list(model.selected.values())
     assert [kept.numel() for kept in chosen] == [NEURONS // GROUP // 2] * LAYERS
     tokens, logits = masked_generate(dense, DOWN, ids, None, [_members(kept) for kept in chosen], NEW)

@@ -70,7 +70,8 @@ def test_every_architecture(cli, converted, name: str, precision: str):
             error = (matrix - module.weight).norm() / module.weight.norm()
             assert 0 < error < LARGEST_ERROR[precision], linear
             module.weight.copy_(matrix)
-    ref.round_head(dense)
+    if precision != "int8":
+        ref.round_head(dense)
     expected = dense.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=12, do_sample=False)
     for always_stream in (False, True):
         options = {"device": "cpu", "max_gpu_mem": "1GB", "density": 1.0, "always_stream": always_stream}

@@ -76,7 +76,8 @@ def _rounded(directory: Path, name: str, precision: str) -> hf.PreTrainedModel:
                 matrix = expert.t() if name == "gpt_oss" else expert
                 values = stored_values(matrix.contiguous(), precision, torch.float32, is_down=own == "down_proj")
                 matrix.copy_(values)
-    round_head(model)
+    if precision != "int8":
+        round_head(model)
     return model
 
 

@@ -1,5 +1,5 @@
 """Embeddings and head in int8: the model is that of tables rounded beforehand, tied or not, scaled or not; and the head
-alone among quantised matrices is what its formula says, while embeddings stay as they are stored."""
+alone among matrices of fewer bits is what its formula says, while embeddings stay as they are stored."""
 
 import inspect
 from pathlib import Path
@@ -13,10 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
-from griffin_offload.engine import spec
 from griffin_offload.engine.convert import convert
 from griffin_offload.errors import UsageError
-from griffin_offload.formats import FLOATS
 from griffin_offload.formats.linear import reads_head_itself
 
 
@@ -42,8 +40,7 @@ def _logits(path: Path) -> tuple[Tensor, GriffinModel]:
 
 # Untied; tied; tied and scaled inside the module; other width than the layers; head with a bias.
 @pytest.mark.parametrize("name", ["llama2", "llama3", "gemma3", "opt_350m", "gptj"])
-def test_tables(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(spec, "RESTING_HEAD", FLOATS)  # which has a scale per column, too
+def test_tables(name: str, tmp_path: Path):
     checkpoint = _with_rounded_tables(name, tmp_path)
     for tables in ("none", "int8"):
         convert(checkpoint, tmp_path / tables, "int8", tables=tables)
@@ -56,9 +53,9 @@ def test_tables(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert model.model.get_input_embeddings().weight.dtype == torch.int8
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4", "tiers"])
+@pytest.mark.parametrize("precision", ["int4", "tiers"])
 @pytest.mark.parametrize("name", ["llama2", "llama3", "gemma3", "opt_350m", "gptj"])
-def test_the_head_rests_in_int8_among_quantised_matrices(name: str, precision: str, tmp_path: Path):
+def test_the_head_rests_in_int8_among_matrices_of_fewer_bits(name: str, precision: str, tmp_path: Path):
     write_checkpoint(name, tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     model = GriffinModel.from_pretrained(
@@ -82,12 +79,15 @@ def test_the_head_rests_in_int8_among_quantised_matrices(name: str, precision: s
     assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
 
 
-def test_exact_mode_keeps_the_head_as_it_is_stored(tmp_path: Path):
+def test_where_the_head_stays_as_it_is_stored(tmp_path: Path):
+    """In exact mode, and among int8."""
     write_checkpoint("llama2", tmp_path / "stored")
-    convert(tmp_path / "stored", tmp_path / "int8", "int8")
-    for exact, kind in ((False, torch.int8), (True, torch.float32)):
+    floats = torch.float32
+    for precision, exact, kind in (("int4", False, torch.int8), ("int4", True, floats), ("int8", False, floats)):
+        copy = tmp_path / f"{precision} {exact}"
+        convert(tmp_path / "stored", copy, precision)
         model = GriffinModel.from_pretrained(
-            tmp_path / "int8", device="cpu", max_gpu_mem="100MB", density=0.5, ctx_size=64, exact=exact
+            copy, device="cpu", max_gpu_mem="100MB", density=0.5, ctx_size=64, exact=exact
         )
         assert model.model.get_output_embeddings().weight.dtype == kind
 
@@ -115,7 +115,7 @@ def test_a_copy_of_such_a_model_keeps_its_tables(tmp_path: Path, monkeypatch: py
     with pytest.raises(UsageError, match="--embeddings"):
         convert(tmp_path / "stored", tmp_path / "refused", "int8", tables="int8")
     model = GriffinModel.from_pretrained(
-        tmp_path / "stored", device="cpu", max_gpu_mem="100MB", quantize="int8", ctx_size=64
+        tmp_path / "stored", device="cpu", max_gpu_mem="100MB", quantize="int4", ctx_size=64
     )
     model.generate(torch.randint(3, VOCAB, (1, 9)), max_new_tokens=2, do_sample=False)
     assert model.model.get_output_embeddings().weight.is_floating_point()

@@ -199,8 +199,8 @@ def stored_values(weight: Tensor, precision: str | Values, dtype: torch.dtype, *
 
 
 def head_values(weight: Tensor) -> Tensor:
-    """What a head [V, H] rests as among quantised matrices, in its own type: int8 with a scale per row and column."""
-    return stored_values(weight, "int8", weight.dtype, is_down=True).to(weight.dtype)
+    """What a head [V, H] rests as among matrices in fewer bits than 8, in its own type: int8 with a scale per row."""
+    return stored_values(weight, "int8", weight.dtype, is_down=False).to(weight.dtype)
 
 
 def quantised(weight: Tensor, dtype: torch.dtype, *, is_down: bool) -> Quantised:
@@ -245,7 +245,7 @@ def round_layers(
 
 
 def round_head(model: PreTrainedModel) -> None:
-    """Give `model` the head that rests among quantised matrices; embeddings that it is tied to stay as they are."""
+    """Give `model` the head that rests among matrices in fewer bits; embeddings that it is tied to stay as they are."""
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head_values(head.weight.detach()))
 
