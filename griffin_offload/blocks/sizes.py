@@ -202,8 +202,8 @@ class ModelSizes:
         return self.head_bytes == 0
 
     @property
-    def untied(self) -> bool:
-        """Whether they are one in the checkpoint alone."""
+    def head_is_copy(self) -> bool:
+        """Whether the head is made of the embeddings' table, to which the checkpoint ties it, and rests beside it."""
         return self.head_bytes > 0 and self.stored_head_bytes == 0
 
     @property

@@ -218,7 +218,7 @@ def _resident_parts(
     plain = resident | {
         "attention": sum(layer.plain_attention_bytes for layer in shape.layers),
         "embeddings": shape.plain_embedding_bytes if embeddings == "device" else 0,
-        "head": shape.plain_embedding_bytes if shape.untied else shape.plain_head_bytes,
+        "head": shape.plain_embedding_bytes if shape.head_is_copy else shape.plain_head_bytes,
         "feed_forward": sum(
             sum(own) * layer.plain_neuron_bytes for own, layer in zip(counts, shape.layers, strict=True)
         ),

@@ -250,7 +250,7 @@ def _second_slot_density(shape: ModelSizes, request: PlanRequest) -> float:
 def _placements(shape: ModelSizes, request: PlanRequest) -> tuple[EmbeddingDevice, ...]:
     """Where the embeddings may be, the cheapest last: a token looks up a few kB of them. A table that the head is made
     of is not on the device twice."""
-    if shape.untied:
+    if shape.head_is_copy:
         return ("host",)
     return ("device",) if shape.tied or not request.host_embeddings else ("device", "host")
 

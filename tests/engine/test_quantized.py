@@ -166,7 +166,7 @@ def test_float32_of_a_bfloat16_checkpoint(name: str, precision: str, density: fl
 
 
 @precisions
-@pytest.mark.parametrize("name", ["llama3", "phi3", "opt", "gpt2"])
+@pytest.mark.parametrize("name", ["llama2", "phi3", "opt", "gpt2"])
 def test_from_ram(name: str, precision: str, untied):
     path = untied(name)
     model = _load(path, quantize=precision, density=0.5, offload="ram")

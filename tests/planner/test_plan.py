@@ -113,7 +113,7 @@ def test_no_feasible_density_is_missed(shape: ModelSizes, request: PlanRequest):
     request = dataclasses.replace(request, density="auto", ctx_tokens=200)
     use = Workload(request.batch, min(request.prompt_tokens or 200, 200), 200)
     everything = tuple((layer.neurons,) for layer in shape.layers)
-    placements = ("host",) if shape.untied else ("device",) if shape.tied else ("device", "host")
+    placements = ("host",) if shape.head_is_copy else ("device",) if shape.tied else ("device", "host")
     feasible = [
         plan.density
         for kept in [*pruned_choices(shape), everything]
