@@ -136,13 +136,10 @@ def own_modes(device: torch.device) -> Iterator[None]:
 _alone = threading.RLock()
 _MAKERS = frozenset((torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn))
 """What parameters are made by."""
-_RANDOM = frozenset((Tensor.normal_, Tensor.uniform_))
-"""What they are initialised by. On the meta device torch does that in Python, with its compiler's symbols."""
 
 
-class _Building(TorchFunctionMode):
-    """Names the type of this thread's tensors that leave it to the process's default, and draws no numbers for tensors
-    without memory."""
+class _Typed(TorchFunctionMode):
+    """Names the type of this thread's tensors that leave it to the process's default."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -150,8 +147,6 @@ class _Building(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = dict(kwargs or {})
-        if func in _RANDOM and args and args[0].is_meta:
-            return args[0]
         if func in _MAKERS and named.get("out") is None and named.get("dtype") is None:
             named["dtype"] = self._dtype
         return func(*args, **named)
@@ -161,7 +156,7 @@ class _Building(TorchFunctionMode):
 def building(dtype: torch.dtype) -> Iterator[None]:
     """Inside, transformers builds a model of `dtype` in host memory, whatever other threads set meanwhile and whatever
     device this thread has made its default; one thread at a time."""
-    with _alone, torch.device("cpu"), _Building(dtype):
+    with _alone, torch.device("cpu"), _Typed(dtype):
         yield
 
 
