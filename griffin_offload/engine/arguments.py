@@ -390,6 +390,7 @@ def check_length(use: Workload, context_tokens: int) -> None:
 def empty_context(engine: LoadedModel, tokens: int | None = None) -> Context:
     """With a KV cache for so many tokens at first, else for all that was planned. UsageError where layers keep a state
     that cannot be taken back."""
+    engine.check_open()
     config, plan = engine.loaded.model.config, engine.plan
     if engine.model_spec.request.cache != "ours":
         raise UsageError(f"no context can be kept: {why_not_back(config)}")
