@@ -48,8 +48,8 @@ def dequantised(stored: dict[str, Tensor], linear: str, precision: str) -> Tenso
     return matrix * tensors["input_scale"] if "input_scale" in tensors else matrix
 
 
-@pytest.mark.parametrize(("name", "precision"), by_turns(ARCHITECTURES, PRECISIONS))
-def test_every_architecture(cli, converted, name: str, precision: str):
+@pytest.mark.parametrize(("name", "precision", "always_stream"), by_turns(ARCHITECTURES, PRECISIONS, (False, True)))
+def test_every_architecture(cli, converted, name: str, precision: str, always_stream: bool):
     """The names are those of the model and its scales, and tokens those of dense transformers with these matrices."""
     out = converted(name, precision)
     dense, stored = ARCHITECTURES[name].build(), stored_tensors(out)
@@ -73,11 +73,10 @@ def test_every_architecture(cli, converted, name: str, precision: str):
     if precision != "int8":
         ref.round_head(dense)
     expected = dense.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=12, do_sample=False)
-    for always_stream in (False, True):
-        options = {"device": "cpu", "max_gpu_mem": "1GB", "density": 1.0, "always_stream": always_stream}
-        with GriffinModel.from_pretrained(out, **options) as model:
-            assert torch.equal(model.generate(PROMPT, max_new_tokens=12, do_sample=False), expected)
-            assert model.plan.precision == precision
+    options = {"device": "cpu", "max_gpu_mem": "1GB", "density": 1.0, "always_stream": always_stream}
+    with GriffinModel.from_pretrained(out, **options) as model:
+        assert torch.equal(model.generate(PROMPT, max_new_tokens=12, do_sample=False), expected)
+        assert model.plan.precision == precision
 
 
 @both

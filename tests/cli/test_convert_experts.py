@@ -60,7 +60,7 @@ def _answer(directory: Path, **options: Any) -> tuple[Tensor, Tensor, Any]:
 def test_a_copy_answers_as_the_original(copies, name: str, precision: str):
     source, copy = copies(name, precision)
     expected = _answer(source, quantize=precision, density=0.5)
-    for density in (0.5, 0.25, 1.0):
+    for density in (0.5, 0.25):
         found = _answer(copy, quantize=precision, density=density)
         if precision == "int4":  # its attention was rounded to make up for errors
             assert found[1].isfinite().all()

@@ -215,7 +215,7 @@ def test_density_remedies_are_not_rounded_up(cli, tmp_path: Path):
 def test_remedies_of_run_work_when_followed(cli, llama: Path, flags: tuple[str, ...]):
     """What run offers must not contradict what run itself asks for: prompt and answer have to fit the context."""
     refused = 0
-    for budget in BUDGETS[:8]:
+    for budget in BUDGETS[:8:2]:
         command = ("run", "the cat sat on the mat " * 6, "-n", 16, "-q", "-m", llama, "--max-gpu-mem", budget, *flags)
         outcome = cli(*command)
         if outcome.code == 0:

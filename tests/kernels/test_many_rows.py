@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import quantised_reference as ref
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -123,6 +123,7 @@ def _check(
 @needs_kernels
 @of_all
 @pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=40)
 @given(data=st.data(), sizes=st.tuples(st.integers(1, 20), st.integers(1, 200), st.integers(1, 80)))
 def test_equals_float64(form: str, kind: Kind, data: st.DataObject, sizes: tuple[int, int, int]):
     if form == "float" and kind[0] == torch.bfloat16:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from marks import by_turns, mostly_slow
+from marks import by_turns
 from tiny_models import ARCHITECTURES, VOCAB
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, Lfm2Config, LlamaConfig, T5Config
 
@@ -212,8 +212,10 @@ STRATEGIES: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
-@pytest.mark.parametrize("name", mostly_slow(["gemma3", "llama3", "mistral", "gemma2", "cohere2"], 1))
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    by_turns(["gemma3", "llama3", "mistral", "gemma2", "cohere2"], STRATEGIES, each=2, whole=["gemma3"]),
+)
 def test_generation_is_the_dense_models_own_far_beyond_its_window(checkpoints, name: str, strategy: str):
     """200 tokens behind a window of 16: the window has moved to the start of its store several times."""
     path = checkpoints(name)
@@ -364,7 +366,7 @@ def test_layers_of_other_kinds_keep_transformers_cache(checkpoints, monkeypatch:
     assert not can_cache(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "conv"]))  # nothing counts tokens
     assert not can_cache(T5Config())
     monkeypatch.setattr("griffin_offload.engine.spec.can_cache", lambda config: False)
-    with pytest.raises(UsageError, match="kv_bits=8 needs layers of llama that keep keys and values, some are "):
+    with pytest.raises(UsageError, match="kv_bits=8 needs layers of llama that keep keys and values, some are"):
         _load(checkpoints("llama3"), kv_bits=8)
     model = _load(checkpoints("llama3"), ctx_size=72, prompt_tokens=40, density=0.5)
     output = model.generate(_ids()[0], max_new_tokens=32, do_sample=False, return_dict_in_generate=True)
