@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
+from tiny_models import ARCHITECTURES, CHAT_TEMPLATE, write_checkpoint, write_tokenizer
 
 from griffin_offload.transformers_api import response_parser
 
@@ -76,3 +77,34 @@ def test_litellm(server, monkeypatch: pytest.MonkeyPatch):
         max_tokens=150,
     )
     assert json.loads(whole.choices[0].message.tool_calls[0].function.arguments)["city"] in ("Rome", "Bern")
+
+
+def test_an_agent_that_calls_three_times(tmp_path: Path, serving):
+    """smolagents asks for a call with every step, gives the model what the tool said, and asks for an answer last."""
+    smolagents = pytest.importorskip("smolagents", reason="smolagents is not installed")
+    llama = ARCHITECTURES["llama2"]
+    replace(llama, settings={**llama.settings, "max_position_embeddings": 4096}).build().save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, "{% if tools %}{# <tool_call> #}{% endif %}" + CHAT_TEMPLATE)
+    asked: list[str] = []
+
+    @smolagents.tool
+    def weather(city: str) -> str:
+        """Say the weather.
+
+        Args:
+            city: where (choices: ["Rome", "Bern"])
+        """
+        asked.append(city)
+        return "rain"
+
+    with serving(tmp_path, {"ctx_size": 4000}, api_key=KEY) as started:
+        model = smolagents.OpenAIModel("tiny", api_base=f"{started.url}/v1", api_key=KEY, max_tokens=300)
+        texts = smolagents.agents.EMPTY_PROMPT_TEMPLATES | {"system_prompt": "call"}  # its own take thousands of tokens
+        agent = smolagents.ToolCallingAgent([weather], model, prompt_templates=texts, max_steps=3, verbosity_level=0)
+        del agent.tools["final_answer"]  # a model without a thought might take it first
+        answer = agent.run("the cat")
+    assert [step.tool_calls[0].name for step in agent.memory.steps if getattr(step, "tool_calls", None)] == [
+        "weather"
+    ] * 3
+    assert len(asked) == 3
+    assert isinstance(answer, str)
