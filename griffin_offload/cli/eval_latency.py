@@ -37,7 +37,11 @@ _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "threads"
 
 def add_parser(kinds: Any) -> None:
     """Add this kind to the parser of `eval`."""
-    parser = kinds.add_parser("latency", help="seconds of generation at fixed lengths (the paper's table 3)")
+    parser = kinds.add_parser(
+        "latency",
+        help="seconds of generation at fixed lengths (the paper's table 3)",
+        epilog="example: griffin-offload eval latency -m ./model --sizes 512+128",
+    )
     add = parser.add_argument
     sizes = ",".join(f"{p}+{g}" for p, g in _DEFAULTS.sizes)
     add("--sizes", default=sizes, metavar="P+G[,P+G...]", help="tokens of the prompt and generated")

@@ -25,7 +25,11 @@ _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "seed", "
 
 def add_parser(kinds: Any) -> None:
     """Add this kind to the parser of `eval`."""
-    tasks = kinds.add_parser("tasks", help="tasks of lm-evaluation-harness, against the full model")
+    tasks = kinds.add_parser(
+        "tasks",
+        help="tasks of lm-evaluation-harness, against the full model",
+        epilog="example: griffin-offload eval tasks -m ./model --tasks hellaswag,piqa",
+    )
     add = tasks.add_argument
     add("--tasks", required=True, metavar="NAME[,NAME...]", help="hellaswag,piqa,..., groups, or YAML files")
     add("--include-path", type=Path, metavar="DIR", help="more task YAML files")

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import (
+    LEFT_OVER,
     MODEL_VARIABLE,
     NOT_NEEDED,
     add_model_options,
@@ -38,17 +39,35 @@ _MODELS = "transformers.modeling_utils"
 
 def add_parser(commands: Any) -> None:
     """Add the command to the main parser."""
-    parser = commands.add_parser("plan", help="show what would fit, before any weight is read")
-    add_model_options(parser)
+    parser = commands.add_parser(
+        "plan",
+        help="show what would fit, before any weight is read",
+        epilog="example: griffin-offload plan -m ./model --max-gpu-mem 12GB -v",
+    )
+    add_model_options(parser, context=f"{LEFT_OVER}; run plans for prompt and answer: name their tokens here")
     parser.add_argument("--config", type=Path, metavar="FILE", help="plan from a config.json alone")
     parser.add_argument("--prompt-tokens", type=int, metavar="TOKENS", help="longest prompt (default: the context)")
     parser.add_argument("--batch-size", type=int, default=LoadConfig.batch_size, metavar="N", help="sequences at once")
+    parser.add_argument(
+        "--parallel",
+        type=_parallel,
+        dest="sequences",
+        default=LoadConfig.sequences,
+        metavar="N",
+        help="requests at once, as of serve: each has memory for the whole context",
+    )
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument(
         "-v", "--verbose", action="store_true", help="all that fits, with tokens/s expected of this machine"
     )
     loudness.add_argument("-q", "--quiet", action="store_true", help="the exit code alone")
     parser.set_defaults(command=plan)
+
+
+def _parallel(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of requests: 1 or more")
 
 
 def plan(arguments: argparse.Namespace) -> int:
