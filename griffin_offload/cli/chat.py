@@ -340,6 +340,6 @@ def _introduction(session: "ChatSession", arguments: argparse.Namespace) -> str:
     if session.context is None:
         notes += f"; every turn reads the whole conversation: {why_not_back(session.model.model.config)}"
     return (
-        f"{arguments.model or 'the embedded demo'}: {plan.precision}, density {plan.density:.2f}, context "
+        f"{arguments.model or 'the embedded demo'}: {plan.in_words}, density {plan.density:.2f}, context "
         f"{plan.context_tokens} tokens, budget {format_bytes(plan.budget_bytes)}{notes}"
     )

@@ -88,6 +88,7 @@ def plan(arguments: argparse.Namespace) -> int:
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
         lines = [*plan_lines(found), *_forecast_lines(_forecast(model_spec, found))]
+        lines += _rounded_again(model_spec, found)
         print("\n".join([*lines, *([] if model_spec.assumed is None else [model_spec.assumed])]))
     if arguments.verbose:
         print("\n".join(["", *_alternative_lines(_alternatives(model_spec, found))]))
@@ -176,6 +177,15 @@ class _StandIn(ModuleType):
         return getattr(import_module(self.__name__), name)
 
 
+def _rounded_again(model_spec: "ModelSpec", plan: "Plan") -> list[str]:
+    stored = model_spec.checkpoint.precision
+    if stored.is_plain or not model_spec.quantises(plan):
+        return []
+    used = [name for name, count in plan.tiers.items() if count]
+    better = used[0] if len(used) == 1 else plan.precision
+    return [f"rounded a second time, from {stored}: convert --quantize {better} of the original is nearer to it"]
+
+
 def _forecast(model_spec: "ModelSpec", plan: "Plan") -> "ExpertForecast | None":
     """None where there are no experts."""
     from griffin_offload.planner.experts import forecast
@@ -216,8 +226,6 @@ def _examined(arguments: argparse.Namespace) -> "ModelSpec":
 
 def plan_lines(plan: "Plan") -> list[str]:
     """The table of bytes for people."""
-    from griffin_offload.engine.report import tier_shares
-
     quantised = {name for name, size in plan.plain_parts.items() if plan.decode_parts[name] != size}
     rows = [
         (name.replace("_", " "), plan.prefill_parts[name], plan.decode_parts[name], plan.plain_parts.get(name, 0))
@@ -235,9 +243,8 @@ def plan_lines(plan: "Plan") -> list[str]:
     kept = f"density {plan.density:.2f}" if plan.streamed else "all neurons resident, nothing streamed"
     if plan.streamed and plan.experts:
         kept = f"{plan.experts[0]} of {plan.experts[1]} experts a layer"
-    precision = tier_shares(plan.tiers, plan.density) if plan.tiers else plan.precision
     lines.append(
-        f"{kept}, {precision}, context {plan.context_tokens} tokens (prompt {plan.prompt_tokens}, "
+        f"{kept}, {plan.in_words}, context {plan.context_tokens} tokens (prompt {plan.prompt_tokens}, "
         f"{plan.kv_bits}-bit KV cache), embeddings on the {plan.embeddings}"
     )
     if plan.streamed:

@@ -198,7 +198,7 @@ def _say_ready(server: "Server", plan: "Plan", arguments: argparse.Namespace) ->
         print("\n".join(plan_lines(plan)), file=sys.stderr)
     if not arguments.quiet:
         print(
-            f"griffin-offload: {server.name} on {server.url}/v1: {plan.precision}, density {plan.density:.2f}, context "
+            f"griffin-offload: {server.name} on {server.url}/v1: {plan.in_words}, density {plan.density:.2f}, context "
             f"{plan.context_tokens} tokens, budget {format_bytes(plan.budget_bytes)}",
             file=sys.stderr,
             flush=True,

@@ -159,3 +159,13 @@ def split_levels(score: Tensor, chosen: Tensor, counts: Counts) -> Tensor:
         return chosen
     ranked = chosen[score[chosen].argsort(descending=True, stable=True)]
     return torch.cat([level.sort().values for level in ranked.split(counts)])
+
+
+def tier_shares(tiers: dict[str, int], density: float) -> str:
+    """For people: shares of the neurons by format, of which `density` are kept. All in one format are no tiers: what is
+    not of feed-forwards may be in another one."""
+    neurons = sum(tiers.values()) / density if density else 1.0
+    shares = [f"{name} {count / neurons:.0%}" for name, count in tiers.items() if count]
+    if density == 1 and len(shares) == 1:
+        return f"feed-forwards in {shares[0].split()[0]}"
+    return f"tiers ({', '.join([*shares, *([f'none {1 - density:.0%}'] if density < 1 else [])])})"
