@@ -50,7 +50,7 @@ def add_parser(kinds: Any) -> None:
     add("--quantize", choices=FORMAT_NAMES, help="precision of the residents (default: the stored one)")
     add_variant_options(parser, _DEFAULTS.densities, _DEFAULTS.selections[0])
     add_measuring_options(parser)
-    add_model_option(parser)
+    add_model_option(parser, json="print one JSON list instead of a table")
     add_memory_options(parser)
     parser.set_defaults(command=evaluate_latency, selection=",".join(_DEFAULTS.selections))
 

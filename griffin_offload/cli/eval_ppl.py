@@ -53,7 +53,7 @@ def add_parser(kinds: Any) -> None:
         help="measure what convert makes of the checkpoint, in a temporary directory (default: as it is stored)",
     )
     add_measuring_options(ppl)
-    add_model_option(ppl)
+    add_model_option(ppl, json="print one JSON list instead of a table")
     add_memory_options(ppl)
     ppl.set_defaults(command=perplexity)
 

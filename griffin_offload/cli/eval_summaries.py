@@ -47,7 +47,7 @@ def add_parser(kinds: Any) -> None:
     add_variant_options(parser, _DEFAULTS.densities, _DEFAULTS.selection)
     add_measuring_options(parser)
     parser.set_defaults(seed=_DEFAULTS.seed)
-    add_model_option(parser)
+    add_model_option(parser, json="print one JSON list instead of a table")
     add_memory_options(parser)
     parser.set_defaults(command=evaluate_summaries)
 

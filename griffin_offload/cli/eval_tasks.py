@@ -44,7 +44,7 @@ def add_parser(kinds: Any) -> None:
     add_variant_options(tasks, _DEFAULTS.densities, _DEFAULTS.selection)
     add("--output", type=Path, metavar="FILE", help="JSON: a list of lm-eval's results, the full model's first")
     add_measuring_options(tasks)
-    add_model_option(tasks)
+    add_model_option(tasks, json="print one JSON list instead of a table")
     add_memory_options(tasks)
     tasks.set_defaults(command=evaluate_tasks)
 
