@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 from griffin_offload import __version__, config
 from griffin_offload.cli.main import build_parser
 from griffin_offload.config import ChatConfig, LoadConfig, RunConfig
+from griffin_offload.evaluation import config as measuring
 from griffin_offload.formats import every
+
+FILES = Path(config.__file__).parent / "cli"
 
 # For each command line what it printed, its exit code and the heavy modules that it or one before it brought in.
 PROBE = """
@@ -156,6 +160,19 @@ def test_every_command_shows_an_example_that_it_understands():
         assert label == "example", parser.prog
         assert line.startswith(f"{parser.prog} ")
         build_parser().parse_args(shlex.split(line)[1:])
+
+
+def test_every_flag_is_asked_for():
+    """By name in the file of its command or in what commands share, or as a field of a dataclass that takes all."""
+    kinds = filter(dataclasses.is_dataclass, (vars(config) | vars(measuring)).values())
+    taken = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    shared = "".join((FILES / f"{name}.py").read_text() for name in ("options", "prompt", "eval", "inspect_text"))
+    for parser in _parsers(build_parser()):
+        if not parser._subparsers:
+            name = "_".join(parser.prog.split()[1:])
+            asked = set(re.findall(r'arguments(?:\.|, ")(\w+)', shared + (FILES / f"{name}.py").read_text()))
+            unasked = {action.dest for action in parser._actions} - taken - asked - {"help"}
+            assert not unasked, parser.prog
 
 
 def test_what_a_flag_shows_is_what_it_does_there(cli):
