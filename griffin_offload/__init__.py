@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from griffin_offload.blocks.layouts import Layout, register_layout
+    from griffin_offload.blocks.layouts import FeedForwardLayout, register_block, register_layout
     from griffin_offload.config import LoadConfig
     from griffin_offload.engine.model import GriffinModel
     from griffin_offload.engine.report import PrefillReport, RunReport
@@ -20,9 +20,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "BudgetExceeded": "errors",
     "DoesNotFit": "errors",
+    "FeedForwardLayout": "blocks.layouts",
     "GriffinError": "errors",
     "GriffinModel": "engine.model",
-    "Layout": "blocks.layouts",
     "LoadConfig": "config",
     "ModelError": "errors",
     "Plan": "planner.plan",
@@ -30,14 +30,15 @@ _HOMES = {
     "RunReport": "engine.report",
     "Structure": "engine.structure",
     "UsageError": "errors",
+    "register_block": "blocks.layouts",
     "register_layout": "blocks.layouts",
 }
 __all__ = [
     "BudgetExceeded",
     "DoesNotFit",
+    "FeedForwardLayout",
     "GriffinError",
     "GriffinModel",
-    "Layout",
     "LoadConfig",
     "ModelError",
     "Plan",
@@ -46,6 +47,7 @@ __all__ = [
     "Structure",
     "UsageError",
     "__version__",
+    "register_block",
     "register_layout",
 ]
 

@@ -368,6 +368,7 @@ HABITS: dict[str, Kind] = {
         test_documents.py::test_what_a_page_installs_is_the_checkout[evaluation.md | models_and_formats.md]
         test_documents.py::test_extras_that_errors_name_are_there
         test_documents.py::test_commands_that_a_page_shows_are_understood[README.md | server.md]
+        cli/test_help.py::test_every_command_shows_an_example_that_it_understands
         cli/test_plan.py::test_remedies_of_plan_work_when_followed[--density 0.9]
         """,
     ),

@@ -23,7 +23,7 @@ from griffin_offload.transformers_api import StockModel
 
 
 @dataclass(frozen=True)
-class Layout:
+class FeedForwardLayout:
     """Names of a block's projections, as attributes of one module (the FF module, or the decoder layer itself), or of
     parts of it, with dots between."""
 
@@ -33,24 +33,24 @@ class Layout:
 
 # Whether an input projection holds gate and up together is decided by its shape, never by its name.
 LAYOUTS = [
-    Layout(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Gemma, Qwen, OLMo 2, Cohere 2, StableLM
-    Layout(("gate_up_proj",), "down_proj"),  # Phi-3, GLM 4
-    Layout(("up_proj",), "down_proj"),  # Nemotron
-    Layout(("w1", "w3"), "w2"),  # Llama as Meta names it
-    Layout(("fc1",), "fc2"),  # OPT (inline in the layer), Phi
-    Layout(("c_fc",), "c_proj"),  # GPT-2 (Conv1D: axes swapped), StarCoder2
-    Layout(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
-    Layout(("fc_in",), "fc_out"),  # GPT-J, CodeGen
-    Layout(("input_linear",), "output_linear"),  # Granite 4 without experts
-    Layout(("Wi",), "Wo"),  # ModernBERT's decoder
-    Layout(("w_in.w_0", "w_in.w_1"), "w_out"),  # CPM-Ant
-    Layout(("ffn.0",), "ffn.2"),  # CTRL
-    Layout(("intermediate.dense",), "output.dense"),  # BERT and its kin, as decoders
+    FeedForwardLayout(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Gemma, Qwen, OLMo 2, Cohere 2, StableLM
+    FeedForwardLayout(("gate_up_proj",), "down_proj"),  # Phi-3, GLM 4
+    FeedForwardLayout(("up_proj",), "down_proj"),  # Nemotron
+    FeedForwardLayout(("w1", "w3"), "w2"),  # Llama as Meta names it
+    FeedForwardLayout(("fc1",), "fc2"),  # OPT (inline in the layer), Phi
+    FeedForwardLayout(("c_fc",), "c_proj"),  # GPT-2 (Conv1D: axes swapped), StarCoder2
+    FeedForwardLayout(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+    FeedForwardLayout(("fc_in",), "fc_out"),  # GPT-J, CodeGen
+    FeedForwardLayout(("input_linear",), "output_linear"),  # Granite 4 without experts
+    FeedForwardLayout(("Wi",), "Wo"),  # ModernBERT's decoder
+    FeedForwardLayout(("w_in.w_0", "w_in.w_1"), "w_out"),  # CPM-Ant
+    FeedForwardLayout(("ffn.0",), "ffn.2"),  # CTRL
+    FeedForwardLayout(("intermediate.dense",), "output.dense"),  # BERT and its kin, as decoders
 ]
-REGISTER_HINT = "register others with griffin_offload.register_layout(Layout(inputs=..., down=...))"
+REGISTER_HINT = "register others with griffin_offload.register_layout(FeedForwardLayout(inputs=..., down=...))"
 
 
-def register_layout(layout: Layout) -> None:
+def register_layout(layout: FeedForwardLayout) -> None:
     """Make blocks with the names of `layout` known, ahead of the built-in ones."""
     LAYOUTS.insert(0, layout)
 
@@ -59,7 +59,7 @@ FINDERS: list[Finder] = [find_experts]
 
 
 def register_block(finder: Finder) -> None:
-    """Let `finder` look at decoder layers that match no layout, or hold experts, ahead of those registered before."""
+    """Let `finder` look at decoder layers before the layouts, and before those registered earlier."""
     FINDERS.insert(0, finder)
 
 
@@ -92,8 +92,8 @@ def _lists(place: nn.Module, config: Any, layers: int) -> list[nn.ModuleList]:
     return [child for _, child in found]
 
 
-def _matches(layer: nn.Module) -> list[tuple[nn.Module, Layout]]:
-    found: list[tuple[nn.Module, Layout]] = []
+def _matches(layer: nn.Module) -> list[tuple[nn.Module, FeedForwardLayout]]:
+    found: list[tuple[nn.Module, FeedForwardLayout]] = []
     for module in layer.modules():
         layout = next((lay for lay in LAYOUTS if all(_has(module, name) for name in (*lay.inputs, lay.down))), None)
         if layout is not None:
@@ -108,16 +108,15 @@ def _has(module: nn.Module, path: str) -> bool:
 
 
 def _found(layer: nn.Module, where: str) -> Block | None:
-    """Of another kind than the table's, by the first finder that knows it."""
+    """By the first finder that knows it."""
     return next((block for finder in FINDERS if (block := finder(layer, where)) is not None), None)
 
 
 def _block_of(layer: nn.Module, where: str) -> Block:
+    other = _found(layer, where)
+    if other is not None:
+        return other
     experts, found = _experts(layer), _matches(layer)
-    if experts is not None or len(found) != 1:
-        other = _found(layer, where)
-        if other is not None:
-            return other
     if experts is not None:
         raise UnsupportedModel(
             f"{where} holds mixture-of-experts parameters ({experts}) that are not of an experts module of "
@@ -144,7 +143,7 @@ def _experts(layer: nn.Module) -> str | None:
     return None
 
 
-def _check_projections(module: nn.Module, layout: Layout, where: str) -> None:
+def _check_projections(module: nn.Module, layout: FeedForwardLayout, where: str) -> None:
     for name in (*layout.inputs, layout.down):
         projection = module.get_submodule(name)
         if not isinstance(projection, nn.Linear | Conv1D | QuantizedLinear):
@@ -165,8 +164,8 @@ def _check_shapes(block: FeedForward, layer: nn.Module, where: str) -> None:
     for name, tensor in inside:
         if id(tensor) not in known and block.neurons in tensor.shape:
             raise UnsupportedModel(
-                f"{where}: parameter {name} of size {block.neurons} belongs to the neurons too, in a way no "
-                f"layout describes; {REGISTER_HINT}"
+                f"{where}: parameter {name} of size {block.neurons} belongs to the neurons too, which no "
+                "layout describes: write a Block and register its finder with griffin_offload.register_block"
             )
 
 

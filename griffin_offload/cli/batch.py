@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import (
+    LEFT_OVER,
     add_model_options,
     add_run_options,
     heavy_imports,
@@ -34,6 +35,7 @@ def add_parser(commands: Any) -> None:
         description="Answers every request of INPUT, a file in OpenAI's batch format (a line is a JSON object with "
         "custom_id, method, url and body). Each answer is a line of OUTPUT, written at once: after an interruption the "
         "same command goes on. Exit code 1 if any request failed.",
+        epilog="example: griffin-offload batch requests.jsonl answers.jsonl -m ./model --max-gpu-mem 12GB",
     )
     parser.add_argument("input", type=Path, metavar="INPUT", help="requests, a line each")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="file for the answers; one that is there continues")
@@ -45,8 +47,12 @@ def add_parser(commands: Any) -> None:
         "--ray", metavar="ADDRESS", help="answer on a Ray cluster: its address, or auto (the one of this machine)"
     )
     cluster.add_argument("--workers", type=int, metavar="N", help="models on the cluster (default: a machine each)")
-    add_model_options(parser)
-    add_run_options(parser)
+    add_model_options(
+        parser,
+        context=f"the longest prompt and answer, if every request limits its answer, else {LEFT_OVER}",
+        json="print the figures as one JSON object",
+    )
+    add_run_options(parser, verbose=None, quiet="no progress and no figures")
     parser.set_defaults(command=batch)
 
 

@@ -25,7 +25,11 @@ _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "quantize
 
 def add_parser(commands: Any) -> None:
     """Add the command to the main parser."""
-    parser = commands.add_parser("bench", help="measure prefill and decode against the machine's ceilings")
+    parser = commands.add_parser(
+        "bench",
+        help="measure prefill and decode against the machine's ceilings",
+        epilog="example: griffin-offload bench -m ./model --max-gpu-mem 12GB -p 512 -n 128",
+    )
     add = parser.add_argument
     add(
         "-p",

@@ -249,7 +249,8 @@ def add_parser(commands: Any) -> None:
         help="hold a conversation",
         description="Every turn streams only its own tokens. Commands begin with a slash: /help lists them. When "
         "standard input is no terminal, each line is a message, and the first error ends the program with its exit "
-        "code. With --json each turn is one JSON object.",
+        "code.",
+        epilog="example: griffin-offload chat -m ./model --max-gpu-mem 12GB",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message, for models with a chat template")
     parser.add_argument("--raw", action="store_true", help="no chat template: texts are put one after the other")
@@ -262,7 +263,7 @@ def add_parser(commands: Any) -> None:
         f"the context, are free (default: {ChatConfig.on_overflow})",
     )
     add_generation_options(parser, ChatConfig.max_new_tokens)
-    add_model_options(parser)
+    add_model_options(parser, json="print each turn as one JSON object")
     add_run_options(parser)
     parser.set_defaults(command=chat)
 
@@ -339,6 +340,6 @@ def _introduction(session: "ChatSession", arguments: argparse.Namespace) -> str:
     if session.context is None:
         notes += f"; every turn reads the whole conversation: {why_not_back(session.model.model.config)}"
     return (
-        f"{arguments.model or 'the embedded demo'}: {plan.precision}, density {plan.density:.2f}, context "
+        f"{arguments.model or 'the embedded demo'}: {plan.in_words}, density {plan.density:.2f}, context "
         f"{plan.context_tokens} tokens, budget {format_bytes(plan.budget_bytes)}{notes}"
     )

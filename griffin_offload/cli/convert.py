@@ -14,20 +14,25 @@ from griffin_offload.units import format_bytes
 
 def add_parser(commands: Any) -> None:
     """Add the command to the main parser."""
-    parser = commands.add_parser("convert", help="write a quantised copy of a checkpoint")
+    parser = commands.add_parser(
+        "convert",
+        help="write a quantised copy of a checkpoint",
+        epilog="example: griffin-offload convert -m ./model ./model-int4 --quantize int4",
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; an unfinished conversion continues")
     parser.add_argument(
         "--quantize",
         choices=(*FORMAT_NAMES, TIERS),
         required=True,
-        help=f"precision of the matrices; none: of experts alone, each in one piece; {TIERS}: int4, int3 and int2 of "
+        help="precision of the matrices: the one that griffin-offload plan names for your budget, or int8 for --exact; "
+        f"none: of experts alone, each in one piece; {TIERS}: int4, int3 and int2 of "
         "every neuron, of which each prompt takes one",
     )
     parser.add_argument(
         "--embeddings",
         choices=tuple(TABLE_FORMATS),
         default="16",
-        help="bits of embeddings and head (default: as stored)",
+        help="embeddings and head: 16 bit, as they are stored, or int8 (default: 16)",
     )
     add_model_option(parser)
     add_adapter_option(parser)

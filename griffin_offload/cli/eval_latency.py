@@ -37,7 +37,11 @@ _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "threads"
 
 def add_parser(kinds: Any) -> None:
     """Add this kind to the parser of `eval`."""
-    parser = kinds.add_parser("latency", help="seconds of generation at fixed lengths (the paper's table 3)")
+    parser = kinds.add_parser(
+        "latency",
+        help="seconds of generation at fixed lengths (the paper's table 3)",
+        epilog="example: griffin-offload eval latency -m ./model --sizes 512+128",
+    )
     add = parser.add_argument
     sizes = ",".join(f"{p}+{g}" for p, g in _DEFAULTS.sizes)
     add("--sizes", default=sizes, metavar="P+G[,P+G...]", help="tokens of the prompt and generated")
@@ -46,7 +50,7 @@ def add_parser(kinds: Any) -> None:
     add("--quantize", choices=FORMAT_NAMES, help="precision of the residents (default: the stored one)")
     add_variant_options(parser, _DEFAULTS.densities, _DEFAULTS.selections[0])
     add_measuring_options(parser)
-    add_model_option(parser)
+    add_model_option(parser, json="print one JSON list instead of a table")
     add_memory_options(parser)
     parser.set_defaults(command=evaluate_latency, selection=",".join(_DEFAULTS.selections))
 

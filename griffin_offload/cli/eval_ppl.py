@@ -34,7 +34,11 @@ _DEFAULTS = EvalConfig()
 
 def add_parser(kinds: Any) -> None:
     """Add this kind to the parser of `eval`."""
-    ppl = kinds.add_parser("ppl", help="perplexity of the text behind a prompt, against the full model's")
+    ppl = kinds.add_parser(
+        "ppl",
+        help="perplexity of the text behind a prompt, against the full model's",
+        epilog="example: griffin-offload eval ppl -m ./model --text mine.txt --density .75,.5",
+    )
     ppl.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8, documents between <|endoftext|>")
     add = ppl.add_argument
     add("--prompt-tokens", type=numbers, default=[_DEFAULTS.prompt_tokens], metavar="P[,P...]", help="of the prompt")
@@ -49,7 +53,7 @@ def add_parser(kinds: Any) -> None:
         help="measure what convert makes of the checkpoint, in a temporary directory (default: as it is stored)",
     )
     add_measuring_options(ppl)
-    add_model_option(ppl)
+    add_model_option(ppl, json="print one JSON list instead of a table")
     add_memory_options(ppl)
     ppl.set_defaults(command=perplexity)
 

@@ -31,7 +31,11 @@ _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "threads"
 
 def add_parser(kinds: Any) -> None:
     """Add this kind to the parser of `eval`."""
-    parser = kinds.add_parser("summaries", help="ROUGE of summaries of a jsonl file: XSum, CNN/DailyMail")
+    parser = kinds.add_parser(
+        "summaries",
+        help="ROUGE of summaries of a jsonl file: XSum, CNN/DailyMail",
+        epilog="example: griffin-offload eval summaries -m ./model --data xsum.jsonl",
+    )
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="FILE", help="jsonl: article (the whole prompt), summary_gt")
     add("--samples", type=int, default=_DEFAULTS.samples, metavar="N", help="rows of the file, from its start")
@@ -43,7 +47,7 @@ def add_parser(kinds: Any) -> None:
     add_variant_options(parser, _DEFAULTS.densities, _DEFAULTS.selection)
     add_measuring_options(parser)
     parser.set_defaults(seed=_DEFAULTS.seed)
-    add_model_option(parser)
+    add_model_option(parser, json="print one JSON list instead of a table")
     add_memory_options(parser)
     parser.set_defaults(command=evaluate_summaries)
 

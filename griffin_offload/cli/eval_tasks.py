@@ -25,7 +25,11 @@ _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "seed", "
 
 def add_parser(kinds: Any) -> None:
     """Add this kind to the parser of `eval`."""
-    tasks = kinds.add_parser("tasks", help="tasks of lm-evaluation-harness, against the full model")
+    tasks = kinds.add_parser(
+        "tasks",
+        help="tasks of lm-evaluation-harness, against the full model",
+        epilog="example: griffin-offload eval tasks -m ./model --tasks hellaswag,piqa",
+    )
     add = tasks.add_argument
     add("--tasks", required=True, metavar="NAME[,NAME...]", help="hellaswag,piqa,..., groups, or YAML files")
     add("--include-path", type=Path, metavar="DIR", help="more task YAML files")
@@ -40,7 +44,7 @@ def add_parser(kinds: Any) -> None:
     add_variant_options(tasks, _DEFAULTS.densities, _DEFAULTS.selection)
     add("--output", type=Path, metavar="FILE", help="JSON: a list of lm-eval's results, the full model's first")
     add_measuring_options(tasks)
-    add_model_option(tasks)
+    add_model_option(tasks, json="print one JSON list instead of a table")
     add_memory_options(tasks)
     tasks.set_defaults(command=evaluate_tasks)
 

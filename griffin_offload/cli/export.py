@@ -34,6 +34,7 @@ def add_parser(commands: Any) -> None:
         help="write a smaller checkpoint for one domain",
         description="Writes a checkpoint with the neurons (or experts) that a set of prompts uses, for any software. "
         "Every fourth prompt does not choose, and measures what the choice costs.",
+        epilog="example: griffin-offload export ./smaller -m ./model --prompts prompts.jsonl --density 0.5",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; an unfinished export continues")
     parser.add_argument(

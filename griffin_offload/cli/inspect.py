@@ -109,6 +109,7 @@ def add_parser(commands: Any) -> None:
         help="pictures of a model's neurons, and what a prompt would lose",
         description="Without --text: how much of its activation a prompt keeps, by layer and density, with the density "
         "that the budget allows marked. With --text: the paper's figures as PNG, SVG and JSON.",
+        epilog="example: griffin-offload inspect -m ./model --max-gpu-mem 12GB --prompt-file report.txt",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where pictures and numbers go")
     parser.add_argument("--density", metavar="D[,D...]", help="densities to measure; of a prompt, the one to mark")

@@ -19,6 +19,7 @@ def add_parser(commands: Any) -> None:
         "models",
         help="list the models that are here, and which fit the budget",
         description="Lists the hub's cache, and what DIRECTORY holds: checkpoints, converted copies and GGUF files.",
+        epilog="example: griffin-offload models --max-gpu-mem 12GB",
     )
     parser.add_argument(
         "directories", nargs="*", type=Path, metavar="DIRECTORY", help="look here, too (default: the working directory)"

@@ -214,16 +214,21 @@ MODEL_VARIABLE = "GRIFFIN_OFFLOAD_MODEL"
 _DEFAULTS = LoadConfig()
 
 
-def add_model_option(parser: argparse.ArgumentParser) -> None:
-    """The model, and what every command has."""
+ONE_OBJECT = "print one JSON object instead of text"
+LEFT_OVER = f"{FLOOR_AUTO_CTX}, and up to {MAX_AUTO_CTX} with what is left over"
+"""The context of a command that knows no prompt yet."""
+
+
+def add_model_option(parser: argparse.ArgumentParser, json: str = ONE_OBJECT) -> None:
+    """The model, and what every command has; `json` says what is printed as such."""
     parser.add_argument(
         "-m",
         "--model",
         default=os.environ.get(MODEL_VARIABLE) or None,
-        help=f"checkpoint directory or hub id (default: ${MODEL_VARIABLE}, else the embedded demo)",
+        help=f"checkpoint directory, GGUF file or hub id (default: ${MODEL_VARIABLE}, else the embedded demo)",
     )
     parser.add_argument("--offline", action="store_true", help="never ask the hub")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--json", action="store_true", help=json)
 
 
 def add_adapter_option(parser: argparse.ArgumentParser) -> None:
@@ -243,12 +248,13 @@ def add_memory_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGr
     return group
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What a plan depends on: the model, the budget, the density, under the names of `LoadConfig`."""
-    add_model_option(parser)
+def add_model_options(parser: argparse.ArgumentParser, context: str = LEFT_OVER, json: str = ONE_OBJECT) -> None:
+    """What a plan depends on: the model, the budget, the density, under the names of `LoadConfig`; `context` says which
+    one is planned where none is named."""
+    add_model_option(parser, json)
     add_adapter_option(parser)
     add = add_memory_options(parser).add_argument
-    add("--ctx-size", type=int, metavar="TOKENS", help=_CONTEXT)
+    add("--ctx-size", type=int, metavar="TOKENS", help=f"context that memory is kept for (default: {context})")
     add("--kv-bits", type=_number_or_word, choices=get_args(AskedKVBits), default=_DEFAULTS.kv_bits, help=_KV_BITS)
     add(
         "--density",
@@ -303,15 +309,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What only matters when a model computes."""
+def add_run_options(
+    parser: argparse.ArgumentParser, verbose: str | None = "the plan, too", quiet: str = "the text alone"
+) -> None:
+    """What only matters when a model computes; `verbose` (None: no such flag) and `quiet` say what is shown."""
     add = parser.add_argument_group("method").add_argument
     add("--selection", choices=get_args(SelectionMethod), default=_DEFAULTS.selection, help="how neurons are chosen")
     add("--seed", type=int, default=_DEFAULTS.seed, help="seed of sampling, of tokens and of neurons")
     add("--threads", type=int, metavar="N", help="threads that compute on the CPU (default: by a short trial)")
     loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("-v", "--verbose", action="store_true", help="the plan, too")
-    loudness.add_argument("-q", "--quiet", action="store_true", help="the text alone")
+    if verbose is not None:
+        loudness.add_argument("-v", "--verbose", action="store_true", help=verbose)
+    loudness.add_argument("-q", "--quiet", action="store_true", help=quiet)
 
 
 def _number_or_word(text: str) -> str | int:
@@ -326,10 +335,6 @@ def _refresh(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
-_CONTEXT = (
-    "context that memory is kept for (default: run: prompt and answer; else "
-    f"{FLOOR_AUTO_CTX}, and up to {MAX_AUTO_CTX} with what is left over)"
-)
 _KV_BITS = "precision of the KV cache (default: auto, 8 where 16 would cost weights bits or neurons)"
 _SIZES = f"device budget: 12GB, 12G, 12GiB, 80%% or auto (default: {_DEFAULTS.max_gpu_mem})"
 

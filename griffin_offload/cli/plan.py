@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import (
+    LEFT_OVER,
     MODEL_VARIABLE,
     NOT_NEEDED,
     add_model_options,
@@ -38,17 +39,35 @@ _MODELS = "transformers.modeling_utils"
 
 def add_parser(commands: Any) -> None:
     """Add the command to the main parser."""
-    parser = commands.add_parser("plan", help="show what would fit, before any weight is read")
-    add_model_options(parser)
+    parser = commands.add_parser(
+        "plan",
+        help="show what would fit, before any weight is read",
+        epilog="example: griffin-offload plan -m ./model --max-gpu-mem 12GB -v",
+    )
+    add_model_options(parser, context=f"{LEFT_OVER}; run plans for prompt and answer: name their tokens here")
     parser.add_argument("--config", type=Path, metavar="FILE", help="plan from a config.json alone")
     parser.add_argument("--prompt-tokens", type=int, metavar="TOKENS", help="longest prompt (default: the context)")
     parser.add_argument("--batch-size", type=int, default=LoadConfig.batch_size, metavar="N", help="sequences at once")
+    parser.add_argument(
+        "--parallel",
+        type=_parallel,
+        dest="sequences",
+        default=LoadConfig.sequences,
+        metavar="N",
+        help="requests at once, as of serve: each has memory for the whole context",
+    )
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument(
         "-v", "--verbose", action="store_true", help="all that fits, with tokens/s expected of this machine"
     )
     loudness.add_argument("-q", "--quiet", action="store_true", help="the exit code alone")
     parser.set_defaults(command=plan)
+
+
+def _parallel(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of requests: 1 or more")
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -69,6 +88,7 @@ def plan(arguments: argparse.Namespace) -> int:
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
         lines = [*plan_lines(found), *_forecast_lines(_forecast(model_spec, found))]
+        lines += _rounded_again(model_spec, found)
         print("\n".join([*lines, *([] if model_spec.assumed is None else [model_spec.assumed])]))
     if arguments.verbose:
         print("\n".join(["", *_alternative_lines(_alternatives(model_spec, found))]))
@@ -157,6 +177,15 @@ class _StandIn(ModuleType):
         return getattr(import_module(self.__name__), name)
 
 
+def _rounded_again(model_spec: "ModelSpec", plan: "Plan") -> list[str]:
+    stored = model_spec.checkpoint.precision
+    if stored.is_plain or not model_spec.quantises(plan):
+        return []
+    used = [name for name, count in plan.tiers.items() if count]
+    better = used[0] if len(used) == 1 else plan.precision
+    return [f"rounded a second time, from {stored}: convert --quantize {better} of the original is nearer to it"]
+
+
 def _forecast(model_spec: "ModelSpec", plan: "Plan") -> "ExpertForecast | None":
     """None where there are no experts."""
     from griffin_offload.planner.experts import forecast
@@ -197,8 +226,6 @@ def _examined(arguments: argparse.Namespace) -> "ModelSpec":
 
 def plan_lines(plan: "Plan") -> list[str]:
     """The table of bytes for people."""
-    from griffin_offload.engine.report import tier_shares
-
     quantised = {name for name, size in plan.plain_parts.items() if plan.decode_parts[name] != size}
     rows = [
         (name.replace("_", " "), plan.prefill_parts[name], plan.decode_parts[name], plan.plain_parts.get(name, 0))
@@ -216,9 +243,8 @@ def plan_lines(plan: "Plan") -> list[str]:
     kept = f"density {plan.density:.2f}" if plan.streamed else "all neurons resident, nothing streamed"
     if plan.streamed and plan.experts:
         kept = f"{plan.experts[0]} of {plan.experts[1]} experts a layer"
-    precision = tier_shares(plan.tiers, plan.density) if plan.tiers else plan.precision
     lines.append(
-        f"{kept}, {precision}, context {plan.context_tokens} tokens (prompt {plan.prompt_tokens}, "
+        f"{kept}, {plan.in_words}, context {plan.context_tokens} tokens (prompt {plan.prompt_tokens}, "
         f"{plan.kv_bits}-bit KV cache), embeddings on the {plan.embeddings}"
     )
     if plan.streamed:

@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> None:
         help="fetch a model of the hub",
         description="Fetches weights, configuration and tokenizer into the hub's cache, where --model ID finds them; "
         "a fetch that was interrupted goes on where it ended.",
+        epilog="example: griffin-offload pull org/name:FILE.gguf",
     )
     parser.add_argument("id", metavar="ID[:FILE.gguf]", help="hub id, and which of its GGUF files")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: main)")

@@ -37,7 +37,11 @@ _LONG_S = 2.0  # so long may neurons be quantised without a word
 
 def add_parser(commands: Any) -> None:
     """Add the command to the main parser."""
-    parser = commands.add_parser("run", help="answer one prompt")
+    parser = commands.add_parser(
+        "run",
+        help="answer one prompt",
+        epilog='example: griffin-offload run -m ./model --max-gpu-mem 12GB "Why is the sky blue?"',
+    )
     parser.add_argument("prompt", nargs="?", help="the prompt, or - for standard input (the demo has its own)")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--system", metavar="TEXT", help="system message, for models with a chat template")
@@ -56,7 +60,7 @@ def add_parser(commands: Any) -> None:
         help="the answer is JSON by the schema in this file (needs the extra structured)",
     )
     add_generation_options(parser, RunConfig.max_new_tokens)
-    add_model_options(parser)
+    add_model_options(parser, context="prompt and answer")
     add_run_options(parser)
     parser.set_defaults(command=run)
 

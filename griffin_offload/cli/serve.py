@@ -38,14 +38,16 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="answer OpenAI's API over HTTP",
-        description="Answers /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics, several requests "
-        "at once; at / is a page to chat with. A request that continues an earlier conversation streams only its new "
-        "tokens. Nobody but this machine is answered unless --host and a key say so.",
+        description="Answers /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, "
+        "/tokenize, /health and /metrics, several requests at once; at / is a page to chat with. A request that "
+        "continues an earlier conversation streams only its new tokens. Nobody but this machine is answered unless "
+        "--host and a key say so.",
+        epilog="example: griffin-offload serve -m ./model --max-gpu-mem 12GB --parallel 4",
     )
     _add_address(parser.add_argument_group("address").add_argument)
     _add_limits(parser.add_argument_group("limits").add_argument)
-    add_model_options(parser)
-    add_run_options(parser)
+    add_model_options(parser, json="print address, model and plan as one JSON object when it is ready")
+    add_run_options(parser, verbose="the plan, paths and tracebacks, too", quiet="nothing but errors")
     parser.set_defaults(command=serve)
 
 
@@ -66,7 +68,9 @@ def _add_address(add: Any) -> None:
         metavar="ORIGIN",
         help="web pages of this origin may ask (https://example.org, or * for any); repeatable",
     )
-    add("--no-page", action="store_false", dest="page", help="no page for people at /")
+    add(
+        "--no-page", action="store_false", dest="page", help="leave out the page for people at / (default: it is there)"
+    )
 
 
 def _add_limits(add: Any) -> None:
@@ -84,9 +88,14 @@ def _add_limits(add: Any) -> None:
         type=_seconds,
         dest="idle_unload_s",
         metavar="TIME",
-        help="give the model's memory back after so long without a request (10m); the next one loads it again",
+        help="give the model's memory back after so long without a request (10m); the next one loads it again "
+        "(default: never)",
     )
-    add("--session-mem", metavar="SIZE", help="part of the budget for conversations beside the current one")
+    add(
+        "--session-mem",
+        metavar="SIZE",
+        help="part of the budget for conversations beside the current one (default: what the plan leaves over)",
+    )
     add("--max-sessions", type=int, default=_DEFAULTS.max_sessions, metavar="N", help="how many of them at most")
     add("--max-body", default=_DEFAULTS.max_body, metavar="SIZE", help=f"default: {_DEFAULTS.max_body}")
     add("--max-prompt-tokens", type=int, metavar="N", help="default: the context")
@@ -189,7 +198,7 @@ def _say_ready(server: "Server", plan: "Plan", arguments: argparse.Namespace) ->
         print("\n".join(plan_lines(plan)), file=sys.stderr)
     if not arguments.quiet:
         print(
-            f"griffin-offload: {server.name} on {server.url}/v1: {plan.precision}, density {plan.density:.2f}, context "
+            f"griffin-offload: {server.name} on {server.url}/v1: {plan.in_words}, density {plan.density:.2f}, context "
             f"{plan.context_tokens} tokens, budget {format_bytes(plan.budget_bytes)}",
             file=sys.stderr,
             flush=True,

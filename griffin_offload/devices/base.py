@@ -1,4 +1,5 @@
-"""`Device`: all that the package asks of what computes. Each kind is one file beside this one (cpu, cuda, mps).
+"""`Device`: all that the package asks of what computes. CUDA has a file beside this one, the CPU and MPS a few lines in
+`registry`.
 
 Outside this room nobody asks for a device's type or calls torch.cuda: whoever needs to know more adds a question here.
 """

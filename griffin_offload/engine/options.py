@@ -248,7 +248,7 @@ def _device(value: Any) -> str:
             raise UsageError(f"device_map has {len(value)} entries: one device holds the residents; {_BUDGET}")
         value = next(iter(value.values()))
     if isinstance(value, bool) or not isinstance(value, int | str | torch.device):
-        raise UsageError(f"device is {value!r}: give 'cuda', 'mps', 'cpu' or a torch.device")
+        raise UsageError(f"device is {value!r}: give one of {', '.join(DEVICE_NAMES)}, or a torch.device")
     if value in _SEVERAL:
         raise UsageError(f"device_map={value!r} cannot be used here: one device holds the residents; {_BUDGET}")
     if value == "auto":

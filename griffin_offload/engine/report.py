@@ -3,14 +3,8 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from griffin_offload.method.allocation import tier_shares
 from griffin_offload.units import format_bytes
-
-
-def tier_shares(tiers: dict[str, int], density: float) -> str:
-    """For people: shares of the neurons by format, of which `density` are kept."""
-    neurons = sum(tiers.values()) / density if density else 1.0
-    shares = [f"{name} {count / neurons:.0%}" for name, count in tiers.items() if count]
-    return f"tiers ({', '.join([*shares, *([f'none {1 - density:.0%}'] if density < 1 else [])])})"
 
 
 @dataclass(frozen=True)

@@ -159,3 +159,14 @@ def split_levels(score: Tensor, chosen: Tensor, counts: Counts) -> Tensor:
         return chosen
     ranked = chosen[score[chosen].argsort(descending=True, stable=True)]
     return torch.cat([level.sort().values for level in ranked.split(counts)])
+
+
+def tier_shares(tiers: dict[str, int], density: float) -> str:
+    """For people: shares of the neurons by format, of which `density` are kept. All neurons in the first one, which
+    attention is in, are that format and no tiers."""
+    used = [name for name, count in tiers.items() if count]
+    if density == 1 and len(used) == 1:
+        return used[0] if used[0] == next(iter(tiers)) else f"feed-forwards in {used[0]}"
+    neurons = sum(tiers.values()) / density if density else 1.0
+    shares = [f"{name} {tiers[name] / neurons:.0%}" for name in used]
+    return f"tiers ({', '.join([*shares, *([f'none {1 - density:.0%}'] if density < 1 else [])])})"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import KVBits
 from griffin_offload.kv_cache.store import Workload, cache_parts
-from griffin_offload.method.allocation import Counts, tiers_of
+from griffin_offload.method.allocation import Counts, tier_shares, tiers_of
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.workspace import (
@@ -79,6 +79,11 @@ class Plan:
         """Neurons of all layers by level; empty where there is one."""
         totals = dict(zip(self.levels, map(sum, zip(*self.counts, strict=True)), strict=True))
         return totals if len(totals) > 1 else {}
+
+    @property
+    def in_words(self) -> str:
+        """The precision, of tiers their shares."""
+        return tier_shares(self.tiers, self.density) if self.tiers else self.precision
 
     @property
     def peak_prefill_bytes(self) -> int:

@@ -6,8 +6,15 @@ from tiny_models import ARCHITECTURES, refused_models
 from torch import nn
 
 from griffin_offload.blocks import layouts
+from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.feedforward import FeedForward
-from griffin_offload.blocks.layouts import Layout, find_feed_forwards, register_layout, self_check
+from griffin_offload.blocks.layouts import (
+    FeedForwardLayout,
+    find_feed_forwards,
+    register_block,
+    register_layout,
+    self_check,
+)
 from griffin_offload.errors import UnsupportedModel
 
 LAYERS = 3
@@ -87,10 +94,41 @@ def test_a_registered_layout_is_found(monkeypatch: pytest.MonkeyPatch):
     model = _Model(_Renamed())
     with pytest.raises(UnsupportedModel, match=r"ff\.expand, ff\.shrink; register"):
         find_feed_forwards(model, 1)
-    register_layout(Layout(inputs=("expand",), down="shrink"))
+    register_layout(FeedForwardLayout(inputs=("expand",), down="shrink"))
     _, (block,) = find_feed_forwards(model, 1)
     self_check(block)
     assert block.neurons == 12
+
+
+class _Normed(nn.Module):
+    """Usual names, and a norm over the neurons between them, as BitNet has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.ffn_norm = nn.LayerNorm(12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.ffn_norm(self.fc1(x).relu()))
+
+
+class _NormedBlock(FeedForward):
+    """Stands for one that gathers the norm, too."""
+
+
+def test_a_registered_finder_comes_before_the_layouts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(layouts, "FINDERS", list(layouts.FINDERS))
+    model = _Model(_Normed(), nn.ModuleDict({"fc1": nn.Linear(8, 12), "fc2": nn.Linear(12, 8)}))
+    with pytest.raises(UnsupportedModel, match=r"ffn_norm\.weight of size 12 .* write a Block and .*\.register_block"):
+        find_feed_forwards(model, 2)
+
+    def find(layer: nn.Module, where: str) -> Block | None:
+        parts = (part for part in layer.modules() if isinstance(part, _Normed))
+        return next((_NormedBlock(part, ("fc1",), "fc2", inline=False) for part in parts), None)
+
+    register_block(find)
+    _, blocks = find_feed_forwards(model, 2)
+    assert [type(block) for block in blocks] == [_NormedBlock, FeedForward]
 
 
 def test_gathering_takes_the_rows_and_columns():

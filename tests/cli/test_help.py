@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -12,7 +14,10 @@ import pytest
 from griffin_offload import __version__, config
 from griffin_offload.cli.main import build_parser
 from griffin_offload.config import ChatConfig, LoadConfig, RunConfig
+from griffin_offload.evaluation import config as measuring
 from griffin_offload.formats import every
+
+FILES = Path(config.__file__).parent / "cli"
 
 # For each command line what it printed, its exit code and the heavy modules that it or one before it brought in.
 PROBE = """
@@ -43,10 +48,9 @@ LINES = [
 ]
 # Arguments of the API that have no flag: tests and measurements alone use them, or `generate` has its own.
 WITHOUT_FLAG = {"cuda_graphs", "batch_statistic", "ff_chunk_tokens", "always_stream", "decay", "keep_prompts"}
-WITHOUT_FLAG |= {"sequences"}  # what --parallel of a server makes of the budget
 # Only a server keeps several conversations.
 OF_SERVE = {"session_mem"}
-OF_PLAN = {"prompt_tokens", "batch_size"}
+OF_PLAN = {"prompt_tokens", "batch_size", "sequences"}
 OF_RUN = {"selection", "seed", "threads"}
 
 
@@ -147,6 +151,46 @@ def test_every_option_has_help_that_names_its_default():
             assert action.help, (parser.prog, action.option_strings)
             if action.default not in (None, False, [], argparse.SUPPRESS):
                 assert "default" in formatter._expand_help(action), (parser.prog, action.option_strings)
+
+
+def test_every_command_shows_an_example_that_it_understands():
+    leaves = [parser for parser in _parsers(build_parser()) if not parser._subparsers]
+    for parser in leaves:
+        label, _, line = (parser.epilog or "").partition(": ")
+        assert label == "example", parser.prog
+        assert line.startswith(f"{parser.prog} ")
+        build_parser().parse_args(shlex.split(line)[1:])
+
+
+def test_every_flag_is_asked_for():
+    """By name in the file of its command or in what commands share, or as a field of a dataclass that takes all."""
+    kinds = filter(dataclasses.is_dataclass, (vars(config) | vars(measuring)).values())
+    taken = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    shared = "".join((FILES / f"{name}.py").read_text() for name in ("options", "prompt", "eval", "inspect_text"))
+    for parser in _parsers(build_parser()):
+        if not parser._subparsers:
+            name = "_".join(parser.prog.split()[1:])
+            asked = set(re.findall(r'arguments(?:\.|, ")(\w+)', shared + (FILES / f"{name}.py").read_text()))
+            unasked = {action.dest for action in parser._actions} - taken - asked - {"help"}
+            assert not unasked, parser.prog
+
+
+def test_what_a_flag_shows_is_what_it_does_there(cli):
+    """Flags that several commands share, in the words of each."""
+    run, serve, plan = (" ".join(cli(command, "--help").out.split()) for command in ("run", "serve", "plan"))
+    assert "memory is kept for (default: prompt and answer)" in run
+    assert f"memory is kept for (default: {config.FLOOR_AUTO_CTX}, and up to {config.MAX_AUTO_CTX} with" in serve
+    assert "default: True" not in serve
+    assert "as one JSON object when it is ready" in serve
+    assert "--parallel N" in plan
+
+
+def test_an_unknown_flag_shows_the_usage_of_its_command(cli):
+    for words in (["run"], ["eval", "ppl", "--text", "x"]):
+        error = cli(*words, "--no-such-flag").err
+        command = " ".join(word for word in words if word in ("run", "eval", "ppl"))
+        assert error.startswith(f"usage: griffin-offload {command} [-h]"), error
+        assert error.endswith(f"griffin-offload {command}: error: unrecognized arguments: --no-such-flag\n")
 
 
 def test_defaults_are_shown_as_they_are_typed(cli):

@@ -235,3 +235,11 @@ def test_the_smallest_budget_is_exact(cli, llama: Path):
     needed = max(plan["peak_prefill_bytes"], plan["peak_decode_bytes"])
     assert cli(*flags, needed).code == 0
     assert cli(*flags, needed - 1).code == 3
+
+
+def test_plan_for_several_requests_is_that_of_a_server(cli, llama: Path):
+    """Each has a KV cache for the whole context; `serve --parallel 3` asks for as much."""
+    arguments = ("-m", llama, "--device", "cpu", "--max-gpu-mem", "20MB", "--ctx-size", 64, "--json")
+    one, three = (json.loads(cli("plan", *arguments, "--parallel", n).out) for n in (1, 3))
+    assert three["parts"]["kv_cache"] == 3 * one["parts"]["kv_cache"]
+    cli.refuses_usage("'0' is no number of requests", "plan", *arguments, "--parallel", 0)

@@ -268,3 +268,14 @@ def test_13b_in_tiers(cli, config):
     assert [row["expected_kl"] for row in rows if row["chosen"]] == [float(f"{8 * errors['tiers', True]:.1g}")]
     pruned = cli("plan", "--config", config("13b"), *flags[:-2], "--json", "--quantize", "int4").json
     assert (pruned["precision"], pruned["density"] < 0.99) == ("int4", True)
+
+
+def test_an_int8_copy_in_less_says_that_it_is_rounded_again(cli, tmp_path: Path):
+    """All neurons in int4 are no tiers, and not the copy's own numbers; attention is in int4, too."""
+    cli("convert", tmp_path / "copy", "--quantize", "int8", "-q")  # the demo
+    flags = ("plan", "-m", tmp_path / "copy", "--device", "cpu", "--ctx-size", 64, "--max-gpu-mem")
+    assert "rounded" not in cli(*flags, "5MB").out
+    text = cli(*flags, "4MB").out
+    assert "nothing streamed, int4, context 64" in text
+    assert "rounded a second time, from int8: convert --quantize int4 of the original" in text
+    assert "convert --quantize tiers of the original" in cli(*flags, "2.9MB").out
