@@ -173,8 +173,8 @@ def test_what_cannot_be_exported(checkpoints, tmp_path: Path):
     for density, words in ((1.0, "keeps 128 of 128"), (0.001, "keeps 0 of 128")):
         with pytest.raises(UsageError, match=f"{words} neurons: give a share between 0 and 1"):
             runtime.check(path, tmp_path / "out", density)
-    with pytest.raises(UnsupportedModel, match="a mixture of experts is not written as w8a16: leave --to out"):
-        runtime.check(checkpoints("mixtral"), tmp_path / "out", 0.5, "w8a16")
+    with pytest.raises(UnsupportedModel, match="gpt_oss has all experts of a layer in one tensor, and w8a16 packs mat"):
+        runtime.check(checkpoints("gpt_oss"), tmp_path / "out", 0.5, "w8a16")
     for name, needs in (("mixtral", "needs 2: give 0.25"), ("deepseek_v3", "needs 4: give 0.5")):
         with pytest.raises(UsageError, match=f"and the router {needs} or more"):
             runtime.check(checkpoints(name), tmp_path / "out", 0.25 if name == "deepseek_v3" else 0.2)
@@ -224,6 +224,49 @@ def test_packed_as_compressed_tensors_reads_it(checkpoints, tmp_path: Path, form
         torch.testing.assert_close(logits(ours.model, ids), logits(theirs, ids), rtol=1e-5, atol=1e-5)
     one, other = (model.get_parameter("model.layers.1.mlp.down_proj.weight") for model in (plain, theirs))
     assert 0 < (one - other).norm() / one.norm() < {"w8a16": 0.01, "w4a16": 0.12}[form]
+
+
+IN_ONE_TENSOR = ("gpt_oss", "granitemoe")
+ROWS_OF_48 = ("qwen2_moe", "qwen3_moe", "ernie4_5_moe", "lfm2_moe", "qwen3_next")
+PACKED = [(name, form) for name in MIXTURES for form in ("w8a16", "w4a16")]
+QUICKLY = (("mixtral", "w4a16"), ("qwen2_moe", "w8a16"))
+
+
+def packed_mixtures() -> list[Any]:
+    return [
+        pytest.param(name, form, marks=() if (name, form) in QUICKLY else pytest.mark.slow)
+        for name, form in PACKED
+        if name not in IN_ONE_TENSOR and (form == "w8a16" or name not in ROWS_OF_48)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("name", "form"), packed_mixtures())
+def test_experts_are_packed_as_transformers_reads_them(
+    checkpoints, tmp_path: Path, name: str, form: runtime.ExportForm
+):
+    """One by one; routers and the gates of shared experts stay as they are, also by other software's names of them."""
+    path, ids = checkpoints(name), prompts()[1][None]
+    choice = chosen_on(path)
+    plain = AutoModelForCausalLM.from_pretrained(runtime.export(path, tmp_path / "plain", choice, 0.5).directory)
+    found = runtime.export(path, tmp_path / "out", choice, 0.5, form=form)
+    assert (found.unit, found.neurons) == ("experts", 4)
+    theirs, info = AutoModelForCausalLM.from_pretrained(found.directory, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected = logits(theirs, ids)
+    with GriffinModel.from_pretrained(found.directory, device="cpu", max_gpu_mem="1GB", density=1.0) as ours:
+        torch.testing.assert_close(logits(ours.model, ids), expected, rtol=1e-4, atol=1e-4)
+    stored = {key: t for file in found.directory.glob("*.safetensors") for key, t in load_file(file).items()}
+    unpacked = {key.removesuffix(".weight") for key, t in stored.items() if t.dim() == 2 and key.endswith(".weight")}
+    ignored = json.loads((found.directory / "config.json").read_text())["quantization_config"]["ignore"]
+    gates = {key for key in unpacked if ".layers." in key and "conv" not in key}
+    assert gates
+    assert gates <= set(ignored)
+    assert all(key.endswith(("gate", "router", "gate.wg")) for key in gates)
+    for key, parameter in plain.state_dict().items():
+        if ".experts." in key:
+            error = (theirs.get_parameter(key) - parameter).norm() / parameter.norm()
+            assert 0 < error < {"w8a16": 0.01, "w4a16": 0.12}[form]
 
 
 GGUF_NAMES = ["llama2", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "stablelm", "starcoder2"]
