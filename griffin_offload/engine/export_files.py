@@ -5,6 +5,7 @@ Either way a layer at a time, and what is written is kept when the same export i
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from griffin_offload.checkpoint.packed import write_packed
 from griffin_offload.checkpoint.renaming import saved
 from griffin_offload.config import ExportForm
 from griffin_offload.engine.shards import PART, CopyDirectory, shard_names
-from griffin_offload.errors import CheckpointError, UnsupportedModel
+from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
 from griffin_offload.formats import FLOATS
+from griffin_offload.method.selection import neurons_kept
 from griffin_offload.transformers_api import StockModel
 
 Tensors = Mapping[str, Tensor]
@@ -134,10 +136,52 @@ _MULTIPLES: dict[ExportForm, tuple[int, ...]] = {
 }
 
 
-def rounded_neurons(wanted: int, form: ExportForm) -> int:
+def _rounded_neurons(wanted: int, form: ExportForm) -> int:
     """As many as a layer of `form` can have; 0 where that is none."""
     multiple = next((size for size in _MULTIPLES[form] if wanted >= size), _MULTIPLES[form][-1])
     return wanted // multiple * multiple
+
+
+@dataclass(frozen=True)
+class KeptCounts:
+    """Of what is chosen in each layer that has any: neurons, or experts."""
+
+    unit: str
+    neurons: int
+    kept: int
+    groups: int
+    """Of experts, among which the router chooses first: each keeps as many."""
+    matrices: bool
+    """Whether one of each layer maps what is chosen to hidden states."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, density: float, form: ExportForm) -> "KeptCounts":
+        """UnsupportedModel where layers differ; UsageError for a density that keeps none, all, or fewer than a token
+        needs."""
+        text = checkpoint.config.get_text_config()
+        blocks = find_feed_forwards(build_on_meta(checkpoint.config, checkpoint.dtype), text.num_hidden_layers)[1]
+        experts = [block for block in blocks if isinstance(block, Experts)]
+        unit = "experts" if experts else "neurons"
+        sizes = {block.neurons for block in experts or blocks}
+        if len(sizes) > 1:
+            raise UnsupportedModel(
+                f"the layers have {min(sizes)} to {max(sizes)} {unit}: a config has one number for all"
+            )
+        neurons, groups = sizes.pop(), (getattr(text, "n_group", None) or 1) if experts else 1
+        kept = neurons_kept(neurons, density)
+        kept = kept // groups * groups if experts else _rounded_neurons(kept, form)
+        if not 0 < kept < neurons:
+            raise UsageError(f"a density of {density} keeps {kept} of {neurons} {unit}: give a share between 0 and 1")
+        # A group is judged by its best two, and those that a token goes to have to hold all of its experts.
+        least = experts[0].active if experts else 0
+        if groups > 1:
+            least = groups * max(2, -(-least // (getattr(text, "topk_group", None) or groups)))
+        if kept < least:
+            raise UsageError(
+                f"a density of {density} keeps {kept} of {neurons} experts, and the router needs {least}: give "
+                f"{math.ceil(100 * least / neurons) / 100:g} or more"
+            )
+        return cls(unit, neurons, kept, groups, all(block.neuron_axis is not None for block in blocks))
 
 
 def files_of(smaller: Smaller, form: ExportForm) -> Callable[[CopyDirectory], ExportFiles]:

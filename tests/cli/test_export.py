@@ -32,6 +32,17 @@ def test_it_says_what_it_wrote_and_what_that_costs(cli, llama: Path, tmp_path: P
     assert plan["density"] == 1
 
 
+def test_refit(cli, llama: Path, tmp_path: Path):
+    command = ("--prompts", written(tmp_path / "p.jsonl"), "-m", llama, *OPTIONS, "--json")
+    plain, found = (cli("export", tmp_path / n, *command, *more).json for n, more in (("a", ()), ("b", ["--refit"])))
+    assert (plain["refit"], found["refit"]) == (False, True)
+    assert (found["activation_kept"], found["written_bytes"]) == (plain["activation_kept"], plain["written_bytes"])
+    assert found["kl"] != plain["kl"]
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "make up for the other neurons' on these prompts" in card
+    assert "--to unquantized --refit\n" in card
+
+
 def test_texts_chats_and_few_prompts(cli, llama: Path, chat: Path, tmp_path: Path):
     (tmp_path / "p.txt").write_text("the cat sat<|endoftext|>on a river")
     few = ("--prompts", tmp_path / "p.txt", "-m", llama, *OPTIONS)

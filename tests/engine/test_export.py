@@ -11,10 +11,11 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from exports import chosen_on, prompts, sets_of
 from foreign_formats import FORMATS, write_foreign
 from gguf_files import write_gguf
 from marks import mostly_slow
-from reference import collect_z, masked_after_prefill, statistic_float64
+from reference import masked_after_prefill
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, MIXTURES, VOCAB, every_architecture
 from transformers import AutoModelForCausalLM
@@ -25,30 +26,7 @@ from griffin_offload.engine import export_files
 from griffin_offload.engine.convert import convert
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
 
-OPTIONS = {"device": "cpu", "max_gpu_mem": "1GB", "always_stream": True, "density": 0.5, "keep_prompts": True}
 NO_NUMBER = "bloom"
-
-
-def prompts(count: int = 6) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, VOCAB, (9 + 3 * i,), generator=generator) for i in range(count)]
-
-
-def chosen_on(path: Path) -> runtime.Choice:
-    with GriffinModel.from_pretrained(path, **OPTIONS, ctx_size=40) as model:
-        return runtime.choose(model, prompts())
-
-
-def sets_of(path: Path, down: str, kept: int) -> list[torch.Tensor]:
-    """By the formula, in float64: every fourth prompt does not choose."""
-    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
-    total: list[torch.Tensor] = []
-    for number, ids in enumerate(prompts(), start=1):
-        if number % 4:
-            shares = [statistic_float64(z[0]) ** 2 for z in collect_z(dense, down, ids[None])]
-            shares = [share / share.sum() for share in shares]
-            total = [a + b for a, b in zip(total, shares, strict=True)] if total else shares
-    return [share.topk(kept).indices.sort().values for share in total]
 
 
 @pytest.mark.parametrize("name", every_architecture())
