@@ -278,7 +278,7 @@ def _with_experts(
         with reader.reading_expert(full, expert):
             block.form.fill(full, expert, [tensor[place] for tensor in kept])
     experts = {id(tensor) for tensor in full}
-    found = _layer(own, full, kept, reader)
+    found = _layer(own, full, block.as_stock(kept), reader)
     cut = {name: axes[name] for name in found if name in axes and id(own[name]) not in experts}
     return found | {name: found[name].index_select(axis, chosen) for name, axis in cut.items()}
 
