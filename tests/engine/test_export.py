@@ -15,16 +15,20 @@ from exports import chosen_on, prompts, sets_of
 from foreign_formats import FORMATS, write_foreign
 from gguf_files import write_gguf
 from marks import mostly_slow
+from packed_experts import write_mxfp4
 from reference import masked_after_prefill
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES, MIXTURES, VOCAB, every_architecture
+from tiny_models import ARCHITECTURES, MIXTURES, VOCAB, every_architecture, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine import export as runtime
 from griffin_offload.engine import export_files
+from griffin_offload.engine.build import build
 from griffin_offload.engine.convert import convert
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
+from griffin_offload.formats.translated import in_memory
 
 NO_NUMBER = "bloom"
 
@@ -248,7 +252,16 @@ def test_experts_are_packed_as_transformers_reads_them(
 
 
 GGUF_NAMES = ["llama2", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "stablelm", "starcoder2"]
-GGUF_NAMES += ["falcon_multi_query", "falcon_new", "gpt2", "lfm2", "mixtral", "qwen2_moe", "qwen3_moe"]
+GGUF_NAMES += ["falcon_multi_query", "falcon_new", "gpt2", "lfm2", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
+
+
+def with_windows(path: Path, out: Path) -> Path:
+    """gpt-oss at `path` as files can say it: every other layer sees a window."""
+    shutil.copytree(path, out)
+    said = json.loads((out / "config.json").read_text())
+    kinds = [("sliding_attention", "full_attention")[i % 2] for i in range(said["num_hidden_layers"])]
+    (out / "config.json").write_text(json.dumps(said | {"layer_types": kinds, "sliding_window": 8}))
+    return out
 
 
 def stored(path: Path) -> dict[str, tuple[str, list[int], object]]:
@@ -262,7 +275,7 @@ def stored(path: Path) -> dict[str, tuple[str, list[int], object]]:
 
 @pytest.mark.parametrize("name", ["llama3", *(pytest.param(name, marks=pytest.mark.slow) for name in GGUF_NAMES)])
 def test_gguf_files_hold_what_their_converter_writes(checkpoints, tmp_path: Path, name: str):
-    path = checkpoints(name)
+    path = checkpoints(name) if name != "gpt_oss" else with_windows(checkpoints(name), tmp_path / "windows")
     choice = chosen_on(path)
     plain = runtime.export(path, tmp_path / "plain", choice, 0.5)
     smaller, ids = AutoModelForCausalLM.from_pretrained(plain.directory), prompts()[1][None]
@@ -296,6 +309,33 @@ def test_gguf_files_in_blocks(checkpoints, tmp_path: Path, kind: str):
     assert all(one[key].contents() == two[key].contents() for key in one if key.startswith("tokenizer."))
 
 
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_experts_in_blocks_and_routers_in_float32(checkpoints, tmp_path: Path, name: str):
+    """As llama.cpp's converter has routers whatever the rest is in: small sums decide who is chosen."""
+    path = checkpoints(name) if name != "gpt_oss" else with_windows(checkpoints(name), tmp_path / "windows")
+    found = runtime.export(path, tmp_path / "out", chosen_on(path), 0.5, form="gguf-q8_0").directory / "model.gguf"
+    kinds = {key.split(".", 2)[-1]: kind for key, (kind, *_) in stored(found).items() if key.startswith("blk.0.")}
+    assert {kinds[f"ffn_{own}_exps.weight"] for own in ("gate", "up", "down")} == {"Q8_0"}
+    assert {kind for key, kind in kinds.items() if "inp" in key or "norm" in key or "bias" in key} == {"F32"}
+
+
+def test_experts_that_came_packed_are_written_as_transformers_has_them(tmp_path: Path):
+    """gpt-oss as its makers publish it, in MXFP4: read as rows, and turned back."""
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    write_tokenizer(write_mxfp4(packed))
+    found = runtime.export(packed, tmp_path / "out", chosen_on(packed), 0.5)
+    smaller, info = AutoModelForCausalLM.from_pretrained(found.directory, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before, after = build(open_checkpoint(packed)).state_dict(keep_vars=True), smaller.state_dict()
+    layer = "model.layers.1.mlp"
+    for own in ("gate_up_proj", "down_proj"):
+        matrices = [matrix.t() for matrix in in_memory(before[f"{layer}.experts.{own}"])]
+        for expert, router in zip(after[f"{layer}.experts.{own}"], after[f"{layer}.router.weight"], strict=True):
+            number = next(i for i, matrix in enumerate(matrices) if torch.equal(matrix, expert))
+            assert torch.equal(router, before[f"{layer}.router.weight"][number])
+
+
 def test_an_interrupted_gguf_file_goes_on(checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = checkpoints("llama2")
     choice = chosen_on(path)
@@ -324,7 +364,9 @@ def test_an_interrupted_gguf_file_goes_on(checkpoints, tmp_path: Path, monkeypat
 
 def test_what_a_form_cannot_hold_is_refused_before_prompts_pass(checkpoints, tmp_path: Path):
     out = tmp_path / "out"
-    for name in ("opt", "gpt_oss", "deepseek_v3"):
+    with pytest.raises(UnsupportedModel, match="a GGUF file cannot say that layer_types is"):
+        runtime.check(checkpoints("gpt_oss"), out, 0.5, "gguf")
+    for name in ("opt", "deepseek_v3"):
         with pytest.raises(UnsupportedModel, match=f"{name} is not written as GGUF"):
             runtime.check(checkpoints(name), out, 0.5, "gguf")
     with pytest.raises(UnsupportedModel, match=r"its matrices are no nn\.Linear, w4a16 packs only those"):
