@@ -1,6 +1,7 @@
 """`griffin-offload export`: a smaller ordinary checkpoint with the neurons that a set of prompts uses."""
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -70,10 +71,8 @@ def add_parser(commands: Any) -> None:
 
 def export(arguments: argparse.Namespace) -> int:
     """Choose, write, measure, and say what was written."""
+    density = _density(arguments.density)
     options = load_options(arguments) | {"quantize": FORMAT_NAMES[0], "always_stream": True}
-    density = options["density"]
-    if not isinstance(density, float) or not 0 < density < 1:
-        raise UsageError(f"--density is {arguments.density}: one number, more than 0 and less than 1")
     LoadConfig(**options)
     quiet_libraries()
     with heavy_imports():
@@ -97,6 +96,13 @@ def export(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         print("\n".join(_lines(found)), file=sys.stderr)
     return 0
+
+
+def _density(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise UsageError(f"--density is {text}: one number, more than 0 and less than 1")
 
 
 def _command(arguments: argparse.Namespace) -> str:

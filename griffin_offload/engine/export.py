@@ -111,8 +111,8 @@ def check(
     counts = KeptCounts.of(checkpoint, density, form)
     if refit and not counts.matrices:
         raise UsageError(f"a refit is of neurons, not of {counts.unit}: leave --refit out")
-    files_of(Smaller.of(checkpoint, counts.kept), form)
-    check_place(Path(out).expanduser())
+    directory = CopyDirectory(out, "export", {}, _METADATA, _check_shard)
+    directory.check(files_of(Smaller.of(checkpoint, counts.kept), form)(directory).nbytes)
     return counts.kept
 
 
