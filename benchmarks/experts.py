@@ -5,6 +5,9 @@ its own inside a memory cgroup of `--share` of its bytes, page cache counted and
 are the bytes that were read over the disk's own rate, measured in the same minute.
 
     python benchmarks/experts.py DIR [--shape gpt-oss-half] [--share 0.45] [--quantize int4] [--tokens 64]
+
+With `--gguf` the model is a file of peers/gguf_mixture.py in place of the checkpoint, and `--beside ENV/bin/python`
+runs llama.cpp (peers/worker_llama_mixture.py) on that file first, in a cgroup of the same size.
 """
 
 import argparse
@@ -17,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from capped_run import run_capped
-from make_checkpoint import MIXTURES, ROUTER_SKEW, make_checkpoint
+from make_checkpoint import make_checkpoint
+from mixtures import MIXTURES, ROUTER_SKEW
 
 # What a process takes beside its budget: docs/memory.md.
 BESIDE_BYTES = 500_000_000
@@ -33,10 +37,10 @@ def worker(arguments: argparse.Namespace) -> int:
 
     begin = time.perf_counter()
     options: dict[str, Any] = {"ctx_size": PROMPT_TOKENS + arguments.tokens, "quantize": arguments.quantize}
-    prompts = torch.randint(5, 400, (2, 1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     with GriffinModel.from_pretrained(arguments.dir, device="cpu", max_gpu_mem=arguments.budget, **options) as model:
         loaded_s, rows = time.perf_counter() - begin, []
-        for prompt in prompts:
+        for ids in prompts():
+            prompt = torch.tensor([ids])
             model.generate(prompt, max_new_tokens=arguments.tokens, min_new_tokens=arguments.tokens, do_sample=False)
             rows.append(_row(model.last_report.to_json()))
         plan = model.plan
@@ -92,59 +96,73 @@ def read_rate(path: Path) -> float:
         os.close(descriptor)
 
 
-def measure(arguments: argparse.Namespace) -> int:
-    """Make what is missing, run the worker inside the cgroup, and print one JSON object."""
-    source = arguments.dir / arguments.shape
+def model_of(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """The original and what is run, its converted copy or itself; what is missing is made."""
+    source = arguments.gguf or arguments.dir / arguments.shape
     if not source.exists():
         make_checkpoint(source, arguments.shape)
-    model = source
-    if arguments.convert:
-        model = arguments.dir / f"{arguments.shape}-{arguments.convert}"
-        if not model.exists():
-            command = [
-                "griffin-offload",
-                "convert",
-                str(model),
-                "-m",
-                str(source),
-                "--quantize",
-                arguments.convert,
-                "-q",
-            ]
-            subprocess.run([sys.executable, "-m", "griffin_offload", *command[1:]], check=True)
-    files = sorted(model.glob("*.safetensors"))
-    size = sum(path.stat().st_size for path in files)
-    limit = int(size * arguments.share)
-    budget = limit - BESIDE_BYTES
-    for path in files:
+    if not arguments.convert:
+        return source, source
+    copy = arguments.dir / f"{source.stem}-{arguments.convert}"
+    if not copy.exists():
+        options = ["-m", str(source), "--quantize", arguments.convert, "-q"]
+        subprocess.run([sys.executable, "-m", "griffin_offload", "convert", str(copy), *options], check=True)
+    return source, copy
+
+
+def files_of(model: Path) -> list[Path]:
+    return [model] if model.is_file() else sorted(model.glob("*.safetensors"))
+
+
+def run_cold(model: Path, command: list[str], limit: int, timeout: float) -> dict[str, Any]:
+    """Nothing of the model's files is in the page cache when it starts."""
+    for path in files_of(model):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    command = [sys.executable, __file__, str(model), "--worker", "--budget", str(budget)]
+    outcome = run_capped(command, limit, timeout, os.environ | {"PYTHONPATH": str(Path(__file__).parent)})
+    return {
+        "model_bytes": sum(path.stat().st_size for path in files_of(model)),
+        "limit_bytes": outcome.limit_bytes,
+        "cgroup_peak_bytes": outcome.cgroup_peak_bytes,
+        "rss_anon_peak_bytes": outcome.rss_anon_peak_bytes,
+        "oom_kills": outcome.oom_kills,
+        "returncode": outcome.returncode,
+        "worker": json.loads(outcome.stdout.splitlines()[-1]) if outcome.returncode == 0 else None,
+    }
+
+
+def prompts() -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, 400, (2, PROMPT_TOKENS), generator=generator).tolist()
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Run the workers inside cgroups, and print one JSON object."""
+    source, model = model_of(arguments)
+    limit = int(arguments.share * sum(path.stat().st_size for path in files_of(source)))
+    found: dict[str, Any] = {"shape": arguments.shape, "skew": ROUTER_SKEW}
+    if arguments.beside:
+        command = [
+            arguments.beside,
+            "-m",
+            "peers.worker_llama_mixture",
+            str(source),
+            "--prompts",
+            json.dumps(prompts()),
+        ]
+        command += ["--tokens", str(arguments.tokens), "--cache-mib", str(arguments.cache_mib)]
+        found["llama.cpp"] = run_cold(source, command, limit, arguments.timeout)
+    command = [sys.executable, __file__, str(model), "--worker", "--budget", str(limit - BESIDE_BYTES)]
     command += ["--tokens", str(arguments.tokens), "--quantize", arguments.quantize]
-    outcome = run_capped(command, limit, arguments.timeout)
-    found = json.loads(outcome.stdout.splitlines()[-1]) if outcome.returncode == 0 else None
-    rate = read_rate(files[0])
-    for row in found["prompts"] if found else ():
+    ours = found["ours"] = run_cold(model, command, limit, arguments.timeout)
+    rate = found["disk_bytes_per_s"] = read_rate(files_of(model)[0])
+    for row in ours["worker"]["prompts"] if ours["worker"] and rate else ():  # a tiny file has no rate
         row["decode_ceiling_tokens_per_s"] = arguments.tokens * rate / max(row["decode_streamed_bytes"], 1)
         row["prefill_ceiling_s"] = row["prefill_streamed_bytes"] / rate
-    print(
-        json.dumps(
-            {
-                "shape": arguments.shape,
-                "skew": ROUTER_SKEW,
-                "model_bytes": size,
-                "limit_bytes": outcome.limit_bytes,
-                "cgroup_peak_bytes": outcome.cgroup_peak_bytes,
-                "rss_anon_peak_bytes": outcome.rss_anon_peak_bytes,
-                "oom_kills": outcome.oom_kills,
-                "returncode": outcome.returncode,
-                "disk_bytes_per_s": rate,
-                "worker": found,
-            },
-            indent=2,
-        )
-    )
-    return 0 if found and not outcome.oom_kills else 1
+    print(json.dumps(found, indent=2))
+    return 0 if ours["worker"] and not ours["oom_kills"] else 1
 
 
 def main() -> int:
@@ -152,6 +170,9 @@ def main() -> int:
     parser.add_argument("dir", type=Path, help="where checkpoints are, or are made")
     parser.add_argument("--shape", choices=MIXTURES, default="gpt-oss-half")
     parser.add_argument("--share", type=float, default=0.45, help="of the model's bytes, the cgroup's limit")
+    parser.add_argument("--gguf", type=Path, help="a file of peers/gguf_mixture.py, in place of a made checkpoint")
+    parser.add_argument("--beside", help="the interpreter of an environment with xllamacpp: run llama.cpp, too")
+    parser.add_argument("--cache-mib", type=int, default=0, help="of llama.cpp's own cache of experts; 0: none")
     parser.add_argument("--convert", choices=("none", "int8", "int4"), help="run a converted copy")
     parser.add_argument("--quantize", default="auto")
     parser.add_argument("--tokens", type=int, default=64)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from mixtures import MIXTURES, ROUTER_SKEW
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig, LlamaConfig, PretrainedConfig
 
@@ -33,14 +34,6 @@ SHAPES = {
     "costs": (1024, 4096, 8, 16, 4, 8192),
     "tiny": (64, 256, 4, 4, 2, 512),
 }
-# The same of gpt-oss, whose router has a bias: H, F of an expert, L, heads, key/value heads, V, experts, active ones.
-MIXTURES = {
-    "gpt-oss-20b": (2880, 2880, 24, 64, 8, 201088, 32, 4),
-    "gpt-oss-half": (1440, 1440, 8, 32, 8, 32000, 32, 4),
-    "gpt-oss-tiny": (64, 64, 3, 4, 2, 512, 8, 2),
-}
-ROUTER_SKEW = 0.8
-"""Exponent of Zipf's law that the biases of routers follow, in another order in every layer."""
 DTYPES = {"bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16"), "fp32": (torch.float32, "F32")}
 MAX_SHARD_BYTES = int(5e9)
 STD = 0.02
@@ -68,17 +61,17 @@ def model_config(shape: str, layers: int | None = None) -> PretrainedConfig:
 
 
 def _mixture_config(shape: str, layers: int | None) -> PretrainedConfig:
-    hidden, inner, default_layers, heads, kv_heads, vocabulary, experts, active = MIXTURES[shape]
+    mixture = MIXTURES[shape]
     return GptOssConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=default_layers if layers is None else layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=64,
-        vocab_size=vocabulary,
-        num_local_experts=experts,
-        num_experts_per_tok=active,
+        hidden_size=mixture.hidden,
+        intermediate_size=mixture.inner,
+        num_hidden_layers=mixture.layers if layers is None else layers,
+        num_attention_heads=mixture.heads,
+        num_key_value_heads=mixture.kv_heads,
+        head_dim=mixture.head_size,
+        vocab_size=mixture.vocabulary,
+        num_local_experts=mixture.experts,
+        num_experts_per_tok=mixture.active,
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 150_000.0},
     )

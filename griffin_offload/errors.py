@@ -29,6 +29,10 @@ class GriffinError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """One line without letters that a terminal would obey: names in it may come from files of strangers."""
+        return _printable(super().__str__())
+
 
 class Busy(GriffinError):
     """Other calls kept the model for longer than this one wanted to wait; nothing was done."""
@@ -100,9 +104,12 @@ def one_line(error: BaseException) -> str:
 
 
 def as_line(error: BaseException) -> str:
-    """An error of ours for a terminal: one line of bounded length, without letters that a terminal would obey. Names
-    in it may come from files of strangers."""
-    line = " ".join(str(error).split())
+    """Any error for a terminal: one printable line of bounded length."""
+    return _printable(str(error))
+
+
+def _printable(said: str) -> str:
+    line = " ".join(said.split())
     shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line[:_MOST_LETTERS])
     return shown + "..." * (len(line) > _MOST_LETTERS)
 

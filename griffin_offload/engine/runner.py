@@ -108,6 +108,10 @@ class ModelRunner:
     def closed(self) -> bool:
         return self._closed
 
+    def check_open(self) -> None:
+        if self._closed:
+            raise GriffinError("this model is closed: load it again")
+
     @property
     def broken(self) -> bool:
         """Whether residents could not be read, so that only loading again helps."""
@@ -137,8 +141,7 @@ class ModelRunner:
         )
         wait_s = self.wait_s if wait_s is not None and wait_s < 0 else wait_s
         with self.turns.turn(nested, wait_s):
-            if self._closed:
-                raise GriffinError("this model is closed: load it again")
+            self.check_open()
             with own_modes(self.model_spec.device):
                 yield
 
@@ -146,8 +149,7 @@ class ModelRunner:
         """Before the first layer: the layers' neurons are those of some prompt outside of our own forwards."""
         if self.turns.mine:
             return
-        if self._closed:
-            raise GriffinError("this model is closed: load it again")
+        self.check_open()
         if self.plan.streamed:
             raise UsageError(
                 "a part of this model cannot run by itself, its layers hold the neurons of another prompt: call the "

@@ -137,7 +137,7 @@ def test_closing_gives_everything_back(checkpoints):
         stock = model.model
         _greedy(model, _ids())
     assert all(tensor.is_meta for tensor in (*stock.parameters(), *stock.buffers()))
-    for call in (_greedy, lambda model, ids: stock(ids), lambda model, ids: stock.model(ids)):
+    for call in (_greedy, lambda *_: model.new_context(), lambda _, ids: stock(ids), lambda _, ids: stock.model(ids)):
         with pytest.raises(GriffinError, match="this model is closed"):
             call(model, _ids())
     model.close()
