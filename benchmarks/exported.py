@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from griffin_offload import GriffinModel
 from griffin_offload.checkpoint.registry import open_checkpoint
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--most-prompts", type=int, default=48)
     parser.add_argument("--before", type=int, default=256, help="tokens that only precede")
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--margin", type=float, default=0.1)
     parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON")
     args = parser.parse_args()
     tokenizer = open_checkpoint(args.model).tokenizer()
@@ -108,6 +109,15 @@ def transformers_logits(
     return found
 
 
+@torch.no_grad()
+def transformers_gguf_logits(directory: Path, ids: torch.Tensor, before: int) -> torch.Tensor:
+    """The same by transformers of a GGUF file, its blocks made to float32."""
+    plain = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(directory, gguf_file="model.gguf", **plain)
+    found: torch.Tensor = model(ids[None]).logits[0, before - 1 : -1]
+    return found
+
+
 def figures(ours: torch.Tensor, full: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
     new, old = ours.log_softmax(-1), full.log_softmax(-1)
     return {
@@ -139,10 +149,16 @@ def compared(
     known = theirs >= 0
     ours, theirs = ours[known], theirs[known]
     lost = ours.log_softmax(-1).max(-1).values - ours.log_softmax(-1).gather(1, theirs[:, None])[:, 0]
+    dequantised = transformers_gguf_logits(directory, ids, args.before)[known].log_softmax(-1)
+    agrees, best = theirs == dequantised.argmax(-1), dequantised.topk(2).values
+    clear = best[:, 0] - best[:, 1] > args.margin
     rounded = logits_with_rounded_inputs(directory, ids, args.before, made.form)[known]
     return {
         "compared": len(theirs),
         "same_first_choice_as_llama_cpp": float((theirs == ours.argmax(-1)).float().mean()),
+        "same_first_choice_as_transformers": float(agrees.float().mean()),
+        "the_same_where_it_is_clear": float(agrees[clear].float().mean()),
+        "clear": int(clear.sum()),
         "the_same_with_inputs_rounded_as_there": float((theirs == rounded.argmax(-1)).float().mean()),
         "ours_rounded_and_not": float((rounded.argmax(-1) == ours.argmax(-1)).float().mean()),
         "farthest_of_its_choices_from_our_first_nats": float(lost.max()),

@@ -113,6 +113,11 @@ class Block(ABC):
     def full(self) -> list[Tensor]:
         """The installed tensors, which are the full ones until compact ones are installed."""
 
+    @property
+    def neuron_axis(self) -> int | None:
+        """Of the last of its full tensors, which maps neurons to hidden states; None where that is no one matrix."""
+        return None
+
     @abstractmethod
     def full_specs(self, precision: Format | None = None) -> list[Spec]:
         """Tensors as they are stored; `precision` asks about another one."""

@@ -172,6 +172,12 @@ class Experts(Block):
             rows = own.new_empty((self.neurons, *matrix.shape), device="meta")
             self.module._parameters[matrix.name] = nn.Parameter(rows, requires_grad=False)
 
+    def as_stock(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`tensors` [E, ...], which lie as its full ones, as transformers' own class of experts has them."""
+        turned = {own.name for own in self.form.matrices if own.transposed != self.module.is_transposed}
+        named = zip(self.form.names, tensors, strict=True)
+        return [tensor.transpose(1, 2).contiguous() if name in turned else tensor for name, tensor in named]
+
     @torch.no_grad()
     def gather(self, full: Sequence[Tensor], chosen: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         experts = torch.cat(list(chosen)).tolist()

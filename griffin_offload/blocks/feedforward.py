@@ -137,6 +137,10 @@ class FeedForward(Block):
             for name in projection.specs(projection.full, self.neurons)
         ]
 
+    @property
+    def neuron_axis(self) -> int:
+        return 0 if self.projections[-1].swapped else 1
+
     def full_specs(self, precision: Format | None = None) -> list[Spec]:
         return [
             spec

@@ -284,7 +284,8 @@ def _checked(order: torch.Tensor, tensor: GgufTensor, where: Path) -> torch.Tens
 # Of transformers' module of experts, by the parameter's name.
 _MADE_OF = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
 _ROUTED = ".experts."
-_INTERLEAVED = ("gpt_oss",)
+INTERLEAVED = ("gpt_oss",)
+"""Rows of gate and up by turns in transformers, whose matrices of experts are turned around, too."""
 
 
 def layer_of(name: str) -> int:
@@ -316,7 +317,7 @@ def stored_experts(tensors: Sequence[GgufTensor], model_type: str, dtype: torch.
     experts, rows, width = (*shape, 1)[:3]
     parts = tuple(_extent(tensor, expert) for expert in range(experts) for tensor in tensors)
     decoders = tuple(BlockDecoder(tensor.type, rows, width) for tensor in tensors)
-    decode = EachExpert(_Together(decoders, model_type in _INTERLEAVED), len(tensors))
+    decode = EachExpert(_Together(decoders, model_type in INTERLEAVED), len(tensors))
     made = (experts, rows * len(tensors), *shape[2:])
     return StoredTensor(made, dtype, parts, decode=decode, of_experts=True)
 

@@ -58,7 +58,7 @@ def architecture_of(config: PretrainedConfig, where: Path) -> tuple[str, Archite
     kind = config.model_type
     if kind == "mistral" and config.sliding_window is None:
         kind = "llama"  # the same model, and how llama.cpp has it
-    written = [*ARCHITECTURES.items(), *((name, found) for name, found in MIXTURES.items() if name != "gpt-oss")]
+    written = [*ARCHITECTURES.items(), *MIXTURES.items()]
     for name, architecture in written:
         if architecture.model_type == kind:
             return name, architecture

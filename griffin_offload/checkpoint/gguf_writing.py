@@ -19,7 +19,7 @@ from torch import Tensor
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.direct_io import Extent
-from griffin_offload.checkpoint.gguf import MIXTURES, layer_of, name_in_file, sources_of
+from griffin_offload.checkpoint.gguf import INTERLEAVED, MIXTURES, layer_of, name_in_file, sources_of
 from griffin_offload.checkpoint.gguf_config import Described, config_of
 from griffin_offload.checkpoint.gguf_file import BlockType, GgufFile, GgufTensor, block_types, gguf_package, read_gguf
 from griffin_offload.checkpoint.gguf_metadata import (
@@ -89,8 +89,8 @@ class GgufLayout:
 
     def _planned(self, name: str) -> list[Planned]:
         if parts := sources_of(name):
-            experts, rows, columns = self._model.get_parameter(name).shape
-            one = (experts, rows // len(parts), columns)
+            experts, rows, *columns = self._rows_of_experts(self._model.get_parameter(name)).shape
+            one = (experts, rows // len(parts), *columns)
             names = [f"blk.{layer_of(name)}.{part}" for part in parts]
             kinds = [self._types[self._kind(there, one)] for there in names]
             return [Planned(name, names[i], one, kinds[i], i, len(parts)) for i in range(len(parts))]
@@ -103,11 +103,16 @@ class GgufLayout:
         shape = shape[1:] if there.endswith("ffn_gate_inp_shexp.weight") else shape
         return [Planned(name, there, shape, self._types[self._kind(there, shape)])]
 
+    def _rows_of_experts(self, tensor: Tensor) -> Tensor:
+        """Matrices [E, outputs, inputs], or biases [E, outputs]."""
+        turned = self._architecture.model_type in INTERLEAVED and tensor.dim() == 3
+        return tensor.transpose(1, 2) if turned else tensor
+
     def _is_transposed(self, name: str, shape: tuple[int, ...]) -> bool:
         return len(shape) == 2 and name.endswith(self._architecture.transposed or ("\0",))
 
     def _kind(self, name: str, shape: tuple[int, ...]) -> str:
-        if len(shape) == 1 or name.endswith(".bias") or name in _IN_FLOAT32 or "shortconv.conv" in name:
+        if len(shape) == 1 or name.endswith(".bias") or name.endswith(_IN_FLOAT32) or "shortconv.conv" in name:
             return "F32"
         blocks = "Q8_0" if self._blocks and name in _TABLES else self._blocks
         return blocks if blocks and shape[-1] % self._types[blocks].numbers == 0 else self._floats
@@ -191,7 +196,10 @@ class GgufLayout:
         if self._architecture.norms_minus_one and planned.name.endswith("norm.weight"):
             tensor = tensor.float() + 1
         if planned.parts:
-            return tensor.chunk(planned.parts, dim=1)[planned.part].flatten(0, 1)
+            experts, part, parts = self._rows_of_experts(tensor), planned.part, planned.parts
+            by_turns = self._architecture.model_type in INTERLEAVED
+            own = experts[:, part::parts] if by_turns else experts.chunk(parts, dim=1)[part]
+            return own.flatten(0, own.dim() - 2)
         if tensor.dim() == 3:
             return tensor.squeeze(1)
         return tensor.t() if self._is_transposed(planned.source, tuple(tensor.shape)) else tensor

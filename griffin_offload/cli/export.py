@@ -1,6 +1,7 @@
 """`griffin-offload export`: a smaller ordinary checkpoint with the neurons that a set of prompts uses."""
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -58,6 +59,11 @@ def add_parser(commands: Any) -> None:
         help="unquantized: the original's precision; w8a16, w4a16: 8 or 4 bits as compressed-tensors packs them; gguf: "
         "the original's precision, or in blocks of Q8_0 or Q4_0 (default: unquantized)",
     )
+    parser.add_argument(
+        "--refit",
+        action="store_true",
+        help="fit the kept neurons' outputs so that they make up for the others on the prompts, by least squares",
+    )
     add_model_option(parser)
     add_memory_options(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
@@ -66,10 +72,8 @@ def add_parser(commands: Any) -> None:
 
 def export(arguments: argparse.Namespace) -> int:
     """Choose, write, measure, and say what was written."""
+    density = _density(arguments.density)
     options = load_options(arguments) | {"quantize": FORMAT_NAMES[0], "always_stream": True}
-    density = options["density"]
-    if not isinstance(density, float) or not 0 < density < 1:
-        raise UsageError(f"--density is {arguments.density}: one number, more than 0 and less than 1")
     LoadConfig(**options)
     quiet_libraries()
     with heavy_imports():
@@ -78,11 +82,13 @@ def export(arguments: argparse.Namespace) -> int:
 
     directory = locate(model_of(arguments), offline=arguments.offline)
     checkpoint = open_checkpoint(directory)
-    runtime.check(directory, arguments.out, density, arguments.to)
+    runtime.check(directory, arguments.out, density, arguments.to, refit=arguments.refit)
     prompts = _prompts(arguments, checkpoint.tokenizer())
     options["ctx_size"] = max(ids.numel() for ids in prompts) + 1
     choice, before = _chosen(directory, prompts, options, arguments)
-    found = runtime.export(directory, arguments.out, choice, density, form=arguments.to, selection=arguments.selection)
+    refit = prompts if arguments.refit else []
+    made = {"form": arguments.to, "selection": arguments.selection, "refit": refit}
+    found = runtime.export(directory, arguments.out, choice, density, **made)
     found = runtime.measured(found, before, _after(found, prompts, options), prompts)
     source = "the demo" if arguments.model is None else Path(arguments.model).name
     runtime.write_card(found, source, arguments.selection, _command(arguments), checkpoint.fingerprint())
@@ -93,11 +99,19 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _density(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise UsageError(f"--density is {text}: one number, more than 0 and less than 1")
+
+
 def _command(arguments: argparse.Namespace) -> str:
     """As the card says it: without places, and without texts."""
     model = [] if arguments.model is None else ["-m", Path(arguments.model).name]
     said = [*(["--system", "TEXT"] if arguments.system is not None else []), *(["--raw"] if arguments.raw else [])]
     made = ["--density", arguments.density, "--selection", arguments.selection, "--to", arguments.to]
+    made += ["--refit"] if arguments.refit else []
     return " ".join(["griffin-offload export", arguments.out.name, *model, "--prompts", "FILE", *said, *made])
 
 

@@ -106,6 +106,22 @@ def visit_inputs(
         model.base_model(input_ids=ids, use_cache=False)  # logits are not asked for
 
 
+@torch.no_grad()
+def visit_layers(
+    checkpoint: Checkpoint,
+    model: StockModel,
+    decoder: nn.ModuleList,
+    blocks: Sequence[Block],
+    ids: Tensor,
+    visitor: Visitor,
+    chunk_tokens: int,
+) -> None:
+    """Have `visitor` see every layer of `model`, which is mapped and as stored, in one forward of the sequences `ids`
+    [S, T]; of each, `chunk_tokens` pass an FF at once."""
+    with _a_layer_at_a_time(model, decoder, blocks, checkpoint, True, visitor, chunk_tokens=chunk_tokens):
+        model.base_model(input_ids=ids, use_cache=False)  # logits are not asked for
+
+
 class _KeptInputs(Visitor):
     """Keeps the inputs of a layer's linear modules until it is over, and calls `visit` with them; a context manager, in
     which it listens."""
@@ -227,6 +243,7 @@ def _a_layer_at_a_time(
     checkpoint: Checkpoint,
     evict: bool,
     *visitors: Visitor,
+    chunk_tokens: int | None = None,
 ) -> Iterator[None]:
     """Inside it a forward reads each layer's pages when it comes to it, and drops them behind it."""
     pages = FilePages(list(model.parameters()), evict=evict, known=checkpoint.states)
@@ -237,7 +254,8 @@ def _a_layer_at_a_time(
             use_own_linears(model, scratch, translated=True)
             stack.callback(_use_stock_linears, model)
         stack.enter_context(_experts_one_by_one(blocks, evict))
-        stack.enter_context(LayerPass(decoder, blocks, PageFeed(pages, decoder), visitors))
+        feed = PageFeed(pages, decoder)
+        stack.enter_context(LayerPass(decoder, blocks, feed, visitors, chunk_tokens=chunk_tokens))
         head = model.get_output_embeddings()
         for stage in [*decoder, *([] if head is None else [head])]:
             here, gone = partial(_put_numbers, _translated_in(stage)), partial(_put_back, _translated_in(stage))

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import Experts
-from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
-from griffin_offload.checkpoint.base import Checkpoint
+from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.checkpoint.files import write_text
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import WEIGHT_NORMS, ExportForm, SelectionMethod
 from griffin_offload.engine.build import build
-from griffin_offload.engine.export_files import ExportFiles, Smaller, files_of, rounded_neurons
+from griffin_offload.engine.export_files import ExportFiles, KeptCounts, Smaller, files_of
 from griffin_offload.engine.model import GriffinModel
+from griffin_offload.engine.refit import refitted, visit_moments
 from griffin_offload.engine.shards import CopyDirectory, Reader, check_place
-from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError, one_line
+from griffin_offload.errors import CheckpointError, UsageError, one_line
 from griffin_offload.formats import FLOATS
 from griffin_offload.method.selection import layer_generator, neurons_kept, select_neurons
 from griffin_offload.method.statistic import share_kept
@@ -70,6 +70,7 @@ class Export:
     written_bytes: int
     activation_kept: float
     activation_kept_heldout: float | None
+    refit: bool = False
     kl: float | None = None
     """KL(original || export) in nats, over the last tokens of held-out prompts."""
     same_first_choice: float | None = None
@@ -94,17 +95,25 @@ def choose(model: GriffinModel, prompts: Sequence[Tensor], progress: Callable[[]
 
 
 def check(
-    model: str | Path, out: str | Path, density: float, form: ExportForm = "unquantized", *, offline: bool = False
+    model: str | Path,
+    out: str | Path,
+    density: float,
+    form: ExportForm = "unquantized",
+    *,
+    refit: bool = False,
+    offline: bool = False,
 ) -> int:
     """What can be known before any prompt passes: how many neurons or experts a layer will have. UsageError,
     ModelError; UnsupportedModel for what no ordinary checkpoint can say."""
     checkpoint = open_checkpoint(model, offline=offline)
     if not checkpoint.precision.is_plain:
         raise UsageError(f"{checkpoint.directory} is converted to {checkpoint.precision}: give the original")
-    kept = _Counts.of(checkpoint, density, form).kept
-    files_of(Smaller.of(checkpoint, kept), form)
-    check_place(Path(out).expanduser())
-    return kept
+    counts = KeptCounts.of(checkpoint, density, form)
+    if refit and not counts.matrices:
+        raise UsageError(f"a refit is of neurons, not of {counts.unit}: leave --refit out")
+    directory = CopyDirectory(out, "export", {}, _METADATA, _check_shard)
+    directory.check(files_of(Smaller.of(checkpoint, counts.kept), form)(directory).nbytes)
+    return counts.kept
 
 
 @torch.no_grad()
@@ -116,27 +125,30 @@ def export(
     *,
     form: ExportForm = "unquantized",
     selection: SelectionMethod = "topk",
+    refit: Sequence[Tensor] = (),
     offline: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Export:
-    """Write `model` with the share `density` of every layer's neurons, those of `choice`, as `form` says.
+    """Write `model` with the share `density` of every layer's neurons, those of `choice`, as `form` says. With prompts
+    to `refit` on, those of `choice`, the neurons that stay make up for the others (refit.py).
 
     The directory `out` must not exist yet, or hold the same export unfinished. Raises what `check` raises, DoesNotFit
     (the disk) or GriffinError (writing)."""
     check_place(Path(out).expanduser())
     checkpoint = open_checkpoint(model, offline=offline)
-    counts = _Counts.of(checkpoint, density, form)
+    counts = KeptCounts.of(checkpoint, density, form)
     smaller = Smaller.of(checkpoint, counts.kept)
     made = files_of(smaller, form)
     digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in choice.chosen_on.values())).hexdigest()
     note = {"source": checkpoint.fingerprint(), "neurons": counts.kept, "selection": selection, "statistic": digest}
+    note |= {"refit": True} if refit else {}
     directory = CopyDirectory(out, "export", note | {"form": form}, _METADATA, _check_shard)
     shares: list[tuple[float, float | None]] = []
     with directory.writing(), contextlib.closing(checkpoint.watched()) as watched:
         watched.check()
         files = made(directory)
         directory.begin(files.nbytes)
-        _write_parts(smaller, files, _Chooser(choice, counts, selection, shares), progress)
+        _write_parts(smaller, files, _Chooser(choice, counts, selection, shares), choosing(refit), progress)
         watched.check()
         written = files.finish()
     held_out = [share for _, share in shares if share is not None]
@@ -152,6 +164,7 @@ def export(
         written_bytes=written,
         activation_kept=sum(share for share, _ in shares) / len(shares),
         activation_kept_heldout=sum(held_out) / len(held_out) if held_out else None,
+        refit=bool(refit),
     )
 
 
@@ -163,52 +176,12 @@ def _check_shard(path: Path) -> None:
         raise CheckpointError(one_line(error)) from error
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """Of what is chosen in each layer that has any: neurons, or experts."""
-
-    unit: str
-    neurons: int
-    kept: int
-    groups: int
-    """Of experts, among which the router chooses first: each keeps as many."""
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, density: float, form: ExportForm) -> "_Counts":
-        """UnsupportedModel where layers differ; UsageError for a density that keeps none, all, or fewer than a token
-        needs."""
-        text = checkpoint.config.get_text_config()
-        blocks = find_feed_forwards(build_on_meta(checkpoint.config, checkpoint.dtype), text.num_hidden_layers)[1]
-        experts = [block for block in blocks if isinstance(block, Experts)]
-        unit = "experts" if experts else "neurons"
-        sizes = {block.neurons for block in experts or blocks}
-        if len(sizes) > 1:
-            raise UnsupportedModel(
-                f"the layers have {min(sizes)} to {max(sizes)} {unit}: a config has one number for all"
-            )
-        neurons, groups = sizes.pop(), (getattr(text, "n_group", None) or 1) if experts else 1
-        kept = neurons_kept(neurons, density)
-        kept = kept // groups * groups if experts else rounded_neurons(kept, form)
-        if not 0 < kept < neurons:
-            raise UsageError(f"a density of {density} keeps {kept} of {neurons} {unit}: give a share between 0 and 1")
-        # A group is judged by its best two, and those that a token goes to have to hold all of its experts.
-        least = experts[0].active if experts else 0
-        if groups > 1:
-            least = groups * max(2, -(-least // (getattr(text, "topk_group", None) or groups)))
-        if kept < least:
-            raise UsageError(
-                f"a density of {density} keeps {kept} of {neurons} experts, and the router needs {least}: give "
-                f"{math.ceil(100 * least / neurons) / 100:g} or more"
-            )
-        return cls(unit, neurons, kept, groups)
-
-
 @dataclass
 class _Chooser:
     """Chooses each layer's neurons when it is there, and notes what they hold of the activation."""
 
     choice: Choice
-    counts: _Counts
+    counts: KeptCounts
     selection: SelectionMethod
     shares: list[tuple[float, float | None]]
 
@@ -236,35 +209,52 @@ class _Chooser:
 
 
 def _write_parts(
-    smaller: Smaller, files: ExportFiles, chooser: _Chooser, progress: Callable[[int, int], None] | None
+    smaller: Smaller,
+    files: ExportFiles,
+    chooser: _Chooser,
+    refit: Sequence[Tensor],
+    progress: Callable[[int, int], None] | None,
 ) -> None:
     """Every part that is not there yet."""
     checkpoint = smaller.checkpoint
     model = build(checkpoint)
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    state = model.state_dict(keep_vars=True)
+    # As they are mapped: during a forward other numbers may be in their places.
+    state, mapped = model.state_dict(keep_vars=True), [block.full() for block in blocks]
     with contextlib.closing(Reader(model, checkpoint, progress)) as reader:
-        for index, block in enumerate(blocks):
+
+        def write(index: int, moments: Tensor | None = None) -> None:
+            block, there = blocks[index], mapped[index]
             own = {name: tensor for name, tensor in state.items() if name.startswith(f"{prefix}.{index}.")}
             if chooser.counts.unit == "experts":
-                chosen = chooser.choose(index, block, block.full()) if isinstance(block, Experts) else None
+                chosen = chooser.choose(index, block, there) if isinstance(block, Experts) else None
                 if not files.has(index):
                     files.write(index, _with_experts(own, block, chosen, smaller.axes, reader))
-                continue
+                return
             with contextlib.ExitStack() as read:
-                full = [read.enter_context(reader.reading(tensor)) for tensor in block.full()]
+                full = [read.enter_context(reader.reading(tensor)) for tensor in there]
                 chosen = chooser.choose(index, block, full)
                 if not files.has(index):
-                    files.write(index, _layer(own, block.full(), _gathered(block, full, chosen), reader))
+                    files.write(index, _layer(own, there, _gathered(block, full, chosen, moments), reader))
+
+        if refit and not all(files.has(index) for index in range(len(blocks))):
+            visit_moments(checkpoint, model, decoder, blocks, refit, write)
+        else:
+            for index in range(len(blocks)):
+                write(index)
         if not files.has(len(blocks)):
             files.write(len(blocks), _outside(model, prefix, reader))
 
 
-def _gathered(block: Block, full: Sequence[Tensor], chosen: Tensor) -> list[Tensor]:
+def _gathered(block: Block, full: Sequence[Tensor], chosen: Tensor, moments: Tensor | None) -> list[Tensor]:
     specs = block.compact_specs((chosen.numel(),), (FLOATS,))
     out = [torch.empty(shape, dtype=full[0].dtype, device="cpu") for shape, _ in specs]
     block.gather(full, [chosen], out)
+    if moments is not None:
+        assert block.neuron_axis is not None, "`check` refuses others"
+        down = refitted(full[-1].movedim(block.neuron_axis, 1), moments, chosen)
+        out[-1] = down.movedim(1, block.neuron_axis).contiguous()
     return out
 
 
@@ -288,7 +278,7 @@ def _with_experts(
         with reader.reading_expert(full, expert):
             block.form.fill(full, expert, [tensor[place] for tensor in kept])
     experts = {id(tensor) for tensor in full}
-    found = _layer(own, full, kept, reader)
+    found = _layer(own, full, block.as_stock(kept), reader)
     cut = {name: axes[name] for name in found if name in axes and id(own[name]) not in experts}
     return found | {name: found[name].index_select(axis, chosen) for name, axis in cut.items()}
 
@@ -317,6 +307,11 @@ def predictions(model: GriffinModel, prompts: Sequence[Tensor]) -> Probabilities
         logits = model.model(ids[None].to(model.device)).logits[0, -_MEASURED_TOKENS - 1 : -1]
         found.append(logits.float().log_softmax(-1).cpu())
     return found
+
+
+def choosing(prompts: Sequence[Tensor]) -> list[Tensor]:
+    """Those of `prompts` that choose."""
+    return [ids for number, ids in enumerate(prompts, start=1) if number % HELD_OUT]
 
 
 def held_out_of(prompts: Sequence[Tensor]) -> list[Tensor]:
@@ -353,11 +348,12 @@ def write_card(found: Export, source: str, selection: str, command: str, fingerp
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     what = {"neurons": "feed-forward neurons"}.get(found.unit, found.unit)
+    again = "\nTheir outputs make up for the other neurons' on these prompts (least squares)." if found.refit else ""
     text = f"""# {found.directory.name}
 
 {source} with {found.neurons} of {found.of_neurons} {what} in each layer: those that {found.prompts}
 prompts use most ({selection}, GRIFFIN, arXiv 2404.01365). About other things than these prompts it is worse than the
-figures say. Every {HELD_OUT}th prompt did not choose: these are held out.
+figures say. Every {HELD_OUT}th prompt did not choose: these are held out.{again}
 
 | | |
 |---|---|

@@ -5,6 +5,7 @@ Either way a layer at a time, and what is written is kept when the same export i
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from griffin_offload.checkpoint.packed import write_packed
 from griffin_offload.checkpoint.renaming import saved
 from griffin_offload.config import ExportForm
 from griffin_offload.engine.shards import PART, CopyDirectory, shard_names
-from griffin_offload.errors import CheckpointError, UnsupportedModel
+from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
 from griffin_offload.formats import FLOATS
+from griffin_offload.method.selection import neurons_kept
 from griffin_offload.transformers_api import StockModel
 
 Tensors = Mapping[str, Tensor]
@@ -134,21 +136,61 @@ _MULTIPLES: dict[ExportForm, tuple[int, ...]] = {
 }
 
 
-def rounded_neurons(wanted: int, form: ExportForm) -> int:
+def _rounded_neurons(wanted: int, form: ExportForm) -> int:
     """As many as a layer of `form` can have; 0 where that is none."""
     multiple = next((size for size in _MULTIPLES[form] if wanted >= size), _MULTIPLES[form][-1])
     return wanted // multiple * multiple
 
 
+@dataclass(frozen=True)
+class KeptCounts:
+    """Of what is chosen in each layer that has any: neurons, or experts."""
+
+    unit: str
+    neurons: int
+    kept: int
+    groups: int
+    """Of experts, among which the router chooses first: each keeps as many."""
+    matrices: bool
+    """Whether one of each layer maps what is chosen to hidden states."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, density: float, form: ExportForm) -> "KeptCounts":
+        """UnsupportedModel where layers differ; UsageError for a density that keeps none, all, or fewer than a token
+        needs."""
+        text = checkpoint.config.get_text_config()
+        blocks = find_feed_forwards(build_on_meta(checkpoint.config, checkpoint.dtype), text.num_hidden_layers)[1]
+        experts = [block for block in blocks if isinstance(block, Experts)]
+        unit = "experts" if experts else "neurons"
+        sizes = {block.neurons for block in experts or blocks}
+        if len(sizes) > 1:
+            raise UnsupportedModel(
+                f"the layers have {min(sizes)} to {max(sizes)} {unit}: a config has one number for all"
+            )
+        neurons, groups = sizes.pop(), (getattr(text, "n_group", None) or 1) if experts else 1
+        kept = neurons_kept(neurons, density)
+        kept = kept // groups * groups if experts else _rounded_neurons(kept, form)
+        if not 0 < kept < neurons:
+            raise UsageError(f"a density of {density} keeps {kept} of {neurons} {unit}: give a share between 0 and 1")
+        # A group is judged by its best two, and those that a token goes to have to hold all of its experts.
+        least = experts[0].active if experts else 0
+        if groups > 1:
+            least = groups * max(2, -(-least // (getattr(text, "topk_group", None) or groups)))
+        if kept < least:
+            raise UsageError(
+                f"a density of {density} keeps {kept} of {neurons} experts, and the router needs {least}: give "
+                f"{math.ceil(100 * least / neurons) / 100:g} or more"
+            )
+        return cls(unit, neurons, kept, groups, all(block.neuron_axis is not None for block in blocks))
+
+
 def files_of(smaller: Smaller, form: ExportForm) -> Callable[[CopyDirectory], ExportFiles]:
     """What writes `form` into a directory. UnsupportedModel where the form cannot hold the model."""
     model = smaller.on_meta()
-    if form in ("w8a16", "w4a16") and any(isinstance(block, Experts) for block in _decoder(model)[1]):
-        raise UnsupportedModel(f"a mixture of experts is not written as {form}: leave --to out")
     if form.startswith("gguf"):
         layout = _gguf_layout(smaller, model, form.removeprefix("gguf").removeprefix("-").upper())
         return lambda directory: _Gguf(layout, directory)
-    packing = _Packing.of(model, form, smaller.checkpoint) if form != "unquantized" else None
+    packing = _Packing.of(model, form, smaller) if form != "unquantized" else None
     return lambda directory: _Shards(smaller, packing, directory)
 
 
@@ -163,34 +205,33 @@ def _decoder(model: Any) -> tuple[nn.ModuleList, Sequence[Block], str]:
 
 @dataclass(frozen=True)
 class _Packing:
-    """compressed-tensors' pack-quantized, of every nn.Linear inside of layers."""
+    """compressed-tensors' pack-quantized, of every matrix inside of layers, experts one by one; what chooses among
+    experts stays as it is."""
 
     bits: int
     group: int | None
     """None: a scale for each row."""
-    linears: frozenset[str]
+    matrices: frozenset[str]
+    """As checkpoints name them, without .weight."""
     left_out: tuple[str, ...]
-    """The others."""
+    """Other software finds these by the names of its modules, and ours differ from those of checkpoints: both."""
     nbytes: int
 
     @classmethod
-    def of(cls, model: Any, form: ExportForm, checkpoint: Checkpoint) -> "_Packing":
-        prefix = _decoder(model)[-1]
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        inside = {name: module for name, module in linears.items() if name.startswith(f"{prefix}.")}
-        widths = {module.in_features for module in inside.values()}
-        bits = int(form[1])
+    def of(cls, model: Any, form: ExportForm, smaller: Smaller) -> "_Packing":
+        bits, where = int(form[1]), smaller.checkpoint.directory
+        inside, left_out = _matrices(model, form, smaller)
+        widths = {matrix.shape[1] for matrix in inside.values()}
         group = next((size for size in _GROUPS if not any(width % size for width in widths)), None)
         if not inside:
-            raise UnsupportedModel(f"{checkpoint.directory}: its matrices are no nn.Linear, {form} packs only those")
+            raise UnsupportedModel(f"{where}: its matrices are no nn.Linear, {form} packs only those")
         if (bits == 4 and group is None) or any(width % 4 for width in widths):
             raise UnsupportedModel(
-                f"{checkpoint.directory}: {form} needs rows in groups of {_GROUPS[-1] if bits == 4 else 4}, its "
+                f"{where}: {form} needs rows in groups of {_GROUPS[-1] if bits == 4 else 4}, its "
                 f"matrices have rows of {', '.join(map(str, sorted(widths)))}: leave --to out"
             )
-        plain = sum(p.nbytes for p in model.parameters()) - sum(m.weight.nbytes for m in inside.values())
-        packed = sum(_packed_bytes(m, bits, group if bits == 4 else None) for m in inside.values())
-        left_out = tuple(sorted(set(linears) - set(inside)))
+        plain = sum(p.nbytes for p in model.parameters()) - sum(matrix.nbytes for matrix in inside.values())
+        packed = sum(_packed_bytes(matrix, bits, group if bits == 4 else None) for matrix in inside.values())
         return cls(bits, group if bits == 4 else None, frozenset(inside), left_out, plain + packed)
 
     def config(self) -> dict[str, Any]:
@@ -207,19 +248,45 @@ class _Packing:
         }
 
     def packed(self, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
-        """All of `tensors`, those of linears packed."""
+        """All of `tensors`, which are named as in checkpoints, the matrices packed."""
         for name, tensor in tensors.items():
             owner, _, own = name.rpartition(".")
-            if own != "weight" or owner not in self.linears:
+            if own != "weight" or owner not in self.matrices:
                 yield name, tensor
                 continue
             found = write_packed(tensor, self.bits, self.group or tensor.shape[1], tensor.dtype)
             yield from ((f"{owner}.{key}", packed) for key, packed in found.items())
 
 
-def _packed_bytes(module: nn.Linear, bits: int, group: int | None) -> int:
-    scales = 1 if group is None else module.in_features // group
-    return module.out_features * (module.in_features * bits // 8 + scales * module.weight.element_size())
+def _matrices(model: Any, form: ExportForm, smaller: Smaller) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """What is packed of `model`, which is on meta, by the names of checkpoints without .weight; and what is not, of the
+    matrices of linears and routers. UnsupportedModel where a checkpoint has all experts in one tensor."""
+    _, blocks, prefix = _decoder(model)
+    experts = {id(tensor) for block in blocks if isinstance(block, Experts) for tensor in block.full()}
+    linears = {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    routers = set(smaller.axes) if experts else set()
+    inside: dict[str, Tensor] = {}
+    left_out: set[str] = set()
+    for name, tensor in {**dict(model.named_parameters()), **linears}.items():
+        pieces = {key.removesuffix(".weight"): piece for key, piece in saved(model, {name: tensor}).items()}
+        if id(tensor) in experts:
+            if any(piece.dim() != 2 for piece in pieces.values()):
+                raise UnsupportedModel(
+                    f"{smaller.checkpoint.directory}: a checkpoint of {model.config.model_type} has all experts of a "
+                    f"layer in one tensor, and {form} packs matrices: leave --to out"
+                )
+            inside |= pieces
+        # A shared expert's gate is one row.
+        elif name in linears and name.startswith(f"{prefix}.") and name not in routers and tensor.shape[0] > 1:
+            inside |= pieces
+        elif tensor.dim() == 2 and (name in linears or name in routers):
+            left_out |= {name.removesuffix(".weight"), *pieces}
+    return inside, tuple(sorted(left_out))
+
+
+def _packed_bytes(matrix: Tensor, bits: int, group: int | None) -> int:
+    scales = 1 if group is None else matrix.shape[1] // group
+    return matrix.shape[0] * (matrix.shape[1] * bits // 8 + scales * matrix.element_size())
 
 
 class _Shards:
@@ -234,8 +301,9 @@ class _Shards:
         return (self._directory.path / self._names[part]).is_file()
 
     def write(self, part: int, tensors: Tensors) -> None:
-        found = saved(self._model, tensors) if self._packing is None else dict(self._packing.packed(tensors))
-        self._directory.write_shard(self._names[part], found)
+        found = saved(self._model, tensors)
+        packed = found if self._packing is None else dict(self._packing.packed(found))
+        self._directory.write_shard(self._names[part], packed)
 
     def finish(self) -> int:
         said = config_json(self._smaller.config, self._architecture, self._smaller.checkpoint.dtype)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -103,18 +104,31 @@ class CopyDirectory:
                 ) from error
         return shards
 
+    def check(self, nbytes: int) -> None:
+        """Before anything is written: `check_place`, UsageError where it cannot be, and DoesNotFit as `begin`."""
+        check_place(self.path)
+        there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        try:
+            with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=there):
+                self._check_room(nbytes, there)
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be written: {one_line(error)}") from error
+
     def begin(self, nbytes: int) -> None:
         """Of `nbytes` in all shards, those that are missing have to fit the disk, or DoesNotFit; from now on no command
         takes the directory for a checkpoint."""
+        self._check_room(nbytes, self.path)
+        write_text(self.path / UNFINISHED, json.dumps(self._note))
+
+    def _check_room(self, nbytes: int, place: Path) -> None:
         there = [*self.path.glob("*.safetensors"), *self.path.glob(f"*{PART}")]
         missing = nbytes - sum(path.stat().st_size for path in there)
-        free, needed = shutil.disk_usage(self.path).free, missing + MARGIN_BYTES
+        free, needed = shutil.disk_usage(place).free, missing + MARGIN_BYTES
         if needed > free and missing > 0:
             raise DoesNotFit(
                 f"the {self._kind} needs {format_bytes(needed)} on the disk of {self.path}, {format_bytes(free)} are "
                 "free"
             )
-        write_text(self.path / UNFINISHED, json.dumps(self._note))
 
     def write_shard(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Whole or not at all."""

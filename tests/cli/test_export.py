@@ -1,6 +1,7 @@
 """`griffin-offload export`: prompts in, a checkpoint and its card out."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,26 @@ def test_it_says_what_it_wrote_and_what_that_costs(cli, llama: Path, tmp_path: P
     assert plan["density"] == 1
 
 
+def test_refit(cli, llama: Path, tmp_path: Path):
+    command = ("--prompts", written(tmp_path / "p.jsonl"), "-m", llama, *OPTIONS, "--json")
+    plain, found = (cli("export", tmp_path / n, *command, *more).json for n, more in (("a", ()), ("b", ["--refit"])))
+    assert (plain["refit"], found["refit"]) == (False, True)
+    assert (found["activation_kept"], found["written_bytes"]) == (plain["activation_kept"], plain["written_bytes"])
+    assert found["kl"] != plain["kl"]
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "make up for the other neurons' on these prompts" in card
+    assert "--to unquantized --refit\n" in card
+
+
+def test_places_that_cannot_be_written_are_named_before_prompts_pass(cli, llama: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    command = ("--prompts", written(tmp_path / "p.jsonl"), "-m", llama, *OPTIONS)
+    outs = (Path("/proc/none/out"), tmp_path / "file" / "out")
+    for out in outs[not sys.platform.startswith("linux") :]:
+        cli.refuses(2, f"{out} cannot be written", "export", out, *command)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "p.jsonl"]
+
+
 def test_texts_chats_and_few_prompts(cli, llama: Path, chat: Path, tmp_path: Path):
     (tmp_path / "p.txt").write_text("the cat sat<|endoftext|>on a river")
     few = ("--prompts", tmp_path / "p.txt", "-m", llama, *OPTIONS)
@@ -56,7 +77,7 @@ def test_files_without_prompts(cli, llama: Path, tmp_path: Path, row: str, words
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("density", ["0", "1", "0.5,0.5,0.5", "auto"])
+@pytest.mark.parametrize("density", ["0", "1", "50", "50%", "nan", "0.5,0.5,0.5", "auto"])
 def test_densities_that_are_none(cli, llama: Path, tmp_path: Path, density: str):
     command = ("export", tmp_path / "out", "--prompts", written(tmp_path / "p.jsonl"), "--density", density)
     cli.refuses(2, "one number, more than 0 and less than 1", *command, "-m", llama, *OPTIONS)

@@ -11,44 +11,26 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from exports import chosen_on, prompts, sets_of
 from foreign_formats import FORMATS, write_foreign
 from gguf_files import write_gguf
 from marks import mostly_slow
-from reference import collect_z, masked_after_prefill, statistic_float64
+from packed_experts import write_mxfp4
+from reference import masked_after_prefill
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES, MIXTURES, VOCAB, every_architecture
+from tiny_models import ARCHITECTURES, MIXTURES, VOCAB, every_architecture, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
+from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine import export as runtime
 from griffin_offload.engine import export_files
+from griffin_offload.engine.build import build
 from griffin_offload.engine.convert import convert
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
+from griffin_offload.formats.translated import in_memory
 
-OPTIONS = {"device": "cpu", "max_gpu_mem": "1GB", "always_stream": True, "density": 0.5, "keep_prompts": True}
 NO_NUMBER = "bloom"
-
-
-def prompts(count: int = 6) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, VOCAB, (9 + 3 * i,), generator=generator) for i in range(count)]
-
-
-def chosen_on(path: Path) -> runtime.Choice:
-    with GriffinModel.from_pretrained(path, **OPTIONS, ctx_size=40) as model:
-        return runtime.choose(model, prompts())
-
-
-def sets_of(path: Path, down: str, kept: int) -> list[torch.Tensor]:
-    """By the formula, in float64: every fourth prompt does not choose."""
-    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
-    total: list[torch.Tensor] = []
-    for number, ids in enumerate(prompts(), start=1):
-        if number % 4:
-            shares = [statistic_float64(z[0]) ** 2 for z in collect_z(dense, down, ids[None])]
-            shares = [share / share.sum() for share in shares]
-            total = [a + b for a, b in zip(total, shares, strict=True)] if total else shares
-    return [share.topk(kept).indices.sort().values for share in total]
 
 
 @pytest.mark.parametrize("name", every_architecture())
@@ -173,8 +155,8 @@ def test_what_cannot_be_exported(checkpoints, tmp_path: Path):
     for density, words in ((1.0, "keeps 128 of 128"), (0.001, "keeps 0 of 128")):
         with pytest.raises(UsageError, match=f"{words} neurons: give a share between 0 and 1"):
             runtime.check(path, tmp_path / "out", density)
-    with pytest.raises(UnsupportedModel, match="a mixture of experts is not written as w8a16: leave --to out"):
-        runtime.check(checkpoints("mixtral"), tmp_path / "out", 0.5, "w8a16")
+    with pytest.raises(UnsupportedModel, match="gpt_oss has all experts of a layer in one tensor, and w8a16 packs mat"):
+        runtime.check(checkpoints("gpt_oss"), tmp_path / "out", 0.5, "w8a16")
     for name, needs in (("mixtral", "needs 2: give 0.25"), ("deepseek_v3", "needs 4: give 0.5")):
         with pytest.raises(UsageError, match=f"and the router {needs} or more"):
             runtime.check(checkpoints(name), tmp_path / "out", 0.25 if name == "deepseek_v3" else 0.2)
@@ -226,8 +208,60 @@ def test_packed_as_compressed_tensors_reads_it(checkpoints, tmp_path: Path, form
     assert 0 < (one - other).norm() / one.norm() < {"w8a16": 0.01, "w4a16": 0.12}[form]
 
 
+IN_ONE_TENSOR = ("gpt_oss", "granitemoe")
+ROWS_OF_48 = ("qwen2_moe", "qwen3_moe", "ernie4_5_moe", "lfm2_moe", "qwen3_next")
+PACKED = [(name, form) for name in MIXTURES for form in ("w8a16", "w4a16")]
+QUICKLY = (("mixtral", "w4a16"), ("qwen2_moe", "w8a16"))
+
+
+def packed_mixtures() -> list[Any]:
+    return [
+        pytest.param(name, form, marks=() if (name, form) in QUICKLY else pytest.mark.slow)
+        for name, form in PACKED
+        if name not in IN_ONE_TENSOR and (form == "w8a16" or name not in ROWS_OF_48)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("name", "form"), packed_mixtures())
+def test_experts_are_packed_as_transformers_reads_them(
+    checkpoints, tmp_path: Path, name: str, form: runtime.ExportForm
+):
+    """One by one; routers and the gates of shared experts stay as they are, also by other software's names of them."""
+    path, ids = checkpoints(name), prompts()[1][None]
+    choice = chosen_on(path)
+    plain = AutoModelForCausalLM.from_pretrained(runtime.export(path, tmp_path / "plain", choice, 0.5).directory)
+    found = runtime.export(path, tmp_path / "out", choice, 0.5, form=form)
+    assert (found.unit, found.neurons) == ("experts", 4)
+    theirs, info = AutoModelForCausalLM.from_pretrained(found.directory, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected = logits(theirs, ids)
+    with GriffinModel.from_pretrained(found.directory, device="cpu", max_gpu_mem="1GB", density=1.0) as ours:
+        torch.testing.assert_close(logits(ours.model, ids), expected, rtol=1e-4, atol=1e-4)
+    stored = {key: t for file in found.directory.glob("*.safetensors") for key, t in load_file(file).items()}
+    unpacked = {key.removesuffix(".weight") for key, t in stored.items() if t.dim() == 2 and key.endswith(".weight")}
+    ignored = json.loads((found.directory / "config.json").read_text())["quantization_config"]["ignore"]
+    gates = {key for key in unpacked if ".layers." in key and "conv" not in key}
+    assert gates
+    assert gates <= set(ignored)
+    assert all(key.endswith(("gate", "router", "gate.wg")) for key in gates)
+    for key, parameter in plain.state_dict().items():
+        if ".experts." in key:
+            error = (theirs.get_parameter(key) - parameter).norm() / parameter.norm()
+            assert 0 < error < {"w8a16": 0.01, "w4a16": 0.12}[form]
+
+
 GGUF_NAMES = ["llama2", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "stablelm", "starcoder2"]
-GGUF_NAMES += ["falcon_multi_query", "falcon_new", "gpt2", "lfm2", "mixtral", "qwen2_moe", "qwen3_moe"]
+GGUF_NAMES += ["falcon_multi_query", "falcon_new", "gpt2", "lfm2", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
+
+
+def with_windows(path: Path, out: Path) -> Path:
+    """gpt-oss at `path` as files can say it: every other layer sees a window."""
+    shutil.copytree(path, out)
+    said = json.loads((out / "config.json").read_text())
+    kinds = [("sliding_attention", "full_attention")[i % 2] for i in range(said["num_hidden_layers"])]
+    (out / "config.json").write_text(json.dumps(said | {"layer_types": kinds, "sliding_window": 8}))
+    return out
 
 
 def stored(path: Path) -> dict[str, tuple[str, list[int], object]]:
@@ -241,7 +275,7 @@ def stored(path: Path) -> dict[str, tuple[str, list[int], object]]:
 
 @pytest.mark.parametrize("name", ["llama3", *(pytest.param(name, marks=pytest.mark.slow) for name in GGUF_NAMES)])
 def test_gguf_files_hold_what_their_converter_writes(checkpoints, tmp_path: Path, name: str):
-    path = checkpoints(name)
+    path = checkpoints(name) if name != "gpt_oss" else with_windows(checkpoints(name), tmp_path / "windows")
     choice = chosen_on(path)
     plain = runtime.export(path, tmp_path / "plain", choice, 0.5)
     smaller, ids = AutoModelForCausalLM.from_pretrained(plain.directory), prompts()[1][None]
@@ -275,6 +309,33 @@ def test_gguf_files_in_blocks(checkpoints, tmp_path: Path, kind: str):
     assert all(one[key].contents() == two[key].contents() for key in one if key.startswith("tokenizer."))
 
 
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_experts_in_blocks_and_routers_in_float32(checkpoints, tmp_path: Path, name: str):
+    """As llama.cpp's converter has routers whatever the rest is in: small sums decide who is chosen."""
+    path = checkpoints(name) if name != "gpt_oss" else with_windows(checkpoints(name), tmp_path / "windows")
+    found = runtime.export(path, tmp_path / "out", chosen_on(path), 0.5, form="gguf-q8_0").directory / "model.gguf"
+    kinds = {key.split(".", 2)[-1]: kind for key, (kind, *_) in stored(found).items() if key.startswith("blk.0.")}
+    assert {kinds[f"ffn_{own}_exps.weight"] for own in ("gate", "up", "down")} == {"Q8_0"}
+    assert {kind for key, kind in kinds.items() if "inp" in key or "norm" in key or "bias" in key} == {"F32"}
+
+
+def test_experts_that_came_packed_are_written_as_transformers_has_them(tmp_path: Path):
+    """gpt-oss as its makers publish it, in MXFP4: read as rows, and turned back."""
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    write_tokenizer(write_mxfp4(packed))
+    found = runtime.export(packed, tmp_path / "out", chosen_on(packed), 0.5)
+    smaller, info = AutoModelForCausalLM.from_pretrained(found.directory, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before, after = build(open_checkpoint(packed)).state_dict(keep_vars=True), smaller.state_dict()
+    layer = "model.layers.1.mlp"
+    for own in ("gate_up_proj", "down_proj"):
+        matrices = [matrix.t() for matrix in in_memory(before[f"{layer}.experts.{own}"])]
+        for expert, router in zip(after[f"{layer}.experts.{own}"], after[f"{layer}.router.weight"], strict=True):
+            number = next(i for i, matrix in enumerate(matrices) if torch.equal(matrix, expert))
+            assert torch.equal(router, before[f"{layer}.router.weight"][number])
+
+
 def test_an_interrupted_gguf_file_goes_on(checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = checkpoints("llama2")
     choice = chosen_on(path)
@@ -303,7 +364,9 @@ def test_an_interrupted_gguf_file_goes_on(checkpoints, tmp_path: Path, monkeypat
 
 def test_what_a_form_cannot_hold_is_refused_before_prompts_pass(checkpoints, tmp_path: Path):
     out = tmp_path / "out"
-    for name in ("opt", "gpt_oss", "deepseek_v3"):
+    with pytest.raises(UnsupportedModel, match="a GGUF file cannot say that layer_types is"):
+        runtime.check(checkpoints("gpt_oss"), out, 0.5, "gguf")
+    for name in ("opt", "deepseek_v3"):
         with pytest.raises(UnsupportedModel, match=f"{name} is not written as GGUF"):
             runtime.check(checkpoints(name), out, 0.5, "gguf")
     with pytest.raises(UnsupportedModel, match=r"its matrices are no nn\.Linear, w4a16 packs only those"):
