@@ -108,17 +108,39 @@ def counts_of(known: Tensor | None) -> Tensor | None:
     return known if known is None or known.dim() == 1 else known[0]
 
 
-def feedback(known: Tensor | None, input_scale: Tensor | None = None) -> Tensor | None:
+def feedback(known: Tensor | None) -> Tensor | None:
     """[2, I]: what of the carried errors is added to each of the inputs, and what of its own error each adds to them
-    behind its block, where inputs pass in order. Numbers are over `input_scale` [I], none of which is 0."""
+    behind its block, where inputs pass in order."""
     if known is None or known.dim() == 1:
         return None
     _, leading, takes = known
     sizes = torch.nn.functional.pad((leading * takes).double(), (0, -len(leading) % BLOCK)).view(-1, BLOCK).sum(1)
     behind = sizes.flip(0).cumsum(0).flip(0) - sizes
     rest = (_A + behind).float().repeat_interleave(BLOCK)[: len(leading)]
-    scale = torch.ones_like(leading) if input_scale is None else input_scale.float()
-    return torch.stack([takes / scale, leading * scale / rest])
+    return torch.stack([takes, leading / rest])
+
+
+class Passing:
+    """The `feedback` of inputs that come whole blocks at a time, and what those before them missed."""
+
+    def __init__(self, fed: Tensor) -> None:
+        self._fed, self._passed = fed, 0
+        self._carried: Tensor | None = None
+
+    @classmethod
+    def of(cls, known: Tensor | None, chosen: Tensor) -> "Passing | None":
+        """Of inputs `chosen` [K] of all that are `known` [3, I]; None where they are not."""
+        fed = None if known is None else feedback(known.to(chosen.device).index_select(-1, chosen))
+        return None if fed is None else cls(fed)
+
+    def next(self, scale: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
+        """[2, J] of the next inputs, whose numbers are over `scale` [J], none of which is 0; and what is carried,
+        [O], to which theirs is to be added."""
+        takes, gives = self._fed[:, self._passed : self._passed + len(scale)]
+        self._passed += len(scale)
+        if self._carried is None:
+            self._carried = self._fed.new_zeros(outputs)
+        return torch.stack([takes / scale, gives * scale]), self._carried
 
 
 def in_turns(
@@ -128,10 +150,12 @@ def in_turns(
     unpack: Callable[..., Tensor],
     *,
     along: bool,
+    carried: Tensor | None = None,
 ) -> Packed:
     """`numbers` [I, O] packed a block of inputs after the other, with their `feedback`: `packed` is given rows, of the
-    inputs in a slice, and `unpack` reads them. Rows run `along` the inputs, or each is one."""
-    carried, found = numbers.new_zeros(numbers.shape[1]), []
+    inputs in a slice, and `unpack` reads them. Rows run `along` the inputs, or each is one. What inputs before these
+    have missed is `carried` [O], to which theirs is added."""
+    carried, found = numbers.new_zeros(numbers.shape[1]) if carried is None else carried, []
     for start in range(0, len(numbers), BLOCK):
         part = slice(start, start + BLOCK)
         takes, gives = fed[:, part]
@@ -139,7 +163,7 @@ def in_turns(
         rows = block.t().contiguous() if along else block
         found.append(packed(rows, part))
         missed = rows - unpack(*found[-1], torch.empty_like(rows))
-        carried = carried + gives @ (missed.t() if along else missed)
+        carried += gives @ (missed.t() if along else missed)
     codes, groups = (torch.cat(parts, dim=int(along)) for parts in zip(*found, strict=True))
     return codes, groups
 

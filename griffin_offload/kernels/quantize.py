@@ -11,7 +11,7 @@ from torch import Tensor
 
 from griffin_offload.kernels.library import NUMBER_TYPES, check, check_rows, library
 
-_QUANTIZING = struct.Struct("@7P7q")
+_QUANTIZING = struct.Struct("@8P7q")
 """The struct Quantizing of quantize.c."""
 _GROUP = 32
 
@@ -50,13 +50,19 @@ def quantize_rows(
 
 
 def quantize_neurons(
-    bits: int, columns: Tensor, scale: Tensor, importance: Tensor | None, feedback: Tensor | None = None
+    bits: int,
+    columns: Tensor,
+    scale: Tensor,
+    importance: Tensor | None,
+    feedback: Tensor | None = None,
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes [K, O bits / 8] and groups [K, O / 32, 2] of `columns` [O, K] over `scale` [K], none of which is 0; errors
-    count by the `importance` [O] of their output. `feedback` [2, K] as of rows."""
+    count by the `importance` [O] of their output. `feedback` [2, K] as of rows; what those before them have missed is
+    `carried` [O], to which theirs is added."""
     made = _packed_of(bits, columns.shape[1], _groups(columns.shape[0]))
     function = f"quantize_int{bits}_neurons"
-    known = {"importance": importance, "feedback": feedback}
+    known = {"importance": importance, "feedback": feedback, "carried": carried}
     run(function, columns, made[0], scale=scale, groups=made[1], by_columns=True, **known)
     return made
 
@@ -73,7 +79,7 @@ def of_int4(
     if importance is not None:
         check(importance, (count * _GROUP,), name="the importance")
         importance = importance.float()
-    addresses = (codes, groups, None, importance, None, *made)
+    addresses = (codes, groups, None, importance, None, None, *made)
     job = _QUANTIZING.pack(
         *(0 if tensor is None else tensor.data_ptr() for tensor in addresses),
         *(rows, count * _GROUP, 0, 0, 0, torch.get_num_threads(), found is not None and found.sums_bytes),
@@ -118,6 +124,7 @@ def run(
     groups: Tensor | None = None,
     importance: Tensor | None = None,
     feedback: Tensor | None = None,
+    carried: Tensor | None = None,
     by_columns: bool = False,
 ) -> None:
     found, (rows, columns) = library(), weight.shape
@@ -133,9 +140,12 @@ def run(
         importance = importance.float()
     if feedback is not None:
         check(feedback, (2, columns), torch.float32, "the feedback")
+    if carried is not None:
+        check(carried, (rows,), torch.float32, "what is carried")
+    beside = (divisor, scale, importance, feedback, carried, out, groups)
     job = _QUANTIZING.pack(
         weight.data_ptr(),
-        *(0 if beside is None else beside.data_ptr() for beside in (divisor, scale, importance, feedback, out, groups)),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in beside),
         rows,
         columns,
         weight.stride(0),

@@ -1,6 +1,7 @@
 """Int4 whose errors later inputs make up for, against least squares solved anew for every input, in float64."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import quantised_reference as ref
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 
 from griffin_offload.formats.base import neuron_scale, row_scale
-from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation, Packed, feedback, known_of
+from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation, Packed, Passing, feedback, known_of
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.int4 import INT4
+from griffin_offload.kernels import table
 from griffin_offload.kernels.by_blocks import Scratch
 
 GROUP = ref.GROUP
@@ -184,7 +186,8 @@ def test_where_there_is_no_time_the_leading_component_is_made_up_for(down: bool)
     known, weight = known_of(x), _random(96, 224, seed=12)
     scale = neuron_scale(weight, torch.float32) if down else row_scale(weight, torch.float32)
     if down:
-        found = [_values(INT4.quantize_neurons(weight, scale, known=of), scale).t() for of in (known, None)]
+        passing = (Passing.of(known, torch.arange(224)), None)
+        found = [_values(INT4.quantize_neurons(weight, scale, passing=of), scale).t() for of in passing]
     else:
         found = [_values(INT4.quantize_rows(weight, scale, of), scale) for of in (known, known[0])]
     leading = [float(((values - weight) @ known[1].double()).norm()) for values in found]
@@ -209,3 +212,19 @@ def test_a_selection_makes_up_for_its_own_errors():
         missed = product[: len(chosen)] - weight[:, chosen].t()
         errors.append(float((known[1, chosen] @ missed).norm()))
     assert errors[0] < 0.6 * errors[1]
+
+
+def test_neurons_make_up_for_those_of_chunks_before(monkeypatch: pytest.MonkeyPatch):
+    """A chunk after the other is all at once, in the kernels and by torch."""
+    x, weight = _with_a_leading_one(300, 320), _random(96, 320, seed=13)
+    layout, full, found = FLOATS.stored(is_down=True), {"weight": weight}, []
+    for ours, chunk in ((True, 512), (True, 64), (False, 512), (False, 64)):
+        monkeypatch.setattr(type(INT4), "chunk", chunk)
+        specs = INT4.resident(is_down=True).specs(96, 320, is_down=True)
+        out = {name: torch.zeros(shape, dtype=own or torch.float32) for name, (shape, own) in specs.items()}
+        with nullcontext() if ours else table.leaving_out(lambda kernel: kernel.ours):
+            INT4.gather(full, layout, torch.arange(320), out, is_down=True, importance=known_of(x))
+        found.append(out)
+    for name in ("weight", "groups", "input_scale"):
+        assert torch.equal(found[0][name], found[1][name])
+        assert torch.equal(found[2][name], found[3][name])

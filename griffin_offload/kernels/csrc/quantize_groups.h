@@ -315,6 +315,7 @@ TARGET INLINED void V_NAME(neurons_of)(const void *quantizing, int64_t first, in
     const Quantizing *q = quantizing;
     const int64_t groups = q->rows / GROUP;
     float carried[LINE] = {0};
+    if (q->carried) memcpy(carried, q->carried + first, (size_t)(end - first) * sizeof *carried);
     for (int64_t start = 0; start < q->columns; start += GROUP) {
         const int64_t neurons = least(GROUP, q->columns - start);
         float inverse[GROUP] = {0}, takes[GROUP] = {0}, gives[GROUP] = {0};
@@ -343,6 +344,7 @@ TARGET INLINED void V_NAME(neurons_of)(const void *quantizing, int64_t first, in
             if (q->feedback) add_missed(numbers, gives, (neurons + LANES - 1) / LANES * LANES, own);
         }
     }
+    if (q->carried) memcpy(q->carried + first, carried, (size_t)(end - first) * sizeof *carried);
 }
 
 #define OF_BITS(bits)                                                                                               \
