@@ -1,6 +1,6 @@
 """The sizes of a model, read off its architecture on the meta device: what the planner calculates with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,7 @@ class ModelSizes:
     head: Format = FLOATS
     """Of the head as it rests on the device."""
     dtype: str = "bfloat16"
-    """Precision of the computation."""
+    """Precision of the computation, in words."""
     precision: Format = FLOATS
     """Of the resident matrices inside the layers, but for FFs where these have several levels."""
     levels: tuple[Format, ...] = (FLOATS,)
@@ -390,11 +390,6 @@ def _nbytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-_SCORE_TESTS: tuple[Callable[[Any], bool], ...] = (
-    lambda config: getattr(config, "_attn_implementation", None) == "eager",
-    lambda config: config.model_type == "bloom" or bool(getattr(config, "alibi", False)),
-)
-
-
 def _materialises_scores(config: PretrainedConfig) -> bool:
-    return any(test(config) for test in _SCORE_TESTS)
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    return eager or config.model_type == "bloom" or bool(getattr(config, "alibi", False))

@@ -366,8 +366,7 @@ class Grouped(Format):
         def fill(start: int, end: int) -> Tensor:
             return self.unpack(codes[start:end], groups[start:end], scratch.block(end - start, inputs)).t()
 
-        step = scratch.rows(inputs)
-        rows = scaled(x, tensors)
+        step, rows = scratch.rows(inputs), scaled(x, tensors)
         return by_blocks.by_outputs(rows, codes.shape[0], step, scratch.dtype, fill, tensors["scale"], tensors["bias"])
 
     def _multiply_strips(self, x: Tensor, tensors: table.Tensors, outputs: int, scratch: Scratch) -> Tensor:
