@@ -147,7 +147,7 @@ class Grouped(Format):
     def quantize_rows(self, weight: Tensor, scale: Tensor, known: Tensor | None = None) -> Packed:
         """Rows of `weight` [O, I] over their `scale` [O], of which a row of zeros has none; what is `known` of the
         inputs, [3, I] or their importance [I]."""
-        beside = divisor(scale), counts_of(known), feedback(known)
+        beside = divisor(scale), counts_of(known), *feedback(known)
         found: Packed = table.call("quantize", self._rows.name, weight, *beside)
         return found
 
@@ -156,7 +156,7 @@ class Grouped(Format):
     ) -> Packed:
         """Neurons of K `columns` [O, K] of a down projection over their `scale` [K]; `importance` [O] of the
         outputs. They make up for those that were `passing` before them."""
-        fed = (None, None) if passing is None else passing.next(divisor(scale), len(columns))
+        fed = () if passing is None else passing.next(divisor(scale), len(columns))
         found: Packed = table.call("quantize", self._neurons.name, columns, divisor(scale), importance, *fed)
         return found
 
@@ -235,7 +235,7 @@ class Grouped(Format):
             super().gather(full, source, chosen, out, is_down=is_down, parts=parts, importance=importance)
             return
         if is_down:
-            passing = Passing.of(importance, chosen)
+            passing = Passing.of(importance, chosen, self.chunk)
             for start in range(0, chosen.numel(), self.chunk):
                 index = chosen[start : start + self.chunk]
                 columns = stored.chosen_floats(full, index, out["input_scale"].dtype, is_down=True)
@@ -266,7 +266,7 @@ class Grouped(Format):
     def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, known: Tensor | None, *, plain: bool) -> None:
         weight, strips = full["weight"], (out["weight"], out["groups"])
         room = weight.new_empty(weight.shape[0], min(self.chunk, chosen.numel()) if plain else 0)
-        passing = Passing.of(known, chosen) if plain else None
+        passing = Passing.of(known, chosen, self.chunk) if plain else None
         for start in range(0, chosen.numel(), self.chunk):
             index = chosen[start : start + self.chunk]
             if plain:
@@ -329,12 +329,12 @@ class Grouped(Format):
 
     # torch's ways ---------------------------------------------------------------------------------------------
 
-    def _rows_by_torch(self, weight: Tensor, divisor: Tensor, importance: Tensor | None, fed: Tensor | None) -> Packed:
+    def _rows_by_torch(self, weight: Tensor, divisor: Tensor, importance: Tensor | None, *fed: Tensor | None) -> Packed:
         outputs, inputs = weight.shape
         codes = torch.empty(outputs, inputs // GROUP * self.group_bytes, dtype=torch.uint8, device=weight.device)
         groups = codes.new_empty(outputs, inputs // GROUP, PAIR)
         counts = torch.ones(inputs, dtype=torch.float32, device=weight.device) if importance is None else importance
-        if fed is not None:
+        if any(part is not None for part in fed):
             numbers = (weight.float() / divisor[:, None]).t()
             return in_turns(numbers, fed, lambda rows, part: self._plain(rows, counts[part]), self.unpack, along=True)
         for start, block in row_blocks(weight):
@@ -344,16 +344,14 @@ class Grouped(Format):
             codes[part] = self.pack(levels.flatten(1))
         return codes, groups
 
-    def _neurons_by_torch(
-        self, columns: Tensor, divisor: Tensor, counts: Tensor | None, fed: Tensor | None, carried: Tensor | None
-    ) -> Packed:
-        if fed is None:
-            return self._rows_by_torch(columns.t(), divisor, counts, None)
-        numbers, packed = columns.t().float() / divisor[:, None], lambda rows, _: self._plain(rows, counts)
-        return in_turns(numbers, fed, packed, self.unpack, along=False, carried=carried)
+    def _neurons_by_torch(self, columns: Tensor, divisor: Tensor, counts: Tensor | None, *fed: Tensor | None) -> Packed:
+        if all(part is None for part in fed):
+            return self._rows_by_torch(columns.t(), divisor, counts)
+        numbers = columns.t().float() / divisor[:, None]
+        return in_turns(numbers, fed, lambda rows, _: self._plain(rows, counts), self.unpack, along=False)
 
     def _plain(self, rows: Tensor, importance: Tensor | None) -> Packed:
-        return self._rows_by_torch(rows, rows.new_ones(len(rows)), importance, None)
+        return self._rows_by_torch(rows, rows.new_ones(len(rows)), importance)
 
     def _to_strips_by_torch(self, neurons: Packed, chosen: Tensor, strips: Packed, start: int) -> None:
         self.write_neurons((neurons[0].index_select(0, chosen), neurons[1].index_select(0, chosen)), strips, start)

@@ -223,7 +223,10 @@ def test_sizes_that_do_not_fit_are_refused():
         lambda: quantizing.quantize_neurons(4, weight[:32], ones[:40], None),
         lambda: quantizing.quantize_neurons(4, weight[:32], ones, ones),
         lambda: quantizing.quantize_rows(4, weight[:, :32], ones[:40], None, torch.ones(2, 31)),
-        lambda: quantizing.quantize_neurons(4, weight[:32], ones, None, torch.ones(2, 48), torch.zeros(33)),
+        lambda: quantizing.quantize_neurons(4, weight[:32], ones, None, torch.ones(2, 48), None, torch.zeros(33)),
+        lambda: quantizing.quantize_neurons(4, weight[:32], ones, None, torch.ones(2, 48), torch.zeros(2).int() - 1),
+        lambda: quantizing.quantize_neurons(4, weight[:32], ones, None, torch.ones(2, 48), torch.tensor([2, 0]).int()),
+        lambda: quantizing.quantize_rows(4, weight[:, :32], ones[:40], None, torch.ones(2, 32), torch.zeros(1).long()),
     ):
         with pytest.raises(ValueError, match="must be"):
             wrong()
@@ -245,7 +248,7 @@ def test_errors_that_are_made_up_for_are_the_same_everywhere(
         torch.set_num_threads(threads)
         with _by_torch() if wide is None else nullcontext():
             rows = format.quantize_rows(weight, scales[0], known)
-            found.append((*rows, *format.quantize_neurons(columns, scales[1], passing=Passing.of(known, some))))
+            found.append((*rows, *format.quantize_neurons(columns, scales[1], passing=Passing.of(known, some, 1024))))
     assert all(map(torch.equal, found[0], found[1]))
     for ours, by_torch in ((found[0][:2], found[2][:2]), (found[0][2:], found[2][2:])):
         _same_but_for_ties(ours, by_torch)
