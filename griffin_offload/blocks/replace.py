@@ -1,5 +1,6 @@
 """Every linear layer inside the decoder layers, swapped for a `QuantizedLinear` once, at load."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from griffin_offload.formats.base import Format
 from griffin_offload.formats.linear import QuantizedLinear, TieredLinear
 from griffin_offload.kernels.by_blocks import Scratch
 
+_SMALL_SHARE = 1 / 16
+"""Of the numbers that a token reads of a layer: about a twentieth of int4's bytes. With grouped queries they are
+keys' and values' matrices, whose errors cost the most for each of their bytes (benchmarks/NOTES.md)."""
 Tiers = Sequence[tuple[Format, int]]
 """Formats of a layer's resident neurons, and how many each has."""
 
@@ -25,6 +29,23 @@ def linear_names(layer: nn.Module) -> list[str]:
     found = [name for name, module in layer.named_modules() if isinstance(module, kinds)]
     experts = next((expert_count(module) for module in layer.modules() if is_experts(module)), None)
     return [name for name in found if experts is None or features(layer.get_submodule(name))[0] not in (1, experts)]
+
+
+def outside_names(layer: nn.Module, block: Block) -> list[str]:
+    """Of `linear_names`, those outside the FF."""
+    return [name for name in linear_names(layer) if layer.get_submodule(name) not in block.linears]
+
+
+def small_names(layer: nn.Module, block: Block) -> frozenset[str]:
+    """Of `outside_names`, those that have the fewest numbers, all of a size or none: as many as together are no more
+    than a share of what a token reads of the layer."""
+    sizes = {name: math.prod(features(layer.get_submodule(name))) for name in outside_names(layer, block)}
+    most, size = (block.read_numbers + sum(sizes.values())) * _SMALL_SHARE, 0
+    for larger in sorted(set(sizes.values())):
+        if sum(own for own in sizes.values() if own <= larger) > most:
+            break
+        size = larger
+    return frozenset(name for name, own in sizes.items() if own <= size)
 
 
 def check_layer(layer: nn.Module, block: Block, precision: Format) -> None:
@@ -59,19 +80,27 @@ def swap_linears(
     scratch: Scratch,
     importance: Mapping[str, Tensor] | None = None,
     tiers: Sequence[Tiers] = (),
+    small: Format | None = None,
 ) -> None:
     """Replace each by a module with the same parameters; those of a converted checkpoint are on meta, to be assigned.
     `importance` [3, I], by "layer.name", is of the inputs of matrices that are quantised while the model runs; `tiers`
-    are of the FF of each layer, if it is not of `precision` alone.
+    are of the FF of each layer, if it is not of `precision` alone; `small` is what `small_names` rest in, if it is
+    another format, and are stored in unless the others have as many bits.
 
     Conv1D's matrix is turned around: every QuantizedLinear is [outputs, inputs].
     """
     for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True)):
+        small_ones = frozenset[str]() if small is None else small_names(layer, block)
         for name in linear_names(layer):
             module = layer.get_submodule(name)
             parent, _, attribute = name.rpartition(".")
-            own = tiers[index] if tiers and module in block.linears else ((precision, block.neurons),)
-            new = _replaced(module, own, block, stored, scratch)
+            own: Tiers = ((precision, block.neurons),)
+            source = stored if module in block.linears else stored.outside()
+            if module in block.linears:
+                own = tiers[index] if tiers else own
+            elif small is not None and name in small_ones:
+                own, source = ((small, block.neurons),), max(small, source, key=lambda format: format.bits)
+            new = _replaced(module, own, block, source, scratch)
             new.importance = (importance or {}).get(f"{index}.{name}")
             setattr(layer.get_submodule(parent), attribute, new)
 
@@ -86,7 +115,6 @@ def turn_experts(blocks: Sequence[Block]) -> None:
 def _replaced(module: nn.Module, tiers: Tiers, block: Block, stored: Format, scratch: Scratch) -> QuantizedLinear:
     """One of a single format, or of several."""
     (outputs, inputs), is_down = features(module), block.is_down(module)
-    stored = stored if module in block.linears else stored.outside()
     full = stored.stored(is_down=is_down)
     if len(tiers) == 1:
         resident = tiers[0][0].resident(is_down=is_down)

@@ -1,6 +1,6 @@
 """The sizes of a model, read off its architecture on the meta device: what the planner calculates with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from griffin_offload.blocks.base import ALIGNMENT, Block, padded
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.blocks.replace import check_layer, linear_names
+from griffin_offload.blocks.replace import check_layer, outside_names, small_names
 from griffin_offload.blocks.states import (
     LayerState,
     StateTensor,
@@ -83,6 +83,8 @@ class LayerSizes:
     """Of a mixture of experts, which are its neurons: how many a token is sent to. 0: the FF is dense."""
     own_width: int | None = None
     """Numbers of a token that go into the down projection; None: one for every neuron."""
+    small: frozenset[str] = frozenset()
+    """Names of matrices in the model's format for small ones."""
 
     @property
     def width(self) -> int:
@@ -139,6 +141,8 @@ class ModelSizes:
     """Of resident FF neurons, from the most bits to the fewest."""
     stored: Format = FLOATS
     """Of the same matrices in the checkpoint."""
+    small: Format | None = None
+    """Of small ones among them (blocks/replace.py); None: `precision`."""
 
     @property
     def neurons(self) -> int:
@@ -246,17 +250,19 @@ def model_shape(
     states: Sequence[LayerState] | None = None,
     levels: Sequence[Format] = (),
     head: Format | None = None,
+    small: Format | None = None,
 ) -> ModelSizes:
     """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
     device and `stored` in the checkpoint, and its embeddings and head of `tables`. `states` are `states_of(model)`,
     for callers who ask more than once; `levels` are formats of FF neurons, if not `precision` alone; `head` is the
-    format that the head rests in on the device, if not that of `tables`. Raises UnsupportedModel."""
+    format that the head rests in on the device, if not that of `tables`, and `small` the one that small matrices of a
+    layer rest in, if not `precision`. Raises UnsupportedModel."""
     levels = tuple(levels) or (precision,)
     config = model.config.get_text_config()
     decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
     states = states_of(model) if states is None else states
     layers = [
-        _layer_shape(layer, block, window, state, precision, levels, stored)
+        _layer_shape(layer, block, window, state, precision, levels, stored, small)
         for layer, block, window, state in zip(decoder, blocks, windows_of(config), states, strict=True)
     ]
     embedding = model.get_input_embeddings().weight
@@ -294,6 +300,7 @@ def model_shape(
         precision=precision,
         levels=levels,
         stored=stored,
+        small=small if any(layer.small for layer in layers) else None,
     )
 
 
@@ -323,6 +330,7 @@ def _layer_shape(
     precision: Format,
     levels: Sequence[Format],
     stored: Format,
+    small: Format | None,
 ) -> LayerSizes:
     if block.active and len(levels) > 1:
         raise UnsupportedModel("experts are of one format each, tiers are of FF neurons: take --quantize int4")
@@ -330,22 +338,21 @@ def _layer_shape(
         raise UnsupportedModel(f"tiers rank up to {_MOST_TIERED} neurons a layer, here are {block.neurons}")
     for format in dict.fromkeys((precision, *levels)):
         check_layer(layer, block, format)
-    projections = {id(linear) for linear in block.linears}
-    inside = [layer.get_submodule(name) for name in linear_names(layer)]
+    small_ones = frozenset[str]() if small is None else small_names(layer, block)
+    outside = {name: layer.get_submodule(name) for name in outside_names(layer, block)}
     ff = {id(tensor) for tensor in block.full()}
     rest = [p for p in layer.parameters() if id(p) not in ff]
     attention = _nbytes(p for p in rest if p.dim() > 1)
     dtype = next(layer.parameters()).dtype
     quantised = sum(
-        _linear_bytes(module, precision, dtype) - _nbytes([module.weight])
-        for module in inside
-        if id(module) not in projections
+        _linear_bytes(module, small if small and name in small_ones else precision, dtype) - _nbytes([module.weight])
+        for name, module in outside.items()
     )
     return LayerSizes(
         neurons=block.neurons,
         levels=tuple(_neuron_sizes(block, format, dtype) for format in levels),
         ff_bytes=specs_bytes(block.full_specs(stored), dtype),
-        ff_flat_bytes=sum(_aligned(specs_bytes([spec], dtype)) for spec in block.full_specs(stored)),
+        ff_flat_bytes=sum(padded(specs_bytes([spec], dtype), ALIGNMENT) for spec in block.full_specs(stored)),
         attention_bytes=attention + quantised,
         norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
         window=window,
@@ -357,7 +364,8 @@ def _layer_shape(
         state_writer=state.writer,
         own_width=block.width,
         experts=block.active,
-        mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in inside if id(module) not in projections]),
+        mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in outside.values()]),
+        small=small_ones,
     )
 
 
@@ -378,19 +386,10 @@ def _linear_bytes(linear: Any, precision: Format, dtype: torch.dtype) -> int:
     return precision.resident(is_down=False).nbytes(*features(linear), dtype, is_down=False)
 
 
-def _aligned(size_bytes: int) -> int:
-    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
-
-
 def _nbytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-_SCORE_TESTS: tuple[Callable[[Any], bool], ...] = (
-    lambda config: getattr(config, "_attn_implementation", None) == "eager",
-    lambda config: config.model_type == "bloom" or bool(getattr(config, "alibi", False)),
-)
-
-
 def _materialises_scores(config: PretrainedConfig) -> bool:
-    return any(test(config) for test in _SCORE_TESTS)
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    return eager or config.model_type == "bloom" or bool(getattr(config, "alibi", False))

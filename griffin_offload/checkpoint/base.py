@@ -93,6 +93,8 @@ class Checkpoint(ABC):
     """Of `files`, by resolved path, from before anything was read of them."""
     precision: Format = FLOATS
     """The format of the matrices in its layers."""
+    small: Format | None = None
+    """The same for small ones among them (blocks/replace.py); None: as the others."""
     tables: Format = FLOATS
     """The same for its embeddings and its head."""
     records: torch.dtype | None = None

@@ -30,7 +30,7 @@ from griffin_offload.checkpoint.safetensors import (
     directory_config,
 )
 from griffin_offload.errors import CheckpointError, UnsupportedModel
-from griffin_offload.formats import FLOATS, TABLE_FORMATS, Format, get, of_copies
+from griffin_offload.formats import FLOATS, SMALL, TABLE_FORMATS, Format, get, of_copies
 from griffin_offload.formats.expert_form import BLOCK_BYTES, RECORD_VERSION
 from griffin_offload.transformers_api import StockModel
 
@@ -50,13 +50,20 @@ class ConversionInfo:
     version: int = field(init=False)
     records: int = 0
     """Version of the records that experts lie in; 0: there are none."""
+    small: str = ""
+    """Of small matrices (blocks/replace.py), where it is another one than that of the others."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "version", get(self.precision).version)
 
+    @property
+    def small_format(self) -> Format | None:
+        """Of small matrices; None: as the others."""
+        return get(self.small) if self.small else None
+
     def entries(self) -> dict[str, Any]:
         """What is written down."""
-        return {name: value for name, value in asdict(self).items() if name != "records" or value}
+        return {name: value for name, value in asdict(self).items() if name not in ("records", "small") or value}
 
     def metadata(self) -> dict[str, str]:
         """Of a shard."""
@@ -80,6 +87,7 @@ def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
             f"{directory} holds experts as records of version {records}, this version reads {RECORD_VERSION}: convert "
             "again"
         )
+    small = found.get("small", "")
     known = [other for other in of_copies() if not other.is_plain or records]
     format = next((other for other in known if other.name == precision), None)
     if format is not None and version != format.version:
@@ -87,10 +95,11 @@ def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
             f"{directory} was converted to {precision} in format {version}, this version reads format "
             f"{format.version}: convert again"
         )
-    if format is None or not isinstance(source, str) or tables not in [other.name for other in TABLE_FORMATS]:
+    tables_fit, small_fits = tables in [other.name for other in TABLE_FORMATS], small in ("", SMALL.name)
+    if format is None or not isinstance(source, str) or not tables_fit or not small_fits:
         raise CheckpointError(f"{directory / 'config.json'} has a damaged quantization_config: convert again")
     del config.quantization_config
-    return ConversionInfo(format.name, source, str(tables), records=records)
+    return ConversionInfo(format.name, source, str(tables), records=records, small=small)
 
 
 def check_shard(path: Path, mark: ConversionInfo | None) -> None:
@@ -103,17 +112,21 @@ class ConvertedCheckpoint(SafetensorsCheckpoint):
     """What `convert` made: its tensors are those of the formats' modules, by the model's own names."""
 
     precision: Format = FLOATS
+    small: Format | None = None
     tables: Format = FLOATS
     records: torch.dtype | None = None
 
     def tensors(self) -> Mapping[str, StoredTensor]:
         found = super().tensors()
         quantised = {name.rpartition(".")[0] for name in found if name.endswith((".scale", ".input_scale"))}
-        formats = {name: self._format_of(name) if name.rpartition(".")[0] in quantised else FLOATS for name in found}
-        return {name: replace(tensor, format=formats[name]) for name, tensor in found.items()}
+        grouped = {name.rpartition(".")[0] for name in found if name.endswith(".groups")}
+        of = {owner: self._format_of(owner, grouped=owner in grouped) for owner in quantised}
+        return {name: replace(tensor, format=of.get(name.rpartition(".")[0], FLOATS)) for name, tensor in found.items()}
 
-    def _format_of(self, name: str) -> Format:
-        return self.precision if _IN_LAYER.search(name) else self.tables
+    def _format_of(self, owner: str, *, grouped: bool) -> Format:
+        if not _IN_LAYER.search(f"{owner}."):
+            return self.tables
+        return self.precision if grouped or self.small is None else self.small
 
     def conversions(self, model: StockModel, names: Iterable[str]) -> Sequence[Conversion]:
         return same_names(model, names)
@@ -147,6 +160,7 @@ def open_converted(path: Path) -> Checkpoint | None:
         checked.weight_bytes,
         checked.states,
         precision=get(mark.precision),
+        small=mark.small_format,
         tables=get(mark.tables),
         records=FLOAT_TYPES[stored] if mark.records else None,
     )

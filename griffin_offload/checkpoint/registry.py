@@ -84,7 +84,14 @@ def read_config(path: str | Path) -> Checkpoint:
             return quantised
         return SafetensorsCheckpoint(file.parent, config, dtype, (), 0)
     return ConvertedCheckpoint(
-        file.parent, config, dtype, (), 0, precision=get(mark.precision), tables=get(mark.tables)
+        file.parent,
+        config,
+        dtype,
+        (),
+        0,
+        precision=get(mark.precision),
+        small=mark.small_format,
+        tables=get(mark.tables),
     )
 
 

@@ -74,6 +74,7 @@ def _planned(options: dict[str, Any], checkpoint: "Checkpoint") -> tuple[dict[st
         "density": plan.density,
         "densities": [kept / count for kept, count in zip(plan.kept, neurons, strict=True)],
         "precision": plan.precision,
+        "small_matrices": model_spec.small_of(plan),
         "budget_bytes": plan.budget_bytes,
         "budget": format_bytes(plan.budget_bytes),
     }

@@ -82,16 +82,18 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         others = {"alternatives": _alternatives(model_spec, found)} if arguments.verbose else {}
         device = {"device": model_spec.hardware.name, "assumed": model_spec.assumed}
+        small = {"small_matrices": model_spec.small_of(found)}
         expected = _forecast(model_spec, found)
         experts = {"expert_forecast": None if expected is None else expected.to_json()}
-        print(json.dumps(found.to_json(remedy) | device | experts | others))
+        print(json.dumps(found.to_json(remedy) | device | small | experts | others))
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
         lines = [*plan_lines(found), *_forecast_lines(_forecast(model_spec, found))]
         lines += _rounded_again(model_spec, found)
         print("\n".join([*lines, *([] if model_spec.assumed is None else [model_spec.assumed])]))
     if arguments.verbose:
-        print("\n".join(["", *_alternative_lines(_alternatives(model_spec, found))]))
+        beside = [f"{', '.join(names)} in {form}" for form, names in model_spec.small_of(found).items()]
+        print("\n".join([*beside, "", *_alternative_lines(_alternatives(model_spec, found))]))
     if remedy is not None:
         raise DoesNotFit(describe_shortfall(found, remedy))
     return 0

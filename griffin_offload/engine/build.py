@@ -72,7 +72,7 @@ def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> StockModel:
 def _swap_formats(model: StockModel, checkpoint: Checkpoint, scratch: Scratch) -> None:
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     if not checkpoint.precision.is_plain:
-        swap_linears(decoder, blocks, checkpoint.precision, checkpoint.precision, scratch)
+        swap_linears(decoder, blocks, checkpoint.precision, checkpoint.precision, scratch, small=checkpoint.small)
     own = checkpoint.precision.rests_as()
     if checkpoint.expert_rows or checkpoint.records is not None:
         turn_experts(blocks)

@@ -45,13 +45,13 @@ CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
 Inputs = Mapping[str, Tensor]
 """Inputs [T, I] of a layer's linear modules by their names, in the type of the computation; the same tensor for modules
 that have the same inputs. Of experts (EXPERTS_INPUT) the mean squares [H] of what they are given."""
-_SEQUENCES, _ALL_SEQUENCES, _TOKENS = 8, 16, 128
+_SEQUENCES, _TOKENS = 16, 128
 # The first tokens' states are unlike all others', in every trained model: they are no measure of what counts for
 # experts. What makes up for errors must know of these, too: a few weights make them.
 _SKIPPED_TOKENS = 4
 _SCRATCH_BYTES = 2**22
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges*")
-_FORMAT = 3
+_FORMAT = 4
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def importance_of(
     path = cache_path(checkpoint)
     found = _read(path, {name: shape for name, (_, shape) in wanted.items()})
     if found is None:
-        ids = _token_ids(checkpoint, model, _SEQUENCES, lambda: checkpoint.own_tokenizer)
+        ids = _token_ids(checkpoint, model, lambda: checkpoint.own_tokenizer)
         if ids is None:
             return {}
         with _a_layer_at_a_time(model, decoder, blocks, checkpoint, evict):
@@ -96,7 +96,7 @@ def visit_inputs(
 ) -> None:
     """Call `visit` with the index of every layer, in order, and the inputs of its linear modules, of those that its
     forward calls: of none where the checkpoint has no tokenizer that fits it. `model` is mapped and as stored."""
-    ids = _token_ids(checkpoint, model, _ALL_SEQUENCES, checkpoint.tokenizer)
+    ids = _token_ids(checkpoint, model, checkpoint.tokenizer)
     if ids is None:
         for index in range(len(decoder)):
             visit(index, {})
@@ -184,8 +184,8 @@ def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor
     return found if kept == shapes else None
 
 
-def _token_ids(checkpoint: Checkpoint, model: StockModel, most: int, read: Callable[[], Tokenizer]) -> Tensor | None:
-    """Up to `most` sequences, by a tokenizer that somebody has or that is `read`; None: of none that fits the model."""
+def _token_ids(checkpoint: Checkpoint, model: StockModel, read: Callable[[], Tokenizer]) -> Tensor | None:
+    """The sequences, by a tokenizer that somebody has or that is `read`; None: of none that fits the model."""
     try:
         tokenizer = kept_tokenizer(checkpoint.path)
         if tokenizer is None:
@@ -200,7 +200,7 @@ def _token_ids(checkpoint: Checkpoint, model: StockModel, most: int, read: Calla
     ids = ids[len(begin) :]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
     tokens = min(_TOKENS, longest, ids.numel()) - len(begin)
-    sequences = min(most, ids.numel() // tokens) if tokens > _SKIPPED_TOKENS else 0
+    sequences = min(_SEQUENCES, ids.numel() // tokens) if tokens > _SKIPPED_TOKENS else 0
     if not sequences or int(ids.max()) >= model.get_input_embeddings().weight.shape[0]:
         return None
     rows = ids[: sequences * tokens].view(sequences, tokens)

@@ -9,6 +9,7 @@ import torch
 
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
+from griffin_offload.blocks.replace import small_names
 from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
@@ -27,6 +28,7 @@ from griffin_offload.engine.shards import (
     tensors_outside,
     write_with_experts,
 )
+from griffin_offload.engine.spec import small_beside
 from griffin_offload.errors import UsageError
 from griffin_offload.formats import FLOATS, get
 from griffin_offload.formats.expert_form import RECORD_VERSION
@@ -78,9 +80,10 @@ def convert(
         raise UsageError(f"experts are of one format each, {precision} are of FF neurons: give int4")
     if format.is_plain and not has_experts:
         raise UsageError(f"{checkpoint.directory} has no experts, all that {precision} rewrites: give int8 or int4")
-    shape = model_shape(meta, format, format, get(tables))
+    shape = model_shape(meta, format, format, get(tables), small=small_beside(format.outside(), checkpoint))
     records = RECORD_VERSION if has_experts else 0
-    mark = ConversionInfo(precision, checkpoint.fingerprint(), tables, records=records)
+    small = "" if shape.small is None else shape.small.name
+    mark = ConversionInfo(precision, checkpoint.fingerprint(), tables, records=records, small=small)
     directory = CopyDirectory(out, "conversion", mark.entries(), mark.metadata(), partial(check_shard, mark=mark))
     with directory.writing() as finished, contextlib.closing(checkpoint.watched()) as files:
         files.check()
@@ -122,7 +125,8 @@ def _write_shards(
             if path.is_file():
                 reader.skip(parameters[index].values())
             else:
-                quantizing = Quantizing(format, checkpoint.dtype, inputs, missed)
+                small = frozenset[str]() if not mark.small else small_names(layer, block)
+                quantizing = Quantizing(format, checkpoint.dtype, inputs, missed, small)
                 tensors = layer_tensors(start, layer, block, parameters[index], reader, quantizing)
                 if isinstance(block, Experts):
                     write_with_experts(path, tensors, start, layer, block, reader, quantizing, mark)

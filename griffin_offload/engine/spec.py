@@ -29,7 +29,7 @@ from griffin_offload.devices.registry import choose_device, device_kind, devices
 from griffin_offload.engine.build import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.errors import UnsupportedModel, UsageError
-from griffin_offload.formats import RESTING_HEAD, Format, every, planned_as
+from griffin_offload.formats import RESTING_HEAD, SMALL, Format, every, planned_as
 from griffin_offload.formats.linear import reads_head_itself
 from griffin_offload.kernels.library import compiled
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
@@ -107,6 +107,12 @@ class ModelSpec:
     def shape_of(self, plan: Plan) -> ModelSizes:
         """The sizes in the precision of `plan`."""
         return next(shape for shape in self.shapes if shape.precision_name == plan.precision)
+
+    def small_of(self, plan: Plan) -> dict[str, list[str]]:
+        """Names of small matrices by the format that they rest in, where it is another one than their neighbours'."""
+        shape = self.shape_of(plan)
+        names = sorted({name for layer in shape.layers for name in layer.small})
+        return {} if shape.small is None else {shape.small.name: names}
 
 
 def examine(model: str | Path, config: LoadConfig, *, anywhere: bool = False) -> ModelSpec:
@@ -234,6 +240,13 @@ def _resting_head(checkpoint: Checkpoint, meta: StockModel, host_embeddings: boo
     return RESTING_HEAD if host_embeddings or head.weight is not embedding.weight else checkpoint.tables
 
 
+def small_beside(precision: Format, checkpoint: Checkpoint) -> Format | None:
+    """What small matrices of a layer rest in among those of `precision`; None: in that, too. They are never made of
+    what is stored in fewer bits."""
+    stored = checkpoint.small or checkpoint.precision.outside()
+    return SMALL if precision.bits < SMALL.bits and (stored.is_plain or stored is SMALL) else None
+
+
 def _shapes(
     checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig, head: Format
 ) -> tuple[tuple[ModelSizes, ...], tuple[ModelSizes, ...]]:
@@ -269,7 +282,8 @@ def _shapes(
             # In exact mode another precision is one of a converted copy.
             full = precision if config.exact else stored
             own_head = head if precision.bits < head.bits else checkpoint.tables
-            shape = model_shape(meta, precision, full, checkpoint.tables, states, levels, own_head)
+            beside = small_beside(precision, checkpoint)
+            shape = model_shape(meta, precision, full, checkpoint.tables, states, levels, own_head, beside)
         except UnsupportedModel:
             if name in (config.quantize, stored.name) or not (stored.is_plain or name == TIERS):
                 raise

@@ -15,7 +15,7 @@ That is for convert. Where weights are quantised for every prompt X is one row, 
 then S is a number, and a few instructions a weight make up for most of what matters (`known_of`, `feedback`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,39 +108,85 @@ def counts_of(known: Tensor | None) -> Tensor | None:
     return known if known is None or known.dim() == 1 else known[0]
 
 
-def feedback(known: Tensor | None, input_scale: Tensor | None = None) -> Tensor | None:
-    """[2, I]: what of the carried errors is added to each of the inputs, and what of its own error each adds to them
-    behind its block, where inputs pass in order. Numbers are over `input_scale` [I], none of which is 0."""
+Fed = tuple[Tensor | None, Tensor | None]
+"""[2, I]: what of the carried errors is added to each of the inputs, and what of its own error each adds to them behind
+its block; and the order in which blocks pass, int32 [I / BLOCK]. Nothing where nothing is made up for."""
+
+
+def feedback(known: Tensor | None, chunk: int | None = None) -> Fed:
+    """Of what is `known` [3, I]. Blocks that count most pass first; those of a `chunk` of inputs stay together."""
     if known is None or known.dim() == 1:
-        return None
-    _, leading, takes = known
-    sizes = torch.nn.functional.pad((leading * takes).double(), (0, -len(leading) % BLOCK)).view(-1, BLOCK).sum(1)
-    behind = sizes.flip(0).cumsum(0).flip(0) - sizes
+        return None, None
+    counts, leading, takes = known
+    each = -(-(chunk or len(counts)) // BLOCK)
+    parts = [part.argsort(descending=True, stable=True) for part in _by_blocks(counts).split(each)]
+    order = torch.cat([part + i * each for i, part in enumerate(parts)]) if parts else counts.new_empty(0).long()
+    sizes = _by_blocks((leading * takes).double())[order]
+    behind = torch.empty_like(sizes)
+    behind[order] = sizes.flip(0).cumsum(0).flip(0) - sizes
     rest = (_A + behind).float().repeat_interleave(BLOCK)[: len(leading)]
-    scale = torch.ones_like(leading) if input_scale is None else input_scale.float()
-    return torch.stack([takes / scale, leading * scale / rest])
+    return torch.stack([takes, leading / rest]), order.int()
+
+
+def _by_blocks(x: Tensor) -> Tensor:
+    """Sums of each block of x [I]."""
+    return torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK).sum(1)
+
+
+class Passing:
+    """The `feedback` of inputs that come a chunk at a time, and what those before them missed."""
+
+    def __init__(self, known: Tensor, chunk: int) -> None:
+        """`known` [3, K], `chunk` a multiple of BLOCK."""
+        self._fed, self._order = feedback(known, chunk)
+        self._passed = 0
+        self._carried: Tensor | None = None
+
+    @classmethod
+    def of(cls, known: Tensor | None, chosen: Tensor, chunk: int) -> "Passing | None":
+        """Of inputs `chosen` [K] of all that are `known` [3, I]; None where they are not."""
+        if known is None or known.dim() == 1:
+            return None
+        return cls(known.to(chosen.device).index_select(-1, chosen), chunk)
+
+    def next(self, scale: Tensor, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[2, J] and order of the next inputs, all of a chunk, whose numbers are over `scale` [J], none of which is 0;
+        and what is carried, [O], to which theirs is to be added."""
+        assert self._fed is not None
+        assert self._order is not None
+        start, self._passed = self._passed, self._passed + len(scale)
+        takes, gives = self._fed[:, start : self._passed]
+        order = self._order[start // BLOCK : -(-self._passed // BLOCK)] - start // BLOCK
+        if self._carried is None:
+            self._carried = self._fed.new_zeros(outputs)
+        return torch.stack([takes / scale, gives * scale]), order, self._carried
 
 
 def in_turns(
     numbers: Tensor,
-    fed: Tensor,
+    fed: Sequence[Tensor | None],
     packed: Callable[[Tensor, slice], Packed],
     unpack: Callable[..., Tensor],
     *,
     along: bool,
 ) -> Packed:
-    """`numbers` [I, O] packed a block of inputs after the other, with their `feedback`: `packed` is given rows, of the
-    inputs in a slice, and `unpack` reads them. Rows run `along` the inputs, or each is one."""
-    carried, found = numbers.new_zeros(numbers.shape[1]), []
-    for start in range(0, len(numbers), BLOCK):
-        part = slice(start, start + BLOCK)
-        takes, gives = fed[:, part]
+    """`numbers` [I, O] packed a block of inputs after the other, with what is `fed`, as `feedback` or `Passing.next`
+    has it: `packed` is given rows, of the inputs in a slice, and `unpack` reads them. Rows run `along` the inputs, or
+    each is one."""
+    own, order, carried = (*fed, None)[:3]
+    assert own is not None
+    assert order is not None
+    carried, found = numbers.new_zeros(numbers.shape[1]) if carried is None else carried, {}
+    for place in order.tolist():
+        part = slice(place * BLOCK, (place + 1) * BLOCK)
+        takes, gives = own[:, part]
         block = numbers[part] + takes[:, None] * carried
         rows = block.t().contiguous() if along else block
-        found.append(packed(rows, part))
-        missed = rows - unpack(*found[-1], torch.empty_like(rows))
-        carried = carried + gives @ (missed.t() if along else missed)
-    codes, groups = (torch.cat(parts, dim=int(along)) for parts in zip(*found, strict=True))
+        found[place] = packed(rows, part)
+        missed = rows - unpack(*found[place], torch.empty_like(rows))
+        carried += gives @ (missed.t() if along else missed)
+    ordered = [found[place] for place in sorted(found)]
+    codes, groups = (torch.cat(parts, dim=int(along)) for parts in zip(*ordered, strict=True))
     return codes, groups
 
 

@@ -32,7 +32,7 @@ from griffin_offload.formats.base import (
     row_scale,
     take,
 )
-from griffin_offload.formats.compensation import Compensation, Packed, counts_of, feedback, in_turns
+from griffin_offload.formats.compensation import Compensation, Packed, Passing, counts_of, feedback, in_turns
 from griffin_offload.kernels import by_blocks, table
 from griffin_offload.kernels.by_blocks import Scratch, scaled
 
@@ -147,17 +147,17 @@ class Grouped(Format):
     def quantize_rows(self, weight: Tensor, scale: Tensor, known: Tensor | None = None) -> Packed:
         """Rows of `weight` [O, I] over their `scale` [O], of which a row of zeros has none; what is `known` of the
         inputs, [3, I] or their importance [I]."""
-        beside = divisor(scale), counts_of(known), feedback(known)
+        beside = divisor(scale), counts_of(known), *feedback(known)
         found: Packed = table.call("quantize", self._rows.name, weight, *beside)
         return found
 
     def quantize_neurons(
-        self, columns: Tensor, scale: Tensor, importance: Tensor | None = None, known: Tensor | None = None
+        self, columns: Tensor, scale: Tensor, importance: Tensor | None = None, passing: Passing | None = None
     ) -> Packed:
         """Neurons of K `columns` [O, K] of a down projection over their `scale` [K]; `importance` [O] of the
-        outputs, and what is `known` of the inputs, [3, K]."""
-        beside = importance, feedback(known, divisor(scale))
-        found: Packed = table.call("quantize", self._neurons.name, columns, divisor(scale), *beside)
+        outputs. They make up for those that were `passing` before them."""
+        fed = () if passing is None else passing.next(divisor(scale), len(columns))
+        found: Packed = table.call("quantize", self._neurons.name, columns, divisor(scale), importance, *fed)
         return found
 
     def compensation(self, x: Tensor, *, is_down: bool) -> Compensation:
@@ -183,9 +183,8 @@ class Grouped(Format):
     def compensated_neurons(self, columns: Tensor, scale: Tensor, compensation: Compensation) -> Packed:
         """As `quantize_neurons`, but that neurons make up for the errors of others."""
         outputs, inputs = columns.shape
-        per_neuron = outputs // GROUP
-        codes = torch.empty(inputs, per_neuron * self.group_bytes, dtype=torch.uint8, device=columns.device)
-        groups = codes.new_empty(inputs, per_neuron, PAIR)
+        codes = torch.empty(inputs, outputs // GROUP * self.group_bytes, dtype=torch.uint8, device=columns.device)
+        groups = codes.new_empty(inputs, outputs // GROUP, PAIR)
 
         def grids(numbers: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
             _, groups[index] = self.quantize_rows(numbers, numbers.new_ones(len(numbers)))
@@ -229,18 +228,18 @@ class Grouped(Format):
         importance: Tensor | None = None,
     ) -> None:
         """As any format's; of a copy of several, its own; of another format that gives `chosen_floats`, in chunks."""
+        if self in source.format.holds:
+            full, source = source.format.part(self, full), self.stored(is_down=is_down)
         stored = source.format
-        if self in stored.holds:
-            full, source = stored.part(self, full), self.stored(is_down=is_down)
-            stored = self
         if stored is self or stored.is_plain or not stored.gives_chosen:
             super().gather(full, source, chosen, out, is_down=is_down, parts=parts, importance=importance)
             return
         if is_down:
+            passing = Passing.of(importance, chosen, self.chunk)
             for start in range(0, chosen.numel(), self.chunk):
                 index = chosen[start : start + self.chunk]
                 columns = stored.chosen_floats(full, index, out["input_scale"].dtype, is_down=True)
-                self._write_columns(columns, start, out, importance if importance is None else importance[:, index])
+                self._write_columns(columns, start, out, passing)
             return
         for some, start in self.row_chunks(full, chosen, out, parts):
             rows = stored.chosen_floats(full, some, out["scale"].dtype, is_down=False)
@@ -267,22 +266,23 @@ class Grouped(Format):
     def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, known: Tensor | None, *, plain: bool) -> None:
         weight, strips = full["weight"], (out["weight"], out["groups"])
         room = weight.new_empty(weight.shape[0], min(self.chunk, chosen.numel()) if plain else 0)
+        passing = Passing.of(known, chosen, self.chunk) if plain else None
         for start in range(0, chosen.numel(), self.chunk):
             index = chosen[start : start + self.chunk]
             if plain:
                 columns = room[:, : index.numel()]
                 take(weight, 1, index, columns)
-                self._write_columns(columns, start, out, known if known is None else known[:, index])
+                self._write_columns(columns, start, out, passing)
             else:
                 out["input_scale"][start : start + index.numel()] = full["input_scale"][index]
                 self.gather_neurons((weight, full["groups"]), index, strips, start)
 
-    def _write_columns(self, columns: Tensor, start: int, out: Tensors, known: Tensor | None) -> None:
+    def _write_columns(self, columns: Tensor, start: int, out: Tensors, passing: Passing | None) -> None:
         """Make `columns` of floats [O, K] neurons start.. of the strips of `out`."""
         target = out["input_scale"][start : start + columns.shape[1]]
         target.copy_(neuron_scale(columns, target.dtype))
         every = torch.arange(columns.shape[1], dtype=torch.int64, device=columns.device)
-        packed = self.quantize_neurons(columns, target, known=None if known is None else known.to(columns.device))
+        packed = self.quantize_neurons(columns, target, passing=passing)
         self.gather_neurons(packed, every, (out["weight"], out["groups"]), start)
 
     def gather_neurons(self, neurons: Packed, chosen: Tensor, strips: Packed, start: int) -> None:
@@ -325,17 +325,16 @@ class Grouped(Format):
         return self.unpack(codes, groups.transpose(0, 1), out)
 
     def row_norms(self, full: Tensors) -> Tensor:
-        numbers = full["groups"].shape[1] * GROUP
-        return full["scale"].float() * math.sqrt(numbers)  # the root mean square is the scale
+        return full["scale"].float() * math.sqrt(full["groups"].shape[1] * GROUP)  # the root mean square is the scale
 
     # torch's ways ---------------------------------------------------------------------------------------------
 
-    def _rows_by_torch(self, weight: Tensor, divisor: Tensor, importance: Tensor | None, fed: Tensor | None) -> Packed:
+    def _rows_by_torch(self, weight: Tensor, divisor: Tensor, importance: Tensor | None, *fed: Tensor | None) -> Packed:
         outputs, inputs = weight.shape
         codes = torch.empty(outputs, inputs // GROUP * self.group_bytes, dtype=torch.uint8, device=weight.device)
         groups = codes.new_empty(outputs, inputs // GROUP, PAIR)
         counts = torch.ones(inputs, dtype=torch.float32, device=weight.device) if importance is None else importance
-        if fed is not None:
+        if any(part is not None for part in fed):
             numbers = (weight.float() / divisor[:, None]).t()
             return in_turns(numbers, fed, lambda rows, part: self._plain(rows, counts[part]), self.unpack, along=True)
         for start, block in row_blocks(weight):
@@ -345,14 +344,14 @@ class Grouped(Format):
             codes[part] = self.pack(levels.flatten(1))
         return codes, groups
 
-    def _neurons_by_torch(self, columns: Tensor, divisor: Tensor, counts: Tensor | None, fed: Tensor | None) -> Packed:
-        if fed is None:
-            return self._rows_by_torch(columns.t(), divisor, counts, None)
+    def _neurons_by_torch(self, columns: Tensor, divisor: Tensor, counts: Tensor | None, *fed: Tensor | None) -> Packed:
+        if all(part is None for part in fed):
+            return self._rows_by_torch(columns.t(), divisor, counts)
         numbers = columns.t().float() / divisor[:, None]
         return in_turns(numbers, fed, lambda rows, _: self._plain(rows, counts), self.unpack, along=False)
 
     def _plain(self, rows: Tensor, importance: Tensor | None) -> Packed:
-        return self._rows_by_torch(rows, rows.new_ones(len(rows)), importance, None)
+        return self._rows_by_torch(rows, rows.new_ones(len(rows)), importance)
 
     def _to_strips_by_torch(self, neurons: Packed, chosen: Tensor, strips: Packed, start: int) -> None:
         self.write_neurons((neurons[0].index_select(0, chosen), neurons[1].index_select(0, chosen)), strips, start)
@@ -365,8 +364,7 @@ class Grouped(Format):
         def fill(start: int, end: int) -> Tensor:
             return self.unpack(codes[start:end], groups[start:end], scratch.block(end - start, inputs)).t()
 
-        step = scratch.rows(inputs)
-        rows = scaled(x, tensors)
+        step, rows = scratch.rows(inputs), scaled(x, tensors)
         return by_blocks.by_outputs(rows, codes.shape[0], step, scratch.dtype, fill, tensors["scale"], tensors["bias"])
 
     def _multiply_strips(self, x: Tensor, tensors: table.Tensors, outputs: int, scratch: Scratch) -> Tensor:

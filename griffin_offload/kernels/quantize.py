@@ -11,7 +11,7 @@ from torch import Tensor
 
 from griffin_offload.kernels.library import NUMBER_TYPES, check, check_rows, library
 
-_QUANTIZING = struct.Struct("@7P7q")
+_QUANTIZING = struct.Struct("@9P7q")
 """The struct Quantizing of quantize.c."""
 _GROUP = 32
 
@@ -37,26 +37,38 @@ def quantize_int8(weight: Tensor, scale: Tensor, out: Tensor, divisor: Tensor | 
 
 
 def quantize_rows(
-    bits: int, weight: Tensor, scale: Tensor, importance: Tensor | None, feedback: Tensor | None = None
+    bits: int,
+    weight: Tensor,
+    scale: Tensor,
+    importance: Tensor | None,
+    feedback: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes [O, I bits / 8] and groups [O, I / 32, 2] of `weight` [O, I] over `scale` [O], none of which is 0, in 2 to
     4 bits; errors count by the `importance` [I] of their input. `feedback` [2, I]: what each input takes of the errors
-    before it, and gives of its own."""
+    before it, and gives of its own; groups pass in `order`, int32 [I / 32]."""
     outputs, groups = weight.shape[0], _groups(weight.shape[1])
     made = _packed_of(bits, outputs, groups)
-    known = {"importance": importance, "feedback": feedback}
+    known = {"importance": importance, "feedback": feedback, "order": order}
     run(f"quantize_int{bits}_rows", weight, made[0], scale=scale, groups=made[1], by_columns=False, **known)
     return made
 
 
 def quantize_neurons(
-    bits: int, columns: Tensor, scale: Tensor, importance: Tensor | None, feedback: Tensor | None = None
+    bits: int,
+    columns: Tensor,
+    scale: Tensor,
+    importance: Tensor | None,
+    feedback: Tensor | None = None,
+    order: Tensor | None = None,
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes [K, O bits / 8] and groups [K, O / 32, 2] of `columns` [O, K] over `scale` [K], none of which is 0; errors
-    count by the `importance` [O] of their output. `feedback` [2, K] as of rows."""
+    count by the `importance` [O] of their output. `feedback` [2, K] and `order` as of rows; what those before them have
+    missed is `carried` [O], to which theirs is added."""
     made = _packed_of(bits, columns.shape[1], _groups(columns.shape[0]))
     function = f"quantize_int{bits}_neurons"
-    known = {"importance": importance, "feedback": feedback}
+    known = {"importance": importance, "feedback": feedback, "order": order, "carried": carried}
     run(function, columns, made[0], scale=scale, groups=made[1], by_columns=True, **known)
     return made
 
@@ -73,7 +85,7 @@ def of_int4(
     if importance is not None:
         check(importance, (count * _GROUP,), name="the importance")
         importance = importance.float()
-    addresses = (codes, groups, None, importance, None, *made)
+    addresses = (codes, groups, None, importance, None, None, None, *made)
     job = _QUANTIZING.pack(
         *(0 if tensor is None else tensor.data_ptr() for tensor in addresses),
         *(rows, count * _GROUP, 0, 0, 0, torch.get_num_threads(), found is not None and found.sums_bytes),
@@ -118,6 +130,8 @@ def run(
     groups: Tensor | None = None,
     importance: Tensor | None = None,
     feedback: Tensor | None = None,
+    order: Tensor | None = None,
+    carried: Tensor | None = None,
     by_columns: bool = False,
 ) -> None:
     found, (rows, columns) = library(), weight.shape
@@ -133,9 +147,17 @@ def run(
         importance = importance.float()
     if feedback is not None:
         check(feedback, (2, columns), torch.float32, "the feedback")
+    if order is not None:
+        groups_of = -(-columns // _GROUP)
+        check(order, (groups_of,), torch.int32, "the order")
+        if groups_of and not 0 <= int(order.min()) <= int(order.max()) < groups_of:
+            raise ValueError(f"the order must be of {groups_of} groups, counted from 0")
+    if carried is not None:
+        check(carried, (rows,), torch.float32, "what is carried")
+    beside = (divisor, scale, importance, feedback, order, carried, out, groups)
     job = _QUANTIZING.pack(
         weight.data_ptr(),
-        *(0 if beside is None else beside.data_ptr() for beside in (divisor, scale, importance, feedback, out, groups)),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in beside),
         rows,
         columns,
         weight.stride(0),

@@ -60,15 +60,34 @@ def test_few_bits(mixtures, precision: str):
         assert torch.equal(_answer(model)[1], expected)
 
 
+def _linears(layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """All but routers."""
+    found = {path: module for path, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {path: module for path, module in found.items() if module.weight.shape[0] not in (1, EXPERTS)}
+
+
+def _small(layer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The smallest that are no FF, as many as have a sixteenth of the numbers of a token's experts and all others."""
+    linears, experts = _linears(layer), getattr(layer.mlp, "experts", None)
+    read = sum(module.weight.numel() for module in linears.values())
+    if experts is not None:
+        read += ACTIVE * sum(getattr(experts, own)[0].numel() for own in ("gate_up_proj", "down_proj"))
+    outside = [m for path, m in linears.items() if experts is not None or not re.fullmatch(r"mlp\.\w+_proj", path)]
+    up_to = [[m for m in outside if m.weight.numel() <= most.weight.numel()] for most in outside]
+    fitting = [found for found in up_to if 16 * sum(m.weight.numel() for m in found) <= read]
+    return max(fitting, key=len, default=[])
+
+
 @torch.no_grad()
 def _rounded(directory: Path, name: str, precision: str) -> hf.PreTrainedModel:
     """The dense model with every matrix as it is on its grid; routers stay as they are."""
     model = hf.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    for path, module in model.named_modules():
-        linear = isinstance(module, torch.nn.Linear) and re.search(r"\.layers\.\d+\.", path)
-        if linear and module.weight.shape[0] not in (1, EXPERTS):
-            is_down = path.endswith(".mlp.down_proj")
-            module.weight.copy_(stored_values(module.weight, precision, torch.float32, is_down=is_down))
+    for layer in model.model.layers:
+        small = _small(layer)
+        for path, module in _linears(layer).items():
+            own = "int8" if module in small else precision
+            is_down = path == "mlp.down_proj"
+            module.weight.copy_(stored_values(module.weight, own, torch.float32, is_down=is_down))
     for path in (MIXTURES[name].down.format(i=i) for i in range(LAYERS)):
         module = dict(model.named_modules()).get(path)
         for own in ("gate_up_proj", "down_proj") if module is not None else ():

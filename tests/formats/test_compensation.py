@@ -1,6 +1,7 @@
 """Int4 whose errors later inputs make up for, against least squares solved anew for every input, in float64."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import quantised_reference as ref
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 
 from griffin_offload.formats.base import neuron_scale, row_scale
-from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation, Packed, feedback, known_of
+from griffin_offload.formats.compensation import FLOOR, SHRINKING, Compensation, Packed, Passing, feedback, known_of
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.int4 import INT4
+from griffin_offload.kernels import table
 from griffin_offload.kernels.by_blocks import Scratch
 
 GROUP = ref.GROUP
@@ -173,8 +175,7 @@ def test_what_is_known_of_inputs():
     torch.testing.assert_close(leading, expected, rtol=1e-3, atol=1e-3)
     share = SHRINKING / (1 - SHRINKING)
     torch.testing.assert_close(takes, leading / (counts + (squares - leading**2) / share), rtol=1e-3, atol=1e-4)
-    assert feedback(None) is None
-    assert feedback(counts) is None
+    assert feedback(None) == feedback(counts) == (None, None)
 
 
 @pytest.mark.parametrize("down", [False, True])
@@ -184,7 +185,8 @@ def test_where_there_is_no_time_the_leading_component_is_made_up_for(down: bool)
     known, weight = known_of(x), _random(96, 224, seed=12)
     scale = neuron_scale(weight, torch.float32) if down else row_scale(weight, torch.float32)
     if down:
-        found = [_values(INT4.quantize_neurons(weight, scale, known=of), scale).t() for of in (known, None)]
+        passing = (Passing.of(known, torch.arange(224), 1024), None)
+        found = [_values(INT4.quantize_neurons(weight, scale, passing=of), scale).t() for of in passing]
     else:
         found = [_values(INT4.quantize_rows(weight, scale, of), scale) for of in (known, known[0])]
     leading = [float(((values - weight) @ known[1].double()).norm()) for values in found]
@@ -209,3 +211,42 @@ def test_a_selection_makes_up_for_its_own_errors():
         missed = product[: len(chosen)] - weight[:, chosen].t()
         errors.append(float((known[1, chosen] @ missed).norm()))
     assert errors[0] < 0.6 * errors[1]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_neurons_make_up_for_those_of_chunks_before(ours: bool):
+    """In the kernels and by torch."""
+    x, weight = _with_a_leading_one(300, 320), _random(96, 320, seed=13)
+    known, scale, errors = known_of(x), neuron_scale(weight, torch.float32), []
+    for anew in (False, True):
+        passing, found = Passing.of(known, torch.arange(320), 64), []
+        for part in torch.arange(320).split(64):
+            own = Passing.of(known, part, 64) if anew else passing
+            with nullcontext() if ours else table.leaving_out(lambda kernel: kernel.ours):
+                packed = INT4.quantize_neurons(weight[:, part].contiguous(), scale[part], passing=own)
+            found.append(_values(packed, scale[part]).t())
+        errors.append(float(((torch.cat(found, dim=1) - weight) @ known[1].double()).norm()))
+    assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_what_is_carried_is_least_squares(chunk: int | None):
+    """Solved anew before every block, in whatever order; blocks that count most come first, within their chunk."""
+    known = known_of(_with_a_leading_one(300, 200))
+    fed, order = feedback(known, chunk)
+    counts, leading, takes = known.double()
+    blocks = [slice(start, start + GROUP) for start in range(0, 200, GROUP)]
+    sums = [float(counts[block].sum()) for block in blocks]
+    each = (chunk or 200) // GROUP + (chunk is None)
+    groups = [range(start, min(start + each, len(blocks))) for start in range(0, len(blocks), each)]
+    assert order.tolist() == [i for group in groups for i in sorted(group, key=lambda i: -sums[i])]
+    share, carried, along = SHRINKING / (1 - SHRINKING), 0.0, 0.0
+    for at, place in enumerate(order.tolist()):
+        rest = torch.cat([torch.arange(200)[blocks[i]] for i in order.tolist()[at:]])
+        change = -takes[rest] * along / (share + leading[rest] @ takes[rest])
+        own = blocks[place]
+        found = fed[0, own].double() * carried
+        torch.testing.assert_close(found, change[: len(found)], rtol=1e-4, atol=1e-6)
+        missed = _random(len(found), seed=place).double()
+        carried += float(fed[1, own].double() @ missed)
+        along += float(leading[own] @ (found - missed))

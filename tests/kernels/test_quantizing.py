@@ -11,7 +11,7 @@ from torch import Tensor
 
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats import base
-from griffin_offload.formats.compensation import Packed, known_of
+from griffin_offload.formats.compensation import Packed, Passing, known_of
 from griffin_offload.formats.few_bits import INT2, INT3
 from griffin_offload.formats.grouped import Grouped
 from griffin_offload.formats.int4 import INT4
@@ -223,6 +223,10 @@ def test_sizes_that_do_not_fit_are_refused():
         lambda: quantizing.quantize_neurons(4, weight[:32], ones[:40], None),
         lambda: quantizing.quantize_neurons(4, weight[:32], ones, ones),
         lambda: quantizing.quantize_rows(4, weight[:, :32], ones[:40], None, torch.ones(2, 31)),
+        lambda: quantizing.quantize_neurons(4, weight[:32], ones, None, torch.ones(2, 48), None, torch.zeros(33)),
+        lambda: quantizing.quantize_neurons(4, weight[:32], ones, None, torch.ones(2, 48), torch.zeros(2).int() - 1),
+        lambda: quantizing.quantize_neurons(4, weight[:32], ones, None, torch.ones(2, 48), torch.tensor([2, 0]).int()),
+        lambda: quantizing.quantize_rows(4, weight[:, :32], ones[:40], None, torch.ones(2, 32), torch.zeros(1).long()),
     ):
         with pytest.raises(ValueError, match="must be"):
             wrong()
@@ -238,13 +242,13 @@ def test_errors_that_are_made_up_for_are_the_same_everywhere(
     generator, found = torch.Generator().manual_seed(outputs), []
     weight, columns = torch.randn(outputs, 160, generator=generator), torch.randn(320, 45, generator=generator)
     known = known_of(torch.randn(50, 1, generator=generator) * torch.randn(160, generator=generator) + 0.1)
-    scales = base.row_scale(weight, torch.float32), base.neuron_scale(columns, torch.float32)
+    scales, some = (base.row_scale(weight, torch.float32), base.neuron_scale(columns, torch.float32)), torch.arange(45)
     for wide, threads in ((True, 1), (False, 3), (None, 1)):
         monkeypatch.setattr(library(), "sums_bytes", bool(wide) and library().sums_bytes)
         torch.set_num_threads(threads)
         with _by_torch() if wide is None else nullcontext():
             rows = format.quantize_rows(weight, scales[0], known)
-            found.append((*rows, *format.quantize_neurons(columns, scales[1], known=known[:, :45])))
+            found.append((*rows, *format.quantize_neurons(columns, scales[1], passing=Passing.of(known, some, 1024))))
     assert all(map(torch.equal, found[0], found[1]))
     for ours, by_torch in ((found[0][:2], found[2][:2]), (found[0][2:], found[2][2:])):
         _same_but_for_ties(ours, by_torch)

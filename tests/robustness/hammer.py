@@ -109,8 +109,10 @@ def in_groups(r: random.Random, library: compiled.Library) -> None:
     importance = torch.rand(inputs) if r.random() < 0.5 else None
     quantize.row_norms(weight)
     feedback = torch.rand(2, inputs) if r.random() < 0.5 else None
-    rows = quantize.quantize_rows(bits, weight, torch.rand(outputs) + 0.1, importance, feedback)
-    neurons = quantize.quantize_neurons(bits, weight, torch.rand(inputs) + 0.1, None, feedback)
+    order = torch.randperm(inputs // 32).int() if r.random() < 0.5 else None
+    rows = quantize.quantize_rows(bits, weight, torch.rand(outputs) + 0.1, importance, feedback, order)
+    carried = torch.rand(outputs) if r.random() < 0.5 else None
+    neurons = quantize.quantize_neurons(bits, weight, torch.rand(inputs) + 0.1, None, feedback, order, carried)
     assert rows is not None
     assert neurons is not None
     few = gemv.GemvKernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)

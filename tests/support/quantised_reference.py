@@ -233,15 +233,29 @@ def in_feed_forward(matrix: Tensor, neurons: int, *, is_down: bool) -> bool:
     return is_down or matrix.shape[0] in (neurons, 2 * neurons)
 
 
+def small_ones(model: PreTrainedModel) -> set[str]:
+    """Modules of keys and values that have a sixteenth of their layer's numbers at most: beside fewer bits than 8 they
+    are in int8. In the tiny models no other matrix is as small."""
+    sizes = {name: matrix.numel() for name, matrix in layer_matrices(model).items()}
+    found = set()
+    for keys in (name for name in sizes if name.endswith(".k_proj")):
+        layer, values = keys.removesuffix("self_attn.k_proj"), keys.removesuffix("k_proj") + "v_proj"
+        if 16 * (sizes[keys] + sizes[values]) <= sum(size for name, size in sizes.items() if name.startswith(layer)):
+            found |= {keys, values}
+    return found
+
+
 @torch.no_grad()
 def round_layers(
     model: PreTrainedModel, down: str, neurons: int, precision: str | Values, *, feed_forward: bool
 ) -> None:
     """Replace the attention's or the FF's matrices by what they are on their grids."""
     downs = {down.format(i=i) for i in range(model.config.num_hidden_layers)}
+    small = small_ones(model) if precision in ("int4", "int3", "int2") else set()
     for name, matrix in layer_matrices(model).items():
         if in_feed_forward(matrix, neurons, is_down=name in downs) == feed_forward:
-            matrix.copy_(stored_values(matrix, precision, matrix.dtype, is_down=name in downs))
+            own = "int8" if name in small else precision
+            matrix.copy_(stored_values(matrix, own, matrix.dtype, is_down=name in downs))
 
 
 def round_head(model: PreTrainedModel) -> None:

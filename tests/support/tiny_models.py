@@ -49,13 +49,13 @@ class Architecture:
 
     def build(self, seed: int = 0) -> hf.PreTrainedModel:
         """The float32 model in eval mode; the same seed gives the same weights."""
-        return _randomised(self.config_class(**{**_COMMON, **self.settings}), seed)
+        return randomised(self.config_class(**{**_COMMON, **self.settings}), seed)
 
     def down_names(self) -> list[str]:
         return [self.down.format(i=i) for i in range(LAYERS)]
 
 
-def _randomised(config: hf.PreTrainedConfig, seed: int) -> hf.PreTrainedModel:
+def randomised(config: hf.PreTrainedConfig, seed: int) -> hf.PreTrainedModel:
     """Matrices that matter against the residual, and noise on every bias and norm: none is exactly 0 or 1."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -387,7 +387,7 @@ def with_outliers(seed: int = 0, gain: float = 20.0) -> hf.PreTrainedModel:
     """A Llama that is as hard to quantise as trained ones: a few channels of the residual that norms make `gain` times
     larger, read by columns that are as much smaller; and one weight that makes a channel large by itself."""
     sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
-    model = _randomised(hf.LlamaConfig(**{**_COMMON, **sizes, **_GQA}), seed)
+    model = randomised(hf.LlamaConfig(**{**_COMMON, **sizes, **_GQA}), seed)
     for layer in model.model.layers:
         for linear in (module for module in layer.modules() if isinstance(module, torch.nn.Linear)):
             linear.weight *= 0.5 * math.sqrt(HIDDEN / linear.in_features)  # errors add up, and do not explode

@@ -28,6 +28,9 @@ typedef struct {
     const float *importance; /* of int4: how much an error counts, for each number along the groups; or none */
     const float *feedback;   /* of int4: [2, columns], what an input takes of the errors of those before it, and gives of
                                 its own to those behind its group; or none */
+    const int32_t *order;    /* of feedback: groups of columns in the order in which they pass; none: as they lie */
+    float *carried;          /* of neurons with feedback: [rows], what those before them missed, to which theirs is added;
+                                or none */
     void *out;            /* numbers, rows `out_items` apart; floats; or codes of int4 */
     uint8_t *out_groups;  /* of int4: pairs of step and offset [rows or neurons, groups] */
     int64_t rows, columns, row_items, out_items, type, threads;

@@ -282,7 +282,8 @@ TARGET INLINED void V_NAME(rows_of)(const void *quantizing, int64_t first, int64
     for (int64_t row = first; row < end; row += V_LANES) {
         const int64_t count = least(V_LANES, end - row);
         V_F carried = V_OP(setzero_ps)();
-        for (int64_t group = 0; group < groups; group++) {
+        for (int64_t place = 0; place < groups; place++) {
+            const int64_t group = q->order ? q->order[place] : place;
             _Alignas(64) float numbers[V_LANES][GROUP];
             V_F v[GROUP];
             if (count < V_LANES) memset(numbers, 0, sizeof numbers);
@@ -315,7 +316,9 @@ TARGET INLINED void V_NAME(neurons_of)(const void *quantizing, int64_t first, in
     const Quantizing *q = quantizing;
     const int64_t groups = q->rows / GROUP;
     float carried[LINE] = {0};
-    for (int64_t start = 0; start < q->columns; start += GROUP) {
+    if (q->carried) memcpy(carried, q->carried + first, (size_t)(end - first) * sizeof *carried);
+    for (int64_t place = 0; place * GROUP < q->columns; place++) {
+        const int64_t start = GROUP * (q->order ? q->order[place] : place);
         const int64_t neurons = least(GROUP, q->columns - start);
         float inverse[GROUP] = {0}, takes[GROUP] = {0}, gives[GROUP] = {0};
         for (int64_t i = 0; i < neurons; i++) inverse[i] = 1 / q->scale[start + i];
@@ -343,6 +346,7 @@ TARGET INLINED void V_NAME(neurons_of)(const void *quantizing, int64_t first, in
             if (q->feedback) add_missed(numbers, gives, (neurons + LANES - 1) / LANES * LANES, own);
         }
     }
+    if (q->carried) memcpy(q->carried + first, carried, (size_t)(end - first) * sizeof *carried);
 }
 
 #define OF_BITS(bits)                                                                                               \
