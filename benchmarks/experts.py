@@ -7,7 +7,8 @@ are the bytes that were read over the disk's own rate, measured in the same minu
     python benchmarks/experts.py DIR [--shape gpt-oss-half] [--share 0.45] [--quantize int4] [--tokens 64]
 
 With `--gguf` the model is a file of peers/gguf_mixture.py in place of the checkpoint, and `--beside ENV/bin/python`
-runs llama.cpp (peers/worker_llama_mixture.py) on that file first, in a cgroup of the same size.
+runs llama.cpp (peers/worker_llama_mixture.py) on that file first, in a cgroup of the same size. Embeddings and head are
+in 8 bits in that file, and in a converted copy of it.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 from capped_run import run_capped
 from make_checkpoint import make_checkpoint
 from mixtures import MIXTURES, ROUTER_SKEW
+from report import gigabytes, markdown_table, origin_lines, provenance, write
 
 # What a process takes beside its budget: docs/memory.md.
 BESIDE_BYTES = 500_000_000
@@ -106,6 +108,7 @@ def model_of(arguments: argparse.Namespace) -> tuple[Path, Path]:
     copy = arguments.dir / f"{source.stem}-{arguments.convert}"
     if not copy.exists():
         options = ["-m", str(source), "--quantize", arguments.convert, "-q"]
+        options += ["--embeddings", "int8"] if arguments.gguf else []
         subprocess.run([sys.executable, "-m", "griffin_offload", "convert", str(copy), *options], check=True)
     return source, copy
 
@@ -161,8 +164,50 @@ def measure(arguments: argparse.Namespace) -> int:
     for row in ours["worker"]["prompts"] if ours["worker"] and rate else ():  # a tiny file has no rate
         row["decode_ceiling_tokens_per_s"] = arguments.tokens * rate / max(row["decode_streamed_bytes"], 1)
         row["prefill_ceiling_s"] = row["prefill_streamed_bytes"] / rate
-    print(json.dumps(found, indent=2))
+    record = provenance("experts.py", sys.argv[1:]) | found
+    print(f"{table(found)}\n{json.dumps(record)}")
+    if arguments.out is not None:
+        name = f"experts-{model.name}"
+        write(arguments.out, name, f"# A mixture in {arguments.share:g} of its bytes: {name}\n\n{page(record)}", record)
     return 0 if ours["worker"] and not ours["oom_kills"] else 1
+
+
+def table(found: dict[str, Any]) -> str:
+    """A row for each engine and prompt."""
+    rows = [["", "prompt", "first token", "tokens/s", "ceiling by the disk", "read while decoding", "experts there"]]
+    for name in ("llama.cpp", "ours"):
+        worker = found[name]["worker"] if name in found else None
+        for number, row in enumerate(worker["prompts"] if worker else (), start=1):
+            # What a process does before it can be asked counts for its first prompt.
+            first = row["prefill_s"] + (worker["loaded_s"] if number == 1 else 0)
+            ceiling, hits = row.get("decode_ceiling_tokens_per_s"), row.get("experts", {}).get("hit_rate")
+            rows.append(
+                [
+                    name,
+                    str(number),
+                    f"{first:.1f} s",
+                    f"{row['decode_tokens_per_s']:.2f}",
+                    "-" if ceiling is None else f"{ceiling:.2f}",
+                    gigabytes(row["decode_streamed_bytes"]) if "decode_streamed_bytes" in row else "-",
+                    "-" if hits is None else f"{hits:.1%}",
+                ]
+            )
+    return markdown_table(rows)
+
+
+def page(record: dict[str, Any]) -> str:
+    engines = [name for name in ("llama.cpp", "ours") if name in record]
+    memory = [["", "model", "limit", "peak of the cgroup", "of it anonymous", "kills"]]
+    memory += [
+        [
+            name,
+            *(gigabytes(record[name][key]) for key in ("model_bytes", "limit_bytes")),
+            *(gigabytes(record[name][key]) for key in ("cgroup_peak_bytes", "rss_anon_peak_bytes")),
+            str(record[name]["oom_kills"]),
+        ]
+        for name in engines
+    ]
+    return f"{origin_lines(record)}\n\n{table(record)}\n\n{markdown_table(memory)}\n"
 
 
 def main() -> int:
@@ -176,6 +221,7 @@ def main() -> int:
     parser.add_argument("--convert", choices=("none", "int8", "int4"), help="run a converted copy")
     parser.add_argument("--quantize", default="auto")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--out", type=Path, help="folder for the record")
     parser.add_argument("--timeout", type=float, default=1800)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=int, help=argparse.SUPPRESS)

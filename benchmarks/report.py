@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "griffin-offload")
-PATH_OPTIONS = ("--dir", "--rival-dir", "--out", "--text", "--prior", "--env", "--envs", "--prompt-ids", "--models")
+PATH_OPTIONS = (
+    *("--dir", "--rival-dir", "--out", "--text", "--prior", "--env", "--envs", "--prompt-ids", "--models"),
+    *("--gguf", "--beside"),
+)
 
 
 def hardware() -> dict[str, Any]:

@@ -42,8 +42,8 @@ def _sequences(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     longest = max(len(piece) for piece in pieces)
     pieces = pieces[:: -(-len(pieces) * longest // _MOST_TOKENS)]
     ids = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-    lengths = torch.tensor([len(piece) for piece in pieces], device="cpu")
-    return ids, torch.arange(ids.shape[1], device="cpu") < lengths[:, None]
+    lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64, device="cpu")
+    return ids, torch.arange(ids.shape[1], dtype=torch.int64, device="cpu") < lengths[:, None]
 
 
 class _Moments(Visitor):
