@@ -155,7 +155,7 @@ def measure(arguments: argparse.Namespace) -> int:
             "--prompts",
             json.dumps(prompts()),
         ]
-        command += ["--tokens", str(arguments.tokens), "--cache-mib", str(arguments.cache_mib)]
+        command += ["--tokens", str(arguments.tokens)]
         found["llama.cpp"] = run_cold(source, command, limit, arguments.timeout)
     command = [sys.executable, __file__, str(model), "--worker", "--budget", str(limit - BESIDE_BYTES)]
     command += ["--tokens", str(arguments.tokens), "--quantize", arguments.quantize]
@@ -180,7 +180,7 @@ def table(found: dict[str, Any]) -> str:
         for number, row in enumerate(worker["prompts"] if worker else (), start=1):
             # What a process does before it can be asked counts for its first prompt.
             first = row["prefill_s"] + (worker["loaded_s"] if number == 1 else 0)
-            ceiling, hits = row.get("decode_ceiling_tokens_per_s"), row.get("experts", {}).get("hit_rate")
+            ceiling, hits = row.get("decode_ceiling_tokens_per_s"), (row.get("experts") or {}).get("hit_rate")
             rows.append(
                 [
                     name,
@@ -217,7 +217,6 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=0.45, help="of the model's bytes, the cgroup's limit")
     parser.add_argument("--gguf", type=Path, help="a file of peers/gguf_mixture.py, in place of a made checkpoint")
     parser.add_argument("--beside", help="the interpreter of an environment with xllamacpp: run llama.cpp, too")
-    parser.add_argument("--cache-mib", type=int, default=0, help="of llama.cpp's own cache of experts; 0: none")
     parser.add_argument("--convert", choices=("none", "int8", "int4"), help="run a converted copy")
     parser.add_argument("--quantize", default="auto")
     parser.add_argument("--tokens", type=int, default=64)

@@ -3,7 +3,8 @@
     PYTHONPATH=benchmarks ENV/bin/python -m peers.worker_llama_mixture FILE.gguf --tokens 64
 
 The file is mapped, and nothing of it copied into another layout, so that the system may drop what it has no memory for.
-A line of JSON has what experts.py's own worker prints of ours. ENV has `xllamacpp`.
+llama.cpp's own cache of experts asks for a GPU. A line of JSON has what experts.py's own worker prints of ours. ENV has
+`xllamacpp`.
 """
 
 import argparse
@@ -16,15 +17,13 @@ from typing import Any
 import xllamacpp
 
 
-def start(file: Path, ctx_tokens: int, batch: int, threads: int, cache_mib: int) -> Any:
+def start(file: Path, ctx_tokens: int, batch: int, threads: int) -> Any:
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
     settings.n_ctx, settings.n_parallel, settings.n_batch, settings.n_ubatch = ctx_tokens, 1, batch, batch
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     settings.n_gpu_layers, settings.fit_params, settings.cache_ram_mib, settings.cache_prompt = 0, False, 0, False
     settings.no_extra_bufts, settings.warmup, settings.verbosity = True, False, 0
-    if cache_mib:
-        settings.moe_cache_size = cache_mib
     return xllamacpp.Server(settings)
 
 
@@ -46,11 +45,10 @@ def main() -> int:
     parser.add_argument("--prompts", type=json.loads, required=True, help="lists of token ids")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cache-mib", type=int, default=0, help="of its cache of experts; 0: none")
     args = parser.parse_args()
     longest = max(map(len, args.prompts))
     begin = time.perf_counter()
-    server = start(args.file, longest + args.tokens, max(longest, 32), args.threads, args.cache_mib)
+    server = start(args.file, longest + args.tokens, max(longest, 32), args.threads)
     loaded_s = time.perf_counter() - begin
     rows = [answer(server, ids, args.tokens) for ids in args.prompts]
     print(json.dumps({"loaded_s": loaded_s, "system": xllamacpp.get_system_info(), "prompts": rows}), flush=True)
