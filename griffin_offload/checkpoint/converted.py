@@ -30,7 +30,7 @@ from griffin_offload.checkpoint.safetensors import (
     directory_config,
 )
 from griffin_offload.errors import CheckpointError, UnsupportedModel
-from griffin_offload.formats import FLOATS, SMALL, TABLE_FORMATS, Format, get, of_copies
+from griffin_offload.formats import FLOATS, SMALL_MATRICES, TABLE_FORMATS, Format, get, of_copies
 from griffin_offload.formats.expert_form import BLOCK_BYTES, RECORD_VERSION
 from griffin_offload.transformers_api import StockModel
 
@@ -95,7 +95,7 @@ def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
             f"{directory} was converted to {precision} in format {version}, this version reads format "
             f"{format.version}: convert again"
         )
-    tables_fit, small_fits = tables in [other.name for other in TABLE_FORMATS], small in ("", SMALL.name)
+    tables_fit, small_fits = tables in [other.name for other in TABLE_FORMATS], small in ("", SMALL_MATRICES.name)
     if format is None or not isinstance(source, str) or not tables_fit or not small_fits:
         raise CheckpointError(f"{directory / 'config.json'} has a damaged quantization_config: convert again")
     del config.quantization_config

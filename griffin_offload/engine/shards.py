@@ -32,7 +32,7 @@ from griffin_offload.checkpoint.safetensors import INDEX, METADATA_KEY, UNFINISH
 from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.engine.calibration import Inputs
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
-from griffin_offload.formats import SMALL, Format, get
+from griffin_offload.formats import SMALL_MATRICES, Format, get
 from griffin_offload.formats.base import Tensors
 from griffin_offload.formats.compensation import Compensation
 from griffin_offload.formats.expert_form import RECORDS, ExpertForm
@@ -253,14 +253,14 @@ class Quantizing:
     def __init__(
         self, format: Format, dtype: torch.dtype, inputs: Inputs, missed: Missed, small: frozenset[str] = frozenset()
     ) -> None:
-        """`small` are modules that are written in SMALL."""
+        """`small` are modules that are written in SMALL_MATRICES."""
         self._format, self._dtype, self._inputs, self._missed, self._small = format, dtype, inputs, missed, small
         self._last: tuple[Tensor, Compensation] | None = None
         """Of modules that have the same inputs and follow one another."""
 
     def quantize(self, prefix: str, name: str, matrix: Tensor, *, neurons: bool, is_down: bool) -> Tensors:
         """The stored tensors of `matrix` [O, I], the module `name` of the layer; whether it holds `neurons`."""
-        outside = SMALL if name in self._small else self._format.outside()
+        outside = SMALL_MATRICES if name in self._small else self._format.outside()
         format = self._format if neurons else outside
         own = self._compensation(name, is_down=is_down) if format.wants_importance else None
         found = format.quantize(matrix, self._dtype, is_down=is_down, compensation=own)

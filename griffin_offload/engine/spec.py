@@ -29,7 +29,7 @@ from griffin_offload.devices.registry import choose_device, device_kind, devices
 from griffin_offload.engine.build import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.errors import UnsupportedModel, UsageError
-from griffin_offload.formats import RESTING_HEAD, SMALL, Format, every, planned_as
+from griffin_offload.formats import RESTING_HEAD, SMALL_MATRICES, Format, every, planned_as
 from griffin_offload.formats.linear import reads_head_itself
 from griffin_offload.kernels.library import compiled
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
@@ -244,7 +244,8 @@ def small_beside(precision: Format, checkpoint: Checkpoint) -> Format | None:
     """What small matrices of a layer rest in among those of `precision`; None: in that, too. They are never made of
     what is stored in fewer bits."""
     stored = checkpoint.small or checkpoint.precision.outside()
-    return SMALL if precision.bits < SMALL.bits and (stored.is_plain or stored is SMALL) else None
+    fits = precision.bits < SMALL_MATRICES.bits and (stored.is_plain or stored is SMALL_MATRICES)
+    return SMALL_MATRICES if fits else None
 
 
 def _shapes(

@@ -22,12 +22,12 @@ TABLE_FORMATS = (FLOATS, INT8)
 """What embeddings and head may be in."""
 RESTING_HEAD = INT8
 """What a head rests in, in 16 bit in the checkpoint, where the matrices around it are in fewer bits than that."""
-SMALL = INT8
+SMALL_MATRICES = INT8
 """What small matrices of a layer (blocks/replace.py) rest in where the others are in fewer bits than that."""
 __all__ = [
     "FLOATS",
     "RESTING_HEAD",
-    "SMALL",
+    "SMALL_MATRICES",
     "TABLE_FORMATS",
     "Format",
     "Layout",

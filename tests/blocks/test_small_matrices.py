@@ -7,7 +7,7 @@ import transformers as hf
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.blocks.replace import outside_names, small_names
 from griffin_offload.blocks.sizes import model_shape
-from griffin_offload.formats import SMALL, get
+from griffin_offload.formats import SMALL_MATRICES, get
 
 KEYS_AND_VALUES = frozenset({"self_attn.k_proj", "self_attn.v_proj"})
 
@@ -42,8 +42,8 @@ def test_keys_and_values_of_grouped_queries(name: str):
     model = build_on_meta(config, torch.bfloat16)
     decoder, blocks = find_feed_forwards(model, 1)
     assert small_names(decoder[0], blocks[0]) == expected
-    int4, mixed = (model_shape(model, get("int4"), small=small) for small in (None, SMALL))
-    assert (mixed.small is SMALL) == bool(expected)
+    int4, mixed = (model_shape(model, get("int4"), small=small) for small in (None, SMALL_MATRICES))
+    assert (mixed.small is SMALL_MATRICES) == bool(expected)
     assert (mixed.small is None) == (mixed == int4)
     # 8 bits and a scale for each row, in place of 4 and two bytes for 32, and that scale.
     numbers = sum(decoder[0].get_submodule(name).weight.numel() for name in expected)

@@ -23,7 +23,7 @@ from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.errors import CheckpointError, UsageError
 from griffin_offload.formats import get
 
-SMALL = ("self_attn.k_proj", "self_attn.v_proj")
+SMALL_MATRICES = ("self_attn.k_proj", "self_attn.v_proj")
 Ask = dict[str, Any]
 
 
@@ -73,12 +73,12 @@ def _check(model: GriffinModel, stored: dict[str, torch.Tensor], form: str) -> N
     products: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for index, layer in enumerate(model.model.model.layers):
         assert layer.self_attn.q_proj.layout.format is get("int4")
-        for name in SMALL:
+        for name in SMALL_MATRICES:
             module, key = layer.get_submodule(name), f"model.layers.{index}.{name}.weight"
             assert module.layout.format is get(form)
             module.register_forward_hook(lambda _, x, y, key=key: products.setdefault(key, []).append((x[0], y)))
     model.generate(torch.randint(3, VOCAB, (1, 20)), max_new_tokens=4, do_sample=False)
-    assert len(products) == LAYERS * len(SMALL)
+    assert len(products) == LAYERS * len(SMALL_MATRICES)
     for key, found in products.items() if form == "int8" else ():
         rounded = ref.stored_values(stored[key], "int8", torch.float32, is_down=False).float()
         assert len(found) >= 4
@@ -115,7 +115,7 @@ def test_a_copy_has_them_so(grouped: Path, copies: Callable[[str], Path], precis
     assert json.loads((copy / "config.json").read_text())["quantization_config"]["small"] == "int8"
     checkpoint = open_checkpoint(copy)
     for index in range(LAYERS):
-        for name in SMALL:
+        for name in SMALL_MATRICES:
             key = f"model.layers.{index}.{name}"
             assert f"{key}.groups" not in found
             values = found[f"{key}.weight"].double() * found[f"{key}.scale"].double()[:, None]
@@ -161,7 +161,7 @@ def test_no_other_precision_has_them(grouped: Path, copies: Callable[[str], Path
 
 
 def test_plans_tell_it(grouped: Path, copies: Callable[[str], Path], capsys: pytest.CaptureFixture[str]):
-    names = ", ".join(SMALL)
+    names = ", ".join(SMALL_MATRICES)
     for path, asked, told in (
         (grouped, ["--quantize", "int4"], True),
         (copies("int4"), [], True),
@@ -171,4 +171,4 @@ def test_plans_tell_it(grouped: Path, copies: Callable[[str], Path], capsys: pyt
         assert main([*flags, "-v"]) == 0
         assert (f"{names} in int8" in capsys.readouterr().out.splitlines()) == told
         assert main([*flags, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["small_matrices"] == ({"int8": list(SMALL)} if told else {})
+        assert json.loads(capsys.readouterr().out)["small_matrices"] == ({"int8": list(SMALL_MATRICES)} if told else {})
