@@ -29,7 +29,7 @@ from griffin_offload.demo import demo_directory
 from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
-    from griffin_offload.engine.chat import ChatModel
+    pass
 
 
 # The imports that a command waits for: torch, transformers and what of ours stands on them.
@@ -186,28 +186,6 @@ def check_utf8(text: str, name: str) -> None:
     """UsageError for bytes that are not UTF-8: Python lets them through as lone surrogates, tokenizers do not."""
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise UsageError(f"{name} is not UTF-8")
-
-
-class PrefillBar:
-    """A bar of prefill's layers on stderr, if that is a terminal."""
-
-    def __init__(self, model: "ChatModel", *, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        layers = len(model.plan.kept)
-        self._bar = tqdm(total=layers, desc="prefill", unit="layer", leave=False, disable=quiet or None)
-        model.progress = self._step
-
-    def _step(self, done: int, layers: int) -> None:
-        self._bar.update(done - self._bar.n)
-        if done == layers:
-            self._bar.close()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
 
 MODEL_VARIABLE = "GRIFFIN_OFFLOAD_MODEL"
