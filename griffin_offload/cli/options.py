@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +23,7 @@ from griffin_offload.config import (
     LoadConfig,
     MissingExperts,
     Offload,
+    Preference,
     SelectionMethod,
 )
 from griffin_offload.demo import demo_directory
@@ -239,20 +240,7 @@ def add_model_options(parser: argparse.ArgumentParser, context: str = LEFT_OVER,
         default=_DEFAULTS.density,
         help="fraction of FF neurons kept: auto, 0.5, or one per layer (0.5,0.7)",
     )
-    add(
-        "--quantize",
-        choices=("auto", *FORMAT_NAMES, TIERS),
-        default=_DEFAULTS.quantize,
-        help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
-        f"neurons, else {TIERS}: the prompt's neurons in more bits than the others)",
-    )
-    add(
-        "--bits",
-        type=_bits,
-        default=_DEFAULTS.bits,
-        metavar="auto|N",
-        help=f"with --quantize {TIERS}: bits per weight of the FFs, such as 3.5 (default: {_DEFAULTS.bits}, what fits)",
-    )
+    _add_precision_options(add)
     add(
         "--missing-experts",
         choices=get_args(MissingExperts),
@@ -284,6 +272,31 @@ def add_model_options(parser: argparse.ArgumentParser, context: str = LEFT_OVER,
         default=_DEFAULTS.refresh,
         metavar="turn|never|N",
         help="choose neurons with every prompt, the first alone, or by a streamed pass after every N tokens, too",
+    )
+
+
+def _add_precision_options(add: Callable[..., Any]) -> None:
+    """In how many bits neurons stay on the device."""
+    add(
+        "--quantize",
+        choices=("auto", *FORMAT_NAMES, TIERS),
+        default=_DEFAULTS.quantize,
+        help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
+        f"neurons, else {TIERS}: the prompt's neurons in more bits than the others)",
+    )
+    add(
+        "--prefer",
+        choices=get_args(Preference),
+        default=_DEFAULTS.prefer,
+        help="the most bits that fit, or the fewest in which no neuron is left out, int4, where more would fit, too "
+        f"(default: {_DEFAULTS.prefer})",
+    )
+    add(
+        "--bits",
+        type=_bits,
+        default=_DEFAULTS.bits,
+        metavar="auto|N",
+        help=f"with --quantize {TIERS}: bits per weight of the FFs, such as 3.5 (default: {_DEFAULTS.bits}, what fits)",
     )
 
 
