@@ -280,7 +280,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     """The chosen plan, and every precision, dense and with the largest density, that fits at the same context."""
     from griffin_offload.evaluation.ceilings import decode_bytes_per_s
     from griffin_offload.planner.solve import alternatives
-    from griffin_offload.planner.tiers import expected_error, expected_kl
+    from griffin_offload.planner.tiers import bits_of, expected_error, expected_kl
 
     shapes = [*model_spec.shapes, *model_spec.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].width
@@ -304,6 +304,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
                 "precision": plan.precision,
                 "density": plan.density,
                 "tiers": plan.tiers,
+                "bits": bits_of(model_spec.shape_of(plan), plan.counts) if plan.tiers else None,
                 "expected_error": error,
                 "expected_kl": None if error is None else expected_kl(error),
                 "resident_bytes": plan.resident_bytes,
