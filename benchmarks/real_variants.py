@@ -100,7 +100,7 @@ class Measured:
     """One for each repeat."""
     answers: list[str]
     tokens_per_pass: float | None
-    """Of exact mode; None: not measured at this density, or quantised on the way, which has no exact mode."""
+    """Of exact mode; None: not measured."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,14 @@ class Variant:
     def name(self) -> str:
         way = "" if self.precision == "none" else ", converted" if self.converted else ", on the way"
         return ("16 bit" if self.precision == "none" else self.precision) + way
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it is a way to draft in exact mode that is measured: half of the neurons as they are stored, or
+        neurons in fewer bits for those of a 16-bit checkpoint."""
+        if self.precision == "none" or self.converted:
+            return self.density == EXACT_DENSITY
+        return self.precision in ("int8", "int4")
 
 
 @torch.inference_mode()
@@ -171,8 +179,8 @@ def measure_variant(
             scores = {name: score(model, of["ids"], of["logits"]) for name, of in kept.items()}
             speeds = [run_fixed(model, prompts[0], SPEED_TOKENS).decode_tokens_per_s for _ in range(repeats + 1)]
             found = (scores, model.resident_bytes, bytes_of_a_token(model), speeds[1:], answers(model))
-        exact = variant.density == EXACT_DENSITY and (variant.converted or variant.precision == "none")
-        return Measured(*found, tokens_per_pass(folder, prompts[:EXACT_WINDOWS], options) if exact else None)
+        exact = tokens_per_pass(folder, prompts[:EXACT_WINDOWS], options) if variant.drafts else None
+        return Measured(*found, exact)
     except Exception as error:  # a row of the page says so
         return f"{type(error).__name__}: {one_line(error)}"
 

@@ -181,7 +181,7 @@ class _StandIn(ModuleType):
 
 def _rounded_again(model_spec: "ModelSpec", plan: "Plan") -> list[str]:
     stored = model_spec.checkpoint.precision
-    if stored.is_plain or not model_spec.quantises(plan):
+    if stored.is_plain or model_spec.request.verifies or not model_spec.quantises(plan):
         return []
     used = [name for name, count in plan.tiers.items() if count]
     if stored.name in used:  # no copy has layers of several formats

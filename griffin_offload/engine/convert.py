@@ -17,6 +17,7 @@ from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Inputs, visit_inputs
 from griffin_offload.engine.load import check_stored
+from griffin_offload.engine.precisions import small_beside
 from griffin_offload.engine.shards import (
     CopyDirectory,
     Missed,
@@ -28,7 +29,6 @@ from griffin_offload.engine.shards import (
     tensors_outside,
     write_with_experts,
 )
-from griffin_offload.engine.spec import small_beside
 from griffin_offload.errors import UsageError
 from griffin_offload.formats import FLOATS, get
 from griffin_offload.formats.expert_form import RECORD_VERSION

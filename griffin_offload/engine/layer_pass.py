@@ -60,6 +60,17 @@ class DecoderLayers:
     expert_buffers: ExpertBuffers = field(default_factory=ExpertBuffers)
     norms: dict[int, Tensor] = field(default_factory=dict)
     """Of the weights, for selections that ask for them: computed when a layer passes for the first time."""
+    whole: set[int] = field(default_factory=set)
+    """Streamed layers of which all neurons were gathered in one format: nothing else will ever be there."""
+
+    def gather(self, index: int, full: list[Tensor], chosen: Tensor) -> None:
+        """Fill a layer's compact parameters with the neurons `chosen`, those of its first format first."""
+        if index in self.whole:
+            return
+        counts, block = self.counts[index], self.blocks[index]
+        block.gather(full, chosen.split(counts), self.compact[index])
+        if counts == (block.neurons,):
+            self.whole.add(index)
 
     @property
     def fetched_bytes(self) -> int:

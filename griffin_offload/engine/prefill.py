@@ -71,7 +71,7 @@ class GatherChosen(Visitor):
 
     def end(self, index: int, block: Block, full: list[Tensor]) -> None:
         chosen = self._select(index, block, full)
-        block.gather(full, chosen.split(self._layers.counts[index]), self._layers.compact[index])
+        self._layers.gather(index, full, chosen)
         self._layers.selected[index] = chosen
 
     def _select(self, index: int, block: Block, full: list[Tensor]) -> Tensor:

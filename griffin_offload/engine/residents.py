@@ -161,6 +161,8 @@ class GatherSelected(Visitor):
         self._layers, self._selected = layers, selected
 
     def end(self, index: int, block: Block, full: list[Tensor]) -> None:
+        if index in self._layers.whole:
+            return
         chosen, compact = self._selected[index].cpu().split(self._layers.counts[index]), self._layers.compact[index]
         if self._layers.stream.device.shares_host_memory:
             block.gather(full, chosen, compact)

@@ -1,6 +1,5 @@
 """What is known of a model before a weight is read: its checkpoint, its sizes, the budget, and the plan."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,12 @@ import torch
 from transformers import PretrainedConfig
 
 from griffin_offload.blocks.layouts import build_on_meta
-from griffin_offload.blocks.sizes import ModelSizes, model_shape, states_of
+from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.blocks.states import lasting_kinds, state_kinds
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.registry import PartSizes, open_checkpoint, part_sizes
 from griffin_offload.config import (
     MAX_DRAFT_TOKENS,
-    TIERS,
     WEIGHT_NORMS,
     AskedKVBits,
     CacheKind,
@@ -28,10 +26,9 @@ from griffin_offload.devices.memory import budget_bytes, host_bytes, session_byt
 from griffin_offload.devices.registry import choose_device, device_kind, devices_here
 from griffin_offload.engine.build import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
-from griffin_offload.errors import UnsupportedModel, UsageError
-from griffin_offload.formats import INT4, INT8, RESTING_HEAD, SMALL_MATRICES, Format, every, planned_as
-from griffin_offload.formats.linear import reads_head_itself
-from griffin_offload.kernels.library import compiled
+from griffin_offload.engine.precisions import resting_head, shapes_of
+from griffin_offload.errors import UsageError
+from griffin_offload.formats import Format, planned_as
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.kv_cache.store import width_of
@@ -39,7 +36,7 @@ from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
 from griffin_offload.planner.tiers import bits_of
-from griffin_offload.transformers_api import StockModel, warn_if_untested
+from griffin_offload.transformers_api import warn_if_untested
 from griffin_offload.units import format_bytes
 
 
@@ -138,8 +135,8 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     parts = part_sizes(meta, checkpoint) if hardware.shares_host_memory else PartSizes()
     # In host memory the rows are read in place, so their precision has to be the stored one.
     host_embeddings = not hardware.shares_host_memory or (dtype == checkpoint.dtype and not parts.embeddings)
-    head = checkpoint.tables if config.exact else _resting_head(checkpoint, meta, host_embeddings)
-    shapes, others = _shapes(checkpoint, meta, device, config, head)
+    head = checkpoint.tables if config.exact else resting_head(checkpoint, meta, host_embeddings)
+    shapes, others = shapes_of(checkpoint, meta, device, config, head)
     cache = _cache_kind(checkpoint.config, config.kv_bits)
     request = PlanRequest(
         budget_bytes=budget_bytes(config, hardware, absent=absent),
@@ -230,101 +227,6 @@ def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
         raise UsageError(
             f"refresh={model_spec.request.pass_tokens}: of layers with a window at most {most} tokens can be taken back"
         )
-
-
-def _resting_head(checkpoint: Checkpoint, meta: StockModel, host_embeddings: bool) -> Format:
-    """What the head rests in among matrices of fewer bits. It stays as it is stored where that is no floats, where the
-    stock forward needs floats, and where the embeddings, to which it is tied, would need the device's memory, too."""
-    head, embedding = meta.get_output_embeddings(), meta.get_input_embeddings()
-    if head is None or not checkpoint.tables.is_plain or reads_head_itself(type(meta)):
-        return checkpoint.tables
-    return RESTING_HEAD if host_embeddings or head.weight is not embedding.weight else checkpoint.tables
-
-
-def small_beside(precision: Format, checkpoint: Checkpoint) -> Format | None:
-    """What small matrices of a layer rest in among those of `precision`; None: in that, too. They are never made of
-    what is stored in fewer bits."""
-    stored = checkpoint.small or checkpoint.precision.outside()
-    fits = precision.bits < SMALL_MATRICES.bits and (stored.is_plain or stored is SMALL_MATRICES)
-    return SMALL_MATRICES if fits else None
-
-
-def _shapes(
-    checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig, head: Format
-) -> tuple[tuple[ModelSizes, ...], tuple[ModelSizes, ...]]:
-    """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
-    have; the head is in `head` where the others are in fewer bits."""
-    stored = checkpoint.precision
-    if config.exact and stored.holds:
-        raise UsageError(
-            f"exact mode drafts in the stored precision, and {checkpoint.directory} holds {stored}: give an int4 or "
-            "int8 copy, or the original"
-        )
-    asked_of = ("auto", stored.name, stored.option, *([TIERS] if _gives_tiers(stored) else []))
-    if not stored.is_plain and config.quantize not in asked_of:
-        raise UsageError(
-            f"the checkpoint was converted to {stored}, --quantize {config.quantize} needs the original: leave it out"
-        )
-    if config.exact and config.quantize not in ("auto", stored.name):
-        raise UsageError(
-            f"exact mode keeps the stored precision, --quantize {config.quantize} another one: leave it out, or "
-            "convert the checkpoint first"
-        )
-    states = states_of(meta)
-    allowed: list[ModelSizes] = []
-    others: list[ModelSizes] = []
-    for name, levels in _precisions(stored, config):
-        wanted = stored.name if config.exact else config.quantize
-        # A stored format may rest in another one, which has its own name.
-        fits = wanted in ("auto", name) or (wanted == stored.name != TIERS != name and not stored.is_plain)
-        precision = levels[0]
-        try:
-            for format in levels:
-                format.check_device(device.type)
-            # In exact mode another precision is one of a converted copy.
-            full = precision if config.exact else stored
-            own_head = head if levels[-1].bits < head.bits else checkpoint.tables
-            beside = small_beside(precision, checkpoint)
-            shape = model_shape(meta, precision, full, checkpoint.tables, states, levels, own_head, beside)
-        except UnsupportedModel:
-            if name in (config.quantize, stored.name) or not (stored.is_plain or name == TIERS):
-                raise
-            continue
-        (allowed if fits else others).append(shape)
-    if config.prefer == "speed":
-        fewest = max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)
-        if not fewest:
-            raise UsageError(
-                f"--prefer speed has nothing to choose: {checkpoint.directory} gives {allowed[0].precision_name} alone"
-            )
-        return tuple(allowed[fewest:]), (*allowed[:fewest], *others)
-    return tuple(allowed), tuple(others)
-
-
-def _precisions(stored: Format, config: LoadConfig) -> Iterator[tuple[str, tuple[Format, ...]]]:
-    """Names, and formats of neurons, of all that residents of a `stored` checkpoint may be planned in, best first."""
-    # A density is of one format, and exact mode drafts in what is stored. Without kernels of ours a prompt would wait
-    # minutes for its neurons to be rounded.
-    quickly = bool(stored.holds) or compiled()
-    unasked = config.density == "auto" and not config.exact and quickly
-    tiers = config.quantize == TIERS or (unasked and _gives_tiers(stored))
-    for format in every() if stored.is_plain else (stored.rests_as(),):
-        if not format.by_name_only or format.name == config.quantize or not stored.is_plain:
-            yield format.name, (format,)
-        if format is INT8 and tiers:
-            yield TIERS, (INT8, INT4)
-    if tiers:
-        yield TIERS, _tiers()
-
-
-def _gives_tiers(stored: Format) -> bool:
-    """Whether neurons of all tiers can be made of what is `stored`."""
-    return stored.is_plain or (stored.gives_chosen and stored.bits >= _tiers()[0].bits)
-
-
-def _tiers() -> tuple[Format, ...]:
-    """From the most bits to the fewest."""
-    return tuple(format for format in every() if format.is_tier)
 
 
 def _cache_kind(config: PretrainedConfig, bits: AskedKVBits) -> CacheKind:

@@ -303,7 +303,9 @@ def _priced(
     slots: int,
     embeddings: EmbeddingDevice,
 ) -> Plan:
-    streamed = tuple(range(len(counts))) if request.always_stream else shape.choosing(counts)
+    # Neurons in fewer bits than all else draft for the stored ones, which every pass brings.
+    everything = request.always_stream or (request.verifies and shape.precision not in shape.levels)
+    streamed = tuple(range(len(counts))) if everything else shape.choosing(counts)
     slots = min(slots, len(streamed))
     resident, plain = _resident_parts(shape, counts, embeddings)
     if request.offloaded_in_budget:

@@ -104,6 +104,8 @@ def options_again(shape: ModelSizes, counts: Sequence[Counts]) -> dict[str, Any]
     """Fields of `LoadConfig` with which a model has these residents again."""
     if len(shape.levels) > 1:
         return {"quantize": shape.option, "bits": bits_of(shape, counts), "density": "auto"}
+    if shape.precision not in shape.levels:  # they draft: of what is asked, the same comes again
+        return {"quantize": "auto", "density": "auto"}
     densities = [sum(own) / layer.neurons for own, layer in zip(counts, shape.layers, strict=True)]
     return {"quantize": shape.option, "density": densities}
 

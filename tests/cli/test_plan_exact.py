@@ -41,7 +41,8 @@ def test_13b_in_16_bit_does_not_fit_12_gb_and_its_int8_copy_does(plan):
     assert outcome.err.rstrip().endswith("or a copy converted to int8")
     converted = plan("--exact", "--max-gpu-mem", "12GB", "--json", quantization_config=CONVERTED)
     assert converted.code == 0, converted.err
-    assert converted.json["precision"] == "int8"
+    assert (converted.json["precision"], converted.json["density"]) == ("int4", 1.0)  # of neurons, which draft
+    assert converted.json["parts"]["attention"] > 40 * 4 * 5120 * 5120  # as it is stored
     assert converted.json["peak_decode_bytes"] <= 12e9
 
 
@@ -71,7 +72,7 @@ def test_what_refresh_keeps_between_tokens(plan):
 
 def test_contradictions_are_refused(plan):
     for words, *flags in (
-        ("stored precision", "--exact", "--quantize", "int8"),
+        ("drafts in none or int8 or int4 here, not in int3", "--exact", "--quantize", "int3"),
         ("leave out kv_bits=8", "--exact", "--kv-bits", 8),
         ("from 1 to 31", "--exact", "--draft-tokens", 32),
         ("add --exact", "--draft-tokens", 3),

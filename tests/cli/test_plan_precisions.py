@@ -11,7 +11,7 @@ import torch
 from tiny_models import ARCHITECTURES
 
 from griffin_offload.devices.registry import CpuDevice
-from griffin_offload.engine import spec
+from griffin_offload.engine import precisions
 from griffin_offload.evaluation import ceilings
 from griffin_offload.formats import get
 
@@ -240,7 +240,7 @@ def test_every_architecture_from_its_config(cli, checkpoints):
 
 def test_without_kernels_fewer_neurons_come_before_tiers(cli, config, monkeypatch: pytest.MonkeyPatch):
     """torch would round them for minutes, before every answer."""
-    monkeypatch.setattr(spec, "compiled", lambda: False)
+    monkeypatch.setattr(precisions, "compiled", lambda: False)
     flags = ("--max-gpu-mem", "7.5GB", "--ctx-size", 1024, "--device", "cpu", "--json")
     plan = cli("plan", "--config", config("13b"), *flags).json
     assert (plan["fits"], plan["precision"]) == (True, "int4")

@@ -17,7 +17,7 @@ from griffin_offload.engine.model_interface import Guard
 
 FAMILIES = "llama2 llama3 mistral gemma2 gemma3 qwen2 phi3 opt gpt_neox falcon_alibi gpt2 bloom cohere2".split()  # noqa: SIM905
 CTX = 128
-_KEPT: dict[tuple[str, float], Any] = {}
+_KEPT: dict[tuple[str, float, str], Any] = {}
 
 
 def _load(path: Path, **options: object) -> GriffinModel:
@@ -59,16 +59,17 @@ class _Forbidden(StoppingCriteria):
     ngram=st.sampled_from([None, 2, 3]),
     end=st.sampled_from([None, "eos", "criterion"]),
     least=st.sampled_from([None, 5, 20]),
+    drafted=st.sampled_from(["auto", "auto", "int8", "int4"]),
 )
 def test_greedy_is_dense_in_float64(
-    checkpoints, name, density, drafts, prompt, new_tokens, seed, refresh, penalty, ngram, end, least
+    checkpoints, name, density, drafts, prompt, new_tokens, seed, refresh, penalty, ngram, end, least, drafted
 ):
-    """Any architecture (windows of 16 included), density, draft length, prompt and processor."""
+    """Any architecture (windows of 16 included), density, draft length, format of drafts, prompt and processor."""
     path = checkpoints(name)
-    if (name, density) not in _KEPT:
+    if (name, density, drafted) not in _KEPT:
         dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
-        _KEPT[name, density] = dense, _load(path, density=density, dtype="float64")
-    dense, model = _KEPT[name, density]
+        _KEPT[name, density, drafted] = dense, _load(path, density=density, quantize=drafted, dtype="float64")
+    dense, model = _KEPT[name, density, drafted]
     ids = _ids(seed, prompt)
     options: dict[str, Any] = {"repetition_penalty": penalty, "no_repeat_ngram_size": ngram}
     options = {key: value for key, value in options.items() if value is not None}
@@ -138,6 +139,33 @@ def test_at_density_one_every_draft_is_accepted(checkpoints):
     assert model.last_report.drafting.accepted_by_position == [3] * 8
 
 
+@pytest.mark.parametrize("source", ["none", "int8"])
+def test_all_neurons_draft_in_fewer_bits(checkpoints, tmp_path: Path, source: str):
+    """They are rounded once, by the first pass, and judged by what is stored, which attention and head are in, too."""
+    path = checkpoints("llama2")
+    if source != "none":
+        convert(path, tmp_path / "copy", source)
+        path = tmp_path / "copy"
+    ids = _ids(4, 40)
+    expected = _load(path, density=1.0).generate(ids, max_new_tokens=32, do_sample=False, draft_tokens=8)
+    model = _load(path, quantize="int4", density=1.0, always_stream=False)
+    assert (model.plan.precision, model.plan.density, len(model.plan.streamed)) == ("int4", 1.0, 3)
+    assert torch.equal(model.generate(ids, max_new_tokens=32, do_sample=False, draft_tokens=8), expected)
+    resident = [p.clone() for layer in model.engine.loaded.layers.compact.values() for p in layer]
+    report = model.last_report
+    assert report.decode_streamed_bytes == report.drafting.passes * model.plan.streamed_bytes
+    assert report.resident_bytes == model.plan.resident_bytes
+    assert report.peak_device_bytes <= model.plan.peak_bytes <= model.plan.budget_bytes
+    again = _load(path, quantize="int4", density=1.0, always_stream=False)
+    again.generate(_ids(5, 30), max_new_tokens=2, do_sample=False)
+    for ours, theirs in zip(
+        resident, [p for layer in again.engine.loaded.layers.compact.values() for p in layer], strict=True
+    ):
+        assert torch.equal(ours, theirs)  # another prompt has the same neurons
+    outside = [name for name, p in model.model.named_parameters() if "mlp" not in name and p.dtype == torch.uint8]
+    assert outside == []
+
+
 @pytest.mark.parametrize("name", ["llama2", "gemma2", "gpt2", "qwen3"])
 def test_bfloat16_tokens_are_first_choices_within_rounding(checkpoints, name: str):
     """Against the dense model's teacher-forced logits of the same sequence: 8 bits of mantissa, some roundings deep,
@@ -183,8 +211,8 @@ def test_what_cannot_be_exact_is_refused(checkpoints):
     ):
         with pytest.raises(UsageError, match=words):
             model.generate(prompt, max_new_tokens=4, **options)
-    with pytest.raises(UsageError, match="stored precision"):
-        _load(path, quantize="int8")
+    with pytest.raises(UsageError, match="drafts in none or int8 or int4 here, not in int3"):
+        _load(path, quantize="int3")
     with pytest.raises(UsageError, match="kv_bits=8"):
         _load(path, kv_bits=8)
     with pytest.raises(UsageError, match="load with exact=True"):

@@ -1,0 +1,130 @@
+"""In which formats the residents of a checkpoint may be planned: one for all, or mixed."""
+
+from collections.abc import Iterator
+
+import torch
+
+from griffin_offload.blocks.experts import is_experts
+from griffin_offload.blocks.sizes import ModelSizes, model_shape, states_of
+from griffin_offload.checkpoint.base import Checkpoint
+from griffin_offload.config import TIERS, LoadConfig
+from griffin_offload.errors import UnsupportedModel, UsageError
+from griffin_offload.formats import INT4, INT8, RESTING_HEAD, SMALL_MATRICES, Format, every
+from griffin_offload.formats.linear import reads_head_itself
+from griffin_offload.kernels.library import compiled
+from griffin_offload.transformers_api import StockModel
+
+
+def resting_head(checkpoint: Checkpoint, meta: StockModel, host_embeddings: bool) -> Format:
+    """What the head rests in among matrices of fewer bits. It stays as it is stored where that is no floats, where the
+    stock forward needs floats, and where the embeddings, to which it is tied, would need the device's memory, too."""
+    head, embedding = meta.get_output_embeddings(), meta.get_input_embeddings()
+    if head is None or not checkpoint.tables.is_plain or reads_head_itself(type(meta)):
+        return checkpoint.tables
+    return RESTING_HEAD if host_embeddings or head.weight is not embedding.weight else checkpoint.tables
+
+
+def small_beside(precision: Format, checkpoint: Checkpoint) -> Format | None:
+    """What small matrices of a layer rest in among those of `precision`; None: in that, too. They are never made of
+    what is stored in fewer bits."""
+    stored = checkpoint.small or checkpoint.precision.outside()
+    fits = precision.bits < SMALL_MATRICES.bits and (stored.is_plain or stored is SMALL_MATRICES)
+    return SMALL_MATRICES if fits else None
+
+
+def shapes_of(
+    checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig, head: Format
+) -> tuple[tuple[ModelSizes, ...], tuple[ModelSizes, ...]]:
+    """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
+    have; the head is in `head` where the others are in fewer bits."""
+    stored = checkpoint.precision
+    _check_asked(checkpoint, config)
+    states = states_of(meta)
+    allowed: list[ModelSizes] = []
+    others: list[ModelSizes] = []
+    for name, precision, levels in _precisions(stored, config):
+        wanted, drafts = config.quantize, levels[0] is not precision
+        # A stored format may rest in another one, which has its own name.
+        fits = wanted in ("auto", name) or (wanted == stored.name != TIERS != name and not stored.is_plain)
+        if config.exact:
+            fits = fits and precision is stored
+            if drafts and any(map(is_experts, meta.modules())):
+                continue
+        try:
+            for format in levels:
+                format.check_device(device.type)
+            # In exact mode another precision is one of a converted copy.
+            full = precision if config.exact else stored
+            own_head = head if levels[-1].bits < head.bits else checkpoint.tables
+            beside = small_beside(precision, checkpoint)
+            shape = model_shape(meta, precision, full, checkpoint.tables, states, levels, own_head, beside)
+        except UnsupportedModel:
+            needed = name in (config.quantize, stored.name) or not (stored.is_plain or name == TIERS)
+            if needed and not drafts:
+                raise
+            continue
+        (allowed if fits else others).append(shape)
+    if config.prefer == "speed":
+        fewest = max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)
+        if not fewest:
+            raise UsageError(
+                f"--prefer speed has nothing to choose: {checkpoint.directory} gives {allowed[0].precision_name} alone"
+            )
+        return tuple(allowed[fewest:]), (*allowed[:fewest], *others)
+    return tuple(allowed), tuple(others)
+
+
+def _check_asked(checkpoint: Checkpoint, config: LoadConfig) -> None:
+    """UsageError for a precision that residents of the checkpoint cannot have."""
+    stored = checkpoint.precision
+    if config.exact and stored.holds:
+        raise UsageError(
+            f"exact mode drafts in the stored precision, and {checkpoint.directory} holds {stored}: give an int4 or "
+            "int8 copy, or the original"
+        )
+    drafted = [stored.name, *(format.name for format in _draft_formats(stored))]
+    made = drafted if config.exact else [stored.name, *([TIERS] if _gives_tiers(stored) else [])]
+    asked_of = ("auto", stored.option, *made)
+    if not stored.is_plain and config.quantize not in asked_of:
+        raise UsageError(
+            f"the checkpoint was converted to {stored}, --quantize {config.quantize} needs the original: leave it out"
+        )
+    if config.exact and config.quantize not in ("auto", *drafted):
+        raise UsageError(
+            f"exact mode drafts in {' or '.join(drafted)} here, not in {config.quantize}: leave --quantize out"
+        )
+
+
+def _precisions(stored: Format, config: LoadConfig) -> Iterator[tuple[str, Format, tuple[Format, ...]]]:
+    """Names, formats of matrices, and those of neurons, of all that residents of a `stored` checkpoint may be planned
+    in, best first."""
+    # A density is of one format, and exact mode drafts in what is stored. Without kernels of ours a prompt would wait
+    # minutes for its neurons to be rounded.
+    quickly = bool(stored.holds) or compiled()
+    unasked = config.density == "auto" and not config.exact and quickly
+    tiers = config.quantize == TIERS or (unasked and _gives_tiers(stored))
+    for format in every() if stored.is_plain else (stored.rests_as(),):
+        if not format.by_name_only or format.name == config.quantize or not stored.is_plain:
+            yield format.name, format, (format,)
+        if format is INT8 and tiers:
+            yield TIERS, INT8, (INT8, INT4)
+    if tiers:
+        yield TIERS, _tiers()[0], _tiers()
+    if config.exact and (config.density == "auto" or config.quantize != "auto"):
+        for format in _draft_formats(stored):
+            yield format.name, stored, (format,)  # the full model's neurons verify
+
+
+def _draft_formats(stored: Format) -> list[Format]:
+    """In fewer bits than what is `stored`: of neurons that draft in exact mode."""
+    return [format for format in (INT8, INT4) if format.bits < stored.rests_as().bits and compiled()]
+
+
+def _gives_tiers(stored: Format) -> bool:
+    """Whether neurons of all tiers can be made of what is `stored`."""
+    return stored.is_plain or (stored.gives_chosen and stored.bits >= _tiers()[0].bits)
+
+
+def _tiers() -> tuple[Format, ...]:
+    """From the most bits to the fewest."""
+    return tuple(format for format in every() if format.is_tier)
