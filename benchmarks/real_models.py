@@ -227,7 +227,7 @@ def notes(args: argparse.Namespace) -> list[str]:
         f"tokens/s: median of {args.repeats} answers of {SPEED_TOKENS} tokens, {args.threads} threads; ceiling: the "
         "fastest rate at which one row times matrices beyond the caches reads here, over what a token reads",
         f"exact: tokens that a verifying pass gives, {EXACT_WINDOWS} prompts of the first text, {EXACT_TOKENS} tokens "
-        f"each; what is stored drafts at density {EXACT_DENSITY:g}, on the way neurons in so many bits for the 16-bit ones",
+        f"each; what is stored drafts at density {EXACT_DENSITY:g}, on the way fewer bits draft for 16",
         "permuted: SmolLM2's numbers lie on a 4-bit grid along the inputs, which flatters int4; the same function "
         "with its residual channels in another order has no such grid",
     ]
