@@ -9,7 +9,7 @@ import transformers as hf
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.kv_cache.store import width_of
+from griffin_offload.kv_cache.workload import width_of
 
 _SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 64}
 _HEADS: dict[str, Any] = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
