@@ -283,6 +283,8 @@ class _Cursor:
 
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+# Types of 16 levels in each 32 numbers, two codes a byte, and the bytes of a block in front of them.
+_GRIDS, _GRID_NUMBERS = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}, 32
 # Numbers that are made at once: the formulas of a piece stay in the processor's caches.
 _PIECE_NUMBERS = 2**18
 
@@ -346,6 +348,20 @@ class BlockDecoder:
     """The model's rows are the file's columns."""
     minus: float = 0.0
     """Taken from every number, in float32."""
+
+    def grids(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """As `TranslatedTensor` has them: the package's numbers of blocks whose codes are all 0, and all 1."""
+        if self.kind.name not in _GRIDS or self.transposed or self.minus:
+            return None
+        blocks = parts[0].view(self.rows, -1, self.kind.nbytes)
+        blocks = blocks if self.index is None else blocks[self.index]
+        levels = []
+        for code in (0, 1):
+            same = blocks.clone()
+            same[..., _GRIDS[self.kind.name] :] = code * 0x11
+            numbers = numbers_of(same.flatten(1), self.kind)
+            levels.append(numbers.view(self.rows, -1, _GRID_NUMBERS)[..., 0].float())
+        return levels[1] - levels[0], levels[0]
 
     def __call__(self, parts: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:
         stored = parts[0].view(self.rows, -1)
