@@ -104,6 +104,10 @@ class QuantizedStore(Store):
 
     def __init__(self, like: Tensor, tokens: int, scratch: "DequantBuffer") -> None:
         batch, heads, _, self._size = like.shape
+        if self.code_type is torch.uint8 and self._size % 2:
+            raise UnsupportedModel(
+                f"kv_bits=4 keeps two numbers of a head in a byte, these have {self._size}: use kv_bits=8"
+            )
         kinds = zip(self.shapes(self._size, tokens), self.types(like.dtype), strict=True)
         self._parts = [untouched_zeros((batch, heads, *shape), dtype, like.device) for shape, dtype in kinds]
         self._scratch = scratch
@@ -171,7 +175,7 @@ class Int4Values(QuantizedStore):
 
     @classmethod
     def shapes(cls, size: int, tokens: int) -> list[tuple[int, int]]:
-        return [(tokens, half_of(size)), (tokens, 2 * -(-size // KV_GROUP))]
+        return [(tokens, -(-size // 2)), (tokens, 2 * -(-size // KV_GROUP))]
 
     def _quantized(self, states: Tensor) -> tuple[Tensor, Tensor]:
         exact = states.to(torch.float32, copy=True)
@@ -211,7 +215,7 @@ class Int4Keys(QuantizedStore):
     @classmethod
     def shapes(cls, size: int, tokens: int) -> list[tuple[int, int]]:
         groups = -(-tokens // KV_GROUP)
-        return [(groups * KV_GROUP, half_of(size)), (groups, 2 * size), (KV_GROUP, size)]
+        return [(groups * KV_GROUP, -(-size // 2)), (groups, 2 * size), (KV_GROUP, size)]
 
     def write(self, start: int, states: Tensor) -> None:
         group, known = divmod(start, KV_GROUP)
@@ -310,13 +314,6 @@ class Int4Keys(QuantizedStore):
         for part, (rows, _) in zip(self._parts, self.shapes(self._size, tokens), strict=True):
             for piece in _pieces(rows):
                 part[:, :, piece] = part[:, :, piece].index_select(0, indices.to(part.device))
-
-
-def half_of(size: int) -> int:
-    """Bytes of a head's codes of 4 bits; UnsupportedModel where two of its numbers do not share each."""
-    if size % 2:
-        raise UnsupportedModel(f"kv_bits=4 keeps two numbers of a head in a byte, these have {size}: use kv_bits=8")
-    return size // 2
 
 
 def _grid(exact: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

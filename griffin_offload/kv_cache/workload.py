@@ -112,6 +112,12 @@ def _layer_bytes(shape: ModelKV, layer: LayerKV, tokens: int, bits: KVBits = 16)
     return int(heads * (codes + beside * shape.item_bytes))
 
 
+def halves_again(shape: ModelKV) -> bool:
+    """Whether all heads can be kept in 4 bits."""
+    heads = [(width_of(shape, layer), layer.kv_heads or shape.kv_heads) for layer in shape.layers]
+    return all(count and width % (4 * count) == 0 for width, count in heads if width)
+
+
 def kv_workspace_bytes(shape: ModelKV, batch: int, ctx_tokens: int, bits: KVBits, decoding: bool) -> int:
     """What our KV cache makes beside itself: a piece of keys that is quantised or moved, and with fewer than 16 bits in
     decode, the scratch, which is one layer's keys and values, with 4 bits in whole groups."""

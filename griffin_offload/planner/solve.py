@@ -8,7 +8,7 @@ from typing import Any
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import FLOOR_AUTO_CTX, MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITY, NEURON_MULTIPLE
 from griffin_offload.errors import DoesNotFit, UsageError
-from griffin_offload.kv_cache.workload import Workload
+from griffin_offload.kv_cache.workload import Workload, halves_again
 from griffin_offload.method.allocation import Counts
 from griffin_offload.method.selection import densities_per_layer, neurons_kept
 from griffin_offload.offload.weight_store import slot_bytes
@@ -340,7 +340,11 @@ def remedy_for(shape: ModelSizes, request: PlanRequest, plan: Plan) -> str:
             remedies.append(f"--ctx-size {context}")
             break
         context //= 2
-    if request.kv_bits == 8 and best_plan(shape, replace(request, kv_bits=4), plan.context_tokens).fits:
+    if (
+        request.kv_bits == 8
+        and halves_again(shape)
+        and best_plan(shape, replace(request, kv_bits=4), plan.context_tokens).fits
+    ):
         remedies.append("--kv-bits 4")
     if (
         request.offloaded_in_budget

@@ -386,6 +386,19 @@ def test_fewer_bits_stay_near_sixteen(checkpoints, name: str, dtype: torch.dtype
     assert 1e-4 < error < most
 
 
+@pytest.mark.parametrize("options", [{"refresh": 5}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
+@pytest.mark.parametrize("name", ["llama3", "mistral"])
+def test_four_bits_with_tokens_that_pass_again_and_sequences_that_part(checkpoints, name: str, options: dict):
+    sixteen, four = (_load(checkpoints(name), kv_bits=bits, density=0.5, batch_size=3) for bits in (16, 4))
+    settings = {"max_new_tokens": 50, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    logits = []
+    for model in (sixteen, four):
+        torch.manual_seed(0)
+        logits.append(torch.stack(model.generate(_ids()[0], **settings | options).logits[:2]))
+        assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+    assert 0 < (logits[1] - logits[0]).norm() < 0.5 * logits[0].norm()
+
+
 WINDOWED = ("mistral", "gemma2", "gemma3")
 
 
