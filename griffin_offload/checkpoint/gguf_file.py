@@ -349,7 +349,7 @@ class BlockDecoder:
     minus: float = 0.0
     """Taken from every number, in float32."""
 
-    def grids(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    def grids(self, parts: Sequence[Tensor], outputs: int) -> tuple[Tensor, Tensor] | None:
         """As `TranslatedTensor` has them: the package's numbers of blocks whose codes are all 0, and all 1."""
         if self.kind.name not in _GRIDS or self.transposed or self.minus:
             return None
@@ -360,7 +360,7 @@ class BlockDecoder:
             same = blocks.clone()
             same[..., _GRIDS[self.kind.name] :] = code * 0x11
             numbers = numbers_of(same.flatten(1), self.kind)
-            levels.append(numbers.view(self.rows, -1, _GRID_NUMBERS)[..., 0].float())
+            levels.append(numbers.view(outputs, -1, _GRID_NUMBERS)[..., 0].float())
         return levels[1] - levels[0], levels[0]
 
     def __call__(self, parts: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:

@@ -55,7 +55,7 @@ class TranslatedTensor(Tensor):
         """Of a matrix whose stored numbers lie on grids of 16 levels: step and lowest level of each 32 inputs, float32
         [O, I / 32]; None of others."""
         found = getattr(self.decode, "grids", None)
-        return None if found is None else found(self.parts)
+        return None if found is None else found(self.parts, self.shape[0])
 
     def rows(self, first: int, end: int, into: Tensor) -> None:
         """Translate rows of the first axis into `into`, of their shape, in any precision and on any device."""
