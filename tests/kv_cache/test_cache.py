@@ -293,7 +293,8 @@ def test_drafts_reach_behind_the_context(checkpoints):
 @pytest.mark.parametrize(("keys", "values"), [(64, 64), (80, 80), (192, 128), (256, 256), (2, 2)])
 def test_four_bits_of_heads_of_any_size(keys: int, values: int):
     """Groups of 32 and the rest of a head, to the byte, and back out of what a file would hold."""
-    layer = KVLayer(50, None, 4, (DequantBuffer(), DequantBuffer()))
+    scratches = (DequantBuffer(), DequantBuffer())
+    layer = KVLayer(50, None, 4, scratches)
     drawn = torch.Generator().manual_seed(0)
     given = [torch.randn(1, 3, 40, size, generator=drawn).bfloat16() for size in (keys, values)]
     layer.update(*(states[:, :, :39] for states in given))
@@ -304,7 +305,7 @@ def test_four_bits_of_heads_of_any_size(keys: int, values: int):
     of_keys = 64 * keys // 2 + 2 * 2 * 2 * keys + 32 * 2 * keys  # room in groups, steps and least ones, the last group
     assert layer.nbytes == 3 * (of_keys + 50 * (values // 2 + 2 * 2 * groups))
     shapes = [list(part.shape) for part in layer.saved()]
-    other = KVLayer(50, None, 4, layer._scratches)
+    other = KVLayer(50, None, 4, scratches)
     assert other.could_load(40, shapes)
     for axis in range(4):
         for part in range(len(shapes)):
@@ -314,6 +315,10 @@ def test_four_bits_of_heads_of_any_size(keys: int, values: int):
     assert not other.could_load(40, shapes[:-1])
     other.load(40, layer.saved())
     assert all(torch.equal(*pair) for pair in zip(other.saved(), layer.saved(), strict=True))
+    other.grow(90)
+    more = [torch.randn(1, 3, 30, size, generator=drawn).bfloat16() for size in (keys, values)]
+    read = other.update(*more)
+    assert torch.equal(read[0], _int4_keys(torch.cat([given[0], more[0]], dim=2)))
 
 
 @settings(max_examples=60)
