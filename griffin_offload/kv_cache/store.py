@@ -238,13 +238,11 @@ class Int4Keys(QuantizedStore):
     def put(self, place: Tensor, states: Tensor) -> None:
         """`at` was told the place before."""
         codes, grids, held = self._parts
-        within, group = place % KV_GROUP, place // KV_GROUP
-        held.index_copy_(2, within, states)
-        places = torch.arange(KV_GROUP, device=place.device)
-        # What is behind it is of an earlier group, and would widen the range.
-        tokens = torch.where((places <= within)[:, None], held, states)
-        made, grid = self._quantized(tokens)
-        codes.index_copy_(2, group * KV_GROUP + places, made)
+        group = place // KV_GROUP
+        held.index_copy_(2, place % KV_GROUP, states)
+        # What lies behind it is of an earlier group; these codes are read when all are of this one.
+        made, grid = self._quantized(held)
+        codes.index_copy_(2, _places(group), made)
         grids.index_copy_(2, group, grid)
 
     def at(self, place: int) -> None:
@@ -285,8 +283,7 @@ class Int4Keys(QuantizedStore):
         groups = -(-tokens // KV_GROUP)
         batch, heads = self._parts[0].shape[:2]
         out = self._floats(0, groups, self._scratch.take((batch, heads, groups * KV_GROUP, self._size), self._parts[1]))
-        places = place // KV_GROUP * KV_GROUP + torch.arange(KV_GROUP, device=place.device)
-        return out.index_copy_(2, places, self._parts[2])[:, :, :tokens]
+        return out.index_copy_(2, _places(place // KV_GROUP), self._parts[2])[:, :, :tokens]
 
     def parts(self, tokens: int) -> list[Tensor]:
         self._hold(max(tokens - 1, 0) // KV_GROUP)
@@ -314,6 +311,11 @@ class Int4Keys(QuantizedStore):
         for part, (rows, _) in zip(self._parts, self.shapes(self._size, tokens), strict=True):
             for piece in _pieces(rows):
                 part[:, :, piece] = part[:, :, piece].index_select(0, indices.to(part.device))
+
+
+def _places(group: Tensor) -> Tensor:
+    """Of the tokens of a group [1]."""
+    return group * KV_GROUP + torch.arange(KV_GROUP, device=group.device)
 
 
 def _grid(exact: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
