@@ -354,14 +354,16 @@ class BlockDecoder:
         if self.kind.name not in _GRIDS or self.transposed or self.minus:
             return None
         blocks = parts[0].view(self.rows, -1, self.kind.nbytes)
-        blocks = blocks if self.index is None else blocks[self.index]
-        levels = []
-        for code in (0, 1):
-            same = blocks.clone()
-            same[..., _GRIDS[self.kind.name] :] = code * 0x11
-            numbers = numbers_of(same.flatten(1), self.kind)
-            levels.append(numbers.view(outputs, -1, _GRID_NUMBERS)[..., 0].float())
-        return levels[1] - levels[0], levels[0]
+        found = torch.empty(2, outputs, self.width // _GRID_NUMBERS, dtype=torch.float32, device="cpu")
+        step = max(_PIECE_NUMBERS // self.width, 1)
+        for at in range(0, outputs, step):
+            rows = slice(at, min(at + step, outputs))
+            same = blocks[rows].clone() if self.index is None else blocks[self.index[rows]]
+            for code, level in enumerate(found):
+                same[..., _GRIDS[self.kind.name] :] = code * 0x11
+                numbers = numbers_of(same.flatten(1), self.kind)
+                level[rows] = numbers.view(len(same), -1, _GRID_NUMBERS)[..., 0]
+        return found[1] - found[0], found[0]
 
     def __call__(self, parts: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:
         stored = parts[0].view(self.rows, -1)
