@@ -25,8 +25,8 @@ TABLE_FORMATS = {"16": "none", "int8": "int8"}
 Preference = Literal["quality", "speed"]
 ExportForm = Literal["unquantized", "w8a16", "w4a16", "gguf", "gguf-q8_0", "gguf-q4_0"]
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
-KVBits = Literal[16, 8]
-AskedKVBits = Literal["auto", 16, 8]
+KVBits = Literal[16, 8, 4]
+AskedKVBits = Literal["auto", 16, 8, 4]
 Overflow = Literal["error", "drop"]
 WindowStart = Literal["even", "documents"]
 EvalMode = Literal["gen", "class", "strict"]
@@ -88,8 +88,9 @@ class LoadConfig:
     prompt_tokens: int | None = None
     """Longest prompt that is planned for; None: the whole context."""
     kv_bits: AskedKVBits = "auto"
-    """16: the KV cache as it is computed, whatever the precision; 8: as int8 with a scale per token and head; "auto": 8
-    where 16 would cost all matrices bits, or neurons, and it need not be as computed (exact mode)."""
+    """16: the KV cache as it is computed, whatever the precision; 8: as int8 with a scale per token and head; 4: in
+    groups of 32 numbers of a head, each with a step and a least number; "auto": 8 where 16 would cost all matrices
+    bits, or neurons, and it need not be as computed (exact mode)."""
     batch_size: int = 1
     """Sequences at once (beams count) that are planned for."""
     sequences: int = 1

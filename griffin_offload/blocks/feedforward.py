@@ -6,6 +6,7 @@ projections and column j of the down projection belong to neuron j; the bias of 
 
 import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,10 +98,69 @@ class Projection:
             take(full["bias"], 0, index, out["bias"])
 
 
-class FeedForward(Block):
-    """A dense block: its projections, installing and gathering them."""
+class SubNorm(nn.Module):
+    """An RMS norm over the F neurons of a block, computed as the `norm` in whose place it is: neurons that are left out
+    count as zeros."""
 
-    def __init__(self, module: nn.Module, inputs: Sequence[str], down: str, *, inline: bool) -> None:
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = norm.weight
+        self._epsilon, self._neurons = norm.variance_epsilon, norm.weight.numel()
+        self._further: Sequence[Tensor] = ()
+
+    def hold(self, weights: Sequence[Tensor]) -> None:
+        """Of the neurons that are there, one tier's after the other's."""
+        put(self, "weight", weights[0])
+        self._further = weights[1:]
+
+    def forward(self, z: Tensor) -> Tensor:
+        exact, weight = z.float(), torch.cat([self.weight, *self._further]) if self._further else self.weight
+        squares = exact.pow(2)
+        whole = z.shape[-1] == self._neurons
+        variance = squares.mean(-1, keepdim=True) if whole else squares.sum(-1, keepdim=True) / self._neurons
+        return weight * (exact * torch.rsqrt(variance + self._epsilon)).to(z.dtype)
+
+
+class NeuronNorm:
+    """Its weight, as a part of a block that is installed and gathered like projections: a number a neuron."""
+
+    is_down = False
+
+    def __init__(self, owner: SubNorm, down: Projection) -> None:
+        self.owner, self._down = owner, down
+        self.full: Layout = FLOATS.stored(is_down=False)
+
+    def specs(self, layout: Layout, kept: int) -> dict[str, Spec]:
+        """As a projection's."""
+        return {"weight": ((kept,), None)}
+
+    @property
+    def tiers(self) -> list[tuple[nn.Module, Layout]]:
+        """As many as of the projections."""
+        return [(self.owner, self.full) for _ in self._down.tiers]
+
+    def install_full(self, tensors: Tensors) -> None:
+        self.owner.hold([tensors["weight"]])
+
+    def install_compact(self, tensors: Sequence[Tensors]) -> None:
+        """Those of every tier."""
+        self.owner.hold([own["weight"] for own in tensors])
+
+    def rows(self, chosen: Tensor) -> None:
+        """All of it is read."""
+
+    def gather(self, full: Tensors, chosen: Sequence[Tensor], out: Sequence[Tensors]) -> None:
+        """Of every tier the `chosen` neurons [K]."""
+        for own, target in zip(chosen, out, strict=True):
+            take(full["weight"], 0, own, target["weight"][: own.numel()])
+
+
+class FeedForward(Block):
+    """A dense block: its projections, installing and gathering them, and a norm of its neurons where there is one."""
+
+    def __init__(
+        self, module: nn.Module, inputs: Sequence[str], down: str, norm: SubNorm | None = None, *, inline: bool
+    ) -> None:
         self.module = module
         self.inline = inline
         self.down: nn.Module = module.get_submodule(down)
@@ -109,6 +169,12 @@ class FeedForward(Block):
         first = [Projection(module.get_submodule(name), self.neurons, is_down=False) for name in inputs]
         self.projections = (*first, Projection(self.down, self.neurons, is_down=True))
         self.linears = tuple(projection.owner for projection in self.projections)
+        last = self.projections[-1]
+        between = [] if norm is None else [NeuronNorm(norm, last)]
+        self.parts: tuple[Projection | NeuronNorm, ...] = (*first, *between, last)
+        """All that has tensors of neurons."""
+        self.watched: nn.Module = self.down if norm is None else norm
+        """Whose input the neurons' activations are."""
 
     @property
     def gated(self) -> bool:
@@ -133,7 +199,7 @@ class FeedForward(Block):
     def full(self) -> list[Tensor]:
         return [
             getattr(projection.owner, name)
-            for projection in self.projections
+            for projection in self.parts
             for name in projection.specs(projection.full, self.neurons)
         ]
 
@@ -144,7 +210,7 @@ class FeedForward(Block):
     def full_specs(self, precision: Format | None = None) -> list[Spec]:
         return [
             spec
-            for projection in self.projections
+            for projection in self.parts
             for spec in projection.specs(_stored(projection, precision), self.neurons).values()
         ]
 
@@ -153,7 +219,7 @@ class FeedForward(Block):
         tiers = list(zip(counts, self.formats if formats is None else formats, strict=True))
         return [
             spec
-            for projection in self.projections
+            for projection in self.parts
             for kept, format in tiers
             for spec in projection.specs(format.resident(is_down=projection.is_down), self._room(kept, format)).values()
         ]
@@ -166,23 +232,23 @@ class FeedForward(Block):
         return precision.rests_as().neuron_multiple
 
     def install_full(self, tensors: Sequence[Tensor]) -> None:
-        for projection, named in zip(self.projections, self._full(tensors), strict=True):
+        for projection, named in zip(self.parts, self._full(tensors), strict=True):
             projection.install_full(named)
 
     def install_compact(self, tensors: Sequence[Tensor]) -> None:
-        for projection, named in zip(self.projections, self._compact(tensors), strict=True):
+        for projection, named in zip(self.parts, self._compact(tensors), strict=True):
             projection.install_compact(named)
 
     @torch.no_grad()
     def gather(self, full: Sequence[Tensor], chosen: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         sources = self._full([tensor.detach() for tensor in full])
         targets = self._compact([tensor.detach() for tensor in out])
-        for projection, source, target in zip(self.projections, sources, targets, strict=True):
+        for projection, source, target in zip(self.parts, sources, targets, strict=True):
             projection.gather(source, chosen, target)
 
     def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:
         needed: list[Tensor | None] = []
-        for projection in self.projections:
+        for projection in self.parts:
             rows = projection.rows(chosen)
             specs = projection.specs(projection.full, self.neurons).values()
             needed += [rows if len(shape) > 1 else None for shape, _ in specs]
@@ -207,14 +273,14 @@ class FeedForward(Block):
             start = forward.start if isinstance(forward, ChunkedForward) else 0
             callback(Activations(args[0].detach(), start))
 
-        self.down.register_forward_pre_hook(PassHook(see))
+        self.watched.register_forward_pre_hook(PassHook(see))
 
     def chunked(self, limit: int) -> None:
         if not self.inline:
             self.module.forward = ChunkedForward(self.module.forward, limit)
 
     def unhook(self) -> None:
-        unhook(self.down)
+        unhook(self.watched)
         if not self.inline:
             unhook(self.module)
 
@@ -231,15 +297,15 @@ class FeedForward(Block):
     def _full(self, tensors: Sequence[Tensor]) -> list[Tensors]:
         """Those of each projection by name."""
         rest = iter(tensors)
-        return [_named(own, own.full, rest) for own in self.projections]
+        return [_named(own, own.full, rest) for own in self.parts]
 
     def _compact(self, tensors: Sequence[Tensor]) -> list[list[Tensors]]:
         """The same of each of its tiers."""
         rest = iter(tensors)
-        return [[_named(own, layout, rest) for _, layout in own.tiers] for own in self.projections]
+        return [[_named(own, layout, rest) for _, layout in own.tiers] for own in self.parts]
 
 
-def _named(projection: Projection, layout: Layout, tensors: Iterator[Tensor]) -> Tensors:
+def _named(projection: Projection | NeuronNorm, layout: Layout, tensors: Iterator[Tensor]) -> Tensors:
     """The next ones by the names of `layout`."""
     return {name: next(tensors) for name in projection.specs(layout, 1)}
 
@@ -264,7 +330,7 @@ def features(linear: nn.Module) -> tuple[int, int]:
     return (inputs, outputs) if isinstance(linear, Conv1D) else (outputs, inputs)
 
 
-def _stored(projection: Projection, precision: Format | None) -> Layout:
+def _stored(projection: Projection | NeuronNorm, precision: Format | None) -> Layout:
     return projection.full if precision is None else precision.stored(is_down=projection.is_down)
 
 

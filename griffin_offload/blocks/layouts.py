@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from griffin_offload.blocks.base import Activations, Block, Finder
 from griffin_offload.blocks.experts import find_experts
-from griffin_offload.blocks.feedforward import FeedForward, features
+from griffin_offload.blocks.feedforward import FeedForward, SubNorm, features
+from griffin_offload.blocks.states import check_takes_cache
 from griffin_offload.devices.threads import building
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError, one_line
 from griffin_offload.formats.base import is_plain
@@ -29,10 +30,17 @@ class FeedForwardLayout:
 
     inputs: tuple[str, ...]
     down: str
+    norm: str = ""
+    """Of the neurons, in front of the down projection."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.inputs, self.down, self.norm) if self.norm else (*self.inputs, self.down)
 
 
 # Whether an input projection holds gate and up together is decided by its shape, never by its name.
 LAYOUTS = [
+    FeedForwardLayout(("gate_proj", "up_proj"), "down_proj", "ffn_sub_norm"),  # BitNet
     FeedForwardLayout(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Gemma, Qwen, OLMo 2, Cohere 2, StableLM
     FeedForwardLayout(("gate_up_proj",), "down_proj"),  # Phi-3, GLM 4
     FeedForwardLayout(("up_proj",), "down_proj"),  # Nemotron
@@ -95,7 +103,7 @@ def _lists(place: nn.Module, config: Any, layers: int) -> list[nn.ModuleList]:
 def _matches(layer: nn.Module) -> list[tuple[nn.Module, FeedForwardLayout]]:
     found: list[tuple[nn.Module, FeedForwardLayout]] = []
     for module in layer.modules():
-        layout = next((lay for lay in LAYOUTS if all(_has(module, name) for name in (*lay.inputs, lay.down))), None)
+        layout = next((lay for lay in LAYOUTS if all(_has(module, name) for name in lay.names)), None)
         if layout is not None:
             found.append((module, layout))
     return found
@@ -127,9 +135,21 @@ def _block_of(layer: nn.Module, where: str) -> Block:
         raise UnsupportedModel(f"{where} has {len(found)} FF blocks of a known layout among {names}; {REGISTER_HINT}")
     module, layout = found[0]
     _check_projections(module, layout, where)
-    block = FeedForward(module, layout.inputs, layout.down, inline=module is layer)
+    norm = _norm_of(module, layout.norm, where) if layout.norm else None
+    block = FeedForward(module, layout.inputs, layout.down, norm, inline=module is layer)
     _check_shapes(block, layer, where)
     return block
+
+
+def _norm_of(module: nn.Module, name: str, where: str) -> SubNorm:
+    """In the place of the norm there, one that neurons may be left out of."""
+    norm = module.get_submodule(name)
+    if not isinstance(norm, SubNorm):
+        if type(norm).__name__ != "BitNetRMSNorm":
+            raise UnsupportedModel(f"{where}: {name} is a {type(norm).__name__}, which is not known to be an RMS norm")
+        norm = SubNorm(norm)
+        module.set_submodule(name, norm)
+    return norm
 
 
 def _experts(layer: nn.Module) -> str | None:
@@ -159,7 +179,7 @@ def _check_shapes(block: FeedForward, layer: nn.Module, where: str) -> None:
             raise UnsupportedModel(
                 f"{where}: an input projection has {size} rows for {block.neurons} neurons: expected F or 2F"
             )
-    known = {id(tensor) for projection in block.projections for tensor in projection.owner.parameters(recurse=False)}
+    known = {id(tensor) for part in block.parts for tensor in part.owner.parameters(recurse=False)}
     inside = layer.named_parameters(recurse=False) if block.inline else block.module.named_parameters()
     for name, tensor in inside:
         if id(tensor) not in known and block.neurons in tensor.shape:
@@ -222,6 +242,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> StockModel:
             reason = one_line(error).partition(" Model type should be one of")[0]  # a page of names
             raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error
     leave_out_towers(model)
+    check_takes_cache(model)  # before anything is said of feed-forwards, which such models may not have
     return model
 
 

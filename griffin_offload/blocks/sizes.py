@@ -72,6 +72,8 @@ class LayerSizes:
     plain_attention_bytes: int = 0
     kv_width: int | None = None
     """Numbers per token in its keys and values together; None: the model's."""
+    key_width: int | None = None
+    """Of these, those of the keys; None: half of them."""
     kv_heads: int | None = None
     states: tuple[StateTensor, ...] = ()
     """Of convolutions and recurrences: what it keeps of a sequence, however long that is."""
@@ -359,6 +361,7 @@ def _layer_shape(
         plain_neuron_bytes=_neuron_sizes(block, FLOATS, dtype).neuron_bytes,
         plain_attention_bytes=attention,
         kv_width=state.kv_width,
+        key_width=state.key_width,
         kv_heads=state.kv_heads,
         states=state.states,
         state_writer=state.writer,

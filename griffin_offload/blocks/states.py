@@ -61,6 +61,8 @@ class LayerState:
     kv_width: int
     """Numbers per token in keys and values together; 0 where none are kept."""
     kv_heads: int
+    key_width: int = 0
+    """Of these numbers, those of keys."""
     states: tuple[StateTensor, ...] = ()
     """Of convolutions and recurrences, however many tokens have passed."""
     writer: str | None = None
@@ -235,9 +237,9 @@ def _state_of(kept: Any, model: StockModel, writers: set[str]) -> LayerState:
         raise UnsupportedModel(f"{_name(model)} puts {keys.shape[-2] - _TOKENS} tokens of its own in front of a prompt")
     writer = next(iter(writers)) if len(writers) == 1 and "" not in writers else None
     if isinstance(kept, DummyLayer) or not isinstance(keys, Tensor) or not isinstance(values, Tensor):
-        return LayerState(0, 0, states, writer)
+        return LayerState(0, 0, 0, states, writer)
     width = keys.shape[1] * keys.shape[3] + values.shape[1] * values.shape[3]
-    return LayerState(width, keys.shape[1], states, writer)
+    return LayerState(width, keys.shape[1], keys.shape[1] * keys.shape[3], states, writer)
 
 
 def states_in(kept: Any) -> dict[str, Tensor]:
@@ -255,7 +257,7 @@ def _from_config(config: PretrainedConfig, layers: int) -> list[LayerState]:
     text = config.get_text_config()
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return [LayerState(2 * heads * size, heads)] * layers
+    return [LayerState(2 * heads * size, heads, heads * size)] * layers
 
 
 # Kinds that stretch the positions a model was trained with; others say what they reach in max_position_embeddings.

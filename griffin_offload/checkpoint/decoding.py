@@ -17,7 +17,7 @@ from torch import Tensor
 from griffin_offload.errors import CheckpointError
 
 Parts = Sequence[Tensor]
-_BYTE_BITS, _WORD_BITS = 8, 32
+_BYTE_BITS, _WORD_BITS, _GRID_NUMBERS = 8, 32, 32
 # So many numbers are made at once: what stands between codes and numbers stays in a core's cache (30 times faster than
 # whole matrices, whose pages would be new every time).
 _PIECE_NUMBERS = 2**18
@@ -86,6 +86,13 @@ class Rows(ABC):
         """Change `numbers` [n, I] by what is read."""
         change(numbers, self.read(parts, first, end))
 
+    def by_32(self, parts: Parts, outputs: int) -> Tensor | None:
+        """Of all rows, for each 32 inputs [O, I / 32]; None where it is not the same for these."""
+        return None
+
+    lowest: float | None = None
+    """What the first of 16 codes is read as, of codes of 4 bits whose numbers are one apart."""
+
 
 @dataclass(frozen=True)
 class Scaled:
@@ -94,6 +101,16 @@ class Scaled:
     codes: Rows
     scales: Rows
     zeros: Rows | None = None
+
+    def grids(self, parts: Parts, outputs: int) -> tuple[Tensor, Tensor] | None:
+        """As `TranslatedTensor` has them."""
+        steps = None if self.codes.lowest is None else self.scales.by_32(parts, outputs)
+        if steps is None or self.codes.lowest is None:
+            return None
+        if self.zeros is None:
+            return steps, self.codes.lowest * steps
+        zeros = self.zeros.by_32(parts, outputs)
+        return None if zeros is None else (steps, (self.codes.lowest - zeros) * steps)
 
     def __call__(self, parts: Parts, first: int, end: int, into: Tensor) -> None:
         step = max(_PIECE_NUMBERS // into.shape[1], 1)
@@ -148,6 +165,10 @@ class PackedRows(Rows):
     columns: int
     offset: int = 0
 
+    @property
+    def lowest(self) -> float | None:  # type: ignore[override]
+        return -self.offset if self.bits == 4 else None
+
     def read(self, parts: Parts, first: int, end: int) -> Tensor:
         row_bytes = self.words * 4
         stored = parts[self.part][first * row_bytes : end * row_bytes].view(end - first, row_bytes)
@@ -177,6 +198,10 @@ class PackedColumns(Rows):
     bits: int
     outputs: int
 
+    @property
+    def lowest(self) -> float | None:  # type: ignore[override]
+        return 0 if self.bits == 4 else None
+
     def read(self, parts: Parts, first: int, end: int) -> Tensor:
         words = typed(parts[self.part], torch.int32).view(-1, self.outputs)[:, first:end]
         if self.bits == 4:
@@ -194,6 +219,10 @@ class PackedAcross(Rows):
     words: int
     interleaved: bool = False
     plus: int = 0
+
+    @property
+    def lowest(self) -> float | None:  # type: ignore[override]
+        return 0 if self.bits == 4 and not self.plus else None
 
     def read(self, parts: Parts, first: int, end: int) -> Tensor:
         per_word = _WORD_BITS // self.bits
@@ -268,6 +297,13 @@ class Spread(Rows):
         found = self.inner.read(parts, first, end)
         return found if found.shape[1] == 1 else found.repeat_interleave(self.group, dim=1)[:, : self.inputs]
 
+    def by_32(self, parts: Parts, outputs: int) -> Tensor | None:
+        found = self.inner.read(parts, 0, outputs)
+        group = self.inputs if found.shape[1] == 1 else self.group
+        if group % _GRID_NUMBERS or self.inputs % group:
+            return None
+        return found.repeat_interleave(group // _GRID_NUMBERS, dim=1)
+
     def change(self, numbers: Tensor, change: Change, parts: Parts, first: int, end: int) -> None:
         if self.inputs % self.group:
             super().change(numbers, change, parts, first, end)
@@ -295,10 +331,16 @@ class SpreadByIndex(Rows):
             )
         return torch.index_select(self.inner.read(parts, first, end), 1, index)
 
-    def change(self, numbers: Tensor, change: Change, parts: Parts, first: int, end: int) -> None:
+    def by_32(self, parts: Parts, outputs: int) -> Tensor | None:
+        return self.ordered.by_32(parts, outputs) if self._in_order(parts) else None
+
+    def _in_order(self, parts: Parts) -> bool:
         index = typed(parts[self.index], torch.int32)
         in_order = torch.arange(len(index), dtype=torch.int32, device="cpu") // self.ordered.group
-        if bool((index == -1).any()) or torch.equal(index, in_order):
+        return bool((index == -1).any()) or torch.equal(index, in_order)
+
+    def change(self, numbers: Tensor, change: Change, parts: Parts, first: int, end: int) -> None:
+        if self._in_order(parts):
             self.ordered.change(numbers, change, parts, first, end)
         else:
             super().change(numbers, change, parts, first, end)

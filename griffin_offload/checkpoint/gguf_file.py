@@ -283,6 +283,8 @@ class _Cursor:
 
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+# Types of 16 levels in each 32 numbers, two codes a byte, and the bytes of a block in front of them.
+_GRIDS, _GRID_NUMBERS = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}, 32
 # Numbers that are made at once: the formulas of a piece stay in the processor's caches.
 _PIECE_NUMBERS = 2**18
 
@@ -346,6 +348,22 @@ class BlockDecoder:
     """The model's rows are the file's columns."""
     minus: float = 0.0
     """Taken from every number, in float32."""
+
+    def grids(self, parts: Sequence[Tensor], outputs: int) -> tuple[Tensor, Tensor] | None:
+        """As `TranslatedTensor` has them: the package's numbers of blocks whose codes are all 0, and all 1."""
+        if self.kind.name not in _GRIDS or self.transposed or self.minus:
+            return None
+        blocks = parts[0].view(self.rows, -1, self.kind.nbytes)
+        found = torch.empty(2, outputs, self.width // _GRID_NUMBERS, dtype=torch.float32, device="cpu")
+        step = max(_PIECE_NUMBERS // self.width, 1)
+        for at in range(0, outputs, step):
+            rows = slice(at, min(at + step, outputs))
+            same = blocks[rows].clone() if self.index is None else blocks[self.index[rows]]
+            for code, level in enumerate(found):
+                same[..., _GRIDS[self.kind.name] :] = code * 0x11
+                numbers = numbers_of(same.flatten(1), self.kind)
+                level[rows] = numbers.view(len(same), -1, _GRID_NUMBERS)[..., 0]
+        return found[1] - found[0], found[0]
 
     def __call__(self, parts: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:
         stored = parts[0].view(self.rows, -1)

@@ -326,7 +326,7 @@ def _refresh(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
-_KV_BITS = "precision of the KV cache (default: auto, 8 where 16 would cost weights bits or neurons)"
+_KV_BITS = "bits of the KV cache (default: auto, 8 where 16 would cost weights bits or neurons; 4 by name alone)"
 _SIZES = f"device budget: 12GB, 12G, 12GiB, 80%% or auto (default: {_DEFAULTS.max_gpu_mem})"
 
 

@@ -17,7 +17,7 @@ from griffin_offload.engine.structure import StructureGuide
 from griffin_offload.errors import DoesNotFit, UsageError, one_line
 from griffin_offload.kv_cache.kv_cache import KVCache, why_not_back
 from griffin_offload.kv_cache.sequence import Context, snapshots_kept
-from griffin_offload.kv_cache.store import KV_SLACK_TOKENS, ModelKV, Workload
+from griffin_offload.kv_cache.workload import KV_SLACK_TOKENS, ModelKV, Workload
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest, statistics_kept
 from griffin_offload.transformers_api import CACHE, FOREIGN_CACHE_NAMES, StockCache, StockModel

@@ -17,7 +17,7 @@ from griffin_offload.engine.structure import StructureGuide
 from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.kv_cache.store import Workload
+from griffin_offload.kv_cache.workload import Workload
 from griffin_offload.transformers_api import CACHE, StockCache, StockModel, Tokenizer
 
 # Where an answer ends: checkpoints say it in up to three places, which need not agree.

@@ -38,7 +38,7 @@ from griffin_offload.kernels.library import HALVES
 from griffin_offload.kv_cache.kv_cache import KVCache, ReusedKVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
-from griffin_offload.kv_cache.store import Workload
+from griffin_offload.kv_cache.workload import Workload
 from griffin_offload.offload.weight_store import MmapStore
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for

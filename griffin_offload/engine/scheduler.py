@@ -31,7 +31,7 @@ from griffin_offload.engine.structure import Structure, StructureGuide
 from griffin_offload.errors import DoesNotFit, GriffinError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.kv_cache.store import Workload
+from griffin_offload.kv_cache.workload import Workload
 from griffin_offload.transformers_api import StockCache
 
 _CHECK_TOKENS = 4

@@ -31,7 +31,7 @@ from griffin_offload.errors import UsageError
 from griffin_offload.formats import Format, planned_as
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
-from griffin_offload.kv_cache.store import width_of
+from griffin_offload.kv_cache.workload import width_of
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
@@ -78,9 +78,9 @@ class ModelSpec:
                 f"exact mode takes drafts back: layers of kind {state_kinds(self.checkpoint.config)} write keys, "
                 "values and a state in one part, which cannot run once more over fewer tokens"
             )
-        if kv_bits == 8:
-            how = "leave out" if self.request.kv_bits == 8 else "load with exact=True, or kv_bits=16 in place of"
-            raise UsageError(f"exact mode needs the KV cache as it is computed: {how} kv_bits=8")
+        if kv_bits != 16:
+            how = "leave out" if self.request.kv_bits == kv_bits else "load with exact=True, or kv_bits=16 in place of"
+            raise UsageError(f"exact mode needs the KV cache as it is computed: {how} kv_bits={kv_bits}")
 
     @staticmethod
     def precision_of(plan: Plan) -> Format:
@@ -151,7 +151,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         offloaded_in_budget=hardware.shares_host_memory and config.offload == "ram",
         ff_chunk_tokens=config.ff_chunk_tokens,
         always_stream=config.always_stream,
-        kv_bits=8 if config.kv_bits == 8 else 16,
+        kv_bits=16 if config.kv_bits == "auto" else config.kv_bits,
         halves_kv=config.kv_bits == "auto" and cache == "ours" and not config.exact and not shapes[0].has_experts,
         cache=cache,
         converted_ff=parts.feed_forward,
@@ -232,7 +232,7 @@ def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
 def _cache_kind(config: PretrainedConfig, bits: AskedKVBits) -> CacheKind:
     if can_cache(config):
         return "ours"
-    if bits == 8:
+    if bits in (8, 4):
         kinds = lasting_kinds(config) or state_kinds(config)
         raise UsageError(
             f"kv_bits={bits} needs layers of {config.model_type} that keep keys and values, some are {kinds}"

@@ -165,6 +165,11 @@ class Format:
         """Of matrices whose inputs were x [T, I], in formats that want it."""
         raise NotImplementedError
 
+    def taken_over(self, weight: Tensor, dtype: torch.dtype, grids: tuple[Tensor, Tensor]) -> Tensors | None:
+        """As `quantize`, of a matrix [O, I], no down projection, whose numbers lie on grids of 16 levels already (steps
+        and lowest levels of each 32 inputs, [O, I / 32]): the nearest to those. None of formats that have no such."""
+        return None
+
     def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:
         """How many weights of `matrix` [O, I] do not come back from `found`, its stored tensors, and by which share
         the worst is off; of formats that can miss some."""

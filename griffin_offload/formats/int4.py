@@ -12,10 +12,12 @@
 import torch
 from torch import Tensor
 
+from griffin_offload.formats.base import Tensors, divisor, row_blocks, row_scale
 from griffin_offload.formats.grouped import GROUP, Grouped
-from griffin_offload.formats.int4_grid import CENTRE, best_grid, steps_of
+from griffin_offload.formats.int4_grid import CENTRE, Grid, best_from, best_grid, steps_of
+from griffin_offload.formats.translated import Grids
 
-_HALF = GROUP // 2
+_HALF, _HIGHEST = GROUP // 2, 15
 
 
 class Int4(Grouped):
@@ -26,8 +28,23 @@ class Int4(Grouped):
 
     def levels_of(self, numbers: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         grid = best_grid(numbers, importance)
-        pairs = torch.cat([grid.step.to(torch.uint8), grid.offset.to(torch.int8).view(torch.uint8)], dim=-1)
-        return grid.codes(numbers).add_(CENTRE).to(torch.uint8), pairs
+        return _codes(grid, numbers), _bytes(grid)
+
+    def taken_over(self, weight: Tensor, dtype: torch.dtype, grids: Grids) -> Tensors:
+        scale = row_scale(weight, dtype)
+        steps, lowest = (part / divisor(scale).float()[:, None] for part in grids)
+        lowest = torch.minimum(lowest, lowest + _HIGHEST * steps)  # steps below 0 count downwards
+        steps = steps.abs()
+        codes, groups = [], []
+        for start, block in row_blocks(weight):
+            part = slice(start, start + block.shape[0])
+            numbers = block.div_(divisor(scale)[part, None]).view(block.shape[0], -1, GROUP)
+            step = steps[part, :, None]
+            ones = numbers.new_ones(numbers.shape[1:])
+            grid = best_from([(step, lowest[part, :, None] + CENTRE * step)], numbers, ones)
+            codes.append(self.pack(_codes(grid, numbers).flatten(1)))
+            groups.append(_bytes(grid))
+        return {"weight": torch.cat(codes), "groups": torch.cat(groups), "scale": scale}
 
     def pack(self, levels: Tensor) -> Tensor:
         groups = levels.reshape(levels.shape[0], levels.shape[1] // GROUP, 2, _HALF)
@@ -40,6 +57,14 @@ class Int4(Grouped):
     def steps_of(self, groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         step, offset = steps_of(groups, dtype)
         return step[..., None], offset[..., None]
+
+
+def _codes(grid: Grid, numbers: Tensor) -> Tensor:
+    return grid.codes(numbers).add_(CENTRE).to(torch.uint8)
+
+
+def _bytes(grid: Grid) -> Tensor:
+    return torch.cat([grid.step.to(torch.uint8), grid.offset.to(torch.int8).view(torch.uint8)], dim=-1)
 
 
 INT4 = Int4()

@@ -1,5 +1,6 @@
 """The grid of a group of int4: sixteen levels a step apart, as bytes, and the search for the one that misses least."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +54,18 @@ class Grid:
 def best_grid(numbers: Tensor, importance: Tensor) -> Grid:
     """Of `numbers` [R, G, 32]: shares of their range, each fitted by least squares."""
     low, high = numbers.amin(-1, keepdim=True), numbers.amax(-1, keepdim=True)
-    best, least = None, None
+    starts = []
     for share in _SHARES:
         step = torch.maximum((high - low) * (share / 15), torch.maximum(high, -low) * (1 / _REACH))
         # The middle of 16 levels lies half a step below level 8.
-        offset = (low + high + step) / 2
+        starts.append((step, (low + high + step) / 2))
+    return best_from(starts, numbers, importance)
+
+
+def best_from(starts: Sequence[tuple[Tensor, Tensor]], numbers: Tensor, importance: Tensor) -> Grid:
+    """Of these steps and offsets [R, G, 1], each fitted by least squares."""
+    best, least = None, None
+    for step, offset in starts:
         for _ in range(_FITS):
             grid = Grid.nearest(step, offset)
             error, step, offset = _missed(numbers, importance, grid)

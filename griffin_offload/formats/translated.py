@@ -12,6 +12,9 @@ Decode = Callable[[Sequence[Tensor], int, int, Tensor], None]
 shape and the tensor's type. The parts are uint8 tensors, the stored bytes as they lie; they may not be written to.
 Called by several threads at once."""
 
+Grids = tuple[Tensor, Tensor]
+"""Steps and lowest levels."""
+
 _aten = torch.ops.aten
 # Numbers of a tensor that are translated at once, where they need not stay.
 _PIECE_NUMBERS = 2**22
@@ -47,6 +50,12 @@ class TranslatedTensor(Tensor):
     def stored_bytes(self) -> int:
         """Bytes in the files."""
         return sum(part.nbytes for part in self.parts)
+
+    def grids(self) -> Grids | None:
+        """Of a matrix whose stored numbers lie on grids of 16 levels: step and lowest level of each 32 inputs, float32
+        [O, I / 32]; None of others."""
+        found = getattr(self.decode, "grids", None)
+        return None if found is None else found(self.parts, self.shape[0])
 
     def rows(self, first: int, end: int, into: Tensor) -> None:
         """Translate rows of the first axis into `into`, of their shape, in any precision and on any device."""

@@ -1,4 +1,4 @@
-"""The KV cache: allocated once for the whole context, written in place, in 16 bits or in 8.
+"""The KV cache: allocated once for the whole context, written in place, in 16, 8 or 4 bits.
 
 transformers' DynamicCache makes a new tensor of a layer's whole past for every token, and its memory grows with
 the answer. Here a layer's keys and values have their final size from the layer's first update on; what attention
@@ -215,7 +215,8 @@ class KVCache(Cache):  # type: ignore[misc]
 
     A layer holds [B, heads, tokens, D] from its first update on: `ctx_tokens`, or its window and KV_SLACK_TOKENS. With
     16 `bits` numbers are kept as they come, in the precision of the computation; with 8 as int8 with a scale per
-    token and head, and a layer is dequantised into a scratch of all layers when it is read. More tokens than
+    token and head, with 4 in groups of KV_GROUP, and a layer is dequantised into a scratch of all layers when it is
+    read. More tokens than
     `ctx_tokens`, or a rollback further than is kept, raise GriffinError. States go back to where `keep_start` was
     called, and to any token of one pass behind that whose `writers` were recorded.
     """

@@ -1,4 +1,4 @@
-"""One layer of the KV cache: keys and values, allocated once, written in place, in 16 bits or in 8. Shapes: B batch,
+"""One layer of the KV cache: keys and values, allocated once, written in place, in 16, 8 or 4 bits. Shapes: B batch,
 T tokens, D size of a head.
 """
 
@@ -10,7 +10,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from griffin_offload.config import KVBits
 from griffin_offload.errors import GriffinError
-from griffin_offload.kv_cache.store import KV_SLACK_TOKENS, DequantBuffer, Int8Store, Store, kv_tokens_kept
+from griffin_offload.kv_cache.store import KV_GROUP, STORES, DequantBuffer, Store, head_sizes
+from griffin_offload.kv_cache.workload import KV_SLACK_TOKENS, kv_tokens_kept
 
 Scratches = tuple[DequantBuffer, DequantBuffer]
 """For keys and for values, of all layers."""
@@ -30,7 +31,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, ctx_tokens: int, window: int | None, bits: KVBits, scratches: Scratches) -> None:
         super().__init__()
         self.is_sliding = window is not None
-        self._ctx_tokens, self.window, self._bits, self._scratches = ctx_tokens, window, bits, scratches
+        self._ctx_tokens, self.window, self.bits, self._scratches = ctx_tokens, window, bits, scratches
         self.room = kv_tokens_kept(window, ctx_tokens)
         """Tokens that there is memory for."""
         self._stores: list[Store] = []
@@ -51,17 +52,17 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys and values like these, [B, heads, T, D] for any T."""
         both, self.dtype = (key_states, value_states), key_states.dtype
-        if self._bits == 16:
+        if self.bits == 16:
             self._stores = [Store(states, self.room) for states in both]
         else:
-            pairs = zip(both, self._scratches, strict=True)
-            self._stores = [Int8Store(states, self.room, scratch) for states, scratch in pairs]
+            three = zip(STORES[self.bits], both, self._scratches, strict=True)
+            self._stores = [store(states, self.room, scratch) for store, states, scratch in three]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append [B, heads, T, D]; return what attention reads: the past that the layer sees, and these tokens.
 
-        The result is valid until the next update: of this layer, and with 8 bits of any layer. The first tokens of
+        The result is valid until the next update: of this layer, and with 8 or 4 bits of any layer. The first tokens of
         a cache, which are the prompt, are returned as they are given, whatever is kept of them; so are later ones
         of which more come at once than a layer with a window has room for.
         """
@@ -84,6 +85,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         self._check_room(1)
         past = self._past
         place = self._make_room(1, past)
+        for store in self._stores:
+            store.at(place)
         return place, place - past
 
     def put(self, place: Tensor, key_states: Tensor, value_states: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +95,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         read = []
         for store, states in zip(self._stores, (key_states, value_states), strict=True):
             store.put(place, states)
-            read.append(store.read(0, tokens))
+            read.append(store.read_put(place, tokens))
         return read[0], read[1]
 
     def _check_room(self, new: int) -> None:
@@ -116,7 +119,11 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         """Count `new` tokens more, `past` of those before still being seen, and move what stays; where they go."""
         kept = self._held
         if kept + new > self.room:
-            kept = min(kept, past + KV_SLACK_TOKENS // 2, max(self.room - new, 0))
+            most = min(kept, max(self.room - new, 0))
+            kept = min(most, past + KV_SLACK_TOKENS // 2)
+            if self.bits == 4:  # groups are moved whole where there is room
+                whole = self._held - (self._held - kept) // KV_GROUP * KV_GROUP
+                kept = whole if whole <= most else kept
         for store in self._stores:
             store.move_to_start(self._held - kept, kept)
         self._seen += new
@@ -169,23 +176,24 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def could_load(self, seen: int, shapes: list[list[int]]) -> bool:
         """Whether parts of these shapes can be what a layer like this one `saved` after `seen` tokens."""
-        if len(shapes) != (2 if self._bits == 16 else 4) or any(len(shape) != 4 for shape in shapes):
+        if not shapes or any(len(shape) != 4 for shape in shapes):
             return False
-        held = shapes[0][2]
+        heads, held = shapes[-1][1:3]
         visible = seen if self.window is None else min(seen, self.window - 1)
-        alike = all(shape[:3] == [1, shapes[0][1], held] for shape in shapes)
-        return alike and visible <= held <= min(seen, self.room)
+        known = head_sizes(self.bits, heads, held, shapes) is not None
+        return known and visible <= held <= min(seen, self.room)
 
     def load(self, seen: int, parts: list[Tensor]) -> None:
         """Become a layer that `saved` these after `seen` tokens."""
-        half = len(parts) // 2
-        keys, values = parts[:half], parts[half:]
-        self.lazy_initialization(
-            *(part[-1].new_empty(*part[0].shape[:2], 0, part[0].shape[-1]) for part in (keys, values))
-        )
-        for store, saved in zip(self._stores, (keys, values), strict=True):
-            store.fill(saved)
-        self._seen, self._held = seen, parts[0].shape[2]
+        last = parts[-1]  # values' own, in the cache's precision
+        batch, heads, held = last.shape[:3]
+        sizes = head_sizes(self.bits, heads, held, [[1, *part.shape[1:]] for part in parts])
+        assert sizes is not None, "could_load"
+        self.lazy_initialization(*(last.new_empty(batch, heads, 0, size) for size in sizes))
+        of_keys = len(parts) - len(self._stores[1].parts(0))
+        for store, saved in zip(self._stores, (parts[:of_keys], parts[of_keys:]), strict=True):
+            store.fill(saved, held)
+        self._seen, self._held = seen, held
 
     def grow(self, ctx_tokens: int) -> None:
         """Have room for `ctx_tokens`, or for the window where that is less."""

@@ -25,6 +25,7 @@ from griffin_offload.errors import SavedContextError, one_line
 from griffin_offload.formats import planned_as
 from griffin_offload.kv_cache.kv_cache import States
 from griffin_offload.kv_cache.sequence import MAX_MARKS, Context, Snapshot
+from griffin_offload.kv_cache.store import MOST_PARTS, head_sizes, part_types
 from griffin_offload.method.allocation import Counts
 
 _FORMAT, _VERSION = "griffin-offload context", 1
@@ -87,12 +88,10 @@ class ContextSchema:
         """Whether the KV entries, a layer's parts being these, can be ours."""
         shapes = [[list(shape) for _, _, shape in layer] for layer in parts]
         fitting = all(layer.could_load(tokens, shape) for layer, shape in zip(context.cache.kept, shapes, strict=True))
-        exact = DTYPE_NAMES[self.dtype]
-        kinds = {2: [exact, exact], 4: [DTYPE_NAMES[torch.int8], exact] * 2}
         return fitting and all(
-            [kind for _, kind, _ in layer] == kinds[len(layer)]
-            and shape[0][1] * (shape[0][3] + shape[len(shape) // 2][3]) == width
-            for layer, shape, width in zip(parts, shapes, self.kv_widths, strict=True)
+            [kind for _, kind, _ in layer] == [DTYPE_NAMES[dtype] for dtype in part_types(kept.bits, self.dtype)]
+            and shape[0][1] * sum(head_sizes(kept.bits, shape[-1][1], shape[-1][2], shape) or []) == width
+            for kept, layer, shape, width in zip(context.cache.kept, parts, shapes, self.kv_widths, strict=True)
         )
 
 
@@ -288,7 +287,7 @@ def _part(file: Any, name: str) -> _Part:
 
 
 def _kv_names(file: Any, index: int) -> list[str]:
-    names = [f"layers.{index}.kv.{number}" for number in range(4)]  # keys and values, each with scales if int8
+    names = [f"layers.{index}.kv.{number}" for number in range(MOST_PARTS)]
     present = set(file.keys())
     return [name for name in names if name in present]
 

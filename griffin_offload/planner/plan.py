@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import KVBits
-from griffin_offload.kv_cache.store import Workload, cache_parts
+from griffin_offload.kv_cache.workload import Workload, cache_parts
 from griffin_offload.method.allocation import Counts, tier_shares, tiers_of
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.request import PlanRequest

@@ -5,7 +5,7 @@ from typing import Literal
 
 from griffin_offload.config import CacheKind, Density, KVBits
 from griffin_offload.kv_cache.sequence import snapshots_kept
-from griffin_offload.kv_cache.store import Workload
+from griffin_offload.kv_cache.workload import Workload
 
 
 @dataclass(frozen=True)

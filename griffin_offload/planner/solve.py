@@ -8,7 +8,7 @@ from typing import Any
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import FLOOR_AUTO_CTX, MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITY, NEURON_MULTIPLE
 from griffin_offload.errors import DoesNotFit, UsageError
-from griffin_offload.kv_cache.store import Workload
+from griffin_offload.kv_cache.workload import Workload, halves_again
 from griffin_offload.method.allocation import Counts
 from griffin_offload.method.selection import densities_per_layer, neurons_kept
 from griffin_offload.offload.weight_store import slot_bytes
@@ -334,7 +334,8 @@ def _by_size(parts: dict[str, int]) -> list[tuple[str, int]]:
 
 
 def remedy_for(shape: ModelSizes, request: PlanRequest, plan: Plan) -> str:
-    """What to change so that `plan`'s model fits: the budget, always, and a context or density that would do."""
+    """What to change so that `plan`'s model fits: the budget, always, and a context, a density or a KV cache that would
+    do."""
     remedies = [f"--max-gpu-mem {_rounded_up(plan.peak_bytes)}"]
     if request.density != "auto":
         automatic = best_plan(shape, replace(request, density="auto"), plan.context_tokens)
@@ -347,6 +348,12 @@ def remedy_for(shape: ModelSizes, request: PlanRequest, plan: Plan) -> str:
             remedies.append(f"--ctx-size {context}")
             break
         context //= 2
+    if (
+        request.kv_bits == 8
+        and halves_again(shape)
+        and best_plan(shape, replace(request, kv_bits=4), plan.context_tokens).fits
+    ):
+        remedies.append("--kv-bits 4")
     if (
         request.offloaded_in_budget
         and best_plan(shape, replace(request, offloaded_in_budget=False), plan.context_tokens).fits

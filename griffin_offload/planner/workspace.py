@@ -10,7 +10,7 @@ from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.kernels.attention_and_norm import attending_bytes
 from griffin_offload.kernels.by_blocks import product_bytes
 from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
-from griffin_offload.kv_cache.store import Workload
+from griffin_offload.kv_cache.workload import Workload
 from griffin_offload.method.allocation import Counts
 from griffin_offload.method.statistic import sharing_bytes, summing_bytes
 from griffin_offload.planner.request import PlanRequest

@@ -101,7 +101,7 @@ def test_a_registered_layout_is_found(monkeypatch: pytest.MonkeyPatch):
 
 
 class _Normed(nn.Module):
-    """Usual names, and a norm over the neurons between them, as BitNet has it."""
+    """Usual names, and a norm over the neurons between them of which nothing is known."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ import transformers as hf
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.kv_cache.store import width_of
+from griffin_offload.kv_cache.workload import width_of
 
 _SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 64}
 _HEADS: dict[str, Any] = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -20,7 +20,16 @@ _REASONS = {
         hf.RecurrentGemmaConfig(**_HEADS, lru_width=32, **_GRIFFIN),
         "keeps the past of its recurrent layers in its modules, not in a cache",
     ),
-    "no feed-forward block": (hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64), "has 0 FF blocks"),
+    "a past that is no KV cache": (
+        hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64),
+        "keeps its past in",
+    ),
+    "no feed-forward block": (
+        hf.NemotronHConfig(
+            **_HEADS, layers_block_type=["mamba", "attention"], mamba_num_heads=4, mamba_head_dim=8, n_groups=2
+        ),
+        "has 0 FF blocks",
+    ),
     "experts that are called otherwise": (
         hf.JetMoeConfig(**_HEADS, num_local_experts=4),
         r"mixture-of-experts parameters \(mlp\.input_linear",

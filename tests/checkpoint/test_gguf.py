@@ -21,6 +21,8 @@ from griffin_offload.engine.build import build
 from griffin_offload.engine.convert import convert
 from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
+from griffin_offload.formats.int4 import INT4
+from griffin_offload.formats.translated import TranslatedTensor, in_memory
 
 IDS = torch.arange(5, 45)[None]
 OPTIONS = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB", "quantize": "none"}
@@ -166,6 +168,61 @@ def test_converted_copies_are_those_of_the_same_numbers(precision: str, tmp_path
     expected = transformers.AutoTokenizer.from_pretrained(tokens)(text)["input_ids"]
     assert open_checkpoint(file).tokenizer()(text)["input_ids"] == expected
     assert transformers.AutoTokenizer.from_pretrained(made.directory)(text)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
+def test_int4_takes_over_the_codes_of_rows_in_four_bits(kind: str):
+    """Byte for byte, where a row's grids are the nearest that int4 has; counted downwards where a step is below 0."""
+    of = getattr(gguf.GGMLQuantizationType, kind)
+    numbers, nbytes = gguf.GGML_QUANT_SIZES[of]
+    drawn = np.random.default_rng(0)
+    if kind == "Q4_K":  # the package only reads it: codes and 6-bit steps of any kind, around 0
+        blocks = drawn.integers(0, 256, (48, 512 // numbers, nbytes), dtype=np.uint8)
+        blocks[..., :4] = np.array([0.002, 0.014], dtype=np.float16).view(np.uint8)
+        blocks[..., 4:16] = np.array([40, 41, 42, 43, 44, 45, 46, 47] + [0x88] * 4, dtype=np.uint8)
+        stored = blocks.reshape(48, -1)
+    else:
+        stored = gguf.quants.quantize(drawn.standard_normal((48, 512), dtype=np.float32), of)
+    exact = torch.from_numpy(gguf.quants.dequantize(stored, of))
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    decode = BlockDecoder(block_types()[int(of)], 48, 512, order)
+    parts = (torch.from_numpy(stored).flatten(),)
+    tensor = TranslatedTensor((48, 512), torch.float32, parts, decode)
+    steps, lowest = tensor.grids()
+    codes = ((exact[order].view(48, -1, 32) - lowest[..., None]) / steps[..., None]).round()
+    torch.testing.assert_close((codes * steps[..., None] + lowest[..., None]).flatten(1), exact[order])
+    down = torch.where(steps[..., None] < 0, 15 - codes, codes).to(torch.uint8)
+    found = INT4.taken_over(tensor.translated(), torch.bfloat16, (steps, lowest))
+    assert torch.equal(found["weight"].view(48, -1, 16), down[..., :16] | (down[..., 16:] << 4))
+    anew = INT4.quantize(exact[order], torch.bfloat16, is_down=False)
+    missed = []
+    for tensors in (found, anew):
+        back = INT4.unpack(tensors["weight"], tensors["groups"], torch.empty(48, 512)) * tensors["scale"][:, None]
+        missed.append(float((back - exact[order]).norm() / exact.norm()))
+    assert missed[0] < 0.02
+    assert missed[0] < 1.01 * missed[1]
+    assert kind == "Q4_1" or missed[0] < 0.6 * missed[1]  # of the others a group's ends are not its grid's
+    transposed = BlockDecoder(block_types()[int(of)], 48, 512, transposed=True)
+    assert TranslatedTensor((512, 48), torch.float32, parts, transposed).grids() is None
+
+
+def test_a_copy_has_the_codes_of_its_file(tmp_path: Path, checkpoints):
+    file = write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_0", tokenizer=checkpoints("llama2"))
+    convert(file, tmp_path / "out", "int4")
+    copy, full = open_checkpoint(tmp_path / "out"), open_checkpoint(file)
+    parameters = dict(build(full).named_parameters())
+    found = dict(build(copy).state_dict())
+    taken = []
+    for name, parameter in parameters.items():
+        if f"{name.removesuffix('weight')}groups" in found and "down_proj" not in name:
+            steps, lowest = parameter.grids()
+            numbers = full.in_precision(torch.float32)
+            exact = in_memory(dict(build(numbers).named_parameters())[name]).detach().view(*steps.shape, 32)
+            codes = ((exact - lowest[..., None]) / steps[..., None]).round()
+            codes = torch.where(steps[..., None] < 0, 15 - codes, codes).to(torch.uint8)
+            taken.append(name)
+            assert torch.equal(found[name].view(*steps.shape, 16), codes[..., :16] | (codes[..., 16:] << 4)), name
+    assert any("gate_proj" in name for name in taken)
 
 
 def test_shards_and_a_directory_of_one_file_are_one_model(pair: tuple[Path, Path], tmp_path: Path):

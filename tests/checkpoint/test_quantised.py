@@ -4,10 +4,11 @@ float64, is what is loaded, streamed, kept and converted here."""
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from foreign_formats import FORMATS, fp8_blocks, write_foreign
+from foreign_formats import FORMATS, awq, compressed, fp8_blocks, gptq, write_foreign
 from safetensors.torch import load_file, save_file
 
 from griffin_offload import GriffinModel
@@ -20,6 +21,7 @@ from griffin_offload.config import LoadConfig
 from griffin_offload.engine.build import build
 from griffin_offload.engine.convert import convert
 from griffin_offload.engine.spec import examine, examine_checkpoint, plan_for
+from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.translated import TranslatedTensor, in_memory
 
 OPTIONS = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB"}
@@ -61,6 +63,62 @@ def test_streamed_answers_are_those_of_the_floats(pair: tuple[Path, Path]):
     packed, plain = pair
     options = {"density": 0.5, "quantize": "none"}
     assert answer(packed, **options) == answer(plain, **options)
+
+
+def _args(group: int, symmetric: bool) -> dict[str, Any]:
+    four = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group, "symmetric": symmetric}
+    return {"kind": "pack-quantized"} | four
+
+
+def _packed(group: int, symmetric: bool) -> dict[str, Any]:
+    weights = {name: value for name, value in _args(group, symmetric).items() if name != "kind"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    return {"format": "pack-quantized", "config_groups": groups}
+
+
+@pytest.mark.parametrize(
+    ("method", "said", "pack", "there"),
+    [
+        ("gptq", {"bits": 4}, lambda weight: gptq(weight, 4, 32, symmetric=False, shuffled=False), True),
+        ("gptq", {"bits": 4}, lambda weight: gptq(weight, 4, 64, symmetric=True, shuffled=False), True),
+        ("gptq", {"bits": 4, "desc_act": True}, lambda w: gptq(w, 4, 32, symmetric=True, shuffled=True), False),
+        ("gptq", {"bits": 8}, lambda weight: gptq(weight, 8, 32, symmetric=True, shuffled=False), False),
+        ("gptq", {"bits": 4}, lambda weight: gptq(weight, 4, 16, symmetric=True, shuffled=False), False),
+        ("awq", {"bits": 4, "version": "gemm", "zero_point": True}, lambda weight: awq(weight, 128), True),
+        ("compressed-tensors", _packed(32, True), lambda weight: compressed(weight, **_args(32, True)), True),
+        ("compressed-tensors", _packed(128, False), lambda weight: compressed(weight, **_args(128, False)), True),
+        ("compressed-tensors", _packed(16, True), lambda weight: compressed(weight, **_args(16, True)), False),
+    ],
+)
+def test_int4_takes_over_codes_of_other_libraries(method: str, said: dict, pack: Any, there: bool, tmp_path: Path):
+    """Where a group is whole 32 inputs in their order: the same codes; rounding anew misses less nowhere."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    tensors, exact = pack(weight)
+    size = {"group_size": 256 // tensors["scales"].shape[0]} if "scales" in tensors else {}
+    save_file({f"x.{name}": one.contiguous() for name, one in tensors.items()}, tmp_path / "one.safetensors")
+    stored = {name[2:]: one for name, one in stored_tensors(tmp_path / "one.safetensors").items()}
+    known, maps = method_of({"quant_method": method} | said | size, tmp_path), FileMaps()
+    reader = known.reader_of(stored)
+    assert reader is not None
+    found = reader(Module("x", stored, maps), known.packing, torch.float32).tensor(maps)
+    grids = found.grids()
+    assert (grids is not None) == there
+    if grids is None:
+        return
+    codes = (exact.float().view(64, -1, 32) - grids[1][..., None]) / grids[0][..., None]
+    assert (codes - codes.round()).abs().max() < 1e-3
+    taken, anew = (
+        INT4.taken_over(in_memory(found), torch.bfloat16, grids),
+        INT4.quantize(in_memory(found), torch.bfloat16, is_down=False),
+    )
+    codes = codes.round().to(torch.uint8)
+    assert torch.equal(taken["weight"].view(64, -1, 16), codes[..., :16] | (codes[..., 16:] << 4))
+    missed = [
+        float((INT4.unpack(one["weight"], one["groups"], torch.empty(64, 256)) * one["scale"][:, None] - exact).norm())
+        for one in (taken, anew)
+    ]
+    assert missed[0] < 0.02 * exact.norm()
+    assert missed[0] <= missed[1]
 
 
 @pytest.fixture(params=["fp8 blocks", "gptq asymmetric, in order of activation", "nf4 nested"])

@@ -24,6 +24,7 @@ from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedMod
 from griffin_offload.formats.translated import in_memory
 
 CASES = 60 * int(os.environ.get("GRIFFIN_ROBUSTNESS", "1"))
+FIRST = 1_000_000 * (int(os.environ.get("GRIFFIN_ROBUSTNESS_SEED", "1")) - 1)
 _VALUES: list[Any] = [
     0,
     -1,
@@ -95,7 +96,7 @@ def test_damage_is_a_named_error(name: str, tmp_path: Path):
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
     packed, _ = FORMATS[name].pack(weight)
     refused = 0
-    for seed in range(CASES):
+    for seed in range(FIRST, FIRST + CASES):
         tensors, said = _damaged(Random(f"{name} {seed}"), packed, FORMATS[name].said)
         file = tmp_path / f"{seed}.safetensors"
         save_file({f"x.{suffix}": tensor.contiguous() for suffix, tensor in tensors.items()}, file)

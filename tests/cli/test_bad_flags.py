@@ -61,7 +61,7 @@ MALFORMED = [
     ("--device", "tpu"),
     ("--offload", "tape"),
     ("--dtype", "int8"),
-    ("--kv-bits", "4"),
+    ("--kv-bits", "5"),
     ("--selection", "best"),
     ("--quiet", "--verbose"),
     ("--no-such-flag",),

@@ -105,13 +105,12 @@ def test_a_finished_shard_that_is_not(cli, converted, llama: Path, made: Path, h
     assert files_of(made) == files_of(converted("llama2", "int8"))
 
 
-@pytest.mark.parametrize("name", ["jetmoe", "bitnet"])
-def test_architectures_that_are_refused(cli, tmp_path: Path, name: str):
-    write_checkpoint(name, tmp_path / "model", shards=1)
+def test_architectures_that_are_refused(cli, tmp_path: Path):
+    write_checkpoint("jetmoe", tmp_path / "model", shards=1)
     out = tmp_path / "out"
     cli.refuses(
         4,
-        "mixture-of-experts|ffn_sub_norm",
+        "mixture-of-experts",
         "convert",
         out,
         "-m",

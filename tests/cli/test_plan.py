@@ -63,14 +63,17 @@ def test_json(cli, llama: Path, budget: str, flags: tuple[str, ...]):
     assert plan["full_bytes"] == 279456  # counted from the checkpoint: 32 bytes are rotary frequencies
 
 
-def test_eight_bits_of_kv_cache_are_under_a_third_of_float32(cli, llama: Path):
+def test_kv_cache_in_fewer_bits_by_hand(cli, llama: Path):
     """One byte a number and four for the scale of 8 numbers, instead of 32 bytes for these 8."""
     flags = ("plan", "-m", llama, "--max-gpu-mem", "1GB", "--ctx-size", 512, "--json")
-    plans = [cli(*flags, "--kv-bits", bits).json for bits in (16, 8)]
-    assert [plan["kv_bits"] for plan in plans] == [16, 8]
+    plans = [cli(*flags, "--kv-bits", bits).json for bits in (16, 8, 4)]
+    assert [plan["kv_bits"] for plan in plans] == [16, 8, 4]
     for phase in ("prefill", "decode"):
-        sixteen, eight = (plan[f"parts_{phase}"]["kv_cache"] for plan in plans)
+        sixteen, eight, four = (plan[f"parts_{phase}"]["kv_cache"] for plan in plans)
         assert eight * 32 == sixteen * 12
+        # Half a byte a number; eight bytes for the step and the least of 8 values, and of each 32 tokens' keys, of
+        # which the last 32 are float32, too.
+        assert four * 512 * 32 == sixteen * (512 * (4 + 4 + 8 + 2) // 2 + 32 * 32 // 2)
 
 
 def test_table(cli, llama: Path):

@@ -90,3 +90,26 @@ def test_a_window_takes_few_tokens_back(plan):
     outcome = plan("--max-gpu-mem", "30GB", "--refresh", 33, **windows)
     assert outcome.code == 2
     assert "at most 32 tokens can be taken back" in outcome.err
+
+
+def test_12_to_14b_in_6_gb_at_4096_tokens(plan):
+    """With as many KV heads as queries the cache decides: in 8 bits 13B is refused, with the remedy; in 4 it fits. Of
+    14B with 8 KV heads it leaves room for more neurons. Bytes by hand: codes of half a byte, for 32 numbers a step and
+    a least one of two bytes each, and the last 32 tokens' keys as they come."""
+    flags = ("--max-gpu-mem", "6GB", "--ctx-size", 4096)
+    refused = plan(*flags)
+    assert refused.code == 3
+    assert refused.err.rstrip().endswith("or --ctx-size 2048 or --kv-bits 4")
+    fits = plan(*flags, "--kv-bits", 4, "--json")
+    assert fits.code == 0, fits.err
+    token = 2 * 5120 * (1 / 2 + 2 * 2 / 32)
+    assert fits.json["parts_decode"]["kv_cache"] == 40 * (4096 * token + 32 * 5120 * 2)
+    assert max(fits.json["peak_prefill_bytes"], fits.json["peak_decode_bytes"]) <= 6e9
+    assert fits.json["kv_bits"] == 4
+    qwen = {
+        **{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "intermediate_size": 17408},
+        **{"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+    }
+    eight, four = (plan(*flags, "--kv-bits", bits, "--json", **qwen).json for bits in (8, 4))
+    assert (eight["kv_bits"], four["kv_bits"]) == (8, 4)
+    assert four["density"] > eight["density"] > 0.5

@@ -213,8 +213,9 @@ def test_what_cannot_be_exact_is_refused(checkpoints):
             model.generate(prompt, max_new_tokens=4, **options)
     with pytest.raises(UsageError, match="drafts in none or int8 or int4 here, not in int3"):
         _load(path, quantize="int3")
-    with pytest.raises(UsageError, match="kv_bits=8"):
-        _load(path, kv_bits=8)
+    for bits in (8, 4):
+        with pytest.raises(UsageError, match=f"leave out kv_bits={bits}"):
+            _load(path, kv_bits=bits)
     with pytest.raises(UsageError, match="load with exact=True"):
         _load(path, quantize="int8", exact=False).generate(ids, exact=True)
 

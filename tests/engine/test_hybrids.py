@@ -3,6 +3,7 @@
 import inspect
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,29 @@ def test_density_one_is_dense_and_half_is_masked(name: str, checkpoints):
     assert torch.equal(output.sequences, expected)
     assert (torch.stack(output.logits) - logits).norm() / logits.norm() < 1e-5
     assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"quantize": "int4"}, {"quantize": "tiers", "bits": 3}])
+def test_a_norm_of_neurons_counts_those_left_out_as_zeros(options: dict[str, Any], checkpoints):
+    """BitNet's, in each format that neurons rest in, and in several: against its formula in float64."""
+    model = _load(checkpoints("bitnet"), **options | {"density": "auto" if "bits" in options else 0.5})
+    ids, _ = _prompts(1)
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert model.resident_bytes == model.plan.resident_bytes
+    norm, given = model.model.model.layers[1].mlp.ffn_sub_norm, []
+    hook = norm.register_forward_hook(lambda _, args, output: given.append((args[0], output)))
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    hook.remove()
+    z, found = (tensor.double() for tensor in given[-1])
+    dense = AutoModelForCausalLM.from_pretrained(checkpoints("bitnet"))
+    weight = dense.model.layers[1].mlp.ffn_sub_norm.weight.double()
+    own = []
+    for chosen in model.selected[1].split(model.plan.counts[1]):
+        blocks = 64 if options.get("quantize") in ("int4", "tiers") else 1  # whole ones, filled up with zeros
+        own += [weight[chosen], weight.new_zeros(-len(chosen) % blocks)]
+    expected = torch.cat(own) * z / (z.square().sum(-1, keepdim=True) / 128 + dense.config.rms_norm_eps).sqrt()
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*HYBRIDS, "gemma4"])

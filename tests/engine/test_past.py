@@ -69,7 +69,7 @@ def test_caches_of_the_caller_go_on_too(checkpoints, kind: Any):
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize("kv_bits", [16, 8])
+@pytest.mark.parametrize("kv_bits", [16, 8, 4])
 def test_a_pruned_model_goes_on_with_what_was_chosen(checkpoints, kv_bits: int):
     """As by hand with the stock model, also when another prompt has chosen since; nothing is streamed but its rows."""
     model = _load(checkpoints("llama3"), density=0.5, kv_bits=kv_bits)

@@ -229,7 +229,7 @@ print(json.dumps([loaded, reply.report.prefill_streamed_bytes, reply.report.prom
 @pytest.mark.parametrize(
     "generation", [{"do_sample": False}, {"do_sample": True, "seed": 5}], ids=["greedy", "sampled"]
 )
-@pytest.mark.parametrize("kv_bits", [16, 8])
+@pytest.mark.parametrize("kv_bits", [16, 8, 4])
 def test_a_new_process_goes_on_as_this_one(forks, chatty, tmp_path: Path, generation: Any, kv_bits: int):
     _, path = chatty
     options = {"device": "cpu", "max_gpu_mem": "1GB", "density": 0.5, "ctx_size": CTX, "always_stream": True}

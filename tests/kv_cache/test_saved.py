@@ -34,7 +34,7 @@ def _greedy(model: GriffinModel, ids: torch.Tensor, context: Any, new_tokens: in
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma2", "mistral", "gpt2"])
-@pytest.mark.parametrize("options", [{}, {"kv_bits": 8}, {"quantize": "int8"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 8}, {"kv_bits": 4}, {"quantize": "int8"}], ids=str)
 def test_a_saved_context_goes_on_as_the_one_that_was_saved(checkpoints, tmp_path: Path, name: str, options: Any):
     """In a model of its own, behind windows, after an answer, and again for the same prompt."""
     path = checkpoints(name)

@@ -15,7 +15,7 @@ from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, NeuronSizes, model_shape
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.formats import Format, every, get
-from griffin_offload.kv_cache.store import Workload, kv_bytes
+from griffin_offload.kv_cache.workload import Workload, kv_bytes
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.plan import price
 from griffin_offload.planner.request import PlanRequest

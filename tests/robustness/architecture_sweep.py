@@ -206,7 +206,7 @@ def _masked(model: Any, ours: GriffinModel, ids: Tensor, greedy: dict[str, Any])
         block: Any = ours.engine.blocks[layer]
         keep = torch.zeros(block.neurons)
         keep[chosen] = 1
-        model.get_submodule(names[id(block.down)]).register_forward_pre_hook(partial(leave_out, keep))
+        model.get_submodule(names[id(block.watched)]).register_forward_pre_hook(partial(leave_out, keep))
     wanted: Tensor = model.generate(ids, **greedy)
     return wanted
 

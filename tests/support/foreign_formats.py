@@ -62,7 +62,7 @@ def fp8_whole(weight: Tensor, suffix: str = "weight_scale", shape: tuple[int, ..
     return {"weight": codes, suffix: scale.reshape(shape), **more}, (codes.double() * scale.double()).float()
 
 
-def _gptq(
+def gptq(
     weight: Tensor, bits: int, group: int, *, symmetric: bool, shuffled: bool, plus: int = 1, zero: int | None = None
 ) -> Packed:
     """AutoGPTQ's and GPTQModel's: words along the inputs, zero points along the outputs."""
@@ -101,8 +101,8 @@ def awq(weight: Tensor, group: int = 16) -> Packed:
     """AutoAWQ's layout for products of matrices: outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight from the lowest bits on."""
     outputs, inputs = weight.shape
     order = (0, 2, 4, 6, 1, 3, 5, 7)
-    _, full = _gptq(weight, 4, group, symmetric=False, shuffled=False)
-    tensors, _ = _gptq(weight, 4, group, symmetric=False, shuffled=False)
+    _, full = gptq(weight, 4, group, symmetric=False, shuffled=False)
+    tensors, _ = gptq(weight, 4, group, symmetric=False, shuffled=False)
     scales, groups = tensors["scales"], tensors["scales"].shape[0]
     zeros = torch.empty(groups, outputs, dtype=torch.int64)
     for g in range(groups):  # the zero points again, as GPTQ's packing hides them
@@ -216,7 +216,7 @@ def _compressed(kind: str, **args: Any) -> Foreign:
 
 def _gptq_format(said: dict[str, Any], **options: Any) -> Foreign:
     base = {"quant_method": "gptq", "bits": options["bits"], "group_size": options["group"], "desc_act": False}
-    return Foreign(base | said, lambda weight: _gptq(weight, **options))
+    return Foreign(base | said, lambda weight: gptq(weight, **options))
 
 
 _GPTQ = {"bits": 4, "group": 16}

@@ -318,8 +318,8 @@ _mixture(
 )
 _REFUSED: dict[str, Architecture] = {
     "jetmoe": Architecture("jetmoe", hf.JetMoeConfig, "", 128, {**_EXPERTS, "num_local_experts": 4, "kv_channels": 16}),
-    "bitnet": Architecture("bitnet", hf.BitNetConfig, _DOWN, 128, {"intermediate_size": 128, **_GQA}),
 }
+_further(FURTHER, "bitnet", hf.BitNetConfig, "model.layers.{i}.mlp.ffn_sub_norm", **_GQA)
 
 
 # One of each way to lay a feed-forward out, to norm and to attend: what runs without --run-slow.
@@ -332,7 +332,7 @@ def every_architecture() -> list[Any]:
 
 
 def refused_models() -> dict[str, Callable[[], hf.PreTrainedModel]]:
-    """Builders of models the package must refuse: 3-D experts, or (BitNet) a norm of size F inside the FF."""
+    """Builders of models the package must refuse: 3-D experts."""
     return {name: architecture.build for name, architecture in _REFUSED.items()}
 
 
