@@ -120,7 +120,10 @@ def test_one_layer_of_each_kind_is_measured(monkeypatch: pytest.MonkeyPatch):
     model = build_on_meta(config, torch.float32)
     states = states_of(model)
     assert [(state.kv_width, state.kv_heads, state.state_bytes) for state in states] == [(2 * 2 * 24, 2, 0)] * 20
-    assert sum(runs) == 1
+    assert states_of(build_on_meta(config, torch.float32)) == states
+    assert sum(runs) == 1  # once for each config
+    states_of(build_on_meta(config, torch.bfloat16))
+    assert sum(runs) == 2
     assert "forward" not in model.model.layers[3].__dict__
     assert inspect.ismethod(model.model.layers[3].forward)
 
