@@ -13,17 +13,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from fork_server import ForkServer
 from hypothesis import settings
-from tiny_models import write_checkpoint, write_tokenizer
 
-from griffin_offload.devices import registry
-from griffin_offload.devices.base import Device
+# torch and transformers are imported where they are used: the process that hands out tests (`-n 2`) loads this file
+# before it starts those that run them, and has nobody else to import for.
+if TYPE_CHECKING:
+    from griffin_offload.devices.base import Device
 
-torch.set_num_threads(1)
 # A busy machine is no failure: nothing here is judged by time. One tree gives one verdict; whoever looks for new faults
 # sets GRIFFIN_ROBUSTNESS, and each run draws others.
 settings.register_profile("ours", deadline=None, derandomize="GRIFFIN_ROBUSTNESS" not in os.environ)
@@ -37,6 +37,9 @@ CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
 
 def pytest_collection_finish() -> None:
     """Half a million objects of libraries stay for ever: no later collection need look at them."""
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 
@@ -56,6 +59,9 @@ def _own_cache() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """`checkpoints(name, dtype, shards)` is the directory of a tiny checkpoint with a tokenizer."""
+    import torch
+    from tiny_models import write_checkpoint, write_tokenizer
+
     written: dict[tuple[str, torch.dtype, int], Path] = {}
 
     def checkpoint(name: str, dtype: torch.dtype = torch.float32, shards: int = 2) -> Path:
@@ -86,11 +92,13 @@ def forks(fork_server: ForkServer) -> Iterator[ForkServer]:
 
 
 @pytest.fixture
-def register_device() -> Iterator[Callable[[type[Device]], None]]:
+def register_device() -> Iterator[Callable[[type["Device"]], None]]:
     """`register_device(kind)` is the registry's, until the test ends."""
+    from griffin_offload.devices import registry
+
     kinds: list[type[Device]] = []
 
-    def register(kind: type[Device]) -> None:
+    def register(kind: type["Device"]) -> None:
         registry.register_device(kind)
         kinds.append(kind)
 

@@ -103,6 +103,8 @@ def _lists(place: nn.Module, config: Any, layers: int) -> list[nn.ModuleList]:
 def _matches(layer: nn.Module) -> list[tuple[nn.Module, FeedForwardLayout]]:
     found: list[tuple[nn.Module, FeedForwardLayout]] = []
     for module in layer.modules():
+        if not module._modules:
+            continue
         layout = next((lay for lay in LAYOUTS if all(_has(module, name) for name in lay.names)), None)
         if layout is not None:
             found.append((module, layout))
@@ -155,11 +157,11 @@ def _norm_of(module: nn.Module, name: str, where: str) -> SubNorm:
 def _experts(layer: nn.Module) -> str | None:
     """A parameter of experts, of which every token uses some: matrices in a stack, or modules in a list. Axes alone do
     not tell: convolutions and gates of recurrences have three, too."""
-    for name, parameter in layer.named_parameters():
-        path, _, own = name.rpartition(".")
-        described = f"{path}.{type(layer.get_submodule(path)).__name__}.{own}".casefold()
-        if "expert" in described.replace("shared_expert", "") and parameter.dim() > 1:
-            return name
+    for path, module in layer.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            described = f"{path}.{type(module).__name__}.{own}".casefold()
+            if "expert" in described.replace("shared_expert", "") and parameter.dim() > 1:
+                return f"{path}.{own}".removeprefix(".")
     return None
 
 

@@ -2,6 +2,7 @@
 before they get their own); and remembered as they were, so that a change is an error and no wrong answer.
 """
 
+import bisect
 import codecs
 import contextlib
 import ctypes
@@ -160,18 +161,25 @@ class FileMapping:
     """No name leads to the mapped file any more: it was deleted, or another one took its place."""
 
 
-def file_mappings() -> list[FileMapping]:
-    """The files mapped into this process; empty if not Linux."""
-    return [mapping for fields in _lines() if (mapping := _mapping(fields)).path]
+class Mappings:
+    """What was mapped into this process when this was made; nothing if not Linux. Most are libraries: what a line says
+    is read when it is asked for."""
 
+    def __init__(self) -> None:
+        self._lines = _lines()
+        self._starts = [_bounds(fields)[0] for fields in self._lines]  # the kernel sorts them
+        self._read: dict[int, FileMapping] = {}
 
-def mapping_at(address: int) -> FileMapping | None:
-    """What is mapped around `address`."""
-    for fields in _lines():
-        start, end = _bounds(fields)
-        if start <= address < end:
-            return _mapping(fields)
-    return None
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def around(self, start: int, end: int) -> FileMapping | None:
+        """The one that all of these addresses lie in, a file's or not."""
+        at = bisect.bisect_right(self._starts, start) - 1
+        if at >= 0 and at not in self._read:
+            self._read[at] = _mapping(self._lines[at])
+        found = self._read.get(at)
+        return found if found is not None and end <= found.end else None
 
 
 def _lines() -> list[list[bytes]]:
@@ -282,7 +290,7 @@ def _on_bus_error(_: int, info: int, __: int) -> None:
 
 def _replace(address: int) -> bool:
     """Put zeros in place of the mapping around `address`, if it is a watched file's, and tell its watchers."""
-    found = mapping_at(address)
+    found = Mappings().around(address, address + 1)
     if found is None or found.path not in _watchers:
         return found is not None and not found.path  # zeros are there already: several threads missed the same pages
     for lost in _watchers[found.path]:  # before zeros are there: nothing else tells

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent
-from griffin_offload.checkpoint.files import FileMapping, FileState, WatchedFiles, file_mappings
+from griffin_offload.checkpoint.files import FileMapping, FileState, Mappings, WatchedFiles
 from griffin_offload.devices.memory import in_host_memory
 from griffin_offload.errors import CheckpointChanged, CheckpointError, GriffinError, memory_refused, one_line
 from griffin_offload.formats.translated import TranslatedTensor, in_memory, stored_parts
@@ -64,7 +64,7 @@ class FilePages:
         """`known` are states of the files from before they were mapped."""
         self.evict = evict
         self.direct: DirectReader | None = None
-        self._mappings = file_mappings()
+        self._mappings = Mappings()
         parts = [part for tensor in tensors for part in stored_parts(tensor)]
         used = {mapping for part in parts if (mapping := self._mapping_of(part)) is not None}
         self.unmapped_bytes = sum(p.nbytes for p in parts if self._mappings and self._mapping_of(p) is None)
@@ -198,8 +198,8 @@ class FilePages:
             raise GriffinError(f"{span.path} cannot be read any more: its disk fails")
 
     def _mapping_of(self, tensor: Tensor) -> FileMapping | None:
-        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        return next((m for m in self._mappings if m.start <= begin and end <= m.end), None)
+        found = self._mappings.around(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+        return found if found is not None and found.path else None
 
 
 def _inner_pages(begin: int, end: int, mapping: FileMapping) -> Span:

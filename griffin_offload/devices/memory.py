@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import math
 import mmap
-import os
 import re
 import sys
 import threading
@@ -79,14 +78,15 @@ def touch(tensor: Tensor) -> None:
 def host_bytes() -> tuple[int, int]:
     """(free, total) bytes of the host: what the process may still take, cgroup limits included."""
     memory = psutil.virtual_memory()
-    limit, used = _cgroup_limit()
+    limit, used = _cgroup_limit(int(memory.total))
     if limit is None:
         return int(memory.available), int(memory.total)
     return min(int(memory.available), max(limit - used, 0)), min(int(memory.total), limit)
 
 
-def _cgroup_limit() -> tuple[int | None, int]:
-    """(limit, used) of the tightest memory cgroup we are in, v2 or v1; (None, 0) without one."""
+def _cgroup_limit(total: int) -> tuple[int | None, int]:
+    """(limit, used) of the tightest memory cgroup we are in, v2 or v1, limits of `total` and more being none; (None, 0)
+    without one."""
     try:
         groups = dict(line.split(":", 2)[1:] for line in OWN_CGROUP.read_text().splitlines())
         version = _V1 if "memory" in groups else _V2
@@ -94,7 +94,8 @@ def _cgroup_limit() -> tuple[int | None, int]:
         group = root / groups[version.controller].lstrip("/")
     except (OSError, KeyError, ValueError):
         return None, 0
-    limits = [found for place in (group, *group.parents) if (found := _read_cgroup(place, version)) is not None]
+    places = (group, *group.parents)
+    limits = [found for place in places if (found := _read_cgroup(place, version, total)) is not None]
     return min(limits, key=lambda found: found[0] - found[1], default=(None, 0))
 
 
@@ -126,8 +127,7 @@ _V2 = _CgroupVersion(
 )
 
 
-def _read_cgroup(group: Path, version: _CgroupVersion) -> tuple[int, int] | None:
-    total = psutil.virtual_memory().total
+def _read_cgroup(group: Path, version: _CgroupVersion, total: int) -> tuple[int, int] | None:
     limits = [int(text) for name in version.limits if (text := _text(group / name)).isdigit() and int(text) < total]
     usage = _text(group / version.usage)
     if not limits or not usage.isdigit():
@@ -147,8 +147,9 @@ def _text(file: Path) -> str:
 def anonymous_bytes() -> int:
     """Memory of this process that no file backs: what it adds to the machine's load."""
     try:
-        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
-        return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/self/statm", "rb", buffering=0) as file:  # read a hundred times a second while tokens are made
+            resident, shared = file.read().split()[1:3]
+        return (int(resident) - int(shared)) * mmap.PAGESIZE
     except OSError:
         return int(psutil.Process().memory_info().rss)
 

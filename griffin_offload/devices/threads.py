@@ -136,10 +136,15 @@ def own_modes(device: torch.device) -> Iterator[None]:
 _alone = threading.RLock()
 _MAKERS = frozenset((torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn))
 """What parameters are made by."""
+_FILLERS = frozenset(
+    ("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_")
+)
+"""What parameters are filled by, of torch or in its place, as transformers has them: by name."""
 
 
 class _Typed(TorchFunctionMode):
-    """Names the type of this thread's tensors that leave it to the process's default."""
+    """Names the type of this thread's tensors that leave it to the process's default. Tensors without memory are not
+    filled: on the meta device torch works out shapes of random numbers in Python, a quarter of a millisecond each."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -147,6 +152,8 @@ class _Typed(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = dict(kwargs or {})
+        if getattr(func, "__name__", "") in _FILLERS and (filled := args[0] if args else named["tensor"]).is_meta:
+            return filled
         if func in _MAKERS and named.get("out") is None and named.get("dtype") is None:
             named["dtype"] = self._dtype
         return func(*args, **named)

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.blocks.sizes import model_shape
+from griffin_offload.engine.build import build_unfilled
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.kv_cache.workload import width_of
 
@@ -68,3 +70,29 @@ def test_the_text_decoder_is_found_beside_a_tower_of_as_many_layers():
     model = build_on_meta(config, torch.float32)
     decoder, _ = find_feed_forwards(model, 2)
     assert {type(layer).__name__ for layer in decoder} == {"Gemma3DecoderLayer"}
+
+
+class _Operators(TorchDispatchMode):
+    """The names of those that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "config", [hf.LlamaConfig(**_HEADS), hf.GPTNeoXConfig(**_SIZES, num_attention_heads=4), hf.FalconH1Config(**_HEADS)]
+)
+@pytest.mark.parametrize("build", [build_on_meta, build_unfilled])
+def test_no_random_numbers_are_made_for_weights_that_come_from_files(build, config: hf.PreTrainedConfig):
+    """torch works out their shapes on the meta device in Python: seconds for a large model."""
+    state = torch.get_rng_state()
+    with _Operators() as operators:
+        model = build(config, torch.bfloat16)
+    assert not {"normal_", "uniform_", "random_"} & set(operators.seen)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

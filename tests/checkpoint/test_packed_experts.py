@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from foreign_formats import fp8_blocks
 from loaded_model import ids
+from marks import mostly_slow
 from packed_experts import write_mxfp4
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, write_checkpoint
@@ -131,7 +132,7 @@ def test_damaged_files(packed: Path, tmp_path: Path, harm: str):
         _answer(tmp_path / "model", density=0.5)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", mostly_slow(["deepseek_v3", "qwen3_moe"], 1))
 def test_fp8_in_blocks(name: str, tmp_path: Path):
     """DeepSeek's and Qwen3's kind: of each matrix of each expert codes and a grid of scales."""
     source = write_checkpoint(name, tmp_path / "source", torch.bfloat16, shards=1)

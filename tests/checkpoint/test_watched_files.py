@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from griffin_offload.checkpoint.files import WatchedFiles, file_mappings, mapping_at, states_of
+from griffin_offload.checkpoint.files import Mappings, WatchedFiles, states_of
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.checkpoint.safetensors import map_file
 from griffin_offload.errors import CheckpointChanged
@@ -121,10 +121,11 @@ def test_a_mapped_file_without_a_name(tmp_path: Path):
     save_file({"x": torch.arange(5000.0)}, path)
     tensor = map_file(path)["x"]
     path.unlink()
-    found = mapping_at(tensor.data_ptr())
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    found = Mappings().around(start, end)
     assert found is not None
     assert (found.path, found.deleted) == (str(path), True)
-    assert found in file_mappings()
+    assert (Mappings().around(start, found.end), Mappings().around(start, found.end + 1)) == (found, None)
     with pytest.raises(CheckpointChanged, match="x was deleted or replaced while it was loaded"):
         FilePages([tensor], evict=False)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import quantised_reference as ref
 import torch
-from marks import by_turns
+from marks import by_turns, every_pair
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, VOCAB, write_checkpoint
 from torch import Tensor, nn
@@ -91,9 +91,13 @@ def test_commands_take_the_directory(cli, converted, name: str, precision: str):
     assert (run.code, run.json["generated_tokens"], run.json["decode_streamed_bytes"]) == (0, 4, 0)
 
 
-@both
-@pytest.mark.parametrize("options", [{"density": 1.0}, {"density": 0.5, "selection": "random", "seed": 5}], ids=str)
-@pytest.mark.parametrize("name", ["llama3", "phi3", "gpt2", "opt"])
+CHOSEN = {"all": {"density": 1.0}, "half": {"density": 0.5, "selection": "random", "seed": 5}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "precision"),
+    every_pair({name: name for name in ("llama3", "phi3", "gpt2", "opt")}, CHOSEN, {p: p for p in PRECISIONS}),
+)
 def test_residents_are_those_of_quantising_on_the_fly(tmp_path: Path, name, options, precision):
     """Where there is no tokenizer: with one, converting to int4 knows how to make up for errors."""
     write_checkpoint(name, tmp_path / "model")

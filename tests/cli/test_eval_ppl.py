@@ -1,11 +1,13 @@
 """`griffin-offload eval ppl`: through the command line."""
 
+import json
+import socket
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 from tiny_models import BOS
 
-import griffin_offload
 from griffin_offload.cli.main import build_parser
 from griffin_offload.evaluation.config import EvalConfig
 from griffin_offload.evaluation.samples import take_windows
@@ -49,15 +51,22 @@ def test_rows_of_all_variants_and_sizes(cli, llama: Path, text: Path):
 
 
 @pytest.mark.slow
-def test_processes_split_the_windows(cli, process, llama: Path, text: Path):
-    """One of them has none."""
+def test_processes_split_the_windows(cli, forks: ForkServer, llama: Path, text: Path):
+    """One of them has none. With the variables that torchrun gives each; it starts those of eval tasks itself."""
     options = ("-m", llama, "--device", "cpu", "--max-mem", "1GB", "--text", text, "--json", "--windows", 3)
     sizes = ("--prompt-tokens", "8,16", "--generate-tokens", 12, "--density", "0.5,0.25")
-    command, package = ("eval", "ppl", *options, *sizes), Path(griffin_offload.__file__).parents[1]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4, "-m", "griffin_offload")
-    outcome = process(*launcher, *command, PYTHONPATH=str(package))
-    assert outcome.code == 0, outcome
-    for row, one in zip(outcome.json, cli(*command).json, strict=True):
+    command = ("eval", "ppl", *options, *sizes)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place |= {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    ranks = [
+        forks.start("-m", "griffin_offload", *command, **place, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(4)
+    ]
+    for rank, started in enumerate(ranks):
+        assert started.wait() == 0, started.err
+        assert bool(started.out) == (rank == 0)
+    for row, one in zip(json.loads(ranks[0].out), cli(*command).json, strict=True):
         assert row == {key: value if type(value) is str else pytest.approx(value) for key, value in one.items()}
 
 

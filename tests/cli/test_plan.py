@@ -180,24 +180,31 @@ def test_a_plan_is_what_run_does(cli, llama: Path):
     assert run["peak_device_bytes"] <= max(plan["peak_prefill_bytes"], plan["peak_decode_bytes"])
 
 
+QUICK_FLAGS = [
+    (),
+    ("--density", "0.9"),
+    ("--offload", "ram", "--density", "0.6", "--ctx-size", "64"),
+    ("--batch-size", "4"),
+    ("--quantize", "none", "--density", "0.9"),
+]
+MORE_FLAGS = [
+    ("--ctx-size", "512"),
+    ("--ctx-size", "40"),
+    ("--density", "0.3,0.9,1", "--ctx-size", "64"),
+    ("--offload", "ram", "--ctx-size", "64"),
+    ("--prompt-tokens", "30", "--ctx-size", "200"),
+    ("--dtype", "bfloat16"),
+    ("--quantize", "none"),
+    ("--quantize", "int8"),
+]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
-        (),
-        ("--ctx-size", "512"),
-        ("--ctx-size", "40"),
-        ("--density", "0.9"),
-        ("--density", "0.3,0.9,1", "--ctx-size", "64"),
-        ("--offload", "ram", "--ctx-size", "64"),
-        ("--offload", "ram", "--density", "0.6", "--ctx-size", "64"),
-        ("--prompt-tokens", "30", "--ctx-size", "200"),
-        ("--batch-size", "4"),
-        ("--dtype", "bfloat16"),
-        ("--quantize", "none"),
-        ("--quantize", "none", "--density", "0.9"),
-        ("--quantize", "int8"),
+        *(pytest.param(flags, id=" ".join(flags)) for flags in QUICK_FLAGS),
+        *(pytest.param(flags, id=" ".join(flags), marks=pytest.mark.slow) for flags in MORE_FLAGS),
     ],
-    ids=" ".join,
 )
 def test_remedies_of_plan_work_when_followed(cli, llama: Path, flags: tuple[str, ...]):
     refused = 0

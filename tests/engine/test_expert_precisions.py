@@ -11,7 +11,7 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaded_model import ids
-from marks import by_turns
+from marks import by_turns, mostly_slow
 from quantised_reference import round_head, stored_values
 from tiny_models import LAYERS, MIXTURES, VOCAB, write_checkpoint, write_tokenizer
 from torch import Tensor
@@ -162,8 +162,10 @@ def test_experts_that_do_not_come_in_groups(tmp_path: Path):
         _load(tmp_path, quantize="int4")
 
 
-@pytest.mark.parametrize("missing", ["fetch", "route"])
-@pytest.mark.parametrize("precision", ["none", "int8"])
+@pytest.mark.parametrize(
+    ("precision", "missing"),
+    mostly_slow([("none", "fetch"), ("int8", "route"), ("none", "route"), ("int8", "fetch")], 2),
+)
 def test_a_layer_passes_in_parts(mixtures, precision: str, missing: str):
     """With less and less room beside the residents: the same answer, each expert read once as long as all have room."""
     options = {"quantize": precision, "density": 0.25, "missing_experts": missing}

@@ -1,10 +1,11 @@
 """`export`: what is written is an ordinary checkpoint that computes what the chosen neurons compute."""
 
 import contextlib
+import functools
 import json
 import shutil
 import unittest.mock
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -222,16 +223,27 @@ def packed_mixtures() -> list[Any]:
     ]
 
 
+@pytest.fixture(scope="module")
+def unpacked_experts(checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, torch.Tensor]]:
+    """What a mixture's export holds that is not packed."""
+
+    @functools.cache
+    def tensors(name: str) -> dict[str, torch.Tensor]:
+        path, out = checkpoints(name), tmp_path_factory.mktemp(name) / "plain"
+        plain = AutoModelForCausalLM.from_pretrained(runtime.export(path, out, chosen_on(path), 0.5).directory)
+        return {key: tensor for key, tensor in plain.state_dict().items() if ".experts." in key}
+
+    return tensors
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("name", "form"), packed_mixtures())
 def test_experts_are_packed_as_transformers_reads_them(
-    checkpoints, tmp_path: Path, name: str, form: runtime.ExportForm
+    checkpoints, unpacked_experts, tmp_path: Path, name: str, form: runtime.ExportForm
 ):
     """One by one; routers and the gates of shared experts stay as they are, also by other software's names of them."""
     path, ids = checkpoints(name), prompts()[1][None]
-    choice = chosen_on(path)
-    plain = AutoModelForCausalLM.from_pretrained(runtime.export(path, tmp_path / "plain", choice, 0.5).directory)
-    found = runtime.export(path, tmp_path / "out", choice, 0.5, form=form)
+    found = runtime.export(path, tmp_path / "out", chosen_on(path), 0.5, form=form)
     assert (found.unit, found.neurons) == ("experts", 4)
     theirs, info = AutoModelForCausalLM.from_pretrained(found.directory, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -245,10 +257,11 @@ def test_experts_are_packed_as_transformers_reads_them(
     assert gates
     assert gates <= set(ignored)
     assert all(key.endswith(("gate", "router", "gate.wg")) for key in gates)
-    for key, parameter in plain.state_dict().items():
-        if ".experts." in key:
-            error = (theirs.get_parameter(key) - parameter).norm() / parameter.norm()
-            assert 0 < error < {"w8a16": 0.01, "w4a16": 0.12}[form]
+    plain = unpacked_experts(name)
+    assert plain
+    for key, parameter in plain.items():
+        error = (theirs.get_parameter(key) - parameter).norm() / parameter.norm()
+        assert 0 < error < {"w8a16": 0.01, "w4a16": 0.12}[form]
 
 
 GGUF_NAMES = ["llama2", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "stablelm", "starcoder2"]

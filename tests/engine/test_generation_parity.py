@@ -2,6 +2,7 @@
 stock model, strategy by strategy, on architectures of several kinds. What is refused is refused by name; nothing else
 may fail."""
 
+import functools
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -226,12 +227,27 @@ REFUSED: dict[str, tuple[Check, str]] = {
 }  # fmt: skip
 
 
+Both = tuple[Any, GriffinModel]
+"""The stock model, and ours with all its neurons."""
+
+
 @pytest.fixture(scope="module")
-def both(request: pytest.FixtureRequest, checkpoints) -> tuple[Any, GriffinModel]:
-    """The stock model, and ours with all its neurons."""
-    path = checkpoints(request.param)
-    options = {"device": "cpu", "max_gpu_mem": "100MB", "density": 1.0, "ctx_size": 64, "batch_size": 4}
-    return AutoModelForCausalLM.from_pretrained(path), GriffinModel.from_pretrained(path, quantize="none", **options)
+def pairs(checkpoints) -> Callable[[str], Both]:
+    """By architecture. No fixture with a parameter: those are made anew whenever the next test has another one."""
+
+    @functools.cache
+    def pair(name: str) -> Both:
+        path = checkpoints(name)
+        options = {"device": "cpu", "max_gpu_mem": "100MB", "density": 1.0, "ctx_size": 64, "batch_size": 4}
+        ours = GriffinModel.from_pretrained(path, quantize="none", **options)
+        return AutoModelForCausalLM.from_pretrained(path), ours
+
+    return pair
+
+
+@pytest.fixture
+def both(pairs: Callable[[str], Both], architecture: str) -> Both:
+    return pairs(architecture)
 
 
 def _assert_same(found: Any, expected: Any) -> None:
@@ -263,8 +279,8 @@ def _pairs() -> Iterator[Any]:
                     yield pytest.param(other, name, marks=() if (at + place) % 4 == 0 else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("both", "name"), list(_pairs()), indirect=["both"])
-def test_it_gives_what_transformers_gives(both: tuple[Any, GriffinModel], name: str):
+@pytest.mark.parametrize(("architecture", "name"), list(_pairs()))
+def test_it_gives_what_transformers_gives(both: Both, name: str):
     stock, model = both
     torch.manual_seed(0)
     try:
@@ -278,17 +294,15 @@ def test_it_gives_what_transformers_gives(both: tuple[Any, GriffinModel], name: 
     _assert_same(CHECKS[name](model), expected)
 
 
-@pytest.mark.parametrize("both", ["llama3"], indirect=True)
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_possible_is_refused_by_name(both: tuple[Any, GriffinModel], name: str):
+def test_what_is_not_possible_is_refused_by_name(pairs: Callable[[str], Both], name: str):
     call, why = REFUSED[name]
     with pytest.raises(UsageError, match=why):
-        call(both[1])
+        call(pairs("llama3")[1])
 
 
-@pytest.mark.parametrize("both", ["llama3"], indirect=True)
-def test_an_iterator_streams_from_another_thread(both: tuple[Any, GriffinModel]):
-    _, model = both
+def test_an_iterator_streams_from_another_thread(pairs: Callable[[str], Both]):
+    _, model = pairs("llama3")
     streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=60)
     options = {"streamer": streamer, "max_new_tokens": 8, "do_sample": False}
     thread = threading.Thread(target=model.generate, args=(_ids(),), kwargs=options)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import mostly_slow
 from reference import collect_z, dense_generate, masked_generate, select_direct, shared_statistic_float64
 from tiny_models import CHAT_TEMPLATE, FURTHER, HYBRIDS, VOCAB, write_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +20,10 @@ from griffin_offload.engine.generation import cache_bytes, state_bytes
 CTX = 72
 TOKENS, NEW = 40, 16
 NOT_BACK = "layers of kind linear_attention keep a state that cannot be rolled back"
+
+# One of each way to differ: positions, KV entries that are shared, convolutions, two kinds of recurrences.
+QUICKLY = ("smollm3", "gemma4", "lfm2", "qwen3_5", "falcon_h1")
+EACH = mostly_slow([*QUICKLY, *(name for name in FURTHER | HYBRIDS if name not in QUICKLY)], len(QUICKLY))
 
 
 def _load(path: Path, **options: object) -> GriffinModel:
@@ -35,7 +40,7 @@ def _prompts(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids * mask, mask
 
 
-@pytest.mark.parametrize("name", [*FURTHER, *HYBRIDS])
+@pytest.mark.parametrize("name", EACH)
 def test_density_one_is_dense_and_half_is_masked(name: str, checkpoints):
     path, down = checkpoints(name), (FURTHER | HYBRIDS)[name].down
     dense = AutoModelForCausalLM.from_pretrained(path)
@@ -144,12 +149,15 @@ def test_one_layer_of_each_kind_is_measured(monkeypatch: pytest.MonkeyPatch):
     model = build_on_meta(config, torch.float32)
     states = states_of(model)
     assert [(state.kv_width, state.kv_heads, state.state_bytes) for state in states] == [(2 * 2 * 24, 2, 0)] * 20
-    assert sum(runs) == 1
+    assert states_of(build_on_meta(config, torch.float32)) == states
+    assert sum(runs) == 1  # once for each config
+    states_of(build_on_meta(config, torch.bfloat16))
+    assert sum(runs) == 2
     assert "forward" not in model.model.layers[3].__dict__
     assert inspect.ismethod(model.model.layers[3].forward)
 
 
-@pytest.mark.parametrize("name", [*FURTHER, *HYBRIDS])
+@pytest.mark.parametrize("name", EACH)
 def test_exact_mode_and_contexts_where_layers_differ(name: str, checkpoints, tmp_path: Path):
     """With drafts taken back, a prompt cut back, and one that was saved."""
     path = checkpoints(name)

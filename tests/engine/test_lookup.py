@@ -1,6 +1,7 @@
 """Drafts from the text: the tokens are those of decoding without, whatever is drafted; and when there are some."""
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,6 @@ FAMILIES = "llama2 llama3 mistral gemma2 gemma3 qwen2 phi3 opt gpt_neox falcon_a
 CTX = 160
 CHAIN = list(range(60, 120))
 needs_kernels = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
-_KEPT: dict[tuple[str, torch.dtype], GriffinModel] = {}
 
 
 @pytest.fixture
@@ -52,6 +52,17 @@ def _load(path: Path, **options: object) -> GriffinModel:
     return GriffinModel.from_pretrained(path, **{**defaults, **options})
 
 
+@functools.cache
+def _kept(path: Path) -> GriffinModel:
+    """For all examples of a property."""
+    return _load(path, dtype="float64")
+
+
+@functools.cache
+def _dense(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+
+
 def _repeating(seed: int, tokens: int, period: int) -> torch.Tensor:
     """Ids [1, tokens] of a few words, again and again."""
     words = torch.randint(3, VOCAB, (period,), generator=torch.Generator().manual_seed(seed))
@@ -72,7 +83,7 @@ def _repeating(seed: int, tokens: int, period: int) -> torch.Tensor:
 )
 def test_tokens_are_those_without(checkpoints, name, seed, prompt, period, new_tokens, penalty, sampled, end):
     """In float64: greedy, and drawn with the same seed; windows of 16 are rolled back."""
-    model = _KEPT.setdefault((name, torch.float64), _load(checkpoints(name), dtype="float64"))
+    model = _kept(checkpoints(name))
     ids = _repeating(seed, prompt, period)
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": sampled, "return_dict_in_generate": True}
     options |= {"output_logits": True, "output_scores": True}
@@ -199,8 +210,7 @@ def test_exact_mode_takes_them_for_nothing(scripted: Path, sampled: bool):
 @given(name=st.sampled_from(FAMILIES), seed=st.integers(0, 99), new_tokens=st.integers(1, 50))
 def test_exact_mode_with_drafts_of_any_kind(checkpoints, name: str, seed: int, new_tokens: int):
     path = checkpoints(name)
-    model = _KEPT.setdefault((name, torch.float64), _load(path, dtype="float64"))
-    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    model, dense = _kept(path), _dense(path)
     ids = _repeating(seed, 30, 5)
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False}
     expected = dense.generate(ids, attention_mask=torch.ones_like(ids), **options)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import quantised_reference as ref
 import torch
+from marks import every_pair
 from reference import masked_after_prefill
 from safetensors.torch import load_file
 from tiny_models import SUPER_WEIGHT, VOCAB, with_outliers, write_tokenizer
@@ -26,9 +27,10 @@ LARGEST_ERROR = {"int8": 0.1, "int4": 0.35, "int3": 0.7, "int2": 1.2}
 # Of a large weight.
 MOST_OFF = {"int8": 0.1, "int4": 0.1, "int3": 0.2, "int2": 0.25}
 
-precisions = pytest.mark.parametrize("precision", list(LARGEST_ERROR))
-ways = pytest.mark.parametrize("converted", [False, True], ids=["on the way", "converted"])
-densities = pytest.mark.parametrize("density", [1.0, 0.5])
+PRECISIONS = {precision: precision for precision in LARGEST_ERROR}
+WAYS = {"on the way": False, "converted": True}
+DENSITIES, STREAMED = {"1.0": 1.0, "0.5": 0.5}, {"False": False, "True": True}
+DTYPES = {"dtype0": torch.float32, "dtype1": torch.bfloat16}
 
 
 def _save(model: PreTrainedModel, directory: Path) -> Path:
@@ -72,10 +74,10 @@ def _error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@precisions
-@ways
-@densities
-@pytest.mark.parametrize("always_stream", [False, True])
+@pytest.mark.parametrize(
+    ("always_stream", "density", "converted", "precision"),
+    every_pair(STREAMED, DENSITIES, WAYS, PRECISIONS, odd=True),
+)
 def test_logits_stay_near_those_of_16_bit(precision, converted, density, always_stream, outliers):
     path = outliers(precision if converted else "none")
     model = _load(path, precision, density, always_stream=always_stream)
@@ -127,9 +129,7 @@ def _resident(tensors: dict[str, Tensor]) -> Tensor:
     return ref.grouped_matrix(tensors)
 
 
-@precisions
-@ways
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "converted", "precision"), every_pair(DTYPES, WAYS, PRECISIONS))
 def test_weights_of_30_rms_come_back(precision: str, converted: bool, dtype: torch.dtype, tmp_path: Path):
     model = _with_super_weights().to(dtype)
     path = _save(model, tmp_path / "none")

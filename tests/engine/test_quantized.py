@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import quantised_reference as ref
 import torch
-from marks import by_turns
+from marks import by_turns, every_pair
 from tiny_models import ARCHITECTURES, VOCAB, write_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -146,18 +146,23 @@ def test_bytes_are_those_of_the_plan(architecture: str, precision: str, untied):
     assert torch.isfinite(model.model.get_input_embeddings().weight).all()
 
 
-@precisions
-@pytest.mark.parametrize("name", ["llama2", "phi3", "opt", "gpt2", "falcon_new"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+BY_ID = {precision: precision for precision in PRECISIONS}
+BATCHED = {name: name for name in ("llama2", "phi3", "opt", "gpt2", "falcon_new")}
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "precision"), every_pair({"greedy": {}, "beams": {"num_beams": 2}}, BATCHED, BY_ID)
+)
 def test_batches_and_beams(name: str, precision: str, options: dict[str, int], untied):
     """Three padded prompts go through the kernels, six beams by blocks."""
     path, batch = untied(name), 3 * options.get("num_beams", 1)
     _check(_load(path, quantize=precision, density=0.5, batch_size=batch), path, name, 3, **options)
 
 
-@precisions
-@pytest.mark.parametrize("name", ["llama2", "phi3", "gpt2"])
-@pytest.mark.parametrize("density", [0.5, 1.0])
+OF_BFLOAT16 = {name: name for name in ("llama2", "phi3", "gpt2")}
+
+
+@pytest.mark.parametrize(("density", "name", "precision"), every_pair({"0.5": 0.5, "1.0": 1.0}, OF_BFLOAT16, BY_ID))
 def test_float32_of_a_bfloat16_checkpoint(name: str, precision: str, density: float, checkpoints, untied):
     path = untied(name, torch.bfloat16)
     _check(_load(path, quantize=precision, density=density, dtype="float32"), path, name)

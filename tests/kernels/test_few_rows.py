@@ -90,7 +90,7 @@ def test_int8(kind: Kind, data: st.DataObject, outputs: int, inputs: int, thread
 @needs_kernels
 @of_all_processors
 @pytest.mark.parametrize("bits", [4, 3, 2])
-@settings(max_examples=40)
+@settings(max_examples=20)  # of each of twelve
 @given(data=st.data(), outputs=st.integers(1, 300), groups=st.integers(1, 19), threads=st.integers(1, 3))
 def test_rows(kind: Kind, bits: int, data: st.DataObject, outputs: int, groups: int, threads: int):
     """Numbers of groups that are no multiple of anything, any number of outputs."""
@@ -108,7 +108,7 @@ def test_rows(kind: Kind, bits: int, data: st.DataObject, outputs: int, groups: 
 @needs_kernels
 @of_all_processors
 @pytest.mark.parametrize("bits", [4, 3, 2])
-@settings(max_examples=40)
+@settings(max_examples=20)  # of each of twelve
 @given(data=st.data(), groups=st.integers(1, 7), sixteens=st.integers(1, 20), threads=st.integers(1, 3))
 def test_strips(kind: Kind, bits: int, data: st.DataObject, groups: int, sixteens: int, threads: int):
     torch.set_num_threads(threads)

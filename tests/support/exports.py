@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -20,11 +21,13 @@ def prompts(count: int = 6) -> list[torch.Tensor]:
     return [torch.randint(3, VOCAB, (9 + 3 * i,), generator=generator) for i in range(count)]
 
 
+@functools.cache
 def chosen_on(path: Path) -> runtime.Choice:
     with GriffinModel.from_pretrained(path, **OPTIONS, ctx_size=40) as model:
         return runtime.choose(model, prompts())
 
 
+@functools.cache
 def sets_of(path: Path, down: str, kept: int) -> list[torch.Tensor]:
     """By the formula, in float64: every fourth prompt does not choose."""
     dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)

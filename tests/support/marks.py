@@ -1,7 +1,7 @@
 """Parameters of which some run always, and all with `--run-slow`."""
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -30,3 +30,14 @@ def by_turns(
             quick = name in whole and place in turn
             parameters.append(pytest.param(name, *found[place], marks=() if quick else pytest.mark.slow))
     return parameters
+
+
+def every_pair(*choices: Mapping[str, Any], odd: bool = False) -> list[Any]:
+    """Half of the product of three and more parameters, each value with its id: the combinations whose places add up to
+    an even number (`odd`: an odd one). In them each value meets each of every other parameter."""
+    found = []
+    for places in itertools.product(*(range(len(values)) for values in choices)):
+        if sum(places) % 2 == odd:
+            chosen = [list(values.items())[place] for values, place in zip(choices, places, strict=True)]
+            found.append(pytest.param(*(value for _, value in chosen), id="-".join(name for name, _ in chosen)))
+    return found
