@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
-from griffin_offload.blocks.experts import Experts, RestrictedForward
+from griffin_offload.blocks.experts import Experts
+from griffin_offload.blocks.routing import RestrictedForward, RouterGuess
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.memory import Ledger, touch, untouched_zeros
 from griffin_offload.devices.threads import put
@@ -148,10 +149,37 @@ def cache_experts(layers: DecoderLayers) -> None:
         if not isinstance(block, Experts):
             continue
         assert layers.expert_store is not None, "streamed experts rest somewhere"
-        cache = ExpertCache(index, layers.expert_store, places, layers.expert_buffers, block.neurons)
+        cache = ExpertCache(index, layers.expert_store, block.places(places), layers.expert_buffers, block.neurons)
         block.source = layers.experts[index] = cache
         layers.routers[index] = block.parent.forward = RestrictedForward(block.parent, cache.allowed)
     layers.restrict()
+    guess_experts(layers)
+
+
+def guess_experts(layers: DecoderLayers) -> None:
+    """Have what experts of a layer are given, and then what the next such layer is given, say which of that one's
+    experts to read ahead. Not where layers differ: what one has read would fit no place of another."""
+    blocks = {index: block for index in layers.experts if isinstance(block := layers.blocks[index], Experts)}
+    if len({tuple(shape for shape, _ in block.compact_specs((1,))) for block in blocks.values()}) != 1:
+        return
+    before: Experts | None = None
+    for index, block in blocks.items():
+        layer, cache = layers.decoder[index], layers.experts[index]
+        router = RouterGuess(layer, block.parent)
+        if before is not None and before.hidden == router.width:
+            before.foresee = partial(_guess_normed, router, cache)
+        layer.register_forward_pre_hook(partial(_guess_residual, router, cache))
+        before = block
+
+
+def _guess_normed(router: RouterGuess, cache: ExpertCache, hidden: Tensor) -> None:
+    if cache.may_guess:
+        cache.guess(router.from_normed(hidden))
+
+
+def _guess_residual(router: RouterGuess, cache: ExpertCache, _: nn.Module, args: tuple[Any, ...]) -> None:
+    if cache.may_guess and args:
+        cache.guess(router.from_residual(args[0]))
 
 
 class GatherSelected(Visitor):
@@ -203,7 +231,7 @@ def _fill_whole(
     if isinstance(block, Experts):
         for expert in range(block.neurons):
             with pages.reading([part for tensor in source for part in row_parts(tensor, expert)]):
-                block.form.fill(source, expert, [tensor[expert] for tensor in target])
+                block.form.fill(source, expert, [tensor[expert] for tensor in block.places(target)])
         return
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
     with pages.reading(source) as found:
