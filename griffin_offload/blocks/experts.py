@@ -6,7 +6,7 @@ numbers, over all of its tokens; an `ExpertSource` knows where an expert's tenso
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -89,8 +89,6 @@ class Experts(Block):
         self.width = active * self.inner
         self.source: ExpertSource | None = None
         """None: all experts are the module's own."""
-        self.foresee: Callable[[Tensor], None] | None = None
-        """Called with the hidden states [T, H] when experts are on their way, before the first of them computes."""
         self._observer: ActivationCallback | None = None
         self._limit: int | None = None
         config: Any = module.config
@@ -252,8 +250,6 @@ class Experts(Block):
         experts = sorted({expert for row in rows for expert in row})
         source = self.source or _Own(self.full())
         order = source.begin(experts, index, weights)
-        if self.foresee is not None:
-            self.foresee(hidden)
         output, norms = torch.zeros_like(hidden), torch.zeros(index.shape, dtype=torch.float32, device=index.device)
         # They are added in the order of their numbers, whichever is there first: so the sum does not depend on that.
         early: dict[int, list[tuple[Tensor, Tensor]]] = {}

@@ -82,21 +82,17 @@ class RouterGuess:
         found = (getattr(parent, name, None) for name in _ROUTERS)
         self._router = next((own for own in found if _takes_states_alone(own)), None)
         self._norm = next((own for name in _NORMS if (own := getattr(layer, name, None)) is not None), None)
-        self.width = None if self._norm is None else self._norm.weight.numel()
-        """Of the hidden states that it takes; None: nobody knows."""
 
     @torch.no_grad()
-    def from_normed(self, hidden: Tensor) -> list[int]:
-        """Experts, the likeliest first, by what the experts [T, H] of a layer before were given; none where the router
-        does not say."""
-        chosen = None if self._router is None else self._router(hidden.reshape(-1, hidden.shape[-1]))
+    def __call__(self, hidden: Tensor) -> list[int]:
+        """Experts for tokens [..., H] on their way through the layers, the likeliest first; none where the router does
+        not say."""
+        if self._router is None or self._norm is None:
+            return []
+        chosen = self._router(self._norm(hidden).reshape(-1, hidden.shape[-1]))
         if not isinstance(chosen, tuple) or len(chosen) < 3 or chosen[2].dtype != torch.long:
             return []
         return list(dict.fromkeys(chosen[2].t().flatten().tolist()))
-
-    def from_residual(self, hidden: Tensor) -> list[int]:
-        """The same by what goes into the layer [..., H]."""
-        return [] if self._norm is None else self.from_normed(self._norm(hidden))
 
 
 def _takes_states_alone(router: Any) -> bool:

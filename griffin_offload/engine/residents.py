@@ -157,29 +157,20 @@ def cache_experts(layers: DecoderLayers) -> None:
 
 
 def guess_experts(layers: DecoderLayers) -> None:
-    """Have what experts of a layer are given, and then what the next such layer is given, say which of that one's
-    experts to read ahead. Not where layers differ: what one has read would fit no place of another."""
+    """Have what goes into a layer say which experts to read ahead: its own, and those of the next such layer. Not where
+    layers differ: what one has read would fit no place of another."""
     blocks = {index: block for index in layers.experts if isinstance(block := layers.blocks[index], Experts)}
     if len({tuple(shape for shape, _ in block.compact_specs((1,))) for block in blocks.values()}) != 1:
         return
-    before: Experts | None = None
-    for index, block in blocks.items():
-        layer, cache = layers.decoder[index], layers.experts[index]
-        router = RouterGuess(layer, block.parent)
-        if before is not None and before.hidden == router.width:
-            before.foresee = partial(_guess_normed, router, cache)
-        layer.register_forward_pre_hook(partial(_guess_residual, router, cache))
-        before = block
+    guesses = [(RouterGuess(layers.decoder[i], block.parent), layers.experts[i]) for i, block in blocks.items()]
+    for place, index in enumerate(blocks):
+        layers.decoder[index].register_forward_pre_hook(partial(_guess, guesses[place : place + 2]))
 
 
-def _guess_normed(router: RouterGuess, cache: ExpertCache, hidden: Tensor) -> None:
-    if cache.may_guess:
-        cache.guess(router.from_normed(hidden))
-
-
-def _guess_residual(router: RouterGuess, cache: ExpertCache, _: nn.Module, args: tuple[Any, ...]) -> None:
-    if cache.may_guess and args:
-        cache.guess(router.from_residual(args[0]))
+def _guess(guesses: Sequence[tuple[RouterGuess, ExpertCache]], _: nn.Module, args: tuple[Any, ...]) -> None:
+    for router, cache in guesses:
+        if cache.may_guess and args:
+            cache.guess(router(args[0]))
 
 
 class GatherSelected(Visitor):

@@ -24,6 +24,7 @@ from griffin_offload.formats.stacked import Fill, copied_parts, read_rows, row_p
 READ_AHEAD = 4
 """Experts of a layer that are on their way, or asked for, ahead of the one that computes."""
 _READERS = 4  # a disk wants several requests at a time
+_GUESSING = 2  # what is waited for waits for so many pieces of guesses at most
 
 Piece = tuple[int, Callable[[], None]]
 """Bytes of files, and what reads them."""
@@ -52,21 +53,28 @@ class ReadQueue:
         self._readers, self._lock = readers, threading.Lock()
         self._wanted: deque[ExpertRead] = deque()
         self._guesses: deque[ExpertRead] = deque()
+        self._guessing = 0
+        """Pieces of guesses that are being read."""
 
     def add(self, read: ExpertRead, *, guess: bool) -> None:
         """Read it behind those that were added before; guesses behind all others."""
-        workers = min(self._readers, len(read.left))
+        pieces = len(read.left)
         with self._lock:
             (self._guesses if guess else self._wanted).append(read)
-        for _ in range(workers):
+        self._wake(min(pieces, _GUESSING) if guess else pieces)
+
+    def _wake(self, pieces: int) -> None:
+        for _ in range(min(self._readers, pieces)):
             self._pool.submit(self._work)
 
     def want(self, read: ExpertRead) -> None:
         """It was no guess."""
         with self._lock:
-            if read in self._guesses:
+            pieces = len(read.left) if read in self._guesses else 0
+            if pieces:
                 self._guesses.remove(read)
                 self._wanted.append(read)
+        self._wake(pieces)
 
     def cancel(self, read: ExpertRead) -> None:
         """Read no more of it than what is being read now."""
@@ -85,29 +93,32 @@ class ReadQueue:
 
     def _work(self) -> None:
         while (found := self._next()) is not None:
-            read, (nbytes, piece) = found
+            read, (nbytes, piece), guess = found
+            error: BaseException | None = None
             try:
                 piece()
-            except BaseException as error:  # whoever waits for the expert gets it
-                self._end(read, nbytes, error)
-            else:
-                self._end(read, nbytes, None)
+            except BaseException as failure:  # whoever waits for the expert gets it
+                error = failure
+            self._end(read, nbytes, error, guess=guess)
 
-    def _next(self) -> tuple[ExpertRead, Piece] | None:
+    def _next(self) -> tuple[ExpertRead, Piece, bool] | None:
         with self._lock:
             for queue in (self._wanted, self._guesses):
-                while queue:
+                guess = queue is self._guesses
+                while queue and not (guess and self._guessing >= _GUESSING):
                     read = queue[0]
                     if len(read.left) <= 1:
                         queue.popleft()
                     if read.left:
                         read.flying += 1
-                        return read, read.left.popleft()
+                        self._guessing += guess
+                        return read, read.left.popleft(), guess
         return None
 
-    def _end(self, read: ExpertRead, nbytes: int, error: BaseException | None) -> None:
+    def _end(self, read: ExpertRead, nbytes: int, error: BaseException | None, *, guess: bool) -> None:
         with self._lock:
             read.flying -= 1
+            self._guessing -= guess
             if error is None:
                 read.read_bytes += nbytes
             else:

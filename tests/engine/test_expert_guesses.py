@@ -21,6 +21,7 @@ from griffin_offload.formats.expert_form import BLOCK_BYTES
 NEW, EXPERTS = 24, 8
 # Their routers take more than hidden states, or choose elsewhere.
 NOT_ASKED = {"lfm2_moe", "minimax_m2"}
+NORMED_BEHIND = {"flex_olmo"}
 
 
 def _answer(model: GriffinModel) -> list[Tensor]:
@@ -44,10 +45,9 @@ _GUESSES: dict[str, Callable[[Sequence[int]], list[int]]] = {
 
 @contextmanager
 def _guessing(monkeypatch: pytest.MonkeyPatch, how: str) -> Iterator[None]:
+    own = RouterGuess.__call__
     with monkeypatch.context() as patch:
-        for name in ("from_normed", "from_residual"):
-            own = getattr(RouterGuess, name)
-            patch.setattr(RouterGuess, name, lambda self, hidden, own=own: _GUESSES[how](own(self, hidden)))
+        patch.setattr(RouterGuess, "__call__", lambda self, hidden: _GUESSES[how](own(self, hidden)))
         yield
 
 
@@ -78,22 +78,27 @@ def test_nothing_is_guessed_where_nothing_is_fetched(mixtures, monkeypatch: pyte
 
 @pytest.mark.parametrize("name", mostly_slow(MIXTURES, 4))
 def test_the_router_itself_is_asked(mixtures, name: str):
-    """Given what its layer was given behind the attention, it says what its layer then chooses."""
+    """Given what its layer's own norm was given, it says what its layer then chooses."""
     with _load(mixtures(name), density=1.0) as model:
         stock = model.engine.loaded.model
         decoder, blocks = find_feed_forwards(stock, len(model.engine.loaded.layers.decoder))
-        seen: dict[int, list[Tensor]] = {}
-        guesses = {}
-        for i, block in enumerate(blocks):
-            if isinstance(block, Experts):
-                guesses[i] = RouterGuess(decoder[i], block.parent)
-                block.parent.register_forward_pre_hook(lambda _, args, i=i: seen.setdefault(i, [args[0]]) and None)
-                block.module.register_forward_pre_hook(lambda _, args, i=i: seen[i].append(args[1]))
+        experts = {i: block for i, block in enumerate(blocks) if isinstance(block, Experts)}
+        given: dict[int, Tensor] = {}
+        chosen: dict[int, Tensor] = {}
+        normed: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in experts}
+        for i, block in experts.items():
+            block.parent.register_forward_pre_hook(lambda _, args, i=i: given.update({i: args[0]}))
+            block.module.register_forward_pre_hook(lambda _, args, i=i: chosen.update({i: args[1]}))
+            for module in decoder[i].children():
+                if "norm" in type(module).__name__.lower():
+                    module.register_forward_hook(lambda _, args, out, i=i: normed[i].append((args[0], out)))
         stock(torch.tensor([[7]]))
-        for i, guess in guesses.items():
-            states, chosen = seen[i][:2]
-            found = guess.from_normed(states)
-            assert sorted(found) == ([] if name in NOT_ASKED else sorted(chosen.flatten().tolist()))
+        for i, block in experts.items():
+            before = [states for states, out in normed[i] if out.numel() == given[i].numel() and out.equal(given[i])]
+            assert bool(before) == (name not in NORMED_BEHIND)
+            for states in before:
+                found = RouterGuess(decoder[i], block.parent)(states)
+                assert sorted(found) == ([] if name in NOT_ASKED else sorted(chosen[i].flatten().tolist()))
 
 
 class _Backwards:
