@@ -67,11 +67,13 @@ class DecoderLayers:
     @property
     def fetched_bytes(self) -> int:
         """Weight bytes fetched from where the full weights rest, since loading."""
+        self.expert_buffers.collect()
         return sum(store.fetched_bytes for store in (self.source, self.expert_store) if store is not None)
 
     @property
     def expert_report(self) -> ExpertReport:
         """Counts since loading, and what the last prompt has chosen."""
+        self.expert_buffers.collect()
         caches = self.experts.values()
         kept = [cache.routing_kept for cache in caches if cache.routing_kept is not None]
         return ExpertReport(

@@ -59,7 +59,7 @@ class ExpertBuffers:
     def begin(self) -> None:
         self.guesses = False
         self.drop_guesses()
-        self._collect(wait=True)
+        self.collect()
         self.peak_bytes = self.nbytes
 
     def take(self, like: Place, limit: int) -> Place | None:
@@ -68,7 +68,7 @@ class ExpertBuffers:
         while found is None and (self._guessed or self._cancelled):
             if not self._cancelled:
                 self._cancel(next(iter(self._guessed)))
-            self._collect(wait=True)
+            self.collect()
             found = self._take(like, limit)
         if found is not None:
             self._taken.append(found)
@@ -76,7 +76,7 @@ class ExpertBuffers:
         return found
 
     def _take(self, like: Place, limit: int) -> Place | None:
-        self._collect(wait=False)
+        self.collect(wait=False)
         found = next((free for free in self._free if free.fits(like)), None)
         if found is not None:
             self._free.remove(found)
@@ -135,8 +135,8 @@ class ExpertBuffers:
         store.cancel(read)
         self._cancelled.append((store, read, place))
 
-    def _collect(self, *, wait: bool) -> None:
-        """Buffers of guesses that were cancelled, when nobody writes to them any more."""
+    def collect(self, *, wait: bool = True) -> None:
+        """Count and take back the buffers of guesses that were cancelled, when nobody writes to them any more."""
         for one in list(self._cancelled):
             store, read, place = one
             if wait or read.done.done():
