@@ -22,6 +22,7 @@ TIERS = "tiers"
 """What options and plans call neurons that rest in several formats."""
 # Of embeddings and head in a converted copy, by the bits that the command line asks for.
 TABLE_FORMATS = {"16": "none", "int8": "int8"}
+Preference = Literal["quality", "speed"]
 ExportForm = Literal["unquantized", "w8a16", "w4a16", "gguf", "gguf-q8_0", "gguf-q4_0"]
 DType = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 KVBits = Literal[16, 8]
@@ -72,9 +73,12 @@ class LoadConfig:
     """Precision of the computation; "auto" is the one that is stored."""
     quantize: str = "auto"
     """Precision of the resident matrices inside the layers: "none" keeps the stored one, "auto" is the first of none,
-    int8 and int4 in which all neurons fit, else tiers (with a density that is given, or of experts, the last); a
-    converted checkpoint has one already. "tiers": each prompt says which neurons of a layer rest in how many bits, or
-    are left out."""
+    int8, int8 and int4 by layers, and int4 in which all neurons fit, else tiers (with a density that is given, or of
+    experts, the last); a converted checkpoint has one already. "tiers": layers of int8 and int4, and in fewer bits each
+    prompt says which neurons of a layer rest in how many, or are left out."""
+    prefer: Preference = "quality"
+    """What "auto" is after: the most bits that fit, or ("speed") those of the fewest bits in which no neuron has to be
+    left out, int4, even where more would fit: a token takes as long as its bytes."""
     bits: float | Literal["auto"] = "auto"
     """With quantize="tiers", bits per weight of the FFs, scales and what is left out included; "auto" is what fits."""
     offload: Offload = "auto"
@@ -131,11 +135,22 @@ class LoadConfig:
     def __post_init__(self) -> None:
         _one_of("device", self.device, tuple(DEVICE_NAMES))
         named = (("offload", Offload), ("missing_experts", MissingExperts), ("selection", SelectionMethod))
-        for name, kind in (*named, ("batch_statistic", BatchStatistic), ("dtype", DType), ("kv_bits", AskedKVBits)):
+        for name, kind in (
+            *named,
+            ("batch_statistic", BatchStatistic),
+            ("dtype", DType),
+            ("kv_bits", AskedKVBits),
+            ("prefer", Preference),
+        ):
             _one_of(name, getattr(self, name), get_args(kind))
         _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES, TIERS))
         check_density(self.density)
         _check_tiers(self)
+        if self.prefer == "speed" and (self.quantize, self.density, self.exact) != ("auto", "auto", False):
+            raise UsageError(
+                "prefer='speed' (--prefer speed) chooses a precision for all neurons: give it without quantize, "
+                "density and exact"
+            )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed is {self.seed}: from 0 to 2**63 - 1")
         if self.ctx_size is not None and self.ctx_size < 2:

@@ -11,7 +11,6 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
 from griffin_offload.cli.options import (
-    PrefillBar,
     add_generation_options,
     add_model_options,
     add_run_options,
@@ -26,6 +25,7 @@ from griffin_offload.cli.options import (
     thinking_flag,
 )
 from griffin_offload.cli.plan import plan_lines
+from griffin_offload.cli.progress import Bar
 from griffin_offload.cli.prompt import adopt_saved
 from griffin_offload.config import ChatConfig, LoadConfig, Overflow
 from griffin_offload.errors import GriffinError, UsageError, as_line
@@ -136,7 +136,11 @@ class Terminal:
             streamer = TextPrinter(model.tokenizer, self._stops)
         try:
             # In a script Ctrl-C ends the program; here it ends the answer.
-            with PrefillBar(model, quiet=quiet), Interrupts(catch=self._interactive) as interrupts:
+            with (
+                Bar("prefill", quiet=quiet, once=True) as bar,
+                Interrupts(catch=self._interactive) as interrupts,
+            ):
+                model.progress = bar.step
                 reply = self._session.send(text, streamer=streamer, interrupted=interrupts.asked)
         except KeyboardInterrupt:
             if not self._interactive:

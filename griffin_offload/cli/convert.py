@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from griffin_offload.cli.options import add_adapter_option, add_model_option, model_of, quiet_libraries
+from griffin_offload.cli.progress import Bar
 from griffin_offload.config import FORMAT_NAMES, TABLE_FORMATS, TIERS
 from griffin_offload.units import format_bytes
 
@@ -42,18 +43,10 @@ def add_parser(commands: Any) -> None:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Convert and say what was written."""
-    from tqdm import tqdm
-
     from griffin_offload.engine import convert as runtime
 
     quiet_libraries()
-    quiet = arguments.quiet or arguments.json
-    with tqdm(desc="convert", unit="B", unit_scale=True, leave=False, disable=quiet or None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with Bar("convert", "B", quiet=arguments.quiet or arguments.json) as bar:
         done = runtime.convert(
             model_of(arguments),
             arguments.out,
@@ -61,7 +54,7 @@ def convert(arguments: argparse.Namespace) -> int:
             tables=TABLE_FORMATS[arguments.embeddings],
             offline=arguments.offline,
             adapter=arguments.adapter,
-            progress=progress,
+            progress=bar.step,
         )
     if arguments.json:
         print(json.dumps(asdict(done) | {"directory": str(done.directory)}))

@@ -3,7 +3,6 @@ everything, variants, tables, a bar.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import product
@@ -111,23 +110,3 @@ def columns(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
         for line in (heads, *cells)
     ]
-
-
-class Bar:
-    """Layers of all passes of one measurement, on stderr if that is a terminal."""
-
-    def __init__(self, title: str, *, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(desc=title, unit="layer", leave=False, disable=quiet or None, file=sys.stderr)
-
-    def step(self, done: int, layers: int) -> None:
-        """So many layers are done, of so many."""
-        self._bar.total = layers
-        self._bar.update(done - self._bar.n)
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

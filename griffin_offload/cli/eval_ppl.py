@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from griffin_offload.cli.eval import (
-    Bar,
     add_measuring_options,
     add_variant_options,
     columns,
@@ -19,6 +18,7 @@ from griffin_offload.cli.eval import (
     variants_of,
 )
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
+from griffin_offload.cli.progress import Bar
 from griffin_offload.config import FORMAT_NAMES, WindowStart
 from griffin_offload.errors import UsageError
 from griffin_offload.evaluation.config import EvalConfig

@@ -17,6 +17,7 @@ from griffin_offload.cli.options import (
     model_of,
     quiet_libraries,
 )
+from griffin_offload.cli.progress import Bar
 from griffin_offload.config import FORMAT_NAMES, ExportForm, LoadConfig, SelectionMethod
 from griffin_offload.errors import UsageError
 from griffin_offload.units import format_bytes
@@ -88,7 +89,8 @@ def export(arguments: argparse.Namespace) -> int:
     choice, before = _chosen(directory, prompts, options, arguments)
     refit = prompts if arguments.refit else []
     made = {"form": arguments.to, "selection": arguments.selection, "refit": refit}
-    found = runtime.export(directory, arguments.out, choice, density, **made)
+    with Bar("export", "B", quiet=arguments.quiet or arguments.json) as bar:
+        found = runtime.export(directory, arguments.out, choice, density, **made, progress=bar.step)
     found = runtime.measured(found, before, _after(found, prompts, options), prompts)
     source = "the demo" if arguments.model is None else Path(arguments.model).name
     runtime.write_card(found, source, arguments.selection, _command(arguments), checkpoint.fingerprint())
@@ -128,13 +130,12 @@ def _prompts(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "list[Ten
         raise UsageError("--system needs a chat template: this model has none, or --raw turned it off")
     system = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
     found = []
-    for messages in _messages(arguments.prompts):
-        if templated:
-            ids = encode_messages(tokenizer, system + messages)
-        else:
-            ids = encode(tokenizer, "\n".join(message["content"] for message in messages))
+    for number, messages in enumerate(_messages(arguments.prompts), start=1):
+        text = "\n".join(message["content"] for message in messages)
+        if not text.strip():
+            raise UsageError(f"{arguments.prompts}, prompt {number} is empty: take it out")
+        ids = encode_messages(tokenizer, system + messages) if templated else encode(tokenizer, text)
         found.append(torch.tensor(ids, dtype=torch.long, device="cpu"))
-    found = [ids for ids in found if ids.numel()]
     if not found:
         raise UsageError(f"{arguments.prompts} holds no prompt")
     return found
@@ -199,11 +200,17 @@ def _lines(found: "Export") -> list[str]:
     lines = [
         f"{found.directory}: {found.neurons} of {found.of_neurons} {unit} a layer, {format_bytes(found.read_bytes)} "
         f"became {format_bytes(found.written_bytes)}",
-        f"kept     {found.activation_kept:.3f} of the activation of {found.prompts} prompts",
+        f"kept     {found.activation_kept:.3f} of the activation of {found.prompts} prompt"
+        f"{'s' if found.prompts > 1 else ''}",
     ]
     if found.neurons != found.asked_neurons:
         whole = "the router's groups are alike" if unit == "experts" else f"{found.form} is written in whole blocks"
         lines.append(f"note: {found.asked_neurons} {unit} rounded down, as {whole}")
+    if found.refit and found.tokens < found.neurons:
+        lines.append(
+            f"note: refit on {found.tokens} tokens, fewer than the {found.neurons} neurons that stay: other texts may "
+            "lose by it; give more text or leave --refit out"
+        )
     if found.activation_kept_heldout is None:
         return [*lines, "note: too few prompts to hold some out: what the choice costs is not known"]
     return [

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from griffin_offload.checkpoint.files import write_text
 from griffin_offload.cli import inspect_text
-from griffin_offload.cli.eval import Bar, add_measuring_options, load_streamed, numbers
+from griffin_offload.cli.eval import add_measuring_options, load_streamed, numbers
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, parse_density, quiet_libraries
+from griffin_offload.cli.progress import Bar
 from griffin_offload.cli.prompt import prompt_text, tokenize
 from griffin_offload.config import FORMAT_NAMES, LoadConfig, RunConfig
 from griffin_offload.errors import DoesNotFit, UsageError

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -23,13 +23,14 @@ from griffin_offload.config import (
     LoadConfig,
     MissingExperts,
     Offload,
+    Preference,
     SelectionMethod,
 )
 from griffin_offload.demo import demo_directory
 from griffin_offload.errors import UsageError
 
 if TYPE_CHECKING:
-    from griffin_offload.engine.chat import ChatModel
+    pass
 
 
 # The imports that a command waits for: torch, transformers and what of ours stands on them.
@@ -188,28 +189,6 @@ def check_utf8(text: str, name: str) -> None:
         raise UsageError(f"{name} is not UTF-8")
 
 
-class PrefillBar:
-    """A bar of prefill's layers on stderr, if that is a terminal."""
-
-    def __init__(self, model: "ChatModel", *, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        layers = len(model.plan.kept)
-        self._bar = tqdm(total=layers, desc="prefill", unit="layer", leave=False, disable=quiet or None)
-        model.progress = self._step
-
-    def _step(self, done: int, layers: int) -> None:
-        self._bar.update(done - self._bar.n)
-        if done == layers:
-            self._bar.close()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-
 MODEL_VARIABLE = "GRIFFIN_OFFLOAD_MODEL"
 _DEFAULTS = LoadConfig()
 
@@ -261,20 +240,7 @@ def add_model_options(parser: argparse.ArgumentParser, context: str = LEFT_OVER,
         default=_DEFAULTS.density,
         help="fraction of FF neurons kept: auto, 0.5, or one per layer (0.5,0.7)",
     )
-    add(
-        "--quantize",
-        choices=("auto", *FORMAT_NAMES, TIERS),
-        default=_DEFAULTS.quantize,
-        help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
-        f"neurons, else {TIERS}: the prompt's neurons in more bits than the others)",
-    )
-    add(
-        "--bits",
-        type=_bits,
-        default=_DEFAULTS.bits,
-        metavar="auto|N",
-        help=f"with --quantize {TIERS}: bits per weight of the FFs, such as 3.5 (default: {_DEFAULTS.bits}, what fits)",
-    )
+    _add_precision_options(add)
     add(
         "--missing-experts",
         choices=get_args(MissingExperts),
@@ -306,6 +272,31 @@ def add_model_options(parser: argparse.ArgumentParser, context: str = LEFT_OVER,
         default=_DEFAULTS.refresh,
         metavar="turn|never|N",
         help="choose neurons with every prompt, the first alone, or by a streamed pass after every N tokens, too",
+    )
+
+
+def _add_precision_options(add: Callable[..., Any]) -> None:
+    """In how many bits neurons stay on the device."""
+    add(
+        "--quantize",
+        choices=("auto", *FORMAT_NAMES, TIERS),
+        default=_DEFAULTS.quantize,
+        help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
+        f"neurons, else {TIERS}: the prompt's neurons in more bits than the others)",
+    )
+    add(
+        "--prefer",
+        choices=get_args(Preference),
+        default=_DEFAULTS.prefer,
+        help="the most bits that fit, or the fewest in which no neuron is left out, int4, where more would fit, too "
+        f"(default: {_DEFAULTS.prefer})",
+    )
+    add(
+        "--bits",
+        type=_bits,
+        default=_DEFAULTS.bits,
+        metavar="auto|N",
+        help=f"with --quantize {TIERS}: bits per weight of the FFs, such as 3.5 (default: {_DEFAULTS.bits}, what fits)",
     )
 
 

@@ -89,7 +89,7 @@ def plan(arguments: argparse.Namespace) -> int:
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
         lines = [*plan_lines(found), *_forecast_lines(_forecast(model_spec, found))]
-        lines += _rounded_again(model_spec, found)
+        lines += [*_rounded_again(model_spec, found), *_instead_of(model_spec, found, arguments.prefer)]
         print("\n".join([*lines, *([] if model_spec.assumed is None else [model_spec.assumed])]))
     if arguments.verbose:
         beside = [f"{', '.join(names)} in {form}" for form, names in model_spec.small_of(found).items()]
@@ -184,8 +184,28 @@ def _rounded_again(model_spec: "ModelSpec", plan: "Plan") -> list[str]:
     if stored.is_plain or not model_spec.quantises(plan):
         return []
     used = [name for name, count in plan.tiers.items() if count]
+    if stored.name in used:  # no copy has layers of several formats
+        return [f"{', '.join(used[1:])}: rounded a second time, from {stored}; the original is nearer to it"]
     better = used[0] if len(used) == 1 else plan.precision
     return [f"rounded a second time, from {stored}: convert --quantize {better} of the original is nearer to it"]
+
+
+def _instead_of(model_spec: "ModelSpec", chosen: "Plan", preferred: str) -> list[str]:
+    """What a preference for speed costs, against the best that fits."""
+    from griffin_offload.planner.solve import solve
+    from griffin_offload.planner.tiers import expected_error, expected_kl
+
+    if preferred != "speed" or not chosen.fits:
+        return []
+    better, _ = solve((*model_spec.others, *model_spec.shapes), model_spec.request)
+    if better.in_words == chosen.in_words:
+        return ["for speed: no more bits would fit"]
+    errors = [expected_error(model_spec.shape_of(plan), plan.counts) for plan in (chosen, better)]
+    costs = ["?" if error is None else f"{expected_kl(error):g}" for error in errors]
+    return [
+        f"for speed: {chosen.decoded_bytes / better.decoded_bytes:.2f} of the bytes a token that {better.in_words} "
+        f"reads, which fits; expected KL about {costs[0]} instead of {costs[1]}"
+    ]
 
 
 def _forecast(model_spec: "ModelSpec", plan: "Plan") -> "ExpertForecast | None":
@@ -260,7 +280,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     """The chosen plan, and every precision, dense and with the largest density, that fits at the same context."""
     from griffin_offload.evaluation.ceilings import decode_bytes_per_s
     from griffin_offload.planner.solve import alternatives
-    from griffin_offload.planner.tiers import expected_error, expected_kl
+    from griffin_offload.planner.tiers import bits_of, expected_error, expected_kl
 
     shapes = [*model_spec.shapes, *model_spec.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].width
@@ -270,7 +290,6 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     rows = []
     for plan in plans:
         precision = model_spec.precision_of(plan)
-        shape = next(shape for shape in shapes if shape.precision_name == plan.precision)
         rate = None  # of a device that is not here
         if model_spec.assumed is None:
             rate = decode_bytes_per_s(precision, hidden, neurons, model_spec.dtype, model_spec.hardware)
@@ -279,12 +298,13 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
         if expected is not None and expected.expected_hit_rate < 1:
             rate = None  # the disk decides, which nobody has asked
         read_bytes = weights + plan.decode_parts["kv_cache"]
-        error = expected_error(shape, plan.counts)
+        error = expected_error(model_spec.shape_of(plan), plan.counts)
         rows.append(
             {
                 "precision": plan.precision,
                 "density": plan.density,
                 "tiers": plan.tiers,
+                "bits": bits_of(model_spec.shape_of(plan), plan.counts) if plan.tiers else None,
                 "expected_error": error,
                 "expected_kl": None if error is None else expected_kl(error),
                 "resident_bytes": plan.resident_bytes,
@@ -296,6 +316,11 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     return rows
 
 
+def _formats(row: dict[str, Any]) -> str:
+    """Those that neurons rest in."""
+    return "+".join(name for name, count in row["tiers"].items() if count) or str(row["precision"])
+
+
 def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return ["nothing fits in any precision"]
@@ -304,12 +329,12 @@ def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"what fits{rates if known else ''}",
         "(error: of FFs, squared, relative; KL: about what that makes of small models' answers; large ones lose less)",
-        f"{'':<2}{'precision':<12}{'density':>8}{'error':>8}{'KL':>7}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
+        f"{'':<2}{'precision':<16}{'density':>8}{'error':>8}{'KL':>7}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
     ]
     for row in rows:
         rate, error, kl = row["expected_tokens_per_s"], row["expected_error"], row["expected_kl"]
         lines.append(
-            f"{'*' if row['chosen'] else '':<2}{row['precision']:<12}{row['density']:>8.2f}"
+            f"{'*' if row['chosen'] else '':<2}{_formats(row):<16}{row['density']:>8.2f}"
             f"{'?' if error is None else f'{error:.4f}':>8}{'?' if kl is None else f'{kl:.1g}':>7}"
             f"{format_bytes(row['resident_bytes']):>12}{format_bytes(row['peak_bytes']):>12}"
             f"{'?' if rate is None else f'{rate:.3g}':>10}"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import (
-    PrefillBar,
     add_generation_options,
     add_model_options,
     add_run_options,
@@ -20,6 +19,7 @@ from griffin_offload.cli.options import (
     stops_of,
 )
 from griffin_offload.cli.plan import plan_lines
+from griffin_offload.cli.progress import Bar
 from griffin_offload.cli.prompt import PromptCache, is_demos, prompt_text, tokenize
 from griffin_offload.config import LoadConfig, RunConfig
 from griffin_offload.errors import UsageError
@@ -108,7 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
     quiet = arguments.quiet or arguments.json
     if is_demos(arguments) and not quiet:
         print(f"prompt   {text}", file=sys.stderr, flush=True)
-    with PrefillBar(model, quiet=quiet):
+    with Bar("prefill", quiet=quiet, once=True) as bar:
+        model.progress = bar.step
         answer = _generate(model, tokens, sampling, stops, arguments, prompt_cache, structure)
     _print_result(model, answer, arguments)
     if prompt_cache is not None:

@@ -1,5 +1,5 @@
 """Memory: what is free of the host's and what this process takes of it, large tensors in it (huge pages, direct reads);
-the ledger that a budget is held against, and refused memory as one error.
+the budget that is asked for, the ledger that is held against it, and refused memory as one error.
 """
 
 import contextlib
@@ -20,10 +20,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from griffin_offload.config import LoadConfig
 from griffin_offload.devices.base import Device
 from griffin_offload.devices.threads import BackgroundThread
-from griffin_offload.errors import LimitReached, OutOfMemory, limit_reached, memory_refused, one_line
-from griffin_offload.units import format_bytes
+from griffin_offload.errors import LimitReached, OutOfMemory, UsageError, limit_reached, memory_refused, one_line
+from griffin_offload.units import format_bytes, parse_size
 
 BLOCK_BYTES = 4096
 """What offsets, sizes and addresses of direct reads are multiples of; a page."""
@@ -302,3 +303,38 @@ def _described(error: BaseException, device: Device | None) -> str:
     free, _ = host_bytes() if refused is None else refused.memory_bytes()
     nbytes = int(float(asked[1]) * _UNITS[asked[2]])
     return f"the {kind} refused {format_bytes(nbytes)}, {format_bytes(free)} are free"
+
+
+def budget_bytes(config: LoadConfig, device: Device, *, absent: bool = False) -> int:
+    """The device budget in bytes. In host memory there is one budget, so only one of the two limits may be given; of a
+    device that is `absent` it has to be named."""
+    if absent:
+        return _size_of_absent(config.max_gpu_mem, device)
+    limit = config.max_gpu_mem
+    if device.shares_host_memory and config.max_cpu_mem is not None:
+        if limit != "auto":
+            raise UsageError(
+                "on the CPU device there is one budget: give --max-gpu-mem (or its alias --max-mem) alone, "
+                "without --max-cpu-mem"
+            )
+        limit = config.max_cpu_mem
+    free, total = device.memory_bytes()
+    return parse_size(limit, total_bytes=total, free_bytes=free)
+
+
+def _size_of_absent(size: str | int, device: Device) -> int:
+    """Bytes of a device whose memory cannot be asked; UsageError where that would be needed."""
+    if isinstance(size, str) and (size.strip().lower() == "auto" or size.strip().endswith("%")):
+        raise UsageError(
+            f"no {device.name} device is here whose memory could be asked: give --max-gpu-mem as a size, such as 12GB"
+        )
+    return parse_size(size)
+
+
+def session_bytes(config: LoadConfig, device: Device, *, absent: bool) -> int:
+    """Set aside for contexts that are kept beside the one in use."""
+    if config.session_mem is None:
+        return 0
+    if absent:
+        return _size_of_absent(config.session_mem, device)
+    return parse_size(config.session_mem, total_bytes=device.memory_bytes()[1])

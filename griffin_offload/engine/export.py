@@ -50,6 +50,8 @@ class Choice:
     held_out: Statistic
     """Of the prompts that measure; empty where there are too few."""
     prompts: int
+    tokens: int
+    """Of the prompts that choose."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Export:
     asked_neurons: int
     """What the density says, of which the form may not take all."""
     prompts: int
+    tokens: int
+    """Of the prompts that chose."""
     read_bytes: int
     written_bytes: int
     activation_kept: float
@@ -91,7 +95,7 @@ def choose(model: GriffinModel, prompts: Sequence[Tensor], progress: Callable[[]
             share = squared[0] / squared.sum().clamp(min=torch.finfo(squared.dtype).tiny)
             total[index] = total[index] + share if index in total else share
         progress()
-    return Choice(chosen_on, held_out, len(prompts))
+    return Choice(chosen_on, held_out, len(prompts), sum(ids.numel() for ids in choosing(prompts)))
 
 
 def check(
@@ -160,6 +164,7 @@ def export(
         of_neurons=counts.neurons,
         asked_neurons=neurons_kept(counts.neurons, density),
         prompts=choice.prompts,
+        tokens=choice.tokens,
         read_bytes=checkpoint.weight_bytes,
         written_bytes=written,
         activation_kept=sum(share for share, _ in shares) / len(shares),

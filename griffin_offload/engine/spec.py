@@ -24,12 +24,12 @@ from griffin_offload.config import (
     pass_tokens,
 )
 from griffin_offload.devices.base import Device
-from griffin_offload.devices.memory import host_bytes
+from griffin_offload.devices.memory import budget_bytes, host_bytes, session_bytes
 from griffin_offload.devices.registry import choose_device, device_kind, devices_here
 from griffin_offload.engine.build import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.errors import UnsupportedModel, UsageError
-from griffin_offload.formats import RESTING_HEAD, SMALL_MATRICES, Format, every, planned_as
+from griffin_offload.formats import INT4, INT8, RESTING_HEAD, SMALL_MATRICES, Format, every, planned_as
 from griffin_offload.formats.linear import reads_head_itself
 from griffin_offload.kernels.library import compiled
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
@@ -40,7 +40,7 @@ from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
 from griffin_offload.planner.tiers import bits_of
 from griffin_offload.transformers_api import StockModel, warn_if_untested
-from griffin_offload.units import format_bytes, parse_size
+from griffin_offload.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class ModelSpec:
 
     def shape_of(self, plan: Plan) -> ModelSizes:
         """The sizes in the precision of `plan`."""
-        return next(shape for shape in self.shapes if shape.precision_name == plan.precision)
+        every_shape = (*self.shapes, *self.others)
+        return next(s for s in every_shape if (s.precision_name, s.level_names) == (plan.precision, plan.levels))
 
     def small_of(self, plan: Plan) -> dict[str, list[str]]:
         """Names of small matrices by the format that they rest in, where it is another one than their neighbours'."""
@@ -141,8 +142,8 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     shapes, others = _shapes(checkpoint, meta, device, config, head)
     cache = _cache_kind(checkpoint.config, config.kv_bits)
     request = PlanRequest(
-        budget_bytes=_size_of_absent(config.max_gpu_mem, hardware) if absent else budget_bytes(config, hardware),
-        session_bytes=_session_bytes(config, hardware, absent=absent),
+        budget_bytes=budget_bytes(config, hardware, absent=absent),
+        session_bytes=session_bytes(config, hardware, absent=absent),
         ctx_tokens=config.ctx_size,
         prompt_tokens=config.prompt_tokens,
         batch=config.batch_size,
@@ -282,7 +283,7 @@ def _shapes(
                 format.check_device(device.type)
             # In exact mode another precision is one of a converted copy.
             full = precision if config.exact else stored
-            own_head = head if precision.bits < head.bits else checkpoint.tables
+            own_head = head if levels[-1].bits < head.bits else checkpoint.tables
             beside = small_beside(precision, checkpoint)
             shape = model_shape(meta, precision, full, checkpoint.tables, states, levels, own_head, beside)
         except UnsupportedModel:
@@ -290,19 +291,29 @@ def _shapes(
                 raise
             continue
         (allowed if fits else others).append(shape)
+    if config.prefer == "speed":
+        fewest = max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)
+        if not fewest:
+            raise UsageError(
+                f"--prefer speed has nothing to choose: {checkpoint.directory} gives {allowed[0].precision_name} alone"
+            )
+        return tuple(allowed[fewest:]), (*allowed[:fewest], *others)
     return tuple(allowed), tuple(others)
 
 
 def _precisions(stored: Format, config: LoadConfig) -> Iterator[tuple[str, tuple[Format, ...]]]:
     """Names, and formats of neurons, of all that residents of a `stored` checkpoint may be planned in, best first."""
-    for format in every() if stored.is_plain else (stored.rests_as(),):
-        if not format.by_name_only or format.name == config.quantize or not stored.is_plain:
-            yield format.name, (format,)
     # A density is of one format, and exact mode drafts in what is stored. Without kernels of ours a prompt would wait
     # minutes for its neurons to be rounded.
     quickly = bool(stored.holds) or compiled()
     unasked = config.density == "auto" and not config.exact and quickly
-    if config.quantize == TIERS or (unasked and _gives_tiers(stored)):
+    tiers = config.quantize == TIERS or (unasked and _gives_tiers(stored))
+    for format in every() if stored.is_plain else (stored.rests_as(),):
+        if not format.by_name_only or format.name == config.quantize or not stored.is_plain:
+            yield format.name, (format,)
+        if format is INT8 and tiers:
+            yield TIERS, (INT8, INT4)
+    if tiers:
         yield TIERS, _tiers()
 
 
@@ -325,37 +336,6 @@ def _cache_kind(config: PretrainedConfig, bits: AskedKVBits) -> CacheKind:
             f"kv_bits={bits} needs layers of {config.model_type} that keep keys and values, some are {kinds}"
         )
     return "dynamic"
-
-
-def budget_bytes(config: LoadConfig, device: Device) -> int:
-    """The device budget in bytes. In host memory there is one budget, so only one of the two limits may be given."""
-    limit = config.max_gpu_mem
-    if device.shares_host_memory and config.max_cpu_mem is not None:
-        if limit != "auto":
-            raise UsageError(
-                "on the CPU device there is one budget: give --max-gpu-mem (or its alias --max-mem) alone, "
-                "without --max-cpu-mem"
-            )
-        limit = config.max_cpu_mem
-    free, total = device.memory_bytes()
-    return parse_size(limit, total_bytes=total, free_bytes=free)
-
-
-def _size_of_absent(size: str | int, device: Device) -> int:
-    """Bytes of a device whose memory cannot be asked; UsageError where that would be needed."""
-    if isinstance(size, str) and (size.strip().lower() == "auto" or size.strip().endswith("%")):
-        raise UsageError(
-            f"no {device.name} device is here whose memory could be asked: give --max-gpu-mem as a size, such as 12GB"
-        )
-    return parse_size(size)
-
-
-def _session_bytes(config: LoadConfig, device: Device, *, absent: bool) -> int:
-    if config.session_mem is None:
-        return 0
-    if absent:
-        return _size_of_absent(config.session_mem, device)
-    return parse_size(config.session_mem, total_bytes=device.memory_bytes()[1])
 
 
 def plan_for(model_spec: ModelSpec) -> Plan:

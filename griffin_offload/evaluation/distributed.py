@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from griffin_offload.config import LoadConfig
+from griffin_offload.devices.memory import budget_bytes
 from griffin_offload.devices.registry import choose_device
-from griffin_offload.engine.spec import budget_bytes
 
 
 @dataclass(frozen=True)

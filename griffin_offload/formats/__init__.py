@@ -26,6 +26,8 @@ SMALL_MATRICES = INT8
 """What small matrices of a layer (blocks/replace.py) rest in where the others are in fewer bits than that."""
 __all__ = [
     "FLOATS",
+    "INT4",
+    "INT8",
     "RESTING_HEAD",
     "SMALL_MATRICES",
     "TABLE_FORMATS",

@@ -14,7 +14,7 @@ from griffin_offload.method.selection import densities_per_layer, neurons_kept
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.plan import EmbeddingDevice, Plan, price
 from griffin_offload.planner.request import PlanRequest, planned_use
-from griffin_offload.planner.tiers import tiered_choices, tiers_within
+from griffin_offload.planner.tiers import least_bits, tiered_choices, tiers_within
 from griffin_offload.units import format_bytes
 
 # One layer computes while the next one is read; one slot alone works, without the overlap.
@@ -47,7 +47,7 @@ def solve(
     So more memory never gives fewer bits or neurons, nor, with as many of both, a shorter context. `others` are
     precisions that were not asked for: a remedy.
     """
-    contexts = _contexts(shapes[0], request)
+    contexts, shapes = _contexts(shapes[0], request), _of_bits(shapes, request)
     ladder = list(_ladder(shapes, request))
     for shape, rung in ladder:
         plan, grows = _best_quality(shape, rung, contexts.floor)
@@ -66,12 +66,20 @@ def solve(
     return plan, remedy
 
 
+def _of_bits(shapes: Sequence[ModelSizes], request: PlanRequest) -> Sequence[ModelSizes]:
+    """Those of `shapes` that may have the bits that were asked for."""
+    bits = request.bits
+    if isinstance(bits, str):
+        return shapes
+    return [shape for shape in shapes if len(shape.levels) > 1 and least_bits(shape) <= bits][:1] or shapes[-1:]
+
+
 def _ladder(shapes: Sequence[ModelSizes], request: PlanRequest) -> Iterator[tuple[ModelSizes, PlanRequest]]:
     """What to try, best first: a neuron in fewer bits is worth more than none, and a KV cache in 8 bits costs less than
     matrices in fewer."""
     for shape in shapes:
         whole = replace(request, density=1.0) if request.density == "auto" else request
-        asked = request if shape is shapes[-1] else whole
+        asked = request if shape is shapes[-1] or len(shape.levels) > 1 else whole
         if request.halves_kv:
             yield shape, whole
             asked = replace(asked, kv_bits=8)

@@ -1,5 +1,8 @@
 """Neurons in several formats: for every number of bytes how many a layer has of each.
 
+In int8 and int4 whole layers are of one format, so that nothing has to be chosen for a prompt. In fewer bits the prompt
+says which neurons of a layer have how many: there it gains most.
+
 Nothing is known of a model before a weight is read, so that energies are taken as typical: every layer of a width has
 the same counts. Measured ones gave no better answers (benchmarks/NOTES.md).
 """
@@ -51,10 +54,27 @@ class TierChoices(Sequence[tuple[Counts, ...]]):
         return self.allocation[self.first + index % len(self)]
 
 
+class LayerChoices(Sequence[tuple[Counts, ...]]):
+    """The same where whole layers are in the first of two formats, from one of them to all: the last layer, whose
+    errors no other makes less of, then from the first one on."""
+
+    def __init__(self, shape: ModelSizes) -> None:
+        self._neurons = [layer.neurons for layer in shape.layers]
+
+    def __len__(self) -> int:
+        return len(self._neurons)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        last, others = len(self) - 1, index % len(self)
+        return tuple((n, 0) if layer in (last, *range(others)) else (0, n) for layer, n in enumerate(self._neurons))
+
+
 @functools.lru_cache(maxsize=8)
-def tiered_choices(shape: ModelSizes) -> TierChoices:
+def tiered_choices(shape: ModelSizes) -> Sequence[tuple[Counts, ...]]:
     """All that a plan considers."""
-    return TierChoices(shape)
+    return TierChoices(shape) if shape.levels[0].is_tier else LayerChoices(shape)
 
 
 def bits_of(shape: ModelSizes, counts: Sequence[Counts]) -> float:
@@ -68,14 +88,16 @@ def tiers_within(shape: ModelSizes, bits: float | Literal["auto"]) -> tuple[Coun
     """The most in so many bits per number; "auto": all neurons in the most bits. UsageError where none is so small."""
     choices = tiered_choices(shape)
     if isinstance(bits, str):
-        found: tuple[Counts, ...] = choices[-1]
-        return found
+        return choices[-1]
     index = bisect_right(range(len(choices)), bits, key=lambda i: bits_of(shape, choices[i])) - 1
     if index < 0:
-        least, most = (bits_of(shape, choices[i]) for i in (0, -1))
-        raise UsageError(f"bits is {bits:g}: tiers of this model take {least:.2f} to {most:.2f} bits a weight")
-    found = choices[index]
-    return found
+        raise UsageError(f"bits is {bits:g}: tiers of this model take {least_bits(shape):.2f} bits a weight, and more")
+    return choices[index]
+
+
+def least_bits(shape: ModelSizes) -> float:
+    """As `bits_of`, of the fewest bytes that a plan considers."""
+    return bits_of(shape, tiered_choices(shape)[0])
 
 
 def options_again(shape: ModelSizes, counts: Sequence[Counts]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from griffin_offload.serving.api_errors import unsupported
-from griffin_offload.serving.other_apis import Values, call_of, list_of_objects, named_event, texts_of
 from griffin_offload.serving.queue import Figures, Finished, Piece
-from griffin_offload.serving.responses import Response
-from griffin_offload.serving.validation import FieldReader
+from griffin_offload.serving.responses import Response, named_event
+from griffin_offload.serving.tools import call_of
+from griffin_offload.serving.validation import FieldReader, Values, list_of_objects, texts_of
 
 _MESSAGES_SAME = ("model", "stream", "temperature", "top_p", "top_k", "density", "exact", "min_p")
 _MESSAGES_KNOWN = (

@@ -234,3 +234,8 @@ def server_sent(value: dict[str, Any]) -> bytes:
 
 
 LAST_EVENT = b"data: [DONE]\n\n"
+
+
+def named_event(value: dict[str, Any]) -> bytes:
+    """One event of a stream, named as its type."""
+    return f"event: {value['type']}\n".encode() + b"data: " + encode(value) + b"\n\n"

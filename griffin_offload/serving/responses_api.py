@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from griffin_offload.serving.api_errors import unsupported
-from griffin_offload.serving.other_apis import Values, call_of, list_of_objects, named_event, texts_of
 from griffin_offload.serving.queue import Figures, Finished, Piece
-from griffin_offload.serving.responses import Choice, Response, usage
-from griffin_offload.serving.validation import FieldReader
+from griffin_offload.serving.responses import Choice, Response, named_event, usage
+from griffin_offload.serving.tools import call_of
+from griffin_offload.serving.validation import FieldReader, Values, list_of_objects, texts_of
 
 _RESPONSES_SAME = (
     *("model", "stream", "temperature", "top_p", "tool_choice", "parallel_tool_calls", "density", "exact"),

@@ -112,3 +112,8 @@ def template_variables(fields: FieldReader) -> tuple[tuple[str, Any], ...]:
         where = f"chat_template_kwargs.{taken[0][:40]}"
         raise invalid(f"{where} is no variable of a template", where)
     return tuple(found.items())
+
+
+def call_of(call_id: Any, name: Any, arguments: Any) -> dict[str, Any]:
+    """A call as OpenAI's chat messages have it."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}

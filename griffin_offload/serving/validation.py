@@ -7,6 +7,9 @@ from typing import Any
 
 from griffin_offload.serving.api_errors import ApiError, invalid, unsupported
 
+Values = dict[str, Any]
+"""A JSON object, or a part of one."""
+
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object that a body is; Failure 400 for anything else, numbers that are none and names twice included."""
@@ -113,3 +116,24 @@ class FieldReader:
 def _same(value: Any, allowed: Any) -> bool:
     """Equal, and of one kind: false is not 0."""
     return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
+
+
+def list_of_objects(value: Any, where: str) -> list[Values]:
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise invalid(f"{where} has to be a list of objects", where)
+    return value
+
+
+def texts_of(value: Any, where: str, kinds: tuple[str, ...]) -> str:
+    """One text, or those of all blocks, which are of these `kinds`."""
+    if isinstance(value, str):
+        return value
+    found = []
+    for index, block in enumerate(list_of_objects(value, where)):
+        if block.get("type") not in kinds:
+            raise unsupported(f"{where}[{index}].type", "the model reads text alone")
+        text = block.get("text")
+        if not isinstance(text, str):
+            raise invalid(f"{where}[{index}].text has to be a string", f"{where}[{index}].text")
+        found.append(text)
+    return "\n".join(found)

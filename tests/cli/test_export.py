@@ -38,6 +38,10 @@ def test_refit(cli, llama: Path, tmp_path: Path):
     plain, found = (cli("export", tmp_path / n, *command, *more).json for n, more in (("a", ()), ("b", ["--refit"])))
     assert (plain["refit"], found["refit"]) == (False, True)
     assert (found["activation_kept"], found["written_bytes"]) == (plain["activation_kept"], plain["written_bytes"])
+    # Every fourth text is held out; the others are what the neurons are fit on.
+    assert found["tokens"] < found["neurons"]
+    said = cli("export", tmp_path / "c", *command[:-1], "--refit").err
+    assert f"refit on {found['tokens']} tokens, fewer than the {found['neurons']} neurons that stay" in said
     assert found["kl"] != plain["kl"]
     card = (tmp_path / "b" / "README.md").read_text()
     assert "make up for the other neurons' on these prompts" in card
@@ -69,7 +73,13 @@ def test_texts_chats_and_few_prompts(cli, llama: Path, chat: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("row", "words"),
-    [("{", "line 1 is not JSON"), ("3", "prompt 1 has neither"), ('{"messages": []}', "neither"), ("", "no prompt")],
+    [
+        ("{", "line 1 is not JSON"),
+        ("3", "prompt 1 has neither"),
+        ('{"messages": []}', "neither"),
+        ("", "no prompt"),
+        ('{"prompt": "a"}\n{"prompt": " \\n"}', "prompt 2 is empty"),
+    ],
 )
 def test_files_without_prompts(cli, llama: Path, tmp_path: Path, row: str, words: str):
     (tmp_path / "p.jsonl").write_text(row)

@@ -109,6 +109,20 @@ def test_a_device_of_another_machine(cli, llama: Path, monkeypatch: pytest.Monke
     assert {row["expected_tokens_per_s"] for row in verbose["alternatives"]} == {None}
 
 
+def test_speed_is_preferred_to_bits_that_fit(cli, llama: Path, tmp_path: Path):
+    best, fast = (cli("plan", "-m", llama, "--max-mem", "1GB", *more) for more in ((), ("--prefer", "speed")))
+    assert "all neurons resident, nothing streamed, int4" in fast.out
+    assert " of the bytes a token that float32 reads, which fits; expected KL about 0.1 instead of 0" in fast.out
+    assert "for speed" not in best.out
+    flags = ("-m", llama, "--prefer", "speed", "--max-mem", "1GB")
+    report = cli("run", "the cat", "-n", 2, *flags, "--json").json
+    assert (report["precision"], report["density"]) == ("int4", 1.0)
+    for more in (("--quantize", "int8"), ("--density", "0.5"), ("--exact",)):
+        cli.refuses(2, "give it without quantize, density and exact", "plan", *flags, *more)
+    assert cli("convert", "-m", llama, tmp_path / "copy", "--quantize", "int8").code == 0
+    cli.refuses(2, "--prefer speed has nothing to choose", "plan", "-m", tmp_path / "copy", "--prefer", "speed")
+
+
 def test_a_config_for_a_device_of_another_machine(cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """13B's, of which nothing else is here: whatever a run there could be asked for is planned or refused alike."""
     for kind in (CudaDevice, MpsDevice):
@@ -122,7 +136,15 @@ def test_a_config_for_a_device_of_another_machine(cli, llama: Path, tmp_path: Pa
     there = ("plan", "--config", file, "--ctx-size", 2048, "--device")
     whole = cli(*there, "cuda", "--max-gpu-mem", "40GB", "--json").json
     assert (whole["precision"], whole["density"], whole["full_bytes"] > 25e9) == ("bfloat16", 1.0, True)
-    assert cli(*there, "cuda", "--max-gpu-mem", "12GB", "--json").json["precision"] == "int4"
+    mixed = cli(*there, "cuda", "--max-gpu-mem", "12GB", "--json").json
+    assert (mixed["density"], list(mixed["tiers"])) == (1.0, ["int8", "int4"])
+    assert all(mixed["tiers"].values())
+    fast = cli(*there, "cuda", "--max-gpu-mem", "12GB", "--prefer", "speed", "--json").json
+    assert (fast["precision"], fast["density"]) == ("int4", 1.0)
+    assert fast["resident_bytes"] < mixed["resident_bytes"] < 12e9
+    assert (
+        "for speed: no more bits would fit\n" in cli(*there, "cuda", "--max-gpu-mem", "9.5GB", "--prefer", "speed").out
+    )
     assert (
         cli(*there, "mps", "--max-gpu-mem", "16GB", "--json").json["precision"] == "int8"
     )  # int4 was never tried there

@@ -61,7 +61,10 @@ def test_13b_in_12_gb(cli, config, edit, stored: str):
     path = config("13b")
     edit(path, torch_dtype=stored)  # float16 is what the authors chose
     flags = ("plan", "--config", path, "--max-gpu-mem", "12GB", "--ctx-size", 2048, "--device", "cpu", "--json")
-    outcome = cli(*flags)
+    best = cli(*flags).json
+    assert (best["density"], list(best["tiers"])) == (1, ["int8", "int4"])
+    assert 11e9 < max(best["peak_prefill_bytes"], best["peak_decode_bytes"]) <= 12e9
+    outcome = cli(*flags, "--prefer", "speed")
     assert (outcome.code, outcome.err) == (0, "")
     plan = outcome.json
     assert (plan["fits"], plan["precision"], plan["context_tokens"]) == (True, "int4", 2048)
@@ -120,16 +123,16 @@ def rows(text: str) -> list[list[str]]:
 
 
 LISTED: list[tuple[tuple[str, ...], list[tuple[str, bool]]]] = [
-    ((), [("int8", False), ("int4", True)]),
-    (("--quantize", "int8"), [("int8", True), ("int4", False)]),
-    (("--quantize", "int4"), [("int4", True), ("int8", False)]),
+    ((), [("int8", False), ("tiers", True), ("int4", False)]),
+    (("--quantize", "int8"), [("int8", True), ("tiers", False), ("int4", False)]),
+    (("--quantize", "int4"), [("int4", True), ("int8", False), ("tiers", False)]),
     (("--density", "0.5"), [("int8", True), ("int8", False), ("int4", False)]),
 ]
 
 
 @pytest.mark.parametrize(("flags", "listed"), LISTED, ids=str)
 def test_what_else_fits(cli, config, flags: tuple[str, ...], listed: list[tuple[str, bool]]):
-    """13B in 12 GB: dense in 4 bit, pruned in 8, not at all in 16. One row is the plan itself."""
+    """13B in 12 GB: dense in 4 bit and in layers of 8, pruned in 8, not at all in 16. One row is the plan itself."""
     command = ("plan", "--config", config("13b"), "--max-gpu-mem", "12GB", "--ctx-size", 2048, "--device", "cpu")
     plan = cli(*command, "-v", "--json", *flags).json
     found = plan.pop("alternatives")
@@ -147,22 +150,24 @@ def test_what_else_fits(cli, config, flags: tuple[str, ...], listed: list[tuple[
     outcome = cli(*command, "-v", *flags)
     assert outcome.err == ""
     table = rows(outcome.out)
-    assert [(row[1], row[0] == "*") for row in table] == listed
+    names = {"tiers": "int8+int4"}
+    assert [(row[1], row[0] == "*") for row in table] == [(names.get(name, name), own) for name, own in listed]
     assert [float(row[2]) for row in table] == [round(row["density"], 2) for row in found]
     assert [float(row[7]) for row in table] == [float(f"{row['expected_tokens_per_s']:.3g}") for row in found]
 
 
 def replanned(cli, command: tuple[object, ...], row: dict[str, Any]) -> dict[str, Any]:
     """The plan when it is asked for by name."""
-    density = 1.0 if row["density"] == 1 else "auto"
-    return cli(*command, "--quantize", row["precision"], "--density", density, "--json").json
+    asked = ("--density", 1.0 if row["density"] == 1 else "auto") if row["bits"] is None else ("--bits", row["bits"])
+    return cli(*command, "--quantize", row["precision"], *asked, "--json").json
 
 
 def test_a_row_can_be_asked_for(cli, config):
     """Its precision and its density as flags give a plan of the same residents, which fits."""
     command = ("plan", "--config", config("13b"), "--max-gpu-mem", "12GB", "--ctx-size", 2048, "--device", "cpu")
     for row in cli(*command, "-v", "--json").json["alternatives"]:
-        same = cli(*command, "--quantize", row["precision"], "--density", row["density"], "--json").json
+        asked = ("--density", row["density"]) if row["bits"] is None else ("--bits", row["bits"])
+        same = cli(*command, "--quantize", row["precision"], *asked, "--json").json
         assert (same["fits"], same["density"], same["resident_bytes"]) == (True, row["density"], row["resident_bytes"])
 
 
@@ -271,11 +276,11 @@ def test_13b_in_tiers(cli, config):
 
 
 def test_an_int8_copy_in_less_says_that_it_is_rounded_again(cli, tmp_path: Path):
-    """All neurons in int4 are no tiers, and not the copy's own numbers; attention is in int4, too."""
+    """In int4 the neurons of some layers, or the more of them in tiers, are not the copy's own numbers."""
     cli("convert", tmp_path / "copy", "--quantize", "int8", "-q")  # the demo
     flags = ("plan", "-m", tmp_path / "copy", "--device", "cpu", "--ctx-size", 64, "--max-gpu-mem")
     assert "rounded" not in cli(*flags, "5MB").out
     text = cli(*flags, "4MB").out
-    assert "nothing streamed, int4, context 64" in text
-    assert "rounded a second time, from int8: convert --quantize int4 of the original" in text
+    assert "nothing streamed, tiers (int8 " in text
+    assert "int4: rounded a second time, from int8; the original is nearer to it" in text
     assert "convert --quantize tiers of the original" in cli(*flags, "2.9MB").out

@@ -13,7 +13,7 @@ from griffin_offload import UsageError
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.blocks.sizes import ModelSizes, model_shape
 from griffin_offload.config import TIERS
-from griffin_offload.formats import every, get
+from griffin_offload.formats import INT4, INT8, every, get
 from griffin_offload.method.allocation import Counts
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import best_plan, make_plan, solve
@@ -32,8 +32,9 @@ TIER_FORMATS = tuple(format for format in every() if format.is_tier)
 def _shapes(neurons: int = 1024, layers: int = 4) -> list[ModelSizes]:
     """In all precisions that "auto" would try, then in tiers."""
     meta = build_on_meta(LlamaConfig(intermediate_size=neurons, num_hidden_layers=layers, **LLAMA), torch.bfloat16)
-    plain = [model_shape(meta, get(name)) for name in ("none", "int8", "int4")]
-    return [*plain, model_shape(meta, TIER_FORMATS[0], levels=TIER_FORMATS)]
+    plain, int8, int4 = (model_shape(meta, get(name)) for name in ("none", "int8", "int4"))
+    by_layers = model_shape(meta, INT8, levels=(INT8, INT4), head=INT8)
+    return [plain, int8, by_layers, int4, model_shape(meta, TIER_FORMATS[0], levels=TIER_FORMATS)]
 
 
 SHAPES = _shapes()
@@ -69,7 +70,7 @@ def test_more_memory_never_expects_a_worse_answer(budgets: list[int], ctx_tokens
             assert before is None, "less was enough"
             continue
         assert plan.fits
-        shape = next(shape for shape in SHAPES if shape.precision_name == plan.precision)
+        shape = next(shape for shape in SHAPES if shape.level_names == plan.levels)
         now = expected_error(shape, plan.counts)
         assert before is None or now <= before
         before = now
@@ -103,8 +104,38 @@ def test_bits_that_are_asked_for():
         assert sum(plan.tiers.values()) == sum(plan.kept)
         assert set(plan.tiers) == {format.name for format in TIER_FORMATS}
     assert tiers_within(shape, "auto") == tiered_choices(shape)[-1]
-    with pytest.raises(UsageError, match=r"take .* to .* bits a weight"):
+    with pytest.raises(UsageError, match=r"take .* bits a weight, and more"):
         tiers_within(shape, 0.3)
+
+
+def test_layers_of_int8_and_of_int4():
+    shape = SHAPES[2]
+    choices = tiered_choices(shape)
+    in_int8 = [[layer for layer, own in enumerate(counts) if own[0]] for counts in choices]
+    assert in_int8 == [[3], [0, 3], [0, 1, 3], [0, 1, 2, 3]]
+    for before, now in itertools.pairwise(choices):
+        assert bits_of(SHAPES[3], [(1024,)] * 4) < bits_of(shape, before) < bits_of(shape, now)
+        assert expected_error(shape, now) < expected_error(shape, before)
+    for counts in choices:
+        assert all(sum(own) == 1024 and 0 in own for own in counts)
+        assert shape.choosing(counts) == ()  # nothing is streamed for a prompt
+        again = options_again(shape, counts)
+        assert tiers_within(shape, again["bits"]) == counts
+
+
+@settings(max_examples=40)
+@given(st.floats(1.2, 9.0))
+def test_bits_decide_between_tiers(bits: float):
+    """From those of one layer in int8 on it is layers; what is asked for is refused where it does not fit."""
+    shapes = [SHAPES[2], SHAPES[4]]
+    plan = make_plan(shapes, PlanRequest(10**8, bits=bits))
+    least = bits_of(SHAPES[2], tiered_choices(SHAPES[2])[0])
+    shape = SHAPES[2] if bits >= least else SHAPES[4]
+    assert plan.levels == shape.level_names
+    assert bits_of(shape, plan.counts) <= bits
+    small, remedy = solve(shapes, PlanRequest(plan.resident_bytes, bits=bits))
+    assert remedy is not None
+    assert small.counts == plan.counts
 
 
 def test_layers_of_one_format_are_not_streamed_and_those_of_several_are():
@@ -118,7 +149,7 @@ def test_layers_of_one_format_are_not_streamed_and_those_of_several_are():
 
 
 def test_a_plan_of_one_format_says_how_to_have_it_again():
-    shape = SHAPES[2]
+    shape = SHAPES[3]
     plan = best_plan(shape, PlanRequest(10**8, density=0.5), 200)
     again = options_again(shape, plan.counts)
     assert again == {"quantize": "int4", "density": [0.5] * 4}
