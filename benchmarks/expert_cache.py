@@ -25,8 +25,9 @@ from griffin_offload.evaluation.perplexity import Row, rows_of
 from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import observe, prompt_prior, simulate
 from griffin_offload.method.variants import Variant
-from griffin_offload.offload.expert_cache import ExpertBuffers, ExpertCache
-from griffin_offload.offload.weight_store import ExpertStore
+from griffin_offload.offload.expert_buffers import ExpertBuffers
+from griffin_offload.offload.expert_cache import ExpertCache
+from griffin_offload.offload.expert_store import ExpertStore
 
 SHARES = (0.25, 0.5, 0.75)
 SEEDS = 3

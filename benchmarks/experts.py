@@ -162,7 +162,8 @@ def measure(arguments: argparse.Namespace) -> int:
     ours = found["ours"] = run_cold(model, command, limit, arguments.timeout)
     rate = found["disk_bytes_per_s"] = read_rate(files_of(model)[0])
     for row in ours["worker"]["prompts"] if ours["worker"] and rate else ():  # a tiny file has no rate
-        row["decode_ceiling_tokens_per_s"] = arguments.tokens * rate / max(row["decode_streamed_bytes"], 1)
+        needed = row["decode_streamed_bytes"] - row["experts"]["wrong_bytes"]  # guesses are no part of a ceiling
+        row["decode_ceiling_tokens_per_s"] = arguments.tokens * rate / max(needed, 1)
         row["prefill_ceiling_s"] = row["prefill_streamed_bytes"] / rate
     record = provenance("experts.py", sys.argv[1:]) | found
     print(f"{table(found)}\n{json.dumps(record)}")
@@ -174,13 +175,25 @@ def measure(arguments: argparse.Namespace) -> int:
 
 def table(found: dict[str, Any]) -> str:
     """A row for each engine and prompt."""
-    rows = [["", "prompt", "first token", "tokens/s", "ceiling by the disk", "read while decoding", "experts there"]]
+    rows = [
+        [
+            "",
+            "prompt",
+            "first token",
+            "tokens/s",
+            "ceiling by the disk",
+            "read while decoding",
+            "by wrong guesses",
+            "experts there",
+        ]
+    ]
     for name in ("llama.cpp", "ours"):
         worker = found[name]["worker"] if name in found else None
         for number, row in enumerate(worker["prompts"] if worker else (), start=1):
             # What a process does before it can be asked counts for its first prompt.
             first = row["prefill_s"] + (worker["loaded_s"] if number == 1 else 0)
-            ceiling, hits = row.get("decode_ceiling_tokens_per_s"), (row.get("experts") or {}).get("hit_rate")
+            ceiling, experts = row.get("decode_ceiling_tokens_per_s"), row.get("experts") or {}
+            hits = experts.get("hit_rate")
             rows.append(
                 [
                     name,
@@ -189,6 +202,7 @@ def table(found: dict[str, Any]) -> str:
                     f"{row['decode_tokens_per_s']:.2f}",
                     "-" if ceiling is None else f"{ceiling:.2f}",
                     gigabytes(row["decode_streamed_bytes"]) if "decode_streamed_bytes" in row else "-",
+                    gigabytes(experts["wrong_bytes"]) if experts else "-",
                     "-" if hits is None else f"{hits:.1%}",
                 ]
             )

@@ -6,18 +6,18 @@ numbers, over all of its tokens; an `ExpertSource` knows where an expert's tenso
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from griffin_offload.blocks.base import ActivationCallback, Activations, Block
+from griffin_offload.devices.memory import untouched_zeros
 from griffin_offload.errors import CheckpointError, UnsupportedModel
-from griffin_offload.formats.base import Format, Spec, Tensors
+from griffin_offload.formats.base import Format, Spec, Tensors, specs_bytes
 from griffin_offload.formats.expert_form import RECORDS, ExpertForm, ExpertMatrix
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.stacked import read_row
@@ -36,11 +36,12 @@ _ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_exp
 class ExpertSource(Protocol):
     """Where the tensors of experts are while tokens pass."""
 
-    def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> None:
-        """Tokens were sent to `experts` (rising numbers), by `index` and `weights` [T, k]."""
+    def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> Sequence[int]:
+        """Tokens were sent to `experts` (rising numbers), by `index` and `weights` [T, k]. Returns them in the order in
+        which they will be there."""
 
     def tensors(self, expert: int) -> Sequence[Tensor]:
-        """Those of one of `experts`, in their order, valid until the next one is asked for."""
+        """Those of one of `experts`, in that order, valid until the next one is asked for."""
 
     def settle(self, chosen: Sequence[int]) -> None:
         """Of the experts that were handed out since the pass began, keep those that were `chosen`."""
@@ -129,6 +130,15 @@ class Experts(Block):
         (kept,), (format,) = counts, self.formats if formats is None else formats
         return [((kept, *shape), own) for shape, own in self.form.specs(format).values()]
 
+    def place_bytes(self, precision: Format, dtype: torch.dtype) -> int:
+        """Of the place of one expert, a record where that is of whole blocks."""
+        records = replace(self.form, precision=precision, stored=precision, records=dtype)
+        return (
+            records.record_bytes
+            if records.copies_records(dtype)
+            else specs_bytes(self.compact_specs((1,), (precision,)), dtype)
+        )
+
     def check(self, precision: Format) -> None:
         self.form.check(precision, type(self.module).__name__)
 
@@ -138,9 +148,21 @@ class Experts(Block):
     def install_full(self, tensors: Sequence[Tensor]) -> None:
         """Nothing: a source hands out full experts one by one."""
 
+    def allocate(self, counts: Counts, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
+        if device.type != "cpu" or not self.form.copies_records(dtype):
+            return super().allocate(counts, dtype, device)
+        rows = untouched_zeros((*counts, self.form.record_bytes), torch.uint8, device)
+        return [nn.Parameter(rows, requires_grad=False)]
+
+    def places(self, compact: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors [N, ...] of experts in what was allocated."""
+        records = len(compact) < len(self.form.names)
+        return self.form.views(compact[0].detach()) if records else [tensor.detach() for tensor in compact]
+
     def install_compact(self, tensors: Sequence[Tensor]) -> None:
         self.module._parameters.clear()
-        for name, tensor in zip(self.form.names, tensors, strict=True):
+        names = self.form.names if len(tensors) > 1 else (RECORDS,)
+        for name, tensor in zip(names, tensors, strict=True):
             own = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
             self.module._parameters[name] = own
 
@@ -185,7 +207,7 @@ class Experts(Block):
             self.source.settle(experts)
             return
         for place, expert in enumerate(experts):
-            self.form.fill(full, expert, [tensor[place] for tensor in out])
+            self.form.fill(full, expert, [tensor[place] for tensor in self.places(out)])
 
     def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:
         return [chosen for _ in self.form.names]
@@ -224,21 +246,40 @@ class Experts(Block):
     @torch.no_grad()
     def compute(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """What the experts module answers: [T, H] for hidden states [T, H], experts `index` and `weights` [T, k]."""
-        experts: list[int] = index.unique().tolist()
+        rows: list[list[int]] = index.tolist()
+        experts = sorted({expert for row in rows for expert in row})
         source = self.source or _Own(self.full())
-        source.begin(experts, index, weights)
+        order = source.begin(experts, index, weights)
         output, norms = torch.zeros_like(hidden), torch.zeros(index.shape, dtype=torch.float32, device=index.device)
-        for expert in experts:
+        # They are added in the order of their numbers, whichever is there first: so the sum does not depend on that.
+        early: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        waiting = list(experts)
+        for expert in order:
             tensors = self.form.by_matrix(source.tensors(expert))
-            places = torch.where(index == expert)
-            limit = self._limit or places[0].numel()
-            for token, choice in zip(*(found.split(limit) for found in places), strict=True):
-                added = _expert(self.module, self.form, hidden[token], tensors) * weights[token, choice, None]
-                norms[token, choice] = added.float().norm(dim=-1)
-                output.index_add_(0, token, added.to(output.dtype))
+            for token, choice in self._sent(index, rows, expert):
+                x = hidden if len(rows) == 1 else hidden[token]
+                added = _expert(self.module, self.form, x, tensors) * weights[token, choice, None]
+                if self._observer is not None:
+                    norms[token, choice] = added.float().norm(dim=-1)
+                if expert == waiting[0]:
+                    output.index_add_(0, token, added.to(output.dtype))
+                else:
+                    early.setdefault(expert, []).append((token, added.to(output.dtype)))
+            while waiting and (waiting[0] == expert or waiting[0] in early):
+                for token, added in early.pop(waiting.pop(0), ()):
+                    output.index_add_(0, token, added)
         if self._observer is not None:
             self._observer(ExpertActivations(norms, 0, index, self.neurons))
         return output
+
+    def _sent(self, index: Tensor, rows: Sequence[Sequence[int]], expert: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """Which tokens of `index`, in numbers `rows`, were sent to `expert`, and by which of their choices; at most
+        `_limit` at once."""
+        if len(rows) == 1:  # one that is decoded: nothing has to be looked for
+            return [(index.new_zeros(1), index.new_full((1,), rows[0].index(expert)))]
+        places = torch.where(index == expert)
+        limit = self._limit or places[0].numel()
+        return zip(*(found.split(limit) for found in places), strict=True)
 
 
 class _Own:
@@ -247,8 +288,9 @@ class _Own:
     def __init__(self, full: Sequence[Tensor]) -> None:
         self._full = full
 
-    def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> None:
+    def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> Sequence[int]:
         """All are there."""
+        return experts
 
     def tensors(self, expert: int) -> Sequence[Tensor]:
         return [tensor[expert] for tensor in self._full]
@@ -322,63 +364,3 @@ def find_experts(layer: nn.Module, where: str) -> Block | None:
     if not 1 <= active <= sizes["down_proj"]:
         raise CheckpointError(f"{where}: its router sends a token to {active} experts, there are {sizes['down_proj']}")
     return Experts(module, parent, active)
-
-
-_CHOOSING = (torch.topk, Tensor.topk)
-
-
-class RoutingKept(TorchFunctionMode):
-    """A context manager: inside it, whatever chooses by `topk` over as many scores as `allowed` has for a token,
-    booleans [E] for all tokens or [N, E] for each, chooses among those alone. `count` is called with what would have
-    been chosen, and with `allowed` [N, E].
-
-    Routers differ in what they do to their scores: softmax before or after the choice, sigmoids with a bias, groups,
-    normalising again or not. All choose by `topk` over the scores of all experts; there, and only there, those that
-    are not resident are left out. Setting router logits to -inf would be another thing where weights are not
-    normalised behind the choice, and for a sigmoid with a bias it leaves them in it.
-    """
-
-    def __init__(self, allowed: Tensor, count: Callable[[Tensor, Tensor], None]) -> None:
-        super().__init__()
-        self._allowed, self._count = allowed, count
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _CHOOSING or not self._concerns(args[0].shape):
-            return func(*args, **kwargs)
-        each = self._allowed.view(args[0].shape) if self._allowed.dim() > 1 else self._allowed.expand(args[0].shape)
-        self._count(func(*args, **kwargs).indices, each)
-        # Residents that the router has ruled out already (other groups) come last, but before all that are not there.
-        least = args[0].clamp_min(torch.finfo(args[0].dtype).min)
-        return func(torch.where(each, least, -torch.inf), *args[1:], **kwargs)
-
-    def _concerns(self, scores: torch.Size) -> bool:
-        own = self._allowed.shape
-        return scores[-1] == own[-1] and (len(own) == 1 or scores.numel() == own.numel())
-
-
-class RestrictedForward:
-    """The forward of a module that routes and calls experts, with the choice kept to `allowed`, which says for each
-    of them (booleans [E]) whether it is resident, or None while all are."""
-
-    def __init__(self, module: nn.Module, allowed: Callable[[], Tensor | None]) -> None:
-        self._module, self._function, self._allowed = weakref.ref(module), type(module).forward, allowed
-        self.choices = 0
-        """Experts that the router chose, in all."""
-        self._redirected: Tensor | int = 0
-
-    @property
-    def redirected(self) -> int:
-        """Those of its choices that another expert had to stand in for."""
-        return int(self._redirected)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        allowed = self._allowed()
-        if allowed is None:
-            return self._function(self._module(), *args, **kwargs)
-        with RoutingKept(allowed, self._count):
-            return self._function(self._module(), *args, **kwargs)
-
-    def _count(self, own: Tensor, allowed: Tensor) -> None:
-        self.choices += own.numel()
-        self._redirected = self._redirected + (~allowed.gather(-1, own)).sum()

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from griffin_offload.blocks.base import ALIGNMENT, Block, padded
+from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import check_layer, outside_names, small_names
@@ -162,8 +163,9 @@ class ModelSizes:
         return any(layer.experts for layer in self.layers)
 
     def expert_slots_in_decode(self, slots: int) -> int:
-        """Of `slots` for experts that have no place in their layer, those that a token can need at once."""
-        return min(slots, max(layer.experts for layer in self.layers))
+        """Of `slots` for experts that have no place in their layer, those that a token can need at once, and as many
+        for guesses of what the next layer needs."""
+        return min(slots, 2 * max(layer.experts for layer in self.layers))
 
     @property
     def scratch_bytes(self) -> int:
@@ -374,6 +376,8 @@ def _layer_shape(
 
 def _neuron_sizes(block: Block, format: Format, dtype: torch.dtype) -> NeuronSizes:
     """Sizes are linear in whole multiples of neurons."""
+    if isinstance(block, Experts):
+        return NeuronSizes(block.place_bytes(format, dtype), 0, 1)
     step = block.multiple(format)
     one, two = (specs_bytes(block.compact_specs((count,), (format,)), dtype) for count in (step, 2 * step))
     neuron_bytes = (two - one) // step

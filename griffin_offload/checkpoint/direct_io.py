@@ -138,7 +138,23 @@ class DirectReader:
         return placement.views(buffer)
 
     def copy(self, extent: Extent, target: Tensor) -> None:
-        """Read `extent` into `target`, a contiguous uint8 tensor in host memory at any address; by this thread."""
+        """Read `extent` into `target`, a contiguous uint8 tensor in host memory at any address; by this thread. Whole
+        blocks of the file that are whole ones in memory, too, are read without a copy."""
+        first = -(-extent.offset // BLOCK_BYTES) * BLOCK_BYTES
+        last = (extent.offset + extent.nbytes) // BLOCK_BYTES * BLOCK_BYTES
+        if (target.data_ptr() - extent.offset) % BLOCK_BYTES or first >= last:
+            self.copy_by_bounce(extent, target)
+            return
+        for at in range(first, last, PIECE_BYTES):
+            upto = min(at + PIECE_BYTES, last)
+            self._read(extent.path, at, target[at - extent.offset : upto - extent.offset])
+        for begin, end in ((extent.offset, first), (last, extent.offset + extent.nbytes)):
+            if begin < end:
+                place = target[begin - extent.offset : end - extent.offset]
+                self.copy_by_bounce(Extent(extent.path, begin, end - begin), place)
+
+    def copy_by_bounce(self, extent: Extent, target: Tensor) -> None:
+        """The same through blocks of this thread's own."""
         if not hasattr(self._bounce, "buffer"):
             self._bounce.buffer = block_buffer(PIECE_BYTES)
         bounce, numbers = self._bounce.buffer, target.numpy()  # numpy copies by this thread alone

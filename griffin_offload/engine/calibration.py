@@ -35,7 +35,7 @@ from griffin_offload.errors import CheckpointError
 from griffin_offload.formats.compensation import known_of
 from griffin_offload.formats.translated import TranslatedTensor, in_memory
 from griffin_offload.kernels.by_blocks import Scratch
-from griffin_offload.offload.weight_store import ExpertStore, PassingExperts
+from griffin_offload.offload.expert_store import ExpertStore, PassingExperts
 from griffin_offload.transformers_api import StockModel, Tokenizer
 
 Importance = Mapping[str, Tensor]

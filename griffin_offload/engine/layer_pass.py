@@ -17,15 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Activations, Block, PassHook, unhook
-from griffin_offload.blocks.experts import RestrictedForward, is_experts
+from griffin_offload.blocks.experts import is_experts
+from griffin_offload.blocks.routing import RestrictedForward
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine.report import ExpertReport
 from griffin_offload.formats.translated import in_memory
 from griffin_offload.method.allocation import Counts
-from griffin_offload.offload.expert_cache import ExpertBuffers, ExpertCache
+from griffin_offload.offload.expert_buffers import ExpertBuffers
+from griffin_offload.offload.expert_cache import ExpertCache
+from griffin_offload.offload.expert_store import ExpertStore
 from griffin_offload.offload.layer_stream import BackgroundLoader, LayerStream, StreamConfig
-from griffin_offload.offload.weight_store import ExpertStore, Source, stream_dtype
+from griffin_offload.offload.weight_store import Source, stream_dtype
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all) after each layer."""
@@ -75,11 +78,13 @@ class DecoderLayers:
     @property
     def fetched_bytes(self) -> int:
         """Weight bytes fetched from where the full weights rest, since loading."""
+        self.expert_buffers.collect()
         return sum(store.fetched_bytes for store in (self.source, self.expert_store) if store is not None)
 
     @property
     def expert_report(self) -> ExpertReport:
         """Counts since loading, and what the last prompt has chosen."""
+        self.expert_buffers.collect()
         caches = self.experts.values()
         kept = [cache.routing_kept for cache in caches if cache.routing_kept is not None]
         return ExpertReport(
@@ -89,6 +94,8 @@ class DecoderLayers:
             routing_kept=sum(kept) / len(kept) if kept else 1.0,
             choices=sum(router.choices for router in self.routers.values()),
             redirected=sum(router.redirected for router in self.routers.values()),
+            guessed=sum(cache.guessed for cache in caches),
+            wrong_bytes=self.expert_store.wrong_bytes if self.expert_store else 0,
         )
 
     def restrict(self, *, drafting: bool = False) -> None:

@@ -28,9 +28,10 @@ from griffin_offload.formats.linear import swap_head
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
 from griffin_offload.method.allocation import tiers_of
-from griffin_offload.offload.expert_cache import ExpertBuffers
+from griffin_offload.offload.expert_buffers import ExpertBuffers
+from griffin_offload.offload.expert_store import ExpertStore
 from griffin_offload.offload.layer_stream import BackgroundLoader, StreamConfig
-from griffin_offload.offload.weight_store import ExpertStore, HostStore, MmapStore, Source
+from griffin_offload.offload.weight_store import HostStore, MmapStore, Source
 from griffin_offload.planner.plan import Plan
 from griffin_offload.transformers_api import StockModel
 from griffin_offload.units import format_bytes, parse_size

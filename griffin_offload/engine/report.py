@@ -154,12 +154,16 @@ class ExpertReport:
     choices: int = 0
     redirected: int = 0
     """Of the routers' `choices`, those that a resident expert stood in for."""
+    guessed: int = 0
+    """Of the misses, those that were being read before the router had chosen them."""
+    wrong_bytes: int = 0
+    """Read by guesses that nobody needed."""
 
     def since(self, before: "ExpertReport | None") -> "ExpertReport":
         """With what was counted after `before`."""
         if before is None:
             return self
-        counts = ("hits", "misses", "choices", "redirected")
+        counts = ("hits", "misses", "choices", "redirected", "guessed", "wrong_bytes")
         return replace(self, **{name: getattr(self, name) - getattr(before, name) for name in counts})
 
     @property

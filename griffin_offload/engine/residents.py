@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
-from griffin_offload.blocks.experts import Experts, RestrictedForward
+from griffin_offload.blocks.experts import Experts
+from griffin_offload.blocks.routing import RestrictedForward, RouterGuess
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.memory import Ledger, touch, untouched_zeros
 from griffin_offload.devices.threads import put
@@ -148,10 +149,28 @@ def cache_experts(layers: DecoderLayers) -> None:
         if not isinstance(block, Experts):
             continue
         assert layers.expert_store is not None, "streamed experts rest somewhere"
-        cache = ExpertCache(index, layers.expert_store, places, layers.expert_buffers, block.neurons)
+        cache = ExpertCache(index, layers.expert_store, block.places(places), layers.expert_buffers, block.neurons)
         block.source = layers.experts[index] = cache
         layers.routers[index] = block.parent.forward = RestrictedForward(block.parent, cache.allowed)
     layers.restrict()
+    guess_experts(layers)
+
+
+def guess_experts(layers: DecoderLayers) -> None:
+    """Have what goes into a layer say which experts to read ahead: its own, and those of the next such layer. Not where
+    layers differ: what one has read would fit no place of another."""
+    blocks = {index: block for index in layers.experts if isinstance(block := layers.blocks[index], Experts)}
+    if len({tuple(shape for shape, _ in block.compact_specs((1,))) for block in blocks.values()}) != 1:
+        return
+    guesses = [(RouterGuess(layers.decoder[i], block.parent), layers.experts[i]) for i, block in blocks.items()]
+    for place, index in enumerate(blocks):
+        layers.decoder[index].register_forward_pre_hook(partial(_guess, guesses[place : place + 2]))
+
+
+def _guess(guesses: Sequence[tuple[RouterGuess, ExpertCache]], _: nn.Module, args: tuple[Any, ...]) -> None:
+    for router, cache in guesses:
+        if cache.may_guess and args:
+            cache.guess(router(args[0]))
 
 
 class GatherSelected(Visitor):
@@ -205,7 +224,7 @@ def _fill_whole(
     if isinstance(block, Experts):
         for expert in range(block.neurons):
             with pages.reading([part for tensor in source for part in row_parts(tensor, expert)]):
-                block.form.fill(source, expert, [tensor[expert] for tensor in target])
+                block.form.fill(source, expert, [tensor[expert] for tensor in block.places(target)])
         return
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
     with pages.reading(source) as found:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Activations, Block, PassForward
-from griffin_offload.blocks.experts import RoutingKept
+from griffin_offload.blocks.routing import RoutingKept
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, Progress, StreamFeed, Visitor
 from griffin_offload.errors import DoesNotFit, UnsupportedModel

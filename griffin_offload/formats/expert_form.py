@@ -7,6 +7,7 @@ A record is all of an expert in a row of bytes, as it is computed with: one expe
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -115,13 +116,23 @@ class ExpertForm:
 
     def by_matrix(self, tensors: Sequence[Tensor]) -> dict[str, Tensors]:
         """The tensors of an expert, in their order, by the matrices that they belong to."""
-        named = dict(zip(self.names, tensors, strict=True))
-        return {matrix.name: self._of(matrix, named) for matrix in self.matrices}
+        found: dict[str, dict[str, Tensor]] = {matrix.name: {} for matrix in self.matrices}
+        for (matrix, key), tensor in zip(self._keys, tensors, strict=True):
+            found[matrix][key] = tensor
+        return dict(found)
+
+    @cached_property
+    def _keys(self) -> tuple[tuple[str, str], ...]:
+        """Of the tensors in places, in order: their matrix, and what it calls them."""
+        of = {name: (matrix.name, key) for matrix in self.matrices for key, name in self._named(matrix).items()}
+        return tuple(of[name] for name in self.names)
 
     def _of(self, matrix: ExpertMatrix, named: Mapping[str, Tensor]) -> Tensors:
+        return {key: named[name] for key, name in self._named(matrix).items()}
+
+    def _named(self, matrix: ExpertMatrix) -> dict[str, str]:
         keys = self.layout(matrix).specs(matrix.outputs, matrix.inputs, is_down=matrix.is_down)
-        names = {key: _name(matrix, key) for key in (*keys, *(["bias"] if matrix.bias else []))}
-        return {key: named[name] for key, name in names.items()}
+        return {key: _name(matrix, key) for key in (*keys, *(["bias"] if matrix.bias else []))}
 
     def layout(self, matrix: ExpertMatrix) -> Layout:
         """Of the matrix in a place."""
@@ -141,6 +152,10 @@ class ExpertForm:
         raise AssertionError("torch multiplies what nothing else does")
 
     # Records.
+
+    def copies_records(self, dtype: torch.dtype) -> bool:
+        """Whether places in `dtype` hold records as they lie in files, which are whole blocks."""
+        return not self.makes and self.records is dtype and self.record_bytes % BLOCK_BYTES == 0
 
     @property
     def record_bytes(self) -> int:
@@ -180,6 +195,26 @@ class ExpertForm:
             end = _up_to(end + math.prod(shape) * (own or dtype).itemsize, _ALIGNMENT)
         # Large ones begin at blocks of the disk, whose whole ones are read past the page cache.
         return found, _up_to(end, BLOCK_BYTES) if end >= _LARGE_BYTES else end
+
+
+def record_rows(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The records uint8 [E, bytes] that `tensors` [E, ...] are views of (`ExpertForm.views`), as they lie in files and
+    in places; None unless they are that, and each one whole blocks."""
+    if len(tensors) < 2 or any(type(own) not in (Tensor, torch.nn.Parameter) or own.is_meta for own in tensors):
+        return None
+    first, storage = tensors[0], tensors[0].untyped_storage()
+    begin, nbytes = first.data_ptr(), first.stride(0) * first.itemsize
+    alike = all(
+        own.stride(0) * own.itemsize == nbytes
+        and own.untyped_storage().data_ptr() == storage.data_ptr()
+        and 0 <= own.data_ptr() - begin <= nbytes - own[0].nbytes
+        for own in tensors
+    )
+    offset = begin - storage.data_ptr()
+    if not alike or nbytes % BLOCK_BYTES or offset + first.shape[0] * nbytes > storage.nbytes():
+        return None
+    found = torch.empty(0, dtype=torch.uint8, device=first.device)
+    return found.set_(storage, offset, (first.shape[0], nbytes), (nbytes, 1))
 
 
 def _up_to(size: int, multiple: int) -> int:

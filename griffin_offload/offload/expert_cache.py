@@ -1,9 +1,10 @@
-"""Experts of a layer that are on the device: in places that never move, and in buffers that all layers share.
+"""Experts of a layer that are on the device: in places of their layer, and in buffers that all layers share.
 
 A prompt's pass reads every expert that a token is sent to, once, while earlier ones compute, and the best stay; where
 there is less room than experts, those that the prompt's routing needs least are given up. While tokens are decoded
-experts that are not there are read together: into the place of another one where it has been of more use lately, else
-into a buffer.
+experts that are not there are read while those that are there compute: into the place of another one where it has been
+of more use lately, else into a buffer. Buffers that nobody has take guesses of what the next layer will need; one that
+was right becomes a place, and that place a buffer.
 """
 
 from collections.abc import Sequence
@@ -12,57 +13,16 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import GriffinError
-from griffin_offload.offload.weight_store import READ_AHEAD, ExpertRead, ExpertStore
+from griffin_offload.formats.expert_form import record_rows
+from griffin_offload.offload.expert_buffers import ExpertBuffers, Place
+from griffin_offload.offload.expert_store import READ_AHEAD, ExpertRead, ExpertStore
 
 # Of what a token has made of use, so much remains behind the next one: the last 50 or so count.
 FADING = 0.98
 
 
-class ExpertBuffers:
-    """Places on the device for experts that have none in their layer, which all layers share: at most `limit` at once
-    while a prompt passes, and `few` while tokens are decoded."""
-
-    def __init__(self, limit: int = 1, few: int = 1) -> None:
-        self.limit, self.few = limit, few
-        self._free: list[list[Tensor]] = []
-        self._taken: list[list[Tensor]] = []
-        self.peak_bytes = 0
-        """Since `begin`."""
-
-    def begin(self) -> None:
-        self.peak_bytes = self.nbytes
-
-    def take(self, like: Sequence[Tensor], limit: int) -> list[Tensor] | None:
-        """Tensors of the shapes and on the device of `like`, until they are given back; None where `limit` are."""
-        if len(self._taken) >= limit:
-            return None
-        shapes = [tensor.shape for tensor in like]
-        place = next((i for i, free in enumerate(self._free) if [tensor.shape for tensor in free] == shapes), None)
-        if place is None and len(self._free) + len(self._taken) >= limit:
-            self._free.pop()  # of another layer's shapes
-        found = [torch.empty_like(tensor) for tensor in like] if place is None else self._free.pop(place)
-        self._taken.append(found)
-        self.peak_bytes = max(self.peak_bytes, self.nbytes)
-        return found
-
-    def give_back(self, but: Sequence[Sequence[Tensor]] = ()) -> None:
-        """All that are taken may be used again, but those of which a tensor is in `but`."""
-        kept = {id(tensor) for one in but for tensor in one}
-        self._free += [one for one in self._taken if id(one[0]) not in kept]
-        self._taken = [one for one in self._taken if id(one[0]) in kept]
-
-    def shrink(self) -> None:
-        """Let go of all but the few that decoding needs."""
-        self.give_back()
-        del self._free[self.few :]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for one in (*self._free, *self._taken) for tensor in one)
-
-
 class ExpertCache:
-    """The experts of one layer that are on the device, in places that never move: `ExpertSource` of its block.
+    """The experts of one layer that are on the device: `ExpertSource` of its block.
 
     One that is missing is read; while routing is kept to residents (`restrict`), GriffinError: the router was to be
     kept from it.
@@ -78,17 +38,23 @@ class ExpertCache:
     ) -> None:
         """`places` [N, ...] have room for N of `experts`."""
         self._layer, self._store, self._buffers, self._restricted = layer, store, buffers, False
-        self._places = [[tensor.detach()[place] for tensor in places] for place in range(places[0].shape[0])]
+        records = record_rows(places)
+        self._places = [
+            Place([tensor.detach()[i] for tensor in places], None if records is None else records[i], own=False)
+            for i in range(places[0].shape[0])
+        ]
         self._free = list(range(len(self._places)))
         self._place_of: dict[int, int] = {}
-        self._held: dict[int, list[Tensor]] | None = None
+        self._held: dict[int, Place] | None = None
         self._waiting: list[int] = []
-        self._reads: dict[int, tuple[ExpertRead, int | None]] = {}
-        """On their way, and the places that they will have."""
+        self._reads: dict[int, tuple[ExpertRead, Place, int | None]] = {}
+        """On their way, where to, and which of the layer's places they will have."""
         self._used = torch.zeros(experts, dtype=torch.float64, device="cpu")
         """How much of the routing went to each expert lately, in tokens."""
         self.hits = self.misses = 0
         """Experts that were there, and that were not, when tokens were decoded."""
+        self.guessed = 0
+        """Of those that were not, those that were on their way before the router had chosen them."""
         self.routing_kept: float | None = None
         """Share of the last prompt's routing weights that went to the experts that it chose."""
         self._routed = torch.zeros_like(self._used)
@@ -118,6 +84,7 @@ class ExpertCache:
 
     def start_pass(self) -> list[Tensor]:
         """Until `end_pass` nothing that is read is given up. Returns all experts, as they lie."""
+        self._buffers.drop_guesses(self._layer)
         self._held, self._routed = {}, torch.zeros_like(self._used)
         return self._store.tensors(self._layer)
 
@@ -131,7 +98,7 @@ class ExpertCache:
         self._give_up(chosen, None if self._restricted else len(arriving))
         for expert in arriving:
             place = self._free[0]  # taken when it is full: an interrupt may come between
-            for source, target in zip(held[expert], self._places[place], strict=True):
+            for source, target in zip(held[expert].tensors, self._places[place].tensors, strict=True):
                 target.copy_(source)
             self._place_of[expert] = self._free.pop(0)
         if self._restricted:
@@ -149,6 +116,7 @@ class ExpertCache:
 
     def place(self, chosen: Sequence[int]) -> None:
         """Make `chosen` the residents, between prompts; those that are not there are read."""
+        self._abandon()
         self._give_up(chosen, None)
         for expert in chosen:
             if expert not in self._place_of:
@@ -169,7 +137,7 @@ class ExpertCache:
 
     # Of the layer's forward.
 
-    def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> None:
+    def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> Sequence[int]:
         self._abandon()  # of a forward that failed
         routed = _shares(index, weights, self._used.numel())
         missing = [expert for expert in experts if expert not in self._place_of]
@@ -177,7 +145,7 @@ class ExpertCache:
         if self._held is not None:
             self._routed += routed
             self._read_ahead(None)
-            return
+            return experts
         if missing and self._restricted:
             raise GriffinError(
                 f"layer {self._layer}: this model's router cannot be kept to residents, it chose {missing} beside "
@@ -186,30 +154,57 @@ class ExpertCache:
         self._used = self._used * FADING ** index.shape[0] + routed
         self.misses += len(missing)
         self.hits += len(experts) - len(missing)
+        return [*(expert for expert in experts if expert not in missing), *self._fetch(missing)]
+
+    def _fetch(self, missing: Sequence[int]) -> list[int]:
+        """Have all of them read; those that were guessed come first."""
         self._buffers.give_back()
-        for expert in missing:  # all at once
-            place = self._place_for(expert)
+        self._buffers.drop_guesses(self._layer, missing)
+        ahead = self._buffers.guessed(self._layer)
+        places = {expert: self._place_for(expert) for expert in missing}  # in an order that no guess changes
+        for expert in ahead:
+            self._reads[expert] = *self._buffers.claim(self._layer, expert), places[expert]
+        self.guessed += len(ahead)
+        others = [expert for expert in missing if expert not in ahead]
+        for expert in others:
+            place = places[expert]
             buffer = self._buffers.take(self._places[0], self._buffers.few) if place is None else None
             if place is not None or buffer is not None:
                 self._start(expert, place, buffer)
             else:
                 self._store.ask(self._layer, [expert])
+        return ahead + others
+
+    @property
+    def may_guess(self) -> bool:
+        """Whether a guess would be of use: a token is decoded, and what it misses is read."""
+        return self._held is None and not self._restricted and self._buffers.guesses
+
+    def guess(self, experts: Sequence[int]) -> None:
+        """A token that is decoded will be sent to `experts`, probably: what of them is missing is read while nothing
+        else is, as far as there are buffers. A better guess may follow."""
+        missing = [expert for expert in experts if expert not in self._place_of]
+        self._buffers.drop_guesses(self._layer, missing, complete=False)
+        known = self._buffers.guessed(self._layer)
+        for expert in missing:
+            if expert not in known and not self._buffers.guess(self._store, self._layer, expert, self._places[0]):
+                break
 
     def tensors(self, expert: int) -> Sequence[Tensor]:
         self._waiting.remove(expert)
         if self._held is not None:
             found = self._found(expert, self._held)
             self._read_ahead(expert)
-            return found
+            return found.tensors
         if expert in self._place_of:
-            return self._places[self._place_of[expert]]
+            return self._places[self._place_of[expert]].tensors
         if expert not in self._reads:
             # Those of experts that have computed.
-            self._buffers.give_back([read.into for read, place in self._reads.values() if place is None])
+            self._buffers.give_back([into for _, into, _ in self._reads.values()])
             self._start(expert, None, self._buffers.take(self._places[0], self._buffers.few))
-        return self._finish(expert)
+        return self._finish(expert).tensors
 
-    def _found(self, expert: int, held: dict[int, list[Tensor]]) -> Sequence[Tensor]:
+    def _found(self, expert: int, held: dict[int, Place]) -> Place:
         """An expert while a prompt passes: resident, held, on its way, or not even that."""
         if expert in self._place_of:
             return self._places[self._place_of[expert]]
@@ -237,8 +232,8 @@ class ExpertCache:
             self._start(expert, place, buffer)
 
     def _room_for(
-        self, held: dict[int, list[Tensor]], computing: int | None, *, must: bool
-    ) -> tuple[int | None, list[Tensor] | None]:
+        self, held: dict[int, Place], computing: int | None, *, must: bool
+    ) -> tuple[int | None, Place | None]:
         """A place or a buffer while a prompt passes: a free one, else that of what tokens of this prompt have needed
         least. Where all are needed still: neither, or with `must` that of one that will be read again."""
         if self._free:
@@ -265,14 +260,14 @@ class ExpertCache:
         least = min(others, key=lambda other: (float(self._used[other]), other))
         return self._place_of.pop(least) if self._used[least] < self._used[expert] else None
 
-    def _start(self, expert: int, place: int | None, buffer: list[Tensor] | None) -> None:
+    def _start(self, expert: int, place: int | None, buffer: Place | None) -> None:
         into = buffer if place is None else self._places[place]
         assert into is not None, "a place or a buffer"
-        self._reads[expert] = self._store.start(self._layer, expert, into), place
+        self._reads[expert] = self._store.start(self._layer, expert, into.tensors, into.record), into, place
 
-    def _finish(self, expert: int) -> list[Tensor]:
+    def _finish(self, expert: int) -> Place:
         """The expert, once it is there; in its place it is resident."""
-        read, place = self._reads.pop(expert)
+        read, into, place = self._reads.pop(expert)
         try:
             self._store.finish(read)
         except BaseException:
@@ -281,11 +276,14 @@ class ExpertCache:
             raise
         if place is not None:
             self._place_of[expert] = place
-        return list(read.into)
+            if into is not self._places[place]:  # a guess
+                self._buffers.exchange(into, self._places[place])
+                self._places[place] = into
+        return into
 
     def _abandon(self) -> None:
         """Wait for what nobody has asked for, and give it up."""
-        for read, place in self._reads.values():
+        for read, _, place in self._reads.values():
             read.done.exception()
             if place is not None:
                 self._free.append(place)

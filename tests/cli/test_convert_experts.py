@@ -152,7 +152,8 @@ def test_bytes_are_the_plans(copies):
     _, _, report = _answer(copy, density=0.25)
     matrices = 3 * 96 * 32
     scales = 2 * (2 * 96 + 32 + 96)
-    assert report.decode_streamed_bytes == report.experts.misses * (matrices + scales) > 0
+    needed = report.decode_streamed_bytes - report.experts.wrong_bytes
+    assert needed == report.experts.misses * (matrices + scales) > 0
 
 
 def test_what_is_refused(cli, checkpoints, copies, tmp_path: Path):

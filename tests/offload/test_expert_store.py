@@ -13,8 +13,9 @@ from torch import Tensor
 
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent
 from griffin_offload.checkpoint.safetensors import map_file
-from griffin_offload.offload.expert_cache import ExpertBuffers, ExpertCache
-from griffin_offload.offload.weight_store import ExpertRead, ExpertStore
+from griffin_offload.offload.expert_buffers import ExpertBuffers
+from griffin_offload.offload.expert_cache import ExpertCache
+from griffin_offload.offload.expert_store import ExpertRead, ExpertStore
 
 EXPERTS, PLACES, TOP = 6, 3, 2
 SHAPES = ((4, 3), (2, 5))
@@ -127,7 +128,7 @@ def test_experts_that_are_missing_together(monkeypatch: pytest.MonkeyPatch):
     cache.place([0, 1, 2])
     log: list[tuple[str, int]] = []
     start, finish = store.start, store.finish
-    monkeypatch.setattr(store, "start", lambda layer, e, into: (log.append(("start", e)), start(layer, e, into))[1])
+    monkeypatch.setattr(store, "start", lambda layer, e, *into: (log.append(("start", e)), start(layer, e, *into))[1])
     monkeypatch.setattr(store, "finish", lambda read: (log.append(("finish", read.expert)), finish(read))[1])
     for _ in range(3):  # 4 and 5 come to be used more than what is there
         _decode(cache, [4, 5])
