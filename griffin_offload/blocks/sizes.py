@@ -163,8 +163,7 @@ class ModelSizes:
         return any(layer.experts for layer in self.layers)
 
     def expert_slots_in_decode(self, slots: int) -> int:
-        """Of `slots` for experts that have no place in their layer, those that a token can need at once, and as many
-        for guesses of what the next layer needs."""
+        """Of `slots` beside a layer's places, what a token can need at once, and as many that the next layer may."""
         return min(slots, 2 * max(layer.experts for layer in self.layers))
 
     @property
@@ -348,8 +347,9 @@ def _layer_shape(
     rest = [p for p in layer.parameters() if id(p) not in ff]
     attention = _nbytes(p for p in rest if p.dim() > 1)
     dtype = next(layer.parameters()).dtype
+    resting = {name: small if small and name in small_ones else precision for name in outside}
     quantised = sum(
-        _linear_bytes(module, small if small and name in small_ones else precision, dtype) - _nbytes([module.weight])
+        resting[name].resident(is_down=False).nbytes(*features(module), dtype, is_down=False) - _nbytes([module.weight])
         for name, module in outside.items()
     )
     return LayerSizes(
@@ -387,10 +387,6 @@ def _neuron_sizes(block: Block, format: Format, dtype: torch.dtype) -> NeuronSiz
 def _mixing_bytes(state: LayerState, widths: list[int]) -> int:
     each = _RECURRENCE_BYTES if state.recurrent else _CONVOLUTION_BYTES if state.state_bytes else 0
     return sum(widths) * each
-
-
-def _linear_bytes(linear: Any, precision: Format, dtype: torch.dtype) -> int:
-    return precision.resident(is_down=False).nbytes(*features(linear), dtype, is_down=False)
 
 
 def _nbytes(tensors: Any) -> int:

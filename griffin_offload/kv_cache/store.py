@@ -315,7 +315,7 @@ class Int4Keys(QuantizedStore):
 
 def _places(group: Tensor) -> Tensor:
     """Of the tokens of a group [1]."""
-    return group * KV_GROUP + torch.arange(KV_GROUP, device=group.device)
+    return group * KV_GROUP + torch.arange(KV_GROUP, dtype=group.dtype, device=group.device)
 
 
 def _grid(exact: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
