@@ -63,7 +63,8 @@ def budgets(folder: Path, shares: Sequence[float]) -> list[Way]:
     """What the planner makes of each."""
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     sizes = [(share, round(share * weights)) for share in sorted(shares, reverse=True)]
-    return [Way(f"{share:g} ({size / 1e6:.0f} MB)", {"max_gpu_mem": size}) for share, size in sizes]
+    # The forwards that are measured have transformers' own cache, of 16 bits.
+    return [Way(f"{share:g} ({size / 1e6:.0f} MB)", {"max_gpu_mem": size, "kv_bits": 16}) for share, size in sizes]
 
 
 def _whole(name: str) -> Way:
@@ -113,7 +114,7 @@ def measure(folder: Path, options: dict[str, Any], reference: Path, windows: Win
             shape, plan = model.engine.shape, model.plan
             error = expected_error(shape, plan.counts)
             assert error is not None, "no mixture of experts"
-            chosen = f"{plan.precision}, {plan.kv_bits}-bit KV, density {plan.density:.2f}"
+            chosen = f"{plan.in_words}, density {plan.density:.2f}"
             return Found(scores, bits_of(shape, plan.counts), error, model.resident_bytes, plan.tiers, chosen)
     except Exception as error:  # a row of the page says so
         return f"{type(error).__name__}: {one_line(error)}"
