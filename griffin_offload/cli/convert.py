@@ -25,9 +25,9 @@ def add_parser(commands: Any) -> None:
         "--quantize",
         choices=(*FORMAT_NAMES, TIERS),
         required=True,
-        help="precision of the matrices: the one that griffin-offload plan names for your budget, or int8 for --exact; "
-        f"none: of experts alone, each in one piece; {TIERS}: int4, int3 and int2 of "
-        "every neuron, of which each prompt takes one",
+        help="precision of the matrices: what griffin-offload plan --prefer speed names for your budget, int8 for "
+        f"--exact; none: of experts alone, each in one piece; {TIERS}: int4, int3 and int2 of every neuron, of which "
+        "each prompt takes one",
     )
     parser.add_argument(
         "--embeddings",

@@ -181,9 +181,11 @@ class _StandIn(ModuleType):
 
 def _rounded_again(model_spec: "ModelSpec", plan: "Plan") -> list[str]:
     stored = model_spec.checkpoint.precision
+    used = [name for name, count in plan.tiers.items() if count]
+    if stored.is_plain and len(used) > 1 and not model_spec.precision_of(plan).is_tier:
+        return ["rounded whenever it is loaded: layers of a copy are of one format, such as int4 (--prefer speed)"]
     if stored.is_plain or model_spec.request.verifies or not model_spec.quantises(plan):
         return []
-    used = [name for name, count in plan.tiers.items() if count]
     if stored.name in used:  # no copy has layers of several formats
         return [f"{', '.join(used[1:])}: rounded a second time, from {stored}; the original is nearer to it"]
     better = used[0] if len(used) == 1 else plan.precision
@@ -298,7 +300,8 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
         if expected is not None and expected.expected_hit_rate < 1:
             rate = None  # the disk decides, which nobody has asked
         read_bytes = weights + plan.decode_parts["kv_cache"]
-        error = expected_error(model_spec.shape_of(plan), plan.counts)
+        # In exact mode the answer is the full model's, whatever drafts.
+        error = 0.0 if model_spec.request.verifies else expected_error(model_spec.shape_of(plan), plan.counts)
         rows.append(
             {
                 "precision": plan.precision,

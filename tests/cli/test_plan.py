@@ -142,6 +142,10 @@ def test_a_config_for_a_device_of_another_machine(cli, llama: Path, tmp_path: Pa
     mixed = cli(*there, "cuda", "--max-gpu-mem", "12GB", "--json").json
     assert (mixed["density"], list(mixed["tiers"])) == (1.0, ["int8", "int4"])
     assert all(mixed["tiers"].values())
+    assert (
+        "rounded whenever it is loaded: layers of a copy are of one format"
+        in cli(*there, "cuda", "--max-gpu-mem", "12GB").out
+    )
     fast = cli(*there, "cuda", "--max-gpu-mem", "12GB", "--prefer", "speed", "--json").json
     assert (fast["precision"], fast["density"]) == ("int4", 1.0)
     assert fast["resident_bytes"] < mixed["resident_bytes"] < 12e9

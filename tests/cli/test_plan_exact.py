@@ -44,6 +44,9 @@ def test_13b_in_16_bit_does_not_fit_12_gb_and_its_int8_copy_does(plan):
     assert (converted.json["precision"], converted.json["density"]) == ("int4", 1.0)  # of neurons, which draft
     assert converted.json["parts"]["attention"] > 40 * 4 * 5120 * 5120  # as it is stored
     assert converted.json["peak_decode_bytes"] <= 12e9
+    rows = plan("--exact", "--max-gpu-mem", "12GB", "-v", "--json", quantization_config=CONVERTED).json["alternatives"]
+    assert {row["expected_kl"] for row in rows} == {0.0}  # the answer is the full model's
+    assert "rounded" not in plan("--exact", "--max-gpu-mem", "12GB", quantization_config=CONVERTED).out
 
 
 def test_what_exact_mode_keeps_between_tokens(plan):
