@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from griffin_offload.blocks.base import ActivationCallback, Activations, Block
-from griffin_offload.devices.memory import untouched_zeros
+from griffin_offload.devices.memory import in_host_memory, untouched_zeros
 from griffin_offload.errors import CheckpointError, UnsupportedModel
 from griffin_offload.formats.base import Format, Spec, Tensors, specs_bytes
 from griffin_offload.formats.expert_form import RECORDS, ExpertForm, ExpertMatrix
@@ -149,7 +149,7 @@ class Experts(Block):
         """Nothing: a source hands out full experts one by one."""
 
     def allocate(self, counts: Counts, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
-        if device.type != "cpu" or not self.form.copies_records(dtype):
+        if not in_host_memory(device) or not self.form.copies_records(dtype):
             return super().allocate(counts, dtype, device)
         rows = untouched_zeros((*counts, self.form.record_bytes), torch.uint8, device)
         return [nn.Parameter(rows, requires_grad=False)]

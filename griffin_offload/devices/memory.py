@@ -36,9 +36,9 @@ CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
 
 
-def in_host_memory(tensor: Tensor) -> bool:
-    """Whether its address is the host's, where direct reads and system calls can use it."""
-    return tensor.device.type == "cpu"
+def in_host_memory(where: Tensor | torch.device) -> bool:
+    """Whether addresses there are the host's, where direct reads and system calls can use them."""
+    return (where.device if isinstance(where, Tensor) else where).type == "cpu"
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:

@@ -219,10 +219,8 @@ class ModelRunner:
         """DoesNotFit unless `use` stays within the budget with the residents and idle contexts as they are."""
         plan = self._plan_of(use)
         if not plan.fits:
-            fewer = (
-                f"fewer than {use.batch} sequences at once, shorter ones," if use.batch > 1 else "a shorter sequence"
-            )
-            raise DoesNotFit(describe_shortfall(plan, f"{fewer} or a model loaded with more memory"))
+            fewer = f"fewer than {use.batch} sequences at once, shorter ones" if use.batch > 1 else "a shorter sequence"
+            raise DoesNotFit(describe_shortfall(plan, f"{fewer}, or a model loaded with more memory"))
 
     def _plan_of(self, use: Workload) -> Plan:
         request = replace(self.model_spec.request, session_bytes=self._other_bytes, sequences=1)

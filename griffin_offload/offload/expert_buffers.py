@@ -19,6 +19,8 @@ class Place:
     """All of it, uint8, where it lies there as in files that hold records."""
     own: bool = True
     """Allocated by `another`, and no part of a layer's."""
+    read: ExpertRead | None = None
+    """What was last read into it; of a forward that failed it may go on."""
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +62,7 @@ class ExpertBuffers:
         self.guesses = False
         self.drop_guesses()
         self.collect()
+        self.give_back()  # what tokens before it have computed with
         self.peak_bytes = self.nbytes
 
     def take(self, like: Place, limit: int) -> Place | None:
@@ -93,7 +96,11 @@ class ExpertBuffers:
 
     def give_back(self, but: Sequence[Place] = ()) -> None:
         """All that are taken may be used again, but those of `but`."""
-        self._free += [place for place in self._taken if place not in but]
+        given = [place for place in self._taken if place not in but]
+        for place in given:
+            if place.read is not None:
+                place.read.done.exception()  # until nobody writes to it
+        self._free += given
         self._taken = [place for place in self._taken if place in but]
 
     def shrink(self) -> None:

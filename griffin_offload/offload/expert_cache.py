@@ -263,7 +263,8 @@ class ExpertCache:
     def _start(self, expert: int, place: int | None, buffer: Place | None) -> None:
         into = buffer if place is None else self._places[place]
         assert into is not None, "a place or a buffer"
-        self._reads[expert] = self._store.start(self._layer, expert, into.tensors, into.record), into, place
+        into.read = self._store.start(self._layer, expert, into.tensors, into.record)
+        self._reads[expert] = into.read, into, place
 
     def _finish(self, expert: int) -> Place:
         """The expert, once it is there; in its place it is resident."""

@@ -69,7 +69,7 @@ def test_mxfp4_is_what_transformers_makes_of_it(packed: Path, unpacked: Path):
         numbers, biases = 3 * INNER * HIDDEN, 2 * INNER + HIDDEN
         stored = numbers // 2 + numbers // 32 + 2 * biases
         misses = report.experts.misses if density < 1 else 0
-        assert report.decode_streamed_bytes == misses * stored
+        assert report.decode_streamed_bytes == misses * stored + (report.experts.wrong_bytes if density < 1 else 0)
         assert (misses > 0) == (density < 1)
 
 

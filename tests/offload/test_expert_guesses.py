@@ -18,7 +18,7 @@ from griffin_offload.checkpoint.direct_io import DirectReader, Extent
 from griffin_offload.checkpoint.safetensors import map_file
 from griffin_offload.devices.memory import BLOCK_BYTES, block_buffer
 from griffin_offload.formats.expert_form import record_rows
-from griffin_offload.offload.expert_buffers import ExpertBuffers
+from griffin_offload.offload.expert_buffers import ExpertBuffers, Place
 from griffin_offload.offload.expert_cache import ExpertCache
 from griffin_offload.offload.expert_store import ExpertRead, ExpertStore, ReadQueue
 
@@ -269,3 +269,22 @@ def test_records_are_read_into_their_places_without_a_copy(tmp_path: Path, monke
         assert all(torch.equal(own, part[0]) for own, part in zip(tensors, views(content), strict=True))
         assert store.fetched_bytes == 3 * nbytes
     assert (copied, bounced) == ([nbytes] * 3, [])
+
+
+def test_a_pass_has_all_buffers_and_waits_for_what_writes_to_them():
+    """Tokens before it have left theirs taken; of a forward that failed, reads may go on."""
+    buffers, like = ExpertBuffers(limit=2, few=2), Place([torch.zeros(4)])
+    first, second = (buffers.take(like, 2) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert buffers.take(like, 2) is None
+    first.read = ExpertRead(0, 0, first.tensors, [], made=False)
+    begun = threading.Thread(target=buffers.begin)
+    begun.start()
+    begun.join(0.05)
+    assert begun.is_alive()
+    first.read.done.set_result(None)
+    begun.join(10)
+    assert not begun.is_alive()
+    again = {id(buffers.take(like, 2)) for _ in range(2)}
+    assert again == {id(first), id(second)}
