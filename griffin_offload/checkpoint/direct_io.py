@@ -121,8 +121,8 @@ class DirectReader:
             raise
 
     def close(self) -> None:
-        """Close what was opened here; nothing may be reading."""
-        self._pool.shutdown()
+        """Close what was opened here; nothing may be reading. Threads end by themselves (see `ReadQueue.close`)."""
+        self._pool.shutdown(wait=False)
         while self._files:
             self._files.popitem()[1].close()
 

@@ -55,6 +55,8 @@ class ReadQueue:
         self._guesses: deque[ExpertRead] = deque()
         self._guessing = 0
         """Pieces of guesses that are being read."""
+        self._flying: set[ExpertRead] = set()
+        """Of which pieces are being read."""
 
     def add(self, read: ExpertRead, *, guess: bool) -> None:
         """Read it behind those that were added before; guesses behind all others."""
@@ -85,11 +87,15 @@ class ReadQueue:
             read.done.set_result(None)
 
     def close(self) -> None:
-        """Wait for what is being read, and read nothing more."""
+        """Wait for what is being read, and read nothing more. Threads end by themselves: whoever collects a model may
+        be any thread, also one that Python is starting, and joining another one there would wait for ever."""
         with self._lock:
-            for read in (*self._wanted, *self._guesses):
+            flying = list(self._flying)
+            for read in (*self._wanted, *self._guesses, *flying):
                 read.left.clear()
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for read in flying:
+            read.done.exception()
 
     def _work(self) -> None:
         while (found := self._next()) is not None:
@@ -110,6 +116,7 @@ class ReadQueue:
                     if len(read.left) <= 1:
                         queue.popleft()
                     if read.left:
+                        self._flying.add(read)
                         read.flying += 1
                         self._guessing += guess
                         return read, read.left.popleft(), guess
@@ -125,6 +132,8 @@ class ReadQueue:
                 read.error = read.error or error
                 read.left.clear()
             over = not read.flying and not read.left
+            if not read.flying:
+                self._flying.discard(read)
         if over and read.error is not None:
             read.done.set_exception(read.error)
         elif over:

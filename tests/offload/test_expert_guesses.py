@@ -1,5 +1,6 @@
 """Guesses of the experts that a layer will need: read when nothing else is, and never a part of the answer."""
 
+import _thread
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
@@ -92,15 +93,18 @@ def test_a_reader_that_fails_says_so_to_whoever_waits(log: Log):
     assert log.order == ["failing0", "next0"]
 
 
-def test_closing_waits_for_the_readers(log: Log):
-    before = {thread.name for thread in threading.enumerate()}
+def test_closing_waits_for_what_is_read(log: Log):
+    before = set(threading.enumerate())
     read = log.read("read", 2, guess=True)
     assert log.entered.wait(60)
-    assert any("griffin-offload-experts" in name for name in {t.name for t in threading.enumerate()} - before)
+    readers = [thread for thread in set(threading.enumerate()) - before if "griffin-offload-experts" in thread.name]
+    assert readers
     log.released.set()
     log.queue.close()
     assert read.done.done()
-    assert not any("griffin-offload-experts" in thread.name for thread in threading.enumerate())
+    for thread in readers:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def _layers(
@@ -288,3 +292,21 @@ def test_a_pass_has_all_buffers_and_waits_for_what_writes_to_them():
     assert not begun.is_alive()
     again = {id(buffers.take(like, 2)) for _ in range(2)}
     assert again == {id(first), id(second)}
+
+
+@pytest.mark.skipif(not hasattr(threading, "_shutdown_locks_lock"), reason="this Python has no such lock")
+def test_a_queue_is_closed_by_whoever_collects_it(log: Log):
+    """Also by a thread that is being started, which holds a lock that the end of any other one waits for."""
+    read = log.read("a", 2, guess=False)
+    assert log.entered.wait(60)
+    log.released.set()
+    closed = threading.Event()
+
+    def close() -> None:
+        log.queue.close()
+        closed.set()
+
+    with vars(threading)["_shutdown_locks_lock"]:
+        _thread.start_new_thread(close, ())
+        assert closed.wait(10)
+    assert read.done.done()
