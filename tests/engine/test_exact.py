@@ -140,7 +140,7 @@ def test_at_density_one_every_draft_is_accepted(checkpoints):
 
 
 @pytest.mark.parametrize("source", ["none", "int8"])
-def test_all_neurons_draft_in_fewer_bits(checkpoints, tmp_path: Path, source: str):
+def test_all_neurons_draft_in_fewer_bits(checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str):
     """They are rounded once, by the first pass, and judged by what is stored, which attention and head are in, too."""
     path = checkpoints("llama2")
     if source != "none":
@@ -148,11 +148,16 @@ def test_all_neurons_draft_in_fewer_bits(checkpoints, tmp_path: Path, source: st
         path = tmp_path / "copy"
     ids = _ids(4, 40)
     expected = _load(path, density=1.0).generate(ids, max_new_tokens=32, do_sample=False, draft_tokens=8)
-    model = _load(path, quantize="int4", density=1.0, always_stream=False)
+    model, rounded = _load(path, quantize="int4", density=1.0, always_stream=False), []
+    for block in model.engine.loaded.layers.blocks:
+        gather = block.gather
+        monkeypatch.setattr(block, "gather", lambda *given, gather=gather: rounded.append(gather(*given)))
     assert (model.plan.precision, model.plan.density, len(model.plan.streamed)) == ("int4", 1.0, 3)
     assert torch.equal(model.generate(ids, max_new_tokens=32, do_sample=False, draft_tokens=8), expected)
     resident = [p.clone() for layer in model.engine.loaded.layers.compact.values() for p in layer]
     report = model.last_report
+    assert report.drafting.passes > 1
+    assert len(rounded) == 3  # each layer once
     assert report.decode_streamed_bytes == report.drafting.passes * model.plan.streamed_bytes
     assert report.resident_bytes == model.plan.resident_bytes
     assert report.peak_device_bytes <= model.plan.peak_bytes <= model.plan.budget_bytes

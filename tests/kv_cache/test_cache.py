@@ -83,6 +83,28 @@ STEPS = st.one_of(
 )
 
 
+def _step_both(
+    cache: KVCache, truth: Everything, kind: str, number: int, *, back: int, generator: torch.Generator
+) -> None:
+    """A step that adds nothing; a crop by `back` tokens at most."""
+    seen = truth.tokens()
+    if kind == "crop":
+        number = min(number, back, seen)
+        cache.crop(-number)
+        truth.change(lambda states: states[:, :, : seen - number])
+    elif kind == "reorder":
+        batch = truth.past[0][0].shape[0] if truth.past[0] else 2
+        order = torch.randint(batch, (batch,), generator=generator)
+        cache.reorder_cache(order)
+        truth.change(lambda states: states[order])
+    elif kind == "repeat" and seen:
+        cache.batch_repeat_interleave(number + 1)
+        truth.change(lambda states: states.repeat_interleave(number + 1, 0))
+    elif kind == "select" and seen:
+        cache.batch_select_indices(torch.tensor([0]))
+        truth.change(lambda states: states[:1])
+
+
 @settings(max_examples=100)
 @given(
     steps=st.lists(STEPS, max_size=25),
@@ -117,23 +139,11 @@ def test_any_sequence_of_steps_reads_what_a_full_history_says(
                         states[:, :, -number:] = exact
                 assert all(torch.equal(*pair) for pair in zip(read, expected, strict=True))
             furthest = max(furthest, seen + number)
-        elif kind == "crop":
-            number = min(number, max(seen - furthest + ROLLBACK, 0), seen)
-            cache.crop(-number)
-            truth.change(lambda states, kept=seen - number: states[:, :, :kept])
         elif kind == "reset":
             cache.reset()
             truth, furthest = Everything(), 0
-        elif kind == "reorder":
-            order = torch.randint(batch, (batch,), generator=generator)
-            cache.reorder_cache(order)
-            truth.change(lambda states, order=order: states[order])
-        elif kind == "repeat" and seen:
-            cache.batch_repeat_interleave(number + 1)
-            truth.change(lambda states, repeats=number + 1: states.repeat_interleave(repeats, 0))
-        elif kind == "select" and seen:
-            cache.batch_select_indices(torch.tensor([0]))
-            truth.change(lambda states: states[:1])
+        else:
+            _step_both(cache, truth, kind, number, back=max(seen - furthest + ROLLBACK, 0), generator=generator)
         batch = truth.past[0][0].shape[0] if truth.past[0] else batch
         assert cache.get_seq_length() == cache.get_seq_length(1) == truth.tokens()
 
@@ -344,20 +354,11 @@ def test_four_bits_read_nearly_what_a_full_history_says(steps, prompt: int, seed
                     a.shape == b.shape and (a - b).norm() <= 0.3 * b.norm() for a, b in zip(read, expected, strict=True)
                 )
             furthest = max(furthest, seen + number)
-        elif kind == "crop":
-            number = min(number, max(seen - furthest + ROLLBACK, 0), seen)
-            cache.crop(-number)
-            truth.change(lambda states, kept=seen - number: states[:, :, :kept])
         elif kind == "reset":
             cache.reset()
             truth, furthest = Everything(), 0
-        elif kind == "reorder":
-            order = torch.randint(batch, (batch,), generator=generator)
-            cache.reorder_cache(order)
-            truth.change(lambda states, order=order: states[order])
-        elif kind == "select" and seen:
-            cache.batch_select_indices(torch.tensor([0]))
-            truth.change(lambda states: states[:1])
+        else:
+            _step_both(cache, truth, kind, number, back=max(seen - furthest + ROLLBACK, 0), generator=generator)
         batch = truth.past[0][0].shape[0] if truth.past[0] else batch
         assert cache.get_seq_length() == cache.get_seq_length(1) == truth.tokens()
 
