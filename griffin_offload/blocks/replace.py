@@ -93,8 +93,6 @@ def swap_linears(
         small_ones = frozenset[str]() if small is None else small_names(layer, block)
         for name in linear_names(layer):
             module = layer.get_submodule(name)
-            if precision.is_plain and module not in block.linears:
-                continue
             parent, _, attribute = name.rpartition(".")
             own: Tiers = ((precision, block.neurons),)
             source = stored if module in block.linears else stored.outside()
