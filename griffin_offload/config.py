@@ -267,7 +267,9 @@ def _check_tiers(config: LoadConfig) -> None:
             raise UsageError(f"bits is {config.bits!r}: auto, or bits per weight of the FFs, such as 3.5")
     mixed = config.quantize
     if mixed in MIXED and config.density != "auto":
-        raise UsageError(f"{mixed} say how many neurons are left out: give bits (--bits) in place of a density")
+        raise UsageError(
+            f"a density is of one format, and {mixed} are of several: give bits (--bits) in place of a density"
+        )
     if mixed in MIXED and config.exact:
         raise UsageError(f"exact mode drafts in the stored precision, not in {mixed}: leave out quantize='{mixed}'")
 

@@ -98,7 +98,8 @@ def tiers_within(shape: ModelSizes, bits: float | Literal["auto"]) -> tuple[Coun
         return choices[-1]
     index = bisect_right(range(len(choices)), bits, key=lambda i: bits_of(shape, choices[i])) - 1
     if index < 0:
-        raise UsageError(f"bits is {bits:g}: tiers of this model take {least_bits(shape):.2f} bits a weight, and more")
+        least = f"{least_bits(shape):.2f} bits a weight"
+        raise UsageError(f"bits is {bits:g}: {shape.precision_name} of this model take {least}, and more")
     return choices[index]
 
 
