@@ -192,7 +192,7 @@ class PromptPasses:
         else:
             self.keep_resident(context.selected)
         seconds, fetched_bytes = time.perf_counter() - start, self._layers.fetched_bytes - before
-        kept = context.share_kept(self._layers.config.batch_statistic, len(self._layers.decoder))
+        kept = context.share_kept(self._layers.config.batch_statistic, self._layers.feed_forwards)
         self.last = PrefillReport(tokens, seconds, fetched_bytes, 0.0, seconds, kept, None)
 
     def go_on(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from griffin_offload import GriffinModel
 from griffin_offload.errors import GriffinError, SavedContextError, UsageError
 
-STATELESS = [name for name in MIXTURES if name not in ("lfm2_moe", "qwen3_next")]
+STATELESS = [name for name in MIXTURES if name not in ("lfm2_moe", "qwen3_next", "nemotron_3")]
 RESTRICTED = [name for name in STATELESS if name != "phimoe"]
 
 
