@@ -1,5 +1,6 @@
 """Layers that keep a state of convolutions or recurrences, and other ways to differ from layer to layer."""
 
+import dataclasses
 import inspect
 import weakref
 from pathlib import Path
@@ -204,6 +205,20 @@ def test_exact_mode_and_contexts_where_layers_differ(name: str, checkpoints, tmp
     expected, _ = dense_generate(dense, ids, None, NEW)
     assert torch.equal(model.generate(ids, context=loaded, **options), expected)
     assert model.last_report.cached_prompt_tokens == 30
+
+
+@pytest.mark.parametrize("options", [{"exact": True, "draft_tokens": 4}, {"density": 1.0, "refresh": 3}])
+def test_passes_between_tokens_take_the_time_steps_of_single_ones(tmp_path: Path, options: dict[str, Any]):
+    """transformers' scan of Nemotron-H makes time steps no shorter than a least one, and decoding does not."""
+    architecture = HYBRIDS["nemotron_h"]
+    settings = architecture.settings | {"time_step_min": 0.5, "time_step_max": 1.0}
+    dataclasses.replace(architecture, settings=settings).build().save_pretrained(tmp_path)
+    dense, ids = AutoModelForCausalLM.from_pretrained(tmp_path), _prompts(1)[0]
+    expected, logits = dense_generate(dense, ids, None, NEW)
+    model = _load(tmp_path, **options, always_stream=True)
+    output = model.generate(ids, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    assert (torch.stack(output.logits) - logits).norm() / logits.norm() < 1e-5
 
 
 def test_simulation_is_refused_where_rows_share_entries(checkpoints):
