@@ -21,7 +21,7 @@ from griffin_offload.blocks.states import (
     positions_reached,
     windows_of,
 )
-from griffin_offload.config import TIERS
+from griffin_offload.config import LAYERS, TIERS
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.formats.base import Format, specs_bytes
 from griffin_offload.formats.floats import FLOATS
@@ -141,6 +141,8 @@ class ModelSizes:
     """Of the resident matrices inside the layers, but for FFs where these have several levels."""
     levels: tuple[Format, ...] = (FLOATS,)
     """Of resident FF neurons, from the most bits to the fewest."""
+    by_layer: bool = False
+    """All neurons of a layer are on one of these."""
     stored: Format = FLOATS
     """Of the same matrices in the checkpoint."""
     small: Format | None = None
@@ -195,12 +197,12 @@ class ModelSizes:
     @property
     def precision_name(self) -> str:
         """What they call all of it."""
-        return self.level_names[0] if len(self.levels) == 1 else TIERS
+        return self.level_names[0] if len(self.levels) == 1 else LAYERS if self.by_layer else TIERS
 
     @property
     def option(self) -> str:
         """What `--quantize` calls it."""
-        return self.precision.name if len(self.levels) == 1 else TIERS
+        return self.precision.name if len(self.levels) == 1 else self.precision_name
 
     def choosing(self, counts: Sequence[Counts]) -> tuple[int, ...]:
         """Layers of which a prompt chooses: neurons that are left out, or that rest in other formats than others."""
@@ -325,8 +327,7 @@ def _attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
     return max(heads), max(count * size for count, size in zip(heads, sizes, strict=True))
 
 
-# Allocation sorts all of a layer; the largest open models have 60 thousand.
-_MOST_TIERED = 2**22
+_MOST_TIERED = 2**22  # allocation sorts all of a layer; the largest open models have 60 thousand
 
 
 def _layer_shape(

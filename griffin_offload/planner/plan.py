@@ -83,7 +83,7 @@ class Plan:
     @property
     def in_words(self) -> str:
         """The precision, of tiers their shares."""
-        return tier_shares(self.tiers, self.density) if self.tiers else self.precision
+        return tier_shares(self.precision, self.tiers, self.density) if self.tiers else self.precision
 
     @property
     def peak_prefill_bytes(self) -> int:

@@ -24,7 +24,7 @@ _REASONS = {
     ),
     "a past that is no KV cache": (
         hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64),
-        "keeps its past in|no layer of MambaForCausalLM has a feed-forward",  # from transformers 5.24 on its cache is one
+        "keeps its past in|no layer of MambaForCausalLM has a feed-forward",  # from transformers 5.24 on in a KV cache
     ),
     "no feed-forward block": (
         hf.NemotronHConfig(
