@@ -73,6 +73,11 @@ def test_exact_mode_samples(checkpoints):
         assert model.last_report.drafting.passes > 1
 
 
+def test_drafts_of_experts_are_in_the_stored_precision(checkpoints):
+    with pytest.raises(UsageError, match="exact mode of a mixture of experts drafts in the stored precision: leave"):
+        _load(checkpoints("mixtral"), exact=True, quantize="int4")
+
+
 def test_drafts_need_a_router_that_can_be_restricted(checkpoints):
     with (
         _load(checkpoints("phimoe"), exact=True) as model,
