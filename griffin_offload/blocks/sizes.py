@@ -30,11 +30,6 @@ from griffin_offload.kernels.by_blocks import scratch_bytes
 from griffin_offload.method.allocation import Counts, tiers_of
 from griffin_offload.transformers_api import StockModel
 
-# Bytes alive at once per number that a layer's projections make of a token, outside of its FF. torch's scans work in
-# float32, chunk by chunk, all chunks at once: 28 with the gated delta rule, 24 to 46 with Mamba 2, counted in sizes as
-# published (tensors alive on the meta device).
-_RECURRENCE_BYTES, _CONVOLUTION_BYTES = 48, 16
-
 
 @dataclass(frozen=True)
 class NeuronSizes:
@@ -97,6 +92,10 @@ class LayerSizes:
     def neuron_bytes(self) -> int:
         """Of a neuron in the format of the most bits."""
         return self.levels[0].neuron_bytes
+
+    def density(self, kept: int) -> float:
+        """Of so many neurons; 1 where there are none to leave out."""
+        return kept / self.neurons if self.neurons else 1.0
 
     def resident_ff_bytes(self, counts: Counts) -> int:
         """Bytes of the compact FF with room for so many neurons on each level."""
@@ -163,6 +162,11 @@ class ModelSizes:
     def has_experts(self) -> bool:
         """Whether some layers are mixtures of experts: `density` then is the share of experts that are resident."""
         return any(layer.experts for layer in self.layers)
+
+    @property
+    def with_neurons(self) -> tuple[int, ...]:
+        """Layers that have a feed-forward."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.neurons)
 
     def expert_slots_in_decode(self, slots: int) -> int:
         """Of `slots` beside a layer's places, what a token can need at once, and as many that the next layer may."""
@@ -299,7 +303,7 @@ def model_shape(
         kv_heads=max(state.kv_heads for state in states),
         max_positions=positions_reached(config),
         gated=any(block.gated for block in blocks),
-        inline_ff=blocks[0].inline,
+        inline_ff=any(block.inline for block in blocks),
         materialises_scores=_materialises_scores(config),
         dtype=str(embedding.dtype).removeprefix("torch."),
         precision=precision,
@@ -370,7 +374,7 @@ def _layer_shape(
         state_writer=state.writer,
         own_width=block.width,
         experts=block.active,
-        mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in outside.values()]),
+        mixing_bytes=state.mixing_bytes(sum(features(module)[0] for module in outside.values())),
         small=small_ones,
     )
 
@@ -383,11 +387,6 @@ def _neuron_sizes(block: Block, format: Format, dtype: torch.dtype) -> NeuronSiz
     one, two = (specs_bytes(block.compact_specs((count,), (format,)), dtype) for count in (step, 2 * step))
     neuron_bytes = (two - one) // step
     return NeuronSizes(neuron_bytes, one - step * neuron_bytes, step)
-
-
-def _mixing_bytes(state: LayerState, widths: list[int]) -> int:
-    each = _RECURRENCE_BYTES if state.recurrent else _CONVOLUTION_BYTES if state.state_bytes else 0
-    return sum(widths) * each
 
 
 def _nbytes(tensors: Any) -> int:

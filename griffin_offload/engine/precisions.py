@@ -66,6 +66,8 @@ def shapes_of(
                 raise
             continue
         (allowed if fits else others).append(replace(shape, by_layer=name == LAYERS))
+    if not allowed:  # nothing else is left out above
+        raise UsageError("exact mode of a mixture of experts drafts in the stored precision: leave --quantize out")
     if config.prefer == "speed":
         fewest = max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)
         if not fewest:

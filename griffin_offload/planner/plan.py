@@ -305,7 +305,7 @@ def _priced(
 ) -> Plan:
     # Neurons in fewer bits than all else draft for the stored ones, which every pass brings.
     everything = request.always_stream or (request.verifies and shape.precision not in shape.levels)
-    streamed = tuple(range(len(counts))) if everything else shape.choosing(counts)
+    streamed = shape.with_neurons if everything else shape.choosing(counts)
     slots = min(slots, len(streamed))
     resident, plain = _resident_parts(shape, counts, embeddings)
     if request.offloaded_in_budget:

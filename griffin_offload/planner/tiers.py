@@ -34,16 +34,17 @@ class TierChoices(Sequence[tuple[Counts, ...]]):
     """Counts of all layers, ascending in bytes, down to the smallest share of neurons that a plan may keep."""
 
     def __init__(self, shape: ModelSizes) -> None:
+        self._shape, layers = shape, [shape.layers[index] for index in shape.with_neurons]
         levels = [
             [
                 Level(size.neuron_bytes, format.distortion)
                 for size, format in zip(layer.levels, shape.levels, strict=True)
             ]
-            for layer in shape.layers
+            for layer in layers
         ]
-        block = max(NEURON_MULTIPLE, *(size.multiple for layer in shape.layers for size in layer.levels))
-        self.allocation = Allocation([typical_energies(layer.neurons) for layer in shape.layers], levels, block)
-        least = math.ceil(sum(layer.neurons for layer in shape.layers) * MIN_AUTO_DENSITY)
+        block = max(NEURON_MULTIPLE, *(size.multiple for layer in layers for size in layer.levels))
+        self.allocation = Allocation([typical_energies(layer.neurons) for layer in layers], levels, block)
+        least = math.ceil(sum(layer.neurons for layer in layers) * MIN_AUTO_DENSITY)
         self.first = bisect_left(range(len(self.allocation)), least, key=lambda i: sum(map(sum, self.allocation[i])))
 
     def __len__(self) -> int:
@@ -52,7 +53,13 @@ class TierChoices(Sequence[tuple[Counts, ...]]):
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return self.allocation[self.first + index % len(self)]
+        return _in_all_layers(self._shape, self.allocation[self.first + index % len(self)])
+
+
+def _in_all_layers(shape: ModelSizes, counts: Sequence[Counts]) -> tuple[Counts, ...]:
+    """`counts` of the layers with neurons, and none of the others'."""
+    own = dict(zip(shape.with_neurons, counts, strict=True))
+    return tuple(own.get(index, (0,) * len(shape.levels)) for index in range(len(shape.layers)))
 
 
 class LayerChoices(Sequence[tuple[Counts, ...]]):
@@ -60,7 +67,8 @@ class LayerChoices(Sequence[tuple[Counts, ...]]):
     whose errors no other makes less of, then from the first one on."""
 
     def __init__(self, shape: ModelSizes) -> None:
-        self._neurons, self._levels = [layer.neurons for layer in shape.layers], len(shape.levels)
+        self._shape, self._levels = shape, len(shape.levels)
+        self._neurons = [shape.layers[index].neurons for index in shape.with_neurons]
 
     def __len__(self) -> int:
         return len(self._neurons) * (self._levels - 1)
@@ -72,10 +80,11 @@ class LayerChoices(Sequence[tuple[Counts, ...]]):
         raised, others = divmod(index % len(self), last + 1)
         lower = self._levels - 1 - raised
         on_level = [lower - (layer in (last, *range(others))) for layer in range(last + 1)]
-        return tuple(
+        counts = [
             tuple(count * (level == own) for level in range(self._levels))
             for count, own in zip(self._neurons, on_level, strict=True)
-        )
+        ]
+        return _in_all_layers(self._shape, counts)
 
 
 @functools.lru_cache(maxsize=8)
@@ -114,7 +123,7 @@ def options_again(shape: ModelSizes, counts: Sequence[Counts]) -> dict[str, Any]
         return {"quantize": shape.option, "bits": bits_of(shape, counts), "density": "auto"}
     if shape.precision not in shape.levels:  # they draft: of what is asked, the same comes again
         return {"quantize": "auto", "density": "auto"}
-    densities = [sum(own) / layer.neurons for own, layer in zip(counts, shape.layers, strict=True)]
+    densities = [layer.density(sum(own)) for own, layer in zip(counts, shape.layers, strict=True)]
     return {"quantize": shape.option, "density": densities}
 
 
@@ -127,4 +136,4 @@ def expected_error(shape: ModelSizes, counts: Sequence[Counts]) -> float | None:
     for layer, own in zip(shape.layers, counts, strict=True):
         errors = [format.distortion for format in shape.levels]
         total += distortion_of(typical_energies(layer.neurons), own, errors)
-    return total / len(shape.layers)
+    return total / len(shape.with_neurons)

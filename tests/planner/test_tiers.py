@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from griffin_offload import UsageError
 from griffin_offload.blocks.layouts import build_on_meta
-from griffin_offload.blocks.sizes import ModelSizes, model_shape
+from griffin_offload.blocks.sizes import ModelSizes, NeuronSizes, model_shape
 from griffin_offload.config import FLOOR_AUTO_CTX, LAYERS, TIERS
 from griffin_offload.formats import INT4, INT8, every, get
 from griffin_offload.method.allocation import Counts
@@ -187,6 +187,29 @@ def test_layers_of_one_format_are_not_streamed_and_those_of_several_are():
     some = make_plan([shape], PlanRequest(10**8, bits=4.0))
     assert some.streamed == tuple(i for i, own in enumerate(some.counts) if sum(map(bool, own)) > 1)
     assert some.streamed
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_a_layer_without_neurons_changes_no_choice(place: int):
+    for shape in (SHAPES[2], SHAPES[4], SHAPES[5]):
+        without = dataclasses.replace(
+            shape.layers[0],
+            neurons=0,
+            own_width=0,
+            ff_bytes=0,
+            ff_flat_bytes=0,
+            levels=(NeuronSizes(0),) * len(shape.levels),
+        )
+        more = dataclasses.replace(shape, layers=(*shape.layers[:place], without, *shape.layers[place:]))
+        nothing = (0,) * len(shape.levels)
+        for expected, found in zip(tiered_choices(shape), tiered_choices(more), strict=True):
+            assert found == (*expected[:place], nothing, *expected[place:])
+            assert expected_error(more, found) == expected_error(shape, expected)
+            assert bits_of(more, found) == bits_of(shape, expected)
+    again = options_again(
+        dataclasses.replace(more, levels=shape.levels[:1]), [(512,)] * place + [(0,)] + [(512,)] * (4 - place)
+    )
+    assert again["density"] == [0.5] * place + [1.0] + [0.5] * (4 - place)
 
 
 def test_a_plan_of_one_format_says_how_to_have_it_again():
