@@ -52,17 +52,17 @@ def solve(
     contexts, shapes = _contexts(shapes[0], request), _of_bits(shapes, request)
     for choices, rung in _ladder(shapes, request):
         found = [(shape, *_best_quality(shape, rung, contexts.floor)) for shape in choices]
-        fitting = [(shape, plan, grows) for shape, plan, grows in found if plan.fits]
-        if fitting:
-            shape, plan, grows = _least_error(fitting)
+        if any(plan.fits for _, plan, _ in found):
+            shape, plan, grows = _least_error(found)
             if grows and rung.kv_bits == request.kv_bits:
                 plan = _lengthened(shape, rung, plan, contexts.floor, contexts.most)
             return _with_the_rest(shape, rung, plan), None
-    shape, plan, _ = found[-1]
-    plan = _lengthened(shape, rung, plan, contexts.least, contexts.floor)
+    least, floor = contexts.least, contexts.floor
+    found = [(shape, _lengthened(shape, rung, plan, least, floor), grows) for shape, plan, grows in found]
+    shape, plan, _ = _least_error(found)
     if plan.fits:
         return _with_the_rest(shape, rung, plan), None
-    remedy = remedy_for(shapes[-1], rung, plan)
+    remedy = remedy_for(shape, rung, plan)
     for shape in others:
         if best_plan(shape, rung, plan.context_tokens).fits:
             other = f"a copy converted to {shape.precision}" if request.verifies else f"--quantize {shape.option}"
@@ -70,8 +70,15 @@ def solve(
     return plan, remedy
 
 
-def _least_error(plans: list[tuple[ModelSizes, Plan, bool]]) -> tuple[ModelSizes, Plan, bool]:
-    return plans[0] if len(plans) == 1 else min(plans, key=lambda one: expected_error(one[0], one[1].counts) or 0)
+_Found = tuple[ModelSizes, Plan, bool]
+
+
+def _least_error(found: list[_Found]) -> _Found:
+    """Of plans those that fit, and of these the one that is expected to err least; where none fits, the smallest."""
+    fitting = [one for one in found if one[1].fits]
+    if len(fitting) > 1:
+        return min(fitting, key=lambda one: expected_error(one[0], one[1].counts) or 0)
+    return fitting[0] if fitting else min(found, key=lambda one: one[1].peak_bytes)
 
 
 def _of_bits(shapes: Sequence[ModelSizes], request: PlanRequest) -> Sequence[ModelSizes]:

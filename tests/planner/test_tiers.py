@@ -163,6 +163,17 @@ def test_no_mixture_of_few_bits_that_fits_errs_less(budget: int, ctx_tokens: int
 
 
 @settings(max_examples=40)
+@given(st.integers(15 * 10**5, 25 * 10**5), st.sampled_from([None, 300]))
+def test_what_is_named_where_nothing_fits_is_the_smallest_and_enough(budget: int, ctx_tokens: int | None):
+    request = PlanRequest(budget, ctx_tokens)
+    plan, remedy = solve(SHAPES, request)
+    if remedy is None:
+        return
+    assert plan.peak_bytes == min(solve([shape], request)[0].peak_bytes for shape in SHAPES[4:])
+    assert solve(SHAPES, dataclasses.replace(request, budget_bytes=plan.peak_bytes))[1] is None
+
+
+@settings(max_examples=40)
 @given(st.floats(1.2, 9.0))
 def test_bits_decide_between_layers_and_tiers(bits: float):
     """The least expected error of those bits; what is asked for is refused where it does not fit."""
