@@ -11,6 +11,7 @@ import pytest
 from fork_server import ForkServer
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from marks import mostly_slow
 
 import griffin_offload
 from griffin_offload.cli.main import build_parser
@@ -54,7 +55,7 @@ def of_hflm(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, Any]]
     return evaluate
 
 
-@pytest.mark.parametrize("mode", ["gen", "class", "strict"])
+@pytest.mark.parametrize("mode", mostly_slow(("gen", "class", "strict"), 1))
 @pytest.mark.filterwarnings("ignore:.* too few tokens")
 def test_density_one_gives_hflms_numbers(cli, llama: Path, of_hflm, mode: str):
     expected = of_hflm(llama)

@@ -151,7 +151,7 @@ BATCHED = {name: name for name in ("llama2", "phi3", "opt", "gpt2", "falcon_new"
 
 
 @pytest.mark.parametrize(
-    ("options", "name", "precision"), every_pair({"greedy": {}, "beams": {"num_beams": 2}}, BATCHED, BY_ID)
+    ("options", "name", "precision"), every_pair({"greedy": {}, "beams": {"num_beams": 2}}, BATCHED, BY_ID, quick=8)
 )
 def test_batches_and_beams(name: str, precision: str, options: dict[str, int], untied):
     """Three padded prompts go through the kernels, six beams by blocks."""
