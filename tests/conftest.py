@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: several tests run at once
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else threads without work take a core that a test waits for
 
 import contextlib
 import gc

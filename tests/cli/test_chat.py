@@ -172,6 +172,7 @@ def test_stop_strings_and_what_follows(cli, chatty: Path):
     assert printed.out == cut + "\n"
 
 
+@pytest.mark.slow
 def test_a_full_context_drops_the_oldest_turns_if_asked(cli, chatty: Path):
     script = "the cat sat on the mat\n" * 12
     refused = cli("chat", "-m", chatty, "-q", *OPTIONS, stdin=script)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import quantised_reference as ref
 import torch
-from marks import by_turns, every_pair
+from marks import by_turns, every_pair, mostly_slow
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, VOCAB, write_checkpoint
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def test_every_architecture(cli, converted, name: str, precision: str, always_st
 
 
 @both
-@pytest.mark.parametrize("name", ["llama3", "phi3", "gpt2", "opt", "gemma3", "falcon_new", "bloom"])
+@pytest.mark.parametrize("name", mostly_slow(("llama3", "gpt2", "phi3", "opt", "gemma3", "falcon_new", "bloom"), 2))
 def test_commands_take_the_directory(cli, converted, name: str, precision: str):
     out = converted(name, precision)
     plan = cli("plan", "-m", out, "--device", "cpu", "--json").json

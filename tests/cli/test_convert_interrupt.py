@@ -133,6 +133,7 @@ def test_a_real_process_killed_anywhere(cli, forks, many_layers: Path, tmp_path:
     assert {name: written_at(out)[name] for name in before} == before
 
 
+@pytest.mark.slow
 def test_two_at_once(cli, forks, many_layers: Path, tmp_path: Path):
     """The second one is told, and harms nothing."""
     whole, out = tmp_path / "whole", tmp_path / "out"

@@ -27,6 +27,7 @@ def test_every_variant_at_every_size(cli, llama: Path, lengths):
         assert (row["streamed_bytes"] > 0) == (row["density"] < 1)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_and_the_rest_measured(cli):
     outcome = cli("eval", "latency", "--max-mem", "6MB", "--json", *COMMON)
     assert outcome.code == 0, outcome

@@ -67,6 +67,7 @@ def test_results_and_going_on(cli, llama: Path, data: Path, tmp_path: Path):
     assert parts.read_bytes() == before  # nothing was left to do
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(cli, forks, llama: Path, data: Path, tmp_path: Path):
     expected, killed = tmp_path / "expected.jsonl", tmp_path / "killed.jsonl"
     assert cli(*_command(llama, data, "--output", expected)).code == 0

@@ -8,8 +8,10 @@ from typing import Any
 import datasets.config
 import lm_eval.evaluator
 import pytest
+from fork_server import ForkServer
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from marks import mostly_slow
 
 import griffin_offload
 from griffin_offload.cli.main import build_parser
@@ -53,7 +55,7 @@ def of_hflm(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, Any]]
     return evaluate
 
 
-@pytest.mark.parametrize("mode", ["gen", "class", "strict"])
+@pytest.mark.parametrize("mode", mostly_slow(("gen", "class", "strict"), 1))
 @pytest.mark.filterwarnings("ignore:.* too few tokens")
 def test_density_one_gives_hflms_numbers(cli, llama: Path, of_hflm, mode: str):
     expected = of_hflm(llama)
@@ -85,23 +87,21 @@ def test_the_table(cli, llama: Path):
 
 
 @pytest.mark.slow
-def test_two_processes_split_the_requests_and_give_equal_results(process, llama: Path, tmp_path: Path):
+def test_two_processes_split_the_requests_and_give_equal_results(forks: ForkServer, llama: Path, tmp_path: Path):
     """Few-shot examples, which are drawn, too. Every process writes how many requests it simulates and generates."""
-    counting = tmp_path / "counting"
-    counting.mkdir()
-    (counting / "sitecustomize.py").write_text(_COUNTS)
-    package = Path(griffin_offload.__file__).parents[1]
+    (tmp_path / "sitecustomize.py").write_text(_COUNTS)
+    path = f"{tmp_path}:{Path(griffin_offload.__file__).parents[1]}"
+    variables = {"PYTHONPATH": path, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "griffin_offload")
     found, counts = [], []
-    for processes in (1, 2):
+    for processes, start in ((1, ("-c", _COUNTS + _STARTS)), (2, launcher)):
         output, log = tmp_path / f"{processes}.json", tmp_path / f"counts{processes}"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        command = ["-m", "griffin_offload", *_arguments(llama, ",".join(ALL), "--mode", "class", "--output", output)]
-        variables = {"PYTHONPATH": f"{counting}:{package}", "COUNTS": str(log)}
-        outcome = process(*launcher[: 5 * (processes - 1)], *command, **variables)
-        assert outcome.code == 0, outcome
+        command = _arguments(llama, ",".join(ALL), "--mode", "class", "--output", output)
+        outcome = forks.run(*start, *command, **variables, COUNTS=str(log))
+        assert outcome.returncode == 0, outcome.err
         assert outcome.out.count("in brackets") == 1, "only one process prints"
         found.append([_metrics(results) for results in json.loads(output.read_text())])
-        counts.append(sorted(tuple(map(int, line.split())) for line in log.read_text().splitlines()))
+        counts.append(_counted(log))
     for one, two in zip(*found, strict=True):
         assert two == pytest.approx(one, rel=1e-5, nan_ok=True)
     # 18 choices, with and without shots, 3 texts in one window each; 5 generations of 2 models, by two processes 3
@@ -112,23 +112,39 @@ def test_two_processes_split_the_requests_and_give_equal_results(process, llama:
     assert min(simulated) >= 15
 
 
+def _counted(log: Path) -> list[tuple[int, int]]:
+    """Of each process, both."""
+    found: dict[str, tuple[int, int]] = {}
+    for line in log.read_text().splitlines():
+        process, simulated, generated = line.split()
+        before = found.get(process, (0, 0))
+        found[process] = before[0] + int(simulated), before[1] + int(generated)
+    return sorted(found.values())
+
+
 _COUNTS = """
-import atexit, os, sys
+import os, sys
+def write(*counts):
+    with open(os.environ["COUNTS"], "a") as log:
+        print(os.getpid(), *counts, file=log)
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "griffin_offload.evaluation.lm_eval_tasks":
             sys.meta_path.remove(self)
             from griffin_offload.evaluation import lm_eval_model as harness
-            of_samples, generate, counts = harness.simulate, harness.GriffinLM._generate, [0, 0]
+            of_samples, generate = harness.simulate, harness.GriffinLM._generate
             def simulate(model, samples, *args, **kwargs):
-                counts[0] += len(samples)
+                write(len(samples), 0)
                 return of_samples(model, samples, *args, **kwargs)
             def generated(self, **kwargs):
-                counts[1] += 1
+                write(0, 1)
                 return generate(self, **kwargs)
             harness.simulate, harness.GriffinLM._generate = simulate, generated
-            atexit.register(lambda: print(*counts, file=open(os.environ["COUNTS"], "a")))
 sys.meta_path.insert(0, Finder())
+"""
+_STARTS = """
+import runpy
+runpy.run_module("griffin_offload", run_name="__main__", alter_sys=True)
 """
 
 
@@ -165,6 +181,7 @@ def test_bad_input(cli, llama: Path, tmp_path: Path):
     cli.refuses_usage("invalid choice", "eval", "tasks", "--tasks", "x", "--mode", "best")
 
 
+@pytest.mark.slow
 def test_unknown_tasks(cli, llama: Path, tmp_path: Path):
     """After a look through lm-eval's own tasks, which takes seconds; a broken file of the user is named."""
     _write_task(tmp_path, "tiny_choices")

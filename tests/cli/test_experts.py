@@ -45,6 +45,7 @@ def test_drafts_and_saved_prompts(cli, mixture: Path, tmp_path: Path):
     cli.refuses(2, "missing_experts='route'", "run", "the cat", *flags, "--refresh", "4")
 
 
+@pytest.mark.slow
 def test_a_conversation(cli, mixture: Path):
     """Every turn of one that is fetched is what the full model answers, whatever is resident."""
     write_tokenizer(mixture, CHAT_TEMPLATE)

@@ -33,6 +33,7 @@ def test_it_says_what_it_wrote_and_what_that_costs(cli, llama: Path, tmp_path: P
     assert plan["density"] == 1
 
 
+@pytest.mark.slow
 def test_refit(cli, llama: Path, tmp_path: Path):
     command = ("--prompts", written(tmp_path / "p.jsonl"), "-m", llama, *OPTIONS, "--json")
     plain, found = (cli("export", tmp_path / n, *command, *more).json for n, more in (("a", ()), ("b", ["--refit"])))

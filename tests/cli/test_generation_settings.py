@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from marks import mostly_slow
 from scripted_model import EOS, byte_tokenizer, write_scripted
 
 RUN = ("run", "the cat", "-n", "3", "--device", "cpu", "--temperature", "0")
@@ -58,7 +59,7 @@ def _id(settings: dict[str, object]) -> str:
     return "-".join(f"{name}={value}" for name, value in settings.items())
 
 
-@pytest.mark.parametrize("settings", SILENT, ids=_id)
+@pytest.mark.parametrize("settings", mostly_slow(SILENT, 4), ids=_id)
 def test_settings_that_change_nothing(cli, copy: Path, edit: Callable[..., None], settings: dict[str, object]):
     expected = cli(*RUN, "-q", "-m", copy).out
     edit(copy / "generation_config.json", **settings)
@@ -68,7 +69,7 @@ def test_settings_that_change_nothing(cli, copy: Path, edit: Callable[..., None]
 
 
 @pytest.mark.filterwarnings("always")
-@pytest.mark.parametrize("settings", SET_ASIDE, ids=_id)
+@pytest.mark.parametrize("settings", mostly_slow(SET_ASIDE, 4), ids=_id)
 def test_settings_that_are_set_aside(cli, copy: Path, edit: Callable[..., None], settings: dict[str, object]):
     expected = cli(*RUN, "-q", "-m", copy).out
     edit(copy / "generation_config.json", **settings)

@@ -1,9 +1,9 @@
 """What a command imports is out of the collector's sight, and all that is made later is in it."""
 
-import importlib.util
 import json
 
 import pytest
+from marks import mostly_slow
 
 # Cycles that fall inside and behind the block, told by weak references, in a process that knows no torch.
 CYCLES = """
@@ -26,18 +26,9 @@ after, behind = gc.isenabled(), weakref.ref(Cycle())
 gc.collect()
 print(json.dumps([during, after, inside() is not None, behind() is not None]))
 """
-# Which modules of a package that nothing here needs are there after a command, and whether it can be imported then.
-PLANS = """
-import sys
-from griffin_offload.cli.main import main
-code = main(["plan", "-q", "--device", "cpu", "--max-gpu-mem", "100MB"])
-there = [name for name in sys.modules if name.partition(".")[0] in ("scipy", "accelerate")]
-there += [name for name in ("torch.distributed.checkpoint",) if name in sys.modules]
-import torch, scipy.optimize
-print(code, there, torch.distributed.is_available())
-"""
-# As its own program it leaves out torch's compiler and its symbols, too, which can be used afterwards, and nobody
-# else's is touched; and the files of transformers' models are read once for their names.
+# Which modules of a package that nothing here needs are there after a command, and whether it can be imported then. As
+# its own program it leaves out torch's compiler and its symbols, too, which can be used afterwards, and nobody else's
+# is touched; and the files of transformers' models are read once for their names.
 COMPILES = """
 import builtins, sys
 read = []
@@ -49,9 +40,14 @@ program = sys.argv[1] == "program"
 sys.argv[1:] = words
 code = main() if program else main(words)
 there = [name for name in ("torch._dynamo.convert_frame", "sympy.core") if name in sys.modules]
+needless = [name for name in sys.modules if name.partition(".")[0] in ("scipy", "accelerate")]
+needless += [name for name in ("torch.distributed.checkpoint",) if name in sys.modules]
 times = sum(name.endswith("modeling_vit.py") for name in read)
-import torch
-print(code, there, times)
+import importlib.util, torch
+print(code, there, needless, times)
+if importlib.util.find_spec("scipy"):
+    import scipy.optimize
+print(torch.distributed.is_available())
 print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1, dtype=torch.float32, device="cpu")))
 import sympy, torch.fx.experimental.symbolic_shapes as shapes
 print(sympy.Integer(2) + 2, shapes.guard_or_false(False), shapes.ShapeEnv.__name__)
@@ -96,6 +92,7 @@ def test_imports_are_not_collected(process, setting: str, arguments: list[str], 
     assert json.loads(outcome.out) == expected, outcome.err
 
 
+@pytest.mark.slow
 def test_run_leaves_the_collector_on_and_little_to_it(process):
     outcome = process("-c", COUNTS, "run", "-q", "-n", "1", "a")
     code, on, seen, unseen = json.loads(outcome.out.splitlines()[-1])
@@ -103,18 +100,12 @@ def test_run_leaves_the_collector_on_and_little_to_it(process):
     assert unseen > 10 * seen
 
 
-@pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="scipy is not installed")
-def test_plan_leaves_out_what_no_plan_needs(process):
+@pytest.mark.parametrize("whose", mostly_slow(("program", "somebody's"), 1))
+def test_plan_leaves_out_what_no_plan_needs_and_the_compiler_of_its_own_process_alone(process, whose: str):
     """Losses of vision models, weights that accelerate places, tensors that processes share."""
-    outcome = process("-c", PLANS)
-    assert outcome.out.split("\n")[0] == "0 [] True", outcome.err
-
-
-@pytest.mark.parametrize("whose", ["program", "somebody's"])
-def test_plan_leaves_out_the_compiler_of_its_own_process_alone(process, whose: str):
     outcome = process("-c", COMPILES, whose)
     there = [] if whose == "program" else ["torch._dynamo.convert_frame", "sympy.core"]
-    assert outcome.out == f"0 {there} 1\ntensor([2.])\n4 False ShapeEnv\n", outcome.err
+    assert outcome.out == f"0 {there} [] 1\nTrue\ntensor([2.])\n4 False ShapeEnv\n", outcome.err
 
 
 @pytest.mark.slow

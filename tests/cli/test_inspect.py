@@ -31,6 +31,7 @@ def _written(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
+@pytest.mark.slow
 def test_all_figures(cli, llama: Path, text: Path, tmp_path: Path):
     output = tmp_path / "new" / "pictures"
     outcome = cli("inspect", "-m", llama, *MEMORY, "--text", text, "--output", output, *SMALL)

@@ -78,6 +78,7 @@ def test_layers_of_many_experts_show_those_that_are_used_most():
     assert row.split() == ["3", "█▄" + "▁" * 46, "100", "of", "200", "2"]
 
 
+@pytest.mark.slow
 def test_figures_of_a_text(checkpoints, cli, tmp_path: Path):
     """None asks for fewer experts than a token is sent to."""
     directory, text = checkpoints("qwen3_moe"), tmp_path / "text"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import mostly_slow
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinError, GriffinModel
@@ -84,7 +85,7 @@ def test_interrupted_after_a_layer(checkpoints, name: str, options: dict[str, ob
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("failing", mostly_slow((0, 1, 2), 1))
 def test_a_failing_reader(checkpoints, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], failing: int):
     path = checkpoints("llama2")
     expected = answer(make(path, **options))

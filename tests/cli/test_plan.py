@@ -126,6 +126,7 @@ def test_speed_is_preferred_to_bits_that_fit(cli, llama: Path, tmp_path: Path):
     cli.refuses(2, "--prefer speed has nothing to choose", "plan", "-m", tmp_path / "copy", "--prefer", "speed")
 
 
+@pytest.mark.slow
 def test_a_config_for_a_device_of_another_machine(cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """13B's, of which nothing else is here: whatever a run there could be asked for is planned or refused alike."""
     for kind in (CudaDevice, MpsDevice):
@@ -186,12 +187,12 @@ def test_a_plan_is_what_run_does(cli, llama: Path):
 
 QUICK_FLAGS = [
     (),
-    ("--density", "0.9"),
     ("--offload", "ram", "--density", "0.6", "--ctx-size", "64"),
-    ("--batch-size", "4"),
-    ("--quantize", "none", "--density", "0.9"),
 ]
 MORE_FLAGS = [
+    ("--density", "0.9"),
+    ("--batch-size", "4"),
+    ("--quantize", "none", "--density", "0.9"),
     ("--ctx-size", "512"),
     ("--ctx-size", "40"),
     ("--density", "0.3,0.9,1", "--ctx-size", "64"),
@@ -227,6 +228,7 @@ def test_remedies_of_plan_work_when_followed(cli, llama: Path, flags: tuple[str,
     assert refused
 
 
+@pytest.mark.slow
 def test_density_remedies_are_not_rounded_up(cli, tmp_path: Path):
     """F = 11008, as in Llama 2 7B: one step of the planner is less than what two decimals can say."""
     config = LlamaConfig(

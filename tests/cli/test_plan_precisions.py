@@ -105,6 +105,7 @@ def test_8b_in_12_gb_unquantised(cli, config):
     assert plan["density"] >= 0.45
 
 
+@pytest.mark.slow
 def test_too_small_for_any_precision(cli, config):
     flags = ("plan", "--config", config("70b"), "--max-gpu-mem", "8GB", "--device", "cpu")
     plan = cli(*flags, "--json")

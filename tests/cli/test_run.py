@@ -227,6 +227,7 @@ def test_an_answer_ends_in_front_of_a_stop_string(cli, run):
     assert cli(*greedy, "--json", "--stop", "not there").json["text"] == whole["text"]
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_not_cut_is_not_said_to_be(cli, tmp_path: Path):
     """Whole where its last token is the one that ends it, or a stop string; cut one token earlier."""
     tokenizer = byte_tokenizer()
@@ -388,6 +389,7 @@ def test_generation_configs_in_the_wild_are_quiet(cli, copy: Path, edit: Callabl
     assert outcome.out.strip()
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away(llama: Path):
     """`griffin-offload run ... | head -c 1`: no traceback when the pipe is closed."""
     command = [sys.executable, "-m", "griffin_offload", "run", TEXT, "-n", "100", "-q", "-m", str(llama)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import mostly_slow
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
@@ -134,7 +135,9 @@ def test_weights_in_ram_need_no_file(directory: Path, monkeypatch: pytest.Monkey
     assert torch.equal(answer(model), expected)
 
 
-@pytest.mark.parametrize("moment", ["check_free_memory", "make_scratch", "compact_blocks", "resident_bytes"])
+@pytest.mark.parametrize(
+    "moment", mostly_slow(("check_free_memory", "compact_blocks", "make_scratch", "resident_bytes"), 2)
+)
 @pytest.mark.parametrize("change", [cut, delete])  # what is mapped changes, or stays: test_between_two_prompts has all
 def test_while_it_is_loaded(
     directory: Path, monkeypatch: pytest.MonkeyPatch, moment: str, change: Callable[[Path], None]

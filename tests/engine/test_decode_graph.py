@@ -87,15 +87,18 @@ def test_buckets_are_few_and_close():
 
 @pytest.mark.parametrize(
     ("options", "strategy"),
-    [
-        ({"kv_bits": 8}, {}),
-        ({"kv_bits": 4}, {}),
-        ({"kv_bits": 8, "batch_size": 2}, {"num_return_sequences": 2, "do_sample": True}),
-        ({"batch_size": 3}, {"num_beams": 3}),
-        ({"quantize": "int8", "dtype": "float32"}, {}),
-        ({"quantize": "int4", "dtype": "float32"}, {}),
-        ({}, {"repetition_penalty": 1.3}),
-    ],
+    mostly_slow(
+        [
+            ({"kv_bits": 8}, {}),
+            ({"kv_bits": 4}, {}),
+            ({"kv_bits": 8, "batch_size": 2}, {"num_return_sequences": 2, "do_sample": True}),
+            ({"batch_size": 3}, {"num_beams": 3}),
+            ({"quantize": "int8", "dtype": "float32"}, {}),
+            ({"quantize": "int4", "dtype": "float32"}, {}),
+            ({}, {"repetition_penalty": 1.3}),
+        ],
+        quick=3,
+    ),
 )
 def test_precisions_and_strategies(checkpoints, options: dict[str, Any], strategy: dict[str, Any]):
     plain, graphs = _pair(checkpoints("mistral"), **options)
@@ -107,6 +110,7 @@ def test_precisions_and_strategies(checkpoints, options: dict[str, Any], strateg
     assert graphs.last_report.graphs.replayed > NEW // 2
 
 
+@pytest.mark.slow
 def test_drafts_are_replayed_and_passes_are_not(checkpoints):
     for options in ({"exact": True, "draft_tokens": 4}, {"refresh": 5}):
         plain, graphs = _pair(checkpoints("mistral"), **options)

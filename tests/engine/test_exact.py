@@ -46,6 +46,7 @@ class _Forbidden(StoppingCriteria):
         return input_ids[:, -1] == self.token
 
 
+@pytest.mark.slow
 @settings(max_examples=16)
 @given(
     name=st.sampled_from(FAMILIES),

@@ -129,6 +129,7 @@ def test_importance_of_experts(mixtures, tmp_path: Path):
 _BITS = {"float32": 0, "int8": 1, "int4": 2}
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(budgets=st.lists(st.integers(700_000, 3_000_000), min_size=2, max_size=2))
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

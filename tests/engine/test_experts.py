@@ -71,7 +71,7 @@ def _routed(experts: dict[int, Any]) -> Iterator[dict[int, list[list[int]]]]:
         hook.remove()
 
 
-@pytest.mark.parametrize("name", mostly_slow(MIXTURES, 4))
+@pytest.mark.parametrize("name", mostly_slow(MIXTURES, 2))
 def test_fetch_is_the_full_model(mixtures, name: str):
     dense, ids = _dense(mixtures(name)), _ids()
     experts = _experts_of(dense, name)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from marks import mostly_slow
 from scripted_model import byte_tokenizer, write_scripted
 from tiny_models import HYBRIDS, MIXTURES, VOCAB
 from transformers import AutoModelForCausalLM
@@ -69,6 +70,7 @@ def _repeating(seed: int, tokens: int, period: int) -> torch.Tensor:
     return words.repeat(-(-tokens // period))[None, :tokens]
 
 
+@pytest.mark.slow
 @example(name="gemma2", seed=0, prompt=2, period=2, new_tokens=15, penalty=None, sampled=False, end=False)
 @settings(max_examples=40)
 @given(
@@ -128,7 +130,7 @@ def test_fewer_forwards_where_the_text_repeats(scripted: Path, eager):
 
 @needs_kernels
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
-@pytest.mark.parametrize("name", ["llama2", "mistral", "qwen3", "phi3"])
+@pytest.mark.parametrize("name", mostly_slow(("llama2", "mistral", "qwen3", "phi3"), 1))
 def test_in_16_bits_not_one_bit_is_another(checkpoints, eager, name: str, quantize: str):
     """So that drafts change no tie: logits are equal to the last bit, by the kernels that multiply one row."""
     with _load(checkpoints(name, torch.bfloat16), quantize=quantize) as model:
@@ -206,6 +208,7 @@ def test_exact_mode_takes_them_for_nothing(scripted: Path, sampled: bool):
             assert model.last_report.lookup is None
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(name=st.sampled_from(FAMILIES), seed=st.integers(0, 99), new_tokens=st.integers(1, 50))
 def test_exact_mode_with_drafts_of_any_kind(checkpoints, name: str, seed: int, new_tokens: int):

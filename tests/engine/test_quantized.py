@@ -112,7 +112,10 @@ def _check(model: GriffinModel, path: Path, name: str, batch: int = 1, **options
     assert report.peak_device_bytes <= model.plan.peak_bytes <= model.plan.budget_bytes
 
 
-@pytest.mark.parametrize(("architecture", "precision", "density"), by_turns(ARCHITECTURES, PRECISIONS, (0.5, 1.0)))
+@pytest.mark.parametrize(
+    ("architecture", "precision", "density"),
+    by_turns(ARCHITECTURES, PRECISIONS, (0.5, 1.0), whole=("llama3", "gpt2", "falcon_new")),
+)
 def test_streamed(architecture: str, precision: str, density: float, untied):
     """The prompt passes quantised attention and the FF as it is stored, every further token quantised neurons."""
     path = untied(architecture)
@@ -151,7 +154,7 @@ BATCHED = {name: name for name in ("llama2", "phi3", "opt", "gpt2", "falcon_new"
 
 
 @pytest.mark.parametrize(
-    ("options", "name", "precision"), every_pair({"greedy": {}, "beams": {"num_beams": 2}}, BATCHED, BY_ID)
+    ("options", "name", "precision"), every_pair({"greedy": {}, "beams": {"num_beams": 2}}, BATCHED, BY_ID, quick=8)
 )
 def test_batches_and_beams(name: str, precision: str, options: dict[str, int], untied):
     """Three padded prompts go through the kernels, six beams by blocks."""

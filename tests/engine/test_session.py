@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import mostly_slow
 from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -227,7 +228,7 @@ print(json.dumps([loaded, reply.report.prefill_streamed_bytes, reply.report.prom
 
 
 @pytest.mark.parametrize(
-    "generation", [{"do_sample": False}, {"do_sample": True, "seed": 5}], ids=["greedy", "sampled"]
+    "generation", mostly_slow(({"do_sample": False}, {"do_sample": True, "seed": 5}), 1), ids=["greedy", "sampled"]
 )
 @pytest.mark.parametrize("kv_bits", [16, 8, 4])
 def test_a_new_process_goes_on_as_this_one(forks, chatty, tmp_path: Path, generation: Any, kv_bits: int):

@@ -6,6 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from marks import mostly_slow
 from rich.cells import cell_len
 
 from griffin_offload.errors import GriffinError, UsageError
@@ -89,7 +90,7 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", list(PICTURES))
+@pytest.mark.parametrize("name", mostly_slow(PICTURES, 5))
 def test_pictures(tmp_path: Path, name: str):
     png, svg = draw(PICTURES[name], tmp_path, "picture")
     header = png.read_bytes()[:24]

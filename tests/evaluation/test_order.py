@@ -39,6 +39,7 @@ def test_the_statistic_beats_norms_and_chance(model):
     assert loss["output_aware", 0.5] < loss["topk", 0.5]
 
 
+@pytest.mark.slow
 def test_longer_prompts_lose_less_and_longer_generations_more(model):
     rows = measure_lengths(model, _windows(model, 320, 24), [16, 64, 192], [32, 128], [Variant(0.5)])
     loss = {(row.prompt_tokens, row.generate_tokens): row.increase for row in rows}

@@ -1,13 +1,12 @@
 """The method in plain torch, as examples/griffin_by_hand.py has it, against the package: statistic, neurons, tokens."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fork_server import ForkServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from griffin_offload import GriffinModel
@@ -46,11 +45,11 @@ def test_the_engine_does_the_same(prompt: torch.Tensor, density: float):
             assert set(model.selected[index].tolist()) == set(total.topk(kept).indices.tolist())
 
 
-def test_it_prints_the_text():
-    run = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("One day, a little girl named Sue")
-    assert "weights wrote this" in run.stderr
+def test_it_prints_the_text(forks: ForkServer):
+    run = forks.run("-c", EXAMPLE.read_text())
+    assert run.returncode == 0, run.err
+    assert run.out.startswith("One day, a little girl named Sue")
+    assert "weights wrote this" in run.err
 
 
 def test_it_is_short():

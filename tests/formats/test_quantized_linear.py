@@ -84,18 +84,27 @@ def _scratch(nbytes: int, dtype: torch.dtype) -> Scratch:
     return Scratch(nbytes, dtype, torch.device("cpu"))
 
 
-def _check(module: QuantizedLinear, matrix: Tensor, dtype: torch.dtype, worst: torch.dtype) -> None:
-    """All numbers of rows against float64; `worst` is the coarsest precision of the calculation."""
+Rows = list[tuple[Tensor, Tensor]]
+
+
+def _rows(module: QuantizedLinear, matrix: Tensor, dtype: torch.dtype) -> Rows:
+    """Inputs of several shapes, and what they become in float64."""
     bias = 0.0 if module.bias is None else module.bias.double()
     matrix = matrix if module.input_scale is None else matrix * module.input_scale.double()
-    for shape in ((1,), (4,), (5,), (40,), (2, 1), (1, 3, 7)):
-        x = _random(*shape, module.in_features, seed=1).to(dtype)
-        exact = x.double() @ matrix.t() + bias
+    inputs = [
+        _random(*shape, module.in_features, seed=1).to(dtype) for shape in ((1,), (4,), (5,), (40,), (2, 1), (1, 3, 7))
+    ]
+    return [(x, x.double() @ matrix.t() + bias) for x in inputs]
+
+
+def _check(module: QuantizedLinear, rows: Rows, worst: torch.dtype) -> None:
+    """All numbers against float64; `worst` is the coarsest precision of the calculation."""
+    for x, exact in rows:
         found = module(x)
-        assert found.dtype == dtype
+        assert found.dtype == x.dtype
         assert found.shape == exact.shape
-        allowed = 3 * torch.finfo(worst).eps + _coarse(module.layout.name, dtype, x[..., 0].numel())
-        assert (found.double() - exact).norm() <= allowed * exact.norm(), (module, shape)
+        allowed = 3 * torch.finfo(worst).eps + _coarse(module.layout.name, x.dtype, x[..., 0].numel())
+        assert (found.double() - exact).norm() <= allowed * exact.norm(), (module, x.shape)
 
 
 def _coarse(form: str, dtype: torch.dtype, rows: int) -> float:
@@ -112,12 +121,14 @@ def test_equals_float64(form: str, outputs: int, inputs: int, dtype: torch.dtype
     for is_down in DOWN.get(form, (False, True)):
         more = {"input_scale": (0.5 + _random(inputs).abs()).to(dtype)} if is_down and form != "float" else {}
         for bias in ({}, {"bias": 30 * _random(outputs).to(dtype)}):
+            rows = None
             for scratch_bytes in (1, 700, 2**20):
                 # 16-bit blocks are translated to float32 where the processor multiplies nothing smaller.
                 for scratch_dtype in {dtype, torch.float32 if dtype.itemsize == 2 else dtype}:
                     scratch = _scratch(scratch_bytes, scratch_dtype)
                     module = _module(form, tensors | more | bias, outputs, inputs, scratch, is_down=is_down)
-                    _check(module, matrix, dtype, dtype)
+                    rows = rows or _rows(module, matrix, dtype)
+                    _check(module, rows, dtype)
 
 
 @pytest.mark.parametrize("form", ["int8", "int4_rows", "int4_strips"])
@@ -191,7 +202,7 @@ def test_the_int8_kernel_is_kept_from_widths_that_it_reads_past(inputs: int, mon
     tensors, matrix = _tensors("int8", 40, inputs, torch.bfloat16)
     module = _module("int8", tensors, 40, inputs, _scratch(2**12, torch.bfloat16), is_down=False)
     with table.leaving_out(lambda kernel: kernel.ours and kernel.operation == "gemv"):
-        _check(module, matrix, torch.bfloat16, torch.bfloat16)
+        _check(module, _rows(module, matrix, torch.bfloat16), torch.bfloat16)
 
 
 @pytest.mark.usefixtures("whose")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from marks import by_turns
+from marks import by_turns, mostly_slow
 from tiny_models import ARCHITECTURES, VOCAB
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, Lfm2Config, LlamaConfig, T5Config
 
@@ -265,7 +265,7 @@ def test_generation_is_the_dense_models_own_far_beyond_its_window(checkpoints, n
     assert type(output.past_key_values) is (KVCache if ours else DynamicCache)
 
 
-@pytest.mark.parametrize("name", ["llama2", "mistral", "gemma3", "bloom", "gpt2"])
+@pytest.mark.parametrize("name", mostly_slow(("llama2", "gemma3", "mistral", "bloom", "gpt2"), 2))
 def test_logits_of_a_padded_batch_are_those_with_transformers_cache_bit_for_bit(checkpoints, name: str):
     ids, mask = _ids(3)
     settings = {"max_new_tokens": 100, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -370,9 +370,8 @@ def test_an_odd_head_is_refused_four_bits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama3", "mistral", "gemma3", "gpt2"])
-@pytest.mark.parametrize(("bits", "most"), [(8, 0.05), (4, 0.5)])
-def test_fewer_bits_stay_near_sixteen(checkpoints, name: str, dtype: torch.dtype, bits: int, most: float):
+@pytest.mark.parametrize("name", mostly_slow(("llama3", "gemma3", "mistral", "gpt2"), 2))
+def test_fewer_bits_stay_near_sixteen(checkpoints, name: str, dtype: torch.dtype):
     """Rounding to 1/127 of a vector's largest number errs by 1/254 at most and 1/440 as a rule, which is under one
     per cent of a vector's usual number; errors of three layers' keys and values add as a root of squares. 5 per cent
     leaves room for scores that a softmax sharpens, and is far from what a wrong scale or place would do. 4 bits have a
@@ -382,18 +381,19 @@ def test_fewer_bits_stay_near_sixteen(checkpoints, name: str, dtype: torch.dtype
     settings = {"max_new_tokens": 60, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     settings["prefix_allowed_tokens_fn"] = lambda sample, ids: [int(forced[sample, len(ids) - PROMPT_TOKENS])]
     logits = {}
-    for kept in (16, bits):
-        model = _load(checkpoints(name, dtype), kv_bits=kept, density=0.5, batch_size=2)
+    for bits in (16, 8, 4):
+        model = _load(checkpoints(name, dtype), kv_bits=bits, density=0.5, batch_size=2)
         output = model.generate(ids, attention_mask=mask, **settings)
         assert torch.equal(output.sequences[:, PROMPT_TOKENS:], forced)  # the same tokens, so logits can be compared
-        logits[kept] = torch.stack(output.logits).double()
-    assert torch.equal(logits[16][0], logits[bits][0])  # the prompt's own pass reads it unquantised
-    error = (logits[bits][1:] - logits[16][1:]).norm() / logits[16][1:].norm()
-    assert 1e-4 < error < most
+        logits[bits] = torch.stack(output.logits).double()
+    for bits, most in ((8, 0.05), (4, 0.5)):
+        assert torch.equal(logits[16][0], logits[bits][0])  # the prompt's own pass reads it unquantised
+        error = (logits[bits][1:] - logits[16][1:]).norm() / logits[16][1:].norm()
+        assert 1e-4 < error < most, bits
 
 
 @pytest.mark.parametrize("options", [{"refresh": 5}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
-@pytest.mark.parametrize("name", ["llama3", "mistral"])
+@pytest.mark.parametrize("name", mostly_slow(("llama3", "mistral"), 1))
 def test_four_bits_with_tokens_that_pass_again_and_sequences_that_part(checkpoints, name: str, options: dict):
     sixteen, four = (_load(checkpoints(name), kv_bits=bits, density=0.5, batch_size=3) for bits in (16, 4))
     settings = {"max_new_tokens": 50, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

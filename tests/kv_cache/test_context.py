@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaded_model import answer, load
 from loaded_model import ids as prompt_of
-from marks import by_turns
+from marks import by_turns, mostly_slow
 from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
@@ -145,7 +145,7 @@ class _Boom(StoppingCriteria):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("exact", mostly_slow((False, True), 1))
 @pytest.mark.parametrize("name", ["llama2", "gemma2"])
 @pytest.mark.parametrize("where", ["pass", "answer"])
 def test_an_interrupt_leaves_a_context_that_can_go_on(checkpoints, name: str, where: str, exact: bool):

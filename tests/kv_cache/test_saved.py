@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import mostly_slow
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB
 
@@ -33,7 +34,7 @@ def _greedy(model: GriffinModel, ids: torch.Tensor, context: Any, new_tokens: in
     return model.generate(ids, max_new_tokens=new_tokens, do_sample=False, context=context)
 
 
-@pytest.mark.parametrize("name", ["llama2", "gemma2", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", mostly_slow(("llama2", "gemma2", "mistral", "gpt2"), 2))
 @pytest.mark.parametrize("options", [{}, {"kv_bits": 8}, {"kv_bits": 4}, {"quantize": "int8"}], ids=str)
 def test_a_saved_context_goes_on_as_the_one_that_was_saved(checkpoints, tmp_path: Path, name: str, options: Any):
     """In a model of its own, behind windows, after an answer, and again for the same prompt."""
@@ -183,6 +184,7 @@ def _check_damaged(model: GriffinModel, target: Path, expected: dict[str, Any]) 
         assert _state(context, notes) == expected
 
 
+@pytest.mark.slow
 def test_a_changed_byte_of_the_header_is_named_or_does_not_matter(written, tmp_path: Path):
     """Every byte, once: also one that makes float32 int32, keys values, or 40 tokens 41."""
     model, path = written

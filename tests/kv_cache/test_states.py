@@ -46,6 +46,7 @@ def half(checkpoints) -> dict[str, GriffinModel]:
     return {name: _load(checkpoints(name)) for name in HYBRIDS}
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     name=st.sampled_from(list(HYBRIDS)),

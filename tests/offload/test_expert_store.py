@@ -83,6 +83,7 @@ _PASSES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(passes=_PASSES, limit=st.integers(1, EXPERTS), restricted=st.booleans())
 def test_a_pass_with_any_room(passes: list[tuple[list[set[int]], bool]], limit: int, restricted: bool):

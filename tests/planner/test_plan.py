@@ -106,6 +106,7 @@ def test_a_plan_never_exceeds_its_budget_and_a_refusal_names_the_numbers(shape: 
             make_plan([shape], request)
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(shapes(), requests())
 def test_no_feasible_density_is_missed(shape: ModelSizes, request: PlanRequest):
@@ -182,6 +183,7 @@ def _in_fewer_bits(shape: ModelSizes, precision: Format, share: int) -> ModelSiz
     return dataclasses.replace(shape, layers=layers, precision=precision, levels=(precision,))
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(shapes(), requests(), st.integers(1, 3), st.lists(st.floats(0, 2), min_size=4, max_size=12))
 def test_more_memory_is_never_worse(shape: ModelSizes, request: PlanRequest, count: int, budgets: list[float]):

@@ -62,6 +62,7 @@ def test_choices_ascend_in_bytes_and_never_expect_more_error(neurons: int):
         assert error == pytest.approx(choices.allocation.distortion(choices.first + index), abs=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.lists(st.integers(2 * 10**6, 12 * 10**6), min_size=2, max_size=20), st.sampled_from([None, 300]))
 def test_more_memory_never_expects_a_worse_answer(budgets: list[int], ctx_tokens: int | None):

@@ -112,6 +112,7 @@ def _stopped() -> None:
     time.sleep(60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str):
     """Also in the second of three cases, with the others judged by themselves."""
@@ -127,6 +128,7 @@ def test_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault:
     assert [verdict.outcome for verdict in verdicts] == ["accepted", outcome, "accepted"], verdicts
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_has_told_of_the_cases_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """However late one listens: their lines come at once."""
     monkeypatch.setattr(worker, "LIMIT_S", 2.0)

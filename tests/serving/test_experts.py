@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import CHAT_TEMPLATE, write_tokenizer
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,7 @@ def _full(directory: Any, tokenizer: Any, text: str) -> str:
     return str(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
 
 
+@pytest.mark.slow
 def test_requests_in_turn(checkpoints, serve_one):
     directory = checkpoints("qwen3_moe")
     tokenizer = write_tokenizer(directory, CHAT_TEMPLATE)

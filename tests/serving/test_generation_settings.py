@@ -60,6 +60,7 @@ def test_a_penalty_that_a_request_asks_for(serve_one, chatty: Path, tmp_path: Pa
             assert server.post(body | more).json()["choices"][0]["text"] == text
 
 
+@pytest.mark.slow
 def test_stop_strings_and_ends_of_a_checkpoint(serve_one, tmp_path: Path):
     """They are cut off like a client's, and the answer is complete."""
     tokenizer = byte_tokenizer(["<|im_end|>"])

@@ -91,6 +91,7 @@ def test_pieces_come_one_by_one(tiny, client: openai.OpenAI, gate: threading.Sem
     assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
 
 
+@pytest.mark.slow
 def test_sampling_by_seed(client: openai.OpenAI):
     def ask(**options: Any) -> list[str]:
         answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_completion_tokens=10, **options)

@@ -222,6 +222,7 @@ NAMES = "model messages prompt stream stream_options max_tokens max_completion_t
 NAMES += " logprobs top_logprobs density exact user tools response_format other"
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["chat", "completions"]), st.dictionaries(st.sampled_from(NAMES.split()), values, max_size=8))
 @example("chat", {"messages": [{"role": {}, "content": [[]]}]})
 def test_whatever_comes_is_a_request_or_a_failure(endpoint: str, body: dict[str, object]):

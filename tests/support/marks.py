@@ -32,12 +32,15 @@ def by_turns(
     return parameters
 
 
-def every_pair(*choices: Mapping[str, Any], odd: bool = False) -> list[Any]:
+def every_pair(*choices: Mapping[str, Any], odd: bool = False, quick: int | None = None) -> list[Any]:
     """Half of the product of three and more parameters, each value with its id: the combinations whose places add up to
-    an even number (`odd`: an odd one). In them each value meets each of every other parameter."""
+    an even number (`odd`: an odd one). In them each value meets each of every other parameter. Those behind the first
+    `quick` are slow."""
     found = []
     for places in itertools.product(*(range(len(values)) for values in choices)):
         if sum(places) % 2 == odd:
             chosen = [list(values.items())[place] for values, place in zip(choices, places, strict=True)]
-            found.append(pytest.param(*(value for _, value in chosen), id="-".join(name for name, _ in chosen)))
+            marks = () if quick is None or len(found) < quick else pytest.mark.slow
+            label = "-".join(name for name, _ in chosen)
+            found.append(pytest.param(*(value for _, value in chosen), id=label, marks=marks))
     return found
