@@ -52,11 +52,14 @@ class Way:
 
 
 def ways(bits: Sequence[float], formats: Sequence[str]) -> list[Way]:
-    """For each number of bits tiers, and as many neurons of int4 as take no fewer bytes; all neurons in `formats`."""
-    pairs = [
-        (Way(f"tiers, {one:g}", {"quantize": "tiers", "bits": one}), _pruned(one)) for one in sorted(bits, reverse=True)
+    """For each number of bits tiers, layers, and as many neurons of int4 as take no fewer bytes; all neurons in
+    `formats`."""
+    mixed = ("tiers", "layers")
+    asked = [
+        (*(Way(f"{name}, {one:g}", {"quantize": name, "bits": one}) for name in mixed), _pruned(one))
+        for one in sorted(bits, reverse=True)
     ]
-    return [*(_whole(name) for name in formats), *(way for pair in pairs for way in pair)]
+    return [*(_whole(name) for name in formats), *(way for own in asked for way in own)]
 
 
 def budgets(folder: Path, shares: Sequence[float]) -> list[Way]:

@@ -18,8 +18,9 @@ SelectionMethod = Literal["topk", "output_aware", "sample", "topk_sample", "rand
 BatchStatistic = Literal["sum", "mean"]
 # Weight formats (formats/) by name, from the most to the fewest bits; `register_format` keeps it.
 FORMAT_NAMES: list[str] = ["none", "int8", "int4", "int3", "int2"]
-TIERS = "tiers"
-"""What options and plans call neurons that rest in several formats."""
+LAYERS, TIERS = "layers", "tiers"
+"""What options and plans call residents in several formats: whole layers of one each, or a layer's neurons."""
+MIXED = (LAYERS, TIERS)
 # Of embeddings and head in a converted copy, by the bits that the command line asks for.
 TABLE_FORMATS = {"16": "none", "int8": "int8"}
 Preference = Literal["quality", "speed"]
@@ -73,14 +74,16 @@ class LoadConfig:
     """Precision of the computation; "auto" is the one that is stored."""
     quantize: str = "auto"
     """Precision of the resident matrices inside the layers: "none" keeps the stored one, "auto" is the first of none,
-    int8, int8 and int4 by layers, and int4 in which all neurons fit, else tiers (with a density that is given, or of
-    experts, the last); a converted checkpoint has one already. "tiers": layers of int8 and int4, and in fewer bits each
-    prompt says which neurons of a layer rest in how many, or are left out."""
+    int8, int8 and int4 by layers, and int4 in which all neurons fit, else layers or tiers of fewer bits (with a density
+    that is given, or of experts, the last); a converted checkpoint has one already. "layers": each layer is of one
+    format, and nothing passes for a prompt; "tiers": the same above int4, and below each prompt says which neurons of a
+    layer rest in how many bits, or are left out."""
     prefer: Preference = "quality"
     """What "auto" is after: the most bits that fit, or ("speed") those of the fewest bits in which no neuron has to be
     left out, int4, even where more would fit: a token takes as long as its bytes."""
     bits: float | Literal["auto"] = "auto"
-    """With quantize="tiers", bits per weight of the FFs, scales and what is left out included; "auto" is what fits."""
+    """With quantize="tiers" or "layers", bits per weight of the FFs, scales and what is left out included; "auto" is
+    what fits."""
     offload: Offload = "auto"
     ctx_size: int | None = None
     """Tokens of prompt and answer that the KV cache is planned for; None: at least FLOOR_AUTO_CTX if that fits with the
@@ -144,7 +147,7 @@ class LoadConfig:
             ("prefer", Preference),
         ):
             _one_of(name, getattr(self, name), get_args(kind))
-        _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES, TIERS))
+        _one_of("quantize", self.quantize, ("auto", *FORMAT_NAMES, *MIXED))
         check_density(self.density)
         _check_tiers(self)
         if self.prefer == "speed" and (self.quantize, self.density, self.exact) != ("auto", "auto", False):
@@ -256,14 +259,19 @@ class ChatConfig:
 
 def _check_tiers(config: LoadConfig) -> None:
     if config.bits != "auto":
-        if config.quantize != TIERS:
-            raise UsageError(f"bits={config.bits} is for tiers: add quantize='{TIERS}' (--quantize {TIERS})")
+        if config.quantize not in MIXED:
+            raise UsageError(
+                f"bits={config.bits} is for {TIERS} or {LAYERS}: add quantize='{TIERS}' (--quantize {TIERS})"
+            )
         if isinstance(config.bits, str) or not config.bits > 0:
             raise UsageError(f"bits is {config.bits!r}: auto, or bits per weight of the FFs, such as 3.5")
-    if config.quantize == TIERS and config.density != "auto":
-        raise UsageError("tiers say how many neurons are left out: give bits (--bits) in place of a density")
-    if config.quantize == TIERS and config.exact:
-        raise UsageError(f"exact mode drafts in the stored precision, not in tiers: leave out quantize='{TIERS}'")
+    mixed = config.quantize
+    if mixed in MIXED and config.density != "auto":
+        raise UsageError(
+            f"a density is of one format, and {mixed} are of several: give bits (--bits) in place of a density"
+        )
+    if mixed in MIXED and config.exact:
+        raise UsageError(f"exact mode drafts in the stored precision, not in {mixed}: leave out quantize='{mixed}'")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

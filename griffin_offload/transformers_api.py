@@ -27,7 +27,8 @@ from griffin_offload.errors import UsageError
 NEWEST_TESTED = (5, 24)
 """The release series whose every test was last seen to pass: `benchmarks/versions.py`."""
 
-_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What parts of models call the KV cache, in one release or another."""
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """What the KV cache is called: in arguments of `forward` and `generate`, and in what they return."""
 FOREIGN_CACHE_NAMES = () if CACHE == "cache" else ("cache",)
@@ -63,6 +64,10 @@ def response_parser() -> Any:
     return ResponseParser
 
 
+WITHOUT_ATTENTION = ("moe", "mlp")
+"""What configs call layers that are a feed-forward alone, which keeps nothing."""
+
+
 def stock_cache(config: PretrainedConfig) -> Any:
     """transformers' own empty KV cache, with one layer per decoder layer. Whatever that raises of a config."""
     cache = DynamicCache(config=config)
@@ -70,7 +75,7 @@ def stock_cache(config: PretrainedConfig) -> Any:
         text = config.get_text_config(decoder=True)
         names = getattr(text, "layer_types", None) or []
         layers = [
-            NoEntries() if name in ("moe", "mlp") else layer
+            NoEntries() if name in WITHOUT_ATTENTION else layer
             for name, layer in zip([*names, *[None] * len(cache.layers)], cache.layers, strict=False)
         ]
         missing = text.num_hidden_layers - len(layers) if getattr(text, "num_kv_shared_layers", None) else 0

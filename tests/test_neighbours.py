@@ -109,7 +109,7 @@ REPORTED: dict[str, Kind] = {
         "Layers that keep a state run as in transformers, or are refused by the true reason.",
         """
         engine/test_hybrids.py::test_density_one_is_dense_and_half_is_masked[
-            qwen3_5 | olmo_hybrid | falcon_h1 | granite_h]
+            qwen3_5 | olmo_hybrid | falcon_h1 | granite_h | nemotron_h]
         engine/test_hybrids.py::test_the_plan_counts_what_layers_keep[falcon_h1]
         blocks/test_kept_state.py::test_the_true_reason_is_named[a state in its modules | no feed-forward block]
         checkpoint/test_gguf.py::test_the_model_is_the_one_that_was_written[lfm2]

@@ -209,6 +209,55 @@ class Block(ABC):
         ]
 
 
+class NoFeedForward(Block):
+    """In the place of the block of a layer that is attention or a recurrence alone: no neurons, and no tensors. Nothing
+    of such a layer is streamed or chosen; its matrices are residents as attention's are everywhere."""
+
+    inline, neurons, hidden, width, linears, gated, formats, read_numbers = False, 0, 0, 0, (), False, (), 0
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.module = layer
+
+    def is_down(self, linear: nn.Module) -> bool:
+        return False
+
+    def full(self) -> list[Tensor]:
+        return []
+
+    def full_specs(self, precision: Format | None = None) -> list[Spec]:
+        return []
+
+    def compact_specs(self, counts: Counts, formats: Sequence[Format] | None = None) -> list[Spec]:
+        return []
+
+    def multiple(self, precision: Format) -> int:
+        return 1
+
+    def install_full(self, tensors: Sequence[Tensor]) -> None:
+        """Nothing, as whatever else is done to a block."""
+
+    def install_compact(self, tensors: Sequence[Tensor]) -> None: ...
+
+    def gather(self, full: Sequence[Tensor], chosen: Sequence[Tensor], out: Sequence[Tensor]) -> None: ...
+
+    def rows_needed(self, chosen: Tensor) -> list[Tensor | None]:
+        return []
+
+    def neuron_norms(self, full: Sequence[Tensor]) -> Tensor:
+        return torch.empty(0, dtype=torch.float32, device="cpu")
+
+    output_norms = neuron_norms
+
+    def observe(self, callback: ActivationCallback) -> None: ...
+
+    def chunked(self, limit: int) -> None: ...
+
+    def unhook(self) -> None: ...
+
+    def run(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 Finder = Callable[[nn.Module, str], Block | None]
 """Finds the block of a decoder layer, which an error calls by the text; None where it is of another kind."""
 

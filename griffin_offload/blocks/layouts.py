@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from griffin_offload.blocks.base import Activations, Block, Finder
+from griffin_offload.blocks.base import Activations, Block, Finder, NoFeedForward
 from griffin_offload.blocks.experts import find_experts
 from griffin_offload.blocks.feedforward import FeedForward, SubNorm, features
-from griffin_offload.blocks.states import check_takes_cache
+from griffin_offload.blocks.states import check_takes_cache, takes_cache
 from griffin_offload.devices.threads import building
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError, one_line
 from griffin_offload.formats.base import is_plain
@@ -72,7 +72,8 @@ def register_block(finder: Finder) -> None:
 
 
 def find_feed_forwards(model: nn.Module, layers: int) -> tuple[nn.ModuleList, list[Block]]:
-    """The decoder layers of `model` and the FF block of each; UnsupportedModel names what was found instead."""
+    """The decoder layers of `model` and the FF block of each, which has no neurons where a layer is attention or a
+    recurrence alone; UnsupportedModel names what was found instead."""
     if layers < 1:
         raise UnsupportedModel(f"{type(model).__name__} has {layers} decoder layers")
     # A tower of another kind may have as many layers.
@@ -87,8 +88,15 @@ def find_feed_forwards(model: nn.Module, layers: int) -> tuple[nn.ModuleList, li
             "two be one; a pass here brings each layer once"
         )
     name = type(model).__name__
-    decoder = next((c for c in candidates if _matches(c[0]) or _found(c[0], f"{name} layer 0")), candidates[0])
-    return decoder, [_block_of(layer, f"{name} layer {i}") for i, layer in enumerate(decoder)]
+
+    def has_some(candidate: nn.ModuleList) -> bool:
+        return any(_matches(layer) or _found(layer, f"{name} layer {i}") for i, layer in enumerate(candidate))
+
+    decoder = next(filter(has_some, candidates), candidates[0])
+    blocks = [_block_of(layer, f"{name} layer {i}") for i, layer in enumerate(decoder)]
+    if not any(block.neurons for block in blocks):
+        raise UnsupportedModel(f"no layer of {name} has a feed-forward: there are no neurons to choose")
+    return decoder, blocks
 
 
 def _lists(place: nn.Module, config: Any, layers: int) -> list[nn.ModuleList]:
@@ -132,6 +140,8 @@ def _block_of(layer: nn.Module, where: str) -> Block:
             f"{where} holds mixture-of-experts parameters ({experts}) that are not of an experts module of "
             "transformers': not supported"
         )
+    if not found and _is_mixer_alone(layer):
+        return NoFeedForward(layer)
     if len(found) != 1:
         names = ", ".join(dict.fromkeys(name.rsplit(".", 1)[0] for name, _ in layer.named_parameters()))
         raise UnsupportedModel(f"{where} has {len(found)} FF blocks of a known layout among {names}; {REGISTER_HINT}")
@@ -141,6 +151,14 @@ def _block_of(layer: nn.Module, where: str) -> Block:
     block = FeedForward(module, layout.inputs, layout.down, norm, inline=module is layer)
     _check_shapes(block, layer, where)
     return block
+
+
+def _is_mixer_alone(layer: nn.Module) -> bool:
+    """Whether all matrices of `layer` are of one part of it, to which the KV cache is given: attention or a recurrence,
+    beside which there is no feed-forward of another layout."""
+    holding = [part for part in layer.children() if any(p.dim() > 1 for p in part.parameters())]
+    own = any(parameter.dim() > 1 for parameter in layer.parameters(recurse=False))
+    return not own and len(holding) == 1 and takes_cache(holding[0])
 
 
 def _norm_of(module: nn.Module, name: str, where: str) -> SubNorm:

@@ -70,7 +70,7 @@ class RestrictedForward:
 
 
 # As layers call the norm of what their experts are given, in their order of preference.
-_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_norm")
+_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_norm", "norm")
 _ROUTERS = ("router", "gate")
 
 

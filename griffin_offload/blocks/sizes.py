@@ -21,7 +21,7 @@ from griffin_offload.blocks.states import (
     positions_reached,
     windows_of,
 )
-from griffin_offload.config import TIERS
+from griffin_offload.config import LAYERS, TIERS
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.formats.base import Format, specs_bytes
 from griffin_offload.formats.floats import FLOATS
@@ -29,11 +29,6 @@ from griffin_offload.formats.linear import table_bytes
 from griffin_offload.kernels.by_blocks import scratch_bytes
 from griffin_offload.method.allocation import Counts, tiers_of
 from griffin_offload.transformers_api import StockModel
-
-# Bytes alive at once per number that a layer's projections make of a token, outside of its FF. torch's scans work in
-# float32, chunk by chunk, all chunks at once: 28 with the gated delta rule, 24 to 46 with Mamba 2, counted in sizes as
-# published (tensors alive on the meta device).
-_RECURRENCE_BYTES, _CONVOLUTION_BYTES = 48, 16
 
 
 @dataclass(frozen=True)
@@ -98,6 +93,10 @@ class LayerSizes:
         """Of a neuron in the format of the most bits."""
         return self.levels[0].neuron_bytes
 
+    def density(self, kept: int) -> float:
+        """Of so many neurons; 1 where there are none to leave out."""
+        return kept / self.neurons if self.neurons else 1.0
+
     def resident_ff_bytes(self, counts: Counts) -> int:
         """Bytes of the compact FF with room for so many neurons on each level."""
         tiers = tiers_of(counts)
@@ -142,6 +141,8 @@ class ModelSizes:
     """Of the resident matrices inside the layers, but for FFs where these have several levels."""
     levels: tuple[Format, ...] = (FLOATS,)
     """Of resident FF neurons, from the most bits to the fewest."""
+    by_layer: bool = False
+    """All neurons of a layer are on one of these."""
     stored: Format = FLOATS
     """Of the same matrices in the checkpoint."""
     small: Format | None = None
@@ -161,6 +162,11 @@ class ModelSizes:
     def has_experts(self) -> bool:
         """Whether some layers are mixtures of experts: `density` then is the share of experts that are resident."""
         return any(layer.experts for layer in self.layers)
+
+    @property
+    def with_neurons(self) -> tuple[int, ...]:
+        """Layers that have a feed-forward."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.neurons)
 
     def expert_slots_in_decode(self, slots: int) -> int:
         """Of `slots` beside a layer's places, what a token can need at once, and as many that the next layer may."""
@@ -191,12 +197,12 @@ class ModelSizes:
     @property
     def precision_name(self) -> str:
         """What they call all of it."""
-        return self.level_names[0] if len(self.levels) == 1 else TIERS
+        return self.level_names[0] if len(self.levels) == 1 else LAYERS if self.by_layer else TIERS
 
     @property
     def option(self) -> str:
         """What `--quantize` calls it."""
-        return self.precision.name if len(self.levels) == 1 else TIERS
+        return self.precision.name if len(self.levels) == 1 else self.precision_name
 
     def choosing(self, counts: Sequence[Counts]) -> tuple[int, ...]:
         """Layers of which a prompt chooses: neurons that are left out, or that rest in other formats than others."""
@@ -297,7 +303,7 @@ def model_shape(
         kv_heads=max(state.kv_heads for state in states),
         max_positions=positions_reached(config),
         gated=any(block.gated for block in blocks),
-        inline_ff=blocks[0].inline,
+        inline_ff=any(block.inline for block in blocks),
         materialises_scores=_materialises_scores(config),
         dtype=str(embedding.dtype).removeprefix("torch."),
         precision=precision,
@@ -321,8 +327,7 @@ def _attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
     return max(heads), max(count * size for count, size in zip(heads, sizes, strict=True))
 
 
-# Allocation sorts all of a layer; the largest open models have 60 thousand.
-_MOST_TIERED = 2**22
+_MOST_TIERED = 2**22  # allocation sorts all of a layer; the largest open models have 60 thousand
 
 
 def _layer_shape(
@@ -369,7 +374,7 @@ def _layer_shape(
         state_writer=state.writer,
         own_width=block.width,
         experts=block.active,
-        mixing_bytes=_mixing_bytes(state, [features(module)[0] for module in outside.values()]),
+        mixing_bytes=state.mixing_bytes(sum(features(module)[0] for module in outside.values())),
         small=small_ones,
     )
 
@@ -382,11 +387,6 @@ def _neuron_sizes(block: Block, format: Format, dtype: torch.dtype) -> NeuronSiz
     one, two = (specs_bytes(block.compact_specs((count,), (format,)), dtype) for count in (step, 2 * step))
     neuron_bytes = (two - one) // step
     return NeuronSizes(neuron_bytes, one - step * neuron_bytes, step)
-
-
-def _mixing_bytes(state: LayerState, widths: list[int]) -> int:
-    each = _RECURRENCE_BYTES if state.recurrent else _CONVOLUTION_BYTES if state.state_bytes else 0
-    return sum(widths) * each
 
 
 def _nbytes(tensors: Any) -> int:

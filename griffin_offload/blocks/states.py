@@ -28,7 +28,14 @@ from transformers.cache_utils import (
 )
 
 from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
-from griffin_offload.transformers_api import CACHE, DummyLayer, StockModel, stock_cache
+from griffin_offload.transformers_api import (
+    CACHE,
+    CACHE_NAMES,
+    WITHOUT_ATTENTION,
+    DummyLayer,
+    StockModel,
+    stock_cache,
+)
 
 _TOKENS = 2
 # The last is a layer without entries of its own: it reads another one's, or attends to nothing.
@@ -40,6 +47,12 @@ _WITH_STATES = (
 )
 STATE_KINDS = ("conv", "recurrent")
 """What a layer keeps beside KV entries: the last inputs of convolutions, and recurrences."""
+
+
+# Bytes alive at once per number that a layer's projections make of a token, outside of its FF. torch's scans work in
+# float32, chunk by chunk, all chunks at once: 28 with the gated delta rule, 24 to 46 with Mamba 2, counted in sizes as
+# published (tensors alive on the meta device).
+_RECURRENCE_BYTES, _CONVOLUTION_BYTES = 48, 16
 
 
 class StateTensor(NamedTuple):
@@ -72,10 +85,11 @@ class LayerState:
     def state_bytes(self) -> int:
         return sum(state.nbytes for state in self.states)
 
-    @property
-    def recurrent(self) -> bool:
-        """Whether a recurrence is among them."""
-        return any(state.name.startswith(STATE_KINDS[1]) for state in self.states)
+    def mixing_bytes(self, numbers: int) -> int:
+        """Activations per token while a recurrence or a convolution passes over a prompt, where a layer's projections
+        outside of its FF make so many numbers of a token."""
+        recurrent = any(state.name.startswith(STATE_KINDS[1]) for state in self.states)
+        return numbers * (_RECURRENCE_BYTES if recurrent else _CONVOLUTION_BYTES if self.state_bytes else 0)
 
 
 def cache_layers(config: PretrainedConfig) -> list[Any]:
@@ -115,8 +129,15 @@ def _kinds_but(config: PretrainedConfig, known: tuple[Any, ...]) -> str:
 
 
 def shares_entries(config: PretrainedConfig) -> bool:
-    """Whether some layers keep no entries of their own: they read another layer's, or attend to nothing."""
-    return any(isinstance(layer, DummyLayer) for layer in cache_layers(config))
+    """Whether some layers keep no entries of their own, and read another layer's."""
+    names = getattr(config.get_text_config(), "layer_types", None) or ()
+    apart = {index for index, name in enumerate(names) if name in WITHOUT_ATTENTION}
+    return any(isinstance(layer, DummyLayer) for index, layer in enumerate(cache_layers(config)) if index not in apart)
+
+
+def all_keep_entries(config: PretrainedConfig) -> bool:
+    """Whether every layer keeps something, whatever it is."""
+    return not any(isinstance(layer, DummyLayer) for layer in cache_layers(config))
 
 
 def _kind(layer: Any) -> str:
@@ -158,6 +179,11 @@ def kept_states(model: StockModel, decoder: nn.ModuleList) -> list[LayerState]:
 
 def _name(model: StockModel) -> str:
     return type(model).__name__
+
+
+def takes_cache(part: nn.Module) -> bool:
+    """Whether a part of a layer is given the KV cache, which no feed-forward has a use for."""
+    return not set(CACHE_NAMES).isdisjoint(inspect.signature(type(part).forward).parameters)
 
 
 def check_takes_cache(model: StockModel) -> None:

@@ -70,10 +70,10 @@ def _planned(options: dict[str, Any], checkpoint: "Checkpoint") -> tuple[dict[st
         plan = plan_for(model_spec)
     except DoesNotFit as error:
         return None, error
-    neurons = [layer.neurons for layer in model_spec.shape.layers]
+    layers = model_spec.shape.layers
     planned = {
         "density": plan.density,
-        "densities": [kept / count for kept, count in zip(plan.kept, neurons, strict=True)],
+        "densities": [layer.density(kept) for kept, layer in zip(plan.kept, layers, strict=True)],
         "precision": plan.precision,
         "small_matrices": model_spec.small_of(plan),
         "budget_bytes": plan.budget_bytes,

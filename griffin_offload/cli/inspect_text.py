@@ -266,14 +266,17 @@ def _given(value: Any, default: Any) -> Any:
 
 
 def _layers(text: str | None, checkpoint: "Checkpoint") -> tuple[int, ...]:
-    """Layers of heatmaps; UsageError for one that the model does not have."""
+    """Layers of heatmaps; UsageError for one that the model does not have, or that has no feed-forward."""
+    from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
     from griffin_offload.evaluation.plots import spread
 
     count = checkpoint.config.num_hidden_layers
+    _, blocks = find_feed_forwards(build_on_meta(checkpoint.config, checkpoint.dtype), count)
+    known = [index for index, block in enumerate(blocks) if block.neurons]
     if text is None:
-        return tuple(spread(count, _DEFAULTS.layers))
+        return tuple(known[place] for place in spread(len(known), _DEFAULTS.layers))
     if text == "all":
-        return tuple(range(count))
+        return tuple(known)
     try:
         layers = sorted({int(part) for part in text.split(",")})
     except ValueError:
@@ -281,4 +284,7 @@ def _layers(text: str | None, checkpoint: "Checkpoint") -> tuple[int, ...]:
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong:
         raise UsageError(f"no layer {wrong[0]}: the model has {count}, from 0 to {count - 1}")
+    without = [layer for layer in layers if layer not in known]
+    if without:
+        raise UsageError(f"layer {without[0]} has no feed-forward: choose of {', '.join(map(str, known))}")
     return tuple(layers)

@@ -16,7 +16,9 @@ from griffin_offload.config import (
     DEVICE_NAMES,
     FLOOR_AUTO_CTX,
     FORMAT_NAMES,
+    LAYERS,
     MAX_AUTO_CTX,
+    MIXED,
     TIERS,
     AskedKVBits,
     DType,
@@ -279,10 +281,10 @@ def _add_precision_options(add: Callable[..., Any]) -> None:
     """In how many bits neurons stay on the device."""
     add(
         "--quantize",
-        choices=("auto", *FORMAT_NAMES, TIERS),
+        choices=("auto", *FORMAT_NAMES, *MIXED),
         default=_DEFAULTS.quantize,
         help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
-        f"neurons, else {TIERS}: the prompt's neurons in more bits than the others)",
+        f"neurons, else {LAYERS} of fewer bits or {TIERS}: the prompt's neurons in more bits than the others)",
     )
     add(
         "--prefer",
@@ -296,7 +298,8 @@ def _add_precision_options(add: Callable[..., Any]) -> None:
         type=_bits,
         default=_DEFAULTS.bits,
         metavar="auto|N",
-        help=f"with --quantize {TIERS}: bits per weight of the FFs, such as 3.5 (default: {_DEFAULTS.bits}, what fits)",
+        help=f"with --quantize {TIERS} or {LAYERS}: bits per weight of the FFs, such as 3.5 "
+        f"(default: {_DEFAULTS.bits}, what fits)",
     )
 
 

@@ -180,15 +180,19 @@ class _StandIn(ModuleType):
 
 
 def _rounded_again(model_spec: "ModelSpec", plan: "Plan") -> list[str]:
+    from griffin_offload.formats.base import of_copies
+
     stored = model_spec.checkpoint.precision
     used = [name for name, count in plan.tiers.items() if count]
-    if stored.is_plain and len(used) > 1 and not model_spec.precision_of(plan).is_tier:
-        return ["rounded whenever it is loaded: layers of a copy are of one format, such as int4 (--prefer speed)"]
+    held = next((copy.name for copy in of_copies() if {*used} <= {format.name for format in copy.holds}), None)
+    if stored.is_plain and len(used) > 1 and model_spec.shape_of(plan).by_layer:
+        once = f"convert --quantize {held} does it once" if held else "layers of a copy are of one format"
+        return [f"rounded whenever it is loaded: {once}"]
     if stored.is_plain or model_spec.request.verifies or not model_spec.quantises(plan):
         return []
-    if stored.name in used:  # no copy has layers of several formats
+    if len(used) > 1 and held is None:
         return [f"{', '.join(used[1:])}: rounded a second time, from {stored}; the original is nearer to it"]
-    better = used[0] if len(used) == 1 else plan.precision
+    better = used[0] if len(used) == 1 else held
     return [f"rounded a second time, from {stored}: convert --quantize {better} of the original is nearer to it"]
 
 
@@ -285,7 +289,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     from griffin_offload.planner.tiers import bits_of, expected_error, expected_kl
 
     shapes = [*model_spec.shapes, *model_spec.others]
-    hidden, neurons = shapes[0].hidden_size, shapes[0].layers[0].width
+    hidden, neurons = shapes[0].hidden_size, shapes[0].width
     plans = alternatives(shapes, model_spec.request, chosen.context_tokens)
     if chosen.fits and all((plan.precision, plan.counts) != (chosen.precision, chosen.counts) for plan in plans):
         plans = [chosen, *plans]  # a density that was asked for

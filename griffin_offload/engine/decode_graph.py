@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.blocks.base import hooks_on
-from griffin_offload.blocks.states import shares_entries, state_kinds
+from griffin_offload.blocks.states import all_keep_entries, state_kinds
 from griffin_offload.devices.base import Recorder
 from griffin_offload.engine.model_interface import Guard, StockForward
 from griffin_offload.engine.report import GraphReport
@@ -296,7 +296,7 @@ def _unsuited(model: StockModel) -> str | None:
         return "Falcon brings indices of heads from the host"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} attention"
-    if state_kinds(config) or shares_entries(config):
+    if state_kinds(config) or not all_keep_entries(config):
         return "layers without KV entries of their own"
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]

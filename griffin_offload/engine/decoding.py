@@ -133,7 +133,7 @@ class DecodingSequence:
         """Others have joined, or this one: the resident neurons are not those of before."""
         layers = self._engine.loaded.layers
         self.context.selected = layers.selected
-        kept = self.context.share_kept(layers.config.batch_statistic, len(layers.decoder))
+        kept = self.context.share_kept(layers.config.batch_statistic, layers.feed_forwards)
         self._shares.append(ActivationShare(kept))
 
     @property

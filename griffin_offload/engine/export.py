@@ -240,6 +240,10 @@ def _write_parts(
         def write(index: int, moments: Tensor | None = None) -> None:
             block, there = blocks[index], mapped[index]
             own = {name: tensor for name, tensor in state.items() if name.startswith(f"{prefix}.{index}.")}
+            if not block.neurons:
+                if not files.has(index):
+                    files.write(index, _layer(own, (), (), reader))
+                return
             if chooser.counts.unit == "experts":
                 chosen = chooser.choose(index, block, there) if isinstance(block, Experts) else None
                 if not files.has(index):

@@ -162,7 +162,8 @@ class KeptCounts:
         blocks = find_feed_forwards(build_on_meta(checkpoint.config, checkpoint.dtype), text.num_hidden_layers)[1]
         experts = [block for block in blocks if isinstance(block, Experts)]
         unit = "experts" if experts else "neurons"
-        sizes = {block.neurons for block in experts or blocks}
+        blocks = [block for block in experts or blocks if block.neurons]
+        sizes = {block.neurons for block in blocks}
         if len(sizes) > 1:
             raise UnsupportedModel(
                 f"the layers have {min(sizes)} to {max(sizes)} {unit}: a config has one number for all"

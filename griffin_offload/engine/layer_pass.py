@@ -116,6 +116,11 @@ class DecoderLayers:
         self.compact.clear()
         self.norms.clear()
 
+    @property
+    def feed_forwards(self) -> int:
+        """Layers that have one."""
+        return sum(block.neurons > 0 for block in self.blocks)
+
     def install_compact(self) -> None:
         """Make every streamed layer's compact parameters its parameters."""
         for index, parameters in self.compact.items():

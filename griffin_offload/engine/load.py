@@ -149,7 +149,7 @@ def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[St
     decoder, blocks = find_feed_forwards(model, len(shape.layers))
     settle_generation_config(model, shape.vocab_size, checkpoint.directory)
     for block in blocks:
-        if not isinstance(block, Experts):  # whose own code says how they lie
+        if block.neurons and not isinstance(block, Experts):  # whose own code says how they lie
             self_check(block)
             break
     if not shape.is_plain and shape.formats != (checkpoint.precision.rests_as(),):
@@ -170,7 +170,7 @@ def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
     if not model_spec.hardware.computes_on_cpu:
         return None
     return config.threads or model_spec.hardware.choose_threads(
-        model_spec.shape.hidden_size, model_spec.shape.layers[0].width, model_spec.dtype
+        model_spec.shape.hidden_size, model_spec.shape.width, model_spec.dtype
     )
 
 

@@ -1,13 +1,14 @@
 """In which formats the residents of a checkpoint may be planned: one for all, or mixed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from griffin_offload.blocks.experts import is_experts
 from griffin_offload.blocks.sizes import ModelSizes, model_shape, states_of
 from griffin_offload.checkpoint.base import Checkpoint
-from griffin_offload.config import TIERS, LoadConfig
+from griffin_offload.config import LAYERS, MIXED, TIERS, LoadConfig
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats import INT4, INT8, RESTING_HEAD, SMALL_MATRICES, Format, every
 from griffin_offload.formats.linear import reads_head_itself
@@ -45,7 +46,8 @@ def shapes_of(
     for name, precision, levels in _precisions(stored, config):
         wanted, drafts = config.quantize, levels[0] is not precision
         # A stored format may rest in another one, which has its own name.
-        fits = wanted in ("auto", name) or (wanted == stored.name != TIERS != name and not stored.is_plain)
+        fits = wanted in ("auto", name) or (wanted, name) == (TIERS, LAYERS)
+        fits = fits or (wanted == stored.name != TIERS and name not in MIXED and not stored.is_plain)
         if config.exact:
             fits = fits and precision is stored
             if drafts and any(map(is_experts, meta.modules())):
@@ -59,11 +61,13 @@ def shapes_of(
             beside = small_beside(precision, checkpoint)
             shape = model_shape(meta, precision, full, checkpoint.tables, states, levels, own_head, beside)
         except UnsupportedModel:
-            needed = name in (config.quantize, stored.name) or not (stored.is_plain or name == TIERS)
+            needed = name in (config.quantize, stored.name) or not (stored.is_plain or name in MIXED)
             if needed and not drafts:
                 raise
             continue
-        (allowed if fits else others).append(shape)
+        (allowed if fits else others).append(replace(shape, by_layer=name == LAYERS))
+    if not allowed:  # nothing else is left out above
+        raise UsageError("exact mode of a mixture of experts drafts in the stored precision: leave --quantize out")
     if config.prefer == "speed":
         fewest = max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)
         if not fewest:
@@ -83,7 +87,7 @@ def _check_asked(checkpoint: Checkpoint, config: LoadConfig) -> None:
             "int8 copy, or the original"
         )
     drafted = [stored.name, *(format.name for format in _draft_formats(stored))]
-    made = drafted if config.exact else [stored.name, *([TIERS] if _gives_tiers(stored) else [])]
+    made = drafted if config.exact else [stored.name, *(MIXED if _gives_tiers(stored) else [])]
     asked_of = ("auto", stored.option, *made)
     if not stored.is_plain and config.quantize not in asked_of:
         raise UsageError(
@@ -102,14 +106,15 @@ def _precisions(stored: Format, config: LoadConfig) -> Iterator[tuple[str, Forma
     # minutes for its neurons to be rounded.
     quickly = bool(stored.holds) or compiled()
     unasked = config.density == "auto" and not config.exact and quickly
-    tiers = config.quantize == TIERS or (unasked and _gives_tiers(stored))
+    mixed = config.quantize in MIXED or (unasked and _gives_tiers(stored))
     for format in every() if stored.is_plain else (stored.rests_as(),):
         if not format.by_name_only or format.name == config.quantize or not stored.is_plain:
             yield format.name, format, (format,)
-        if format is INT8 and tiers:
-            yield TIERS, INT8, (INT8, INT4)
-    if tiers:
-        yield TIERS, _tiers()[0], _tiers()
+        if format is INT8 and mixed:
+            yield LAYERS, INT8, (INT8, INT4)
+    if mixed:
+        for name in MIXED:
+            yield name, _tiers()[0], _tiers()
     if config.exact and (config.density == "auto" or config.quantize != "auto"):
         for format in _draft_formats(stored):
             yield format.name, stored, (format,)  # the full model's neurons verify

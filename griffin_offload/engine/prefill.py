@@ -180,7 +180,7 @@ class StreamedPass(LayerPass):
 
     def report(self) -> PrefillReport:
         """Figures of a prompt's finished pass; waits for the device."""
-        dense = len(self._layers.decoder) - len(self._layers.compact)
+        dense = self._layers.feed_forwards - len(self._layers.compact)
         tokens = self._statistic.groups.sum((1, 2))
         too_short = int(tokens.min()) < SHORT_PROMPT_TOKENS
         return PrefillReport(

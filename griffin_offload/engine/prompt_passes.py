@@ -20,7 +20,7 @@ from griffin_offload.engine.prefill import StreamedPass, choose_together, groupe
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
 from griffin_offload.errors import GriffinError, UsageError
-from griffin_offload.kv_cache.kv_cache import RecordedWriter, SplitWriter, States, copies
+from griffin_offload.kv_cache.kv_cache import RecordedWriter, SplitWriter, States, copies, single_steps
 from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
 from griffin_offload.transformers_api import CACHE, StockCache
 
@@ -116,7 +116,7 @@ class PromptPasses:
         streamed = StreamedPass(
             self._layers, groups[None], earlier=earlier, choose=choose, keep=True, progress=progress
         )
-        with streamed, self._recorded(context, tokens if each else 0):
+        with streamed, self._recorded(context, tokens if each else 0), single_steps(self._writers):
             output = self._forward(**self._for_every_token(inputs, tokens), return_dict=True)
         if choose:
             context.selected = self._layers.selected
@@ -192,7 +192,7 @@ class PromptPasses:
         else:
             self.keep_resident(context.selected)
         seconds, fetched_bytes = time.perf_counter() - start, self._layers.fetched_bytes - before
-        kept = context.share_kept(self._layers.config.batch_statistic, len(self._layers.decoder))
+        kept = context.share_kept(self._layers.config.batch_statistic, self._layers.feed_forwards)
         self.last = PrefillReport(tokens, seconds, fetched_bytes, 0.0, seconds, kept, None)
 
     def go_on(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:

@@ -27,10 +27,11 @@ def visit_moments(
     decoder: nn.ModuleList,
     blocks: Sequence[Block],
     prompts: Sequence[Tensor],
-    visit: Callable[[int, Tensor], None],
+    visit: Callable[[int, Tensor | None], None],
 ) -> None:
     """Call `visit` with the index of every layer, in order, and the moments [F, F] of its activations on `prompts` [T],
-    or on as much of them, from all over, as passes at once. `model` is mapped and as stored."""
+    or on as much of them, from all over, as passes at once; None where there is no feed-forward. `model` is mapped and
+    as stored."""
     ids, real = _sequences(prompts)
     chunk = max(_AT_ONCE // len(ids), 1)
     visit_layers(checkpoint, model, decoder, blocks, ids, _Moments(real, visit), chunk)
@@ -47,7 +48,7 @@ def _sequences(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class _Moments(Visitor):
-    def __init__(self, real: Tensor, visit: Callable[[int, Tensor], None]) -> None:
+    def __init__(self, real: Tensor, visit: Callable[[int, Tensor | None], None]) -> None:
         self._real, self._visit = real, visit
         self._found: Tensor | None = None
 
@@ -60,7 +61,7 @@ class _Moments(Visitor):
 
     def end(self, index: int, block: Block, full: list[Tensor]) -> None:
         found, self._found = self._found, None
-        assert found is not None, "every layer has a feed-forward"
+        assert found is not None or not block.neurons, "every feed-forward is passed"
         self._visit(index, found)
 
 

@@ -271,7 +271,7 @@ class RunReport:
         return f" ({format_bytes(unquantised)} unquantised)" if unquantised != sum(self.parts.values()) else ""
 
     def _in_words(self) -> str:
-        return tier_shares(self.tiers, self.density) if self.tiers else self.precision
+        return tier_shares(self.precision, self.tiers, self.density) if self.tiers else self.precision
 
     def _draft_lines(self) -> list[str]:
         drafting = self.drafting

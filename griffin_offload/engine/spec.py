@@ -262,7 +262,7 @@ def identity_of(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> ModelI
         "model": model_spec.checkpoint.fingerprint(),
         "precision": plan.precision,
         "dtype": str(model_spec.dtype).removeprefix("torch."),
-        "density": [kept / layer.neurons for kept, layer in zip(plan.kept, shape.layers, strict=True)],
+        "density": [layer.density(kept) for kept, layer in zip(plan.kept, shape.layers, strict=True)],
         "streamed": list(plan.streamed),
         "kv_bits": plan.kv_bits,
         "selection": config.selection,

@@ -31,6 +31,11 @@ class Observed:
     heatmaps: dict[int, Tensor] = field(default_factory=dict)
     """abs(Zbar) [tokens, features] by layer: z of a token over its L2 norm."""
 
+    @property
+    def layers(self) -> list[int]:
+        """Those that have a feed-forward."""
+        return [layer for layer, parts in enumerate(self.parts) if parts.numel()]
+
     def squared(self, layer: int) -> Tensor:
         """s^2 [F] of all tokens."""
         return self.parts[layer].sum(0)
@@ -200,7 +205,7 @@ def look(model: GriffinModel, windows: Sequence[Tensor], what: Look, progress: P
 
 def enough_for_a_token(model: GriffinModel, densities: Sequence[float]) -> list[float]:
     """Those of `densities` that keep as many experts as a token is sent to; of neurons, all."""
-    least = max((block.active / block.neurons for block in model.engine.blocks), default=0.0)
+    least = max((block.active / block.neurons for block in model.engine.blocks if block.neurons), default=0.0)
     return [density for density in densities if density >= least]
 
 
@@ -225,7 +230,7 @@ def prompt_loss(
         else int(split_tokens(torch.ones(1, ids.numel(), dtype=torch.float32, device="cpu"))[0, 1].sum())
     )
     layers = []
-    for layer in routed or range(len(seen.parts)):
+    for layer in routed or seen.layers:
         parts = seen.parts[layer]
         points = [*densities, *(planned[layer : layer + 1] if planned else ())]
         shares = {"kept": share_of_largest(seen.squared(layer), points)}
@@ -249,7 +254,7 @@ def prompt_loss(
             for name, rows in columns.items()
         },
         **means,
-        "bits_gained": None if routed else _mean([bits_gained(seen.squared(i)) for i in range(len(seen.parts))]),
+        "bits_gained": None if routed else _mean([bits_gained(seen.squared(i)) for i in seen.layers]),
         "layers": layers,
     }
 
@@ -289,14 +294,14 @@ def _stacked(observed: Sequence[Observed], layer: int) -> Tensor:
 
 def _flocking(by_input: dict[str, list[Observed]], what: Look) -> Numbers:
     first = by_input["original"][:1]
-    layers = [{"layer": layer, **_shares(first, layer)} for layer in range(len(first[0].parts))]
+    layers = [{"layer": layer, **_shares(first, layer)} for layer in first[0].layers]
     return {"tokens": first[0].tokens, "features": what.features, "shown": list(what.layers), "layers": layers}
 
 
 def _jaccard(by_input: dict[str, list[Observed]], what: Look) -> Numbers:
     observed = by_input["original"]
     rows = []
-    for layer in range(len(observed[0].parts)):
+    for layer in observed[0].layers:
         squared = _stacked(observed, layer)
         for density in what.densities:
             rows.append(
@@ -320,7 +325,7 @@ def _inputs(by_input: dict[str, list[Observed]], what: Look) -> Numbers:
             "jaccard": mean_jaccard(_stacked(observed, layer), _HALF),
         }
         for kind, observed in by_input.items()
-        for layer in range(len(observed[0].parts))
+        for layer in observed[0].layers
     ]
     observed = by_input["original"]
     sizes = {"windows": len(observed), "tokens": observed[0].tokens, "features": what.features}
@@ -330,7 +335,8 @@ def _inputs(by_input: dict[str, list[Observed]], what: Look) -> Numbers:
 def _statistic(by_input: dict[str, list[Observed]], what: Look) -> Numbers:
     first = by_input["original"][0]
     layers = [
-        {"layer": layer, "neurons": parts.shape[1], "s": sorted_statistic(first.squared(layer), _POINTS)}
-        for layer, parts in enumerate(first.parts)
+        {"layer": layer, "neurons": squared.numel(), "s": sorted_statistic(squared, _POINTS)}
+        for layer in first.layers
+        for squared in [first.squared(layer)]
     ]
     return {"tokens": first.tokens, "layers": layers}

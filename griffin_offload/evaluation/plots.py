@@ -310,7 +310,7 @@ def flocking(numbers: Numbers, heatmaps: Mapping[int, Matrix]) -> "Figure":
             continue
         layer = layers[place]
         image = _show(axis, heatmaps[layer], top)
-        share = numbers["layers"][layer]["share_of_top_half"]
+        share = next(own["share_of_top_half"] for own in numbers["layers"] if own["layer"] == layer)
         axis.set_title(f"layer {layer}\ntop half: {share:.0%}", fontsize=9.5)
         axis.set_xlabel("feature")
         if place % columns == 0:

@@ -208,6 +208,8 @@ class _PromptStatistic(_RowVisitor):
         self.squared = torch.zeros(count, block.neurons, dtype=torch.float32, device=device)
         width = block.width if self._with_means else 0
         self.means = torch.zeros(count, width, dtype=torch.float32, device=device)
+        if not block.neurons:  # nothing will be seen
+            self._prompts_end()
 
     def see(self, index: int, found: Activations) -> None:
         own = self.by_row(found)

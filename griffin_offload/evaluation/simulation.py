@@ -235,7 +235,7 @@ class _Simulation:
         self._layers_done = self._layers_in_all = 0
 
     def _check_stored(self, variants: Sequence[Variant]) -> None:
-        dense = len(self._layers.decoder) > len(self._layers.compact)
+        dense = self._layers.feed_forwards > len(self._layers.compact)
         if dense and not self._shape.precision.is_plain and any(v.selection in WEIGHT_NORMS for v in variants):
             raise UsageError(
                 f"selection by norms needs the stored weights, and {self._plan.precision} ones are resident: load with "

@@ -9,7 +9,9 @@ out of it. Copies of states are kept instead: at the ends of prompts, and before
 Between two copies the part of a layer that writes its states is run again.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -138,12 +140,26 @@ def layer_like(stock: Any, ctx_tokens: int, window: int | None, bits: KVBits, sc
 # Parts of layers that write states, during one pass.
 
 
+@contextlib.contextmanager
+def single_steps(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, several tokens pass `parts` as one after the other would: a scan keeps time steps within limits
+    (Nemotron-H makes none shorter than a least one), and what decodes does not."""
+    limits = [(part, part.time_step_limit) for part in parts if hasattr(part, "time_step_limit")]
+    try:
+        for part, _ in limits:
+            part.__dict__["time_step_limit"] = (0.0, math.inf)
+        yield
+    finally:
+        for part, limit in limits:
+            part.__dict__["time_step_limit"] = limit
+
+
 class RecordedWriter(PassForward):
     """The forward of a part that writes states: what it is given for `tokens` tokens is kept, to be run again."""
 
     def __init__(self, part: nn.Module, tokens: int) -> None:
         super().__init__(part.forward)
-        self._tokens = tokens
+        self._part, self._tokens = part, tokens
         self._given: tuple[Any, Any] = ((), {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +176,8 @@ class RecordedWriter(PassForward):
     def again(self, tokens: int) -> None:
         """Write the states once more, of the first `tokens`, behind what was put back."""
         args, kwargs = _of_tokens(self._given, 0, tokens, self._tokens)
-        self._forward(*args, **kwargs)
+        with single_steps([self._part]):
+            self._forward(*args, **kwargs)
 
 
 class SplitWriter(PassForward):

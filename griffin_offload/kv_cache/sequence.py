@@ -214,7 +214,8 @@ class Context:
             self.squared[index] = squared if earlier is None else earlier + squared
 
     def share_kept(self, formula: BatchStatistic, layers: int) -> float:
-        """Share of s^2 that the chosen neurons hold, mean over `layers`; one with all its neurons keeps everything."""
+        """Share of s^2 that the chosen neurons hold, mean over `layers`, which have any; one with all of its
+        neurons keeps everything."""
         shares = self.shares_kept(formula)
         return (sum(shares.values()) + layers - len(shares)) / layers
 

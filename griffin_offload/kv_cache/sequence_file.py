@@ -20,7 +20,7 @@ from torch import Tensor
 from griffin_offload.blocks.states import StateTensor
 from griffin_offload.checkpoint.files import check_name, renamed
 from griffin_offload.checkpoint.safetensors import DTYPES
-from griffin_offload.config import TIERS
+from griffin_offload.config import MIXED
 from griffin_offload.errors import SavedContextError, one_line
 from griffin_offload.formats import planned_as
 from griffin_offload.kv_cache.kv_cache import States
@@ -185,8 +185,8 @@ def options_of(path: Path, *, model: str) -> dict[str, Any]:
             raise SavedContextError(f"{path} was saved with another model: use that one, or name another file")
         ctx_size = int(file.get_slice("tokens").get_shape()[0])
         densities, precision = [float(density) for density in identity["density"]], identity["precision"]
-        if precision == TIERS:
-            return {"density": "auto", "quantize": TIERS, "bits": float(identity["bits"]), "ctx_size": ctx_size}
+        if precision in MIXED:
+            return {"density": "auto", "quantize": precision, "bits": float(identity["bits"]), "ctx_size": ctx_size}
     same = len(set(densities)) == 1
     return {
         "density": densities[0] if same else densities,

@@ -161,12 +161,12 @@ def split_levels(score: Tensor, chosen: Tensor, counts: Counts) -> Tensor:
     return torch.cat([level.sort().values for level in ranked.split(counts)])
 
 
-def tier_shares(tiers: dict[str, int], density: float) -> str:
-    """For people: shares of the neurons by format, of which `density` are kept. All neurons in the first one, which
-    attention is in, are that format and no tiers."""
+def tier_shares(precision: str, tiers: dict[str, int], density: float) -> str:
+    """For people: `precision`, and shares of the neurons by format, of which `density` are kept. All neurons in the
+    first one, which attention is in, are that format alone."""
     used = [name for name, count in tiers.items() if count]
     if density == 1 and len(used) == 1:
         return used[0] if used[0] == next(iter(tiers)) else f"feed-forwards in {used[0]}"
     neurons = sum(tiers.values()) / density if density else 1.0
     shares = [f"{name} {tiers[name] / neurons:.0%}" for name in used]
-    return f"tiers ({', '.join([*shares, *([f'none {1 - density:.0%}'] if density < 1 else [])])})"
+    return f"{precision} ({', '.join([*shares, *([f'none {1 - density:.0%}'] if density < 1 else [])])})"

@@ -122,7 +122,7 @@ def global_counts(squared: Sequence[Tensor], density: float) -> list[int]:
 
 def _counts_at_threshold(shares: Sequence[Tensor], lows: Sequence[int], highs: Sequence[int], wanted: int) -> list[int]:
     """How many lie above the one threshold that gives at most `wanted` in all, after clamping: bisection."""
-    above, below = float(max(layer.max() for layer in shares)) + 1e-30, -1.0
+    above, below = float(max(layer.max() for layer in shares if layer.numel())) + 1e-30, -1.0
     counts = list(lows)
     for _ in range(64):
         threshold = (above + below) / 2

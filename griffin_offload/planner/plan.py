@@ -83,7 +83,7 @@ class Plan:
     @property
     def in_words(self) -> str:
         """The precision, of tiers their shares."""
-        return tier_shares(self.tiers, self.density) if self.tiers else self.precision
+        return tier_shares(self.precision, self.tiers, self.density) if self.tiers else self.precision
 
     @property
     def peak_prefill_bytes(self) -> int:
@@ -305,7 +305,7 @@ def _priced(
 ) -> Plan:
     # Neurons in fewer bits than all else draft for the stored ones, which every pass brings.
     everything = request.always_stream or (request.verifies and shape.precision not in shape.levels)
-    streamed = tuple(range(len(counts))) if everything else shape.choosing(counts)
+    streamed = shape.with_neurons if everything else shape.choosing(counts)
     slots = min(slots, len(streamed))
     resident, plain = _resident_parts(shape, counts, embeddings)
     if request.offloaded_in_budget:

@@ -1,5 +1,6 @@
 """The plan: sizes and a budget in, a density or a named shortfall out, before any weight is read."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from griffin_offload.method.selection import densities_per_layer, neurons_kept
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.plan import EmbeddingDevice, Plan, price
 from griffin_offload.planner.request import PlanRequest, planned_use
-from griffin_offload.planner.tiers import least_bits, tiered_choices, tiers_within
+from griffin_offload.planner.tiers import expected_error, least_bits, tiered_choices, tiers_within
 from griffin_offload.units import format_bytes
 
 # One layer computes while the next one is read; one slot alone works, without the overlap.
@@ -41,20 +42,23 @@ def solve(
 
     `shapes` are the model in the precisions to choose from, best first. Best is the first rung of the ladder that
     fits: all neurons in each precision, and only then fewer neurons, as many as fit, in the last; each with a KV cache
-    in 16 bits and then, where that is allowed, in 8. Without `ctx_tokens` that is asked at the context's floor; what is
+    in 16 bits and then, where that is allowed, in 8. Of mixtures of fewer bits, which all share a rung, it is the one
+    that is expected to err least. Without `ctx_tokens` that is asked at the context's floor; what is
     left over lengthens a context in 16 bits, then pays for a second slot and for embeddings on the device. Where not
     even the last rung has room for the floor, the context shrinks.
     So more memory never gives fewer bits or neurons, nor, with as many of both, a shorter context. `others` are
     precisions that were not asked for: a remedy.
     """
     contexts, shapes = _contexts(shapes[0], request), _of_bits(shapes, request)
-    ladder = list(_ladder(shapes, request))
-    for shape, rung in ladder:
-        plan, grows = _best_quality(shape, rung, contexts.floor)
-        if plan.fits:
+    for choices, rung in _ladder(shapes, request):
+        found = [(shape, *_best_quality(shape, rung, contexts.floor)) for shape in choices]
+        fitting = [(shape, plan, grows) for shape, plan, grows in found if plan.fits]
+        if fitting:
+            shape, plan, grows = _least_error(fitting)
             if grows and rung.kv_bits == request.kv_bits:
                 plan = _lengthened(shape, rung, plan, contexts.floor, contexts.most)
             return _with_the_rest(shape, rung, plan), None
+    shape, plan, _ = found[-1]
     plan = _lengthened(shape, rung, plan, contexts.least, contexts.floor)
     if plan.fits:
         return _with_the_rest(shape, rung, plan), None
@@ -66,24 +70,32 @@ def solve(
     return plan, remedy
 
 
+def _least_error(plans: list[tuple[ModelSizes, Plan, bool]]) -> tuple[ModelSizes, Plan, bool]:
+    return plans[0] if len(plans) == 1 else min(plans, key=lambda one: expected_error(one[0], one[1].counts) or 0)
+
+
 def _of_bits(shapes: Sequence[ModelSizes], request: PlanRequest) -> Sequence[ModelSizes]:
-    """Those of `shapes` that may have the bits that were asked for."""
+    """That of `shapes` which is expected to err least in the bits that were asked for."""
     bits = request.bits
     if isinstance(bits, str):
         return shapes
-    return [shape for shape in shapes if len(shape.levels) > 1 and least_bits(shape) <= bits][:1] or shapes[-1:]
+    mixed = [shape for shape in reversed(shapes) if len(shape.levels) > 1 and least_bits(shape) <= bits]
+    if not mixed:
+        return shapes[-1:]
+    return [min(mixed, key=lambda shape: expected_error(shape, tiers_within(shape, bits)) or 0)]
 
 
-def _ladder(shapes: Sequence[ModelSizes], request: PlanRequest) -> Iterator[tuple[ModelSizes, PlanRequest]]:
+def _ladder(shapes: Sequence[ModelSizes], request: PlanRequest) -> Iterator[tuple[list[ModelSizes], PlanRequest]]:
     """What to try, best first: a neuron in fewer bits is worth more than none, and a KV cache in 8 bits costs less than
     matrices in fewer."""
-    for shape in shapes:
+    for _, group in itertools.groupby(shapes, key=lambda shape: (len(shape.levels) > 1, shape.precision)):
+        choices = list(group)
         whole = replace(request, density=1.0) if request.density == "auto" else request
-        asked = request if shape is shapes[-1] or len(shape.levels) > 1 else whole
+        asked = request if choices[-1] is shapes[-1] or len(choices[0].levels) > 1 else whole
         if request.halves_kv:
-            yield shape, whole
+            yield choices[:1], whole
             asked = replace(asked, kv_bits=8)
-        yield shape, asked
+        yield choices, asked
 
 
 def alternatives(shapes: Sequence[ModelSizes], request: PlanRequest, ctx_tokens: int) -> list[Plan]:

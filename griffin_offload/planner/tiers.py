@@ -1,7 +1,8 @@
 """Neurons in several formats: for every number of bytes how many a layer has of each.
 
-In int8 and int4 whole layers are of one format, so that nothing has to be chosen for a prompt. In fewer bits the prompt
-says which neurons of a layer have how many: there it gains most.
+Either whole layers are of one format, so that nothing has to be chosen for a prompt, or the prompt says which neurons
+of a layer have how many bits. The second loses less in the same bits, from int4 on down, but a prompt has to pass
+through slots, for which the first has bits instead.
 
 Nothing is known of a model before a weight is read, so that energies are taken as typical: every layer of a width has
 the same counts. Measured ones gave no better answers (benchmarks/NOTES.md).
@@ -33,16 +34,17 @@ class TierChoices(Sequence[tuple[Counts, ...]]):
     """Counts of all layers, ascending in bytes, down to the smallest share of neurons that a plan may keep."""
 
     def __init__(self, shape: ModelSizes) -> None:
+        self._shape, layers = shape, [shape.layers[index] for index in shape.with_neurons]
         levels = [
             [
                 Level(size.neuron_bytes, format.distortion)
                 for size, format in zip(layer.levels, shape.levels, strict=True)
             ]
-            for layer in shape.layers
+            for layer in layers
         ]
-        block = max(NEURON_MULTIPLE, *(size.multiple for layer in shape.layers for size in layer.levels))
-        self.allocation = Allocation([typical_energies(layer.neurons) for layer in shape.layers], levels, block)
-        least = math.ceil(sum(layer.neurons for layer in shape.layers) * MIN_AUTO_DENSITY)
+        block = max(NEURON_MULTIPLE, *(size.multiple for layer in layers for size in layer.levels))
+        self.allocation = Allocation([typical_energies(layer.neurons) for layer in layers], levels, block)
+        least = math.ceil(sum(layer.neurons for layer in layers) * MIN_AUTO_DENSITY)
         self.first = bisect_left(range(len(self.allocation)), least, key=lambda i: sum(map(sum, self.allocation[i])))
 
     def __len__(self) -> int:
@@ -51,30 +53,44 @@ class TierChoices(Sequence[tuple[Counts, ...]]):
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return self.allocation[self.first + index % len(self)]
+        return _in_all_layers(self._shape, self.allocation[self.first + index % len(self)])
+
+
+def _in_all_layers(shape: ModelSizes, counts: Sequence[Counts]) -> tuple[Counts, ...]:
+    """`counts` of the layers with neurons, and none of the others'."""
+    own = dict(zip(shape.with_neurons, counts, strict=True))
+    return tuple(own.get(index, (0,) * len(shape.levels)) for index in range(len(shape.layers)))
 
 
 class LayerChoices(Sequence[tuple[Counts, ...]]):
-    """The same where whole layers are in the first of two formats, from one of them to all: the last layer, whose
-    errors no other makes less of, then from the first one on."""
+    """The same of whole layers, all but those that are in the next lower format in one: the last layer is raised first,
+    whose errors no other makes less of, then from the first one on."""
 
     def __init__(self, shape: ModelSizes) -> None:
-        self._neurons = [layer.neurons for layer in shape.layers]
+        self._shape, self._levels = shape, len(shape.levels)
+        self._neurons = [shape.layers[index].neurons for index in shape.with_neurons]
 
     def __len__(self) -> int:
-        return len(self._neurons)
+        return len(self._neurons) * (self._levels - 1)
 
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        last, others = len(self) - 1, index % len(self)
-        return tuple((n, 0) if layer in (last, *range(others)) else (0, n) for layer, n in enumerate(self._neurons))
+        last = len(self._neurons) - 1
+        raised, others = divmod(index % len(self), last + 1)
+        lower = self._levels - 1 - raised
+        on_level = [lower - (layer in (last, *range(others))) for layer in range(last + 1)]
+        counts = [
+            tuple(count * (level == own) for level in range(self._levels))
+            for count, own in zip(self._neurons, on_level, strict=True)
+        ]
+        return _in_all_layers(self._shape, counts)
 
 
 @functools.lru_cache(maxsize=8)
 def tiered_choices(shape: ModelSizes) -> Sequence[tuple[Counts, ...]]:
     """All that a plan considers."""
-    return TierChoices(shape) if shape.levels[0].is_tier else LayerChoices(shape)
+    return LayerChoices(shape) if shape.by_layer else TierChoices(shape)
 
 
 def bits_of(shape: ModelSizes, counts: Sequence[Counts]) -> float:
@@ -91,7 +107,8 @@ def tiers_within(shape: ModelSizes, bits: float | Literal["auto"]) -> tuple[Coun
         return choices[-1]
     index = bisect_right(range(len(choices)), bits, key=lambda i: bits_of(shape, choices[i])) - 1
     if index < 0:
-        raise UsageError(f"bits is {bits:g}: tiers of this model take {least_bits(shape):.2f} bits a weight, and more")
+        least = f"{least_bits(shape):.2f} bits a weight"
+        raise UsageError(f"bits is {bits:g}: {shape.precision_name} of this model take {least}, and more")
     return choices[index]
 
 
@@ -106,7 +123,7 @@ def options_again(shape: ModelSizes, counts: Sequence[Counts]) -> dict[str, Any]
         return {"quantize": shape.option, "bits": bits_of(shape, counts), "density": "auto"}
     if shape.precision not in shape.levels:  # they draft: of what is asked, the same comes again
         return {"quantize": "auto", "density": "auto"}
-    densities = [sum(own) / layer.neurons for own, layer in zip(counts, shape.layers, strict=True)]
+    densities = [layer.density(sum(own)) for own, layer in zip(counts, shape.layers, strict=True)]
     return {"quantize": shape.option, "density": densities}
 
 
@@ -119,4 +136,4 @@ def expected_error(shape: ModelSizes, counts: Sequence[Counts]) -> float | None:
     for layer, own in zip(shape.layers, counts, strict=True):
         errors = [format.distortion for format in shape.levels]
         total += distortion_of(typical_energies(layer.neurons), own, errors)
-    return total / len(shape.layers)
+    return total / len(shape.with_neurons)

@@ -24,13 +24,13 @@ _REASONS = {
     ),
     "a past that is no KV cache": (
         hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64),
-        "keeps its past in",
+        "keeps its past in|no layer of MambaForCausalLM has a feed-forward",  # from transformers 5.24 on in a KV cache
     ),
     "no feed-forward block": (
         hf.NemotronHConfig(
             **_HEADS, layers_block_type=["mamba", "attention"], mamba_num_heads=4, mamba_head_dim=8, n_groups=2
         ),
-        "has 0 FF blocks",
+        "no layer of NemotronHForCausalLM has a feed-forward",
     ),
     "experts that are called otherwise": (
         hf.JetMoeConfig(**_HEADS, num_local_experts=4),
@@ -45,6 +45,26 @@ def test_the_true_reason_is_named(name: str):
     with pytest.raises(UnsupportedModel, match=words) as refused:
         model_shape(build_on_meta(config, torch.float32))
     assert ("mixture-of-experts" in str(refused.value)) == name.startswith("experts")
+
+
+def test_layers_without_a_feed_forward_and_those_of_another_one():
+    """Attention or a recurrence alone has no neurons; what takes no KV cache is a feed-forward that nobody knows."""
+    kinds = ["mamba", "mlp", "attention"]
+    config = hf.NemotronHConfig(**_HEADS, layers_block_type=kinds, mamba_num_heads=4, mamba_head_dim=8, n_groups=2)
+    model = build_on_meta(config, torch.float32)
+    _, blocks = find_feed_forwards(model, 3)
+    assert [block.neurons for block in blocks] == [0, 64, 0]
+    shape = model_shape(model)
+    assert shape.with_neurons == (1,)
+    assert [layer.ff_bytes for layer in shape.layers] == [0, 2 * 32 * 64 * 4, 0]
+    for layer, sizes in zip(model.model.layers, shape.layers, strict=True):
+        every = sum(parameter.nbytes for parameter in layer.parameters())
+        assert sizes.attention_bytes + sizes.norm_bytes + sizes.ff_bytes == every
+    mixer = model.model.layers[1].mixer
+    mixer.widen = mixer.up_proj
+    del mixer.up_proj
+    with pytest.raises(UnsupportedModel, match=r"layer 1 has 0 FF blocks .* mixer\.widen"):
+        find_feed_forwards(model, 3)
 
 
 def test_layers_of_different_heads_are_counted_one_by_one():

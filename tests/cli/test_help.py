@@ -128,7 +128,7 @@ def test_shown_defaults_and_choices_are_those_of_the_dataclass(cli, command: str
         "device": tuple(config.DEVICE_NAMES),
         "offload": get_args(config.Offload),
         "selection": get_args(config.SelectionMethod),
-        "quantize": ("auto", *(format.name for format in every()), config.TIERS),
+        "quantize": ("auto", *(format.name for format in every()), *config.MIXED),
         "dtype": get_args(config.DType),
     }.items():
         if command == "plan" and name in OF_RUN:

@@ -74,6 +74,21 @@ def test_numbers_are_those_of_the_model(cli, llama: Path, text: Path, tmp_path: 
             torch.testing.assert_close(torch.tensor(heatmaps[str(layer)]) * 1e-4, expected, atol=1e-4, rtol=0)
 
 
+def test_layers_without_a_feed_forward_are_in_no_figure(cli, checkpoints, text: Path, tmp_path: Path):
+    """Of those that there are to choose from, the first and the last are shown; a prompt's table has no others."""
+    options = ("-m", checkpoints("nemotron_h"), *MEMORY)
+    figures = ("--text", text, "--output", tmp_path, *SMALL, "--json")
+    found = cli("inspect", *options, *figures).json
+    layers = {name: [row["layer"] for row in found[name]["layers"]] for name in ("flocking", "statistic")}
+    assert layers == {"flocking": [1, 3], "statistic": [1, 3]}
+    assert {row["layer"] for name in ("jaccard", "inputs") for row in found[name]["rows"]} == {1, 3}
+    assert found["flocking"]["shown"] == [1, 3]
+    cli.refuses(2, "layer 2 has no feed-forward: choose of 1, 3", "inspect", *options, *figures, "--layers", "2")
+    of_prompt = cli("inspect", *options, "--prompt", DOCUMENT, "--json").json
+    assert [row["layer"] for row in of_prompt["layers"]] == [1, 3]
+    assert of_prompt["plan"]["densities"] == [1.0] * 4
+
+
 def test_perplexities_are_those_of_eval(cli, llama: Path, text: Path, tmp_path: Path):
     options = ("-m", llama, *MEMORY, "--text", text, "--windows", 2, "--density", "0.5,0.25")
     outcome = cli(

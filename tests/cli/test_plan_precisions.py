@@ -123,9 +123,9 @@ def rows(text: str) -> list[list[str]]:
 
 
 LISTED: list[tuple[tuple[str, ...], list[tuple[str, bool]]]] = [
-    ((), [("int8", False), ("tiers", True), ("int4", False)]),
-    (("--quantize", "int8"), [("int8", True), ("tiers", False), ("int4", False)]),
-    (("--quantize", "int4"), [("int4", True), ("int8", False), ("tiers", False)]),
+    ((), [("int8", False), ("layers", True), ("int4", False)]),
+    (("--quantize", "int8"), [("int8", True), ("layers", False), ("int4", False)]),
+    (("--quantize", "int4"), [("int4", True), ("int8", False), ("layers", False)]),
     (("--density", "0.5"), [("int8", True), ("int8", False), ("int4", False)]),
 ]
 
@@ -150,7 +150,7 @@ def test_what_else_fits(cli, config, flags: tuple[str, ...], listed: list[tuple[
     outcome = cli(*command, "-v", *flags)
     assert outcome.err == ""
     table = rows(outcome.out)
-    names = {"tiers": "int8+int4"}
+    names = {"layers": "int8+int4"}
     assert [(row[1], row[0] == "*") for row in table] == [(names.get(name, name), own) for name, own in listed]
     assert [float(row[2]) for row in table] == [round(row["density"], 2) for row in found]
     assert [float(row[7]) for row in table] == [float(f"{row['expected_tokens_per_s']:.3g}") for row in found]
@@ -281,6 +281,6 @@ def test_an_int8_copy_in_less_says_that_it_is_rounded_again(cli, tmp_path: Path)
     flags = ("plan", "-m", tmp_path / "copy", "--device", "cpu", "--ctx-size", 64, "--max-gpu-mem")
     assert "rounded" not in cli(*flags, "5MB").out
     text = cli(*flags, "4MB").out
-    assert "nothing streamed, tiers (int8 " in text
+    assert "nothing streamed, layers (int8 " in text
     assert "int4: rounded a second time, from int8; the original is nearer to it" in text
     assert "convert --quantize tiers of the original" in cli(*flags, "2.9MB").out

@@ -13,7 +13,7 @@ from torch import Tensor
 from griffin_offload import GriffinModel
 from griffin_offload.errors import GriffinError, SavedContextError, UsageError
 
-STATELESS = [name for name in MIXTURES if name not in ("lfm2_moe", "qwen3_next")]
+STATELESS = [name for name in MIXTURES if name not in ("lfm2_moe", "qwen3_next", "nemotron_3")]
 RESTRICTED = [name for name in STATELESS if name != "phimoe"]
 
 
@@ -71,6 +71,11 @@ def test_exact_mode_samples(checkpoints):
         found = [model.generate(_ids(), max_new_tokens=12, do_sample=True, eos_token_id=None) for _ in range(2)]
         assert found[0].shape == (1, 32)
         assert model.last_report.drafting.passes > 1
+
+
+def test_drafts_of_experts_are_in_the_stored_precision(checkpoints):
+    with pytest.raises(UsageError, match="exact mode of a mixture of experts drafts in the stored precision: leave"):
+        _load(checkpoints("mixtral"), exact=True, quantize="int4")
 
 
 def test_drafts_need_a_router_that_can_be_restricted(checkpoints):

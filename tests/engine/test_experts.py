@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from marks import mostly_slow
 from safetensors.torch import load_file, save_file
-from tiny_models import LAYERS, MIXTURES, VOCAB
+from tiny_models import MIXTURES, VOCAB
 from torch import Tensor
 
 from griffin_offload import GriffinModel
@@ -54,7 +54,7 @@ def _dense(directory: Path) -> hf.PreTrainedModel:
 def _experts_of(model: Any, name: str) -> dict[int, Any]:
     """The modules of experts by layer: dense layers have none."""
     named = dict(model.named_modules())
-    paths = {i: MIXTURES[name].down.format(i=i) for i in range(LAYERS)}
+    paths = {i: MIXTURES[name].down.format(i=i) for i in range(model.config.num_hidden_layers)}
     return {i: named[path] for i, path in paths.items() if path in named}
 
 
@@ -126,6 +126,7 @@ _ROUTERS = {
     "flex_olmo": ("softmax", "none"),
     "lfm2_moe": ("sigmoid", "sum", "bias"),
     "qwen3_next": ("softmax", "sum", "-inf"),
+    "nemotron_3": ("sigmoid", "sum", "bias"),
 }
 
 

@@ -19,7 +19,7 @@ from marks import mostly_slow
 from packed_experts import write_mxfp4
 from reference import masked_after_prefill
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES, MIXTURES, VOCAB, every_architecture, write_tokenizer
+from tiny_models import ARCHITECTURES, HYBRIDS, MIXTURES, VOCAB, every_architecture, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
@@ -34,9 +34,9 @@ from griffin_offload.formats.translated import in_memory
 NO_NUMBER = "bloom"
 
 
-@pytest.mark.parametrize("name", every_architecture())
+@pytest.mark.parametrize("name", [*every_architecture(), "nemotron_h"])
 def test_transformers_loads_it_and_computes_with_the_chosen_neurons(checkpoints, tmp_path: Path, name: str):
-    path, down = checkpoints(name), ARCHITECTURES[name].down
+    path, down = checkpoints(name), (ARCHITECTURES | HYBRIDS)[name].down
     dense = AutoModelForCausalLM.from_pretrained(path)
     if name == NO_NUMBER:
         with pytest.raises(UnsupportedModel, match="its config has no number for the neurons"):

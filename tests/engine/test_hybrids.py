@@ -1,5 +1,6 @@
 """Layers that keep a state of convolutions or recurrences, and other ways to differ from layer to layer."""
 
+import dataclasses
 import inspect
 import weakref
 from pathlib import Path
@@ -8,21 +9,24 @@ from typing import Any
 import pytest
 import torch
 from marks import mostly_slow
+from quantised_reference import quantised_generate
 from reference import collect_z, dense_generate, masked_generate, select_direct, shared_statistic_float64
-from tiny_models import CHAT_TEMPLATE, FURTHER, HYBRIDS, VOCAB, write_tokenizer
+from tiny_models import CHAT_TEMPLATE, FURTHER, HYBRIDS, VOCAB, write_checkpoint, write_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel, UsageError
+from griffin_offload.engine.convert import convert
 from griffin_offload.engine.generation import cache_bytes, state_bytes
 
 CTX = 72
 TOKENS, NEW = 40, 16
 NOT_BACK = "layers of kind linear_attention keep a state that cannot be rolled back"
 
-# One of each way to differ: positions, KV entries that are shared, convolutions, two kinds of recurrences.
-QUICKLY = ("smollm3", "gemma4", "lfm2", "qwen3_5", "falcon_h1")
+# One of each way to differ: positions, KV entries that are shared, convolutions, two kinds of recurrences, layers
+# without a feed-forward.
+QUICKLY = ("smollm3", "gemma4", "lfm2", "qwen3_5", "falcon_h1", "nemotron_h")
 EACH = mostly_slow([*QUICKLY, *(name for name in FURTHER | HYBRIDS if name not in QUICKLY)], len(QUICKLY))
 
 
@@ -82,6 +86,34 @@ def test_a_norm_of_neurons_counts_those_left_out_as_zeros(options: dict[str, Any
     expected = torch.cat(own) * z / (z.square().sum(-1, keepdim=True) / 128 + dense.config.rms_norm_eps).sqrt()
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_layers_without_a_feed_forward_rest_in_their_format(checkpoints, tmp_path: Path, precision: str):
+    """Mamba and attention alone, quantised as beside a feed-forward: against dense transformers with rounded matrices;
+    and a converted copy."""
+    path, architecture = write_checkpoint("nemotron_h", tmp_path / "plain"), HYBRIDS["nemotron_h"]
+    convert(path, tmp_path / "copy", precision)
+    ids, mask = _prompts(1)
+    options = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+
+    def answer(model: GriffinModel) -> tuple[torch.Tensor, torch.Tensor]:
+        output = model.generate(ids, **options)
+        assert model.resident_bytes == model.plan.resident_bytes
+        assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+        return output.sequences, torch.stack(output.logits)
+
+    model = _load(path, quantize=precision)
+    assert model.plan.streamed == (1, 3)
+    sequences, logits = answer(model)
+    dense, sets = AutoModelForCausalLM.from_pretrained(path), list(model.selected.values())
+    sizes = (architecture.down, architecture.neurons, precision, (ids, mask), sets, NEW)
+    tokens, expected = quantised_generate(dense, *sizes, head=precision != "int8")
+    assert torch.equal(sequences, tokens)
+    assert (logits - expected).norm() / expected.norm() < 2e-3
+    whole, copied = (answer(_load(source, quantize=precision, density=1.0)) for source in (path, tmp_path / "copy"))
+    assert torch.equal(whole[0], copied[0])
+    torch.testing.assert_close(whole[1], copied[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [*HYBRIDS, "gemma4"])
@@ -173,6 +205,20 @@ def test_exact_mode_and_contexts_where_layers_differ(name: str, checkpoints, tmp
     expected, _ = dense_generate(dense, ids, None, NEW)
     assert torch.equal(model.generate(ids, context=loaded, **options), expected)
     assert model.last_report.cached_prompt_tokens == 30
+
+
+@pytest.mark.parametrize("options", [{"exact": True, "draft_tokens": 4}, {"density": 1.0, "refresh": 3}])
+def test_passes_between_tokens_take_the_time_steps_of_single_ones(tmp_path: Path, options: dict[str, Any]):
+    """transformers' scan of Nemotron-H makes time steps no shorter than a least one, and decoding does not."""
+    architecture = HYBRIDS["nemotron_h"]
+    settings = architecture.settings | {"time_step_min": 0.5, "time_step_max": 1.0}
+    dataclasses.replace(architecture, settings=settings).build().save_pretrained(tmp_path)
+    dense, ids = AutoModelForCausalLM.from_pretrained(tmp_path), _prompts(1)[0]
+    expected, logits = dense_generate(dense, ids, None, NEW)
+    model = _load(tmp_path, **options, always_stream=True)
+    output = model.generate(ids, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    assert (torch.stack(output.logits) - logits).norm() / logits.norm() < 1e-5
 
 
 def test_simulation_is_refused_where_rows_share_entries(checkpoints):

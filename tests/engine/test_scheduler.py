@@ -19,7 +19,7 @@ from griffin_offload.engine.scheduler import HasToWait, SequenceScheduler
 
 TOGETHER = tuple(
     name for name in (*ARCHITECTURES, *FURTHER, *MIXTURES)
-    if not name.startswith(("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "qwen3_next"))
+    if not name.startswith(("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "qwen3_next", "nemotron"))
 )  # fmt: skip
 """Architectures whose sequences can be computed together."""
 

@@ -76,9 +76,10 @@ def simulated_directly(
 
         return hook
 
-    layers = range(model.config.num_hidden_layers)
-    modules = [model.get_submodule(down_pattern.format(i=i)) for i in layers]
-    handles = [module.register_forward_pre_hook(masking(i)) for i, module in enumerate(modules)]
+    named = dict(model.named_modules())
+    modules = [(i, named.get(down_pattern.format(i=i))) for i in range(model.config.num_hidden_layers)]
+    handles = [module.register_forward_pre_hook(masking(i)) for i, module in modules if module is not None]
+    assert handles, down_pattern
     try:
         return dense_forward(model, ids[None])[0].float().log_softmax(-1)
     finally:

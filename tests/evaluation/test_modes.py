@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation.direct import gated, kept_by, plain, simulated_directly
-from reference import dense_forward, statistic_float64
-from tiny_models import ARCHITECTURES, VOCAB
+from reference import dense_forward, select_direct, statistic_float64
+from tiny_models import ARCHITECTURES, HYBRIDS, VOCAB
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -90,6 +90,31 @@ def test_generation(checkpoints, name: str, selection: str, compensate: bool):
         expected = simulated_directly(dense, ARCHITECTURES[name].down, ids, prompt, kept, compensate=compensate)
         log_probs = expected[prompt - 1 :].gather(-1, sample.ids[prompt:, None])[:, 0]
         torch.testing.assert_close(scores.variants[0].log_probs, log_probs, **CLOSE)
+
+
+def test_layers_without_a_feed_forward_are_passed_as_they_are(checkpoints):
+    """Mamba and attention alone, between layers that choose: the formulas on the others, and the share of a run."""
+    path, down = checkpoints("nemotron_h"), HYBRIDS["nemotron_h"].down
+    sample, variants = Sample.generation(_ids(21), _ids(9, 1)), [Variant(0.5), Variant(0.5, compensate=True)]
+    model, dense = _both(path, ctx_size=64)
+    found = simulate(model, [sample], variants)[0].variants
+    for scores, variant in zip(found, variants, strict=True):
+        expected = simulated_directly(
+            dense,
+            down,
+            sample.ids[:-1],
+            21,
+            lambda _, z: select_direct("topk", 64, statistic_float64(z)),
+            compensate=variant.compensate,
+        )
+        log_probs = expected[20:].gather(-1, sample.ids[21:, None])[:, 0]
+        torch.testing.assert_close(scores.log_probs, log_probs, **CLOSE)
+    model.generate(sample.ids[None, :21], max_new_tokens=2, do_sample=False)
+    assert model.last_prefill.activation_kept == 0
+    model, _ = _both(path, ctx_size=64, quantize="int8", always_stream=True)
+    assert [layer.numel() for layer in prompt_prior(model, [sample])] == [0, 128, 0, 128]
+    everywhere = simulate(model, [sample], [Variant(0.5, allocation="global"), Variant(0.5, "output_aware")])[0]
+    assert all(0.5 < scores.activation_kept < 1 for scores in everywhere.variants)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

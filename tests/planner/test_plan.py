@@ -37,11 +37,12 @@ def _shape_of(**settings: int) -> ModelSizes:
 
 @st.composite
 def shapes(draw: st.DrawFn) -> ModelSizes:
-    """Any model: layers of different widths, tied or not, windows, inline FFs."""
+    """Any model: layers of different widths, or without a feed-forward, tied or not, windows, inline FFs."""
     layers = draw(st.integers(1, 6))
     hidden = draw(st.integers(8, 512))
     item = draw(st.sampled_from([2, 4]))
-    neurons = draw(st.lists(st.integers(1, 2048), min_size=layers, max_size=layers))
+    some = st.one_of(st.just(0), st.integers(1, 2048))
+    neurons = draw(st.lists(some, min_size=layers, max_size=layers).filter(any))
     windows = draw(st.lists(st.sampled_from([None, 64]), min_size=layers, max_size=layers))
     gated = draw(st.booleans())
     return ModelSizes(
@@ -50,7 +51,7 @@ def shapes(draw: st.DrawFn) -> ModelSizes:
                 n,
                 (NeuronSizes((3 if gated else 2) * hidden * item),),
                 n * (3 if gated else 2) * hidden * item,
-                n * (3 if gated else 2) * hidden * item + 100,
+                n * (3 if gated else 2) * hidden * item + 100 * bool(n),
                 4 * hidden * hidden * item,
                 2 * hidden * item,
                 window,

@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 
 from griffin_offload import UsageError
 from griffin_offload.blocks.layouts import build_on_meta
-from griffin_offload.blocks.sizes import ModelSizes, model_shape
-from griffin_offload.config import TIERS
+from griffin_offload.blocks.sizes import ModelSizes, NeuronSizes, model_shape
+from griffin_offload.config import FLOOR_AUTO_CTX, LAYERS, TIERS
 from griffin_offload.formats import INT4, INT8, every, get
 from griffin_offload.method.allocation import Counts
 from griffin_offload.planner.request import PlanRequest
@@ -20,6 +20,7 @@ from griffin_offload.planner.solve import best_plan, make_plan, solve
 from griffin_offload.planner.tiers import (
     bits_of,
     expected_error,
+    least_bits,
     options_again,
     tiered_choices,
     tiers_within,
@@ -33,8 +34,9 @@ def _shapes(neurons: int = 1024, layers: int = 4) -> list[ModelSizes]:
     """In all precisions that "auto" would try, then in tiers."""
     meta = build_on_meta(LlamaConfig(intermediate_size=neurons, num_hidden_layers=layers, **LLAMA), torch.bfloat16)
     plain, int8, int4 = (model_shape(meta, get(name)) for name in ("none", "int8", "int4"))
-    by_layers = model_shape(meta, INT8, levels=(INT8, INT4), head=INT8)
-    return [plain, int8, by_layers, int4, model_shape(meta, TIER_FORMATS[0], levels=TIER_FORMATS)]
+    by_layers = dataclasses.replace(model_shape(meta, INT8, levels=(INT8, INT4), head=INT8), by_layer=True)
+    low = model_shape(meta, TIER_FORMATS[0], levels=TIER_FORMATS)
+    return [plain, int8, by_layers, int4, dataclasses.replace(low, by_layer=True), low]
 
 
 SHAPES = _shapes()
@@ -70,7 +72,7 @@ def test_more_memory_never_expects_a_worse_answer(budgets: list[int], ctx_tokens
             assert before is None, "less was enough"
             continue
         assert plan.fits
-        shape = next(shape for shape in SHAPES if shape.level_names == plan.levels)
+        shape = next(s for s in SHAPES if (s.precision_name, s.level_names) == (plan.precision, plan.levels))
         now = expected_error(shape, plan.counts)
         assert before is None or now <= before
         before = now
@@ -123,16 +125,55 @@ def test_layers_of_int8_and_of_int4():
         assert tiers_within(shape, again["bits"]) == counts
 
 
+def test_layers_of_int4_and_less():
+    """One after the other goes from int2 to int3, and then to int4: the last one first."""
+    shape = SHAPES[4]
+    choices = tiered_choices(shape)
+    levels = ["".join(str(own.index(1024)) for own in counts) for counts in choices]
+    assert levels == ["2221", "1221", "1121", "1111", "1110", "0110", "0010", "0000"]
+    for before, now in itertools.pairwise(choices):
+        assert _ff_bytes(shape, before) < _ff_bytes(shape, now)
+        assert expected_error(shape, now) < expected_error(shape, before)
+    for counts in choices:
+        assert shape.choosing(counts) == ()
+        again = options_again(shape, counts)
+        assert again["quantize"] == LAYERS
+        assert make_plan(SHAPES[2:5:2], PlanRequest(10**8, bits=again["bits"])).counts == counts
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(18 * 10**5, 6 * 10**6), st.sampled_from([None, 300]))
+def test_no_mixture_of_few_bits_that_fits_errs_less(budget: int, ctx_tokens: int | None):
+    """Whether layers or tiers: compared with every one of both, at the context at which quality is solved."""
+    request = PlanRequest(budget, ctx_tokens)
+    plan, remedy = solve(SHAPES[4:], request)
+    if remedy is not None or plan.context_tokens < (ctx_tokens or FLOOR_AUTO_CTX):
+        return
+    fitting = [
+        expected_error(shape, counts)
+        for shape in SHAPES[4:]
+        for counts in tiered_choices(shape)
+        if best_plan(
+            shape, dataclasses.replace(request, bits=bits_of(shape, counts)), ctx_tokens or FLOOR_AUTO_CTX
+        ).fits
+    ]
+    own = next(s for s in SHAPES[4:] if s.precision_name == plan.precision)
+    # Where a second slot costs much one is planned for: the best with two may fit by more.
+    assert expected_error(own, plan.counts) <= min(fitting) * 1.0001
+
+
 @settings(max_examples=40)
 @given(st.floats(1.2, 9.0))
-def test_bits_decide_between_tiers(bits: float):
-    """From those of one layer in int8 on it is layers; what is asked for is refused where it does not fit."""
-    shapes = [SHAPES[2], SHAPES[4]]
+def test_bits_decide_between_layers_and_tiers(bits: float):
+    """The least expected error of those bits; what is asked for is refused where it does not fit."""
+    shapes = [SHAPES[2], SHAPES[4], SHAPES[5]]
     plan = make_plan(shapes, PlanRequest(10**8, bits=bits))
-    least = bits_of(SHAPES[2], tiered_choices(SHAPES[2])[0])
-    shape = SHAPES[2] if bits >= least else SHAPES[4]
-    assert plan.levels == shape.level_names
+    shape = next(s for s in shapes if (s.precision_name, s.level_names) == (plan.precision, plan.levels))
     assert bits_of(shape, plan.counts) <= bits
+    errors = [expected_error(one, tiers_within(one, bits)) for one in shapes if least_bits(one) <= bits]
+    assert expected_error(shape, plan.counts) == min(errors)
+    # With as much room as they want neurons that a prompt chooses are better than layers, but for those of int8.
+    assert plan.precision == TIERS or plan.levels == SHAPES[2].level_names
     small, remedy = solve(shapes, PlanRequest(plan.resident_bytes, bits=bits))
     assert remedy is not None
     assert small.counts == plan.counts
@@ -146,6 +187,29 @@ def test_layers_of_one_format_are_not_streamed_and_those_of_several_are():
     some = make_plan([shape], PlanRequest(10**8, bits=4.0))
     assert some.streamed == tuple(i for i, own in enumerate(some.counts) if sum(map(bool, own)) > 1)
     assert some.streamed
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_a_layer_without_neurons_changes_no_choice(place: int):
+    for shape in (SHAPES[2], SHAPES[4], SHAPES[5]):
+        without = dataclasses.replace(
+            shape.layers[0],
+            neurons=0,
+            own_width=0,
+            ff_bytes=0,
+            ff_flat_bytes=0,
+            levels=(NeuronSizes(0),) * len(shape.levels),
+        )
+        more = dataclasses.replace(shape, layers=(*shape.layers[:place], without, *shape.layers[place:]))
+        nothing = (0,) * len(shape.levels)
+        for expected, found in zip(tiered_choices(shape), tiered_choices(more), strict=True):
+            assert found == (*expected[:place], nothing, *expected[place:])
+            assert expected_error(more, found) == expected_error(shape, expected)
+            assert bits_of(more, found) == bits_of(shape, expected)
+    again = options_again(
+        dataclasses.replace(more, levels=shape.levels[:1]), [(512,)] * place + [(0,)] + [(512,)] * (4 - place)
+    )
+    assert again["density"] == [0.5] * place + [1.0] + [0.5] * (4 - place)
 
 
 def test_a_plan_of_one_format_says_how_to_have_it_again():

@@ -87,8 +87,11 @@ def _draw(weights: Tensor, k: int, generator: torch.Generator | None) -> list[in
 
 
 def _down_projections(model: PreTrainedModel, down_pattern: str) -> list[torch.nn.Module]:
-    layers = range(model.config.num_hidden_layers)
-    return [model.get_submodule(down_pattern.format(i=i)) for i in layers]
+    """Of the layers that have one: a layer may be attention alone."""
+    named = dict(model.named_modules())
+    found = [named.get(down_pattern.format(i=i)) for i in range(model.config.num_hidden_layers)]
+    assert any(found), down_pattern
+    return [module for module in found if module is not None]
 
 
 def collect_z(

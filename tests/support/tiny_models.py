@@ -260,6 +260,25 @@ _further(
     **_MAMBA,
     **_GRANITE_H,
 )
+# A layer is Mamba, attention or a feed-forward alone, as Nemotron-H and Nemotron 3 are published.
+_NEMOTRON_H: dict[str, Any] = {
+    "head_dim": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "chunk_size": 16,
+}
+_further(
+    HYBRIDS,
+    "nemotron_h",
+    hf.NemotronHConfig,
+    "model.layers.{i}.mixer.down_proj",
+    num_hidden_layers=4,
+    layers_block_type=["linear_attention", "mlp", "full_attention", "mlp"],
+    **_GQA,
+    **_NEMOTRON_H,
+)
 
 
 MIXTURES: dict[str, Architecture] = {}
@@ -315,6 +334,18 @@ _mixture(
     linear_key_head_dim=16,
     linear_value_head_dim=16,
     layer_types=["linear_attention", "full_attention", "linear_attention"],
+)
+_mixture(
+    "nemotron_3",
+    hf.NemotronHConfig,
+    "model.layers.{i}.mixer.experts",
+    num_hidden_layers=5,
+    layers_block_type=["linear_attention", "moe", "full_attention", "moe", "mlp"],
+    moe_shared_expert_intermediate_size=96,
+    routed_scaling_factor=2.5,
+    time_step_min=1e-9,  # what is longer than the least is the same in a scan and token by token
+    **_ROUTED,
+    **_NEMOTRON_H,
 )
 _REFUSED: dict[str, Architecture] = {
     "jetmoe": Architecture("jetmoe", hf.JetMoeConfig, "", 128, {**_EXPERTS, "num_local_experts": 4, "kv_channels": 16}),
