@@ -3,8 +3,10 @@
     python benchmarks/exported.py -m MODEL --prompts prompts.jsonl --text held_out.txt --llama-cpp PYTHON
 
 `--llama-cpp` is the interpreter of an environment with `xllamacpp`: GGUF files are compared with llama.cpp by the first
-choice after each of `--tokens` tokens of the text, which both are given. transformers (with compressed-tensors) is
-compared by the logits, in float32, and so is the original with its other neurons set to zero (a Llama). Ends in JSON.
+choice after each of `--tokens` tokens of the text, which both are given: all, and those that are farther than each of
+`--margin` nats before the second. llama.cpp runs every file a second time with the same weights as float32: what agrees
+then, and not before, is its arithmetic with blocks. transformers (with compressed-tensors) is compared by the logits,
+in float32, and so is the original with its other neurons set to zero (a Llama). Ends in JSON.
 """
 
 import argparse
@@ -16,15 +18,16 @@ import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
+import gguf
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.checkpoint.tokenizer import encode
 from griffin_offload.config import ExportForm
 from griffin_offload.engine import export as runtime
-from griffin_offload.engine.build import build
 
 # Runs in the other environment: reads token ids, prints the first choice after each prefix from `first` on.
 _LLAMA_CPP = """
@@ -53,7 +56,7 @@ def main() -> None:
     parser.add_argument("--most-prompts", type=int, default=48)
     parser.add_argument("--before", type=int, default=256, help="tokens that only precede")
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--margin", type=float, default=0.1)
+    parser.add_argument("--margin", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3])
     parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON")
     args = parser.parse_args()
     tokenizer = open_checkpoint(args.model).tokenizer()
@@ -109,15 +112,6 @@ def transformers_logits(
     return found
 
 
-@torch.no_grad()
-def transformers_gguf_logits(directory: Path, ids: torch.Tensor, before: int) -> torch.Tensor:
-    """The same by transformers of a GGUF file, its blocks made to float32."""
-    plain = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(directory, gguf_file="model.gguf", **plain)
-    found: torch.Tensor = model(ids[None]).logits[0, before - 1 : -1]
-    return found
-
-
 def figures(ours: torch.Tensor, full: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
     new, old = ours.log_softmax(-1), full.log_softmax(-1)
     return {
@@ -128,12 +122,12 @@ def figures(ours: torch.Tensor, full: torch.Tensor, targets: torch.Tensor) -> di
 
 def compared(
     made: runtime.Export, ours: torch.Tensor, ids: torch.Tensor, args: argparse.Namespace, choice: runtime.Choice
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """What the others make of it."""
     directory = made.directory
     if not made.form.startswith("gguf"):
         theirs = transformers_logits(directory, ids, args.before, torch.float32)
-        found = {"farthest_logit_from_transformers": float((ours - theirs).abs().max())}
+        found: dict[str, Any] = {"farthest_logit_from_transformers": float((ours - theirs).abs().max())}
         if made.form == "unquantized":
             for dtype in (torch.float32, torch.float64):
                 theirs = transformers_logits(directory, ids, args.before, dtype)
@@ -143,46 +137,50 @@ def compared(
         return found
     if args.llama_cpp is None:
         return {}
-    command = [args.llama_cpp, "-c", _LLAMA_CPP, directory / "model.gguf", str(args.before), "1"]
-    said = subprocess.run(command, input=json.dumps(ids.tolist()), stdout=subprocess.PIPE, text=True, check=True)
-    theirs = torch.tensor(json.loads(said.stdout.splitlines()[-1]))
-    known = theirs >= 0
-    ours, theirs = ours[known], theirs[known]
-    lost = ours.log_softmax(-1).max(-1).values - ours.log_softmax(-1).gather(1, theirs[:, None])[:, 0]
-    dequantised = transformers_gguf_logits(directory, ids, args.before)[known].log_softmax(-1)
-    agrees, best = theirs == dequantised.argmax(-1), dequantised.topk(2).values
-    clear = best[:, 0] - best[:, 1] > args.margin
-    rounded = logits_with_rounded_inputs(directory, ids, args.before, made.form)[known]
+    file, plain = directory / "model.gguf", directory / "float32.gguf"
+    write_float32(file, plain)
+    best = ours.log_softmax(-1).topk(2).values
+    of_blocks, of_floats = (first_choices(path, ids, args) for path in (file, plain))
+    known = of_blocks >= 0  # an answer that is no whole letter comes without its token
+    agrees, before_second = of_blocks == ours.argmax(-1), best[:, 0] - best[:, 1]
+    clear = {margin: known & (before_second > margin) for margin in args.margin}
     return {
-        "compared": len(theirs),
-        "same_first_choice_as_llama_cpp": float((theirs == ours.argmax(-1)).float().mean()),
-        "same_first_choice_as_transformers": float(agrees.float().mean()),
-        "the_same_where_it_is_clear": float(agrees[clear].float().mean()),
-        "clear": int(clear.sum()),
-        "the_same_with_inputs_rounded_as_there": float((theirs == rounded.argmax(-1)).float().mean()),
-        "ours_rounded_and_not": float((rounded.argmax(-1) == ours.argmax(-1)).float().mean()),
-        "farthest_of_its_choices_from_our_first_nats": float(lost.max()),
+        "compared": int(known.sum()),
+        "same_first_choice": float(agrees[known].float().mean()),
+        "same_where_clear": {margin: [int(agrees[c].sum()), int(c.sum())] for margin, c in clear.items()},
+        "its_choices_behind_our_first_nats": behind(ours[known], of_blocks[known]),
+        "same_first_choice_of_floats": float((of_floats == ours.argmax(-1))[of_floats >= 0].float().mean()),
+        "those_behind_our_first_nats": behind(ours[of_floats >= 0], of_floats[of_floats >= 0]),
     }
 
 
-@torch.no_grad()
-def logits_with_rounded_inputs(directory: Path, ids: torch.Tensor, before: int, form: str) -> torch.Tensor:
-    """Ours, but every matrix is given what llama.cpp gives it: bfloat16, or 8 bits in blocks of 32 numbers."""
+def first_choices(path: Path, ids: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
+    """Of llama.cpp."""
+    command = [args.llama_cpp, "-c", _LLAMA_CPP, path, str(args.before), "1"]
+    said = subprocess.run(command, input=json.dumps(ids.tolist()), stdout=subprocess.PIPE, text=True, check=True)
+    return torch.tensor(json.loads(said.stdout.splitlines()[-1]))
 
-    def rounded(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        x = given[0]
-        if form == "gguf":
-            return (x.bfloat16().float(),)
-        blocks = x.unflatten(-1, (-1, 32))
-        step = (blocks.abs().amax(-1, keepdim=True) / 127).half().float().clamp_min(1e-12)
-        return ((blocks / step).round().mul(step).flatten(-2),)
 
-    model = build(open_checkpoint(directory)).float()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(rounded)
-    found: torch.Tensor = model(ids[None]).logits[0, before - 1 : -1]
-    return found
+def behind(ours: torch.Tensor, choices: torch.Tensor) -> float:
+    """How far the farthest of the `choices` lies behind our first."""
+    logs = ours.log_softmax(-1)
+    return float((logs.max(-1).values - logs.gather(1, choices[:, None])[:, 0]).max())
+
+
+def write_float32(file: Path, out: Path) -> None:
+    """The numbers of a GGUF file as float32, by the package gguf alone."""
+    read = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(out, read.fields["general.architecture"].contents())
+    for key, field in read.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1] if field.types[1:] else None)
+    for tensor in read.tensors:
+        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        writer.add_tensor(tensor.name, numbers.reshape(tensor.shape.tolist()[::-1]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 if __name__ == "__main__":

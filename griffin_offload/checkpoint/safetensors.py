@@ -161,8 +161,10 @@ def open_safetensors(path: Path) -> Checkpoint | None:
 
 def directory_config(directory: Path) -> PretrainedConfig:
     """The config of a checkpoint's directory, which is a finished one."""
-    if (directory / UNFINISHED).is_file():
-        raise CheckpointError(f"{directory} is an unfinished conversion: run the same convert command again")
+    note = directory / UNFINISHED
+    if note.is_file():
+        kind, command = ("export", "export") if b'"export"' in note.read_bytes() else ("conversion", "convert")
+        raise CheckpointError(f"{directory} is an unfinished {kind}: run the same {command} command again")
     if not (directory / "config.json").is_file():
         refuse_what_is_no_checkpoint(directory)
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")

@@ -74,7 +74,8 @@ def add_parser(commands: Any) -> None:
 def export(arguments: argparse.Namespace) -> int:
     """Choose, write, measure, and say what was written."""
     density = _density(arguments.density)
-    options = load_options(arguments) | {"quantize": FORMAT_NAMES[0], "always_stream": True}
+    # Every layer passes in full, so no neuron need stay: the memory is that of `eval`, whatever the density.
+    options = load_options(arguments) | {"quantize": FORMAT_NAMES[0], "density": 0.0, "always_stream": True}
     LoadConfig(**options)
     quiet_libraries()
     with heavy_imports():
@@ -88,7 +89,7 @@ def export(arguments: argparse.Namespace) -> int:
     options["ctx_size"] = max(ids.numel() for ids in prompts) + 1
     choice, before = _chosen(directory, prompts, options, arguments)
     refit = prompts if arguments.refit else []
-    made = {"form": arguments.to, "selection": arguments.selection, "refit": refit}
+    made = {"form": arguments.to, "selection": arguments.selection, "refit": refit, "card": True}
     with Bar("export", "B", quiet=arguments.quiet or arguments.json) as bar:
         found = runtime.export(directory, arguments.out, choice, density, **made, progress=bar.step)
     found = runtime.measured(found, before, _after(found, prompts, options), prompts)
@@ -144,16 +145,26 @@ def _prompts(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "list[Ten
 def _messages(path: Path) -> list[list[dict[str, str]]]:
     from griffin_offload.evaluation.samples import json_lines, read_documents
 
-    if path.suffix != ".jsonl":
-        return [[{"role": "user", "content": text}] for text in read_documents(path)]
+    if path.suffix.lower() != ".jsonl":
+        texts = read_documents(path)
+        if texts and _is_row(texts[0].partition("\n")[0]):
+            raise UsageError(f"{path} holds lines of JSON, and would be read as text: name it .jsonl")
+        return [[{"role": "user", "content": text}] for text in texts]
     found = []
     for number, row in enumerate(json_lines(path), start=1):
         given = row if isinstance(row, dict) else {}
         messages = given.get("messages", [{"role": "user", "content": given.get("prompt")}])
         if not _is_chat(messages):
-            raise UsageError(f"{path}, prompt {number} has neither a text prompt nor messages with role and content")
+            raise UsageError(f"{path}, prompt {number} has neither a text prompt nor messages of role and text content")
         found.append([{"role": message["role"], "content": message["content"]} for message in messages])
     return found
+
+
+def _is_row(line: str) -> bool:
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        return isinstance(row, dict) and not row.keys().isdisjoint(("prompt", "messages"))
+    return False
 
 
 def _is_chat(messages: Any) -> bool:
@@ -181,7 +192,8 @@ def _chosen(
         GriffinModel.from_pretrained(directory, **options, keep_prompts=True) as model,
         tqdm(total=len(prompts), desc="prompts", unit="prompt", leave=False, disable=quiet or None) as bar,
     ):
-        return choose(model, prompts, bar.update), predictions(model, prompts)
+        before = predictions(model, prompts)  # the widest passes first: what does not fit is said at once
+        return choose(model, prompts, bar.update), before
 
 
 def _after(found: "Export", prompts: "list[Tensor]", options: dict[str, Any]) -> "Probabilities":
@@ -190,8 +202,7 @@ def _after(found: "Export", prompts: "list[Tensor]", options: dict[str, Any]) ->
 
     if not held_out_of(prompts):
         return []
-    whole = options | {"density": 1.0, "always_stream": False}
-    with GriffinModel.from_pretrained(found.directory, **whole) as model:
+    with GriffinModel.from_pretrained(found.directory, **options) as model:
         return predictions(model, prompts)
 
 

@@ -27,7 +27,7 @@ from griffin_offload.engine.build import build
 from griffin_offload.engine.export_files import ExportFiles, KeptCounts, Smaller, files_of
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.refit import refitted, visit_moments
-from griffin_offload.engine.shards import CopyDirectory, Reader, check_place
+from griffin_offload.engine.shards import UNMEASURED, CopyDirectory, Reader, check_place
 from griffin_offload.errors import CheckpointError, UsageError, one_line
 from griffin_offload.formats import FLOATS
 from griffin_offload.method.selection import layer_generator, neurons_kept, select_neurons
@@ -132,11 +132,13 @@ def export(
     refit: Sequence[Tensor] = (),
     offline: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    card: bool = False,
 ) -> Export:
     """Write `model` with the share `density` of every layer's neurons, those of `choice`, as `form` says. With prompts
     to `refit` on, those of `choice`, the neurons that stay make up for the others (refit.py).
 
-    The directory `out` must not exist yet, or hold the same export unfinished. Raises what `check` raises, DoesNotFit
+    The directory `out` must not exist yet, or hold the same export unfinished; with a `card` to come, it is unfinished
+    until `write_card`. Raises what `check` raises, DoesNotFit
     (the disk) or GriffinError (writing)."""
     check_place(Path(out).expanduser())
     checkpoint = open_checkpoint(model, offline=offline)
@@ -144,9 +146,15 @@ def export(
     smaller = Smaller.of(checkpoint, counts.kept)
     made = files_of(smaller, form)
     digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in choice.chosen_on.values())).hexdigest()
-    note = {"source": checkpoint.fingerprint(), "neurons": counts.kept, "selection": selection, "statistic": digest}
+    note = {
+        "kind": "export",
+        "source": checkpoint.fingerprint(),
+        "neurons": counts.kept,
+        "selection": selection,
+        "statistic": digest,
+    }
     note |= {"refit": True} if refit else {}
-    directory = CopyDirectory(out, "export", note | {"form": form}, _METADATA, _check_shard)
+    directory = CopyDirectory(out, "export", note | {"form": form}, _METADATA, _check_shard, measured=card)
     shares: list[tuple[float, float | None]] = []
     with directory.writing(), contextlib.closing(checkpoint.watched()) as watched:
         watched.check()
@@ -313,8 +321,8 @@ def predictions(model: GriffinModel, prompts: Sequence[Tensor]) -> Probabilities
     """Of the last tokens of the first few held-out `prompts`."""
     found = []
     for ids in held_out_of(prompts)[:_MEASURED_PROMPTS]:
-        logits = model.model(ids[None].to(model.device)).logits[0, -_MEASURED_TOKENS - 1 : -1]
-        found.append(logits.float().log_softmax(-1).cpu())
+        last = model.model(ids[None].to(model.device), logits_to_keep=_MEASURED_TOKENS + 1, use_cache=False)
+        found.append(last.logits[0, :-1].float().log_softmax(-1).cpu())
     return found
 
 
@@ -373,6 +381,7 @@ Fingerprint of the source: {fingerprint}. Ordinary software loads it. Written by
     {command}
 """
     write_text(found.directory / "README.md", text)
+    (found.directory / UNMEASURED).unlink(missing_ok=True)
 
 
 def _number(value: float | None) -> str:

@@ -312,7 +312,7 @@ class ModelRunner:
         self.kept_cache.release()
         tokens = tokens_of(arguments)
         keep = arguments.get("logits_to_keep", 0)
-        positions = keep if isinstance(keep, int) and keep > 0 else tokens.shape[1]
+        positions = min(keep, tokens.shape[1]) if isinstance(keep, int) and keep > 0 else tokens.shape[1]
         self.require(Workload(tokens.shape[0], tokens.shape[1], tokens.shape[1], "dynamic", logit_positions=positions))
         mask = prompt_mask(tokens, arguments.get("attention_mask"), None)
         with self.guarded(), limited_threads(self.loaded.threads):

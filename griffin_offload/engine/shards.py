@@ -43,6 +43,8 @@ from griffin_offload.units import format_bytes
 
 # Beside the tensors: headers, index, tokenizer.
 MARGIN_BYTES = 50_000_000
+UNMEASURED = ".measuring.json"
+"""The same note in an export that is whole, and has no card yet."""
 PART = ".part"
 """Ends the name of a file that grows layer by layer."""
 # Our temporary names, and those that safetensors writes under before it renames to ours.
@@ -60,10 +62,14 @@ class CopyDirectory:
         note: Mapping[str, Any],
         metadata: dict[str, str],
         check: Callable[[Path], None],
+        *,
+        measured: bool = False,
     ) -> None:
+        """`measured`: the same copy goes on, too, where it is whole and `UNMEASURED` is there."""
         self.path = Path(os.path.expanduser(path))
         check_name(self.path)
         self._kind, self._note, self._metadata, self._check = kind, dict(note), metadata, check
+        self._measured = measured
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[list[Path]]:
@@ -87,10 +93,11 @@ class CopyDirectory:
 
     def _finished(self) -> list[Path]:
         """What the same copy finished before it was interrupted, its halves deleted."""
-        note = self.path / UNFINISHED
+        note = _note_in(self.path)
         halves = {path for pattern in _HALVES for path in self.path.glob(pattern)}
         if note.is_file() and _read_note(note) != self._note:
-            raise UsageError(f"{self.path} holds an unfinished {self._kind} of another model or precision: remove it")
+            other = {"export": "another model, form or choice"}.get(self._kind, "another model or precision")
+            raise UsageError(f"{self.path} holds an unfinished {self._kind} of {other}: remove it")
         for path in halves:
             path.unlink()
         shards = sorted(self.path.glob("*.safetensors"))
@@ -148,14 +155,18 @@ class CopyDirectory:
 
     def whole(self) -> None:
         """From now on it is what it says."""
-        (self.path / UNFINISHED).unlink()
+        note = self.path / UNFINISHED
+        if self._measured:
+            note.replace(self.path / UNMEASURED)
+        else:
+            note.unlink()
 
 
 def check_place(path: Path) -> None:
     """UsageError for what is there and is no unfinished copy. OSError."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file: nothing is overwritten, give a new directory")
-    note = path / UNFINISHED
+    note = _note_in(path)
     if path.is_dir() and not note.is_file() and set(path.iterdir()) - {temporary_name(note)}:
         raise UsageError(f"{path} exists already: nothing is overwritten, give a new directory")
 
@@ -169,6 +180,11 @@ def names_in(path: Path) -> list[str]:
     """Of the tensors of a shard."""
     with safe_open(path, framework="np") as file:
         return list(file.keys())
+
+
+def _note_in(path: Path) -> Path:
+    unmeasured = path / UNMEASURED
+    return unmeasured if unmeasured.is_file() and not (path / UNFINISHED).is_file() else path / UNFINISHED
 
 
 def _read_note(note: Path) -> Any:

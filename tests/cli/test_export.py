@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from griffin_offload.engine import export
+
 OPTIONS = ("--device", "cpu", "--max-mem", "1GB")
 TEXTS = ["the cat sat", "on a private river", "she was there", "with all of them", "a river", "the cat", "she", "he"]
 
@@ -31,6 +33,28 @@ def test_it_says_what_it_wrote_and_what_that_costs(cli, llama: Path, tmp_path: P
     assert cli("run", "-m", out, "the cat", "-n", 4, *OPTIONS).code == 0
     plan = cli("plan", "-m", out, *OPTIONS, "--json").json
     assert plan["density"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["unquantized", "gguf"])
+def test_it_goes_on_where_only_its_card_is_lacking(
+    cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+):
+    options = ("--prompts", written(tmp_path / "p.jsonl"), "-m", llama, *OPTIONS, "--to", form)
+    cli("export", tmp_path / "whole" / "out", *options)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(export, "measured", interrupted)
+        assert cli("export", tmp_path / "out", *options).code == 130
+    cli.refuses(2, "another model, form or choice", "export", tmp_path / "out", *options, "--selection", "magnitude")
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert cli("export", tmp_path / "out", *options).code == 0
+    files, whole = (sorted(path.iterdir()) for path in (tmp_path / "out", tmp_path / "whole" / "out"))
+    assert [(file.name, file.read_bytes()) for file in files] == [(file.name, file.read_bytes()) for file in whole]
+    cli.refuses(2, "exists already", "export", tmp_path / "out", *options)
 
 
 @pytest.mark.slow
@@ -86,6 +110,22 @@ def test_files_without_prompts(cli, llama: Path, tmp_path: Path, row: str, words
     (tmp_path / "p.jsonl").write_text(row)
     cli.refuses(2, words, "export", tmp_path / "out", "--prompts", tmp_path / "p.jsonl", "-m", llama, *OPTIONS)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_json_lines_by_another_name_are_no_text(cli, llama: Path, tmp_path: Path, chats: bool):
+    file = written(tmp_path / "p.json", chats)
+    words = "p.json holds lines of JSON, and would be read as text: name it .jsonl"
+    cli.refuses(2, words, "export", tmp_path / "out", "--prompts", file, "-m", llama, *OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_its_memory_does_not_grow_with_the_density(cli, llama: Path, tmp_path: Path):
+    """Every layer passes, and none stays: more neurons than the budget can hold are kept, and measured."""
+    budget = ("--device", "cpu", "--max-mem", "290kB")
+    cli.refuses(3, "needs .* budget 290.0 kB", "run", "-m", llama, "the cat", *budget, "--density", 0.9)
+    command = ("--prompts", written(tmp_path / "p.jsonl"), "-m", llama, *budget, "--density", 0.9, "--json")
+    assert cli("export", tmp_path / "out", *command).json["kl"] > 0
 
 
 @pytest.mark.parametrize("density", ["0", "1", "50", "50%", "nan", "0.5,0.5,0.5", "auto"])

@@ -141,9 +141,9 @@ def test_an_interrupted_export_goes_on(checkpoints, tmp_path: Path, monkeypatch:
         patch.setattr(runtime.CopyDirectory, "write_shard", failing)
         with pytest.raises(KeyboardInterrupt):
             runtime.export(path, tmp_path / "out", choice, 0.5)
-    with pytest.raises(CheckpointError, match="unfinished"):
+    with pytest.raises(CheckpointError, match="is an unfinished export: run the same export command again"):
         GriffinModel.from_pretrained(tmp_path / "out", device="cpu")
-    with pytest.raises(UsageError, match="holds an unfinished export of another model"):
+    with pytest.raises(UsageError, match="holds an unfinished export of another model, form or choice: remove it"):
         runtime.export(path, tmp_path / "out", choice, 0.25)
     again = runtime.export(path, tmp_path / "out", choice, 0.5)
     assert (again.written_bytes, again.activation_kept) == (whole.written_bytes, whole.activation_kept)
