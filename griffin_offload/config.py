@@ -271,7 +271,7 @@ def _check_tiers(config: LoadConfig) -> None:
             f"a density is of one format, and {mixed} are of several: give bits (--bits) in place of a density"
         )
     if mixed in MIXED and config.exact:
-        raise UsageError(f"exact mode drafts in the stored precision, not in {mixed}: leave out quantize='{mixed}'")
+        raise UsageError(f"exact mode drafts in one format, not in {mixed}: leave out quantize='{mixed}'")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

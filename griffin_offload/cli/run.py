@@ -192,10 +192,13 @@ def _print_result(model: "GriffinModel", answer: tuple[str, "Finish"], arguments
         measured = report.activation_kept_heldout is not None or report.cached_prompt_tokens
         if not measured and model.plan.streamed:
             print("note: the prompt is too short to tell how much of its activation is kept", file=sys.stderr)
-        if model.engine.model_spec.quantises(model.plan) and report.select_s > _LONG_S:
+        shape, stored = model.engine.shape, model.engine.model_spec.checkpoint.precision
+        drafts = shape.precision not in shape.levels  # of which no copy holds the neurons
+        if model.engine.model_spec.quantises(model.plan) and report.select_s > _LONG_S and not drafts:
+            source = "" if stored.is_plain else " of the original"
             print(
                 f"note: {report.select_s:.1f} s of this prompt went into choosing and quantising neurons: "
-                f"griffin-offload convert --quantize {model.engine.shape.option} quantises once, for all prompts",
+                f"griffin-offload convert --quantize {shape.option}{source} quantises once, for all prompts",
                 file=sys.stderr,
             )
         if finish == "length":

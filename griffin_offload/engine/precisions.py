@@ -83,7 +83,7 @@ def _check_asked(checkpoint: Checkpoint, config: LoadConfig) -> None:
     stored = checkpoint.precision
     if config.exact and stored.holds:
         raise UsageError(
-            f"exact mode drafts in the stored precision, and {checkpoint.directory} holds {stored}: give an int4 or "
+            f"exact mode verifies in one stored precision, and {checkpoint.directory} holds {stored}: give an int4 or "
             "int8 copy, or the original"
         )
     drafted = [stored.name, *(format.name for format in _draft_formats(stored))]

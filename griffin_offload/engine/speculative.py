@@ -349,7 +349,8 @@ class LookupLoop(DraftingLoop):
 
     def _drafts(self) -> list[int]:
         """Those that are worth their rows; after a trial, the first time."""
-        self._found = [] if self._costs.rules_out(self._lookup_asked) else self._state.find(self._ids, self._room - 1)
+        most = min(self._room, self._cache.tokens_alike) - 1
+        self._found = [] if self._costs.rules_out(self._lookup_asked) else self._state.find(self._ids, most)
         drafts = self._found[: self._costs.best(len(self._found), self._state.text.acceptance)]
         if drafts and self._costs.alike is None:
             self._costs.alike = self._rows_are_alike(drafts)

@@ -289,6 +289,11 @@ class KVCache(Cache):  # type: ignore[misc]
         """Where keys and values lie: they stay there until another batch or a saved context comes."""
         return tuple(address for layer in self.kept for address in layer.addresses)
 
+    @property
+    def tokens_alike(self) -> int:
+        """As many of the next tokens may come at once without one being kept or read otherwise than one by one."""
+        return min((layer.tokens_alike for layer in self.kept if layer.bits == 4), default=self.ctx_tokens)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (transformers counts them below zero): in all layers or none."""
         for layer in self.kept:

@@ -49,6 +49,12 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     def addresses(self) -> tuple[int, ...]:
         return tuple(address for store in self._stores for address in store.addresses)
 
+    @property
+    def tokens_alike(self) -> int:
+        """As many of the next tokens are kept and read in one update as one by one. With 4 bits one that ends a group
+        has those before it rounded, and one for which others are moved is not to come early."""
+        return min(KV_GROUP - self._held % KV_GROUP, self.room - self._held or KV_GROUP)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys and values like these, [B, heads, T, D] for any T."""
         both, self.dtype = (key_states, value_states), key_states.dtype

@@ -110,6 +110,8 @@ def alternatives(shapes: Sequence[ModelSizes], request: PlanRequest, ctx_tokens:
     found: list[Plan] = []
     for shape in shapes:
         tiered = len(shape.levels) > 1
+        if tiered and not isinstance(request.bits, str) and least_bits(shape) > request.bits:
+            continue
         for density in ("auto",) if tiered else (1.0, "auto"):
             plan, _ = solve([shape], replace(request, density=density, ctx_tokens=ctx_tokens))
             if plan.fits and plan not in found and not (tiered and plan.counts == tiers_within(shape, "auto")):

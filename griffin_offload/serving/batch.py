@@ -84,9 +84,11 @@ def check_model(lines: Sequence[Line], served: str) -> None:
     """UsageError if requests name another model than the one that would answer: all would be refused."""
     others = [line for line in lines if line.body.get("model") != served]
     if others:
+        asked = others[0].body.get("model")
+        remedy = "give its name by --served-name" if isinstance(asked, str) else "name it in the body"
         raise UsageError(
             f"{len(others)} of {len(lines)} requests, the first is {others[0].custom_id!r}, ask for the model "
-            f"{others[0].body.get('model')!r}, this one is {served!r}: give its name by --served-name"
+            f"{asked!r}, this one is {served!r}: {remedy}"
         )
 
 

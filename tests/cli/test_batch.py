@@ -120,6 +120,7 @@ def test_those_that_are_asked_at_once_begin_differently(count: int, together: in
         ({"url": "/v1/embeddings"}, "asks for '/v1/embeddings': /v1/chat/completions and /v1/completions"),
         ({"body": "text"}, "needs a body"),
         ({"body": {"model": "gpt-5"}}, "1 of 1 requests.*'gpt-5', this one is 'tiny': give its name by --served-name"),
+        ({"body": {"messages": []}}, "1 of 1 requests.*None, this one is .tiny.: name it in the body"),
     ],
 )
 def test_files_that_are_none(cli, llama: Path, tmp_path: Path, lines: Any, words: str):

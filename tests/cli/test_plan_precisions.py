@@ -172,6 +172,17 @@ def test_a_row_can_be_asked_for(cli, config):
         assert (same["fits"], same["density"], same["resident_bytes"]) == (True, row["density"], row["resident_bytes"])
 
 
+def test_what_fits_in_bits_that_were_asked_for(cli, config):
+    """Layers of int8 and int4 cannot be so small, and are no error where others can."""
+    command = ("plan", "--config", config("13b"), "--max-gpu-mem", "12GB", "--ctx-size", 1024, "--device", "cpu")
+    for quantize in ("layers", "tiers"):
+        found = cli(*command, "--quantize", quantize, "--bits", 3.5, "-v", "--json").json["alternatives"]
+        (chosen,) = [row for row in found if row["chosen"]]
+        assert chosen["precision"] == quantize
+        assert 3.4 < chosen["bits"] <= 3.5
+        assert all(row["bits"] is None or row["bits"] <= 3.5 for row in found)
+
+
 def test_the_rate_is_measured(cli, converted):
     """Of toys, too, in a moment; what is converted has one precision."""
     plan = cli("plan", "-v", "--json", "--max-gpu-mem", "1GB", "--device", "cpu").json

@@ -91,6 +91,8 @@ def test_neurons_that_are_quantised_for_every_prompt_are_told_of(cli, run, llama
     monkeypatch.setattr("griffin_offload.cli.run._LONG_S", 0.0)
     assert note in cli(*quantised).err
     assert note not in cli(*run).err
+    # Neurons that draft are quantised for every prompt whatever the copy.
+    assert note not in cli("run", TEXT, "-n", NEW, "-m", llama, "--exact", "--quantize", "int8").err
     converted = tmp_path / "converted"
     assert cli("convert", "-m", llama, converted, "--quantize", "int8", "-q").code == 0
     at = quantised.index("-m") + 1

@@ -147,6 +147,23 @@ def test_in_16_bits_not_one_bit_is_another(checkpoints, eager, name: str, quanti
         assert model.last_report.lookup.forwards
 
 
+@needs_kernels
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["llama2", "mistral"])
+def test_nor_is_it_of_a_cache_in_fewer_bits(checkpoints, name: str, bits: int):
+    """Groups of tokens are rounded when the last one comes, and no draft makes that another moment; nor are any moved
+    behind a window before they would be."""
+    with _load(checkpoints(name, torch.bfloat16), kv_bits=bits) as model:
+        options: dict[str, Any] = {"max_new_tokens": 115, "do_sample": False, "return_dict_in_generate": True}
+        ids = _repeating(1, 40, 5)
+        plain = model.generate(ids, lookup=False, output_logits=True, **options)
+        for seed in range(3):
+            with drafting(plain.sequences, 40, seed):
+                found = model.generate(ids, output_logits=True, **options)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(found.logits, plain.logits, strict=True))
+            assert model.last_report.lookup.forwards
+
+
 def test_where_rows_differ_nobody_gets_drafts_who_did_not_ask(scripted: Path, eager, monkeypatch: pytest.MonkeyPatch):
     with _load(scripted) as model:
         model.engine.step_costs.alike = False

@@ -196,7 +196,7 @@ def test_what_does_not_go_together(checkpoints):
     path = checkpoints("llama2")
     for options, reason in (
         ({"density": 0.5}, "give bits .* in place of a density"),
-        ({"exact": True}, "exact mode drafts in the stored precision"),
+        ({"exact": True}, "exact mode drafts in one format"),
         ({"bits": 0.0}, "bits per weight"),
         ({"bits": "3"}, "bits per weight"),
         ({"quantize": "int4", "bits": 3.0}, "is for tiers"),
@@ -298,7 +298,7 @@ def test_a_copy_for_tiers_is_an_int4_copy_too(checkpoints, tmp_path: Path):
         assert model.plan.precision == "int4"
         answers.append(model.generate(_ids(), max_new_tokens=NEW, do_sample=False))
     assert torch.equal(*answers)
-    with pytest.raises(UsageError, match="exact mode drafts in the stored precision"):
+    with pytest.raises(UsageError, match="exact mode verifies in one stored precision"):
         _load(tmp_path / "tiers", quantize="auto", exact=True)
     with pytest.raises(UsageError, match="needs the original"):
         _load(tmp_path / "tiers", quantize="int8")
