@@ -66,7 +66,10 @@ def shapes_of(
                 raise
             continue
         (allowed if fits else others).append(replace(shape, by_layer=name == LAYERS))
-    if not allowed:  # nothing else is left out above
+    if not allowed:  # exact mode alone leaves any out above
+        rests = stored.rests_as()
+        if rests is not stored:
+            raise UsageError(f"exact mode needs residents in the stored precision, and {stored} rests as {rests}")
         raise UsageError("exact mode of a mixture of experts drafts in the stored precision: leave --quantize out")
     if config.prefer == "speed":
         fewest = max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)

@@ -162,7 +162,7 @@ def test_device_that_is_not_there(cli, llama: Path):
 
 @pytest.mark.parametrize("budget", ["1", "1kB", "100kB"])
 def test_budget_below_the_minimum(cli, llama: Path, budget: str):
-    words = r"needs [\d.]+ kB, budget .*\(density 0.\d+, context 6: .*feed forward.*\): try --max-gpu-mem"
+    words = r"needs [\d.]+ kB, budget .*\(density [01].\d+, context 6: .*feed forward.*\): try --max-gpu-mem"
     cli.refuses(3, words, "run", "the cat", "-n", 4, "-m", llama, "--max-gpu-mem", budget)
     outcome = cli("plan", "-m", llama, "--max-gpu-mem", budget)
     assert outcome.code == 3
