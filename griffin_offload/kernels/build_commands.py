@@ -15,6 +15,7 @@ from typing import Any
 from setuptools import Distribution
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 _CHOICES = ("", "required", "none")
 
@@ -50,6 +51,14 @@ class BuildLibrary(build_ext):  # type: ignore[misc]  # setuptools has no types 
 
         self.compiler.compile = together
         super().build_extensions()
+
+
+class SourceArchive(sdist):  # type: ignore[misc]
+    """Without the tests: setuptools takes a part of them, which cannot run without the others."""
+
+    def make_distribution(self) -> None:
+        self.filelist.prune("tests")
+        super().make_distribution()
 
 
 class Wheel(bdist_wheel):  # type: ignore[misc]
