@@ -79,6 +79,11 @@ class StatesCache(DynamicCache):  # type: ignore[misc]
     is_compileable = False  # masks have two axes for such models
     _tokens = 0
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of none: `generate` asks for a length then."""
+        return [False] * len(self.layers)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._tokens
 
@@ -228,7 +233,7 @@ def adapted(model: StockModel) -> StockModel:
         kind: Any = type(module)
         if _forgets(kind):
             module.__class__ = _going_on(kind)
-        elif kind.__name__ == "RecurrentGemmaRecurrentBlock":
+        elif kind.__name__ == "RecurrentGemmaRecurrentBlock" and "layer_types" in type(model.config).attribute_map:
             module.__class__ = _keeping_in_cache(kind)
     for index, layer in enumerate(getattr(model.base_model, "layers", ())):
         if hasattr(layer, "temporal_block"):
@@ -285,14 +290,18 @@ def _forgets(kind: type[nn.Module]) -> bool:
 
 @functools.cache
 def _going_on(stock: type[Any]) -> type[Any]:
+    known = inspect.signature(stock.forward)
+    name = next(name for name in CACHE_NAMES if name in known.parameters)
+
     @functools.wraps(stock.forward)
-    def forward(self: Any, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        tokens = hidden_states.shape[1]
-        if cache_params is None or tokens == 1 or not cache_params.has_previous_state(self.layer_idx):
-            found: Tensor = stock.forward(self, hidden_states, cache_params, *args, **kwargs)
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        cache, tokens = known.bind(self, hidden_states, *args, **kwargs).arguments.get(name), hidden_states.shape[1]
+        if cache is None or tokens == 1 or not cache.has_previous_state(self.layer_idx):
+            found: Tensor = stock.forward(self, hidden_states, *args, **kwargs)
             return found
         # As decoding does: nothing behind a state is padding.
-        return torch.cat([stock.forward(self, one, cache_params) for one in hidden_states.split(1, dim=1)], dim=1)
+        parts = hidden_states.split(1, dim=1)
+        return torch.cat([stock.forward(self, one, **{name: cache}) for one in parts], dim=1)
 
     return type(stock.__name__, (stock,), {"forward": forward, "__module__": stock.__module__})
 

@@ -179,8 +179,8 @@ class KVCache(Cache):  # type: ignore[misc]
 
     @property
     def is_linear(self) -> list[bool]:
-        """Of every layer, whether it holds states alone."""
-        return [isinstance(layer, StateLayer) and not isinstance(layer, KVLayer) for layer in self.layers]
+        """Of every layer, whether it holds states alone; of none where all do: `generate` would ask for no length."""
+        return [bool(self.kept) and layer in self.stateful and layer not in self.kept for layer in self.layers]
 
     @property
     def batch(self) -> int:

@@ -17,6 +17,7 @@ from griffin_offload import GriffinError, GriffinModel, UsageError
 from griffin_offload.engine.convert import convert
 from griffin_offload.engine.export import check
 from griffin_offload.engine.generation import state_bytes
+from griffin_offload.transformers_api import CACHE
 
 CTX = 72
 TOKENS, NEW = 40, 16
@@ -66,10 +67,10 @@ def test_beams_and_caches_of_a_caller(name: str, checkpoints):
     assert torch.equal(beams, dense.generate(ids, attention_mask=torch.ones_like(ids), num_beams=3, **greedy))
     output = model.generate(ids, return_dict_in_generate=True, **greedy)
     longer = torch.cat([output.sequences, ids[:, :5]], dim=1)
-    found = model.generate(longer, past_key_values=output.past_key_values, **greedy)
+    found = model.generate(longer, **{CACHE: output[CACHE]}, **greedy)
     assert torch.equal(found, dense_generate(dense, longer, None, 8)[0])
-    with pytest.raises(UsageError, match="past_key_values is a DynamicCache of states alone, which counts no tokens"):
-        model.generate(ids, past_key_values=DynamicCache(config=model.model.config), **greedy)
+    with pytest.raises(UsageError, match=f"{CACHE} is a DynamicCache of states alone, which counts no tokens"):
+        model.generate(ids, **{CACHE: DynamicCache(config=model.model.config)}, **greedy)
     with pytest.raises(UsageError, match=f"keep a state that cannot be rolled back \\({name}\\)$"):
         model.generate(ids, prompt_lookup_num_tokens=3, **greedy)
 
@@ -82,14 +83,14 @@ def test_forwards_go_on_from_what_the_last_one_returned(name: str, checkpoints):
     stock = _load(path).model
     cache, found = None, []
     for part in ids.split([20, 1, 9, 10], dim=1):
-        output = stock(input_ids=part, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = stock(input_ids=part, **{CACHE: cache}, use_cache=True)
+        cache = output[CACHE]
         found.append(output.logits[0])
     assert cache.get_seq_length() == TOKENS
     torch.testing.assert_close(torch.cat(found), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*RECURRENT, "jamba", "recurrent_gemma"])
+@pytest.mark.parametrize("name", [*RECURRENT, "jamba", *({"recurrent_gemma"} & set(HYBRIDS))])
 def test_contexts_go_on_and_back(name: str, checkpoints, tmp_path: Path):
     """Longer prompts, prompts cut back, and one that was saved."""
     path = checkpoints(name)
@@ -181,7 +182,8 @@ def test_the_plan_counts_states_and_scans(name: str, checkpoints):
     path, tokens = checkpoints(name), 256
     dense = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad(), AliveBytes() as alive:
-        filled = dense(torch.full((1, tokens), 5), use_cache=True, logits_to_keep=1).cache_params
+        filled = dense(torch.full((1, tokens), 5), use_cache=True, logits_to_keep=1)
+    filled = filled["cache_params" if "cache_params" in filled else CACHE]
     plan = _load(path, ctx_size=tokens, prompt_tokens=tokens).plan
     assert plan.parts["states"] == state_bytes(filled) > 0
     assert plan.parts["kv_cache"] == 0

@@ -281,17 +281,20 @@ _further(
 )
 
 
-_further(
-    HYBRIDS,
-    "recurrent_gemma",
-    hf.RecurrentGemmaConfig,
-    "model.layers.{i}.mlp_block.down_proj",
-    intermediate_size=256,  # of gate and up together
-    block_types=["recurrent", "attention", "recurrent"],
-    lru_width=48,
-    attention_window_size=64,
-    **_GQA,
-)
+if (
+    "layer_types" in hf.RecurrentGemmaConfig.attribute_map
+):  # before transformers 5.23 its cache knows of attention alone
+    _further(
+        HYBRIDS,
+        "recurrent_gemma",
+        hf.RecurrentGemmaConfig,
+        "model.layers.{i}.mlp_block.down_proj",
+        intermediate_size=256,  # of gate and up together
+        block_types=["recurrent", "attention", "recurrent"],
+        lru_width=48,
+        attention_window_size=64,
+        **_GQA,
+    )
 
 
 RECURRENT: dict[str, Architecture] = {}
