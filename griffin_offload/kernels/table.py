@@ -348,6 +348,7 @@ def _others_of_ours() -> list[Kernel]:
         Kernel("quantize", "row_norms", "quantize_row_norms", quantize.row_norms, **made),
         Kernel("quantize", "column_norms", "quantize_column_norms", quantize.column_norms, **made),
         Kernel("quantize", "int8", "quantize_int8", quantize.quantize_int8, **made),
+        Kernel("quantize", "int4_on_grids", "quantize_int4_rows", quantize.int4_on_grids, **made),
         *(
             Kernel(
                 "quantize", f"int{bits}_{form}", f"quantize_int{bits}_{form}", functools.partial(function, bits), **made
