@@ -60,11 +60,18 @@ class FilePages:
     read past it, by `direct`, where the file system can do that.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], *, evict: bool, known: Mapping[str, FileState] | None = None) -> None:
-        """`known` are states of the files from before they were mapped."""
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        evict: bool,
+        known: Mapping[str, FileState] | None = None,
+        mappings: Mappings | None = None,
+    ) -> None:
+        """`known` are states of the files from before they were mapped, `mappings` from after that."""
         self.evict = evict
         self.direct: DirectReader | None = None
-        self._mappings = Mappings()
+        self._mappings = Mappings() if mappings is None else mappings
         parts = [part for tensor in tensors for part in stored_parts(tensor)]
         used = {mapping for part in parts if (mapping := self._mapping_of(part)) is not None}
         self.unmapped_bytes = sum(p.nbytes for p in parts if self._mappings and self._mapping_of(p) is None)
