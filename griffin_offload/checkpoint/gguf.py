@@ -27,16 +27,9 @@ from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.decoding import EachExpert
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import FileState, renamed, states_of
+from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types, gguf_package
 from griffin_offload.checkpoint.gguf_config import LLAMA_ROWS, ROPE_TENSORS, Architecture, Described, config_of
-from griffin_offload.checkpoint.gguf_file import (
-    BlockDecoder,
-    GgufFile,
-    GgufTensor,
-    block_types,
-    gguf_package,
-    is_gguf,
-    read_gguf,
-)
+from griffin_offload.checkpoint.gguf_file import GgufFile, GgufTensor, is_gguf, read_gguf
 from griffin_offload.checkpoint.gguf_tokenizer import end_tokens, tokenizer_from
 from griffin_offload.checkpoint.renaming import Conversion, same_names
 from griffin_offload.checkpoint.safetensors import INDEX, SINGLE

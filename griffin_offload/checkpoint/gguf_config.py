@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from griffin_offload.checkpoint.gguf_file import GgufTensor, numbers_of
+from griffin_offload.checkpoint.gguf_blocks import numbers_of
+from griffin_offload.checkpoint.gguf_file import GgufTensor
 from griffin_offload.errors import CheckpointError, UnsupportedModel
 
 _MISSING: Any = object()

@@ -20,8 +20,9 @@ from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.gguf import INTERLEAVED, MIXTURES, layer_of, name_in_file, sources_of
+from griffin_offload.checkpoint.gguf_blocks import block_types, gguf_package
 from griffin_offload.checkpoint.gguf_config import Described, config_of
-from griffin_offload.checkpoint.gguf_file import BlockType, GgufFile, GgufTensor, block_types, gguf_package, read_gguf
+from griffin_offload.checkpoint.gguf_file import BlockType, GgufFile, GgufTensor, read_gguf
 from griffin_offload.checkpoint.gguf_metadata import (
     Metadata,
     add_key,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels import attention_and_norm, gather, gemm, gemv, int8pack, quantize
+from griffin_offload.kernels import attention_and_norm, gather, gemm, gemv, gguf_blocks, int8pack, quantize
 from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library, needs_gradient
 
 Tensors = Mapping[str, Tensor | None]
@@ -34,7 +34,7 @@ class Kernel:
 
     operation: str
     """gemv and gemm (a resident matrix times a few rows, any matrix times many), tiers (several resident matrices at
-    once), gather, quantize, attention, rms_norm."""
+    once), gather, quantize, dequantize, attention, rms_norm."""
     layout: str
     """Of the matrix, as formats name it; of the other operations, what is made."""
     name: str
@@ -359,6 +359,18 @@ def _others_of_ours() -> list[Kernel]:
         *(
             Kernel("quantize", f"int{n}_of_int4", "of_int4", functools.partial(quantize.of_int4, n), **own)
             for n in (3, 2)
+        ),
+        *(
+            Kernel(
+                *("dequantize", kind, "numbers_of_blocks", functools.partial(gguf_blocks.numbers, kind)),
+                **own,
+                takes=gguf_blocks.takes,
+            )
+            for kind in gguf_blocks.KINDS
+        ),
+        *(
+            Kernel("dequantize", f"{kind}_grids", "grids_of_blocks", functools.partial(gguf_blocks.grids, kind), **own)
+            for kind in gguf_blocks.ON_GRIDS
         ),
         Kernel(
             "attention",
