@@ -176,12 +176,13 @@ class FilePages:
                 os.posix_fadvise(self.files.descriptors[span.path], span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
 
     @contextlib.contextmanager
-    def reading(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Inside, the numbers of `tensors`, in their pages or translated; the pages are dropped behind it.
-        CheckpointChanged behind it if one of the files was written to or cut meanwhile."""
+    def reading(self, tensors: Sequence[Tensor], *, translate: bool = True) -> Iterator[list[Tensor]]:
+        """Inside, the numbers of `tensors`, in their pages or translated (or, if not `translate`, to be translated a
+        few rows at a time); the pages are dropped behind it. CheckpointChanged behind it if one of the files was
+        written to or cut meanwhile."""
         spans = self.spans(tensors)
         self.read(spans)
-        yield [in_memory(tensor.detach()) for tensor in tensors]
+        yield [in_memory(tensor.detach()) if translate else tensor.detach() for tensor in tensors]
         self.files.check_contents()
         self.drop(spans)
 
