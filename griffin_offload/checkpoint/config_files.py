@@ -115,7 +115,7 @@ def _entries(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             waiting += value
 
 
-def _check_entry(key: str, value: Any, file: Path) -> None:
+def _check_entry(key: str, value: object, file: Path) -> None:
     most = MAX_LAYERS if _LAYER_COUNT.search(key) else _MAX_LABELS if key == "num_labels" else None
     if most is not None and isinstance(value, int | float) and not value <= most:
         raise CheckpointError(f"{file} says {key} is {value}: at most {most} are supported")
@@ -123,7 +123,7 @@ def _check_entry(key: str, value: Any, file: Path) -> None:
         raise CheckpointError(f"{file} asks for {key} {value!r}: only eager and sdpa are used, take it out")
 
 
-def _check_size(name: str, value: Any, file: Path) -> None:
+def _check_size(name: str, value: object, file: Path) -> None:
     if value is None:
         return
     most = MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
@@ -286,21 +286,21 @@ def check_generation_config(config: GenerationConfig, vocab_size: int, directory
                 )
 
 
-def _ids(value: Any, least: int, most: int) -> bool:
+def _ids(value: object, least: int, most: int) -> bool:
     values = value if isinstance(value, list) else [value]
     return bool(values) and all(_whole(one, least, most) for one in values)
 
 
-def _texts(value: Any) -> bool:
+def _texts(value: object) -> bool:
     values = value if isinstance(value, list) else [value]
     return all(isinstance(one, str) and one for one in values)
 
 
-def _whole(value: Any, least: int, most: int) -> bool:
+def _whole(value: object, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 

@@ -256,7 +256,7 @@ def _names(
     return found
 
 
-def name_in_file(name: str, architecture: Architecture, model: Any) -> tuple[str, str]:
+def name_in_file(name: str, architecture: Architecture, model: StockModel) -> tuple[str, str]:
     """What files call the tensor `name` of `model`, by the package's tables, "" where they have no such thing; and what
     `name` ends in: ".weight", ".bias" or ""."""
     match = _SUFFIX.search(name)
@@ -304,7 +304,7 @@ def sources_of(name: str) -> tuple[str, ...]:
     return tuple(f"{source}.{ends}" for source in _MADE_OF.get(own.removesuffix("_bias"), ()))
 
 
-def stored_experts(tensors: Sequence[GgufTensor], model_type: str, dtype: torch.dtype, where: Any) -> StoredTensor:
+def stored_experts(tensors: Sequence[GgufTensor], model_type: str, dtype: torch.dtype, where: object) -> StoredTensor:
     """The experts of a layer out of the file's tensors of them, or their biases. CheckpointError where these do not go
     together."""
     shape = tensors[0].shape

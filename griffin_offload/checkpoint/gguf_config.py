@@ -40,7 +40,7 @@ class Described:
             raise CheckpointError(f"{self.where} does not name its architecture (general.architecture)")
         return found
 
-    def get(self, key: str, kinds: type | tuple[type, ...], default: Any = _MISSING) -> Any:
+    def get(self, key: str, kinds: type | tuple[type, ...], default: object = _MISSING) -> Any:
         """The value of `key` behind the architecture's name. CheckpointError where it is of another kind, or absent
         without a default."""
         name = f"{self.architecture}.{key}"
@@ -64,10 +64,10 @@ class Described:
             )
         return distinct[0].item()
 
-    def integer(self, key: str, default: Any = _MISSING) -> Any:
+    def integer(self, key: str, default: object = _MISSING) -> Any:
         return self.get(key, int, default)
 
-    def number(self, key: str, default: Any = _MISSING) -> Any:
+    def number(self, key: str, default: object = _MISSING) -> Any:
         return self.get(key, (int, float), default)
 
     def has(self, name: str) -> bool:

@@ -166,7 +166,7 @@ class _reading:  # noqa: N801 - used as a function
             raise CheckpointError(f"{self._path} cannot be read: {one_line(error)}") from error
         return _Cursor(self._path, self._file, os.fstat(self._file.fileno()).st_size)
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._file.close()
         if isinstance(error, OSError | ValueError | struct.error) and not memory_refused(error):
             raise CheckpointError(f"{self._path} cannot be read: {one_line(error)}") from error
@@ -320,7 +320,7 @@ def _can_read(kind: BlockType) -> bool:
     return True
 
 
-def _by_package(rows: Any, kind: BlockType) -> Any:
+def _by_package(rows: object, kind: BlockType) -> Any:
     package = gguf_package()
     with np.errstate(all="ignore"):  # scales that are no numbers are found where the model computes with them
         return package.quants.dequantize(rows, package.GGMLQuantizationType(kind.id))

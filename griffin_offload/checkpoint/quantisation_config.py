@@ -124,7 +124,7 @@ class _Said:
     def __init__(self, entries: dict[str, Any], where: Path) -> None:
         self.entries, self.where = entries, where
 
-    def size(self, key: str, value: Any, default: int | None = None) -> int:
+    def size(self, key: str, value: object, default: int | None = None) -> int:
         """A number above 0; CheckpointError otherwise."""
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MOST_SIZE:
@@ -134,7 +134,7 @@ class _Said:
             )
         return value
 
-    def pair(self, key: str, value: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def pair(self, key: str, value: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Sizes of blocks, outputs and inputs; none for None."""
         if value is None:
             return (), ()
@@ -145,7 +145,7 @@ class _Said:
         rows, columns = (self.size(key, size) for size in value)
         return (rows,), (columns,)
 
-    def group(self, value: Any) -> tuple[int, ...]:
+    def group(self, value: object) -> tuple[int, ...]:
         """A size of groups, of which -1 means one for all inputs."""
         return () if value in (None, -1) else (self.size("group_size", value),)
 

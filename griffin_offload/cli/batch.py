@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import (
     LEFT_OVER,
+    Commands,
     add_model_options,
     add_run_options,
     heavy_imports,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from griffin_offload.serving.batch import AnswerFile, Line, Work
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "batch",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from griffin_offload.cli.options import (
+    Commands,
     add_memory_options,
     add_model_option,
     check_utf8,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from griffin_offload.transformers_api import Tokenizer
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "export",
@@ -167,7 +168,7 @@ def _is_row(line: str) -> bool:
     return False
 
 
-def _is_chat(messages: Any) -> bool:
+def _is_chat(messages: object) -> bool:
     return (
         isinstance(messages, list)
         and bool(messages)

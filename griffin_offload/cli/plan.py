@@ -16,6 +16,7 @@ from griffin_offload.cli.options import (
     LEFT_OVER,
     MODEL_VARIABLE,
     NOT_NEEDED,
+    Commands,
     add_model_options,
     heavy_imports,
     load_options,
@@ -37,7 +38,7 @@ _MODELS = "transformers.modeling_utils"
 """The part of transformers that asks for processes and the compiler."""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "plan",
@@ -113,11 +114,11 @@ def _no_processes() -> Iterator[None]:
         vars(distributed)["is_available"] = asked
 
 
-def _same(condition: Any, *_: Any, **__: Any) -> Any:
+def _same(condition: object, *_: Any, **__: Any) -> Any:
     return condition
 
 
-def _undecorated(function: Any = None, *_: Any, **__: Any) -> Any:
+def _undecorated(function: object = None, *_: Any, **__: Any) -> Any:
     """`function` as it is, or a decorator that leaves functions as they are."""
     return function or _undecorated
 

@@ -88,7 +88,7 @@ _CACHES = {
 }
 
 
-def refuse_what_cannot_work(kwargs: dict[str, Any], given: Any, stock: Any) -> None:
+def refuse_what_cannot_work(kwargs: dict[str, Any], given: object, stock: StockModel) -> None:
     """UsageError for arguments, and settings of the config `given`, that a model whose prompt is streamed once cannot
     honour."""
     if not isinstance(given, GenerationConfig):
@@ -114,7 +114,7 @@ def refuse_what_cannot_work(kwargs: dict[str, Any], given: Any, stock: Any) -> N
     _refuse_attentions(kwargs, given, stock)
 
 
-def _refuse_attentions(kwargs: dict[str, Any], given: GenerationConfig, stock: Any) -> None:
+def _refuse_attentions(kwargs: dict[str, Any], given: GenerationConfig, stock: StockModel) -> None:
     asked = kwargs.get("output_attentions", given.output_attentions)
     if asked and stock.config._attn_implementation != "eager":
         raise UsageError(

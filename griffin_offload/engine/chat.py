@@ -123,7 +123,7 @@ class ChatSession:
         return sum(message["role"] == "assistant" for message in self.messages)
 
     def send(
-        self, text: str, *, streamer: Any = None, interrupted: Callable[[], bool] | None = None, **generation: Any
+        self, text: str, *, streamer: object = None, interrupted: Callable[[], bool] | None = None, **generation: Any
     ) -> Reply:
         """The answer to `text`. `interrupted` is asked after every token and ends the answer, which then stays as far
         as it came. UsageError when the context is full, and any error of `generate`; the conversation is then as it
@@ -240,7 +240,7 @@ class Interrupted(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, asked: Callable[[], bool] | None) -> None:
         self._asked, self.happened = asked, False
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: object, **_: Any) -> Tensor:
         self.happened = self.happened or (self._asked is not None and self._asked())
         return torch.full((input_ids.shape[0],), self.happened, dtype=torch.bool, device=input_ids.device)
 

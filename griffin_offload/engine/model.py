@@ -212,7 +212,7 @@ class GriffinModel(StockInterface):
         *,
         exact: bool | None = None,
         draft_tokens: int | None = None,
-        refresh: Any = None,
+        refresh: object = None,
         lookup: bool | None = None,
         context: Context | None = None,
         prompt_done: Callable[[Context], None] | None = None,

@@ -135,7 +135,7 @@ def _check_schema(schema: dict[str, Any]) -> None:
             raise UsageError(f"the JSON schema cannot be enforced: unknown keywords {found}, those of {_OLD_STANDARD}")
 
 
-def _parts(schema: Any) -> Iterator[dict[str, Any]]:
+def _parts(schema: object) -> Iterator[dict[str, Any]]:
     """Every schema within `schema`; values and names of properties are none."""
     waiting = [schema]
     while waiting:

@@ -26,6 +26,7 @@ from griffin_offload.formats.compensation import Compensation, Packed, counts_of
 from griffin_offload.formats.grouped import GROUP, Grouped
 from griffin_offload.formats.int4 import fitted
 from griffin_offload.kernels import table
+from griffin_offload.kernels.by_blocks import Scratch
 
 # Levels of half a group: a step and an offset of sixteen each, and the search for the pair that misses least.
 
@@ -338,7 +339,7 @@ class TiersCopy(Format):
 # Of several matrices one by one, whatever they are in.
 
 
-def _product(x: Tensor, layout: str, tensors: table.Tensors, outputs: int, scratch: Any) -> Tensor:
+def _product(x: Tensor, layout: str, tensors: table.Tensors, outputs: int, scratch: Scratch) -> Tensor:
     for kernel in table.products(layout, x.shape[0], x, scratch.dtype, resident=True):
         if kernel.takes is None or kernel.takes(x, tensors):
             found: Tensor = kernel.function(x, tensors, outputs, scratch)
@@ -346,7 +347,7 @@ def _product(x: Tensor, layout: str, tensors: table.Tensors, outputs: int, scrat
     raise AssertionError(f"nothing multiplies {layout}")
 
 
-def _rows_one_by_one(x: Tensor, tiers: Sequence[tuple[str, table.Tensors]], scratch: Any) -> Tensor:
+def _rows_one_by_one(x: Tensor, tiers: Sequence[tuple[str, table.Tensors]], scratch: Scratch) -> Tensor:
     """x [M, I] times the matrices of rows that tensors of each layout are: [M, sum of O]."""
     found = []
     for name, tensors in tiers:
@@ -358,7 +359,7 @@ def _rows_one_by_one(x: Tensor, tiers: Sequence[tuple[str, table.Tensors]], scra
 
 
 def _strips_one_by_one(
-    x: Sequence[Tensor], tiers: Sequence[tuple[str, table.Tensors]], bias: Tensor | None, outputs: int, scratch: Any
+    x: Sequence[Tensor], tiers: Sequence[tuple[str, table.Tensors]], bias: Tensor | None, outputs: int, scratch: Scratch
 ) -> Tensor:
     """The sum of each x [M, I] times its down projection of neurons, plus `bias`: [M, outputs]."""
     parts = [

@@ -193,7 +193,7 @@ class BareCalls:
 _NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(\{.*)", re.DOTALL)
 
 
-def _called(value: Any) -> list[Part]:
+def _called(value: object) -> list[Part]:
     """Calls in what a model wrote for some; as text where it is none."""
     calls = _calls(value)
     if calls is None:
@@ -201,7 +201,7 @@ def _called(value: Any) -> list[Part]:
     return [Part(call=Call(one.name, one.arguments, f"call_{secrets.token_hex(12)}")) for one in calls]
 
 
-def _calls(value: Any) -> list[Call] | None:
+def _calls(value: object) -> list[Call] | None:
     if isinstance(value, str):
         return _calls_in(value)
     if isinstance(value, list):

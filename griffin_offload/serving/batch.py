@@ -64,7 +64,7 @@ def read_lines(path: Path) -> list[Line]:
     return list(lines.values())
 
 
-def _line(found: Any) -> Line:
+def _line(found: object) -> Line:
     """The request; ValueError says what it lacks."""
     if not isinstance(found, dict):
         raise ValueError("is no object")

@@ -283,7 +283,7 @@ class ModelManager:
         return self.held
 
 
-def _warn_of_penalties(settings: Any) -> None:
+def _warn_of_penalties(settings: object) -> None:
     found = {name: getattr(settings, name, None) for name in NO_PENALTIES}
     asked = [f"{name} {value}" for name, value in found.items() if value not in (None, NO_PENALTIES[name])]
     if asked:

@@ -318,7 +318,7 @@ def _prompts(fields: FieldReader, most: int) -> tuple[Prompt, ...]:
     return tuple(_prompt(fields, prompt) for prompt in prompts)
 
 
-def _prompt(fields: FieldReader, prompt: Any) -> Prompt:
+def _prompt(fields: FieldReader, prompt: object) -> Prompt:
     if isinstance(prompt, str):
         return fields.checked_text("prompt", prompt)
     if not isinstance(prompt, list) or not _is_ids(prompt):
