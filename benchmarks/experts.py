@@ -6,9 +6,9 @@ are the bytes that were read over the disk's own rate, measured in the same minu
 
     python benchmarks/experts.py DIR [--shape gpt-oss-half] [--share 0.45] [--quantize int4] [--tokens 64]
 
-With `--gguf` the model is a file of peers/gguf_mixture.py in place of the checkpoint, and `--beside ENV/bin/python`
-runs llama.cpp (peers/worker_llama_server.py) on that file first, in a cgroup of the same size. Embeddings and head are
-in 8 bits in that file, and in a converted copy of it.
+With `--gguf` the model is a file of peers/gguf_mixture.py, or a dense one of peers/gguf_random.py, in place of the
+checkpoint, and `--beside ENV/bin/python` runs llama.cpp (peers/worker_llama_server.py) on that file first, in a cgroup
+of the same size. Embeddings and head are in 8 bits in a mixture's file, and in a converted copy of it.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from griffin_offload.evaluation.ceilings import read_bytes_per_s
 
 # What a process takes beside its budget: docs/memory.md.
 BESIDE_BYTES = 500_000_000
-PROMPT_TOKENS = 64
 REPORTED = (
     *("prefill_s", "decode_s", "prefill_streamed_bytes", "decode_streamed_bytes", "peak_device_bytes", "experts"),
 )
@@ -42,10 +41,10 @@ REPORTED = (
 def worker(arguments: argparse.Namespace) -> int:
     """Load, answer two prompts, say what it took."""
     begin = time.perf_counter()
-    options: dict[str, Any] = {"ctx_size": PROMPT_TOKENS + arguments.tokens, "quantize": arguments.quantize}
+    options: dict[str, Any] = {"ctx_size": arguments.prompt_tokens + arguments.tokens, "quantize": arguments.quantize}
     with GriffinModel.from_pretrained(arguments.dir, device="cpu", max_gpu_mem=arguments.budget, **options) as model:
         loaded_s, rows, tokens = time.perf_counter() - begin, [], arguments.tokens
-        for ids in prompts():
+        for ids in prompts(arguments):
             model.generate(torch.tensor([ids]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
             report = model.last_report.to_json()
             rows.append({name: report[name] for name in report if name in REPORTED or name.endswith("tokens_per_s")})
@@ -81,9 +80,9 @@ def run_cold(model: Path, command: list[str], limit: int, timeout: float) -> dic
     return outcome | {"model_bytes": sum(path.stat().st_size for path in files_of(model)), "worker": found}
 
 
-def prompts() -> list[list[int]]:
+def prompts(arguments: argparse.Namespace) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(5, 400, (2, PROMPT_TOKENS), generator=generator).tolist()
+    return torch.randint(5, 400, (2, arguments.prompt_tokens), generator=generator).tolist()
 
 
 def measure(arguments: argparse.Namespace) -> int:
@@ -93,10 +92,11 @@ def measure(arguments: argparse.Namespace) -> int:
     found: dict[str, Any] = {"shape": arguments.shape, "skew": ROUTER_SKEW}
     if arguments.beside:
         command = [arguments.beside, "-m", "peers.worker_llama_server", str(source), "--tokens", str(arguments.tokens)]
-        command += ["--prompts", json.dumps(prompts())]
+        command += ["--prompts", json.dumps(prompts(arguments))]
         found["llama.cpp"] = run_cold(source, command, limit, arguments.timeout)
     command = [sys.executable, __file__, str(model), "--worker", "--budget", str(limit - BESIDE_BYTES)]
     command += ["--tokens", str(arguments.tokens), "--quantize", arguments.quantize]
+    command += ["--prompt-tokens", str(arguments.prompt_tokens)]
     ours = found["ours"] = run_cold(model, command, limit, arguments.timeout)
     rate = found["disk_bytes_per_s"] = read_bytes_per_s(files_of(model))
     for said in ours["worker"]["prompts"] if ours["worker"] and rate else ():
@@ -105,8 +105,10 @@ def measure(arguments: argparse.Namespace) -> int:
         said["decode_ceiling_tokens_per_s"] = arguments.tokens * rate / needed
         said["prefill_ceiling_s"] = said["prefill_streamed_bytes"] / rate
     record = provenance("experts.py", sys.argv[1:]) | found
-    name = f"experts-{model.name}"
-    publish(arguments.out, name, f"A mixture in {arguments.share:g} of its bytes: {name}", tables(found), record)
+    mixture = bool(ours["worker"] and ours["worker"]["experts"])
+    name = f"{'experts' if mixture else 'gguf'}-{model.stem}"
+    kind = "mixture" if mixture else "dense model"
+    publish(arguments.out, name, f"A {kind} in {arguments.share:g} of its bytes: {name}", tables(found), record)
     return 0 if ours["worker"] and not ours["oom_kills"] else 1
 
 
@@ -147,10 +149,11 @@ def main() -> int:
     parser.add_argument("dir", type=Path, help="where checkpoints are, or are made")
     parser.add_argument("--shape", choices=MIXTURES, default="gpt-oss-half")
     parser.add_argument("--share", type=float, default=0.45, help="of the model's bytes, the cgroup's limit")
-    parser.add_argument("--gguf", type=Path, help="a file of peers/gguf_mixture.py, in place of a made checkpoint")
+    parser.add_argument("--gguf", type=Path, help="a file of peers/, in place of a made checkpoint")
     parser.add_argument("--beside", help="the interpreter of an environment with xllamacpp: run llama.cpp, too")
     parser.add_argument("--convert", choices=("none", "int8", "int4"), help="run a converted copy")
     parser.add_argument("--quantize", default="auto")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, help="folder for the record")
     parser.add_argument("--timeout", type=float, default=1800)

@@ -14,6 +14,7 @@ from griffin_offload.blocks.feedforward import features
 from griffin_offload.devices.threads import put
 from griffin_offload.formats.base import Format
 from griffin_offload.formats.linear import QuantizedLinear, TieredLinear
+from griffin_offload.formats.translated import TranslatedTensor
 from griffin_offload.kernels.by_blocks import Scratch
 
 _SMALL_SHARE = 1 / 16
@@ -143,6 +144,9 @@ def _take_tensors(new: QuantizedLinear, module: nn.Module, stored: Format) -> No
     if isinstance(bias, Tensor):
         put(new, "bias", bias.detach())
     if stored.is_plain:
+        origin = weight.detach()
+        if isinstance(module, nn.Linear) and isinstance(origin, TranslatedTensor):
+            new.grids = origin.grids
         matrix = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
         put(new, "weight", matrix)
         return

@@ -283,8 +283,8 @@ class _Cursor:
 
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-# Types of 16 levels in each 32 numbers, two codes a byte, and the bytes of a block in front of them.
-_GRIDS, _GRID_NUMBERS = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}, 32
+# Types of 16 levels in each 32 numbers, and the bytes of a block in front of its codes.
+_GRIDS = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}
 # Numbers that are made at once: the formulas of a piece stay in the processor's caches.
 _PIECE_NUMBERS = 2**18
 
@@ -334,6 +334,20 @@ def numbers_of(rows: Tensor, kind: BlockType) -> Tensor:
     return made
 
 
+def _grids_of(headers: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Steps and lowest levels [R, I / 32] of a type of 16 levels in each 32 numbers, by headers [R, blocks, bytes]."""
+    halves = headers[..., :4].contiguous().view(torch.float16).float()
+    first, second = halves[..., :1], halves[..., 1:]
+    if name == "Q4_0":
+        return first.flatten(1), -8 * first.flatten(1)
+    if name == "Q4_1":
+        return first.flatten(1), second.flatten(1)
+    # Q4_K: steps and offsets of eight groups, of 6 bits each.
+    sixes = gguf_package().quants.Q4_K.get_scale_min(headers[..., 4:].flatten(0, -2).numpy())
+    steps, below = (torch.from_numpy(six).view(*headers.shape[:-1], -1) for six in sixes)
+    return (first * steps).flatten(1), -(second * below).flatten(1)
+
+
 @dataclass(frozen=True)
 class BlockDecoder:
     """The `decode` of one tensor (`formats/translated.py`)."""
@@ -349,21 +363,16 @@ class BlockDecoder:
     minus: float = 0.0
     """Taken from every number, in float32."""
 
-    def grids(self, parts: Sequence[Tensor], outputs: int) -> tuple[Tensor, Tensor] | None:
-        """As `TranslatedTensor` has them: the package's numbers of blocks whose codes are all 0, and all 1."""
-        if self.kind.name not in _GRIDS or self.transposed or self.minus:
-            return None
-        blocks = parts[0].view(self.rows, -1, self.kind.nbytes)
-        found = torch.empty(2, outputs, self.width // _GRID_NUMBERS, dtype=torch.float32, device="cpu")
-        step = max(_PIECE_NUMBERS // self.width, 1)
-        for at in range(0, outputs, step):
-            rows = slice(at, min(at + step, outputs))
-            same = blocks[rows].clone() if self.index is None else blocks[self.index[rows]]
-            for code, level in enumerate(found):
-                same[..., _GRIDS[self.kind.name] :] = code * 0x11
-                numbers = numbers_of(same.flatten(1), self.kind)
-                level[rows] = numbers.view(len(same), -1, _GRID_NUMBERS)[..., 0]
-        return found[1] - found[0], found[0]
+    @property
+    def on_grids(self) -> bool:
+        """Whether there are `grids`."""
+        return self.kind.name in _GRIDS and not self.transposed and not self.minus
+
+    def grids(self, parts: Sequence[Tensor], outputs: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As `TranslatedTensor` has them."""
+        stored = rows if self.index is None else self.index[rows]
+        headers = parts[0].view(self.rows, -1, self.kind.nbytes)[..., : _GRIDS[self.kind.name]]
+        return _grids_of(headers.index_select(0, stored), self.kind.name)
 
     def __call__(self, parts: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:
         stored = parts[0].view(self.rows, -1)

@@ -8,8 +8,15 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.eval import columns, numbers
-from griffin_offload.cli.options import Commands, add_memory_options, add_model_option, model_of, quiet_libraries
-from griffin_offload.config import FORMAT_NAMES, BenchConfig, LoadConfig
+from griffin_offload.cli.options import (
+    Commands,
+    add_bits_option,
+    add_memory_options,
+    add_model_option,
+    model_of,
+    quiet_libraries,
+)
+from griffin_offload.config import FORMAT_NAMES, MIXED, BenchConfig, LoadConfig
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.units import format_bytes
 
@@ -23,7 +30,7 @@ if TYPE_CHECKING:
 _DEFAULTS = BenchConfig()
 _Density = float | str
 """A number, or auto."""
-_MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "quantize", "offline")
+_MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "quantize", "bits", "offline")
 
 
 def add_parser(commands: Commands) -> None:
@@ -54,7 +61,9 @@ def add_parser(commands: Commands) -> None:
     add("-d", "--density", default=LoadConfig.density, metavar="D[,D...]", help="auto, or several to compare")
     add("-o", "--output", choices=("md", "json"), default="md", help="a table and a line of JSON, or that alone")
     add("--cold", action="store_true", help="drop the checkpoint from the page cache before every prompt")
-    add("--quantize", choices=("auto", *FORMAT_NAMES), default=LoadConfig.quantize, help="precision of the residents")
+    precisions = ("auto", *FORMAT_NAMES, *MIXED)
+    add("--quantize", choices=precisions, default=LoadConfig.quantize, help="precision of the residents")
+    add_bits_option(add)
     add("--threads", type=int, metavar="N", help="threads that compute on the CPU")
     add("-q", "--quiet", action="store_true", help="no progress bar")
     add("--kernels", action="store_true", help="which function does what on this machine, and why others do not")

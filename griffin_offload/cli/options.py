@@ -299,10 +299,15 @@ def _add_precision_options(add: Callable[..., Any]) -> None:
         help="the most bits that fit, or the fewest in which no neuron is left out, int4, where more would fit, too "
         f"(default: {_DEFAULTS.prefer})",
     )
+    add_bits_option(add)
+
+
+def add_bits_option(add: Callable[..., Any], default: float | str | None = _DEFAULTS.bits) -> None:
+    """How many they are together; `default` where none are named."""
     add(
         "--bits",
         type=_bits,
-        default=_DEFAULTS.bits,
+        default=default,
         metavar="auto|N",
         help=f"with --quantize {TIERS} or {LAYERS}: bits per weight of the FFs, such as 3.5 "
         f"(default: {_DEFAULTS.bits}, what fits)",

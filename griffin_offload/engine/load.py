@@ -22,7 +22,14 @@ from griffin_offload.devices.threads import limited_threads
 from griffin_offload.engine.build import build, use_own_attention, use_own_linears, use_own_norms
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.layer_pass import DecoderLayers
-from griffin_offload.engine.residents import Loaded, cache_experts, compact_blocks, place_residents, resident_bytes
+from griffin_offload.engine.residents import (
+    Loaded,
+    cache_experts,
+    compact_blocks,
+    forget_grids,
+    place_residents,
+    resident_bytes,
+)
 from griffin_offload.engine.spec import ModelSpec, evicts
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
 from griffin_offload.formats.linear import swap_head
@@ -93,6 +100,9 @@ def _load(
     source = _make_source(dense, model_spec, offload, mappings) if dense else None
     if source is not None:
         on_failure.callback(source.close)
+    if isinstance(source, HostStore):
+        for index in dense:
+            forget_grids(blocks[index])
     store = _expert_store({index: full[index] for index in full if index not in dense}, blocks, model_spec)
     if store is not None:
         on_failure.callback(store.close)
@@ -115,7 +125,7 @@ def _load(
         compact={index: compact[index] for index in full},
         counts=tuple(plan.counts_of(index) for index in range(len(blocks))),
         source=source,
-        stream=StreamConfig(hardware, model_spec.dtype, plan.slots),
+        stream=_stream_config(model_spec, plan),
         ff_chunk_tokens=plan.ff_chunk_tokens,
         config=config,
         expert_store=store,
@@ -128,6 +138,11 @@ def _load(
     on_failure.callback(layers.arrival.close)
     layers.arrival.start()
     return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
+
+
+def _stream_config(model_spec: ModelSpec, plan: Plan) -> StreamConfig:
+    keeps_pages = model_spec.request.on_grids and not model_spec.shape_of(plan).is_plain
+    return StreamConfig(model_spec.hardware, model_spec.dtype, plan.slots, keeps_pages=keeps_pages)
 
 
 def _expert_store(full: dict[int, list[Tensor]], blocks: list[Block], model_spec: ModelSpec) -> ExpertStore | None:

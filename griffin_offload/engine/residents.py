@@ -229,6 +229,14 @@ def _fill_whole(
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
     with pages.reading(source) as found:
         block.gather([tensor.to(model_spec.device) for tensor in found], [everything], target)
+    forget_grids(block)
+
+
+def forget_grids(block: Block) -> None:
+    """For what the file's pages are not there any more."""
+    for linear in block.linears:
+        if isinstance(linear, QuantizedLinear):
+            linear.grids = None
 
 
 def place_residents(
@@ -296,10 +304,10 @@ def _quantize_resident(module: QuantizedLinear, model_spec: Placement, pages: Fi
     @torch.no_grad()
     def fill() -> None:
         everything = torch.arange(outputs, dtype=torch.long, device=model_spec.device)
-        gather = module.resident.format.gather
         with pages.reading(list(full.values())) as found:
             here = {name: tensor.to(model_spec.device) for name, tensor in zip(full, found, strict=True)}
-            gather(here, module.full, everything, resident, is_down=False, importance=module.importance)
+            module.gather(module.resident, here, everything, resident)
+        module.grids = None
 
     return fill
 

@@ -158,6 +158,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         converted_bytes=parts.embeddings + parts.rest,
         host_embeddings=host_embeddings,
         stored_share=_stored_share(checkpoint, parts, dtype) if hardware.shares_host_memory else 0.0,
+        on_grids=parts.on_grids,
         translated=emulates_halves(device, dtype),
         pass_tokens=pass_tokens(config.exact, config.draft_tokens, config.refresh),
         verifies=config.exact,

@@ -4,8 +4,9 @@ of the method, in as few streamed passes as the budget allows."""
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ Prior = Sequence[Tensor]
 """g^2 [F] of each layer: the mean over texts of s^2 / S."""
 Counts = Mapping[float, Sequence[Sequence[int]]]
 """By density: neurons that each layer keeps, for each sample of a pass."""
+FullSeen = Callable[[int, int, Tensor], object]
+"""Called with the place of a sample, the first of some scored tokens, and the full model's log-probabilities [N, V]."""
 
 
 class Choices:
@@ -123,19 +126,21 @@ def simulate(
     variants: Sequence[Variant],
     *,
     prior: Prior | None = None,
+    seen: FullSeen | None = None,
     progress: Progress | None = None,
 ) -> list[Simulated]:
     """Score every sample by the full model and by every variant, each sample with neurons of its own.
 
     Full layers are streamed in the precision they are stored in; attention, norms and head are the residents, in
-    theirs. Which neurons are resident does not matter, and stays as it was. `prior` is for variants that fuse with one.
+    theirs. Which neurons are resident does not matter, and stays as it was. `prior` is for variants that fuse with one;
+    `seen` is shown what the full model predicts.
     `progress` is called with (layers done, layers in all), over all passes. Raises UsageError for samples or variants
     that cannot be used, DoesNotFit when one sample alone needs more than the budget.
     """
     found: dict[int, Simulated] = {}
     with _running(model, variants, prior, progress) as simulation:
         for group in simulation.groups(samples):
-            found |= zip(group.places, simulation.scores(group), strict=True)
+            found |= zip(group.places, simulation.scores(group, seen), strict=True)
     return [found[place] for place in range(len(samples))]
 
 
@@ -287,7 +292,7 @@ class _Simulation:
             raise self._sizer.refuse(columns_of(samples[:1]))
         return size
 
-    def scores(self, group: _Group) -> list[Simulated]:
+    def scores(self, group: _Group, seen: FullSeen | None) -> list[Simulated]:
         """Scores of every sample of a pass, in its order."""
         self._choices.start(self._global_counts(group))
         batch, variants = Batch.of(group.samples), self._choices.rows_per_sample
@@ -299,7 +304,8 @@ class _Simulation:
                     rows = slice(row * variants, (row + 1) * variants)
                     targets = sample.ids[sample.scored_from :].to(self._device)
                     own = hidden[rows, batch.scored_columns(row)]
-                    full, *others = score_rows(head, own, targets, kept[rows], group.size.positions_at_once)
+                    shown = None if seen is None else partial(seen, group.places[row])
+                    full, *others = score_rows(head, own, targets, kept[rows], group.size.positions_at_once, shown)
                     found.append(Simulated(full, tuple(others)))
         return found
 

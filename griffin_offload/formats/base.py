@@ -23,6 +23,8 @@ Tensors = dict[str, Tensor]
 Spec = tuple[tuple[int, ...], torch.dtype | None]
 """Shape and type of a tensor; None is the precision of the computation."""
 Specs = Callable[[int, int, bool], dict[str, Spec]]
+RowGrids = Callable[[Tensor], tuple[Tensor, Tensor] | None]
+"""The grids of some rows of a matrix (indices [K]), as `taken_over` has them; None where they lie on none."""
 BLOCK_NUMBERS = 2**20  # float32 copies of a block stay in the cache
 PLAIN_TYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 """What is computed in, and what plain weights are of; 8-bit floats are numbers of a quantised matrix."""
@@ -208,6 +210,10 @@ class Format:
             return
         for rows, start in self.row_chunks(full, chosen, out, parts):
             self.gather_rows(full, rows, start, out, importance, plain=plain)
+
+    def take_over(self, full: Tensors, grids: RowGrids, chosen: Tensor, out: Tensors, *, parts: int = 1) -> bool:
+        """As `gather`, of a matrix of floats that is no down projection, by `taken_over`; False where it cannot be."""
+        return False
 
     def row_chunks(self, full: Tensors, chosen: Tensor, out: Tensors, parts: int) -> Iterator[tuple[Tensor, int]]:
         """Which rows of `full` go to which row of `out` on, a chunk at a time; their biases are there already."""

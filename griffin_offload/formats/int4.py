@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from griffin_offload.formats.base import Tensors, divisor, row_blocks, row_scale
+from griffin_offload.formats.base import RowGrids, Tensors, divisor, row_blocks, row_scale
+from griffin_offload.formats.compensation import Packed
 from griffin_offload.formats.grouped import GROUP, Grouped
 from griffin_offload.formats.translated import Grids
+from griffin_offload.kernels import table
 
 # The grid of a group: sixteen levels a step apart, as bytes, and the search for the one that misses least.
 
@@ -130,21 +132,39 @@ class Int4(Grouped):
         grid = best_grid(numbers, importance)
         return _codes(grid, numbers), _bytes(grid)
 
+    def __init__(self) -> None:
+        super().__init__()
+        on_grids = table.Kernel("quantize", "int4_on_grids", "by blocks", self._on_grids_by_torch, ours=False)
+        table.add(on_grids, last=True)
+
     def taken_over(self, weight: Tensor, dtype: torch.dtype, grids: Grids) -> Tensors:
         scale = row_scale(weight, dtype)
-        steps, lowest = (part / divisor(scale).float()[:, None] for part in grids)
+        steps, lowest = (part.to(scale.device) / divisor(scale)[:, None] for part in grids)
         lowest = torch.minimum(lowest, lowest + _HIGHEST * steps)  # steps below 0 count downwards
         steps = steps.abs()
+        found = table.call("quantize", "int4_on_grids", weight, divisor(scale), steps, lowest + CENTRE * steps)
+        return {"weight": found[0], "groups": found[1], "scale": scale}
+
+    def take_over(self, full: Tensors, grids: RowGrids, chosen: Tensor, out: Tensors, *, parts: int = 1) -> bool:
+        for rows, start in self.row_chunks(full, chosen, out, parts):
+            own = grids(rows)
+            if own is None:
+                return False
+            found = self.taken_over(full["weight"].index_select(0, rows), out["scale"].dtype, own)
+            for name, tensor in found.items():
+                out[name][start : start + rows.numel()] = tensor
+        return True
+
+    def _on_grids_by_torch(self, weight: Tensor, divisor: Tensor, steps: Tensor, middles: Tensor) -> Packed:
         codes, groups = [], []
         for start, block in row_blocks(weight):
             part = slice(start, start + block.shape[0])
-            numbers = block.div_(divisor(scale)[part, None]).view(block.shape[0], -1, GROUP)
-            step = steps[part, :, None]
+            numbers = block.mul_(1 / divisor[part, None]).view(block.shape[0], -1, GROUP)
             ones = numbers.new_ones(numbers.shape[1:])
-            grid = best_from([(step, lowest[part, :, None] + CENTRE * step)], numbers, ones)
+            grid = best_from([(steps[part, :, None], middles[part, :, None])], numbers, ones)
             codes.append(self.pack(_codes(grid, numbers).flatten(1)))
             groups.append(_bytes(grid))
-        return {"weight": torch.cat(codes), "groups": torch.cat(groups), "scale": scale}
+        return torch.cat(codes), torch.cat(groups)
 
     def pack(self, levels: Tensor) -> Tensor:
         groups = levels.reshape(levels.shape[0], levels.shape[1] // GROUP, 2, _HALF)

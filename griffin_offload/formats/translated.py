@@ -1,7 +1,7 @@
 """Tensors that lie in files in a form nothing here multiplies: translated where they are used, a few rows at a time."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,11 +51,14 @@ class TranslatedTensor(Tensor):
         """Bytes in the files."""
         return sum(part.nbytes for part in self.parts)
 
-    def grids(self) -> Grids | None:
+    def grids(self, rows: Tensor | None = None) -> Grids | None:
         """Of a matrix whose stored numbers lie on grids of 16 levels: step and lowest level of each 32 inputs, float32
-        [O, I / 32]; None of others."""
-        found = getattr(self.decode, "grids", None)
-        return None if found is None else found(self.parts, self.shape[0])
+        [O, I / 32], of some `rows` or of all; None of others."""
+        if not on_grids(self.decode):
+            return None
+        every = torch.arange(self.shape[0], dtype=torch.long, device="cpu") if rows is None else rows.to("cpu")
+        found: Grids | None = cast(Any, self.decode).grids(self.parts, self.shape[0], every)
+        return found
 
     def rows(self, first: int, end: int, into: Tensor) -> None:
         """Translate rows of the first axis into `into`, of their shape, in any precision and on any device."""
@@ -101,6 +104,11 @@ class TranslatedTensor(Tensor):
             return first
         plain_args, plain_kwargs = tree_map_only(cls, lambda tensor: tensor.translated(), (args, kwargs or {}))
         return func(*plain_args, **plain_kwargs)
+
+
+def on_grids(decode: Decode | None) -> bool:
+    """Whether numbers that are made so may lie on grids of 16 levels."""
+    return bool(getattr(decode, "on_grids", False))
 
 
 def in_memory(tensor: Tensor) -> Tensor:

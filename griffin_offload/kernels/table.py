@@ -235,7 +235,7 @@ _NUMBERS = frozenset(NUMBER_TYPES)
 _SHORT = frozenset((torch.int8, torch.uint8, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2))
 _FEW_BITS = (4, 3, 2)  # of formats in groups
 # From so many rows on a matrix is better turned into bfloat16, where nothing multiplies whole tiles (Zen 4).
-_PAIRS_FROM = {"int4_strips": 8, "int3_strips": 12, "int2_strips": 18, **{f"int{bits}_rows": 23 for bits in _FEW_BITS}}
+_PAIRS_FROM = {"int4_strips": 11, "int3_strips": 12, "int2_strips": 18, "int3_rows": 23, "int2_rows": 23}
 _RESIDENT = ("int8", *(f"int{bits}_{form}" for bits in _FEW_BITS for form in ("rows", "strips")))
 
 
@@ -289,6 +289,11 @@ def _products_of_ours() -> list[Kernel]:
         Kernel("tiers", "rows", "multiply_tiers_rows", gemv.tiers_rows_product, **tiers),
         Kernel("tiers", "strips", "multiply_tiers_strips", gemv.tiers_strips_product, **tiers),
         Kernel("gemv", "int8", "multiply_int8", gemv.int8_product, **few, rows=(0, gemv.ROWS)),
+        Kernel(
+            *("gemv", "int4_rows", "multiply_int4_rows (lanes)", functools.partial(gemv.rows_product, 4, lanes=True)),
+            **(few | {"needs": _has("sums_bytes", "AVX512-VNNI"), "takes": gemv.takes_lanes}),
+            rows=(3, gemv.ROWS),
+        ),
         *(
             Kernel(
                 *("gemv", f"int{bits}_{form}", f"multiply_int{bits}_{form}", functools.partial(product, bits)),
@@ -343,6 +348,7 @@ def _others_of_ours() -> list[Kernel]:
         Kernel("quantize", "row_norms", "quantize_row_norms", quantize.row_norms, **made),
         Kernel("quantize", "column_norms", "quantize_column_norms", quantize.column_norms, **made),
         Kernel("quantize", "int8", "quantize_int8", quantize.quantize_int8, **made),
+        Kernel("quantize", "int4_on_grids", "quantize_int4_rows", quantize.int4_on_grids, **made),
         *(
             Kernel(
                 "quantize", f"int{bits}_{form}", f"quantize_int{bits}_{form}", functools.partial(function, bits), **made
