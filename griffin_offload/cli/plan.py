@@ -79,7 +79,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
         quiet_libraries()
         model_spec = _examined(arguments)
-    found, remedy = solve(model_spec.shapes, model_spec.request, model_spec.others)
+        # Here, as measuring other precisions builds a model, too.
+        found, remedy = solve(model_spec.shapes, model_spec.request, model_spec.others)
     if arguments.json:
         others = {"alternatives": _alternatives(model_spec, found)} if arguments.verbose else {}
         device = {"device": model_spec.hardware.name, "assumed": model_spec.assumed}
@@ -160,7 +161,7 @@ def _no_compiler() -> Iterator[None]:
 class _StandIn(ModuleType):
     """A module that has not been imported, with some of its names; who asks for others gets the real one."""
 
-    def __init__(self, name: str, known: dict[str, Any]) -> None:
+    def __init__(self, name: str, known: dict[str, object]) -> None:
         super().__init__(name)
         vars(self).update(known)
         package, _, own = name.rpartition(".")
