@@ -83,7 +83,7 @@ def stock_cache(config: PretrainedConfig) -> Any:
     return cache
 
 
-def with_own_name(arguments: dict[str, Any]) -> dict[str, Any]:
+def with_own_name(arguments: dict[str, object]) -> dict[str, Any]:
     """`arguments` with the KV cache under the name that the installed release knows, whichever of the two that are
     its own it came by. UsageError for both at once."""
     if CACHE == "past_key_values" or "past_key_values" not in arguments:

@@ -348,16 +348,16 @@ class _Together:
 # What single architectures add.
 
 
-def _experts(described: Described, config: dict[str, Any], count: str) -> None:
+def _experts(described: Described, config: dict[str, object], count: str) -> None:
     config[count] = described.integer("expert_count")
     config["num_experts_per_tok"] = described.integer("expert_used_count")
 
 
-def _inner(described: Described, config: dict[str, Any], key: str) -> None:
+def _inner(described: Described, config: dict[str, object], key: str) -> None:
     config[key] = described.integer("expert_feed_forward_length", config["intermediate_size"])
 
 
-def _mixtral(described: Described, config: dict[str, Any]) -> None:
+def _mixtral(described: Described, config: dict[str, object]) -> None:
     _experts(described, config, "num_local_experts")
     config["sliding_window"] = None
 

@@ -106,7 +106,7 @@ def _of_modelopt(directory: Path) -> dict[str, Any] | None:
     return {"quant_method": "modelopt", **said}
 
 
-def method_of(said: dict[str, Any], where: Path) -> Method:
+def method_of(said: dict[str, object], where: Path) -> Method:
     """The method of a `quantization_config`. UnsupportedModel for one that cannot be read, CheckpointError for sizes
     that are none."""
     name = said.get("quant_method")
@@ -121,7 +121,7 @@ def method_of(said: dict[str, Any], where: Path) -> Method:
 class _Said:
     """The entries of a `quantization_config`, checked when they are asked for."""
 
-    def __init__(self, entries: dict[str, Any], where: Path) -> None:
+    def __init__(self, entries: dict[str, object], where: Path) -> None:
         self.entries, self.where = entries, where
 
     def size(self, key: str, value: object, default: int | None = None) -> int:
@@ -208,7 +208,7 @@ def _compressed(said: _Said) -> Method:
     )
 
 
-def _of_groups(said: _Said, weights: list[dict[str, Any]]) -> tuple[Packing, float]:
+def _of_groups(said: _Said, weights: list[dict[str, object]]) -> tuple[Packing, float]:
     """The sizes that groups of modules have, and the most bits of a weight."""
     row_blocks: set[int] = set()
     inputs: set[int] = set()

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from griffin_offload.cli.options import (
     LEFT_OVER,
@@ -97,7 +97,7 @@ def _check_same(answers: "AnswerFile", lines: Sequence["Line"]) -> None:
 
 
 def _answer(
-    lines: Sequence["Line"], answers: "AnswerFile", name: str, options: dict[str, Any], arguments: argparse.Namespace
+    lines: Sequence["Line"], answers: "AnswerFile", name: str, options: dict[str, object], arguments: argparse.Namespace
 ) -> int:
     """Answer or refuse `lines`; tokens that were generated."""
     from tqdm import tqdm
@@ -141,7 +141,7 @@ def _answer(
 def _answer_on_cluster(
     works: Sequence["Work"],
     answers: "AnswerFile",
-    model: tuple[str, dict[str, Any], str],
+    model: tuple[str, dict[str, object], str],
     arguments: argparse.Namespace,
     answered: Callable[[int], None],
 ) -> None:

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from griffin_offload.cli.options import (
     Commands,
@@ -180,7 +180,7 @@ def _is_chat(messages: object) -> bool:
 
 
 def _chosen(
-    directory: Path, prompts: "list[Tensor]", options: dict[str, Any], arguments: argparse.Namespace
+    directory: Path, prompts: "list[Tensor]", options: dict[str, object], arguments: argparse.Namespace
 ) -> "tuple[Choice, Probabilities]":
     """What the prompts say of the neurons, and what the full model predicts on those held out."""
     from tqdm import tqdm
@@ -197,7 +197,7 @@ def _chosen(
         return choose(model, prompts, bar.update), before
 
 
-def _after(found: "Export", prompts: "list[Tensor]", options: dict[str, Any]) -> "Probabilities":
+def _after(found: "Export", prompts: "list[Tensor]", options: dict[str, object]) -> "Probabilities":
     from griffin_offload.engine.export import held_out_of, predictions
     from griffin_offload.engine.model import GriffinModel
 

@@ -34,7 +34,7 @@ class ChatModel(Protocol):
 
     def new_context(self) -> Context: ...
 
-    def save_context(self, context: Context, path: str | Path, notes: dict[str, Any] | None = None) -> None: ...
+    def save_context(self, context: Context, path: str | Path, notes: dict[str, object] | None = None) -> None: ...
 
     def load_context(self, path: str | Path, context: Context | None = None) -> tuple[Context, dict[str, Any]]: ...
 
@@ -245,7 +245,7 @@ class Interrupted(StoppingCriteria):  # type: ignore[misc]
         return torch.full((input_ids.shape[0],), self.happened, dtype=torch.bool, device=input_ids.device)
 
 
-def _conversation(notes: dict[str, Any], path: str | Path) -> tuple[list[Message], bool]:
+def _conversation(notes: dict[str, object], path: str | Path) -> tuple[list[Message], bool]:
     """(messages, templated) of a saved conversation's notes."""
     messages, templated = notes.get("messages"), notes.get("templated")
     if not isinstance(messages, list) or not isinstance(templated, bool):
@@ -256,5 +256,5 @@ def _conversation(notes: dict[str, Any], path: str | Path) -> tuple[list[Message
     return messages, templated
 
 
-def _texts(message: dict[str, Any]) -> bool:
+def _texts(message: dict[str, object]) -> bool:
     return all(isinstance(value, str) for value in message.values())

@@ -132,7 +132,7 @@ class TranslatedOptions:
     """Arguments of the hub's client."""
 
 
-def translated(options: Mapping[str, Any]) -> TranslatedOptions:
+def translated(options: Mapping[str, object]) -> TranslatedOptions:
     """`options` as ours. UsageError for one that is not known, contradicts another one, or cannot be honoured."""
     left = dict(options)
     _refuse(left)
@@ -143,7 +143,7 @@ def translated(options: Mapping[str, Any]) -> TranslatedOptions:
     return TranslatedOptions(_fields(left), {name: value for name, value in hub.items() if value is not None})
 
 
-def _refuse(left: dict[str, Any]) -> None:
+def _refuse(left: dict[str, object]) -> None:
     known = {field.name for field in fields(LoadConfig)}
     for name in list(left):
         if name in known or name in HUB or name in TRANSLATED:
@@ -161,7 +161,7 @@ def _unknown(name: str, known: set[str]) -> str:
     return f"unknown option {name!r}: {hint}known are {', '.join(field.name for field in fields(LoadConfig))}"
 
 
-def _merge(left: dict[str, Any], theirs: str, ours: str) -> None:
+def _merge(left: dict[str, object], theirs: str, ours: str) -> None:
     """Make the option `theirs` the one that is called `ours`; given both, they have to agree."""
     if theirs not in left:
         return
@@ -174,7 +174,7 @@ def _merge(left: dict[str, Any], theirs: str, ours: str) -> None:
     left[ours] = value
 
 
-def _fields(left: dict[str, Any]) -> dict[str, Any]:
+def _fields(left: dict[str, object]) -> dict[str, Any]:
     """Fields of `LoadConfig`: None is the default, numbers and objects of other libraries are plain ones."""
     found = {}
     for field in fields(LoadConfig):
@@ -294,7 +294,7 @@ _LEAST = {"max_new_tokens": None, "max_length": None, "min_new_tokens": 0, "min_
 _LEAST |= {"num_beams": 1, "num_return_sequences": 1}
 
 
-def checked_arguments(kwargs: dict[str, Any], prompt: Tensor) -> dict[str, Any]:
+def checked_arguments(kwargs: dict[str, object], prompt: Tensor) -> dict[str, Any]:
     """`kwargs` of a generate for `prompt`, the KV cache by the installed release's name, and whole numbers, in whatever
     form they are written, as Python's own. UsageError for other numbers, single processors and criteria, and a mask of
     another size."""

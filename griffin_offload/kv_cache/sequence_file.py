@@ -115,7 +115,7 @@ class ContextSchema:
         )
 
 
-def save_context(context: Context, path: Path, identity: ModelIdentity, notes: dict[str, Any]) -> None:
+def save_context(context: Context, path: Path, identity: ModelIdentity, notes: dict[str, object]) -> None:
     """Write `context`, and `notes` (JSON values) beside it. SavedContextError if that cannot be done; a file that was
     there stays as it was then."""
     check_name(path)

@@ -119,7 +119,7 @@ class AnswerParser(Protocol):
     def finish(self) -> list[Part]: ...
 
 
-def parser_for(found: AnswerFormat, prompt: str, tools: list[dict[str, Any]] | None) -> AnswerParser:
+def parser_for(found: AnswerFormat, prompt: str, tools: list[dict[str, object]] | None) -> AnswerParser:
     """For one answer to `prompt`, which may have begun it."""
     if found.fields is None:
         return BareCalls(tools is not None)
@@ -129,7 +129,7 @@ def parser_for(found: AnswerFormat, prompt: str, tools: list[dict[str, Any]] | N
 class FieldParser:
     """By transformers' parser."""
 
-    def __init__(self, found: AnswerFormat, prompt: str, tools: list[dict[str, Any]] | None) -> None:
+    def __init__(self, found: AnswerFormat, prompt: str, tools: list[dict[str, object]] | None) -> None:
         fields = found.fields or {}
         if not found.own:
             fields = {name: field for name, field in fields.items() if tools is not None or name != "tool_calls"}
@@ -260,7 +260,7 @@ class PartsShown:
 def parts_shown(
     tokenizer: Tokenizer,
     prompt: Sequence[int],
-    functions: Sequence[dict[str, Any]],
+    functions: Sequence[dict[str, object]],
     deliver: Callable[[Part, Tokens], None],
 ) -> PartsShown | None:
     """What takes an answer to `prompt` apart; None where the model writes text alone."""

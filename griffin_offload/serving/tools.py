@@ -38,7 +38,7 @@ class Tools:
         }
 
     @staticmethod
-    def _schema_of(function: dict[str, Any]) -> dict[str, Any]:
+    def _schema_of(function: dict[str, object]) -> dict[str, Any]:
         parameters = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
         return {
             "type": "object",
