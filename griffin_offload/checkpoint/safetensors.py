@@ -286,7 +286,9 @@ def map_file(path: Path) -> dict[str, Tensor]:
 _PIECE_BYTES = 16 * 2**20
 
 
-def untie_other_head(config: PretrainedConfig, dtype: torch.dtype, headers: Mapping[Path, Mapping[str, Any]]) -> bool:
+def untie_other_head(
+    config: PretrainedConfig, dtype: torch.dtype, headers: Mapping[Path, Mapping[str, object]]
+) -> bool:
     """Whether `config` ties the head to the embeddings and the files hold another head, which `config` then says.
 
     Reads both tables, up to the first difference, where the files hold two; nothing elsewhere."""
@@ -321,7 +323,7 @@ def _may_hold_two_tables(words: int, headers: Mapping[Path, Mapping[str, Any]]) 
     return len(tables) > 1
 
 
-def said_untied(raw: dict[str, Any]) -> dict[str, Any]:
+def said_untied(raw: dict[str, object]) -> dict[str, Any]:
     """The text of a config.json, saying that the head is not tied."""
     inner = {key: said_untied(value) for key, value in raw.items() if key == "text_config" and isinstance(value, dict)}
     return raw | inner | {"tie_word_embeddings": False}
@@ -330,7 +332,7 @@ def said_untied(raw: dict[str, Any]) -> dict[str, Any]:
 _Place = tuple[Path, str]
 
 
-def _place(name: str, headers: Mapping[Path, Mapping[str, Any]]) -> _Place | None:
+def _place(name: str, headers: Mapping[Path, Mapping[str, object]]) -> _Place | None:
     """The file that holds the parameter, which may have other names in front there; and its name in it."""
     tail = ".".join(name.split(".")[-2:])
     found = [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.eval import columns, numbers
 from griffin_offload.cli.options import (
+    Commands,
     add_bits_option,
     add_memory_options,
     add_model_option,
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
     from griffin_offload.evaluation.ceilings import Ceilings
     from griffin_offload.evaluation.speed import Speed
     from griffin_offload.formats import Format
+    from griffin_offload.planner.plan import Plan
 
 _DEFAULTS = BenchConfig()
+_Density = float | str
+"""A number, or auto."""
 _MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "quantize", "bits", "offline")
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "bench",
@@ -101,26 +105,26 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0 if speeds else DoesNotFit.exit_code
 
 
-def _densities(text: str) -> list[Any]:
+def _densities(text: str) -> list[_Density]:
     try:
         return [part if part == "auto" else float(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"cannot read the densities {text!r}: auto, or numbers from 0 to 1, 1,0.5") from None
 
 
-def _options(arguments: argparse.Namespace, density: Any) -> dict[str, Any]:
+def _options(arguments: argparse.Namespace, density: _Density) -> dict[str, Any]:
     options = {name: getattr(arguments, name) for name in _MEMORY} | {"density": density, "threads": arguments.threads}
     longest = max(arguments.prompt_tokens)
     return options | {"prompt_tokens": longest, "ctx_size": longest + max(arguments.generate_tokens)}
 
 
-def _examine(arguments: argparse.Namespace, density: Any) -> "ModelSpec":
+def _examine(arguments: argparse.Namespace, density: _Density) -> "ModelSpec":
     from griffin_offload.engine.spec import examine
 
     return examine(model_of(arguments), LoadConfig(**_options(arguments, density)))
 
 
-def _plan_or_none(model_spec: "ModelSpec") -> Any:
+def _plan_or_none(model_spec: "ModelSpec") -> "Plan | None":
     from griffin_offload.engine.spec import plan_for
 
     try:
@@ -135,7 +139,7 @@ def _check_length(arguments: argparse.Namespace, model_spec: "ModelSpec") -> Non
         raise UsageError(f"{tokens} tokens of prompt and answer are more than the model's context, {most}")
 
 
-def _measure(arguments: argparse.Namespace, density: Any, ceilings: "Ceilings", examine: Any) -> "list[Speed]":
+def _measure(arguments: argparse.Namespace, density: _Density, ceilings: "Ceilings", examine: object) -> "list[Speed]":
     import torch
     from tqdm import tqdm
 

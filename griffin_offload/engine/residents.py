@@ -52,7 +52,7 @@ class HostEmbedding:
     def _to_host(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].to("cpu"), *args[1:])
 
-    def to_device(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
+    def to_device(self, module: nn.Module, args: object, rows: Tensor) -> Tensor:
         self.pages.files.check_contents()
         self.row_bytes += rows.nbytes
         return rows.to(device=self._device, dtype=self._dtype)

@@ -44,7 +44,7 @@ class TranslatedTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"TranslatedTensor({list(self.shape)}, {self.dtype}, of {self.stored_bytes} bytes)"
 
     @property

@@ -125,7 +125,7 @@ class StateAndKVLayer(StateLayer, KVLayer):
         KVLayer.batch_select_indices(self, indices)
 
 
-def layer_like(stock: Any, ctx_tokens: int, window: int | None, bits: KVBits, scratches: Scratches) -> Any:
+def layer_like(stock: object, ctx_tokens: int, window: int | None, bits: KVBits, scratches: Scratches) -> Any:
     """Ours in the place of one of transformers'."""
     if isinstance(stock, DummyLayer):
         return DummyLayer()
@@ -202,7 +202,7 @@ class SplitWriter(PassForward):
         return torch.cat(outputs, dim=1)
 
 
-def _of_tokens(value: Any, start: int, end: int, tokens: int) -> Any:
+def _of_tokens(value: object, start: int, end: int, tokens: int) -> Any:
     """Of arguments what belongs to these of `tokens` tokens: tensors with a row for each are cut."""
     if isinstance(value, Tensor):
         return value[:, start:end] if value.dim() > 1 and value.shape[1] == tokens else value
