@@ -233,6 +233,13 @@ def _record(model_spec: "ModelSpec", ceilings: "Ceilings", speeds: "list[Speed]"
     }
 
 
+def _rows_in_words(least: int, most: int, many: int) -> str:
+    """Of x, that a row of the table is best for."""
+    if most >= many:
+        return "all" if least <= 1 else f"{least} or more"
+    return f"up to {most}" if least <= 1 else f"{least} to {most}"
+
+
 def _print_kernels(*, as_json: bool) -> int:
     """The table of kernels; of each operation and layout, the first row that applies does the work."""
     quiet_libraries()
@@ -261,7 +268,7 @@ def _kernel_rows() -> list[dict[str, Any]]:
         {
             "operation": kernel.operation,
             "layout": kernel.layout,
-            "rows": table.rows_in_words(kernel),
+            "rows": _rows_in_words(*kernel.rows, table.MANY),
             "device": kernel.device or "any",
             "multiplies": str(kernel.computes or "any").removeprefix("torch."),
             "function": f"{kernel.name}{'' if kernel.ours else ', torch'}",

@@ -157,14 +157,6 @@ def why_not(kernel: Kernel, devices: Iterable[str]) -> str | None:
     return kernel.needs()
 
 
-def rows_in_words(kernel: Kernel) -> str:
-    """Of x, that a row of the table is best for."""
-    least, most = kernel.rows
-    if most >= MANY:
-        return "all" if least <= 1 else f"{least} or more"
-    return f"up to {most}"
-
-
 def _find(
     key: tuple[Any, ...], operations: tuple[str, ...], rows: int | None, computes: torch.dtype | None
 ) -> tuple[Kernel, ...]:
@@ -259,17 +251,15 @@ def _gemm(name: str, needs: Callable[[], str | None], computes: torch.dtype, bes
     ]
 
 
-def _products_of_ours() -> list[Kernel]:
-    few: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": _no_gradient, "numbers": _NUMBERS}
-    tiled: dict[str, Any] = few | {
+_FEW: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": _no_gradient, "numbers": _NUMBERS}
+
+
+def _by_tiles() -> list[Kernel]:
+    tiled: dict[str, Any] = _FEW | {
         "needs": _has("sums_tiles", "AMX"),
         "numbers": frozenset((torch.bfloat16,)),
         "rows": (3, gemv.TILE_ROWS),
     }
-    tiers: dict[str, Any] = few | {"takes": gemv.takes_tiers}
-    plain: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": alike, "numbers": HALVES}
-    pack: dict[str, Any] = {"numbers": _NUMBERS, "rows": (0, int8pack.ROWS)}
-    float32 = torch.float32
     return [
         *(
             Kernel("gemv", layout, f"{name} (AMX)", functools.partial(product, tiles=True), **tiled)
@@ -283,21 +273,31 @@ def _products_of_ours() -> list[Kernel]:
             *("gemv", "float", "multiply_floats (AMX)", functools.partial(gemv.float_product, tiles=True)),
             **(tiled | {"takes": alike}),
         ),
+    ]
+
+
+def _products_of_ours() -> list[Kernel]:
+    tiers: dict[str, Any] = _FEW | {"takes": gemv.takes_tiers}
+    plain: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": alike, "numbers": HALVES}
+    pack: dict[str, Any] = {"numbers": _NUMBERS, "rows": (0, int8pack.ROWS)}
+    float32 = torch.float32
+    return [
+        *_by_tiles(),
         *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 17, **dict.fromkeys(_RESIDENT[1:], 24)}),
         *_gemm("AVX512-BF16", _pairs, torch.bfloat16, {"int8": 7, **_PAIRS_FROM}),
         *_gemm("AVX2", _float32, float32, {}),
         Kernel("tiers", "rows", "multiply_tiers_rows", gemv.tiers_rows_product, **tiers),
         Kernel("tiers", "strips", "multiply_tiers_strips", gemv.tiers_strips_product, **tiers),
-        Kernel("gemv", "int8", "multiply_int8", gemv.int8_product, **few, rows=(0, gemv.ROWS)),
+        Kernel("gemv", "int8", "multiply_int8", gemv.int8_product, **_FEW, rows=(0, gemv.ROWS)),
         Kernel(
             *("gemv", "int4_rows", "multiply_int4_rows (lanes)", functools.partial(gemv.rows_product, 4, lanes=True)),
-            **(few | {"needs": _has("sums_bytes", "AVX512-VNNI"), "takes": gemv.takes_lanes}),
+            **(_FEW | {"needs": _has("sums_bytes", "AVX512-VNNI"), "takes": gemv.takes_lanes}),
             rows=(3, gemv.ROWS),
         ),
         *(
             Kernel(
                 *("gemv", f"int{bits}_{form}", f"multiply_int{bits}_{form}", functools.partial(product, bits)),
-                **few,
+                **_FEW,
                 rows=(0, gemv.ROWS),
             )
             for bits in _FEW_BITS
