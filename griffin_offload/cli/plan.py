@@ -291,7 +291,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     from griffin_offload.planner.tiers import bits_of, expected_error, expected_kl
 
     shapes = [*model_spec.shapes, *model_spec.others]
-    hidden, neurons = shapes[0].hidden_size, shapes[0].width
+    hidden, neurons = shapes[0].hidden_size, shapes[0].width or shapes[0].hidden_size
     plans = alternatives(shapes, model_spec.request, chosen.context_tokens)
     if chosen.fits and all((plan.precision, plan.counts) != (chosen.precision, chosen.counts) for plan in plans):
         plans = [chosen, *plans]  # a density that was asked for

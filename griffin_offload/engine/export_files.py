@@ -164,6 +164,8 @@ class KeptCounts:
         unit = "experts" if experts else "neurons"
         blocks = [block for block in experts or blocks if block.neurons]
         sizes = {block.neurons for block in blocks}
+        if not sizes:
+            raise UnsupportedModel(f"{text.model_type} has no feed-forward: there are no neurons to leave out")
         if len(sizes) > 1:
             raise UnsupportedModel(
                 f"the layers have {min(sizes)} to {max(sizes)} {unit}: a config has one number for all"

@@ -18,7 +18,15 @@ from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.workload import Workload
-from griffin_offload.transformers_api import CACHE, Arguments, StockCache, StockModel, StockOutput, Tokenizer
+from griffin_offload.transformers_api import (
+    CACHE,
+    Arguments,
+    StockCache,
+    StockModel,
+    StockOutput,
+    Tokenizer,
+    counts_tokens,
+)
 
 # Where an answer ends: checkpoints say it in up to three places, which need not agree.
 
@@ -135,6 +143,11 @@ def past_of(prompt: Tensor, kwargs: Arguments) -> Past:
         return Past(0, given)
     if not hasattr(cache, "get_seq_length"):
         raise UsageError(f"{CACHE} is a {type(cache).__name__}: give a Cache, as generate returns it")
+    if not counts_tokens(cache):
+        kind = type(cache).__name__
+        raise UsageError(
+            f"{CACHE} is a {kind} of states alone, which counts no tokens: give one that generate returned"
+        )
     past, mask = cache.get_seq_length(), kwargs.get("attention_mask")
     if past == 0:
         return Past(0, given, cache)

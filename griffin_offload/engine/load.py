@@ -186,8 +186,9 @@ def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[St
 def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
     if not model_spec.hardware.computes_on_cpu:
         return None
+    shape = model_spec.shape
     return config.threads or model_spec.hardware.choose_threads(
-        model_spec.shape.hidden_size, model_spec.shape.width, model_spec.dtype
+        shape.hidden_size, shape.width or shape.hidden_size, model_spec.dtype
     )
 
 

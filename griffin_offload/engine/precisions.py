@@ -91,6 +91,9 @@ def _measured(
             own_head = head if levels[-1].bits < head.bits else checkpoint.tables
             beside = small_beside(precision, checkpoint)
             shape = model_shape(meta, precision, full, checkpoint.tables, states, levels, own_head, beside)
+            if len(levels) > 1 and not shape.with_neurons:
+                kind = checkpoint.config.model_type
+                raise UnsupportedModel(f"{name} are of FF neurons, and {kind} has none: take int4")
         except UnsupportedModel:
             needed = name in (config.quantize, stored.name) or not (stored.is_plain or name in MIXED)
             if needed and not drafts:

@@ -20,7 +20,8 @@ from griffin_offload.engine.prefill import StreamedPass, choose_together, groupe
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
 from griffin_offload.errors import GriffinError, UsageError
-from griffin_offload.kv_cache.kv_cache import RecordedWriter, SplitWriter, States, copies, single_steps
+from griffin_offload.kv_cache.kv_cache import RecordedWriter, SplitWriter, single_steps
+from griffin_offload.kv_cache.kv_layer import States, copies
 from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
 from griffin_offload.transformers_api import CACHE, Arguments, StockCache, StockOutput
 

@@ -1,7 +1,7 @@
 """What is known of a model before a weight is read: its checkpoint, its sizes, the budget, and the plan."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.blocks.sizes import ModelSizes
-from griffin_offload.blocks.states import lasting_kinds, state_kinds
+from griffin_offload.blocks.states import cache_layers, lasting_kinds, state_kinds
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.registry import PartSizes, open_checkpoint, part_sizes
 from griffin_offload.config import (
@@ -38,7 +38,7 @@ from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
 from griffin_offload.planner.tiers import bits_of
-from griffin_offload.transformers_api import warn_if_untested
+from griffin_offload.transformers_api import keeps_entries, warn_if_untested
 from griffin_offload.units import format_bytes
 
 
@@ -185,6 +185,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, ruled_out, request, assumed if absent else None)
     if config.exact:
         model_spec.check_exact(checkpoint.precision, request.kv_bits)
+    _check_neurons(model_spec, config)
     _check_passes(model_spec, config)
     _check_experts(model_spec, config)
     return model_spec
@@ -229,6 +230,18 @@ def check_no_passes(refresh: int) -> None:
         )
 
 
+def _check_neurons(model_spec: ModelSpec, config: LoadConfig) -> None:
+    """UsageError for what chooses neurons where no layer has any."""
+    if model_spec.shape.with_neurons:
+        return
+    none = f"{model_spec.checkpoint.config.model_type} has no feed-forward: there are no neurons"
+    densities = config.density if isinstance(config.density, Sequence) else [config.density]
+    if config.density != "auto" and any(density != 1 for density in densities):
+        raise UsageError(f"{none} to leave out, and no density below 1")
+    if config.exact:
+        raise UsageError(f"{none} to draft with: leave exact mode out, every answer is the full model's")
+
+
 def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
     """UsageError where the passes between two tokens cannot take the drafted ones back."""
     if model_spec.shape.has_experts and not config.exact and config.missing_experts == "fetch":
@@ -244,7 +257,7 @@ def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
 
 
 def _cache_kind(config: PretrainedConfig, bits: AskedKVBits) -> CacheKind:
-    if can_cache(config):
+    if can_cache(config) and (bits not in (8, 4) or keeps_entries(cache_layers(config))):
         return "ours"
     if bits in (8, 4):
         kinds = lasting_kinds(config) or state_kinds(config)

@@ -23,7 +23,7 @@ from griffin_offload.checkpoint.safetensors import DTYPES
 from griffin_offload.config import MIXED
 from griffin_offload.errors import SavedContextError, one_line
 from griffin_offload.formats import planned_as
-from griffin_offload.kv_cache.kv_cache import States
+from griffin_offload.kv_cache.kv_layer import States
 from griffin_offload.kv_cache.sequence import MAX_MARKS, Context, Snapshot
 from griffin_offload.kv_cache.store import MOST_PARTS, head_sizes, part_types
 from griffin_offload.method.allocation import Counts
@@ -354,6 +354,7 @@ def _fill(context: Context, file: _SavedFile, tokens: list[int], device: torch.d
     try:
         for index, layer in enumerate(context.cache.kept):
             layer.load(len(tokens), [file.get_tensor(name).to(device) for name in _kv_names(file, index)])
+        context.cache.count(len(tokens))
     except BaseException:
         context.clear()
         raise

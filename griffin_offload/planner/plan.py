@@ -236,7 +236,8 @@ def _resident_parts(
 def _density(shape: ModelSizes, counts: tuple[Counts, ...]) -> float:
     """Of neurons, or where there are experts, of these."""
     counted = [i for i, layer in enumerate(shape.layers) if bool(layer.experts) == shape.has_experts]
-    return sum(sum(counts[i]) for i in counted) / sum(shape.layers[i].neurons for i in counted)
+    total = sum(shape.layers[i].neurons for i in counted)
+    return sum(sum(counts[i]) for i in counted) / total if total else 1.0
 
 
 def _experts(shape: ModelSizes, counts: tuple[Counts, ...]) -> tuple[int, int] | None:
