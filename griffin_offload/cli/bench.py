@@ -256,8 +256,9 @@ def _print_kernels(*, as_json: bool) -> int:
 
 
 def _kernel_rows() -> list[dict[str, Any]]:
-    # Both add rows of torch's.
+    # They add rows of torch's, and of the package gguf.
     from griffin_offload import formats  # noqa: F401
+    from griffin_offload.checkpoint import gguf_blocks  # noqa: F401
     from griffin_offload.devices.registry import devices_here
     from griffin_offload.engine import build  # noqa: F401
     from griffin_offload.kernels import table
@@ -271,7 +272,7 @@ def _kernel_rows() -> list[dict[str, Any]]:
             "rows": _rows_in_words(*kernel.rows, table.MANY),
             "device": kernel.device or "any",
             "multiplies": str(kernel.computes or "any").removeprefix("torch."),
-            "function": f"{kernel.name}{'' if kernel.ours else ', torch'}",
+            "function": f"{kernel.name}{'' if kernel.ours or kernel.operation == 'dequantize' else ', torch'}",
             "why_not": table.why_not(kernel, devices),
         }
         for kernel in rows

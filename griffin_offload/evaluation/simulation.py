@@ -161,18 +161,19 @@ def observe(
     *,
     tables: int = 0,
     kept_bytes: int = 0,
+    norms: dict[int, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Show `observer` the input z of every down projection, or of experts the norms of what each adds, while the full
     model runs over `prompts`, ids [T] of one length: it is called with (layer, place of the prompt, first token,
     z [t, F]). `tables` of F floats is what it keeps of each prompt in each layer, `kept_bytes` what it keeps besides.
-    Raises as `simulate` does."""
+    `norms` gets the norms [F] of the output columns of each layer's neurons. Raises as `simulate` does."""
     if len({ids.numel() for ids in prompts}) > 1:
         raise UsageError("prompts to observe have one length")
     samples = [Sample.prompt_alone(ids) for ids in prompts]
     with _running(model, (), None, progress, tables, kept_bytes) as simulation:
         for group in simulation.groups(samples):
-            simulation.observe(group, observer)
+            simulation.observe(group, observer, norms)
 
 
 @dataclass(frozen=True)
@@ -316,14 +317,14 @@ class _Simulation:
             self._run_stack(batch, 1)
         return simulated.sums
 
-    def observe(self, group: _Group, observer: Observer) -> None:
-        """Show `observer` every z, by the places of the samples."""
+    def observe(self, group: _Group, observer: Observer, norms: dict[int, Tensor] | None) -> None:
+        """Show `observer` every z, by the places of the samples, and fill `norms`."""
 
         def shown(layer: int, row: int, start: int, z: Tensor) -> None:
             observer(layer, group.places[row], start, z)
 
         batch = Batch.of(group.samples)
-        with self._holding(group.size), self._pass(batch, group.size, None, shown) as simulated:
+        with self._holding(group.size), self._pass(batch, group.size, None, shown, norms) as simulated:
             self._run_stack(batch, 1)
         self._ledger.hold(slots=simulated.peak_in_flight_bytes)
         self._ledger.hold(slots=0)
@@ -346,7 +347,12 @@ class _Simulation:
         return hidden, simulated.activation_kept()
 
     def _pass(
-        self, batch: Batch, size: PassSize, choices: Choices | None, observer: Observer | None = None
+        self,
+        batch: Batch,
+        size: PassSize,
+        choices: Choices | None,
+        observer: Observer | None = None,
+        norms: dict[int, Tensor] | None = None,
     ) -> SimulatedPass:
         copies = 1 if choices is None else choices.rows_per_sample
         return SimulatedPass(
@@ -358,6 +364,7 @@ class _Simulation:
             means=choices is not None and choices.means,
             keep=choices is None and observer is None,
             observe=observer,
+            norms=norms,
             progress=self._layer_done,
         )
 

@@ -3,7 +3,10 @@
 The package gguf makes the same, to the last bit, by numpy: a pass over memory for every operation.
 """
 
+import functools
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +25,9 @@ _BYTES = _SHORT_BYTES | _LONG_BYTES
 _GROUP = 32
 
 
-def takes(blocks: Tensor, out: Tensor) -> bool:
-    """Whether `numbers` fills `out`."""
-    return out.dtype in NUMBER_TYPES and out.is_contiguous() and out.is_cpu
+def takes(blocks: Tensor, out: Tensor | None = None) -> bool:
+    """Whether `numbers` fills `out`, if it is asked for them."""
+    return out is None or (out.dtype in NUMBER_TYPES and out.is_contiguous() and out.is_cpu)
 
 
 def numbers(kind: str, blocks: Tensor, out: Tensor) -> None:
@@ -47,6 +50,13 @@ def grids(kind: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
     job = (blocks.data_ptr(), 0, step.data_ptr(), lowest.data_ptr(), count, KINDS.index(kind), 0)
     found.call("grids_of_blocks", _BLOCKS.pack(*job))
     return step, lowest
+
+
+BY_LAYOUT: dict[str, tuple[str, Callable[..., Any]]] = {
+    **{kind: ("numbers_of_blocks", functools.partial(numbers, kind)) for kind in KINDS},
+    **{f"{kind}_grids": ("grids_of_blocks", functools.partial(grids, kind)) for kind in ON_GRIDS},
+}
+"""Names and functions, as the table calls them."""
 
 
 def _numbers(kind: str) -> int:

@@ -323,27 +323,10 @@ def _products_of_ours() -> list[Kernel]:
     ]
 
 
-def _others_of_ours() -> list[Kernel]:
+def _forms_of_ours() -> list[Kernel]:
     own: dict[str, Any] = {"device": "cpu", "needs": _compiled}
     made: dict[str, Any] = {**own, "takes": quantize.takes, "numbers": _NUMBERS}
-    halves: dict[str, Any] = {**own, "numbers": HALVES}
-    vbmi2 = _has("leaves_out", "AVX512-VBMI2")
     return [
-        Kernel(
-            *("gather", "columns", "gather_columns", gather.gather_columns, "cpu", vbmi2),
-            takes=gather.takes_columns,
-            numbers=_SHORT,
-        ),
-        Kernel("gather", "columns", "numpy.take", gather.columns_by_numpy, "cpu", ours=False),
-        Kernel("gather", "columns", "index_select", gather.columns_by_torch, ours=False),
-        *(
-            Kernel(
-                *("gather", f"int{bits}_strips", "gather_neurons_to_strips", gather.gather_neurons_to_strips),
-                **own,
-                takes=gather.takes_neurons,
-            )
-            for bits in _FEW_BITS
-        ),
         Kernel("quantize", "largest_of_rows", "quantize_largest", quantize.largest_of_rows, **made),
         Kernel("quantize", "row_norms", "quantize_row_norms", quantize.row_norms, **made),
         Kernel("quantize", "column_norms", "quantize_column_norms", quantize.column_norms, **made),
@@ -361,16 +344,31 @@ def _others_of_ours() -> list[Kernel]:
             for n in (3, 2)
         ),
         *(
-            Kernel(
-                *("dequantize", kind, "numbers_of_blocks", functools.partial(gguf_blocks.numbers, kind)),
-                **own,
-                takes=gguf_blocks.takes,
-            )
-            for kind in gguf_blocks.KINDS
+            Kernel("dequantize", layout, name, function, **own, takes=gguf_blocks.takes)
+            for layout, (name, function) in gguf_blocks.BY_LAYOUT.items()
         ),
+    ]
+
+
+def _others_of_ours() -> list[Kernel]:
+    own: dict[str, Any] = {"device": "cpu", "needs": _compiled}
+    halves: dict[str, Any] = {**own, "numbers": HALVES}
+    vbmi2 = _has("leaves_out", "AVX512-VBMI2")
+    return [
+        Kernel(
+            *("gather", "columns", "gather_columns", gather.gather_columns, "cpu", vbmi2),
+            takes=gather.takes_columns,
+            numbers=_SHORT,
+        ),
+        Kernel("gather", "columns", "numpy.take", gather.columns_by_numpy, "cpu", ours=False),
+        Kernel("gather", "columns", "index_select", gather.columns_by_torch, ours=False),
         *(
-            Kernel("dequantize", f"{kind}_grids", "grids_of_blocks", functools.partial(gguf_blocks.grids, kind), **own)
-            for kind in gguf_blocks.ON_GRIDS
+            Kernel(
+                *("gather", f"int{bits}_strips", "gather_neurons_to_strips", gather.gather_neurons_to_strips),
+                **own,
+                takes=gather.takes_neurons,
+            )
+            for bits in _FEW_BITS
         ),
         Kernel(
             "attention",
@@ -396,4 +394,4 @@ def _others_of_ours() -> list[Kernel]:
     ]
 
 
-add(*_products_of_ours(), *_others_of_ours())
+add(*_products_of_ours(), *_forms_of_ours(), *_others_of_ours())
