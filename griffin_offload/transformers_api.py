@@ -124,7 +124,7 @@ def stock_cache(config: PretrainedConfig) -> Any:
     return cache
 
 
-def with_own_name(arguments: dict[str, Any]) -> dict[str, Any]:
+def with_own_name(arguments: dict[str, object]) -> dict[str, Any]:
     """`arguments` with the KV cache under the name that the installed release knows, whichever of the two that are
     its own it came by. UsageError for both at once."""
     if CACHE == "past_key_values" or "past_key_values" not in arguments:
@@ -198,17 +198,29 @@ class Tokenizer(Protocol):
 
     def __hash__(self) -> int: ...
 
-    def decode(self, tokens: Any, **options: Any) -> str: ...
+    def encode(self, text: str, **options: Any) -> list[int]: ...
 
-    def apply_chat_template(self, messages: Any, **options: Any) -> Any: ...
+    def decode(self, tokens: object, **options: Any) -> str: ...
 
-    def save_pretrained(self, save_directory: Any) -> Any: ...
+    def apply_chat_template(self, messages: object, **options: Any) -> Any: ...
+
+    def save_pretrained(self, save_directory: object) -> Any: ...
 
     def get_added_vocab(self) -> dict[str, int]: ...
 
-    def convert_tokens_to_ids(self, tokens: Any) -> Any: ...
+    def convert_tokens_to_ids(self, tokens: object) -> Any: ...
 
-    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+    def convert_ids_to_tokens(self, ids: object) -> Any: ...
+
+
+Arguments = dict[str, Any]
+"""Of a model's forward, by name: which there are differs between architectures."""
+
+
+class StockOutput(Protocol):
+    """What is asked of what a model's forward gives."""
+
+    logits: Tensor
 
 
 class StockCache(Protocol):

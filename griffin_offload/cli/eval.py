@@ -52,11 +52,16 @@ def load_streamed(
     """Every layer passes in full, so no neuron need stay: the budget is for layers on their way and activations."""
     from griffin_offload.engine.model import GriffinModel
 
-    names = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "seed", "threads", "offline")
-    options = {name: getattr(arguments, name) for name in names}
+    options = loading_options(arguments)
     options |= {"quantize": checkpoint.precision.option, "density": 0.0, "always_stream": True}
     options = options if processes is None else processes.share(options)
     return GriffinModel.from_pretrained(checkpoint.path, **options, ctx_size=ctx_tokens, prompt_tokens=ctx_tokens)
+
+
+def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `LoadConfig` that every command that measures has."""
+    names = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "seed", "threads", "offline")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def variants_of(arguments: argparse.Namespace) -> "list[Variant]":

@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from griffin_offload.checkpoint.files import write_text
 from griffin_offload.cli import inspect_text
-from griffin_offload.cli.eval import add_measuring_options, load_streamed, numbers
-from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, parse_density, quiet_libraries
+from griffin_offload.cli.eval import add_measuring_options, load_streamed, loading_options, numbers
+from griffin_offload.cli.options import (
+    add_bits_option,
+    add_memory_options,
+    add_model_option,
+    model_of,
+    parse_density,
+    quiet_libraries,
+)
 from griffin_offload.cli.progress import Bar
 from griffin_offload.cli.prompt import prompt_text, tokenize
-from griffin_offload.config import FORMAT_NAMES, LoadConfig, RunConfig
+from griffin_offload.config import FORMAT_NAMES, MIXED, LoadConfig, RunConfig
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.evaluation.config import InspectConfig
 from griffin_offload.evaluation.plots import check_matplotlib, draw, make_directory
@@ -25,9 +32,6 @@ if TYPE_CHECKING:
 # `griffin-offload inspect --prompt`: what pruning would lose on one prompt.
 
 
-_MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "seed", "threads", "offline")
-
-
 def inspect_prompt(arguments: argparse.Namespace) -> int:
     """A table in the terminal or a JSON object, and with `--output` a picture, too."""
     text = prompt_text(arguments)
@@ -35,7 +39,7 @@ def inspect_prompt(arguments: argparse.Namespace) -> int:
     if room < 1:
         raise UsageError(f"--max-new-tokens is {room}: at least 1")
     density = "auto" if arguments.density is None else parse_density(arguments.density)
-    options = {name: getattr(arguments, name) for name in _MEMORY} | {"density": density}
+    options = loading_options(arguments) | {"density": density, "bits": arguments.bits or LoadConfig.bits}
     options["quantize"] = arguments.quantize or LoadConfig.quantize
     LoadConfig(**options)  # a bad flag is reported before any file is looked at
     if arguments.output is not None:
@@ -49,11 +53,12 @@ def inspect_prompt(arguments: argparse.Namespace) -> int:
     ids = tokenize(checkpoint.tokenizer(), text, arguments)[0]
     plan, shortfall = _planned(options | {"ctx_size": ids.numel() + room, "prompt_tokens": ids.numel()}, checkpoint)
     planned = plan["densities"] if plan is not None else None
+    levels = (plan["counts"], plan["distortions"]) if plan is not None else None
     with (
         load_streamed(arguments, checkpoint, max(ids.numel(), 2)) as model,
         Bar("prompt", quiet=arguments.quiet or arguments.json) as bar,
     ):
-        numbers = prompt_loss(model, ids, InspectConfig.prompt_densities, planned, bar.step)
+        numbers = prompt_loss(model, ids, InspectConfig.prompt_densities, planned, bar.step, levels)
     if shortfall is not None:
         print(f"note: no density is marked, {shortfall}", file=sys.stderr)
     numbers = {"model": arguments.model or "demo", **numbers, "plan": plan}
@@ -64,17 +69,24 @@ def inspect_prompt(arguments: argparse.Namespace) -> int:
 def _planned(options: dict[str, Any], checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, DoesNotFit | None]:
     """What the budget allows, or what it lacks."""
     from griffin_offload.engine.spec import examine_checkpoint, plan_for
+    from griffin_offload.planner.tiers import bits_of, expected_error
 
     model_spec = examine_checkpoint(checkpoint, LoadConfig(**options))
     try:
         plan = plan_for(model_spec)
     except DoesNotFit as error:
         return None, error
-    layers = model_spec.shape.layers
+    shape = model_spec.shape_of(plan)
     planned = {
         "density": plan.density,
-        "densities": [layer.density(kept) for kept, layer in zip(plan.kept, layers, strict=True)],
+        "densities": [layer.density(kept) for kept, layer in zip(plan.kept, shape.layers, strict=True)],
         "precision": plan.precision,
+        "in_words": plan.in_words,
+        "ff_bits": bits_of(shape, plan.counts),
+        "levels": plan.levels,
+        "counts": plan.counts,
+        "distortions": [format.distortion for format in shape.levels],
+        "expected_error": expected_error(shape, plan.counts),
         "small_matrices": model_spec.small_of(plan),
         "budget_bytes": plan.budget_bytes,
         "budget": format_bytes(plan.budget_bytes),
@@ -128,7 +140,8 @@ def _add_prompt_options(add: Any) -> None:
     add("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     add("--system", metavar="TEXT", help="system message, for models with a chat template")
     add("--raw", action="store_true", default=None, help="do not apply the model's chat template")
-    add("--quantize", choices=("auto", *FORMAT_NAMES), help=f"of the plan (default: {LoadConfig.quantize})")
+    add("--quantize", choices=("auto", *FORMAT_NAMES, *MIXED), help=f"of the plan (default: {LoadConfig.quantize})")
+    add_bits_option(add, default=None)
     add(
         "-n",
         "--max-new-tokens",
@@ -159,7 +172,7 @@ def _listed(name: str) -> str:
     return ",".join(map(str, getattr(_DEFAULTS, name)))
 
 
-_OF_PROMPT = ("prompt", "prompt_file", "system", "raw", "quantize", "max_new_tokens")
+_OF_PROMPT = ("prompt", "prompt_file", "system", "raw", "quantize", "bits", "max_new_tokens")
 _OF_TEXT = ("figure", "layers", "windows", "tokens", "prompt_tokens", "generate_tokens", "selection")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, Protocol, get_args
 
 from griffin_offload.config import (
     DEVICE_NAMES,
@@ -31,8 +31,14 @@ from griffin_offload.config import (
 from griffin_offload.demo import demo_directory
 from griffin_offload.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
+AddOption = Callable[..., argparse.Action]
+"""`add_argument` of a parser or of a group."""
+
+
+class Commands(Protocol):
+    """What a command adds its parser to."""
+
+    def add_parser(self, name: str, **settings: Any) -> argparse.ArgumentParser: ...
 
 
 # The imports that a command waits for: torch, transformers and what of ours stands on them.
@@ -293,10 +299,15 @@ def _add_precision_options(add: Callable[..., Any]) -> None:
         help="the most bits that fit, or the fewest in which no neuron is left out, int4, where more would fit, too "
         f"(default: {_DEFAULTS.prefer})",
     )
+    add_bits_option(add)
+
+
+def add_bits_option(add: Callable[..., Any], default: float | str | None = _DEFAULTS.bits) -> None:
+    """How many they are together; `default` where none are named."""
     add(
         "--bits",
         type=_bits,
-        default=_DEFAULTS.bits,
+        default=default,
         metavar="auto|N",
         help=f"with --quantize {TIERS} or {LAYERS}: bits per weight of the FFs, such as 3.5 "
         f"(default: {_DEFAULTS.bits}, what fits)",

@@ -14,6 +14,7 @@ from griffin_offload.blocks.replace import swap_experts, swap_linears
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import settle_generation_config
+from griffin_offload.checkpoint.files import Mappings
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
 from griffin_offload.devices.memory import Ledger, host_bytes
@@ -94,8 +95,9 @@ def _load(
     model, decoder, blocks = _map_layers(model_spec, plan, scratch)
     full = {index: blocks[index].full() for index in plan.streamed}
     offload = _offload_tier(model_spec, plan, config)
+    mappings = Mappings()
     dense = {index: tensors for index, tensors in full.items() if not isinstance(blocks[index], Experts)}
-    source = _make_source(dense, model_spec, offload) if dense else None
+    source = _make_source(dense, model_spec, offload, mappings) if dense else None
     if source is not None:
         on_failure.callback(source.close)
     if isinstance(source, HostStore):
@@ -104,7 +106,7 @@ def _load(
     store = _expert_store({index: full[index] for index in full if index not in dense}, blocks, model_spec)
     if store is not None:
         on_failure.callback(store.close)
-    pages = FilePages(list(model.parameters()), evict=evicts(model_spec))
+    pages = FilePages(list(model.parameters()), evict=evicts(model_spec), mappings=mappings)
     on_failure.callback(pages.close)
     compact, jobs = compact_blocks(blocks, full, model_spec, plan, pages)
     head = model.get_output_embeddings()
@@ -234,14 +236,14 @@ def _offload_tier(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> str:
     return config.offload
 
 
-def _make_source(full: dict[int, list[Tensor]], model_spec: ModelSpec, offload: str) -> Source:
+def _make_source(full: dict[int, list[Tensor]], model_spec: ModelSpec, offload: str, mappings: Mappings) -> Source:
     if offload == "disk":
-        mapped = MmapStore(full, evict=evicts(model_spec))
+        mapped = MmapStore(full, evict=evicts(model_spec), mappings=mappings)
         if mapped.unmapped_bytes:
             size = format_bytes(mapped.unmapped_bytes)
             warnings.warn(f"{size} of the weights were converted while loading and rest in RAM", stacklevel=2)
         return mapped
-    with contextlib.closing(MmapStore(full, evict=evicts(model_spec))) as mapped:
+    with contextlib.closing(MmapStore(full, evict=evicts(model_spec), mappings=mappings)) as mapped:
         return HostStore(mapped, list(full), model_spec.dtype, model_spec.hardware)
 
 

@@ -1,6 +1,7 @@
 """What is known of a model before a weight is read: its checkpoint, its sizes, the budget, and the plan."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from griffin_offload.devices.memory import budget_bytes, host_bytes, session_byt
 from griffin_offload.devices.registry import choose_device, device_kind, devices_here
 from griffin_offload.engine.build import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
-from griffin_offload.engine.precisions import resting_head, shapes_of
-from griffin_offload.errors import UsageError
+from griffin_offload.engine.precisions import others_of, resting_head, shapes_of
+from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.formats import Format, planned_as
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
@@ -50,8 +51,8 @@ class ModelSpec:
     dtype: torch.dtype
     shapes: tuple[ModelSizes, ...]
     """The model in every precision its residents may have, best first."""
-    others: tuple[ModelSizes, ...]
-    """In the precisions that `quantize` rules out."""
+    ruled_out: Callable[[], tuple[ModelSizes, ...]]
+    """Makes `others`."""
     request: PlanRequest
     assumed: str | None = None
     """What is not known of a device that is not here; None where it is."""
@@ -102,10 +103,17 @@ class ModelSpec:
         full = sum(tensor.nbytes for tensor in packed)
         return sum(tensor.stored_bytes for tensor in packed) / full if full else 1.0
 
+    @functools.cached_property
+    def others(self) -> tuple[ModelSizes, ...]:
+        """In the precisions that `quantize` rules out: asked for by remedies and comparisons alone."""
+        return self.ruled_out()
+
     def shape_of(self, plan: Plan) -> ModelSizes:
         """The sizes in the precision of `plan`."""
-        every_shape = (*self.shapes, *self.others)
-        return next(s for s in every_shape if (s.precision_name, s.level_names) == (plan.precision, plan.levels))
+        wanted = (plan.precision, plan.levels)
+        found = [shape for shape in self.shapes if (shape.precision_name, shape.level_names) == wanted]
+        found = found or [shape for shape in self.others if (shape.precision_name, shape.level_names) == wanted]
+        return found[0]
 
     def small_of(self, plan: Plan) -> dict[str, list[str]]:
         """Names of small matrices by the format that they rest in, where it is another one than their neighbours'."""
@@ -137,7 +145,11 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     # In host memory the rows are read in place, so their precision has to be the stored one.
     host_embeddings = not hardware.shares_host_memory or (dtype == checkpoint.dtype and not parts.embeddings)
     head = checkpoint.tables if config.exact else resting_head(checkpoint, meta, host_embeddings)
-    shapes, others = shapes_of(checkpoint, meta, device, config, head)
+    shapes = shapes_of(checkpoint, meta, device, config, head)
+
+    def ruled_out() -> tuple[ModelSizes, ...]:
+        return others_of(checkpoint, build_on_meta(checkpoint.config, dtype), device, config, head)
+
     cache = _cache_kind(checkpoint.config, config.kv_bits)
     request = PlanRequest(
         budget_bytes=budget_bytes(config, hardware, absent=absent),
@@ -170,7 +182,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         graphs=GRAPH_COSTS if hardware.captures and config.cuda_graphs and not shapes[0].has_experts else None,
     )
     assumed = f"no {hardware.name} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
-    model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, others, request, assumed if absent else None)
+    model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, ruled_out, request, assumed if absent else None)
     if config.exact:
         model_spec.check_exact(checkpoint.precision, request.kv_bits)
     _check_neurons(model_spec, config)
@@ -257,7 +269,10 @@ def _cache_kind(config: PretrainedConfig, bits: AskedKVBits) -> CacheKind:
 
 def plan_for(model_spec: ModelSpec) -> Plan:
     """The plan; DoesNotFit when there is none."""
-    return make_plan(model_spec.shapes, model_spec.request, model_spec.others)
+    try:
+        return make_plan(model_spec.shapes, model_spec.request)
+    except DoesNotFit:
+        return make_plan(model_spec.shapes, model_spec.request, model_spec.others)  # for a better remedy
 
 
 def evicts(model_spec: ModelSpec) -> bool:

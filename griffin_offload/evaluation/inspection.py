@@ -11,7 +11,7 @@ from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.prefill import SHORT_PROMPT_TOKENS
 from griffin_offload.evaluation.simulation import observe
-from griffin_offload.method.allocation import bits_gained
+from griffin_offload.method.allocation import Counts, bits_gained, distortion_of
 from griffin_offload.method.selection import neurons_kept
 from griffin_offload.method.statistic import ROWS_AT_ONCE, split_tokens, squared_statistic
 
@@ -30,6 +30,8 @@ class Observed:
     """Of each layer, how many tokens each of its neurons [F] has answered to: of experts, those sent to it."""
     heatmaps: dict[int, Tensor] = field(default_factory=dict)
     """abs(Zbar) [tokens, features] by layer: z of a token over its L2 norm."""
+    norms: dict[int, Tensor] = field(default_factory=dict)
+    """Of the output columns [F] of each layer's neurons, where they were asked for."""
 
     @property
     def layers(self) -> list[int]:
@@ -39,6 +41,10 @@ class Observed:
     def squared(self, layer: int) -> Tensor:
         """s^2 [F] of all tokens."""
         return self.parts[layer].sum(0)
+
+    def energies(self, layer: int) -> Tensor:
+        """s^2 ||W2||^2 [F]: what neurons add to the output."""
+        return self.squared(layer) * self.norms[layer].square()
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,14 @@ class Corner:
 
 
 def observe_sequences(
-    model: GriffinModel, sequences: Sequence[Tensor], corner: Corner | None = None, progress: Progress | None = None
+    model: GriffinModel,
+    sequences: Sequence[Tensor],
+    corner: Corner | None = None,
+    progress: Progress | None = None,
+    norms: dict[int, Tensor] | None = None,
 ) -> list[Observed]:
-    """Run the full model over `sequences`, ids [S] of one length. Raises as `simulate` does."""
+    """Run the full model over `sequences`, ids [S] of one length; `norms`, if given, are filled. Raises as `simulate`
+    does."""
     corner = corner or Corner()
     neurons = [block.neurons for block in model.engine.loaded.layers.blocks]
     tokens = sequences[0].numel()
@@ -86,7 +97,10 @@ def observe_sequences(
             found[row].heatmaps[layer] = torch.cat(rows)
 
     kept_bytes = corner.bytes if model.hardware.shares_host_memory else 0
-    observe(model, sequences, look, tables=3, kept_bytes=kept_bytes, progress=progress)
+    tables = 3 + (norms is not None)
+    observe(model, sequences, look, tables=tables, kept_bytes=kept_bytes, norms=norms, progress=progress)
+    for one in found:
+        one.norms = norms or {}
     return found
 
 
@@ -215,15 +229,17 @@ def prompt_loss(
     densities: Sequence[float],
     planned: Sequence[float] | None = None,
     progress: Progress | None = None,
+    levels: tuple[Sequence[Counts], Sequence[float]] | None = None,
 ) -> Numbers:
     """What pruning would cost on one prompt, ids [T]: by layer and density the activation kept, of the whole prompt and
     held out (chosen on its first three quarters, measured on its last; None below SHORT_PROMPT_TOKENS). `planned` is
-    one more density for each layer. `bits_gained` is what tiers save at equal error. Of mixtures of
-    experts, their layers alone, and how often each expert is used."""
+    one more density for each layer, `levels` its counts and the distortions of their formats, of which `planned_error`
+    is made. `bits_gained` is what tiers save at equal error. Of mixtures of experts, their layers alone, and how often
+    each expert is used."""
     active = [block.active for block in model.engine.blocks]
     routed = [layer for layer, count in enumerate(active) if count]
     densities = enough_for_a_token(model, densities)
-    seen = observe_sequences(model, [ids], progress=progress)[0]
+    seen = observe_sequences(model, [ids], progress=progress, norms=None if routed else {})[0]
     tokens = (
         0
         if ids.numel() < SHORT_PROMPT_TOKENS
@@ -254,9 +270,15 @@ def prompt_loss(
             for name, rows in columns.items()
         },
         **means,
-        "bits_gained": None if routed else _mean([bits_gained(seen.squared(i)) for i in seen.layers]),
+        "planned_error": None if routed or levels is None else _mean([_error(seen, i, *levels) for i in seen.layers]),
+        "bits_gained": None if routed else _mean([bits_gained(seen.energies(i)) for i in seen.layers]),
         "layers": layers,
     }
+
+
+def _error(seen: Observed, layer: int, counts: Sequence[Counts], distortions: Sequence[float]) -> float:
+    """Squared, of what a layer's FF gives, relative to that, where s says which neurons are on which level."""
+    return distortion_of(seen.energies(layer), counts[layer], distortions, seen.squared(layer))
 
 
 def _use_of_experts(seen: Observed, layer: int, active: int, planned: float | None) -> Numbers:

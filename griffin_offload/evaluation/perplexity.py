@@ -1,8 +1,9 @@
 """Perplexity of generation: what pruning by the prompt costs on the text that follows it (paper, figure 5),
-and how this and other metrics compare with the full model's (figure 4)."""
+what the residents of a plan cost, and how this and other metrics compare with the full model's (figure 4)."""
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from griffin_offload.engine.generation import LogitsObserver
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.errors import UsageError
-from griffin_offload.evaluation.samples import Sample, Scores
+from griffin_offload.errors import GriffinError, UsageError, one_line
+from griffin_offload.evaluation.samples import Sample, Scores, compare, scores_of
 from griffin_offload.evaluation.simulation import Simulated, simulate
 from griffin_offload.method.variants import Variant
+from griffin_offload.planner.tiers import bits_of, expected_error, expected_kl
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,134 @@ def _perplexity(scores: Sequence[Scores]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+# What a plan costs: its own residents, KV cache and kernels answer, each token behind those of the text.
+
+
+@dataclass(frozen=True)
+class PlannedRow(Row):
+    """The residents of a plan in the place of a variant."""
+
+    precision: str
+    """In words."""
+    ff_bits: float
+    """Resident bits per weight of the FFs, scales and what is left out included."""
+    kv_bits: int
+    resident_bytes: int
+    expected_kl: float | None
+    """What the planner expects, to one digit; None for mixtures of experts."""
+
+
+class FullModel:
+    """What the full `model` predicts of `windows`, ids [P + G] of one size: scores, and log-probabilities float32
+    [W, G, V] in a temporary file, as those of large vocabularies are more than memory may hold. To be closed."""
+
+    def __init__(
+        self, model: GriffinModel, windows: Sequence[Tensor], prompt_tokens: int, progress: Progress | None = None
+    ) -> None:
+        self.prompt_tokens, self.vocab_size = prompt_tokens, model.vocab_size
+        self._windows, self._tokens = windows, windows[0].numel() - prompt_tokens
+        self._file = tempfile.TemporaryFile(prefix="griffin-offload-")  # noqa: SIM115  # its life is ours
+        samples = [Sample.generation(ids[:prompt_tokens], ids[prompt_tokens:]) for ids in windows]
+        try:
+            self._full = [found.full for found in simulate(model, samples, (), seen=self._keep, progress=progress)]
+        except BaseException:
+            self.close()
+            raise
+
+    def _keep(self, window: int, token: int, log_probs: Tensor) -> None:
+        try:
+            self._seek(window, token)
+            self._file.write(log_probs.contiguous().cpu().numpy().data)
+            self._file.flush()
+        except OSError as error:
+            size = len(self._windows) * self._tokens * self.vocab_size * 4
+            raise GriffinError(
+                f"{tempfile.gettempdir()} has no room for {size} bytes of predictions ({one_line(error)}): fewer "
+                "--windows, or another directory in TMPDIR"
+            ) from error
+
+    def _seek(self, window: int, token: int) -> None:
+        self._file.seek((window * self._tokens + token) * self.vocab_size * 4)
+
+    def _log_probs(self, window: int, token: int) -> Tensor:
+        """[1, V]"""
+        self._seek(window, token)
+        read = bytearray(self._file.read(self.vocab_size * 4))
+        return torch.frombuffer(read, dtype=torch.float32)[None]
+
+    def against(self, model: GriffinModel, progress: Progress | None = None) -> list[Row]:
+        """A row: the windows as answers of `model`, a token at a time, by what `generate` does."""
+        if model.vocab_size != self.vocab_size:
+            raise UsageError(
+                f"the reference predicts {self.vocab_size} tokens and the model {model.vocab_size}: they are no copies "
+                "of one model"
+            )
+        found = []
+        for window, (ids, full) in enumerate(zip(self._windows, self._full, strict=True)):
+            found.append(Simulated(full, (self._answer(model, window, ids),)))
+            if progress is not None:
+                progress(window + 1, len(self._windows))
+        plan, shape = model.plan, model.engine.shape
+        config, error = model.engine.loaded.layers.config, expected_error(shape, plan.counts)
+        (row,) = rows_of(found, [Variant(plan.density, config.selection)], self.prompt_tokens)
+        return [
+            PlannedRow(
+                **vars(row),
+                precision=plan.in_words,
+                ff_bits=bits_of(shape, plan.counts),
+                kv_bits=plan.kv_bits,
+                resident_bytes=model.resident_bytes,
+                expected_kl=None if error is None else expected_kl(error),
+            )
+        ]
+
+    def _answer(self, model: GriffinModel, window: int, ids: Tensor) -> Scores:
+        prompt, answer = ids[: self.prompt_tokens], ids[self.prompt_tokens :]
+        teacher = _Teacher(answer.to(model.device), lambda token: self._log_probs(window, token).to(model.device))
+        said = model.generate(
+            prompt[None],
+            attention_mask=prompt.new_ones(1, prompt.numel()),
+            max_new_tokens=answer.numel(),
+            logits_processor=[teacher],
+            lookup=False,
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            min_p=None,
+            eos_token_id=None,
+            stop_strings=None,
+        )
+        assert torch.equal(said[0].cpu(), ids), "nothing else chooses tokens"
+        assert model.last_report is not None
+        return scores_of(teacher.found, model.last_report.activation_kept)
+
+    def close(self) -> None:
+        """Give back the file."""
+        self._file.close()
+
+
+class _Teacher(LogitsObserver):
+    """Has a text be generated, `answer` [G], and holds what the model predicted against `full`, by token."""
+
+    def __init__(self, answer: Tensor, full: Callable[[int], Tensor]) -> None:
+        self._answer, self._full = answer, full
+        self.found: list[tuple[Tensor, ...]] = []
+
+    def observe(self, logits: Tensor) -> None:
+        token = len(self.found)
+        own = logits.float().log_softmax(-1)
+        self.found.append(compare(self._full(token), own, self._answer[token : token + 1]))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        said = torch.full_like(scores, -math.inf)
+        said[:, self._answer[len(self.found) - 1]] = 0
+        return said
 
 
 # Perplexity against the lengths of prompt and generation (paper, figure 5).

@@ -291,25 +291,35 @@ def stock_head(model: StockModel, stack: nn.Module) -> Iterator[Callable[[Tensor
 
 
 def score_rows(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, kept: list[float], positions_at_once: int
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    kept: list[float],
+    positions_at_once: int,
+    seen: Callable[[int, Tensor], object] | None = None,
 ) -> list[Scores]:
-    """Scores of one sample: `hidden` is [1 + variants, G, H], the full model first; `targets` [G]; `kept` of each."""
+    """Scores of one sample: `hidden` is [1 + variants, G, H], the full model first; `targets` [G]; `kept` of each.
+    `seen` is shown the full model's log-probabilities [N, V] of some positions, and the first of these."""
     columns: list[list[tuple[Tensor, ...]]] = [[] for _ in hidden]
     for start in range(0, targets.numel(), positions_at_once):
         part = slice(start, start + positions_at_once)
         full = head(hidden[0, part]).float().log_softmax(-1)
-        columns[0].append(_compare(full, full, targets[part]))
+        columns[0].append(compare(full, full, targets[part]))
+        if seen is not None:
+            seen(start, full)
         for row in range(1, hidden.shape[0]):
             own = head(hidden[row, part]).float().log_softmax(-1)
-            columns[row].append(_compare(full, own, targets[part]))
-    found = []
-    for chunks, share in zip(columns, kept, strict=True):
-        log_probs, kl, agrees, greedy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        found.append(Scores(log_probs, kl, agrees, greedy, share))
-    return found
+            columns[row].append(compare(full, own, targets[part]))
+    return [scores_of(chunks, share) for chunks, share in zip(columns, kept, strict=True)]
 
 
-def _compare(full: Tensor, own: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+def scores_of(chunks: Sequence[tuple[Tensor, ...]], activation_kept: float) -> Scores:
+    """What was compared, some positions after others."""
+    log_probs, kl, agrees, greedy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return Scores(log_probs, kl, agrees, greedy, activation_kept)
+
+
+def compare(full: Tensor, own: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """(log-probabilities, KL, agreement, greedy) of a few positions; `full` and `own` are log-softmaxed [N, V]."""
     best = own.argmax(-1)
     kl = (

@@ -110,10 +110,9 @@ class Sizer:
     def _parts(self, samples: int, rows: int, positions: int, columns: int, padded: bool) -> dict[str, int]:
         shape, request = self.shape, as_loaded(self.request, self.plan)
         neurons = sum(layer.neurons for layer in shape.layers)
-        widest = shape.width
         use = Workload(rows, columns, columns)
         # Sums, means and masks of the rows inside a layer; keys and values are repeated where there is a mask.
-        state = rows * widest * (1 + 2 * _FLOAT_BYTES) + widest * (_INDEX_BYTES + 4 * _FLOAT_BYTES)
+        state = rows * shape.width * (1 + 2 * _FLOAT_BYTES) + shape.width * (_INDEX_BYTES + 4 * _FLOAT_BYTES)
         repeated = rows * columns * 2 * shape.attention_width * shape.item_bytes
         workspace = workspace_bytes(shape, request, use, columns, columns, self.plan.counts) + state + repeated
         return {
@@ -127,9 +126,9 @@ class Sizer:
         """Which experts each token may be sent to, and its scores with and without the others; where norms are asked
         for, an expert in float32."""
         layers = [layer for layer in self.shape.layers if layer.experts]
-        largest = max((layer.neuron_bytes for layer in layers), default=0) // self.shape.item_bytes * _FLOAT_BYTES
+        numbers = max((layer.neuron_bytes for layer in layers), default=0) // self.shape.item_bytes
         masks = tokens * max((layer.neurons for layer in layers), default=0) * (1 + 2 * _FLOAT_BYTES)
-        return masks + (2 * largest if self.norm_tables else 0)
+        return masks + 2 * numbers * _FLOAT_BYTES * (self.norm_tables > 0)
 
     def _row_bytes(self, columns: int, padded: bool) -> int:
         """What exists of every row during the whole pass: hidden states, the last norm's copies, positions, masks."""
@@ -181,15 +180,19 @@ class _RowVisitor(Visitor):
 
 
 class _Watch(_RowVisitor):
-    """Shows an observer every z, before anything is left out."""
+    """Shows an observer every z, before anything is left out, and tells it each layer's norms if it wants any."""
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
+    def __init__(self, observer: Observer, norms: dict[int, Tensor] | None) -> None:
+        self._observer, self._norms = observer, norms
 
     def see(self, index: int, found: Activations) -> None:
         own = self.by_row(found)
         for row, z in enumerate(own.values(), start=self.rows.start):
             self._observer(index, row, own.start, z)
+
+    def end(self, index: int, block: Block, full: list[Tensor]) -> None:
+        if self._norms is not None and index not in self._norms and block.neurons and not block.active:
+            self._norms[index] = block.output_norms(full).float().cpu()
 
 
 class _PromptStatistic(_RowVisitor):
@@ -290,7 +293,7 @@ class SimulatedPass(LayerPass):
 
     `mask` is [R, T] on the device, 0 for padding; the first `prompt_columns` columns are prompts. Without `choose` all
     rows are the full model. `means` says that some row compensates. With `keep`, s^2 of every layer is kept in `sums`,
-    in host memory. `observe` is shown every z before anything is left out.
+    in host memory. `observe` is shown every z before anything is left out; `norms` gets those of output columns.
     """
 
     def __init__(
@@ -304,14 +307,13 @@ class SimulatedPass(LayerPass):
         means: bool = False,
         keep: bool = False,
         observe: Observer | None = None,
+        norms: dict[int, Tensor] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        weights = mask[:, None, :prompt_columns].float()  # [R, 1, P]
-        self._statistic = _PromptStatistic(weights, means=means, keep=keep)
+        self._statistic = _PromptStatistic(mask[:, None, :prompt_columns].float(), means=means, keep=keep)
         self._left_out = _LeaveOut(self._statistic, mask.shape[0], choose)
-        self._of_rows: list[_RowVisitor] = [self._statistic, self._left_out]
-        if observe is not None:
-            self._of_rows.insert(0, _Watch(observe))
+        watch = [] if observe is None else [_Watch(observe, norms)]
+        self._of_rows: list[_RowVisitor] = [*watch, self._statistic, self._left_out]
         self._stream, self._rows_at_once, self._again = StreamFeed(layers), rows_at_once, False
         super().__init__(
             layers.decoder,

@@ -4,8 +4,9 @@ of the method, in as few streamed passes as the budget allows."""
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ Prior = Sequence[Tensor]
 """g^2 [F] of each layer: the mean over texts of s^2 / S."""
 Counts = Mapping[float, Sequence[Sequence[int]]]
 """By density: neurons that each layer keeps, for each sample of a pass."""
+FullSeen = Callable[[int, int, Tensor], object]
+"""Called with the place of a sample, the first of some scored tokens, and the full model's log-probabilities [N, V]."""
 
 
 class Choices:
@@ -123,19 +126,21 @@ def simulate(
     variants: Sequence[Variant],
     *,
     prior: Prior | None = None,
+    seen: FullSeen | None = None,
     progress: Progress | None = None,
 ) -> list[Simulated]:
     """Score every sample by the full model and by every variant, each sample with neurons of its own.
 
     Full layers are streamed in the precision they are stored in; attention, norms and head are the residents, in
-    theirs. Which neurons are resident does not matter, and stays as it was. `prior` is for variants that fuse with one.
+    theirs. Which neurons are resident does not matter, and stays as it was. `prior` is for variants that fuse with one;
+    `seen` is shown what the full model predicts.
     `progress` is called with (layers done, layers in all), over all passes. Raises UsageError for samples or variants
     that cannot be used, DoesNotFit when one sample alone needs more than the budget.
     """
     found: dict[int, Simulated] = {}
     with _running(model, variants, prior, progress) as simulation:
         for group in simulation.groups(samples):
-            found |= zip(group.places, simulation.scores(group), strict=True)
+            found |= zip(group.places, simulation.scores(group, seen), strict=True)
     return [found[place] for place in range(len(samples))]
 
 
@@ -156,18 +161,19 @@ def observe(
     *,
     tables: int = 0,
     kept_bytes: int = 0,
+    norms: dict[int, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Show `observer` the input z of every down projection, or of experts the norms of what each adds, while the full
     model runs over `prompts`, ids [T] of one length: it is called with (layer, place of the prompt, first token,
     z [t, F]). `tables` of F floats is what it keeps of each prompt in each layer, `kept_bytes` what it keeps besides.
-    Raises as `simulate` does."""
+    `norms` gets the norms [F] of the output columns of each layer's neurons. Raises as `simulate` does."""
     if len({ids.numel() for ids in prompts}) > 1:
         raise UsageError("prompts to observe have one length")
     samples = [Sample.prompt_alone(ids) for ids in prompts]
     with _running(model, (), None, progress, tables, kept_bytes) as simulation:
         for group in simulation.groups(samples):
-            simulation.observe(group, observer)
+            simulation.observe(group, observer, norms)
 
 
 @dataclass(frozen=True)
@@ -287,7 +293,7 @@ class _Simulation:
             raise self._sizer.refuse(columns_of(samples[:1]))
         return size
 
-    def scores(self, group: _Group) -> list[Simulated]:
+    def scores(self, group: _Group, seen: FullSeen | None) -> list[Simulated]:
         """Scores of every sample of a pass, in its order."""
         self._choices.start(self._global_counts(group))
         batch, variants = Batch.of(group.samples), self._choices.rows_per_sample
@@ -299,7 +305,8 @@ class _Simulation:
                     rows = slice(row * variants, (row + 1) * variants)
                     targets = sample.ids[sample.scored_from :].to(self._device)
                     own = hidden[rows, batch.scored_columns(row)]
-                    full, *others = score_rows(head, own, targets, kept[rows], group.size.positions_at_once)
+                    shown = None if seen is None else partial(seen, group.places[row])
+                    full, *others = score_rows(head, own, targets, kept[rows], group.size.positions_at_once, shown)
                     found.append(Simulated(full, tuple(others)))
         return found
 
@@ -310,14 +317,14 @@ class _Simulation:
             self._run_stack(batch, 1)
         return simulated.sums
 
-    def observe(self, group: _Group, observer: Observer) -> None:
-        """Show `observer` every z, by the places of the samples."""
+    def observe(self, group: _Group, observer: Observer, norms: dict[int, Tensor] | None) -> None:
+        """Show `observer` every z, by the places of the samples, and fill `norms`."""
 
         def shown(layer: int, row: int, start: int, z: Tensor) -> None:
             observer(layer, group.places[row], start, z)
 
         batch = Batch.of(group.samples)
-        with self._holding(group.size), self._pass(batch, group.size, None, shown) as simulated:
+        with self._holding(group.size), self._pass(batch, group.size, None, shown, norms) as simulated:
             self._run_stack(batch, 1)
         self._ledger.hold(slots=simulated.peak_in_flight_bytes)
         self._ledger.hold(slots=0)
@@ -340,7 +347,12 @@ class _Simulation:
         return hidden, simulated.activation_kept()
 
     def _pass(
-        self, batch: Batch, size: PassSize, choices: Choices | None, observer: Observer | None = None
+        self,
+        batch: Batch,
+        size: PassSize,
+        choices: Choices | None,
+        observer: Observer | None = None,
+        norms: dict[int, Tensor] | None = None,
     ) -> SimulatedPass:
         copies = 1 if choices is None else choices.rows_per_sample
         return SimulatedPass(
@@ -352,6 +364,7 @@ class _Simulation:
             means=choices is not None and choices.means,
             keep=choices is None and observer is None,
             observe=observer,
+            norms=norms,
             progress=self._layer_done,
         )
 

@@ -1,7 +1,7 @@
 """The loss on one prompt, drawn in a terminal; plain text where the output is none."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from rich.console import Console
@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from griffin_offload.evaluation.plots import spread
+from griffin_offload.planner.tiers import expected_kl
 
 Numbers = Mapping[str, Any]
 # More layers than this are shown by some of them: the table is to be seen at once.
@@ -149,14 +150,41 @@ def _colour(share: float) -> str:
     return next(colour for limit, colour in _LEVELS if share < limit)
 
 
+def _level_lines(levels: Sequence[str], counts: Sequence[Sequence[int]]) -> list[str]:
+    """Neurons of a layer by format, a line for every group of layers that are alike; none where all are of one."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for layer, own in enumerate(counts):
+        if any(own):
+            alike.setdefault(tuple(own), []).append(layer)
+    if len({level for own in alike for level, count in enumerate(own) if count}) < 2:
+        return []
+    return [
+        f"{_ranges(layers)}: {', '.join(f'{count} {name}' for name, count in zip(levels, own, strict=True) if count)}"
+        for own, layers in alike.items()
+    ]
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """layers 0 to 3, 7"""
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    parts = [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(parts)}"
+
+
 def _conclusions(numbers: Numbers, key: str) -> list[Text]:
     """What to make of it, in a few lines."""
     lines, plan = [], numbers["plan"]
     if plan is not None:
         worst = min(numbers["layers"], key=lambda layer: float(layer[f"planned_{key}"]))
-        budget = f"{plan['budget']}: density {plan['density']:.2f}, {plan['precision']}, keeps "
+        budget = f"{plan['budget']}: density {plan['density']:.2f}, {plan['in_words']}, keeps "
         least = f", least in layer {worst['layer']}: {worst[f'planned_{key}']:.3f}"
         lines.append(Text.assemble(budget, (f"{numbers[f'planned_{key}']:.3f}", _PLANNED), least))
+        lines += map(Text, _level_lines(plan["levels"], plan["counts"]))
+        error, expected = numbers["planned_error"], plan["expected_error"]
+        if error is not None:
+            kl = f"KL about {expected_kl(error):g}, expected {expected_kl(expected):g}"
+            lines.append(Text(f"error of its feed-forwards here {error:.2g}, squared: {kl}"))
     needs = []
     for goal in (0.95, 0.99):
         enough = [density for density, share, _, _ in _rows(numbers, key) if share >= goal]

@@ -16,6 +16,7 @@ from torch import Tensor
 from griffin_offload.config import FORMAT_NAMES
 from griffin_offload.errors import CheckpointError, UsageError
 from griffin_offload.formats.compensation import Compensation
+from griffin_offload.formats.translated import TranslatedTensor, in_memory
 from griffin_offload.kernels import table
 
 Tensors = dict[str, Tensor]
@@ -206,6 +207,7 @@ class Format:
             dtype = out["scale"].dtype if "scale" in out else out["input_scale"].dtype
             full, plain = full | {"weight": source.format.floats(full, dtype, is_down=is_down)}, True
         if is_down:
+            full = {name: in_memory(tensor) for name, tensor in full.items()}
             self.gather_columns(full, chosen, out, importance, plain=plain)
             return
         for rows, start in self.row_chunks(full, chosen, out, parts):
@@ -259,10 +261,12 @@ def take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
     """`source.index_select(axis, index)` of a matrix or a vector into `out`."""
     if source.dtype.itemsize == 1:  # torch indexes no floats of 8 bits
         source, out = source.view(torch.uint8), out.view(torch.uint8)
-    if axis == 0:
+    if axis == 0 and isinstance(source, TranslatedTensor):
+        out.copy_(source.index_select(0, index))
+    elif axis == 0:
         torch.index_select(source, 0, index, out=out)
     else:
-        table.call("gather", "columns", source, index, out)
+        table.call("gather", "columns", in_memory(source), index, out)
 
 
 def row_blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -206,11 +206,12 @@ def table_bytes(shape: torch.Size, format: Format, dtype: torch.dtype) -> int:
     return format.stored(is_down=False).nbytes(shape[0], shape[1], dtype, is_down=False)
 
 
-def _parameters(stock: Any, format: Format) -> tuple[nn.Parameter, nn.Parameter]:
-    outputs, inputs = stock.weight.shape
+def _parameters(stock: nn.Module, format: Format) -> tuple[nn.Parameter, nn.Parameter]:
+    table = stock.get_parameter("weight")
+    outputs, inputs = table.shape
     specs = format.stored(is_down=False).specs(outputs, inputs, is_down=False)
     weight, scale = (
-        nn.Parameter(stock.weight.new_empty(shape, dtype=own or stock.weight.dtype), requires_grad=False)
+        nn.Parameter(table.new_empty(shape, dtype=own or table.dtype), requires_grad=False)
         for shape, own in (specs["weight"], specs["scale"])
     )
     return weight, scale

@@ -100,7 +100,7 @@ def _joined(outputs: Sequence[Any]) -> Any:
     return torch.cat([output[0] for output in outputs], dim=1), None
 
 
-def _of_tokens(value: Any, start: int, end: int, tokens: int) -> Any:
+def _of_tokens(value: object, start: int, end: int, tokens: int) -> Any:
     """Of arguments what belongs to these of `tokens` tokens: tensors with a row for each are cut."""
     if isinstance(value, Tensor):
         return value[:, start:end] if value.dim() > 1 and value.shape[1] == tokens else value

@@ -2,7 +2,6 @@
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ class Chosen:
     activation_kept: float
     """Share of s^2 / S that they held when they were chosen."""
 
-    def __deepcopy__(self, _: Any) -> "Chosen":
+    def __deepcopy__(self, _: object) -> "Chosen":
         return self
 
 

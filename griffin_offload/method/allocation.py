@@ -127,9 +127,10 @@ def _block_energies(energies: Tensor, block: int) -> Tensor:
     return torch.stack([part.sum() for part in shares.split(block)])
 
 
-def distortion_of(energies: Tensor, counts: Counts, distortions: Sequence[float]) -> float:
-    """Of a layer of these energies [F], those of the largest in the first level and so on; the rest is left out."""
-    ordered = energies.sort(descending=True).values
+def distortion_of(energies: Tensor, counts: Counts, distortions: Sequence[float], score: Tensor | None = None) -> float:
+    """Of a layer of these energies [F], those of the largest `score` (None: energy) in the first level and so on; the
+    rest is left out."""
+    ordered = energies[(energies if score is None else score).argsort(descending=True)]
     left_out = energies.numel() - sum(counts)
     parts = ordered.split([*counts, left_out])
     error = sum(float(part.sum()) * each for part, each in zip(parts, [*distortions, 1.0], strict=True))

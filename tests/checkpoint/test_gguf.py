@@ -14,7 +14,7 @@ from support.gguf_files import write_gguf
 from support.tiny_models import ARCHITECTURES, HYBRIDS
 
 from griffin_offload import GriffinModel
-from griffin_offload.checkpoint.gguf_file import BlockDecoder, block_types
+from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine.build import build

@@ -103,10 +103,14 @@ def test_bad_input(cli, llama: Path, text: Path, tmp_path: Path):
     cli.refuses_usage("required", "eval", "ppl")
 
 
-def test_defaults_are_those_of_the_dataclass():
+def test_defaults_are_those_of_the_dataclass(cli, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch):
     parsed, config = build_parser().parse_args(["eval", "ppl", "--text", "x"]), EvalConfig()
     assert (parsed.prompt_tokens, parsed.generate_tokens) == ([config.prompt_tokens], [config.generate_tokens])
-    assert [float(density) for density in parsed.density.split(",")] == list(config.densities)
+    seen = []
+    monkeypatch.setattr("griffin_offload.evaluation.perplexity.measure", lambda *given: seen.append(given[3]) or [])
+    sizes = ("--prompt-tokens", 8, "--generate-tokens", 8, "--json")
+    assert cli("eval", "ppl", "-m", llama, "--device", "cpu", "--text", text, *sizes).code == 0
+    assert [variant.density for variant in seen[0]] == list(config.densities)
     assert (parsed.selection, parsed.windows) == (config.selection, config.windows)
     assert parsed.window_start == config.window_start
 

@@ -10,6 +10,7 @@ import torch
 from reference import collect_z, statistic_float64
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from griffin_offload import GriffinModel
 from griffin_offload.cli.main import build_parser
 from griffin_offload.evaluation.config import InspectConfig
 
@@ -165,6 +166,37 @@ def test_the_budget_marks_a_density(cli):
     assert found["kept"] == sorted(found["kept"])
 
 
+@pytest.mark.parametrize(("quantize", "bits"), [("tiers", 5.0), ("layers", 6.0)])
+def test_a_plan_of_several_formats(cli, llama: Path, quantize: str, bits: float):
+    """The counts that a run has, and what they cost by the formula, from dense transformers."""
+    flags = ("-m", llama, *MEMORY, "--quantize", quantize, "--bits", bits)
+    outcome = cli("inspect", *flags, "--prompt", DOCUMENT)
+    assert outcome.code == 0, outcome
+    found = cli("inspect", *flags, "--prompt", DOCUMENT, "--json").json
+    with GriffinModel.from_pretrained(llama, device="cpu", max_gpu_mem="1GB", quantize=quantize, bits=bits) as model:
+        plan = model.plan
+    assert found["plan"]["counts"] == [list(own) for own in plan.counts]
+    assert found["plan"]["in_words"] == plan.in_words
+    assert sum(map(bool, map(sum, zip(*plan.counts, strict=True)))) > 1
+    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(llama)(DOCUMENT)["input_ids"]])
+    distortions, gained, errors = {"int8": 0.0002, "int4": 0.013, "int3": 0.04, "int2": 0.145}, [], []
+    for layer, z in enumerate(collect_z(dense, DOWN, ids)):
+        norms = dense.get_submodule(DOWN.format(i=layer)).weight.double().norm(dim=0)
+        s = statistic_float64(z[0])
+        energies = (s * norms) ** 2
+        gained.append(float(energies.mean().log2() - energies.log2().mean()) / 2)
+        levels = [distortions[name] for name, n in zip(plan.levels, plan.counts[layer], strict=True) for _ in range(n)]
+        levels += [1.0] * (len(s) - len(levels))
+        ranked = energies[s.argsort(descending=True)]
+        errors.append(float((ranked * torch.tensor(levels, dtype=torch.float64)).sum() / energies.sum()))
+    assert found["bits_gained"] == pytest.approx(sum(gained) / 3, abs=1e-4)
+    assert found["planned_error"] == pytest.approx(sum(errors) / 3, rel=1e-3)
+    shown = [f"{count} {name}" for name, count in zip(plan.levels, plan.counts[0], strict=True) if count]
+    assert any(line.startswith("layer") and ", ".join(shown) in line for line in outcome.out.splitlines())
+    assert f"tiers save {found['bits_gained']:.2f} bits" in outcome.out
+
+
 def test_a_plan_that_does_not_fit_is_said(cli, llama: Path):
     """The prompt is measured all the same: that takes less than the model's KV cache for a long answer."""
     outcome = cli(
@@ -200,6 +232,9 @@ def test_bad_input(cli, llama: Path, text: Path, tmp_path: Path):
     refuses("no prompt")
     refuses("the prompt is empty", "--prompt", " ")
     refuses("--max-new-tokens is 0", "--prompt", "x", "-n", 0)
+    refuses("--bits belongs to a prompt", *of_text, "--bits", 3)
+    refuses("is for tiers or layers", "--prompt", "x", "--bits", 3)
+    refuses("a density is of one format", "--prompt", "x", "--quantize", "layers", "--density", 0.5)
     refuses("density is 2.0", "--prompt", "x", "--density", "2")
     refuses("2 densities for 3 layers", "--prompt", "x", "--density", "0.5,0.25")
     refuses("--rows is for sparsity", *of_text, "--rows", text, "--figure", "jaccard")

@@ -67,9 +67,17 @@ def test_layers_of_many_experts_show_those_that_are_used_most():
         "held_out": None,
         "planned_kept": 0.9,
         "planned_held_out": None,
+        "planned_error": None,
         "bits_gained": None,
         "layers": [layer],
-        "plan": {"density": 0.75, "budget": "1 GB", "precision": "bfloat16"},
+        "plan": {
+            "density": 0.75,
+            "budget": "1 GB",
+            "in_words": "bfloat16",
+            "levels": ["bfloat16"],
+            "counts": [[150]],
+            "expected_error": None,
+        },
     }
     file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     show_prompt_loss(numbers, file)

@@ -22,10 +22,12 @@ def _loss(layers: int = 3, planned: float | None = 0.4, held_out: bool = True) -
     shares = [0.3, 0.6, 0.85, 0.96, 0.995]
     lower = [share - 0.05 for share in shares] if held_out else None
     own = {"kept": shares, "held_out": lower, "planned_kept": 0.8, "planned_held_out": 0.75 if held_out else None}
-    plan = {"density": planned, "precision": "int8", "budget": "12 GB"} if planned is not None else None
+    words = {"in_words": "tiers (int4 40%, int3 60%)", "levels": ["int4", "int3"], "expected_error": 0.03}
+    counts = [[24, 40], [24, 40], [0, 64]][:layers] + [[24, 40]] * (layers - 3)
+    plan = {"density": planned, "budget": "12 GB", "counts": counts, **words} if planned is not None else None
     rows = [{"layer": layer, "neurons": 64, **own} for layer in range(layers)]
     sizes = {"unit": "neurons", "prompt_tokens": 40, "held_out_tokens": 10 if held_out else 0, "densities": densities}
-    return {"model": "demo", **sizes, **own, "bits_gained": 0.39, "layers": rows, "plan": plan}
+    return {"model": "demo", **sizes, **own, "planned_error": 0.02, "bits_gained": 0.39, "layers": rows, "plan": plan}
 
 
 def _row(selection: str, density: float, prompt: int, generate: int) -> dict[str, object]:
@@ -167,7 +169,12 @@ def test_the_terminal(layers: int, encoding: str):
     assert len(bars) == 6
     assert len([line for line in shown if line.split()[:1] and line.split()[0].isdecimal()]) >= min(layers, 16)
     assert any("16 of 80 layers" in line for line in shown) == (layers == 80)
-    assert "least in layer 0: 0.750" in shown[-3]
+    together = " ".join(line.strip() for line in shown)
+    assert "tiers (int4 40%, int3 60%)" in together
+    assert "least in layer 0: 0.750" in together
+    layout = [f"layers 0 to 1{', 3 to 79' * (layers > 3)}: 24 int4, 40 int3", "layer 2: 64 int3"]
+    assert [line for line in shown if line.startswith("layer") and "int3" in line] == layout
+    assert "error of its feed-forwards here 0.02, squared: KL about 0.2, expected 0.2" in shown
     assert shown[-2] == "0.95 takes density 1; 0.99 takes density 1"
     assert shown[-1] == "tiers save 0.39 bits a weight at the same error, where no neuron is left out"
 

@@ -11,6 +11,7 @@ import quantised_reference as ref
 import torch
 from torch import Tensor, nn
 
+from griffin_offload.checkpoint import gguf_blocks as _registered  # noqa: F401
 from griffin_offload.cli.main import main
 from griffin_offload.engine.build import use_own_linears
 from griffin_offload.formats import every, get

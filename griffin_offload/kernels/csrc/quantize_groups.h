@@ -1,5 +1,5 @@
 /* Groups of 32 numbers as codes of two to four bits, a group of a row, or half of one, in each lane (lanes.h).
- * formats/int4_grid.py and few_bits_grid.py have the same in words of torch. */
+ * formats/int4.py and few_bits.py have the same in words of torch. */
 #include "lanes.h"
 
 /* Numbers of a table of sixteen by the lower four bits of each lane. */
