@@ -281,9 +281,8 @@ _further(
 )
 
 
-if (
-    "layer_types" in hf.RecurrentGemmaConfig.attribute_map
-):  # before transformers 5.23 its cache knows of attention alone
+# Before transformers 5.23 its cache knows of attention alone.
+if "layer_types" in hf.RecurrentGemmaConfig.attribute_map:
     _further(
         HYBRIDS,
         "recurrent_gemma",
