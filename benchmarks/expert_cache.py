@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_variants import documents_of
 from report import markdown_table, origin_lines, provenance, write
-from score_variants import cut, documents_of
+from score_variants import cut
 from torch import Tensor
 
 from griffin_offload import GriffinModel

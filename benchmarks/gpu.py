@@ -5,8 +5,8 @@
 
 The tests marked `cuda`, then `griffin-offload bench` of 7B, 13B and 70B shapes in several budgets, then what only one
 loaded model tells: replays of its graph, copies that a profiler sees, exact mode at a drawn acceptance. Each is a
-process of its own with a share of the time; the record is written behind each, and `--resume` goes on where a call was
-cut off. What fails, is missing or breaks a promise makes the exit status 1. Weights are random.
+process of its own with a share of the time; the record is written behind each, and `--sections` asks for those that a
+call was cut off before. What fails, is missing or breaks a promise makes the exit status 1. Weights are random.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from gpu_model import measure_model
 from make_checkpoint import make_checkpoint
-from report import gigabytes, markdown_table, origin_lines, provenance, seconds, write
+from report import origin_lines, provenance, write
 from sides import environment
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 SHARED_MEMORY = Path("/dev/shm")
 NEEDED_BYTES = 52 * 10**9  # of checkpoints, at the full scale
-KILL_GRACE_S, LEAST_S = 5.0, 30.0
+LEAST_S = 30.0
 TARGETS = {"prefill_share": 0.9, "replay_share_of_memory": 0.8}
 
 
@@ -77,13 +77,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sections", type=lambda text: text.split(";"), default=list(SECTIONS), metavar="NAME[;NAME]")
     parser.add_argument("--dir", type=Path, help="folder for checkpoints (default: shared memory, or a temporary one)")
     parser.add_argument("--out", type=Path, help="folder for the table and the record")
-    parser.add_argument("--resume", action="store_true", help="keep the sections that an earlier record has whole")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if unknown := sorted(set(args.sections) - set(SECTIONS)):
         parser.error(f"no section {unknown[0]}: choose from {'; '.join(SECTIONS)}")
-    if args.resume and args.out is None:
-        parser.error("--resume goes on with a record: name its folder by --out")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available here: --device cpu --scale tiny shows the flow")
     return args
@@ -96,12 +93,11 @@ def case_of(name: str, args: argparse.Namespace) -> Case:
 
 def command_of(name: str, args: argparse.Namespace, place: Path) -> list[str]:
     if name == "tests":
-        tests = ROOT / "tests" / "runtime" / "test_cuda.py"
-        return [sys.executable, "-m", "pytest", str(tests), "-m", "cuda", "-rs", "-p", "no:cacheprovider"]
+        return [sys.executable, "-m", "pytest", "tests", "-m", "cuda", "-rs", "-p", "no:cacheprovider"]
     case = case_of(name, args)
     if name == "one model":
         return [sys.executable, __file__, "--worker", str(case.folder(place)), "--device", args.device]
-    command = [sys.executable, "-m", "griffin_offload", "bench", "-m", str(case.folder(place)), "-q", "-o", "json"]
+    command = [sys.executable, "-m", "griffin_offload", "bench", "-m", str(case.folder(place)), "-q"]
     command += ["--device", args.device, "--offload", "ram", "--max-gpu-mem", case.budget, "--repeats", "1"]
     command += ["-d", case.densities, "--quantize", case.quantize]
     return [*command, "-p", str(case.prompt_tokens), "-n", case.new_tokens]
@@ -109,25 +105,16 @@ def command_of(name: str, args: argparse.Namespace, place: Path) -> list[str]:
 
 def run_limited(command: list[str], limit_s: float) -> tuple[int | None, str, str]:
     """(status, stdout, end of stderr); None: it was stopped, with its children, when its time was over."""
-    with (
-        tempfile.TemporaryFile("w+") as out,
-        tempfile.TemporaryFile("w+") as err,
-        subprocess.Popen(
-            command, stdout=out, stderr=err, env=environment(), cwd=ROOT, text=True, start_new_session=True
-        ) as process,
-    ):
-        status: int | None
+    pipes: Row = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, env=environment(), cwd=ROOT, **pipes) as process:
         try:
-            status = process.wait(limit_s)
+            out, err = process.communicate(timeout=limit_s)
         except BaseException as error:  # Ctrl-C, too
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait(KILL_GRACE_S)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            status = None
-        out.seek(0)
-        err.seek(0)
-        return status, out.read(), err.read()[-2000:]
+            return None, *process.communicate()
+        return process.returncode, out, err[-2000:]
 
 
 def run(name: str, args: argparse.Namespace, place: Path, limit_s: float) -> Row:
@@ -137,25 +124,23 @@ def run(name: str, args: argparse.Namespace, place: Path, limit_s: float) -> Row
         make_checkpoint(case.folder(place), case.shape, layers=case.layers)
     made_s = time.monotonic() - start
     status, output, errors = run_limited(command_of(name, args, place), max(limit_s - made_s, 1.0))
-    section: Row = {"seconds": time.monotonic() - start, "limit_s": limit_s, "case": asdict(case)}
+    section: Row = {
+        "seconds": time.monotonic() - start,
+        "limit_s": limit_s,
+        "case": asdict(case),
+        "text": output.strip(),
+    }
     if name == "tests":
         section["counts"] = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
-    elif output.strip() and status is not None:
-        section["found"] = last_json(output)
+    elif status == 0:
+        section["text"], _, last = output.strip().rpartition("\n")
+        section["found"] = json.loads(last)
     if status is None:
         section["failure"] = f"stopped after {limit_s:.0f} s"
     elif status not in (0, 5):  # no test is for this device
         # Paths are this machine's own affair.
         section["failure"] = f"status {status}: " + re.sub(r"/\S+/", "", (errors or output)[-600:].strip())
     return section
-
-
-def last_json(output: str) -> Row:
-    try:
-        found: Row = json.loads(output.splitlines()[-1])
-    except ValueError:
-        return {}
-    return found
 
 
 def rows_of(record: Row) -> Iterator[tuple[str, Row]]:
@@ -196,49 +181,13 @@ def missed(record: Row) -> list[str]:
     ]
 
 
-def table(section: Row) -> str:
-    heads = ["density", "prompt", "of its ceiling", "per token", "of its ceiling", "peak (budget)", "graphs"]
-    lines = [heads]
-    for row in section["found"]["rows"]:
-        shares = [f"{row[key]:.0%}" if row[key] else "-" for key in ("prefill_share", "decode_share")]
-        lines.append(
-            [
-                f"{row['density']:.2f} {row['precision']}",
-                f"{row['prompt_tokens']} in {seconds(row['prefill']['median'])}",
-                shares[0],
-                f"{row['decode']['median'] * 1e3:.2f} ms of {row['generate_tokens']}",
-                shares[1],
-                f"{gigabytes(row['peak_bytes'])} ({gigabytes(row['budget_bytes'])})",
-                "none" if row["graphs"] is None else f"{row['graphs']['replayed']} replayed",
-            ]
-        )
-    refused = [f"- density {r['density']}: {r['does_not_fit']}" for r in section["found"]["refused"]]
-    return "\n".join([markdown_table(lines), *refused])
-
-
 def page(record: Row) -> str:
     parts = [f"# GPU: {record['device']}", origin_lines(record)]
     for name, section in record["sections"].items():
-        if "counts" in section:
-            parts.append(f"Tests on the device: {section['counts'] or 'none ran'}.")
-        elif section.get("found", {}).get("rows"):
-            ceilings = {key: value for key, value in section["found"]["ceilings"].items() if value}
-            parts += [f"## {name}", f"Ceilings: `{json.dumps(ceilings)}`", table(section)]
-        elif section.get("found"):
-            lines = [f"- {key}: `{json.dumps(value)}`" for key, value in section["found"].items()]
-            parts += [f"## {name}", "\n".join(lines)]
+        parts += [f"## {name}", f"```\n{section['text']}\n```"]
     for title, lines in (("Broken", broken(record)), ("Targets missed", missed(record))):
         parts.append(f"## {title}\n\n" + ("\n".join(f"- {line}" for line in lines) if lines else "None."))
     return "\n\n".join(parts)
-
-
-def earlier(args: argparse.Namespace, name: str) -> Row:
-    """The whole sections of a record."""
-    path = args.out / f"{name}.json" if args.resume else None
-    if path is None or not path.exists():
-        return {}
-    sections: Row = json.loads(path.read_text())["sections"]
-    return {name: section for name, section in sections.items() if "failure" not in section}
 
 
 def place_for(args: argparse.Namespace) -> Path:
@@ -258,7 +207,7 @@ def device_name(device: str) -> str:
 def run_all(args: argparse.Namespace, record: Row, place: Path, name: str) -> None:
     """What is left, each with its share of the time; a checkpoint goes when nobody needs it any more."""
     ends_at = time.monotonic() + args.minutes * 60
-    left = [section for section in SECTIONS if section in args.sections and section not in record["sections"]]
+    left = [section for section in SECTIONS if section in args.sections]
     while left:
         section = left.pop(0)
         remaining = max(ends_at - time.monotonic(), 1.0)
@@ -276,13 +225,14 @@ def main(arguments: Sequence[str]) -> int:
     args = parse_arguments(arguments)
     if args.worker:
         case = TINY if args.worker.name == TINY.shape else CASES["13b in 24 GB"]
-        print(json.dumps(measure_model(args.worker, args.device, case.budget, case.prompt_tokens)))
+        found = measure_model(args.worker, args.device, case.budget, case.prompt_tokens)
+        print(f"{json.dumps(found, indent=1)}\n{json.dumps(found)}")
         return 0
     name = f"gpu-{args.scale}-{args.device}"
     record = provenance("gpu.py", arguments) | {
         "device": device_name(args.device),
         "cuda": torch.version.cuda if args.device == "cuda" else None,
-        "sections": earlier(args, name),
+        "sections": {},
     }
     place = args.dir or place_for(args)
     try:

@@ -3,6 +3,7 @@
 The standard library alone: peers run in environments of their own, some without torch.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,6 +19,12 @@ def disk_read_bytes() -> int:
     """Bytes this process made the disk deliver, threads included; page-cache hits do not count."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
+
+
+def since_start_s() -> float:
+    """Since this process began, with all that it imported."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def mark() -> Mark:
@@ -38,6 +45,7 @@ def figures(
         raise RuntimeError(f"{len(new_tokens)} tokens, but {len(tokens)} marks")
     pauses = list(pauses) or [0.0] * len(tokens)
     return {
+        "imports_s": since_start_s() - (time.perf_counter() - before[0]),
         "load": phase(before, loaded),
         "prefill": phase(loaded, tokens[0]),
         "decode": phase(tokens[0], tokens[-1]),

@@ -10,16 +10,15 @@ line is JSON.
 """
 
 import argparse
-import json
-import math
+import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from report import provenance
+from report import markdown_table, provenance, publish
 
 from griffin_offload import GriffinModel
 
@@ -72,68 +71,45 @@ OTHER = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    kind: str
-    name: str
-    tokens: int
-    tokens_per_s: float
-    without: float
-    tokens_per_forward: float
-    same: bool
+class FirstToken:
+    """A streamer that notes the processor's time at the prompt, at the first token of the answer, and further on."""
 
-    @property
-    def gain(self) -> float:
-        return self.tokens_per_s / self.without
+    def __init__(self) -> None:
+        self.times: list[float] = []
 
-
-def answered(model: GriffinModel, ids: torch.Tensor, tokens: int, lookup: bool | None) -> tuple[torch.Tensor, float]:
-    """The answer, and its tokens per second of processor time: others' work on a busy machine is not counted."""
-    sampling: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens, "attention_mask": torch.ones_like(ids)}
-    start = time.process_time()
-    prefilled: list[float] = []
-    streamer = _FirstToken(prefilled)
-    found = model.generate(ids, lookup=lookup, streamer=streamer, **sampling)
-    seconds = time.process_time() - (prefilled[0] if prefilled else start)
-    return found, max(found.shape[1] - ids.shape[1] - 1, 1) / seconds
-
-
-class _FirstToken:
-    """A streamer that notes when the first token of the answer came."""
-
-    def __init__(self, came: list[float]) -> None:
-        self._came, self._calls = came, 0
-
-    def put(self, value: torch.Tensor) -> None:
-        self._calls += 1
-        if self._calls == 2:  # the prompt is the first
-            self._came.append(time.process_time())
+    def put(self, _: torch.Tensor) -> None:
+        self.times.append(time.process_time())
 
     def end(self) -> None:
         pass
 
 
-def measured(model: GriffinModel, kind: str, name: str, text: str, args: argparse.Namespace) -> Row:
+def measured(model: GriffinModel, kind: str, name: str, text: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of processor time: others' work on a busy machine is not counted."""
     chat = [{"role": "user", "content": text}]
     ids = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     ids = ids["input_ids"]
+    sampling: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": args.tokens,
+        "attention_mask": torch.ones_like(ids),
+    }
     best: dict[bool | None, float] = {None: 0.0, False: 0.0}
-    found: dict[bool | None, torch.Tensor] = {}
+    answers: dict[bool | None, torch.Tensor] = {}
     per_forward = 1.0
-    for _ in range(args.rounds):
-        for lookup in (None, False):
-            found[lookup], rate = answered(model, ids, args.tokens, lookup)
-            best[lookup] = max(best[lookup], rate)
-            report = model.last_report
-            assert report is not None
-            if report.lookup is not None:
-                tokens = report.generated_tokens - 1
-                per_forward = tokens / max(tokens - report.lookup.accepted, 1)
-    same = torch.equal(found[None], found[False])
-    return Row(kind, name, found[None].shape[1] - ids.shape[1], best[None], best[False], per_forward, same)
+    for lookup in (None, False) * args.rounds:
+        streamer = FirstToken()
+        answers[lookup] = model.generate(ids, lookup=lookup, streamer=streamer, **sampling)
+        tokens, report = answers[lookup].shape[1] - ids.shape[1] - 1, model.last_report
+        best[lookup] = max(best[lookup], max(tokens, 1) / (time.process_time() - streamer.times[1]))
+        if report is not None and report.lookup is not None:
+            per_forward = tokens / max(tokens - report.lookup.accepted, 1)
+    found = {"kind": kind, "name": name, "tokens": tokens + 1, "tokens_per_s": best[None], "without": best[False]}
+    found |= {"gain": best[None] / best[False], "tokens_per_forward": per_forward}
+    return found | {"same": torch.equal(answers[None], answers[False])}
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--quantize", default="none")
@@ -141,36 +117,28 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=10, help="of each kind")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    rows: list[Row] = []
+    parser.add_argument("--out", type=Path, help="folder for the record")
+    args = parser.parse_args(arguments)
     options: dict[str, Any] = {"device": "cpu", "max_gpu_mem": "2GB", "density": 1.0, "ctx_size": 1024}
     with GriffinModel.from_pretrained(args.dir, quantize=args.quantize, threads=args.threads, **options) as model:
-        for kind, prompts in (("repeats", REPEATING), ("other", OTHER)):
-            for name, text in list(prompts.items())[: args.prompts]:
-                rows.append(measured(model, kind, name, text, args))
-                row = rows[-1]
-                told = f"{row.tokens_per_s:6.1f} tok/s, {row.without:6.1f} without: {row.gain:.2f}x"
-                print(
-                    f"{kind:8} {name:9} {row.tokens:3} tok  {told}, {row.tokens_per_forward:.2f} a forward", flush=True
-                )
-    kinds = {kind: [row.gain for row in rows if row.kind == kind] for kind in ("repeats", "other")}
+        rows = [
+            measured(model, kind, name, text, args)
+            for kind, prompts in (("repeats", REPEATING), ("other", OTHER))
+            for name, text in list(prompts.items())[: args.prompts]
+        ]
+    heads = ["kind", "name", "tokens", "tokens_per_s", "without", "gain", "tokens_per_forward", "same"]
+    cells = [[f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key in heads] for row in rows]
+    kinds = {kind: [row["gain"] for row in rows if row["kind"] == kind] for kind in ("repeats", "other")}
     figures = {
         "precision": args.quantize,
-        "gain_mean": {kind: math.exp(sum(map(math.log, gains)) / len(gains)) for kind, gains in kinds.items()},
+        "gain_mean": {kind: statistics.geometric_mean(gains) for kind, gains in kinds.items()},
         "gain_least": {kind: min(gains) for kind, gains in kinds.items()},
-        "same_answers": sum(row.same for row in rows),
-        "answers": len(rows),
+        "rows": rows,
     }
-    if args.out is not None:
-        args.out.write_text(
-            json.dumps(
-                figures | {"rows": [asdict(row) for row in rows], **provenance("lookup.py", sys.argv[1:])}, indent=1
-            )
-        )
-    print(json.dumps(figures))
-    return 0 if figures["same_answers"] == len(rows) else 1
+    record = provenance("lookup.py", arguments) | figures
+    publish(args.out, f"lookup-{args.dir.name}", "Drafts from the text", markdown_table([heads, *cells]), record)
+    return 0 if all(row["same"] for row in rows) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from mixtures import MIXTURES, ROUTER_SKEW
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig, LlamaConfig, PretrainedConfig
 
 # hidden H, feed-forward F, layers L, attention heads, key/value heads, vocabulary V
@@ -148,18 +147,15 @@ def safetensors_header(shapes: TensorShapes, dtype_name: str, value_bytes: int) 
     return struct.pack("<Q", len(text)) + text
 
 
-def write_shard(path: Path, shapes: TensorShapes, weights: RandomBytes, dtype_name: str, bar: tqdm) -> None:
+def write_shard(path: Path, shapes: TensorShapes, weights: RandomBytes, dtype_name: str) -> None:
     with path.open("wb", buffering=0) as file:
         file.write(safetensors_header(shapes, dtype_name, weights.dtype.itemsize))
         for name, shape in shapes.items():
             for piece in weights.of(name, shape):
                 while piece:  # an unbuffered write may be short
-                    written_bytes = file.write(piece)
-                    bar.update(written_bytes)
-                    piece = piece[written_bytes:]
+                    piece = piece[file.write(piece) :]
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # leave no gigabytes of page cache behind
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # leave no gigabytes of page cache behind
 
 
 def write_weights(folder: Path, shapes: TensorShapes, dtype: str, max_shard_bytes: int) -> None:
@@ -168,12 +164,10 @@ def write_weights(folder: Path, shapes: TensorShapes, dtype: str, max_shard_byte
     total_bytes = sum(map(math.prod, shapes.values())) * torch_dtype.itemsize
     weights = RandomBytes(torch_dtype)
     weight_map: dict[str, str] = {}
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None) as bar:
-        for number, shard in enumerate(shards, start=1):
-            file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            file_name = "model.safetensors" if len(shards) == 1 else file_name
-            write_shard(folder / file_name, shard, weights, dtype_name, bar)
-            weight_map.update(dict.fromkeys(shard, file_name))
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        write_shard(folder / file_name, shard, weights, dtype_name)
+        weight_map.update(dict.fromkeys(shard, file_name))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

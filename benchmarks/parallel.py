@@ -1,15 +1,17 @@
 """Several answers at once: tokens per second of all of them together, beside one answer after the other.
 
     python benchmarks/parallel.py --dir MODEL --quantize int4 --density 0.5 --together 4,8 --out OUT
+    python benchmarks/parallel.py --dtype float32 --quantize none --density 1 --together 1 --stock     # the demo
 
 Rounds go in turn, in one process: as many prompts by `generate`, one after the other, and by `generate_many`. Each has
 as many tokens as the others, so that all leave at once; prompts are passed within the time. Beside the clock stands the
 processor's time of all threads, which other processes disturb less. The ceiling is as many times faster as there are
-sequences: that of a memory-bound device, whose weights are read once for all. The last line is JSON.
+sequences: that of a memory-bound device, whose weights are read once for all. `--stock` adds transformers' own
+`generate` of the same checkpoint, which is what the runtime costs or saves on a model that fits in memory.
 
 `--beside` is the command of peers/worker_llama_server.py, which answers as many prompts at once in a round of its own:
 
-    --threads 2 --beside "ENV/bin/python -m peers.worker_llama_server MODEL FILE.gguf --slots 4"
+    --threads 2 --beside "ENV/bin/python -m peers.worker_llama_server FILE.gguf --checkpoint MODEL --slots 4"
 """
 
 import argparse
@@ -26,23 +28,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import markdown_table, origin_lines, provenance, write
+from report import markdown_table, provenance, publish
+from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
+from griffin_offload.demo import demo_directory
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--dir", type=Path, default=demo_directory(), help="checkpoint (default: the demo)")
     parser.add_argument("--together", default="1,4,8", help="sequences at once, a round for each")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--quantize", default="auto")
+    parser.add_argument("--dtype", default="auto", help="of plain tensors, and of the stock model")
     parser.add_argument("--max-mem", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--beside", help="command of a peer that answers in turn with ours")
+    parser.add_argument("--stock", action="store_true", help="the same checkpoint by stock transformers, in turns, too")
     parser.add_argument("--out", type=Path, help="folder for the record")
     return parser.parse_args(arguments)
 
@@ -101,13 +107,19 @@ def rounds(model: GriffinModel, options: argparse.Namespace) -> dict[str, Callab
             len(answer.tokens) for answer in model.generate_many(iter(prompts[:count]), most=count, **fixed)
         )
 
-    ours = {"one after the other": alone, **{f"{count} together": together(count) for count in counts}}
-    return {name: timed(generate) for name, generate in ours.items()}
+    found = {"one after the other": alone, **{f"{count} together": together(count) for count in counts}}
+    if options.stock:
+        stock = AutoModelForCausalLM.from_pretrained(options.dir, dtype=options.dtype)
+        masked = fixed | {"attention_mask": torch.ones_like(prompts[0])}
+        found["stock transformers"] = lambda: sum(
+            stock.generate(prompt, **masked).shape[1] - options.prompt_tokens for prompt in prompts[:2]
+        )
+    return {name: timed(generate) for name, generate in found.items()}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {"device": "cpu", "density": options.density, "quantize": options.quantize}
-    settings |= {"ctx_size": options.prompt_tokens + options.tokens, "threads": options.threads}
+    settings |= {"ctx_size": options.prompt_tokens + options.tokens, "threads": options.threads, "dtype": options.dtype}
     loading = GriffinModel.from_pretrained(options.dir, max_gpu_mem=options.max_mem, **settings)
     with loading as model, peer(options) as theirs:
         kinds = rounds(model, options) | theirs
@@ -155,16 +167,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     found = measure(options)
     record = provenance("parallel.py", arguments) | found
-    print(table(found))
-    if options.out is not None:
-        name = f"parallel-{found['model']}-{found['precision']}-{options.density:g}"
-        write(
-            options.out,
-            name,
-            f"# Several answers at once: {name}\n\n{origin_lines(record)}\n\n{table(found)}\n",
-            record,
-        )
-    print(json.dumps(record))
+    name = f"parallel-{found['model']}-{found['precision']}-{options.density:g}"
+    publish(options.out, name, f"Several answers at once: {name}", table(found), record)
     return 0
 
 

@@ -3,26 +3,28 @@
     python benchmarks/real_models.py --text wikitext2=wikitext2_valid.txt.xz --text books=books_valid.txt.xz
     python benchmarks/real_models.py --only smollm2 --quick
     python benchmarks/real_models.py --dir MODEL --text TEXT    # a 16-bit checkpoint of one's own
+    python benchmarks/real_models.py --bits 4,3.5,3,2.5,2.2     # tiers of bits, beside as many bytes of int4 neurons
+    python benchmarks/real_models.py --budgets 0.4,0.5,0.7,1    # what the planner makes of shares of the 16-bit bytes
 
 Two small models come from the package index, by name and version (real_checkpoints.py). Everything is held against the
 same weights by stock transformers in float32: in 16 bit that itself differs from it. Every variant has a process of its
-own, so that one that dies is a row, too.
+own, so that one that dies is a row, too. With `--bits` or `--budgets` quality alone is measured, and of permuted
+residual channels, so that no grid of the file that the numbers come from flatters a format.
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 from real_checkpoints import SOURCES, NotFetched, Source, default_models, fetched, write_permuted
 from real_variants import (
@@ -42,6 +44,7 @@ from real_variants import (
     measure_variant,
 )
 from report import markdown_table, origin_lines, provenance, write
+from sides import in_own_process
 
 from griffin_offload.engine.convert import convert
 from griffin_offload.errors import GriffinError
@@ -52,7 +55,8 @@ DENSITIES = (1.0, 0.75, 0.5)
 QUANTISED = ("int8", "int4", "int3", "int2")
 # What rounding in another order may do to a dense 16-bit model, in nats per token.
 SAME_KL = 0.005
-Result = TypeVar("Result")
+# Of a neuron in int4 with its scales.
+INT4_BITS = 4.52
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Section:
     def runtime_equals_transformers(self) -> bool | None:
         """Whether nothing left out and nothing quantised is the stock model; None: not measured."""
         for variant, found in self.rows:
-            if (variant.precision, variant.density) == ("none", 1.0):
+            if variant == Variant.of("none", 1.0):
                 return not isinstance(found, str) and max(s.kl for s in found.scores.values()) < SAME_KL
         return None
 
@@ -97,7 +101,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--scored-tokens", type=int, default=128)
     parser.add_argument("--formats", type=lambda text: text.split(","), default=QUANTISED, help="quantised ones")
-    parser.add_argument("--densities", type=lambda text: [float(d) for d in text.split(",")], default=DENSITIES)
+    parser.add_argument("--densities", type=numbers, default=DENSITIES)
+    parser.add_argument("--bits", type=numbers, metavar="B[,B...]", help="of tiers and of layers, a weight of the FFs")
+    parser.add_argument("--budgets", type=numbers, metavar="S[,S...]", help="shares of the 16-bit bytes")
     parser.add_argument("--repeats", type=int, default=5, help="timed generations, after one that is not")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -111,7 +117,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"formats are {', '.join(QUANTISED)}")
     if not all(0 < density <= 1 for density in args.densities):
         parser.error("densities are above 0 and at most 1")
-    part = [*(args.only or []), *(path.name for path in args.dir or []), *(["quick"] if args.quick else [])]
+    if args.bits or args.budgets:
+        args.repeats = 0
+    part = [*(["bits"] if args.bits else []), *(["budgets"] if args.budgets else [])]
+    part += [*(args.only or []), *(path.name for path in args.dir or []), *(["quick"] if args.quick else [])]
     args.name = args.name or "-".join(["real_models", *part])
     args.only = args.only or ([] if args.dir else list(SOURCES))
     args.text = dict(map(named_text, args.text or [f"books_kids={DEFAULT_TEXT}"]))
@@ -121,15 +130,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
 def named_text(option: str) -> tuple[str, Path]:
     name, equals, file = option.rpartition("=")
     return (name, Path(file)) if equals else (Path(file).name.partition(".")[0], Path(file))
-
-
-def in_own_process(work: Callable[..., Result], *arguments: Any) -> Result:
-    """Memory and crashes stay there: the latter are a BrokenProcessPool."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
 
 
 def measure_section(
@@ -140,24 +147,47 @@ def measure_section(
     texts = {name: documents_of(path) for name, path in args.text.items()}
     reference = scratch / "reference.pt"
     section.stock = in_own_process(measure_stock, folder, texts, windows, args.threads, reference)
-    copies = {precision: scratch / precision for precision in args.formats}
-    ways = [("none", False), *product(args.formats, (True, False))]
-    refused = {precision: converted(folder, copy, precision) for precision, copy in copies.items()}
-    densities = args.densities if section.permuted_kl is None else [1.0]
-    for density, (precision, once) in product(densities, ways):
-        variant = Variant(precision, once, density)
+    variants = variants_of(args, folder, permuted=section.permuted_kl is not None)
+    needed = dict.fromkeys(variant.copy for variant in variants if variant.copy)
+    refused = {precision: converted(folder, scratch / precision, precision) for precision in needed}
+    for variant in variants:
         start = time.perf_counter()
-        found = refused[precision] if once else None
+        found = refused.get(variant.copy or "")
         if found is None:
-            source = copies[precision] if once else folder
+            source = scratch / variant.copy if variant.copy else folder
             found = measured(source, variant, reference, windows, args.threads, args.repeats)
         section.rows.append((variant, found))
         said = found if isinstance(found, str) else ", ".join(f"KL {s.kl:.4f}" for s in found.scores.values())
         print(
-            f"{section.title}, {variant.name}, {density:g}: {said} ({time.perf_counter() - start:.0f} s)",
+            f"{section.title}, {variant.name}, {density_of(variant)}: {said} ({time.perf_counter() - start:.0f} s)",
             file=sys.stderr,
         )
         step()
+
+
+def variants_of(args: argparse.Namespace, folder: Path, *, permuted: bool) -> list[Variant]:
+    """By the arguments. For each number of bits tiers, layers, and as many int4 neurons as take no fewer bytes; the
+    forwards that are measured have transformers' own cache, of 16 bits."""
+    if args.bits:
+        found = [Variant(f"all in {name}", {"quantize": name, "density": 1.0}) for name in args.formats]
+        for bits in sorted(args.bits, reverse=True):
+            found += [Variant(f"{kind}, {bits:g}", {"quantize": kind, "bits": bits}) for kind in ("tiers", "layers")]
+            share = min(math.ceil(bits / INT4_BITS * 50) / 50, 1.0)
+            found.append(Variant(f"{share:g} of int4", {"quantize": "int4", "density": share}))
+        return found
+    if args.budgets:
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        sizes = [(share, round(share * weights)) for share in sorted(args.budgets, reverse=True)]
+        return [
+            Variant(f"{share:g} ({size / 1e6:.0f} MB)", {"max_gpu_mem": size, "kv_bits": 16}) for share, size in sizes
+        ]
+    ways = [("none", False), *product(args.formats, (True, False))]
+    densities = [1.0] if permuted else args.densities
+    return [Variant.of(precision, density, converted=once) for density, (precision, once) in product(densities, ways)]
+
+
+def density_of(variant: Variant) -> str:
+    return f"{variant.options['density']:g}" if "density" in variant.options else ""
 
 
 def converted(folder: Path, copy: Path, precision: str) -> str | None:
@@ -179,8 +209,8 @@ def measured(*arguments: Any) -> Measured | str:
 def measure_model(
     source: Source, args: argparse.Namespace, sections: list[Section], step: Callable[[], object]
 ) -> None:
-    """As stored, and, unless it is to be quick, permuted."""
-    for permuted in (False,) if args.quick else (False, True):
+    """As stored, and, unless it is to be quick, permuted; bits and budgets of the latter alone."""
+    for permuted in (True,) if not args.repeats else (False,) if args.quick else (False, True):
         section = Section(source.title + (", residual channels permuted" if permuted else ""), source.packages, None)
         sections.append(section)
         measure_folder(section, lambda: fetched(source, args.models), args, step, permuted=permuted)
@@ -226,6 +256,8 @@ def notes(args: argparse.Namespace) -> list[str]:
         "error over the windows; top-1: share of tokens at which both have the same first choice",
         f"tokens/s: median of {args.repeats} answers of {SPEED_TOKENS} tokens, {args.threads} threads; ceiling: the "
         "fastest rate at which one row times matrices beyond the caches reads here, over what a token reads",
+        "bits: resident ones per weight of the FFs, scales and what is left out included; error: what the planner "
+        "expects of FFs, squared and relative",
         f"exact: tokens that a verifying pass gives, {EXACT_WINDOWS} prompts of the first text, {EXACT_TOKENS} tokens "
         f"each; what is stored drafts at density {EXACT_DENSITY:g}, on the way fewer bits draft for 16",
         "permuted: SmolLM2's numbers lie on a 4-bit grid along the inputs, which flatters int4; the same function "
@@ -253,21 +285,25 @@ def section_lines(section: Section) -> list[str]:
 
 def head(stock: Stock) -> list[str]:
     texts = [f"{what}, {name}" for name in stock.perplexity for what in ("perplexity", "KL", "top-1")]
-    return ["variant", "density", "resident", *texts, "tokens/s", "ceiling", "exact"]
+    return ["variant", "density", "resident", "bits (error)", *texts, "tokens/s", "ceiling", "exact"]
 
 
 def row(variant: Variant, found: Measured | str, stock: Stock) -> list[str]:
-    first = [variant.name, f"{variant.density:g}"]
+    first = [variant.name, density_of(variant)]
     if isinstance(found, str):
         return [*first, f"failed: {found}".replace("|", "/"), *[""] * (len(head(stock)) - 3)]
+    if not first[1]:
+        first = [f"{variant.name}: {found.chosen}", ""]
     scores = [
         text
         for s in found.scores.values()
         for text in (f"{s.perplexity:.2f}", f"{s.kl:.4f} ± {s.kl_error:.4f}", f"{s.top1_agreement:.3f}")
     ]
-    speed, ceiling = statistics.median(found.tokens_per_s), stock.bytes_per_s / found.token_bytes
-    exact = "" if found.tokens_per_pass is None else f"{found.tokens_per_pass:.2f}"
-    return [*first, f"{found.resident_bytes / 1e6:.1f} MB", *scores, f"{speed:.1f}", f"{ceiling:.1f}", exact]
+    error = "" if found.expected_error is None else f" ({found.expected_error:.4f})"
+    ceiling, exact = f"{stock.bytes_per_s / found.token_bytes:.1f}", found.tokens_per_pass
+    speed = [f"{statistics.median(found.tokens_per_s):.1f}", ceiling] if found.tokens_per_s else ["", ""]
+    size = [f"{found.resident_bytes / 1e6:.1f} MB", f"{found.ff_bits:.2f}{error}"]
+    return [*first, *size, *scores, *speed, "" if exact is None else f"{exact:.2f}"]
 
 
 def answers_lines(section: Section) -> list[str]:
@@ -277,8 +313,7 @@ def answers_lines(section: Section) -> list[str]:
         return []
     heads = ["variant", "density", *QUESTIONS]
     rows = [
-        [v.name, f"{v.density:g}", *(" ".join(text.split()).replace("|", "/") for text in texts)]
-        for v, texts in answered
+        [v.name, density_of(v), *(" ".join(text.split()).replace("|", "/") for text in texts)] for v, texts in answered
     ]
     return [f"Greedy answers in the chat template, at most {ANSWER_TOKENS} tokens:", markdown_table([heads, *rows])]
 

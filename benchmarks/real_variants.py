@@ -26,6 +26,7 @@ from griffin_offload.evaluation.ceilings import decode_bytes_per_s
 from griffin_offload.evaluation.samples import SEPARATOR, first_tokens, take_windows, tokenize
 from griffin_offload.evaluation.speed import run_fixed
 from griffin_offload.formats import every
+from griffin_offload.planner.tiers import bits_of, expected_error
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -101,29 +102,34 @@ class Measured:
     answers: list[str]
     tokens_per_pass: float | None
     """Of exact mode; None: not measured."""
+    chosen: str
+    """Precision and density, by the planner."""
+    ff_bits: float
+    """Resident bits per weight of the FFs, those left out included."""
+    expected_error: float | None
+    """Of the FFs, by the planner: squared and relative; None of experts."""
 
 
 @dataclass(frozen=True)
 class Variant:
     """One way to keep a model."""
 
-    precision: str
-    converted: bool
-    """Quantised once by `convert`; else, for each prompt anew."""
-    density: float
+    name: str
+    options: dict[str, Any]
+    """Arguments of `from_pretrained`."""
+    copy: str | None = None
+    """Quantised to this once by `convert`; else, for each prompt anew."""
+    drafts: bool = False
+    """Whether it is a way to draft in exact mode that is measured: half of the neurons as they are stored, or neurons
+    in fewer bits for those of a 16-bit checkpoint."""
 
-    @property
-    def name(self) -> str:
-        way = "" if self.precision == "none" else ", converted" if self.converted else ", on the way"
-        return ("16 bit" if self.precision == "none" else self.precision) + way
-
-    @property
-    def drafts(self) -> bool:
-        """Whether it is a way to draft in exact mode that is measured: half of the neurons as they are stored, or
-        neurons in fewer bits for those of a 16-bit checkpoint."""
-        if self.precision == "none" or self.converted:
-            return self.density == EXACT_DENSITY
-        return self.precision in ("int8", "int4")
+    @classmethod
+    def of(cls, precision: str, density: float, *, converted: bool = False) -> "Variant":
+        plain = precision == "none"
+        way = "" if plain else ", converted" if converted else ", on the way"
+        drafts = density == EXACT_DENSITY if plain or converted else precision in ("int8", "int4")
+        options = {"quantize": precision, "density": density}
+        return cls(("16 bit" if plain else precision) + way, options, precision if converted else None, drafts)
 
 
 @torch.inference_mode()
@@ -168,19 +174,23 @@ def divergence(reference: Tensor, log_probs: Tensor) -> float:
 def measure_variant(
     folder: Path, variant: Variant, reference: Path, windows: Windows, threads: int, repeats: int
 ) -> Measured | str:
-    """Figures of `folder`, a checkpoint that is converted already if the variant is; or why there are none."""
+    """Figures of `folder`, a checkpoint that is converted already if the variant is; or why there are none. Without
+    `repeats` quality alone."""
     quiet_libraries()
     try:
         kept = torch.load(reference, mmap=True)
         prompts = next(iter(kept.values()))["ids"][:, : windows.prompt_tokens]
-        options: dict[str, Any] = {"device": "cpu", "quantize": variant.precision, "density": variant.density}
-        options |= {"ctx_size": max(windows.tokens, windows.prompt_tokens + SPEED_TOKENS, 256), "threads": threads}
+        sizes = {"ctx_size": max(windows.tokens, windows.prompt_tokens + SPEED_TOKENS, 256), "threads": threads}
+        options = {"device": "cpu", **sizes, **variant.options}
         with GriffinModel.from_pretrained(folder, **options) as model:
             scores = {name: score(model, of["ids"], of["logits"]) for name, of in kept.items()}
-            speeds = [run_fixed(model, prompts[0], SPEED_TOKENS).decode_tokens_per_s for _ in range(repeats + 1)]
-            found = (scores, model.resident_bytes, bytes_of_a_token(model), speeds[1:], answers(model))
-        exact = tokens_per_pass(folder, prompts[:EXACT_WINDOWS], options) if variant.drafts else None
-        return Measured(*found, exact)
+            asked = range(repeats + 1 if repeats else 0)
+            speeds = [run_fixed(model, prompts[0], SPEED_TOKENS).decode_tokens_per_s for _ in asked]
+            found = (scores, model.resident_bytes, bytes_of_a_token(model), speeds[1:], answers(model) if asked else [])
+            plan, shape = model.plan, model.engine.shape
+            planned = (bits_of(shape, plan.counts), expected_error(shape, plan.counts))
+        exact = tokens_per_pass(folder, prompts[:EXACT_WINDOWS], options) if variant.drafts and repeats else None
+        return Measured(*found, exact, f"{plan.in_words}, density {plan.density:.2f}", *planned)
     except Exception as error:  # a row of the page says so
         return f"{type(error).__name__}: {one_line(error)}"
 
@@ -245,8 +255,8 @@ def tokens_per_pass(folder: Path, prompts: Tensor, options: dict[str, Any]) -> f
     return tokens / passes
 
 
-def documents_of(path: Path) -> list[str]:
-    """Of a UTF-8 text, plain or .xz."""
+def documents_of(path: Path, characters: int | None = None) -> list[str]:
+    """Of a UTF-8 text, plain or .xz, or of its start."""
     with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
-        pieces = [piece.strip() for piece in file.read().decode().split(SEPARATOR)]
+        pieces = [piece.strip() for piece in file.read().decode()[:characters].split(SEPARATOR)]
     return [piece for piece in pieces if piece]

@@ -90,3 +90,11 @@ def write(folder: Path, name: str, markdown: str, record: dict[str, Any]) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(markdown + "\n")
     (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def publish(folder: Path | None, name: str, title: str, body: str, record: dict[str, Any]) -> None:
+    """How a script ends: its tables, the two files where it is told a folder, and JSON in the last line."""
+    print(body, end="\n\n")
+    if folder is not None:
+        write(folder, name, f"# {title}\n\n{origin_lines(record)}\n\n{body}", record)
+    print(json.dumps(record))

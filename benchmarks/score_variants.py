@@ -2,32 +2,25 @@
 
 All variants go through the same streamed passes of the simulation, so windows, tokens and rounding are the same. The
 prior is measured on other texts. Only predictions made by the chosen neurons count: the prompt's own last one does not.
-
-`--drafts` measures exact mode instead, on the same windows: how many drafts the full model accepts, by density, draft
-length, selection, and whether passes choose anew. A pass costs the same whatever is accepted, so tokens per pass count:
-1 would be no draft at all, the draft length and one its ceiling.
 """
 
 import argparse
-import json
-import lzma
 import math
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from report import markdown_table, origin_lines, provenance, write
+from real_variants import documents_of
+from report import markdown_table, provenance, publish
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from griffin_offload import GriffinModel
 from griffin_offload.demo import demo_directory
-from griffin_offload.engine.report import DraftReport
 from griffin_offload.evaluation.samples import SEPARATOR, Sample, Scores, first_tokens, take_windows, tokenize
 from griffin_offload.evaluation.simulation import prompt_prior, simulate
 from griffin_offload.method.variants import Variant
@@ -70,19 +63,6 @@ COSTS = {
 """Beside what the paper's score costs."""
 
 
-DRAFT_TOKENS = (4, 8, 16)
-# (selection, decay of the statistic, refresh): what exact mode is compared by.
-METHODS = (
-    ("topk", 1.0, "never"),
-    ("topk", 1.0, "turn"),
-    ("topk", 0.8, "turn"),
-    ("output_aware", 1.0, "never"),
-    ("output_aware", 1.0, "turn"),
-    ("output_aware", 0.8, "turn"),
-    ("random", 1.0, "never"),
-)
-
-
 @dataclass(frozen=True)
 class Row:
     """One variant over all windows."""
@@ -106,8 +86,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=demo_directory(), help="checkpoint (default: the demo)")
     parser.add_argument("--text", type=Path, required=True, help=f"what is scored; documents between {SEPARATOR}")
-    parser.add_argument("--prior", type=Path, action="append", help="other text, may be .xz; repeatable")
-    parser.add_argument("--drafts", action="store_true", help="exact mode: how many drafts are accepted")
+    parser.add_argument("--prior", type=Path, action="append", required=True, help="other text, may be .xz; repeatable")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--window-start", choices=("even", "documents"), default="even")
     parser.add_argument("--prompt-tokens", type=int, default=128)
@@ -119,17 +98,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--name", help="of the record (default: after the text)")
     parser.add_argument("--out", type=Path, help="folder for the record")
     args = parser.parse_args(arguments)
-    if not args.prior and not args.drafts:
-        parser.error("give --prior, other text for the prior, or --drafts")
     args.name = args.name or f"{'demo' if args.dir == demo_directory() else args.dir.name}-{args.text.stem}"
     return args
-
-
-def documents_of(path: Path, characters: int = -1) -> list[str]:
-    opened = lzma.open if path.suffix == ".xz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        text = file.read(characters)
-    return [piece.strip() for piece in text.split(SEPARATOR) if piece.strip()]
 
 
 def cut(model: GriffinModel, documents: list[str], tokens: int, count: int, start: Any = "even") -> list[Tensor]:
@@ -243,57 +213,6 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
     return statistics.correlation(*ranks)
 
 
-def accepted(reports: Sequence[DraftReport], drafts: int) -> dict[str, Any]:
-    """Of all windows together; by position: the share accepted, of drafts before which all were."""
-    passes = sum(report.passes for report in reports)
-    judged, taken = (
-        [sum(values[i] for values in lists if i < len(values)) for i in range(drafts)]
-        for lists in ([r.judged_by_position for r in reports], [r.accepted_by_position for r in reports])
-    )
-    return {
-        "draft_tokens": drafts,
-        "mean_accepted": sum(report.accepted for report in reports) / passes,
-        "tokens_per_pass": sum(report.tokens for report in reports) / passes,
-        "accepted_by_position": [a / j if j else 0.0 for a, j in zip(taken, judged, strict=True)],
-    }
-
-
-def measure_drafts(args: argparse.Namespace, density: float, method: tuple[str, float, str]) -> list[dict[str, Any]]:
-    """Greedy, each window's prompt alone; ends of texts are ignored, so that every window gives as many tokens."""
-    selection, decay, refresh = method
-    options = {"density": density, "selection": selection, "decay": decay, "exact": True, "threads": args.threads}
-    sizes = {"ctx_size": args.prompt_tokens + args.generate_tokens, "max_gpu_mem": args.max_mem, "device": "cpu"}
-    found = []
-    with GriffinModel.from_pretrained(args.dir, **options, **sizes) as model:
-        tokens = args.prompt_tokens + args.generate_tokens + 1
-        windows = cut(model, documents_of(args.text), tokens, args.windows, args.window_start)
-        for drafts in DRAFT_TOKENS:
-            reports = []
-            for ids in windows:
-                given = {"max_new_tokens": args.generate_tokens, "do_sample": False, "eos_token_id": None}
-                model.generate(ids[None, : args.prompt_tokens], draft_tokens=drafts, refresh=refresh, **given)
-                reports.append(model.last_report.drafting)
-            found.append(accepted(reports, drafts))
-    return found
-
-
-def drafts_record(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
-    """The table, a line per density and method and a column per draft length, and the figures behind it."""
-    lines = [["density", "selection", "chosen anew", "decay", *(f"{n} drafts" for n in DRAFT_TOKENS)]]
-    record = []
-    for density, method in product(DENSITIES, METHODS):
-        found = measure_drafts(args, density, method)
-        record.append({"density": density, "method": method, "accepted": found})
-        cells = [f"{f['tokens_per_pass']:.2f} ({f['mean_accepted']:.2f})" for f in found]
-        selection, decay, refresh = method
-        anew = ["never", ""] if refresh == "never" else ["every pass", f"{decay:g}"]
-        lines.append([f"{density:g}", selection, *anew, *cells])
-        print(lines[-1], file=sys.stderr, flush=True)
-    stated = f"Tokens per verifying pass (accepted drafts per pass), greedy, {args.windows} windows of "
-    stated += f"{args.prompt_tokens} prompt and {args.generate_tokens} generated tokens."
-    return f"{stated}\n\n{markdown_table(lines)}", record
-
-
 def table(rows: Sequence[Row]) -> str:
     head = ["density", "variant", "perplexity", "increase", "against s", "KL", "top-1", "activation kept", "costs"]
     found = [head]
@@ -331,17 +250,9 @@ def main(arguments: Sequence[str]) -> int:
     args = parse_arguments(arguments)
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
-    record = provenance("score_variants.py", arguments)
-    if args.drafts:
-        body, record["drafts"] = drafts_record(args)
-    else:
-        body, figures = variants_record(args)
-        record |= figures
-    print(body, end="\n\n")
-    if args.out:
-        kind = "drafts" if args.drafts else "score_variants"
-        write(args.out, f"{kind}-{args.name}", f"{origin_lines(record)}\n\n{body}", record)
-    print(json.dumps({key: value for key, value in record.items() if key != "rows"}))
+    body, figures = variants_record(args)
+    record = provenance("score_variants.py", arguments) | figures
+    publish(args.out, f"score_variants-{args.name}", f"Ways to choose neurons: {args.name}", body, record)
     return 0
 
 

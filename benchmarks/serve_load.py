@@ -27,7 +27,7 @@ from typing import Any
 import httpx
 import psutil
 from load_clients import Client, Tally
-from report import markdown_table, origin_lines, provenance, write
+from report import markdown_table, provenance, publish
 
 from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES
 
@@ -286,21 +286,18 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     found = measure(options)
     record = provenance("serve_load.py", arguments) | {key: value for key, value in found.items() if key != "samples"}
-    broken = broken_promises(found)
-    record["broken_promises"] = broken
-    print(table(found))
+    record["broken_promises"] = broken_promises(found)
     for failure in found["failures"][:10]:
         print(f"failure: {failure}")
-    if options.out is not None:
-        name = f"serve_load-{'demo' if options.dir is None else options.dir.name}"
-        name += f"-{options.minutes:g}min" if options.minutes is not None else f"-{options.requests}"
-        page = f"# A server under load: {name}\n\n{origin_lines(record)}\n\n{table(found)}\n"
-        if options.minutes is not None:
-            draw(found, options.out / f"{name}.png")
-            page += f"\n![memory over time]({name}.png)\n"
-        write(options.out, name, page, record)
-    print(json.dumps(record))
-    return 1 if broken else 0
+    name = f"serve_load-{'demo' if options.dir is None else options.dir.name}"
+    name += f"-{options.minutes:g}min" if options.minutes is not None else f"-{options.requests}"
+    body = table(found)
+    if options.minutes is not None and options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        draw(found, options.out / f"{name}.png")
+        body += f"\n\n![memory over time]({name}.png)"
+    publish(options.out, name, f"A server under load: {name}", body, record)
+    return 1 if record["broken_promises"] else 0
 
 
 if __name__ == "__main__":

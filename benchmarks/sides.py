@@ -4,16 +4,19 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from capped_run import Outcome, run_capped
 from disk import checkpoint_files, drop_page_cache
 from host_memory import memory_at_hand
 
 BENCHMARKS = Path(__file__).parent
+Found = TypeVar("Found")
 RIVAL_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of the cap, descending
 
 
@@ -100,6 +103,12 @@ def environment(threads: int | None = None) -> dict[str, str]:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
     )
+
+
+def in_own_process(work: Callable[..., Found], *arguments: Any) -> Found:
+    """Memory and crashes stay there: the latter are a BrokenProcessPool."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def rival_settings(

@@ -12,6 +12,7 @@ The last line is JSON, the exit code 1 if an answer is not valid.
 
 import argparse
 import collections
+import itertools
 import json
 import random
 import re
@@ -33,13 +34,11 @@ MOST_TOKENS = 300
 
 def schemas(suite: Path, most: int) -> list[tuple[str, dict[str, Any]]]:
     """(where, schema) of objects, the first ones of all files in turn."""
-    files = sorted(suite.glob("*.json"))
     groups = [
         [(f"{file.stem}: {one['description']}", one["schema"]) for one in json.loads(file.read_text())]
-        for file in files
+        for file in sorted(suite.glob("*.json"))
     ]
-    rounds = max(map(len, groups), default=0)
-    found = [group[i] for i in range(rounds) for group in groups if i < len(group)]
+    found = [one for turn in itertools.zip_longest(*groups) for one in turn if one is not None]
     return [(name, schema) for name, schema in found if isinstance(schema, dict)][:most]
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from real_checkpoints import SOURCES, NotFetched, default_models, fetched, join_parts, permute_channels, write_permuted
-from real_models import DEFAULT_TEXT, in_own_process, named_text, section_lines
+from real_models import DEFAULT_TEXT, named_text, section_lines
 from real_models import Section as MeasuredSection
 from real_variants import Measured, Score, Stock, Variant, Windows, documents_of, measure_stock, measure_variant, score
+from sides import in_own_process
 from tiny_models import ARCHITECTURES, write_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -79,7 +80,7 @@ def test_predictions_are_those_of_the_text_behind_the_prompt(tmp_path):
 
 def test_what_cannot_be_loaded_says_so(tmp_path):
     torch.save({"text": {"ids": torch.ones(1, 4), "logits": torch.ones(1, 1, 4)}}, tmp_path / "reference")
-    found = measure_variant(tmp_path, Variant("none", False, 1.0), tmp_path / "reference", Windows(1, 2, 1), 1, 1)
+    found = measure_variant(tmp_path, Variant.of("none", 1.0), tmp_path / "reference", Windows(1, 2, 1), 1, 1)
     assert isinstance(found, str)
     assert "config.json" in found
 
@@ -88,12 +89,15 @@ def test_the_page_has_a_row_for_what_failed():
     section = MeasuredSection("a model", ("a==1",), None, Stock({"text": 10.0}, {"text": 0.001}, 2e9))
     scored = Score([2.0, 2.2], [0.1, 0.3], 0.9)
     section.rows = [
-        (Variant("none", False, 1.0), Measured({"text": scored}, 10**7, 10**7, [90.0, 110.0, 100.0], [], None)),
-        (Variant("int4", True, 1.0), "the process died"),
+        (
+            Variant.of("none", 1.0),
+            Measured({"text": scored}, 10**7, 10**7, [90.0, 110.0, 100.0], [], None, "16 bit", 16.0, 0.0),
+        ),
+        (Variant.of("int4", 1.0, converted=True), "the process died"),
     ]
     lines = "\n".join(section_lines(section)).splitlines()
     assert "equals it: no" in lines[0]
-    assert "| 16 bit | 1 | 10.0 MB | 8.17 | 0.2000 ± 0.1000 | 0.900 | 100.0 | 200.0 |  |" in lines
+    assert "| 16 bit | 1 | 10.0 MB | 16.00 (0.0000) | 8.17 | 0.2000 ± 0.1000 | 0.900 | 100.0 | 200.0 |  |" in lines
     assert any(line.startswith("| int4, converted | 1 | failed: the process died |") for line in lines)
 
 
@@ -126,6 +130,6 @@ def test_quantised_a_trained_model_predicts_the_same(smollm2, reference, tmp_pat
     folder = smollm2
     if converted:
         folder = convert(smollm2, tmp_path / precision, precision).directory
-    found = in_own_process(measure_variant, folder, Variant(precision, converted, 1.0), *reference, 1, 1)
+    found = in_own_process(measure_variant, folder, Variant.of(precision, 1.0, converted=converted), *reference, 1, 1)
     assert isinstance(found, Measured), found
     assert found.scores["books_kids"].kl < most_kl

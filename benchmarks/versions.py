@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from report import markdown_table, origin_lines, provenance, write
+from report import markdown_table, provenance, publish
 
 ROOT = Path(__file__).parents[1]
 QUICK = (
@@ -75,11 +75,8 @@ def main() -> int:
     parser.add_argument("--tests", nargs="+", default=list(QUICK), help="files to run (default: the quick ones)")
     arguments = parser.parse_args()
     rows = [measure(requirements, arguments.tests) for requirements in arguments.environments]
-    print(markdown(rows))
-    if arguments.out is not None:
-        record = provenance("versions.py", sys.argv[1:]) | {"environments": rows}
-        text = f"# Oldest and newest releases\n\n{origin_lines(record)}\n\n{markdown(rows)}\n"
-        write(arguments.out, "versions", text, record)
+    record = provenance("versions.py", sys.argv[1:]) | {"environments": rows}
+    publish(arguments.out, "versions", "Oldest and newest releases", markdown(rows), record)
     return int(any(row["failed"] or not row["passed"] for row in rows))
 
 

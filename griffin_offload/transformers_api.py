@@ -7,11 +7,15 @@ Each difference is decided by what the installed release has, not by its number.
 | 5.23 | `DummyLayer` stands for a layer without KV entries of its own; before, the cache had no layer there |
 | 5.23 | `ResponseParser` takes answers apart as they come; before, tools are refused by the server |
 | 5.24 | the KV cache is called `cache`, as an argument and in outputs; before, `past_key_values` |
+
+And what a few of its models do otherwise than all others, which `adapted` makes up for: the name and the length of
+Mamba's cache, recurrences that several tokens begin anew, RecurrentGemma's states outside of the cache.
 """
 
 import functools
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -20,6 +24,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, cache_utils
+from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.errors import UsageError
@@ -68,9 +73,40 @@ WITHOUT_ATTENTION = ("moe", "mlp")
 """What configs call layers that are a feed-forward alone, which keeps nothing."""
 
 
+class StatesCache(DynamicCache):  # type: ignore[misc]
+    """transformers' own cache of a model whose layers keep states alone: it knows how many tokens have passed."""
+
+    is_compileable = False  # masks have two axes for such models
+    _tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._tokens
+
+    def count(self, tokens: int) -> None:
+        """So many more have passed."""
+        self._tokens += tokens
+
+    def reset(self) -> None:
+        super().reset()
+        self._tokens = 0
+
+
+def keeps_entries(layers: Iterable[Any]) -> bool:
+    """Whether some of the layers of a cache hold keys and values, by which its tokens are counted."""
+    return any(isinstance(layer, CacheLayerMixin) for layer in layers)
+
+
+def counts_tokens(cache: Any) -> bool:
+    """Whether a cache knows how many tokens have passed."""
+    layers = getattr(cache, "layers", None)
+    return hasattr(cache, "count") or not layers or keeps_entries(layers)
+
+
 def stock_cache(config: PretrainedConfig) -> Any:
     """transformers' own empty KV cache, with one layer per decoder layer. Whatever that raises of a config."""
     cache = DynamicCache(config=config)
+    if not keeps_entries(cache.layers) and not any(isinstance(layer, DummyLayer) for layer in cache.layers):
+        return StatesCache(config=config)
     if DummyLayer is NoEntries:
         text = config.get_text_config(decoder=True)
         names = getattr(text, "layer_types", None) or []
@@ -83,7 +119,7 @@ def stock_cache(config: PretrainedConfig) -> Any:
     return cache
 
 
-def with_own_name(arguments: dict[str, Any]) -> dict[str, Any]:
+def with_own_name(arguments: dict[str, object]) -> dict[str, Any]:
     """`arguments` with the KV cache under the name that the installed release knows, whichever of the two that are
     its own it came by. UsageError for both at once."""
     if CACHE == "past_key_values" or "past_key_values" not in arguments:
@@ -157,20 +193,143 @@ class Tokenizer(Protocol):
 
     def __hash__(self) -> int: ...
 
-    def decode(self, tokens: Any, **options: Any) -> str: ...
+    def encode(self, text: str, **options: Any) -> list[int]: ...
 
-    def apply_chat_template(self, messages: Any, **options: Any) -> Any: ...
+    def decode(self, tokens: object, **options: Any) -> str: ...
 
-    def save_pretrained(self, save_directory: Any) -> Any: ...
+    def apply_chat_template(self, messages: object, **options: Any) -> Any: ...
+
+    def save_pretrained(self, save_directory: object) -> Any: ...
 
     def get_added_vocab(self) -> dict[str, int]: ...
 
-    def convert_tokens_to_ids(self, tokens: Any) -> Any: ...
+    def convert_tokens_to_ids(self, tokens: object) -> Any: ...
 
-    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+    def convert_ids_to_tokens(self, ids: object) -> Any: ...
+
+
+Arguments = dict[str, Any]
+"""Of a model's forward, by name: which there are differs between architectures."""
+
+
+class StockOutput(Protocol):
+    """What is asked of what a model's forward gives."""
+
+    logits: Tensor
 
 
 class StockCache(Protocol):
     """A KV cache as transformers' models know it: ours, one of theirs, or a caller's."""
 
     def get_seq_length(self) -> int: ...
+
+
+# Models of states alone (Mamba): their cache has another name, and counts no tokens.
+
+_ITS_OWN = "cache_params"
+
+
+def adapted(model: StockModel) -> StockModel:
+    """`model`, which takes and returns its cache as others do, and whose recurrences go on from any number of tokens:
+    where transformers' own class does not, it is of a class derived from that."""
+    stock: Any = type(model)
+    name = next((n for n in (CACHE, _ITS_OWN) if n in inspect.signature(stock.forward).parameters), None)
+    if name is not None and _keeps_states_alone(model.config):
+        model.__class__ = _counting(stock, name)
+    for module in model.modules():
+        kind: Any = type(module)
+        if _forgets(kind):
+            module.__class__ = _going_on(kind)
+        elif kind.__name__ == "RecurrentGemmaRecurrentBlock":
+            module.__class__ = _keeping_in_cache(kind)
+    for index, layer in enumerate(getattr(model.base_model, "layers", ())):
+        if hasattr(layer, "temporal_block"):
+            layer.temporal_block.layer_idx = index
+    return model
+
+
+def _keeps_states_alone(config: PretrainedConfig) -> bool:
+    try:
+        return isinstance(stock_cache(config), StatesCache)
+    except Exception:  # whoever needs the cache says what is wrong with the config
+        return False
+
+
+@functools.cache
+def _counting(stock: type[Any], name: str) -> type[Any]:
+    """Of a class that calls its cache by `name`."""
+    known = inspect.signature(stock.forward)
+
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        other = kwargs.pop(_ITS_OWN, None)
+        given = kwargs.pop(CACHE, other)
+        bound = known.bind_partial(self, *args, **kwargs).arguments
+        ids = bound.get("input_ids")
+        tokens = (bound["inputs_embeds"] if ids is None else ids).shape[1]
+        if given is None and bound.get("use_cache", self.config.use_cache):
+            given = stock_cache(self.config)
+        mask = bound.get("attention_mask")
+        if mask is not None:  # of these tokens alone
+            kwargs["attention_mask"] = mask[:, -tokens:] if given is not None and given.get_seq_length() else mask
+        output = stock.forward(self, *args, **{name: given}, **kwargs)
+        if given is not None:
+            given.count(tokens)
+        if not isinstance(output, dict):
+            return output
+        same = {word: output.get(word) for word in ("loss", "logits", "hidden_states")}
+        return CausalLMOutputWithPast(**same, **{CACHE: output.get(name)})
+
+    renamed = [one.replace(name=CACHE) if one.name == name else one for one in known.parameters.values()]
+    forward.__signature__ = known.replace(parameters=renamed)  # type: ignore[attr-defined]
+    # transformers would make a second cache, by the name that it knows.
+    own = {"forward": forward, "_supports_default_dynamic_cache": lambda self: False, "__module__": stock.__module__}
+    return type(stock.__name__, (stock,), own)
+
+
+def _forgets(kind: type[nn.Module]) -> bool:
+    """Whether several tokens at once would begin the recurrence of such a part anew (Mamba 1)."""
+    name, stock = "mamba_selective_scan", inspect.unwrap(kind.forward)
+    if name not in getattr(getattr(stock, "__code__", None), "co_names", ()):
+        return False
+    return "initial_states" not in inspect.signature(stock.__globals__[name]).parameters
+
+
+@functools.cache
+def _going_on(stock: type[Any]) -> type[Any]:
+    @functools.wraps(stock.forward)
+    def forward(self: Any, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        tokens = hidden_states.shape[1]
+        if cache_params is None or tokens == 1 or not cache_params.has_previous_state(self.layer_idx):
+            found: Tensor = stock.forward(self, hidden_states, cache_params, *args, **kwargs)
+            return found
+        # As decoding does: nothing behind a state is padding.
+        return torch.cat([stock.forward(self, one, cache_params) for one in hidden_states.split(1, dim=1)], dim=1)
+
+    return type(stock.__name__, (stock,), {"forward": forward, "__module__": stock.__module__})
+
+
+@functools.cache
+def _keeping_in_cache(stock: type[Any]) -> type[Any]:
+    """Of RecurrentGemma's recurrences, which keep their states as attributes, and begin anew with several tokens."""
+
+    @functools.wraps(stock.forward)
+    def forward(self: Any, input_states: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get(CACHE)
+        if cache is None:
+            return stock.forward(self, input_states, position_ids, None, use_cache=False)
+        kept, parts = cache.layers[self.layer_idx], [(input_states, position_ids)]
+        if kept.has_previous_state[0]:
+            self.conv1d_state, self.rg_lru.recurrent_states = kept.conv_states[0], kept.recurrent_states[0]
+            parts = list(zip(input_states.split(1, dim=1), position_ids.split(1, dim=1), strict=True))
+        else:
+            batch, inputs = len(input_states), self.conv1d_width - 1
+            self.conv1d_state = input_states.new_zeros(batch, self.lru_width, inputs)
+            self.rg_lru.recurrent_states = input_states.new_zeros(batch, self.lru_width, dtype=torch.float32)
+        outputs = [stock.forward(self, *part, None, use_cache=True)[0] for part in parts]
+        kept.update_conv_state(self.conv1d_state, conv_kernel_size=self.conv1d_width - 1)
+        kept.update_recurrent_state(self.rg_lru.recurrent_states)
+        self.conv1d_state = self.rg_lru.recurrent_states = None
+        return torch.cat(outputs, dim=1), None
+
+    return type(stock.__name__, (stock,), {"forward": forward, "__module__": stock.__module__})

@@ -1,22 +1,88 @@
 """The physical limits of this machine, the same for all sides, and what a side could do at best."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from measured import PRECISIONS, measure_rates
-from model_bytes import ModelBytes
+import torch
+from disk import checkpoint_files, drop_page_cache
+from sides import in_own_process
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from griffin_offload import formats
+from griffin_offload.config import LoadConfig
+from griffin_offload.engine.spec import examine
+from griffin_offload.evaluation.ceilings import measure_ceilings
+
+PRECISIONS = ("none", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Weights by role. Embedding rows are looked up, so a token reads all but the embedding."""
+
+    name: str
+    hidden: int
+    feed_forward: int
+    layers: int
+    total_bytes: int
+    embedding_bytes: int
+    feed_forward_bytes: int
+    outside_bytes: int
+    """Head and last norm: neither in a layer nor looked up."""
+    value_bytes: int
+
+    @classmethod
+    def of(cls, folder: Path) -> "ModelBytes":
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+        embedding_bytes = model.get_input_embeddings().weight.nbytes
+        in_layers = sum(size for name, size in sizes.items() if ".layers." in name)
+        return cls(
+            name=folder.name,
+            hidden=config.hidden_size,
+            feed_forward=config.intermediate_size,
+            layers=config.num_hidden_layers,
+            total_bytes=sum(sizes.values()),
+            embedding_bytes=embedding_bytes,
+            feed_forward_bytes=sum(size for name, size in sizes.items() if ".mlp." in name),
+            outside_bytes=max(sum(sizes.values()) - in_layers - embedding_bytes, 0),
+            value_bytes=model.dtype.itemsize,
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Weight bytes a matrix-vector pass of the full model touches."""
+        return self.total_bytes - self.embedding_bytes
+
+    def prefill_flops(self, prompt_tokens: int) -> float:
+        """Matrix products alone; attention scores are left out, so this is a lower bound."""
+        return 2.0 * prompt_tokens * self.bytes_per_token / self.value_bytes
+
+
+def trials(folder: Path, precision: str, prompt_tokens: int, threads: int) -> dict[str, Any]:
+    """Those of `griffin-offload bench`: cold disk, one row times matrices of the model's FF shape in a precision, and
+    many rows, in 16 bit or more whatever the precision is."""
+    prospect = examine(folder, LoadConfig(device="cpu"))
+    return asdict(measure_ceilings(prospect, formats.get(precision), [prompt_tokens], threads))
 
 
 def measure(folder: Path, prompt_tokens: int, threads: int, precisions: Sequence[str] = PRECISIONS) -> dict[str, Any]:
     """`memory_bytes_per_s` is the best rate at which any kernel multiplies one row with weights of the model's shape,
-    `gemm_flops_per_s` the best for the prompt."""
-    rates = {name: measure_rates(folder, prompt_tokens, threads, name) for name in precisions}
+    `gemm_flops_per_s` the best for the prompt. Each precision has a process of its own: its matrices are gone from
+    memory before anything else runs."""
+    found = {}
+    for name in precisions:
+        drop_page_cache(checkpoint_files(folder))
+        found[name] = in_own_process(trials, folder, name, prompt_tokens, threads)
     return {
-        "disk_bytes_per_s": max(rate.read_bytes_per_s for rate in rates.values()),
-        "memory_bytes_per_s": max(rate.gemv_bytes_per_s for rate in rates.values()),
-        "gemm_flops_per_s": max(rate.gemm_flops_per_s for rate in rates.values()),
-        "gemv_bytes_per_s": {name: rate.gemv_bytes_per_s for name, rate in rates.items()},
+        "disk_bytes_per_s": max(rates["read_bytes_per_s"] for rates in found.values()),
+        "memory_bytes_per_s": max(rates["gemv_bytes_per_s"] for rates in found.values()),
+        "gemm_flops_per_s": max(max(rates["gemm_flops_per_s"].values()) for rates in found.values()),
+        "gemv_bytes_per_s": {name: rates["gemv_bytes_per_s"] for name, rates in found.items()},
     }
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from make_checkpoint import SHAPES, make_checkpoint
-from model_bytes import ModelBytes
 from peers import bounds, contestants, copies, environments
+from peers.bounds import ModelBytes
 from peers.contestants import Settings
 from peers.journal import Journal
 from peers.page import Page

@@ -1,5 +1,6 @@
 """The forms of the checkpoint that sides read, made when a side needs them and, where large, deleted behind it."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converted_copy import converted_copy
 from peers.environments import interpreter
 from sides import environment
+
+from griffin_offload.checkpoint.safetensors import UNFINISHED
 
 SPARE_BYTES = int(1e9)
 # Disk space, as a part of the 16-bit checkpoint: while it is made.
@@ -45,14 +47,25 @@ def make(copy: str, checkpoint: Path, environments: Path, threads: int) -> Copy:
     if not is_made(copy, folder):
         check_room(copy, checkpoint)
     if copy in ("int8", "int4"):
-        made = converted_copy(checkpoint, copy)
-        return Copy(made.folder, made.stored_bytes, made.seconds)
+        return convert(checkpoint, folder, copy)
     if copy == "split":
         return split(checkpoint, folder, environments)
     file = folder / f"{copy.removeprefix('gguf-')}.gguf"
     words = ["-m", "peers.gguf_file", str(checkpoint), str(file), "--type", file.stem, "--threads", str(threads)]
     seconds = None if file.exists() else timed(copy, [str(interpreter(environments, "llama")), *words])
     return Copy(folder, file.stat().st_size, seconds)
+
+
+def convert(checkpoint: Path, folder: Path, precision: str) -> Copy:
+    """By `griffin-offload convert`, or finished by it when it is not whole."""
+    seconds = None
+    if not folder.exists() or (folder / UNFINISHED).exists():
+        words = ["-m", "griffin_offload", "convert", "-m", str(checkpoint), str(folder), "--quantize", precision]
+        seconds = timed(precision, [sys.executable, *words])
+    found = json.loads((folder / "config.json").read_text()).get("quantization_config", {}).get("precision")
+    if found != precision:
+        raise SystemExit(f"error: {folder.name} is there and its precision is {found}: remove it")
+    return Copy(folder, stored_bytes(folder), seconds)
 
 
 def split(checkpoint: Path, folder: Path, environments: Path) -> Copy:

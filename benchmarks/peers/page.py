@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from model_bytes import ModelBytes
 from peers import bounds
+from peers.bounds import ModelBytes
 from report import gigabytes, markdown_table, seconds
 
 from griffin_offload.units import parse_size
@@ -146,9 +146,7 @@ class Page:
         found = run.get("ceilings")
         if not found:
             return "-"
-        tokens = self.settings["prompt_tokens"]
-        bounds_s = [bounds.first_token_s(ceilings, self.model, tokens, stored_bytes) for ceilings in found]
-        first = " to ".join(f"{first_s(run) / bound_s:.2f}x" for bound_s in sorted(bounds_s, reverse=True))
+        first = self.times_of_bound(run, first_s(run))
         if "exact" in run["name"]:
             return f"{first}, -"
         needed_bytes = bounds.token_bytes(run, self.model, stored_bytes)
@@ -162,10 +160,23 @@ class Page:
             if split_key(key)[0] == cap:
                 if not run["figures"]:
                     yield f"- {run['name']}: did not finish: {run['failure']}"
+                elif is_ours(run) and "imports_s" in run["figures"]:
+                    yield f"- {run['name']}: {self.from_start(run)}"
                 yield from (f"- trial: {trial['name']}: {outcome(trial)}" for trial in run["trials"])
                 if run["limit_bytes"] is None:
                     yield f"- **{run['name']} ran without a cap: no memory cgroup could be made**"
         yield from self.faster(cap)
+
+    def from_start(self, run: Run) -> str:
+        whole_s = first_s(run) + run["figures"]["imports_s"]
+        times = self.times_of_bound(run, whole_s)
+        return f"first token {seconds(whole_s)} after the start of its process, imports included: {times} its bound"
+
+    def times_of_bound(self, run: Run, taken_s: float) -> str:
+        """Of the first token, by the ceilings of the run's own precision just before and just behind it."""
+        stored_bytes, tokens = self.content["copies"][run["copy"]]["stored_bytes"], self.settings["prompt_tokens"]
+        found = [bounds.first_token_s(ceilings, self.model, tokens, stored_bytes) for ceilings in run["ceilings"]]
+        return " to ".join(f"{taken_s / bound_s:.2f}x" for bound_s in sorted(found, reverse=True))
 
     def faster(self, cap: str) -> Iterator[str]:
         """Peers that our fastest side of this cap does not beat."""

@@ -81,8 +81,7 @@ class Projection:
         """Of every tier the `chosen` neurons [K]."""
         for (_, layout), own, target in zip(self.tiers, chosen, out, strict=True):
             if isinstance(self.owner, QuantizedLinear):
-                gather, importance = layout.format.gather, self.owner.importance
-                gather(full, self.full, own, target, is_down=self.is_down, parts=self.stacked, importance=importance)
+                self.owner.gather(layout, full, own, target, parts=self.stacked)
             else:
                 self._gather_floats(full, own, target)
 

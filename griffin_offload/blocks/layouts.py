@@ -20,7 +20,7 @@ from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
 from griffin_offload.formats.base import is_plain
 from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.formats.translated import in_memory
-from griffin_offload.transformers_api import StockModel
+from griffin_offload.transformers_api import StockModel, adapted
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,7 @@ def find_feed_forwards(model: nn.Module, layers: int) -> tuple[nn.ModuleList, li
         return any(_matches(layer) or _found(layer, f"{name} layer {i}") for i, layer in enumerate(candidate))
 
     decoder = next(filter(has_some, candidates), candidates[0])
-    blocks = [_block_of(layer, f"{name} layer {i}") for i, layer in enumerate(decoder)]
-    if not any(block.neurons for block in blocks):
-        raise UnsupportedModel(f"no layer of {name} has a feed-forward: there are no neurons to choose")
-    return decoder, blocks
+    return decoder, [_block_of(layer, f"{name} layer {i}") for i, layer in enumerate(decoder)]
 
 
 def _lists(place: nn.Module, config: Any, layers: int) -> list[nn.ModuleList]:
@@ -257,7 +254,8 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> StockModel:
     with building(dtype), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about initialisation and attention, which never happens here
         try:
-            model: StockModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model: StockModel = adapted(made)
         except Exception as error:  # each architecture fails in its own way
             reason = one_line(error).partition(" Model type should be one of")[0]  # a page of names
             raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error

@@ -14,19 +14,23 @@ from griffin_offload.blocks.feedforward import features
 from griffin_offload.devices.threads import put
 from griffin_offload.formats.base import Format
 from griffin_offload.formats.linear import QuantizedLinear, TieredLinear
+from griffin_offload.formats.translated import TranslatedTensor
 from griffin_offload.kernels.by_blocks import Scratch
 
 _SMALL_SHARE = 1 / 16
 """Of the numbers that a token reads of a layer: about a twentieth of int4's bytes. With grouped queries they are
 keys' and values' matrices, whose errors cost the most for each of their bytes (benchmarks/NOTES.md)."""
+_TIME_STEPS = "dt_proj"
 Tiers = Sequence[tuple[Format, int]]
 """Formats of a layer's resident neurons, and how many each has."""
 
 
 def linear_names(layer: nn.Module) -> list[str]:
-    """Names, inside the layer, of what is quantised. Routers stay as they are: few numbers, on which much depends."""
+    """Names, inside the layer, of what is quantised. Routers stay as they are: few numbers, on which much depends; and
+    so do time steps of Mamba 1, which multiplies by their matrix itself."""
     kinds = nn.Linear | Conv1D | QuantizedLinear
     found = [name for name, module in layer.named_modules() if isinstance(module, kinds)]
+    found = [name for name in found if name.rpartition(".")[2] != _TIME_STEPS]
     experts = next((expert_count(module) for module in layer.modules() if is_experts(module)), None)
     return [name for name in found if experts is None or features(layer.get_submodule(name))[0] not in (1, experts)]
 
@@ -143,6 +147,9 @@ def _take_tensors(new: QuantizedLinear, module: nn.Module, stored: Format) -> No
     if isinstance(bias, Tensor):
         put(new, "bias", bias.detach())
     if stored.is_plain:
+        origin = weight.detach()
+        if isinstance(module, nn.Linear) and isinstance(origin, TranslatedTensor):
+            new.grids = origin.grids
         matrix = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
         put(new, "weight", matrix)
         return

@@ -176,8 +176,8 @@ class ModelSizes:
     def scratch_bytes(self) -> int:
         """Of what linear layers share that are multiplied block by block."""
         layer = max(self.layers, key=lambda layer: layer.ff_bytes)
-        width = max(self.hidden_size, layer.width)
-        return scratch_bytes(width, max(format.scratch_rows for format in self.formats), layer.ff_bytes)
+        width, matrices = max(self.hidden_size, layer.width), layer.ff_bytes or layer.plain_attention_bytes
+        return scratch_bytes(width, max(format.scratch_rows for format in self.formats), matrices)
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -320,11 +320,11 @@ def states_of(model: StockModel) -> list[LayerState]:
 
 
 def _attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
-    """(heads, numbers per token in the queries) of the widest layer."""
-    layers = config.per_layer_config
+    """(heads, numbers per token in the queries) of the widest layer; none where no layer is attention."""
+    layers = [layer for layer in config.per_layer_config if getattr(layer, "num_attention_heads", None)]
     sizes = [getattr(layer, "head_dim", None) or config.hidden_size // layer.num_attention_heads for layer in layers]
     heads = [int(layer.num_attention_heads) for layer in layers]
-    return max(heads), max(count * size for count, size in zip(heads, sizes, strict=True))
+    return max(heads, default=0), max((count * size for count, size in zip(heads, sizes, strict=True)), default=0)
 
 
 _MOST_TIERED = 2**22  # allocation sorts all of a layer; the largest open models have 60 thousand

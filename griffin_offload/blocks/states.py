@@ -51,8 +51,9 @@ STATE_KINDS = ("conv", "recurrent")
 
 # Bytes alive at once per number that a layer's projections make of a token, outside of its FF. torch's scans work in
 # float32, chunk by chunk, all chunks at once: 28 with the gated delta rule, 24 to 46 with Mamba 2, counted in sizes as
-# published (tensors alive on the meta device).
+# published (tensors alive on the meta device). Mamba 1's makes a few matrices of a state's size for every token.
 _RECURRENCE_BYTES, _CONVOLUTION_BYTES = 48, 16
+_BY_CHANNEL, _STATE_BYTES = 3, 16
 
 
 class StateTensor(NamedTuple):
@@ -88,8 +89,10 @@ class LayerState:
     def mixing_bytes(self, numbers: int) -> int:
         """Activations per token while a recurrence or a convolution passes over a prompt, where a layer's projections
         outside of its FF make so many numbers of a token."""
-        recurrent = any(state.name.startswith(STATE_KINDS[1]) for state in self.states)
-        return numbers * (_RECURRENCE_BYTES if recurrent else _CONVOLUTION_BYTES if self.state_bytes else 0)
+        recurrent = [state.shape for state in self.states if state.name.startswith(STATE_KINDS[1])]
+        by_channel = sum(math.prod(shape) for shape in recurrent if len(shape) == _BY_CHANNEL)
+        own = _RECURRENCE_BYTES if recurrent else _CONVOLUTION_BYTES if self.state_bytes else 0
+        return numbers * own + by_channel * _STATE_BYTES
 
 
 def cache_layers(config: PretrainedConfig) -> list[Any]:

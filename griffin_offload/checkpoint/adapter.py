@@ -144,7 +144,7 @@ def with_adapter(base: Checkpoint, directory: Path) -> Checkpoint:
     )
 
 
-def _checked(said: dict[str, Any], directory: Path) -> dict[str, Any]:
+def _checked(said: dict[str, object], directory: Path) -> dict[str, Any]:
     if str(said.get("peft_type")).upper() != "LORA":
         raise UnsupportedModel(f"{directory} is a {str(said.get('peft_type'))[:40]} adapter: only LoRA is merged")
     found = [name for name in _REFUSED if said.get(name)]
@@ -181,7 +181,7 @@ def _pairs(stored: Mapping[str, StoredTensor], directory: Path) -> dict[str, dic
 
 
 def _changed(
-    base: Checkpoint, pairs: Mapping[str, Mapping[str, StoredTensor]], said: dict[str, Any], directory: Path
+    base: Checkpoint, pairs: Mapping[str, Mapping[str, StoredTensor]], said: dict[str, object], directory: Path
 ) -> Iterator[tuple[str, StoredTensor]]:
     stored = base.tensors()
     model = build_on_meta(base.config, base.dtype)

@@ -70,13 +70,13 @@ def load_config(file: Path) -> PretrainedConfig:
     return _checked(read_object(file, MOST_CONFIG_BYTES), read, file)
 
 
-def config_from(raw: dict[str, Any], file: Path) -> PretrainedConfig:
+def config_from(raw: dict[str, object], file: Path) -> PretrainedConfig:
     """The same of what a config.json would say, which `file` says in other words."""
     settings = {key: value for key, value in raw.items() if key != "model_type"}
     return _checked(raw, partial(AutoConfig.for_model, raw["model_type"], **settings), file)
 
 
-def _checked(raw: dict[str, Any], read: Callable[[], PretrainedConfig], file: Path) -> PretrainedConfig:
+def _checked(raw: dict[str, object], read: Callable[[], PretrainedConfig], file: Path) -> PretrainedConfig:
     for key, value in _entries(raw):
         _check_entry(key, value, file)
     try:
@@ -103,7 +103,7 @@ def _values(config: PretrainedConfig, name: str) -> list[Any]:
         return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
-def _entries(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _entries(raw: dict[str, object]) -> Iterator[tuple[str, Any]]:
     """Every key with its value, those inside included."""
     waiting: list[Any] = [raw]
     while waiting:
@@ -115,7 +115,7 @@ def _entries(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             waiting += value
 
 
-def _check_entry(key: str, value: Any, file: Path) -> None:
+def _check_entry(key: str, value: object, file: Path) -> None:
     most = MAX_LAYERS if _LAYER_COUNT.search(key) else _MAX_LABELS if key == "num_labels" else None
     if most is not None and isinstance(value, int | float) and not value <= most:
         raise CheckpointError(f"{file} says {key} is {value}: at most {most} are supported")
@@ -123,7 +123,7 @@ def _check_entry(key: str, value: Any, file: Path) -> None:
         raise CheckpointError(f"{file} asks for {key} {value!r}: only eager and sdpa are used, take it out")
 
 
-def _check_size(name: str, value: Any, file: Path) -> None:
+def _check_size(name: str, value: object, file: Path) -> None:
     if value is None:
         return
     most = MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
@@ -286,21 +286,21 @@ def check_generation_config(config: GenerationConfig, vocab_size: int, directory
                 )
 
 
-def _ids(value: Any, least: int, most: int) -> bool:
+def _ids(value: object, least: int, most: int) -> bool:
     values = value if isinstance(value, list) else [value]
     return bool(values) and all(_whole(one, least, most) for one in values)
 
 
-def _texts(value: Any) -> bool:
+def _texts(value: object) -> bool:
     values = value if isinstance(value, list) else [value]
     return all(isinstance(one, str) and one for one in values)
 
 
-def _whole(value: Any, least: int, most: int) -> bool:
+def _whole(value: object, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
@@ -322,13 +322,13 @@ def check_numbers(where: Path, stored: str | None) -> None:
         )
 
 
-def refuse_quantised(where: Path, said: dict[str, Any], why: str | None = None) -> NoReturn:
+def refuse_quantised(where: Path, said: dict[str, object], why: str | None = None) -> NoReturn:
     """UnsupportedModel for a checkpoint that was quantised as its config `said`, which is not read."""
     words = f": {why}" if why else f", which is not read here ({_READ} are)"
     raise UnsupportedModel(f"{where} is quantised by {_method(said)}{words}; {_ORIGINAL}")
 
 
-def refuse_plain(where: Path, said: dict[str, Any], tensors: int, dtype: torch.dtype) -> NoReturn:
+def refuse_plain(where: Path, said: dict[str, object], tensors: int, dtype: torch.dtype) -> NoReturn:
     """UnsupportedModel for a checkpoint that config `said` was quantised, of whose `tensors` none is packed. Other
     software would quantise them while loading, or look in vain for what is packed and make it up."""
     plain = str(dtype).removeprefix("torch.")
@@ -339,7 +339,7 @@ def refuse_plain(where: Path, said: dict[str, Any], tensors: int, dtype: torch.d
     )
 
 
-def _method(said: dict[str, Any]) -> str:
+def _method(said: dict[str, object]) -> str:
     """The name of a method of quantisation with its bits, from what config.json says."""
     bits = next((f"{n} bit" for n in (4, 8) if said.get(f"load_in_{n}bit") or said.get(f"_load_in_{n}bit")), None)
     unnamed = "bitsandbytes" if bits else "a method that its config.json does not name"

@@ -102,15 +102,20 @@ class Scaled:
     scales: Rows
     zeros: Rows | None = None
 
-    def grids(self, parts: Parts, outputs: int) -> tuple[Tensor, Tensor] | None:
+    @property
+    def on_grids(self) -> bool:
+        """Whether there may be `grids`."""
+        return self.codes.lowest is not None
+
+    def grids(self, parts: Parts, outputs: int, rows: Tensor) -> tuple[Tensor, Tensor] | None:
         """As `TranslatedTensor` has them."""
         steps = None if self.codes.lowest is None else self.scales.by_32(parts, outputs)
         if steps is None or self.codes.lowest is None:
             return None
         if self.zeros is None:
-            return steps, self.codes.lowest * steps
+            return steps[rows], self.codes.lowest * steps[rows]
         zeros = self.zeros.by_32(parts, outputs)
-        return None if zeros is None else (steps, (self.codes.lowest - zeros) * steps)
+        return None if zeros is None else (steps[rows], (self.codes.lowest - zeros[rows]) * steps[rows])
 
     def __call__(self, parts: Parts, first: int, end: int, into: Tensor) -> None:
         step = max(_PIECE_NUMBERS // into.shape[1], 1)

@@ -27,16 +27,9 @@ from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.decoding import EachExpert
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import FileState, renamed, states_of
+from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types, gguf_package
 from griffin_offload.checkpoint.gguf_config import LLAMA_ROWS, ROPE_TENSORS, Architecture, Described, config_of
-from griffin_offload.checkpoint.gguf_file import (
-    BlockDecoder,
-    GgufFile,
-    GgufTensor,
-    block_types,
-    gguf_package,
-    is_gguf,
-    read_gguf,
-)
+from griffin_offload.checkpoint.gguf_file import GgufFile, GgufTensor, is_gguf, read_gguf
 from griffin_offload.checkpoint.gguf_tokenizer import end_tokens, tokenizer_from
 from griffin_offload.checkpoint.renaming import Conversion, same_names
 from griffin_offload.checkpoint.safetensors import INDEX, SINGLE
@@ -256,7 +249,7 @@ def _names(
     return found
 
 
-def name_in_file(name: str, architecture: Architecture, model: Any) -> tuple[str, str]:
+def name_in_file(name: str, architecture: Architecture, model: StockModel) -> tuple[str, str]:
     """What files call the tensor `name` of `model`, by the package's tables, "" where they have no such thing; and what
     `name` ends in: ".weight", ".bias" or ""."""
     match = _SUFFIX.search(name)
@@ -304,7 +297,7 @@ def sources_of(name: str) -> tuple[str, ...]:
     return tuple(f"{source}.{ends}" for source in _MADE_OF.get(own.removesuffix("_bias"), ()))
 
 
-def stored_experts(tensors: Sequence[GgufTensor], model_type: str, dtype: torch.dtype, where: Any) -> StoredTensor:
+def stored_experts(tensors: Sequence[GgufTensor], model_type: str, dtype: torch.dtype, where: object) -> StoredTensor:
     """The experts of a layer out of the file's tensors of them, or their biases. CheckpointError where these do not go
     together."""
     shape = tensors[0].shape
@@ -348,16 +341,16 @@ class _Together:
 # What single architectures add.
 
 
-def _experts(described: Described, config: dict[str, Any], count: str) -> None:
+def _experts(described: Described, config: dict[str, object], count: str) -> None:
     config[count] = described.integer("expert_count")
     config["num_experts_per_tok"] = described.integer("expert_used_count")
 
 
-def _inner(described: Described, config: dict[str, Any], key: str) -> None:
+def _inner(described: Described, config: dict[str, object], key: str) -> None:
     config[key] = described.integer("expert_feed_forward_length", config["intermediate_size"])
 
 
-def _mixtral(described: Described, config: dict[str, Any]) -> None:
+def _mixtral(described: Described, config: dict[str, object]) -> None:
     _experts(described, config, "num_local_experts")
     config["sliding_window"] = None
 

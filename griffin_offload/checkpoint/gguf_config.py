@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from griffin_offload.checkpoint.gguf_file import GgufTensor, numbers_of
+from griffin_offload.checkpoint.gguf_blocks import numbers_of
+from griffin_offload.checkpoint.gguf_file import GgufTensor
 from griffin_offload.errors import CheckpointError, UnsupportedModel
 
 _MISSING: Any = object()
@@ -40,7 +41,7 @@ class Described:
             raise CheckpointError(f"{self.where} does not name its architecture (general.architecture)")
         return found
 
-    def get(self, key: str, kinds: type | tuple[type, ...], default: Any = _MISSING) -> Any:
+    def get(self, key: str, kinds: type | tuple[type, ...], default: object = _MISSING) -> Any:
         """The value of `key` behind the architecture's name. CheckpointError where it is of another kind, or absent
         without a default."""
         name = f"{self.architecture}.{key}"
@@ -64,10 +65,10 @@ class Described:
             )
         return distinct[0].item()
 
-    def integer(self, key: str, default: Any = _MISSING) -> Any:
+    def integer(self, key: str, default: object = _MISSING) -> Any:
         return self.get(key, int, default)
 
-    def number(self, key: str, default: Any = _MISSING) -> Any:
+    def number(self, key: str, default: object = _MISSING) -> Any:
         return self.get(key, (int, float), default)
 
     def has(self, name: str) -> bool:
@@ -189,7 +190,7 @@ def _token(described: Described, name: str) -> int | None:
     return found if isinstance(found, int) and found < 2**31 else None
 
 
-def _rope(described: Described, config: dict[str, Any]) -> dict[str, Any]:
+def _rope(described: Described, config: dict[str, object]) -> dict[str, Any]:
     """transformers' rope_parameters: base, scaling, and factors of single frequencies."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(described.number("rope.freq_base", 10_000.0))}
     turned = described.integer("rope.dimension_count", config["head_dim"])
@@ -249,16 +250,16 @@ def _grouped_qkv(config: Mapping[str, Any]) -> Tensor:
 # What single architectures add.
 
 
-def _biases(described: Described, config: dict[str, Any]) -> None:
+def _biases(described: Described, config: dict[str, object]) -> None:
     config["attention_bias"] = described.has("blk.0.attn_q.bias")
     config["mlp_bias"] = described.has("blk.0.ffn_up.bias")
 
 
-def _qwen3(described: Described, config: dict[str, Any]) -> None:
+def _qwen3(described: Described, config: dict[str, object]) -> None:
     config["attention_bias"] = described.has("blk.0.attn_q.bias")
 
 
-def _window(described: Described, config: dict[str, Any]) -> None:
+def _window(described: Described, config: dict[str, object]) -> None:
     config["sliding_window"] = described.integer("attention.sliding_window", None) or None
 
 
@@ -268,7 +269,7 @@ def _phi3(described: Described, config: dict[str, Any]) -> None:
     config["original_max_position_embeddings"] = trained
 
 
-def _gemma2(described: Described, config: dict[str, Any]) -> None:
+def _gemma2(described: Described, config: dict[str, object]) -> None:
     _window(described, config)
     config["attn_logit_softcapping"] = described.number("attn_logit_softcapping", 50.0)
     config["final_logit_softcapping"] = described.number("final_logit_softcapping", 30.0)
@@ -328,7 +329,7 @@ def _falcon(described: Described, config: dict[str, Any]) -> None:
     }
 
 
-def _gpt2(described: Described, config: dict[str, Any]) -> None:
+def _gpt2(described: Described, config: dict[str, object]) -> None:
     config |= {"n_inner": config.pop("intermediate_size"), "n_positions": config["max_position_embeddings"]}
     for key in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
         del config[key]

@@ -1,7 +1,6 @@
-"""A GGUF file (llama.cpp): its header, read without believing it (counts and lengths are bounded before use), and the
-numbers in its blocks, by the package `gguf`: rows as they are needed, in the order that transformers has them in.
+"""The header of a GGUF file (llama.cpp), read without believing it: counts and lengths are bounded before use.
 
-The package has a reader, too; it takes 16 s for a vocabulary of 262,144 words, and counts that a hostile file
+The package gguf has a reader, too; it takes 16 s for a vocabulary of 262,144 words, and counts that a hostile file
 makes up cost it the machine. What is read here, and where it lies, is what the specification says
 (github.com/ggml-org/ggml, docs/gguf.md).
 """
@@ -9,20 +8,17 @@ makes up cost it the machine. What is read here, and where it lies, is what the 
 import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import check_content
-from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError, memory_refused, one_line
+from griffin_offload.errors import CheckpointError, UnsupportedModel, memory_refused, one_line
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -280,107 +276,3 @@ class _Cursor:
     def _numbers(self, kind: int, count: int) -> Any:
         dtype = np.dtype(_NUMBERS[kind])
         return np.frombuffer(self.take(count * dtype.itemsize), dtype=dtype)
-
-
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-# Types of 16 levels in each 32 numbers, two codes a byte, and the bytes of a block in front of them.
-_GRIDS, _GRID_NUMBERS = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}, 32
-# Numbers that are made at once: the formulas of a piece stay in the processor's caches.
-_PIECE_NUMBERS = 2**18
-
-
-def gguf_package() -> Any:
-    """The package; UsageError where it is not installed."""
-    try:
-        import gguf
-        import gguf.quants
-    except ImportError as error:
-        raise UsageError("GGUF files are read with the package gguf: pip install 'griffin-offload[gguf]'") from error
-    return gguf
-
-
-@cache
-def block_types() -> dict[int, BlockType]:
-    """Every type that can be read, by its number in files."""
-    package = gguf_package()
-    found = {}
-    for kind, (numbers, nbytes) in package.GGML_QUANT_SIZES.items():
-        block = BlockType(int(kind), kind.name, numbers, nbytes)
-        if kind.name in _FLOATS or _can_read(block):
-            found[block.id] = block
-    return found
-
-
-def _can_read(kind: BlockType) -> bool:
-    """Tried on one block, which also makes the tables that the package makes at first use, before there are threads."""
-    try:
-        _by_package(np.zeros((1, kind.nbytes), dtype=np.uint8), kind)
-    except (NotImplementedError, ValueError, KeyError):
-        return False
-    return True
-
-
-def _by_package(rows: Any, kind: BlockType) -> Any:
-    package = gguf_package()
-    with np.errstate(all="ignore"):  # scales that are no numbers are found where the model computes with them
-        return package.quants.dequantize(rows, package.GGMLQuantizationType(kind.id))
-
-
-def numbers_of(rows: Tensor, kind: BlockType) -> Tensor:
-    """Rows of bytes [R, bytes], uint8 and contiguous, as numbers [R, I] in float32, or the type they are stored in."""
-    if kind.name in _FLOATS:
-        return rows.view(_FLOATS[kind.name])
-    made: Tensor = torch.from_numpy(_by_package(rows.numpy(), kind))
-    return made
-
-
-@dataclass(frozen=True)
-class BlockDecoder:
-    """The `decode` of one tensor (`formats/translated.py`)."""
-
-    kind: BlockType
-    rows: int
-    """As they lie in the file; each is so many numbers long:"""
-    width: int
-    index: Tensor | None = None
-    """Which stored row each row of the model is; None: they are in order."""
-    transposed: bool = False
-    """The model's rows are the file's columns."""
-    minus: float = 0.0
-    """Taken from every number, in float32."""
-
-    def grids(self, parts: Sequence[Tensor], outputs: int) -> tuple[Tensor, Tensor] | None:
-        """As `TranslatedTensor` has them: the package's numbers of blocks whose codes are all 0, and all 1."""
-        if self.kind.name not in _GRIDS or self.transposed or self.minus:
-            return None
-        blocks = parts[0].view(self.rows, -1, self.kind.nbytes)
-        found = torch.empty(2, outputs, self.width // _GRID_NUMBERS, dtype=torch.float32, device="cpu")
-        step = max(_PIECE_NUMBERS // self.width, 1)
-        for at in range(0, outputs, step):
-            rows = slice(at, min(at + step, outputs))
-            same = blocks[rows].clone() if self.index is None else blocks[self.index[rows]]
-            for code, level in enumerate(found):
-                same[..., _GRIDS[self.kind.name] :] = code * 0x11
-                numbers = numbers_of(same.flatten(1), self.kind)
-                level[rows] = numbers.view(len(same), -1, _GRID_NUMBERS)[..., 0]
-        return found[1] - found[0], found[0]
-
-    def __call__(self, parts: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:
-        stored = parts[0].view(self.rows, -1)
-        if self.transposed:
-            into.copy_(self._columns(stored, first, end).t())
-            return
-        flat = into.view(end - first, -1)
-        step = max(_PIECE_NUMBERS // self.width, 1)
-        for at in range(first, end, step):
-            to = min(at + step, end)
-            rows = stored[at:to] if self.index is None else stored[self.index[at:to]]
-            numbers = numbers_of(rows, self.kind)
-            flat[at - first : to - first] = numbers.float() - self.minus if self.minus else numbers
-
-    def _columns(self, stored: Tensor, first: int, end: int) -> Tensor:
-        blocks = stored.view(self.rows, -1, self.kind.nbytes)
-        low, high = first // self.kind.numbers, -(-end // self.kind.numbers)
-        found = numbers_of(blocks[:, low:high].reshape(self.rows, -1), self.kind)
-        skip = first - low * self.kind.numbers
-        return found[:, skip : skip + end - first]

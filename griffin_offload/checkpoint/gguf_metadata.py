@@ -15,10 +15,12 @@ from transformers import PretrainedConfig
 
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.gguf import MIXTURES, GgufCheckpoint
+from griffin_offload.checkpoint.gguf_blocks import block_types, gguf_package
 from griffin_offload.checkpoint.gguf_config import ARCHITECTURES, Architecture
-from griffin_offload.checkpoint.gguf_file import block_types, gguf_package, read_gguf
+from griffin_offload.checkpoint.gguf_file import read_gguf
 from griffin_offload.checkpoint.gguf_tokenizer import CUTS, merges_whole_words, tokenizer_from
 from griffin_offload.errors import UnsupportedModel
+from griffin_offload.transformers_api import StockModel, Tokenizer
 
 Metadata = dict[str, Any]
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -66,7 +68,7 @@ def architecture_of(config: PretrainedConfig, where: Path) -> tuple[str, Archite
     raise UnsupportedModel(f"{where}: {kind} is not written as GGUF (written are {known}): leave --to out")
 
 
-def metadata_of(config: Any, arch: str, neurons: int) -> Metadata:
+def metadata_of(config: PretrainedConfig, arch: str, neurons: int) -> Metadata:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = getattr(config, "rope_parameters", None) or {}
@@ -108,7 +110,7 @@ def metadata_of(config: Any, arch: str, neurons: int) -> Metadata:
     return said | _of_experts(config)
 
 
-def _of_experts(config: Any) -> Metadata:
+def _of_experts(config: PretrainedConfig) -> Metadata:
     count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     if not count:
         return {}
@@ -124,7 +126,7 @@ def _of_experts(config: Any) -> Metadata:
 _EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 
 
-def _kv_heads(config: Any, heads: int) -> int:
+def _kv_heads(config: PretrainedConfig, heads: int) -> int:
     if config.model_type == "falcon":
         return 1 if config.multi_query and not config.new_decoder_architecture else int(config.num_kv_heads)
     return int(getattr(config, "num_key_value_heads", None) or heads)
@@ -141,7 +143,7 @@ def _scaling(rope: Mapping[str, Any]) -> Metadata:
     return said
 
 
-def rope_tensors(model: Any) -> dict[str, Tensor]:
+def rope_tensors(model: StockModel) -> dict[str, Tensor]:
     """Factors of single frequencies."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
@@ -152,7 +154,7 @@ def rope_tensors(model: Any) -> dict[str, Tensor]:
     return {name: torch.tensor(factors, dtype=torch.float32, device="cpu") for name, factors in given.items()}
 
 
-def _llama3_factors(rope: Mapping[str, Any], config: Any) -> Tensor:
+def _llama3_factors(rope: Mapping[str, Any], config: PretrainedConfig) -> Tensor:
     """By what each frequency [D/2] is divided: short waves stay, long ones are stretched, between them it blends."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     places = torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size
@@ -163,7 +165,7 @@ def _llama3_factors(rope: Mapping[str, Any], config: Any) -> Tensor:
     return found.float()
 
 
-def check_same(found: PretrainedConfig, wanted: Any, where: Path) -> None:
+def check_same(found: PretrainedConfig, wanted: object, where: Path) -> None:
     """UnsupportedModel where a file says another model than `wanted`."""
     new = getattr(wanted, "new_decoder_architecture", None)
     unused = set() if new is None else {"multi_query" if new else "num_kv_heads"}
@@ -179,7 +181,7 @@ def check_same(found: PretrainedConfig, wanted: Any, where: Path) -> None:
         raise UnsupportedModel(f"{where}: a GGUF file cannot say that rope_parameters is {str(rope)[:120]}")
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _alike(one: object, other: object) -> bool:
     """Values of configs: float32 in files, and what is off may be missing."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return all(_alike(one.get(key), other.get(key)) for key in {*one, *other})
@@ -193,7 +195,7 @@ def _alike(one: Any, other: Any) -> bool:
 # The tokenizer.
 
 
-def tokenizer_of(checkpoint: Checkpoint, model: Any) -> Metadata:
+def tokenizer_of(checkpoint: Checkpoint, model: StockModel) -> Metadata:
     """The keys tokenizer.*; none for a checkpoint without one. UnsupportedModel where llama.cpp would make other tokens
     of a text."""
     if isinstance(checkpoint, GgufCheckpoint):
@@ -217,7 +219,7 @@ def tokenizer_of(checkpoint: Checkpoint, model: Any) -> Metadata:
     return keys | {key: _first_alike(tokenizer, keys, key, model, checkpoint.directory)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
@@ -248,7 +250,7 @@ def _words(said: Mapping[str, Any], size: int) -> Metadata:
     }
 
 
-def _special(tokenizer: Any, model: Any) -> Metadata:
+def _special(tokenizer: Tokenizer, model: StockModel) -> Metadata:
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     found = {key: getattr(tokenizer, f"{name}_token_id") for key, name in names.items()}
     ends = model.generation_config.eos_token_id
@@ -271,7 +273,7 @@ def _scores(merges: Sequence[str], keys: Metadata) -> Metadata:
     return {"tokenizer.ggml.scores": [-float(ranks.get(token, len(ranks))) for token in tokens]}
 
 
-def _first_alike(tokenizer: Any, keys: Metadata, key: str, model: Any, where: Path) -> Any:
+def _first_alike(tokenizer: Tokenizer, keys: Metadata, key: str, model: StockModel, where: Path) -> Any:
     """The rule with which a text becomes the same tokens; UnsupportedModel where none does."""
     pieces = key.endswith("add_space_prefix")
     rules: Sequence[Any] = (True, False) if pieces else list(dict.fromkeys(_rules().values()))

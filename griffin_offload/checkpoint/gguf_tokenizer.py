@@ -104,12 +104,12 @@ def tokenizer_from(header: GgufFile, where: Path) -> Any:
         raise CheckpointError(f"{where} has a tokenizer that cannot be built: {one_line(error)}") from error
 
 
-def _text(metadata: Mapping[str, Any], key: str) -> str | None:
+def _text(metadata: Mapping[str, object], key: str) -> str | None:
     found = metadata.get(key)
     return found if isinstance(found, str) else None
 
 
-def _adds_bos(metadata: Mapping[str, Any], kind: str) -> bool:
+def _adds_bos(metadata: Mapping[str, object], kind: str) -> bool:
     """llama.cpp's rule where the file has none."""
     said = metadata.get("tokenizer.ggml.add_bos_token")
     if isinstance(said, bool):

@@ -20,8 +20,9 @@ from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.gguf import INTERLEAVED, MIXTURES, layer_of, name_in_file, sources_of
+from griffin_offload.checkpoint.gguf_blocks import block_types, gguf_package
 from griffin_offload.checkpoint.gguf_config import Described, config_of
-from griffin_offload.checkpoint.gguf_file import BlockType, GgufFile, GgufTensor, block_types, gguf_package, read_gguf
+from griffin_offload.checkpoint.gguf_file import BlockType, GgufFile, GgufTensor, read_gguf
 from griffin_offload.checkpoint.gguf_metadata import (
     Metadata,
     add_key,
@@ -33,6 +34,7 @@ from griffin_offload.checkpoint.gguf_metadata import (
 )
 from griffin_offload.checkpoint.gguf_tokenizer import end_tokens
 from griffin_offload.errors import UnsupportedModel
+from griffin_offload.transformers_api import StockModel
 
 _ALIGNMENT = 32
 _PIECE_NUMBERS = 2**22
@@ -68,7 +70,9 @@ class GgufLayout:
     """The file of a `model` on meta, of the source `checkpoint`: its matrices in blocks of `blocks`, or ("") in the
     source's precision. UnsupportedModel for what such a file cannot say."""
 
-    def __init__(self, checkpoint: Checkpoint, model: Any, neurons: int, blocks: str, groups: Sequence[Sequence[str]]):
+    def __init__(
+        self, checkpoint: Checkpoint, model: StockModel, neurons: int, blocks: str, groups: Sequence[Sequence[str]]
+    ):
         self._package = gguf_package()
         self._types = {kind.name: kind for kind in block_types().values()}
         self._floats, self._blocks = _FLOATS.get(checkpoint.dtype, "F32"), blocks

@@ -86,7 +86,7 @@ def _named(model: str, offline: bool) -> Iterator[None]:
         raise ModelNotFound(f"{model} was not found in {where}: {one_line(error)}") from error
 
 
-def _asked(repo: str, hub: dict[str, Any]) -> Any:
+def _asked(repo: str, hub: dict[str, object]) -> Any:
     """What the hub says of a repository; None if it cannot be reached: its client then looks into the cache, or says
     why it does not answer."""
     from huggingface_hub import HfApi
@@ -107,7 +107,7 @@ def _connection_error() -> type[Exception]:
     return found
 
 
-def _fetch_large(repo: str, file: str | None, info: Any, hub: dict[str, Any]) -> list[HubFile]:
+def _fetch_large(repo: str, file: str | None, info: Any, hub: dict[str, object]) -> list[HubFile]:
     """The files that are needed; those of them that are stored as large ones are in the cache afterwards."""
     there = [
         HubFile(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs is not None else None)
@@ -124,7 +124,7 @@ def _fetch_large(repo: str, file: str | None, info: Any, hub: dict[str, Any]) ->
     return wanted
 
 
-def _needed(repo: str, file: str | None, there: list[HubFile], hub: dict[str, Any]) -> list[HubFile]:
+def _needed(repo: str, file: str | None, there: list[HubFile], hub: dict[str, object]) -> list[HubFile]:
     """What of a repository belongs to the model: one GGUF, or the weights of its index and what is beside them."""
     from fnmatch import fnmatchcase
 
@@ -149,7 +149,7 @@ def _gguf_files(there: list[HubFile]) -> str:
     return f"name one of its GGUF files, as ID:FILE ({', '.join(names[:8])})" if names else "and no GGUF file"
 
 
-def _indexed(repo: str, hub: dict[str, Any]) -> set[str]:
+def _indexed(repo: str, hub: dict[str, object]) -> set[str]:
     from huggingface_hub import hf_hub_download
 
     index = json.loads(Path(hf_hub_download(repo, _INDEX, **hub)).read_text(encoding="utf-8"))
@@ -181,7 +181,7 @@ def _check_room(repo: str, blobs: Path, needed_bytes: int) -> None:
         )
 
 
-def _fetch_file(repo: str, revision: str, file: HubFile, blobs: Path, hub: dict[str, Any]) -> None:
+def _fetch_file(repo: str, revision: str, file: HubFile, blobs: Path, hub: dict[str, object]) -> None:
     """Go on where an earlier attempt ended; GriffinError if what came is not what the hub has."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, tqdm

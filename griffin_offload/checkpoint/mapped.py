@@ -60,11 +60,18 @@ class FilePages:
     read past it, by `direct`, where the file system can do that.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], *, evict: bool, known: Mapping[str, FileState] | None = None) -> None:
-        """`known` are states of the files from before they were mapped."""
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        evict: bool,
+        known: Mapping[str, FileState] | None = None,
+        mappings: Mappings | None = None,
+    ) -> None:
+        """`known` are states of the files from before they were mapped, `mappings` from after that."""
         self.evict = evict
         self.direct: DirectReader | None = None
-        self._mappings = Mappings()
+        self._mappings = Mappings() if mappings is None else mappings
         parts = [part for tensor in tensors for part in stored_parts(tensor)]
         used = {mapping for part in parts if (mapping := self._mapping_of(part)) is not None}
         self.unmapped_bytes = sum(p.nbytes for p in parts if self._mappings and self._mapping_of(p) is None)
@@ -169,12 +176,13 @@ class FilePages:
                 os.posix_fadvise(self.files.descriptors[span.path], span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
 
     @contextlib.contextmanager
-    def reading(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Inside, the numbers of `tensors`, in their pages or translated; the pages are dropped behind it.
-        CheckpointChanged behind it if one of the files was written to or cut meanwhile."""
+    def reading(self, tensors: Sequence[Tensor], *, translate: bool = True) -> Iterator[list[Tensor]]:
+        """Inside, the numbers of `tensors`, in their pages or translated (or, if not `translate`, to be translated a
+        few rows at a time); the pages are dropped behind it. CheckpointChanged behind it if one of the files was
+        written to or cut meanwhile."""
         spans = self.spans(tensors)
         self.read(spans)
-        yield [in_memory(tensor.detach()) for tensor in tensors]
+        yield [in_memory(tensor.detach()) if translate else tensor.detach() for tensor in tensors]
         self.files.check_contents()
         self.drop(spans)
 

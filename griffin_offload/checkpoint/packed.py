@@ -359,7 +359,7 @@ def _state(module: Module, name: str) -> dict[str, Any]:
     return {**found, "shape": tuple(sizes), "blocksize": block}
 
 
-def _positive(module: Module, name: str, value: Any) -> int:
+def _positive(module: Module, name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**40:
         raise CheckpointError(f"{module.name}.{name} has {repr(value)[:40]} where a size above 0 has to be")
     return value

@@ -106,7 +106,7 @@ def _of_modelopt(directory: Path) -> dict[str, Any] | None:
     return {"quant_method": "modelopt", **said}
 
 
-def method_of(said: dict[str, Any], where: Path) -> Method:
+def method_of(said: dict[str, object], where: Path) -> Method:
     """The method of a `quantization_config`. UnsupportedModel for one that cannot be read, CheckpointError for sizes
     that are none."""
     name = said.get("quant_method")
@@ -121,10 +121,10 @@ def method_of(said: dict[str, Any], where: Path) -> Method:
 class _Said:
     """The entries of a `quantization_config`, checked when they are asked for."""
 
-    def __init__(self, entries: dict[str, Any], where: Path) -> None:
+    def __init__(self, entries: dict[str, object], where: Path) -> None:
         self.entries, self.where = entries, where
 
-    def size(self, key: str, value: Any, default: int | None = None) -> int:
+    def size(self, key: str, value: object, default: int | None = None) -> int:
         """A number above 0; CheckpointError otherwise."""
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MOST_SIZE:
@@ -134,7 +134,7 @@ class _Said:
             )
         return value
 
-    def pair(self, key: str, value: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def pair(self, key: str, value: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Sizes of blocks, outputs and inputs; none for None."""
         if value is None:
             return (), ()
@@ -145,7 +145,7 @@ class _Said:
         rows, columns = (self.size(key, size) for size in value)
         return (rows,), (columns,)
 
-    def group(self, value: Any) -> tuple[int, ...]:
+    def group(self, value: object) -> tuple[int, ...]:
         """A size of groups, of which -1 means one for all inputs."""
         return () if value in (None, -1) else (self.size("group_size", value),)
 
@@ -208,7 +208,7 @@ def _compressed(said: _Said) -> Method:
     )
 
 
-def _of_groups(said: _Said, weights: list[dict[str, Any]]) -> tuple[Packing, float]:
+def _of_groups(said: _Said, weights: list[dict[str, object]]) -> tuple[Packing, float]:
     """The sizes that groups of modules have, and the most bits of a weight."""
     row_blocks: set[int] = set()
     inputs: set[int] = set()

@@ -209,5 +209,5 @@ def _is_packed(module: nn.Module, decoder: nn.ModuleList, method: Method) -> boo
     return inside and (isinstance(module, nn.Linear) if method.experts is None else is_experts(module))
 
 
-def _nothing_to_decode(parts: Any, first: int, end: int, into: Tensor) -> None:
+def _nothing_to_decode(parts: object, first: int, end: int, into: Tensor) -> None:
     raise AssertionError("of a config.json alone no weight is read")

@@ -25,6 +25,7 @@ from griffin_offload.checkpoint.quantised import open_quantised, read_quantised_
 from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
 from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError
 from griffin_offload.formats import get
+from griffin_offload.formats.translated import on_grids
 from griffin_offload.transformers_api import StockModel
 
 _WHAT_IS_A_MODEL = "give a checkpoint directory, a GGUF file or a hub id such as org/name (or org/name:FILE.gguf)"
@@ -133,6 +134,8 @@ class PartSizes:
     translated_share: float = 0.0
     """Of a layer's feed-forward that is translated while it streams, the stored bytes for each of the model's; 0 where
     all are used as they lie."""
+    on_grids: bool = False
+    """Whether some of that lies on grids, which are read again where it is quantised."""
 
 
 class _LayerSizes:
@@ -141,6 +144,7 @@ class _LayerSizes:
     def __init__(self, experts: int) -> None:
         self._experts = experts
         self.made = self.translated = 0
+        self.on_grids = False
         self._stored = self._full = self._translated_ff = 0
 
     def count(self, tensor: StoredTensor, made: int, *, inside: bool) -> None:
@@ -152,6 +156,7 @@ class _LayerSizes:
             self._stored += tensor.stored_bytes
             self._full += tensor.nbytes
             self._translated_ff += translated
+            self.on_grids |= on_grids(tensor.decode)
 
     @property
     def share(self) -> float:
@@ -181,7 +186,8 @@ def part_sizes(model: StockModel, checkpoint: Checkpoint) -> PartSizes:
         else:
             rest += made
     rest += max(layer.translated for layer in layers)
-    return PartSizes(tuple(layer.made for layer in layers), embeddings, rest, max(layer.share for layer in layers))
+    share, grids = max(layer.share for layer in layers), any(layer.on_grids for layer in layers)
+    return PartSizes(tuple(layer.made for layer in layers), embeddings, rest, share, grids)
 
 
 def _experts(block: Block) -> int:

@@ -7,6 +7,7 @@ head: the files are right.
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -123,8 +124,13 @@ def read_header(path: Path) -> Header:
 
 
 def _tensor_bytes(part: Any) -> int:
-    item = FLOAT_TYPES.get(part.get_dtype())
-    return int(math.prod(part.get_shape())) * (item.itemsize if item is not None else 1)
+    return int(math.prod(part.get_shape())) * _item_bytes(part.get_dtype())
+
+
+def _item_bytes(dtype: str) -> int:
+    """Of a number of this stored precision; packed ones are told apart where they are read."""
+    item = FLOAT_TYPES.get(dtype)
+    return 1 if item is None else item.itemsize
 
 
 # The checkpoint.
@@ -280,12 +286,16 @@ def map_file(path: Path) -> dict[str, Tensor]:
 _PIECE_BYTES = 16 * 2**20
 
 
-def untie_other_head(config: PretrainedConfig, dtype: torch.dtype, headers: Mapping[Path, Mapping[str, Any]]) -> bool:
+def untie_other_head(
+    config: PretrainedConfig, dtype: torch.dtype, headers: Mapping[Path, Mapping[str, object]]
+) -> bool:
     """Whether `config` ties the head to the embeddings and the files hold another head, which `config` then says.
 
     Reads both tables, up to the first difference, where the files hold two; nothing elsewhere."""
     text = config.get_text_config()
     if not (getattr(config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False)):
+        return False
+    if not _may_hold_two_tables(getattr(text, "vocab_size", 1), headers):
         return False
     model = build_on_meta(config, dtype)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -300,7 +310,20 @@ def untie_other_head(config: PretrainedConfig, dtype: torch.dtype, headers: Mapp
     return True
 
 
-def said_untied(raw: dict[str, Any]) -> dict[str, Any]:
+def _may_hold_two_tables(words: int, headers: Mapping[Path, Mapping[str, Any]]) -> bool:
+    """Whether two weights outside of the layers have as many numbers as there are `words`, or more, or none at all.
+    Without them no model has to be built to learn what they are called."""
+    weights = [(re.sub(r"\d+", "#", name), *part) for header in headers.values() for name, part in header.items()]
+    places = Counter(place for place, _, _ in weights)
+    tables = [
+        place
+        for place, dtype, size in weights
+        if places[place] == 1 and place.endswith(".weight") and not 0 < size < words * _item_bytes(dtype)
+    ]
+    return len(tables) > 1
+
+
+def said_untied(raw: dict[str, object]) -> dict[str, Any]:
     """The text of a config.json, saying that the head is not tied."""
     inner = {key: said_untied(value) for key, value in raw.items() if key == "text_config" and isinstance(value, dict)}
     return raw | inner | {"tie_word_embeddings": False}
@@ -309,7 +332,7 @@ def said_untied(raw: dict[str, Any]) -> dict[str, Any]:
 _Place = tuple[Path, str]
 
 
-def _place(name: str, headers: Mapping[Path, Mapping[str, Any]]) -> _Place | None:
+def _place(name: str, headers: Mapping[Path, Mapping[str, object]]) -> _Place | None:
     """The file that holds the parameter, which may have other names in front there; and its name in it."""
     tail = ".".join(name.split(".")[-2:])
     found = [

@@ -158,7 +158,7 @@ def encode_messages(
         raise TemplateError(str(error)) from error
 
 
-def _templated(tokenizer: Tokenizer, messages: list[dict[str, Any]], settings: dict[str, Any]) -> Ids:
+def _templated(tokenizer: Tokenizer, messages: list[dict[str, Any]], settings: dict[str, object]) -> Ids:
     taken = _as_taken(tokenizer, messages, settings)
     found: Ids = tokenizer.apply_chat_template(taken, return_dict=True, **settings)["input_ids"]
     return found

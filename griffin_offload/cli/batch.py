@@ -6,10 +6,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from griffin_offload.cli.options import (
     LEFT_OVER,
+    Commands,
     add_model_options,
     add_run_options,
     heavy_imports,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from griffin_offload.serving.batch import AnswerFile, Line, Work
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "batch",
@@ -96,7 +97,7 @@ def _check_same(answers: "AnswerFile", lines: Sequence["Line"]) -> None:
 
 
 def _answer(
-    lines: Sequence["Line"], answers: "AnswerFile", name: str, options: dict[str, Any], arguments: argparse.Namespace
+    lines: Sequence["Line"], answers: "AnswerFile", name: str, options: dict[str, object], arguments: argparse.Namespace
 ) -> int:
     """Answer or refuse `lines`; tokens that were generated."""
     from tqdm import tqdm
@@ -140,7 +141,7 @@ def _answer(
 def _answer_on_cluster(
     works: Sequence["Work"],
     answers: "AnswerFile",
-    model: tuple[str, dict[str, Any], str],
+    model: tuple[str, dict[str, object], str],
     arguments: argparse.Namespace,
     answered: Callable[[int], None],
 ) -> None:

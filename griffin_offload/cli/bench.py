@@ -8,8 +8,15 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.eval import columns, numbers
-from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
-from griffin_offload.config import FORMAT_NAMES, BenchConfig, LoadConfig
+from griffin_offload.cli.options import (
+    Commands,
+    add_bits_option,
+    add_memory_options,
+    add_model_option,
+    model_of,
+    quiet_libraries,
+)
+from griffin_offload.config import FORMAT_NAMES, MIXED, BenchConfig, LoadConfig
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.units import format_bytes
 
@@ -18,12 +25,15 @@ if TYPE_CHECKING:
     from griffin_offload.evaluation.ceilings import Ceilings
     from griffin_offload.evaluation.speed import Speed
     from griffin_offload.formats import Format
+    from griffin_offload.planner.plan import Plan
 
 _DEFAULTS = BenchConfig()
-_MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "quantize", "offline")
+_Density = float | str
+"""A number, or auto."""
+_MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "quantize", "bits", "offline")
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "bench",
@@ -51,7 +61,9 @@ def add_parser(commands: Any) -> None:
     add("-d", "--density", default=LoadConfig.density, metavar="D[,D...]", help="auto, or several to compare")
     add("-o", "--output", choices=("md", "json"), default="md", help="a table and a line of JSON, or that alone")
     add("--cold", action="store_true", help="drop the checkpoint from the page cache before every prompt")
-    add("--quantize", choices=("auto", *FORMAT_NAMES), default=LoadConfig.quantize, help="precision of the residents")
+    precisions = ("auto", *FORMAT_NAMES, *MIXED)
+    add("--quantize", choices=precisions, default=LoadConfig.quantize, help="precision of the residents")
+    add_bits_option(add)
     add("--threads", type=int, metavar="N", help="threads that compute on the CPU")
     add("-q", "--quiet", action="store_true", help="no progress bar")
     add("--kernels", action="store_true", help="which function does what on this machine, and why others do not")
@@ -93,26 +105,26 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0 if speeds else DoesNotFit.exit_code
 
 
-def _densities(text: str) -> list[Any]:
+def _densities(text: str) -> list[_Density]:
     try:
         return [part if part == "auto" else float(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"cannot read the densities {text!r}: auto, or numbers from 0 to 1, 1,0.5") from None
 
 
-def _options(arguments: argparse.Namespace, density: Any) -> dict[str, Any]:
+def _options(arguments: argparse.Namespace, density: _Density) -> dict[str, Any]:
     options = {name: getattr(arguments, name) for name in _MEMORY} | {"density": density, "threads": arguments.threads}
     longest = max(arguments.prompt_tokens)
     return options | {"prompt_tokens": longest, "ctx_size": longest + max(arguments.generate_tokens)}
 
 
-def _examine(arguments: argparse.Namespace, density: Any) -> "ModelSpec":
+def _examine(arguments: argparse.Namespace, density: _Density) -> "ModelSpec":
     from griffin_offload.engine.spec import examine
 
     return examine(model_of(arguments), LoadConfig(**_options(arguments, density)))
 
 
-def _plan_or_none(model_spec: "ModelSpec") -> Any:
+def _plan_or_none(model_spec: "ModelSpec") -> "Plan | None":
     from griffin_offload.engine.spec import plan_for
 
     try:
@@ -127,7 +139,7 @@ def _check_length(arguments: argparse.Namespace, model_spec: "ModelSpec") -> Non
         raise UsageError(f"{tokens} tokens of prompt and answer are more than the model's context, {most}")
 
 
-def _measure(arguments: argparse.Namespace, density: Any, ceilings: "Ceilings", examine: Any) -> "list[Speed]":
+def _measure(arguments: argparse.Namespace, density: _Density, ceilings: "Ceilings", examine: object) -> "list[Speed]":
     import torch
     from tqdm import tqdm
 
@@ -221,6 +233,13 @@ def _record(model_spec: "ModelSpec", ceilings: "Ceilings", speeds: "list[Speed]"
     }
 
 
+def _rows_in_words(least: int, most: int, many: int) -> str:
+    """Of x, that a row of the table is best for."""
+    if most >= many:
+        return "all" if least <= 1 else f"{least} or more"
+    return f"up to {most}" if least <= 1 else f"{least} to {most}"
+
+
 def _print_kernels(*, as_json: bool) -> int:
     """The table of kernels; of each operation and layout, the first row that applies does the work."""
     quiet_libraries()
@@ -249,7 +268,7 @@ def _kernel_rows() -> list[dict[str, Any]]:
         {
             "operation": kernel.operation,
             "layout": kernel.layout,
-            "rows": table.rows_in_words(kernel),
+            "rows": _rows_in_words(*kernel.rows, table.MANY),
             "device": kernel.device or "any",
             "multiplies": str(kernel.computes or "any").removeprefix("torch."),
             "function": f"{kernel.name}{'' if kernel.ours else ', torch'}",

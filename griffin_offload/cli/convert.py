@@ -5,15 +5,14 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from griffin_offload.cli.options import add_adapter_option, add_model_option, model_of, quiet_libraries
+from griffin_offload.cli.options import Commands, add_adapter_option, add_model_option, model_of, quiet_libraries
 from griffin_offload.cli.progress import Bar
 from griffin_offload.config import FORMAT_NAMES, TABLE_FORMATS, TIERS
 from griffin_offload.units import format_bytes
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "convert",

@@ -6,9 +6,10 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from griffin_offload.cli.options import (
+    Commands,
     add_memory_options,
     add_model_option,
     check_utf8,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from griffin_offload.transformers_api import Tokenizer
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "export",
@@ -167,7 +168,7 @@ def _is_row(line: str) -> bool:
     return False
 
 
-def _is_chat(messages: Any) -> bool:
+def _is_chat(messages: object) -> bool:
     return (
         isinstance(messages, list)
         and bool(messages)
@@ -179,7 +180,7 @@ def _is_chat(messages: Any) -> bool:
 
 
 def _chosen(
-    directory: Path, prompts: "list[Tensor]", options: dict[str, Any], arguments: argparse.Namespace
+    directory: Path, prompts: "list[Tensor]", options: dict[str, object], arguments: argparse.Namespace
 ) -> "tuple[Choice, Probabilities]":
     """What the prompts say of the neurons, and what the full model predicts on those held out."""
     from tqdm import tqdm
@@ -196,7 +197,7 @@ def _chosen(
         return choose(model, prompts, bar.update), before
 
 
-def _after(found: "Export", prompts: "list[Tensor]", options: dict[str, Any]) -> "Probabilities":
+def _after(found: "Export", prompts: "list[Tensor]", options: dict[str, object]) -> "Probabilities":
     from griffin_offload.engine.export import held_out_of, predictions
     from griffin_offload.engine.model import GriffinModel
 

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from griffin_offload.cli.options import add_memory_options, heavy_imports, quiet_libraries
+from griffin_offload.cli.options import Commands, add_memory_options, heavy_imports, quiet_libraries
 from griffin_offload.cli.pull import size_of
 from griffin_offload.config import LoadConfig
 from griffin_offload.errors import GriffinError, as_line
 from griffin_offload.units import format_bytes
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "models",

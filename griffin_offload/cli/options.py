@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, Protocol, get_args
 
 from griffin_offload.config import (
     DEVICE_NAMES,
@@ -31,8 +31,14 @@ from griffin_offload.config import (
 from griffin_offload.demo import demo_directory
 from griffin_offload.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
+AddOption = Callable[..., argparse.Action]
+"""`add_argument` of a parser or of a group."""
+
+
+class Commands(Protocol):
+    """What a command adds its parser to."""
+
+    def add_parser(self, name: str, **settings: Any) -> argparse.ArgumentParser: ...
 
 
 # The imports that a command waits for: torch, transformers and what of ours stands on them.

@@ -16,6 +16,7 @@ from griffin_offload.cli.options import (
     LEFT_OVER,
     MODEL_VARIABLE,
     NOT_NEEDED,
+    Commands,
     add_model_options,
     heavy_imports,
     load_options,
@@ -37,7 +38,7 @@ _MODELS = "transformers.modeling_utils"
 """The part of transformers that asks for processes and the compiler."""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "plan",
@@ -78,7 +79,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
         quiet_libraries()
         model_spec = _examined(arguments)
-    found, remedy = solve(model_spec.shapes, model_spec.request, model_spec.others)
+        # Here, as measuring other precisions builds a model, too.
+        found, remedy = solve(model_spec.shapes, model_spec.request, model_spec.others)
     if arguments.json:
         others = {"alternatives": _alternatives(model_spec, found)} if arguments.verbose else {}
         device = {"device": model_spec.hardware.name, "assumed": model_spec.assumed}
@@ -113,11 +115,11 @@ def _no_processes() -> Iterator[None]:
         vars(distributed)["is_available"] = asked
 
 
-def _same(condition: Any, *_: Any, **__: Any) -> Any:
+def _same(condition: object, *_: Any, **__: Any) -> Any:
     return condition
 
 
-def _undecorated(function: Any = None, *_: Any, **__: Any) -> Any:
+def _undecorated(function: object = None, *_: Any, **__: Any) -> Any:
     """`function` as it is, or a decorator that leaves functions as they are."""
     return function or _undecorated
 
@@ -159,7 +161,7 @@ def _no_compiler() -> Iterator[None]:
 class _StandIn(ModuleType):
     """A module that has not been imported, with some of its names; who asks for others gets the real one."""
 
-    def __init__(self, name: str, known: dict[str, Any]) -> None:
+    def __init__(self, name: str, known: dict[str, object]) -> None:
         super().__init__(name)
         vars(self).update(known)
         package, _, own = name.rpartition(".")
@@ -289,7 +291,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     from griffin_offload.planner.tiers import bits_of, expected_error, expected_kl
 
     shapes = [*model_spec.shapes, *model_spec.others]
-    hidden, neurons = shapes[0].hidden_size, shapes[0].width
+    hidden, neurons = shapes[0].hidden_size, shapes[0].width or shapes[0].hidden_size
     plans = alternatives(shapes, model_spec.request, chosen.context_tokens)
     if chosen.fits and all((plan.precision, plan.counts) != (chosen.precision, chosen.counts) for plan in plans):
         plans = [chosen, *plans]  # a density that was asked for

@@ -91,7 +91,7 @@ def _templated(tokenizer: "Tokenizer", text: str, system: str | None, thinking: 
 # `run --prompt-cache FILE`: a prompt that was saved, or is to be.
 
 
-def adopt_saved(path: Path, options: dict[str, Any], checkpoint: "Checkpoint") -> None:
+def adopt_saved(path: Path, options: dict[str, object], checkpoint: "Checkpoint") -> None:
     """Make what is "auto" in `options` (`LoadConfig`'s fields) what the context saved at `path` has, and a context that
     is too small for it as large. SavedContextError if it is of another model than `checkpoint`, whose options these
     would not be."""
@@ -116,7 +116,7 @@ class PromptCache:
         if not self._there and not os.access(path.parent, os.W_OK):
             raise SavedContextError(f"--prompt-cache {path} cannot be written: {path.parent} is read-only")
 
-    def adopt(self, options: dict[str, Any], checkpoint: "Checkpoint") -> None:
+    def adopt(self, options: dict[str, object], checkpoint: "Checkpoint") -> None:
         """Let a file that is there say what the plan would have solved: `options` are `LoadConfig`'s."""
         if self._there:
             adopt_saved(self._path, options, checkpoint)

@@ -4,14 +4,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-from griffin_offload.cli.options import quiet_libraries
+from griffin_offload.cli.options import Commands, quiet_libraries
 from griffin_offload.errors import UsageError
 from griffin_offload.units import format_bytes
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "pull",

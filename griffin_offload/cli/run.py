@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import (
+    Commands,
     add_generation_options,
     add_model_options,
     add_run_options,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 _LONG_S = 2.0  # so long may neurons be quantised without a word
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "run",

@@ -9,9 +9,11 @@ import stat
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from griffin_offload.cli.options import (
+    AddOption,
+    Commands,
     add_model_options,
     add_run_options,
     heavy_imports,
@@ -33,7 +35,7 @@ _DEFAULTS = ServeConfig()
 _LONGEST_KEY_FILE = 10_000
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the main parser."""
     parser = commands.add_parser(
         "serve",
@@ -51,7 +53,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(command=serve)
 
 
-def _add_address(add: Any) -> None:
+def _add_address(add: AddOption) -> None:
     add("--host", default=_DEFAULTS.host, help=f"default: {_DEFAULTS.host}; others need an API key")
     add("--port", type=int, default=_DEFAULTS.port, help=f"0 is any free one (default: {_DEFAULTS.port})")
     add("--served-name", metavar="NAME", help="the model's name in requests (default: the last part of --model)")
@@ -73,7 +75,7 @@ def _add_address(add: Any) -> None:
     )
 
 
-def _add_limits(add: Any) -> None:
+def _add_limits(add: AddOption) -> None:
     add(
         "--parallel",
         type=_parallel,

@@ -15,7 +15,7 @@ from griffin_offload.engine.generation import GenerationMode, GenerationState, L
 from griffin_offload.engine.speculative import FullModel, loop_of
 from griffin_offload.engine.structure import StructureGuide
 from griffin_offload.errors import DoesNotFit, UsageError, one_line
-from griffin_offload.kv_cache.kv_cache import KVCache, why_not_back
+from griffin_offload.kv_cache.kv_cache import KVCache, why_no_drafts, why_not_back
 from griffin_offload.kv_cache.sequence import Context, snapshots_kept
 from griffin_offload.kv_cache.workload import KV_SLACK_TOKENS, ModelKV, Workload
 from griffin_offload.planner.plan import Plan
@@ -88,7 +88,7 @@ _CACHES = {
 }
 
 
-def refuse_what_cannot_work(kwargs: dict[str, Any], given: Any, stock: Any) -> None:
+def refuse_what_cannot_work(kwargs: dict[str, object], given: object, stock: StockModel) -> None:
     """UsageError for arguments, and settings of the config `given`, that a model whose prompt is streamed once cannot
     honour."""
     if not isinstance(given, GenerationConfig):
@@ -114,7 +114,7 @@ def refuse_what_cannot_work(kwargs: dict[str, Any], given: Any, stock: Any) -> N
     _refuse_attentions(kwargs, given, stock)
 
 
-def _refuse_attentions(kwargs: dict[str, Any], given: GenerationConfig, stock: Any) -> None:
+def _refuse_attentions(kwargs: dict[str, Any], given: GenerationConfig, stock: StockModel) -> None:
     asked = kwargs.get("output_attentions", given.output_attentions)
     if asked and stock.config._attn_implementation != "eager":
         raise UsageError(
@@ -197,7 +197,7 @@ def _lookup(
     engine: LoadedModel,
     prompt: Tensor,
     use: Workload,
-    kwargs: dict[str, Any],
+    kwargs: dict[str, object],
     configs: tuple[GenerationConfig, ...],
     mode: GenerationMode,
     passes: bool,
@@ -224,11 +224,11 @@ def _lookup(
     return most, with_drafts
 
 
-def _refuse_drafts(model: StockModel, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> None:
+def _refuse_drafts(model: StockModel, kwargs: dict[str, object], configs: tuple[GenerationConfig, ...]) -> None:
     """UsageError for drafts of transformers' own where they could not be taken back."""
     for name in ("prompt_lookup_num_tokens", "assistant_model"):
         if _value(name, kwargs, configs) is not None and getattr(model, "_is_stateful", False):
-            raise UsageError(f"{name} takes drafts back: {why_not_back(model.config)}; exact=True can")
+            raise UsageError(f"{name} {why_no_drafts(model.config)}")
 
 
 def _roomy(context: Context, tokens: int, most: int) -> int:
@@ -250,13 +250,13 @@ def _across_border(border: RopeBorder | None, use: Workload, passes: bool) -> Wo
     return use
 
 
-def _value(name: str, kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> Any:
+def _value(name: str, kwargs: dict[str, object], configs: tuple[GenerationConfig, ...]) -> Any:
     """An argument, or the first config's that has one."""
     found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in found if value is not None), None)
 
 
-def returns_cache(kwargs: dict[str, Any], configs: tuple[GenerationConfig, ...]) -> bool:
+def returns_cache(kwargs: dict[str, object], configs: tuple[GenerationConfig, ...]) -> bool:
     """Whether the caller gets the KV cache with the result."""
     return bool(_value("return_dict_in_generate", kwargs, configs))
 
@@ -293,7 +293,7 @@ def check_one_sequence(
             raise UsageError(f"{name} cannot be used in exact mode, with refresh or with a context: leave it out")
 
 
-def as_arguments(kwargs: dict[str, Any], settings: dict[str, Any], given: GenerationConfig) -> dict[str, Any]:
+def as_arguments(kwargs: dict[str, object], settings: dict[str, object], given: GenerationConfig) -> dict[str, Any]:
     """`kwargs` with our `settings`: transformers wants either a config, which `given` is then, or arguments."""
     if kwargs.get("generation_config") is None:
         return kwargs | settings

@@ -37,7 +37,7 @@ from griffin_offload.formats.stacked import stacked
 from griffin_offload.kernels import table
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
-from griffin_offload.transformers_api import StockModel
+from griffin_offload.transformers_api import StockModel, adapted
 
 
 def build(checkpoint: Checkpoint, scratch: Scratch | None = None) -> StockModel:
@@ -63,7 +63,7 @@ def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> StockModel:
     with building(dtype), parameters_on_meta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about initialisation, which never happens here
         made = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
-    model: StockModel = made.eval()
+    model = adapted(made.eval())
     model.tie_weights()  # each parameter went to the meta device by itself
     leave_out_towers(model)
     return model

@@ -34,7 +34,7 @@ class ChatModel(Protocol):
 
     def new_context(self) -> Context: ...
 
-    def save_context(self, context: Context, path: str | Path, notes: dict[str, Any] | None = None) -> None: ...
+    def save_context(self, context: Context, path: str | Path, notes: dict[str, object] | None = None) -> None: ...
 
     def load_context(self, path: str | Path, context: Context | None = None) -> tuple[Context, dict[str, Any]]: ...
 
@@ -123,7 +123,7 @@ class ChatSession:
         return sum(message["role"] == "assistant" for message in self.messages)
 
     def send(
-        self, text: str, *, streamer: Any = None, interrupted: Callable[[], bool] | None = None, **generation: Any
+        self, text: str, *, streamer: object = None, interrupted: Callable[[], bool] | None = None, **generation: Any
     ) -> Reply:
         """The answer to `text`. `interrupted` is asked after every token and ends the answer, which then stays as far
         as it came. UsageError when the context is full, and any error of `generate`; the conversation is then as it
@@ -240,12 +240,12 @@ class Interrupted(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, asked: Callable[[], bool] | None) -> None:
         self._asked, self.happened = asked, False
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: object, **_: Any) -> Tensor:
         self.happened = self.happened or (self._asked is not None and self._asked())
         return torch.full((input_ids.shape[0],), self.happened, dtype=torch.bool, device=input_ids.device)
 
 
-def _conversation(notes: dict[str, Any], path: str | Path) -> tuple[list[Message], bool]:
+def _conversation(notes: dict[str, object], path: str | Path) -> tuple[list[Message], bool]:
     """(messages, templated) of a saved conversation's notes."""
     messages, templated = notes.get("messages"), notes.get("templated")
     if not isinstance(messages, list) or not isinstance(templated, bool):
@@ -256,5 +256,5 @@ def _conversation(notes: dict[str, Any], path: str | Path) -> tuple[list[Message
     return messages, templated
 
 
-def _texts(message: dict[str, Any]) -> bool:
+def _texts(message: dict[str, object]) -> bool:
     return all(isinstance(value, str) for value in message.values())

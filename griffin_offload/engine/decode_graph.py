@@ -26,7 +26,7 @@ from griffin_offload.errors import one_line
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.kv_layer import KVLayer
 from griffin_offload.planner.request import GraphCosts
-from griffin_offload.transformers_api import CACHE, StockModel
+from griffin_offload.transformers_api import CACHE, Arguments, StockModel, StockOutput
 
 GRAPH_COSTS = GraphCosts(
     most=8,  # KV caches times length buckets
@@ -203,7 +203,7 @@ class DecodeGraphs:
         self._captured.clear()
         self.reason = _CLOSED
 
-    def begin(self, mask: Any) -> None:
+    def begin(self, mask: object) -> None:
         """A prompt has passed, with the caller's `mask`; the one moment that waits for the device to look at it."""
         self._run_reason = self.reason
         if isinstance(mask, Tensor) and (mask.dim() != 2 or not bool(mask.all())):
@@ -218,7 +218,7 @@ class DecodeGraphs:
         """Those there are captures for."""
         return list(self._captured)
 
-    def forward(self, arguments: dict[str, Any], report: GraphReport) -> Any:
+    def forward(self, arguments: Arguments, report: GraphReport) -> StockOutput | None:
         """The stock model's output for a forward with these `arguments`, or None: it has to run kernel by kernel."""
         reason = self._run_reason or self.reason or _why_not(arguments)
         if reason is not None:
@@ -234,7 +234,8 @@ class DecodeGraphs:
         captured.step.advance(cache, inputs, arguments.get("position_ids"))
         self._compute(captured, cache, report)
         # A copy: the next token is written over the step's own.
-        return CausalLMOutputWithPast(logits=captured.step.logits.clone(), **{CACHE: cache})
+        output: StockOutput = CausalLMOutputWithPast(logits=captured.step.logits.clone(), **{CACHE: cache})
+        return output
 
     def _compute(self, captured: _Captured, cache: KVCache, report: GraphReport) -> None:
         step = captured.step
@@ -305,7 +306,7 @@ def _unsuited(model: StockModel) -> str | None:
     return None
 
 
-def _hooked(model: StockModel, but: Any) -> bool:
+def _hooked(model: StockModel, but: object) -> bool:
     """Whether a forward would call hooks, which a replay cannot; `but` is a module that it does not run."""
     modules = (module for module in model.modules() if module is not but and module is not model)  # its own run around
     return any(
@@ -317,7 +318,7 @@ def _hooked(model: StockModel, but: Any) -> bool:
     )
 
 
-def _why_not(arguments: dict[str, Any]) -> str | None:
+def _why_not(arguments: Arguments) -> str | None:
     """Why a forward with these arguments is not a static step; nothing is read from the device."""
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens

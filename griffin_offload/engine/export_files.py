@@ -69,7 +69,7 @@ class Smaller:
         unit = "experts" if experts else "neurons"
         raise UnsupportedModel(f"{text.model_type}: its config has no number for the {unit} of a layer")
 
-    def on_meta(self) -> Any:
+    def on_meta(self) -> StockModel:
         """With the source's generation config."""
         model = build_on_meta(self.config, self.checkpoint.dtype)
         self.checkpoint.set_generation_config(model)
@@ -164,6 +164,8 @@ class KeptCounts:
         unit = "experts" if experts else "neurons"
         blocks = [block for block in experts or blocks if block.neurons]
         sizes = {block.neurons for block in blocks}
+        if not sizes:
+            raise UnsupportedModel(f"{text.model_type} has no feed-forward: there are no neurons to leave out")
         if len(sizes) > 1:
             raise UnsupportedModel(
                 f"the layers have {min(sizes)} to {max(sizes)} {unit}: a config has one number for all"
@@ -195,7 +197,7 @@ def files_of(smaller: Smaller, form: ExportForm) -> Callable[[CopyDirectory], Ex
     return lambda directory: _Shards(smaller, packing, directory)
 
 
-def _decoder(model: Any) -> tuple[nn.ModuleList, Sequence[Block], str]:
+def _decoder(model: StockModel) -> tuple[nn.ModuleList, Sequence[Block], str]:
     """The layers of `model`, their blocks, and what their names begin with."""
     decoder, blocks = find_feed_forwards(model, model.config.num_hidden_layers)
     return decoder, blocks, next(name for name, module in model.named_modules() if module is decoder)
@@ -219,7 +221,7 @@ class _Packing:
     nbytes: int
 
     @classmethod
-    def of(cls, model: Any, form: ExportForm, smaller: Smaller) -> "_Packing":
+    def of(cls, model: StockModel, form: ExportForm, smaller: Smaller) -> "_Packing":
         bits, where = int(form[1]), smaller.checkpoint.directory
         inside, left_out = _matrices(model, form, smaller)
         widths = {matrix.shape[1] for matrix in inside.values()}
@@ -259,7 +261,7 @@ class _Packing:
             yield from ((f"{owner}.{key}", packed) for key, packed in found.items())
 
 
-def _matrices(model: Any, form: ExportForm, smaller: Smaller) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _matrices(model: StockModel, form: ExportForm, smaller: Smaller) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """What is packed of `model`, which is on meta, by the names of checkpoints without .weight; and what is not, of the
     matrices of linears and routers. UnsupportedModel where a checkpoint has all experts in one tensor."""
     _, blocks, prefix = _decoder(model)
@@ -323,7 +325,7 @@ def config_json(config: PretrainedConfig, architecture: str, dtype: torch.dtype)
 # GGUF.
 
 
-def _gguf_layout(smaller: Smaller, model: Any, blocks: str) -> GgufLayout:
+def _gguf_layout(smaller: Smaller, model: StockModel, blocks: str) -> GgufLayout:
     decoder, _, prefix = _decoder(model)
     names = [name for name, _ in model.named_parameters()]
     layers = [[name for name in names if name.startswith(f"{prefix}.{index}.")] for index in range(len(decoder))]

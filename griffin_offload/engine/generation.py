@@ -18,7 +18,15 @@ from griffin_offload.errors import CheckpointError, NotFinite, UsageError
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.workload import Workload
-from griffin_offload.transformers_api import CACHE, StockCache, StockModel, Tokenizer
+from griffin_offload.transformers_api import (
+    CACHE,
+    Arguments,
+    StockCache,
+    StockModel,
+    StockOutput,
+    Tokenizer,
+    counts_tokens,
+)
 
 # Where an answer ends: checkpoints say it in up to three places, which need not agree.
 
@@ -76,7 +84,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min(found)[1]] if found else text
 
 
-def ends_of(generation_config: GenerationConfig, arguments: dict[str, Any] | None = None) -> set[int]:
+def ends_of(generation_config: GenerationConfig, arguments: Arguments | None = None) -> set[int]:
     """Ids that end a sequence, by the arguments of a `generate`, else by the model's config."""
     ends = (arguments or {}).get("eos_token_id", generation_config.eos_token_id)
     if ends is None:
@@ -124,7 +132,7 @@ class Past:
             self.cache.grow(roomy_tokens(use))
 
 
-def past_of(prompt: Tensor, kwargs: dict[str, Any]) -> Past:
+def past_of(prompt: Tensor, kwargs: Arguments) -> Past:
     """What the KV cache among `kwargs` holds of `prompt` [B, T]; UsageError where the two do not belong together.
 
     Ids are the whole sequence, or the new tokens alone if an attention mask over the whole one is given; transformers
@@ -135,6 +143,11 @@ def past_of(prompt: Tensor, kwargs: dict[str, Any]) -> Past:
         return Past(0, given)
     if not hasattr(cache, "get_seq_length"):
         raise UsageError(f"{CACHE} is a {type(cache).__name__}: give a Cache, as generate returns it")
+    if not counts_tokens(cache):
+        kind = type(cache).__name__
+        raise UsageError(
+            f"{CACHE} is a {kind} of states alone, which counts no tokens: give one that generate returned"
+        )
     past, mask = cache.get_seq_length(), kwargs.get("attention_mask")
     if past == 0:
         return Past(0, given, cache)
@@ -291,19 +304,19 @@ def probabilities_named(dtype: torch.dtype) -> Iterator[None]:
         ) from error
 
 
-def tokens_of(arguments: dict[str, Any]) -> Tensor:
+def tokens_of(arguments: Arguments) -> Tensor:
     """Token ids [B, T], or embeddings [B, T, H] in their place."""
     tokens = arguments.get("input_ids")
     found: Tensor = tokens if tokens is not None else arguments["inputs_embeds"]
     return found
 
 
-def cache_of(output: Any, arguments: dict[str, Any]) -> StockCache | None:
+def cache_of(output: StockOutput, arguments: Arguments) -> StockCache | None:
     cache = arguments.get(CACHE)
     return cache if cache is not None else getattr(output, CACHE, None)
 
 
-def prompt_mask(tokens: Tensor, given: Any, prompt_tokens: int | None) -> Tensor:
+def prompt_mask(tokens: Tensor, given: object, prompt_tokens: int | None) -> Tensor:
     """[B, T] with 1 for the prompt's own tokens: not padding, not drafts appended by prompt lookup.
 
     `given` is the caller's [b, t] mask, repeated for beams; other forms of masks (4-D, per layer) say nothing here.

@@ -14,6 +14,7 @@ from griffin_offload.blocks.replace import swap_experts, swap_linears
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import settle_generation_config
+from griffin_offload.checkpoint.files import Mappings
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
 from griffin_offload.devices.memory import Ledger, host_bytes
@@ -21,7 +22,14 @@ from griffin_offload.devices.threads import limited_threads
 from griffin_offload.engine.build import build, use_own_attention, use_own_linears, use_own_norms
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.layer_pass import DecoderLayers
-from griffin_offload.engine.residents import Loaded, cache_experts, compact_blocks, place_residents, resident_bytes
+from griffin_offload.engine.residents import (
+    Loaded,
+    cache_experts,
+    compact_blocks,
+    forget_grids,
+    place_residents,
+    resident_bytes,
+)
 from griffin_offload.engine.spec import ModelSpec, evicts
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
 from griffin_offload.formats.linear import swap_head
@@ -87,14 +95,18 @@ def _load(
     model, decoder, blocks = _map_layers(model_spec, plan, scratch)
     full = {index: blocks[index].full() for index in plan.streamed}
     offload = _offload_tier(model_spec, plan, config)
+    mappings = Mappings()
     dense = {index: tensors for index, tensors in full.items() if not isinstance(blocks[index], Experts)}
-    source = _make_source(dense, model_spec, offload) if dense else None
+    source = _make_source(dense, model_spec, offload, mappings) if dense else None
     if source is not None:
         on_failure.callback(source.close)
+    if isinstance(source, HostStore):
+        for index in dense:
+            forget_grids(blocks[index])
     store = _expert_store({index: full[index] for index in full if index not in dense}, blocks, model_spec)
     if store is not None:
         on_failure.callback(store.close)
-    pages = FilePages(list(model.parameters()), evict=evicts(model_spec))
+    pages = FilePages(list(model.parameters()), evict=evicts(model_spec), mappings=mappings)
     on_failure.callback(pages.close)
     compact, jobs = compact_blocks(blocks, full, model_spec, plan, pages)
     head = model.get_output_embeddings()
@@ -113,7 +125,7 @@ def _load(
         compact={index: compact[index] for index in full},
         counts=tuple(plan.counts_of(index) for index in range(len(blocks))),
         source=source,
-        stream=StreamConfig(hardware, model_spec.dtype, plan.slots),
+        stream=_stream_config(model_spec, plan),
         ff_chunk_tokens=plan.ff_chunk_tokens,
         config=config,
         expert_store=store,
@@ -126,6 +138,11 @@ def _load(
     on_failure.callback(layers.arrival.close)
     layers.arrival.start()
     return Loaded(model, layers, ledger, host_embedding, resident, offload, threads)
+
+
+def _stream_config(model_spec: ModelSpec, plan: Plan) -> StreamConfig:
+    keeps_pages = model_spec.request.on_grids and not model_spec.shape_of(plan).is_plain
+    return StreamConfig(model_spec.hardware, model_spec.dtype, plan.slots, keeps_pages=keeps_pages)
 
 
 def _expert_store(full: dict[int, list[Tensor]], blocks: list[Block], model_spec: ModelSpec) -> ExpertStore | None:
@@ -169,8 +186,9 @@ def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[St
 def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
     if not model_spec.hardware.computes_on_cpu:
         return None
+    shape = model_spec.shape
     return config.threads or model_spec.hardware.choose_threads(
-        model_spec.shape.hidden_size, model_spec.shape.width, model_spec.dtype
+        shape.hidden_size, shape.width or shape.hidden_size, model_spec.dtype
     )
 
 
@@ -218,14 +236,14 @@ def _offload_tier(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> str:
     return config.offload
 
 
-def _make_source(full: dict[int, list[Tensor]], model_spec: ModelSpec, offload: str) -> Source:
+def _make_source(full: dict[int, list[Tensor]], model_spec: ModelSpec, offload: str, mappings: Mappings) -> Source:
     if offload == "disk":
-        mapped = MmapStore(full, evict=evicts(model_spec))
+        mapped = MmapStore(full, evict=evicts(model_spec), mappings=mappings)
         if mapped.unmapped_bytes:
             size = format_bytes(mapped.unmapped_bytes)
             warnings.warn(f"{size} of the weights were converted while loading and rest in RAM", stacklevel=2)
         return mapped
-    with contextlib.closing(MmapStore(full, evict=evicts(model_spec))) as mapped:
+    with contextlib.closing(MmapStore(full, evict=evicts(model_spec), mappings=mappings)) as mapped:
         return HostStore(mapped, list(full), model_spec.dtype, model_spec.hardware)
 
 

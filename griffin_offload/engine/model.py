@@ -187,7 +187,7 @@ class GriffinModel(StockInterface):
         """A conversation; see `ChatSession` for the options."""
         return ChatSession(self, **options)
 
-    def save_context(self, context: Context, path: str | Path, notes: dict[str, Any] | None = None) -> None:
+    def save_context(self, context: Context, path: str | Path, notes: dict[str, object] | None = None) -> None:
         """Write what `context` remembers to a file, and `notes` (JSON values) beside it. SavedContextError if that
         cannot be done; a file that was there stays as it was then."""
         self._check_owner(context)
@@ -212,7 +212,7 @@ class GriffinModel(StockInterface):
         *,
         exact: bool | None = None,
         draft_tokens: int | None = None,
-        refresh: Any = None,
+        refresh: object = None,
         lookup: bool | None = None,
         context: Context | None = None,
         prompt_done: Callable[[Context], None] | None = None,
@@ -255,7 +255,7 @@ class GriffinModel(StockInterface):
         self,
         inputs: Tensor | None,
         prompt: Tensor,
-        kwargs: dict[str, Any],
+        kwargs: dict[str, object],
         mode: GenerationMode,
         context: Context | None,
         prompt_done: Callable[[Context], None] | None,
@@ -272,7 +272,7 @@ class GriffinModel(StockInterface):
             run.cached_tokens = len(context.tokens)
         return self._generate(run, prompt, inputs, kwargs)
 
-    def guide(self, structure: Structure | None, arguments: dict[str, Any]) -> StructureGuide | None:
+    def guide(self, structure: Structure | None, arguments: dict[str, object]) -> StructureGuide | None:
         """What keeps an answer with these `arguments` of `generate` to `structure`; None without one."""
         if structure is None:
             return None
@@ -280,7 +280,7 @@ class GriffinModel(StockInterface):
         return StructureGuide(structure, self.tokenizer, self.vocab_size, ends)
 
     def generate_many(
-        self, prompts: Iterable[Tensor | tuple[Tensor, dict[str, Any]]], *, most: int = MOST_TOGETHER, **kwargs: Any
+        self, prompts: Iterable[Tensor | tuple[Tensor, dict[str, object]]], *, most: int = MOST_TOGETHER, **kwargs: Any
     ) -> Iterator[GeneratedAnswer]:
         """Answers to `prompts`, ids [1, T] each, in the order in which they end; up to `most` are computed together.
 
@@ -327,7 +327,7 @@ class GriffinModel(StockInterface):
         return mode
 
     def _generate(
-        self, run: GenerationState, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, Any]
+        self, run: GenerationState, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, object]
     ) -> tuple[Any, RunReport]:
         self.last_report = None
         completed = False

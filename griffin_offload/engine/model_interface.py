@@ -25,12 +25,12 @@ from transformers import GenerationConfig
 
 from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.errors import Busy, GriffinError, UsageError
-from griffin_offload.transformers_api import StockModel
+from griffin_offload.transformers_api import StockModel, StockOutput
 
 _OWNER, _KIND = "_griffin_offload", "_griffin_offload_kind"
 
 
-StockForward = Callable[..., Any]
+StockForward = Callable[..., StockOutput]
 """transformers' forward of a model, whose arguments differ between architectures."""
 
 
@@ -38,8 +38,9 @@ def stock_forward(model: StockModel) -> StockForward:
     """transformers' forward of `model`, handed out or not, which it does not keep alive."""
     weak, function = weakref.ref(model), getattr(type(model), _KIND, type(model)).forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return function(weak(), *args, **kwargs)
+    def forward(*args: Any, **kwargs: Any) -> StockOutput:
+        output: StockOutput = function(weak(), *args, **kwargs)
+        return output
 
     forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
     return forward
@@ -48,7 +49,7 @@ def stock_forward(model: StockModel) -> StockForward:
 class Owner(Protocol):
     """What a stock model's calls go through."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+    def forward(self, *args: Any, **kwargs: Any) -> StockOutput: ...
 
     def why_not_saved(self) -> str | None:
         """Why the stock model's parameters are no checkpoint; None if they are one."""
@@ -66,7 +67,7 @@ def _handed_out(kind: type) -> type:
     """A child of the stock class `kind`, with its name."""
 
     @functools.wraps(kind.forward)  # type: ignore[attr-defined]  # a PreTrainedModel; generate reads the signature
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: object, *args: Any, **kwargs: Any) -> Any:
         if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
             raise UsageError(
                 "a loaded model cannot be traced or exported: its forward streams weights and chooses neurons; load it "
@@ -78,7 +79,7 @@ def _handed_out(kind: type) -> type:
         stock = getattr(kind, name)
 
         @functools.wraps(stock)
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def method(self: object, *args: Any, **kwargs: Any) -> Any:
             reason = self.__dict__[_OWNER].why_not_saved()
             if reason is not None:
                 raise UsageError(f"this model {what}: {reason}")
@@ -86,10 +87,10 @@ def _handed_out(kind: type) -> type:
 
         return method
 
-    def copied(self: Any, _: Any) -> Any:
+    def copied(self: object, _: object) -> Any:
         raise UsageError("a loaded model cannot be copied or pickled: load it once more with from_pretrained")
 
-    def train(self: Any, mode: bool = True) -> Any:
+    def train(self: object, mode: bool = True) -> Any:
         if mode:
             raise UsageError(
                 "this model cannot be trained: its neurons change with every prompt; train it in transformers"
@@ -117,7 +118,7 @@ _REFUSED = {
 
 
 def _refusing(name: str, instead: str) -> Callable[..., Any]:
-    def method(_: Any, *args: Any, **kwargs: Any) -> Any:
+    def method(_: object, *args: Any, **kwargs: Any) -> Any:
         raise UsageError(f"{name} cannot be used on a loaded model: {instead}")
 
     method.__name__ = name
@@ -316,7 +317,7 @@ class StockInterface:
 
     forward = __call__
 
-    def _on_device(self, value: Any) -> Any:
+    def _on_device(self, value: object) -> Any:
         return value.to(self._stock.device) if isinstance(value, torch.Tensor) else value
 
     @property
@@ -378,8 +379,8 @@ class StockInterface:
         found: Iterator[tuple[str, nn.Parameter]] = self.model.named_parameters(*args, **kwargs)
         return found
 
-    def __deepcopy__(self, _: Any) -> Any:
+    def __deepcopy__(self, _: object) -> Any:
         raise UsageError("a loaded model cannot be copied or pickled: load it once more with from_pretrained")
 
-    def __reduce_ex__(self, _: Any) -> Any:
+    def __reduce_ex__(self, _: object) -> Any:
         raise UsageError("a loaded model cannot be copied or pickled: load it once more with from_pretrained")

@@ -132,7 +132,7 @@ class TranslatedOptions:
     """Arguments of the hub's client."""
 
 
-def translated(options: Mapping[str, Any]) -> TranslatedOptions:
+def translated(options: Mapping[str, object]) -> TranslatedOptions:
     """`options` as ours. UsageError for one that is not known, contradicts another one, or cannot be honoured."""
     left = dict(options)
     _refuse(left)
@@ -143,7 +143,7 @@ def translated(options: Mapping[str, Any]) -> TranslatedOptions:
     return TranslatedOptions(_fields(left), {name: value for name, value in hub.items() if value is not None})
 
 
-def _refuse(left: dict[str, Any]) -> None:
+def _refuse(left: dict[str, object]) -> None:
     known = {field.name for field in fields(LoadConfig)}
     for name in list(left):
         if name in known or name in HUB or name in TRANSLATED:
@@ -161,7 +161,7 @@ def _unknown(name: str, known: set[str]) -> str:
     return f"unknown option {name!r}: {hint}known are {', '.join(field.name for field in fields(LoadConfig))}"
 
 
-def _merge(left: dict[str, Any], theirs: str, ours: str) -> None:
+def _merge(left: dict[str, object], theirs: str, ours: str) -> None:
     """Make the option `theirs` the one that is called `ours`; given both, they have to agree."""
     if theirs not in left:
         return
@@ -174,7 +174,7 @@ def _merge(left: dict[str, Any], theirs: str, ours: str) -> None:
     left[ours] = value
 
 
-def _fields(left: dict[str, Any]) -> dict[str, Any]:
+def _fields(left: dict[str, object]) -> dict[str, Any]:
     """Fields of `LoadConfig`: None is the default, numbers and objects of other libraries are plain ones."""
     found = {}
     for field in fields(LoadConfig):
@@ -187,7 +187,7 @@ def _fields(left: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _plain(name: str, value: Any) -> Any:
+def _plain(name: str, value: object) -> Any:
     value = _number(value)
     if name == "dtype" and value is not None:
         return _dtype(value)
@@ -210,12 +210,12 @@ def _plain(name: str, value: Any) -> Any:
     return value
 
 
-def _numbers(value: Any) -> bool:
+def _numbers(value: object) -> bool:
     """Whether it is a number, or a list of them."""
     return all(isinstance(one, int | float) for one in (value if isinstance(value, list) else [value]))
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> Any:
     """Python's own number, or list of numbers, for those of numpy and torch."""
     if isinstance(value, list | tuple):
         return [_number(one) for one in value]
@@ -228,7 +228,7 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, numbers.Real) else value
 
 
-def _whole(name: str, value: Any) -> int:
+def _whole(name: str, value: object) -> int:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, int) or isinstance(value, bool):
@@ -236,12 +236,12 @@ def _whole(name: str, value: Any) -> int:
     return value
 
 
-def _dtype(value: Any) -> str:
+def _dtype(value: object) -> str:
     """Its name, also of numpy's classes."""
     return str(value.__name__ if isinstance(value, type) else value).removeprefix("torch.")
 
 
-def _device(value: Any) -> str:
+def _device(value: object) -> str:
     """Its kind; UsageError for several devices, or one that is not torch's current one."""
     if isinstance(value, Mapping):
         if len(set(map(str, value.values()))) != 1 or not value:
@@ -268,7 +268,7 @@ _BUDGET = "max_gpu_mem= is its budget, and layers that do not fit stream from th
 # What is given to `generate`.
 
 
-def checked_prompt(prompt: Any, vocab_size: int) -> Tensor:
+def checked_prompt(prompt: object, vocab_size: int) -> Tensor:
     """`prompt`; UsageError unless it holds token ids [B, T] of the vocabulary, or embeddings [B, T, H]."""
     if prompt is not None and not isinstance(prompt, Tensor):
         raise UsageError(f"the prompt is {_described(prompt)}")
@@ -294,7 +294,7 @@ _LEAST = {"max_new_tokens": None, "max_length": None, "min_new_tokens": 0, "min_
 _LEAST |= {"num_beams": 1, "num_return_sequences": 1}
 
 
-def checked_arguments(kwargs: dict[str, Any], prompt: Tensor) -> dict[str, Any]:
+def checked_arguments(kwargs: dict[str, object], prompt: Tensor) -> dict[str, Any]:
     """`kwargs` of a generate for `prompt`, the KV cache by the installed release's name, and whole numbers, in whatever
     form they are written, as Python's own. UsageError for other numbers, single processors and criteria, and a mask of
     another size."""
@@ -319,7 +319,7 @@ def checked_arguments(kwargs: dict[str, Any], prompt: Tensor) -> dict[str, Any]:
     return kwargs
 
 
-def _described(prompt: Any) -> str:
+def _described(prompt: object) -> str:
     """What was given in a prompt's place, and what to do."""
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], str)):
         return (

@@ -35,23 +35,54 @@ def small_beside(precision: Format, checkpoint: Checkpoint) -> Format | None:
 
 def shapes_of(
     checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig, head: Format
-) -> tuple[tuple[ModelSizes, ...], tuple[ModelSizes, ...]]:
-    """The model, which is on the meta device, in the precisions it may have on the device, and in those that it could
-    have; the head is in `head` where the others are in fewer bits."""
+) -> tuple[ModelSizes, ...]:
+    """The model, which is on the meta device, in the precisions it may have on the device, best first; the head is in
+    `head` where the others are in fewer bits."""
     stored = checkpoint.precision
     _check_asked(checkpoint, config)
-    states = states_of(meta)
-    allowed: list[ModelSizes] = []
-    others: list[ModelSizes] = []
+    allowed = _measured(checkpoint, meta, device, config, head, asked=True)
+    if not allowed:  # exact mode alone leaves any out
+        rests = stored.rests_as()
+        if rests is not stored:
+            raise UsageError(f"exact mode needs residents in the stored precision, and {stored} rests as {rests}")
+        raise UsageError("exact mode of a mixture of experts drafts in the stored precision: leave --quantize out")
+    fewest = _first_wanted(allowed, config)
+    if config.prefer == "speed" and not fewest:
+        raise UsageError(
+            f"--prefer speed has nothing to choose: {checkpoint.directory} gives {allowed[0].precision_name} alone"
+        )
+    return tuple(allowed[fewest:])
+
+
+def others_of(
+    checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig, head: Format
+) -> tuple[ModelSizes, ...]:
+    """The same in the precisions that it could have, and that `config` rules out."""
+    allowed = _measured(checkpoint, meta, device, config, head, asked=True) if config.prefer == "speed" else []
+    others = _measured(checkpoint, meta, device, config, head, asked=False)
+    return (*allowed[: _first_wanted(allowed, config)], *others)
+
+
+def _first_wanted(allowed: list[ModelSizes], config: LoadConfig) -> int:
+    """Of `allowed`; for speed the one format of the fewest bits."""
+    if config.prefer != "speed":
+        return 0
+    return max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)
+
+
+def _measured(
+    checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig, head: Format, *, asked: bool
+) -> list[ModelSizes]:
+    """The precisions that `config` asks for, or all others."""
+    stored, states, found = checkpoint.precision, states_of(meta), []
     for name, precision, levels in _precisions(stored, config):
         wanted, drafts = config.quantize, levels[0] is not precision
         # A stored format may rest in another one, which has its own name.
         fits = wanted in ("auto", name) or (wanted, name) == (TIERS, LAYERS)
         fits = fits or (wanted == stored.name != TIERS and name not in MIXED and not stored.is_plain)
-        if config.exact:
-            fits = fits and precision is stored
-            if drafts and any(map(is_experts, meta.modules())):
-                continue
+        fits = fits and (precision is stored or not config.exact)
+        if fits is not asked or (config.exact and drafts and any(map(is_experts, meta.modules()))):
+            continue
         try:
             for format in levels:
                 format.check_device(device.type)
@@ -60,25 +91,16 @@ def shapes_of(
             own_head = head if levels[-1].bits < head.bits else checkpoint.tables
             beside = small_beside(precision, checkpoint)
             shape = model_shape(meta, precision, full, checkpoint.tables, states, levels, own_head, beside)
+            if len(levels) > 1 and not shape.with_neurons:
+                kind = checkpoint.config.model_type
+                raise UnsupportedModel(f"{name} are of FF neurons, and {kind} has none: take int4")
         except UnsupportedModel:
             needed = name in (config.quantize, stored.name) or not (stored.is_plain or name in MIXED)
             if needed and not drafts:
                 raise
             continue
-        (allowed if fits else others).append(replace(shape, by_layer=name == LAYERS))
-    if not allowed:  # exact mode alone leaves any out above
-        rests = stored.rests_as()
-        if rests is not stored:
-            raise UsageError(f"exact mode needs residents in the stored precision, and {stored} rests as {rests}")
-        raise UsageError("exact mode of a mixture of experts drafts in the stored precision: leave --quantize out")
-    if config.prefer == "speed":
-        fewest = max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)
-        if not fewest:
-            raise UsageError(
-                f"--prefer speed has nothing to choose: {checkpoint.directory} gives {allowed[0].precision_name} alone"
-            )
-        return tuple(allowed[fewest:]), (*allowed[:fewest], *others)
-    return tuple(allowed), tuple(others)
+        found.append(replace(shape, by_layer=name == LAYERS))
+    return found
 
 
 def _check_asked(checkpoint: Checkpoint, config: LoadConfig) -> None:

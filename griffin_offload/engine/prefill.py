@@ -198,7 +198,8 @@ class StreamedPass(LayerPass):
 def _mean(shares: list[Tensor], dense_layers: int) -> float:
     """Mean over layers; a layer with all its neurons keeps everything."""
     total = float(torch.stack(shares).sum()) if shares else 0.0
-    return (total + dense_layers) / (len(shares) + dense_layers)
+    counted = len(shares) + dense_layers
+    return (total + dense_layers) / counted if counted else 1.0  # nothing is left out of a model without neurons
 
 
 def grouped(mask: Tensor, seams: list[int]) -> tuple[Tensor, int]:

@@ -20,9 +20,10 @@ from griffin_offload.engine.prefill import StreamedPass, choose_together, groupe
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
 from griffin_offload.errors import GriffinError, UsageError
-from griffin_offload.kv_cache.kv_cache import RecordedWriter, SplitWriter, States, copies, single_steps
+from griffin_offload.kv_cache.kv_cache import RecordedWriter, SplitWriter, single_steps
+from griffin_offload.kv_cache.kv_layer import States, copies
 from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
-from griffin_offload.transformers_api import CACHE, StockCache
+from griffin_offload.transformers_api import CACHE, Arguments, StockCache, StockOutput
 
 
 class PromptPasses:
@@ -60,11 +61,11 @@ class PromptPasses:
         self,
         mask: Tensor,
         context: Context | None,
-        args: Any,
-        kwargs: Any,
+        args: Sequence[Any],
+        kwargs: Arguments,
         start: int | None = None,
         beside: Sequence[Context] = (),
-    ) -> tuple[Any, StreamedPass]:
+    ) -> tuple[StockOutput, StreamedPass]:
         """The streamed pass over a prompt's tokens, the first of which is number `start`, by default that behind the
         context's, whose earlier ones choose, too; and so do the sequences that decode `beside` it."""
         self.last = None  # until this prompt has chosen its neurons, none are
@@ -105,8 +106,8 @@ class PromptPasses:
                 )
 
     def between_tokens(
-        self, inputs: dict[str, Any], context: Context, *, choose: bool, each: bool
-    ) -> tuple[Any, StreamedPass]:
+        self, inputs: Arguments, context: Context, *, choose: bool, each: bool
+    ) -> tuple[StockOutput, StreamedPass]:
         """A streamed pass over `inputs` behind `context`, between two tokens of its answer: (the model's output, the
         pass with its s^2 [1, G, F] by layer), G being one, or with `each` the tokens."""
         tokens, device = tokens_of(inputs).shape[1], self._device
@@ -173,7 +174,7 @@ class PromptPasses:
                 unhook(writer)
         context.cache.writers = recorded
 
-    def _for_every_token(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    def _for_every_token(self, kwargs: Arguments, tokens: int) -> dict[str, Any]:
         """`kwargs` with which every one of `tokens` passes all layers: those that read other layers' KV entries are
         passed by the tokens alone whose logits are asked for by number, but not by place, and every token chooses."""
         keep = kwargs.get("logits_to_keep")
@@ -195,7 +196,7 @@ class PromptPasses:
         kept = context.share_kept(self._layers.config.batch_statistic, self._layers.feed_forwards)
         self.last = PrefillReport(tokens, seconds, fetched_bytes, 0.0, seconds, kept, None)
 
-    def go_on(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    def go_on(self, run: GenerationState, arguments: Arguments, args: Sequence[Any], kwargs: Arguments) -> StockOutput:
         """The tokens behind a KV cache of the caller's: of residents, as every forward with a filled one."""
         start, before = time.perf_counter(), self._layers.fetched_bytes
         chosen = self.adopt(arguments[CACHE])

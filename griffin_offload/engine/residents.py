@@ -52,7 +52,7 @@ class HostEmbedding:
     def _to_host(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].to("cpu"), *args[1:])
 
-    def to_device(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
+    def to_device(self, module: nn.Module, args: object, rows: Tensor) -> Tensor:
         self.pages.files.check_contents()
         self.row_bytes += rows.nbytes
         return rows.to(device=self._device, dtype=self._dtype)
@@ -227,8 +227,16 @@ def _fill_whole(
                 block.form.fill(source, expert, [tensor[expert] for tensor in block.places(target)])
         return
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
-    with pages.reading(source) as found:
+    with pages.reading(source, translate=False) as found:
         block.gather([tensor.to(model_spec.device) for tensor in found], [everything], target)
+    forget_grids(block)
+
+
+def forget_grids(block: Block) -> None:
+    """For what the file's pages are not there any more."""
+    for linear in block.linears:
+        if isinstance(linear, QuantizedLinear):
+            linear.grids = None
 
 
 def place_residents(
@@ -296,10 +304,10 @@ def _quantize_resident(module: QuantizedLinear, model_spec: Placement, pages: Fi
     @torch.no_grad()
     def fill() -> None:
         everything = torch.arange(outputs, dtype=torch.long, device=model_spec.device)
-        gather = module.resident.format.gather
-        with pages.reading(list(full.values())) as found:
+        with pages.reading(list(full.values()), translate=False) as found:
             here = {name: tensor.to(model_spec.device) for name, tensor in zip(full, found, strict=True)}
-            gather(here, module.full, everything, resident, is_down=False, importance=module.importance)
+            module.gather(module.resident, here, everything, resident)
+        module.grids = None
 
     return fill
 

@@ -43,7 +43,7 @@ from griffin_offload.offload.weight_store import MmapStore
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
 from griffin_offload.planner.workspace import logits_bytes, statistics_bytes, workspace_bytes
-from griffin_offload.transformers_api import CACHE, StockCache, with_own_name
+from griffin_offload.transformers_api import CACHE, Arguments, StockCache, StockOutput, with_own_name
 
 
 class ModelRunner:
@@ -241,7 +241,7 @@ class ModelRunner:
         )
         self.loaded.ledger.hold(slots=0)
 
-    def full_pass(self, inputs: dict[str, Any], *, choose: bool, each: bool) -> tuple[Any, dict[int, Tensor]]:
+    def full_pass(self, inputs: Arguments, *, choose: bool, each: bool) -> tuple[StockOutput, dict[int, Tensor]]:
         """A streamed pass over `inputs` behind the run's context, between two tokens of its answer: (the model's
         output, s^2 [1, G, F] by layer), G being one, or with `each` the tokens."""
         run = self.run
@@ -254,14 +254,14 @@ class ModelRunner:
     def _ones(self, tokens: int) -> Tensor:
         return torch.ones(1, tokens, dtype=torch.float32, device=self.model_spec.device)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> StockOutput:
         """What the stock model's forward is: inside a `generate` a part of that, else a call by itself."""
         if self.turns.mine:
             return self._forward(args, kwargs)
         with self.alone():
             return self._forward(args, kwargs)
 
-    def _forward(self, args: Any, kwargs: Any) -> Any:
+    def _forward(self, args: Sequence[Any], kwargs: Arguments) -> StockOutput:
         kwargs = with_own_name(kwargs)
         run, again = self.run, False
         if run is not None and self.border is not None and not args and kwargs.get(CACHE) is None:
@@ -285,7 +285,7 @@ class ModelRunner:
             return self.stock_forward(*args, **kwargs)
         return self._bare_prefill(arguments, args, kwargs)
 
-    def _seen(self, run: GenerationState, output: Any) -> Any:
+    def _seen(self, run: GenerationState, output: StockOutput) -> StockOutput:
         """`output`, after whoever observes its logits has seen them; drafts' are shown when they are judged."""
         if run.loop is None:
             self.observe(output.logits[:, -1])
@@ -298,7 +298,7 @@ class ModelRunner:
             for observer in self.run.observers:
                 observer.observe(logits)
 
-    def _resident(self, run: GenerationState, args: Any, kwargs: Any) -> Any:
+    def _resident(self, run: GenerationState, args: Sequence[Any], kwargs: Arguments) -> StockOutput:
         """A forward of the residents: by a captured graph, or kernel by kernel."""
         output = None
         if self.graphs is not None:
@@ -307,7 +307,7 @@ class ModelRunner:
             output = self.graphs.forward(arguments | more, run.graphs)
         return self.stock_forward(*args, **kwargs) if output is None else output
 
-    def _bare_prefill(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    def _bare_prefill(self, arguments: Arguments, args: Sequence[Any], kwargs: Arguments) -> StockOutput:
         """A forward that nobody announced: checked against the budget first."""
         self.kept_cache.release()
         tokens = tokens_of(arguments)
@@ -320,14 +320,14 @@ class ModelRunner:
         self.passes.note_chosen(cache_of(output, arguments))
         return output
 
-    def _first(self, run: GenerationState, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    def _first(self, run: GenerationState, arguments: Arguments, args: Sequence[Any], kwargs: Arguments) -> StockOutput:
         """A run's first forward: its prompt, or what a context does not know of it."""
         tokens, context = tokens_of(arguments), run.context
         beside = self.beside if run.joint else ()
         if context is not None and run.ready is not None:
             context.cache.restore(tokens.shape[1])
             self.passes.resume(context, 0, beside, joint=run.joint)
-            output: Any = CausalLMOutputWithPast(logits=run.ready[:, None], **{CACHE: context.cache})
+            output: StockOutput = CausalLMOutputWithPast(logits=run.ready[:, None], **{CACHE: context.cache})
             slots = 0
         elif context is not None and context.tokens and run.mode.refresh == "never" and not run.mode.exact:
             self.passes.resume(context, tokens.shape[1], beside, joint=run.joint)
@@ -356,7 +356,7 @@ class ModelRunner:
         run.experts = self.loaded.layers.expert_report
         return output
 
-    def _read_again(self, run: GenerationState, kwargs: dict[str, Any]) -> Any:
+    def _read_again(self, run: GenerationState, kwargs: Arguments) -> StockOutput:
         """All tokens so far, streamed like a prompt: their positions are turned by other angles from now on."""
         tokens = tokens_of(kwargs)
         if run.own_cache is not None:

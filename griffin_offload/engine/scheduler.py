@@ -146,7 +146,7 @@ class SequenceScheduler:
         return sequence
 
     def _prepared(
-        self, prompt: Tensor, context: Context, arguments: dict[str, Any]
+        self, prompt: Tensor, context: Context, arguments: dict[str, object]
     ) -> tuple[GenerationState, PreparedAnswer]:
         engine, ready = self._engine, PreparedAnswer()
         prompt = checked_prompt(prompt, engine.shape.vocab_size).to(engine.model_spec.device)
@@ -268,7 +268,7 @@ class _Model(Protocol):
     @property
     def last_report(self) -> RunReport | None: ...
     def generate(self, inputs: Tensor, **kwargs: Any) -> Any: ...
-    def guide(self, structure: Structure | None, arguments: dict[str, Any]) -> StructureGuide | None: ...
+    def guide(self, structure: Structure | None, arguments: dict[str, object]) -> StructureGuide | None: ...
 
 
 _MODE = ("exact", "draft_tokens", "refresh")  # of `generate` alone

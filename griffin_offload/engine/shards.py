@@ -59,7 +59,7 @@ class CopyDirectory:
         self,
         path: str | Path,
         kind: str,
-        note: Mapping[str, Any],
+        note: Mapping[str, object],
         metadata: dict[str, str],
         check: Callable[[Path], None],
         *,
@@ -142,7 +142,7 @@ class CopyDirectory:
         with renamed(self.path / name) as temporary:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, self._metadata)
 
-    def finish(self, checkpoint: Checkpoint, config: dict[str, Any], names: list[str]) -> None:
+    def finish(self, checkpoint: Checkpoint, config: dict[str, object], names: list[str]) -> None:
         """Tokenizer, config, and last the index over the shards `names`, which makes the directory a checkpoint."""
         checkpoint.write_beside(self.path, {"config.json", INDEX})
         config = said_untied(config) if checkpoint.untied else config

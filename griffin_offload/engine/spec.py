@@ -1,5 +1,7 @@
 """What is known of a model before a weight is read: its checkpoint, its sizes, the budget, and the plan."""
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from transformers import PretrainedConfig
 
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.blocks.sizes import ModelSizes
-from griffin_offload.blocks.states import lasting_kinds, state_kinds
+from griffin_offload.blocks.states import cache_layers, lasting_kinds, state_kinds
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.registry import PartSizes, open_checkpoint, part_sizes
 from griffin_offload.config import (
@@ -26,8 +28,8 @@ from griffin_offload.devices.memory import budget_bytes, host_bytes, session_byt
 from griffin_offload.devices.registry import choose_device, device_kind, devices_here
 from griffin_offload.engine.build import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
-from griffin_offload.engine.precisions import resting_head, shapes_of
-from griffin_offload.errors import UsageError
+from griffin_offload.engine.precisions import others_of, resting_head, shapes_of
+from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.formats import Format, planned_as
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
@@ -36,7 +38,7 @@ from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import make_plan
 from griffin_offload.planner.tiers import bits_of
-from griffin_offload.transformers_api import warn_if_untested
+from griffin_offload.transformers_api import keeps_entries, warn_if_untested
 from griffin_offload.units import format_bytes
 
 
@@ -49,8 +51,8 @@ class ModelSpec:
     dtype: torch.dtype
     shapes: tuple[ModelSizes, ...]
     """The model in every precision its residents may have, best first."""
-    others: tuple[ModelSizes, ...]
-    """In the precisions that `quantize` rules out."""
+    ruled_out: Callable[[], tuple[ModelSizes, ...]]
+    """Makes `others`."""
     request: PlanRequest
     assumed: str | None = None
     """What is not known of a device that is not here; None where it is."""
@@ -101,10 +103,17 @@ class ModelSpec:
         full = sum(tensor.nbytes for tensor in packed)
         return sum(tensor.stored_bytes for tensor in packed) / full if full else 1.0
 
+    @functools.cached_property
+    def others(self) -> tuple[ModelSizes, ...]:
+        """In the precisions that `quantize` rules out: asked for by remedies and comparisons alone."""
+        return self.ruled_out()
+
     def shape_of(self, plan: Plan) -> ModelSizes:
         """The sizes in the precision of `plan`."""
-        every_shape = (*self.shapes, *self.others)
-        return next(s for s in every_shape if (s.precision_name, s.level_names) == (plan.precision, plan.levels))
+        wanted = (plan.precision, plan.levels)
+        found = [shape for shape in self.shapes if (shape.precision_name, shape.level_names) == wanted]
+        found = found or [shape for shape in self.others if (shape.precision_name, shape.level_names) == wanted]
+        return found[0]
 
     def small_of(self, plan: Plan) -> dict[str, list[str]]:
         """Names of small matrices by the format that they rest in, where it is another one than their neighbours'."""
@@ -136,7 +145,11 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     # In host memory the rows are read in place, so their precision has to be the stored one.
     host_embeddings = not hardware.shares_host_memory or (dtype == checkpoint.dtype and not parts.embeddings)
     head = checkpoint.tables if config.exact else resting_head(checkpoint, meta, host_embeddings)
-    shapes, others = shapes_of(checkpoint, meta, device, config, head)
+    shapes = shapes_of(checkpoint, meta, device, config, head)
+
+    def ruled_out() -> tuple[ModelSizes, ...]:
+        return others_of(checkpoint, build_on_meta(checkpoint.config, dtype), device, config, head)
+
     cache = _cache_kind(checkpoint.config, config.kv_bits)
     request = PlanRequest(
         budget_bytes=budget_bytes(config, hardware, absent=absent),
@@ -158,6 +171,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         converted_bytes=parts.embeddings + parts.rest,
         host_embeddings=host_embeddings,
         stored_share=_stored_share(checkpoint, parts, dtype) if hardware.shares_host_memory else 0.0,
+        on_grids=parts.on_grids,
         translated=emulates_halves(device, dtype),
         pass_tokens=pass_tokens(config.exact, config.draft_tokens, config.refresh),
         verifies=config.exact,
@@ -168,9 +182,10 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         graphs=GRAPH_COSTS if hardware.captures and config.cuda_graphs and not shapes[0].has_experts else None,
     )
     assumed = f"no {hardware.name} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
-    model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, others, request, assumed if absent else None)
+    model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, ruled_out, request, assumed if absent else None)
     if config.exact:
         model_spec.check_exact(checkpoint.precision, request.kv_bits)
+    _check_neurons(model_spec, config)
     _check_passes(model_spec, config)
     _check_experts(model_spec, config)
     return model_spec
@@ -215,6 +230,18 @@ def check_no_passes(refresh: int) -> None:
         )
 
 
+def _check_neurons(model_spec: ModelSpec, config: LoadConfig) -> None:
+    """UsageError for what chooses neurons where no layer has any."""
+    if model_spec.shape.with_neurons:
+        return
+    none = f"{model_spec.checkpoint.config.model_type} has no feed-forward: there are no neurons"
+    densities = config.density if isinstance(config.density, Sequence) else [config.density]
+    if config.density != "auto" and any(density != 1 for density in densities):
+        raise UsageError(f"{none} to leave out, and no density below 1")
+    if config.exact:
+        raise UsageError(f"{none} to draft with: leave exact mode out, every answer is the full model's")
+
+
 def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
     """UsageError where the passes between two tokens cannot take the drafted ones back."""
     if model_spec.shape.has_experts and not config.exact and config.missing_experts == "fetch":
@@ -230,7 +257,7 @@ def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
 
 
 def _cache_kind(config: PretrainedConfig, bits: AskedKVBits) -> CacheKind:
-    if can_cache(config):
+    if can_cache(config) and (bits not in (8, 4) or keeps_entries(cache_layers(config))):
         return "ours"
     if bits in (8, 4):
         kinds = lasting_kinds(config) or state_kinds(config)
@@ -242,7 +269,10 @@ def _cache_kind(config: PretrainedConfig, bits: AskedKVBits) -> CacheKind:
 
 def plan_for(model_spec: ModelSpec) -> Plan:
     """The plan; DoesNotFit when there is none."""
-    return make_plan(model_spec.shapes, model_spec.request, model_spec.others)
+    try:
+        return make_plan(model_spec.shapes, model_spec.request)
+    except DoesNotFit:
+        return make_plan(model_spec.shapes, model_spec.request, model_spec.others)  # for a better remedy
 
 
 def evicts(model_spec: ModelSpec) -> bool:

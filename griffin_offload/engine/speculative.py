@@ -22,7 +22,7 @@ from griffin_offload.engine.report import DraftReport
 from griffin_offload.kernels import table
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.transformers_api import CACHE, StockModel
+from griffin_offload.transformers_api import CACHE, Arguments, StockModel, StockOutput
 
 Streamer: TypeAlias = "BaseStreamer | None"
 
@@ -37,7 +37,7 @@ class FullModel(Protocol):
     @property
     def step_costs(self) -> StepCosts: ...
     def observe(self, logits: Tensor) -> None: ...
-    def full_pass(self, inputs: dict[str, Any], *, choose: bool, each: bool) -> tuple[Any, dict[int, Tensor]]: ...
+    def full_pass(self, inputs: Arguments, *, choose: bool, each: bool) -> tuple[StockOutput, dict[int, Tensor]]: ...
 
 
 class DraftingLoop:
@@ -135,18 +135,18 @@ class DraftingLoop:
     def _with(self, drafts: list[int]) -> Tensor:
         return torch.cat([self._ids, self._ids.new_tensor([drafts])], dim=1)
 
-    def _inputs(self, ids: Tensor, kwargs: dict[str, Any], new_tokens: int, **more: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
+    def _inputs(self, ids: Tensor, kwargs: Arguments, new_tokens: int, **more: Any) -> dict[str, Any]:
+        inputs: Arguments = self._model.prepare_inputs_for_generation(
             ids, next_sequence_length=new_tokens, **kwargs, **more
         )
         return inputs
 
-    def _grown(self, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    def _grown(self, kwargs: Arguments, tokens: int) -> dict[str, Any]:
         """`kwargs` for so many tokens more."""
         grown: dict[str, Any] = self._model._update_model_kwargs_for_generation({}, dict(kwargs), num_new_tokens=tokens)
         return grown
 
-    def _step(self, ids: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _step(self, ids: Tensor, kwargs: Arguments) -> tuple[Tensor, Tensor]:
         """One forward of the residents: (logits as they are, processed scores), both [1, V]."""
         logits = self._model(**self._inputs(ids, kwargs, 1), return_dict=True).logits[:, -1]
         return self._processed(ids, logits)
@@ -156,9 +156,7 @@ class DraftingLoop:
         self._engine.observe(raw)
         return raw, self._processor(ids, raw)
 
-    def _pass(
-        self, ids: Tensor, kwargs: dict[str, Any], drafted: int, *, judged: bool
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    def _pass(self, ids: Tensor, kwargs: Arguments, drafted: int, *, judged: bool) -> tuple[Tensor, dict[int, Tensor]]:
         """The full model over the last `drafted` of `ids` and the token before them: logits [1, drafted + 1, V] and
         s^2 [1, drafted + 1, F] by layer; if they are not judged, of the last token, and of all tokens together. What
         drafting left in the KV cache goes first."""

@@ -125,7 +125,7 @@ def _described(structure: Structure) -> str:
         raise UsageError(f"the JSON schema cannot be used: {one_line(error)}") from error
 
 
-def _check_schema(schema: dict[str, Any]) -> None:
+def _check_schema(schema: dict[str, object]) -> None:
     """UsageError for what llguidance would not refuse by itself."""
     if _OLD_STANDARD in str(schema.get("$schema", "")):
         raise UsageError(f"the JSON schema is one of {_OLD_STANDARD}: draft-04 and later are read")
@@ -135,7 +135,7 @@ def _check_schema(schema: dict[str, Any]) -> None:
             raise UsageError(f"the JSON schema cannot be enforced: unknown keywords {found}, those of {_OLD_STANDARD}")
 
 
-def _parts(schema: Any) -> Iterator[dict[str, Any]]:
+def _parts(schema: object) -> Iterator[dict[str, Any]]:
     """Every schema within `schema`; values and names of properties are none."""
     waiting = [schema]
     while waiting:

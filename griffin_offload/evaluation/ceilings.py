@@ -107,7 +107,7 @@ class Ceilings:
 def measure_ceilings(model_spec: ModelSpec, precision: Format, prompts: list[int], threads: int | None) -> Ceilings:
     """Before the model is loaded: a few hundred MB are needed for a moment. Threads: as loading would choose them."""
     shape, device, dtype = model_spec.shape, model_spec.hardware, model_spec.dtype
-    hidden, neurons = shape.hidden_size, shape.width
+    hidden, neurons = shape.hidden_size, shape.width or shape.hidden_size  # of attention alone, where there is no FF
     if threads is None:
         threads = device.choose_threads(hidden, neurons, dtype)
     with limited_threads(threads), torch.no_grad():

@@ -16,6 +16,7 @@ from torch import Tensor
 from griffin_offload.config import FORMAT_NAMES
 from griffin_offload.errors import CheckpointError, UsageError
 from griffin_offload.formats.compensation import Compensation
+from griffin_offload.formats.translated import TranslatedTensor, in_memory
 from griffin_offload.kernels import table
 
 Tensors = dict[str, Tensor]
@@ -23,6 +24,8 @@ Tensors = dict[str, Tensor]
 Spec = tuple[tuple[int, ...], torch.dtype | None]
 """Shape and type of a tensor; None is the precision of the computation."""
 Specs = Callable[[int, int, bool], dict[str, Spec]]
+RowGrids = Callable[[Tensor], tuple[Tensor, Tensor] | None]
+"""The grids of some rows of a matrix (indices [K]), as `taken_over` has them; None where they lie on none."""
 BLOCK_NUMBERS = 2**20  # float32 copies of a block stay in the cache
 PLAIN_TYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 """What is computed in, and what plain weights are of; 8-bit floats are numbers of a quantised matrix."""
@@ -204,10 +207,15 @@ class Format:
             dtype = out["scale"].dtype if "scale" in out else out["input_scale"].dtype
             full, plain = full | {"weight": source.format.floats(full, dtype, is_down=is_down)}, True
         if is_down:
+            full = {name: in_memory(tensor) for name, tensor in full.items()}
             self.gather_columns(full, chosen, out, importance, plain=plain)
             return
         for rows, start in self.row_chunks(full, chosen, out, parts):
             self.gather_rows(full, rows, start, out, importance, plain=plain)
+
+    def take_over(self, full: Tensors, grids: RowGrids, chosen: Tensor, out: Tensors, *, parts: int = 1) -> bool:
+        """As `gather`, of a matrix of floats that is no down projection, by `taken_over`; False where it cannot be."""
+        return False
 
     def row_chunks(self, full: Tensors, chosen: Tensor, out: Tensors, parts: int) -> Iterator[tuple[Tensor, int]]:
         """Which rows of `full` go to which row of `out` on, a chunk at a time; their biases are there already."""
@@ -253,10 +261,12 @@ def take(source: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
     """`source.index_select(axis, index)` of a matrix or a vector into `out`."""
     if source.dtype.itemsize == 1:  # torch indexes no floats of 8 bits
         source, out = source.view(torch.uint8), out.view(torch.uint8)
-    if axis == 0:
+    if axis == 0 and isinstance(source, TranslatedTensor):
+        out.copy_(source.index_select(0, index))
+    elif axis == 0:
         torch.index_select(source, 0, index, out=out)
     else:
-        table.call("gather", "columns", source, index, out)
+        table.call("gather", "columns", in_memory(source), index, out)
 
 
 def row_blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:

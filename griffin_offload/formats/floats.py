@@ -1,7 +1,5 @@
 """Floats as they are computed with: 16 bits or more, no scales."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +7,7 @@ from griffin_offload.errors import UnsupportedModel
 from griffin_offload.formats.base import PLAIN_TYPES, Format, Layout, Spec, Tensors, every, neuron_scale, take
 from griffin_offload.formats.compensation import Compensation
 from griffin_offload.kernels import by_blocks, table
+from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
 
 
@@ -52,7 +51,7 @@ def _specs(outputs: int, inputs: int, is_down: bool) -> dict[str, Spec]:
     return {"weight": ((outputs, inputs), None)}
 
 
-def _multiply(x: Tensor, tensors: table.Tensors, outputs: int, scratch: Any) -> Tensor:
+def _multiply(x: Tensor, tensors: table.Tensors, outputs: int, scratch: Scratch) -> Tensor:
     weight = tensors["weight"]
     assert weight is not None
     return nn.functional.linear(x, weight, tensors["bias"])

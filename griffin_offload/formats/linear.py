@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.formats.base import Format, Layout
+from griffin_offload.formats.base import Format, Layout, RowGrids, Tensors
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.table import products
 from griffin_offload.transformers_api import StockModel
@@ -34,10 +34,20 @@ class QuantizedLinear(nn.Module):
         self.scratch = scratch
         self.importance: Tensor | None = None
         """What is known of the inputs, [3, I], for formats that want it when they quantise floats."""
+        self.grids: RowGrids | None = None
+        """Of the rows of floats that lie on some in their file, for formats that take these over."""
         stored, resting = (layout.specs(outputs, inputs, is_down=is_down) for layout in (full, resident))
         for name in dict.fromkeys(("weight", *stored, *resting, "bias", "input_scale")):
             self.register_parameter(name, None)
         self._only_stored = stored.keys() - resting.keys()
+
+    def gather(self, layout: Layout, full: Tensors, chosen: Tensor, out: Tensors, *, parts: int = 1) -> None:
+        """Of its `full` matrix the `chosen` neurons, or outputs, into `out`, which lie in `layout`."""
+        format = layout.format
+        grids = None if self.is_down else self.grids
+        if grids is None or not format.take_over(full, grids, chosen, out, parts=parts):
+            kind: dict[str, Any] = {"is_down": self.is_down, "importance": self.importance}
+            format.gather(full, self.full, chosen, out, parts=parts, **kind)
 
     def take_layout(self, layout: Layout) -> None:
         """Say that the tensors of `layout` were installed. What only the full matrix has goes; what only the resident
@@ -196,11 +206,12 @@ def table_bytes(shape: torch.Size, format: Format, dtype: torch.dtype) -> int:
     return format.stored(is_down=False).nbytes(shape[0], shape[1], dtype, is_down=False)
 
 
-def _parameters(stock: Any, format: Format) -> tuple[nn.Parameter, nn.Parameter]:
-    outputs, inputs = stock.weight.shape
+def _parameters(stock: nn.Module, format: Format) -> tuple[nn.Parameter, nn.Parameter]:
+    table = stock.get_parameter("weight")
+    outputs, inputs = table.shape
     specs = format.stored(is_down=False).specs(outputs, inputs, is_down=False)
     weight, scale = (
-        nn.Parameter(stock.weight.new_empty(shape, dtype=own or stock.weight.dtype), requires_grad=False)
+        nn.Parameter(table.new_empty(shape, dtype=own or table.dtype), requires_grad=False)
         for shape, own in (specs["weight"], specs["scale"])
     )
     return weight, scale

@@ -1,7 +1,7 @@
 """Tensors that lie in files in a form nothing here multiplies: translated where they are used, a few rows at a time."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ Grids = tuple[Tensor, Tensor]
 _aten = torch.ops.aten
 # Numbers of a tensor that are translated at once, where they need not stay.
 _PIECE_NUMBERS = 2**22
+_SPAN = 4  # times as many rows as are wanted: calls cost more than those
 
 
 class TranslatedTensor(Tensor):
@@ -43,7 +44,7 @@ class TranslatedTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"TranslatedTensor({list(self.shape)}, {self.dtype}, of {self.stored_bytes} bytes)"
 
     @property
@@ -51,11 +52,14 @@ class TranslatedTensor(Tensor):
         """Bytes in the files."""
         return sum(part.nbytes for part in self.parts)
 
-    def grids(self) -> Grids | None:
+    def grids(self, rows: Tensor | None = None) -> Grids | None:
         """Of a matrix whose stored numbers lie on grids of 16 levels: step and lowest level of each 32 inputs, float32
-        [O, I / 32]; None of others."""
-        found = getattr(self.decode, "grids", None)
-        return None if found is None else found(self.parts, self.shape[0])
+        [O, I / 32], of some `rows` or of all; None of others."""
+        if not on_grids(self.decode):
+            return None
+        every = torch.arange(self.shape[0], dtype=torch.long, device="cpu") if rows is None else rows.to("cpu")
+        found: Grids | None = cast(Any, self.decode).grids(self.parts, self.shape[0], every)
+        return found
 
     def rows(self, first: int, end: int, into: Tensor) -> None:
         """Translate rows of the first axis into `into`, of their shape, in any precision and on any device."""
@@ -81,11 +85,23 @@ class TranslatedTensor(Tensor):
 
     def looked_up(self, indices: Tensor) -> Tensor:
         """Rows [..., *] of `indices` [...]: each is translated once."""
-        wanted, places = indices.to("cpu").unique(return_inverse=True)
-        made = torch.empty((wanted.numel(), *self.shape[1:]), dtype=self.dtype, device="cpu")
-        for place, row in enumerate(wanted.tolist()):
+        indices = indices.to("cpu")
+        wanted, places = indices.unique(return_inverse=True)
+        made = self._sorted_rows(wanted.tolist())
+        return made if torch.equal(wanted, indices) else made[places]
+
+    def _sorted_rows(self, wanted: list[int]) -> Tensor:
+        """By one call where the rows between them are not many more, else by one for each."""
+        first, rows = min(wanted, default=0), len(wanted)
+        span = max(wanted, default=-1) + 1 - first
+        at_once = span <= _SPAN * rows
+        made = torch.empty((span if at_once else rows, *self.shape[1:]), dtype=self.dtype, device="cpu")
+        if at_once:
+            self.rows(first, first + span, made)
+            return made if span == rows else made[[row - first for row in wanted]]
+        for place, row in enumerate(wanted):
             self.rows(row, row + 1, made[place : place + 1])
-        return made[places]
+        return made
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -96,11 +112,18 @@ class TranslatedTensor(Tensor):
             return cls(first.shape, first.dtype, first.parts, first.decode)
         if func is _aten.embedding.default and not isinstance(args[1], cls):
             return first.looked_up(args[1])
+        if func is _aten.index_select.default and args[1] == 0 and not isinstance(args[2], cls):
+            return first.looked_up(args[2])
         if func is _aten.copy_.default and args[1].shape == first.shape and not isinstance(first, cls):
             args[1].read(first)
             return first
         plain_args, plain_kwargs = tree_map_only(cls, lambda tensor: tensor.translated(), (args, kwargs or {}))
         return func(*plain_args, **plain_kwargs)
+
+
+def on_grids(decode: Decode | None) -> bool:
+    """Whether numbers that are made so may lie on grids of 16 levels."""
+    return bool(getattr(decode, "on_grids", False))
 
 
 def in_memory(tensor: Tensor) -> Tensor:

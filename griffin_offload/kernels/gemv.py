@@ -22,8 +22,9 @@ _HALF = 16
 _STRIP = 64  # outputs
 _FILLED = 256  # inputs of rows in groups are filled up to a multiple of it at most, as gemv.h says
 _LANES = 16
-_BY_TILES = 2  # as gemv.c has it
+_BY_TILES, _BY_LANES = 2, 3  # as gemv.c has them
 _TILE = 256  # floats of a tile
+_FEW, _NARROW = 4, 4096  # rows, inputs
 _LEVELS = 2048  # floats, of a table of the tiles' kernel for strips
 _TILED_BITS = 4
 TILE_ROWS = 16
@@ -42,10 +43,20 @@ Asked = tuple[Tensor, bytes, Tensor]
 class GemvKernels:
     """The products of a library. With `tiles` those of int4, int8 and floats by instructions for whole tiles: of up to
     TILE_ROWS rows of bfloat16, whose products are the same however many there are, but summed in another order than
-    without. `wide` and `ahead` are for tests: those of older processors, and as another processor would read."""
+    without. With `lanes` those of int4 rows with outputs as lanes, which is faster for more than a few rows and sums in
+    another order, too. `wide` and `ahead` are for tests: those of older processors, and as another processor would
+    read."""
 
-    def __init__(self, library: Library, *, wide: bool = True, ahead: bool | None = None, tiles: bool = False) -> None:
-        self._library, self._tiles = library, tiles
+    def __init__(
+        self,
+        library: Library,
+        *,
+        wide: bool = True,
+        ahead: bool | None = None,
+        tiles: bool = False,
+        lanes: bool = False,
+    ) -> None:
+        self._library, self._tiles, self._lanes = library, tiles, lanes
         self._ahead = library.fetches_ahead if ahead is None else ahead
         self.uses_bytes, self._pairs = wide and library.sums_bytes, wide and library.sums_pairs
 
@@ -145,7 +156,8 @@ class GemvKernels:
             made: tuple[int, ...] = (sums, floats, numbers, step, 0, 0)
             return *asked(x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead), room
         room, made = _made(sizes)
-        return *asked(x, beside, made, sizes, wide=self.uses_bytes, ahead=self._ahead), room
+        wide = _BY_LANES if self._lanes and bits == _TILED_BITS else self.uses_bytes
+        return *asked(x, beside, made, sizes, wide=wide, ahead=self._ahead), room
 
     def _strips(
         self,
@@ -223,10 +235,10 @@ def _parts(x: Tensor) -> int:
 
 
 @functools.cache
-def kernels(*, tiles: bool = False) -> GemvKernels | None:
+def kernels(*, tiles: bool = False, lanes: bool = False) -> GemvKernels | None:
     """Ours, or None where torch's have to do."""
     loaded = library()
-    return GemvKernels(loaded, tiles=tiles) if loaded is not None else None
+    return GemvKernels(loaded, tiles=tiles, lanes=lanes) if loaded is not None else None
 
 
 # As the table calls them: x [M, I], the matrix's tensors by name, its outputs, and the scratch of other kernels.
@@ -240,9 +252,12 @@ def int8_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, til
     return own.multiply_int8(x, weight, scale, typed(tensors["bias"], dtype), typed(tensors["input_scale"], dtype))
 
 
-def rows_product(bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, tiles: bool = False) -> Tensor:
+def rows_product(
+    bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, tiles: bool = False, lanes: bool = False
+) -> Tensor:
     """Of rows of 2 to 4 `bits`."""
-    own, weight, groups, scale = kernels(tiles=tiles), tensors["weight"], tensors["groups"], tensors["scale"]
+    own, weight, groups = kernels(tiles=tiles, lanes=lanes), tensors["weight"], tensors["groups"]
+    scale = tensors["scale"]
     assert own is not None and weight is not None and groups is not None and scale is not None  # noqa: PT018
     return own.multiply_rows(x, weight, groups, scale, typed(tensors["bias"], x.dtype), bits=bits)
 
@@ -255,6 +270,12 @@ def strips_product(
     inputs = typed(tensors["input_scale"], dtype)
     assert own is not None and weight is not None and groups is not None and inputs is not None  # noqa: PT018
     return own.multiply_strips(x, weight, groups, inputs, typed(tensors["bias"], dtype), outputs, bits=bits)
+
+
+def takes_lanes(x: Tensor, tensors: Tensors) -> bool:
+    """Whether outputs as lanes are the faster way: from five rows on, and from three whose bytes would not stay in the
+    first cache."""
+    return (x.shape[0] > _FEW or x.shape[1] > _NARROW) and not needs_gradient(x)
 
 
 def takes_tiers(x: Tensor | Sequence[Tensor], tiers: Sequence[Any], *beside: Any) -> bool:

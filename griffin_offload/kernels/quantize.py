@@ -11,7 +11,7 @@ from torch import Tensor
 
 from griffin_offload.kernels.library import NUMBER_TYPES, check, check_rows, library
 
-_QUANTIZING = struct.Struct("@9P7q")
+_QUANTIZING = struct.Struct("@11P7q")
 """The struct Quantizing of quantize.c."""
 _GROUP = 32
 
@@ -54,6 +54,15 @@ def quantize_rows(
     return made
 
 
+def int4_on_grids(weight: Tensor, scale: Tensor, steps: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [O, I / 2] and groups [O, I / 32, 2] of `weight` [O, I] over `scale` [O], none of which is 0, in int4; of
+    each group one grid is tried, by its step and what its ninth level stands for, [O, I / 32] over the scale."""
+    outputs, groups = weight.shape[0], _groups(weight.shape[1])
+    made = _packed_of(4, outputs, groups)
+    run("quantize_int4_rows", weight, made[0], scale=scale, groups=made[1], steps=steps, middles=middles)
+    return made
+
+
 def quantize_neurons(
     bits: int,
     columns: Tensor,
@@ -85,7 +94,7 @@ def of_int4(
     if importance is not None:
         check(importance, (count * _GROUP,), name="the importance")
         importance = importance.float()
-    addresses = (codes, groups, None, importance, None, None, None, *made)
+    addresses = (codes, groups, None, importance, None, None, None, None, None, *made)
     job = _QUANTIZING.pack(
         *(0 if tensor is None else tensor.data_ptr() for tensor in addresses),
         *(rows, count * _GROUP, 0, 0, 0, torch.get_num_threads(), found is not None and found.sums_bytes),
@@ -131,6 +140,8 @@ def run(
     importance: Tensor | None = None,
     feedback: Tensor | None = None,
     order: Tensor | None = None,
+    steps: Tensor | None = None,
+    middles: Tensor | None = None,
     carried: Tensor | None = None,
     by_columns: bool = False,
 ) -> None:
@@ -152,9 +163,12 @@ def run(
         check(order, (groups_of,), torch.int32, "the order")
         if groups_of and not 0 <= int(order.min()) <= int(order.max()) < groups_of:
             raise ValueError(f"the order must be of {groups_of} groups, counted from 0")
+    for grid in (steps, middles):
+        if grid is not None:
+            check(grid, (rows, columns // _GROUP), torch.float32, "the grids")
     if carried is not None:
         check(carried, (rows,), torch.float32, "what is carried")
-    beside = (divisor, scale, importance, feedback, order, carried, out, groups)
+    beside = (divisor, scale, importance, feedback, order, steps, middles, carried, out, groups)
     job = _QUANTIZING.pack(
         weight.data_ptr(),
         *(0 if tensor is None else tensor.data_ptr() for tensor in beside),

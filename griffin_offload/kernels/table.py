@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels import attention_and_norm, gather, gemm, gemv, int8pack, quantize
+from griffin_offload.kernels import attention_and_norm, gather, gemm, gemv, gguf_blocks, int8pack, quantize
 from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library, needs_gradient
 
 Tensors = Mapping[str, Tensor | None]
@@ -34,7 +34,7 @@ class Kernel:
 
     operation: str
     """gemv and gemm (a resident matrix times a few rows, any matrix times many), tiers (several resident matrices at
-    once), gather, quantize, attention, rms_norm."""
+    once), gather, quantize, dequantize, attention, rms_norm."""
     layout: str
     """Of the matrix, as formats name it; of the other operations, what is made."""
     name: str
@@ -157,14 +157,6 @@ def why_not(kernel: Kernel, devices: Iterable[str]) -> str | None:
     return kernel.needs()
 
 
-def rows_in_words(kernel: Kernel) -> str:
-    """Of x, that a row of the table is best for."""
-    least, most = kernel.rows
-    if most >= MANY:
-        return "all" if least <= 1 else f"{least} or more"
-    return f"up to {most}"
-
-
 def _find(
     key: tuple[Any, ...], operations: tuple[str, ...], rows: int | None, computes: torch.dtype | None
 ) -> tuple[Kernel, ...]:
@@ -235,7 +227,7 @@ _NUMBERS = frozenset(NUMBER_TYPES)
 _SHORT = frozenset((torch.int8, torch.uint8, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2))
 _FEW_BITS = (4, 3, 2)  # of formats in groups
 # From so many rows on a matrix is better turned into bfloat16, where nothing multiplies whole tiles (Zen 4).
-_PAIRS_FROM = {"int4_strips": 8, "int3_strips": 12, "int2_strips": 18, **{f"int{bits}_rows": 23 for bits in _FEW_BITS}}
+_PAIRS_FROM = {"int4_strips": 11, "int3_strips": 12, "int2_strips": 18, "int3_rows": 23, "int2_rows": 23}
 _RESIDENT = ("int8", *(f"int{bits}_{form}" for bits in _FEW_BITS for form in ("rows", "strips")))
 
 
@@ -259,17 +251,15 @@ def _gemm(name: str, needs: Callable[[], str | None], computes: torch.dtype, bes
     ]
 
 
-def _products_of_ours() -> list[Kernel]:
-    few: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": _no_gradient, "numbers": _NUMBERS}
-    tiled: dict[str, Any] = few | {
+_FEW: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": _no_gradient, "numbers": _NUMBERS}
+
+
+def _by_tiles() -> list[Kernel]:
+    tiled: dict[str, Any] = _FEW | {
         "needs": _has("sums_tiles", "AMX"),
         "numbers": frozenset((torch.bfloat16,)),
         "rows": (3, gemv.TILE_ROWS),
     }
-    tiers: dict[str, Any] = few | {"takes": gemv.takes_tiers}
-    plain: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": alike, "numbers": HALVES}
-    pack: dict[str, Any] = {"numbers": _NUMBERS, "rows": (0, int8pack.ROWS)}
-    float32 = torch.float32
     return [
         *(
             Kernel("gemv", layout, f"{name} (AMX)", functools.partial(product, tiles=True), **tiled)
@@ -283,16 +273,31 @@ def _products_of_ours() -> list[Kernel]:
             *("gemv", "float", "multiply_floats (AMX)", functools.partial(gemv.float_product, tiles=True)),
             **(tiled | {"takes": alike}),
         ),
+    ]
+
+
+def _products_of_ours() -> list[Kernel]:
+    tiers: dict[str, Any] = _FEW | {"takes": gemv.takes_tiers}
+    plain: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": alike, "numbers": HALVES}
+    pack: dict[str, Any] = {"numbers": _NUMBERS, "rows": (0, int8pack.ROWS)}
+    float32 = torch.float32
+    return [
+        *_by_tiles(),
         *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 17, **dict.fromkeys(_RESIDENT[1:], 24)}),
         *_gemm("AVX512-BF16", _pairs, torch.bfloat16, {"int8": 7, **_PAIRS_FROM}),
         *_gemm("AVX2", _float32, float32, {}),
         Kernel("tiers", "rows", "multiply_tiers_rows", gemv.tiers_rows_product, **tiers),
         Kernel("tiers", "strips", "multiply_tiers_strips", gemv.tiers_strips_product, **tiers),
-        Kernel("gemv", "int8", "multiply_int8", gemv.int8_product, **few, rows=(0, gemv.ROWS)),
+        Kernel("gemv", "int8", "multiply_int8", gemv.int8_product, **_FEW, rows=(0, gemv.ROWS)),
+        Kernel(
+            *("gemv", "int4_rows", "multiply_int4_rows (lanes)", functools.partial(gemv.rows_product, 4, lanes=True)),
+            **(_FEW | {"needs": _has("sums_bytes", "AVX512-VNNI"), "takes": gemv.takes_lanes}),
+            rows=(3, gemv.ROWS),
+        ),
         *(
             Kernel(
                 *("gemv", f"int{bits}_{form}", f"multiply_int{bits}_{form}", functools.partial(product, bits)),
-                **few,
+                **_FEW,
                 rows=(0, gemv.ROWS),
             )
             for bits in _FEW_BITS
@@ -343,6 +348,7 @@ def _others_of_ours() -> list[Kernel]:
         Kernel("quantize", "row_norms", "quantize_row_norms", quantize.row_norms, **made),
         Kernel("quantize", "column_norms", "quantize_column_norms", quantize.column_norms, **made),
         Kernel("quantize", "int8", "quantize_int8", quantize.quantize_int8, **made),
+        Kernel("quantize", "int4_on_grids", "quantize_int4_rows", quantize.int4_on_grids, **made),
         *(
             Kernel(
                 "quantize", f"int{bits}_{form}", f"quantize_int{bits}_{form}", functools.partial(function, bits), **made
@@ -353,6 +359,18 @@ def _others_of_ours() -> list[Kernel]:
         *(
             Kernel("quantize", f"int{n}_of_int4", "of_int4", functools.partial(quantize.of_int4, n), **own)
             for n in (3, 2)
+        ),
+        *(
+            Kernel(
+                *("dequantize", kind, "numbers_of_blocks", functools.partial(gguf_blocks.numbers, kind)),
+                **own,
+                takes=gguf_blocks.takes,
+            )
+            for kind in gguf_blocks.KINDS
+        ),
+        *(
+            Kernel("dequantize", f"{kind}_grids", "grids_of_blocks", functools.partial(gguf_blocks.grids, kind), **own)
+            for kind in gguf_blocks.ON_GRIDS
         ),
         Kernel(
             "attention",

@@ -18,124 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache
 
 from griffin_offload.blocks.base import PassForward
-from griffin_offload.blocks.states import cache_layers, lasting_kinds, state_kinds, states_in, windows_of
+from griffin_offload.blocks.states import cache_layers, lasting_kinds, state_kinds, windows_of
 from griffin_offload.config import KVBits
 from griffin_offload.errors import GriffinError
-from griffin_offload.kv_cache.kv_layer import KVLayer, Scratches
+from griffin_offload.kv_cache.kv_layer import KVLayer, StateLayer, States, TokenCount, copies, copies_bytes, layer_like
 from griffin_offload.kv_cache.store import DequantBuffer
-from griffin_offload.transformers_api import DummyLayer
-
-States = list[dict[str, Tensor]]
-"""Copies of what the layers with states held, in their order, by name: "conv.0", "recurrent.0"."""
-
-
-class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
-    """The states of one layer, as transformers' models read and write them."""
-
-    def held(self) -> dict[str, Tensor]:
-        """What is there, by name; nothing before tokens have passed."""
-        return states_in(self)
-
-    def put_back(self, states: dict[str, Tensor]) -> None:
-        """Hold copies of these."""
-        self.forget()
-        for name, state in states.items():
-            kind, number = name.split(".")
-            getattr(self, f"{kind}_states")[int(number)] = state.clone()
-            getattr(self, f"is_{kind}_states_initialized")[int(number)] = True
-            self.has_previous_state[int(number)] = True
-            if kind == "conv":
-                self.conv_kernel_size[int(number)] = state.shape[-1]
-                self.dtype, self.device = state.dtype, state.device
-
-    def forget(self) -> None:
-        """Hold nothing."""
-        LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
-
-    def grow(self, ctx_tokens: int) -> None:
-        """States have no length."""
-
-    def reset(self) -> None:
-        self.forget()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Nothing: the KV cache puts copies back."""
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sample `repeats` times, one after the other."""
-        self._replace(lambda state: state.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the samples `indices` of the batch."""
-        self._replace(lambda state: state[indices])
-
-    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.put_back({name: change(state) for name, state in self.held().items()})
-
-
-def copies(layers: Sequence[StateLayer]) -> States:
-    """Of what they hold now."""
-    return [{name: state.clone() for name, state in layer.held().items()} for layer in layers]
-
-
-def copies_bytes(states: States) -> int:
-    return sum(state.nbytes for held in states for state in held.values())
-
-
-class StateAndKVLayer(StateLayer, KVLayer):
-    """One layer with states beside attention."""
-
-    def __init__(
-        self, ctx_tokens: int, window: int | None, bits: KVBits, scratches: Scratches, number_of_states: int
-    ) -> None:
-        KVLayer.__init__(self, ctx_tokens, window, bits, scratches)
-        self.number_of_states = number_of_states
-        StateLayer.forget(self)
-
-    is_compileable = False
-    is_croppable = True
-    grow, crop, get_max_length = KVLayer.grow, KVLayer.crop, KVLayer.get_max_length
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """For keys and values, which come by place, or for states, by name."""
-        (KVLayer if args else StateLayer).lazy_initialization(self, *args, **kwargs)
-
-    def forget(self) -> None:
-        dtype = self.dtype  # of keys and values, once they are there
-        StateLayer.forget(self)
-        self.dtype = dtype
-
-    def reset(self) -> None:
-        StateLayer.reset(self)
-        KVLayer.reset(self)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        StateLayer.reorder_cache(self, beam_idx)
-        KVLayer.reorder_cache(self, beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        StateLayer.batch_repeat_interleave(self, repeats)
-        KVLayer.batch_repeat_interleave(self, repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        StateLayer.batch_select_indices(self, indices)
-        KVLayer.batch_select_indices(self, indices)
-
-
-def layer_like(stock: Any, ctx_tokens: int, window: int | None, bits: KVBits, scratches: Scratches) -> Any:
-    """Ours in the place of one of transformers'."""
-    if isinstance(stock, DummyLayer):
-        return DummyLayer()
-    if not isinstance(stock, LinearAttentionCacheLayerMixin):
-        return KVLayer(ctx_tokens, window, bits, scratches)
-    states = getattr(stock, "number_of_states", 1)
-    if isinstance(stock, CacheLayerMixin):
-        return StateAndKVLayer(ctx_tokens, window, bits, scratches, states)
-    return StateLayer(number_of_states=states)
-
+from griffin_offload.transformers_api import keeps_entries
 
 # Parts of layers that write states, during one pass.
 
@@ -197,12 +88,19 @@ class SplitWriter(PassForward):
         outputs = [self._forward(*first[0], **first[1])]
         with self._behind():
             outputs.append(self._forward(*rest[0], **rest[1]))
-        if not all(isinstance(output, Tensor) for output in outputs):
-            raise GriffinError(f"a part that writes states gave {type(outputs[0]).__name__}: hidden states are known")
-        return torch.cat(outputs, dim=1)
+        return _joined(outputs)
 
 
-def _of_tokens(value: Any, start: int, end: int, tokens: int) -> Any:
+def _joined(outputs: Sequence[Any]) -> Any:
+    """Of all tokens; hidden states, or a tuple of these and None."""
+    if all(isinstance(output, Tensor) for output in outputs):
+        return torch.cat(list(outputs), dim=1)
+    if not all(isinstance(output, tuple) and output[1:] == (None,) for output in outputs):
+        raise GriffinError(f"a part that writes states gave {type(outputs[0]).__name__}: hidden states are known")
+    return torch.cat([output[0] for output in outputs], dim=1), None
+
+
+def _of_tokens(value: object, start: int, end: int, tokens: int) -> Any:
     """Of arguments what belongs to these of `tokens` tokens: tensors with a row for each are cut."""
     if isinstance(value, Tensor):
         return value[:, start:end] if value.dim() > 1 and value.shape[1] == tokens else value
@@ -215,9 +113,7 @@ def _of_tokens(value: Any, start: int, end: int, tokens: int) -> Any:
 
 def can_cache(config: PretrainedConfig) -> bool:
     """Whether every layer of `config`'s model caches plain attention (all of the past, or a window of it, or nothing
-    where it reads another layer's), states of convolutions and recurrences, or both; and some layer attention."""
-    if not any(isinstance(layer, CacheLayerMixin) for layer in cache_layers(config)):
-        return False
+    where it reads another layer's), states of convolutions and recurrences, or both."""
     return not config.is_encoder_decoder and not lasting_kinds(config)
 
 
@@ -225,6 +121,12 @@ def why_not_back(config: PretrainedConfig) -> str:
     """Why tokens that have passed cannot be taken back, for a model of which `can_cache` is false."""
     kinds = lasting_kinds(config) or state_kinds(config)
     return f"layers of kind {kinds} keep a state that cannot be rolled back ({config.model_type})"
+
+
+def why_no_drafts(config: PretrainedConfig) -> str:
+    """Why transformers' own drafts are none for a model with states, and what is instead; of states alone nothing."""
+    instead = "; exact=True can" if keeps_entries(cache_layers(config)) else ""
+    return f"takes drafts back: {why_not_back(config)}{instead}"
 
 
 class KVCache(Cache):  # type: ignore[misc]
@@ -249,6 +151,7 @@ class KVCache(Cache):  # type: ignore[misc]
         """Those that hold entries: a layer may read another one's."""
         self.stateful: list[StateLayer] = [layer for layer in layers if isinstance(layer, StateLayer)]
         """Those that hold states."""
+        self._counting: Sequence[KVLayer | TokenCount] = self.kept or [TokenCount()]
         self._start: tuple[int, States] | None = None
         self.writers: Sequence[RecordedWriter] = ()
         """Of the one pass behind the start."""
@@ -282,7 +185,8 @@ class KVCache(Cache):  # type: ignore[misc]
     @property
     def batch(self) -> int:
         """Sequences that it was allocated for; 0 before the first update."""
-        return min((layer.batch for layer in self.kept), default=0)
+        states = [state.shape[0] for layer in self.stateful[:1] for state in layer.held().values()]
+        return min((layer.batch for layer in self.kept), default=min(states, default=0))
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -296,7 +200,7 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (transformers counts them below zero): in all layers or none."""
-        for layer in self.kept:
+        for layer in self._counting:
             layer.check_crop(tokens_to_remove)
         if self.stateful and tokens_to_remove:
             self._take_states_back(self.get_seq_length() + tokens_to_remove)
@@ -304,7 +208,7 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def hide(self, tokens: int) -> None:
         """Forget the entries of the last `tokens`, and leave states as they are: to be followed by `restore`."""
-        for layer in self.kept:
+        for layer in self._counting:
             layer.crop(-tokens)
 
     def keep_start(self) -> None:
@@ -339,23 +243,35 @@ class KVCache(Cache):  # type: ignore[misc]
     def trim(self, tokens: int) -> bool:
         """Forget all but the first `tokens`, also when layers hold different numbers of them, as after an interrupted
         forward. False, and nothing is done, if a layer holds fewer, or its window has lost what would be visible."""
-        surplus = [layer.get_seq_length() - tokens for layer in self.kept]
+        surplus = [layer.get_seq_length() - tokens for layer in self._counting]
         try:
-            for layer, removed in zip(self.kept, surplus, strict=True):
+            for layer, removed in zip(self._counting, surplus, strict=True):
                 layer.check_crop(-removed)
         except GriffinError:
             return False
-        for layer, removed in zip(self.kept, surplus, strict=True):
+        for layer, removed in zip(self._counting, surplus, strict=True):
             layer.crop(-removed)
         return True
 
     def restore(self, tokens: int) -> None:
         """Take back a crop of `tokens`, if nothing was written since."""
-        for layer in self.kept:
+        for layer in self._counting:
             layer.restore(tokens)
+
+    def count(self, tokens: int) -> None:
+        """So many more have passed a model whose layers keep states alone."""
+        if not self.kept:
+            self.restore(tokens)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if self.kept:
+            return int(super().get_seq_length(layer_idx))
+        return self._counting[0].get_seq_length()
 
     def reset(self) -> None:
         self.forget_start()
+        if not self.kept:
+            self.hide(self.get_seq_length())
         super().reset()
 
     def grow(self, ctx_tokens: int) -> None:

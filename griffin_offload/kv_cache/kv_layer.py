@@ -1,17 +1,20 @@
-"""One layer of the KV cache: keys and values, allocated once, written in place, in 16, 8 or 4 bits. Shapes: B batch,
-T tokens, D size of a head.
+"""One layer of the KV cache: keys and values, allocated once, written in place, in 16, 8 or 4 bits; states of
+convolutions and recurrences; or both. Shapes: B batch, T tokens, D size of a head.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
+from griffin_offload.blocks.states import states_in
 from griffin_offload.config import KVBits
 from griffin_offload.errors import GriffinError
 from griffin_offload.kv_cache.store import KV_GROUP, STORES, DequantBuffer, Store, head_sizes
 from griffin_offload.kv_cache.workload import KV_SLACK_TOKENS, kv_tokens_kept
+from griffin_offload.transformers_api import DummyLayer
 
 Scratches = tuple[DequantBuffer, DequantBuffer]
 """For keys and for values, of all layers."""
@@ -229,3 +232,136 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         """Keep the samples `indices` of the batch."""
         for store in self._stores:
             store.replace(lambda part: part[indices])
+
+
+# Layers that hold states of convolutions and recurrences, too.
+
+States = list[dict[str, Tensor]]
+"""Copies of what the layers with states held, in their order, by name: "conv.0", "recurrent.0"."""
+
+
+class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
+    """The states of one layer, as transformers' models read and write them."""
+
+    is_compileable = False  # for captures of transformers' own, which take their masks as such
+
+    def held(self) -> dict[str, Tensor]:
+        """What is there, by name; nothing before tokens have passed."""
+        return states_in(self)
+
+    def put_back(self, states: dict[str, Tensor]) -> None:
+        """Hold copies of these."""
+        self.forget()
+        for name, state in states.items():
+            kind, number = name.split(".")
+            getattr(self, f"{kind}_states")[int(number)] = state.clone()
+            getattr(self, f"is_{kind}_states_initialized")[int(number)] = True
+            self.has_previous_state[int(number)] = True
+            if kind == "conv":
+                self.conv_kernel_size[int(number)] = state.shape[-1]
+                self.dtype, self.device = state.dtype, state.device
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
+
+    def grow(self, ctx_tokens: int) -> None:
+        """States have no length."""
+
+    def reset(self) -> None:
+        self.forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing: the KV cache puts copies back."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sample `repeats` times, one after the other."""
+        self._replace(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the samples `indices` of the batch."""
+        self._replace(lambda state: state[indices])
+
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.put_back({name: change(state) for name, state in self.held().items()})
+
+
+def copies(layers: Sequence[StateLayer]) -> States:
+    """Of what they hold now."""
+    return [{name: state.clone() for name, state in layer.held().items()} for layer in layers]
+
+
+def copies_bytes(states: States) -> int:
+    return sum(state.nbytes for held in states for state in held.values())
+
+
+class TokenCount:
+    """How many tokens have passed layers that keep states alone: what a layer of entries would know of that."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+
+    def get_seq_length(self) -> int:
+        return self._tokens
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Any number can be forgotten."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._tokens += tokens_to_remove
+
+    def restore(self, tokens: int) -> None:
+        """Take back a crop of `tokens`; or count so many more."""
+        self._tokens += tokens
+
+
+class StateAndKVLayer(StateLayer, KVLayer):
+    """One layer with states beside attention."""
+
+    def __init__(
+        self, ctx_tokens: int, window: int | None, bits: KVBits, scratches: Scratches, number_of_states: int
+    ) -> None:
+        KVLayer.__init__(self, ctx_tokens, window, bits, scratches)
+        self.number_of_states = number_of_states
+        StateLayer.forget(self)
+
+    is_compileable = False
+    is_croppable = True
+    grow, crop, get_max_length = KVLayer.grow, KVLayer.crop, KVLayer.get_max_length
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """For keys and values, which come by place, or for states, by name."""
+        (KVLayer if args else StateLayer).lazy_initialization(self, *args, **kwargs)
+
+    def forget(self) -> None:
+        dtype = self.dtype  # of keys and values, once they are there
+        StateLayer.forget(self)
+        self.dtype = dtype
+
+    def reset(self) -> None:
+        StateLayer.reset(self)
+        KVLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        StateLayer.reorder_cache(self, beam_idx)
+        KVLayer.reorder_cache(self, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        StateLayer.batch_repeat_interleave(self, repeats)
+        KVLayer.batch_repeat_interleave(self, repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        StateLayer.batch_select_indices(self, indices)
+        KVLayer.batch_select_indices(self, indices)
+
+
+def layer_like(stock: Any, ctx_tokens: int, window: int | None, bits: KVBits, scratches: Scratches) -> Any:
+    """Ours in the place of one of transformers'."""
+    if isinstance(stock, DummyLayer):
+        return DummyLayer()
+    if not isinstance(stock, LinearAttentionCacheLayerMixin):
+        return KVLayer(ctx_tokens, window, bits, scratches)
+    states = getattr(stock, "number_of_states", 1)
+    if isinstance(stock, CacheLayerMixin):
+        return StateAndKVLayer(ctx_tokens, window, bits, scratches, states)
+    return StateLayer(number_of_states=states)

@@ -2,14 +2,14 @@
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from griffin_offload.blocks.states import RopeBorder
 from griffin_offload.config import BatchStatistic
-from griffin_offload.kv_cache.kv_cache import KVCache, States, copies_bytes
+from griffin_offload.kv_cache.kv_cache import KVCache
+from griffin_offload.kv_cache.kv_layer import States, copies_bytes
 from griffin_offload.method import statistic
 from griffin_offload.transformers_api import StockCache
 
@@ -33,7 +33,7 @@ class Chosen:
     activation_kept: float
     """Share of s^2 / S that they held when they were chosen."""
 
-    def __deepcopy__(self, _: Any) -> "Chosen":
+    def __deepcopy__(self, _: object) -> "Chosen":
         return self
 
 
@@ -217,7 +217,7 @@ class Context:
         """Share of s^2 that the chosen neurons hold, mean over `layers`, which have any; one with all of its
         neurons keeps everything."""
         shares = self.shares_kept(formula)
-        return (sum(shares.values()) + layers - len(shares)) / layers
+        return (sum(shares.values()) + layers - len(shares)) / layers if layers else 1.0
 
     def shares_kept(self, formula: BatchStatistic) -> dict[int, float]:
         """The same of each layer that has not all its neurons."""

@@ -8,10 +8,10 @@ layer at a time, so that no second copy of the KV cache is made.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,7 @@ from griffin_offload.checkpoint.safetensors import DTYPES
 from griffin_offload.config import MIXED
 from griffin_offload.errors import SavedContextError, one_line
 from griffin_offload.formats import planned_as
-from griffin_offload.kv_cache.kv_cache import States
+from griffin_offload.kv_cache.kv_layer import States
 from griffin_offload.kv_cache.sequence import MAX_MARKS, Context, Snapshot
 from griffin_offload.kv_cache.store import MOST_PARTS, head_sizes, part_types
 from griffin_offload.method.allocation import Counts
@@ -34,6 +34,26 @@ _HEADER_MULTIPLE = 8
 
 ModelIdentity = dict[str, Any]
 """What a context depends on; JSON values."""
+
+
+class _Slice(Protocol):
+    def get_dtype(self) -> str: ...
+
+    def get_shape(self) -> list[int]: ...
+
+
+class _SavedFile(Protocol):
+    """What safetensors opens."""
+
+    def keys(self) -> Iterable[str]: ...
+
+    def metadata(self) -> dict[str, str] | None: ...
+
+    def get_tensor(self, name: str) -> Tensor: ...
+
+    def get_slice(self, name: str) -> _Slice: ...
+
+
 _Part = tuple[str, str, tuple[int, ...]]
 """Name, kind of numbers and shape of a tensor, as a header tells them."""
 
@@ -95,7 +115,7 @@ class ContextSchema:
         )
 
 
-def save_context(context: Context, path: Path, identity: ModelIdentity, notes: dict[str, Any]) -> None:
+def save_context(context: Context, path: Path, identity: ModelIdentity, notes: dict[str, object]) -> None:
     """Write `context`, and `notes` (JSON values) beside it. SavedContextError if that cannot be done; a file that was
     there stays as it was then."""
     check_name(path)
@@ -196,7 +216,7 @@ def options_of(path: Path, *, model: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def readable(path: Path) -> Iterator[Any]:
+def readable(path: Path) -> Iterator[_SavedFile]:
     check_name(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -265,7 +285,7 @@ def load_context(
     return notes
 
 
-def _states_of(file: Any, like: ContextSchema, prefix: str, device: torch.device) -> States | None:
+def _states_of(file: _SavedFile, like: ContextSchema, prefix: str, device: torch.device) -> States | None:
     """Copies of the states that lie under this name; None where there are none at all."""
     return [
         {state.name: file.get_tensor(_state_name(prefix, number, state.name)).to(device, copy=True) for state in layer}
@@ -281,18 +301,18 @@ def _seams(metadata: dict[str, str]) -> list[int]:
     return seams
 
 
-def _part(file: Any, name: str) -> _Part:
+def _part(file: _SavedFile, name: str) -> _Part:
     there = file.get_slice(name)
     return name, there.get_dtype(), tuple(there.get_shape())
 
 
-def _kv_names(file: Any, index: int) -> list[str]:
+def _kv_names(file: _SavedFile, index: int) -> list[str]:
     names = [f"layers.{index}.kv.{number}" for number in range(MOST_PARTS)]
     present = set(file.keys())
     return [name for name in names if name in present]
 
 
-def _checked_metadata(file: Any, path: Path) -> dict[str, str]:
+def _checked_metadata(file: _SavedFile, path: Path) -> dict[str, str]:
     """What the header says, if it is a context's of a version that is known, and whole."""
     metadata: dict[str, str] | None = file.metadata()
     if metadata is None or metadata.get("format") != _FORMAT:
@@ -313,7 +333,7 @@ def _notes(metadata: dict[str, str], path: Path) -> dict[str, Any]:
     return notes
 
 
-def _check_identity(saved: Any, identity: ModelIdentity, path: Path) -> None:
+def _check_identity(saved: object, identity: ModelIdentity, path: Path) -> None:
     if not isinstance(saved, dict):
         raise SavedContextError(f"{path} is damaged: it does not say what it belongs to")
     for name, value in identity.items():
@@ -324,16 +344,17 @@ def _check_identity(saved: Any, identity: ModelIdentity, path: Path) -> None:
             )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _fill(context: Context, file: Any, tokens: list[int], device: torch.device) -> None:
+def _fill(context: Context, file: _SavedFile, tokens: list[int], device: torch.device) -> None:
     context.clear()
     try:
         for index, layer in enumerate(context.cache.kept):
             layer.load(len(tokens), [file.get_tensor(name).to(device) for name in _kv_names(file, index)])
+        context.cache.count(len(tokens))
     except BaseException:
         context.clear()
         raise

@@ -43,6 +43,8 @@ class StreamConfig:
     slots: int
     staging_bytes: int = 32 * 2**20
     """Of each pinned buffer, where the device copies asynchronously."""
+    keeps_pages: bool = False
+    """Whether a layer's pages stay until it is released, as what is gathered of it looks there, too (grids)."""
 
 
 @dataclass
@@ -214,7 +216,7 @@ class LayerStream:
         self._source.check(self._held)
         if self._slots is not None:
             self._slots.freed()
-        else:
+        if self._slots is None or (self._config.keeps_pages and self._direct is None):
             self._source.drop(self._held)
         del self._in_flight[self._held]
         self._held = None
@@ -252,7 +254,7 @@ class LayerStream:
             return _LoadedLayer(layer, self._source.fetch(layer), None)
         self._slots.wait_free()
         arrival = self._slots.fill(position, layer)
-        if self._direct is not None:
+        if self._direct is not None or self._config.keeps_pages:
             return arrival
         self._source.drop(layer)
         if self._config.device.shares_host_memory:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from griffin_offload.blocks.base import ALIGNMENT
 from griffin_offload.checkpoint.direct_io import SlotLayout
+from griffin_offload.checkpoint.files import Mappings
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.devices.base import Device
 from griffin_offload.devices.memory import in_huge_pages
@@ -118,9 +119,10 @@ class HostStore:
 class MmapStore:
     """Full FF weights as views of mmapped safetensors, as transformers loads them on the CPU."""
 
-    def __init__(self, layers: dict[int, list[Tensor]], *, evict: bool) -> None:
+    def __init__(self, layers: dict[int, list[Tensor]], *, evict: bool, mappings: Mappings | None = None) -> None:
         self._layers = layers
-        self.pages = FilePages([tensor for tensors in layers.values() for tensor in tensors], evict=evict)
+        tensors = [tensor for tensors in layers.values() for tensor in tensors]
+        self.pages = FilePages(tensors, evict=evict, mappings=mappings)
         self._spans = {index: self.pages.spans(tensors) for index, tensors in layers.items()}
         self._paths = {index: self.pages.paths(tensors) for index, tensors in layers.items()}
         self.unmapped_bytes = self.pages.unmapped_bytes

@@ -167,12 +167,14 @@ RESIDENT_PARTS = ("attention", "norms", "embeddings", "head", "feed_forward")
 
 
 def _slot_bytes(shape: ModelSizes, request: PlanRequest, streamed: Sequence[int], slots: int) -> int:
-    """The largest layers that can be on their way at once, and the pages one of them is copied from."""
+    """The largest layers that can be on their way at once, and the pages one of them is copied from; or all, where
+    what is gathered looks there, too."""
     if request.offloaded_in_budget:
         return 0  # used where they rest
     dense = [i for i in streamed if not shape.layers[i].experts]
     largest = sorted((slot_bytes(shape.layers[i].ff_flat_bytes) for i in dense), reverse=True)[:slots]
-    return sum(largest) + int(max(largest, default=0) * request.stored_share)
+    copied = sum(largest) if request.on_grids and not shape.is_plain else max(largest, default=0)
+    return sum(largest) + int(copied * request.stored_share)
 
 
 def _expert_slots(shape: ModelSizes, counts: tuple[Counts, ...], streamed: Sequence[int]) -> tuple[int, int]:
@@ -234,7 +236,8 @@ def _resident_parts(
 def _density(shape: ModelSizes, counts: tuple[Counts, ...]) -> float:
     """Of neurons, or where there are experts, of these."""
     counted = [i for i, layer in enumerate(shape.layers) if bool(layer.experts) == shape.has_experts]
-    return sum(sum(counts[i]) for i in counted) / sum(shape.layers[i].neurons for i in counted)
+    total = sum(shape.layers[i].neurons for i in counted)
+    return sum(sum(counts[i]) for i in counted) / total if total else 1.0
 
 
 def _experts(shape: ModelSizes, counts: tuple[Counts, ...]) -> tuple[int, int] | None:

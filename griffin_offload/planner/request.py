@@ -67,6 +67,8 @@ class PlanRequest:
     """Set aside for contexts that are kept beside the one in use."""
     weight_norms: bool = False
     """A table of norms is kept, one for every neuron of the streamed layers."""
+    on_grids: bool = False
+    """Whether what is streamed may lie on grids in its file, which quantising reads again."""
     translated: bool = False
     """Linear layers multiply in float32, block by block (engine/build.py)."""
     graphs: GraphCosts | None = None

@@ -242,7 +242,7 @@ def _rungs(shape: ModelSizes, request: PlanRequest) -> Iterator[_Candidate]:
     wanted = _wanted(shape, request)
     yield _Candidate([wanted], two)
     yield _Candidate([wanted], one, grows=False)
-    if request.density != "auto" or request.bits != "auto":
+    if request.density != "auto" or request.bits != "auto" or not shape.with_neurons:
         return
     choices = pruned_choices(shape)
     if _second_slot_density(shape, request) > _SECOND_SLOT_DENSITY:

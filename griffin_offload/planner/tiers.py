@@ -129,8 +129,8 @@ def options_again(shape: ModelSizes, counts: Sequence[Counts]) -> dict[str, Any]
 
 def expected_error(shape: ModelSizes, counts: Sequence[Counts]) -> float | None:
     """Squared, of what the layers' FFs give, relative to that, with typical neurons: the mean over layers. None for
-    mixtures of experts, whose experts are no neurons."""
-    if shape.has_experts:
+    mixtures of experts, whose experts are no neurons, and where there are none."""
+    if shape.has_experts or not shape.with_neurons:
         return None
     total = 0.0
     for layer, own in zip(shape.layers, counts, strict=True):

@@ -80,7 +80,7 @@ def _gather_bytes(shape: ModelSizes) -> int:
 
 def _translation_bytes(shape: ModelSizes, tokens: int, ff_tokens: int) -> int:
     """The scratch, a copy of a layer's input, scaled or in float32, and the product with one block."""
-    scratch, neurons = shape.scratch_bytes, shape.width
+    scratch, neurons = shape.scratch_bytes, shape.width or shape.hidden_size
     widest = max(tokens * max(shape.hidden_size, shape.attention_width), ff_tokens * neurons)
     block = product_bytes(tokens, min(shape.hidden_size, neurons), scratch)
     product = max(block, tokens * shape.hidden_size * _FLOAT_BYTES)
@@ -92,7 +92,7 @@ def chunk_tokens(shape: ModelSizes, request: PlanRequest, batch: int) -> int:
     if request.ff_chunk_tokens is not None:
         return request.ff_chunk_tokens
     layer = max(shape.layers, key=lambda layer: layer.ff_bytes)
-    token_bytes = _activation_bytes(shape, batch)
+    token_bytes = max(_activation_bytes(shape, batch), 1)  # none of a model without a feed-forward
     fitting = int(layer.ff_bytes * _CHUNK_SHARE_OF_SLOT / token_bytes)
     return whole_chunk(min(fitting, _MAX_CHUNK_TOKENS))
 

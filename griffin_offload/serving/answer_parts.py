@@ -119,7 +119,7 @@ class AnswerParser(Protocol):
     def finish(self) -> list[Part]: ...
 
 
-def parser_for(found: AnswerFormat, prompt: str, tools: list[dict[str, Any]] | None) -> AnswerParser:
+def parser_for(found: AnswerFormat, prompt: str, tools: list[dict[str, object]] | None) -> AnswerParser:
     """For one answer to `prompt`, which may have begun it."""
     if found.fields is None:
         return BareCalls(tools is not None)
@@ -129,7 +129,7 @@ def parser_for(found: AnswerFormat, prompt: str, tools: list[dict[str, Any]] | N
 class FieldParser:
     """By transformers' parser."""
 
-    def __init__(self, found: AnswerFormat, prompt: str, tools: list[dict[str, Any]] | None) -> None:
+    def __init__(self, found: AnswerFormat, prompt: str, tools: list[dict[str, object]] | None) -> None:
         fields = found.fields or {}
         if not found.own:
             fields = {name: field for name, field in fields.items() if tools is not None or name != "tool_calls"}
@@ -193,7 +193,7 @@ class BareCalls:
 _NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(\{.*)", re.DOTALL)
 
 
-def _called(value: Any) -> list[Part]:
+def _called(value: object) -> list[Part]:
     """Calls in what a model wrote for some; as text where it is none."""
     calls = _calls(value)
     if calls is None:
@@ -201,7 +201,7 @@ def _called(value: Any) -> list[Part]:
     return [Part(call=Call(one.name, one.arguments, f"call_{secrets.token_hex(12)}")) for one in calls]
 
 
-def _calls(value: Any) -> list[Call] | None:
+def _calls(value: object) -> list[Call] | None:
     if isinstance(value, str):
         return _calls_in(value)
     if isinstance(value, list):
@@ -260,7 +260,7 @@ class PartsShown:
 def parts_shown(
     tokenizer: Tokenizer,
     prompt: Sequence[int],
-    functions: Sequence[dict[str, Any]],
+    functions: Sequence[dict[str, object]],
     deliver: Callable[[Part, Tokens], None],
 ) -> PartsShown | None:
     """What takes an answer to `prompt` apart; None where the model writes text alone."""

@@ -64,7 +64,7 @@ def read_lines(path: Path) -> list[Line]:
     return list(lines.values())
 
 
-def _line(found: Any) -> Line:
+def _line(found: object) -> Line:
     """The request; ValueError says what it lacks."""
     if not isinstance(found, dict):
         raise ValueError("is no object")
@@ -96,7 +96,7 @@ class Answers(ABC):
     """Where answers go."""
 
     @abstractmethod
-    def add(self, custom_id: str, status: int, body: dict[str, Any]) -> None:
+    def add(self, custom_id: str, status: int, body: dict[str, object]) -> None:
         """Keep one more."""
 
     def refuse(self, line: Line, failure: ApiError) -> None:
@@ -147,7 +147,7 @@ class AnswerFile(Answers):
             whole += len(raw)
         self._file.truncate(whole)
 
-    def add(self, custom_id: str, status: int, body: dict[str, Any]) -> None:
+    def add(self, custom_id: str, status: int, body: dict[str, object]) -> None:
         """Write one more. GriffinError where it cannot be written."""
         response = {"status_code": status, "request_id": f"req_{secrets.token_hex(12)}", "body": body}
         line = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id, "response": response, "error": None}
@@ -216,7 +216,7 @@ class Batch:
     def __init__(
         self,
         directory: Path,
-        options: Mapping[str, Any],
+        options: Mapping[str, object],
         served: str,
         config: ServeConfig,
         tokenizer: Tokenizer | None = None,

@@ -69,7 +69,7 @@ class Answerer:
     """One actor: the model, loaded once, and the requests of one call together. Ray Data calls it with a table of
     works (pickled) and takes a table of what was answered."""
 
-    def __init__(self, directory: str, options: Mapping[str, Any], served: str) -> None:
+    def __init__(self, directory: str, options: Mapping[str, object], served: str) -> None:
         self._failure: GriffinError | None = None
         try:
             self._batch = Batch(Path(directory), options, served, ServeConfig())
@@ -96,7 +96,7 @@ class _Collected(Answers):
         self._rows: list[Row] = []
         self._tokens = 0
 
-    def add(self, custom_id: str, status: int, body: dict[str, Any]) -> None:
+    def add(self, custom_id: str, status: int, body: dict[str, object]) -> None:
         self._rows.append({"custom_id": custom_id, "status": status, "body": json.dumps(body), "tokens": 0})
 
     def count(self, figures: Figures) -> None:
@@ -146,7 +146,7 @@ def _reach(address: str) -> None:
 
 def answer(
     works: Sequence[Work],
-    model: tuple[str, Mapping[str, Any], str],
+    model: tuple[str, Mapping[str, object], str],
     workers: int,
     machines: Sequence[Mapping[str, float]],
 ) -> Iterator[tuple[str, int, dict[str, Any], int]]:

@@ -34,7 +34,7 @@ def parse_messages(fields: FieldReader) -> tuple[Message, ...]:
     return tuple(_message(value, f"messages[{index}]") for index, value in enumerate(found))
 
 
-def _message(value: Any, where: str) -> Message:
+def _message(value: object, where: str) -> Message:
     if not isinstance(value, dict):
         raise invalid(f"{where} has to be an object", where)
     role = "system" if value.get("role") == _INSTRUCTIONS else value.get("role")
@@ -63,7 +63,7 @@ def _calls(fields: FieldReader) -> list[dict[str, Any]]:
     return [_call(one, f"{fields.path('tool_calls')}[{index}]") for index, one in enumerate(found)]
 
 
-def _call(value: Any, where: str) -> dict[str, Any]:
+def _call(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("function"), dict):
         raise invalid(f"{where} has to be an object with a function", where)
     fields = FieldReader(value, known=("id", "type", "function", "index"), where=where)

@@ -186,7 +186,7 @@ class ModelManager:
     """
 
     def __init__(
-        self, model: str | Path, options: Mapping[str, Any], most_sessions: int, tokenizer: Tokenizer | None = None
+        self, model: str | Path, options: Mapping[str, object], most_sessions: int, tokenizer: Tokenizer | None = None
     ) -> None:
         self._model, self._options = model, dict(options) | {"keep_prompts": True}
         self._most_sessions = most_sessions
@@ -266,7 +266,7 @@ class ModelManager:
         except GriffinError as error:
             raise ApiError(400, f"density {density:g}: {error}", param="density", code="does_not_fit") from error
 
-    def _load(self, options: dict[str, Any]) -> LoadedModel:
+    def _load(self, options: dict[str, object]) -> LoadedModel:
         model = GriffinModel.from_pretrained(self._model, **options)
         if self._tokenizer is None:
             self._tokenizer = model.tokenizer  # the encoder's, too, so it stays when the model goes
@@ -283,7 +283,7 @@ class ModelManager:
         return self.held
 
 
-def _warn_of_penalties(settings: Any) -> None:
+def _warn_of_penalties(settings: object) -> None:
     found = {name: getattr(settings, name, None) for name in NO_PENALTIES}
     asked = [f"{name} {value}" for name, value in found.items() if value not in (None, NO_PENALTIES[name])]
     if asked:

@@ -137,7 +137,7 @@ class Request:
     """How much a model is to think, by OpenAI's word."""
 
 
-def parse_request(endpoint: Endpoint, values: dict[str, Any], served: str, config: ServeConfig) -> Request:
+def parse_request(endpoint: Endpoint, values: dict[str, object], served: str, config: ServeConfig) -> Request:
     """The request that `values` make; Failure names the first field that cannot be used."""
     fields = FieldReader(values, known=_KNOWN[endpoint], neutral=_NEUTRAL[endpoint], ignored=_IGNORED)
     _check_model(fields, served)
@@ -318,7 +318,7 @@ def _prompts(fields: FieldReader, most: int) -> tuple[Prompt, ...]:
     return tuple(_prompt(fields, prompt) for prompt in prompts)
 
 
-def _prompt(fields: FieldReader, prompt: Any) -> Prompt:
+def _prompt(fields: FieldReader, prompt: object) -> Prompt:
     if isinstance(prompt, str):
         return fields.checked_text("prompt", prompt)
     if not isinstance(prompt, list) or not _is_ids(prompt):
@@ -326,7 +326,7 @@ def _prompt(fields: FieldReader, prompt: Any) -> Prompt:
     return list(prompt)
 
 
-def _is_ids(found: list[Any]) -> bool:
+def _is_ids(found: list[object]) -> bool:
     return bool(found) and all(type(token) is int and 0 <= token <= _LARGEST for token in found)
 
 

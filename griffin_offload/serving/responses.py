@@ -112,7 +112,7 @@ class Response:
         """The chunk with the figures."""
         return self._object([], stream=True) | {"usage": usage(figures), "griffin": summary(figures)}
 
-    def _object(self, choices: list[dict[str, Any]], *, stream: bool) -> dict[str, Any]:
+    def _object(self, choices: list[dict[str, object]], *, stream: bool) -> dict[str, Any]:
         return {
             "id": self._id,
             "object": _OBJECTS[self._request.endpoint, stream],
@@ -222,13 +222,13 @@ def _complete(report: RunReport) -> bool:
     return report.structure is not None and report.structure.complete
 
 
-def encode(value: dict[str, Any]) -> bytes:
+def encode(value: dict[str, object]) -> bytes:
     """Strict JSON, in UTF-8 and on one line for all who count lines; a lone surrogate cannot occur in decoded text."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.translate(_LINE_ENDS).encode()
 
 
-def server_sent(value: dict[str, Any]) -> bytes:
+def server_sent(value: dict[str, object]) -> bytes:
     """One event of a stream."""
     return b"data: " + encode(value) + b"\n\n"
 

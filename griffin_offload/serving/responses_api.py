@@ -53,7 +53,7 @@ def chat_of_responses(values: Values) -> Values:
     return chat | {"tools": tools, "reasoning_effort": effort, "response_format": _form(form)}
 
 
-def _form(form: Any) -> Any:
+def _form(form: object) -> Any:
     """As the chat's: a schema's parts lie deeper there."""
     if isinstance(form, dict) and form.get("type") == "json_schema":
         return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}

@@ -83,7 +83,7 @@ _LAST_TOKEN_S = 5.0
 class Server:
     """`griffin-offload serve`, without its command line. `options` are `LoadConfig`'s."""
 
-    def __init__(self, model: str | Path, options: Mapping[str, Any], config: ServeConfig) -> None:
+    def __init__(self, model: str | Path, options: Mapping[str, object], config: ServeConfig) -> None:
         check_bind(config)
         self._config = config
         self._name = config.served_name or served_name(str(model))

@@ -38,7 +38,7 @@ class Tools:
         }
 
     @staticmethod
-    def _schema_of(function: dict[str, Any]) -> dict[str, Any]:
+    def _schema_of(function: dict[str, object]) -> dict[str, Any]:
         parameters = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
         return {
             "type": "object",
@@ -68,7 +68,7 @@ def parse_tools(fields: FieldReader) -> Tools:
     return NO_TOOLS if choice == "none" else Tools(functions, forced)
 
 
-def _function(value: Any, where: str) -> dict[str, Any]:
+def _function(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise invalid(f"{where} has to be an object", where)
     if value.get("type") != "function":
@@ -88,7 +88,7 @@ def _function(value: Any, where: str) -> dict[str, Any]:
     return {"type": "function", "function": kept}
 
 
-def _forced(fields: FieldReader, choice: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+def _forced(fields: FieldReader, choice: object, names: tuple[str, ...]) -> tuple[str, ...]:
     if choice in (None, "none", "auto"):
         return ()
     if choice == "required":
@@ -114,6 +114,6 @@ def template_variables(fields: FieldReader) -> tuple[tuple[str, Any], ...]:
     return tuple(found.items())
 
 
-def call_of(call_id: Any, name: Any, arguments: Any) -> dict[str, Any]:
+def call_of(call_id: object, name: object, arguments: object) -> dict[str, Any]:
     """A call as OpenAI's chat messages have it."""
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}

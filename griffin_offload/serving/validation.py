@@ -28,7 +28,7 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name comes twice in one object")
@@ -51,7 +51,7 @@ class FieldReader:
 
     def __init__(
         self,
-        values: Mapping[str, Any],
+        values: Mapping[str, object],
         *,
         known: Collection[str],
         neutral: Mapping[str, Collection[Any]] | None = None,
@@ -81,7 +81,7 @@ class FieldReader:
         value = self.raw(name)
         return None if value is None else self.checked_text(name, value)
 
-    def checked_text(self, name: str, value: Any) -> str:
+    def checked_text(self, name: str, value: object) -> str:
         if not isinstance(value, str):
             raise self.wrong(name, "a string")
         if _half_letter(value):
@@ -113,18 +113,18 @@ class FieldReader:
         return float(value)
 
 
-def _same(value: Any, allowed: Any) -> bool:
+def _same(value: object, allowed: object) -> bool:
     """Equal, and of one kind: false is not 0."""
     return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
 
 
-def list_of_objects(value: Any, where: str) -> list[Values]:
+def list_of_objects(value: object, where: str) -> list[Values]:
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise invalid(f"{where} has to be a list of objects", where)
     return value
 
 
-def texts_of(value: Any, where: str, kinds: tuple[str, ...]) -> str:
+def texts_of(value: object, where: str, kinds: tuple[str, ...]) -> str:
     """One text, or those of all blocks, which are of these `kinds`."""
     if isinstance(value, str):
         return value

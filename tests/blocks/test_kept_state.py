@@ -18,19 +18,9 @@ _HEADS: dict[str, Any] = {**_SIZES, "num_attention_heads": 4, "num_key_value_hea
 _GRIFFIN = {"attention_window_size": 8, "block_types": ["recurrent", "attention"], "head_dim": 8}
 _REASONS = {
     "no KV cache at all": (hf.OpenAIGPTConfig(n_embd=32, n_head=4, n_layer=2, vocab_size=64), "has no KV cache: decod"),
-    "a state in its modules": (
-        hf.RecurrentGemmaConfig(**_HEADS, lru_width=32, **_GRIFFIN),
-        "keeps the past of its recurrent layers in its modules, not in a cache",
-    ),
     "a past that is no KV cache": (
-        hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64),
-        "keeps its past in|no layer of MambaForCausalLM has a feed-forward",  # from transformers 5.24 on in a KV cache
-    ),
-    "no feed-forward block": (
-        hf.NemotronHConfig(
-            **_HEADS, layers_block_type=["mamba", "attention"], mamba_num_heads=4, mamba_head_dim=8, n_groups=2
-        ),
-        "no layer of NemotronHForCausalLM has a feed-forward",
+        hf.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64),
+        "RwkvForCausalLM keeps its past in state, not in a KV cache",
     ),
     "experts that are called otherwise": (
         hf.JetMoeConfig(**_HEADS, num_local_experts=4),

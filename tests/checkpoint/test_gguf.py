@@ -14,7 +14,7 @@ from support.gguf_files import write_gguf
 from support.tiny_models import ARCHITECTURES, HYBRIDS
 
 from griffin_offload import GriffinModel
-from griffin_offload.checkpoint.gguf_file import BlockDecoder, block_types
+from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import LoadConfig
 from griffin_offload.engine.build import build
@@ -223,6 +223,35 @@ def test_a_copy_has_the_codes_of_its_file(tmp_path: Path, checkpoints):
             taken.append(name)
             assert torch.equal(found[name].view(*steps.shape, 16), codes[..., :16] | (codes[..., 16:] << 4)), name
     assert any("gate_proj" in name for name in taken)
+
+
+@pytest.mark.parametrize("asked", [{"density": 1.0}, {"density": 0.5}, {"quantize": "tiers", "bits": 3.5}], ids=str)
+def test_on_the_way_are_the_codes_of_a_copy(asked: dict[str, Any], tmp_path: Path, checkpoints):
+    """Bit by bit, of whole layers and of neurons that a prompt chose; attention's in int8 are the same, too."""
+    file = write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_0", tokenizer=checkpoints("llama2"))
+    copy = open_checkpoint(convert(file, tmp_path / "out", "int4").directory)
+    stored = build(copy).state_dict()
+    options = {**OPTIONS, "dtype": "bfloat16", "quantize": "int4"} | asked
+    with GriffinModel.from_pretrained(file, **options) as model:
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+        selected, found = model.engine.loaded.layers.selected, dict(model.model.named_parameters())
+        assert bool(selected) == (asked != {"density": 1.0})
+        counts = model.plan.counts
+        assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+    compared = 0
+    for name, tensor in found.items():
+        if ".layers." not in name or "norm" in name or "down_proj" in name:
+            continue
+        index, whole = int(name.split(".")[2]), name.replace("._registered.0.", ".")
+        if "_registered" in whole:
+            continue  # in int3 and int2
+        expected = stored[whole]
+        if ".mlp." in name and selected:
+            chosen = selected[index][: counts[index][0]]
+            expected, tensor = expected[chosen], tensor[: len(chosen)]
+        compared += 1
+        assert torch.equal(tensor, expected), name
+    assert compared >= 2 * 3 * 6
 
 
 def test_shards_and_a_directory_of_one_file_are_one_model(pair: tuple[Path, Path], tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,16 @@ from tiny_models import LAYERS, VOCAB, write_tokenizer
 from torch import Tensor
 
 from griffin_offload import DoesNotFit, GriffinModel
+from griffin_offload.blocks.sizes import ModelSizes, model_shape
+from griffin_offload.checkpoint import safetensors
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import ExportForm, LoadConfig
+from griffin_offload.engine import precisions
 from griffin_offload.engine.convert import convert
 from griffin_offload.engine.export import choose, export
 from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.errors import CheckpointError
+from griffin_offload.formats import Format
 from griffin_offload.planner.plan import Plan
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -136,6 +141,16 @@ def test_the_same_head_again_stays_tied(checkpoints, tmp_path: Path, same: Calla
     assert plan.parts["head"] == 0
 
 
+def test_files_without_a_second_table_need_no_model_to_be_opened(checkpoints, monkeypatch):
+    """Building one is a third of what opening and planning takes."""
+
+    def build(*_: object) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(safetensors, "build_on_meta", build)
+    assert not open_checkpoint(checkpoints("llama3")).untied
+
+
 def test_one_row_makes_another_head(checkpoints, tmp_path: Path):
     """As tokens that were added by fine-tuning do: the last one is compared, too."""
 
@@ -210,3 +225,19 @@ def test_memory_of_the_host_is_not_the_devices(checkpoints, tmp_path: Path):
     config = LoadConfig(max_gpu_mem="3GB", ctx_size=64, density=0.5, quantize="none", device="cuda")
     plan = plan_for(examine(mixed, config, anywhere=True))
     assert not {"converted", "offloaded"} & set(plan.parts)
+
+
+def test_precisions_that_were_not_asked_for_are_measured_for_a_remedy_alone(checkpoints, monkeypatch):
+    measured: list[str] = []
+
+    def noted(meta: object, precision: Format, *more: object) -> ModelSizes:
+        measured.append(precision.name)
+        return model_shape(meta, precision, *more)
+
+    monkeypatch.setattr(precisions, "model_shape", noted)
+    config = LoadConfig(device="cpu", quantize="int8", density=1.0, max_gpu_mem="1GB")
+    plan_for(examine(checkpoints("llama2"), config))
+    assert measured == ["int8"]
+    with pytest.raises(DoesNotFit):
+        plan_for(examine(checkpoints("llama2"), replace(config, max_gpu_mem="100kB")))
+    assert "int4" in measured

@@ -21,7 +21,7 @@ from griffin_offload.engine.spec import examine
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats import Format, every, forget_format, get, planned_as, register_format
 from griffin_offload.formats.base import Tensors
-from griffin_offload.formats.row_scaled import RowScaled
+from griffin_offload.formats.int8 import RowScaled
 from griffin_offload.kernels import table
 from griffin_offload.kv_cache.sequence_file import options_of
 

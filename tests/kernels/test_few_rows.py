@@ -22,12 +22,23 @@ from griffin_offload.kernels.library import library
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_kernels = pytest.mark.skipif(gemv.kernels() is None, reason="another processor, or no compiler")
 Kind = dict[str, bool]
-of_all_processors = pytest.mark.parametrize(
-    "kind",
-    [{"wide": wide, "ahead": ahead} for wide in (False, True) for ahead in (False, True)],
-    ids=["avx2", "avx2, ahead", "avx512", "avx512, ahead"],
-)
+KINDS = [
+    pytest.param({"wide": wide, "ahead": ahead}, id=("avx512" if wide else "avx2") + ahead * ", ahead")
+    for wide in (False, True)
+    for ahead in (False, True)
+]
+of_all_processors = pytest.mark.parametrize("kind", KINDS)
 """Kernels for instructions that this processor has not are those of AVX2 again."""
+
+
+def _no_bytes() -> bool:
+    found = library()
+    return found is None or not found.sums_bytes
+
+
+LANES = pytest.param(
+    {"lanes": True}, id="lanes", marks=pytest.mark.skipif(_no_bytes(), reason="a processor without AVX512-VNNI")
+)
 
 
 def _kernels(**kind: bool) -> gemv.GemvKernels:
@@ -88,10 +99,10 @@ def test_int8(kind: Kind, data: st.DataObject, outputs: int, inputs: int, thread
 
 
 @needs_kernels
-@of_all_processors
+@pytest.mark.parametrize("kind", [*KINDS, LANES])
 @pytest.mark.parametrize("bits", [4, 3, 2])
-@settings(max_examples=20)  # of each of twelve
-@given(data=st.data(), outputs=st.integers(1, 300), groups=st.integers(1, 19), threads=st.integers(1, 3))
+@settings(max_examples=20)  # of each of fifteen
+@given(data=st.data(), outputs=st.integers(1, 300), groups=st.integers(1, 40), threads=st.integers(1, 3))
 def test_rows(kind: Kind, bits: int, data: st.DataObject, outputs: int, groups: int, threads: int):
     """Numbers of groups that are no multiple of anything, any number of outputs."""
     torch.set_num_threads(threads)
@@ -233,7 +244,7 @@ def test_bias_scaled_inputs_and_features(kind: Kind, form: str, dtype: torch.dty
 
 
 @needs_kernels
-@of_all_processors
+@pytest.mark.parametrize("kind", [*KINDS, LANES])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_stays_none(kind: Kind, bad: float, dtype: torch.dtype):

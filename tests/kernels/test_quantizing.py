@@ -90,6 +90,25 @@ def test_rows(format: Grouped, weight: Tensor, data: st.DataObject):
 
 
 @needs_kernels
+@settings(max_examples=60)
+@given(weight=matrices(st.integers(1, 40), st.sampled_from([32, 96, 512, 1600])), wide=st.booleans())
+def test_rows_on_grids(weight: Tensor, wide: bool):
+    """About those of the numbers, some of which count downwards."""
+    generator = torch.Generator().manual_seed(weight.shape[0])
+    low, high = weight.float().unflatten(1, (-1, 32)).aminmax(dim=-1)
+    steps = (high - low) / 15 * (0.8 + 0.4 * torch.rand(low.shape, generator=generator))
+    down = torch.rand(low.shape, generator=generator) < 0.5
+    grids = torch.where(down, -steps, steps), torch.where(down, low + 15 * steps, low)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library(), "sums_bytes", wide and library().sums_bytes)
+        found = INT4.taken_over(weight, torch.float32, grids)
+    with _by_torch():
+        expected = INT4.taken_over(weight, torch.float32, grids)
+    assert torch.equal(found["scale"], expected["scale"])
+    _same_but_for_ties((found["weight"], found["groups"]), (expected["weight"], expected["groups"]))
+
+
+@needs_kernels
 @in_groups
 @settings(max_examples=60)
 @given(weight=matrices(st.sampled_from([32, 64, 160, 320]), st.integers(1, 100)), data=st.data())

@@ -68,7 +68,9 @@ def test_any_prompt_after_any_other_equals_dense(whole, half, name, turns, draft
         assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
 
 
-@pytest.mark.parametrize("name", list(HYBRIDS))
+# transformers' own RecurrentGemma begins its convolutions anew with a turn: engine/test_recurrences.py has another
+# reference.
+@pytest.mark.parametrize("name", [name for name in HYBRIDS if name != "recurrent_gemma"])
 def test_turns_equal_a_masked_reference(checkpoints, name: str):
     path, architecture = checkpoints(name), HYBRIDS[name]
     dense = AutoModelForCausalLM.from_pretrained(path)
@@ -173,7 +175,8 @@ def test_batches_and_beams_are_the_dense_models(whole, name: str):
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(ids * mask, **options), dense.generate(ids * mask, **options))
     options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3}
-    expected = dense.generate(prompt_of(1, 20), attention_mask=torch.ones(1, 20, dtype=torch.long), **options)
+    ones, reorders = torch.ones(1, 20, dtype=torch.long), name != "recurrent_gemma"  # its states are in no cache
+    expected = dense.generate(prompt_of(1, 20), attention_mask=ones, use_cache=reorders, **options)
     assert torch.equal(model.generate(prompt_of(1, 20), **options), expected)
 
 

@@ -43,15 +43,18 @@ class _CountingSource(MmapStore):
         super().drop(layer)
 
 
+@pytest.mark.parametrize("keeps_pages", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("slots", [1, 2, 3, 9])
-def test_order_content_and_bounds(slots: int, dtype: torch.dtype):
+def test_order_content_and_bounds(slots: int, dtype: torch.dtype, keeps_pages: bool):
     """In place (same precision) and through slots (another one): the values are those of the source."""
     layers = {i: [torch.randn(8, 4), torch.randn(4)] for i in range(6)}
     source = _CountingSource(layers)
-    with LayerStream(source, list(layers), StreamConfig(CPU, dtype, slots)) as stream:
+    config = StreamConfig(CPU, dtype, slots, keeps_pages=keeps_pages)
+    with LayerStream(source, list(layers), config) as stream:
         for i in layers:
             tensors = stream.acquire(i)
+            assert not keeps_pages or i not in source.dropped
             assert len(source.fetched) <= i + slots
             for tensor, original in zip(tensors, layers[i], strict=True):
                 assert tensor.dtype == dtype
@@ -60,7 +63,8 @@ def test_order_content_and_bounds(slots: int, dtype: torch.dtype):
     assert source.fetched == list(layers)
     assert sorted(source.dropped) == list(layers)
     layer_bytes = (32 + 4) * dtype.itemsize
-    copied_from = 0 if dtype == torch.float32 else 36 * 4  # pages of the layer that is just being copied
+    copied = slots if keeps_pages else 1  # pages of the layer that is just being copied, or of all
+    copied_from = 0 if dtype == torch.float32 else copied * 36 * 4
     assert layer_bytes <= stream.peak_in_flight_bytes <= slots * layer_bytes + copied_from
     assert source.fetched_bytes == 6 * 36 * 4
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from support.gguf_files import write_gguf
 from support.tiny_models import ARCHITECTURES
 
-from griffin_offload.checkpoint.gguf_file import block_types, read_gguf
+from griffin_offload.checkpoint.gguf_blocks import block_types
+from griffin_offload.checkpoint.gguf_file import read_gguf
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedModel
 

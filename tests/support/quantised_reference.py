@@ -222,9 +222,11 @@ def unpacked(found: Tensor) -> Tensor:
 
 
 def layer_matrices(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every matrix of a linear layer inside the decoder layers, by its module's name, as a view [O, I]."""
+    """Every matrix of a linear layer inside the decoder layers, by its module's name, as a view [O, I]; but for Mamba
+    1's of time steps, which stays as it is."""
     kinds = torch.nn.Linear | Conv1D
     found = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and re.search(r"\.(layers|h)\.\d+\.", n)}
+    found = {name: m for name, m in found.items() if not name.endswith("dt_proj")}
     return {name: m.weight.t() if isinstance(m, Conv1D) else m.weight for name, m in found.items()}
 
 

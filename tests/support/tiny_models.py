@@ -281,6 +281,30 @@ _further(
 )
 
 
+_further(
+    HYBRIDS,
+    "recurrent_gemma",
+    hf.RecurrentGemmaConfig,
+    "model.layers.{i}.mlp_block.down_proj",
+    intermediate_size=256,  # of gate and up together
+    block_types=["recurrent", "attention", "recurrent"],
+    lru_width=48,
+    attention_window_size=64,
+    **_GQA,
+)
+
+
+RECURRENT: dict[str, Architecture] = {}
+"""Layers are recurrences and nothing else: no feed-forward, so that `down` names nothing."""
+_MAMBA2: dict[str, Any] = {"num_heads": 4, "head_dim": 16, "n_groups": 2, "chunk_size": 16}
+for _name, _kind, _more in (
+    ("mamba", hf.MambaConfig, {}),
+    ("falcon_mamba", hf.FalconMambaConfig, {}),
+    ("mamba2", hf.Mamba2Config, _MAMBA2),
+):
+    RECURRENT[_name] = Architecture(_name, _kind, "", 0, {"state_size": 16, **_more})
+
+
 MIXTURES: dict[str, Architecture] = {}
 """Mixtures of 8 experts, of which a token is sent to 2; `down` is the module of experts."""
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "intermediate_size": 96, **_GQA}
@@ -347,6 +371,15 @@ _mixture(
     **_ROUTED,
     **_NEMOTRON_H,
 )
+_mixture(
+    "jamba",
+    hf.JambaConfig,
+    "model.layers.{i}.feed_forward.experts",
+    attn_layer_period=2,
+    attn_layer_offset=1,
+    num_experts=4,
+    mamba_d_state=16,
+)
 _REFUSED: dict[str, Architecture] = {
     "jetmoe": Architecture("jetmoe", hf.JetMoeConfig, "", 128, {**_EXPERTS, "num_local_experts": 4, "kv_channels": 16}),
 }
@@ -369,7 +402,7 @@ def refused_models() -> dict[str, Callable[[], hf.PreTrainedModel]]:
 
 def write_checkpoint(name: str, directory: Path, dtype: torch.dtype = torch.float32, shards: int = 2) -> Path:
     """Save a model of either table in at least `shards` safetensors files; returns the directory."""
-    model = (ARCHITECTURES | FURTHER | HYBRIDS | MIXTURES | _REFUSED)[name].build().to(dtype)
+    model = (ARCHITECTURES | FURTHER | HYBRIDS | RECURRENT | MIXTURES | _REFUSED)[name].build().to(dtype)
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(directory, max_shard_size=n_bytes // shards if shards > 1 else n_bytes + 1)
     assert len(list(Path(directory).glob("*.safetensors"))) >= shards

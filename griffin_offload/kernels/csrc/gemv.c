@@ -12,6 +12,7 @@
 
 #define MOST_GROUP 128
 #define BY_TILES 2    /* as `wide` is */
+#define BY_LANES 3
 #define UNIT 64       /* outputs that stay together: whole strips, whole cache lines of results */
 
 /* `count` values become numbers of up to `largest`; what rounding leaves over stays in `values`. */
@@ -167,7 +168,7 @@ AVX2 static void scale_inputs(const Product *p) {
 /* Forms of 2 to 4 bits: what is made of x beforehand, and the kernels for processors of either kind. */
 typedef struct {
     void (*prepare)(const Product *p);
-    Part kernels[3];
+    Part kernels[4];
 } Form;
 
 static void quantize_for_int4(const Product *p) {
@@ -183,7 +184,7 @@ static void inputs_for_int4(const Product *p) {
 
 static const Form rows_of_bits[] = {{quantize_by_halves, {int2_rows_by_avx2, int2_rows_by_vnni}},
                                     {quantize_by_halves, {int3_rows_by_avx2, int3_rows_by_vnni}},
-                                    {quantize_for_int4, {int4_rows_by_avx2, int4_rows_by_vnni, int4_rows_by_tiles}}};
+                                    {quantize_for_int4, {int4_rows_by_avx2, int4_rows_by_vnni, int4_rows_by_tiles, int4_rows_by_lanes}}};
 static const Form strips_of_bits[] = {{scale_inputs, {int2_strips_by_avx2, int2_strips_by_vnni}},
                                       {scale_inputs, {int3_strips_by_avx2, int3_strips_by_vnni}},
                                       {inputs_for_int4, {int4_strips_by_avx2, int4_strips_by_vnni, int4_strips_by_tiles}}};

@@ -42,6 +42,7 @@ void int8_by_vnni(const void *product, int64_t start, int64_t end);
 void int8_lanes(const Product *p);
 void int4_rows_by_avx2(const void *product, int64_t start, int64_t end);
 void int4_rows_by_vnni(const void *product, int64_t start, int64_t end);
+void int4_rows_by_lanes(const void *product, int64_t start, int64_t end);
 void int4_strips_by_avx2(const void *product, int64_t start, int64_t end);
 void int4_strips_by_vnni(const void *product, int64_t start, int64_t end);
 void int3_rows_by_avx2(const void *product, int64_t start, int64_t end);

@@ -115,18 +115,21 @@ VNNI INLINED void add_eight(const Product *p, int64_t output, int64_t group, con
     }
     const uint8_t *from = (const uint8_t *)p->weight + at * CODE_BYTES(bits);
     if (p->ahead) fetch_ahead(from, 2);
-    __m512i low, high = _mm512_setzero_si512(), sum[4];
+    __m512i low, high = _mm512_setzero_si512(), sum[4][2];
     load_eight(from, count, &low, &high, bits);
-    for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_si512();
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int place = 0; place < PLACES; place++) {
         const __m512i codes = codes_of_place(low, high, place, bits);
         for (int r = 0; r < rows; r++) {
-            const int8_t *x = few_bytes(p, first + r) + group * INT4_GROUP + 64 * place;
-            sum[r] = _mm512_dpbusd_epi32(sum[r], codes, _mm512_loadu_si512(x));
+            const __m512i x = _mm512_loadu_si512(few_bytes(p, first + r) + group * INT4_GROUP + 64 * place);
+            __asm__("vpdpbusd %2, %1, %0" : "+v"(sum[r][place % 2]) : "v"(codes), "v"(x));
         }
     }
-    for (int r = 0; r < rows; r++) total[r][turn] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]), scale[r], total[r][turn]);
+    for (int r = 0; r < rows; r++) {
+        const __m512 numbers = _mm512_cvtepi32_ps(_mm512_add_epi32(sum[r][0], sum[r][1]));
+        total[r][turn] = _mm512_fmadd_ps(numbers, scale[r], total[r][turn]);
+    }
 }
 
 VNNI INLINED void bytes_output(const Product *p, int64_t output, int64_t first, const int rows, const int bits) {

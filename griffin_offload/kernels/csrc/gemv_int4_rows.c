@@ -6,8 +6,6 @@
 #include "gemv.h"
 #include "int4.h"
 
-INLINED const uint8_t *codes_of(const Product *p, int64_t at) { return (const uint8_t *)p->weight + at * INT4_BYTES; }
-
 /* 16-bit numbers */
 
 /* `count` numbers of 32 bits, up to 8, and zeros. */
@@ -81,7 +79,6 @@ AVX2 void int4_rows_by_avx2(const void *product, int64_t start, int64_t end) {
 
 /* 8-bit numbers: a vector has the codes of four groups, low ones of all and then high ones. */
 
-#define FOUR_BYTES (4 * INT4_BYTES)
 #define AGAIN 16 /* outputs whose codes pass again for every four rows */
 
 /* Which of 16 numbers, one a group, belong to the lanes of groups `first` to `first` + 3. */
@@ -145,9 +142,11 @@ VNNI void int4_rows_by_vnni(const void *product, int64_t start, int64_t end) {
         int64_t first = 0;
         for (; first + 4 <= rows; first += 4)
             for (int64_t output = some; output < last; output++) int4_bytes_output(p, output, first, 4);
-        for (; first + 2 <= rows; first += 2)
+        if (rows - first == 3)
+            for (int64_t output = some; output < last; output++) int4_bytes_output(p, output, first, 3);
+        else if (rows - first == 2)
             for (int64_t output = some; output < last; output++) int4_bytes_output(p, output, first, 2);
-        if (first < rows)
+        else if (rows - first == 1)
             for (int64_t output = some; output < last; output++) int4_bytes_output(p, output, first, 1);
     }
 }

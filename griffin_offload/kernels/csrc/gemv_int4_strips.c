@@ -7,6 +7,9 @@
 
 #if defined(__x86_64__)
 
+#include <float.h>
+#include <math.h>
+
 #include "gemv.h"
 #include "int4.h"
 
@@ -124,127 +127,163 @@ AVX2 void int4_strips_by_avx2(const void *product, int64_t start, int64_t end) {
     for (int64_t output = start; output < end; output += INT4_GROUP) int4_outputs(product, output / INT4_GROUP);
 }
 
-/* 8-bit numbers: the codes of 16 bytes and four neurons lie side by side, once turned around. */
+/* The same of a whole strip, by vectors twice as wide: what is read and turned around serves several rows. */
 
-#define QUAD 4 /* neurons that are summed in one instruction */
-#define TOGETHER 2 /* rows that are multiplied at once */
+#define TOGETHER 8 /* rows that are multiplied at once */
+#define LINES (BLOCK / WIDE_LANES)
 
+/* A group's steps and offsets of a block of neurons, which are those of all rows. */
 typedef struct {
-    int8_t upper[BLOCK], lower[BLOCK];
-    float scale;
-} Bytes;
+    __m512 step[LINES], offset[LINES];
+} Steps;
 
-VNNI INLINED void make_bytes(const Product *p, int64_t row, int64_t group, int64_t start, int64_t count, Bytes *made,
-                             int64_t apart, __m512 *rest) {
-    const float *x = p->floats + row * p->inputs + start;
-    __m512 values[BLOCK / WIDE_LANES];
-    for (int64_t k = 0; k < count; k += WIDE_LANES) {
-        __m512 step, offset;
-        sixteen_steps(_mm256_loadu_si256((const __m256i *)pairs_of(p, group, start + k)), &step, &offset);
-        const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(x + k), step);
-        *rest = _mm512_fmadd_ps(value, offset, *rest);
-        values[k / WIDE_LANES] = value;
+VNNI INLINED void read_steps(const Product *p, int64_t group, int64_t start, int64_t count, Steps *steps) {
+    for (int64_t k = 0; k < count / WIDE_LANES; k++) {
+        const uint8_t *pairs = pairs_of(p, group, start + k * WIDE_LANES);
+        sixteen_steps(_mm256_loadu_si256((const __m256i *)pairs), &steps->step[k], &steps->offset[k]);
     }
-    for (int64_t part = 0; part < p->parts; part++, made += apart) {
-        __m512 most = _mm512_setzero_ps(), nothing = most;
-        for (int64_t k = 0; k < count / WIDE_LANES; k++) {
-            most = _mm512_max_ps(most, _mm512_abs_ps(values[k]));
-            nothing = _mm512_add_ps(nothing, _mm512_sub_ps(values[k], values[k])); /* as in make_shorts */
-        }
-        const float largest = _mm512_reduce_max_ps(most);
-        made->scale = (largest >= TINY ? largest / LARGEST : 0) + _mm512_reduce_add_ps(nothing);
-        const __m512 inverse = _mm512_set1_ps(largest >= TINY ? LARGEST / largest : 0);
-        for (int64_t k = 0; k < count / WIDE_LANES; k++) {
+}
+
+INLINED float float_of(uint32_t bits) {
+    float found;
+    memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
+/* As `make_shorts`, to the same numbers. */
+VNNI INLINED void make_wide(const Product *p, int64_t row, const Steps *steps, int64_t start, int64_t count, Shorts *made,
+                            __m512 *rest) {
+    const float *x = p->floats + row * p->inputs + start;
+    const int64_t lines = count / WIDE_LANES;
+    const __m512i size = _mm512_set1_epi32(0x7fffffff);
+    __m512 values[LINES];
+    for (int64_t k = 0; k < lines; k++) {
+        values[k] = _mm512_mul_ps(_mm512_loadu_ps(x + k * WIDE_LANES), steps->step[k]);
+        *rest = _mm512_fmadd_ps(values[k], steps->offset[k], *rest);
+    }
+    for (int64_t part = 0; part < p->parts; part++, made++) {
+        __m512i most = _mm512_setzero_si512(); /* bits of magnitudes are ordered as they are, NaN above all */
+        for (int64_t k = 0; k < lines; k++)
+            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(values[k]), size));
+        const float largest = float_of(_mm512_reduce_max_epu32(most));
+        const int finite = largest <= FLT_MAX;
+        made->scale = finite ? (largest >= TINY ? largest / LARGEST : 0) : NAN;
+        const __m512 inverse = _mm512_set1_ps(finite && largest >= TINY ? LARGEST / largest : 0);
+        for (int64_t k = 0; k < lines; k++) {
             const __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(values[k], inverse));
-            const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(number, _mm512_set1_epi32(128)), 8);
-            _mm_storeu_si128((__m128i *)(made->upper + k * WIDE_LANES), _mm512_cvtepi32_epi8(upper));
-            _mm_storeu_si128((__m128i *)(made->lower + k * WIDE_LANES), _mm512_cvtepi32_epi8(number));
+            _mm256_storeu_si256((__m256i *)(made->numbers + k * WIDE_LANES), _mm512_cvtepi32_epi16(number));
             if (p->parts > 1)
                 values[k] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(number), _mm512_set1_ps(made->scale), values[k]);
         }
     }
 }
 
-VNNI INLINED __m512i quad_of(const int8_t *x) {
-    int32_t quad;
-    memcpy(&quad, x, sizeof quad);
-    return _mm512_set1_epi32(quad);
+VNNI INLINED __m512i two_at(const int16_t *from) {
+    int32_t pair;
+    memcpy(&pair, from, sizeof pair);
+    return _mm512_set1_epi32(pair);
 }
 
-/* Which bytes of four neurons of 32 bytes each belong to bytes `first`.. of 16. */
-VNNI INLINED __m512i turned_around(int first) {
+/* Which bytes of two neurons of 32 bytes each belong to bytes `first`.. of 16, every other one. */
+VNNI INLINED __m512i side_by_side(int first) {
     uint8_t from[4 * WIDE_LANES];
-    for (int k = 0; k < 4 * WIDE_LANES; k++) from[k] = (uint8_t)(k % QUAD * STRIP_BYTES + first + k / QUAD);
+    for (int k = 0; k < 4 * WIDE_LANES; k++) from[k] = (uint8_t)(k % 4 / 2 * STRIP_BYTES + first + k / 4);
     return _mm512_loadu_si512(from);
 }
 
-INLINED __m512i joined(const __m512i *sum) __attribute__((target("avx512f")));
-INLINED __m512i joined(const __m512i *sum) { return _mm512_add_epi32(_mm512_slli_epi32(sum[0], 8), sum[1]); }
-
-/* Add `count` neurons to `total` of `rows` rows: of a strip's outputs, vectors of low and high ones of each group. */
-VNNI INLINED void add_bytes(const Product *p, const uint8_t *codes, int64_t count, const Bytes (*x)[HALVES],
-                            __m512 (*total)[4], const int rows) {
-    const __m512i nibble = _mm512_set1_epi8(15), order[2] = {turned_around(0), turned_around(INT4_BYTES)};
-    __m512i low[TOGETHER][HALVES][2], whole[TOGETHER][HALVES][2]; /* [upper or lower bytes of x] */
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < HALVES; i++)
-            for (int part = 0; part < 2; part++) low[r][i][part] = whole[r][i][part] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < count; k += QUAD, codes += QUAD * STRIP_BYTES) {
-        if (p->ahead) fetch_ahead(codes, 2);
-        const __m512i first = _mm512_loadu_si512(codes), second = _mm512_loadu_si512(codes + 64);
-        for (int i = 0; i < HALVES; i++) {
-            const __m512i weights = _mm512_permutex2var_epi8(first, order[i], second);
+/* Add `count` neurons to `total` of `rows` rows: of a group's outputs, vectors of low and of high ones. */
+VNNI INLINED void add_wide(const Product *p, const uint8_t *codes, int64_t count, const __m512i order, const Shorts *x,
+                           __m512 (*total)[2], const int rows) {
+    const __m512i nibble = _mm512_set1_epi16(15);
+    const __mmask64 even = 0x5555555555555555;
+    /* Few rows add to several sums in turn, so that none waits for the one before. */
+    const int turns = rows > 4 ? 1 : rows > 1 ? 2 : 4;
+    __m512i low[4][TOGETHER], whole[4][TOGETHER];
+#pragma GCC unroll 4
+    for (int t = 0; t < turns; t++)
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) low[t][r] = whole[t][r] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < count; k += 2 * turns)
+#pragma GCC unroll 4
+        for (int t = 0; t < turns; t++, codes += 2 * STRIP_BYTES) {
+            if (p->ahead) fetch_ahead(codes, 1);
+            const __m512i weights = _mm512_maskz_permutexvar_epi8(even, order, _mm512_loadu_si512(codes));
             const __m512i lows = _mm512_and_si512(weights, nibble);
+#pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
-                const __m512i upper = quad_of(x[r][i].upper + k), lower = quad_of(x[r][i].lower + k);
-                low[r][i][0] = _mm512_dpbusd_epi32(low[r][i][0], lows, upper);
-                low[r][i][1] = _mm512_dpbusd_epi32(low[r][i][1], lows, lower);
-                whole[r][i][0] = _mm512_dpbusd_epi32(whole[r][i][0], weights, upper);
-                whole[r][i][1] = _mm512_dpbusd_epi32(whole[r][i][1], weights, lower);
+                const __m512i numbers = two_at(x[r].numbers + k + 2 * t);
+                __asm__("vpdpwssd %2, %1, %0" : "+v"(low[t][r]) : "v"(lows), "v"(numbers));
+                __asm__("vpdpwssd %2, %1, %0" : "+v"(whole[t][r]) : "v"(weights), "v"(numbers));
             }
         }
-    }
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < HALVES; i++) {
-            const __m512i lows = joined(low[r][i]), highs = _mm512_sub_epi32(joined(whole[r][i]), lows);
-            const __m512 scale = _mm512_set1_ps(x[r][i].scale);
-            __m512 *here = &total[r][2 * i];
-            here[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lows), scale, here[0]);
-            here[1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(highs), _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 16)), here[1]);
+#pragma GCC unroll 4
+    for (int t = 1; t < turns; t++)
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            low[0][r] = _mm512_add_epi32(low[0][r], low[t][r]);
+            whole[0][r] = _mm512_add_epi32(whole[0][r], whole[t][r]);
         }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        const __m512 scale = _mm512_set1_ps(x[r].scale);
+        total[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low[0][r]), scale, total[r][0]);
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_sub_epi32(whole[0][r], low[0][r]));
+        total[r][1] = _mm512_fmadd_ps(high, _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 16)), total[r][1]);
+    }
 }
 
-/* A strip of all rows, which are the same as `parts` of each. */
-VNNI INLINED void strip_bytes(const Product *p, int64_t output) {
-    const int64_t rows = p->rows * p->parts;
-    __m512 total[MOST_ROWS][4], rest[MOST_ROWS][HALVES];
-    for (int64_t r = 0; r < rows; r++) {
-        for (int i = 0; i < 4; i++) total[r][i] = _mm512_setzero_ps();
-        for (int i = 0; i < HALVES; i++) rest[r][i] = _mm512_setzero_ps();
+/* Functions of their own: in one, sums would not stay in registers. */
+#define ADD_WIDE(rows)                                                                                                \
+    VNNI static __attribute__((noinline)) void add_wide_##rows(const Product *p, const uint8_t *codes, int64_t count, \
+                                                               __m512i order, const Shorts *x, __m512(*total)[2]) {   \
+        add_wide(p, codes, count, order, x, total, rows);                                                             \
     }
+
+ADD_WIDE(1)
+ADD_WIDE(2)
+ADD_WIDE(3)
+ADD_WIDE(4)
+ADD_WIDE(8)
+
+/* A strip of all rows, which are the same as `parts` of each. */
+VNNI INLINED void wide_strip(const Product *p, int64_t output) {
+    const int64_t rows = p->rows * p->parts;
+    __m512 total[HALVES][MOST_ROWS][2], rest[HALVES][MOST_ROWS];
+    const __m512i order[HALVES] = {side_by_side(0), side_by_side(INT4_BYTES)};
+    for (int i = 0; i < HALVES; i++)
+        for (int64_t r = 0; r < rows; r++) total[i][r][0] = total[i][r][1] = rest[i][r] = _mm512_setzero_ps();
     for (int64_t start = 0; start < p->inputs; start += BLOCK) {
         const int64_t count = least(BLOCK, p->inputs - start);
         const uint8_t *codes = strip_of(p, output, start);
-        for (int64_t first = 0; first < rows; first += TOGETHER) {
-            const int64_t here = least(TOGETHER, rows - first);
-            Bytes made[TOGETHER][HALVES];
+        Steps steps[HALVES];
+        for (int i = 0; i < HALVES; i++) read_steps(p, output / INT4_GROUP + i, start, count, &steps[i]);
+        for (int64_t first = 0, here; first < rows; first += here) {
+            Shorts made[HALVES][TOGETHER];
+            here = least(TOGETHER, rows - first);
+            here = here >= 4 ? here / 4 * 4 : here;
             for (int64_t r = 0; r < here; r += p->parts)
                 for (int i = 0; i < HALVES; i++)
-                    make_bytes(p, (first + r) / p->parts, output / INT4_GROUP + i, start, count, &made[r][i], HALVES,
-                               &rest[first + r][i]);
-            if (here == TOGETHER) add_bytes(p, codes, count, made, &total[first], TOGETHER);
-            else add_bytes(p, codes, count, made, &total[first], 1);
+                    make_wide(p, (first + r) / p->parts, &steps[i], start, count, &made[i][r], &rest[i][first + r]);
+            for (int i = 0; i < HALVES; i++) {
+                __m512(*sums)[2] = &total[i][first];
+                if (here == 8) add_wide_8(p, codes, count, order[i], made[i], sums);
+                else if (here == 4) add_wide_4(p, codes, count, order[i], made[i], sums);
+                else if (here == 3) add_wide_3(p, codes, count, order[i], made[i], sums);
+                else if (here == 2) add_wide_2(p, codes, count, order[i], made[i], sums);
+                else add_wide_1(p, codes, count, order[i], made[i], sums);
+            }
         }
     }
     for (int64_t r = 0; r < rows; r++)
         for (int i = 0; i < 4; i++) {
-            const __m512 sum = _mm512_add_ps(total[r][i], _mm512_set1_ps(_mm512_reduce_add_ps(rest[r][i / 2])));
+            const __m512 more = _mm512_set1_ps(_mm512_reduce_add_ps(rest[i / 2][r]));
+            const __m512 sum = _mm512_add_ps(total[i / 2][r][i % 2], more);
             _mm512_storeu_ps(p->sums + r * p->outputs + output + i * WIDE_LANES, sum);
         }
 }
 
 VNNI void int4_strips_by_vnni(const void *product, int64_t start, int64_t end) {
-    for (int64_t output = start; output < end; output += STRIP) strip_bytes(product, output);
+    for (int64_t output = start; output < end; output += STRIP) wide_strip(product, output);
 }
 
 #endif

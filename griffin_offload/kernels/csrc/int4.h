@@ -16,6 +16,11 @@
 #define STRIP 64 /* outputs of int4 strips that lie together */
 #define STRIP_BYTES (STRIP / 2) /* of a neuron in a strip */
 
+#define FOUR_BYTES (4 * INT4_BYTES)
+
+/* Of rows, the codes of group `at` of all. */
+INLINED const uint8_t *codes_of(const Product *p, int64_t at) { return (const uint8_t *)p->weight + at * INT4_BYTES; }
+
 INLINED float int4_step(const uint8_t *pair) {
     uint32_t bits = ((uint32_t)pair[0] << STEP_SHIFT) + STEP_BIAS;
     float step;

@@ -1,0 +1,60 @@
+"""Blocks of GGUF's types as numbers (gguf_blocks.c), by the thread that asks, without the interpreter's lock.
+
+The package gguf makes the same, to the last bit, by numpy: a pass over memory for every operation.
+"""
+
+import struct
+
+import torch
+from torch import Tensor
+
+from griffin_offload.kernels.library import NUMBER_TYPES, check, library
+
+_BLOCKS = struct.Struct("@4P3q")
+"""The struct Blocks of gguf_blocks.c."""
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+"""In the order of gguf_blocks.c."""
+ON_GRIDS = ("Q4_0", "Q4_1", "Q4_K")
+"""Of 16 levels in each 32 numbers."""
+_SHORT_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
+_LONG_BYTES = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+_BYTES = _SHORT_BYTES | _LONG_BYTES
+_GROUP = 32
+
+
+def takes(blocks: Tensor, out: Tensor) -> bool:
+    """Whether `numbers` fills `out`."""
+    return out.dtype in NUMBER_TYPES and out.is_contiguous() and out.is_cpu
+
+
+def numbers(kind: str, blocks: Tensor, out: Tensor) -> None:
+    """Fill `out` [R, I], in any precision, from `blocks` [R, bytes], uint8, of one of KINDS."""
+    count = _count(blocks, kind)
+    check(out, (blocks.shape[0], count * _numbers(kind) // max(blocks.shape[0], 1)), name="the numbers")
+    found = library()
+    assert found is not None, "the table was not asked"
+    job = (blocks.data_ptr(), out.data_ptr(), 0, 0, count, KINDS.index(kind), NUMBER_TYPES[out.dtype])
+    found.call("numbers_of_blocks", _BLOCKS.pack(*job))
+
+
+def grids(kind: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one of ON_GRIDS, of each 32 numbers: the step and the lowest of 16 levels, float32 [R, I / 32]."""
+    count = _count(blocks, kind)
+    groups = count * _numbers(kind) // _GROUP // max(blocks.shape[0], 1)
+    step = torch.empty(blocks.shape[0], groups, dtype=torch.float32, device="cpu")
+    lowest, found = torch.empty_like(step), library()
+    assert found is not None, "the table was not asked"
+    job = (blocks.data_ptr(), 0, step.data_ptr(), lowest.data_ptr(), count, KINDS.index(kind), 0)
+    found.call("grids_of_blocks", _BLOCKS.pack(*job))
+    return step, lowest
+
+
+def _numbers(kind: str) -> int:
+    return _GROUP if kind in _SHORT_BYTES else 256
+
+
+def _count(blocks: Tensor, kind: str) -> int:
+    check(blocks, blocks.shape, torch.uint8, "the blocks")
+    if blocks.dim() != 2 or blocks.shape[1] % _BYTES[kind]:
+        raise ValueError(f"rows of {tuple(blocks.shape)} bytes are no whole blocks of {kind}, of {_BYTES[kind]}")
+    return blocks.numel() // _BYTES[kind]
