@@ -13,13 +13,16 @@ from transformers import LlamaConfig
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, NeuronSizes, model_shape
+from griffin_offload.config import MIXED, LoadConfig
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
+from griffin_offload.engine.spec import examine
 from griffin_offload.formats import Format, every, get
 from griffin_offload.kv_cache.workload import Workload, kv_bytes
 from griffin_offload.offload.weight_store import slot_bytes
 from griffin_offload.planner.plan import price
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import SLOTS, best_plan, make_plan, pruned_choices, solve
+from griffin_offload.planner.tiers import bits_of, tiered_choices
 
 LLAMA_13B = {
     "hidden_size": 5120,
@@ -329,6 +332,43 @@ def test_measured_peak_stays_within_any_budget(checkpoints, budget: int, prompt:
     report = model.last_report
     assert report.peak_device_bytes <= budget
     assert report.decode_streamed_bytes == 0
+
+
+@pytest.mark.parametrize("quantize", MIXED)
+@settings(max_examples=12)
+@given(
+    name=st.sampled_from(["llama2", "gpt2", "phi3"]),
+    share=st.floats(0, 1.1),
+    bits=st.one_of(st.just("auto"), st.floats(2.5, 7.5)),
+    prompt=st.integers(1, 40),
+    batch=st.integers(1, 2),
+)
+def test_measured_peak_of_several_formats_stays_within_any_budget(
+    checkpoints, quantize: str, name: str, share: float, bits: float | str, prompt: int, batch: int
+):
+    """From the least that any of their plans needs to a little more than the largest does."""
+    path = checkpoints(name)
+    asked = {"device": "cpu", "quantize": quantize, "ctx_size": prompt + 9, "batch_size": batch, "kv_bits": 16}
+    spec = examine(path, LoadConfig(**asked, max_gpu_mem="1GB"))
+    needs = [
+        best_plan(shape, dataclasses.replace(spec.request, bits=bits_of(shape, counts)), prompt + 9).peak_bytes
+        for shape in spec.shapes
+        for counts in (tiered_choices(shape)[0], tiered_choices(shape)[-1])
+    ]
+    budget = int(min(needs) + (share if bits == "auto" else 1) * (max(needs) - min(needs)))
+    try:
+        model = GriffinModel.from_pretrained(path, **asked, bits=bits, max_gpu_mem=budget)
+    except UsageError:
+        assert bits != "auto"  # fewer than there are
+        return
+    assert model.plan.precision in MIXED
+    for seed in range(2):  # a second prompt's choice goes to the same places
+        ids = torch.randint(3, VOCAB, (batch, prompt), generator=torch.Generator().manual_seed(seed))
+        model.generate(ids, max_new_tokens=8, do_sample=False)
+        report = model.last_report
+        assert report.peak_device_bytes <= model.plan.peak_bytes <= budget
+        assert report.resident_bytes == model.plan.resident_bytes
+        assert report.decode_streamed_bytes == 0
 
 
 def test_a_larger_batch_than_fits_is_refused_before_it_runs(checkpoints):
