@@ -23,6 +23,7 @@ from griffin_offload.blocks.states import lasting_kinds, state_kinds
 from griffin_offload.engine.build import ATTENTION_NAME, attend_to_each
 from griffin_offload.engine.model_interface import StockForward
 from griffin_offload.errors import one_line
+from griffin_offload.kernels.gemv import rows_apart
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
 from griffin_offload.kv_cache.kv_layer import KVLayer
 from griffin_offload.transformers_api import CACHE, StockModel
@@ -101,7 +102,7 @@ class JointStep:
 
     def __call__(self, tokens: Tensor, caches: Sequence[KVCache]) -> Tensor:
         """The logits [N, V] behind `tokens` [N, 1], the next ones of the sequences in `caches`."""
-        with self._attending_apart() as implementation:
+        with self._attending_apart() as implementation, rows_apart():
             rows = zip(*(cache.layers for cache in caches), strict=True)
             layers = [_JointLayer(row, implementation) if isinstance(row[0], KVLayer) else row[0] for row in rows]
             inputs = {"input_ids": tokens, CACHE: Cache(layers=layers), "use_cache": True, "return_dict": True}

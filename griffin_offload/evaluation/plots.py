@@ -236,7 +236,7 @@ def prompt_loss(numbers: Numbers) -> "Figure":
         axes.axvline(100 * planned["density"], color=CATEGORIES[1], linestyle="--", linewidth=1.4)
         at = 100 * planned["density"]
         side = {"ha": "right", "x": at - 1.5} if at > 50 else {"ha": "left", "x": at + 1.5}
-        text = f"planned: {planned['density']:.2f} {planned['precision']}\nin {planned['budget']}"
+        text = f"planned: {planned['density']:.2f} {planned['in_words']}\nin {planned['budget']}"
         axes.text(y=0.04, s=text, color=CATEGORIES[1], fontsize=8.5, **side)
     _layers_key(figure, axes, len(layers))
     return figure

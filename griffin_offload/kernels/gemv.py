@@ -4,10 +4,11 @@ torch 2.13 has its 8-bit kernel for bfloat16 in the first place, and none for fo
 (benchmarks/NOTES.md has the rates).
 """
 
+import contextlib
 import functools
 import itertools
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ _LANES = 16
 _BY_TILES, _BY_LANES = 2, 3  # as gemv.c has them
 _TILE = 256  # floats of a tile
 _FEW, _NARROW = 4, 4096  # rows, inputs
+_ALIKE = 22  # rows
 _LEVELS = 2048  # floats, of a table of the tiles' kernel for strips
 _TILED_BITS = 4
 TILE_ROWS = 16
@@ -272,10 +274,26 @@ def strips_product(
     return own.multiply_strips(x, weight, groups, inputs, typed(tensors["bias"], dtype), outputs, bits=bits)
 
 
+_apart = False
+
+
+@contextlib.contextmanager
+def rows_apart() -> Iterator[None]:
+    """Inside, rows are sequences of their own. Elsewhere they may be a part of a prompt, and a few are summed in one
+    order, so that the part is the same to the last bit as it is in the whole."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
 def takes_lanes(x: Tensor, tensors: Tensors) -> bool:
     """Whether outputs as lanes are the faster way: from five rows on, and from three whose bytes would not stay in the
     first cache."""
-    return (x.shape[0] > _FEW or x.shape[1] > _NARROW) and not needs_gradient(x)
+    rows, inputs = x.shape
+    return ((_apart and (rows > _FEW or inputs > _NARROW)) or rows > _ALIKE) and not needs_gradient(x)
 
 
 def takes_tiers(x: Tensor | Sequence[Tensor], tiers: Sequence[Any], *beside: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from alive_bytes import AliveBytes
 from quantised_reference import round_layers
 from reference import dense_generate
-from tiny_models import CHAT_TEMPLATE, HYBRIDS, MIXTURES, RECURRENT, VOCAB, write_checkpoint, write_tokenizer
+from tiny_models import CHAT_TEMPLATE, HYBRIDS, RECURRENT, STATES_AND_EXPERTS, VOCAB, write_checkpoint, write_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from griffin_offload import GriffinError, GriffinModel, UsageError
@@ -167,7 +167,7 @@ def test_projections_rest_in_their_format(name: str, precision: str, tmp_path: P
         assert model.resident_bytes == model.plan.resident_bytes
         assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
         found.append((output.sequences, torch.stack(output.logits)))
-    if name in MIXTURES:
+    if name in STATES_AND_EXPERTS:
         return
     dense = AutoModelForCausalLM.from_pretrained(path)
     round_layers(dense, "none", 0, precision, feed_forward=False)

@@ -373,15 +373,15 @@ _mixture(
     **_ROUTED,
     **_NEMOTRON_H,
 )
-_mixture(
-    "jamba",
-    hf.JambaConfig,
-    "model.layers.{i}.feed_forward.experts",
-    attn_layer_period=2,
-    attn_layer_offset=1,
-    num_experts=4,
-    mamba_d_state=16,
-)
+STATES_AND_EXPERTS = {
+    "jamba": Architecture(
+        "jamba",
+        hf.JambaConfig,
+        "model.layers.{i}.feed_forward.experts",
+        4,
+        {**_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_d_state": 16},
+    )
+}
 _REFUSED: dict[str, Architecture] = {
     "jetmoe": Architecture("jetmoe", hf.JetMoeConfig, "", 128, {**_EXPERTS, "num_local_experts": 4, "kv_channels": 16}),
 }
@@ -404,7 +404,11 @@ def refused_models() -> dict[str, Callable[[], hf.PreTrainedModel]]:
 
 def write_checkpoint(name: str, directory: Path, dtype: torch.dtype = torch.float32, shards: int = 2) -> Path:
     """Save a model of either table in at least `shards` safetensors files; returns the directory."""
-    model = (ARCHITECTURES | FURTHER | HYBRIDS | RECURRENT | MIXTURES | _REFUSED)[name].build().to(dtype)
+    model = (
+        (ARCHITECTURES | FURTHER | HYBRIDS | RECURRENT | MIXTURES | STATES_AND_EXPERTS | _REFUSED)[name]
+        .build()
+        .to(dtype)
+    )
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(directory, max_shard_size=n_bytes // shards if shards > 1 else n_bytes + 1)
     assert len(list(Path(directory).glob("*.safetensors"))) >= shards
