@@ -246,7 +246,7 @@ HABITS: dict[str, Kind] = {
     "hybrids called mixtures of experts": (
         "What is refused is refused for what it is.",
         """
-        blocks/test_kept_state.py::test_the_true_reason_is_named[no KV cache at all | a past that is no KV | experts that are]
+        blocks/test_kept_state.py::test_the_true_reason_is_named[no KV cache at all | a past that | experts that are]
         engine/test_hybrids.py::test_density_one_is_dense_and_half_is_masked[olmo_hybrid | granite_h]
         blocks/test_feedforward.py::test_others_are_refused_by_name[jetmoe]
         """,
