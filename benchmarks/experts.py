@@ -101,8 +101,8 @@ def measure(arguments: argparse.Namespace) -> int:
     rate = found["disk_bytes_per_s"] = read_bytes_per_s(files_of(model))
     for said in ours["worker"]["prompts"] if ours["worker"] and rate else ():
         guessed = said["experts"]["wrong_bytes"] if said["experts"] else 0  # no part of a ceiling
-        needed = max(said["decode_streamed_bytes"] - guessed, 1)
-        said["decode_ceiling_tokens_per_s"] = arguments.tokens * rate / needed
+        needed = said["decode_streamed_bytes"] - guessed
+        said["decode_ceiling_tokens_per_s"] = arguments.tokens * rate / needed if needed else None
         said["prefill_ceiling_s"] = said["prefill_streamed_bytes"] / rate
     record = provenance("experts.py", sys.argv[1:]) | found
     mixture = bool(ours["worker"] and ours["worker"]["experts"])
