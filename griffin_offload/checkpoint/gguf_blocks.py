@@ -48,20 +48,16 @@ def block_types() -> dict[int, BlockType]:
 def _can_read(kind: BlockType) -> bool:
     """Tried on one block, which also makes the tables that the package makes at first use, before there are threads."""
     try:
-        _by_package(np.zeros((1, kind.nbytes), dtype=np.uint8), kind)
+        _by_package(kind.name, torch.zeros(1, kind.nbytes, dtype=torch.uint8))
     except (NotImplementedError, ValueError, KeyError):
         return False
     return True
 
 
-def _by_package(rows: Any, kind: BlockType) -> Any:
-    return _dequantized(rows, kind.name)
-
-
-def _dequantized(rows: Any, name: str) -> Any:
+def _by_package(name: str, rows: Tensor) -> Tensor:
     package = gguf_package()
     with np.errstate(all="ignore"):  # scales that are no numbers are found where the model computes with them
-        return package.quants.dequantize(rows, package.GGMLQuantizationType[name])
+        return torch.from_numpy(package.quants.dequantize(rows.numpy(), package.GGMLQuantizationType[name]))
 
 
 def numbers_of(rows: Tensor, kind: BlockType) -> Tensor:
@@ -80,11 +76,11 @@ def fill_numbers(rows: Tensor, kind: BlockType, into: Tensor) -> None:
     elif kind.name in _FLOATS:
         into.copy_(numbers_of(rows, kind))
     else:
-        into.copy_(torch.from_numpy(_by_package(rows.numpy(), kind)))
+        _fill_by_package(kind.name, rows, into)
 
 
 def _fill_by_package(name: str, rows: Tensor, into: Tensor) -> None:
-    into.copy_(torch.from_numpy(_dequantized(rows.numpy(), name)))
+    into.copy_(_by_package(name, rows))
 
 
 def _grids_by_package(name: str, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from alive_bytes import AliveBytes
+from conversation_reference import check_turns
 from marks import mostly_slow
 from quantised_reference import quantised_generate
 from reference import collect_z, dense_generate, masked_generate, select_direct, shared_statistic_float64
@@ -149,21 +150,7 @@ def test_a_turn_reads_its_own_tokens_alone(checkpoints, tmp_path: Path):
     path = checkpoints("qwen3_5")
     write_tokenizer(path, CHAT_TEMPLATE)
     model = _load(path, ctx_size=256, keep_prompts=True, always_stream=True)
-    session = model.chat_session(max_new_tokens=6, do_sample=False)
-    first, second = session.send("hello"), session.send("and again")
-    known = second.report.cached_prompt_tokens  # of its answer, as much as text tells: random tokens are none
-    assert first.report.prompt_tokens <= known <= first.report.prompt_tokens + first.report.generated_tokens
-    session.save(tmp_path / "conversation.ctx")
-    third = session.send("once more")
-    assert session.undo()
-    assert session.send("once more").text == third.text
-    other = model.chat_session(max_new_tokens=6, do_sample=False)
-    other.load(tmp_path / "conversation.ctx")
-    again = other.send("once more")
-    assert again.text == third.text
-    assert again.report.cached_prompt_tokens == third.report.cached_prompt_tokens > known
-    session.reset()
-    assert session.send("hello").text == first.text
+    check_turns(model, tmp_path / "conversation.ctx")
 
 
 def test_one_layer_of_each_kind_is_measured(monkeypatch: pytest.MonkeyPatch):

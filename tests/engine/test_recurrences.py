@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from alive_bytes import AliveBytes
+from conversation_reference import check_turns
 from quantised_reference import round_layers
 from reference import dense_generate
 from tiny_models import CHAT_TEMPLATE, HYBRIDS, RECURRENT, STATES_AND_EXPERTS, VOCAB, write_checkpoint, write_tokenizer
@@ -121,21 +122,7 @@ def test_a_turn_reads_its_own_tokens_alone(name: str, checkpoints, tmp_path: Pat
     path = checkpoints(name)
     write_tokenizer(path, CHAT_TEMPLATE)
     model = _load(path, ctx_size=256, keep_prompts=True)
-    session = model.chat_session(max_new_tokens=6, do_sample=False)
-    first, second = session.send("hello"), session.send("and again")
-    known = second.report.cached_prompt_tokens
-    assert first.report.prompt_tokens <= known <= first.report.prompt_tokens + first.report.generated_tokens
-    session.save(tmp_path / "conversation.ctx")
-    third = session.send("once more")
-    assert session.undo()
-    assert session.send("once more").text == third.text
-    other = model.chat_session(max_new_tokens=6, do_sample=False)
-    other.load(tmp_path / "conversation.ctx")
-    again = other.send("once more")
-    assert again.text == third.text
-    assert again.report.cached_prompt_tokens == third.report.cached_prompt_tokens > known
-    session.reset()
-    assert session.send("hello").text == first.text
+    check_turns(model, tmp_path / "conversation.ctx")
 
 
 def test_attention_beside_mamba_needs_no_feed_forward_either(tmp_path: Path):

@@ -16,7 +16,7 @@ from griffin_offload.cli.main import main
 from griffin_offload.engine.build import use_own_linears
 from griffin_offload.formats import every, get
 from griffin_offload.formats.linear import QuantizedLinear
-from griffin_offload.kernels import table
+from griffin_offload.kernels import gemv, table
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import built, library
 
@@ -150,3 +150,20 @@ def test_the_library_for_every_python_comes_first(tmp_path: Path):
         (tmp_path / f"_library{suffix}").touch()
         usable = suffix in EXTENSION_SUFFIXES
         assert built(tmp_path) == (tmp_path / f"_library{suffix}" if usable else None)
+
+
+@pytest.mark.skipif(library() is None or not library().sums_bytes, reason="a processor without AVX512-VNNI")
+def test_a_few_rows_are_summed_in_another_order_where_they_are_sequences_alone():
+    """A part of a prompt is the same to the last bit as in the whole; several sequences have what is faster."""
+    tensors, scratch = {"weight": None}, torch.bfloat16
+
+    def first(rows: int) -> str:
+        x = torch.ones(rows, 64, dtype=torch.float32)
+        found = table.products("int4_rows", rows, x, scratch, resident=True)
+        return next(kernel.name for kernel in found if kernel.takes is None or kernel.takes(x, tensors))
+
+    assert [first(rows) for rows in (4, 5, 22)] == ["multiply_int4_rows"] * 3
+    assert first(23) == "multiply_int4_rows (lanes)"
+    with gemv.rows_apart():
+        assert [first(rows) for rows in (4, 5, 22)] == ["multiply_int4_rows", *["multiply_int4_rows (lanes)"] * 2]
+    assert first(5) == "multiply_int4_rows"

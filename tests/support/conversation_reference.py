@@ -5,6 +5,8 @@ Independent of the package: float64 sums, plain hooks, transformers' own cache.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from reference import _down_projections, _zero_others
 from torch import Tensor
@@ -12,6 +14,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from griffin_offload.blocks.states import state_kinds
 from griffin_offload.transformers_api import CACHE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from griffin_offload import GriffinModel
 
 
 class MaskedConversation:
@@ -63,3 +70,22 @@ class MaskedConversation:
         )
         logits: Tensor = self._model(**inputs).logits
         return logits
+
+
+def check_turns(model: GriffinModel, path: Path) -> None:
+    """A chat reads its new tokens alone, goes back, and goes on where it was saved at `path`."""
+    session = model.chat_session(max_new_tokens=6, do_sample=False)
+    first, second = session.send("hello"), session.send("and again")
+    known = second.report.cached_prompt_tokens  # of its answer, as much as text tells: random tokens are none
+    assert first.report.prompt_tokens <= known <= first.report.prompt_tokens + first.report.generated_tokens
+    session.save(path)
+    third = session.send("once more")
+    assert session.undo()
+    assert session.send("once more").text == third.text
+    other = model.chat_session(max_new_tokens=6, do_sample=False)
+    other.load(path)
+    again = other.send("once more")
+    assert again.text == third.text
+    assert again.report.cached_prompt_tokens == third.report.cached_prompt_tokens > known
+    session.reset()
+    assert session.send("hello").text == first.text
