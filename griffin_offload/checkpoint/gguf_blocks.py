@@ -48,7 +48,7 @@ def block_types() -> dict[int, BlockType]:
 def _can_read(kind: BlockType) -> bool:
     """Tried on one block, which also makes the tables that the package makes at first use, before there are threads."""
     try:
-        _by_package(kind.name, torch.zeros(1, kind.nbytes, dtype=torch.uint8))
+        _by_package(kind.name, torch.zeros(1, kind.nbytes, dtype=torch.uint8, device="cpu"))
     except (NotImplementedError, ValueError, KeyError):
         return False
     return True
