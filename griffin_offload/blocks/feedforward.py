@@ -77,9 +77,16 @@ class Projection:
             return chosen if self.swapped or self.full.neurons_first else None
         return None if self.swapped else torch.cat([chosen + part * self.neurons for part in range(self.stacked)])
 
+    @property
+    def in_rows(self) -> bool:
+        """Whether a down projection rests in rows of outputs, of all neurons."""
+        return self.is_down and isinstance(self.owner, QuantizedLinear) and not self.owner.is_down
+
     def gather(self, full: Tensors, chosen: Sequence[Tensor], out: Sequence[Tensors]) -> None:
         """Of every tier the `chosen` neurons [K]."""
         for (_, layout), own, target in zip(self.tiers, chosen, out, strict=True):
+            if self.in_rows:
+                own = torch.arange(self.hidden, dtype=own.dtype, device=own.device)
             if isinstance(self.owner, QuantizedLinear):
                 self.owner.gather(layout, full, own, target, parts=self.stacked)
             else:
@@ -215,13 +222,14 @@ class FeedForward(Block):
 
     def compact_specs(self, counts: Counts, formats: Sequence[Format] | None = None) -> list[Spec]:
         """Conv1D reshapes by its input's size and cannot have none: it keeps one, which `gather` zeroes."""
-        tiers = list(zip(counts, self.formats if formats is None else formats, strict=True))
-        return [
-            spec
-            for projection in self.parts
-            for kept, format in tiers
-            for spec in projection.specs(format.resident(is_down=projection.is_down), self._room(kept, format)).values()
-        ]
+        found: list[Spec] = []
+        for projection in self.parts:
+            layouts = [layout for _, layout in projection.tiers]
+            if formats is not None:
+                layouts = [format.resident(is_down=projection.is_down) for format in formats]
+            for kept, format, layout in zip(counts, formats or self.formats, layouts, strict=True):
+                found += projection.specs(layout, self._room(kept, format)).values()
+        return found
 
     def _room(self, kept: int, format: Format) -> int:
         room = padded(kept, self.multiple(format))

@@ -1,7 +1,7 @@
 """Every linear layer inside the decoder layers, swapped for a `QuantizedLinear` once, at load."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from griffin_offload.blocks.feedforward import features
 from griffin_offload.devices.threads import put
 from griffin_offload.formats.base import Format
 from griffin_offload.formats.linear import QuantizedLinear, TieredLinear
-from griffin_offload.formats.translated import TranslatedTensor
+from griffin_offload.formats.translated import TranslatedTensor, on_grids
 from griffin_offload.kernels.by_blocks import Scratch
 
 _SMALL_SHARE = 1 / 16
@@ -85,11 +85,12 @@ def swap_linears(
     importance: Mapping[str, Tensor] | None = None,
     tiers: Sequence[Tiers] = (),
     small: Format | None = None,
+    streamed: Container[int] = (),
 ) -> None:
     """Replace each by a module with the same parameters; those of a converted checkpoint are on meta, to be assigned.
     `importance` [3, I], by "layer.name", is of the inputs of matrices that are quantised while the model runs; `tiers`
     are of the FF of each layer, if it is not of `precision` alone; `small` is what `small_names` rest in, if it is
-    another format, and are stored in unless the others have as many bits.
+    another format, and are stored in unless the others have as many bits; `streamed` are layers whose FF passes.
 
     Conv1D's matrix is turned around: every QuantizedLinear is [outputs, inputs].
     """
@@ -104,7 +105,8 @@ def swap_linears(
                 own = tiers[index] if tiers else own
             elif small is not None and name in small_ones:
                 own, source = ((small, block.neurons),), max(small, source, key=lambda format: format.bits)
-            new = _replaced(module, own, block, source, scratch)
+            is_down = block.is_down(module) and (index in streamed or not _takes_rows_over(module, own))
+            new = _replaced(module, own, block, source, scratch, is_down=is_down)
             new.importance = (importance or {}).get(f"{index}.{name}")
             setattr(layer.get_submodule(parent), attribute, new)
 
@@ -116,9 +118,22 @@ def turn_experts(blocks: Sequence[Block]) -> None:
             block.take_rows()
 
 
-def _replaced(module: nn.Module, tiers: Tiers, block: Block, stored: Format, scratch: Scratch) -> QuantizedLinear:
+def _takes_rows_over(module: nn.Module, tiers: Tiers) -> bool:
+    """Whether a down projection rests in rows of outputs, as all other matrices, because these lie on grids in its file
+    that its format takes over. Then its neurons are not to be told apart: all of them stay. In no more bytes than
+    neurons take, and without room for more of them."""
+    (outputs, inputs), weight = features(module), module.weight
+    on_its_grids = isinstance(module, nn.Linear) and isinstance(weight, TranslatedTensor) and on_grids(weight.decode)
+    ((format, kept), *others) = tiers
+    fits = not others and kept == inputs >= outputs and inputs % format.rests_as().neuron_multiple == 0
+    return on_its_grids and fits and format.takes_over
+
+
+def _replaced(
+    module: nn.Module, tiers: Tiers, block: Block, stored: Format, scratch: Scratch, *, is_down: bool
+) -> QuantizedLinear:
     """One of a single format, or of several."""
-    (outputs, inputs), is_down = features(module), block.is_down(module)
+    outputs, inputs = features(module)
     full = stored.stored(is_down=is_down)
     if len(tiers) == 1:
         resident = tiers[0][0].resident(is_down=is_down)

@@ -64,8 +64,8 @@ class LayerSizes:
     window: int | None
     """Tokens the KV cache of this layer keeps; None keeps all."""
     plain_neuron_bytes: int = 0
-    """The same neuron, and the attention, without quantisation."""
     plain_attention_bytes: int = 0
+    """A neuron, and the attention, without quantisation."""
     kv_width: int | None = None
     """Numbers per token in its keys and values together; None: the model's."""
     key_width: int | None = None
@@ -90,7 +90,7 @@ class LayerSizes:
 
     @property
     def neuron_bytes(self) -> int:
-        """Of a neuron in the format of the most bits."""
+        """Of one in the format of the most bits."""
         return self.levels[0].neuron_bytes
 
     def density(self, kept: int) -> float:
@@ -125,7 +125,7 @@ class ModelSizes:
     max_positions: int
     gated: bool
     inline_ff: bool
-    """The FF is written in the layer's own forward (OPT): it cannot be chunked."""
+    """The FF is written in the layer's own forward (OPT): it is not chunked."""
     materialises_scores: bool
     """Attention builds the full matrix of scores (eager, ALiBi, soft-capped)."""
     stored_head_bytes: int = 0
@@ -136,7 +136,7 @@ class ModelSizes:
     head: Format = FLOATS
     """Of the head as it rests on the device."""
     dtype: str = "bfloat16"
-    """Precision of the computation, in words."""
+    """Of the computation."""
     precision: Format = FLOATS
     """Of the resident matrices inside the layers, but for FFs where these have several levels."""
     levels: tuple[Format, ...] = (FLOATS,)
@@ -147,6 +147,8 @@ class ModelSizes:
     """Of the same matrices in the checkpoint."""
     small: Format | None = None
     """Of small ones among them (blocks/replace.py); None: `precision`."""
+    taken_over: float = 0.0
+    """Share of the layers' numbers whose grids are taken over from the file."""
 
     @property
     def neurons(self) -> int:
@@ -206,12 +208,12 @@ class ModelSizes:
 
     def choosing(self, counts: Sequence[Counts]) -> tuple[int, ...]:
         """Layers of which a prompt chooses: neurons that are left out, or that rest in other formats than others."""
-        pairs = enumerate(zip(self.layers, counts, strict=True))
-        return tuple(i for i, (layer, own) in pairs if sum(own) < layer.neurons or len(tiers_of(own)) > 1)
+        sizes = enumerate(zip((layer.neurons for layer in self.layers), counts, strict=True))
+        return tuple(i for i, (neurons, own) in sizes if sum(own) < neurons or len(tiers_of(own)) > 1)
 
     @property
     def tied(self) -> bool:
-        """Whether head and embeddings are one table on the device."""
+        """Whether head and embeddings are one table there."""
         return self.head_bytes == 0
 
     @property
@@ -232,8 +234,8 @@ class ModelSizes:
     @property
     def state_writers(self) -> dict[int, str]:
         """By layer the part that writes its states, where it can run in parts and once more."""
-        found = {i: layer.state_writer for i, layer in enumerate(self.layers) if layer.state_writer is not None}
-        return found if self.splits_states else {}
+        layers = enumerate(self.layers if self.splits_states else ())
+        return {i: layer.state_writer for i, layer in layers if layer.state_writer is not None}
 
     def states_kept_bytes(self, pass_tokens: int) -> int:
         """The same; and where `pass_tokens` at once may be taken back, a copy of it, and what layers with states are
@@ -385,8 +387,7 @@ def _neuron_sizes(block: Block, format: Format, dtype: torch.dtype) -> NeuronSiz
         return NeuronSizes(block.place_bytes(format, dtype), 0, 1)
     step = block.multiple(format)
     one, two = (specs_bytes(block.compact_specs((count,), (format,)), dtype) for count in (step, 2 * step))
-    neuron_bytes = (two - one) // step
-    return NeuronSizes(neuron_bytes, one - step * neuron_bytes, step)
+    return NeuronSizes((two - one) // step, one - (two - one) // step * step, step)
 
 
 def _nbytes(tensors: Any) -> int:

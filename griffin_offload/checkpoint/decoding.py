@@ -86,6 +86,11 @@ class Rows(ABC):
         """Change `numbers` [n, I] by what is read."""
         change(numbers, self.read(parts, first, end))
 
+    @property
+    def even(self) -> bool:
+        """Whether there may be `by_32`, as far as is known without a look at the parts."""
+        return False
+
     def by_32(self, parts: Parts, outputs: int) -> Tensor | None:
         """Of all rows, for each 32 inputs [O, I / 32]; None where it is not the same for these."""
         return None
@@ -105,7 +110,7 @@ class Scaled:
     @property
     def on_grids(self) -> bool:
         """Whether there may be `grids`."""
-        return self.codes.lowest is not None
+        return self.codes.lowest is not None and self.scales.even
 
     def grids(self, parts: Parts, outputs: int, rows: Tensor) -> tuple[Tensor, Tensor] | None:
         """As `TranslatedTensor` has them."""
@@ -137,11 +142,8 @@ class EachExpert:
 
     def __call__(self, parts: Parts, first: int, end: int, into: Tensor) -> None:
         for expert in range(first, end):
-            own = parts[expert * self.count : (expert + 1) * self.count]
-            self.decode(own, 0, into.shape[1], into[expert - first])
-
-
-# Codes.
+            first_part = expert * self.count
+            self.decode(parts[first_part : first_part + self.count], 0, into.shape[1], into[expert - first])
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,7 @@ class PackedAcross(Rows):
         words = typed(parts[self.part], torch.int32).view(-1, self.words)[:, skipped:last].t().contiguous()
         numbers = torch.empty(words.shape[0], per_word, words.shape[1], dtype=torch.float32, device="cpu")
         for output in range(per_word):
-            place = _AWQ_NIBBLES[output] if self.interleaved else output
-            codes = words >> (self.bits * place)
+            codes = words >> self.bits * (_AWQ_NIBBLES[output] if self.interleaved else output)
             numbers[:, output] = (codes + self.plus if self.plus else codes) & (2**self.bits - 1)
         return numbers.flatten(0, 1)[first - skipped * per_word : end - skipped * per_word]
 
@@ -302,12 +303,15 @@ class Spread(Rows):
         found = self.inner.read(parts, first, end)
         return found if found.shape[1] == 1 else found.repeat_interleave(self.group, dim=1)[:, : self.inputs]
 
+    @property
+    def even(self) -> bool:
+        return self.inputs % (group := min(self.group, self.inputs)) == 0 == group % _GRID_NUMBERS
+
     def by_32(self, parts: Parts, outputs: int) -> Tensor | None:
-        found = self.inner.read(parts, 0, outputs)
-        group = self.inputs if found.shape[1] == 1 else self.group
-        if group % _GRID_NUMBERS or self.inputs % group:
+        if not self.even:
             return None
-        return found.repeat_interleave(group // _GRID_NUMBERS, dim=1)
+        found = self.inner.read(parts, 0, outputs)
+        return found.repeat_interleave(self.inputs // found.shape[1] // _GRID_NUMBERS, dim=1)
 
     def change(self, numbers: Tensor, change: Change, parts: Parts, first: int, end: int) -> None:
         if self.inputs % self.group:
@@ -335,6 +339,10 @@ class SpreadByIndex(Rows):
                 f"{self.name} names groups from {least} to {most}, there are {self.groups}: download it again"
             )
         return torch.index_select(self.inner.read(parts, first, end), 1, index)
+
+    @property
+    def even(self) -> bool:
+        return self.ordered.even
 
     def by_32(self, parts: Parts, outputs: int) -> Tensor | None:
         return self.ordered.by_32(parts, outputs) if self._in_order(parts) else None

@@ -1,5 +1,7 @@
 """In which formats the residents of a checkpoint may be planned: one for all, or mixed."""
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,8 +14,13 @@ from griffin_offload.config import LAYERS, MIXED, TIERS, LoadConfig
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats import INT4, INT8, RESTING_HEAD, SMALL_MATRICES, Format, every
 from griffin_offload.formats.linear import reads_head_itself
+from griffin_offload.formats.translated import on_grids
 from griffin_offload.kernels.library import compiled
 from griffin_offload.transformers_api import StockModel
+
+_IN_LAYER = re.compile(r"(?:^|\.)\d+\.")
+_MOST_ON_GRIDS = 0.8
+"""Of the layers' numbers: Q4_K_M, which holds a part of two matrices in six bits, has about five sixths."""
 
 
 def resting_head(checkpoint: Checkpoint, meta: StockModel, host_embeddings: bool) -> Format:
@@ -46,28 +53,41 @@ def shapes_of(
         if rests is not stored:
             raise UsageError(f"exact mode needs residents in the stored precision, and {stored} rests as {rests}")
         raise UsageError("exact mode of a mixture of experts drafts in the stored precision: leave --quantize out")
-    fewest = _first_wanted(allowed, config)
-    if config.prefer == "speed" and not fewest:
+    first = _first_wanted(allowed, checkpoint, config)
+    if config.prefer == "speed" and not first:
         raise UsageError(
             f"--prefer speed has nothing to choose: {checkpoint.directory} gives {allowed[0].precision_name} alone"
         )
-    return tuple(allowed[fewest:])
+    return tuple(allowed[first:])
 
 
 def others_of(
     checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig, head: Format
 ) -> tuple[ModelSizes, ...]:
     """The same in the precisions that it could have, and that `config` rules out."""
-    allowed = _measured(checkpoint, meta, device, config, head, asked=True) if config.prefer == "speed" else []
+    allowed = _measured(checkpoint, meta, device, config, head, asked=True)
     others = _measured(checkpoint, meta, device, config, head, asked=False)
-    return (*allowed[: _first_wanted(allowed, config)], *others)
+    return (*allowed[: _first_wanted(allowed, checkpoint, config)], *others)
 
 
-def _first_wanted(allowed: list[ModelSizes], config: LoadConfig) -> int:
-    """Of `allowed`; for speed the one format of the fewest bits."""
-    if config.prefer != "speed":
+def _first_wanted(allowed: list[ModelSizes], checkpoint: Checkpoint, config: LoadConfig) -> int:
+    """Of `allowed`; for speed the one format of the fewest bits, and int4 where it takes over what the file holds: more
+    bits would hold the same numbers."""
+    if config.prefer == "speed":
+        return max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)
+    if config.exact or not compiled() or grid_share(checkpoint) < _MOST_ON_GRIDS:
         return 0
-    return max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)
+    return next((i for i, shape in enumerate(allowed) if shape.levels == (INT4,)), 0)
+
+
+def grid_share(checkpoint: Checkpoint) -> float:
+    """Of the numbers of the layers' matrices, those that lie on grids in their file which int4 takes over; experts,
+    which it rounds anew, do not."""
+    sizes = {False: 0, True: 0}
+    for name, tensor in checkpoint.tensors().items():
+        if _IN_LAYER.search(name) and len(tensor.shape) > 1:
+            sizes[not tensor.of_experts and on_grids(tensor.decode)] += math.prod(tensor.shape)
+    return sizes[True] / max(sum(sizes.values()), 1)
 
 
 def _measured(
@@ -99,7 +119,8 @@ def _measured(
             if needed and not drafts:
                 raise
             continue
-        found.append(replace(shape, by_layer=name == LAYERS))
+        taken_over = grid_share(checkpoint) if levels == (INT4,) and not shape.has_experts else 0.0
+        found.append(replace(shape, by_layer=name == LAYERS, taken_over=taken_over))
     return found
 
 

@@ -105,6 +105,8 @@ class Format:
     for the inputs themselves."""
     missed_from: ClassVar[float] = 0.25
     """A weight that is off by a larger share has not come back (`missed`)."""
+    takes_over: ClassVar[bool] = False
+    """Whether it has `taken_over`."""
     holds: tuple["Format", ...] = ()
     """Formats whose neurons a copy in this one has side by side, so that nothing is rounded for a prompt."""
     chunk: ClassVar[int] = 1024

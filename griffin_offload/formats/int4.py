@@ -126,7 +126,7 @@ class Int4(Grouped):
     """Codes 0..15."""
 
     name, bits, code_bits, version = "int4", 4.5, 4, 2  # version 1 had one scale a neuron in its down projection
-    is_tier, distortion = True, 0.013
+    is_tier, distortion, takes_over = True, 0.013, True
 
     def levels_of(self, numbers: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         grid = best_grid(numbers, importance)

@@ -23,6 +23,9 @@ _KL_OF_ERROR = 8.0
 """KL per token of small trained models to their 16 bit, by expected error: seven to nine times it
 (docs/benchmarks.md)."""
 
+_SECOND_ROUNDING = 0.0003
+"""Squared error of numbers that are taken over with the grids of their file (benchmarks/NOTES.md)."""
+
 
 def expected_kl(error: float) -> float:
     """What the KL divergence of answers to those in 16 bit is about, in nats per token: one digit, as no more is
@@ -136,4 +139,6 @@ def expected_error(shape: ModelSizes, counts: Sequence[Counts]) -> float | None:
     for layer, own in zip(shape.layers, counts, strict=True):
         errors = [format.distortion for format in shape.levels]
         total += distortion_of(typical_energies(layer.neurons), own, errors)
-    return total / len(shape.with_neurons)
+    error = total / len(shape.with_neurons)
+    kept = 0.0 if shape.choosing(counts) else shape.taken_over
+    return error * (1 - kept) + _SECOND_ROUNDING * kept

@@ -77,9 +77,9 @@ BLOCKS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0
 """What the package can write."""
 
 
-def wide_model() -> Any:
+def wide_model(neurons: int = 512) -> Any:
     """Rows of whole blocks of 256."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 256, "intermediate_size": neurons, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.LlamaConfig(vocab_size=320, num_key_value_heads=2, max_position_embeddings=512, **sizes)
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval()
@@ -252,6 +252,52 @@ def test_on_the_way_are_the_codes_of_a_copy(asked: dict[str, Any], tmp_path: Pat
         compared += 1
         assert torch.equal(tensor, expected), name
     assert compared >= 2 * 3 * 6
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_a_file_in_four_bits_rests_as_it_lies(kind: str, tmp_path: Path):
+    """Unasked, however much memory there is: every matrix of the layers is the file's, but for what a second rounding
+    of its grids takes, down projections too. One byte of a step more would be 6 % off."""
+    file = write_gguf(wide_model(), tmp_path / "tiny.gguf", kind)
+    exact = dict(build(open_checkpoint(file).in_precision(torch.float32)).named_parameters())
+    options = OPTIONS | {"dtype": "bfloat16", "quantize": "auto"}
+    with GriffinModel.from_pretrained(file, **options) as model:
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+        assert (model.plan.precision, model.plan.density, model.plan.streamed) == ("int4", 1.0, ())
+        assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+        modules = {n: m for n, m in model.model.named_modules() if getattr(m, "resident", None) is not None}
+        found = {name: module for name, module in modules.items() if module.layout.format is INT4}
+        assert {name.rpartition(".")[2] for name in found} >= {"gate_proj", "up_proj", "down_proj", "q_proj", "o_proj"}
+        for name, module in found.items():
+            numbers = in_memory(exact[f"{name}.weight"]).detach()
+            back = module(torch.eye(numbers.shape[1], dtype=torch.float32)).t()
+            assert (back - numbers).norm() < 0.025 * numbers.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "neurons", "asked", "precision", "in_rows"),
+    [
+        ("Q4_0", 512, {"quantize": "auto", "density": 0.5}, "int4", False),
+        ("Q4_0", 512, {"quantize": "layers", "bits": 6.5}, "layers", True),
+        ("Q4_0", 480, {}, "int4", False),  # no whole strips of 64
+        ("Q5_0", 512, {}, "bfloat16", False),
+        ("Q4_0", 512, {"exact": True}, "bfloat16", False),
+        ("Q4_0", 512, {"quantize": "none"}, "bfloat16", False),
+    ],
+    ids=str,
+)
+def test_what_else_becomes_of_files_in_blocks(
+    kind: str, neurons: int, asked: dict[str, Any], precision: str, in_rows: bool, tmp_path: Path
+):
+    """Down projections rest in rows where all neurons stay, by whole strips, and lie on grids."""
+    file = write_gguf(wide_model(neurons), tmp_path / "tiny.gguf", kind)
+    options = {**OPTIONS, "dtype": "bfloat16", "quantize": "auto"} | asked
+    with GriffinModel.from_pretrained(file, **options) as model:
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+        assert model.plan.precision == precision
+        assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+        downs = [module for name, module in model.model.named_modules() if name.endswith("down_proj")]
+        assert any(getattr(down, "layout", None) is INT4.stored(is_down=False) for down in downs) == in_rows
 
 
 def test_shards_and_a_directory_of_one_file_are_one_model(pair: tuple[Path, Path], tmp_path: Path):
