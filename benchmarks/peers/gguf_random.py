@@ -35,6 +35,8 @@ def blocks(kind: str, rows: int, width: int, random: numpy.random.Generator) -> 
     found = random.integers(0, 256, (rows * width // numbers, nbytes), dtype=numpy.uint8)
     for at, step in STEPS[kind].items():
         found[:, at : at + 2] = numpy.frombuffer(numpy.float16(step).tobytes(), dtype=numpy.uint8)
+    if kind == "Q4_K":  # steps and offsets of groups as they are to each other where weights lie about zero
+        found[:, 4:16] = found[:, 4:16] & 15 | 0xA0
     return found.reshape(rows, -1)
 
 

@@ -164,7 +164,7 @@ def _take_tensors(new: QuantizedLinear, module: nn.Module, stored: Format) -> No
     if stored.is_plain:
         origin = weight.detach()
         if isinstance(module, nn.Linear) and isinstance(origin, TranslatedTensor):
-            new.grids = origin.grids
+            new.codes = origin.codes
         matrix = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
         put(new, "weight", matrix)
         return

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.errors import CheckpointError
+from griffin_offload.formats.translated import Codes
 
 Parts = Sequence[Tensor]
 _BYTE_BITS, _WORD_BITS, _GRID_NUMBERS = 8, 32, 32
@@ -109,18 +110,20 @@ class Scaled:
 
     @property
     def on_grids(self) -> bool:
-        """Whether there may be `grids`."""
+        """Whether it may be `coded`."""
         return self.codes.lowest is not None and self.scales.even
 
-    def grids(self, parts: Parts, outputs: int, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-        """As `TranslatedTensor` has them."""
+    def coded(self, parts: Parts, outputs: int, rows: Tensor) -> Codes | None:
+        """Rows of the indices, as `TranslatedTensor.codes`."""
         steps = None if self.codes.lowest is None else self.scales.by_32(parts, outputs)
-        if steps is None or self.codes.lowest is None:
+        zeros = None if self.zeros is None else self.zeros.by_32(parts, outputs)
+        if steps is None or self.codes.lowest is None or (zeros is None) != (self.zeros is None):
             return None
-        if self.zeros is None:
-            return steps[rows], self.codes.lowest * steps[rows]
-        zeros = self.zeros.by_32(parts, outputs)
-        return None if zeros is None else (steps[rows], (self.codes.lowest - zeros[rows]) * steps[rows])
+        steps, first, end = steps[rows], int(rows.min()), int(rows.max()) + 1
+        lowest = self.codes.lowest * steps if zeros is None else (self.codes.lowest - zeros[rows]) * steps
+        levels = self.codes.read(parts, first, end)[rows - first].sub_(self.codes.lowest).to(torch.uint8)
+        low, high = levels.view(*steps.shape, 2, -1).unbind(2)
+        return Codes((low | (high << 4)).flatten(1), steps, lowest)
 
     def __call__(self, parts: Parts, first: int, end: int, into: Tensor) -> None:
         step = max(_PIECE_NUMBERS // into.shape[1], 1)
@@ -240,9 +243,6 @@ class PackedAcross(Rows):
             codes = words >> self.bits * (_AWQ_NIBBLES[output] if self.interleaved else output)
             numbers[:, output] = (codes + self.plus if self.plus else codes) & (2**self.bits - 1)
         return numbers.flatten(0, 1)[first - skipped * per_word : end - skipped * per_word]
-
-
-# Scales and zero points: few numbers, spread over what they are of.
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from griffin_offload.checkpoint.gguf_file import BlockType
 from griffin_offload.errors import UsageError
+from griffin_offload.formats.translated import Codes
 from griffin_offload.kernels import table
 from griffin_offload.kernels.gguf_blocks import KINDS, ON_GRIDS
 
@@ -83,19 +84,23 @@ def _fill_by_package(name: str, rows: Tensor, into: Tensor) -> None:
     into.copy_(_by_package(name, rows))
 
 
-def _grids_by_package(name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps and lowest levels [R, I / 32] of a type of 16 levels, by what its blocks begin with."""
+def _codes_by_package(name: str, rows: Tensor) -> Codes:
+    """Of a type of 16 levels, by what its blocks begin with; codes are the levels of the package's numbers."""
     package = gguf_package()
     nbytes = package.GGML_QUANT_SIZES[package.GGMLQuantizationType[name]][1]
     blocks = rows.view(rows.shape[0], -1, nbytes)
     halves = blocks[..., :4].contiguous().view(torch.float16).float()
     first, second = halves[..., :1], halves[..., 1:]
     if name != "Q4_K":
-        return first.flatten(1), (-8 * first if name == "Q4_0" else second).flatten(1)
+        lowest = -8 * first if name == "Q4_0" else second
+        return Codes(blocks[..., -16:].flatten(1), first.flatten(1), lowest.flatten(1))
     # Steps and offsets of eight groups, of 6 bits each.
     sixes = package.quants.Q4_K.get_scale_min(blocks[..., 4:16].flatten(0, -2).numpy())
     steps, below = (torch.from_numpy(six).view(*blocks.shape[:-1], -1) for six in sixes)
-    return (first * steps).flatten(1), -(second * below).flatten(1)
+    both = blocks[..., 16:].unflatten(-1, (4, 1, 32))
+    codes = torch.cat([both & 15, both >> 4], dim=-2).unflatten(-1, (2, 16))
+    packed = codes[..., 0, :] | (codes[..., 1, :] << 4)
+    return Codes(packed.flatten(1), (first * steps).flatten(1), -(second * below).flatten(1))
 
 
 def _register() -> None:
@@ -103,7 +108,7 @@ def _register() -> None:
     table.add(
         *(table.Kernel("dequantize", n, "gguf.dequantize", partial(_fill_by_package, n), **last) for n in KINDS),
         *(
-            table.Kernel("dequantize", f"{n}_grids", "gguf.dequantize", partial(_grids_by_package, n), **last)
+            table.Kernel("dequantize", f"{n}_codes", "gguf.dequantize", partial(_codes_by_package, n), **last)
             for n in ON_GRIDS
         ),
         last=True,
@@ -130,15 +135,14 @@ class BlockDecoder:
 
     @property
     def on_grids(self) -> bool:
-        """Whether there are `grids`."""
+        """Whether it is `coded`."""
         return self.kind.name in ON_GRIDS and not self.transposed and not self.minus
 
-    def grids(self, parts: Sequence[Tensor], outputs: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def coded(self, parts: Sequence[Tensor], outputs: int, rows: Tensor) -> Codes:
         """As `TranslatedTensor` has them."""
         stored = rows if self.index is None else self.index[rows]
         blocks = parts[0].view(self.rows, -1).index_select(0, stored)
-        found: tuple[Tensor, Tensor] = table.call("dequantize", f"{self.kind.name}_grids", blocks)
-        return found
+        return Codes(*table.call("dequantize", f"{self.kind.name}_codes", blocks))
 
     def __call__(self, parts: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:
         stored = parts[0].view(self.rows, -1)

@@ -26,7 +26,7 @@ from griffin_offload.engine.residents import (
     Loaded,
     cache_experts,
     compact_blocks,
-    forget_grids,
+    forget_codes,
     place_residents,
     resident_bytes,
 )
@@ -102,7 +102,7 @@ def _load(
         on_failure.callback(source.close)
     if isinstance(source, HostStore):
         for index in dense:
-            forget_grids(blocks[index])
+            forget_codes(blocks[index])
     store = _expert_store({index: full[index] for index in full if index not in dense}, blocks, model_spec)
     if store is not None:
         on_failure.callback(store.close)

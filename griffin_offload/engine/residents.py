@@ -229,14 +229,14 @@ def _fill_whole(
     everything = torch.arange(block.neurons, dtype=torch.long, device=model_spec.device)
     with pages.reading(source, translate=False) as found:
         block.gather([tensor.to(model_spec.device) for tensor in found], [everything], target)
-    forget_grids(block)
+    forget_codes(block)
 
 
-def forget_grids(block: Block) -> None:
+def forget_codes(block: Block) -> None:
     """For what the file's pages are not there any more."""
     for linear in block.linears:
         if isinstance(linear, QuantizedLinear):
-            linear.grids = None
+            linear.codes = None
 
 
 def place_residents(
@@ -307,7 +307,7 @@ def _quantize_resident(module: QuantizedLinear, model_spec: Placement, pages: Fi
         with pages.reading(list(full.values()), translate=False) as found:
             here = {name: tensor.to(model_spec.device) for name, tensor in zip(full, found, strict=True)}
             module.gather(module.resident, here, everything, resident)
-        module.grids = None
+        module.codes = None
 
     return fill
 

@@ -37,7 +37,7 @@ from griffin_offload.formats.base import Tensors
 from griffin_offload.formats.compensation import Compensation
 from griffin_offload.formats.expert_form import RECORDS, ExpertForm
 from griffin_offload.formats.stacked import row_parts
-from griffin_offload.formats.translated import Grids, TranslatedTensor, stored_bytes
+from griffin_offload.formats.translated import Codes, TranslatedTensor, stored_bytes
 from griffin_offload.transformers_api import StockModel
 from griffin_offload.units import format_bytes
 
@@ -275,13 +275,13 @@ class Quantizing:
         """Of modules that have the same inputs and follow one another."""
 
     def quantize(
-        self, prefix: str, name: str, matrix: Tensor, grids: Grids | None, *, neurons: bool, is_down: bool
+        self, prefix: str, name: str, matrix: Tensor, codes: Codes | None, *, neurons: bool, is_down: bool
     ) -> Tensors:
         """The stored tensors of `matrix` [O, I], the module `name` of the layer; whether it holds `neurons`, and the
-        `grids` that its rows lie on, if they do: making up for errors would leave them."""
+        `codes` of its rows, if they lie on grids: making up for errors would leave them."""
         outside = SMALL_MATRICES if name in self._small else self._format.outside()
         format = self._format if neurons else outside
-        found = None if grids is None or is_down else format.taken_over(matrix, self._dtype, grids)
+        found = None if codes is None or is_down else format.taken_over(codes, self._dtype)
         if found is None:
             own = self._compensation(name, is_down=is_down) if format.wants_importance else None
             found = format.quantize(matrix, self._dtype, is_down=is_down, compensation=own)
@@ -327,10 +327,10 @@ def layer_tensors(
                 module = linears[owner]
                 as_it_lies = isinstance(module, nn.Linear)
                 matrix = values if as_it_lies else values.t()  # Conv1D
-                grids = parameter.grids() if as_it_lies and isinstance(parameter, TranslatedTensor) else None
+                codes = parameter.codes() if as_it_lies and isinstance(parameter, TranslatedTensor) else None
                 try:
                     kind = {"neurons": module in block.linears, "is_down": block.is_down(module)}
-                    found = quantizing.quantize(prefix, owner, matrix, grids, **kind)
+                    found = quantizing.quantize(prefix, owner, matrix, codes, **kind)
                 except CheckpointError as error:
                     raise CheckpointError(f"{prefix}{name}: {error}") from error
                 tensors |= {f"{prefix}{owner}.{key}": tensor for key, tensor in found.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from griffin_offload.config import FORMAT_NAMES
 from griffin_offload.errors import CheckpointError, UsageError
 from griffin_offload.formats.compensation import Compensation
-from griffin_offload.formats.translated import TranslatedTensor, in_memory
+from griffin_offload.formats.translated import Codes, TranslatedTensor, in_memory
 from griffin_offload.kernels import table
 
 Tensors = dict[str, Tensor]
@@ -24,8 +24,8 @@ Tensors = dict[str, Tensor]
 Spec = tuple[tuple[int, ...], torch.dtype | None]
 """Shape and type of a tensor; None is the precision of the computation."""
 Specs = Callable[[int, int, bool], dict[str, Spec]]
-RowGrids = Callable[[Tensor], tuple[Tensor, Tensor] | None]
-"""The grids of some rows of a matrix (indices [K]), as `taken_over` has them; None where they lie on none."""
+RowCodes = Callable[[Tensor], Codes | None]
+"""Those of some rows of a matrix (indices [K]); None where they lie on no grids."""
 BLOCK_NUMBERS = 2**20  # float32 copies of a block stay in the cache
 PLAIN_TYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 """What is computed in, and what plain weights are of; 8-bit floats are numbers of a quantised matrix."""
@@ -170,9 +170,9 @@ class Format:
         """Of matrices whose inputs were x [T, I], in formats that want it."""
         raise NotImplementedError
 
-    def taken_over(self, weight: Tensor, dtype: torch.dtype, grids: tuple[Tensor, Tensor]) -> Tensors | None:
-        """As `quantize`, of a matrix [O, I], no down projection, whose numbers lie on grids of 16 levels already (steps
-        and lowest levels of each 32 inputs, [O, I / 32]): the nearest to those. None of formats that have no such."""
+    def taken_over(self, codes: Codes, dtype: torch.dtype) -> Tensors | None:
+        """As `quantize`, of rows whose numbers lie on grids of 16 levels already: with the nearest grids to those. None
+        of formats that have no such."""
         return None
 
     def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:
@@ -215,7 +215,7 @@ class Format:
         for rows, start in self.row_chunks(full, chosen, out, parts):
             self.gather_rows(full, rows, start, out, importance, plain=plain)
 
-    def take_over(self, full: Tensors, grids: RowGrids, chosen: Tensor, out: Tensors, *, parts: int = 1) -> bool:
+    def take_over(self, full: Tensors, codes: RowCodes, chosen: Tensor, out: Tensors, *, parts: int = 1) -> bool:
         """As `gather`, of a matrix of floats that is no down projection, by `taken_over`; False where it cannot be."""
         return False
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from griffin_offload.formats.base import RowGrids, Tensors, divisor, row_blocks, row_scale
-from griffin_offload.formats.compensation import Packed
+from griffin_offload.formats.base import RowCodes, Tensors, divisor, finite
 from griffin_offload.formats.grouped import GROUP, Grouped
-from griffin_offload.formats.translated import Grids
+from griffin_offload.formats.translated import Codes
 from griffin_offload.kernels import table
 
 # The grid of a group: sixteen levels a step apart, as bytes, and the search for the one that misses least.
@@ -134,37 +133,31 @@ class Int4(Grouped):
 
     def __init__(self) -> None:
         super().__init__()
-        on_grids = table.Kernel("quantize", "int4_on_grids", "by blocks", self._on_grids_by_torch, ours=False)
-        table.add(on_grids, last=True)
+        table.add(
+            table.Kernel("quantize", "norms_of_codes", "by numbers", _norms_by_torch, ours=False),
+            table.Kernel("quantize", "pairs_of_codes", "by numbers", _pairs_by_torch, ours=False),
+            last=True,
+        )
 
-    def taken_over(self, weight: Tensor, dtype: torch.dtype, grids: Grids) -> Tensors:
-        scale = row_scale(weight, dtype)
-        steps, lowest = (part.to(scale.device) / divisor(scale)[:, None] for part in grids)
-        lowest = torch.minimum(lowest, lowest + _HIGHEST * steps)  # steps below 0 count downwards
-        steps = steps.abs()
-        found = table.call("quantize", "int4_on_grids", weight, divisor(scale), steps, lowest + CENTRE * steps)
-        return {"weight": found[0], "groups": found[1], "scale": scale}
+    def taken_over(self, codes: Codes, dtype: torch.dtype) -> Tensors:
+        scale = finite(table.call("quantize", "norms_of_codes", *codes), dtype)
+        packed = codes.packed.clone()  # some are turned around
+        groups, missed = table.call("quantize", "pairs_of_codes", packed, codes.steps, codes.lowest, divisor(scale))
+        if missed.any():  # groups that lie far from 0, say
+            of_groups = codes.packed.view(*missed.shape, -1)[missed], codes.steps[missed], codes.lowest[missed]
+            numbers = Codes(of_groups[0], of_groups[1][:, None], of_groups[2][:, None]).numbers()
+            again, pairs = self.quantize_rows(numbers, scale[missed.nonzero()[:, 0]])
+            packed.view(*missed.shape, -1)[missed], groups[missed] = again, pairs[:, 0]
+        return {"weight": packed, "groups": groups, "scale": scale}
 
-    def take_over(self, full: Tensors, grids: RowGrids, chosen: Tensor, out: Tensors, *, parts: int = 1) -> bool:
+    def take_over(self, full: Tensors, codes: RowCodes, chosen: Tensor, out: Tensors, *, parts: int = 1) -> bool:
         for rows, start in self.row_chunks(full, chosen, out, parts):
-            own = grids(rows)
+            own = codes(rows)
             if own is None:
                 return False
-            found = self.taken_over(full["weight"].index_select(0, rows), out["scale"].dtype, own)
-            for name, tensor in found.items():
+            for name, tensor in self.taken_over(own, out["scale"].dtype).items():
                 out[name][start : start + rows.numel()] = tensor
         return True
-
-    def _on_grids_by_torch(self, weight: Tensor, divisor: Tensor, steps: Tensor, middles: Tensor) -> Packed:
-        codes, groups = [], []
-        for start, block in row_blocks(weight):
-            part = slice(start, start + block.shape[0])
-            numbers = block.mul_(1 / divisor[part, None]).view(block.shape[0], -1, GROUP)
-            ones = numbers.new_ones(numbers.shape[1:])
-            grid = best_from([(steps[part, :, None], middles[part, :, None])], numbers, ones)
-            codes.append(self.pack(_codes(grid, numbers).flatten(1)))
-            groups.append(_bytes(grid))
-        return torch.cat(codes), torch.cat(groups)
 
     def pack(self, levels: Tensor) -> Tensor:
         groups = levels.reshape(levels.shape[0], levels.shape[1] // GROUP, 2, _HALF)
@@ -185,6 +178,45 @@ def _codes(grid: Grid, numbers: Tensor) -> Tensor:
 
 def _bytes(grid: Grid) -> Tensor:
     return torch.cat([grid.step.to(torch.uint8), grid.offset.to(torch.int8).view(torch.uint8)], dim=-1)
+
+
+# torch's ways.
+
+_MOST_MISSED = 2.0  # of a group, in squares of its step: as in int4_codes.c
+
+
+def _norms_by_torch(packed: Tensor, steps: Tensor, lowest: Tensor) -> Tensor:
+    return Codes(packed, steps, lowest).numbers().double().square_().mean(1).sqrt_().float()
+
+
+def _pairs_by_torch(packed: Tensor, steps: Tensor, lowest: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    steps, lowest = steps / scale[:, None], lowest / scale[:, None]
+    groups = packed.view(*steps.shape, -1)
+    groups[steps < 0] = ~groups[steps < 0]
+    steps, lowest = steps.abs(), torch.where(steps < 0, lowest + _HIGHEST * steps, lowest)
+    # Codes of a group whose numbers are all the same: the outermost ones, on the far side of 0.
+    alike, above = steps == 0, lowest > 0
+    groups[alike] = torch.where(above[alike], 255, 0).to(torch.uint8)[:, None]
+    steps = torch.where(alike, lowest.abs() / CENTRE, steps)
+    lowest = torch.where(alike & above, lowest - _HIGHEST * steps, lowest)
+    codes = torch.cat([groups & 15, groups >> 4], dim=-1).float()
+    mean, nearest = codes.mean(-1), Grid.nearest(steps, lowest).step
+    best: Tensor | None = None
+    least, unit = torch.full_like(steps, torch.inf), torch.zeros_like(steps)
+    for beside in (0, -1, 1):
+        byte = (nearest + beside).clamp_(0, 255)
+        own = steps_of(torch.stack([byte, torch.zeros_like(byte)], dim=-1).to(torch.uint8), torch.float32)[0]
+        eighths = ((lowest - (own - steps) * mean) / own + CENTRE).mul_(8).round_().nan_to_num_(-128).clamp_(-128, 127)
+        missed = (own[..., None] * codes + (own * (eighths / 8 - CENTRE))[..., None]) - (
+            steps[..., None] * codes + lowest[..., None]
+        )
+        error = missed.square_().sum(-1)
+        better = error < least
+        pair = torch.stack([byte.to(torch.uint8), eighths.to(torch.int8).view(torch.uint8)], dim=-1)
+        best = pair if best is None else torch.where(better[..., None], pair, best)
+        least, unit = torch.where(better, error, least), torch.where(better, own, unit)
+    assert best is not None
+    return best, ~(least <= _MOST_MISSED * unit.square())
 
 
 INT4 = Int4()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.formats.base import Format, Layout, RowGrids, Tensors
+from griffin_offload.formats.base import Format, Layout, RowCodes, Tensors
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.table import products
 from griffin_offload.transformers_api import StockModel
@@ -34,8 +34,8 @@ class QuantizedLinear(nn.Module):
         self.scratch = scratch
         self.importance: Tensor | None = None
         """What is known of the inputs, [3, I], for formats that want it when they quantise floats."""
-        self.grids: RowGrids | None = None
-        """Of the rows of floats that lie on some in their file, for formats that take these over."""
+        self.codes: RowCodes | None = None
+        """Of the rows of floats that lie on grids in their file, for formats that take these over."""
         stored, resting = (layout.specs(outputs, inputs, is_down=is_down) for layout in (full, resident))
         for name in dict.fromkeys(("weight", *stored, *resting, "bias", "input_scale")):
             self.register_parameter(name, None)
@@ -44,8 +44,8 @@ class QuantizedLinear(nn.Module):
     def gather(self, layout: Layout, full: Tensors, chosen: Tensor, out: Tensors, *, parts: int = 1) -> None:
         """Of its `full` matrix the `chosen` neurons, or outputs, into `out`, which lie in `layout`."""
         format = layout.format
-        grids = None if self.is_down else self.grids
-        if grids is None or not format.take_over(full, grids, chosen, out, parts=parts):
+        codes = None if self.is_down else self.codes
+        if codes is None or not format.take_over(full, codes, chosen, out, parts=parts):
             kind: dict[str, Any] = {"is_down": self.is_down, "importance": self.importance}
             format.gather(full, self.full, chosen, out, parts=parts, **kind)
 

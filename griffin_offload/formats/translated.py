@@ -1,7 +1,7 @@
 """Tensors that lie in files in a form nothing here multiplies: translated where they are used, a few rows at a time."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +12,23 @@ Decode = Callable[[Sequence[Tensor], int, int, Tensor], None]
 shape and the tensor's type. The parts are uint8 tensors, the stored bytes as they lie; they may not be written to.
 Called by several threads at once."""
 
-Grids = tuple[Tensor, Tensor]
-"""Steps and lowest levels."""
+
+class Codes(NamedTuple):
+    """Rows of a matrix whose stored numbers lie on grids of 16 levels, each 32 inputs on their own."""
+
+    packed: Tensor
+    """uint8 [R, I / 2]: of each 32 numbers 16 bytes, of which byte b has number b (low) and b + 16 (high)."""
+    steps: Tensor
+    """float32 [R, I / 32], below 0 where codes count downwards."""
+    lowest: Tensor
+    """What code 0 stands for, likewise."""
+
+    def numbers(self) -> Tensor:
+        """float32 [R, I]."""
+        groups = self.packed.view(*self.steps.shape, -1)
+        codes = torch.cat([groups & 15, groups >> 4], dim=-1)
+        return (codes * self.steps[..., None] + self.lowest[..., None]).flatten(1)
+
 
 _aten = torch.ops.aten
 # Numbers of a tensor that are translated at once, where they need not stay.
@@ -52,13 +67,12 @@ class TranslatedTensor(Tensor):
         """Bytes in the files."""
         return sum(part.nbytes for part in self.parts)
 
-    def grids(self, rows: Tensor | None = None) -> Grids | None:
-        """Of a matrix whose stored numbers lie on grids of 16 levels: step and lowest level of each 32 inputs, float32
-        [O, I / 32], of some `rows` or of all; None of others."""
+    def codes(self, rows: Tensor | None = None) -> Codes | None:
+        """Of a matrix whose stored numbers lie on grids of 16 levels, some `rows` or all; None of others."""
         if not on_grids(self.decode):
             return None
         every = torch.arange(self.shape[0], dtype=torch.long, device="cpu") if rows is None else rows.to("cpu")
-        found: Grids | None = cast(Any, self.decode).grids(self.parts, self.shape[0], every)
+        found: Codes | None = cast(Any, self.decode).coded(self.parts, self.shape[0], every)
         return found
 
     def rows(self, first: int, end: int, into: Tensor) -> None:

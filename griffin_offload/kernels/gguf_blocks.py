@@ -40,21 +40,23 @@ def numbers(kind: str, blocks: Tensor, out: Tensor) -> None:
     found.call("numbers_of_blocks", _BLOCKS.pack(*job))
 
 
-def grids(kind: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of one of ON_GRIDS, of each 32 numbers: the step and the lowest of 16 levels, float32 [R, I / 32]."""
+def codes(kind: str, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one of ON_GRIDS: codes of four bits, uint8 [R, I / 2], as int4 has them; of each 32 numbers the step and the
+    lowest of 16 levels, float32 [R, I / 32]."""
     count = _count(blocks, kind)
     groups = count * _numbers(kind) // _GROUP // max(blocks.shape[0], 1)
     step = torch.empty(blocks.shape[0], groups, dtype=torch.float32, device="cpu")
+    packed = torch.empty(blocks.shape[0], groups * _GROUP // 2, dtype=torch.uint8, device="cpu")
     lowest, found = torch.empty_like(step), library()
     assert found is not None, "the table was not asked"
-    job = (blocks.data_ptr(), 0, step.data_ptr(), lowest.data_ptr(), count, KINDS.index(kind), 0)
-    found.call("grids_of_blocks", _BLOCKS.pack(*job))
-    return step, lowest
+    parts = (tensor.data_ptr() for tensor in (blocks, packed, step, lowest))
+    found.call("codes_of_blocks", _BLOCKS.pack(*parts, count, KINDS.index(kind), 0))
+    return packed, step, lowest
 
 
 BY_LAYOUT: dict[str, tuple[str, Callable[..., Any]]] = {
     **{kind: ("numbers_of_blocks", functools.partial(numbers, kind)) for kind in KINDS},
-    **{f"{kind}_grids": ("grids_of_blocks", functools.partial(grids, kind)) for kind in ON_GRIDS},
+    **{f"{kind}_codes": ("codes_of_blocks", functools.partial(codes, kind)) for kind in ON_GRIDS},
 }
 """Names and functions, as the table calls them."""
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from griffin_offload.kernels.library import NUMBER_TYPES, check, check_rows, library
 
-_QUANTIZING = struct.Struct("@11P7q")
+_QUANTIZING = struct.Struct("@9P7q")
 """The struct Quantizing of quantize.c."""
+_CODES = struct.Struct("@7P3q")
+"""The struct Codes of int4_codes.c."""
 _GROUP = 32
 
 
@@ -54,13 +56,33 @@ def quantize_rows(
     return made
 
 
-def int4_on_grids(weight: Tensor, scale: Tensor, steps: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [O, I / 2] and groups [O, I / 32, 2] of `weight` [O, I] over `scale` [O], none of which is 0, in int4; of
-    each group one grid is tried, by its step and what its ninth level stands for, [O, I / 32] over the scale."""
-    outputs, groups = weight.shape[0], _groups(weight.shape[1])
-    made = _packed_of(4, outputs, groups)
-    run("quantize_int4_rows", weight, made[0], scale=scale, groups=made[1], steps=steps, middles=middles)
-    return made
+def norms_of_codes(codes: Tensor, steps: Tensor, lowest: Tensor) -> Tensor:
+    """Root mean squares float32 [O] of rows of codes [O, I / 2], of each 32 of which a step and the lowest level are
+    known, [O, I / 32]."""
+    norms = torch.empty(codes.shape[0], dtype=torch.float32, device="cpu")
+    _of_codes("norms_of_codes", codes, steps, lowest, norms=norms)
+    return norms
+
+
+def pairs_of_codes(codes: Tensor, steps: Tensor, lowest: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes of int4's grids nearest to these, over `scale` [O], none of which is 0: groups [O, I / 32, 2]. `codes`
+    are turned around where a step is below 0. And which are out of reach, bool [O, I / 32]."""
+    groups = torch.empty(*steps.shape, 2, dtype=torch.uint8, device="cpu")
+    missed = torch.empty(steps.shape, dtype=torch.bool, device="cpu")
+    check(scale, (codes.shape[0],), torch.float32, "the scale")
+    _of_codes("pairs_of_codes", codes, steps, lowest, scale=scale, pairs=groups, missed=missed)
+    return groups, missed
+
+
+def _of_codes(function: str, codes: Tensor, steps: Tensor, lowest: Tensor, **beside: Tensor) -> None:
+    found, (rows, groups) = library(), steps.shape
+    assert found is not None, "the table was not asked"
+    check(codes, (rows, groups * _GROUP // 2), torch.uint8, "the codes")
+    for grid in (steps, lowest):
+        check(grid, (rows, groups), torch.float32, "the grids")
+    made = (beside.get(name) for name in ("scale", "norms", "pairs", "missed"))
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (codes, steps, lowest, *made))
+    found.call(function, _CODES.pack(*addresses, rows, groups, torch.get_num_threads()))
 
 
 def quantize_neurons(
@@ -94,7 +116,7 @@ def of_int4(
     if importance is not None:
         check(importance, (count * _GROUP,), name="the importance")
         importance = importance.float()
-    addresses = (codes, groups, None, importance, None, None, None, None, None, *made)
+    addresses = (codes, groups, None, importance, None, None, None, *made)
     job = _QUANTIZING.pack(
         *(0 if tensor is None else tensor.data_ptr() for tensor in addresses),
         *(rows, count * _GROUP, 0, 0, 0, torch.get_num_threads(), found is not None and found.sums_bytes),
@@ -140,8 +162,6 @@ def run(
     importance: Tensor | None = None,
     feedback: Tensor | None = None,
     order: Tensor | None = None,
-    steps: Tensor | None = None,
-    middles: Tensor | None = None,
     carried: Tensor | None = None,
     by_columns: bool = False,
 ) -> None:
@@ -163,12 +183,9 @@ def run(
         check(order, (groups_of,), torch.int32, "the order")
         if groups_of and not 0 <= int(order.min()) <= int(order.max()) < groups_of:
             raise ValueError(f"the order must be of {groups_of} groups, counted from 0")
-    for grid in (steps, middles):
-        if grid is not None:
-            check(grid, (rows, columns // _GROUP), torch.float32, "the grids")
     if carried is not None:
         check(carried, (rows,), torch.float32, "what is carried")
-    beside = (divisor, scale, importance, feedback, order, steps, middles, carried, out, groups)
+    beside = (divisor, scale, importance, feedback, order, carried, out, groups)
     job = _QUANTIZING.pack(
         weight.data_ptr(),
         *(0 if tensor is None else tensor.data_ptr() for tensor in beside),

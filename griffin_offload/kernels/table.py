@@ -331,7 +331,8 @@ def _forms_of_ours() -> list[Kernel]:
         Kernel("quantize", "row_norms", "quantize_row_norms", quantize.row_norms, **made),
         Kernel("quantize", "column_norms", "quantize_column_norms", quantize.column_norms, **made),
         Kernel("quantize", "int8", "quantize_int8", quantize.quantize_int8, **made),
-        Kernel("quantize", "int4_on_grids", "quantize_int4_rows", quantize.int4_on_grids, **made),
+        Kernel("quantize", "norms_of_codes", "norms_of_codes", quantize.norms_of_codes, **own),
+        Kernel("quantize", "pairs_of_codes", "pairs_of_codes", quantize.pairs_of_codes, **own),
         *(
             Kernel(
                 "quantize", f"int{bits}_{form}", f"quantize_int{bits}_{form}", functools.partial(function, bits), **made

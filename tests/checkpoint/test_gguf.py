@@ -188,11 +188,12 @@ def test_int4_takes_over_the_codes_of_rows_in_four_bits(kind: str):
     decode = BlockDecoder(block_types()[int(of)], 48, 512, order)
     parts = (torch.from_numpy(stored).flatten(),)
     tensor = TranslatedTensor((48, 512), torch.float32, parts, decode)
-    steps, lowest = tensor.grids()
+    stored = tensor.codes()
+    _, steps, lowest = stored
     codes = ((exact[order].view(48, -1, 32) - lowest[..., None]) / steps[..., None]).round()
     torch.testing.assert_close((codes * steps[..., None] + lowest[..., None]).flatten(1), exact[order])
     down = torch.where(steps[..., None] < 0, 15 - codes, codes).to(torch.uint8)
-    found = INT4.taken_over(tensor.translated(), torch.bfloat16, (steps, lowest))
+    found = INT4.taken_over(stored, torch.bfloat16)
     assert torch.equal(found["weight"].view(48, -1, 16), down[..., :16] | (down[..., 16:] << 4))
     anew = INT4.quantize(exact[order], torch.bfloat16, is_down=False)
     missed = []
@@ -203,7 +204,7 @@ def test_int4_takes_over_the_codes_of_rows_in_four_bits(kind: str):
     assert missed[0] < 1.01 * missed[1]
     assert kind == "Q4_1" or missed[0] < 0.6 * missed[1]  # of the others a group's ends are not its grid's
     transposed = BlockDecoder(block_types()[int(of)], 48, 512, transposed=True)
-    assert TranslatedTensor((512, 48), torch.float32, parts, transposed).grids() is None
+    assert TranslatedTensor((512, 48), torch.float32, parts, transposed).codes() is None
 
 
 def test_a_copy_has_the_codes_of_its_file(tmp_path: Path, checkpoints):
@@ -215,7 +216,7 @@ def test_a_copy_has_the_codes_of_its_file(tmp_path: Path, checkpoints):
     taken = []
     for name, parameter in parameters.items():
         if f"{name.removesuffix('weight')}groups" in found and "down_proj" not in name:
-            steps, lowest = parameter.grids()
+            _, steps, lowest = parameter.codes()
             numbers = full.in_precision(torch.float32)
             exact = in_memory(dict(build(numbers).named_parameters())[name]).detach().view(*steps.shape, 32)
             codes = ((exact - lowest[..., None]) / steps[..., None]).round()

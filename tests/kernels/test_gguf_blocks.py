@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from griffin_offload.checkpoint import gguf_blocks as _registered  # noqa: F401
+from griffin_offload.formats.translated import Codes
 from griffin_offload.kernels import gguf_blocks, table
 from griffin_offload.kernels.library import library
 
@@ -39,13 +40,21 @@ def test_numbers_are_those_of_the_package(kind: str, rows: int, blocks: int, see
 
 @pytest.mark.parametrize("kind", gguf_blocks.ON_GRIDS)
 @given(rows=st.integers(1, 5), blocks=st.integers(1, 4), seed=st.integers(0, 99))
-def test_grids_are_those_of_the_package(kind: str, rows: int, blocks: int, seed: int):
+def test_codes_are_those_of_the_package(kind: str, rows: int, blocks: int, seed: int):
+    """By the kernel and by the package's own figures; they stand for the package's numbers."""
     drawn = _drawn(kind, rows, blocks, seed)
-    found = gguf_blocks.grids(kind, drawn)
+    found = gguf_blocks.codes(kind, drawn)
     with table.leaving_out(lambda kernel: kernel.ours):
-        expected = table.call("dequantize", f"{kind}_grids", drawn)
+        expected = table.call("dequantize", f"{kind}_codes", drawn)
     for own, other in zip(found, expected, strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=0, equal_nan=True)
+    with np.errstate(all="ignore"):
+        numbers = gguf.quants.dequantize(drawn.numpy(), gguf.GGMLQuantizationType[kind])
+    codes = Codes(*found)
+    there = codes.steps.isfinite() & codes.lowest.isfinite()
+    size = (codes.lowest.abs() + 15 * codes.steps.abs())[there][:, None]
+    missed = (codes.numbers() - torch.from_numpy(numbers)).view(*codes.steps.shape, 32)[there]
+    assert (missed.abs() <= 1e-6 * size).all()
 
 
 def test_what_is_no_whole_blocks_is_refused():

@@ -14,7 +14,7 @@
 /* gguf_blocks.py packs these fields, in this order. */
 typedef struct {
     const uint8_t *blocks;
-    void *numbers;        /* of `type`; or none, and of each 32 numbers: */
+    void *numbers;        /* of `type`; or codes of four bits, 16 bytes for each 32, and of these: */
     float *step, *lowest; /* that of code 0 */
     int64_t count, kind, type;
 } Blocks;
@@ -213,8 +213,8 @@ AVX2 void numbers_of_blocks(const Blocks *b, void *unused) {
     }
 }
 
-/* Steps and lowest levels of types of 16 levels. */
-AVX2 void grids_of_blocks(const Blocks *b, void *unused) {
+/* Codes of types of 16 levels as int4 has them, byte b of 16 with number b and number b + 16; steps and lowest levels. */
+AVX2 void codes_of_blocks(const Blocks *b, void *unused) {
     const Kind *kind = &kinds[b->kind];
     (void)unused;
     for (int64_t i = 0; i < b->count; i++) {
@@ -222,6 +222,10 @@ AVX2 void grids_of_blocks(const Blocks *b, void *unused) {
         const int groups = kind->numbers / (2 * RUN);
         kind->read(b->blocks + i * kind->nbytes, &levels);
         for (int g = 0; g < groups; g++) {
+            const int8_t *codes = levels.codes + g * 2 * RUN;
+            uint8_t *both = (uint8_t *)b->numbers + (i * groups + g) * RUN;
+            const int low = kind->has_offset ? 0 : 8;
+            for (int k = 0; k < RUN; k++) both[k] = (uint8_t)((codes[k] + low) | (codes[k + RUN] + low) << 4);
             b->step[i * groups + g] = levels.step[2 * g];
             b->lowest[i * groups + g] = kind->has_offset ? levels.offset[2 * g] : -8 * levels.step[2 * g];
         }

@@ -29,8 +29,6 @@ typedef struct {
     const float *feedback;   /* of int4: [2, columns], what an input takes of the errors of those before it, and gives of
                                 its own to those behind its group; or none */
     const int32_t *order;    /* of feedback: groups of columns in the order in which they pass; none: as they lie */
-    const float *steps, *middles; /* of int4 rows: of each group [rows, groups] the one grid that is tried, its step and
-                                     what its ninth level stands for, over the row's scale; or none */
     float *carried;          /* of neurons with feedback: [rows], what those before them missed, to which theirs is added;
                                 or none */
     void *out;            /* numbers, rows `out_items` apart; floats; or codes of int4 */

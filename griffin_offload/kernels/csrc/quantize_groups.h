@@ -97,20 +97,18 @@ TARGET INLINED V_NAME(Grid) V_NAME(int4_grid)(V_F step, V_F offset) {
     return grid;
 }
 
-/* Of the ranges that are tried the grid that misses least; codes from -8 to 7. With a `start`, its step and offset alone
- * are tried. */
-TARGET INLINED V_NAME(Grid) V_NAME(best_int4)(const V_F *v, const float *importance, const V_F *start) {
+/* Of the ranges that are tried the grid that misses least; codes from -8 to 7. */
+TARGET INLINED V_NAME(Grid) V_NAME(best_int4)(const V_F *v, const float *importance) {
     static const double shares[RANGES] = INT4_SHARES;
     const V_NAME(Numbers) n = V_NAME(numbers)(v, importance, GROUP);
     const V_F size = V_OP(max_ps)(n.high, V_OP(sub_ps)(V_OP(setzero_ps)(), n.low));
     const V_F far = V_OP(mul_ps)(size, V_OP(set1_ps)((float)(1 / REACH))), range = V_OP(sub_ps)(n.high, n.low);
     V_NAME(Grid) best;
     V_F least_missed = V_OP(set1_ps)(INFINITY);
-    for (int i = 0; i < (start ? 1 : RANGES); i++) {
+    for (int i = 0; i < RANGES; i++) {
         V_F step = V_OP(max_ps)(V_OP(mul_ps)(range, V_OP(set1_ps)((float)(shares[i] / 15))), far);
         /* The middle of 16 levels lies half a step below level 8. */
         V_F offset = V_OP(mul_ps)(V_OP(add_ps)(V_OP(add_ps)(n.low, n.high), step), V_OP(set1_ps)(0.5f));
-        if (start) step = start[0], offset = start[1];
         for (int fit = 0; fit < FITS; fit++) {
             const V_NAME(Grid) grid = V_NAME(int4_grid)(step, offset);
             const V_F error =
@@ -135,10 +133,9 @@ TARGET INLINED void V_NAME(leave_missed)(V_F *v, const int count, const V_NAME(G
 
 /* Codes and pairs of as many groups as there are lanes, of which `count` are wanted, a distance apart. If `leaving`, what
  * they miss takes the numbers' place. */
-TARGET INLINED void V_NAME(int4_groups)(V_F *v, const float *importance, const V_F *start, int64_t count,
-                                        uint8_t *codes, int64_t codes_apart, uint8_t *pairs, int64_t pairs_apart,
-                                        const int leaving) {
-    const V_NAME(Grid) grid = V_NAME(best_int4)(v, importance, start);
+TARGET INLINED void V_NAME(int4_groups)(V_F *v, const float *importance, int64_t count, uint8_t *codes,
+                                        int64_t codes_apart, uint8_t *pairs, int64_t pairs_apart, const int leaving) {
+    const V_NAME(Grid) grid = V_NAME(best_int4)(v, importance);
     uint32_t fours[4][V_LANES], both[V_LANES];
     for (int four = 0; four < 4; four++) {
         V_I bytes = V_OP(set1_epi32)(0);
@@ -257,10 +254,9 @@ TARGET INLINED void V_NAME(few_halves)(V_F *v, const float *importance, int64_t 
 
 /* Of any of them. */
 
-TARGET INLINED void V_NAME(groups)(V_F *v, const float *importance, const V_F *start, int64_t count, uint8_t *codes,
-                                   int64_t codes_apart, uint8_t *pairs, int64_t pairs_apart, const int bits,
-                                   const int leaving) {
-    if (bits == 4) V_NAME(int4_groups)(v, importance, start, count, codes, codes_apart, pairs, pairs_apart, leaving);
+TARGET INLINED void V_NAME(groups)(V_F *v, const float *importance, int64_t count, uint8_t *codes, int64_t codes_apart,
+                                   uint8_t *pairs, int64_t pairs_apart, const int bits, const int leaving) {
+    if (bits == 4) V_NAME(int4_groups)(v, importance, count, codes, codes_apart, pairs, pairs_apart, leaving);
     else
         for (int half = 0; half < 2; half++)
             V_NAME(few_halves)(v + half * HALF, importance + half * HALF, count, half, codes, codes_apart, pairs,
@@ -277,16 +273,6 @@ TARGET INLINED void V_NAME(turned)(float numbers[V_LANES][GROUP], V_F v[GROUP]) 
                                        _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     for (int k = 0; k < GROUP; k++) v[k] = _mm256_i32gather_ps(numbers[0] + k, rows, 4);
 #endif
-}
-
-/* Step and offset of a group of `count` rows, [rows, groups], a lane each. */
-TARGET INLINED void V_NAME(start_of)(const Quantizing *q, int64_t at, int64_t groups, int64_t count, V_F start[2]) {
-    float lanes[2][V_LANES] = {{0}};
-    for (int64_t lane = 0; lane < count; lane++) {
-        lanes[0][lane] = q->steps[at + lane * groups];
-        lanes[1][lane] = q->middles[at + lane * groups];
-    }
-    for (int i = 0; i < 2; i++) start[i] = V_OP(loadu_ps)(lanes[i]);
 }
 
 /* Rows `first` to `end`, a lane each: groups run along them. */
@@ -316,9 +302,7 @@ TARGET INLINED void V_NAME(rows_of)(const void *quantizing, int64_t first, int64
             if (q->feedback)
                 for (int i = 0; i < GROUP; i++) v[i] = V_OP(fmadd_ps)(carried, V_OP(set1_ps)(takes[i]), v[i]);
             const int64_t at = row * groups + group;
-            V_F start[2];
-            if (q->steps) V_NAME(start_of)(q, at, groups, count, start);
-            V_NAME(groups)(v, importance_of(q, group * GROUP), q->steps ? start : 0, count,
+            V_NAME(groups)(v, importance_of(q, group * GROUP), count,
                            (uint8_t *)q->out + at * CODE_BYTES(bits), groups * CODE_BYTES(bits),
                            q->out_groups + at * PAIR_BYTES, groups * PAIR_BYTES, bits, q->feedback != 0);
             if (q->feedback)
@@ -353,7 +337,7 @@ TARGET INLINED void V_NAME(neurons_of)(const void *quantizing, int64_t first, in
                     for (int i = 0; i < GROUP; i++)
                         v[i] = V_OP(fmadd_ps)(V_OP(set1_ps)(own[i]), V_OP(loadu_ps)(takes + k), v[i]);
                 const int64_t at = (start + k) * groups + output / GROUP;
-                V_NAME(groups)(v, importance_of(q, output), 0, least(V_LANES, neurons - k),
+                V_NAME(groups)(v, importance_of(q, output), least(V_LANES, neurons - k),
                                (uint8_t *)q->out + at * CODE_BYTES(bits), groups * CODE_BYTES(bits),
                                q->out_groups + at * PAIR_BYTES, groups * PAIR_BYTES, bits, q->feedback != 0);
                 if (q->feedback)
