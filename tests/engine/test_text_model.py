@@ -52,6 +52,14 @@ def _fuyu() -> hf.PreTrainedConfig:
     return hf.AutoConfig.for_model("fuyu", text_config=text, hidden_size=32, patch_size=4, vocab_size=VOCAB)
 
 
+def _llama4() -> hf.PreTrainedConfig:
+    experts = {"num_local_experts": 4, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2}
+    text = _TEXT | experts | {"head_dim": 16, "attention_chunk_size": 16, "no_rope_layers": [1, 0]}
+    vision = _SIGLIP | {"image_size": 28, "patch_size": 14, "vision_output_dim": 32}
+    vision |= {"projector_input_dim": 32, "projector_output_dim": 32}
+    return hf.Llama4Config(text_config=text, vision_config=vision)
+
+
 def _qwen3_5() -> hf.PreTrainedConfig:
     sizes = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 16, "value_head_dim": 16}
     states = {f"linear_{name}": size for name, size in sizes.items()}
@@ -60,8 +68,8 @@ def _qwen3_5() -> hf.PreTrainedConfig:
     return hf.Qwen3_5Config(text_config=text, vision_config=vision | {"patch_size": 14})
 
 
-CONFIGS = {"gemma3": _gemma3, "got_ocr2": _got_ocr2, "fuyu": _fuyu, "qwen3_5": _qwen3_5}
-OF_TEXT_ALONE = ("qwen3_5",)
+CONFIGS = {"gemma3": _gemma3, "got_ocr2": _got_ocr2, "fuyu": _fuyu, "llama4": _llama4, "qwen3_5": _qwen3_5}
+OF_TEXT_ALONE = ("llama4", "qwen3_5")
 """What transformers makes as a causal language model has no place for a tower; checkpoints have."""
 
 
