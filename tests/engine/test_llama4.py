@@ -15,7 +15,7 @@ from griffin_offload import GriffinModel
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.states import looks_at_length
 from griffin_offload.engine.convert import convert
-from griffin_offload.transformers_api import adapted
+from griffin_offload.transformers_api import CACHE, adapted
 
 CHUNK, EXPERTS, LAYERS, PROMPT, NEW = 16, 8, 4, 40, 32
 _TEXT: dict[str, Any] = {
@@ -137,7 +137,7 @@ def test_route_is_the_best_resident_by_its_own_sigmoid(published: Path):
     on[0] = True
     for token, logits in zip(found.sequences[0, PROMPT:], found.logits, strict=True):
         torch.testing.assert_close(output.logits[:, -1], logits, rtol=1e-4, atol=1e-4)
-        output = dense(token[None, None], past_key_values=output.past_key_values, use_cache=True)
+        output = dense(token[None, None], use_cache=True, **{CACHE: output[CACHE]})
 
 
 @pytest.mark.parametrize("active", [1, 3])

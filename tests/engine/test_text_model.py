@@ -102,7 +102,8 @@ def test_the_language_model_alone_is_resident_and_answers(seeing):
     directory, stock = seeing
     everything = sum(p.nbytes for p in stock.parameters())
     with GriffinModel.from_pretrained(directory, max_gpu_mem="1GB", **OPTIONS, quantize="none") as model:
-        expected = stock.generate(PROMPT, max_new_tokens=6, do_sample=False)
+        dense = hf.AutoModelForCausalLM.from_pretrained(directory)
+        expected = dense.generate(PROMPT, max_new_tokens=6, do_sample=False)
         assert torch.equal(model.generate(PROMPT, max_new_tokens=6, do_sample=False), expected)
         assert model.resident_bytes == model.plan.resident_bytes
         assert sum(p.nbytes for p in model.model.parameters()) == language_bytes(stock) < everything
