@@ -23,11 +23,10 @@ from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.stacked import read_row
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.method.allocation import Counts
+from griffin_offload.transformers_api import EXPERTS_IMPLEMENTATION
 
 EXPERTS_INPUT = "experts"
 """What importances call the input that all experts of a layer have."""
-IMPLEMENTATION = "griffin_offload"
-"""Under which transformers finds ours."""
 _BLOCK, _FORM = "_griffin_offload_block", "_griffin_offload_form"
 # As configs call the number of experts that a token is sent to.
 _ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
@@ -87,12 +86,13 @@ class Experts(Block):
         self.neurons = expert_count(module)
         self.hidden, self.inner = self.form.matrices[-1].outputs, self.form.matrices[-1].inputs
         self.width = active * self.inner
+        self._weighs_inputs = bool(getattr(module, "weighs_inputs", False))  # Llama 4: weights are of what goes in
         self.source: ExpertSource | None = None
         """None: all experts are the module's own."""
         self._observer: ActivationCallback | None = None
         self._limit: int | None = None
         config: Any = module.config
-        config._experts_implementation = IMPLEMENTATION
+        config._experts_implementation = EXPERTS_IMPLEMENTATION
         module.__dict__[_BLOCK] = weakref.ref(self)  # no cycle: weights go with the last name of the model
 
     @property
@@ -257,8 +257,10 @@ class Experts(Block):
         for expert in order:
             tensors = self.form.by_matrix(source.tensors(expert))
             for token, choice in self._sent(index, rows, expert):
-                x = hidden if len(rows) == 1 else hidden[token]
-                added = _expert(self.module, self.form, x, tensors) * weights[token, choice, None]
+                x, weight = hidden if len(rows) == 1 else hidden[token], weights[token, choice, None]
+                x = x * weight if self._weighs_inputs else x
+                added = _expert(self.module, self.form, x, tensors)
+                added = added if self._weighs_inputs else added * weight
                 if self._observer is not None:
                     norms[token, choice] = added.float().norm(dim=-1)
                 if expert == waiting[0]:
@@ -328,7 +330,7 @@ def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Ten
     return output
 
 
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _forward)
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -113,6 +113,17 @@ def windows_of(config: PretrainedConfig) -> list[int | None]:
     return found
 
 
+def looks_at_length(config: PretrainedConfig) -> str | None:
+    """Where a token's attention depends on how many are cached, and not only on what it is given of them: in which way
+    (Llama 4)."""
+    text = config.get_text_config()
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        return "attention in chunks begins anew at positions counted on the host"
+    if getattr(text, "attn_temperature_tuning", False):
+        return "attention has a temperature by positions counted on the host"
+    return None
+
+
 def lasting_kinds(config: PretrainedConfig) -> str:
     """The kinds of layers, in the config's words, that keep something else than the keys and values of plain attention
     and states of convolutions and recurrences; empty where there are none."""

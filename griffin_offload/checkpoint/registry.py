@@ -22,6 +22,7 @@ from griffin_offload.checkpoint.files import check_name, unreadable
 from griffin_offload.checkpoint.gguf import open_gguf
 from griffin_offload.checkpoint.hub import fetch
 from griffin_offload.checkpoint.quantised import open_quantised, read_quantised_config
+from griffin_offload.checkpoint.renaming import names_left_out
 from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
 from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError
 from griffin_offload.formats import get
@@ -170,9 +171,9 @@ def part_sizes(model: StockModel, checkpoint: Checkpoint) -> PartSizes:
     layers, embeddings, rest = [_LayerSizes(_experts(block)) for block in blocks], 0, 0
     others = [_names_outside_ff(layer, block) for layer, block in zip(decoder, blocks, strict=True)]
     table = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    left_out = left_out_parts(model)
+    left_out = names_left_out(model, checkpoint.config, tensors, left_out_parts(model))
     for name, tensor in tensors.items():
-        if left_out & set(name.split(".")):
+        if name in left_out:
             continue  # given up before anything else is allocated
         match, made = _IN_LAYER.search(name), _made_bytes(tensor, checkpoint)
         index = int(match[1]) if match else len(blocks)

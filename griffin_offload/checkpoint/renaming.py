@@ -7,12 +7,14 @@ that applies them.
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -103,6 +105,32 @@ def conversions_of(model: StockModel, names: Iterable[str]) -> list[Conversion]:
             found[target] = Conversion(target, *more)
     model._weight_conversions = [transform for transform in transforms if transform.was_used()]
     return list(found.values())
+
+
+def names_left_out(
+    model: StockModel, config: PretrainedConfig, names: Iterable[str], towers: Collection[str]
+) -> set[str]:
+    """Those of `names` that belong to what a checkpoint of `config` sees or hears with: `model` is its language model,
+    and `towers` are `left_out_parts` of it, none where its class knows of text alone."""
+    if towers or config.get_text_config() is config:
+        return {name for name in names if not set(towers).isdisjoint(name.split("."))}
+    alike = {name: _NUMBER.sub("0", name) for name in names}  # one of each kind is asked about
+    used = {part for own in conversions_of(model, set(alike.values())) for name in own.sources for part in _parts(name)}
+    return {name for name, kind in alike.items() if _begins_elsewhere(kind, used)}
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def _parts(name: str) -> Iterator[str]:
+    """What `name` begins with, up to each of its dots, and all of it."""
+    return accumulate(name.split("."), "{}.{}".format)
+
+
+def _begins_elsewhere(name: str, used: Collection[str]) -> bool:
+    """Whether it leaves what is `used` outside of all lists: inside of one, packed matrices have names of their own."""
+    first = next((part for part in _parts(name) if part not in used), None)
+    return first is not None and "0" not in first.split(".")
 
 
 def same_names(model: StockModel, names: Iterable[str]) -> list[Conversion]:

@@ -30,6 +30,7 @@ from griffin_offload.checkpoint.config_files import (
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import FileState, check_content, states_of
 from griffin_offload.checkpoint.mapped import FileMaps
+from griffin_offload.checkpoint.renaming import names_left_out
 from griffin_offload.errors import CheckpointError, limit_reached, memory_refused, one_line
 
 INDEX = "model.safetensors.index.json"
@@ -238,11 +239,15 @@ def _states(files: list[Path]) -> dict[str, FileState]:
 def _bytes_by_dtype(config: PretrainedConfig, headers: Iterable[Header]) -> Counter[str]:
     """Of the language model: a tower may outweigh it, in another precision."""
     sees = config.get_text_config() is not config
-    towers = left_out_parts(build_on_meta(config, torch.bfloat16)) if sees else set()
+    headers, left_out = list(headers), set[str]()
+    if sees:
+        names = [name for header in headers for name in header]
+        model = build_on_meta(config, torch.bfloat16)
+        left_out = names_left_out(model, config, names, left_out_parts(model))
     sizes: Counter[str] = Counter()
     for header in headers:
         for name, (dtype, size_bytes) in header.items():
-            if not towers & set(name.split(".")):
+            if name not in left_out:
                 sizes[dtype] += size_bytes
     return sizes
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.blocks.base import hooks_on
-from griffin_offload.blocks.states import all_keep_entries, state_kinds
+from griffin_offload.blocks.states import all_keep_entries, looks_at_length, state_kinds
 from griffin_offload.devices.base import Recorder
 from griffin_offload.engine.model_interface import Guard, StockForward
 from griffin_offload.engine.report import GraphReport
@@ -303,7 +303,7 @@ def _unsuited(model: StockModel) -> str | None:
     kinds = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
     if any(kind.get("rope_type") == "dynamic" for kind in kinds):
         return "dynamic rope reads positions on the host"
-    return None
+    return looks_at_length(config)
 
 
 def _hooked(model: StockModel, but: object) -> bool:

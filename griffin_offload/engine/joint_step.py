@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from griffin_offload.blocks.states import lasting_kinds, state_kinds
+from griffin_offload.blocks.states import lasting_kinds, looks_at_length, state_kinds
 from griffin_offload.engine.build import ATTENTION_NAME, attend_to_each
 from griffin_offload.engine.model_interface import StockForward
 from griffin_offload.errors import one_line
@@ -153,4 +153,4 @@ def _why_alone(model: StockModel) -> str | None:
         return f"layers of kind {lasting_kinds(config) or state_kinds(config)} keep states"
     if not model._supports_attention_backend:
         return f"the attention of {config.model_type} is its own"
-    return None
+    return looks_at_length(config)

@@ -120,6 +120,11 @@ class Batch:
             mask[row, start:] = 1
         return cls(tuple(samples), ids, mask, prompt)
 
+    @staticmethod
+    def unpadded(samples: Sequence[Sample]) -> list[Sample]:
+        """Those whose prompts are as long as the first one's, of a model to which padding counts as tokens."""
+        return [sample for sample in samples if sample.prompt_tokens == samples[0].prompt_tokens]
+
     @property
     def padded(self) -> bool:
         return not bool(self.mask.all())

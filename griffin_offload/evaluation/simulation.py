@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from griffin_offload.blocks.states import shares_entries
+from griffin_offload.blocks.states import looks_at_length, shares_entries
 from griffin_offload.config import WEIGHT_NORMS
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.engine.layer_pass import DecoderLayers, Progress
@@ -285,6 +285,7 @@ class _Simulation:
                 )
 
     def _largest(self, samples: list[Sample]) -> PassSize:
+        samples = Batch.unpadded(samples) if looks_at_length(self._model.config) else samples
         padded = samples[0].prompt_tokens != samples[-1].prompt_tokens
         size = self._sizer.largest(len(samples), columns_of(samples), padded=padded)
         if size is None:  # the longest prompt and the longest continuation may be two samples'

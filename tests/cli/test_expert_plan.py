@@ -11,6 +11,7 @@ from tiny_models import MIXTURES
 
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.blocks.sizes import model_shape
+from griffin_offload.kv_cache.workload import KV_SLACK_TOKENS
 from griffin_offload.planner.experts import ASSUMED_SKEW, forecast, hit_rate
 from griffin_offload.planner.request import PlanRequest
 from griffin_offload.planner.solve import best_plan
@@ -59,6 +60,19 @@ def test_gpt_oss_20b_is_what_its_makers_say():
     expected = 24 * 4 * (1 - found.expected_hit_rate) * expert
     assert found.fetched_bytes_per_token == pytest.approx(expected, rel=0.01)
     assert found.read_bytes_per_token < plan.decoded_bytes
+
+
+def test_llama_4_scout_is_what_its_makers_say():
+    """17 billion parameters for a token of 109 billion, of which the tower has one; 3 of 4 layers keep a chunk."""
+    shape = model_shape(build_on_meta(hf.Llama4Config(), torch.bfloat16))
+    tokens = 3 * 8192
+    plan = best_plan(shape, PlanRequest(64 * 10**9, ctx_tokens=tokens, prompt_tokens=256, density=0.25), tokens)
+    found = forecast(shape, plan)
+    assert found.parameters == pytest.approx(108e9, rel=0.01)
+    assert found.active_parameters == pytest.approx(17.2e9, rel=0.01)
+    assert [layer.window for layer in shape.layers] == [8192, 8192, 8192, None] * 12
+    kept = 12 * (3 * (8192 + KV_SLACK_TOKENS) + tokens)
+    assert plan.decode_parts["kv_cache"] == pytest.approx(kept * 2 * 8 * 128 * 2, rel=0.01)
 
 
 def test_the_hit_rate_is_that_of_the_assumed_law():

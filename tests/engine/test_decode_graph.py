@@ -171,7 +171,10 @@ def test_what_cannot_be_captured_is_named(checkpoints):
     assert graphs.last_report.graphs.replayed == 2
 
 
-@pytest.mark.parametrize(("name", "reason"), [("bloom", "ALiBi"), ("falcon_alibi", "ALiBi"), ("falcon_new", "Falcon")])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("bloom", "ALiBi"), ("falcon_alibi", "ALiBi"), ("falcon_new", "Falcon"), ("llama4", "attention")],
+)
 def test_models_that_cannot_be_captured_are_known(checkpoints, name: str, reason: str):
     _, graphs = _pair(checkpoints(name))
     _generate(graphs, _ids(), max_new_tokens=4)

@@ -58,12 +58,19 @@ def _experts_of(model: Any, name: str) -> dict[int, Any]:
     return {i: named[path] for i, path in paths.items() if path in named}
 
 
+def _asked(hidden: Tensor, index: Tensor | None = None, weights: Tensor | None = None) -> list[int]:
+    """Numbers of the experts that a call needs; Llama 4 gives each all tokens, as zeros where it is not asked."""
+    if index is None:
+        return hidden.view(EXPERTS, -1).any(1).nonzero().flatten().tolist()
+    return sorted(set(index.flatten().tolist()))
+
+
 @contextmanager
 def _routed(experts: dict[int, Any]) -> Iterator[dict[int, list[list[int]]]]:
     """Inside, the experts that each call of each layer was sent to."""
     seen: dict[int, list[list[int]]] = {index: [] for index in experts}
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, i=i: seen[i].append(sorted(set(args[1].flatten().tolist()))))
+        module.register_forward_pre_hook(lambda _, args, i=i: seen[i].append(_asked(*args)))
         for i, module in experts.items()
     ]
     yield seen
@@ -127,6 +134,7 @@ _ROUTERS = {
     "lfm2_moe": ("sigmoid", "sum", "bias"),
     "qwen3_next": ("softmax", "sum", "-inf"),
     "nemotron_3": ("sigmoid", "sum", "bias"),
+    "llama4": ("sigmoid", "none", "-inf"),
 }
 
 
@@ -164,12 +172,16 @@ def _restrict(model: Any, name: str, residents: dict[int, list[int]], on: list[b
         assert bool(bias.any()) == ("bias" in _ROUTERS[name])
 
         def forward(*args: Any, i: int = index, bias: Tensor = bias, own: Any = own) -> Any:
-            logits, weights, chosen = own(*args)
+            given = own(*args)
             if not on[0]:
-                return logits, weights, chosen
+                return given
+            logits = given[1] if name == "llama4" else given[0]
             scale = getattr(model.config, "routed_scaling_factor", 1.0)
             found = [_choice(name, row, bias, residents[i], scale) for row in logits.float()]
-            return logits, torch.stack([w for w, _ in found]).to(weights), torch.stack([c for _, c in found])
+            weights, chosen = torch.stack([w for w, _ in found]).to(logits), torch.stack([c for _, c in found])
+            if name == "llama4":  # weights of all experts, and logits
+                return torch.zeros_like(logits).scatter(1, chosen, weights), logits
+            return logits, weights, chosen
 
         router.forward = forward
 

@@ -209,7 +209,7 @@ def test_packed_as_compressed_tensors_reads_it(checkpoints, tmp_path: Path, form
     assert 0 < (one - other).norm() / one.norm() < {"w8a16": 0.01, "w4a16": 0.12}[form]
 
 
-IN_ONE_TENSOR = ("gpt_oss", "granitemoe")
+IN_ONE_TENSOR = ("gpt_oss", "granitemoe", "llama4")
 ROWS_OF_48 = ("qwen2_moe", "qwen3_moe", "ernie4_5_moe", "lfm2_moe", "qwen3_next")
 PACKED = [(name, form) for name in MIXTURES for form in ("w8a16", "w4a16")]
 QUICKLY = (("mixtral", "w4a16"), ("qwen2_moe", "w8a16"))

@@ -19,7 +19,9 @@ from griffin_offload.engine.scheduler import HasToWait, SequenceScheduler
 
 TOGETHER = tuple(
     name for name in (*ARCHITECTURES, *FURTHER, *MIXTURES)
-    if not name.startswith(("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "qwen3_next", "nemotron"))
+    if not name.startswith(
+        ("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "qwen3_next", "nemotron", "llama4")
+    )
 )  # fmt: skip
 """Architectures whose sequences can be computed together."""
 
@@ -95,7 +97,7 @@ def test_caches_in_fewer_bits_are_read_each_for_itself(model_of, name: str, bits
     assert found == {index: alone(model, ids, **options) for index, (ids, options) in enumerate(asking)}
 
 
-@pytest.mark.parametrize("name", ["bloom", "deepseek_v3", "lfm2"])
+@pytest.mark.parametrize("name", ["bloom", "deepseek_v3", "lfm2", "llama4"])
 def test_others_are_answered_one_after_the_other(model_of, name: str):
     assert name not in TOGETHER
     model = model_of(name)

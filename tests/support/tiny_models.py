@@ -373,6 +373,17 @@ _mixture(
     **_ROUTED,
     **_NEMOTRON_H,
 )
+_LLAMA4: dict[str, Any] = {
+    "intermediate_size_mlp": 64,
+    "head_dim": 16,
+    "moe_layers": [1, 2],
+    "no_rope_layers": [1, 0, 1],
+    "attention_chunk_size": WINDOW,
+    "floor_scale": 8,  # each so many tokens another temperature
+}
+_mixture(
+    "llama4", hf.Llama4TextConfig, "model.layers.{i}.feed_forward.experts", num_local_experts=8, **_LLAMA4
+)  # published: one expert to a token
 STATES_AND_EXPERTS = {
     "jamba": Architecture(
         "jamba",
