@@ -22,9 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from griffin_offload.blocks.states import lasting_kinds, rope_border, state_kinds, windows_of
 from griffin_offload.engine.build import ATTENTION_NAME, attend_to_each
-from griffin_offload.engine.model_interface import StockForward
+from griffin_offload.engine.model_interface import StockForward, one_token_each
 from griffin_offload.errors import one_line
-from griffin_offload.kernels.gemv import one_token_each
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
 from griffin_offload.kv_cache.kv_layer import KVLayer
 from griffin_offload.transformers_api import CACHE, StockModel

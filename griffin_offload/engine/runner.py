@@ -27,14 +27,13 @@ from griffin_offload.engine.generation import (
     tokens_of,
 )
 from griffin_offload.engine.joint_step import JointStep
-from griffin_offload.engine.model_interface import FifoLock, Guard, hand_out, hollow, stock_forward
+from griffin_offload.engine.model_interface import FifoLock, Guard, hand_out, hollow, one_token_each, stock_forward
 from griffin_offload.engine.options import checked_prompt
 from griffin_offload.engine.prompt_passes import PromptPasses
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.spec import ModelSpec, identity_of, like_of, why_no_checkpoint
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
 from griffin_offload.kernels import table
-from griffin_offload.kernels.gemv import one_token_each
 from griffin_offload.kernels.library import HALVES
 from griffin_offload.kv_cache.kv_cache import KVCache, ReusedKVCache
 from griffin_offload.kv_cache.sequence import Context

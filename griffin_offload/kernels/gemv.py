@@ -9,7 +9,6 @@ import functools
 import itertools
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -288,11 +287,6 @@ def rows_apart() -> Iterator[None]:
         yield
     finally:
         _apart = before
-
-
-def one_token_each(tokens: Tensor) -> AbstractContextManager[None]:
-    """`rows_apart` where the rows of a forward over `tokens` [B, T] are sequences of their own: one token of each."""
-    return rows_apart() if tokens.shape[0] > 1 and tokens.shape[1] == 1 else contextlib.nullcontext()
 
 
 def takes_lanes(x: Tensor, tensors: Tensors) -> bool:
