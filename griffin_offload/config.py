@@ -47,6 +47,9 @@ NEURON_MULTIPLE = 64
 # Drafts at once in exact mode: what is planned for when nobody says, and the most that layers with a window take back.
 AUTO_DRAFT_TOKENS = 16
 MAX_DRAFT_TOKENS = 31
+# Tokens of prompts that pass together where nothing is streamed and the CPU computes: what they save is reading the
+# residents, and the first of them waits for all.
+RESIDENT_PROMPT_TOKENS = 256
 # More were never of use, and a process in which some could not be started can start none afterwards.
 MAX_THREADS = 1024
 # Selections by norms of the weights, of which a table is kept.

@@ -10,7 +10,16 @@ from torch import Tensor
 from griffin_offload.engine.generation import GenerationState
 from griffin_offload.engine.report import RunReport
 from griffin_offload.engine.residents import Loaded
+from griffin_offload.errors import GriffinError
 from griffin_offload.transformers_api import StockModel
+
+
+class HasToWait(GriffinError):
+    """A sequence cannot join those that are being decoded; it may when some of them have left."""
+
+
+class NextPass(HasToWait):
+    """It may join those that are being decoded, but not by the pass of the prompts that are prepared: by the next."""
 
 
 class PreparedAnswer:
@@ -75,6 +84,11 @@ class DecodingSequence:
         """When it has ended well."""
 
     @property
+    def prompt(self) -> Tensor:
+        """Its prompt's tokens [1, T]."""
+        return self.ids[:, : self._prompt_tokens]
+
+    @property
     def answer(self) -> Tensor:
         """Its tokens so far [T], without the prompt."""
         return self.ids[0, self._prompt_tokens :]
@@ -104,7 +118,7 @@ class DecodingSequence:
         return logits
 
     def take(self, logits: Tensor) -> None:
-        """A token from logits [1, V] of a step with others."""
+        """A token from logits [1, V] of a step with others, or of a pass with theirs."""
         self._engine.run = self.run
         try:
             self._engine.observe(logits)

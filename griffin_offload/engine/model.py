@@ -21,12 +21,13 @@ from griffin_offload.engine.chat import ChatSession
 from griffin_offload.engine.generation import GenerationMode, GenerationState, ends_of, probabilities_named
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.load import load
+from griffin_offload.engine.many_answers import GeneratedAnswer, answers
 from griffin_offload.engine.model_interface import StockInterface, check_wait
 from griffin_offload.engine.options import checked_arguments, checked_prompt, translated
 from griffin_offload.engine.report import PrefillReport, RunReport
 from griffin_offload.engine.residents import Loaded
 from griffin_offload.engine.runner import ModelRunner
-from griffin_offload.engine.scheduler import GeneratedAnswer, SequenceScheduler, answers
+from griffin_offload.engine.scheduler import SequenceScheduler
 from griffin_offload.engine.spec import ModelSpec, check_no_passes, examine, plan_for
 from griffin_offload.engine.structure import Structure, StructureGuide
 from griffin_offload.errors import BudgetExceeded, UsageError
@@ -286,9 +287,9 @@ class GriffinModel(StockInterface):
 
         A prompt may come with arguments of `generate` of its own, as a pair; `kwargs` are those of all: those for one
         sequence, and `seed`, by which an answer draws whatever its neighbours do. Prompts are taken when there is room,
-        and pass one by one, between two tokens of the others. All that are being decoded choose the neurons: with fewer
-        than all, answers depend on their neighbours, and `activation_kept` is of an answer's own. Exact mode, refresh
-        and some architectures (`why_alone`) are answered one by one. Other callers have the model between two answers.
+        and pass between two tokens of the others, together where they may. All that are decoded choose the neurons:
+        with fewer than all, answers depend on their neighbours, and `activation_kept` is of an answer's own. Exact
+        mode, refresh, some architectures (`why_alone`): one by one. Others have the model between two answers.
         """
         given = (prompt if isinstance(prompt, tuple) else (prompt, {}) for prompt in prompts)
         return answers(self, self.scheduler(most), ((prompt, kwargs | own) for prompt, own in given))

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from transformers import GenerationConfig
 
 from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.errors import Busy, GriffinError, UsageError
+from griffin_offload.kernels.gemv import rows_apart
 from griffin_offload.transformers_api import StockModel, StockOutput
 
 _OWNER, _KIND = "_griffin_offload", "_griffin_offload_kind"
@@ -32,6 +34,11 @@ _OWNER, _KIND = "_griffin_offload", "_griffin_offload_kind"
 
 StockForward = Callable[..., StockOutput]
 """transformers' forward of a model, whose arguments differ between architectures."""
+
+
+def one_token_each(tokens: Tensor) -> AbstractContextManager[None]:
+    """`rows_apart` where the rows of a forward over `tokens` [B, T] are sequences of their own: one token of each."""
+    return rows_apart() if tokens.shape[0] > 1 and tokens.shape[1] == 1 else contextlib.nullcontext()
 
 
 def stock_forward(model: StockModel) -> StockForward:

@@ -7,6 +7,7 @@ drafted.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,10 +49,25 @@ class StatisticSum(Visitor):
             self.sums[index] = self.squared
 
 
+@dataclass(frozen=True)
+class PromptGroups:
+    """Which of a pass's groups of tokens are one prompt's, in the order of their sums: from `start` to `end`. Those
+    behind `first` measure the choice of those before (`start`: nothing is measured)."""
+
+    start: int
+    first: int
+    end: int
+
+    def own(self, table: Tensor) -> Tensor:
+        """Of a table [B, G, ...] the part of this prompt."""
+        return table[:, self.start : self.end]
+
+
 class GatherChosen(Visitor):
     """Chooses each layer's neurons by the statistic and gathers them into its compact parameters.
 
-    Chosen is by all tokens; of a prompt, by its first groups, too, to measure the choice on the rest."""
+    Chosen is by all tokens of all `prompts`; for each of these, by its first groups in their place, too, to measure the
+    choice on the rest."""
 
     def __init__(
         self,
@@ -59,12 +75,12 @@ class GatherChosen(Visitor):
         statistic: StatisticSum,
         earlier: Mapping[int, Tensor],
         beside: Sequence[Mapping[int, Tensor]],
-        choosing_groups: int,
+        prompts: Sequence[PromptGroups],
     ) -> None:
         self._layers, self._statistic = layers, statistic
-        self._earlier, self._beside, self._first = earlier, beside, choosing_groups
-        self.kept_shares: list[Tensor] = []
-        self.held_out_shares: list[Tensor] = []
+        self._earlier, self._beside, self._prompts = earlier, beside, prompts
+        self.kept_shares: list[list[Tensor]] = [[] for _ in prompts]
+        self.held_out_shares: list[list[Tensor]] = [[] for _ in prompts]
 
     def begin(self) -> None:
         self._layers.selected = {}
@@ -77,18 +93,20 @@ class GatherChosen(Visitor):
     def _select(self, index: int, block: Block, full: list[Tensor]) -> Tensor:
         summed, earlier = self._statistic.squared, self._earlier.get(index, 0)
         formula, norms = self._layers.config.batch_statistic, _norms(self._layers, index, block, full)
-        own = summed.sum(1) + earlier
+        own = [prompt.own(summed).sum(1) + earlier for prompt in self._prompts]
         chosen = self._choose(index, own, norms)
-        self.kept_shares.append(share_kept(shared_score(own, formula), chosen))
-        if self._first:
-            first, last = summed[:, : self._first].sum(1) + earlier, summed[:, self._first :].sum(1)
-            held_out = share_kept(shared_score(last, formula), self._choose(index, first, norms))
-            self.held_out_shares.append(held_out)
+        for number, prompt in enumerate(self._prompts):
+            self.kept_shares[number].append(share_kept(shared_score(own[number], formula), chosen))
+            if prompt.first > prompt.start:
+                first = summed[:, prompt.start : prompt.first].sum(1) + earlier
+                last = summed[:, prompt.first : prompt.end].sum(1)
+                without = self._choose(index, [*own[:number], first, *own[number + 1 :]], norms)
+                self.held_out_shares[number].append(share_kept(shared_score(last, formula), without))
         return chosen
 
-    def _choose(self, index: int, own: Tensor, norms: Tensor | None) -> Tensor:
-        """By the pass's own statistic [B, F], and by those of the sequences beside it."""
-        return choose_together(self._layers, index, [own, *(squared[index] for squared in self._beside)], norms)
+    def _choose(self, index: int, own: Sequence[Tensor], norms: Tensor | None) -> Tensor:
+        """By the statistics of the pass's own prompts, [B, F] each, and by those of the sequences beside it."""
+        return choose_together(self._layers, index, [*own, *(squared[index] for squared in self._beside)], norms)
 
 
 def choose_together(layers: DecoderLayers, index: int, squared: Sequence[Tensor], norms: Tensor | None) -> Tensor:
@@ -133,7 +151,8 @@ class StreamedPass(LayerPass):
 
     `groups` [B, G, T] on the device say which tokens choose, in G groups whose statistics are summed apart: the parts
     of a prompt, of which those behind the first `choosing_groups` measure the choice of these (0: nothing is measured);
-    or each token for itself. `earlier` is the statistic of passes before, s^2 [B, F] of each streamed layer: it
+    or each token for itself. Of several prompts behind each other, [1, T] of all, `prompts` says which are whose.
+    `earlier` is the statistic of passes before, s^2 [B, F] of each streamed layer: it
     chooses, too, and so do those of sequences that decode `beside`. Without `choose` the compact parameters stay as
     they are. `keep` keeps the sums of each group in `sums`.
     """
@@ -147,12 +166,14 @@ class StreamedPass(LayerPass):
         beside: Sequence[Mapping[int, Tensor]] = (),
         choose: bool = True,
         choosing_groups: int = 0,
+        prompts: Sequence[PromptGroups] | None = None,
         keep: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self._layers, self._stream = layers, StreamFeed(layers)
+        self._prompts = prompts or [PromptGroups(0, choosing_groups, groups.shape[1])]
         self._statistic = StatisticSum(groups, keep=keep)
-        self._chosen = GatherChosen(layers, self._statistic, earlier or {}, beside, choosing_groups)
+        self._chosen = GatherChosen(layers, self._statistic, earlier or {}, beside, self._prompts)
         visitors = [self._statistic, *([self._chosen] if choose else []), GiveBack()]
         super().__init__(
             layers.decoder,
@@ -178,21 +199,29 @@ class StreamedPass(LayerPass):
     def peak_in_flight_bytes(self) -> int:
         return self._stream.peak_in_flight_bytes
 
-    def report(self) -> PrefillReport:
-        """Figures of a prompt's finished pass; waits for the device."""
+    def reports(self) -> list[PrefillReport]:
+        """Figures of the finished pass of each prompt; waits for the device. All took the seconds of the whole pass,
+        whose bytes they share."""
         dense = self._layers.feed_forwards - len(self._layers.compact)
-        tokens = self._statistic.groups.sum((1, 2))
-        too_short = int(tokens.min()) < SHORT_PROMPT_TOKENS
-        return PrefillReport(
-            prompt_tokens=int(tokens.sum()),
-            seconds=self.seconds,
-            streamed_bytes=self._layers.fetched_bytes - self._fetched_before,
-            wait_s=self._layers.arrival_wait_s - self._waited_before + self._stream.wait_s,
-            select_s=self.end_s,
-            statistic_s=self.see_s,
-            activation_kept=_mean(self._chosen.kept_shares, dense),
-            activation_kept_heldout=None if too_short else _mean(self._chosen.held_out_shares, dense),
-        )
+        streamed, count = self._layers.fetched_bytes - self._fetched_before, len(self._prompts)
+        found = []
+        for number, prompt in enumerate(self._prompts):
+            tokens = prompt.own(self._statistic.groups).sum((1, 2))
+            too_short = int(tokens.min()) < SHORT_PROMPT_TOKENS
+            held_out = None if too_short else _mean(self._chosen.held_out_shares[number], dense)
+            found.append(
+                PrefillReport(
+                    prompt_tokens=int(tokens.sum()),
+                    seconds=self.seconds,
+                    streamed_bytes=streamed * (number + 1) // count - streamed * number // count,
+                    wait_s=self._layers.arrival_wait_s - self._waited_before + self._stream.wait_s,
+                    select_s=self.end_s,
+                    statistic_s=self.see_s,
+                    activation_kept=_mean(self._chosen.kept_shares[number], dense),
+                    activation_kept_heldout=held_out,
+                )
+            )
+        return found
 
 
 def _mean(shares: list[Tensor], dense_layers: int) -> float:

@@ -5,7 +5,7 @@ prompt of a context or of a caller's KV cache, and are gathered again.
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,13 @@ from griffin_offload.blocks.base import unhook
 from griffin_offload.engine.generation import GenerationState, tokens_of
 from griffin_offload.engine.layer_pass import DecoderLayers, Progress
 from griffin_offload.engine.model_interface import StockForward
-from griffin_offload.engine.prefill import StreamedPass, choose_together, grouped, sums_until
+from griffin_offload.engine.prefill import PromptGroups, StreamedPass, choose_together, grouped, sums_until
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.engine.residents import materialise
 from griffin_offload.errors import GriffinError, UsageError
 from griffin_offload.kv_cache.kv_cache import RecordedWriter, SplitWriter, single_steps
 from griffin_offload.kv_cache.kv_layer import States, copies
-from griffin_offload.kv_cache.sequence import Chosen, Context, chosen_for, remember, seams_of
+from griffin_offload.kv_cache.sequence import Chosen, Context, Statistic, chosen_for, remember, seams_of
 from griffin_offload.transformers_api import CACHE, Arguments, StockCache, StockOutput
 
 
@@ -83,16 +83,66 @@ class PromptPasses:
         )
         with streamed, self._split_at(seams, mask.shape[1], context) as held:
             output = self._forward(*args, **self._for_every_token(kwargs, mask.shape[1]))
-        if streamed.unvisited:
-            raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
+        self._check_visited(streamed)
         if context is not None:
             start = len(context.tokens) if start is None else start
-            context.passed({index: sums.sum(1) for index, sums in streamed.sums.items()}, start)
-            context.selected = self._layers.selected
-            if seams and streamed.sums:
-                context.mark_seams(seams, sums_until(streamed.sums, groups, seams), held)
-        self.last = streamed.report()
+            self._note_passed(context, streamed.sums, seams, groups, held, start)
+        self.last = streamed.reports()[0]
         return output, streamed
+
+    def prefill_together(
+        self,
+        contexts: Sequence[Context],
+        tokens: Sequence[int],
+        forward: Callable[[], Tensor],
+        beside: Sequence[Context],
+    ) -> tuple[Tensor, StreamedPass]:
+        """`forward` as the streamed pass over the prompts of empty `contexts`, so many tokens each, behind each other:
+        what it gives, and the pass. They choose together, and with the sequences that decode `beside` them."""
+        self.last = None
+        self._check_linears()
+        seams = [seams_of(count, stateful=False) for count in tokens]
+        ones = [torch.ones(1, count, dtype=torch.float32, device=self._device) for count in tokens]
+        parts = [grouped(mask, own) for mask, own in zip(ones, seams, strict=True)]
+        prompts = _behind_each_other(parts)
+        streamed = StreamedPass(
+            self._layers,
+            torch.block_diag(*(groups[0] for groups, _ in parts))[None],
+            beside=[other.squared for other in beside],
+            prompts=prompts,
+            keep=True,
+            progress=self.progress,
+        )
+        with streamed:
+            logits = forward()
+        self._check_visited(streamed)
+        sums: list[Statistic] = [{} for _ in prompts]
+        for index in list(streamed.sums):  # each its own, so that they go one after the other
+            table = streamed.sums.pop(index)
+            for own, prompt in zip(sums, prompts, strict=True):
+                own[index] = prompt.own(table).clone()
+        for context, own_seams, (groups, _) in zip(contexts, seams, parts, strict=True):
+            self._note_passed(context, sums.pop(0), own_seams, groups, [None] * len(own_seams), 0)
+        return logits, streamed
+
+    def _check_visited(self, streamed: StreamedPass) -> None:
+        if streamed.unvisited:
+            raise GriffinError(f"the forward left out {streamed.unvisited} layers: no neurons are chosen for them")
+
+    def _note_passed(
+        self,
+        context: Context,
+        sums: Statistic,
+        seams: list[int],
+        groups: Tensor,
+        held: list[States | None],
+        start: int,
+    ) -> None:
+        """The prompt of `context` has passed from token `start` on: s^2 [1, G, F] of its `groups` [1, G, T]."""
+        context.passed({index: table.sum(1) for index, table in sums.items()}, start)
+        context.selected = self._layers.selected
+        if seams and sums:
+            context.mark_seams(seams, sums_until(sums, groups, seams), held)
 
     def _check_linears(self) -> None:
         """UsageError where somebody has put another module in a projection's place, as peft does."""
@@ -242,3 +292,12 @@ class PromptPasses:
         if self._layers.selected is not selected:
             self.last = None
             materialise(self._layers, selected, self._layers.stream.dtype)
+
+
+def _behind_each_other(parts: Sequence[tuple[Tensor, int]]) -> list[PromptGroups]:
+    """Of prompts that lie behind each other, each given as `grouped` gives it, which groups are whose."""
+    found: list[PromptGroups] = []
+    for groups, choosing in parts:
+        start = found[-1].end if found else 0
+        found.append(PromptGroups(start, start + choosing, start + groups.shape[1]))
+    return found

@@ -27,11 +27,11 @@ from griffin_offload.engine.generation import (
     tokens_of,
 )
 from griffin_offload.engine.joint_step import JointStep
-from griffin_offload.engine.model_interface import FifoLock, Guard, hand_out, hollow, stock_forward
+from griffin_offload.engine.model_interface import FifoLock, Guard, hand_out, hollow, one_token_each, stock_forward
 from griffin_offload.engine.options import checked_prompt
 from griffin_offload.engine.prompt_passes import PromptPasses
 from griffin_offload.engine.residents import Loaded
-from griffin_offload.engine.spec import ModelSpec, identity_of, like_of
+from griffin_offload.engine.spec import ModelSpec, identity_of, like_of, why_no_checkpoint
 from griffin_offload.errors import DoesNotFit, GriffinError, UsageError
 from griffin_offload.kernels import table
 from griffin_offload.kernels.library import HALVES
@@ -40,8 +40,8 @@ from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.kv_cache.workload import Workload
 from griffin_offload.offload.weight_store import MmapStore
-from griffin_offload.planner.plan import Plan
-from griffin_offload.planner.solve import as_loaded, describe_shortfall, replan_for
+from griffin_offload.planner.plan import Plan, as_loaded
+from griffin_offload.planner.solve import describe_shortfall, replan_beside
 from griffin_offload.planner.workspace import logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.transformers_api import CACHE, Arguments, StockCache, StockOutput, with_own_name
 
@@ -61,6 +61,7 @@ class ModelRunner:
         """Of contexts that are kept beside the one in use, see `keep_idle`."""
         self.beside: tuple[Context, ...] = ()
         """Of sequences that are being decoded, beside the one whose turn it is (scheduler.py)."""
+        self._passing: tuple[Workload, ...] = ()
         self.wait_s: float | None = None
         """Seconds that calls wait for those of other threads; None: as long as these take."""
         self.stock_forward = stock_forward(loaded.model)
@@ -158,24 +159,7 @@ class ModelRunner:
 
     def why_not_saved(self) -> str | None:
         """Why the stock model's parameters are no checkpoint; None if they are one."""
-        whole = all(kept == layer.neurons for kept, layer in zip(self.plan.kept, self.shape.layers, strict=True))
-        if self._closed:
-            return "it is closed"
-        if not self.shape.is_plain:
-            return (
-                f"its matrices are {self.plan.precision}: load it with quantize='none', or make a copy on the disk by "
-                "griffin-offload convert"
-            )
-        if not whole:
-            return (
-                f"it holds {self.plan.density:.2g} of the neurons, those of the last prompt: load it with density=1.0, "
-                f"or copy {self.model_spec.checkpoint.directory}"
-            )
-        if self.plan.streamed:
-            return "its layers are streamed: load it without always_stream"
-        if self.plan.embeddings == "host":
-            return "its embeddings rest in the checkpoint: load it with device='cpu'"
-        return None
+        return "it is closed" if self._closed else why_no_checkpoint(self.model_spec, self.plan)
 
     def capture_with(self, recorder: Recorder) -> None:
         """Decode by what `recorder` captures from now on."""
@@ -206,9 +190,10 @@ class ModelRunner:
         self.idle_bytes = idle_bytes
         self.loaded.ledger.hold(sessions=self._other_bytes)
 
-    def decode_beside(self, contexts: Sequence[Context]) -> None:
-        """Whose contexts there are beside that of the next run: of sequences whose answers go on."""
-        self.beside = tuple(contexts)
+    def decode_beside(self, contexts: Sequence[Context], passing: Sequence[Workload] = ()) -> None:
+        """Whose contexts there are beside that of the next run: of sequences whose answers go on; and uses whose
+        prompts will pass together with its own."""
+        self.beside, self._passing = tuple(contexts), tuple(passing)
         self.loaded.ledger.hold(sessions=self._other_bytes)
 
     @property
@@ -223,8 +208,8 @@ class ModelRunner:
             raise DoesNotFit(describe_shortfall(plan, f"{fewer}, or a model loaded with more memory"))
 
     def _plan_of(self, use: Workload) -> Plan:
-        request = replace(self.model_spec.request, session_bytes=self._other_bytes, sequences=1)
-        return replan_for(self.shape, request, self.plan, replace(use, together=1 + len(self.beside)))
+        request = replace(self.model_spec.request, session_bytes=self._other_bytes)
+        return replan_beside(self.shape, request, self.plan, use, self._passing, len(self.beside))
 
     def hold(self, use: Workload, new_tokens: int, cache: StockCache | None, slots: int = 0) -> None:
         """Enter a forward of `new_tokens` into the ledger: activations as the plan counts them, the KV cache and
@@ -250,9 +235,6 @@ class ModelRunner:
         output, streamed = self.passes.between_tokens(inputs, run.context, choose=choose, each=each)
         self.hold(run.use, tokens_of(inputs).shape[1], run.cache, streamed.peak_in_flight_bytes)
         return output, streamed.sums
-
-    def _ones(self, tokens: int) -> Tensor:
-        return torch.ones(1, tokens, dtype=torch.float32, device=self.model_spec.device)
 
     def forward(self, *args: Any, **kwargs: Any) -> StockOutput:
         """What the stock model's forward is: inside a `generate` a part of that, else a call by itself."""
@@ -300,12 +282,11 @@ class ModelRunner:
 
     def _resident(self, run: GenerationState, args: Sequence[Any], kwargs: Arguments) -> StockOutput:
         """A forward of the residents: by a captured graph, or kernel by kernel."""
-        output = None
+        output, arguments = None, dict(self._signature.bind(*args, **kwargs).arguments)
         if self.graphs is not None:
-            arguments = dict(self._signature.bind(*args, **kwargs).arguments)
-            more = arguments.pop("kwargs", {})
-            output = self.graphs.forward(arguments | more, run.graphs)
-        return self.stock_forward(*args, **kwargs) if output is None else output
+            output = self.graphs.forward(arguments | arguments.pop("kwargs", {}), run.graphs)
+        with one_token_each(tokens_of(arguments)):
+            return self.stock_forward(*args, **kwargs) if output is None else output
 
     def _bare_prefill(self, arguments: Arguments, args: Sequence[Any], kwargs: Arguments) -> StockOutput:
         """A forward that nobody announced: checked against the budget first."""
@@ -337,24 +318,42 @@ class ModelRunner:
         else:
             given = run.mask if run.mask is not None else arguments.get("attention_mask")
             past = context is not None and bool(context.tokens)
-            mask = self._ones(tokens.shape[1]) if past else prompt_mask(tokens, given, run.prompt_tokens)
+            mask = prompt_mask(tokens, *((None, None) if past else (given, run.prompt_tokens)))
             output, streamed = self.passes.prefill(mask, context, args, kwargs, None, beside)
             slots = streamed.peak_in_flight_bytes
-        if self.graphs is not None:
-            self.graphs.begin(run.mask)
-        run.cache = cache_of(output, arguments)
-        self.passes.note_chosen(run.cache)
-        if context is not None:
-            self._remember(context, run, output.logits[:, -1])
-            if run.prompt_done is not None:
-                run.prompt_done(context)
+        self._passed(run, cache_of(output, arguments), output.logits[:, -1])
         seen = max(run.prompt_tokens, tokens.shape[1])  # prompt lookup appends drafts
         use = replace(run.use, batch=tokens.shape[0], ctx_tokens=seen, logit_positions=1, kept_scores=0)
         self.hold(use, tokens.shape[1], run.cache, slots)
-        run.prefilled, run.batch, run.prefill = True, tokens.shape[0], self.passes.last
+        run.batch = tokens.shape[0]
+        return output
+
+    def _passed(self, run: GenerationState, cache: StockCache | None, logits: Tensor) -> None:
+        """The prompt of `run` has passed, with these logits [B, V] behind it."""
+        if self.graphs is not None:
+            self.graphs.begin(run.mask)
+        run.cache = cache
+        self.passes.note_chosen(cache)
+        if run.context is not None:
+            self._remember(run.context, run, logits)
+            if run.prompt_done is not None:
+                run.prompt_done(run.context)
+        run.prefilled, run.prefill = True, self.passes.last
         run.fetched_bytes, run.embedding_bytes = self.loaded.layers.fetched_bytes, self.embedding_bytes
         run.experts = self.loaded.layers.expert_report
-        return output
+
+    def pass_together(self, runs: Sequence[tuple[GenerationState, Context]], prompts: Sequence[Tensor]) -> Tensor:
+        """The logits [N, V] behind several prompts, [1, T] each, whose contexts are empty, by one streamed pass."""
+        contexts, decoding, (first, *others) = [context for _, context in runs], self.beside, [run for run, _ in runs]
+        forward = functools.partial(self.joint.prompts, prompts, [context.cache for context in contexts])
+        lengths = [run.prompt_tokens for run, _ in runs]
+        logits, streamed = self.passes.prefill_together(contexts, lengths, forward, decoding)
+        for (run, context), row, self.passes.last in zip(runs, logits.split(1), streamed.reports(), strict=True):
+            self._passed(run, context.cache, row)
+        self.decode_beside([*decoding, *contexts[1:]])
+        use = replace(first.use, ctx_tokens=sum(lengths)).among([run.use for run in others], len(decoding))
+        self.hold(use, sum(lengths), contexts[0].cache, streamed.peak_in_flight_bytes)
+        return logits
 
     def _read_again(self, run: GenerationState, kwargs: Arguments) -> StockOutput:
         """All tokens so far, streamed like a prompt: their positions are turned by other angles from now on."""

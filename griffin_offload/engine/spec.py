@@ -309,3 +309,24 @@ def like_of(model_spec: ModelSpec, plan: Plan) -> ContextSchema:
     widths = tuple(width for layer in shape.layers if (width := width_of(shape, layer)))
     states = tuple(layer.states for layer in shape.layers if layer.states)
     return ContextSchema(plan.context_tokens, shape.vocab_size, widths, model_spec.dtype, neurons, states)
+
+
+def why_no_checkpoint(spec: ModelSpec, plan: Plan) -> str | None:
+    """Why the parameters of a model that was loaded by `plan` are no checkpoint; None if they are one."""
+    shape = spec.shape_of(plan)
+    whole = all(kept == layer.neurons for kept, layer in zip(plan.kept, shape.layers, strict=True))
+    if not shape.is_plain:
+        return (
+            f"its matrices are {plan.precision}: load it with quantize='none', or make a copy on the disk by "
+            "griffin-offload convert"
+        )
+    if not whole:
+        return (
+            f"it holds {plan.density:.2g} of the neurons, those of the last prompt: load it with density=1.0, "
+            f"or copy {spec.checkpoint.directory}"
+        )
+    if plan.streamed:
+        return "its layers are streamed: load it without always_stream"
+    if plan.embeddings == "host":
+        return "its embeddings rest in the checkpoint: load it with device='cpu'"
+    return None

@@ -22,9 +22,8 @@ from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, Progress, StreamFeed, Visitor
 from griffin_offload.errors import DoesNotFit, UnsupportedModel
 from griffin_offload.kv_cache.workload import Workload
-from griffin_offload.planner.plan import Plan
+from griffin_offload.planner.plan import Plan, as_loaded
 from griffin_offload.planner.request import PlanRequest
-from griffin_offload.planner.solve import as_loaded
 from griffin_offload.planner.workspace import workspace_bytes
 from griffin_offload.units import format_bytes
 

@@ -3,7 +3,7 @@ for a whole model and use.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from griffin_offload.config import CacheKind, KVBits
@@ -54,10 +54,19 @@ class Workload:
     together: int = 1
     """Uses that are decoded in one step, this one among them; the others' KV caches are none of its own."""
 
+    prompts: int = 1
+    """Prompts of uses like this one that pass behind each other in one forward: `prompt_tokens` are all of theirs."""
+
     @property
     def cache_tokens(self) -> int:
         """Tokens that our KV cache is made for."""
         return max(self.ctx_tokens + self.drafts, self.reserved_tokens)
+
+    def among(self, passing: Sequence["Workload"], decoding: int) -> "Workload":
+        """This use, whose prompt passes together with those of `passing`, beside so many that are decoded."""
+        prompt_tokens = self.prompt_tokens + sum(other.prompt_tokens for other in passing)
+        prompts = 1 + len(passing)
+        return replace(self, prompt_tokens=prompt_tokens, prompts=prompts, together=prompts + decoding)
 
 
 class LayerKV(Protocol):

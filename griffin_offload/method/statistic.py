@@ -56,10 +56,10 @@ def squared_statistic(z: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-def summing_bytes(samples: int, neurons: int, tokens: int) -> int:
+def summing_bytes(samples: int, neurons: int, tokens: int, prompts: int = 1) -> int:
     """What `squared_statistic` of so many tokens per sample takes: squares of as many as are squared at once, and the
-    sums, old and new, of both halves of a prompt."""
-    return samples * neurons * _FLOAT_BYTES * (min(tokens, ROWS_AT_ONCE) + 8)
+    sums, old and new, of the parts of every prompt."""
+    return samples * neurons * _FLOAT_BYTES * (min(tokens, ROWS_AT_ONCE) + 8 * prompts)
 
 
 def shared_score(squared: Tensor, batch_statistic: BatchStatistic) -> Tensor:

@@ -278,6 +278,12 @@ def _moments(
     return prefill, decode
 
 
+def as_loaded(request: PlanRequest, plan: Plan) -> PlanRequest:
+    """The request with what was solved when the model was loaded, and is fixed since."""
+    solved = replace(request, ff_chunk_tokens=plan.ff_chunk_tokens, expert_slots=plan.expert_slots)
+    return replace(solved, kv_bits=plan.kv_bits, halves_kv=False)
+
+
 def price(
     shape: ModelSizes,
     request: PlanRequest,

@@ -31,7 +31,8 @@ class PlanRequest:
     """Longest prompt; None: the whole context."""
     batch: int = 1
     sequences: int = 1
-    """Answers at once, each with a KV cache of its own (`serve --parallel`); their prompts pass one by one."""
+    """Answers at once, each with a KV cache of its own (`serve --parallel`); prompts that pass together have no more
+    tokens than a planned one."""
     density: Density | Literal["auto"] = "auto"
     bits: float | Literal["auto"] = "auto"
     """Of a number of the FFs, that tiers take at most."""

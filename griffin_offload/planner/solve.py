@@ -9,13 +9,14 @@ from typing import Any
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes
 from griffin_offload.config import FLOOR_AUTO_CTX, MAX_AUTO_CTX, MIN_AUTO_CTX, MIN_AUTO_DENSITY, NEURON_MULTIPLE
 from griffin_offload.errors import DoesNotFit, UsageError
-from griffin_offload.kv_cache.workload import Workload, halves_again
+from griffin_offload.kv_cache.workload import Workload, cache_parts, halves_again
 from griffin_offload.method.allocation import Counts
 from griffin_offload.method.selection import densities_per_layer, neurons_kept
 from griffin_offload.offload.weight_store import slot_bytes
-from griffin_offload.planner.plan import EmbeddingDevice, Plan, price
+from griffin_offload.planner.plan import EmbeddingDevice, Plan, as_loaded, price
 from griffin_offload.planner.request import PlanRequest, planned_use
 from griffin_offload.planner.tiers import expected_error, least_bits, tiered_choices, tiers_within
+from griffin_offload.planner.workspace import statistics_bytes
 from griffin_offload.units import format_bytes
 
 # One layer computes while the next one is read; one slot alone works, without the overlap.
@@ -328,10 +329,18 @@ def replan_for(shape: ModelSizes, request: PlanRequest, plan: Plan, use: Workloa
     return price(shape, as_loaded(request, plan), use, plan.counts, plan.slots, plan.embeddings)
 
 
-def as_loaded(request: PlanRequest, plan: Plan) -> PlanRequest:
-    """The request with what was solved when the model was loaded, and is fixed since."""
-    solved = replace(request, ff_chunk_tokens=plan.ff_chunk_tokens, expert_slots=plan.expert_slots)
-    return replace(solved, kv_bits=plan.kv_bits, halves_kv=False)
+def replan_beside(
+    shape: ModelSizes, request: PlanRequest, plan: Plan, use: Workload, passing: Sequence[Workload], decoding: int
+) -> Plan:
+    """`replan_for` one sequence whose prompt passes together with those of `passing`, which hold nothing yet, beside
+    so many that are decoded, whose bytes are among the request's of sessions."""
+    own = [
+        sum(cache_parts(shape, other, plan.kv_bits, decoding=True))
+        + statistics_bytes(shape, request, other, plan.counts, plan.streamed)
+        for other in passing
+    ]
+    request = replace(request, session_bytes=request.session_bytes + sum(own), sequences=1)
+    return replan_for(shape, request, plan, use.among(passing, decoding))
 
 
 def describe_shortfall(plan: Plan, remedy: str) -> str:

@@ -51,8 +51,8 @@ def workspace_bytes(
     mixing = tokens * max(layer.mixing_bytes for layer in shape.layers)
     activations = _activation_bytes(shape, ff_tokens)
     at_once = new_tokens if shape.inline_ff else min(new_tokens, chunk)
-    statistic = summing_bytes(use.batch, shape.neurons, at_once) + sharing_bytes(use.together, shape.neurons)
-    statistic += _routing_bytes(shape, tokens)
+    statistic = summing_bytes(use.batch, shape.neurons, at_once, use.prompts if new_tokens > 1 else 1)
+    statistic += sharing_bytes(use.together, shape.neurons) + _routing_bytes(shape, tokens)
     selection = sum(map(sum, counts)) * _INDEX_BYTES
     masks = _score_bytes(shape, use, new_tokens, seen_tokens)
     if new_tokens == 1:

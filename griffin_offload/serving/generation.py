@@ -3,7 +3,7 @@
 import contextlib
 import secrets
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from griffin_offload.engine.arguments import ONE_ANSWER
-from griffin_offload.engine.decoding import DecodingSequence
+from griffin_offload.engine.decoding import DecodingSequence, HasToWait, NextPass
 from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.report import RunReport
-from griffin_offload.engine.scheduler import HasToWait, SequenceScheduler
+from griffin_offload.engine.scheduler import SequenceScheduler
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.serving.answer_parts import Part, PartsShown, parts_shown
@@ -240,12 +240,8 @@ class _Generation:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Inside, a streamed pass ends with a layer after which nobody waits any more."""
-        model = self._model
-        model.progress = model.engine.passes.progress_between = self._layer_done
-        try:
+        with _watched(self._model, self.layer_done):
             yield
-        finally:
-            model.progress = model.engine.passes.progress_between = None
 
     def finish(self, answer: Answer, choice: int, report: RunReport, context: Context | None) -> None:
         """Say that `answer` is complete; Interrupted if it is not."""
@@ -283,7 +279,7 @@ class _Generation:
         self._job.token()
         return self._interrupted()
 
-    def _layer_done(self, done: int, layers: int) -> None:
+    def layer_done(self, done: int, layers: int) -> None:
         if self._interrupted():
             raise Interrupted
         if self._request.return_progress:
@@ -293,13 +289,14 @@ class _Generation:
 class JobBeside:
     """A job whose answers are decoded beside those of others, one of its own at a time.
 
-    Errors are those of `answer_all`. HasToWait from `begin_next`, which may be called again when others have left.
+    Errors are those of `answer_all`. HasToWait from `prepare_next`, which may be called again when others have left,
+    and NextPass, when those that are prepared have passed.
     """
 
     def __init__(self, held: Held, job: Job, scheduler: SequenceScheduler, interrupted: Callable[[], bool]) -> None:
         self.job, self._held, self._scheduler = job, held, scheduler
         self._generation = _Generation(held, job, interrupted)
-        self._interrupted = interrupted
+        self._interrupted, self.layer_done = interrupted, self._generation.layer_done
         self._random = torch.Generator(held.model.device).manual_seed(_seed_of(job))
         self._choice = 0
         self._context = contextlib.ExitStack()
@@ -308,8 +305,8 @@ class JobBeside:
         self.sequence: DecodingSequence | None = None
         """What is being decoded."""
 
-    def begin_next(self) -> None:
-        """Let the prompt of the next answer pass."""
+    def prepare_next(self) -> None:
+        """Prepare the next answer for `pass_prompts`."""
         if self._interrupted():
             raise Interrupted
         index = self._choice // self.job.request.n
@@ -317,30 +314,31 @@ class JobBeside:
         if self._of_prompt is None:
             self._of_prompt = self._context.enter_context(self._generation.context_for(ids))
         try:
-            self.sequence = self._begin(ids, self.job.max_tokens[index])
+            self.sequence = self._prepare(ids, self.job.max_tokens[index])
         except HasToWait:
             if self._choice % self.job.request.n == 0:
                 self.close()  # others may have its context meanwhile
             raise
 
-    def _begin(self, ids: Tensor, max_tokens: int) -> DecodingSequence:
+    def _prepare(self, ids: Tensor, max_tokens: int) -> DecodingSequence:
         sessions = self._held.sessions
         try:
-            return self._beginning(ids, max_tokens)
+            return self._preparing(ids, max_tokens)
+        except NextPass:
+            raise  # it may fit there beside what is kept
         except (DoesNotFit, HasToWait):
             if not sessions:
                 raise
         # What is decoded comes before what is kept for others.
         sessions.drop_all()
         self._held.model.engine.keep_idle(0)
-        return self._beginning(ids, max_tokens)
+        return self._preparing(ids, max_tokens)
 
-    def _beginning(self, ids: Tensor, max_tokens: int) -> DecodingSequence:
+    def _preparing(self, ids: Tensor, max_tokens: int) -> DecodingSequence:
         self._answer, arguments = self._generation.asked(ids, max_tokens, self._choice)
         model = self._held.model
         guide = model.guide(structure_of(self.job.request, model.tokenizer), arguments)
-        with self._generation.watching():
-            return self._scheduler.begin(ids, context=self._of_prompt, seed=self._random, guide=guide, **arguments)
+        return self._scheduler.prepare(ids, context=self._of_prompt, seed=self._random, guide=guide, **arguments)
 
     def ended(self) -> bool:
         """The sequence has ended: whether it was the last one."""
@@ -362,6 +360,33 @@ class JobBeside:
         """Keep the context for others."""
         self._of_prompt = None
         self._context.close()
+
+
+def pass_prompts(model: GriffinModel, scheduler: SequenceScheduler, jobs: Sequence[JobBeside]) -> None:
+    """Let the prompts of prepared `jobs` pass. Interrupted when nobody waits for any of them; who leaves before the
+    others takes no further token."""
+
+    def layer_done(done: int, layers: int) -> None:
+        left = 0
+        for job in jobs:
+            try:
+                job.layer_done(done, layers)
+            except Interrupted:
+                left += 1
+        if left == len(jobs):
+            raise Interrupted
+
+    with _watched(model, layer_done):
+        scheduler.join()
+
+
+@contextlib.contextmanager
+def _watched(model: GriffinModel, layer_done: Callable[[int, int], None]) -> Iterator[None]:
+    model.progress = model.engine.passes.progress_between = layer_done
+    try:
+        yield
+    finally:
+        model.progress = model.engine.passes.progress_between = None
 
 
 def _texts(strings: str | list[str] | None) -> list[str]:

@@ -5,10 +5,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from griffin_offload.config import MOST_TOGETHER, ServeConfig
-from griffin_offload.engine.decoding import DecodingSequence
-from griffin_offload.engine.scheduler import HasToWait, SequenceScheduler
+from griffin_offload.engine.decoding import DecodingSequence, HasToWait, NextPass
+from griffin_offload.engine.scheduler import SequenceScheduler
 from griffin_offload.errors import (
     CheckpointChanged,
     DoesNotFit,
@@ -29,7 +30,7 @@ from griffin_offload.serving.api_errors import (
     out_of_memory,
     shutting_down,
 )
-from griffin_offload.serving.generation import Interrupted, JobBeside, answer_all, why_not_beside
+from griffin_offload.serving.generation import Interrupted, JobBeside, answer_all, pass_prompts, why_not_beside
 from griffin_offload.serving.metrics import Metrics
 from griffin_offload.serving.model_manager import LoadedModel, ModelManager
 from griffin_offload.serving.queue import Done, Event, Failed, Job
@@ -199,10 +200,8 @@ class Worker:
         try:
             with scheduler.working():
                 while row:
-                    self._take_next(held, row, scheduler)
-                    waiting = next((asked for asked in row if not asked.decodes), None)
-                    if waiting is not None and not has_to_wait and scheduler.has_room:
-                        has_to_wait = self._begin(held, row, waiting, scheduler)
+                    self._let_go(row)
+                    has_to_wait = has_to_wait or self._begin(held, row, scheduler)
                     for sequence in scheduler.step():
                         has_to_wait = False
                         self._ended(row, next(asked for asked in row if asked.decodes_as(sequence)))
@@ -211,32 +210,57 @@ class Worker:
             for asked in row:
                 asked.close()
 
-    def _take_next(self, held: LoadedModel, row: list["_Asked"], scheduler: SequenceScheduler) -> None:
-        """Put the next job of the queue into `row`, if none there waits and it may be answered beside them; and let
-        those go that wait for nobody."""
+    def _let_go(self, row: list["_Asked"]) -> None:
+        """Those leave that wait for nobody."""
         for asked in [asked for asked in row if not asked.decodes and (asked.job.cancelled or self._closing)]:
             self._leave(row, asked, None if asked.job.cancelled else Failed(shutting_down()))
-        full = len(row) >= scheduler.most or not all(asked.decodes for asked in row)
-        if full or not self._waiting or not scheduler.has_room:
-            return
-        with self._changed:
-            job = self._waiting[0] if self._waiting else None
-            if job is None or why_not_beside(held, job) is not None or not self.manager.is_held(job.request.density):
-                return  # its turn is when these have ended
-            row.append(_Asked(self._popped()))
-            self._metrics.running.set(len(row))
 
-    def _begin(self, held: LoadedModel, row: list["_Asked"], asked: "_Asked", scheduler: SequenceScheduler) -> bool:
-        """Let the prompt of a waiting answer pass; whether it has to wait for the end of others."""
+    def _begin(self, held: LoadedModel, row: list["_Asked"], scheduler: SequenceScheduler) -> bool:
+        """Let the prompts of those that wait pass, as many as pass together; whether the next one has to wait for the
+        end of others."""
+        prepared, has_to_wait = [], False
+        while (asked := self._next(held, row, scheduler)) is not None:
+            try:
+                asked.prepare(held, scheduler, partial(self._interrupted, asked.job))
+            except NextPass:
+                break
+            except HasToWait:
+                has_to_wait = True
+                break
+            except Exception as error:
+                self._leave(row, asked, self._failure(asked.job, error))
+                continue
+            prepared.append(asked)
         try:
-            asked.begin(held, scheduler, lambda: self._interrupted(asked.job))
-        except HasToWait:
-            return True
+            if prepared:
+                pass_prompts(held.model, scheduler, [asked.beside for asked in prepared])
         except CheckpointChanged:
             raise
         except Exception as error:
-            self._leave(row, asked, self._failure(asked.job, error))
-        return False
+            for asked in prepared:
+                self._leave(row, asked, self._failure(asked.job, error))
+            return has_to_wait
+        for asked in prepared:
+            sequence = asked.beside.sequence
+            if sequence is not None and sequence.error is not None:
+                self._leave(row, asked, self._failure(asked.job, sequence.error))
+        return has_to_wait
+
+    def _next(self, held: LoadedModel, row: list["_Asked"], scheduler: SequenceScheduler) -> "_Asked | None":
+        """Who begins next if there is room: the first in `row` that waits, else the next job of the queue, which goes
+        there if it may be answered beside the others."""
+        waiting = next((asked for asked in row if not asked.decodes), None)
+        if waiting is not None:
+            return waiting if scheduler.has_room else None
+        if len(row) >= scheduler.most or not self._waiting or not scheduler.has_room:
+            return None
+        with self._changed:
+            job = self._waiting[0] if self._waiting else None
+            if job is None or why_not_beside(held, job) is not None or not self.manager.is_held(job.request.density):
+                return None  # its turn is when these have ended
+            row.append(_Asked(self._popped()))
+            self._metrics.running.set(len(row))
+        return row[-1]
 
     def _ended(self, row: list["_Asked"], asked: "_Asked") -> None:
         """A sequence has ended: deliver, and leave if it was the last one."""
@@ -309,21 +333,25 @@ class _Asked:
 
     @property
     def decodes(self) -> bool:
-        """Whether an answer of it is being decoded."""
+        """Whether an answer of it is being decoded, or prepared for that."""
         return self._beside is not None and self._beside.sequence is not None
 
     def decodes_as(self, sequence: DecodingSequence) -> bool:
         return self._beside is not None and self._beside.sequence is sequence
 
-    def begin(self, held: LoadedModel, scheduler: SequenceScheduler, interrupted: Callable[[], bool]) -> None:
-        """Let the prompt of its next answer pass; what `JobBeside.begin_next` raises."""
+    def prepare(self, held: LoadedModel, scheduler: SequenceScheduler, interrupted: Callable[[], bool]) -> None:
+        """Prepare its next answer; what `JobBeside.prepare_next` raises."""
         if self._beside is None:
             self._beside = JobBeside(held, self.job, scheduler, interrupted)
-        self._beside.begin_next()
+        self._beside.prepare_next()
+
+    @property
+    def beside(self) -> JobBeside:
+        assert self._beside is not None, "it was prepared"
+        return self._beside
 
     def ended(self) -> bool:
-        assert self._beside is not None, "it has begun"
-        return self._beside.ended()
+        return self.beside.ended()
 
     def close(self) -> None:
         if self._beside is not None:

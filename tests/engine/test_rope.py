@@ -197,3 +197,15 @@ def test_what_a_config_says_of_its_positions():
     assert (border.tokens, border.moving, border.rereads) == (BORDER, False, False)
     assert rope_border(_CONFIGS["dynamic"](), None).moving
     assert rope_border(_CONFIGS["yarn"](), None) is None
+
+
+@pytest.mark.parametrize("name", ["phi3", "longrope", "dynamic", "yarn"])
+def test_prompts_together_are_turned_each_by_its_own_length(name: str, models):
+    """All of them are longer than the border, none is; where positions move they pass alone."""
+    path, dense = models(name)
+    model, prompts = _load(path, density=1.0, always_stream=True), [_ids(tokens, tokens) for tokens in (30, 20, 25)]
+    answers = model.generate_many(prompts, max_new_tokens=4, do_sample=False)
+    found = {one.index: one.tokens for one in answers}
+    for index, prompt in enumerate(prompts):
+        assert torch.equal(found[index], _dense(dense, prompt, 4)[0, prompt.shape[1] :])
+    assert (model.engine.joint.why_prompts_alone is not None) == (name == "dynamic")

@@ -15,7 +15,8 @@ from tiny_models import ARCHITECTURES, FURTHER, MIXTURES, QUICK, VOCAB
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from griffin_offload import GriffinError, GriffinModel, UsageError
-from griffin_offload.engine.scheduler import HasToWait, SequenceScheduler
+from griffin_offload.engine.decoding import HasToWait
+from griffin_offload.engine.scheduler import SequenceScheduler
 
 TOGETHER = tuple(
     name for name in (*ARCHITECTURES, *FURTHER, *MIXTURES)
@@ -332,7 +333,7 @@ def test_what_fits_never_is_refused_with_the_numbers(model_of):
 
 def test_an_iterator_that_is_left_gives_its_memory_back(model_of):
     model = model_of("llama3")
-    answers = model.generate_many([prompt(9, seed) for seed in range(4)], max_new_tokens=4)
+    answers = model.generate_many([(prompt(9, seed), {"max_new_tokens": 4 + seed}) for seed in range(4)])
     next(answers)
     assert model.engine.beside != ()
     answers.close()

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,7 +140,7 @@ def test_a_client_that_leaves_makes_room_within_a_token(chatty, serve_one, gate,
         assert [answer.wait().json()["choices"] for answer in (first, *others)] == expected
 
 
-def test_a_client_that_leaves_while_its_prompt_streams_beside_others(chatty, serve_one, gate, monkeypatch):
+def test_a_client_that_leaves_while_its_prompt_streams_beside_others(chatty, serve_one, gate, jobs, monkeypatch):
     """With half of the neurons: those of the one that is being answered come back."""
     prefill = PromptPasses.prefill
     begun, go = threading.Event(), threading.Event()
@@ -162,8 +163,9 @@ def test_a_client_that_leaves_while_its_prompt_streams_beside_others(chatty, ser
         shut(gate)
         one.server.worker.manager.held.sessions.drop_all()
         monkeypatch.setattr(PromptPasses, "prefill", slow)
+        jobs.clear()
         first = Asking(one, body(PROMPTS[0]))
-        eventually(lambda: one.metric("running_requests") == 1)
+        eventually(lambda: jobs)  # its own prompt has passed
         leaving = Leaving(one, body(PROMPTS[1]))
         eventually(lambda: one.server.worker.waiting == 1)
         gate.release(2)
@@ -173,6 +175,91 @@ def test_a_client_that_leaves_while_its_prompt_streams_beside_others(chatty, ser
         go.set()
         gate.release(10_000)
         assert first.wait().json()["choices"] == expected
+
+
+@pytest.fixture
+def held_pass(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Passes of several prompts: how many each took, layers that passed, and two events: one has passed, and it may go
+    on."""
+    together = PromptPasses.prefill_together
+
+    held = SimpleNamespace(counts=[], layers=[], begun=threading.Event(), go=threading.Event())
+
+    def prefill_together(passes: PromptPasses, contexts: Any, *args: Any) -> Any:
+        ask = passes.progress
+        held.counts.append(len(contexts))
+
+        def progress(done: int, of: int) -> None:
+            held.layers.append(done)
+            if done == 1:
+                held.begun.set()
+                assert held.go.wait(60)
+            ask(done, of)
+
+        passes.progress = progress
+        return together(passes, contexts, *args)
+
+    monkeypatch.setattr(PromptPasses, "prefill_together", prefill_together)
+    return held
+
+
+def noted(one: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Jobs that nobody waits for any more, as the server learns of them."""
+    jobs: list[Any] = []
+    cancel = one.server.worker.cancel
+
+    def cancelled(job: Any) -> None:
+        cancel(job)
+        jobs.append(job)
+
+    monkeypatch.setattr(one.server.worker, "cancel", cancelled)
+    return jobs
+
+
+def test_prompts_that_wait_pass_together(chatty, serve_one, gate, jobs, held_pass, alone, monkeypatch):
+    """Beside one that is being answered; whoever leaves in the middle makes room, and the others are answered."""
+    expected = [alone(body(prompt)) for prompt in PROMPTS]
+    with serve_one(chatty, WHOLE, parallel=4) as one:
+        jobs.clear()
+        first = Asking(one, body(PROMPTS[0]))
+        eventually(lambda: jobs)  # its own prompt has passed
+        leaving = Leaving(one, body(PROMPTS[3], stream=True))
+        all_asked(one, 2)
+        others = [Asking(one, body(prompt)) for prompt in PROMPTS[1:3]]
+        all_asked(one, 4)
+        cancelled = noted(one, monkeypatch)
+        gate.release(2)
+        assert held_pass.begun.wait(60)
+        last = Asking(one, body(PROMPTS[4]))
+        eventually(lambda: one.server.worker.waiting == 1)
+        leaving.leave()
+        eventually(lambda: len(cancelled) == 1)
+        held_pass.go.set()
+        eventually(lambda: one.metric("requests_total", endpoint="completions", outcome="disconnected") == 1)
+        gate.release(10_000)
+        assert [answer.wait().json()["choices"] for answer in (first, *others, last)] == [*expected[:3], expected[4]]
+        assert held_pass.counts == [3]
+
+
+def test_a_pass_ends_when_nobody_waits_for_it(chatty, serve_one, gate, jobs, held_pass, alone, monkeypatch):
+    expected = [alone(body(prompt)) for prompt in PROMPTS[:1]]
+    with serve_one(chatty, WHOLE, parallel=3) as one:
+        jobs.clear()
+        first = Asking(one, body(PROMPTS[0]))
+        eventually(lambda: jobs)  # its own prompt has passed
+        leaving = [Leaving(one, body(prompt, stream=True)) for prompt in PROMPTS[1:3]]
+        all_asked(one, 3)
+        cancelled = noted(one, monkeypatch)
+        gate.release(2)
+        assert held_pass.begun.wait(60)
+        for client in leaving:
+            client.leave()
+        eventually(lambda: len(cancelled) == 2)
+        held_pass.go.set()
+        eventually(lambda: one.metric("requests_total", endpoint="completions", outcome="disconnected") == 2)
+        assert held_pass.layers == [1]
+        gate.release(10_000)
+        assert [first.wait().json()["choices"]] == expected
 
 
 def test_exact_answers_have_the_model_alone(chatty, serve_one, gate, together):
@@ -255,6 +342,7 @@ class Refusing:
     """Stands for a joint step without memory."""
 
     why_alone = None
+    why_prompts_alone = "there is no memory"
 
     def __call__(self, *_: Any) -> None:
         raise MemoryError
