@@ -76,7 +76,7 @@ class GemvKernels:
             self._check_tiles(x)
             tiles = -(-inputs // _INT8_GROUP) * (2 if rows > TILE_ROWS // 2 else 1)
             _room, (sums, numbers, step) = _parted(rows * outputs, 2 * _TILE * tiles, TILE_ROWS * tiles)
-            made: tuple[int, ...] = (sums, 0, numbers, step, 0, 0)
+            made: tuple[int, ...] = (sums, 0, numbers, step, 0)
             return run(self._library, "multiply_int8", x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead)
         _room, made = _made(sizes)
         return run(self._library, "multiply_int8", x, beside, made, sizes, wide=self.uses_bytes, ahead=self._ahead)
@@ -155,7 +155,7 @@ class GemvKernels:
             filled, span = -(-per_row // 4) * 4, 1 if rows > TILE_ROWS // 2 else 2 if rows > TILE_ROWS // 4 else 4
             units = filled // span * TILE_ROWS
             room, (sums, floats, numbers, step) = _parted(rows * outputs, units, _TILE * filled // min(span, 2), units)
-            made: tuple[int, ...] = (sums, floats, numbers, step, 0, 0)
+            made: tuple[int, ...] = (sums, floats, numbers, step, 0)
             return *asked(x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead), room
         room, made = _made(sizes)
         wide = _BY_LANES if self._lanes and bits == _TILED_BITS else self.uses_bytes
@@ -183,12 +183,12 @@ class GemvKernels:
             self._check_tiles(x)
             filled = rows * (-(-inputs // _GROUP) * _GROUP)
             room, (sums, floats, numbers, lanes) = _parted(rows * outputs, filled, filled, _LEVELS)
-            made = (sums, floats, numbers, 0, 0, lanes)
+            made = (sums, floats, numbers, 0, lanes)
             return *asked(x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead), room
         room, (sums, floats) = _parted(rows * parts * outputs, rows * inputs)
         # Bytes are too few for float32, where int4's kernel has two of each input.
         wide = self.uses_bytes and (bits == 4 or parts == 1)
-        return *asked(x, beside, (sums, floats, 0, 0, 0, 0), sizes, wide=wide, ahead=self._ahead), room
+        return *asked(x, beside, (sums, floats, 0, 0, 0), sizes, wide=wide, ahead=self._ahead), room
 
     def multiply_floats(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [M, I] times `weight` [O, I] plus `bias` [O], all of the same 16-bit type: [M, O] in it; sums are in
@@ -204,7 +204,7 @@ class GemvKernels:
         tiled = _TILE * -(-inputs // _GROUP) if self._tiles else 0
         _room, (sums, floats, numbers) = _parted(rows * outputs, 0 if wide else rows * inputs, tiled)
         how = _BY_TILES if self._tiles else wide
-        made = (sums, floats, numbers, 0, 0, 0)
+        made = (sums, floats, numbers, 0, 0)
         return run(self._library, "multiply_floats", x, beside, made, sizes, wide=how, ahead=self._ahead)
 
     def _check_tiles(self, x: Tensor) -> None:
@@ -224,10 +224,10 @@ def _made(sizes: Sizes) -> tuple[Tensor, tuple[int, ...]]:
     rows, parts, outputs, _, inputs, group = sizes
     all_rows, groups, pairs = rows * parts, -(-inputs // group), -(-inputs // _FILLED) * _FILLED // 2
     of_groups = all_rows * groups
-    room, (sums, numbers, step, totals, floats, lanes) = _parted(
-        all_rows * outputs, all_rows * pairs, of_groups, of_groups, of_groups, _LANES * of_groups
+    room, (sums, numbers, step, floats, lanes) = _parted(
+        all_rows * outputs, all_rows * pairs, of_groups, of_groups, _LANES * of_groups
     )
-    return room, (sums, floats, numbers, step, totals, lanes)
+    return room, (sums, floats, numbers, step, lanes)
 
 
 def _parts(x: Tensor) -> int:

@@ -124,9 +124,9 @@ Sizes = tuple[int, int, int, int, int, int]
 """Rows, parts, outputs, features, inputs, group."""
 Beside = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """Input scale, weight, groups, scale, bias."""
-_PRODUCT = struct.Struct("@13P11q")  # built for every product, so it is packed at once and not field by field
-NOTHING_MADE = (0, 0, 0, 0, 0, 0)
-"""For kernels that need no memory for sums, floats, numbers, step, totals and lanes."""
+_PRODUCT = struct.Struct("@12P11q")  # built for every product, so it is packed at once and not field by field
+NOTHING_MADE = (0, 0, 0, 0, 0)
+"""For kernels that need no memory for sums, floats, numbers, step and lanes."""
 
 
 def run(

@@ -26,7 +26,6 @@ typedef struct {
     float *floats;           /* [rows, inputs]: what is not made into numbers beforehand */
     int16_t *numbers;        /* [rows * parts, inputs]; if `wide`, of each row all upper and then all lower bytes */
     float *step;             /* [rows * parts, groups]: the groups' scales */
-    int32_t *totals;         /* [rows * parts, groups]: of `numbers` */
     int32_t *lanes;          /* [rows * parts, groups, 16], wide int8: -128 times the numbers that each lane sums */
     int64_t rows, parts, outputs, features, inputs, group, x_type, scale_type, threads;
     int64_t wide;            /* 1: by AVX-512, 2: many rows by AMX */

@@ -62,16 +62,16 @@ AVX2 static void quantize(const Product *p) {
             int64_t start = group * p->group, count = least(p->group, p->inputs - start);
             inputs_of(p, row, start, count, values);
             for (int64_t part = row * p->parts; part < (row + 1) * p->parts; part++) {
-                int16_t *whole = p->numbers + part * p->inputs;
+                int16_t *whole = p->numbers + part * p->inputs, *to = p->wide ? numbers : whole + start;
                 int8_t *upper = (int8_t *)whole + start;
-                quantize_group(values, count, LARGEST, p->wide ? numbers : whole + start, p->step + part * groups + group,
-                               p->totals + part * groups + group);
+                int32_t sum;
+                quantize_group(values, count, LARGEST, to, p->step + part * groups + group, &sum);
                 if (p->wide) split_bytes(numbers, count, upper, upper + p->inputs);
             }
         }
 }
 
-/* As int4 rows are multiplied by bytes: of four groups the first 16 inputs of each, and then the others; 8 bits of them,
+/* As int4 rows are multiplied: of four groups the first 16 inputs of each, and then the others; 8 bits of them,
  * beside which weights of four are coarse. `floats` become the groups' sums. */
 AVX2 static void quantize_by_fours(const Product *p) {
     const int64_t groups = groups_of(p), half = INT4_GROUP / 2;
@@ -173,8 +173,7 @@ typedef struct {
 
 static void quantize_for_int4(const Product *p) {
     if (p->wide == BY_TILES) int4_rows_for_tiles(p);
-    else if (p->wide) quantize_by_fours(p);
-    else quantize(p);
+    else quantize_by_fours(p);
 }
 
 static void inputs_for_int4(const Product *p) {

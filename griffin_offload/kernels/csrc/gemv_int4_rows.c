@@ -1,4 +1,4 @@
-/* A few rows times int4 rows [outputs, inputs / 2], whose groups run along the inputs. */
+/* A few rows times int4 rows [outputs, inputs / 2], whose groups run along the inputs, as numbers of 8 bits. */
 #include <stdint.h>
 
 #if defined(__x86_64__)
@@ -6,14 +6,12 @@
 #include "gemv.h"
 #include "int4.h"
 
-/* 16-bit numbers */
-
 /* `count` numbers of 32 bits, up to 8, and zeros. */
-AVX2 INLINED __m256i eight_at(const void *from, int64_t count) {
-    if (count >= LANES) return _mm256_loadu_si256(from);
-    int32_t numbers[LANES] = {0};
+AVX2 INLINED __m256 eight_at(const float *from, int64_t count) {
+    if (count >= LANES) return _mm256_loadu_ps(from);
+    float numbers[LANES] = {0};
     memcpy(numbers, from, (size_t)count * sizeof *numbers);
-    return _mm256_loadu_si256((const __m256i *)numbers);
+    return _mm256_loadu_ps(numbers);
 }
 
 AVX2 INLINED __m128i eight_pairs(const uint8_t *from, int64_t count) {
@@ -23,29 +21,43 @@ AVX2 INLINED __m128i eight_pairs(const uint8_t *from, int64_t count) {
     return _mm_loadu_si128((const __m128i *)pairs);
 }
 
-/* Add `count` groups, up to 8, of an output and of `rows` rows from `first`. */
-AVX2 INLINED void add_eight(const Product *p, int64_t output, int64_t group, int64_t count, int64_t first, __m256 *total,
-                            const int rows) {
+/* Which of 8 numbers, one a group, belong to the lanes of groups `first` and `first` + 1. */
+AVX2 INLINED __m256i lanes_of_two(int first) {
+    return _mm256_add_epi32(_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_set1_epi32(first));
+}
+
+/* Add `count` groups, up to 8, of an output and of `rows` rows from `first`: a vector has the codes of two, low ones of
+ * both and then high ones. Four products with codes of four bits fit 16 bits. */
+AVX2 INLINED void add_eight(const Product *p, int64_t output, int64_t group, const int64_t count, int64_t first,
+                            __m256 (*total)[2], const int rows) {
     const int64_t groups = groups_of(p), at = output * groups + group;
     __m256 step, offset, scale[4];
     eight_steps(eight_pairs(p->groups + at * PAIR_BYTES, count), &step, &offset);
+    offset = _mm256_mul_ps(step, offset);
     for (int r = 0; r < rows; r++) {
         const int64_t here = (first + r) * groups + group;
-        scale[r] = _mm256_mul_ps(step, _mm256_castsi256_ps(eight_at(p->step + here, count)));
-        const __m256 inputs = _mm256_cvtepi32_ps(eight_at(p->totals + here, count));
-        total[r] = _mm256_fmadd_ps(_mm256_mul_ps(scale[r], offset), inputs, total[r]);
+        scale[r] = _mm256_mul_ps(step, eight_at(p->step + here, count));
+        total[r][0] = _mm256_fmadd_ps(offset, eight_at(p->floats + here, count), total[r][0]);
     }
     const uint8_t *codes = codes_of(p, at);
-    for (int64_t i = 0; i < count; i++, codes += INT4_BYTES) {
-        if (p->ahead) fetch_ahead(codes, 1);
-        const __m256i both = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)codes));
-        const __m256i low = _mm256_and_si256(both, _mm256_set1_epi16(15)), high = _mm256_srli_epi16(both, 4);
+    const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
+#pragma GCC unroll 4
+    for (int two = 0; two < LANES / 2; two++) {
+        const int64_t left = count - 2 * two;
+        if (left <= 0) break;
+        const uint8_t *from = codes + 2 * two * INT4_BYTES;
+        if (p->ahead && two % 2 == 0) fetch_ahead(from, 1);
+        const __m256i both = left > 1 ? _mm256_loadu_si256((const __m256i *)from)
+                                      : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)from));
+        const __m256i low = _mm256_and_si256(both, nibble);
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
         for (int r = 0; r < rows; r++) {
-            const int16_t *x = p->numbers + (first + r) * p->inputs + (group + i) * INT4_GROUP;
-            __m256i sum = _mm256_madd_epi16(low, _mm256_loadu_si256((const __m256i *)x));
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_loadu_si256((const __m256i *)(x + 16))));
-            const __m256 own = _mm256_permutevar8x32_ps(scale[r], _mm256_set1_epi32((int)i));
-            total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), own, total[r]);
+            const int8_t *x = filled_bytes(p, first + r) + group * INT4_GROUP + two / 2 * FILLED + two % 2 * INT4_GROUP;
+            const __m256i lower = _mm256_maddubs_epi16(low, _mm256_loadu_si256((const __m256i *)x));
+            const __m256i upper = _mm256_maddubs_epi16(high, _mm256_loadu_si256((const __m256i *)(x + FILLED / 2)));
+            const __m256i sum = _mm256_madd_epi16(_mm256_add_epi16(lower, upper), one);
+            const __m256 own = _mm256_permutevar8x32_ps(scale[r], lanes_of_two(2 * two));
+            total[r][two % 2] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), own, total[r][two % 2]);
         }
     }
 }
@@ -58,12 +70,13 @@ AVX2 INLINED float row_scale(const Product *p, int64_t output) {
 
 AVX2 INLINED void int4_output(const Product *p, int64_t output, int64_t first, const int rows) {
     const int64_t groups = groups_of(p), whole = groups / LANES * LANES;
-    __m256 total[4];
-    for (int r = 0; r < rows; r++) total[r] = _mm256_setzero_ps();
+    __m256 total[4][2];
+    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm256_setzero_ps();
     for (int64_t group = 0; group < whole; group += LANES) add_eight(p, output, group, LANES, first, total, rows);
     if (whole < groups) add_eight(p, output, whole, groups - whole, first, total, rows);
     for (int r = 0; r < rows; r++)
-        p->sums[(first + r) * p->outputs + output] = sum_of(total[r]) * row_scale(p, output);
+        p->sums[(first + r) * p->outputs + output] =
+            sum_of(_mm256_add_ps(total[r][0], total[r][1])) * row_scale(p, output);
 }
 
 AVX2 void int4_rows_by_avx2(const void *product, int64_t start, int64_t end) {
@@ -77,7 +90,7 @@ AVX2 void int4_rows_by_avx2(const void *product, int64_t start, int64_t end) {
     }
 }
 
-/* 8-bit numbers: a vector has the codes of four groups, low ones of all and then high ones. */
+/* By vectors twice as wide, which have the codes of four groups. */
 
 #define AGAIN 16 /* outputs whose codes pass again for every four rows */
 
