@@ -140,8 +140,12 @@ class BlockDecoder:
 
     def coded(self, parts: Sequence[Tensor], outputs: int, rows: Tensor) -> Codes:
         """As `TranslatedTensor` has them."""
-        stored = rows if self.index is None else self.index[rows]
-        blocks = parts[0].view(self.rows, -1).index_select(0, stored)
+        stored, blocks = rows if self.index is None else self.index[rows], parts[0].view(self.rows, -1)
+        first, last = int(stored[0]), int(stored[-1])
+        in_order = last - first + 1 == len(stored) and torch.equal(
+            stored, torch.arange(first, last + 1, dtype=torch.long, device="cpu")
+        )
+        blocks = blocks[first : last + 1] if in_order else blocks.index_select(0, stored)
         return Codes(*table.call("dequantize", f"{self.kind.name}_codes", blocks))
 
     def __call__(self, parts: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:

@@ -171,8 +171,8 @@ class Format:
         raise NotImplementedError
 
     def taken_over(self, codes: Codes, dtype: torch.dtype) -> Tensors | None:
-        """As `quantize`, of rows whose numbers lie on grids of 16 levels already: with the nearest grids to those. None
-        of formats that have no such."""
+        """As `quantize`, of rows whose numbers lie on grids of 16 levels already: with the nearest grids to those, and
+        their codes, which are given up. None of formats that have no such."""
         return None
 
     def missed(self, matrix: Tensor, found: Tensors, *, is_down: bool) -> tuple[int, float]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from griffin_offload.formats.base import RowCodes, Tensors, divisor, finite
+from griffin_offload.formats.base import BLOCK_NUMBERS, RowCodes, Tensors, divisor, finite
 from griffin_offload.formats.grouped import GROUP, Grouped
 from griffin_offload.formats.translated import Codes
 from griffin_offload.kernels import table
@@ -141,22 +141,26 @@ class Int4(Grouped):
 
     def taken_over(self, codes: Codes, dtype: torch.dtype) -> Tensors:
         scale = finite(table.call("quantize", "norms_of_codes", *codes), dtype)
-        packed = codes.packed.clone()  # some are turned around
-        groups, missed = table.call("quantize", "pairs_of_codes", packed, codes.steps, codes.lowest, divisor(scale))
+        groups, missed = table.call("quantize", "pairs_of_codes", *codes, divisor(scale))
         if missed.any():  # groups that lie far from 0, say
-            of_groups = codes.packed.view(*missed.shape, -1)[missed], codes.steps[missed], codes.lowest[missed]
-            numbers = Codes(of_groups[0], of_groups[1][:, None], of_groups[2][:, None]).numbers()
-            again, pairs = self.quantize_rows(numbers, scale[missed.nonzero()[:, 0]])
-            packed.view(*missed.shape, -1)[missed], groups[missed] = again, pairs[:, 0]
-        return {"weight": packed, "groups": groups, "scale": scale}
+            steps, lowest = codes.steps[missed][:, None], codes.lowest[missed][:, None]
+            packed = codes.packed.view(*missed.shape, -1)
+            was = torch.where(steps < 0, ~packed[missed], packed[missed])
+            numbers = Codes(was, steps, lowest).numbers()
+            packed[missed], pairs = self.quantize_rows(numbers, scale[missed.nonzero()[:, 0]])
+            groups[missed] = pairs[:, 0]
+        return {"weight": codes.packed, "groups": groups, "scale": scale}
 
     def take_over(self, full: Tensors, codes: RowCodes, chosen: Tensor, out: Tensors, *, parts: int = 1) -> bool:
-        for rows, start in self.row_chunks(full, chosen, out, parts):
-            own = codes(rows)
-            if own is None:
-                return False
-            for name, tensor in self.taken_over(own, out["scale"].dtype).items():
-                out[name][start : start + rows.numel()] = tensor
+        piece = max(4 * BLOCK_NUMBERS // max(full["weight"].shape[1], 1), 1)
+        for chunk, start in self.row_chunks(full, chosen, out, parts):
+            for rows in chunk.split(piece):
+                own = codes(rows)
+                if own is None:
+                    return False
+                for name, tensor in self.taken_over(own, out["scale"].dtype).items():
+                    out[name][start : start + rows.numel()] = tensor
+                start += rows.numel()
         return True
 
     def pack(self, levels: Tensor) -> Tensor:
