@@ -290,7 +290,8 @@ def _add_precision_options(add: Callable[..., Any]) -> None:
         choices=("auto", *FORMAT_NAMES, *MIXED),
         default=_DEFAULTS.quantize,
         help=f"precision of what stays on the device (default: {_DEFAULTS.quantize}, the first with room for all "
-        f"neurons, else {LAYERS} of fewer bits or {TIERS}: the prompt's neurons in more bits than the others)",
+        f"neurons, of files in four bits int4; else {LAYERS} of fewer bits or {TIERS}: the prompt's neurons in more "
+        "bits than the others)",
     )
     add(
         "--prefer",

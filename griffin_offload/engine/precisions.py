@@ -53,7 +53,7 @@ def shapes_of(
         if rests is not stored:
             raise UsageError(f"exact mode needs residents in the stored precision, and {stored} rests as {rests}")
         raise UsageError("exact mode of a mixture of experts drafts in the stored precision: leave --quantize out")
-    first = _first_wanted(allowed, checkpoint, config)
+    first = _first_wanted(allowed, checkpoint, device, config)
     if config.prefer == "speed" and not first:
         raise UsageError(
             f"--prefer speed has nothing to choose: {checkpoint.directory} gives {allowed[0].precision_name} alone"
@@ -67,15 +67,16 @@ def others_of(
     """The same in the precisions that it could have, and that `config` rules out."""
     allowed = _measured(checkpoint, meta, device, config, head, asked=True)
     others = _measured(checkpoint, meta, device, config, head, asked=False)
-    return (*allowed[: _first_wanted(allowed, checkpoint, config)], *others)
+    return (*allowed[: _first_wanted(allowed, checkpoint, device, config)], *others)
 
 
-def _first_wanted(allowed: list[ModelSizes], checkpoint: Checkpoint, config: LoadConfig) -> int:
-    """Of `allowed`; for speed the one format of the fewest bits, and int4 where it takes over what the file holds: more
-    bits would hold the same numbers."""
+def _first_wanted(allowed: list[ModelSizes], checkpoint: Checkpoint, device: torch.device, config: LoadConfig) -> int:
+    """Of `allowed`; for speed the one format of the fewest bits, and int4 where it takes over what the file holds and
+    there are kernels: more bits would hold the same numbers."""
     if config.prefer == "speed":
         return max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)
-    if config.exact or not compiled() or grid_share(checkpoint) < _MOST_ON_GRIDS:
+    quick = device.type == "cpu" and compiled()
+    if config.exact or not quick or grid_share(checkpoint) < _MOST_ON_GRIDS:
         return 0
     return next((i for i, shape in enumerate(allowed) if shape.levels == (INT4,)), 0)
 

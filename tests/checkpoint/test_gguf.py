@@ -301,6 +301,15 @@ def test_what_else_becomes_of_files_in_blocks(
         assert any(getattr(down, "layout", None) is INT4.stored(is_down=False) for down in downs) == in_rows
 
 
+def test_without_kernels_for_it_four_bits_are_as_others(tmp_path: Path):
+    file = write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_0")
+    found = {}
+    for device in ("cpu", "cuda"):
+        config = LoadConfig(device=device, max_gpu_mem="4GB", ctx_size=64, dtype="bfloat16")
+        found[device] = plan_for(examine(file, config, anywhere=True)).precision
+    assert found == {"cpu": "int4", "cuda": "bfloat16"}
+
+
 def test_shards_and_a_directory_of_one_file_are_one_model(pair: tuple[Path, Path], tmp_path: Path):
     write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q8_0", shard=8)
     shards = sorted(tmp_path.glob("*.gguf"))
