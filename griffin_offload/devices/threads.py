@@ -104,9 +104,11 @@ def _seconds(threads: int, weight: Tensor, row: Tensor) -> float:
 def limited_threads(count: int | None) -> Iterator[None]:
     """torch computes with `count` threads inside; None changes nothing."""
     before = torch.get_num_threads()
-    if count is None or count == before:
+    if count is None:
         yield
         return
+    # Also where it changes nothing: in a forked process torch makes a pool of threads anew, and fails where two of its
+    # own threads are the first to ask for it.
     torch.set_num_threads(count)
     try:
         yield

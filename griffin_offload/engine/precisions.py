@@ -76,18 +76,18 @@ def _first_wanted(allowed: list[ModelSizes], checkpoint: Checkpoint, device: tor
     if config.prefer == "speed":
         return max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)
     quick = device.type == "cpu" and compiled()
-    if config.exact or not quick or grid_share(checkpoint) < _MOST_ON_GRIDS:
+    if config.exact or not quick or not allowed or allowed[0].has_experts or grid_share(checkpoint) < _MOST_ON_GRIDS:
         return 0
     return next((i for i, shape in enumerate(allowed) if shape.levels == (INT4,)), 0)
 
 
 def grid_share(checkpoint: Checkpoint) -> float:
-    """Of the numbers of the layers' matrices, those that lie on grids in their file which int4 takes over; experts,
-    which it rounds anew, do not."""
+    """Of the numbers of the layers' matrices, those that lie on grids in their file which int4 takes over, where these
+    are no experts, which it rounds anew."""
     sizes = {False: 0, True: 0}
     for name, tensor in checkpoint.tensors().items():
         if _IN_LAYER.search(name) and len(tensor.shape) > 1:
-            sizes[not tensor.of_experts and on_grids(tensor.decode)] += math.prod(tensor.shape)
+            sizes[on_grids(tensor.decode)] += math.prod(tensor.shape)
     return sizes[True] / max(sum(sizes.values()), 1)
 
 

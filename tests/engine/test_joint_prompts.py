@@ -21,7 +21,7 @@ LENGTHS = (5, 1, 8, 3)  # none beyond the windows of the tiny models
 PACKED = tuple(
     name
     for name in (*ARCHITECTURES, *FURTHER, *MIXTURES)
-    if not name.startswith(("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "qwen3_next", "nemotron"))
+    if not name.startswith(("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "llama4", "qwen3_next", "nemotron"))
 )
 
 
