@@ -18,11 +18,8 @@ from griffin_offload.kernels import gemv
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 LENGTHS = (5, 1, 8, 3)  # none beyond the windows of the tiny models
-PACKED = tuple(
-    name
-    for name in (*ARCHITECTURES, *FURTHER, *MIXTURES)
-    if not name.startswith(("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "llama4", "qwen3_next", "nemotron"))
-)
+ALONE = ("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "llama4", "qwen3_next", "nemotron")
+PACKED = tuple(name for name in (*ARCHITECTURES, *FURTHER, *MIXTURES) if not name.startswith(ALONE))
 
 
 def prompt(tokens: int, seed: int) -> torch.Tensor:
