@@ -93,7 +93,7 @@ def _codes_by_package(name: str, rows: Tensor) -> Codes:
     first, second = halves[..., :1], halves[..., 1:]
     if name != "Q4_K":
         lowest = -8 * first if name == "Q4_0" else second
-        return Codes(blocks[..., -16:].flatten(1), first.flatten(1), lowest.flatten(1))
+        return Codes(blocks[..., -16:].clone().flatten(1), first.flatten(1), lowest.flatten(1))
     # Steps and offsets of eight groups, of 6 bits each.
     sixes = package.quants.Q4_K.get_scale_min(blocks[..., 4:16].flatten(0, -2).numpy())
     steps, below = (torch.from_numpy(six).view(*blocks.shape[:-1], -1) for six in sixes)
