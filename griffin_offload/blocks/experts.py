@@ -20,7 +20,7 @@ from griffin_offload.errors import CheckpointError, UnsupportedModel
 from griffin_offload.formats.base import Format, Spec, Tensors, specs_bytes
 from griffin_offload.formats.expert_form import RECORDS, ExpertForm, ExpertMatrix
 from griffin_offload.formats.floats import FLOATS
-from griffin_offload.formats.stacked import read_row
+from griffin_offload.formats.translated import read_row
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.method.allocation import Counts
 from griffin_offload.transformers_api import EXPERTS_IMPLEMENTATION

@@ -1,34 +1,15 @@
-"""The sizes of a model, read off its architecture on the meta device: what the planner calculates with."""
+"""The sizes of a model: what the planner calculates with (`model_shape` measures them)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import nn
-from transformers import PretrainedConfig
-
-from griffin_offload.blocks.base import ALIGNMENT, Block, padded
-from griffin_offload.blocks.experts import Experts
-from griffin_offload.blocks.feedforward import features
-from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.blocks.replace import check_layer, outside_names, small_names
-from griffin_offload.blocks.states import (
-    LayerState,
-    StateTensor,
-    check_takes_cache,
-    kept_states,
-    positions_reached,
-    windows_of,
-)
+from griffin_offload.blocks.base import padded
+from griffin_offload.blocks.states import StateTensor
 from griffin_offload.config import LAYERS, TIERS
-from griffin_offload.errors import UnsupportedModel
-from griffin_offload.formats.base import Format, specs_bytes
+from griffin_offload.formats.base import Format
 from griffin_offload.formats.floats import FLOATS
-from griffin_offload.formats.linear import table_bytes
 from griffin_offload.kernels.by_blocks import scratch_bytes
 from griffin_offload.method.allocation import Counts, tiers_of
-from griffin_offload.transformers_api import StockModel
 
 
 @dataclass(frozen=True)
@@ -251,149 +232,3 @@ class ModelSizes:
         """Of the model as it is stored."""
         layers = sum(layer.ff_bytes + self._stored_attention(layer) + layer.norm_bytes for layer in self.layers)
         return layers + self.embedding_bytes + self.stored_head_bytes + self.other_bytes
-
-
-def model_shape(
-    model: StockModel,
-    precision: Format = FLOATS,
-    stored: Format = FLOATS,
-    tables: Format = FLOATS,
-    states: Sequence[LayerState] | None = None,
-    levels: Sequence[Format] = (),
-    head: Format | None = None,
-    small: Format | None = None,
-) -> ModelSizes:
-    """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
-    device and `stored` in the checkpoint, and its embeddings and head of `tables`. `states` are `states_of(model)`,
-    for callers who ask more than once; `levels` are formats of FF neurons, if not `precision` alone; `head` is the
-    format that the head rests in on the device, if not that of `tables`, and `small` the one that small matrices of a
-    layer rest in, if not `precision`. Raises UnsupportedModel."""
-    levels = tuple(levels) or (precision,)
-    config = model.config.get_text_config()
-    decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
-    states = states_of(model) if states is None else states
-    layers = [
-        _layer_shape(layer, block, window, state, precision, levels, stored, small)
-        for layer, block, window, state in zip(decoder, blocks, windows_of(config), states, strict=True)
-    ]
-    embedding = model.get_input_embeddings().weight
-    linear = model.get_output_embeddings()
-    tied = linear is None or linear.weight is embedding
-    in_layers = {id(t) for layer in decoder for t in (*layer.parameters(), *layer.buffers())}
-    outside = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in in_layers}
-    plain_tables = (_nbytes([embedding]), 0 if tied else _nbytes([linear.weight]))
-    other_bytes = _nbytes(outside.values()) - sum(plain_tables)
-    stored_head = 0 if tied else table_bytes(linear.weight.shape, tables, embedding.dtype)
-    head = head or tables
-    head_bytes = stored_head if head is tables else table_bytes(linear.weight.shape, head, embedding.dtype)
-    heads, attention_width = _attention_sizes(config)
-    return ModelSizes(
-        layers=tuple(layers),
-        embedding_bytes=table_bytes(embedding.shape, tables, embedding.dtype),
-        head_bytes=head_bytes,
-        stored_head_bytes=stored_head,
-        other_bytes=other_bytes,
-        plain_embedding_bytes=plain_tables[0],
-        plain_head_bytes=plain_tables[1],
-        head=head,
-        item_bytes=embedding.element_size(),
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        attention_width=attention_width,
-        heads=heads,
-        kv_width=max(state.kv_width for state in states),
-        kv_heads=max(state.kv_heads for state in states),
-        max_positions=positions_reached(config),
-        gated=any(block.gated for block in blocks),
-        inline_ff=any(block.inline for block in blocks),
-        materialises_scores=_materialises_scores(config),
-        dtype=str(embedding.dtype).removeprefix("torch."),
-        precision=precision,
-        levels=levels,
-        stored=stored,
-        small=small if any(layer.small for layer in layers) else None,
-    )
-
-
-def states_of(model: StockModel) -> list[LayerState]:
-    """What each decoder layer of `model` keeps of a sequence; errors as `kept_states`."""
-    check_takes_cache(model)
-    return kept_states(model, find_feed_forwards(model, model.config.get_text_config().num_hidden_layers)[0])
-
-
-def _attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
-    """(heads, numbers per token in the queries) of the widest layer; none where no layer is attention."""
-    layers = [layer for layer in config.per_layer_config if getattr(layer, "num_attention_heads", None)]
-    sizes = [getattr(layer, "head_dim", None) or config.hidden_size // layer.num_attention_heads for layer in layers]
-    heads = [int(layer.num_attention_heads) for layer in layers]
-    return max(heads, default=0), max((count * size for count, size in zip(heads, sizes, strict=True)), default=0)
-
-
-_MOST_TIERED = 2**22  # allocation sorts all of a layer; the largest open models have 60 thousand
-
-
-def _layer_shape(
-    layer: nn.Module,
-    block: Block,
-    window: int | None,
-    state: LayerState,
-    precision: Format,
-    levels: Sequence[Format],
-    stored: Format,
-    small: Format | None,
-) -> LayerSizes:
-    if block.active and len(levels) > 1:
-        raise UnsupportedModel("experts are of one format each, tiers are of FF neurons: take --quantize int4")
-    if len(levels) > 1 and block.neurons > _MOST_TIERED:
-        raise UnsupportedModel(f"tiers rank up to {_MOST_TIERED} neurons a layer, here are {block.neurons}")
-    for format in dict.fromkeys((precision, *levels)):
-        check_layer(layer, block, format)
-    small_ones = frozenset[str]() if small is None else small_names(layer, block)
-    outside = {name: layer.get_submodule(name) for name in outside_names(layer, block)}
-    ff = {id(tensor) for tensor in block.full()}
-    rest = [p for p in layer.parameters() if id(p) not in ff]
-    attention = _nbytes(p for p in rest if p.dim() > 1)
-    dtype = next(layer.parameters()).dtype
-    resting = {name: small if small and name in small_ones else precision for name in outside}
-    quantised = sum(
-        resting[name].resident(is_down=False).nbytes(*features(module), dtype, is_down=False) - _nbytes([module.weight])
-        for name, module in outside.items()
-    )
-    return LayerSizes(
-        neurons=block.neurons,
-        levels=tuple(_neuron_sizes(block, format, dtype) for format in levels),
-        ff_bytes=specs_bytes(block.full_specs(stored), dtype),
-        ff_flat_bytes=sum(padded(specs_bytes([spec], dtype), ALIGNMENT) for spec in block.full_specs(stored)),
-        attention_bytes=attention + quantised,
-        norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
-        window=window,
-        plain_neuron_bytes=_neuron_sizes(block, FLOATS, dtype).neuron_bytes,
-        plain_attention_bytes=attention,
-        kv_width=state.kv_width,
-        key_width=state.key_width,
-        kv_heads=state.kv_heads,
-        states=state.states,
-        state_writer=state.writer,
-        own_width=block.width,
-        experts=block.active,
-        mixing_bytes=state.mixing_bytes(sum(features(module)[0] for module in outside.values())),
-        small=small_ones,
-    )
-
-
-def _neuron_sizes(block: Block, format: Format, dtype: torch.dtype) -> NeuronSizes:
-    """Sizes are linear in whole multiples of neurons."""
-    if isinstance(block, Experts):
-        return NeuronSizes(block.place_bytes(format, dtype), 0, 1)
-    step = block.multiple(format)
-    one, two = (specs_bytes(block.compact_specs((count,), (format,)), dtype) for count in (step, 2 * step))
-    return NeuronSizes((two - one) // step, one - (two - one) // step * step, step)
-
-
-def _nbytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _materialises_scores(config: PretrainedConfig) -> bool:
-    eager = getattr(config, "_attn_implementation", None) == "eager"
-    return eager or config.model_type == "bloom" or bool(getattr(config, "alibi", False))

@@ -28,8 +28,7 @@ from griffin_offload.checkpoint.tokenizer import tokenizer_of
 from griffin_offload.errors import CheckpointError
 from griffin_offload.formats.base import Format
 from griffin_offload.formats.floats import FLOATS
-from griffin_offload.formats.stacked import StackedTensor
-from griffin_offload.formats.translated import Decode, TranslatedTensor
+from griffin_offload.formats.translated import Decode, StackedTensor, TranslatedTensor
 from griffin_offload.transformers_api import StockModel, Tokenizer
 
 # What a directory holds beside weights: tokenizer, templates, generation settings.

@@ -33,7 +33,7 @@ from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedMod
 from griffin_offload.formats import FLOATS
 from griffin_offload.formats.base import is_plain
 from griffin_offload.formats.linear import swap_tables
-from griffin_offload.formats.stacked import stacked
+from griffin_offload.formats.translated import stacked
 from griffin_offload.kernels import table
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES

@@ -9,8 +9,8 @@ import torch
 
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
+from griffin_offload.blocks.model_shape import model_shape
 from griffin_offload.blocks.replace import small_names
-from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.registry import open_checkpoint

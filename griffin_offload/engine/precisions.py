@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from griffin_offload.blocks.experts import is_experts
-from griffin_offload.blocks.sizes import ModelSizes, model_shape, states_of
+from griffin_offload.blocks.model_shape import model_shape, states_of
+from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.config import LAYERS, MIXED, TIERS, LoadConfig
 from griffin_offload.errors import UnsupportedModel, UsageError

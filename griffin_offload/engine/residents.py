@@ -23,7 +23,7 @@ from griffin_offload.devices.memory import Ledger, touch, untouched_zeros
 from griffin_offload.devices.threads import put
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed, Visitor
 from griffin_offload.formats.linear import QuantizedLinear
-from griffin_offload.formats.stacked import row_parts
+from griffin_offload.formats.translated import row_parts
 from griffin_offload.offload.expert_cache import ExpertCache
 from griffin_offload.offload.layer_stream import Job
 from griffin_offload.planner.plan import Plan

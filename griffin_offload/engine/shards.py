@@ -36,8 +36,7 @@ from griffin_offload.formats import SMALL_MATRICES, Format, get
 from griffin_offload.formats.base import Tensors
 from griffin_offload.formats.compensation import Compensation
 from griffin_offload.formats.expert_form import RECORDS, ExpertForm
-from griffin_offload.formats.stacked import row_parts
-from griffin_offload.formats.translated import Codes, TranslatedTensor, stored_bytes
+from griffin_offload.formats.translated import Codes, TranslatedTensor, row_parts, stored_bytes
 from griffin_offload.transformers_api import StockModel
 from griffin_offload.units import format_bytes
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.formats.base import Format, Layout, Spec, Tensors
-from griffin_offload.formats.stacked import read_row, read_rows
+from griffin_offload.formats.translated import read_row, read_rows
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.table import products
 

@@ -19,7 +19,7 @@ from griffin_offload.checkpoint.direct_io import PIECE_BYTES, Extent
 from griffin_offload.checkpoint.mapped import FilePages, Span
 from griffin_offload.devices.memory import BLOCK_BYTES
 from griffin_offload.formats.expert_form import record_rows
-from griffin_offload.formats.stacked import Fill, copied_parts, read_rows, row_parts
+from griffin_offload.formats.translated import Fill, copied_parts, read_rows, row_parts
 
 READ_AHEAD = 4
 """Experts of a layer that are on their way, or asked for, ahead of the one that computes."""

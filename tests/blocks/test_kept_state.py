@@ -8,7 +8,7 @@ import transformers as hf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
-from griffin_offload.blocks.sizes import model_shape
+from griffin_offload.blocks.model_shape import model_shape
 from griffin_offload.engine.build import build_unfilled
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.kv_cache.workload import width_of

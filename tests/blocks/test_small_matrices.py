@@ -5,8 +5,8 @@ import torch
 import transformers as hf
 
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
+from griffin_offload.blocks.model_shape import model_shape
 from griffin_offload.blocks.replace import outside_names, small_names
-from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.formats import SMALL_MATRICES, get
 
 KEYS_AND_VALUES = frozenset({"self_attn.k_proj", "self_attn.v_proj"})

@@ -10,7 +10,7 @@ import transformers as hf
 from tiny_models import MIXTURES
 
 from griffin_offload.blocks.layouts import build_on_meta
-from griffin_offload.blocks.sizes import model_shape
+from griffin_offload.blocks.model_shape import model_shape
 from griffin_offload.kv_cache.workload import KV_SLACK_TOKENS
 from griffin_offload.planner.experts import ASSUMED_SKEW, forecast, hit_rate
 from griffin_offload.planner.request import PlanRequest

@@ -13,8 +13,8 @@ from torch import Tensor
 from griffin_offload import GriffinModel
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import find_feed_forwards
+from griffin_offload.blocks.model_shape import model_shape
 from griffin_offload.blocks.routing import RouterGuess
-from griffin_offload.blocks.sizes import model_shape
 from griffin_offload.formats import FLOATS
 from griffin_offload.formats.expert_form import BLOCK_BYTES
 

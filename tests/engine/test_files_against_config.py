@@ -14,7 +14,8 @@ from tiny_models import LAYERS, VOCAB, write_tokenizer
 from torch import Tensor
 
 from griffin_offload import DoesNotFit, GriffinModel
-from griffin_offload.blocks.sizes import ModelSizes, model_shape
+from griffin_offload.blocks.model_shape import model_shape
+from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint import safetensors
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import ExportForm, LoadConfig

@@ -159,7 +159,7 @@ def test_one_layer_of_each_kind_is_measured(monkeypatch: pytest.MonkeyPatch):
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     from griffin_offload.blocks.layouts import build_on_meta
-    from griffin_offload.blocks.sizes import states_of
+    from griffin_offload.blocks.model_shape import states_of
 
     runs = []
     stock = LlamaDecoderLayer.forward

@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
 from griffin_offload.blocks.layouts import build_on_meta
-from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, NeuronSizes, model_shape
+from griffin_offload.blocks.model_shape import model_shape
+from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, NeuronSizes
 from griffin_offload.config import MIXED, LoadConfig
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.engine.spec import examine

@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 
 from griffin_offload import UsageError
 from griffin_offload.blocks.layouts import build_on_meta
-from griffin_offload.blocks.sizes import ModelSizes, NeuronSizes, model_shape
+from griffin_offload.blocks.model_shape import model_shape
+from griffin_offload.blocks.sizes import ModelSizes, NeuronSizes
 from griffin_offload.config import FLOOR_AUTO_CTX, LAYERS, TIERS
 from griffin_offload.formats import INT4, INT8, every, get
 from griffin_offload.method.allocation import Counts
