@@ -188,7 +188,7 @@ class FeedForward(Block):
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        return tuple(layout.format for _, layout in self.projections[-1].tiers)
+        return tuple(layout.format for _, layout in self.projections[0].tiers)
 
     @property
     def rounds_again(self) -> bool:

@@ -1,6 +1,8 @@
 """A model's sizes, read off its architecture on the meta device."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from griffin_offload.blocks.base import ALIGNMENT, Block, padded
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.blocks.replace import check_layer, outside_names, small_names
+from griffin_offload.blocks.replace import check_layer, finer_names, outside_names
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, NeuronSizes
 from griffin_offload.blocks.states import LayerState, check_takes_cache, kept_states, positions_reached, windows_of
 from griffin_offload.errors import UnsupportedModel
@@ -29,28 +31,27 @@ def model_shape(
     states: Sequence[LayerState] | None = None,
     levels: Sequence[Format] = (),
     head: Format | None = None,
-    small: Format | None = None,
+    finer: Format | None = None,
+    held: Mapping[int, Collection[str]] = MappingProxyType({}),
 ) -> ModelSizes:
     """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
     device and `stored` in the checkpoint, and its embeddings and head of `tables`. `states` are `states_of(model)`,
     for callers who ask more than once; `levels` are formats of FF neurons, if not `precision` alone; `head` is the
-    format that the head rests in on the device, if not that of `tables`, and `small` the one that small matrices of a
-    layer rest in, if not `precision`. Raises UnsupportedModel."""
+    format that the head rests in on the device, if not that of `tables`, and `finer` the one that small matrices of a
+    layer rest in, if not `precision`, and those of `held`, names by layer. Raises UnsupportedModel."""
     levels = tuple(levels) or (precision,)
     config = model.config.get_text_config()
     decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
     states = states_of(model) if states is None else states
-    layers = [
-        _layer_shape(layer, block, window, state, precision, levels, stored, small)
-        for layer, block, window, state in zip(decoder, blocks, windows_of(config), states, strict=True)
-    ]
+    formats = _Formats(precision, levels, stored, finer, held)
+    of_layers = zip(decoder, blocks, windows_of(config), states, strict=True)
+    layers = [_layer_shape(formats, index, *known) for index, known in enumerate(of_layers)]
     embedding = model.get_input_embeddings().weight
     linear = model.get_output_embeddings()
     tied = linear is None or linear.weight is embedding
     in_layers = {id(t) for layer in decoder for t in (*layer.parameters(), *layer.buffers())}
     outside = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in in_layers}
     plain_tables = (_nbytes([embedding]), 0 if tied else _nbytes([linear.weight]))
-    other_bytes = _nbytes(outside.values()) - sum(plain_tables)
     stored_head = 0 if tied else table_bytes(linear.weight.shape, tables, embedding.dtype)
     head = head or tables
     head_bytes = stored_head if head is tables else table_bytes(linear.weight.shape, head, embedding.dtype)
@@ -60,7 +61,7 @@ def model_shape(
         embedding_bytes=table_bytes(embedding.shape, tables, embedding.dtype),
         head_bytes=head_bytes,
         stored_head_bytes=stored_head,
-        other_bytes=other_bytes,
+        other_bytes=_nbytes(outside.values()) - sum(plain_tables),
         plain_embedding_bytes=plain_tables[0],
         plain_head_bytes=plain_tables[1],
         head=head,
@@ -79,7 +80,8 @@ def model_shape(
         precision=precision,
         levels=levels,
         stored=stored,
-        small=small if any(layer.small for layer in layers) else None,
+        finer=finer if any(layer.finer for layer in layers) else None,
+        as_held=bool(held),
     )
 
 
@@ -100,36 +102,42 @@ def _attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
 _MOST_TIERED = 2**22  # allocation sorts all of a layer; the largest open models have 60 thousand
 
 
+@dataclass(frozen=True)
+class _Formats:
+    """What the layers of a model are in: as the arguments of `model_shape`."""
+
+    precision: Format
+    levels: Sequence[Format]
+    stored: Format
+    finer: Format | None
+    held: Mapping[int, Collection[str]]
+
+
 def _layer_shape(
-    layer: nn.Module,
-    block: Block,
-    window: int | None,
-    state: LayerState,
-    precision: Format,
-    levels: Sequence[Format],
-    stored: Format,
-    small: Format | None,
+    formats: _Formats, index: int, layer: nn.Module, block: Block, window: int | None, state: LayerState
 ) -> LayerSizes:
+    precision, levels, stored, finer = formats.precision, formats.levels, formats.stored, formats.finer
+    finer_ones = frozenset[str]() if finer is None else finer_names(layer, block, formats.held.get(index, ()))
     if block.active and len(levels) > 1:
         raise UnsupportedModel("experts are of one format each, tiers are of FF neurons: take --quantize int4")
     if len(levels) > 1 and block.neurons > _MOST_TIERED:
         raise UnsupportedModel(f"tiers rank up to {_MOST_TIERED} neurons a layer, here are {block.neurons}")
     for format in dict.fromkeys((precision, *levels)):
         check_layer(layer, block, format)
-    small_ones = frozenset[str]() if small is None else small_names(layer, block)
     outside = {name: layer.get_submodule(name) for name in outside_names(layer, block)}
+    finer_ff = [layer.get_submodule(name) for name in finer_ones if name not in outside]
     ff = {id(tensor) for tensor in block.full()}
     rest = [p for p in layer.parameters() if id(p) not in ff]
     attention = _nbytes(p for p in rest if p.dim() > 1)
     dtype = next(layer.parameters()).dtype
-    resting = {name: small if small and name in small_ones else precision for name in outside}
+    resting = {name: finer if finer and name in finer_ones else precision for name in outside}
     quantised = sum(
         resting[name].resident(is_down=False).nbytes(*features(module), dtype, is_down=False) - _nbytes([module.weight])
         for name, module in outside.items()
     )
     return LayerSizes(
         neurons=block.neurons,
-        levels=tuple(_neuron_sizes(block, format, dtype) for format in levels),
+        levels=tuple(_neuron_sizes(block, format, dtype, finer, finer_ff) for format in levels),
         ff_bytes=specs_bytes(block.full_specs(stored), dtype),
         ff_flat_bytes=sum(padded(specs_bytes([spec], dtype), ALIGNMENT) for spec in block.full_specs(stored)),
         attention_bytes=attention + quantised,
@@ -145,16 +153,33 @@ def _layer_shape(
         own_width=block.width,
         experts=block.active,
         mixing_bytes=state.mixing_bytes(sum(features(module)[0] for module in outside.values())),
-        small=small_ones,
+        finer=finer_ones,
     )
 
 
-def _neuron_sizes(block: Block, format: Format, dtype: torch.dtype) -> NeuronSizes:
-    """Sizes are linear in whole multiples of neurons."""
+def _neuron_sizes(
+    block: Block,
+    format: Format,
+    dtype: torch.dtype,
+    finer: Format | None = None,
+    finer_ones: Sequence[nn.Module] = (),
+) -> NeuronSizes:
+    """Sizes are linear in whole multiples of neurons; some of the block's matrices may be in a `finer` format."""
     if isinstance(block, Experts):
         return NeuronSizes(block.place_bytes(format, dtype), 0, 1)
-    step = block.multiple(format)
-    one, two = (specs_bytes(block.compact_specs((count,), (format,)), dtype) for count in (step, 2 * step))
+
+    def nbytes(count: int) -> int:
+        total = specs_bytes(block.compact_specs((count,), (format,)), dtype)
+        for module in finer_ones:
+            assert finer is not None
+            (outputs, inputs), is_down = features(module), block.is_down(module)
+            sizes = (outputs, count) if is_down else (outputs // block.neurons * count, inputs)
+            own, other = (one.resident(is_down=is_down) for one in (finer, format))
+            total += own.nbytes(*sizes, dtype, is_down=is_down) - other.nbytes(*sizes, dtype, is_down=is_down)
+        return total
+
+    step = max(block.multiple(format), finer.neuron_multiple if finer is not None and finer_ones else 1)
+    one, two = nbytes(step), nbytes(2 * step)
     return NeuronSizes((two - one) // step, one - (two - one) // step * step, step)
 
 

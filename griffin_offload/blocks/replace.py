@@ -52,6 +52,12 @@ def small_names(layer: nn.Module, block: Block) -> frozenset[str]:
     return frozenset(name for name, own in sizes.items() if own <= size)
 
 
+def finer_names(layer: nn.Module, block: Block, held: Container[str] = ()) -> frozenset[str]:
+    """Of `linear_names`, those that rest in more bits than the others: small ones, and those that their file holds in
+    more (`held`), the FF's, too."""
+    return small_names(layer, block) | {name for name in linear_names(layer) if name in held}
+
+
 def check_layer(layer: nn.Module, block: Block, precision: Format) -> None:
     """UnsupportedModel when a matrix of the layer cannot be in `precision`."""
     for name in linear_names(layer):
@@ -84,18 +90,18 @@ def swap_linears(
     scratch: Scratch,
     importance: Mapping[str, Tensor] | None = None,
     tiers: Sequence[Tiers] = (),
-    small: Format | None = None,
+    finer: Format | None = None,
+    finer_ones: Sequence[Container[str]] = (),
     streamed: Container[int] = (),
 ) -> None:
     """Replace each by a module with the same parameters; those of a converted checkpoint are on meta, to be assigned.
     `importance` [3, I], by "layer.name", is of the inputs of matrices that are quantised while the model runs; `tiers`
-    are of the FF of each layer, if it is not of `precision` alone; `small` is what `small_names` rest in, if it is
-    another format, and are stored in unless the others have as many bits; `streamed` are layers whose FF passes.
+    are of the FF of each layer, if it is not of `precision` alone; `finer` is what the `finer_ones` of each layer rest
+    in, and are stored in outside the FF unless the others have as many bits; `streamed` are layers whose FF passes.
 
     Conv1D's matrix is turned around: every QuantizedLinear is [outputs, inputs].
     """
     for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True)):
-        small_ones = frozenset[str]() if small is None else small_names(layer, block)
         for name in linear_names(layer):
             module = layer.get_submodule(name)
             parent, _, attribute = name.rpartition(".")
@@ -103,8 +109,10 @@ def swap_linears(
             source = stored if module in block.linears else stored.outside()
             if module in block.linears:
                 own = tiers[index] if tiers else own
-            elif small is not None and name in small_ones:
-                own, source = ((small, block.neurons),), max(small, source, key=lambda format: format.bits)
+            if finer is not None and name in finer_ones[index]:
+                own = ((finer, sum(kept for _, kept in own)),)
+                if module not in block.linears:
+                    source = max(finer, source, key=lambda format: format.bits)
             is_down = block.is_down(module) and (index in streamed or not _takes_rows_over(module, own))
             new = _replaced(module, own, block, source, scratch, is_down=is_down)
             new.importance = (importance or {}).get(f"{index}.{name}")

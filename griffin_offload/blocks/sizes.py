@@ -62,8 +62,8 @@ class LayerSizes:
     """Of a mixture of experts, which are its neurons: how many a token is sent to. 0: the FF is dense."""
     own_width: int | None = None
     """Numbers of a token that go into the down projection; None: one for every neuron."""
-    small: frozenset[str] = frozenset()
-    """Names of matrices in the model's format for small ones."""
+    finer: frozenset[str] = frozenset()
+    """Names of matrices in the model's format for those of more bits."""
 
     @property
     def width(self) -> int:
@@ -126,8 +126,10 @@ class ModelSizes:
     """All neurons of a layer are on one of these."""
     stored: Format = FLOATS
     """Of the same matrices in the checkpoint."""
-    small: Format | None = None
-    """Of small ones among them (blocks/replace.py); None: `precision`."""
+    finer: Format | None = None
+    """Of those among them that rest in more bits than the others (blocks/replace.py); None: there are none."""
+    as_held: bool = False
+    """Whether these are small ones and all that the file holds in more bits, and not small ones alone."""
     taken_over: float = 0.0
     """Share of the layers' numbers whose grids are taken over from the file."""
 

@@ -293,7 +293,8 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     shapes = [*model_spec.shapes, *model_spec.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].width or shapes[0].hidden_size
     plans = alternatives(shapes, model_spec.request, chosen.context_tokens)
-    if chosen.fits and all((plan.precision, plan.counts) != (chosen.precision, chosen.counts) for plan in plans):
+    key = operator.attrgetter("precision", "as_held", "counts")
+    if chosen.fits and key(chosen) not in map(key, plans):
         plans = [chosen, *plans]  # a density that was asked for
     rows = []
     for plan in plans:
@@ -311,6 +312,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
         rows.append(
             {
                 "precision": plan.precision,
+                "as_held": plan.as_held,
                 "density": plan.density,
                 "tiers": plan.tiers,
                 "bits": bits_of(model_spec.shape_of(plan), plan.counts) if plan.tiers else None,
@@ -319,7 +321,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
                 "resident_bytes": plan.resident_bytes,
                 "peak_bytes": plan.peak_bytes,
                 "expected_tokens_per_s": None if rate is None else rate / read_bytes,
-                "chosen": (plan.precision, plan.counts) == (chosen.precision, chosen.counts),
+                "chosen": key(plan) == key(chosen),
             }
         )
     return rows
@@ -327,7 +329,8 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
 
 def _formats(row: dict[str, Any]) -> str:
     """Those that neurons rest in."""
-    return "+".join(name for name, count in row["tiers"].items() if count) or str(row["precision"])
+    whole = f"{row['precision']} and more" if row["as_held"] else str(row["precision"])
+    return "+".join(name for name, count in row["tiers"].items() if count) or whole
 
 
 def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:

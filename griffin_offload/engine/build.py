@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from griffin_offload.blocks.layouts import find_feed_forwards, leave_out_towers
-from griffin_offload.blocks.replace import swap_experts, swap_linears, turn_experts
+from griffin_offload.blocks.replace import finer_names, swap_experts, swap_linears, turn_experts
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.renaming import Conversion, KeptTypes
@@ -72,7 +72,9 @@ def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> StockModel:
 def _swap_formats(model: StockModel, checkpoint: Checkpoint, scratch: Scratch) -> None:
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     if not checkpoint.precision.is_plain:
-        swap_linears(decoder, blocks, checkpoint.precision, checkpoint.precision, scratch, small=checkpoint.small)
+        finer = [finer_names(layer, block) for layer, block in zip(decoder, blocks, strict=True)]
+        formats = (checkpoint.precision, checkpoint.precision)
+        swap_linears(decoder, blocks, *formats, scratch, finer=checkpoint.small, finer_ones=finer)
     own = checkpoint.precision.rests_as()
     if checkpoint.expert_rows or checkpoint.records is not None:
         turn_experts(blocks)

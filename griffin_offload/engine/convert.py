@@ -80,9 +80,9 @@ def convert(
         raise UsageError(f"experts are of one format each, {precision} are of FF neurons: give int4")
     if format.is_plain and not has_experts:
         raise UsageError(f"{checkpoint.directory} has no experts, all that {precision} rewrites: give int8 or int4")
-    shape = model_shape(meta, format, format, get(tables), small=small_beside(format.outside(), checkpoint))
+    shape = model_shape(meta, format, format, get(tables), finer=small_beside(format.outside(), checkpoint))
     records = RECORD_VERSION if has_experts else 0
-    small = "" if shape.small is None else shape.small.name
+    small = "" if shape.finer is None else shape.finer.name
     mark = ConversionInfo(precision, checkpoint.fingerprint(), tables, records=records, small=small)
     directory = CopyDirectory(out, "conversion", mark.entries(), mark.metadata(), partial(check_shard, mark=mark))
     with directory.writing() as finished, contextlib.closing(checkpoint.watched()) as files:

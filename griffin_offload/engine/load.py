@@ -175,8 +175,8 @@ def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[St
         if any(format.wants_importance for format in rounded):
             importance = importance_of(checkpoint, model, decoder, blocks, evict=evicts(model_spec))
         tiers = [[(shape.levels[level], kept) for level, kept in tiers_of(own)] for own in plan.counts]
-        formats, streamed = (shape.precision, checkpoint.precision), plan.streamed
-        swap_linears(decoder, blocks, *formats, scratch, importance, tiers, shape.small, streamed)
+        formats, finer = (shape.precision, checkpoint.precision), [layer.finer for layer in shape.layers]
+        swap_linears(decoder, blocks, *formats, scratch, importance, tiers, shape.finer, finer, plan.streamed)
         swap_experts(blocks, shape.precision, checkpoint.precision, checkpoint.records, scratch, importance)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
     if shape.head is not checkpoint.tables:

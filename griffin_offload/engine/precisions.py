@@ -4,13 +4,14 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from griffin_offload.blocks.experts import is_experts
 from griffin_offload.blocks.model_shape import model_shape, states_of
 from griffin_offload.blocks.sizes import ModelSizes
-from griffin_offload.checkpoint.base import Checkpoint
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.config import LAYERS, MIXED, TIERS, LoadConfig
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats import INT4, INT8, RESTING_HEAD, SMALL_MATRICES, Format, every
@@ -19,7 +20,7 @@ from griffin_offload.formats.translated import on_grids
 from griffin_offload.kernels.library import compiled
 from griffin_offload.transformers_api import StockModel
 
-_IN_LAYER = re.compile(r"(?:^|\.)\d+\.")
+_IN_LAYER = re.compile(r"^(?P<stack>.*?)\b(?P<layer>\d+)\.(?P<matrix>.+)\.weight$")
 _MOST_ON_GRIDS = 0.8
 """Of the layers' numbers: Q4_K_M, which holds a part of two matrices in six bits, has about five sixths."""
 
@@ -86,10 +87,28 @@ def grid_share(checkpoint: Checkpoint) -> float:
     """Of the numbers of the layers' matrices, those that lie on grids in their file which int4 takes over, where these
     are no experts, which it rounds anew."""
     sizes = {False: 0, True: 0}
-    for name, tensor in checkpoint.tensors().items():
-        if _IN_LAYER.search(name) and len(tensor.shape) > 1:
-            sizes[on_grids(tensor.decode)] += math.prod(tensor.shape)
+    for _, tensor in _layer_matrices(checkpoint):
+        sizes[on_grids(tensor.decode)] += math.prod(tensor.shape)
     return sizes[True] / max(sum(sizes.values()), 1)
+
+
+def held_finer(checkpoint: Checkpoint) -> dict[int, set[str]]:
+    """By layer the names of matrices that a file of four bits holds in more; of other files none."""
+    if grid_share(checkpoint) < _MOST_ON_GRIDS:
+        return {}
+    matrices = _layer_matrices(checkpoint)
+    stacks = {match["stack"] for match, tensor in matrices if on_grids(tensor.decode)}  # a tower is another stack
+    found: dict[int, set[str]] = {}
+    for match, tensor in matrices:
+        if match["stack"] in stacks and not on_grids(tensor.decode):
+            found.setdefault(int(match["layer"]), set()).add(match["matrix"])
+    return found
+
+
+def _layer_matrices(checkpoint: Checkpoint) -> list[tuple[re.Match[str], StoredTensor]]:
+    """With what their names say."""
+    matches = ((_IN_LAYER.match(name), tensor) for name, tensor in checkpoint.tensors().items())
+    return [(match, tensor) for match, tensor in matches if match is not None and len(tensor.shape) == 2]
 
 
 def _measured(
@@ -112,7 +131,8 @@ def _measured(
             full = precision if config.exact else stored
             own_head = head if levels[-1].bits < head.bits else checkpoint.tables
             beside = small_beside(precision, checkpoint)
-            shape = model_shape(meta, precision, full, checkpoint.tables, states, levels, own_head, beside)
+            measured = partial(model_shape, meta, precision, full, checkpoint.tables, states, levels, own_head, beside)
+            shape = measured()
             if len(levels) > 1 and not shape.with_neurons:
                 kind = checkpoint.config.model_type
                 raise UnsupportedModel(f"{name} are of FF neurons, and {kind} has none: take int4")
@@ -121,8 +141,13 @@ def _measured(
             if needed and not drafts:
                 raise
             continue
-        taken_over = grid_share(checkpoint) if levels == (INT4,) and not shape.has_experts else 0.0
-        found.append(replace(shape, by_layer=name == LAYERS, taken_over=taken_over))
+        if levels != (INT4,) or shape.has_experts:
+            found.append(replace(shape, by_layer=name == LAYERS))
+            continue
+        held = {} if config.exact or beside is None else held_finer(checkpoint)
+        if held:
+            found.append(replace(measured(held), taken_over=1.0))  # but for what int8 loses, which is as little
+        found.append(replace(shape, taken_over=grid_share(checkpoint)))
     return found
 
 

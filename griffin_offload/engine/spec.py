@@ -110,16 +110,18 @@ class ModelSpec:
 
     def shape_of(self, plan: Plan) -> ModelSizes:
         """The sizes in the precision of `plan`."""
-        wanted = (plan.precision, plan.levels)
-        found = [shape for shape in self.shapes if (shape.precision_name, shape.level_names) == wanted]
-        found = found or [shape for shape in self.others if (shape.precision_name, shape.level_names) == wanted]
-        return found[0]
+        wanted = (plan.precision, plan.levels, plan.as_held)
+
+        def fits(shape: ModelSizes) -> bool:
+            return (shape.precision_name, shape.level_names, shape.as_held) == wanted
+
+        return next(filter(fits, self.shapes), None) or next(filter(fits, self.others))
 
     def small_of(self, plan: Plan) -> dict[str, list[str]]:
-        """Names of small matrices by the format that they rest in, where it is another one than their neighbours'."""
+        """Names of matrices by the format that they rest in, where it is a finer one than their neighbours'."""
         shape = self.shape_of(plan)
-        names = sorted({name for layer in shape.layers for name in layer.small})
-        return {} if shape.small is None else {shape.small.name: names}
+        names = sorted({name for layer in shape.layers for name in layer.finer})
+        return {} if shape.finer is None else {shape.finer.name: names}
 
 
 def examine(model: str | Path, config: LoadConfig, *, anywhere: bool = False) -> ModelSpec:

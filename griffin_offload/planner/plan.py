@@ -45,6 +45,8 @@ class Plan:
     precision: str
     levels: tuple[str, ...]
     """Formats of resident neurons, from the most bits to the fewest: the precision alone, or those of tiers."""
+    as_held: bool
+    """Whether matrices that the file holds in more bits rest in more, too."""
     context_tokens: int
     prompt_tokens: int
     batch: int
@@ -83,7 +85,8 @@ class Plan:
     @property
     def in_words(self) -> str:
         """The precision, of tiers their shares."""
-        return tier_shares(self.precision, self.tiers, self.density) if self.tiers else self.precision
+        whole = f"{self.precision} and more" if self.as_held else self.precision
+        return tier_shares(self.precision, self.tiers, self.density) if self.tiers else whole
 
     @property
     def peak_prefill_bytes(self) -> int:
@@ -339,6 +342,7 @@ def _priced(
         embeddings=embeddings,
         precision=shape.precision_name,
         levels=shape.level_names,
+        as_held=shape.as_held,
         context_tokens=use.ctx_tokens,
         prompt_tokens=use.prompt_tokens,
         batch=use.batch,

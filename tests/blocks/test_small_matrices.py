@@ -42,9 +42,9 @@ def test_keys_and_values_of_grouped_queries(name: str):
     model = build_on_meta(config, torch.bfloat16)
     decoder, blocks = find_feed_forwards(model, 1)
     assert small_names(decoder[0], blocks[0]) == expected
-    int4, mixed = (model_shape(model, get("int4"), small=small) for small in (None, SMALL_MATRICES))
-    assert (mixed.small is SMALL_MATRICES) == bool(expected)
-    assert (mixed.small is None) == (mixed == int4)
+    int4, mixed = (model_shape(model, get("int4"), finer=finer) for finer in (None, SMALL_MATRICES))
+    assert (mixed.finer is SMALL_MATRICES) == bool(expected)
+    assert (mixed.finer is None) == (mixed == int4)
     # 8 bits and a scale for each row, in place of 4 and two bytes for 32, and that scale.
     numbers = sum(decoder[0].get_submodule(name).weight.numel() for name in expected)
     assert mixed.layers[0].attention_bytes - int4.layers[0].attention_bytes == numbers * (1 - 4.5 / 8)

@@ -157,7 +157,7 @@ def test_a_damaged_mark_is_refused(copies: Callable[[str], Path], tmp_path: Path
 def test_no_other_precision_has_them(grouped: Path, copies: Callable[[str], Path]):
     for path, quantize in ((grouped, "int8"), (grouped, "none"), (copies("int8"), "auto")):
         spec = examine(path, LoadConfig(device="cpu", quantize=quantize, max_gpu_mem="100MB"))
-        assert all(shape.small is None for shape in spec.shapes if shape.precision.bits >= 8)
+        assert all(shape.finer is None for shape in spec.shapes if shape.precision.bits >= 8)
 
 
 def test_plans_tell_it(grouped: Path, copies: Callable[[str], Path], capsys: pytest.CaptureFixture[str]):

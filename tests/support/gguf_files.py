@@ -29,9 +29,11 @@ def write_gguf(
     drop: tuple[str, ...] = (),
     shard: int = 0,
     architecture: str | None = None,
+    others: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write `model`, its matrices in blocks of `kind`, the rest in F32. `tokenizer` is a directory with a byte-level
-    tokenizer.json; `more` are further keys, `drop` keys that are left out."""
+    """Write `model`, its matrices in blocks of `kind` but for `others`, by their names in the file, the rest in F32.
+    `tokenizer` is a directory with a byte-level tokenizer.json; `more` are further keys, `drop` keys that are left
+    out."""
     config, name = model.config, _NAMES.get(model.config.model_type, model.config.model_type)
     writer = gguf.GGUFWriter(path, architecture or name, split_max_tensors=shard, use_temp_file=False)
     for key, value in ({**_metadata(config, name), **_tokens(tokenizer), **(more or {})}).items():
@@ -45,8 +47,9 @@ def write_gguf(
         if found is None or suffix not in ("weight", "bias") or (tied and found == "output"):
             continue
         numbers = _stored(name, config, f"{found}.{suffix}", hf_name, tensor.float()).contiguous().numpy()
-        plain = numbers.ndim == 1 or suffix == "bias" or numbers.shape[-1] % gguf.GGML_QUANT_SIZES[Q[kind]][0]
-        stored = Q.F32 if plain else Q[kind]
+        blocks = Q[(others or {}).get(found, kind)]
+        plain = numbers.ndim == 1 or suffix == "bias" or numbers.shape[-1] % gguf.GGML_QUANT_SIZES[blocks][0]
+        stored = Q.F32 if plain else blocks
         writer.add_tensor(f"{found}.{suffix}", gguf.quants.quantize(numbers, stored), raw_dtype=stored)
     _add_rope_tensors(writer, model)
     writer.write_header_to_file()
