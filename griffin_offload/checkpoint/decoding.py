@@ -137,19 +137,6 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class EachExpert:
-    """Matrices of experts, [E, O, I]: each is decoded from `count` parts of its own."""
-
-    decode: Callable[[Parts, int, int, Tensor], None]
-    count: int
-
-    def __call__(self, parts: Parts, first: int, end: int, into: Tensor) -> None:
-        for expert in range(first, end):
-            first_part = expert * self.count
-            self.decode(parts[first_part : first_part + self.count], 0, into.shape[1], into[expert - first])
-
-
-@dataclass(frozen=True)
 class Numbers(Rows):
     """A number of its own for each: [O, columns] in a type of torch's."""
 

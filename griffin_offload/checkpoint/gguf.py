@@ -24,7 +24,6 @@ from transformers import GenerationConfig, PretrainedConfig
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import config_from
-from griffin_offload.checkpoint.decoding import EachExpert
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import FileState, renamed, states_of
 from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types, gguf_package
@@ -35,6 +34,7 @@ from griffin_offload.checkpoint.renaming import Conversion, same_names
 from griffin_offload.checkpoint.safetensors import INDEX, SINGLE
 from griffin_offload.checkpoint.tokenizer import kept
 from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedModel, UsageError, one_line
+from griffin_offload.formats.translated import Codes, EachExpert
 from griffin_offload.transformers_api import StockModel, Tokenizer
 
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
@@ -326,6 +326,15 @@ class _Together:
 
     decoders: tuple[BlockDecoder, ...]
     interleaved: bool
+
+    @property
+    def on_grids(self) -> bool:
+        return not self.interleaved and all(decoder.on_grids for decoder in self.decoders)
+
+    def coded(self, parts: Sequence[Tensor], outputs: int, rows: Tensor) -> Codes | None:
+        """As `TranslatedTensor` has them, of all rows."""
+        own, both = rows[: outputs // len(self.decoders)], zip(self.decoders, parts, strict=True)
+        return Codes.above_each_other([decode.coded([part], len(own), own) for decode, part in both])
 
     def __call__(self, parts: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:
         count, rows = len(self.decoders), self.decoders[0].rows

@@ -16,7 +16,6 @@ from torch import Tensor
 from griffin_offload.checkpoint.base import StoredTensor
 from griffin_offload.checkpoint.decoding import (
     Blocks4,
-    EachExpert,
     Fp4Rows,
     Grid,
     Numbers,
@@ -32,7 +31,7 @@ from griffin_offload.checkpoint.decoding import (
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.errors import CheckpointError, UnsupportedModel
-from griffin_offload.formats.translated import Decode
+from griffin_offload.formats.translated import Decode, EachExpert
 
 _F8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from griffin_offload.formats.base import Format, Layout, Spec, Tensors
-from griffin_offload.formats.translated import read_row, read_rows
+from griffin_offload.formats.translated import StackedTensor, read_row, read_rows
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.table import products
 
 RECORDS = "records"
 """The parameter that experts of a converted checkpoint lie in: uint8 [E, bytes of a record]."""
-RECORD_VERSION = 1
+RECORD_VERSION = 2  # version 1 had neurons of a down projection in int4 as strips
 _ALIGNMENT = 64  # of each tensor in a record: what vector units like
 BLOCK_BYTES = 4096
 """Records of a file begin at a multiple of this."""
@@ -64,8 +64,8 @@ class ExpertForm:
             if precision.is_plain:
                 found[matrix.name] = (matrix.shape, None)
             else:
-                layout = precision.resident(is_down=matrix.is_down)
-                own = layout.specs(matrix.outputs, matrix.inputs, is_down=matrix.is_down)
+                is_down = _by_neurons(matrix, precision)
+                own = precision.resident(is_down=is_down).specs(matrix.outputs, matrix.inputs, is_down=is_down)
                 found |= {_name(matrix, key): spec for key, spec in own.items()}
             if matrix.bias:
                 found[_name(matrix, "bias")] = ((matrix.outputs,), None)
@@ -84,7 +84,8 @@ class ExpertForm:
     def check(self, precision: Format, where: str) -> None:
         """UnsupportedModel when an expert cannot be in `precision`."""
         for matrix in self.matrices:
-            precision.check(matrix.outputs, matrix.inputs, f"{where}.{matrix.name}", is_down=matrix.is_down)
+            is_down = _by_neurons(matrix, precision)
+            precision.check(matrix.outputs, matrix.inputs, f"{where}.{matrix.name}", is_down=is_down)
 
     # Made.
 
@@ -101,16 +102,25 @@ class ExpertForm:
 
     def _quantise(self, matrix: ExpertMatrix, stored: Mapping[str, Tensor], expert: int, out: Tensors) -> None:
         source, device = stored[matrix.name], out["weight"].device
-        floats = _row(source, expert).to(device)
-        full = {"weight": floats.t() if matrix.transposed else floats}
+        full: dict[str, Tensor] = {}
         if matrix.bias:
             full["bias"] = _row(stored[_name(matrix, "bias")], expert).to(device)
-            if matrix.is_down:  # it belongs to no neuron: gathering leaves it alone
-                out["bias"].copy_(full["bias"])
-        neurons = torch.arange(matrix.inputs if matrix.is_down else matrix.outputs, dtype=torch.long, device=device)
-        layout = self.stored.stored(is_down=matrix.is_down)
+            out["bias"].copy_(full["bias"])
+        found: Tensors | None = None
+        if self.precision.takes_over and isinstance(source, StackedTensor) and not matrix.transposed:
+            codes = source.codes_of(expert)
+            found = None if codes is None else self.precision.taken_over(codes, out["scale"].dtype)
+        if found is not None:
+            for name, tensor in found.items():
+                out[name].copy_(tensor)
+            return
+        floats = _row(source, expert).to(device)
+        full["weight"] = floats.t() if matrix.transposed else floats
+        is_down = _by_neurons(matrix, self.precision)
+        every = torch.arange(matrix.inputs if is_down else matrix.outputs, dtype=torch.long, device=device)
         importance = None if matrix.is_down else self.importance
-        self.precision.gather(full, layout, neurons, out, is_down=matrix.is_down, importance=importance)
+        layout = self.stored.stored(is_down=is_down)
+        self.precision.gather(full, layout, every, out, is_down=is_down, importance=importance)
 
     # Multiplied.
 
@@ -131,12 +141,13 @@ class ExpertForm:
         return {key: named[name] for key, name in self._named(matrix).items()}
 
     def _named(self, matrix: ExpertMatrix) -> dict[str, str]:
-        keys = self.layout(matrix).specs(matrix.outputs, matrix.inputs, is_down=matrix.is_down)
+        is_down = _by_neurons(matrix, self.precision)
+        keys = self.layout(matrix).specs(matrix.outputs, matrix.inputs, is_down=is_down)
         return {key: _name(matrix, key) for key in (*keys, *(["bias"] if matrix.bias else []))}
 
     def layout(self, matrix: ExpertMatrix) -> Layout:
         """Of the matrix in a place."""
-        return self.precision.resident(is_down=matrix.is_down)
+        return self.precision.resident(is_down=_by_neurons(matrix, self.precision))
 
     def multiply(self, x: Tensor, matrix: ExpertMatrix, tensors: Tensors) -> Tensor:
         """x [M, inputs] to [M, outputs], whether the expert is resident or passes: by what its rows alone decide."""
@@ -215,6 +226,13 @@ def record_rows(tensors: Sequence[Tensor]) -> Tensor | None:
         return None
     found = torch.empty(0, dtype=torch.uint8, device=first.device)
     return found.set_(storage, offset, (first.shape[0], nbytes), (nbytes, 1))
+
+
+def _by_neurons(matrix: ExpertMatrix, precision: Format) -> bool:
+    """Whether its columns are neurons that may be told apart. All of an expert's stay, so that in a format that takes
+    codes over, which files have along the inputs, all its matrices are rows, if neurons come in whole blocks."""
+    as_rows = precision.takes_over and matrix.inputs % precision.neuron_multiple == 0
+    return matrix.is_down and not as_rows
 
 
 def _up_to(size: int, multiple: int) -> int:

@@ -1,6 +1,7 @@
 """Tensors that lie in files in a form nothing here multiplies: translated where they are used, a few rows at a time."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -32,10 +33,17 @@ class Codes(NamedTuple):
         codes = torch.cat([groups & 15, groups >> 4], dim=-1)
         return (codes * self.steps[..., None] + self.lowest[..., None]).flatten(1)
 
+    @classmethod
+    def above_each_other(cls, matrices: Sequence["Codes | None"]) -> "Codes | None":
+        """Those of several matrices as one; None where one has none."""
+        known = [codes for codes in matrices if codes is not None]
+        return None if len(known) < len(matrices) else cls(*map(torch.cat, zip(*known, strict=True)))
+
 
 _aten = torch.ops.aten
 # Numbers of a tensor that are translated at once, where they need not stay.
 _PIECE_NUMBERS = 2**22
+_MATRICES = 3  # axes of several in one tensor
 _SPAN = 4  # times as many rows as are wanted: calls cost more than those
 
 
@@ -165,6 +173,14 @@ class StackedTensor(TranslatedTensor):
     """[E, ...]: row e is expert e, made of the parts from e * n on, n of them, one above the other. Nothing is merged
     until a row is read into its place."""
 
+    def codes_of(self, expert: int) -> Codes | None:
+        """Of a matrix [O, I] that an expert is, where its numbers lie on grids of 16 levels."""
+        find = getattr(self.decode, "codes_of", None)
+        found: Codes | None = None
+        if find is not None and self.dim() == _MATRICES:
+            found = find(self.parts, expert, self.shape[1])
+        return found
+
 
 class JoinedTensor(StackedTensor):
     """One whose rows are their parts, copied one behind another."""
@@ -172,16 +188,50 @@ class JoinedTensor(StackedTensor):
 
 def stacked(shape: Sequence[int], dtype: torch.dtype, experts: Sequence[Sequence[Tensor]]) -> StackedTensor:
     """A tensor of `shape` whose rows are `experts`: of each the matrices that lie one above the other."""
-    heights = [matrix.shape[0] for matrix in experts[0]]
     parts = [part for matrices in experts for matrix in matrices for part in stored_parts(matrix)]
+    as_they_lie = not any(isinstance(matrix, TranslatedTensor) for matrices in experts for matrix in matrices)
+    return (JoinedTensor if as_they_lie else StackedTensor)(shape, dtype, parts, _Stack(experts))
 
-    def decode(_: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:
+
+class _Stack:
+    """The `decode` of one."""
+
+    def __init__(self, experts: Sequence[Sequence[Tensor]]) -> None:
+        self._experts = experts
+
+    def __call__(self, parts: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:
         for row in range(first, end):
-            for matrix, place in zip(experts[row], into[row - first].split(heights), strict=True):
+            heights = [matrix.shape[0] for matrix in self._experts[row]]
+            for matrix, place in zip(self._experts[row], into[row - first].split(heights), strict=True):
                 place.copy_(matrix)
 
-    as_they_lie = not any(isinstance(matrix, TranslatedTensor) for matrices in experts for matrix in matrices)
-    return (JoinedTensor if as_they_lie else StackedTensor)(shape, dtype, parts, decode)
+    def codes_of(self, parts: Sequence[Tensor], expert: int, outputs: int) -> Codes | None:
+        """As the tensor's."""
+        own = self._experts[expert]
+        return Codes.above_each_other([m.codes() if isinstance(m, TranslatedTensor) else None for m in own])
+
+
+@dataclass(frozen=True)
+class EachExpert:
+    """Matrices of experts, [E, O, I]: each is decoded from `count` parts of its own. The `decode` of
+    a StackedTensor, as `_Stack`."""
+
+    decode: Decode
+    count: int
+
+    def __call__(self, parts: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:
+        for expert in range(first, end):
+            first_part = expert * self.count
+            self.decode(parts[first_part : first_part + self.count], 0, into.shape[1], into[expert - first])
+
+    def codes_of(self, parts: Sequence[Tensor], expert: int, outputs: int) -> Codes | None:
+        """As the tensor's."""
+        if not on_grids(self.decode):
+            return None
+        own = parts[expert * self.count : (expert + 1) * self.count]
+        rows = torch.arange(outputs, dtype=torch.long, device="cpu")
+        found: Codes | None = cast(Any, self.decode).coded(own, outputs, rows)
+        return found
 
 
 def row_parts(tensor: Tensor, row: int) -> tuple[Tensor, ...]:

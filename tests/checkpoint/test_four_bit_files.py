@@ -21,7 +21,7 @@ from griffin_offload.engine.convert import convert
 from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
-from griffin_offload.formats.translated import TranslatedTensor, in_memory
+from griffin_offload.formats.translated import TranslatedTensor, in_memory, stacked
 
 IDS = torch.arange(5, 45)[None]
 OPTIONS = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB", "dtype": "bfloat16"}
@@ -227,3 +227,50 @@ def test_of_files_in_more_bits_int4_is_all_in_four(tmp_path: Path):
     _, (plan, _, forms) = logits_of(file, quantize="int4")
     assert not plan.as_held
     assert INT8 not in forms.values()
+
+
+# Experts: of a file that has all of a layer in one tensor, and of one that has each by itself.
+
+
+def mixture() -> Any:
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 320}
+    torch.manual_seed(0)
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(max_position_embeddings=512, **sizes)).eval()
+
+
+@pytest.mark.parametrize(("kind", "most"), [("Q4_0", 0.025), ("Q4_1", 0.025), ("Q8_0", 0.12)])
+def test_experts_rest_in_the_codes_of_their_file(kind: str, most: float, tmp_path: Path):
+    """In int4, resident or fetched, down projections too; what lies on no grid of 16 levels is rounded."""
+    file = write_gguf(mixture(), tmp_path / "tiny.gguf", kind)
+    exact = dict(build(open_checkpoint(file).in_precision(torch.float32)).named_parameters())
+    options, errors = OPTIONS | {"quantize": "int4"}, []
+    with GriffinModel.from_pretrained(file, **options, density=0.5) as model:
+        fetched = model.generate(IDS, max_new_tokens=4, do_sample=False)
+        assert model.last_report.experts.misses > 0
+    with GriffinModel.from_pretrained(file, **options, density=1.0) as model:
+        assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), fetched)
+        assert model.resident_bytes == model.plan.resident_bytes
+        for index, block in enumerate(model.engine.loaded.layers.blocks):
+            for name, tensors in block.form.by_matrix([tensor[3] for tensor in block.places(block.full())]).items():
+                numbers = in_memory(exact[f"model.layers.{index}.mlp.experts.{name}"]).detach()[3]
+                matrix = next(one for one in block.form.matrices if one.name == name)
+                back = block.form.multiply(torch.eye(numbers.shape[1], dtype=torch.float32), matrix, tensors).t()
+                errors.append(float((back - numbers).norm() / numbers.norm()))
+    assert len(errors) == 2 * 2
+    assert max(errors) < most
+    assert kind != "Q8_0" or min(errors) > 0.05
+
+
+def test_a_stack_of_matrices_has_the_codes_of_each():
+    """Of gate and up of an expert, one above the other; None where one lies on no grid."""
+    matrices = []
+    for seed, kind in enumerate(("Q4_0", "Q4_1", "Q4_1", "Q8_0")):
+        of = gguf.GGMLQuantizationType[kind]
+        stored = gguf.quants.quantize(np.random.default_rng(seed).standard_normal((8, 64), dtype=np.float32), of)
+        decode = BlockDecoder(block_types()[int(of)], 8, 64)
+        matrices.append(TranslatedTensor((8, 64), torch.float32, (torch.from_numpy(stored).flatten(),), decode))
+    tensor = stacked((2, 16, 64), torch.float32, [matrices[:2], matrices[2:]])
+    found = tensor.codes_of(0)
+    torch.testing.assert_close(found.numbers(), tensor.translated()[0])
+    assert tensor.codes_of(1) is None

@@ -163,9 +163,9 @@ def test_what_is_refused(cli, checkpoints, copies, tmp_path: Path):
     later = tmp_path / "later"
     shutil.copytree(copy, later)
     config = json.loads((later / "config.json").read_text())
-    config["quantization_config"]["records"] = 2
+    config["quantization_config"]["records"] = 3
     (later / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModel, match="records of version 2, this version reads 1: convert again"):
+    with pytest.raises(UnsupportedModel, match="records of version 3, this version reads 2: convert again"):
         _answer(later)
     damaged = tmp_path / "damaged"
     shutil.copytree(copy, damaged)

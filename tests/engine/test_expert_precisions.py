@@ -93,7 +93,9 @@ def _rounded(directory: Path, name: str, precision: str) -> hf.PreTrainedModel:
         for own in ("gate_up_proj", "down_proj") if module is not None else ():
             for expert in getattr(module, own):
                 matrix = expert.t() if name == "gpt_oss" else expert
-                values = stored_values(matrix.contiguous(), precision, torch.float32, is_down=own == "down_proj")
+                in_rows = precision == "int4" and matrix.shape[1] % 64 == 0  # as all others
+                is_down = own == "down_proj" and not in_rows
+                values = stored_values(matrix.contiguous(), precision, torch.float32, is_down=is_down)
                 matrix.copy_(values)
     if precision != "int8":
         round_head(model)
