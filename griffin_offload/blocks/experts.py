@@ -6,7 +6,7 @@ numbers, over all of its tokens; an `ExpertSource` knows where an expert's tenso
 """
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -130,14 +130,14 @@ class Experts(Block):
         (kept,), (format,) = counts, self.formats if formats is None else formats
         return [((kept, *shape), own) for shape, own in self.form.specs(format).values()]
 
-    def place_bytes(self, precision: Format, dtype: torch.dtype) -> int:
-        """Of the place of one expert, a record where that is of whole blocks."""
-        records = replace(self.form, precision=precision, stored=precision, records=dtype)
-        return (
-            records.record_bytes
-            if records.copies_records(dtype)
-            else specs_bytes(self.compact_specs((1,), (precision,)), dtype)
-        )
+    def place_bytes(
+        self, precision: Format, dtype: torch.dtype, finer: Format | None = None, finer_ones: Collection[str] = ()
+    ) -> int:
+        """Of the place of one expert, some of whose matrices may be in a `finer` format; a record where that is of
+        whole blocks."""
+        form = replace(self.form, finer=finer, finer_ones=frozenset(finer_ones))
+        form = replace(form, precision=precision, stored=precision, records=dtype)
+        return form.record_bytes if form.copies_records(dtype) else specs_bytes(form.specs(precision).values(), dtype)
 
     def check(self, precision: Format) -> None:
         self.form.check(precision, type(self.module).__name__)
@@ -173,10 +173,13 @@ class Experts(Block):
         records: torch.dtype | None,
         scratch: Scratch | None = None,
         importance: Tensor | None = None,
+        finer: Format | None = None,
+        finer_ones: Collection[str] = (),
     ) -> None:
-        """Say, once, what experts are computed in, and how files hold them; as records they are on meta, to be
-        assigned."""
+        """Say, once, what experts are computed in, some matrices in a `finer` format, and how files hold them; as
+        records they are on meta, to be assigned."""
         known = replace(self.form, scratch=scratch, importance=importance)
+        known = replace(known, finer=finer, finer_ones=frozenset(finer_ones))
         self.form = replace(known, precision=precision, stored=stored, records=records)
         self.module.__dict__[_FORM] = self.form
         if records is not None and RECORDS not in self.module._parameters:

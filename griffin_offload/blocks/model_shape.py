@@ -13,7 +13,7 @@ from griffin_offload.blocks.base import ALIGNMENT, Block, padded
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.blocks.replace import check_layer, finer_names, outside_names
+from griffin_offload.blocks.replace import check_layer, expert_names, finer_names, outside_names
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, NeuronSizes
 from griffin_offload.blocks.states import LayerState, check_takes_cache, kept_states, positions_reached, windows_of
 from griffin_offload.errors import UnsupportedModel
@@ -125,7 +125,7 @@ def _layer_shape(
     for format in dict.fromkeys((precision, *levels)):
         check_layer(layer, block, format)
     outside = {name: layer.get_submodule(name) for name in outside_names(layer, block)}
-    finer_ff = [layer.get_submodule(name) for name in finer_ones if name not in outside]
+    finer_ff = [name for name in sorted(finer_ones) if name not in outside]
     ff = {id(tensor) for tensor in block.full()}
     rest = [p for p in layer.parameters() if id(p) not in ff]
     attention = _nbytes(p for p in rest if p.dim() > 1)
@@ -137,13 +137,13 @@ def _layer_shape(
     )
     return LayerSizes(
         neurons=block.neurons,
-        levels=tuple(_neuron_sizes(block, format, dtype, finer, finer_ff) for format in levels),
+        levels=tuple(_neuron_sizes(layer, block, format, dtype, finer, finer_ff) for format in levels),
         ff_bytes=specs_bytes(block.full_specs(stored), dtype),
         ff_flat_bytes=sum(padded(specs_bytes([spec], dtype), ALIGNMENT) for spec in block.full_specs(stored)),
         attention_bytes=attention + quantised,
         norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
         window=window,
-        plain_neuron_bytes=_neuron_sizes(block, FLOATS, dtype).neuron_bytes,
+        plain_neuron_bytes=_neuron_sizes(layer, block, FLOATS, dtype).neuron_bytes,
         plain_attention_bytes=attention,
         kv_width=state.kv_width,
         key_width=state.key_width,
@@ -158,19 +158,21 @@ def _layer_shape(
 
 
 def _neuron_sizes(
+    layer: nn.Module,
     block: Block,
     format: Format,
     dtype: torch.dtype,
     finer: Format | None = None,
-    finer_ones: Sequence[nn.Module] = (),
+    finer_ones: Sequence[str] = (),
 ) -> NeuronSizes:
     """Sizes are linear in whole multiples of neurons; some of the block's matrices may be in a `finer` format."""
     if isinstance(block, Experts):
-        return NeuronSizes(block.place_bytes(format, dtype), 0, 1)
+        names = expert_names(layer, block)
+        return NeuronSizes(block.place_bytes(format, dtype, finer, [names[name] for name in finer_ones]), 0, 1)
 
     def nbytes(count: int) -> int:
         total = specs_bytes(block.compact_specs((count,), (format,)), dtype)
-        for module in finer_ones:
+        for module in map(layer.get_submodule, finer_ones):
             assert finer is not None
             (outputs, inputs), is_down = features(module), block.is_down(module)
             sizes = (outputs, count) if is_down else (outputs // block.neurons * count, inputs)

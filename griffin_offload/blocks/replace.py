@@ -55,7 +55,16 @@ def small_names(layer: nn.Module, block: Block) -> frozenset[str]:
 def finer_names(layer: nn.Module, block: Block, held: Container[str] = ()) -> frozenset[str]:
     """Of `linear_names`, those that rest in more bits than the others: small ones, and those that their file holds in
     more (`held`), the FF's, too."""
-    return small_names(layer, block) | {name for name in linear_names(layer) if name in held}
+    inside = [*linear_names(layer), *expert_names(layer, block)]
+    return small_names(layer, block) | {name for name in inside if name in held}
+
+
+def expert_names(layer: nn.Module, block: Block) -> dict[str, str]:
+    """Names, inside the layer, of tensors that hold a matrix of all experts, with those that their form has."""
+    if not isinstance(block, Experts):
+        return {}
+    path = next(name for name, module in layer.named_modules() if module is block.module)
+    return {f"{path}.{matrix.name}": matrix.name for matrix in block.form.matrices}
 
 
 def check_layer(layer: nn.Module, block: Block, precision: Format) -> None:
@@ -67,19 +76,24 @@ def check_layer(layer: nn.Module, block: Block, precision: Format) -> None:
 
 
 def swap_experts(
+    decoder: nn.ModuleList,
     blocks: Sequence[Block],
     precision: Format,
     stored: Format,
     records: torch.dtype | None,
     scratch: Scratch,
     importance: Mapping[str, Tensor] | None = None,
+    finer: Format | None = None,
+    finer_ones: Sequence[Container[str]] = (),
 ) -> None:
-    """Have experts be computed in `precision`; a checkpoint holds them as `stored`, with `records` as such, floats of
-    that type."""
-    for index, block in enumerate(blocks):
+    """Have experts be computed in `precision`, the `finer_ones` of each layer in `finer`; a checkpoint holds them as
+    `stored`, with `records` as such, floats of that type."""
+    for index, (layer, block) in enumerate(zip(decoder, blocks, strict=True)):
         if isinstance(block, Experts):
             known = (importance or {}).get(f"{index}.{EXPERTS_INPUT}")
-            block.take_form(precision, stored, records, scratch, known)
+            wanted = finer_ones[index] if finer_ones else ()
+            names = [own for name, own in expert_names(layer, block).items() if name in wanted]
+            block.take_form(precision, stored, records, scratch, known, finer, names)
 
 
 def swap_linears(

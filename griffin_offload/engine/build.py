@@ -78,7 +78,7 @@ def _swap_formats(model: StockModel, checkpoint: Checkpoint, scratch: Scratch) -
     own = checkpoint.precision.rests_as()
     if checkpoint.expert_rows or checkpoint.records is not None:
         turn_experts(blocks)
-    swap_experts(blocks, own, own, checkpoint.records, scratch)
+    swap_experts(decoder, blocks, own, own, checkpoint.records, scratch)
     if not checkpoint.tables.is_plain:
         swap_tables(model, checkpoint.tables, scratch)
 

@@ -16,11 +16,12 @@ from griffin_offload.config import LAYERS, MIXED, TIERS, LoadConfig
 from griffin_offload.errors import UnsupportedModel, UsageError
 from griffin_offload.formats import INT4, INT8, RESTING_HEAD, SMALL_MATRICES, Format, every
 from griffin_offload.formats.linear import reads_head_itself
-from griffin_offload.formats.translated import on_grids
+from griffin_offload.formats.translated import EachExpert, on_grids
 from griffin_offload.kernels.library import compiled
 from griffin_offload.transformers_api import StockModel
 
-_IN_LAYER = re.compile(r"^(?P<stack>.*?)\b(?P<layer>\d+)\.(?P<matrix>.+)\.weight$")
+_IN_LAYER = re.compile(r"^(?P<stack>.*?)\b(?P<layer>\d+)\.(?P<matrix>.+?)(?:\.weight)?$")
+_EXPERTS_AXES = 3  # of a matrix that each has
 _MOST_ON_GRIDS = 0.8
 """Of the layers' numbers: Q4_K_M, which holds a part of two matrices in six bits, has about five sixths."""
 
@@ -78,17 +79,16 @@ def _first_wanted(allowed: list[ModelSizes], checkpoint: Checkpoint, device: tor
     if config.prefer == "speed":
         return max((i for i, shape in enumerate(allowed) if len(shape.levels) == 1), default=0)
     quick = device.type == "cpu" and compiled()
-    if config.exact or not quick or not allowed or allowed[0].has_experts or grid_share(checkpoint) < _MOST_ON_GRIDS:
+    if config.exact or not quick or not allowed or grid_share(checkpoint) < _MOST_ON_GRIDS:
         return 0
     return next((i for i, shape in enumerate(allowed) if shape.levels == (INT4,)), 0)
 
 
 def grid_share(checkpoint: Checkpoint) -> float:
-    """Of the numbers of the layers' matrices, those that lie on grids in their file which int4 takes over, where these
-    are no experts, which it rounds anew."""
+    """Of the numbers of the layers' matrices, those that lie on grids in their file which int4 takes over."""
     sizes = {False: 0, True: 0}
     for _, tensor in _layer_matrices(checkpoint):
-        sizes[on_grids(tensor.decode)] += math.prod(tensor.shape)
+        sizes[_lies_on_grids(tensor)] += math.prod(tensor.shape)
     return sizes[True] / max(sum(sizes.values()), 1)
 
 
@@ -97,10 +97,10 @@ def held_finer(checkpoint: Checkpoint) -> dict[int, set[str]]:
     if grid_share(checkpoint) < _MOST_ON_GRIDS:
         return {}
     matrices = _layer_matrices(checkpoint)
-    stacks = {match["stack"] for match, tensor in matrices if on_grids(tensor.decode)}  # a tower is another stack
+    stacks = {match["stack"] for match, tensor in matrices if _lies_on_grids(tensor)}  # a tower is another stack
     found: dict[int, set[str]] = {}
     for match, tensor in matrices:
-        if match["stack"] in stacks and not on_grids(tensor.decode):
+        if match["stack"] in stacks and not _lies_on_grids(tensor):
             found.setdefault(int(match["layer"]), set()).add(match["matrix"])
     return found
 
@@ -108,7 +108,16 @@ def held_finer(checkpoint: Checkpoint) -> dict[int, set[str]]:
 def _layer_matrices(checkpoint: Checkpoint) -> list[tuple[re.Match[str], StoredTensor]]:
     """With what their names say."""
     matches = ((_IN_LAYER.match(name), tensor) for name, tensor in checkpoint.tensors().items())
-    return [(match, tensor) for match, tensor in matches if match is not None and len(tensor.shape) == 2]
+    return [
+        (match, tensor)
+        for match, tensor in matches
+        if match is not None and len(tensor.shape) == (_EXPERTS_AXES if tensor.of_experts else 2)
+    ]
+
+
+def _lies_on_grids(tensor: StoredTensor) -> bool:
+    decode = tensor.decode
+    return on_grids(decode.decode if isinstance(decode, EachExpert) else decode)
 
 
 def _measured(
@@ -141,7 +150,7 @@ def _measured(
             if needed and not drafts:
                 raise
             continue
-        if levels != (INT4,) or shape.has_experts:
+        if levels != (INT4,):
             found.append(replace(shape, by_layer=name == LAYERS))
             continue
         held = {} if config.exact or beside is None else held_finer(checkpoint)

@@ -56,6 +56,9 @@ class ExpertForm:
     scratch: Scratch | None = field(default=None, compare=False)
     importance: Tensor | None = field(default=None, compare=False)
     """[H] of what experts are given, for formats that want it when they quantise floats."""
+    finer: Format | None = None
+    """In places that of `finer_ones`, names of matrices, which have more bits than the others."""
+    finer_ones: frozenset[str] = frozenset()
 
     def specs(self, precision: Format) -> dict[str, Spec]:
         """Tensors of an expert by the names of parameters; those of floats are the model's own."""
@@ -64,12 +67,18 @@ class ExpertForm:
             if precision.is_plain:
                 found[matrix.name] = (matrix.shape, None)
             else:
-                is_down = _by_neurons(matrix, precision)
-                own = precision.resident(is_down=is_down).specs(matrix.outputs, matrix.inputs, is_down=is_down)
-                found |= {_name(matrix, key): spec for key, spec in own.items()}
+                own = self._format(matrix, precision)
+                is_down = _by_neurons(matrix, own)
+                specs = own.resident(is_down=is_down).specs(matrix.outputs, matrix.inputs, is_down=is_down)
+                found |= {_name(matrix, key): spec for key, spec in specs.items()}
             if matrix.bias:
                 found[_name(matrix, "bias")] = ((matrix.outputs,), None)
         return found
+
+    def _format(self, matrix: ExpertMatrix, precision: Format) -> Format:
+        """Of the matrix, where places are in `precision`."""
+        finer = self.finer if precision is self.precision and matrix.name in self.finer_ones else None
+        return finer or precision
 
     @property
     def makes(self) -> bool:
@@ -84,8 +93,9 @@ class ExpertForm:
     def check(self, precision: Format, where: str) -> None:
         """UnsupportedModel when an expert cannot be in `precision`."""
         for matrix in self.matrices:
-            is_down = _by_neurons(matrix, precision)
-            precision.check(matrix.outputs, matrix.inputs, f"{where}.{matrix.name}", is_down=is_down)
+            own = self._format(matrix, precision)
+            is_down = _by_neurons(matrix, own)
+            own.check(matrix.outputs, matrix.inputs, f"{where}.{matrix.name}", is_down=is_down)
 
     # Made.
 
@@ -102,25 +112,25 @@ class ExpertForm:
 
     def _quantise(self, matrix: ExpertMatrix, stored: Mapping[str, Tensor], expert: int, out: Tensors) -> None:
         source, device = stored[matrix.name], out["weight"].device
-        full: dict[str, Tensor] = {}
+        own, full = self._format(matrix, self.precision), dict[str, Tensor]()
         if matrix.bias:
             full["bias"] = _row(stored[_name(matrix, "bias")], expert).to(device)
             out["bias"].copy_(full["bias"])
         found: Tensors | None = None
-        if self.precision.takes_over and isinstance(source, StackedTensor) and not matrix.transposed:
+        if own.takes_over and isinstance(source, StackedTensor) and not matrix.transposed:
             codes = source.codes_of(expert)
-            found = None if codes is None else self.precision.taken_over(codes, out["scale"].dtype)
+            found = None if codes is None else own.taken_over(codes, out["scale"].dtype)
         if found is not None:
             for name, tensor in found.items():
                 out[name].copy_(tensor)
             return
         floats = _row(source, expert).to(device)
         full["weight"] = floats.t() if matrix.transposed else floats
-        is_down = _by_neurons(matrix, self.precision)
+        is_down = _by_neurons(matrix, own)
         every = torch.arange(matrix.inputs if is_down else matrix.outputs, dtype=torch.long, device=device)
         importance = None if matrix.is_down else self.importance
         layout = self.stored.stored(is_down=is_down)
-        self.precision.gather(full, layout, every, out, is_down=is_down, importance=importance)
+        own.gather(full, layout, every, out, is_down=is_down, importance=importance)
 
     # Multiplied.
 
@@ -141,13 +151,14 @@ class ExpertForm:
         return {key: named[name] for key, name in self._named(matrix).items()}
 
     def _named(self, matrix: ExpertMatrix) -> dict[str, str]:
-        is_down = _by_neurons(matrix, self.precision)
+        is_down = _by_neurons(matrix, self._format(matrix, self.precision))
         keys = self.layout(matrix).specs(matrix.outputs, matrix.inputs, is_down=is_down)
         return {key: _name(matrix, key) for key in (*keys, *(["bias"] if matrix.bias else []))}
 
     def layout(self, matrix: ExpertMatrix) -> Layout:
         """Of the matrix in a place."""
-        return self.precision.resident(is_down=_by_neurons(matrix, self.precision))
+        own = self._format(matrix, self.precision)
+        return own.resident(is_down=_by_neurons(matrix, own))
 
     def multiply(self, x: Tensor, matrix: ExpertMatrix, tensors: Tensors) -> Tensor:
         """x [M, inputs] to [M, outputs], whether the expert is resident or passes: by what its rows alone decide."""

@@ -27,8 +27,9 @@ class Place:
         return sum(tensor.nbytes for tensor in self.tensors) if self.record is None else self.record.nbytes
 
     def fits(self, other: "Place") -> bool:
-        """Whether tensors of the same shapes are in it."""
-        return [tensor.shape for tensor in self.tensors] == [tensor.shape for tensor in other.tensors]
+        """Whether tensors of the same shapes and types are in it."""
+        own, others = ([(tensor.shape, tensor.dtype) for tensor in one.tensors] for one in (self, other))
+        return own == others
 
     def another(self) -> "Place":
         """One more of this kind."""

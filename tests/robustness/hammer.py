@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels import attention_and_norm, gemm, gemv, quantize
+from griffin_offload.kernels import attention_and_norm, gemm, gemv, gguf_blocks, quantize
 from griffin_offload.kernels import gather as gathering
 from griffin_offload.kernels import library as compiled
 
@@ -93,11 +93,25 @@ def quantise(r: random.Random, library: compiled.Library) -> None:
     quantize.quantize_int8(weight, torch.rand(rows) + 0.1, out, divisor)
 
 
+def blocks(r: random.Random, library: compiled.Library) -> None:
+    """As files have them: as numbers, and as codes of four bits that become those of int4."""
+    kind, rows = r.choice(gguf_blocks.KINDS), r.randint(1, 20)
+    nbytes, numbers = gguf_blocks.SIZES[kind]
+    count = r.randint(1, 3)
+    stored = _bytes(rows, count * nbytes)
+    gguf_blocks.numbers(kind, stored, torch.empty(rows, count * numbers, dtype=r.choice(DTYPES)))
+    if kind not in gguf_blocks.ON_GRIDS:
+        return
+    codes, steps, lowest = gguf_blocks.codes(kind, stored)
+    quantize.norms_of_codes(codes, steps, lowest)
+    quantize.pairs_of_codes(codes, steps, lowest, torch.rand(rows) + 0.1)
+
+
 def gather(r: random.Random, library: compiled.Library) -> None:
     rows, columns = r.randint(1, 70), r.randint(1, 400)
     chosen = torch.tensor(sorted(r.sample(range(columns), r.randint(0, columns))), dtype=torch.long)
     source = _numbers(r, rows, columns, r.choice(HALVES), apart=r.random() < 0.5)
-    for matrix in (source, _bytes(rows, columns, torch.int8)):
+    for matrix in (source, _bytes(rows, columns, torch.int8)) if library.leaves_out else ():
         gathering.gather_columns(matrix, chosen, torch.empty(rows, chosen.numel(), dtype=matrix.dtype))
 
 
@@ -139,14 +153,14 @@ def in_groups(r: random.Random, library: compiled.Library) -> None:
     many.multiply(f"int{bits}_strips", chosen, strips[0], None, None, strips[1], features)
 
 
-CALLS: tuple[Call, ...] = (few, many, attend, norms, quantise, gather, in_groups)
+CALLS: tuple[Call, ...] = (few, many, attend, norms, quantise, blocks, gather, in_groups)
 
 
 def load(path: str) -> compiled.Library:
     """The library at `path` in place of the installed one, on threads that sanitizers understand."""
     library = compiled.Library(path)
     library.parallel = ctypes.cast(library.functions.plain_threads, ctypes.c_void_p)
-    for module in (attention_and_norm, gathering, quantize):
+    for module in (attention_and_norm, gathering, gguf_blocks, quantize):
         module.library = lambda: library  # type: ignore[attr-defined]
     return library
 
