@@ -292,7 +292,7 @@ def identity_of(model_spec: ModelSpec, plan: Plan, config: LoadConfig) -> ModelI
     of_experts: ModelIdentity = {"missing_experts": config.missing_experts} if plan.experts else {}
     return of_experts | {
         "model": model_spec.checkpoint.fingerprint(),
-        "precision": plan.precision,
+        "precision": plan.in_words if plan.as_held else plan.precision,
         "dtype": str(model_spec.dtype).removeprefix("torch."),
         "density": [layer.density(kept) for kept, layer in zip(plan.kept, shape.layers, strict=True)],
         "streamed": list(plan.streamed),

@@ -210,7 +210,7 @@ def options_of(path: Path, *, model: str) -> dict[str, Any]:
     same = len(set(densities)) == 1
     return {
         "density": densities[0] if same else densities,
-        "quantize": planned_as(precision).name,
+        "quantize": planned_as(precision.split()[0]).name,  # "int4 and more" comes of int4
         "ctx_size": ctx_size,
     }
 

@@ -19,9 +19,11 @@ from griffin_offload.config import LoadConfig
 from griffin_offload.engine.build import build
 from griffin_offload.engine.convert import convert
 from griffin_offload.engine.spec import examine, plan_for
+from griffin_offload.errors import SavedContextError
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
 from griffin_offload.formats.translated import TranslatedTensor, in_memory, stacked
+from griffin_offload.kv_cache.sequence_file import options_of
 
 IDS = torch.arange(5, 45)[None]
 OPTIONS = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB", "dtype": "bfloat16"}
@@ -219,6 +221,23 @@ def test_with_less_memory_comes_four_bits_for_all(tmp_path: Path):
     _, (found, _, forms) = logits_of(file, max_gpu_mem=str(plan.budget_bytes), kv_bits=16)
     assert found == plan
     assert INT8 not in forms.values()
+
+
+def test_a_saved_context_belongs_to_one_of_the_two(tmp_path: Path):
+    file, saved = write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_1", others=IN_MORE_BITS), tmp_path / "saved"
+    with GriffinModel.from_pretrained(file, **OPTIONS) as model:
+        context = model.new_context()
+        model.generate(IDS, max_new_tokens=2, do_sample=False, context=context)
+        model.save_context(context, saved)
+        again = options_of(saved, model=open_checkpoint(file).fingerprint())
+    assert again["quantize"] == "int4"
+    with GriffinModel.from_pretrained(file, **OPTIONS | again) as model:
+        assert len(model.load_context(saved)[0].tokens) == IDS.shape[1] + 1  # the last one has not passed
+    with (
+        GriffinModel.from_pretrained(file, **OPTIONS, prefer="speed") as model,
+        pytest.raises(SavedContextError, match=r"another precision \(int4 and more, now int4\)"),
+    ):
+        model.load_context(saved)
 
 
 def test_of_files_in_more_bits_int4_is_all_in_four(tmp_path: Path):
