@@ -235,7 +235,7 @@ def test_a_saved_context_belongs_to_one_of_the_two(tmp_path: Path):
         assert len(model.load_context(saved)[0].tokens) == IDS.shape[1] + 1  # the last one has not passed
     with (
         GriffinModel.from_pretrained(file, **OPTIONS, prefer="speed") as model,
-        pytest.raises(SavedContextError, match=r"another precision \(int4 and more, now int4\)"),
+        pytest.raises(SavedContextError, match=r'another precision \("int4 and more", now "int4"\)'),
     ):
         model.load_context(saved)
 
