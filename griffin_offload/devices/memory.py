@@ -299,11 +299,24 @@ def _described(error: BaseException, device: Device | None) -> str:
     refused = device if device is not None and device.refused(error) else None
     kind = "machine" if refused is None else "device"
     asked = _ASKED.search(str(error))
+    wanted = f"({one_line(error)[:120]})" if asked is None else format_bytes(int(float(asked[1]) * _UNITS[asked[2]]))
+    limit = _address_limit() if refused is None else None
+    if limit is not None:
+        return f"the machine refused {wanted}: this process may have {format_bytes(limit)} of addresses (ulimit -v)"
     if asked is None:
-        return f"the {kind} refused ({one_line(error)[:120]})"
+        return f"the {kind} refused {wanted}"
     free, _ = host_bytes() if refused is None else refused.memory_bytes()
-    nbytes = int(float(asked[1]) * _UNITS[asked[2]])
-    return f"the {kind} refused {format_bytes(nbytes)}, {format_bytes(free)} are free"
+    return f"the {kind} refused {wanted}, {format_bytes(free)} are free"
+
+
+def _address_limit() -> int | None:
+    """Bytes that the process may map, where a shell or a scheduler has limited them: there is free memory beside."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def budget_bytes(config: LoadConfig, device: Device, *, absent: bool = False) -> int:
