@@ -19,20 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from mixtures import MIXTURES, ROUTER_SKEW
+from shapes import MIXTURES, ROUTER_SKEW, SHAPES
 from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig, LlamaConfig, PretrainedConfig
 
-# hidden H, feed-forward F, layers L, attention heads, key/value heads, vocabulary V
-SHAPES = {
-    "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128256),
-    "llama-2-70b": (8192, 28672, 80, 64, 8, 32000),
-    "llama-2-13b": (5120, 13824, 40, 40, 40, 32000),
-    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256),
-    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
-    "1b": (2048, 5632, 22, 32, 4, 32000),
-    "costs": (1024, 4096, 8, 16, 4, 8192),
-    "tiny": (64, 256, 4, 4, 2, 512),
-}
 DTYPES = {"bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16"), "fp32": (torch.float32, "F32")}
 MAX_SHARD_BYTES = int(5e9)
 STD = 0.02

@@ -9,12 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from make_checkpoint import SHAPES, make_checkpoint
+from make_checkpoint import make_checkpoint
 from peers import bounds, contestants, copies, environments
 from peers.bounds import ModelBytes
 from peers.contestants import Settings
 from peers.journal import Journal
 from peers.page import Page
+from shapes import SHAPES
 from sides import RIVAL_SHARES, Result, Side, Workload, rival_settings, run_rival_trials, run_side
 from worker import prompt
 

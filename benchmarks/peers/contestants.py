@@ -82,7 +82,7 @@ def peer_side(key: str, settings: Settings, new_tokens: int) -> Side:
     environment = environment_of(key)
     assert environment is not None
     python = str(interpreter(settings.environments, environment))
-    program = (python, "-m", f"peers.worker_{environment}")
+    program = (python, "-m", f"peers.worker_{environment}", *(("side",) if environment == "llama" else ()))
     options: tuple[str, ...] = ()
     name = FULL.get(key, "")
     if environment == "llama":

@@ -16,7 +16,7 @@ from griffin_offload.checkpoint.safetensors import UNFINISHED
 
 SPARE_BYTES = int(1e9)
 # Disk space, as a part of the 16-bit checkpoint: while it is made.
-ROOM = {"int8": 0.55, "int4": 0.35, "split": 1.05, "gguf": 1.31}
+ROOM = {"int8": 0.55, "int4": 0.35, "split": 1.05, "gguf": 0.55, "gguf-BF16": 1.05}
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Copy:
 
 
 def order(copy: str) -> tuple[int, str]:
-    """What needs most room while it is made comes first; AirLLM's is deleted before ours are made."""
-    return ["gguf", "split", "16bit", "int8", "int4"].index(copy.split("-")[0]), copy
+    """AirLLM's, the largest, is deleted before others are made."""
+    return ["split", "16bit", "gguf", "int8", "int4"].index(copy.split("-")[0]), copy
 
 
 def folder_of(copy: str, checkpoint: Path) -> Path:
@@ -91,7 +91,7 @@ def is_made(copy: str, folder: Path) -> bool:
 
 
 def check_room(copy: str, checkpoint: Path) -> None:
-    needed_bytes = ROOM[copy.split("-")[0]] * stored_bytes(checkpoint) + SPARE_BYTES
+    needed_bytes = ROOM.get(copy, ROOM[copy.split("-")[0]]) * stored_bytes(checkpoint) + SPARE_BYTES
     free_bytes = shutil.disk_usage(checkpoint.parent).free
     if needed_bytes > free_bytes:
         raise SystemExit(
