@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from capped_run import run_capped
-from disk import drop_page_cache
+from capped_run import drop_page_cache, run_capped
 from make_checkpoint import make_checkpoint
 from report import gigabytes, markdown_table, provenance, publish
 from shapes import MIXTURES, ROUTER_SKEW

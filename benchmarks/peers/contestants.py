@@ -1,10 +1,11 @@
 """Who takes part: what each reads, where it runs, and with which options."""
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peers.environments import interpreter
-from sides import Side
+from sides import BENCHMARKS, Side
 
 LLAMA, MAPPED = "llama-", "-mapped"
 OURS = {
@@ -74,35 +75,37 @@ def our_side(key: str, settings: Settings, new_tokens: int) -> Side:
             name += f", acceptance simulated ({settings.acceptance:.0%})"
         if settings.draft_tokens:
             options += ["--draft-tokens", str(settings.draft_tokens)]
-    return Side(name, "ours", settings.threads, new_tokens, tuple(options))
+    return Side(name, here("ours"), settings.threads, new_tokens, tuple(options))
 
 
-def peer_side(key: str, settings: Settings, new_tokens: int) -> Side:
-    """A process in an environment of its own."""
-    environment = environment_of(key)
-    assert environment is not None
-    python = str(interpreter(settings.environments, environment))
-    program = (python, "-m", f"peers.worker_{environment}", *(("side",) if environment == "llama" else ()))
-    options: tuple[str, ...] = ()
-    name = FULL.get(key, "")
-    if environment == "llama":
-        mapped = key.endswith(MAPPED)
-        options = ("--file", f"{gguf_type(key)}.gguf", *(("--mapped",) if mapped else ()))
-        name = f"llama.cpp, {gguf_type(key)}" + (", mapped" if mapped else "")
-    elif key == "airllm":
-        options = ("--scratch", str(settings.split))
-    else:
-        options = ("--ram-share", str(int(OLLM_SHARE * settings.budget_bytes)))
-    return Side(name, environment, settings.threads, new_tokens, options, program)
+def here(worker: str) -> tuple[str, ...]:
+    return sys.executable, str(BENCHMARKS / "worker.py"), worker
+
+
+def accelerate(share: float, copied: bool, settings: Settings, new_tokens: int, scratch: Path) -> Side:
+    """The full model with a share of the cap in RAM, whose weights are mapped or copied."""
+    options = ("--ram-share", str(int(share * settings.cap_bytes)), "--scratch", str(scratch))
+    name = f"accelerate, {share:.0%} of the cap in RAM" + (", share copied" if copied else "")
+    options += ("--copy-share",) if copied else ()
+    return Side(name, here("accelerate"), settings.threads, new_tokens, options)
 
 
 def side(key: str, settings: Settings, new_tokens: int) -> Side:
     """All but accelerate, whose best setting is found by trials."""
     if key in OURS:
         return our_side(key, settings, new_tokens)
-    if key == "mmap":
-        return Side(FULL[key], "mmap", settings.threads, new_tokens)
-    return peer_side(key, settings, new_tokens)
+    name, program, options = FULL.get(key, ""), here(key), ()
+    if environment := environment_of(key):
+        program = (str(interpreter(settings.environments, environment)), "-m", f"peers.worker_{environment}")
+    if key == "airllm":
+        options = ("--scratch", str(settings.split))
+    elif key == "ollm":
+        options = ("--ram-share", str(int(OLLM_SHARE * settings.budget_bytes)))
+    elif key != "mmap":
+        mapped = key.endswith(MAPPED)
+        options = ("--file", f"{gguf_type(key)}.gguf", *(("--mapped",) if mapped else ()))
+        name, program = f"llama.cpp, {gguf_type(key)}" + (", mapped" if mapped else ""), (*program, "side")
+    return Side(name, program, settings.threads, new_tokens, options)
 
 
 def reads_everything(key: str) -> bool:

@@ -8,7 +8,7 @@ import sys
 
 import torch
 from airllm import AirLLMBaseModel
-from peers.protocol import Generate, run
+from peers.protocol import Loaded, run
 from peers.streamed import generating
 
 
@@ -17,7 +17,7 @@ class WithoutTokenizer(AirLLMBaseModel):
         return None
 
 
-def load(args: argparse.Namespace) -> Generate:
+def load(args: argparse.Namespace) -> Loaded:
     torch.set_num_threads(args.threads)
     model = WithoutTokenizer(
         args.dir,
@@ -25,7 +25,7 @@ def load(args: argparse.Namespace) -> Generate:
         max_seq_len=args.prompt_tokens + args.new_tokens,
         layer_shards_saving_path=str(args.scratch),
     )
-    return generating(model)
+    return generating(model), {}
 
 
 if __name__ == "__main__":

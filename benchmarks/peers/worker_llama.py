@@ -55,7 +55,7 @@ def answer(server: Any, ids: list[int], tokens: int, on_word: Callable[[str], ob
     return said[-1]
 
 
-def load(args: argparse.Namespace) -> protocol.Generate:
+def load(args: argparse.Namespace) -> protocol.Loaded:
     tokens = args.prompt_tokens + args.new_tokens
     server = start(args.dir / args.file, args.threads, tokens, batch=args.prompt_tokens, mapped=args.mapped)
 
@@ -69,7 +69,7 @@ def load(args: argparse.Namespace) -> protocol.Generate:
         answer(server, ids, new_tokens, on_word)
         return words
 
-    return generate
+    return generate, {}
 
 
 def answer_together(server: Any, sequences: int, prompt_tokens: int, tokens: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ import sys
 import torch
 from ollm import AutoInference
 from ollm.inference import Inference
-from peers.protocol import Generate, run
+from peers.protocol import Loaded, run
 from peers.streamed import generating
 from transformers import AutoConfig
 
@@ -23,12 +23,12 @@ def kept_layers(args: argparse.Namespace) -> int:
     return max(0, int((args.ram_share - outside_bytes) / layer_bytes) - 1)
 
 
-def load(args: argparse.Namespace) -> Generate:
+def load(args: argparse.Namespace) -> Loaded:
     torch.set_num_threads(args.threads)
     Inference.tokenizer = None
     inference = AutoInference(str(args.dir), device="cpu", logging=False)
     inference.offload_layers_to_cpu(layers_num=kept_layers(args))
-    return generating(inference.model)
+    return generating(inference.model), {}
 
 
 if __name__ == "__main__":
