@@ -1,7 +1,7 @@
 """Quality of trained models: 16 bit and int8 to int2 x {1, .75, .5}, converted and quantised on the way.
 
     python benchmarks/real_models.py --text wikitext2=wikitext2_valid.txt.xz --text books=books_valid.txt.xz
-    python benchmarks/real_models.py --only smollm2 --quick
+    python benchmarks/real_models.py --only smollm2 --windows 4 --densities 1
     python benchmarks/real_models.py --dir MODEL --text TEXT    # a 16-bit checkpoint of one's own
     python benchmarks/real_models.py --bits 4,3.5,3,2.5,2.2     # tiers of bits, beside as many bytes of int4 neurons
     python benchmarks/real_models.py --budgets 0.4,0.5,0.7,1    # what the planner makes of shares of the 16-bit bytes
@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -98,7 +98,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dir", type=Path, action="append", help="a 16-bit checkpoint, in place of those of the index")
     parser.add_argument("--only", choices=tuple(SOURCES), action="append", help="one of the models")
-    parser.add_argument("--quick", action="store_true", help="4 windows, as stored, density 1")
     parser.add_argument("--windows", type=int, default=16, help="of each text, spread evenly")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--scored-tokens", type=int, default=128)
@@ -112,18 +111,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--name", help="of the result files (default: real_models, and what part of it this is)")
     args = parser.parse_args(arguments)
-    if args.quick:
-        args.windows, args.densities = min(args.windows, 4), [1.0]
     if min(args.windows, args.prompt_tokens, args.scored_tokens, args.threads) < 1:
         parser.error("windows, tokens and threads are 1 or more")
     if bool(args.codecs) != bool(args.llama_cpp) or (args.codecs and not args.bits):
         parser.error("--codecs are run by --llama-cpp, beside --bits")
-    if not set(args.formats) <= set(QUANTISED):
-        parser.error(f"formats are {', '.join(QUANTISED)}")
-    if not all(0 < density <= 1 for density in args.densities):
-        parser.error("densities are above 0 and at most 1")
     part = [*(["bits"] if args.bits else []), *(["budgets"] if args.budgets else [])]
-    part += [*(args.only or []), *(path.name for path in args.dir or []), *(["quick"] if args.quick else [])]
+    part += [*(args.only or []), *(path.name for path in args.dir or [])]
     args.name = args.name or "-".join(["real_models", *part])
     args.only = args.only or ([] if args.dir else list(SOURCES))
     args.text = dict(map(named_text, args.text or [f"books_kids={DEFAULT_TEXT}"]))
@@ -189,7 +182,9 @@ def variants_of(args: argparse.Namespace, folder: Path, *, permuted: bool) -> li
             [Variant(f"{kind}, {bits:g}", {"quantize": kind, "bits": bits}, "tiers") for bits in args.bits]
             for kind in ("tiers", "layers")
         )
-        return [Variant("int4", **int4), *tiers, *(Variant(c, **int4, codec=c) for c in args.codecs), *layers]
+        codecs = [Variant(codec, **int4, codec=codec) for codec in args.codecs]
+        in_turns = (each for pair in zip_longest(tiers, codecs) for each in pair if each is not None)
+        return [Variant("int4", **int4), *in_turns, *layers]
     if args.bits:
         found = [Variant(f"all in {name}", {"quantize": name, "density": 1.0}) for name in args.formats]
         for bits in sorted(args.bits, reverse=True):
@@ -249,8 +244,8 @@ def measured(*arguments: Any) -> Measured | str:
 def measure_model(
     source: Source, args: argparse.Namespace, sections: list[Section], step: Callable[[], object]
 ) -> None:
-    """As stored, and, unless it is to be quick, permuted; bits and budgets of the latter alone."""
-    for permuted in (True,) if args.bits or args.budgets else (False,) if args.quick else (False, True):
+    """As stored and permuted; bits and budgets of the latter alone."""
+    for permuted in (True,) if args.bits or args.budgets else (False, True):
         section = Section(source.title + (", residual channels permuted" if permuted else ""), source.packages, None)
         sections.append(section)
         measure_folder(section, lambda: fetched(source, args.models), args, step, permuted=permuted)

@@ -4,7 +4,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peers.environments import interpreter
 from sides import BENCHMARKS, Side
 
 LLAMA, MAPPED = "llama-", "-mapped"
@@ -17,10 +16,7 @@ OURS = {
 FULL = {
     "mmap": "transformers, mapped weights",
     "accelerate": "accelerate disk offload",
-    "airllm": "AirLLM",
-    "ollm": "oLLM",
 }
-OLLM_SHARE = 0.9  # of what ours may use: the rest is for its reading buffers
 
 
 @dataclass(frozen=True)
@@ -31,8 +27,8 @@ class Settings:
     density: float
     acceptance: float | None
     draft_tokens: int | None
-    environments: Path
-    split: Path
+    python: Path
+    """Of llama.cpp's environment."""
     cap_bytes: int = 0
     budget_bytes: int = 0
 
@@ -53,15 +49,7 @@ def copy_of(key: str) -> str:
     """What must be made before this side can run: '16bit' is the checkpoint itself."""
     if key in OURS:
         return {"none": "16bit"}.get(OURS[key][1], OURS[key][1])
-    if key == "airllm":
-        return "split"
     return "16bit" if key in FULL else f"gguf-{gguf_type(key)}"
-
-
-def environment_of(key: str) -> str | None:
-    if key in ("airllm", "ollm"):
-        return key
-    return "llama" if key.startswith(LLAMA) else None
 
 
 def our_side(key: str, settings: Settings, new_tokens: int) -> Side:
@@ -94,18 +82,12 @@ def side(key: str, settings: Settings, new_tokens: int) -> Side:
     """All but accelerate, whose best setting is found by trials."""
     if key in OURS:
         return our_side(key, settings, new_tokens)
-    name, program, options = FULL.get(key, ""), here(key), ()
-    if environment := environment_of(key):
-        program = (str(interpreter(settings.environments, environment)), "-m", f"peers.worker_{environment}")
-    if key == "airllm":
-        options = ("--scratch", str(settings.split))
-    elif key == "ollm":
-        options = ("--ram-share", str(int(OLLM_SHARE * settings.budget_bytes)))
-    elif key != "mmap":
-        mapped = key.endswith(MAPPED)
-        options = ("--file", f"{gguf_type(key)}.gguf", *(("--mapped",) if mapped else ()))
-        name, program = f"llama.cpp, {gguf_type(key)}" + (", mapped" if mapped else ""), (*program, "side")
-    return Side(name, program, settings.threads, new_tokens, options)
+    if key in FULL:
+        return Side(FULL[key], here(key), settings.threads, new_tokens)
+    mapped = ("--mapped",) if key.endswith(MAPPED) else ()
+    program, options = (str(settings.python), "-m", "peers.worker_llama", "side"), ("--file", f"{gguf_type(key)}.gguf")
+    name = f"llama.cpp, {gguf_type(key)}" + (", mapped" if mapped else "")
+    return Side(name, program, settings.threads, new_tokens, (*options, *mapped))
 
 
 def reads_everything(key: str) -> bool:

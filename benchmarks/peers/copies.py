@@ -1,4 +1,4 @@
-"""The forms of the checkpoint that sides read, made when a side needs them and, where large, deleted behind it."""
+"""The forms of the checkpoint that sides read, made when a side needs them."""
 
 import json
 import shutil
@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers.environments import interpreter
 from sides import environment
 
 from griffin_offload.checkpoint.safetensors import UNFINISHED
 
 SPARE_BYTES = int(1e9)
 # Disk space, as a part of the 16-bit checkpoint: while it is made.
-ROOM = {"int8": 0.55, "int4": 0.35, "split": 1.05, "gguf": 0.55, "gguf-BF16": 1.05}
+ROOM = {"int8": 0.55, "int4": 0.35, "gguf": 0.55, "gguf-BF16": 1.05}
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,7 @@ class Copy:
 
 
 def order(copy: str) -> tuple[int, str]:
-    """AirLLM's, the largest, is deleted before others are made."""
-    return ["split", "16bit", "gguf", "int8", "int4"].index(copy.split("-")[0]), copy
+    return ["16bit", "gguf", "int8", "int4"].index(copy.split("-")[0]), copy
 
 
 def folder_of(copy: str, checkpoint: Path) -> Path:
@@ -39,7 +37,7 @@ def folder_of(copy: str, checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}-{copy.split('-')[0]}")
 
 
-def make(copy: str, checkpoint: Path, environments: Path, threads: int) -> Copy:
+def make(copy: str, checkpoint: Path, python: Path, threads: int) -> Copy:
     """Raises SystemExit with the numbers when the disk has no room, and CalledProcessError when the maker fails."""
     folder = folder_of(copy, checkpoint)
     if copy == "16bit":
@@ -48,11 +46,9 @@ def make(copy: str, checkpoint: Path, environments: Path, threads: int) -> Copy:
         check_room(copy, checkpoint)
     if copy in ("int8", "int4"):
         return convert(checkpoint, folder, copy)
-    if copy == "split":
-        return split(checkpoint, folder, environments)
     file = folder / f"{copy.removeprefix('gguf-')}.gguf"
     words = ["-m", "peers.gguf_file", str(checkpoint), str(file), "--type", file.stem, "--threads", str(threads)]
-    seconds = None if file.exists() else timed(copy, [str(interpreter(environments, "llama")), *words])
+    seconds = None if file.exists() else timed(copy, [str(python), *words])
     return Copy(folder, file.stat().st_size, seconds)
 
 
@@ -65,17 +61,6 @@ def convert(checkpoint: Path, folder: Path, precision: str) -> Copy:
     found = json.loads((folder / "config.json").read_text()).get("quantization_config", {}).get("precision")
     if found != precision:
         raise SystemExit(f"error: {folder.name} is there and its precision is {found}: remove it")
-    return Copy(folder, stored_bytes(folder), seconds)
-
-
-def split(checkpoint: Path, folder: Path, environments: Path) -> Copy:
-    seconds = None
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        words = ["-m", "peers.airllm_split", str(checkpoint), str(partial)]
-        seconds = timed("split", [str(interpreter(environments, "airllm")), *words])
-        partial.rename(folder)
     return Copy(folder, stored_bytes(folder), seconds)
 
 
@@ -102,7 +87,3 @@ def check_room(copy: str, checkpoint: Path) -> None:
 
 def stored_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-
-
-def delete_split(checkpoint: Path) -> None:
-    shutil.rmtree(folder_of("split", checkpoint), ignore_errors=True)

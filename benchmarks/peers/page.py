@@ -24,7 +24,7 @@ HEADS = (
     "tokens",
     "as the full model's",
 )
-REFERENCES = ("mmap", "accelerate", "airllm", "ollm")  # all weights, in the checkpoint's own precision
+REFERENCES = ("mmap", "accelerate")  # all weights, in the checkpoint's own precision
 
 
 def first_s(run: Run) -> float:

@@ -35,7 +35,7 @@ def new_parser(**options: Any) -> argparse.ArgumentParser:
     parser.add_argument("--file", help="GGUF file in --dir")
     parser.add_argument("--mapped", action="store_true", help="weights stay in the page cache, in the file's layout")
     parser.add_argument("--ram-share", type=int, default=0, help="bytes of weights that may stay in memory")
-    parser.add_argument("--scratch", type=Path, help="where a peer may write its own copy of the weights")
+    parser.add_argument("--scratch", type=Path, help="where a side may write weights")
     return parser
 
 
