@@ -55,6 +55,8 @@ def worker(arguments: argparse.Namespace) -> int:
 def model_of(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """The original and what is run, its converted copy or itself; what is missing is made."""
     source = arguments.gguf or arguments.dir / arguments.shape
+    if arguments.gguf and not source.exists():
+        raise SystemExit(f"error: {source.name} is not there: peers/gguf_random.py makes one")
     if not source.exists():
         make_checkpoint(source, arguments.shape)
     if not arguments.convert:

@@ -105,6 +105,7 @@ def write_weights(folder: Path, shapes: TensorShapes, dtype: torch.dtype) -> Non
     for number, shard in enumerate(shards, start=1):
         path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: weights.of(name, shape) for name, shape in shard.items()}, path, {"format": "pt"})
+        path.chmod(0o644)  # safetensors makes them private
         with path.open("rb") as file:  # leave no gigabytes of page cache behind
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,7 +1,6 @@
 """The forms of the checkpoint that sides read, made when a side needs them."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -12,10 +11,6 @@ from pathlib import Path
 from sides import environment
 
 from griffin_offload.checkpoint.safetensors import UNFINISHED
-
-SPARE_BYTES = int(1e9)
-# Disk space, as a part of the 16-bit checkpoint: while it is made.
-ROOM = {"int8": 0.55, "int4": 0.35, "gguf": 0.55, "gguf-BF16": 1.05}
 
 
 @dataclass(frozen=True)
@@ -38,12 +33,10 @@ def folder_of(copy: str, checkpoint: Path) -> Path:
 
 
 def make(copy: str, checkpoint: Path, python: Path, threads: int) -> Copy:
-    """Raises SystemExit with the numbers when the disk has no room, and CalledProcessError when the maker fails."""
+    """Raises CalledProcessError when the maker fails."""
     folder = folder_of(copy, checkpoint)
     if copy == "16bit":
         return Copy(folder, stored_bytes(folder), None)
-    if not is_made(copy, folder):
-        check_room(copy, checkpoint)
     if copy in ("int8", "int4"):
         return convert(checkpoint, folder, copy)
     file = folder / f"{copy.removeprefix('gguf-')}.gguf"
@@ -69,20 +62,6 @@ def timed(copy: str, command: Sequence[str]) -> float:
     start_s = time.perf_counter()
     subprocess.run(command, check=True, env=environment(), stdout=sys.stderr)
     return time.perf_counter() - start_s
-
-
-def is_made(copy: str, folder: Path) -> bool:
-    return (folder / f"{copy.removeprefix('gguf-')}.gguf").exists() if copy.startswith("gguf") else folder.exists()
-
-
-def check_room(copy: str, checkpoint: Path) -> None:
-    needed_bytes = ROOM.get(copy, ROOM[copy.split("-")[0]]) * stored_bytes(checkpoint) + SPARE_BYTES
-    free_bytes = shutil.disk_usage(checkpoint.parent).free
-    if needed_bytes > free_bytes:
-        raise SystemExit(
-            f"error: making {copy} needs {needed_bytes / 1e9:.1f} GB of disk, {free_bytes / 1e9:.1f} GB are free: "
-            "delete other copies, or leave its sides out of --caps"
-        )
 
 
 def stored_bytes(folder: Path) -> int:
