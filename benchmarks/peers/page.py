@@ -87,7 +87,7 @@ class Page:
             *(f"- command: `{command}`" for command in dict.fromkeys(run["command"] for run in runs)),
             *(f"- hardware: `{hardware}`" for hardware in dict.fromkeys(str(run["hardware"]) for run in runs)),
             *(f"- versions: `{versions}`" for versions in dict.fromkeys(str(run["versions"]) for run in runs)),
-            f"- peers: {', '.join(sorted(self.packages()))}",
+            f"- software: {', '.join(sorted(self.packages()))}",
             f"- the checkpoint: {gigabytes(self.model.total_bytes)} in {8 * self.model.value_bytes} bit; prompt of "
             f"{self.settings['prompt_tokens']} tokens ({self.settings['prompt']}), greedy, each side cold, in a "
             f"process of its own and with free memory {self.settings.get('memory', 'as found')}",
