@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-PROC = Path("/proc")
 REMOVE_TIMEOUT_S = 10.0
 FILES = {  # version -> limit, limit with swap, peak, out-of-memory counter
     1: (
@@ -66,44 +65,28 @@ class MemoryCgroup:
                 time.sleep(0.05)
 
 
-def _mount(kind: str, option: str | None) -> tuple[Path, str] | None:
-    """Mount point and root of a cgroup hierarchy, from mountinfo."""
-    for line in (PROC / "self/mountinfo").read_text().splitlines():
-        before, after = line.split(" - ", 1)
-        fields, (found_kind, _, options) = before.split(), after.split(maxsplit=2)
-        if found_kind == kind and (option is None or option in options.split(",")):
-            return Path(fields[4]), fields[3]
-    return None
-
-
-def _own_group(version: int) -> tuple[Path, Path] | None:
-    """Mount point and the caller's own group, or None where the version has no memory controller."""
-    for line in (PROC / "self/cgroup").read_text().splitlines():
-        _, controllers, group = line.split(":", 2)
-        wanted = "memory" in controllers.split(",") if version == 1 else controllers == ""
-        mount = _mount("cgroup", "memory") if version == 1 else _mount("cgroup2", None)
-        if wanted and mount:
-            point, root = mount
-            own = point / os.path.relpath(group, root)
-            return point, own if own.is_dir() else point
-    return None
-
-
 def _parents(version: int) -> Iterator[Path]:
     """Groups that may take a capped child, nearest first."""
-    found = _own_group(version)
-    if found is None:
-        return
-    mount, group = found
-    if version == 1:
-        yield group
-        return
-    for candidate in (group, *group.parents):  # v2: only a group that hands the controller down
-        control = candidate / "cgroup.subtree_control"
-        if control.is_file() and "memory" in control.read_text().split():
-            yield candidate
-        if candidate == mount:
-            return
+    kind, controller = {1: ("cgroup", "memory"), 2: ("cgroup2", "")}[version]
+    own = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, after = line.split(" - ", 1)
+        fields, (found_kind, _, options) = before.split(), after.split(maxsplit=2)
+        if found_kind != kind or (controller and controller not in options.split(",")):
+            continue
+        mount = Path(fields[4])
+        for group in (group for _, controllers, group in own if controller in controllers.split(",")):
+            path = mount / os.path.relpath(group, fields[3])
+            path = path if path.is_dir() else mount
+            if version == 1:
+                yield path
+            else:  # only a group that hands the controller down
+                found = [place for place in (path, *path.parents) if place.is_relative_to(mount)]
+                yield from (place for place in found if "memory" in _text(place / "cgroup.subtree_control").split())
+
+
+def _text(file: Path) -> str:
+    return file.read_text() if file.is_file() else ""
 
 
 def _create(limit_bytes: int) -> MemoryCgroup | None:

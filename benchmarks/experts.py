@@ -6,9 +6,9 @@ are the bytes that were read over the disk's own rate, measured in the same minu
 
     python benchmarks/experts.py DIR [--shape gpt-oss-half] [--share 0.45] [--quantize int4] [--tokens 64]
 
-With `--gguf` the model is a file of peers/gguf_mixture.py, or a dense one of peers/gguf_random.py, in place of the
-checkpoint, and `--beside ENV/bin/python` runs llama.cpp (peers/worker_llama_server.py) on that file first, in a cgroup
-of the same size. Embeddings and head are in 8 bits in a mixture's file, and in a converted copy of it.
+With `--gguf` the model is a file of peers/gguf_random.py, a mixture or a dense one, in place of the checkpoint, and
+`--beside ENV/bin/python` runs llama.cpp (peers/worker_llama.py) on that file first, in a cgroup of the same size.
+Embeddings and head are in 8 bits in a mixture's file, and in a converted copy of it.
 """
 
 import argparse
@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from capped_run import run_capped
-from disk import drop_page_cache
+from capped_run import drop_page_cache, run_capped
 from make_checkpoint import make_checkpoint
-from mixtures import MIXTURES, ROUTER_SKEW
 from report import gigabytes, markdown_table, provenance, publish
+from shapes import MIXTURES, ROUTER_SKEW
 
 from griffin_offload import GriffinModel
 from griffin_offload.evaluation.ceilings import read_bytes_per_s
@@ -56,6 +55,8 @@ def worker(arguments: argparse.Namespace) -> int:
 def model_of(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """The original and what is run, its converted copy or itself; what is missing is made."""
     source = arguments.gguf or arguments.dir / arguments.shape
+    if arguments.gguf and not source.exists():
+        raise SystemExit(f"error: {source.name} is not there: peers/gguf_random.py makes one")
     if not source.exists():
         make_checkpoint(source, arguments.shape)
     if not arguments.convert:
@@ -91,8 +92,8 @@ def measure(arguments: argparse.Namespace) -> int:
     limit = int(arguments.share * sum(path.stat().st_size for path in files_of(source)))
     found: dict[str, Any] = {"shape": arguments.shape, "skew": ROUTER_SKEW}
     if arguments.beside:
-        command = [arguments.beside, "-m", "peers.worker_llama_server", str(source), "--tokens", str(arguments.tokens)]
-        command += ["--prompts", json.dumps(prompts(arguments))]
+        command = [arguments.beside, "-m", "peers.worker_llama", "alone", str(source)]
+        command += ["--prompts", json.dumps(prompts(arguments)), "--tokens", str(arguments.tokens)]
         found["llama.cpp"] = run_cold(source, command, limit, arguments.timeout)
     command = [sys.executable, __file__, str(model), "--worker", "--budget", str(limit - BESIDE_BYTES)]
     command += ["--tokens", str(arguments.tokens), "--quantize", arguments.quantize]

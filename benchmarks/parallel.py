@@ -9,9 +9,11 @@ processor's time of all threads, which other processes disturb less. The ceiling
 sequences: that of a memory-bound device, whose weights are read once for all. `--stock` adds transformers' own
 `generate` of the same checkpoint, which is what the runtime costs or saves on a model that fits in memory.
 
-`--beside` is the command of peers/worker_llama_server.py, which answers as many prompts at once in a round of its own:
+`--beside` is the command of peers/worker_llama.py, which answers as many prompts at once in a round of its own:
 
-    --threads 2 --beside "ENV/bin/python -m peers.worker_llama_server FILE.gguf --checkpoint MODEL --slots 4"
+    --threads 2 --beside "ENV/bin/python -m peers.worker_llama together FILE.gguf --slots 4"
+
+FILE.gguf is MODEL by peers/gguf_file.py.
 """
 
 import argparse

@@ -13,31 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from griffin_offload import GriffinModel
-from griffin_offload.checkpoint.tokenizer import encode_messages
 from griffin_offload.cli.options import quiet_libraries
-from griffin_offload.devices.registry import CpuDevice
+from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
 from griffin_offload.errors import one_line
-from griffin_offload.evaluation.ceilings import decode_bytes_per_s
 from griffin_offload.evaluation.samples import SEPARATOR, first_tokens, take_windows, tokenize
-from griffin_offload.evaluation.speed import run_fixed
-from griffin_offload.formats import every
 from griffin_offload.planner.tiers import bits_of, expected_error
 
-QUESTIONS = (
-    "What is the capital of France?",
-    "How many days are in a week?",
-    "Name three colours of a rainbow.",
-)
 TOGETHER = 8
 """Tokens of a text that pass at once: as many as the kernels for few rows take of every format."""
-ANSWER_TOKENS = 48
-SPEED_TOKENS = 64
-EXACT_DENSITY, EXACT_WINDOWS, EXACT_TOKENS = 0.5, 4, 64
 
 
 @dataclass(frozen=True)
@@ -61,9 +50,7 @@ class Stock:
     perplexity: dict[str, float]
     """By text."""
     half_kl: dict[str, float]
-    """KL(float32 || the same by stock transformers in 16 bit) by text."""
-    bytes_per_s: float
-    """The fastest that one row is multiplied here by matrices of the model's FF that no cache holds, any precision."""
+    """KL(float32 || the same by stock transformers in 16 bit) by text, where it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +82,12 @@ class Measured:
     scores: dict[str, Score]
     """By text."""
     resident_bytes: int
-    token_bytes: int
-    """Weights that one token reads: the residents without an embedding that is only looked up."""
-    tokens_per_s: list[float]
-    """One for each repeat."""
-    answers: list[str]
-    tokens_per_pass: float | None
-    """Of exact mode; None: not measured."""
     chosen: str
-    """Precision and density, by the planner."""
+    """Precision and density, by the planner, or whose numbers the FFs have."""
     ff_bits: float
     """Resident bits per weight of the FFs, those left out included."""
     expected_error: float | None
-    """Of the FFs, by the planner: squared and relative; None of experts."""
+    """Of the FFs, by the planner: squared and relative; None of experts and of llama.cpp's codecs."""
 
 
 @dataclass(frozen=True)
@@ -119,26 +99,28 @@ class Variant:
     """Arguments of `from_pretrained`."""
     copy: str | None = None
     """Quantised to this once by `convert`; else, for each prompt anew."""
-    drafts: bool = False
-    """Whether it is a way to draft in exact mode that is measured: half of the neurons as they are stored, or neurons
-    in fewer bits for those of a 16-bit checkpoint."""
+    codec: str | None = None
+    """Of llama.cpp, by which the FFs are rounded instead; all else is as the options say."""
 
     @classmethod
     def of(cls, precision: str, density: float, *, converted: bool = False) -> "Variant":
         plain = precision == "none"
         way = "" if plain else ", converted" if converted else ", on the way"
-        drafts = density == EXACT_DENSITY if plain or converted else precision in ("int8", "int4")
         options = {"quantize": precision, "density": density}
-        return cls(("16 bit" if plain else precision) + way, options, precision if converted else None, drafts)
+        return cls(("16 bit" if plain else precision) + way, options, precision if converted else None)
 
 
 @torch.inference_mode()
-def measure_stock(folder: Path, texts: Mapping[str, Sequence[str]], windows: Windows, threads: int, out: Path) -> Stock:
-    """Windows of every text (its documents) and the stock model's float32 logits for them, written to `out`."""
+def measure_stock(
+    folder: Path, texts: Mapping[str, Sequence[str]], windows: Windows, threads: int, out: Path, *, rounding: bool
+) -> Stock:
+    """Windows of every text (its documents) and the stock model's float32 logits for them, written to `out`; `rounding`
+    asks for 16 bit, too."""
     quiet_libraries()
     torch.set_num_threads(threads)
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    exact, halves = (AutoModelForCausalLM.from_pretrained(folder, dtype=of) for of in (torch.float32, config.dtype))
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    halves = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype) if rounding else None
     first, kept = first_tokens(config, tokenizer), {}
     perplexity, half_kl = {}, {}
     for name, documents in texts.items():
@@ -146,18 +128,17 @@ def measure_stock(folder: Path, texts: Mapping[str, Sequence[str]], windows: Win
         logits = torch.empty(len(cut), windows.scored_tokens, config.get_text_config().vocab_size)
         nll, kl = [], []
         for own, ids in zip(logits, cut, strict=True):
-            same, rounded = (m(ids[None, :-1], logits_to_keep=len(own)).logits[0].float() for m in (exact, halves))
-            own.copy_(same)
-            nll.append(mean_nll(same.log_softmax(-1), ids))
-            kl.append(divergence(same.log_softmax(-1), rounded.log_softmax(-1)))
+            own.copy_(exact(ids[None, :-1], logits_to_keep=len(own)).logits[0])
+            log_probs = own.log_softmax(-1)
+            nll.append(mean_nll(log_probs, ids))
+            if halves is not None:
+                rounded = halves(ids[None, :-1], logits_to_keep=len(own)).logits[0].float()
+                kl.append(divergence(log_probs, rounded.log_softmax(-1)))
         kept[name] = {"ids": torch.stack(cut), "logits": logits}
-        perplexity[name], half_kl[name] = math.exp(statistics.mean(nll)), statistics.mean(kl)
+        perplexity[name] = math.exp(statistics.mean(nll))
+        half_kl |= {name: statistics.mean(kl)} if rounding else {}
     torch.save(kept, out)
-    rates = [
-        decode_bytes_per_s(p, config.hidden_size, config.intermediate_size, config.dtype, CpuDevice.current(), threads)
-        for p in every()
-    ]
-    return Stock(perplexity, half_kl, max(rate for rate in rates if rate))
+    return Stock(perplexity, half_kl)
 
 
 def mean_nll(log_probs: Tensor, ids: Tensor) -> float:
@@ -170,27 +151,76 @@ def divergence(reference: Tensor, log_probs: Tensor) -> float:
     return (reference.exp() * (reference - log_probs)).double().sum(-1).mean().item()
 
 
+@torch.inference_mode()
+def write_importance(folder: Path, out: Path, threads: int) -> None:
+    """The mean squares of what goes into each matrix of the FFs, by its name, over the text that int4 is calibrated
+    with, in as many pieces."""
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    first = first_tokens(model.config, tokenizer)
+    pieces = take_windows(tokenize([CALIBRATION_TEXT], tokenizer), 128, 16, "even", first)
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, given: tuple[Tensor, ...]) -> None:
+        found[name] = found.get(name, 0) + given[0].square().mean((0, 1)) / len(pieces)
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".mlp." in name:
+            module.register_forward_pre_hook(lambda _, given, name=name: add(name, given))
+    for ids in pieces:
+        model.model(ids[None])
+    numpy.savez(out, **{name: squares.numpy() for name, squares in found.items()})
+
+
+class FloatLinear(nn.Module):
+    """A matrix of float32, whatever the type of its inputs."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.float(), self.weight).to(x.dtype)
+
+
+def put_numbers(model: nn.Module, folder: Path) -> int:
+    """Those of `folder`, NAME.npy, in the places of the matrices of these names; how many weights that were."""
+    count = 0
+    for path in folder.glob("*.npy"):
+        owner, _, name = path.stem.rpartition(".")
+        numbers = torch.from_numpy(numpy.load(path))
+        setattr(model.get_submodule(owner), name, FloatLinear(numbers))
+        count += numbers.numel()
+    return count
+
+
 @torch.no_grad()
 def measure_variant(
-    folder: Path, variant: Variant, reference: Path, windows: Windows, threads: int, repeats: int
+    folder: Path,
+    variant: Variant,
+    reference: Path,
+    windows: Windows,
+    threads: int,
+    numbers: tuple[Path, float] | None = None,
 ) -> Measured | str:
-    """Figures of `folder`, a checkpoint that is converted already if the variant is; or why there are none. Without
-    `repeats` quality alone."""
+    """Figures of `folder`, a checkpoint that is converted already if the variant is; or why there are none. With
+    `numbers` these are the FFs', of so many bits a weight."""
     quiet_libraries()
     try:
-        kept = torch.load(reference, mmap=True)
-        prompts = next(iter(kept.values()))["ids"][:, : windows.prompt_tokens]
-        sizes = {"ctx_size": max(windows.tokens, windows.prompt_tokens + SPEED_TOKENS, 256), "threads": threads}
-        options = {"device": "cpu", **sizes, **variant.options}
+        options = {"device": "cpu", "ctx_size": max(windows.tokens, 256), "threads": threads, **variant.options}
         with GriffinModel.from_pretrained(folder, **options) as model:
-            scores = {name: score(model, of["ids"], of["logits"]) for name, of in kept.items()}
-            asked = range(repeats + 1 if repeats else 0)
-            speeds = [run_fixed(model, prompts[0], SPEED_TOKENS).decode_tokens_per_s for _ in asked]
-            found = (scores, model.resident_bytes, bytes_of_a_token(model), speeds[1:], answers(model) if asked else [])
             plan, shape = model.plan, model.engine.shape
-            planned = (bits_of(shape, plan.counts), expected_error(shape, plan.counts))
-        exact = tokens_per_pass(folder, prompts[:EXACT_WINDOWS], options) if variant.drafts and repeats else None
-        return Measured(*found, exact, f"{plan.in_words}, density {plan.density:.2f}", *planned)
+            size, bits, error = model.resident_bytes, bits_of(shape, plan.counts), expected_error(shape, plan.counts)
+            chosen = f"{plan.in_words}, density {plan.density:.2f}"
+            if numbers:
+                count = put_numbers(model.model, numbers[0])
+                size += round((numbers[1] - bits) * count / 8)
+                bits, error, chosen = numbers[1], None, "FFs by llama.cpp's codec"
+            kept = torch.load(reference, mmap=True)
+            scores = {name: score(model, of["ids"], of["logits"]) for name, of in kept.items()}
+            return Measured(scores, size, chosen, bits, error)
     except Exception as error:  # a row of the page says so
         return f"{type(error).__name__}: {one_line(error)}"
 
@@ -218,41 +248,6 @@ def forced_logits(model: GriffinModel, ids: Tensor, scored_tokens: int) -> Tenso
     if layers.fetched_bytes != fetched:
         raise RuntimeError(f"decoding fetched {layers.fetched_bytes - fetched} bytes")
     return torch.cat(found).float()
-
-
-def generate(model: GriffinModel, prompt: Tensor, new_tokens: int, **options: Any) -> Any:
-    """Greedily behind `prompt` [P], whatever the checkpoint's defaults are."""
-    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    return model.generate(prompt[None], max_new_tokens=new_tokens, **greedy, **options)
-
-
-def answers(model: GriffinModel) -> list[str]:
-    """To the questions; none of a model without a chat template."""
-    if model.tokenizer.chat_template is None:
-        return []
-    found = []
-    for question in QUESTIONS:
-        ids = torch.tensor(encode_messages(model.tokenizer, [{"role": "user", "content": question}]))
-        answer = generate(model, ids, ANSWER_TOKENS)[0, len(ids) :]
-        found.append(model.tokenizer.decode(answer, skip_special_tokens=True).strip())
-    return found
-
-
-def bytes_of_a_token(model: GriffinModel) -> int:
-    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
-    looked_up = model.plan.embeddings == "device" and head.weight is not embedding.weight
-    return model.resident_bytes - looked_up * embedding.weight.nbytes
-
-
-def tokens_per_pass(folder: Path, prompts: Tensor, options: dict[str, Any]) -> float:
-    """Tokens that a verifying pass of exact mode gives, of all prompts [W, P] together."""
-    tokens = passes = 0
-    with GriffinModel.from_pretrained(folder, exact=True, **options) as model:
-        for prompt in prompts:
-            generate(model, prompt, EXACT_TOKENS, eos_token_id=None)
-            drafting = model.last_report.drafting
-            tokens, passes = tokens + drafting.tokens, passes + drafting.passes
-    return tokens / passes
 
 
 def documents_of(path: Path, characters: int | None = None) -> list[str]:

@@ -12,8 +12,8 @@ from typing import Any
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "griffin-offload")
 PATH_OPTIONS = (
-    *("--dir", "--rival-dir", "--out", "--text", "--prior", "--env", "--envs", "--prompt-ids", "--models"),
-    *("--gguf", "--beside"),
+    *("--dir", "--out", "--text", "--env", "--prompt-ids", "--models"),
+    *("--gguf", "--beside", "--llama-cpp"),
 )
 
 

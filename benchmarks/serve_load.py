@@ -1,7 +1,7 @@
 """A server under load: are good requests answered, is memory bounded, is everything gone afterwards?
 
     python benchmarks/serve_load.py --requests 200 --clients 8 --out OUT
-    python benchmarks/serve_load.py --minutes 10 --out OUT          # and a picture of memory
+    python benchmarks/serve_load.py --minutes 10 --out OUT
 
 A real `griffin-offload serve` process of the demo in a budget of 6.35 MB, in which layers are streamed for every
 prompt. The ceiling of memory is the server's budget, which on the CPU is kept on the runtime's ledger; what the process
@@ -51,7 +51,6 @@ class Sample:
     """Of the runtime's ledger, at its highest so far; no answer is missed, given up or not."""
     growth_bytes: int
     """Anonymous memory at its peak so far above what it was before the model was loaded."""
-    session_bytes: int
     threads: int
     descriptors: int
 
@@ -66,7 +65,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--parallel", default="auto", help="requests that the server answers at once")
     parser.add_argument("--whole", action="store_true", help="all neurons: answers depend on no others")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for the record, and with --minutes for a picture")
+    parser.add_argument("--out", type=Path, help="folder for the record")
     return parser.parse_args(arguments)
 
 
@@ -106,7 +105,6 @@ class Watch:
             memory.rss - memory.shared,
             int(metrics["griffin_offload_device_peak_bytes"]),
             int(metrics["griffin_offload_host_growth_bytes"]),
-            int(metrics.get("griffin_offload_session_bytes", 0)),
             self._process.num_threads(),
             self._process.num_fds(),
         )
@@ -202,7 +200,6 @@ def measure_server(
         "budget_bytes": int(metrics["griffin_offload_device_budget_bytes"]),
         "peak_device_bytes": after.device_bytes,
         "peak_growth_bytes": max(s.growth_bytes for s in [*watch.samples, after]),
-        "peak_session_bytes": max(s.session_bytes for s in [*watch.samples, after]),
         "anonymous_bytes": {
             "idle": idle.anonymous_bytes,
             "peak": max(s.anonymous_bytes for s in [*watch.samples, idle, after]),
@@ -213,7 +210,6 @@ def measure_server(
         "descriptors": {"idle": idle.descriptors, "after": after.descriptors},
         "exit_code": code,
         "process_gone": not psutil.pid_exists(process.pid),
-        "samples": [vars(sample) for sample in watch.samples],
     }
 
 
@@ -261,42 +257,16 @@ def table(found: dict[str, Any]) -> str:
     return markdown_table([["", f"in {found['wall_s']:.0f} s"], *rows])
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Memory over time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    samples, style = found["samples"], {"linewidth": 0.8}
-    minutes = [sample["seconds"] / 60 for sample in samples]
-    figure, (host, device) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
-    host.plot(minutes, [sample["anonymous_bytes"] / 1e6 for sample in samples], **style)
-    host.set(ylabel="process, anonymous [MB]", ylim=(0, None))
-    for name, label in (("device_bytes", "highest so far"), ("session_bytes", "kept conversations")):
-        device.plot(minutes, [sample[name] / 1e6 for sample in samples], label=label, **style)
-    device.axhline(found["budget_bytes"] / 1e6, color="black", linestyle="--", label="budget", **style)
-    device.set(ylabel="ledger [MB]", xlabel="minutes", ylim=(0, None))
-    device.legend(loc="center right")
-    figure.savefig(path, dpi=120)
-
-
 def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     found = measure(options)
-    record = provenance("serve_load.py", arguments) | {key: value for key, value in found.items() if key != "samples"}
-    record["broken_promises"] = broken_promises(found)
+    record = provenance("serve_load.py", arguments) | found | {"broken_promises": broken_promises(found)}
     for failure in found["failures"][:10]:
         print(f"failure: {failure}")
     name = f"serve_load-{'demo' if options.dir is None else options.dir.name}"
     name += f"-{options.minutes:g}min" if options.minutes is not None else f"-{options.requests}"
-    body = table(found)
-    if options.minutes is not None and options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        draw(found, options.out / f"{name}.png")
-        body += f"\n\n![memory over time]({name}.png)"
-    publish(options.out, name, f"A server under load: {name}", body, record)
+    publish(options.out, name, f"A server under load: {name}", table(found), record)
     return 1 if record["broken_promises"] else 0
 
 

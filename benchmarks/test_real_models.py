@@ -3,14 +3,27 @@
 import hashlib
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from real_checkpoints import SOURCES, NotFetched, default_models, fetched, join_parts, permute_channels, write_permuted
 from real_models import DEFAULT_TEXT, named_text, section_lines
 from real_models import Section as MeasuredSection
-from real_variants import Measured, Score, Stock, Variant, Windows, documents_of, measure_stock, measure_variant, score
+from real_variants import (
+    Measured,
+    Score,
+    Stock,
+    Variant,
+    Windows,
+    documents_of,
+    measure_stock,
+    measure_variant,
+    put_numbers,
+    score,
+)
 from sides import in_own_process
 from tiny_models import ARCHITECTURES, write_checkpoint
 from transformers import AutoModelForCausalLM
@@ -78,26 +91,44 @@ def test_predictions_are_those_of_the_text_behind_the_prompt(tmp_path):
         assert min(score(model, ids, logits).window_kl) > 1e-4
 
 
+def test_numbers_of_a_codec_take_the_places_of_the_feed_forwards(tmp_path):
+    folder, numbers, ids = write_checkpoint("llama2", tmp_path / "m"), tmp_path / "numbers", torch.arange(3, 27)[None]
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    numbers.mkdir()
+    count = 0
+    for name, parameter in dense.named_parameters():
+        if ".mlp." in name:
+            parameter.data *= 1.5
+            numpy.save(numbers / f"{name.removesuffix('.weight')}.npy", parameter.detach().numpy())
+            count += parameter.numel()
+    with (
+        torch.no_grad(),
+        GriffinModel.from_pretrained(folder, device="cpu", density=1.0, quantize="none", ctx_size=64) as model,
+    ):
+        assert put_numbers(model.model, numbers) == count
+        assert torch.allclose(model.model(input_ids=ids).logits, dense(ids).logits, atol=1e-5)
+
+
 def test_what_cannot_be_loaded_says_so(tmp_path):
     torch.save({"text": {"ids": torch.ones(1, 4), "logits": torch.ones(1, 1, 4)}}, tmp_path / "reference")
-    found = measure_variant(tmp_path, Variant.of("none", 1.0), tmp_path / "reference", Windows(1, 2, 1), 1, 1)
+    found = measure_variant(tmp_path, Variant.of("none", 1.0), tmp_path / "reference", Windows(1, 2, 1), 1)
     assert isinstance(found, str)
     assert "config.json" in found
 
 
 def test_the_page_has_a_row_for_what_failed():
-    section = MeasuredSection("a model", ("a==1",), None, Stock({"text": 10.0}, {"text": 0.001}, 2e9))
+    section = MeasuredSection("a model", ("a==1",), None, Stock({"text": 10.0}, {"text": 0.001}))
     scored = Score([2.0, 2.2], [0.1, 0.3], 0.9)
     section.rows = [
         (
             Variant.of("none", 1.0),
-            Measured({"text": scored}, 10**7, 10**7, [90.0, 110.0, 100.0], [], None, "16 bit", 16.0, 0.0),
+            Measured({"text": scored}, 10**7, "16 bit", 16.0, 0.0),
         ),
         (Variant.of("int4", 1.0, converted=True), "the process died"),
     ]
     lines = "\n".join(section_lines(section)).splitlines()
-    assert "equals it: no" in lines[0]
-    assert "| 16 bit | 1 | 10.0 MB | 16.00 (0.0000) | 8.17 | 0.2000 ± 0.1000 | 0.900 | 100.0 | 200.0 |  |" in lines
+    assert any("equals it: no" in line for line in lines)
+    assert "| 16 bit | 1 | 10.0 MB | 16.00 (0.0000) | 8.17 | 0.2000 ± 0.1000 | 0.900 |" in lines
     assert any(line.startswith("| int4, converted | 1 | failed: the process died |") for line in lines)
 
 
@@ -119,7 +150,7 @@ def reference(smollm2, tmp_path_factory):
     """The stock model on four windows, and how they are cut."""
     windows, path = Windows(4, 256, 64), tmp_path_factory.mktemp("real") / "reference"
     texts = {"books_kids": documents_of(DEFAULT_TEXT)}
-    in_own_process(measure_stock, smollm2, texts, windows, torch.get_num_threads(), path)
+    in_own_process(partial(measure_stock, rounding=False), smollm2, texts, windows, torch.get_num_threads(), path)
     return path, windows
 
 
@@ -130,6 +161,6 @@ def test_quantised_a_trained_model_predicts_the_same(smollm2, reference, tmp_pat
     folder = smollm2
     if converted:
         folder = convert(smollm2, tmp_path / precision, precision).directory
-    found = in_own_process(measure_variant, folder, Variant.of(precision, 1.0, converted=converted), *reference, 1, 1)
+    found = in_own_process(measure_variant, folder, Variant.of(precision, 1.0, converted=converted), *reference, 1)
     assert isinstance(found, Measured), found
     assert found.scores["books_kids"].kl < most_kl

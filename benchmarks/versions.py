@@ -41,25 +41,16 @@ def measure(requirements: str, tests: list[str]) -> dict[str, Any]:
     """Counts of the tests with `requirements`, and the names of those that failed."""
     with tempfile.TemporaryDirectory() as folder:
         environment = with_releases(requirements, Path(folder))
-        found = subprocess.run([sys.executable, "-c", _VERSIONS], env=environment, text=True, stdout=subprocess.PIPE)
-        torch_release, transformers_release = json.loads(found.stdout.splitlines()[-1])
+        said = subprocess.run([sys.executable, "-c", _VERSIONS], env=environment, text=True, stdout=subprocess.PIPE)
+        torch_release, transformers_release = json.loads(said.stdout.splitlines()[-1])
         start = time.perf_counter()
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", "--tb=no", *tests]
         run = subprocess.run(command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE)
-        return {
-            "torch": torch_release,
-            "transformers": transformers_release,
-            **counts(run.stdout),
-            "seconds": round(time.perf_counter() - start),
-        }
-
-
-def counts(output: str) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, by what pytest printed."""
-    dots = re.findall(r"^([.FEsxX]+) +\[ *\d+%\]$", output, flags=re.MULTILINE)
-    letters = "".join(dots)
-    failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.MULTILINE)
-    return {"passed": letters.count("."), "skipped": letters.count("s"), "failed": len(failures), "failures": failures}
+        counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", run.stdout)}
+        failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", run.stdout, flags=re.MULTILINE)
+        found = {"passed": counts.get("passed", 0), "skipped": counts.get("skipped", 0), "failed": len(failures)}
+        found |= {"failures": failures, "seconds": round(time.perf_counter() - start)}
+        return {"torch": torch_release, "transformers": transformers_release, **found}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

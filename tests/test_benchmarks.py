@@ -9,6 +9,7 @@ PARTS = {
     "conftest.py",
     "test_real_models.py",
     "gguf_file.py",
+    "ggml.py",
     "griffin_by_hand.py",
     "airllm_split.py",
     "openai_client.py",

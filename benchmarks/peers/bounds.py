@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from disk import checkpoint_files, drop_page_cache
-from sides import in_own_process
+from capped_run import drop_page_cache
+from sides import checkpoint_files, in_own_process
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from griffin_offload import formats
@@ -23,14 +23,8 @@ class ModelBytes:
     """Weights by role. Embedding rows are looked up, so a token reads all but the embedding."""
 
     name: str
-    hidden: int
-    feed_forward: int
-    layers: int
     total_bytes: int
     embedding_bytes: int
-    feed_forward_bytes: int
-    outside_bytes: int
-    """Head and last norm: neither in a layer nor looked up."""
     value_bytes: int
 
     @classmethod
@@ -38,20 +32,8 @@ class ModelBytes:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-        sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
-        embedding_bytes = model.get_input_embeddings().weight.nbytes
-        in_layers = sum(size for name, size in sizes.items() if ".layers." in name)
-        return cls(
-            name=folder.name,
-            hidden=config.hidden_size,
-            feed_forward=config.intermediate_size,
-            layers=config.num_hidden_layers,
-            total_bytes=sum(sizes.values()),
-            embedding_bytes=embedding_bytes,
-            feed_forward_bytes=sum(size for name, size in sizes.items() if ".mlp." in name),
-            outside_bytes=max(sum(sizes.values()) - in_layers - embedding_bytes, 0),
-            value_bytes=model.dtype.itemsize,
-        )
+        total_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        return cls(folder.name, total_bytes, model.get_input_embeddings().weight.nbytes, model.dtype.itemsize)
 
     @property
     def bytes_per_token(self) -> int:
@@ -70,12 +52,12 @@ def trials(folder: Path, precision: str, prompt_tokens: int, threads: int) -> di
     return asdict(measure_ceilings(prospect, formats.get(precision), [prompt_tokens], threads))
 
 
-def measure(folder: Path, prompt_tokens: int, threads: int, precisions: Sequence[str] = PRECISIONS) -> dict[str, Any]:
+def measure(folder: Path, prompt_tokens: int, threads: int) -> dict[str, Any]:
     """`memory_bytes_per_s` is the best rate at which any kernel multiplies one row with weights of the model's shape,
     `gemm_flops_per_s` the best for the prompt. Each precision has a process of its own: its matrices are gone from
     memory before anything else runs."""
     found = {}
-    for name in precisions:
+    for name in PRECISIONS:
         drop_page_cache(checkpoint_files(folder))
         found[name] = in_own_process(trials, folder, name, prompt_tokens, threads)
     return {
@@ -88,10 +70,8 @@ def measure(folder: Path, prompt_tokens: int, threads: int, precisions: Sequence
 
 def token_bytes(run: dict[str, Any], model: ModelBytes, stored_bytes: int) -> float:
     """Weights that one token must read: all but embedding rows, in the form they are stored in; ours as resident."""
-    decoding = run["figures"].get("decoding")
-    if decoding:
-        return float(decoding["token_bytes"])
-    return stored_bytes * model.bytes_per_token / model.total_bytes
+    found = run["figures"].get("token_bytes")
+    return float(found) if found else stored_bytes * model.bytes_per_token / model.total_bytes
 
 
 def first_token_s(ceilings: dict[str, Any], model: ModelBytes, prompt_tokens: int, stored_bytes: int) -> float:

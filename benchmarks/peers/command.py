@@ -2,30 +2,34 @@
 
 import argparse
 import json
+import math
 import os
+import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from make_checkpoint import SHAPES, make_checkpoint
+from make_checkpoint import make_checkpoint
 from peers import bounds, contestants, copies, environments
 from peers.bounds import ModelBytes
 from peers.contestants import Settings
 from peers.journal import Journal
 from peers.page import Page
-from sides import RIVAL_SHARES, Result, Side, Workload, rival_settings, run_rival_trials, run_side
-from worker import prompt
+from shapes import SHAPES
+from sides import Result, Workload, run_side
+from transformers import AutoConfig
 
 from griffin_offload.errors import UsageError
 from griffin_offload.units import parse_size
 
 DEFAULT_CAPS = (
-    "12GiB=ours-int8,ours-int4,ours-exact,llama-q4_k_m,accelerate,mmap,airllm,ollm",
+    "12GiB=ours-int8,ours-int4,ours-exact,llama-q4_k_m,accelerate,mmap",
     "20GiB=ours-16bit,accelerate",
     "6GiB=ours-int4,llama-q4_k_m-mapped",
 )
+OVERHEAD_BYTES = 500_000_000  # of the cap, for our interpreter and libraries
+RIVAL_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of the cap: accelerate's trials
 TRIAL_PROMPT_TOKENS, TRIAL_NEW_TOKENS = 16, 3
 
 
@@ -34,10 +38,9 @@ def parse_arguments(arguments: Sequence[str], description: str) -> argparse.Name
     parser.add_argument("--dir", type=Path, required=True, help="Llama checkpoint in 16 bit; --shape makes it")
     parser.add_argument("--shape", choices=SHAPES, help="of a checkpoint to be made")
     parser.add_argument("--layers", type=int, help="override the number of layers")
-    parser.add_argument("--envs", type=Path, required=True, help="folder of the peers' environments; made when absent")
+    parser.add_argument("--env", type=Path, required=True, help="folder of llama.cpp's environment; made when absent")
     parser.add_argument("--out", type=Path, required=True, help="folder of the record, to be continued, and the page")
     parser.add_argument("--caps", nargs="+", default=DEFAULT_CAPS, help="CAP=SIDE,SIDE: cgroup and who runs in it")
-    parser.add_argument("--overhead", default="0.5GB", help="of the cap, for our interpreter and libraries")
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--acceptance", type=float, help="simulated, of exact mode's drafts; real when not given")
     parser.add_argument("--draft-tokens", type=int, help="of exact mode; adapted when not given")
@@ -45,22 +48,15 @@ def parse_arguments(arguments: Sequence[str], description: str) -> argparse.Name
     parser.add_argument("--prompt-ids", type=Path, help="JSON list of token ids; random ones when not given")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--slow-tokens", type=int, default=4, help="of sides that read all weights for every token")
-    parser.add_argument("--tokens", nargs="+", default=[], help="SIDE=N: another number for this side")
-    parser.add_argument(
-        "--rival-shares", type=float, nargs="+", default=RIVAL_SHARES, help="of the cap: accelerate's trials"
-    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one run")
     parser.add_argument("--again", nargs="*", default=[], help="sides, or ceilings, to measure again")
-    parser.add_argument("--keep-split", action="store_true", help="do not delete AirLLM's copy behind its run")
     args = parser.parse_args(arguments)
     try:
-        args.overhead_bytes = parse_size(args.overhead)
         args.runs = [(cap, side) for entry in args.caps for cap, side in parse_cap(entry)]
-        args.tokens = {side: int(count) for side, count in (entry.split("=") for entry in args.tokens)}
     except (ValueError, UsageError) as error:
         parser.error(str(error))
-    if min(args.new_tokens, args.slow_tokens, *args.tokens.values()) < 2:
+    if min(args.new_tokens, args.slow_tokens) < 2:
         parser.error("at least 2 new tokens: the first belongs to the prompt")
     return args
 
@@ -82,20 +78,16 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, arguments: Sequence[str], scratch: Path) -> None:
         self.args, self.arguments, self.scratch = args, list(arguments), scratch
         self.model = ModelBytes.of(args.dir)
-        self.settings = Settings(
-            args.threads,
-            args.density,
-            args.acceptance,
-            args.draft_tokens,
-            args.envs,
-            copies.folder_of("split", args.dir),
-        )
+        self.python = environments.build(args.env)
+        self.settings = Settings(args.threads, args.density, args.acceptance, args.draft_tokens, self.python)
         given = "random" if args.prompt_ids is None else args.prompt_ids.name
         shared = {"prompt": given, "memory": "at hand"}
         shared |= {name: getattr(args, name) for name in ("prompt_tokens", "threads", "density")}
         self.journal = Journal(args.out / f"peers-{args.dir.name}.json", asdict(self.model), shared)
-        self.prompt_ids = scratch / "prompt.json"
-        self.prompt_ids.write_text(json.dumps(prompt(args)[0].tolist()))
+        self.prompt_ids = args.prompt_ids or scratch / "prompt.json"
+        if args.prompt_ids is None:
+            vocabulary, drawn = AutoConfig.from_pretrained(args.dir).vocab_size, random.Random(0)
+            self.prompt_ids.write_text(json.dumps([drawn.randrange(3, vocabulary) for _ in range(args.prompt_tokens)]))
 
     def measure_ceilings(self) -> None:
         if "ceilings" not in self.journal.content or "ceilings" in self.args.again:
@@ -112,48 +104,38 @@ class Comparison:
     def run_all(self) -> None:
         waiting = self.waiting()
         for copy in dict.fromkeys(contestants.copy_of(side) for _, side in waiting):
-            made = copies.make(copy, self.args.dir, self.args.envs, self.args.threads)
+            made = copies.make(copy, self.args.dir, self.python, self.args.threads)
             self.journal.add_copy(copy, made.stored_bytes, made.seconds)
             for cap, side in waiting:
                 if contestants.copy_of(side) == copy:
                     self.run(cap, side, made.folder)
-            if copy == "split" and not self.args.keep_split:
-                copies.delete_split(self.args.dir)
 
     def run(self, cap: str, key: str, folder: Path) -> None:
         cap_bytes = parse_size(cap)
         tokens = self.args.slow_tokens if contestants.reads_everything(key) else self.args.new_tokens
-        tokens = self.args.tokens.get(key, tokens)
-        work = Workload(folder, self.args.prompt_tokens, cap_bytes, self.args.timeout, self.prompt_ids)
-        if key == "airllm":
-            work = replace(work, folder=self.args.dir)
+        work = Workload(folder, self.prompt_ids, self.args.prompt_tokens, cap_bytes, self.args.timeout)
+        settings = self.settings.within(cap_bytes, OVERHEAD_BYTES)
         trials: list[Result] = []
         if key == "accelerate":
-            trials, side = self.best_accelerate(work, tokens)
+            trials = list(self.accelerate_trials(settings, work))
+            best = min(trials, key=lambda trial: trial.token_s)
+            result = run_side(replace(best.side, new_tokens=tokens), work) if best.figures else best
         else:
-            side = contestants.side(key, self.settings.within(cap_bytes, self.args.overhead_bytes), tokens)
-        before = self.ceilings_of(key, folder)
-        result = run_side(side, work) if side else trials[-1]
-        ceilings = [*before, *self.ceilings_of(key, folder)]
-        self.journal.add_run(f"{cap} {key}", contestants.copy_of(key), result, trials, ceilings, self.arguments)
+            result = run_side(contestants.side(key, settings, tokens), work)
+        self.journal.add_run(f"{cap} {key}", contestants.copy_of(key), result, trials, self.arguments)
 
-    def ceilings_of(self, key: str, folder: Path) -> list[dict[str, Any]]:
-        """Those of our side's own precision: a machine with neighbours changes its speed from minute to minute."""
-        if key not in contestants.OURS:
-            return []
-        precision = contestants.OURS[key][1]
-        return [bounds.measure(folder, self.args.prompt_tokens, self.args.threads, [precision])]
-
-    def best_accelerate(self, work: Workload, new_tokens: int) -> tuple[list[Result], Side | None]:
-        """A short trial of every share of the cap in RAM, mapped and copied."""
-        assert work.cap_bytes is not None
-        every = rival_settings(
-            work.cap_bytes, self.args.rival_shares, self.scratch / "offload", self.args.threads, TRIAL_NEW_TOKENS
-        )
-        settings = (side for side in every if side.worker == "accelerate")
+    def accelerate_trials(self, settings: Settings, work: Workload) -> Iterator[Result]:
+        """Short ones: shares of the cap in RAM, mapped and copied, the largest first, on while that makes it faster."""
         short = replace(work, prompt_tokens=min(TRIAL_PROMPT_TOKENS, work.prompt_tokens))
-        trials, best = run_rival_trials(settings, short)
-        return trials, replace(best, new_tokens=new_tokens) if best else None
+        for copied in (False, True):
+            best_s = math.inf
+            for share in RIVAL_SHARES:
+                side = contestants.accelerate(share, copied, settings, TRIAL_NEW_TOKENS, self.scratch / "offload")
+                result = run_side(side, short)
+                yield result
+                if result.token_s > best_s:
+                    break
+                best_s = result.token_s
 
 
 def main(arguments: Sequence[str], description: str) -> int:
@@ -162,8 +144,6 @@ def main(arguments: Sequence[str], description: str) -> int:
         if args.shape is None:  # a mistyped folder must not cost 26 GB
             raise SystemExit(f"error: {args.dir} is not there: --shape says what to make")
         make_checkpoint(args.dir, args.shape, args.layers)
-    for name in sorted({contestants.environment_of(side) for _, side in args.runs} - {None}):
-        environments.build(args.envs, name)
     with tempfile.TemporaryDirectory() as scratch:
         comparison = Comparison(args, arguments, Path(scratch))
         comparison.measure_ceilings()

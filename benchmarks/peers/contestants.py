@@ -1,10 +1,10 @@
 """Who takes part: what each reads, where it runs, and with which options."""
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peers.environments import interpreter
-from sides import Side
+from sides import BENCHMARKS, Side
 
 LLAMA, MAPPED = "llama-", "-mapped"
 OURS = {
@@ -16,10 +16,7 @@ OURS = {
 FULL = {
     "mmap": "transformers, mapped weights",
     "accelerate": "accelerate disk offload",
-    "airllm": "AirLLM",
-    "ollm": "oLLM",
 }
-OLLM_SHARE = 0.9  # of what ours may use: the rest is for its reading buffers
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,8 @@ class Settings:
     density: float
     acceptance: float | None
     draft_tokens: int | None
-    environments: Path
-    split: Path
+    python: Path
+    """Of llama.cpp's environment."""
     cap_bytes: int = 0
     budget_bytes: int = 0
 
@@ -52,15 +49,7 @@ def copy_of(key: str) -> str:
     """What must be made before this side can run: '16bit' is the checkpoint itself."""
     if key in OURS:
         return {"none": "16bit"}.get(OURS[key][1], OURS[key][1])
-    if key == "airllm":
-        return "split"
     return "16bit" if key in FULL else f"gguf-{gguf_type(key)}"
-
-
-def environment_of(key: str) -> str | None:
-    if key in ("airllm", "ollm"):
-        return key
-    return "llama" if key.startswith(LLAMA) else None
 
 
 def our_side(key: str, settings: Settings, new_tokens: int) -> Side:
@@ -74,35 +63,31 @@ def our_side(key: str, settings: Settings, new_tokens: int) -> Side:
             name += f", acceptance simulated ({settings.acceptance:.0%})"
         if settings.draft_tokens:
             options += ["--draft-tokens", str(settings.draft_tokens)]
-    return Side(name, "ours", settings.threads, new_tokens, tuple(options))
+    return Side(name, here("ours"), settings.threads, new_tokens, tuple(options))
 
 
-def peer_side(key: str, settings: Settings, new_tokens: int) -> Side:
-    """A process in an environment of its own."""
-    environment = environment_of(key)
-    assert environment is not None
-    python = str(interpreter(settings.environments, environment))
-    program = (python, "-m", f"peers.worker_{environment}")
-    options: tuple[str, ...] = ()
-    name = FULL.get(key, "")
-    if environment == "llama":
-        mapped = key.endswith(MAPPED)
-        options = ("--file", f"{gguf_type(key)}.gguf", *(("--mapped",) if mapped else ()))
-        name = f"llama.cpp, {gguf_type(key)}" + (", mapped" if mapped else "")
-    elif key == "airllm":
-        options = ("--scratch", str(settings.split))
-    else:
-        options = ("--ram-share", str(int(OLLM_SHARE * settings.budget_bytes)))
-    return Side(name, environment, settings.threads, new_tokens, options, program)
+def here(worker: str) -> tuple[str, ...]:
+    return sys.executable, str(BENCHMARKS / "worker.py"), worker
+
+
+def accelerate(share: float, copied: bool, settings: Settings, new_tokens: int, scratch: Path) -> Side:
+    """The full model with a share of the cap in RAM, whose weights are mapped or copied."""
+    options = ("--ram-share", str(int(share * settings.cap_bytes)), "--scratch", str(scratch))
+    name = f"accelerate, {share:.0%} of the cap in RAM" + (", share copied" if copied else "")
+    options += ("--copy-share",) if copied else ()
+    return Side(name, here("accelerate"), settings.threads, new_tokens, options)
 
 
 def side(key: str, settings: Settings, new_tokens: int) -> Side:
     """All but accelerate, whose best setting is found by trials."""
     if key in OURS:
         return our_side(key, settings, new_tokens)
-    if key == "mmap":
-        return Side(FULL[key], "mmap", settings.threads, new_tokens)
-    return peer_side(key, settings, new_tokens)
+    if key in FULL:
+        return Side(FULL[key], here(key), settings.threads, new_tokens)
+    mapped = ("--mapped",) if key.endswith(MAPPED) else ()
+    program, options = (str(settings.python), "-m", "peers.worker_llama", "side"), ("--file", f"{gguf_type(key)}.gguf")
+    name = f"llama.cpp, {gguf_type(key)}" + (", mapped" if mapped else "")
+    return Side(name, program, settings.threads, new_tokens, (*options, *mapped))
 
 
 def reads_everything(key: str) -> bool:

@@ -1,7 +1,6 @@
-"""The forms of the checkpoint that sides read, made when a side needs them and, where large, deleted behind it."""
+"""The forms of the checkpoint that sides read, made when a side needs them."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -9,14 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers.environments import interpreter
 from sides import environment
 
 from griffin_offload.checkpoint.safetensors import UNFINISHED
-
-SPARE_BYTES = int(1e9)
-# Disk space, as a part of the 16-bit checkpoint: while it is made.
-ROOM = {"int8": 0.55, "int4": 0.35, "split": 1.05, "gguf": 1.31}
 
 
 @dataclass(frozen=True)
@@ -29,8 +23,7 @@ class Copy:
 
 
 def order(copy: str) -> tuple[int, str]:
-    """What needs most room while it is made comes first; AirLLM's is deleted before ours are made."""
-    return ["gguf", "split", "16bit", "int8", "int4"].index(copy.split("-")[0]), copy
+    return ["16bit", "gguf", "int8", "int4"].index(copy.split("-")[0]), copy
 
 
 def folder_of(copy: str, checkpoint: Path) -> Path:
@@ -39,20 +32,16 @@ def folder_of(copy: str, checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}-{copy.split('-')[0]}")
 
 
-def make(copy: str, checkpoint: Path, environments: Path, threads: int) -> Copy:
-    """Raises SystemExit with the numbers when the disk has no room, and CalledProcessError when the maker fails."""
+def make(copy: str, checkpoint: Path, python: Path, threads: int) -> Copy:
+    """Raises CalledProcessError when the maker fails."""
     folder = folder_of(copy, checkpoint)
     if copy == "16bit":
         return Copy(folder, stored_bytes(folder), None)
-    if not is_made(copy, folder):
-        check_room(copy, checkpoint)
     if copy in ("int8", "int4"):
         return convert(checkpoint, folder, copy)
-    if copy == "split":
-        return split(checkpoint, folder, environments)
     file = folder / f"{copy.removeprefix('gguf-')}.gguf"
     words = ["-m", "peers.gguf_file", str(checkpoint), str(file), "--type", file.stem, "--threads", str(threads)]
-    seconds = None if file.exists() else timed(copy, [str(interpreter(environments, "llama")), *words])
+    seconds = None if file.exists() else timed(copy, [str(python), *words])
     return Copy(folder, file.stat().st_size, seconds)
 
 
@@ -68,17 +57,6 @@ def convert(checkpoint: Path, folder: Path, precision: str) -> Copy:
     return Copy(folder, stored_bytes(folder), seconds)
 
 
-def split(checkpoint: Path, folder: Path, environments: Path) -> Copy:
-    seconds = None
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        words = ["-m", "peers.airllm_split", str(checkpoint), str(partial)]
-        seconds = timed("split", [str(interpreter(environments, "airllm")), *words])
-        partial.rename(folder)
-    return Copy(folder, stored_bytes(folder), seconds)
-
-
 def timed(copy: str, command: Sequence[str]) -> float:
     print(f"making {copy} ...", file=sys.stderr, flush=True)
     start_s = time.perf_counter()
@@ -86,23 +64,5 @@ def timed(copy: str, command: Sequence[str]) -> float:
     return time.perf_counter() - start_s
 
 
-def is_made(copy: str, folder: Path) -> bool:
-    return (folder / f"{copy.removeprefix('gguf-')}.gguf").exists() if copy.startswith("gguf") else folder.exists()
-
-
-def check_room(copy: str, checkpoint: Path) -> None:
-    needed_bytes = ROOM[copy.split("-")[0]] * stored_bytes(checkpoint) + SPARE_BYTES
-    free_bytes = shutil.disk_usage(checkpoint.parent).free
-    if needed_bytes > free_bytes:
-        raise SystemExit(
-            f"error: making {copy} needs {needed_bytes / 1e9:.1f} GB of disk, {free_bytes / 1e9:.1f} GB are free: "
-            "delete other copies, or leave its sides out of --caps"
-        )
-
-
 def stored_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-
-
-def delete_split(checkpoint: Path) -> None:
-    shutil.rmtree(folder_of("split", checkpoint), ignore_errors=True)

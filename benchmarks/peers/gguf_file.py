@@ -1,39 +1,38 @@
-"""Write a GGUF file from a Llama checkpoint in Hugging Face layout, and quantise it with llama.cpp's own code.
+"""Write a GGUF file from a Llama checkpoint in Hugging Face layout, its matrices quantised by ggml's own code.
 
     PYTHONPATH=benchmarks ENV/bin/python -m peers.gguf_file CHECKPOINT OUT.gguf --type Q4_K_M
 
-Tensor by tensor from mapped files, so memory stays flat. 16-bit values are written as they are and only norms widened
-to 32 bit, so the unquantised file computes with the checkpoint's own weights. No vocabulary: callers give token ids.
-`write_gguf` of Q4_0 by the gguf package has one of numbers, for a server, and needs no llama.cpp.
+Tensor by tensor from mapped files, so memory stays flat. 16-bit values are written as they are and norms widened to 32
+bit, so that a file in the checkpoint's own type computes with its weights. Words are numbers: callers give token ids.
+ENV has `xllamacpp`, `gguf` and `numpy`.
 """
 
 import argparse
-import ctypes
 import json
 import struct
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy
 from gguf import (
+    GGML_QUANT_SIZES,
     MODEL_ARCH,
     GGMLQuantizationType,
     GGUFWriter,
     LlamaFileType,
     TokenType,
     get_tensor_name_map,
-    quants,
 )
 
 Kind = GGMLQuantizationType
-DTYPES = {
-    "BF16": (numpy.dtype("<u2"), Kind.BF16, "MOSTLY_BF16"),
-    "F16": (numpy.dtype("<f2"), Kind.F16, "MOSTLY_F16"),
-    "F32": (numpy.dtype("<f4"), Kind.F32, "ALL_F32"),
-}
-UNQUANTISED = {"BF16", "F16", "F32"}
+PLAIN = {"BF16": ("<u2", "MOSTLY_BF16"), "F16": ("<f2", "MOSTLY_F16"), "F32": ("<f4", "ALL_F32")}
+QUANTISED = ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M")
+# For rows that are no whole blocks of 256, as llama.cpp has it.
+OF_SHORT_ROWS = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Tensor:
 
     def read(self) -> numpy.ndarray:
         """Mapped, not copied; bf16 as the 16 bits that it is."""
-        return numpy.memmap(self.path, DTYPES[self.dtype][0], "r", self.offset, self.shape)
+        return numpy.memmap(self.path, PLAIN[self.dtype][0], "r", self.offset, self.shape)
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
@@ -72,11 +71,10 @@ def checked_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def add_config(writer: GGUFWriter, config: dict[str, Any], file_type: str) -> None:
+def add_config(writer: GGUFWriter, config: Mapping[str, Any], file_type: str) -> None:
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or {}
-    writer.add_file_type(llama_file_type(file_type))
-    writer.add_vocab_size(config["vocab_size"])
+    writer.add_file_type(int(LlamaFileType[PLAIN[file_type][1] if file_type in PLAIN else f"MOSTLY_{file_type}"]))
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -86,20 +84,40 @@ def add_config(writer: GGUFWriter, config: dict[str, Any], file_type: str) -> No
     writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
     writer.add_rope_freq_base(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    add_vocabulary(writer, config["vocab_size"])
 
 
 def add_vocabulary(writer: GGUFWriter, size: int) -> None:
-    """Words are numbers: nothing reads them."""
+    """Word N is "tN" for every N, and none is kept from what the server says."""
+    writer.add_vocab_size(size)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"t{number}" for number in range(3, size))])
+    writer.add_token_list([f"t{number}" for number in range(size)])
     writer.add_token_scores([0.0] * size)
-    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenType.NORMAL] * (size - 3)]
-    writer.add_token_types([int(kind) for kind in kinds])
+    writer.add_token_types([int(TokenType.NORMAL)] * size)
 
 
-def llama_file_type(name: str) -> int:
-    prefixed = DTYPES[name][2] if name in DTYPES else f"MOSTLY_{name}"
-    return int(LlamaFileType[prefixed])
+def write_file(
+    writer: GGUFWriter,
+    out: Path,
+    tensors: Mapping[str, tuple[Sequence[int], GGMLQuantizationType]],
+    data: Callable[[str], numpy.ndarray],
+) -> None:
+    """Shapes and kinds of all, then the bytes of one after the other. The file appears under its name when it is whole;
+    `writer` has what else is in it."""
+    partial = out.with_suffix(".partial")
+    for name, (shape, kind) in tensors.items():
+        numbers, nbytes = GGML_QUANT_SIZES[kind]
+        if shape[-1] % numbers:
+            raise SystemExit(f"error: {name} has rows of {shape[-1]} numbers, {kind.name} has blocks of {numbers}")
+        stored = (*shape[:-1], shape[-1] // numbers * nbytes)
+        writer.add_tensor_info(name, stored, numpy.dtype("u1"), prod(stored), raw_dtype=kind)
+    writer.write_header_to_file(partial)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name in tensors:
+        writer.write_tensor_data(numpy.ascontiguousarray(data(name)))
+    writer.close()
+    partial.rename(out)
 
 
 def interleaved(values: numpy.ndarray, heads: int) -> numpy.ndarray:
@@ -108,85 +126,63 @@ def interleaved(values: numpy.ndarray, heads: int) -> numpy.ndarray:
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
-def converted(name: str, tensor: Tensor, config: dict[str, Any]) -> numpy.ndarray:
-    values = tensor.read()
-    if ".q_proj." in name:
-        values = interleaved(values, config["num_attention_heads"])
-    elif ".k_proj." in name:
-        values = interleaved(values, config.get("num_key_value_heads", config["num_attention_heads"]))
-    if len(tensor.shape) == 1 and tensor.dtype == "BF16":
-        return (values.astype(numpy.uint32) << 16).view(numpy.float32)
-    return values.astype(numpy.float32) if len(tensor.shape) == 1 else values
+def float32(values: numpy.ndarray) -> numpy.ndarray:
+    return (values.astype("<u4") << 16).view("<f4") if values.dtype == numpy.dtype("<u2") else values.astype("<f4")
 
 
-def write_gguf(folder: Path, out: Path, *, q4_0: bool = False) -> None:
-    """With `q4_0` every matrix, head and embeddings too."""
-    config, tensors = checked_config(folder), checkpoint_tensors(folder)
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    stored = max(tensors.values(), key=lambda tensor: len(tensor.shape)).dtype
-    writer = GGUFWriter(out, "llama")
-    add_config(writer, config, "Q4_0" if q4_0 else stored)
-    if q4_0:
-        add_vocabulary(writer, config["vocab_size"])
-    else:
-        writer.add_tokenizer_model("no_vocab")
-    for name, tensor in tensors.items():
-        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if known is None:
-            raise SystemExit(f"error: llama.cpp has no name for {name}")
-        if q4_0 and len(tensor.shape) > 1:
-            shape = quants.quant_shape_to_byte_shape(tensor.shape, Kind.Q4_0)
-            writer.add_tensor_info(known, shape, numpy.dtype("u1"), int(numpy.prod(shape)), raw_dtype=Kind.Q4_0)
-            continue
-        dtype, kind, _ = DTYPES["F32" if len(tensor.shape) == 1 else tensor.dtype]
-        nbytes = dtype.itemsize * int(numpy.prod(tensor.shape))
-        writer.add_tensor_info(known, tensor.shape, dtype, nbytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, tensor in tensors.items():
-        values = converted(name, tensor, config)
-        if q4_0 and len(tensor.shape) > 1:
-            values = quants.quantize((values.astype(numpy.uint32) << 16).view(numpy.float32), Kind.Q4_0)
-        writer.write_tensor_data(numpy.ascontiguousarray(values))
-    writer.close()
+def kind_of(name: str, tensor: Tensor, file_type: str, layers: int, *, head: bool) -> GGMLQuantizationType:
+    """Of a tensor by llama.cpp's name, as its own program has it in files of this type. Q4_0 is Q4_0 throughout, which
+    is fewer bytes than in its own."""
+    if len(tensor.shape) == 1:
+        return Kind.F32
+    if file_type in PLAIN:
+        return Kind[tensor.dtype]
+    kind = Kind[file_type.removesuffix("_M")]
+    if file_type.endswith("_K_M"):
+        _, number, *part = name.split(".") if name.startswith("blk.") else ("", "0", "")
+        eighth, layer = layers // 8, int(number)
+        more = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+        if head or (more and part[0] in ("attn_v", "ffn_down")):
+            kind = Kind.Q6_K
+    return OF_SHORT_ROWS[kind] if tensor.shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
 
 
-def quantise(source: Path, out: Path, file_type: str, threads: int) -> None:
-    import llama_cpp  # what writes unquantised files, or Q4_0, does without
+def write_gguf(folder: Path, out: Path, file_type: str, threads: int) -> None:
+    config, stored = checked_config(folder), checkpoint_tensors(folder)
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, layers)
+    known = {names.get_name(name, try_suffixes=(".weight", ".bias")): name for name in stored}
+    if None in known:
+        raise SystemExit(f"error: llama.cpp has no name for {known[None]}")
+    head = "output.weight" if "output.weight" in known else "token_embd.weight"
+    kinds = {name: kind_of(name, stored[own], file_type, layers, head=name == head) for name, own in known.items()}
 
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = llama_file_type(file_type)
-    settings.nthread = threads
-    status = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(settings))
-    if status:
-        raise SystemExit(f"error: llama_model_quantize gave {status}")
+    def data(name: str) -> numpy.ndarray:
+        values = stored[known[name]].read()
+        for part, count in (("attn_q", heads), ("attn_k", config.get("num_key_value_heads", heads))):
+            values = interleaved(values, count) if part in name else values
+        if len(values.shape) == 1:
+            return float32(values)
+        if file_type in PLAIN:
+            return values
+        from peers.ggml import quantise  # what writes random files does without llama.cpp
 
+        return quantise(float32(values), kinds[name], threads=threads)
 
-def make(folder: Path, out: Path, file_type: str, threads: int) -> None:
-    """The file appears under its name when it is whole; the unquantised one is deleted."""
+    writer = GGUFWriter(None, "llama")
+    add_config(writer, config, file_type)
     out.parent.mkdir(parents=True, exist_ok=True)
-    plain = out.with_suffix(".16bit.partial")
-    partial = out.with_suffix(".partial")
-    write_gguf(folder, plain)
-    if file_type in UNQUANTISED:
-        plain.rename(out)
-        return
-    try:
-        quantise(plain, partial, file_type, threads)
-    finally:
-        plain.unlink()
-    partial.rename(out)
+    write_file(writer, out, {name: (stored[own].shape, kinds[name]) for name, own in known.items()}, data)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="checkpoint")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--type", default="Q4_K_M", help="BF16 (the checkpoint's own), Q8_0, Q4_0, Q4_K_M, ...")
+    parser.add_argument("--type", default="Q4_K_M", choices=(*PLAIN, *QUANTISED), help="BF16: the checkpoint's own")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    make(args.folder, args.out, args.type, args.threads)
+    write_gguf(args.folder, args.out, args.type, args.threads)
     return 0
 
 

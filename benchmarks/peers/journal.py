@@ -40,16 +40,8 @@ class Journal:
         self.content["copies"][name] = {"stored_bytes": stored_bytes, "seconds": seconds or known.get("seconds")}
         self.save()
 
-    def add_run(
-        self,
-        key: str,
-        copy: str,
-        result: Result,
-        trials: list[Result],
-        ceilings: list[dict[str, Any]],
-        arguments: list[str],
-    ) -> None:
-        self.runs[key] = provenance("peers", arguments) | as_record(result) | {"copy": copy, "ceilings": ceilings}
+    def add_run(self, key: str, copy: str, result: Result, trials: list[Result], arguments: list[str]) -> None:
+        self.runs[key] = provenance("peers", arguments) | as_record(result) | {"copy": copy}
         self.runs[key]["trials"] = [{"name": trial.side.name, **pace(trial)} for trial in trials]
         self.save()
 
@@ -65,7 +57,6 @@ def as_record(result: Result) -> dict[str, Any]:
         "name": result.side.name,
         "threads": result.side.threads,
         "new_tokens": result.side.new_tokens,
-        "cached_before_bytes": result.cached_before_bytes,
         "failure": None if result.figures else result.failure,
         "figures": result.figures,
     } | outcome

@@ -18,14 +18,13 @@ HEADS = (
     "per further token",
     "to ours",
     "at best: first, further",
-    "beside ceilings before and behind, and between tokens",
     "read until the first",
     "read per further token",
     "peak anonymous",
     "tokens",
     "as the full model's",
 )
-REFERENCES = ("mmap", "accelerate", "airllm", "ollm")  # all weights, in the checkpoint's own precision
+REFERENCES = ("mmap", "accelerate")  # all weights, in the checkpoint's own precision
 
 
 def first_s(run: Run) -> float:
@@ -88,7 +87,7 @@ class Page:
             *(f"- command: `{command}`" for command in dict.fromkeys(run["command"] for run in runs)),
             *(f"- hardware: `{hardware}`" for hardware in dict.fromkeys(str(run["hardware"]) for run in runs)),
             *(f"- versions: `{versions}`" for versions in dict.fromkeys(str(run["versions"]) for run in runs)),
-            f"- peers: {', '.join(sorted(self.packages()))}",
+            f"- software: {', '.join(sorted(self.packages()))}",
             f"- the checkpoint: {gigabytes(self.model.total_bytes)} in {8 * self.model.value_bytes} bit; prompt of "
             f"{self.settings['prompt_tokens']} tokens ({self.settings['prompt']}), greedy, each side cold, in a "
             f"process of its own and with free memory {self.settings.get('memory', 'as found')}",
@@ -121,7 +120,6 @@ class Page:
             seconds(pace_s(run)),
             f"{pace_s(run) / ours_s:.2f}x" if ours_s else "-",
             self.best(run, stored_bytes),
-            self.beside(run, stored_bytes),
             gigabytes(read_bytes),
             gigabytes(figures["decode"]["read_bytes"] / (tokens - 1)),
             gigabytes(run["rss_anon_peak_bytes"]),
@@ -140,43 +138,18 @@ class Page:
         needed_bytes = bounds.token_bytes(run, self.model, stored_bytes)
         return f"{seconds(first)}, {seconds(bounds.token_s(ceilings, needed_bytes, run['limit_bytes'] or 0))}"
 
-    def beside(self, run: Run, stored_bytes: int) -> str:
-        """Ours against the ceilings of its own precision just before and just behind it: how many times the bound of
-        the first token, and which share of the one-row rate; and of what the kernels reach between its tokens."""
-        found = run.get("ceilings")
-        if not found:
-            return "-"
-        first = self.times_of_bound(run, first_s(run))
-        if "exact" in run["name"]:
-            return f"{first}, -"
-        needed_bytes = bounds.token_bytes(run, self.model, stored_bytes)
-        shares = sorted(needed_bytes / ceilings["memory_bytes_per_s"] / pace_s(run) for ceilings in found)
-        alone = statistics.median(run["figures"]["products_bytes_per_s"])
-        shares.append(needed_bytes / alone / pace_s(run))
-        return "{}, {:.0%} to {:.0%}, {:.0%}".format(first, *shares)
-
     def notes(self, cap: str) -> Iterator[str]:
         for key, run in self.runs.items():
             if split_key(key)[0] == cap:
                 if not run["figures"]:
                     yield f"- {run['name']}: did not finish: {run['failure']}"
-                elif is_ours(run) and "imports_s" in run["figures"]:
-                    yield f"- {run['name']}: {self.from_start(run)}"
+                elif is_ours(run):
+                    whole = seconds(first_s(run) + run["figures"]["imports_s"])
+                    yield f"- {run['name']}: first token {whole} after the start of its process, imports included"
                 yield from (f"- trial: {trial['name']}: {outcome(trial)}" for trial in run["trials"])
                 if run["limit_bytes"] is None:
                     yield f"- **{run['name']} ran without a cap: no memory cgroup could be made**"
         yield from self.faster(cap)
-
-    def from_start(self, run: Run) -> str:
-        whole_s = first_s(run) + run["figures"]["imports_s"]
-        times = self.times_of_bound(run, whole_s)
-        return f"first token {seconds(whole_s)} after the start of its process, imports included: {times} its bound"
-
-    def times_of_bound(self, run: Run, taken_s: float) -> str:
-        """Of the first token, by the ceilings of the run's own precision just before and just behind it."""
-        stored_bytes, tokens = self.content["copies"][run["copy"]]["stored_bytes"], self.settings["prompt_tokens"]
-        found = [bounds.first_token_s(ceilings, self.model, tokens, stored_bytes) for ceilings in run["ceilings"]]
-        return " to ".join(f"{taken_s / bound_s:.2f}x" for bound_s in sorted(found, reverse=True))
 
     def faster(self, cap: str) -> Iterator[str]:
         """Peers that our fastest side of this cap does not beat."""
@@ -200,8 +173,6 @@ class Page:
                 yield f"- copy {name}: {gigabytes(copy['stored_bytes'])}{made}"
         if self.reference:
             yield f"- tokens are compared with those of: {self.reference}"
-        cached = max((run["cached_before_bytes"] for run in self.runs.values()), default=0)
-        yield f"- still in the page cache before a run, at most: {gigabytes(cached)}"
 
 
 def is_ours(run: Run) -> bool:

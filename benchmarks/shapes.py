@@ -1,6 +1,18 @@
-"""Shapes of mixtures of experts that benchmarks make, with routers as uneven as trained ones."""
+"""Shapes of the models that benchmarks make; routers are as uneven as trained ones."""
 
 from dataclasses import dataclass
+
+# hidden H, feed-forward F, layers L, attention heads, key/value heads, vocabulary V
+SHAPES = {
+    "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128256),
+    "llama-2-70b": (8192, 28672, 80, 64, 8, 32000),
+    "llama-2-13b": (5120, 13824, 40, 40, 40, 32000),
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
+    "1b": (2048, 5632, 22, 32, 4, 32000),
+    "costs": (1024, 4096, 8, 16, 4, 8192),
+    "tiny": (64, 256, 4, 4, 2, 512),
+}
 
 
 @dataclass(frozen=True)
