@@ -1,7 +1,7 @@
-"""Quality of trained models: 16 bit and int8 to int2 x {1, .75, .5}, converted and quantised on the way.
+"""Quality and speed of trained models: 16 bit and int8 to int2 x {1, .75, .5}, converted and quantised on the way.
 
     python benchmarks/real_models.py --text wikitext2=wikitext2_valid.txt.xz --text books=books_valid.txt.xz
-    python benchmarks/real_models.py --only smollm2 --windows 4 --densities 1
+    python benchmarks/real_models.py --only smollm2 --quick
     python benchmarks/real_models.py --dir MODEL --text TEXT    # a 16-bit checkpoint of one's own
     python benchmarks/real_models.py --bits 4,3.5,3,2.5,2.2     # tiers of bits, beside as many bytes of int4 neurons
     python benchmarks/real_models.py --budgets 0.4,0.5,0.7,1    # what the planner makes of shares of the 16-bit bytes
@@ -9,9 +9,9 @@
 
 Two small models come from the package index, by name and version (real_checkpoints.py). Everything is held against the
 same weights by stock transformers in float32: in 16 bit that itself differs from it. Every variant has a process of its
-own, so that one that dies is a row, too. `--bits` and `--budgets` are measured of permuted residual channels alone, so
-that no grid of the file that the numbers come from flatters a format. With `--codecs` copies stand beside llama.cpp's
-codecs on the same rows: attention is ours in both, in int4. Speed is measured by `griffin-offload bench`.
+own, so that one that dies is a row, too. With `--bits` or `--budgets` quality alone is measured, and of permuted
+residual channels, so that no grid of the file that the numbers come from flatters a format. With `--codecs` copies
+stand beside llama.cpp's codecs on the same rows: attention is ours in both, in int4.
 """
 
 import argparse
@@ -19,13 +19,13 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import product, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +33,12 @@ from typing import Any
 
 from real_checkpoints import SOURCES, NotFetched, Source, default_models, fetched, write_permuted
 from real_variants import (
+    ANSWER_TOKENS,
+    EXACT_DENSITY,
+    EXACT_TOKENS,
+    EXACT_WINDOWS,
+    QUESTIONS,
+    SPEED_TOKENS,
     TOGETHER,
     Measured,
     Stock,
@@ -98,6 +104,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dir", type=Path, action="append", help="a 16-bit checkpoint, in place of those of the index")
     parser.add_argument("--only", choices=tuple(SOURCES), action="append", help="one of the models")
+    parser.add_argument("--quick", action="store_true", help="4 windows, as stored, density 1, one repeat")
     parser.add_argument("--windows", type=int, default=16, help="of each text, spread evenly")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--scored-tokens", type=int, default=128)
@@ -107,16 +114,25 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--codecs", type=words, default=[], help="of llama.cpp, beside --bits, then of copies")
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="of an environment with xllamacpp, gguf and numpy")
     parser.add_argument("--budgets", type=numbers, metavar="S[,S...]", help="shares of the 16-bit bytes")
+    parser.add_argument("--repeats", type=int, default=5, help="timed generations, after one that is not")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--name", help="of the result files (default: real_models, and what part of it this is)")
     args = parser.parse_args(arguments)
-    if min(args.windows, args.prompt_tokens, args.scored_tokens, args.threads) < 1:
-        parser.error("windows, tokens and threads are 1 or more")
+    if args.quick:
+        args.windows, args.densities, args.repeats = min(args.windows, 4), [1.0], 1
+    if min(args.windows, args.prompt_tokens, args.scored_tokens, args.repeats, args.threads) < 1:
+        parser.error("windows, tokens, repeats and threads are 1 or more")
+    if not set(args.formats) <= set(QUANTISED):
+        parser.error(f"formats are {', '.join(QUANTISED)}")
+    if not all(0 < density <= 1 for density in args.densities):
+        parser.error("densities are above 0 and at most 1")
     if bool(args.codecs) != bool(args.llama_cpp) or (args.codecs and not args.bits):
         parser.error("--codecs are run by --llama-cpp, beside --bits")
+    if args.bits or args.budgets:
+        args.repeats = 0
     part = [*(["bits"] if args.bits else []), *(["budgets"] if args.budgets else [])]
-    part += [*(args.only or []), *(path.name for path in args.dir or [])]
+    part += [*(args.only or []), *(path.name for path in args.dir or []), *(["quick"] if args.quick else [])]
     args.name = args.name or "-".join(["real_models", *part])
     args.only = args.only or ([] if args.dir else list(SOURCES))
     args.text = dict(map(named_text, args.text or [f"books_kids={DEFAULT_TEXT}"]))
@@ -146,10 +162,7 @@ def measure_section(
     windows = Windows(args.windows, args.prompt_tokens, args.scored_tokens)
     texts = {name: documents_of(path) for name, path in args.text.items()}
     reference = scratch / "reference.pt"
-    rounding = not (args.bits or args.budgets)
-    section.stock = in_own_process(
-        partial(measure_stock, rounding=rounding), folder, texts, windows, args.threads, reference
-    )
+    section.stock = in_own_process(measure_stock, folder, texts, windows, args.threads, reference)
     variants = variants_of(args, folder, permuted=section.permuted_kl is not None)
     needed = dict.fromkeys(variant.copy for variant in variants if variant.copy)
     there = {precision: folder.with_name(f"{folder.name}-{precision}") for precision in needed}
@@ -162,7 +175,7 @@ def measure_section(
             source = copies[variant.copy] if variant.copy else folder
             by_codec = rounded_by(variant.codec, folder, scratch, args, section.codecs) if variant.codec else None
             found = by_codec if isinstance(by_codec, str) else None
-            found = found or measured(source, variant, reference, windows, args.threads, by_codec)
+            found = found or measured(source, variant, reference, windows, args.threads, args.repeats, by_codec)
         section.rows.append((variant, found))
         said = found if isinstance(found, str) else ", ".join(f"KL {s.kl:.4f}" for s in found.scores.values())
         print(
@@ -244,8 +257,8 @@ def measured(*arguments: Any) -> Measured | str:
 def measure_model(
     source: Source, args: argparse.Namespace, sections: list[Section], step: Callable[[], object]
 ) -> None:
-    """As stored and permuted; bits and budgets of the latter alone."""
-    for permuted in (True,) if args.bits or args.budgets else (False, True):
+    """As stored, and, unless it is to be quick, permuted; bits and budgets of the latter alone."""
+    for permuted in (True,) if not args.repeats else (False,) if args.quick else (False, True):
         section = Section(source.title + (", residual channels permuted" if permuted else ""), source.packages, None)
         sections.append(section)
         measure_folder(section, lambda: fetched(source, args.models), args, step, permuted=permuted)
@@ -289,8 +302,12 @@ def notes(args: argparse.Namespace) -> list[str]:
         f"{TOGETHER} at a time behind the text's own: measured are the residents, by the kernels for few rows",
         "KL(float32 by stock transformers, of the same 16-bit weights || variant), nats per token, ± its standard "
         "error over the windows; top-1: share of tokens at which both have the same first choice",
+        f"tokens/s: median of {args.repeats} answers of {SPEED_TOKENS} tokens, {args.threads} threads; ceiling: the "
+        "fastest rate at which one row times matrices beyond the caches reads here, over what a token reads",
         "bits: resident ones per weight of the FFs, scales and what is left out included; error: what the planner "
         "expects of FFs, squared and relative",
+        f"exact: tokens that a verifying pass gives, {EXACT_WINDOWS} prompts of the first text, {EXACT_TOKENS} tokens "
+        f"each; what is stored drafts at density {EXACT_DENSITY:g}, on the way fewer bits draft for 16",
         "permuted: SmolLM2's numbers lie on a 4-bit grid along the inputs, which flatters int4; the same function "
         "with its residual channels in another order has no such grid",
     ]
@@ -312,15 +329,17 @@ def section_lines(section: Section) -> list[str]:
         found.append(f"The same function as before: KL {section.permuted_kl:.1e} in float32.")
     if section.stock:
         perplexity = ", ".join(f"{name} {value:.2f}" for name, value in section.stock.perplexity.items())
-        found.append(f"Stock transformers in float32: perplexity {perplexity}.")
-        if section.stock.half_kl:
-            rounding = ", ".join(f"{name} {value:.4f}" for name, value in section.stock.half_kl.items())
-            same = {None: "not measured", True: "yes", False: "no"}[section.runtime_equals_transformers()]
-            found.append(f"In 16 bit KL {rounding}. The runtime at density 1 in 16 bit equals it: {same}.")
+        rounding = ", ".join(f"{name} {value:.4f}" for name, value in section.stock.half_kl.items())
+        same = {None: "not measured", True: "yes", False: "no"}[section.runtime_equals_transformers()]
+        found.append(
+            f"Stock transformers in float32: perplexity {perplexity}; in 16 bit KL {rounding}. The runtime at density "
+            f"1 in 16 bit equals it: {same}."
+        )
         shown = section.rows
         if section.codecs:
             shown = sorted(shown, key=lambda of: math.inf if isinstance(of[1], str) else -of[1].ff_bits)
         found.append(markdown_table([head(section.stock), *(row(*of, section.stock) for of in shown)]))
+        found += answers_lines(section)
     if section.codecs:
         heads = ["codec", "bits", "squared error of inputs' products, relative", "matrices by how their rows lay"]
         told = [
@@ -334,7 +353,7 @@ def section_lines(section: Section) -> list[str]:
 
 def head(stock: Stock) -> list[str]:
     texts = [f"{what}, {name}" for name in stock.perplexity for what in ("perplexity", "KL", "top-1")]
-    return ["variant", "density", "resident", "bits (error)", *texts]
+    return ["variant", "density", "resident", "bits (error)", *texts, "tokens/s", "ceiling", "exact"]
 
 
 def row(variant: Variant, found: Measured | str, stock: Stock) -> list[str]:
@@ -349,7 +368,22 @@ def row(variant: Variant, found: Measured | str, stock: Stock) -> list[str]:
         for text in (f"{s.perplexity:.2f}", f"{s.kl:.4f} ± {s.kl_error:.4f}", f"{s.top1_agreement:.3f}")
     ]
     error = "" if found.expected_error is None else f" ({found.expected_error:.4f})"
-    return [*first, f"{found.resident_bytes / 1e6:.1f} MB", f"{found.ff_bits:.2f}{error}", *scores]
+    ceiling, exact = f"{stock.bytes_per_s / found.token_bytes:.1f}", found.tokens_per_pass
+    speed = [f"{statistics.median(found.tokens_per_s):.1f}", ceiling] if found.tokens_per_s else ["", ""]
+    size = [f"{found.resident_bytes / 1e6:.1f} MB", f"{found.ff_bits:.2f}{error}"]
+    return [*first, *size, *scores, *speed, "" if exact is None else f"{exact:.2f}"]
+
+
+def answers_lines(section: Section) -> list[str]:
+    """A table for every question, of all variants that answered."""
+    answered = [(v, m.answers) for v, m in section.rows if not isinstance(m, str) and m.answers]
+    if not answered:
+        return []
+    heads = ["variant", "density", *QUESTIONS]
+    rows = [
+        [v.name, density_of(v), *(" ".join(text.split()).replace("|", "/") for text in texts)] for v, texts in answered
+    ]
+    return [f"Greedy answers in the chat template, at most {ANSWER_TOKENS} tokens:", markdown_table([heads, *rows])]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -19,14 +19,27 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from griffin_offload import GriffinModel
+from griffin_offload.checkpoint.tokenizer import encode_messages
 from griffin_offload.cli.options import quiet_libraries
+from griffin_offload.devices.registry import CpuDevice
 from griffin_offload.engine.calibration_text import CALIBRATION_TEXT
 from griffin_offload.errors import one_line
+from griffin_offload.evaluation.ceilings import decode_bytes_per_s
 from griffin_offload.evaluation.samples import SEPARATOR, first_tokens, take_windows, tokenize
+from griffin_offload.evaluation.speed import run_fixed
+from griffin_offload.formats import every
 from griffin_offload.planner.tiers import bits_of, expected_error
 
+QUESTIONS = (
+    "What is the capital of France?",
+    "How many days are in a week?",
+    "Name three colours of a rainbow.",
+)
 TOGETHER = 8
 """Tokens of a text that pass at once: as many as the kernels for few rows take of every format."""
+ANSWER_TOKENS = 48
+SPEED_TOKENS = 64
+EXACT_DENSITY, EXACT_WINDOWS, EXACT_TOKENS = 0.5, 4, 64
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,9 @@ class Stock:
     perplexity: dict[str, float]
     """By text."""
     half_kl: dict[str, float]
-    """KL(float32 || the same by stock transformers in 16 bit) by text, where it was asked for."""
+    """KL(float32 || the same by stock transformers in 16 bit) by text."""
+    bytes_per_s: float
+    """The fastest that one row is multiplied here by matrices of the model's FF that no cache holds, any precision."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,13 @@ class Measured:
     scores: dict[str, Score]
     """By text."""
     resident_bytes: int
+    token_bytes: int
+    """Weights that one token reads: the residents without an embedding that is only looked up."""
+    tokens_per_s: list[float]
+    """One for each repeat."""
+    answers: list[str]
+    tokens_per_pass: float | None
+    """Of exact mode; None: not measured."""
     chosen: str
     """Precision and density, by the planner, or whose numbers the FFs have."""
     ff_bits: float
@@ -99,6 +121,9 @@ class Variant:
     """Arguments of `from_pretrained`."""
     copy: str | None = None
     """Quantised to this once by `convert`; else, for each prompt anew."""
+    drafts: bool = False
+    """Whether it is a way to draft in exact mode that is measured: half of the neurons as they are stored, or neurons
+    in fewer bits for those of a 16-bit checkpoint."""
     codec: str | None = None
     """Of llama.cpp, by which the FFs are rounded instead; all else is as the options say."""
 
@@ -106,21 +131,18 @@ class Variant:
     def of(cls, precision: str, density: float, *, converted: bool = False) -> "Variant":
         plain = precision == "none"
         way = "" if plain else ", converted" if converted else ", on the way"
+        drafts = density == EXACT_DENSITY if plain or converted else precision in ("int8", "int4")
         options = {"quantize": precision, "density": density}
-        return cls(("16 bit" if plain else precision) + way, options, precision if converted else None)
+        return cls(("16 bit" if plain else precision) + way, options, precision if converted else None, drafts)
 
 
 @torch.inference_mode()
-def measure_stock(
-    folder: Path, texts: Mapping[str, Sequence[str]], windows: Windows, threads: int, out: Path, *, rounding: bool
-) -> Stock:
-    """Windows of every text (its documents) and the stock model's float32 logits for them, written to `out`; `rounding`
-    asks for 16 bit, too."""
+def measure_stock(folder: Path, texts: Mapping[str, Sequence[str]], windows: Windows, threads: int, out: Path) -> Stock:
+    """Windows of every text (its documents) and the stock model's float32 logits for them, written to `out`."""
     quiet_libraries()
     torch.set_num_threads(threads)
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    halves = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype) if rounding else None
+    exact, halves = (AutoModelForCausalLM.from_pretrained(folder, dtype=of) for of in (torch.float32, config.dtype))
     first, kept = first_tokens(config, tokenizer), {}
     perplexity, half_kl = {}, {}
     for name, documents in texts.items():
@@ -128,17 +150,18 @@ def measure_stock(
         logits = torch.empty(len(cut), windows.scored_tokens, config.get_text_config().vocab_size)
         nll, kl = [], []
         for own, ids in zip(logits, cut, strict=True):
-            own.copy_(exact(ids[None, :-1], logits_to_keep=len(own)).logits[0])
-            log_probs = own.log_softmax(-1)
-            nll.append(mean_nll(log_probs, ids))
-            if halves is not None:
-                rounded = halves(ids[None, :-1], logits_to_keep=len(own)).logits[0].float()
-                kl.append(divergence(log_probs, rounded.log_softmax(-1)))
+            same, rounded = (m(ids[None, :-1], logits_to_keep=len(own)).logits[0].float() for m in (exact, halves))
+            own.copy_(same)
+            nll.append(mean_nll(same.log_softmax(-1), ids))
+            kl.append(divergence(same.log_softmax(-1), rounded.log_softmax(-1)))
         kept[name] = {"ids": torch.stack(cut), "logits": logits}
-        perplexity[name] = math.exp(statistics.mean(nll))
-        half_kl |= {name: statistics.mean(kl)} if rounding else {}
+        perplexity[name], half_kl[name] = math.exp(statistics.mean(nll)), statistics.mean(kl)
     torch.save(kept, out)
-    return Stock(perplexity, half_kl)
+    rates = [
+        decode_bytes_per_s(p, config.hidden_size, config.intermediate_size, config.dtype, CpuDevice.current(), threads)
+        for p in every()
+    ]
+    return Stock(perplexity, half_kl, max(rate for rate in rates if rate))
 
 
 def mean_nll(log_probs: Tensor, ids: Tensor) -> float:
@@ -203,24 +226,30 @@ def measure_variant(
     reference: Path,
     windows: Windows,
     threads: int,
+    repeats: int,
     numbers: tuple[Path, float] | None = None,
 ) -> Measured | str:
-    """Figures of `folder`, a checkpoint that is converted already if the variant is; or why there are none. With
-    `numbers` these are the FFs', of so many bits a weight."""
+    """Figures of `folder`, a checkpoint that is converted already if the variant is; or why there are none. Without
+    `repeats` quality alone. With `numbers` these are the FFs', of so many bits a weight."""
     quiet_libraries()
     try:
-        options = {"device": "cpu", "ctx_size": max(windows.tokens, 256), "threads": threads, **variant.options}
+        kept = torch.load(reference, mmap=True)
+        prompts = next(iter(kept.values()))["ids"][:, : windows.prompt_tokens]
+        sizes = {"ctx_size": max(windows.tokens, windows.prompt_tokens + SPEED_TOKENS, 256), "threads": threads}
+        options = {"device": "cpu", **sizes, **variant.options}
         with GriffinModel.from_pretrained(folder, **options) as model:
             plan, shape = model.plan, model.engine.shape
-            size, bits, error = model.resident_bytes, bits_of(shape, plan.counts), expected_error(shape, plan.counts)
-            chosen = f"{plan.in_words}, density {plan.density:.2f}"
+            planned = (f"{plan.in_words}, density {plan.density:.2f}", bits_of(shape, plan.counts))
+            error = expected_error(shape, plan.counts)
             if numbers:
-                count = put_numbers(model.model, numbers[0])
-                size += round((numbers[1] - bits) * count / 8)
-                bits, error, chosen = numbers[1], None, "FFs by llama.cpp's codec"
-            kept = torch.load(reference, mmap=True)
+                put_numbers(model.model, numbers[0])
+                planned, error = ("FFs by llama.cpp's codec", numbers[1]), None
             scores = {name: score(model, of["ids"], of["logits"]) for name, of in kept.items()}
-            return Measured(scores, size, chosen, bits, error)
+            asked = range(repeats + 1 if repeats else 0)
+            speeds = [run_fixed(model, prompts[0], SPEED_TOKENS).decode_tokens_per_s for _ in asked]
+            found = (scores, model.resident_bytes, bytes_of_a_token(model), speeds[1:], answers(model) if asked else [])
+        exact = tokens_per_pass(folder, prompts[:EXACT_WINDOWS], options) if variant.drafts and repeats else None
+        return Measured(*found, exact, *planned, error)
     except Exception as error:  # a row of the page says so
         return f"{type(error).__name__}: {one_line(error)}"
 
@@ -248,6 +277,41 @@ def forced_logits(model: GriffinModel, ids: Tensor, scored_tokens: int) -> Tenso
     if layers.fetched_bytes != fetched:
         raise RuntimeError(f"decoding fetched {layers.fetched_bytes - fetched} bytes")
     return torch.cat(found).float()
+
+
+def generate(model: GriffinModel, prompt: Tensor, new_tokens: int, **options: Any) -> Any:
+    """Greedily behind `prompt` [P], whatever the checkpoint's defaults are."""
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    return model.generate(prompt[None], max_new_tokens=new_tokens, **greedy, **options)
+
+
+def answers(model: GriffinModel) -> list[str]:
+    """To the questions; none of a model without a chat template."""
+    if model.tokenizer.chat_template is None:
+        return []
+    found = []
+    for question in QUESTIONS:
+        ids = torch.tensor(encode_messages(model.tokenizer, [{"role": "user", "content": question}]))
+        answer = generate(model, ids, ANSWER_TOKENS)[0, len(ids) :]
+        found.append(model.tokenizer.decode(answer, skip_special_tokens=True).strip())
+    return found
+
+
+def bytes_of_a_token(model: GriffinModel) -> int:
+    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+    looked_up = model.plan.embeddings == "device" and head.weight is not embedding.weight
+    return model.resident_bytes - looked_up * embedding.weight.nbytes
+
+
+def tokens_per_pass(folder: Path, prompts: Tensor, options: dict[str, Any]) -> float:
+    """Tokens that a verifying pass of exact mode gives, of all prompts [W, P] together."""
+    tokens = passes = 0
+    with GriffinModel.from_pretrained(folder, exact=True, **options) as model:
+        for prompt in prompts:
+            generate(model, prompt, EXACT_TOKENS, eos_token_id=None)
+            drafting = model.last_report.drafting
+            tokens, passes = tokens + drafting.tokens, passes + drafting.passes
+    return tokens / passes
 
 
 def documents_of(path: Path, characters: int | None = None) -> list[str]:

@@ -3,7 +3,6 @@
 import hashlib
 import zipfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy
@@ -111,24 +110,24 @@ def test_numbers_of_a_codec_take_the_places_of_the_feed_forwards(tmp_path):
 
 def test_what_cannot_be_loaded_says_so(tmp_path):
     torch.save({"text": {"ids": torch.ones(1, 4), "logits": torch.ones(1, 1, 4)}}, tmp_path / "reference")
-    found = measure_variant(tmp_path, Variant.of("none", 1.0), tmp_path / "reference", Windows(1, 2, 1), 1)
+    found = measure_variant(tmp_path, Variant.of("none", 1.0), tmp_path / "reference", Windows(1, 2, 1), 1, 1)
     assert isinstance(found, str)
     assert "config.json" in found
 
 
 def test_the_page_has_a_row_for_what_failed():
-    section = MeasuredSection("a model", ("a==1",), None, Stock({"text": 10.0}, {"text": 0.001}))
+    section = MeasuredSection("a model", ("a==1",), None, Stock({"text": 10.0}, {"text": 0.001}, 2e9))
     scored = Score([2.0, 2.2], [0.1, 0.3], 0.9)
     section.rows = [
         (
             Variant.of("none", 1.0),
-            Measured({"text": scored}, 10**7, "16 bit", 16.0, 0.0),
+            Measured({"text": scored}, 10**7, 10**7, [90.0, 110.0, 100.0], [], None, "16 bit", 16.0, 0.0),
         ),
         (Variant.of("int4", 1.0, converted=True), "the process died"),
     ]
     lines = "\n".join(section_lines(section)).splitlines()
-    assert any("equals it: no" in line for line in lines)
-    assert "| 16 bit | 1 | 10.0 MB | 16.00 (0.0000) | 8.17 | 0.2000 ± 0.1000 | 0.900 |" in lines
+    assert "equals it: no" in lines[0]
+    assert "| 16 bit | 1 | 10.0 MB | 16.00 (0.0000) | 8.17 | 0.2000 ± 0.1000 | 0.900 | 100.0 | 200.0 |  |" in lines
     assert any(line.startswith("| int4, converted | 1 | failed: the process died |") for line in lines)
 
 
@@ -150,7 +149,7 @@ def reference(smollm2, tmp_path_factory):
     """The stock model on four windows, and how they are cut."""
     windows, path = Windows(4, 256, 64), tmp_path_factory.mktemp("real") / "reference"
     texts = {"books_kids": documents_of(DEFAULT_TEXT)}
-    in_own_process(partial(measure_stock, rounding=False), smollm2, texts, windows, torch.get_num_threads(), path)
+    in_own_process(measure_stock, smollm2, texts, windows, torch.get_num_threads(), path)
     return path, windows
 
 
@@ -161,6 +160,6 @@ def test_quantised_a_trained_model_predicts_the_same(smollm2, reference, tmp_pat
     folder = smollm2
     if converted:
         folder = convert(smollm2, tmp_path / precision, precision).directory
-    found = in_own_process(measure_variant, folder, Variant.of(precision, 1.0, converted=converted), *reference, 1)
+    found = in_own_process(measure_variant, folder, Variant.of(precision, 1.0, converted=converted), *reference, 1, 1)
     assert isinstance(found, Measured), found
     assert found.scores["books_kids"].kl < most_kl
