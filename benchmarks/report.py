@@ -12,7 +12,7 @@ from typing import Any
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "griffin-offload")
 PATH_OPTIONS = (
-    *("--dir", "--out", "--text", "--env", "--prompt-ids", "--models"),
+    *("--dir", "--out", "--text", "--envs", "--prompt-ids", "--models"),
     *("--gguf", "--beside", "--llama-cpp"),
 )
 

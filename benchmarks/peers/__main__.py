@@ -1,6 +1,6 @@
 """What a user would pick instead: ours and its peers on one checkpoint, in the same memory caps, with the same prompt.
 
-    python benchmarks/peers --dir DIR --env ENV --out OUT
+    python benchmarks/peers --dir DIR --envs ENVS --out OUT
 
 Every side runs cold in a process of its own; what has been measured is kept, and a second call goes on from there.
 """

@@ -24,7 +24,7 @@ from griffin_offload.errors import UsageError
 from griffin_offload.units import parse_size
 
 DEFAULT_CAPS = (
-    "12GiB=ours-int8,ours-int4,ours-exact,llama-q4_k_m,accelerate,mmap",
+    "12GiB=ours-int8,ours-int4,ours-exact,llama-q4_k_m,accelerate,mmap,airllm,ollm",
     "20GiB=ours-16bit,accelerate",
     "6GiB=ours-int4,llama-q4_k_m-mapped",
 )
@@ -38,7 +38,7 @@ def parse_arguments(arguments: Sequence[str], description: str) -> argparse.Name
     parser.add_argument("--dir", type=Path, required=True, help="Llama checkpoint in 16 bit; --shape makes it")
     parser.add_argument("--shape", choices=SHAPES, help="of a checkpoint to be made")
     parser.add_argument("--layers", type=int, help="override the number of layers")
-    parser.add_argument("--env", type=Path, required=True, help="folder of llama.cpp's environment; made when absent")
+    parser.add_argument("--envs", type=Path, required=True, help="folder of the peers' environments; made when absent")
     parser.add_argument("--out", type=Path, required=True, help="folder of the record, to be continued, and the page")
     parser.add_argument("--caps", nargs="+", default=DEFAULT_CAPS, help="CAP=SIDE,SIDE: cgroup and who runs in it")
     parser.add_argument("--density", type=float, default=0.5)
@@ -78,8 +78,11 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, arguments: Sequence[str], scratch: Path) -> None:
         self.args, self.arguments, self.scratch = args, list(arguments), scratch
         self.model = ModelBytes.of(args.dir)
-        self.python = environments.build(args.env)
-        self.settings = Settings(args.threads, args.density, args.acceptance, args.draft_tokens, self.python)
+        for name in sorted({contestants.environment_of(side) for _, side in args.runs} - {None}):
+            environments.build(args.envs, name)
+        drafted = (args.acceptance, args.draft_tokens)
+        split = copies.folder_of("split", args.dir)
+        self.settings = Settings(args.threads, args.density, *drafted, args.envs, split)
         given = "random" if args.prompt_ids is None else args.prompt_ids.name
         shared = {"prompt": given, "memory": "at hand"}
         shared |= {name: getattr(args, name) for name in ("prompt_tokens", "threads", "density")}
@@ -104,7 +107,7 @@ class Comparison:
     def run_all(self) -> None:
         waiting = self.waiting()
         for copy in dict.fromkeys(contestants.copy_of(side) for _, side in waiting):
-            made = copies.make(copy, self.args.dir, self.python, self.args.threads)
+            made = copies.make(copy, self.args.dir, self.args.envs, self.args.threads)
             self.journal.add_copy(copy, made.stored_bytes, made.seconds)
             for cap, side in waiting:
                 if contestants.copy_of(side) == copy:
@@ -114,6 +117,8 @@ class Comparison:
         cap_bytes = parse_size(cap)
         tokens = self.args.slow_tokens if contestants.reads_everything(key) else self.args.new_tokens
         work = Workload(folder, self.prompt_ids, self.args.prompt_tokens, cap_bytes, self.args.timeout)
+        if key == "airllm":
+            work = replace(work, folder=self.args.dir)
         settings = self.settings.within(cap_bytes, OVERHEAD_BYTES)
         trials: list[Result] = []
         if key == "accelerate":

@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from peers.environments import interpreter
 from sides import BENCHMARKS, Side
 
 LLAMA, MAPPED = "llama-", "-mapped"
@@ -16,7 +17,10 @@ OURS = {
 FULL = {
     "mmap": "transformers, mapped weights",
     "accelerate": "accelerate disk offload",
+    "airllm": "AirLLM",
+    "ollm": "oLLM",
 }
+OLLM_SHARE = 0.9  # of what ours may use: the rest is for its reading buffers
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,9 @@ class Settings:
     density: float
     acceptance: float | None
     draft_tokens: int | None
-    python: Path
-    """Of llama.cpp's environment."""
+    environments: Path
+    split: Path
+    """AirLLM's own copy."""
     cap_bytes: int = 0
     budget_bytes: int = 0
 
@@ -49,7 +54,16 @@ def copy_of(key: str) -> str:
     """What must be made before this side can run: '16bit' is the checkpoint itself."""
     if key in OURS:
         return {"none": "16bit"}.get(OURS[key][1], OURS[key][1])
+    if key == "airllm":
+        return "split"
     return "16bit" if key in FULL else f"gguf-{gguf_type(key)}"
+
+
+def environment_of(key: str) -> str | None:
+    """The peer's own; None where it runs in ours."""
+    if key in ("airllm", "ollm"):
+        return key
+    return "llama" if key.startswith(LLAMA) else None
 
 
 def our_side(key: str, settings: Settings, new_tokens: int) -> Side:
@@ -82,12 +96,19 @@ def side(key: str, settings: Settings, new_tokens: int) -> Side:
     """All but accelerate, whose best setting is found by trials."""
     if key in OURS:
         return our_side(key, settings, new_tokens)
-    if key in FULL:
+    environment = environment_of(key)
+    if environment is None:
         return Side(FULL[key], here(key), settings.threads, new_tokens)
+    program = (str(interpreter(settings.environments, environment)), "-m", f"peers.worker_{environment}")
+    if key == "airllm":
+        return Side(FULL[key], program, settings.threads, new_tokens, ("--scratch", str(settings.split)))
+    if key == "ollm":
+        share = ("--ram-share", str(int(OLLM_SHARE * settings.budget_bytes)))
+        return Side(FULL[key], program, settings.threads, new_tokens, share)
     mapped = ("--mapped",) if key.endswith(MAPPED) else ()
-    program, options = (str(settings.python), "-m", "peers.worker_llama", "side"), ("--file", f"{gguf_type(key)}.gguf")
     name = f"llama.cpp, {gguf_type(key)}" + (", mapped" if mapped else "")
-    return Side(name, program, settings.threads, new_tokens, (*options, *mapped))
+    options = ("--file", f"{gguf_type(key)}.gguf", *mapped)
+    return Side(name, (*program, "side"), settings.threads, new_tokens, options)
 
 
 def reads_everything(key: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peers.environments import interpreter
 from sides import environment
 
 from griffin_offload.checkpoint.safetensors import UNFINISHED
@@ -23,7 +24,7 @@ class Copy:
 
 
 def order(copy: str) -> tuple[int, str]:
-    return ["16bit", "gguf", "int8", "int4"].index(copy.split("-")[0]), copy
+    return ["16bit", "gguf", "split", "int8", "int4"].index(copy.split("-")[0]), copy
 
 
 def folder_of(copy: str, checkpoint: Path) -> Path:
@@ -32,16 +33,20 @@ def folder_of(copy: str, checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}-{copy.split('-')[0]}")
 
 
-def make(copy: str, checkpoint: Path, python: Path, threads: int) -> Copy:
+def make(copy: str, checkpoint: Path, environments: Path, threads: int) -> Copy:
     """Raises CalledProcessError when the maker fails."""
     folder = folder_of(copy, checkpoint)
     if copy == "16bit":
         return Copy(folder, stored_bytes(folder), None)
     if copy in ("int8", "int4"):
         return convert(checkpoint, folder, copy)
+    if copy == "split":
+        words = ["-m", "peers.airllm_split", str(checkpoint), str(folder)]
+        seconds = None if folder.exists() else timed(copy, [str(interpreter(environments, "airllm")), *words])
+        return Copy(folder, stored_bytes(folder), seconds)
     file = folder / f"{copy.removeprefix('gguf-')}.gguf"
     words = ["-m", "peers.gguf_file", str(checkpoint), str(file), "--type", file.stem, "--threads", str(threads)]
-    seconds = None if file.exists() else timed(copy, [str(python), *words])
+    seconds = None if file.exists() else timed(copy, [str(interpreter(environments, "llama")), *words])
     return Copy(folder, file.stat().st_size, seconds)
 
 
