@@ -19,7 +19,7 @@ from marks import mostly_slow
 from packed_experts import write_mxfp4
 from reference import masked_after_prefill
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES, HYBRIDS, MIXTURES, VOCAB, every_architecture, write_tokenizer
+from tiny_models import ARCHITECTURES, HYBRIDS, KINDS, MIXTURE_KINDS, MIXTURES, VOCAB, quick_first, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
@@ -34,7 +34,7 @@ from griffin_offload.formats.translated import in_memory
 NO_NUMBER = "bloom"
 
 
-@pytest.mark.parametrize("name", [*every_architecture(), "nemotron_h"])
+@pytest.mark.parametrize("name", [*quick_first(KINDS), NO_NUMBER, "nemotron_h"])
 def test_transformers_loads_it_and_computes_with_the_chosen_neurons(checkpoints, tmp_path: Path, name: str):
     path, down = checkpoints(name), (ARCHITECTURES | HYBRIDS)[name].down
     dense = AutoModelForCausalLM.from_pretrained(path)
@@ -77,7 +77,7 @@ def without_experts(model: Any, layers: Mapping[int, list[int]], routers: Collec
         yield
 
 
-@pytest.mark.parametrize("name", mostly_slow(MIXTURES, 3))
+@pytest.mark.parametrize("name", mostly_slow(MIXTURE_KINDS, 3))
 def test_experts_that_the_prompts_use_and_a_router_for_them(checkpoints, tmp_path: Path, name: str):
     """Written as transformers saves such a model, and the same as where the others have no chance."""
     path = checkpoints(name)

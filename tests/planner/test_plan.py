@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from marks import by_turns
-from tiny_models import ARCHITECTURES, VOCAB
+from tiny_models import KINDS, VOCAB
 from transformers import LlamaConfig
 
 from griffin_offload import DoesNotFit, GriffinModel, UsageError
@@ -296,7 +296,7 @@ def test_planning_70b_from_its_config_alone():
     assert plan.fits
 
 
-@pytest.mark.parametrize(("name", "batch"), by_turns(ARCHITECTURES, (1, 2)))
+@pytest.mark.parametrize(("name", "batch"), by_turns(KINDS, (1, 2)))
 def test_planned_bytes_are_the_measured_ones(checkpoints, name: str, batch: int):
     """Residents and KV cache exactly, per architecture; the measured peak within the plan's."""
     model = GriffinModel.from_pretrained(
