@@ -129,7 +129,7 @@ def test_answers_are_those_of_prompts_that_pass_one_by_one(model_of, passes, nam
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_kv_caches_in_fewer_bits(model_of, bits: int):
-    model = model_of("llama3", kv_bits=bits)
+    model = model_of("llama3", density=0.5, kv_bits=bits)
     expected, found = (answered(model, PROMPTS, together=together) for together in (False, True))
     assert [one[0] for one in found] == [one[0] for one in expected]
 
