@@ -268,7 +268,7 @@ def test_generation_is_the_dense_models_own_far_beyond_its_window(checkpoints, n
 @pytest.mark.parametrize("name", mostly_slow(("llama2", "gemma3", "mistral", "bloom", "gpt2"), 2))
 def test_logits_of_a_padded_batch_are_those_with_transformers_cache_bit_for_bit(checkpoints, name: str):
     ids, mask = _ids(3)
-    settings = {"max_new_tokens": 100, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings = {"max_new_tokens": 60, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     model = _load(checkpoints(name), density=0.5, batch_size=3)
     output, expected = (
         model.generate(ids, attention_mask=mask, **settings, **cache)
