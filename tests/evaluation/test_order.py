@@ -41,7 +41,7 @@ def test_the_statistic_beats_norms_and_chance(model):
 
 @pytest.mark.slow
 def test_longer_prompts_lose_less_and_longer_generations_more(model):
-    rows = measure_lengths(model, _windows(model, 320, 12), [16, 64, 192], [32, 128], [Variant(0.5)])
+    rows = measure_lengths(model, _windows(model, 320, 24), [16, 64, 192], [32, 128], [Variant(0.5)])
     loss = {(row.prompt_tokens, row.generate_tokens): row.increase for row in rows}
     for tokens in (32, 128):
         assert loss[16, tokens] > 1.2 * loss[64, tokens]
