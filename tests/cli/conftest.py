@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CHAT_TEMPLATE, write_tokenizer
 
 from griffin_offload import GriffinModel
+from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.cli.main import main
+from griffin_offload.engine import precisions
 from griffin_offload.engine.convert import convert as convert_checkpoint
 
 
@@ -158,6 +160,24 @@ def process(tmp_path: Path) -> Callable[..., Outcome]:
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def measured_once() -> Iterator[None]:
+    """Plans of one config in one module are solved from sizes that are measured once."""
+    sizes: dict[tuple[object, ...], ModelSizes] = {}
+    measure = precisions.model_shape
+
+    def known(meta: Any, *formats: Any) -> ModelSizes:
+        # What layers keep is the model's own; `held` is a table of sets, and not every argument can be a key.
+        key = (meta.config.to_json_string(), meta.dtype, *(repr(one) for one in formats))
+        if key not in sizes:
+            sizes[key] = measure(meta, *formats)
+        return sizes[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precisions, "model_shape", known)
+        yield
 
 
 @pytest.fixture(scope="session")

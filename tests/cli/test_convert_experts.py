@@ -22,8 +22,8 @@ from griffin_offload.errors import CheckpointError, UnsupportedModel
 from griffin_offload.formats.expert_form import ExpertForm
 
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 12}
-PRECISIONS = ["none", "int8", "int4"]
 NAMES = [name for name in MIXTURES if name != "phimoe"]
+PRECISIONS = ["none", "int8", "int4"]
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +60,14 @@ def _answer(directory: Path, **options: Any) -> tuple[Tensor, Tensor, Any]:
 def test_a_copy_answers_as_the_original(copies, name: str, precision: str):
     source, copy = copies(name, precision)
     expected = _answer(source, quantize=precision, density=0.5)
-    for density in (0.5, 0.25):
-        found = _answer(copy, quantize=precision, density=density)
-        if precision == "int4":  # its attention was rounded to make up for errors
-            assert found[1].isfinite().all()
-        elif (name, precision) == ("gpt_oss", "none"):  # its matrices lie the other way: another product, in 16 bits
-            assert (found[1][0] - expected[1][0]).abs().max() < 0.05 * expected[1][0].abs().max()
-        else:
-            assert torch.equal(found[0], expected[0])
-            assert torch.equal(found[1], expected[1])
+    found = _answer(copy, quantize=precision, density=0.25)
+    if precision == "int4":  # its attention was rounded to make up for errors
+        assert found[1].isfinite().all()
+    elif (name, precision) == ("gpt_oss", "none"):  # its matrices lie the other way: another product, in 16 bits
+        assert (found[1][0] - expected[1][0]).abs().max() < 0.05 * expected[1][0].abs().max()
+    else:
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
 
 
 def test_without_a_text_int4_is_what_it_is_on_the_way(copies):

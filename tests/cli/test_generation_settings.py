@@ -59,9 +59,21 @@ def _id(settings: dict[str, object]) -> str:
     return "-".join(f"{name}={value}" for name, value in settings.items())
 
 
+@pytest.fixture(scope="module")
+def answers() -> dict[Path, str]:
+    return {}
+
+
+@pytest.fixture
+def expected(cli, llama: Path, answers: dict[Path, str]) -> str:
+    """What `run` answers with no settings of the model's; asked once."""
+    if llama not in answers:
+        answers[llama] = cli(*RUN, "-q", "-m", llama).out
+    return answers[llama]
+
+
 @pytest.mark.parametrize("settings", mostly_slow(SILENT, 4), ids=_id)
-def test_settings_that_change_nothing(cli, copy: Path, edit: Callable[..., None], settings: dict[str, object]):
-    expected = cli(*RUN, "-q", "-m", copy).out
+def test_settings_that_change_nothing(cli, copy: Path, edit, expected: str, settings: dict[str, object]):
     edit(copy / "generation_config.json", **settings)
     outcome = cli(*RUN, "-q", "-m", copy)
     assert (outcome.code, outcome.out, outcome.err) == (0, expected, "")
@@ -70,8 +82,7 @@ def test_settings_that_change_nothing(cli, copy: Path, edit: Callable[..., None]
 
 @pytest.mark.filterwarnings("always")
 @pytest.mark.parametrize("settings", mostly_slow(SET_ASIDE, 4), ids=_id)
-def test_settings_that_are_set_aside(cli, copy: Path, edit: Callable[..., None], settings: dict[str, object]):
-    expected = cli(*RUN, "-q", "-m", copy).out
+def test_settings_that_are_set_aside(cli, copy: Path, edit, expected: str, settings: dict[str, object]):
     edit(copy / "generation_config.json", **settings)
     outcome = cli(*RUN, "-q", "-m", copy)
     assert (outcome.code, outcome.out) == (0, expected)

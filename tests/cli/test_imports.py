@@ -109,7 +109,7 @@ def test_plan_leaves_out_what_no_plan_needs_and_the_compiler_of_its_own_process_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bloom", "falcon_h1", "mixtral"])
+@pytest.mark.parametrize("name", ["falcon_h1", "mixtral"])
 def test_a_plan_without_the_compiler_is_the_same(process, cli, checkpoints, name: str):
     """Layers of every kind are passed on the meta device; what asks for more of the compiler gets it."""
     words = ("plan", "--json", "--device", "cpu", "--max-gpu-mem", "100MB", "-m", str(checkpoints(name)))

@@ -5,12 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
+from marks import mostly_slow
 from tiny_models import VOCAB
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from griffin_offload.devices.cuda import CudaDevice
 from griffin_offload.devices.registry import MpsDevice
 from griffin_offload.units import format_bytes
+
+pytestmark = pytest.mark.usefixtures("measured_once")
 
 KEYS = {
     *("experts", "expert_slots", "expert_forecast", "tiers"),
@@ -204,16 +207,14 @@ MORE_FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        *(pytest.param(flags, id=" ".join(flags)) for flags in QUICK_FLAGS),
-        *(pytest.param(flags, id=" ".join(flags), marks=pytest.mark.slow) for flags in MORE_FLAGS),
-    ],
-)
+ALL_FLAGS = [*QUICK_FLAGS, *MORE_FLAGS]
+
+
+@pytest.mark.parametrize("flags", mostly_slow([(flags,) for flags in ALL_FLAGS], len(QUICK_FLAGS)), ids=" ".join)
 def test_remedies_of_plan_work_when_followed(cli, llama: Path, flags: tuple[str, ...]):
+    """Of all budgets every second one, others for the next flags."""
     refused = 0
-    for budget in BUDGETS:
+    for budget in BUDGETS[ALL_FLAGS.index(flags) % 2 :: 2]:
         command = ("plan", "-m", llama, "--json", "--max-gpu-mem", budget, *flags)
         outcome = cli(*command)
         assert outcome.code == (0 if outcome.json["fits"] else 3)
@@ -253,7 +254,7 @@ def test_density_remedies_are_not_rounded_up(cli, tmp_path: Path):
 def test_remedies_of_run_work_when_followed(cli, llama: Path, flags: tuple[str, ...]):
     """What run offers must not contradict what run itself asks for: prompt and answer have to fit the context."""
     refused = 0
-    for budget in BUDGETS[:8:2]:
+    for budget in BUDGETS[:7:3]:
         command = ("run", "the cat sat on the mat " * 6, "-n", 16, "-q", "-m", llama, "--max-gpu-mem", budget, *flags)
         outcome = cli(*command)
         if outcome.code == 0:

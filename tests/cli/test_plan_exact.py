@@ -9,6 +9,8 @@ import pytest
 
 from griffin_offload.offload.weight_store import DIRECT_SLACK_BYTES
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 HIDDEN, NEURONS, LAYERS, VOCAB = 5120, 13824, 40, 32000
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -1,10 +1,14 @@
 """Checkpoints that several files here load."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loaded_model import load
 from tiny_models import write_checkpoint
+
+from griffin_offload import GriffinModel
 
 
 @pytest.fixture(scope="module")
@@ -18,3 +22,19 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return written[name]
 
     return directory_of
+
+
+@pytest.fixture(scope="module")
+def model_of(checkpoints) -> Iterator[Callable[..., GriffinModel]]:
+    """`model_of(name, **options)`: the same one for the same words; whole unless they say another density."""
+    loaded: dict[str, GriffinModel] = {}
+
+    def model(name: str, **options: Any) -> GriffinModel:
+        key = f"{name} {options}"
+        if key not in loaded:
+            loaded[key] = load(checkpoints(name), **{"density": 1.0, **options})
+        return loaded[key]
+
+    yield model
+    for one in loaded.values():
+        one.close()

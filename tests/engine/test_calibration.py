@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import quantised_reference as ref
 import torch
-from marks import mostly_slow
+from marks import by_turns
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, MAX_POSITIONS, write_checkpoint
 from torch import Tensor, nn
@@ -78,9 +78,13 @@ def _expected(directory: Path, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", mostly_slow(("llama2", "gpt2", "phi3", "opt", "falcon_new", "gpt_neox", "gemma3", "bloom"), 4)
+    ("name", "dtype"),
+    by_turns(
+        ("llama2", "gpt2", "phi3", "opt", "falcon_new", "gpt_neox", "gemma3", "bloom"),
+        (torch.float32, torch.bfloat16),
+        whole=("gpt2",),
+    ),
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_known_of_inputs(checkpoints: Callable[..., Path], name: str, dtype: torch.dtype):
     """Also of axes that are swapped, of fused matrices, and of numbers that the processor has no instructions for."""
     directory = checkpoints(name, dtype)

@@ -16,7 +16,7 @@ from griffin_offload.engine.decode_graph import bucket_of
 from griffin_offload.kernels import table
 
 # Windows, learned positions, positions by ids, shared and separate heads, types of layers, scores made in Python.
-ARCHITECTURES = ["llama3", "mistral", "gemma2", "qwen2", "cohere2", "phi3", "opt", "gpt2", "gptj"]
+ARCHITECTURES = ["llama3", "mistral", "gemma2", "opt", "gpt2", "gptj"]
 NEW = 72  # behind 24 tokens: more than a layer with a window of 16 has room for
 
 

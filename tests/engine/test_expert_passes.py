@@ -7,14 +7,13 @@ import pytest
 import torch
 import transformers as hf
 from marks import by_turns, mostly_slow
-from tiny_models import LAYERS, MIXTURES, VOCAB
+from tiny_models import LAYERS, MIXTURE_KINDS, VOCAB
 from torch import Tensor
 
 from griffin_offload import GriffinModel
 from griffin_offload.errors import GriffinError, SavedContextError, UsageError
 
-STATELESS = [name for name in MIXTURES if name not in ("lfm2_moe", "qwen3_next", "nemotron_3")]
-RESTRICTED = [name for name in STATELESS if name != "phimoe"]
+STATELESS = [name for name in MIXTURE_KINDS if name not in ("qwen3_next", "nemotron_3")]
 
 
 def _ids(batch: int = 1, tokens: int = 20, seed: int = 1) -> Tensor:
@@ -26,7 +25,7 @@ def _load(directory: Path, **options: Any) -> GriffinModel:
     return GriffinModel.from_pretrained(directory, device="cpu", **{**sizes, **options})
 
 
-def _answer(model: Any, ids: Tensor, new: int = 32, **settings: Any) -> Tensor:
+def _answer(model: Any, ids: Tensor, new: int = 16, **settings: Any) -> Tensor:
     mask = torch.ones_like(ids)
     answer: Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **settings)
     return answer
@@ -36,7 +35,7 @@ def _dense(directory: Path) -> hf.PreTrainedModel:
     return hf.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("name", mostly_slow(RESTRICTED[::2], 1))  # every router by itself: test_experts.py
+@pytest.mark.parametrize("name", mostly_slow(STATELESS[::2], 1))  # every router by itself: test_experts.py
 def test_exact_mode_is_the_full_model(checkpoints, name: str):
     """Drafts are routed among residents, whatever is done with missing experts else."""
     ids = _ids()
@@ -94,7 +93,7 @@ def test_refresh_corrects_what_residents_have_computed(checkpoints):
             report = model.last_report
             assert report.peak_device_bytes <= model.plan.peak_bytes
             streamed.append(report.decode_streamed_bytes)
-    assert report.drafting.passes == 7
+    assert report.drafting.passes == 3
     assert streamed[0] == 0 < streamed[1]
     with _load(checkpoints("qwen3_moe"), missing_experts="route", refresh=1) as model:  # every token is corrected
         assert torch.equal(_answer(model, ids), _answer(_dense(checkpoints("qwen3_moe")), ids))
@@ -111,11 +110,9 @@ def test_fetched_experts_leave_nothing_to_correct(checkpoints, where: str):
         _answer(model, _ids(), refresh=4, context=model.new_context())
 
 
-@pytest.mark.parametrize(("name", "missing"), by_turns(STATELESS[::2], ("fetch", "route"), whole=STATELESS[:1]))
+@pytest.mark.parametrize(("name", "missing"), by_turns(STATELESS, ("fetch", "route"), whole=STATELESS[:1]))
 def test_a_saved_prompt_goes_on(checkpoints, tmp_path: Path, name: str, missing: str):
     """In another process's model, which has read no expert yet."""
-    if name == "phimoe" and missing == "route":
-        pytest.skip("its router cannot be restricted")
     ids, options = _ids(), {"keep_prompts": True, "missing_experts": missing}
     longer = torch.cat([ids, _ids(tokens=5, seed=2)], 1)
     with _load(checkpoints(name), **options) as model:
@@ -151,7 +148,7 @@ def test_a_prompt_that_was_routed_is_not_one_that_was_fetched(checkpoints, tmp_p
         model.load_context(tmp_path / "p")
 
 
-@pytest.mark.parametrize("name", mostly_slow(["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "lfm2_moe"], 2))
+@pytest.mark.parametrize("name", mostly_slow(["gpt_oss", "deepseek_v3", "lfm2_moe"], 1))
 def test_beams_and_several_sequences(checkpoints, name: str):
     ids, dense = _ids(2), _dense(checkpoints(name))
     with _load(checkpoints(name), batch_size=6) as model:

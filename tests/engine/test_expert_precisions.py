@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from loaded_model import ids
 from marks import by_turns, mostly_slow
 from quantised_reference import round_head, stored_values
-from tiny_models import LAYERS, MIXTURES, VOCAB, write_checkpoint, write_tokenizer
+from tiny_models import LAYERS, MIXTURE_KINDS, MIXTURES, VOCAB, write_checkpoint, write_tokenizer
 from torch import Tensor
 
 from griffin_offload import GriffinModel
@@ -21,9 +21,8 @@ from griffin_offload.config import LoadConfig
 from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.errors import DoesNotFit, UnsupportedModel
 
-NAMES = [name for name in MIXTURES if name != "phimoe"]
 EXPERTS, ACTIVE = 8, 2
-GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 16}
+GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 8}
 
 
 def _load(directory: Path, **options: Any) -> GriffinModel:
@@ -39,7 +38,7 @@ def _answer(model: GriffinModel) -> tuple[Tensor, Tensor]:
     return found.sequences, torch.stack(found.logits)
 
 
-@pytest.mark.parametrize(("name", "precision"), by_turns(NAMES, ("int8", "int4"), whole=("mixtral", "gpt_oss")))
+@pytest.mark.parametrize(("name", "precision"), by_turns(MIXTURE_KINDS, ("int8", "int4"), whole=("mixtral", "gpt_oss")))
 def test_fetched_experts_are_resident_ones_bit_for_bit(mixtures, name: str, precision: str):
     with _load(mixtures(name), quantize=precision, density=1.0) as model:
         assert not model.plan.streamed
@@ -132,7 +131,7 @@ _BITS = {"float32": 0, "int8": 1, "int4": 2}
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(budgets=st.lists(st.integers(700_000, 3_000_000), min_size=2, max_size=2))
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_a_budget_is_kept_and_more_of_it_is_no_worse(mixtures, name: str, budgets: list[int]):
@@ -177,7 +176,7 @@ def test_a_layer_passes_in_parts(mixtures, precision: str, missing: str):
         once = model.last_report.prefill_streamed_bytes
     assert most.expert_slots == EXPERTS - ACTIVE
     size, seen = most.prefill_parts["slots"] // most.expert_slots // 2, []
-    for budget in range(most.peak_bytes, most.peak_bytes - 8 * size, -size):
+    for budget in range(most.peak_bytes, most.peak_bytes - 8 * size, -2 * size):
         with contextlib.suppress(DoesNotFit), _load(mixtures("mixtral"), max_gpu_mem=budget, **options) as model:
             assert ACTIVE <= model.plan.expert_slots <= most.expert_slots
             found = _answer(model)

@@ -23,7 +23,7 @@ from griffin_offload.errors import (
     UsageError,
 )
 
-NEW, EXPERTS, ACTIVE = 32, 8, 2
+NEW, EXPERTS, ACTIVE = 12, 8, 2
 
 
 def _ids(batch: int = 1, tokens: int = 20) -> Tensor:
@@ -102,7 +102,7 @@ def test_fetch_is_the_full_model(mixtures, name: str):
     assert torch.equal(logits[0], logits[2])  # whether an expert was read or had stayed
 
 
-@pytest.mark.parametrize("name", mostly_slow(list(MIXTURES)[::2], 2))
+@pytest.mark.parametrize("name", mostly_slow(("mixtral", "gpt_oss", "deepseek_v3", "qwen3_next", "llama4"), 2))
 def test_fetch_of_a_padded_batch(mixtures, name: str):
     ids = _ids(3)
     mask = torch.ones_like(ids)

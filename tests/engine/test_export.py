@@ -19,7 +19,7 @@ from marks import mostly_slow
 from packed_experts import write_mxfp4
 from reference import masked_after_prefill
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES, HYBRIDS, MIXTURES, VOCAB, every_architecture, write_tokenizer
+from tiny_models import ARCHITECTURES, HYBRIDS, KINDS, MIXTURE_KINDS, VOCAB, quick_first, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
@@ -34,15 +34,27 @@ from griffin_offload.formats.translated import in_memory
 NO_NUMBER = "bloom"
 
 
-@pytest.mark.parametrize("name", [*every_architecture(), "nemotron_h"])
-def test_transformers_loads_it_and_computes_with_the_chosen_neurons(checkpoints, tmp_path: Path, name: str):
+@pytest.fixture(scope="module")
+def exported(checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], runtime.Export]:
+    """What is written of half of a checkpoint's neurons or experts, once for all tests that read it."""
+
+    @functools.cache
+    def of(name: str) -> runtime.Export:
+        path = checkpoints(name)
+        return runtime.export(path, tmp_path_factory.mktemp(name) / "out", chosen_on(path), 0.5)
+
+    return of
+
+
+@pytest.mark.parametrize("name", [*quick_first(KINDS), NO_NUMBER, "nemotron_h"])
+def test_transformers_loads_it_and_computes_with_the_chosen_neurons(checkpoints, exported, tmp_path: Path, name: str):
     path, down = checkpoints(name), (ARCHITECTURES | HYBRIDS)[name].down
     dense = AutoModelForCausalLM.from_pretrained(path)
     if name == NO_NUMBER:
         with pytest.raises(UnsupportedModel, match="its config has no number for the neurons"):
             runtime.check(path, tmp_path / "out", 0.5)
         return
-    found = runtime.export(path, tmp_path / "out", chosen_on(path), 0.5)
+    found = exported(name)
     assert 0 < found.neurons < found.of_neurons
     smaller, info = AutoModelForCausalLM.from_pretrained(found.directory, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -77,12 +89,11 @@ def without_experts(model: Any, layers: Mapping[int, list[int]], routers: Collec
         yield
 
 
-@pytest.mark.parametrize("name", mostly_slow(MIXTURES, 3))
-def test_experts_that_the_prompts_use_and_a_router_for_them(checkpoints, tmp_path: Path, name: str):
+@pytest.mark.parametrize("name", mostly_slow(MIXTURE_KINDS, 3))
+def test_experts_that_the_prompts_use_and_a_router_for_them(checkpoints, exported, tmp_path: Path, name: str):
     """Written as transformers saves such a model, and the same as where the others have no chance."""
     path = checkpoints(name)
-    choice = chosen_on(path)
-    found = runtime.export(path, tmp_path / "out", choice, 0.5)
+    choice, found = chosen_on(path), exported(name)
     assert (found.unit, found.neurons, found.of_neurons) == ("experts", 4, 8)
     smaller, info = AutoModelForCausalLM.from_pretrained(found.directory, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -195,11 +206,11 @@ def logits(model: object, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("form", [pytest.param("w8a16", marks=pytest.mark.slow), "w4a16"])
-def test_packed_as_compressed_tensors_reads_it(checkpoints, tmp_path: Path, form: runtime.ExportForm):
+def test_packed_as_compressed_tensors_reads_it(checkpoints, exported, tmp_path: Path, form: runtime.ExportForm):
     """transformers with that library computes what ours reads, and packs the same numbers the same way."""
     path, ids = checkpoints("llama3"), prompts()[1][None]
     choice = chosen_on(path)
-    plain = AutoModelForCausalLM.from_pretrained(runtime.export(path, tmp_path / "plain", choice, 0.5).directory)
+    plain = AutoModelForCausalLM.from_pretrained(exported("llama3").directory)
     found = runtime.export(path, tmp_path / "out", choice, 0.5, form=form)
     assert found.neurons == 64
     theirs, options = AutoModelForCausalLM.from_pretrained(found.directory), {"device": "cpu", "max_gpu_mem": "1GB"}
@@ -216,35 +227,27 @@ def test_packed_as_compressed_tensors_reads_it(checkpoints, tmp_path: Path, form
     assert 0 < (one - other).norm() / one.norm() < {"w8a16": 0.01, "w4a16": 0.12}[form]
 
 
-IN_ONE_TENSOR = ("gpt_oss", "granitemoe", "llama4")
-ROWS_OF_48 = ("qwen2_moe", "qwen3_moe", "ernie4_5_moe", "lfm2_moe", "qwen3_next")
-PACKED = [(name, form) for name in MIXTURES for form in ("w8a16", "w4a16")]
-QUICKLY = (("mixtral", "w4a16"), ("qwen2_moe", "w8a16"))
-
-
-def packed_mixtures() -> list[Any]:
-    return [
-        pytest.param(name, form, marks=() if (name, form) in QUICKLY else pytest.mark.slow)
-        for name, form in PACKED
-        if name not in IN_ONE_TENSOR and (form == "w8a16" or name not in ROWS_OF_48)
-    ]
+# One of each kind of MIXTURE_KINDS whose experts are matrices, and of each name that gates have.
+PACKED = [
+    *(("mixtral", "w4a16"), ("qwen2_moe", "w8a16"), ("mixtral", "w8a16"), ("deepseek_v3", "w4a16")),
+    *(("qwen3_next", "w8a16"), ("nemotron_3", "w4a16"), ("hunyuan_v1_moe", "w4a16"), ("lfm2_moe", "w8a16")),
+]
 
 
 @pytest.fixture(scope="module")
-def unpacked_experts(checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, torch.Tensor]]:
+def unpacked_experts(exported) -> Callable[[str], dict[str, torch.Tensor]]:
     """What a mixture's export holds that is not packed."""
 
     @functools.cache
     def tensors(name: str) -> dict[str, torch.Tensor]:
-        path, out = checkpoints(name), tmp_path_factory.mktemp(name) / "plain"
-        plain = AutoModelForCausalLM.from_pretrained(runtime.export(path, out, chosen_on(path), 0.5).directory)
+        plain = AutoModelForCausalLM.from_pretrained(exported(name).directory)
         return {key: tensor for key, tensor in plain.state_dict().items() if ".experts." in key}
 
     return tensors
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("name", "form"), packed_mixtures())
+@pytest.mark.parametrize(("name", "form"), mostly_slow(PACKED, 2))
 def test_experts_are_packed_as_transformers_reads_them(
     checkpoints, unpacked_experts, tmp_path: Path, name: str, form: runtime.ExportForm
 ):
@@ -294,10 +297,10 @@ def stored(path: Path) -> dict[str, tuple[str, list[int], object]]:
 
 
 @pytest.mark.parametrize("name", ["llama3", *(pytest.param(name, marks=pytest.mark.slow) for name in GGUF_NAMES)])
-def test_gguf_files_hold_what_their_converter_writes(checkpoints, tmp_path: Path, name: str):
+def test_gguf_files_hold_what_their_converter_writes(checkpoints, exported, tmp_path: Path, name: str):
     path = checkpoints(name) if name != "gpt_oss" else with_windows(checkpoints(name), tmp_path / "windows")
     choice = chosen_on(path)
-    plain = runtime.export(path, tmp_path / "plain", choice, 0.5)
+    plain = exported(name) if name != "gpt_oss" else runtime.export(path, tmp_path / "plain", choice, 0.5)
     smaller, ids = AutoModelForCausalLM.from_pretrained(plain.directory), prompts()[1][None]
     found = runtime.export(path, tmp_path / "gguf", choice, 0.5, form="gguf").directory / "model.gguf"
     theirs = write_gguf(smaller, tmp_path / "theirs.gguf", "F32", tokenizer=path)
@@ -312,11 +315,11 @@ def test_gguf_files_hold_what_their_converter_writes(checkpoints, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", [pytest.param("Q8_0", marks=pytest.mark.slow), "Q4_0"])
-def test_gguf_files_in_blocks(checkpoints, tmp_path: Path, kind: str):
+def test_gguf_files_in_blocks(checkpoints, exported, tmp_path: Path, kind: str):
     """Tables have 8 bits at least. What such a file is made of is exported again with the file's own tokenizer."""
     path = checkpoints("llama2")
     choice = chosen_on(path)
-    smaller = AutoModelForCausalLM.from_pretrained(runtime.export(path, tmp_path / "plain", choice, 0.5).directory)
+    smaller = AutoModelForCausalLM.from_pretrained(exported("llama2").directory)
     form: runtime.ExportForm = "gguf-q8_0" if kind == "Q8_0" else "gguf-q4_0"
     found = runtime.export(path, tmp_path / "out", choice, 0.5, form=form)
     expected = stored(write_gguf(smaller, tmp_path / "theirs.gguf", kind))

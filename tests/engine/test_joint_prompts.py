@@ -1,6 +1,6 @@
 """Prompts that wait together pass in one streamed pass: each is answered as when they pass one by one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from alive_bytes import AliveBytes
 from loaded_model import load
 from reference import collect_z, select_direct, statistic_float64
-from tiny_models import ARCHITECTURES, FURTHER, MIXTURES, QUICK, VOCAB, WINDOW
+from tiny_models import ARCHITECTURES, FURTHER, KINDS, MIXTURE_KINDS, MIXTURES, QUICK, VOCAB, WINDOW
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from griffin_offload import GriffinModel
@@ -48,21 +48,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.fixture(scope="module")
-def model_of(checkpoints) -> Iterator[Callable[..., GriffinModel]]:
-    loaded: dict[str, GriffinModel] = {}
-
-    def model(name: str, **options: Any) -> GriffinModel:
-        key = f"{name} {options}"
-        if key not in loaded:
-            loaded[key] = load(checkpoints(name), **options)
-        return loaded[key]
-
-    yield model
-    for one in loaded.values():
-        one.close()
-
-
 class Logits(LogitsProcessor):
     """Keeps what a sequence's tokens are made of."""
 
@@ -97,15 +82,40 @@ def answered(model: GriffinModel, prompts: Sequence[torch.Tensor], *, together: 
     return [(one.answer.tolist(), torch.cat(seen.seen), one.report) for one, seen in rows]
 
 
-def _quick(name: str) -> Any:
-    return pytest.param(name, marks=() if name in (*QUICK, "gemma4", "mixtral") else pytest.mark.slow)
+def answered_alone(model: GriffinModel) -> list[Any]:
+    """Of each of PROMPTS the tokens and the logits, by a call of its own."""
+    asked = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
+    outputs = [model.generate(ids, **asked) for ids in PROMPTS]
+    return [
+        (output.sequences[0, tokens:].tolist(), torch.cat(list(output.logits)))
+        for output, tokens in zip(outputs, LENGTHS, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5])
-@pytest.mark.parametrize("name", [_quick(name) for name in PACKED])
-def test_answers_are_those_of_prompts_that_pass_one_by_one(model_of, passes, name: str, density: float):
+def _quick(names: Iterable[str], *more: str) -> list[Any]:
+    return [pytest.param(name, marks=() if name in (*QUICK, *more) else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", _quick(PACKED, "gemma4", "mixtral"))
+def test_answers_are_those_of_calls_of_their_own(model_of, passes, name: str):
+    """With all neurons, every architecture that can: prompts pass together, and then tokens do."""
+    model = model_of(name, density=1.0)
+    expected = answered_alone(model)
+    passes.clear()
+    found = answered(model, PROMPTS, together=True)
+    assert passes == [4]
+    assert model.why_alone is None
+    for (tokens, logits), (own_tokens, own_logits, report) in zip(expected, found, strict=True):
+        assert own_tokens == tokens
+        torch.testing.assert_close(own_logits, logits, atol=1e-4, rtol=1e-4)
+        assert report.activation_kept == pytest.approx(1.0, abs=1e-5)
+        assert report.peak_device_bytes <= model.plan.budget_bytes
+
+
+@pytest.mark.parametrize("name", _quick([name for name in (*KINDS, *MIXTURE_KINDS, "gemma4") if name in PACKED]))
+def test_answers_are_those_of_prompts_that_pass_one_by_one(model_of, passes, name: str):
     """Tokens the same; logits, and the share of its own activation that each has, up to rounding."""
-    model = model_of(name, density=density)
+    model = model_of(name, density=0.5)
     expected = answered(model, PROMPTS, together=False)
     found = answered(model, PROMPTS, together=True)
     assert passes == [1, 1, 1, 1, 4]
@@ -119,7 +129,7 @@ def test_answers_are_those_of_prompts_that_pass_one_by_one(model_of, passes, nam
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_kv_caches_in_fewer_bits(model_of, bits: int):
-    model = model_of("llama3", kv_bits=bits)
+    model = model_of("llama3", density=0.5, kv_bits=bits)
     expected, found = (answered(model, PROMPTS, together=together) for together in (False, True))
     assert [one[0] for one in found] == [one[0] for one in expected]
 

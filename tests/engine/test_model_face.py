@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import mostly_slow
+from marks import by_turns
 from tiny_models import VOCAB
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
@@ -57,8 +57,7 @@ def test_a_pipeline_takes_batches_beams_and_an_assistant(checkpoints, model: Gri
         assert drafted(text, max_new_tokens=12, do_sample=False) == plain(text, max_new_tokens=12, do_sample=False)
 
 
-@pytest.mark.parametrize("name", mostly_slow(("llama3", "gemma3", "opt"), 1))
-@pytest.mark.parametrize("density", [0.5, 1.0])
+@pytest.mark.parametrize(("name", "density"), by_turns(("llama3", "gemma3", "opt"), (0.5, 1.0), whole=()))
 def test_it_assists_with_the_tokens_of_the_other(checkpoints, name: str, density: float):
     """Drafts are the pruned model's, the tokens the assisted model's; it may be asked for as a whole or by `.model`."""
     other, ids = AutoModelForCausalLM.from_pretrained(checkpoints(name)), _ids()

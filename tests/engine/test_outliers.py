@@ -53,6 +53,11 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return directory
 
 
+@pytest.fixture(scope="module")
+def dense(outliers: Callable[..., Path]) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(outliers(), dtype=torch.float32)
+
+
 def _load(path: Path, precision: str, density: float, **options: object) -> GriffinModel:
     options = {"max_gpu_mem": "100MB", "ctx_size": 64, "quantize": precision, "density": density} | options
     return GriffinModel.from_pretrained(path, device="cpu", **options)
@@ -78,13 +83,12 @@ def _error(found: Tensor, expected: Tensor) -> float:
     ("always_stream", "density", "converted", "precision"),
     every_pair(STREAMED, DENSITIES, WAYS, PRECISIONS, odd=True, quick=6),
 )
-def test_logits_stay_near_those_of_16_bit(precision, converted, density, always_stream, outliers):
+def test_logits_stay_near_those_of_16_bit(precision, converted, density, always_stream, outliers, dense):
     path = outliers(precision if converted else "none")
     model = _load(path, precision, density, always_stream=always_stream)
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     for _ in range(2):  # a second prompt finds what the first has left
         output = model.generate(PROMPT, max_new_tokens=NEW_TOKENS, **options)
-        dense = AutoModelForCausalLM.from_pretrained(outliers(), dtype=torch.float32)
         sets = list(model.selected.values()) if density < 1 else []
         expected = _dense_logits(dense, output.sequences, sets)
         assert _error(torch.stack(output.logits), expected) < LARGEST_ERROR[precision]

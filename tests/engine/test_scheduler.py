@@ -2,7 +2,6 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loaded_model import load
+from marks import mostly_slow
 from reference import select_direct, statistic_float64
-from tiny_models import ARCHITECTURES, FURTHER, MIXTURES, QUICK, VOCAB
+from tiny_models import ARCHITECTURES, FURTHER, MIXTURES, VOCAB
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from griffin_offload import GriffinError, GriffinModel, UsageError
@@ -39,33 +39,17 @@ def prompt(tokens: int, seed: int) -> torch.Tensor:
     return torch.randint(3, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def model_of(checkpoints) -> Iterator[Callable[..., GriffinModel]]:
-    """`model_of(name, **options)`: the same one for the same words; whole unless they say another density."""
-    loaded: dict[str, GriffinModel] = {}
-
-    def model(name: str, **options: Any) -> GriffinModel:
-        key = f"{name} {options}"
-        if key not in loaded:
-            loaded[key] = load(checkpoints(name), **{"density": 1.0, **options})
-        return loaded[key]
-
-    yield model
-    for one in loaded.values():
-        one.close()
-
-
 def alone(model: GriffinModel, ids: torch.Tensor, seed: int = 0, **options: Any) -> list[int]:
     torch.manual_seed(seed)
     answer: list[int] = model.generate(ids, **options)[0, ids.shape[1] :].tolist()
     return answer
 
 
-def _quick(name: str) -> Any:
-    return pytest.param(name, marks=() if name in (*QUICK, "gpt_oss", "gemma4") else pytest.mark.slow)
+# Every architecture by itself: test_joint_prompts.py.
+MIXED = ("llama3", "gemma2", "mistral", "phi3", "opt_350m", "gpt2", "gpt_oss", "gemma4")
 
 
-@pytest.mark.parametrize("name", [_quick(name) for name in TOGETHER])
+@pytest.mark.parametrize("name", mostly_slow(MIXED, 6))
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(asked=st.lists(ASKED, min_size=2, max_size=7), most=st.integers(2, 4))
 def test_each_answers_as_it_does_alone(model_of, name: str, asked: list[Any], most: int):
@@ -88,11 +72,10 @@ def test_sixteen_bits_differ_by_rounding_alone(model_of, checkpoints):
     assert found == {index: alone(model, ids, **options) for index, (ids, options) in enumerate(asking)}
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2"])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("name", "bits"), [("llama3", 8), ("gemma2", 8), ("gemma2", 4)])
 def test_caches_in_fewer_bits_are_read_each_for_itself(model_of, name: str, bits: int):
     model = model_of(name, kv_bits=bits, ctx_size=128)
-    asking = [(prompt(40 + 3 * seed, seed), {"max_new_tokens": 40, "do_sample": False}) for seed in range(3)]
+    asking = [(prompt(40 + 3 * seed, seed), {"max_new_tokens": 24, "do_sample": False}) for seed in range(3)]
     found = {answer.index: answer.tokens.tolist() for answer in model.generate_many(asking)}
     assert model.why_alone is None
     assert found == {index: alone(model, ids, **options) for index, (ids, options) in enumerate(asking)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import mostly_slow
+from marks import every_pair
 from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -18,13 +18,16 @@ QUESTIONS = ["the cat sat", "and the dog?", "where is the river", "of boats", "n
 CTX = 480
 
 
-@pytest.fixture(scope="module", params=["llama3", "gemma2"])
+@pytest.fixture(scope="module")
 def chatty(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A checkpoint with a chat template."""
-    directory = tmp_path_factory.mktemp("chatty")
-    write_checkpoint(request.param, directory)
+    name, directory = getattr(request, "param", "llama3"), tmp_path_factory.mktemp("chatty")
+    write_checkpoint(name, directory)
     write_tokenizer(directory, CHAT_TEMPLATE)
-    return request.param, directory
+    return name, directory
+
+
+with_windows_too = pytest.mark.parametrize("chatty", ["llama3", "gemma2"], indirect=True)
 
 
 def _load(path: Path, **options: object) -> GriffinModel:
@@ -38,6 +41,7 @@ def _rendered(model: GriffinModel, messages: list[dict[str, str]]) -> torch.Tens
     )["input_ids"]
 
 
+@with_windows_too
 @pytest.mark.parametrize("exact", [False, True])
 def test_five_turns_at_density_one_equal_the_dense_model(chatty: tuple[str, Path], exact: bool):
     """On the whole conversation as the template renders it; in exact mode at density .5, too."""
@@ -60,6 +64,7 @@ def test_five_turns_at_density_one_equal_the_dense_model(chatty: tuple[str, Path
     assert chat.turns == len(QUESTIONS)
 
 
+@with_windows_too
 def test_undo_and_reset(chatty: tuple[str, Path]):
     model = _load(chatty[1])
     chat = model.chat_session(max_new_tokens=6, do_sample=False)
@@ -75,6 +80,7 @@ def test_undo_and_reset(chatty: tuple[str, Path]):
     assert chat.send(QUESTIONS[0]).text == first.text
 
 
+@with_windows_too
 def test_a_full_context_is_an_error_or_drops_the_oldest_turns(chatty: tuple[str, Path]):
     model = _load(chatty[1], ctx_size=96)
     chat = model.chat_session(system="be brief", max_new_tokens=8, do_sample=False)
@@ -228,9 +234,15 @@ print(json.dumps([loaded, reply.report.prefill_streamed_bytes, reply.report.prom
 
 
 @pytest.mark.parametrize(
-    "generation", mostly_slow(({"do_sample": False}, {"do_sample": True, "seed": 5}), 1), ids=["greedy", "sampled"]
+    ("chatty", "kv_bits", "generation"),
+    every_pair(
+        {"llama3": "llama3", "gemma2": "gemma2"},
+        {"16": 16, "8": 8, "4": 4},
+        {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "seed": 5}},
+        quick=3,
+    ),
+    indirect=["chatty"],
 )
-@pytest.mark.parametrize("kv_bits", [16, 8, 4])
 def test_a_new_process_goes_on_as_this_one(forks, chatty, tmp_path: Path, generation: Any, kv_bits: int):
     _, path = chatty
     options = {"device": "cpu", "max_gpu_mem": "1GB", "density": 0.5, "ctx_size": CTX, "always_stream": True}

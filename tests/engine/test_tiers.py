@@ -11,7 +11,7 @@ import quantised_reference as ref
 import torch
 from marks import by_turns
 from reference import collect_z, dense_generate, shared_statistic_float64
-from tiny_models import ARCHITECTURES, VOCAB, write_checkpoint
+from tiny_models import ARCHITECTURES, KINDS, VOCAB, write_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -138,7 +138,7 @@ def _check_ranks(dense: PreTrainedModel, name: str, ids: Tensor, levels: Levels)
             assert fewer.numel() == 0 or more.min() >= fewer.max() - 1e-4
 
 
-@pytest.mark.parametrize(("name", "bits"), by_turns(ARCHITECTURES, (BITS[1], BITS[2], BITS[4])))
+@pytest.mark.parametrize(("name", "bits"), by_turns(KINDS, (BITS[1], BITS[2], BITS[4])))
 def test_logits_are_those_of_neurons_rounded_by_tiers(name: str, bits: float, plain):
     path = plain(name)
     model = _load(path, bits)

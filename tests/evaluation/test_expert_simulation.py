@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from marks import by_turns
-from tiny_models import MIXTURES, VOCAB
+from tiny_models import MIXTURE_KINDS, VOCAB
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +19,6 @@ from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import prompt_prior, simulate
 from griffin_offload.method.variants import Variant
 
-NAMES = [name for name in MIXTURES if name != "phimoe"]
 LENGTHS = (40, 1, 23)
 HALF = Variant(0.5)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -46,7 +45,7 @@ def _prompts(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
     return [torch.randint(5, VOCAB - 8, (1, length), generator=generator) for length in lengths]
 
 
-@pytest.mark.parametrize(("name", "rows"), by_turns(NAMES, ("all at once", "few"), whole=("mixtral", "gpt_oss")))
+@pytest.mark.parametrize(("name", "rows"), by_turns(MIXTURE_KINDS, ("all at once", "few"), whole=("mixtral",)))
 def test_equals_generation_by_residents(checkpoints, monkeypatch: pytest.MonkeyPatch, name: str, rows: str):
     """Prompts of several lengths alone, and together, padded; hybrids, whose states padding would change, alone."""
     if rows == "few":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from marks import by_turns
 from reference import dense_forward
-from tiny_models import ARCHITECTURES, VOCAB, WINDOW
+from tiny_models import KINDS, VOCAB, WINDOW
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -45,7 +45,7 @@ def _generated(model: GriffinModel, prompt: Tensor) -> tuple[Sample, Tensor]:
     return Sample.generation(prompt[0], continuation), log_probs.gather(-1, continuation[:, None])[:, 0]
 
 
-@pytest.mark.parametrize(("name", "pieces"), by_turns(ARCHITECTURES, ("all rows", "few rows and positions")))
+@pytest.mark.parametrize(("name", "pieces"), by_turns(KINDS, ("all rows", "few rows and positions")))
 def test_equals_generation(checkpoints, monkeypatch: pytest.MonkeyPatch, name: str, pieces: str):
     """Greedy continuations of one prompt each, re-scored alone and all together, padded: the same log-probabilities."""
     if pieces != "all rows":

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from marks import by_turns, mostly_slow
-from tiny_models import ARCHITECTURES, VOCAB
+from tiny_models import ARCHITECTURES, KINDS, VOCAB
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, Lfm2Config, LlamaConfig, T5Config
 
 from griffin_offload import DoesNotFit, GriffinError, GriffinModel, UsageError
@@ -105,7 +105,7 @@ def _step_both(
         truth.change(lambda states: states[:1])
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(
     steps=st.lists(STEPS, max_size=25),
     prompt=LENGTHS,
@@ -248,13 +248,13 @@ STRATEGIES: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    by_turns(["gemma3", "llama3", "mistral", "gemma2", "cohere2"], STRATEGIES, each=2, whole=["gemma3"]),
+    by_turns(["gemma3", "llama3", "mistral", "gemma2"], STRATEGIES, whole=["gemma3"]),
 )
 def test_generation_is_the_dense_models_own_far_beyond_its_window(checkpoints, name: str, strategy: str):
-    """200 tokens behind a window of 16: the window has moved to the start of its store several times."""
+    """150 tokens behind a window of 16: the window has moved to the start of its store twice."""
     path = checkpoints(name)
     ids = _ids()[0].repeat(1, 2)[:, :44]  # so that there is something to look up
-    settings = STRATEGIES[strategy] | {"max_new_tokens": 150}
+    settings = STRATEGIES[strategy] | {"max_new_tokens": 110}
     torch.manual_seed(0)
     expected = AutoModelForCausalLM.from_pretrained(path).generate(ids, **settings, use_cache=True)
     model = _load(path, density=1.0, batch_size=3)
@@ -268,7 +268,7 @@ def test_generation_is_the_dense_models_own_far_beyond_its_window(checkpoints, n
 @pytest.mark.parametrize("name", mostly_slow(("llama2", "gemma3", "mistral", "bloom", "gpt2"), 2))
 def test_logits_of_a_padded_batch_are_those_with_transformers_cache_bit_for_bit(checkpoints, name: str):
     ids, mask = _ids(3)
-    settings = {"max_new_tokens": 100, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings = {"max_new_tokens": 60, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     model = _load(checkpoints(name), density=0.5, batch_size=3)
     output, expected = (
         model.generate(ids, attention_mask=mask, **settings, **cache)
@@ -369,8 +369,10 @@ def test_an_odd_head_is_refused_four_bits():
         layer.update(*(torch.randn(1, 3, 4, 5) for _ in range(2)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", mostly_slow(("llama3", "gemma3", "mistral", "gpt2"), 2))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    by_turns(("llama3", "gemma3", "mistral", "gpt2"), (torch.float32, torch.bfloat16), whole=("gemma3",)),
+)
 def test_fewer_bits_stay_near_sixteen(checkpoints, name: str, dtype: torch.dtype):
     """Rounding to 1/127 of a vector's largest number errs by 1/254 at most and 1/440 as a rule, which is under one
     per cent of a vector's usual number; errors of three layers' keys and values add as a root of squares. 5 per cent
@@ -405,10 +407,7 @@ def test_four_bits_with_tokens_that_pass_again_and_sequences_that_part(checkpoin
     assert 0 < (logits[1] - logits[0]).norm() < 0.5 * logits[0].norm()
 
 
-WINDOWED = ("mistral", "gemma2", "gemma3")
-
-
-@pytest.mark.parametrize(("name", "batch", "bits"), by_turns(ARCHITECTURES, (1, 3), (16, 8, 4), whole=WINDOWED))
+@pytest.mark.parametrize(("name", "batch", "bits"), by_turns(KINDS, (1, 3), (16, 8, 4), whole=("mistral", "gemma2")))
 def test_planned_bytes_are_allocated_to_the_byte(checkpoints, name: str, batch: int, bits: int):
     context = 100  # more than a window and its slack
     model = _load(checkpoints(name), kv_bits=bits, batch_size=batch, density=0.5, ctx_size=context)

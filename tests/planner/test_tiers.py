@@ -64,7 +64,7 @@ def test_choices_ascend_in_bytes_and_never_expect_more_error(neurons: int):
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(st.lists(st.integers(2 * 10**6, 12 * 10**6), min_size=2, max_size=20), st.sampled_from([None, 300]))
 def test_more_memory_never_expects_a_worse_answer(budgets: list[int], ctx_tokens: int | None):
     before = None
@@ -164,7 +164,7 @@ def test_no_mixture_of_few_bits_that_fits_errs_less(budget: int, ctx_tokens: int
     assert expected_error(own, plan.counts) <= min(fitting) * 1.0001
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(st.integers(15 * 10**5, 25 * 10**5), st.sampled_from([None, 300]))
 def test_what_is_named_where_nothing_fits_is_the_smallest_and_enough(budget: int, ctx_tokens: int | None):
     request = PlanRequest(budget, ctx_tokens)

@@ -15,11 +15,11 @@ def mostly_slow(values: Iterable[Any], quick: int) -> list[Any]:
 
 
 def by_turns(
-    names: Iterable[str], *choices: Collection[Any], each: int = 1, whole: Collection[str] = QUICK
+    names: Iterable[str], *choices: Collection[Any], each: int = 1, whole: Collection[str] = ("llama3", "gpt2")
 ) -> list[Any]:
     """(name, choice, ...): `each` combinations of `choices` for every name, other ones for the next name.
 
-    The names of `whole` have all combinations; quick are those of them whose turn it is. For what names and choices
+    The names of `whole` have all combinations; quick are the turns of theirs and of QUICK's. For what names and choices
     do each for itself: a product of both would say the same many times.
     """
     found = list(itertools.product(*choices))
@@ -27,7 +27,7 @@ def by_turns(
     for at, name in enumerate(names):
         turn = {(at + step * (len(found) // each)) % len(found) for step in range(each)}
         for place in range(len(found)) if name in whole else sorted(turn):
-            quick = name in whole and place in turn
+            quick = place in turn and (name in whole or name in QUICK)
             parameters.append(pytest.param(name, *found[place], marks=() if quick else pytest.mark.slow))
     return parameters
 

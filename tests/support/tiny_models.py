@@ -7,7 +7,7 @@ hand, so that a wrong feed-forward table in the package cannot hide itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -401,11 +401,25 @@ _further(FURTHER, "bitnet", hf.BitNetConfig, "model.layers.{i}.mlp.ffn_sub_norm"
 
 # One of each way to lay a feed-forward out, to norm and to attend: what runs without --run-slow.
 QUICK = ("llama3", "gemma2", "phi3", "gpt_neox", "opt_350m", "falcon_new", "gpt2")
+# What most tests run: these, one that sees windows alone, one without positions of its own, and one with biases beside
+# a gate. Every architecture is in tests/engine/test_against_dense.py, and converted in tests/cli/test_convert.py.
+KINDS = (*QUICK, "mistral", "falcon_alibi", "llama_bias")
+# And of mixtures, of which every one is in tests/engine/test_experts.py: experts one by one; transposed and with
+# biases; chosen in groups behind a dense layer; beside a shared one; in one tensor of a layer; beside states; ungated;
+# given all tokens.
+MIXTURE_KINDS = (
+    *("mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe", "granitemoe", "qwen3_next", "nemotron_3", "llama4"),
+)
+
+
+def quick_first(names: Iterable[str]) -> list[Any]:
+    """Those names as parameters; quick are the ones in QUICK."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
 def every_architecture() -> list[Any]:
     """The names of ARCHITECTURES as parameters; most are slow."""
-    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES]
+    return quick_first(ARCHITECTURES)
 
 
 def refused_models() -> dict[str, Callable[[], hf.PreTrainedModel]]:
