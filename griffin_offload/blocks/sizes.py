@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from griffin_offload.blocks.base import padded
 from griffin_offload.blocks.states import StateTensor
@@ -143,7 +144,7 @@ class ModelSizes:
         """Numbers of a token that go into the widest down projection."""
         return max(layer.width for layer in self.layers)
 
-    @property
+    @cached_property
     def has_experts(self) -> bool:
         """Whether some layers are mixtures of experts: `density` then is the share of experts that are resident."""
         return any(layer.experts for layer in self.layers)

@@ -75,7 +75,8 @@ def plan(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or one JSON object; exit code 3 when nothing fits."""
     # Most of transformers is imported when it is first asked, by `_examined`.
     with heavy_imports(_NOT_PLANNED), _no_processes(), _no_compiler() if arguments.alone else nullcontext():
-        from griffin_offload.planner.solve import describe_shortfall, solve
+        from griffin_offload.planner.plan import describe_shortfall
+        from griffin_offload.planner.solve import solve
 
         quiet_libraries()
         model_spec = _examined(arguments)

@@ -40,8 +40,8 @@ from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.kv_cache.workload import Workload
 from griffin_offload.offload.weight_store import MmapStore
-from griffin_offload.planner.plan import Plan, as_loaded
-from griffin_offload.planner.solve import describe_shortfall, replan_beside
+from griffin_offload.planner.plan import Plan, as_loaded, describe_shortfall
+from griffin_offload.planner.solve import replan_beside
 from griffin_offload.planner.workspace import logits_bytes, statistics_bytes, workspace_bytes
 from griffin_offload.transformers_api import CACHE, Arguments, StockCache, StockOutput, with_own_name
 

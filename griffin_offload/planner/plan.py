@@ -24,6 +24,7 @@ from griffin_offload.planner.workspace import (
     statistics_bytes,
     workspace_bytes,
 )
+from griffin_offload.units import format_bytes
 
 EmbeddingDevice = Literal["device", "host"]
 
@@ -354,3 +355,23 @@ def _priced(
         full_bytes=shape.weight_bytes,
         streamed_bytes=sum(shape.layers[i].ff_bytes for i in streamed),
     )
+
+
+def describe_shortfall(plan: Plan, remedy: str) -> str:
+    """The line a user sees when `plan` does not fit."""
+    parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in _by_size(plan.parts))
+    return (
+        f"needs {format_bytes(plan.peak_bytes)}, budget {format_bytes(plan.budget_bytes)} "
+        f"(density {plan.density:.2f}{_of_experts(plan)}, context {plan.context_tokens}: {parts}): try {remedy}"
+    )
+
+
+def _of_experts(plan: Plan) -> str:
+    if plan.experts is None:
+        return ""
+    fewest = ", as many as a token is sent to" if plan.experts[0] <= plan.active_experts else ""
+    return f", {plan.experts[0]} of {plan.experts[1]} experts a layer{fewest}"
+
+
+def _by_size(parts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(((n, b) for n, b in parts.items() if b), key=lambda item: -item[1])

@@ -13,11 +13,10 @@ from griffin_offload.kv_cache.workload import Workload, cache_parts, halves_agai
 from griffin_offload.method.allocation import Counts
 from griffin_offload.method.selection import densities_per_layer, neurons_kept
 from griffin_offload.offload.weight_store import slot_bytes
-from griffin_offload.planner.plan import EmbeddingDevice, Plan, as_loaded, price
+from griffin_offload.planner.plan import EmbeddingDevice, Plan, as_loaded, describe_shortfall, price
 from griffin_offload.planner.request import PlanRequest, planned_use
 from griffin_offload.planner.tiers import expected_error, least_bits, tiered_choices, tiers_within
 from griffin_offload.planner.workspace import statistics_bytes
-from griffin_offload.units import format_bytes
 
 # One layer computes while the next one is read; one slot alone works, without the overlap.
 SLOTS = (2, 1)
@@ -50,6 +49,19 @@ def solve(
     So more memory never gives fewer bits or neurons, nor, with as many of both, a shorter context. `others` are
     precisions that were not asked for: a remedy.
     """
+    shape, rung, plan = _best(shapes, request)
+    if plan.fits:
+        return plan, None
+    remedy = remedy_for(shape, rung, plan)
+    for shape in others:
+        if best_plan(shape, rung, plan.context_tokens).fits:
+            other = f"a copy converted to {shape.precision}" if request.verifies else f"--quantize {shape.option}"
+            return plan, f"{remedy} or {other}"
+    return plan, remedy
+
+
+def _best(shapes: Sequence[ModelSizes], request: PlanRequest) -> tuple[ModelSizes, PlanRequest, Plan]:
+    """The plan of `solve`, the sizes that it is of, and the rung of the ladder that it stands on."""
     contexts, shapes = _contexts(shapes[0], request), _of_bits(shapes, request)
     for choices, rung in _ladder(shapes, request):
         found = [(shape, *_best_quality(shape, rung, contexts.floor)) for shape in choices]
@@ -57,18 +69,11 @@ def solve(
             shape, plan, grows = _least_error(found)
             if grows and rung.kv_bits == request.kv_bits:
                 plan = _lengthened(shape, rung, plan, contexts.floor, contexts.most)
-            return _with_the_rest(shape, rung, plan), None
+            return shape, rung, _with_the_rest(shape, rung, plan)
     least, floor = contexts.least, contexts.floor
     found = [(shape, _lengthened(shape, rung, plan, least, floor), grows) for shape, plan, grows in found]
     shape, plan, _ = _least_error(found)
-    if plan.fits:
-        return _with_the_rest(shape, rung, plan), None
-    remedy = remedy_for(shape, rung, plan)
-    for shape in others:
-        if best_plan(shape, rung, plan.context_tokens).fits:
-            other = f"a copy converted to {shape.precision}" if request.verifies else f"--quantize {shape.option}"
-            return plan, f"{remedy} or {other}"
-    return plan, remedy
+    return shape, rung, _with_the_rest(shape, rung, plan) if plan.fits else plan
 
 
 _Found = tuple[ModelSizes, Plan, bool]
@@ -114,7 +119,7 @@ def alternatives(shapes: Sequence[ModelSizes], request: PlanRequest, ctx_tokens:
         if tiered and not isinstance(request.bits, str) and least_bits(shape) > request.bits:
             continue
         for density in ("auto",) if tiered else (1.0, "auto"):
-            plan, _ = solve([shape], replace(request, density=density, ctx_tokens=ctx_tokens))
+            *_, plan = _best([shape], replace(request, density=density, ctx_tokens=ctx_tokens))
             if plan.fits and plan not in found and not (tiered and plan.counts == tiers_within(shape, "auto")):
                 found.append(plan)
     return found
@@ -341,26 +346,6 @@ def replan_beside(
     ]
     request = replace(request, session_bytes=request.session_bytes + sum(own), sequences=1)
     return replan_for(shape, request, plan, use.among(passing, decoding))
-
-
-def describe_shortfall(plan: Plan, remedy: str) -> str:
-    """The line a user sees when `plan` does not fit."""
-    parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in _by_size(plan.parts))
-    return (
-        f"needs {format_bytes(plan.peak_bytes)}, budget {format_bytes(plan.budget_bytes)} "
-        f"(density {plan.density:.2f}{_of_experts(plan)}, context {plan.context_tokens}: {parts}): try {remedy}"
-    )
-
-
-def _of_experts(plan: Plan) -> str:
-    if plan.experts is None:
-        return ""
-    fewest = ", as many as a token is sent to" if plan.experts[0] <= plan.active_experts else ""
-    return f", {plan.experts[0]} of {plan.experts[1]} experts a layer{fewest}"
-
-
-def _by_size(parts: dict[str, int]) -> list[tuple[str, int]]:
-    return sorted(((n, b) for n, b in parts.items() if b), key=lambda item: -item[1])
 
 
 def remedy_for(shape: ModelSizes, request: PlanRequest, plan: Plan) -> str:
