@@ -145,6 +145,8 @@ def with_adapter(base: Checkpoint, directory: Path) -> Checkpoint:
 
 
 def _checked(said: dict[str, object], directory: Path) -> dict[str, Any]:
+    if "peft_type" not in said:
+        raise CheckpointError(f"{directory / _CONFIG} has no peft_type: no adapter of peft, give another --adapter")
     if str(said.get("peft_type")).upper() != "LORA":
         raise UnsupportedModel(f"{directory} is a {str(said.get('peft_type'))[:40]} adapter: only LoRA is merged")
     found = [name for name in _REFUSED if said.get(name)]

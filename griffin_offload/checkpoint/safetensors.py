@@ -174,7 +174,7 @@ def directory_config(directory: Path) -> PretrainedConfig:
         raise CheckpointError(f"{directory} is an unfinished {kind}: run the same {command} command again")
     if not (directory / "config.json").is_file():
         refuse_what_is_no_checkpoint(directory)
-        raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
+        raise CheckpointError(f"{directory} has no config.json: name a checkpoint's directory, or a GGUF file")
     return load_config(directory / "config.json")
 
 

@@ -107,8 +107,10 @@ def _fit(path: Path, config: LoadConfig) -> dict[str, Any]:
     except GriffinError as error:
         return unknown | {"reason": as_line(error)}
     plain = checkpoint.precision is FLOATS
+    packed = any(tensor.decode is not None for tensor in checkpoint.tensors().values())
+    kind = "gguf" if path.is_file() else "packed" if packed else str(checkpoint.dtype).removeprefix("torch.")
     return {
-        "format": str(checkpoint.dtype).removeprefix("torch.") if plain else str(checkpoint.precision),
+        "format": kind if plain else str(checkpoint.precision),
         "fits": remedy is None,
         "precision": plan.precision,
         "density": plan.density,

@@ -92,7 +92,8 @@ def plan(arguments: argparse.Namespace) -> int:
         return 0 if remedy is None else DoesNotFit.exit_code
     if not arguments.quiet:
         lines = [*plan_lines(found), *_forecast_lines(_forecast(model_spec, found))]
-        lines += [*_rounded_again(model_spec, found), *_instead_of(model_spec, found, arguments.prefer)]
+        if remedy is None:  # else it is no plan to be followed
+            lines += [*_rounded_again(model_spec, found), *_instead_of(model_spec, found, arguments.prefer)]
         print("\n".join([*lines, *([] if model_spec.assumed is None else [model_spec.assumed])]))
     if arguments.verbose:
         beside = [f"{', '.join(names)} in {form}" for form, names in model_spec.small_of(found).items()]

@@ -31,7 +31,8 @@ def prompt_text(arguments: argparse.Namespace) -> str:
 
             text: str = read_text(arguments.prompt_file)
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
-            raise UsageError(f"cannot read the prompt from {arguments.prompt_file}: {error}") from error
+            why = getattr(error, "strerror", None) or error  # without the name, once more
+            raise UsageError(f"cannot read the prompt from {arguments.prompt_file}: {why}") from error
     elif arguments.prompt == "-":
         text = _standard_input()
     elif arguments.prompt is None and arguments.model is None:

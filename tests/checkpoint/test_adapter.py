@@ -17,7 +17,7 @@ from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.cli.main import main
 from griffin_offload.engine.build import build
 from griffin_offload.engine.convert import convert
-from griffin_offload.errors import GriffinError
+from griffin_offload.errors import CheckpointError, GriffinError
 from griffin_offload.formats.translated import TranslatedTensor, in_memory
 
 peft = pytest.importorskip("peft")
@@ -167,6 +167,9 @@ def test_what_is_not_merged_is_named(checkpoints, tmp_path: Path):
         (adapter / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(GriffinError, match=message):
             open_checkpoint(source, adapter=adapter)
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no peft_type: no adapter of peft"):
+        open_checkpoint(source, adapter=adapter)
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     tensors, first = load_file(file), "base_model.model.model.layers.0.self_attn.q_proj"
     a, b = tensors[f"{first}.lora_A.weight"], tensors[f"{first}.lora_B.weight"]

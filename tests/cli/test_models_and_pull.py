@@ -11,6 +11,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from gguf_files import write_gguf
+from transformers import AutoModelForCausalLM
 
 from griffin_offload.checkpoint.hub import fetch
 
@@ -138,6 +140,13 @@ def test_a_model_is_fetched_without_what_nobody_needs(hub: Hub, cli, tmp_path: P
     (row,) = listed.json["models"]
     assert (row["model"], row["format"], row["fits"], row["density"]) == ("org/tiny", "float32", True, 1.0)
     assert "does not fit: needs" in cli("models", "--device", "cpu", "--max-gpu-mem", "50kB", tmp_path).out
+
+
+def test_gguf_files_are_called_so(cli, checkpoints, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints("llama2"))
+    write_gguf(model, tmp_path / "tiny.gguf", "Q8_0")
+    (row,) = cli("models", "--device", "cpu", "--max-gpu-mem", "1GB", "--json", tmp_path).json["models"]
+    assert (Path(row["model"]).name, row["format"], row["fits"]) == ("tiny.gguf", "gguf", True)
 
 
 def test_what_was_cut_off_goes_on(hub: Hub, cli):
