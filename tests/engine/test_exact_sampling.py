@@ -11,7 +11,7 @@ import transformers as hf
 
 from griffin_offload import GriffinModel
 
-VOCAB, DRAWS = 5, 300  # of which a rule that accepts every draft has p < 1e-50
+VOCAB, DRAWS = 5, 300
 
 
 @pytest.fixture(scope="module")
