@@ -224,7 +224,7 @@ HABITS: dict[str, Kind] = {
         engine/test_life.py::test_a_part_of_a_whole_model_does
         engine/test_life.py::test_a_part_of_a_pruned_model_does_not_run_by_itself
         engine/test_life.py::test_contexts_and_caches_that_stay_keep_no_weights
-        engine/test_model_face.py::test_it_assists_with_the_tokens_of_the_other[0.5-gemma3]
+        engine/test_model_face.py::test_it_assists_with_the_tokens_of_the_other[gemma3-1.0]
         """,
     ),
     "a cell that is run again keeps old models": (

@@ -117,7 +117,8 @@ class ExpertForm:
             full["bias"] = _row(stored[_name(matrix, "bias")], expert).to(device)
             out["bias"].copy_(full["bias"])
         found: Tensors | None = None
-        if own.takes_over and isinstance(source, StackedTensor) and not matrix.transposed:
+        is_down = _by_neurons(matrix, own)
+        if own.takes_over and isinstance(source, StackedTensor) and not (is_down or matrix.transposed):
             codes = source.codes_of(expert)
             found = None if codes is None else own.taken_over(codes, out["scale"].dtype)
         if found is not None:
@@ -126,7 +127,6 @@ class ExpertForm:
             return
         floats = _row(source, expert).to(device)
         full["weight"] = floats.t() if matrix.transposed else floats
-        is_down = _by_neurons(matrix, own)
         every = torch.arange(matrix.inputs if is_down else matrix.outputs, dtype=torch.long, device=device)
         importance = None if matrix.is_down else self.importance
         layout = self.stored.stored(is_down=is_down)

@@ -251,8 +251,8 @@ def test_of_files_in_more_bits_int4_is_all_in_four(tmp_path: Path):
 # Experts: of a file that has all of a layer in one tensor, and of one that has each by itself.
 
 
-def mixture() -> Any:
-    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+def mixture(neurons: int = 64) -> Any:
+    sizes = {"hidden_size": 64, "moe_intermediate_size": neurons, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 320}
     torch.manual_seed(0)
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(max_position_embeddings=512, **sizes)).eval()
@@ -289,6 +289,16 @@ def test_experts_rest_in_the_codes_of_their_file(kind: str, most: float, tmp_pat
     assert len(errors) == 2 * 2
     assert max(errors) < most
     assert kind != "Q8_0" or min(errors) > 0.05
+
+
+def test_experts_of_no_whole_blocks_of_neurons(tmp_path: Path):
+    """Their down projections do not lie in rows, and are rounded."""
+    file = write_gguf(mixture(96), tmp_path / "tiny.gguf", "Q4_0")
+    with GriffinModel.from_pretrained(file, **OPTIONS, quantize="int4", density=1.0) as model:
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+        assert model.resident_bytes == model.plan.resident_bytes
+        for gate_up, down in errors_of(model, file):
+            assert gate_up < 0.025 < down < 0.12
 
 
 def test_what_experts_hold_in_more_rests_in_int8(tmp_path: Path):
