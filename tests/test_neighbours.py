@@ -280,7 +280,7 @@ HABITS: dict[str, Kind] = {
         "Programs that take a model take it, or are told what they can take.",
         """
         engine/test_model_face.py::test_a_pipeline_takes_batches_beams_and_an_assistant
-        engine/test_model_face.py::test_it_assists_with_the_tokens_of_the_other[0.5-opt]
+        engine/test_model_face.py::test_it_assists_with_the_tokens_of_the_other[opt-0.5]
         engine/test_model_face.py::test_its_defaults_can_be_changed
         engine/test_model_face.py::test_what_cannot_be_is_refused_with_what_can[<lambda>-train | <lambda>-whole numbers]
         """,
@@ -296,7 +296,7 @@ HABITS: dict[str, Kind] = {
     "answers that are cut without a word": (
         "An answer that ends by its length says so, and help names the length.",
         """
-        engine/test_session.py::test_how_an_answer_ends_is_said[llama3-session | gemma2-send]
+        engine/test_session.py::test_how_an_answer_ends_is_said[session | send]
         engine/test_structure.py::test_an_answer_that_ends_by_its_length_is_told
         serving/test_structured.py::test_an_answer_that_is_cut_says_so
         cli/test_help.py::test_every_option_has_help_that_names_its_default
