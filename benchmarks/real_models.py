@@ -15,12 +15,9 @@ stand beside llama.cpp's codecs on the same rows: attention is ours in both, in 
 """
 
 import argparse
-import json
 import math
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -47,10 +44,10 @@ from real_variants import (
     documents_of,
     measure_stock,
     measure_variant,
-    write_importance,
+    rounded_by,
 )
 from report import markdown_table, origin_lines, provenance, write
-from sides import environment, in_own_process
+from sides import in_own_process
 
 from griffin_offload.engine.convert import convert
 from griffin_offload.errors import GriffinError
@@ -173,7 +170,11 @@ def measure_section(
         found = refused.get(variant.copy or "")
         if found is None:
             source = copies[variant.copy] if variant.copy else folder
-            by_codec = rounded_by(variant.codec, folder, scratch, args, section.codecs) if variant.codec else None
+            by_codec = (
+                rounded_by(variant.codec, folder, scratch, args.llama_cpp, args.threads, section.codecs)
+                if variant.codec
+                else None
+            )
             found = by_codec if isinstance(by_codec, str) else None
             found = found or measured(source, variant, reference, windows, args.threads, args.repeats, by_codec)
         section.rows.append((variant, found))
@@ -218,23 +219,6 @@ def variants_of(args: argparse.Namespace, folder: Path, *, permuted: bool) -> li
 
 def density_of(variant: Variant) -> str:
     return f"{variant.options['density']:g}" if "density" in variant.options else ""
-
-
-def rounded_by(
-    codec: str, folder: Path, scratch: Path, args: argparse.Namespace, told: list[dict[str, Any]]
-) -> tuple[Path, float] | str:
-    """Where the FFs' numbers are as llama.cpp's codec makes them, and its bits a weight, or why they are not. `told`
-    gets what was done."""
-    importance, out = scratch / "importance.npz", scratch / "codec"
-    if not importance.exists():
-        in_own_process(write_importance, folder, importance, args.threads)
-    shutil.rmtree(out, ignore_errors=True)
-    command = [args.llama_cpp, "-m", "peers.worker_codecs", str(folder), str(importance), codec, str(out)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    if done.returncode:
-        return done.stderr.strip().rpartition("\n")[2]
-    told.append({"codec": codec, **json.loads(done.stdout)})
-    return out, told[-1]["bits"]
 
 
 def converted(folder: Path, copy: Path, precision: str) -> str | None:

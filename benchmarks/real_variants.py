@@ -5,9 +5,12 @@ the further ones as tokens of an answer, but that the text says which they are, 
 scored predictions come from the residents, by the kernels for few rows; the prompt's own is left out.
 """
 
+import json
 import lzma
 import math
+import shutil
 import statistics
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 import numpy
 import torch
+from sides import environment, in_own_process
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -195,6 +199,23 @@ def write_importance(folder: Path, out: Path, threads: int) -> None:
     for ids in pieces:
         model.model(ids[None])
     numpy.savez(out, **{name: squares.numpy() for name, squares in found.items()})
+
+
+def rounded_by(
+    codec: str, folder: Path, scratch: Path, python: str, threads: int, told: list[dict[str, Any]]
+) -> tuple[Path, float] | str:
+    """Where the FFs' numbers are as llama.cpp's codec makes them, and its bits a weight, or why they are not. `python`
+    is of an environment with xllamacpp; `told` gets what was done."""
+    importance, out = scratch / "importance.npz", scratch / "codec"
+    if not importance.exists():
+        in_own_process(write_importance, folder, importance, threads)
+    shutil.rmtree(out, ignore_errors=True)
+    command = [python, "-m", "peers.worker_codecs", str(folder), str(importance), codec, str(out)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    if done.returncode:
+        return done.stderr.strip().rpartition("\n")[2]
+    told.append({"codec": codec, **json.loads(done.stdout)})
+    return out, told[-1]["bits"]
 
 
 class FloatLinear(nn.Module):
