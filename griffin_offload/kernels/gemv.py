@@ -186,7 +186,7 @@ class GemvKernels:
             made = (sums, floats, numbers, 0, lanes)
             return *asked(x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead), room
         room, (sums, floats) = _parted(rows * parts * outputs, rows * inputs)
-        # Bytes are too few for float32, where int4's kernel has two of each input.
+        # Of float32, two numbers each, the bytes of AVX2's kernels are finer: fewer neurons share a scale.
         wide = self.uses_bytes and (bits == 4 or parts == 1)
         return *asked(x, beside, (sums, floats, 0, 0, 0), sizes, wide=wide, ahead=self._ahead), room
 

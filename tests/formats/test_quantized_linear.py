@@ -108,8 +108,10 @@ def _check(module: QuantizedLinear, rows: Rows, worst: torch.dtype) -> None:
 
 
 def _coarse(form: str, dtype: torch.dtype, rows: int) -> float:
-    """What 8 bits of inputs beside int4 rows cost, of float32 inputs 15."""
-    few = form == "int4_rows" and rows <= gemv.ROWS and library() is not None
+    """What 8 bits of inputs beside int4 rows cost, and beside strips by AVX2; of float32 inputs 15."""
+    found = library()
+    by_bytes = form == "int4_rows" or (form == "int4_strips" and found is not None and not found.sums_bytes)
+    few = by_bytes and rows <= gemv.ROWS and found is not None
     return {torch.float32: 1e-4, torch.float64: 0.0}.get(dtype, 0.01) if few else 0.0
 
 

@@ -111,9 +111,8 @@ def test_rows(kind: Kind, bits: int, data: st.DataObject, outputs: int, groups: 
     scale = torch.rand(outputs, generator=generator).add(0.1).to(data.draw(st.sampled_from(DTYPES)))
     stored, scales = ref.of_bytes(codes, pairs), scale.double()[:, None]
     sizes = scales * stored.step * (stored.levels.double() + stored.offset.abs())  # which are added up apart
-    kernels = _kernels(**kind)
-    found = kernels.multiply_rows(x, codes, pairs, scale, bits=bits)
-    _check(found, x, scales * stored.values, sizes, *((32, 8) if bits == 4 else (16, 8 if kernels.uses_bytes else 16)))
+    found = _kernels(**kind).multiply_rows(x, codes, pairs, scale, bits=bits)
+    _check(found, x, scales * stored.values, sizes, 32 if bits == 4 else 16, 8)
 
 
 @needs_kernels
@@ -131,11 +130,12 @@ def test_strips(kind: Kind, bits: int, data: st.DataObject, groups: int, sixteen
     sizes = (stored.step * (stored.levels.double() + stored.offset.abs())).t()
     # A block of neurons has one scale, of its largest product of input and step.
     scaled = (x.double() * scale.double())[:, None] * stored.step.t()  # [M, O, I]
-    largest = torch.cat([p.abs().amax(2, keepdim=True).expand_as(p) for p in scaled.split(128, dim=2)], dim=2)
+    block = 128 if own.uses_bytes else 32
+    largest = torch.cat([p.abs().amax(2, keepdim=True).expand_as(p) for p in scaled.split(block, dim=2)], dim=2)
     levels = (stored.levels.double() + stored.offset.abs()).t()
     exact, size = (x.double() * scale.double()) @ stored.values, (x.double() * scale.double()).abs() @ sizes.t()
     limits, step = torch.finfo(x.dtype), 2.0**-30 if x.dtype == torch.float32 else 2.0**-15
-    if bits < 4 and own.uses_bytes:  # which are coarse enough themselves
+    if bits < 4 or not own.uses_bytes:  # by numbers of 8 bits
         step = 128 / 127 * (2.0**-13 if x.dtype == torch.float32 else 2.0**-7)
     allowed = 4 * limits.eps * size + step / 2 * (largest * levels).sum(2) + limits.tiny
     assert found.dtype == x.dtype
@@ -239,7 +239,8 @@ def test_bias_scaled_inputs_and_features(kind: Kind, form: str, dtype: torch.dty
             found = own.multiply_int8(x, weight, torch.ones(features), bias, input_scale)
         exact = scaled @ (levels[:features] - 8).double().t() + bias.double()
         assert found.shape == (3, features)
-        coarse = form == "int4_rows" and dtype != torch.float32
+        by_bytes = form == "int4_rows" or (form == "int4_strips" and not own.uses_bytes)
+        coarse = by_bytes and dtype != torch.float32
         torch.testing.assert_close(found.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1 if coarse else 0.01)
 
 
@@ -274,7 +275,7 @@ def test_numbers_of_any_size(kind: Kind, size: float):
     torch.testing.assert_close(found, torch.full((1, 1), 256 * size), rtol=1e-4, atol=1e-27)
     strips = torch.full((1, 128, 32), 0xAA, dtype=torch.uint8), one.repeat(2, 128, 1)
     found = _kernels(**kind).multiply_strips(x, *strips, torch.ones(128))
-    torch.testing.assert_close(found, torch.full((1, 64), 256 * size), rtol=1e-6, atol=1e-27)
+    torch.testing.assert_close(found, torch.full((1, 64), 256 * size), rtol=1e-4, atol=1e-27)
 
 
 @needs_kernels
@@ -292,7 +293,7 @@ def test_largest_sums(kind: Kind):
         torch.testing.assert_close(found, torch.full((1, 64), exact), rtol=1e-4, atol=0)
         strips = codes.view(1, 256, 32), one.repeat(2, 256, 1)
         found = _kernels(**kind).multiply_strips(x, *strips, torch.ones(256))
-        torch.testing.assert_close(found, torch.full((1, 64), exact), rtol=1e-6, atol=0)
+        torch.testing.assert_close(found, torch.full((1, 64), exact), rtol=1e-4, atol=0)
 
 
 _INT8, _CODES = torch.ones(4, 64, dtype=torch.int8), torch.ones(4, 32, dtype=torch.uint8)

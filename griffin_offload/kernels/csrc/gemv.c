@@ -95,27 +95,23 @@ AVX2 static void quantize_by_fours(const Product *p) {
         }
 }
 
-/* As int3 and int2 rows are multiplied: a scale for each half of a group. Bytes lie as gemv.h says, 16-bit numbers as
- * `codes_of_group` has codes; `floats` become the halves' sums. */
+/* As int3 and int2 rows are multiplied: a scale for each half of a group, whose bytes lie as gemv.h says; `floats` become
+ * the halves' sums. */
 AVX2 static void quantize_by_halves(const Product *p) {
     const int64_t halves = p->inputs / HALF;
     float values[HALF];
     int16_t numbers[HALF];
-    if (p->wide) memset(p->numbers, 0, (size_t)(p->rows * p->parts * few_filled(p)));
+    memset(p->numbers, 0, (size_t)(p->rows * p->parts * few_filled(p)));
     for (int64_t row = 0; row < p->rows; row++)
         for (int64_t half = 0; half < halves; half++) {
             inputs_of(p, row, half * HALF, HALF, values);
             for (int64_t part = row * p->parts; part < (row + 1) * p->parts; part++) {
                 const int64_t at = part * halves + half;
                 int8_t *bytes = few_bytes(p, part) + half / 16 * FEW_FILLED + half % 16 * PLACES;
-                int16_t *shorts = p->numbers + part * p->inputs + half / 2 * INT4_GROUP + half % 2 * 4;
                 int32_t sum;
-                quantize_group(values, HALF, p->wide ? LARGEST_BYTE : LARGEST, numbers, p->step + at, &sum);
+                quantize_group(values, HALF, LARGEST_BYTE, numbers, p->step + at, &sum);
                 p->floats[at] = (float)sum * p->step[at];
-                for (int k = 0; k < HALF; k++) {
-                    if (p->wide) bytes[k / 4 * 64 + k % 4] = (int8_t)numbers[k];
-                    else shorts[k / 4 * 8 + k % 4] = numbers[k];
-                }
+                for (int k = 0; k < HALF; k++) bytes[k / 4 * 64 + k % 4] = (int8_t)numbers[k];
             }
         }
 }

@@ -36,6 +36,37 @@ INLINED int64_t few_filled(const Product *p) { return (p->inputs + FEW_FILLED - 
 
 INLINED int8_t *few_bytes(const Product *p, int64_t row) { return (int8_t *)p->numbers + row * few_filled(p); }
 
+/* The largest magnitude of those whose bits are here, which are ordered as they are, NaN above all. */
+AVX2 INLINED float largest_of(__m256i most) {
+    __m128i half = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
+    half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(half));
+}
+
+/* 32 values become bytes with one scale; the offsets' share of what these say is added to `rest`, so that what rounding
+ * misses is not multiplied by codes alone. Of `leaving` that stays, of which half a step is `largest`. */
+AVX2 INLINED __m256i as_bytes(__m256 *values, const __m256 *offset, float *largest, float *scale, __m256 *rest,
+                              const int leaving) {
+    const int finite = *largest <= 3.4e38f;
+    *scale = finite ? (*largest >= TINY ? *largest / LARGEST_BYTE : 0) : __builtin_nanf("");
+    const __m256 inverse = _mm256_set1_ps(finite && *largest >= TINY ? LARGEST_BYTE / *largest : 0);
+    const __m256 own = _mm256_set1_ps(*scale);
+    __m256i number[4];
+    __m256 share = _mm256_setzero_ps();
+    for (int k = 0; k < 4; k++) {
+        number[k] = _mm256_cvtps_epi32(_mm256_mul_ps(values[k], inverse));
+        const __m256 rounded = _mm256_cvtepi32_ps(number[k]);
+        share = _mm256_fmadd_ps(rounded, offset[k], share);
+        if (leaving) values[k] = _mm256_fnmadd_ps(rounded, own, values[k]);
+    }
+    *rest = _mm256_fmadd_ps(share, own, *rest);
+    if (finite) *largest = *scale / 2;
+    const __m256i lower = _mm256_packs_epi32(number[0], number[1]), upper = _mm256_packs_epi32(number[2], number[3]);
+    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(lower, upper), in_order);
+}
+
 /* Each makes `sums` of outputs from `start` to `end`. */
 void int8_by_avx2(const void *product, int64_t start, int64_t end);
 void int8_by_vnni(const void *product, int64_t start, int64_t end);

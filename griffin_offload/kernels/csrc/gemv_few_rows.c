@@ -1,4 +1,4 @@
-/* A few rows times int3 and int2 rows, whose groups run along the inputs. */
+/* A few rows times int3 and int2 rows, whose groups run along the inputs, as numbers of 8 bits. */
 #include <stdint.h>
 
 #if defined(__x86_64__)
@@ -14,60 +14,85 @@ AVX2 INLINED float row_scale(const Product *p, int64_t output) {
     return scale;
 }
 
-/* 16-bit numbers: inputs lie as `codes_of_group` has codes. */
-
-#define FOUR 4 /* groups, whose halves fill a vector of floats */
-
 AVX2 INLINED __m256 floats_at(const float *from, int64_t count) {
     if (count >= LANES) return _mm256_loadu_ps(from);
+    if (count <= 0) return _mm256_setzero_ps();
     float numbers[LANES] = {0};
     memcpy(numbers, from, (size_t)count * sizeof *numbers);
     return _mm256_loadu_ps(numbers);
 }
 
-/* Add `count` groups, up to 4, of an output and of `rows` rows from `first`. */
-AVX2 INLINED void add_four(const Product *p, int64_t output, int64_t group, int64_t count, int64_t first, __m256 *total,
-                           const int rows, const int bits) {
+#define EIGHT 8 /* groups of FEW_FILLED inputs */
+#define FOUR 4  /* whose bytes of lower bits fill a vector, a lane a half */
+
+/* Two groups of int3: their lower bits, and in the upper half of what is found the upper ones. */
+AVX2 INLINED __m128i two_of_three_bits(const uint8_t *from, __m128i *upper) {
+    const __m128i one = _mm_loadu_si128((const __m128i *)from);
+    const __m128i other = _mm_loadu_si128((const __m128i *)(from + 2 * CODE_BYTES(3) - 16));
+    *upper = _mm_unpackhi_epi64(_mm_slli_si128(one, 4), other);
+    return _mm_unpacklo_epi64(one, _mm_srli_si128(other, 4));
+}
+
+/* The bytes of lower bits of four groups, and for each a nibble of upper bits. */
+AVX2 INLINED __m256i four_groups(const uint8_t *from, __m256i *nibbles, const int bits) {
+    if (bits == 2) return _mm256_loadu_si256((const __m256i *)from);
+    __m128i upper[2];
+    const __m128i lower[2] = {two_of_three_bits(from, &upper[0]),
+                              two_of_three_bits(from + 2 * CODE_BYTES(3), &upper[1])};
+    /* Of each the second and the fourth four bytes. */
+    const __m128i all = _mm_castps_si128(_mm_shuffle_ps(_mm_castsi128_ps(upper[0]), _mm_castsi128_ps(upper[1]), 0xdd));
+    const __m128i even = _mm_and_si128(all, _mm_set1_epi8(15));
+    const __m128i odd = _mm_and_si128(_mm_srli_epi16(all, 4), _mm_set1_epi8(15));
+    *nibbles = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+    return _mm256_set_m128i(lower[1], lower[0]);
+}
+
+/* Add `count` groups, up to 4, of an output and of `rows` rows from `first`: sums of four places fit 16 bits. */
+AVX2 INLINED void add_four(const Product *p, int64_t output, int64_t group, const int64_t count, int64_t first,
+                           __m256 (*total)[2], const int rows, const int bits) {
     const int64_t groups = groups_of_row(p), at = output * groups + group;
-    int64_t bytes = 0;
-    memcpy(&bytes, p->groups + at * PAIR_BYTES, (size_t)count * PAIR_BYTES);
-    __m256 step, offset, scale[4];
-    eight_halves(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes)), &step, &offset, bits);
+    const __m256i one = _mm256_set1_epi16(1);
+    const uint8_t *from = (const uint8_t *)p->weight + at * CODE_BYTES(bits);
+    uint8_t filled[FOUR * CODE_BYTES(3)] = {0};
+    int64_t pairs = 0;
+    if (count < FOUR) from = memcpy(filled, from, (size_t)(count * CODE_BYTES(bits)));
+    else if (p->ahead) fetch_ahead(from, 1);
+    memcpy(&pairs, p->groups + at * PAIR_BYTES, (size_t)count * PAIR_BYTES);
+    __m256i sum[4], nibbles = one;
+    const __m256i low = four_groups(from, &nibbles, bits);
+#pragma GCC unroll 4
+    for (int place = 0; place < PLACES; place++) {
+        const __m256i codes = bytes_of_place(low, nibbles, place, bits);
+        for (int r = 0; r < rows; r++) {
+            const int8_t *x = few_bytes(p, first + r) + group / EIGHT * FEW_FILLED + group % EIGHT * LOW_BYTES;
+            const __m256i part = _mm256_maddubs_epi16(codes, _mm256_loadu_si256((const __m256i *)(x + 64 * place)));
+            sum[r] = place ? _mm256_add_epi16(sum[r], part) : part;
+        }
+    }
+    __m256 step, offset;
+    eight_halves(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(pairs)), &step, &offset, bits);
     offset = _mm256_mul_ps(step, offset);
     for (int r = 0; r < rows; r++) {
         const int64_t here = 2 * ((first + r) * groups + group);
-        scale[r] = _mm256_mul_ps(step, floats_at(p->step + here, 2 * count));
-        total[r] = _mm256_fmadd_ps(offset, floats_at(p->floats + here, 2 * count), total[r]);
-    }
-    const uint8_t *from = (const uint8_t *)p->weight + at * CODE_BYTES(bits);
-    const __m256i halves = _mm256_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1);
-    if (p->ahead) fetch_ahead(from, 1);
-    for (int64_t i = 0; i < count; i++, from += CODE_BYTES(bits)) {
-        __m256i codes[2];
-        codes_of_group(from, codes, bits);
-        for (int r = 0; r < rows; r++) {
-            const int16_t *x = p->numbers + (first + r) * p->inputs + (group + i) * INT4_GROUP;
-            __m256i sum = _mm256_madd_epi16(codes[0], _mm256_loadu_si256((const __m256i *)x));
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes[1], _mm256_loadu_si256((const __m256i *)(x + 16))));
-            const __m256i lanes = _mm256_add_epi32(halves, _mm256_set1_epi32(2 * (int)i));
-            total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_permutevar8x32_ps(scale[r], lanes), total[r]);
-        }
+        const __m256 scale = _mm256_mul_ps(step, floats_at(p->step + here, 2 * count));
+        const __m256 own = _mm256_cvtepi32_ps(_mm256_madd_epi16(sum[r], one));
+        total[r][0] = _mm256_fmadd_ps(offset, floats_at(p->floats + here, 2 * count), total[r][0]);
+        total[r][1] = _mm256_fmadd_ps(own, scale, total[r][1]);
     }
 }
 
-AVX2 INLINED void shorts_output(const Product *p, int64_t output, int64_t first, const int rows, const int bits) {
+AVX2 INLINED void narrow_output(const Product *p, int64_t output, int64_t first, const int rows, const int bits) {
     const int64_t groups = groups_of_row(p), whole = groups / FOUR * FOUR;
-    __m256 total[4];
-    for (int r = 0; r < rows; r++) total[r] = _mm256_setzero_ps();
+    __m256 total[4][2];
+    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm256_setzero_ps();
     for (int64_t group = 0; group < whole; group += FOUR) add_four(p, output, group, FOUR, first, total, rows, bits);
     if (whole < groups) add_four(p, output, whole, groups - whole, first, total, rows, bits);
     for (int r = 0; r < rows; r++)
-        p->sums[(first + r) * p->outputs + output] = sum_of(total[r]) * row_scale(p, output);
+        p->sums[(first + r) * p->outputs + output] =
+            sum_of(_mm256_add_ps(total[r][0], total[r][1])) * row_scale(p, output);
 }
 
-/* 8-bit numbers: a vector has the codes' bytes of eight groups, a lane a half. */
-
-#define EIGHT 8
+/* By vectors twice as wide, which have the bytes of eight groups. */
 
 /* The lower bits of codes, of any groups past the last one zeros; and for each group a vector's eighth of upper bits. */
 VNNI INLINED void load_eight(const uint8_t *from, int64_t count, __m512i *low, __m512i *high, const int bits) {
@@ -132,7 +157,7 @@ VNNI INLINED void add_eight(const Product *p, int64_t output, int64_t group, con
     }
 }
 
-VNNI INLINED void bytes_output(const Product *p, int64_t output, int64_t first, const int rows, const int bits) {
+VNNI INLINED void wide_output(const Product *p, int64_t output, int64_t first, const int rows, const int bits) {
     const int64_t groups = groups_of_row(p), whole = groups / EIGHT * EIGHT;
     __m512 total[4][2];
     for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
@@ -161,9 +186,9 @@ VNNI INLINED void bytes_output(const Product *p, int64_t output, int64_t first, 
         }                                                                                            \
     }
 
-ROWS_BY(AVX2, avx2, 3, shorts_output)
-ROWS_BY(AVX2, avx2, 2, shorts_output)
-ROWS_BY(VNNI, vnni, 3, bytes_output)
-ROWS_BY(VNNI, vnni, 2, bytes_output)
+ROWS_BY(AVX2, avx2, 3, narrow_output)
+ROWS_BY(AVX2, avx2, 2, narrow_output)
+ROWS_BY(VNNI, vnni, 3, wide_output)
+ROWS_BY(VNNI, vnni, 2, wide_output)
 
 #endif

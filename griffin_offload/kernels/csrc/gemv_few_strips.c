@@ -1,7 +1,9 @@
-/* A few rows times int3 and int2 strips [outputs / 64, inputs, bytes]: neurons, whose groups run along the outputs.
+/* A few rows times int3 and int2 strips [outputs / 64, inputs, bytes]: neurons, whose groups run along the outputs, as
+ * numbers of 8 bits, beside which weights of so few are coarse.
  *
- * As of int4 (gemv_int4_strips.c), inputs times steps become numbers anew for every 16 outputs, a block of neurons at a
- * time. Sums are those of codes with all that lies below them in their bytes; differences are what is wanted.
+ * As of int4 (gemv_int4_strips.c), inputs times steps become numbers anew for each half of a group, a block of neurons
+ * at a time. By AVX-512 sums are those of codes with all that lies below them in their bytes; differences are what is
+ * wanted.
  */
 #include <math.h>
 #include <stdint.h>
@@ -11,7 +13,6 @@
 #include "few_bits.h"
 #include "gemv.h"
 
-#define BLOCK 128 /* neurons whose numbers have one scale; sums of so many fit 32 bits */
 #define MOST_ROWS 64 /* rows times parts */
 #define STRIP_CODES(bits) (2 * CODE_BYTES(bits)) /* bytes of a neuron in a strip */
 
@@ -19,140 +20,162 @@ INLINED const uint8_t *pairs_of(const Product *p, int64_t group, int64_t neuron)
     return p->groups + (group * p->inputs + neuron) * PAIR_BYTES;
 }
 
-/* 16-bit numbers: of a group both halves, whose steps differ. */
+/* By AVX2, a vector for each place: four bytes for each of a strip's halves of groups. */
+
+#define SOME 32 /* neurons whose numbers have one scale; sums of so many fit 16 bits */
+#define AT_ONCE 2 /* rows that are multiplied at once */
+#define QUARTERS 4 /* halves of a strip's two groups */
 
 typedef struct {
-    int16_t numbers[2][BLOCK];
-    float scale[2];
-} Shorts;
+    int8_t pairs[SOME / 2][QUARTERS][2]; /* of two neurons, of all quarters */
+    float scale[QUARTERS];
+} Pairs;
 
-/* `count` inputs of a row times the steps of one half of a group; what the offsets make of them is added to `rest`. */
-AVX2 INLINED void make_shorts(const Product *p, int64_t row, int64_t group, const int half, int64_t start, int64_t count,
-                              Shorts *made, __m256 *rest, const int bits) {
-    const float *x = p->floats + row * p->inputs + start;
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    float values[BLOCK];
-    for (int64_t k = 0; k < count; k += LANES) {
-        __m256 step, offset;
-        const __m256i both = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)pairs_of(p, group, start + k)));
-        eight_halves(_mm256_srli_epi32(both, 8 * half), &step, &offset, bits);
-        const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(x + k), step);
-        *rest = _mm256_fmadd_ps(value, offset, *rest);
-        _mm256_storeu_ps(values + k, value);
-    }
-    for (int64_t part = 0; part < p->parts; part++) {
-        __m256 most = _mm256_setzero_ps(), nothing = most;
-        for (int64_t k = 0; k < count; k += LANES) {
-            const __m256 value = _mm256_loadu_ps(values + k);
-            most = _mm256_max_ps(most, _mm256_andnot_ps(sign, value));
-            nothing = _mm256_add_ps(nothing, _mm256_sub_ps(value, value)); /* NaN if there is one, or an infinity */
-        }
-        float lanes[LANES], largest = 0;
-        _mm256_storeu_ps(lanes, most);
-        for (int i = 0; i < LANES; i++) largest = lanes[i] > largest ? lanes[i] : largest;
-        made[part].scale[half] = (largest >= TINY ? largest / LARGEST : 0) + sum_of(nothing);
-        const __m256 inverse = _mm256_set1_ps(largest >= TINY ? LARGEST / largest : 0);
-        for (int64_t k = 0; k < count; k += LANES) {
-            const __m256 value = _mm256_loadu_ps(values + k);
-            const __m256i number = _mm256_cvtps_epi32(_mm256_mul_ps(value, inverse));
-            const __m128i shorts =
-                _mm_packs_epi32(_mm256_castsi256_si128(number), _mm256_extracti128_si256(number, 1));
-            _mm_storeu_si128((__m128i *)(made[part].numbers[half] + k), shorts);
-            const __m256 own = _mm256_set1_ps(made[part].scale[half]);
-            _mm256_storeu_ps(values + k, _mm256_fnmadd_ps(_mm256_cvtepi32_ps(number), own, value));
-        }
-    }
-}
+/* Of some neurons in all quarters, the same for every row. */
+typedef struct {
+    __m256 step[QUARTERS][SOME / LANES], offset[QUARTERS][SOME / LANES];
+} Steps;
 
-AVX2 INLINED __m128i pair_at(const int16_t *from) {
-    int32_t pair;
-    memcpy(&pair, from, sizeof pair);
-    return _mm_set1_epi32(pair);
-}
-
-/* Bytes of two neurons side by side, a lane for each of a group's eight bytes of lower bits. */
-AVX2 INLINED __m256i lower_of_two(const uint8_t *codes, const int bits) {
-    const __m128i even = _mm_loadl_epi64((const __m128i *)codes);
-    const __m128i odd = _mm_loadl_epi64((const __m128i *)(codes + STRIP_CODES(bits)));
-    return _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(even, odd));
-}
-
-/* In the same lanes the four upper bits of int3, below others. */
-AVX2 INLINED __m256i upper_of_two(const uint8_t *codes) {
-    int32_t even, odd;
-    memcpy(&even, codes + LOW_BYTES, sizeof even);
-    memcpy(&odd, codes + STRIP_CODES(3) + LOW_BYTES, sizeof odd);
-    const __m128i order = _mm_setr_epi8(0, 4, 0, 4, 1, 5, 1, 5, 2, 6, 2, 6, 3, 7, 3, 7);
-    const __m128i bytes = _mm_shuffle_epi8(_mm_setr_epi32(even, odd, 0, 0), order);
-    return _mm256_srlv_epi32(_mm256_cvtepu8_epi16(bytes), _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
-}
-
-/* Add `count` neurons to `total`: a vector for each place. */
-AVX2 INLINED void add_shorts(const Product *p, const uint8_t *codes, int64_t count, const Shorts *x, __m256 *total,
-                             const int bits) {
-    __m256i low[PLACES], high[PLACES];
-    for (int i = 0; i < PLACES; i++) low[i] = high[i] = _mm256_setzero_si256();
-    for (int64_t k = 0; k < count; k += 2, codes += 2 * STRIP_CODES(bits)) {
-        if (p->ahead) fetch_ahead(codes, 1);
-        const __m256i numbers = _mm256_set_m128i(pair_at(x->numbers[1] + k), pair_at(x->numbers[0] + k));
-        const __m256i lower = lower_of_two(codes, bits);
-        for (int i = 0; i < PLACES; i++) {
-            const __m256i some = i == 3 ? lower : _mm256_and_si256(lower, _mm256_set1_epi16((short)((4 << 2 * i) - 1)));
-            low[i] = _mm256_add_epi32(low[i], _mm256_madd_epi16(some, numbers));
-        }
-        if (bits == 2) continue;
-        const __m256i upper = upper_of_two(codes);
-        for (int i = 0; i < PLACES; i++) {
-            const __m256i some = _mm256_and_si256(upper, _mm256_set1_epi16((short)((2 << i) - 1)));
-            high[i] = _mm256_add_epi32(high[i], _mm256_madd_epi16(some, numbers));
-        }
-    }
-    const __m256 scale = _mm256_set_m128(_mm_set1_ps(x->scale[1]), _mm_set1_ps(x->scale[0]));
-    for (int i = 0; i < PLACES; i++) {
-        __m256i sum = i ? _mm256_srai_epi32(_mm256_sub_epi32(low[i], low[i - 1]), 2 * i) : low[0];
-        if (bits == 3) {
-            const __m256i upper = i ? _mm256_srai_epi32(_mm256_sub_epi32(high[i], high[i - 1]), i) : high[0];
-            sum = _mm256_add_epi32(sum, _mm256_slli_epi32(upper, 2));
-        }
-        total[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, total[i]);
-    }
-}
-
-/* A group of 32 outputs, of all rows. */
-AVX2 INLINED void shorts_outputs(const Product *p, int64_t group, const int bits) {
-    const int64_t rows = p->rows * p->parts, output = group * INT4_GROUP;
-    __m256 total[MOST_ROWS][PLACES], rest[MOST_ROWS][2];
-    for (int64_t r = 0; r < rows; r++) {
-        for (int i = 0; i < PLACES; i++) total[r][i] = _mm256_setzero_ps();
-        rest[r][0] = rest[r][1] = _mm256_setzero_ps();
-    }
-    for (int64_t start = 0; start < p->inputs; start += BLOCK) {
-        const int64_t count = least(BLOCK, p->inputs - start);
-        const uint8_t *codes = (const uint8_t *)p->weight + (output / STRIP * p->inputs + start) * STRIP_CODES(bits) +
-                               group % 2 * CODE_BYTES(bits);
-        for (int64_t row = 0; row < p->rows; row++) {
-            Shorts made[2];
-            for (int half = 0; half < 2; half++)
-                make_shorts(p, row, group, half, start, count, made, &rest[row * p->parts][half], bits);
-            for (int64_t part = 0; part < p->parts; part++)
-                add_shorts(p, codes, count, &made[part], total[row * p->parts + part], bits);
-        }
-    }
-    for (int64_t r = 0; r < rows; r++)
-        for (int half = 0; half < 2; half++) {
-            const __m128 more = _mm_set1_ps(sum_of(rest[r][half]));
-            for (int i = 0; i < PLACES; i++) {
-                const __m128 sums = half ? _mm256_extractf128_ps(total[r][i], 1) : _mm256_castps256_ps128(total[r][i]);
-                _mm_storeu_ps(p->sums + r * p->outputs + output + half * HALF + 4 * i, _mm_add_ps(sums, more));
+/* Of the last 16, if there are no 32, the others are zeros. */
+AVX2 INLINED void read_steps(const Product *p, int64_t output, int64_t start, int64_t count, Steps *steps, const int bits) {
+    memset(steps, 0, count < SOME ? sizeof *steps : 0);
+    for (int64_t k = 0; k < count / LANES; k++)
+        for (int q = 0; q < QUARTERS; q += 2) {
+            const uint8_t *pairs = pairs_of(p, (output + q * HALF) / INT4_GROUP, start + k * LANES);
+            __m256 step[2], offset[2];
+            halves_of_eight(_mm_loadu_si128((const __m128i *)pairs), step, offset, bits);
+            for (int half = 0; half < 2; half++) {
+                steps->step[q + half][k] = step[half];
+                steps->offset[q + half][k] = offset[half];
             }
         }
 }
 
-/* 8-bit numbers, beside which weights of so few bits are coarse: of a strip all four halves. */
+/* Inputs of a row times their steps, for each of its parts; the offsets' share is added to `rest`. */
+AVX2 INLINED void make_pairs(const Product *p, const float *x, int64_t count, const Steps *steps, Pairs *made,
+                             __m256 (*rest)[QUARTERS]) {
+    const __m256i size = _mm256_set1_epi32(0x7fffffff);
+    __m256 values[QUARTERS][SOME / LANES];
+    float largest[QUARTERS];
+    for (int q = 0; q < QUARTERS; q++) {
+        __m256i most = _mm256_setzero_si256();
+        for (int k = 0; k < SOME / LANES; k++) {
+            const __m256 own = k * LANES < count ? _mm256_loadu_ps(x + k * LANES) : _mm256_setzero_ps();
+            values[q][k] = _mm256_mul_ps(own, steps->step[q][k]);
+            most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(values[q][k]), size));
+        }
+        largest[q] = largest_of(most);
+    }
+    for (int64_t part = 0; part < p->parts; part++, made++) {
+        __m256i bytes[QUARTERS], halves[2][2];
+        for (int q = 0; q < QUARTERS; q++)
+            bytes[q] = as_bytes(values[q], steps->offset[q], &largest[q], &made->scale[q], &rest[0][q], p->parts > 1);
+        for (int i = 0; i < 2; i++) {
+            halves[i][0] = _mm256_unpacklo_epi16(bytes[2 * i], bytes[2 * i + 1]);
+            halves[i][1] = _mm256_unpackhi_epi16(bytes[2 * i], bytes[2 * i + 1]);
+        }
+        /* Pairs 0, 1 and 8, 9, then 2, 3 and 10, 11, and so on. */
+        for (int i = 0; i < 4; i++) {
+            const __m256i one = halves[0][i / 2], other = halves[1][i / 2];
+            const __m256i four = i % 2 ? _mm256_unpackhi_epi32(one, other) : _mm256_unpacklo_epi32(one, other);
+            _mm_storeu_si128((__m128i *)made->pairs[2 * i], _mm256_castsi256_si128(four));
+            _mm_storeu_si128((__m128i *)made->pairs[2 * i + SOME / 4], _mm256_extracti128_si256(four, 1));
+        }
+    }
+}
 
+/* Bytes of lower bits of two neurons side by side, of a strip's first group and of its second one; and for each a
+ * nibble of upper bits. */
+AVX2 INLINED __m256i two_neurons(const uint8_t *codes, __m256i *nibbles, const int bits) {
+    const __m128i even = _mm_loadu_si128((const __m128i *)codes);
+    const __m128i odd = _mm_loadu_si128((const __m128i *)(codes + STRIP_CODES(bits)));
+    if (bits == 2) return _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+    const __m128i even_end = _mm_loadu_si128((const __m128i *)(codes + LOW_BYTES));
+    const __m128i odd_end = _mm_loadu_si128((const __m128i *)(codes + STRIP_CODES(3) + LOW_BYTES));
+    const __m128i upper = _mm_castps_si128(_mm_shuffle_ps(_mm_castsi128_ps(even_end), _mm_castsi128_ps(odd_end), 0xcc));
+    const __m256i order = _mm256_setr_epi8(0, 8, 0, 8, 1, 9, 1, 9, 2, 10, 2, 10, 3, 11, 3, 11, 4, 12, 4, 12, 5, 13, 5, 13, 6,
+                                           14, 6, 14, 7, 15, 7, 15);
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(upper), order);
+    const __m256i own = _mm256_blend_epi16(bytes, _mm256_srli_epi16(bytes, 4), 0xaa);
+    *nibbles = _mm256_and_si256(own, _mm256_set1_epi8(15));
+    const __m128i second = _mm_unpacklo_epi8(_mm_srli_si128(even_end, 4), _mm_srli_si128(odd_end, 4));
+    return _mm256_set_m128i(second, _mm_unpacklo_epi8(even, odd));
+}
+
+/* Add `count` neurons, up to 32, to `total` of `rows` rows: two vectors for each place. */
+AVX2 INLINED void add_pairs(const Product *p, const uint8_t *codes, int64_t count, const Pairs *x,
+                            __m256 (*total)[PLACES][2], const int rows, const int bits) {
+    const __m256i each = _mm256_setr_epi16(0x100, 0x100, 0x100, 0x100, 0x302, 0x302, 0x302, 0x302, 0x504, 0x504, 0x504,
+                                           0x504, 0x706, 0x706, 0x706, 0x706);
+    __m256i sum[AT_ONCE][PLACES], nibbles = each;
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < PLACES; i++) sum[r][i] = _mm256_setzero_si256();
+    for (int64_t k = 0; 2 * k < count; k++, codes += 2 * STRIP_CODES(bits)) {
+        if (p->ahead) fetch_ahead(codes, 1);
+        const __m256i low = two_neurons(codes, &nibbles, bits);
+#pragma GCC unroll 4
+        for (int i = 0; i < PLACES; i++) {
+            const __m256i weights = bytes_of_place(low, nibbles, i, bits);
+            for (int r = 0; r < rows; r++) {
+                int64_t eight;
+                memcpy(&eight, x[r].pairs[k], sizeof eight);
+                const __m256i numbers = _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), each);
+                sum[r][i] = _mm256_add_epi16(sum[r][i], _mm256_maddubs_epi16(weights, numbers));
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int half = 0; half < 2; half++) {
+            const float *own = x[r].scale + 2 * half;
+            const __m256 scale = _mm256_set_m128(_mm_set1_ps(own[1]), _mm_set1_ps(own[0]));
+            for (int i = 0; i < PLACES; i++) {
+                const __m128i eight =
+                    half ? _mm256_extracti128_si256(sum[r][i], 1) : _mm256_castsi256_si128(sum[r][i]);
+                const __m256 numbers = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(eight));
+                total[r][i][half] = _mm256_fmadd_ps(numbers, scale, total[r][i][half]);
+            }
+        }
+}
+
+/* A strip of all rows, which are the same as `parts` of each. */
+AVX2 INLINED void narrow_strip(const Product *p, int64_t output, const int bits) {
+    const int64_t rows = p->rows * p->parts;
+    __m256 total[MOST_ROWS][PLACES][2], rest[MOST_ROWS][QUARTERS];
+    for (int64_t r = 0; r < rows; r++)
+        for (int i = 0; i < PLACES; i++) total[r][i][0] = total[r][i][1] = rest[r][i] = _mm256_setzero_ps();
+    for (int64_t start = 0; start < p->inputs; start += SOME) {
+        const int64_t count = least(SOME, p->inputs - start);
+        const uint8_t *codes = (const uint8_t *)p->weight + (output / STRIP * p->inputs + start) * STRIP_CODES(bits);
+        Steps steps;
+        read_steps(p, output, start, count, &steps, bits);
+        for (int64_t first = 0; first < rows; first += AT_ONCE) {
+            const int64_t here = least(AT_ONCE, rows - first);
+            Pairs made[AT_ONCE];
+            for (int64_t r = 0; r < here; r += p->parts) {
+                const float *x = p->floats + (first + r) / p->parts * p->inputs + start;
+                make_pairs(p, x, count, &steps, made + r, &rest[first + r]);
+            }
+            if (here == AT_ONCE) add_pairs(p, codes, count, made, &total[first], AT_ONCE, bits);
+            else add_pairs(p, codes, count, made, &total[first], 1, bits);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int q = 0; q < QUARTERS; q++) {
+            const __m128 unit = _mm_set1_ps(1 / STEP_UNITS(bits));
+            const __m128 more = _mm_set1_ps(sum_of(rest[r][q]) / OFFSET_UNITS(bits));
+            for (int i = 0; i < PLACES; i++) {
+                const __m256 sum = total[r][i][q / 2];
+                const __m128 four = q % 2 ? _mm256_extractf128_ps(sum, 1) : _mm256_castps256_ps128(sum);
+                _mm_storeu_ps(p->sums + r * p->outputs + output + q * HALF + 4 * i, _mm_mul_ps(_mm_add_ps(four, more), unit));
+            }
+        }
+}
+
+/* By vectors twice as wide, which have four neurons. */
+
+#define BLOCK 128 /* neurons whose numbers have one scale; sums of so many fit 32 bits */
 #define QUAD 4 /* neurons that are summed in one instruction */
 #define TOGETHER 2 /* rows that are multiplied at once */
-#define QUARTERS 4 /* halves of a strip's two groups */
 
 typedef struct {
     int8_t numbers[BLOCK / QUAD][QUARTERS][QUAD];
@@ -160,7 +183,7 @@ typedef struct {
 } Bytes;
 
 /* The largest magnitude, or what is no number. */
-VNNI INLINED float largest_of(__m512i most) {
+VNNI INLINED float largest_of_wide(__m512i most) {
     const int32_t bits = (int32_t)_mm512_reduce_max_epu32(most);
     float found;
     memcpy(&found, &bits, sizeof found);
@@ -189,7 +212,7 @@ VNNI INLINED void make_bytes(const Product *p, int64_t row, int64_t output, int6
             __m512i most = _mm512_setzero_si512(); /* bits of magnitudes are ordered as they are, NaN above all */
             for (int64_t k = 0; k < count / WIDE_LANES; k++)
                 most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(values[k][q]), size));
-            const float largest = largest_of(most);
+            const float largest = largest_of_wide(most);
             const int finite = largest <= 3.4e38f;
             made->scale[q] = finite ? (largest >= TINY ? largest / LARGEST_BYTE : 0) : NAN;
             inverse[q] = _mm512_set1_ps(finite && largest >= TINY ? LARGEST_BYTE / largest : 0);
@@ -262,7 +285,7 @@ VNNI INLINED void add_bytes(const Product *p, const uint8_t *codes, int64_t coun
 }
 
 /* A strip of all rows, which are the same as `parts` of each. */
-VNNI INLINED void strip_bytes(const Product *p, int64_t output, const int bits) {
+VNNI INLINED void wide_strip(const Product *p, int64_t output, const int bits) {
     const int64_t rows = p->rows * p->parts;
     __m512 total[MOST_ROWS][PLACES], rest[MOST_ROWS][QUARTERS];
     for (int64_t r = 0; r < rows; r++)
@@ -293,16 +316,14 @@ VNNI INLINED void strip_bytes(const Product *p, int64_t output, const int bits) 
     }
 }
 
-#define STRIPS_BY(bits)                                                                            \
-    AVX2 void int##bits##_strips_by_avx2(const void *product, int64_t start, int64_t end) {        \
-        for (int64_t output = start; output < end; output += INT4_GROUP)                           \
-            shorts_outputs(product, output / INT4_GROUP, bits);                                    \
-    }                                                                                              \
-    VNNI void int##bits##_strips_by_vnni(const void *product, int64_t start, int64_t end) {        \
-        for (int64_t output = start; output < end; output += STRIP) strip_bytes(product, output, bits); \
+#define STRIPS_BY(TARGET, processor, bits, of_strip)                                                \
+    TARGET void int##bits##_strips_by_##processor(const void *product, int64_t start, int64_t end) { \
+        for (int64_t output = start; output < end; output += STRIP) of_strip(product, output, bits); \
     }
 
-STRIPS_BY(3)
-STRIPS_BY(2)
+STRIPS_BY(AVX2, avx2, 3, narrow_strip)
+STRIPS_BY(AVX2, avx2, 2, narrow_strip)
+STRIPS_BY(VNNI, vnni, 3, wide_strip)
+STRIPS_BY(VNNI, vnni, 2, wide_strip)
 
 #endif

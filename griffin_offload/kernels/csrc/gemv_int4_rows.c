@@ -21,44 +21,65 @@ AVX2 INLINED __m128i eight_pairs(const uint8_t *from, int64_t count) {
     return _mm_loadu_si128((const __m128i *)pairs);
 }
 
-/* Which of 8 numbers, one a group, belong to the lanes of groups `first` and `first` + 1. */
-AVX2 INLINED __m256i lanes_of_two(int first) {
-    return _mm256_add_epi32(_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_set1_epi32(first));
+/* Codes of two groups, or of one, or zeros: low ones of both and high ones. */
+AVX2 INLINED void codes_of_two(const uint8_t *from, int64_t groups, __m256i *low, __m256i *high) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i both = groups > 1   ? _mm256_loadu_si256((const __m256i *)from)
+                         : groups > 0 ? _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)from))
+                                      : _mm256_setzero_si256();
+    *low = _mm256_and_si256(both, nibble);
+    *high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
 }
 
-/* Add `count` groups, up to 8, of an output and of `rows` rows from `first`: a vector has the codes of two, low ones of
- * both and then high ones. Four products with codes of four bits fit 16 bits. */
+/* Four 32-bit pairs of each of two vectors' halves become two each, of one vector and the other in turns. */
+AVX2 INLINED __m256i folded(__m256i one, __m256i other) {
+    return _mm256_add_epi16(_mm256_unpacklo_epi32(one, other), _mm256_unpackhi_epi32(one, other));
+}
+
+AVX2 INLINED __m256i folded_twice(__m256i one, __m256i other) {
+    return _mm256_add_epi16(_mm256_unpacklo_epi64(one, other), _mm256_unpackhi_epi64(one, other));
+}
+
+/* Add `count` groups, up to 8, of an output and of `rows` rows from `first`. A vector has two groups, a half each; sums
+ * are folded until a lane is a group: sixteen products with codes of four bits fit 16. */
 AVX2 INLINED void add_eight(const Product *p, int64_t output, int64_t group, const int64_t count, int64_t first,
                             __m256 (*total)[2], const int rows) {
     const int64_t groups = groups_of(p), at = output * groups + group;
-    __m256 step, offset, scale[4];
+    const __m256i one = _mm256_set1_epi16(1), by_halves = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    const uint8_t *codes = codes_of(p, at);
+    __m256 step, offset;
+    __m256i four[2][4];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        __m256i low[2], high[2];
+        const int64_t left = count - 4 * i;
+        if (p->ahead) fetch_ahead(codes + i * FOUR_BYTES, 1);
+        for (int two = 0; two < 2; two++)
+            codes_of_two(codes + i * FOUR_BYTES + 2 * two * INT4_BYTES, left - 2 * two, &low[two], &high[two]);
+        for (int r = 0; r < rows; r++) {
+            const int8_t *x = filled_bytes(p, first + r) + group * INT4_GROUP + i * FILLED;
+            __m256i sum[2];
+            for (int two = 0; two < 2; two++, x += INT4_GROUP) {
+                if (left <= 2 * two) {
+                    sum[two] = _mm256_setzero_si256();
+                    continue;
+                }
+                const __m256i lower = _mm256_maddubs_epi16(low[two], _mm256_loadu_si256((const __m256i *)x));
+                const __m256i upper =
+                    _mm256_maddubs_epi16(high[two], _mm256_loadu_si256((const __m256i *)(x + FILLED / 2)));
+                sum[two] = _mm256_add_epi16(lower, upper);
+            }
+            four[i][r] = folded(sum[0], sum[1]);
+        }
+    }
     eight_steps(eight_pairs(p->groups + at * PAIR_BYTES, count), &step, &offset);
     offset = _mm256_mul_ps(step, offset);
     for (int r = 0; r < rows; r++) {
         const int64_t here = (first + r) * groups + group;
-        scale[r] = _mm256_mul_ps(step, eight_at(p->step + here, count));
+        const __m256 scale = _mm256_mul_ps(step, eight_at(p->step + here, count));
+        const __m256 own = _mm256_cvtepi32_ps(_mm256_madd_epi16(folded_twice(four[0][r], four[1][r]), one));
         total[r][0] = _mm256_fmadd_ps(offset, eight_at(p->floats + here, count), total[r][0]);
-    }
-    const uint8_t *codes = codes_of(p, at);
-    const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
-#pragma GCC unroll 4
-    for (int two = 0; two < LANES / 2; two++) {
-        const int64_t left = count - 2 * two;
-        if (left <= 0) break;
-        const uint8_t *from = codes + 2 * two * INT4_BYTES;
-        if (p->ahead && two % 2 == 0) fetch_ahead(from, 1);
-        const __m256i both = left > 1 ? _mm256_loadu_si256((const __m256i *)from)
-                                      : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)from));
-        const __m256i low = _mm256_and_si256(both, nibble);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-        for (int r = 0; r < rows; r++) {
-            const int8_t *x = filled_bytes(p, first + r) + group * INT4_GROUP + two / 2 * FILLED + two % 2 * INT4_GROUP;
-            const __m256i lower = _mm256_maddubs_epi16(low, _mm256_loadu_si256((const __m256i *)x));
-            const __m256i upper = _mm256_maddubs_epi16(high, _mm256_loadu_si256((const __m256i *)(x + FILLED / 2)));
-            const __m256i sum = _mm256_madd_epi16(_mm256_add_epi16(lower, upper), one);
-            const __m256 own = _mm256_permutevar8x32_ps(scale[r], lanes_of_two(2 * two));
-            total[r][two % 2] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), own, total[r][two % 2]);
-        }
+        total[r][1] = _mm256_fmadd_ps(own, _mm256_permutevar8x32_ps(scale, by_halves), total[r][1]);
     }
 }
 

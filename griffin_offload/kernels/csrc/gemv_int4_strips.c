@@ -13,7 +13,6 @@
 #include "gemv.h"
 #include "int4.h"
 
-#define BLOCK 128 /* neurons whose numbers have one scale; sums of so many fit 32 bits */
 #define MOST_ROWS 64 /* rows times parts */
 #define HALVES 2 /* groups of a strip */
 
@@ -25,110 +24,130 @@ INLINED const uint8_t *strip_of(const Product *p, int64_t output, int64_t neuron
     return (const uint8_t *)p->weight + (output / STRIP * p->inputs + neuron) * STRIP_BYTES;
 }
 
-/* 16-bit numbers */
+/* By AVX2: numbers of 8 bits, of a strip's two groups; a vector has a group in either half. */
+
+#define SOME 32 /* neurons whose numbers have one scale */
+#define QUARTER (SOME / 4)
+#define AT_ONCE 2 /* rows that are multiplied at once */
+#define SUMS 8
 
 typedef struct {
-    int16_t numbers[BLOCK];
-    float scale;
-} Shorts;
+    int8_t pairs[SOME / 2][HALVES][2]; /* of two neurons, of both groups */
+    float scale[HALVES];
+} Bytes;
 
-/* `count` inputs of a row times their steps of an output group, as numbers of one part, or two; what the offsets make of
- * them is added to `rest`. */
-AVX2 INLINED void make_shorts(const Product *p, int64_t row, int64_t group, int64_t start, int64_t count, Shorts *made,
-                              __m256 *rest) {
+/* `count` inputs of a row times their steps, for each of its parts; the offsets' share is added to `rest`. */
+AVX2 INLINED void make_bytes(const Product *p, int64_t row, int64_t output, int64_t start, int64_t count, Bytes *made,
+                             __m256 (*rest)[HALVES]) {
     const float *x = p->floats + row * p->inputs + start;
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    float values[BLOCK];
-    for (int64_t k = 0; k < count; k += LANES) {
-        __m256 step, offset;
-        eight_steps(_mm_loadu_si128((const __m128i *)pairs_of(p, group, start + k)), &step, &offset);
-        const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(x + k), step);
-        *rest = _mm256_fmadd_ps(value, offset, *rest);
-        _mm256_storeu_ps(values + k, value);
-    }
-    for (int64_t part = 0; part < p->parts; part++) {
-        __m256 most = _mm256_setzero_ps(), nothing = most;
-        for (int64_t k = 0; k < count; k += LANES) {
-            const __m256 value = _mm256_loadu_ps(values + k);
-            most = _mm256_max_ps(most, _mm256_andnot_ps(sign, value));
-            nothing = _mm256_add_ps(nothing, _mm256_sub_ps(value, value)); /* NaN if there is one, or an infinity */
+    const __m256i size = _mm256_set1_epi32(0x7fffffff);
+    __m256 values[HALVES][SOME / LANES], offset[HALVES][SOME / LANES];
+    float largest[HALVES];
+    for (int i = 0; i < HALVES; i++) {
+        __m256i most = _mm256_setzero_si256();
+        for (int k = 0; k < SOME / LANES; k++) {
+            values[i][k] = offset[i][k] = _mm256_setzero_ps();
+            if (k * LANES >= count) continue;
+            const uint8_t *pairs = pairs_of(p, output / INT4_GROUP + i, start + k * LANES);
+            __m256 step;
+            eight_steps(_mm_loadu_si128((const __m128i *)pairs), &step, &offset[i][k]);
+            values[i][k] = _mm256_mul_ps(_mm256_loadu_ps(x + k * LANES), step);
+            most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(values[i][k]), size));
         }
-        float lanes[LANES], largest = 0;
-        _mm256_storeu_ps(lanes, most);
-        for (int i = 0; i < LANES; i++) largest = lanes[i] > largest ? lanes[i] : largest;
-        made[part].scale = (largest >= TINY ? largest / LARGEST : 0) + sum_of(nothing);
-        const __m256 inverse = _mm256_set1_ps(largest >= TINY ? LARGEST / largest : 0);
-        for (int64_t k = 0; k < count; k += LANES) {
-            const __m256 value = _mm256_loadu_ps(values + k);
-            const __m256i number = _mm256_cvtps_epi32(_mm256_mul_ps(value, inverse));
-            const __m128i shorts =
-                _mm_packs_epi32(_mm256_castsi256_si128(number), _mm256_extracti128_si256(number, 1));
-            _mm_storeu_si128((__m128i *)(made[part].numbers + k), shorts);
-            if (p->parts > 1)
-                _mm256_storeu_ps(values + k, _mm256_fnmadd_ps(_mm256_cvtepi32_ps(number),
-                                                              _mm256_set1_ps(made[part].scale), value));
+        largest[i] = largest_of(most);
+    }
+    for (int64_t part = 0; part < p->parts; part++, made++) {
+        __m256i bytes[HALVES];
+        for (int i = 0; i < HALVES; i++)
+            bytes[i] = as_bytes(values[i], offset[i], &largest[i], &made->scale[i], &rest[0][i], p->parts > 1);
+        const __m256i lower = _mm256_unpacklo_epi16(bytes[0], bytes[1]);
+        const __m256i upper = _mm256_unpackhi_epi16(bytes[0], bytes[1]);
+        _mm256_storeu_si256((__m256i *)made->pairs, _mm256_permute2x128_si256(lower, upper, 0x20));
+        _mm256_storeu_si256((__m256i *)made->pairs[QUARTER], _mm256_permute2x128_si256(lower, upper, 0x31));
+    }
+}
+
+/* Add `count` neurons, up to 32, to `total` of `rows` rows. Sums of 16 fit 16 bits; of those the first and the second
+ * become one in 32. */
+AVX2 INLINED void add_bytes(const Product *p, const uint8_t *codes, int64_t count, const Bytes *x,
+                            __m256 (*total)[SUMS], const int rows) {
+    const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
+    const __m256i each = _mm256_setr_epi16(0x100, 0x100, 0x100, 0x100, 0x100, 0x100, 0x100, 0x100, 0x302, 0x302, 0x302,
+                                           0x302, 0x302, 0x302, 0x302, 0x302);
+    __m256i sums[2][AT_ONCE][4];
+    for (int turn = 0; turn < 2; turn++) {
+        __m256i sum[AT_ONCE][4];
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < 4; i++) sum[r][i] = _mm256_setzero_si256();
+        for (int k = turn * QUARTER; k < (turn + 1) * QUARTER && 2 * k < count; k++, codes += 2 * STRIP_BYTES) {
+            if (p->ahead) fetch_ahead(codes, 1);
+            const __m256i even = _mm256_loadu_si256((const __m256i *)codes);
+            const __m256i odd = _mm256_loadu_si256((const __m256i *)(codes + STRIP_BYTES));
+            const __m256i both[2] = {_mm256_unpacklo_epi8(even, odd), _mm256_unpackhi_epi8(even, odd)};
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const __m256i own = i < 2 ? both[i] : _mm256_srli_epi16(both[i - 2], 4);
+                const __m256i weights = _mm256_and_si256(own, nibble);
+                for (int r = 0; r < rows; r++) {
+                    int32_t four;
+                    memcpy(&four, x[r].pairs[k], sizeof four);
+                    const __m256i numbers = _mm256_shuffle_epi8(_mm256_set1_epi32(four), each);
+                    sum[r][i] = _mm256_add_epi16(sum[r][i], _mm256_maddubs_epi16(weights, numbers));
+                }
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < 4; i++) sums[turn][r][i] = sum[r][i];
+    }
+    for (int r = 0; r < rows; r++) {
+        const __m256 scale = _mm256_set_m128(_mm_set1_ps(x[r].scale[1]), _mm_set1_ps(x[r].scale[0]));
+        for (int i = 0; i < SUMS; i++) {
+            const __m256i first = sums[0][r][i / 2], second = sums[1][r][i / 2];
+            const __m256i pairs = i % 2 ? _mm256_unpackhi_epi16(first, second) : _mm256_unpacklo_epi16(first, second);
+            const __m256 sum = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, one));
+            total[r][i] = _mm256_fmadd_ps(sum, scale, total[r][i]);
         }
     }
 }
 
-/* Add `count` neurons to `total`: of a group's outputs, two vectors of low and two of high ones. */
-AVX2 INLINED void add_shorts(const Product *p, const uint8_t *codes, int64_t count, const Shorts *x, __m256 *total) {
-    const __m256i nibble = _mm256_set1_epi16(15);
-    __m256i low[2], whole[2];
-    for (int i = 0; i < 2; i++) low[i] = whole[i] = _mm256_setzero_si256();
-    for (int64_t k = 0; k < count; k += 2, codes += 2 * STRIP_BYTES) {
-        if (p->ahead) fetch_ahead(codes, 1);
-        const __m128i even = _mm_loadu_si128((const __m128i *)codes);
-        const __m128i odd = _mm_loadu_si128((const __m128i *)(codes + STRIP_BYTES));
-        const __m256i weights[2] = {_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(even, odd)),
-                                    _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(even, odd))};
-        int32_t pair;
-        memcpy(&pair, x->numbers + k, sizeof pair);
-        const __m256i numbers = _mm256_set1_epi32(pair);
-        for (int i = 0; i < 2; i++) {
-            const __m256i lows = _mm256_and_si256(weights[i], nibble);
-            low[i] = _mm256_add_epi32(low[i], _mm256_madd_epi16(lows, numbers));
-            whole[i] = _mm256_add_epi32(whole[i], _mm256_madd_epi16(weights[i], numbers));
-        }
-    }
-    for (int i = 0; i < 2; i++) {
-        const __m256 high = _mm256_cvtepi32_ps(_mm256_sub_epi32(whole[i], low[i]));
-        total[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low[i]), _mm256_set1_ps(x->scale), total[i]);
-        total[2 + i] = _mm256_fmadd_ps(high, _mm256_set1_ps(x->scale / 16), total[2 + i]);
-    }
-}
-
-/* A group of 32 outputs, of all rows. */
-AVX2 INLINED void int4_outputs(const Product *p, int64_t group) {
-    const int64_t rows = p->rows * p->parts, output = group * INT4_GROUP;
-    __m256 total[MOST_ROWS][4], rest[MOST_ROWS];
+/* A strip of all rows, which are the same as `parts` of each. */
+AVX2 INLINED void narrow_strip(const Product *p, int64_t output) {
+    const int64_t rows = p->rows * p->parts;
+    __m256 total[MOST_ROWS][SUMS], rest[MOST_ROWS][HALVES];
     for (int64_t r = 0; r < rows; r++) {
-        for (int i = 0; i < 4; i++) total[r][i] = _mm256_setzero_ps();
-        rest[r] = _mm256_setzero_ps();
+        for (int i = 0; i < SUMS; i++) total[r][i] = _mm256_setzero_ps();
+        rest[r][0] = rest[r][1] = _mm256_setzero_ps();
     }
-    for (int64_t start = 0; start < p->inputs; start += BLOCK) {
-        const int64_t count = least(BLOCK, p->inputs - start);
-        const uint8_t *codes = strip_of(p, output, start) + group % HALVES * INT4_BYTES;
-        for (int64_t row = 0; row < p->rows; row++) {
-            Shorts made[2];
-            make_shorts(p, row, group, start, count, made, &rest[row * p->parts]);
-            for (int64_t part = 0; part < p->parts; part++)
-                add_shorts(p, codes, count, &made[part], total[row * p->parts + part]);
+    for (int64_t start = 0; start < p->inputs; start += SOME) {
+        const int64_t count = least(SOME, p->inputs - start);
+        const uint8_t *codes = strip_of(p, output, start);
+        for (int64_t first = 0; first < rows; first += AT_ONCE) {
+            const int64_t here = least(AT_ONCE, rows - first);
+            Bytes made[AT_ONCE];
+            for (int64_t r = 0; r < here; r += p->parts)
+                make_bytes(p, (first + r) / p->parts, output, start, count, made + r, &rest[first + r]);
+            if (here == AT_ONCE) add_bytes(p, codes, count, made, &total[first], AT_ONCE);
+            else add_bytes(p, codes, count, made, &total[first], 1);
         }
     }
     for (int64_t r = 0; r < rows; r++)
-        for (int i = 0; i < 4; i++) {
-            const __m256 sum = _mm256_add_ps(total[r][i], _mm256_set1_ps(sum_of(rest[r])));
-            _mm256_storeu_ps(p->sums + r * p->outputs + output + i * LANES, sum);
+        for (int half = 0; half < HALVES; half++) {
+            const __m128 more = _mm_set1_ps(sum_of(rest[r][half]));
+            for (int i = 0; i < SUMS; i++) {
+                const __m256 sum = total[r][i];
+                const __m128 four = half ? _mm256_extractf128_ps(sum, 1) : _mm256_castps256_ps128(sum);
+                _mm_storeu_ps(p->sums + r * p->outputs + output + half * INT4_GROUP + 4 * i, _mm_add_ps(four, more));
+            }
         }
 }
 
 AVX2 void int4_strips_by_avx2(const void *product, int64_t start, int64_t end) {
-    for (int64_t output = start; output < end; output += INT4_GROUP) int4_outputs(product, output / INT4_GROUP);
+    for (int64_t output = start; output < end; output += STRIP) narrow_strip(product, output);
 }
 
-/* The same of a whole strip, by vectors twice as wide: what is read and turned around serves several rows. */
+/* By vectors twice as wide: numbers of 16 bits. What is read and turned around serves several rows. */
 
+#define BLOCK 128 /* neurons whose numbers have one scale; sums of so many fit 32 bits */
 #define TOGETHER 8 /* rows that are multiplied at once */
 #define LINES (BLOCK / WIDE_LANES)
 
@@ -150,7 +169,12 @@ INLINED float float_of(uint32_t bits) {
     return found;
 }
 
-/* As `make_shorts`, to the same numbers. */
+typedef struct {
+    int16_t numbers[BLOCK];
+    float scale;
+} Shorts;
+
+/* Inputs times their steps as numbers of one part, or two. */
 VNNI INLINED void make_wide(const Product *p, int64_t row, const Steps *steps, int64_t start, int64_t count, Shorts *made,
                             __m512 *rest) {
     const float *x = p->floats + row * p->inputs + start;
