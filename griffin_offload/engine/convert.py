@@ -1,6 +1,7 @@
 """Converting a checkpoint: every matrix of the decoder layers quantised once, one shard per layer."""
 
 import contextlib
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine.build import build
 from griffin_offload.engine.calibration import Inputs, visit_inputs
 from griffin_offload.engine.load import check_stored
-from griffin_offload.engine.precisions import small_beside
+from griffin_offload.engine.precisions import held_finer, small_beside
 from griffin_offload.engine.shards import (
     CopyDirectory,
     Missed,
@@ -30,9 +31,10 @@ from griffin_offload.engine.shards import (
     write_with_experts,
 )
 from griffin_offload.errors import UsageError
-from griffin_offload.formats import FLOATS, get
+from griffin_offload.formats import FLOATS, Format, get
 from griffin_offload.formats.expert_form import RECORD_VERSION
 from griffin_offload.formats.linear import reads_head_itself
+from griffin_offload.transformers_api import StockModel
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def convert(
     small = "" if shape.finer is None else shape.finer.name
     mark = ConversionInfo(precision, checkpoint.fingerprint(), tables, records=records, small=small)
     directory = CopyDirectory(out, "conversion", mark.entries(), mark.metadata(), partial(check_shard, mark=mark))
+    _warn_of_finer(checkpoint, meta, format)
     with directory.writing() as finished, contextlib.closing(checkpoint.watched()) as files:
         files.check()
         directory.begin(shape.weight_bytes)
@@ -99,6 +102,21 @@ def convert(
         read_bytes=checkpoint.weight_bytes,
         written_bytes=sum((directory.path / name).stat().st_size for name in names),
     )
+
+
+def _warn_of_finer(checkpoint: Checkpoint, meta: StockModel, format: Format) -> None:
+    """Where a copy in `format` holds less than its file, and less than loading the file itself would."""
+    if small_beside(format.outside(), checkpoint) is None:
+        return
+    layers, held = find_feed_forwards(meta, _layers_of(checkpoint)), held_finer(checkpoint)
+    in_both = [held.get(i, set()) - small_names(*layer) for i, layer in enumerate(zip(*layers, strict=True))]
+    coarser = sum(map(len, in_both))
+    if coarser:
+        warnings.warn(
+            f"{checkpoint.directory} holds {coarser} matrices in more than four bits, the copy will hold them in "
+            f"{format}: the file itself rests nearer to its numbers, the copy loads faster",
+            stacklevel=3,
+        )
 
 
 def _layers_of(checkpoint: Checkpoint) -> int:

@@ -209,6 +209,17 @@ def test_what_a_file_of_four_bits_holds_in_more_rests_in_int8(density: float, tm
         assert (finer - exact).norm() < 0.7 * (coarse - exact).norm()
 
 
+def test_a_copy_that_holds_less_than_its_file_is_named(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    """Of files that hold all in four bits, and of copies in int8, nothing is said."""
+    mixed = write_gguf(wide_model(), tmp_path / "mixed.gguf", "Q4_1", others=IN_MORE_BITS)
+    with pytest.warns(UserWarning, match=f"holds {len(IN_MORE_BITS)} matrices in more than four bits, the copy will"):
+        convert(mixed, tmp_path / "int4", "int4")
+    recwarn.clear()
+    convert(mixed, tmp_path / "int8", "int8")
+    convert(write_gguf(wide_model(), tmp_path / "even.gguf", "Q4_1"), tmp_path / "even", "int4")
+    assert not [one for one in recwarn if "in more than four bits" in str(one.message)]
+
+
 def test_with_less_memory_comes_four_bits_for_all(tmp_path: Path):
     """Before any neuron is left out or in fewer."""
     file = write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_1", others=IN_MORE_BITS)
