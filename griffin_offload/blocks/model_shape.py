@@ -1,12 +1,12 @@
 """A model's sizes, read off its architecture on the meta device."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from griffin_offload.blocks.base import ALIGNMENT, Block, padded
@@ -28,40 +28,35 @@ def model_shape(
     precision: Format = FLOATS,
     stored: Format = FLOATS,
     tables: Format = FLOATS,
-    states: Sequence[LayerState] | None = None,
+    parts: "ModelParts | None" = None,
     levels: Sequence[Format] = (),
     head: Format | None = None,
     finer: Format | None = None,
     held: Mapping[int, Collection[str]] = MappingProxyType({}),
 ) -> ModelSizes:
     """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
-    device and `stored` in the checkpoint, and its embeddings and head of `tables`. `states` are `states_of(model)`,
-    for callers who ask more than once; `levels` are formats of FF neurons, if not `precision` alone; `head` is the
+    device and `stored` in the checkpoint, and its embeddings and head of `tables`. `parts` are `parts_of(model)`, for
+    callers who ask more than once; `levels` are formats of FF neurons, if not `precision` alone; `head` is the
     format that the head rests in on the device, if not that of `tables`, and `finer` the one that small matrices of a
     layer rest in, if not `precision`, and those of `held`, names by layer. Raises UnsupportedModel."""
     levels = tuple(levels) or (precision,)
     config = model.config.get_text_config()
-    decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
-    states = states_of(model) if states is None else states
-    formats = _Formats(precision, levels, stored, finer, held)
-    of_layers = zip(decoder, blocks, windows_of(config), states, strict=True)
-    layers = [_layer_shape(formats, index, *known) for index, known in enumerate(of_layers)]
+    parts = parts or parts_of(model)
+    layers = _layer_shapes(_Formats(precision, levels, stored, finer, held), parts)
     embedding = model.get_input_embeddings().weight
     linear = model.get_output_embeddings()
     tied = linear is None or linear.weight is embedding
-    in_layers = {id(t) for layer in decoder for t in (*layer.parameters(), *layer.buffers())}
-    outside = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in in_layers}
     plain_tables = (_nbytes([embedding]), 0 if tied else _nbytes([linear.weight]))
     stored_head = 0 if tied else table_bytes(linear.weight.shape, tables, embedding.dtype)
     head = head or tables
     head_bytes = stored_head if head is tables else table_bytes(linear.weight.shape, head, embedding.dtype)
     heads, attention_width = _attention_sizes(config)
     return ModelSizes(
-        layers=tuple(layers),
+        layers=layers,
         embedding_bytes=table_bytes(embedding.shape, tables, embedding.dtype),
         head_bytes=head_bytes,
         stored_head_bytes=stored_head,
-        other_bytes=_nbytes(outside.values()) - sum(plain_tables),
+        other_bytes=parts.outside_bytes - sum(plain_tables),
         plain_embedding_bytes=plain_tables[0],
         plain_head_bytes=plain_tables[1],
         head=head,
@@ -70,11 +65,11 @@ def model_shape(
         vocab_size=config.vocab_size,
         attention_width=attention_width,
         heads=heads,
-        kv_width=max(state.kv_width for state in states),
-        kv_heads=max(state.kv_heads for state in states),
+        kv_width=max(state.kv_width for state in parts.states),
+        kv_heads=max(state.kv_heads for state in parts.states),
         max_positions=positions_reached(config),
-        gated=any(block.gated for block in blocks),
-        inline_ff=any(block.inline for block in blocks),
+        gated=any(block.gated for block in parts.blocks),
+        inline_ff=any(block.inline for block in parts.blocks),
         materialises_scores=_materialises_scores(config),
         dtype=str(embedding.dtype).removeprefix("torch."),
         precision=precision,
@@ -83,6 +78,45 @@ def model_shape(
         finer=finer if any(layer.finer for layer in layers) else None,
         as_held=bool(held),
     )
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What is the same of a model in every precision."""
+
+    decoder: nn.ModuleList
+    blocks: list[Block]
+    windows: list[int | None]
+    states: list[LayerState]
+    kinds: Sequence[Hashable]
+    """Of each layer; those of the same kind have the same sizes. Most models have one or two."""
+    outside_bytes: int
+    """Of tensors in no layer, each once."""
+
+
+def parts_of(model: StockModel) -> ModelParts:
+    """Raises UnsupportedModel."""
+    check_takes_cache(model)
+    config = model.config.get_text_config()
+    decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
+    states, windows = kept_states(model, decoder), windows_of(config)
+    known = zip(decoder, blocks, windows, states, strict=True)
+    kinds = [(_structure(layer), block.neurons, block.active, *more) for layer, block, *more in known]
+    in_layers = {id(t) for layer in decoder for t in (*layer.parameters(), *layer.buffers())}
+    outside = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in in_layers}
+    return ModelParts(decoder, blocks, windows, states, kinds, _nbytes(outside.values()))
+
+
+def _structure(layer: nn.Module) -> Hashable:
+    """Its modules and their tensors, which of them are the same one among these."""
+    numbers: dict[int, int] = {}
+
+    def known(tensors: Mapping[str, Tensor | None]) -> Hashable:
+        there = [(name, t) for name, t in tensors.items() if t is not None]
+        return tuple((name, t.shape, t.dtype, numbers.setdefault(id(t), len(numbers))) for name, t in there)
+
+    named = layer.named_modules()
+    return tuple((name, type(module), known(module._parameters), known(module._buffers)) for name, module in named)
 
 
 def states_of(model: StockModel) -> list[LayerState]:
@@ -111,6 +145,18 @@ class _Formats:
     stored: Format
     finer: Format | None
     held: Mapping[int, Collection[str]]
+
+
+def _layer_shapes(formats: _Formats, parts: ModelParts) -> tuple[LayerSizes, ...]:
+    found: dict[Hashable, LayerSizes] = {}
+    layers = []
+    for index, kind in enumerate(parts.kinds):
+        key = (kind, frozenset(formats.held.get(index, ())))
+        if key not in found:
+            own = (parts.decoder[index], parts.blocks[index], parts.windows[index], parts.states[index])
+            found[key] = _layer_shape(formats, index, *own)
+        layers.append(found[key])
+    return tuple(layers)
 
 
 def _layer_shape(

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from griffin_offload.blocks.experts import is_experts
-from griffin_offload.blocks.model_shape import model_shape, states_of
+from griffin_offload.blocks.model_shape import model_shape, parts_of
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.config import LAYERS, MIXED, TIERS, LoadConfig
@@ -45,9 +45,9 @@ def small_beside(precision: Format, checkpoint: Checkpoint) -> Format | None:
 
 def shapes_of(
     checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig, head: Format
-) -> tuple[ModelSizes, ...]:
-    """The model, which is on the meta device, in the precisions it may have on the device, best first; the head is in
-    `head` where the others are in fewer bits."""
+) -> tuple[tuple[ModelSizes, ...], tuple[ModelSizes, ...]]:
+    """The model, which is on the meta device, in the precisions it may have on the device, best first; and those
+    that come before them but for speed. The head is in `head` where the others are in fewer bits."""
     stored = checkpoint.precision
     _check_asked(checkpoint, config)
     allowed = _measured(checkpoint, meta, device, config, head, asked=True)
@@ -61,16 +61,14 @@ def shapes_of(
         raise UsageError(
             f"--prefer speed has nothing to choose: {checkpoint.directory} gives {allowed[0].precision_name} alone"
         )
-    return tuple(allowed[first:])
+    return tuple(allowed[first:]), tuple(allowed[:first])
 
 
 def others_of(
     checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig, head: Format
 ) -> tuple[ModelSizes, ...]:
-    """The same in the precisions that it could have, and that `config` rules out."""
-    allowed = _measured(checkpoint, meta, device, config, head, asked=True)
-    others = _measured(checkpoint, meta, device, config, head, asked=False)
-    return (*allowed[: _first_wanted(allowed, checkpoint, device, config)], *others)
+    """The same in the precisions that it could have, and that `config` does not ask for."""
+    return tuple(_measured(checkpoint, meta, device, config, head, asked=False))
 
 
 def _first_wanted(allowed: list[ModelSizes], checkpoint: Checkpoint, device: torch.device, config: LoadConfig) -> int:
@@ -124,7 +122,7 @@ def _measured(
     checkpoint: Checkpoint, meta: StockModel, device: torch.device, config: LoadConfig, head: Format, *, asked: bool
 ) -> list[ModelSizes]:
     """The precisions that `config` asks for, or all others."""
-    stored, states, found = checkpoint.precision, states_of(meta), []
+    stored, parts, found = checkpoint.precision, parts_of(meta), []
     for name, precision, levels in _precisions(stored, config):
         wanted, drafts = config.quantize, levels[0] is not precision
         # A stored format may rest in another one, which has its own name.
@@ -140,7 +138,7 @@ def _measured(
             full = precision if config.exact else stored
             own_head = head if levels[-1].bits < head.bits else checkpoint.tables
             beside = small_beside(precision, checkpoint)
-            measured = partial(model_shape, meta, precision, full, checkpoint.tables, states, levels, own_head, beside)
+            measured = partial(model_shape, meta, precision, full, checkpoint.tables, parts, levels, own_head, beside)
             shape = measured()
             if len(levels) > 1 and not shape.with_neurons:
                 kind = checkpoint.config.model_type

@@ -147,10 +147,11 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     # In host memory the rows are read in place, so their precision has to be the stored one.
     host_embeddings = not hardware.shares_host_memory or (dtype == checkpoint.dtype and not parts.embeddings)
     head = checkpoint.tables if config.exact else resting_head(checkpoint, meta, host_embeddings)
-    shapes = shapes_of(checkpoint, meta, device, config, head)
+    shapes, slower = shapes_of(checkpoint, meta, device, config, head)
 
     def ruled_out() -> tuple[ModelSizes, ...]:
-        return others_of(checkpoint, build_on_meta(checkpoint.config, dtype), device, config, head)
+        meta = build_on_meta(checkpoint.config, dtype)  # another: plans that ask for no others need not keep the first
+        return (*slower, *others_of(checkpoint, meta, device, config, head))
 
     cache = _cache_kind(checkpoint.config, config.kv_bits)
     request = PlanRequest(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CHAT_TEMPLATE, write_tokenizer
 
 from griffin_offload import GriffinModel
+from griffin_offload.blocks.model_shape import ModelParts
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.cli.main import main
 from griffin_offload.engine import precisions
@@ -169,8 +170,9 @@ def measured_once() -> Iterator[None]:
     measure = precisions.model_shape
 
     def known(meta: Any, *formats: Any) -> ModelSizes:
-        # What layers keep is the model's own; `held` is a table of sets, and not every argument can be a key.
-        key = (meta.config.to_json_string(), meta.dtype, *(repr(one) for one in formats))
+        # The parts are the model's own; `held` is a table of sets, and not every argument can be a key.
+        asked = (repr(one) for one in formats if not isinstance(one, ModelParts))
+        key = (meta.config.to_json_string(), meta.dtype, *asked)
         if key not in sizes:
             sizes[key] = measure(meta, *formats)
         return sizes[key]
