@@ -46,8 +46,14 @@ def with_remedy(command: tuple[object, ...], remedy: tuple[str, str]) -> tuple[o
     return (*flags, *remedy)
 
 
-@pytest.mark.parametrize("budget", ["580kB", "800kB", "1.2MB", "1GB"])
-@pytest.mark.parametrize("flags", [(), ("--density", "0.5"), ("--prompt-tokens", "40"), ("--offload", "ram")])
+@pytest.mark.parametrize(
+    ("budget", "flags"),
+    [
+        *(("580kB", ()), ("800kB", ("--density", "0.5")), ("1.2MB", ("--prompt-tokens", "40"))),
+        *(("1GB", ("--offload", "ram")), ("580kB", ("--density", "0.5")), ("800kB", ("--prompt-tokens", "40"))),
+        *(("1.2MB", ("--offload", "ram")), ("1GB", ())),
+    ],
+)
 def test_json(cli, llama: Path, budget: str, flags: tuple[str, ...]):
     outcome = cli("plan", "-m", llama, "--max-gpu-mem", budget, "--quantize", "none", "--json", *flags)
     plan = outcome.json

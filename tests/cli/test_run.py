@@ -334,7 +334,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--exact",), ("--quantize", "int8"), ("--density", "0.5")], ids="-".join)
+@pytest.mark.parametrize("flags", [("--exact", "--density", "0.5"), ("--quantize", "int8")], ids="-".join)
 def test_memory_beside_the_budget_with_a_large_vocabulary(process, wide: Path, tmp_path: Path, flags: tuple[str, ...]):
     """docs/memory.md: interpreter, torch and its libraries, and the tokenizer once, with what reading it takes."""
     file = tmp_path / "prompt.txt"

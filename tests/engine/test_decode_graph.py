@@ -18,6 +18,7 @@ from griffin_offload.kernels import table
 # Windows, learned positions, positions by ids, shared and separate heads, types of layers, scores made in Python.
 ARCHITECTURES = ["llama3", "mistral", "gemma2", "opt", "gpt2", "gptj"]
 NEW = 72  # behind 24 tokens: more than a layer with a window of 16 has room for
+FEWER = 40  # where that was asked already
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def _logits(model: GriffinModel, ids: torch.Tensor, **options: Any) -> torch.Ten
 @pytest.mark.parametrize("name", mostly_slow(ARCHITECTURES, 2))
 def test_replayed_logits_are_those_of_the_stock_forward(checkpoints, name: str):
     plain, graphs = _pair(checkpoints(name))
-    for seed, tokens, new in ((0, 24, NEW), (1, 40, 12)):
+    for seed, tokens, new in ((0, 24, NEW if name in ("mistral", "gemma2") else FEWER), (1, 40, 12)):
         ids = _ids(tokens, seed)
         found, expected = (_logits(model, ids, max_new_tokens=new) for model in (graphs, plain))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -89,8 +90,8 @@ def test_buckets_are_few_and_close():
     ("options", "strategy"),
     mostly_slow(
         [
-            ({"kv_bits": 8}, {}),
-            ({"kv_bits": 4}, {}),
+            ({"kv_bits": 8}, {"max_new_tokens": NEW}),
+            ({"kv_bits": 4}, {"max_new_tokens": NEW}),
             ({"kv_bits": 8, "batch_size": 2}, {"num_return_sequences": 2, "do_sample": True}),
             ({"batch_size": 3}, {"num_beams": 3}),
             ({"quantize": "int8", "dtype": "float32"}, {}),
@@ -105,16 +106,16 @@ def test_precisions_and_strategies(checkpoints, options: dict[str, Any], strateg
     results = []
     for model in (plain, graphs):
         torch.manual_seed(0)
-        results.append(_generate(model, _ids(), **strategy))
+        results.append(_generate(model, _ids(), **{"max_new_tokens": FEWER} | strategy))
     assert torch.equal(*results)
-    assert graphs.last_report.graphs.replayed > NEW // 2
+    assert graphs.last_report.graphs.replayed > FEWER // 2
 
 
 @pytest.mark.slow
 def test_drafts_are_replayed_and_passes_are_not(checkpoints):
     for options in ({"exact": True, "draft_tokens": 4}, {"refresh": 5}):
         plain, graphs = _pair(checkpoints("mistral"), **options)
-        assert torch.equal(_generate(graphs, _ids()), _generate(plain, _ids()))
+        assert torch.equal(*(_generate(model, _ids(), max_new_tokens=48) for model in (graphs, plain)))
         assert graphs.last_report.graphs.replayed > 20
         assert graphs.last_report.drafting.passes == plain.last_report.drafting.passes
 

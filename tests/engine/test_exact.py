@@ -47,7 +47,7 @@ class _Forbidden(StoppingCriteria):
 
 
 @pytest.mark.slow
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(
     name=st.sampled_from(FAMILIES),
     density=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]),

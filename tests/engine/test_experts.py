@@ -23,7 +23,7 @@ from griffin_offload.errors import (
     UsageError,
 )
 
-NEW, EXPERTS, ACTIVE = 12, 8, 2
+NEW, EXPERTS, ACTIVE = 8, 8, 2
 
 
 def _ids(batch: int = 1, tokens: int = 20) -> Tensor:

@@ -16,7 +16,7 @@ from griffin_offload.engine.decoding import DecodingSequence, NextPass
 from griffin_offload.engine.prompt_passes import PromptPasses
 from griffin_offload.kernels import gemv
 
-GREEDY = {"do_sample": False, "max_new_tokens": 6}
+GREEDY = {"do_sample": False, "max_new_tokens": 4}
 LENGTHS = (5, 1, 8, 3)  # none beyond the windows of the tiny models
 ALONE = ("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "llama4", "qwen3_next", "nemotron")
 PACKED = tuple(name for name in (*ARCHITECTURES, *FURTHER, *MIXTURES) if not name.startswith(ALONE))

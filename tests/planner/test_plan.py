@@ -113,7 +113,7 @@ def test_a_plan_never_exceeds_its_budget_and_a_refusal_names_the_numbers(shape: 
 
 
 @pytest.mark.slow
-@settings(max_examples=15)
+@settings(max_examples=9)
 @given(shapes(), requests())
 def test_no_feasible_density_is_missed(shape: ModelSizes, request: PlanRequest):
     """Brute force over every density, slot count and placement; 0.05 and one step of densities may be given up for the

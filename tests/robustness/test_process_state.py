@@ -110,8 +110,7 @@ def right(converted: Path) -> dict[str, list[int]]:
     return found | {"converted": answer_of("int8", converted)}
 
 
-@other_types
-@precisions
+@pytest.mark.parametrize(("precision", "default"), zip(("none", "int4", "int8"), OTHER_TYPES, strict=True), ids=str)
 def test_a_default_type_that_was_set_before(default: torch.dtype, precision: str, right: dict[str, list[int]]):
     with default_type(default):
         assert answer_of(precision) == right[precision]
@@ -209,8 +208,10 @@ def test_a_default_device_and_filled_memory(precision: str, right: dict[str, lis
             torch.use_deterministic_algorithms(False)
 
 
-@precisions
-@pytest.mark.parametrize(("loading", "generating"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("loading", "generating", "precision"),
+    [(True, False, "int8"), (False, True, "int4"), (True, True, "none"), (True, False, "none"), (False, True, "int8")],
+)
 def test_inference_mode(precision: str, loading: bool, generating: bool, right: dict[str, list[int]]):
     """It is a thread's own, and ours work in several."""
     with torch.inference_mode(loading):
