@@ -150,8 +150,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     shapes, slower = shapes_of(checkpoint, meta, device, config, head)
 
     def ruled_out() -> tuple[ModelSizes, ...]:
-        meta = build_on_meta(checkpoint.config, dtype)  # another: plans that ask for no others need not keep the first
-        return (*slower, *others_of(checkpoint, meta, device, config, head))
+        return (*slower, *others_of(checkpoint, build_on_meta(checkpoint.config, dtype), device, config, head))
 
     cache = _cache_kind(checkpoint.config, config.kv_bits)
     request = PlanRequest(
