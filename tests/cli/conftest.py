@@ -23,7 +23,7 @@ from griffin_offload import GriffinModel
 from griffin_offload.blocks.model_shape import ModelParts
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.cli.main import main
-from griffin_offload.engine import precisions
+from griffin_offload.engine import precisions, spec
 from griffin_offload.engine.convert import convert as convert_checkpoint
 
 
@@ -165,9 +165,16 @@ def process(tmp_path: Path) -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="module")
 def measured_once() -> Iterator[None]:
-    """Plans of one config in one module are solved from sizes that are measured once."""
+    """Plans of one config in one module are solved from sizes that are measured once, of a model that is built once."""
     sizes: dict[tuple[object, ...], ModelSizes] = {}
-    measure = precisions.model_shape
+    built: dict[tuple[object, ...], Any] = {}
+    measure, build = precisions.model_shape, spec.build_on_meta
+
+    def built_once(config: Any, dtype: torch.dtype) -> Any:
+        key = (config.to_json_string(), dtype)
+        if key not in built:
+            built[key] = build(config, dtype)
+        return built[key]
 
     def known(meta: Any, *formats: Any) -> ModelSizes:
         # The parts are the model's own; `held` is a table of sets, and not every argument can be a key.
@@ -179,6 +186,7 @@ def measured_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precisions, "model_shape", known)
+        patch.setattr(spec, "build_on_meta", built_once)
         yield
 
 

@@ -1,12 +1,14 @@
 """`griffin-offload eval tasks`: on small local tasks (tests/evaluation/tasks), through the command line."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets.config
 import lm_eval.evaluator
+import lm_eval.tasks.manager
 import pytest
 from fork_server import ForkServer
 from lm_eval.models.huggingface import HFLM
@@ -181,9 +183,13 @@ def test_bad_input(cli, llama: Path, tmp_path: Path):
     cli.refuses_usage("invalid choice", "eval", "tasks", "--tasks", "x", "--mode", "best")
 
 
-@pytest.mark.slow
-def test_unknown_tasks(cli, llama: Path, tmp_path: Path):
-    """After a look through lm-eval's own tasks, which takes seconds; a broken file of the user is named."""
+def test_unknown_tasks(cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After a look through lm-eval's own tasks, of which one is enough here; a broken file of the user is named."""
+    of_harness = tmp_path / "of_harness"
+    shutil.copytree(Path(lm_eval.tasks.manager.__file__).parent / "hellaswag", of_harness / "hellaswag")
+    monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(of_harness / "manager.py"))
+    tmp_path = tmp_path / "own"
+    tmp_path.mkdir()
     _write_task(tmp_path, "tiny_choices")
     (tmp_path / "broken.yaml").write_text("task: [tiny")
     words = "no task 'tiny_choises': did you mean tiny_choices.*broken.yaml cannot be read"

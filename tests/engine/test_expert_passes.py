@@ -25,7 +25,7 @@ def _load(directory: Path, **options: Any) -> GriffinModel:
     return GriffinModel.from_pretrained(directory, device="cpu", **{**sizes, **options})
 
 
-def _answer(model: Any, ids: Tensor, new: int = 16, **settings: Any) -> Tensor:
+def _answer(model: Any, ids: Tensor, new: int = 10, **settings: Any) -> Tensor:
     mask = torch.ones_like(ids)
     answer: Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **settings)
     return answer
@@ -89,7 +89,7 @@ def test_refresh_corrects_what_residents_have_computed(checkpoints):
     ids, streamed = _ids(), []
     for refresh in ("turn", 4):
         with _load(checkpoints("qwen3_moe"), missing_experts="route", refresh=refresh) as model:
-            _answer(model, ids, eos_token_id=None)
+            _answer(model, ids, 16, eos_token_id=None)
             report = model.last_report
             assert report.peak_device_bytes <= model.plan.peak_bytes
             streamed.append(report.decode_streamed_bytes)
@@ -153,10 +153,10 @@ def test_beams_and_several_sequences(checkpoints, name: str):
     ids, dense = _ids(2), _dense(checkpoints(name))
     with _load(checkpoints(name), batch_size=6) as model:
         for settings in ({"num_beams": 3}, {"num_return_sequences": 1, "repetition_penalty": 1.2}):
-            assert torch.equal(_answer(model, ids, 16, **settings), _answer(dense, ids, 16, **settings))
+            assert torch.equal(_answer(model, ids, **settings), _answer(dense, ids, **settings))
             assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
     with _load(checkpoints(name), batch_size=2, missing_experts="route") as model:
-        both = _answer(model, ids, 16)
+        both = _answer(model, ids)
         assert both.shape[0] == 2
         assert model.last_report.decode_streamed_bytes == 0
 

@@ -19,7 +19,7 @@ from marks import mostly_slow
 from packed_experts import write_mxfp4
 from reference import masked_after_prefill
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES, HYBRIDS, KINDS, MIXTURE_KINDS, VOCAB, quick_first, write_tokenizer
+from tiny_models import ARCHITECTURES, HYBRIDS, KINDS, MIXTURE_KINDS, MIXTURES, VOCAB, quick_first, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
@@ -311,8 +311,9 @@ def test_gguf_files_hold_what_their_converter_writes(checkpoints, exported, tmp_
         ours, value = said[key].contents(), wanted[key].contents()
         ours = ours[: len(value)] if key.startswith("tokenizer.ggml.token") else ours  # filled up to the embeddings
         assert ours == pytest.approx(value), key
-    with GriffinModel.from_pretrained(found, device="cpu", max_gpu_mem="1GB", density=1.0) as read:
-        torch.testing.assert_close(logits(read.model, ids), logits(smaller, ids), rtol=1e-5, atol=2e-5)
+    if name == "llama3" or name in MIXTURES:  # such files of the others are read in tests/checkpoint/test_gguf.py
+        with GriffinModel.from_pretrained(found, device="cpu", max_gpu_mem="1GB", density=1.0) as read:
+            torch.testing.assert_close(logits(read.model, ids), logits(smaller, ids), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("Q8_0", marks=pytest.mark.slow), "Q4_0"])

@@ -387,12 +387,12 @@ def test_rows_are_sequences_in_a_decode_step_alone(model_of):
     hook = model.model.model.embed_tokens.register_forward_hook(look)
     try:
         answered(model, PROMPTS[::2], together=True)
-        assert seen == [(13, False)] + [(2, True)] * 5
+        assert seen == [(13, False)] + [(2, True)] * 3
         seen.clear()
         model.generate(prompt(5, 1).repeat(3, 1), attention_mask=torch.ones(3, 5, dtype=torch.long), **GREEDY)
-        assert seen == [(15, False)] + [(3, True)] * 5
+        assert seen == [(15, False)] + [(3, True)] * 3
         seen.clear()
         model.generate(prompt(5, 1), lookup=False, **GREEDY)
-        assert seen == [(5, False)] + [(1, False)] * 5
+        assert seen == [(5, False)] + [(1, False)] * 3
     finally:
         hook.remove()

@@ -51,7 +51,7 @@ MIXED = ("llama3", "gemma2", "mistral", "phi3", "opt_350m", "gpt2", "gpt_oss", "
 
 @pytest.mark.parametrize("name", mostly_slow(MIXED, 6))
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(asked=st.lists(ASKED, min_size=2, max_size=7), most=st.integers(2, 4))
+@given(asked=st.lists(ASKED, min_size=2, max_size=5), most=st.integers(2, 4))
 def test_each_answers_as_it_does_alone(model_of, name: str, asked: list[Any], most: int):
     """With all neurons, whoever joins or leaves meanwhile; drawn tokens, too."""
     model = model_of(name)

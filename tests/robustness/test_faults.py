@@ -7,7 +7,7 @@ import sys
 import pytest
 
 TIMES, SEED = int(os.environ.get("GRIFFIN_ROBUSTNESS", "1")), int(os.environ.get("GRIFFIN_ROBUSTNESS_SEED", "1"))
-FAULTS, KILLS = 9 * TIMES, 2 * TIMES
+FAULTS, KILLS = 6 * TIMES, 1 * TIMES
 PROGRAM = """
 import json, sys
 from robustness.faults.sample import run_sample

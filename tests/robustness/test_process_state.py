@@ -110,7 +110,9 @@ def right(converted: Path) -> dict[str, list[int]]:
     return found | {"converted": answer_of("int8", converted)}
 
 
-@pytest.mark.parametrize(("precision", "default"), zip(("none", "int4", "int8"), OTHER_TYPES, strict=True), ids=str)
+@pytest.mark.parametrize(
+    ("precision", "default"), list(zip(("none", "int4", "int8"), OTHER_TYPES, strict=True)), ids=str
+)
 def test_a_default_type_that_was_set_before(default: torch.dtype, precision: str, right: dict[str, list[int]]):
     with default_type(default):
         assert answer_of(precision) == right[precision]
