@@ -53,7 +53,7 @@ class _Forbidden(StoppingCriteria):
     density=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]),
     drafts=st.integers(1, 31),
     prompt=st.integers(1, 60),
-    new_tokens=st.integers(1, 40),
+    new_tokens=st.integers(1, 24),
     seed=st.integers(0, 2**16),
     refresh=st.sampled_from(["turn", "never"]),
     penalty=st.sampled_from([None, 1.3]),
