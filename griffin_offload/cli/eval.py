@@ -100,7 +100,10 @@ def fractions(text: str) -> list[float]:
 
 def numbers(text: str) -> list[int]:
     """A list of whole numbers, of an option."""
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers: write for example 64,128") from None
 
 
 def variant_name(selection: str, density: float) -> str:

@@ -2,14 +2,15 @@
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from griffin_offload import __version__
-from griffin_offload.errors import GriffinError, OutOfMemory, as_line, limit_reached, memory_refused
+from griffin_offload.errors import GriffinError, OutOfMemory, UsageError, as_line, limit_reached, memory_refused
 
 _INTERRUPTED = 130
 COMMANDS = ("run", "chat", "serve", "batch", "models", "pull", "plan", "convert", "export", "bench", "eval", "inspect")
@@ -32,6 +33,10 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": _Help, **settings})
+        # "-5GB" is a value, though a wrong one: no option of ours begins with a digit. Python 3.14 takes it so unasked.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+        self.register("type", int, _whole_number)
+        self.register("type", float, _number)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but what a command does not know is refused here, with its own usage and not the program's."""
@@ -39,6 +44,30 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse's, but what is wrong with one option's value is one line, as all other errors: it names
+        the option and the remedy, and a screen of usage would hide them."""
+        option = message.removeprefix("argument ")
+        if option == message or not option.startswith("-"):
+            super().error(message)
+        if option.endswith("expected one argument"):
+            option += ": write --option=VALUE where the value begins with a dash"
+        self.exit(UsageError.exit_code, f"griffin-offload: error: {as_line(UsageError(option))}\n")
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number: write for example 8") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: write for example 0.5") from None
 
 
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

@@ -334,7 +334,10 @@ def _number_or_word(text: str) -> str | int:
 
 
 def _bits(text: str) -> str | float:
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bits: auto, or for example 3.5") from None
 
 
 def _refresh(text: str) -> str | int:

@@ -53,18 +53,35 @@ RUN_FLAGS = [
     ("--stop=caf\udce9", "--stop is not UTF-8"),
     ("--system=be brief", "chat template"),
 ]
+# Values that no option can take: what is said names the option, the value and the remedy.
 MALFORMED = [
-    ("--max-gpu-mem", "-3GB"),
-    ("--ctx-size", "many"),
-    ("--seed", "x"),
-    ("--seed", "1.5"),
-    ("--device", "tpu"),
-    ("--offload", "tape"),
-    ("--dtype", "int8"),
-    ("--kv-bits", "5"),
-    ("--selection", "best"),
-    ("--quiet", "--verbose"),
-    ("--no-such-flag",),
+    (("--max-gpu-mem", "-5GB"), r"cannot read the size '-5GB': write for example 12GB"),
+    (("--max-gpu-mem", "-.5GB"), r"cannot read the size '-.5GB': write for example 12GB"),
+    (("--max-gpu-mem", "-5"), r"cannot read the size '-5': write for example 12GB"),
+    (("--max-gpu-mem",), r"--max-gpu-mem/--max-mem: expected one argument: write --option=VALUE"),
+    (("--max-gpu-mem", "-lots"), r"--max-gpu-mem/--max-mem: expected one argument: write --option=VALUE"),
+    (("--max-cpu-mem", "-5GB"), r"cannot read the size '-5GB': write for example 12GB"),
+    (("--density", "-50%"), r"cannot read the density '-50%': auto, 0.5"),
+    (("--ctx-size", "many"), r"--ctx-size: 'many' is no whole number: write for example 8"),
+    (("--ctx-size", "-4k"), r"--ctx-size: '-4k' is no whole number: write for example 8"),
+    (("--bits", "-3b"), r"--bits: '-3b' is no number of bits: auto, or for example 3.5"),
+    (("--device", "tpu"), r"--device: invalid choice: 'tpu' \(choose from .*cpu"),
+    (("--dtype", "int8"), r"--dtype: invalid choice: 'int8' \(choose from .*float32"),
+    (("--kv-bits", "5"), r"--kv-bits: invalid choice: 5 \(choose from .*16"),
+    (("--kv-bits", "-8b"), r"--kv-bits: invalid choice: '-8b' \(choose from .*16"),
+    (("--offload", "tape"), r"--offload: invalid choice: 'tape' \(choose from .*disk"),
+]
+MALFORMED_OF_RUN = [
+    (("--seed", "x"), r"--seed: 'x' is no whole number: write for example 8"),
+    (("--seed", "1.5"), r"--seed: '1.5' is no whole number: write for example 8"),
+    (("-n", "-3x"), r"-n/--max-new-tokens: '-3x' is no whole number: write for example 8"),
+    (("--temperature", "-1e"), r"--temperature: '-1e' is no number: write for example 0.5"),
+    (("--temperature", "-inf"), r"--temperature: expected one argument: write --option=VALUE"),
+    (("--temperature=-inf",), r"--temperature is -inf: 0 \(greedy\) or more"),
+    (("--threads", "a\nb"), r"--threads: 'a\\nb' is no whole number"),
+    (("--selection", "best"), r"--selection: invalid choice: 'best' \(choose from .*top"),
+    (("--refresh", "-2x"), r"refresh is '-2x'"),
+    (("--quiet", "--verbose"), r"-v/--verbose: not allowed with argument -q/--quiet"),
 ]
 
 
@@ -86,10 +103,21 @@ def test_flags_of_plan(cli, llama: Path, flag: str, words: str):
     cli.refuses(2, words, "plan", "-m", llama, flag)
 
 
-@pytest.mark.parametrize("flags", MALFORMED)
-def test_what_argparse_refuses(cli, llama: Path, flags: tuple[str, ...]):
-    cli.refuses_usage("", "run", "the cat", "-m", llama, *flags)
-    cli.refuses_usage("", "plan", "-m", llama, *flags)
+@pytest.mark.parametrize(("flags", "words"), MALFORMED)
+def test_values_that_no_option_of_both_commands_takes(cli, llama: Path, flags: tuple[str, ...], words: str):
+    cli.refuses(2, words, "run", "the cat", "-m", llama, *flags)
+    cli.refuses(2, words, "plan", "-m", llama, *flags)
+
+
+@pytest.mark.parametrize(("flags", "words"), MALFORMED_OF_RUN)
+def test_values_that_no_option_of_run_takes(cli, llama: Path, flags: tuple[str, ...], words: str):
+    cli.refuses(2, words, "run", "the cat", "-m", llama, *flags)
+
+
+@pytest.mark.parametrize("flag", ["--no-such-flag", "-5GB"])
+def test_what_is_no_option_is_refused_with_the_usage(cli, llama: Path, flag: str):
+    cli.refuses_usage("unrecognized arguments", "run", "the cat", "-m", llama, flag)
+    cli.refuses_usage("unrecognized arguments", "plan", "-m", llama, flag)
 
 
 def test_no_command(cli):

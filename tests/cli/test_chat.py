@@ -196,7 +196,7 @@ def test_bad_flags(cli, chatty: Path, llama: Path, monkeypatch: pytest.MonkeyPat
     cli.refuses(4, "no file", "chat", "-m", chatty, "--load", "absent", stdin="")
     cli.refuses(2, "leave out --system or --load", "chat", "-m", chatty, "--load", "x", "--system", "x", stdin="")
     cli.refuses(2, "leave out --raw or --load", "chat", "-m", chatty, "--load", "x", "--raw", stdin="")
-    cli.refuses_usage("invalid choice", "chat", "--on-overflow", "x")
+    cli.refuses(2, "--on-overflow: invalid choice", "chat", "--on-overflow", "x")
     monkeypatch.setattr(sys, "stdin", None)
     cli.refuses(2, "standard input is closed", "chat", "-m", chatty)
 

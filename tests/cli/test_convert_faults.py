@@ -156,7 +156,7 @@ def test_bad_flags(cli, llama: Path, tmp_path: Path):
     cli.refuses_usage("required: --quantize", "convert", tmp_path / "out", "-m", llama)
     cli.refuses_usage("required: OUT", "convert", "-m", llama, "--quantize", "int8")
     for precision in ("auto", "int5"):
-        cli.refuses_usage("invalid choice", "convert", tmp_path / "out", "-m", llama, "--quantize", precision)
+        cli.refuses(2, "--quantize: invalid choice", "convert", tmp_path / "out", "-m", llama, "--quantize", precision)
 
 
 def test_a_source_that_changes_before_it_is_mapped(cli, converted, copy: Path, tmp_path: Path, monkeypatch):

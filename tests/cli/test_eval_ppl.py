@@ -99,7 +99,9 @@ def test_bad_input(cli, llama: Path, text: Path, tmp_path: Path):
     refuses("density is 1.5", "--density", "0.5,1.5")
     refuses("cannot read the densities", "--density", "half")
     refuses("1 or more", "--windows", 0)
-    cli.refuses_usage("invalid", "eval", "ppl", "--text", text, "--prompt-tokens", "x")
+    cli.refuses(
+        2, "--prompt-tokens: .x. is no list of whole numbers", "eval", "ppl", "--text", text, "--prompt-tokens", "x"
+    )
     cli.refuses_usage("required", "eval", "ppl")
 
 

@@ -180,7 +180,7 @@ def test_bad_input(cli, llama: Path, tmp_path: Path):
     bad.write_text('{"article": "a"}\n')
     refuses(2, "document 1 lacks", "griffin_xsum", "--data", f"griffin_xsum={bad}")
     cli.refuses_usage("required", "eval", "tasks")
-    cli.refuses_usage("invalid choice", "eval", "tasks", "--tasks", "x", "--mode", "best")
+    cli.refuses(2, "--mode: invalid choice", "eval", "tasks", "--tasks", "x", "--mode", "best")
 
 
 def test_unknown_tasks(cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

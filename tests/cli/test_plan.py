@@ -287,4 +287,4 @@ def test_plan_for_several_requests_is_that_of_a_server(cli, llama: Path):
     arguments = ("-m", llama, "--device", "cpu", "--max-gpu-mem", "20MB", "--ctx-size", 64, "--json")
     one, three = (json.loads(cli("plan", *arguments, "--parallel", n).out) for n in (1, 3))
     assert three["parts"]["kv_cache"] == 3 * one["parts"]["kv_cache"]
-    cli.refuses_usage("'0' is no number of requests", "plan", *arguments, "--parallel", 0)
+    cli.refuses(2, "--parallel: '0' is no number of requests", "plan", *arguments, "--parallel", 0)

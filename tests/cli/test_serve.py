@@ -130,7 +130,7 @@ def test_what_is_refused_before_loading(cli, chat: Path, tmp_path: Path, monkeyp
     cli.refuses(
         2, "cannot listen", "serve", "-m", chat, "--host", "no.such.host.invalid", "--api-key-file", _key(tmp_path)
     )
-    cli.refuses_usage("cannot read the time '10x'", "serve", "--idle-unload", "10x")
+    cli.refuses(2, "--idle-unload: cannot read the time '10x'", "serve", "--idle-unload", "10x")
 
 
 def _key(directory: Path) -> Path:
