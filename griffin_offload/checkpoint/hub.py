@@ -23,6 +23,8 @@ _WEIGHTS = "*.safetensors"
 _UNWANTED = ("consolidated*", "*/*")
 _INDEX = "model.safetensors.index.json"
 _CHUNK_BYTES = 2**20
+_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_FILES = (".gguf", ".safetensors", ".json", ".bin")
 _FILE_IN_ID = re.compile(r"([^/:]+/[^/:]+):([^:]+\.gguf)", re.IGNORECASE)
 
 
@@ -39,6 +41,13 @@ def id_and_file(model: str) -> tuple[str, str | None]:
     """Of "org/name" or "org/name:FILE.gguf"."""
     found = _FILE_IN_ID.fullmatch(model)
     return (found[1], found[2]) if found else (model, None)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a name can be the hub's, org/name or org/name:FILE.gguf, and is no path by its looks: ./name, name/,
+    dir/file.gguf."""
+    repo, file = id_and_file(model)
+    return _ID.fullmatch(repo) is not None and (file is not None or not repo.lower().endswith(_FILES))
 
 
 def fetch(model: str, *, offline: bool = False, **hub: Any) -> Path:

@@ -20,7 +20,7 @@ from griffin_offload.checkpoint.config_files import load_config
 from griffin_offload.checkpoint.converted import ConvertedCheckpoint, mark_of, open_converted
 from griffin_offload.checkpoint.files import check_name, unreadable
 from griffin_offload.checkpoint.gguf import open_gguf
-from griffin_offload.checkpoint.hub import fetch
+from griffin_offload.checkpoint.hub import fetch, is_hub_id
 from griffin_offload.checkpoint.quantised import open_quantised, read_quantised_config
 from griffin_offload.checkpoint.renaming import names_left_out
 from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
@@ -29,6 +29,7 @@ from griffin_offload.formats import get
 from griffin_offload.formats.translated import on_grids
 from griffin_offload.transformers_api import StockModel
 
+_WHAT_IS_AN_ADAPTER = "give the directory, or the hub id, of an adapter that peft has written"
 _WHAT_IS_A_MODEL = "give a checkpoint directory, a GGUF file or a hub id such as org/name (or org/name:FILE.gguf)"
 Opener = Callable[[Path], Checkpoint | None]
 """Opens the file or directory if it is of its kind; None if it is not. Errors: CheckpointError, UnsupportedModel."""
@@ -50,7 +51,9 @@ def open_checkpoint(model: str | Path, *, offline: bool = False, adapter: str | 
     """Find the file, directory or hub id `model` and check its headers; the LoRA `adapter`, a directory or hub id, is
     merged into it. Errors: UsageError, ModelNotFound, CheckpointError, UnsupportedModel. No weight is read."""
     found = _opened(model, locate(model, offline=offline))
-    return found if adapter is None else with_adapter(found, locate(adapter, offline=offline))
+    if adapter is None:
+        return found
+    return with_adapter(found, locate(adapter, _WHAT_IS_AN_ADAPTER, offline=offline))
 
 
 def _opened(model: str | Path, path: Path) -> Checkpoint:
@@ -97,12 +100,12 @@ def read_config(path: str | Path) -> Checkpoint:
     )
 
 
-def locate(model: str | Path, *, offline: bool = False, **hub: Any) -> Path:
-    """The path of `model`, fetched from the hub if need be; `hub` are more arguments of its client (revision,
-    cache_dir, token). Errors: UsageError, ModelNotFound."""
+def locate(model: str | Path, remedy: str = _WHAT_IS_A_MODEL, *, offline: bool = False, **hub: Any) -> Path:
+    """The path of `model`, fetched from the hub if it is no path; `hub` are more arguments of its client (revision,
+    cache_dir, token), `remedy` says what can be given. Errors: UsageError, ModelNotFound."""
     model = str(model)
     if not model:
-        raise ModelNotFound(f"the model's name is empty: {_WHAT_IS_A_MODEL}")
+        raise ModelNotFound(f"the name is empty: {remedy}")
     path = Path(os.path.expanduser(model))  # unlike Path's own, it leaves an unknown ~user as it is
     check_name(path)
     try:
@@ -115,9 +118,18 @@ def locate(model: str | Path, *, offline: bool = False, **hub: Any) -> Path:
                 f"revision is {hub['revision']!r}, and {model} is a directory, which has none: leave it out"
             )
         return path
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise ModelNotFound(f"no directory or file {model}: {_WHAT_IS_A_MODEL}")
-    return fetch(model, offline=offline, **hub)
+    if not is_hub_id(model):
+        raise ModelNotFound(f"no directory or file {model}: {remedy}")
+    if not path.parent.is_dir():
+        return fetch(model, offline=offline, **hub)
+    # A name in a directory that is here, more likely misspelt than the hub's: nobody is asked for it.
+    try:
+        return fetch(model, offline=True, **hub)
+    except ModelNotFound as error:
+        raise ModelNotFound(
+            f"no directory or file {model}, though {path.parent} is a directory here: check the name, or "
+            f"griffin-offload pull {model} if the hub's is meant"
+        ) from error
 
 
 _IN_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")

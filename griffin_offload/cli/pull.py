@@ -27,9 +27,9 @@ def add_parser(commands: Commands) -> None:
 
 def pull(arguments: argparse.Namespace) -> int:
     """Fetch, and say where it is."""
-    from griffin_offload.checkpoint.hub import fetch
+    from griffin_offload.checkpoint.hub import fetch, is_hub_id
 
-    if arguments.id.partition(":")[0].count("/") != 1:
+    if not is_hub_id(arguments.id):
         raise UsageError(f"{arguments.id!r} is no hub id: write org/name, or org/name:FILE.gguf for one GGUF file")
     quiet_libraries()
     path = fetch(arguments.id, **({} if arguments.revision is None else {"revision": arguments.revision}))

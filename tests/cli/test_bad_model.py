@@ -1,9 +1,11 @@
 """Every way a checkpoint can be unusable: exit code 4 and one line that says what was found."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint, write_tokenizer
@@ -99,7 +101,54 @@ def test_hub_id_that_is_not_cached(cli, command: tuple[str, ...]):
         "griffin-tests/absent",
         "--offline",
     )
-    cli.refuses(4, "not found", *command, "-m", "no such/model id")
+
+
+PATHS = {
+    "a directory's end": "absent/",
+    "spaces": "no such/model id",
+    "a file of GGUF": "absent/model.gguf",
+    "a file of weights": "absent/model.safetensors",
+    "two folders up": "../../absent",
+    "a home": "~/absent",
+    "of Windows": "C:\\models\\absent",
+    "a drive of Windows": "C:/absent",
+    "one word": "absent",
+    "beside others": "here/absent",
+    "a link to nothing": "here/link",
+}
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A hub that fails the test when it is asked, and a working directory with a folder `here`."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: pytest.fail("the hub is asked"))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to("nothing")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(cli, no_hub: Path, llama: Path, name: str):
+    missing = PATHS[name]
+    here = missing.startswith("here/")
+    words = "though here is a directory here: check the name, or griffin-offload pull" if here else "give a checkpoint"
+    cli.refuses(4, rf"no directory or file {re.escape(missing)}[:,].*{words}", "plan", "-m", missing)
+    words = words if here else "give the directory, or the hub id, of an adapter"
+    adapted = ("plan", "-m", llama, "--adapter", missing)
+    cli.refuses(4, rf"no directory or file {re.escape(missing)}[:,].*{words}", *adapted)
+
+
+def test_a_hub_id_that_is_cached_is_found_beside_a_folder_of_its_first_part(no_hub: Path, monkeypatch, llama: Path):
+    """Folders are often called as the organisation is."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **options: _cached(llama, **options))
+    assert locate("here/model") == llama
+
+
+def _cached(directory: Path, *, local_files_only: bool, **_: object) -> str:
+    assert local_files_only
+    return str(directory)
 
 
 def test_hub_id_offline_with_an_empty_cache(process):
