@@ -81,15 +81,16 @@ def _line(found: object) -> Line:
 
 
 def check_model(lines: Sequence[Line], served: str) -> None:
-    """UsageError if requests name another model than the one that would answer: all would be refused."""
-    others = [line for line in lines if line.body.get("model") != served]
-    if others:
-        asked = others[0].body.get("model")
-        remedy = "give its name by --served-name" if isinstance(asked, str) else "name it in the body"
-        raise UsageError(
-            f"{len(others)} of {len(lines)} requests, the first is {others[0].custom_id!r}, ask for the model "
-            f"{asked!r}, this one is {served!r}: {remedy}"
-        )
+    """UsageError if no request names the model that would answer: all would be refused, and those refusals kept as
+    their answers. Where some do, the others are refused each by itself, as every request with a mistake is."""
+    if any(line.body.get("model") == served for line in lines):
+        return
+    asked = lines[0].body.get("model")
+    remedy = "give its name by --served-name" if isinstance(asked, str) else "name it in the body"
+    raise UsageError(
+        f"none of {len(lines)} requests asks for the model {served!r}, the first, {lines[0].custom_id!r}, asks for "
+        f"{asked!r}: {remedy}"
+    )
 
 
 class Answers(ABC):

@@ -79,6 +79,24 @@ def test_a_chat_several_answers_and_refusals(cli, chat: Path, tmp_path: Path):
     assert {found[name]["status_code"] for name in errors} == {400}
 
 
+def test_another_model_in_a_line_is_that_lines_error(cli, llama: Path, tmp_path: Path):
+    requests = drawn(4)
+    requests[0]["body"]["model"] = "gpt-5"
+    del requests[2]["body"]["model"]
+    outcome = cli("batch", written(tmp_path / "in", requests), tmp_path / "out", "-m", llama, *OPTIONS, "--json")
+    assert (outcome.code, outcome.json["answered"], outcome.json["failed"]) == (1, 4, 2)
+    found = answers(tmp_path / "out")
+    assert {name: answer["status_code"] for name, answer in found.items()} == {
+        "r0": 404,
+        "r1": 200,
+        "r2": 400,
+        "r3": 200,
+    }
+    assert found["r0"]["body"]["error"]["code"] == "model_not_found"
+    assert "'tiny' is served here" in found["r0"]["body"]["error"]["message"]
+    assert found["r2"]["body"]["error"]["param"] == "model"
+
+
 def test_it_goes_on_behind_what_is_there(cli, llama: Path, tmp_path: Path):
     requests, out = drawn(5), tmp_path / "out"
     command = ("batch", written(tmp_path / "in", requests), out, "-m", llama, *OPTIONS, "--json")
@@ -119,8 +137,8 @@ def test_those_that_are_asked_at_once_begin_differently(count: int, together: in
         ({"method": "GET"}, "method 'GET'"),
         ({"url": "/v1/embeddings"}, "asks for '/v1/embeddings': /v1/chat/completions and /v1/completions"),
         ({"body": "text"}, "needs a body"),
-        ({"body": {"model": "gpt-5"}}, "1 of 1 requests.*'gpt-5', this one is 'tiny': give its name by --served-name"),
-        ({"body": {"messages": []}}, "1 of 1 requests.*None, this one is .tiny.: name it in the body"),
+        ({"body": {"model": "gpt-5"}}, "none of 1 requests.*'tiny'.* asks for 'gpt-5': give its name by --served-name"),
+        ({"body": {"messages": []}}, "none of 1 requests.*'tiny'.* asks for None: name it in the body"),
     ],
 )
 def test_files_that_are_none(cli, llama: Path, tmp_path: Path, lines: Any, words: str):
