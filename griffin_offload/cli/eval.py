@@ -72,6 +72,13 @@ def variants_of(arguments: argparse.Namespace) -> "list[Variant]":
     return [Variant(density, method) for method, density in product(methods, densities)]
 
 
+def full_model() -> "list[Variant]":
+    """The variant of models that have no neurons to leave out."""
+    from griffin_offload.method.variants import Variant
+
+    return [Variant(1.0)]
+
+
 def full_once(variants: "Sequence[Variant]") -> "list[Variant]":
     """Without repetition; at density 1 all selections are one, the full model."""
     from griffin_offload.method.variants import Variant

@@ -13,6 +13,7 @@ from griffin_offload.cli.eval import (
     add_measuring_options,
     add_variant_options,
     columns,
+    full_model,
     load_streamed,
     loading_options,
     numbers,
@@ -85,7 +86,8 @@ def perplexity(arguments: argparse.Namespace) -> int:
     given = [name for name in _OF_PLAN if getattr(arguments, name) is not None]
     if given and not planned:
         raise UsageError(f"--{given[0].replace('_', '-')} is of a plan: add --quantize {' or '.join(_PLANNED)}")
-    if arguments.density is None:
+    chosen = arguments.density is not None
+    if not chosen:
         arguments.density = LoadConfig.density if planned else ",".join(map(str, _DEFAULTS.densities))
     variants, options = ([], _plan_options(arguments)) if planned else (variants_of(arguments), {})
     quiet_libraries()
@@ -105,6 +107,8 @@ def perplexity(arguments: argparse.Namespace) -> int:
             _in_precision(stored, arguments) as checkpoint,
             load_streamed(arguments, checkpoint, max(prompts) + max(generates), processes) as model,
         ):
+            if not chosen and not model.engine.shape.with_neurons:
+                variants = full_model()
             for (p, g), own in sizes.items():
                 with _bar(f"{p} + {g} tokens", arguments, processes) as bar:
                     rows += of_all(processes.gather(measure(model, own, p, variants, bar.step) if own else []))
@@ -218,6 +222,7 @@ def _plan_lines(row: "Row") -> list[str]:
 
     if not isinstance(row, PlannedRow):
         return []
-    sizes = f"{row.ff_bits:.2f} bits a weight of the FFs, {format_bytes(row.resident_bytes)} resident"
+    bits = "" if row.ff_bits is None else f"{row.ff_bits:.2f} bits a weight of the FFs, "
+    sizes = f"{bits}{format_bytes(row.resident_bytes)} resident"
     expected = [] if row.expected_kl is None else [f"expected KL about {row.expected_kl:g}"]
     return [f"{row.precision}: {sizes}, KV cache in {row.kv_bits} bits", *expected]

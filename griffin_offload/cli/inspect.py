@@ -72,6 +72,8 @@ def _planned(options: dict[str, Any], checkpoint: "Checkpoint") -> tuple[dict[st
     from griffin_offload.planner.tiers import bits_of, expected_error
 
     model_spec = examine_checkpoint(checkpoint, LoadConfig(**options))
+    if not model_spec.shape.with_neurons:
+        raise inspect_text.nothing_to_inspect(checkpoint)
     try:
         plan = plan_for(model_spec)
     except DoesNotFit as error:

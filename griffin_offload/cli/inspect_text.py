@@ -265,6 +265,14 @@ def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
+def nothing_to_inspect(checkpoint: "Checkpoint") -> UsageError:
+    """Of a model without a feed-forward."""
+    return UsageError(
+        f"{checkpoint.config.model_type} has no feed-forward: there are no neurons to inspect; plan -v shows the "
+        "bytes of its parts, eval ppl --quantize what a precision costs"
+    )
+
+
 def _layers(text: str | None, checkpoint: "Checkpoint") -> tuple[int, ...]:
     """Layers of heatmaps; UsageError for one that the model does not have, or that has no feed-forward."""
     from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
@@ -273,6 +281,8 @@ def _layers(text: str | None, checkpoint: "Checkpoint") -> tuple[int, ...]:
     count = checkpoint.config.num_hidden_layers
     _, blocks = find_feed_forwards(build_on_meta(checkpoint.config, checkpoint.dtype), count)
     known = [index for index, block in enumerate(blocks) if block.neurons]
+    if not known:
+        raise nothing_to_inspect(checkpoint)
     if text is None:
         return tuple(known[place] for place in spread(len(known), _DEFAULTS.layers))
     if text == "all":

@@ -238,7 +238,8 @@ def _check_neurons(model_spec: ModelSpec, config: LoadConfig) -> None:
         return
     none = f"{model_spec.checkpoint.config.model_type} has no feed-forward: there are no neurons"
     densities = config.density if isinstance(config.density, Sequence) else [config.density]
-    if config.density != "auto" and any(density != 1 for density in densities):
+    measures = config.always_stream and config.density == 0  # in a measurement nothing need stay
+    if config.density != "auto" and not measures and any(density != 1 for density in densities):
         raise UsageError(f"{none} to leave out, and no density below 1")
     if config.exact:
         raise UsageError(f"{none} to draft with: leave exact mode out, every answer is the full model's")

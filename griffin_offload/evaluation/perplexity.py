@@ -124,12 +124,12 @@ class PlannedRow(Row):
 
     precision: str
     """In words."""
-    ff_bits: float
-    """Resident bits per weight of the FFs, scales and what is left out included."""
+    ff_bits: float | None
+    """Resident bits per weight of the FFs, scales and what is left out included; None where there are none."""
     kv_bits: int
     resident_bytes: int
     expected_kl: float | None
-    """What the planner expects, to one digit; None for mixtures of experts."""
+    """What the planner expects, to one digit; None for mixtures of experts, and where there is no feed-forward."""
 
 
 class FullModel:
@@ -189,7 +189,7 @@ class FullModel:
             PlannedRow(
                 **vars(row),
                 precision=plan.in_words,
-                ff_bits=bits_of(shape, plan.counts),
+                ff_bits=bits_of(shape, plan.counts) if shape.with_neurons else None,
                 kv_bits=plan.kv_bits,
                 resident_bytes=model.resident_bytes,
                 expected_kl=None if error is None else expected_kl(error),

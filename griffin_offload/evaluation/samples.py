@@ -269,6 +269,7 @@ class _StackOutput(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[m
     """With all that the models around the stack read of it."""
 
     router_logits: Any = None
+    cache_params: Any = None
 
 
 @contextlib.contextmanager

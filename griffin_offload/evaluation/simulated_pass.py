@@ -334,9 +334,11 @@ class SimulatedPass(LayerPass):
         return self._stream.peak_in_flight_bytes
 
     def activation_kept(self) -> list[float]:
-        """Of each row, the share of s^2 / S that the chosen neurons hold, mean over layers; waits for the device."""
-        found: list[float] = torch.stack([torch.stack(shares).mean() for shares in self._left_out.shares]).tolist()
-        return found
+        """Of each row, the share of s^2 / S that the chosen neurons hold, mean over layers (1 where there are none);
+        waits for the device."""
+        whole = torch.ones((), dtype=torch.float32, device="cpu")
+        found = [torch.stack(shares or [whole]).mean() for shares in self._left_out.shares]
+        return [float(share) for share in torch.stack(found).tolist()]
 
     def _hook_layer(self, index: int, layer: nn.Module, block: Block) -> None:
         layer.forward = _RowByRow(layer.forward, self._rows_at_once, partial(self._pass_rows, index, block))

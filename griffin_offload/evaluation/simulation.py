@@ -42,10 +42,11 @@ class Choices:
         if prior is None and any(variant.prior for variant in variants):
             raise UsageError("a variant fuses with a prior: measure one on other text with prompt_prior()")
         neurons = [block.neurons for block in layers.blocks]
+        if not any(neurons) and any(variant.density < 1 for variant in variants):
+            raise UsageError("the model has no feed-forward and no neurons to leave out: density 1 measures it")
         if prior is not None and [layer.numel() for layer in prior] != neurons:
             raise UsageError("the prior is another model's: its layers have other numbers of neurons")
-        self._layers, self._variants = layers, variants
-        self._routed = any(block.active for block in layers.blocks)
+        self._layers, self._variants, self._routed = layers, variants, any(block.active for block in layers.blocks)
         if self._routed and any(variant.compensate or variant.allocation == "global" for variant in variants):
             raise UnsupportedModel("experts have no means, and no threshold for all layers: leave out these variants")
         device = layers.stream.device.torch_device

@@ -97,7 +97,8 @@ def tiered_choices(shape: ModelSizes) -> Sequence[tuple[Counts, ...]]:
 
 
 def bits_of(shape: ModelSizes, counts: Sequence[Counts]) -> float:
-    """Resident bits per number of all FFs, those that are left out included: scales and room for whole blocks count."""
+    """Resident bits per number of all FFs, those that are left out included: scales and room for whole blocks count.
+    There have to be some."""
     taken = sum(layer.resident_ff_bytes(own) for layer, own in zip(shape.layers, counts, strict=True))
     plain = sum(layer.neurons * layer.plain_neuron_bytes for layer in shape.layers)
     return taken * 8 * shape.item_bytes / plain

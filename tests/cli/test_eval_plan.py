@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from reference import dense_forward
-from tiny_models import with_outliers, write_tokenizer
+from tiny_models import RECURRENT, with_outliers, write_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -112,6 +112,39 @@ def test_what_it_prints(cli, outliers: Path, text: Path):
     assert lines[4].startswith("layers (int4 50%, int3 50%): 4.")
     assert lines[4].endswith("resident, KV cache in 16 bits")
     assert lines[5].startswith("expected KL about ")
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_models_without_a_feed_forward(cli, checkpoints, text: Path, name: str):
+    """Unasked at density 1: the dense model's perplexity. A plan is held against it as all are."""
+    path = checkpoints(name)
+    command = ("eval", "ppl", "-m", path, *MEMORY, "--text", text, *SIZES, "--json")
+    (row,), (planned,) = cli(*command).json, cli(*command, "--quantize", "auto").json
+    assert cli(*command, "--density", 1).json == [row]
+    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    found = [dense_forward(dense, ids[None, :-1])[0, PROMPT - 1 :].double() for ids in _windows(path, text)]
+    losses = [
+        torch.nn.functional.cross_entropy(logits, ids[PROMPT:])
+        for logits, ids in zip(found, _windows(path, text), strict=True)
+    ]
+    expected = float(torch.stack(losses).mean().exp())
+    assert (row["ppl"], row["ppl_full"]) == pytest.approx((expected, expected))
+    assert (row["density"], row["kl"], row["activation_kept"]) == (1, pytest.approx(0, abs=1e-6), 1)
+    assert (planned["ppl"], planned["kl"]) == (pytest.approx(expected), pytest.approx(0, abs=1e-6))
+    assert (planned["ff_bits"], planned["expected_kl"]) == (None, None)
+    (int8,) = cli(*command, "--quantize", "int8").json
+    assert int8["ppl"] == pytest.approx(expected, rel=0.05)
+    assert int8["ppl"] != row["ppl"]
+
+
+def test_nothing_is_left_out_of_models_without_a_feed_forward(cli, checkpoints, text: Path, tmp_path: Path):
+    model = ("-m", checkpoints("mamba"), *MEMORY)
+    cli.refuses(
+        2, "no neurons to leave out: density 1", "eval", "ppl", *model, "--text", text, *SIZES, "--density", 0.5
+    )
+    nothing = "mamba has no feed-forward: there are no neurons to inspect; plan -v .* eval ppl --quantize"
+    cli.refuses(2, nothing, "inspect", *model, "--prompt", "the cat")
+    cli.refuses(2, nothing, "inspect", *model, "--text", text, "--output", tmp_path / "out")
 
 
 def test_bad_input(cli, outliers: Path, llama: Path, text: Path):
