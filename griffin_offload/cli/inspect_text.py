@@ -175,6 +175,7 @@ class _Inspection:
         self._first = first_tokens(checkpoint.config, tokenizer)
         windows = {name: self._windows(size) for name, size in self._sizes().items()}
         with load_streamed(arguments, checkpoint, max(self._sizes().values())) as model:
+            self._files.about["measured_in"] = model.plan.precision
             if "observed" in windows:
                 self._draw_observed(model, windows["observed"])
             if "sparsity" in windows:

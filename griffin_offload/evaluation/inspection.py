@@ -235,7 +235,7 @@ def prompt_loss(
     held out (chosen on its first three quarters, measured on its last; None below SHORT_PROMPT_TOKENS). `planned` is
     one more density for each layer, `levels` its counts and the distortions of their formats, of which `planned_error`
     is made. `bits_gained` is what tiers save at equal error. Of mixtures of experts, their layers alone, and how often
-    each expert is used."""
+    each expert is used. `measured_in` is the precision of the full model that was asked, whatever a plan rests in."""
     active = [block.active for block in model.engine.blocks]
     routed = [layer for layer, count in enumerate(active) if count]
     densities = enough_for_a_token(model, densities)
@@ -262,6 +262,7 @@ def prompt_loss(
     columns = {name: [layer[name] for layer in layers] for name in ("kept", "held_out")}
     return {
         "unit": "experts" if routed else "neurons",
+        "measured_in": model.plan.precision,
         "prompt_tokens": ids.numel(),
         "held_out_tokens": tokens,
         "densities": list(densities),

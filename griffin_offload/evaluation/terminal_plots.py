@@ -33,6 +33,7 @@ def show_prompt_loss(numbers: Numbers, file: IO[str]) -> None:
         if held_out
         else f"{numbers['prompt_tokens']} tokens: too few to hold some out, so the figures flatter"
     )
+    console.print(f"measured on all {unit} in {numbers['measured_in']}, whatever a plan keeps them in")
     console.print()
     console.print(_densities(numbers, "held_out" if held_out else "kept", ascii_only=_ascii(console)))
     console.print()

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from griffin_offload import GriffinModel
 from griffin_offload.cli.main import build_parser
+from griffin_offload.engine.convert import convert
 from griffin_offload.evaluation.config import InspectConfig
 
 ALL = InspectConfig.figures
@@ -45,7 +46,7 @@ def test_all_figures(cli, llama: Path, text: Path, tmp_path: Path):
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         ElementTree.parse(output / f"{name}.svg")
         numbers = json.loads((output / f"{name}.json").read_text())
-        assert (numbers["model"], numbers["text"]) == (str(llama), text.name)
+        assert (numbers["model"], numbers["text"], numbers["measured_in"]) == (str(llama), text.name, "float32")
 
 
 def test_numbers_are_those_of_the_model(cli, llama: Path, text: Path, tmp_path: Path):
@@ -151,6 +152,29 @@ def test_a_prompt(cli, llama: Path, tmp_path: Path):
     at_half = found["densities"].index(0.5)
     assert found["prompt_tokens"] == run["prompt_tokens"]
     assert found["held_out"][at_half] == pytest.approx(run["activation_kept_heldout"], abs=1e-4)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
+def test_it_says_in_which_precision_it_measures(cli, llama: Path, checkpoints, tmp_path: Path, stored: str):
+    """That of the checkpoint; the plan's is its own."""
+    path = llama if stored == "float32" else checkpoints("llama2", torch.bfloat16)
+    if stored == "int8":
+        path = convert(path, tmp_path / "copy", "int8").directory
+    options = (
+        "inspect",
+        "-m",
+        path,
+        *MEMORY,
+        "--prompt",
+        DOCUMENT,
+        "--quantize",
+        "int8" if stored == "int8" else "int4",
+    )
+    outcome = cli(*options)
+    assert outcome.code == 0, outcome
+    assert f"measured on all neurons in {stored}, whatever a plan keeps them in\n" in outcome.out
+    found = cli(*options, "--json").json
+    assert (found["measured_in"], found["plan"]["precision"]) == (stored, "int8" if stored == "int8" else "int4")
 
 
 def test_the_budget_marks_a_density(cli):

@@ -60,6 +60,7 @@ def test_layers_of_many_experts_show_those_that_are_used_most():
     numbers = {
         "model": "m",
         "unit": "experts",
+        "measured_in": "bfloat16",
         "prompt_tokens": 4,
         "held_out_tokens": 0,
         "densities": [0.5],

@@ -26,7 +26,13 @@ def _loss(layers: int = 3, planned: float | None = 0.4, held_out: bool = True) -
     counts = [[24, 40], [24, 40], [0, 64]][:layers] + [[24, 40]] * (layers - 3)
     plan = {"density": planned, "budget": "12 GB", "counts": counts, **words} if planned is not None else None
     rows = [{"layer": layer, "neurons": 64, **own} for layer in range(layers)]
-    sizes = {"unit": "neurons", "prompt_tokens": 40, "held_out_tokens": 10 if held_out else 0, "densities": densities}
+    sizes = {
+        "unit": "neurons",
+        "measured_in": "bfloat16",
+        "prompt_tokens": 40,
+        "held_out_tokens": 10 if held_out else 0,
+        "densities": densities,
+    }
     return {"model": "demo", **sizes, **own, "planned_error": 0.02, "bits_gained": 0.39, "layers": rows, "plan": plan}
 
 
