@@ -339,7 +339,7 @@ def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return ["nothing fits in any precision"]
     known = any(row["expected_tokens_per_s"] is not None for row in rows)
-    rates = " (tokens/s: the GEMV rate measured just now over the bytes one token reads, context full)"
+    rates = " (tokens/s: the GEMV rate, best of trials just now, over the bytes one token reads, context full)"
     lines = [
         f"what fits{rates if known else ''}",
         "(error: of FFs, squared, relative; KL: about what that makes of small models' answers; large ones lose less)",

@@ -42,7 +42,7 @@ def decode_bytes_per_s(
     device: Device,
     threads: int | None = None,
 ) -> float:
-    """Bytes per second of one row times matrices [outputs, inputs] in the resident form.
+    """Bytes per second of one row times matrices [outputs, inputs] in the resident form, in the best of some trials.
     On the CPU by `threads`, or as many as loading would choose."""
     if threads is None:
         threads = device.choose_threads(inputs, outputs, dtype)
@@ -63,8 +63,8 @@ def decode_bytes_per_s(
         if precision.is_plain:
             kernels.append(lambda: [torch.mv(layer.weight, row[0]) for layer in layers])
             kernels += [partial(_all_products, kernel.function, layers, row) for kernel in _of_floats(layout, row)]
-        taken = [statistics.median(_seconds(kernel, device) for _ in range(_BANDWIDTH_REPEATS)) for kernel in kernels]
-    return made_bytes / min(taken)
+        # What else runs on the machine makes a trial slower and none faster.
+        return made_bytes / min(_seconds(kernel, device) for kernel in kernels for _ in range(_BANDWIDTH_REPEATS))
 
 
 def _of_floats(layout: Layout, row: Tensor) -> tuple[table.Kernel, ...]:

@@ -33,7 +33,6 @@ from griffin_offload.units import format_bytes
 # weights are fetched once for all of them; what is large inside a layer exists for a few rows at a time. There is no KV
 # cache. Pure arithmetic, with the parts of the plan the model was loaded by.
 
-
 # More tokens at once in a layer, or positions in the head, make nothing faster.
 TOKENS_AT_ONCE = 2048
 POSITIONS_AT_ONCE = 64

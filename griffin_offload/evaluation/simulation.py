@@ -25,7 +25,6 @@ from griffin_offload.method.variants import Variant, choose, distribution, globa
 
 # What each row of a simulated pass keeps: rows are samples times variants, the full model first.
 
-
 Prior = Sequence[Tensor]
 """g^2 [F] of each layer: the mean over texts of s^2 / S."""
 Counts = Mapping[float, Sequence[Sequence[int]]]

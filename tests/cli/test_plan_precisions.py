@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +195,17 @@ def test_the_rate_is_measured(cli, converted):
     made = cli("plan", "-m", converted("llama2", "int4"), *flags).json
     assert [(row["precision"], row["chosen"]) for row in made["alternatives"]] == [("int4", True)]
     assert made["alternatives"][0]["expected_tokens_per_s"] > 0
+
+
+def test_a_rate_is_measured_in_the_best_trial(monkeypatch: pytest.MonkeyPatch):
+    """What else runs makes others longer."""
+
+    def rate(*seconds: float) -> float:
+        ticks = (tick for taken in seconds for tick in (0.0, taken))
+        monkeypatch.setattr(ceilings, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+        return ceilings.decode_bytes_per_s(get("int8"), 32, 64, torch.float32, CpuDevice.current(), 1)
+
+    assert rate(5, 3, 1, 4, 5) == rate(1, 1, 1, 1, 1) == pytest.approx(3 * rate(3, 3, 3, 3, 3))
 
 
 def test_the_measured_matrices_are_few(monkeypatch: pytest.MonkeyPatch):
