@@ -9,8 +9,8 @@ Each difference is decided by what the installed release has, not by its number.
 | 5.24 | the KV cache is called `cache`, as an argument and in outputs; before, `past_key_values` |
 
 And what a few of its models do otherwise than all others, which `adapted` makes up for: the name and the length of
-Mamba's cache, recurrences that several tokens begin anew, RecurrentGemma's states outside of the cache, Llama 4's
-experts, which are given every token, most of them as zeros.
+Mamba's cache, recurrences that several tokens begin anew, RecurrentGemma's states outside of the cache. Experts that
+are called otherwise than all others' are in `blocks/routing.py`.
 """
 
 import functools
@@ -26,7 +26,6 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.errors import UsageError
@@ -237,9 +236,8 @@ _ITS_OWN = "cache_params"
 
 
 def adapted(model: StockModel) -> StockModel:
-    """`model`, which takes and returns its cache as others do, whose recurrences go on from any number of tokens, and
-    whose experts are called as others' are: where transformers' own class does otherwise, it is of one derived from it.
-    """
+    """`model`, which takes and returns its cache as others do, and whose recurrences go on from any number of tokens:
+    where transformers' own class does otherwise, it is of one derived from it."""
     stock: Any = type(model)
     name = next((n for n in (CACHE, _ITS_OWN) if n in inspect.signature(stock.forward).parameters), None)
     if name is not None and _keeps_states_alone(model.config):
@@ -250,8 +248,6 @@ def adapted(model: StockModel) -> StockModel:
             module.__class__ = _going_on(kind)
         elif kind.__name__ == "RecurrentGemmaRecurrentBlock" and "layer_types" in type(model.config).attribute_map:
             module.__class__ = _keeping_in_cache(kind)
-        elif kind.__name__ in _LLAMA4:
-            module.__class__, module.config = _called_as_others(kind), model.config.get_text_config()
     for index, layer in enumerate(getattr(model.base_model, "layers", ())):
         if hasattr(layer, "temporal_block"):
             layer.temporal_block.layer_idx = index
@@ -347,46 +343,3 @@ def _keeping_in_cache(stock: type[Any]) -> type[Any]:
         return torch.cat(outputs, dim=1), None
 
     return type(stock.__name__, (stock,), {"forward": forward, "__module__": stock.__module__})
-
-
-# Llama 4: its experts are given all tokens for each of them, already multiplied by weights, which are zero for most.
-
-EXPERTS_IMPLEMENTATION = "griffin_offload"
-"""Under which transformers finds our way to call experts."""
-
-
-def _route(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of the experts chosen for each token, sigmoids of their own logits alone; all logits, which stay the
-    second; and the experts."""
-    logits = nn.functional.linear(hidden, router.weight)
-    best, chosen = torch.topk(logits, router.top_k, dim=1)
-    return best.float().sigmoid().to(best.dtype), logits, chosen
-
-
-def _mix(mixture: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = hidden_states.reshape(-1, mixture.hidden_dim)
-    weights, logits, chosen = mixture.router(tokens)
-    output: Tensor = mixture.shared_expert(tokens)
-    return output + mixture.experts(tokens, chosen, weights), logits
-
-
-def _call_experts(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
-    return ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION](experts, hidden, index, weights)
-
-
-def _gate(experts: Any, gate_up: Tensor) -> Any:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return up * experts.act_fn(gate)
-
-
-_DESCRIBED = {"is_transposed": True, "is_concatenated": True, "has_gate": True, "has_post_expert_norm": False}
-_LLAMA4: dict[str, dict[str, Any]] = {
-    "Llama4Router": {"forward": _route},
-    "Llama4TextMoe": {"forward": _mix},
-    "Llama4TextExperts": {"forward": _call_experts, "_apply_gate": _gate, "weighs_inputs": True, **_DESCRIBED},
-}
-
-
-@functools.cache
-def _called_as_others(stock: type[Any]) -> type[Any]:
-    return type(stock.__name__, (stock,), {**_LLAMA4[stock.__name__], "__module__": stock.__module__})

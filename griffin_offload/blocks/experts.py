@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from griffin_offload.blocks.base import ActivationCallback, Activations, Block
+from griffin_offload.blocks.routing import EXPERTS_IMPLEMENTATION
 from griffin_offload.devices.memory import in_host_memory, untouched_zeros
 from griffin_offload.errors import CheckpointError, UnsupportedModel
 from griffin_offload.formats.base import Format, Spec, Tensors, specs_bytes
@@ -23,7 +24,6 @@ from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.translated import read_row
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.method.allocation import Counts
-from griffin_offload.transformers_api import EXPERTS_IMPLEMENTATION
 
 EXPERTS_INPUT = "experts"
 """What importances call the input that all experts of a layer have."""

@@ -1,13 +1,19 @@
-"""What routers choose: kept to the experts that are there, or guessed before a layer has been reached."""
+"""What routers choose: kept to the experts that are there, or guessed before a layer has been reached. And mixtures
+whose own classes of transformers' route and call experts in a way of their own."""
 
+import contextlib
+import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from griffin_offload.transformers_api import StockModel
 
 _CHOOSING = (torch.topk, Tensor.topk)
 
@@ -40,6 +46,33 @@ class RoutingKept(TorchFunctionMode):
     def _concerns(self, scores: torch.Size) -> bool:
         own = self._allowed.shape
         return scores[-1] == own[-1] and (len(own) == 1 or scores.numel() == own.numel())
+
+
+@contextlib.contextmanager
+def kept_inside(
+    layer: nn.Module, block: Any, allowed: Tensor, count: Callable[[Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Inside, `RoutingKept` is in force while the part of `layer` computes that routes to the experts of `block`:
+    routers of other parts choose freely."""
+    mode: Any = RoutingKept(allowed, count)
+    module = getattr(block, "parent", layer)
+    if module is layer:
+        with mode:
+            yield
+        return
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: _nothing(mode.__enter__())),
+        module.register_forward_hook(lambda *_: _nothing(mode.__exit__(None, None, None)), always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _nothing(_: object) -> None:
+    """What hooks answer that change nothing."""
 
 
 class RestrictedForward:
@@ -99,3 +132,99 @@ def _takes_states_alone(router: Any) -> bool:
     if not isinstance(router, nn.Module):
         return False
     return len(inspect.signature(router.forward).parameters) == 1
+
+
+# Experts that are called as all others' are, where transformers' own classes do otherwise. Llama 4's are given all
+# tokens for each of them, already multiplied by weights, which are zero for most. JetMoE's are slices of two matrices,
+# given tokens in the order of experts; its attention has experts of this kind, too, which stay as they are.
+
+EXPERTS_IMPLEMENTATION = "griffin_offload"
+"""Under which transformers finds our way to call experts."""
+RENAMED: dict[str, dict[str, str]] = {
+    "jetmoe": {
+        r"\.mlp\.input_linear\.weight": ".mlp.experts.gate_up_proj",
+        r"\.mlp\.output_linear\.weight": ".mlp.experts.down_proj",
+    }
+}
+"""By model type, what names of checkpoints become in a model that was given `alike_experts`."""
+
+
+def alike_experts(model: StockModel) -> StockModel:
+    """`model`, whose experts are called, and have the names, as others' do; made in place."""
+    for module in list(model.modules()):
+        kind: Any = type(module)
+        if kind.__name__ in _LLAMA4:
+            module.__class__, module.config = _derived(kind, kind.__name__), model.config.get_text_config()
+        elif kind.__name__ == "JetMoeMoE":
+            module.experts, module.__class__ = _Slices(module, model.config), _derived(kind, kind.__name__)
+            router: Any = type(module.router)
+            module.router.__class__ = _derived(router, router.__name__)  # attention's own stays
+            del module.input_linear, module.output_linear
+    return model
+
+
+@functools.cache
+def _derived(stock: type[Any], name: str) -> type[Any]:
+    return type(name, (stock,), {**(_LLAMA4 | _JETMOE)[name], "__module__": stock.__module__})
+
+
+def _call_experts(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
+    return ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION](experts, hidden, index, weights)
+
+
+def _gate(experts: Any, gate_up: Tensor) -> Any:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return up * experts.act_fn(gate)
+
+
+def _route_llama4(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the experts chosen for each token, sigmoids of their own logits alone; all logits, which stay the
+    second; and the experts."""
+    logits = nn.functional.linear(hidden, router.weight)
+    best, chosen = torch.topk(logits, router.top_k, dim=1)
+    return best.float().sigmoid().to(best.dtype), logits, chosen
+
+
+def _mix_llama4(mixture: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = hidden_states.reshape(-1, mixture.hidden_dim)
+    weights, logits, chosen = mixture.router(tokens)
+    output: Tensor = mixture.shared_expert(tokens)
+    return output + mixture.experts(tokens, chosen, weights), logits
+
+
+def _route_jetmoe(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Tensor]:
+    """As Llama 4's; all logits again as the fifth, where transformers looks for them."""
+    logits = router.layer(hidden).float()
+    best, chosen = torch.topk(logits, router.top_k, dim=1)
+    return best.softmax(dim=1).type_as(hidden), logits, chosen, None, logits
+
+
+def _mix_jetmoe(mixture: Any, layer_input: Tensor) -> Tensor:
+    tokens = layer_input.reshape(-1, mixture.input_size)
+    weights, _, chosen, *_ = mixture.router(tokens)
+    output: Tensor = mixture.experts(tokens, chosen, weights) + mixture.bias
+    return output.view_as(layer_input)
+
+
+_DESCRIBED = {"is_concatenated": True, "has_gate": True, "has_post_expert_norm": False, "_apply_gate": _gate}
+_LLAMA4: dict[str, dict[str, Any]] = {
+    "Llama4Router": {"forward": _route_llama4},
+    "Llama4TextMoe": {"forward": _mix_llama4},
+    "Llama4TextExperts": {"forward": _call_experts, "weighs_inputs": True, "is_transposed": True, **_DESCRIBED},
+}
+_JETMOE: dict[str, dict[str, Any]] = {
+    "JetMoeTopKGating": {"forward": _route_jetmoe},
+    "JetMoeMoE": {"forward": _mix_jetmoe},
+}
+
+
+class _Slices(nn.Module):
+    """The experts of JetMoE's feed-forward, its matrices [E, 2F, H] and [E, H, F] by the names of all others'."""
+
+    is_transposed, is_concatenated, has_gate, has_post_expert_norm = False, True, True, False
+    forward, _apply_gate = _call_experts, _gate
+
+    def __init__(self, mixture: Any, config: Any) -> None:
+        super().__init__()
+        self.config, self.act_fn = config, mixture.activation
+        self.gate_up_proj, self.down_proj = mixture.input_linear.weight, mixture.output_linear.weight

@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from griffin_offload.blocks.routing import RENAMED
 from griffin_offload.transformers_api import StockModel
 
 
@@ -87,7 +88,8 @@ def _numbered(pattern: str) -> str:
 def conversions_of(model: StockModel, names: Iterable[str]) -> list[Conversion]:
     """Which tensors of `names` make which of those of `model`. Names that lead nowhere are left out. What was used is
     noted in `model`, as transformers does for saving it under the same names."""
-    transforms = get_model_conversion_mapping(model)
+    own = RENAMED.get(model.config.model_type, {}).items()
+    transforms = [*get_model_conversion_mapping(model), *(WeightRenaming(old, new) for old, new in own)]
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     rules = {pattern: converter for converter in converters for pattern in converter.source_patterns}

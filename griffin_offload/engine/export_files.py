@@ -50,7 +50,7 @@ class Smaller:
     @classmethod
     def of(cls, checkpoint: Checkpoint, neurons: int) -> "Smaller":
         """With the one number of its config that makes all layers so, and changes nothing else but routers.
-        UnsupportedModel where there is none."""
+        UnsupportedModel where there is none, or where attention has as many experts."""
         text = checkpoint.config.get_text_config()
         model = build_on_meta(text, checkpoint.dtype)
         blocks = find_feed_forwards(model, text.num_hidden_layers)[1]
@@ -64,6 +64,11 @@ class Smaller:
                 found = _shapes(build_on_meta(smaller, checkpoint.dtype))
                 axes = {name: _cut(before[name], found.get(name, ()), neurons) for name in before}
                 routers = {name for name in axes if experts and before[name] == wanted[name] and axes[name] is not None}
+                others = sorted(name for name in routers if len(before[name]) > _ROUTER_AXES)
+                if others:
+                    raise UnsupportedModel(
+                        f"{text.model_type}: {others[0]} has as many experts, which no prompt chooses"
+                    )
                 if found == wanted | {name: found[name] for name in routers}:
                     return cls(checkpoint, smaller, neurons, {n: axis for n, axis in axes.items() if axis is not None})
         unit = "experts" if experts else "neurons"
@@ -78,6 +83,7 @@ class Smaller:
 
 # What configs call it; the others have to stay as they are, whatever their value.
 _SIZES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_intermediate_size", "d_ff")
+_ROUTER_AXES = 2
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 

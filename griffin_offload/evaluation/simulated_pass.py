@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Activations, Block, PassForward
-from griffin_offload.blocks.routing import RoutingKept
+from griffin_offload.blocks.routing import kept_inside
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, Progress, StreamFeed, Visitor
 from griffin_offload.errors import DoesNotFit, UnsupportedModel
@@ -333,17 +333,17 @@ class SimulatedPass(LayerPass):
         return self._stream.peak_in_flight_bytes
 
     def activation_kept(self) -> list[float]:
-        """Of each row, the share of s^2 / S that the chosen neurons hold, mean over layers (1 where there are none);
-        waits for the device."""
-        whole = torch.ones((), dtype=torch.float32, device="cpu")
-        found = [torch.stack(shares or [whole]).mean() for shares in self._left_out.shares]
-        return [float(share) for share in torch.stack(found).tolist()]
+        """Of each row, the mean share of s^2 / S that chosen neurons hold (1 where no layer has any); waits for it."""
+        whole = [torch.ones((), dtype=torch.float32, device="cpu")]
+        return [float(torch.stack(shares or whole).mean()) for shares in self._left_out.shares]
 
     def _hook_layer(self, index: int, layer: nn.Module, block: Block) -> None:
-        layer.forward = _RowByRow(layer.forward, self._rows_at_once, partial(self._pass_rows, index, block))
+        layer.forward = _RowByRow(layer.forward, self._rows_at_once, partial(self._pass_rows, index, layer, block))
         super()._hook_layer(index, layer, block)
 
-    def _pass_rows(self, index: int, block: Block, rows: slice, columns: int, forward: Callable[[], Any]) -> Any:
+    def _pass_rows(
+        self, index: int, layer: nn.Module, block: Block, rows: slice, columns: int, forward: Callable[[], Any]
+    ) -> Any:
         """What the layer answers to some rows: `forward`, or once more where they have chosen experts in it."""
         for visitor in self._of_rows:
             visitor.rows_start(block, rows)
@@ -351,10 +351,10 @@ class SimulatedPass(LayerPass):
         if allowed is None:
             return found
         found, counted = None, []
-        with RoutingKept(allowed, lambda own, _: counted.append(own.numel())):
-            self._again = True
+        self._again = True
+        with kept_inside(layer, block, allowed, lambda own, _: counted.append(own.numel())):
             found = forward()
-            self._again = False
+        self._again = False
         if not counted:
             raise UnsupportedModel(f"layer {index}: this model's router cannot be kept to some of its experts")
         return found

@@ -22,19 +22,14 @@ _REASONS = {
         hf.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64),
         "RwkvForCausalLM keeps its past in state, not in a KV cache",
     ),
-    "experts that are called otherwise": (
-        hf.JetMoeConfig(**_HEADS, num_local_experts=4),
-        r"mixture-of-experts parameters \(mlp\.input_linear",
-    ),
 }
 
 
 @pytest.mark.parametrize("name", list(_REASONS))
 def test_the_true_reason_is_named(name: str):
     config, words = _REASONS[name]
-    with pytest.raises(UnsupportedModel, match=words) as refused:
+    with pytest.raises(UnsupportedModel, match=words):
         model_shape(build_on_meta(config, torch.float32))
-    assert ("mixture-of-experts" in str(refused.value)) == name.startswith("experts")
 
 
 def test_layers_without_a_feed_forward_and_those_of_another_one():

@@ -220,9 +220,9 @@ def test_parameters_missing_from_the_files(cli, copy: Path):
 
 @both
 def test_architectures_that_are_refused(cli, tmp_path: Path, command: tuple[str, ...]):
-    write_checkpoint("jetmoe", tmp_path, shards=1)
+    write_checkpoint("openai-gpt", tmp_path, shards=1)
     write_tokenizer(tmp_path)
-    cli.refuses(4, "mixture-of-experts", *command, "-m", tmp_path)
+    cli.refuses(4, "has no KV cache", *command, "-m", tmp_path)
 
 
 TOKENIZERS = {

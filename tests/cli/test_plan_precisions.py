@@ -249,8 +249,8 @@ def test_configs_that_cannot_be_used(cli, config, tmp_path: Path, edit):
     cli.refuses(4, "no file", "plan", "--config", tmp_path)
     edit(file, quantization_config={"quant_method": "hqq", "bits": 4, "group_size": 128})
     cli.refuses(4, "is quantised by", "plan", "--config", file)
-    edit(file, quantization_config=None, model_type="jetmoe")
-    cli.refuses(4, "mixture-of-experts", "plan", "--config", file)
+    edit(file, quantization_config=None, model_type="openai-gpt")
+    cli.refuses(4, "has no KV cache", "plan", "--config", file)
     for text in ("", "{", "[1]", "{}", '{"model_type": "nonesuch"}', "\0", '{"model_type": "llama", "hidden_size": 7}'):
         file.write_text(text)
         cli.refuses(4, "", "plan", "--config", file)

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,7 +39,10 @@ def _answer(model: GriffinModel) -> tuple[Tensor, Tensor]:
     return found.sequences, torch.stack(found.logits)
 
 
-@pytest.mark.parametrize(("name", "precision"), by_turns(MIXTURE_KINDS, ("int8", "int4"), whole=("mixtral", "gpt_oss")))
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    by_turns((*MIXTURE_KINDS, "jetmoe"), ("int8", "int4"), whole=("mixtral", "gpt_oss", "jetmoe")),
+)
 def test_fetched_experts_are_resident_ones_bit_for_bit(mixtures, name: str, precision: str):
     with _load(mixtures(name), quantize=precision, density=1.0) as model:
         assert not model.plan.streamed
@@ -68,6 +72,9 @@ def _linears(layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 def _small(layer: torch.nn.Module) -> list[torch.nn.Module]:
     """The smallest that are no FF, as many as have a sixteenth of the numbers of a token's experts and all others."""
     linears, experts = _linears(layer), getattr(layer.mlp, "experts", None)
+    if hasattr(layer.mlp, "input_linear"):  # JetMoE
+        mlp = layer.mlp
+        experts = SimpleNamespace(gate_up_proj=mlp.input_linear.weight, down_proj=mlp.output_linear.weight)
     read = sum(module.weight.numel() for module in linears.values())
     if experts is not None:
         read += ACTIVE * sum(getattr(experts, own)[0].numel() for own in ("gate_up_proj", "down_proj"))
@@ -89,6 +96,9 @@ def _rounded(directory: Path, name: str, precision: str) -> hf.PreTrainedModel:
             module.weight.copy_(stored_values(module.weight, own, torch.float32, is_down=is_down))
     for path in (MIXTURES[name].down.format(i=i) for i in range(LAYERS)):
         module = dict(model.named_modules()).get(path)
+        if name == "jetmoe":
+            parent = model.get_submodule(path.rpartition(".")[0])
+            module = SimpleNamespace(gate_up_proj=parent.input_linear.weight, down_proj=parent.output_linear.weight)
         for own in ("gate_up_proj", "down_proj") if module is not None else ():
             for expert in getattr(module, own):
                 matrix = expert.t() if name == "gpt_oss" else expert
@@ -102,7 +112,7 @@ def _rounded(directory: Path, name: str, precision: str) -> hf.PreTrainedModel:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v2", "jetmoe"])
 def test_quantised_experts_are_the_formula(mixtures, name: str, precision: str):
     prompt = ids(tokens=20) % (VOCAB - 8)
     expected = _rounded(mixtures(name), name, precision)(prompt).logits[0, -1]

@@ -58,10 +58,13 @@ def _experts_of(model: Any, name: str) -> dict[int, Any]:
     return {i: named[path] for i, path in paths.items() if path in named}
 
 
-def _asked(hidden: Tensor, index: Tensor | None = None, weights: Tensor | None = None) -> list[int]:
-    """Numbers of the experts that a call needs; Llama 4 gives each all tokens, as zeros where it is not asked."""
+def _asked(hidden: Tensor, index: Any = None, weights: Tensor | None = None) -> list[int]:
+    """Numbers of the experts that a call needs; Llama 4 gives each all tokens, as zeros where it is not asked, and
+    JetMoE says how many each is given."""
     if index is None:
         return hidden.view(EXPERTS, -1).any(1).nonzero().flatten().tolist()
+    if isinstance(index, list):
+        return [expert for expert, tokens in enumerate(index) if tokens]
     return sorted(set(index.flatten().tolist()))
 
 
@@ -94,7 +97,8 @@ def test_fetch_is_the_full_model(mixtures, name: str):
             assert report.peak_device_bytes <= model.plan.peak_bytes
             logits.append(torch.stack(found.logits))
         if options["density"] < 1:
-            sizes = {i: sum(p[0].nbytes for p in module.parameters()) for i, module in experts.items()}
+            times = 3 if name == "jetmoe" else 1  # what goes in has another matrix of twice the size
+            sizes = {i: times * sum(p[0].nbytes for p in module.parameters()) for i, module in experts.items()}
             assert report.prefill_streamed_bytes == sum(len(seen[i][0]) * size for i, size in sizes.items())
             assert report.experts.hits + report.experts.misses == sum(len(call) for i in seen for call in seen[i][1:])
             needed = report.decode_streamed_bytes - report.experts.wrong_bytes
@@ -135,6 +139,7 @@ _ROUTERS = {
     "qwen3_next": ("softmax", "sum", "-inf"),
     "nemotron_3": ("sigmoid", "sum", "bias"),
     "llama4": ("sigmoid", "none", "-inf"),
+    "jetmoe": ("none", "softmax", "-inf"),
 }
 
 
@@ -175,12 +180,16 @@ def _restrict(model: Any, name: str, residents: dict[int, list[int]], on: list[b
             given = own(*args)
             if not on[0]:
                 return given
-            logits = given[1] if name == "llama4" else given[0]
+            logits = given[{"llama4": 1, "jetmoe": 4}.get(name, 0)]
             scale = getattr(model.config, "routed_scaling_factor", 1.0)
             found = [_choice(name, row, bias, residents[i], scale) for row in logits.float()]
             weights, chosen = torch.stack([w for w, _ in found]).to(logits), torch.stack([c for _, c in found])
             if name == "llama4":  # weights of all experts, and logits
                 return torch.zeros_like(logits).scatter(1, chosen, weights), logits
+            if name == "jetmoe":  # tokens in the order of their experts
+                order = chosen.flatten().sort(stable=True).indices
+                counts = chosen.flatten().bincount(minlength=EXPERTS).tolist()
+                return order, order // ACTIVE, weights.flatten()[order], counts, logits
             return logits, weights, chosen
 
         router.forward = forward

@@ -387,6 +387,13 @@ def test_an_interrupted_gguf_file_goes_on(checkpoints, tmp_path: Path, monkeypat
     assert (tmp_path / "out" / "model.gguf").read_bytes() == whole.read_bytes()
 
 
+def test_experts_that_no_prompt_chooses_are_not_cut(checkpoints, tmp_path: Path):
+    """JetMoE's attention has as many, by the same number of its config."""
+    words = "jetmoe: model.layers.0.self_attention.experts.input_linear.weight has as many experts"
+    with pytest.raises(UnsupportedModel, match=words):
+        runtime.check(checkpoints("jetmoe"), tmp_path / "out", 0.5, "unquantized")
+
+
 def test_what_a_form_cannot_hold_is_refused_before_prompts_pass(checkpoints, tmp_path: Path):
     out = tmp_path / "out"
     with pytest.raises(UnsupportedModel, match="a GGUF file cannot say that layer_types is"):

@@ -18,7 +18,7 @@ from griffin_offload.kernels import gemv
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 LENGTHS = (5, 1, 8, 3)  # none beyond the windows of the tiny models
-ALONE = ("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "llama4", "qwen3_next", "nemotron")
+ALONE = ("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "llama4", "qwen3_next", "nemotron", "jetmoe")
 PACKED = tuple(name for name in (*ARCHITECTURES, *FURTHER, *MIXTURES) if not name.startswith(ALONE))
 
 

@@ -45,7 +45,9 @@ def _prompts(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
     return [torch.randint(5, VOCAB - 8, (1, length), generator=generator) for length in lengths]
 
 
-@pytest.mark.parametrize(("name", "rows"), by_turns(MIXTURE_KINDS, ("all at once", "few"), whole=("mixtral",)))
+@pytest.mark.parametrize(
+    ("name", "rows"), by_turns((*MIXTURE_KINDS, "jetmoe"), ("all at once", "few"), whole=("mixtral",))
+)
 def test_equals_generation_by_residents(checkpoints, monkeypatch: pytest.MonkeyPatch, name: str, rows: str):
     """Prompts of several lengths alone, and together, padded; hybrids, whose states padding would change, alone."""
     if rows == "few":
