@@ -69,7 +69,7 @@ def inspect_prompt(arguments: argparse.Namespace) -> int:
 def _planned(options: dict[str, Any], checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, DoesNotFit | None]:
     """What the budget allows, or what it lacks."""
     from griffin_offload.engine.spec import examine_checkpoint, plan_for
-    from griffin_offload.planner.tiers import bits_of, expected_error
+    from griffin_offload.planner.tiers import bits_of, expected_error, is_quantised
 
     model_spec = examine_checkpoint(checkpoint, LoadConfig(**options))
     if not model_spec.shape.with_neurons:
@@ -89,6 +89,7 @@ def _planned(options: dict[str, Any], checkpoint: "Checkpoint") -> tuple[dict[st
         "counts": plan.counts,
         "distortions": [format.distortion for format in shape.levels],
         "expected_error": expected_error(shape, plan.counts),
+        "quantised": is_quantised(shape),
         "small_matrices": model_spec.small_of(plan),
         "budget_bytes": plan.budget_bytes,
         "budget": format_bytes(plan.budget_bytes),

@@ -203,15 +203,18 @@ def _rounded_again(model_spec: "ModelSpec", plan: "Plan") -> list[str]:
 def _instead_of(model_spec: "ModelSpec", chosen: "Plan", preferred: str) -> list[str]:
     """What a preference for speed costs, against the best that fits."""
     from griffin_offload.planner.solve import solve
-    from griffin_offload.planner.tiers import expected_error, expected_kl
+    from griffin_offload.planner.tiers import expected_error, expected_kl, is_quantised
 
     if preferred != "speed" or not chosen.fits:
         return []
     better, _ = solve((*model_spec.others, *model_spec.shapes), model_spec.request)
     if better.in_words == chosen.in_words:
         return ["for speed: no more bits would fit"]
-    errors = [expected_error(model_spec.shape_of(plan), plan.counts) for plan in (chosen, better)]
-    costs = ["?" if error is None else f"{expected_kl(error):g}" for error in errors]
+    costs = []
+    for plan in (chosen, better):
+        shape = model_spec.shape_of(plan)
+        error = expected_error(shape, plan.counts)
+        costs.append("?" if error is None else f"{expected_kl(error, quantised=is_quantised(shape)):g}")
     return [
         f"for speed: {chosen.decoded_bytes / better.decoded_bytes:.2f} of the bytes a token that {better.in_words} "
         f"reads, which fits; expected KL about {costs[0]} instead of {costs[1]}"
@@ -290,7 +293,7 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
     """The chosen plan, and every precision, dense and with the largest density, that fits at the same context."""
     from griffin_offload.evaluation.ceilings import decode_bytes_per_s
     from griffin_offload.planner.solve import alternatives
-    from griffin_offload.planner.tiers import bits_of, expected_error, expected_kl
+    from griffin_offload.planner.tiers import bits_of, expected_error, expected_kl, is_quantised
 
     shapes = [*model_spec.shapes, *model_spec.others]
     hidden, neurons = shapes[0].hidden_size, shapes[0].width or shapes[0].hidden_size
@@ -310,16 +313,19 @@ def _alternatives(model_spec: "ModelSpec", chosen: "Plan") -> list[dict[str, Any
             rate = None  # the disk decides, which nobody has asked
         read_bytes = weights + plan.decode_parts["kv_cache"]
         # In exact mode the answer is the full model's, whatever drafts.
-        error = 0.0 if model_spec.request.verifies else expected_error(model_spec.shape_of(plan), plan.counts)
+        verifies, shape = model_spec.request.verifies, model_spec.shape_of(plan)
+        error, quantised = expected_error(shape, plan.counts), is_quantised(shape)
+        if verifies:
+            error, quantised = 0.0, False
         rows.append(
             {
                 "precision": plan.precision,
                 "as_held": plan.as_held,
                 "density": plan.density,
                 "tiers": plan.tiers,
-                "bits": bits_of(model_spec.shape_of(plan), plan.counts) if plan.tiers else None,
+                "bits": bits_of(shape, plan.counts) if plan.tiers else None,
                 "expected_error": error,
-                "expected_kl": None if error is None else expected_kl(error),
+                "expected_kl": None if error is None else expected_kl(error, quantised=quantised),
                 "resident_bytes": plan.resident_bytes,
                 "peak_bytes": plan.peak_bytes,
                 "expected_tokens_per_s": None if rate is None else rate / read_bytes,
@@ -342,7 +348,8 @@ def _alternative_lines(rows: list[dict[str, Any]]) -> list[str]:
     rates = " (tokens/s: the GEMV rate, best of trials just now, over the bytes one token reads, context full)"
     lines = [
         f"what fits{rates if known else ''}",
-        "(error: of FFs, squared, relative; KL: about what that makes of small models' answers; large ones lose less)",
+        "(error: of FFs, squared, relative; KL: about what that and attention and head in as few bits make of small "
+        "models' answers; large ones lose less)",
         f"{'':<2}{'precision':<16}{'density':>8}{'error':>8}{'KL':>7}{'resident':>12}{'peak':>12}{'tokens/s':>10}",
     ]
     for row in rows:

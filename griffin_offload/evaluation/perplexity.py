@@ -19,7 +19,7 @@ from griffin_offload.errors import GriffinError, UsageError, one_line
 from griffin_offload.evaluation.samples import Sample, Scores, compare, scores_of
 from griffin_offload.evaluation.simulation import Simulated, simulate
 from griffin_offload.method.variants import Variant
-from griffin_offload.planner.tiers import bits_of, expected_error, expected_kl
+from griffin_offload.planner.tiers import bits_of, expected_error, expected_kl, is_quantised
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class FullModel:
                 ff_bits=bits_of(shape, plan.counts) if shape.with_neurons else None,
                 kv_bits=plan.kv_bits,
                 resident_bytes=model.resident_bytes,
-                expected_kl=None if error is None else expected_kl(error),
+                expected_kl=None if error is None else expected_kl(error, quantised=is_quantised(shape)),
             )
         ]
 

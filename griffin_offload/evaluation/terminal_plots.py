@@ -184,7 +184,8 @@ def _conclusions(numbers: Numbers, key: str) -> list[Text]:
         lines += map(Text, _level_lines(plan["levels"], plan["counts"]))
         error, expected = numbers["planned_error"], plan["expected_error"]
         if error is not None:
-            kl = f"KL about {expected_kl(error):g}, expected {expected_kl(expected):g}"
+            here, typical = (expected_kl(one, quantised=plan["quantised"]) for one in (error, expected))
+            kl = f"KL about {here:g}, expected {typical:g}"
             lines.append(Text(f"error of its feed-forwards here {error:.2g}, squared: {kl}"))
     needs = []
     for goal in (0.95, 0.99):

@@ -22,15 +22,25 @@ from griffin_offload.method.allocation import Allocation, Counts, Level, distort
 _KL_OF_ERROR = 8.0
 """KL per token of small trained models to their 16 bit, by expected error: seven to nine times it
 (docs/benchmarks.md)."""
+_KL_OF_OTHERS = 0.0023
+"""What attention, embeddings and head add in int8 or less: of the two models whole in int8, .0032 to .0047 and .0039 in
+the mean (benchmarks/results/real_models-*.md), what eight times the error of the FFs leaves. In int4 and less it is
+within what that factor was measured with."""
 
 _SECOND_ROUNDING = 0.0003
 """Squared error of numbers that are taken over with the grids of their file (benchmarks/NOTES.md)."""
 
 
-def expected_kl(error: float) -> float:
+def expected_kl(error: float, *, quantised: bool) -> float:
     """What the KL divergence of answers to those in 16 bit is about, in nats per token: one digit, as no more is
-    known. Larger models than those of a few hundred million parameters lose less."""
-    return float(f"{_KL_OF_ERROR * error:.1g}")
+    known. `error` is of FFs; `quantised` says whether the rest is in fewer than 16 bits, too. Larger models than those
+    of a few hundred million parameters lose less."""
+    return float(f"{_KL_OF_ERROR * error + _KL_OF_OTHERS * quantised:.1g}")
+
+
+def is_quantised(shape: ModelSizes) -> bool:
+    """Whether what is no neuron rests in fewer bits than it is stored in, as neurons do."""
+    return not all(format.is_plain for format in shape.levels)
 
 
 class TierChoices(Sequence[tuple[Counts, ...]]):

@@ -296,9 +296,26 @@ def test_13b_in_tiers(cli, config):
     rows = unasked["alternatives"]
     errors = {(row["precision"], row["chosen"]): row["expected_error"] for row in rows}
     assert errors[("tiers", True)] < 0.7 * errors[("int4", False)]
-    assert [row["expected_kl"] for row in rows if row["chosen"]] == [float(f"{8 * errors['tiers', True]:.1g}")]
+    expected = float(f"{8 * errors['tiers', True] + 0.0023:.1g}")  # and attention's, with the head's
+    assert [row["expected_kl"] for row in rows if row["chosen"]] == [expected]
     pruned = cli("plan", "--config", config("13b"), *flags[:-2], "--json", "--quantize", "int4").json
     assert (pruned["precision"], pruned["density"] < 0.99) == ("int4", True)
+
+
+def test_the_kl_that_is_expected_is_of_the_whole_model(cli, config):
+    """As measured on two trained models whole in int8 (.0032 to .0047) and in int4 (.037 to .095): attention and head
+    err, too. Where they rest in 16 bit, neurons that are left out alone count."""
+    flags = ("plan", "--config", config("13b"), "--device", "cpu", "--max-gpu-mem", "40GB", "--json", "-v")
+
+    def expected(*more: str) -> tuple[float, float]:
+        (row,) = (row for row in cli(*flags, *more).json["alternatives"] if row["chosen"])
+        return row["expected_error"], row["expected_kl"]
+
+    assert expected("--quantize", "none") == (0, 0)
+    assert expected("--quantize", "int8") == (pytest.approx(0.0002), 0.004)
+    assert expected("--quantize", "int4") == (pytest.approx(0.013), 0.1)
+    error, kl = expected("--quantize", "none", "--density", "0.9")
+    assert kl == float(f"{8 * error:.1g}") > 0
 
 
 def test_an_int8_copy_in_less_says_that_it_is_rounded_again(cli, tmp_path: Path):

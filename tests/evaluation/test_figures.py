@@ -22,7 +22,12 @@ def _loss(layers: int = 3, planned: float | None = 0.4, held_out: bool = True) -
     shares = [0.3, 0.6, 0.85, 0.96, 0.995]
     lower = [share - 0.05 for share in shares] if held_out else None
     own = {"kept": shares, "held_out": lower, "planned_kept": 0.8, "planned_held_out": 0.75 if held_out else None}
-    words = {"in_words": "tiers (int4 40%, int3 60%)", "levels": ["int4", "int3"], "expected_error": 0.03}
+    words = {
+        "in_words": "tiers (int4 40%, int3 60%)",
+        "levels": ["int4", "int3"],
+        "quantised": True,
+        "expected_error": 0.03,
+    }
     counts = [[24, 40], [24, 40], [0, 64]][:layers] + [[24, 40]] * (layers - 3)
     plan = {"density": planned, "budget": "12 GB", "counts": counts, **words} if planned is not None else None
     rows = [{"layer": layer, "neurons": 64, **own} for layer in range(layers)]
