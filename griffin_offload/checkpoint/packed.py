@@ -253,12 +253,12 @@ def read_mxfp4_experts(module: Module, packing: Packing, dtype: torch.dtype) -> 
         experts, outputs, groups, _ = blocks.shape
         inputs = groups * _MX_GROUP
         spread = Spread(Grid(1, torch.float8_e8m0fnu, groups), _MX_GROUP, inputs)
-        parts = tuple(part for pair in zip(_by_row(blocks), _by_row(scales), strict=True) for part in pair)
+        parts = tuple(part for pair in zip(by_row(blocks), by_row(scales), strict=True) for part in pair)
         decode = EachExpert(Scaled(Fp4Rows(0, inputs), spread), 2)
         yield name, StoredTensor((experts, outputs, inputs), dtype, parts, decode=decode, of_experts=True)
 
 
-def _by_row(tensor: StoredTensor) -> list[Extent]:
+def by_row(tensor: StoredTensor) -> list[Extent]:
     """Where each row of the first axis lies."""
     (whole,), count = tensor.parts, tensor.shape[0]
     size = whole.nbytes // count

@@ -19,9 +19,10 @@ from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import refuse_plain
 from griffin_offload.checkpoint.converted import METHOD
+from griffin_offload.checkpoint.decoding import Grid, Numbers, Scaled, Spread
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.mapped import FileMaps
-from griffin_offload.checkpoint.packed import Module
+from griffin_offload.checkpoint.packed import Module, by_row
 from griffin_offload.checkpoint.quantisation_config import Method, method_of, said_of
 from griffin_offload.checkpoint.safetensors import (
     FLOAT_TYPES,
@@ -32,6 +33,7 @@ from griffin_offload.checkpoint.safetensors import (
     untie_other_head,
 )
 from griffin_offload.errors import CheckpointError
+from griffin_offload.formats.translated import EachExpert
 
 # Of a module that is not packed, and of attention: scales of activations and of the KV cache, and what is left of
 # weights that were only rounded.
@@ -42,6 +44,8 @@ _ASIDE = {
 }
 _OF_CACHE = {"k_scale", "v_scale", "output_scale"}
 _INSIDE = ".weight."
+_SCALE, _EXPERTS_AXES = "_scale", 3
+_FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,9 @@ def _listed(
         if reader is not None:
             yield f"{name}.weight", reader(Module(name, tensors, maps), method.packing, dtype)
             tensors = {key: tensor for key, tensor in tensors.items() if key == "bias"}
+        fused = dict(_scaled_experts(Module(name, tensors, maps), dtype))
+        yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in fused.items())
+        tensors = {key: tensor for key, tensor in tensors.items() if key.removesuffix(_SCALE) not in fused}
         if method.experts is not None:
             made = dict(method.experts(Module(name, tensors, maps), method.packing, dtype))
             yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in made.items())
@@ -157,6 +164,26 @@ def _listed(
         for suffix, tensor in tensors.items():
             if suffix not in _ASIDE:
                 yield (f"{name}.{suffix}" if name else suffix), tensor
+
+
+def _scaled_experts(module: Module, dtype: torch.dtype) -> Iterator[tuple[str, StoredTensor]]:
+    """Llama 4's experts in FP8, by what follows the module's name: of each matrix codes [E, I, O], as the model has
+    them, and a scale for each output of each expert, [E, 1, O] or [E, O, 1]."""
+    for name, codes in module.tensors.items():
+        if (
+            codes.dtype not in _FP8_TYPES
+            or len(codes.shape) != _EXPERTS_AXES
+            or f"{name}{_SCALE}" not in module.tensors
+        ):
+            continue
+        experts, inputs, outputs = module.need(name, _FP8_TYPES, None, None, None).shape
+        turned = module.tensors[f"{name}{_SCALE}"].shape[-1] == 1
+        wanted = (experts, outputs, 1) if turned else (experts, 1, outputs)
+        scales = module.need(f"{name}{_SCALE}", tuple(FLOAT_TYPES.values()), *wanted)
+        spread = Spread(Grid(1, scales.dtype, outputs, inputs), 1, outputs)
+        parts = tuple(part for pair in zip(by_row(codes), by_row(scales), strict=True) for part in pair)
+        decode = EachExpert(Scaled(Numbers(0, codes.dtype, outputs), spread), 2)
+        yield name, StoredTensor(codes.shape, dtype, parts, decode=decode, of_experts=True)
 
 
 def _packs(suffix: str, made: Mapping[str, StoredTensor]) -> bool:

@@ -155,3 +155,53 @@ def test_fp8_in_blocks(name: str, tmp_path: Path):
         assert report.experts.misses > 0
         convert(tmp_path / "packed", tmp_path / precision, precision)
         assert torch.equal(_answer(tmp_path / precision, quantize=precision, density=0.5)[1], expected)
+
+
+_LEFT_OUT = ["lm_head", "self_attn", "shared_expert", "router", "feed_forward.gate_proj"]
+_FP8 = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": _LEFT_OUT}
+
+
+def _llama4(directory: Path, *, turned: bool) -> tuple[Path, Path]:
+    """Llama 4's experts in FP8 with a scale for each output, and the same numbers in bfloat16."""
+    source = write_checkpoint("llama4", directory / "source", torch.bfloat16, shards=1)
+    tensors = {key: tensor for file in source.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    plain = dict(tensors)
+    for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        scale = tensors[key].float().abs().amax(1, keepdim=True) / 448
+        tensors[key] = (tensors[key].float() / scale).to(torch.float8_e4m3fn)
+        tensors[f"{key}_scale"] = scale.transpose(1, 2).contiguous() if turned and "down" in key else scale
+        plain[key] = (tensors[key].float() * scale).bfloat16()
+    config = json.loads((source / "config.json").read_text())
+    for kind, found, more in (("packed", tensors, {"quantization_config": _FP8}), ("plain", plain, {})):
+        (directory / kind).mkdir()
+        save_file(found, directory / kind / "model.safetensors", {"format": "pt"})
+        (directory / kind / "config.json").write_text(json.dumps(config | more))
+    return directory / "packed", directory / "plain"
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_fp8_with_the_experts_of_a_layer_in_one_tensor(tmp_path: Path, turned: bool):
+    """As transformers lays them out for fbgemm, whose scales of down projections lie the other way."""
+    packed, plain = _llama4(tmp_path, turned=turned)
+    for precision in ("none", "int8", "int4"):
+        expected = _answer(plain, quantize=precision, density=1.0)[1]
+        for density in (0.25, 1.0):
+            assert torch.equal(_answer(packed, quantize=precision, density=density)[1], expected)
+    dense = hf.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    prompt = ids(tokens=20) % (VOCAB - 8)
+    theirs = dense.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY)
+    convert(packed, tmp_path / "copy", "int8")
+    assert torch.equal(_answer(tmp_path / "copy", density=0.5)[1], _answer(packed, quantize="int8", density=1.0)[1])
+    with GriffinModel.from_pretrained(packed, device="cpu", max_gpu_mem="40MB", ctx_size=64, density=0.5) as model:
+        first = model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY).logits[0]
+    assert (first - theirs.logits[0]).abs().max() < 0.05 * theirs.logits[0].abs().max()
+
+
+def test_fp8_scales_of_another_shape(tmp_path: Path):
+    packed, _ = _llama4(tmp_path, turned=True)
+    tensors = load_file(packed / "model.safetensors")
+    name = "model.layers.1.feed_forward.experts.gate_up_proj_scale"
+    tensors[name] = tensors[name][:, :, :-1].contiguous()
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"gate_up_proj_scale is float32 \[8, 1, 191\], it has to be .* 8x1x192"):
+        _answer(packed)
