@@ -234,18 +234,23 @@ class StockCache(Protocol):
 
 _ITS_OWN = "cache_params"
 
+ADAPTERS: dict[str, Callable[[Any, StockModel], None]] = {}
+"""By the name of a class of modules, what adapts one of a model in place: of experts, in `blocks/routing.py`."""
+
 
 def adapted(model: StockModel) -> StockModel:
     """`model`, which takes and returns its cache as others do, and whose recurrences go on from any number of tokens:
-    where transformers' own class does otherwise, it is of one derived from it."""
+    where transformers' own class does otherwise, it is of one derived from it. So are modules that have an adapter."""
     stock: Any = type(model)
     name = next((n for n in (CACHE, _ITS_OWN) if n in inspect.signature(stock.forward).parameters), None)
     if name is not None and _keeps_states_alone(model.config):
         model.__class__ = _counting(stock, name)
-    for module in model.modules():
+    for module in list(model.modules()):
         kind: Any = type(module)
         if _forgets(kind):
             module.__class__ = _going_on(kind)
+        elif kind.__name__ in ADAPTERS:
+            ADAPTERS[kind.__name__](module, model)
         elif kind.__name__ == "RecurrentGemmaRecurrentBlock" and "layer_types" in type(model.config).attribute_map:
             module.__class__ = _keeping_in_cache(kind)
     for index, layer in enumerate(getattr(model.base_model, "layers", ())):

@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from griffin_offload.blocks.base import Activations, Block, Finder, NoFeedForward
 from griffin_offload.blocks.experts import find_experts
 from griffin_offload.blocks.feedforward import FeedForward, SubNorm, features
-from griffin_offload.blocks.routing import alike_experts
 from griffin_offload.blocks.states import check_takes_cache, takes_cache
 from griffin_offload.devices.threads import building
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError, one_line
@@ -256,7 +255,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> StockModel:
         warnings.simplefilter("ignore")  # advice about initialisation and attention, which never happens here
         try:
             made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-            model = alike_experts(adapted(made))
+            model: StockModel = adapted(made)
         except Exception as error:  # each architecture fails in its own way
             reason = one_line(error).partition(" Model type should be one of")[0]  # a page of names
             raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from griffin_offload.transformers_api import StockModel
+from griffin_offload.transformers_api import ADAPTERS, StockModel
 
 _CHOOSING = (torch.topk, Tensor.topk)
 
@@ -146,26 +146,30 @@ RENAMED: dict[str, dict[str, str]] = {
         r"\.mlp\.output_linear\.weight": ".mlp.experts.down_proj",
     }
 }
-"""By model type, what names of checkpoints become in a model that was given `alike_experts`."""
+"""By model type, what names of checkpoints become in a model that was adapted."""
 
 
-def alike_experts(model: StockModel) -> StockModel:
-    """`model`, whose experts are called, and have the names, as others' do; made in place."""
-    for module in list(model.modules()):
-        kind: Any = type(module)
-        if kind.__name__ in _LLAMA4:
-            module.__class__, module.config = _derived(kind, kind.__name__), model.config.get_text_config()
-        elif kind.__name__ == "JetMoeMoE":
-            module.experts, module.__class__ = _Slices(module, model.config), _derived(kind, kind.__name__)
-            router: Any = type(module.router)
-            module.router.__class__ = _derived(router, router.__name__)  # attention's own stays
-            del module.input_linear, module.output_linear
-    return model
+def _adapt_llama4(module: Any, model: StockModel) -> None:
+    module.config = model.config.get_text_config()
+    _derive(module)
+
+
+def _adapt_jetmoe(mixture: Any, model: StockModel) -> None:
+    mixture.experts = _Slices(mixture, model.config)
+    _derive(mixture)
+    _derive(mixture.router)  # attention's own stays
+    del mixture.input_linear, mixture.output_linear
+
+
+def _derive(module: Any) -> None:
+    stock: Any = type(module)
+    module.__class__ = _derived(stock)
 
 
 @functools.cache
-def _derived(stock: type[Any], name: str) -> type[Any]:
-    return type(name, (stock,), {**(_LLAMA4 | _JETMOE)[name], "__module__": stock.__module__})
+def _derived(stock: Any) -> Any:
+    own = (_LLAMA4 | _JETMOE)[stock.__name__]
+    return type(stock.__name__, (stock,), {**own, "__module__": stock.__module__})
 
 
 def _call_experts(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
@@ -216,6 +220,7 @@ _JETMOE: dict[str, dict[str, Any]] = {
     "JetMoeTopKGating": {"forward": _route_jetmoe},
     "JetMoeMoE": {"forward": _mix_jetmoe},
 }
+ADAPTERS.update({**dict.fromkeys(_LLAMA4, _adapt_llama4), "JetMoeMoE": _adapt_jetmoe})
 
 
 class _Slices(nn.Module):

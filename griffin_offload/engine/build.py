@@ -25,7 +25,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from griffin_offload.blocks.layouts import find_feed_forwards, leave_out_towers
 from griffin_offload.blocks.replace import finer_names, swap_experts, swap_linears, turn_experts
-from griffin_offload.blocks.routing import alike_experts
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.renaming import Conversion, KeptTypes
@@ -64,7 +63,7 @@ def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> StockModel:
     with building(dtype), parameters_on_meta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about initialisation, which never happens here
         made = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
-    model = alike_experts(adapted(made.eval()))
+    model = adapted(made.eval())
     model.tie_weights()  # each parameter went to the meta device by itself
     leave_out_towers(model)
     return model
