@@ -118,7 +118,7 @@ class GgufCheckpoint(Checkpoint):
         return _most_bytes(self.headers) not in _STORED_AS
 
     def tokenizer(self) -> Tokenizer:
-        return kept(self.path, tokenizer_from(self.headers[0], self.directory))
+        return kept(self.path, tokenizer_from(self.headers[0], self.files[0]))
 
     def set_generation_config(self, model: StockModel) -> None:
         model.generation_config = GenerationConfig.from_dict(self._generation())

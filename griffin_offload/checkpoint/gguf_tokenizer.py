@@ -83,7 +83,7 @@ def tokenizer_from(header: GgufFile, where: Path) -> Any:
     if not tokens or kind not in _BUILDERS:
         raise CheckpointError(
             f"{where} has no tokenizer that can be read ({kind or 'none'}; read are {' and '.join(_BUILDERS)}): use "
-            "the Python API with token ids"
+            "the Python API with token ids, or set model.tokenizer"
         )
     try:
         backend = _BUILDERS[kind](header, tokens, where)

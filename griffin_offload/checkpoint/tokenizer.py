@@ -62,7 +62,7 @@ def _reason(directory: Path, files: list[Path], error: BaseException) -> str:
     if not files:
         return (
             f"{directory} has no tokenizer files: copy tokenizer.json or the like beside its config.json, or use the "
-            "Python API with token ids"
+            "Python API with token ids, or set model.tokenizer"
         )
     damaged = [found for found in map(_damage, files) if found is not None]
     if damaged:

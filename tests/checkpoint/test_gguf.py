@@ -2,6 +2,7 @@
 makes of it, streamed, resident and converted."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,22 @@ def test_shards_and_a_directory_of_one_file_are_one_model(pair: tuple[Path, Path
     shards[2].unlink()
     with pytest.raises(CheckpointError, match=f"{shards[2].name} is absent"):
         open_checkpoint(tmp_path)
+
+
+def test_a_file_without_a_tokenizer_is_named_with_what_to_do(tmp_path: Path):
+    """Also where a directory was given that holds it; a model is loaded, and takes another's tokenizer."""
+    path = write_gguf(TABLE["llama2"].build(), tmp_path / "tiny.gguf")
+    words = (
+        rf"^{re.escape(str(path))} has no tokenizer that can be read \(none; .*: use the Python API with token ids, or "
+    )
+    for model in (path, tmp_path):
+        with pytest.raises(CheckpointError, match=words):
+            open_checkpoint(model).tokenizer()
+    with GriffinModel.from_pretrained(path, device="cpu", max_gpu_mem="100MB", ctx_size=64) as loaded:
+        with pytest.raises(CheckpointError, match=r"or set model\.tokenizer$"):
+            _ = loaded.tokenizer
+        loaded.tokenizer = tokenizer = object()
+        assert loaded.tokenizer is tokenizer
 
 
 def test_end_tokens_begin_and_template_come_from_the_file(checkpoints, tmp_path: Path):
