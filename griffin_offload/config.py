@@ -32,7 +32,7 @@ Overflow = Literal["error", "drop"]
 WindowStart = Literal["even", "documents"]
 EvalMode = Literal["gen", "class", "strict"]
 BosRule = Literal["paper", "tokenizer"]
-MissingExperts = Literal["fetch", "route"]
+MissingExperts = Literal["fetch", "route", "host"]
 CacheKind = Literal["ours", "static", "dynamic"]
 Refresh = Literal["turn", "never"] | int
 Density = float | Sequence[float]
@@ -104,7 +104,8 @@ class LoadConfig:
     for."""
     missing_experts: MissingExperts = "fetch"
     """Of a mixture of experts, what happens to a token that is sent to an expert that is not resident: it is read from
-    where it rests ("fetch"), or the router chooses among the residents alone ("route")."""
+    where it rests ("fetch"), the router chooses among the residents alone ("route"), or, where the device is not the
+    CPU, the CPU computes it ("host")."""
     selection: SelectionMethod = "topk"
     batch_statistic: BatchStatistic = "sum"
     """How samples share experts: the sum of s^2, or the mean of s^2 / S ("mean"); METHOD: batch > 1."""

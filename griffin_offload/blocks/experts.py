@@ -6,19 +6,20 @@ numbers, over all of its tokens; an `ExpertSource` knows where an expert's tenso
 """
 
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from griffin_offload.blocks.base import ActivationCallback, Activations, Block
+from griffin_offload.blocks.expert_products import ExpertCall, ExpertSource, HostExperts
 from griffin_offload.blocks.routing import EXPERTS_IMPLEMENTATION
 from griffin_offload.devices.memory import in_host_memory, untouched_zeros
 from griffin_offload.errors import CheckpointError, UnsupportedModel
-from griffin_offload.formats.base import Format, Spec, Tensors, specs_bytes
+from griffin_offload.formats.base import Format, Spec, specs_bytes
 from griffin_offload.formats.expert_form import RECORDS, ExpertForm, ExpertMatrix
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.translated import read_row
@@ -30,20 +31,6 @@ EXPERTS_INPUT = "experts"
 _BLOCK, _FORM = "_griffin_offload_block", "_griffin_offload_form"
 # As configs call the number of experts that a token is sent to.
 _ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
-
-
-class ExpertSource(Protocol):
-    """Where the tensors of experts are while tokens pass."""
-
-    def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> Sequence[int]:
-        """Tokens were sent to `experts` (rising numbers), by `index` and `weights` [T, k]. Returns them in the order in
-        which they will be there."""
-
-    def tensors(self, expert: int) -> Sequence[Tensor]:
-        """Those of one of `experts`, in that order, valid until the next one is asked for."""
-
-    def settle(self, chosen: Sequence[int]) -> None:
-        """Of the experts that were handed out since the pass began, keep those that were `chosen`."""
 
 
 class ExpertActivations(Activations):
@@ -89,6 +76,8 @@ class Experts(Block):
         self._weighs_inputs = bool(getattr(module, "weighs_inputs", False))  # Llama 4: weights are of what goes in
         self.source: ExpertSource | None = None
         """None: all experts are the module's own."""
+        self._host: tuple[HostExperts, ExpertForm] | None = None
+        """What computes those that the source says are away, and how; None where none ever is."""
         self._observer: ActivationCallback | None = None
         self._limit: int | None = None
         config: Any = module.config
@@ -241,6 +230,10 @@ class Experts(Block):
     def unhook(self) -> None:
         self._observer = self._limit = None
 
+    def take_host(self, host: HostExperts) -> None:
+        """Have the CPU compute the experts that the source says are away."""
+        self._host = host, replace(self.form, scratch=host.scratch)
+
     def run(self, x: Tensor) -> Tensor:
         found: Any = self.parent(x)
         output: Tensor = found[0] if isinstance(found, tuple) else found
@@ -249,21 +242,18 @@ class Experts(Block):
     @torch.no_grad()
     def compute(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """What the experts module answers: [T, H] for hidden states [T, H], experts `index` and `weights` [T, k]."""
+        module: Any = self.module
         rows: list[list[int]] = index.tolist()
         experts = sorted({expert for row in rows for expert in row})
-        source = self.source or _Own(self.full())
-        order = source.begin(experts, index, weights)
+        call = ExpertCall(module, self.form, (hidden, index, weights), rows, self._limit)
         output, norms = torch.zeros_like(hidden), torch.zeros(index.shape, dtype=torch.float32, device=index.device)
         # They are added in the order of their numbers, whichever is there first: so the sum does not depend on that.
         early: dict[int, list[tuple[Tensor, Tensor]]] = {}
         waiting = list(experts)
-        for expert in order:
-            tensors = self.form.by_matrix(source.tensors(expert))
-            for token, choice in self._sent(index, rows, expert):
-                x, weight = hidden if len(rows) == 1 else hidden[token], weights[token, choice, None]
-                x = x * weight if self._weighs_inputs else x
-                added = _expert(self.module, self.form, x, tensors)
-                added = added if self._weighs_inputs else added * weight
+        for expert, parts in call.outputs(experts, self.source or _Own(self.full()), self._host):
+            for token, choice, given in parts:
+                added = module.post_expert_norm(given) if module.has_post_expert_norm else given
+                added = added if self._weighs_inputs else added * weights[token, choice, None]
                 if self._observer is not None:
                     norms[token, choice] = added.float().norm(dim=-1)
                 if expert == waiting[0]:
@@ -277,18 +267,11 @@ class Experts(Block):
             self._observer(ExpertActivations(norms, 0, index, self.neurons))
         return output
 
-    def _sent(self, index: Tensor, rows: Sequence[Sequence[int]], expert: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """Which tokens of `index`, in numbers `rows`, were sent to `expert`, and by which of their choices; at most
-        `_limit` at once."""
-        if len(rows) == 1:  # one that is decoded: nothing has to be looked for
-            return [(index.new_zeros(1), index.new_full((1,), rows[0].index(expert)))]
-        places = torch.where(index == expert)
-        limit = self._limit or places[0].numel()
-        return zip(*(found.split(limit) for found in places), strict=True)
-
 
 class _Own:
     """Experts that are all in the module."""
+
+    away = ()
 
     def __init__(self, full: Sequence[Tensor]) -> None:
         self._full = full
@@ -313,14 +296,6 @@ def _matrices(module: Any) -> tuple[ExpertMatrix, ...]:
         bias = f"{name}_bias" in module._parameters
         found.append(ExpertMatrix(name, outputs, inputs, name == "down_proj", bool(module.is_transposed), bias))
     return tuple(found)
-
-
-def _expert(module: Any, form: ExpertForm, x: Tensor, tensors: Mapping[str, Tensors]) -> Tensor:
-    first, down = form.matrices
-    inner = form.multiply(x, first, tensors[first.name])
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    output = form.multiply(inner, down, tensors[down.name])
-    return module.post_expert_norm(output) if module.has_post_expert_norm else output
 
 
 def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

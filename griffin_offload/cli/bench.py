@@ -12,6 +12,7 @@ from griffin_offload.cli.options import (
     Commands,
     add_bits_option,
     add_memory_options,
+    add_missing_experts_option,
     add_model_option,
     model_of,
     quiet_libraries,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _DEFAULTS = BenchConfig()
 _Density = float | str
 """A number, or auto."""
-_MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "quantize", "bits", "offline")
+_MEMORY = ("max_gpu_mem", "max_cpu_mem", "device", "offload", "dtype", "quantize", "bits", "offline", "missing_experts")
 
 
 def add_parser(commands: Commands) -> None:
@@ -64,6 +65,7 @@ def add_parser(commands: Commands) -> None:
     precisions = ("auto", *FORMAT_NAMES, *MIXED)
     add("--quantize", choices=precisions, default=LoadConfig.quantize, help="precision of the residents")
     add_bits_option(add)
+    add_missing_experts_option(add)
     add("--threads", type=int, metavar="N", help="threads that compute on the CPU")
     add("-q", "--quiet", action="store_true", help="no progress bar")
     add("--kernels", action="store_true", help="which function does what on this machine, and why others do not")
@@ -146,7 +148,7 @@ def _measure(arguments: argparse.Namespace, density: _Density, ceilings: "Ceilin
     from griffin_offload.engine.model import GriffinModel
     from griffin_offload.evaluation.speed import measure_speed
 
-    options = _options(arguments, density) | {"threads": ceilings.threads}
+    options = _options(arguments, density) | {"threads": ceilings.threads or arguments.threads}
     lengths = list(product(arguments.prompt_tokens, arguments.generate_tokens))
     with (
         GriffinModel.from_pretrained(model_of(arguments), **options) as model,

@@ -249,13 +249,7 @@ def add_model_options(parser: argparse.ArgumentParser, context: str = LEFT_OVER,
         help="fraction of FF neurons kept: auto, 0.5, or one per layer (0.5,0.7)",
     )
     _add_precision_options(add)
-    add(
-        "--missing-experts",
-        choices=get_args(MissingExperts),
-        default=_DEFAULTS.missing_experts,
-        help="mixtures of experts: read an expert that is not on the device when a token is sent to it, or send tokens "
-        "to those that are",
-    )
+    add_missing_experts_option(add)
     add = parser.add_argument_group("exactness").add_argument
     add(
         "--exact",
@@ -301,6 +295,16 @@ def _add_precision_options(add: Callable[..., Any]) -> None:
         f"(default: {_DEFAULTS.prefer})",
     )
     add_bits_option(add)
+
+
+def add_missing_experts_option(add: Callable[..., Any]) -> None:
+    """What becomes of a token that is sent to an expert that is not on the device."""
+    add(
+        "--missing-experts",
+        choices=get_args(MissingExperts),
+        default=_DEFAULTS.missing_experts,
+        help="mixtures of experts: read a missing one, send tokens to those that are there, or have the CPU compute it",
+    )
 
 
 def add_bits_option(add: Callable[..., Any], default: float | str | None = _DEFAULTS.bits) -> None:

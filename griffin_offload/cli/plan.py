@@ -237,9 +237,11 @@ def _forecast_lines(expected: "ExpertForecast | None") -> list[str]:
     total, active, resident = (f"{number / 1e9:.3g}" for number in numbers)
     lines = [f"{total} billion parameters, {active} for a token, {resident} resident"]
     if expected.expected_hit_rate < 1:
-        fetched = format_bytes(round(expected.fetched_bytes_per_token))
+        fetched = f"{format_bytes(round(expected.fetched_bytes_per_token))} fetched"
+        if expected.host_bytes_per_token:
+            fetched = f"{format_bytes(round(expected.host_bytes_per_token))} multiplied by the CPU"
         lines.append(
-            f"expected: {expected.expected_hit_rate:.0%} of what tokens are sent to is resident, {fetched} fetched for "
+            f"expected: {expected.expected_hit_rate:.0%} of what tokens are sent to is resident, {fetched} for "
             f"each token (assumed: routing by Zipf's law, exponent {expected.assumed_skew}, the most used resident)"
         )
     return lines
@@ -286,6 +288,8 @@ def plan_lines(plan: "Plan") -> list[str]:
         streamed = f"{format_bytes(plan.streamed_bytes)} of {format_bytes(plan.full_bytes)} once per prompt"
         through = f"through {plan.slots} slot{'s' if plan.slots != 1 else ''}"
         lines.append(f"streams at most {streamed}" if plan.experts else f"streams {streamed} {through}")
+    if plan.host_bytes:
+        lines.append(f"the CPU computes missing experts, in at most {format_bytes(plan.host_bytes)} beside the files")
     return lines
 
 

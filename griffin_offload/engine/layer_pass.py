@@ -96,10 +96,13 @@ class DecoderLayers:
             redirected=sum(router.redirected for router in self.routers.values()),
             guessed=sum(cache.guessed for cache in caches),
             wrong_bytes=self.expert_store.wrong_bytes if self.expert_store else 0,
+            by_host=sum(cache.computed_by_host for cache in caches),
+            host_bytes=self.expert_store.host_bytes if self.expert_store else 0,
         )
 
     def restrict(self, *, drafting: bool = False) -> None:
-        """Have missing experts read or not, as the model was loaded; while it is `drafting`, not."""
+        """Have missing experts read, for whoever computes them, or not, as the model was loaded; while it is
+        `drafting`, not."""
         for cache in self.experts.values():
             cache.restrict(drafting or self.config.missing_experts == "route")
 

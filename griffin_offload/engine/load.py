@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.expert_products import HostExperts
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import find_feed_forwards, self_check
 from griffin_offload.blocks.replace import swap_experts, swap_linears
@@ -19,7 +20,7 @@ from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
 from griffin_offload.devices.memory import Ledger, host_bytes
 from griffin_offload.devices.threads import limited_threads
-from griffin_offload.engine.build import build, use_own_attention, use_own_linears, use_own_norms
+from griffin_offload.engine.build import build, emulates_halves, use_own_attention, use_own_linears, use_own_norms
 from griffin_offload.engine.calibration import Importance, importance_of
 from griffin_offload.engine.layer_pass import DecoderLayers
 from griffin_offload.engine.residents import (
@@ -36,7 +37,7 @@ from griffin_offload.formats.linear import swap_head
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
 from griffin_offload.method.allocation import tiers_of
-from griffin_offload.offload.expert_buffers import ExpertBuffers
+from griffin_offload.offload.expert_buffers import ExpertBuffers, HostBuffers
 from griffin_offload.offload.expert_store import ExpertStore
 from griffin_offload.offload.layer_stream import BackgroundLoader, StreamConfig
 from griffin_offload.offload.weight_store import HostStore, MmapStore, Source
@@ -129,9 +130,10 @@ def _load(
         ff_chunk_tokens=plan.ff_chunk_tokens,
         config=config,
         expert_store=store,
-        expert_buffers=ExpertBuffers(plan.expert_slots, shape.expert_slots_in_decode(plan.expert_slots)),
+        expert_buffers=_expert_buffers(model_spec, plan),
     )
-    cache_experts(layers)
+    host = HostExperts(hardware, make_scratch(model_spec, shape, torch.device("cpu"))) if plan.host_bytes else None
+    cache_experts(layers, host)
     resident = resident_bytes(model)
     ledger.hold(residents=resident, offloaded=_offloaded_in_budget(model_spec, source))
     layers.arrival = BackgroundLoader(stages, jobs, check=pages.files.check_contents, finished=pages.close)
@@ -151,11 +153,17 @@ def _expert_store(full: dict[int, list[Tensor]], blocks: list[Block], model_spec
     return ExpertStore(full, evict=evicts(model_spec), fills=fills) if full else None
 
 
-def make_scratch(model_spec: ModelSpec, shape: ModelSizes) -> Scratch:
-    """What matrices are multiplied through that are not multiplied as they rest; empty where there are none."""
-    needed = model_spec.request.translated or not shape.is_plain
-    dtype = torch.float32 if model_spec.request.translated else model_spec.dtype
-    return Scratch(shape.scratch_bytes if needed else 0, dtype, model_spec.device)
+def _expert_buffers(model_spec: ModelSpec, plan: Plan) -> ExpertBuffers:
+    few = model_spec.shape_of(plan).expert_slots_in_decode(plan.expert_slots)
+    return ExpertBuffers(plan.expert_slots, few, HostBuffers(few, few) if plan.host_bytes else None)
+
+
+def make_scratch(model_spec: ModelSpec, shape: ModelSizes, device: torch.device | None = None) -> Scratch:
+    """What matrices are multiplied through that are not multiplied as they rest, on the model's device or another one;
+    empty where there are none."""
+    translated = model_spec.request.translated if device is None else emulates_halves(device, model_spec.dtype)
+    dtype = torch.float32 if translated else model_spec.dtype
+    return Scratch(shape.scratch_bytes if translated or not shape.is_plain else 0, dtype, device or model_spec.device)
 
 
 def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[StockModel, nn.ModuleList, list[Block]]:
@@ -187,7 +195,7 @@ def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[St
 
 def _threads(model_spec: ModelSpec, config: LoadConfig) -> int | None:
     if not model_spec.hardware.computes_on_cpu:
-        return None
+        return config.threads if config.missing_experts == "host" else None
     shape = model_spec.shape
     return config.threads or model_spec.hardware.choose_threads(
         shape.hidden_size, shape.width or shape.hidden_size, model_spec.dtype

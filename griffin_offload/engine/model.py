@@ -303,10 +303,10 @@ class GriffinModel(StockInterface):
     @property
     def shares_neurons(self) -> bool:
         """Whether sequences decoded together share a choice of neurons, and so change each other's answers: not where
-        all are resident, nor where an expert that is not is read."""
+        all are resident, nor where an expert that is not is read, or computed by the CPU."""
         layers = self._loaded.layers
         chooses = any(max(counts) < layers.blocks[index].neurons for index, counts in enumerate(layers.counts))
-        return chooses and not (self.plan.experts is not None and layers.config.missing_experts == "fetch")
+        return chooses and not (self.plan.experts is not None and layers.config.missing_experts != "route")
 
     @property
     def why_alone(self) -> str | None:
@@ -321,8 +321,8 @@ class GriffinModel(StockInterface):
             refresh=config.refresh if refresh is None else refresh,
             lookup=config.lookup if lookup is None else lookup,
         )
-        if self.plan.experts and not mode.exact and config.missing_experts == "fetch":
-            check_no_passes(mode.pass_tokens)
+        if self.plan.experts and not mode.exact and config.missing_experts != "route":
+            check_no_passes(mode.pass_tokens, config.missing_experts)
         if mode.exact:
             self._model_spec.check_exact(self._engine.shape.precision, self.plan.kv_bits)
         return mode

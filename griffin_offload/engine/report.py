@@ -148,7 +148,7 @@ class ExpertReport:
     hits: int
     """Experts of a layer and a forward that were on the device."""
     misses: int
-    """Those that were read."""
+    """Those that were read, whoever computed them."""
     routing_kept: float
     """Share of the prompt's routing weights that went to the experts that it chose, mean over layers."""
     choices: int = 0
@@ -158,12 +158,16 @@ class ExpertReport:
     """Of the misses, those that were being read before the router had chosen them."""
     wrong_bytes: int = 0
     """Read by guesses that nobody needed."""
+    by_host: int = 0
+    """Of the misses, those that the CPU computed for the device."""
+    host_bytes: int = 0
+    """Read for it, as files hold them; none of them went to the device, and none is among streamed ones."""
 
     def since(self, before: "ExpertReport | None") -> "ExpertReport":
         """With what was counted after `before`."""
         if before is None:
             return self
-        counts = ("hits", "misses", "choices", "redirected", "guessed", "wrong_bytes")
+        counts = ("hits", "misses", "choices", "redirected", "guessed", "wrong_bytes", "by_host", "host_bytes")
         return replace(self, **{name: getattr(self, name) - getattr(before, name) for name in counts})
 
     @property
@@ -183,6 +187,8 @@ class ExpertReport:
         found = f"{self.hit_rate:.1%} of {self.hits + self.misses} on the device"
         if self.choices:
             found = f"{self.redirected_share:.1%} of {self.choices} choices redirected"
+        if self.by_host:
+            found += f", {self.by_host} computed by the CPU ({format_bytes(self.host_bytes)})"
         return f"experts  {self.resident} resident   {found}   routing kept {self.routing_kept:.2f}"
 
 

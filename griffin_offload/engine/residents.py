@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
+from griffin_offload.blocks.expert_products import HostExperts
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.routing import RestrictedForward, RouterGuess
 from griffin_offload.checkpoint.mapped import FilePages
@@ -142,8 +143,9 @@ def compact_blocks(
     return compact, jobs
 
 
-def cache_experts(layers: DecoderLayers) -> None:
-    """Give every streamed layer of experts what keeps account of its places, and what keeps its router to them."""
+def cache_experts(layers: DecoderLayers, host: HostExperts | None) -> None:
+    """Give every streamed layer of experts what keeps account of its places, and what keeps its router to them; and
+    `host`, where the CPU computes what is missing."""
     for index, places in layers.compact.items():
         block = layers.blocks[index]
         if not isinstance(block, Experts):
@@ -151,6 +153,8 @@ def cache_experts(layers: DecoderLayers) -> None:
         assert layers.expert_store is not None, "streamed experts rest somewhere"
         cache = ExpertCache(index, layers.expert_store, block.places(places), layers.expert_buffers, block.neurons)
         block.source = layers.experts[index] = cache
+        if host is not None:
+            block.take_host(host)
         layers.routers[index] = block.parent.forward = RestrictedForward(block.parent, cache.allowed)
     layers.restrict()
     guess_experts(layers)
@@ -198,7 +202,7 @@ def materialise(layers: DecoderLayers, selected: dict[int, Tensor], dtype: torch
     feed = RowFeed(layers, dense, dtype)
     LayerPass(layers.decoder, layers.blocks, feed, [GatherSelected(layers, dense)]).walk()
     for index, cache in layers.experts.items():
-        if cache.restricted:  # else any that are there will do
+        if cache.keeps_choice:  # else any that are there will do
             cache.place(selected[index].tolist())
     layers.selected = selected
 

@@ -21,6 +21,7 @@ from griffin_offload.config import (
     CacheKind,
     KVBits,
     LoadConfig,
+    MissingExperts,
     pass_tokens,
 )
 from griffin_offload.devices.base import Device
@@ -165,6 +166,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         overhead_bytes=overhead_bytes,
         offloaded_in_budget=hardware.shares_host_memory and config.offload == "ram",
         ff_chunk_tokens=config.ff_chunk_tokens,
+        host_computes=config.missing_experts == "host",
         always_stream=config.always_stream,
         kv_bits=16 if config.kv_bits == "auto" else config.kv_bits,
         halves_kv=config.kv_bits == "auto" and cache == "ours" and not config.exact and not shapes[0].has_experts,
@@ -187,9 +189,8 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
     model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, ruled_out, request, assumed if absent else None)
     if config.exact:
         model_spec.check_exact(checkpoint.precision, request.kv_bits)
-    _check_neurons(model_spec, config)
-    _check_passes(model_spec, config)
-    _check_experts(model_spec, config)
+    for check in (_check_neurons, _check_passes, _check_experts):
+        check(model_spec, config)
     return model_spec
 
 
@@ -209,6 +210,11 @@ def _check_experts(model_spec: ModelSpec, config: LoadConfig) -> None:
                 f"{model_spec.checkpoint.config.model_type} is none: leave it out"
             )
         return
+    if config.missing_experts == "host" and model_spec.hardware.shares_host_memory:
+        raise UsageError(
+            "missing_experts='host' has the CPU compute for another device, and here it is the device itself: take "
+            "missing_experts='fetch'"
+        )
     if config.offload == "ram":
         raise UsageError(
             "offload='ram' does not hold experts yet: take offload='disk', which reads each when it is needed"
@@ -223,12 +229,13 @@ def _stored_share(checkpoint: Checkpoint, parts: PartSizes, dtype: torch.dtype) 
     return 0.0 if in_place else (parts.translated_share or 1) * checkpoint.dtype.itemsize / dtype.itemsize
 
 
-def check_no_passes(refresh: int) -> None:
-    """UsageError for passes between two tokens where missing experts are read: there is nothing to correct."""
+def check_no_passes(refresh: int, missing: MissingExperts) -> None:
+    """UsageError for passes between two tokens where missing experts are read or computed by the CPU: there is nothing
+    to correct."""
     if refresh:
         raise UsageError(
-            f"refresh={refresh} corrects what residents alone have computed, and with missing_experts='fetch' every "
-            "token is the full model's own: leave it out, or load with missing_experts='route'"
+            f"refresh={refresh} corrects what residents alone have computed, and with missing_experts={missing!r} "
+            "every token is the full model's own: leave it out, or load with missing_experts='route'"
         )
 
 
@@ -247,8 +254,8 @@ def _check_neurons(model_spec: ModelSpec, config: LoadConfig) -> None:
 
 def _check_passes(model_spec: ModelSpec, config: LoadConfig) -> None:
     """UsageError where the passes between two tokens cannot take the drafted ones back."""
-    if model_spec.shape.has_experts and not config.exact and config.missing_experts == "fetch":
-        check_no_passes(model_spec.request.pass_tokens)
+    if model_spec.shape.has_experts and not config.exact and config.missing_experts != "route":
+        check_no_passes(model_spec.request.pass_tokens, config.missing_experts)
     if model_spec.request.pass_tokens and model_spec.request.cache != "ours":
         reason = why_not_back(model_spec.checkpoint.config)
         raise UsageError(f"refresh={model_spec.request.pass_tokens} takes tokens back: {reason}")

@@ -59,7 +59,9 @@ class Speed:
     budget_bytes: int
     """What `peak_bytes` may reach."""
     decode_streamed_bytes: int
-    """Weights fetched while tokens were generated: 0."""
+    """Weights fetched while tokens were generated: 0, but for experts that tokens missed."""
+    decode_host_bytes: int
+    """Those of experts that the CPU computed for the device."""
     graphs: dict[str, Any] | None
     """CUDA graphs of the last run."""
 
@@ -147,6 +149,7 @@ def measure_speed(
         peak_bytes=max(report.peak_device_bytes for report in reports),
         budget_bytes=model.plan.budget_bytes,
         decode_streamed_bytes=sum(report.decode_streamed_bytes for report in reports),
+        decode_host_bytes=sum(report.experts.host_bytes for report in reports if report.experts),
         graphs=reports[-1].to_json()["graphs"],
     )
 

@@ -19,6 +19,8 @@ class Place:
     """All of it, uint8, where it lies there as in files that hold records."""
     own: bool = True
     """Allocated by `another`, and no part of a layer's."""
+    host: bool = False
+    """In host memory beside a device: of an expert that the CPU computes."""
     read: ExpertRead | None = None
     """What was last read into it; of a forward that failed it may go on."""
 
@@ -31,14 +33,16 @@ class Place:
         own, others = ([(tensor.shape, tensor.dtype) for tensor in one.tensors] for one in (self, other))
         return own == others
 
-    def another(self) -> "Place":
-        """One more of this kind."""
+    def another(self, *, host: bool = False) -> "Place":
+        """One more of this kind; or in host memory."""
         if self.record is None:
-            return Place([torch.empty_like(tensor) for tensor in self.tensors])
+            device = "cpu" if host else None
+            return Place([torch.empty_like(tensor, device=device) for tensor in self.tensors], host=host)
         record, begin = block_buffer(self.record.nbytes)[: self.record.nbytes], self.record.data_ptr()
         return Place(
             [record[own.data_ptr() - begin :][: own.nbytes].view(own.dtype).view(own.shape) for own in self.tensors],
             record,
+            host=host,
         )
 
 
@@ -46,8 +50,9 @@ class ExpertBuffers:
     """Places on the device for experts that have none in their layer, which all layers share: at most `limit` at once
     while a prompt passes, and `few` while tokens are decoded."""
 
-    def __init__(self, limit: int = 1, few: int = 1) -> None:
-        self.limit, self.few = limit, few
+    def __init__(self, limit: int = 1, few: int = 1, host: "HostBuffers | None" = None) -> None:
+        """`host` are those of decoding where the CPU computes what tokens miss: then it takes none of the device's."""
+        self.limit, self.few, self.host = limit, few if host is None else 0, host
         self._free: list[Place] = []
         self._taken: list[Place] = []
         self._guessed: dict[tuple[int, int], tuple[ExpertStore, ExpertRead, Place]] = {}
@@ -59,7 +64,14 @@ class ExpertBuffers:
         self.peak_bytes = 0
         """Since `begin`."""
 
+    @property
+    def of_tokens(self) -> "ExpertBuffers":
+        """Those of what is missed while tokens are decoded."""
+        return self.host or self
+
     def begin(self) -> None:
+        if self.host is not None:
+            self.host.begin()
         self.guesses = False
         self.drop_guesses()
         self.collect()
@@ -89,6 +101,9 @@ class ExpertBuffers:
             if not self._free or len(self._taken) >= limit:
                 return None
             self._free.pop()  # of another layer's shapes
+        return self._another(like)
+
+    def _another(self, like: Place) -> Place:
         return like.another()
 
     def exchange(self, taken: Place, other: Place) -> None:
@@ -106,6 +121,8 @@ class ExpertBuffers:
 
     def shrink(self) -> None:
         """Let go of all but the few that decoding needs."""
+        if self.host is not None:
+            self.host.shrink()
         self.give_back()
         self._free.sort(key=lambda place: place.own)  # a layer's memory would not be freed
         del self._free[self.few :]
@@ -117,7 +134,7 @@ class ExpertBuffers:
         """Have it read when nothing else is, if there is a buffer that nobody has."""
         place = self._take(like, self.few)
         if place is not None:
-            read = store.start(layer, expert, place.tensors, place.record, guess=True)
+            read = store.start(layer, expert, place.tensors, place.record, guess=True, host=place.host)
             self._guessed[layer, expert] = store, read, place
         return place is not None
 
@@ -145,6 +162,8 @@ class ExpertBuffers:
 
     def collect(self, *, wait: bool = True) -> None:
         """Count and take back the buffers of guesses that were cancelled, when nobody writes to them any more."""
+        if self.host is not None:
+            self.host.collect(wait=wait)
         for one in list(self._cancelled):
             store, read, place = one
             if wait or read.done.done():
@@ -156,3 +175,10 @@ class ExpertBuffers:
     def nbytes(self) -> int:
         guesses = [place for *_, place in (*self._guessed.values(), *self._cancelled)]
         return sum(place.nbytes for place in (*self._free, *self._taken, *guesses))
+
+
+class HostBuffers(ExpertBuffers):
+    """The same in host memory: of experts that the CPU computes for a device."""
+
+    def _another(self, like: Place) -> Place:
+        return like.another(host=True)

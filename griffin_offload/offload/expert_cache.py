@@ -5,6 +5,10 @@ there is less room than experts, those that the prompt's routing needs least are
 experts that are not there are read while those that are there compute: into the place of another one where it has been
 of more use lately, else into a buffer. Buffers that nobody has take guesses of what the next layer will need; one that
 was right becomes a place, and that place a buffer.
+
+Where the CPU computes what is missing, the buffers of decoding are in host memory: nothing leaves them for the device,
+and residents stay until the next prompt, but that a place which none has taken is read into. An expert that lies in a
+mapped file as it is computed with needs no buffer, if the page cache has room for the model.
 """
 
 from collections.abc import Sequence
@@ -49,12 +53,18 @@ class ExpertCache:
         self._waiting: list[int] = []
         self._reads: dict[int, tuple[ExpertRead, Place, int | None]] = {}
         """On their way, where to, and which of the layer's places they will have."""
+        self._by_host = buffers.host is not None
+        self._mapped = self._by_host and store.lies_as(layer, places)
+        self.away: frozenset[int] = frozenset()
+        """Of the experts that tokens were sent to last, those that the CPU computes."""
         self._used = torch.zeros(experts, dtype=torch.float64, device="cpu")
         """How much of the routing went to each expert lately, in tokens."""
         self.hits = self.misses = 0
         """Experts that were there, and that were not, when tokens were decoded."""
         self.guessed = 0
         """Of those that were not, those that were on their way before the router had chosen them."""
+        self.computed_by_host = 0
+        """Of those that were not, those that were read for the CPU to compute."""
         self.routing_kept: float | None = None
         """Share of the last prompt's routing weights that went to the experts that it chose."""
         self._routed = torch.zeros_like(self._used)
@@ -70,6 +80,11 @@ class ExpertCache:
         """Whether routing is kept to residents when tokens are decoded."""
         return self._restricted
 
+    @property
+    def keeps_choice(self) -> bool:
+        """Whether residents stay those that a prompt has chosen."""
+        return self._restricted or self._by_host
+
     def restrict(self, on: bool) -> None:
         """Keep routing to residents from now on, or have what is missing read."""
         self._restricted = on
@@ -84,7 +99,7 @@ class ExpertCache:
 
     def start_pass(self) -> list[Tensor]:
         """Until `end_pass` nothing that is read is given up. Returns all experts, as they lie."""
-        self._buffers.drop_guesses(self._layer)
+        self._buffers.of_tokens.drop_guesses(self._layer)
         self._held, self._routed = {}, torch.zeros_like(self._used)
         return self._store.tensors(self._layer)
 
@@ -95,7 +110,10 @@ class ExpertCache:
         total = float(self._routed.sum())
         self.routing_kept = float(self._routed[list(chosen)].sum()) / total if total else 1.0
         arriving = [expert for expert in chosen if expert in held]
-        self._give_up(chosen, None if self._restricted else len(arriving))
+        # What was given up for want of room: nothing would bring it back where the CPU computes what is missing.
+        lost = [one for one in chosen if one not in held and one not in self._place_of and self._routed[one]]
+        again = lost if self._by_host else []
+        self._give_up(chosen, None if self._restricted else len(arriving) + len(again))
         for expert in arriving:
             place = self._free[0]  # taken when it is full: an interrupt may come between
             for source, target in zip(held[expert].tensors, self._places[place].tensors, strict=True):
@@ -103,6 +121,9 @@ class ExpertCache:
             self._place_of[expert] = self._free.pop(0)
         if self._restricted:
             self.place(chosen)
+        else:
+            for expert in again:
+                self._read_into_place(expert, self._free.pop(0))
         self._note_residents()
         if total:
             self._used = self._routed / total / (1 - FADING)  # as if the prompt had gone on for ever
@@ -139,6 +160,7 @@ class ExpertCache:
 
     def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> Sequence[int]:
         self._abandon()  # of a forward that failed
+        self.away = frozenset()
         routed = _shares(index, weights, self._used.numel())
         missing = [expert for expert in experts if expert not in self._place_of]
         self._waiting = list(experts)
@@ -157,37 +179,43 @@ class ExpertCache:
         return [*(expert for expert in experts if expert not in missing), *self._fetch(missing)]
 
     def _fetch(self, missing: Sequence[int]) -> list[int]:
-        """Have all of them read; those that were guessed come first."""
-        self._buffers.give_back()
-        self._buffers.drop_guesses(self._layer, missing)
-        ahead = self._buffers.guessed(self._layer)
+        """Have all of them read; those that were guessed come first, and what the CPU computes last."""
+        buffers = self._buffers.of_tokens
+        buffers.give_back()
         places = {expert: self._place_for(expert) for expert in missing}  # in an order that no guess changes
+        self.away = frozenset(one for one in missing if places[one] is None) if self._by_host else frozenset()
+        self.computed_by_host += len(self.away)
+        buffers.drop_guesses(self._layer, [one for one in missing if one in self.away or not self._by_host])
+        ahead = buffers.guessed(self._layer)
         for expert in ahead:
-            self._reads[expert] = *self._buffers.claim(self._layer, expert), places[expert]
+            self._reads[expert] = *buffers.claim(self._layer, expert), places[expert]
         self.guessed += len(ahead)
         others = [expert for expert in missing if expert not in ahead]
         for expert in others:
             place = places[expert]
-            buffer = self._buffers.take(self._places[0], self._buffers.few) if place is None else None
-            if place is not None or buffer is not None:
-                self._start(expert, place, buffer)
-            else:
+            wants_buffer = place is None and not (self._mapped and expert in self.away)
+            buffer = buffers.take(self._places[0], buffers.few) if wants_buffer else None
+            if wants_buffer and buffer is None:
                 self._store.ask(self._layer, [expert])
-        return ahead + others
+            else:
+                self._start(expert, place, buffer)
+        return sorted(ahead + others, key=self.away.__contains__)
 
     @property
     def may_guess(self) -> bool:
         """Whether a guess would be of use: a token is decoded, and what it misses is read."""
-        return self._held is None and not self._restricted and self._buffers.guesses
+        wanted = not (self._restricted or self._mapped or (self._by_host and self._free))
+        return self._held is None and wanted and self._buffers.of_tokens.guesses
 
     def guess(self, experts: Sequence[int]) -> None:
         """A token that is decoded will be sent to `experts`, probably: what of them is missing is read while nothing
         else is, as far as there are buffers. A better guess may follow."""
         missing = [expert for expert in experts if expert not in self._place_of]
-        self._buffers.drop_guesses(self._layer, missing, complete=False)
-        known = self._buffers.guessed(self._layer)
+        buffers = self._buffers.of_tokens
+        buffers.drop_guesses(self._layer, missing, complete=False)
+        known = buffers.guessed(self._layer)
         for expert in missing:
-            if expert not in known and not self._buffers.guess(self._store, self._layer, expert, self._places[0]):
+            if expert not in known and not buffers.guess(self._store, self._layer, expert, self._places[0]):
                 break
 
     def tensors(self, expert: int) -> Sequence[Tensor]:
@@ -199,9 +227,9 @@ class ExpertCache:
         if expert in self._place_of:
             return self._places[self._place_of[expert]].tensors
         if expert not in self._reads:
-            # Those of experts that have computed.
-            self._buffers.give_back([into for _, into, _ in self._reads.values()])
-            self._start(expert, None, self._buffers.take(self._places[0], self._buffers.few))
+            buffers = self._buffers.of_tokens
+            buffers.give_back([into for _, into, _ in self._reads.values()])  # those of experts that have computed
+            self._start(expert, None, buffers.take(self._places[0], buffers.few))
         return self._finish(expert).tensors
 
     def _found(self, expert: int, held: dict[int, Place]) -> Place:
@@ -251,9 +279,10 @@ class ExpertCache:
         return None, held.pop(min(over, key=lambda one: (float(self._routed[one]), one)))
 
     def _place_for(self, expert: int) -> int | None:
-        """A free place, or that of the resident that was used least lately, if that was less; none that is needed."""
-        if self._free:
-            return self._free.pop(0)
+        """A free place, or that of the resident that was used least lately, if that was less; none that is needed, and
+        none where the CPU computes what is missing."""
+        if self._free or self._by_host:
+            return self._free.pop(0) if self._free else None
         others = [other for other in self._place_of if other not in self._waiting]
         if not others:
             return None
@@ -261,10 +290,16 @@ class ExpertCache:
         return self._place_of.pop(least) if self._used[least] < self._used[expert] else None
 
     def _start(self, expert: int, place: int | None, buffer: Place | None) -> None:
+        """Have it read into a place or a buffer; without either it is mapped."""
         into = buffer if place is None else self._places[place]
-        assert into is not None, "a place or a buffer"
-        into.read = self._store.start(self._layer, expert, into.tensors, into.record)
-        self._reads[expert] = into.read, into, place
+        if into is None:
+            assert self._mapped, "a place or a buffer"
+            read = self._store.start_mapped(self._layer, expert)
+            into = Place(list(read.into), own=False, host=True)
+        else:
+            read = self._store.start(self._layer, expert, into.tensors, into.record, host=into.host)
+        into.read = read
+        self._reads[expert] = read, into, place
 
     def _finish(self, expert: int) -> Place:
         """The expert, once it is there; in its place it is resident."""

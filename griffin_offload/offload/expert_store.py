@@ -33,10 +33,22 @@ Piece = tuple[int, Callable[[], None]]
 class ExpertRead:
     """An expert on its way into tensors of its own."""
 
-    def __init__(self, layer: int, expert: int, into: Sequence[Tensor], pieces: Sequence[Piece], *, made: bool) -> None:
+    def __init__(
+        self,
+        layer: int,
+        expert: int,
+        into: Sequence[Tensor],
+        pieces: Sequence[Piece],
+        *,
+        made: bool,
+        host: bool = False,
+        mapped: bool = False,
+    ) -> None:
         self.layer, self.expert, self.into = layer, expert, into
         self.made = made
         """Its pages are read, and it is made when somebody waits for it."""
+        self.host, self.mapped = host, mapped
+        """The CPU computes it beside a device; where its pages are mapped."""
         self.done: Future[None] = Future()
         """All pieces are read, or one has failed; of what was cancelled, nothing is written any more."""
         self.read_bytes = 0
@@ -158,7 +170,9 @@ class ExpertStore:
         """Of experts that lie in no file."""
         self.fetched_bytes = self.reads = 0
         self.wrong_bytes = 0
-        """Of the fetched ones, those of guesses that nobody needed."""
+        """Of the fetched ones and of those for the CPU, those of guesses that nobody needed."""
+        self.host_bytes = 0
+        """Read for the CPU to compute beside a device, and not fetched."""
         self.wait_s = 0.0
         """Seconds that the computation waited for experts."""
 
@@ -180,17 +194,41 @@ class ExpertStore:
         self.finish(self.start(layer, expert, into))
 
     def start(
-        self, layer: int, expert: int, into: Sequence[Tensor], record: Tensor | None = None, *, guess: bool = False
+        self,
+        layer: int,
+        expert: int,
+        into: Sequence[Tensor],
+        record: Tensor | None = None,
+        *,
+        guess: bool = False,
+        host: bool = False,
     ) -> ExpertRead:
         """Have readers begin with that; `finish`, or `give_up`, has to be called. `record` is the memory of `into`
-        where it lies there as in files that hold records."""
+        where it lies there as in files that hold records. It is counted as fetched, or as read for the `host`."""
         pieces = self._pieces(layer, expert, into, record)
         made = pieces is None
-        if pieces is None:
-            pieces = [(self.expert_bytes(layer), partial(self._pages.read, self._spans_of(layer, expert)))]
-        read = ExpertRead(layer, expert, into, pieces, made=made)
+        read = ExpertRead(layer, expert, into, pieces or self._pages_of(layer, expert), made=made, host=host)
         self._queue.add(read, guess=guess)
         return read
+
+    def lies_as(self, layer: int, places: Sequence[Tensor]) -> bool:
+        """Whether experts lie in the files as in `places` [N, ...], and the page cache has room for them."""
+        plain = all(
+            type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype == place.dtype
+            for tensor, place in zip(self._layers[layer], places, strict=True)
+        )
+        return plain and layer not in self._fills and not self._pages.evict
+
+    def start_mapped(self, layer: int, expert: int) -> ExpertRead:
+        """Have readers map an expert's pages, where the CPU multiplies it: its tensors are `into`."""
+        into = [tensor[expert] for tensor in self._layers[layer]]
+        pages = self._pages_of(layer, expert)
+        read = ExpertRead(layer, expert, into, pages, made=False, host=True, mapped=True)
+        self._queue.add(read, guess=False)
+        return read
+
+    def _pages_of(self, layer: int, expert: int) -> list[Piece]:
+        return [(self.expert_bytes(layer), partial(self._pages.read, self._spans_of(layer, expert)))]
 
     def want(self, read: ExpertRead) -> None:
         """What was a guess will be waited for."""
@@ -203,8 +241,9 @@ class ExpertStore:
         if read.made:
             self._fills.get(layer, read_rows)(self._layers[layer], read.expert, read.into)
         self._pages.files.check_contents(self._paths[layer])
-        self._pages.drop(self._spans_of(layer, read.expert))
-        self.fetched_bytes += read.read_bytes
+        if not read.mapped:
+            self._pages.drop(self._spans_of(layer, read.expert))
+        self._count(read)
         self.reads += 1
         self.wait_s += time.perf_counter() - start
 
@@ -216,8 +255,12 @@ class ExpertStore:
         """What was cancelled is let go of, once it is done; counted."""
         read.done.exception()
         self._pages.drop(self._spans_of(read.layer, read.expert))
-        self.fetched_bytes += read.read_bytes
+        self._count(read)
         self.wrong_bytes += read.read_bytes
+
+    def _count(self, read: ExpertRead) -> None:
+        self.host_bytes += read.read_bytes * read.host
+        self.fetched_bytes += read.read_bytes * (not read.host)
 
     def _pieces(self, layer: int, expert: int, into: Sequence[Tensor], record: Tensor | None) -> list[Piece] | None:
         """Of an expert that is used as it is stored; None for one that is made."""
@@ -284,6 +327,8 @@ def _in_pieces(extent: Extent, place: Tensor) -> list[tuple[Extent, Tensor]]:
 
 class PassingExperts:
     """`ExpertSource` of a layer of which none stays: they pass one by one through one buffer, as they are stored."""
+
+    away = ()
 
     def __init__(self, layer: int, store: ExpertStore) -> None:
         self._layer, self._store = layer, store

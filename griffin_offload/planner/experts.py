@@ -28,6 +28,8 @@ class ExpertForecast:
     """Weight bytes in memory that a token is multiplied by, residents and fetched ones."""
     fetched_bytes_per_token: float
     """As files hold them, of experts that are not resident."""
+    host_bytes_per_token: float
+    """The same where they are not fetched, but computed by the CPU for a device."""
     assumed_skew: float = ASSUMED_SKEW
 
     def to_json(self) -> dict[str, Any]:
@@ -45,6 +47,9 @@ def forecast(shape: ModelSizes, plan: Plan, stored_share: float = 1.0) -> Expert
     rates = [hit_rate(kept, layer.neurons) for layer, kept in pairs]
     needed = sum(layer.experts for layer, _ in pairs)
     missed = [layer.experts * (1 - rate) for (layer, _), rate in zip(pairs, rates, strict=True)]
+    away_bytes = sum(
+        count * layer.ff_bytes / layer.neurons * stored_share for count, (layer, _) in zip(missed, pairs, strict=True)
+    )
     resting = sum((kept - layer.experts) * layer.neuron_bytes for layer, kept in pairs)
     return ExpertForecast(
         parameters=total,
@@ -52,10 +57,8 @@ def forecast(shape: ModelSizes, plan: Plan, stored_share: float = 1.0) -> Expert
         resident_parameters=total - away,
         expected_hit_rate=1 - sum(missed) / needed,
         read_bytes_per_token=plan.decoded_bytes - resting,
-        fetched_bytes_per_token=sum(
-            count * layer.ff_bytes / layer.neurons * stored_share
-            for count, (layer, _) in zip(missed, pairs, strict=True)
-        ),
+        fetched_bytes_per_token=0.0 if plan.host_bytes else away_bytes,
+        host_bytes_per_token=away_bytes if plan.host_bytes else 0.0,
     )
 
 

@@ -67,6 +67,9 @@ class Plan:
     """Experts of a layer that are there beside its residents while a prompt passes."""
     experts: tuple[int, int] | None = None
     """Of a mixture of experts, how many a layer keeps and has, in the layer that keeps the smallest share."""
+    host_bytes: int = 0
+    """Of host memory beside the files, at most, where the CPU computes what tokens miss: experts that are read or made
+    for it. 0 where it does not, or nothing is missed."""
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -144,6 +147,7 @@ class Plan:
             "density": self.density,
             "experts": self.experts,
             "expert_slots": self.expert_slots,
+            "host_bytes": self.host_bytes,
             "precision": self.precision,
             "tiers": self.tiers,
             "context_tokens": self.context_tokens,
@@ -328,7 +332,8 @@ def _priced(
     _, most = _expert_slots(shape, counts, streamed)
     expert_slots = most if request.expert_slots is None else request.expert_slots
     in_slots = _slot_bytes(shape, request, streamed, slots) + _experts_bytes(shape, request, streamed, expert_slots)
-    missing = _experts_bytes(shape, request, streamed, shape.expert_slots_in_decode(expert_slots))
+    missed = shape.expert_slots_in_decode(expert_slots)
+    missing = _experts_bytes(shape, request, streamed, 0 if request.host_computes else missed)
     in_decode = in_slots if use.pass_tokens else missing
     prefill, decode = _moments(shape, request, use, counts, streamed, (in_slots, in_decode))
     return Plan(
@@ -336,6 +341,7 @@ def _priced(
         experts=_experts(shape, counts),
         active_experts=max(layer.experts for layer in shape.layers),
         expert_slots=expert_slots,
+        host_bytes=_experts_bytes(shape, request, streamed, missed) if request.host_computes else 0,
         counts=counts,
         streamed=streamed,
         slots=slots,

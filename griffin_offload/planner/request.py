@@ -48,6 +48,8 @@ class PlanRequest:
     ff_chunk_tokens: int | None = None
     expert_slots: int | None = None
     """Experts of a layer beside its residents while a prompt passes; None: as many as there is room for."""
+    host_computes: bool = False
+    """What tokens miss of experts is computed by the CPU, in host memory beside the device's."""
     always_stream: bool = False
     host_embeddings: bool = True
     """Whether the embeddings may stay on the host where that helps."""

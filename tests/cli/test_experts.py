@@ -6,6 +6,8 @@ import pytest
 from packed_experts import write_mxfp4
 from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
 
+from griffin_offload.units import format_bytes
+
 
 @pytest.fixture
 def mixture(tmp_path: Path) -> Path:
@@ -31,6 +33,25 @@ def test_plan_and_run(cli, mixture: Path):
     routed = cli("run", "the cat", *flags, "-n", "8", "--raw", "--json", "--missing-experts", "route").json
     assert routed["decode_streamed_bytes"] == 0
     assert 0 < routed["experts"]["redirected_share"] < 1
+
+
+def test_experts_that_the_cpu_computes(cli, mixture: Path):
+    """A plan for another machine says what travels; here, where the CPU is the device, every command refuses."""
+    sizes = ("-m", mixture, "--missing-experts", "host")
+    flags = (*sizes, "--density", "0.5", "--ctx-size", "64")
+    plan = ("plan", *flags, "--device", "cuda", "--max-gpu-mem", "3GB", "--quantize", "none")
+    shown, found = cli(*plan).out, cli(*plan, "--json").json
+    expert_bytes, forecast = 3 * 96 * 32 * 4, found["expert_forecast"]
+    assert found["host_bytes"] == 4 * expert_bytes  # of two that a token is sent to, and two that the next one may be
+    assert found["parts_decode"]["slots"] == 0 < found["parts_prefill"]["slots"]
+    room = format_bytes(found["host_bytes"])
+    assert f"the CPU computes missing experts, in at most {room} beside the files" in shown
+    assert "multiplied by the CPU for each token" in shown
+    missed = 3 * 2 * (1 - forecast["expected_hit_rate"])
+    assert forecast["host_bytes_per_token"] == pytest.approx(missed * expert_bytes)
+    assert forecast["fetched_bytes_per_token"] == 0
+    for command in (("run", "the cat", *sizes), ("chat", *sizes), ("serve", *sizes), ("bench", *sizes)):
+        cli.refuses(2, r"missing_experts='host' .* take missing_experts='fetch'", *command, "--device", "cpu")
 
 
 def test_drafts_and_saved_prompts(cli, mixture: Path, tmp_path: Path):

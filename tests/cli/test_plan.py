@@ -16,7 +16,7 @@ from griffin_offload.units import format_bytes
 pytestmark = pytest.mark.usefixtures("measured_once")
 
 KEYS = {
-    *("experts", "expert_slots", "expert_forecast", "tiers"),
+    *("experts", "expert_slots", "host_bytes", "expert_forecast", "tiers"),
     *("fits", "density", "precision", "context_tokens", "prompt_tokens", "batch", "kv_bits"),
     *("peak_prefill_bytes", "peak_decode_bytes", "resident_bytes", "streamed_bytes", "slots", "ff_chunk_tokens"),
     *("budget_bytes", "full_bytes", "embeddings", "parts", "parts_prefill", "parts_decode", "parts_16bit", "remedy"),

@@ -158,3 +158,19 @@ def test_the_int8_kernel_is_ours_and_right(dtype: torch.dtype):
     assert first.function is int8pack.triton_product
     assert first.takes(x, {"weight": weight})
     triton_gemv.check_kernel(device, dtype)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4", "deepseek_v3"])
+def test_experts_that_the_cpu_computes(checkpoints, name: str, quantize: str):
+    """The answer of `fetch`, up to how the two round; no weight goes to the device for it."""
+    options = {"device": "cuda", "max_gpu_mem": "4GB", "density": 0.25, "ctx_size": 128, "quantize": quantize}
+    found = []
+    for missing in ("fetch", "host"):
+        with GriffinModel.from_pretrained(checkpoints(name), missing_experts=missing, **options) as model:
+            output = _generate(model, new_tokens=24, output_logits=True, return_dict_in_generate=True)
+            assert model.last_report.peak_device_bytes <= model.plan.budget_bytes
+            found.append(torch.stack(output.logits))
+    report = model.last_report
+    assert report.decode_streamed_bytes == 0 < report.experts.by_host == report.experts.misses
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)

@@ -104,6 +104,8 @@ def test_the_router_itself_is_asked(mixtures, name: str):
 class _Backwards:
     """A source of experts that come in another order."""
 
+    away = ()
+
     def __init__(self, full: list[Tensor]) -> None:
         self._full = full
 

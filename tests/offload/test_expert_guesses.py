@@ -200,8 +200,8 @@ class Failing(ExpertStore):
 
     failing = False
 
-    def start(self, *arguments: Any, guess: bool = False) -> ExpertRead:
-        read = super().start(*arguments, guess=guess)
+    def start(self, *arguments: Any, **options: bool) -> ExpertRead:
+        read = super().start(*arguments, **options)
         if self.failing:
             read.done.result(60)
             read.done = Future()

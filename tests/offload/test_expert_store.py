@@ -13,7 +13,7 @@ from torch import Tensor
 
 from griffin_offload.checkpoint.direct_io import DirectReader, Extent
 from griffin_offload.checkpoint.safetensors import map_file
-from griffin_offload.offload.expert_buffers import ExpertBuffers
+from griffin_offload.offload.expert_buffers import ExpertBuffers, HostBuffers
 from griffin_offload.offload.expert_cache import ExpertCache
 from griffin_offload.offload.expert_store import ExpertRead, ExpertStore
 
@@ -30,7 +30,8 @@ class Unreliable(ExpertStore):
         super().finish(read)
         if self.failing:
             self.reads -= 1
-            self.fetched_bytes -= self.expert_bytes(read.layer)
+            self.fetched_bytes -= self.expert_bytes(read.layer) * (not read.host)
+            self.host_bytes -= self.expert_bytes(read.layer) * read.host
             read.into[0].fill_(-1)
             raise OSError("the disk is gone")
 
@@ -74,6 +75,45 @@ def test_every_token_gets_its_experts(steps: list[tuple[list[int], bool]]):
     assert cache.residents == list(range(PLACES))
     _decode(cache, cache.residents)
     assert all(_right(full, cache.tensors(expert), expert) for expert in cache.residents)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.permutations(range(EXPERTS)), st.integers(1, EXPERTS), st.booleans()), min_size=1),
+    st.booleans(),
+    st.integers(1, 3),
+)
+def test_what_the_cpu_computes(steps: list[tuple[list[int], int, bool]], in_place: bool, few: int):
+    """Any number of experts at once, where they lie or through few buffers: places that are free take what is missed
+    first, and once they are taken nothing changes them, whatever fails."""
+    full = [torch.arange(EXPERTS, dtype=torch.float32)[:, None, None] + torch.zeros(EXPERTS, *s) for s in SHAPES]
+    store, places = Unreliable({0: full}, evict=not in_place), [torch.zeros(PLACES, *shape) for shape in SHAPES]
+    buffers = ExpertBuffers(1, few, HostBuffers(few, few))
+    cache, filled, computed = ExpertCache(0, store, places, buffers, EXPERTS), 0, 0
+    for order, count, failing in steps:
+        store.failing = failing and not in_place
+        experts, before = sorted(order[:count]), set(cache.residents)
+        index = torch.tensor([experts])
+        found = cache.begin(experts, index, torch.ones(index.shape))
+        assert sorted(found) == experts
+        missing, free = [one for one in experts if one not in before], PLACES - len(before)
+        assert cache.away == set(missing[free:])
+        assert set(found[len(found) - len(cache.away) :]) == cache.away
+        for expert in found:
+            if store.failing and expert in missing:
+                with pytest.raises(OSError, match="gone"):
+                    cache.tensors(expert)
+                break
+            assert _right(full, cache.tensors(expert), expert)
+            computed += expert in cache.away
+            filled += expert in missing[:free]
+        assert before <= set(cache.residents) <= before | set(missing[:free])
+        assert buffers.nbytes == 0
+        assert buffers.host.nbytes <= (0 if in_place else few * store.expert_bytes(0))
+    assert (store.host_bytes, store.fetched_bytes) == (computed * store.expert_bytes(0), filled * store.expert_bytes(0))
+    store.failing = False
+    cache.place(range(PLACES))  # no place was lost
+    assert cache.residents == list(range(PLACES))
 
 
 _PASSES = st.lists(
@@ -129,7 +169,7 @@ def test_experts_that_are_missing_together(monkeypatch: pytest.MonkeyPatch):
     cache.place([0, 1, 2])
     log: list[tuple[str, int]] = []
     start, finish = store.start, store.finish
-    monkeypatch.setattr(store, "start", lambda layer, e, *into: (log.append(("start", e)), start(layer, e, *into))[1])
+    monkeypatch.setattr(store, "start", lambda layer, e, *a, **b: log.append(("start", e)) or start(layer, e, *a, **b))
     monkeypatch.setattr(store, "finish", lambda read: (log.append(("finish", read.expert)), finish(read))[1])
     for _ in range(3):  # 4 and 5 come to be used more than what is there
         _decode(cache, [4, 5])
