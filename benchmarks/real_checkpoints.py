@@ -128,17 +128,24 @@ def _dequantise(place: Path, file: str, out: Path) -> None:
 
 
 def write_permuted(folder: Path, out: Path) -> float:
-    """The same function with its residual channels in another order; KL(folder || out) in float32, or ValueError.
+    """The same function with its residual channels and each layer's neurons in another order; KL(folder || out) in
+    float32, or ValueError.
 
-    Numbers that were quantised in groups along the residual channels lie on a grid there, which flatters every codec
-    with the same groups. Permuted, a group holds numbers of many grids.
+    Numbers that were quantised in groups along channels or neurons lie on a grid there, which flatters every codec with
+    the same groups. Permuted, a group holds numbers of many grids.
     """
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
     with safe_open(folder / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    hidden = next(tensor.shape[1] for name, tensor in tensors.items() if "embed_tokens" in name)
-    order = torch.randperm(hidden, generator=torch.Generator().manual_seed(0))
-    permuted = {name: permute_channels(name, tensor, order).contiguous() for name, tensor in tensors.items()}
+    sizes = {"embed_tokens": 1, "gate_proj": 0}
+    hidden, inner = (
+        next(own.shape[axis] for name, own in tensors.items() if key in name) for key, axis in sizes.items()
+    )
+    order, neurons = (torch.randperm(size, generator=torch.Generator().manual_seed(0)) for size in (hidden, inner))
+    permuted = {
+        name: permute_neurons(name, permute_channels(name, tensor, order), neurons).contiguous()
+        for name, tensor in tensors.items()
+    }
     save_file(permuted, out / "model.safetensors", {"format": "pt"})
     return check_same(folder, out)
 
@@ -155,6 +162,13 @@ def permute_channels(name: str, tensor: Tensor, order: Tensor) -> Tensor:
     if re.search(r"(embed_tokens|lm_head|\.[qkv]_proj|\.(gate|up)_proj)\.weight$", name):
         return tensor[:, order]
     raise ValueError(f"{name}: not known where its residual channels are")
+
+
+def permute_neurons(name: str, tensor: Tensor, order: Tensor) -> Tensor:
+    """`tensor` with a feed-forward's neurons, if it has any, in `order`."""
+    if re.search(r"\.(gate|up)_proj\.weight$", name):
+        return tensor[order]
+    return tensor[:, order] if re.search(r"\.down_proj\.weight$", name) else tensor
 
 
 @torch.inference_mode()

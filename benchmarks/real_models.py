@@ -10,7 +10,7 @@
 Two small models come from the package index, by name and version (real_checkpoints.py). Everything is held against the
 same weights by stock transformers in float32: in 16 bit that itself differs from it. Every variant has a process of its
 own, so that one that dies is a row, too. With `--bits` or `--budgets` quality alone is measured, and of permuted
-residual channels, so that no grid of the file that the numbers come from flatters a format. With `--codecs` copies
+channels and neurons, so that no grid of the file that the numbers come from flatters a format. With `--codecs` copies
 stand beside llama.cpp's codecs on the same rows: attention is ours in both, in int4.
 """
 
@@ -243,7 +243,7 @@ def measure_model(
 ) -> None:
     """As stored, and, unless it is to be quick, permuted; bits and budgets of the latter alone."""
     for permuted in (True,) if not args.repeats else (False,) if args.quick else (False, True):
-        section = Section(source.title + (", residual channels permuted" if permuted else ""), source.packages, None)
+        section = Section(source.title + (", channels and neurons permuted" if permuted else ""), source.packages, None)
         sections.append(section)
         measure_folder(section, lambda: fetched(source, args.models), args, step, permuted=permuted)
 
@@ -293,7 +293,7 @@ def notes(args: argparse.Namespace) -> list[str]:
         f"exact: tokens that a verifying pass gives, {EXACT_WINDOWS} prompts of the first text, {EXACT_TOKENS} tokens "
         f"each; what is stored drafts at density {EXACT_DENSITY:g}, on the way fewer bits draft for 16",
         "permuted: SmolLM2's numbers lie on a 4-bit grid along the inputs, which flatters int4; the same function "
-        "with its residual channels in another order has no such grid",
+        "with its channels and neurons in another order has no such grid",
     ]
     if args.codecs:
         lines += [

@@ -262,13 +262,15 @@ def measure_variant(
             plan, shape = model.plan, model.engine.shape
             planned = (f"{plan.in_words}, density {plan.density:.2f}", bits_of(shape, plan.counts))
             error = expected_error(shape, plan.counts)
+            resident = model.resident_bytes
             if numbers:
-                put_numbers(model.model, numbers[0])
+                count = put_numbers(model.model, numbers[0])
+                resident += round(count * (numbers[1] - planned[1]) / 8)
                 planned, error = ("FFs by llama.cpp's codec", numbers[1]), None
             scores = {name: score(model, of["ids"], of["logits"]) for name, of in kept.items()}
             asked = range(repeats + 1 if repeats else 0)
             speeds = [run_fixed(model, prompts[0], SPEED_TOKENS).decode_tokens_per_s for _ in asked]
-            found = (scores, model.resident_bytes, bytes_of_a_token(model), speeds[1:], answers(model) if asked else [])
+            found = (scores, resident, bytes_of_a_token(model), speeds[1:], answers(model) if asked else [])
         exact = tokens_per_pass(folder, prompts[:EXACT_WINDOWS], options) if variant.drafts and repeats else None
         return Measured(*found, exact, *planned, error)
     except Exception as error:  # a row of the page says so

@@ -243,11 +243,8 @@ def add_model_options(parser: argparse.ArgumentParser, context: str = LEFT_OVER,
     add = add_memory_options(parser).add_argument
     add("--ctx-size", type=int, metavar="TOKENS", help=f"context that memory is kept for (default: {context})")
     add("--kv-bits", type=_number_or_word, choices=get_args(AskedKVBits), default=_DEFAULTS.kv_bits, help=_KV_BITS)
-    add(
-        "--density",
-        default=_DEFAULTS.density,
-        help="fraction of FF neurons kept: auto, 0.5, or one per layer (0.5,0.7)",
-    )
+    kept = "fraction of FF neurons kept: auto, 0.5, or one per layer (0.5,0.7)"
+    add("--density", default=_DEFAULTS.density, help=kept)
     _add_precision_options(add)
     add_missing_experts_option(add)
     add = parser.add_argument_group("exactness").add_argument
