@@ -198,7 +198,8 @@ def variants_of(args: argparse.Namespace, folder: Path, *, permuted: bool) -> li
         )
         codecs = [Variant(codec, **int4, codec=codec) for codec in args.codecs]
         in_turns = (each for pair in zip_longest(tiers, codecs) for each in pair if each is not None)
-        return [Variant("int4", **int4), *in_turns, *layers]
+        of_int4 = Variant("int4 of its own copy", {"quantize": "int4", "density": 1.0}, "int4")
+        return [Variant("int4", **int4), of_int4, *in_turns, *layers]
     if args.bits:
         found = [Variant(f"all in {name}", {"quantize": name, "density": 1.0}) for name in args.formats]
         for bits in sorted(args.bits, reverse=True):
