@@ -121,7 +121,7 @@ REPORTED: dict[str, Kind] = {
         """
         engine/test_hybrids.py::test_density_one_is_dense_and_half_is_masked[
             smollm3 | exaone4 | modernbert_decoder | ctrl | bert]
-        blocks/test_kept_state.py::test_the_true_reason_is_named[a past that is no KV cache | experts that are called]
+        blocks/test_kept_state.py::test_the_true_reason_is_named[a past that is no KV cache | no KV cache at all]
         checkpoint/test_foreign.py::test_other_kinds_of_models_are_named[bart | vit]
         """,
     ),

@@ -114,6 +114,9 @@ _DONE, _FAILED = b"D", b"F"
 # What templates call the switch: Qwen's, GLM's, SmolLM's and Hunyuan's; Granite's and DeepSeek's.
 _THINKING = ("enable_thinking", "thinking")
 _CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+PATIENCE_S = 1.0
+"""Twice as long a process may wait, in vain, before it is asked again."""
+_TRIES = 5
 _PIECE_BYTES = 1 << 20
 
 Ids = list[int]
@@ -140,7 +143,7 @@ def kept_tokenizer(path: Path) -> Tokenizer | None:
 
 def encode(tokenizer: Tokenizer, text: str) -> Ids:
     """Token ids of `text`, with the special tokens that the tokenizer adds. CheckpointError where it fails."""
-    return _begun_once(tokenizer, _bounded(lambda: tokenizer(text)["input_ids"], len(text)))
+    return _begun_once(tokenizer, bounded(lambda: tokenizer(text)["input_ids"], len(text)))
 
 
 def encode_messages(
@@ -153,7 +156,7 @@ def encode_messages(
     switches = {} if thinking is None else dict.fromkeys(thinking_switches(tokenizer), thinking)
     settings: dict[str, Any] = {"add_generation_prompt": True, **switches, **variables}
     try:
-        return _begun_once(tokenizer, _bounded(lambda: _templated(tokenizer, messages, settings), letters))
+        return _begun_once(tokenizer, bounded(lambda: _templated(tokenizer, messages, settings), letters))
     except CheckpointError as error:
         raise TemplateError(str(error)) from error
 
@@ -190,7 +193,7 @@ _QUESTION, _ANSWER = "Question", "Answer"
 def template_end(tokenizer: Tokenizer) -> Ids:
     """The special token that the chat template writes behind an answer: one id or none. CheckpointError where the
     template fails."""
-    return _bounded(lambda: _behind_answer(tokenizer), len(_QUESTION + _ANSWER))
+    return bounded(lambda: _behind_answer(tokenizer), len(_QUESTION + _ANSWER))
 
 
 def _behind_answer(tokenizer: Tokenizer) -> Ids:
@@ -225,7 +228,7 @@ def thinking_switches(tokenizer: Tokenizer) -> list[str]:
     return found
 
 
-def _bounded(work: Callable[[], Sequence[int]], letters: int) -> Ids:
+def bounded(work: Callable[[], Sequence[int]], letters: int) -> Ids:
     """What `work` returns, or CheckpointError with what it raised, or which limit it met."""
     if not hasattr(os, "fork"):
         try:
@@ -233,6 +236,21 @@ def _bounded(work: Callable[[], Sequence[int]], letters: int) -> Ids:
         except Exception as error:
             raise CheckpointError(one_line(error)) from error
     limit_s = LIMIT_S + LIMIT_S_PER_MB * letters / 1e6
+    # A lock that another thread held when the child was made is never given back in there.
+    answers = (_asked(work, limit_s) for _ in range(_TRIES))
+    answer = next((found for found in answers if found is not None), None)
+    if answer is None:
+        raise CheckpointError(f"it waited for something {_TRIES} times and did not go on")
+    if answer[:1] == _DONE:
+        ids = array.array("q")
+        ids.frombytes(answer[1:])
+        return ids.tolist()
+    said = answer[1:].decode(errors="replace") or f"it needs more than {format_bytes(MEMORY_BYTES)} of memory"
+    raise CheckpointError(said)
+
+
+def _asked(work: Callable[[], Sequence[int]], limit_s: float) -> bytes | None:
+    """What a child says; None where it waits and computes nothing."""
     read, write = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of other threads: the child takes none of their locks
@@ -241,18 +259,12 @@ def _bounded(work: Callable[[], Sequence[int]], letters: int) -> Ids:
         _child(work, write, limit_s)
     os.close(write)
     try:
-        answer = _read_all(read, limit_s)
+        return _read_all(read, pid, limit_s)
     finally:
         os.close(read)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # an answer is whole when the pipe is closed
         os.waitpid(pid, 0)
-    if answer[:1] == _DONE:
-        ids = array.array("q")
-        ids.frombytes(answer[1:])
-        return ids.tolist()
-    said = answer[1:].decode(errors="replace") or f"it needs more than {format_bytes(MEMORY_BYTES)} of memory"
-    raise CheckpointError(said)
 
 
 def _child(work: Callable[[], Sequence[int]], pipe: int, limit_s: float) -> None:
@@ -287,14 +299,31 @@ def _limit(limit_s: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _read_all(pipe: int, limit_s: float) -> bytes:
-    """All that comes until the other end is closed; CheckpointError when that takes too long."""
+def _read_all(pipe: int, pid: int, limit_s: float) -> bytes | None:
+    """All that comes until the other end is closed; None where the process `pid` behind it waits, CheckpointError when
+    it takes too long."""
     found, end = bytearray(), time.monotonic() + limit_s
+    before: tuple[str, str] | None = None
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
-    while poll.poll(max(end - time.monotonic(), 0) * 1000):
+    while (left := end - time.monotonic()) > 0:
+        if not poll.poll(min(left, PATIENCE_S) * 1000):
+            now = _ticks_of_sleeper(pid)
+            if now is not None and now == before:
+                return None
+            before = now
+            continue
         piece = os.read(pipe, _PIECE_BYTES)
         if not piece:
             return bytes(found)
         found += piece
     raise CheckpointError(f"it takes more than {limit_s:.0f} s")
+
+
+def _ticks_of_sleeper(pid: int) -> tuple[str, str] | None:
+    """The processor time of a process that waits for something but a disk; None of others, and where no /proc says."""
+    try:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (numbers[10], numbers[11]) if state == "S" else None

@@ -120,7 +120,7 @@ def test_its_defaults_can_be_changed(checkpoints):
         (lambda m: torch.export.export(m.model, (_ids(),)), "cannot be traced or exported"),
         (lambda m: list(torch.nn.Module.named_children(m)), r"use \.model\._modules"),
         (lambda m: m.nothing, "a GriffinModel has no attribute 'nothing'"),
-        (lambda m: GriffinModel.from_pretrained(), "the model's name is empty"),
+        (lambda m: GriffinModel.from_pretrained(), "the name is empty: give a checkpoint"),
         (lambda m: m.model.train(), "train it in transformers"),
         (lambda m: m.model.resize_token_embeddings(400), "save it, and load that"),
         (lambda m: m.model.set_input_embeddings(torch.nn.Embedding(9, 32)), "save it, and load that"),
