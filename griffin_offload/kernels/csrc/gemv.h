@@ -36,6 +36,15 @@ INLINED int64_t few_filled(const Product *p) { return (p->inputs + FEW_FILLED - 
 
 INLINED int8_t *few_bytes(const Product *p, int64_t row) { return (int8_t *)p->numbers + row * few_filled(p); }
 
+/* `count` numbers, up to 8, and zeros. What is behind them is read, too: of `step` and `floats` all that gemv.py makes for
+ * a product is one piece of memory, with `lanes` at its end. */
+AVX2 INLINED __m256 lanes_at(const float *from, int64_t count) {
+    const __m256 all = _mm256_loadu_ps(from);
+    if (count >= LANES) return all;
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_and_ps(all, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), lane)));
+}
+
 /* The largest magnitude of those whose bits are here, which are ordered as they are, NaN above all. */
 AVX2 INLINED float largest_of(__m256i most) {
     __m128i half = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));

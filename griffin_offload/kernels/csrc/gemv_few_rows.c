@@ -14,14 +14,6 @@ AVX2 INLINED float row_scale(const Product *p, int64_t output) {
     return scale;
 }
 
-AVX2 INLINED __m256 floats_at(const float *from, int64_t count) {
-    if (count >= LANES) return _mm256_loadu_ps(from);
-    if (count <= 0) return _mm256_setzero_ps();
-    float numbers[LANES] = {0};
-    memcpy(numbers, from, (size_t)count * sizeof *numbers);
-    return _mm256_loadu_ps(numbers);
-}
-
 #define EIGHT 8 /* groups of FEW_FILLED inputs */
 #define FOUR 4  /* whose bytes of lower bits fill a vector, a lane a half */
 
@@ -47,17 +39,18 @@ AVX2 INLINED __m256i four_groups(const uint8_t *from, __m256i *nibbles, const in
     return _mm256_set_m128i(lower[1], lower[0]);
 }
 
-/* Add `count` groups, up to 4, of an output and of `rows` rows from `first`: sums of four places fit 16 bits. */
+/* Add `count` groups, up to 4, of an output and of `rows` rows from `first`: sums of four places fit 16 bits. Behind the
+ * last group others are read, of the next output, which the inputs' steps leave out. */
 AVX2 INLINED void add_four(const Product *p, int64_t output, int64_t group, const int64_t count, int64_t first,
                            __m256 (*total)[2], const int rows, const int bits) {
     const int64_t groups = groups_of_row(p), at = output * groups + group;
     const __m256i one = _mm256_set1_epi16(1);
-    const uint8_t *from = (const uint8_t *)p->weight + at * CODE_BYTES(bits);
-    uint8_t filled[FOUR * CODE_BYTES(3)] = {0};
-    int64_t pairs = 0;
-    if (count < FOUR) from = memcpy(filled, from, (size_t)(count * CODE_BYTES(bits)));
-    else if (p->ahead) fetch_ahead(from, 1);
-    memcpy(&pairs, p->groups + at * PAIR_BYTES, (size_t)count * PAIR_BYTES);
+    const uint8_t *from = (const uint8_t *)p->weight + at * CODE_BYTES(bits), *pairs = p->groups + at * PAIR_BYTES;
+    uint8_t last[FOUR * (CODE_BYTES(3) + PAIR_BYTES)] = {0};
+    if (count < FOUR && at + FOUR > p->outputs * groups) { /* nothing is behind it */
+        from = memcpy(last, from, (size_t)(count * CODE_BYTES(bits)));
+        pairs = memcpy(last + FOUR * CODE_BYTES(3), pairs, (size_t)count * PAIR_BYTES);
+    } else if (p->ahead) fetch_ahead(from, 1);
     __m256i sum[4], nibbles = one;
     const __m256i low = four_groups(from, &nibbles, bits);
 #pragma GCC unroll 4
@@ -70,13 +63,13 @@ AVX2 INLINED void add_four(const Product *p, int64_t output, int64_t group, cons
         }
     }
     __m256 step, offset;
-    eight_halves(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(pairs)), &step, &offset, bits);
+    eight_halves(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)pairs)), &step, &offset, bits);
     offset = _mm256_mul_ps(step, offset);
     for (int r = 0; r < rows; r++) {
         const int64_t here = 2 * ((first + r) * groups + group);
-        const __m256 scale = _mm256_mul_ps(step, floats_at(p->step + here, 2 * count));
+        const __m256 scale = _mm256_mul_ps(step, lanes_at(p->step + here, 2 * count));
         const __m256 own = _mm256_cvtepi32_ps(_mm256_madd_epi16(sum[r], one));
-        total[r][0] = _mm256_fmadd_ps(offset, floats_at(p->floats + here, 2 * count), total[r][0]);
+        total[r][0] = _mm256_fmadd_ps(offset, lanes_at(p->floats + here, 2 * count), total[r][0]);
         total[r][1] = _mm256_fmadd_ps(own, scale, total[r][1]);
     }
 }

@@ -6,31 +6,6 @@
 #include "gemv.h"
 #include "int4.h"
 
-/* `count` numbers of 32 bits, up to 8, and zeros. */
-AVX2 INLINED __m256 eight_at(const float *from, int64_t count) {
-    if (count >= LANES) return _mm256_loadu_ps(from);
-    float numbers[LANES] = {0};
-    memcpy(numbers, from, (size_t)count * sizeof *numbers);
-    return _mm256_loadu_ps(numbers);
-}
-
-AVX2 INLINED __m128i eight_pairs(const uint8_t *from, int64_t count) {
-    if (count >= LANES) return _mm_loadu_si128((const __m128i *)from);
-    uint8_t pairs[LANES * PAIR_BYTES] = {0};
-    memcpy(pairs, from, (size_t)count * PAIR_BYTES);
-    return _mm_loadu_si128((const __m128i *)pairs);
-}
-
-/* Codes of two groups, or of one, or zeros: low ones of both and high ones. */
-AVX2 INLINED void codes_of_two(const uint8_t *from, int64_t groups, __m256i *low, __m256i *high) {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i both = groups > 1   ? _mm256_loadu_si256((const __m256i *)from)
-                         : groups > 0 ? _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)from))
-                                      : _mm256_setzero_si256();
-    *low = _mm256_and_si256(both, nibble);
-    *high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-}
-
 /* Four 32-bit pairs of each of two vectors' halves become two each, of one vector and the other in turns. */
 AVX2 INLINED __m256i folded(__m256i one, __m256i other) {
     return _mm256_add_epi16(_mm256_unpacklo_epi32(one, other), _mm256_unpackhi_epi32(one, other));
@@ -41,29 +16,35 @@ AVX2 INLINED __m256i folded_twice(__m256i one, __m256i other) {
 }
 
 /* Add `count` groups, up to 8, of an output and of `rows` rows from `first`. A vector has two groups, a half each; sums
- * are folded until a lane is a group: sixteen products with codes of four bits fit 16. */
+ * are folded until a lane is a group: sixteen products with codes of four bits fit 16. Behind the last group others are
+ * read, of the next output, which the inputs' steps leave out. */
 AVX2 INLINED void add_eight(const Product *p, int64_t output, int64_t group, const int64_t count, int64_t first,
                             __m256 (*total)[2], const int rows) {
     const int64_t groups = groups_of(p), at = output * groups + group;
     const __m256i one = _mm256_set1_epi16(1), by_halves = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-    const uint8_t *codes = codes_of(p, at);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const uint8_t *codes = codes_of(p, at), *pairs = p->groups + at * PAIR_BYTES;
+    uint8_t last[LANES * (INT4_BYTES + PAIR_BYTES)] = {0};
+    if (count < LANES && at + LANES > p->outputs * groups) { /* nothing is behind it */
+        codes = memcpy(last, codes, (size_t)count * INT4_BYTES);
+        pairs = memcpy(last + LANES * INT4_BYTES, pairs, (size_t)count * PAIR_BYTES);
+    }
     __m256 step, offset;
     __m256i four[2][4];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
         __m256i low[2], high[2];
-        const int64_t left = count - 4 * i;
         if (p->ahead) fetch_ahead(codes + i * FOUR_BYTES, 1);
-        for (int two = 0; two < 2; two++)
-            codes_of_two(codes + i * FOUR_BYTES + 2 * two * INT4_BYTES, left - 2 * two, &low[two], &high[two]);
+        for (int two = 0; two < 2; two++) {
+            const uint8_t *from = codes + i * FOUR_BYTES + 2 * two * INT4_BYTES;
+            const __m256i both = _mm256_loadu_si256((const __m256i *)from);
+            low[two] = _mm256_and_si256(both, nibble);
+            high[two] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+        }
         for (int r = 0; r < rows; r++) {
             const int8_t *x = filled_bytes(p, first + r) + group * INT4_GROUP + i * FILLED;
             __m256i sum[2];
             for (int two = 0; two < 2; two++, x += INT4_GROUP) {
-                if (left <= 2 * two) {
-                    sum[two] = _mm256_setzero_si256();
-                    continue;
-                }
                 const __m256i lower = _mm256_maddubs_epi16(low[two], _mm256_loadu_si256((const __m256i *)x));
                 const __m256i upper =
                     _mm256_maddubs_epi16(high[two], _mm256_loadu_si256((const __m256i *)(x + FILLED / 2)));
@@ -72,13 +53,13 @@ AVX2 INLINED void add_eight(const Product *p, int64_t output, int64_t group, con
             four[i][r] = folded(sum[0], sum[1]);
         }
     }
-    eight_steps(eight_pairs(p->groups + at * PAIR_BYTES, count), &step, &offset);
+    eight_steps(_mm_loadu_si128((const __m128i *)pairs), &step, &offset);
     offset = _mm256_mul_ps(step, offset);
     for (int r = 0; r < rows; r++) {
         const int64_t here = (first + r) * groups + group;
-        const __m256 scale = _mm256_mul_ps(step, eight_at(p->step + here, count));
+        const __m256 scale = _mm256_mul_ps(step, lanes_at(p->step + here, count));
         const __m256 own = _mm256_cvtepi32_ps(_mm256_madd_epi16(folded_twice(four[0][r], four[1][r]), one));
-        total[r][0] = _mm256_fmadd_ps(offset, eight_at(p->floats + here, count), total[r][0]);
+        total[r][0] = _mm256_fmadd_ps(offset, lanes_at(p->floats + here, count), total[r][0]);
         total[r][1] = _mm256_fmadd_ps(own, _mm256_permutevar8x32_ps(scale, by_halves), total[r][1]);
     }
 }
