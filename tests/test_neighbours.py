@@ -246,8 +246,8 @@ HABITS: dict[str, Kind] = {
     "hybrids called mixtures of experts": (
         "What is refused is refused for what it is.",
         """
-        blocks/test_kept_state.py::test_the_true_reason_is_named[no KV cache at all | a past that | experts that are]
-        engine/test_hybrids.py::test_density_one_is_dense_and_half_is_masked[olmo_hybrid | granite_h]
+        blocks/test_kept_state.py::test_the_true_reason_is_named[no KV cache at all | a past that]
+        engine/test_hybrids.py::test_density_one_is_dense_and_half_is_masked[olmo_hybrid | granite_h | falcon_h1]
         blocks/test_feedforward.py::test_others_are_refused_by_name[jetmoe]
         """,
     ),
@@ -349,7 +349,7 @@ HABITS: dict[str, Kind] = {
     "memory of Gemma": (
         "Memory beside the budget is what is promised.",
         """
-        cli/test_run.py::test_memory_beside_the_budget_with_a_large_vocabulary[--exact | --quantize-int8 | --density]
+        cli/test_run.py::test_memory_beside_the_budget_with_a_large_vocabulary[--exact | --quantize-int8]
         cli/test_run.py::test_the_demo_needs_no_flags_and_less_memory_than_its_file
         devices/test_memory.py::test_what_a_run_gives_back_before_its_end_counts
         """,
