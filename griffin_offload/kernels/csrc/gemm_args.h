@@ -1,4 +1,4 @@
-/* A matrix product as Python asks for it (product.py), and what kernels need to read its matrix. */
+/* A matrix product as Python asks for it (library.py), and what kernels need to read its matrix. */
 #ifndef GRIFFIN_OFFLOAD_PRODUCT_H
 #define GRIFFIN_OFFLOAD_PRODUCT_H
 
@@ -11,7 +11,7 @@
 /* AVX-512 with products of two neighbours in bfloat16 summed in float32. */
 #define BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16")))
 
-/* product.py packs these fields, in this order. */
+/* library.py packs these fields, in this order. */
 typedef struct {
     const void *x;           /* [rows, inputs] of x_type */
     const void *input_scale; /* [inputs] of x_type, or none */

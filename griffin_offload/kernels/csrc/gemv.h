@@ -1,6 +1,7 @@
-/* What the kernels for a few rows share. Called by few_rows.py.
+/* What the kernels for a few rows share. Called by gemv.py.
  *
- * For quantised matrices inputs become 16-bit integers with one scale a group, so that sums are exact in 32 bits.
+ * For quantised matrices inputs become integers with one scale a group, of 16 bits for int8 and mostly of 8 for fewer, so
+ * that sums are exact.
  * Float32 inputs are two such rows, the second being what the first leaves over. Each weight is read once.
  */
 #ifndef GRIFFIN_OFFLOAD_FEW_ROWS_H
