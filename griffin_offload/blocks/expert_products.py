@@ -5,7 +5,8 @@ before the device has work of its own; while that computes its residents the CPU
 comes back in one copy. There it is weighted and added like what the device has computed itself.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,11 +24,18 @@ class ExpertSource(Protocol):
         which they will be there."""
 
     @property
+    def there(self) -> int:
+        """So many of these experts, the first ones in that order, are there now, and stay until all were asked for."""
+
+    @property
     def away(self) -> Collection[int]:
         """Of these experts, the last ones in that order, those whose tensors are the CPU's, which computes them."""
 
     def tensors(self, expert: int) -> Sequence[Tensor]:
-        """Those of one of `experts`, in that order, valid until the next one is asked for."""
+        """Those of one of `experts`, in that order; of all but the first ones valid until the next one is asked for."""
+
+    def told(self, expert: int, dtype: torch.dtype, tell: Callable[[Sequence[Tensor], torch.dtype], Any]) -> Any:
+        """In place of `tensors`, what `tell` says of them and a type: it is asked once while they lie there."""
 
     def settle(self, chosen: Sequence[int]) -> None:
         """Of the experts that were handed out since the pass began, keep those that were `chosen`."""
@@ -42,6 +50,10 @@ class Multiplies(Protocol):
     def by_matrix(self, tensors: Sequence[Tensor]) -> Mapping[str, Any]: ...
 
     def multiply(self, x: Tensor, matrix: Any, tensors: Any) -> Tensor: ...
+
+    def at_once(self, x: Tensor) -> Any: ...
+
+    def tell(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Any: ...
 
 
 class HostExperts:
@@ -77,8 +89,10 @@ class HostExperts:
         return buffer, buffer[: like.nbytes].view(like.dtype).view(like.shape)
 
 
+FEW = 8
+"""Up to so many tokens are multiplied at once by all of their experts that are there."""
 Part = tuple[Tensor, Tensor, Tensor]
-"""Tokens [M] that were sent to an expert, by which of their choices [M], and what it gives them [M, H], without weights
+"""Tokens [M], by which of their choices [M] an expert was to have them, and what it gives them [M, H], without weights
 and norm."""
 
 
@@ -98,12 +112,68 @@ class ExpertCall:
         self._hidden, self._index, self._weights = given
         self._weighs_inputs = bool(getattr(module, "weighs_inputs", False))  # Llama 4
 
-    def outputs(
-        self, experts: Sequence[int], source: ExpertSource, beside: tuple[HostExperts, Multiplies] | None
-    ) -> Iterator[tuple[int, Iterable[Part]]]:
-        """Of each of `experts`, in the order in which they are there, what it gives, in parts. `beside` is what the CPU
-        computes with, and how."""
+    def outputs(self, source: ExpertSource, beside: tuple[HostExperts, Multiplies] | None) -> Iterator[Part]:
+        """What experts give, in parts, in the order of their numbers, whichever is there first: sums do not depend on
+        that. `beside` is what the CPU computes with, and how."""
+        experts = sorted({expert for row in self._rows for expert in row})
         order = source.begin(experts, self._index, self._weights)
+        if 0 < len(self._rows) <= min(FEW, self._limit or FEW) and not source.away:
+            pairs = sorted((expert, t, c) for t, row in enumerate(self._rows) for c, expert in enumerate(row))
+            token, choice = (torch.tensor([pair[i] for pair in pairs], device=self._index.device) for i in (1, 2))
+            x = self._inputs(token, choice)
+            several = self._form.at_once(x)
+            if several is not None:
+                yield token, choice, self._at_once(x, [pair[0] for pair in pairs], order, source, several)
+                return
+        waiting, early = list(experts), dict[int, list[Part]]()
+        for expert, parts in self._one_by_one(order, source, beside):
+            if expert != waiting[0]:
+                early[expert] = list(parts)
+                continue
+            yield from parts
+            waiting.pop(0)
+            while waiting and waiting[0] in early:
+                yield from early.pop(waiting.pop(0))
+
+    def _inputs(self, token: Tensor, choice: Tensor) -> Tensor:
+        """What experts are given: of one token, itself."""
+        x = self._hidden if len(self._rows) == 1 else self._hidden[token]
+        return x * self._weights[token, choice, None] if self._weighs_inputs else x
+
+    def _at_once(self, x: Tensor, sent: list[int], order: Sequence[int], source: ExpertSource, several: Any) -> Tensor:
+        """What experts give the tokens they were `sent`, [P, H], by one call for each matrix of all experts that are
+        there. x is of all of these tokens, or one row for all."""
+        (multiply, multiply_down), tell = several, self._form.tell
+        first: dict[int, int] = {}
+        for place, expert in enumerate(sent):
+            first.setdefault(expert, place)
+        groups = [order[: source.there], *([expert] for expert in order[source.there :])]
+        found, arrived = [], list[int]()
+        for group in groups:
+            told = [source.told(expert, x.dtype, tell) for expert in group]
+            if not told:
+                continue
+            counts = [sent.count(expert) for expert in group]
+            rows = (
+                [(0, 1) for _ in group]
+                if x.shape[0] == 1
+                else [(first[e], n) for e, n in zip(group, counts, strict=True)]
+            )
+            inner = self._gated(multiply(x, [own[0] for own in told], rows))
+            ends = itertools.accumulate(counts, initial=0)
+            found.append(multiply_down(inner, [own[1] for own in told], list(zip(ends, counts, strict=False))))
+            arrived += [first[expert] + i for expert, count in zip(group, counts, strict=True) for i in range(count)]
+        given: Tensor = found[0] if len(found) == 1 else torch.cat(found)
+        return given if len(found) == 1 else given[torch.tensor(arrived, device="cpu").argsort()]
+
+    def _gated(self, inner: Tensor) -> Tensor:
+        found: Tensor = self._module._apply_gate(inner) if self._module.has_gate else self._module.act_fn(inner)
+        return found
+
+    def _one_by_one(
+        self, order: Sequence[int], source: ExpertSource, beside: tuple[HostExperts, Multiplies] | None
+    ) -> Iterator[tuple[int, Iterable[Part]]]:
+        """Of each expert, in the order in which they are there, what it gives, in parts."""
         away = [expert for expert in order if expert in source.away]
         if not away:
             for expert in order:
@@ -131,10 +201,7 @@ class ExpertCall:
         tensors = self._form.by_matrix(source.tensors(expert))
         first, down = self._form.matrices
         for token, choice in sent:
-            x = self._hidden if len(self._rows) == 1 else self._hidden[token]
-            x = x * self._weights[token, choice, None] if self._weighs_inputs else x
-            inner = self._form.multiply(x, first, tensors[first.name])
-            inner = self._module._apply_gate(inner) if self._module.has_gate else self._module.act_fn(inner)
+            inner = self._gated(self._form.multiply(self._inputs(token, choice), first, tensors[first.name]))
             yield token, choice, self._form.multiply(inner, down, tensors[down.name])
 
     def _sent(self, expert: int) -> Iterable[tuple[Tensor, Tensor]]:

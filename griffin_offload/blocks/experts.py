@@ -6,7 +6,7 @@ numbers, over all of its tokens; an `ExpertSource` knows where an expert's tenso
 """
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from griffin_offload.formats.expert_form import RECORDS, ExpertForm, ExpertMatri
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.translated import read_row
 from griffin_offload.kernels.by_blocks import Scratch
+from griffin_offload.kernels.gemv import Place, lie_there, places_of
 from griffin_offload.method.allocation import Counts
 
 EXPERTS_INPUT = "experts"
@@ -80,6 +81,9 @@ class Experts(Block):
         """What computes those that the source says are away, and how; None where none ever is."""
         self._observer: ActivationCallback | None = None
         self._limit: int | None = None
+        self._told: dict[tuple[int, torch.dtype], Any] = {}
+        self._told_of: ExpertForm | None = None
+        self._told_where: list[Place] = []
         config: Any = module.config
         config._experts_implementation = EXPERTS_IMPLEMENTATION
         module.__dict__[_BLOCK] = weakref.ref(self)  # no cycle: weights go with the last name of the model
@@ -243,45 +247,58 @@ class Experts(Block):
     def compute(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """What the experts module answers: [T, H] for hidden states [T, H], experts `index` and `weights` [T, k]."""
         module: Any = self.module
-        rows: list[list[int]] = index.tolist()
-        experts = sorted({expert for row in rows for expert in row})
-        call = ExpertCall(module, self.form, (hidden, index, weights), rows, self._limit)
+        call = ExpertCall(module, self.form, (hidden, index, weights), index.tolist(), self._limit)
         output, norms = torch.zeros_like(hidden), torch.zeros(index.shape, dtype=torch.float32, device=index.device)
-        # They are added in the order of their numbers, whichever is there first: so the sum does not depend on that.
-        early: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        waiting = list(experts)
-        for expert, parts in call.outputs(experts, self.source or _Own(self.full()), self._host):
-            for token, choice, given in parts:
-                added = module.post_expert_norm(given) if module.has_post_expert_norm else given
-                added = added if self._weighs_inputs else added * weights[token, choice, None]
-                if self._observer is not None:
-                    norms[token, choice] = added.float().norm(dim=-1)
-                if expert == waiting[0]:
-                    output.index_add_(0, token, added.to(output.dtype))
-                else:
-                    early.setdefault(expert, []).append((token, added.to(output.dtype)))
-            while waiting and (waiting[0] == expert or waiting[0] in early):
-                for token, added in early.pop(waiting.pop(0), ()):
-                    output.index_add_(0, token, added)
+        for token, choice, given in call.outputs(self.source or _Own(self), self._host):
+            added = module.post_expert_norm(given) if module.has_post_expert_norm else given
+            added = added if self._weighs_inputs else added * weights[token, choice, None]
+            if self._observer is not None:
+                norms[token, choice] = added.float().norm(dim=-1)
+            output.index_add_(0, token, added.to(output.dtype))
         if self._observer is not None:
             self._observer(ExpertActivations(norms, 0, index, self.neurons))
         return output
 
+    def told(self) -> dict[tuple[int, torch.dtype], Any] | None:
+        """By expert and type of what it is given, what kernels were told of the module's own experts as they lie now;
+        None where they are made whenever they are asked for."""
+        parameters = self.module._parameters.values()
+        if self._told_of is not self.form or not lie_there(parameters, self._told_where):
+            if any(type(own) is not nn.Parameter for own in parameters if own is not None):
+                return None
+            self._told, self._told_of, self._told_where = {}, self.form, places_of(parameters)
+        return self._told
+
 
 class _Own:
-    """Experts that are all in the module."""
+    """Experts that are all in the module, for one call."""
 
     away = ()
 
-    def __init__(self, full: Sequence[Tensor]) -> None:
-        self._full = full
+    def __init__(self, block: Experts) -> None:
+        self._block, self._told = block, block.told()
+        self._full: list[Tensor] | None = None
+        self._made: Sequence[Tensor] = ()
+        self.there = 0
 
     def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> Sequence[int]:
         """All are there."""
+        self.there = 0 if self._told is None else len(experts)
         return experts
 
     def tensors(self, expert: int) -> Sequence[Tensor]:
+        if self._full is None:
+            self._full = self._block.full()
         return [tensor[expert] for tensor in self._full]
+
+    def told(self, expert: int, dtype: torch.dtype, tell: Callable[[Sequence[Tensor], torch.dtype], Any]) -> Any:
+        if self._told is None:
+            self._made = self.tensors(expert)  # which nothing else keeps
+            return tell(self._made, dtype)
+        key = expert, dtype
+        if key not in self._told:
+            self._told[key] = tell(self.tensors(expert), dtype)
+        return self._told[key]
 
     def settle(self, chosen: Sequence[int]) -> None:
         """All stay."""

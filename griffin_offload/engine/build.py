@@ -12,9 +12,10 @@ Sums are in float32 and rounded once, as in torch's, so results differ by the or
 
 import copy
 import re
+import sys
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -219,16 +220,30 @@ class _OwnLinear:
 
 
 ATTENTION_NAME, STOCK_ATTENTION = "griffin_offload_one_token", "sdpa"
+SINKS_NAME, STOCK_SINKS = "griffin_offload_with_sinks", "eager"
+"""The same of models whose heads have sinks, which torch's own attention does not know."""
+OWN_ATTENTION = (ATTENTION_NAME, SINKS_NAME)
 
 
 def use_own_attention(model: StockModel) -> None:
-    """Let our kernel attend for single tokens where a model's attention is torch's, found by transformers' interface;
-    others stay as they are."""
-    if model.config._attn_implementation != STOCK_ATTENTION or not model._supports_attention_backend:
+    """Let our kernel attend for single tokens where a model's attention is torch's, found by transformers' interface,
+    or one with sinks; others stay as they are."""
+    stock = model.config._attn_implementation
+    has_sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    if stock != (STOCK_SINKS if has_sinks else STOCK_ATTENTION) or not model._supports_attention_backend:
         return
-    AttentionInterface.register(ATTENTION_NAME, attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, ALL_MASK_ATTENTION_FUNCTIONS[STOCK_ATTENTION])
-    model.set_attn_implementation(ATTENTION_NAME)
+    name = SINKS_NAME if has_sinks else ATTENTION_NAME
+    masks = _mask_beside_sinks if has_sinks else ALL_MASK_ATTENTION_FUNCTIONS[stock]
+    AttentionInterface.register(name, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, masks)
+    model.set_attn_implementation(name)
+
+
+def _mask_beside_sinks(batch_size: int, q_length: int, *rest: Any, **options: Any) -> Tensor | None:
+    """For one token that of torch's attention, which is none where all is seen; else what is added to scores."""
+    make = ALL_MASK_ATTENTION_FUNCTIONS[STOCK_ATTENTION if q_length == 1 else STOCK_SINKS]
+    found: Tensor | None = make(batch_size, q_length, *rest, **options)
+    return found
 
 
 def attention_forward(
@@ -243,7 +258,26 @@ def attention_forward(
     raise AssertionError("torch attends where nothing else does")
 
 
-table.add(table.Kernel("attention", "one_token", "sdpa", sdpa_attention_forward, ours=False), last=True)
+def eager_attention_of(module: nn.Module) -> Callable[..., tuple[Tensor, Any]] | None:
+    """What the file of its class computes step by step."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def _stock_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if kwargs.get("s_aux") is None:
+        found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return found
+    eager = eager_attention_of(module)
+    assert eager is not None, "it was the model's own"
+    if mask is not None and mask.dtype == torch.bool:
+        least = torch.finfo(query.dtype).min
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, least)
+    return eager(module, query, key, value, mask, **kwargs)[0], None
+
+
+table.add(table.Kernel("attention", "one_token", "sdpa", _stock_attention, ours=False), last=True)
 
 
 def attend_to_each(

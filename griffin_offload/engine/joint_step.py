@@ -8,7 +8,6 @@ copied to be put side by side, and no mask is needed. It works where a model loo
 
 import contextlib
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from griffin_offload.blocks.states import lasting_kinds, looks_at_length, rope_border, state_kinds, windows_of
-from griffin_offload.engine.build import ATTENTION_NAME, attend_to_each
+from griffin_offload.engine.build import OWN_ATTENTION, SINKS_NAME, attend_to_each, eager_attention_of
 from griffin_offload.engine.model_interface import StockForward, one_token_each
 from griffin_offload.errors import one_line
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
@@ -87,12 +86,12 @@ def _attend(
     """As transformers calls an attention: query [N, heads, 1, D] to [N, 1, heads, D], or that of prompts,
     [1, heads, T, D], to [1, T, heads, D]."""
     lengths = key.lengths
-    if lengths is None and key.implementation == ATTENTION_NAME:
+    if lengths is None and key.implementation in OWN_ATTENTION:
         return attend_to_each(module, query, key.parts, value.parts, **options)
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager = eager_attention_of(module)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(key.implementation, eager)
     own = list(zip(_apart(query, lengths), key.parts, value.parts, strict=True))
-    adds_masks = attend is eager and lengths is not None
+    adds_masks = (attend is eager or key.implementation == SINKS_NAME) and lengths is not None
     masks = [_causal_mask(states[0]) if adds_masks else None for states in own]
     found = [attend(module, *states, mask, **options)[0] for states, mask in zip(own, masks, strict=True)]
     return torch.cat(found, dim=0 if lengths is None else 1), None

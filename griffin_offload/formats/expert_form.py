@@ -15,7 +15,8 @@ from torch import Tensor
 from griffin_offload.formats.base import Format, Layout, Spec, Tensors
 from griffin_offload.formats.translated import StackedTensor, read_row, read_rows
 from griffin_offload.kernels.by_blocks import Scratch
-from griffin_offload.kernels.table import products
+from griffin_offload.kernels.gemv import Told, tell_typed
+from griffin_offload.kernels.table import Several, products
 
 RECORDS = "records"
 """The parameter that experts of a converted checkpoint lie in: uint8 [E, bytes of a record]."""
@@ -155,6 +156,11 @@ class ExpertForm:
         keys = self.layout(matrix).specs(matrix.outputs, matrix.inputs, is_down=is_down)
         return {key: _name(matrix, key) for key in (*keys, *(["bias"] if matrix.bias else []))}
 
+    @cached_property
+    def _layouts(self) -> dict[str, str]:
+        """Of matrices in a place, by their names."""
+        return {matrix.name: self.layout(matrix).name for matrix in self.matrices}
+
     def layout(self, matrix: ExpertMatrix) -> Layout:
         """Of the matrix in a place."""
         own = self._format(matrix, self.precision)
@@ -172,6 +178,25 @@ class ExpertForm:
                 product: Tensor = kernel.function(x, found, matrix.outputs, self.scratch)
                 return product
         raise AssertionError("torch multiplies what nothing else does")
+
+    def at_once(self, x: Tensor) -> tuple[Several, ...] | None:
+        """What multiplies several experts by one call for each matrix, every row like one of x alone; None where one
+        after the other is multiplied."""
+        found = tuple(self._several(matrix, x) for matrix in self.matrices) if x.is_cpu else (None,)
+        return None if None in found else found  # type: ignore[return-value]
+
+    def _several(self, matrix: ExpertMatrix, x: Tensor) -> Several | None:
+        if self.precision.is_plain and matrix.transposed:
+            return None
+        computes = self.scratch.dtype if self.scratch is not None and not self.precision.is_plain else None
+        return next((kernel.several for kernel in products(self._layouts[matrix.name], 1, x, computes, True)), None)
+
+    def tell(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Told, ...]:
+        """What these kernels are told of an expert's tensors, in their order, for x of a `dtype`."""
+        named = self.by_matrix(tensors)
+        return tuple(
+            tell_typed(self.layout(matrix).name, named[matrix.name], matrix.outputs, dtype) for matrix in self.matrices
+        )
 
     # Records.
 

@@ -13,7 +13,6 @@
 offset each err less than groups of 32 with eight (benchmarks/NOTES.md).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -26,7 +25,6 @@ from griffin_offload.formats.compensation import Compensation, Packed, counts_of
 from griffin_offload.formats.grouped import GROUP, Grouped
 from griffin_offload.formats.int4 import fitted
 from griffin_offload.kernels import table
-from griffin_offload.kernels.by_blocks import Scratch
 
 # Levels of half a group: a step and an offset of sixteen each, and the search for the pair that misses least.
 
@@ -334,44 +332,3 @@ class TiersCopy(Format):
 
     def _named(self, name: str, format: Format) -> str:
         return name if format is self._first or name not in _OWN else f"{name}_{format.name}"
-
-
-# Of several matrices one by one, whatever they are in.
-
-
-def _product(x: Tensor, layout: str, tensors: table.Tensors, outputs: int, scratch: Scratch) -> Tensor:
-    for kernel in table.products(layout, x.shape[0], x, scratch.dtype, resident=True):
-        if kernel.takes is None or kernel.takes(x, tensors):
-            found: Tensor = kernel.function(x, tensors, outputs, scratch)
-            return found
-    raise AssertionError(f"nothing multiplies {layout}")
-
-
-def _rows_one_by_one(x: Tensor, tiers: Sequence[tuple[str, table.Tensors]], scratch: Scratch) -> Tensor:
-    """x [M, I] times the matrices of rows that tensors of each layout are: [M, sum of O]."""
-    found = []
-    for name, tensors in tiers:
-        scale = tensors["scale"]
-        assert scale is not None
-        own = {"bias": None, "input_scale": None, **tensors}
-        found.append(_product(x, name, own, scale.numel(), scratch))
-    return torch.cat(found, dim=1)
-
-
-def _strips_one_by_one(
-    x: Sequence[Tensor], tiers: Sequence[tuple[str, table.Tensors]], bias: Tensor | None, outputs: int, scratch: Scratch
-) -> Tensor:
-    """The sum of each x [M, I] times its down projection of neurons, plus `bias`: [M, outputs]."""
-    parts = [
-        _product(own.contiguous(), name, {"scale": None, **tensors, "bias": None}, outputs, scratch)
-        for own, (name, tensors) in zip(x, tiers, strict=True)
-    ]
-    total = torch.stack(parts).sum(0)
-    return total if bias is None else total + bias
-
-
-table.add(
-    table.Kernel("tiers", "rows", "one by one", _rows_one_by_one, ours=False),
-    table.Kernel("tiers", "strips", "one by one", _strips_one_by_one, ours=False),
-    last=True,
-)

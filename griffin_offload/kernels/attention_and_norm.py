@@ -16,7 +16,7 @@ from torch import Tensor
 from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, check, library, needs_gradient
 
 _FLOAT_BYTES = 4
-_ATTENTION = struct.Struct("@6P17qf")
+_ATTENTION = struct.Struct("@7P17qf")
 """The struct Attention of attention.c."""
 
 
@@ -32,6 +32,9 @@ def takes_token(
     asked = options.get  # one by one: this is asked in every layer for every token
     if asked("position_bias") is not None or asked("softcap") is not None or asked("cache") is not None:
         return False
+    sinks = asked("s_aux")
+    if sinks is not None and not (sinks.is_cpu and sinks.shape == query.shape[1:2]):
+        return False
     return key.stride(3) == value.stride(3) == 1 and not any(map(needs_gradient, (query, key, value)))
 
 
@@ -40,7 +43,8 @@ def one_token(
 ) -> tuple[Tensor, None]:
     """`attend` as transformers calls an attention."""
     scaling = options.get("scaling")
-    return attend(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, mask, scaling, options.get("s_aux")), None
 
 
 FEW = 16
@@ -63,11 +67,11 @@ def few_tokens(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
 ) -> tuple[Tensor, None]:
     """`attend` for each token, over what it sees, as transformers calls an attention."""
-    seen, scaling = _seen(mask), options.get("scaling")
+    seen, scaling, sinks = _seen(mask), options.get("scaling"), options.get("s_aux")
     assert seen is not None, "the table was not asked"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = [
-        attend(query[:, :, i : i + 1], key[:, :, first:last], value[:, :, first:last], None, scaling)
+        attend(query[:, :, i : i + 1], key[:, :, first:last], value[:, :, first:last], None, scaling, sinks)
         for i, (first, last) in enumerate(seen)
     ]
     return torch.cat(rows, dim=1), None
@@ -98,10 +102,13 @@ def _ranges(rows: Tensor) -> list[tuple[int, int]] | None:
     return found if plain and side_by_side else None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, sinks: Tensor | None = None
+) -> Tensor:
     """query [B, heads, 1, D], key [B, kv heads, S, D] and value [B, kv heads, S, D'] to [B, 1, heads, D'].
 
     `mask` broadcasts to [B, heads, 1, S]: booleans, true where a token is seen, or numbers that are added to scores.
+    `sinks` [heads] are scores beside those of tokens: they take a share of the weights, and have no value.
     """
     found = library()
     assert found is not None, "the table was not asked"
@@ -113,7 +120,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
             raise ValueError(
                 f"the {name}, of {part.dtype} in steps of {part.stride()}, must be of 16 bits, side by side"
             )
-    floats = query.float().contiguous()
+    floats, sinks = query.float().contiguous(), _float_sinks(sinks, heads)
     check(floats, (batch, heads, 1, size), torch.float32, "the query")
     output, scores = floats.new_empty(batch, 1, heads, value.shape[3]), floats.new_empty(batch, heads, tokens)
     added, mask_strides = None, (0, 0, 0)
@@ -123,7 +130,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
             raise ValueError(f"the mask, on {added.device}, must be in the CPU's memory")
         mask_strides = (added.stride(0), added.stride(1), added.stride(3))
     job = _ATTENTION.pack(
-        *[0 if part is None else part.data_ptr() for part in (floats, key, value, added, scores, output)],
+        *[0 if part is None else part.data_ptr() for part in (floats, key, value, added, sinks, scores, output)],
         *(batch, kv_heads, heads // kv_heads, tokens, size, value.shape[3], NUMBER_TYPES[key.dtype]),
         torch.get_num_threads(),
         *(*key.stride()[:3], *value.stride()[:3], *mask_strides),
@@ -149,6 +156,8 @@ def each_token(
     (count, heads, _, size), kv_heads, width = query.shape, keys[0].shape[1], values[0].shape[3]
     scaling = size**-0.5 if scaling is None else scaling
     floats, longest = query.float().contiguous(), max(key.shape[2] for key in keys)
+    sinks = _float_sinks(options.get("s_aux"), heads)
+    own_scores = 0 if sinks is None else sinks.data_ptr()
     output, scores = floats.new_empty(count, 1, heads, width), floats.new_empty(heads * longest)
     queries, results, threads = floats.data_ptr(), output.data_ptr(), torch.get_num_threads()
     for key, value in zip(keys, values, strict=True):
@@ -156,7 +165,7 @@ def each_token(
         if key.shape != (1, kv_heads, tokens, size) or value.shape != (1, kv_heads, tokens, width):
             raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} of a row")
         job = _ATTENTION.pack(
-            *(queries, key.data_ptr(), value.data_ptr(), 0, scores.data_ptr(), results),
+            *(queries, key.data_ptr(), value.data_ptr(), 0, own_scores, scores.data_ptr(), results),
             *(1, kv_heads, heads // kv_heads, tokens, size, width, NUMBER_TYPES[key.dtype], threads),
             *(*key.stride()[:3], *value.stride()[:3], 0, 0, 0),
             scaling,
@@ -164,6 +173,14 @@ def each_token(
         found.call("attend_to", job)
         queries, results = queries + heads * size * _FLOAT_BYTES, results + heads * width * _FLOAT_BYTES
     return output.to(query.dtype), None
+
+
+def _float_sinks(sinks: Tensor | None, heads: int) -> Tensor | None:
+    if sinks is None:
+        return None
+    floats = sinks.detach().float().contiguous()
+    check(floats, (heads,), torch.float32, "the sinks")
+    return floats
 
 
 def _added(mask: Tensor) -> Tensor:

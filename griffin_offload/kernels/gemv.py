@@ -1,4 +1,4 @@
-"""A few rows times a matrix: int8 rows, rows and strips of 2 to 4 bits, or 16-bit floats (gemv.c).
+"""A few rows times a matrix, or several: int8 rows, rows and strips of 2 to 4 bits, or 16-bit floats (gemv.c).
 
 torch 2.13 has its 8-bit kernel for bfloat16 in the first place, and none for forms like these of int4 or less
 (benchmarks/NOTES.md has the rates).
@@ -8,14 +8,14 @@ import contextlib
 import functools
 import itertools
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.by_blocks import typed
-from griffin_offload.kernels.library import HALVES, Library, Sizes, asked, check, library, needs_gradient, run
+from griffin_offload.kernels.library import HALVES, Library, check, library, needs_gradient, number_type, packed
 
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may; gemv_int8.c knows it, too
 _GROUP = 32
@@ -28,18 +28,142 @@ _TILE = 256  # floats of a tile
 _FEW, _NARROW = 4, 4096  # rows, inputs
 _ALIKE = 22  # rows
 _LEVELS = 2048  # floats, of a table of the tiles' kernel for strips
-_TILED_BITS = 4
+_TILED = ("int4_rows", "int4_strips", "int8", "float")
+_CALLS = 512  # that are remembered
 TILE_ROWS = 16
 """Up to so many rows fill tiles."""
 ROWS = 32
 """Up to so many rows the kernels for quantised matrices are faster than translating the matrix."""
-MOST_TIERS = 8
-_TIERS = struct.Struct(f"@{1 + MOST_TIERS}q")
-"""The beginning of the struct Tiers of gemv.c; as many structs of products follow."""
-Tier = tuple[int, Tensor, Tensor, Tensor]
-"""Bits, codes, groups, and the scale of the rows or of the strips' neurons."""
-Asked = tuple[Tensor, bytes, Tensor]
-"""Where a product will be, the struct that asks for it, and what is made on the way, which has to stay until then."""
+_FORMS = {f"int{bits}_{kind}": 3 * (kind == "strips") + bits - 2 for kind in ("rows", "strips") for bits in (2, 3, 4)}
+_FORMS |= {"int8": 6, "float": 7}
+"""Of layouts, as gemv.c counts them."""
+# Of the structs Several and Matrix of gemv.c: the first behind its Product, and both parts of the second.
+_SEVERAL, _MATRIX, _ROWS_OF = struct.Struct("@7q"), struct.Struct("@5Pq"), struct.Struct("@3q")
+Tensors = Mapping[str, Tensor | None]
+"""Of a matrix, by name; what is not there is as None."""
+
+
+class Kind(NamedTuple):
+    """What matrices have in common that one call multiplies."""
+
+    layout: str
+    outputs: int
+    """Those that the matrix has, filled up to whole strips."""
+    features: int
+    """Those that are wanted."""
+    inputs: int
+    scaled: bool
+    """Whether inputs have a scale."""
+    dtype: torch.dtype
+    """Of x."""
+
+
+class Told(NamedTuple):
+    """What kernels know of a matrix that rests, and was checked once: true as long as its tensors lie where they do."""
+
+    kind: Kind
+    addresses: bytes
+    made: tuple[Tensor, ...] = ()
+    """What lies elsewhere: of its tensors those that are of another type than x."""
+
+
+_kind = functools.lru_cache(_CALLS)(Kind)  # of those that are the same one object, which is compared fast
+
+
+def tell(layout: str, tensors: Tensors, features: int | None, dtype: torch.dtype) -> Told:
+    """What is told of a matrix in a layout that gemv.c knows, whose first `features` outputs are wanted, for x of a
+    `dtype`. ValueError for tensors that do not make one."""
+    weight, scale, strips = tensors["weight"], tensors.get("scale"), layout.endswith("_strips")
+    assert weight is not None
+    outputs, inputs = weight.shape[0], weight.shape[1]
+    if layout in ("int8", "float"):
+        check(weight, (outputs, inputs), torch.int8 if layout == "int8" else dtype, "the matrix")
+        groups = None
+    else:
+        groups = tensors["groups"]
+        assert groups is not None
+        outputs, inputs = _check_groups(layout, weight, groups)
+    if scale is not None:
+        check(scale, (outputs,), name="the scale")
+    features = outputs if features is None else features
+    if not (0 <= features <= outputs and (strips or features == outputs)):
+        raise ValueError(f"features, {features}, must be some of {outputs} outputs of strips, or all of rows")
+    input_scale, bias = tensors.get("input_scale"), tensors.get("bias")
+    if input_scale is not None:
+        check(input_scale, (inputs,), dtype, "the inputs' scale")
+    if bias is not None:
+        check(bias, (features,), dtype, "the bias")
+    where = [0 if part is None else part.data_ptr() for part in (input_scale, weight, groups, scale, bias)]
+    addresses = _MATRIX.pack(*where, 0 if scale is None else number_type(scale, "the scale"))
+    return Told(_kind(layout, outputs, features, inputs, input_scale is not None, dtype), addresses)
+
+
+def tell_typed(layout: str, tensors: Tensors, features: int, dtype: torch.dtype) -> Told:
+    """The same of a matrix whose scale of inputs and bias may be of another type."""
+    named = ((name, tensors.get(name)) for name in ("input_scale", "bias"))
+    made = {name: own.to(dtype) for name, own in named if own is not None and own.dtype != dtype}
+    told = tell(layout, {**tensors, **made} if made else tensors, features, dtype)
+    return told._replace(made=tuple(made.values())) if made else told
+
+
+def _check_groups(layout: str, codes: Tensor, groups: Tensor) -> tuple[int, int]:
+    """Outputs and inputs of a matrix of 2 to 4 bits."""
+    bits = int(layout[3])
+    if layout.endswith("_strips"):
+        strips, inputs = codes.shape[0], codes.shape[1]
+        check(codes, (strips, inputs, _STRIP * bits // 8), torch.uint8, "the codes")
+        check(groups, (strips * _STRIP // _GROUP, inputs, 2), torch.uint8, "the groups")
+        if inputs % _LANES:
+            raise ValueError(f"{inputs} inputs of strips must be a multiple of {_LANES}")
+        return strips * _STRIP, inputs
+    outputs, per_row = groups.shape[0], groups.shape[1]
+    check(codes, (outputs, per_row * 4 * bits), torch.uint8, "the codes")
+    check(groups, (outputs, per_row, 2), torch.uint8, "the groups")
+    return outputs, per_row * _GROUP
+
+
+Place = tuple[Any, int] | None
+"""Of a tensor a weak reference and its address: what is known of it keeps no memory."""
+
+
+def places_of(tensors: Iterable[Tensor | None]) -> list[Place]:
+    """Where tensors lie that somebody was told of."""
+    return [None if own is None else (weakref.ref(own), own.data_ptr()) for own in tensors]
+
+
+def lie_there(tensors: Iterable[Tensor | None], places: Sequence[Place]) -> bool:
+    """Whether those are the same tensors, and lie there still."""
+    pairs = itertools.zip_longest(tensors, places, fillvalue=())
+    return all(
+        place is None if own is None else place and place[0]() is own and place[1] == own.data_ptr()
+        for own, place in pairs
+    )
+
+
+class Way(NamedTuple):
+    """How rows are multiplied by a matrix of some kind."""
+
+    wide: int
+    parts: int
+    group: int
+    """Inputs that share a scale when they become integers."""
+    made: tuple[int, int, int, int]
+    """Floats, numbers, steps and lanes that are made of a row, in 32 bits; for tiles of all rows."""
+
+
+class Call(NamedTuple):
+    """What a call is made of but for addresses."""
+
+    way: Way
+    places: list[bytes]
+    """Of each matrix which rows it multiplies, and where its product is."""
+    total: int
+    """Rows of the product."""
+    floats: int
+    """Of what is made on the way, the parts of which begin at `offsets`, in bytes."""
+    offsets: list[int]
+    sizes: tuple[int, ...]
+    several: bytes
 
 
 class GemvKernels:
@@ -61,35 +185,21 @@ class GemvKernels:
         self._library, self._tiles, self._lanes = library, tiles, lanes
         self._ahead = library.fetches_ahead if ahead is None else ahead
         self.uses_bytes, self._pairs = wide and library.sums_bytes, wide and library.sums_pairs
+        self._calls = functools.lru_cache(_CALLS)(self._call_of)
 
     def multiply_int8(
         self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None
     ) -> Tensor:
         """x [M, I], times `input_scale` [I], times int8 `weight` [O, I] and its rows' `scale` [O], plus `bias` [O]:
-        [M, O] in the type of x, which is that of bias and input_scale, too."""
-        (rows, inputs), outputs = x.shape, weight.shape[0]
-        check(weight, (outputs, inputs), torch.int8, "the matrix")
-        check(scale, (outputs,), name="the scale")
-        sizes = (rows, _parts(x), outputs, outputs, inputs, _INT8_GROUP)
-        beside = (input_scale, weight, None, scale, bias)
-        if self._tiles:
-            self._check_tiles(x)
-            tiles = -(-inputs // _INT8_GROUP) * (2 if rows > TILE_ROWS // 2 else 1)
-            _room, (sums, numbers, step) = _parted(rows * outputs, 2 * _TILE * tiles, TILE_ROWS * tiles)
-            made: tuple[int, ...] = (sums, 0, numbers, step, 0)
-            return run(self._library, "multiply_int8", x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead)
-        _room, made = _made(sizes)
-        return run(self._library, "multiply_int8", x, beside, made, sizes, wide=self.uses_bytes, ahead=self._ahead)
+        [M, O] in the type of x."""
+        return self._multiply("int8", x, weight=weight, scale=scale, bias=bias, input_scale=input_scale)
 
     def multiply_rows(
         self, x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, bias: Tensor | None = None, *, bits: int = 4
     ) -> Tensor:
         """x [M, I] times rows of 2 to 4 `bits`, codes [O, I bits / 8], groups [O, I / 32, 2] and `scale` [O], plus
         `bias` [O]: as of `multiply_int8`."""
-        x = x.contiguous()
-        product, job, _room = self._rows(x, codes, groups, scale, bias, bits)
-        self._library.call(f"multiply_int{bits}_rows", job)
-        return product
+        return self._multiply(f"int{bits}_rows", x, weight=codes, groups=groups, scale=scale, bias=bias)
 
     def multiply_strips(
         self,
@@ -105,135 +215,96 @@ class GemvKernels:
         """x [M, I] times `input_scale` [I] times strips of 2 to 4 `bits`, codes [O / 64, I, 8 bits] and groups
         [O / 32, I, 2], plus `bias`: the first `features` outputs, as of `multiply_int8`. M is at most ROWS, I a
         multiple of 16."""
-        x = x.contiguous()
-        product, job, _room = self._strips(x, codes, groups, input_scale, bias, features, bits)
-        self._library.call(f"multiply_int{bits}_strips", job)
-        return product
-
-    def multiply_tiers_rows(self, x: Tensor, tiers: Sequence[Tier]) -> Tensor:
-        """x [M, I] times several matrices of rows by one call: their outputs behind each other, [M, sum of O]."""
-        x = x.contiguous()
-        parts = [self._rows(x, codes, groups, scale, None, bits) for bits, codes, groups, scale in tiers]
-        self._call_tiers("multiply_tiers_rows", tiers, parts)
-        return torch.cat([part[0] for part in parts], dim=1)
-
-    def multiply_tiers_strips(
-        self, x: Sequence[Tensor], tiers: Sequence[Tier], bias: Tensor | None = None, features: int | None = None
-    ) -> Tensor:
-        """The sum of each x [M, I] times its matrix of strips, plus `bias`, by one call: [M, features]."""
-        rows = [inputs.contiguous() for inputs in x]
-        if len({(inputs.shape[0], inputs.dtype) for inputs in rows}) != 1 or len(rows) != len(tiers):
-            raise ValueError(f"{len(rows)} inputs of {len(tiers)} tiers must be of one type and as many rows")
-        if len({codes.shape[0] for _, codes, *_ in tiers}) != 1:
-            raise ValueError("tiers that are added up must be of the same outputs")
-        parts = [
-            self._strips(inputs, codes, groups, scale, None if i else bias, features, bits)
-            for i, (inputs, (bits, codes, groups, scale)) in enumerate(zip(rows, tiers, strict=True))
-        ]
-        self._call_tiers("multiply_tiers_strips", tiers, parts)
-        return parts[0][0]
-
-    def _call_tiers(self, function: str, tiers: Sequence[Tier], parts: Sequence[Asked]) -> None:
-        bits = [tier[0] for tier in tiers]
-        if not 0 < len(bits) <= MOST_TIERS:
-            raise ValueError(f"{len(bits)} tiers: 1 to {MOST_TIERS} are known")
-        header = _TIERS.pack(len(bits), *bits, *(MOST_TIERS - len(bits)) * [0])
-        self._library.call(function, header + b"".join(part[1] for part in parts))
-
-    def _rows(self, x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Asked:
-        (rows, inputs), outputs = x.shape, codes.shape[0]
-        per_row = inputs // _GROUP
-        check(codes, (outputs, per_row * 4 * bits), torch.uint8, "the codes")
-        check(groups, (outputs, per_row, 2), torch.uint8, "the groups")
-        check(scale, (outputs,), name="the scale")
-        if inputs % _GROUP:
-            raise ValueError(f"{inputs} inputs must be whole groups of {_GROUP}")
-        sizes = (rows, _parts(x), outputs, outputs, inputs, _GROUP if bits == 4 else _HALF)
-        beside = (None, codes, groups, scale, bias)
-        if self._tiles and bits == _TILED_BITS:
-            self._check_tiles(x)
-            filled, span = -(-per_row // 4) * 4, 1 if rows > TILE_ROWS // 2 else 2 if rows > TILE_ROWS // 4 else 4
-            units = filled // span * TILE_ROWS
-            room, (sums, floats, numbers, step) = _parted(rows * outputs, units, _TILE * filled // min(span, 2), units)
-            made: tuple[int, ...] = (sums, floats, numbers, step, 0)
-            return *asked(x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead), room
-        room, made = _made(sizes)
-        wide = _BY_LANES if self._lanes and bits == _TILED_BITS else self.uses_bytes
-        return *asked(x, beside, made, sizes, wide=wide, ahead=self._ahead), room
-
-    def _strips(
-        self,
-        x: Tensor,
-        codes: Tensor,
-        groups: Tensor,
-        input_scale: Tensor,
-        bias: Tensor | None,
-        features: int | None,
-        bits: int,
-    ) -> Asked:
-        (rows, inputs), outputs = x.shape, codes.shape[0] * _STRIP
-        check(codes, (outputs // _STRIP, inputs, _STRIP * bits // 8), torch.uint8, "the codes")
-        check(groups, (outputs // _GROUP, inputs, 2), torch.uint8, "the groups")
-        if inputs % _LANES or rows > ROWS:
-            raise ValueError(f"{rows} rows of {inputs} inputs: up to {ROWS} of a multiple of {_LANES} are known")
-        parts = _parts(x)
-        sizes = (rows, parts, outputs, outputs if features is None else features, inputs, _GROUP)
-        beside = (input_scale, codes, groups, None, bias)
-        if self._tiles and bits == _TILED_BITS:
-            self._check_tiles(x)
-            filled = rows * (-(-inputs // _GROUP) * _GROUP)
-            room, (sums, floats, numbers, lanes) = _parted(rows * outputs, filled, filled, _LEVELS)
-            made = (sums, floats, numbers, 0, lanes)
-            return *asked(x, beside, made, sizes, wide=_BY_TILES, ahead=self._ahead), room
-        room, (sums, floats) = _parted(rows * parts * outputs, rows * inputs)
-        # Of float32, two numbers each, the bytes of AVX2's kernels are finer: fewer neurons share a scale.
-        wide = self.uses_bytes and (bits == 4 or parts == 1)
-        return *asked(x, beside, (sums, floats, 0, 0, 0), sizes, wide=wide, ahead=self._ahead), room
+        tensors = {"weight": codes, "groups": groups, "input_scale": input_scale, "bias": bias}
+        return self._multiply(f"int{bits}_strips", x, features, **tensors)
 
     def multiply_floats(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [M, I] times `weight` [O, I] plus `bias` [O], all of the same 16-bit type: [M, O] in it; sums are in
         float32."""
-        if x.dtype not in HALVES:
-            raise ValueError(f"x must be of 16-bit floats, and is of {x.dtype}")
-        (rows, inputs), outputs, wide = x.shape, weight.shape[0], self._pairs and x.dtype == torch.bfloat16
-        check(weight, (outputs, inputs), x.dtype, "the matrix")
-        sizes = (rows, 1, outputs, outputs, inputs, 1)
-        beside = (None, weight, None, None, bias)
-        if self._tiles:
-            self._check_tiles(x)
-        tiled = _TILE * -(-inputs // _GROUP) if self._tiles else 0
-        _room, (sums, floats, numbers) = _parted(rows * outputs, 0 if wide else rows * inputs, tiled)
-        how = _BY_TILES if self._tiles else wide
-        made = (sums, floats, numbers, 0, 0)
-        return run(self._library, "multiply_floats", x, beside, made, sizes, wide=how, ahead=self._ahead)
+        return self._multiply("float", x, weight=weight, bias=bias)
 
-    def _check_tiles(self, x: Tensor) -> None:
-        if x.dtype != torch.bfloat16 or not 0 < x.shape[0] <= TILE_ROWS or not self._library.sums_tiles:
-            raise ValueError(f"{x.shape[0]} rows of {x.dtype}: up to {TILE_ROWS} of bfloat16 are known, with AMX")
+    def _multiply(self, layout: str, x: Tensor, features: int | None = None, **tensors: Tensor | None) -> Tensor:
+        return self.multiply(x, tell(layout, tensors, features, x.dtype))
 
+    def multiply(self, x: Tensor, told: Told) -> Tensor:
+        """x [M, I] times a matrix: [M, features] in the type of x."""
+        return self.multiply_several(x, (told,), ((0, x.shape[0]),))
 
-def _parted(*floats: int) -> tuple[Tensor, list[int]]:
-    """One allocation for so many floats each, and the addresses of all."""
-    room = torch.empty(sum(floats), dtype=torch.float32, device="cpu")
-    first = room.data_ptr()
-    return room, [first + 4 * before for before in itertools.accumulate(floats[:-1], initial=0)]
+    def multiply_several(self, x: Tensor, told: Sequence[Told], rows: Sequence[tuple[int, int]]) -> Tensor:
+        """Matrices of one kind by one call: each of `told` times its rows of x [M, I], the first one and how many. They
+        are those of the matrix before it, or behind them. Products [sum of these, features] stand behind each other,
+        each the same as if it were the only one."""
+        kind, x_type, x = told[0].kind, number_type(x, "x"), x.contiguous()
+        check(x, (x.shape[0], kind.inputs), kind.dtype, "x")
+        call = self._calls(kind, x.shape[0], tuple(rows))
+        matrices = list[bytes]()
+        for (own, addresses, _), place in zip(told, call.places, strict=True):
+            if own is not kind and own != kind:
+                raise ValueError(f"matrices of one kind must be given, and not {own} beside {kind}")
+            matrices += addresses, place
+        room = torch.empty(call.floats, dtype=torch.float32, device="cpu")
+        product, made = x.new_empty(call.total, kind.features), room.data_ptr()
+        where = x.data_ptr(), 0, 0, 0, 0, 0, product.data_ptr(), *[made + offset for offset in call.offsets]
+        job = packed(where, (*call.sizes, x_type, 0), wide=call.way.wide, ahead=self._ahead)
+        self._library.call("multiply_several", b"".join((job, call.several, *matrices)))
+        return product
 
+    def _call_of(self, kind: Kind, x_rows: int, rows: tuple[tuple[int, int], ...]) -> Call:
+        """All that is known of a call beforehand. ValueError for rows that are not there."""
+        places, total, last = list[bytes](), 0, (0, 0)
+        for first, count in rows:
+            fits = sum(last) <= first <= first + count <= x_rows or last == (first, count)
+            if not fits or not 0 <= count <= ROWS:
+                raise ValueError(f"{count} rows from {first}: up to {ROWS} are known, of {x_rows} and behind {last}")
+            places.append(_ROWS_OF.pack(first, count, total))
+            total, last = total + count, (first, count)
+        way, made = self._way_of(kind, x_rows), total if kind.scaled else x_rows
+        if way.wide == _BY_TILES:
+            assert len(rows) == 1, "tiles are filled by the rows of one"
+            made = 1
+        floats = [total * way.parts * kind.outputs, *(made * each for each in way.made)]
+        ends = list(itertools.accumulate(floats))
+        several = _SEVERAL.pack(_FORMS[kind.layout], len(rows), kind.scaled, *way.made)
+        sizes = (x_rows, way.parts, kind.outputs, kind.features, kind.inputs, way.group)
+        return Call(way, places, total, ends[-1], [0, *(4 * end for end in ends[:-1])], sizes, several)
 
-def _made(sizes: Sizes) -> tuple[Tensor, tuple[int, ...]]:
-    """One allocation for all that is made on the way, sums, integers of 16 and 32 bits, and scales; and addresses."""
-    rows, parts, outputs, _, inputs, group = sizes
-    all_rows, groups, pairs = rows * parts, -(-inputs // group), -(-inputs // _FILLED) * _FILLED // 2
-    of_groups = all_rows * groups
-    room, (sums, numbers, step, floats, lanes) = _parted(
-        all_rows * outputs, all_rows * pairs, of_groups, of_groups, _LANES * of_groups
-    )
-    return room, (sums, floats, numbers, step, lanes)
+    def _way_of(self, kind: Kind, rows: int) -> Way:
+        tiled = self._tiles and kind.layout in _TILED
+        return self._by_tiles(kind, rows) if tiled else self._by_rows(kind)
 
+    def _by_rows(self, kind: Kind) -> Way:
+        layout, inputs = kind.layout, kind.inputs
+        parts = 2 if kind.dtype == torch.float32 else 1
+        # 16 bits beside a group's largest number hold what a 16-bit float says, but for the last bits of numbers below
+        # a hundredth of it; float32 takes two rows of them.
+        if layout == "float":
+            if kind.dtype not in HALVES:
+                raise ValueError(f"x must be of 16-bit floats, and is of {kind.dtype}")
+            wide = self._pairs and kind.dtype == torch.bfloat16
+            return Way(wide, 1, 1, (0 if wide else inputs, 0, 0, 0))
+        if layout.endswith("_strips"):
+            # Of float32, two numbers each, the bytes of AVX2's kernels are finer: fewer neurons share a scale.
+            return Way(self.uses_bytes and (layout in _TILED or parts == 1), parts, _GROUP, (inputs, 0, 0, 0))
+        group = _INT8_GROUP if layout == "int8" else _GROUP if layout in _TILED else _HALF
+        groups, numbers = parts * -(-inputs // group), parts * -(-inputs // _FILLED) * _FILLED // 2
+        by_lanes = self._lanes and layout == "int4_rows"
+        return Way(_BY_LANES if by_lanes else self.uses_bytes, parts, group, (groups, numbers, groups, groups * _LANES))
 
-def _parts(x: Tensor) -> int:
-    # 16 bits beside a group's largest number hold what a 16-bit float says, but for the last bits of numbers below a
-    # hundredth of it; float32 takes two rows of them.
-    return 2 if x.dtype == torch.float32 else 1
+    def _by_tiles(self, kind: Kind, rows: int) -> Way:
+        if kind.dtype != torch.bfloat16 or not 0 < rows <= TILE_ROWS or not self._library.sums_tiles:
+            raise ValueError(f"{rows} rows of {kind.dtype}: up to {TILE_ROWS} of bfloat16 are known, with AMX")
+        groups = -(-kind.inputs // _GROUP)
+        if kind.layout == "float":
+            return Way(_BY_TILES, 1, 1, (0, _TILE * groups, 0, 0))
+        if kind.layout == "int8":
+            tiles = -(-kind.inputs // _INT8_GROUP) * (2 if rows > TILE_ROWS // 2 else 1)
+            return Way(_BY_TILES, 1, _INT8_GROUP, (0, 2 * _TILE * tiles, TILE_ROWS * tiles, 0))
+        if kind.layout == "int4_strips":
+            filled = rows * groups * _GROUP
+            return Way(_BY_TILES, 1, _GROUP, (filled, filled, 0, _LEVELS))
+        filled, span = -(-groups // 4) * 4, 1 if rows > TILE_ROWS // 2 else 2 if rows > TILE_ROWS // 4 else 4
+        units = filled // span * TILE_ROWS
+        return Way(_BY_TILES, 1, _GROUP, (units, _TILE * filled // min(span, 2), units, 0))
 
 
 @functools.cache
@@ -244,34 +315,31 @@ def kernels(*, tiles: bool = False, lanes: bool = False) -> GemvKernels | None:
 
 
 # As the table calls them: x [M, I], the matrix's tensors by name, its outputs, and the scratch of other kernels.
-Tensors = Mapping[str, Tensor | None]
 
 
-def int8_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, tiles: bool = False) -> Tensor:
-    """Of int8 rows."""
-    own, dtype, weight, scale = kernels(tiles=tiles), x.dtype, tensors["weight"], tensors["scale"]
-    assert own is not None and weight is not None and scale is not None  # noqa: PT018
-    return own.multiply_int8(x, weight, scale, typed(tensors["bias"], dtype), typed(tensors["input_scale"], dtype))
-
-
-def rows_product(
-    bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, tiles: bool = False, lanes: bool = False
+def product(
+    layout: str,
+    x: Tensor,
+    tensors: Tensors,
+    outputs: int,
+    scratch: Any,
+    *,
+    tiles: bool = False,
+    lanes: bool = False,
 ) -> Tensor:
-    """Of rows of 2 to 4 `bits`."""
-    own, weight, groups = kernels(tiles=tiles, lanes=lanes), tensors["weight"], tensors["groups"]
-    scale = tensors["scale"]
-    assert own is not None and weight is not None and groups is not None and scale is not None  # noqa: PT018
-    return own.multiply_rows(x, weight, groups, scale, typed(tensors["bias"], x.dtype), bits=bits)
+    """Of a matrix in a `layout`; x may have more axes."""
+    own = kernels(tiles=tiles, lanes=lanes)
+    assert own is not None
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    found = own.multiply(rows, tell_typed(layout, tensors, outputs, x.dtype))
+    return found if rows is x else found.view(*x.shape[:-1], outputs)
 
 
-def strips_product(
-    bits: int, x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, tiles: bool = False
-) -> Tensor:
-    """Of strips of 2 to 4 `bits`."""
-    own, dtype, weight, groups = kernels(tiles=tiles), x.dtype, tensors["weight"], tensors["groups"]
-    inputs = typed(tensors["input_scale"], dtype)
-    assert own is not None and weight is not None and groups is not None and inputs is not None  # noqa: PT018
-    return own.multiply_strips(x, weight, groups, inputs, typed(tensors["bias"], dtype), outputs, bits=bits)
+def several_product(x: Tensor, told: Sequence[Told], rows: Sequence[tuple[int, int]]) -> Tensor:
+    """Of several matrices that rest."""
+    own = kernels()
+    assert own is not None
+    return own.multiply_several(x, told, rows)
 
 
 _apart = False
@@ -294,40 +362,3 @@ def takes_lanes(x: Tensor, tensors: Tensors) -> bool:
     first cache."""
     rows, inputs = x.shape
     return ((_apart and (rows > _FEW or inputs > _NARROW)) or rows > _ALIKE) and not needs_gradient(x)
-
-
-def takes_tiers(x: Tensor | Sequence[Tensor], tiers: Sequence[Any], *beside: Any) -> bool:
-    """Whether tiers, of each its layout's name and its tensors, are all of 2 to 4 bits, and few rows of x want them."""
-    first = x if isinstance(x, Tensor) else x[0]
-    known = all(name[:3] == "int" and name[3:4] in ("2", "3", "4") for name, _ in tiers)
-    return known and len(tiers) <= MOST_TIERS and first.shape[0] <= ROWS and not needs_gradient(first)
-
-
-def tiers_rows_product(x: Tensor, tiers: Sequence[tuple[str, Tensors]], scratch: Any) -> Tensor:
-    """x [M, I] times several matrices of rows, their outputs behind each other."""
-    own = kernels()
-    assert own is not None
-    return own.multiply_tiers_rows(x, [_tier(name, tensors, "scale", None) for name, tensors in tiers])
-
-
-def tiers_strips_product(
-    x: Sequence[Tensor], tiers: Sequence[tuple[str, Tensors]], bias: Tensor | None, outputs: int, scratch: Any
-) -> Tensor:
-    """The sum of each x [M, I] times its matrix of strips."""
-    own, dtype = kernels(), x[0].dtype
-    assert own is not None
-    parts = [_tier(name, tensors, "input_scale", dtype) for name, tensors in tiers]
-    return own.multiply_tiers_strips(x, parts, typed(bias, dtype), outputs)
-
-
-def _tier(name: str, tensors: Tensors, scale: str, dtype: torch.dtype | None) -> Tier:
-    weight, groups, own = tensors["weight"], tensors["groups"], tensors[scale]
-    assert weight is not None and groups is not None and own is not None  # noqa: PT018
-    return int(name[3]), weight, groups, own if dtype is None else own.to(dtype)
-
-
-def float_product(x: Tensor, tensors: Tensors, outputs: int, scratch: Any, *, tiles: bool = False) -> Tensor:
-    """Of 16-bit floats; x may have more axes."""
-    own, weight = kernels(tiles=tiles), tensors["weight"]
-    assert own is not None and weight is not None  # noqa: PT018
-    return own.multiply_floats(x.reshape(-1, x.shape[-1]), weight, tensors["bias"]).view(*x.shape[:-1], -1)

@@ -6,6 +6,7 @@ import platform
 import struct
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -141,17 +142,7 @@ def run(
     ahead: bool,
 ) -> Tensor:
     """The product [rows, features] in the type of x, made by `function` of the library; `made` are addresses."""
-    x = x.contiguous()
-    product, job = asked(x, beside, made, sizes, wide=wide, ahead=ahead)
-    library.call(function, job)
-    return product
-
-
-def asked(
-    x: Tensor, beside: Beside, made: tuple[int, ...], sizes: Sizes, *, wide: int, ahead: bool
-) -> tuple[Tensor, bytes]:
-    """Room for that product, and the struct that asks for it."""
-    (input_scale, weight, groups, scale, bias), dtype = beside, x.dtype
+    (input_scale, weight, groups, scale, bias), dtype, x = beside, x.dtype, x.contiguous()
     if not 0 <= sizes[3] <= sizes[2]:
         raise ValueError(f"features, {sizes[3]}, must be some of {sizes[2]} outputs")
     x_type = NUMBER_TYPES.get(dtype)
@@ -163,20 +154,13 @@ def asked(
     if bias is not None:
         check(bias, (sizes[3],), dtype, "the bias")
     product = x.new_empty(sizes[0], sizes[3])
-    job = _PRODUCT.pack(
-        x.data_ptr(),
-        0 if input_scale is None else input_scale.data_ptr(),
-        weight.data_ptr(),
-        0 if groups is None else groups.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        product.data_ptr(),
-        *made,
-        *sizes,
-        x_type,
-        0 if scale is None else number_type(scale, "the scale"),
-        torch.get_num_threads(),
-        wide,
-        ahead,
-    )
-    return product, job
+    where = [0 if part is None else part.data_ptr() for part in (x, input_scale, weight, groups, scale, bias, product)]
+    scale_type = 0 if scale is None else number_type(scale, "the scale")
+    job = packed((*where, *made), (*sizes, x_type, scale_type), wide=wide, ahead=ahead)
+    library.call(function, job)
+    return product
+
+
+def packed(addresses: Sequence[int], sizes: Sequence[int], *, wide: int, ahead: bool) -> bytes:
+    """The struct of a product, of as many threads as torch has now."""
+    return _PRODUCT.pack(*addresses, *sizes, torch.get_num_threads(), wide, ahead)

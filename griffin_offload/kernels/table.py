@@ -8,7 +8,7 @@ or by `add`. `griffin-offload bench --kernels` prints the table.
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library, needs
 
 Tensors = Mapping[str, Tensor | None]
 """Of a matrix, by name: weight, bias, and what its layout has beside them."""
+Several = Callable[[Tensor, Sequence[gemv.Told], Sequence[tuple[int, int]]], Tensor]
 MANY = gemv.ROWS + 1
 """From so many rows on it makes no difference to any kernel how many there are."""
 
@@ -33,8 +34,8 @@ class Kernel:
     """A row of the table."""
 
     operation: str
-    """gemv and gemm (a resident matrix times a few rows, any matrix times many), tiers (several resident matrices at
-    once), gather, quantize, dequantize, attention, rms_norm."""
+    """gemv and gemm (a resident matrix times a few rows, any matrix times many), gather, quantize, dequantize,
+    attention, rms_norm."""
     layout: str
     """Of the matrix, as formats name it; of the other operations, what is made."""
     name: str
@@ -52,6 +53,8 @@ class Kernel:
     """The scratch's precision where it multiplies; None: any."""
     rows: tuple[int, int] = (0, MANY)
     """The fewest and the most rows of x that it is best for; MANY: no limit."""
+    several: Several | None = None
+    """The same of several matrices, each row as if alone: of x, what `gemv.tell` gives, and which rows are whose."""
     ours: bool = True
     """False: torch does it."""
     prepare: Callable[[torch.device, torch.dtype], object] | None = None
@@ -251,6 +254,7 @@ def _gemm(name: str, needs: Callable[[], str | None], computes: torch.dtype, bes
     ]
 
 
+_NAMES = {"float": "floats"}
 _FEW: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": _no_gradient, "numbers": _NUMBERS}
 
 
@@ -261,23 +265,35 @@ def _by_tiles() -> list[Kernel]:
         "rows": (3, gemv.TILE_ROWS),
     }
     return [
-        *(
-            Kernel("gemv", layout, f"{name} (AMX)", functools.partial(product, tiles=True), **tiled)
-            for layout, name, product in (
-                ("int4_rows", "multiply_int4_rows", functools.partial(gemv.rows_product, 4)),
-                ("int4_strips", "multiply_int4_strips", functools.partial(gemv.strips_product, 4)),
-                ("int8", "multiply_int8", gemv.int8_product),
-            )
-        ),
         Kernel(
-            *("gemv", "float", "multiply_floats (AMX)", functools.partial(gemv.float_product, tiles=True)),
-            **(tiled | {"takes": alike}),
-        ),
+            *("gemv", layout, f"multiply_{_NAMES.get(layout, layout)} (AMX)"),
+            functools.partial(gemv.product, layout, tiles=True),
+            **(tiled | ({"takes": alike} if layout == "float" else {})),
+        )
+        for layout in ("int4_rows", "int4_strips", "int8", "float")
+    ]
+
+
+def _by_rows() -> list[Kernel]:
+    """Of a few rows of x, or of several matrices."""
+    halves: dict[str, Any] = {"takes": alike, "numbers": HALVES}
+    # Up to so many rows ours are faster than torch's with 16-bit instructions; than translated matrices without.
+    plain: list[dict[str, Any]] = [
+        halves | {"rows": (1, 2)},
+        halves | {"computes": torch.float32, "rows": (1, gemv.ROWS)},
+    ]
+    forms = [f"int{bits}_{form}" for bits in _FEW_BITS for form in ("rows", "strips")]
+    return [
+        Kernel(
+            *("gemv", layout, f"multiply_{_NAMES.get(layout, layout)}", functools.partial(gemv.product, layout)),
+            several=gemv.several_product,
+            **(_FEW | {"rows": (0, gemv.ROWS)} | own),
+        )
+        for layout, own in (("int8", {}), *((form, {}) for form in forms), *(("float", own) for own in plain))
     ]
 
 
 def _products_of_ours() -> list[Kernel]:
-    tiers: dict[str, Any] = _FEW | {"takes": gemv.takes_tiers}
     plain: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": alike, "numbers": HALVES}
     pack: dict[str, Any] = {"numbers": _NUMBERS, "rows": (0, int8pack.ROWS)}
     float32 = torch.float32
@@ -286,23 +302,13 @@ def _products_of_ours() -> list[Kernel]:
         *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 17, **dict.fromkeys(_RESIDENT[1:], 24)}),
         *_gemm("AVX512-BF16", _pairs, torch.bfloat16, {"int8": 7, **_PAIRS_FROM}),
         *_gemm("AVX2", _float32, float32, {}),
-        Kernel("tiers", "rows", "multiply_tiers_rows", gemv.tiers_rows_product, **tiers),
-        Kernel("tiers", "strips", "multiply_tiers_strips", gemv.tiers_strips_product, **tiers),
-        Kernel("gemv", "int8", "multiply_int8", gemv.int8_product, **_FEW, rows=(0, gemv.ROWS)),
         Kernel(
-            *("gemv", "int4_rows", "multiply_int4_rows (lanes)", functools.partial(gemv.rows_product, 4, lanes=True)),
+            *("gemv", "int4_rows", "multiply_int4_rows (lanes)"),
+            functools.partial(gemv.product, "int4_rows", lanes=True),
             **(_FEW | {"needs": _has("sums_bytes", "AVX512-VNNI"), "takes": gemv.takes_lanes}),
             rows=(3, gemv.ROWS),
         ),
-        *(
-            Kernel(
-                *("gemv", f"int{bits}_{form}", f"multiply_int{bits}_{form}", functools.partial(product, bits)),
-                **_FEW,
-                rows=(0, gemv.ROWS),
-            )
-            for bits in _FEW_BITS
-            for form, product in (("rows", gemv.rows_product), ("strips", gemv.strips_product))
-        ),
+        *_by_rows(),
         Kernel(
             *("gemv", "int8", "multiply_int8 (Triton)", int8pack.triton_product, "cuda", _triton),
             takes=int8pack.triton_takes,
@@ -310,11 +316,6 @@ def _products_of_ours() -> list[Kernel]:
             **pack,
         ),
         Kernel("gemv", "int8", "_weight_int8pack_mm", int8pack.product, takes=int8pack.takes, ours=False, **pack),
-        # Up to so many rows ours are faster than torch's with 16-bit instructions; than translated matrices without.
-        Kernel("gemv", "float", "multiply_floats", gemv.float_product, **plain, rows=(1, 2)),
-        Kernel(
-            *("gemv", "float", "multiply_floats", gemv.float_product), **plain, computes=float32, rows=(1, gemv.ROWS)
-        ),
         Kernel(
             *("gemm", "float", "multiply_many_float (AVX2)", gemm.float_product),
             **(plain | {"needs": _float32}),

@@ -1,7 +1,8 @@
 """Memory on the device for experts without a place in their layer: those that pass, and guesses of what comes next."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Place:
     """In host memory beside a device: of an expert that the CPU computes."""
     read: ExpertRead | None = None
     """What was last read into it; of a forward that failed it may go on."""
+    told: dict[torch.dtype, Any] = field(default_factory=dict)
+    """What kernels were told of its tensors, by the type of what they multiply."""
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,8 @@ and residents stay until the next prompt, but that a place which none has taken 
 mapped file as it is computed with needs no buffer, if the page cache has room for the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class ExpertCache:
         self._mapped = self._by_host and store.lies_as(layer, places)
         self.away: frozenset[int] = frozenset()
         """Of the experts that tokens were sent to last, those that the CPU computes."""
+        self.there = 0
+        """How many of them were residents, while no prompt passes."""
         self._used = torch.zeros(experts, dtype=torch.float64, device="cpu")
         """How much of the routing went to each expert lately, in tokens."""
         self.hits = self.misses = 0
@@ -160,7 +163,7 @@ class ExpertCache:
 
     def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> Sequence[int]:
         self._abandon()  # of a forward that failed
-        self.away = frozenset()
+        self.away, self.there = frozenset(), 0
         routed = _shares(index, weights, self._used.numel())
         missing = [expert for expert in experts if expert not in self._place_of]
         self._waiting = list(experts)
@@ -175,7 +178,8 @@ class ExpertCache:
             )
         self._used = self._used * FADING ** index.shape[0] + routed
         self.misses += len(missing)
-        self.hits += len(experts) - len(missing)
+        self.there = len(experts) - len(missing)
+        self.hits += self.there
         return [*(expert for expert in experts if expert not in missing), *self._fetch(missing)]
 
     def _fetch(self, missing: Sequence[int]) -> list[int]:
@@ -219,18 +223,28 @@ class ExpertCache:
                 break
 
     def tensors(self, expert: int) -> Sequence[Tensor]:
+        return self._place(expert).tensors
+
+    def told(self, expert: int, dtype: torch.dtype, tell: Callable[[Sequence[Tensor], torch.dtype], Any]) -> Any:
+        """What `tell` says of a place, which is asked once."""
+        place = self._place(expert)
+        if dtype not in place.told:
+            place.told[dtype] = tell(place.tensors, dtype)
+        return place.told[dtype]
+
+    def _place(self, expert: int) -> Place:
         self._waiting.remove(expert)
         if self._held is not None:
             found = self._found(expert, self._held)
             self._read_ahead(expert)
-            return found.tensors
+            return found
         if expert in self._place_of:
-            return self._places[self._place_of[expert]].tensors
+            return self._places[self._place_of[expert]]
         if expert not in self._reads:
             buffers = self._buffers.of_tokens
             buffers.give_back([into for _, into, _ in self._reads.values()])  # those of experts that have computed
             self._start(expert, None, buffers.take(self._places[0], buffers.few))
-        return self._finish(expert).tensors
+        return self._finish(expert)
 
     def _found(self, expert: int, held: dict[int, Place]) -> Place:
         """An expert while a prompt passes: resident, held, on its way, or not even that."""

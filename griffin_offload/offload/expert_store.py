@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -328,7 +329,7 @@ def _in_pieces(extent: Extent, place: Tensor) -> list[tuple[Extent, Tensor]]:
 class PassingExperts:
     """`ExpertSource` of a layer of which none stays: they pass one by one through one buffer, as they are stored."""
 
-    away = ()
+    away, there = (), 0
 
     def __init__(self, layer: int, store: ExpertStore) -> None:
         self._layer, self._store = layer, store
@@ -350,6 +351,10 @@ class PassingExperts:
         self._store.ask(self._layer, self._waiting[READ_AHEAD - 1 : READ_AHEAD])
         self._store.read(self._layer, expert, self._buffer)
         return self._buffer
+
+    def told(self, expert: int, dtype: torch.dtype, tell: Callable[[Sequence[Tensor], torch.dtype], Any]) -> Any:
+        """Of `tensors`, whatever was told before."""
+        return tell(self.tensors(expert), dtype)
 
     def settle(self, chosen: Sequence[int]) -> None:
         """None stays, and the buffer goes."""

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, eager_attention_forward
 
 from griffin_offload import GriffinModel
 from griffin_offload.engine import build, spec
@@ -119,6 +120,68 @@ def test_a_few_tokens_are_each_as_if_alone(window, form, dtype):
         assert not by.ours
 
 
+class _WithSinks(GptOssAttention):
+    def __init__(self, sinks, shared):
+        nn.Module.__init__(self)
+        self.sinks, self.num_key_value_groups = nn.Parameter(sinks, requires_grad=False), shared
+
+
+@settings(max_examples=40)
+@given(
+    batch=st.integers(1, 2),
+    kv_heads=st.integers(1, 3),
+    shared=st.integers(1, 3),
+    new=st.sampled_from([1, 1, 1, 3]),
+    past=st.integers(0, 80),
+    masked=st.sampled_from(["none", "bool", "float"]),
+    sink=st.sampled_from([-100.0, 0.0, 5.0, 100.0]),
+    size=st.sampled_from([0.1, 1, 30]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+)
+def test_sinks_take_their_share(batch, kv_heads, shared, new, past, masked, sink, size, dtype):
+    """As transformers' own attention in float32; by ours for one token, and for a few that a mask tells apart."""
+    generator, seen, heads = torch.Generator().manual_seed(0), past + new, kv_heads * shared
+    query = (torch.randn(batch, heads, new, 16, generator=generator) * size).to(dtype)
+    key, value = (torch.randn(batch, kv_heads, seen, 16, generator=generator).to(dtype) for _ in range(2))
+    module = _WithSinks((torch.randn(heads, generator=generator) + sink).to(dtype), shared)
+    mask = (torch.ones(new, seen, dtype=torch.bool).tril(seen - new))[None, None].expand(batch, 1, new, seen).clone()
+    if new == 1 and past:
+        mask[..., 0] = False
+    added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    given = {"none": None, "bool": mask, "float": added}["float" if new > 1 and masked == "none" else masked]
+    options = {"scaling": 0.25, "s_aux": module.sinks, "sliding_window": None}
+    with torch.no_grad():
+        found, _ = build.attention_forward(module, query, key, value, given, **options)
+        exact = _WithSinks(module.sinks.float(), shared)
+        least = None if given is None else torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        expected, _ = eager_attention_forward(exact, *(part.float() for part in (query, key, value)), least, 0.25)
+    by = table.choose("attention", "one_token", module, query, key, value, given, like=query)
+    assert by.ours == (library() is not None and (new == 1 or (batch == 1 and past > 0)))
+    if by.ours:  # torch's rounds weights to 16 bits
+        step = torch.finfo(dtype).eps
+        torch.testing.assert_close(found.float(), expected, rtol=2 * step, atol=2 * step)
+    else:
+        torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+
+
+@needs_kernel
+def test_rows_of_several_lengths_have_their_sinks():
+    """Bit by bit as each alone; and a number for every head is wanted."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 4, 1, 16, generator=generator).bfloat16()
+    keys, values = ([torch.randn(1, 2, n, 16, generator=generator).bfloat16() for n in (3, 70, 9)] for _ in range(2))
+    options = {"scaling": 0.25, "s_aux": torch.randn(4, generator=generator).bfloat16()}
+    with torch.no_grad():
+        together, _ = build.attend_to_each(None, query, keys, values, **options)
+        pairs = enumerate(zip(keys, values, strict=True))
+        alone = [build.attention_forward(None, query[i : i + 1], *pair, None, **options)[0] for i, pair in pairs]
+        none = build.attend_to_each(None, query, keys, values, scaling=0.25)[0]
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.allclose(together, none, rtol=0.1)
+    with pytest.raises(ValueError, match="the sinks, "):
+        attend(query, keys[0].expand(3, 2, 3, 16), values[0].expand(3, 2, 3, 16), None, 1.0, torch.ones(3))
+
+
 @needs_kernel
 def test_what_is_no_number_stays_none():
     """In the head that has it and in no other."""
@@ -140,12 +203,26 @@ def test_a_loaded_model_answers_as_the_stock_one(checkpoints, monkeypatch, name)
         monkeypatch.setattr(spec, "emulates_halves", lambda *_, own=own: own)
         monkeypatch.setattr(build, "STOCK_ATTENTION", "sdpa" if own else "none of ours")
         with GriffinModel.from_pretrained(folder, device="cpu", density=1.0, always_stream=True) as model:
-            uses_ours = model.model.config._attn_implementation == build.ATTENTION_NAME
+            uses_ours = model.model.config._attn_implementation in build.OWN_ATTENTION
             assert uses_ours == (own and name != "falcon_new")  # whose attention is its own
             cache = model.model(prompt).past_key_values
             found.append(model.model(torch.tensor([[7]]), past_key_values=cache).logits.float())
     error = (found[0] - found[1]).norm() / found[1].norm()
     assert error < 0.02  # one rounding of bfloat16 is 0.004, and they accumulate over layers
+
+
+def test_a_loaded_model_with_sinks_answers_as_the_stock_one(checkpoints, monkeypatch):
+    """A prompt and a token behind it, in a window and without; experts may be others where routers hesitate."""
+    folder, prompt, found = checkpoints("gpt_oss", torch.bfloat16), torch.arange(5, 35)[None], []
+    for own in (True, False):
+        monkeypatch.setattr(build, "STOCK_SINKS", "eager" if own else "none of ours")
+        with GriffinModel.from_pretrained(folder, device="cpu", density=1.0, dtype="bfloat16") as model:
+            assert (model.model.config._attn_implementation == build.SINKS_NAME) == own
+            output = model.model(prompt)
+            last = model.model(torch.tensor([[7]]), past_key_values=output.past_key_values)
+            found.append([output.logits.detach().float(), last.logits.detach().float()])
+    assert torch.equal(found[0][0], found[1][0])  # the prompt's is stock attention
+    assert (found[0][1] - found[1][1]).norm() < 0.1 * found[1][1].norm()
 
 
 @needs_kernel

@@ -1,6 +1,7 @@
 """The kernels of gemv.c against float64, over shapes, types, threads and numbers of every size."""
 
 import importlib.util
+import itertools
 import math
 import platform
 import shutil
@@ -381,46 +382,69 @@ def test_there_is_one_pool_of_threads(tmp_path: Path):
     assert before == after >= 2
 
 
+def _matrix(layout: str, outputs: int, inputs: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor | None]:
+    """Tensors of a matrix in a layout, which differ by `seed`."""
+    generator, bits = torch.Generator().manual_seed(seed), int(layout[3]) if layout != "float" else 16
+    bias = torch.randn(outputs, generator=generator).to(dtype)
+    found: dict[str, Tensor | None] = {"groups": None, "scale": None, "input_scale": None, "bias": bias}
+    if layout == "float":
+        return found | {"weight": torch.randn(outputs, inputs, generator=generator).to(dtype)}
+    scale = torch.rand(outputs, generator=generator)
+    if layout == "int8":
+        weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+        return found | {"weight": weight, "scale": scale}
+    if layout.endswith("_rows"):
+        codes, groups = _packed(outputs + seed, inputs // 32, bits)
+        return found | {"weight": codes[seed:], "groups": groups[seed:], "scale": scale}
+    codes, groups = _packed(inputs + seed, -(-outputs // 32), bits)
+    codes, groups = ref.rows_as_strips(codes[seed:].contiguous(), groups[seed:].contiguous())
+    return found | {"weight": codes, "groups": groups, "input_scale": torch.rand(inputs, generator=generator).to(dtype)}
+
+
+LAYOUTS = ["int8", "float", *(f"int{bits}_{form}" for bits in (4, 3, 2) for form in ("rows", "strips"))]
+
+
 @needs_kernels
 @of_all_processors
-@pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=20)
-@given(data=st.data(), threads=st.integers(1, 2), rows=st.integers(1, 5))
-def test_tiers_are_what_each_is_by_itself(kind: Kind, dtype: torch.dtype, data: st.DataObject, threads: int, rows: int):
-    """Outputs behind each other, or added up in float32."""
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=12)
+@given(data=st.data(), threads=st.integers(1, 3), outputs=st.integers(1, 200), groups=st.integers(1, 9))
+def test_several_matrices_are_what_each_is_alone(
+    kind: Kind, layout: str, data: st.DataObject, threads: int, outputs: int, groups: int
+):
+    """To the last bit, and each row as if it were the only one, whichever matrices have the same rows."""
     torch.set_num_threads(threads)
-    own, generator = _kernels(**kind), torch.Generator().manual_seed(rows)
-    bits = data.draw(st.lists(st.sampled_from([2, 3, 4]), min_size=1, max_size=gemv.MOST_TIERS))
-    x, outputs = torch.randn(rows, 96, generator=generator).to(dtype), data.draw(st.integers(1, 200))
-    tiers = [(b, *_packed(outputs + i, 3, b), torch.rand(outputs + i, generator=generator)) for i, b in enumerate(bits)]
-    found = own.multiply_tiers_rows(x, tiers)
-    assert torch.equal(found, torch.cat([own.multiply_rows(x, *tensors, bits=b) for b, *tensors in tiers], dim=1))
-    sizes = [16 * data.draw(st.integers(1, 9)) for _ in bits]
-    inputs = [torch.randn(rows, size, generator=generator).to(dtype) for size in sizes]
-    strips = [ref.rows_as_strips(*_packed(size, 3, b)) for size, b in zip(sizes, bits, strict=True)]
-    scales = [torch.rand(size, generator=generator).to(dtype) for size in sizes]
-    tiers = [(b, *matrix, scale) for b, matrix, scale in zip(bits, strips, scales, strict=True)]
-    bias = torch.randn(90, generator=generator).to(dtype)
-    found = own.multiply_tiers_strips(inputs, tiers, bias, 90)
-    alone = [own.multiply_strips(x, *of, features=90, bits=b) for x, (b, *of) in zip(inputs, tiers, strict=True)]
-    size = sum(part.double().abs() for part in alone) + bias.double().abs()
-    exact = sum(part.double() for part in alone) + bias.double()
-    assert found.dtype == dtype
-    assert torch.all(
-        (found.double() - exact).abs() <= (1 + len(bits)) * torch.finfo(dtype).eps * size + torch.finfo(dtype).tiny
-    )
+    dtypes = DTYPES[1:] if layout == "float" else DTYPES
+    own, dtype, rows = _kernels(**kind), data.draw(st.sampled_from(dtypes)), data.draw(st.integers(1, 7))
+    x = torch.randn(rows, 32 * groups, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    ends = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=3))})
+    ranges = [(first, end - first) for first, end in itertools.pairwise(ends)]
+    asked = [own for own in ranges for _ in range(data.draw(st.integers(1, 3)))]
+    matrices = [_matrix(layout, outputs, 32 * groups, dtype, seed) for seed in range(len(asked))]
+    told = [gemv.tell(layout, tensors, outputs, dtype) for tensors in matrices]
+    found = own.multiply_several(x, told, asked)
+    alone = [
+        own.multiply(x[i : i + 1], one)
+        for one, (start, n) in zip(told, asked, strict=True)
+        for i in range(start, start + n)
+    ]
+    assert torch.equal(found, torch.cat([x.new_empty(0, outputs), *alone]))
 
 
 @needs_kernels
-def test_tiers_of_wrong_sizes_are_refused():
-    own, tier = _kernels(), (4, _CODES, _PAIRS, torch.ones(4))
-    with pytest.raises(ValueError, match="9 tiers: 1 to 8 are known"):
-        own.multiply_tiers_rows(torch.ones(1, 64), 9 * [tier])
-    with pytest.raises(ValueError, match="must be"):
-        own.multiply_tiers_rows(torch.ones(1, 64), [tier, (3, *tier[1:])])
-    strips = (4, _STRIP, _STRIP_PAIRS, torch.ones(64))
-    with pytest.raises(ValueError, match="as many rows"):
-        own.multiply_tiers_strips([torch.ones(1, 64), torch.ones(2, 64)], [strips, strips])
-    more = (4, torch.cat([_STRIP, _STRIP]), torch.cat([_STRIP_PAIRS, _STRIP_PAIRS]), torch.ones(64))
-    with pytest.raises(ValueError, match="of the same outputs"):
-        own.multiply_tiers_strips(2 * [torch.ones(1, 64)], [strips, more])
+def test_several_that_do_not_go_together_are_refused():
+    own, x = _kernels(), torch.ones(2, 64)
+    tensors = _matrix("int4_rows", 8, 64, torch.float32, 0)
+    told = gemv.tell("int4_rows", tensors, 8, torch.float32)
+    other = gemv.tell("int3_rows", _matrix("int3_rows", 8, 64, torch.float32, 0), 8, torch.float32)
+    for asked in ([(0, 3)], [(2, 1)], [(-1, 1)], [(0, 2), (1, 1)], [(1, 1), (0, 1)]):
+        with pytest.raises(ValueError, match="rows from"):
+            own.multiply_several(x, len(asked) * [told], asked)
+    with pytest.raises(ValueError, match="beside"):
+        own.multiply_several(x, [told, other], [(0, 1), (0, 1)])
+    with pytest.raises(ValueError, match="x, "):
+        own.multiply_several(x.half(), [told], [(0, 1)])
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            with pytest.raises(ValueError, match="must be"):
+                gemv.tell("int4_rows", tensors | {name: tensor[1:]}, 8, torch.float32)

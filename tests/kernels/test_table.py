@@ -7,7 +7,6 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
-import quantised_reference as ref
 import torch
 from torch import Tensor, nn
 
@@ -113,34 +112,6 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(rows) + 1
     assert lines[0].split() == ["operation", "layout", "rows", "device", "multiplies", "function", "here"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_several_matrices_at_once_are_each_of_them(dtype: torch.dtype):
-    """By one call where a kernel does it, and one by one."""
-    generator = torch.Generator().manual_seed(0)
-    scratch = Scratch(2**14, dtype, torch.device("cpu"))
-    names, x = ("int4", "int3", "int2"), torch.randn(2, 64, generator=generator).to(dtype)
-    zs = [torch.randn(2, size, generator=generator).to(dtype) for size in (64, 128, 64)]
-    rows: list[tuple[str, dict[str, Tensor]]] = []
-    strips: list[tuple[str, dict[str, Tensor]]] = []
-    exact, total = [], torch.zeros(2, 96, dtype=torch.float64)
-    for name, z in zip(names, zs, strict=True):
-        format, matrix = get(name), torch.randn(z.shape[1], 64, generator=generator).to(dtype)
-        own = format.quantize(matrix, dtype, is_down=False)
-        rows.append((format.resident(is_down=False).name, own))
-        exact.append(x.double() @ ref.grouped_matrix(own).t())
-        down = format.quantize(torch.randn(96, z.shape[1], generator=generator).to(dtype), dtype, is_down=True)
-        total += z.double() @ ref.grouped_matrix(down).t()
-        codes, groups = ref.rows_as_strips(down["weight"], down["groups"])
-        strips.append((format.resident(is_down=True).name, {**down, "weight": codes, "groups": groups}))
-    bias = torch.ones(96, dtype=dtype)
-    for leave_out in (False, True):
-        with table.leaving_out(lambda kernel, out=leave_out: kernel.ours and out):  # type: ignore[misc]
-            found = table.call("tiers", "rows", x, rows, scratch)
-            assert (found.double() - torch.cat(exact, dim=1)).norm() < 0.02 * torch.cat(exact, dim=1).norm()
-            found = table.call("tiers", "strips", zs, strips, bias, 96, scratch, like=x)
-            assert (found.double() - total - 1).norm() < 0.02 * total.norm()
 
 
 def test_the_library_for_every_python_comes_first(tmp_path: Path):

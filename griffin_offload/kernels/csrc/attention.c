@@ -19,6 +19,7 @@ typedef struct {
     const float *query; /* [batch, kv_heads, shared, size] */
     const uint16_t *key, *value; /* [batch, kv_heads, tokens, size], tokens' numbers side by side */
     const float *mask; /* [batch, kv_heads, shared, tokens], by strides, is added to scores; or none */
+    const float *sinks; /* [kv_heads, shared]: a score that takes its share of the weights, and has no value; or none */
     float *score; /* [batch, kv_heads, shared, tokens] */
     float *output; /* [batch, kv_heads, shared, value_size] */
     int64_t batch, kv_heads, shared, tokens, key_size, value_size, type, threads;
@@ -55,10 +56,14 @@ AVX2 INLINED __m256 exponential(__m256 x) {
     return _mm256_and_ps(_mm256_mul_ps(sum, _mm256_castsi256_ps(exponent)), in_range);
 }
 
-/* Scores become weights, but for the sum of all, which is returned: 0 where nothing is seen. */
-AVX2 INLINED float weigh(float *score, int64_t tokens) {
-    float most = -FLT_MAX, total = 0;
+/* e^x of one number. */
+AVX2 INLINED float exponential_of(float x) { return _mm256_cvtss_f32(exponential(_mm256_set1_ps(x))); }
+
+/* Scores become weights, but for the sum of all, that of a sink among them, which is returned: 0 where nothing is seen. */
+AVX2 INLINED float weigh(float *score, int64_t tokens, const float *sink) {
+    float most = sink ? *sink : -FLT_MAX, total = 0;
     for (int64_t t = 0; t < tokens; t++) most = score[t] > most ? score[t] : most;
+    if (sink) total = exponential_of(*sink - most);
     for (int64_t t = 0; t < tokens; t += LANES) {
         float eight[LANES];
         int64_t count = tokens - t < LANES ? tokens - t : LANES;
@@ -106,7 +111,8 @@ AVX2 INLINED void attend(const Attention *a, int64_t batch, int64_t head, const 
             }
         }
     for (int64_t one = 0; one < a->shared; one++) {
-        float *score = a->score + (first + one) * tokens, total = weigh(score, tokens);
+        const float *sink = a->sinks ? a->sinks + head * a->shared + one : 0;
+        float *score = a->score + (first + one) * tokens, total = weigh(score, tokens, sink);
         for (int64_t t = 0; t < tokens; t++) score[t] /= total > 0 ? total : 1;
         memset(a->output + (first + one) * a->value_size, 0, (size_t)a->value_size * sizeof(float));
     }

@@ -116,11 +116,6 @@ AVX2 static void quantize_by_halves(const Product *p) {
         }
 }
 
-typedef struct {
-    const Product *product;
-    Part kernel;
-} Job;
-
 /* Of sums of outputs from `start` to `end` the product. */
 AVX2 static void store_part(const Product *p, int64_t start, int64_t end) {
     for (int64_t row = 0; row < p->rows; row++)
@@ -132,28 +127,6 @@ AVX2 static void store_part(const Product *p, int64_t start, int64_t end) {
         }
 }
 
-static void multiply_part(const void *job, int64_t start, int64_t end) {
-    const Product *p = ((const Job *)job)->product;
-    ((const Job *)job)->kernel(p, start, end);
-    store_part(p, start, end);
-}
-
-static void multiply(const Product *p, Parallel parallel, Part kernel) {
-    const Job job = {p, kernel};
-    in_parallel(parallel, p->threads, multiply_part, &job, p->outputs, UNIT);
-}
-
-void multiply_int8(const Product *p, Parallel parallel) {
-    if (p->wide == BY_TILES) {
-        int8_for_tiles(p);
-        multiply(p, parallel, int8_by_tiles);
-        return;
-    }
-    quantize(p);
-    if (p->wide) int8_lanes(p);
-    multiply(p, parallel, p->wide ? int8_by_vnni : int8_by_avx2);
-}
-
 /* x times the neurons' scales. */
 AVX2 static void scale_inputs(const Product *p) {
     for (int64_t row = 0; row < p->rows; row++)
@@ -161,11 +134,20 @@ AVX2 static void scale_inputs(const Product *p) {
             inputs_of(p, row, start, least(MOST_GROUP, p->inputs - start), p->floats + row * p->inputs + start);
 }
 
-/* Forms of 2 to 4 bits: what is made of x beforehand, and the kernels for processors of either kind. */
+/* Forms of matrices: what is made of x beforehand, and the kernels for processors of every kind. */
 typedef struct {
     void (*prepare)(const Product *p);
     Part kernels[4];
 } Form;
+
+static void quantize_for_int8(const Product *p) {
+    if (p->wide == BY_TILES) {
+        int8_for_tiles(p);
+        return;
+    }
+    quantize(p);
+    if (p->wide) int8_lanes(p);
+}
 
 static void quantize_for_int4(const Product *p) {
     if (p->wide == BY_TILES) int4_rows_for_tiles(p);
@@ -177,91 +159,81 @@ static void inputs_for_int4(const Product *p) {
     else scale_inputs(p);
 }
 
-static const Form rows_of_bits[] = {{quantize_by_halves, {int2_rows_by_avx2, int2_rows_by_vnni}},
-                                    {quantize_by_halves, {int3_rows_by_avx2, int3_rows_by_vnni}},
-                                    {quantize_for_int4, {int4_rows_by_avx2, int4_rows_by_vnni, int4_rows_by_tiles, int4_rows_by_lanes}}};
-static const Form strips_of_bits[] = {{scale_inputs, {int2_strips_by_avx2, int2_strips_by_vnni}},
-                                      {scale_inputs, {int3_strips_by_avx2, int3_strips_by_vnni}},
-                                      {inputs_for_int4, {int4_strips_by_avx2, int4_strips_by_vnni, int4_strips_by_tiles}}};
-
-static void multiply_form(const Product *p, Parallel parallel, const Form *form) {
-    form->prepare(p);
-    multiply(p, parallel, form->kernels[p->wide]);
+AVX2 static void inputs_for_floats(const Product *p) {
+    if (p->wide == BY_TILES) pairs_for_tiles(p);
+    else if (!p->wide) widen(p->x, 0, p->rows * p->inputs, p->x_type, p->floats);
 }
 
-#define MULTIPLY_BITS(bits)                                                     \
-    void multiply_int##bits##_rows(const Product *p, Parallel parallel) {       \
-        multiply_form(p, parallel, &rows_of_bits[bits - 2]);                    \
-    }                                                                           \
-    void multiply_int##bits##_strips(const Product *p, Parallel parallel) {     \
-        multiply_form(p, parallel, &strips_of_bits[bits - 2]);                  \
-    }
+/* gemv.py counts them in this order. */
+static const Form forms[] = {
+    {quantize_by_halves, {int2_rows_by_avx2, int2_rows_by_vnni}},
+    {quantize_by_halves, {int3_rows_by_avx2, int3_rows_by_vnni}},
+    {quantize_for_int4, {int4_rows_by_avx2, int4_rows_by_vnni, int4_rows_by_tiles, int4_rows_by_lanes}},
+    {scale_inputs, {int2_strips_by_avx2, int2_strips_by_vnni}},
+    {scale_inputs, {int3_strips_by_avx2, int3_strips_by_vnni}},
+    {inputs_for_int4, {int4_strips_by_avx2, int4_strips_by_vnni, int4_strips_by_tiles}},
+    {quantize_for_int8, {int8_by_avx2, int8_by_vnni, int8_by_tiles}},
+    {inputs_for_floats, {floats_by_avx2, pairs_by_bf16, pairs_by_tiles}}};
 
-MULTIPLY_BITS(2)
-MULTIPLY_BITS(3)
-MULTIPLY_BITS(4)
+/* Matrices of one form and one size, mostly one, by threads that begin and end once. gemv.py packs these fields, in this
+ * order. */
 
-/* Matrices of several forms, tiers, by threads that begin and end once. */
-
-#define MOST_TIERS 8
-
-/* gemv.py packs these fields, in this order. */
 typedef struct {
-    int64_t count;
-    int64_t bits[MOST_TIERS];
-    Product tiers[MOST_TIERS]; /* as many as there are */
-} Tiers;
+    const void *input_scale, *weight, *groups, *scale, *bias; /* as of a Product */
+    int64_t scale_type;
+    int64_t row, rows, product; /* which rows of x it multiplies, and the first row of what it gives */
+} Matrix;
+
+typedef struct {
+    Product all; /* of no matrix in particular: all rows of x, of the product, and of what is made */
+    int64_t form, count, apart; /* `apart`: of every row of the product something of its own is made */
+    int64_t floats, numbers, step, lanes; /* of what is made for a row: 32-bit numbers */
+    Matrix matrices[]; /* as many as `count` */
+} Several;
+
+/* One of them as a product by itself. */
+AVX2 static Product one_of(const Several *s, const Matrix *m) {
+    Product p = s->all;
+    const int64_t made = s->apart ? m->product : m->row, bytes = p.x_type == FLOAT32 ? 4 : 2;
+    p.x = (const char *)p.x + m->row * p.inputs * bytes;
+    p.product = (char *)p.product + m->product * p.features * bytes;
+    p.sums += m->product * p.parts * p.outputs;
+    p.floats += made * s->floats;
+    p.numbers += 2 * made * s->numbers;
+    p.step += made * s->step;
+    p.lanes += made * s->lanes;
+    p.rows = m->rows;
+    p.input_scale = m->input_scale;
+    p.weight = m->weight;
+    p.groups = m->groups;
+    p.scale = m->scale;
+    p.bias = m->bias;
+    p.scale_type = m->scale_type;
+    return p;
+}
 
 INLINED int64_t whole_units(int64_t outputs) { return (outputs + UNIT - 1) / UNIT * UNIT; }
 
-/* Of all tiers' outputs, one tier behind another in whole units, those from `start` to `end`. */
-static void rows_part(const void *job, int64_t start, int64_t end) {
-    const Tiers *t = job;
-    int64_t base = 0;
-    for (int64_t i = 0; i < t->count; i++) {
-        const Product *p = &t->tiers[i];
-        const Job own = {p, rows_of_bits[t->bits[i] - 2].kernels[p->wide != 0]};
-        const int64_t from = start > base ? start - base : 0, to = least(end - base, p->outputs);
-        if (from < to) multiply_part(&own, from, to);
-        base += whole_units(p->outputs);
+/* Of all outputs, those of one matrix behind another's in whole units, from `start` to `end`. */
+static void several_part(const void *several, int64_t start, int64_t end) {
+    const Several *s = several;
+    const int64_t each = whole_units(s->all.outputs);
+    for (int64_t i = start / each; i * each < end; i++) {
+        const Product p = one_of(s, &s->matrices[i]);
+        const int64_t from = start > i * each ? start - i * each : 0, to = least(end - i * each, p.outputs);
+        forms[s->form].kernels[p.wide](&p, from, to);
+        store_part(&p, from, to);
     }
 }
 
-void multiply_tiers_rows(const Tiers *t, Parallel parallel) {
-    int64_t outputs = 0;
-    for (int64_t i = 0; i < t->count; i++) {
-        rows_of_bits[t->bits[i] - 2].prepare(&t->tiers[i]);
-        outputs += whole_units(t->tiers[i].outputs);
+void multiply_several(const Several *s, Parallel parallel) {
+    for (int64_t i = 0; i < s->count; i++) {
+        const Matrix *m = &s->matrices[i];
+        if (i && !s->apart && m->row == m[-1].row && m->rows == m[-1].rows) continue; /* made for the one before */
+        const Product p = one_of(s, m);
+        forms[s->form].prepare(&p);
     }
-    in_parallel(parallel, t->tiers[0].threads, rows_part, t, outputs, UNIT);
-}
-
-/* Outputs from `start` to `end`, which all tiers have: the sums of all, and from them the first one's product. */
-static void strips_part(const void *job, int64_t start, int64_t end) {
-    const Tiers *t = job;
-    const Product *p = &t->tiers[0];
-    for (int64_t i = 0; i < t->count; i++)
-        strips_of_bits[t->bits[i] - 2].kernels[t->tiers[i].wide != 0](&t->tiers[i], start, end);
-    for (int64_t i = 1; i < t->count; i++)
-        for (int64_t row = 0; row < p->rows * p->parts; row++)
-            for (int64_t output = start; output < end; output++)
-                p->sums[row * p->outputs + output] += t->tiers[i].sums[row * p->outputs + output];
-    store_part(p, start, end);
-}
-
-void multiply_tiers_strips(const Tiers *t, Parallel parallel) {
-    for (int64_t i = 0; i < t->count; i++) scale_inputs(&t->tiers[i]);
-    in_parallel(parallel, t->tiers[0].threads, strips_part, t, t->tiers[0].outputs, UNIT);
-}
-
-AVX2 void multiply_floats(const Product *p, Parallel parallel) {
-    if (p->wide == BY_TILES) {
-        pairs_for_tiles(p);
-        multiply(p, parallel, pairs_by_tiles);
-        return;
-    }
-    if (!p->wide) widen(p->x, 0, p->rows * p->inputs, p->x_type, p->floats);
-    multiply(p, parallel, p->wide ? pairs_by_bf16 : floats_by_avx2);
+    in_parallel(parallel, s->all.threads, several_part, s, s->count * whole_units(s->all.outputs), UNIT);
 }
 
 #endif
