@@ -91,7 +91,10 @@ def grid_share(checkpoint: Checkpoint) -> float:
 
 
 def held_finer(checkpoint: Checkpoint) -> dict[int, set[str]]:
-    """By layer the names of matrices that a file of four bits holds in more; of other files none."""
+    """By layer the names of matrices that a file of four bits holds in more, or a copy does, small ones too; of other
+    files none."""
+    if not checkpoint.precision.is_plain:
+        return _stored_in(checkpoint, checkpoint.small) if checkpoint.precision is INT4 else {}
     if grid_share(checkpoint) < _MOST_ON_GRIDS:
         return {}
     matrices = _layer_matrices(checkpoint)
@@ -99,6 +102,14 @@ def held_finer(checkpoint: Checkpoint) -> dict[int, set[str]]:
     found: dict[int, set[str]] = {}
     for match, tensor in matrices:
         if match["stack"] in stacks and not _lies_on_grids(tensor):
+            found.setdefault(int(match["layer"]), set()).add(match["matrix"])
+    return found
+
+
+def _stored_in(checkpoint: Checkpoint, format: Format | None) -> dict[int, set[str]]:
+    found: dict[int, set[str]] = {}
+    for match, tensor in _layer_matrices(checkpoint):
+        if tensor.format is format:
             found.setdefault(int(match["layer"]), set()).add(match["matrix"])
     return found
 
@@ -151,10 +162,13 @@ def _measured(
         if levels != (INT4,):
             found.append(replace(shape, by_layer=name == LAYERS))
             continue
-        held = {} if config.exact or beside is None else held_finer(checkpoint)
-        if held:
-            found.append(replace(measured(held), taken_over=1.0))  # but for what int8 loses, which is as little
-        found.append(replace(shape, taken_over=grid_share(checkpoint)))
+        as_held = shape if beside is None or (config.exact and stored.is_plain) else measured(held_finer(checkpoint))
+        if [layer.finer for layer in as_held.layers] == [layer.finer for layer in shape.layers]:
+            found.append(replace(shape, taken_over=grid_share(checkpoint)))
+            continue
+        found.append(replace(as_held, taken_over=1.0))  # but for what int8 loses, which is as little
+        if stored.is_plain:
+            found.append(replace(shape, taken_over=grid_share(checkpoint)))
     return found
 
 
