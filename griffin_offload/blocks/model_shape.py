@@ -173,6 +173,8 @@ def _layer_shape(
     outside = {name: layer.get_submodule(name) for name in outside_names(layer, block)}
     finer_ff = [name for name in sorted(finer_ones) if name not in outside]
     full = _stored_specs(layer, block, stored, finer, finer_ff)
+    if len(levels) > 1:  # all matrices of a neuron are on its level
+        finer_ones, finer_ff = finer_ones.difference(finer_ff), []
     ff = {id(tensor) for tensor in block.full()}
     rest = [p for p in layer.parameters() if id(p) not in ff]
     attention = _nbytes(p for p in rest if p.dim() > 1)

@@ -2,14 +2,15 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from griffin_offload.blocks.experts import is_experts
-from griffin_offload.blocks.model_shape import model_shape, parts_of
+from griffin_offload.blocks.model_shape import ModelParts, model_shape, parts_of
+from griffin_offload.blocks.replace import small_names
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.config import LAYERS, MIXED, TIERS, LoadConfig
@@ -114,6 +115,12 @@ def _stored_in(checkpoint: Checkpoint, format: Format | None) -> dict[int, set[s
     return found
 
 
+def _beyond_small(held: Mapping[int, set[str]], parts: ModelParts) -> dict[int, set[str]]:
+    """Those that are no small matrices; layers that have some."""
+    found = {i: names - small_names(parts.decoder[i], parts.blocks[i]) for i, names in held.items()}
+    return {i: names for i, names in found.items() if names}
+
+
 def _layer_matrices(checkpoint: Checkpoint) -> list[tuple[re.Match[str], StoredTensor]]:
     """With what their names say."""
     matches = ((_IN_LAYER.match(name), tensor) for name, tensor in checkpoint.tensors().items())
@@ -134,6 +141,7 @@ def _measured(
 ) -> list[ModelSizes]:
     """The precisions that `config` asks for, or all others."""
     stored, parts, found = checkpoint.precision, parts_of(meta), []
+    held = {} if stored.is_plain else _beyond_small(held_finer(checkpoint), parts)  # so a copy holds and rests them
     for name, precision, levels in _precisions(stored, config):
         wanted, drafts = config.quantize, levels[0] is not precision
         # A stored format may rest in another one, which has its own name.
@@ -150,7 +158,7 @@ def _measured(
             own_head = head if levels[-1].bits < head.bits else checkpoint.tables
             beside = small_beside(precision, checkpoint)
             measured = partial(model_shape, meta, precision, full, checkpoint.tables, parts, levels, own_head, beside)
-            shape = measured()
+            shape = measured(held)
             if len(levels) > 1 and not shape.with_neurons:
                 kind = checkpoint.config.model_type
                 raise UnsupportedModel(f"{name} are of FF neurons, and {kind} has none: take int4")
@@ -162,13 +170,10 @@ def _measured(
         if levels != (INT4,):
             found.append(replace(shape, by_layer=name == LAYERS))
             continue
-        as_held = shape if beside is None or (config.exact and stored.is_plain) else measured(held_finer(checkpoint))
-        if [layer.finer for layer in as_held.layers] == [layer.finer for layer in shape.layers]:
-            found.append(replace(shape, taken_over=grid_share(checkpoint)))
-            continue
-        found.append(replace(as_held, taken_over=1.0))  # but for what int8 loses, which is as little
-        if stored.is_plain:
-            found.append(replace(shape, taken_over=grid_share(checkpoint)))
+        of_file = {} if config.exact or beside is None or not stored.is_plain else held_finer(checkpoint)
+        if of_file:
+            found.append(replace(measured(of_file), taken_over=1.0))  # but for what int8 loses, which is as little
+        found.append(replace(shape, taken_over=grid_share(checkpoint)))
     return found
 
 

@@ -238,6 +238,21 @@ def test_in_exact_mode_such_a_copy_answers_as_with_all_neurons(tmp_path: Path):
     assert torch.equal(*answers)
 
 
+def test_tiers_of_such_a_copy_are_made_of_what_it_holds(tmp_path: Path):
+    """Of int8 where that is what it has; what is no feed-forward stays in int8. The bytes are as planned."""
+    convert(write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_1", others=IN_MORE_BITS), tmp_path / "copy", "int4")
+    with GriffinModel.from_pretrained(tmp_path / "copy", **OPTIONS, quantize="tiers", bits=3.5) as model:
+        model.generate(IDS, max_new_tokens=4, do_sample=False)
+        assert model.plan.precision == "tiers"
+        assert model.resident_bytes == model.plan.resident_bytes
+        assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+        down, o_proj = (
+            model.model.get_submodule(f"model.layers.{name}") for name in ("1.mlp.down_proj", "0.self_attn.o_proj")
+        )
+        assert (down.full.format, o_proj.resident.format) == (INT8, INT8)
+        assert {tier.resident.format.name for tier in down.tiers} <= {"int4", "int3", "int2"}
+
+
 def test_a_copy_of_a_mixture_that_holds_less_than_its_file_is_named(tmp_path: Path, recwarn: pytest.WarningsRecorder):
     """Its experts are of one form. Of files that hold all in four bits, and of copies in int8, nothing is said."""
     more = {"blk.1.ffn_down_exps": "Q8_0"}
