@@ -17,7 +17,7 @@ from griffin_offload.blocks.replace import check_layer, expert_names, finer_name
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, NeuronSizes
 from griffin_offload.blocks.states import LayerState, check_takes_cache, kept_states, positions_reached, windows_of
 from griffin_offload.errors import UnsupportedModel
-from griffin_offload.formats.base import Format, specs_bytes
+from griffin_offload.formats.base import Format, Spec, specs_bytes
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.linear import table_bytes
 from griffin_offload.transformers_api import StockModel
@@ -172,6 +172,9 @@ def _layer_shape(
         check_layer(layer, block, format)
     outside = {name: layer.get_submodule(name) for name in outside_names(layer, block)}
     finer_ff = [name for name in sorted(finer_ones) if name not in outside]
+    full = _stored_specs(layer, block, stored, finer, finer_ff)
+    if len(levels) > 1:  # all matrices of a neuron are on its level
+        finer_ones, finer_ff = finer_ones.difference(finer_ff), []
     ff = {id(tensor) for tensor in block.full()}
     rest = [p for p in layer.parameters() if id(p) not in ff]
     attention = _nbytes(p for p in rest if p.dim() > 1)
@@ -184,8 +187,8 @@ def _layer_shape(
     return LayerSizes(
         neurons=block.neurons,
         levels=tuple(_neuron_sizes(layer, block, format, dtype, finer, finer_ff) for format in levels),
-        ff_bytes=specs_bytes(block.full_specs(stored), dtype),
-        ff_flat_bytes=sum(padded(specs_bytes([spec], dtype), ALIGNMENT) for spec in block.full_specs(stored)),
+        ff_bytes=specs_bytes(full, dtype),
+        ff_flat_bytes=sum(padded(specs_bytes([spec], dtype), ALIGNMENT) for spec in full),
         attention_bytes=attention + quantised,
         norm_bytes=_nbytes(p for p in rest if p.dim() <= 1) + _nbytes(layer.buffers()),
         window=window,
@@ -201,6 +204,22 @@ def _layer_shape(
         mixing_bytes=state.mixing_bytes(sum(features(module)[0] for module in outside.values())),
         finer=finer_ones,
     )
+
+
+def _stored_specs(
+    layer: nn.Module, block: Block, stored: Format, finer: Format | None, finer_ones: Sequence[str]
+) -> list[Spec]:
+    """Of a block's matrices as the checkpoint has them, some of them in a `finer` format if `stored` has fewer bits."""
+    found = list(block.full_specs(stored))
+    if isinstance(block, Experts) or finer is None or finer.bits <= stored.bits:
+        return found
+    for module in map(layer.get_submodule, finer_ones):
+        (outputs, inputs), is_down = features(module), block.is_down(module)
+        own, other = (one.stored(is_down=is_down).specs(outputs, inputs, is_down=is_down) for one in (finer, stored))
+        for spec in other.values():
+            found.remove(spec)
+        found += own.values()
+    return found
 
 
 def _neuron_sizes(

@@ -111,7 +111,8 @@ def swap_linears(
     """Replace each by a module with the same parameters; those of a converted checkpoint are on meta, to be assigned.
     `importance` [3, I], by "layer.name", is of the inputs of matrices that are quantised while the model runs; `tiers`
     are of the FF of each layer, if it is not of `precision` alone; `finer` is what the `finer_ones` of each layer rest
-    in, and are stored in outside the FF unless the others have as many bits; `streamed` are layers whose FF passes.
+    in, and are stored in unless the others have as many bits or a copy has them as they are; `streamed` are layers
+    whose FF passes.
 
     Conv1D's matrix is turned around: every QuantizedLinear is [outputs, inputs].
     """
@@ -125,8 +126,9 @@ def swap_linears(
                 own = tiers[index] if tiers else own
             if finer is not None and name in finer_ones[index]:
                 own = ((finer, sum(kept for _, kept in own)),)
-                if module not in block.linears:
-                    source = max(finer, source, key=lambda format: format.bits)
+                source = max(finer, source, key=lambda format: format.bits)
+            if isinstance(module, QuantizedLinear):  # of a copy: as it lies there
+                source = module.full.format
             is_down = block.is_down(module) and (index in streamed or not _takes_rows_over(module, own))
             new = _replaced(module, own, block, source, scratch, is_down=is_down)
             new.importance = (importance or {}).get(f"{index}.{name}")

@@ -27,7 +27,14 @@ from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import FileState, renamed, states_of
 from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types, gguf_package
-from griffin_offload.checkpoint.gguf_config import LLAMA_ROWS, ROPE_TENSORS, Architecture, Described, config_of
+from griffin_offload.checkpoint.gguf_config import (
+    LLAMA_ROWS,
+    ROPE_TENSORS,
+    Architecture,
+    Described,
+    RowOrder,
+    config_of,
+)
 from griffin_offload.checkpoint.gguf_file import GgufFile, GgufTensor, is_gguf, read_gguf
 from griffin_offload.checkpoint.gguf_tokenizer import end_tokens, tokenizer_from
 from griffin_offload.checkpoint.renaming import Conversion, same_names
@@ -92,20 +99,28 @@ class GgufCheckpoint(Checkpoint):
         name = self.names[tensor.name]
         match = _LAYER.match(tensor.name)
         part = _SUFFIX.sub("", match["rest"] if match else tensor.name)
-        index = self.architecture.rows.get(part)
+        in_order = self.architecture.rows.get(part)
         transposed = name.endswith(self.architecture.transposed or ("\0",)) and len(tensor.shape) == 2
         minus = float(self.architecture.norms_minus_one and tensor.name.endswith("norm.weight"))
         if part == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:  # one row, of which files leave out the axis
             tensor = dataclasses.replace(tensor, shape=(1, *tensor.shape))
         shape = tensor.shape[::-1] if transposed else tensor.shape
         shape = (shape[0], 1, shape[1]) if part == "shortconv.conv" else shape
-        if not (index or transposed or minus) and _STORED_AS.get(tensor.type.name) == self.dtype:
+        if not (in_order or transposed or minus) and _STORED_AS.get(tensor.type.name) == self.dtype:
             return StoredTensor(shape, self.dtype, (tensor.extent,))
-        order = None if index is None else _checked(index(self.raw_config), tensor, self.directory)
+        order = None if in_order is None else self._order_of(tensor, in_order)
         width = tensor.shape[-1] if len(tensor.shape) > 1 else 1
         rows = tensor.shape[0] if len(tensor.shape) != 3 else tensor.shape[0] * tensor.shape[1]
         decode = BlockDecoder(tensor.type, rows, width, order, transposed, minus)
         return StoredTensor(shape, self.dtype, (tensor.extent,), decode=decode)
+
+    def _order_of(self, tensor: GgufTensor, rows: RowOrder) -> torch.Tensor:
+        wanted = rows.count(self.raw_config)
+        if wanted != tensor.shape[0]:
+            raise CheckpointError(
+                f"{self.directory}: {tensor.name} has {tensor.shape[0]} rows, by its heads it should have {wanted}"
+            )
+        return rows.index(self.raw_config)
 
     def conversions(self, model: StockModel, names: Iterable[str]) -> Sequence[Conversion]:
         return same_names(model, names)
@@ -264,14 +279,6 @@ def _table(names: str, layers: int) -> Any:
     package = gguf_package()
     arch = next(arch for arch, name in package.MODEL_ARCH_NAMES.items() if name == names)
     return package.get_tensor_name_map(arch, layers)
-
-
-def _checked(order: torch.Tensor, tensor: GgufTensor, where: Path) -> torch.Tensor:
-    if len(order) != tensor.shape[0]:
-        raise CheckpointError(
-            f"{where}: {tensor.name} has {tensor.shape[0]} rows, by its heads it should have {len(order)}"
-        )
-    return order
 
 
 # Of transformers' module of experts, by the parameter's name.

@@ -90,8 +90,14 @@ class Described:
         return found
 
 
-Index = Callable[[Mapping[str, Any]], Tensor]
-"""Of a config: which stored row each row of the model is."""
+@dataclass(frozen=True)
+class RowOrder:
+    """Of a matrix whose rows llama.cpp keeps in another order, by the config."""
+
+    count: Callable[[Mapping[str, Any]], int]
+    """Rows that it has to have: a config may lie, and the order of so many would be made."""
+    index: Callable[[Mapping[str, Any]], Tensor]
+    """Which row of the file is each of the model's, int64."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class Architecture:
     extend: Callable[[Described, dict[str, Any]], None] = lambda described, config: None
     """Adds what is its own to a config."""
     norm_eps: str = "rms_norm_eps"
-    rows: Mapping[str, Index] = field(default_factory=dict)
+    rows: Mapping[str, RowOrder] = field(default_factory=dict)
     """By the tensor's name behind the layer's number and without .weight or .bias."""
     norms_minus_one: bool = False
     """Its norms are stored with 1 added."""
@@ -226,15 +232,22 @@ def _scaling(described: Described, config: dict[str, Any]) -> dict[str, Any]:
 # Rows of matrices that llama.cpp keeps in another order.
 
 
-def _pairs_apart(heads: str) -> Index:
+def _pairs_apart(heads: str) -> RowOrder:
     """Of q and k: llama.cpp turns neighbours, transformers the halves of a head."""
 
-    def index(config: Mapping[str, Any]) -> Tensor:
-        half = config["head_dim"] // 2
-        rows = torch.arange(config[heads] * 2 * half, dtype=torch.int64, device="cpu")
-        return rows.view(-1, half, 2).transpose(1, 2).reshape(-1)
+    def count(config: Mapping[str, Any]) -> int:
+        return int(config[heads] * 2 * (config["head_dim"] // 2))
 
-    return index
+    def index(config: Mapping[str, Any]) -> Tensor:
+        rows = torch.arange(count(config), dtype=torch.int64, device="cpu")
+        return rows.view(-1, config["head_dim"] // 2, 2).transpose(1, 2).reshape(-1)
+
+    return RowOrder(count, index)
+
+
+def _rows_of_qkv(config: Mapping[str, Any]) -> int:
+    heads, groups = config["num_attention_heads"], config["num_kv_heads"]
+    return int((heads + 2 * groups) * (config["hidden_size"] // heads))
 
 
 def _grouped_qkv(config: Mapping[str, Any]) -> Tensor:
@@ -353,6 +366,7 @@ def _lfm2(described: Described, config: dict[str, Any]) -> None:
     config["layer_types"] = ["full_attention" if yes else "conv" for yes in attends]
 
 
+_QKV_ROWS = RowOrder(_rows_of_qkv, _grouped_qkv)
 LLAMA_ROWS = {"attn_q": _pairs_apart("num_attention_heads"), "attn_k": _pairs_apart("num_key_value_heads")}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
@@ -368,9 +382,9 @@ ARCHITECTURES = {
     "stablelm": Architecture("stablelm", "stablelm", _stablelm, "layer_norm_eps"),
     "starcoder2": Architecture("starcoder2", "starcoder2", _starcoder2, "norm_epsilon"),
     "nemotron": Architecture("nemotron", "nemotron", _nemotron, "norm_eps", norms_minus_one=True),
-    "falcon": Architecture("falcon", "falcon", _falcon, "layer_norm_epsilon", {"attn_qkv": _grouped_qkv}),
+    "falcon": Architecture("falcon", "falcon", _falcon, "layer_norm_epsilon", {"attn_qkv": _QKV_ROWS}),
     "gpt2": Architecture("gpt2", "gpt2", _gpt2, "layer_norm_epsilon", transposed=_CONV1D, rotary=False),
-    "bloom": Architecture("bloom", "bloom", _bloom, "layer_norm_epsilon", {"attn_qkv": _grouped_qkv}, rotary=False),
+    "bloom": Architecture("bloom", "bloom", _bloom, "layer_norm_epsilon", {"attn_qkv": _QKV_ROWS}, rotary=False),
     "lfm2": Architecture("lfm2", "lfm2", _lfm2, attends_in_some=True),
 }
 """By the name in general.architecture."""

@@ -196,7 +196,7 @@ class GgufLayout:
     def _rearranged(self, planned: Planned, tensor: Tensor) -> Tensor:
         rows = self._architecture.rows.get(planned.name.removesuffix(".weight").removesuffix(".bias").split(".")[-1])
         if rows is not None:
-            tensor = tensor[torch.argsort(rows(self._raw))]
+            tensor = tensor[torch.argsort(rows.index(self._raw))]
         if self._architecture.norms_minus_one and planned.name.endswith("norm.weight"):
             tensor = tensor.float() + 1
         if planned.parts:

@@ -30,6 +30,7 @@ from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.renaming import Conversion, KeptTypes
 from griffin_offload.devices.threads import building, parameters_on_meta, put
+from griffin_offload.engine.precisions import held_finer
 from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedModel, memory_refused, one_line
 from griffin_offload.formats import FLOATS
 from griffin_offload.formats.base import is_plain
@@ -73,7 +74,8 @@ def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> StockModel:
 def _swap_formats(model: StockModel, checkpoint: Checkpoint, scratch: Scratch) -> None:
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
     if not checkpoint.precision.is_plain:
-        finer = [finer_names(layer, block) for layer, block in zip(decoder, blocks, strict=True)]
+        held = held_finer(checkpoint)
+        finer = [finer_names(layer, blocks[i], held.get(i, ())) for i, layer in enumerate(decoder)]
         formats = (checkpoint.precision, checkpoint.precision)
         swap_linears(decoder, blocks, *formats, scratch, finer=checkpoint.small, finer_ones=finer)
     own = checkpoint.precision.rests_as()

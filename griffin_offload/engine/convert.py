@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.blocks.model_shape import model_shape
-from griffin_offload.blocks.replace import small_names
+from griffin_offload.blocks.replace import finer_names, small_names
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.registry import open_checkpoint
@@ -31,7 +32,7 @@ from griffin_offload.engine.shards import (
     write_with_experts,
 )
 from griffin_offload.errors import UsageError
-from griffin_offload.formats import FLOATS, Format, get
+from griffin_offload.formats import FLOATS, INT4, Format, get
 from griffin_offload.formats.expert_form import RECORD_VERSION
 from griffin_offload.formats.linear import reads_head_itself
 from griffin_offload.transformers_api import StockModel
@@ -82,16 +83,19 @@ def convert(
         raise UsageError(f"experts are of one format each, {precision} are of FF neurons: give int4")
     if format.is_plain and not has_experts:
         raise UsageError(f"{checkpoint.directory} has no experts, all that {precision} rewrites: give int8 or int4")
-    shape = model_shape(meta, format, format, get(tables), finer=small_beside(format.outside(), checkpoint))
+    held = held_finer(checkpoint) if format is INT4 and not has_experts else {}
+    finer = small_beside(format.outside(), checkpoint)
+    shape = model_shape(meta, format, format, get(tables), finer=finer, held=held)
     records = RECORD_VERSION if has_experts else 0
     small = "" if shape.finer is None else shape.finer.name
     mark = ConversionInfo(precision, checkpoint.fingerprint(), tables, records=records, small=small)
     directory = CopyDirectory(out, "conversion", mark.entries(), mark.metadata(), partial(check_shard, mark=mark))
-    _warn_of_finer(checkpoint, meta, format)
+    if not held:
+        _warn_of_finer(checkpoint, meta, format)
     with directory.writing() as finished, contextlib.closing(checkpoint.watched()) as files:
         files.check()
         directory.begin(shape.weight_bytes)
-        names = _write_shards(checkpoint, directory, mark, progress)
+        names = _write_shards(checkpoint, directory, mark, held, progress)
         files.check()
         directory.finish(checkpoint, checkpoint.config_json() | {"quantization_config": mark.config()}, names)
     return Conversion(
@@ -124,7 +128,11 @@ def _layers_of(checkpoint: Checkpoint) -> int:
 
 
 def _write_shards(
-    checkpoint: Checkpoint, directory: CopyDirectory, mark: ConversionInfo, progress: Progress | None
+    checkpoint: Checkpoint,
+    directory: CopyDirectory,
+    mark: ConversionInfo,
+    held: Mapping[int, Collection[str]],
+    progress: Progress | None,
 ) -> list[str]:
     """Every shard that is not there yet; the names of all."""
     model = build(checkpoint)
@@ -143,8 +151,8 @@ def _write_shards(
             if path.is_file():
                 reader.skip(parameters[index].values())
             else:
-                small = frozenset[str]() if not mark.small else small_names(layer, block)
-                quantizing = Quantizing(format, checkpoint.dtype, inputs, missed, small)
+                finer = frozenset[str]() if not mark.small else finer_names(layer, block, held.get(index, ()))
+                quantizing = Quantizing(format, checkpoint.dtype, inputs, missed, finer)
                 tensors = layer_tensors(start, layer, block, parameters[index], reader, quantizing)
                 if isinstance(block, Experts):
                     write_with_experts(path, tensors, start, layer, block, reader, quantizing, mark)

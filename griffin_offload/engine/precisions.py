@@ -2,14 +2,15 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from griffin_offload.blocks.experts import is_experts
-from griffin_offload.blocks.model_shape import model_shape, parts_of
+from griffin_offload.blocks.model_shape import ModelParts, model_shape, parts_of
+from griffin_offload.blocks.replace import small_names
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.config import LAYERS, MIXED, TIERS, LoadConfig
@@ -91,7 +92,10 @@ def grid_share(checkpoint: Checkpoint) -> float:
 
 
 def held_finer(checkpoint: Checkpoint) -> dict[int, set[str]]:
-    """By layer the names of matrices that a file of four bits holds in more; of other files none."""
+    """By layer the names of matrices that a file of four bits holds in more, or a copy does, small ones too; of other
+    files none."""
+    if not checkpoint.precision.is_plain:
+        return _stored_in(checkpoint, checkpoint.small) if checkpoint.precision is INT4 else {}
     if grid_share(checkpoint) < _MOST_ON_GRIDS:
         return {}
     matrices = _layer_matrices(checkpoint)
@@ -101,6 +105,20 @@ def held_finer(checkpoint: Checkpoint) -> dict[int, set[str]]:
         if match["stack"] in stacks and not _lies_on_grids(tensor):
             found.setdefault(int(match["layer"]), set()).add(match["matrix"])
     return found
+
+
+def _stored_in(checkpoint: Checkpoint, format: Format | None) -> dict[int, set[str]]:
+    found: dict[int, set[str]] = {}
+    for match, tensor in _layer_matrices(checkpoint):
+        if tensor.format is format:
+            found.setdefault(int(match["layer"]), set()).add(match["matrix"])
+    return found
+
+
+def _beyond_small(held: Mapping[int, set[str]], parts: ModelParts) -> dict[int, set[str]]:
+    """Those that are no small matrices; layers that have some."""
+    found = {i: names - small_names(parts.decoder[i], parts.blocks[i]) for i, names in held.items()}
+    return {i: names for i, names in found.items() if names}
 
 
 def _layer_matrices(checkpoint: Checkpoint) -> list[tuple[re.Match[str], StoredTensor]]:
@@ -123,6 +141,7 @@ def _measured(
 ) -> list[ModelSizes]:
     """The precisions that `config` asks for, or all others."""
     stored, parts, found = checkpoint.precision, parts_of(meta), []
+    held = {} if stored.is_plain else _beyond_small(held_finer(checkpoint), parts)  # so a copy holds and rests them
     for name, precision, levels in _precisions(stored, config):
         wanted, drafts = config.quantize, levels[0] is not precision
         # A stored format may rest in another one, which has its own name.
@@ -139,7 +158,7 @@ def _measured(
             own_head = head if levels[-1].bits < head.bits else checkpoint.tables
             beside = small_beside(precision, checkpoint)
             measured = partial(model_shape, meta, precision, full, checkpoint.tables, parts, levels, own_head, beside)
-            shape = measured()
+            shape = measured(held)
             if len(levels) > 1 and not shape.with_neurons:
                 kind = checkpoint.config.model_type
                 raise UnsupportedModel(f"{name} are of FF neurons, and {kind} has none: take int4")
@@ -151,9 +170,9 @@ def _measured(
         if levels != (INT4,):
             found.append(replace(shape, by_layer=name == LAYERS))
             continue
-        held = {} if config.exact or beside is None else held_finer(checkpoint)
-        if held:
-            found.append(replace(measured(held), taken_over=1.0))  # but for what int8 loses, which is as little
+        of_file = {} if config.exact or beside is None or not stored.is_plain else held_finer(checkpoint)
+        if of_file:
+            found.append(replace(measured(of_file), taken_over=1.0))  # but for what int8 loses, which is as little
         found.append(replace(shape, taken_over=grid_share(checkpoint)))
     return found
 

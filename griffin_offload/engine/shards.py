@@ -266,10 +266,10 @@ class Quantizing:
     """How matrices of a layer are quantised, whose `inputs` may be known."""
 
     def __init__(
-        self, format: Format, dtype: torch.dtype, inputs: Inputs, missed: Missed, small: frozenset[str] = frozenset()
+        self, format: Format, dtype: torch.dtype, inputs: Inputs, missed: Missed, finer: frozenset[str] = frozenset()
     ) -> None:
-        """`small` are modules that are written in SMALL_MATRICES."""
-        self._format, self._dtype, self._inputs, self._missed, self._small = format, dtype, inputs, missed, small
+        """`finer` are modules that are written in SMALL_MATRICES."""
+        self._format, self._dtype, self._inputs, self._missed, self._finer = format, dtype, inputs, missed, finer
         self._last: tuple[Tensor, Compensation] | None = None
         """Of modules that have the same inputs and follow one another."""
 
@@ -278,8 +278,8 @@ class Quantizing:
     ) -> Tensors:
         """The stored tensors of `matrix` [O, I], the module `name` of the layer; whether it holds `neurons`, and the
         `codes` of its rows, if they lie on grids: making up for errors would leave them."""
-        outside = SMALL_MATRICES if name in self._small else self._format.outside()
-        format = self._format if neurons else outside
+        format = self._format if neurons else self._format.outside()
+        format = SMALL_MATRICES if name in self._finer else format
         found = None if codes is None or is_down else format.taken_over(codes, self._dtype)
         if found is None:
             own = self._compensation(name, is_down=is_down) if format.wants_importance else None

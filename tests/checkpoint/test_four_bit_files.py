@@ -209,14 +209,59 @@ def test_what_a_file_of_four_bits_holds_in_more_rests_in_int8(density: float, tm
         assert (finer - exact).norm() < 0.7 * (coarse - exact).norm()
 
 
-def test_a_copy_that_holds_less_than_its_file_is_named(tmp_path: Path, recwarn: pytest.WarningsRecorder):
-    """Of files that hold all in four bits, and of copies in int8, nothing is said."""
-    mixed = write_gguf(wide_model(), tmp_path / "mixed.gguf", "Q4_1", others=IN_MORE_BITS)
-    with pytest.warns(UserWarning, match=f"holds {len(IN_MORE_BITS)} matrices in more than four bits, the copy will"):
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_so_does_a_copy_of_it(density: float, tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    """With nothing to say; the copy has as many bytes as are promised, and its residents, too."""
+    file, copy = write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_1", others=IN_MORE_BITS), tmp_path / "copy"
+    convert(file, copy, "int4")
+    assert not [one for one in recwarn if "in more than four bits" in str(one.message)]
+    exact, _ = logits_of(file, quantize="none", dtype="float32", density=density)
+    finer, (plan, nbytes, forms) = logits_of(copy, density=density)
+    assert (plan.precision, plan.as_held) == ("int4", True)
+    assert nbytes == plan.resident_bytes
+    in_int8 = {name.split(".layers.")[1] for name, form in forms.items() if form is INT8}
+    assert in_int8 == {"0.self_attn.o_proj", "1.mlp.down_proj"}
+    if density == 1:
+        convert(write_gguf(wide_model(), tmp_path / "even.gguf", "Q4_1"), tmp_path / "even", "int4")
+        coarse, (_, fewer, _) = logits_of(tmp_path / "even")
+        assert fewer < 0.95 * nbytes
+        assert (finer - exact).norm() < 0.8 * (coarse - exact).norm()
+
+
+def test_in_exact_mode_such_a_copy_answers_as_with_all_neurons(tmp_path: Path):
+    convert(write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_1", others=IN_MORE_BITS), tmp_path / "copy", "int4")
+    answers = []
+    for asked in ({"density": 1.0}, {"density": 0.5, "exact": True}):
+        with GriffinModel.from_pretrained(tmp_path / "copy", **OPTIONS, **asked) as model:
+            answers.append(model.generate(IDS, max_new_tokens=12, do_sample=False))
+            assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+    assert torch.equal(*answers)
+
+
+def test_tiers_of_such_a_copy_are_made_of_what_it_holds(tmp_path: Path):
+    """Of int8 where that is what it has; what is no feed-forward stays in int8. The bytes are as planned."""
+    convert(write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_1", others=IN_MORE_BITS), tmp_path / "copy", "int4")
+    with GriffinModel.from_pretrained(tmp_path / "copy", **OPTIONS, quantize="tiers", bits=3.5) as model:
+        model.generate(IDS, max_new_tokens=4, do_sample=False)
+        assert model.plan.precision == "tiers"
+        assert model.resident_bytes == model.plan.resident_bytes
+        assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+        down, o_proj = (
+            model.model.get_submodule(f"model.layers.{name}") for name in ("1.mlp.down_proj", "0.self_attn.o_proj")
+        )
+        assert (down.full.format, o_proj.resident.format) == (INT8, INT8)
+        assert {tier.resident.format.name for tier in down.tiers} <= {"int4", "int3", "int2"}
+
+
+def test_a_copy_of_a_mixture_that_holds_less_than_its_file_is_named(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    """Its experts are of one form. Of files that hold all in four bits, and of copies in int8, nothing is said."""
+    more = {"blk.1.ffn_down_exps": "Q8_0"}
+    mixed = write_gguf(mixture(), tmp_path / "mixed.gguf", "Q4_1", others=more)
+    with pytest.warns(UserWarning, match="holds 1 matrices in more than four bits, the copy will"):
         convert(mixed, tmp_path / "int4", "int4")
     recwarn.clear()
     convert(mixed, tmp_path / "int8", "int8")
-    convert(write_gguf(wide_model(), tmp_path / "even.gguf", "Q4_1"), tmp_path / "even", "int4")
+    convert(write_gguf(mixture(), tmp_path / "even.gguf", "Q4_1"), tmp_path / "even", "int4")
     assert not [one for one in recwarn if "in more than four bits" in str(one.message)]
 
 

@@ -269,3 +269,11 @@ def test_what_is_lacking_or_too_much_is_named(tmp_path: Path):
     write_gguf(TABLE["llama2"].build(), path, more={"llama.attention.head_count_kv": 2})
     with pytest.raises(CheckpointError, match=r"attn_k\.weight has 32 rows, by its heads it should have 16"):
         open_checkpoint(path).tensors()
+
+
+def test_rows_that_no_memory_could_count_are_named(tmp_path: Path):
+    """Before their order is made."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(TABLE["llama2"].build(), path, more={"llama.attention.key_length": 2**31})
+    with pytest.raises(CheckpointError, match=r"attn_\w\.weight has \d+ rows, by its heads it should have \d{10,}"):
+        open_checkpoint(path).tensors()
