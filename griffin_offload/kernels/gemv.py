@@ -169,8 +169,8 @@ class Call(NamedTuple):
 class GemvKernels:
     """The products of a library. With `tiles` those of int4, int8 and floats by instructions for whole tiles: of up to
     TILE_ROWS rows of bfloat16, whose products are the same however many there are, but summed in another order than
-    without. With `lanes` those of int4 rows with outputs as lanes, which is faster for more than a few rows and sums in
-    another order, too. `wide` and `ahead` are for tests: those of older processors, and as another processor would
+    without. With `lanes` those of int4 rows with outputs as lanes, and of int4 strips by bytes where others take 16
+    bits, which is faster for more than a few rows and sums in another order, too. `wide` and `ahead` are for tests: those of older processors, and as another processor would
     read."""
 
     def __init__(
@@ -284,7 +284,9 @@ class GemvKernels:
             return Way(wide, 1, 1, (0 if wide else inputs, 0, 0, 0))
         if layout.endswith("_strips"):
             # Of float32, two numbers each, the bytes of AVX2's kernels are finer: fewer neurons share a scale.
-            return Way(self.uses_bytes and (layout in _TILED or parts == 1), parts, _GROUP, (inputs, 0, 0, 0))
+            wide = self.uses_bytes and (layout in _TILED or parts == 1)
+            wide = _BY_LANES if wide and self._lanes and layout in _TILED and parts == 1 else wide
+            return Way(wide, parts, _GROUP, (inputs, 0, -(-inputs // _GROUP), 0))
         group = _INT8_GROUP if layout == "int8" else _GROUP if layout in _TILED else _HALF
         groups, numbers = parts * -(-inputs // group), parts * -(-inputs // _FILLED) * _FILLED // 2
         by_lanes = self._lanes and layout == "int4_rows"
@@ -355,6 +357,11 @@ def rows_apart() -> Iterator[None]:
         yield
     finally:
         _apart = before
+
+
+def takes_bytes(x: Tensor, tensors: Tensors) -> bool:
+    """Whether strips' inputs may be bytes: of rows that are sequences of their own, not of float32."""
+    return _apart and x.dtype in HALVES and not needs_gradient(x)
 
 
 def takes_lanes(x: Tensor, tensors: Tensors) -> bool:

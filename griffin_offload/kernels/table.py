@@ -302,11 +302,14 @@ def _products_of_ours() -> list[Kernel]:
         *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 17, **dict.fromkeys(_RESIDENT[1:], 24)}),
         *_gemm("AVX512-BF16", _pairs, torch.bfloat16, {"int8": 7, **_PAIRS_FROM}),
         *_gemm("AVX2", _float32, float32, {}),
-        Kernel(
-            *("gemv", "int4_rows", "multiply_int4_rows (lanes)"),
-            functools.partial(gemv.product, "int4_rows", lanes=True),
-            **(_FEW | {"needs": _has("sums_bytes", "AVX512-VNNI"), "takes": gemv.takes_lanes}),
-            rows=(3, gemv.ROWS),
+        *(
+            Kernel(
+                *("gemv", f"int4_{form}", f"multiply_int4_{form} ({how})"),
+                functools.partial(gemv.product, f"int4_{form}", lanes=True),
+                **(_FEW | {"needs": _has("sums_bytes", "AVX512-VNNI"), "takes": takes}),
+                rows=(3, gemv.ROWS),
+            )
+            for form, how, takes in (("rows", "lanes", gemv.takes_lanes), ("strips", "bytes", gemv.takes_bytes))
         ),
         *_by_rows(),
         Kernel(

@@ -48,6 +48,11 @@ def _kernels(**kind: bool) -> gemv.GemvKernels:
     return gemv.GemvKernels(found, **kind)
 
 
+def _largest(numbers: Tensor, block: int) -> Tensor:
+    """Of each block along the last axis, for all of it."""
+    return torch.cat([p.amax(-1, keepdim=True).expand_as(p) for p in numbers.split(block, dim=-1)], dim=-1)
+
+
 def _check(found: Tensor, x: Tensor, matrix: Tensor, sizes: Tensor, group: int, bits: int = 16) -> None:
     """Within some roundings of the type of what a row and an output add up in absolute numbers, and half a step of
     `bits` bits, of float32 nearly twice as many, of a group's largest number; where the type holds that."""
@@ -117,9 +122,9 @@ def test_rows(kind: Kind, bits: int, data: st.DataObject, outputs: int, groups: 
 
 
 @needs_kernels
-@of_all_processors
+@pytest.mark.parametrize("kind", [*KINDS, LANES])
 @pytest.mark.parametrize("bits", [4, 3, 2])
-@settings(max_examples=20)  # of each of twelve
+@settings(max_examples=20)  # of each of fifteen
 @given(data=st.data(), groups=st.integers(1, 7), sixteens=st.integers(1, 20), threads=st.integers(1, 3))
 def test_strips(kind: Kind, bits: int, data: st.DataObject, groups: int, sixteens: int, threads: int):
     torch.set_num_threads(threads)
@@ -129,14 +134,17 @@ def test_strips(kind: Kind, bits: int, data: st.DataObject, groups: int, sixteen
     stored, own = ref.of_bytes(*neurons), _kernels(**kind)
     found = own.multiply_strips(x, *ref.rows_as_strips(*neurons), scale, features=32 * groups, bits=bits)
     sizes = (stored.step * (stored.levels.double() + stored.offset.abs())).t()
-    # A block of neurons has one scale, of its largest product of input and step.
-    scaled = (x.double() * scale.double())[:, None] * stored.step.t()  # [M, O, I]
-    block = 128 if own.uses_bytes else 32
-    largest = torch.cat([p.abs().amax(2, keepdim=True).expand_as(p) for p in scaled.split(block, dim=2)], dim=2)
+    # A block of neurons has one scale, of its largest product of input and step, or of the largest ones of both.
+    in_bytes = "lanes" in kind and bits == 4 and x.dtype != torch.float32
+    by_scale = (x.double() * scale.double()).abs()[:, None]
+    if in_bytes:
+        largest = _largest(by_scale, 32) * _largest(stored.step.t()[None], 32)  # [M, O, I]
+    else:
+        largest = _largest(by_scale * stored.step.t(), 128 if own.uses_bytes else 32)
     levels = (stored.levels.double() + stored.offset.abs()).t()
     exact, size = (x.double() * scale.double()) @ stored.values, (x.double() * scale.double()).abs() @ sizes.t()
     limits, step = torch.finfo(x.dtype), 2.0**-30 if x.dtype == torch.float32 else 2.0**-15
-    if bits < 4 or not own.uses_bytes:  # by numbers of 8 bits
+    if in_bytes or bits < 4 or not own.uses_bytes:  # by numbers of 8 bits
         step = 128 / 127 * (2.0**-13 if x.dtype == torch.float32 else 2.0**-7)
     allowed = 4 * limits.eps * size + step / 2 * (largest * levels).sum(2) + limits.tiny
     assert found.dtype == x.dtype
@@ -158,6 +166,44 @@ def test_floats(kind: Kind, data: st.DataObject, outputs: int, inputs: int, thre
     allowed = limits.eps * exact.abs() + 32 * 2.0**-24 * size + limits.tiny
     assert found.dtype == x.dtype
     assert torch.all(((found.double() - exact).abs() <= allowed) | (exact.abs() > limits.max / 2))
+
+
+@pytest.mark.skipif(_no_bytes(), reason="a processor without AVX512-VNNI, or no compiler")
+@settings(max_examples=15)
+@given(rows=st.integers(1, 20), sixteens=st.integers(1, 12), groups=st.integers(1, 5), seed=st.integers(0, 99))
+def test_strips_by_bytes_of_whole_numbers_round_nothing(rows: int, sixteens: int, groups: int, seed: int):
+    """Where each block's largest input is 127 of some unit and its steps are alike, but for the last rounding."""
+    generator, inputs = torch.Generator().manual_seed(seed), 16 * sixteens
+    x = torch.randint(-127, 128, (rows, inputs), generator=generator).bfloat16()
+    x[:, ::16] = 127
+    codes, pairs = _packed(inputs, groups)
+    pairs[..., 0] = (
+        100 + torch.randint(0, 9, (inputs // 16, groups), generator=generator)[::2].repeat_interleave(32, 0)[:inputs]
+    )
+    stored = ref.of_bytes(codes, pairs)
+    found = _kernels(lanes=True).multiply_strips(
+        x, *ref.rows_as_strips(codes, pairs), torch.ones(inputs).bfloat16(), features=32 * groups
+    )
+    exact, size = x.double() @ stored.values, x.double().abs() @ stored.values.abs()
+    assert torch.all((found.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-20 * size)
+
+
+@pytest.mark.skipif(_no_bytes(), reason="a processor without AVX512-VNNI, or no compiler")
+@settings(max_examples=15)
+@given(rows=st.integers(2, 20), sixteens=st.integers(1, 12), seed=st.integers(0, 99))
+def test_strips_by_bytes_are_the_same_however_many_rows_there_are(rows: int, sixteens: int, seed: int):
+    """And rows that are no numbers leave the others alone."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 16 * sixteens, generator=generator).bfloat16()
+    strips, scale = ref.rows_as_strips(*_packed(16 * sixteens, 3)), torch.ones(16 * sixteens).bfloat16()
+    own = _kernels(lanes=True)
+    found = own.multiply_strips(x, *strips, scale)
+    assert torch.equal(found, torch.cat([own.multiply_strips(x[i : i + 1], *strips, scale) for i in range(rows)]))
+    broken = x.clone()
+    broken[0, seed % x.shape[1]] = [float("nan"), float("inf")][seed % 2]
+    again = own.multiply_strips(broken, *strips, scale)
+    assert again[0].isnan().all()
+    assert torch.equal(again[1:], found[1:])
 
 
 def _by_tiles() -> gemv.GemvKernels:

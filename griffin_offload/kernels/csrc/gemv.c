@@ -155,8 +155,12 @@ static void quantize_for_int4(const Product *p) {
 }
 
 static void inputs_for_int4(const Product *p) {
-    if (p->wide == BY_TILES) int4_strips_for_tiles(p);
-    else scale_inputs(p);
+    if (p->wide == BY_TILES) {
+        int4_strips_for_tiles(p);
+        return;
+    }
+    scale_inputs(p);
+    if (p->wide == BY_LANES) level_for_quads(p);
 }
 
 AVX2 static void inputs_for_floats(const Product *p) {
@@ -171,7 +175,7 @@ static const Form forms[] = {
     {quantize_for_int4, {int4_rows_by_avx2, int4_rows_by_vnni, int4_rows_by_tiles, int4_rows_by_lanes}},
     {scale_inputs, {int2_strips_by_avx2, int2_strips_by_vnni}},
     {scale_inputs, {int3_strips_by_avx2, int3_strips_by_vnni}},
-    {inputs_for_int4, {int4_strips_by_avx2, int4_strips_by_vnni, int4_strips_by_tiles}},
+    {inputs_for_int4, {int4_strips_by_avx2, int4_strips_by_vnni, int4_strips_by_tiles, int4_strips_by_quads}},
     {quantize_for_int8, {int8_by_avx2, int8_by_vnni, int8_by_tiles}},
     {inputs_for_floats, {floats_by_avx2, pairs_by_bf16, pairs_by_tiles}}};
 

@@ -86,6 +86,8 @@ void int4_rows_by_vnni(const void *product, int64_t start, int64_t end);
 void int4_rows_by_lanes(const void *product, int64_t start, int64_t end);
 void int4_strips_by_avx2(const void *product, int64_t start, int64_t end);
 void int4_strips_by_vnni(const void *product, int64_t start, int64_t end);
+void level_for_quads(const Product *p);
+void int4_strips_by_quads(const void *product, int64_t start, int64_t end);
 void int3_rows_by_avx2(const void *product, int64_t start, int64_t end);
 void int3_rows_by_vnni(const void *product, int64_t start, int64_t end);
 void int3_strips_by_avx2(const void *product, int64_t start, int64_t end);

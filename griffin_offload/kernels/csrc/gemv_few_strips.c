@@ -16,10 +16,6 @@
 #define MOST_ROWS 64 /* rows times parts */
 #define STRIP_CODES(bits) (2 * CODE_BYTES(bits)) /* bytes of a neuron in a strip */
 
-INLINED const uint8_t *pairs_of(const Product *p, int64_t group, int64_t neuron) {
-    return p->groups + (group * p->inputs + neuron) * PAIR_BYTES;
-}
-
 /* By AVX2, a vector for each place: four bytes for each of a strip's halves of groups. */
 
 #define SOME 32 /* neurons whose numbers have one scale; sums of so many fit 16 bits */

@@ -16,14 +16,6 @@
 #define MOST_ROWS 64 /* rows times parts */
 #define HALVES 2 /* groups of a strip */
 
-INLINED const uint8_t *pairs_of(const Product *p, int64_t group, int64_t neuron) {
-    return p->groups + (group * p->inputs + neuron) * PAIR_BYTES;
-}
-
-INLINED const uint8_t *strip_of(const Product *p, int64_t output, int64_t neuron) {
-    return (const uint8_t *)p->weight + (output / STRIP * p->inputs + neuron) * STRIP_BYTES;
-}
-
 /* By AVX2: numbers of 8 bits, of a strip's two groups; a vector has a group in either half. */
 
 #define SOME 32 /* neurons whose numbers have one scale */

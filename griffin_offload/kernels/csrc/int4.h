@@ -21,6 +21,15 @@
 /* Of rows, the codes of group `at` of all. */
 INLINED const uint8_t *codes_of(const Product *p, int64_t at) { return (const uint8_t *)p->weight + at * INT4_BYTES; }
 
+/* Of strips, a neuron's pair for a group of outputs, and its codes of the strip that has an output. */
+INLINED const uint8_t *pairs_of(const Product *p, int64_t group, int64_t neuron) {
+    return p->groups + (group * p->inputs + neuron) * PAIR_BYTES;
+}
+
+INLINED const uint8_t *strip_of(const Product *p, int64_t output, int64_t neuron) {
+    return (const uint8_t *)p->weight + (output / STRIP * p->inputs + neuron) * STRIP_BYTES;
+}
+
 INLINED float int4_step(const uint8_t *pair) {
     uint32_t bits = ((uint32_t)pair[0] << STEP_SHIFT) + STEP_BIAS;
     float step;
