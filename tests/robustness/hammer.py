@@ -129,9 +129,12 @@ def in_groups(r: random.Random, library: compiled.Library) -> None:
     neurons = quantize.quantize_neurons(bits, weight, torch.rand(inputs) + 0.1, None, feedback, order, carried)
     assert rows is not None
     assert neurons is not None
-    few = gemv.GemvKernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
+    lanes = library.sums_bytes and r.random() < 0.4
+    few = gemv.GemvKernels(library, wide=lanes or r.random() < 0.6, ahead=r.random() < 0.5, lanes=lanes)
     scale, dtype = torch.rand(outputs).to(r.choice(DTYPES)), r.choice(DTYPES)
     few.multiply_rows(_numbers(r, r.randint(1, 9), inputs, dtype), *rows, scale, bits=bits)
+    told = gemv.tell(f"int{bits}_rows", {"weight": rows[0], "groups": rows[1], "scale": scale}, None, dtype)
+    few.multiply_several(_numbers(r, 5, inputs, dtype), (told, told, told), ((0, 2), (0, 2), (2, 3)))
     kept, features = 16 * r.randint(1, 8), r.randint(1, outputs)
     index = torch.tensor([r.randrange(inputs) for _ in range(r.randint(1, kept))], dtype=torch.long)
     strips = (
