@@ -119,7 +119,7 @@ class ExpertCall:
         order = source.begin(experts, self._index, self._weights)
         if 0 < len(self._rows) <= min(FEW, self._limit or FEW) and not source.away:
             pairs = sorted((expert, t, c) for t, row in enumerate(self._rows) for c, expert in enumerate(row))
-            token, choice = (torch.tensor([pair[i] for pair in pairs], device=self._index.device) for i in (1, 2))
+            token, choice = (self._index.new_tensor([pair[i] for pair in pairs]) for i in (1, 2))
             x = self._inputs(token, choice)
             several = self._form.at_once(x)
             if several is not None:
@@ -164,7 +164,7 @@ class ExpertCall:
             found.append(multiply_down(inner, [own[1] for own in told], list(zip(ends, counts, strict=False))))
             arrived += [first[expert] + i for expert, count in zip(group, counts, strict=True) for i in range(count)]
         given: Tensor = found[0] if len(found) == 1 else torch.cat(found)
-        return given if len(found) == 1 else given[torch.tensor(arrived, device="cpu").argsort()]
+        return given if len(found) == 1 else given[torch.tensor(arrived, dtype=torch.long, device="cpu").argsort()]
 
     def _gated(self, inner: Tensor) -> Tensor:
         found: Tensor = self._module._apply_gate(inner) if self._module.has_gate else self._module.act_fn(inner)

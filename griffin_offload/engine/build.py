@@ -38,6 +38,7 @@ from griffin_offload.formats.linear import swap_tables
 from griffin_offload.formats.translated import stacked
 from griffin_offload.kernels import table
 from griffin_offload.kernels.by_blocks import Scratch
+from griffin_offload.kernels.gemv import Known
 from griffin_offload.kernels.library import HALVES
 from griffin_offload.transformers_api import StockModel, adapted
 
@@ -205,7 +206,7 @@ class _OwnLinear:
     def __init__(self, linear: nn.Linear, scratch: Scratch | None) -> None:
         self._linear, self._scratch = weakref.ref(linear), scratch
         self._computes = None if scratch is None else scratch.dtype
-        self._layout = FLOATS.stored(is_down=False).name
+        self._layout, self._known = FLOATS.stored(is_down=False).name, Known()
 
     def __call__(self, x: Tensor) -> Tensor:
         linear = self._linear()
@@ -213,6 +214,9 @@ class _OwnLinear:
         rows, tensors = x.numel() // max(x.shape[-1], 1), linear._parameters
         for kernel in table.products(self._layout, rows, x, self._computes, True):
             if kernel.takes is None or kernel.takes(x, tensors):
+                if kernel.several is not None:
+                    told, flat = self._known(self._layout, tensors, linear.out_features, x.dtype), x.flatten(0, -2)
+                    return kernel.several(flat, (told,), ((0, rows),)).view(*x.shape[:-1], linear.out_features)
                 product: Tensor = kernel.function(x, tensors, linear.out_features, self._scratch)
                 return product
         raise AssertionError("torch multiplies what nothing else does")

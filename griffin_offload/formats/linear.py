@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from griffin_offload.formats.base import Format, Layout, RowCodes, Tensors
 from griffin_offload.kernels.by_blocks import Scratch
-from griffin_offload.kernels.gemv import Place, Told, lie_there, places_of, tell_typed
+from griffin_offload.kernels.gemv import Known
 from griffin_offload.kernels.table import products
 from griffin_offload.transformers_api import StockModel
 
@@ -35,9 +35,7 @@ class QuantizedLinear(nn.Module):
         self.scratch = scratch
         self.importance: Tensor | None = None
         """What is known of the inputs, [3, I], for formats that want it when they quantise floats."""
-        self._told_of: tuple[Any, ...] = ()
-        self._told_where: list[Place] = []
-        self._told: Told | None = None
+        self._known = Known()
         self.codes: RowCodes | None = None
         """Of the rows of floats that lie on grids in their file, for formats that take these over."""
         stored, resting = (layout.specs(outputs, inputs, is_down=is_down) for layout in (full, resident))
@@ -77,20 +75,11 @@ class QuantizedLinear(nn.Module):
         for kernel in products(layout.name, flat.shape[0], flat, self.scratch.dtype, layout is self.resident):
             if kernel.takes is None or kernel.takes(flat, tensors):
                 if kernel.several is not None:
-                    told = self._known(layout.name, flat.dtype)
+                    told = self._known(layout.name, tensors, self.out_features, flat.dtype)
                     return kernel.several(flat, (told,), ((0, flat.shape[0]),)).view(*x.shape[:-1], self.out_features)
                 product: Tensor = kernel.function(flat, tensors, self.out_features, self.scratch)
                 return product.view(*x.shape[:-1], -1)
         raise AssertionError(f"nothing multiplies {layout.name}")
-
-    def _known(self, layout: str, dtype: torch.dtype) -> Told:
-        """What kernels are told of the tensors that are installed, which are looked at when they are others."""
-        key, tensors = (layout, self.out_features, dtype), self._parameters
-        if key != self._told_of or not lie_there(tensors.values(), self._told_where):
-            self._told = tell_typed(layout, tensors, self.out_features, dtype)
-            self._told_of, self._told_where = key, places_of(tensors.values())
-        assert self._told is not None
-        return self._told
 
 
 class TieredLinear(QuantizedLinear):

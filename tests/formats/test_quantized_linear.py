@@ -170,7 +170,7 @@ def _multiplies(module: QuantizedLinear, x: Tensor) -> tuple[str, bool]:
             called.append((kernel.operation, kernel.ours))
             return kernel.function(*arguments)
 
-        return dataclasses.replace(kernel, function=function)
+        return dataclasses.replace(kernel, function=function, several=None)
 
     noted = [noting(kernel) for kernel in table.rows()]
     with table.leaving_out(lambda kernel: True):

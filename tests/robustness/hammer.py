@@ -48,6 +48,9 @@ def few(r: random.Random, library: compiled.Library) -> None:
     kernels.multiply_int8(
         x, _bytes(outputs, inputs, torch.int8), torch.rand(outputs).to(r.choice(DTYPES)), bias, scaled
     )
+    tensors = {"weight": _bytes(outputs, inputs, torch.int8), "scale": torch.rand(outputs), "input_scale": scaled}
+    told = gemv.tell("int8", tensors, outputs, dtype)
+    kernels.multiply_several(x, [told, told, told], [(0, 1), (0, 1), (rows - 1, 1)])
     half = r.choice(HALVES)
     kernels.multiply_floats(x.to(half), _numbers(r, outputs, inputs, half), None if bias is None else bias.to(half))
 
@@ -72,7 +75,8 @@ def attend(r: random.Random, library: compiled.Library) -> None:
     key = torch.randn(batch, kv_heads, tokens + 3, size).to(dtype)[:, :, 3:]
     value = torch.randn(batch, kv_heads, tokens + 5, value_size).to(dtype)[:, :, 5:]
     masks = [None, torch.rand(batch, 1, 1, tokens) < 0.7, torch.randn(1, kv_heads * shared, 1, tokens)]
-    attention_and_norm.attend(query, key, value, r.choice(masks), 0.3)
+    sinks = torch.randn(kv_heads * shared).to(dtype) if r.random() < 0.5 else None
+    attention_and_norm.attend(query, key, value, r.choice(masks), 0.3, sinks)
 
 
 def norms(r: random.Random, library: compiled.Library) -> None:
