@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import quantised_reference as ref
 import torch
-from marks import by_turns, every_pair, mostly_slow
+from marks import by_turns, every_pair
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, VOCAB, write_checkpoint
 from torch import Tensor, nn
@@ -81,8 +81,10 @@ def test_every_architecture(cli, converted, name: str, precision: str, always_st
         assert model.plan.precision == precision
 
 
-@both
-@pytest.mark.parametrize("name", mostly_slow(("llama3", "gpt2", "phi3", "opt", "gemma3", "falcon_new", "bloom"), 2))
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    by_turns(("llama3", "gpt2", "phi3", "opt", "gemma3", "falcon_new", "bloom"), PRECISIONS, whole=("llama3",)),
+)
 def test_commands_take_the_directory(cli, converted, name: str, precision: str):
     out = converted(name, precision)
     plan = cli("plan", "-m", out, "--device", "cpu", "--json").json
