@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 # A busy machine is no failure: nothing here is judged by time. One tree gives one verdict; whoever looks for new faults
 # sets GRIFFIN_ROBUSTNESS, and each run draws others.
-SEARCHES = "GRIFFIN_ROBUSTNESS" in os.environ
-settings.register_profile("ours", deadline=None, derandomize=not SEARCHES, max_examples=100 if SEARCHES else 40)
+settings.register_profile("ours", deadline=None, derandomize="GRIFFIN_ROBUSTNESS" not in os.environ)
 settings.load_profile("ours")
 # Whoever starts the tests in the background has SIGINT ignored, and their processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,8 +65,10 @@ def _own_cache() -> Iterator[None]:
 def _built_once() -> Iterator[None]:
     """A model on the meta device, of which plans measure sizes and which nobody changes, is built once for each config:
     a fifth of what loading a tiny model takes."""
-    from griffin_offload.engine import spec
-
+    spec = sys.modules.get("griffin_offload.engine.spec")
+    if spec is None:  # no test of those that were collected loads a model
+        yield
+        return
     built: dict[tuple[object, ...], object] = {}
     build = spec.build_on_meta
 

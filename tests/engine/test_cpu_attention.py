@@ -29,7 +29,7 @@ def exact(query, key, value, mask, scaling):
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 5),
@@ -149,7 +149,7 @@ def test_a_loaded_model_answers_as_the_stock_one(checkpoints, monkeypatch, name)
 
 
 @needs_kernel
-@settings(max_examples=20)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     kv_heads=st.integers(1, 4),

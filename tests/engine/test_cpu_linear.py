@@ -14,7 +14,7 @@ from griffin_offload.engine.build import emulates_halves, use_own_linears
 from griffin_offload.kernels.by_blocks import Scratch
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(
     inputs=st.integers(1, 70),
     outputs=st.integers(1, 90),

@@ -94,7 +94,7 @@ def _check(format: FewBits, weight: Tensor, scale: Tensor, found: tuple[Tensor, 
     assert torch.all(errors <= _plain(halves, own, bits))
 
 
-@settings(max_examples=40)
+@settings(max_examples=100)
 @given(data=st.data(), format=some_format, weight=matrices(), dtype=st.sampled_from(DTYPES))
 def test_rows_and_neurons(data: st.DataObject, format: FewBits, weight: Tensor, dtype: torch.dtype):
     """Whichever way columns lie in memory."""

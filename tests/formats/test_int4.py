@@ -109,7 +109,7 @@ def _check(weight: Tensor, scale: Tensor, found: tuple[Tensor, Tensor], importan
     assert torch.all((missed.square() * counts).sum(-1) <= _plain(numbers, counts))
 
 
-@settings(max_examples=40)
+@settings(max_examples=100)
 @given(data=st.data(), weight=matrices(), dtype=st.sampled_from(DTYPES), block=st.sampled_from([1, 300, 2**20]))
 def test_rows(data: st.DataObject, weight: Tensor, dtype: torch.dtype, block: int):
     if dtype == torch.float16 and not 1e-3 < weight.abs().max() < 6e4:
@@ -126,7 +126,7 @@ def test_rows(data: st.DataObject, weight: Tensor, dtype: torch.dtype, block: in
         _check(weight, scale, found, importance)
 
 
-@settings(max_examples=40)
+@settings(max_examples=100)
 @given(data=st.data(), neurons=matrices(), dtype=st.sampled_from(DTYPES))
 def test_neurons_are_rows(data: st.DataObject, neurons: Tensor, dtype: torch.dtype):
     """Of the matrix turned around, whichever way it lies in memory."""

@@ -75,7 +75,7 @@ def _normal(scale: Tensor) -> Tensor:
     return scale.abs() >= torch.finfo(scale.dtype).smallest_normal
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(matrices(st.integers(1, 6), st.integers(1, 70)), st.sampled_from(DTYPES), small_blocks())
 def test_int8_is_within_half_a_step(weight: Tensor, dtype: torch.dtype, block: int):
     if dtype == torch.float16 and weight.abs().max() > 1e6:
@@ -92,7 +92,7 @@ def test_int8_is_within_half_a_step(weight: Tensor, dtype: torch.dtype, block: i
     assert torch.all(levels[weight.abs().amax(1) == 0] == 0)
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(matrices(st.integers(1, 6), st.integers(1, 70)), st.sampled_from(DTYPES), small_blocks())
 def test_int8_of_a_down_projection_is_within_half_a_step(weight: Tensor, dtype: torch.dtype, block: int):
     if dtype == torch.float16 and weight.abs().max() > 1e4:

@@ -123,7 +123,7 @@ def _check(
 @needs_kernels
 @of_all
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=20)
+@settings(max_examples=40)
 @given(data=st.data(), sizes=st.tuples(st.integers(1, 20), st.integers(1, 200), st.integers(1, 80)))
 def test_equals_float64(form: str, kind: Kind, data: st.DataObject, sizes: tuple[int, int, int]):
     if form == "float" and kind[0] == torch.bfloat16:

@@ -52,7 +52,7 @@ WIDTHS = st.integers(1, 40) | st.sampled_from([511, 512, 513, 1040, 2048, 2049, 
 
 
 @needs_kernels
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(matrices(st.integers(1, 20), WIDTHS), st.sampled_from(DTYPES), st.booleans(), st.integers(0, 9))
 def test_int8(weight: Tensor, dtype: torch.dtype, scaled: bool, apart: int):
     """Also into rows that lie apart: what is between them stays."""
@@ -81,7 +81,7 @@ def _same_but_for_ties(found: Packed, expected: Packed) -> None:
 
 @needs_kernels
 @in_groups
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(weight=matrices(st.integers(1, 20), st.sampled_from([32, 64, 96, 512, 544, 1600])), data=st.data())
 def test_rows(format: Grouped, weight: Tensor, data: st.DataObject):
     scale, importance = base.row_scale(weight, torch.float32), _importance(data.draw, weight.shape[1])
@@ -117,7 +117,7 @@ def _errors(codes: Codes, groups: Tensor, scale: Tensor) -> Tensor:
 
 
 @needs_kernels
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(codes=coded_rows())
 def test_codes_of_files(codes: Codes):
     """By the kernels as by torch: pairs that miss as little, and those out of reach, but for ones at the border."""
@@ -171,7 +171,7 @@ def test_codes_of_files_get_the_best_of_all_grids(codes: Codes):
 
 @needs_kernels
 @in_groups
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(weight=matrices(st.sampled_from([32, 64, 160, 320]), st.integers(1, 100)), data=st.data())
 def test_neurons(format: Grouped, weight: Tensor, data: st.DataObject):
     columns, importance = _norms(weight).float(), _importance(data.draw, weight.shape[0])
@@ -234,7 +234,7 @@ def test_neurons_are_the_rows_of_the_matrix_turned_around(format: Grouped, weigh
 
 
 @needs_kernels
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(matrices(st.integers(1, 20), WIDTHS))
 def test_norms_of_rows(weight: Tensor):
     found = base.row_scale(weight, torch.float32)
@@ -245,7 +245,7 @@ def test_norms_of_rows(weight: Tensor):
 
 
 @needs_kernels
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(matrices(st.integers(1, 20), WIDTHS))
 def test_norms_of_columns(weight: Tensor):
     found = base.neuron_scale(weight, torch.float32)

@@ -51,7 +51,7 @@ def _all_counts(neurons: int, levels: int) -> list[tuple[int, ...]]:
     return [c for c in itertools.product(range(neurons + 1), repeat=levels) if sum(c) <= neurons]
 
 
-@settings(max_examples=80)
+@settings(max_examples=200)
 @given(cases())
 def test_nothing_of_as_few_bytes_errs_less(case: tuple[list[Tensor], list[list[Level]]]):
     energies, levels = case
