@@ -119,7 +119,7 @@ SCHEMAS = st.recursive(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(schema=SCHEMAS, seed=st.integers(0, 2**16))
 def test_finished_answers_are_valid(schema: dict[str, Any], seed: int):
     """By another package's word, formats included."""
@@ -135,7 +135,7 @@ def test_most_answers_are_finished():
     assert sum(text is not None for text in texts) >= 6
 
 
-@settings(max_examples=20)
+@settings(max_examples=40)
 @given(regex=st.sampled_from([r"[a-f]{2,5}[0-9]?", "(yes|no|maybe)", r"é+ ü", r"x*"]), seed=st.integers(0, 2**16))
 def test_matches_of_regular_expressions(regex: str, seed: int):
     text = _written(Structure(regex=regex), random.Random(seed))

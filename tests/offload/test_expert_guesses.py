@@ -131,7 +131,7 @@ _STEP = st.tuples(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(steps=st.lists(_STEP, min_size=1, max_size=20), few=st.integers(1, 5))
 def test_every_token_gets_its_experts_whatever_was_guessed(steps: Sequence[tuple], few: int):
     """Right, wrong, late, of a layer that is never reached; also where a prompt comes between, or a token is not

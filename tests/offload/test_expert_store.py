@@ -52,7 +52,7 @@ def _decode(cache: ExpertCache, experts: Sequence[int]) -> None:
     cache.begin(experts, index, torch.ones(index.shape))
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.permutations(range(EXPERTS)), st.booleans()), min_size=1, max_size=25))
 def test_every_token_gets_its_experts(steps: list[tuple[list[int], bool]]):
     full, store, cache = _layer()
@@ -77,7 +77,7 @@ def test_every_token_gets_its_experts(steps: list[tuple[list[int], bool]]):
     assert all(_right(full, cache.tensors(expert), expert) for expert in cache.residents)
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.permutations(range(EXPERTS)), st.integers(1, EXPERTS), st.booleans()), min_size=1),
     st.booleans(),
@@ -124,7 +124,7 @@ _PASSES = st.lists(
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(passes=_PASSES, limit=st.integers(1, EXPERTS), restricted=st.booleans())
 def test_a_pass_with_any_room(passes: list[tuple[list[set[int]], bool]], limit: int, restricted: bool):
     """Calls of one pass, then a choice among all; with room for all each is read once, and whatever fails is repaired
