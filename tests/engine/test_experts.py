@@ -219,10 +219,10 @@ def test_where_logits_of_minus_infinity_are_no_restriction(name: str):
 def test_route_is_each_routers_own_choice_among_residents(mixtures, name: str):
     ids = _ids()
     with _load(mixtures(name), density=0.75, missing_experts="route") as model:
-        found = model.generate(**_greedy(ids))
+        found = model.generate(**_greedy(ids, new=12))
         residents = {i: cache.residents for i, cache in model.engine.loaded.layers.experts.items()}
         report = model.last_report
-        assert model.generate(**_greedy(ids)).sequences.equal(found.sequences)
+        assert model.generate(**_greedy(ids, new=12)).sequences.equal(found.sequences)
     assert all(len(kept) == 6 for kept in residents.values())
     assert report.decode_streamed_bytes == 0 < report.experts.redirected_share < 1
     dense, on = _dense(mixtures(name)), [False]
