@@ -23,6 +23,9 @@ from hypothesis import settings
 # torch and transformers are imported where they are used: the process that hands out tests (`-n 2`) loads this file
 # before it starts those that run them, and has nobody else to import for.
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
     from griffin_offload.devices.base import Device
 
 # A busy machine is no failure: nothing here is judged by time. One tree gives one verdict; whoever looks for new faults
@@ -34,6 +37,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Checkpoints = Callable[..., Path]
 CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
+MOST_BUILT = 32
 
 
 def pytest_collection_finish() -> None:
@@ -55,6 +59,30 @@ def _own_cache() -> Iterator[None]:
     if before is not None:
         os.environ[CACHE_VARIABLE] = before
     shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _built_once() -> Iterator[None]:
+    """A model on the meta device, of which plans measure sizes and which nobody changes, is built once for each config:
+    a fifth of what loading a tiny model takes."""
+    spec = sys.modules.get("griffin_offload.engine.spec")
+    if spec is None:  # no test of those that were collected loads a model
+        yield
+        return
+    built: dict[tuple[object, ...], object] = {}
+    build = spec.build_on_meta
+
+    def built_once(config: "PreTrainedConfig", dtype: "torch.dtype") -> object:
+        key = (type(config), repr(config.to_dict() | {"_name_or_path": ""}), dtype)
+        if key not in built:
+            if len(built) == MOST_BUILT:
+                built.clear()
+            built[key] = build(config, dtype)
+        return built[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spec, "build_on_meta", built_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ REPORTED: dict[str, Kind] = {
             cache_implementation=paged | prefill_chunk_size | is_assistant]
         cli/test_generation_settings.py::test_settings_that_are_refused[
             penalty_alpha | guidance_scale | watermarking_config | sequence_bias]
-        cli/test_generation_settings.py::test_stop_strings_end_an_answer[exact-several]
+        cli/test_generation_settings.py::test_stop_strings_end_an_answer[several | one]
         cli/test_hostile.py::test_generation_settings[temperature-hot | num_beams-0]
         serving/test_generation_settings.py::test_stop_strings_and_ends_of_a_checkpoint
         """,
@@ -60,8 +60,7 @@ REPORTED: dict[str, Kind] = {
     "use_cache false": (
         "A cache that training switched off is used anyway, whatever flags are given.",
         """
-        cli/test_generation_settings.py::test_a_cache_that_training_has_switched_off[
-            exact-config.json | exact-generation_config.json]
+        cli/test_generation_settings.py::test_a_cache_that_training_has_switched_off[pruned | exact]
         cli/test_generation_settings.py::test_settings_that_change_nothing[use_cache=False]
         engine/test_transformers_habits.py::test_a_cache_that_training_has_switched_off[
             beams | the stock model | a past | a context | one of many | a pipeline]
@@ -112,7 +111,7 @@ REPORTED: dict[str, Kind] = {
             qwen3_5 | olmo_hybrid | falcon_h1 | granite_h | nemotron_h]
         engine/test_hybrids.py::test_the_plan_counts_what_layers_keep[falcon_h1]
         engine/test_recurrences.py::test_contexts_go_on_and_back[mamba | falcon_mamba | mamba2 | jamba]
-        engine/test_recurrences.py::test_projections_rest_in_their_format[int8-jamba]
+        engine/test_recurrences.py::test_projections_rest_in_their_format[jamba-int4]
         checkpoint/test_gguf.py::test_the_model_is_the_one_that_was_written[lfm2]
         """,
     ),
@@ -254,7 +253,7 @@ HABITS: dict[str, Kind] = {
     "longrope of Phi-3 in exact mode": (
         "Positions that change with the length are those of the full model on both sides of the border.",
         """
-        engine/test_rope.py::test_exact_mode_is_dense_on_both_sides_and_across[39-longrope | 60-longrope]
+        engine/test_rope.py::test_exact_mode_is_dense_on_both_sides_and_across[longrope-39 | phi3-60]
         engine/test_rope.py::test_plain_answers_at_density_one_are_dense_whatever_passed_before[dynamic | yarn]
         engine/test_rope.py::test_a_context_that_crosses_is_read_anew[True-longrope]
         engine/test_rope.py::test_a_saved_prompt_is_gone_on_from_on_its_own_side[longrope]

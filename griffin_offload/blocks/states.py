@@ -167,7 +167,8 @@ def kept_states(model: StockModel, decoder: nn.ModuleList) -> list[LayerState]:
     """What each layer of `decoder`, those of `model` on the meta device, keeps. UnsupportedModel where that is not in
     the KV cache that it is given, or cannot be known before weights are read."""
     config = model.config
-    key = (type(model), model.dtype, tuple(map(type, decoder)), repr(config.to_dict()))
+    said = repr(config.to_dict() | {"_name_or_path": ""})  # wherever the checkpoint is
+    key = (type(model), model.dtype, tuple(map(type, decoder)), said)
     if key in _measured:
         return list(_measured[key])
     cache = stock_cache(config)

@@ -167,7 +167,7 @@ class Mappings:
 
     def __init__(self) -> None:
         self._lines = _lines()
-        self._starts = [_bounds(fields)[0] for fields in self._lines]  # the kernel sorts them
+        self._starts = [int(line[: line.index(b"-")], 16) for line in self._lines]  # the kernel sorts them
         self._read: dict[int, FileMapping] = {}
 
     def __bool__(self) -> bool:
@@ -182,22 +182,19 @@ class Mappings:
         return found if found is not None and end <= found.end else None
 
 
-def _lines() -> list[list[bytes]]:
+def _lines() -> list[bytes]:
     maps = Path("/proc/self/maps")
     if not sys.platform.startswith("linux") or not maps.is_file():
         return []
     # Bytes: a name need not be UTF-8, and may hold what str.splitlines takes for the end of a line.
-    return [line.split(maxsplit=5) for line in maps.read_bytes().split(b"\n") if line]
+    return [line for line in maps.read_bytes().split(b"\n") if line]
 
 
-def _bounds(fields: list[bytes]) -> tuple[int, int]:
+def _mapping(line: bytes) -> FileMapping:
+    fields = line.split(maxsplit=5)
     start, end = fields[0].split(b"-")
-    return int(start, 16), int(end, 16)
-
-
-def _mapping(fields: list[bytes]) -> FileMapping:
     path, deleted = _path(os.fsdecode(fields[5])) if len(fields) == 6 else ("", False)
-    return FileMapping(*_bounds(fields), int(fields[2], 16), path, deleted)
+    return FileMapping(int(start, 16), int(end, 16), int(fields[2], 16), path, deleted)
 
 
 def _path(name: str) -> tuple[str, bool]:

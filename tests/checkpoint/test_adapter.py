@@ -78,14 +78,16 @@ def test_matrices_are_those_that_peft_merges(parts: tuple[Path, Path, Path]):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("parts", "options"),
     [
-        {"density": 0.5, "quantize": "none"},
-        {"density": 1.0, "quantize": "none"},
-        {"density": 0.5, "quantize": "none", "offload": "ram"},
-        {"density": 0.5, "quantize": "int8"},
+        *((name, {"density": 0.5, "quantize": "none"}) for name in TARGETS),
+        ("phi3", {"density": 1.0, "quantize": "none"}),
+        ("llama2", {"density": 0.5, "quantize": "none", "offload": "ram"}),
+        ("gpt2", {"density": 0.5, "quantize": "int8"}),
+        ("llama2", {"density": 0.5, "quantize": "int8"}),
     ],
-    ids=lambda options: " ".join(map(str, options.values())),
+    indirect=["parts"],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
 def test_answers_are_those_of_the_merged_model(parts: tuple[Path, Path, Path], options: dict[str, object]):
     source, adapter, merged = parts

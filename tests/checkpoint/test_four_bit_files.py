@@ -31,6 +31,14 @@ IN_MORE_BITS = {f"blk.{layer}.{matrix}": "Q8_0" for layer, matrix in ((0, "attn_
 """As llama.cpp's Q4_K_M has some in Q6_K."""
 
 
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory: pytest.TempPathFactory, checkpoints) -> tuple[Path, Path]:
+    """A file in Q4_0 with a tokenizer, and its copy in int4."""
+    root = tmp_path_factory.mktemp("four")
+    file = write_gguf(wide_model(), root / "tiny.gguf", "Q4_0", tokenizer=checkpoints("llama2"))
+    return file, convert(file, root / "out", "int4").directory
+
+
 def wide_model(neurons: int = 512) -> Any:
     """Rows of whole blocks of 256."""
     sizes = {"hidden_size": 256, "intermediate_size": neurons, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -76,10 +84,8 @@ def test_int4_takes_over_the_codes_of_rows_in_four_bits(kind: str):
     assert TranslatedTensor((512, 48), torch.float32, parts, transposed).codes() is None
 
 
-def test_a_copy_has_the_codes_of_its_file(tmp_path: Path, checkpoints):
-    file = write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_0", tokenizer=checkpoints("llama2"))
-    convert(file, tmp_path / "out", "int4")
-    copy, full = open_checkpoint(tmp_path / "out"), open_checkpoint(file)
+def test_a_copy_has_the_codes_of_its_file(four_bits: tuple[Path, Path]):
+    full, copy = map(open_checkpoint, four_bits)
     parameters = dict(build(full).named_parameters())
     found = dict(build(copy).state_dict())
     taken = []
@@ -96,11 +102,10 @@ def test_a_copy_has_the_codes_of_its_file(tmp_path: Path, checkpoints):
 
 
 @pytest.mark.parametrize("asked", [{"density": 1.0}, {"density": 0.5}, {"quantize": "tiers", "bits": 3.5}], ids=str)
-def test_on_the_way_are_the_codes_of_a_copy(asked: dict[str, Any], tmp_path: Path, checkpoints):
+def test_on_the_way_are_the_codes_of_a_copy(asked: dict[str, Any], four_bits: tuple[Path, Path]):
     """Bit by bit, of whole layers and of neurons that a prompt chose; attention's in int8 are the same, too."""
-    file = write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_0", tokenizer=checkpoints("llama2"))
-    copy = open_checkpoint(convert(file, tmp_path / "out", "int4").directory)
-    stored = build(copy).state_dict()
+    file, copy = four_bits
+    stored = build(open_checkpoint(copy)).state_dict()
     options = {**OPTIONS, "dtype": "bfloat16", "quantize": "int4"} | asked
     with GriffinModel.from_pretrained(file, **options) as model:
         model.generate(IDS, max_new_tokens=2, do_sample=False)

@@ -19,7 +19,7 @@ from griffin_offload.engine.convert import convert
 from griffin_offload.errors import CheckpointError
 
 NAMES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
-GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 12}
+GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 8}
 _PROMPT = ids(tokens=20) % (VOCAB - 8)
 
 
@@ -62,8 +62,10 @@ def test_the_model_is_the_one_that_was_written(name: str, tmp_path: Path):
         assert (logits - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "MXFP4", "Q4_0", "BF16"])
-@pytest.mark.parametrize("name", mostly_slow(["qwen3_moe", "qwen2_moe"], 1))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    mostly_slow([*(("qwen3_moe", kind) for kind in ("Q8_0", "MXFP4", "Q4_0", "BF16")), ("qwen2_moe", "BF16")], 4),
+)
 def test_blocks_are_what_transformers_makes_of_them(name: str, kind: str, tmp_path: Path):
     sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
     config = model_of(name).config
@@ -82,8 +84,10 @@ def test_blocks_are_what_transformers_makes_of_them(name: str, kind: str, tmp_pa
     torch.testing.assert_close(logits_of(build(checkpoint).float()), logits_of(expected), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["none", "int8", "int4"])
-@pytest.mark.parametrize("name", mostly_slow(["gpt_oss", "mixtral"], 1))
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    mostly_slow([*(("gpt_oss", precision) for precision in ("none", "int8", "int4")), ("mixtral", "int4")], 3),
+)
 def test_fetched_resident_and_converted(name: str, precision: str, tmp_path: Path):
     path = write_gguf(model_of(name), tmp_path / "tiny.gguf", "Q8_0")
     expected = _answer(path, quantize=precision, density=1.0)[1]

@@ -123,20 +123,30 @@ def answer(directory: Path, **options: object) -> list[int]:
         return tokens[0, IDS.shape[1] :].tolist()
 
 
+WAYS = (
+    {"density": 0.5, "quantize": "none"},
+    {"density": 1.0, "quantize": "none"},
+    {"density": 0.5, "quantize": "none", "offload": "ram"},
+    {"density": 0.5, "quantize": "none", "dtype": "bfloat16"},
+    {"density": 0.5, "quantize": "int8"},
+    {"density": 0.5, "quantize": "int4"},
+    {"density": 1.0, "quantize": "int4"},
+    {"density": 0.5, "quantize": "none", "exact": True},
+    {"density": 0.5, "quantize": "none", "selection": "magnitude"},
+)
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("pair", "options"),
+    # In turns; what is translated has all of them.
     [
-        {"density": 0.5, "quantize": "none"},
-        {"density": 1.0, "quantize": "none"},
-        {"density": 0.5, "quantize": "none", "offload": "ram"},
-        {"density": 0.5, "quantize": "none", "dtype": "bfloat16"},
-        {"density": 0.5, "quantize": "int8"},
-        {"density": 0.5, "quantize": "int4"},
-        {"density": 1.0, "quantize": "int4"},
-        {"density": 0.5, "quantize": "none", "exact": True},
-        {"density": 0.5, "quantize": "none", "selection": "magnitude"},
+        (name, way)
+        for at, way in enumerate(WAYS)
+        for place, name in enumerate(KINDS)
+        if name == "translated" or at % len(KINDS) == place
     ],
-    ids=lambda options: " ".join(str(value) for value in options.values()),
+    indirect=["pair"],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
 def test_answers_are_those_of_the_same_model_in_safetensors(pair: tuple[Path, Path], options: dict[str, object]):
     plain, other = pair
@@ -176,7 +186,9 @@ def test_saved_prompts_go_on(pair: tuple[Path, Path], tmp_path: Path):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("pair", "precision"), list(zip(KINDS, ("int8", "int4", "int8"), strict=True)), indirect=["pair"]
+)
 def test_converted_copies_are_the_same(pair: tuple[Path, Path], tmp_path: Path, precision: str):
     made = [convert(path, tmp_path / path.name / precision, precision, tables="int8").directory for path in pair]
     tensors = [{n: t for file in sorted(d.glob("*.safetensors")) for n, t in load_file(file).items()} for d in made]

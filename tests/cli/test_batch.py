@@ -178,7 +178,7 @@ def test_killed_at_any_moment_it_misses_nothing(cli, forks: ForkServer, llama: P
     for death in range(deaths):
         process = forks.start("-m", "griffin_offload", "batch", file, out, *options)
         enough = rng.randint(step * death + 1, step * death + step)
-        while process.wait(0.001) is None and (not out.exists() or out.read_bytes().count(b"\n") < enough):
+        while process.wait(0.005) is None and (not out.exists() or out.read_bytes().count(b"\n") < enough):
             pass
         process.send_signal(signal.SIGKILL)
         process.wait(30)

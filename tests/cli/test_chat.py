@@ -148,10 +148,11 @@ def test_an_answer_is_shortened_to_what_the_context_has_left(cli, chatty: Path):
     """And it says so, whichever of the two limits it met; -q says nothing."""
     options = list(OPTIONS)
     options[options.index("-n") + 1] = 1000
+    options[options.index("--ctx-size") + 1] = 60
     outcome = cli("chat", "-m", chatty, "--json", *options, stdin="the cat\n")
     turn = outcome.json
     tokens = turn["report"]["prompt_tokens"] + turn["report"]["generated_tokens"]
-    assert (turn["finish_reason"], tokens) == ("length", 200)
+    assert (turn["finish_reason"], tokens) == ("length", 60)
     said = cli("chat", "-m", chatty, *options, stdin="the cat\n").err
     assert said.splitlines()[-1].endswith("tokens, the context is full: /reset, or raise --ctx-size)")
     limited = cli("chat", "-m", chatty, *OPTIONS, stdin="the cat\n").err
@@ -174,10 +175,11 @@ def test_stop_strings_and_what_follows(cli, chatty: Path):
 
 @pytest.mark.slow
 def test_a_full_context_drops_the_oldest_turns_if_asked(cli, chatty: Path):
-    script = "the cat sat on the mat\n" * 12
-    refused = cli("chat", "-m", chatty, "-q", *OPTIONS, stdin=script)
+    script, options = "the cat sat on the mat\n" * 6, list(OPTIONS)
+    options[options.index("--ctx-size") + 1] = 90
+    refused = cli("chat", "-m", chatty, "-q", *options, stdin=script)
     assert (refused.code, "the conversation is" in refused.err) == (2, True)
-    dropped = cli("chat", "-m", chatty, "--on-overflow", "drop", *OPTIONS, stdin=script)
+    dropped = cli("chat", "-m", chatty, "--on-overflow", "drop", *options, stdin=script)
     assert dropped.code == 0
     assert "messages were dropped" in dropped.err
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import quantised_reference as ref
 import torch
-from marks import by_turns, every_pair, mostly_slow
+from marks import by_turns, every_pair
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, VOCAB, write_checkpoint
 from torch import Tensor, nn
@@ -74,15 +74,17 @@ def test_every_architecture(cli, converted, name: str, precision: str, always_st
             module.weight.copy_(matrix)
     if precision != "int8":
         ref.round_head(dense)
-    expected = dense.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=12, do_sample=False)
+    expected = dense.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=5, do_sample=False)
     options = {"device": "cpu", "max_gpu_mem": "1GB", "density": 1.0, "always_stream": always_stream}
     with GriffinModel.from_pretrained(out, **options) as model:
-        assert torch.equal(model.generate(PROMPT, max_new_tokens=12, do_sample=False), expected)
+        assert torch.equal(model.generate(PROMPT, max_new_tokens=5, do_sample=False), expected)
         assert model.plan.precision == precision
 
 
-@both
-@pytest.mark.parametrize("name", mostly_slow(("llama3", "gpt2", "phi3", "opt", "gemma3", "falcon_new", "bloom"), 2))
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    by_turns(("llama3", "gpt2", "phi3", "opt", "gemma3", "falcon_new", "bloom"), PRECISIONS, whole=("llama3",)),
+)
 def test_commands_take_the_directory(cli, converted, name: str, precision: str):
     out = converted(name, precision)
     plan = cli("plan", "-m", out, "--device", "cpu", "--json").json

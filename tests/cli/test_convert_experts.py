@@ -21,7 +21,7 @@ from griffin_offload.engine.convert import convert
 from griffin_offload.errors import CheckpointError, UnsupportedModel
 from griffin_offload.formats.expert_form import ExpertForm
 
-GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 12}
+GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 6}
 NAMES = [name for name in MIXTURES if name != "phimoe"]
 PRECISIONS = ["none", "int8", "int4"]
 

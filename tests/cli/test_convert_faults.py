@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import every_pair
 from tiny_models import write_checkpoint, write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -132,9 +133,14 @@ def test_sizes_that_have_no_int4(cli, tmp_path: Path):
     assert cli("run", "the cat", "-m", tmp_path / "out", "-n", 2, "-q").code == 0
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
-@pytest.mark.parametrize("key", ["model.layers.1.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("value", "key", "precision"),
+    every_pair(
+        {name: float(name) for name in ("nan", "inf", "-inf")},
+        {name: f"model.layers.1.{name}.weight" for name in ("mlp.down_proj", "self_attn.k_proj")},
+        {precision: precision for precision in ("int8", "int4")},
+    ),
+)
 def test_weights_that_are_no_numbers(
     cli, change_tensor, copy: Path, tmp_path: Path, key: str, value: float, precision: str
 ):

@@ -26,8 +26,9 @@ def interrupting(fetch: Callable[..., Any]) -> Callable[..., Any]:
     return slow
 
 
-@pytest.mark.parametrize(("source", "tier"), [(MmapStore, "disk"), (HostStore, "ram")])
-@pytest.mark.parametrize("flags", [[], ["-q"], ["--json"]], ids=str)
+@pytest.mark.parametrize(
+    ("source", "tier", "flags"), [(MmapStore, "disk", []), (HostStore, "ram", ["-q"]), (MmapStore, "disk", ["--json"])]
+)
 def test_ctrl_c_on_the_command_line(cli, llama: Path, monkeypatch: pytest.MonkeyPatch, source, tier, flags):
     monkeypatch.setattr(source, "fetch", interrupting(source.fetch))
     outcome = cli("run", "the cat sat", "-m", llama, "--density", 0.5, "--offload", tier, *flags)

@@ -11,18 +11,14 @@ from scripted_model import EOS, byte_tokenizer, write_scripted
 RUN = ("run", "the cat", "-n", "3", "--device", "cpu", "--temperature", "0")
 SAMPLES = {"do_sample": True}
 
+# Several at once, of which none may change anything.
 SILENT = [
-    {"bad_words_ids": []},
-    {"sequence_bias": []},
-    {"suppress_tokens": []},
-    {"begin_suppress_tokens": []},
-    {"stop_strings": []},
-    {"use_cache": False},
+    {"bad_words_ids": [], "sequence_bias": [], "suppress_tokens": [], "begin_suppress_tokens": [], "stop_strings": []},
     {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
     {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True},
-    {"cache_implementation": "hybrid"},
-    {"cache_implementation": "dynamic"},
-    {"penalty_alpha": 0.0, "guidance_scale": 1.0, "token_healing": False, "num_beam_groups": 1},
+    {"use_cache": False, "cache_implementation": "hybrid"},
+    {"penalty_alpha": 0.0, "guidance_scale": 1.0, "token_healing": False, "num_beam_groups": 1}
+    | {"cache_implementation": "dynamic"},
 ]
 SET_ASIDE = [
     {"cache_implementation": "offloaded"},
@@ -72,7 +68,7 @@ def expected(cli, llama: Path, answers: dict[Path, str]) -> str:
     return answers[llama]
 
 
-@pytest.mark.parametrize("settings", mostly_slow(SILENT, 4), ids=_id)
+@pytest.mark.parametrize("settings", mostly_slow(SILENT, 3), ids=_id)
 def test_settings_that_change_nothing(cli, copy: Path, edit, expected: str, settings: dict[str, object]):
     edit(copy / "generation_config.json", **settings)
     outcome = cli(*RUN, "-q", "-m", copy)
@@ -88,7 +84,8 @@ def test_settings_that_are_set_aside(cli, copy: Path, edit, expected: str, setti
     assert (outcome.code, outcome.out) == (0, expected)
     assert outcome.err.startswith(f"griffin-offload: warning: {list(settings)[-1]} of copy")
     assert outcome.err.count("\n") == 1
-    assert cli("chat", "-q", "-m", copy, *RUN[2:], stdin="the cat\n").out == expected
+    if settings in SET_ASIDE[::3]:
+        assert cli("chat", "-q", "-m", copy, *RUN[2:], stdin="the cat\n").out == expected
 
 
 @pytest.mark.parametrize("settings", REFUSED, ids=_id)
@@ -97,8 +94,9 @@ def test_settings_that_are_refused(cli, copy: Path, edit: Callable[..., None], s
     cli.refuses(4, f"{next(iter(settings))}|generation_config.json", *RUN, "-q", "-m", copy)
 
 
-@pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize("flags", [(), ("--exact",)], ids=["pruned", "exact"])
+@pytest.mark.parametrize(
+    ("place", "flags"), [("config.json", ()), ("generation_config.json", ("--exact",))], ids=["pruned", "exact"]
+)
 def test_a_cache_that_training_has_switched_off(cli, copy: Path, edit: Callable[..., None], place: str, flags):
     """Decoding is never without one, and the text is the same: transformers' is only slower."""
     run = (*RUN, "-q", "-m", copy, *flags)
@@ -134,8 +132,9 @@ def spoken(cli, speaker: Path) -> Callable[..., str]:
     return say
 
 
-@pytest.mark.parametrize("strings", ["TWO", ["never", "TW"]], ids=["one", "several"])
-@pytest.mark.parametrize("flags", [(), ("--exact",)], ids=["pruned", "exact"])
+@pytest.mark.parametrize(
+    ("strings", "flags"), [("TWO", ("--exact",)), (["never", "TW"], ())], ids=["one-exact", "several-pruned"]
+)
 def test_stop_strings_end_an_answer(spoken, strings: object, flags: tuple[str, ...]):
     """As in transformers they stay at its end."""
     assert spoken(*flags, stop_strings=strings) == (" one.TWO\n" if strings == "TWO" else " one.TW\n",) * 2

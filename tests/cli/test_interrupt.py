@@ -66,8 +66,7 @@ def interrupt_after(layer: int) -> Callable[[int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("name", ["llama2", "opt"])
+@pytest.mark.parametrize(("name", "options"), [("opt", {}), *(("llama2", options) for options in OPTIONS)], ids=str)
 def test_interrupted_after_a_layer(checkpoints, name: str, options: dict[str, object]):
     expected, fresh = answer(fresh_model := make(checkpoints(name), **options)), fresh_model.selected
     model = make(checkpoints(name), **options)
@@ -84,8 +83,11 @@ def test_interrupted_after_a_layer(checkpoints, name: str, options: dict[str, ob
     assert traces(model) == before
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("failing", mostly_slow((0, 1, 2), 1))
+@pytest.mark.parametrize(
+    ("failing", "options"),
+    mostly_slow([*((0, options) for options in OPTIONS), (1, {}), (2, OPTIONS[1])], len(OPTIONS)),
+    ids=str,
+)
 def test_a_failing_reader(checkpoints, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], failing: int):
     path = checkpoints("llama2")
     expected = answer(make(path, **options))

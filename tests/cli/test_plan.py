@@ -218,9 +218,9 @@ ALL_FLAGS = [*QUICK_FLAGS, *MORE_FLAGS]
 
 @pytest.mark.parametrize("flags", mostly_slow([(flags,) for flags in ALL_FLAGS], len(QUICK_FLAGS)), ids=" ".join)
 def test_remedies_of_plan_work_when_followed(cli, llama: Path, flags: tuple[str, ...]):
-    """Of all budgets every second one, others for the next flags."""
+    """Of all budgets every third one, others for the next flags."""
     refused = 0
-    for budget in BUDGETS[ALL_FLAGS.index(flags) % 2 :: 2]:
+    for budget in BUDGETS[ALL_FLAGS.index(flags) % 3 :: 3]:
         command = ("plan", "-m", llama, "--json", "--max-gpu-mem", budget, *flags)
         outcome = cli(*command)
         assert outcome.code == (0 if outcome.json["fits"] else 3)
@@ -243,14 +243,14 @@ def test_density_remedies_are_not_rounded_up(cli, tmp_path: Path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     followed = 0
-    for budget in range(9000, 11000, 100):
+    for budget in range(9000, 11000, 150):
         flags = ("--ctx-size", 64, "--density", 0.98, "--max-gpu-mem", f"{budget}kB")
         command = ("plan", "-m", tmp_path, "--json", *flags)
         for remedy in remedies(cli(*command).json["remedy"]):
             if remedy[0] == "--density":
                 followed += 1
                 assert cli(*with_remedy(command, remedy)).code == 0, f"{budget} kB: {remedy}"
-    assert followed > 10
+    assert followed > 6
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
 
-NEW_TOKENS = 18
+NEW_TOKENS = 8
 PROMPT_TOKENS = 40  # past the window of 16
 
 

@@ -18,7 +18,7 @@ from griffin_offload.kernels import table
 # Windows, learned positions, positions by ids, shared and separate heads, types of layers, scores made in Python.
 ARCHITECTURES = ["llama3", "mistral", "gemma2", "opt", "gpt2", "gptj"]
 NEW = 72  # behind 24 tokens: more than a layer with a window of 16 has room for
-FEWER = 40  # where that was asked already
+FEWER = 26  # where that was asked already
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_replayed_logits_are_those_of_the_stock_forward(checkpoints, name: str):
 
 def test_captures_survive_prompts(checkpoints):
     plain, graphs = _pair(checkpoints("gemma2"))
-    for seed in range(3):
+    for seed in range(2):
         assert torch.equal(_generate(graphs, _ids(seed=seed)), _generate(plain, _ids(seed=seed)))
         report = graphs.last_report.graphs
         # 25 to 96 tokens: read as 32, 48, 64 and 96.
@@ -115,8 +115,8 @@ def test_precisions_and_strategies(checkpoints, options: dict[str, Any], strateg
 def test_drafts_are_replayed_and_passes_are_not(checkpoints):
     for options in ({"exact": True, "draft_tokens": 4}, {"refresh": 5}):
         plain, graphs = _pair(checkpoints("mistral"), **options)
-        assert torch.equal(*(_generate(model, _ids(), max_new_tokens=48) for model in (graphs, plain)))
-        assert graphs.last_report.graphs.replayed > 20
+        assert torch.equal(*(_generate(model, _ids(), max_new_tokens=30) for model in (graphs, plain)))
+        assert graphs.last_report.graphs.replayed > 10
         assert graphs.last_report.drafting.passes == plain.last_report.drafting.passes
 
 

@@ -25,7 +25,7 @@ def _load(directory: Path, **options: Any) -> GriffinModel:
     return GriffinModel.from_pretrained(directory, device="cpu", **{**sizes, **options})
 
 
-def _answer(model: Any, ids: Tensor, new: int = 10, **settings: Any) -> Tensor:
+def _answer(model: Any, ids: Tensor, new: int = 7, **settings: Any) -> Tensor:
     mask = torch.ones_like(ids)
     answer: Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **settings)
     return answer

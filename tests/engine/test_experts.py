@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from marks import mostly_slow
 from safetensors.torch import load_file, save_file
-from tiny_models import MIXTURES, VOCAB
+from tiny_models import MIXTURE_KINDS, MIXTURES, VOCAB
 from torch import Tensor
 
 from griffin_offload import GriffinModel
@@ -23,7 +23,7 @@ from griffin_offload.errors import (
     UsageError,
 )
 
-NEW, EXPERTS, ACTIVE = 8, 8, 2
+NEW, EXPERTS, ACTIVE = 6, 8, 2
 
 
 def _ids(batch: int = 1, tokens: int = 20) -> Tensor:
@@ -88,7 +88,8 @@ def test_fetch_is_the_full_model(mixtures, name: str):
     with _routed(experts) as seen:
         expected = dense.generate(**_greedy(ids))
     logits = []
-    for options in ({"density": 0.25}, {"density": 0.5, "ff_chunk_tokens": 16}, {"density": 1.0}):
+    in_chunks = [{"density": 0.5, "ff_chunk_tokens": 16}] if name in MIXTURE_KINDS else []
+    for options in ({"density": 0.25}, *in_chunks, {"density": 1.0}):
         with _load(mixtures(name), **options) as model:
             found = model.generate(**_greedy(ids))
             assert torch.equal(found.sequences, expected.sequences)
@@ -103,7 +104,7 @@ def test_fetch_is_the_full_model(mixtures, name: str):
             assert report.experts.hits + report.experts.misses == sum(len(call) for i in seen for call in seen[i][1:])
             needed = report.decode_streamed_bytes - report.experts.wrong_bytes
             assert needed == report.experts.misses * next(iter(sizes.values())) > 0
-    assert torch.equal(logits[0], logits[2])  # whether an expert was read or had stayed
+    assert torch.equal(logits[0], logits[-1])  # whether an expert was read or had stayed
 
 
 @pytest.mark.parametrize("name", mostly_slow(("mixtral", "gpt_oss", "deepseek_v3", "qwen3_next", "llama4"), 2))
@@ -255,8 +256,7 @@ def _added(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tenso
     return torch.stack([(w * o.norm()) ** 2 for w, o in zip(weights, outputs, strict=True)])
 
 
-@pytest.mark.parametrize("options", [{}, {"ff_chunk_tokens": 16}], ids=str)
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(("name", "options"), [("mixtral", {}), ("gpt_oss", {"ff_chunk_tokens": 16})], ids=str)
 @torch.no_grad()
 def test_the_statistic_is_the_formula(mixtures, name: str, options: dict[str, Any]):
     """Sum over tokens of (weight x norm of the output)^2, over the same of all experts of the token."""

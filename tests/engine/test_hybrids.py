@@ -169,8 +169,9 @@ def test_one_layer_of_each_kind_is_measured(monkeypatch: pytest.MonkeyPatch):
     model = build_on_meta(config, torch.float32)
     states = states_of(model)
     assert [(state.kv_width, state.kv_heads, state.state_bytes) for state in states] == [(2 * 2 * 24, 2, 0)] * 20
+    config.name_or_path = "elsewhere"
     assert states_of(build_on_meta(config, torch.float32)) == states
-    assert sum(runs) == 1  # once for each config
+    assert sum(runs) == 1  # once for each config, wherever its checkpoint is
     states_of(build_on_meta(config, torch.bfloat16))
     assert sum(runs) == 2
     assert "forward" not in model.model.layers[3].__dict__

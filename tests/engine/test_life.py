@@ -128,8 +128,9 @@ def test_a_part_of_a_whole_model_does(checkpoints):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama3", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("llama3", torch.float32), ("gemma3", torch.bfloat16), ("gpt2", torch.float16)]
+)
 def test_a_whole_model_is_saved_as_it_is(checkpoints, tmp_path, name: str, dtype: torch.dtype):
     path = checkpoints(name, dtype)
     load(path, density=1.0).save_pretrained(tmp_path)

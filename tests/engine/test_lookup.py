@@ -72,7 +72,7 @@ def _repeating(seed: int, tokens: int, period: int) -> torch.Tensor:
 
 @pytest.mark.slow
 @example(name="gemma2", seed=0, prompt=2, period=2, new_tokens=15, penalty=None, sampled=False, end=False)
-@settings(max_examples=13)
+@settings(max_examples=9)
 @given(
     name=st.sampled_from(FAMILIES),
     seed=st.integers(0, 2**16),
@@ -136,7 +136,7 @@ def test_fewer_forwards_where_the_text_repeats(scripted: Path, eager):
 def test_in_16_bits_not_one_bit_is_another(checkpoints, eager, name: str, quantize: str):
     """So that drafts change no tie: logits are equal to the last bit, by the kernels that multiply one row."""
     with _load(checkpoints(name, torch.bfloat16), quantize=quantize) as model:
-        options: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "return_dict_in_generate": True}
+        options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
         options |= {"output_logits": True}
         for seed in range(2):
             ids = _repeating(seed, 40, 5)
@@ -227,7 +227,7 @@ def test_exact_mode_takes_them_for_nothing(scripted: Path, sampled: bool):
 
 
 @pytest.mark.slow
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(name=st.sampled_from(FAMILIES), seed=st.integers(0, 99), new_tokens=st.integers(1, 50))
 def test_exact_mode_with_drafts_of_any_kind(checkpoints, name: str, seed: int, new_tokens: int):
     path = checkpoints(name)

@@ -87,7 +87,7 @@ def test_logits_stay_near_those_of_16_bit(precision, converted, density, always_
     path = outliers(precision if converted else "none")
     model = _load(path, precision, density, always_stream=always_stream)
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    for _ in range(2):  # a second prompt finds what the first has left
+    for _ in range(2 if always_stream else 1):  # a second prompt finds what the first has left
         output = model.generate(PROMPT, max_new_tokens=NEW_TOKENS, **options)
         sets = list(model.selected.values()) if density < 1 else []
         expected = _dense_logits(dense, output.sequences, sets)

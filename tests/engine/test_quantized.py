@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from griffin_offload import GriffinModel
 
-NEW_TOKENS = 8
+NEW_TOKENS = 5
 PROMPT_TOKENS = 24  # past the window of 16
 # A few rows of float32 are multiplied by int4 as 15 bits beside the largest of a group.
 ROUNDING = {"int8": 1e-5, "int4": 2e-3, "int3": 2e-3, "int2": 2e-3}

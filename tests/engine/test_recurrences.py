@@ -39,8 +39,7 @@ def _prompts(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids * mask, mask
 
 
-@each
-@pytest.mark.parametrize("density", ["auto", 1.0])
+@pytest.mark.parametrize(("name", "density"), [*((name, "auto") for name in RECURRENT), ("mamba2", 1.0)])
 def test_answers_are_those_of_transformers(name: str, density: Any, checkpoints):
     path = checkpoints(name)
     model, dense = _load(path, density=density, batch_size=2, always_stream=True), None
@@ -139,8 +138,10 @@ def test_attention_beside_mamba_needs_no_feed_forward_either(tmp_path: Path):
     assert model.plan.density == 1
 
 
-@pytest.mark.parametrize("name", [*RECURRENT, "jamba"])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("mamba", "int8"), ("mamba", "int4"), ("falcon_mamba", "int4"), ("mamba2", "int8"), ("jamba", "int4")],
+)
 def test_projections_rest_in_their_format(name: str, precision: str, tmp_path: Path):
     """Against dense transformers with rounded matrices; and a converted copy."""
     path = write_checkpoint(name, tmp_path / "plain")

@@ -80,11 +80,17 @@ def _ids(tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+_answers: dict[tuple[PreTrainedModel, bytes, int], torch.Tensor] = {}
+
+
 def _dense(dense: PreTrainedModel, ids: torch.Tensor, new: int = NEW) -> torch.Tensor:
     """Of a model that nothing has passed before."""
-    fresh = AutoModelForCausalLM.from_config(dense.config).eval()
-    fresh.load_state_dict(dense.state_dict())
-    return fresh.generate(ids, max_new_tokens=new, do_sample=False)
+    key = (dense, ids.numpy().tobytes(), new)
+    if key not in _answers:
+        fresh = AutoModelForCausalLM.from_config(dense.config).eval()
+        fresh.load_state_dict(dense.state_dict())
+        _answers[key] = fresh.generate(ids, max_new_tokens=new, do_sample=False)
+    return _answers[key]
 
 
 def _greedy(model: GriffinModel, ids: torch.Tensor, new: int = NEW, **kwargs: object) -> torch.Tensor:
@@ -95,8 +101,10 @@ def _around(*apart: int) -> list[int]:
     return [BORDER + tokens for tokens in apart]
 
 
-@pytest.mark.parametrize("name", ["phi3", "longrope"])
-@pytest.mark.parametrize("tokens", mostly_slow(_around(-1, 0, 1, -20, -5, 20), 3))
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    mostly_slow([("phi3", tokens) for tokens in _around(-1, 0, 1, -20, -5, 20)] + [("longrope", BORDER - 1)], 3),
+)
 def test_exact_mode_is_dense_on_both_sides_and_across(name: str, tokens: int, models):
     path, dense = models(name)
     for drafts in (None, 3):
@@ -143,7 +151,7 @@ def test_a_context_that_crosses_is_read_anew(name: str, exact: bool, models):
         pytest.skip("refused, see below")
     model = _load(path, density=1.0, always_stream=True)
     context, text = model.new_context(), _ids(90, 5)
-    for tokens in (20, 35, BORDER, BORDER + 1, BORDER + 2, 60, 70, 50, 30, 35):
+    for tokens in (20, 35, BORDER, BORDER + 1, 60, 70, 50, 30, 35):
         answer = _greedy(model, text[:, :tokens], 4, context=context, exact=exact)
         assert torch.equal(answer, _dense(dense, text[:, :tokens], 4)), tokens
         if tokens == 35 or (tokens == 70 and name != "dynamic"):  # no border between this one and the one before

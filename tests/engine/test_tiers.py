@@ -138,14 +138,15 @@ def _check_ranks(dense: PreTrainedModel, name: str, ids: Tensor, levels: Levels)
             assert fewer.numel() == 0 or more.min() >= fewer.max() - 1e-4
 
 
-@pytest.mark.parametrize(("name", "bits"), by_turns(KINDS, (BITS[1], BITS[2], BITS[4])))
+@pytest.mark.parametrize(("name", "bits"), by_turns(KINDS, (BITS[1], BITS[2], BITS[4]), whole=("gpt2",)))
 def test_logits_are_those_of_neurons_rounded_by_tiers(name: str, bits: float, plain):
     path = plain(name)
     model = _load(path, bits)
     assert 0 < bits_of(model.engine.shape, model.plan.counts) <= bits
     assert model.plan.precision in MIXED  # of so few neurons layers may be better
     _check(model, path, name)
-    _check(model, path, name)  # a second prompt's choice goes to the same places
+    if name == "gpt2":
+        _check(model, path, name)  # a second prompt's choice goes to the same places
 
 
 @pytest.mark.parametrize("bits", BITS)

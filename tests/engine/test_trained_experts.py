@@ -40,7 +40,7 @@ def test_seeded_by_the_prompt_most_experts_are_there():
     """Of a quarter that stays, more than a half of what is asked for; less than all, or the test shows nothing."""
     with _load(density=0.25) as model:
         hits = asked = 0
-        for ids in _windows(model, 4):
+        for ids in _windows(model, 2):
             model.generate(ids[None, :PROMPT], max_new_tokens=NEW, do_sample=False)
             found = model.last_report.experts
             hits, asked = hits + found.hits, asked + found.hits + found.misses

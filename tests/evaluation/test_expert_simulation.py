@@ -33,7 +33,7 @@ def _load(path: Path, **options: Any) -> GriffinModel:
 
 def _generated(model: GriffinModel, prompt: Tensor) -> tuple[Sample, Tensor]:
     output = model.generate(
-        prompt, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None
+        prompt, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None
     )
     continuation = output.sequences[0, prompt.shape[1] :]
     log_probs = torch.stack(output.logits)[:, 0].log_softmax(-1)

@@ -1,10 +1,12 @@
 """Class mode, the baselines and compensation against an implementation of the formulas on dense models."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from evaluation.direct import gated, kept_by, plain, simulated_directly
+from marks import every_pair
 from reference import dense_forward, select_direct, statistic_float64
 from tiny_models import ARCHITECTURES, HYBRIDS, VOCAB
 from torch import Tensor
@@ -25,6 +27,7 @@ def _ids(tokens: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, (tokens,), generator=torch.Generator().manual_seed(seed))
 
 
+@functools.lru_cache(maxsize=4)
 def _both(path: Path, **options: object) -> tuple[GriffinModel, PreTrainedModel]:
     dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return GriffinModel.from_pretrained(path, device="cpu", max_gpu_mem="200MB", density=0.0, **options), dense
@@ -77,9 +80,10 @@ def test_dense_samples_pass_the_full_model_alone(checkpoints):
             torch.testing.assert_close(variant.log_probs, scores.full.log_probs, **CLOSE)
 
 
-@pytest.mark.parametrize("name", list(WEIGHTS))
-@pytest.mark.parametrize("compensate", [False, True])
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize(
+    ("name", "compensate", "selection"),
+    every_pair({name: name for name in WEIGHTS}, {"plain": False, "compensated": True}, {s: s for s in SELECTIONS}),
+)
 def test_generation(checkpoints, name: str, selection: str, compensate: bool):
     model, dense = _both(checkpoints(name), ctx_size=64)
     samples = [Sample.generation(_ids(tokens, tokens), _ids(9, 1)) for tokens in (21, 1, 13)]

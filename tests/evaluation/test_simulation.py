@@ -18,7 +18,7 @@ from griffin_offload.evaluation.samples import Sample
 from griffin_offload.evaluation.simulation import simulate
 from griffin_offload.method.variants import Variant
 
-NEW_TOKENS = 12
+NEW_TOKENS = 7
 LENGTHS = (40, 1, 23, 33)  # past the windows of gemma2, and a prompt of one token
 HALF = Variant(0.5)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

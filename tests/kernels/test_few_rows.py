@@ -96,12 +96,27 @@ def inputs_of(draw: st.DrawFn, columns: int) -> Tensor:
 @given(data=st.data(), outputs=st.integers(1, 300), inputs=st.integers(1, 300), threads=st.integers(1, 3))
 def test_int8(kind: Kind, data: st.DataObject, outputs: int, inputs: int, threads: int):
     torch.set_num_threads(threads)
-    x = data.draw(inputs_of(inputs))
+    _check_int8(_kernels(**kind), data.draw(inputs_of(inputs)), outputs, data.draw(st.sampled_from(DTYPES)))
+
+
+def _check_int8(own: gemv.GemvKernels, x: Tensor, outputs: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(outputs)
-    weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
-    scale = torch.rand(outputs, generator=generator).add(0.1).to(data.draw(st.sampled_from(DTYPES)))
+    weight = torch.randint(-127, 128, (outputs, x.shape[1]), generator=generator, dtype=torch.int8)
+    scale = torch.rand(outputs, generator=generator).add(0.1).to(dtype)
     matrix = weight * scale.double()[:, None]
-    _check(_kernels(**kind).multiply_int8(x, weight, scale), x, matrix, matrix.abs(), 128)
+    _check(own.multiply_int8(x, weight, scale), x, matrix, matrix.abs(), 128)
+
+
+@needs_kernels
+@of_all_processors
+def test_every_rest_of_a_row_and_of_the_outputs(kind: Kind):
+    """Of vectors and blocks of any length: a hundred draws meet thirty sizes."""
+    own, generator = _kernels(**kind), torch.Generator().manual_seed(0)
+    sizes = [*((5, inputs) for inputs in range(1, 130)), *((outputs, 33) for outputs in range(1, 70))]
+    for at, (outputs, inputs) in enumerate(sizes):
+        x = torch.randn(1 + at % 5, inputs, generator=generator)
+        _check_int8(own, x.to(DTYPES[at % 3]), outputs, DTYPES[at % 2])
+        _check_floats(own, x.to(DTYPES[1 + at % 2]), outputs)
 
 
 @needs_kernels
@@ -158,10 +173,13 @@ def test_strips(kind: Kind, bits: int, data: st.DataObject, groups: int, sixteen
 def test_floats(kind: Kind, data: st.DataObject, outputs: int, inputs: int, threads: int):
     torch.set_num_threads(threads)
     x = data.draw(inputs_of(inputs))
-    x = x.bfloat16() if x.dtype == torch.float32 else x
+    _check_floats(_kernels(**kind), x.bfloat16() if x.dtype == torch.float32 else x, outputs)
+
+
+def _check_floats(own: gemv.GemvKernels, x: Tensor, outputs: int) -> None:
     generator = torch.Generator().manual_seed(outputs)
-    weight = torch.randn(outputs, inputs, generator=generator).to(x.dtype)
-    found, exact = _kernels(**kind).multiply_floats(x, weight), x.double() @ weight.double().t()
+    weight = torch.randn(outputs, x.shape[1], generator=generator).to(x.dtype)
+    found, exact = own.multiply_floats(x, weight), x.double() @ weight.double().t()
     size, limits = x.double().abs() @ weight.double().abs().t(), torch.finfo(x.dtype)
     allowed = limits.eps * exact.abs() + 32 * 2.0**-24 * size + limits.tiny
     assert found.dtype == x.dtype

@@ -105,7 +105,7 @@ def _step_both(
         truth.change(lambda states: states[:1])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     steps=st.lists(STEPS, max_size=12),
     prompt=LENGTHS,
@@ -251,10 +251,10 @@ STRATEGIES: dict[str, dict[str, object]] = {
     by_turns(["gemma3", "llama3", "mistral", "gemma2"], STRATEGIES, whole=["gemma3"]),
 )
 def test_generation_is_the_dense_models_own_far_beyond_its_window(checkpoints, name: str, strategy: str):
-    """150 tokens behind a window of 16: the window has moved to the start of its store twice."""
+    """Behind a window of 16; in 150 tokens it has moved to the start of its store twice, in 90 once."""
     path = checkpoints(name)
     ids = _ids()[0].repeat(1, 2)[:, :44]  # so that there is something to look up
-    settings = STRATEGIES[strategy] | {"max_new_tokens": 110}
+    settings = STRATEGIES[strategy] | {"max_new_tokens": 110 if strategy == "greedy" else 50}
     torch.manual_seed(0)
     expected = AutoModelForCausalLM.from_pretrained(path).generate(ids, **settings, use_cache=True)
     model = _load(path, density=1.0, batch_size=3)
@@ -268,7 +268,7 @@ def test_generation_is_the_dense_models_own_far_beyond_its_window(checkpoints, n
 @pytest.mark.parametrize("name", mostly_slow(("llama2", "gemma3", "mistral", "bloom", "gpt2"), 2))
 def test_logits_of_a_padded_batch_are_those_with_transformers_cache_bit_for_bit(checkpoints, name: str):
     ids, mask = _ids(3)
-    settings = {"max_new_tokens": 60, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings = {"max_new_tokens": 45, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     model = _load(checkpoints(name), density=0.5, batch_size=3)
     output, expected = (
         model.generate(ids, attention_mask=mask, **settings, **cache)
@@ -331,7 +331,7 @@ def test_four_bits_of_heads_of_any_size(keys: int, values: int):
     assert torch.equal(read[0], _int4_keys(torch.cat([given[0], more[0]], dim=2)))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(steps=st.lists(STEPS, max_size=25), prompt=LENGTHS, seed=st.integers(0, 99))
 @example(steps=[("update", 1)] * 90, prompt=31, seed=0)
 @example(steps=[("update", 70), ("crop", 32), ("update", 3), ("update", 80)], prompt=40, seed=1)
@@ -371,7 +371,7 @@ def test_an_odd_head_is_refused_four_bits():
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    by_turns(("llama3", "gemma3", "mistral", "gpt2"), (torch.float32, torch.bfloat16), whole=("gemma3",)),
+    by_turns(("llama3", "gemma3", "mistral", "gpt2"), (torch.float32, torch.bfloat16), whole=()),
 )
 def test_fewer_bits_stay_near_sixteen(checkpoints, name: str, dtype: torch.dtype):
     """Rounding to 1/127 of a vector's largest number errs by 1/254 at most and 1/440 as a rule, which is under one
@@ -413,7 +413,7 @@ def test_four_bits_with_tokens_that_pass_again_and_sequences_that_part(checkpoin
     assert 0 < (logits[1] - logits[0]).norm() < 0.5 * logits[0].norm()
 
 
-@pytest.mark.parametrize(("name", "batch", "bits"), by_turns(KINDS, (1, 3), (16, 8, 4), whole=("mistral", "gemma2")))
+@pytest.mark.parametrize(("name", "batch", "bits"), by_turns(KINDS, (1, 3), (16, 8, 4), whole=("mistral",)))
 def test_planned_bytes_are_allocated_to_the_byte(checkpoints, name: str, batch: int, bits: int):
     context = 81  # more than a window and its slack
     model = _load(checkpoints(name), kv_bits=bits, batch_size=batch, density=0.5, ctx_size=context)
@@ -450,7 +450,7 @@ def test_bytes_by_hand(checkpoints):
     assert eight - sixteen == scratch + piece_quantised - piece_moved
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     budget=st.integers(150_000, 700_000),
     prompt=st.integers(1, 60),

@@ -33,7 +33,7 @@ def test_turns_equal_a_masked_reference(checkpoints, name: str, density: float):
     model = _load(path, density=density)
     context = model.new_context()
     ids = prompt_of(1, 20)
-    for turn in range(5):
+    for turn in range(3):
         expected = reference.turn(ids, 8)
         fetched, known = model.engine.loaded.layers.fetched_bytes, len(context.tokens)
         assert torch.equal(answer(model, ids, context=context), expected)
@@ -65,7 +65,7 @@ def dense_and_ours(checkpoints) -> dict[str, tuple[object, GriffinModel]]:
     }
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     name=st.sampled_from(["llama3", "gemma2"]),
     turns=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 20), st.integers(1, 6)), min_size=1, max_size=5),
@@ -145,9 +145,13 @@ class _Boom(StoppingCriteria):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("exact", mostly_slow((False, True), 1))
-@pytest.mark.parametrize("name", ["llama2", "gemma2"])
-@pytest.mark.parametrize("where", ["pass", "answer"])
+@pytest.mark.parametrize(
+    ("name", "where", "exact"),
+    mostly_slow(
+        [("llama2", "pass", False), ("gemma2", "answer", False), ("gemma2", "pass", True), ("llama2", "answer", True)],
+        2,
+    ),
+)
 def test_an_interrupt_leaves_a_context_that_can_go_on(checkpoints, name: str, where: str, exact: bool):
     path = checkpoints(name)
     model = _load(path, exact=exact)

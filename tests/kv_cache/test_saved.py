@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from marks import mostly_slow
+from marks import by_turns
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB
 
@@ -34,8 +34,15 @@ def _greedy(model: GriffinModel, ids: torch.Tensor, context: Any, new_tokens: in
     return model.generate(ids, max_new_tokens=new_tokens, do_sample=False, context=context)
 
 
-@pytest.mark.parametrize("name", mostly_slow(("llama2", "gemma2", "mistral", "gpt2"), 2))
-@pytest.mark.parametrize("options", [{}, {"kv_bits": 8}, {"kv_bits": 4}, {"quantize": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    by_turns(
+        ("gemma2", "llama2", "mistral", "gpt2"),
+        ({}, {"kv_bits": 8}, {"kv_bits": 4}, {"quantize": "int8"}),
+        whole=("gemma2",),
+    ),
+    ids=str,
+)
 def test_a_saved_context_goes_on_as_the_one_that_was_saved(checkpoints, tmp_path: Path, name: str, options: Any):
     """In a model of its own, behind windows, after an answer, and again for the same prompt."""
     path = checkpoints(name)

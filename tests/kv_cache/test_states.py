@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaded_model import answer, load
 from loaded_model import ids as prompt_of
+from marks import every_pair
 from tiny_models import HYBRIDS, VOCAB
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -50,7 +51,7 @@ def half(checkpoints) -> dict[str, GriffinModel]:
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     name=st.sampled_from(list(HYBRIDS)),
     turns=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 20), st.integers(1, 6)), min_size=1, max_size=5),
@@ -117,9 +118,9 @@ def test_a_saved_context_goes_on_as_the_one_that_was_saved(checkpoints, half, tm
     first = answer(model, ids, context=context)
     model.save_context(context, path)
     others = [torch.cat([first[:, :kept], prompt_of(9, 5)], dim=1) for kept in (38, 31, 24)]  # the end, a mark, a seam
+    again = _load(checkpoints(name))
     for other, known in zip(others, (37, 30, 22), strict=True):
         expected = answer(model, other, context=model.load_context(path)[0])
-        again = _load(checkpoints(name))
         loaded, _ = again.load_context(path)
         assert torch.equal(answer(again, other, context=loaded), expected)
         assert again.last_report.cached_prompt_tokens == known
@@ -144,9 +145,10 @@ def test_a_file_whose_states_are_others_is_damaged(half, tmp_path: Path):
             model.load_context(path)
 
 
-@pytest.mark.parametrize("where", ["pass", "answer"])
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    ("name", "exact", "where"),
+    every_pair({name: name for name in QUICK}, {"pruned": False, "exact": True}, {"pass": "pass", "answer": "answer"}),
+)
 def test_a_failure_leaves_a_context_that_can_go_on(whole, half, name: str, exact: bool, where: str):
     dense, model = whole[name][0], (half if exact else {n: m for n, (_, m) in whole.items()})[name]
     context, calls = model.new_context(), []

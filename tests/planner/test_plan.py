@@ -98,7 +98,7 @@ def requests(draw: st.DrawFn) -> PlanRequest:
     )
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(shapes(), requests())
 def test_a_plan_never_exceeds_its_budget_and_a_refusal_names_the_numbers(shape: ModelSizes, request: PlanRequest):
     plan, remedy = solve([shape], request)
@@ -140,7 +140,7 @@ def test_no_feasible_density_is_missed(shape: ModelSizes, request: PlanRequest):
         assert max(feasible) < 1 or found.density == 1
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(shapes(), requests())
 def test_the_remedies_help(shape: ModelSizes, request: PlanRequest):
     plan, remedy = solve([shape], request)
@@ -190,7 +190,7 @@ def _in_fewer_bits(shape: ModelSizes, precision: Format, share: int) -> ModelSiz
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(shapes(), requests(), st.integers(1, 3), st.lists(st.floats(0, 2), min_size=4, max_size=12))
 def test_more_memory_is_never_worse(shape: ModelSizes, request: PlanRequest, count: int, budgets: list[float]):
     """Precision, then density, then the KV cache's, then context: in this order none is ever given up for another, or
@@ -327,7 +327,7 @@ def test_planned_bytes_are_the_measured_ones(checkpoints, name: str, batch: int)
     assert model.last_report.peak_device_bytes <= model.plan.peak_bytes <= model.plan.budget_bytes
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(budget=st.integers(100_000, 700_000), prompt=st.integers(1, 60), new=st.integers(1, 30), batch=st.integers(1, 3))
 def test_measured_peak_stays_within_any_budget(checkpoints, budget: int, prompt: int, new: int, batch: int):
     try:

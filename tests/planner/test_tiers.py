@@ -64,7 +64,7 @@ def test_choices_ascend_in_bytes_and_never_expect_more_error(neurons: int):
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.lists(st.integers(2 * 10**6, 12 * 10**6), min_size=2, max_size=20), st.sampled_from([None, 300]))
 def test_more_memory_never_expects_a_worse_answer(budgets: list[int], ctx_tokens: int | None):
     before = None
@@ -80,7 +80,7 @@ def test_more_memory_never_expects_a_worse_answer(budgets: list[int], ctx_tokens
         before = now
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.integers(10**6, 12 * 10**6))
 def test_no_choice_that_fits_and_errs_less_is_missed(budget: int):
     shape, request = SHAPES[-1], PlanRequest(budget, 200)
@@ -143,7 +143,7 @@ def test_layers_of_int4_and_less():
         assert make_plan(SHAPES[2:5:2], PlanRequest(10**8, bits=again["bits"])).counts == counts
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(18 * 10**5, 6 * 10**6), st.sampled_from([None, 300]))
 def test_no_mixture_of_few_bits_that_fits_errs_less(budget: int, ctx_tokens: int | None):
     """Whether layers or tiers: compared with every one of both, at the context at which quality is solved."""
@@ -175,7 +175,7 @@ def test_what_is_named_where_nothing_fits_is_the_smallest_and_enough(budget: int
     assert solve(SHAPES, dataclasses.replace(request, budget_bytes=plan.peak_bytes))[1] is None
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.floats(1.2, 9.0))
 def test_bits_decide_between_layers_and_tiers(bits: float):
     """The least expected error of those bits; what is asked for is refused where it does not fit."""
