@@ -34,8 +34,8 @@ class ExpertSource(Protocol):
     def tensors(self, expert: int) -> Sequence[Tensor]:
         """Those of one of `experts`, in that order; of all but the first ones valid until the next one is asked for."""
 
-    def told(self, expert: int, dtype: torch.dtype, tell: Callable[[Sequence[Tensor], torch.dtype], Any]) -> Any:
-        """In place of `tensors`, what `tell` says of them and a type: it is asked once while they lie there."""
+    def checked(self, expert: int, dtype: torch.dtype, check: Callable[[Sequence[Tensor], torch.dtype], Any]) -> Any:
+        """In place of `tensors`, what `check` makes of them for a type: it is asked once while they lie there."""
 
     def settle(self, chosen: Sequence[int]) -> None:
         """Of the experts that were handed out since the pass began, keep those that were `chosen`."""
@@ -53,7 +53,7 @@ class Multiplies(Protocol):
 
     def at_once(self, x: Tensor) -> Any: ...
 
-    def tell(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Any: ...
+    def checked(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Any: ...
 
 
 class HostExperts:
@@ -143,15 +143,15 @@ class ExpertCall:
     def _at_once(self, x: Tensor, sent: list[int], order: Sequence[int], source: ExpertSource, several: Any) -> Tensor:
         """What experts give the tokens they were `sent`, [P, H], by one call for each matrix of all experts that are
         there. x is of all of these tokens, or one row for all."""
-        (multiply, multiply_down), tell = several, self._form.tell
+        (multiply, multiply_down), check = several, self._form.checked
         first: dict[int, int] = {}
         for place, expert in enumerate(sent):
             first.setdefault(expert, place)
         groups = [order[: source.there], *([expert] for expert in order[source.there :])]
         found, arrived = [], list[int]()
         for group in groups:
-            told = [source.told(expert, x.dtype, tell) for expert in group]
-            if not told:
+            matrices = [source.checked(expert, x.dtype, check) for expert in group]
+            if not matrices:
                 continue
             counts = [sent.count(expert) for expert in group]
             rows = (
@@ -159,9 +159,9 @@ class ExpertCall:
                 if x.shape[0] == 1
                 else [(first[e], n) for e, n in zip(group, counts, strict=True)]
             )
-            inner = self._gated(multiply(x, [own[0] for own in told], rows))
+            inner = self._gated(multiply(x, [own[0] for own in matrices], rows))
             ends = itertools.accumulate(counts, initial=0)
-            found.append(multiply_down(inner, [own[1] for own in told], list(zip(ends, counts, strict=False))))
+            found.append(multiply_down(inner, [own[1] for own in matrices], list(zip(ends, counts, strict=False))))
             arrived += [first[expert] + i for expert, count in zip(group, counts, strict=True) for i in range(count)]
         given: Tensor = found[0] if len(found) == 1 else torch.cat(found)
         return given if len(found) == 1 else given[torch.tensor(arrived, dtype=torch.long, device="cpu").argsort()]

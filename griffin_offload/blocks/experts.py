@@ -24,7 +24,7 @@ from griffin_offload.formats.expert_form import RECORDS, ExpertForm, ExpertMatri
 from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.translated import read_row
 from griffin_offload.kernels.by_blocks import Scratch
-from griffin_offload.kernels.gemv import Place, lie_there, places_of
+from griffin_offload.kernels.gemv import Address, addresses_of, still_at
 from griffin_offload.method.allocation import Counts
 
 EXPERTS_INPUT = "experts"
@@ -81,9 +81,9 @@ class Experts(Block):
         """What computes those that the source says are away, and how; None where none ever is."""
         self._observer: ActivationCallback | None = None
         self._limit: int | None = None
-        self._told: dict[tuple[int, torch.dtype], Any] = {}
-        self._told_of: ExpertForm | None = None
-        self._told_where: list[Place] = []
+        self._checked: dict[tuple[int, torch.dtype], Any] = {}
+        self._checked_form: ExpertForm | None = None
+        self._checked_at: list[Address] = []
         config: Any = module.config
         config._experts_implementation = EXPERTS_IMPLEMENTATION
         module.__dict__[_BLOCK] = weakref.ref(self)  # no cycle: weights go with the last name of the model
@@ -259,15 +259,15 @@ class Experts(Block):
             self._observer(ExpertActivations(norms, 0, index, self.neurons))
         return output
 
-    def told(self) -> dict[tuple[int, torch.dtype], Any] | None:
-        """By expert and type of what it is given, what kernels were told of the module's own experts as they lie now;
-        None where they are made whenever they are asked for."""
+    def checked(self) -> dict[tuple[int, torch.dtype], Any] | None:
+        """By expert and type of what it is given, the matrices of the module's own experts as they lie now; None where
+        they are made whenever they are asked for."""
         parameters = self.module._parameters.values()
-        if self._told_of is not self.form or not lie_there(parameters, self._told_where):
+        if self._checked_form is not self.form or not still_at(parameters, self._checked_at):
             if any(type(own) is not nn.Parameter for own in parameters if own is not None):
                 return None
-            self._told, self._told_of, self._told_where = {}, self.form, places_of(parameters)
-        return self._told
+            self._checked, self._checked_form, self._checked_at = {}, self.form, addresses_of(parameters)
+        return self._checked
 
 
 class _Own:
@@ -276,14 +276,14 @@ class _Own:
     away = ()
 
     def __init__(self, block: Experts) -> None:
-        self._block, self._told = block, block.told()
+        self._block, self._checked = block, block.checked()
         self._full: list[Tensor] | None = None
         self._made: Sequence[Tensor] = ()
         self.there = 0
 
     def begin(self, experts: Sequence[int], index: Tensor, weights: Tensor) -> Sequence[int]:
         """All are there."""
-        self.there = 0 if self._told is None else len(experts)
+        self.there = 0 if self._checked is None else len(experts)
         return experts
 
     def tensors(self, expert: int) -> Sequence[Tensor]:
@@ -291,14 +291,14 @@ class _Own:
             self._full = self._block.full()
         return [tensor[expert] for tensor in self._full]
 
-    def told(self, expert: int, dtype: torch.dtype, tell: Callable[[Sequence[Tensor], torch.dtype], Any]) -> Any:
-        if self._told is None:
+    def checked(self, expert: int, dtype: torch.dtype, check: Callable[[Sequence[Tensor], torch.dtype], Any]) -> Any:
+        if self._checked is None:
             self._made = self.tensors(expert)  # which nothing else keeps
-            return tell(self._made, dtype)
+            return check(self._made, dtype)
         key = expert, dtype
-        if key not in self._told:
-            self._told[key] = tell(self.tensors(expert), dtype)
-        return self._told[key]
+        if key not in self._checked:
+            self._checked[key] = check(self.tensors(expert), dtype)
+        return self._checked[key]
 
     def settle(self, chosen: Sequence[int]) -> None:
         """All stay."""

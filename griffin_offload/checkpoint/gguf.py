@@ -27,14 +27,7 @@ from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import FileState, renamed, states_of
 from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types, gguf_package
-from griffin_offload.checkpoint.gguf_config import (
-    LLAMA_ROWS,
-    ROPE_TENSORS,
-    Architecture,
-    Described,
-    RowOrder,
-    config_of,
-)
+from griffin_offload.checkpoint.gguf_config import LLAMA_ROWS, ROPE_TENSORS, Architecture, Described, config_of
 from griffin_offload.checkpoint.gguf_file import GgufFile, GgufTensor, is_gguf, read_gguf
 from griffin_offload.checkpoint.gguf_tokenizer import end_tokens, tokenizer_from
 from griffin_offload.checkpoint.renaming import Conversion, same_names
@@ -108,19 +101,11 @@ class GgufCheckpoint(Checkpoint):
         shape = (shape[0], 1, shape[1]) if part == "shortconv.conv" else shape
         if not (in_order or transposed or minus) and _STORED_AS.get(tensor.type.name) == self.dtype:
             return StoredTensor(shape, self.dtype, (tensor.extent,))
-        order = None if in_order is None else self._order_of(tensor, in_order)
+        order = None if in_order is None else in_order.of(self.raw_config, tensor, self.directory)
         width = tensor.shape[-1] if len(tensor.shape) > 1 else 1
         rows = tensor.shape[0] if len(tensor.shape) != 3 else tensor.shape[0] * tensor.shape[1]
         decode = BlockDecoder(tensor.type, rows, width, order, transposed, minus)
         return StoredTensor(shape, self.dtype, (tensor.extent,), decode=decode)
-
-    def _order_of(self, tensor: GgufTensor, rows: RowOrder) -> torch.Tensor:
-        wanted = rows.count(self.raw_config)
-        if wanted != tensor.shape[0]:
-            raise CheckpointError(
-                f"{self.directory}: {tensor.name} has {tensor.shape[0]} rows, by its heads it should have {wanted}"
-            )
-        return rows.index(self.raw_config)
 
     def conversions(self, model: StockModel, names: Iterable[str]) -> Sequence[Conversion]:
         return same_names(model, names)

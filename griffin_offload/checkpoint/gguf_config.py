@@ -95,9 +95,16 @@ class RowOrder:
     """Of a matrix whose rows llama.cpp keeps in another order, by the config."""
 
     count: Callable[[Mapping[str, Any]], int]
-    """Rows that it has to have: a config may lie, and the order of so many would be made."""
+    """Rows that it has to have."""
     index: Callable[[Mapping[str, Any]], Tensor]
     """Which row of the file is each of the model's, int64."""
+
+    def of(self, config: Mapping[str, Any], tensor: GgufTensor, where: Path) -> Tensor:
+        """That of `tensor`. CheckpointError where it has other rows: a config may lie, and ask for any number."""
+        wanted, there = self.count(config), tensor.shape[0]
+        if wanted != there:
+            raise CheckpointError(f"{where}: {tensor.name} has {there} rows, by its heads it should have {wanted}")
+        return self.index(config)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from griffin_offload.formats.base import Format, Layout, Spec, Tensors
 from griffin_offload.formats.translated import StackedTensor, read_row, read_rows
 from griffin_offload.kernels.by_blocks import Scratch
-from griffin_offload.kernels.gemv import Told, tell_typed
+from griffin_offload.kernels.gemv import CheckedMatrix, checked_typed
 from griffin_offload.kernels.table import Several, products
 
 RECORDS = "records"
@@ -191,12 +191,10 @@ class ExpertForm:
         computes = self.scratch.dtype if self.scratch is not None and not self.precision.is_plain else None
         return next((kernel.several for kernel in products(self._layouts[matrix.name], 1, x, computes, True)), None)
 
-    def tell(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Told, ...]:
-        """What these kernels are told of an expert's tensors, in their order, for x of a `dtype`."""
+    def checked(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[CheckedMatrix, ...]:
+        """An expert's matrices by its tensors, in their order, for x of a `dtype`."""
         named = self.by_matrix(tensors)
-        return tuple(
-            tell_typed(self.layout(matrix).name, named[matrix.name], matrix.outputs, dtype) for matrix in self.matrices
-        )
+        return tuple(checked_typed(self.layout(own).name, named[own.name], own.outputs, dtype) for own in self.matrices)
 
     # Records.
 

@@ -75,8 +75,8 @@ class QuantizedLinear(nn.Module):
         for kernel in products(layout.name, flat.shape[0], flat, self.scratch.dtype, layout is self.resident):
             if kernel.takes is None or kernel.takes(flat, tensors):
                 if kernel.several is not None:
-                    told = self._known(layout.name, tensors, self.out_features, flat.dtype)
-                    return kernel.several(flat, (told,), ((0, flat.shape[0]),)).view(*x.shape[:-1], self.out_features)
+                    matrix = self._known(layout.name, tensors, self.out_features, flat.dtype)
+                    return kernel.several(flat, (matrix,), ((0, flat.shape[0]),)).view(*x.shape[:-1], self.out_features)
                 product: Tensor = kernel.function(flat, tensors, self.out_features, self.scratch)
                 return product.view(*x.shape[:-1], -1)
         raise AssertionError(f"nothing multiplies {layout.name}")

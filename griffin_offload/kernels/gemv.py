@@ -58,8 +58,8 @@ class Kind(NamedTuple):
     """Of x."""
 
 
-class Told(NamedTuple):
-    """What kernels know of a matrix that rests, and was checked once: true as long as its tensors lie where they do."""
+class CheckedMatrix(NamedTuple):
+    """What kernels need of a matrix that rests, checked once: true as long as its tensors lie where they do."""
 
     kind: Kind
     addresses: bytes
@@ -70,9 +70,9 @@ class Told(NamedTuple):
 _kind = functools.lru_cache(_CALLS)(Kind)  # of those that are the same one object, which is compared fast
 
 
-def tell(layout: str, tensors: Tensors, features: int | None, dtype: torch.dtype) -> Told:
-    """What is told of a matrix in a layout that gemv.c knows, whose first `features` outputs are wanted, for x of a
-    `dtype`. ValueError for tensors that do not make one."""
+def checked_matrix(layout: str, tensors: Tensors, features: int | None, dtype: torch.dtype) -> CheckedMatrix:
+    """A matrix in a layout that gemv.c knows, whose first `features` outputs are wanted, for x of a `dtype`. ValueError
+    for tensors that do not make one."""
     weight, scale, strips = tensors["weight"], tensors.get("scale"), layout.endswith("_strips")
     assert weight is not None
     outputs, inputs = weight.shape[0], weight.shape[1]
@@ -95,15 +95,15 @@ def tell(layout: str, tensors: Tensors, features: int | None, dtype: torch.dtype
         check(bias, (features,), dtype, "the bias")
     where = [0 if part is None else part.data_ptr() for part in (input_scale, weight, groups, scale, bias)]
     addresses = _MATRIX.pack(*where, 0 if scale is None else number_type(scale, "the scale"))
-    return Told(_kind(layout, outputs, features, inputs, input_scale is not None, dtype), addresses)
+    return CheckedMatrix(_kind(layout, outputs, features, inputs, input_scale is not None, dtype), addresses)
 
 
-def tell_typed(layout: str, tensors: Tensors, features: int, dtype: torch.dtype) -> Told:
+def checked_typed(layout: str, tensors: Tensors, features: int, dtype: torch.dtype) -> CheckedMatrix:
     """The same of a matrix whose scale of inputs and bias may be of another type."""
     named = ((name, tensors.get(name)) for name in ("input_scale", "bias"))
     made = {name: own.to(dtype) for name, own in named if own is not None and own.dtype != dtype}
-    told = tell(layout, {**tensors, **made} if made else tensors, features, dtype)
-    return told._replace(made=tuple(made.values())) if made else told
+    found = checked_matrix(layout, {**tensors, **made} if made else tensors, features, dtype)
+    return found._replace(made=tuple(made.values())) if made else found
 
 
 def _check_groups(layout: str, codes: Tensor, groups: Tensor) -> tuple[int, int]:
@@ -122,38 +122,38 @@ def _check_groups(layout: str, codes: Tensor, groups: Tensor) -> tuple[int, int]
     return outputs, per_row * _GROUP
 
 
-Place = tuple[Any, int] | None
+Address = tuple[Any, int] | None
 """Of a tensor a weak reference and its address: what is known of it keeps no memory."""
 
 
-def places_of(tensors: Iterable[Tensor | None]) -> list[Place]:
-    """Where tensors lie that somebody was told of."""
+def addresses_of(tensors: Iterable[Tensor | None]) -> list[Address]:
+    """Where tensors lie now."""
     return [None if own is None else (weakref.ref(own), own.data_ptr()) for own in tensors]
 
 
-def lie_there(tensors: Iterable[Tensor | None], places: Sequence[Place]) -> bool:
+def still_at(tensors: Iterable[Tensor | None], addresses: Sequence[Address]) -> bool:
     """Whether those are the same tensors, and lie there still."""
-    pairs = itertools.zip_longest(tensors, places, fillvalue=())
+    pairs = itertools.zip_longest(tensors, addresses, fillvalue=())
     return all(
-        place is None if own is None else place and place[0]() is own and place[1] == own.data_ptr()
-        for own, place in pairs
+        address is None if own is None else address and address[0]() is own and address[1] == own.data_ptr()
+        for own, address in pairs
     )
 
 
 class Known:
-    """What was told last of one matrix, and is told anew when its tensors are others."""
+    """The last checked matrix of one module; it is checked anew when its tensors are others."""
 
     def __init__(self) -> None:
         self._key: tuple[str, int, torch.dtype] | None = None
-        self._places: list[Place] = []
-        self._told: Told | None = None
+        self._addresses: list[Address] = []
+        self._checked: CheckedMatrix | None = None
 
-    def __call__(self, layout: str, tensors: Tensors, features: int, dtype: torch.dtype) -> Told:
+    def __call__(self, layout: str, tensors: Tensors, features: int, dtype: torch.dtype) -> CheckedMatrix:
         key = layout, features, dtype
-        if self._told is None or key != self._key or not lie_there(tensors.values(), self._places):
-            self._told = tell_typed(layout, tensors, features, dtype)
-            self._key, self._places = key, places_of(tensors.values())
-        return self._told
+        if self._checked is None or key != self._key or not still_at(tensors.values(), self._addresses):
+            self._checked = checked_typed(layout, tensors, features, dtype)
+            self._key, self._addresses = key, addresses_of(tensors.values())
+        return self._checked
 
 
 class Way(NamedTuple):
@@ -186,8 +186,8 @@ class GemvKernels:
     """The products of a library. With `tiles` those of int4, int8 and floats by instructions for whole tiles: of up to
     TILE_ROWS rows of bfloat16, whose products are the same however many there are, but summed in another order than
     without. With `lanes` those of int4 rows with outputs as lanes, and of int4 strips by bytes where others take 16
-    bits, which is faster for more than a few rows and sums in another order, too. `wide` and `ahead` are for tests: those of older processors, and as another processor would
-    read."""
+    bits, which is faster for more than a few rows and sums in another order, too. `wide` and `ahead` are for tests:
+    those of older processors, and as another processor would read."""
 
     def __init__(
         self,
@@ -240,29 +240,29 @@ class GemvKernels:
         return self._multiply("float", x, weight=weight, bias=bias)
 
     def _multiply(self, layout: str, x: Tensor, features: int | None = None, **tensors: Tensor | None) -> Tensor:
-        return self.multiply(x, tell(layout, tensors, features, x.dtype))
+        return self.multiply(x, checked_matrix(layout, tensors, features, x.dtype))
 
-    def multiply(self, x: Tensor, told: Told) -> Tensor:
+    def multiply(self, x: Tensor, matrix: CheckedMatrix) -> Tensor:
         """x [M, I] times a matrix: [M, features] in the type of x."""
-        return self.multiply_several(x, (told,), ((0, x.shape[0]),))
+        return self.multiply_several(x, (matrix,), ((0, x.shape[0]),))
 
-    def multiply_several(self, x: Tensor, told: Sequence[Told], rows: Sequence[tuple[int, int]]) -> Tensor:
-        """Matrices of one kind by one call: each of `told` times its rows of x [M, I], the first one and how many. They
-        are those of the matrix before it, or behind them. Products [sum of these, features] stand behind each other,
-        each the same as if it were the only one."""
-        kind, x_type, x = told[0].kind, number_type(x, "x"), x.contiguous()
+    def multiply_several(self, x: Tensor, matrices: Sequence[CheckedMatrix], rows: Sequence[tuple[int, int]]) -> Tensor:
+        """Several of one kind by one call: each of `matrices` times its rows of x [M, I], the first one and how many.
+        They are those of the matrix before it, or behind them. Products [sum of these, features] stand behind each
+        other, each the same as if it were the only one."""
+        kind, x_type, x = matrices[0].kind, number_type(x, "x"), x.contiguous()
         check(x, (x.shape[0], kind.inputs), kind.dtype, "x")
         call = self._calls(kind, x.shape[0], tuple(rows))
-        matrices = list[bytes]()
-        for (own, addresses, _), place in zip(told, call.places, strict=True):
+        structs = list[bytes]()
+        for (own, addresses, _), place in zip(matrices, call.places, strict=True):
             if own is not kind and own != kind:
                 raise ValueError(f"matrices of one kind must be given, and not {own} beside {kind}")
-            matrices += addresses, place
+            structs += addresses, place
         room = torch.empty(call.floats, dtype=torch.float32, device="cpu")
         product, made = x.new_empty(call.total, kind.features), room.data_ptr()
         where = x.data_ptr(), 0, 0, 0, 0, 0, product.data_ptr(), *[made + offset for offset in call.offsets]
         job = packed(where, (*call.sizes, x_type, 0), wide=call.way.wide, ahead=self._ahead)
-        self._library.call("multiply_several", b"".join((job, call.several, *matrices)))
+        self._library.call("multiply_several", b"".join((job, call.several, *structs)))
         return product
 
     def _call_of(self, kind: Kind, x_rows: int, rows: tuple[tuple[int, int], ...]) -> Call:
@@ -296,12 +296,12 @@ class GemvKernels:
         if layout == "float":
             if kind.dtype not in HALVES:
                 raise ValueError(f"x must be of 16-bit floats, and is of {kind.dtype}")
-            wide = self._pairs and kind.dtype == torch.bfloat16
+            wide = int(self._pairs and kind.dtype == torch.bfloat16)
             return Way(wide, 1, 1, (0 if wide else inputs, 0, 0, 0))
         if layout.endswith("_strips"):
             # Of float32, two numbers each, the bytes of AVX2's kernels are finer: fewer neurons share a scale.
-            wide = self.uses_bytes and (layout in _TILED or parts == 1)
-            wide = _BY_LANES if wide and self._lanes and layout in _TILED and parts == 1 else wide
+            by_bytes = self._lanes and layout in _TILED and parts == 1
+            wide = _BY_LANES if by_bytes else self.uses_bytes and (layout in _TILED or parts == 1)
             return Way(wide, parts, _GROUP, (inputs, 0, -(-inputs // _GROUP), 0))
         group = _INT8_GROUP if layout == "int8" else _GROUP if layout in _TILED else _HALF
         groups, numbers = parts * -(-inputs // group), parts * -(-inputs // _FILLED) * _FILLED // 2
@@ -349,15 +349,15 @@ def product(
     own = kernels(tiles=tiles, lanes=lanes)
     assert own is not None
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    found = own.multiply(rows, tell_typed(layout, tensors, outputs, x.dtype))
+    found = own.multiply(rows, checked_typed(layout, tensors, outputs, x.dtype))
     return found if rows is x else found.view(*x.shape[:-1], outputs)
 
 
-def several_product(x: Tensor, told: Sequence[Told], rows: Sequence[tuple[int, int]]) -> Tensor:
+def several_product(x: Tensor, matrices: Sequence[CheckedMatrix], rows: Sequence[tuple[int, int]]) -> Tensor:
     """Of several matrices that rest."""
     own = kernels()
     assert own is not None
-    return own.multiply_several(x, told, rows)
+    return own.multiply_several(x, matrices, rows)
 
 
 _apart = False

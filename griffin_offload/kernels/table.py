@@ -20,7 +20,7 @@ from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library, needs
 
 Tensors = Mapping[str, Tensor | None]
 """Of a matrix, by name: weight, bias, and what its layout has beside them."""
-Several = Callable[[Tensor, Sequence[gemv.Told], Sequence[tuple[int, int]]], Tensor]
+Several = Callable[[Tensor, Sequence[gemv.CheckedMatrix], Sequence[tuple[int, int]]], Tensor]
 MANY = gemv.ROWS + 1
 """From so many rows on it makes no difference to any kernel how many there are."""
 
@@ -54,7 +54,8 @@ class Kernel:
     rows: tuple[int, int] = (0, MANY)
     """The fewest and the most rows of x that it is best for; MANY: no limit."""
     several: Several | None = None
-    """The same of several matrices, each row as if alone: of x, what `gemv.tell` gives, and which rows are whose."""
+    """The same of several matrices, each row as if alone: of x, of `gemv.checked_matrix`, and which
+    rows are whose."""
     ours: bool = True
     """False: torch does it."""
     prepare: Callable[[torch.device, torch.dtype], object] | None = None
@@ -376,10 +377,7 @@ def _others_of_ours() -> list[Kernel]:
             for bits in _FEW_BITS
         ),
         Kernel(
-            "attention",
-            "one_token",
-            "attend_to",
-            attention_and_norm.one_token,
+            *("attention", "one_token", "attend_to", attention_and_norm.one_token),
             **halves,
             takes=attention_and_norm.takes_token,
         ),

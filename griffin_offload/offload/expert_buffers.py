@@ -24,8 +24,8 @@ class Place:
     """In host memory beside a device: of an expert that the CPU computes."""
     read: ExpertRead | None = None
     """What was last read into it; of a forward that failed it may go on."""
-    told: dict[torch.dtype, Any] = field(default_factory=dict)
-    """What kernels were told of its tensors, by the type of what they multiply."""
+    checked: dict[torch.dtype, Any] = field(default_factory=dict)
+    """Its matrices for kernels, by the type of what they multiply."""
 
     @property
     def nbytes(self) -> int:

@@ -225,12 +225,12 @@ class ExpertCache:
     def tensors(self, expert: int) -> Sequence[Tensor]:
         return self._place(expert).tensors
 
-    def told(self, expert: int, dtype: torch.dtype, tell: Callable[[Sequence[Tensor], torch.dtype], Any]) -> Any:
-        """What `tell` says of a place, which is asked once."""
+    def checked(self, expert: int, dtype: torch.dtype, check: Callable[[Sequence[Tensor], torch.dtype], Any]) -> Any:
+        """What `check` makes of a place, which is asked once."""
         place = self._place(expert)
-        if dtype not in place.told:
-            place.told[dtype] = tell(place.tensors, dtype)
-        return place.told[dtype]
+        if dtype not in place.checked:
+            place.checked[dtype] = check(place.tensors, dtype)
+        return place.checked[dtype]
 
     def _place(self, expert: int) -> Place:
         self._waiting.remove(expert)

@@ -352,9 +352,9 @@ class PassingExperts:
         self._store.read(self._layer, expert, self._buffer)
         return self._buffer
 
-    def told(self, expert: int, dtype: torch.dtype, tell: Callable[[Sequence[Tensor], torch.dtype], Any]) -> Any:
-        """Of `tensors`, whatever was told before."""
-        return tell(self.tensors(expert), dtype)
+    def checked(self, expert: int, dtype: torch.dtype, check: Callable[[Sequence[Tensor], torch.dtype], Any]) -> Any:
+        """Anew, whatever was checked before."""
+        return check(self.tensors(expert), dtype)
 
     def settle(self, chosen: Sequence[int]) -> None:
         """None stays, and the buffer goes."""

@@ -484,12 +484,12 @@ def test_several_matrices_are_what_each_is_alone(
     ends = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=3))})
     ranges = [(first, end - first) for first, end in itertools.pairwise(ends)]
     asked = [own for own in ranges for _ in range(data.draw(st.integers(1, 3)))]
-    matrices = [_matrix(layout, outputs, 32 * groups, dtype, seed) for seed in range(len(asked))]
-    told = [gemv.tell(layout, tensors, outputs, dtype) for tensors in matrices]
-    found = own.multiply_several(x, told, asked)
+    kept = [_matrix(layout, outputs, 32 * groups, dtype, seed) for seed in range(len(asked))]
+    matrices = [gemv.checked_matrix(layout, tensors, outputs, dtype) for tensors in kept]
+    found = own.multiply_several(x, matrices, asked)
     alone = [
         own.multiply(x[i : i + 1], one)
-        for one, (start, n) in zip(told, asked, strict=True)
+        for one, (start, n) in zip(matrices, asked, strict=True)
         for i in range(start, start + n)
     ]
     assert torch.equal(found, torch.cat([x.new_empty(0, outputs), *alone]))
@@ -499,16 +499,16 @@ def test_several_matrices_are_what_each_is_alone(
 def test_several_that_do_not_go_together_are_refused():
     own, x = _kernels(), torch.ones(2, 64)
     tensors = _matrix("int4_rows", 8, 64, torch.float32, 0)
-    told = gemv.tell("int4_rows", tensors, 8, torch.float32)
-    other = gemv.tell("int3_rows", _matrix("int3_rows", 8, 64, torch.float32, 0), 8, torch.float32)
+    matrix = gemv.checked_matrix("int4_rows", tensors, 8, torch.float32)
+    other = gemv.checked_matrix("int3_rows", _matrix("int3_rows", 8, 64, torch.float32, 0), 8, torch.float32)
     for asked in ([(0, 3)], [(2, 1)], [(-1, 1)], [(0, 2), (1, 1)], [(1, 1), (0, 1)]):
         with pytest.raises(ValueError, match="rows from"):
-            own.multiply_several(x, len(asked) * [told], asked)
+            own.multiply_several(x, len(asked) * [matrix], asked)
     with pytest.raises(ValueError, match="beside"):
-        own.multiply_several(x, [told, other], [(0, 1), (0, 1)])
+        own.multiply_several(x, [matrix, other], [(0, 1), (0, 1)])
     with pytest.raises(ValueError, match="x, "):
-        own.multiply_several(x.half(), [told], [(0, 1)])
+        own.multiply_several(x.half(), [matrix], [(0, 1)])
     for name, tensor in tensors.items():
         if tensor is not None:
             with pytest.raises(ValueError, match="must be"):
-                gemv.tell("int4_rows", tensors | {name: tensor[1:]}, 8, torch.float32)
+                gemv.checked_matrix("int4_rows", tensors | {name: tensor[1:]}, 8, torch.float32)

@@ -49,8 +49,8 @@ def few(r: random.Random, library: compiled.Library) -> None:
         x, _bytes(outputs, inputs, torch.int8), torch.rand(outputs).to(r.choice(DTYPES)), bias, scaled
     )
     tensors = {"weight": _bytes(outputs, inputs, torch.int8), "scale": torch.rand(outputs), "input_scale": scaled}
-    told = gemv.tell("int8", tensors, outputs, dtype)
-    kernels.multiply_several(x, [told, told, told], [(0, 1), (0, 1), (rows - 1, 1)])
+    matrix = gemv.checked_matrix("int8", tensors, outputs, dtype)
+    kernels.multiply_several(x, [matrix, matrix, matrix], [(0, 1), (0, 1), (rows - 1, 1)])
     half = r.choice(HALVES)
     kernels.multiply_floats(x.to(half), _numbers(r, outputs, inputs, half), None if bias is None else bias.to(half))
 
@@ -137,8 +137,9 @@ def in_groups(r: random.Random, library: compiled.Library) -> None:
     few = gemv.GemvKernels(library, wide=lanes or r.random() < 0.6, ahead=r.random() < 0.5, lanes=lanes)
     scale, dtype = torch.rand(outputs).to(r.choice(DTYPES)), r.choice(DTYPES)
     few.multiply_rows(_numbers(r, r.randint(1, 9), inputs, dtype), *rows, scale, bits=bits)
-    told = gemv.tell(f"int{bits}_rows", {"weight": rows[0], "groups": rows[1], "scale": scale}, None, dtype)
-    few.multiply_several(_numbers(r, 5, inputs, dtype), (told, told, told), ((0, 2), (0, 2), (2, 3)))
+    named = {"weight": rows[0], "groups": rows[1], "scale": scale}
+    matrix = gemv.checked_matrix(f"int{bits}_rows", named, None, dtype)
+    few.multiply_several(_numbers(r, 5, inputs, dtype), (matrix, matrix, matrix), ((0, 2), (0, 2), (2, 3)))
     kept, features = 16 * r.randint(1, 8), r.randint(1, outputs)
     index = torch.tensor([r.randrange(inputs) for _ in range(r.randint(1, kept))], dtype=torch.long)
     strips = (
