@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +82,30 @@ def _built_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spec, "build_on_meta", built_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_child() -> Iterator[None]:
+    """The first question to a tokenizer in a module is answered by a child, as all are outside of tests, and the others
+    by this process: it has grown so large that a fork of it takes longer than a tiny model's answer. What children are
+    for, questions that do not end or want all memory, tests/checkpoint/test_tokenizer.py and its neighbours ask."""
+    from griffin_offload.checkpoint import tokenizer
+    from griffin_offload.errors import CheckpointError, one_line
+
+    bounded, asked = tokenizer.bounded, []
+
+    def here(work: Callable[[], Sequence[int]], letters: int) -> list[int]:
+        if not asked:
+            asked.append(letters)
+            return bounded(work, letters)
+        try:
+            return list(work())
+        except Exception as error:
+            raise CheckpointError(one_line(error)) from error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "bounded", here)
         yield
 
 

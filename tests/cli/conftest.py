@@ -80,6 +80,11 @@ class CommandLine:
         assert ": error: " in outcome.err.splitlines()[-1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_child(one_child: None) -> None:
+    """Most questions to tokenizers are answered without a fork."""
+
+
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch):
     import huggingface_hub.constants

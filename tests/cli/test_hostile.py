@@ -13,6 +13,11 @@ INDEX = "model.safetensors.index.json"
 RUN, PLAN = ("run", "the cat", "-n", "2"), ("plan",)
 
 
+@pytest.fixture(scope="module")
+def one_child() -> None:
+    """Every question to a tokenizer goes to a child: some of these do not end."""
+
+
 def link_a_shard(target: str | None = None) -> Callable[[Path], object]:
     """To `target`, or to itself."""
 

@@ -180,10 +180,10 @@ def test_prompts_from_stdin_and_from_a_file(cli, run, tmp_path: Path):
     assert cli("run", "--prompt-file", file, *run[2:], "-q").out == expected
 
 
-def test_a_module_and_a_process(process, cli, run):
+def test_a_module_and_a_process(forks, cli, run):
     """`python -m griffin_offload` in a process of its own does what main does."""
-    outcome = process("-m", "griffin_offload", *run)
-    assert outcome.code == 0
+    outcome = forks.run("-m", "griffin_offload", *run)
+    assert outcome.returncode == 0
     assert outcome.out == cli(*run, "-q").out
     assert re.fullmatch(FIGURES, outcome.err), outcome.err
 

@@ -11,6 +11,11 @@ from tiny_models import write_checkpoint
 from griffin_offload import GriffinModel
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_child(one_child: None) -> None:
+    """Most questions to tokenizers are answered without a fork."""
+
+
 @pytest.fixture(scope="module")
 def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Directories of checkpoints, each written once."""

@@ -140,8 +140,8 @@ def test_embeddings_on_the_host_are_looked_up_before_the_step(checkpoints):
     tight = _load(path, dtype="auto").plan.peak_bytes - 1000
     plain, graphs = _pair(path, max_gpu_mem=tight, dtype="auto")
     assert graphs.plan.embeddings == "host"
-    assert torch.equal(_generate(graphs, _ids()), _generate(plain, _ids()))
-    assert graphs.last_report.graphs.replayed > NEW // 2
+    assert torch.equal(*(_generate(model, _ids(), max_new_tokens=FEWER) for model in (graphs, plain)))
+    assert graphs.last_report.graphs.replayed > FEWER // 2
     assert graphs.last_report.decode_embedding_bytes == plain.last_report.decode_embedding_bytes > 0
 
 

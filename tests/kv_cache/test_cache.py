@@ -417,8 +417,8 @@ def test_four_bits_with_tokens_that_pass_again_and_sequences_that_part(checkpoin
 def test_planned_bytes_are_allocated_to_the_byte(checkpoints, name: str, batch: int, bits: int):
     context = 81  # more than a window and its slack
     model = _load(checkpoints(name), kv_bits=bits, batch_size=batch, density=0.5, ctx_size=context)
-    ids, mask = _ids(batch)
-    settings = {"max_new_tokens": context - PROMPT_TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    ids, mask = _ids(batch, context - 6)
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
     output = model.generate(ids, attention_mask=mask, **settings)
     shape = model.engine.model_spec.shape
     stored = kv_bytes(shape, batch, context, bits)

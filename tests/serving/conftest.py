@@ -33,7 +33,9 @@ class Running:
         self.http = httpx.Client(base_url=server.url, timeout=LONGEST_S, verify=False)  # no certificates to read
 
     def client(self, key: str = "unused") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=LONGEST_S)
+        quick = openai.DefaultHttpxClient(verify=False)
+        url = f"{self.url}/v1"
+        return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=LONGEST_S, http_client=quick)
 
     def post(self, body: Any, path: str = "/v1/completions", **options: Any) -> httpx.Response:
         return self.http.post(path, json=body, **options)
@@ -65,6 +67,11 @@ def running(directory: Path, options: dict[str, Any] | None = None, **config: An
             assert not thread.is_alive()
     finally:
         assert server.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_child(one_child: None) -> None:
+    """Most questions to tokenizers are answered without a fork."""
 
 
 @pytest.fixture(scope="session")
