@@ -345,10 +345,8 @@ def _forms_of_ours() -> list[Kernel]:
             for bits in _FEW_BITS
             for form, function in (("rows", quantize.quantize_rows), ("neurons", quantize.quantize_neurons))
         ),
-        *(
-            Kernel("quantize", f"int{n}_of_int4", "of_int4", functools.partial(quantize.of_int4, n), **own)
-            for n in (3, 2)
-        ),
+        Kernel("quantize", "int3_of_int4", "of_int4", functools.partial(quantize.of_int4, 3), **own),
+        Kernel("quantize", "int2_of_int4", "of_int4", functools.partial(quantize.of_int4, 2), **own),
         *(
             Kernel("dequantize", layout, name, function, **own, takes=gguf_blocks.takes)
             for layout, (name, function) in gguf_blocks.BY_LAYOUT.items()
