@@ -180,6 +180,7 @@ def test_each_layer_is_brought_once_for_all(model_of):
 def test_an_expert_is_brought_once_for_all(model_of):
     """Whatever prompts are sent to it."""
     model = model_of("mixtral", density=0.5)
+    answered(model, PROMPTS, together=False)  # the first prompt of a model brings the residents, too
     one_by_one, together = (
         [report.prefill_streamed_bytes for *_, report in answered(model, PROMPTS, together=how)]
         for how in (False, True)
