@@ -215,8 +215,8 @@ class _OwnLinear:
         for kernel in table.products(self._layout, rows, x, self._computes, True):
             if kernel.takes is None or kernel.takes(x, tensors):
                 if kernel.several is not None:
-                    told, flat = self._known(self._layout, tensors, linear.out_features, x.dtype), x.flatten(0, -2)
-                    return kernel.several(flat, (told,), ((0, rows),)).view(*x.shape[:-1], linear.out_features)
+                    matrix, flat = self._known(self._layout, tensors, linear.out_features, x.dtype), x.flatten(0, -2)
+                    return kernel.several(flat, (matrix,), ((0, rows),)).view(*x.shape[:-1], linear.out_features)
                 product: Tensor = kernel.function(x, tensors, linear.out_features, self._scratch)
                 return product
         raise AssertionError("torch multiplies what nothing else does")

@@ -13,6 +13,7 @@ import transformers
 from support.gguf_files import write_gguf
 
 from griffin_offload import GriffinModel
+from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import LoadConfig
@@ -231,6 +232,17 @@ def test_so_does_a_copy_of_it(density: float, tmp_path: Path, recwarn: pytest.Wa
         coarse, (_, fewer, _) = logits_of(tmp_path / "even")
         assert fewer < 0.95 * nbytes
         assert (finer - exact).norm() < 0.8 * (coarse - exact).norm()
+
+
+def test_every_plan_of_such_a_copy_counts_what_it_streams(tmp_path: Path):
+    """To the byte, whatever the residents are in."""
+    convert(write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_1", others=IN_MORE_BITS), tmp_path / "copy", "int4")
+    _, blocks = find_feed_forwards(build(open_checkpoint(tmp_path / "copy")), 2)
+    stored = [sum(tensor.nbytes for tensor in block.full()) for block in blocks]
+    shapes = examine(tmp_path / "copy", LoadConfig(**OPTIONS)).shapes
+    assert {shape.precision_name for shape in shapes} >= {"int4", "tiers"}
+    assert [[layer.ff_bytes for layer in shape.layers] for shape in shapes] == len(shapes) * [stored]
+    assert stored[1] > 1.1 * stored[0]
 
 
 def test_in_exact_mode_such_a_copy_answers_as_with_all_neurons(tmp_path: Path):
