@@ -16,7 +16,7 @@ from griffin_offload.engine.convert import convert
 from griffin_offload.engine.model_interface import Guard
 
 FAMILIES = "llama2 llama3 mistral gemma2 gemma3 qwen2 phi3 opt gpt_neox falcon_alibi gpt2 bloom cohere2".split()  # noqa: SIM905
-CTX, NEW = 128, 18
+CTX, NEW = 128, 12
 _KEPT: dict[tuple[str, float, str], Any] = {}
 
 
@@ -148,13 +148,13 @@ def test_all_neurons_draft_in_fewer_bits(checkpoints, tmp_path: Path, monkeypatc
         convert(path, tmp_path / "copy", source)
         path = tmp_path / "copy"
     ids = _ids(4, 40)
-    expected = _load(path, density=1.0).generate(ids, max_new_tokens=32, do_sample=False, draft_tokens=8)
+    expected = _load(path, density=1.0).generate(ids, max_new_tokens=20, do_sample=False, draft_tokens=8)
     model, rounded = _load(path, quantize="int4", density=1.0, always_stream=False), []
     for block in model.engine.loaded.layers.blocks:
         gather = block.gather
         monkeypatch.setattr(block, "gather", lambda *given, gather=gather: rounded.append(gather(*given)))
     assert (model.plan.precision, model.plan.density, len(model.plan.streamed)) == ("int4", 1.0, 3)
-    assert torch.equal(model.generate(ids, max_new_tokens=32, do_sample=False, draft_tokens=8), expected)
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, draft_tokens=8), expected)
     resident = [p.clone() for layer in model.engine.loaded.layers.compact.values() for p in layer]
     report = model.last_report
     assert report.drafting.passes > 1
@@ -178,7 +178,7 @@ def test_bfloat16_tokens_are_first_choices_within_rounding(checkpoints, name: st
     may put another token a few units in the last place ahead."""
     path = checkpoints(name, torch.bfloat16)
     dense, model, ids = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16), _load(path), _ids(2, 40)
-    sequence = model.generate(ids, max_new_tokens=24, do_sample=False)
+    sequence = model.generate(ids, max_new_tokens=16, do_sample=False)
     with torch.no_grad():
         logits = dense(sequence).logits[0, 39:-1].float()
     chosen = logits.gather(1, sequence[0, 40:, None])[:, 0]
@@ -193,8 +193,8 @@ def test_a_converted_checkpoint_is_exact_to_what_it_stores(checkpoints, tmp_path
     convert(checkpoints("llama2"), tmp_path / "converted", precision)
     whole, model = (_load(tmp_path / "converted", density=density) for density in (1.0, 0.25))
     ids = _ids(3, 40)
-    expected = whole.generate(ids, max_new_tokens=24, do_sample=False, draft_tokens=8)
-    assert torch.equal(model.generate(ids, max_new_tokens=24, do_sample=False, draft_tokens=8), expected)
+    expected = whole.generate(ids, max_new_tokens=12, do_sample=False, draft_tokens=8)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, draft_tokens=8), expected)
 
 
 def test_what_cannot_be_exact_is_refused(checkpoints):
