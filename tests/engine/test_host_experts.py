@@ -28,7 +28,7 @@ from griffin_offload.errors import DoesNotFit
 from griffin_offload.formats.expert_form import ExpertForm
 from griffin_offload.offload.expert_cache import ExpertCache
 
-NEW = 8
+NEW = 5
 QUICKLY = MIXTURE_KINDS[:2]
 SETTINGS: dict[str, Any] = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 

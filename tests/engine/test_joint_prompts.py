@@ -8,7 +8,7 @@ import torch
 from alive_bytes import AliveBytes
 from loaded_model import load
 from reference import collect_z, select_direct, statistic_float64
-from tiny_models import ARCHITECTURES, FURTHER, MIXTURE_KINDS, MIXTURES, QUICK, VOCAB, WINDOW
+from tiny_models import ARCHITECTURES, FURTHER, MIXTURE_KINDS, QUICK, VOCAB, WINDOW
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from griffin_offload import GriffinModel
@@ -19,7 +19,7 @@ from griffin_offload.kernels import gemv
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 LENGTHS = (5, 1, 8, 3)  # none beyond the windows of the tiny models
 ALONE = ("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "llama4", "qwen3_next", "nemotron", "jetmoe")
-PACKED = tuple(name for name in (*ARCHITECTURES, *FURTHER, *MIXTURES) if not name.startswith(ALONE))
+PACKED = tuple(name for name in (*ARCHITECTURES, *FURTHER, *MIXTURE_KINDS) if not name.startswith(ALONE))
 
 
 def prompt(tokens: int, seed: int) -> torch.Tensor:
