@@ -20,7 +20,7 @@ from griffin_offload.engine.convert import convert
 from griffin_offload.engine.generation import cache_bytes, state_bytes
 
 CTX = 72
-TOKENS, NEW = 40, 9
+TOKENS, NEW = 40, 6
 NOT_BACK = "layers of kind linear_attention keep a state that cannot be rolled back"
 
 # One of each way to differ: positions, KV entries that are shared, convolutions, two kinds of recurrences, layers
