@@ -333,16 +333,27 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+# Runs a command and prints whether the collector is on, how many objects it sees and how many never.
+COUNTS = """
+import gc, json
+from griffin_offload.cli.main import main
+code = main()
+print(json.dumps([code, gc.isenabled(), len(gc.get_objects()), gc.get_freeze_count()]))
+"""
+
+
 @pytest.mark.slow
 def test_memory_beside_the_budget_with_a_large_vocabulary(process, wide: Path, tmp_path: Path):
-    """docs/memory.md: interpreter, torch and its libraries, and the tokenizer once, with what reading it takes."""
+    """docs/memory.md: interpreter, torch and its libraries, and the tokenizer once, with what reading it takes. The
+    collector is on, and has little to look at."""
     file = tmp_path / "prompt.txt"
     file.write_text("w7 " * 30)
     options = ("--device", "cpu", "--max-gpu-mem", "200MB", "-n", 4, "--prompt-file", file, "--json")
     options += ("--exact", "--density", "0.5", "--quantize", "int8")
-    outcome = process("-m", "griffin_offload", "run", "-m", wide, *options)
-    assert outcome.code == 0, outcome.err
-    found = json.loads(outcome.out)
+    outcome = process("-c", COUNTS, "run", "-m", wide, *options)
+    found, (code, on, seen, unseen) = map(json.loads, outcome.out.splitlines())
+    assert (code, on) == (0, True), outcome.err
+    assert unseen > 10 * seen
     assert found["peak_host_bytes"] - found["peak_device_bytes"] < 750e6
 
 
