@@ -67,6 +67,7 @@ print(sympy.Integer(2) + 2, shapes.guard_or_false(False), shapes.ShapeEnv.__name
 MODEL_THERE = "sys.modules['griffin_offload.engine.model'] = sys"
 
 
+@pytest.mark.slow
 def test_imports_are_not_collected(process):
     """What transformers was told of is not hidden: serve silences it before it imports what it needs of it."""
     cases = {

@@ -41,6 +41,7 @@ def test_freed_memory_between_what_is_used_is_given_back():
     assert all(int(block.sum()) == 100_000 for block in used)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell the two apart")
 def test_the_peak_of_a_process_is_its_own():
     """Not that of who started it, which getrusage hands down."""

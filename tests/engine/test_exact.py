@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import mostly_slow
 from tiny_models import KINDS, VOCAB, quick_first
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
@@ -140,7 +141,7 @@ def test_at_density_one_every_draft_is_accepted(checkpoints):
     assert model.last_report.drafting.accepted_by_position == [3] * 8
 
 
-@pytest.mark.parametrize("source", ["none", "int8"])
+@pytest.mark.parametrize("source", mostly_slow(["none", "int8"], 1))
 def test_all_neurons_draft_in_fewer_bits(checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str):
     """They are rounded once, by the first pass, and judged by what is stored, which attention and head are in, too."""
     path = checkpoints("llama2")
@@ -172,7 +173,7 @@ def test_all_neurons_draft_in_fewer_bits(checkpoints, tmp_path: Path, monkeypatc
     assert outside == []
 
 
-@pytest.mark.parametrize("name", ["llama2", "gemma2", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", mostly_slow(["llama2", "gemma2", "gpt2", "qwen3"], 2))
 def test_bfloat16_tokens_are_first_choices_within_rounding(checkpoints, name: str):
     """Against the dense model's teacher-forced logits of the same sequence: 8 bits of mantissa, some roundings deep,
     may put another token a few units in the last place ahead."""
@@ -186,7 +187,7 @@ def test_bfloat16_tokens_are_first_choices_within_rounding(checkpoints, name: st
     assert bool((logits.amax(1) - chosen <= 4 * unit).all())
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", mostly_slow(["int8", "int4"], 1))
 def test_a_converted_checkpoint_is_exact_to_what_it_stores(checkpoints, tmp_path: Path, precision: str):
     """Against the same weights with every neuron: its pass multiplies by blocks, as exact mode's passes of many
     tokens do."""

@@ -214,7 +214,7 @@ def test_places_that_are_free_take_what_is_missed_first(mixtures):
         assert model.last_report.decode_streamed_bytes == 0
 
 
-@pytest.mark.parametrize("precision", ["none", "int8"])
+@pytest.mark.parametrize("precision", mostly_slow(["none", "int8"], 1))
 def test_what_a_pass_in_parts_gave_up_is_resident_all_the_same(mixtures, precision: str):
     options = {"quantize": precision, "density": 0.375}
     with _load(mixtures("mixtral"), **options) as model:

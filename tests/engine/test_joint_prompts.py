@@ -7,6 +7,7 @@ import pytest
 import torch
 from alive_bytes import AliveBytes
 from loaded_model import load
+from marks import mostly_slow
 from reference import collect_z, select_direct, statistic_float64
 from tiny_models import ARCHITECTURES, FURTHER, MIXTURE_KINDS, QUICK, VOCAB, WINDOW
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -312,7 +313,7 @@ def unpriced(monkeypatch: pytest.MonkeyPatch) -> Callable[[GriffinModel, int, in
     return measure
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("density", mostly_slow([1.0, 0.5], 1))
 @pytest.mark.parametrize(
     ("name", "count", "tokens"), [("llama3", 2, 45), ("llama3", 8, 11), ("gemma2", 4, 4), ("mixtral", 8, 11)]
 )

@@ -103,7 +103,7 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(PICTURES, 5))
+@pytest.mark.parametrize("name", mostly_slow(PICTURES, 2))
 def test_pictures(tmp_path: Path, name: str):
     png, svg = draw(PICTURES[name], tmp_path, "picture")
     header = png.read_bytes()[:24]

@@ -398,8 +398,8 @@ def test_fewer_bits_stay_near_sixteen(checkpoints, name: str, dtype: torch.dtype
     ("name", "options"),
     [
         ("llama3", {"refresh": 5}),
-        ("mistral", {"num_beams": 3}),
-        ("llama3", {"num_return_sequences": 2, "do_sample": True}),
+        pytest.param("mistral", {"num_beams": 3}, marks=pytest.mark.slow),
+        pytest.param("llama3", {"num_return_sequences": 2, "do_sample": True}, marks=pytest.mark.slow),
     ],
 )
 def test_four_bits_with_tokens_that_pass_again_and_sequences_that_part(checkpoints, name: str, options: dict):

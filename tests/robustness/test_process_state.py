@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
+from marks import mostly_slow
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,7 +30,7 @@ OTHER_TYPES = (torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = ("none", "int8", "int4")
 PROMPT = torch.arange(5, 60)[None]
 other_types = pytest.mark.parametrize("default", OTHER_TYPES, ids=str)
-precisions = pytest.mark.parametrize("precision", PRECISIONS)
+precisions = pytest.mark.parametrize("precision", mostly_slow(PRECISIONS, 1))
 
 
 @contextmanager
@@ -212,7 +213,16 @@ def test_a_default_device_and_filled_memory(precision: str, right: dict[str, lis
 
 @pytest.mark.parametrize(
     ("loading", "generating", "precision"),
-    [(True, False, "int8"), (False, True, "int4"), (True, True, "none"), (True, False, "none"), (False, True, "int8")],
+    mostly_slow(
+        [
+            (True, False, "int8"),
+            (False, True, "int4"),
+            (True, True, "none"),
+            (True, False, "none"),
+            (False, True, "int8"),
+        ],
+        2,
+    ),
 )
 def test_inference_mode(precision: str, loading: bool, generating: bool, right: dict[str, list[int]]):
     """It is a thread's own, and ours work in several."""
