@@ -22,6 +22,7 @@ def test_growth_of_a_run_shorter_than_the_time_between_samples():
     assert ledger.host_growth_bytes > HELD_BYTES // 2
 
 
+@pytest.mark.slow
 def test_what_a_run_gives_back_before_its_end_counts():
     ledger = Ledger(CpuDevice.current(), 0)
     with ledger.measuring():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from marks import mostly_slow
-from tiny_models import KINDS, VOCAB, quick_first
+from tiny_models import KINDS, VOCAB
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from griffin_offload import GriffinModel, UsageError
@@ -109,7 +109,7 @@ class _Recorder:
         self.ends += 1
 
 
-@pytest.mark.parametrize("name", quick_first(KINDS))
+@pytest.mark.parametrize("name", mostly_slow(KINDS, 4))
 def test_architectures_in_float32(checkpoints, name: str):
     """With the draft length that suits: tokens, streamer, logits, figures."""
     path = checkpoints(name)
