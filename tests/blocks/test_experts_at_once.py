@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import by_turns
 from torch import Tensor
 
 from griffin_offload import GriffinModel
@@ -36,9 +37,16 @@ def _given(block: Any, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, index, torch.rand(tokens, ACTIVE, generator=generator).bfloat16()
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5])
-@pytest.mark.parametrize("quantize", ["none", "int8", "int4", "int3"])
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4", "nemotron_3"])
+@pytest.mark.parametrize(
+    ("name", "quantize", "density"),
+    by_turns(
+        ("mixtral", "gpt_oss", "llama4", "nemotron_3"),
+        ("none", "int8", "int4", "int3"),
+        (1.0, 0.5),
+        each=2,
+        whole=("mixtral", "gpt_oss"),
+    ),
+)
 def test_is_the_same_to_the_last_bit(checkpoints: Any, monkeypatch: Any, name: str, quantize: str, density: float):
     """Of one token and of several, resident or not; and by how many calls."""
     called: list[str] = []

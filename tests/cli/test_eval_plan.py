@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import mostly_slow
 from reference import dense_forward
 from tiny_models import RECURRENT, with_outliers, write_tokenizer
 from torch import Tensor
@@ -76,7 +77,9 @@ def _check(row: dict[str, Any], path: Path, original: Path, text: Path, **option
         assert row["windows"] == WINDOWS
 
 
-@pytest.mark.parametrize(("quantize", "bits"), [("tiers", 3.0), ("layers", 4.5), ("tiers", 4.5), ("auto", "auto")])
+@pytest.mark.parametrize(
+    ("quantize", "bits"), mostly_slow([("tiers", 3.0), ("layers", 4.5), ("auto", "auto"), ("tiers", 4.5)], 2)
+)
 def test_a_plan_is_measured_as_it_answers(cli, outliers: Path, text: Path, quantize: str, bits: object):
     asked = ("--quantize", quantize, *(("--bits", bits) if bits != "auto" else ()))
     outcome = cli("eval", "ppl", "-m", outliers, *MEMORY, "--text", text, *SIZES, *asked, "--json")
@@ -91,6 +94,7 @@ def test_a_plan_is_measured_as_it_answers(cli, outliers: Path, text: Path, quant
         assert len(row["precision"].split(",")) > 1
 
 
+@pytest.mark.slow
 def test_a_copy_is_held_against_its_original(cli, outliers: Path, text: Path, tmp_path: Path):
     convert(outliers, tmp_path / "copy", "tiers")
     asked = ("--quantize", "tiers", "--bits", 3.5)
@@ -114,7 +118,7 @@ def test_what_it_prints(cli, outliers: Path, text: Path):
     assert lines[5].startswith("expected KL about ")
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", mostly_slow(RECURRENT, 1))
 def test_models_without_a_feed_forward(cli, checkpoints, text: Path, name: str):
     """Unasked at density 1: the dense model's perplexity. A plan is held against it as all are."""
     path = checkpoints(name)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from marks import mostly_slow
 
-import griffin_offload
 from griffin_offload.cli.main import build_parser
 from griffin_offload.evaluation.config import TasksConfig
 from griffin_offload.evaluation.lm_eval_tasks import quiet_harness
@@ -91,17 +91,21 @@ def test_the_table(cli, llama: Path):
 @pytest.mark.slow
 def test_two_processes_split_the_requests_and_give_equal_results(forks: ForkServer, llama: Path, tmp_path: Path):
     """Few-shot examples, which are drawn, too. Every process writes how many requests it simulates and generates."""
-    (tmp_path / "sitecustomize.py").write_text(_COUNTS)
-    path = f"{tmp_path}:{Path(griffin_offload.__file__).parents[1]}"
-    variables = {"PYTHONPATH": path, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "griffin_offload")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    offline = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     found, counts = [], []
-    for processes, start in ((1, ("-c", _COUNTS + _STARTS)), (2, launcher)):
+    for processes in (1, 2):
         output, log = tmp_path / f"{processes}.json", tmp_path / f"counts{processes}"
         command = _arguments(llama, ",".join(ALL), "--mode", "class", "--output", output)
-        outcome = forks.run(*start, *command, **variables, COUNTS=str(log))
-        assert outcome.returncode == 0, outcome.err
-        assert outcome.out.count("in brackets") == 1, "only one process prints"
+        started = []
+        for rank in map(str, range(processes)):  # as torchrun tells them
+            told = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            told |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+            started.append(forks.start("-c", _COUNTS + _STARTS, *command, **offline, **told, COUNTS=str(log)))
+        for one in started:
+            assert one.wait() == 0, one.err
+        assert sum(one.out.count("in brackets") for one in started) == 1, "only one process prints"
         found.append([_metrics(results) for results in json.loads(output.read_text())])
         counts.append(_counted(log))
     for one, two in zip(*found, strict=True):

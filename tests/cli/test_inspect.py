@@ -77,6 +77,7 @@ def test_numbers_are_those_of_the_model(cli, llama: Path, text: Path, tmp_path: 
             torch.testing.assert_close(torch.tensor(heatmaps[str(layer)]) * 1e-4, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_layers_without_a_feed_forward_are_in_no_figure(cli, checkpoints, text: Path, tmp_path: Path):
     """Of those that there are to choose from, the first and the last are shown; a prompt's table has no others."""
     options = ("-m", checkpoints("nemotron_h"), *MEMORY)

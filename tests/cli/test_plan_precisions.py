@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import mostly_slow
 from tiny_models import ARCHITECTURES
 
 from griffin_offload.devices.registry import CpuDevice
@@ -134,7 +135,7 @@ LISTED: list[tuple[tuple[str, ...], list[tuple[str, bool]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "listed"), LISTED, ids=str)
+@pytest.mark.parametrize(("flags", "listed"), mostly_slow(LISTED, 2), ids=str)
 def test_what_else_fits(cli, config, flags: tuple[str, ...], listed: list[tuple[str, bool]]):
     """13B in 12 GB: dense in 4 bit and in layers of 8, pruned in 8, not at all in 16. One row is the plan itself."""
     command = ("plan", "--config", config("13b"), "--max-gpu-mem", "12GB", "--ctx-size", 2048, "--device", "cpu")
@@ -258,6 +259,7 @@ def test_configs_that_cannot_be_used(cli, config, tmp_path: Path, edit):
     cli.refuses(4, "cannot be read", "plan", "--config", file)
 
 
+@pytest.mark.slow
 def test_every_architecture_from_its_config(cli, checkpoints):
     for name in ARCHITECTURES:
         file = checkpoints(name) / "config.json"

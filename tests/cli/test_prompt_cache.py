@@ -116,22 +116,20 @@ def test_exact_mode_uses_and_saves_prompts(cli, llama: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("density", [0.5, 1])
-def test_tokens_that_the_longer_prompt_joins_are_all_that_is_lost(cli, llama: Path, tmp_path: Path, density: float):
+def test_tokens_that_the_longer_prompt_joins_are_all_that_is_lost(cli, llama: Path, tmp_path: Path):
     """Saved in the middle of a word, of which the longer prompt makes other tokens. The answer is a fresh one's."""
-    options = [density if option == 0.5 else option for option in OPTIONS]
-    for number, (text, more) in enumerate(
-        ((PROMPT[:-2], "er while"), (PROMPT + " wh", "ile"), (PROMPT + " ", "while"))
-    ):
-        file = tmp_path / f"{number}.ctx"
+    joined = {"er while": (PROMPT[:-2], 0.5), "ile": (PROMPT + " wh", 1), "while": (PROMPT + " ", 0.5)}
+    for more, (text, density) in joined.items():
+        options = [density if option == 0.5 else option for option in OPTIONS]
+        file = tmp_path / f"{more}.ctx"
         saved = cli("run", text, "-m", llama, *options, "--prompt-cache", file).json["prompt_tokens"]
         longer = cli("run", text + more, "-m", llama, *options, "--prompt-cache", file).json
         assert saved - 8 <= longer["cached_prompt_tokens"] < saved
         fresh = cli("run", text + more, "-m", llama, *options).json
         assert (longer["text"], longer["density"]) == (fresh["text"], fresh["density"])
-        said = cli("run", text + more, "-m", llama, *options[:-1], "--prompt-cache", file).err
-        assert f"note: {longer['cached_prompt_tokens']} of the {saved} tokens in {file} were used" in said
-        assert cli("run", text + more, "-m", llama, *options[:-1], "-q", "--prompt-cache", file).err == ""
+    said = cli("run", text + more, "-m", llama, *options[:-1], "--prompt-cache", file).err
+    assert f"note: {longer['cached_prompt_tokens']} of the {saved} tokens in {file} were used" in said
+    assert cli("run", text + more, "-m", llama, *options[:-1], "-q", "--prompt-cache", file).err == ""
 
 
 def test_another_models_file_is_named_as_that(cli, llama: Path, tmp_path: Path):

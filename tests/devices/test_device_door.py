@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import mostly_slow
 from threaded_device import Counts, ThreadedDevice
 from tiny_models import VOCAB
 
@@ -48,7 +49,7 @@ def _answer(model: GriffinModel, seed: int = 1) -> torch.Tensor:
     return model.generate(_ids(seed), max_new_tokens=12, do_sample=False)
 
 
-@pytest.mark.parametrize("offload", ["ram", "disk"])
+@pytest.mark.parametrize("offload", mostly_slow(["ram", "disk"], 1))
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -22,6 +22,7 @@ def test_growth_of_a_run_shorter_than_the_time_between_samples():
     assert ledger.host_growth_bytes > HELD_BYTES // 2
 
 
+@pytest.mark.slow
 def test_what_a_run_gives_back_before_its_end_counts():
     ledger = Ledger(CpuDevice.current(), 0)
     with ledger.measuring():
@@ -41,6 +42,7 @@ def test_freed_memory_between_what_is_used_is_given_back():
     assert all(int(block.sum()) == 100_000 for block in used)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell the two apart")
 def test_the_peak_of_a_process_is_its_own():
     """Not that of who started it, which getrusage hands down."""

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import quantised_reference as ref
 import torch
-from marks import by_turns
+from marks import by_turns, mostly_slow
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, MAX_POSITIONS, write_checkpoint
 from torch import Tensor, nn
@@ -239,7 +239,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", mostly_slow(DAMAGES, 3))
 def test_a_damaged_file_is_measured_again(checkpoints, cache: Path, passes: list[int], damage: str):
     first, _ = _importance(checkpoints("llama2"))
     DAMAGES[damage](next(cache.iterdir()))

@@ -85,7 +85,7 @@ def replace(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [cut, overwrite, delete, replace])
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", mostly_slow(TIERS, 1))
 def test_between_two_prompts(directory: Path, monkeypatch: pytest.MonkeyPatch, tier, change):
     model = make(directory, **tier(monkeypatch))
     answer(model)
@@ -101,7 +101,7 @@ def test_between_two_prompts(directory: Path, monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize(
     ("change", "told", "layer"), [(cut, True, 1), (overwrite, True, 2), (delete, False, 1), (replace, False, 2)]
 )
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", mostly_slow(TIERS, 1))
 def test_in_the_middle_of_a_pass(
     directory: Path, monkeypatch: pytest.MonkeyPatch, tier, change, told: bool, layer: int
 ):

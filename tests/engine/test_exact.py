@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import KINDS, VOCAB, quick_first
+from marks import mostly_slow
+from tiny_models import KINDS, VOCAB
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from griffin_offload import GriffinModel, UsageError
@@ -16,7 +17,7 @@ from griffin_offload.engine.convert import convert
 from griffin_offload.engine.model_interface import Guard
 
 FAMILIES = "llama2 llama3 mistral gemma2 gemma3 qwen2 phi3 opt gpt_neox falcon_alibi gpt2 bloom cohere2".split()  # noqa: SIM905
-CTX, NEW = 128, 18
+CTX, NEW = 128, 12
 _KEPT: dict[tuple[str, float, str], Any] = {}
 
 
@@ -108,7 +109,7 @@ class _Recorder:
         self.ends += 1
 
 
-@pytest.mark.parametrize("name", quick_first(KINDS))
+@pytest.mark.parametrize("name", mostly_slow(KINDS, 4))
 def test_architectures_in_float32(checkpoints, name: str):
     """With the draft length that suits: tokens, streamer, logits, figures."""
     path = checkpoints(name)
@@ -140,7 +141,7 @@ def test_at_density_one_every_draft_is_accepted(checkpoints):
     assert model.last_report.drafting.accepted_by_position == [3] * 8
 
 
-@pytest.mark.parametrize("source", ["none", "int8"])
+@pytest.mark.parametrize("source", mostly_slow(["none", "int8"], 1))
 def test_all_neurons_draft_in_fewer_bits(checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str):
     """They are rounded once, by the first pass, and judged by what is stored, which attention and head are in, too."""
     path = checkpoints("llama2")
@@ -148,13 +149,13 @@ def test_all_neurons_draft_in_fewer_bits(checkpoints, tmp_path: Path, monkeypatc
         convert(path, tmp_path / "copy", source)
         path = tmp_path / "copy"
     ids = _ids(4, 40)
-    expected = _load(path, density=1.0).generate(ids, max_new_tokens=32, do_sample=False, draft_tokens=8)
+    expected = _load(path, density=1.0).generate(ids, max_new_tokens=20, do_sample=False, draft_tokens=8)
     model, rounded = _load(path, quantize="int4", density=1.0, always_stream=False), []
     for block in model.engine.loaded.layers.blocks:
         gather = block.gather
         monkeypatch.setattr(block, "gather", lambda *given, gather=gather: rounded.append(gather(*given)))
     assert (model.plan.precision, model.plan.density, len(model.plan.streamed)) == ("int4", 1.0, 3)
-    assert torch.equal(model.generate(ids, max_new_tokens=32, do_sample=False, draft_tokens=8), expected)
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, draft_tokens=8), expected)
     resident = [p.clone() for layer in model.engine.loaded.layers.compact.values() for p in layer]
     report = model.last_report
     assert report.drafting.passes > 1
@@ -172,13 +173,13 @@ def test_all_neurons_draft_in_fewer_bits(checkpoints, tmp_path: Path, monkeypatc
     assert outside == []
 
 
-@pytest.mark.parametrize("name", ["llama2", "gemma2", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", mostly_slow(["llama2", "gemma2", "gpt2", "qwen3"], 2))
 def test_bfloat16_tokens_are_first_choices_within_rounding(checkpoints, name: str):
     """Against the dense model's teacher-forced logits of the same sequence: 8 bits of mantissa, some roundings deep,
     may put another token a few units in the last place ahead."""
     path = checkpoints(name, torch.bfloat16)
     dense, model, ids = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16), _load(path), _ids(2, 40)
-    sequence = model.generate(ids, max_new_tokens=24, do_sample=False)
+    sequence = model.generate(ids, max_new_tokens=16, do_sample=False)
     with torch.no_grad():
         logits = dense(sequence).logits[0, 39:-1].float()
     chosen = logits.gather(1, sequence[0, 40:, None])[:, 0]
@@ -186,15 +187,15 @@ def test_bfloat16_tokens_are_first_choices_within_rounding(checkpoints, name: st
     assert bool((logits.amax(1) - chosen <= 4 * unit).all())
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", mostly_slow(["int8", "int4"], 1))
 def test_a_converted_checkpoint_is_exact_to_what_it_stores(checkpoints, tmp_path: Path, precision: str):
     """Against the same weights with every neuron: its pass multiplies by blocks, as exact mode's passes of many
     tokens do."""
     convert(checkpoints("llama2"), tmp_path / "converted", precision)
     whole, model = (_load(tmp_path / "converted", density=density) for density in (1.0, 0.25))
     ids = _ids(3, 40)
-    expected = whole.generate(ids, max_new_tokens=24, do_sample=False, draft_tokens=8)
-    assert torch.equal(model.generate(ids, max_new_tokens=24, do_sample=False, draft_tokens=8), expected)
+    expected = whole.generate(ids, max_new_tokens=12, do_sample=False, draft_tokens=8)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, draft_tokens=8), expected)
 
 
 def test_what_cannot_be_exact_is_refused(checkpoints):

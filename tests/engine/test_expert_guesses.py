@@ -18,7 +18,7 @@ from griffin_offload.blocks.routing import RouterGuess
 from griffin_offload.formats import FLOATS
 from griffin_offload.formats.expert_form import BLOCK_BYTES
 
-NEW, EXPERTS = 10, 8
+NEW, EXPERTS = 6, 8
 # Their routers take more than hidden states, or choose elsewhere.
 NOT_ASKED = {"lfm2_moe", "minimax_m2"}
 NORMED_BEHIND = {"flex_olmo"}

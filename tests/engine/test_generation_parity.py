@@ -266,15 +266,15 @@ def _assert_same(found: Any, expected: Any) -> None:
 
 
 def _pairs() -> Iterator[Any]:
-    """One architecture with everything; the others in turn, with what has to do with caches and positions a sixth of
-    them each. Quick are the first's, and of the sixths every second."""
+    """One architecture with everything; the others in turn, with what has to do with caches and positions a twelfth of
+    them each."""
     first, *others = ARCHITECTURES
     for at, name in enumerate(CHECKS):
         yield pytest.param(first, name)
         if name not in _OF_LOGITS:
             for place, other in enumerate(others):
-                if (at + place) % 6 == 0:
-                    yield pytest.param(other, name, marks=() if (at + place) % 12 == 0 else pytest.mark.slow)
+                if (at + place) % 12 == 0:
+                    yield pytest.param(other, name)
 
 
 @pytest.mark.parametrize(("architecture", "name"), list(_pairs()))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from alive_bytes import AliveBytes
 from loaded_model import load
+from marks import mostly_slow
 from reference import collect_z, select_direct, statistic_float64
-from tiny_models import ARCHITECTURES, FURTHER, MIXTURE_KINDS, MIXTURES, QUICK, VOCAB, WINDOW
+from tiny_models import ARCHITECTURES, FURTHER, MIXTURE_KINDS, QUICK, VOCAB, WINDOW
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from griffin_offload import GriffinModel
@@ -19,7 +20,7 @@ from griffin_offload.kernels import gemv
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 LENGTHS = (5, 1, 8, 3)  # none beyond the windows of the tiny models
 ALONE = ("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "llama4", "qwen3_next", "nemotron", "jetmoe")
-PACKED = tuple(name for name in (*ARCHITECTURES, *FURTHER, *MIXTURES) if not name.startswith(ALONE))
+PACKED = tuple(name for name in (*ARCHITECTURES, *FURTHER, *MIXTURE_KINDS) if not name.startswith(ALONE))
 
 
 def prompt(tokens: int, seed: int) -> torch.Tensor:
@@ -312,7 +313,7 @@ def unpriced(monkeypatch: pytest.MonkeyPatch) -> Callable[[GriffinModel, int, in
     return measure
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("density", mostly_slow([1.0, 0.5], 1))
 @pytest.mark.parametrize(
     ("name", "count", "tokens"), [("llama3", 2, 45), ("llama3", 8, 11), ("gemma2", 4, 4), ("mixtral", 8, 11)]
 )

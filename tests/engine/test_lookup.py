@@ -136,7 +136,7 @@ def test_fewer_forwards_where_the_text_repeats(scripted: Path, eager):
 def test_in_16_bits_not_one_bit_is_another(checkpoints, eager, name: str, quantize: str):
     """So that drafts change no tie: logits are equal to the last bit, by the kernels that multiply one row."""
     with _load(checkpoints(name, torch.bfloat16), quantize=quantize) as model:
-        options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+        options: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False, "return_dict_in_generate": True}
         options |= {"output_logits": True}
         for seed in range(2):
             ids = _repeating(seed, 40, 5)
@@ -155,7 +155,7 @@ def test_nor_is_it_of_a_cache_in_fewer_bits(checkpoints, name: str, bits: int):
     """Groups of tokens are rounded when the last one comes, and no draft makes that another moment; nor are any moved
     behind a window before they would be."""
     with _load(checkpoints(name, torch.bfloat16), kv_bits=bits) as model:
-        options: dict[str, Any] = {"max_new_tokens": 115, "do_sample": False, "return_dict_in_generate": True}
+        options: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False, "return_dict_in_generate": True}
         ids = _repeating(1, 40, 5)
         plain = model.generate(ids, lookup=False, output_logits=True, **options)
         for seed in range(2):

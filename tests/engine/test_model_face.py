@@ -61,12 +61,12 @@ def test_a_pipeline_takes_batches_beams_and_an_assistant(checkpoints, model: Gri
 def test_it_assists_with_the_tokens_of_the_other(checkpoints, name: str, density: float):
     """Drafts are the pruned model's, the tokens the assisted model's; it may be asked for as a whole or by `.model`."""
     other, ids = AutoModelForCausalLM.from_pretrained(checkpoints(name)), _ids()
-    expected = other.generate(ids, max_new_tokens=30, do_sample=False)
+    expected = other.generate(ids, max_new_tokens=12, do_sample=False)
     assistant = _load(checkpoints(name), density=density)
     for drafts in (assistant, assistant.model):
-        assert torch.equal(other.generate(ids, assistant_model=drafts, max_new_tokens=30, do_sample=False), expected)
+        assert torch.equal(other.generate(ids, assistant_model=drafts, max_new_tokens=12, do_sample=False), expected)
     whole = _load(checkpoints(name), density=1.0)
-    assert torch.equal(whole.generate(ids, assistant_model=assistant, max_new_tokens=30, do_sample=False), expected)
+    assert torch.equal(whole.generate(ids, assistant_model=assistant, max_new_tokens=12, do_sample=False), expected)
     for itself in (assistant, assistant.model):
         with pytest.raises(UsageError, match="cannot assist itself: exact=True"):
             assistant.generate(ids, assistant_model=itself)

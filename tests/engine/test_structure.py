@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import mostly_slow
 from scripted_model import byte_tokenizer
 from tiny_models import QUICK
 from transformers import AutoModelForCausalLM
@@ -211,7 +212,7 @@ def _languages(model: GriffinModel) -> tuple[Structure, Any]:
     return FINITE, following
 
 
-@pytest.mark.parametrize("name", ["llama2", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", mostly_slow(["llama2", "gemma2", "gpt2"], 1))
 @pytest.mark.parametrize("options", [{}, {"exact": True}, {"exact": True, "draft_tokens": 3}, {"refresh": 4}], ids=str)
 def test_answers_are_those_of_the_dense_model(checkpoints, name: str, options: dict[str, Any]):
     """Which is held to the listed texts by transformers' own means."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import mostly_slow
 from transformers import AutoModelForCausalLM
 
 from griffin_offload import GriffinModel
@@ -27,7 +28,7 @@ def _windows(model: GriffinModel, count: int) -> list[torch.Tensor]:
     return take_windows(documents, PROMPT + NEW, count, "even", [])
 
 
-@pytest.mark.parametrize("options", [{"density": 0.25}, {"density": 0.25, "exact": True}], ids=str)
+@pytest.mark.parametrize("options", mostly_slow([{"density": 0.25}, {"density": 0.25, "exact": True}], 1), ids=str)
 def test_answers_are_the_full_models(options: dict[str, Any]):
     dense = AutoModelForCausalLM.from_pretrained(MIXTURE, dtype=torch.float32)
     with _load(**options) as model:

@@ -103,7 +103,7 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(PICTURES, 5))
+@pytest.mark.parametrize("name", mostly_slow(PICTURES, 2))
 def test_pictures(tmp_path: Path, name: str):
     png, svg = draw(PICTURES[name], tmp_path, "picture")
     header = png.read_bytes()[:24]
@@ -117,10 +117,9 @@ def test_pictures(tmp_path: Path, name: str):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.png", "picture.svg"]
 
 
-@pytest.mark.parametrize("name", ["statistic", "flocking"])
-def test_the_same_numbers_give_the_same_files(tmp_path: Path, name: str):
+def test_the_same_numbers_give_the_same_files(tmp_path: Path):
     first, second = (
-        [path.read_bytes() for path in draw(PICTURES[name], tmp_path, f"picture{number}")] for number in range(2)
+        [path.read_bytes() for path in draw(PICTURES["flocking"], tmp_path, f"picture{number}")] for number in range(2)
     )
     assert first == second
     assert b"<dc:date>" not in first[1]

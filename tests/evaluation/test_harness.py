@@ -8,7 +8,7 @@ import torch
 from evaluation.direct import gated, kept_by, simulated_directly
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from marks import by_turns
+from marks import by_turns, mostly_slow
 from tiny_models import ARCHITECTURES, BOS
 from transformers import AutoModelForCausalLM
 
@@ -142,7 +142,9 @@ def test_requests_with_too_few_tokens_are_the_full_models(checkpoints):
         assert pruned[1].log_likelihood != pytest.approx(full[1].log_likelihood, abs=1e-3)
 
 
-@pytest.mark.parametrize(("name", "kept"), [("llama2", {}), ("qwen3_moe", {"missing_experts": "route"})])
+@pytest.mark.parametrize(
+    ("name", "kept"), mostly_slow([("llama2", {}), ("qwen3_moe", {"missing_experts": "route"})], 1)
+)
 def test_generations_are_the_runtimes(checkpoints, name: str, kept: dict[str, Any]):
     """A variant's generations are those of a model loaded at its density, and differ from the full model's; of experts
     none that was left out stands in for it."""
@@ -162,6 +164,7 @@ def test_generations_are_the_runtimes(checkpoints, name: str, kept: dict[str, An
     assert lm.generate_until(GENERATIONS) != pruned
 
 
+@pytest.mark.slow
 def test_a_full_model_that_does_not_fit_generates_in_exact_mode():
     """The demo in float32: 11 MB hold less than half of its neurons."""
     from griffin_offload.demo import demo_directory

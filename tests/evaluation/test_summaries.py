@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import mostly_slow
 from tiny_models import write_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +25,7 @@ def summaries(directory: Path, articles: list[Article], config: SummariesConfig,
         return list(summarise(model, articles, Variant(density), config))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("temperature", mostly_slow([1.5, 0.0], 1))
 def test_the_full_model_writes_what_dense_transformers_write(checkpoints, temperature: float):
     """Drawn from all tokens, as the reference does, not from transformers' first 50."""
     directory, config = checkpoints("llama2"), replace(CONFIG, temperature=temperature)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from evaluation.direct import gated, plain, simulated_directly
+from marks import mostly_slow
 from reference import collect_z, magnitude_float64, statistic_float64
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def _ids(directory: Path, tokens: int) -> Tensor:
     return torch.tensor(hf.AutoTokenizer.from_pretrained(directory)(PROMPT).input_ids[:tokens])
 
 
-@pytest.mark.parametrize("layout", list(DOWN))
+@pytest.mark.parametrize("layout", mostly_slow(DOWN, 1))
 @pytest.mark.parametrize("selection", ["topk", "magnitude"])
 def test_the_runtime_keeps_the_largest(trained, layout: str, selection: str):
     """No neuron that was left out scores more than one that was kept, by more than rounding."""
@@ -97,8 +98,7 @@ def test_the_runtime_keeps_the_largest(trained, layout: str, selection: str):
         assert scores.max() > 1.2 * scores.min()  # there is something to choose
 
 
-@pytest.mark.parametrize("layout", ["gemma", "opt"])
-@pytest.mark.parametrize("selection", ["topk", "magnitude"])
+@pytest.mark.parametrize(("layout", "selection"), [("gemma", "topk"), ("opt", "magnitude")])
 def test_generation_and_class_mode(trained, layout: str, selection: str):
     path, ids = trained(layout), _ids(trained(layout), 63)
     dense = hf.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

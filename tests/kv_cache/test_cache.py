@@ -265,7 +265,7 @@ def test_generation_is_the_dense_models_own_far_beyond_its_window(checkpoints, n
     assert type(output.past_key_values) is (KVCache if ours else DynamicCache)
 
 
-@pytest.mark.parametrize("name", mostly_slow(("llama2", "gemma3", "mistral", "bloom", "gpt2"), 2))
+@pytest.mark.parametrize("name", mostly_slow(("llama2", "gemma3", "mistral", "bloom"), 2))
 def test_logits_of_a_padded_batch_are_those_with_transformers_cache_bit_for_bit(checkpoints, name: str):
     ids, mask = _ids(3)
     settings = {"max_new_tokens": 45, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -294,7 +294,7 @@ def test_an_assistant_may_draft(checkpoints, name: str):
 def test_drafts_reach_behind_the_context(checkpoints):
     """Prompt lookup drafts past the last token that is wanted."""
     ids = torch.tensor([[7, 8, 9, 10] * 10])
-    for new in range(1, 9):
+    for new in (1, 2, 5, 8):
         model = _load(checkpoints("llama3"), density=1.0, ctx_size=40 + new)
         output = model.generate(ids, max_new_tokens=new, do_sample=False, prompt_lookup_num_tokens=5)
         assert output.shape[1] <= 40 + new
@@ -379,8 +379,8 @@ def test_fewer_bits_stay_near_sixteen(checkpoints, name: str, dtype: torch.dtype
     leaves room for scores that a softmax sharpens, and is far from what a wrong scale or place would do. 4 bits have a
     tenth of the steps, between a group's own ends."""
     ids, mask = _ids(2)
-    forced = torch.randint(3, VOCAB, (2, 36), generator=torch.Generator().manual_seed(9))
-    settings = {"max_new_tokens": 36, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    forced = torch.randint(3, VOCAB, (2, 26), generator=torch.Generator().manual_seed(9))
+    settings = {"max_new_tokens": 26, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     settings["prefix_allowed_tokens_fn"] = lambda sample, ids: [int(forced[sample, len(ids) - PROMPT_TOKENS])]
     logits = {}
     for bits in (16, 8, 4):
@@ -398,13 +398,13 @@ def test_fewer_bits_stay_near_sixteen(checkpoints, name: str, dtype: torch.dtype
     ("name", "options"),
     [
         ("llama3", {"refresh": 5}),
-        ("mistral", {"num_beams": 3}),
-        ("llama3", {"num_return_sequences": 2, "do_sample": True}),
+        pytest.param("mistral", {"num_beams": 3}, marks=pytest.mark.slow),
+        pytest.param("llama3", {"num_return_sequences": 2, "do_sample": True}, marks=pytest.mark.slow),
     ],
 )
 def test_four_bits_with_tokens_that_pass_again_and_sequences_that_part(checkpoints, name: str, options: dict):
     sixteen, four = (_load(checkpoints(name), kv_bits=bits, density=0.5, batch_size=3) for bits in (16, 4))
-    settings = {"max_new_tokens": 50, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings = {"max_new_tokens": 28, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     logits = []
     for model in (sixteen, four):
         torch.manual_seed(0)
@@ -417,8 +417,8 @@ def test_four_bits_with_tokens_that_pass_again_and_sequences_that_part(checkpoin
 def test_planned_bytes_are_allocated_to_the_byte(checkpoints, name: str, batch: int, bits: int):
     context = 81  # more than a window and its slack
     model = _load(checkpoints(name), kv_bits=bits, batch_size=batch, density=0.5, ctx_size=context)
-    ids, mask = _ids(batch, context - 6)
-    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    ids, mask = _ids(batch, context - 3)
+    settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     output = model.generate(ids, attention_mask=mask, **settings)
     shape = model.engine.model_spec.shape
     stored = kv_bytes(shape, batch, context, bits)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaded_model import answer, load
 from loaded_model import ids as prompt_of
-from marks import every_pair
+from marks import every_pair, mostly_slow
 from tiny_models import HYBRIDS, VOCAB
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -23,6 +23,8 @@ from griffin_offload.transformers_api import CACHE
 
 CTX = 96
 QUICK = ["lfm2", "qwen3_5", "falcon_h1"]
+# And what has layers without attention and FF, or states that are in no cache: the others' kinds are among these.
+KINDS = [*QUICK, "nemotron_h", *(name for name in HYBRIDS if name == "recurrent_gemma")]
 
 
 def _load(path: Path, **options: object) -> GriffinModel:
@@ -41,19 +43,19 @@ def whole(checkpoints) -> dict[str, tuple[object, GriffinModel]]:
     """Dense and, of all neurons, ours: with every neuron the drafts are the answer, so exact mode is half of them."""
     return {
         name: (AutoModelForCausalLM.from_pretrained(checkpoints(name)), _load(checkpoints(name), density=1.0))
-        for name in HYBRIDS
+        for name in KINDS
     }
 
 
 @pytest.fixture(scope="module")
 def half(checkpoints) -> dict[str, GriffinModel]:
-    return {name: _load(checkpoints(name)) for name in HYBRIDS}
+    return {name: _load(checkpoints(name)) for name in KINDS}
 
 
 @pytest.mark.slow
 @settings(max_examples=10)
 @given(
-    name=st.sampled_from(list(HYBRIDS)),
+    name=st.sampled_from(KINDS),
     turns=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 20), st.integers(1, 6)), min_size=1, max_size=5),
     drafts=st.integers(1, 8),
     exact=st.booleans(),
@@ -74,7 +76,7 @@ def test_any_prompt_after_any_other_equals_dense(whole, half, name, turns, draft
 
 # transformers' own RecurrentGemma begins its convolutions anew with a turn: engine/test_recurrences.py has another
 # reference.
-@pytest.mark.parametrize("name", [name for name in HYBRIDS if name != "recurrent_gemma"])
+@pytest.mark.parametrize("name", mostly_slow((name for name in HYBRIDS if name != "recurrent_gemma"), 3))
 def test_turns_equal_a_masked_reference(checkpoints, name: str):
     path, architecture = checkpoints(name), HYBRIDS[name]
     dense = AutoModelForCausalLM.from_pretrained(path)
@@ -111,7 +113,7 @@ def test_passes_between_tokens_read_over_what_residents_left(checkpoints, refres
     assert torch.equal(answer(model, prompt_of(0, 20), 16), _dense(dense, prompt_of(0, 20), 16))
 
 
-@pytest.mark.parametrize("name", list(HYBRIDS))
+@pytest.mark.parametrize("name", mostly_slow(KINDS, 2))
 def test_a_saved_context_goes_on_as_the_one_that_was_saved(checkpoints, half, tmp_path: Path, name: str):
     model, path = half[name], tmp_path / "saved.ctx"
     context, ids = model.new_context(), prompt_of(0, 30)
@@ -170,7 +172,7 @@ def test_a_failure_leaves_a_context_that_can_go_on(whole, half, name: str, exact
     assert torch.equal(answer(model, ids, context=context, exact=exact), _dense(dense, ids))
 
 
-@pytest.mark.parametrize("name", list(HYBRIDS))
+@pytest.mark.parametrize("name", mostly_slow(KINDS, 2))
 def test_batches_and_beams_are_the_dense_models(whole, name: str):
     dense, model = whole[name]
     model.engine.kept_cache.release()
@@ -197,7 +199,7 @@ def test_keys_and_values_in_fewer_bits_leave_states_alone(checkpoints, bits: int
     assert 0 < (logits[0][:2] - logits[1][:2]).norm() / logits[0][:2].norm() < most
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", mostly_slow(QUICK, 1))
 def test_copies_are_in_the_plan(checkpoints, name: str):
     """Of a conversation all marks, of exact mode the start of a round and what the layers were given."""
     path = checkpoints(name)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from marks import mostly_slow
 from robustness.fuzz import worker
 from robustness.fuzz.files import FOREIGN
 from robustness.fuzz.kinds import Kind, make_kinds
@@ -43,7 +44,7 @@ def test_every_kind_is_sampled(kinds: dict[str, Kind]):
     assert set(COUNTS) == set(kinds)
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", mostly_slow(COUNTS, 6))
 def test_sample(kinds: dict[str, Kind], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setattr(tokenizer, "LIMIT_S", 1.0)
     kind, count = kinds[name], COUNTS[name] * TIMES

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
+from marks import mostly_slow
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,7 +30,7 @@ OTHER_TYPES = (torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = ("none", "int8", "int4")
 PROMPT = torch.arange(5, 60)[None]
 other_types = pytest.mark.parametrize("default", OTHER_TYPES, ids=str)
-precisions = pytest.mark.parametrize("precision", PRECISIONS)
+precisions = pytest.mark.parametrize("precision", mostly_slow(PRECISIONS, 1))
 
 
 @contextmanager
@@ -157,7 +158,7 @@ def test_a_stock_model_loaded_while_residents_arrive(right: dict[str, list[int]]
 def test_loading_while_another_one_generates(precision: str, converted: Path, right: dict[str, list[int]]):
     """The converted one is built with parameters on the meta device: those of others stay where they are."""
     with load(precision) as model, meanwhile(lambda: load("int8", converted).close()):
-        for _ in range(4):
+        for _ in range(2):
             assert answer(model) == right[precision]
 
 
@@ -189,7 +190,7 @@ def test_parameters_that_others_send_to_the_meta_device(right: dict[str, list[in
 def test_modules_of_other_threads_stay_real_while_a_converted_one_loads(converted: Path):
     on_meta: list[bool] = []
     with meanwhile(lambda: on_meta.append(nn.Linear(4, 4).weight.is_meta)):
-        for _ in range(3):
+        for _ in range(2):
             load("int8", converted).close()
     assert on_meta
     assert not any(on_meta)
@@ -212,7 +213,16 @@ def test_a_default_device_and_filled_memory(precision: str, right: dict[str, lis
 
 @pytest.mark.parametrize(
     ("loading", "generating", "precision"),
-    [(True, False, "int8"), (False, True, "int4"), (True, True, "none"), (True, False, "none"), (False, True, "int8")],
+    mostly_slow(
+        [
+            (True, False, "int8"),
+            (False, True, "int4"),
+            (True, True, "none"),
+            (True, False, "none"),
+            (False, True, "int8"),
+        ],
+        2,
+    ),
 )
 def test_inference_mode(precision: str, loading: bool, generating: bool, right: dict[str, list[int]]):
     """It is a thread's own, and ours work in several."""

@@ -16,7 +16,7 @@ from griffin_offload.serving.queue import Job
 
 PROMPT = "the cat sat on the mat and thought of another river"
 MESSAGES: list[Any] = [{"role": "user", "content": "the cat"}]
-BODY: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 100}
+BODY: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 24}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
 KEY = "sk-a-secret"
 

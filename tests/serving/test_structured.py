@@ -7,6 +7,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+from marks import mostly_slow
 
 SCHEMA = {
     "type": "object",
@@ -18,7 +19,7 @@ FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema"
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "the cat"}]}
 
 
-@pytest.mark.parametrize("extra", [{}, {"exact": True}], ids=str)
+@pytest.mark.parametrize("extra", mostly_slow([{}, {"exact": True}], 1), ids=str)
 def test_a_schema_is_kept_to(client: openai.OpenAI, extra: dict[str, Any]):
     for seed in range(2):
         answer = client.chat.completions.create(

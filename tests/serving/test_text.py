@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import mostly_slow
 from scripted_model import BOS, EOS, llama2_tokenizer
 from tiny_models import VOCAB, write_tokenizer
 from tokenizers import Tokenizer, decoders, models
@@ -98,7 +99,7 @@ def test_pieces_make_the_whole_with_marked_spaces(kind: str, data: st.DataObject
     assert "".join(pieces(Detokeniser(tokenizer), tokens)) == whole_text(tokenizer, tokens)
 
 
-@pytest.mark.parametrize("kind", LLAMA2)
+@pytest.mark.parametrize("kind", mostly_slow(LLAMA2, 2))
 @pytest.mark.parametrize("begins", [True, False], ids=["chat", "completion"])
 @given(st.data())
 def test_logprob_tokens_join_to_the_text(kind: str, begins: bool, data: st.DataObject):
