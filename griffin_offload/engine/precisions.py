@@ -107,6 +107,18 @@ def held_finer(checkpoint: Checkpoint) -> dict[int, set[str]]:
     return found
 
 
+def lying_in_rows(checkpoint: Checkpoint) -> dict[int, set[str]]:
+    """By layer the names of matrices whose rows a copy in int4 holds, down projections among them where it has the
+    codes of its file; of others none."""
+    found: dict[int, set[str]] = {}
+    if checkpoint.precision is INT4:
+        scales = {name for name in checkpoint.tensors() if name.endswith(".scale")}
+        for match, tensor in _layer_matrices(checkpoint):
+            if tensor.format is INT4 and f"{match.string.removesuffix('.weight')}.scale" in scales:
+                found.setdefault(int(match["layer"]), set()).add(match["matrix"])
+    return found
+
+
 def _stored_in(checkpoint: Checkpoint, format: Format | None) -> dict[int, set[str]]:
     found: dict[int, set[str]] = {}
     for match, tensor in _layer_matrices(checkpoint):
@@ -142,6 +154,7 @@ def _measured(
     """The precisions that `config` asks for, or all others."""
     stored, parts, found = checkpoint.precision, parts_of(meta), []
     held = {} if stored.is_plain else _beyond_small(held_finer(checkpoint), parts)  # so a copy holds and rests them
+    in_rows = lying_in_rows(checkpoint)
     for name, precision, levels in _precisions(stored, config):
         wanted, drafts = config.quantize, levels[0] is not precision
         # A stored format may rest in another one, which has its own name.
@@ -158,6 +171,7 @@ def _measured(
             own_head = head if levels[-1].bits < head.bits else checkpoint.tables
             beside = small_beside(precision, checkpoint)
             measured = partial(model_shape, meta, precision, full, checkpoint.tables, parts, levels, own_head, beside)
+            measured = partial(measured, in_rows=in_rows)
             shape = measured(held)
             if len(levels) > 1 and not shape.with_neurons:
                 kind = checkpoint.config.model_type

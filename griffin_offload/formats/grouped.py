@@ -57,7 +57,8 @@ class Grouped(Format):
         self.group_bytes = GROUP * self.code_bits // 8
         """Of a group's codes."""
         self._highest = (1 << self.code_bits) - 1
-        self._rows = Layout(f"{name}_rows", self, self._row_specs, self._multiply_rows)
+        inputs = {"inputs": lambda weight: weight.shape[1] * 8 // self.code_bits}
+        self._rows = Layout(f"{name}_rows", self, self._row_specs, self._multiply_rows, **inputs)
         self._neurons = Layout(
             *(f"{name}_neurons", self, self._neuron_specs, self._multiply_neurons),
             neurons_first=True,
@@ -227,11 +228,13 @@ class Grouped(Format):
         parts: int = 1,
         importance: Tensor | None = None,
     ) -> None:
-        """As any format's; of a copy of several, its own; of another format that gives `chosen_floats`, in chunks."""
+        """As any format's; of a copy of several, its own; of another format that gives `chosen_floats`, in chunks, and
+        so of a down projection in rows."""
         if self in source.format.holds:
             full, source = source.format.part(self, full), self.stored(is_down=is_down)
         stored = source.format
-        if stored is self or stored.is_plain or not stored.gives_chosen:
+        as_it_lies = stored is self and not (is_down and source is self._rows)
+        if as_it_lies or stored.is_plain or not stored.gives_chosen:
             super().gather(full, source, chosen, out, is_down=is_down, parts=parts, importance=importance)
             return
         if is_down:
