@@ -217,8 +217,8 @@ def _stored_specs(
     finer_ones: Sequence[str],
     in_rows: Collection[str],
 ) -> list[Spec]:
-    """Of a block's matrices as the checkpoint has them, some of them in a `finer` format if `stored` has fewer bits, and
-    a down projection maybe in rows."""
+    """Of a block's matrices as the checkpoint has them: some in a `finer` format if `stored` has fewer bits, and a down
+    projection maybe in rows."""
     found = list(block.full_specs(stored))
     if isinstance(block, Experts):
         return found

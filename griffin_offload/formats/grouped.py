@@ -57,8 +57,8 @@ class Grouped(Format):
         self.group_bytes = GROUP * self.code_bits // 8
         """Of a group's codes."""
         self._highest = (1 << self.code_bits) - 1
-        inputs = {"inputs": lambda weight: weight.shape[1] * 8 // self.code_bits}
-        self._rows = Layout(f"{name}_rows", self, self._row_specs, self._multiply_rows, **inputs)
+        multiply, inputs = self._multiply_rows, lambda weight: weight.shape[1] * 8 // self.code_bits
+        self._rows = Layout(f"{name}_rows", self, self._row_specs, multiply, inputs=inputs)
         self._neurons = Layout(
             *(f"{name}_neurons", self, self._neuron_specs, self._multiply_neurons),
             neurons_first=True,
