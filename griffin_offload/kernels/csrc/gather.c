@@ -105,7 +105,7 @@ typedef struct {
     int64_t rows, groups, count, type, threads;
 } Columns;
 
-AVX2 INLINED void group_numbers(const uint8_t *codes, const uint8_t *pair, float scale, float *to) {
+AVX2 INLINED void group_numbers(const uint8_t *codes, const uint8_t *pair, float scale, void *to, const int type) {
     const __m128i both = _mm_loadu_si128((const __m128i *)codes), four = _mm_set1_epi8(15);
     const __m128i each[2] = {_mm_and_si128(both, four), _mm_and_si128(_mm_srli_epi16(both, 4), four)};
     const __m256 offset = _mm256_set1_ps(int4_offset(pair)), step = _mm256_set1_ps(int4_step(pair));
@@ -113,19 +113,23 @@ AVX2 INLINED void group_numbers(const uint8_t *codes, const uint8_t *pair, float
         const __m128i half = k & 1 ? _mm_srli_si128(each[k / 2], LANES) : each[k / 2];
         const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(half));
         const __m256 exact = _mm256_mul_ps(_mm256_add_ps(code, offset), step); /* few bits each */
-        _mm256_storeu_ps(to + k * LANES, _mm256_mul_ps(exact, _mm256_set1_ps(scale)));
+        store_rounded(to, k * LANES, _mm256_mul_ps(exact, _mm256_set1_ps(scale)), type);
     }
 }
 
 AVX2 INLINED void columns_of_rows(const Columns *c, int64_t start, int64_t end, const int type) {
     for (int64_t row = start; row < end; row++) {
-        float numbers[INT4_GROUP];
+        uint32_t numbers[INT4_GROUP];
+        const uint16_t *halves = (const uint16_t *)numbers;
         int64_t there = -1;
         for (int64_t k = 0; k < c->count; k++) {
-            const int64_t group = c->chosen[k] / INT4_GROUP, at = row * c->groups + group;
-            if (group != there) group_numbers(c->codes + at * INT4_BYTES, c->pairs + at * PAIR_BYTES, c->scale[row], numbers);
+            const uint64_t column = (uint64_t)c->chosen[k];
+            const int64_t group = (int64_t)(column / INT4_GROUP), at = row * c->groups + group, to = row * c->count + k;
+            const uint8_t *codes = c->codes + at * INT4_BYTES, *pair = c->pairs + at * PAIR_BYTES;
+            if (group != there) group_numbers(codes, pair, c->scale[row], numbers, type);
             there = group;
-            store_narrowed(c->numbers, row * c->count + k, type, numbers[c->chosen[k] % INT4_GROUP]);
+            if (type == FLOAT32) ((uint32_t *)c->numbers)[to] = numbers[column % INT4_GROUP];
+            else ((uint16_t *)c->numbers)[to] = halves[column % INT4_GROUP];
         }
     }
 }
