@@ -10,7 +10,7 @@ import torch
 
 from griffin_offload.blocks.experts import is_experts
 from griffin_offload.blocks.model_shape import ModelParts, model_shape, parts_of
-from griffin_offload.blocks.replace import small_names
+from griffin_offload.blocks.replace import linear_names, small_names
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.config import LAYERS, MIXED, TIERS, LoadConfig
@@ -133,6 +133,14 @@ def _beyond_small(held: Mapping[int, set[str]], parts: ModelParts) -> dict[int, 
     return {i: names for i, names in found.items() if names}
 
 
+def _copied_share(parts: ModelParts, *kept: Mapping[int, set[str]]) -> float:
+    """Of the layers of a copy, those that are as in a file of four bits: that is told by their down projections, of
+    which names are `kept`."""
+    layers = enumerate(zip(parts.decoder, parts.blocks, strict=True))
+    downs = [(i, n) for i, (layer, own) in layers for n in linear_names(layer) if own.is_down(layer.get_submodule(n))]
+    return sum(any(name in names.get(i, ()) for names in kept) for i, name in downs) / max(len(downs), 1)
+
+
 def _layer_matrices(checkpoint: Checkpoint) -> list[tuple[re.Match[str], StoredTensor]]:
     """With what their names say."""
     matches = ((_IN_LAYER.match(name), tensor) for name, tensor in checkpoint.tensors().items())
@@ -187,7 +195,8 @@ def _measured(
         of_file = {} if config.exact or beside is None or not stored.is_plain else held_finer(checkpoint)
         if of_file:
             found.append(replace(measured(of_file), taken_over=1.0))  # but for what int8 loses, which is as little
-        found.append(replace(shape, taken_over=grid_share(checkpoint)))
+        share = grid_share(checkpoint) if stored.is_plain else _copied_share(parts, in_rows, held)
+        found.append(replace(shape, taken_over=share))
     return found
 
 

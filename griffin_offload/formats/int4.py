@@ -7,6 +7,9 @@
 - codes: two a byte, byte b of a group holds number b (low) and b + 16 (high).
 
 4.5 bits a number and one scale a row.
+
+Where a file's numbers lie on such grids, their codes are taken over, as rows of outputs, those of down projections,
+too. These rest in rows where all neurons stay; neurons that are chosen are made numbers, and rounded once more.
 """
 
 from collections.abc import Sequence

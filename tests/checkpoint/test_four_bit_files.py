@@ -28,6 +28,7 @@ from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
 from griffin_offload.formats.translated import TranslatedTensor, in_memory, stacked
 from griffin_offload.kv_cache.sequence_file import options_of
+from griffin_offload.planner.tiers import expected_error
 
 IDS = torch.arange(5, 45)[None]
 OPTIONS = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB", "dtype": "bfloat16"}
@@ -247,10 +248,18 @@ def test_a_copy_answers_as_its_file(others: dict[str, str], tmp_path: Path):
     found = [logits_of(path, **at_once) for path in (file, tmp_path / "copy")]
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1][1] == found[1][1][1]
+    assert found[0][1][0].precision == found[1][1][0].precision
+    kl = [expected_error(spec.shape, plan.counts) for spec, plan in map(planned, (file, tmp_path / "copy"))]
+    assert kl[0] == kl[1]
     few = {"density": 0.5, "selection": "random", **at_once}  # the same neurons
     exact, *near = (logits_of(path, **few)[0] for path in (file, file, tmp_path / "copy"))
     assert torch.equal(exact, near[0])
     assert (near[1] - exact).norm() < 0.05 * exact.norm()
+
+
+def planned(path: Path) -> tuple[Any, Any]:
+    spec = examine(path, LoadConfig(**OPTIONS))
+    return spec, plan_for(spec)
 
 
 def test_neurons_of_a_copy_are_rounded_as_those_of_its_file(tmp_path: Path):
