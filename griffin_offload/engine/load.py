@@ -187,8 +187,9 @@ def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[St
         tiers = [[(shape.levels[level], kept) for level, kept in tiers_of(own)] for own in plan.counts]
         formats, finer = (shape.precision, checkpoint.precision), [layer.finer for layer in shape.layers]
         swap_linears(decoder, blocks, *formats, scratch, importance, tiers, shape.finer, finer, plan.streamed)
-        records = checkpoint.records
-        swap_experts(decoder, blocks, *formats, records, scratch, importance, shape.finer, finer)
+        if others:  # else they are as the copy has them
+            records = checkpoint.records
+            swap_experts(decoder, blocks, *formats, records, scratch, importance, shape.finer, finer)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
     if shape.head is not checkpoint.tables:
         swap_head(model, checkpoint.tables, shape.head, scratch)

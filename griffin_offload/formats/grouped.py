@@ -228,8 +228,7 @@ class Grouped(Format):
         parts: int = 1,
         importance: Tensor | None = None,
     ) -> None:
-        """As any format's; of a copy of several, its own; of another format that gives `chosen_floats`, and of a down
-        projection in rows, in chunks."""
+        """As any format's; of a copy of several, its own; of `chosen_floats` of another, and of down in rows, in chunks."""
         if self in source.format.holds:
             full, source = source.format.part(self, full), self.stored(is_down=is_down)
         stored = source.format
