@@ -228,7 +228,7 @@ class Grouped(Format):
         parts: int = 1,
         importance: Tensor | None = None,
     ) -> None:
-        """As any format's; of a copy of several, its own; of `chosen_floats` of another, and of down in rows, in chunks."""
+        """As any format's; of a copy of several, its own; by `chosen_floats` of others, and of down in rows."""
         if self in source.format.holds:
             full, source = source.format.part(self, full), self.stored(is_down=is_down)
         stored = source.format
