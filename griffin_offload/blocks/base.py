@@ -185,6 +185,12 @@ class Block(ABC):
         return False
 
     @property
+    def in_rows(self) -> bool:
+        """Whether a down projection is stored in rows of outputs of a few bits, so that neurons that are chosen of it
+        are rounded again."""
+        return False
+
+    @property
     def rests_as_stored(self) -> bool:
         """Whether all neurons, when they stay, are copies of what is stored."""
         return self.is_plain

@@ -193,7 +193,12 @@ class FeedForward(Block):
     @property
     def rounds_again(self) -> bool:
         pairs = [(own.full.format, layout.format) for own in self.projections for _, layout in own.tiers]
-        return any(not full.is_plain and full is not resident for full, resident in pairs)
+        return self.in_rows or any(not full.is_plain and full is not resident for full, resident in pairs)
+
+    @property
+    def in_rows(self) -> bool:
+        full = self.projections[-1].full
+        return full.format.takes_over and not full.neurons_first
 
     @property
     def read_numbers(self) -> int:

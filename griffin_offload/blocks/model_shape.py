@@ -13,7 +13,7 @@ from griffin_offload.blocks.base import ALIGNMENT, Block, padded
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.blocks.replace import check_layer, expert_names, finer_names, outside_names
+from griffin_offload.blocks.replace import check_layer, expert_names, finer_names, linear_names, outside_names
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, NeuronSizes
 from griffin_offload.blocks.states import LayerState, check_takes_cache, kept_states, positions_reached, windows_of
 from griffin_offload.errors import UnsupportedModel
@@ -33,16 +33,18 @@ def model_shape(
     head: Format | None = None,
     finer: Format | None = None,
     held: Mapping[int, Collection[str]] = MappingProxyType({}),
+    in_rows: Mapping[int, Collection[str]] = MappingProxyType({}),
 ) -> ModelSizes:
     """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
     device and `stored` in the checkpoint, and its embeddings and head of `tables`. `parts` are `parts_of(model)`, for
     callers who ask more than once; `levels` are formats of FF neurons, if not `precision` alone; `head` is the
     format that the head rests in on the device, if not that of `tables`, and `finer` the one that small matrices of a
-    layer rest in, if not `precision`, and those of `held`, names by layer. Raises UnsupportedModel."""
+    layer rest in, if not `precision`, and those of `held`, names by layer; `in_rows` are those of matrices that are
+    stored in rows of outputs, down projections, too. Raises UnsupportedModel."""
     levels = tuple(levels) or (precision,)
     config = model.config.get_text_config()
     parts = parts or parts_of(model)
-    layers = _layer_shapes(_Formats(precision, levels, stored, finer, held), parts)
+    layers = _layer_shapes(_Formats(precision, levels, stored, finer, held, in_rows), parts)
     embedding = model.get_input_embeddings().weight
     linear = model.get_output_embeddings()
     tied = linear is None or linear.weight is embedding
@@ -145,13 +147,14 @@ class _Formats:
     stored: Format
     finer: Format | None
     held: Mapping[int, Collection[str]]
+    in_rows: Mapping[int, Collection[str]]
 
 
 def _layer_shapes(formats: _Formats, parts: ModelParts) -> tuple[LayerSizes, ...]:
     found: dict[Hashable, LayerSizes] = {}
     layers = []
     for index, kind in enumerate(parts.kinds):
-        key = (kind, frozenset(formats.held.get(index, ())))
+        key = (kind, *(frozenset(names.get(index, ())) for names in (formats.held, formats.in_rows)))
         if key not in found:
             own = (parts.decoder[index], parts.blocks[index], parts.windows[index], parts.states[index])
             found[key] = _layer_shape(formats, index, *own)
@@ -172,7 +175,7 @@ def _layer_shape(
         check_layer(layer, block, format)
     outside = {name: layer.get_submodule(name) for name in outside_names(layer, block)}
     finer_ff = [name for name in sorted(finer_ones) if name not in outside]
-    full = _stored_specs(layer, block, stored, finer, finer_ff)
+    full = _stored_specs(layer, block, stored, finer, finer_ff, formats.in_rows.get(index, ()))
     if len(levels) > 1:  # all matrices of a neuron are on its level
         finer_ones, finer_ff = finer_ones.difference(finer_ff), []
     ff = {id(tensor) for tensor in block.full()}
@@ -207,18 +210,28 @@ def _layer_shape(
 
 
 def _stored_specs(
-    layer: nn.Module, block: Block, stored: Format, finer: Format | None, finer_ones: Sequence[str]
+    layer: nn.Module,
+    block: Block,
+    stored: Format,
+    finer: Format | None,
+    finer_ones: Sequence[str],
+    in_rows: Collection[str],
 ) -> list[Spec]:
-    """Of a block's matrices as the checkpoint has them, some of them in a `finer` format if `stored` has fewer bits."""
+    """Of a block's matrices as the checkpoint has them: some in a `finer` format if `stored` has fewer bits, and a down
+    projection maybe in rows."""
     found = list(block.full_specs(stored))
-    if isinstance(block, Experts) or finer is None or finer.bits <= stored.bits:
+    if isinstance(block, Experts):
         return found
-    for module in map(layer.get_submodule, finer_ones):
-        (outputs, inputs), is_down = features(module), block.is_down(module)
-        own, other = (one.stored(is_down=is_down).specs(outputs, inputs, is_down=is_down) for one in (finer, stored))
-        for spec in other.values():
+    downs = [name for name in linear_names(layer) if block.is_down(layer.get_submodule(name))]
+    others = {name: (stored, False) for name in downs if name in in_rows}
+    if finer is not None and finer.bits > stored.bits:
+        others |= {name: (finer, block.is_down(layer.get_submodule(name))) for name in finer_ones}
+    for name, (format, is_down) in others.items():
+        outputs, inputs = features(module := layer.get_submodule(name))
+        as_down = block.is_down(module)
+        for spec in stored.stored(is_down=as_down).specs(outputs, inputs, is_down=as_down).values():
             found.remove(spec)
-        found += own.values()
+        found += format.stored(is_down=is_down).specs(outputs, inputs, is_down=is_down).values()
     return found
 
 

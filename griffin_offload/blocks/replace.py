@@ -12,7 +12,7 @@ from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import EXPERTS_INPUT, Experts, expert_count, is_experts
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.devices.threads import put
-from griffin_offload.formats.base import Format
+from griffin_offload.formats.base import Format, Layout
 from griffin_offload.formats.linear import QuantizedLinear, TieredLinear
 from griffin_offload.formats.translated import TranslatedTensor, on_grids
 from griffin_offload.kernels.by_blocks import Scratch
@@ -107,12 +107,13 @@ def swap_linears(
     finer: Format | None = None,
     finer_ones: Sequence[Container[str]] = (),
     streamed: Container[int] = (),
+    in_rows: Sequence[Container[str]] = (),
 ) -> None:
     """Replace each by a module with the same parameters; those of a converted checkpoint are on meta, to be assigned.
     `importance` [3, I], by "layer.name", is of the inputs of matrices that are quantised while the model runs; `tiers`
     are of the FF of each layer, if it is not of `precision` alone; `finer` is what the `finer_ones` of each layer rest
     in, and are stored in unless the others have as many bits or a copy has them as they are; `streamed` are layers
-    whose FF passes.
+    whose FF passes, and `in_rows` names of each layer's matrices that lie in rows of outputs, down projections, too.
 
     Conv1D's matrix is turned around: every QuantizedLinear is [outputs, inputs].
     """
@@ -127,10 +128,12 @@ def swap_linears(
             if finer is not None and name in finer_ones[index]:
                 own = ((finer, sum(kept for _, kept in own)),)
                 source = max(finer, source, key=lambda format: format.bits)
+            is_down = block.is_down(module)
+            full = source.stored(is_down=is_down and not (in_rows and name in in_rows[index]))
             if isinstance(module, QuantizedLinear):  # of a copy: as it lies there
-                source = module.full.format
-            is_down = block.is_down(module) and (index in streamed or not _takes_rows_over(module, own))
-            new = _replaced(module, own, block, source, scratch, is_down=is_down)
+                full = module.full
+            is_down = is_down and (index in streamed or not _takes_rows_over(module, own))
+            new = _replaced(module, own, block, full, scratch, is_down=is_down)
             new.importance = (importance or {}).get(f"{index}.{name}")
             setattr(layer.get_submodule(parent), attribute, new)
 
@@ -144,21 +147,26 @@ def turn_experts(blocks: Sequence[Block]) -> None:
 
 def _takes_rows_over(module: nn.Module, tiers: Tiers) -> bool:
     """Whether a down projection rests in rows of outputs, as all other matrices, because these lie on grids in its file
-    that its format takes over. Then its neurons are not to be told apart: all of them stay. In no more bytes than
-    neurons take, and without room for more of them."""
+    that its format takes over, or so in its copy. Then its neurons are not to be told apart: all of them stay."""
     (outputs, inputs), weight = features(module), module.weight
-    on_its_grids = isinstance(module, nn.Linear) and isinstance(weight, TranslatedTensor) and on_grids(weight.decode)
     ((format, kept), *others) = tiers
-    fits = not others and kept == inputs >= outputs and inputs % format.rests_as().neuron_multiple == 0
-    return on_its_grids and fits and format.takes_over
+    lies_so = isinstance(module, nn.Linear) and isinstance(weight, TranslatedTensor) and on_grids(weight.decode)
+    if isinstance(module, QuantizedLinear):
+        lies_so = module.full is format.stored(is_down=False)
+    return lies_so and not others and kept == inputs and fits_rows(format, outputs, inputs)
+
+
+def fits_rows(format: Format, outputs: int, inputs: int) -> bool:
+    """Whether `format` takes over a down projection in rows: in no more bytes than neurons take, and without room for
+    more of them."""
+    return format.takes_over and inputs >= outputs and inputs % format.rests_as().neuron_multiple == 0
 
 
 def _replaced(
-    module: nn.Module, tiers: Tiers, block: Block, stored: Format, scratch: Scratch, *, is_down: bool
+    module: nn.Module, tiers: Tiers, block: Block, full: Layout, scratch: Scratch, *, is_down: bool
 ) -> QuantizedLinear:
     """One of a single format, or of several."""
     outputs, inputs = features(module)
-    full = stored.stored(is_down=is_down)
     if len(tiers) == 1:
         resident = tiers[0][0].resident(is_down=is_down)
         new = QuantizedLinear(outputs, inputs, is_down=is_down, full=full, resident=resident, scratch=scratch)
@@ -171,11 +179,11 @@ def _replaced(
             parts.append(QuantizedLinear(*sizes, is_down=is_down, full=resident, resident=resident, scratch=scratch))
         shape: dict[str, Any] = {"is_down": is_down, "full": full, "scratch": scratch}
         new = TieredLinear(outputs, inputs, tiers=parts, stacked=stacked, **shape)
-    _take_tensors(new, module, stored)
+    _take_tensors(new, module)
     return new
 
 
-def _take_tensors(new: QuantizedLinear, module: nn.Module, stored: Format) -> None:
+def _take_tensors(new: QuantizedLinear, module: nn.Module) -> None:
     """Those of the full matrix."""
     if isinstance(module, QuantizedLinear):
         for name, parameter in module.named_parameters(recurse=False):
@@ -185,7 +193,7 @@ def _take_tensors(new: QuantizedLinear, module: nn.Module, stored: Format) -> No
     assert isinstance(weight, Tensor)
     if isinstance(bias, Tensor):
         put(new, "bias", bias.detach())
-    if stored.is_plain:
+    if new.full.format.is_plain:
         origin = weight.detach()
         if isinstance(module, nn.Linear) and isinstance(origin, TranslatedTensor):
             new.codes = origin.codes

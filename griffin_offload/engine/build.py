@@ -30,7 +30,7 @@ from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.renaming import Conversion, KeptTypes
 from griffin_offload.devices.threads import building, parameters_on_meta, put
-from griffin_offload.engine.precisions import held_finer
+from griffin_offload.engine.precisions import held_finer, lying_in_rows
 from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedModel, memory_refused, one_line
 from griffin_offload.formats import FLOATS
 from griffin_offload.formats.base import is_plain
@@ -78,7 +78,9 @@ def _swap_formats(model: StockModel, checkpoint: Checkpoint, scratch: Scratch) -
         held = held_finer(checkpoint)
         finer = [finer_names(layer, blocks[i], held.get(i, ())) for i, layer in enumerate(decoder)]
         formats = (checkpoint.precision, checkpoint.precision)
-        swap_linears(decoder, blocks, *formats, scratch, finer=checkpoint.small, finer_ones=finer)
+        rows = lying_in_rows(checkpoint)
+        in_rows = [rows.get(i, set()) for i in range(len(blocks))]
+        swap_linears(decoder, blocks, *formats, scratch, finer=checkpoint.small, finer_ones=finer, in_rows=in_rows)
     own = checkpoint.precision.rests_as()
     if checkpoint.expert_rows or checkpoint.records is not None:
         turn_experts(blocks)

@@ -177,16 +177,19 @@ def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[St
         if block.neurons and not isinstance(block, Experts):  # whose own code says how they lie
             self_check(block)
             break
-    if not shape.is_plain and shape.formats != (checkpoint.precision.rests_as(),):
+    others = shape.formats != (checkpoint.precision.rests_as(),)
+    if not shape.is_plain and (others or any(block.in_rows for block in blocks)):
         importance: Importance = {}
-        rounded = [format for format in shape.formats if format not in checkpoint.precision.holds]
+        anew = others or any(blocks[index].in_rows for index in plan.streamed)
+        rounded = [format for format in shape.formats if anew and format not in checkpoint.precision.holds]
         if any(format.wants_importance for format in rounded):
             importance = importance_of(checkpoint, model, decoder, blocks, evict=evicts(model_spec))
         tiers = [[(shape.levels[level], kept) for level, kept in tiers_of(own)] for own in plan.counts]
         formats, finer = (shape.precision, checkpoint.precision), [layer.finer for layer in shape.layers]
         swap_linears(decoder, blocks, *formats, scratch, importance, tiers, shape.finer, finer, plan.streamed)
-        records = checkpoint.records
-        swap_experts(decoder, blocks, *formats, records, scratch, importance, shape.finer, finer)
+        if others:  # else they are as the copy has them
+            records = checkpoint.records
+            swap_experts(decoder, blocks, *formats, records, scratch, importance, shape.finer, finer)
         decoder, blocks = find_feed_forwards(model, len(shape.layers))
     if shape.head is not checkpoint.tables:
         swap_head(model, checkpoint.tables, shape.head, scratch)

@@ -10,7 +10,7 @@ import torch
 
 from griffin_offload.blocks.experts import is_experts
 from griffin_offload.blocks.model_shape import ModelParts, model_shape, parts_of
-from griffin_offload.blocks.replace import small_names
+from griffin_offload.blocks.replace import linear_names, small_names
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.config import LAYERS, MIXED, TIERS, LoadConfig
@@ -107,6 +107,18 @@ def held_finer(checkpoint: Checkpoint) -> dict[int, set[str]]:
     return found
 
 
+def lying_in_rows(checkpoint: Checkpoint) -> dict[int, set[str]]:
+    """By layer the names of matrices whose rows a copy in int4 holds, down projections among them where it has the
+    codes of its file; of others none."""
+    found: dict[int, set[str]] = {}
+    if checkpoint.precision is INT4:
+        scales = {name for name in checkpoint.tensors() if name.endswith(".scale")}
+        for match, tensor in _layer_matrices(checkpoint):
+            if tensor.format is INT4 and f"{match.string.removesuffix('.weight')}.scale" in scales:
+                found.setdefault(int(match["layer"]), set()).add(match["matrix"])
+    return found
+
+
 def _stored_in(checkpoint: Checkpoint, format: Format | None) -> dict[int, set[str]]:
     found: dict[int, set[str]] = {}
     for match, tensor in _layer_matrices(checkpoint):
@@ -119,6 +131,14 @@ def _beyond_small(held: Mapping[int, set[str]], parts: ModelParts) -> dict[int, 
     """Those that are no small matrices; layers that have some."""
     found = {i: names - small_names(parts.decoder[i], parts.blocks[i]) for i, names in held.items()}
     return {i: names for i, names in found.items() if names}
+
+
+def _copied_share(parts: ModelParts, *kept: Mapping[int, set[str]]) -> float:
+    """Of the layers of a copy, those that are as in a file of four bits: that is told by their down projections, of
+    which names are `kept`."""
+    layers = enumerate(zip(parts.decoder, parts.blocks, strict=True))
+    downs = [(i, n) for i, (layer, own) in layers for n in linear_names(layer) if own.is_down(layer.get_submodule(n))]
+    return sum(any(name in names.get(i, ()) for names in kept) for i, name in downs) / max(len(downs), 1)
 
 
 def _layer_matrices(checkpoint: Checkpoint) -> list[tuple[re.Match[str], StoredTensor]]:
@@ -142,6 +162,7 @@ def _measured(
     """The precisions that `config` asks for, or all others."""
     stored, parts, found = checkpoint.precision, parts_of(meta), []
     held = {} if stored.is_plain else _beyond_small(held_finer(checkpoint), parts)  # so a copy holds and rests them
+    in_rows = lying_in_rows(checkpoint)
     for name, precision, levels in _precisions(stored, config):
         wanted, drafts = config.quantize, levels[0] is not precision
         # A stored format may rest in another one, which has its own name.
@@ -158,6 +179,7 @@ def _measured(
             own_head = head if levels[-1].bits < head.bits else checkpoint.tables
             beside = small_beside(precision, checkpoint)
             measured = partial(model_shape, meta, precision, full, checkpoint.tables, parts, levels, own_head, beside)
+            measured = partial(measured, in_rows=in_rows)
             shape = measured(held)
             if len(levels) > 1 and not shape.with_neurons:
                 kind = checkpoint.config.model_type
@@ -173,7 +195,8 @@ def _measured(
         of_file = {} if config.exact or beside is None or not stored.is_plain else held_finer(checkpoint)
         if of_file:
             found.append(replace(measured(of_file), taken_over=1.0))  # but for what int8 loses, which is as little
-        found.append(replace(shape, taken_over=grid_share(checkpoint)))
+        share = grid_share(checkpoint) if stored.is_plain else _copied_share(parts, in_rows, held)
+        found.append(replace(shape, taken_over=share))
     return found
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import EXPERTS_INPUT, Experts, is_experts
-from griffin_offload.blocks.replace import linear_names
+from griffin_offload.blocks.replace import fits_rows, linear_names
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, save_with_records
 from griffin_offload.checkpoint.files import check_name, one_writer, renamed, temporary_name, write_text
@@ -280,6 +280,7 @@ class Quantizing:
         `codes` of its rows, if they lie on grids: making up for errors would leave them."""
         format = self._format if neurons else self._format.outside()
         format = SMALL_MATRICES if name in self._finer else format
+        is_down = is_down and not (codes is not None and fits_rows(format, *matrix.shape))
         found = None if codes is None or is_down else format.taken_over(codes, self._dtype)
         if found is None:
             own = self._compensation(name, is_down=is_down) if format.wants_importance else None

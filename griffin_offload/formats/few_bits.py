@@ -206,10 +206,10 @@ class FewBits(Grouped):
         importance: Tensor | None = None,
     ) -> None:
         """Of int4 group by group: its numbers are read, and rounded again by the same scale of the row."""
-        if not isinstance(source.format, Grouped) or source.format.code_bits != 4:
+        scale = "input_scale" if is_down else "scale"
+        if not isinstance(source.format, Grouped) or source.format.code_bits != 4 or scale not in full:
             super().gather(full, source, chosen, out, is_down=is_down, parts=parts, importance=importance)
             return
-        scale = "input_scale" if is_down else "scale"
         starts = range(0, chosen.numel(), self.chunk)
         chunks = (
             ((chosen[i : i + self.chunk], i) for i in starts) if is_down else self.row_chunks(full, chosen, out, parts)

@@ -4,9 +4,9 @@
 
 The scale is the row's, its root mean square, in the precision of the computation; steps and offsets are a format's own
 (int4.py, few_bits.py). Rows are those of a matrix [O, I]; of a down projection they are its columns, a neuron each, so
-that a selection of neurons takes its bytes along and changes nothing else. Of B bits a code, "rows" and "neurons" are
-codes [R, C B / 8] and groups [R, C / 32, 2]; "strips", the form in which neurons are multiplied, codes
-[C / 64, R, 8 B] and groups [C / 32, R, 2], C filled up to a multiple of 64.
+that a selection of neurons takes its bytes along and changes nothing else (but where it has a file's codes: int4.py).
+Of B bits a code, "rows" and "neurons" are codes [R, C B / 8] and groups [R, C / 32, 2]; "strips", the form in which
+neurons are multiplied, codes [C / 64, R, 8 B] and groups [C / 32, R, 2], C filled up to a multiple of 64.
 
 Step and offset are searched: of a few shares of a group's range, as they are and fitted to their codes by least
 squares, the one that errs least. An error counts by the importance of its number along the row: the mean square of
@@ -57,7 +57,8 @@ class Grouped(Format):
         self.group_bytes = GROUP * self.code_bits // 8
         """Of a group's codes."""
         self._highest = (1 << self.code_bits) - 1
-        self._rows = Layout(f"{name}_rows", self, self._row_specs, self._multiply_rows)
+        multiply, inputs = self._multiply_rows, lambda weight: weight.shape[1] * 8 // self.code_bits
+        self._rows = Layout(f"{name}_rows", self, self._row_specs, multiply, inputs=inputs)
         self._neurons = Layout(
             *(f"{name}_neurons", self, self._neuron_specs, self._multiply_neurons),
             neurons_first=True,
@@ -227,11 +228,12 @@ class Grouped(Format):
         parts: int = 1,
         importance: Tensor | None = None,
     ) -> None:
-        """As any format's; of a copy of several, its own; of another format that gives `chosen_floats`, in chunks."""
+        """As any format's; of a copy of several, its own; by `chosen_floats` of others, and of down in rows."""
         if self in source.format.holds:
             full, source = source.format.part(self, full), self.stored(is_down=is_down)
         stored = source.format
-        if stored is self or stored.is_plain or not stored.gives_chosen:
+        as_it_lies = stored is self and not (is_down and source is self._rows)
+        if as_it_lies or stored.is_plain or not stored.gives_chosen:
             super().gather(full, source, chosen, out, is_down=is_down, parts=parts, importance=importance)
             return
         if is_down:

@@ -7,6 +7,9 @@
 - codes: two a byte, byte b of a group holds number b (low) and b + 16 (high).
 
 4.5 bits a number and one scale a row.
+
+Where a file's numbers lie on such grids, their codes are taken over, as rows of outputs, those of down projections,
+too. These rest in rows where all neurons stay; neurons that are chosen are made numbers, and rounded once more.
 """
 
 from collections.abc import Sequence
@@ -136,6 +139,7 @@ class Int4(Grouped):
         table.add(
             table.Kernel("quantize", "norms_of_codes", "by numbers", _norms_by_torch, ours=False),
             table.Kernel("quantize", "pairs_of_codes", "by numbers", _pairs_by_torch, ours=False),
+            table.Kernel("gather", "int4_columns", "by blocks", self.columns_by_torch, ours=False),
             last=True,
         )
 
@@ -162,6 +166,32 @@ class Int4(Grouped):
                     out[name][start : start + rows.numel()] = tensor
                 start += rows.numel()
         return True
+
+    def chosen_floats(self, full: Tensors, index: Tensor, dtype: torch.dtype, *, is_down: bool) -> Tensor:
+        """Of a down projection in rows, too."""
+        if not is_down or "input_scale" in full:
+            return super().chosen_floats(full, index, dtype, is_down=is_down)
+        out = torch.empty(full["scale"].shape[0], index.numel(), dtype=dtype, device=index.device)
+        table.call("gather", "int4_columns", full["weight"], full["groups"], full["scale"].float(), index, out)
+        return out
+
+    def column_norms(self, full: Tensors) -> Tensor:
+        if "input_scale" in full:
+            return super().column_norms(full)
+        neurons = torch.arange(full["groups"].shape[1] * GROUP, dtype=torch.long, device=full["groups"].device)
+        parts = (self.chosen_floats(full, part, torch.float32, is_down=True) for part in neurons.split(self.chunk))
+        return torch.cat([torch.linalg.vector_norm(part, dim=0) for part in parts])
+
+    def columns_by_torch(self, codes: Tensor, groups: Tensor, scale: Tensor, chosen: Tensor, out: Tensor) -> None:
+        """Write columns `chosen` [K] of rows of a `scale` [O] into `out` [O, K]: some rows at a time, of the groups
+        that hold them."""
+        first, end = int(chosen.min()) // GROUP, int(chosen.max()) // GROUP + 1
+        step = max(BLOCK_NUMBERS // ((end - first) * GROUP), 1)
+        for start in range(0, len(scale), step):
+            rows, own = slice(start, start + step), slice(first * self.group_bytes, end * self.group_bytes)
+            numbers = torch.empty(len(scale[rows]), (end - first) * GROUP, dtype=torch.float32, device=scale.device)
+            self.unpack(codes[rows, own].contiguous(), groups[rows, first:end], numbers)
+            out[rows] = numbers.mul_(scale[rows, None]).index_select(1, chosen - first * GROUP)
 
     def pack(self, levels: Tensor) -> Tensor:
         groups = levels.reshape(levels.shape[0], levels.shape[1] // GROUP, 2, _HALF)

@@ -41,7 +41,7 @@ class QuantizedLinear(nn.Module):
         stored, resting = (layout.specs(outputs, inputs, is_down=is_down) for layout in (full, resident))
         for name in dict.fromkeys(("weight", *stored, *resting, "bias", "input_scale")):
             self.register_parameter(name, None)
-        self._only_stored = stored.keys() - resting.keys()
+        self._only_stored, self._only_resting = stored.keys() - resting.keys(), resting.keys() - stored.keys()
 
     def gather(self, layout: Layout, full: Tensors, chosen: Tensor, out: Tensors, *, parts: int = 1) -> None:
         """Of its `full` matrix the `chosen` neurons, or outputs, into `out`, which lie in `layout`."""
@@ -52,12 +52,10 @@ class QuantizedLinear(nn.Module):
             format.gather(full, self.full, chosen, out, parts=parts, **kind)
 
     def take_layout(self, layout: Layout) -> None:
-        """Say that the tensors of `layout` were installed. What only the full matrix has goes; what only the resident
-        one has stays where it is while a full one passes."""
+        """Say that the tensors of `layout` were installed: what only the other one has goes."""
         self.layout = layout
-        if layout is self.resident:
-            for name in self._only_stored:
-                self._parameters[name] = None
+        for name in self._only_stored if layout is self.resident else self._only_resting:
+            self._parameters[name] = None
 
     def declare_features(self) -> None:
         """Take the sizes from the tensors that were installed."""

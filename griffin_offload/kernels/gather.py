@@ -10,16 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.library import check, check_rows, library
+from griffin_offload.kernels.library import NUMBER_TYPES, check, check_rows, library
 
 _GATHERING = struct.Struct("@6P9q")
 """The struct Gathering of gather.c."""
+_COLUMNS = struct.Struct("@5P5q")
+"""The struct Columns of it."""
 _MASK_BITS = 64
 # One thread is done with less than that before a second one has begun.
 SHARED_BYTES = 2**20
 # numpy copies what does not lie in one piece to a buffer of such rows.
 _COPIED_ROWS = 1024
-_CODE_BYTES = (8, 12, 16)  # of a group of 32, by bits
+_GROUP = 32
+_CODE_BYTES = (8, 12, 16)  # of a group, by bits
 
 
 def takes_columns(source: Tensor, chosen: Tensor, out: Tensor) -> bool:
@@ -98,6 +101,26 @@ def gather_neurons_to_strips(
     chosen = _inside(chosen, stored)
     addresses = (codes.data_ptr(), groups.data_ptr(), chosen.data_ptr(), 0, target.data_ptr(), target_groups.data_ptr())
     _run("gather_neurons_to_strips", addresses, (count, 0, row_bytes, 0, 0, own, start, kept))
+
+
+def takes_int4(codes: Tensor, groups: Tensor, scale: Tensor, chosen: Tensor, out: Tensor) -> bool:
+    """Whether `columns_of_int4` takes these."""
+    return out.dtype in NUMBER_TYPES and all(own.is_contiguous() for own in (codes, groups, scale, out))
+
+
+def columns_of_int4(codes: Tensor, groups: Tensor, scale: Tensor, chosen: Tensor, out: Tensor) -> None:
+    """Write columns `chosen` [K] of rows of 4 bits, codes [O, I / 2], groups [O, I / 32, 2] and `scale` float32 [O],
+    into `out` [O, K], as floats."""
+    (rows, count), kept = groups.shape[:2], chosen.numel()
+    check(codes, (rows, count * _CODE_BYTES[-1]), torch.uint8, "the codes")
+    check(groups, (rows, count, 2), torch.uint8, "the groups")
+    check(scale, (rows,), torch.float32, "the scale")
+    check(out, (rows, kept), name="the numbers")
+    chosen, found = _inside(chosen, count * _GROUP), library()
+    addresses = (own.data_ptr() for own in (codes, groups, scale, chosen, out))
+    assert found is not None, "the table was not asked"
+    sizes = (rows, count, kept, NUMBER_TYPES[out.dtype], torch.get_num_threads())
+    found.call("columns_of_int4", _COLUMNS.pack(*addresses, *sizes))
 
 
 def _run(function: str, addresses: tuple[int, ...], sizes: tuple[int, ...]) -> None:

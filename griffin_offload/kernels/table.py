@@ -364,6 +364,7 @@ def _others_of_ours() -> list[Kernel]:
             takes=gather.takes_columns,
             numbers=_SHORT,
         ),
+        Kernel("gather", "int4_columns", "columns_of_int4", gather.columns_of_int4, **own, takes=gather.takes_int4),
         Kernel("gather", "columns", "numpy.take", gather.columns_by_numpy, "cpu", ours=False),
         Kernel("gather", "columns", "index_select", gather.columns_by_torch, ours=False),
         *(

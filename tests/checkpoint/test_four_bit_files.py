@@ -17,14 +17,18 @@ from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import LoadConfig
+from griffin_offload.engine import shards
 from griffin_offload.engine.build import build
 from griffin_offload.engine.convert import convert
+from griffin_offload.engine.residents import materialise
 from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.errors import SavedContextError
+from griffin_offload.formats.floats import FLOATS
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
 from griffin_offload.formats.translated import TranslatedTensor, in_memory, stacked
 from griffin_offload.kv_cache.sequence_file import options_of
+from griffin_offload.planner.tiers import expected_error
 
 IDS = torch.arange(5, 45)[None]
 OPTIONS = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB", "dtype": "bfloat16"}
@@ -91,7 +95,7 @@ def test_a_copy_has_the_codes_of_its_file(four_bits: tuple[Path, Path]):
     found = dict(build(copy).state_dict())
     taken = []
     for name, parameter in parameters.items():
-        if f"{name.removesuffix('weight')}groups" in found and "down_proj" not in name:
+        if f"{name.removesuffix('weight')}groups" in found:
             _, steps, lowest = parameter.codes()
             numbers = full.in_precision(torch.float32)
             exact = in_memory(dict(build(numbers).named_parameters())[name]).detach().view(*steps.shape, 32)
@@ -99,7 +103,7 @@ def test_a_copy_has_the_codes_of_its_file(four_bits: tuple[Path, Path]):
             codes = torch.where(steps[..., None] < 0, 15 - codes, codes).to(torch.uint8)
             taken.append(name)
             assert torch.equal(found[name].view(*steps.shape, 16), codes[..., :16] | (codes[..., 16:] << 4)), name
-    assert any("gate_proj" in name for name in taken)
+    assert {name.split(".")[-2] for name in taken} >= {"gate_proj", "down_proj", "o_proj"}
 
 
 @pytest.mark.parametrize("asked", [{"density": 1.0}, {"density": 0.5}, {"quantize": "tiers", "bits": 3.5}], ids=str)
@@ -224,7 +228,7 @@ def test_so_does_a_copy_of_it(density: float, tmp_path: Path, recwarn: pytest.Wa
     exact, _ = logits_of(file, quantize="none", dtype="float32", density=density)
     finer, (plan, nbytes, forms) = logits_of(copy, density=density)
     assert (plan.precision, plan.as_held) == ("int4", True)
-    assert nbytes == plan.resident_bytes
+    assert nbytes <= plan.resident_bytes <= 1.001 * nbytes
     in_int8 = {name.split(".layers.")[1] for name, form in forms.items() if form is INT8}
     assert in_int8 == {"0.self_attn.o_proj", "1.mlp.down_proj"}
     if density == 1:
@@ -232,6 +236,68 @@ def test_so_does_a_copy_of_it(density: float, tmp_path: Path, recwarn: pytest.Wa
         coarse, (_, fewer, _) = logits_of(tmp_path / "even")
         assert fewer < 0.95 * nbytes
         assert (finer - exact).norm() < 0.8 * (coarse - exact).norm()
+
+
+@pytest.mark.parametrize("others", [{}, IN_MORE_BITS], ids=["even", "mixed"])
+def test_a_copy_answers_as_its_file(others: dict[str, str], tmp_path: Path):
+    """Bit for bit with all neurons. Of chosen ones both round down projections once more, and the prompt passes the
+    file's in 16 bits: whoever rounds them for the copy alone is further off."""
+    file = write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_0", others=others)
+    convert(file, tmp_path / "copy", "int4")
+    at_once = {"ff_chunk_tokens": 64}  # kernels sum otherwise for fewer
+    found = [logits_of(path, **at_once) for path in (file, tmp_path / "copy")]
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1][1] == found[1][1][1]
+    assert found[0][1][0].precision == found[1][1][0].precision
+    kl = [expected_error(spec.shape, plan.counts) for spec, plan in map(planned, (file, tmp_path / "copy"))]
+    assert kl[0] == kl[1]
+    few = {"density": 0.5, "selection": "random", **at_once}  # the same neurons
+    exact, *near = (logits_of(path, **few)[0] for path in (file, file, tmp_path / "copy"))
+    assert torch.equal(exact, near[0])
+    assert (near[1] - exact).norm() < 0.05 * exact.norm()
+
+
+def planned(path: Path) -> tuple[Any, Any]:
+    spec = examine(path, LoadConfig(**OPTIONS))
+    return spec, plan_for(spec)
+
+
+def test_neurons_of_a_copy_are_rounded_as_those_of_its_file(tmp_path: Path):
+    """Of the numbers in its rows; into the same strips again where an earlier prompt comes back."""
+    convert(write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_0"), tmp_path / "copy", "int4")
+    full = build(open_checkpoint(tmp_path / "copy")).get_submodule("model.layers.1.mlp.down_proj")
+    rows = {name: parameter.detach() for name, parameter in full.named_parameters()}
+    floats = INT4.chosen_floats(rows, torch.arange(512), torch.bfloat16, is_down=True)
+    with GriffinModel.from_pretrained(tmp_path / "copy", **OPTIONS, density=0.5, selection="output_aware") as model:
+        down = model.model.get_submodule("model.layers.1.mlp.down_proj")
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+        layers = model.engine.loaded.layers
+        chosen = dict(layers.selected)
+        assert down.layout is INT4.resident(is_down=True)
+        expected = {name: torch.zeros_like(parameter) for name, parameter in down.named_parameters()}
+        INT4.gather({"weight": floats}, FLOATS.stored(is_down=True), chosen[1], expected, is_down=True)
+        for again in (False, True):
+            for name, parameter in down.named_parameters():
+                assert torch.equal(parameter, expected[name]), (name, again)
+                parameter.detach().zero_()
+            materialise(layers, chosen, torch.bfloat16)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_an_earlier_copy_loads_as_it_is(density: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its down projections lie as neurons, and rest in strips."""
+    file = write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_0")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(shards, "fits_rows", lambda *_: False)
+        convert(file, tmp_path / "copy", "int4")
+    shape = examine(tmp_path / "copy", LoadConfig(**OPTIONS)).shape
+    _, blocks = find_feed_forwards(build(open_checkpoint(tmp_path / "copy")), 2)
+    assert shape.layers[0].ff_bytes == sum(tensor.nbytes for tensor in blocks[0].full())
+    with GriffinModel.from_pretrained(tmp_path / "copy", **OPTIONS, density=density) as model:
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+        down = model.model.get_submodule("model.layers.1.mlp.down_proj")
+        assert (down.full, down.layout) == (INT4.stored(is_down=True), INT4.resident(is_down=True))
+        assert model.resident_bytes == model.plan.resident_bytes
 
 
 def test_every_plan_of_such_a_copy_counts_what_it_streams(tmp_path: Path):

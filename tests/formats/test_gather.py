@@ -1,5 +1,6 @@
 """Gathering commutes with quantising: chosen neurons of what is stored are what quantising the chosen ones gives."""
 
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -158,3 +159,24 @@ def test_columns_are_shared_by_threads(rows: int, threads: int):
     with mock.patch.object(gather, "SHARED_BYTES", 0), limited_threads(threads):
         take(matrix, 1, chosen, out)
     assert torch.equal(out, matrix.index_select(1, chosen))
+
+
+@dtypes
+def test_a_down_projection_in_rows(dtype: torch.dtype):
+    """Its neurons are those of its numbers, rounded anew, also in fewer bits than it has."""
+    int4, neurons = get("int4"), 224  # whole groups
+    stored = int4.quantize(_random(HIDDEN, neurons, dtype=dtype), dtype, is_down=False)
+    numbers = ref.grouped_matrix(stored)
+    every = torch.arange(neurons)
+    floats = int4.chosen_floats(stored, every, dtype, is_down=True)
+    torch.testing.assert_close(floats, numbers.to(dtype), rtol=max(torch.finfo(dtype).eps, 1e-6), atol=0)
+    norms = int4.column_norms(stored)
+    torch.testing.assert_close(norms / norms[0], (numbers.norm(dim=0) / numbers[:, 0].norm()).float())
+    for kept, name, parts in product((0, 1, 70, neurons), ("int4", "int3"), (None, torch.rand(3, neurons) + 0.1)):
+        chosen = torch.randperm(neurons)[:kept].sort().values
+        format, beside = get(name), {"is_down": True, "importance": parts}
+        specs = format.resident(is_down=True).specs(HIDDEN, 256, is_down=True)
+        found, expected = ({n: torch.zeros(s, dtype=own or dtype) for n, (s, own) in specs.items()} for _ in range(2))
+        format.gather(stored, int4.stored(is_down=False), chosen, found, **beside)
+        format.gather({"weight": floats}, FLOATS.stored(is_down=True), chosen, expected, **beside)
+        _equal(found, expected)

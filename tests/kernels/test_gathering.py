@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from griffin_offload.formats.int4 import INT4
 from griffin_offload.kernels import table
 from griffin_offload.kernels.gather import (
+    columns_of_int4,
     gather_columns,
     gather_neurons_to_strips,
     takes_columns,
@@ -71,6 +73,32 @@ def test_neurons_to_strips(data: st.DataObject):
     expected[0][inside, : per_neuron * own], expected[1][inside, :per_neuron] = codes[chosen], groups[chosen]
     for found, whole in zip(out, ref.rows_as_strips(*expected), strict=True):
         assert torch.equal(found, whole)
+
+
+@needs_kernels
+@given(data=st.data())
+def test_columns_of_int4(data: st.DataObject):
+    """The same to the last bit as torch's, in any order, several times, too."""
+    rows, count = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 9))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    chosen = torch.tensor(data.draw(st.lists(st.integers(0, 32 * count - 1), min_size=1, max_size=100)))
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3])))
+    stored = _numbers(rows, 16 * count), _numbers(rows, count, 2), torch.rand(rows) * 0.01
+    found, expected = (torch.empty(rows, chosen.numel(), dtype=dtype) for _ in range(2))
+    columns_of_int4(*stored, chosen, found)
+    INT4.columns_by_torch(*stored, chosen, expected)
+    assert torch.equal(found, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", range(6))
+def test_columns_of_int4_of_wrong_sizes_are_refused(change: int):
+    scale, chosen, out = torch.ones(3), torch.tensor([5, 63]), torch.empty(3, 2)
+    tensors = [_numbers(3, 32), _numbers(3, 2, 2), scale, chosen, out]
+    wrong = [_numbers(3, 31), _numbers(3, 2, 1), scale[:2], chosen + 1, out[:, :1], chosen - 6]
+    tensors[min(change, 3) if change != 4 else 4] = wrong[change]
+    with pytest.raises(ValueError, match=r"must be|is asked for"):
+        columns_of_int4(*tensors)
 
 
 @needs_kernels

@@ -138,6 +138,9 @@ def in_groups(r: random.Random, library: compiled.Library) -> None:
     scale, dtype = torch.rand(outputs).to(r.choice(DTYPES)), r.choice(DTYPES)
     few.multiply_rows(_numbers(r, r.randint(1, 9), inputs, dtype), *rows, scale, bits=bits)
     named = {"weight": rows[0], "groups": rows[1], "scale": scale}
+    if bits == 4:
+        some = torch.randint(0, inputs, (r.randint(0, 99),))
+        gathering.columns_of_int4(*rows, scale.float(), some, torch.empty(outputs, some.numel(), dtype=dtype))
     matrix = gemv.checked_matrix(f"int{bits}_rows", named, None, dtype)
     few.multiply_several(_numbers(r, 5, inputs, dtype), (matrix, matrix, matrix), ((0, 2), (0, 2), (2, 3)))
     kept, features = 16 * r.randint(1, 8), r.randint(1, outputs)

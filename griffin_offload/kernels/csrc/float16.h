@@ -56,6 +56,27 @@ AVX2 INLINED void store_narrowed(void *to, int64_t at, int64_t type, float value
     else ((uint16_t *)to)[at] = type == FLOAT16 ? narrowed(value, FLOAT16) : narrowed(value, BFLOAT16);
 }
 
+/* Eight numbers, rounded to nearest. */
+AVX2 INLINED void store_rounded(void *to, int64_t at, __m256 values, const int type) {
+    if (type == FLOAT32) {
+        _mm256_storeu_ps((float *)to + at, values);
+        return;
+    }
+    __m128i halves;
+    if (type == FLOAT16) halves = _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
+    else {
+        const __m256i bits = _mm256_castps_si256(values), one = _mm256_set1_epi32(1);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+        __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        /* Rounding would make numbers of some that are none. */
+        const __m256 none = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
+        rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(none));
+        const __m256i upper = _mm256_srli_epi32(rounded, 16);
+        halves = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+    }
+    _mm_storeu_si128((__m128i *)((uint16_t *)to + at), halves);
+}
+
 AVX2 INLINED float sum_of(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));

@@ -94,4 +94,55 @@ void gather_neurons_to_strips(const Gathering *g, Parallel parallel) {
     in_parallel(parallel, g->threads, parts[g->item_bytes / 4 - 2], g, g->count, NEURONS);
 }
 
+/* Columns of int4 rows, made numbers: a down projection lies so in files, and rests as neurons. */
+
+/* gather.py packs these fields, in this order. */
+typedef struct {
+    const uint8_t *codes, *pairs; /* [rows, groups of 16 bytes] and [rows, groups, 2] */
+    const float *scale;           /* [rows] */
+    const int64_t *chosen;        /* columns */
+    void *numbers;                /* [rows, chosen] of `type` */
+    int64_t rows, groups, count, type, threads;
+} Columns;
+
+AVX2 INLINED void group_numbers(const uint8_t *codes, const uint8_t *pair, float scale, void *to, const int type) {
+    const __m128i both = _mm_loadu_si128((const __m128i *)codes), four = _mm_set1_epi8(15);
+    const __m128i each[2] = {_mm_and_si128(both, four), _mm_and_si128(_mm_srli_epi16(both, 4), four)};
+    const __m256 offset = _mm256_set1_ps(int4_offset(pair)), step = _mm256_set1_ps(int4_step(pair));
+    for (int k = 0; k < INT4_GROUP / LANES; k++) {
+        const __m128i half = k & 1 ? _mm_srli_si128(each[k / 2], LANES) : each[k / 2];
+        const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(half));
+        const __m256 exact = _mm256_mul_ps(_mm256_add_ps(code, offset), step); /* few bits each */
+        store_rounded(to, k * LANES, _mm256_mul_ps(exact, _mm256_set1_ps(scale)), type);
+    }
+}
+
+AVX2 INLINED void columns_of_rows(const Columns *c, int64_t start, int64_t end, const int type) {
+    for (int64_t row = start; row < end; row++) {
+        uint32_t numbers[INT4_GROUP];
+        const uint16_t *halves = (const uint16_t *)numbers;
+        int64_t there = -1;
+        for (int64_t k = 0; k < c->count; k++) {
+            const uint64_t column = (uint64_t)c->chosen[k];
+            const int64_t group = (int64_t)(column / INT4_GROUP), at = row * c->groups + group, to = row * c->count + k;
+            const uint8_t *codes = c->codes + at * INT4_BYTES, *pair = c->pairs + at * PAIR_BYTES;
+            if (group != there) group_numbers(codes, pair, c->scale[row], numbers, type);
+            there = group;
+            if (type == FLOAT32) ((uint32_t *)c->numbers)[to] = numbers[column % INT4_GROUP];
+            else ((uint16_t *)c->numbers)[to] = halves[column % INT4_GROUP];
+        }
+    }
+}
+
+AVX2 static void some_columns(const void *job, int64_t start, int64_t end) {
+    const Columns *c = job;
+    if (c->type == FLOAT32) columns_of_rows(c, start, end, FLOAT32);
+    else if (c->type == FLOAT16) columns_of_rows(c, start, end, FLOAT16);
+    else columns_of_rows(c, start, end, BFLOAT16);
+}
+
+void columns_of_int4(const Columns *c, Parallel parallel) {
+    in_parallel(parallel, c->threads, some_columns, c, c->rows, 1);
+}
+
 #endif

@@ -171,33 +171,13 @@ static const Kind kinds[] = {{q4_0, 18, 32, 0},   {q4_1, 20, 32, 1},   {q5_0, 22
                              {q8_0, 34, 32, 0},   {q2_k, 84, 256, 1},  {q3_k, 110, 256, 0}, {q4_k, 144, 256, 1},
                              {q5_k, 176, 256, 1}, {q6_k, 210, 256, 0}};
 
-AVX2 INLINED void store_eight(void *to, int64_t at, __m256 values, const int type) {
-    if (type == FLOAT32) {
-        _mm256_storeu_ps((float *)to + at, values);
-        return;
-    }
-    __m128i halves;
-    if (type == FLOAT16) halves = _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
-    else {
-        const __m256i bits = _mm256_castps_si256(values), one = _mm256_set1_epi32(1);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-        __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-        /* Rounding would make numbers of some that are none. */
-        const __m256 none = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
-        rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(none));
-        const __m256i upper = _mm256_srli_epi32(rounded, 16);
-        halves = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
-    }
-    _mm_storeu_si128((__m128i *)((uint16_t *)to + at), halves);
-}
-
 /* A product and then a sum, each rounded, as the formula says. */
 AVX2 INLINED void store_levels(const Levels *l, const Kind *kind, void *to, int64_t at, const int type) {
     for (int k = 0; k < kind->numbers; k += LANES) {
         const __m256i codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(l->codes + k)));
         __m256 values = _mm256_mul_ps(_mm256_set1_ps(l->step[k / RUN]), _mm256_cvtepi32_ps(codes));
         if (kind->has_offset) values = _mm256_add_ps(values, _mm256_set1_ps(l->offset[k / RUN]));
-        store_eight(to, at + k, values, type);
+        store_rounded(to, at + k, values, type);
     }
 }
 
