@@ -6,7 +6,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else threads without work take a core that a test waits for
 
 import contextlib
-import copy
 import gc
 import shutil
 import signal
@@ -107,35 +106,6 @@ def one_child() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "bounded", here)
-        yield
-
-
-@pytest.fixture(scope="session")
-def _unfilled() -> dict[tuple[object, ...], object]:
-    """Models without weights, by what they are built of."""
-    return {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unfilled_once(request: pytest.FixtureRequest, _unfilled: dict[tuple[object, ...], object]) -> Iterator[None]:
-    """A model without weights is built once for each config, and copied for every load, in half of the time. What
-    building one does to a process, tests/robustness asks."""
-    module = sys.modules.get("griffin_offload.engine.build")
-    if module is None or "robustness" in request.node.path.parts:
-        yield
-        return
-    build = module.build_unfilled
-
-    def copied(config: "PreTrainedConfig", dtype: "torch.dtype") -> object:
-        key = (type(config), repr(config.to_dict()), config.name_or_path, config._attn_implementation, dtype)
-        if key not in _unfilled:
-            if len(_unfilled) == MOST_BUILT:
-                _unfilled.clear()
-            _unfilled[key] = build(config, dtype)
-        return copy.deepcopy(_unfilled[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "build_unfilled", copied)
         yield
 
 

@@ -16,9 +16,9 @@ def _one_child(one_child: None) -> None:
     """Most questions to tokenizers are answered without a fork."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Directories of checkpoints, each written once, which no test may change."""
+    """Directories of checkpoints, each written once."""
     written: dict[str, Path] = {}
 
     def directory_of(name: str) -> Path:
