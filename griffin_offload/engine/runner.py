@@ -65,7 +65,11 @@ class ModelRunner:
         self.wait_s: float | None = None
         """Seconds that calls wait for those of other threads; None: as long as these take."""
         self.stock_forward = stock_forward(loaded.model)
-        self.joint = JointStep(loaded.model, self.stock_forward)
+        self.joint = JointStep(
+            loaded.model,
+            self.stock_forward,
+            replays=not model_spec.hardware.queues_work and not model_spec.request.graphs,
+        )
         self._signature = inspect.signature(self.stock_forward)
         self.passes = PromptPasses(
             loaded.layers,
@@ -127,6 +131,7 @@ class ModelRunner:
         with self.alone(wait_s=None):
             self._closed = True
             self.kept_cache.release()
+            self.joint.close()
             if self.graphs is not None:
                 self.graphs.close()
             self.loaded.close()
@@ -281,10 +286,10 @@ class ModelRunner:
                 observer.observe(logits)
 
     def _resident(self, run: GenerationState, args: Sequence[Any], kwargs: Arguments) -> StockOutput:
-        """A forward of the residents: by a captured graph, or kernel by kernel."""
-        output, arguments = None, dict(self._signature.bind(*args, **kwargs).arguments)
-        if self.graphs is not None:
-            output = self.graphs.forward(arguments | arguments.pop("kwargs", {}), run.graphs)
+        """A forward of the residents: by a captured graph, by a replay, or kernel by kernel."""
+        arguments = dict(self._signature.bind(*args, **kwargs).arguments)
+        given = arguments | arguments.pop("kwargs", {})
+        output = self.joint.alone(given, run.graphs) if self.graphs is None else self.graphs.forward(given, run.graphs)
         with one_token_each(tokens_of(arguments)):
             return self.stock_forward(*args, **kwargs) if output is None else output
 
@@ -332,6 +337,7 @@ class ModelRunner:
         """The prompt of `run` has passed, with these logits [B, V] behind it."""
         if self.graphs is not None:
             self.graphs.begin(run.mask)
+        self.joint.begin(run.mask)
         run.cache = cache
         self.passes.note_chosen(cache)
         if run.context is not None:
