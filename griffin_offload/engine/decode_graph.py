@@ -222,7 +222,7 @@ class DecodeGraphs:
         """The stock model's output for a forward with these `arguments`, or None: it has to run kernel by kernel."""
         reason = self._run_reason or self.reason or why_not_static(arguments)
         if reason is not None:
-            report.eager[reason] = report.eager.get(reason, 0) + 1
+            report.count(reason)
             return None
         cache: KVCache = arguments[CACHE]
         inputs = arguments.get("input_ids")
@@ -250,7 +250,7 @@ class DecodeGraphs:
             return
         self._recorder.warm_up(lambda: step.compute(cache))
         reason = self.reason or _WARM_UP
-        report.eager[reason] = report.eager.get(reason, 0) + 1
+        report.count(reason)
         captured.warm = True
 
     def _record(self, compute: Callable[[], None]) -> Callable[[], None] | None:

@@ -9,6 +9,7 @@ copied to be put side by side, and no mask is needed. It works where a model loo
 import contextlib
 import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ from griffin_offload.engine.decode_graph import why_not_static
 from griffin_offload.engine.generation import tokens_of
 from griffin_offload.engine.model_interface import StockForward, one_token_each
 from griffin_offload.engine.report import GraphReport
-from griffin_offload.engine.step_replay import ReplayedLayer, StepReplays
+from griffin_offload.engine.step_replay import NotRecorded, ReplayedLayer, StepReplays
 from griffin_offload.errors import one_line
 from griffin_offload.kernels.attention_and_norm import TokenJob, each_token
 from griffin_offload.kernels.recording import MovingCopy, called_again, copies_move
@@ -116,11 +117,13 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
             for copy, own in zip(copies, states, strict=True):
                 last = (own.shape[2] - 1) * own.stride(2) * own.itemsize
                 copy.go_to(own.data_ptr() + last, own.stride(1))
-        return max((job.heads * key.shape[2] for job, key in zip(self._jobs, self.keys, strict=False)), default=0)
+        rows = itertools.cycle(self.keys)  # again for every other layer that reads this one's
+        return max((job.heads * key.shape[2] for job, key in zip(self._jobs, rows, strict=False)), default=0)
 
     def attend_with(self, scores: Tensor) -> None:
         """Have attention read what copies will write."""
-        for job, key, value in zip(self._jobs, self.keys, self.values, strict=False):
+        rows = itertools.cycle(zip(self.keys, self.values, strict=True))
+        for job, (key, value) in zip(self._jobs, rows, strict=False):
             job.attend_to(key, value, scores)
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -204,9 +207,15 @@ class JointStep:
         windows = [] if self.why_prompts_alone else windows_of(model.config)
         self._least_window = min((window for window in windows if window is not None), default=None)
 
-    def __call__(self, tokens: Tensor, caches: Sequence[KVCache], positions: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        tokens: Tensor,
+        caches: Sequence[KVCache],
+        positions: Tensor | None = None,
+        reports: Sequence[GraphReport] = (),
+    ) -> Tensor:
         """The logits [N, V] behind `tokens` [N, 1], the next ones of the sequences in `caches`; `positions` [N, 1] if
-        they are not the lengths of these."""
+        they are not the lengths of these. `reports` are told how they were computed."""
         model = self._weak()
         assert model is not None, "whoever decodes keeps it alive"
         embedding = model.get_input_embeddings()
@@ -217,7 +226,7 @@ class JointStep:
             lengths = [[cache.get_seq_length()] for cache in caches]
             places = torch.tensor(lengths, dtype=torch.long, device=tokens.device)
             inputs["position_ids"] = places if positions is None else positions
-        return self._replays(inputs, caches) if self._replays is not None else self._step(inputs, caches, [])
+        return self._replays(inputs, caches, reports) if self._replays is not None else self._step(inputs, caches, [])
 
     def _step(self, inputs: dict[str, Any], caches: Sequence[KVCache], keep: list[ReplayedLayer]) -> Tensor:
         return self._joint(inputs, caches, None, keep)[:, -1]
@@ -227,6 +236,11 @@ class JointStep:
         if self._replays is not None:
             padded = isinstance(mask, Tensor) and (mask.dim() != 2 or not bool(mask.all()))
             self._replays.begin("padded prompts" if padded else None)
+
+    @property
+    def replay_bytes(self) -> int:
+        """Of what is kept for replays."""
+        return 0 if self._replays is None else self._replays.nbytes
 
     def close(self) -> None:
         """Give back what is kept for replays."""
@@ -244,10 +258,13 @@ class JointStep:
         if reason is None and (tokens is None or tokens.shape[0] != 1):
             reason = "embeddings in the place of tokens" if tokens is None else "several sequences in one KV cache"
         if reason is not None or tokens is None:
-            report.eager[str(reason)] = report.eager.get(str(reason), 0) + 1
+            report.count(str(reason))
             return None
-        self._replays.report = report
-        logits = self(tokens, [cache], arguments.get("position_ids"))
+        try:
+            logits = self(tokens, [cache], arguments.get("position_ids"), reports=[report])
+        except NotRecorded as error:
+            report.count(str(error))
+            return None
         output: StockOutput = CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: cache})
         return output
 

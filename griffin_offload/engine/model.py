@@ -382,6 +382,7 @@ class GriffinModel(StockInterface):
             drafting=run.loop.report if run.loop is not None else None,
             lookup=run.loop.looked_up if run.loop is not None else None,
             graphs=run.graphs if self._engine.graphs is not None else None,
+            replays=run.graphs if self._engine.graphs is None else None,
             structure=run.guide.report if run.guide is not None else None,
             **self.plan.run_figures(),
             **prefill.run_figures(),

@@ -65,11 +65,7 @@ class ModelRunner:
         self.wait_s: float | None = None
         """Seconds that calls wait for those of other threads; None: as long as these take."""
         self.stock_forward = stock_forward(loaded.model)
-        self.joint = JointStep(
-            loaded.model,
-            self.stock_forward,
-            replays=not model_spec.hardware.queues_work and not model_spec.request.graphs,
-        )
+        self.joint = JointStep(loaded.model, self.stock_forward, replays=model_spec.request.replays)
         self._signature = inspect.signature(self.stock_forward)
         self.passes = PromptPasses(
             loaded.layers,
@@ -131,9 +127,7 @@ class ModelRunner:
         with self.alone(wait_s=None):
             self._closed = True
             self.kept_cache.release()
-            self.joint.close()
-            if self.graphs is not None:
-                self.graphs.close()
+            (self.graphs or self.joint).close()
             self.loaded.close()
             hollow(self.loaded.model)
 
@@ -222,6 +216,7 @@ class ModelRunner:
         request = as_loaded(self.model_spec.request, self.plan)
         slots = max(slots, self.loaded.layers.expert_buffers.nbytes)
         self.loaded.ledger.hold(
+            graphs=self.joint.replay_bytes,
             kv_cache=cache_bytes(cache),
             states=state_bytes(cache),
             slots=slots,
@@ -335,9 +330,7 @@ class ModelRunner:
 
     def _passed(self, run: GenerationState, cache: StockCache | None, logits: Tensor) -> None:
         """The prompt of `run` has passed, with these logits [B, V] behind it."""
-        if self.graphs is not None:
-            self.graphs.begin(run.mask)
-        self.joint.begin(run.mask)
+        (self.graphs or self.joint).begin(run.mask)
         run.cache = cache
         self.passes.note_chosen(cache)
         if run.context is not None:
@@ -370,8 +363,7 @@ class ModelRunner:
             run.context.begin_again()
         mask = prompt_mask(tokens, kwargs.get("attention_mask"), None)
         output, streamed = self.passes.prefill(mask, run.context, (), kwargs, start=0)
-        if self.graphs is not None:
-            self.graphs.begin(mask)
+        (self.graphs or self.joint).begin(mask)
         self.hold(run.use, tokens.shape[1], cache_of(output, kwargs), streamed.peak_in_flight_bytes)
         return output
 

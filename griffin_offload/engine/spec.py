@@ -183,6 +183,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         # Where no context can be kept every prompt is read from its start.
         continued=config.keep_prompts and can_cache(checkpoint.config),
         # A forward that asks which experts it needs cannot be captured.
+        replays=hardware.computes_on_cpu,
         graphs=GRAPH_COSTS if hardware.captures and config.cuda_graphs and not shapes[0].has_experts else None,
     )
     assumed = f"no {hardware.name} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"

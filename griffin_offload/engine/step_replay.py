@@ -18,6 +18,7 @@ from griffin_offload.engine.decode_graph import hooked
 from griffin_offload.engine.generation import tokens_of
 from griffin_offload.engine.model_interface import one_token_each
 from griffin_offload.engine.report import GraphReport
+from griffin_offload.errors import GriffinError, one_line
 from griffin_offload.kernels.recording import recorded
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.transformers_api import StockModel
@@ -44,6 +45,19 @@ Step = Callable[[dict[str, Any], Sequence[KVCache], list[ReplayedLayer]], Tensor
 """The logits [N, V] for inputs and KV caches; layers in the place of theirs are added to the list."""
 
 
+class _Scores:
+    """Room for those of attention, which recordings that never compute at the same time have in common."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.float32, device="cpu")
+
+    def of(self, numbers: int) -> Tensor:
+        """For at least so many; a little more, so that not every token asks for memory."""
+        if numbers > self.buffer.numel():
+            self.buffer = torch.empty(numbers + numbers // 8, dtype=torch.float32, device="cpu")
+        return self.buffer
+
+
 class _RecordedStep:
     """A token of each of some sequences, recorded for whichever KV caches hold these."""
 
@@ -56,7 +70,6 @@ class _RecordedStep:
         """Whether a replay was compared with what it replays."""
         with recorded() as self._recording:
             self._logits = step(self._inputs, caches, self._layers)
-        self._scores = torch.empty(0, dtype=torch.float32, device="cpu")
         self._hold([])
 
     @property
@@ -66,19 +79,21 @@ class _RecordedStep:
 
     @property
     def nbytes(self) -> int:
-        return self._recording.nbytes + self._scores.nbytes
+        return self._recording.nbytes
 
     @property
     def logits(self) -> Tensor:
         """Of the last time [N, V]: a copy, those of the next one are written over them."""
         return self._logits.clone()
 
-    def __call__(self, inputs: dict[str, Any], caches: Sequence[KVCache]) -> Tensor:
+    def __call__(self, inputs: dict[str, Any], caches: Sequence[KVCache], scores: _Scores) -> Tensor:
         for name, own in self._inputs.items():
             own.copy_(inputs[name])
         self._hold(caches)
         try:
-            self._advance()
+            room = scores.of(max((layer.advance() for layer in self._layers), default=0))
+            for layer in self._layers:
+                layer.attend_with(room)
             with one_token_each(tokens_of(inputs)):
                 self._recording.replay()
         finally:
@@ -89,12 +104,15 @@ class _RecordedStep:
         for layer in self._layers:
             layer.hold(caches)
 
-    def _advance(self) -> None:
-        scores = max((layer.advance() for layer in self._layers), default=0)
-        if scores > self._scores.numel():
-            self._scores = self._scores.new_empty(2 * scores)
-        for layer in self._layers:
-            layer.attend_with(self._scores)
+
+class NotRecorded(RuntimeError):
+    """A step could not be recorded, and nothing has happened."""
+
+
+def _forget_behind(cache: KVCache, tokens: int) -> None:
+    """Forget what a forward that failed wrote, of some layers, behind so many tokens."""
+    for layer in cache.kept:
+        layer.crop(tokens - layer.get_seq_length())
 
 
 class StepReplays:
@@ -107,8 +125,7 @@ class StepReplays:
         self._reason: str | None = None
         self._prompt_reason: str | None = "no prompt has passed"
         self._weights: list[dict[str, Any]] = []
-        self.report = GraphReport()
-        """Of the answer that is decoded."""
+        self._scores = _Scores()
 
     @property
     def why_not(self) -> str | None:
@@ -118,7 +135,7 @@ class StepReplays:
     @property
     def nbytes(self) -> int:
         """Of all that is kept for replays."""
-        return sum(step.nbytes for step in self._recorded.values())
+        return self._scores.buffer.nbytes + sum(step.nbytes for step in self._recorded.values())
 
     def begin(self, reason: str | None) -> None:
         """A prompt has passed; for a `reason` its answer is not replayed."""
@@ -133,18 +150,23 @@ class StepReplays:
     def close(self) -> None:
         """Give the memory back."""
         self._recorded.clear()
+        self._scores = _Scores()
         self._weights, self._prompt_reason = [], "the model is closed"
 
-    def __call__(self, inputs: dict[str, Any], caches: Sequence[KVCache]) -> Tensor:
+    def __call__(self, inputs: dict[str, Any], caches: Sequence[KVCache], reports: Sequence[GraphReport]) -> Tensor:
+        """The logits [N, V] behind `inputs`; `reports` are those of the answers that are decoded."""
         if self.why_not is not None or torch.is_grad_enabled():
+            for report in reports:
+                report.count(self.why_not or "gradients")
             return self._step(inputs, caches, [])
         rows, places = len(caches), self._places()
         found = self._recorded.pop(rows, None)
         if found is None or found.places != places:
-            return self._record(inputs, caches, places)
+            return self._record(inputs, caches, places, reports)
         self._recorded[rows] = found
-        logits = found(inputs, caches)
-        self.report.replayed += 1
+        logits = found(inputs, caches, self._scores)
+        for report in reports:
+            report.replayed, report.kept_bytes = report.replayed + 1, self.nbytes
         return logits if found.tried else self._tried(found, inputs, caches, logits)
 
     def _places(self) -> tuple[object, ...]:
@@ -152,13 +174,24 @@ class StepReplays:
         owns = (own for weights in self._weights for own in weights.values() if own is not None)
         return torch.get_num_threads(), *(own.data_ptr() if type(own) in _PLAIN else id(own) for own in owns)
 
-    def _record(self, inputs: dict[str, Any], caches: Sequence[KVCache], places: object) -> Tensor:
+    def _record(
+        self, inputs: dict[str, Any], caches: Sequence[KVCache], places: object, reports: Sequence[GraphReport]
+    ) -> Tensor:
         while len(self._recorded) >= _KEPT:
             self._recorded.pop(next(iter(self._recorded)))
-        start = time.perf_counter()
-        new = _RecordedStep(inputs, caches, self._step, places)
-        self.report.captured += 1
-        self.report.capture_s += time.perf_counter() - start
+        start, before = time.perf_counter(), [cache.get_seq_length() for cache in caches]
+        try:
+            new = _RecordedStep(inputs, caches, self._step, places)
+        except GriffinError:
+            raise
+        except Exception as error:  # whatever an architecture does with keys and values that it does not know
+            self._reason = f"keys and values do not pass its attention as they are: {one_line(error)}"
+            for cache, tokens in zip(caches, before, strict=True):
+                _forget_behind(cache, tokens)
+            raise NotRecorded(self._reason) from error
+        for report in reports:
+            report.captured += 1
+            report.capture_s += time.perf_counter() - start
         if new.why_not is None:
             self._recorded[len(caches)] = new
         else:

@@ -34,6 +34,8 @@ _COPIES = (_aten.clone, _aten._to_copy)
 # Operators whose shapes or answers depend on numbers, or that draw some.
 _UNSURE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 
+_MASKS = (torch.bool, torch.uint8)
+
 Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _AXES = 4
 _ELEMENTWISE = struct.Struct(f"@3P3q{4 * _AXES}q")
@@ -117,6 +119,12 @@ class Recording(TorchDispatchMode):
         """Of what replays write to."""
         return self._memory.nbytes
 
+    @property
+    def calls(self) -> int:
+        """That a replay makes."""
+        return len(self._ready)
+
+    @torch.no_grad()
     def replay(self) -> None:
         """Do it again; results are where they were."""
         for function, args, kwargs in self._ready:
@@ -139,6 +147,8 @@ class Recording(TorchDispatchMode):
 
     def call_again(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `function` gives for these, as a whole: it is called again by every replay."""
+        if self._apart:  # a part of what is called again already
+            return function(*args, **kwargs)
         self._apart = True
         try:
             return self._written_again(function, args, kwargs, function(*args, **kwargs))
@@ -154,7 +164,10 @@ class Recording(TorchDispatchMode):
             self._keep(result)
             return result
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if _UNSURE & set(func.tags) or any(not tensor.is_cpu for tensor in given):
+        # Indexed by places a tensor has the shape of these; by booleans it has as many rows as are true.
+        by_places = func is _aten.index.Tensor and not any(own.dtype in _MASKS for own in given[1:])
+        unsure = bool(_UNSURE & set(func.tags)) and not by_places
+        if unsure or any(not tensor.is_cpu for tensor in given):
             self.why_not = self.why_not or f"{func} depends on numbers"
             return result
         if func.overloadpacket in _EMPTY:

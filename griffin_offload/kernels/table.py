@@ -297,12 +297,11 @@ def _by_rows() -> list[Kernel]:
 def _products_of_ours() -> list[Kernel]:
     plain: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": alike, "numbers": HALVES}
     pack: dict[str, Any] = {"numbers": _NUMBERS, "rows": (0, by_blocks.PACK_ROWS)}
-    float32 = torch.float32
     return [
         *_by_tiles(),
         *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 17, **dict.fromkeys(_RESIDENT[1:], 24)}),
         *_gemm("AVX512-BF16", _pairs, torch.bfloat16, {"int8": 7, **_PAIRS_FROM}),
-        *_gemm("AVX2", _float32, float32, {}),
+        *_gemm("AVX2", _float32, torch.float32, {}),
         *(
             Kernel(
                 *("gemv", f"int4_{form}", f"multiply_int4_{form} ({how})"),
@@ -315,23 +314,16 @@ def _products_of_ours() -> list[Kernel]:
         *_by_rows(),
         Kernel(
             *("gemv", "int8", "multiply_int8 (Triton)", by_blocks.triton_product, "cuda", _triton),
-            takes=by_blocks.triton_takes,
-            prepare=by_blocks.triton_works,
-            **pack,
+            **(pack | {"takes": by_blocks.triton_takes, "prepare": by_blocks.triton_works}),
         ),
         Kernel(
-            "gemv",
-            "int8",
-            "_weight_int8pack_mm",
-            by_blocks.pack_product,
-            takes=by_blocks.pack_takes,
-            ours=False,
-            **pack,
+            *("gemv", "int8", "_weight_int8pack_mm", by_blocks.pack_product),
+            **(pack | {"takes": by_blocks.pack_takes, "ours": False}),
         ),
         Kernel(
             *("gemm", "float", "multiply_many_float (AVX2)", gemm.float_product),
             **(plain | {"needs": _float32}),
-            computes=float32,
+            computes=torch.float32,
         ),
     ]
 

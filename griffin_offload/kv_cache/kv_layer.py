@@ -95,7 +95,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         `advance` says; None where they are codes, or nothing is there yet."""
         if self.bits != 16 or not self._stores:
             return None
-        keys, values = (store.whole for store in self._stores)
+        keys, values = (store.parts(self.room)[0] for store in self._stores)
         return keys, values
 
     def advance(self) -> tuple[int, int]:

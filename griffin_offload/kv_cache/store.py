@@ -44,11 +44,6 @@ class Store:
         return sum(part.nbytes for part in self._parts)
 
     @property
-    def whole(self) -> Tensor:
-        """The only part, or the first of several."""
-        return self._parts[0]
-
-    @property
     def addresses(self) -> tuple[int, ...]:
         """Where the parts lie: a captured graph reads and writes there."""
         return tuple(part.data_ptr() for part in self._parts)
