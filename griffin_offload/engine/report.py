@@ -51,6 +51,10 @@ class GraphReport:
     eager: dict[str, int] = field(default_factory=dict)
     """Forwards that ran kernel by kernel, by reason."""
 
+    def run_figures(self, *, captured: bool) -> dict[str, Any]:
+        """As a `RunReport` has them: of graphs that are captured, or of steps that are recorded."""
+        return {"graphs" if captured else "replays": self}
+
     def count(self, reason: str) -> None:
         """A forward ran kernel by kernel."""
         self.eager[reason] = self.eager.get(reason, 0) + 1
