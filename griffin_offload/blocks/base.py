@@ -281,10 +281,6 @@ class PassHook:
         return self._function(*args)
 
 
-class ReplayedHook:
-    """A hook that a replayed forward calls as any other does: it is made of what is `called_again`."""
-
-
 class PassForward:
     """A forward that stands in for a module's own during a pass, around which it is made."""
 

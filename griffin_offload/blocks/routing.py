@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from griffin_offload.kernels.recording import called_again
 from griffin_offload.transformers_api import ADAPTERS, StockModel
 
 _CHOOSING = (torch.topk, Tensor.topk)
@@ -92,9 +91,6 @@ class RestrictedForward:
         return int(self._redirected)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return called_again(self._compute, *args, **kwargs)  # which experts are resident is another matter every time
-
-    def _compute(self, *args: Any, **kwargs: Any) -> Any:
         allowed = self._allowed()
         if allowed is None:
             return self._function(self._module(), *args, **kwargs)

@@ -306,14 +306,13 @@ def _unsuited(model: StockModel) -> str | None:
     return looks_at_length(config)
 
 
-def hooked(model: StockModel, but: object, *allowed: type) -> bool:
-    """Whether a forward would call hooks, which a replay cannot, but for the `allowed` kinds; `but` is a module that it
-    does not run."""
+def hooked(model: StockModel, but: object) -> bool:
+    """Whether a forward would call hooks, which a replay cannot; `but` is a module that it does not run."""
     modules = (module for module in model.modules() if module is not but and module is not model)  # its own run around
     return any(
         # transformers leaves some behind, which do nothing unless a forward asks for more than logits. A guard lets
         # pass what is inside a forward.
-        getattr(hook, "__module__", "") != _OUTPUT_HOOKS and not isinstance(hook, (Guard, *allowed))
+        getattr(hook, "__module__", "") != _OUTPUT_HOOKS and not isinstance(hook, Guard)
         for module in modules
         for hook in hooks_on(module)
     )

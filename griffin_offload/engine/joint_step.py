@@ -38,7 +38,7 @@ from griffin_offload.engine.report import GraphReport
 from griffin_offload.engine.step_replay import NotRecorded, ReplayedLayer, StepReplays
 from griffin_offload.errors import one_line
 from griffin_offload.kernels.attention_and_norm import TokenJob, each_token
-from griffin_offload.kernels.recording import MovingCopy, called_again, copies_move
+from griffin_offload.kernels.recording import MovingCopy, called_again, copies_move, is_recording
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
 from griffin_offload.kv_cache.kv_layer import KVLayer
 from griffin_offload.transformers_api import CACHE, Arguments, StockModel, StockOutput
@@ -49,10 +49,11 @@ _CLOSE = 0.05
 
 
 class _JointStates:
-    """What stands for the keys, or the values, of a layer while a model hands them on to its attention."""
+    """What stands for the keys, or the values, of a layer while a model hands them on to its attention: `parts`, those
+    of every sequence apart, [1, heads, T, D] each; None in a recording, where they are the layer's of that moment."""
 
-    def __init__(self, layer: "_JointLayer") -> None:
-        self.layer = layer
+    def __init__(self, layer: "_JointLayer", parts: Sequence[Tensor] | None) -> None:
+        self.layer, self.parts = layer, parts
 
 
 Lengths = Sequence[int] | None
@@ -76,14 +77,18 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
         self.hold(caches)
         self.is_sliding, self.is_initialized = self.layers[0].is_sliding, True
         self._copies: list[tuple[MovingCopy, MovingCopy]] | None = None
-        self._jobs = list[TokenJob]()
+        self.jobs = list[TokenJob]()
+        """Of attention that a recording knows."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise AssertionError("every sequence has a prompt")
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[_JointStates, _JointStates]:
         """Append a token [N, heads, 1, D], row i to cache i; or prompts [1, heads, T, D]."""
-        stored = [layer.plain_states for layer in self.layers] if self.lengths is None else [None]
+        if not is_recording():
+            keys, values = self._appended(key_states, value_states)
+            return _JointStates(self, keys), _JointStates(self, values)
+        stored = [layer.plain_states for layer in self.layers]
         if all(own is not None and copies_move(key_states, value_states, *own) for own in stored):
             self._advance()
             newest = [(key[0, :, -1], value[0, :, -1]) for key, value in zip(self.keys, self.values, strict=True)]
@@ -91,7 +96,7 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
             self._copies = [(MovingCopy(key, to[0]), MovingCopy(value, to[1])) for key, value, to in rows]
         else:
             called_again(self._append, key_states, value_states)
-        return _JointStates(self), _JointStates(self)
+        return _JointStates(self, None), _JointStates(self, None)
 
     @property
     def moves(self) -> bool:
@@ -118,18 +123,21 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
                 last = (own.shape[2] - 1) * own.stride(2) * own.itemsize
                 copy.go_to(own.data_ptr() + last, own.stride(1))
         rows = itertools.cycle(self.keys)  # again for every other layer that reads this one's
-        return max((job.heads * key.shape[2] for job, key in zip(self._jobs, rows, strict=False)), default=0)
+        return max((job.heads * key.shape[2] for job, key in zip(self.jobs, rows, strict=False)), default=0)
 
     def attend_with(self, scores: Tensor) -> None:
         """Have attention read what copies will write."""
         rows = itertools.cycle(zip(self.keys, self.values, strict=True))
-        for job, (key, value) in zip(self._jobs, rows, strict=False):
+        for job, (key, value) in zip(self.jobs, rows, strict=False):
             job.attend_to(key, value, scores)
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = self._appended(key_states, value_states)
+
+    def _appended(self, key_states: Tensor, value_states: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         own = zip(self.layers, *(_apart(states, self.lengths) for states in (key_states, value_states)), strict=True)
         pairs = [layer.update(*states) for layer, *states in own]
-        self.keys, self.values = ([pair[side] for pair in pairs] for side in (0, 1))
+        return [key for key, _ in pairs], [value for _, value in pairs]
 
     def hold(self, caches: Sequence[KVCache]) -> None:
         """Be a layer of these KV caches, or of none, from now on."""
@@ -154,20 +162,28 @@ def _attend(
     """As transformers calls an attention: query [N, heads, 1, D] to [N, 1, heads, D], or that of prompts,
     [1, heads, T, D], to [1, T, heads, D]."""
     layer = key.layer
+    if key.parts is not None and value.parts is not None:
+        return _attend_apart(module, layer, (key.parts, value.parts), mask, options, query), None
     if layer.moves and own_attention_takes(module, query, layer.keys, layer.values, **options):
-        return each_token(module, query, layer.keys, layer.values, jobs=layer._jobs, **options)
-    return called_again(functools.partial(_attend_apart, module, layer, mask, options), query), None
+        return each_token(module, query, layer.keys, layer.values, jobs=layer.jobs, **options)
+    return called_again(functools.partial(_attend_apart, module, layer, None, mask, options), query), None
 
 
 def _attend_apart(
-    module: nn.Module, layer: _JointLayer, mask: object, options: dict[str, Any], query: Tensor
+    module: nn.Module,
+    layer: _JointLayer,
+    states: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    mask: object,
+    options: dict[str, Any],
+    query: Tensor,
 ) -> Tensor:
+    keys, values = states or (layer.keys, layer.values)
     lengths = layer.lengths
     if lengths is None and layer.implementation in OWN_ATTENTION:
-        return attend_to_each(module, query, layer.keys, layer.values, **options)[0]
+        return attend_to_each(module, query, keys, values, **options)[0]
     eager = eager_attention_of(module)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(layer.implementation, eager)
-    own = list(zip(_apart(query, lengths), layer.keys, layer.values, strict=True))
+    own = list(zip(_apart(query, lengths), keys, values, strict=True))
     adds_masks = (attend is eager or layer.implementation == SINKS_NAME) and lengths is not None
     masks = [_causal_mask(states[0]) if adds_masks else None for states in own]
     found = [attend(module, *states, mask, **options)[0] for states, mask in zip(own, masks, strict=True)]
@@ -199,7 +215,7 @@ class JointStep:
         known = inspect.signature(forward).parameters
         self._knows_positions = "position_ids" in known
         self._checked = False
-        self._replays = StepReplays(model, self._step) if replays else None
+        self._replays = StepReplays(model) if replays else None
         self.why_alone = _why_alone(model)
         """Why this model computes one sequence at a time; None where it need not."""
         self.why_prompts_alone = self.why_alone or _why_prompts_alone(model, known)
@@ -221,12 +237,16 @@ class JointStep:
         embedding = model.get_input_embeddings()
         # Hooks bring the rows of an embedding that rests elsewhere.
         apart = self._replays is not None and bool(hooks_on(embedding))
-        inputs: dict[str, Any] = {"inputs_embeds": embedding(tokens)} if apart else {"input_ids": tokens}
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if apart:
+            with one_token_each(tokens):
+                inputs = {"inputs_embeds": embedding(tokens)}
         if self._knows_positions:
             lengths = [[cache.get_seq_length()] for cache in caches]
             places = torch.tensor(lengths, dtype=torch.long, device=tokens.device)
             inputs["position_ids"] = places if positions is None else positions
-        return self._replays(inputs, caches, reports) if self._replays is not None else self._step(inputs, caches, [])
+        replays = self._replays
+        return self._step(inputs, caches, []) if replays is None else replays(self._step, inputs, caches, reports)
 
     def _step(self, inputs: dict[str, Any], caches: Sequence[KVCache], keep: list[ReplayedLayer]) -> Tensor:
         return self._joint(inputs, caches, None, keep)[:, -1]

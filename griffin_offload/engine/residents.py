@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.blocks.base import Block, ReplayedHook
+from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.expert_products import HostExperts
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.routing import RestrictedForward, RouterGuess
@@ -25,7 +25,6 @@ from griffin_offload.devices.threads import put
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, RowFeed, Visitor
 from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.formats.translated import row_parts
-from griffin_offload.kernels.recording import called_again
 from griffin_offload.offload.expert_cache import ExpertCache
 from griffin_offload.offload.layer_stream import Job
 from griffin_offload.planner.plan import Plan
@@ -169,21 +168,13 @@ def guess_experts(layers: DecoderLayers) -> None:
         return
     guesses = [(RouterGuess(layers.decoder[i], block.parent), layers.experts[i]) for i, block in blocks.items()]
     for place, index in enumerate(blocks):
-        layers.decoder[index].register_forward_pre_hook(_Guess(guesses[place : place + 2]))
+        layers.decoder[index].register_forward_pre_hook(partial(_guess, guesses[place : place + 2]))
 
 
-class _Guess(ReplayedHook):
-    def __init__(self, guesses: Sequence[tuple[RouterGuess, ExpertCache]]) -> None:
-        self._guesses = guesses
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if args:
-            called_again(self._guess, args[0])
-
-    def _guess(self, hidden: Tensor) -> None:
-        for router, cache in self._guesses:
-            if cache.may_guess:
-                cache.guess(router(hidden))
+def _guess(guesses: Sequence[tuple[RouterGuess, ExpertCache]], _: nn.Module, args: tuple[Any, ...]) -> None:
+    for router, cache in guesses:
+        if cache.may_guess and args:
+            cache.guess(router(args[0]))
 
 
 class GatherSelected(Visitor):

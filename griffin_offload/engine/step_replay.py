@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.blocks.base import ReplayedHook
 from griffin_offload.engine.decode_graph import hooked
 from griffin_offload.engine.generation import tokens_of
 from griffin_offload.engine.model_interface import one_token_each
@@ -119,8 +118,8 @@ class StepReplays:
     """Steps by replays, for each number of sequences. The first step is recorded, and the second one computed twice, by
     a replay and as ever: what is not the same to the last bit is not replayed any more."""
 
-    def __init__(self, model: StockModel, step: Step) -> None:
-        self._weak, self._step = weakref.ref(model), step
+    def __init__(self, model: StockModel) -> None:
+        self._weak = weakref.ref(model)
         self._recorded: dict[int, _RecordedStep] = {}
         self._reason: str | None = None
         self._prompt_reason: str | None = "no prompt has passed"
@@ -143,7 +142,7 @@ class StepReplays:
         assert model is not None, "whoever decodes keeps it alive"
         without = model.get_input_embeddings()  # whose rows are given
         self._prompt_reason = reason
-        if reason is None and hooked(model, without, ReplayedHook):
+        if reason is None and hooked(model, without):
             self._prompt_reason = "hooks on the model's modules"
         self._weights = [own for module in model.modules() for own in (module._parameters, module._buffers) if own]
 
@@ -153,21 +152,23 @@ class StepReplays:
         self._scores = _Scores()
         self._weights, self._prompt_reason = [], "the model is closed"
 
-    def __call__(self, inputs: dict[str, Any], caches: Sequence[KVCache], reports: Sequence[GraphReport]) -> Tensor:
-        """The logits [N, V] behind `inputs`; `reports` are those of the answers that are decoded."""
+    def __call__(
+        self, step: Step, inputs: dict[str, Any], caches: Sequence[KVCache], reports: Sequence[GraphReport]
+    ) -> Tensor:
+        """What `step` gives; `reports` are those of the answers that are decoded."""
         if self.why_not is not None or torch.is_grad_enabled():
             for report in reports:
                 report.count(self.why_not or "gradients")
-            return self._step(inputs, caches, [])
+            return step(inputs, caches, [])
         rows, places = len(caches), self._places()
         found = self._recorded.pop(rows, None)
         if found is None or found.places != places:
-            return self._record(inputs, caches, places, reports)
+            return self._record(step, inputs, caches, places, reports)
         self._recorded[rows] = found
         logits = found(inputs, caches, self._scores)
         for report in reports:
             report.replayed, report.kept_bytes = report.replayed + 1, self.nbytes
-        return logits if found.tried else self._tried(found, inputs, caches, logits)
+        return logits if found.tried else self._tried(found, step, inputs, caches, logits)
 
     def _places(self) -> tuple[object, ...]:
         """Where everything lies that a replay reads of the model, and how many threads compute."""
@@ -175,13 +176,18 @@ class StepReplays:
         return torch.get_num_threads(), *(own.data_ptr() if type(own) in _PLAIN else id(own) for own in owns)
 
     def _record(
-        self, inputs: dict[str, Any], caches: Sequence[KVCache], places: object, reports: Sequence[GraphReport]
+        self,
+        step: Step,
+        inputs: dict[str, Any],
+        caches: Sequence[KVCache],
+        places: object,
+        reports: Sequence[GraphReport],
     ) -> Tensor:
         while len(self._recorded) >= _KEPT:
             self._recorded.pop(next(iter(self._recorded)))
         start, before = time.perf_counter(), [cache.get_seq_length() for cache in caches]
         try:
-            new = _RecordedStep(inputs, caches, self._step, places)
+            new = _RecordedStep(inputs, caches, step, places)
         except GriffinError:
             raise
         except Exception as error:  # whatever an architecture does with keys and values that it does not know
@@ -192,16 +198,19 @@ class StepReplays:
         for report in reports:
             report.captured += 1
             report.capture_s += time.perf_counter() - start
-        if new.why_not is None:
+        self._reason = new.why_not
+        if self._reason is None and self._places() != places:
+            self._reason = "its forward replaces tensors of the model"
+        if self._reason is None:
             self._recorded[len(caches)] = new
-        else:
-            self._reason = new.why_not
         return new.logits
 
-    def _tried(self, found: _RecordedStep, inputs: dict[str, Any], caches: Sequence[KVCache], logits: Tensor) -> Tensor:
+    def _tried(
+        self, found: _RecordedStep, step: Step, inputs: dict[str, Any], caches: Sequence[KVCache], logits: Tensor
+    ) -> Tensor:
         for cache in caches:
             cache.crop(-1)
-        expected = self._step(inputs, caches, [])
+        expected = step(inputs, caches, [])
         found.tried = torch.equal(expected, logits)
         if not found.tried:
             self._recorded.clear()

@@ -51,13 +51,13 @@ class _Memory:
     def __init__(self) -> None:
         self._free: dict[int, list[Tensor]] = {}
         self._taken: list[tuple[StorageWeakRef, Tensor]] = []
-        self._addresses: set[int] = set()
+        self._all: dict[int, Tensor] = {}
         self.nbytes = 0
 
     def like(self, result: Tensor) -> Tensor:
         """Room for a tensor of the same shape, strides and type."""
         block = self._block(max(-(-_extent(result) * result.itemsize // _ALIGNED), 1) * _ALIGNED)
-        made = _lying_at(block.data_ptr(), result)
+        made = _lying_at(block.data_ptr(), result, block)
         self._taken.append((StorageWeakRef(made.untyped_storage()), block))
         return made
 
@@ -71,20 +71,17 @@ class _Memory:
             return self._free[nbytes].pop()
         self.nbytes += nbytes
         block = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        self._addresses.add(block.data_ptr())
+        self._all[block.data_ptr()] = block
         return block
 
     def alias(self, tensor: Tensor) -> Tensor:
         """The same numbers; of a tensor in a block one that does not keep it taken."""
-        return _lying_at(tensor.data_ptr(), tensor) if self.holds(tensor) else tensor
+        block = self._all.get(tensor.untyped_storage().data_ptr())
+        return tensor if block is None else _lying_at(tensor.data_ptr(), tensor, block)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether it lies in a block."""
-        return tensor.untyped_storage().data_ptr() in self._addresses
-
-    def blocks(self) -> list[Tensor]:
-        """All blocks, for as long as they are written to."""
-        return [block for _, block in self._taken] + [block for blocks in self._free.values() for block in blocks]
+        return tensor.untyped_storage().data_ptr() in self._all
 
 
 def _extent(tensor: Tensor) -> int:
@@ -94,11 +91,12 @@ def _extent(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _lying_at(address: int, like: Tensor) -> Tensor:
-    """A tensor as `like`, whose memory from `address` on somebody else keeps."""
+def _lying_at(address: int, like: Tensor, owner: object) -> Tensor:
+    """A tensor as `like`, whose memory from `address` on is the `owner`'s."""
     if not like.numel():
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu")
     memory = (ctypes.c_char * (_extent(like) * like.itemsize)).from_address(address)
+    memory.owner = owner  # type: ignore[attr-defined]  # kept for as long as the tensor, wherever it goes
     return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
 
 
@@ -132,7 +130,6 @@ class Recording(TorchDispatchMode):
 
     def close(self) -> None:
         """Nothing is recorded any more: kernels that follow each other become one call."""
-        self._kept += self._memory.blocks()
         for kind, steps in itertools.groupby(self._steps, type):
             if kind is _KernelCall:
                 assert self._library is not None, "its kernels were called"
@@ -321,8 +318,13 @@ _TARGET_AT, _HEADS_AT = 2 * _TARGET.size, _ELEMENTWISE.size - 2 * _STEP.size
 
 
 def copies_move(*tensors: Tensor) -> bool:
-    """Whether something is being recorded, and copies of tensors like these can be `MovingCopy`."""
-    return _current.recording is not None and _known(*tensors)
+    """Whether copies of tensors like these can be `MovingCopy`."""
+    return _known(*tensors)
+
+
+def is_recording() -> bool:
+    """Whether what this thread computes is recorded."""
+    return _current.recording is not None
 
 
 class _Current(threading.local):

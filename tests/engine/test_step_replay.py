@@ -82,13 +82,10 @@ def test_each_prompt_has_its_neurons(checkpoints, monkeypatch, density: float):
         assert replayed(model) > 0
 
 
-def test_experts_that_are_fetched_and_that_stand_in(checkpoints, monkeypatch):
-    for missing in ("fetch", "route"):
-        with load(checkpoints("mixtral"), density=0.5, missing_experts=missing) as model:
-            asked = [prompt(20, seed) for seed in range(3)]
-            expected = without(monkeypatch, lambda model=model, asked=asked: [alone(model, ids) for ids in asked])
-            assert [alone(model, ids) for ids in asked] == expected
-            assert replayed(model) > 0
+def test_experts_that_come_and_go_are_python(checkpoints):
+    with load(checkpoints("mixtral"), density=0.5) as model:
+        alone(model, prompt(20))
+        assert replayed(model) == 0
 
 
 def test_weights_that_lie_elsewhere_are_recorded_anew(checkpoints):
