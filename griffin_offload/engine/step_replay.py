@@ -104,6 +104,11 @@ class _RecordedStep:
             layer.hold(caches)
 
 
+def _key(inputs: dict[str, Any], caches: Sequence[KVCache]) -> tuple[int, str]:
+    """What a step is recorded for: so many sequences, and inputs of those names."""
+    return len(caches), " ".join(inputs)
+
+
 class NotRecorded(RuntimeError):
     """A step could not be recorded, and nothing has happened."""
 
@@ -120,7 +125,7 @@ class StepReplays:
 
     def __init__(self, model: StockModel) -> None:
         self._weak = weakref.ref(model)
-        self._recorded: dict[int, _RecordedStep] = {}
+        self._recorded: dict[tuple[int, str], _RecordedStep] = {}
         self._reason: str | None = None
         self._prompt_reason: str | None = "no prompt has passed"
         self._weights: list[dict[str, Any]] = []
@@ -160,11 +165,11 @@ class StepReplays:
             for report in reports:
                 report.count(self.why_not or "gradients")
             return step(inputs, caches, [])
-        rows, places = len(caches), self._places()
-        found = self._recorded.pop(rows, None)
+        key, places = _key(inputs, caches), self._places()
+        found = self._recorded.pop(key, None)
         if found is None or found.places != places:
             return self._record(step, inputs, caches, places, reports)
-        self._recorded[rows] = found
+        self._recorded[key] = found
         logits = found(inputs, caches, self._scores)
         for report in reports:
             report.replayed, report.kept_bytes = report.replayed + 1, self.nbytes
@@ -202,7 +207,7 @@ class StepReplays:
         if self._reason is None and self._places() != places:
             self._reason = "its forward replaces tensors of the model"
         if self._reason is None:
-            self._recorded[len(caches)] = new
+            self._recorded[_key(inputs, caches)] = new
         return new.logits
 
     def _tried(

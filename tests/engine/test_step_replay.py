@@ -109,6 +109,18 @@ def test_hooks_are_called(checkpoints):
         assert model.last_report.replays.eager == {"hooks on the model's modules": GREEDY["max_new_tokens"] - 1}
 
 
+def test_rows_that_hooks_bring_are_recorded_apart(checkpoints):
+    """An embedding's hooks are called by every step, whatever was recorded before."""
+    seen = []
+    with load(checkpoints("llama3"), density=1.0) as model:
+        expected = alone(model, prompt(9))
+        hook = model.model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
+        assert alone(model, prompt(9)) == expected
+        hook.remove()
+        assert alone(model, prompt(9)) == expected
+    assert len(seen) >= GREEDY["max_new_tokens"]
+
+
 def test_a_replay_that_differs_is_given_up(checkpoints, monkeypatch):
     """Here attention adds something that is another every time, where nobody knows of it."""
     with load(checkpoints("llama3"), density=1.0) as model:
