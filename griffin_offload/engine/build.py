@@ -37,6 +37,7 @@ from griffin_offload.formats.base import is_plain
 from griffin_offload.formats.linear import swap_tables
 from griffin_offload.formats.translated import stacked
 from griffin_offload.kernels import table
+from griffin_offload.kernels.attention_and_norm import each_token
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.gemv import Known
 from griffin_offload.kernels.library import HALVES
@@ -286,6 +287,15 @@ def _stock_attention(
 
 
 table.add(table.Kernel("attention", "one_token", "sdpa", _stock_attention, ours=False), last=True)
+
+
+def own_attention_takes(
+    module: nn.Module, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], **kwargs: Any
+) -> bool:
+    """Whether `attend_to_each` is a kernel of ours."""
+    first = table.candidates("attention", "each_token", query)[0]
+    takes = first.takes is None or first.takes(module, query, keys, values, **kwargs)
+    return takes and first.function is each_token
 
 
 def attend_to_each(

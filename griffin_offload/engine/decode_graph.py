@@ -210,7 +210,7 @@ class DecodeGraphs:
             self._run_reason = self._run_reason or "padded prompts"
         if self._model.config.output_hidden_states or self._model.config.output_attentions:
             self._run_reason = self._run_reason or "hidden states or attentions by config"
-        if _hooked(self._model, self._model.get_input_embeddings() if self._embeds_on_host else None):
+        if hooked(self._model, self._model.get_input_embeddings() if self._embeds_on_host else None):
             self._run_reason = self._run_reason or "hooks on the model's modules"
 
     @property
@@ -220,9 +220,9 @@ class DecodeGraphs:
 
     def forward(self, arguments: Arguments, report: GraphReport) -> StockOutput | None:
         """The stock model's output for a forward with these `arguments`, or None: it has to run kernel by kernel."""
-        reason = self._run_reason or self.reason or _why_not(arguments)
+        reason = self._run_reason or self.reason or why_not_static(arguments)
         if reason is not None:
-            report.eager[reason] = report.eager.get(reason, 0) + 1
+            report.count(reason)
             return None
         cache: KVCache = arguments[CACHE]
         inputs = arguments.get("input_ids")
@@ -250,7 +250,7 @@ class DecodeGraphs:
             return
         self._recorder.warm_up(lambda: step.compute(cache))
         reason = self.reason or _WARM_UP
-        report.eager[reason] = report.eager.get(reason, 0) + 1
+        report.count(reason)
         captured.warm = True
 
     def _record(self, compute: Callable[[], None]) -> Callable[[], None] | None:
@@ -306,7 +306,7 @@ def _unsuited(model: StockModel) -> str | None:
     return looks_at_length(config)
 
 
-def _hooked(model: StockModel, but: object) -> bool:
+def hooked(model: StockModel, but: object) -> bool:
     """Whether a forward would call hooks, which a replay cannot; `but` is a module that it does not run."""
     modules = (module for module in model.modules() if module is not but and module is not model)  # its own run around
     return any(
@@ -318,7 +318,7 @@ def _hooked(model: StockModel, but: object) -> bool:
     )
 
 
-def _why_not(arguments: Arguments) -> str | None:
+def why_not_static(arguments: Arguments) -> str | None:
     """Why a forward with these arguments is not a static step; nothing is read from the device."""
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens

@@ -7,7 +7,9 @@ copied to be put side by side, and no mask is needed. It works where a model loo
 """
 
 import contextlib
+import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -17,15 +19,29 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from griffin_offload.blocks.base import hooks_on
 from griffin_offload.blocks.states import lasting_kinds, looks_at_length, rope_border, state_kinds, windows_of
-from griffin_offload.engine.build import OWN_ATTENTION, SINKS_NAME, attend_to_each, eager_attention_of
+from griffin_offload.engine.build import (
+    OWN_ATTENTION,
+    SINKS_NAME,
+    attend_to_each,
+    eager_attention_of,
+    own_attention_takes,
+)
+from griffin_offload.engine.decode_graph import why_not_static
+from griffin_offload.engine.generation import tokens_of
 from griffin_offload.engine.model_interface import StockForward, one_token_each
+from griffin_offload.engine.report import GraphReport
+from griffin_offload.engine.step_replay import NotRecorded, ReplayedLayer, StepReplays
 from griffin_offload.errors import one_line
+from griffin_offload.kernels.attention_and_norm import TokenJob, each_token
+from griffin_offload.kernels.recording import MovingCopy, called_again, copies_move, is_recording
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
 from griffin_offload.kv_cache.kv_layer import KVLayer
-from griffin_offload.transformers_api import CACHE, StockModel
+from griffin_offload.transformers_api import CACHE, Arguments, StockModel, StockOutput
 
 _NAME = "griffin_offload_joint"
 # Of the largest logit: rounding of 16 bits through many layers is far below, another computation far above.
@@ -33,10 +49,11 @@ _CLOSE = 0.05
 
 
 class _JointStates:
-    """Keys, or values, of every sequence apart, [1, heads, T, D] each; `implementation` attends to one sequence's."""
+    """What stands for the keys, or the values, of a layer while a model hands them on to its attention: `parts`, those
+    of every sequence apart, [1, heads, T, D] each; None in a recording, where they are the layer's of that moment."""
 
-    def __init__(self, parts: Sequence[Tensor], implementation: str, lengths: "Lengths") -> None:
-        self.parts, self.implementation, self.lengths = parts, implementation, lengths
+    def __init__(self, layer: "_JointLayer", parts: Sequence[Tensor] | None) -> None:
+        self.layer, self.parts = layer, parts
 
 
 Lengths = Sequence[int] | None
@@ -50,34 +67,93 @@ def _apart(states: Tensor, lengths: Lengths) -> Sequence[Tensor]:
 
 
 class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
-    """The same layer of several KV caches."""
+    """The same layer of several KV caches; `implementation` attends to one sequence's."""
 
     is_compileable = False
 
-    def __init__(self, layers: Sequence[KVLayer], implementation: str, lengths: Lengths) -> None:
+    def __init__(self, number: int, caches: Sequence[KVCache], implementation: str, lengths: Lengths) -> None:
         super().__init__()
-        self._layers, self._implementation, self._lengths = layers, implementation, lengths
-        self.is_sliding, self.is_initialized = layers[0].is_sliding, True
+        self.number, self.implementation, self.lengths = number, implementation, lengths
+        self.hold(caches)
+        self.is_sliding, self.is_initialized = self.layers[0].is_sliding, True
+        self._copies: list[tuple[MovingCopy, MovingCopy]] | None = None
+        self.jobs = list[TokenJob]()
+        """Of attention that a recording knows."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise AssertionError("every sequence has a prompt")
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[_JointStates, _JointStates]:
         """Append a token [N, heads, 1, D], row i to cache i; or prompts [1, heads, T, D]."""
-        own = zip(self._layers, *(_apart(states, self._lengths) for states in (key_states, value_states)), strict=True)
+        if not is_recording():
+            keys, values = self._appended(key_states, value_states)
+            return _JointStates(self, keys), _JointStates(self, values)
+        stored = [layer.plain_states for layer in self.layers]
+        if all(own is not None and copies_move(key_states, value_states, *own) for own in stored):
+            self._advance()
+            newest = [(key[0, :, -1], value[0, :, -1]) for key, value in zip(self.keys, self.values, strict=True)]
+            rows = zip(key_states[:, :, 0], value_states[:, :, 0], newest, strict=True)
+            self._copies = [(MovingCopy(key, to[0]), MovingCopy(value, to[1])) for key, value, to in rows]
+        else:
+            called_again(self._append, key_states, value_states)
+        return _JointStates(self, None), _JointStates(self, None)
+
+    @property
+    def moves(self) -> bool:
+        """Whether a recording knows how its tokens are written."""
+        return self._copies is not None
+
+    def _advance(self) -> None:
+        """Count one token more of every sequence, and see it among the others; it is written later."""
+        self.keys, self.values = [], []
+        for layer in self.layers:
+            place, first = layer.advance()
+            stored = layer.plain_states
+            assert stored is not None, "`update` has asked"
+            self.keys.append(stored[0][:, :, first : place + 1])
+            self.values.append(stored[1][:, :, first : place + 1])
+
+    def advance(self) -> int:
+        """Before a replay: have copies go behind what the caches hold now. Scores that attention will need room for."""
+        if self._copies is None:
+            return 0
+        self._advance()
+        for copies, states in zip(self._copies, zip(self.keys, self.values, strict=True), strict=True):
+            for copy, own in zip(copies, states, strict=True):
+                last = (own.shape[2] - 1) * own.stride(2) * own.itemsize
+                copy.go_to(own.data_ptr() + last, own.stride(1))
+        rows = itertools.cycle(self.keys)  # again for every other layer that reads this one's
+        return max((job.heads * key.shape[2] for job, key in zip(self.jobs, rows, strict=False)), default=0)
+
+    def attend_with(self, scores: Tensor) -> None:
+        """Have attention read what copies will write."""
+        rows = itertools.cycle(zip(self.keys, self.values, strict=True))
+        for job, (key, value) in zip(self.jobs, rows, strict=False):
+            job.attend_to(key, value, scores)
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = self._appended(key_states, value_states)
+
+    def _appended(self, key_states: Tensor, value_states: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        own = zip(self.layers, *(_apart(states, self.lengths) for states in (key_states, value_states)), strict=True)
         pairs = [layer.update(*states) for layer, *states in own]
-        keys, values = ([pair[side] for pair in pairs] for side in (0, 1))
-        beside = self._implementation, self._lengths
-        return _JointStates(keys, *beside), _JointStates(values, *beside)
+        return [key for key, _ in pairs], [value for _, value in pairs]
+
+    def hold(self, caches: Sequence[KVCache]) -> None:
+        """Be a layer of these KV caches, or of none, from now on."""
+        self.layers: list[KVLayer] = [cache.layers[self.number] for cache in caches]
+        self.keys = list[Tensor]()
+        """Those of every sequence apart, [1, heads, T, D] each; values likewise."""
+        self.values = list[Tensor]()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return max(layer.get_mask_sizes(query_length) for layer in self._layers)
+        return max(layer.get_mask_sizes(query_length) for layer in self.layers)
 
     def get_seq_length(self) -> int:
-        return max(layer.get_seq_length() for layer in self._layers)
+        return max(layer.get_seq_length() for layer in self.layers)
 
     def get_max_length(self) -> int:
-        return max(layer.get_max_length() for layer in self._layers)
+        return max(layer.get_max_length() for layer in self.layers)
 
 
 def _attend(
@@ -85,16 +161,33 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """As transformers calls an attention: query [N, heads, 1, D] to [N, 1, heads, D], or that of prompts,
     [1, heads, T, D], to [1, T, heads, D]."""
-    lengths = key.lengths
-    if lengths is None and key.implementation in OWN_ATTENTION:
-        return attend_to_each(module, query, key.parts, value.parts, **options)
+    layer = key.layer
+    if key.parts is not None and value.parts is not None:
+        return _attend_apart(module, layer, (key.parts, value.parts), mask, options, query), None
+    if layer.moves and own_attention_takes(module, query, layer.keys, layer.values, **options):
+        return each_token(module, query, layer.keys, layer.values, jobs=layer.jobs, **options)
+    return called_again(functools.partial(_attend_apart, module, layer, None, mask, options), query), None
+
+
+def _attend_apart(
+    module: nn.Module,
+    layer: _JointLayer,
+    states: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    mask: object,
+    options: dict[str, Any],
+    query: Tensor,
+) -> Tensor:
+    keys, values = states or (layer.keys, layer.values)
+    lengths = layer.lengths
+    if lengths is None and layer.implementation in OWN_ATTENTION:
+        return attend_to_each(module, query, keys, values, **options)[0]
     eager = eager_attention_of(module)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(key.implementation, eager)
-    own = list(zip(_apart(query, lengths), key.parts, value.parts, strict=True))
-    adds_masks = (attend is eager or key.implementation == SINKS_NAME) and lengths is not None
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(layer.implementation, eager)
+    own = list(zip(_apart(query, lengths), keys, values, strict=True))
+    adds_masks = (attend is eager or layer.implementation == SINKS_NAME) and lengths is not None
     masks = [_causal_mask(states[0]) if adds_masks else None for states in own]
     found = [attend(module, *states, mask, **options)[0] for states, mask in zip(own, masks, strict=True)]
-    return torch.cat(found, dim=0 if lengths is None else 1), None
+    return torch.cat(found, dim=0 if lengths is None else 1)
 
 
 def _causal_mask(query: Tensor) -> Tensor:
@@ -116,11 +209,13 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, _no_mask)
 class JointStep:
     """Forwards of several sequences at once, a token or the prompt of each, by `forward`, the stock model's."""
 
-    def __init__(self, model: StockModel, forward: StockForward) -> None:
+    def __init__(self, model: StockModel, forward: StockForward, *, replays: bool) -> None:
+        """`replays`: steps are recorded, and replayed."""
         self._weak, self._forward = weakref.ref(model), forward
         known = inspect.signature(forward).parameters
         self._knows_positions = "position_ids" in known
         self._checked = False
+        self._replays = StepReplays(model) if replays else None
         self.why_alone = _why_alone(model)
         """Why this model computes one sequence at a time; None where it need not."""
         self.why_prompts_alone = self.why_alone or _why_prompts_alone(model, known)
@@ -128,13 +223,70 @@ class JointStep:
         windows = [] if self.why_prompts_alone else windows_of(model.config)
         self._least_window = min((window for window in windows if window is not None), default=None)
 
-    def __call__(self, tokens: Tensor, caches: Sequence[KVCache]) -> Tensor:
-        """The logits [N, V] behind `tokens` [N, 1], the next ones of the sequences in `caches`."""
+    def __call__(
+        self,
+        tokens: Tensor,
+        caches: Sequence[KVCache],
+        positions: Tensor | None = None,
+        reports: Sequence[GraphReport] = (),
+    ) -> Tensor:
+        """The logits [N, V] behind `tokens` [N, 1], the next ones of the sequences in `caches`; `positions` [N, 1] if
+        they are not the lengths of these. `reports` are told how they were computed."""
+        model = self._weak()
+        assert model is not None, "whoever decodes keeps it alive"
+        embedding = model.get_input_embeddings()
+        # Hooks bring the rows of an embedding that rests elsewhere.
+        apart = self._replays is not None and bool(hooks_on(embedding))
         inputs: dict[str, Any] = {"input_ids": tokens}
+        if apart:
+            with one_token_each(tokens):
+                inputs = {"inputs_embeds": embedding(tokens)}
         if self._knows_positions:
             lengths = [[cache.get_seq_length()] for cache in caches]
-            inputs["position_ids"] = torch.tensor(lengths, dtype=torch.long, device=tokens.device)
-        return self._joint(inputs, caches, None)[:, -1]
+            places = torch.tensor(lengths, dtype=torch.long, device=tokens.device)
+            inputs["position_ids"] = places if positions is None else positions
+        replays = self._replays
+        return self._step(inputs, caches, []) if replays is None else replays(self._step, inputs, caches, reports)
+
+    def _step(self, inputs: dict[str, Any], caches: Sequence[KVCache], keep: list[ReplayedLayer]) -> Tensor:
+        return self._joint(inputs, caches, None, keep)[:, -1]
+
+    def begin(self, mask: object) -> None:
+        """A prompt has passed, with the caller's `mask`."""
+        if self._replays is not None:
+            padded = isinstance(mask, Tensor) and (mask.dim() != 2 or not bool(mask.all()))
+            self._replays.begin("padded prompts" if padded else None)
+
+    @property
+    def replay_bytes(self) -> int:
+        """Of what is kept for replays."""
+        return 0 if self._replays is None else self._replays.nbytes
+
+    def close(self) -> None:
+        """Give back what is kept for replays."""
+        if self._replays is not None:
+            self._replays.close()
+
+    def alone(self, arguments: Arguments, report: GraphReport) -> StockOutput | None:
+        """The stock model's output for a forward with these `arguments` by a replay; None if that is not one of one
+        token of one sequence, or nothing is recorded here."""
+        if self._replays is None:
+            return None
+        reason = self.why_alone or self._replays.why_not or why_not_static(arguments)
+        tokens: Tensor | None = arguments.get("input_ids")
+        cache: Any = arguments.get(CACHE)
+        if reason is None and (tokens is None or tokens.shape[0] != 1):
+            reason = "embeddings in the place of tokens" if tokens is None else "several sequences in one KV cache"
+        if reason is not None or tokens is None:
+            report.count(str(reason))
+            return None
+        try:
+            logits = self(tokens, [cache], arguments.get("position_ids"), reports=[report])
+        except NotRecorded as error:
+            report.count(str(error))
+            return None
+        output: StockOutput = CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: cache})
+        return output
 
     def prompts(self, prompts: Sequence[Tensor], caches: Sequence[KVCache]) -> Tensor:
         """The logits [N, V] behind each of `prompts`, [1, T] each, the first tokens of the sequences in `caches`."""
@@ -143,15 +295,19 @@ class JointStep:
         last = torch.tensor(lengths, dtype=torch.long, device=tokens.device).cumsum(0) - 1
         positions = torch.cat([numbers[:length] for length in lengths])[None]
         inputs = {"input_ids": tokens, "position_ids": positions, "logits_to_keep": last}
-        return self._joint(inputs, caches, lengths)[0]
+        return self._joint(inputs, caches, lengths, [])[0]
 
-    def _joint(self, inputs: dict[str, Any], caches: Sequence[KVCache], lengths: Lengths) -> Tensor:
-        """The logits that a forward over `inputs` gives, [N, 1, V], or [1, N, V] behind prompts."""
-        with self._attending_apart() as implementation, one_token_each(inputs["input_ids"]):
-            rows = zip(*(cache.layers for cache in caches), strict=True)
+    def _joint(
+        self, inputs: dict[str, Any], caches: Sequence[KVCache], lengths: Lengths, keep: list[ReplayedLayer]
+    ) -> Tensor:
+        """The logits that a forward over `inputs` gives, [N, 1, V], or [1, N, V] behind prompts. What stands for layers
+        of the caches is added to `keep`."""
+        with self._attending_apart() as implementation, one_token_each(tokens_of(inputs)):
             layers = [
-                _JointLayer(row, implementation, lengths) if isinstance(row[0], KVLayer) else row[0] for row in rows
+                _JointLayer(number, caches, implementation, lengths) if isinstance(own, KVLayer) else own
+                for number, own in enumerate(caches[0].layers)
             ]
+            keep += [layer for layer in layers if isinstance(layer, _JointLayer)]
             more = {CACHE: Cache(layers=layers), "use_cache": True, "return_dict": True}
             logits: Tensor = self._forward(**inputs, **more).logits
             return logits

@@ -381,7 +381,7 @@ class GriffinModel(StockInterface):
             experts=layers.expert_report.since(run.experts) if layers.experts else None,
             drafting=run.loop.report if run.loop is not None else None,
             lookup=run.loop.looked_up if run.loop is not None else None,
-            graphs=run.graphs if self._engine.graphs is not None else None,
+            **run.graphs.run_figures(captured=self._engine.graphs is not None),
             structure=run.guide.report if run.guide is not None else None,
             **self.plan.run_figures(),
             **prefill.run_figures(),

@@ -40,14 +40,24 @@ class PrefillReport:
 
 @dataclass
 class GraphReport:
-    """Resident forwards on CUDA: replays of captured graphs, and those that ran kernel by kernel."""
+    """Resident forwards: replays of captured graphs, or of recorded steps, and those that ran kernel by kernel."""
 
     replayed: int = 0
     captured: int = 0
     """Graphs made in this run; those of earlier ones are replayed, too."""
     capture_s: float = 0.0
+    kept_bytes: int = 0
+    """Of what recorded steps write to."""
     eager: dict[str, int] = field(default_factory=dict)
     """Forwards that ran kernel by kernel, by reason."""
+
+    def run_figures(self, *, captured: bool) -> dict[str, Any]:
+        """As a `RunReport` has them: of graphs that are captured, or of steps that are recorded."""
+        return {"graphs" if captured else "replays": self}
+
+    def count(self, reason: str) -> None:
+        """A forward ran kernel by kernel."""
+        self.eager[reason] = self.eager.get(reason, 0) + 1
 
     def line(self) -> str:
         reasons = ", ".join(f"{count} kernel by kernel ({reason})" for reason, count in self.eager.items())
@@ -232,6 +242,8 @@ class RunReport:
     """None where FFs are dense, or all experts are resident."""
     graphs: GraphReport | None = None
     """None where there are none to capture: the device is not CUDA."""
+    replays: GraphReport | None = None
+    """On the CPU: forwards by recorded steps, and those with all of Python."""
     structure: StructureReport | None = None
     """None where none was asked for."""
     lookup: LookupReport | None = None

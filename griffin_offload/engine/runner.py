@@ -65,7 +65,8 @@ class ModelRunner:
         self.wait_s: float | None = None
         """Seconds that calls wait for those of other threads; None: as long as these take."""
         self.stock_forward = stock_forward(loaded.model)
-        self.joint = JointStep(loaded.model, self.stock_forward)
+        replays = model_spec.request.replays and not loaded.layers.experts  # which ask in each layer who is there
+        self.joint = JointStep(loaded.model, self.stock_forward, replays=replays)
         self._signature = inspect.signature(self.stock_forward)
         self.passes = PromptPasses(
             loaded.layers,
@@ -127,8 +128,7 @@ class ModelRunner:
         with self.alone(wait_s=None):
             self._closed = True
             self.kept_cache.release()
-            if self.graphs is not None:
-                self.graphs.close()
+            (self.graphs or self.joint).close()
             self.loaded.close()
             hollow(self.loaded.model)
 
@@ -217,6 +217,7 @@ class ModelRunner:
         request = as_loaded(self.model_spec.request, self.plan)
         slots = max(slots, self.loaded.layers.expert_buffers.nbytes)
         self.loaded.ledger.hold(
+            graphs=self.joint.replay_bytes,
             kv_cache=cache_bytes(cache),
             states=state_bytes(cache),
             slots=slots,
@@ -281,10 +282,10 @@ class ModelRunner:
                 observer.observe(logits)
 
     def _resident(self, run: GenerationState, args: Sequence[Any], kwargs: Arguments) -> StockOutput:
-        """A forward of the residents: by a captured graph, or kernel by kernel."""
-        output, arguments = None, dict(self._signature.bind(*args, **kwargs).arguments)
-        if self.graphs is not None:
-            output = self.graphs.forward(arguments | arguments.pop("kwargs", {}), run.graphs)
+        """A forward of the residents: by a captured graph, by a replay, or kernel by kernel."""
+        arguments = dict(self._signature.bind(*args, **kwargs).arguments)
+        given = arguments | arguments.pop("kwargs", {})
+        output = self.joint.alone(given, run.graphs) if self.graphs is None else self.graphs.forward(given, run.graphs)
         with one_token_each(tokens_of(arguments)):
             return self.stock_forward(*args, **kwargs) if output is None else output
 
@@ -330,8 +331,7 @@ class ModelRunner:
 
     def _passed(self, run: GenerationState, cache: StockCache | None, logits: Tensor) -> None:
         """The prompt of `run` has passed, with these logits [B, V] behind it."""
-        if self.graphs is not None:
-            self.graphs.begin(run.mask)
+        (self.graphs or self.joint).begin(run.mask)
         run.cache = cache
         self.passes.note_chosen(cache)
         if run.context is not None:
@@ -364,8 +364,7 @@ class ModelRunner:
             run.context.begin_again()
         mask = prompt_mask(tokens, kwargs.get("attention_mask"), None)
         output, streamed = self.passes.prefill(mask, run.context, (), kwargs, start=0)
-        if self.graphs is not None:
-            self.graphs.begin(mask)
+        (self.graphs or self.joint).begin(mask)
         self.hold(run.use, tokens.shape[1], cache_of(output, kwargs), streamed.peak_in_flight_bytes)
         return output
 

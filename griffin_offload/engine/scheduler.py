@@ -269,7 +269,8 @@ class SequenceScheduler:
                 self._try(going_on[0], going_on[0].step)
             elif going_on:
                 tokens = torch.cat([sequence.ids[:, -1:] for sequence in going_on])
-                logits = engine.joint(tokens, [sequence.context.cache for sequence in going_on])
+                caches = [sequence.context.cache for sequence in going_on]
+                logits = engine.joint(tokens, caches, reports=[sequence.run.graphs for sequence in going_on])
                 for row, sequence in enumerate(going_on):
                     self._try(sequence, partial(sequence.take, logits[row : row + 1]))
             ended = [sequence for sequence in self.running if sequence.done]

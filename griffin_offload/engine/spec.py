@@ -36,7 +36,7 @@ from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
 from griffin_offload.kv_cache.sequence_file import ContextSchema, ModelIdentity
 from griffin_offload.kv_cache.workload import width_of
 from griffin_offload.planner.plan import Plan
-from griffin_offload.planner.request import PlanRequest
+from griffin_offload.planner.request import GraphCosts, PlanRequest
 from griffin_offload.planner.solve import make_plan
 from griffin_offload.planner.tiers import bits_of
 from griffin_offload.transformers_api import keeps_entries, warn_if_untested
@@ -182,8 +182,8 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         weight_norms=config.selection in WEIGHT_NORMS,
         # Where no context can be kept every prompt is read from its start.
         continued=config.keep_prompts and can_cache(checkpoint.config),
-        # A forward that asks which experts it needs cannot be captured.
-        graphs=GRAPH_COSTS if hardware.captures and config.cuda_graphs and not shapes[0].has_experts else None,
+        replays=hardware.computes_on_cpu,
+        graphs=_graph_costs(hardware, config, shapes[0]),
     )
     assumed = f"no {hardware.name} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"
     model_spec = ModelSpec(checkpoint, hardware, dtype, shapes, ruled_out, request, assumed if absent else None)
@@ -199,6 +199,11 @@ def by_residents_alone(checkpoint: Checkpoint, options: dict[str, Any]) -> dict[
     mixtures of experts, missing ones are not read."""
     routed = examine_checkpoint(checkpoint, LoadConfig(**options)).shape.has_experts
     return options | {"missing_experts": "route"} if routed else options
+
+
+def _graph_costs(hardware: Device, config: LoadConfig, shape: ModelSizes) -> GraphCosts | None:
+    """Of captured decode steps. A forward that asks which experts it needs cannot be captured."""
+    return GRAPH_COSTS if hardware.captures and config.cuda_graphs and not shape.has_experts else None
 
 
 def _check_experts(model_spec: ModelSpec, config: LoadConfig) -> None:

@@ -147,9 +147,16 @@ def takes_each(module: Any, query: Tensor, keys: Sequence[Tensor], values: Seque
 
 
 def each_token(
-    module: Any, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], **options: Any
+    module: Any,
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    jobs: list["TokenJob"] | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """`one_token` of every row of query [N, heads, 1, D], over keys and values of its own, [1, kv heads, S, D]."""
+    """`one_token` of every row of query [N, heads, 1, D], over keys and values of its own, [1, kv heads, S, D]. The
+    jobs of its calls are added to `jobs`, for who wants them to attend to others when they are replayed."""
     found = library()
     assert found is not None, "the table was not asked"
     scaling = options.get("scaling")
@@ -157,22 +164,48 @@ def each_token(
     scaling = size**-0.5 if scaling is None else scaling
     floats, longest = query.float().contiguous(), max(key.shape[2] for key in keys)
     sinks = _float_sinks(options.get("s_aux"), heads)
-    own_scores = 0 if sinks is None else sinks.data_ptr()
     output, scores = floats.new_empty(count, 1, heads, width), floats.new_empty(heads * longest)
-    queries, results, threads = floats.data_ptr(), output.data_ptr(), torch.get_num_threads()
-    for key, value in zip(keys, values, strict=True):
+    sizes = kv_heads, heads // kv_heads, size, width
+    beside = 0 if sinks is None else sinks.data_ptr()
+    for row, (key, value) in enumerate(zip(keys, values, strict=True)):
+        places = tuple(own.data_ptr() + row * own.stride(0) * _FLOAT_BYTES for own in (floats, output))
+        job = TokenJob(places, beside, sizes, scaling, torch.get_num_threads())
+        job.attend_to(key, value, scores)
+        found.call("attend_to", job.packed)
+        if jobs is not None:
+            jobs.append(job)
+    return output.to(query.dtype), None
+
+
+class TokenJob:
+    """The call that attends for one row of queries: it stays, while keys and values are others."""
+
+    def __init__(
+        self, places: tuple[int, ...], sinks: int, sizes: tuple[int, int, int, int], scaling: float, threads: int
+    ) -> None:
+        """`places` are the addresses of the queries and of the result, `sizes` kv heads, heads that share one, and
+        numbers of a key and of a value."""
+        self._places, self._sinks, self._sizes = places, sinks, sizes
+        self._scaling, self._threads = scaling, threads
+        self.heads = sizes[0] * sizes[1]
+        self.packed = bytearray(_ATTENTION.size)
+
+    def attend_to(self, key: Tensor, value: Tensor, scores: Tensor) -> None:
+        """The next call is over these, [1, kv heads, S, D], and writes to `scores`, of which there is one for each head
+        and token."""
+        kv_heads, shared, size, width = self._sizes
         tokens = key.shape[2]
         if key.shape != (1, kv_heads, tokens, size) or value.shape != (1, kv_heads, tokens, width):
             raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} of a row")
-        job = _ATTENTION.pack(
-            *(queries, key.data_ptr(), value.data_ptr(), 0, own_scores, scores.data_ptr(), results),
-            *(1, kv_heads, heads // kv_heads, tokens, size, width, NUMBER_TYPES[key.dtype], threads),
+        if key.stride(3) != 1 or value.stride(3) != 1 or scores.numel() < self.heads * tokens:
+            raise ValueError(f"the numbers of a key and a value must lie side by side, {key.stride()}, and have scores")
+        queries, result = self._places
+        _ATTENTION.pack_into(
+            *(self.packed, 0, queries, key.data_ptr(), value.data_ptr(), 0, self._sinks, scores.data_ptr(), result),
+            *(1, kv_heads, shared, tokens, size, width, NUMBER_TYPES[key.dtype], self._threads),
             *(*key.stride()[:3], *value.stride()[:3], 0, 0, 0),
-            scaling,
+            self._scaling,
         )
-        found.call("attend_to", job)
-        queries, results = queries + heads * size * _FLOAT_BYTES, results + heads * width * _FLOAT_BYTES
-    return output.to(query.dtype), None
 
 
 def _float_sinks(sinks: Tensor | None, heads: int) -> Tensor | None:

@@ -1,12 +1,14 @@
 """The compiled library, and the threads its kernels run on."""
 
+import contextlib
 import ctypes
 import functools
 import platform
 import struct
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -64,6 +66,11 @@ def needs_gradient(x: torch.Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
+Kernel = Callable[..., None]
+Job = bytearray
+Note = Callable[[Kernel, Job], None]
+
+
 class Library:
     """Functions of the library at `path`. OSError or AttributeError if it, or torch's OpenMP, is not there."""
 
@@ -84,10 +91,30 @@ class Library:
         self.leaves_out = bool(self.functions.has_vbmi2())
         """Whether one instruction of this processor brings chosen numbers of a vector side by side."""
 
-    def call(self, function: str, job: bytes) -> None:
+    def call(self, function: str, job: bytes | Job) -> None:
         """Run `function` for `job`, its packed struct, on as many threads as that says; the interpreter is free
         meanwhile."""
-        getattr(self.functions, function)(job, self.parallel)
+        kernel = getattr(self.functions, function)
+        kernel(ctypes.byref(ctypes.c_char.from_buffer(job)) if isinstance(job, bytearray) else job, self.parallel)
+        if _noting.note is not None:
+            _noting.note(kernel, job if isinstance(job, bytearray) else bytearray(job))
+
+
+class _Noting(threading.local):
+    note: Note | None = None
+
+
+_noting = _Noting()
+
+
+@contextlib.contextmanager
+def note_calls(note: Note) -> Iterator[None]:
+    """Inside, `note` is told of every call that this thread makes: the kernel, and its job, which may be changed."""
+    _noting.note = note
+    try:
+        yield
+    finally:
+        _noting.note = None
 
 
 def built(directory: Path) -> Path | None:

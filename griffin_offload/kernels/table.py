@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels import attention_and_norm, gather, gemm, gemv, gguf_blocks, int8pack, quantize
+from griffin_offload.kernels import attention_and_norm, by_blocks, gather, gemm, gemv, gguf_blocks, quantize
 from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library, needs_gradient
 
 Tensors = Mapping[str, Tensor | None]
@@ -296,13 +296,12 @@ def _by_rows() -> list[Kernel]:
 
 def _products_of_ours() -> list[Kernel]:
     plain: dict[str, Any] = {"device": "cpu", "needs": _compiled, "takes": alike, "numbers": HALVES}
-    pack: dict[str, Any] = {"numbers": _NUMBERS, "rows": (0, int8pack.ROWS)}
-    float32 = torch.float32
+    pack: dict[str, Any] = {"numbers": _NUMBERS, "rows": (0, by_blocks.PACK_ROWS)}
     return [
         *_by_tiles(),
         *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 17, **dict.fromkeys(_RESIDENT[1:], 24)}),
         *_gemm("AVX512-BF16", _pairs, torch.bfloat16, {"int8": 7, **_PAIRS_FROM}),
-        *_gemm("AVX2", _float32, float32, {}),
+        *_gemm("AVX2", _float32, torch.float32, {}),
         *(
             Kernel(
                 *("gemv", f"int4_{form}", f"multiply_int4_{form} ({how})"),
@@ -314,16 +313,17 @@ def _products_of_ours() -> list[Kernel]:
         ),
         *_by_rows(),
         Kernel(
-            *("gemv", "int8", "multiply_int8 (Triton)", int8pack.triton_product, "cuda", _triton),
-            takes=int8pack.triton_takes,
-            prepare=int8pack.triton_works,
-            **pack,
+            *("gemv", "int8", "multiply_int8 (Triton)", by_blocks.triton_product, "cuda", _triton),
+            **(pack | {"takes": by_blocks.triton_takes, "prepare": by_blocks.triton_works}),
         ),
-        Kernel("gemv", "int8", "_weight_int8pack_mm", int8pack.product, takes=int8pack.takes, ours=False, **pack),
+        Kernel(
+            *("gemv", "int8", "_weight_int8pack_mm", by_blocks.pack_product),
+            **(pack | {"takes": by_blocks.pack_takes, "ours": False}),
+        ),
         Kernel(
             *("gemm", "float", "multiply_many_float (AVX2)", gemm.float_product),
             **(plain | {"needs": _float32}),
-            computes=float32,
+            computes=torch.float32,
         ),
     ]
 

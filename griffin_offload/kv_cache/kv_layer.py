@@ -89,6 +89,15 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
             read = [store.read(self._held - past - new, self._held) for store in self._stores]
         return read[0], read[1]
 
+    @property
+    def plain_states(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, heads, room, D] in which tokens lie as they come, to be written at the places that
+        `advance` says; None where they are codes, or nothing is there yet."""
+        if self.bits != 16 or not self._stores:
+            return None
+        keys, values = (store.parts(self.room)[0] for store in self._stores)
+        return keys, values
+
     def advance(self) -> tuple[int, int]:
         """Count one token more, which `put` will write: its place in the store, and that of the first one it sees."""
         self._check_room(1)

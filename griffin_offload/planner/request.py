@@ -75,6 +75,8 @@ class PlanRequest:
     translated: bool = False
     """Linear layers multiply in float32, block by block (engine/build.py)."""
     graphs: GraphCosts | None = None
+    replays: bool = False
+    """Whether decode steps are recorded, on the CPU: for good, each with a token's workspace of its own."""
     """What captured decode steps cost; None where none are captured."""
 
 

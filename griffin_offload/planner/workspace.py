@@ -4,6 +4,7 @@ Upper estimates, by counting what is alive at once.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from griffin_offload.blocks.base import whole_chunk
 from griffin_offload.blocks.sizes import ModelSizes
@@ -123,12 +124,21 @@ def graphs_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, counts:
     and logits. Their attention always has a mask."""
     costs = request.graphs
     if costs is None:
-        return 0
+        return _replays_bytes(shape, request, use, counts) if request.replays else 0
     step = workspace_bytes(shape, request, use, 1, use.ctx_tokens, counts)
     scores = use.batch * use.ctx_tokens * shape.heads * (shape.item_bytes + _FLOAT_BYTES)
     logits = use.batch * shape.vocab_size * shape.item_bytes
     nodes = len(shape.layers) * costs.layer_bytes
     return costs.pool_bytes + step + scores + costs.most * (logits + nodes)
+
+
+def _replays_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, counts: Sequence[Counts]) -> int:
+    """Of recorded decode steps, of as many sequences as there may be, and of one fewer."""
+    found = 0
+    for rows in {request.sequences, max(request.sequences - 1, 1)}:
+        step = workspace_bytes(shape, request, replace(use, batch=rows), 1, use.ctx_tokens, counts)
+        found += step - shape.scratch_bytes + rows * shape.vocab_size * shape.item_bytes
+    return found
 
 
 def statistics_bytes(

@@ -22,6 +22,7 @@ TEXT = "the cat sat on the mat and thought of another river while nothing was le
 NEW = 12
 KEYS = {
     "graphs",
+    "replays",
     "experts",
     "finish_reason",
     "structure",

@@ -150,12 +150,12 @@ def test_a_ring_that_is_refilled_while_it_computes(checkpoints):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_int8_kernel_is_ours_and_right(dtype: torch.dtype):
-    from griffin_offload.kernels import int8pack, table, triton_gemv
+    from griffin_offload.kernels import by_blocks, table, triton_gemv
 
     device = torch.device("cuda", torch.cuda.current_device())
     x, weight = torch.ones(1, 64, dtype=dtype, device=device), torch.ones(8, 64, dtype=torch.int8, device=device)
     first = table.products("int8", 1, x, dtype, True)[0]
-    assert first.function is int8pack.triton_product
+    assert first.function is by_blocks.triton_product
     assert first.takes(x, {"weight": weight})
     triton_gemv.check_kernel(device, dtype)
 

@@ -332,22 +332,26 @@ def test_a_step_that_fails_is_told_to_all(chatty, serve_one, gate, monkeypatch):
     with serve_one(chatty, WHOLE, parallel=2) as one:
         asking = [Asking(one, body(prompt)) for prompt in PROMPTS[:2]]
         all_asked(one, 2)
-        monkeypatch.setattr(one.server.worker.manager.held.model.engine, "joint", Refusing())
+        engine = one.server.worker.manager.held.model.engine
+        monkeypatch.setattr(engine, "joint", Refusing(engine.joint))
         gate.release(10_000)
         assert {answer.wait().json()["error"]["code"] for answer in asking} == {"out_of_memory"}
         assert one.post(body(PROMPTS[0])).status_code == 200
 
 
 class Refusing:
-    """Stands for a joint step without memory."""
+    """Stands for a joint step, where there is no memory for several."""
 
-    why_alone = None
     why_prompts_alone = "there is no memory"
 
-    def __call__(self, *_: Any) -> None:
-        raise MemoryError
+    def __init__(self, joint: Any) -> None:
+        self._joint = joint
 
-    def check(self, *_: Any) -> None: ...
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._joint, name)
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        raise MemoryError
 
 
 def test_the_end_of_the_server_ends_them_all(chatty, serve_one, gate):

@@ -1,0 +1,223 @@
+"""Decode on the CPU by replays: a step is recorded once, and later ones are its operators and kernels without Python's
+modules, which take a small model's token as long as its weights do.
+
+A recording serves all prompts and KV caches: weights stay where they are, keys and values are looked for anew before
+every replay. What cannot be recorded is computed as ever, and the report says why.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from griffin_offload.engine.decode_graph import hooked
+from griffin_offload.engine.generation import tokens_of
+from griffin_offload.engine.model_interface import one_token_each
+from griffin_offload.engine.report import GraphReport
+from griffin_offload.errors import GriffinError, one_line
+from griffin_offload.kernels.recording import recorded
+from griffin_offload.kv_cache.kv_cache import KVCache
+from griffin_offload.transformers_api import StockModel
+
+_KEPT = 2
+"""Numbers of sequences of which a step is kept: one that joins for a while leaves again."""
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class ReplayedLayer(Protocol):
+    """What stands for the same layer of several KV caches while a step is computed."""
+
+    def hold(self, caches: Sequence[KVCache]) -> None:
+        """Be a layer of these from now on, or of none."""
+
+    def advance(self) -> int:
+        """Before a replay: have tokens go behind what is there. Scores that attention will need room for."""
+
+    def attend_with(self, scores: Tensor) -> None:
+        """Have attention read what is there then."""
+
+
+Step = Callable[[dict[str, Any], Sequence[KVCache], list[ReplayedLayer]], Tensor]
+"""The logits [N, V] for inputs and KV caches; layers in the place of theirs are added to the list."""
+
+
+class _Scores:
+    """Room for those of attention, which recordings that never compute at the same time have in common."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.float32, device="cpu")
+
+    def of(self, numbers: int) -> Tensor:
+        """For at least so many; a little more, so that not every token asks for memory."""
+        if numbers > self.buffer.numel():
+            self.buffer = torch.empty(numbers + numbers // 8, dtype=torch.float32, device="cpu")
+        return self.buffer
+
+
+class _RecordedStep:
+    """A token of each of some sequences, recorded for whichever KV caches hold these."""
+
+    def __init__(self, inputs: dict[str, Any], caches: Sequence[KVCache], step: Step, places: object) -> None:
+        self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        self._layers = list[ReplayedLayer]()
+        self.places = places
+        """Where the model's weights lay."""
+        self.tried = False
+        """Whether a replay was compared with what it replays."""
+        with recorded() as self._recording:
+            self._logits = step(self._inputs, caches, self._layers)
+        self._hold([])
+
+    @property
+    def why_not(self) -> str | None:
+        """Why there can be no replay."""
+        return self._recording.why_not
+
+    @property
+    def nbytes(self) -> int:
+        return self._recording.nbytes
+
+    @property
+    def logits(self) -> Tensor:
+        """Of the last time [N, V]: a copy, those of the next one are written over them."""
+        return self._logits.clone()
+
+    def __call__(self, inputs: dict[str, Any], caches: Sequence[KVCache], scores: _Scores) -> Tensor:
+        for name, own in self._inputs.items():
+            own.copy_(inputs[name])
+        self._hold(caches)
+        try:
+            room = scores.of(max((layer.advance() for layer in self._layers), default=0))
+            for layer in self._layers:
+                layer.attend_with(room)
+            with one_token_each(tokens_of(inputs)):
+                self._recording.replay()
+        finally:
+            self._hold([])
+        return self.logits
+
+    def _hold(self, caches: Sequence[KVCache]) -> None:
+        for layer in self._layers:
+            layer.hold(caches)
+
+
+def _key(inputs: dict[str, Any], caches: Sequence[KVCache]) -> tuple[int, str]:
+    """What a step is recorded for: so many sequences, and inputs of those names."""
+    return len(caches), " ".join(inputs)
+
+
+class NotRecorded(RuntimeError):
+    """A step could not be recorded, and nothing has happened."""
+
+
+def _forget_behind(cache: KVCache, tokens: int) -> None:
+    """Forget what a forward that failed wrote, of some layers, behind so many tokens."""
+    for layer in cache.kept:
+        layer.crop(tokens - layer.get_seq_length())
+
+
+class StepReplays:
+    """Steps by replays, for each number of sequences. The first step is recorded, and the second one computed twice, by
+    a replay and as ever: what is not the same to the last bit is not replayed any more."""
+
+    def __init__(self, model: StockModel) -> None:
+        self._weak = weakref.ref(model)
+        self._recorded: dict[tuple[int, str], _RecordedStep] = {}
+        self._reason: str | None = None
+        self._prompt_reason: str | None = "no prompt has passed"
+        self._weights: list[dict[str, Any]] = []
+        self._scores = _Scores()
+
+    @property
+    def why_not(self) -> str | None:
+        """Why a step is not replayed."""
+        return self._reason or self._prompt_reason
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is kept for replays."""
+        return self._scores.buffer.nbytes + sum(step.nbytes for step in self._recorded.values())
+
+    def begin(self, reason: str | None) -> None:
+        """A prompt has passed; for a `reason` its answer is not replayed."""
+        model = self._weak()
+        assert model is not None, "whoever decodes keeps it alive"
+        without = model.get_input_embeddings()  # whose rows are given
+        self._prompt_reason = reason
+        if reason is None and hooked(model, without):
+            self._prompt_reason = "hooks on the model's modules"
+        self._weights = [own for module in model.modules() for own in (module._parameters, module._buffers) if own]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._recorded.clear()
+        self._scores = _Scores()
+        self._weights, self._prompt_reason = [], "the model is closed"
+
+    def __call__(
+        self, step: Step, inputs: dict[str, Any], caches: Sequence[KVCache], reports: Sequence[GraphReport]
+    ) -> Tensor:
+        """What `step` gives; `reports` are those of the answers that are decoded."""
+        if self.why_not is not None or torch.is_grad_enabled():
+            for report in reports:
+                report.count(self.why_not or "gradients")
+            return step(inputs, caches, [])
+        key, places = _key(inputs, caches), self._places()
+        found = self._recorded.pop(key, None)
+        if found is None or found.places != places:
+            return self._record(step, inputs, caches, places, reports)
+        self._recorded[key] = found
+        logits = found(inputs, caches, self._scores)
+        for report in reports:
+            report.replayed, report.kept_bytes = report.replayed + 1, self.nbytes
+        return logits if found.tried else self._tried(found, step, inputs, caches, logits)
+
+    def _places(self) -> tuple[object, ...]:
+        """Where everything lies that a replay reads of the model, and how many threads compute."""
+        owns = (own for weights in self._weights for own in weights.values() if own is not None)
+        return torch.get_num_threads(), *(own.data_ptr() if type(own) in _PLAIN else id(own) for own in owns)
+
+    def _record(
+        self,
+        step: Step,
+        inputs: dict[str, Any],
+        caches: Sequence[KVCache],
+        places: object,
+        reports: Sequence[GraphReport],
+    ) -> Tensor:
+        while len(self._recorded) >= _KEPT:
+            self._recorded.pop(next(iter(self._recorded)))
+        start, before = time.perf_counter(), [cache.get_seq_length() for cache in caches]
+        try:
+            new = _RecordedStep(inputs, caches, step, places)
+        except GriffinError:
+            raise
+        except Exception as error:  # whatever an architecture does with keys and values that it does not know
+            self._reason = f"keys and values do not pass its attention as they are: {one_line(error)}"
+            for cache, tokens in zip(caches, before, strict=True):
+                _forget_behind(cache, tokens)
+            raise NotRecorded(self._reason) from error
+        for report in reports:
+            report.captured += 1
+            report.capture_s += time.perf_counter() - start
+        self._reason = new.why_not
+        if self._reason is None and self._places() != places:
+            self._reason = "its forward replaces tensors of the model"
+        if self._reason is None:
+            self._recorded[_key(inputs, caches)] = new
+        return new.logits
+
+    def _tried(
+        self, found: _RecordedStep, step: Step, inputs: dict[str, Any], caches: Sequence[KVCache], logits: Tensor
+    ) -> Tensor:
+        for cache in caches:
+            cache.crop(-1)
+        expected = step(inputs, caches, [])
+        found.tried = torch.equal(expected, logits)
+        if not found.tried:
+            self._recorded.clear()
+            self._reason = "a replay gave other numbers"
+        return expected

@@ -1,0 +1,354 @@
+"""A computation on the CPU that is recorded once and replayed: what a CUDA graph is on a GPU.
+
+A token of decode is some hundred operations of microseconds each, and the modules of Python around them take longer
+than they do. A `Recording` watches one computation while it runs: torch's operators, each with a place in memory for
+what it gives, and the calls of our kernels, whose structs hold addresses already. `replay` does the same at the same
+addresses. What is not the same every time (keys and values become more, experts are others) is `called_again`, Python
+and all.
+
+A result that nothing refers to any more leaves its memory to later ones, in replays as in the run that was recorded:
+all of it is about what one layer has at once.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from griffin_offload.kernels.library import NUMBER_TYPES, Job, Kernel, Library, library, note_calls
+
+_ALIGNED = 64
+_aten = torch.ops.aten
+_EMPTY = (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.new_empty_strided)
+_COPIES = (_aten.clone, _aten._to_copy)
+# Operators whose shapes or answers depend on numbers, or that draw some.
+_UNSURE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+
+_MASKS = (torch.bool, torch.uint8)
+
+Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+_AXES = 4
+_ELEMENTWISE = struct.Struct(f"@3P3q{4 * _AXES}q")
+"""The struct Elementwise of replay.c."""
+_COPY, _NEGATE, _ADD, _MULTIPLY = range(4)
+_OPERATIONS = {_aten.neg.default: _NEGATE, _aten.add.Tensor: _ADD, _aten.mul.Tensor: _MULTIPLY}
+_CALL, _CALLS = struct.Struct("@2P"), struct.Struct("@Pq")
+
+
+class _Memory:
+    """Of results: blocks that are given anew when no tensor lies in them any more."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Tensor]] = {}
+        self._taken: list[tuple[StorageWeakRef, Tensor]] = []
+        self._all: dict[int, Tensor] = {}
+        self.nbytes = 0
+
+    def like(self, result: Tensor) -> Tensor:
+        """Room for a tensor of the same shape, strides and type."""
+        block = self._block(max(-(-_extent(result) * result.itemsize // _ALIGNED), 1) * _ALIGNED)
+        made = _lying_at(block.data_ptr(), result, block)
+        self._taken.append((StorageWeakRef(made.untyped_storage()), block))
+        return made
+
+    def _block(self, nbytes: int) -> Tensor:
+        left = [(reference, block) for reference, block in self._taken if reference.expired()]
+        if left:
+            self._taken = [pair for pair in self._taken if not pair[0].expired()]
+            for _, block in left:
+                self._free.setdefault(block.numel(), []).append(block)
+        if self._free.get(nbytes):
+            return self._free[nbytes].pop()
+        self.nbytes += nbytes
+        block = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        self._all[block.data_ptr()] = block
+        return block
+
+    def alias(self, tensor: Tensor) -> Tensor:
+        """The same numbers; of a tensor in a block one that does not keep it taken."""
+        block = self._all.get(tensor.untyped_storage().data_ptr())
+        return tensor if block is None else _lying_at(tensor.data_ptr(), tensor, block)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it lies in a block."""
+        return tensor.untyped_storage().data_ptr() in self._all
+
+
+def _extent(tensor: Tensor) -> int:
+    """Numbers from its first to behind its last one in memory."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _lying_at(address: int, like: Tensor, owner: object) -> Tensor:
+    """A tensor as `like`, whose memory from `address` on is the `owner`'s."""
+    if not like.numel():
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu")
+    memory = (ctypes.c_char * (_extent(like) * like.itemsize)).from_address(address)
+    memory.owner = owner  # type: ignore[attr-defined]  # kept for as long as the tensor, wherever it goes
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
+class Recording(TorchDispatchMode):
+    """What `recorded` watched. `why_not` says why it cannot be replayed, if it cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._memory, self._steps = _Memory(), list[Step | _KernelCall]()
+        self._ready = list[Step]()
+        self._kept = list[Tensor]()
+        self._library = library()
+        self._apart = False
+        self.why_not: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of what replays write to."""
+        return self._memory.nbytes
+
+    @property
+    def calls(self) -> int:
+        """That a replay makes."""
+        return len(self._ready)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Do it again; results are where they were."""
+        for function, args, kwargs in self._ready:
+            function(*args, **kwargs)
+
+    def close(self) -> None:
+        """Nothing is recorded any more: kernels that follow each other become one call."""
+        for kind, steps in itertools.groupby(self._steps, type):
+            if kind is _KernelCall:
+                assert self._library is not None, "its kernels were called"
+                self._ready.append(_in_turn(self._library, cast(list[_KernelCall], list(steps))))
+            else:
+                self._ready += cast(list[Step], list(steps))
+
+    def note_call(self, kernel: Kernel, job: Job) -> None:
+        """A kernel was called."""
+        if not self._apart:
+            self._steps.append(_KernelCall(kernel, job))
+
+    def call_again(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `function` gives for these, as a whole: it is called again by every replay."""
+        if self._apart:  # a part of what is called again already
+            return function(*args, **kwargs)
+        self._apart = True
+        try:
+            return self._written_again(function, args, kwargs, function(*args, **kwargs))
+        finally:
+            self._apart = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self._apart:
+            return result
+        if func.is_view:
+            self._keep(result)
+            return result
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # Indexed by places a tensor has the shape of these; by booleans it has as many rows as are true.
+        by_places = func is _aten.index.Tensor and not any(own.dtype in _MASKS for own in given[1:])
+        unsure = bool(_UNSURE & set(func.tags)) and not by_places
+        if unsure or any(not tensor.is_cpu for tensor in given):
+            self.why_not = self.why_not or f"{func} depends on numbers"
+            return result
+        if func.overloadpacket in _EMPTY:
+            return self._memory.like(result)
+        if func._schema.is_mutable:
+            if func is not _aten.copy_.default or not self._copied(args[0], args[1]):
+                self._steps.append((func, *self._aliases((args, kwargs))))
+            return result
+        storages = {tensor.untyped_storage().data_ptr() for tensor in given} - {0}
+        found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if all(own.untyped_storage().data_ptr() in storages for own in found):
+            self._keep(found)  # it lies in what was given, as views do
+            return result
+        return self._written_again(func, args, kwargs, result)
+
+    def _written_again(self, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        """`result`, in places of its own, where every replay writes it."""
+        placed = tree_map_only(Tensor, self._placed, result)
+        if isinstance(placed, Tensor) and self._by_kernel(function, args, kwargs, placed):
+            return placed
+        out = tree_map_only(Tensor, self._memory.alias, placed)
+        args, kwargs = self._aliases((args, kwargs))
+        writing = _writing(function) if isinstance(out, Tensor) and _are_plain(args) else None
+        if writing is not None:
+            self._steps.append((writing, args, kwargs | {"out": out}))
+        else:
+            self._steps.append((_copy_into, (out, function, args, kwargs), {}))
+        return placed
+
+    def _by_kernel(self, function: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Whether a kernel of ours gives the same: of the smallest operators, which take less time than their call."""
+        if getattr(function, "overloadpacket", None) in _COPIES:
+            return self._copied(out, args[0])
+        if function is _aten.cat.default:
+            parts, axis = args[0], args[1] if len(args) > 1 else 0
+            places = out.split([part.shape[axis] for part in parts], axis)
+            return _known(*places, *parts) and all(map(self._copied, places, parts))
+        operation = _OPERATIONS.get(function)
+        if operation is None or kwargs.get("alpha", 1) != 1 or not _known(out, *args):
+            return False
+        if any(own.dtype != out.dtype for own in args):
+            return False
+        self._call_elementwise(operation, out, *args)
+        return True
+
+    def _copied(self, out: Tensor, source: Tensor) -> bool:
+        """Whether a kernel copies `source`."""
+        if not _known(out, source):
+            return False
+        self._call_elementwise(_COPY, out, source)
+        return True
+
+    def _call_elementwise(self, operation: int, out: Tensor, *given: Tensor) -> None:
+        assert self._library is not None, "its numbers are known"
+        self._steps.append(_KernelCall(self._library.functions.elementwise, elementwise_job(operation, out, *given)))
+
+    def _keep(self, views: Any) -> None:
+        """Have the memory of views outlive the run that is recorded: a constant's may be nobody's any more."""
+        self._kept += [own for own in tree_leaves(views) if isinstance(own, Tensor) and not self._memory.holds(own)]
+
+    def _placed(self, result: Tensor) -> Tensor:
+        return self._memory.like(result).copy_(result)
+
+    def _aliases(self, values: Any) -> Any:
+        return tree_map_only(Tensor, self._memory.alias, values)
+
+
+class _KernelCall(NamedTuple):
+    kernel: Kernel
+    job: Job
+
+
+def _in_turn(own: Library, calls: list[_KernelCall]) -> Step:
+    """Several calls as one of C. Jobs are read where they are: whoever changes one changes the call."""
+    jobs = [(ctypes.c_char * len(job)).from_buffer(job) for _, job in calls]
+    addresses = [ctypes.cast(cast(Any, call.kernel), ctypes.c_void_p).value for call in calls]
+    pairs = zip(addresses, map(ctypes.addressof, jobs), strict=True)
+    packed = ctypes.create_string_buffer(b"".join(_CALL.pack(*pair) for pair in pairs))
+    job = _CALLS.pack(ctypes.addressof(packed), len(calls))
+    return partial(_call, own.functions.in_turn, (jobs, packed)), (job, own.parallel), {}
+
+
+def _call(kernel: Kernel, kept: object, job: bytes, parallel: ctypes.c_void_p) -> None:
+    kernel(job, parallel)
+
+
+def _known(*tensors: Any) -> bool:
+    """Whether `elementwise` reads and writes these."""
+    plain = _are_plain(tensors) and all(isinstance(own, Tensor) for own in tensors) and library() is not None
+    return plain and all(own.dtype in NUMBER_TYPES and own.dim() <= _AXES and own.is_cpu for own in tensors)
+
+
+def _are_plain(args: Any) -> bool:
+    return all(type(leaf) in (Tensor, nn.Parameter) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+
+
+def elementwise_job(operation: int, out: Tensor, *given: Tensor) -> bytearray:
+    """Of replay.c: `out` becomes what `operation` makes of what is `given`, which broadcasts to it."""
+    filled = (1,) * (_AXES - out.dim()) + out.shape
+    steps = [own.expand(out.shape).stride() for own in (*given, *given[:1], out)]
+    if len(given) == 2:
+        del steps[2]
+    addresses = [own.data_ptr() for own in (*given, *given[:1])][:2]
+    padded = [step for own in steps for step in ((0,) * (_AXES - out.dim()) + own)]
+    types = NUMBER_TYPES[given[0].dtype], NUMBER_TYPES[out.dtype]
+    return bytearray(_ELEMENTWISE.pack(*addresses, out.data_ptr(), operation, *types, *filled, *padded))
+
+
+def _writing(function: Any) -> Any:
+    """Of an operator of torch's the one that takes the same and writes what it gives; None where there is none."""
+    if not isinstance(function, torch._ops.OpOverload):
+        return None
+    taken = [(own.name, str(own.type)) for own in function._schema.arguments]
+    packet = function.overloadpacket
+    for name in packet.overloads():
+        other = getattr(packet, name)
+        arguments = other._schema.arguments
+        if [(own.name, str(own.type)) for own in arguments if not own.is_out] == taken and any(
+            own.is_out and own.name == "out" for own in arguments
+        ):
+            return other
+    return None
+
+
+def _copy_into(out: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Call it, and copy what it gives to where that was before."""
+    pairs = zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True)
+    for own, new in pairs:
+        if isinstance(own, Tensor):
+            own.copy_(new)
+
+
+class MovingCopy:
+    """A copy of `source` that a recording knows, and whose target [heads, D], of numbers side by side, is another one
+    every time."""
+
+    def __init__(self, source: Tensor, target: Tensor) -> None:
+        own = library()
+        assert own is not None, "`copies_move` was asked"
+        self._job = elementwise_job(_COPY, target, source)
+        own.call("elementwise", self._job)
+
+    def go_to(self, address: int, head_step: int) -> None:
+        """The next copy goes there, in so many numbers from head to head."""
+        _TARGET.pack_into(self._job, _TARGET_AT, address)
+        _STEP.pack_into(self._job, _HEADS_AT, head_step)
+
+
+_TARGET, _STEP = struct.Struct("@P"), struct.Struct("@q")
+_TARGET_AT, _HEADS_AT = 2 * _TARGET.size, _ELEMENTWISE.size - 2 * _STEP.size
+
+
+def copies_move(*tensors: Tensor) -> bool:
+    """Whether copies of tensors like these can be `MovingCopy`."""
+    return _known(*tensors)
+
+
+def is_recording() -> bool:
+    """Whether what this thread computes is recorded."""
+    return _current.recording is not None
+
+
+class _Current(threading.local):
+    recording: Recording | None = None
+
+
+_current = _Current()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Recording]:
+    """Inside, what this thread computes is recorded."""
+    recording = Recording()
+    _current.recording = recording
+    try:
+        with note_calls(recording.note_call), recording:
+            yield recording
+    finally:
+        _current.recording = None
+        recording.close()
+
+
+def called_again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `function` gives for these, which a replay calls again: it sees what has changed meanwhile. Results have to
+    have the same shapes every time."""
+    recording = _current.recording
+    return function(*args, **kwargs) if recording is None else recording.call_again(function, args, kwargs)

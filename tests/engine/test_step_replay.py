@@ -1,0 +1,146 @@
+"""Decode by recorded steps on the CPU: the very tokens of steps with all of Python, and within what was planned."""
+
+from typing import Any
+
+import pytest
+import torch
+from loaded_model import load
+from marks import mostly_slow
+from tiny_models import ARCHITECTURES, FURTHER, MIXTURES, VOCAB
+
+from griffin_offload import GriffinModel
+from griffin_offload.engine.step_replay import StepReplays
+from griffin_offload.kernels.library import library
+
+NAMES = (*ARCHITECTURES, *FURTHER, *MIXTURES)
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+# Attention of their own, states, or something that is counted on the host.
+NOT_REPLAYED = (
+    *("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "qwen3_next", "nemotron", "llama4"),
+    *("gpt2", "jetmoe"),
+)
+
+
+def prompt(tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def without(monkeypatch: pytest.MonkeyPatch, compute: Any) -> Any:
+    """What `compute` gives where no step is replayed."""
+    with monkeypatch.context() as context:
+        context.setattr(StepReplays, "why_not", property(lambda _: "a test"))
+        return compute()
+
+
+def alone(model: GriffinModel, ids: torch.Tensor, **options: Any) -> list[int]:
+    answer: list[int] = model.generate(ids, **(GREEDY | options))[0, ids.shape[1] :].tolist()
+    return answer
+
+
+def replayed(model: GriffinModel) -> int:
+    report = model.last_report
+    assert report is not None
+    assert report.replays is not None
+    return report.replays.replayed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", mostly_slow(NAMES, 8))
+def test_tokens_are_those_of_steps_with_python(checkpoints, monkeypatch, name: str, dtype: torch.dtype):
+    with load(checkpoints(name, dtype), density=1.0, quantize="none" if dtype == torch.float32 else "int8") as model:
+        for tokens in (9, 30):
+            ids = prompt(tokens, tokens)
+            assert alone(model, ids) == without(monkeypatch, lambda ids=ids: alone(model, ids))
+        alone(model, ids)
+        report = model.last_report.replays
+        if not name.startswith(NOT_REPLAYED):
+            assert report.replayed > 0, report.eager
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("name", ["llama3", "mistral", "gemma2", "gpt_oss"])
+def test_sequences_join_and_leave(checkpoints, monkeypatch, name: str, bits: int):
+    """Each with a KV cache of another size, in which windows move, and in fewer bits."""
+    with load(checkpoints(name), density=1.0, kv_bits=bits, ctx_size=160) as model:
+        asked = [(prompt(7 + 9 * seed, seed), GREEDY | {"max_new_tokens": 5 + 13 * seed}) for seed in range(4)]
+
+        def answers() -> dict[int, list[int]]:
+            return {answer.index: answer.tokens.tolist() for answer in model.generate_many(asked, most=3)}
+
+        expected = without(monkeypatch, answers)
+        assert answers() == expected == answers()
+        assert [expected[index] for index in range(4)] == [alone(model, ids, **how) for ids, how in asked]
+        assert max(answer.report.replays.replayed for answer in model.generate_many(asked, most=3)) > 0
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_each_prompt_has_its_neurons(checkpoints, monkeypatch, density: float):
+    with load(checkpoints("llama3"), density=density) as model:
+        asked = [prompt(20, seed) for seed in range(3)]
+        expected = without(monkeypatch, lambda: [alone(model, ids) for ids in asked])
+        assert [alone(model, ids) for ids in asked] == expected
+        assert replayed(model) > 0
+
+
+def test_experts_that_come_and_go_are_python(checkpoints):
+    with load(checkpoints("mixtral"), density=0.5) as model:
+        alone(model, prompt(20))
+        assert replayed(model) == 0
+
+
+def test_weights_that_lie_elsewhere_are_recorded_anew(checkpoints):
+    with load(checkpoints("llama3"), density=1.0) as model:
+        expected = alone(model, prompt(9))
+        head = model.model.get_output_embeddings()
+        with torch.no_grad():
+            head.weight = torch.nn.Parameter(head.weight.roll(1, 0), requires_grad=False)
+        assert alone(model, prompt(9))[0] == expected[0] + 1
+        assert model.last_report.replays.captured == 1
+
+
+def test_hooks_are_called(checkpoints):
+    seen = []
+    with load(checkpoints("llama3"), density=1.0) as model:
+        expected = alone(model, prompt(9))
+        hook = model.model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+        assert alone(model, prompt(9)) == expected
+        hook.remove()
+        assert len(seen) == GREEDY["max_new_tokens"]
+        assert model.last_report.replays.eager == {"hooks on the model's modules": GREEDY["max_new_tokens"] - 1}
+
+
+def test_rows_that_hooks_bring_are_recorded_apart(checkpoints):
+    """An embedding's hooks are called by every step, whatever was recorded before."""
+    seen = []
+    with load(checkpoints("llama3"), density=1.0) as model:
+        expected = alone(model, prompt(9))
+        hook = model.model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
+        assert alone(model, prompt(9)) == expected
+        hook.remove()
+        assert alone(model, prompt(9)) == expected
+    assert len(seen) >= GREEDY["max_new_tokens"]
+
+
+def test_a_replay_that_differs_is_given_up(checkpoints, monkeypatch):
+    """Here attention adds something that is another every time, where nobody knows of it."""
+    with load(checkpoints("llama3"), density=1.0) as model:
+        norm, added = model.model.model.norm, iter(range(10**6))
+        stock = norm.forward
+        monkeypatch.setattr(norm, "forward", lambda x: stock(x) + 1e-3 * next(added))
+        alone(model, prompt(9))
+        assert "a replay gave other numbers" in model.last_report.replays.eager
+
+
+@pytest.mark.skipif(library() is None, reason="the kernels are not compiled")
+@pytest.mark.parametrize("name", mostly_slow(("llama3", "gemma2", "gpt_oss", "phi3", "mixtral", "opt_350m"), 4))
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_memory_is_as_planned(checkpoints, name: str, quantize: str):
+    options = {"density": 1.0, "quantize": quantize, "sequences": 3}
+    with load(checkpoints(name, torch.bfloat16), **options) as model:
+        alone(model, prompt(9))
+        reports = [model.last_report]
+        asked = [(prompt(20, seed), GREEDY | {"max_new_tokens": 4 + 4 * seed}) for seed in range(3)]
+        reports += [answer.report for answer in model.generate_many(asked)]
+        kept = [report.replays.kept_bytes for report in reports]
+        assert 0 < min(kept) <= max(kept) <= model.plan.parts["graphs"]
+        assert all(report.peak_device_bytes <= model.plan.budget_bytes for report in reports)
