@@ -35,10 +35,10 @@ from griffin_offload.engine.decode_graph import why_not_static
 from griffin_offload.engine.generation import tokens_of
 from griffin_offload.engine.model_interface import StockForward, one_token_each
 from griffin_offload.engine.report import GraphReport
-from griffin_offload.engine.step_replay import NotRecorded, ReplayedLayer, StepReplays
+from griffin_offload.engine.step_replay import NOT_YET, NotRecorded, ReplayedLayer, StepReplays
 from griffin_offload.errors import one_line
 from griffin_offload.kernels.attention_and_norm import TokenJob, each_token
-from griffin_offload.kernels.recording import MovingCopy, called_again, copies_move, is_recording
+from griffin_offload.kernels.recording import MovingCopy, called_again, elementwise_knows, is_recording
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
 from griffin_offload.kv_cache.kv_layer import KVLayer
 from griffin_offload.transformers_api import CACHE, Arguments, StockModel, StockOutput
@@ -89,7 +89,7 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
             keys, values = self._appended(key_states, value_states)
             return _JointStates(self, keys), _JointStates(self, values)
         stored = [layer.plain_states for layer in self.layers]
-        if all(own is not None and copies_move(key_states, value_states, *own) for own in stored):
+        if all(own is not None and elementwise_knows(key_states, value_states, *own) for own in stored):
             self._advance()
             newest = [(key[0, :, -1], value[0, :, -1]) for key, value in zip(self.keys, self.values, strict=True)]
             rows = zip(key_states[:, :, 0], value_states[:, :, 0], newest, strict=True)
@@ -277,6 +277,8 @@ class JointStep:
         cache: Any = arguments.get(CACHE)
         if reason is None and (tokens is None or tokens.shape[0] != 1):
             reason = "embeddings in the place of tokens" if tokens is None else "several sequences in one KV cache"
+        if reason is None and self._replays.waits(1):
+            reason = NOT_YET
         if reason is not None or tokens is None:
             report.count(str(reason))
             return None

@@ -65,7 +65,7 @@ class ModelRunner:
         self.wait_s: float | None = None
         """Seconds that calls wait for those of other threads; None: as long as these take."""
         self.stock_forward = stock_forward(loaded.model)
-        replays = model_spec.request.replays and not loaded.layers.experts  # which ask in each layer who is there
+        replays = model_spec.request.replays > 0 and not loaded.layers.experts  # which ask in each layer who is there
         self.joint = JointStep(loaded.model, self.stock_forward, replays=replays)
         self._signature = inspect.signature(self.stock_forward)
         self.passes = PromptPasses(

@@ -30,6 +30,7 @@ from griffin_offload.devices.registry import choose_device, device_kind, devices
 from griffin_offload.engine.build import emulates_halves
 from griffin_offload.engine.decode_graph import GRAPH_COSTS
 from griffin_offload.engine.precisions import others_of, resting_head, shapes_of
+from griffin_offload.engine.step_replay import MOST_KEPT
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.formats import Format, planned_as
 from griffin_offload.kv_cache.kv_cache import can_cache, why_not_back
@@ -182,7 +183,7 @@ def examine_checkpoint(checkpoint: Checkpoint, config: LoadConfig, *, anywhere: 
         weight_norms=config.selection in WEIGHT_NORMS,
         # Where no context can be kept every prompt is read from its start.
         continued=config.keep_prompts and can_cache(checkpoint.config),
-        replays=hardware.computes_on_cpu,
+        replays=MOST_KEPT if hardware.computes_on_cpu else 0,
         graphs=_graph_costs(hardware, config, shapes[0]),
     )
     assumed = f"no {hardware.name} device is here, {format_bytes(overhead_bytes)} are assumed for its runtime"

@@ -22,8 +22,11 @@ from griffin_offload.kernels.recording import recorded
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.transformers_api import StockModel
 
-_KEPT = 2
-"""Numbers of sequences of which a step is kept: one that joins for a while leaves again."""
+MOST_KEPT = 4
+"""Numbers of sequences of which a step is kept: those that join for a while leave again."""
+_FEWEST_STEPS = 6
+"""So many of its kind are computed before a step is recorded, which takes as long as a few."""
+NOT_YET = "not recorded yet"
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -126,6 +129,8 @@ class StepReplays:
     def __init__(self, model: StockModel) -> None:
         self._weak = weakref.ref(model)
         self._recorded: dict[tuple[int, str], _RecordedStep] = {}
+        self._steps: dict[int, int] = {}
+        """Those that were computed before any of so many sequences was recorded."""
         self._reason: str | None = None
         self._prompt_reason: str | None = "no prompt has passed"
         self._weights: list[dict[str, Any]] = []
@@ -140,6 +145,13 @@ class StepReplays:
     def nbytes(self) -> int:
         """Of all that is kept for replays."""
         return self._scores.buffer.nbytes + sum(step.nbytes for step in self._recorded.values())
+
+    def waits(self, rows: int) -> bool:
+        """Whether a step of so many sequences is not to be recorded yet, of which this is one."""
+        if any(known == rows for known, _ in self._recorded):
+            return False
+        self._steps[rows] = self._steps.get(rows, 0) + 1
+        return self._steps[rows] < _FEWEST_STEPS
 
     def begin(self, reason: str | None) -> None:
         """A prompt has passed; for a `reason` its answer is not replayed."""
@@ -161,9 +173,12 @@ class StepReplays:
         self, step: Step, inputs: dict[str, Any], caches: Sequence[KVCache], reports: Sequence[GraphReport]
     ) -> Tensor:
         """What `step` gives; `reports` are those of the answers that are decoded."""
-        if self.why_not is not None or torch.is_grad_enabled():
+        reason = self.why_not or ("gradients" if torch.is_grad_enabled() else None)
+        if reason is None and len(caches) > 1 and self.waits(len(caches)):
+            reason = NOT_YET
+        if reason is not None:
             for report in reports:
-                report.count(self.why_not or "gradients")
+                report.count(reason)
             return step(inputs, caches, [])
         key, places = _key(inputs, caches), self._places()
         found = self._recorded.pop(key, None)
@@ -188,7 +203,7 @@ class StepReplays:
         places: object,
         reports: Sequence[GraphReport],
     ) -> Tensor:
-        while len(self._recorded) >= _KEPT:
+        while len(self._recorded) >= MOST_KEPT:
             self._recorded.pop(next(iter(self._recorded)))
         start, before = time.perf_counter(), [cache.get_seq_length() for cache in caches]
         try:

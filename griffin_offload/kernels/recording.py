@@ -6,35 +6,34 @@ what it gives, and the calls of our kernels, whose structs hold addresses alread
 addresses. What is not the same every time (keys and values become more, experts are others) is `called_again`, Python
 and all.
 
-A result that nothing refers to any more leaves its memory to later ones, in replays as in the run that was recorded:
-all of it is about what one layer has at once.
+A result that nothing refers to any more leaves its memory to later ones: all of it is about what one layer has at once.
 """
 
 import contextlib
 import ctypes
+import functools
+import gc
 import itertools
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from griffin_offload.kernels.library import NUMBER_TYPES, Job, Kernel, Library, library, note_calls
 
-_ALIGNED = 64
+_ALIGNED, _BLOCKS = 64, 256
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.new_empty_strided)
 _COPIES = (_aten.clone, _aten._to_copy)
 # Operators whose shapes or answers depend on numbers, or that draw some.
 _UNSURE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 
-_MASKS = (torch.bool, torch.uint8)
+_MASKS, _PLAIN = (torch.bool, torch.uint8), (Tensor, nn.Parameter)
 
 Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _AXES = 4
@@ -62,17 +61,24 @@ class _Memory:
         return made
 
     def _block(self, nbytes: int) -> Tensor:
-        left = [(reference, block) for reference, block in self._taken if reference.expired()]
-        if left:
-            self._taken = [pair for pair in self._taken if not pair[0].expired()]
-            for _, block in left:
-                self._free.setdefault(block.numel(), []).append(block)
+        if not self._free.get(nbytes):
+            self._reclaim()
         if self._free.get(nbytes):
             return self._free[nbytes].pop()
         self.nbytes += nbytes
         block = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         self._all[block.data_ptr()] = block
         return block
+
+    def _reclaim(self) -> None:
+        """Find blocks in which no tensor lies any more."""
+        taken = []
+        for reference, block in self._taken:
+            if reference.expired():
+                self._free.setdefault(block.numel(), []).append(block)
+            else:
+                taken.append((reference, block))
+        self._taken = taken
 
     def alias(self, tensor: Tensor) -> Tensor:
         """The same numbers; of a tensor in a block one that does not keep it taken."""
@@ -152,29 +158,33 @@ class Recording(TorchDispatchMode):
         finally:
             self._apart = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; torch would import its compiler to say so."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, kind = kwargs or {}, _kind_of(func)
         result = func(*args, **kwargs)
         if self._apart:
             return result
-        if func.is_view:
+        if kind == "view":
             self._keep(result)
             return result
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = list(_tensors(args, kwargs))
         # Indexed by places a tensor has the shape of these; by booleans it has as many rows as are true.
         by_places = func is _aten.index.Tensor and not any(own.dtype in _MASKS for own in given[1:])
-        unsure = bool(_UNSURE & set(func.tags)) and not by_places
-        if unsure or any(not tensor.is_cpu for tensor in given):
+        if (kind == "unsure" and not by_places) or any(not tensor.is_cpu for tensor in given):
             self.why_not = self.why_not or f"{func} depends on numbers"
             return result
-        if func.overloadpacket in _EMPTY:
+        if kind == "empty":
             return self._memory.like(result)
-        if func._schema.is_mutable:
+        if kind == "in place":
             if func is not _aten.copy_.default or not self._copied(args[0], args[1]):
                 self._steps.append((func, *self._aliases((args, kwargs))))
             return result
         storages = {tensor.untyped_storage().data_ptr() for tensor in given} - {0}
-        found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        found = list(_tensors(result))
         if all(own.untyped_storage().data_ptr() in storages for own in found):
             self._keep(found)  # it lies in what was given, as views do
             return result
@@ -182,10 +192,10 @@ class Recording(TorchDispatchMode):
 
     def _written_again(self, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
         """`result`, in places of its own, where every replay writes it."""
-        placed = tree_map_only(Tensor, self._placed, result)
+        placed = _changed(result, self._placed)
         if isinstance(placed, Tensor) and self._by_kernel(function, args, kwargs, placed):
             return placed
-        out = tree_map_only(Tensor, self._memory.alias, placed)
+        out = _changed(placed, self._memory.alias)
         args, kwargs = self._aliases((args, kwargs))
         writing = _writing(function) if isinstance(out, Tensor) and _are_plain(args) else None
         if writing is not None:
@@ -201,21 +211,21 @@ class Recording(TorchDispatchMode):
         if function is _aten.cat.default:
             parts, axis = args[0], args[1] if len(args) > 1 else 0
             places = out.split([part.shape[axis] for part in parts], axis)
-            return _known(*places, *parts) and all(map(self._copied, places, parts))
+            return elementwise_knows(*places, *parts) and all(map(self._copied, places, parts))
         operation = _OPERATIONS.get(function)
-        if operation is None or kwargs.get("alpha", 1) != 1 or not _known(out, *args):
+        if operation is None or kwargs.get("alpha", 1) != 1 or not elementwise_knows(out, *args):
             return False
-        if any(own.dtype != out.dtype for own in args):
+        if {own.dtype for own in args} != {out.dtype}:
             return False
         self._call_elementwise(operation, out, *args)
         return True
 
     def _copied(self, out: Tensor, source: Tensor) -> bool:
         """Whether a kernel copies `source`."""
-        if not _known(out, source):
-            return False
-        self._call_elementwise(_COPY, out, source)
-        return True
+        known = elementwise_knows(out, source)
+        if known:
+            self._call_elementwise(_COPY, out, source)
+        return known
 
     def _call_elementwise(self, operation: int, out: Tensor, *given: Tensor) -> None:
         assert self._library is not None, "its numbers are known"
@@ -223,13 +233,13 @@ class Recording(TorchDispatchMode):
 
     def _keep(self, views: Any) -> None:
         """Have the memory of views outlive the run that is recorded: a constant's may be nobody's any more."""
-        self._kept += [own for own in tree_leaves(views) if isinstance(own, Tensor) and not self._memory.holds(own)]
+        self._kept += [own for own in _tensors(views) if not self._memory.holds(own)]
 
     def _placed(self, result: Tensor) -> Tensor:
         return self._memory.like(result).copy_(result)
 
     def _aliases(self, values: Any) -> Any:
-        return tree_map_only(Tensor, self._memory.alias, values)
+        return _changed(values, self._memory.alias)
 
 
 class _KernelCall(NamedTuple):
@@ -244,21 +254,42 @@ def _in_turn(own: Library, calls: list[_KernelCall]) -> Step:
     pairs = zip(addresses, map(ctypes.addressof, jobs), strict=True)
     packed = ctypes.create_string_buffer(b"".join(_CALL.pack(*pair) for pair in pairs))
     job = _CALLS.pack(ctypes.addressof(packed), len(calls))
-    return partial(_call, own.functions.in_turn, (jobs, packed)), (job, own.parallel), {}
+    return functools.partial(_call, own.functions.in_turn, (jobs, packed)), (job, own.parallel), {}
 
 
 def _call(kernel: Kernel, kept: object, job: bytes, parallel: ctypes.c_void_p) -> None:
     kernel(job, parallel)
 
 
-def _known(*tensors: Any) -> bool:
-    """Whether `elementwise` reads and writes these."""
-    plain = _are_plain(tensors) and all(isinstance(own, Tensor) for own in tensors) and library() is not None
+def elementwise_knows(*tensors: Any) -> bool:
+    """Whether a kernel reads and writes these, `MovingCopy` too."""
+    plain = all(type(own) in _PLAIN for own in tensors) and library() is not None
     return plain and all(own.dtype in NUMBER_TYPES and own.dim() <= _AXES and own.is_cpu for own in tensors)
 
 
 def _are_plain(args: Any) -> bool:
-    return all(type(leaf) in (Tensor, nn.Parameter) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+    return all(type(own) in _PLAIN for own in _tensors(args))
+
+
+def _tensors(*values: Any) -> Iterator[Tensor]:
+    """Those in arguments or results, one by one: torch's own way to walk trees knows more kinds, and takes longer."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(*value)
+        elif isinstance(value, dict):
+            yield from _tensors(*value.values())
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same with other tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        new = [_changed(own, change) for own in value]
+        return type(value)(*new) if hasattr(value, "_fields") else tuple(new) if isinstance(value, tuple) else new
+    return {name: _changed(own, change) for name, own in value.items()} if isinstance(value, dict) else value
 
 
 def elementwise_job(operation: int, out: Tensor, *given: Tensor) -> bytearray:
@@ -273,6 +304,19 @@ def elementwise_job(operation: int, out: Tensor, *given: Tensor) -> bytearray:
     return bytearray(_ELEMENTWISE.pack(*addresses, out.data_ptr(), operation, *types, *filled, *padded))
 
 
+@functools.cache
+def _kind_of(operator: Any) -> str:
+    """What is to be known of an operator of torch's."""
+    if operator.is_view:
+        return "view"
+    if _UNSURE & set(operator.tags):
+        return "unsure"
+    if operator.overloadpacket in _EMPTY:
+        return "empty"
+    return "in place" if operator._schema.is_mutable else "plain"
+
+
+@functools.cache
 def _writing(function: Any) -> Any:
     """Of an operator of torch's the one that takes the same and writes what it gives; None where there is none."""
     if not isinstance(function, torch._ops.OpOverload):
@@ -291,10 +335,13 @@ def _writing(function: Any) -> Any:
 
 def _copy_into(out: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """Call it, and copy what it gives to where that was before."""
-    pairs = zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True)
-    for own, new in pairs:
-        if isinstance(own, Tensor):
-            own.copy_(new)
+    for own, new in zip(_tensors(out), _tensors(function(*args, **kwargs)), strict=True):
+        own.copy_(new)
+
+
+def recorded_bytes(result_bytes: int) -> int:
+    """Of a recording whose results take so many at once: the rest of a block may go with each."""
+    return result_bytes + _BLOCKS * _ALIGNED
 
 
 class MovingCopy:
@@ -303,7 +350,7 @@ class MovingCopy:
 
     def __init__(self, source: Tensor, target: Tensor) -> None:
         own = library()
-        assert own is not None, "`copies_move` was asked"
+        assert own is not None, "`elementwise_knows` was asked"
         self._job = elementwise_job(_COPY, target, source)
         own.call("elementwise", self._job)
 
@@ -315,11 +362,6 @@ class MovingCopy:
 
 _TARGET, _STEP = struct.Struct("@P"), struct.Struct("@q")
 _TARGET_AT, _HEADS_AT = 2 * _TARGET.size, _ELEMENTWISE.size - 2 * _STEP.size
-
-
-def copies_move(*tensors: Tensor) -> bool:
-    """Whether copies of tensors like these can be `MovingCopy`."""
-    return _known(*tensors)
 
 
 def is_recording() -> bool:
@@ -337,14 +379,17 @@ _current = _Current()
 @contextlib.contextmanager
 def recorded() -> Iterator[Recording]:
     """Inside, what this thread computes is recorded."""
-    recording = Recording()
+    recording, collects = Recording(), gc.isenabled()
     _current.recording = recording
+    gc.disable()  # all that is made here stays, and to look for what does not would take longer than all of it
     try:
         with note_calls(recording.note_call), recording:
             yield recording
     finally:
         _current.recording = None
         recording.close()
+        if collects:
+            gc.enable()
 
 
 def called_again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

