@@ -197,7 +197,8 @@ class Recording(TorchDispatchMode):
             return placed
         out = _changed(placed, self._memory.alias)
         args, kwargs = self._aliases((args, kwargs))
-        writing = _writing(function) if isinstance(out, Tensor) and _are_plain(args) else None
+        by_torch = isinstance(function, torch._ops.OpOverload) and isinstance(out, Tensor) and _are_plain(args)
+        writing = _writing(function) if by_torch else None
         if writing is not None:
             self._steps.append((writing, args, kwargs | {"out": out}))
         else:
@@ -319,8 +320,6 @@ def _kind_of(operator: Any) -> str:
 @functools.cache
 def _writing(function: Any) -> Any:
     """Of an operator of torch's the one that takes the same and writes what it gives; None where there is none."""
-    if not isinstance(function, torch._ops.OpOverload):
-        return None
     taken = [(own.name, str(own.type)) for own in function._schema.arguments]
     packet = function.overloadpacket
     for name in packet.overloads():
