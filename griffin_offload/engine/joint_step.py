@@ -38,7 +38,7 @@ from griffin_offload.engine.report import GraphReport
 from griffin_offload.engine.step_replay import NotRecorded, ReplayedLayer, StepReplays
 from griffin_offload.errors import one_line
 from griffin_offload.kernels.attention_and_norm import TokenJob, each_token
-from griffin_offload.kernels.recording import MovingCopy, called_again, copies_move, is_recording
+from griffin_offload.kernels.recording import MovingCopy, called_again, copies_move, is_recording, unrecorded
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
 from griffin_offload.kv_cache.kv_layer import KVLayer
 from griffin_offload.transformers_api import CACHE, Arguments, StockModel, StockOutput
@@ -88,10 +88,13 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
         if not is_recording():
             keys, values = self._appended(key_states, value_states)
             return _JointStates(self, keys), _JointStates(self, values)
-        stored = [layer.plain_states for layer in self.layers]
-        if all(own is not None and copies_move(key_states, value_states, *own) for own in stored):
-            self._advance()
+        with unrecorded():  # a window that moves does so now, in these KV caches
+            stored = [layer.plain_states for layer in self.layers]
+            moves = all(own is not None and copies_move(key_states, value_states, *own) for own in stored)
+            if moves:
+                self._advance()
             newest = [(key[0, :, -1], value[0, :, -1]) for key, value in zip(self.keys, self.values, strict=True)]
+        if moves:
             rows = zip(key_states[:, :, 0], value_states[:, :, 0], newest, strict=True)
             self._copies = [(MovingCopy(key, to[0]), MovingCopy(value, to[1])) for key, value, to in rows]
         else:

@@ -146,11 +146,17 @@ class Recording(TorchDispatchMode):
         """What `function` gives for these, as a whole: it is called again by every replay."""
         if self._apart:  # a part of what is called again already
             return function(*args, **kwargs)
-        self._apart = True
-        try:
+        with self.paused():
             return self._written_again(function, args, kwargs, function(*args, **kwargs))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is recorded, and nothing kept for replays."""
+        before, self._apart = self._apart, True
+        try:
+            yield
         finally:
-            self._apart = False
+            self._apart = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -304,7 +310,8 @@ class MovingCopy:
     def __init__(self, source: Tensor, target: Tensor) -> None:
         own = library()
         assert own is not None, "`copies_move` was asked"
-        self._job = elementwise_job(_COPY, target, source)
+        with unrecorded():  # a recording keeps what it sees views of
+            self._job = elementwise_job(_COPY, target, source)
         own.call("elementwise", self._job)
 
     def go_to(self, address: int, head_step: int) -> None:
@@ -325,6 +332,14 @@ def copies_move(*tensors: Tensor) -> bool:
 def is_recording() -> bool:
     """Whether what this thread computes is recorded."""
     return _current.recording is not None
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside, nothing is recorded: what a replay finds done, in other places than now."""
+    recording = _current.recording
+    with contextlib.nullcontext() if recording is None else recording.paused():
+        yield
 
 
 class _Current(threading.local):

@@ -1,5 +1,6 @@
 """Decode by recorded steps on the CPU: the very tokens of steps with all of Python, and within what was planned."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from loaded_model import load
 from marks import mostly_slow
 from tiny_models import ARCHITECTURES, FURTHER, MIXTURES, VOCAB
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from griffin_offload import GriffinModel
 from griffin_offload.engine.step_replay import StepReplays
 from griffin_offload.kernels.library import library
+from griffin_offload.kv_cache.store import Store
 
 NAMES = (*ARCHITECTURES, *FURTHER, *MIXTURES)
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -71,6 +74,43 @@ def test_sequences_join_and_leave(checkpoints, monkeypatch, name: str, bits: int
         assert answers() == expected == answers()
         assert [expected[index] for index in range(4)] == [alone(model, ids, **how) for ids, how in asked]
         assert max(answer.report.replays.replayed for answer in model.generate_many(asked, most=3)) > 0
+
+
+@pytest.mark.parametrize("name", mostly_slow(("gemma2", "mistral", "gpt_oss"), 1))
+def test_windows_move_while_a_step_is_recorded(checkpoints, monkeypatch, name: str):
+    """Behind a prompt that is longer than window and slack; no later answer moves anything in that KV cache."""
+    with load(checkpoints(name, torch.bfloat16), density=1.0, ctx_size=500, sequences=3) as model:
+        long = {"max_new_tokens": 40}
+
+        def answers() -> list[list[int]]:
+            contexts, found = [model.new_context(400) for _ in range(2)], list[list[int]]()
+            for turn in range(6):
+                context = contexts[turn % 2]
+                ids = torch.cat([torch.tensor([context.tokens], dtype=torch.long), prompt(20, turn)], dim=1)
+                ids = ids if context.tokens else prompt(200, turn)
+                found.append(alone(model, ids, context=context, **long))
+            return found
+
+        expected = without(monkeypatch, answers)
+        assert answers() == expected
+        assert replayed(model) > 0
+
+
+def test_kv_caches_go_when_answers_end(checkpoints, monkeypatch):
+    stores, make = list[StorageWeakRef](), Store.__init__
+
+    def noted(store: Store, like: torch.Tensor, tokens: int) -> None:
+        make(store, like, tokens)
+        stores.extend(StorageWeakRef(part.untyped_storage()) for part in store._parts)
+
+    monkeypatch.setattr(Store, "__init__", noted)
+    with load(checkpoints("llama3", torch.bfloat16), density=1.0) as model:
+        for tokens in (20, 30):
+            alone(model, prompt(tokens))
+        assert replayed(model) > 0
+        gc.collect()
+        assert stores
+        assert all(own.expired() for own in stores)
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
