@@ -235,6 +235,14 @@ class JointStep:
     ) -> Tensor:
         """The logits [N, V] behind `tokens` [N, 1], the next ones of the sequences in `caches`; `positions` [N, 1] if
         they are not the lengths of these. `reports` are told how they were computed."""
+        try:
+            return self._logits(tokens, caches, positions, reports)
+        except NotRecorded:  # `check` has seen that several pass all the same
+            return self._logits(tokens, caches, positions, reports)
+
+    def _logits(
+        self, tokens: Tensor, caches: Sequence[KVCache], positions: Tensor | None, reports: Sequence[GraphReport]
+    ) -> Tensor:
         model = self._weak()
         assert model is not None, "whoever decodes keeps it alive"
         embedding = model.get_input_embeddings()
@@ -284,7 +292,7 @@ class JointStep:
             report.count(str(reason))
             return None
         try:
-            logits = self(tokens, [cache], arguments.get("position_ids"), reports=[report])
+            logits = self._logits(tokens, [cache], arguments.get("position_ids"), [report])
         except NotRecorded as error:
             report.count(str(error))
             return None

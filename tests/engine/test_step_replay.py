@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from griffin_offload import GriffinModel
 from griffin_offload.engine.step_replay import StepReplays
 from griffin_offload.kernels.library import library
+from griffin_offload.kernels.recording import Recording
 from griffin_offload.kv_cache.store import Store
 
 NAMES = (*ARCHITECTURES, *FURTHER, *MIXTURES)
@@ -169,6 +170,28 @@ def test_a_replay_that_differs_is_given_up(checkpoints, monkeypatch):
         monkeypatch.setattr(norm, "forward", lambda x: stock(x) + 1e-3 * next(added))
         alone(model, prompt(9))
         assert "a replay gave other numbers" in model.last_report.replays.eager
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_recording_that_fails_is_python(checkpoints, monkeypatch, sequences: int):
+    """Keys and values of the layers before are forgotten, and sequences that decode together go on together."""
+    with load(checkpoints("llama3"), density=1.0) as model:
+        asked = [(prompt(7 + 9 * seed, seed), GREEDY) for seed in range(sequences)]
+
+        def answers() -> dict[int, list[int]]:
+            return {answer.index: answer.tokens.tolist() for answer in model.generate_many(asked)}
+
+        expected = without(monkeypatch, answers)
+        stock = Recording.__torch_dispatch__
+
+        def failing(self: Recording, func: Any, *args: Any) -> Any:
+            if len(self._steps) > 50:
+                raise RuntimeError("no")
+            return stock(self, func, *args)
+
+        monkeypatch.setattr(Recording, "__torch_dispatch__", failing)
+        assert answers() == expected
+        assert "no" in str(next(iter(model.generate_many(asked))).report.replays.eager)
 
 
 @pytest.mark.skipif(library() is None, reason="the kernels are not compiled")
