@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from griffin_offload import GriffinModel
 from griffin_offload.engine.step_replay import StepReplays
+from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.kernels.library import library
 from griffin_offload.kernels.recording import Recording
 from griffin_offload.kv_cache.store import Store
@@ -137,6 +138,26 @@ def test_weights_that_lie_elsewhere_are_recorded_anew(checkpoints):
             head.weight = torch.nn.Parameter(head.weight.roll(1, 0), requires_grad=False)
         assert alone(model, prompt(9))[0] == expected[0] + 1
         assert model.last_report.replays.captured == 1
+
+
+@pytest.mark.parametrize("name", mostly_slow(("qwen2", "starcoder2"), 1))
+def test_numbers_of_another_type_are_read_anew(checkpoints, monkeypatch, name: str):
+    """Kernels read a bias in float32 beside 16 bits from a copy, which Python's next step may make anew elsewhere."""
+    with load(checkpoints(name, torch.bfloat16), density=1.0, quantize="int8") as model:
+        modules = [own for own in model.model.modules() if isinstance(own, QuantizedLinear) and own.bias is not None]
+        assert modules
+        for module in modules:
+            module.bias = torch.nn.Parameter(module.bias.float(), requires_grad=False)
+        expected = without(monkeypatch, lambda: alone(model, prompt(9)))
+        assert alone(model, prompt(9)) == expected
+        assert replayed(model) > 0
+        before = [module._known._checked for module in modules]  # whose memory is nobody else's therefore
+        assert any(own.made for own in before)
+        for module in modules:  # the same numbers at the same place
+            module.bias = torch.nn.Parameter(module.bias.data, requires_grad=False)
+            module.bias.add_(torch.randn(module.bias.shape))
+        changed = without(monkeypatch, lambda: alone(model, prompt(9)))
+        assert alone(model, prompt(9)) == changed != expected
 
 
 def test_hooks_are_called(checkpoints):
