@@ -160,6 +160,22 @@ def test_numbers_of_another_type_are_read_anew(checkpoints, monkeypatch, name: s
         assert alone(model, prompt(9)) == changed != expected
 
 
+def test_weights_that_were_replaced_are_freed(checkpoints):
+    """Though steps of another number of sequences were recorded with them, too."""
+    with load(checkpoints("llama3"), density=1.0) as model:
+        head, replaced = model.model.get_output_embeddings(), list[StorageWeakRef]()
+        for _ in range(2):
+            head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            replaced.append(StorageWeakRef(head.weight.untyped_storage()))
+            list(model.generate_many([(prompt(7 + 9 * seed, seed), GREEDY) for seed in range(2)]))
+            alone(model, prompt(9))
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        alone(model, prompt(9))
+        assert model.last_report.replays.captured == 1
+        gc.collect()
+        assert all(own.expired() for own in replaced)
+
+
 def test_hooks_are_called(checkpoints):
     seen = []
     with load(checkpoints("llama3"), density=1.0) as model:
