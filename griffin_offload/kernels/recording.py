@@ -40,8 +40,8 @@ Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _AXES = 4
 _ELEMENTWISE = struct.Struct(f"@3P3q{4 * _AXES}q")
 """The struct Elementwise of replay.c."""
-_COPY, _NEGATE, _ADD, _MULTIPLY = range(4)
-_OPERATIONS = {_aten.neg.default: _NEGATE, _aten.add.Tensor: _ADD, _aten.mul.Tensor: _MULTIPLY}
+COPY, NEGATE, ADD, MULTIPLY = range(4)
+_OPERATIONS = {_aten.neg.default: NEGATE, _aten.add.Tensor: ADD, _aten.mul.Tensor: MULTIPLY}
 _CALL, _CALLS = struct.Struct("@2P"), struct.Struct("@Pq")
 
 
@@ -105,7 +105,7 @@ class Recording(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._memory, self._steps = _Memory(), list[Step | _KernelCall]()
+        self._memory, self._steps = _Memory(), list[Step | KernelCall]()
         self._ready = list[Step]()
         self._kept = list[Tensor]()
         self._library = library()
@@ -131,16 +131,16 @@ class Recording(TorchDispatchMode):
     def close(self) -> None:
         """Nothing is recorded any more: kernels that follow each other become one call."""
         for kind, steps in itertools.groupby(self._steps, type):
-            if kind is _KernelCall:
+            if kind is KernelCall:
                 assert self._library is not None, "its kernels were called"
-                self._ready.append(_in_turn(self._library, cast(list[_KernelCall], list(steps))))
+                self._ready.append(in_turn(self._library, cast(list[KernelCall], list(steps))))
             else:
                 self._ready += cast(list[Step], list(steps))
 
     def note_call(self, kernel: Kernel, job: Job) -> None:
         """A kernel was called."""
         if not self._apart:
-            self._steps.append(_KernelCall(kernel, job))
+            self._steps.append(KernelCall(kernel, job))
 
     def call_again(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `function` gives for these, as a whole: it is called again by every replay."""
@@ -220,12 +220,12 @@ class Recording(TorchDispatchMode):
         """Whether a kernel copies `source`."""
         if not _known(out, source):
             return False
-        self._call_elementwise(_COPY, out, source)
+        self._call_elementwise(COPY, out, source)
         return True
 
     def _call_elementwise(self, operation: int, out: Tensor, *given: Tensor) -> None:
         assert self._library is not None, "its numbers are known"
-        self._steps.append(_KernelCall(self._library.functions.elementwise, elementwise_job(operation, out, *given)))
+        self._steps.append(KernelCall(self._library.functions.elementwise, elementwise_job(operation, out, *given)))
 
     def _keep(self, views: Any) -> None:
         """Have the memory of views outlive the run that is recorded: a constant's may be nobody's any more."""
@@ -238,12 +238,12 @@ class Recording(TorchDispatchMode):
         return tree_map_only(Tensor, self._memory.alias, values)
 
 
-class _KernelCall(NamedTuple):
+class KernelCall(NamedTuple):
     kernel: Kernel
     job: Job
 
 
-def _in_turn(own: Library, calls: list[_KernelCall]) -> Step:
+def in_turn(own: Library, calls: list[KernelCall]) -> Step:
     """Several calls as one of C. Jobs are read where they are: whoever changes one changes the call."""
     jobs = [(ctypes.c_char * len(job)).from_buffer(job) for _, job in calls]
     addresses = [ctypes.cast(cast(Any, call.kernel), ctypes.c_void_p).value for call in calls]
@@ -311,7 +311,7 @@ class MovingCopy:
         own = library()
         assert own is not None, "`copies_move` was asked"
         with unrecorded():  # a recording keeps what it sees views of
-            self._job = elementwise_job(_COPY, target, source)
+            self._job = elementwise_job(COPY, target, source)
         own.call("elementwise", self._job)
 
     def go_to(self, address: int, head_step: int) -> None:

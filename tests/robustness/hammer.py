@@ -177,18 +177,18 @@ def _in_steps(r: random.Random, sizes: list[int], dtype: torch.dtype) -> Tensor:
 def replays(r: random.Random, library: compiled.Library) -> None:
     """Copies, sums and products of a few numbers, one by one and as one call, and attention in its turn."""
     sizes, dtype = [r.randint(0 if r.random() < 0.1 else 1, 20) for _ in range(r.randint(0, 4))], r.choice(DTYPES)
-    calls, kept = list[recording._KernelCall](), list[Tensor]()
-    for operation in (recording._COPY, *recording._OPERATIONS.values()):
-        out = _in_steps(r, sizes, r.choice(DTYPES) if operation == recording._COPY else dtype)
+    calls, kept = list[recording.KernelCall](), list[Tensor]()
+    for operation in range(recording.MULTIPLY + 1):
+        out = _in_steps(r, sizes, r.choice(DTYPES) if operation == recording.COPY else dtype)
         spread = [[size if r.random() < 0.8 else 1 for size in sizes] for _ in range(2)]
-        given = [_in_steps(r, own, dtype) for own in spread][: 2 if operation > recording._NEGATE else 1]
+        given = [_in_steps(r, own, dtype) for own in spread][: 2 if operation > recording.NEGATE else 1]
         job = recording.elementwise_job(operation, out, *given)
         library.call("elementwise", job)
-        calls.append(recording._KernelCall(library.functions.elementwise, job))
+        calls.append(recording.KernelCall(library.functions.elementwise, job))
         kept += [out, *given]
-    with compiled.note_calls(lambda kernel, job: calls.append(recording._KernelCall(kernel, job))):
+    with compiled.note_calls(lambda kernel, job: calls.append(recording.KernelCall(kernel, job))):
         kept += _attend_to_one(r)
-    function, args, _ = recording._in_turn(library, calls)
+    function, args, _ = recording.in_turn(library, calls)
     function(*args)
 
 
