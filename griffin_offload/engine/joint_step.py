@@ -37,8 +37,8 @@ from griffin_offload.engine.model_interface import StockForward, one_token_each
 from griffin_offload.engine.report import GraphReport
 from griffin_offload.engine.step_replay import NOT_YET, NotRecorded, ReplayedLayer, StepReplays
 from griffin_offload.errors import one_line
-from griffin_offload.kernels.attention_and_norm import TokenJob, each_token
-from griffin_offload.kernels.recording import MovingCopy, called_again, elementwise_knows, is_recording
+from griffin_offload.kernels.attention_and_norm import TokenJob, each_token, elementwise_knows
+from griffin_offload.kernels.recording import MovingCopy, called_again, is_recording, unrecorded
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
 from griffin_offload.kv_cache.kv_layer import KVLayer
 from griffin_offload.transformers_api import CACHE, Arguments, StockModel, StockOutput
@@ -88,10 +88,13 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
         if not is_recording():
             keys, values = self._appended(key_states, value_states)
             return _JointStates(self, keys), _JointStates(self, values)
-        stored = [layer.plain_states for layer in self.layers]
-        if all(own is not None and elementwise_knows(key_states, value_states, *own) for own in stored):
-            self._advance()
-            newest = [(key[0, :, -1], value[0, :, -1]) for key, value in zip(self.keys, self.values, strict=True)]
+        with unrecorded():  # a window that moves does so now, in these KV caches
+            stored = [layer.plain_states for layer in self.layers]
+            moves = all(own is not None and elementwise_knows(key_states, value_states, *own) for own in stored)
+            if moves:
+                self._advance()
+            newest = [(own[0, :, -1], other[0, :, -1]) for own, other in zip(self.keys, self.values, strict=True)]
+        if moves:
             rows = zip(key_states[:, :, 0], value_states[:, :, 0], newest, strict=True)
             self._copies = [(MovingCopy(key, to[0]), MovingCopy(value, to[1])) for key, value, to in rows]
         else:
@@ -232,13 +235,19 @@ class JointStep:
     ) -> Tensor:
         """The logits [N, V] behind `tokens` [N, 1], the next ones of the sequences in `caches`; `positions` [N, 1] if
         they are not the lengths of these. `reports` are told how they were computed."""
+        try:
+            return self._logits(tokens, caches, positions, reports)
+        except NotRecorded:  # `check` has seen that several pass all the same
+            return self._logits(tokens, caches, positions, reports)
+
+    def _logits(
+        self, tokens: Tensor, caches: Sequence[KVCache], positions: Tensor | None, reports: Sequence[GraphReport]
+    ) -> Tensor:
         model = self._weak()
         assert model is not None, "whoever decodes keeps it alive"
         embedding = model.get_input_embeddings()
-        # Hooks bring the rows of an embedding that rests elsewhere.
-        apart = self._replays is not None and bool(hooks_on(embedding))
         inputs: dict[str, Any] = {"input_ids": tokens}
-        if apart:
+        if self._replays is not None and hooks_on(embedding):  # which bring the rows of one that rests elsewhere
             with one_token_each(tokens):
                 inputs = {"inputs_embeds": embedding(tokens)}
         if self._knows_positions:
@@ -283,7 +292,7 @@ class JointStep:
             report.count(str(reason))
             return None
         try:
-            logits = self(tokens, [cache], arguments.get("position_ids"), reports=[report])
+            logits = self._logits(tokens, [cache], arguments.get("position_ids"), [report])
         except NotRecorded as error:
             report.count(str(error))
             return None

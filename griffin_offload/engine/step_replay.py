@@ -183,6 +183,8 @@ class StepReplays:
         key, places = _key(inputs, caches), self._places()
         found = self._recorded.pop(key, None)
         if found is None or found.places != places:
+            own = self._recorded.items()  # others of weights that lay elsewhere would keep these
+            self._recorded = {key: step for key, step in own if step.places == places}
             return self._record(step, inputs, caches, places, reports)
         self._recorded[key] = found
         logits = found(inputs, caches, self._scores)

@@ -1,5 +1,5 @@
-"""What a new token passes beside its matrices: attention over 16-bit keys and values (attention.c), and norms
-(rms_norm.c).
+"""What a new token passes beside its matrices: attention over 16-bit keys and values (attention.c), norms (rms_norm.c),
+and small operators (replay.c).
 
 torch's kernel of attention is made for many queries: for one it reads keys and values at a tenth of the memory's rate,
 and emulates every product where the processor has no instructions for 16 bits (benchmarks/NOTES.md).
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, check, library, needs_gradient
 
@@ -255,3 +255,33 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *beside: object) -> Tens
     where = (x.data_ptr(), weight.data_ptr(), normed.data_ptr())
     found.call("rms_norm", _NORM.pack(*where, x.numel() // size, size, NUMBER_TYPES[x.dtype], epsilon))
     return normed
+
+
+# Copies, sums and products of a few numbers (replay.c), for who has to do without torch's operators.
+
+
+_AXES = 4
+ELEMENTWISE = struct.Struct(f"@3P3q{4 * _AXES}q")
+"""The struct Elementwise of replay.c."""
+COPY, NEGATE, ADD, MULTIPLY = range(4)
+_aten = torch.ops.aten
+OPERATIONS = {_aten.neg.default: NEGATE, _aten.add.Tensor: ADD, _aten.mul.Tensor: MULTIPLY}
+"""Of torch's operators, which give the same."""
+
+
+def elementwise_knows(*tensors: Any) -> bool:
+    """Whether a kernel reads and writes these."""
+    plain = all(type(own) in (Tensor, nn.Parameter) for own in tensors) and library() is not None
+    return plain and all(own.dtype in NUMBER_TYPES and own.dim() <= _AXES and own.is_cpu for own in tensors)
+
+
+def elementwise_job(operation: int, out: Tensor, *given: Tensor) -> bytearray:
+    """Of replay.c: `out` becomes what `operation` makes of what is `given`, which broadcasts to it."""
+    filled = (1,) * (_AXES - out.dim()) + out.shape
+    steps = [own.expand(out.shape).stride() for own in (*given, *given[:1], out)]
+    if len(given) == 2:
+        del steps[2]
+    addresses = [own.data_ptr() for own in (*given, *given[:1])][:2]
+    padded = [step for own in steps for step in ((0,) * (_AXES - out.dim()) + own)]
+    types = NUMBER_TYPES[given[0].dtype], NUMBER_TYPES[out.dtype]
+    return bytearray(ELEMENTWISE.pack(*addresses, out.data_ptr(), operation, *types, *filled, *padded))

@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels.library import HALVES, Library, check, library, needs_gradient, number_type, packed
+from griffin_offload.kernels.library import (
+    HALVES,
+    Library,
+    calls_are_noted,
+    check,
+    library,
+    needs_gradient,
+    number_type,
+    packed,
+)
 
 _INT8_GROUP = 128  # inputs that share a scale, and the most that may; gemv_int8.c knows it, too
 _GROUP = 32
@@ -153,6 +162,8 @@ class Known:
         if self._checked is None or key != self._key or not still_at(tensors.values(), self._addresses):
             self._checked = checked_typed(layout, tensors, features, dtype)
             self._key, self._addresses = key, addresses_of(tensors.values())
+        if self._checked.made and calls_are_noted():  # replays read the tensors themselves: what is made may be gone
+            return checked_typed(layout, tensors, features, dtype)
         return self._checked
 
 

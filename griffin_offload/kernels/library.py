@@ -117,6 +117,11 @@ def note_calls(note: Note) -> Iterator[None]:
         _noting.note = None
 
 
+def calls_are_noted() -> bool:
+    """Whether somebody may make this thread's calls again, who knows addresses alone."""
+    return _noting.note is not None
+
+
 def built(directory: Path) -> Path | None:
     """The library in `directory`: the one for every Python, which wheels have and installing compiles, before one that
     an earlier version left there for this Python alone."""

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from griffin_offload.kernels.library import NUMBER_TYPES, Job, Kernel, Library, library, note_calls
+from griffin_offload.kernels.attention_and_norm import COPY, ELEMENTWISE, OPERATIONS, elementwise_job, elementwise_knows
+from griffin_offload.kernels.library import Job, Kernel, Library, library, note_calls
 
 _ALIGNED, _BLOCKS = 64, 256
 _aten = torch.ops.aten
@@ -36,11 +37,6 @@ _UNSURE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torc
 _MASKS, _PLAIN = (torch.bool, torch.uint8), (Tensor, nn.Parameter)
 
 Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-_AXES = 4
-_ELEMENTWISE = struct.Struct(f"@3P3q{4 * _AXES}q")
-"""The struct Elementwise of replay.c."""
-_COPY, _NEGATE, _ADD, _MULTIPLY = range(4)
-_OPERATIONS = {_aten.neg.default: _NEGATE, _aten.add.Tensor: _ADD, _aten.mul.Tensor: _MULTIPLY}
 _CALL, _CALLS = struct.Struct("@2P"), struct.Struct("@Pq")
 
 
@@ -111,7 +107,7 @@ class Recording(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._memory, self._steps = _Memory(), list[Step | _KernelCall]()
+        self._memory, self._steps = _Memory(), list[Step | KernelCall]()
         self._ready = list[Step]()
         self._kept = list[Tensor]()
         self._library = library()
@@ -137,26 +133,32 @@ class Recording(TorchDispatchMode):
     def close(self) -> None:
         """Nothing is recorded any more: kernels that follow each other become one call."""
         for kind, steps in itertools.groupby(self._steps, type):
-            if kind is _KernelCall:
+            if kind is KernelCall:
                 assert self._library is not None, "its kernels were called"
-                self._ready.append(_in_turn(self._library, cast(list[_KernelCall], list(steps))))
+                self._ready.append(in_turn(self._library, cast(list[KernelCall], list(steps))))
             else:
                 self._ready += cast(list[Step], list(steps))
 
     def note_call(self, kernel: Kernel, job: Job) -> None:
         """A kernel was called."""
         if not self._apart:
-            self._steps.append(_KernelCall(kernel, job))
+            self._steps.append(KernelCall(kernel, job))
 
     def call_again(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `function` gives for these, as a whole: it is called again by every replay."""
         if self._apart:  # a part of what is called again already
             return function(*args, **kwargs)
-        self._apart = True
-        try:
+        with self.paused():
             return self._written_again(function, args, kwargs, function(*args, **kwargs))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is recorded, and nothing kept for replays."""
+        before, self._apart = self._apart, True
+        try:
+            yield
         finally:
-            self._apart = False
+            self._apart = before
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -213,7 +215,7 @@ class Recording(TorchDispatchMode):
             parts, axis = args[0], args[1] if len(args) > 1 else 0
             places = out.split([part.shape[axis] for part in parts], axis)
             return elementwise_knows(*places, *parts) and all(map(self._copied, places, parts))
-        operation = _OPERATIONS.get(function)
+        operation = OPERATIONS.get(function)
         if operation is None or kwargs.get("alpha", 1) != 1 or not elementwise_knows(out, *args):
             return False
         if {own.dtype for own in args} != {out.dtype}:
@@ -225,12 +227,12 @@ class Recording(TorchDispatchMode):
         """Whether a kernel copies `source`."""
         known = elementwise_knows(out, source)
         if known:
-            self._call_elementwise(_COPY, out, source)
+            self._call_elementwise(COPY, out, source)
         return known
 
     def _call_elementwise(self, operation: int, out: Tensor, *given: Tensor) -> None:
         assert self._library is not None, "its numbers are known"
-        self._steps.append(_KernelCall(self._library.functions.elementwise, elementwise_job(operation, out, *given)))
+        self._steps.append(KernelCall(self._library.functions.elementwise, elementwise_job(operation, out, *given)))
 
     def _keep(self, views: Any) -> None:
         """Have the memory of views outlive the run that is recorded: a constant's may be nobody's any more."""
@@ -243,12 +245,12 @@ class Recording(TorchDispatchMode):
         return _changed(values, self._memory.alias)
 
 
-class _KernelCall(NamedTuple):
+class KernelCall(NamedTuple):
     kernel: Kernel
     job: Job
 
 
-def _in_turn(own: Library, calls: list[_KernelCall]) -> Step:
+def in_turn(own: Library, calls: list[KernelCall]) -> Step:
     """Several calls as one of C. Jobs are read where they are: whoever changes one changes the call."""
     jobs = [(ctypes.c_char * len(job)).from_buffer(job) for _, job in calls]
     addresses = [ctypes.cast(cast(Any, call.kernel), ctypes.c_void_p).value for call in calls]
@@ -260,12 +262,6 @@ def _in_turn(own: Library, calls: list[_KernelCall]) -> Step:
 
 def _call(kernel: Kernel, kept: object, job: bytes, parallel: ctypes.c_void_p) -> None:
     kernel(job, parallel)
-
-
-def elementwise_knows(*tensors: Any) -> bool:
-    """Whether a kernel reads and writes these, `MovingCopy` too."""
-    plain = all(type(own) in _PLAIN for own in tensors) and library() is not None
-    return plain and all(own.dtype in NUMBER_TYPES and own.dim() <= _AXES and own.is_cpu for own in tensors)
 
 
 def _are_plain(args: Any) -> bool:
@@ -291,18 +287,6 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         new = [_changed(own, change) for own in value]
         return type(value)(*new) if hasattr(value, "_fields") else tuple(new) if isinstance(value, tuple) else new
     return {name: _changed(own, change) for name, own in value.items()} if isinstance(value, dict) else value
-
-
-def elementwise_job(operation: int, out: Tensor, *given: Tensor) -> bytearray:
-    """Of replay.c: `out` becomes what `operation` makes of what is `given`, which broadcasts to it."""
-    filled = (1,) * (_AXES - out.dim()) + out.shape
-    steps = [own.expand(out.shape).stride() for own in (*given, *given[:1], out)]
-    if len(given) == 2:
-        del steps[2]
-    addresses = [own.data_ptr() for own in (*given, *given[:1])][:2]
-    padded = [step for own in steps for step in ((0,) * (_AXES - out.dim()) + own)]
-    types = NUMBER_TYPES[given[0].dtype], NUMBER_TYPES[out.dtype]
-    return bytearray(_ELEMENTWISE.pack(*addresses, out.data_ptr(), operation, *types, *filled, *padded))
 
 
 @functools.cache
@@ -350,7 +334,8 @@ class MovingCopy:
     def __init__(self, source: Tensor, target: Tensor) -> None:
         own = library()
         assert own is not None, "`elementwise_knows` was asked"
-        self._job = elementwise_job(_COPY, target, source)
+        with unrecorded():  # a recording keeps what it sees views of
+            self._job = elementwise_job(COPY, target, source)
         own.call("elementwise", self._job)
 
     def go_to(self, address: int, head_step: int) -> None:
@@ -360,12 +345,20 @@ class MovingCopy:
 
 
 _TARGET, _STEP = struct.Struct("@P"), struct.Struct("@q")
-_TARGET_AT, _HEADS_AT = 2 * _TARGET.size, _ELEMENTWISE.size - 2 * _STEP.size
+_TARGET_AT, _HEADS_AT = 2 * _TARGET.size, ELEMENTWISE.size - 2 * _STEP.size
 
 
 def is_recording() -> bool:
     """Whether what this thread computes is recorded."""
     return _current.recording is not None
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside, nothing is recorded: what a replay finds done, in other places than now."""
+    recording = _current.recording
+    with contextlib.nullcontext() if recording is None else recording.paused():
+        yield
 
 
 class _Current(threading.local):

@@ -1,5 +1,6 @@
 """Decode by recorded steps on the CPU: the very tokens of steps with all of Python, and within what was planned."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -7,10 +8,15 @@ import torch
 from loaded_model import load
 from marks import mostly_slow
 from tiny_models import ARCHITECTURES, FURTHER, MIXTURES, VOCAB
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from griffin_offload import GriffinModel
 from griffin_offload.engine.step_replay import StepReplays
+from griffin_offload.formats.linear import QuantizedLinear
+from griffin_offload.kernels import gemv
 from griffin_offload.kernels.library import library
+from griffin_offload.kernels.recording import Recording
+from griffin_offload.kv_cache.store import Store
 
 NAMES = (*ARCHITECTURES, *FURTHER, *MIXTURES)
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -73,6 +79,43 @@ def test_sequences_join_and_leave(checkpoints, monkeypatch, name: str, bits: int
         assert max(answer.report.replays.replayed for answer in model.generate_many(asked, most=3)) > 0
 
 
+@pytest.mark.parametrize("name", mostly_slow(("gemma2", "mistral", "gpt_oss"), 1))
+def test_windows_move_while_a_step_is_recorded(checkpoints, monkeypatch, name: str):
+    """Behind a prompt that is longer than window and slack; no later answer moves anything in that KV cache."""
+    with load(checkpoints(name, torch.bfloat16), density=1.0, ctx_size=500, sequences=3) as model:
+        long = {"max_new_tokens": 40}
+
+        def answers() -> list[list[int]]:
+            contexts, found = [model.new_context(400) for _ in range(2)], list[list[int]]()
+            for turn in range(6):
+                context = contexts[turn % 2]
+                ids = torch.cat([torch.tensor([context.tokens], dtype=torch.long), prompt(20, turn)], dim=1)
+                ids = ids if context.tokens else prompt(200, turn)
+                found.append(alone(model, ids, context=context, **long))
+            return found
+
+        expected = without(monkeypatch, answers)
+        assert answers() == expected
+        assert replayed(model) > 0
+
+
+def test_kv_caches_go_when_answers_end(checkpoints, monkeypatch):
+    stores, make = list[StorageWeakRef](), Store.__init__
+
+    def noted(store: Store, like: torch.Tensor, tokens: int) -> None:
+        make(store, like, tokens)
+        stores.extend(StorageWeakRef(part.untyped_storage()) for part in store.parts(tokens))
+
+    monkeypatch.setattr(Store, "__init__", noted)
+    with load(checkpoints("llama3", torch.bfloat16), density=1.0) as model:
+        for tokens in (20, 30):
+            alone(model, prompt(tokens))
+        assert replayed(model) > 0
+        gc.collect()
+        assert stores
+        assert all(own.expired() for own in stores)
+
+
 @pytest.mark.parametrize("density", [0.5, 1.0])
 def test_each_prompt_has_its_neurons(checkpoints, monkeypatch, density: float):
     with load(checkpoints("llama3"), density=density) as model:
@@ -96,6 +139,48 @@ def test_weights_that_lie_elsewhere_are_recorded_anew(checkpoints):
             head.weight = torch.nn.Parameter(head.weight.roll(1, 0), requires_grad=False)
         assert alone(model, prompt(9))[0] == expected[0] + 1
         assert model.last_report.replays.captured == 1
+
+
+@pytest.mark.parametrize("name", mostly_slow(("qwen2", "starcoder2"), 1))
+def test_numbers_of_another_type_are_read_anew(checkpoints, monkeypatch, name: str):
+    """Kernels read a bias in float32 beside 16 bits from a copy, which Python's next step may make anew elsewhere."""
+    made, stock = list[gemv.CheckedMatrix](), gemv.checked_typed
+
+    def noted(*args: Any) -> gemv.CheckedMatrix:
+        made.append(stock(*args))  # and kept: the next copy lies elsewhere
+        return made[-1]
+
+    monkeypatch.setattr(gemv, "checked_typed", noted)
+    with load(checkpoints(name, torch.bfloat16), density=1.0, quantize="int8") as model:
+        modules = [own for own in model.model.modules() if isinstance(own, QuantizedLinear) and own.bias is not None]
+        assert modules
+        for module in modules:
+            module.bias = torch.nn.Parameter(module.bias.float(), requires_grad=False)
+        expected = without(monkeypatch, lambda: alone(model, prompt(9)))
+        assert alone(model, prompt(9)) == expected
+        assert replayed(model) > 0
+        assert any(own.made for own in made)
+        for module in modules:  # the same numbers at the same place
+            module.bias = torch.nn.Parameter(module.bias.data, requires_grad=False)
+            module.bias.add_(torch.randn(module.bias.shape))
+        changed = without(monkeypatch, lambda: alone(model, prompt(9)))
+        assert alone(model, prompt(9)) == changed != expected
+
+
+def test_weights_that_were_replaced_are_freed(checkpoints):
+    """Though steps of another number of sequences were recorded with them, too."""
+    with load(checkpoints("llama3"), density=1.0) as model:
+        head, replaced = model.model.get_output_embeddings(), list[StorageWeakRef]()
+        for _ in range(2):
+            head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            replaced.append(StorageWeakRef(head.weight.untyped_storage()))
+            list(model.generate_many([(prompt(7 + 9 * seed, seed), GREEDY) for seed in range(2)]))
+            alone(model, prompt(9))
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        alone(model, prompt(9))
+        assert model.last_report.replays.captured == 1
+        gc.collect()
+        assert all(own.expired() for own in replaced)
 
 
 def test_hooks_are_called(checkpoints):
@@ -129,6 +214,28 @@ def test_a_replay_that_differs_is_given_up(checkpoints, monkeypatch):
         monkeypatch.setattr(norm, "forward", lambda x: stock(x) + 1e-3 * next(added))
         alone(model, prompt(9))
         assert "a replay gave other numbers" in model.last_report.replays.eager
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_recording_that_fails_is_python(checkpoints, monkeypatch, sequences: int):
+    """Keys and values of the layers before are forgotten, and sequences that decode together go on together."""
+    with load(checkpoints("llama3"), density=1.0) as model:
+        asked = [(prompt(7 + 9 * seed, seed), GREEDY) for seed in range(sequences)]
+
+        def answers() -> dict[int, list[int]]:
+            return {answer.index: answer.tokens.tolist() for answer in model.generate_many(asked)}
+
+        expected = without(monkeypatch, answers)
+        stock, left = Recording.__torch_dispatch__, iter(range(50))
+
+        def failing(self: Recording, func: Any, *args: Any) -> Any:
+            if next(left, None) is None:
+                raise RuntimeError("no")
+            return stock(self, func, *args)
+
+        monkeypatch.setattr(Recording, "__torch_dispatch__", failing)
+        assert answers() == expected
+        assert "no" in str(next(iter(model.generate_many(asked))).report.replays.eager)
 
 
 @pytest.mark.skipif(library() is None, reason="the kernels are not compiled")

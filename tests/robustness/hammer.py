@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels import attention_and_norm, gemm, gemv, gguf_blocks, quantize
+from griffin_offload.kernels import attention_and_norm, gemm, gemv, gguf_blocks, quantize, recording
 from griffin_offload.kernels import gather as gathering
 from griffin_offload.kernels import library as compiled
 
@@ -164,7 +164,50 @@ def in_groups(r: random.Random, library: compiled.Library) -> None:
     many.multiply(f"int{bits}_strips", chosen, strips[0], None, None, strips[1], features)
 
 
-CALLS: tuple[Call, ...] = (few, many, attend, norms, quantise, blocks, gather, in_groups)
+def _in_steps(r: random.Random, sizes: list[int], dtype: torch.dtype) -> Tensor:
+    """Numbers in memory that ends with the last of them, whose axes lie in any order, and may lie apart."""
+    axes, steps, step = r.sample(range(len(sizes)), len(sizes)), [0] * len(sizes), r.choice([1, 1, 2])
+    for axis in axes:
+        steps[axis] = step
+        step *= sizes[axis] + r.choice([0, 0, 3])
+    extent = 1 + sum((size - 1) * own for size, own in zip(sizes, steps, strict=True)) if all(sizes) else 0
+    return torch.randn(extent, dtype=torch.float32).to(dtype).as_strided(sizes, steps)
+
+
+def replays(r: random.Random, library: compiled.Library) -> None:
+    """Copies, sums and products of a few numbers, one by one and as one call, and attention in its turn."""
+    sizes, dtype = [r.randint(0 if r.random() < 0.1 else 1, 20) for _ in range(r.randint(0, 4))], r.choice(DTYPES)
+    calls, kept = list[recording.KernelCall](), list[Tensor]()
+    for operation in range(attention_and_norm.MULTIPLY + 1):
+        out = _in_steps(r, sizes, r.choice(DTYPES) if operation == attention_and_norm.COPY else dtype)
+        spread = [[size if r.random() < 0.8 else 1 for size in sizes] for _ in range(2)]
+        given = [_in_steps(r, own, dtype) for own in spread][: 2 if operation > attention_and_norm.NEGATE else 1]
+        job = attention_and_norm.elementwise_job(operation, out, *given)
+        library.call("elementwise", job)
+        calls.append(recording.KernelCall(library.functions.elementwise, job))
+        kept += [out, *given]
+    with compiled.note_calls(lambda kernel, job: calls.append(recording.KernelCall(kernel, job))):
+        kept += _attend_to_one(r)
+    function, args, _ = recording.in_turn(library, calls)
+    function(*args)
+
+
+def _attend_to_one(r: random.Random) -> list[Tensor]:
+    """A token's attention as steps are recorded; what it reads and writes."""
+    kv_heads, shared, tokens, dtype = r.randint(1, 3), r.randint(1, 4), r.randint(1, 90), r.choice(HALVES)
+    size, width, heads = r.randint(1, 70), r.randint(1, 70), kv_heads * shared
+    query, output, scores = torch.randn(heads, size), torch.empty(heads, width), torch.empty(heads * tokens)
+    key, value = (torch.randn(1, kv_heads, tokens + 3, own).to(dtype)[:, :, 3:] for own in (size, width))
+    places, sizes = (query.data_ptr(), output.data_ptr()), (kv_heads, shared, size, width)
+    job = attention_and_norm.TokenJob(places, 0, sizes, 0.3, torch.get_num_threads())
+    job.attend_to(key, value, scores)
+    found = attention_and_norm.library()
+    assert found is not None
+    found.call("attend_to", job.packed)
+    return [query, output, scores, key, value]
+
+
+CALLS: tuple[Call, ...] = (few, many, attend, norms, quantise, blocks, gather, in_groups, replays)
 
 
 def load(path: str) -> compiled.Library:
