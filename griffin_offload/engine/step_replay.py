@@ -123,8 +123,8 @@ def _forget_behind(cache: KVCache, tokens: int) -> None:
 
 
 class StepReplays:
-    """Steps by replays, for each number of sequences. The first step is recorded, and the second one computed twice, by
-    a replay and as ever: what is not the same to the last bit is not replayed any more."""
+    """Steps by replays, for each number of sequences. After a few, one is recorded, and the next computed twice, by a
+    replay and as ever: what is not the same to the last bit is not replayed any more."""
 
     def __init__(self, model: StockModel) -> None:
         self._weak = weakref.ref(model)
@@ -210,7 +210,7 @@ class StepReplays:
         start, before = time.perf_counter(), [cache.get_seq_length() for cache in caches]
         try:
             new = _RecordedStep(inputs, caches, step, places)
-        except GriffinError:
+        except (GriffinError, MemoryError):
             raise
         except Exception as error:  # whatever an architecture does with keys and values that it does not know
             self._reason = f"keys and values do not pass its attention as they are: {one_line(error)}"

@@ -91,7 +91,6 @@ def draw(make: "Callable[[], Figure]", directory: Path, name: str) -> list[Path]
             with renamed(path) as temporary:
                 figure.savefig(temporary, format=kind, dpi=_DOTS_PER_INCH, metadata=metadata)
             paths.append(path)
-            figure.set_layout_engine("none")  # both have the places that were found for the first
     return paths
 
 

@@ -181,12 +181,12 @@ def measured_once() -> Iterator[None]:
             built[key] = build(config, dtype)
         return built[key]
 
-    def known(meta: Any, *formats: Any) -> ModelSizes:
+    def known(meta: Any, *formats: Any, **more: Any) -> ModelSizes:
         # The parts are the model's own; `held` is a table of sets, and not every argument can be a key.
-        asked = (repr(one) for one in formats if not isinstance(one, ModelParts))
+        asked = (repr(one) for one in (*formats, *more.items()) if not isinstance(one, ModelParts))
         key = (meta.config.to_json_string(), meta.dtype, *asked)
         if key not in sizes:
-            sizes[key] = measure(meta, *formats)
+            sizes[key] = measure(meta, *formats, **more)
         return sizes[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -231,9 +231,9 @@ def test_memory_of_the_host_is_not_the_devices(checkpoints, tmp_path: Path):
 def test_precisions_that_were_not_asked_for_are_measured_for_a_remedy_alone(checkpoints, monkeypatch):
     measured: list[str] = []
 
-    def noted(meta: object, precision: Format, *more: object) -> ModelSizes:
+    def noted(meta: object, precision: Format, *more: object, **named: object) -> ModelSizes:
         measured.append(precision.name)
-        return model_shape(meta, precision, *more)
+        return model_shape(meta, precision, *more, **named)
 
     monkeypatch.setattr(precisions, "model_shape", noted)
     config = LoadConfig(device="cpu", quantize="int8", density=1.0, max_gpu_mem="1GB")
