@@ -336,18 +336,6 @@ def test_tiers_of_such_a_copy_are_made_of_what_it_holds(tmp_path: Path):
         assert {tier.resident.format.name for tier in down.tiers} <= {"int4", "int3", "int2"}
 
 
-def test_a_copy_of_a_mixture_that_holds_less_than_its_file_is_named(tmp_path: Path, recwarn: pytest.WarningsRecorder):
-    """Its experts are of one form. Of files that hold all in four bits, and of copies in int8, nothing is said."""
-    more = {"blk.1.ffn_down_exps": "Q8_0"}
-    mixed = write_gguf(mixture(), tmp_path / "mixed.gguf", "Q4_1", others=more)
-    with pytest.warns(UserWarning, match="holds 1 matrices in more than four bits, the copy will"):
-        convert(mixed, tmp_path / "int4", "int4")
-    recwarn.clear()
-    convert(mixed, tmp_path / "int8", "int8")
-    convert(write_gguf(mixture(), tmp_path / "even.gguf", "Q4_1"), tmp_path / "even", "int4")
-    assert not [one for one in recwarn if "in more than four bits" in str(one.message)]
-
-
 def test_with_less_memory_comes_four_bits_for_all(tmp_path: Path):
     """Before any neuron is left out or in fewer."""
     file = write_gguf(wide_model(), tmp_path / "tiny.gguf", "Q4_1", others=IN_MORE_BITS)
@@ -388,76 +376,6 @@ def test_of_files_in_more_bits_int4_is_all_in_four(tmp_path: Path):
 
 
 # Experts: of a file that has all of a layer in one tensor, and of one that has each by itself.
-
-
-def mixture(neurons: int = 64) -> Any:
-    sizes = {"hidden_size": 64, "moe_intermediate_size": neurons, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 320}
-    torch.manual_seed(0)
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(max_position_embeddings=512, **sizes)).eval()
-
-
-@torch.no_grad()
-def errors_of(model: GriffinModel, file: Path) -> list[list[float]]:
-    """By layer, of what matrices of an expert multiply by, against the numbers of the file."""
-    exact = dict(build(open_checkpoint(file).in_precision(torch.float32)).named_parameters())
-    errors: list[list[float]] = []
-    for index, block in enumerate(model.engine.loaded.layers.blocks):
-        found = block.form.by_matrix([tensor[3] for tensor in block.places(block.full())])
-        errors.append([])
-        for matrix in block.form.matrices:
-            numbers = in_memory(exact[f"model.layers.{index}.mlp.experts.{matrix.name}"]).detach()[3]
-            ones = torch.eye(numbers.shape[1], dtype=torch.float32)
-            back = block.form.multiply(ones, matrix, found[matrix.name]).t()
-            errors[-1].append(float((back - numbers).norm() / numbers.norm()))
-    return errors
-
-
-@pytest.mark.parametrize(("kind", "most"), [("Q4_0", 0.025), ("Q4_1", 0.025), ("Q8_0", 0.12)])
-def test_experts_rest_in_the_codes_of_their_file(kind: str, most: float, tmp_path: Path):
-    """In int4, resident or fetched, down projections too; what lies on no grid of 16 levels is rounded."""
-    file = write_gguf(mixture(), tmp_path / "tiny.gguf", kind)
-    options = OPTIONS | {"quantize": "int4"}
-    with GriffinModel.from_pretrained(file, **options, density=0.5) as model:
-        fetched = model.generate(IDS, max_new_tokens=4, do_sample=False)
-        assert model.last_report.experts.misses > 0
-    with GriffinModel.from_pretrained(file, **options, density=1.0) as model:
-        assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), fetched)
-        assert model.resident_bytes == model.plan.resident_bytes
-        errors = [error for layer in errors_of(model, file) for error in layer]
-    assert len(errors) == 2 * 2
-    assert max(errors) < most
-    assert kind != "Q8_0" or min(errors) > 0.05
-
-
-def test_experts_of_no_whole_blocks_of_neurons(tmp_path: Path):
-    """Their down projections do not lie in rows, and are rounded."""
-    file = write_gguf(mixture(96), tmp_path / "tiny.gguf", "Q4_0")
-    with GriffinModel.from_pretrained(file, **OPTIONS, quantize="int4", density=1.0) as model:
-        model.generate(IDS, max_new_tokens=2, do_sample=False)
-        assert model.resident_bytes == model.plan.resident_bytes
-        for gate_up, down in errors_of(model, file):
-            assert gate_up < 0.025 < down < 0.12
-
-
-def test_what_experts_hold_in_more_rests_in_int8(tmp_path: Path):
-    """Unasked, and in the layers that have it: fetched or resident, the same numbers inside the planned bytes."""
-    file = write_gguf(mixture(), tmp_path / "tiny.gguf", "Q4_1", others={"blk.1.ffn_down_exps": "Q8_0"})
-    answers, errors = [], []
-    for asked in ({"density": 1.0}, {"density": 0.5}, {"prefer": "speed"}):
-        with GriffinModel.from_pretrained(file, **OPTIONS, **asked) as model:
-            answers.append(model.generate(IDS, max_new_tokens=4, do_sample=False))
-            assert (model.plan.precision, model.plan.as_held) == ("int4", "prefer" not in asked)
-            assert model.resident_bytes == model.plan.resident_bytes
-            assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
-            if model.plan.density == 1:
-                errors.append(errors_of(model, file))
-    assert torch.equal(answers[0], answers[1])
-    finer, coarse = errors
-    assert finer[0] == coarse[0]
-    assert finer[1][0] == coarse[1][0]
-    assert finer[1][1] < 0.012
-    assert coarse[1][1] > 0.05
 
 
 def test_a_stack_of_matrices_has_the_codes_of_each():
